@@ -1,0 +1,1 @@
+"""Where it runs: the Ray session, its sizing, the embedded bucket, the pins."""

@@ -1,0 +1,1 @@
+"""The numbers: tensors in, arrays out."""

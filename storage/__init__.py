@@ -1,0 +1,1 @@
+"""Bytes and tables: images, shards, maps, fragments, the bucket."""

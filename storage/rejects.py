@@ -1,0 +1,36 @@
+"""The closed list of reasons for which a record is not explained."""
+
+from enum import StrEnum
+
+
+class RejectCode(StrEnum):
+    """Why a record has no map. Stored in the output: never rename one, only add."""
+
+    INPUT_MISSING = "input_missing"
+    INPUT_CHANGED = "input_changed"
+    EMPTY_FILE = "empty_file"
+    TOO_MANY_BYTES = "too_many_bytes"
+    NOT_AN_IMAGE = "not_an_image"
+    FORMAT_REFUSED = "format_refused"
+    TRUNCATED = "truncated"
+    CORRUPT = "corrupt"
+    TOO_MANY_PIXELS = "too_many_pixels"
+    MODE_REFUSED = "mode_refused"
+    DECODE_TIMEOUT = "decode_timeout"
+    DUPLICATE_KEY = "duplicate_key"
+    MISSING_IMAGE = "missing_image"
+    MEMBER_REFUSED = "member_refused"
+    SHARD_TRUNCATED = "shard_truncated"
+    LABEL_MISSING = "label_missing"
+    NON_FINITE = "non_finite"
+
+
+class Reject(Exception):  # noqa: N818 - it is a verdict on a record, not a fault of the program
+    """One record cannot be explained; it becomes a row that says why."""
+
+    def __init__(self, code: RejectCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        """One of the closed list."""
+        self.message = message
+        """One sentence for the reader of the output, with both sides (wanted and met)."""

@@ -1,0 +1,71 @@
+"""What a store must do for exactly-once output, and the errors it may raise."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+class StoreError(Exception):
+    """The store cannot do what was asked; the message is one sentence for the user, with the way out."""
+
+
+class AlreadyExistsError(StoreError):
+    """A create-once write met an object that stands already."""
+
+
+class MissingError(StoreError):
+    """The object is not there."""
+
+
+class ChangedError(StoreError):
+    """The object is there, but its version is not the one that was asked for."""
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """What a listing or a HEAD says of one object."""
+
+    key: str
+    """Path below the store's root, with forward slashes."""
+    size: int
+    """Length in bytes."""
+    etag: str
+    """Version: the server's ETag, or for a local file its size and modification time in nanoseconds."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """User metadata, filled by `head` alone."""
+
+
+class ObjectStore(Protocol):
+    """A root (folder, bucket or prefix) and the few operations that the commit protocol stands on."""
+
+    @property
+    def uri(self) -> str:
+        """Where the root is, as a user would write it; never holds a credential."""
+        ...
+
+    def read(self, key: str, *, etag: str | None = None, start: int = 0, length: int | None = None) -> bytes:
+        """The object's bytes, or `length` of them from `start`.
+
+        Raises `MissingError`, and `ChangedError` where `etag` is given and the object has another.
+        """
+        ...
+
+    def head(self, key: str) -> ObjectInfo | None:
+        """The object's facts with its user metadata, or None where it is not there."""
+        ...
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Every object whose key begins with `prefix`, in order of key (plain string order)."""
+        ...
+
+    def create(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> None:
+        """Writes the object whole, once: raises `AlreadyExistsError` where the key stands already."""
+        ...
+
+    def put(self, key: str, data: bytes) -> None:
+        """Writes the object whole, replacing what stands there."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Removes the object; nothing happens where it is not there."""
+        ...
