@@ -1,0 +1,88 @@
+"""What the engine offers, readable without torch: names, parameters, needs and costs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class SiseParameters:
+    """The choices that sise.md leaves to the user; the defaults are the paper's."""
+
+    mu: float = 0.0
+    """Keep a map if its summed gradient exceeds mu times the block's largest; 0 <= mu < 1."""
+    selection: Literal["mu", "ada"] = "mu"
+    """How maps are kept: by `mu`, or Ada-SISE's Otsu threshold on the positive gradients (`mu` is not read)."""
+    gate: Literal["hard", "soft"] = "hard"
+    """Otsu's mask in the fusion: the paper's binary one, or its authors' laboratory's smooth one."""
+    baseline: Literal["zero", "black"] = "zero"
+    """What stands where a mask removes: 0 in model-input space, or a black pixel."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mu < 1:
+            raise ValueError(f"mu must lie in [0, 1), got {self.mu}: at 1 no map would be kept")
+
+
+@dataclass(frozen=True)
+class ExplainerEntry:
+    """One line of `blocksight list explainers`."""
+
+    parameters: type
+    """A frozen dataclass with a default for every field."""
+    needs: str
+    """What it asks of the model."""
+    cost: str
+    """Forward (F) and backward (B) passes per image."""
+    source: str
+    """Where the method is published."""
+
+
+@dataclass(frozen=True)
+class MetricEntry:
+    """One line of `blocksight list metrics`."""
+
+    meaning: str
+    better: Literal["lower", "higher"]
+    unit: str
+    cost: str
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One line of `blocksight list models`."""
+
+    meaning: str
+    needs: str
+
+
+EXPLAINERS: Mapping[str, ExplainerEntry] = {
+    "sise": ExplainerEntry(
+        SiseParameters,
+        needs="a CNN: feature maps at several sizes, gradients; no training, no randomness",
+        cost="1 F + 1 B per target, and 1 F per kept feature map (EfficientNet-Lite0: about 900 of 2432 at mu 0)",
+        source="Sattarzadeh et al., AAAI 2021 (arXiv 2010.00672); Ada-SISE: arXiv 2102.07799",
+    )
+}
+
+METRICS: Mapping[str, MetricEntry] = {
+    "drop": MetricEntry(
+        "score lost when only the top 15 % of pixels are kept, relative to the score",
+        "lower",
+        "%",
+        "1 F, shared",
+    ),
+    "increase": MetricEntry(
+        "share of records whose score grows when only the top 15 % of pixels are kept",
+        "higher",
+        "%",
+        "1 F, shared",
+    ),
+}
+
+MODELS: Mapping[str, ModelEntry] = {
+    "efficientnet_lite0": ModelEntry("EfficientNet-Lite0, ImageNet, 224 x 224; the default", "the demo extra"),
+    "torchvision:NAME": ModelEntry(
+        "any classifier of torchvision", "--weights: a state dict, a weight name, or random"
+    ),
+    "package.module:factory": ModelEntry("a function of yours that returns a module or a ModelAdapter", "your package"),
+}

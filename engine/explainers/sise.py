@@ -1,0 +1,194 @@
+"""SISE: capture the blocks, select feature maps by gradient, sample with them as masks, fuse the block maps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.catalog import SiseParameters
+from engine.fusion import GATES, Map, cascade, minmax, otsu_foreground
+from engine.models import ModelAdapter
+from engine.perturb import perturbation
+from engine.resample import Grid, upsampling
+from engine.scorer import MaskSet, Scorer
+from engine.taps import gradients
+from engine.targets import Target
+
+
+@dataclass(frozen=True)
+class BlockMap:
+    """What one block says of one target."""
+
+    name: str
+    """The block's place in the network."""
+    candidates: int
+    """Feature maps of the block."""
+    kept: tuple[int, ...]
+    """Channels that passed the selection, in order."""
+    saliency_hw: Map | None
+    """U_b in [0, 1] at the input's size; None where no map was kept and the block is left out."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The saliency map of one target of one image."""
+
+    saliency_hw: Map
+    """E_B before any display scaling, float64 [H, W] in [0, B]; zeros where every block was empty, NaN where
+    a gradient, a feature map or a score was not finite."""
+    score: float
+    """The target's value on the unmasked image."""
+    blocks: tuple[BlockMap, ...]
+    """Shallow to deep."""
+    num_forwards: int
+    """Masked forwards made for the image; its targets share them."""
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """One block's masks for one image, ready to be scored."""
+
+    masks_khw: Tensor
+    """The maps kept for any target, without constant ones, at their native grid: float64 [K, h, w]."""
+    channels: Tensor
+    """Their channel numbers, ascending, [K]."""
+    kept: tuple[Tensor, ...]
+    """Per target the channels that passed the selection."""
+    mass: Tensor
+    """The masks' sums over the full grid, float64 [K]."""
+    finite: bool
+    """No feature map and no gradient held NaN or infinity."""
+
+
+def select(alphas: Tensor, parameters: SiseParameters) -> Tensor:
+    """The kept channels of one block, ascending, given alpha [C] (sise.md section 2).
+
+    alpha_k is the gradient of the score summed over map k; k is kept where alpha_k > mu max(alpha), and
+    nothing is kept where no alpha is positive. Ada-SISE puts Otsu's threshold on the positive alpha in
+    place of mu and always keeps the largest.
+    """
+    largest = alphas.max()
+    if largest <= 0:
+        return torch.empty(0, dtype=torch.int64)
+    if parameters.selection == "mu":
+        return (alphas > parameters.mu * largest).nonzero().flatten()
+    positive = (alphas > 0).nonzero().flatten()
+    above = otsu_foreground((alphas[positive] / largest).double().numpy())
+    above[alphas[positive].argmax()] = True
+    return positive[torch.from_numpy(above)]
+
+
+class Sise:
+    """The explainer: `explain` takes normalised inputs and gives one Explanation per image and target."""
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        parameters: SiseParameters,
+        *,
+        blocks: Sequence[str] = (),
+        batch_size: int = 8,
+        images_per_pass: int = 4,
+    ) -> None:
+        """`blocks` are places named by hand; none: the rule finds them. `batch_size` masks go into one
+        forward, and the masks of `images_per_pass` images are packed together: both set memory and speed
+        alone. Raises ModelError for an unknown block."""
+        self.adapter = adapter
+        self.parameters = parameters
+        self.blocks = adapter.network.blocks(blocks)
+        self.taps = adapter.network.taps(self.blocks)
+        self.scorer = Scorer(adapter, perturbation(adapter, parameters.baseline), batch_size)
+        self.images_per_pass = images_per_pass
+
+    def explain(self, inputs_nchw: Tensor, target: Target) -> list[list[Explanation]]:
+        """One Explanation per image and target, for inputs [N, 3, H, W] as `adapter.normalise` gives them."""
+        explanations = []
+        with self.adapter.borrowed():
+            for start in range(0, len(inputs_nchw), self.images_per_pass):
+                images = slice(start, start + self.images_per_pass)
+                explanations += self._explain_pass(inputs_nchw[images], target.of(images))
+        return explanations
+
+    def _explain_pass(self, inputs_nchw: Tensor, target: Target) -> list[list[Explanation]]:
+        scores, activations, alphas = self._capture(inputs_nchw, target)
+        full = (inputs_nchw.shape[2], inputs_nchw.shape[3])
+        sampled = [
+            [self._select(maps[image], alpha[:, image], full) for maps, alpha in zip(activations, alphas, strict=True)]
+            for image in range(len(inputs_nchw))
+        ]
+        mask_scores = iter(
+            self.scorer.scores(
+                inputs_nchw,
+                target,
+                [MaskSet(image, block.masks_khw) for image, blocks in enumerate(sampled) for block in blocks],
+            )
+        )
+        explanations = []
+        for blocks, score in zip(sampled, scores.tolist(), strict=True):
+            block_scores = [next(mask_scores) for _ in blocks]
+            explanations.append(
+                [self._fuse(blocks, block_scores, index, score[index], full) for index in range(target.num_targets)]
+            )
+        return explanations
+
+    def _capture(self, inputs_nchw: Tensor, target: Target) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Scores [N, T], and per block the feature maps [N, C, h, w] and alpha [T, N, C] (float64, CPU).
+
+        The pass is padded to a fixed number of images, so that rounding does not depend on how many there are.
+        """
+        count = len(inputs_nchw)
+        filler = inputs_nchw[-1:].expand(self.images_per_pass - count, -1, -1, -1)
+        logits, activations = self.taps(torch.cat([inputs_nchw, filler]))
+        own = logits[:count].detach()
+        alphas: list[list[Tensor]] = [[] for _ in self.blocks]
+        for index in range(target.num_targets):
+            direction = torch.zeros_like(logits)
+            direction[:count] = target.direction(own, index).to(logits.dtype)
+            for block, gradient in enumerate(gradients(logits, direction, activations)):
+                alphas[block].append(gradient[:count].sum((2, 3), dtype=torch.float64).cpu())
+        scores = target.score(own, torch.arange(count, device=own.device))
+        return (
+            scores,
+            [maps[:count].detach() for maps in activations],
+            [torch.stack(alpha) for alpha in alphas],
+        )
+
+    def _select(self, maps_chw: Tensor, alphas: Tensor, full: Grid) -> _Sampled:
+        """The masks of one block and image; `alphas` is [T, C]. Targets share the masks they both keep."""
+        finite = bool(alphas.isfinite().all()) and bool(maps_chw.isfinite().all())
+        kept = tuple(select(alpha if finite else torch.zeros_like(alpha), self.parameters) for alpha in alphas)
+        union = torch.cat(kept).unique()
+        upsample = upsampling((maps_chw.shape[1], maps_chw.shape[2]), full, maps_chw.device)
+        masks, varied = upsample.normalise(maps_chw[union.to(maps_chw.device)])
+        return _Sampled(masks[varied], union[varied.cpu()], kept, upsample.mass(masks[varied]), finite)
+
+    def _fuse(
+        self, blocks: Sequence[_Sampled], block_scores: Sequence[Tensor], index: int, score: float, full: Grid
+    ) -> Explanation:
+        """Weighs, upsamples and fuses the blocks of one image for its target number `index`."""
+        maps = [
+            _block_map(block, scores[:, index], index, full) for block, scores in zip(blocks, block_scores, strict=True)
+        ]
+        present = [saliency for saliency in maps if saliency is not None]
+        if not all(block.finite for block in blocks) or not all(np.isfinite(one).all() for one in present):
+            saliency = np.full(full, np.nan)
+        else:
+            saliency = cascade(present, GATES[self.parameters.gate]) if present else np.zeros(full)
+        facts = tuple(
+            BlockMap(place.name, place.channels, tuple(block.kept[index].tolist()), block_map)
+            for place, block, block_map in zip(self.blocks, blocks, maps, strict=True)
+        )
+        return Explanation(saliency, score, facts, sum(len(block.channels) for block in blocks))
+
+
+def _block_map(block: _Sampled, scores: Tensor, index: int, full: Grid) -> Map | None:
+    """`U_b = minmax(U(sum_k q_k / mass_k A~_k))` over the maps kept for the target; None where there is none."""
+    chosen = torch.isin(block.channels, block.kept[index]).to(scores.device)
+    if not chosen.any():
+        return None
+    weights = torch.where(chosen, scores / block.mass, 0.0)
+    native = torch.einsum("k,khw->hw", weights, block.masks_khw)
+    upsample = upsampling((native.shape[0], native.shape[1]), full, native.device)
+    return minmax(upsample(native).cpu().numpy())

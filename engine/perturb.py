@@ -1,0 +1,41 @@
+"""Perturbations: what a mask does to an input, decided in one place."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from engine.models import ModelAdapter
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """`x' = m x + (1 - m) b` in the model's input space (sise.md section 8, row 13)."""
+
+    baseline: Tensor
+    """What stands where a pixel was removed, broadcastable to [B, 3, H, W]."""
+
+    def __call__(self, inputs_nchw: Tensor, masks_n1hw: Tensor) -> Tensor:
+        """The masked inputs, [B, 3, H, W]; masks lie in [0, 1] and 1 keeps."""
+        return inputs_nchw * masks_n1hw + self.baseline * (1 - masks_n1hw)
+
+
+def _zero(adapter: "ModelAdapter") -> Tensor:
+    return torch.zeros(1, 3, 1, 1, device=adapter.device)
+
+
+def _black(adapter: "ModelAdapter") -> Tensor:
+    return adapter.normalise(torch.zeros(1, 3, 1, 1, dtype=torch.uint8, device=adapter.device))
+
+
+BASELINES: Mapping[str, Callable[["ModelAdapter"], Tensor]] = {"zero": _zero, "black": _black}
+"""By name: `zero` is 0 in model-input space (the data set's mean colour, as all known code does); `black`
+is a black pixel of the picture, as the paper's formula reads. They differ where a mean is subtracted."""
+
+
+def perturbation(adapter: "ModelAdapter", baseline: str) -> Perturbation:
+    """The perturbation with the named baseline, on the adapter's device."""
+    return Perturbation(BASELINES[baseline](adapter))

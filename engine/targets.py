@@ -1,0 +1,58 @@
+"""Targets: the scalar of a model's output that is explained."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class Target(Protocol):
+    """T scalars of the output for each of N images; explainers and the scorer see nothing else."""
+
+    @property
+    def num_targets(self) -> int:
+        """T."""
+        ...
+
+    def of(self, images: slice) -> "Target":
+        """The same target for some of the images."""
+        ...
+
+    def score(self, logits: Tensor, images: Tensor) -> Tensor:
+        """Scores [B, T] (float64) of logits [B, K], whose row b belongs to image `images[b]`."""
+        ...
+
+    def direction(self, logits: Tensor, index: int) -> Tensor:
+        """A tensor [N, K], each row a positive multiple of the gradient of target `index` by the logits."""
+        ...
+
+
+@dataclass(frozen=True)
+class ClassProbability:
+    """Psi of SISE: the softmax probability of a class (sise.md section 4)."""
+
+    classes: Tensor
+    """T class indices of each of N images, [N, T] int64."""
+
+    @property
+    def num_targets(self) -> int:
+        return self.classes.shape[1]
+
+    def of(self, images: slice) -> "ClassProbability":
+        return ClassProbability(self.classes[images])
+
+    def score(self, logits: Tensor, images: Tensor) -> Tensor:
+        """Probabilities in [0, 1]; the softmax is taken in float64 so that 1e-7 and 1 - 1e-12 survive."""
+        return logits.double().softmax(1).gather(1, self.classes[images])
+
+    def direction(self, logits: Tensor, index: int) -> Tensor:
+        """`e_c - softmax(z without c)`, which is dp_c/dz divided by the positive number p_c (1 - p_c).
+
+        In this form nothing cancels where the softmax is saturated: p_c may round to 1 or to 0 and the
+        direction stays exact. Selection is relative, so the positive factor does not matter.
+        """
+        chosen = functional.one_hot(self.classes[:, index], logits.shape[1]).bool()
+        others = logits.double().masked_fill(chosen, float("-inf")).softmax(1)
+        return torch.where(chosen, 1.0, -others)

@@ -1,0 +1,42 @@
+"""Fragments: rows to the bytes of one Parquet object and back, the same bytes for the same rows."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage.schema import SCHEMA
+
+ROW_GROUP_ROWS = 1024
+"""Rows per row group: about 6 MB of maps, so that a reader may take a few columns of a few records."""
+
+
+def encode_fragment(rows: Sequence[Mapping[str, Any]], provenance: Mapping[str, str]) -> bytes:
+    """The Parquet bytes of rows in `SCHEMA`; `provenance` joins the footer's key-value metadata.
+
+    Only deterministic facts belong in `provenance`: the same rows must give the same bytes.
+    Raises pyarrow.ArrowInvalid or ArrowTypeError where a row does not fit the schema.
+    """
+    schema = SCHEMA.with_metadata({**(SCHEMA.metadata or {}), **provenance})
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=ROW_GROUP_ROWS,
+        compression="zstd",
+        use_dictionary=[name for name in SCHEMA.names if name != "map"],  # pyright: ignore[reportArgumentType]
+        store_schema=True,
+    )
+    return sink.getvalue().to_pybytes()
+
+
+def read_fragment(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of a fragment, all columns or some. Raises pyarrow.ArrowInvalid where it is no Parquet file,
+    and ValueError where its columns are not ours."""
+    file = pq.ParquetFile(io.BytesIO(data))
+    if not file.schema_arrow.equals(SCHEMA):
+        raise ValueError(f"not a fragment of schema version {SCHEMA.metadata[b'blocksight.schema'].decode()}")
+    return file.read(columns=None if columns is None else list(columns))

@@ -1,0 +1,81 @@
+"""The Arrow schema of the output: one row per record and target, rejected records included."""
+
+import pyarrow as pa
+
+SCHEMA_VERSION = "1"
+"""Raised whenever a column changes its name, type or meaning."""
+
+
+def _field(name: str, kind: pa.DataType, meaning: str, *, nullable: bool = True) -> pa.Field:
+    return pa.field(name, kind, nullable=nullable, metadata={"meaning": meaning})
+
+
+BLOCK = pa.struct(
+    [
+        _field("name", pa.string(), "place in the network", nullable=False),
+        _field("candidates", pa.int32(), "feature maps of the block", nullable=False),
+        _field(
+            "kept",
+            pa.int32(),
+            "feature maps that passed the selection; 0: the block was left out",
+            nullable=False,
+        ),
+    ]
+)
+
+METRICS = pa.struct(
+    [
+        _field("drop", pa.float64(), "percent, 0 to 100, lower is better"),
+        _field("increase", pa.bool_(), "the score grew; the share of true is Increase %, higher is better"),
+        _field("protocol", pa.string(), "hash of how drop and increase were measured; never average over two"),
+    ]
+)
+
+SCHEMA = pa.schema(
+    [
+        _field(
+            "key",
+            pa.string(),
+            "the record's name, unique in the data set save for rejected duplicates",
+            nullable=False,
+        ),
+        _field("shard", pa.string(), "URI of the input object", nullable=False),
+        _field("shard_index", pa.int64(), "position of the record in its shard, from 0", nullable=False),
+        _field("unit_id", pa.string(), "the piece of work that this fragment commits", nullable=False),
+        _field("status", pa.string(), "ok or rejected", nullable=False),
+        _field("reject_code", pa.string(), "why there is no map, from a closed list; null where status is ok"),
+        _field("reject_stage", pa.string(), "read, decode or explain"),
+        _field("error", pa.string(), "one sentence, at most 500 characters"),
+        _field("sha256", pa.string(), "of the image's bytes, hex; null where there are none"),
+        _field("num_bytes", pa.int64(), "length of the image's bytes"),
+        _field("format", pa.string(), "of the image, by content"),
+        _field("width", pa.int32(), "pixels, upright"),
+        _field("height", pa.int32(), "pixels, upright"),
+        _field("label", pa.int32(), "ground-truth class index; null where unknown"),
+        _field("label_name", pa.string(), "as the data set writes it"),
+        _field("target_index", pa.int32(), "class that is explained"),
+        _field("target_name", pa.string(), "its name"),
+        _field("target_source", pa.string(), "how it was chosen: predicted, label, top or given"),
+        _field("target_rank", pa.int32(), "place of the target among the model's classes, 0 is the prediction"),
+        _field("score", pa.float64(), "softmax probability of the target on the whole image, 0 to 1"),
+        _field("explainer", pa.string(), "registered name"),
+        _field("parameters", pa.string(), "hash of the explainer's parameters, the model and its blocks"),
+        _field("map", pa.binary(), "saliency map over the model's input, codec below"),
+        _field("map_codec", pa.string(), "png-u8: 8-bit grey PNG, value / 255 in [0, 1], error at most 1/510"),
+        _field("map_height", pa.int32(), "pixels"),
+        _field("map_width", pa.int32(), "pixels"),
+        _field("map_low", pa.float64(), "least value before scaling to [0, 1]"),
+        _field("map_high", pa.float64(), "greatest value before scaling to [0, 1]"),
+        _field("is_flat", pa.bool_(), "the map is constant: it says nothing"),
+        _field("is_saturated", pa.bool_(), "more than half of the map lies within 1 % of its greatest value"),
+        _field("blocks", pa.list_(BLOCK), "what each block gave, shallow to deep"),
+        _field("num_forwards", pa.int32(), "masked forwards made for the record, shared by its targets"),
+        _field("metrics", METRICS, "faithfulness of the map"),
+    ],
+    metadata={"blocksight.schema": SCHEMA_VERSION},
+)
+"""Columns in order. Whatever differs from run to run (host, times, attempt) stands in the receipt instead."""
+
+REJECTED = "rejected"
+OK = "ok"
+MAX_ERROR_LENGTH = 500
