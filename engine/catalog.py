@@ -1,7 +1,7 @@
 """What the engine offers, readable without torch: names, parameters, needs and costs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -9,14 +9,24 @@ from typing import Literal
 class SiseParameters:
     """The choices that sise.md leaves to the user; the defaults are the paper's."""
 
-    mu: float = 0.0
-    """Keep a map if its summed gradient exceeds mu times the block's largest; 0 <= mu < 1."""
-    selection: Literal["mu", "ada"] = "mu"
-    """How maps are kept: by `mu`, or Ada-SISE's Otsu threshold on the positive gradients (`mu` is not read)."""
-    gate: Literal["hard", "soft"] = "hard"
-    """Otsu's mask in the fusion: the paper's binary one, or its authors' laboratory's smooth one."""
-    baseline: Literal["zero", "black"] = "zero"
-    """What stands where a mask removes: 0 in model-input space, or a black pixel."""
+    mu: float = field(
+        default=0.0,
+        metadata={"help": "keep a map whose summed gradient exceeds mu times the block's largest; 0 <= mu < 1"},
+    )
+    selection: Literal["mu", "ada"] = field(
+        default="mu",
+        metadata={"help": "mu, or ada: Otsu's threshold on the positive gradients (Ada-SISE; mu is not read)"},
+    )
+    gate: Literal["hard", "soft"] = field(
+        default="hard",
+        metadata={
+            "help": "Otsu's mask in the fusion: hard as in the paper, or soft as in its authors' laboratory's code"
+        },
+    )
+    baseline: Literal["zero", "black"] = field(
+        default="zero",
+        metadata={"help": "what stands where a mask removes: zero in model-input space, or a black pixel"},
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.mu < 1:
@@ -53,6 +63,8 @@ class ModelEntry:
 
     meaning: str
     needs: str
+    forwards_by_mu: tuple[tuple[float, int], ...] = ()
+    """Masked forwards per image that were measured on photographs, by SISE's mu, ascending."""
 
 
 EXPLAINERS: Mapping[str, ExplainerEntry] = {
@@ -80,7 +92,11 @@ METRICS: Mapping[str, MetricEntry] = {
 }
 
 MODELS: Mapping[str, ModelEntry] = {
-    "efficientnet_lite0": ModelEntry("EfficientNet-Lite0, ImageNet, 224 x 224; the default", "the demo extra"),
+    "efficientnet_lite0": ModelEntry(
+        "EfficientNet-Lite0, ImageNet, 224 x 224; the default",
+        needs="the demo extra",
+        forwards_by_mu=((0.0, 870), (0.1, 520), (0.3, 220), (0.5, 90), (1.0, 5)),
+    ),
     "torchvision:NAME": ModelEntry(
         "any classifier of torchvision", "--weights: a state dict, a weight name, or random"
     ),

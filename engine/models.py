@@ -15,7 +15,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from engine.network import ModelError, Network, survey
+from engine.errors import ModelError
+from engine.network import Network, survey
 from engine.resample import Grid
 from engine.taps import frozen
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from engine.blocks import Place, discover_blocks
+from engine.errors import ModelError
 from engine.resample import Grid
 from engine.taps import GraphRecorder, Taps, module_outputs
 
@@ -25,10 +26,6 @@ OUT_OF_PLACE = {
 
 ASPECT_SLACK = 1.5
 """How far a grid's height to width may be from the input's; odd sizes and padding stay well inside."""
-
-
-class ModelError(Exception):
-    """The model cannot be used as asked; the message is one sentence for the user, with the way out."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,220 @@
+"""The command line: demo, plan, explain, status, verify, list and show."""
+
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from cluster.errors import ClusterError
+from rich.console import Console
+from storage.stores import WeakStoreError, open_store
+
+from engine.errors import ModelError
+from jobs import tables
+from jobs.config import ConfigError, JobConfig, load_config, parse_parameters
+from jobs.plan import Plan, load_plan
+from jobs.reconcile import check, stand
+from storage.store import ObjectStore, StoreError
+
+COMPLETE, USAGE, INCOMPLETE, UNRECONCILED, WEAK_STORE = 0, 2, 4, 5, 6
+
+app = typer.Typer(
+    name="blocksight",
+    help="Explains whole data sets: a saliency map for every image of a folder or a bucket, kept as Parquet.\n\n"
+    "Begin with `blocksight demo`.\n\n"
+    "Exit codes: 0 complete; 2 usage, configuration, data or model; 4 units are still open; "
+    "5 the output is not what was planned; 6 the store cannot create an object once.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console(highlight=False, soft_wrap=True)
+
+JOB_OPTIONS: dict[str, Any] = {
+    "data": Annotated[str | None, typer.Option(help="Folder, file or s3:// prefix of images, tar shards or Parquet.")],
+    "output": Annotated[str | None, typer.Option(help="Folder or s3:// prefix for the result.")],
+    "config": Annotated[Path | None, typer.Option(help="TOML file with these options as keys; options win.")],
+    "endpoint_url": Annotated[str | None, typer.Option(help="S3 endpoint, for stores other than AWS.")],
+    "model": Annotated[str | None, typer.Option(help="See `list models`.  [default: efficientnet_lite0]")],
+    "weights": Annotated[str | None, typer.Option(help="State dict: file or s3:// URI; a weight name; or `random`.")],
+    "blocks": Annotated[str | None, typer.Option(help="Blocks by hand, comma-separated, shallow to deep.")],
+    "explainer": Annotated[str | None, typer.Option(help="See `list explainers`.  [default: sise]")],
+    "param": Annotated[list[str] | None, typer.Option("-p", "--param", help="Of the explainer, such as mu=0.3.")],
+    "target": Annotated[
+        str | None, typer.Option(help="predicted, label, top-3, 281 or 281,282.  [default: predicted]")
+    ],
+    "resize": Annotated[str | None, typer.Option(help="squash (whole image) or crop (its centre).  [default: squash]")],
+    "limit": Annotated[int | None, typer.Option(help="Only the first so many records.")],
+    "seed": Annotated[int | None, typer.Option(help="Of everything random.  [default: 0]")],
+    "workers": Annotated[int | None, typer.Option(min=1, help="Explain actors.  [default: one per GPU, or CPU core]")],
+}
+"""What `plan` and `explain` share."""
+
+Existing = Annotated[str, typer.Argument(help="The output: folder or s3:// prefix.")]
+Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint, for stores other than AWS.")]
+
+
+def takes_job(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of a job, and hands it the checked configuration and `workers`."""
+
+    def run(**given: Any) -> None:
+        own = {name: given.pop(name) for name in list(given) if name not in JOB_OPTIONS}
+        command(job_config(given), workers=given["workers"], **own)
+
+    shared = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in JOB_OPTIONS.items()
+    ]
+    own = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in inspect.signature(command).parameters.values()
+        if parameter.name not in ("job", "workers")
+    ]
+    signature = inspect.Signature([*shared, *own])
+    run.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+    run.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+    run.__doc__ = command.__doc__
+    run.__name__ = command.__name__
+    return run
+
+
+def job_config(given: dict[str, Any]) -> JobConfig:
+    """The configuration that the shared options and their TOML file say."""
+    blocks = given["blocks"]
+    options = {name: given[name] for name in JOB_OPTIONS if name not in ("config", "param", "workers")}
+    options["blocks"] = tuple(name.strip() for name in blocks.split(",")) if blocks else None
+    return load_config(given["config"], {**options, "parameters": parse_parameters(given["param"] or [])})
+
+
+@app.command()
+@takes_job
+def plan(job: JobConfig, workers: int | None) -> None:
+    """List the input, cut it into units, estimate the cost. Reads no image and writes nothing.
+
+    Example: blocksight plan --data s3://bucket/images --output s3://bucket/maps
+    """
+    from jobs.run import Execution, plan_job
+
+    execution = Execution(workers=workers)
+    _, made = plan_job(job, execution)
+    console.print(tables.plan_table(job, made, execution.planning_workers))
+
+
+@app.command()
+@takes_job
+def explain(
+    job: JobConfig,
+    workers: int | None,
+    runner: Annotated[Literal["ray", "local"], typer.Option(help="Ray, or this process alone: same bytes.")] = "ray",
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join.  [default: one is started]")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Masked inputs per forward.")] = None,
+) -> None:
+    """Explain every record that is not explained yet. The same command again resumes, or has nothing to do.
+
+    Example: blocksight explain --data photos/ --output maps/ --target top-3 -p mu=0.3
+    """
+    from jobs.run import Execution, run_job
+
+    outcome = run_job(job, Execution(runner, workers, address, batch_size), console)
+    console.print(tables.outcome_table(job.output, outcome))
+    for failure in outcome.failures:
+        console.print(tables.failure_line(failure))
+    if outcome.manifest is None:
+        console.print("Some units are still open. Run the same command again to try them again.")
+        raise typer.Exit(INCOMPLETE)
+
+
+@app.command()
+def status(output: Existing, endpoint_url: Endpoint = None) -> None:
+    """Say how far a job is, from the output alone; works while it runs and when its driver is gone."""
+    store, made = _existing(output, endpoint_url)
+    standing = stand(store, made)
+    console.print(tables.standing_table(output, standing))
+    if standing.open_units:
+        raise typer.Exit(INCOMPLETE)
+
+
+@app.command()
+def verify(output: Existing, endpoint_url: Endpoint = None) -> None:
+    """Prove from the output alone that rows in = explained + rejected, every record once, no byte changed."""
+    store, made = _existing(output, endpoint_url)
+    faults, checked = [], 0
+    for unit, found in check(store, made):
+        faults += found
+        checked += unit is not None
+    standing = stand(store, made)
+    console.print(tables.standing_table(output, standing))
+    for fault in faults:
+        console.print(tables.printable(fault))
+    if faults:
+        console.print(f"NOT RECONCILED: {len(faults)} faults in {checked} fragments.")
+        raise typer.Exit(UNRECONCILED)
+    if standing.open_units:
+        console.print(f"{checked} fragments are sound; {len(standing.open_units)} units are still open.")
+        raise typer.Exit(INCOMPLETE)
+    console.print(f"Reconciled: {checked} fragments, every planned record stands once.")
+
+
+@app.command("list")
+def list_entries(
+    what: Annotated[Literal["explainers", "metrics", "models"], typer.Argument(help="What to list.")],
+) -> None:
+    """List what there is, with what it needs and what it costs."""
+    console.print(tables.catalog_table(what))
+
+
+@app.command()
+def show(
+    output: Existing,
+    key: Annotated[str, typer.Argument(help="The record's key, as in the column `key`.")],
+    picture: Annotated[Path | None, typer.Option(help="PNG file to write.  [default: named after the key]")] = None,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Show one record: its facts, and a picture of image, overlay and map for every target."""
+    from jobs.show import render_record
+
+    store, made = _existing(output, endpoint_url)
+    facts, written = render_record(store, made, key, endpoint_url, picture)
+    console.print(facts)
+    for path in written:
+        console.print(f"picture: {tables.printable(path)}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for photographs, maps and pictures.")] = Path("blocksight-demo"),
+    bucket: Annotated[bool, typer.Option("--bucket", help="Through a real S3 server on loopback.")] = False,
+) -> None:
+    """Explain six photographs with EfficientNet-Lite0: no account, no network, no data of yours."""
+    from jobs.demo import run_demo
+
+    run_demo(output, through_bucket=bucket, console=console)
+
+
+def _existing(output: str, endpoint_url: str | None) -> tuple[ObjectStore, Plan]:
+    """The output's store and the plan that stands in it."""
+    store = open_store(output, endpoint_url)
+    made = load_plan(store)
+    if made is None:
+        raise ConfigError(f"there is no blocksight output in {store.uri}: no _job/plan/plan.json stands there")
+    return store, made
+
+
+def main() -> None:
+    """Runs the command line; whatever the user can mend is one sentence on standard error, never a traceback."""
+    stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        app()
+    except WeakStoreError as error:
+        stderr.print(f"error: {tables.printable(error)}")
+        sys.exit(WEAK_STORE)
+    except (ConfigError, StoreError, ModelError, ClusterError) as error:
+        stderr.print("error: " + "\n".join(tables.printable(line) for line in str(error).splitlines()))
+        sys.exit(USAGE)
+    except KeyboardInterrupt:
+        stderr.print("stopped; what is committed stays, and the same command goes on from there")
+        sys.exit(INCOMPLETE)

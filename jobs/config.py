@@ -1,0 +1,198 @@
+"""The configuration of a job: options or a TOML file, every key checked, resolved once and then exact."""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from storage.images import DECODE_POLICY
+
+from engine.catalog import EXPLAINERS
+from storage.maps import CODEC
+from storage.schema import SCHEMA_VERSION
+
+CODE_VERSION = "1"
+"""Raised whenever the same configuration and input would give other bytes."""
+
+MAX_TARGETS = 100
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message is one sentence for the user, with the way out."""
+
+
+@dataclass(frozen=True)
+class TargetChoice:
+    """Which classes of a record are explained; made from `predicted`, `label`, `top-3`, `281` or `281,282`."""
+
+    source: Literal["predicted", "label", "top", "given"]
+    count: int = 1
+    """How many targets every record has."""
+    classes: tuple[int, ...] = ()
+    """The class indices, where they are given."""
+
+    @classmethod
+    def parse(cls, text: str) -> "TargetChoice":
+        """Raises ValueError with the known forms."""
+        if text == "predicted":
+            return cls("predicted")
+        if text == "label":
+            return cls("label")
+        if text.startswith("top-") and text[4:].isdigit() and 1 <= int(text[4:]) <= MAX_TARGETS:
+            return cls("top", int(text[4:]))
+        parts = text.split(",")
+        if all(part.strip().isdigit() for part in parts) and len(parts) <= MAX_TARGETS:
+            classes = tuple(dict.fromkeys(int(part) for part in parts))
+            return cls("given", len(classes), classes)
+        raise ValueError(
+            f"target {text!r} is not known; known: predicted, label, top-K (K up to {MAX_TARGETS}), "
+            "a class number, or class numbers joined by commas"
+        )
+
+
+class JobConfig(BaseModel):
+    """What is computed. Every field but `output` and `endpoint_url` changes the bytes of the result."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: str = Field(description="folder, file or s3:// prefix of images, tar shards or Parquet")
+    output: str = Field(description="folder or s3:// prefix for the result")
+    endpoint_url: str | None = Field(default=None, description="S3 endpoint, for stores other than AWS")
+    model: str = Field(default="efficientnet_lite0", description="see `blocksight list models`")
+    weights: str | None = Field(
+        default=None, description="file or s3:// URI of a state dict, a weight name, or `random`"
+    )
+    blocks: tuple[str, ...] = Field(
+        default=(), description="blocks named by hand, shallow to deep; none: found by the rule"
+    )
+    explainer: str = Field(default="sise", description="see `blocksight list explainers`")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="of the explainer, such as mu = 0.3")
+    target: str = Field(default="predicted", description="predicted, label, top-K, or class numbers")
+    resize: Literal["squash", "crop"] = Field(
+        default="squash", description="whole image, or its centre at the short side"
+    )
+    limit: int | None = Field(default=None, ge=1, description="only the first so many records")
+    seed: int = Field(default=0, ge=0, description="of everything random")
+
+    @field_validator("target")
+    @classmethod
+    def _target_is_known(cls, value: str) -> str:
+        TargetChoice.parse(value)
+        return value
+
+    @field_validator("explainer")
+    @classmethod
+    def _explainer_is_known(cls, value: str) -> str:
+        if value not in EXPLAINERS:
+            raise ValueError(f"explainer {value!r} is not known; {_nearest(value, EXPLAINERS)}")
+        return value
+
+    @property
+    def target_choice(self) -> TargetChoice:
+        """The target in the form that the inside knows."""
+        return TargetChoice.parse(self.target)
+
+    def explainer_parameters(self) -> Any:
+        """The explainer's parameters, defaults filled in. Raises ConfigError for an unknown or bad one."""
+        kind = EXPLAINERS[self.explainer].parameters
+        known = [field.name for field in fields(kind)]
+        for name in self.parameters:
+            if name not in known:
+                raise ConfigError(f"explainer {self.explainer} has no parameter {name!r}; {_nearest(name, known)}")
+        try:
+            return TypeAdapter(kind).validate_python(self.parameters)
+        except ValidationError as error:
+            raise ConfigError(f"parameter of {self.explainer}: {_sentence(error)}") from error
+
+    def identity(self, weights_sha256: str | None) -> dict[str, Any]:
+        """Everything that changes the result's bytes, as plain JSON values, defaults filled in."""
+        chosen = self.model_dump(mode="json", exclude={"output", "endpoint_url", "parameters"})
+        return {
+            **chosen,
+            "parameters": asdict(self.explainer_parameters()),
+            "weights_sha256": weights_sha256,
+            "decoding": DECODE_POLICY,
+            "codec": CODEC,
+            "schema": SCHEMA_VERSION,
+            "code": CODE_VERSION,
+        }
+
+
+def digest_of(values: Mapping[str, Any]) -> str:
+    """sha256 of the canonical JSON of plain values, as hex."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """One line per key in which two configurations differ: `key: THEIRS in the output, OURS asked for`."""
+    return [
+        f"{key}: {json.dumps(theirs.get(key))} in the output, {json.dumps(ours.get(key))} asked for"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+    ]
+
+
+def load_config(file: Path | None, options: Mapping[str, Any]) -> JobConfig:
+    """The configuration from a TOML file, with the given options in place of its keys.
+
+    Options that are None were not given; `parameters` of both are joined. Raises ConfigError for an unreadable
+    file, an unknown key (with the nearest known one) or a bad value.
+    """
+    values = dict(_read_toml(file)) if file is not None else {}
+    given = {key: value for key, value in options.items() if value not in (None, (), {})}
+    given["parameters"] = {**values.get("parameters", {}), **given.get("parameters", {})}
+    values |= given
+    for key in values:
+        if key not in JobConfig.model_fields:
+            raise ConfigError(f"unknown key {key!r} in the configuration; {_nearest(key, JobConfig.model_fields)}")
+    missing = [key for key in ("data", "output") if not values.get(key)]
+    if missing:
+        flags = " and ".join(f"--{key}" for key in missing)
+        raise ConfigError(f"{flags} must be given, as an option or in the --config file")
+    try:
+        config = JobConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from error
+    config.explainer_parameters()
+    return config
+
+
+def parse_parameters(texts: Iterable[str]) -> dict[str, Any]:
+    """`name=value` texts as a dict; values are read as TOML, and as plain text where that fails."""
+    parameters = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or not name:
+            raise ConfigError(f"parameter {text!r} is not of the form name=value, such as mu=0.3")
+        try:
+            parameters[name] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            parameters[name] = value
+    return parameters
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no configuration file {file}") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"the configuration file {file} cannot be read: {error}") from error
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    near = get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    text = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {text}" if where and not text.startswith(where) else text

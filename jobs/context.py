@@ -1,0 +1,56 @@
+"""What a worker needs beside its unit: a plain value, sent once, from which each step builds its tools."""
+
+import hashlib
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from storage.stores import open_store
+
+from jobs.config import JobConfig
+from jobs.records import ModelFacts
+from storage.store import ObjectStore
+
+
+@dataclass(frozen=True)
+class JobContext:
+    """One job as every worker sees it; holds no credential and no open connection."""
+
+    config: JobConfig
+    fingerprint: str
+    facts: ModelFacts
+    label_names: tuple[str, ...]
+    """Class folders of loose images, sorted."""
+    batch_size: int
+    """Masked inputs per forward pass."""
+    num_threads: int
+    """Of the explain step, so that CPU results have the same bits everywhere."""
+    device: str
+    import_path: str
+    """The driver's working folder, where a model factory of the user's may lie."""
+
+
+def weights_bytes(config: JobConfig) -> bytes | None:
+    """The bytes of the weights file; None where `weights` is a name or not given. Raises StoreError."""
+    if config.weights is None or (config.weights.isidentifier() and not Path(config.weights).exists()):
+        return None
+    folder, _, name = config.weights.rpartition("/")
+    store: ObjectStore = open_store(folder or ".", config.endpoint_url)
+    return store.read(name)
+
+
+def sha256_of(data: bytes | None) -> str | None:
+    """Hex digest, or None for None."""
+    return hashlib.sha256(data).hexdigest() if data is not None else None
+
+
+def let_import_from(folder: str) -> None:
+    """Lets a model factory be imported from the folder, behind everything that is installed."""
+    if folder not in sys.path:
+        sys.path.append(folder)
+
+
+def worker_name() -> str:
+    """Host and process, for receipts."""
+    return f"{os.uname().nodename}:{os.getpid()}"

@@ -1,0 +1,98 @@
+"""The demo: real photographs from a package, explained end to end, with pictures to look at."""
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cluster.bucket import EmbeddedBucket
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from storage.stores import open_store
+
+from jobs.config import ConfigError, JobConfig
+from jobs.results import all_rows, picture
+from jobs.run import Execution, run_job
+from jobs.tables import outcome_table, printable, target_cells
+from storage.pictures import Tile, contact_sheet, overlay, side_by_side
+from storage.store import AlreadyExistsError, ObjectStore
+
+PHOTOGRAPHS = ("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
+"""Files of scikit-image's data folder: a cat, a cup, a motorcycle and others."""
+
+SHEET_COLUMNS = 3
+
+
+def run_demo(folder: Path, *, through_bucket: bool, console: Console) -> None:
+    """Explains the photographs into `folder` and writes overlays and a contact sheet there.
+
+    Through the bucket, an S3 server on loopback holds photographs and result while the demo runs; its data
+    lie in the folder too. Run again, it finds the finished work and only draws the pictures.
+    """
+    photographs = _photographs()
+    with _root(folder, through_bucket, console) as (root, endpoint_url):
+        job = JobConfig(data=f"{root}/photographs", output=f"{root}/maps", endpoint_url=endpoint_url)
+        _upload(photographs, open_store(job.data, endpoint_url))
+        outcome = run_job(job, Execution(), console)
+        store, plan = open_store(job.output, endpoint_url), outcome.standing.plan
+        rows = [row for row in all_rows(store, plan) if row["map"] is not None]
+        pictures = folder / "pictures"
+        pictures.mkdir(parents=True, exist_ok=True)
+        tiles = []
+        table = Table()
+        for name in ("image", "predicted", "score", "rank", "Drop", "grew", "forwards", "map bytes"):
+            table.add_column(name)
+        for row in rows:
+            shown = picture(plan, endpoint_url, row)
+            _save(side_by_side(shown.pixels, shown.saliency_hw), pictures / f"{Path(row['key']).stem}.png")
+            caption = f"{row['target_name']}, {row['score']:.2f}\n{row['key']}"
+            tiles.append(Tile(overlay(shown.pixels, shown.saliency_hw), caption))
+            table.add_row(printable(row["key"]), *target_cells(row))
+    contact_sheet(tiles, SHEET_COLUMNS).save(pictures / "contact-sheet.png")
+    console.print(table)
+    console.print(outcome_table(job.output, outcome))
+    console.print(f"pictures: {printable(pictures)}/ (begin with contact-sheet.png)")
+
+
+@contextmanager
+def _root(folder: Path, through_bucket: bool, console: Console) -> Iterator[tuple[str, str | None]]:
+    """Where photographs and maps go, and the endpoint: the folder, or a bucket that stands while the body runs."""
+    if not through_bucket:
+        yield str(folder), None
+        return
+    with EmbeddedBucket("blocksight-demo", folder / "bucket") as bucket:
+        console.print(f"bucket: {bucket.uri} at {bucket.endpoint_url} (SeaweedFS, loopback, stopped afterwards)")
+        before = dict(os.environ)
+        os.environ.update(bucket.environment)
+        try:
+            yield bucket.uri, bucket.endpoint_url
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def _photographs() -> dict[str, bytes]:
+    """The photographs' bytes by name. Raises ConfigError where the demo extra is not installed."""
+    try:
+        import skimage
+    except ImportError as error:
+        raise ConfigError("the demo's photographs come with its extra: pip install 'blocksight[demo]'") from error
+    data = Path(str(skimage.__file__)).parent / "data"
+    return {name: (data / name).read_bytes() for name in PHOTOGRAPHS}
+
+
+def _upload(photographs: dict[str, bytes], store: ObjectStore) -> None:
+    """Puts the photographs that are not there yet: a version once planned is not touched again."""
+    for name, body in photographs.items():
+        try:
+            store.create(name, body)
+        except AlreadyExistsError:
+            continue
+
+
+def _save(pixels: object, path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")  # pyright: ignore[reportArgumentType]
+    path.write_bytes(buffer.getvalue())

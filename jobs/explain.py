@@ -1,0 +1,210 @@
+"""The explain step: one model in memory, a decoded unit in, the fragment's rows out."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.errors import ModelError
+from engine.explainers import EXPLAINERS
+from engine.explainers.sise import Explanation
+from engine.metrics.faithfulness import KeepTop, KeepTopProtocol, KeepTopValues
+from engine.models import ModelAdapter, load_model
+from engine.targets import ClassProbability
+from jobs.config import ConfigError, JobConfig, TargetChoice, digest_of
+from jobs.context import JobContext, let_import_from
+from jobs.labels import Labels
+from jobs.records import ModelFacts, RecordFacts, UnitInput, UnitResult, with_reject
+from storage.rejects import Reject, RejectCode
+from storage.schema import OK, REJECTED
+
+IMAGES_PER_CHUNK = 32
+"""Records that are on the device together: bounds memory, changes no result."""
+
+SATURATED_SHARE = 0.5
+NEAR_TOP = 0.99
+
+Row = dict[str, Any]
+
+
+def load(config: JobConfig, state: bytes | None, device: str, import_path: str) -> ModelAdapter:
+    """The configured model on a device. Raises ModelError."""
+    let_import_from(import_path)
+    return load_model(config.model, weights=config.weights, state=state, seed=config.seed).to(device)
+
+
+def model_facts(adapter: ModelAdapter, config: JobConfig) -> ModelFacts:
+    """What the configuration means for this model. Raises ModelError or ConfigError before any work starts."""
+    blocks = adapter.network.blocks(config.blocks)
+    choice = config.target_choice
+    beyond = [index for index in choice.classes if index >= adapter.num_classes]
+    if beyond:
+        raise ConfigError(f"target {beyond[0]} is no class of {adapter.name}: it has {adapter.num_classes}, from 0")
+    if choice.count > adapter.num_classes:
+        raise ConfigError(f"target {config.target} asks for more than the {adapter.num_classes} classes there are")
+    places = tuple(
+        {"name": block.name, "channels": block.channels, "height": block.grid[0], "width": block.grid[1]}
+        for block in blocks
+        if block.grid is not None
+    )
+    return ModelFacts(adapter.fingerprint, adapter.num_classes, adapter.input_size, places)
+
+
+class ExplainStep:
+    """Explains whole units with one model."""
+
+    def __init__(self, context: JobContext, state: bytes | None) -> None:
+        """Loads the model and checks it against the plan's. `state` holds the weights file's bytes, if any."""
+        torch.set_num_threads(context.num_threads)
+        config, facts = context.config, context.facts
+        self.adapter = load(config, state, context.device, context.import_path)
+        if self.adapter.fingerprint != facts.weights_sha256:
+            raise ModelError("this worker loaded other weights than the driver: is the same file on every node?")
+        parameters = config.explainer_parameters()
+        self.explainer = EXPLAINERS[config.explainer](
+            self.adapter,
+            parameters,
+            blocks=[block["name"] for block in facts.blocks],
+            batch_size=context.batch_size,
+        )
+        self.metric = KeepTop(self.explainer.scorer, KeepTopProtocol(parameters.baseline))
+        self.labels = Labels(context.label_names, self.adapter.class_names, facts.num_classes)
+        self.choice = config.target_choice
+        self.method = {
+            "explainer": config.explainer,
+            "parameters": digest_of({"parameters": asdict(parameters), "model": asdict(facts)})[:16],
+        }
+
+    def __call__(self, unit_input: UnitInput) -> UnitResult:
+        """Every record's rows, in the records' order."""
+        start = time.perf_counter()
+        decoded = [index for index, record in enumerate(unit_input.records) if record.reject_code is None]
+        rows = [[self._rejected_row(unit_input, record)] for record in unit_input.records]
+        for first in range(0, len(decoded), IMAGES_PER_CHUNK):
+            chunk = decoded[first : first + IMAGES_PER_CHUNK]
+            pixels = unit_input.pixels[first : first + IMAGES_PER_CHUNK]
+            explained = self._explain([unit_input.records[index] for index in chunk], pixels)
+            for index, own in zip(chunk, explained, strict=True):
+                base = self._base_row(unit_input, unit_input.records[index])
+                rows[index] = (
+                    [self._rejected_row(unit_input, with_reject(unit_input.records[index], own, "explain"))]
+                    if isinstance(own, Reject)
+                    else [{**base, **row} for row in own]
+                )
+        flat = tuple(row for own in rows for row in own)
+        return UnitResult(unit_input.unit, flat, len(rows), time.perf_counter() - start)
+
+    def _explain(self, records: Sequence[RecordFacts], pixels: NDArray[np.uint8]) -> list[list[Row] | Reject]:
+        """Per record its targets' rows, or why it has none."""
+        inputs = self.adapter.normalise(torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2))
+        logits = self._logits(inputs)
+        targets = [self._targets(record, own) for record, own in zip(records, logits, strict=True)]
+        usable = [index for index, own in enumerate(targets) if not isinstance(own, Reject)]
+        outcome: list[list[Row] | Reject] = [own if isinstance(own, Reject) else [] for own in targets]
+        if not usable:
+            return outcome
+        target = ClassProbability(torch.tensor([targets[index] for index in usable], device=self.adapter.device))
+        explanations = self.explainer.explain(inputs[usable], target)
+        values = self.metric.evaluate(
+            inputs[usable],
+            target,
+            [[np.nan_to_num(one.saliency_hw) for one in own] for own in explanations],
+            [[one.score for one in own] for own in explanations],
+        )
+        for place, index in enumerate(usable):
+            outcome[index] = self._outcome(
+                logits[index], target.classes[place].tolist(), explanations[place], values[place]
+            )
+        return outcome
+
+    def _logits(self, inputs_nchw: Tensor) -> Tensor:
+        """The unmasked images' logits [N, K] on the CPU, from passes of one fixed shape."""
+        size = self.explainer.images_per_pass
+        filler = inputs_nchw[-1:].expand(-len(inputs_nchw) % size, -1, -1, -1)
+        with self.adapter.borrowed(), torch.inference_mode():
+            passes = torch.cat([inputs_nchw, filler]).split(size)
+            return torch.cat([self.adapter.logits(one) for one in passes])[: len(inputs_nchw)].cpu()
+
+    def _targets(self, record: RecordFacts, logits: Tensor) -> list[int] | Reject:
+        """The record's target classes."""
+        if not logits.isfinite().all():
+            return Reject(RejectCode.NON_FINITE, "the model's output for the image holds NaN or infinity")
+        if self.choice.source != "label":
+            return chosen_classes(self.choice, logits)
+        label = self.labels.index(record.label)
+        if label is None:
+            return Reject(RejectCode.LABEL_MISSING, f"the target is the label, and {record.label!r} means no class")
+        return [label]
+
+    def _outcome(
+        self,
+        logits: Tensor,
+        classes: Sequence[int],
+        explanations: Sequence[Explanation],
+        values: Sequence[KeepTopValues],
+    ) -> list[Row] | Reject:
+        if not all(np.isfinite(one.saliency_hw).all() and np.isfinite(one.score) for one in explanations):
+            return Reject(RejectCode.NON_FINITE, "a score, a gradient or a feature map holds NaN or infinity")
+        ranks = logits.argsort(descending=True, stable=True).argsort()
+        rows = []
+        for index, explanation, value in zip(classes, explanations, values, strict=True):
+            chosen = {
+                "target_index": index,
+                "target_name": self.adapter.class_name(index),
+                "target_source": self.choice.source,
+                "target_rank": int(ranks[index]),
+            }
+            rows.append({**chosen, **_map_columns(explanation), "metrics": self._metrics(value)})
+        return rows
+
+    def _metrics(self, value: KeepTopValues) -> Row:
+        return {**asdict(value), "protocol": self.metric.protocol.digest}
+
+    def _base_row(self, unit_input: UnitInput, record: RecordFacts) -> Row:
+        return {
+            "key": record.key,
+            "shard": record.shard,
+            "shard_index": record.shard_index,
+            "unit_id": unit_input.unit.unit_id,
+            "status": OK,
+            "sha256": record.sha256,
+            "num_bytes": record.num_bytes,
+            "format": record.format,
+            "width": record.width,
+            "height": record.height,
+            "label": self.labels.index(record.label),
+            "label_name": None if record.label is None else str(record.label),
+            **self.method,
+        }
+
+    def _rejected_row(self, unit_input: UnitInput, record: RecordFacts) -> Row:
+        reasons = {name: getattr(record, name) for name in ("reject_code", "reject_stage", "error")}
+        return {**self._base_row(unit_input, record), "status": REJECTED, **reasons}
+
+
+def chosen_classes(choice: TargetChoice, logits: Tensor) -> list[int]:
+    """The given classes, or the first so many of the model's own order (ties: the lower index)."""
+    if choice.source == "given":
+        return list(choice.classes)
+    return logits.argsort(descending=True, stable=True)[: choice.count].tolist()
+
+
+def _map_columns(explanation: Explanation) -> Mapping[str, Any]:
+    saliency = explanation.saliency_hw.astype(np.float32)
+    low, high = saliency.min(), saliency.max()
+    return {
+        "score": explanation.score,
+        "map": saliency,
+        "is_flat": bool(high == low),
+        "is_saturated": bool(high > low and (saliency >= low + NEAR_TOP * (high - low)).mean() > SATURATED_SHARE),
+        "blocks": [
+            {"name": block.name, "candidates": block.candidates, "kept": len(block.kept)}
+            for block in explanation.blocks
+        ],
+        "num_forwards": explanation.num_forwards,
+    }

@@ -1,0 +1,110 @@
+"""Progress: records, masked forwards per second and the time that is left, live on a terminal."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from jobs.records import Receipt, UnitFailure
+
+PLAIN_SECONDS = 10.0
+"""Between two lines where the output is no terminal."""
+
+Outcome = Receipt | UnitFailure
+
+
+@dataclass
+class Tally:
+    """What this run has done so far."""
+
+    total_records: int
+    """To do in this run."""
+    guess_seconds: float
+    """The plan's estimate for them, used until something is finished."""
+    records: int = 0
+    forwards: int = 0
+    failures: int = 0
+
+    def add(self, outcome: Outcome) -> None:
+        """Counts one more unit."""
+        if isinstance(outcome, UnitFailure):
+            self.failures += 1
+        else:
+            self.records += outcome.num_records
+            self.forwards += outcome.num_forwards
+
+    def seconds_left(self, elapsed: float) -> float:
+        """From the pace so far; from the estimate before anything is finished."""
+        if self.records == 0:
+            return max(0.0, self.guess_seconds - elapsed)
+        return max(0.0, elapsed * (self.total_records - self.records) / self.records)
+
+    def line(self, elapsed: float) -> str:
+        """`3/6 records, 84 masked forwards/s, 1:02 left`."""
+        rate = self.forwards / elapsed if elapsed > 0 else 0.0
+        trouble = f", {self.failures} units failed" if self.failures else ""
+        about = "" if self.records else "about "
+        left = clock(self.seconds_left(elapsed))
+        done = f"{self.records:,}/{self.total_records:,}"
+        return f"{done} records, {rate:,.0f} masked forwards/s, {about}{left} left{trouble}"
+
+
+def clock(seconds: float) -> str:
+    """`1:02`, or `3:04:05` from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class _TallyColumn(ProgressColumn):
+    """The tally's line, drawn anew at every refresh so that the time left runs down."""
+
+    def __init__(self, tally: Tally) -> None:
+        super().__init__()
+        self.tally = tally
+
+    def render(self, task: Task) -> Text:
+        return Text(self.tally.line(task.elapsed or 0.0))
+
+
+@contextmanager
+def progress(console: Console, tally: Tally) -> Iterator[Callable[[Outcome], None]]:
+    """Shows the tally while the body runs; the body hands in what becomes of each unit."""
+    show = _live if console.is_terminal else _plain
+    with show(console, tally) as update:
+        yield update
+
+
+@contextmanager
+def _live(console: Console, tally: Tally) -> Iterator[Callable[[Outcome], None]]:
+    columns = (SpinnerColumn(), TextColumn("explaining"), BarColumn(), TimeElapsedColumn(), _TallyColumn(tally))
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=tally.total_records)
+
+        def update(outcome: Outcome) -> None:
+            tally.add(outcome)
+            # a tar's record count is an estimate: the bar's end moves to what was really there
+            tally.total_records = max(tally.total_records, tally.records)
+            bar.update(task, completed=tally.records, total=tally.total_records)
+
+        yield update
+
+
+@contextmanager
+def _plain(console: Console, tally: Tally) -> Iterator[Callable[[Outcome], None]]:
+    start = shown = time.monotonic()
+
+    def update(outcome: Outcome) -> None:
+        nonlocal shown
+        tally.add(outcome)
+        tally.total_records = max(tally.total_records, tally.records)
+        now = time.monotonic()
+        if now - shown >= PLAIN_SECONDS or tally.records >= tally.total_records:
+            shown = now
+            console.print(f"explaining: {tally.line(now - start)}", highlight=False)
+
+    yield update

@@ -1,0 +1,114 @@
+"""Receipts: what each committed unit holds, made from the fragment's own bytes so that any can be rebuilt."""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+
+from jobs.records import Receipt, Unit
+from storage.fragments import read_fragment
+from storage.schema import OK, REJECTED
+from storage.store import AlreadyExistsError, ObjectStore
+
+COLUMNS = ["shard", "shard_index", "status", "reject_code", "num_forwards", "metrics"]
+READERS = 16
+"""Small objects that are read at once."""
+
+
+def receipt_of(unit: Unit, body: bytes) -> Receipt:
+    """The receipt of a fragment with these bytes."""
+    rows = read_fragment(body, COLUMNS)
+    records = _one_row_per_record(rows)
+    statuses = Counter(row["status"] for row in records)
+    return Receipt(
+        unit_id=unit.unit_id,
+        ordinal=unit.ordinal,
+        fragment=unit.fragment_key,
+        num_bytes=len(body),
+        sha256=hashlib.sha256(body).hexdigest(),
+        num_rows=rows.num_rows,
+        num_records=len(records),
+        num_ok=statuses[OK],
+        num_rejected=statuses[REJECTED],
+        rejects=dict(sorted(Counter(row["reject_code"] for row in records if row["reject_code"]).items())),
+        num_forwards=sum(row["num_forwards"] or 0 for row in records),
+        metrics=_metric_sums(rows["metrics"].to_pylist()),
+    )
+
+
+def commit_facts(receipt: Receipt) -> dict[str, str]:
+    """What the fragment's object metadata says of it, beside the attempt."""
+    return {
+        "sha256": receipt.sha256,
+        "records": str(receipt.num_records),
+        "ok": str(receipt.num_ok),
+        "rejected": str(receipt.num_rejected),
+    }
+
+
+def _one_row_per_record(rows: pa.Table) -> list[dict[str, Any]]:
+    columns = ["shard", "shard_index", "status", "reject_code", "num_forwards"]
+    return list({(row["shard"], row["shard_index"]): row for row in rows.select(columns).to_pylist()}.values())
+
+
+def _metric_sums(metrics: Iterable[Mapping[str, Any] | None]) -> dict[str, dict[str, Any]]:
+    """Sum and count of every metric, apart by protocol: `drop@PROTOCOL` to {"sum", "count"}."""
+    values: dict[str, list[float]] = {}
+    for row in metrics:
+        if row is None:
+            continue
+        values.setdefault(f"drop@{row['protocol']}", []).append(row["drop"])
+        values.setdefault(f"increase@{row['protocol']}", []).append(100.0 * row["increase"])
+    return {name: {"sum": math.fsum(own), "count": len(own)} for name, own in sorted(values.items())}
+
+
+def metric_means(receipts: Iterable[Receipt]) -> dict[str, dict[str, Any]]:
+    """Mean and count over receipts, the same in any order: `name@protocol` to {"mean", "count"}."""
+    sums: dict[str, list[float]] = {}
+    counts: Counter[str] = Counter()
+    for receipt in receipts:
+        for name, own in receipt.metrics.items():
+            sums.setdefault(name, []).append(own["sum"])
+            counts[name] += own["count"]
+    return {name: {"mean": math.fsum(own) / counts[name], "count": counts[name]} for name, own in sorted(sums.items())}
+
+
+def receipt_key(unit_id: str) -> str:
+    """Where a unit's receipt stands below the output's root."""
+    return f"_job/receipts/{unit_id}.json"
+
+
+def write_receipt(store: ObjectStore, receipt: Receipt) -> None:
+    """Writes the receipt once; one that stands already says the same of the same fragment."""
+    body = json.dumps(asdict(receipt), indent=1, sort_keys=True).encode()
+    try:
+        store.create(receipt_key(receipt.unit_id), body)
+    except AlreadyExistsError:
+        return
+
+
+def read_receipts(store: ObjectStore, units: Iterable[Unit]) -> dict[str, Receipt]:
+    """The receipts of committed units, by unit id; one that is missing is rebuilt from its fragment and written.
+
+    What is committed is what stands under `data/`: the listing decides, never a receipt.
+    """
+    fragments = {info.key for info in store.list("data/")}
+    written = {info.key for info in store.list("_job/receipts/")}
+    committed = [unit for unit in units if unit.fragment_key in fragments]
+    with ThreadPoolExecutor(READERS) as readers:
+        receipts = readers.map(lambda unit: _receipt(store, unit, receipt_key(unit.unit_id) in written), committed)
+        return {receipt.unit_id: receipt for receipt in receipts}
+
+
+def _receipt(store: ObjectStore, unit: Unit, is_written: bool) -> Receipt:
+    if is_written:
+        return Receipt(**json.loads(store.read(receipt_key(unit.unit_id))))
+    receipt = receipt_of(unit, store.read(unit.fragment_key))
+    write_receipt(store, receipt)
+    return receipt

@@ -1,0 +1,179 @@
+"""Reconciliation: what the bucket holds against what was planned, by sets of identities and never by counts."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+from storage.shards import Layout
+
+from jobs.config import TargetChoice
+from jobs.plan import Plan
+from jobs.receipts import commit_facts, metric_means, read_receipts, receipt_of
+from jobs.records import Receipt, Unit
+from storage.fragments import read_fragment
+from storage.schema import OK
+from storage.store import AlreadyExistsError, ObjectStore
+
+MANIFEST_KEY = "_job/final/manifest.json"
+ROW_COLUMNS = ["key", "shard", "shard_index", "unit_id", "status", "target_index"]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a job is, from the bucket alone."""
+
+    plan: Plan
+    receipts: Mapping[str, Receipt]
+    """Of the committed units, by unit id."""
+
+    @property
+    def open_units(self) -> list[Unit]:
+        """Planned and not committed, in order."""
+        return [unit for unit in self.plan.units if unit.unit_id not in self.receipts]
+
+    def total(self, field: str) -> int:
+        """Sum of one of the receipts' counts."""
+        return sum(getattr(receipt, field) for receipt in self.receipts.values())
+
+    @property
+    def rejects(self) -> Counter[str]:
+        """Rejected records by code."""
+        return sum((Counter(receipt.rejects) for receipt in self.receipts.values()), Counter())
+
+
+def stand(store: ObjectStore, plan: Plan) -> Standing:
+    """Reads the receipts of what is committed."""
+    return Standing(plan, read_receipts(store, plan.units))
+
+
+def finalize(store: ObjectStore, standing: Standing) -> dict[str, Any]:
+    """Writes the manifest once, when every planned unit is committed; returns the one that stands."""
+    manifest = _manifest(standing)
+    try:
+        store.create(MANIFEST_KEY, json.dumps(manifest, indent=1, sort_keys=True).encode())
+    except AlreadyExistsError:
+        return json.loads(store.read(MANIFEST_KEY))
+    return manifest
+
+
+def _manifest(standing: Standing) -> dict[str, Any]:
+    ordered = sorted(standing.receipts.values(), key=lambda receipt: receipt.ordinal)
+    return {
+        "fingerprint": standing.plan.fingerprint,
+        "num_units": len(ordered),
+        "num_records": standing.total("num_records"),
+        "num_ok": standing.total("num_ok"),
+        "num_rejected": standing.total("num_rejected"),
+        "num_rows": standing.total("num_rows"),
+        "num_forwards": standing.total("num_forwards"),
+        "num_bytes": standing.total("num_bytes"),
+        "rejects": dict(sorted(standing.rejects.items())),
+        "metrics": metric_means(ordered),
+        "fragments": [
+            {
+                "key": receipt.fragment,
+                "sha256": receipt.sha256,
+                "num_bytes": receipt.num_bytes,
+                "num_rows": receipt.num_rows,
+            }
+            for receipt in ordered
+        ],
+    }
+
+
+@dataclass
+class _Shard:
+    """What was seen of the shard that is being checked, across its units."""
+
+    name: str = ""
+    next_index: int | None = 0
+    """Index that the next record must have; None where the unit before it is not committed."""
+    keys: set[str] = field(default_factory=set)
+    """Of explained records."""
+
+
+def check(store: ObjectStore, plan: Plan) -> Iterator[tuple[Unit | None, list[str]]]:
+    """Re-reads every fragment and yields each committed unit with its faults; last None with the faults overall.
+
+    Proves from the bucket alone: nothing stands under `data/` that was not planned; each fragment's bytes
+    are those that its metadata names; every record of the unit's range stands once, in order, explained for
+    every target or rejected with a reason; no key of a shard is explained twice.
+    """
+    planned = {unit.fragment_key for unit in plan.units}
+    standing = {info.key for info in store.list("data/")}
+    shard = _Shard()
+    for unit in plan.units:
+        if unit.objects[0].key != shard.name:
+            shard = _Shard(unit.objects[0].key)
+        if unit.fragment_key in standing:
+            yield unit, list(_unit_faults(store, plan, unit, shard))
+        else:
+            shard.next_index = None
+    yield None, [f"{key} was not planned" for key in sorted(standing - planned)]
+
+
+def _unit_faults(store: ObjectStore, plan: Plan, unit: Unit, shard: _Shard) -> Iterator[str]:
+    body = store.read(unit.fragment_key)
+    try:
+        receipt = receipt_of(unit, body)
+        rows = read_fragment(body, ROW_COLUMNS).to_pylist()
+    except (pa.ArrowException, ValueError) as error:
+        yield f"{unit.fragment_key} cannot be read: {error}"
+        return
+    records: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        records.setdefault((row["shard"], row["shard_index"]), []).append(row)
+    faults = [
+        *_metadata_faults(store, unit, receipt),
+        *_order_faults(unit, list(records.values()), shard),
+        *_target_faults(plan, list(records.values())),
+        *_duplicate_faults(records.values(), shard),
+    ]
+    yield from (f"{unit.fragment_key}: {fault}" for fault in faults)
+
+
+def _metadata_faults(store: ObjectStore, unit: Unit, receipt: Receipt) -> Iterator[str]:
+    head = store.head(unit.fragment_key)
+    said = head.metadata if head is not None else {}
+    for name, value in commit_facts(receipt).items():
+        if said.get(name) != value:
+            yield f"{name} is {value} in the fragment and {said.get(name)} in its metadata"
+
+
+def _order_faults(unit: Unit, records: Sequence[Sequence[Mapping[str, Any]]], shard: _Shard) -> Iterator[str]:
+    """Compares the records with the plan: loose images by name, rows by number, tar members by their sequence."""
+    if any(row["unit_id"] != unit.unit_id for rows in records for row in rows):
+        yield "rows of another unit"
+    if unit.layout is Layout.IMAGES:
+        wanted: list[Any] = [info.key for info in unit.objects]
+        found: list[Any] = [rows[0]["key"] for rows in records]
+    else:
+        found = [rows[0]["shard_index"] for rows in records]
+        first = unit.start if unit.layout is Layout.PARQUET else shard.next_index
+        first = found[0] if first is None and found else first or 0
+        wanted = list(range(first, unit.stop if unit.layout is Layout.PARQUET else first + len(found)))
+        shard.next_index = first + len(found)
+    if found != wanted:
+        odd = sorted(set(map(str, found)) ^ set(map(str, wanted))) or ["the order"]
+        yield f"{len(wanted)} records were planned and {len(found)} stand; they differ in {', '.join(odd[:3])}"
+
+
+def _target_faults(plan: Plan, records: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[str]:
+    count = TargetChoice.parse(plan.identity["target"]).count
+    for rows in records:
+        wanted = count if rows[0]["status"] == OK else 1
+        if len({row["target_index"] for row in rows}) != wanted or len(rows) != wanted:
+            yield f"record {rows[0]['key']} has {len(rows)} rows; wanted {wanted}, one per target"
+
+
+def _duplicate_faults(records: Iterable[Sequence[Mapping[str, Any]]], shard: _Shard) -> Iterator[str]:
+    for rows in records:
+        key = rows[0]["key"]
+        if rows[0]["status"] != OK:
+            continue
+        if key in shard.keys:
+            yield f"record {key} was explained twice"
+        shard.keys.add(key)

@@ -1,0 +1,137 @@
+"""The plain records that pass between the steps of a job."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from storage.shards import Layout
+
+from storage.rejects import Reject
+from storage.schema import MAX_ERROR_LENGTH
+from storage.store import ObjectInfo
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of work: some loose images, or a part of one shard. It becomes one fragment."""
+
+    ordinal: int
+    """Place in the plan, from 0."""
+    unit_id: str
+    """20 hex digits of the sha256 of configuration, inputs with their versions, and range."""
+    layout: Layout
+    objects: tuple[ObjectInfo, ...]
+    """The loose images, or the one shard, pinned by ETag."""
+    start: int
+    """First byte (tar) or row (Parquet) of the shard; 0 for loose images."""
+    stop: int
+    """One past the last byte or row; the number of loose images."""
+    num_records: int
+    """Exact for images and Parquet; for tar an estimate from the shard's size."""
+
+    @property
+    def fragment_key(self) -> str:
+        """Where the fragment stands below the output's root."""
+        return f"data/{self.ordinal:06d}-{self.unit_id}.parquet"
+
+
+@dataclass(frozen=True)
+class RecordFacts:
+    """What is known of a record before it is explained."""
+
+    key: str
+    shard: str
+    """URI of the input object."""
+    shard_index: int
+    label: str | int | None
+    """As the data set writes it."""
+    sha256: str | None = None
+    num_bytes: int | None = None
+    format: str | None = None
+    width: int | None = None
+    height: int | None = None
+    reject_code: str | None = None
+    reject_stage: str | None = None
+    error: str | None = None
+
+
+def with_reject(facts: RecordFacts, reject: Reject, stage: str) -> RecordFacts:
+    """The record with the reason why it has no map, and the stage (read, decode, explain) that found it."""
+    message = reject.message[:MAX_ERROR_LENGTH]
+    return replace(facts, reject_code=str(reject.code), reject_stage=stage, error=message)
+
+
+@dataclass(frozen=True)
+class UnitInput:
+    """A unit, read and decoded."""
+
+    unit: Unit
+    records: tuple[RecordFacts, ...]
+    """All of them, rejected ones included, in the shard's order."""
+    pixels: NDArray[np.uint8]
+    """[M, H, W, 3] RGB of the records that were decoded, in their order."""
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """A unit, explained: the fragment's rows, whose `map` is still an array."""
+
+    unit: Unit
+    rows: tuple[Mapping[str, Any], ...]
+    """In `storage.schema.SCHEMA`'s columns; `map` holds float32 [H, W] or None."""
+    num_records: int
+    explain_seconds: float
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a committed unit holds. All but the last three fields can be rebuilt from the fragment."""
+
+    unit_id: str
+    ordinal: int
+    fragment: str
+    """Key of the fragment below the output's root."""
+    num_bytes: int
+    sha256: str
+    """Of the fragment's bytes."""
+    num_rows: int
+    num_records: int
+    num_ok: int
+    num_rejected: int
+    rejects: Mapping[str, int]
+    """Records by reject code."""
+    num_forwards: int
+    metrics: Mapping[str, Mapping[str, Any]]
+    """By name and protocol: sum and count over the fragment's rows, to be joined by `math.fsum`."""
+    attempt: str | None = None
+    """Id of the attempt whose bytes were committed."""
+    explain_seconds: float | None = None
+    worker: str | None = None
+    """Host and process of the attempt."""
+
+
+@dataclass(frozen=True)
+class UnitFailure:
+    """A unit that could not be committed this time; running the job again tries it again."""
+
+    unit_id: str
+    ordinal: int
+    inputs: str
+    """The first input object, for the user."""
+    stage: str
+    error: str
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What loading the model told; the same on every resume, or the run is refused."""
+
+    weights_sha256: str
+    """Over all weights and buffers, by name."""
+    num_classes: int
+    input_size: tuple[int, int]
+    """Height and width in pixels."""
+    blocks: tuple[Mapping[str, Any], ...] = ()
+    """name, channels, height, width of each block, shallow to deep."""

@@ -1,0 +1,187 @@
+"""Runs a job: settles plan and model, hands the open units to a runner, reconciles, and writes the manifest."""
+
+import json
+import os
+import platform
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+from cluster.sizing import Sizing
+from rich.console import Console
+from storage.stores import probe
+
+from jobs.config import JobConfig
+from jobs.context import JobContext, sha256_of, weights_bytes
+from jobs.estimate import estimate
+from jobs.plan import Plan, load_plan, make_plan, open_output, refuse_drift, settle_model, settle_plan
+from jobs.progress import Tally, progress
+from jobs.reconcile import Standing, finalize, stand
+from jobs.records import ModelFacts, Receipt, Unit, UnitFailure
+from storage.store import ObjectStore
+
+CPU_BATCH_SIZE = 8
+"""Masked inputs per forward on a CPU: larger batches fall out of the second-level cache."""
+GPU_BATCH_SIZE = 256
+
+PACKAGES = ("ray", "torch", "torchvision", "pyarrow", "numpy", "s3fs", "pillow")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a job runs; changes no result."""
+
+    runner: Literal["ray", "local"] = "ray"
+    workers: int | None = None
+    """Explain actors; None: one per GPU, or one per CPU core."""
+    address: str | None = None
+    """Of a Ray cluster to join; None: Ray is started for the job and stopped after it."""
+    batch_size: int | None = None
+    """Masked inputs per forward; None: chosen for the device."""
+
+    @property
+    def planning_workers(self) -> int:
+        """The number that shapes unit sizes, known before Ray is."""
+        return self.workers or os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What a run left behind."""
+
+    standing: Standing
+    failures: tuple[UnitFailure, ...]
+    seconds: float
+    """Wall time of the units of this run; 0 where nothing was to do."""
+    manifest: dict | None
+    """The final manifest; None while units are open."""
+
+
+def plan_job(config: JobConfig, execution: Execution) -> tuple[ObjectStore, Plan]:
+    """The output's plan: the one that stands there, or one made now. Writes nothing; refuses drift."""
+    output = open_output(config)
+    weights_sha256 = sha256_of(weights_bytes(config))
+    standing = load_plan(output)
+    if standing is None:
+        return output, make_plan(config, weights_sha256=weights_sha256, num_workers=execution.planning_workers)
+    refuse_drift(config.identity(weights_sha256), standing.identity, "configuration")
+    return output, standing
+
+
+def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOutcome:
+    """Explains everything that is not committed yet; a finished job is left as it is.
+
+    Everything that can be wrong with the program (data, model, blocks, store, configuration) raises before
+    any unit is worked on: ConfigError, StoreError, ModelError, ClusterError.
+    """
+    output, plan = plan_job(config, execution)
+    standing = stand(output, plan)
+    if not standing.open_units:
+        return RunOutcome(standing, (), 0.0, finalize(output, standing))
+    probe(output, "_job/probe/")
+    state = weights_bytes(config)
+    with ExitStack() as session:
+        sizing = _session(session, execution)
+        facts = _check_model(config, state, console)
+        plan = settle_plan(output, plan)
+        settle_model(output, facts)
+        standing = stand(output, plan)
+        context = _context(config, plan, facts, sizing, execution)
+        _write_run(output, context, execution, sizing)
+        failures, seconds = _run_units(standing.open_units, context, state, sizing, console)
+    standing = stand(output, plan)
+    manifest = None if standing.open_units else finalize(output, standing)
+    return RunOutcome(standing, tuple(failures), seconds, manifest)
+
+
+def _check_model(config: JobConfig, state: bytes | None, console: Console) -> ModelFacts:
+    """Loads the model once in the driver, so that whatever is wrong with it is said before any work."""
+    from jobs.explain import load, model_facts
+
+    facts = model_facts(load(config, state, "cpu", str(Path.cwd())), config)
+    candidates = sum(block["channels"] for block in facts.blocks)
+    places = ", ".join(f"{b['name']} {b['channels']}@{b['height']}x{b['width']}" for b in facts.blocks)
+    console.print(f"model: {config.model}, {facts.num_classes} classes, {candidates:,} candidate maps in {places}")
+    return facts
+
+
+def _session(stack: ExitStack, execution: Execution) -> Sizing | None:
+    """Starts or joins Ray and says how the job fits on it; None: in this process."""
+    if execution.runner == "local":
+        return None
+    from cluster.session import ray_session
+
+    return stack.enter_context(ray_session(execution.address, num_actors=execution.workers))
+
+
+def _context(
+    config: JobConfig, plan: Plan, facts: ModelFacts, sizing: Sizing | None, execution: Execution
+) -> JobContext:
+    on_gpu = sizing is not None and sizing.gpus_per_actor > 0
+    return JobContext(
+        config,
+        plan.fingerprint,
+        facts,
+        tuple(plan.label_names()),
+        batch_size=execution.batch_size or (GPU_BATCH_SIZE if on_gpu else CPU_BATCH_SIZE),
+        num_threads=sizing.threads_per_actor if sizing is not None else 1,
+        device="cuda" if on_gpu else "cpu",
+        import_path=str(Path.cwd()),
+    )
+
+
+def _run_units(
+    units: Sequence[Unit],
+    context: JobContext,
+    state: bytes | None,
+    sizing: Sizing | None,
+    console: Console,
+) -> tuple[list[UnitFailure], float]:
+    """Works through the units behind a progress line; returns the failures and the wall time in seconds."""
+    config = context.config
+    num_records = sum(unit.num_records for unit in units)
+    guess = estimate(config.model, config.explainer_parameters(), num_records, config.target_choice.count)
+    num_workers = sizing.num_actors if sizing is not None else 1
+    failures = []
+    start = time.monotonic()
+    with progress(console, Tally(num_records, guess.seconds(num_workers))) as update:
+        for outcome in _outcomes(units, context, state, sizing):
+            update(outcome)
+            if isinstance(outcome, UnitFailure):
+                failures.append(outcome)
+    return failures, time.monotonic() - start
+
+
+def _outcomes(
+    units: Sequence[Unit], context: JobContext, state: bytes | None, sizing: Sizing | None
+) -> Iterator[Receipt | UnitFailure]:
+    """What becomes of each unit, from the in-process runner or from Ray; each is imported only when used."""
+    if sizing is None:
+        from jobs import local
+
+        return local.run_units(units, context, state)
+    from jobs import pipeline
+
+    return pipeline.run_units(units, context, state, sizing)
+
+
+def _write_run(output: ObjectStore, context: JobContext, execution: Execution, sizing: Sizing | None) -> None:
+    """Notes where and with what this run works: everything that may differ from run to run."""
+    run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
+    facts = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "execution": asdict(execution),
+        "sizing": asdict(sizing) if sizing is not None else None,
+        "batch_size": context.batch_size,
+        "device": context.device,
+    }
+    output.put(f"_job/runs/{run_id}/run.json", json.dumps(facts, indent=1).encode())

@@ -1,0 +1,169 @@
+"""What the command line prints: tables for people, with every string from data made harmless."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from engine import catalog
+from jobs.config import JobConfig
+from jobs.estimate import estimate
+from jobs.plan import Plan
+from jobs.progress import clock
+from jobs.receipts import metric_means
+from jobs.reconcile import Standing
+from jobs.records import UnitFailure
+from jobs.run import RunOutcome
+
+MEBIBYTE = 1 << 20
+
+
+def printable(text: object) -> str:
+    """Text that may come from a stranger, safe on a terminal: control characters as codes, markup as text."""
+    plain = "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in str(text))
+    return escape(plain)
+
+
+def _facts(rows: Sequence[tuple[str, str]], title: str | None = None) -> Table:
+    table = Table(title=title, show_header=False, box=None, title_justify="left", title_style="bold")
+    table.add_column(style="dim")
+    table.add_column()
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / MEBIBYTE:,.1f} MiB"
+
+
+def plan_table(job: JobConfig, plan: Plan, num_workers: int) -> Table:
+    """Units, records and the first estimate."""
+    cost = estimate(job.model, job.explainer_parameters(), plan.num_records, job.target_choice.count)
+    about = "" if plan.is_exact else "about "
+    basis = "measured on photographs" if cost.is_measured else "a guess: not measured for this model"
+    ignored = ", ".join(f"{count} {printable(kind)}" for kind, count in sorted(plan.ignored.items()))
+    rows = [
+        ("input", f"{plan.num_objects:,} objects, {_size(plan.num_bytes)}, as {plan.layout}"),
+        ("ignored", ignored or "nothing"),
+        ("records", f"{about}{plan.num_records:,}"),
+        ("units", f"{len(plan.units):,}"),
+        ("forwards", f"about {cost.num_forwards:,} ({cost.forwards_per_record:,.0f} a record, {basis})"),
+        ("time", f"about {clock(cost.seconds(num_workers))} on {num_workers} CPU cores; a GPU is far faster"),
+        ("output", f"about {_size(cost.num_bytes)}"),
+        ("fingerprint", plan.fingerprint[:16]),
+    ]
+    return _facts(rows, "plan (nothing was computed or written)")
+
+
+def standing_table(output: str, standing: Standing) -> Table:
+    """How far a job is."""
+    units = len(standing.plan.units)
+    rejects = ", ".join(f"{count} {code}" for code, count in sorted(standing.rejects.items()))
+    seconds = sum(receipt.explain_seconds or 0.0 for receipt in standing.receipts.values())
+    rate = f", {standing.total('num_forwards') / seconds:,.0f} a second of a worker" if seconds else ""
+    about = "" if standing.plan.is_exact else "about "
+    rows = [
+        ("output", printable(output)),
+        ("units", f"{len(standing.receipts):,} of {units:,} committed"),
+        ("records", f"{standing.total('num_records'):,} of {about}{standing.plan.num_records:,}"),
+        ("explained", f"{standing.total('num_ok'):,}"),
+        ("rejected", f"{standing.total('num_rejected'):,}" + (f" ({rejects})" if rejects else "")),
+        ("forwards", f"{standing.total('num_forwards'):,}{rate}"),
+        ("size", _size(standing.total("num_bytes"))),
+        *_metric_rows(metric_means(standing.receipts.values())),
+    ]
+    return _facts(rows)
+
+
+def outcome_table(output: str, outcome: RunOutcome) -> Table:
+    """What a run left behind."""
+    table = standing_table(output, outcome.standing)
+    if outcome.seconds:
+        table.add_row("this run", f"{clock(outcome.seconds)} of explaining")
+    elif outcome.manifest is not None:
+        table.add_row("this run", "nothing to do: the job is complete")
+    table.add_row("read it", f"pyarrow.parquet.read_table('{printable(output.rstrip('/'))}/data')")
+    return table
+
+
+def _metric_rows(means: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    rows = []
+    for name, value in means.items():
+        metric, _, protocol = name.partition("@")
+        better = catalog.METRICS[metric].better
+        said = f"{value['mean']:.2f} % over {value['count']:,} maps ({better} is better, protocol {protocol})"
+        rows.append((metric, said))
+    return rows
+
+
+def failure_line(failure: UnitFailure) -> str:
+    """One line for a unit that was not committed."""
+    where = f"unit {failure.ordinal} ({printable(failure.inputs)})"
+    return f"{where} failed at {failure.stage}: {printable(failure.error)}"
+
+
+def catalog_table(what: str) -> RenderableType:
+    """One of the engine's lists."""
+    if what == "metrics":
+        return _grid(
+            ["metric", "meaning", "unit", "better", "cost"],
+            [[name, own.meaning, own.unit, own.better, own.cost] for name, own in catalog.METRICS.items()],
+        )
+    if what == "models":
+        return _grid(
+            ["model", "meaning", "needs"],
+            [[name, own.meaning, own.needs] for name, own in catalog.MODELS.items()],
+        )
+    explainers = _grid(
+        ["explainer", "needs", "cost", "source"],
+        [[name, own.needs, own.cost, own.source] for name, own in catalog.EXPLAINERS.items()],
+    )
+    return Group(explainers, *(_parameters(name, own.parameters) for name, own in catalog.EXPLAINERS.items()))
+
+
+def _parameters(explainer: str, kind: type) -> Table:
+    rows = []
+    for field in fields(kind):
+        default = field.default if field.default is not MISSING else ""
+        rows.append([field.name, str(default), str(field.metadata["help"])])
+    return _grid([f"{explainer}: -p NAME=VALUE", "default", "meaning"], rows)
+
+
+def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(show_lines=False, pad_edge=False)
+    for name in head:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    return table
+
+
+def record_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One record's rows: its facts, then a line per target."""
+    first = rows[0]
+    table = Table(title=printable(first["key"]), title_justify="left", title_style="bold")
+    for name in ("target", "score", "rank", "Drop", "grew", "forwards", "map bytes"):
+        table.add_column(name)
+    for row in rows:
+        if row["map"] is None:
+            table.add_row(printable(f"{row['reject_code']}: {row['error']}"), "", "", "", "", "", "")
+        else:
+            table.add_row(*target_cells(row))
+    return table
+
+
+def target_cells(row: Mapping[str, Any]) -> list[str]:
+    """Target by name, score, rank, Drop, whether the score grew, forwards, bytes of the map."""
+    return [
+        printable(row["target_name"]),
+        f"{row['score']:.3f}",
+        str(row["target_rank"]),
+        f"{row['metrics']['drop']:.1f} %",
+        "yes" if row["metrics"]["increase"] else "no",
+        f"{row['num_forwards']:,}",
+        f"{len(row['map']):,}",
+    ]

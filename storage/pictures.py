@@ -1,0 +1,74 @@
+"""Pictures for people: a saliency map laid over its image, side by side, and contact sheets."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+Pixels = NDArray[np.uint8]
+
+COLOUR_STOPS = np.array(
+    [(0, 0, 4), (60, 15, 110), (140, 41, 129), (222, 73, 104), (254, 159, 109), (252, 253, 191)], dtype=np.float64
+)
+"""A ramp from dark to light through purple and orange: equal steps look equal, also in grey."""
+
+LEAST_OPACITY = 0.25
+MOST_OPACITY = 0.75
+CAPTION_HEIGHT = 40
+MARGIN = 8
+BACKGROUND = (250, 250, 250)
+INK = (30, 30, 30)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One cell of a contact sheet."""
+
+    pixels: Pixels
+    """[H, W, 3]."""
+    caption: str
+    """One or two lines."""
+
+
+def colours(saliency_hw: NDArray[np.floating]) -> Pixels:
+    """A map [H, W] in [0, 1] as RGB [H, W, 3]."""
+    stops = np.linspace(0, 1, len(COLOUR_STOPS))
+    channels = [np.interp(saliency_hw, stops, COLOUR_STOPS[:, channel]) for channel in range(3)]
+    return np.rint(np.stack(channels, -1)).astype(np.uint8)
+
+
+def overlay(pixels: Pixels, saliency_hw: NDArray[np.floating]) -> Pixels:
+    """The map over the image [H, W, 3] of its own size: stronger where it is higher."""
+    opacity = (LEAST_OPACITY + (MOST_OPACITY - LEAST_OPACITY) * saliency_hw)[..., None]
+    return np.rint((1 - opacity) * pixels + opacity * colours(saliency_hw)).astype(np.uint8)
+
+
+def side_by_side(pixels: Pixels, saliency_hw: NDArray[np.floating]) -> Pixels:
+    """Image, overlay and map in a row: [H, 3 W + 2 margins, 3]."""
+    gap = np.full((len(pixels), MARGIN, 3), 255, np.uint8)
+    return np.concatenate([pixels, gap, overlay(pixels, saliency_hw), gap, colours(saliency_hw)], axis=1)
+
+
+def contact_sheet(tiles: Sequence[Tile], columns: int) -> Image.Image:
+    """All tiles in rows with their captions below; raises ValueError for none."""
+    if not tiles:
+        raise ValueError("a contact sheet needs at least one tile")
+    height = max(len(tile.pixels) for tile in tiles) + CAPTION_HEIGHT + MARGIN
+    width = max(tile.pixels.shape[1] for tile in tiles) + MARGIN
+    rows = -(-len(tiles) // columns)
+    sheet = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN), BACKGROUND)
+    for place, tile in enumerate(tiles):
+        row, column = divmod(place, columns)
+        corner = (MARGIN + column * width, MARGIN + row * height)
+        sheet.paste(Image.fromarray(tile.pixels), corner)
+        below = (corner[0], corner[1] + len(tile.pixels) + 2)
+        ImageDraw.Draw(sheet).multiline_text(below, tile.caption, fill=INK, font=ImageFont.load_default(13))
+    return sheet
+
+
+def resized(saliency_hw: NDArray[np.floating], size: tuple[int, int]) -> NDArray[np.float32]:
+    """A map in [0, 1] at another size (height, width), bilinear."""
+    image = Image.fromarray(saliency_hw.astype(np.float32), mode="F")
+    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR)).clip(0, 1)
