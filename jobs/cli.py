@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from cluster.errors import ClusterError
 from rich.console import Console
-from storage.stores import WeakStoreError, open_store
 
+from cluster.errors import ClusterError
 from engine.errors import ModelError
 from jobs import tables
 from jobs.config import ConfigError, JobConfig, load_config, parse_parameters
 from jobs.plan import Plan, load_plan
 from jobs.reconcile import check, stand
 from storage.store import ObjectStore, StoreError
+from storage.stores import WeakStoreError, open_store
 
 COMPLETE, USAGE, INCOMPLETE, UNRECONCILED, WEAK_STORE = 0, 2, 4, 5, 6
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
-from storage.images import DECODE_POLICY
 
 from engine.catalog import EXPLAINERS
+from storage.images import DECODE_POLICY
 from storage.maps import CODEC
 from storage.schema import SCHEMA_VERSION
 

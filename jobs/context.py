@@ -6,11 +6,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from storage.stores import open_store
-
 from jobs.config import JobConfig
 from jobs.records import ModelFacts
 from storage.store import ObjectStore
+from storage.stores import open_store
 
 
 @dataclass(frozen=True)

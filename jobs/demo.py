@@ -6,18 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster.bucket import EmbeddedBucket
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from storage.stores import open_store
 
+from cluster.bucket import EmbeddedBucket
 from jobs.config import ConfigError, JobConfig
 from jobs.results import all_rows, picture
 from jobs.run import Execution, run_job
 from jobs.tables import outcome_table, printable, target_cells
 from storage.pictures import Tile, contact_sheet, overlay, side_by_side
 from storage.store import AlreadyExistsError, ObjectStore
+from storage.stores import open_store
 
 PHOTOGRAPHS = ("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
 """Files of scikit-image's data folder: a cat, a cup, a motorcycle and others."""

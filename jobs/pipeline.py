@@ -1,6 +1,7 @@
 """The Ray Data pipeline: the in-process runner's three steps on CPU tasks and GPU actors."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -10,16 +11,16 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
-from cluster.sizing import Sizing
 from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
-from storage.shards import Layout
 
+from cluster.sizing import Sizing
 from jobs.context import JobContext
 from jobs.explain import ExplainStep
 from jobs.plan import open_output, open_source
 from jobs.records import Receipt, RecordFacts, Unit, UnitFailure, UnitInput, UnitResult
 from jobs.unit import commit_unit, failed, read_unit
 from storage.store import ObjectInfo
+from storage.survey import Layout
 
 WAVE_UNITS = 2_000
 """Units that one Ray Data execution holds: the driver's memory does not grow with the data set."""
@@ -52,6 +53,7 @@ def _settle_ray_data() -> None:
     settings = DataContext.get_current()
     settings.enable_progress_bars = False
     settings.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the job shows its own progress
     settings.max_errored_blocks = 0
     settings.max_consecutive_actor_init_deaths = 3
     settings.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS

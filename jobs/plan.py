@@ -11,14 +11,16 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from cluster.sizing import shrinking, unit_records
-from storage.shards import Layout, Survey, count_rows, sample_tar, survey, tar_offset_after
-from storage.stores import open_store
 
+from cluster.sizing import shrinking, unit_records
 from jobs.config import ConfigError, JobConfig, differences, digest_of
 from jobs.estimate import estimate
 from jobs.records import ModelFacts, Unit
 from storage.store import AlreadyExistsError, MissingError, ObjectInfo, ObjectStore
+from storage.stores import open_store
+from storage.survey import Layout, Survey, survey
+from storage.tables import count_rows
+from storage.tars import sample_tar, tar_offset_after
 
 PLAN_KEY = "_job/plan/plan.json"
 MODEL_KEY = "_job/plan/model.json"

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-from storage.shards import Layout
 
 from jobs.config import TargetChoice
 from jobs.plan import Plan
@@ -16,6 +15,7 @@ from jobs.records import Receipt, Unit
 from storage.fragments import read_fragment
 from storage.schema import OK
 from storage.store import AlreadyExistsError, ObjectStore
+from storage.survey import Layout
 
 MANIFEST_KEY = "_job/final/manifest.json"
 ROW_COLUMNS = ["key", "shard", "shard_index", "unit_id", "status", "target_index"]

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from storage.shards import Layout
 
 from storage.rejects import Reject
 from storage.schema import MAX_ERROR_LENGTH
 from storage.store import ObjectInfo
+from storage.survey import Layout
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from storage.images import decode, fit
-from storage.shards import Layout
 
 from jobs.config import ConfigError
 from jobs.plan import Plan, open_source
 from jobs.unit import raw_records
 from storage.fragments import read_fragment
+from storage.images import decode, fit
 from storage.maps import decode_map
 from storage.pictures import Pixels, resized
 from storage.store import ObjectStore, StoreError
+from storage.survey import Layout
 
 PICTURE_SIDE = 448
 """Longer side of a rendered picture, in pixels."""

@@ -13,10 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from cluster.sizing import Sizing
 from rich.console import Console
-from storage.stores import probe
 
+from cluster.sizing import Sizing
 from jobs.config import JobConfig
 from jobs.context import JobContext, sha256_of, weights_bytes
 from jobs.estimate import estimate
@@ -25,8 +24,9 @@ from jobs.progress import Tally, progress
 from jobs.reconcile import Standing, finalize, stand
 from jobs.records import ModelFacts, Receipt, Unit, UnitFailure
 from storage.store import ObjectStore
+from storage.stores import probe
 
-CPU_BATCH_SIZE = 8
+CPU_BATCH_SIZE = 4
 """Masked inputs per forward on a CPU: larger batches fall out of the second-level cache."""
 GPU_BATCH_SIZE = 256
 
@@ -84,7 +84,7 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
     standing = stand(output, plan)
     if not standing.open_units:
         return RunOutcome(standing, (), 0.0, finalize(output, standing))
-    probe(output, "_job/probe/")
+    probe(output, "_job/probe-")
     state = weights_bytes(config)
     with ExitStack() as session:
         sizing = _session(session, execution)

@@ -8,18 +8,22 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from storage.images import decode, fit
-from storage.shards import Layout, RawRecord, read_images, read_table, read_tar
 
 from jobs.config import JobConfig
 from jobs.context import worker_name
 from jobs.receipts import commit_facts, receipt_of, write_receipt
 from jobs.records import Receipt, RecordFacts, Unit, UnitFailure, UnitInput, UnitResult, with_reject
 from storage.fragments import encode_fragment
+from storage.images import decode, fit
+from storage.loose import read_images
 from storage.maps import CODEC, encode_map
+from storage.records import RawRecord
 from storage.rejects import Reject
 from storage.schema import MAX_ERROR_LENGTH, REJECTED
 from storage.store import AlreadyExistsError, ObjectStore, StoreError
+from storage.survey import Layout
+from storage.tables import read_table
+from storage.tars import read_tar
 
 
 def read_unit(unit: Unit, source: ObjectStore, config: JobConfig, input_size: tuple[int, int]) -> UnitInput:

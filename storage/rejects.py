@@ -25,7 +25,7 @@ class RejectCode(StrEnum):
     NON_FINITE = "non_finite"
 
 
-class Reject(Exception):  # noqa: N818 - it is a verdict on a record, not a fault of the program
+class Reject(Exception):
     """One record cannot be explained; it becomes a row that says why."""
 
     def __init__(self, code: RejectCode, message: str) -> None:

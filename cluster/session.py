@@ -1,0 +1,73 @@
+"""The Ray session: started for one job and stopped after it, or joined and left as it was."""
+
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from cluster.errors import ClusterError
+from cluster.sizing import Sizing, local_cpus, size_for
+
+OBJECT_STORE_BYTES = 1 << 30
+"""Of a session on this machine: a few units of pixels per actor."""
+
+UNSAFE_SWITCHES = (
+    "RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE",
+    "RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR",
+    "RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA",
+    "RAY_DATA_WEBDATASET_ALLOW_UNSAFE_DESERIALIZATION",
+)
+"""With these Ray unpickles what it reads from files."""
+
+
+@contextmanager
+def ray_session(address: str | None = None, num_actors: int | None = None) -> Iterator[Sizing]:
+    """Starts Ray on this machine (loopback, token, no dashboard), or joins the cluster at `address`.
+
+    Yields how the job fits on it. What was started is stopped afterwards; a joined cluster goes on.
+    Raises ClusterError where it cannot be reached or is too small.
+    """
+    _refuse_unsafe()
+    _connect(address, num_actors)
+    try:
+        yield size_for(ray.cluster_resources(), num_actors)
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str | None, num_actors: int | None) -> None:
+    if address is not None:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ClusterError(f"no Ray cluster answers at {address!r}: {error}") from error
+        return
+    _settle_environment()
+    ray.init(
+        address="local",
+        num_cpus=local_cpus(os.cpu_count() or 1, num_actors),  # pyright: ignore[reportArgumentType]
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def _settle_environment() -> None:
+    """A token of this process's own, in no file, and no usage report, unless the user says otherwise.
+
+    Ray itself turns token authentication on for a session that it starts here.
+    """
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # advice to Ray's developers, on our users' screens
+
+
+def _refuse_unsafe() -> None:
+    """Ray can be told to unpickle what it reads; blocksight reads files of strangers."""
+    unsafe = [name for name in UNSAFE_SWITCHES if os.environ.get(name, "0").lower() not in ("", "0", "false")]
+    if unsafe:
+        raise ClusterError(f"{', '.join(unsafe)} lets files run code when they are read; unset it")

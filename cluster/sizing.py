@@ -1,0 +1,81 @@
+"""How a job fits on what there is: actors, their shares, and the sizes of units. Arithmetic alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+
+from cluster.errors import ClusterError
+
+LEAST_UNIT_SECONDS = 10.0
+"""Below that a unit's overhead (about 50 ms) shows."""
+MOST_UNIT_SECONDS = 300.0
+MOST_UNIT_SHARE = 1 / 20
+"""Of one worker's whole share: a longer last unit keeps the others waiting."""
+MOST_UNIT_BYTES = 64 << 20
+
+TASK_CPUS = 0.5
+"""Share of a read or commit task. It must differ from an actor's, or Ray would fuse the steps into one."""
+ACTOR_CPUS = 1.0
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """How the explain step is spread over a session."""
+
+    num_actors: int
+    gpus_per_actor: float
+    cpus_per_actor: float
+    cpus_per_task: float
+    threads_per_actor: int
+    """CPU threads of the model; one gives the same bits on every machine of a kind."""
+
+
+def size_for(resources: Mapping[str, float], num_actors: int | None = None) -> Sizing:
+    """The sizing for a session with these resources (`CPU`, `GPU`), or for so many actors on it.
+
+    One actor per GPU; without any, one per CPU that leaves room for a read or commit task. Raises
+    ClusterError where the actors asked for do not fit: Ray itself would wait for ever, in silence.
+    """
+    gpus, cpus = int(resources.get("GPU", 0)), resources.get("CPU", 0.0)
+    fitting = int((cpus - TASK_CPUS) // ACTOR_CPUS)
+    available = min(gpus, fitting) if gpus else fitting
+    wanted = num_actors or available
+    if wanted < 1 or wanted > available:
+        raise ClusterError(
+            f"{max(1, wanted)} explain actors need {max(1, wanted) * ACTOR_CPUS + TASK_CPUS:g} CPUs"
+            f"{' and as many GPUs as actors' if gpus else ''}; the Ray session has {cpus:g} CPUs and {gpus} GPUs: "
+            f"ask for fewer --workers or join a larger cluster with --address"
+        )
+    return Sizing(wanted, 1.0 if gpus else 0.0, ACTOR_CPUS, TASK_CPUS, threads_per_actor=1)
+
+
+def local_cpus(num_cores: int, num_actors: int | None) -> float:
+    """Logical CPUs of a session that is started for the job: an actor per core, and room for the tasks.
+
+    Reading and committing take a few percent of a core, so the tasks share the cores with the actors.
+    """
+    return max(num_cores, num_actors or 0) * ACTOR_CPUS + 1.0
+
+
+def unit_records(seconds_per_record: float, bytes_per_record: float, num_records: int, num_workers: int) -> int:
+    """Records of a full unit: 10 s of work at least, 5 minutes and 1/20 of a worker's share at most.
+
+    The floor wins over the share, and the cap of 64 MiB of output over everything. At least one.
+    """
+    share = num_records / max(1, num_workers) * seconds_per_record * MOST_UNIT_SHARE
+    seconds = max(LEAST_UNIT_SECONDS, min(MOST_UNIT_SECONDS, share))
+    by_time = ceil(seconds / seconds_per_record)
+    return max(1, min(by_time, int(MOST_UNIT_BYTES // bytes_per_record)))
+
+
+def shrinking(num_records: int, first: int, floor: int, num_workers: int) -> list[int]:
+    """Unit sizes that add up to the records and shrink towards the end (guided self-scheduling).
+
+    Each takes half of a worker's share of what is left, within [floor, first].
+    """
+    sizes = []
+    left = num_records
+    while left > 0:
+        sizes.append(min(left, max(floor, min(first, left // (2 * max(1, num_workers))), 1)))
+        left -= sizes[-1]
+    return sizes
