@@ -46,14 +46,15 @@ def _connect(address: str | None, num_actors: int | None) -> None:
             raise ClusterError(f"no Ray cluster answers at {address!r}: {error}") from error
         return
     _settle_environment()
-    ray.init(
-        address="local",
-        num_cpus=local_cpus(os.cpu_count() or 1, num_actors),  # pyright: ignore[reportArgumentType]
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    with _silent_standard_error():
+        ray.init(
+            address="local",
+            num_cpus=local_cpus(os.cpu_count() or 1, num_actors),  # pyright: ignore[reportArgumentType]
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
 
 
 def _settle_environment() -> None:
@@ -64,6 +65,20 @@ def _settle_environment() -> None:
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # advice to Ray's developers, on our users' screens
+
+
+@contextmanager
+def _silent_standard_error() -> Iterator[None]:
+    """Ray's core reports its own log level there when it starts; what goes wrong is raised all the same."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _refuse_unsafe() -> None:

@@ -84,8 +84,12 @@ class ModelAdapter:
     def num_classes(self) -> int:
         """K. Raises ModelError where the module does not return logits [N, K]."""
         example = self.normalise(torch.zeros(2, 3, *self.input_size, dtype=torch.uint8))
-        with self.borrowed(), torch.inference_mode():
-            logits = self.module(example)
+        try:
+            with self.borrowed(), torch.inference_mode():
+                logits = self.module(example)
+        except Exception as error:
+            size = " x ".join(map(str, self.input_size))
+            raise ModelError(f"model {self.name!r} fails on images of {size} pixels: {error}") from error
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 2:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ModelError(f"model {self.name!r} must return logits [N, classes]; for 2 images it returned {shape}")
@@ -235,7 +239,10 @@ def _factory(path: str, seed: int) -> ModelAdapter:
         raise ModelError(f"model {path!r} cannot be imported: {error}; it is read as package.module:factory") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = make()
+        try:
+            made = make()
+        except Exception as error:
+            raise ModelError(f"model {path!r} failed when it was made: {error}") from error
     if isinstance(made, nn.Module):
         return ModelAdapter(made)
     if not isinstance(made, ModelAdapter):

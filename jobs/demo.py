@@ -43,7 +43,7 @@ def run_demo(folder: Path, *, through_bucket: bool, console: Console) -> None:
         tiles = []
         table = Table()
         for name in ("image", "predicted", "score", "rank", "Drop", "grew", "forwards", "map bytes"):
-            table.add_column(name)
+            table.add_column(name, overflow="fold")
         for row in rows:
             shown = picture(plan, endpoint_url, row)
             _save(side_by_side(shown.pixels, shown.saliency_hw), pictures / f"{Path(row['key']).stem}.png")

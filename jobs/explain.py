@@ -40,13 +40,13 @@ def load(config: JobConfig, state: bytes | None, device: str, import_path: str) 
 
 def model_facts(adapter: ModelAdapter, config: JobConfig) -> ModelFacts:
     """What the configuration means for this model. Raises ModelError or ConfigError before any work starts."""
-    blocks = adapter.network.blocks(config.blocks)
     choice = config.target_choice
     beyond = [index for index in choice.classes if index >= adapter.num_classes]
     if beyond:
         raise ConfigError(f"target {beyond[0]} is no class of {adapter.name}: it has {adapter.num_classes}, from 0")
     if choice.count > adapter.num_classes:
         raise ConfigError(f"target {config.target} asks for more than the {adapter.num_classes} classes there are")
+    blocks = adapter.network.blocks(config.blocks)
     places = tuple(
         {"name": block.name, "channels": block.channels, "height": block.grid[0], "width": block.grid[1]}
         for block in blocks

@@ -55,17 +55,22 @@ def contact_sheet(tiles: Sequence[Tile], columns: int) -> Image.Image:
     """All tiles in rows with their captions below; raises ValueError for none."""
     if not tiles:
         raise ValueError("a contact sheet needs at least one tile")
-    height = max(len(tile.pixels) for tile in tiles) + CAPTION_HEIGHT + MARGIN
+    rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
+    heights = [max(len(tile.pixels) for tile in row) + CAPTION_HEIGHT + MARGIN for row in rows]
     width = max(tile.pixels.shape[1] for tile in tiles) + MARGIN
-    rows = -(-len(tiles) // columns)
-    sheet = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN), BACKGROUND)
-    for place, tile in enumerate(tiles):
-        row, column = divmod(place, columns)
-        corner = (MARGIN + column * width, MARGIN + row * height)
-        sheet.paste(Image.fromarray(tile.pixels), corner)
-        below = (corner[0], corner[1] + len(tile.pixels) + 2)
-        ImageDraw.Draw(sheet).multiline_text(below, tile.caption, fill=INK, font=ImageFont.load_default(13))
+    sheet = Image.new("RGB", (min(columns, len(tiles)) * width + MARGIN, sum(heights) + MARGIN), BACKGROUND)
+    top = MARGIN
+    for row, height in zip(rows, heights, strict=True):
+        for column, tile in enumerate(row):
+            _paste(sheet, tile, (MARGIN + column * width, top))
+        top += height
     return sheet
+
+
+def _paste(sheet: Image.Image, tile: Tile, corner: tuple[int, int]) -> None:
+    sheet.paste(Image.fromarray(tile.pixels), corner)
+    below = (corner[0], corner[1] + len(tile.pixels) + 2)
+    ImageDraw.Draw(sheet).multiline_text(below, tile.caption, fill=INK, font=ImageFont.load_default(13))
 
 
 def resized(saliency_hw: NDArray[np.floating], size: tuple[int, int]) -> NDArray[np.float32]:
