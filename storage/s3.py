@@ -57,9 +57,9 @@ class S3Store:
         """`uri` is s3://bucket or s3://bucket/prefix. Connects on first use, once per process."""
         if endpoint_url is not None:
             check_endpoint(endpoint_url)
-        self._uri = uri.rstrip("/")
+        self.bucket, _, prefix = uri.removeprefix("s3://").rstrip("/").partition("/")
+        self._uri = f"s3://{self.bucket}/{prefix}" if prefix else f"s3://{self.bucket}"
         self.endpoint_url = endpoint_url
-        self.bucket, _, prefix = self._uri.removeprefix("s3://").partition("/")
         if not self.bucket:
             raise StoreError(f"{uri!r} names no bucket; wanted s3://bucket/prefix")
         self._prefix = f"{prefix}/" if prefix else ""
@@ -101,7 +101,6 @@ class S3Store:
         return ObjectInfo(key, found["ContentLength"], found["ETag"], found.get("Metadata", {}))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """In order of key: S3 lists in the order of UTF-8 bytes, which is that of plain strings."""
         token: dict[str, str] = {}
         while True:
             with self._explained(prefix):

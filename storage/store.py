@@ -55,7 +55,7 @@ class ObjectStore(Protocol):
         ...
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Every object whose key begins with `prefix`, in order of key (plain string order)."""
+        """Every object whose key begins with `prefix`, in the store's own order (servers differ in theirs)."""
         ...
 
     def create(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> None:

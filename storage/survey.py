@@ -63,7 +63,7 @@ def survey(store: ObjectStore, prefix: str = "") -> Survey:
     if len(found) != 1:
         raise StoreError(_no_single_layout(store, prefix, found, others))
     ((layout, objects),) = found.items()
-    return Survey(layout, tuple(objects), dict(ignored))
+    return Survey(layout, tuple(sorted(objects, key=lambda info: info.key)), dict(ignored))
 
 
 def _no_single_layout(

@@ -1,0 +1,152 @@
+"""The survey, loose images and Parquet tables."""
+
+import io
+import pickle
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from storage.loose import read_images
+from storage.memory import MemoryStore
+from storage.records import MAX_IMAGE_BYTES
+from storage.store import ObjectInfo, StoreError
+from storage.survey import Layout, survey
+from storage.tables import count_rows, read_table
+
+
+def filled(**objects) -> MemoryStore:
+    store = MemoryStore()
+    for key, body in objects.items():
+        store.put(key, body)
+    return store
+
+
+def test_loose_images_are_found_in_order_and_others_counted():
+    store = filled(**{"b/2.JPG": b"", "a/1.png": b"", "_job/x.png": b"", "a/.hidden.png": b"", "notes.txt": b""})
+    found = survey(store)
+    assert found.layout is Layout.IMAGES
+    assert [info.key for info in found.objects] == ["a/1.png", "b/2.JPG"]
+    assert found.ignored == {".txt": 1}
+
+
+def test_a_single_file_is_an_input():
+    store = filled(**{"x.tar": b"", "x.tar.bak": b"", "y.tar": b""})
+    assert [info.key for info in survey(store, "x.tar").objects] == ["x.tar"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        (["a.png", "b.tar"], "more than one layout: 1 of images .a.png., 1 of tar .b.tar."),
+        ([], "nothing is there"),
+        (["read.me", "x.csv"], "no images, tar shards or Parquet .* it holds read.me, x.csv"),
+        (["x.tar.gz"], "compressed tar files .x.tar.gz."),
+    ],
+)
+def test_what_cannot_be_an_input_is_one_sentence(keys, sentence):
+    with pytest.raises(StoreError, match=sentence):
+        survey(filled(**dict.fromkeys(keys, b"")))
+
+
+def test_loose_images_are_read_as_they_were_planned():
+    store = filled(**{"cat/1.png": b"one", "2.png": b"two", "dog/3.png": b"three", "4.png": b"x"})
+    planned = [info for info in store.list() if info.key != "4.png"]
+    planned.append(ObjectInfo("4.png", MAX_IMAGE_BYTES + 1, "?"))
+    store.put("dog/3.png", b"other")
+    store.delete("2.png")
+    found = list(read_images(store, planned))
+    assert [(record.key, record.label, record.data, record.reject and str(record.reject.code)) for record in found] == [
+        ("2.png", None, None, "input_missing"),
+        ("cat/1.png", "cat", b"one", None),
+        ("dog/3.png", "dog", None, "input_changed"),
+        ("4.png", None, None, "too_many_bytes"),
+    ]
+
+
+def table_bytes(columns, **options) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns), sink, **options)
+    return sink.getvalue()
+
+
+def rows(body: bytes, start=0, stop=None):
+    store = filled(**{"t.parquet": body})
+    info = store.head("t.parquet")
+    return list(read_table(store, info, start, count_rows(store, info) if stop is None else stop))
+
+
+IMAGES = [b"%d" % number for number in range(50)]
+
+
+def test_rows_and_ranges_across_row_groups():
+    body = table_bytes({"image": IMAGES, "label": list(range(50))}, row_group_size=7)
+    whole = rows(body)
+    assert [(record.key, record.index, record.label, record.data) for record in whole[:2]] == [
+        ("t.parquet/0", 0, 0, b"0"),
+        ("t.parquet/1", 1, 1, b"1"),
+    ]
+    parts = [record for start in range(0, 50, 9) for record in rows(body, start, min(50, start + 9))]
+    assert [record.data for record in parts] == IMAGES
+    assert [record.index for record in parts] == list(range(50))
+
+
+def test_structs_keys_nulls_and_duplicates():
+    images = pa.array([{"bytes": b"a", "path": "x"}, None, {"bytes": None, "path": "y"}, {"bytes": b"d", "path": "z"}])
+    body = table_bytes({"image": images, "key": ["k1", "k2", "k3", "k1"], "label": ["cat", None, "dog", "cat"]})
+    found = rows(body)
+    assert [(record.key, record.label, record.data, record.reject and str(record.reject.code)) for record in found] == [
+        ("t.parquet/k1", "cat", b"a", None),
+        ("t.parquet/k2", None, None, "missing_image"),
+        ("t.parquet/k3", "dog", None, "missing_image"),
+        ("t.parquet/k1", "cat", None, "duplicate_key"),
+    ]
+    assert [str(record.reject.code) for record in rows(body, 3, 4)] == ["duplicate_key"]
+
+
+class Trap(pa.ExtensionType):
+    """A type whose values a careless reader would unpickle."""
+
+    def __init__(self):
+        super().__init__(pa.binary(), "ray.data.arrow_pickled_object")
+
+    def __arrow_ext_serialize__(self):
+        return pickle.dumps("x")
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage_type, serialized):
+        raise AssertionError("it was deserialised")
+
+
+@pytest.mark.parametrize(
+    ("columns", "sentence"),
+    [
+        ({"picture": IMAGES, "id": IMAGES}, "no column `image`; its columns: picture, id"),
+        ({"image": list(range(50))}, "column `image` is int64; wanted binary"),
+        ({"image": IMAGES, "label": [0.5] * 50}, "column `label` is double; wanted integers or text"),
+    ],
+)
+def test_a_table_of_another_shape_shows_both_sides(columns, sentence):
+    with pytest.raises(StoreError, match=sentence):
+        rows(table_bytes(columns))
+
+
+def test_bytes_that_are_no_table():
+    with pytest.raises(StoreError, match="no readable Parquet file"):
+        rows(b"PAR1 but not really")
+
+
+def test_a_column_of_pickled_objects_is_refused_and_does_not_run(tmp_path):
+    trap = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(trap), "w"))
+
+    values = pa.ExtensionArray.from_storage(Trap(), pa.array([pickle.dumps(Evil())], pa.binary()))
+    pa.register_extension_type(Trap())
+    pa.unregister_extension_type("ray.data.arrow_pickled_object")
+    body = table_bytes({"image": values})
+    found = rows(body)  # without the type's code the column is plain bytes
+    assert found[0].data == pickle.dumps(Evil())
+    assert not trap.exists()
