@@ -101,7 +101,7 @@ def plan(job: JobConfig, workers: int | None) -> None:
 
     execution = Execution(workers=workers)
     _, made = plan_job(job, execution)
-    console.print(tables.plan_table(job, made, execution.planning_workers))
+    console.print(tables.plan_table(job, made, execution.workforce))
 
 
 @app.command()

@@ -19,6 +19,9 @@ ADA_MU = 0.3
 CORE_FORWARDS_PER_SECOND = 35.0
 """EfficientNet-Lite0, float32, batch 8, one thread of a shared x86 core: the slow end of what was measured."""
 
+GPU_FORWARDS_PER_SECOND = 2_000.0
+"""A round guess for float32 without compilation; not measured."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -30,10 +33,13 @@ class Estimate:
     bytes_per_record: int
     num_records: int
 
+    forwards_per_second: float
+    """Of one worker."""
+
     @property
     def seconds_per_record(self) -> float:
-        """On one CPU core."""
-        return self.forwards_per_record / CORE_FORWARDS_PER_SECOND
+        """On one worker."""
+        return self.forwards_per_record / self.forwards_per_second
 
     @property
     def num_forwards(self) -> int:
@@ -44,16 +50,24 @@ class Estimate:
         return self.bytes_per_record * self.num_records
 
     def seconds(self, num_workers: int) -> float:
-        """On so many CPU cores."""
+        """On so many workers."""
         return self.seconds_per_record * self.num_records / num_workers
 
 
-def estimate(model: str, parameters: Any, num_records: int, num_targets: int) -> Estimate:
-    """Forwards from what was measured for the model at this mu; a second target doubles them at most."""
+def estimate(model: str, parameters: Any, num_records: int, num_targets: int, *, on_gpu: bool) -> Estimate:
+    """Forwards from what was measured for the model at this mu; further targets double them at most.
+
+    Constants alone, no measurement of this machine: the plan's units, and so the fragments, are the same
+    wherever a job is planned for the same kind and number of workers.
+    """
     entry = MODELS.get(model)
     measured = entry.forwards_by_mu if entry is not None else ()
-    if not measured:
-        return Estimate(UNKNOWN_FORWARDS * min(2, num_targets), False, BYTES_PER_MAP * num_targets, num_records)
-    mus, counts = zip(*measured, strict=True)
+    mus, counts = zip(*(measured or ((0.0, UNKNOWN_FORWARDS), (1.0, 0))), strict=True)
     one = float(np.interp(parameters.mu if parameters.selection == "mu" else ADA_MU, mus, counts))
-    return Estimate(one * min(2, num_targets), True, BYTES_PER_MAP * num_targets, num_records)
+    return Estimate(
+        forwards_per_record=one * min(2, num_targets),
+        is_measured=bool(measured),
+        bytes_per_record=BYTES_PER_MAP * num_targets,
+        num_records=num_records,
+        forwards_per_second=GPU_FORWARDS_PER_SECOND if on_gpu else CORE_FORWARDS_PER_SECOND,
+    )

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.sizing import shrinking, unit_records
+from cluster.sizing import LEAST_UNIT_SECONDS, shrinking, unit_records
 from jobs.config import ConfigError, JobConfig, differences, digest_of
 from jobs.estimate import estimate
 from jobs.records import ModelFacts, Unit
@@ -108,12 +108,20 @@ def open_output(config: JobConfig) -> ObjectStore:
     return open_store(config.output, config.endpoint_url)
 
 
-def make_plan(config: JobConfig, *, weights_sha256: str | None, num_workers: int) -> Plan:
-    """Lists the input and cuts it into units; reads no image. `num_workers` only shapes the units' sizes."""
+@dataclass(frozen=True)
+class Workforce:
+    """What a plan expects to run on; it shapes the units' sizes alone."""
+
+    num_workers: int
+    on_gpu: bool
+
+
+def make_plan(config: JobConfig, *, weights_sha256: str | None, workforce: Workforce) -> Plan:
+    """Lists the input and cuts it into units; reads no image."""
     source, prefix = open_source(config.data, config.endpoint_url)
     identity = config.identity(weights_sha256)
     found = survey(source, prefix)
-    pieces = list(_pieces(source, found, config, num_workers))
+    pieces = list(_pieces(source, found, config, workforce))
     fingerprint = digest_of(identity)
     units = tuple(_unit(ordinal, fingerprint, found.layout, piece) for ordinal, piece in enumerate(pieces))
     used = {info.key: info for piece in pieces for info in piece.objects}
@@ -128,36 +136,37 @@ def make_plan(config: JobConfig, *, weights_sha256: str | None, num_workers: int
     )
 
 
-def _pieces(source: ObjectStore, found: Survey, config: JobConfig, num_workers: int) -> Iterator[_Piece]:
+def _pieces(source: ObjectStore, found: Survey, config: JobConfig, workforce: Workforce) -> Iterator[_Piece]:
     if found.layout is Layout.IMAGES:
-        return _image_pieces(found.objects[: config.limit], config, num_workers)
+        return _image_pieces(found.objects[: config.limit], config, workforce)
     if found.layout is Layout.PARQUET:
-        return _table_pieces(source, found.objects, config, num_workers)
-    return _tar_pieces(source, found.objects, config, num_workers)
+        return _table_pieces(source, found.objects, config, workforce)
+    return _tar_pieces(source, found.objects, config, workforce)
 
 
-def _sizes(config: JobConfig, num_records: int, num_workers: int) -> tuple[int, int]:
+def _sizes(config: JobConfig, num_records: int, workforce: Workforce) -> tuple[int, int]:
     """Records of a full unit, and of the smallest one that is still worth its overhead."""
-    guess = estimate(config.model, config.explainer_parameters(), num_records, config.target_choice.count)
+    num_targets = config.target_choice.count
+    guess = estimate(config.model, config.explainer_parameters(), num_records, num_targets, on_gpu=workforce.on_gpu)
     seconds = guess.seconds_per_record
-    full = unit_records(seconds, guess.bytes_per_record, num_records, num_workers)
-    return full, min(full, max(1, round(10 / seconds)))
+    full = unit_records(seconds, guess.bytes_per_record, num_records, workforce.num_workers)
+    return full, min(full, max(1, round(LEAST_UNIT_SECONDS / seconds)))
 
 
-def _image_pieces(objects: Sequence[ObjectInfo], config: JobConfig, num_workers: int) -> Iterator[_Piece]:
-    full, floor = _sizes(config, len(objects), num_workers)
+def _image_pieces(objects: Sequence[ObjectInfo], config: JobConfig, workforce: Workforce) -> Iterator[_Piece]:
+    full, floor = _sizes(config, len(objects), workforce)
     start = 0
-    for size in shrinking(len(objects), full, floor, num_workers):
+    for size in shrinking(len(objects), full, floor, workforce.num_workers):
         chosen = tuple(objects[start : start + size])
         yield _Piece(chosen, 0, len(chosen), len(chosen))
         start += size
 
 
 def _table_pieces(
-    source: ObjectStore, objects: Sequence[ObjectInfo], config: JobConfig, num_workers: int
+    source: ObjectStore, objects: Sequence[ObjectInfo], config: JobConfig, workforce: Workforce
 ) -> Iterator[_Piece]:
     counts = _limited([count_rows(source, info) for info in objects], config.limit)
-    full, _ = _sizes(config, sum(counts), num_workers)
+    full, _ = _sizes(config, sum(counts), workforce)
     for info, count in zip(objects, counts, strict=False):
         for start in range(0, count, full):
             stop = min(start + full, count)
@@ -173,11 +182,11 @@ def _limited(counts: Sequence[int], limit: int | None) -> list[int]:
 
 
 def _tar_pieces(
-    source: ObjectStore, objects: Sequence[ObjectInfo], config: JobConfig, num_workers: int
+    source: ObjectStore, objects: Sequence[ObjectInfo], config: JobConfig, workforce: Workforce
 ) -> Iterator[_Piece]:
     """Byte ranges of the shards: a reader takes the records that begin in its range."""
     shards = list(_tar_shards(source, objects, config.limit))
-    full, _ = _sizes(config, sum(count for _, _, count in shards), num_workers)
+    full, _ = _sizes(config, sum(count for _, _, count in shards), workforce)
     for info, stop, count in shards:
         parts = max(1, round(count / full))
         edges = [round(stop * part / parts) for part in range(parts + 1)]

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from jobs.receipts import commit_facts, metric_means, read_receipts, receipt_of
 from jobs.records import Receipt, Unit
 from storage.fragments import read_fragment
 from storage.schema import OK
-from storage.store import AlreadyExistsError, ObjectStore
+from storage.store import AlreadyExistsError, MissingError, ObjectStore
 from storage.survey import Layout
 
 MANIFEST_KEY = "_job/final/manifest.json"
@@ -51,12 +52,12 @@ def stand(store: ObjectStore, plan: Plan) -> Standing:
 
 def finalize(store: ObjectStore, standing: Standing) -> dict[str, Any]:
     """Writes the manifest once, when every planned unit is committed; returns the one that stands."""
-    manifest = _manifest(standing)
-    try:
-        store.create(MANIFEST_KEY, json.dumps(manifest, indent=1, sort_keys=True).encode())
-    except AlreadyExistsError:
+    with suppress(MissingError):
         return json.loads(store.read(MANIFEST_KEY))
-    return manifest
+    body = json.dumps(_manifest(standing), indent=1, sort_keys=True).encode()
+    with suppress(AlreadyExistsError):
+        store.create(MANIFEST_KEY, body)
+    return json.loads(store.read(MANIFEST_KEY))
 
 
 def _manifest(standing: Standing) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def _unit_faults(store: ObjectStore, plan: Plan, unit: Unit, shard: _Shard) -> I
     try:
         receipt = receipt_of(unit, body)
         rows = read_fragment(body, ROW_COLUMNS).to_pylist()
-    except (pa.ArrowException, ValueError) as error:
+    except (pa.ArrowException, ValueError, OSError) as error:
         yield f"{unit.fragment_key} cannot be read: {error}"
         return
     records: dict[tuple[str, int], list[dict[str, Any]]] = {}

@@ -19,7 +19,7 @@ from cluster.sizing import Sizing
 from jobs.config import JobConfig
 from jobs.context import JobContext, sha256_of, weights_bytes
 from jobs.estimate import estimate
-from jobs.plan import Plan, load_plan, make_plan, open_output, refuse_drift, settle_model, settle_plan
+from jobs.plan import Plan, Workforce, load_plan, make_plan, open_output, refuse_drift, settle_model, settle_plan
 from jobs.progress import Tally, progress
 from jobs.reconcile import Standing, finalize, stand
 from jobs.records import ModelFacts, Receipt, Unit, UnitFailure
@@ -29,6 +29,9 @@ from storage.stores import probe
 CPU_BATCH_SIZE = 4
 """Masked inputs per forward on a CPU: larger batches fall out of the second-level cache."""
 GPU_BATCH_SIZE = 256
+
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
+"""Where the driver lists its GPUs: known without importing torch."""
 
 PACKAGES = ("ray", "torch", "torchvision", "pyarrow", "numpy", "s3fs", "pillow")
 
@@ -46,9 +49,10 @@ class Execution:
     """Masked inputs per forward; None: chosen for the device."""
 
     @property
-    def planning_workers(self) -> int:
-        """The number that shapes unit sizes, known before Ray is."""
-        return self.workers or os.cpu_count() or 1
+    def workforce(self) -> Workforce:
+        """What the plan may expect before any session is there: a cluster is joined for its GPUs."""
+        on_gpu = self.runner == "ray" and (self.address is not None or NVIDIA_GPUS.exists())
+        return Workforce(self.workers or os.cpu_count() or 1, on_gpu)
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def plan_job(config: JobConfig, execution: Execution) -> tuple[ObjectStore, Plan
     weights_sha256 = sha256_of(weights_bytes(config))
     standing = load_plan(output)
     if standing is None:
-        return output, make_plan(config, weights_sha256=weights_sha256, num_workers=execution.planning_workers)
+        return output, make_plan(config, weights_sha256=weights_sha256, workforce=execution.workforce)
     refuse_drift(config.identity(weights_sha256), standing.identity, "configuration")
     return output, standing
 
@@ -84,11 +88,11 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
     standing = stand(output, plan)
     if not standing.open_units:
         return RunOutcome(standing, (), 0.0, finalize(output, standing))
-    probe(output, "_job/probe-")
     state = weights_bytes(config)
+    facts = _check_model(config, state, console)
+    probe(output, "_job/probe-")
     with ExitStack() as session:
         sizing = _session(session, execution)
-        facts = _check_model(config, state, console)
         plan = settle_plan(output, plan)
         settle_model(output, facts)
         standing = stand(output, plan)
@@ -146,7 +150,8 @@ def _run_units(
     """Works through the units behind a progress line; returns the failures and the wall time in seconds."""
     config = context.config
     num_records = sum(unit.num_records for unit in units)
-    guess = estimate(config.model, config.explainer_parameters(), num_records, config.target_choice.count)
+    num_targets, on_gpu = config.target_choice.count, context.device != "cpu"
+    guess = estimate(config.model, config.explainer_parameters(), num_records, num_targets, on_gpu=on_gpu)
     num_workers = sizing.num_actors if sizing is not None else 1
     failures = []
     start = time.monotonic()

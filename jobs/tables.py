@@ -11,7 +11,7 @@ from rich.table import Table
 from engine import catalog
 from jobs.config import JobConfig
 from jobs.estimate import estimate
-from jobs.plan import Plan
+from jobs.plan import Plan, Workforce
 from jobs.progress import clock
 from jobs.receipts import metric_means
 from jobs.reconcile import Standing
@@ -40,9 +40,11 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes / MEBIBYTE:,.1f} MiB"
 
 
-def plan_table(job: JobConfig, plan: Plan, num_workers: int) -> Table:
+def plan_table(job: JobConfig, plan: Plan, workforce: Workforce) -> Table:
     """Units, records and the first estimate."""
-    cost = estimate(job.model, job.explainer_parameters(), plan.num_records, job.target_choice.count)
+    num_targets, num_workers = job.target_choice.count, workforce.num_workers
+    cost = estimate(job.model, job.explainer_parameters(), plan.num_records, num_targets, on_gpu=workforce.on_gpu)
+    workers = "GPUs (a guess)" if workforce.on_gpu else "CPU cores; a GPU is far faster"
     about = "" if plan.is_exact else "about "
     basis = "measured on photographs" if cost.is_measured else "a guess: not measured for this model"
     ignored = ", ".join(f"{count} {printable(kind)}" for kind, count in sorted(plan.ignored.items()))
@@ -52,7 +54,7 @@ def plan_table(job: JobConfig, plan: Plan, num_workers: int) -> Table:
         ("records", f"{about}{plan.num_records:,}"),
         ("units", f"{len(plan.units):,}"),
         ("forwards", f"about {cost.num_forwards:,} ({cost.forwards_per_record:,.0f} a record, {basis})"),
-        ("time", f"about {clock(cost.seconds(num_workers))} on {num_workers} CPU cores; a GPU is far faster"),
+        ("time", f"about {clock(cost.seconds(num_workers))} on {num_workers} {workers}"),
         ("output", f"about {_size(cost.num_bytes)}"),
         ("fingerprint", plan.fingerprint[:16]),
     ]

@@ -146,7 +146,7 @@ def test_caps_are_checked_before_decoding():
 
 
 def test_a_slow_decoder_is_stopped(monkeypatch):
-    monkeypatch.setattr(Image.Image, "load", lambda self: time.sleep(30))
+    monkeypatch.setattr(Image.Image, "load", lambda _self: time.sleep(30))
     assert rejected(JPEG, DecodeLimits(seconds=0.05)) == RejectCode.DECODE_TIMEOUT
 
 

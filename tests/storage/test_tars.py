@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -155,7 +156,7 @@ def test_any_partition_of_the_bytes_gives_the_same_records(contents, cuts, cut_s
     body = archive([(f"{key}.{suffix}", data) for key, suffix, data in contents])
     body = body[: len(body) * 2 // 3] if cut_short else body
     edges = sorted({0, len(body), *(round(cut * len(body)) for cut in cuts)})
-    parts = [record for start, stop in zip(edges, edges[1:], strict=False) for record in read(body, start, stop)]
+    parts = [record for start, stop in pairwise(edges) for record in read(body, start, stop)]
     shown = [(record.key, record.index, record.label, record.data, str(record.reject)) for record in parts]
     whole = [(record.key, record.index, record.label, record.data, str(record.reject)) for record in read(body)]
     assert shown == whole

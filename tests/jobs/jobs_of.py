@@ -1,0 +1,50 @@
+"""Runs whole jobs in tests, and reads what they left."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from jobs.config import JobConfig, load_config
+from jobs.run import Execution, RunOutcome, run_job
+from storage.fragments import read_fragment
+from storage.store import ObjectStore
+from tests.jobs.tiny import MODEL
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def config_of(data: object, output: object, **options) -> JobConfig:
+    """A job on the tiny model."""
+    return load_config(None, {"data": str(data), "output": str(output), "model": MODEL, **options})
+
+
+def run_here(data: object, output: object, **options) -> RunOutcome:
+    """Runs a job in this process."""
+    return run_job(config_of(data, output, **options), Execution("local"), Console(quiet=True))
+
+
+def rows_in(store: ObjectStore) -> list[dict]:
+    """Every row that stands under data/, in order of fragment."""
+    keys = sorted(info.key for info in store.list("data/"))
+    return [row for key in keys for row in read_fragment(store.read(key)).to_pylist()]
+
+
+def fragments_in(store: ObjectStore) -> dict[str, str]:
+    """The hash of every fragment."""
+    return {info.key: hashlib.sha256(store.read(info.key)).hexdigest() for info in store.list("data/")}
+
+
+def command(*arguments: object, **environment: str) -> list[str]:
+    """The command line as a user calls it, from the repository's root."""
+    return [sys.executable, "-m", "jobs", *map(str, arguments)]
+
+
+def blocksight(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command line to its end."""
+    return subprocess.run(
+        command(*arguments), cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )

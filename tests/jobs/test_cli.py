@@ -1,0 +1,121 @@
+"""The command line: light to start, and one clear sentence for whatever is wrong."""
+
+import json
+import sys
+
+import pytest
+
+from tests.jobs.jobs_of import ROOT, blocksight, run_here
+from tests.jobs.tiny import MODEL, folder_of_images
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A data set and its finished output."""
+    base = tmp_path_factory.mktemp("finished")
+    run_here(folder_of_images(base / "in"), base / "out")
+    return base
+
+
+def test_light_commands_import_neither_torch_nor_ray(finished):
+    probe = (
+        "import sys, runpy\n"
+        "try:\n    runpy.run_module('jobs', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as end:\n    code = end.code\n"
+        "heavy = [name for name in ('torch', 'ray', 's3fs') if name in sys.modules]\n"
+        "print('HEAVY', heavy, code)\n"
+    )
+    import subprocess
+
+    for arguments in (
+        ["--help"],
+        ["plan", "--data", str(finished / "in"), "--output", str(finished / "new")],
+        ["status", str(finished / "out")],
+        ["verify", str(finished / "out")],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", probe, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert "HEAVY [] 0" in done.stdout or "HEAVY [] None" in done.stdout, done.stdout
+
+
+def test_plan_computes_and_writes_nothing(finished, tmp_path):
+    done = blocksight("plan", "--data", finished / "in", "--output", tmp_path / "out", "--limit", "4")
+    assert done.returncode == 0
+    for said in ("records", "units", "forwards", "about", "nothing was computed or written"):
+        assert said in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["explain", "--data", "nowhere", "--output", "out"], "holds no images"),
+        (["explain", "--data", "{in}", "--output", "{new}", "--model", "resnet"], "unknown model 'resnet'; known:"),
+        (["explain", "--data", "{in}", "--output", "{new}", "--model", MODEL, "--blocks", "frist"], "nearest: first"),
+        (["explain", "--data", "{in}", "--output", "{out}", "--model", MODEL, "-p", "mu=0.5"], '"mu": 0.0'),
+        (["plan", "--data", "{in}", "--output", "{new}", "-p", "mo=1"], "did you mean 'mu'"),
+        (["plan", "--data", "{in}", "--output", "{new}", "--target", "bset"], "is not known; known: predicted"),
+        (["plan", "--data", "{in}"], "--output must be given"),
+        (["status", "{in}"], "there is no blocksight output"),
+        (["show", "{out}", "unknown-key"], "no record 'unknown-key'"),
+        (["plan", "--data", "gs://b/x", "--output", "{new}"], "gs:// is not known"),
+        (["explain", "--data", "{in}", "--output", "{new}", "--weights", "no/where.pt"], "there is no file"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence_and_exit_2(finished, tmp_path, arguments, sentence):
+    places = {"{in}": finished / "in", "{out}": finished / "out", "{new}": tmp_path / "new"}
+    done = blocksight(
+        *(places.get(argument, argument) for argument in arguments), "--endpoint-url", "http://127.0.0.1:9"
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_configuration_file_with_a_wrong_key(tmp_path):
+    (tmp_path / "job.toml").write_text('data = "x"\noutptu = "y"\n')
+    done = blocksight("plan", "--config", tmp_path / "job.toml")
+    assert done.returncode == 2
+    assert "unknown key 'outptu' in the configuration; did you mean 'output'?" in done.stderr
+
+
+def test_status_and_verify_tell_open_from_wrong(finished, tmp_path):
+    import shutil
+
+    shutil.copytree(finished / "out", tmp_path / "out")
+    assert blocksight("verify", tmp_path / "out").returncode == 0
+    first, second = sorted((tmp_path / "out" / "data").glob("[0-9]*.parquet"))[:2]
+    first.unlink()
+    assert blocksight("status", tmp_path / "out").returncode == 4
+    assert blocksight("verify", tmp_path / "out").returncode == 4
+    second.write_bytes(second.read_bytes()[:-10] + b"x" * 10)
+    wrong = blocksight("verify", tmp_path / "out")
+    assert wrong.returncode == 5
+    assert second.name in wrong.stdout
+    assert "Traceback" not in wrong.stderr
+
+
+def test_show_writes_a_picture_and_lists_say_what_there_is(finished, tmp_path):
+    from PIL import Image
+
+    done = blocksight("show", finished / "out", "ant/000.png", "--picture", tmp_path / "a.png")
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (3 * 448 + 16, 336)
+    rejected = blocksight("show", finished / "out", "cat/bad-empty_file.jpg", "--picture", tmp_path / "b.png")
+    assert rejected.returncode == 0
+    assert "empty_file" in rejected.stdout
+    assert not (tmp_path / "b.png").exists()
+    for what, said in (("explainers", "sise"), ("metrics", "drop"), ("models", "efficientnet_lite0")):
+        assert said in blocksight("list", what).stdout
+
+
+def test_a_resumed_command_line_is_a_no_op(finished):
+    before = json.loads((finished / "out/_job/final/manifest.json").read_text())
+    done = blocksight("explain", "--data", finished / "in", "--output", finished / "out", "--model", MODEL)
+    assert done.returncode == 0, done.stderr
+    assert "nothing to do" in done.stdout
+    assert json.loads((finished / "out/_job/final/manifest.json").read_text()) == before

@@ -1,0 +1,93 @@
+"""The driver's small decisions: labels, progress, estimates, sizing."""
+
+import pytest
+
+from cluster.errors import ClusterError
+from cluster.sizing import LEAST_UNIT_SECONDS, local_cpus, shrinking, size_for, unit_records
+from engine.catalog import SiseParameters
+from jobs.estimate import estimate
+from jobs.labels import Labels
+from jobs.progress import Tally, clock
+from jobs.records import Receipt, UnitFailure
+from jobs.tables import printable
+
+
+def test_labels_are_never_guessed():
+    labels = Labels(["n01", "n02"], ["tench", "great white shark", "hen"], 3)
+    assert labels.index("great_white-Shark") == 1
+    assert labels.index("2") == 2
+    assert labels.index(2) == 2
+    assert labels.index("n01") is None
+    assert labels.index(3) is None
+    assert labels.index(-1) is None
+    assert labels.index(None) is None
+
+
+def test_as_many_folders_as_classes_are_the_classes_in_order():
+    assert [Labels(["b", "a", "c"], None, 3).index(name) for name in "abc"] == [0, 1, 2]
+    assert Labels(["0", "10", "2"], None, 3).index("2") == 2
+
+
+def receipt(records, forwards):
+    return Receipt("u", 0, "f", 1, "s", records, records, records, 0, {}, forwards, {})
+
+
+def test_progress_in_numbers():
+    tally = Tally(total_records=10, guess_seconds=100)
+    assert tally.line(0) == "0/10 records, 0 masked forwards/s, about 1:40 left"
+    assert tally.seconds_left(30) == 70
+    tally.add(receipt(4, 800))
+    assert tally.line(20) == "4/10 records, 40 masked forwards/s, 0:30 left"
+    tally.add(UnitFailure("u", 1, "x", "read", "gone"))
+    assert tally.line(20).endswith("0:30 left, 1 units failed")
+    assert clock(3725) == "1:02:05"
+
+
+def test_estimates_follow_mu():
+    full, less = (estimate("efficientnet_lite0", SiseParameters(mu=mu), 10, 1, on_gpu=False) for mu in (0.0, 0.3))
+    assert full.is_measured
+    assert less.num_forwards < full.num_forwards / 3
+    unknown = estimate("torchvision:resnet50", SiseParameters(), 10, 3, on_gpu=True)
+    assert not unknown.is_measured
+    assert unknown.num_bytes == 3 * 10 * 7000
+
+
+def test_sizing_by_numbers():
+    gpu = size_for({"CPU": 16, "GPU": 4})
+    assert (gpu.num_actors, gpu.gpus_per_actor, gpu.threads_per_actor) == (4, 1.0, 1)
+    cpu = size_for({"CPU": local_cpus(2, None)})
+    assert (cpu.num_actors, cpu.gpus_per_actor) == (2, 0.0)
+    assert cpu.cpus_per_actor != cpu.cpus_per_task
+    assert size_for({"CPU": 8}, 3).num_actors == 3
+    for resources, wanted in (({"CPU": 1}, None), ({"CPU": 3}, 3), ({"CPU": 64, "GPU": 2}, 3)):
+        with pytest.raises(ClusterError, match=r"explain actors need .* CPUs.*--workers"):
+            size_for(resources, wanted)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "size", "records", "workers", "wanted"),
+    [
+        (1.0, 6000, 10_000, 1, 300),  # five minutes
+        (1.0, 6000, 2000, 2, 50),  # a twentieth of a worker's share
+        (1.0, 6000, 20, 4, 10),  # ten seconds at least
+        (30.0, 6000, 6, 2, 1),
+        (0.001, 6 << 20, 10**9, 1, 10),  # 64 MiB of output
+    ],
+)
+def test_unit_sizes(seconds, size, records, workers, wanted):
+    assert unit_records(seconds, size, records, workers) == wanted
+
+
+def test_units_shrink_towards_the_end():
+    sizes = shrinking(1000, 100, 5, 4)
+    assert sum(sizes) == 1000
+    assert sizes[0] == 100
+    assert sizes == sorted(sizes, reverse=True)
+    assert min(sizes[:-1]) >= 5
+    assert shrinking(0, 10, 1, 2) == []
+    assert shrinking(3, 10, 1, 8) == [1, 1, 1]
+    assert LEAST_UNIT_SECONDS == 10
+
+
+def test_text_of_strangers_cannot_move_the_cursor():
+    assert printable("a\x1b[31mb\n[bold]") == "a\\x1b[31mb\\x0a\\[bold]"

@@ -1,0 +1,97 @@
+"""A small classifier and small data sets, so that whole jobs run in seconds."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from torch import Tensor, nn
+
+from engine.models import ModelAdapter
+from tests.engine.nets import seeded
+
+MODEL = "tests.jobs.tiny:make"
+CLASSES = ("ant", "bee", "cat", "dog", "eel")
+
+
+class Tiny(nn.Module):
+    """Two blocks, five classes, 32 x 32 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.ReLU())
+        self.head = nn.Linear(8, len(CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x)).mean((2, 3)) * 4)
+
+
+def make(seed: int = 0) -> ModelAdapter:
+    """The model that jobs name."""
+    return ModelAdapter(seeded(Tiny, seed), input_size=(32, 32), class_names=CLASSES)
+
+
+def make_other() -> ModelAdapter:
+    """The same architecture with other weights."""
+    return make(seed=1)
+
+
+def picture(seed: int, kind: str = "PNG") -> bytes:
+    """A smooth random picture of 40 x 30 pixels."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(coarse).resize((40, 30), Image.Resampling.BICUBIC).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def bad_bodies() -> dict[str, bytes]:
+    """Files that cannot be explained, by the name of their reject code."""
+    whole = picture(99, "JPEG")
+    return {
+        "empty_file": b"",
+        "not_an_image": b"plain text, whatever the name says",
+        "truncated": whole[: len(whole) // 2],
+    }
+
+
+def folder_of_images(root: Path, count: int = 7, *, bad: bool = True) -> Path:
+    """Loose images in class folders, with bad ones among them."""
+    for number in range(count):
+        path = root / CLASSES[number % len(CLASSES)] / f"{number:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(number))
+    for code, body in (bad_bodies() if bad else {}).items():
+        (root / "cat" / f"bad-{code}.jpg").write_bytes(body)
+    return root
+
+
+def tar_bytes(first: int, count: int, *, cut: bool = False) -> bytes:
+    """A shard in WebDataset layout; `cut`: its last body ends early."""
+    buffer = io.BytesIO()
+    with tarfile.TarFile(fileobj=buffer, mode="w") as tar:
+        for number in range(first, first + count):
+            for suffix, body in (("png", picture(number)), ("cls", str(number % 5).encode())):
+                info = tarfile.TarInfo(f"{number:03}.{suffix}")
+                info.size = len(body)
+                tar.addfile(info, io.BytesIO(body))
+    body = buffer.getvalue().rstrip(b"\0")
+    return body[:-600] if cut else buffer.getvalue()
+
+
+def folder_of_tars(root: Path) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "a.tar").write_bytes(tar_bytes(0, 4))
+    (root / "b.tar").write_bytes(tar_bytes(4, 3, cut=True))
+    return root
+
+
+def folder_of_tables(root: Path) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    images = [picture(number) for number in range(6)]
+    table = pa.table({"image": [*images, None, b"text"], "label": [*[number % 5 for number in range(6)], 0, 9]})
+    pq.write_table(table, root / "t.parquet", row_group_size=3)
+    return root
