@@ -46,15 +46,18 @@ def _connect(address: str | None, num_actors: int | None) -> None:
             raise ClusterError(f"no Ray cluster answers at {address!r}: {error}") from error
         return
     _settle_environment()
-    with _silent_standard_error():
-        ray.init(
-            address="local",
-            num_cpus=local_cpus(os.cpu_count() or 1, num_actors),  # pyright: ignore[reportArgumentType]
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+    try:
+        with _silent_standard_error():
+            ray.init(
+                address="local",
+                num_cpus=local_cpus(os.cpu_count() or 1, num_actors),  # pyright: ignore[reportArgumentType]
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ClusterError(f"Ray could not be started on this machine: {error}; --runner local does without") from error
 
 
 def _settle_environment() -> None:

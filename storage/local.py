@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 
 from storage.store import AlreadyExistsError, ChangedError, MissingError, ObjectInfo, StoreError
 
-SIDECAR = ".metadata-"
-"""Begins the name of the file that holds an object's user metadata."""
+SIDECAR = ".metadata"
+"""Ends the name of the dot-file that holds an object's user metadata: no reader's `*.parquet` matches it."""
 ASIDE = ".writing-"
 """Begins the name of a file that is not finished; readers and listings skip it."""
 
@@ -60,7 +60,7 @@ class LocalStore:
             found = sorted(
                 path.relative_to(self.root).as_posix()
                 for path in (folder.rglob("*") if folder.is_dir() else [])
-                if path.is_file() and not path.name.startswith((SIDECAR, ASIDE))
+                if path.is_file() and not _is_ours(path.name)
             )
         for key in found:
             if key.startswith(prefix):
@@ -131,7 +131,12 @@ def _etag(stat: os.stat_result) -> str:
 
 
 def _sidecar(path: Path, inode: int | None = None) -> Path:
-    return path.with_name(f"{SIDECAR}{path.name}" if inode is None else f"{SIDECAR}{path.name}-{inode}")
+    return path.with_name(f".{path.name}{SIDECAR}" if inode is None else f".{path.name}.{inode}{SIDECAR}")
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a file belongs to the store's own workings and is no object."""
+    return name.startswith(ASIDE) or (name.startswith(".") and name.endswith(SIDECAR))
 
 
 def _sync_folder(folder: Path) -> None:

