@@ -1,5 +1,6 @@
 """The embedded bucket: a real S3 server on loopback, for the demo and the tests."""
 
+import ctypes
 import json
 import os
 import secrets
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,12 +23,15 @@ from botocore.exceptions import BotoCoreError, ClientError
 from cluster.errors import ClusterError
 
 HOST = "127.0.0.1"
+REGION = "us-east-1"
 READY_SECONDS = 60.0
 STOP_SECONDS = 3.0
 """The server lingers after SIGTERM; what it has written lies with the system, and a kill loses none of it."""
 LOG_LINES = 15
 PORTS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
 S3_PORTS = ("s3.port", "s3.port.grpc")
+PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None)
 
 
 class EmbeddedBucket:
@@ -58,7 +62,8 @@ class EmbeddedBucket:
         return {
             "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
-            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_REGION": REGION,
+            "AWS_DEFAULT_REGION": REGION,
             "AWS_ENDPOINT_URL": self.endpoint_url,
         }
 
@@ -90,6 +95,7 @@ class EmbeddedBucket:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_die_with_parent,
             )
         self._cleanup.callback(_stop, server)
         self._make_bucket(server, log)
@@ -124,33 +130,44 @@ class EmbeddedBucket:
         return path
 
     def _make_bucket(self, server: "subprocess.Popen[bytes]", log: Path) -> None:
-        client = self._client()
+        """Waits until the server answers and the bucket takes objects."""
         deadline = time.monotonic() + READY_SECONDS
-        while True:
-            try:
-                client.create_bucket(Bucket=self.name)
-                # a volume must be there too before the first object can be written
-                client.put_object(Bucket=self.name, Key=".ready", Body=b"")
-                client.delete_object(Bucket=self.name, Key=".ready")
-            except client.exceptions.BucketAlreadyExists:
-                return
-            except (BotoCoreError, ClientError) as error:
+        with closing(self._client()) as client:
+            while (error := _refusal(client, self.name)) is not None:
                 if server.poll() is not None or time.monotonic() > deadline:
                     tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
                     raise ClusterError(f"the embedded bucket did not start ({error}); its log ends:\n{tail}") from error
                 time.sleep(0.2)
-            else:
-                return
 
     def _client(self) -> Any:
         return botocore.session.get_session().create_client(
             "s3",
             endpoint_url=self.endpoint_url,
-            region_name="us-east-1",
+            region_name=REGION,
             aws_access_key_id=self.access_key,
             aws_secret_access_key=self.secret_key,
             config=Config(connect_timeout=2, read_timeout=10, retries={"max_attempts": 1}),
         )
+
+
+def _refusal(client: Any, bucket: str) -> Exception | None:
+    """What stands between the client and a bucket that takes objects; None: nothing, and it is there now."""
+    standing = (client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists)
+    try:
+        with suppress(*standing):  # from an earlier start on the same folder
+            client.create_bucket(Bucket=bucket)
+        client.put_object(
+            Bucket=bucket, Key=".ready", Body=b"ready"
+        )  # waits for a volume, which empty objects need not
+        client.delete_object(Bucket=bucket, Key=".ready")
+    except (BotoCoreError, ClientError) as error:
+        return error
+    return None
+
+
+def _die_with_parent() -> None:
+    """Runs in the child: whatever ends the parent's thread, a kill included, ends the server too."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _weed() -> str:

@@ -14,7 +14,8 @@ def frozen(module: nn.Module) -> Iterator[None]:
     """Borrows a module as a fixed function and gives it back as it was.
 
     Inside: eval mode, no parameter needs a gradient, no layer works in place (an in-place activation
-    would overwrite the tensor that a tap has recorded).
+    would overwrite the tensor that a tap has recorded), and convolutions on a GPU keep all of float32
+    (torch would allow them TF32, whose 10-bit mantissa moves scores by more than 1e-4).
     """
     modes = {child: child.training for child in module.modules()}
     in_place = {child: child.inplace for child in module.modules() if hasattr(child, "inplace")}
@@ -25,7 +26,8 @@ def frozen(module: nn.Module) -> Iterator[None]:
             child.inplace = False  # pyright: ignore[reportArgumentType]
         for parameter in needs:
             parameter.requires_grad_(False)
-        yield
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
     finally:
         for child, training in modes.items():
             child.training = training

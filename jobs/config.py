@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
 
 from engine.catalog import EXPLAINERS
 from storage.images import DECODE_POLICY
@@ -79,6 +79,14 @@ class JobConfig(BaseModel):
     limit: int | None = Field(default=None, ge=1, description="only the first so many records")
     seed: int = Field(default=0, ge=0, description="of everything random")
 
+    @field_validator("data", "output", "weights")
+    @classmethod
+    def _local_paths_are_absolute(cls, value: str | None, info: ValidationInfo) -> str | None:
+        """A worker's folder need not be the driver's."""
+        if value is None or "://" in value or (info.field_name == "weights" and is_weights_name(value)):
+            return value
+        return str(Path(value).expanduser().absolute())
+
     @field_validator("target")
     @classmethod
     def _target_is_known(cls, value: str) -> str:
@@ -111,16 +119,21 @@ class JobConfig(BaseModel):
 
     def identity(self, weights_sha256: str | None) -> dict[str, Any]:
         """Everything that changes the result's bytes, as plain JSON values, defaults filled in."""
-        chosen = self.model_dump(mode="json", exclude={"output", "endpoint_url", "parameters"})
+        chosen = self.model_dump(mode="json", exclude={"output", "endpoint_url", "parameters", "weights"})
         return {
             **chosen,
             "parameters": asdict(self.explainer_parameters()),
-            "weights_sha256": weights_sha256,
+            "weights": weights_sha256 or self.weights,
             "decoding": DECODE_POLICY,
             "codec": CODEC,
             "schema": SCHEMA_VERSION,
             "code": CODE_VERSION,
         }
+
+
+def is_weights_name(value: str) -> bool:
+    """Whether `weights` is one of the model's own names, such as IMAGENET1K_V1 or `random`, and no file."""
+    return value.isidentifier() and not Path(value).exists()
 
 
 def digest_of(values: Mapping[str, Any]) -> str:

@@ -4,9 +4,8 @@ import hashlib
 import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-from jobs.config import JobConfig
+from jobs.config import JobConfig, is_weights_name
 from jobs.records import ModelFacts
 from storage.store import ObjectStore
 from storage.stores import open_store
@@ -32,7 +31,7 @@ class JobContext:
 
 def weights_bytes(config: JobConfig) -> bytes | None:
     """The bytes of the weights file; None where `weights` is a name or not given. Raises StoreError."""
-    if config.weights is None or (config.weights.isidentifier() and not Path(config.weights).exists()):
+    if config.weights is None or is_weights_name(config.weights):
         return None
     folder, _, name = config.weights.rpartition("/")
     store: ObjectStore = open_store(folder or ".", config.endpoint_url)

@@ -12,7 +12,10 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
+from ray.data.exceptions import ExecutionTimeoutError
+from ray.exceptions import RayError
 
+from cluster.errors import ClusterError
 from cluster.sizing import Sizing
 from jobs.context import JobContext
 from jobs.explain import ExplainStep
@@ -37,15 +40,19 @@ def run_units(
 ) -> Iterator[Receipt | UnitFailure]:
     """Runs the units on the connected Ray session and yields what became of each, as they finish.
 
-    Raises ray.exceptions.RayError where the job itself cannot go on (a model that does not load on the
-    workers, no progress).
+    Raises ClusterError where the job itself cannot go on (a model that does not load on the workers, no
+    progress).
     """
     _settle_ray_data()
     weights = None if state is None else ray.put(state)
     for start in range(0, len(units), WAVE_UNITS):
         wave = _wave(units[start : start + WAVE_UNITS], context, weights, sizing)
-        for row in wave.iter_rows():
-            yield _outcome(row)
+        try:
+            for row in wave.iter_rows():
+                yield _outcome(row)
+        except (RayError, ExecutionTimeoutError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            raise ClusterError(f"Ray gave the job up: {reason}; what is committed stays, run it again") from error
 
 
 def _settle_ray_data() -> None:

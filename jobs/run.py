@@ -6,12 +6,12 @@ import platform
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -63,7 +63,7 @@ class RunOutcome:
     failures: tuple[UnitFailure, ...]
     seconds: float
     """Wall time of the units of this run; 0 where nothing was to do."""
-    manifest: dict | None
+    manifest: dict[str, Any] | None
     """The final manifest; None while units are open."""
 
 
@@ -91,8 +91,7 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
     state = weights_bytes(config)
     facts = _check_model(config, state, console)
     probe(output, "_job/probe-")
-    with ExitStack() as session:
-        sizing = _session(session, execution)
+    with _session(execution) as sizing:
         plan = settle_plan(output, plan)
         settle_model(output, facts)
         standing = stand(output, plan)
@@ -115,13 +114,13 @@ def _check_model(config: JobConfig, state: bytes | None, console: Console) -> Mo
     return facts
 
 
-def _session(stack: ExitStack, execution: Execution) -> Sizing | None:
+def _session(execution: Execution) -> AbstractContextManager[Sizing | None]:
     """Starts or joins Ray and says how the job fits on it; None: in this process."""
     if execution.runner == "local":
-        return None
+        return nullcontext()
     from cluster.session import ray_session
 
-    return stack.enter_context(ray_session(execution.address, num_actors=execution.workers))
+    return ray_session(execution.address, num_actors=execution.workers)
 
 
 def _context(

@@ -1,27 +1,40 @@
 """Local folders with the same promise as a bucket: an object appears whole, once, and stays as it is."""
 
-import contextlib
+import ctypes
+import errno
 import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from storage.store import AlreadyExistsError, ChangedError, MissingError, ObjectInfo, StoreError
 
-SIDECAR = ".metadata"
-"""Ends the name of the dot-file that holds an object's user metadata: no reader's `*.parquet` matches it."""
 ASIDE = ".writing-"
 """Begins the name of a file that is not finished; readers and listings skip it."""
+SIDECAR = ".metadata-"
+"""Begins the name of the file that holds an object's user metadata."""
+PENDING = ".metadata+"
+"""Begins the sidecar's name until its object stands."""
+OURS = (ASIDE, SIDECAR, PENDING)
+
+NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
+"""What a file system without hard links says to one (FAT: EPERM)."""
+AT_FDCWD = -100
+RENAME_NOREPLACE = 1
 
 
 class LocalStore:
     """A folder as an object store.
 
     `create` writes aside, syncs, and hard-links to the final name, which fails if that stands: readers
-    see nothing or everything. The user metadata are written before, in a dot-file whose name holds the
-    inode number, so that the loser of a race cannot change the winner's; the winner then takes the number
-    off, so that a copy of the folder keeps them.
+    see nothing or everything. Where there are no hard links, a rename that replaces nothing does the same;
+    `O_EXCL` would not, for readers would see half a file. The user metadata are written before, in a
+    dot-file whose name holds the inode number, so that the loser of a race cannot change the winner's; the
+    winner then takes the number off, so that a copy of the folder keeps them. That file's name ends in
+    .json, for a `*.parquet` pattern matches dot-files in some readers.
     """
 
     def __init__(self, root: Path | str) -> None:
@@ -36,107 +49,194 @@ class LocalStore:
 
     def read(self, key: str, *, etag: str | None = None, start: int = 0, length: int | None = None) -> bytes:
         path = self._path(key)
-        with self._explained(path), path.open("rb") as file:
-            found = _etag(os.fstat(file.fileno()))
-            if etag is not None and found != etag:
-                raise ChangedError(f"{path} has changed: version {found}, wanted {etag}")
+        with _explained(path), path.open("rb") as file:
             file.seek(start)
-            return file.read() if length is None else file.read(length)
+            data = file.read() if length is None else file.read(length)
+            found = _etag(os.fstat(file.fileno()))  # after the read: a change in its midst shows too
+        if etag is not None and found != etag:
+            raise ChangedError(f"{path} has changed: version {found}, wanted {etag}")
+        return data
 
     def head(self, key: str) -> ObjectInfo | None:
         path = self._path(key)
-        with self._explained(path):
-            try:
-                stat = path.stat()
-            except (FileNotFoundError, NotADirectoryError):
+        with _explained(path):
+            found = _regular(path)
+            if found is None:
                 return None
-            sidecars = (_sidecar(path, stat.st_ino), _sidecar(path))
-            metadata = next((json.loads(own.read_text()) for own in sidecars if own.exists()), {})
-            return ObjectInfo(key, stat.st_size, _etag(stat), metadata)
+            return ObjectInfo(key, found.st_size, _etag(found), _metadata(path, found.st_ino))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         folder = self._path(PurePosixPath(f"{prefix}x").parent.as_posix())
-        with self._explained(folder):
-            found = sorted(
-                path.relative_to(self.root).as_posix()
-                for path in (folder.rglob("*") if folder.is_dir() else [])
-                if path.is_file() and not _is_ours(path.name)
-            )
-        for key in found:
-            if key.startswith(prefix):
-                stat = self._path(key).stat()
-                yield ObjectInfo(key, stat.st_size, _etag(stat))
+        with _explained(folder):
+            for path in _files(folder):
+                key = path.relative_to(self.root).as_posix()
+                found = _regular(path) if key.startswith(prefix) else None
+                if found is not None:
+                    yield ObjectInfo(key, found.st_size, _etag(found))
 
     def create(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> None:
         path = self._path(key)
-        with self._explained(path), self._aside(path, data) as aside:
-            sidecar = _sidecar(path, aside.stat().st_ino)
-            if metadata:
-                sidecar.write_text(json.dumps(dict(metadata)))
+        with _explained(path), _aside(path, data) as aside, _described(path, aside, metadata):
             try:
-                path.hardlink_to(aside)
+                _name_once(aside, path)
             except FileExistsError as error:
-                sidecar.unlink(missing_ok=True)
                 raise AlreadyExistsError(f"{path} stands already") from error
-            if metadata:
-                sidecar.replace(_sidecar(path))
 
     def put(self, key: str, data: bytes) -> None:
         path = self._path(key)
-        with self._explained(path), self._aside(path, data) as aside:
+        with _explained(path), _aside(path, data) as aside:
+            _forget(path)
             aside.replace(path)
 
     def delete(self, key: str) -> None:
         path = self._path(key)
-        with self._explained(path), contextlib.suppress(FileNotFoundError):
-            sidecars = (_sidecar(path, path.stat().st_ino), _sidecar(path))
+        with _explained(path), suppress(FileNotFoundError, NotADirectoryError):
+            _forget(path)
             path.unlink()
-            for sidecar in sidecars:
-                sidecar.unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         parts = PurePosixPath(key).parts
         if key.startswith("/") or ".." in parts or "\0" in key:
             raise StoreError(f"key {key!r} leaves the folder {self.root}")
+        if parts and parts[-1].startswith(OURS):
+            raise StoreError(f"key {key!r} has a name that is kept for unfinished files and metadata")
         return self.root.joinpath(*parts)
 
-    @contextlib.contextmanager
-    def _aside(self, path: Path, data: bytes) -> Iterator[Path]:
-        """A synced file beside the final one, gone afterwards; the folder is synced once it has its name."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f"{ASIDE}{uuid.uuid4().hex}")
-        try:
-            with aside.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            yield aside
-            _sync_folder(path.parent)
-        finally:
-            aside.unlink(missing_ok=True)
 
-    @contextlib.contextmanager
-    def _explained(self, path: Path) -> Iterator[None]:
-        """Turns the system's errors into sentences that name the path."""
-        try:
-            yield
-        except FileNotFoundError as error:
-            raise MissingError(f"there is no file {path}") from error
-        except OSError as error:
-            raise StoreError(f"{path}: {error.strerror or error}") from error
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turns the system's errors into sentences that name the path."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise MissingError(f"there is no file {path}") from error
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror or error}") from error
 
 
-def _etag(stat: os.stat_result) -> str:
-    return f"{stat.st_size}-{stat.st_mtime_ns}"
+@contextmanager
+def _aside(path: Path, data: bytes) -> Iterator[Path]:
+    """A synced file beside the final one, gone afterwards; the folder is synced once it has its name."""
+    _make_folder(path.parent)
+    aside = path.with_name(f"{ASIDE}{uuid.uuid4().hex}")
+    try:
+        _write(aside, data)
+        yield aside
+        _sync_folder(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
-def _sidecar(path: Path, inode: int | None = None) -> Path:
-    return path.with_name(f".{path.name}{SIDECAR}" if inode is None else f".{path.name}.{inode}{SIDECAR}")
+@contextmanager
+def _described(path: Path, aside: Path, metadata: Mapping[str, str] | None) -> Iterator[None]:
+    """The metadata stand before the object does and go with it where it fails: none ever lacks its own."""
+    pending = _pending(path, aside.stat().st_ino)
+    pending.unlink(missing_ok=True)  # a crashed writer's, whose inode number has come back
+    if metadata:
+        _write(pending, json.dumps(dict(metadata)).encode())
+    try:
+        yield
+    except (OSError, StoreError):
+        pending.unlink(missing_ok=True)
+        raise
+    if metadata:
+        pending.replace(_sidecar(path))
+    else:
+        _sidecar(path).unlink(missing_ok=True)  # of an object that was removed by hand
 
 
-def _is_ours(name: str) -> bool:
-    """Whether a file belongs to the store's own workings and is no object."""
-    return name.startswith(ASIDE) or (name.startswith(".") and name.endswith(SIDECAR))
+def _name_once(aside: Path, path: Path) -> None:
+    """Gives the finished file its name. Raises FileExistsError where that stands."""
+    try:
+        path.hardlink_to(aside)
+    except FileExistsError:
+        if aside.stat().st_nlink == 1:
+            raise
+        # two names: the link is ours, and the network file system asked twice because a reply was lost
+    except OSError as error:
+        if error.errno not in NO_HARD_LINKS:
+            raise
+        _rename_once(aside, path)
+
+
+def _rename_once(aside: Path, path: Path) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(AT_FDCWD, os.fsencode(aside), AT_FDCWD, os.fsencode(path), RENAME_NOREPLACE) == 0:
+        return
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS):
+        raise StoreError(
+            f"the file system of {path.parent} has neither hard links nor renames that replace nothing: "
+            "output there could not be exactly-once; choose another folder or a bucket"
+        )
+    raise OSError(code, os.strerror(code), str(path))
+
+
+def _forget(path: Path) -> None:
+    """Removes the metadata of what stands at the path, before the object itself goes: none outlives it."""
+    with suppress(FileNotFoundError):
+        _pending(path, path.stat().st_ino).unlink(missing_ok=True)
+    _sidecar(path).unlink(missing_ok=True)
+
+
+def _metadata(path: Path, inode: int) -> dict[str, str]:
+    """What stands beside an object: a writer that died between link and rename left it pending."""
+    for sidecar in (_pending(path, inode), _sidecar(path)):
+        with suppress(FileNotFoundError):
+            return json.loads(sidecar.read_text())
+    return {}
+
+
+def _pending(path: Path, inode: int) -> Path:
+    return path.with_name(f"{PENDING}{inode}-{path.name}.json")
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(f"{SIDECAR}{path.name}.json")
+
+
+def _regular(path: Path) -> os.stat_result | None:
+    """The facts of a file; None where there is none, or something else."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found if stat.S_ISREG(found.st_mode) else None
+
+
+def _etag(found: os.stat_result) -> str:
+    return f"{found.st_size}-{found.st_mtime_ns}"
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Every finished file below the folder. Raises StoreError where one cannot be looked into."""
+    for parent, _, names in os.walk(folder, onerror=_unlisted):
+        yield from (Path(parent, name) for name in names if not name.startswith(OURS))
+
+
+def _unlisted(error: OSError) -> None:
+    """A folder that is not there holds nothing; one that is closed must not be left out in silence."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise StoreError(f"{error.filename}: {error.strerror}") from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _make_folder(folder: Path) -> None:
+    """Makes the folder and what is missing above it, each synced into its parent."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return
+    except FileNotFoundError:
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+    _sync_folder(folder.parent)
 
 
 def _sync_folder(folder: Path) -> None:

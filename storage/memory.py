@@ -8,7 +8,7 @@ from storage.store import AlreadyExistsError, ChangedError, MissingError, Object
 
 
 class MemoryStore:
-    """A dict behind a lock."""
+    """A dict behind a lock; the version is a digest of the bytes, as a bucket's ETag is."""
 
     def __init__(self) -> None:
         self._objects: dict[str, tuple[bytes, Mapping[str, str]]] = {}
@@ -19,28 +19,26 @@ class MemoryStore:
         return "memory://"
 
     def read(self, key: str, *, etag: str | None = None, start: int = 0, length: int | None = None) -> bytes:
-        info = self.head(key)
-        if info is None:
+        found = self._found(key)
+        if found is None:
             raise MissingError(f"there is no object {key}")
-        if etag is not None and info.etag != etag:
-            raise ChangedError(f"{key} has changed: version {info.etag}, wanted {etag}")
-        data = self._objects[key][0]
+        data, _ = found
+        if etag is not None and _etag(data) != etag:
+            raise ChangedError(f"{key} has changed: version {_etag(data)}, wanted {etag}")
         return data[start : None if length is None else start + length]
 
     def head(self, key: str) -> ObjectInfo | None:
-        with self._lock:
-            if key not in self._objects:
-                return None
-            data, metadata = self._objects[key]
-        return ObjectInfo(key, len(data), hashlib.sha256(data).hexdigest()[:16], metadata)
+        found = self._found(key)
+        if found is None:
+            return None
+        data, metadata = found
+        return ObjectInfo(key, len(data), _etag(data), metadata)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         with self._lock:
-            keys = sorted(key for key in self._objects if key.startswith(prefix))
-        for key in keys:
-            info = self.head(key)
-            if info is not None:
-                yield ObjectInfo(info.key, info.size, info.etag)
+            found = [(key, data) for key, (data, _) in self._objects.items() if key.startswith(prefix)]
+        for key, data in found:
+            yield ObjectInfo(key, len(data), _etag(data))
 
     def create(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> None:
         with self._lock:
@@ -55,3 +53,11 @@ class MemoryStore:
     def delete(self, key: str) -> None:
         with self._lock:
             self._objects.pop(key, None)
+
+    def _found(self, key: str) -> tuple[bytes, Mapping[str, str]] | None:
+        with self._lock:
+            return self._objects.get(key)
+
+
+def _etag(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

@@ -1,20 +1,31 @@
 """S3 and what speaks like it, through s3fs: pinned reads, and one conditional PUT per object."""
 
 import ipaddress
+import os
+import socket
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import cached_property
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ProfileNotFound,
+)
 from fsspec.asyn import sync
 from s3fs import S3FileSystem
+from s3fs.core import S3_RETRYABLE_ERRORS
 
 from storage.store import AlreadyExistsError, ChangedError, MissingError, ObjectInfo, StoreError
 
-CONNECT_SECONDS = 5
+CONNECT_SECONDS = 4
+"""Three attempts and the pauses between them end within 15 s at an endpoint that never answers."""
 READ_SECONDS = 60
+"""Of silence, not of the whole transfer."""
 ATTEMPTS = 3
 """Per request, by botocore; s3fs's own repetition is set to one, for the two would multiply."""
 
@@ -35,19 +46,41 @@ DENIED_CODES = {
 }
 
 
+METADATA_HOSTS = {"metadata", "metadata.google.internal", "instance-data", "instance-data.ec2.internal"}
+METADATA_ADDRESSES = {
+    ipaddress.ip_address(text) for text in ("fd00:ec2::254", "fd20:ce::254", "100.100.100.200", "168.63.129.16")
+}
+"""Of clouds whose metadata service is not on a link-local address, or not on that alone."""
+
+
 def check_endpoint(endpoint_url: str) -> None:
     """Refuses an endpoint with credentials in it, of another scheme, or on a metadata address (StoreError)."""
-    parts = urlsplit(endpoint_url)
-    if "@" in parts.netloc:
+    if "@" in endpoint_url:
         raise StoreError(f"the endpoint URL holds user info; take it out and {CREDENTIALS_WANTED}")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    scheme, host = _scheme_and_host(endpoint_url)
+    if scheme not in ("http", "https") or not host:
         raise StoreError(f"endpoint {endpoint_url!r} is not of the form https://host:port")
-    try:
-        address = ipaddress.ip_address(parts.hostname)
-    except ValueError:
-        return
-    if address.is_link_local or address == ipaddress.ip_address("fd00:ec2::254"):
+    address = _address(host)
+    if host in METADATA_HOSTS or (address and (address.is_link_local or address in METADATA_ADDRESSES)):
         raise StoreError(f"endpoint {endpoint_url!r} is a link-local or metadata address, no object store")
+
+
+def _scheme_and_host(url: str) -> tuple[str, str]:
+    with suppress(ValueError):  # brackets or a port that are none
+        parts = urlsplit(url)
+        if parts.port != 0:
+            return parts.scheme, (parts.hostname or "").rstrip(".")
+    return "", ""
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The IP address in any spelling that the system's resolver takes (2852039166 is one); None: a name."""
+    with suppress(OSError):
+        return ipaddress.IPv4Address(socket.inet_aton(host))
+    with suppress(ValueError):
+        address = ipaddress.IPv6Address(host)
+        return address.ipv4_mapped or address
+    return None
 
 
 class S3Store:
@@ -63,13 +96,16 @@ class S3Store:
         if not self.bucket:
             raise StoreError(f"{uri!r} names no bucket; wanted s3://bucket/prefix")
         self._prefix = f"{prefix}/" if prefix else ""
+        self._connection: tuple[int, S3FileSystem] | None = None
+        self._endpoint = endpoint_url
+        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"S3Store({self._uri!r})"
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[Any, ...]:
         """Without the connection: another process makes its own, from its own environment."""
-        return {name: value for name, value in self.__dict__.items() if name != "_s3"}
+        return S3Store, (self._uri, self.endpoint_url)
 
     @property
     def uri(self) -> str:
@@ -83,8 +119,9 @@ class S3Store:
             wanted["Range"] = f"bytes={start}-{'' if length is None else start + length - 1}"
         with self._explained(key, conflict=ChangedError(f"{self._uri}/{key} has changed: it is not version {etag}")):
             try:
+                s3 = self._s3
                 arguments = {"Bucket": self.bucket, "Key": self._prefix + key, **wanted}
-                return cast(bytes, sync(self._s3.loop, self._get, arguments))
+                return cast(bytes, sync(s3.loop, _download, s3, arguments))
             except OSError as error:
                 if _code(error) in ("InvalidRange", "416"):
                     return b""
@@ -124,52 +161,88 @@ class S3Store:
         with self._explained(key):
             self._call("delete_object", Key=self._prefix + key)
 
-    @cached_property
+    @property
     def _s3(self) -> S3FileSystem:
-        connection = S3FileSystem(
-            endpoint_url=self.endpoint_url,
-            use_listings_cache=False,
-            skip_instance_cache=True,
-            config_kwargs={
-                "connect_timeout": CONNECT_SECONDS,
-                "read_timeout": READ_SECONDS,
-                "retries": {"max_attempts": ATTEMPTS, "mode": "standard"},
-                # some stores do not know the checksums that newer clients add by default
-                "request_checksum_calculation": "when_required",
-                "response_checksum_validation": "when_required",
-            },
-        )
-        connection.retries = 1
-        return connection
+        """The client of this process: none survives a fork."""
+        with self._lock:
+            if self._connection is None or self._connection[0] != os.getpid():
+                connection, self._endpoint = _connected(self.endpoint_url)
+                self._connection = (os.getpid(), connection)
+            return self._connection[1]
 
     def _call(self, method: str, **arguments: Any) -> Any:
         return self._s3.call_s3(method, Bucket=self.bucket, **arguments)
 
-    async def _get(self, arguments: Mapping[str, Any]) -> bytes:
-        reply = await self._s3._call_s3("get_object", **arguments)
-        async with reply["Body"] as body:
-            return await body.read()
-
     @contextmanager
     def _explained(self, key: str, conflict: StoreError | None = None) -> Iterator[None]:
         """Turns the client's errors into sentences that name the object and never a credential."""
-        where = f"{self._uri}/{key}" if key else self._uri
-        at = f" at {self.endpoint_url}" if self.endpoint_url else ""
         try:
             yield
-        except (NoCredentialsError, PartialCredentialsError) as error:
-            raise StoreError(f"no credentials for {self._uri}{at}: {CREDENTIALS_WANTED}") from error
-        except (TimeoutError, OSError, ClientError, BotoCoreError) as error:
-            code = _code(error)
-            if code in CONFLICT_CODES and conflict is not None:
+        except (*S3_RETRYABLE_ERRORS, OSError, ClientError, BotoCoreError, RecursionError) as error:
+            if conflict is not None and _code(error) in CONFLICT_CODES:
                 raise conflict from error
-            if code in MISSING_CODES:
-                raise MissingError(f"there is no object {where}{at}") from error
-            if code == "NoSuchBucket":
-                raise StoreError(f"there is no bucket {self.bucket!r}{at}") from error
-            if code in DENIED_CODES:
-                raise StoreError(f"access to {where}{at} was refused ({code}): {CREDENTIALS_WANTED}") from error
-            raise StoreError(f"{where}{at} cannot be reached: {code or type(error).__name__}: {error}") from error
+            raise self._sentence(key, error) from error
+
+    def _sentence(self, key: str, error: Exception) -> StoreError:
+        where = f"{self._uri}/{key}" if key else self._uri
+        at = f" at {self._endpoint}" if self._endpoint else ""
+        code = _code(error)
+        if isinstance(error, NoCredentialsError | PartialCredentialsError | ProfileNotFound):
+            return StoreError(f"no credentials for {self._uri}{at}: {CREDENTIALS_WANTED}")
+        if isinstance(error, RecursionError):
+            return StoreError(f"{where}{at} is redirected without end: is that the store's own address?")
+        if code in MISSING_CODES:
+            return MissingError(f"there is no object {where}{at}")
+        if code == "NoSuchBucket":
+            return StoreError(f"there is no bucket {self.bucket!r}{at}")
+        if code in DENIED_CODES:
+            return StoreError(f"access to {where}{at} was refused ({code}): {CREDENTIALS_WANTED}")
+        failed = f"failed with {code}" if code else f"cannot be reached: {type(error).__name__}"
+        return StoreError(f"{where}{at} {failed}: {error}")
+
+
+def _connected(endpoint_url: str | None) -> tuple[S3FileSystem, str]:
+    """A client with bounded patience, and the endpoint that it found, in the environment where none is given.
+
+    Raises StoreError where that is refused.
+    """
+    connection = S3FileSystem(
+        endpoint_url=endpoint_url,
+        use_listings_cache=False,
+        skip_instance_cache=True,
+        config_kwargs={
+            "connect_timeout": CONNECT_SECONDS,
+            "read_timeout": READ_SECONDS,
+            "retries": {"total_max_attempts": ATTEMPTS, "mode": "standard"},
+            # some stores do not know the checksums that newer clients add by default
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+        },
+    )
+    connection.retries = 1
+    try:
+        client: Any = connection.connect()
+    except ValueError:  # its text may hold credentials
+        raise StoreError(
+            "the endpoint in the environment (AWS_ENDPOINT_URL) is not of the form https://host:port"
+        ) from None
+    found = str(client.meta.endpoint_url)
+    check_endpoint(found)
+    return connection, found
+
+
+async def _download(s3: S3FileSystem, arguments: Mapping[str, Any]) -> bytes:
+    """Asks again where a body broke off: botocore's own attempts end with the headers."""
+    for _ in range(ATTEMPTS - 1):
+        reply = await s3._call_s3("get_object", **arguments)
+        with suppress(*S3_RETRYABLE_ERRORS):
+            return await _body(reply)
+    return await _body(await s3._call_s3("get_object", **arguments))
+
+
+async def _body(reply: Mapping[str, Any]) -> bytes:
+    async with reply["Body"] as body:
+        return await body.read()
 
 
 def _code(error: BaseException) -> str:

@@ -2,6 +2,9 @@
 
 import threading
 import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from storage.local import LocalStore
@@ -20,6 +23,8 @@ def open_store(uri: str, endpoint_url: str | None = None) -> ObjectStore:
     if not separator:
         return LocalStore(Path(uri))
     if scheme == "file":
+        if not rest.startswith("/"):
+            raise StoreError(f"{uri!r} names no folder of this machine; wanted file:///PATH, or a plain path")
         return LocalStore(Path(rest))
     if scheme == "s3":
         from storage.s3 import S3Store  # its clients take most of a second to import, and local jobs need none
@@ -35,12 +40,21 @@ def probe(store: ObjectStore, prefix: str) -> None:
     Raises WeakStoreError where that does not hold, and StoreError where nothing can be written.
     """
     key = f"{prefix}{uuid.uuid4().hex}"
+    with _removed(store, f"{key}-twice") as twice:
+        _second_must_fail(store, twice)
+    with _removed(store, f"{key}-race") as race:
+        _one_must_win(store, race)
+
+
+@contextmanager
+def _removed(store: ObjectStore, key: str) -> Iterator[str]:
+    """The key, whose object goes in the end; a store that fails is not asked again, for it may take its time."""
     try:
-        _second_must_fail(store, f"{key}-twice")
-        _one_must_win(store, f"{key}-race")
-    finally:
-        for name in ("twice", "race"):
-            store.delete(f"{key}-{name}")
+        yield key
+    except WeakStoreError:
+        store.delete(key)
+        raise
+    store.delete(key)
 
 
 def _second_must_fail(store: ObjectStore, key: str) -> None:
@@ -53,22 +67,19 @@ def _second_must_fail(store: ObjectStore, key: str) -> None:
 
 
 def _one_must_win(store: ObjectStore, key: str) -> None:
-    winners: list[bytes] = []
     start = threading.Barrier(RACERS)
 
-    def race(body: bytes) -> None:
+    def race(body: bytes) -> bytes | None:
         start.wait()
         try:
             store.create(key, body)
-        except StoreError:
-            return
-        winners.append(body)
+        except AlreadyExistsError:
+            return None
+        return body
 
-    racers = [threading.Thread(target=race, args=(f"racer {number}".encode(),)) for number in range(RACERS)]
-    for racer in racers:
-        racer.start()
-    for racer in racers:
-        racer.join()
+    with ThreadPoolExecutor(RACERS) as pool:
+        outcomes = pool.map(race, (f"racer {number}".encode() for number in range(RACERS)))
+        winners = [body for body in outcomes if body is not None]
     if len(winners) != 1 or store.read(key) != winners[0]:
         raise _weak(store, f"of {RACERS} writers at once {len(winners)} believed to be the first")
 

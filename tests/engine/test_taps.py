@@ -26,6 +26,8 @@ def test_frozen_gives_the_module_back_even_half_way():
     with frozen(net):
         modes, in_place, needs, _ = state(net)
         assert not any([*modes, *in_place, *needs])
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32
     assert state(net) == before
     with pytest.raises(RuntimeError), frozen(net):
         net(torch.rand(1, 7, 32, 32))

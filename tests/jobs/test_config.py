@@ -1,5 +1,7 @@
 """The configuration: every key checked, and errors that show the way out."""
 
+from pathlib import Path
+
 import pytest
 
 from jobs.config import ConfigError, TargetChoice, differences, digest_of, load_config, parse_parameters
@@ -11,7 +13,7 @@ def test_options_win_over_the_file(tmp_path):
     file = tmp_path / "job.toml"
     file.write_text('data = "a"\noutput = "b"\ntarget = "top-3"\n[parameters]\nmu = 0.3\ngate = "soft"\n')
     config = load_config(file, {"data": "c", "target": None, "parameters": {"mu": 0.5}})
-    assert (config.data, config.output, config.target) == ("c", "b", "top-3")
+    assert (Path(config.data).name, Path(config.output).name, config.target) == ("c", "b", "top-3")
     assert config.explainer_parameters().mu == 0.5
     assert config.explainer_parameters().gate == "soft"
 
@@ -66,6 +68,14 @@ def test_the_identity_holds_what_changes_bytes():
     assert digest_of(one.identity("a")) != digest_of(one.identity("b"))
     explicit = load_config(None, {**BASE, "parameters": {"mu": 0.0}})
     assert digest_of(explicit.identity(None)) == digest_of(one.identity(None))
+
+
+def test_local_paths_are_absolute_and_the_rest_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(None, {"data": "photos", "output": "s3://bucket/maps", "weights": "random"})
+    assert config.data == str(tmp_path / "photos")
+    assert (config.output, config.weights) == ("s3://bucket/maps", "random")
+    assert load_config(None, {**BASE, "weights": "w/net.pt"}).weights == str(tmp_path / "w" / "net.pt")
 
 
 def test_differences_show_both_sides():

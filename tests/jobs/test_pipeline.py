@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -56,6 +57,36 @@ def test_through_a_bucket(tmp_path, bucket):
     for secret in (bucket.access_key, bucket.secret_key):
         assert secret.encode() not in everything
         assert secret not in done.stdout + done.stderr
+
+
+WAVES = """
+import sys
+from rich.console import Console
+from jobs import pipeline
+from jobs.run import Execution, run_job
+from tests.jobs.jobs_of import config_of
+pipeline.WAVE_UNITS = 4
+run_job(config_of(sys.argv[1], sys.argv[2]), Execution(workers=1), Console(quiet=True))
+"""
+
+
+def test_waves_leave_the_same_bytes(tmp_path):
+    data = folder_of_images(tmp_path / "in")
+    run_here(data, tmp_path / "here")
+    program = [sys.executable, "-c", WAVES, data, tmp_path / "waves"]
+    subprocess.run(program, cwd=ROOT, check=True, capture_output=True)
+    rows = {row["key"]: {**row, "unit_id": ""} for row in rows_in(LocalStore(tmp_path / "here"))}
+    assert {row["key"]: {**row, "unit_id": ""} for row in rows_in(LocalStore(tmp_path / "waves"))} == rows
+    assert len(fragments_in(LocalStore(tmp_path / "waves"))) > 4
+
+
+def test_a_model_that_fails_on_the_workers_is_one_sentence(tmp_path):
+    data = folder_of_images(tmp_path / "in", 2, bad=False)
+    done = blocksight(*explain(data, tmp_path / "out"), "--model", "tests.jobs.tiny:make_fragile")
+    assert done.returncode == 2
+    assert "no such model on this node" in done.stderr
+    assert "run it again" in done.stderr
+    assert "Traceback" not in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("moment", [0.0, 0.35, 0.8])

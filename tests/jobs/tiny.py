@@ -1,6 +1,7 @@
 """A small classifier and small data sets, so that whole jobs run in seconds."""
 
 import io
+import sys
 import tarfile
 from pathlib import Path
 
@@ -38,6 +39,13 @@ def make(seed: int = 0) -> ModelAdapter:
 def make_other() -> ModelAdapter:
     """The same architecture with other weights."""
     return make(seed=1)
+
+
+def make_fragile() -> ModelAdapter:
+    """Fails on Ray's workers, as weights do that lie on the driver alone."""
+    if "default_worker" in sys.argv[0]:
+        raise RuntimeError("no such model on this node")
+    return make()
 
 
 def picture(seed: int, kind: str = "PNG") -> bytes:
