@@ -156,9 +156,8 @@ def _refusal(client: Any, bucket: str) -> Exception | None:
     try:
         with suppress(*standing):  # from an earlier start on the same folder
             client.create_bucket(Bucket=bucket)
-        client.put_object(
-            Bucket=bucket, Key=".ready", Body=b"ready"
-        )  # waits for a volume, which empty objects need not
+        # an object with bytes in it needs a volume too, and volumes come after the bucket
+        client.put_object(Bucket=bucket, Key=".ready", Body=b"ready")
         client.delete_object(Bucket=bucket, Key=".ready")
     except (BotoCoreError, ClientError) as error:
         return error

@@ -3,16 +3,19 @@
 import logging
 import os
 import secrets
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray.exceptions import RayError
 
 from cluster.errors import ClusterError
 from cluster.sizing import Sizing, local_cpus, size_for
 
 OBJECT_STORE_BYTES = 1 << 30
 """Of a session on this machine: a few units of pixels per actor."""
+CONNECT_SECONDS = 5.0
 
 UNSAFE_SWITCHES = (
     "RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE",
@@ -25,39 +28,60 @@ UNSAFE_SWITCHES = (
 
 @contextmanager
 def ray_session(address: str | None = None, num_actors: int | None = None) -> Iterator[Sizing]:
-    """Starts Ray on this machine (loopback, token, no dashboard), or joins the cluster at `address`.
+    """Starts Ray on this machine (token, no dashboard), or joins the cluster at `address` (host:port, auto).
 
-    Yields how the job fits on it. What was started is stopped afterwards; a joined cluster goes on.
-    Raises ClusterError where it cannot be reached or is too small.
+    Yields how the job fits on it. What was started is stopped afterwards; a joined cluster goes on. Ray
+    listens on every interface of the machine: the token is what keeps strangers out. Raises ClusterError
+    where the session cannot be had or is too small.
     """
     _refuse_unsafe()
-    _connect(address, num_actors)
+    if ray.is_initialized():
+        raise ClusterError("this process has a Ray session already; end it with ray.shutdown() first")
     try:
+        if address is None:
+            _start(num_actors)
+        else:
+            _join(address)
         yield size_for(ray.cluster_resources(), num_actors)
     finally:
         ray.shutdown()
 
 
-def _connect(address: str | None, num_actors: int | None) -> None:
-    if address is not None:
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ClusterError(f"no Ray cluster answers at {address!r}: {error}") from error
-        return
+def _start(num_actors: int | None) -> None:
     _settle_environment()
     try:
         with _silent_standard_error():
             ray.init(
                 address="local",
-                num_cpus=local_cpus(os.cpu_count() or 1, num_actors),  # pyright: ignore[reportArgumentType]
+                num_cpus=local_cpus(os.cpu_count() or 1, num_actors),
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ClusterError(f"Ray could not be started on this machine: {error}; --runner local does without") from error
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        raise ClusterError(f"Ray does not start on this machine: {error}") from error
+
+
+def _join(address: str) -> None:
+    _refuse_silence(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        raise ClusterError(f"the Ray cluster at {address!r} cannot be joined: {error}") from error
+
+
+def _refuse_silence(address: str) -> None:
+    """Says at once that nobody is there; Ray itself tries for more than four minutes."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ClusterError(f"{address!r} is no address of a Ray cluster; wanted host:port, or auto")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterError(f"no Ray cluster answers at {address!r}: {error}") from error
 
 
 def _settle_environment() -> None:

@@ -49,18 +49,19 @@ def size_for(resources: Mapping[str, float], num_actors: int | None = None) -> S
     return Sizing(wanted, 1.0 if gpus else 0.0, ACTOR_CPUS, TASK_CPUS, threads_per_actor=1)
 
 
-def local_cpus(num_cores: int, num_actors: int | None) -> float:
+def local_cpus(num_cores: int, num_actors: int | None) -> int:
     """Logical CPUs of a session that is started for the job: an actor per core, and room for the tasks.
 
     Reading and committing take a few percent of a core, so the tasks share the cores with the actors.
     """
-    return max(num_cores, num_actors or 0) * ACTOR_CPUS + 1.0
+    return ceil(max(num_cores, num_actors or 0) * ACTOR_CPUS) + 1
 
 
 def unit_records(seconds_per_record: float, bytes_per_record: float, num_records: int, num_workers: int) -> int:
     """Records of a full unit: 10 s of work at least, 5 minutes and 1/20 of a worker's share at most.
 
-    The floor wins over the share, and the cap of 64 MiB of output over everything. At least one.
+    The floor wins over the share, and the cap of 64 MiB of output over everything. At least one. Seconds
+    and bytes per record are greater than zero.
     """
     share = num_records / max(1, num_workers) * seconds_per_record * MOST_UNIT_SHARE
     seconds = max(LEAST_UNIT_SECONDS, min(MOST_UNIT_SECONDS, share))
@@ -71,11 +72,13 @@ def unit_records(seconds_per_record: float, bytes_per_record: float, num_records
 def shrinking(num_records: int, first: int, floor: int, num_workers: int) -> list[int]:
     """Unit sizes that add up to the records and shrink towards the end (guided self-scheduling).
 
-    Each takes half of a worker's share of what is left, within [floor, first].
+    Each takes half of a worker's share of what is left, within [floor, first]; `first` wins over `floor`,
+    and only the last may be smaller.
     """
     sizes = []
     left = num_records
     while left > 0:
-        sizes.append(min(left, max(floor, min(first, left // (2 * max(1, num_workers))), 1)))
+        wanted = min(first, max(floor, left // (2 * max(1, num_workers))))
+        sizes.append(min(left, max(1, wanted)))
         left -= sizes[-1]
     return sizes

@@ -23,8 +23,8 @@ class Tally:
 
     total_records: int
     """To do in this run."""
-    guess_seconds: float
-    """The plan's estimate for them, used until something is finished."""
+    guess_seconds: float | None
+    """The plan's estimate for them, used until something is finished; None: nothing is known of the model."""
     records: int = 0
     forwards: int = 0
     failures: int = 0
@@ -37,20 +37,20 @@ class Tally:
             self.records += outcome.num_records
             self.forwards += outcome.num_forwards
 
-    def seconds_left(self, elapsed: float) -> float:
-        """From the pace so far; from the estimate before anything is finished."""
-        if self.records == 0:
-            return max(0.0, self.guess_seconds - elapsed)
-        return max(0.0, elapsed * (self.total_records - self.records) / self.records)
+    def left(self, elapsed: float) -> str:
+        """The time left: from the pace so far, or from the estimate before anything is finished."""
+        if self.records:
+            return f"{clock(elapsed * (self.total_records - self.records) / self.records)} left"
+        if self.guess_seconds is None:
+            return "time left is known after the first unit"
+        return f"about {clock(max(0.0, self.guess_seconds - elapsed))} left"
 
     def line(self, elapsed: float) -> str:
         """`3/6 records, 84 masked forwards/s, 1:02 left`."""
         rate = self.forwards / elapsed if elapsed > 0 else 0.0
         trouble = f", {self.failures} units failed" if self.failures else ""
-        about = "" if self.records else "about "
-        left = clock(self.seconds_left(elapsed))
         done = f"{self.records:,}/{self.total_records:,}"
-        return f"{done} records, {rate:,.0f} masked forwards/s, {about}{left} left{trouble}"
+        return f"{done} records, {rate:,.0f} masked forwards/s, {self.left(elapsed)}{trouble}"
 
 
 def clock(seconds: float) -> str:

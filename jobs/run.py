@@ -152,9 +152,10 @@ def _run_units(
     num_targets, on_gpu = config.target_choice.count, context.device != "cpu"
     guess = estimate(config.model, config.explainer_parameters(), num_records, num_targets, on_gpu=on_gpu)
     num_workers = sizing.num_actors if sizing is not None else 1
+    expected = guess.seconds(num_workers) if guess.is_measured else None
     failures = []
     start = time.monotonic()
-    with progress(console, Tally(num_records, guess.seconds(num_workers))) as update:
+    with progress(console, Tally(num_records, expected)) as update:
         for outcome in _outcomes(units, context, state, sizing):
             update(outcome)
             if isinstance(outcome, UnitFailure):
