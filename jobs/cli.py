@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.progress import track
 
 from cluster.errors import ClusterError
 from engine.errors import ModelError
@@ -143,7 +144,15 @@ def verify(output: Existing, endpoint_url: Endpoint = None) -> None:
     """Prove from the output alone that rows in = explained + rejected, every record once, no byte changed."""
     store, made = _existing(output, endpoint_url)
     faults, checked = [], 0
-    for unit, found in check(store, made):
+    fragments = track(
+        check(store, made),
+        "verifying",
+        total=len(made.units) + 1,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    for unit, found in fragments:
         faults += found
         checked += unit is not None
     standing = stand(store, made)
