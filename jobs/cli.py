@@ -33,7 +33,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console(highlight=False, soft_wrap=True)
+LOG_WIDTH = 140
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH)
+"""As wide as the terminal; a log or a pipe gets whole lines."""
 
 JOB_OPTIONS: dict[str, Any] = {
     "data": Annotated[str | None, typer.Option(help="Folder, file or s3:// prefix of images, tar shards or Parquet.")],

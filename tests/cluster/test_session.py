@@ -1,6 +1,7 @@
-"""The Ray session: loopback, token, its own processes alone."""
+"""The Ray session: token, its own processes alone."""
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -63,3 +64,28 @@ def test_switches_that_let_files_run_code_are_refused(monkeypatch, switch):
     monkeypatch.setenv(switch, "1")
     with pytest.raises(ClusterError, match=f"{switch} lets files run code"), ray_session():
         pass
+
+
+@pytest.mark.parametrize("address", ["local", "host", "host:port", "host:99999"])
+def test_addresses_that_are_none_are_refused(address):
+    with pytest.raises(ClusterError, match=f"'{address}'"), ray_session(address):
+        pass
+
+
+def test_an_address_where_nobody_answers_is_named_at_once(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    for wanted in (address, "auto"):
+        with pytest.raises(ClusterError, match=f"no Ray cluster answers at '{address}'"), ray_session(wanted):
+            pass
+
+
+def test_a_session_of_someone_else_is_left_alone(monkeypatch):
+    ended = []
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.shutdown", lambda: ended.append(True))
+    with pytest.raises(ClusterError, match="has a Ray session already"), ray_session():
+        pass
+    assert not ended

@@ -1,0 +1,76 @@
+"""Sizing by numbers: what fits, what is refused, and units that shrink towards the end."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.errors import ClusterError
+from cluster.sizing import MOST_UNIT_BYTES, local_cpus, shrinking, size_for, unit_records
+
+
+@pytest.mark.parametrize(
+    ("resources", "wanted", "num_actors", "gpus"),
+    [
+        ({"CPU": 3.0}, None, 2, 0.0),
+        ({"CPU": 2.0}, None, 1, 0.0),
+        ({"CPU": 64.0, "GPU": 8.0}, None, 8, 1.0),
+        ({"CPU": 4.0, "GPU": 8.0}, None, 3, 1.0),
+        ({"CPU": 64.0, "GPU": 8.0}, 2, 2, 1.0),
+    ],
+)
+def test_actors_leave_room_for_a_task(resources, wanted, num_actors, gpus):
+    sizing = size_for(resources, wanted)
+    assert (sizing.num_actors, sizing.gpus_per_actor) == (num_actors, gpus)
+    assert sizing.num_actors * sizing.cpus_per_actor + sizing.cpus_per_task <= resources["CPU"]
+    assert sizing.cpus_per_task != sizing.cpus_per_actor
+
+
+@pytest.mark.parametrize(
+    ("resources", "wanted"),
+    [({}, None), ({"CPU": 1.0}, None), ({"CPU": 4.0}, 4), ({"CPU": 64.0, "GPU": 1.0}, 2), ({"GPU": 1.0}, None)],
+)
+def test_what_ray_would_wait_for_in_silence_is_refused(resources, wanted):
+    with pytest.raises(ClusterError, match=r"explain actors need .* CPUs.*--workers"):
+        size_for(resources, wanted)
+
+
+@pytest.mark.parametrize(("num_cores", "wanted", "actors"), [(1, None, 1), (2, None, 2), (2, 5, 5), (16, 3, 3)])
+def test_a_session_of_its_own_always_fits(num_cores, wanted, actors):
+    assert size_for({"CPU": float(local_cpus(num_cores, wanted))}, wanted).num_actors == actors
+
+
+@pytest.mark.parametrize(
+    ("seconds", "size", "num_records", "workers", "records"),
+    [
+        (0.1, 1000, 10**6, 1, 3000),  # five minutes
+        (0.1, 1000, 40_000, 1, 2000),  # a twentieth of the share
+        (0.1, 1000, 40_000, 4, 500),
+        (0.1, 1000, 500, 4, 100),  # ten seconds win over the twentieth
+        (0.001, 65536, 10**6, 1, 1024),  # and 64 MiB over everything
+        (0.001, 1 << 30, 10**6, 1, 1),
+        (40.0, 1000, 10, 2, 1),
+    ],
+)
+def test_a_full_unit(seconds, size, num_records, workers, records):
+    assert unit_records(seconds, size, num_records, workers) == records
+
+
+@given(st.floats(1e-6, 1e3), st.floats(1, 1e9), st.integers(0, 10**7), st.integers(1, 1000))
+def test_a_full_unit_never_outgrows_one_put(seconds, size, num_records, workers):
+    records = unit_records(seconds, size, num_records, workers)
+    assert records >= 1
+    assert records == 1 or records * size <= MOST_UNIT_BYTES
+
+
+def test_units_shrink_by_hand():
+    assert shrinking(100, 20, 5, 2) == [20, 20, 15, 11, 8, 6, 5, 5, 5, 5]
+    assert shrinking(7, 20, 5, 2) == [5, 2]
+    assert shrinking(9, 3, 5, 2) == [3, 3, 3]
+
+
+@given(st.integers(0, 5000), st.integers(1, 500), st.integers(1, 500), st.integers(1, 64))
+def test_units_add_up_and_never_grow(num_records, first, floor, workers):
+    sizes = shrinking(num_records, first, floor, workers)
+    assert sum(sizes) == num_records
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(min(first, floor) <= size <= first for size in sizes[:-1])

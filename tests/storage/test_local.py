@@ -1,0 +1,196 @@
+"""The local folder under crashes, odd file systems and hostile timing: what the common contract cannot see."""
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+
+from storage.local import LocalStore
+from storage.store import AlreadyExistsError, ChangedError, StoreError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+CRASH = """
+import os, pathlib, signal, sys
+from storage.local import LocalStore
+die = lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL)
+setattr({where}, {name!r}, die)
+LocalStore(sys.argv[1]).create("data/x", b"body", metadata={{"attempt": "one"}})
+"""
+
+
+def crash(root, where, name):
+    """Creates `data/x` in a process that is killed when it calls the named function."""
+    done = subprocess.run([sys.executable, "-c", CRASH.format(where=where, name=name), str(root)], cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(("where", "name"), [("os", "fsync"), ("pathlib.Path", "hardlink_to")])
+def test_a_crash_before_the_link_leaves_nothing_to_be_seen(tmp_path, where, name):
+    crash(tmp_path, where, name)
+    store = LocalStore(tmp_path)
+    assert list(store.list()) == []
+    assert store.head("data/x") is None
+    store.create("data/x", b"again", metadata={"attempt": "two"})
+    assert store.read("data/x") == b"again"
+    assert store.head("data/x").metadata == {"attempt": "two"}
+
+
+def test_a_crash_after_the_link_leaves_a_whole_object_with_its_metadata(tmp_path):
+    crash(tmp_path, "pathlib.Path", "replace")
+    store = LocalStore(tmp_path)
+    assert [info.key for info in store.list()] == ["data/x"]
+    assert store.read("data/x") == b"body"
+    assert store.head("data/x").metadata == {"attempt": "one"}
+    with pytest.raises(AlreadyExistsError):
+        store.create("data/x", b"again", metadata={"attempt": "two"})
+    assert store.head("data/x").metadata == {"attempt": "one"}
+    store.delete("data/x")
+    assert [path for path in (tmp_path / "data").iterdir() if not path.name.startswith(".writing-")] == []
+
+
+def test_deleting_and_replacing_take_the_metadata_along(tmp_path):
+    store = LocalStore(tmp_path)
+    store.create("x", b"1", metadata={"attempt": "one"})
+    store.put("x", b"2")
+    assert store.head("x").metadata == {}
+    store.delete("x")
+    store.create("x", b"3", metadata={"attempt": "three"})
+    store.delete("x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_metadata_of_an_object_removed_by_hand_do_not_come_back(tmp_path):
+    store = LocalStore(tmp_path)
+    store.create("x", b"1", metadata={"attempt": "one"})
+    (tmp_path / "x").unlink()
+    assert store.head("x") is None
+    store.create("x", b"2")
+    assert store.head("x").metadata == {}
+
+
+def test_no_reader_of_a_folder_meets_the_metadata(tmp_path):
+    body = pa.BufferOutputStream()
+    pq.write_table(pa.table({"a": [1, 2]}), body)
+    LocalStore(tmp_path).create("data/x.parquet", body.getvalue().to_pybytes(), metadata={"attempt": "one"})
+    (tmp_path / "data" / ".writing-0").write_bytes(b"half")
+    assert duckdb.sql(f"select sum(a) from '{tmp_path}/data/*.parquet'").fetchall() == [(3,)]
+    assert ds.dataset(tmp_path / "data").to_table().num_rows == 2
+    assert [info.key for info in LocalStore(tmp_path).list()] == ["data/x.parquet"]
+
+
+@pytest.fixture
+def without_hard_links(monkeypatch):
+    def refused(_path, _target):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Path, "hardlink_to", refused)
+
+
+def test_without_hard_links_a_rename_that_replaces_nothing_does_it(tmp_path, without_hard_links):
+    store = LocalStore(tmp_path)
+    store.create("x", b"1", metadata={"attempt": "one"})
+    with pytest.raises(AlreadyExistsError):
+        store.create("x", b"2", metadata={"attempt": "two"})
+    assert (store.read("x"), store.head("x").metadata) == (b"1", {"attempt": "one"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".metadata-x.json", "x"]
+
+
+def test_a_file_system_with_neither_is_refused(tmp_path, without_hard_links, monkeypatch):
+    class Libc:
+        def renameat2(self, *_arguments):
+            return -1
+
+    monkeypatch.setattr("ctypes.CDLL", lambda *_arguments, **_options: Libc())
+    monkeypatch.setattr("ctypes.get_errno", lambda: errno.EINVAL)
+    with pytest.raises(StoreError, match=r"neither hard links.*choose another folder"):
+        LocalStore(tmp_path).create("x", b"1", metadata={"attempt": "one"})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_whose_reply_was_lost_is_ours(tmp_path, monkeypatch):
+    link = Path.hardlink_to
+
+    def twice(path, target):
+        link(path, target)
+        link(path, target)
+
+    monkeypatch.setattr(Path, "hardlink_to", twice)
+    LocalStore(tmp_path).create("x", b"1", metadata={"attempt": "one"})
+    assert LocalStore(tmp_path).head("x").metadata == {"attempt": "one"}
+
+
+@pytest.mark.parametrize("metadata", [None, {"attempt": "one"}])
+def test_a_write_that_breaks_off_names_the_path_and_leaves_nothing(tmp_path, metadata):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(StoreError, match=f"{tmp_path}/data/x: File too large"):
+            LocalStore(tmp_path).create("data/x", b"1" * 100_000, metadata=metadata)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match=f"{tmp_path}/x: No space left on device"):
+        LocalStore(tmp_path).create("x", b"1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    scan = os.scandir
+
+    def closed(path):
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scan(path)
+
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(StoreError, match="closed: Permission denied"):
+        list(LocalStore(tmp_path).list())
+
+
+def test_a_change_in_the_midst_of_a_read_shows(tmp_path, monkeypatch):
+    store = LocalStore(tmp_path)
+    store.put("x", b"one")
+    etag = store.head("x").etag
+    facts = os.fstat
+
+    def changed(descriptor):
+        (tmp_path / "x").write_bytes(b"three")
+        return facts(descriptor)
+
+    monkeypatch.setattr(os, "fstat", changed)
+    with pytest.raises(ChangedError):
+        store.read("x", etag=etag)
+
+
+def test_folders_are_no_objects(tmp_path):
+    store = LocalStore(tmp_path)
+    store.put("a/b", b"1")
+    assert store.head("a") is None
+    with pytest.raises(StoreError, match="a: Is a directory"):
+        store.read("a")
+    store.delete("a/b/c")
+    assert store.head("a/b/c") is None
+
+
+@pytest.mark.parametrize("key", [".writing-1", "data/.metadata-x.json"])
+def test_names_of_its_own_are_kept(tmp_path, key):
+    with pytest.raises(StoreError, match="is kept for"):
+        LocalStore(tmp_path).create(key, b"1")
