@@ -1,7 +1,6 @@
 """Runs whole jobs in tests, and reads what they left."""
 
 import hashlib
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,13 +37,11 @@ def fragments_in(store: ObjectStore) -> dict[str, str]:
     return {info.key: hashlib.sha256(store.read(info.key)).hexdigest() for info in store.list("data/")}
 
 
-def command(*arguments: object, **environment: str) -> list[str]:
+def command(*arguments: object) -> list[str]:
     """The command line as a user calls it, from the repository's root."""
     return [sys.executable, "-m", "jobs", *map(str, arguments)]
 
 
-def blocksight(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def blocksight(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Runs the command line to its end."""
-    return subprocess.run(
-        command(*arguments), cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
+    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, check=False)

@@ -1,0 +1,108 @@
+"""The commit of one unit: once, whole, and settled by the attempt id whatever the store replies."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from jobs.receipts import read_receipts
+from jobs.records import Unit, UnitResult
+from jobs.unit import commit_unit
+from storage.memory import MemoryStore
+from storage.store import ObjectInfo, StoreError
+from storage.survey import Layout
+
+UNIT = Unit(3, "a" * 20, Layout.PARQUET, (ObjectInfo("t.parquet", 9, "v1"),), 0, 2, 2)
+OK_ROW = {"key": "t/0", "shard": "s", "shard_index": 0, "unit_id": UNIT.unit_id, "status": "ok", "num_forwards": 7}
+BAD_ROW = {
+    **OK_ROW,
+    "key": "t/1",
+    "shard_index": 1,
+    "status": "rejected",
+    "reject_code": "corrupt",
+    "num_forwards": None,
+}
+
+
+def result(level: float = 1.0) -> UnitResult:
+    saliency = np.array([[0.0, level], [0.5, 0.25]], np.float32)
+    metrics = {"drop": 10.0, "increase": False, "protocol": "p"}
+    return UnitResult(UNIT, ({**OK_ROW, "map": saliency, "metrics": metrics}, BAD_ROW), 2, explain_seconds=1.5)
+
+
+def test_the_receipt_says_what_was_committed():
+    store = MemoryStore()
+    receipt = commit_unit(result(), store, "job", attempt="one")
+    assert (receipt.num_records, receipt.num_ok, receipt.num_rejected) == (2, 1, 1)
+    assert receipt.rejects == {"corrupt": 1}
+    assert receipt.num_forwards == 7
+    assert receipt.metrics["drop@p"] == {"sum": 10.0, "count": 1}
+    assert read_receipts(store, [UNIT]) == {UNIT.unit_id: receipt}
+    assert dict(store.head(UNIT.fragment_key).metadata) == {
+        "attempt": "one",
+        "sha256": receipt.sha256,
+        "records": "2",
+        "ok": "1",
+        "rejected": "1",
+    }
+
+
+def test_the_second_of_two_attempts_adopts_the_first():
+    store = MemoryStore()
+    first = commit_unit(result(), store, "job", attempt="one")
+    before = store.read(UNIT.fragment_key)
+    second = commit_unit(result(level=0.7), store, "job", attempt="two")
+    assert store.read(UNIT.fragment_key) == before
+    assert second.sha256 == first.sha256
+    assert second.attempt is None
+    assert read_receipts(store, [UNIT])[UNIT.unit_id].attempt == "one"
+
+
+class LostReply(MemoryStore):
+    """Writes, and then says that it did not; `how` is what the client makes of it."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def create(self, key, data, *, metadata=None):
+        super().create(key, data, metadata=metadata)
+        if key == UNIT.fragment_key:
+            raise self.how("the connection broke before the reply")
+
+
+@pytest.mark.parametrize("retried", [False, True], ids=["timeout", "retried by the client, and refused"])
+def test_a_lost_reply_is_settled_by_the_attempt(retried):
+    from storage.store import AlreadyExistsError
+
+    store = LostReply(AlreadyExistsError if retried else StoreError)
+    receipt = commit_unit(result(), store, "job", attempt="one")
+    assert receipt.attempt == "one"
+    assert store.head(UNIT.fragment_key).metadata["attempt"] == "one"
+
+
+class Broken(MemoryStore):
+    def create(self, key, data, *, metadata=None):
+        raise StoreError("503")
+
+
+def test_a_store_that_writes_nothing_is_a_failure_and_leaves_nothing():
+    store = Broken()
+    with pytest.raises(StoreError, match="503"):
+        commit_unit(result(), store, "job")
+    assert list(store.list()) == []
+
+
+def test_a_crash_before_the_receipt_costs_no_truth():
+    store = MemoryStore()
+    receipt = commit_unit(result(), store, "job", attempt="one")
+    store.delete(f"_job/receipts/{UNIT.unit_id}.json")
+    rebuilt = read_receipts(store, [UNIT])[UNIT.unit_id]
+    assert rebuilt == replace(receipt, attempt=None, explain_seconds=None, worker=None)
+
+
+def test_a_unit_whose_rows_went_astray_is_not_committed():
+    store = MemoryStore()
+    with pytest.raises(ValueError, match="3 records came in and 2 would go out"):
+        commit_unit(replace(result(), num_records=3), store, "job")
+    assert list(store.list()) == []
