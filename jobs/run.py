@@ -86,7 +86,8 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
     """
     output, plan = plan_job(config, execution)
     standing = stand(output, plan)
-    if not standing.open_units:
+    if not standing.open_units:  # finished, or an input without a single record
+        settle_plan(output, plan)
         return RunOutcome(standing, (), 0.0, finalize(output, standing))
     state = weights_bytes(config)
     facts = _check_model(config, state, console)

@@ -51,6 +51,7 @@ def survey(store: ObjectStore, prefix: str = "") -> Survey:
     ignored: Counter[str] = Counter()
     others: list[str] = []
     for info in store.list(prefix):
+        _refuse_no_text(store, info.key)
         path = PurePosixPath(info.key)
         if any(part.startswith(("_", ".")) for part in path.parts) or (prefix and info.key != prefix):
             continue
@@ -64,6 +65,15 @@ def survey(store: ObjectStore, prefix: str = "") -> Survey:
         raise StoreError(_no_single_layout(store, prefix, found, others))
     ((layout, objects),) = found.items()
     return Survey(layout, tuple(sorted(objects, key=lambda info: info.key)), dict(ignored))
+
+
+def _refuse_no_text(store: ObjectStore, key: str) -> None:
+    """A key is stored as text: a file name of other bytes could neither be written down nor found again."""
+    try:
+        key.encode()
+    except UnicodeEncodeError as error:
+        shown = key.encode("utf-8", "backslashreplace").decode()
+        raise StoreError(f"{store.uri} holds a file whose name is no UTF-8: {shown}; rename it") from error
 
 
 def _no_single_layout(

@@ -3,6 +3,8 @@
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from engine.errors import ModelError
@@ -79,6 +81,14 @@ def test_the_same_records_have_the_same_maps_in_any_layout_and_unit(tmp_path):
     assert len(shared) == 6
     for sha256 in shared:
         assert maps["images"][sha256] == maps["tar"][sha256] == maps["tables"][sha256]
+
+
+def test_an_input_without_records_is_complete(tmp_path):
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "in" / "none.parquet")
+    outcome = run_here(tmp_path / "in", tmp_path / "out")
+    assert outcome.manifest["num_records"] == 0
+    assert faults(tmp_path / "out") == []
 
 
 def test_top_targets_are_rows_in_order(tmp_path):

@@ -1,12 +1,14 @@
 """The survey, loose images and Parquet tables."""
 
 import io
+import os
 import pickle
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from storage.local import LocalStore
 from storage.loose import read_images
 from storage.memory import MemoryStore
 from storage.records import MAX_IMAGE_BYTES
@@ -28,6 +30,12 @@ def test_loose_images_are_found_in_order_and_others_counted():
     assert found.layout is Layout.IMAGES
     assert [info.key for info in found.objects] == ["a/1.png", "b/2.JPG"]
     assert found.ignored == {".txt": 1}
+
+
+def test_a_file_name_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(b"")
+    with pytest.raises(StoreError, match=r"no UTF-8: caf\\udce9.png; rename it"):
+        survey(LocalStore(tmp_path))
 
 
 def test_a_single_file_is_an_input():
