@@ -1,4 +1,4 @@
-"""Block discovery: where in a traced network SISE reads its feature maps (sise.md section 1).
+"""Block discovery: where in a traced network SISE reads its feature maps (the paper's phase 1).
 
 A signal can bypass any layer inside a block, but not a tensor through which every path from input to
 output passes. At each spatial size the last such tensor carries the block's information.

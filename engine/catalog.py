@@ -7,7 +7,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class SiseParameters:
-    """The choices that sise.md leaves to the user; the defaults are the paper's."""
+    """The choices that SISE leaves to the user; the defaults are the paper's."""
 
     mu: float = field(
         default=0.0,

@@ -1,4 +1,4 @@
-"""From block maps to one saliency map: min-max, Otsu's threshold and the SISE cascade (sise.md section 5)."""
+"""From block maps to one saliency map: min-max, Otsu's threshold and the SISE cascade, after the paper's figure 5."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -35,7 +35,7 @@ def _between_class_variance(bins: NDArray[np.int64], values: Map) -> Map:
 
 
 def otsu_foreground(values: Map) -> NDArray[np.bool_]:
-    """Where values in [0, 1] lie above Otsu's threshold (sise.md section 8, row 16).
+    """Where values in [0, 1] lie above Otsu's threshold (Otsu 1979).
 
     256 bins, bin = min(floor(256 v), 255); the split is the first argmax of the between-class variance of
     the values themselves; foreground = bins above it. A constant map has no foreground.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Perturbation:
-    """`x' = m x + (1 - m) b` in the model's input space (sise.md section 8, row 13)."""
+    """`x' = m x + (1 - m) b` in the model's input space (the paper's `I * m` where b is 0)."""
 
     baseline: Tensor
     """What stands where a pixel was removed, broadcastable to [B, 3, H, W]."""

@@ -31,7 +31,7 @@ class Target(Protocol):
 
 @dataclass(frozen=True)
 class ClassProbability:
-    """Psi of SISE: the softmax probability of a class (sise.md section 4)."""
+    """Psi of SISE: the softmax probability of a class (the paper's confidence score)."""
 
     classes: Tensor
     """T class indices of each of N images, [N, T] int64."""

@@ -3,24 +3,20 @@
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.sizing import LEAST_UNIT_SECONDS, shrinking, unit_records
 from jobs.config import ConfigError, JobConfig, differences, digest_of
-from jobs.estimate import estimate
 from jobs.records import ModelFacts, Unit
+from jobs.units import Piece, Workforce, pieces
 from storage.store import AlreadyExistsError, MissingError, ObjectInfo, ObjectStore
 from storage.stores import open_store
-from storage.survey import Layout, Survey, survey
-from storage.tables import count_rows
-from storage.tars import sample_tar, tar_offset_after
+from storage.survey import Layout, survey
 
 PLAN_KEY = "_job/plan/plan.json"
 MODEL_KEY = "_job/plan/model.json"
@@ -77,16 +73,6 @@ class Plan:
         return sorted(folders - {""})
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A unit before it has its place and its name."""
-
-    objects: tuple[ObjectInfo, ...]
-    start: int
-    stop: int
-    num_records: int
-
-
 def open_source(data: str, endpoint_url: str | None) -> tuple[ObjectStore, str]:
     """The store that holds the input, and the prefix below it: a single file is a prefix of its folder."""
     uri = data.rstrip("/")
@@ -108,111 +94,27 @@ def open_output(config: JobConfig) -> ObjectStore:
     return open_store(config.output, config.endpoint_url)
 
 
-@dataclass(frozen=True)
-class Workforce:
-    """What a plan expects to run on; it shapes the units' sizes alone."""
-
-    num_workers: int
-    on_gpu: bool
-
-
 def make_plan(config: JobConfig, *, weights_sha256: str | None, workforce: Workforce) -> Plan:
     """Lists the input and cuts it into units; reads no image."""
     source, prefix = open_source(config.data, config.endpoint_url)
     identity = config.identity(weights_sha256)
     found = survey(source, prefix)
-    pieces = list(_pieces(source, found, config, workforce))
+    cut = list(pieces(source, found, config, workforce))
     fingerprint = digest_of(identity)
-    units = tuple(_unit(ordinal, fingerprint, found.layout, piece) for ordinal, piece in enumerate(pieces))
-    used = {info.key: info for piece in pieces for info in piece.objects}
+    units = tuple(_unit(ordinal, fingerprint, found.layout, piece) for ordinal, piece in enumerate(cut))
+    used = {info.key: info for piece in cut for info in piece.objects}
     return Plan(
         identity,
         found.layout,
         units,
         num_objects=len(used),
         num_bytes=sum(info.size for info in used.values()),
-        num_records=sum(piece.num_records for piece in pieces),
+        num_records=sum(piece.num_records for piece in cut),
         ignored=found.ignored,
     )
 
 
-def _pieces(source: ObjectStore, found: Survey, config: JobConfig, workforce: Workforce) -> Iterator[_Piece]:
-    if found.layout is Layout.IMAGES:
-        return _image_pieces(found.objects[: config.limit], config, workforce)
-    if found.layout is Layout.PARQUET:
-        return _table_pieces(source, found.objects, config, workforce)
-    return _tar_pieces(source, found.objects, config, workforce)
-
-
-def _sizes(config: JobConfig, num_records: int, workforce: Workforce) -> tuple[int, int]:
-    """Records of a full unit, and of the smallest one that is still worth its overhead."""
-    num_targets = config.target_choice.count
-    guess = estimate(config.model, config.explainer_parameters(), num_records, num_targets, on_gpu=workforce.on_gpu)
-    seconds = guess.seconds_per_record
-    full = unit_records(seconds, guess.bytes_per_record, num_records, workforce.num_workers)
-    return full, min(full, max(1, round(LEAST_UNIT_SECONDS / seconds)))
-
-
-def _image_pieces(objects: Sequence[ObjectInfo], config: JobConfig, workforce: Workforce) -> Iterator[_Piece]:
-    full, floor = _sizes(config, len(objects), workforce)
-    start = 0
-    for size in shrinking(len(objects), full, floor, workforce.num_workers):
-        chosen = tuple(objects[start : start + size])
-        yield _Piece(chosen, 0, len(chosen), len(chosen))
-        start += size
-
-
-def _table_pieces(
-    source: ObjectStore, objects: Sequence[ObjectInfo], config: JobConfig, workforce: Workforce
-) -> Iterator[_Piece]:
-    counts = _limited([count_rows(source, info) for info in objects], config.limit)
-    full, _ = _sizes(config, sum(counts), workforce)
-    for info, count in zip(objects, counts, strict=False):
-        for start in range(0, count, full):
-            stop = min(start + full, count)
-            yield _Piece((info,), start, stop, stop - start)
-
-
-def _limited(counts: Sequence[int], limit: int | None) -> list[int]:
-    """The first `limit` of records that lie in shards of these sizes, as sizes."""
-    if limit is None:
-        return list(counts)
-    before = accumulate(counts, initial=0)
-    return [max(0, min(count, limit - done)) for count, done in zip(counts, before, strict=False)]
-
-
-def _tar_pieces(
-    source: ObjectStore, objects: Sequence[ObjectInfo], config: JobConfig, workforce: Workforce
-) -> Iterator[_Piece]:
-    """Byte ranges of the shards: a reader takes the records that begin in its range."""
-    shards = list(_tar_shards(source, objects, config.limit))
-    full, _ = _sizes(config, sum(count for _, _, count in shards), workforce)
-    for info, stop, count in shards:
-        parts = max(1, round(count / full))
-        edges = [round(stop * part / parts) for part in range(parts + 1)]
-        shares = [count * (part + 1) // parts - count * part // parts for part in range(parts)]
-        for start, end, share in zip(edges, edges[1:], shares, strict=False):
-            yield _Piece((info,), start, end, share)
-
-
-def _tar_shards(
-    source: ObjectStore, objects: Sequence[ObjectInfo], limit: int | None
-) -> Iterator[tuple[ObjectInfo, int, int]]:
-    """Shard, end of its used bytes, number of records: counted under a limit, else guessed from the first."""
-    if limit is None:
-        per_byte = sample_tar(source, objects[0]) / max(1, objects[0].size)
-        yield from ((info, info.size, max(1, round(info.size * per_byte))) for info in objects)
-        return
-    left = limit
-    for info in objects:
-        if left <= 0:
-            return
-        stop, count = tar_offset_after(source, info, left)
-        left -= count
-        yield info, stop, count
-
-
-def _unit(ordinal: int, fingerprint: str, layout: Layout, piece: _Piece) -> Unit:
+def _unit(ordinal: int, fingerprint: str, layout: Layout, piece: Piece) -> Unit:
     inputs = [[info.key, info.size, info.etag] for info in piece.objects]
     unit_id = digest_of({"job": fingerprint, "inputs": inputs, "start": piece.start, "stop": piece.stop})[:20]
     return Unit(ordinal, unit_id, layout, piece.objects, piece.start, piece.stop, piece.num_records)

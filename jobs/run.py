@@ -19,10 +19,11 @@ from cluster.sizing import Sizing
 from jobs.config import JobConfig
 from jobs.context import JobContext, sha256_of, weights_bytes
 from jobs.estimate import estimate
-from jobs.plan import Plan, Workforce, load_plan, make_plan, open_output, refuse_drift, settle_model, settle_plan
+from jobs.plan import Plan, load_plan, make_plan, open_output, refuse_drift, settle_model, settle_plan
 from jobs.progress import Tally, progress
 from jobs.reconcile import Standing, finalize, stand
 from jobs.records import ModelFacts, Receipt, Unit, UnitFailure
+from jobs.units import Workforce
 from storage.store import ObjectStore
 from storage.stores import probe
 

@@ -11,12 +11,13 @@ from rich.table import Table
 from engine import catalog
 from jobs.config import JobConfig
 from jobs.estimate import estimate
-from jobs.plan import Plan, Workforce
+from jobs.plan import Plan
 from jobs.progress import clock
 from jobs.receipts import metric_means
 from jobs.reconcile import Standing
 from jobs.records import UnitFailure
 from jobs.run import RunOutcome
+from jobs.units import Workforce
 
 MEBIBYTE = 1 << 20
 

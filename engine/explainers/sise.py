@@ -1,4 +1,8 @@
-"""SISE: capture the blocks, select feature maps by gradient, sample with them as masks, fuse the block maps."""
+"""SISE: capture the blocks, select feature maps by gradient, sample with them as masks, fuse the block maps.
+
+Sattarzadeh et al., "Explaining Convolutional Neural Networks through Attribution-Based Input Sampling and
+Block-Wise Feature Aggregation", AAAI 2021 (arXiv 2010.00672): "the paper" everywhere in this package.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,7 +67,7 @@ class _Sampled:
 
 
 def select(alphas: Tensor, parameters: SiseParameters) -> Tensor:
-    """The kept channels of one block, ascending, given alpha [C] (sise.md section 2).
+    """The kept channels of one block, ascending, given alpha [C] (the paper's equations 6 to 8).
 
     alpha_k is the gradient of the score summed over map k; k is kept where alpha_k > mu max(alpha), and
     nothing is kept where no alpha is positive. Ada-SISE puts Otsu's threshold on the positive alpha in

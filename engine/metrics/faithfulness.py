@@ -1,4 +1,4 @@
-"""Drop and Increase: what the score does when only the most salient pixels are kept (sise.md section 7.2)."""
+"""Drop and Increase: what the score does when only the most salient pixels are kept (as SISE's paper measures)."""
 
 import hashlib
 import json

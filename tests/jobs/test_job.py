@@ -9,8 +9,9 @@ import pytest
 
 from engine.errors import ModelError
 from jobs.config import ConfigError
-from jobs.plan import MODEL_KEY, PLAN_KEY, DriftError, Workforce, load_plan, make_plan
+from jobs.plan import MODEL_KEY, PLAN_KEY, DriftError, load_plan, make_plan
 from jobs.reconcile import MANIFEST_KEY, check, stand
+from jobs.units import Workforce
 from storage.local import LocalStore
 from storage.maps import decode_map
 from storage.store import StoreError
