@@ -58,6 +58,8 @@ class ModelAdapter:
         self.device = torch.device(device)
         self.module.to(self.device)
         self._mean, self._std = self._mean.to(self.device), self._std.to(self.device)
+        if "network" in self.__dict__ and self.network.graph is not None:
+            self.network.graph.to(self.device)  # a traced graph holds its own references to buffers
         return self
 
     def borrowed(self) -> AbstractContextManager[None]:
@@ -76,7 +78,9 @@ class ModelAdapter:
     @cached_property
     def network(self) -> Network:
         """The traced network at the model's input size."""
-        example = self.normalise(torch.randint(0, 256, (2, 3, *self.input_size), dtype=torch.uint8))
+        own = torch.Generator().manual_seed(0)  # tracing must not consume the user's random numbers
+        pixels = torch.randint(0, 256, (2, 3, *self.input_size), dtype=torch.uint8, generator=own)
+        example = self.normalise(pixels)
         with self.borrowed():
             return survey(self.module, example)
 
@@ -143,7 +147,7 @@ def read_state(state: bytes) -> dict[str, Tensor]:
     for wrapper in ("state_dict", "model"):
         if isinstance(tensors.get(wrapper), dict):
             tensors = tensors[wrapper]
-    odd = [name for name, tensor in tensors.items() if not isinstance(tensor, Tensor)]
+    odd = [str(name) for name, tensor in tensors.items() if not isinstance(name, str) or not isinstance(tensor, Tensor)]
     if odd:
         raise ModelError(f"the weights file holds more than tensors ({', '.join(odd[:3])}); wanted a state dict")
     return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
@@ -189,7 +193,8 @@ def _torchvision(architecture: str, weights: str | None, state: bytes | None, se
     chosen: Any = known[weights] if published else known["DEFAULT"]  # pyright: ignore[reportArgumentType]
     if state is not None:
         tensors = read_state(state)
-        module = _random_model(lambda: zoo.get_model(architecture, num_classes=_count_classes(tensors)), seed)
+        num_classes = _count_classes(architecture, tensors)
+        module = _random_model(lambda: zoo.get_model(architecture, num_classes=num_classes), seed)
         _load_state(module, tensors)
     elif weights == RANDOM_WEIGHTS:
         module = _random_model(lambda: zoo.get_model(architecture), seed)
@@ -212,12 +217,19 @@ def _random_model(make: Callable[[], nn.Module], seed: int) -> nn.Module:
         return make()
 
 
-def _count_classes(tensors: Mapping[str, Tensor]) -> int:
-    """The length of the classifier's bias, which torchvision's classifiers register last."""
-    biases = [tensor for name, tensor in tensors.items() if name.endswith("bias") and tensor.dim() == 1]
-    if not biases:
-        raise ModelError("the weights file holds no classifier: no one-dimensional `bias` was found in it")
-    return len(biases[-1])
+def _count_classes(architecture: str, tensors: Mapping[str, Tensor]) -> int:
+    """The length of the classifier's bias: the last one that the architecture registers.
+
+    The order in the file says nothing: safetensors sorts by name.
+    """
+    import torchvision.models as zoo
+
+    with torch.device("meta"):
+        names = [name for name in zoo.get_model(architecture).state_dict() if name.endswith("bias")]
+    head = tensors.get(names[-1])
+    if head is None or head.dim() != 1:
+        raise ModelError(f"the weights do not fit {architecture}: they hold no classifier bias {names[-1]!r}")
+    return len(head)
 
 
 def _downloaded(architecture: str, weights: Any) -> nn.Module:
@@ -235,7 +247,7 @@ def _factory(path: str, seed: int) -> ModelAdapter:
     module_name, _, attribute = path.partition(":")
     try:
         make = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ModelError(f"model {path!r} cannot be imported: {error}; it is read as package.module:factory") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

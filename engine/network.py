@@ -1,6 +1,5 @@
 """The network as a list of tensors: traced once, so that blocks can be found and tapped by name."""
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -15,14 +14,6 @@ from engine.resample import Grid
 from engine.taps import GraphRecorder, Taps, module_outputs
 
 Node = TypeVar("Node")
-
-OUT_OF_PLACE = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-}
-
 
 ASPECT_SLACK = 1.5
 """How far a grid's height to width may be from the input's; odd sizes and padding stay well inside."""
@@ -46,7 +37,7 @@ class Network:
         grid, and where the rule finds nothing.
         """
         if names:
-            return tuple(self._named(name) for name in names)
+            return tuple(sorted({self._named(name) for name in names}, key=self.places.index))
         found = tuple(discover_blocks(self.places))
         if not found:
             raise ModelError(
@@ -91,24 +82,11 @@ def survey(module: nn.Module, example: Tensor) -> Network:
 
 def _trace(module: nn.Module, example: Tensor) -> fx.GraphModule | None:
     try:
-        graph = _without_in_place(fx.symbolic_trace(module))
+        graph = fx.symbolic_trace(module)
         same = torch.allclose(graph(example), module(example), rtol=1e-4, atol=1e-5)
     except Exception:  # noqa: BLE001 - a user's forward may raise anything when traced; the modules are the fallback
         return None
     return graph if same else None
-
-
-def _without_in_place(graph: fx.GraphModule) -> fx.GraphModule:
-    """Turns functional in-place operations into their plain twins: a tap must not be overwritten."""
-    for node in graph.graph.nodes:
-        if node.op == "call_function":
-            node.target = OUT_OF_PLACE.get(node.target, node.target)
-        if node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__"):
-            node.target = node.target[:-1]
-        if node.kwargs.get("inplace"):
-            node.kwargs = {**node.kwargs, "inplace": False}
-    graph.recompile()
-    return graph
 
 
 def _traced_places(graph: fx.GraphModule, example: Tensor) -> list[Place]:

@@ -75,7 +75,8 @@ class Upsampling:
         as zeros (SISE section 3: it would contribute nothing).
         """
         low, high = self.extremes(maps_khw)
-        varied = high > low
+        # the weights of a sample need not sum to exactly 1: what varies is decided on the map itself
+        varied = (high > low) & (maps_khw.amax((-2, -1), keepdim=True) > maps_khw.amin((-2, -1), keepdim=True))
         masks = torch.where(varied, (maps_khw.double() - low) / torch.where(varied, high - low, 1.0), 0.0)
         return masks, varied.flatten()
 

@@ -20,15 +20,17 @@ def frozen(module: nn.Module) -> Iterator[None]:
     modes = {child: child.training for child in module.modules()}
     in_place = {child: child.inplace for child in module.modules() if hasattr(child, "inplace")}
     needs = {parameter: parameter.requires_grad for parameter in module.parameters()}
+    allows_tf32 = torch.backends.cudnn.allow_tf32
     try:
         module.eval()
         for child in in_place:
             child.inplace = False  # pyright: ignore[reportArgumentType]
         for parameter in needs:
             parameter.requires_grad_(False)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            yield
+        torch.backends.cudnn.allow_tf32 = False
+        yield
     finally:
+        torch.backends.cudnn.allow_tf32 = allows_tf32
         for child, training in modes.items():
             child.training = training
         for child, flag in in_place.items():
@@ -38,7 +40,10 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 class GraphRecorder(fx.Interpreter):
-    """Runs a traced graph and keeps what the named nodes compute (every node, if names is None)."""
+    """Runs a traced graph and keeps what the named nodes compute (every node, if names is None).
+
+    What follows a named node gets a copy, so that no operation in place overwrites what was kept.
+    """
 
     def __init__(self, graph: fx.GraphModule, names: Sequence[str] | None = None) -> None:
         super().__init__(graph)
@@ -49,23 +54,31 @@ class GraphRecorder(fx.Interpreter):
         value = super().run_node(n)
         if self.names is None or n.name in self.names:
             self.kept[n.name] = value
-        return value
+        return value if self.names is None else _copied(value, n.name in self.names)
+
+
+def _copied(value: Any, is_kept: bool) -> Any:
+    return value.clone() if is_kept and isinstance(value, Tensor) else value
 
 
 @contextmanager
 def module_outputs(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Keeps what the named sub-modules return, in order of completion; the last call of each wins."""
-    kept: dict[str, Any] = {}
+    """Keeps what the named sub-modules return, in order of completion; the last call of each wins.
 
-    def keep(name: str, value: Any) -> None:
+    What follows a sub-module gets a copy, as in `GraphRecorder`.
+    """
+    kept: dict[str, Any] = {}
+    handles = []
+
+    def keep(name: str, value: Any) -> Any:
         kept.pop(name, None)
         kept[name] = value
+        return _copied(value, True)
 
-    handles = [
-        module.get_submodule(name).register_forward_hook(lambda _m, _i, value, name=name: keep(name, value))
-        for name in names
-    ]
     try:
+        for name in names:
+            hook = module.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: keep(name, out))
+            handles.append(hook)
         yield kept
     finally:
         for handle in handles:

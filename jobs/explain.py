@@ -148,7 +148,8 @@ class ExplainStep:
         explanations: Sequence[Explanation],
         values: Sequence[KeepTopValues],
     ) -> list[Row] | Reject:
-        if not all(np.isfinite(one.saliency_hw).all() and np.isfinite(one.score) for one in explanations):
+        figures = [*(one.score for one in explanations), *(value.drop for value in values)]
+        if not np.isfinite(figures).all() or not all(np.isfinite(one.saliency_hw).all() for one in explanations):
             return Reject(RejectCode.NON_FINITE, "a score, a gradient or a feature map holds NaN or infinity")
         ranks = logits.argsort(descending=True, stable=True).argsort()
         rows = []

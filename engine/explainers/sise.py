@@ -176,7 +176,8 @@ class Sise:
             _block_map(block, scores[:, index], index, full) for block, scores in zip(blocks, block_scores, strict=True)
         ]
         present = [saliency for saliency in maps if saliency is not None]
-        if not all(block.finite for block in blocks) or not all(np.isfinite(one).all() for one in present):
+        sound = all(block.finite for block in blocks) and bool(np.isfinite(score))
+        if not sound or not all(np.isfinite(one).all() for one in present):
             saliency = np.full(full, np.nan)
         else:
             saliency = cascade(present, GATES[self.parameters.gate]) if present else np.zeros(full)

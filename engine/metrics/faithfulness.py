@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 
 import numpy as np
 import torch
@@ -55,7 +56,9 @@ def top_pixels(saliency_hw: Map, fraction: float) -> NDArray[np.bool_]:
 
 
 def keep_top_values(score: float, kept_score: float) -> KeepTopValues:
-    """Drop and Increase from the two scores. A score of 0 cannot drop: Drop is 0."""
+    """Drop and Increase from the two scores. A score of 0 cannot drop: Drop is 0; NaN gives NaN."""
+    if not (isfinite(score) and isfinite(kept_score)):
+        return KeepTopValues(float("nan"), False)
     drop = 100 * max(0.0, score - kept_score) / score if score > 0 else 0.0
     return KeepTopValues(drop, kept_score > score)
 

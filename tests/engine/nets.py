@@ -1,8 +1,17 @@
-"""Small networks for the engine's tests, each with one trait that a fast path may trip over."""
+"""Small networks for the engine's tests, each with traits that a fast path may trip over.
+
+`written_out` is the same network a second time, by hand and out of place: its logits, and the tensors at
+which blocks must be found.
+"""
+
+from collections.abc import Callable
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
+
+Written = tuple[Tensor, list[Tensor]]
 
 
 class Plain(nn.Module):
@@ -19,23 +28,96 @@ class Plain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x).flatten(1))
 
+    def written_out(self, x: Tensor) -> Written:
+        maps = []
+        for convolution in self.features[::3]:
+            maps.append(convolution(x).relu())
+            x = functional.max_pool2d(maps[-1], 2)
+        return self.head(x.flatten(1)), maps
+
 
 class Residual(nn.Module):
-    """A shortcut, a functional in-place addition and a functional in-place activation."""
+    """Shortcuts with and without a projection, functional in-place additions and activations."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
         self.inner = nn.Conv2d(8, 8, 3, padding=1)
-        self.down = nn.Conv2d(8, 12, 3, stride=2, padding=1)
+        self.down = nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(12)
+        self.project = nn.Conv2d(8, 12, 1, stride=2)
         self.head = nn.Linear(12, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = functional.relu(self.stem(x), inplace=True)
         y = self.inner(x)
         y += x
-        x = self.down(y.relu_())
-        return self.head(functional.relu(x).mean((2, 3)))
+        x = y.relu_()
+        y = self.norm(self.down(x))
+        y += self.project(x)
+        return self.head(functional.relu_(y).mean((2, 3)))
+
+    def written_out(self, x: Tensor) -> Written:
+        x = self.stem(x).relu()
+        first = (self.inner(x) + x).relu()
+        last = (self.norm(self.down(first)) + self.project(first)).relu()
+        return self.head(last.mean((2, 3))), [first, last]
+
+
+class Depthwise(nn.Module):
+    """Inverted bottleneck with a depthwise stride, squeeze-and-excitation, and activations of several kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand = nn.Sequential(nn.Conv2d(3, 10, 3, padding=1), nn.BatchNorm2d(10), nn.Hardswish(inplace=True))
+        self.depthwise = nn.Sequential(
+            nn.Conv2d(10, 10, 3, stride=2, padding=1, groups=10), nn.BatchNorm2d(10), nn.ReLU6(inplace=True)
+        )
+        self.squeeze = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(10, 10, 1), nn.Hardsigmoid(inplace=True))
+        self.project = nn.Conv2d(10, 4, 1)
+        self.last = nn.Sequential(nn.Conv2d(4, 16, 1), nn.SiLU(inplace=True))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.depthwise(self.expand(x))
+        x = self.project(x * self.squeeze(x))
+        return self.head(self.last(x).mean((2, 3)))
+
+    def written_out(self, x: Tensor) -> Written:
+        first = functional.hardswish(self.expand[1](self.expand[0](x)))
+        x = functional.relu6(self.depthwise[1](self.depthwise[0](first)))
+        gate = functional.hardsigmoid(self.squeeze[1](x.mean((2, 3), keepdim=True)))
+        last = functional.silu(self.last[0](self.project(x * gate)))
+        return self.head(last.mean((2, 3))), [first, last]
+
+
+class InPlace(nn.Module):
+    """Every functional way to overwrite a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 10, 3, stride=2, padding=1)
+        self.third = nn.Conv2d(10, 12, 3, stride=2, padding=1)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x *= 2
+        x -= 0.05
+        x = torch.relu_(x).add_(0.1)
+        x = self.second(x)
+        x /= 2
+        x = functional.leaky_relu_(x, 0.1)
+        x = self.third(x)
+        x **= 2
+        return self.head(torch.clamp_(x, max=4.0).mean((2, 3)))
+
+    def written_out(self, x: Tensor) -> Written:
+        first = (self.first(x) * 2 - 0.05).relu() + 0.1
+        second = functional.leaky_relu(self.second(first) / 2, 0.1)
+        third = (self.third(second) ** 2).clamp(max=4.0)
+        return self.head(third.mean((2, 3))), [first, second, third]
 
 
 class Untraceable(nn.Module):
@@ -43,8 +125,8 @@ class Untraceable(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU())
-        self.second = nn.Sequential(nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.ReLU())
+        self.first = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(inplace=True))
+        self.second = nn.Sequential(nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.ReLU(inplace=True))
         self.head = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,8 +135,28 @@ class Untraceable(nn.Module):
             x = -x
         return self.head(self.second(x).mean((2, 3)))
 
+    def written_out(self, x: Tensor) -> Written:
+        first = self.first[0](x).relu()
+        last = self.second[0](first).relu()
+        return self.head(last.mean((2, 3))), [first, last]
 
-def seeded(make, seed: int = 0) -> nn.Module:
+
+class Scaled(nn.Module):
+    """The plain network with its logits far apart."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.net, self.factor = Plain(), factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * self.factor
+
+    def written_out(self, x: Tensor) -> Written:
+        logits, maps = self.net.written_out(x)
+        return logits * self.factor, maps
+
+
+def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
     """The network with seeded weights and batch statistics that let activations vary."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -63,5 +165,21 @@ def seeded(make, seed: int = 0) -> nn.Module:
             if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.uniform_(-0.2, 0.2)
                 module.running_var.uniform_(0.5, 1.5)
-                nn.init.uniform_(module.weight, 0.3, 0.7)
+                nn.init.uniform_(module.weight, 0.8, 1.3)
+                nn.init.uniform_(module.bias, -0.2, 0.2)
     return net.eval()
+
+
+def from_zoo(architecture: str, seed: int = 0) -> nn.Module:
+    """A torchvision network with seven classes, its last layer scaled until scores differ as trained ones do."""
+    net = seeded(lambda: torchvision.models.get_model(architecture, num_classes=7), seed)
+    head = [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
+    with torch.no_grad():
+        head.weight *= 2 / net(smooth(4, 64, 64)).std()
+    return net
+
+
+def smooth(count: int, height: int, width: int, seed: int = 1) -> Tensor:
+    """Model inputs [N, 3, H, W] that vary slowly, as photographs do."""
+    coarse = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return functional.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False) * 4 - 2
