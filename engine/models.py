@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import io
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from difflib import get_close_matches
@@ -93,10 +94,15 @@ class ModelAdapter:
                 logits = self.module(example)
         except Exception as error:
             size = " x ".join(map(str, self.input_size))
-            raise ModelError(f"model {self.name!r} fails on images of {size} pixels: {error}") from error
+            raise ModelError(f"model {self.name!r} fails on RGB images of {size} pixels: {error}") from error
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 2:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ModelError(f"model {self.name!r} must return logits [N, classes]; for 2 images it returned {shape}")
+        if logits.shape[1] < 2:
+            raise ModelError(
+                f"model {self.name!r} has one output, whose softmax is always 1: nothing can be explained; wrap it "
+                "to return two logits, such as [0, z] for a sigmoid's z"
+            )
         return logits.shape[1]
 
     @cached_property
@@ -121,6 +127,8 @@ def load_model(name: str, *, weights: str | None = None, state: bytes | None = N
     torchvision's weight names or `random` (seeded by `seed`); `state` holds the bytes of a state dict
     (safetensors, or a torch file without code). Raises ModelError with what is known.
     """
+    if not name.startswith("torchvision:") and weights is not None and state is None:
+        raise ModelError(f"model {name!r} knows no weights by name, and there is no file {weights!r}")
     if name in PACKAGED:
         adapter = _with_state(PACKAGED[name](), state)
     elif name.startswith("torchvision:"):
@@ -155,7 +163,9 @@ def read_state(state: bytes) -> dict[str, Tensor]:
 
 def _read_torch(state: bytes) -> dict[str, Any]:
     try:
-        loaded = torch.load(io.BytesIO(state), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice to load TorchScript in another way, which is refused
+            loaded = torch.load(io.BytesIO(state), map_location="cpu", weights_only=True)
     except Exception as error:
         raise ModelError(
             "the weights file is neither safetensors nor a torch state dict of plain tensors; a file that "
@@ -186,8 +196,10 @@ def _torchvision(architecture: str, weights: str | None, state: bytes | None, se
     import torchvision.models as zoo
 
     if architecture not in zoo.list_models(module=zoo):
-        near = get_close_matches(architecture, zoo.list_models(module=zoo), n=3, cutoff=0.4)
-        raise ModelError(f"torchvision has no classifier {architecture!r}; nearest: {', '.join(near) or 'none'}")
+        known = zoo.list_models(module=zoo)
+        near = get_close_matches(architecture, known, n=3, cutoff=0.4)
+        way_out = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(known)}"
+        raise ModelError(f"torchvision has no classifier {architecture!r}; {way_out}")
     known = zoo.get_model_weights(architecture)
     published = weights is not None and weights in known.__members__
     chosen: Any = known[weights] if published else known["DEFAULT"]  # pyright: ignore[reportArgumentType]
@@ -204,6 +216,7 @@ def _torchvision(architecture: str, weights: str | None, state: bytes | None, se
         raise ModelError(
             f"torchvision:{architecture} needs --weights: a file or URI of a state dict, one of "
             f"{', '.join(known.__members__)} (downloaded by torchvision), or {RANDOM_WEIGHTS}"
+            + (f"; there is no file {weights!r}" if weights is not None else "")
         )
     preset, names = chosen.transforms(), chosen.meta["categories"]
     adapter = ModelAdapter(module, input_size=(preset.crop_size[0],) * 2, mean=preset.mean, std=preset.std)
@@ -253,7 +266,7 @@ def _factory(path: str, seed: int) -> ModelAdapter:
         torch.manual_seed(seed)
         try:
             made = make()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ModelError(f"model {path!r} failed when it was made: {error}") from error
     if isinstance(made, nn.Module):
         return ModelAdapter(made)

@@ -55,7 +55,10 @@ class Network:
         if not found:
             known = [*(place.name for place in self.places), *dict(self.module.named_modules())]
             near = get_close_matches(name, known, n=3, cutoff=0.3)
-            raise ModelError(f"no block {name!r} in {type(self.module).__name__}; nearest: {', '.join(near) or 'none'}")
+            shown = (
+                f"nearest: {', '.join(near)}" if near else f"there are {', '.join(place.name for place in self.places)}"
+            )
+            raise ModelError(f"no block {name!r} in {type(self.module).__name__}; {shown}")
         if found[-1].grid is None:
             raise ModelError(f"block {name!r} is no feature map [N, C, h, w]; choose one before the pooling")
         return found[-1]

@@ -13,8 +13,9 @@ from rich.progress import track
 from cluster.errors import ClusterError
 from engine.errors import ModelError
 from jobs import tables
-from jobs.config import ConfigError, JobConfig, load_config, parse_parameters
+from jobs.config import ConfigError, Execution, JobConfig, load_config, parse_parameters
 from jobs.plan import Plan, load_plan
+from jobs.progress import counted
 from jobs.reconcile import check, stand
 from storage.store import ObjectStore, StoreError
 from storage.stores import WeakStoreError, open_store
@@ -54,30 +55,31 @@ JOB_OPTIONS: dict[str, Any] = {
     "limit": Annotated[int | None, typer.Option(help="Only the first so many records.")],
     "seed": Annotated[int | None, typer.Option(help="Of everything random.  [default: 0]")],
     "workers": Annotated[int | None, typer.Option(min=1, help="Explain actors.  [default: one per GPU, or CPU core]")],
+    "runner": Annotated[
+        str | None, typer.Option(help="ray, or local: this process alone, same bytes.  [default: ray]")
+    ],
+    "address": Annotated[str | None, typer.Option(help="Ray cluster to join.  [default: one is started]")],
+    "batch_size": Annotated[
+        int | None, typer.Option(min=1, help="Masked inputs per forward.  [default: 4 on a CPU, 256 on a GPU]")
+    ],
 }
-"""What `plan` and `explain` share."""
+"""What `plan` and `explain` share: what is computed, and how it runs."""
 
 Existing = Annotated[str, typer.Argument(help="The output: folder or s3:// prefix.")]
 Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint, for stores other than AWS.")]
 
 
 def takes_job(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command the options of a job, and hands it the checked configuration and `workers`."""
+    """Gives a command the options of a job, and hands it the checked configuration and execution."""
 
     def run(**given: Any) -> None:
-        own = {name: given.pop(name) for name in list(given) if name not in JOB_OPTIONS}
-        command(job_config(given), workers=given["workers"], **own)
+        command(*job_of(given))
 
     shared = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
         for name, kind in JOB_OPTIONS.items()
     ]
-    own = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for parameter in inspect.signature(command).parameters.values()
-        if parameter.name not in ("job", "workers")
-    ]
-    signature = inspect.Signature([*shared, *own])
+    signature = inspect.Signature(shared)
     run.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
     run.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
     run.__doc__ = command.__doc__
@@ -85,45 +87,36 @@ def takes_job(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def job_config(given: dict[str, Any]) -> JobConfig:
-    """The configuration that the shared options and their TOML file say."""
-    blocks = given["blocks"]
-    options = {name: given[name] for name in JOB_OPTIONS if name not in ("config", "param", "workers")}
-    options["blocks"] = tuple(name.strip() for name in blocks.split(",")) if blocks else None
+def job_of(given: dict[str, Any]) -> tuple[JobConfig, Execution]:
+    """What the shared options and their TOML file say."""
+    options = {name: given[name] for name in JOB_OPTIONS if name not in ("config", "param")}
     return load_config(given["config"], {**options, "parameters": parse_parameters(given["param"] or [])})
 
 
 @app.command()
 @takes_job
-def plan(job: JobConfig, workers: int | None) -> None:
+def plan(job: JobConfig, execution: Execution) -> None:
     """List the input, cut it into units, estimate the cost. Reads no image and writes nothing.
 
     Example: blocksight plan --data s3://bucket/images --output s3://bucket/maps
     """
-    from jobs.run import Execution, plan_job
+    from jobs.run import plan_job, workforce_of
 
-    execution = Execution(workers=workers)
     _, made = plan_job(job, execution)
-    console.print(tables.plan_table(job, made, execution.workforce))
+    console.print(tables.plan_table(job, made, workforce_of(execution)))
 
 
 @app.command()
 @takes_job
-def explain(
-    job: JobConfig,
-    workers: int | None,
-    runner: Annotated[Literal["ray", "local"], typer.Option(help="Ray, or this process alone: same bytes.")] = "ray",
-    address: Annotated[str | None, typer.Option(help="Ray cluster to join.  [default: one is started]")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Masked inputs per forward.")] = None,
-) -> None:
+def explain(job: JobConfig, execution: Execution) -> None:
     """Explain every record that is not explained yet. The same command again resumes, or has nothing to do.
 
     Example: blocksight explain --data photos/ --output maps/ --target top-3 -p mu=0.3
     """
-    from jobs.run import Execution, run_job
+    from jobs.run import run_job
 
-    outcome = run_job(job, Execution(runner, workers, address, batch_size), console)
-    console.print(tables.outcome_table(job.output, outcome))
+    outcome = run_job(job, execution, console)
+    console.print(tables.outcome_table(job, outcome))
     for failure in outcome.failures:
         console.print(tables.failure_line(failure))
     if outcome.manifest is None:
@@ -162,12 +155,13 @@ def verify(output: Existing, endpoint_url: Endpoint = None) -> None:
     for fault in faults:
         console.print(tables.printable(fault))
     if faults:
-        console.print(f"NOT RECONCILED: {len(faults)} faults in {checked} fragments.")
+        console.print(f"NOT RECONCILED: {counted(len(faults), 'fault')} in {counted(checked, 'fragment')}.")
         raise typer.Exit(UNRECONCILED)
     if standing.open_units:
-        console.print(f"{checked} fragments are sound; {len(standing.open_units)} units are still open.")
+        sound, still_open = counted(checked, "sound fragment"), counted(len(standing.open_units), "open unit")
+        console.print(f"{sound}, {still_open}.")
         raise typer.Exit(INCOMPLETE)
-    console.print(f"Reconciled: {checked} fragments, every planned record stands once.")
+    console.print(f"Reconciled: {counted(checked, 'fragment')}, every planned record stands once.")
 
 
 @app.command("list")

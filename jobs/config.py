@@ -9,7 +9,16 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from engine.catalog import EXPLAINERS
 from storage.images import DECODE_POLICY
@@ -79,6 +88,25 @@ class JobConfig(BaseModel):
     limit: int | None = Field(default=None, ge=1, description="only the first so many records")
     seed: int = Field(default=0, ge=0, description="of everything random")
 
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _blocks_may_be_one_text(cls, value: Any) -> Any:
+        """`layer2,layer3`, as on the command line, or a list of names."""
+        if not isinstance(value, str):
+            return value
+        names = [name.strip() for name in value.split(",")]
+        if not all(names):
+            raise ValueError(f"{value!r} names no blocks; wanted names joined by commas, such as layer2,layer3")
+        return names
+
+    @field_validator("target", mode="before")
+    @classmethod
+    def _target_may_be_numbers(cls, value: Any) -> Any:
+        """A TOML file may say 281, or [281, 282]."""
+        numbers = value if isinstance(value, list) else [value]
+        plain = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+        return ",".join(map(str, numbers)) if plain else value
+
     @field_validator("data", "output", "weights")
     @classmethod
     def _local_paths_are_absolute(cls, value: str | None, info: ValidationInfo) -> str | None:
@@ -99,6 +127,13 @@ class JobConfig(BaseModel):
         if value not in EXPLAINERS:
             raise ValueError(f"explainer {value!r} is not known; {_nearest(value, EXPLAINERS)}")
         return value
+
+    @model_validator(mode="after")
+    def _endpoint_has_a_use(self) -> "JobConfig":
+        places = (self.data, self.output, self.weights or "")
+        if self.endpoint_url is not None and not any(place.startswith("s3://") for place in places):
+            raise ValueError("an endpoint URL is given, and neither data nor output nor weights is an s3:// URI")
+        return self
 
     @property
     def target_choice(self) -> TargetChoice:
@@ -131,6 +166,21 @@ class JobConfig(BaseModel):
         }
 
 
+class Execution(BaseModel):
+    """How a job runs; changes no result."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    runner: Literal["ray", "local"] = Field(default="ray", description="Ray, or this process alone: same bytes")
+    workers: int | None = Field(default=None, ge=1, description="explain actors; none: one per GPU, or per CPU core")
+    address: str | None = Field(
+        default=None, description="of a Ray cluster to join; none: Ray is started for the job and stopped after it"
+    )
+    batch_size: int | None = Field(
+        default=None, ge=1, description="masked inputs per forward; none: chosen for the device"
+    )
+
+
 def is_weights_name(value: str) -> bool:
     """Whether `weights` is one of the model's own names, such as IMAGENET1K_V1 or `random`, and no file."""
     return value.isidentifier() and not Path(value).exists()
@@ -150,29 +200,36 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
     ]
 
 
-def load_config(file: Path | None, options: Mapping[str, Any]) -> JobConfig:
-    """The configuration from a TOML file, with the given options in place of its keys.
+def load_config(file: Path | None, options: Mapping[str, Any]) -> tuple[JobConfig, Execution]:
+    """What is computed and how it runs, from a TOML file, with the given options in place of its keys.
 
     Options that are None were not given; `parameters` of both are joined. Raises ConfigError for an unreadable
     file, an unknown key (with the nearest known one) or a bad value.
     """
-    values = dict(_read_toml(file)) if file is not None else {}
-    given = {key: value for key, value in options.items() if value not in (None, (), {})}
-    given["parameters"] = {**values.get("parameters", {}), **given.get("parameters", {})}
-    values |= given
+    values = _joined(_read_toml(file) if file is not None else {}, options)
+    known = JobConfig.model_fields | Execution.model_fields
     for key in values:
-        if key not in JobConfig.model_fields:
-            raise ConfigError(f"unknown key {key!r} in the configuration; {_nearest(key, JobConfig.model_fields)}")
+        if key not in known:
+            raise ConfigError(f"unknown key {key!r} in the configuration; {_nearest(key, known)}")
     missing = [key for key in ("data", "output") if not values.get(key)]
     if missing:
         flags = " and ".join(f"--{key}" for key in missing)
         raise ConfigError(f"{flags} must be given, as an option or in the --config file")
+    execution = {key: values.pop(key) for key in Execution.model_fields if key in values}
     try:
         config = JobConfig.model_validate(values)
+        config.explainer_parameters()
+        return config, Execution.model_validate(execution)
     except ValidationError as error:
         raise ConfigError(_sentence(error)) from error
-    config.explainer_parameters()
-    return config
+
+
+def _joined(from_file: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    given = {key: value for key, value in options.items() if value not in (None, (), {})}
+    tables = [values.get("parameters", {}) for values in (from_file, given)]
+    if not all(isinstance(table, Mapping) for table in tables):
+        raise ConfigError("parameters is a table in the configuration file, such as [parameters] with mu = 0.3 below")
+    return {**from_file, **given, "parameters": {**tables[0], **tables[1]}}
 
 
 def parse_parameters(texts: Iterable[str]) -> dict[str, Any]:
@@ -207,5 +264,8 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    text = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":  # our own sentence
+        text = first["msg"].removeprefix("Value error, ")
+    else:
+        text = f"{first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
     return f"{where}: {text}" if where and not text.startswith(where) else text

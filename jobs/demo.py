@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.bucket import EmbeddedBucket
-from jobs.config import ConfigError, JobConfig
+from jobs.config import ConfigError, Execution, JobConfig
 from jobs.results import all_rows, picture
-from jobs.run import Execution, run_job
+from jobs.run import run_job
 from jobs.tables import outcome_table, printable, target_cells
 from storage.pictures import Tile, contact_sheet, overlay, side_by_side
 from storage.store import AlreadyExistsError, ObjectStore
@@ -52,7 +52,7 @@ def run_demo(folder: Path, *, through_bucket: bool, console: Console) -> None:
             table.add_row(printable(row["key"]), *target_cells(row))
     contact_sheet(tiles, SHEET_COLUMNS).save(pictures / "contact-sheet.png")
     console.print(table)
-    console.print(outcome_table(job.output, outcome))
+    console.print(outcome_table(job, outcome))
     console.print(f"pictures: {printable(pictures)}/ (begin with contact-sheet.png)")
 
 

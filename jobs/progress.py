@@ -48,9 +48,14 @@ class Tally:
     def line(self, elapsed: float) -> str:
         """`3/6 records, 84 masked forwards/s, 1:02 left`."""
         rate = self.forwards / elapsed if elapsed > 0 else 0.0
-        trouble = f", {self.failures} units failed" if self.failures else ""
+        trouble = f", {counted(self.failures, 'unit')} failed" if self.failures else ""
         done = f"{self.records:,}/{self.total_records:,}"
         return f"{done} records, {rate:,.0f} masked forwards/s, {self.left(elapsed)}{trouble}"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 unit`, `1,200 units`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def clock(seconds: float) -> str:
@@ -102,9 +107,9 @@ def _plain(console: Console, tally: Tally) -> Iterator[Callable[[Outcome], None]
         nonlocal shown
         tally.add(outcome)
         tally.total_records = max(tally.total_records, tally.records)
-        now = time.monotonic()
-        if now - shown >= PLAIN_SECONDS or tally.records >= tally.total_records:
-            shown = now
-            console.print(f"explaining: {tally.line(now - start)}", highlight=False)
+        if time.monotonic() - shown >= PLAIN_SECONDS:
+            shown = time.monotonic()
+            console.print(f"explaining: {tally.line(shown - start)}", highlight=False)
 
     yield update
+    console.print(f"explained: {tally.line(time.monotonic() - start)}", highlight=False)

@@ -99,9 +99,10 @@ class _Shard:
 def check(store: ObjectStore, plan: Plan) -> Iterator[tuple[Unit | None, list[str]]]:
     """Re-reads every fragment and yields each committed unit with its faults; last None with the faults overall.
 
-    Proves from the bucket alone: nothing stands under `data/` that was not planned; each fragment's bytes
-    are those that its metadata names; every record of the unit's range stands once, in order, explained for
-    every target or rejected with a reason; no key of a shard is explained twice.
+    Proves from the bucket alone: nothing stands under `data/` that was not planned, and nothing is gone that
+    the final manifest names; each fragment's bytes are those that its metadata names; every record of the
+    unit's range stands once, in order, explained for every target or rejected with a reason; no key of a
+    shard is explained twice.
     """
     planned = {unit.fragment_key for unit in plan.units}
     standing = {info.key for info in store.list("data/")}
@@ -113,7 +114,24 @@ def check(store: ObjectStore, plan: Plan) -> Iterator[tuple[Unit | None, list[st
             yield unit, list(_unit_faults(store, plan, unit, shard))
         else:
             shard.next_index = None
-    yield None, [f"{key} was not planned" for key in sorted(standing - planned)]
+    yield (
+        None,
+        [
+            *(f"{key} was not planned" for key in sorted(standing - planned)),
+            *(
+                f"{key} is in the final manifest and does not stand"
+                for key in _manifest_keys(store)
+                if key not in standing
+            ),
+        ],
+    )
+
+
+def _manifest_keys(store: ObjectStore) -> list[str]:
+    """The fragments of a finished job; none where it is not finished."""
+    with suppress(MissingError):
+        return [fragment["key"] for fragment in json.loads(store.read(MANIFEST_KEY))["fragments"]]
+    return []
 
 
 def _unit_faults(store: ObjectStore, plan: Plan, unit: Unit, shard: _Shard) -> Iterator[str]:

@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 
 from cluster.sizing import Sizing
-from jobs.config import JobConfig
+from jobs.config import Execution, JobConfig
 from jobs.context import JobContext, sha256_of, weights_bytes
 from jobs.estimate import estimate
 from jobs.plan import Plan, load_plan, make_plan, open_output, refuse_drift, settle_model, settle_plan
@@ -37,23 +37,10 @@ NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 PACKAGES = ("ray", "torch", "torchvision", "pyarrow", "numpy", "s3fs", "pillow")
 
 
-@dataclass(frozen=True)
-class Execution:
-    """How a job runs; changes no result."""
-
-    runner: Literal["ray", "local"] = "ray"
-    workers: int | None = None
-    """Explain actors; None: one per GPU, or one per CPU core."""
-    address: str | None = None
-    """Of a Ray cluster to join; None: Ray is started for the job and stopped after it."""
-    batch_size: int | None = None
-    """Masked inputs per forward; None: chosen for the device."""
-
-    @property
-    def workforce(self) -> Workforce:
-        """What the plan may expect before any session is there: a cluster is joined for its GPUs."""
-        on_gpu = self.runner == "ray" and (self.address is not None or NVIDIA_GPUS.exists())
-        return Workforce(self.workers or os.cpu_count() or 1, on_gpu)
+def workforce_of(execution: Execution) -> Workforce:
+    """What the plan may expect before any session is there: a cluster is joined for its GPUs."""
+    on_gpu = execution.runner == "ray" and (execution.address is not None or NVIDIA_GPUS.exists())
+    return Workforce(execution.workers or os.cpu_count() or 1, on_gpu)
 
 
 @dataclass(frozen=True)
@@ -74,7 +61,7 @@ def plan_job(config: JobConfig, execution: Execution) -> tuple[ObjectStore, Plan
     weights_sha256 = sha256_of(weights_bytes(config))
     standing = load_plan(output)
     if standing is None:
-        return output, make_plan(config, weights_sha256=weights_sha256, workforce=execution.workforce)
+        return output, make_plan(config, weights_sha256=weights_sha256, workforce=workforce_of(execution))
     refuse_drift(config.identity(weights_sha256), standing.identity, "configuration")
     return output, standing
 
@@ -186,7 +173,7 @@ def _write_run(output: ObjectStore, context: JobContext, execution: Execution, s
         "host": platform.node(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
-        "execution": asdict(execution),
+        "execution": execution.model_dump(),
         "sizing": asdict(sizing) if sizing is not None else None,
         "batch_size": context.batch_size,
         "device": context.device,

@@ -66,13 +66,16 @@ def standing_table(output: str, standing: Standing) -> Table:
     """How far a job is."""
     units = len(standing.plan.units)
     rejects = ", ".join(f"{count} {code}" for code, count in sorted(standing.rejects.items()))
-    seconds = sum(receipt.explain_seconds or 0.0 for receipt in standing.receipts.values())
-    rate = f", {standing.total('num_forwards') / seconds:,.0f} a second of a worker" if seconds else ""
+    timed = [receipt for receipt in standing.receipts.values() if receipt.explain_seconds]  # a rebuilt one is not
+    seconds = sum(receipt.explain_seconds or 0.0 for receipt in timed)
+    forwards = sum(receipt.num_forwards for receipt in timed)
+    rate = f", {forwards / seconds:,.0f} a second of a worker" if seconds else ""
     about = "" if standing.plan.is_exact else "about "
+    of_all = f" of {about}{standing.plan.num_records:,}" if standing.open_units else ""
     rows = [
         ("output", printable(output)),
         ("units", f"{len(standing.receipts):,} of {units:,} committed"),
-        ("records", f"{standing.total('num_records'):,} of {about}{standing.plan.num_records:,}"),
+        ("records", f"{standing.total('num_records'):,}{of_all}"),
         ("explained", f"{standing.total('num_ok'):,}"),
         ("rejected", f"{standing.total('num_rejected'):,}" + (f" ({rejects})" if rejects else "")),
         ("forwards", f"{standing.total('num_forwards'):,}{rate}"),
@@ -82,15 +85,24 @@ def standing_table(output: str, standing: Standing) -> Table:
     return _facts(rows)
 
 
-def outcome_table(output: str, outcome: RunOutcome) -> Table:
+def outcome_table(job: JobConfig, outcome: RunOutcome) -> Table:
     """What a run left behind."""
-    table = standing_table(output, outcome.standing)
+    table = standing_table(job.output, outcome.standing)
     if outcome.seconds:
         table.add_row("this run", f"{clock(outcome.seconds)} of explaining")
     elif outcome.manifest is not None:
         table.add_row("this run", "nothing to do: the job is complete")
-    table.add_row("read it", f"pyarrow.parquet.read_table('{printable(output.rstrip('/'))}/data')")
+    if outcome.standing.receipts:
+        table.add_row("read it", printable(_reading(job)))
     return table
+
+
+def _reading(job: JobConfig) -> str:
+    """The line of Python that reads the output."""
+    data = f"{job.output.rstrip('/')}/data"
+    if job.endpoint_url is None or not data.startswith("s3://"):
+        return f"pyarrow.parquet.read_table({data!r})"
+    return f"pandas.read_parquet({data!r}, storage_options={{'endpoint_url': {job.endpoint_url!r}}})"
 
 
 def _metric_rows(means: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -152,10 +164,10 @@ def record_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for name in ("target", "score", "rank", "Drop", "grew", "forwards", "map bytes"):
         table.add_column(name)
     for row in rows:
-        if row["map"] is None:
-            table.add_row(printable(f"{row['reject_code']}: {row['error']}"), "", "", "", "", "", "")
-        else:
+        if row["map"] is not None:
             table.add_row(*target_cells(row))
+    if first["map"] is None:
+        return _facts([(f"rejected ({first['reject_code']})", printable(first["error"]))], printable(first["key"]))
     return table
 
 

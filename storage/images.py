@@ -103,7 +103,8 @@ def decode(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> DecodedImage:
     except (Reject, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise Reject(RejectCode.TOO_MANY_PIXELS, str(error)) from error
+        reason = f"its header names more than the {limits.num_pixels} pixels that are decoded at most"
+        raise Reject(RejectCode.TOO_MANY_PIXELS, reason) from error
     except Exception as error:
         raise _reason(data, error) from error
 

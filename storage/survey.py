@@ -38,7 +38,7 @@ class Survey:
     objects: tuple[ObjectInfo, ...]
     """In order of key."""
     ignored: Mapping[str, int]
-    """How many objects are no input, by suffix."""
+    """How many objects are no input, by suffix, or hidden."""
 
 
 def survey(store: ObjectStore, prefix: str = "") -> Survey:
@@ -53,7 +53,10 @@ def survey(store: ObjectStore, prefix: str = "") -> Survey:
     for info in store.list(prefix):
         _refuse_no_text(store, info.key)
         path = PurePosixPath(info.key)
-        if any(part.startswith(("_", ".")) for part in path.parts) or (prefix and info.key != prefix):
+        if prefix and info.key != prefix:
+            continue
+        if any(part.startswith(("_", ".")) for part in path.parts):
+            ignored["hidden (_ or .)"] += 1
             continue
         layout = LAYOUT_OF_SUFFIX.get(path.suffix.lower())
         if layout is None:

@@ -52,7 +52,8 @@ def _with_image(record: RawRecord, cell: Any) -> RawRecord:
 
 
 def _label(value: Any) -> str | int | None:
-    return value if isinstance(value, int) or value is None else as_text(str(value))
+    plain = value is None or (isinstance(value, int) and not isinstance(value, bool))
+    return value if plain else as_text(str(value))
 
 
 def _keys(file: pq.ParquetFile, stop: int) -> set[str]:
@@ -105,9 +106,9 @@ def _open(store: ObjectStore, info: ObjectInfo) -> pq.ParquetFile:
 def _check_type(where: str, name: str, kind: pa.DataType) -> None:
     """Plain types alone: an extension type may bring code that runs when a value is read."""
     inner = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
-    plain = _is_bytes(inner) if name == IMAGE else pa.types.is_integer(kind) or _is_text(kind)
+    plain = _is_bytes(inner) if name == IMAGE else pa.types.is_primitive(kind) or _is_text(kind)
     if not plain:
-        wanted = "binary, or a struct with a binary field `bytes`" if name == IMAGE else "integers or text"
+        wanted = "binary, or a struct with a binary field `bytes`" if name == IMAGE else "numbers or text"
         raise StoreError(f"{where}: column `{name}` is {kind}; wanted {wanted}")
 
 

@@ -76,7 +76,6 @@ def pickled_module() -> bytes:
     return saved(seeded(Plain))
 
 
-@pytest.mark.filterwarnings("ignore:.*TorchScript.*:UserWarning")  # torch.load says so before it refuses
 @pytest.mark.parametrize("make", [scripted, exported, pickled_module])
 def test_code_in_the_weights_is_refused(make):
     with pytest.raises(ModelError, match=r"holds code .* is refused: save model.state_dict"):
@@ -184,8 +183,11 @@ def test_a_wrong_class_count_shows_both_sides(my_models):
     [
         ("resnet50", {}, "unknown model 'resnet50'; known: efficientnet_lite0, torchvision:NAME, package.module:fact"),
         ("", {}, "unknown model ''; known: "),
+        ("efficientnet_lite0", {"weights": "nofile"}, "knows no weights by name, and there is no file 'nofile'"),
+        ("torchvision:resnet18", {"weights": "nofile"}, "IMAGENET1K_V1.* there is no file 'nofile'"),
+        ("torchvision:qqqqqqqq", {}, "has no classifier 'qqqqqqqq'; known: alexnet, "),
         ("torchvision:resnet5o", {"weights": "random"}, "no classifier 'resnet5o'; nearest: .*resnet50"),
-        ("torchvision:", {"weights": "random"}, "no classifier ''; nearest: none"),
+        ("torchvision:", {"weights": "random"}, "no classifier ''; known: alexnet, "),
         ("torchvision:resnet18", {}, "needs --weights: .*IMAGENET1K_V1.*random"),
         ("torchvision:resnet18", {"weights": "IMAGENET9K"}, "needs --weights: .*IMAGENET1K_V1.*random"),
         ("nowhere.at_all:make", {}, "cannot be imported: .*package.module:factory"),
@@ -247,6 +249,9 @@ def bare():
 def number():
     return 3
 
+def leaving():
+    raise SystemExit(3)
+
 def failing():
     raise FileNotFoundError("weights.pt")
 
@@ -298,6 +303,7 @@ def test_a_factory_takes_a_state_dict(my_models):
     ("name", "sentence"),
     [
         ("number", "my_models:number returned a int; wanted an nn.Module or an engine ModelAdapter"),
+        ("leaving", "my_models:leaving.* failed when it was made: 3"),
         ("failing", "my_models:failing.*weights.pt"),
         ("missing", "my_models:missing.* cannot be imported"),
     ],
@@ -318,9 +324,16 @@ def test_an_output_that_is_no_logits_is_refused(my_models, name, returned):
         _ = adapter.num_classes
 
 
+def test_one_output_cannot_be_explained_and_the_way_out_is_said():
+    net = seeded(Plain)
+    net.head = nn.Linear(160, 1)
+    with pytest.raises(ModelError, match=r"has one output, whose softmax is always 1.*\[0, z\]"):
+        _ = ModelAdapter(net, input_size=(32, 32)).num_classes
+
+
 def test_a_model_that_cannot_take_its_input_size_says_so():
     adapter = ModelAdapter(seeded(Plain), name="plain", input_size=(40, 32))
-    with pytest.raises(ModelError, match="model 'plain' fails on images of 40 x 32 pixels"):
+    with pytest.raises(ModelError, match="model 'plain' fails on RGB images of 40 x 32 pixels"):
         _ = adapter.num_classes
 
 

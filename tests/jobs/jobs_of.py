@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jobs.config import JobConfig, load_config
-from jobs.run import Execution, RunOutcome, run_job
+from jobs.config import Execution, JobConfig, load_config
+from jobs.run import RunOutcome, run_job
 from storage.fragments import read_fragment
 from storage.store import ObjectStore
 from tests.jobs.tiny import MODEL
@@ -18,12 +18,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def config_of(data: object, output: object, **options) -> JobConfig:
     """A job on the tiny model."""
-    return load_config(None, {"data": str(data), "output": str(output), "model": MODEL, **options})
+    config, _ = load_config(None, {"data": str(data), "output": str(output), "model": MODEL, **options})
+    return config
 
 
 def run_here(data: object, output: object, **options) -> RunOutcome:
     """Runs a job in this process."""
-    return run_job(config_of(data, output, **options), Execution("local"), Console(quiet=True))
+    return run_job(config_of(data, output, **options), Execution(runner="local"), Console(quiet=True))
 
 
 def rows_in(store: ObjectStore) -> list[dict]:

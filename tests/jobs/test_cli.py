@@ -1,11 +1,13 @@
 """The command line: light to start, and one clear sentence for whatever is wrong."""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
 
-from tests.jobs.jobs_of import ROOT, blocksight, run_here
+from tests.jobs.jobs_of import ROOT, blocksight, command, run_here
 from tests.jobs.tiny import MODEL, folder_of_images
 
 
@@ -25,8 +27,6 @@ def test_light_commands_import_neither_torch_nor_ray(finished):
         "heavy = [name for name in ('torch', 'ray', 's3fs') if name in sys.modules]\n"
         "print('HEAVY', heavy, code)\n"
     )
-    import subprocess
-
     for arguments in (
         ["--help"],
         ["plan", "--data", str(finished / "in"), "--output", str(finished / "new")],
@@ -61,13 +61,14 @@ def test_plan_computes_and_writes_nothing(finished, tmp_path):
         (["show", "{out}", "unknown-key"], "no record 'unknown-key'"),
         (["plan", "--data", "gs://b/x", "--output", "{new}"], "gs:// is not known"),
         (["explain", "--data", "{in}", "--output", "{new}", "--weights", "no/where.pt"], "there is no file"),
+        (["explain", "--data", "{in}", "--output", "{new}", "--weights", "nofile"], "knows no weights by name"),
+        (["show", "{out}", "ant/000.png", "--picture", "/nowhere/a.png"], "/nowhere/a.png cannot be written"),
+        (["show", "{out}", "ant/000.png", "--picture", "{in}"], "cannot be written: Is a directory"),
     ],
 )
 def test_what_is_wrong_is_one_sentence_and_exit_2(finished, tmp_path, arguments, sentence):
     places = {"{in}": finished / "in", "{out}": finished / "out", "{new}": tmp_path / "new"}
-    done = blocksight(
-        *(places.get(argument, argument) for argument in arguments), "--endpoint-url", "http://127.0.0.1:9"
-    )
+    done = blocksight(*(places.get(argument, argument) for argument in arguments))
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert sentence in done.stderr
@@ -90,6 +91,10 @@ def test_status_and_verify_tell_open_from_wrong(finished, tmp_path):
     first, second = sorted((tmp_path / "out" / "data").glob("[0-9]*.parquet"))[:2]
     first.unlink()
     assert blocksight("status", tmp_path / "out").returncode == 4
+    gone = blocksight("verify", tmp_path / "out")
+    assert gone.returncode == 5
+    assert f"{first.name} is in the final manifest and does not stand" in gone.stdout
+    (tmp_path / "out/_job/final/manifest.json").unlink()
     assert blocksight("verify", tmp_path / "out").returncode == 4
     second.write_bytes(second.read_bytes()[:-10] + b"x" * 10)
     wrong = blocksight("verify", tmp_path / "out")
@@ -109,6 +114,15 @@ def test_show_writes_a_picture_and_lists_say_what_there_is(finished, tmp_path):
     assert rejected.returncode == 0
     assert "empty_file" in rejected.stdout
     assert not (tmp_path / "b.png").exists()
+    unnamed = subprocess.run(
+        command("show", finished / "out", "ant/000.png"),
+        cwd=tmp_path,
+        capture_output=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert b"ant-000.png.map.png" in unnamed.stdout
+    assert (tmp_path / "ant-000.png.map.png").exists()
     for what, said in (("explainers", "sise"), ("metrics", "drop"), ("models", "efficientnet_lite0")):
         assert said in blocksight("list", what).stdout
 

@@ -8,9 +8,9 @@ import pytest
 from jobs.receipts import read_receipts
 from jobs.records import Unit, UnitResult
 from jobs.unit import commit_unit
-from storage.memory import MemoryStore
 from storage.store import ObjectInfo, StoreError
 from storage.survey import Layout
+from tests.storage.memory import MemoryStore
 
 UNIT = Unit(3, "a" * 20, Layout.PARQUET, (ObjectInfo("t.parquet", 9, "v1"),), 0, 2, 2)
 OK_ROW = {"key": "t/0", "shard": "s", "shard_index": 0, "unit_id": UNIT.unit_id, "status": "ok", "num_forwards": 7}

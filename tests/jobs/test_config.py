@@ -9,10 +9,15 @@ from jobs.config import ConfigError, TargetChoice, differences, digest_of, load_
 BASE = {"data": "in", "output": "out"}
 
 
+def config_of(values):
+    config, _ = load_config(None, values)
+    return config
+
+
 def test_options_win_over_the_file(tmp_path):
     file = tmp_path / "job.toml"
     file.write_text('data = "a"\noutput = "b"\ntarget = "top-3"\n[parameters]\nmu = 0.3\ngate = "soft"\n')
-    config = load_config(file, {"data": "c", "target": None, "parameters": {"mu": 0.5}})
+    config, _ = load_config(file, {"data": "c", "target": None, "parameters": {"mu": 0.5}})
     assert (Path(config.data).name, Path(config.output).name, config.target) == ("c", "b", "top-3")
     assert config.explainer_parameters().mu == 0.5
     assert config.explainer_parameters().gate == "soft"
@@ -31,11 +36,29 @@ def test_options_win_over_the_file(tmp_path):
         ({"resize": "stretch"}, "resize: .*squash.*crop"),
         ({"limit": 0}, "limit: .*greater than or equal to 1"),
         ({"data": None}, "--data must be given"),
+        ({"parameters": 3}, "parameters is a table"),
+        ({"blocks": ","}, "',' names no blocks"),
+        ({"endpoint_url": "http://127.0.0.1:9"}, "neither data nor output nor weights is an s3:// URI"),
+        ({"workers": 0}, "workers: .*greater than or equal to 1, got 0"),
+        ({"runner": "spark"}, "runner: .*ray.*local"),
+        ({"worker": 2}, "unknown key 'worker' .*did you mean 'workers'"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(values, sentence):
     with pytest.raises(ConfigError, match=sentence):
         load_config(None, {**BASE, **values})
+
+
+def test_everything_can_stand_in_the_file(tmp_path):
+    file = tmp_path / "job.toml"
+    file.write_text('data = "a"\noutput = "b"\nblocks = "one, two"\ntarget = [281, 7]\nworkers = 2\nrunner = "local"\n')
+    config, execution = load_config(file, {"workers": 3})
+    assert config.blocks == ("one", "two")
+    assert config.target == "281,7"
+    assert (execution.workers, execution.runner, execution.batch_size) == (3, "local", None)
+    file.write_text('data = "a"\noutput = "b"\nblocks = ["one", "two"]\ntarget = 281\n')
+    config, _ = load_config(file, {})
+    assert (config.blocks, config.target) == (("one", "two"), "281")
 
 
 def test_a_file_that_is_not_there_or_broken(tmp_path):
@@ -60,22 +83,22 @@ def test_parameters_are_read_as_toml():
 
 
 def test_the_identity_holds_what_changes_bytes():
-    one = load_config(None, BASE)
-    assert digest_of(one.identity(None)) == digest_of(load_config(None, {**BASE, "output": "elsewhere"}).identity(None))
+    one = config_of(BASE)
+    assert digest_of(one.identity(None)) == digest_of(config_of({**BASE, "output": "elsewhere"}).identity(None))
     for change in ({"target": "top-2"}, {"parameters": {"mu": 0.1}}, {"resize": "crop"}, {"seed": 1}, {"limit": 3}):
-        other = load_config(None, {**BASE, **change})
+        other = config_of({**BASE, **change})
         assert digest_of(other.identity(None)) != digest_of(one.identity(None))
     assert digest_of(one.identity("a")) != digest_of(one.identity("b"))
-    explicit = load_config(None, {**BASE, "parameters": {"mu": 0.0}})
+    explicit = config_of({**BASE, "parameters": {"mu": 0.0}})
     assert digest_of(explicit.identity(None)) == digest_of(one.identity(None))
 
 
 def test_local_paths_are_absolute_and_the_rest_stays(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = load_config(None, {"data": "photos", "output": "s3://bucket/maps", "weights": "random"})
+    config = config_of({"data": "photos", "output": "s3://bucket/maps", "weights": "random"})
     assert config.data == str(tmp_path / "photos")
     assert (config.output, config.weights) == ("s3://bucket/maps", "random")
-    assert load_config(None, {**BASE, "weights": "w/net.pt"}).weights == str(tmp_path / "w" / "net.pt")
+    assert config_of({**BASE, "weights": "w/net.pt"}).weights == str(tmp_path / "w" / "net.pt")
 
 
 def test_differences_show_both_sides():

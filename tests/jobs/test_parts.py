@@ -40,7 +40,7 @@ def test_progress_in_numbers():
     tally.add(receipt(4, 800))
     assert tally.line(20) == "4/10 records, 40 masked forwards/s, 0:30 left"
     tally.add(UnitFailure("u", 1, "x", "read", "gone"))
-    assert tally.line(20).endswith("0:30 left, 1 units failed")
+    assert tally.line(20).endswith("0:30 left, 1 unit failed")
     assert clock(3725) == "1:02:05"
 
 

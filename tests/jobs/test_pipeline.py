@@ -63,7 +63,8 @@ WAVES = """
 import sys
 from rich.console import Console
 from jobs import pipeline
-from jobs.run import Execution, run_job
+from jobs.config import Execution
+from jobs.run import run_job
 from tests.jobs.jobs_of import config_of
 pipeline.WAVE_UNITS = 4
 run_job(config_of(sys.argv[1], sys.argv[2]), Execution(workers=1), Console(quiet=True))

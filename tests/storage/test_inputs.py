@@ -10,11 +10,11 @@ import pytest
 
 from storage.local import LocalStore
 from storage.loose import read_images
-from storage.memory import MemoryStore
 from storage.records import MAX_IMAGE_BYTES
 from storage.store import ObjectInfo, StoreError
 from storage.survey import Layout, survey
 from storage.tables import count_rows, read_table
+from tests.storage.memory import MemoryStore
 
 
 def filled(**objects) -> MemoryStore:
@@ -29,7 +29,7 @@ def test_loose_images_are_found_in_order_and_others_counted():
     found = survey(store)
     assert found.layout is Layout.IMAGES
     assert [info.key for info in found.objects] == ["a/1.png", "b/2.JPG"]
-    assert found.ignored == {".txt": 1}
+    assert found.ignored == {".txt": 1, "hidden (_ or .)": 2}
 
 
 def test_a_file_name_that_is_no_text_is_refused(tmp_path):
@@ -131,7 +131,7 @@ class Trap(pa.ExtensionType):
     [
         ({"picture": IMAGES, "id": IMAGES}, "no column `image`; its columns: picture, id"),
         ({"image": list(range(50))}, "column `image` is int64; wanted binary"),
-        ({"image": IMAGES, "label": [0.5] * 50}, "column `label` is double; wanted integers or text"),
+        ({"image": IMAGES, "label": [[1]] * 50}, "column `label` is list.*; wanted numbers or text"),
     ],
 )
 def test_a_table_of_another_shape_shows_both_sides(columns, sentence):

@@ -9,10 +9,10 @@ import time
 import pytest
 
 from storage.local import LocalStore
-from storage.memory import MemoryStore
 from storage.s3 import S3Store, check_endpoint
 from storage.store import AlreadyExistsError, ChangedError, MissingError, StoreError
 from storage.stores import WeakStoreError, open_store, probe
+from tests.storage.memory import MemoryStore
 
 
 @pytest.fixture(params=["memory", "local", pytest.param("s3", marks=pytest.mark.servers)])

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.memory import MemoryStore
 from storage.rejects import RejectCode
 from storage.tars import read_tar, sample_tar, tar_offset_after
+from tests.storage.memory import MemoryStore
 
 
 def archive(members, *, kind=tarfile.PAX_FORMAT, end=True) -> bytes:
