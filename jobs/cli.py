@@ -1,8 +1,8 @@
-"""The command line: demo, plan, explain, status, verify, list and show."""
+"""The command line: each command reads its options, calls its part, and says what came of it."""
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,20 +13,25 @@ from rich.progress import track
 from cluster.errors import ClusterError
 from engine.errors import ModelError
 from jobs import tables
+from jobs.budgets import Budget, excess
 from jobs.config import ConfigError, Execution, JobConfig, load_config, parse_parameters
 from jobs.plan import Plan, load_plan
 from jobs.progress import counted
-from jobs.reconcile import check, stand
+from jobs.reconcile import Standing, UnreconciledError, check, final_manifest, stand
+from jobs.reconcile import finalize as write_manifest
+from jobs.records import Cause
+from jobs.retry import reopen
 from storage.store import ObjectStore, StoreError
 from storage.stores import WeakStoreError, open_store
 
-COMPLETE, USAGE, INCOMPLETE, UNRECONCILED, WEAK_STORE = 0, 2, 4, 5, 6
+COMPLETE, USAGE, OVER_BUDGET, INCOMPLETE, UNRECONCILED, WEAK_STORE = 0, 2, 3, 4, 5, 6
 
 app = typer.Typer(
     name="blocksight",
     help="Explains whole data sets: a saliency map for every image of a folder or a bucket, kept as Parquet.\n\n"
     "Begin with `blocksight demo`.\n\n"
-    "Exit codes: 0 complete; 2 usage, configuration, data or model; 4 units are still open; "
+    "Exit codes: 0 complete; 2 usage, configuration, data or model; 3 complete, with more rejected records or "
+    "dead units than the budget allows; 4 units are still open; "
     "5 the output is not what was planned; 6 the store cannot create an object once.",
     no_args_is_help=True,
     add_completion=False,
@@ -61,6 +66,12 @@ JOB_OPTIONS: dict[str, Any] = {
     "address": Annotated[str | None, typer.Option(help="Ray cluster to join.  [default: one is started]")],
     "batch_size": Annotated[
         int | None, typer.Option(min=1, help="Masked inputs per forward.  [default: 4 on a CPU, 256 on a GPU]")
+    ],
+    "max_reject_fraction": Annotated[
+        float | None, typer.Option(help="More rejected records are no success: exit 3.  [default: 0.5]")
+    ],
+    "max_dead_units": Annotated[
+        int | None, typer.Option(help="More units that were given up are none either.  [default: 0]")
     ],
 }
 """What `plan` and `explain` share: what is computed, and how it runs."""
@@ -119,8 +130,23 @@ def explain(job: JobConfig, execution: Execution) -> None:
     console.print(tables.outcome_table(job, outcome))
     for failure in outcome.failures:
         console.print(tables.failure_line(failure))
-    if outcome.manifest is None:
-        console.print("Some units are still open. Run the same command again to try them again.")
+    for letter in outcome.standing.dead.values():
+        console.print(tables.letter_line(letter))
+    if outcome.stopped is not None:
+        console.print(f"Stopped: {tables.printable(outcome.stopped)}.")
+    _settled(outcome.standing, outcome.excess)
+
+
+def _settled(standing: Standing, excess: Sequence[str]) -> None:
+    """Ends the command where the job is not the success that was asked for, and says the way out."""
+    for sentence in excess:
+        console.print(f"Over budget: {sentence}.")
+    if standing.dead:
+        console.print("`blocksight retry OUTPUT` opens dead units again, --max-dead-units does without them.")
+    if excess:
+        raise typer.Exit(OVER_BUDGET)
+    if standing.open_units:
+        console.print(f"{counted(len(standing.open_units), 'unit')} still open: the same command goes on from there.")
         raise typer.Exit(INCOMPLETE)
 
 
@@ -130,8 +156,12 @@ def status(output: Existing, endpoint_url: Endpoint = None) -> None:
     store, made = _existing(output, endpoint_url)
     standing = stand(store, made)
     console.print(tables.standing_table(output, standing))
+    for letter in standing.dead.values():
+        console.print(tables.letter_line(letter))
     if standing.open_units:
         raise typer.Exit(INCOMPLETE)
+    if standing.dead and final_manifest(store) is None:
+        raise typer.Exit(OVER_BUDGET)
 
 
 @app.command()
@@ -161,7 +191,56 @@ def verify(output: Existing, endpoint_url: Endpoint = None) -> None:
         sound, still_open = counted(checked, "sound fragment"), counted(len(standing.open_units), "open unit")
         console.print(f"{sound}, {still_open}.")
         raise typer.Exit(INCOMPLETE)
-    console.print(f"Reconciled: {counted(checked, 'fragment')}, every planned record stands once.")
+    if standing.dead and final_manifest(store) is None:
+        console.print(f"{counted(checked, 'sound fragment')}, {counted(len(standing.dead), 'dead unit')}.")
+        raise typer.Exit(OVER_BUDGET)
+    without = f" but those of {counted(len(standing.dead), 'dead unit')}" if standing.dead else ""
+    console.print(f"Reconciled: {counted(checked, 'fragment')}, every planned record{without} stands once.")
+
+
+@app.command()
+def retry(
+    output: Existing,
+    cause: Annotated[str | None, typer.Option(help=f"Only those of one cause: {', '.join(Cause)}.")] = None,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Open dead units again, so that the next `explain` works on them."""
+    store, made = _existing(output, endpoint_url)
+    reopened = reopen(store, made, cause)
+    for letter in reopened:
+        console.print(tables.letter_line(letter))
+    console.print(f"{counted(len(reopened), 'unit')} open again." if reopened else "No dead unit to open.")
+
+
+@app.command()
+def finalize(
+    output: Existing,
+    max_dead_units: Annotated[int, typer.Option(min=0, help="Do without so many dead units.")] = 0,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Write the final manifest of an output whose units are all committed or dead; computes nothing."""
+    store, made = _existing(output, endpoint_url)
+    standing = stand(store, made)
+    console.print(tables.standing_table(output, standing))
+    _settled(standing, excess(standing, Budget(max_reject_fraction=1.0, max_dead_units=max_dead_units)))
+    write_manifest(store, standing)
+    console.print("The final manifest stands.")
+
+
+@app.command()
+def gc(
+    output: Existing,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and leave it.")] = False,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Remove what runs that died left behind: markers, unfinished files, lost plans. No result is touched."""
+    from jobs.leftovers import remove_leftovers
+
+    store, made = _existing(output, endpoint_url)
+    names = remove_leftovers(store, stand(store, made), dry_run=dry_run)
+    for name in names:
+        console.print(tables.printable(name))
+    console.print(f"{counted(len(names), 'leftover')}{' found' if dry_run else ' removed'}.")
 
 
 @app.command("list")
@@ -217,9 +296,9 @@ def main() -> None:
     except WeakStoreError as error:
         stderr.print(f"error: {tables.printable(error)}")
         sys.exit(WEAK_STORE)
+    except UnreconciledError as error:
+        stderr.print("NOT RECONCILED: " + "\n".join(tables.printable(line) for line in str(error).splitlines()))
+        sys.exit(UNRECONCILED)
     except (ConfigError, StoreError, ModelError, ClusterError) as error:
         stderr.print("error: " + "\n".join(tables.printable(line) for line in str(error).splitlines()))
         sys.exit(USAGE)
-    except KeyboardInterrupt:
-        stderr.print("stopped; what is committed stays, and the same command goes on from there")
-        sys.exit(INCOMPLETE)

@@ -167,7 +167,7 @@ class JobConfig(BaseModel):
 
 
 class Execution(BaseModel):
-    """How a job runs; changes no result."""
+    """How a job runs and what it puts up with; changes no result."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -179,6 +179,10 @@ class Execution(BaseModel):
     batch_size: int | None = Field(
         default=None, ge=1, description="masked inputs per forward; none: chosen for the device"
     )
+    max_reject_fraction: float = Field(
+        default=0.5, ge=0, le=1, description="a larger share of rejected records is no success (exit 3)"
+    )
+    max_dead_units: int = Field(default=0, ge=0, description="more units that were given up are none either (exit 3)")
 
 
 def is_weights_name(value: str) -> bool:

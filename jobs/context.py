@@ -17,6 +17,8 @@ class JobContext:
 
     config: JobConfig
     fingerprint: str
+    run_id: str
+    """Of this run: workers look there for the sign to stop."""
     facts: ModelFacts
     label_names: tuple[str, ...]
     """Class folders of loose images, sorted."""

@@ -1,8 +1,11 @@
 """The explain step: one model in memory, a decoded unit in, the fragment's rows out."""
 
+import os
+import signal
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,8 +21,10 @@ from engine.models import ModelAdapter, load_model
 from engine.targets import ClassProbability
 from jobs.config import ConfigError, JobConfig, TargetChoice, digest_of
 from jobs.context import JobContext, let_import_from
+from jobs.isolation import Isolated, ProcessDiedError
 from jobs.labels import Labels
 from jobs.records import ModelFacts, RecordFacts, UnitInput, UnitResult, with_reject
+from jobs.watch import alive
 from storage.rejects import Reject, RejectCode
 from storage.schema import OK, REJECTED
 
@@ -61,18 +66,14 @@ class ExplainStep:
     def __init__(self, context: JobContext, state: bytes | None) -> None:
         """Loads the model and checks it against the plan's. `state` holds the weights file's bytes, if any."""
         torch.set_num_threads(context.num_threads)
+        self.context, self.state = context, state
         config, facts = context.config, context.facts
         self.adapter = load(config, state, context.device, context.import_path)
         if self.adapter.fingerprint != facts.weights_sha256:
             raise ModelError("this worker loaded other weights than the driver: is the same file on every node?")
+        self.adapter.module.register_forward_pre_hook(lambda *_: alive())
+        self._set_up(context.batch_size)
         parameters = config.explainer_parameters()
-        self.explainer = EXPLAINERS[config.explainer](
-            self.adapter,
-            parameters,
-            blocks=[block["name"] for block in facts.blocks],
-            batch_size=context.batch_size,
-        )
-        self.metric = KeepTop(self.explainer.scorer, KeepTopProtocol(parameters.baseline))
         self.labels = Labels(context.label_names, self.adapter.class_names, facts.num_classes)
         self.choice = config.target_choice
         self.method = {
@@ -80,8 +81,61 @@ class ExplainStep:
             "parameters": digest_of({"parameters": asdict(parameters), "model": asdict(facts)})[:16],
         }
 
-    def __call__(self, unit_input: UnitInput) -> UnitResult:
-        """Every record's rows, in the records' order."""
+    def _set_up(self, batch_size: int) -> None:
+        """The explainer and its metric, with so many masked inputs per forward."""
+        config = self.context.config
+        parameters = config.explainer_parameters()
+        self.explainer = EXPLAINERS[config.explainer](
+            self.adapter,
+            parameters,
+            blocks=[block["name"] for block in self.context.facts.blocks],
+            batch_size=batch_size,
+        )
+        self.metric = KeepTop(self.explainer.scorer, KeepTopProtocol(parameters.baseline))
+
+    def __call__(self, unit_input: UnitInput, *, careful: bool = False) -> UnitResult:
+        """Every record's rows, in the records' order.
+
+        A unit that the model fails on is tried again record by record, so that one record's trouble is
+        its own; `careful`: in a process apart, which may die of it.
+        """
+        if careful:
+            with Isolated(partial(ExplainStep, self.context, self.state)) as apart:
+                return self._one_by_one(unit_input, apart)
+        try:
+            return self._whole(unit_input)
+        except torch.OutOfMemoryError:
+            if self.explainer.scorer.batch_size == 1:
+                raise
+            self._set_up(max(1, self.explainer.scorer.batch_size // 2))
+            return self(unit_input)
+        except torch.AcceleratorError:
+            os.kill(os.getpid(), signal.SIGKILL)  # the device is of no use to this process any more
+            raise
+        except Exception:  # noqa: BLE001 - whatever a user's model may raise; the records tell which is to blame
+            return self._one_by_one(unit_input, self._whole)
+
+    def _one_by_one(self, unit_input: UnitInput, explain: Callable[[UnitInput], UnitResult]) -> UnitResult:
+        """Each record as a unit of its own; one over which `explain` fails or dies is rejected."""
+        start = time.perf_counter()
+        pixels = iter(unit_input.pixels)
+        rows: list[Row] = []
+        for record in unit_input.records:
+            alone = UnitInput(unit_input.unit, (record,), unit_input.pixels[:0])
+            if record.reject_code is None:
+                alone = replace(alone, pixels=next(pixels)[None])
+            try:
+                rows.extend(map(dict, explain(alone).rows))
+            except ProcessDiedError as error:
+                rows.append(self._failed_row(alone, RejectCode.PROCESS_DIED, str(error)))
+            except Exception as error:  # noqa: BLE001 - as above
+                rows.append(self._failed_row(alone, RejectCode.MODEL_FAILED, f"{type(error).__name__}: {error}"))
+        return UnitResult(unit_input.unit, tuple(rows), len(unit_input.records), time.perf_counter() - start)
+
+    def _failed_row(self, alone: UnitInput, code: RejectCode, message: str) -> Row:
+        return self._rejected_row(alone, with_reject(alone.records[0], Reject(code, message), "explain"))
+
+    def _whole(self, unit_input: UnitInput) -> UnitResult:
         start = time.perf_counter()
         decoded = [index for index, record in enumerate(unit_input.records) if record.reject_code is None]
         rows = [[self._rejected_row(unit_input, record)] for record in unit_input.records]

@@ -2,25 +2,36 @@
 
 from collections.abc import Iterable, Iterator
 
+from jobs.attempts import Desk, attempted, open_desk
 from jobs.context import JobContext
 from jobs.explain import ExplainStep
-from jobs.plan import open_output, open_source
-from jobs.records import Receipt, Unit, UnitFailure
-from jobs.unit import commit_unit, failed, read_unit
+from jobs.records import Outcome, Receipt, Unit, UnitInput, UnitResult
+from jobs.stopping import Stop
+from jobs.unit import commit_unit, take_unit
 
 
-def run_units(units: Iterable[Unit], context: JobContext, state: bytes | None) -> Iterator[Receipt | UnitFailure]:
-    """Runs the units one after the other and yields what became of each. Raises ModelError at once."""
-    source, _ = open_source(context.config.data, context.config.endpoint_url)
-    output = open_output(context.config)
-    explain = ExplainStep(context, state)
+def run_units(units: Iterable[Unit], context: JobContext, state: bytes | None, stop: Stop) -> Iterator[Outcome]:
+    """Runs the units one after the other and yields what became of each, until `stop` is requested.
+
+    Raises ModelError at once.
+    """
+    desk, explain = open_desk(context), ExplainStep(context, state)
     for unit in units:
-        stage = "read"
-        try:
-            unit_input = read_unit(unit, source, context.config, context.facts.input_size)
-            stage = "explain"
-            result = explain(unit_input)
-            stage = "commit"
-            yield commit_unit(result, output, context.fingerprint)
-        except Exception as error:  # noqa: BLE001 - a unit's trouble is its own: the others go on
-            yield failed(unit, stage, error)
+        if stop.reason is not None:
+            return
+        yield _run(unit, context, desk, explain)
+
+
+def _run(unit: Unit, context: JobContext, desk: Desk, explain: ExplainStep) -> Outcome:
+    def read(careful: bool) -> UnitInput | Receipt:
+        return take_unit(unit, desk, context, careful=careful)
+
+    taken = attempted(unit, "read", desk, read)
+    if not isinstance(taken, UnitInput):
+        return taken
+    result = attempted(unit, "explain", desk, lambda careful: explain(taken, careful=careful))
+    if not isinstance(result, UnitResult):
+        return result
+    return attempted(
+        unit, "commit", desk, lambda careful: commit_unit(result, desk.output, context.fingerprint, careful=careful)
+    )

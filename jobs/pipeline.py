@@ -2,9 +2,12 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -12,47 +15,95 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
-from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 
 from cluster.errors import ClusterError
 from cluster.sizing import Sizing
+from jobs.attempts import attempted, open_desk
 from jobs.context import JobContext
 from jobs.explain import ExplainStep
-from jobs.plan import open_output, open_source
-from jobs.records import Receipt, RecordFacts, Unit, UnitFailure, UnitInput, UnitResult
-from jobs.unit import commit_unit, failed, read_unit
+from jobs.records import (
+    DeadLetter,
+    Outcome,
+    Receipt,
+    RecordFacts,
+    Unit,
+    UnitFailure,
+    UnitInput,
+    UnitResult,
+    UnitSkipped,
+)
+from jobs.stopping import Stop
+from jobs.unit import commit_unit, take_unit
 from storage.store import ObjectInfo
 from storage.survey import Layout
 
 WAVE_UNITS = 2_000
 """Units that one Ray Data execution holds: the driver's memory does not grow with the data set."""
 
-NO_PROGRESS_SECONDS = 1_800
-"""Without any finished step for so long the run stops: a silent hang is worse."""
+NO_PROGRESS_SECONDS = 3_600.0
+"""Without any finished unit for so long the run ends: a silent hang is worse. A worker that hangs ends itself
+long before."""
 
-HEADER = pa.schema([("header", pa.string()), ("blob", pa.large_binary()), ("failure", pa.string())])
-"""What passes between the steps: plain values as JSON, pixels or maps as raw bytes, or why it failed."""
+POLL_SECONDS = 0.5
+
+HEADER = pa.schema([("header", pa.string()), ("blob", pa.large_binary()), ("outcome", pa.string())])
+"""What passes between the steps: plain values as JSON, pixels or maps as raw bytes, or what became of the unit."""
+
+OUTCOMES = {kind.__name__: kind for kind in (Receipt, UnitFailure, DeadLetter, UnitSkipped)}
 
 
 def run_units(
-    units: Sequence[Unit], context: JobContext, state: bytes | None, sizing: Sizing
-) -> Iterator[Receipt | UnitFailure]:
+    units: Sequence[Unit], context: JobContext, state: bytes | None, sizing: Sizing, stop: Stop
+) -> Iterator[Outcome]:
     """Runs the units on the connected Ray session and yields what became of each, as they finish.
 
-    Raises ClusterError where the job itself cannot go on (a model that does not load on the workers, no
-    progress).
+    Ends early where `stop` was requested and its grace is over. Raises ClusterError where the job itself
+    cannot go on (a model that does not load on the workers, no progress).
     """
     _settle_ray_data()
     weights = None if state is None else ray.put(state)
     for start in range(0, len(units), WAVE_UNITS):
         wave = _wave(units[start : start + WAVE_UNITS], context, weights, sizing)
         try:
-            for row in wave.iter_rows():
+            for row in _arriving(wave.iter_rows(), stop):
                 yield _outcome(row)
-        except (RayError, ExecutionTimeoutError) as error:
+        except RayError as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             raise ClusterError(f"Ray gave the job up: {reason}; what is committed stays, run it again") from error
+        if stop.reason is not None:
+            return
+
+
+def _arriving(rows: Iterable[dict[str, Any]], stop: Stop) -> Iterator[dict[str, Any]]:
+    """The rows as they come, from a thread apart: this one must hear signals, and a silence that lasts too long."""
+    arrived: SimpleQueue[Any] = SimpleQueue()
+
+    def collect() -> None:
+        try:
+            for row in rows:
+                arrived.put(row)
+            arrived.put(None)
+        except BaseException as error:  # noqa: BLE001 - it is raised again where somebody hears it
+            arrived.put(error)
+
+    threading.Thread(target=collect, daemon=True).start()
+    silent_since = time.monotonic()
+    while time.monotonic() < stop.deadline:
+        if time.monotonic() - silent_since > NO_PROGRESS_SECONDS:
+            raise ClusterError(
+                f"no unit has come to its end for {NO_PROGRESS_SECONDS:,.0f} s; what is committed stays, run it again"
+            )
+        try:
+            row = arrived.get(timeout=POLL_SECONDS)
+        except Empty:
+            continue
+        if row is None:
+            return
+        if isinstance(row, BaseException):
+            raise row
+        silent_since = time.monotonic()
+        yield row
 
 
 def _settle_ray_data() -> None:
@@ -63,7 +114,7 @@ def _settle_ray_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # the job shows its own progress
     settings.max_errored_blocks = 0
     settings.max_consecutive_actor_init_deaths = 3
-    settings.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
+    settings.execution_no_progress_timeout_s = -1  # ours counts units; Ray's would end a job of slow ones
 
 
 def _wave(units: Sequence[Unit], context: JobContext, weights: Any, sizing: Sizing) -> Dataset:
@@ -88,12 +139,14 @@ def _wave(units: Sequence[Unit], context: JobContext, weights: Any, sizing: Sizi
 def _read(batch: pa.Table, context: JobContext) -> pa.Table:
     unit = _unit(json.loads(batch["unit"][0].as_py()))
 
-    def read() -> pa.Table:
-        source, _ = open_source(context.config.data, context.config.endpoint_url)
-        unit_input = read_unit(unit, source, context.config, context.facts.input_size)
-        return _table(_json({"unit": unit, "records": unit_input.records}), unit_input.pixels)
+    def read(careful: bool) -> pa.Table | Receipt:
+        taken = take_unit(unit, desk, context, careful=careful)
+        if isinstance(taken, Receipt):
+            return taken
+        return _table(_json({"unit": unit, "records": taken.records}), taken.pixels)
 
-    return _guarded(unit, "read", read)
+    desk = open_desk(context)
+    return _row_of(attempted(unit, "read", desk, read))
 
 
 class _Explain:
@@ -101,36 +154,38 @@ class _Explain:
 
     def __init__(self, context: JobContext, weights: Any) -> None:
         self.input_size = context.facts.input_size
+        self.desk = open_desk(context)
         self.step = ExplainStep(context, None if weights is None else ray.get(weights))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        if batch["failure"][0].is_valid:
+        if batch["outcome"][0].is_valid:
             return batch
         header = json.loads(batch["header"][0].as_py())
         unit = _unit(header["unit"])
 
-        def explain() -> pa.Table:
+        def explain(careful: bool) -> pa.Table:
             pixels = np.frombuffer(batch["blob"][0].as_buffer(), np.uint8).reshape(-1, *self.input_size, 3)
             records = tuple(RecordFacts(**record) for record in header["records"])
-            return _result_table(self.step(UnitInput(unit, records, pixels)))
+            return _result_table(self.step(UnitInput(unit, records, pixels), careful=careful))
 
-        return _guarded(unit, "explain", explain)
+        return _row_of(attempted(unit, "explain", self.desk, explain))
 
 
 def _commit(batch: pa.Table, context: JobContext) -> pa.Table:
-    if batch["failure"][0].is_valid:
+    if batch["outcome"][0].is_valid:
         return batch
     header = json.loads(batch["header"][0].as_py())
     unit = _unit(header.pop("unit"))
+    desk = open_desk(context)
 
-    def commit() -> pa.Table:
+    def commit(careful: bool) -> Receipt:
         maps = np.frombuffer(batch["blob"][0].as_buffer(), np.float32).reshape(-1, *context.facts.input_size)
         remaining = iter(maps)
         rows = tuple({**row, "map": next(remaining) if "map" in row else None} for row in header.pop("rows"))
-        receipt = commit_unit(UnitResult(unit, rows, **header), open_output(context.config), context.fingerprint)
-        return _table(_json(receipt), None)
+        result = UnitResult(unit, rows, **header)
+        return commit_unit(result, desk.output, context.fingerprint, careful=careful)
 
-    return _guarded(unit, "commit", commit)
+    return _row_of(attempted(unit, "commit", desk, commit))
 
 
 def _result_table(result: UnitResult) -> pa.Table:
@@ -145,26 +200,24 @@ def _result_table(result: UnitResult) -> pa.Table:
     return _table(_json(header), np.stack(maps) if maps else None)
 
 
-def _guarded(unit: Unit, stage: str, work: Callable[[], pa.Table]) -> pa.Table:
-    """What the step made, or the note that this unit failed: the others go on."""
-    try:
-        return work()
-    except Exception as error:  # noqa: BLE001 - a unit's trouble is its own
-        return _row("", b"", _json(failed(unit, stage, error)))
+def _row_of(made: pa.Table | Outcome) -> pa.Table:
+    """What goes to the next step: a table as it is, or what became of the unit, which passes through."""
+    if isinstance(made, pa.Table):
+        return made
+    return _row("", b"", _json({"kind": type(made).__name__, "values": made}))
 
 
 def _table(header: str, blob: np.ndarray | None) -> pa.Table:
     return _row(header, b"" if blob is None else np.ascontiguousarray(blob).tobytes(), None)
 
 
-def _row(header: str, blob: bytes, failure: str | None) -> pa.Table:
-    return pa.Table.from_pylist([{"header": header, "blob": blob, "failure": failure}], schema=HEADER)
+def _row(header: str, blob: bytes, outcome: str | None) -> pa.Table:
+    return pa.Table.from_pylist([{"header": header, "blob": blob, "outcome": outcome}], schema=HEADER)
 
 
-def _outcome(row: Mapping[str, Any]) -> Receipt | UnitFailure:
-    if row["failure"] is not None:
-        return UnitFailure(**json.loads(row["failure"]))
-    return Receipt(**json.loads(row["header"]))
+def _outcome(row: Mapping[str, Any]) -> Outcome:
+    made = json.loads(row["outcome"])
+    return OUTCOMES[made["kind"]](**made["values"])
 
 
 def _json(value: Any) -> str:

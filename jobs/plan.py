@@ -18,8 +18,9 @@ from storage.store import AlreadyExistsError, MissingError, ObjectInfo, ObjectSt
 from storage.stores import open_store
 from storage.survey import Layout, survey
 
-PLAN_KEY = "_job/plan/plan.json"
-MODEL_KEY = "_job/plan/model.json"
+PLAN_FOLDER = "_job/plan/"
+PLAN_KEY = f"{PLAN_FOLDER}plan.json"
+MODEL_KEY = f"{PLAN_FOLDER}model.json"
 OUR_FOLDERS = ("data/", "_job/", "report/")
 
 UNITS_SCHEMA = pa.schema(
@@ -130,7 +131,7 @@ def settle_plan(store: ObjectStore, plan: Plan) -> Plan:
     if standing is None:
         _refuse_foreign(store)
         body = _units_bytes(plan.units)
-        units_key = f"_job/plan/units-{hashlib.sha256(body).hexdigest()[:16]}.parquet"
+        units_key = f"{PLAN_FOLDER}units-{hashlib.sha256(body).hexdigest()[:16]}.parquet"
         store.put(units_key, body)
         try:
             store.create(PLAN_KEY, _plan_json(plan, units_key))

@@ -9,12 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from jobs.records import Receipt, UnitFailure
+from jobs.records import DeadLetter, Outcome, Receipt, UnitFailure
 
 PLAIN_SECONDS = 10.0
 """Between two lines where the output is no terminal."""
-
-Outcome = Receipt | UnitFailure
 
 
 @dataclass
@@ -28,14 +26,15 @@ class Tally:
     records: int = 0
     forwards: int = 0
     failures: int = 0
+    dead: int = 0
 
     def add(self, outcome: Outcome) -> None:
         """Counts one more unit."""
-        if isinstance(outcome, UnitFailure):
-            self.failures += 1
-        else:
+        if isinstance(outcome, Receipt):
             self.records += outcome.num_records
             self.forwards += outcome.num_forwards
+        self.failures += isinstance(outcome, UnitFailure)
+        self.dead += isinstance(outcome, DeadLetter)
 
     def left(self, elapsed: float) -> str:
         """The time left: from the pace so far, or from the estimate before anything is finished."""
@@ -49,6 +48,7 @@ class Tally:
         """`3/6 records, 84 masked forwards/s, 1:02 left`."""
         rate = self.forwards / elapsed if elapsed > 0 else 0.0
         trouble = f", {counted(self.failures, 'unit')} failed" if self.failures else ""
+        trouble += f", {counted(self.dead, 'unit')} dead" if self.dead else ""
         done = f"{self.records:,}/{self.total_records:,}"
         return f"{done} records, {rate:,.0f} masked forwards/s, {self.left(elapsed)}{trouble}"
 

@@ -93,6 +93,15 @@ def write_receipt(store: ObjectStore, receipt: Receipt) -> None:
         return
 
 
+def adopt(store: ObjectStore, unit: Unit) -> Receipt | None:
+    """The receipt of the unit whose fragment stands already, whoever made it; None: none stands."""
+    if store.head(unit.fragment_key) is None:
+        return None
+    receipt = receipt_of(unit, store.read(unit.fragment_key))
+    write_receipt(store, receipt)
+    return receipt
+
+
 def read_receipts(store: ObjectStore, units: Iterable[Unit]) -> dict[str, Receipt]:
     """The receipts of committed units, by unit id; one that is missing is rebuilt from its fragment and written.
 

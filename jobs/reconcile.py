@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import pyarrow as pa
 
 from jobs.config import TargetChoice
+from jobs.dead import letter_key, read_letters
 from jobs.plan import Plan
-from jobs.receipts import commit_facts, metric_means, read_receipts, receipt_of
-from jobs.records import Receipt, Unit
+from jobs.receipts import READERS, commit_facts, metric_means, read_receipts, receipt_of
+from jobs.records import DeadLetter, Receipt, Unit
 from storage.fragments import read_fragment
 from storage.schema import OK
 from storage.store import AlreadyExistsError, MissingError, ObjectStore
@@ -29,11 +31,18 @@ class Standing:
     plan: Plan
     receipts: Mapping[str, Receipt]
     """Of the committed units, by unit id."""
+    dead: Mapping[str, DeadLetter]
+    """Of the units that are given up, by unit id."""
+    outweighed: Sequence[str] = ()
+    """Units with a letter and a fragment, which a slower attempt committed after all: the fragment counts."""
+    strangers: Sequence[str] = ()
+    """What stands under `data/` and was not planned."""
 
     @property
     def open_units(self) -> list[Unit]:
-        """Planned and not committed, in order."""
-        return [unit for unit in self.plan.units if unit.unit_id not in self.receipts]
+        """Planned, neither committed nor dead, in order."""
+        settled = self.receipts.keys() | self.dead.keys()
+        return [unit for unit in self.plan.units if unit.unit_id not in settled]
 
     def total(self, field: str) -> int:
         """Sum of one of the receipts' counts."""
@@ -45,18 +54,53 @@ class Standing:
         return sum((Counter(receipt.rejects) for receipt in self.receipts.values()), Counter())
 
 
+class UnreconciledError(Exception):
+    """What the bucket holds is not what was planned; the message is a line per fault."""
+
+
 def stand(store: ObjectStore, plan: Plan) -> Standing:
-    """Reads the receipts of what is committed."""
-    return Standing(plan, read_receipts(store, plan.units))
+    """Reads the receipts of what is committed, and the dead letters."""
+    receipts = read_receipts(store, plan.units)
+    letters = read_letters(store, plan.units)
+    planned = {unit.fragment_key for unit in plan.units}
+    return Standing(
+        plan,
+        receipts,
+        {unit_id: letter for unit_id, letter in letters.items() if unit_id not in receipts},
+        sorted(letters.keys() & receipts.keys()),
+        sorted(info.key for info in store.list("data/") if info.key not in planned),
+    )
+
+
+def final_manifest(store: ObjectStore) -> dict[str, Any] | None:
+    """The manifest of a finished job; None: it is not finished."""
+    try:
+        return json.loads(store.read(MANIFEST_KEY))
+    except MissingError:
+        return None
 
 
 def finalize(store: ObjectStore, standing: Standing) -> dict[str, Any]:
-    """Writes the manifest once, when every planned unit is committed; returns the one that stands."""
-    with suppress(MissingError):
-        return json.loads(store.read(MANIFEST_KEY))
-    body = json.dumps(_manifest(standing), indent=1, sort_keys=True).encode()
+    """Writes the manifest once, when every planned unit is committed or dead; returns the one that stands.
+
+    Compares sets of units, and each fragment's metadata with its receipt: equal counts prove nothing. The
+    letters of units that were committed after all are taken back.
+    Raises UnreconciledError.
+    """
+    manifest = final_manifest(store)
+    if manifest is not None:
+        return manifest
+    for unit_id in standing.outweighed:
+        store.delete(letter_key(unit_id))
+    faults = [f"{key} was not planned" for key in standing.strangers]
+    faults += [f"unit {unit.ordinal} is neither committed nor dead" for unit in standing.open_units]
+    with ThreadPoolExecutor(READERS) as readers:
+        for found in readers.map(lambda receipt: _metadata_faults(store, receipt), standing.receipts.values()):
+            faults += found
+    if faults:
+        raise UnreconciledError("\n".join(faults))
     with suppress(AlreadyExistsError):
-        store.create(MANIFEST_KEY, body)
+        store.create(MANIFEST_KEY, json.dumps(_manifest(standing), indent=1, sort_keys=True).encode())
     return json.loads(store.read(MANIFEST_KEY))
 
 
@@ -64,7 +108,11 @@ def _manifest(standing: Standing) -> dict[str, Any]:
     ordered = sorted(standing.receipts.values(), key=lambda receipt: receipt.ordinal)
     return {
         "fingerprint": standing.plan.fingerprint,
-        "num_units": len(ordered),
+        "num_units": len(standing.plan.units),
+        "dead": [
+            {"unit_id": letter.unit_id, "ordinal": letter.ordinal, "cause": letter.cause, "inputs": letter.inputs}
+            for letter in sorted(standing.dead.values(), key=lambda letter: letter.ordinal)
+        ],
         "num_records": standing.total("num_records"),
         "num_ok": standing.total("num_ok"),
         "num_rejected": standing.total("num_rejected"),
@@ -129,9 +177,8 @@ def check(store: ObjectStore, plan: Plan) -> Iterator[tuple[Unit | None, list[st
 
 def _manifest_keys(store: ObjectStore) -> list[str]:
     """The fragments of a finished job; none where it is not finished."""
-    with suppress(MissingError):
-        return [fragment["key"] for fragment in json.loads(store.read(MANIFEST_KEY))["fragments"]]
-    return []
+    manifest = final_manifest(store) or {"fragments": []}
+    return [fragment["key"] for fragment in manifest["fragments"]]
 
 
 def _unit_faults(store: ObjectStore, plan: Plan, unit: Unit, shard: _Shard) -> Iterator[str]:
@@ -146,20 +193,24 @@ def _unit_faults(store: ObjectStore, plan: Plan, unit: Unit, shard: _Shard) -> I
     for row in rows:
         records.setdefault((row["shard"], row["shard_index"]), []).append(row)
     faults = [
-        *_metadata_faults(store, unit, receipt),
+        *_metadata_faults(store, receipt),
         *_order_faults(unit, list(records.values()), shard),
         *_target_faults(plan, list(records.values())),
         *_duplicate_faults(records.values(), shard),
     ]
-    yield from (f"{unit.fragment_key}: {fault}" for fault in faults)
+    yield from (fault if fault.startswith("data/") else f"{unit.fragment_key}: {fault}" for fault in faults)
 
 
-def _metadata_faults(store: ObjectStore, unit: Unit, receipt: Receipt) -> Iterator[str]:
-    head = store.head(unit.fragment_key)
-    said = head.metadata if head is not None else {}
-    for name, value in commit_facts(receipt).items():
-        if said.get(name) != value:
-            yield f"{name} is {value} in the fragment and {said.get(name)} in its metadata"
+def _metadata_faults(store: ObjectStore, receipt: Receipt) -> list[str]:
+    """Where a fragment's metadata and its receipt differ."""
+    head = store.head(receipt.fragment)
+    if head is None:
+        return [f"{receipt.fragment} has a receipt and does not stand"]
+    return [
+        f"{receipt.fragment}: {name} is {value} in the fragment and {head.metadata.get(name)} in its metadata"
+        for name, value in commit_facts(receipt).items()
+        if head.metadata.get(name) != value
+    ]
 
 
 def _order_faults(unit: Unit, records: Sequence[Sequence[Mapping[str, Any]]], shard: _Shard) -> Iterator[str]:

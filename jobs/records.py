@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,45 @@ class UnitFailure:
     """The first input object, for the user."""
     stage: str
     error: str
+    store_is_away: bool = False
+    """The store did not answer for as long as a job waits for it."""
+
+
+class Cause(StrEnum):
+    """Why a whole unit cannot be done. Stored in the output: never rename one, only add."""
+
+    INPUT_MISSING = "input_missing"
+    INPUT_CHANGED = "input_changed"
+    CONTAINER_CORRUPT = "container_corrupt"
+    POISON = "poison"
+    """It killed the process that worked on it again and again, and no single record could be blamed."""
+
+
+@dataclass(frozen=True)
+class DeadLetter:
+    """A unit that is given up until somebody retries it."""
+
+    unit_id: str
+    ordinal: int
+    inputs: str
+    """The first input object, for the user."""
+    cause: str
+    """One of `Cause`."""
+    stage: str
+    error: str
+    num_records: int
+    """As planned."""
+
+
+@dataclass(frozen=True)
+class UnitSkipped:
+    """A unit that was not taken, because the run was asked to stop."""
+
+    unit_id: str
+
+
+Outcome = Receipt | UnitFailure | DeadLetter | UnitSkipped
+"""What becomes of a unit in one run."""
 
 
 @dataclass(frozen=True)

@@ -16,20 +16,28 @@ from typing import Any
 from rich.console import Console
 
 from cluster.sizing import Sizing
+from jobs.budgets import Budget, Opening, excess
 from jobs.config import Execution, JobConfig
 from jobs.context import JobContext, sha256_of, weights_bytes
 from jobs.estimate import estimate
 from jobs.plan import Plan, load_plan, make_plan, open_output, refuse_drift, settle_model, settle_plan
 from jobs.progress import Tally, progress
 from jobs.reconcile import Standing, finalize, stand
-from jobs.records import ModelFacts, Receipt, Unit, UnitFailure
+from jobs.records import ModelFacts, Outcome, Unit, UnitFailure
+from jobs.stopping import RUNS_FOLDER, Stop, sign_key, stopped_by_signals
 from jobs.units import Workforce
+from storage.patient import PatientStore
 from storage.store import ObjectStore
 from storage.stores import probe
 
 CPU_BATCH_SIZE = 4
 """Masked inputs per forward on a CPU: larger batches fall out of the second-level cache."""
 GPU_BATCH_SIZE = 256
+
+START_PATIENCE_SECONDS = 10.0
+"""With a store that does not answer before any work is done: what is mistyped should show soon."""
+
+PROBE_PREFIX = "_job/probe-"
 
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 """Where the driver lists its GPUs: known without importing torch."""
@@ -52,12 +60,16 @@ class RunOutcome:
     seconds: float
     """Wall time of the units of this run; 0 where nothing was to do."""
     manifest: dict[str, Any] | None
-    """The final manifest; None while units are open."""
+    """The final manifest; None while units are open, or more of them dead than the budget allows."""
+    excess: tuple[str, ...] = ()
+    """The budgets that are exceeded."""
+    stopped: str | None = None
+    """Why the run ended before its units did."""
 
 
 def plan_job(config: JobConfig, execution: Execution) -> tuple[ObjectStore, Plan]:
     """The output's plan: the one that stands there, or one made now. Writes nothing; refuses drift."""
-    output = open_output(config)
+    output = PatientStore(open_output(config), START_PATIENCE_SECONDS)
     weights_sha256 = sha256_of(weights_bytes(config))
     standing = load_plan(output)
     if standing is None:
@@ -76,20 +88,37 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
     standing = stand(output, plan)
     if not standing.open_units:  # finished, or an input without a single record
         settle_plan(output, plan)
-        return RunOutcome(standing, (), 0.0, finalize(output, standing))
+        return _outcome_of(output, standing, execution)
     state = weights_bytes(config)
     facts = _check_model(config, state, console)
-    probe(output, "_job/probe-")
+    probe(output, PROBE_PREFIX)
     with _session(execution) as sizing:
         plan = settle_plan(output, plan)
         settle_model(output, facts)
         standing = stand(output, plan)
         context = _context(config, plan, facts, sizing, execution)
         _write_run(output, context, execution, sizing)
-        failures, seconds = _run_units(standing.open_units, context, state, sizing, console)
-    standing = stand(output, plan)
-    manifest = None if standing.open_units else finalize(output, standing)
-    return RunOutcome(standing, tuple(failures), seconds, manifest)
+        output = PatientStore(output)
+        stop = Stop(output, context.run_id)
+        with stopped_by_signals(stop):
+            failures, seconds = _run_units(standing, context, state, sizing, console, stop)
+        output.delete(sign_key(context.run_id))
+    return _outcome_of(output, stand(output, plan), execution, tuple(failures), seconds, stop.reason)
+
+
+def _outcome_of(
+    output: ObjectStore,
+    standing: Standing,
+    execution: Execution,
+    failures: tuple[UnitFailure, ...] = (),
+    seconds: float = 0.0,
+    stopped: str | None = None,
+) -> RunOutcome:
+    """What stands now, and the manifest if every unit is settled and the dead are within their budget."""
+    beyond = excess(standing, Budget(execution.max_reject_fraction, execution.max_dead_units))
+    too_many_dead = len(standing.dead) > execution.max_dead_units
+    manifest = None if standing.open_units or too_many_dead else finalize(output, standing)
+    return RunOutcome(standing, failures, seconds, manifest, tuple(beyond), stopped)
 
 
 def _check_model(config: JobConfig, state: bytes | None, console: Console) -> ModelFacts:
@@ -119,6 +148,7 @@ def _context(
     return JobContext(
         config,
         plan.fingerprint,
+        f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}",
         facts,
         tuple(plan.label_names()),
         batch_size=execution.batch_size or (GPU_BATCH_SIZE if on_gpu else CPU_BATCH_SIZE),
@@ -129,45 +159,55 @@ def _context(
 
 
 def _run_units(
-    units: Sequence[Unit],
+    standing: Standing,
     context: JobContext,
     state: bytes | None,
     sizing: Sizing | None,
     console: Console,
+    stop: Stop,
 ) -> tuple[list[UnitFailure], float]:
-    """Works through the units behind a progress line; returns the failures and the wall time in seconds."""
-    config = context.config
+    """Works through the open units behind a progress line; returns the failures and the wall time in seconds.
+
+    Asks for the end where the store is away for too long, or where nothing at all is explained.
+    """
+    config, units = context.config, standing.open_units
     num_records = sum(unit.num_records for unit in units)
     num_targets, on_gpu = config.target_choice.count, context.device != "cpu"
     guess = estimate(config.model, config.explainer_parameters(), num_records, num_targets, on_gpu=on_gpu)
     num_workers = sizing.num_actors if sizing is not None else 1
     expected = guess.seconds(num_workers) if guess.is_measured else None
     failures = []
+    opening = Opening(standing.total("num_ok") > 0)
     start = time.monotonic()
     with progress(console, Tally(num_records, expected)) as update:
-        for outcome in _outcomes(units, context, state, sizing):
+        for outcome in _outcomes(units, context, state, sizing, stop):
             update(outcome)
+            opening.add(outcome)
             if isinstance(outcome, UnitFailure):
                 failures.append(outcome)
+                if outcome.store_is_away:
+                    stop.request("the store does not answer")
+            verdict = opening.verdict()
+            if verdict is not None:
+                stop.request(verdict)
     return failures, time.monotonic() - start
 
 
 def _outcomes(
-    units: Sequence[Unit], context: JobContext, state: bytes | None, sizing: Sizing | None
-) -> Iterator[Receipt | UnitFailure]:
+    units: Sequence[Unit], context: JobContext, state: bytes | None, sizing: Sizing | None, stop: Stop
+) -> Iterator[Outcome]:
     """What becomes of each unit, from the in-process runner or from Ray; each is imported only when used."""
     if sizing is None:
         from jobs import local
 
-        return local.run_units(units, context, state)
+        return local.run_units(units, context, state, stop)
     from jobs import pipeline
 
-    return pipeline.run_units(units, context, state, sizing)
+    return pipeline.run_units(units, context, state, sizing, stop)
 
 
 def _write_run(output: ObjectStore, context: JobContext, execution: Execution, sizing: Sizing | None) -> None:
     """Notes where and with what this run works: everything that may differ from run to run."""
-    run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
     facts = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": platform.node(),
@@ -178,4 +218,4 @@ def _write_run(output: ObjectStore, context: JobContext, execution: Execution, s
         "batch_size": context.batch_size,
         "device": context.device,
     }
-    output.put(f"_job/runs/{run_id}/run.json", json.dumps(facts, indent=1).encode())
+    output.put(f"{RUNS_FOLDER}{context.run_id}/run.json", json.dumps(facts, indent=1).encode())

@@ -1,5 +1,6 @@
 """What the command line prints: tables for people, with every string from data made harmless."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
@@ -15,7 +16,7 @@ from jobs.plan import Plan
 from jobs.progress import clock
 from jobs.receipts import metric_means
 from jobs.reconcile import Standing
-from jobs.records import UnitFailure
+from jobs.records import DeadLetter, UnitFailure
 from jobs.run import RunOutcome
 from jobs.units import Workforce
 
@@ -74,7 +75,7 @@ def standing_table(output: str, standing: Standing) -> Table:
     of_all = f" of {about}{standing.plan.num_records:,}" if standing.open_units else ""
     rows = [
         ("output", printable(output)),
-        ("units", f"{len(standing.receipts):,} of {units:,} committed"),
+        ("units", f"{len(standing.receipts):,} of {units:,} committed" + _dead(standing)),
         ("records", f"{standing.total('num_records'):,}{of_all}"),
         ("explained", f"{standing.total('num_ok'):,}"),
         ("rejected", f"{standing.total('num_rejected'):,}" + (f" ({rejects})" if rejects else "")),
@@ -83,6 +84,19 @@ def standing_table(output: str, standing: Standing) -> Table:
         *_metric_rows(metric_means(standing.receipts.values())),
     ]
     return _facts(rows)
+
+
+def _dead(standing: Standing) -> str:
+    if not standing.dead:
+        return ""
+    causes = Counter(letter.cause for letter in standing.dead.values())
+    return f", {len(standing.dead)} dead ({', '.join(f'{count} {cause}' for cause, count in causes.most_common())})"
+
+
+def letter_line(letter: DeadLetter) -> str:
+    """One line for a unit that was given up."""
+    where = f"unit {letter.ordinal} ({printable(letter.inputs)})"
+    return f"{where} is dead, {letter.cause} at {letter.stage}: {printable(letter.error)}"
 
 
 def outcome_table(job: JobConfig, outcome: RunOutcome) -> Table:

@@ -2,44 +2,74 @@
 
 import hashlib
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from jobs.attempts import Desk
 from jobs.config import JobConfig
-from jobs.context import worker_name
-from jobs.receipts import commit_facts, receipt_of, write_receipt
-from jobs.records import Receipt, RecordFacts, Unit, UnitFailure, UnitInput, UnitResult, with_reject
+from jobs.context import JobContext, worker_name
+from jobs.isolation import ProcessDiedError, called
+from jobs.receipts import adopt, commit_facts, receipt_of, write_receipt
+from jobs.records import Receipt, RecordFacts, Unit, UnitInput, UnitResult, with_reject
+from jobs.watch import alive
 from storage.fragments import encode_fragment
 from storage.images import decode, fit
 from storage.loose import read_images
 from storage.maps import CODEC, encode_map
 from storage.records import RawRecord
-from storage.rejects import Reject
-from storage.schema import MAX_ERROR_LENGTH, REJECTED
+from storage.rejects import Reject, RejectCode
+from storage.schema import MAX_ERROR_LENGTH, RECORD_COLUMNS, REJECTED
 from storage.store import AlreadyExistsError, ObjectStore, StoreError
 from storage.survey import Layout
 from storage.tables import read_table
 from storage.tars import read_tar
 
+Row = Mapping[str, Any]
+"""In the columns of `storage.schema.SCHEMA`; until it is encoded, `map` holds float32 [H, W]."""
 
-def read_unit(unit: Unit, source: ObjectStore, config: JobConfig, input_size: tuple[int, int]) -> UnitInput:
+
+def take_unit(unit: Unit, desk: Desk, context: JobContext, *, careful: bool = False) -> UnitInput | Receipt:
+    """The unit, read and decoded, or the receipt of its fragment where that stands already."""
+    receipt = adopt(desk.output, unit)
+    if receipt is not None:
+        return receipt
+    return read_unit(unit, desk.source, context.config, context.facts.input_size, careful=careful)
+
+
+def read_unit(
+    unit: Unit, source: ObjectStore, config: JobConfig, input_size: tuple[int, int], *, careful: bool = False
+) -> UnitInput:
     """Reads every record of the unit and decodes it to the model's input size; a bad one keeps its reason.
 
-    Raises StoreError where the shard itself is gone, changed or unreadable.
+    `careful`: in processes apart, so that a record which kills its process is rejected alone. Raises
+    MissingError, ChangedError and DamagedError where the shard itself is gone, changed or unreadable,
+    ProcessDiedError where reading it kills, and StoreError.
     """
     records: list[RecordFacts] = []
     pixels: list[NDArray[np.uint8]] = []
-    for raw in raw_records(unit, source):
-        facts, picture = _decoded(raw, f"{source.uri}/{raw.shard}", config, input_size)
-        records.append(facts)
-        if picture is not None:
-            pixels.append(picture)
+    with (
+        called(partial(_all_raw_records, source=source), careful) as listed,
+        called(partial(_decoded, config=config, input_size=input_size), careful) as decoded,
+    ):
+        for raw in listed(unit) if careful else raw_records(unit, source):
+            alive()
+            facts, picture = _undying(decoded, replace(raw, shard=f"{source.uri}/{raw.shard}"))
+            records.append(facts)
+            if picture is not None:
+                pixels.append(picture)
     stacked = np.stack(pixels) if pixels else np.zeros((0, *input_size, 3), np.uint8)
     return UnitInput(unit, tuple(records), stacked)
+
+
+def _all_raw_records(unit: Unit, source: ObjectStore) -> list[RawRecord]:
+    return list(raw_records(unit, source))
 
 
 def raw_records(unit: Unit, source: ObjectStore) -> Iterator[RawRecord]:
@@ -49,10 +79,23 @@ def raw_records(unit: Unit, source: ObjectStore) -> Iterator[RawRecord]:
     return read(source, unit.objects[0], unit.start, unit.stop)
 
 
-def _decoded(
-    raw: RawRecord, shard: str, config: JobConfig, input_size: tuple[int, int]
+def _undying(
+    decoded: Callable[[RawRecord], tuple[RecordFacts, NDArray[np.uint8] | None]], raw: RawRecord
 ) -> tuple[RecordFacts, NDArray[np.uint8] | None]:
-    facts = RecordFacts(raw.key, shard, raw.index, raw.label)
+    try:
+        return decoded(raw)
+    except ProcessDiedError as error:
+        return with_reject(_facts(raw), Reject(RejectCode.PROCESS_DIED, str(error)), "decode"), None
+
+
+def _facts(raw: RawRecord) -> RecordFacts:
+    return RecordFacts(raw.key, raw.shard, raw.index, raw.label)
+
+
+def _decoded(
+    raw: RawRecord, config: JobConfig, input_size: tuple[int, int]
+) -> tuple[RecordFacts, NDArray[np.uint8] | None]:
+    facts = _facts(raw)
     if raw.reject is not None:
         return with_reject(facts, raw.reject, "read"), None
     data = raw.data or b""
@@ -65,14 +108,24 @@ def _decoded(
     return replace(facts, format=image.format, width=image.width, height=image.height), picture
 
 
-def commit_unit(result: UnitResult, output: ObjectStore, fingerprint: str, *, attempt: str | None = None) -> Receipt:
+def commit_unit(
+    result: UnitResult,
+    output: ObjectStore,
+    fingerprint: str,
+    *,
+    attempt: str | None = None,
+    careful: bool = False,
+) -> Receipt:
     """Writes the unit's fragment once, then its receipt; where another attempt was first, adopts that one.
 
     The fragment's creation is the commit. A reply that was lost is settled by the attempt id in the
-    object's metadata. Raises StoreError where nothing was committed, ValueError where rows went astray.
+    object's metadata. `careful`: maps are encoded in a process apart. Raises StoreError where nothing was
+    committed, ValueError where rows went astray.
     """
     attempt = attempt or uuid.uuid4().hex
-    rows = [_encoded_row(row) for row in result.rows]
+    with called(_encoded_row, careful) as encoded:
+        records = groupby(result.rows, key=itemgetter("shard", "shard_index"))
+        rows = [row for _, own in records for row in _encoded_record(encoded, list(own))]
     _check_rows(rows, result.num_records)
     body = encode_fragment(rows, _provenance(result.unit, fingerprint))
     receipt = receipt_of(result.unit, body)
@@ -115,7 +168,22 @@ def _provenance(unit: Unit, fingerprint: str) -> dict[str, str]:
     }
 
 
-def _encoded_row(row: Mapping[str, Any]) -> dict[str, Any]:
+def _encoded_record(encoded: Callable[[Row], Row], rows: Sequence[Row]) -> list[Row]:
+    """A record's rows, one per target, or the one that says why it has no map."""
+    try:
+        return [encoded(row) for row in rows]
+    except ProcessDiedError as error:
+        return [_rejected_row(rows[0], Reject(RejectCode.PROCESS_DIED, str(error)), "encode")]
+
+
+def _rejected_row(row: Row, reject: Reject, stage: str) -> Row:
+    """The record's row with a reason in place of a map."""
+    about_record = {name: row[name] for name in RECORD_COLUMNS if name in row}
+    reasons = {"reject_code": str(reject.code), "reject_stage": stage, "error": reject.message[:MAX_ERROR_LENGTH]}
+    return {**about_record, "status": REJECTED, **reasons}
+
+
+def _encoded_row(row: Row) -> Row:
     if row["status"] == REJECTED:
         return dict(row)
     encoded = encode_map(row["map"])
@@ -128,9 +196,3 @@ def _encoded_row(row: Mapping[str, Any]) -> dict[str, Any]:
         "map_low": encoded.low,
         "map_high": encoded.high,
     }
-
-
-def failed(unit: Unit, stage: str, error: Exception) -> UnitFailure:
-    """The note that a unit was not committed this time; a store's own sentence needs no type before it."""
-    text = str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
-    return UnitFailure(unit.unit_id, unit.ordinal, unit.objects[0].key, stage, text[:MAX_ERROR_LENGTH])

@@ -5,8 +5,9 @@ import errno
 import json
 import os
 import stat
+import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
@@ -93,6 +94,15 @@ class LocalStore:
         with _explained(path), suppress(FileNotFoundError, NotADirectoryError):
             _forget(path)
             path.unlink()
+
+    def sweep(self, older_than_seconds: float, *, dry_run: bool = False) -> Sequence[str]:
+        """Removes unfinished files and the metadata of objects that never stood; a young one may have a writer."""
+        swept = []
+        for path in _left_over(self.root, time.time() - older_than_seconds):
+            swept.append(path.relative_to(self.root).as_posix())
+            if not dry_run:
+                path.unlink(missing_ok=True)
+        return swept
 
     def _path(self, key: str) -> Path:
         parts = PurePosixPath(key).parts
@@ -212,6 +222,24 @@ def _files(folder: Path) -> Iterator[Path]:
     """Every finished file below the folder. Raises StoreError where one cannot be looked into."""
     for parent, _, names in os.walk(folder, onerror=_unlisted):
         yield from (Path(parent, name) for name in names if not name.startswith(OURS))
+
+
+def _left_over(root: Path, before: float) -> Iterator[Path]:
+    """Files of writers that died: unfinished ones, and pending metadata whose object does not stand."""
+    for parent, _, names in os.walk(root):
+        for name in names:
+            path = Path(parent, name)
+            left = name.startswith(ASIDE) or (name.startswith(PENDING) and not _has_object(path))
+            with suppress(FileNotFoundError):
+                if left and path.stat().st_mtime < before:
+                    yield path
+
+
+def _has_object(pending: Path) -> bool:
+    """Whether the pending metadata are those of the object that stands."""
+    inode, _, name = pending.name.removeprefix(PENDING).removesuffix(".json").partition("-")
+    found = _regular(pending.with_name(name))
+    return found is not None and str(found.st_ino) == inode
 
 
 def _unlisted(error: OSError) -> None:

@@ -23,6 +23,8 @@ class RejectCode(StrEnum):
     SHARD_TRUNCATED = "shard_truncated"
     LABEL_MISSING = "label_missing"
     NON_FINITE = "non_finite"
+    MODEL_FAILED = "model_failed"
+    PROCESS_DIED = "process_died"
 
 
 class Reject(Exception):

@@ -20,7 +20,14 @@ from fsspec.asyn import sync
 from s3fs import S3FileSystem
 from s3fs.core import S3_RETRYABLE_ERRORS
 
-from storage.store import AlreadyExistsError, ChangedError, MissingError, ObjectInfo, StoreError
+from storage.store import (
+    AlreadyExistsError,
+    ChangedError,
+    MissingError,
+    ObjectInfo,
+    StoreError,
+    UnavailableError,
+)
 
 CONNECT_SECONDS = 4
 """Three attempts and the pauses between them end within 15 s at an endpoint that never answers."""
@@ -34,6 +41,17 @@ CREDENTIALS_WANTED = (
 )
 MISSING_CODES = {"NoSuchKey", "404", "NotFound"}
 CONFLICT_CODES = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409", "OperationAborted"}
+BUSY_CODES = {
+    "SlowDown",
+    "ServiceUnavailable",
+    "InternalError",
+    "RequestTimeout",
+    "Throttling",
+    "500",
+    "502",
+    "503",
+    "504",
+}
 DENIED_CODES = {
     "AccessDenied",
     "403",
@@ -197,8 +215,10 @@ class S3Store:
             return StoreError(f"there is no bucket {self.bucket!r}{at}")
         if code in DENIED_CODES:
             return StoreError(f"access to {where}{at} was refused ({code}): {CREDENTIALS_WANTED}")
-        failed = f"failed with {code}" if code else f"cannot be reached: {type(error).__name__}"
-        return StoreError(f"{where}{at} {failed}: {error}")
+        if not code:
+            return UnavailableError(f"{where}{at} cannot be reached: {type(error).__name__}: {error}")
+        kind = UnavailableError if code in BUSY_CODES else StoreError
+        return kind(f"{where}{at} failed with {code}: {error}")
 
 
 def _connected(endpoint_url: str | None) -> tuple[S3FileSystem, str]:

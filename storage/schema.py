@@ -44,7 +44,7 @@ SCHEMA = pa.schema(
         _field("unit_id", pa.string(), "the piece of work that this fragment commits", nullable=False),
         _field("status", pa.string(), "ok or rejected", nullable=False),
         _field("reject_code", pa.string(), "why there is no map, from a closed list; null where status is ok"),
-        _field("reject_stage", pa.string(), "read, decode or explain"),
+        _field("reject_stage", pa.string(), "read, decode, explain or encode"),
         _field("error", pa.string(), "one sentence, at most 500 characters"),
         _field("sha256", pa.string(), "of the image's bytes, hex; null where there are none"),
         _field("num_bytes", pa.int64(), "length of the image's bytes"),
@@ -75,6 +75,9 @@ SCHEMA = pa.schema(
     metadata={"blocksight.schema": SCHEMA_VERSION},
 )
 """Columns in order. Whatever differs from run to run (host, times, attempt) stands in the receipt instead."""
+
+RECORD_COLUMNS = SCHEMA.names[: SCHEMA.names.index("label_name") + 1]
+"""The columns that a record has whether it is explained or not."""
 
 REJECTED = "rejected"
 OK = "ok"

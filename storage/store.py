@@ -21,6 +21,14 @@ class ChangedError(StoreError):
     """The object is there, but its version is not the one that was asked for."""
 
 
+class UnavailableError(StoreError):
+    """The store does not answer, or says that it cannot just now: the same call may succeed later."""
+
+
+class DamagedError(StoreError):
+    """The object is there, and its bytes are not what its name says."""
+
+
 @dataclass(frozen=True)
 class ObjectInfo:
     """What a listing or a HEAD says of one object."""

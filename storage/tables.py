@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from storage.records import MAX_IMAGE_BYTES, RawRecord, WindowedFile, as_text, too_many_bytes
 from storage.rejects import Reject, RejectCode
-from storage.store import ObjectInfo, ObjectStore, StoreError
+from storage.store import DamagedError, ObjectInfo, ObjectStore, StoreError
 
 IMAGE, LABEL, KEY = "image", "label", "key"
 BATCH_ROWS = 16
@@ -26,7 +26,7 @@ def read_table(store: ObjectStore, info: ObjectInfo, start: int, stop: int) -> I
     stand `label` and `key`; without `key` the row's number is the key.
 
     Of two rows with one key the later is rejected, wherever the range begins. Raises StoreError,
-    MissingError and ChangedError.
+    MissingError, ChangedError and DamagedError.
     """
     file = _open(store, info)
     names = [name for name in (IMAGE, LABEL, KEY) if name in file.schema_arrow.names]
@@ -63,7 +63,17 @@ def _keys(file: pq.ParquetFile, stop: int) -> set[str]:
 
 
 def _rows(file: pq.ParquetFile, start: int, stop: int, names: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and cells of rows [start, stop), from the row groups that hold them alone."""
+    """Number and cells of rows [start, stop), from the row groups that hold them alone.
+
+    Raises DamagedError where their bytes are no Parquet.
+    """
+    try:
+        yield from _read_rows(file, start, stop, names)
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedError(f"rows {start} to {stop} of the table cannot be read: {error}") from error
+
+
+def _read_rows(file: pq.ParquetFile, start: int, stop: int, names: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     groups, first = _groups(file, start, stop)
     index = first
     for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=names):
@@ -94,7 +104,7 @@ def _open(store: ObjectStore, info: ObjectInfo) -> pq.ParquetFile:
         file = pq.ParquetFile(pa.PythonFile(WindowedFile(store, info), mode="r"))
         schema = file.schema_arrow
     except (pa.ArrowException, ValueError) as error:
-        raise StoreError(f"{where} is no readable Parquet file: {error}") from error
+        raise DamagedError(f"{where} is no readable Parquet file: {error}") from error
     if IMAGE not in schema.names:
         raise StoreError(f"{where} has no column `{IMAGE}`; its columns: {', '.join(schema.names)}")
     for name in (IMAGE, LABEL, KEY):

@@ -10,7 +10,7 @@ import pytest
 from engine.errors import ModelError
 from jobs.config import ConfigError
 from jobs.plan import MODEL_KEY, PLAN_KEY, DriftError, load_plan, make_plan
-from jobs.reconcile import MANIFEST_KEY, check, stand
+from jobs.reconcile import MANIFEST_KEY, check
 from jobs.units import Workforce
 from storage.local import LocalStore
 from storage.maps import decode_map
@@ -210,23 +210,6 @@ def test_input_that_changes_after_the_plan_is_a_reason(tmp_path):
     (data / "bee" / "001.png").unlink()
     run_here(data, tmp_path / "out")
     assert [row["reject_code"] for row in rows_in(store)] == ["input_changed", "input_missing", None]
-
-
-def test_a_shard_that_is_gone_leaves_its_unit_open_and_the_others_done(tmp_path):
-    data = folder_of_tars(tmp_path / "in")
-    run_here(data, tmp_path / "out")
-    store = LocalStore(tmp_path / "out")
-    for key in fragments_in(store):
-        store.delete(key)
-    (data / "a.tar").unlink()
-    outcome = run_here(data, tmp_path / "out")
-    plan = load_plan(store)
-    lost = [unit for unit in plan.units if unit.objects[0].key == "a.tar"]
-    assert {failure.stage for failure in outcome.failures} == {"read"}
-    assert {failure.unit_id for failure in outcome.failures} == {unit.unit_id for unit in lost}
-    assert "a.tar" in outcome.failures[0].error
-    assert outcome.manifest is None
-    assert stand(store, plan).open_units == lost
 
 
 def test_the_plan_covers_every_record_once(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from jobs.plan import load_plan
 from jobs.receipts import metric_means, receipt_of
-from jobs.reconcile import check, stand
+from jobs.reconcile import MANIFEST_KEY, check, stand
 from storage.fragments import encode_fragment, read_fragment
 from storage.local import LocalStore
 from tests.jobs.jobs_of import fragments_in, run_here
@@ -44,6 +44,8 @@ def test_a_sound_output_has_no_faults(output):
 
 def test_a_lost_fragment_is_an_open_unit(output):
     output.delete(next(iter(fragments_in(output))))
+    assert [fault for fault in faults(output) if "final manifest" not in fault] == []
+    output.delete(MANIFEST_KEY)
     assert faults(output) == []
     assert len(stand(output, load_plan(output)).open_units) == 1
 

@@ -1,0 +1,56 @@
+"""Budgets: how much may go wrong before a job is no success, and when it is not worth going on."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from jobs.reconcile import Standing
+from jobs.records import DeadLetter, Outcome, Receipt
+
+FIRST_UNITS = 5
+"""If so many units come to their end before a single record is explained, the rest would go the same way."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a user puts up with."""
+
+    max_reject_fraction: float
+    """Of all records, those of dead units included."""
+    max_dead_units: int
+
+
+def excess(standing: Standing, budget: Budget) -> list[str]:
+    """One sentence per budget that is exceeded, with both sides."""
+    said = []
+    if len(standing.dead) > budget.max_dead_units:
+        said.append(f"{len(standing.dead)} dead units, and --max-dead-units allows {budget.max_dead_units}")
+    rejected, records = standing.total("num_rejected"), standing.total("num_records")
+    if records and rejected / records > budget.max_reject_fraction:
+        allowed = f"--max-reject-fraction allows {budget.max_reject_fraction:g}"
+        said.append(f"{rejected:,} of {records:,} records were rejected, and {allowed}")
+    return said
+
+
+@dataclass
+class Opening:
+    """The beginning of a job: while nothing was ever explained, it counts the units that brought nothing."""
+
+    is_over: bool
+    """A record was explained, in this run or an earlier one."""
+    reasons: list[Counter[str]] = field(default_factory=list)
+    """Per unit, records by reject code, or the cause of its death."""
+
+    def add(self, outcome: Outcome) -> None:
+        """Counts one more unit that came to its end."""
+        if isinstance(outcome, Receipt):
+            self.is_over |= outcome.num_ok > 0
+            self.reasons.append(Counter(outcome.rejects))
+        elif isinstance(outcome, DeadLetter):
+            self.reasons.append(Counter({outcome.cause: outcome.num_records}))
+
+    def verdict(self) -> str | None:
+        """Why the run should end here, or None."""
+        if self.is_over or len(self.reasons) < FIRST_UNITS:
+            return None
+        reasons = ", ".join(f"{count} {code}" for code, count in sum(self.reasons, Counter()).most_common(3))
+        return f"no record of the first {len(self.reasons)} units was explained ({reasons})"

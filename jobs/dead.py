@@ -1,0 +1,40 @@
+"""Dead letters: units that are given up, each with its cause, until somebody retries them."""
+
+import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict
+
+from jobs.receipts import READERS, adopt
+from jobs.records import Cause, DeadLetter, Receipt, Unit
+from storage.schema import MAX_ERROR_LENGTH
+from storage.store import AlreadyExistsError, ObjectStore
+
+FOLDER = "_job/dead/"
+
+
+def letter_key(unit_id: str) -> str:
+    """Where a unit's dead letter stands below the output's root."""
+    return f"{FOLDER}{unit_id}.json"
+
+
+def bury(output: ObjectStore, unit: Unit, stage: str, cause: Cause, error: str) -> DeadLetter | Receipt:
+    """Writes the unit's dead letter, unless its fragment stands: then another attempt was luckier, and counts."""
+    receipt = adopt(output, unit)
+    if receipt is not None:
+        return receipt
+    inputs, text = unit.objects[0].key, error[:MAX_ERROR_LENGTH]
+    letter = DeadLetter(unit.unit_id, unit.ordinal, inputs, str(cause), stage, text, unit.num_records)
+    with suppress(AlreadyExistsError):
+        output.create(letter_key(unit.unit_id), json.dumps(asdict(letter), indent=1, sort_keys=True).encode())
+    return letter
+
+
+def read_letters(output: ObjectStore, units: Iterable[Unit]) -> dict[str, DeadLetter]:
+    """The dead letters of these units, by unit id."""
+    standing = {info.key for info in output.list(FOLDER)}
+    keys = [key for key in (letter_key(unit.unit_id) for unit in units) if key in standing]
+    with ThreadPoolExecutor(READERS) as readers:
+        letters = [DeadLetter(**json.loads(body)) for body in readers.map(output.read, keys)]
+    return {letter.unit_id: letter for letter in letters}

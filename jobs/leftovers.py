@@ -1,0 +1,50 @@
+"""Leftovers: what runs that died left beside the truth, and what of it is safe to remove."""
+
+import json
+from collections.abc import Iterator
+
+from jobs import attempts, dead
+from jobs.plan import PLAN_FOLDER, PLAN_KEY
+from jobs.reconcile import Standing, final_manifest
+from jobs.run import PROBE_PREFIX
+from jobs.stopping import RUNS_FOLDER, SIGN_NAME
+from storage.local import LocalStore
+from storage.store import ObjectStore
+
+YOUNG_SECONDS = 3_600.0
+"""An unfinished file of the last hour may still have its writer."""
+
+
+def remove_leftovers(store: ObjectStore, standing: Standing, *, dry_run: bool = False) -> list[str]:
+    """Removes markers and letters of committed units, lost plans, unfinished files and, once the job is
+    finished, probes and signs to stop; returns their names.
+
+    Nothing that carries a fact goes: no fragment, receipt, plan, manifest, or letter of a dead unit.
+    """
+    names = [*_settled(store, standing), *_lost_plans(store)]
+    if final_manifest(store) is not None:  # nobody is at work who might still need them
+        names += [info.key for info in store.list(PROBE_PREFIX)]
+        names += [info.key for info in store.list(RUNS_FOLDER) if info.key.endswith(f"/{SIGN_NAME}")]
+    if not dry_run:
+        for name in names:
+            store.delete(name)
+    if isinstance(store, LocalStore):  # in a bucket every write is whole or not at all
+        names += store.sweep(YOUNG_SECONDS, dry_run=dry_run)
+    return names
+
+
+def _settled(store: ObjectStore, standing: Standing) -> Iterator[str]:
+    """Markers and dead letters of units whose fragments stand."""
+    for folder in (attempts.FOLDER, dead.FOLDER):
+        for info in store.list(folder):
+            unit_id = info.key.removeprefix(folder).partition("/")[0].removesuffix(".json")
+            if unit_id in standing.receipts:
+                yield info.key
+
+
+def _lost_plans(store: ObjectStore) -> Iterator[str]:
+    """Lists of units that no plan names: of drivers that planned at once, or died before they were done."""
+    named = json.loads(store.read(PLAN_KEY))["units"]
+    for info in store.list(f"{PLAN_FOLDER}units-"):
+        if info.key != named:
+            yield info.key

@@ -1,0 +1,25 @@
+"""Retry: dead units are opened again, for the next run to work on."""
+
+from jobs import attempts, dead
+from jobs.config import ConfigError
+from jobs.plan import Plan
+from jobs.reconcile import final_manifest
+from jobs.records import Cause, DeadLetter
+from storage.store import ObjectStore
+
+
+def reopen(output: ObjectStore, plan: Plan, cause: str | None = None) -> list[DeadLetter]:
+    """Removes the letters of dead units (of one cause alone) and the markers of their attempts; returns them.
+
+    Raises ConfigError for an unknown cause, and for a finished job: its manifest names its dead for good.
+    """
+    if cause is not None and cause not in list(Cause):
+        raise ConfigError(f"cause {cause!r} is not known; known: {', '.join(Cause)}")
+    if final_manifest(output) is not None:
+        raise ConfigError(f"{output.uri} is finished: explain the missing inputs into another output")
+    letters = [letter for letter in dead.read_letters(output, plan.units).values() if cause in (None, letter.cause)]
+    for letter in letters:
+        for marker in output.list(f"{attempts.FOLDER}{letter.unit_id}/"):
+            output.delete(marker.key)
+        output.delete(dead.letter_key(letter.unit_id))
+    return letters

@@ -1,0 +1,70 @@
+"""Stopping: a run that is asked to end takes no further unit, and finishes what is under way."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+from storage.store import ObjectStore, StoreError
+
+GRACE_SECONDS = 20.0
+"""Between the request and the end: a machine that is taken back gives 30 seconds."""
+
+
+RUNS_FOLDER = "_job/runs/"
+SIGN_NAME = "stop"
+
+
+def sign_key(run_id: str) -> str:
+    """The object that tells all workers of a run to take no further unit."""
+    return f"{RUNS_FOLDER}{run_id}/{SIGN_NAME}"
+
+
+def is_stopped(output: ObjectStore, run_id: str) -> bool:
+    """Whether the run was asked to stop, as a worker sees it."""
+    return output.head(sign_key(run_id)) is not None
+
+
+class Stop:
+    """The driver's wish to end a run: set once, by a signal or by what the units said."""
+
+    def __init__(self, output: ObjectStore, run_id: str) -> None:
+        self.output, self.run_id = output, run_id
+        self.reason: str | None = None
+        """Why; None: nobody asked."""
+        self.deadline = float("inf")
+        """When waiting for units under way ends, on the monotonic clock."""
+
+    def request(self, reason: str) -> None:
+        """Asks the workers to stop; the first reason counts. Does not wait for the store."""
+        if self.reason is not None:
+            return
+        self.reason = reason
+        self.deadline = time.monotonic() + GRACE_SECONDS
+        threading.Thread(target=self._put_sign, args=(reason,), daemon=True).start()
+
+    def _put_sign(self, reason: str) -> None:
+        with suppress(StoreError):  # a store that is away stops the run as well
+            self.output.put(sign_key(self.run_id), reason.encode())
+
+
+@contextmanager
+def stopped_by_signals(stop: Stop) -> Iterator[None]:
+    """Turns the first SIGTERM or SIGINT of the body into a request to stop; the second ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if stop.reason is not None:
+            raise KeyboardInterrupt
+        stop.request(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,59 @@
+"""Stores that fail on purpose: wrappers through which a test decides what becomes of each call."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from storage.store import ObjectInfo, ObjectStore
+
+
+class Crash(BaseException):
+    """The process is dead: no `except Exception` hears it, and the store is out of its reach from then on."""
+
+
+class InterceptedStore:
+    """Any store; `intercept(name, key, call)` decides when, whether and with what end `call()` is made."""
+
+    def __init__(self, store: ObjectStore, intercept: Callable[[str, str, Callable[[], Any]], Any]) -> None:
+        self.store, self.intercept = store, intercept
+
+    @property
+    def uri(self) -> str:
+        return self.store.uri
+
+    def read(self, key: str, *, etag: str | None = None, start: int = 0, length: int | None = None) -> bytes:
+        return self.intercept("read", key, lambda: self.store.read(key, etag=etag, start=start, length=length))
+
+    def head(self, key: str) -> ObjectInfo | None:
+        return self.intercept("head", key, lambda: self.store.head(key))
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        yield from self.intercept("list", prefix, lambda: [*self.store.list(prefix)])
+
+    def create(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> None:
+        self.intercept("create", key, lambda: self.store.create(key, data, metadata=metadata))
+
+    def put(self, key: str, data: bytes) -> None:
+        self.intercept("put", key, lambda: self.store.put(key, data))
+
+    def delete(self, key: str) -> None:
+        self.intercept("delete", key, lambda: self.store.delete(key))
+
+
+class MortalCalls:
+    """An interceptor whose process dies at its n-th call, before or after the store has done it."""
+
+    def __init__(self, deadly: int, *, after: bool) -> None:
+        self.deadly, self.after = deadly, after
+        self.made: list[str] = []
+
+    def __call__(self, name: str, key: str, call: Callable[[], Any]) -> Any:
+        self.made.append(f"{name} {key}")
+        if len(self.made) > self.deadly + 1:
+            raise Crash  # the dead do nothing
+        is_deadly = len(self.made) == self.deadly + 1
+        if is_deadly and not self.after:
+            raise Crash
+        result = call()
+        if is_deadly:
+            raise Crash
+        return result

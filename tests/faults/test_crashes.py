@@ -1,0 +1,75 @@
+"""A crash at every single call to the store, before and after it, and then the same command again."""
+
+import pytest
+
+from jobs import plan, run
+from storage.stores import open_store
+from tests.faults.stores import Crash, InterceptedStore, MortalCalls
+from tests.faults.verifier import contents, verify
+from tests.jobs.jobs_of import run_here
+from tests.jobs.tiny import folder_of_images
+from tests.storage.memory import MemoryStore
+
+ALWAYS = 10**9
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return folder_of_images(tmp_path_factory.mktemp("crashes"), 3)
+
+
+@pytest.fixture
+def job(data, tmp_path, monkeypatch):
+    """Runs the job on a store in memory, through an interceptor; small units, so that several are under way."""
+    monkeypatch.setattr("cluster.sizing.LEAST_UNIT_SECONDS", 60.0)
+    monkeypatch.setattr(run, "probe", lambda *_: None)  # its threads are tested where it stands
+
+    def go(store, interceptor):
+        def opened(uri, endpoint_url=None):
+            return InterceptedStore(store, interceptor) if uri.endswith("out") else open_store(uri, endpoint_url)
+
+        monkeypatch.setattr(plan, "open_store", opened)
+        return run_here(data, tmp_path / "out")
+
+    return go
+
+
+@pytest.fixture
+def whole(job):
+    """What an undisturbed run leaves, and the calls that it makes."""
+    store, calls = MemoryStore(), MortalCalls(ALWAYS, after=False)
+    assert job(store, calls).manifest is not None
+    assert verify(store) == []
+    return contents(store), calls.made
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_crash_at_any_call_changes_nothing_in_the_end(job, whole, after):
+    expected, calls = whole
+    assert len(expected) >= 2
+    assert {call.split()[0] for call in calls} == {"read", "head", "list", "create", "put", "delete"}
+    for deadly in range(len(calls)):
+        store = MemoryStore()
+        with pytest.raises(Crash):
+            job(store, MortalCalls(deadly, after=after))
+        standing = contents(store)
+        assert standing.items() <= expected.items(), f"died at {calls[deadly]}"
+        outcome = job(store, MortalCalls(ALWAYS, after=False))
+        assert outcome.manifest is not None, f"died at {calls[deadly]}"
+        assert verify(store) == [], f"died at {calls[deadly]}"
+        assert contents(store) == expected, f"died at {calls[deadly]}"
+
+
+def test_a_crash_again_and_again_at_the_same_call_ends_too(job, whole):
+    """Each run dies a little later than the one before."""
+    expected, calls = whole
+    store = MemoryStore()
+    for deadly in range(0, len(calls), 4):
+        try:
+            job(store, MortalCalls(deadly, after=True))
+        except Crash:
+            continue
+        break
+    assert job(store, MortalCalls(ALWAYS, after=False)).manifest is not None
+    assert verify(store) == []
+    assert contents(store) == expected
