@@ -16,6 +16,8 @@ from cluster.sizing import Sizing, local_cpus, size_for
 OBJECT_STORE_BYTES = 1 << 30
 """Of a session on this machine: a few units of pixels per actor."""
 CONNECT_SECONDS = 5.0
+QUIET = "fatal"
+"""Below that Ray's core writes advice to its developers on our users' screens."""
 
 UNSAFE_SWITCHES = (
     "RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE",
@@ -64,6 +66,7 @@ def _start(num_actors: int | None) -> None:
 
 
 def _join(address: str) -> None:
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", QUIET)
     _refuse_silence(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -91,7 +94,7 @@ def _settle_environment() -> None:
     """
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # advice to Ray's developers, on our users' screens
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", QUIET)
 
 
 @contextmanager

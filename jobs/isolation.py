@@ -15,11 +15,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from jobs.watch import watched
+from jobs.watch import alive, watched
 
 DEATHS = 2
 """After so many deaths of the child over one item that item is blamed; one may be bad luck."""
 
+POLL_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1
 NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 MEMORY_SHARE = 0.8
@@ -66,8 +67,11 @@ class Isolated:
         if self._child is None:
             self._child = _start()
             self._child[1].send(self._make)
-        self._child[1].send(item)
-        return self._child[1].recv()
+        connection = self._child[1]
+        connection.send(item)
+        while not connection.poll(POLL_SECONDS):
+            alive()  # the child has a watch of its own
+        return connection.recv()
 
     def _end(self) -> str:
         """Ends the child, if there is one, and says how it ended."""
@@ -114,7 +118,9 @@ def _start() -> tuple[subprocess.Popen[bytes], Connection]:
 def _serve(connection: Connection) -> None:
     """The child: takes the function, then items, until its parent is gone."""
     with suppress(EOFError):
-        work = connection.recv()()
+        make = connection.recv()
+        with watched():
+            work = make()
         while True:
             item = connection.recv()
             try:

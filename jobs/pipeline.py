@@ -127,7 +127,7 @@ def _wave(units: Sequence[Unit], context: JobContext, weights: Any, sizing: Sizi
         .map_batches(
             _Explain,
             fn_constructor_kwargs={"context": context, "weights": weights},
-            compute=ActorPoolStrategy(size=sizing.num_actors, max_tasks_in_flight_per_actor=1),
+            compute=ActorPoolStrategy(size=min(sizing.num_actors, len(units)), max_tasks_in_flight_per_actor=1),
             num_cpus=sizing.cpus_per_actor,
             num_gpus=sizing.gpus_per_actor,
             **step,

@@ -1,8 +1,11 @@
 """A small classifier and small data sets, so that whole jobs run in seconds."""
 
 import io
+import os
 import sys
 import tarfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +44,45 @@ def make_other() -> ModelAdapter:
     return make(seed=1)
 
 
+class Touchy(Tiny):
+    """Does something terrible when it sees a picture that is red all over."""
+
+    def __init__(self, terrible: Callable[[], object]) -> None:
+        super().__init__()
+        self.terrible = terrible
+
+    def forward(self, x: Tensor) -> Tensor:
+        if ((x[:, 0] > 2).flatten(1).all(1) & (x[:, 1:] < -1.5).flatten(1).all(1)).any():
+            self.terrible()
+        return super().forward(x)
+
+
+def touchy(terrible: Callable[[], object]) -> ModelAdapter:
+    """The tiny model's weights in a module that red pictures upset."""
+    module = Touchy(terrible)
+    module.load_state_dict(make().module.state_dict())
+    return ModelAdapter(module, input_size=(32, 32), class_names=CLASSES)
+
+
+def make_deadly() -> ModelAdapter:
+    """A red picture kills its process, as a faulty kernel does."""
+    return touchy(os.abort)
+
+
+def make_hanging() -> ModelAdapter:
+    """A red picture never comes to its end."""
+    return touchy(lambda: time.sleep(10_000))
+
+
+def make_raising() -> ModelAdapter:
+    """A red picture is an exception."""
+
+    def raise_it() -> None:
+        raise RuntimeError("this model sees red")
+
+    return touchy(raise_it)
+
+
 def make_fragile() -> ModelAdapter:
     """Fails on Ray's workers, as weights do that lie on the driver alone."""
     if "default_worker" in sys.argv[0]:
@@ -53,6 +95,13 @@ def picture(seed: int, kind: str = "PNG") -> bytes:
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(coarse).resize((40, 30), Image.Resampling.BICUBIC).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def red() -> bytes:
+    """A picture that is red all over."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), (255, 0, 0)).save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -1,0 +1,97 @@
+"""Faults for whole processes: with this folder on PYTHONPATH, `BLOCKSIGHT_FAULT` breaks every interpreter that starts.
+
+`hang=SECONDS` shortens the watch; `decode` and `encode=SHA256` abort over a marked image or map; `die=PATTERN`
+kills the process before a matching call to a local store, `die-after=PATTERN` after it; `hold=FILE` lets no
+fragment be created before that file is there.
+"""
+
+import os
+import re
+import signal
+import time
+from hashlib import sha256
+from pathlib import Path
+
+POISON = b"this picture kills"
+
+
+def hang(seconds):
+    import jobs.watch
+
+    jobs.watch.HANG_SECONDS = float(seconds)
+
+
+def decode(_):
+    import storage.images
+
+    original = storage.images.decode
+
+    def deadly(data, *arguments):
+        if POISON in data:
+            os.abort()
+        return original(data, *arguments)
+
+    storage.images.decode = deadly
+
+
+def encode(digest):
+    import storage.maps
+
+    original = storage.maps.encode_map
+
+    def deadly(saliency):
+        encoded = original(saliency)
+        if sha256(encoded.data).hexdigest() == digest:
+            os.abort()
+        return encoded
+
+    storage.maps.encode_map = deadly
+
+
+def intercept(before, after):
+    """Calls `before` and `after` with each call's name and key on any local store."""
+    from storage.local import LocalStore
+
+    def wrapped(name, original):
+        def call(self, key, *arguments, **options):
+            before(f"{name} {key}")
+            result = original(self, key, *arguments, **options)
+            after(f"{name} {key}")
+            return result
+
+        return call
+
+    for name in ("read", "head", "create", "put", "delete"):
+        setattr(LocalStore, name, wrapped(name, getattr(LocalStore, name)))
+
+
+def killer(pattern):
+    def kill(call):
+        if re.match(pattern, call):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return kill
+
+
+def hold(file):
+    def wait(call):
+        if call.startswith("create data/"):
+            Path(f"{file}.held").touch()
+            while not Path(file).exists():
+                time.sleep(0.01)
+
+    intercept(wait, lambda _: None)
+
+
+FAULTS = {
+    "hang": hang,
+    "decode": decode,
+    "encode": encode,
+    "die": lambda pattern: intercept(killer(pattern), lambda _: None),
+    "die-after": lambda pattern: intercept(lambda _: None, killer(pattern)),
+    "hold": hold,
+}
+
+for fault in filter(None, os.environ.get("BLOCKSIGHT_FAULT", "").split(";")):
+    name, _, value = fault.partition("=")
+    FAULTS[name](value)
