@@ -19,7 +19,7 @@ from jobs.plan import Plan, load_plan
 from jobs.progress import counted
 from jobs.reconcile import Standing, UnreconciledError, check, final_manifest, stand
 from jobs.reconcile import finalize as write_manifest
-from jobs.records import Cause
+from jobs.records import Cause, UnfinishedError
 from jobs.retry import reopen
 from storage.store import ObjectStore, StoreError
 from storage.stores import WeakStoreError, open_store
@@ -296,6 +296,9 @@ def main() -> None:
     except WeakStoreError as error:
         stderr.print(f"error: {tables.printable(error)}")
         sys.exit(WEAK_STORE)
+    except UnfinishedError as error:
+        stderr.print(f"unfinished: {tables.printable(error)}")
+        sys.exit(INCOMPLETE)
     except UnreconciledError as error:
         stderr.print("NOT RECONCILED: " + "\n".join(tables.printable(line) for line in str(error).splitlines()))
         sys.exit(UNRECONCILED)

@@ -164,6 +164,10 @@ Outcome = Receipt | UnitFailure | DeadLetter | UnitSkipped
 """What becomes of a unit in one run."""
 
 
+class UnfinishedError(Exception):
+    """The run is over and the store does not say how far it came; the message says the way on."""
+
+
 @dataclass(frozen=True)
 class ModelFacts:
     """What loading the model told; the same on every resume, or the run is refused."""

@@ -23,11 +23,11 @@ from jobs.estimate import estimate
 from jobs.plan import Plan, load_plan, make_plan, open_output, refuse_drift, settle_model, settle_plan
 from jobs.progress import Tally, progress
 from jobs.reconcile import Standing, finalize, stand
-from jobs.records import ModelFacts, Outcome, Unit, UnitFailure
+from jobs.records import ModelFacts, Outcome, UnfinishedError, Unit, UnitFailure
 from jobs.stopping import RUNS_FOLDER, Stop, sign_key, stopped_by_signals
 from jobs.units import Workforce
 from storage.patient import PatientStore
-from storage.store import ObjectStore
+from storage.store import ObjectStore, UnavailableError
 from storage.stores import probe
 
 CPU_BATCH_SIZE = 4
@@ -82,7 +82,8 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
     """Explains everything that is not committed yet; a finished job is left as it is.
 
     Everything that can be wrong with the program (data, model, blocks, store, configuration) raises before
-    any unit is worked on: ConfigError, StoreError, ModelError, ClusterError.
+    any unit is worked on: ConfigError, StoreError, ModelError, ClusterError. UnfinishedError afterwards, where
+    the store went away for good.
     """
     output, plan = plan_job(config, execution)
     standing = stand(output, plan)
@@ -102,8 +103,11 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
         stop = Stop(output, context.run_id)
         with stopped_by_signals(stop):
             failures, seconds = _run_units(standing, context, state, sizing, console, stop)
+    try:
         output.delete(sign_key(context.run_id))
-    return _outcome_of(output, stand(output, plan), execution, tuple(failures), seconds, stop.reason)
+        return _outcome_of(output, stand(output, plan), execution, tuple(failures), seconds, stop.reason)
+    except UnavailableError as error:
+        raise UnfinishedError(f"{error}; what is committed stays, and the same command goes on from there") from error
 
 
 def _outcome_of(

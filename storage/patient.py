@@ -21,9 +21,10 @@ class PatientStore:
     whose object stands, as it must after any doubt.
     """
 
-    def __init__(self, store: ObjectStore, seconds: float = PATIENCE_SECONDS) -> None:
-        """`seconds` of waiting per call, after which UnavailableError is raised."""
-        self.store, self.seconds = store, seconds
+    def __init__(self, store: ObjectStore, seconds: float | None = None) -> None:
+        """`seconds` of waiting per call, after which UnavailableError is raised; None: PATIENCE_SECONDS."""
+        self.store = store
+        self.seconds = PATIENCE_SECONDS if seconds is None else seconds
 
     @property
     def uri(self) -> str:

@@ -1,12 +1,17 @@
 """What several tests need: real data where it lies beside the checkout, and one S3 server for the session."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cluster.bucket import EmbeddedBucket
+
+# before anything loads Ray, which reads them once: clusters of the tests answer nobody else
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -83,6 +83,35 @@ def make_raising() -> ModelAdapter:
     return touchy(raise_it)
 
 
+class Slow(Tiny):
+    """Takes its time, so that what is to be killed in its midst can be."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.04)
+        return super().forward(x)
+
+
+def make_slow() -> ModelAdapter:
+    """The tiny model, at about five records a second of a worker."""
+    module = Slow()
+    module.load_state_dict(make().module.state_dict())
+    return ModelAdapter(module, input_size=(32, 32), class_names=CLASSES)
+
+
+def make_wide() -> ModelAdapter:
+    """Large pictures in a small network: what passes between the steps is large."""
+    return ModelAdapter(seeded(Tiny), input_size=(224, 224), class_names=CLASSES)
+
+
+def make_late() -> ModelAdapter:
+    """Fails on the first worker that loads it, and never again; `BLOCKSIGHT_TEST_FLAG` names the file for that."""
+    flag = Path(os.environ["BLOCKSIGHT_TEST_FLAG"])
+    if "default_worker" in sys.argv[0] and not flag.exists():
+        flag.touch()
+        raise RuntimeError("not yet")
+    return make()
+
+
 def make_fragile() -> ModelAdapter:
     """Fails on Ray's workers, as weights do that lie on the driver alone."""
     if "default_worker" in sys.argv[0]:

@@ -1,8 +1,8 @@
 """Faults for whole processes: with this folder on PYTHONPATH, `BLOCKSIGHT_FAULT` breaks every interpreter that starts.
 
-`hang=SECONDS` shortens the watch; `decode` and `encode=SHA256` abort over a marked image or map; `die=PATTERN`
-kills the process before a matching call to a local store, `die-after=PATTERN` after it; `hold=FILE` lets no
-fragment be created before that file is there.
+`hang=SECONDS` shortens the watch, `unit=SECONDS` the units; `decode` and `encode=SHA256` abort over a marked image
+or map; `die=PATTERN` kills the process before a matching call to a local store, `die-after=PATTERN` after it;
+`hold=FILE` lets no fragment be created before that file is there.
 """
 
 import os
@@ -19,6 +19,13 @@ def hang(seconds):
     import jobs.watch
 
     jobs.watch.HANG_SECONDS = float(seconds)
+
+
+def unit(seconds):
+    """Smaller units: as if so many seconds of work were enough for one."""
+    import cluster.sizing
+
+    cluster.sizing.LEAST_UNIT_SECONDS = float(seconds)
 
 
 def decode(_):
@@ -85,6 +92,7 @@ def hold(file):
 
 FAULTS = {
     "hang": hang,
+    "unit": unit,
     "decode": decode,
     "encode": encode,
     "die": lambda pattern: intercept(killer(pattern), lambda _: None),

@@ -1,0 +1,150 @@
+"""Ray under fire: workers, nodes and raylets that die or stand still, poison, pressure, actors that do not start."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from storage.local import LocalStore
+from tests.faults.cluster import RayCluster
+from tests.faults.processes import ended, started
+from tests.faults.verifier import Watcher, assert_sound, contents, row_hashes
+from tests.jobs.jobs_of import rows_in, run_here
+from tests.jobs.tiny import folder_of_images, red
+
+pytestmark = pytest.mark.faults
+
+SMALL_UNITS = "unit=1.5"
+NUM_IMAGES = 60
+
+
+def explain(data, output, model, *options):
+    return ["explain", "--data", data, "--output", output, "--model", f"tests.jobs.tiny:{model}", *options]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return folder_of_images(tmp_path_factory.mktemp("cluster") / "in", NUM_IMAGES)
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """The rows of an undisturbed run, whatever units they lie in."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    run_here(data, output, model="tests.jobs.tiny:make_slow")
+    return row_hashes(LocalStore(output))
+
+
+def wait_until(holds, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "it never came so far"
+        time.sleep(0.05)
+
+
+def at_work(cluster, store, process, committed=2):
+    """Waits until some fragments stand and actors explain."""
+    wait_until(lambda: len(contents(store)) >= committed and cluster.workers("_Explain"), process)
+
+
+def kill_workers(cluster, store, process):
+    for title in ("_Explain", "_Explain", "Map"):
+        at_work(cluster, store, process)
+        os.kill(cluster.workers(title)[0], signal.SIGKILL)
+        time.sleep(2)
+
+
+def kill_a_node(cluster, store, process):
+    at_work(cluster, store, process)
+    cluster.kill_node(0)
+    cluster.add_node()
+
+
+def stop_a_raylet(cluster, store, process):
+    """Long enough for the head to take it for dead; when it wakes it is told so."""
+    at_work(cluster, store, process)
+    raylet = cluster.raylets[-1]
+    os.kill(raylet, signal.SIGSTOP)
+    time.sleep(25)
+    os.kill(raylet, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("fault", [kill_workers, kill_a_node, stop_a_raylet])
+def test_what_dies_in_a_cluster_costs_work_and_no_truth(data, whole, tmp_path, fault):
+    store = LocalStore(tmp_path / "out")
+    with RayCluster() as cluster, Watcher(LocalStore(tmp_path / "out")) as watcher:
+        job = explain(data, tmp_path / "out", "make_slow", "--address", cluster.address)
+        process = started(*job, fault=SMALL_UNITS)
+        fault(cluster, store, process)
+        still_open = len(contents(store)) < len(list(store.list("_job/receipts/"))) or process.poll() is None
+        said, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, said
+    assert still_open, "the fault came too late to matter"
+    assert_sound(store, watcher.faults)
+    assert row_hashes(store) == whole
+
+
+def test_a_poisonous_record_is_rejected_alone_and_the_run_goes_on(tmp_path):
+    data = folder_of_images(tmp_path / "in", 10, bad=False)
+    (data / "cat" / "poison.png").write_bytes(red())
+    code, said = ended(*explain(data, tmp_path / "out", "make_deadly"), fault=SMALL_UNITS)
+    assert code == 0, said
+    store = LocalStore(tmp_path / "out")
+    assert {row["key"]: row["reject_code"] for row in rows_in(store) if row["reject_code"]} == {
+        "cat/poison.png": "process_died"
+    }
+    assert len(rows_in(store)) == 11
+    assert_sound(store)
+
+
+def test_an_actor_that_fails_to_start_once_is_started_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("BLOCKSIGHT_TEST_FLAG", str(tmp_path / "flag"))
+    data = folder_of_images(tmp_path / "in", 6, bad=False)
+    code, said = ended(*explain(data, tmp_path / "out", "make_late"))
+    assert code == 0, said
+    assert (tmp_path / "flag").exists()
+    assert_sound(LocalStore(tmp_path / "out"))
+
+
+def test_a_small_object_store_spills_and_nothing_is_lost(tmp_path):
+    """Pixels and maps of some units at once are more than the 80 MB that the session has."""
+    data = folder_of_images(tmp_path / "in", 240, bad=False)
+    with RayCluster(0, num_cpus=3, object_store_memory=80 << 20) as cluster:
+        arguments = explain(data, tmp_path / "out", "make_wide", "--address", cluster.address, "--workers", "1")
+        code, said = ended(*arguments, fault="unit=60")
+    assert code == 0, said
+    store = LocalStore(tmp_path / "out")
+    assert len(rows_in(store)) == 240
+    assert_sound(store)
+
+
+def test_sigterm_ends_a_ray_run_within_the_grace_time(data, tmp_path):
+    store = LocalStore(tmp_path / "out")
+    process = started(*explain(data, tmp_path / "out", "make_slow"), fault=SMALL_UNITS)
+    wait_until(lambda: len(contents(store)) >= 2, process)
+    process.send_signal(signal.SIGTERM)
+    start = time.monotonic()
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 4, said
+    assert time.monotonic() - start < 30
+    assert "Stopped: SIGTERM" in said
+    assert list(store.list("_job/attempts/")) == []
+    before = contents(store)
+    code, said = ended(*explain(data, tmp_path / "out", "make_slow"), fault=SMALL_UNITS)
+    assert code == 0, said
+    assert before.items() < contents(store).items()
+    assert_sound(store)
+
+
+def test_two_drivers_at_once_do_the_work_once(data, whole, tmp_path):
+    store = LocalStore(tmp_path / "out")
+    job = explain(data, tmp_path / "out", "make_slow", "--workers", "1")
+    with Watcher(LocalStore(tmp_path / "out")) as watcher:
+        drivers = [started(*job, fault=SMALL_UNITS) for _ in range(2)]
+        for driver in drivers:
+            said, _ = driver.communicate(timeout=200)
+            assert driver.returncode == 0, said
+    assert_sound(store, watcher.faults)
+    assert row_hashes(store) == whole
