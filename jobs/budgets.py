@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from jobs.reconcile import Standing
-from jobs.records import DeadLetter, Outcome, Receipt
+from jobs.records import Outcome, Receipt
 
 FIRST_UNITS = 5
 """If so many units come to their end before a single record is explained, the rest would go the same way."""
@@ -38,19 +38,20 @@ class Opening:
     is_over: bool
     """A record was explained, in this run or an earlier one."""
     reasons: list[Counter[str]] = field(default_factory=list)
-    """Per unit, records by reject code, or the cause of its death."""
+    """Per unit, records by reject code."""
 
     def add(self, outcome: Outcome) -> None:
-        """Counts one more unit that came to its end."""
+        """Counts one more unit that was committed; dead ones cost nothing, and one lost shard may be many."""
         if isinstance(outcome, Receipt):
             self.is_over |= outcome.num_ok > 0
             self.reasons.append(Counter(outcome.rejects))
-        elif isinstance(outcome, DeadLetter):
-            self.reasons.append(Counter({outcome.cause: outcome.num_records}))
 
-    def verdict(self) -> str | None:
-        """Why the run should end here, or None."""
-        if self.is_over or len(self.reasons) < FIRST_UNITS:
-            return None
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether the run should end here."""
+        return not self.is_over and len(self.reasons) >= FIRST_UNITS
+
+    def verdict(self) -> str:
+        """What came of the units so far, in a sentence."""
         reasons = ", ".join(f"{count} {code}" for code, count in sum(self.reasons, Counter()).most_common(3))
         return f"no record of the first {len(self.reasons)} units was explained ({reasons})"

@@ -128,12 +128,14 @@ def explain(job: JobConfig, execution: Execution) -> None:
 
     outcome = run_job(job, execution, console)
     console.print(tables.outcome_table(job, outcome))
-    for failure in outcome.failures:
+    for failure in outcome.ran.failures:
         console.print(tables.failure_line(failure))
     for letter in outcome.standing.dead.values():
         console.print(tables.letter_line(letter))
-    if outcome.stopped is not None:
-        console.print(f"Stopped: {tables.printable(outcome.stopped)}.")
+    if outcome.ran.stopped is not None:
+        console.print(f"Stopped: {tables.printable(outcome.ran.stopped)}.")
+    if outcome.ran.is_hopeless:
+        raise typer.Exit(OVER_BUDGET)
     _settled(outcome.standing, outcome.excess)
 
 

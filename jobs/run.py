@@ -52,19 +52,29 @@ def workforce_of(execution: Execution) -> Workforce:
 
 
 @dataclass(frozen=True)
+class Ran:
+    """What a run did."""
+
+    failures: tuple[UnitFailure, ...] = ()
+    """Units that were tried and are still open."""
+    seconds: float = 0.0
+    """Wall time of its units; 0 where nothing was to do."""
+    stopped: str | None = None
+    """Why it ended before its units did."""
+    is_hopeless: bool = False
+    """It was stopped because nothing was explained: going on would not help."""
+
+
+@dataclass(frozen=True)
 class RunOutcome:
     """What a run left behind."""
 
     standing: Standing
-    failures: tuple[UnitFailure, ...]
-    seconds: float
-    """Wall time of the units of this run; 0 where nothing was to do."""
     manifest: dict[str, Any] | None
     """The final manifest; None while units are open, or more of them dead than the budget allows."""
-    excess: tuple[str, ...] = ()
-    """The budgets that are exceeded."""
-    stopped: str | None = None
-    """Why the run ended before its units did."""
+    excess: tuple[str, ...]
+    """The budgets that are exceeded, once no unit is open."""
+    ran: Ran
 
 
 def plan_job(config: JobConfig, execution: Execution) -> tuple[ObjectStore, Plan]:
@@ -89,7 +99,7 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
     standing = stand(output, plan)
     if not standing.open_units:  # finished, or an input without a single record
         settle_plan(output, plan)
-        return _outcome_of(output, standing, execution)
+        return _outcome_of(output, standing, execution, Ran())
     state = weights_bytes(config)
     facts = _check_model(config, state, console)
     probe(output, PROBE_PREFIX)
@@ -102,27 +112,21 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
         output = PatientStore(output)
         stop = Stop(output, context.run_id)
         with stopped_by_signals(stop):
-            failures, seconds = _run_units(standing, context, state, sizing, console, stop)
+            ran = _run_units(standing, context, state, sizing, console, stop)
     try:
         output.delete(sign_key(context.run_id))
-        return _outcome_of(output, stand(output, plan), execution, tuple(failures), seconds, stop.reason)
+        return _outcome_of(output, stand(output, plan), execution, ran)
     except UnavailableError as error:
         raise UnfinishedError(f"{error}; what is committed stays, and the same command goes on from there") from error
 
 
-def _outcome_of(
-    output: ObjectStore,
-    standing: Standing,
-    execution: Execution,
-    failures: tuple[UnitFailure, ...] = (),
-    seconds: float = 0.0,
-    stopped: str | None = None,
-) -> RunOutcome:
+def _outcome_of(output: ObjectStore, standing: Standing, execution: Execution, ran: Ran) -> RunOutcome:
     """What stands now, and the manifest if every unit is settled and the dead are within their budget."""
+    if standing.open_units:
+        return RunOutcome(standing, None, (), ran)
     beyond = excess(standing, Budget(execution.max_reject_fraction, execution.max_dead_units))
     too_many_dead = len(standing.dead) > execution.max_dead_units
-    manifest = None if standing.open_units or too_many_dead else finalize(output, standing)
-    return RunOutcome(standing, failures, seconds, manifest, tuple(beyond), stopped)
+    return RunOutcome(standing, None if too_many_dead else finalize(output, standing), tuple(beyond), ran)
 
 
 def _check_model(config: JobConfig, state: bytes | None, console: Console) -> ModelFacts:
@@ -169,8 +173,8 @@ def _run_units(
     sizing: Sizing | None,
     console: Console,
     stop: Stop,
-) -> tuple[list[UnitFailure], float]:
-    """Works through the open units behind a progress line; returns the failures and the wall time in seconds.
+) -> Ran:
+    """Works through the open units behind a progress line.
 
     Asks for the end where the store is away for too long, or where nothing at all is explained.
     """
@@ -191,10 +195,9 @@ def _run_units(
                 failures.append(outcome)
                 if outcome.store_is_away:
                     stop.request("the store does not answer")
-            verdict = opening.verdict()
-            if verdict is not None:
-                stop.request(verdict)
-    return failures, time.monotonic() - start
+            if opening.is_hopeless:
+                stop.request(opening.verdict())
+    return Ran(tuple(failures), time.monotonic() - start, stop.reason, opening.is_hopeless)
 
 
 def _outcomes(

@@ -102,8 +102,8 @@ def letter_line(letter: DeadLetter) -> str:
 def outcome_table(job: JobConfig, outcome: RunOutcome) -> Table:
     """What a run left behind."""
     table = standing_table(job.output, outcome.standing)
-    if outcome.seconds:
-        table.add_row("this run", f"{clock(outcome.seconds)} of explaining")
+    if outcome.ran.seconds:
+        table.add_row("this run", f"{clock(outcome.ran.seconds)} of explaining")
     elif outcome.manifest is not None:
         table.add_row("this run", "nothing to do: the job is complete")
     if outcome.standing.receipts:

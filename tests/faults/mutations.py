@@ -73,8 +73,8 @@ MUTATIONS = (
     Mutation(
         "a receipt alone makes a unit committed",
         "jobs/receipts.py",
-        "    committed = [unit for unit in units if unit.fragment_key in fragments]",
-        "    committed = [unit for unit in units if unit.fragment_key in fragments or receipt_key(unit.unit_id) in written]",
+        "if unit.fragment_key in fragments]",
+        "if unit.fragment_key in fragments or receipt_key(unit.unit_id) in written]",
     ),
     Mutation(
         "rows out are not counted before the commit",

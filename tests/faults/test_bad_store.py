@@ -20,7 +20,7 @@ pytestmark = pytest.mark.faults
 
 FAULTS = {
     "lost replies": {"lose_reply": 0.5},
-    "503 storms": {"refuse": 0.5},
+    "503 storms": {"refuse": 0.3},
     "cut bodies": {"cut": 0.3},
     "a slow store": {"delay": 0.1},
     "everything": {"lose_reply": 0.2, "refuse": 0.2, "cut": 0.2, "delay": 0.02},
@@ -48,7 +48,7 @@ def fill(place, bucket, folder):
 
 @pytest.mark.parametrize("fault", list(FAULTS))
 def test_a_bad_connection_costs_time_and_nothing_else(bucket, place, tmp_path, monkeypatch, fault):
-    monkeypatch.setattr("cluster.sizing.LEAST_UNIT_SECONDS", 60.0)
+    monkeypatch.setattr("cluster.sizing.LEAST_UNIT_SECONDS", 90.0)
     monkeypatch.setattr(patient, "FIRST_PAUSE_SECONDS", 0.1)
     monkeypatch.setattr(run, "START_PATIENCE_SECONDS", 60.0)
     fill(place, bucket, folder_of_images(tmp_path / "in", 6))

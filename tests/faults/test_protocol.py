@@ -12,7 +12,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
@@ -191,6 +191,11 @@ def test_every_interleaving_ends_with_every_record_once(tmp_path, monkeypatch):
     monkeypatch.setattr(attempts, "CAREFUL_DEATHS", 99)
     Protocol.world = World(tmp_path)
     quiet = settings(
-        max_examples=150, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck), database=None
+        max_examples=150,
+        stateful_step_count=30,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+        phases=[Phase.generate],  # threads make shrinking slow; a failure prints its steps all the same
     )
     run_state_machine_as_test(Protocol, settings=quiet)
