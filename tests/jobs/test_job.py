@@ -123,7 +123,7 @@ def test_a_finished_job_is_left_alone(tmp_path):
     run_here(data, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
     again = run_here(data, tmp_path / "out")
-    assert again.seconds == 0
+    assert again.ran.seconds == 0
     assert again.manifest["num_records"] == 10
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert after == before
