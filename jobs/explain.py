@@ -21,7 +21,7 @@ from engine.models import ModelAdapter, load_model
 from engine.targets import ClassProbability
 from jobs.config import ConfigError, JobConfig, TargetChoice, digest_of
 from jobs.context import JobContext, let_import_from
-from jobs.isolation import Isolated, ProcessDiedError
+from jobs.isolation import Isolated, ProcessDiedError, ProcessStartError
 from jobs.labels import Labels
 from jobs.records import ModelFacts, RecordFacts, UnitInput, UnitResult, with_reject
 from jobs.watch import alive
@@ -126,6 +126,8 @@ class ExplainStep:
                 alone = replace(alone, pixels=next(pixels)[None])
             try:
                 rows.extend(map(dict, explain(alone).rows))
+            except ProcessStartError:
+                raise
             except ProcessDiedError as error:
                 rows.append(self._failed_row(alone, RejectCode.PROCESS_DIED, str(error)))
             except Exception as error:  # noqa: BLE001 - as above

@@ -33,6 +33,10 @@ class ProcessDiedError(Exception):
     """The child died over this item each time; the message says how."""
 
 
+class ProcessStartError(Exception):
+    """The child cannot make its function: no item is to blame."""
+
+
 class Isolated:
     """`make()` is called in a child process and gives the function that each item is handed to.
 
@@ -50,11 +54,12 @@ class Isolated:
         self._end()
 
     def __call__(self, item: Any) -> Any:
-        """The function's result. Raises what the function raises, and ProcessDiedError."""
+        """The function's result. Raises what the function raises, ProcessDiedError and ProcessStartError."""
         how = ""
         for _ in range(DEATHS):
+            connection = self._connection()
             try:
-                is_result, value = self._ask(item)
+                is_result, value = _asked(connection, item)
             except (EOFError, ConnectionError):
                 how = self._end()
                 continue
@@ -63,15 +68,18 @@ class Isolated:
             raise value
         raise ProcessDiedError(f"{DEATHS} processes that worked on it died: {how}")
 
-    def _ask(self, item: Any) -> tuple[bool, Any]:
+    def _connection(self) -> Connection:
+        """To the child, which is started where there is none."""
         if self._child is None:
             self._child = _start()
-            self._child[1].send(self._make)
-        connection = self._child[1]
-        connection.send(item)
-        while not connection.poll(POLL_SECONDS):
-            alive()  # the child has a watch of its own
-        return connection.recv()
+            try:
+                is_made, trouble = _asked(self._child[1], self._make)
+            except (EOFError, ConnectionError):
+                raise ProcessStartError(f"a process apart died before it had its function: {self._end()}") from None
+            if not is_made:
+                self._end()
+                raise ProcessStartError(f"a process apart cannot make its function: {trouble}") from trouble
+        return self._child[1]
 
     def _end(self) -> str:
         """Ends the child, if there is one, and says how it ended."""
@@ -85,6 +93,14 @@ class Isolated:
         process.kill()
         code = process.wait()
         return signal.strsignal(-code) or f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _asked(connection: Connection, item: Any) -> tuple[bool, Any]:
+    """Whether the child has a result, and that or the exception. Raises EOFError or ConnectionError where it died."""
+    connection.send(item)
+    while not connection.poll(POLL_SECONDS):
+        alive()  # the child has a watch of its own
+    return connection.recv()
 
 
 @contextmanager
@@ -116,19 +132,19 @@ def _start() -> tuple[subprocess.Popen[bytes], Connection]:
 
 
 def _serve(connection: Connection) -> None:
-    """The child: takes the function, then items, until its parent is gone."""
+    """The child: makes its function, then hands each item to it, until its parent is gone."""
+    work: Work | None = None
     with suppress(EOFError):
-        make = connection.recv()
-        with watched():
-            work = make()
         while True:
             item = connection.recv()
             try:
                 with watched():
-                    reply = (True, work(item))
+                    result = item() if work is None else work(item)
             except Exception as error:  # noqa: BLE001 - it is the parent's to judge
-                reply = (False, _portable(error))
-            connection.send(reply)
+                connection.send((False, _portable(error)))
+            else:
+                connection.send((True, None if work is None else result))
+                work = work or result
 
 
 def _portable(error: Exception) -> Exception:

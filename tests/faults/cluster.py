@@ -14,7 +14,6 @@ from tests.jobs.jobs_of import ROOT
 NODE: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 100 << 20}
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_DEDUP_LOGS": "0",
     "PYTHONPATH": str(ROOT),
 }
@@ -49,6 +48,11 @@ class RayCluster:
     @property
     def address(self) -> str:
         return self.cluster.address
+
+    def logs(self) -> str:
+        """What the raylets have written down so far."""
+        folder = Path(self.cluster.head_node.get_session_dir_path(), "logs")
+        return "".join(path.read_text(errors="replace") for path in folder.glob("raylet*"))
 
     @property
     def raylets(self) -> list[int]:

@@ -110,13 +110,15 @@ def test_an_actor_that_fails_to_start_once_is_started_again(tmp_path, monkeypatc
 
 def test_a_small_object_store_spills_and_nothing_is_lost(tmp_path):
     """Pixels and maps of some units at once are more than the 80 MB that the session has."""
-    data = folder_of_images(tmp_path / "in", 240, bad=False)
+    data = folder_of_images(tmp_path / "in", 600, bad=False)
     with RayCluster(0, num_cpus=3, object_store_memory=80 << 20) as cluster:
         arguments = explain(data, tmp_path / "out", "make_wide", "--address", cluster.address, "--workers", "1")
-        code, said = ended(*arguments, fault="unit=60")
+        code, said = ended(*arguments, "-p", "mu=0.95", fault="unit=100")
+        logs = cluster.logs()
     assert code == 0, said
+    assert "Spilled" in logs, "the pressure did not bite"
     store = LocalStore(tmp_path / "out")
-    assert len(rows_in(store)) == 240
+    assert len(rows_in(store)) == 600
     assert_sound(store)
 
 

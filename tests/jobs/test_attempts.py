@@ -15,7 +15,7 @@ from jobs.attempts import Desk, attempted
 from jobs.budgets import FIRST_UNITS, Budget, Opening, excess
 from jobs.config import ConfigError, Execution
 from jobs.dead import bury, read_letters
-from jobs.isolation import Isolated, ProcessDiedError, _free_bytes
+from jobs.isolation import Isolated, ProcessDiedError, ProcessStartError, _free_bytes
 from jobs.leftovers import remove_leftovers
 from jobs.plan import load_plan, settle_plan
 from jobs.receipts import receipt_of
@@ -161,6 +161,16 @@ def test_a_process_apart_dies_alone_and_says_how():
     deadline = time.monotonic() + 5
     while Path(f"/proc/{last}").exists():
         assert time.monotonic() < deadline, "the process apart lives on"
+
+
+def cannot_be_made():
+    raise OSError("no such weights")
+
+
+@pytest.mark.parametrize(("make", "how"), [(cannot_be_made, "OSError|no such weights"), (os.abort, "Aborted")])
+def test_a_process_apart_that_does_not_start_blames_no_item(make, how):
+    with Isolated(make) as apart, pytest.raises(ProcessStartError, match=how):
+        apart("innocent")
 
 
 # ---------------------------------------------------------------- dead letters, retry, budgets
