@@ -53,7 +53,7 @@ class Network:
     def _named(self, name: str) -> Place:
         found = [place for place in self.places if place.name == name] or self._inside(name)
         if not found:
-            known = [*(place.name for place in self.places), *dict(self.module.named_modules())]
+            known = [*(place.name for place in self.places), *(path for path, _ in self.module.named_modules() if path)]
             near = get_close_matches(name, known, n=3, cutoff=0.3)
             shown = (
                 f"nearest: {', '.join(near)}" if near else f"there are {', '.join(place.name for place in self.places)}"

@@ -116,8 +116,8 @@ def test_named_blocks_come_shallow_to_deep(plain):
     ("name", "sentence"),
     [
         ("featurs.4", r"no block 'featurs.4' in Plain; nearest: .*features"),
-        ("layer1", "no block 'layer1' in Plain; nearest: "),
-        ("", "no block '' in Plain; nearest: none"),
+        ("layer1", r"no block 'layer1' in Plain; nearest: .*features_1"),
+        ("", "no block '' in Plain; there are features_0, "),
         ("head", "'head' is no feature map"),
         ("flatten", "'flatten' is no feature map"),
     ],
