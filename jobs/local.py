@@ -19,10 +19,12 @@ def run_units(units: Iterable[Unit], context: JobContext, state: bytes | None, s
     for unit in units:
         if stop.reason is not None:
             return
-        yield _run(unit, context, desk, explain)
+        yield run_unit(unit, context, desk, explain)
 
 
-def _run(unit: Unit, context: JobContext, desk: Desk, explain: ExplainStep) -> Outcome:
+def run_unit(unit: Unit, context: JobContext, desk: Desk, explain: ExplainStep) -> Outcome:
+    """One unit from its images to its receipt. Raises ModelError."""
+
     def read(careful: bool) -> UnitInput | Receipt:
         return take_unit(unit, desk, context, careful=careful)
 

@@ -151,7 +151,7 @@ class World:
 
     def run(self, unit: Unit, output: Any) -> Any:
         desk = Desk(self.source, PatientStore(output, seconds=1e9), "run")
-        return local._run(unit, self.context, desk, self.explain)
+        return local.run_unit(unit, self.context, desk, self.explain)
 
     def explain(self, unit_input: Any, *, careful: bool = False) -> UnitResult:
         rows = []
