@@ -34,6 +34,11 @@ class SiseParameters:
 
 
 @dataclass(frozen=True)
+class NoParameters:
+    """Of an explainer without choices."""
+
+
+@dataclass(frozen=True)
 class ExplainerEntry:
     """One line of `blocksight list explainers`."""
 
@@ -45,6 +50,10 @@ class ExplainerEntry:
     """Forward (F) and backward (B) passes per image."""
     source: str
     """Where the method is published."""
+    blocks: Literal["all", "last"]
+    """Which of the network's blocks it looks at."""
+    num_forwards: int | None = None
+    """What it costs per image, as forward passes; None: it depends on the model."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +76,30 @@ class ModelEntry:
     """Masked forwards per image that were measured on photographs, by SISE's mu, ascending."""
 
 
+def _cam(source: str) -> ExplainerEntry:
+    return ExplainerEntry(
+        NoParameters,
+        needs="a CNN: the last block's feature maps, gradients; no training, no randomness",
+        cost="1 F + 1 B per target",
+        source=source,
+        blocks="last",
+        num_forwards=4,
+    )
+
+
 EXPLAINERS: Mapping[str, ExplainerEntry] = {
     "sise": ExplainerEntry(
         SiseParameters,
         needs="a CNN: feature maps at several sizes, gradients; no training, no randomness",
         cost="1 F + 1 B per target, and 1 F per kept feature map (EfficientNet-Lite0: about 900 of 2432 at mu 0)",
         source="Sattarzadeh et al., AAAI 2021 (arXiv 2010.00672); Ada-SISE: arXiv 2102.07799",
-    )
+        blocks="all",
+    ),
+    "gradcam": _cam("Selvaraju et al., ICCV 2017 (arXiv 1610.02391)"),
+    "gradcam++": _cam("Chattopadhay et al., WACV 2018 (arXiv 1710.11063)"),
+    "xgradcam": _cam("Fu et al., BMVC 2020 (arXiv 2008.02312)"),
+    "layercam": _cam("Jiang et al., IEEE TIP 2021"),
+    "hirescam": _cam("Draelos and Carin (arXiv 2011.08891)"),
 }
 
 METRICS: Mapping[str, MetricEntry] = {

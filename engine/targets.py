@@ -28,6 +28,10 @@ class Target(Protocol):
         """A tensor [N, K], each row a positive multiple of the gradient of target `index` by the logits."""
         ...
 
+    def logit_direction(self, logits: Tensor, index: int) -> Tensor:
+        """The same for what target `index` is before it is squashed: a class's logit."""
+        ...
+
 
 @dataclass(frozen=True)
 class ClassProbability:
@@ -56,3 +60,7 @@ class ClassProbability:
         chosen = functional.one_hot(self.classes[:, index], logits.shape[1]).bool()
         others = logits.double().masked_fill(chosen, float("-inf")).softmax(1)
         return torch.where(chosen, 1.0, -others)
+
+    def logit_direction(self, logits: Tensor, index: int) -> Tensor:
+        """`e_c`: the gradient of the class's logit z_c."""
+        return functional.one_hot(self.classes[:, index], logits.shape[1]).double()

@@ -1,11 +1,12 @@
 """A first estimate of forwards, time and bytes, before any model is loaded."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from engine.catalog import MODELS
+from engine.catalog import EXPLAINERS, MODELS, SiseParameters
+from jobs.config import JobConfig
 
 BYTES_PER_MAP = 7_000
 """A 224 x 224 SISE map as 8-bit PNG with its row: 5.7 kB measured for the map (24 photographs), and the rest."""
@@ -29,7 +30,7 @@ class Estimate:
 
     forwards_per_record: float
     is_measured: bool
-    """The forwards were measured for this model; else they are a round guess."""
+    """The forwards are known of the explainer, or were measured for this model; else they are a round guess."""
     bytes_per_record: int
     num_records: int
 
@@ -54,20 +55,26 @@ class Estimate:
         return self.seconds_per_record * self.num_records / num_workers
 
 
-def estimate(model: str, parameters: Any, num_records: int, num_targets: int, *, on_gpu: bool) -> Estimate:
-    """Forwards from what was measured for the model at this mu; further targets double them at most.
+def estimate(config: JobConfig, num_records: int, *, on_gpu: bool) -> Estimate:
+    """Forwards from what the explainer is known to cost, or was measured to for the model.
 
     Constants alone, no measurement of this machine: the plan's units, and so the fragments, are the same
     wherever a job is planned for the same kind and number of workers.
     """
-    entry = MODELS.get(model)
-    measured = entry.forwards_by_mu if entry is not None else ()
-    mus, counts = zip(*(measured or ((0.0, UNKNOWN_FORWARDS), (1.0, 0))), strict=True)
-    one = float(np.interp(parameters.mu if parameters.selection == "mu" else ADA_MU, mus, counts))
+    num_targets = config.target_choice.count
+    known = EXPLAINERS[config.explainer].num_forwards
+    measured = MODELS[config.model].forwards_by_mu if config.model in MODELS else ()
+    one = float(known) if known is not None else _sise_forwards(config.explainer_parameters(), measured)
     return Estimate(
         forwards_per_record=one * min(2, num_targets),
-        is_measured=bool(measured),
+        is_measured=known is not None or bool(measured),
         bytes_per_record=BYTES_PER_MAP * num_targets,
         num_records=num_records,
         forwards_per_second=GPU_FORWARDS_PER_SECOND if on_gpu else CORE_FORWARDS_PER_SECOND,
     )
+
+
+def _sise_forwards(parameters: SiseParameters, measured: Sequence[tuple[float, int]]) -> float:
+    """Masked forwards of a record at this mu; further targets double them at most."""
+    mus, counts = zip(*(measured or ((0.0, UNKNOWN_FORWARDS), (1.0, 0))), strict=True)
+    return float(np.interp(parameters.mu if parameters.selection == "mu" else ADA_MU, mus, counts))

@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.catalog import EXPLAINERS as EXPLAINER_ENTRIES
 from engine.errors import ModelError
 from engine.explainers import EXPLAINERS
-from engine.explainers.sise import Explanation
+from engine.explanation import Explanation
 from engine.metrics.faithfulness import KeepTop, KeepTopProtocol, KeepTopValues
 from engine.models import ModelAdapter, load_model
 from engine.targets import ClassProbability
@@ -52,6 +53,8 @@ def model_facts(adapter: ModelAdapter, config: JobConfig) -> ModelFacts:
     if choice.count > adapter.num_classes:
         raise ConfigError(f"target {config.target} asks for more than the {adapter.num_classes} classes there are")
     blocks = adapter.network.blocks(config.blocks)
+    if EXPLAINER_ENTRIES[config.explainer].blocks == "last":
+        blocks = blocks[-1:]
     places = tuple(
         {"name": block.name, "channels": block.channels, "height": block.grid[0], "width": block.grid[1]}
         for block in blocks
@@ -91,7 +94,7 @@ class ExplainStep:
             blocks=[block["name"] for block in self.context.facts.blocks],
             batch_size=batch_size,
         )
-        self.metric = KeepTop(self.explainer.scorer, KeepTopProtocol(parameters.baseline))
+        self.metric = KeepTop(self.explainer.scorer, KeepTopProtocol(getattr(parameters, "baseline", "zero")))
 
     def __call__(self, unit_input: UnitInput, *, careful: bool = False) -> UnitResult:
         """Every record's rows, in the records' order.

@@ -180,8 +180,7 @@ def _run_units(
     """
     config, units = context.config, standing.open_units
     num_records = sum(unit.num_records for unit in units)
-    num_targets, on_gpu = config.target_choice.count, context.device != "cpu"
-    guess = estimate(config.model, config.explainer_parameters(), num_records, num_targets, on_gpu=on_gpu)
+    guess = estimate(config, num_records, on_gpu=context.device != "cpu")
     num_workers = sizing.num_actors if sizing is not None else 1
     expected = guess.seconds(num_workers) if guess.is_measured else None
     failures = []

@@ -44,8 +44,8 @@ def _size(num_bytes: float) -> str:
 
 def plan_table(job: JobConfig, plan: Plan, workforce: Workforce) -> Table:
     """Units, records and the first estimate."""
-    num_targets, num_workers = job.target_choice.count, workforce.num_workers
-    cost = estimate(job.model, job.explainer_parameters(), plan.num_records, num_targets, on_gpu=workforce.on_gpu)
+    num_workers = workforce.num_workers
+    cost = estimate(job, plan.num_records, on_gpu=workforce.on_gpu)
     workers = "GPUs (a guess)" if workforce.on_gpu else "CPU cores; a GPU is far faster"
     about = "" if plan.is_exact else "about "
     basis = "measured on photographs" if cost.is_measured else "a guess: not measured for this model"
@@ -151,7 +151,8 @@ def catalog_table(what: str) -> RenderableType:
         ["explainer", "needs", "cost", "source"],
         [[name, own.needs, own.cost, own.source] for name, own in catalog.EXPLAINERS.items()],
     )
-    return Group(explainers, *(_parameters(name, own.parameters) for name, own in catalog.EXPLAINERS.items()))
+    chosen = {name: own.parameters for name, own in catalog.EXPLAINERS.items() if fields(own.parameters)}
+    return Group(explainers, *(_parameters(name, kind) for name, kind in chosen.items()))
 
 
 def _parameters(explainer: str, kind: type) -> Table:

@@ -42,8 +42,7 @@ def pieces(source: ObjectStore, found: Survey, config: JobConfig, workforce: Wor
 
 def _sizes(config: JobConfig, num_records: int, workforce: Workforce) -> tuple[int, int]:
     """Records of a full unit, and of the smallest one that is still worth its overhead."""
-    num_targets = config.target_choice.count
-    guess = estimate(config.model, config.explainer_parameters(), num_records, num_targets, on_gpu=workforce.on_gpu)
+    guess = estimate(config, num_records, on_gpu=workforce.on_gpu)
     seconds = guess.seconds_per_record
     full = unit_records(seconds, guess.bytes_per_record, num_records, workforce.num_workers)
     return full, min(full, max(1, round(LEAST_UNIT_SECONDS / seconds)))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.catalog import SiseParameters
+from engine.explanation import BlockMap, Explanation
 from engine.fusion import GATES, Map, cascade, minmax, otsu_foreground
 from engine.models import ModelAdapter
 from engine.perturb import perturbation
@@ -19,35 +20,6 @@ from engine.resample import Grid, upsampling
 from engine.scorer import MaskSet, Scorer
 from engine.taps import gradients
 from engine.targets import Target
-
-
-@dataclass(frozen=True)
-class BlockMap:
-    """What one block says of one target."""
-
-    name: str
-    """The block's place in the network."""
-    candidates: int
-    """Feature maps of the block."""
-    kept: tuple[int, ...]
-    """Channels that passed the selection, in order."""
-    saliency_hw: Map | None
-    """U_b in [0, 1] at the input's size; None where no map was kept and the block is left out."""
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """The saliency map of one target of one image."""
-
-    saliency_hw: Map
-    """E_B before any display scaling, float64 [H, W] in [0, B]; zeros where every block was empty, NaN where
-    a gradient, a feature map or a score was not finite."""
-    score: float
-    """The target's value on the unmasked image."""
-    blocks: tuple[BlockMap, ...]
-    """Shallow to deep."""
-    num_forwards: int
-    """Masked forwards made for the image; its targets share them."""
 
 
 @dataclass(frozen=True)

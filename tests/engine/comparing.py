@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.catalog import SiseParameters
-from engine.explainers.sise import Explanation, Sise
+from engine.explainers.sise import Sise
+from engine.explanation import Explanation
 from engine.models import IMAGENET_MEAN, IMAGENET_STD, ModelAdapter
 from engine.targets import ClassProbability
 from tests.engine import oracles

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from engine.catalog import EXPLAINERS
 from engine.errors import ModelError
 from jobs.config import ConfigError
 from jobs.plan import MODEL_KEY, PLAN_KEY, DriftError, load_plan, make_plan
@@ -43,6 +44,22 @@ def test_loose_images_good_and_bad(tmp_path):
     assert outcome.manifest["num_records"] == outcome.manifest["num_ok"] + outcome.manifest["num_rejected"] == 10
     assert outcome.manifest["rejects"] == dict.fromkeys(sorted(bad), 1)
     assert faults(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("name", [name for name in EXPLAINERS if name != "sise"])
+def test_every_other_explainer_leaves_sound_rows_too(tmp_path, name):
+    data = folder_of_images(tmp_path / "in")
+    outcome = run_here(data, tmp_path / "out", explainer=name, target="top-2")
+    assert outcome.manifest["num_ok"] == 7
+    rows = [row for row in rows_in(LocalStore(tmp_path / "out")) if row["status"] == "ok"]
+    assert {row["explainer"] for row in rows} == {name}
+    assert len(rows) == 14
+    for row in rows:
+        assert decode_map(row["map"]).shape == (32, 32)
+        assert 0 <= row["metrics"]["drop"] <= 100
+    assert faults(tmp_path / "out") == []
+    with pytest.raises(DriftError, match='explainer: "sise" in the output|explainer: .* asked for'):
+        run_here(data, tmp_path / "out", target="top-2")
 
 
 def check_explained(row):

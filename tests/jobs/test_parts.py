@@ -4,7 +4,7 @@ import pytest
 
 from cluster.errors import ClusterError
 from cluster.sizing import LEAST_UNIT_SECONDS, local_cpus, shrinking, size_for, unit_records
-from engine.catalog import SiseParameters
+from jobs.config import load_config
 from jobs.estimate import estimate
 from jobs.labels import Labels
 from jobs.progress import Tally, clock
@@ -44,13 +44,21 @@ def test_progress_in_numbers():
     assert clock(3725) == "1:02:05"
 
 
-def test_estimates_follow_mu():
-    full, less = (estimate("efficientnet_lite0", SiseParameters(mu=mu), 10, 1, on_gpu=False) for mu in (0.0, 0.3))
+def job(**options):
+    config, _ = load_config(None, {"data": "in", "output": "out", **options})
+    return config
+
+
+def test_estimates_follow_the_explainer_and_mu():
+    full, less = (estimate(job(parameters={"mu": mu}), 10, on_gpu=False) for mu in (0.0, 0.3))
     assert full.is_measured
     assert less.num_forwards < full.num_forwards / 3
-    unknown = estimate("torchvision:resnet50", SiseParameters(), 10, 3, on_gpu=True)
+    unknown = estimate(job(model="torchvision:resnet50", target="top-3"), 10, on_gpu=True)
     assert not unknown.is_measured
     assert unknown.num_bytes == 3 * 10 * 7000
+    cam = estimate(job(model="torchvision:resnet50", explainer="gradcam"), 10, on_gpu=True)
+    assert cam.is_measured
+    assert cam.num_forwards == 40
 
 
 def test_sizing_by_numbers():

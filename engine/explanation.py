@@ -1,0 +1,34 @@
+"""What every explainer returns: the saliency map of one target, and what it was made of."""
+
+from dataclasses import dataclass
+
+from engine.fusion import Map
+
+
+@dataclass(frozen=True)
+class BlockMap:
+    """What one block says of one target."""
+
+    name: str
+    """The block's place in the network."""
+    candidates: int
+    """Feature maps of the block."""
+    kept: tuple[int, ...]
+    """Channels that the map is made of, in order."""
+    saliency_hw: Map | None
+    """U_b in [0, 1] at the input's size; None where the block has no map of its own."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The saliency map of one target of one image."""
+
+    saliency_hw: Map
+    """The map before any display scaling, float64 [H, W], at least 0 (SISE: E_B in [0, B]); zeros where the
+    method found nothing, NaN where a gradient, a feature map or a score was not finite."""
+    score: float
+    """The target's value on the unmasked image."""
+    blocks: tuple[BlockMap, ...]
+    """Shallow to deep."""
+    num_forwards: int
+    """Masked forwards made for the image; its targets share them."""
