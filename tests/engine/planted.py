@@ -1,0 +1,214 @@
+"""Images whose evidence is planted in known boxes, and a CNN and a ViT trained to look for it, in seconds.
+
+Grey noise holds objects of five classes. All five consist of as many bright as dark pixels of the same two
+tones, as bright on average as the noise, so that neither colour nor brightness tells a class: its shape does.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional
+
+from engine.models import ModelAdapter
+
+CLASS_NAMES = ("horizontal stripes", "vertical stripes", "checkerboard", "disc", "cross")
+NUM_CLASSES = len(CLASS_NAMES)
+SIDE = 64
+"""Of an image, in pixels."""
+OBJECT_SIDE = 20
+CORNER_STEP = 4
+"""Boxes begin at multiples of this, half a patch of the ViT."""
+MIDDLE, NOISE, CONTRAST = 128, 44, 60
+"""A pixel is uniform in MIDDLE -+ NOISE; an object adds or takes CONTRAST; nothing is clipped."""
+
+
+def generator(seed: int) -> torch.Generator:
+    """A source of random numbers of its own."""
+    return torch.Generator().manual_seed(seed)
+
+
+# ---------------------------------------------------------------- pictures
+
+
+@cache
+def patterns() -> Tensor:
+    """The five objects [5, 20, 20], half of each +1 and half -1."""
+    offset = torch.arange(OBJECT_SIDE, dtype=torch.float64) - (OBJECT_SIDE - 1) / 2
+    down, across = offset.abs()[:, None], offset.abs()[None]
+    stripes = (1 - 2 * (torch.arange(OBJECT_SIDE) // 2 % 2)).double()
+    rows = stripes[:, None].expand(-1, OBJECT_SIDE)
+    far = 1e-3 * torch.maximum(down, across)  # breaks ties, so that half of the pixels is half
+    disc = _nearer_half(down**2 + across**2 + far)
+    cross = _nearer_half(torch.minimum(down, across) + far)
+    return torch.stack([rows, rows.T, rows * rows.T, disc, cross]).float()
+
+
+def _nearer_half(distance_hw: Tensor) -> Tensor:
+    signs = -torch.ones(distance_hw.numel(), dtype=distance_hw.dtype)
+    signs[distance_hw.flatten().argsort(stable=True)[: len(signs) // 2]] = 1
+    return signs.view(distance_hw.shape)
+
+
+def draw(classes_nk: Tensor, corners_nk2: Tensor, rng: torch.Generator) -> Tensor:
+    """Images uint8 [N, 3, 64, 64], each with K objects (also none), their left and top corners given.
+
+    The noise is drawn first: the same generator gives the same background around any objects. An object is
+    as often its own negative.
+    """
+    num, per_image = classes_nk.shape
+    noise = torch.randint(-NOISE, NOISE + 1, (num, 3, SIDE, SIDE), dtype=torch.int16, generator=rng)
+    polarity = 2 * torch.randint(0, 2, (num, per_image), generator=rng) - 1
+    shapes = (_placed(classes_nk, corners_nk2) * polarity[:, :, None, None]).sum(1, keepdim=True)
+    return (MIDDLE + noise + CONTRAST * shapes).to(torch.uint8)
+
+
+def _placed(classes_nk: Tensor, corners_nk2: Tensor) -> Tensor:
+    """Each object's +1 and -1 in its box, zeros around it, int16 [N, K, 64, 64]."""
+    local = torch.arange(SIDE) - corners_nk2[..., None]  # [N, K, (across, down), 64]
+    inside = (local >= 0) & (local < OBJECT_SIDE)
+    across, down = local.clamp(0, OBJECT_SIDE - 1).unbind(2)
+    signs = patterns().to(torch.int16)[classes_nk[..., None, None], down[..., None], across[..., None, :]]
+    return signs * (inside[:, :, 1, :, None] & inside[:, :, 0, None, :])
+
+
+def _boxes(corners: Tensor) -> Tensor:
+    return torch.cat([corners, corners + OBJECT_SIDE], -1)
+
+
+@cache
+def _corners() -> Tensor:
+    steps = torch.arange(0, SIDE - OBJECT_SIDE + 1, CORNER_STEP)
+    return torch.cartesian_prod(steps, steps)
+
+
+@cache
+def _disjoint_corners() -> Tensor:
+    """All pairs of corners [P, 2, 2] whose boxes do not touch a common pixel."""
+    every = _corners()
+    apart = (every[:, None] - every[None]).abs().amax(-1) >= OBJECT_SIDE
+    first, second = apart.nonzero(as_tuple=True)
+    return torch.stack([every[first], every[second]], 1)
+
+
+def _batch(num: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    corners = _corners()[torch.randint(len(_corners()), (num,), generator=rng)]
+    classes = torch.randint(NUM_CLASSES, (num,), generator=rng)
+    return draw(classes[:, None], corners[:, None], rng), classes, _boxes(corners)
+
+
+def _pairs(num: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    corners = _disjoint_corners()[torch.randint(len(_disjoint_corners()), (num,), generator=rng)]
+    first = torch.randint(NUM_CLASSES, (num,), generator=rng)
+    second = (first + torch.randint(1, NUM_CLASSES, (num,), generator=rng)) % NUM_CLASSES
+    classes = torch.stack([first, second], 1)
+    return draw(classes, corners, rng), classes, _boxes(corners)
+
+
+def batch(num: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels uint8 [N, 3, 64, 64] with one object each, classes [N], boxes [N, 4].
+
+    A box is left, top, right, bottom, the last two exclusive.
+    """
+    return _batch(num, generator(seed))
+
+
+def pairs(num: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels uint8 [N, 3, 64, 64] with two objects each, of different classes in disjoint boxes.
+
+    Also their classes [N, 2] and boxes [N, 2, 4] in the same order.
+    """
+    return _pairs(num, generator(seed))
+
+
+def energy_inside(map_hw: Tensor, box: Tensor) -> float:
+    """The part of a non-negative map's sum that lies in the box, in [0, 1]; 0 for a map of zeros."""
+    left, top, right, bottom = box.tolist()
+    total = float(map_hw.double().sum())
+    return float(map_hw[top:bottom, left:right].double().sum()) / total if total else 0.0
+
+
+# ---------------------------------------------------------------- networks
+
+
+def small_cnn() -> nn.Module:
+    """Convolutions with grids of 32, 16 and 8, average pooling and one linear layer; 61 thousand weights."""
+    layers: list[nn.Module] = []
+    for before, after, stride in ((3, 16, 2), (16, 32, 2), (32, 64, 2), (64, 64, 1)):
+        layers += [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, NUM_CLASSES))
+
+
+def small_vit() -> nn.Module:
+    """torchvision's vision transformer with four layers over 8 x 8 patches and a class token."""
+    return torchvision.models.VisionTransformer(
+        image_size=SIDE, patch_size=8, num_layers=4, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=NUM_CLASSES
+    )
+
+
+def train(make: Callable[[], nn.Module], name: str, *, num_steps: int, peak_rate: float, seed: int = 0) -> ModelAdapter:
+    """The network after so many steps on fresh images; the same seed gives the same bits, on one thread.
+
+    The wanted softmax is one for the object's class, a half for each of two, and even where there is no
+    object: evidence raises its class, wherever it lies and whatever stands beside it, and no class is the
+    default.
+    """
+    with torch.random.fork_rng(devices=[]), _one_thread():
+        torch.manual_seed(seed)
+        adapter = ModelAdapter(
+            make(), name=name, input_size=(SIDE, SIDE), mean=(0.5,) * 3, std=(0.25,) * 3, class_names=CLASS_NAMES
+        )
+        module, rng = adapter.module.train(), generator(seed)
+        optimiser = torch.optim.AdamW(module.parameters(), lr=peak_rate, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak_rate, num_steps, pct_start=0.2)
+        for _ in range(num_steps):
+            pixels, wanted = _lesson(rng)
+            optimiser.zero_grad()
+            functional.cross_entropy(adapter.logits(adapter.normalise(pixels)), wanted).backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimiser.step()
+            schedule.step()
+        module.eval()
+    return adapter
+
+
+def _lesson(rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Pixels and wanted softmax of 32 images with one object, 24 with two and 8 with none."""
+    single, classes, _ = _batch(32, rng)
+    double, both, _ = _pairs(24, rng)
+    empty = draw(torch.empty(8, 0, dtype=torch.long), torch.empty(8, 0, 2, dtype=torch.long), rng)
+    wanted = [
+        functional.one_hot(classes, NUM_CLASSES),
+        functional.one_hot(both, NUM_CLASSES).sum(1) / 2,
+        torch.full((8, NUM_CLASSES), 1 / NUM_CLASSES),
+    ]
+    return torch.cat([single, double, empty]), torch.cat(wanted)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+train_cnn = partial(train, small_cnn, "planted CNN", peak_rate=1e-2)
+train_vit = partial(train, small_vit, "planted ViT", peak_rate=2e-3)
+
+
+@cache
+def trained_cnn() -> ModelAdapter:
+    """The CNN, trained once per process."""
+    return train_cnn(num_steps=200)
+
+
+@cache
+def trained_vit() -> ModelAdapter:
+    """The ViT, trained once per process."""
+    return train_vit(num_steps=300)
