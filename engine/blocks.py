@@ -7,6 +7,7 @@ output passes. At each spatial size the last such tensor carries the block's inf
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from engine.layouts import Layout
 from engine.resample import Grid
 
 SHRINK = 0.75
@@ -20,13 +21,22 @@ class Place:
 
     name: str
     """What `--blocks` calls it."""
-    channels: int
-    grid: Grid | None
-    """Height and width, or None where the tensor is not [N, C, h, w]."""
+    layout: Layout | None
+    """How feature maps lie in it; None where it holds none."""
     unavoidable: bool
     """Every path from input to output passes through it."""
     learned: bool
     """It is computed with weights of its own."""
+
+    @property
+    def grid(self) -> Grid | None:
+        """Height and width of its feature maps."""
+        return self.layout.grid if self.layout is not None else None
+
+    @property
+    def channels(self) -> int:
+        """How many feature maps it holds."""
+        return self.layout.channels if self.layout is not None else 0
 
 
 @dataclass

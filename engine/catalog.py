@@ -1,8 +1,8 @@
 """What the engine offers, readable without torch: names, parameters, needs and costs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,109 @@ class SiseParameters:
 
 
 @dataclass(frozen=True)
+class AdaSiseParameters(SiseParameters):
+    """SISE with Otsu's threshold in place of mu."""
+
+    selection: Literal["ada"] = field(default="ada", metadata={"help": "always ada"})
+
+
+@dataclass(frozen=True)
 class NoParameters:
     """Of an explainer without choices."""
+
+
+def _baseline() -> Literal["zero", "black"]:
+    return field(
+        default="zero",
+        metadata={"help": "what stands where a mask removes: zero in model-input space, or a black pixel"},
+    )
+
+
+@dataclass(frozen=True)
+class ScoreCamParameters:
+    """The paper's algorithm puts a softmax over the maps' logits; its authors' code takes the probabilities."""
+
+    weights: Literal["softmax", "probability"] = field(
+        default="softmax", metadata={"help": "softmax over the maps' logits, or the plain probabilities"}
+    )
+    baseline: Literal["zero", "black"] = _baseline()
+
+
+@dataclass(frozen=True)
+class RiseParameters:
+    """The paper's masks: 4000 for VGG16, 8000 for ResNet-50."""
+
+    num_masks: int = field(default=4000, metadata={"help": "random masks; forwards per image"})
+    grid: int = field(default=7, metadata={"help": "cells along a side"})
+    keep: float = field(default=0.5, metadata={"help": "probability that a cell is kept"})
+    baseline: Literal["zero", "black"] = _baseline()
+
+    def __post_init__(self) -> None:
+        _at_least(1, num_masks=self.num_masks, grid=self.grid)
+        if not 0 < self.keep < 1:
+            raise ValueError(f"keep must lie between 0 and 1, got {self.keep}")
+
+
+@dataclass(frozen=True)
+class OcclusionParameters:
+    """Sides in pixels of the model's input."""
+
+    window: int = field(default=32, metadata={"help": "side of the hidden square in pixels"})
+    stride: int = field(default=16, metadata={"help": "pixels from one place of it to the next"})
+    baseline: Literal["zero", "black"] = _baseline()
+
+    def __post_init__(self) -> None:
+        _at_least(1, window=self.window, stride=self.stride)
+        if self.stride > self.window:
+            raise ValueError(f"a stride of {self.stride} over windows of {self.window} leaves pixels out")
+
+
+@dataclass(frozen=True)
+class IntegratedGradientsParameters:
+    """The straight path from a baseline."""
+
+    steps: int = field(default=50, metadata={"help": "points on the path"})
+    baseline: Literal["zero", "black"] = _baseline()
+
+    def __post_init__(self) -> None:
+        _at_least(1, steps=self.steps)
+
+
+@dataclass(frozen=True)
+class SmoothGradParameters:
+    """What is smoothed, and with how much noise."""
+
+    base: Literal["gradient", "integrated_gradients", "gradcam"] = field(
+        default="gradient", metadata={"help": "the method that is averaged, with its defaults"}
+    )
+    samples: int = field(default=25, metadata={"help": "noisy copies"})
+    noise: float = field(default=0.15, metadata={"help": "deviation of the noise, as a share of the image's range"})
+
+    def __post_init__(self) -> None:
+        _at_least(1, samples=self.samples)
+        if not 0 < self.noise < 1:
+            raise ValueError(f"noise must lie between 0 and 1, got {self.noise}")
+
+
+@dataclass(frozen=True)
+class ExtremalParameters:
+    """The authors' benchmark sums the masks of four areas."""
+
+    areas: tuple[float, ...] = field(
+        default=(0.025, 0.05, 0.1, 0.2), metadata={"help": "shares of the image that the masks keep"}
+    )
+    iterations: int = field(default=800, metadata={"help": "gradient steps per area"})
+
+    def __post_init__(self) -> None:
+        _at_least(1, iterations=self.iterations)
+        if not self.areas or not all(0 < area < 1 for area in self.areas):
+            raise ValueError(f"areas must be shares between 0 and 1, got {list(self.areas)}")
+
+
+def _at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -50,10 +151,10 @@ class ExplainerEntry:
     """Forward (F) and backward (B) passes per image."""
     source: str
     """Where the method is published."""
-    blocks: Literal["all", "last"]
+    blocks: Literal["all", "last", "none"]
     """Which of the network's blocks it looks at."""
-    num_forwards: int | None = None
-    """What it costs per image, as forward passes; None: it depends on the model."""
+    num_forwards: Callable[[Any, int], float] | None = None
+    """What parameters and a number of targets cost per image, as forward passes; None: it depends on the model."""
 
 
 @dataclass(frozen=True)
@@ -76,30 +177,118 @@ class ModelEntry:
     """Masked forwards per image that were measured on photographs, by SISE's mu, ascending."""
 
 
+BACKWARD = 2
+"""Forward passes that a backward pass is worth."""
+
+
 def _cam(source: str) -> ExplainerEntry:
     return ExplainerEntry(
         NoParameters,
-        needs="a CNN: the last block's feature maps, gradients; no training, no randomness",
+        needs="a CNN or a vision transformer: the last block's feature maps, gradients",
         cost="1 F + 1 B per target",
         source=source,
         blocks="last",
-        num_forwards=4,
+        num_forwards=lambda _, targets: 2 + BACKWARD * targets,
+    )
+
+
+def _sise(parameters: type, source: str, cost: str) -> ExplainerEntry:
+    return ExplainerEntry(
+        parameters, needs="a CNN: feature maps at several sizes, gradients", cost=cost, source=source, blocks="all"
+    )
+
+
+def _control(meaning: str) -> ExplainerEntry:
+    return ExplainerEntry(
+        NoParameters, "nothing: a control", "none", meaning, blocks="none", num_forwards=lambda *_: 2.0
     )
 
 
 EXPLAINERS: Mapping[str, ExplainerEntry] = {
-    "sise": ExplainerEntry(
+    "sise": _sise(
         SiseParameters,
-        needs="a CNN: feature maps at several sizes, gradients; no training, no randomness",
-        cost="1 F + 1 B per target, and 1 F per kept feature map (EfficientNet-Lite0: about 900 of 2432 at mu 0)",
-        source="Sattarzadeh et al., AAAI 2021 (arXiv 2010.00672); Ada-SISE: arXiv 2102.07799",
-        blocks="all",
+        "Sattarzadeh et al., AAAI 2021 (arXiv 2010.00672)",
+        "1 F + 1 B per target, and 1 F per kept feature map (EfficientNet-Lite0: about 900 of 2432 at mu 0)",
+    ),
+    "ada-sise": _sise(
+        AdaSiseParameters,
+        "Sudhakar et al., ICASSP 2021 (arXiv 2102.07799)",
+        "as sise, with about a quarter of the maps (EfficientNet-Lite0: 230 of 2432)",
     ),
     "gradcam": _cam("Selvaraju et al., ICCV 2017 (arXiv 1610.02391)"),
     "gradcam++": _cam("Chattopadhay et al., WACV 2018 (arXiv 1710.11063)"),
     "xgradcam": _cam("Fu et al., BMVC 2020 (arXiv 2008.02312)"),
     "layercam": _cam("Jiang et al., IEEE TIP 2021"),
     "hirescam": _cam("Draelos and Carin (arXiv 2011.08891)"),
+    "scorecam": ExplainerEntry(
+        ScoreCamParameters,
+        needs="a CNN or a vision transformer: the last block's feature maps",
+        cost="1 F per feature map of the last block (EfficientNet-Lite0: 1280, ResNet-50: 2048)",
+        source="Wang et al., CVPR Workshops 2020 (arXiv 1910.01279)",
+        blocks="last",
+    ),
+    "ablationcam": ExplainerEntry(
+        NoParameters,
+        needs="a CNN or a vision transformer: the last block's feature maps, and the network behind it",
+        cost="1 F, and 1 pass of the network behind the last block per feature map",
+        source="Desai and Ramaswamy, WACV 2020",
+        blocks="last",
+    ),
+    "rise": ExplainerEntry(
+        RiseParameters,
+        needs="any classifier; random",
+        cost="1 F per mask (4000), shared by all targets",
+        source="Petsiuk et al., BMVC 2018 (arXiv 1806.07421)",
+        blocks="none",
+        num_forwards=lambda parameters, _: parameters.num_masks,
+    ),
+    "occlusion": ExplainerEntry(
+        OcclusionParameters,
+        needs="any classifier",
+        cost="1 F per window (169 at 224 pixels), shared by all targets",
+        source="Zeiler and Fergus, ECCV 2014 (arXiv 1311.2901)",
+        blocks="none",
+        num_forwards=lambda parameters, _: (192 / parameters.stride + 1) ** 2,
+    ),
+    "integrated_gradients": ExplainerEntry(
+        IntegratedGradientsParameters,
+        needs="any classifier; gradients",
+        cost="50 F, and 50 B per target",
+        source="Sundararajan et al., ICML 2017 (arXiv 1703.01365)",
+        blocks="none",
+        num_forwards=lambda parameters, targets: parameters.steps * (1 + BACKWARD * targets),
+    ),
+    "smoothgrad": ExplainerEntry(
+        SmoothGradParameters,
+        needs="what its base needs; random",
+        cost="25 times its base",
+        source="Smilkov et al. (arXiv 1706.03825)",
+        blocks="last",
+        num_forwards=lambda parameters, targets: (
+            parameters.samples * (50 if parameters.base == "integrated_gradients" else 1) * (1 + BACKWARD * targets)
+        ),
+    ),
+    "fullgrad": ExplainerEntry(
+        NoParameters,
+        needs="a CNN whose layers have biases or batch norms; gradients",
+        cost="1 F + 1 B per target",
+        source="Srinivas and Fleuret, NeurIPS 2019 (arXiv 1905.00780)",
+        blocks="none",
+        num_forwards=lambda _, targets: 2 + BACKWARD * targets,
+    ),
+    "extremal_perturbation": ExplainerEntry(
+        ExtremalParameters,
+        needs="any classifier; gradients",
+        cost="800 F + 800 B per area (4) and target",
+        source="Fong et al., ICCV 2019 (arXiv 1910.08485)",
+        blocks="none",
+        num_forwards=lambda parameters, targets: (
+            parameters.iterations * len(parameters.areas) * targets * (1 + BACKWARD)
+        ),
+    ),
+    "random": _control("uniform noise"),
+    "gaussian": _control("a bell in the middle of the picture"),
+    "edges": _control("Sobel's edge detector"),
 }
 
 METRICS: Mapping[str, MetricEntry] = {

@@ -1,6 +1,9 @@
 """What every explainer returns: the saliency map of one target, and what it was made of."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from engine.fusion import Map
 
@@ -32,3 +35,12 @@ class Explanation:
     """Shallow to deep."""
     num_forwards: int
     """Masked forwards made for the image; its targets share them."""
+
+
+def sound_explanation(
+    saliency_hw: Map, score: float, blocks: Sequence[BlockMap] = (), *, num_forwards: int
+) -> Explanation:
+    """The explanation; its map is NaN as a whole where any part of it, or the score, is not finite."""
+    sound = np.isfinite(saliency_hw).all() and np.isfinite(score)
+    saliency = saliency_hw if sound else np.full_like(saliency_hw, np.nan)
+    return Explanation(saliency, score, tuple(blocks), num_forwards)

@@ -1,7 +1,7 @@
 """The network as a list of tensors: traced once, so that blocks can be found and tapped by name."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -10,13 +10,11 @@ from torch import Tensor, fx, nn
 
 from engine.blocks import Place, discover_blocks
 from engine.errors import ModelError
+from engine.layouts import Layout, layout_of
 from engine.resample import Grid
-from engine.taps import GraphRecorder, Taps, module_outputs
+from engine.taps import GraphRunner, Recorder, Taps, gradients, hooked
 
 Node = TypeVar("Node")
-
-ASPECT_SLACK = 1.5
-"""How far a grid's height to width may be from the input's; odd sizes and padding stay well inside."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Network:
 
     def taps(self, blocks: Sequence[Place]) -> Taps:
         """Taps at the given places."""
-        return Taps(self.module, self.graph, tuple(block.name for block in blocks))
+        return Taps(self.module, self.graph, tuple(blocks))
 
     def _named(self, name: str) -> Place:
         found = [place for place in self.places if place.name == name] or self._inside(name)
@@ -80,7 +78,28 @@ def survey(module: nn.Module, example: Tensor) -> Network:
     with torch.no_grad():
         graph = _trace(module, example)
         places = _module_places(module, example) if graph is None else _traced_places(graph, example)
-    return Network(module, graph, tuple(places))
+    heard = _heard(Network(module, graph, tuple(places)), example)
+    return Network(module, graph, tuple(place if place.name in heard else _unmapped(place) for place in places))
+
+
+def _heard(network: Network, example: Tensor) -> set[str]:
+    """The places whose feature maps the output depends on, on this example, or that are no tokens.
+
+    Behind its last attention a transformer goes on with the picture's tokens, and reads the class token alone.
+    """
+    tokens = [place for place in network.places if place.layout is not None and place.layout.kind == "tokens"]
+    others = {place.name for place in network.places} - {place.name for place in tokens}
+    if not tokens:
+        return others
+    logits, maps = network.taps(tokens)(example)
+    direction = torch.zeros_like(logits)
+    direction[:, 0] = 1
+    slopes = gradients(logits, direction, maps)
+    return others | {place.name for place, slope in zip(tokens, slopes, strict=True) if slope.any()}
+
+
+def _unmapped(place: Place) -> Place:
+    return replace(place, layout=None)
 
 
 def _trace(module: nn.Module, example: Tensor) -> fx.GraphModule | None:
@@ -93,41 +112,41 @@ def _trace(module: nn.Module, example: Tensor) -> fx.GraphModule | None:
 
 
 def _traced_places(graph: fx.GraphModule, example: Tensor) -> list[Place]:
-    recorder = GraphRecorder(graph)
-    recorder.run(example)
-    full = (example.shape[2], example.shape[3])
+    recorder = Recorder()
+    GraphRunner(graph, recorder).run(example)
     signal = [node for node in graph.graph.nodes if _carries_signal(recorder.kept.get(node.name))]
     signal = [node for node in signal if node.op != "get_attr"]
     unavoidable = unavoidable_nodes({node: node.all_input_nodes for node in signal})
+    inner = [node for node in signal if node.op not in ("placeholder", "output")]
+    layouts = _layouts([recorder.kept[node.name] for node in inner], example)
     return [
-        _place(node.name, recorder.kept[node.name], full, node in unavoidable, _learned(node, graph))
-        for node in signal
-        if node.op not in ("placeholder", "output")
+        Place(node.name, layout, node in unavoidable, _learned(node, graph))
+        for node, layout in zip(inner, layouts, strict=True)
     ]
 
 
 def _module_places(module: nn.Module, example: Tensor) -> list[Place]:
-    with module_outputs(module, [name for name, _ in module.named_modules() if name]) as kept:
+    recorder = Recorder()
+    with hooked(module, [name for name, _ in module.named_modules() if name], recorder):
         module(example)
-    full = (example.shape[2], example.shape[3])
+    tensors = {name: value for name, value in recorder.kept.items() if isinstance(value, Tensor)}
+    layouts = _layouts(list(tensors.values()), example)
     return [
-        _place(name, value, full, True, any(True for _ in module.get_submodule(name).parameters()))
-        for name, value in kept.items()
-        if isinstance(value, Tensor)
+        Place(name, layout, True, any(True for _ in module.get_submodule(name).parameters()))
+        for name, layout in zip(tensors, layouts, strict=True)
     ]
 
 
-def _place(name: str, value: Any, full: Grid, unavoidable: bool, learned: bool) -> Place:
-    if not isinstance(value, Tensor) or value.dim() != 4:
-        return Place(name, 0, None, unavoidable, learned)
-    grid = (value.shape[2], value.shape[3])
-    return Place(name, value.shape[1], grid if _is_picture_like(grid, full) else None, unavoidable, learned)
-
-
-def _is_picture_like(grid: Grid, full: Grid) -> bool:
-    """A feature map keeps the input's aspect; a tensor with its channels last, read as a grid, does not."""
-    aspect = (grid[0] * full[1]) / (grid[1] * full[0])
-    return 1 / ASPECT_SLACK <= aspect <= ASPECT_SLACK
+def _layouts(values: Sequence[Any], example: Tensor) -> list[Layout | None]:
+    """How feature maps lie in each of the values, in order of execution."""
+    full = (example.shape[2], example.shape[3])
+    layouts: list[Layout | None] = []
+    last: Grid | None = None
+    for value in values:
+        layouts.append(layout_of(value.shape, full, last) if isinstance(value, Tensor) else None)
+        if layouts[-1] is not None:
+            last = layouts[-1].grid
+    return layouts
 
 
 def _carries_signal(value: Any) -> bool:

@@ -6,9 +6,26 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 if TYPE_CHECKING:
     from engine.models import ModelAdapter
+
+
+BLUR_REACH = 3
+"""Deviations after which a Gaussian is cut off."""
+
+
+def blurred(images: Tensor, sigma: float) -> Tensor:
+    """Images [..., C, H, W] under a Gaussian of this deviation in pixels; beyond the rim its pixels go on."""
+    reach = max(1, round(BLUR_REACH * sigma))
+    offsets = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
+    bell = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    bell = bell / bell.sum()
+    flat = images.reshape(-1, 1, *images.shape[-2:])
+    down = functional.conv2d(functional.pad(flat, (0, 0, reach, reach), mode="replicate"), bell.view(1, 1, -1, 1))
+    across = functional.conv2d(functional.pad(down, (reach, reach, 0, 0), mode="replicate"), bell.view(1, 1, 1, -1))
+    return across.reshape(images.shape)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,11 @@ Grid = tuple[int, int]
 """Height and width."""
 
 
+def grid_of(tensor: Tensor) -> Grid:
+    """Height and width of [..., H, W]."""
+    return (tensor.shape[-2], tensor.shape[-1])
+
+
 def bilinear_matrix(native: int, full: int) -> Tensor:
     """The matrix R [full, native] (float64) of one axis: `F.interpolate(mode="bilinear", align_corners=False)`."""
     centres = (torch.arange(full, dtype=torch.float64) + 0.5) * (native / full) - 0.5

@@ -1,12 +1,15 @@
 """Taps: run a borrowed network as a fixed function and record what named places compute."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from engine.blocks import Place
 
 
 @contextmanager
@@ -39,47 +42,59 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-class GraphRecorder(fx.Interpreter):
-    """Runs a traced graph and keeps what the named nodes compute (every node, if names is None).
+Keep = Callable[[str, Any], Any]
+"""Sees what a named place computed, and returns what the network goes on with."""
 
-    What follows a named node gets a copy, so that no operation in place overwrites what was kept.
-    """
 
-    def __init__(self, graph: fx.GraphModule, names: Sequence[str] | None = None) -> None:
-        super().__init__(graph)
-        self.names = names
+class Recorder:
+    """Keeps what places compute, and goes on with copies, so that no operation in place overwrites what was kept."""
+
+    def __init__(self) -> None:
         self.kept: dict[str, Any] = {}
+
+    def __call__(self, name: str, value: Any) -> Any:
+        self.kept.pop(name, None)  # the last call of a module wins, also in the order
+        self.kept[name] = value
+        return value.clone() if isinstance(value, Tensor) else value
+
+
+class MapRecorder(Recorder):
+    """Keeps the feature maps of places as [N, C, h, w], part of the graph; `instead` takes the place of one's maps."""
+
+    def __init__(self, places: Sequence[Place], instead: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        super().__init__()
+        self.layouts = {place.name: place.layout for place in places}
+        self.instead = instead
+
+    def __call__(self, name: str, value: Any) -> Any:
+        layout = self.layouts[name]
+        assert layout is not None
+        maps = self.instead.get(name, layout.maps(value))
+        super().__call__(name, maps)
+        return layout.tensor(maps, value)
+
+
+class GraphRunner(fx.Interpreter):
+    """Runs a traced graph, and shows what the named nodes compute (every node, if names is None)."""
+
+    def __init__(self, graph: fx.GraphModule, keep: Keep, names: Collection[str] | None = None) -> None:
+        super().__init__(graph)
+        self.keep, self.names = keep, names
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if self.names is None or n.name in self.names:
-            self.kept[n.name] = value
-        return value if self.names is None else _copied(value, n.name in self.names)
-
-
-def _copied(value: Any, is_kept: bool) -> Any:
-    return value.clone() if is_kept and isinstance(value, Tensor) else value
+        return self.keep(n.name, value) if self.names is None or n.name in self.names else value
 
 
 @contextmanager
-def module_outputs(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Keeps what the named sub-modules return, in order of completion; the last call of each wins.
-
-    What follows a sub-module gets a copy, as in `GraphRecorder`.
-    """
-    kept: dict[str, Any] = {}
+def hooked(module: nn.Module, names: Collection[str], keep: Keep) -> Iterator[None]:
+    """Shows what the named sub-modules return, in order of completion."""
     handles = []
-
-    def keep(name: str, value: Any) -> Any:
-        kept.pop(name, None)
-        kept[name] = value
-        return _copied(value, True)
-
     try:
         for name in names:
             hook = module.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: keep(name, out))
             handles.append(hook)
-        yield kept
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -87,27 +102,52 @@ def module_outputs(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str
 
 @dataclass(frozen=True)
 class Taps:
-    """Records activations at several places in one forward, and gradients with respect to them."""
+    """Records feature maps at several places in one forward, and gradients with respect to them."""
 
     module: nn.Module
     graph: fx.GraphModule | None
     """The traced network whose nodes the places are; None: places are sub-modules."""
-    names: tuple[str, ...]
-    """The places, shallow to deep."""
+    places: tuple[Place, ...]
+    """Shallow to deep."""
 
     def __call__(self, inputs_nchw: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits [N, K] and the activations [N, C_b, h_b, w_b] of every place, joined to autograd."""
+        """Logits [N, K] and the feature maps [N, C_b, h_b, w_b] of every place, joined to autograd."""
+        recorder = MapRecorder(self.places)
         with torch.enable_grad():
-            inputs = inputs_nchw.detach().requires_grad_(True)
-            logits, kept = self._run(inputs)
-        return logits, [kept[name] for name in self.names]
+            logits = self._run(inputs_nchw.detach().requires_grad_(True), recorder)
+        return logits, [recorder.kept[place.name] for place in self.places]
 
-    def _run(self, inputs: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def _run(self, inputs: Tensor, recorder: MapRecorder) -> Tensor:
         if self.graph is None:
-            with module_outputs(self.module, self.names) as kept:
-                return self.module(inputs), kept
-        recorder = GraphRecorder(self.graph, self.names)
-        return recorder.run(inputs), recorder.kept
+            with hooked(self.module, list(recorder.layouts), recorder):
+                return self.module(inputs)
+        return GraphRunner(self.graph, recorder, recorder.layouts.keys()).run(inputs)
+
+    def tail(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """What follows the one place: from inputs [N, 3, H, W] and other feature maps [N, C, h, w] to logits [N, K].
+
+        Where all that follows depends on the maps alone, only that part of the network runs.
+        """
+        (place,) = self.places
+        is_plain = place.layout is not None and place.layout.kind == "channels first"
+        cut = _cut(self.graph, place.name) if self.graph is not None and is_plain else None
+        if cut is not None:
+            return lambda _, maps: cut(maps)
+        return lambda inputs, maps: self._run(inputs, MapRecorder(self.places, {place.name: maps}))
+
+
+def _cut(graph: fx.GraphModule, name: str) -> fx.GraphModule | None:
+    """The part of a traced network behind the node, as a function of what it computes; None: it needs more."""
+    behind = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    for node in graph.graph.nodes:
+        if node.name == name:
+            new[node] = behind.placeholder("maps")
+        elif node.op == "output" or (new and all(before in new for before in node.all_input_nodes)):
+            if any(before not in new for before in node.all_input_nodes):
+                return None
+            new[node] = behind.node_copy(node, new.__getitem__)
+    return fx.GraphModule(graph, behind)
 
 
 def gradients(logits: Tensor, direction: Tensor, activations: Sequence[Tensor]) -> list[Tensor]:

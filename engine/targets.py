@@ -16,8 +16,8 @@ class Target(Protocol):
         """T."""
         ...
 
-    def of(self, images: slice) -> "Target":
-        """The same target for some of the images."""
+    def of(self, images: slice | Tensor) -> "Target":
+        """The same target for some of the images, or for their numbers [M] (int64) in any order."""
         ...
 
     def score(self, logits: Tensor, images: Tensor) -> Tensor:
@@ -28,8 +28,9 @@ class Target(Protocol):
         """A tensor [N, K], each row a positive multiple of the gradient of target `index` by the logits."""
         ...
 
-    def logit_direction(self, logits: Tensor, index: int) -> Tensor:
-        """The same for what target `index` is before it is squashed: a class's logit."""
+    @property
+    def raw(self) -> "Target":
+        """The same scalars before they are squashed: a class's logit, for its probability."""
         ...
 
 
@@ -44,7 +45,7 @@ class ClassProbability:
     def num_targets(self) -> int:
         return self.classes.shape[1]
 
-    def of(self, images: slice) -> "ClassProbability":
+    def of(self, images: slice | Tensor) -> "ClassProbability":
         return ClassProbability(self.classes[images])
 
     def score(self, logits: Tensor, images: Tensor) -> Tensor:
@@ -61,6 +62,33 @@ class ClassProbability:
         others = logits.double().masked_fill(chosen, float("-inf")).softmax(1)
         return torch.where(chosen, 1.0, -others)
 
-    def logit_direction(self, logits: Tensor, index: int) -> Tensor:
-        """`e_c`: the gradient of the class's logit z_c."""
+    @property
+    def raw(self) -> "ClassLogit":
+        return ClassLogit(self.classes)
+
+
+@dataclass(frozen=True)
+class ClassLogit:
+    """The class's logit z_c, which no saturation flattens."""
+
+    classes: Tensor
+    """T class indices of each of N images, [N, T] int64."""
+
+    @property
+    def num_targets(self) -> int:
+        return self.classes.shape[1]
+
+    def of(self, images: slice | Tensor) -> "ClassLogit":
+        return ClassLogit(self.classes[images])
+
+    def score(self, logits: Tensor, images: Tensor) -> Tensor:
+        """Logits, unbounded."""
+        return logits.double().gather(1, self.classes[images])
+
+    def direction(self, logits: Tensor, index: int) -> Tensor:
+        """`e_c`, exactly the gradient."""
         return functional.one_hot(self.classes[:, index], logits.shape[1]).double()
+
+    @property
+    def raw(self) -> "ClassLogit":
+        return self

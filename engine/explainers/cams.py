@@ -4,17 +4,18 @@ Each method is one function from feature maps A [N, C, h, w] and gradients G of 
 [N, h, w]; its positive part, upsampled, is the saliency map.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from engine.explanation import BlockMap, Explanation
+from engine.blocks import Place
+from engine.catalog import NoParameters
+from engine.explainers.points import Point, PointExplainer
+from engine.explanation import BlockMap
 from engine.models import ModelAdapter
-from engine.perturb import perturbation
-from engine.resample import upsampling
-from engine.scorer import Scorer
+from engine.resample import grid_of, upsampling
 from engine.taps import gradients
 from engine.targets import Target
 
@@ -68,56 +69,35 @@ WEIGHINGS: Mapping[str, Weigh] = {
 }
 
 
-class Cam:
+class Cam(PointExplainer):
     """One of the weighings at the deepest of the blocks: one forward pass, and a backward pass per target."""
 
-    def __init__(
-        self,
-        adapter: ModelAdapter,
-        parameters: object,
-        *,
-        weigh: Weigh,
-        blocks: Sequence[str] = (),
-        batch_size: int = 8,
-        images_per_pass: int = 4,
-    ) -> None:
-        """`blocks` named by hand, of which the deepest counts; none: the rule's last one. The sizes set memory
-        and speed alone. Raises ModelError for an unknown block."""
-        self.adapter = adapter
+    def __init__(self, adapter: ModelAdapter, parameters: NoParameters, *, weigh: Weigh, **options: Any) -> None:
+        """`weigh` is one of `WEIGHINGS`; of blocks named by hand the deepest counts."""
         self.weigh = weigh
-        (self.block,) = adapter.network.blocks(blocks)[-1:]
-        self.taps = adapter.network.taps([self.block])
-        self.scorer = Scorer(adapter, perturbation(adapter, "zero"), batch_size)
-        self.images_per_pass = images_per_pass
+        super().__init__(adapter, parameters, **options)
 
-    def explain(self, inputs_nchw: Tensor, target: Target) -> list[list[Explanation]]:
-        """One Explanation per image and target, for inputs [N, 3, H, W] as `adapter.normalise` gives them."""
-        explanations = []
-        with self.adapter.borrowed():
-            for start in range(0, len(inputs_nchw), self.images_per_pass):
-                images = slice(start, start + self.images_per_pass)
-                explanations += self._explain_pass(inputs_nchw[images], target.of(images))
-        return explanations
+    def _prepare(self, blocks: Sequence[str]) -> None:
+        (self.block,) = self.adapter.network.blocks(blocks)[-1:]
+        self.taps = self.adapter.network.taps([self.block])
+        self.blocks = (whole_block(self.block),)
 
-    def _explain_pass(self, inputs_nchw: Tensor, target: Target) -> list[list[Explanation]]:
-        """The pass is padded to a fixed number of images, so that rounding does not depend on how many there are."""
-        count = len(inputs_nchw)
-        filler = inputs_nchw[-1:].expand(self.images_per_pass - count, -1, -1, -1)
-        logits, (maps,) = self.taps(torch.cat([inputs_nchw, filler]))
-        own = logits[:count].detach()
-        scores = target.score(own, torch.arange(count, device=own.device))
-        upsample = upsampling((maps.shape[2], maps.shape[3]), (inputs_nchw.shape[2], inputs_nchw.shape[3]), maps.device)
-        explanations: list[list[Explanation]] = [[] for _ in range(count)]
+    def points(self, image_chw: Tensor, generator: torch.Generator) -> Iterator[Point]:
+        yield image_chw, 1.0
+
+    def attributions(self, points_nchw: Tensor, target: Target) -> list[Tensor]:
+        """The weighed maps with their signs, at the block's grid, [N, h, w]."""
+        logits, (maps,) = self.taps(points_nchw)
+        found = []
         for index in range(target.num_targets):
-            direction = torch.zeros_like(logits)
-            direction[:count] = target.logit_direction(own, index).to(logits.dtype)
-            (slopes,) = gradients(logits, direction, [maps])
-            native = self.weigh(maps[:count].detach().double(), slopes[:count].double()).relu()
-            for image, saliency in enumerate(upsample(native).cpu().numpy()):
-                explanations[image].append(self._explanation(saliency, float(scores[image, index])))
-        return explanations
+            (slopes,) = gradients(logits, target.raw.direction(logits.detach(), index), [maps])
+            found.append(self.weigh(maps.detach().double(), slopes.double()))
+        return found
 
-    def _explanation(self, saliency_hw: np.ndarray, score: float) -> Explanation:
-        whole = BlockMap(self.block.name, self.block.channels, tuple(range(self.block.channels)), None)
-        sound = np.isfinite(saliency_hw).all() and np.isfinite(score)
-        return Explanation(saliency_hw if sound else np.full_like(saliency_hw, np.nan), score, (whole,), 0)
+    def finish(self, summed: Tensor) -> Tensor:
+        return upsampling(grid_of(summed), self.adapter.input_size, summed.device)(summed.relu())
+
+
+def whole_block(block: Place) -> BlockMap:
+    """The record of a block of which every feature map was used."""
+    return BlockMap(block.name, block.channels, tuple(range(block.channels)), None)

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from engine.catalog import SiseParameters
-from engine.explanation import BlockMap, Explanation
+from engine.explainers.explainer import Explainer, pad
+from engine.explanation import BlockMap, Explanation, sound_explanation
 from engine.fusion import GATES, Map, cascade, minmax, otsu_foreground
-from engine.models import ModelAdapter
-from engine.perturb import perturbation
-from engine.resample import Grid, upsampling
-from engine.scorer import MaskSet, Scorer
+from engine.resample import Grid, grid_of, upsampling
+from engine.scorer import MaskSet
 from engine.taps import gradients
 from engine.targets import Target
 
@@ -56,40 +55,16 @@ def select(alphas: Tensor, parameters: SiseParameters) -> Tensor:
     return positive[torch.from_numpy(above)]
 
 
-class Sise:
-    """The explainer: `explain` takes normalised inputs and gives one Explanation per image and target."""
+class Sise(Explainer):
+    """The four phases; `explain` takes normalised inputs and gives one Explanation per image and target."""
 
-    def __init__(
-        self,
-        adapter: ModelAdapter,
-        parameters: SiseParameters,
-        *,
-        blocks: Sequence[str] = (),
-        batch_size: int = 8,
-        images_per_pass: int = 4,
-    ) -> None:
-        """`blocks` are places named by hand; none: the rule finds them. `batch_size` masks go into one
-        forward, and the masks of `images_per_pass` images are packed together: both set memory and speed
-        alone. Raises ModelError for an unknown block."""
-        self.adapter = adapter
-        self.parameters = parameters
-        self.blocks = adapter.network.blocks(blocks)
-        self.taps = adapter.network.taps(self.blocks)
-        self.scorer = Scorer(adapter, perturbation(adapter, parameters.baseline), batch_size)
-        self.images_per_pass = images_per_pass
+    def _prepare(self, blocks: Sequence[str]) -> None:
+        self.blocks = self.adapter.network.blocks(blocks)
+        self.taps = self.adapter.network.taps(self.blocks)
 
-    def explain(self, inputs_nchw: Tensor, target: Target) -> list[list[Explanation]]:
-        """One Explanation per image and target, for inputs [N, 3, H, W] as `adapter.normalise` gives them."""
-        explanations = []
-        with self.adapter.borrowed():
-            for start in range(0, len(inputs_nchw), self.images_per_pass):
-                images = slice(start, start + self.images_per_pass)
-                explanations += self._explain_pass(inputs_nchw[images], target.of(images))
-        return explanations
-
-    def _explain_pass(self, inputs_nchw: Tensor, target: Target) -> list[list[Explanation]]:
+    def _explain_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Explanation]]:
         scores, activations, alphas = self._capture(inputs_nchw, target)
-        full = (inputs_nchw.shape[2], inputs_nchw.shape[3])
+        full = grid_of(inputs_nchw)
         sampled = [
             [self._select(maps[image], alpha[:, image], full) for maps, alpha in zip(activations, alphas, strict=True)]
             for image in range(len(inputs_nchw))
@@ -110,13 +85,9 @@ class Sise:
         return explanations
 
     def _capture(self, inputs_nchw: Tensor, target: Target) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Scores [N, T], and per block the feature maps [N, C, h, w] and alpha [T, N, C] (float64, CPU).
-
-        The pass is padded to a fixed number of images, so that rounding does not depend on how many there are.
-        """
+        """Scores [N, T], and per block the feature maps [N, C, h, w] and alpha [T, N, C] (float64, CPU)."""
         count = len(inputs_nchw)
-        filler = inputs_nchw[-1:].expand(self.images_per_pass - count, -1, -1, -1)
-        logits, activations = self.taps(torch.cat([inputs_nchw, filler]))
+        logits, activations = self.taps(pad(inputs_nchw, self.images_per_pass))
         own = logits[:count].detach()
         alphas: list[list[Tensor]] = [[] for _ in self.blocks]
         for index in range(target.num_targets):
@@ -136,7 +107,7 @@ class Sise:
         finite = bool(alphas.isfinite().all()) and bool(maps_chw.isfinite().all())
         kept = tuple(select(alpha if finite else torch.zeros_like(alpha), self.parameters) for alpha in alphas)
         union = torch.cat(kept).unique()
-        upsample = upsampling((maps_chw.shape[1], maps_chw.shape[2]), full, maps_chw.device)
+        upsample = upsampling(grid_of(maps_chw), full, maps_chw.device)
         masks, varied = upsample.normalise(maps_chw[union.to(maps_chw.device)])
         return _Sampled(masks[varied], union[varied.cpu()], kept, upsample.mass(masks[varied]), finite)
 
@@ -148,8 +119,7 @@ class Sise:
             _block_map(block, scores[:, index], index, full) for block, scores in zip(blocks, block_scores, strict=True)
         ]
         present = [saliency for saliency in maps if saliency is not None]
-        sound = all(block.finite for block in blocks) and bool(np.isfinite(score))
-        if not sound or not all(np.isfinite(one).all() for one in present):
+        if not all(block.finite for block in blocks) or not all(np.isfinite(one).all() for one in present):
             saliency = np.full(full, np.nan)
         else:
             saliency = cascade(present, GATES[self.parameters.gate]) if present else np.zeros(full)
@@ -157,7 +127,7 @@ class Sise:
             BlockMap(place.name, place.channels, tuple(block.kept[index].tolist()), block_map)
             for place, block, block_map in zip(self.blocks, blocks, maps, strict=True)
         )
-        return Explanation(saliency, score, facts, sum(len(block.channels) for block in blocks))
+        return sound_explanation(saliency, score, facts, num_forwards=sum(len(block.channels) for block in blocks))
 
 
 def _block_map(block: _Sampled, scores: Tensor, index: int, full: Grid) -> Map | None:
@@ -167,5 +137,5 @@ def _block_map(block: _Sampled, scores: Tensor, index: int, full: Grid) -> Map |
         return None
     weights = torch.where(chosen, scores / block.mass, 0.0)
     native = torch.einsum("k,khw->hw", weights, block.masks_khw)
-    upsample = upsampling((native.shape[0], native.shape[1]), full, native.device)
+    upsample = upsampling(grid_of(native), full, native.device)
     return minmax(upsample(native).cpu().numpy())

@@ -6,6 +6,7 @@ import torchvision
 
 from engine.blocks import Place, discover_blocks
 from engine.errors import ModelError
+from engine.layouts import Layout
 from engine.models import ModelAdapter, load_model
 from tests.engine.nets import Depthwise, InPlace, Residual, seeded
 
@@ -91,9 +92,9 @@ class ChannelsLast(torch.nn.Module):
         return self.head(self.norm(self.conv(x).permute(0, 2, 3, 1)).mean((1, 2)))
 
 
-def test_channels_last_tensors_are_not_read_as_grids():
+def test_channels_last_tensors_are_read_as_they_lie():
     found = ModelAdapter(seeded(ChannelsLast), input_size=(32, 32)).network.blocks()
-    assert [(block.name, block.channels, block.grid) for block in found] == [("conv", 6, (32, 32))]
+    assert [(block.name, block.channels, block.grid) for block in found] == [("norm", 6, (32, 32))]
 
 
 class Normalising(torch.nn.Module):
@@ -134,7 +135,7 @@ def test_a_network_without_feature_maps_says_so():
 def place(name, grid, *, learned=True, unavoidable=True):
     if isinstance(grid, int):
         grid = (grid, grid)
-    return Place(name, 8, grid, unavoidable, learned)
+    return Place(name, grid and Layout("channels first", 8, grid), unavoidable, learned)
 
 
 def names(*places):

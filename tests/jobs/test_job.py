@@ -58,7 +58,7 @@ def test_every_other_explainer_leaves_sound_rows_too(tmp_path, name):
         assert decode_map(row["map"]).shape == (32, 32)
         assert 0 <= row["metrics"]["drop"] <= 100
     assert faults(tmp_path / "out") == []
-    with pytest.raises(DriftError, match='explainer: "sise" in the output|explainer: .* asked for'):
+    with pytest.raises(DriftError, match=r'explainer: "sise" in the output|explainer: .* asked for'):
         run_here(data, tmp_path / "out", target="top-2")
 
 

@@ -1,0 +1,61 @@
+"""Controls: maps that know nothing of the model. A method that does not beat them has explained nothing."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from engine.explainers.explainer import Explainer
+from engine.explanation import Explanation, sound_explanation
+from engine.resample import grid_of
+from engine.targets import Target
+
+SOBEL = ((-1.0, 0.0, 1.0), (-2.0, 0.0, 2.0), (-1.0, 0.0, 1.0))
+
+
+class Control(Explainer):
+    """One map per image, the same for every target."""
+
+    @abstractmethod
+    def draw(self, image_chw: Tensor, generator: torch.Generator) -> Tensor:
+        """The map [H, W], at least 0, of an image [3, H, W] on the CPU."""
+
+    def _explain_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Explanation]]:
+        maps = [
+            self.draw(image, torch.Generator().manual_seed(seed)).double().numpy()
+            for image, seed in zip(inputs_nchw.cpu(), seeds, strict=True)
+        ]
+        return [
+            [sound_explanation(own, score, num_forwards=0) for score in row]
+            for own, row in zip(maps, self._scores(inputs_nchw, target), strict=True)
+        ]
+
+
+class RandomMap(Control):
+    """Uniform noise in [0, 1), pixel by pixel."""
+
+    def draw(self, image_chw: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.rand(grid_of(image_chw), generator=generator, dtype=torch.float64)
+
+
+class CentredGaussian(Control):
+    """A bell in the middle of the picture, whose deviation is a quarter of each side: where objects mostly are."""
+
+    def draw(self, image_chw: Tensor, generator: torch.Generator) -> Tensor:
+        down, across = (
+            torch.exp(-0.5 * ((torch.arange(side, dtype=torch.float64) + 0.5) / side * 4 - 2) ** 2)
+            for side in grid_of(image_chw)
+        )
+        return down[:, None] * across[None, :]
+
+
+class Edges(Control):
+    """The length of the Sobel gradient of the image's mean over channels: an edge detector."""
+
+    def draw(self, image_chw: Tensor, generator: torch.Generator) -> Tensor:
+        grey = functional.pad(image_chw.double().mean(0)[None, None], (1, 1, 1, 1), mode="replicate")
+        across = torch.tensor(SOBEL, dtype=torch.float64)
+        kernels = torch.stack([across, across.T])[:, None]
+        return functional.conv2d(grey, kernels)[0].square().sum(0).sqrt()

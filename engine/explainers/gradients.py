@@ -1,0 +1,51 @@
+"""Input gradients: the plain one, and integrated along a straight path from a baseline."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.explainers.points import Point, PointExplainer
+from engine.taps import gradients
+from engine.targets import Target
+
+
+class Gradient(PointExplainer):
+    """`max_channel |dz_c / dx|` (Simonyan et al., 2014, arXiv 1312.6034)."""
+
+    def points(self, image_chw: Tensor, generator: torch.Generator) -> Iterator[Point]:
+        yield image_chw, 1.0
+
+    def attributions(self, points_nchw: Tensor, target: Target) -> list[Tensor]:
+        """The gradients of the raw scores, [N, 3, H, W]."""
+        with torch.enable_grad():
+            inputs = points_nchw.detach().requires_grad_(True)
+            logits = self.adapter.logits(inputs)
+        return [
+            gradients(logits, target.raw.direction(logits.detach(), index), [inputs])[0].double()
+            for index in range(target.num_targets)
+        ]
+
+    def finish(self, summed: Tensor) -> Tensor:
+        return summed.abs().amax(0)
+
+
+class IntegratedGradients(Gradient):
+    """`(x - b) int_0^1 dz_c(b + a (x - b)) / dx da`, summed over channels; its positive part.
+
+    Sundararajan et al., ICML 2017 (arXiv 1703.01365), equation 1; Gauss-Legendre quadrature.
+    """
+
+    def _prepare(self, blocks: Sequence[str]) -> None:
+        self.num_forwards = self.parameters.steps
+
+    def points(self, image_chw: Tensor, generator: torch.Generator) -> Iterator[Point]:
+        nodes, weights = np.polynomial.legendre.leggauss(self.num_forwards)
+        baseline = self.scorer.perturbation.baseline[0]
+        way = image_chw - baseline
+        for place, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
+            yield baseline + float(place) * way, float(weight) * way
+
+    def finish(self, summed: Tensor) -> Tensor:
+        return summed.sum(0).relu()

@@ -1,0 +1,72 @@
+"""Occlusion: what the score loses where a window hides the image."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.explainers.explainer import Explainer
+from engine.explanation import Explanation, sound_explanation
+from engine.resample import Grid, grid_of
+from engine.scorer import MaskSource
+from engine.targets import Target
+
+
+def window_starts(side: int, window: int, stride: int) -> list[int]:
+    """Where windows begin along one axis, so that every pixel is hidden by one; the last may reach over the rim."""
+    return list(range(0, max(1, side - window + stride), stride))
+
+
+@dataclass(frozen=True)
+class Windows(MaskSource):
+    """One mask per place of the window: 0 inside it, 1 elsewhere."""
+
+    image: int
+    corners: tuple[tuple[int, int], ...]
+    """Top and left of each window."""
+    side: int
+
+    def __len__(self) -> int:
+        return len(self.corners)
+
+    def masks(self, start: int, stop: int, image_chw: Tensor) -> Tensor:
+        masks = image_chw.new_ones(stop - start, *grid_of(image_chw))
+        for mask, (top, left) in zip(masks, self.corners[start:stop], strict=True):
+            mask[top : top + self.side, left : left + self.side] = 0
+        return masks
+
+
+class Occlusion(Explainer):
+    """The mean of `s - s(window hidden)` over the windows that hide a pixel; its positive part.
+
+    Zeiler and Fergus, ECCV 2014, section 4.2.
+    """
+
+    def _prepare(self, blocks: Sequence[str]) -> None:
+        size, stride = self.adapter.input_size, self.parameters.stride
+        self.window = min(self.parameters.window, *size)
+        rows, columns = (window_starts(side, self.window, stride) for side in size)
+        self.corners = tuple((top, left) for top in rows for left in columns)
+
+    def _explain_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Explanation]]:
+        full = grid_of(inputs_nchw)
+        sources = [Windows(image, self.corners, self.window) for image in range(len(inputs_nchw))]
+        hidden = self.scorer.scores(inputs_nchw, target, sources)
+        whole = self._scores(inputs_nchw, target)
+        return [
+            [
+                sound_explanation(self._spread(score - own, full).relu().numpy(), score, num_forwards=len(self.corners))
+                for score, own in zip(row, scores.T.cpu(), strict=True)
+            ]
+            for row, scores in zip(whole, hidden, strict=True)
+        ]
+
+    def _spread(self, losses: Tensor, full: Grid) -> Tensor:
+        """The mean loss over the windows of every pixel, [H, W]."""
+        total, count = torch.zeros(2, *full, dtype=torch.float64)
+        for loss, (top, left) in zip(losses, self.corners, strict=True):
+            place = slice(top, top + self.window), slice(left, left + self.window)
+            total[place] += loss
+            count[place] += 1
+        return total / count

@@ -1,0 +1,64 @@
+"""Explainers that look at points: the image itself, a path to it, noisy copies of it.
+
+A method names the points of an image and what each one's attribution is multiplied by; a batch of points
+costs one forward pass, and one backward pass per target.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from engine.explainers.explainer import Explainer, chunks, pad
+from engine.explanation import BlockMap, Explanation, sound_explanation
+from engine.targets import Target
+
+MAX_POINTS_PER_PASS = 32
+"""A backward pass keeps all activations, and more points than this would not make it faster."""
+
+Point = tuple[Tensor, Tensor | float]
+"""An input [3, H, W], and the factor of its attribution, broadcastable to it."""
+
+
+class PointExplainer(Explainer):
+    """The map of an image is what `finish` makes of the sum of its points' signed attributions."""
+
+    blocks: tuple[BlockMap, ...] = ()
+    num_forwards: int = 0
+    """Passes of variants of the image, per image; the image itself does not count."""
+
+    @abstractmethod
+    def points(self, image_chw: Tensor, generator: torch.Generator) -> Iterator[Point]:
+        """The points of one image [3, H, W]."""
+
+    @abstractmethod
+    def attributions(self, points_nchw: Tensor, target: Target) -> list[Tensor]:
+        """Per target the signed attributions of the points, float64 [N, ...]."""
+
+    @abstractmethod
+    def finish(self, summed: Tensor) -> Tensor:
+        """The map [H, W], at least 0, of one image and target."""
+
+    def _explain_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Explanation]]:
+        sums: list[Tensor | float] = [0.0] * len(inputs_nchw)
+        size = min(self.scorer.batch_size, MAX_POINTS_PER_PASS)
+        for batch in chunks(self._all_points(inputs_nchw, seeds), size):
+            images, points, factors = zip(*batch, strict=True)
+            chosen = torch.tensor([*images, *images[-1:] * (size - len(images))], device=inputs_nchw.device)
+            found = torch.stack(self.attributions(pad(torch.stack(points), size), target.of(chosen)), 1)
+            for image, factor, own in zip(images, factors, found, strict=False):
+                sums[image] = sums[image] + own * factor
+        return [
+            [self._explanation(own, score) for own, score in zip(torch.as_tensor(total), row, strict=True)]
+            for total, row in zip(sums, self._scores(inputs_nchw, target), strict=True)
+        ]
+
+    def _all_points(self, inputs_nchw: Tensor, seeds: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor | float]]:
+        for image, (own, seed) in enumerate(zip(inputs_nchw, seeds, strict=True)):
+            for point, factor in self.points(own, torch.Generator().manual_seed(seed)):
+                yield image, point, factor
+
+    def _explanation(self, summed: Tensor, score: float) -> Explanation:
+        saliency = self.finish(summed).double().cpu().numpy()
+        return sound_explanation(saliency, score, self.blocks, num_forwards=self.num_forwards)

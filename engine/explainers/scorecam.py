@@ -1,0 +1,45 @@
+"""Score-CAM: the last block's feature maps as masks, each weighted by the score of what it keeps."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from engine.explainers.cams import whole_block
+from engine.explainers.explainer import Explainer, pad
+from engine.explanation import Explanation, sound_explanation
+from engine.resample import grid_of, upsampling
+from engine.scorer import MaskSet
+from engine.targets import Target
+
+
+class ScoreCam(Explainer):
+    """`relu(sum_k w_k A_k)`, w the softmax over maps of the logits under their masks (Wang et al., CVPRW 2020).
+
+    Algorithm 1 of arXiv 1910.01279; subtracting the baseline's logit changes no softmax and is left out. A
+    constant map says nothing about places and has no mask.
+    """
+
+    def _prepare(self, blocks: Sequence[str]) -> None:
+        (self.block,) = self.adapter.network.blocks(blocks)[-1:]
+        self.taps = self.adapter.network.taps([self.block])
+
+    def _explain_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Explanation]]:
+        (maps,) = self.taps(pad(inputs_nchw, self.images_per_pass))[1]
+        maps = maps[: len(inputs_nchw)].detach().double()
+        upsample = upsampling(grid_of(maps), grid_of(inputs_nchw), maps.device)
+        masks, varied = zip(*(upsample.normalise(own) for own in maps), strict=True)
+        sources = [MaskSet(image, own[used]) for image, (own, used) in enumerate(zip(masks, varied, strict=True))]
+        found = self.scorer.scores(inputs_nchw, target.raw if self.parameters.weights == "softmax" else target, sources)
+        explanations = []
+        for image, scores in enumerate(found):
+            weights = scores.softmax(0) if self.parameters.weights == "softmax" else scores
+            native = torch.einsum("kt,khw->thw", weights, maps[image][varied[image]]).relu()
+            explanations.append(upsample(native).cpu().numpy())
+        return [
+            [
+                sound_explanation(one, score, (whole_block(self.block),), num_forwards=len(source))
+                for one, score in zip(own, row, strict=True)
+            ]
+            for own, row, source in zip(explanations, self._scores(inputs_nchw, target), sources, strict=True)
+        ]
