@@ -1,5 +1,6 @@
 """Models: one adapter from uint8 pixels to logits, and the names under which models are loaded."""
 
+import copy
 import hashlib
 import importlib
 import io
@@ -62,6 +63,14 @@ class ModelAdapter:
         if "network" in self.__dict__ and self.network.graph is not None:
             self.network.graph.to(self.device)  # a traced graph holds its own references to buffers
         return self
+
+    def of(self, module: nn.Module) -> "ModelAdapter":
+        """The same adapter around another module of the same kind."""
+        adapter = copy.copy(self)
+        adapter.module = module
+        for known in ("network", "num_classes", "fingerprint"):
+            adapter.__dict__.pop(known, None)
+        return adapter
 
     def borrowed(self) -> AbstractContextManager[None]:
         """A context in which the module is a fixed function (see `engine.taps.frozen`)."""

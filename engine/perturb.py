@@ -16,9 +16,12 @@ BLUR_REACH = 3
 """Deviations after which a Gaussian is cut off."""
 
 
-def blurred(images: Tensor, sigma: float) -> Tensor:
-    """Images [..., C, H, W] under a Gaussian of this deviation in pixels; beyond the rim its pixels go on."""
-    reach = max(1, round(BLUR_REACH * sigma))
+def blurred(images: Tensor, sigma: float, *, reach: int | None = None) -> Tensor:
+    """Images [..., C, H, W] under a Gaussian of this deviation in pixels, cut off after `reach`.
+
+    Beyond the rim its pixels go on.
+    """
+    reach = reach or max(1, round(BLUR_REACH * sigma))
     offsets = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
     bell = torch.exp(-0.5 * (offsets / sigma) ** 2)
     bell = bell / bell.sum()

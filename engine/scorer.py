@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.models import ModelAdapter
 from engine.perturb import Perturbation
 from engine.resample import grid_of, upsampling
-from engine.targets import Target
+from engine.targets import Readout
 
 
 class MaskSource(ABC):
@@ -85,7 +85,7 @@ class Scorer:
     """Masked inputs per forward pass; memory grows with it, results do not change beyond rounding."""
 
     @torch.inference_mode()
-    def scores(self, inputs_nchw: Tensor, target: Target, sources: Sequence[MaskSource]) -> list[Tensor]:
+    def scores(self, inputs_nchw: Tensor, target: Readout, sources: Sequence[MaskSource]) -> list[Tensor]:
         """The target's scores under every mask: for each source a float64 tensor [K, T] on the inputs' device.
 
         Per mask only the masked input is written; never more than one batch of masks exists.

@@ -8,20 +8,24 @@ from torch import Tensor
 from torch.nn import functional
 
 
-class Target(Protocol):
-    """T scalars of the output for each of N images; explainers and the scorer see nothing else."""
+class Readout(Protocol):
+    """T scalars of the output for each of N images: all that the scorer sees."""
 
     @property
     def num_targets(self) -> int:
         """T."""
         ...
 
-    def of(self, images: slice | Tensor) -> "Target":
-        """The same target for some of the images, or for their numbers [M] (int64) in any order."""
-        ...
-
     def score(self, logits: Tensor, images: Tensor) -> Tensor:
         """Scores [B, T] (float64) of logits [B, K], whose row b belongs to image `images[b]`."""
+        ...
+
+
+class Target(Readout, Protocol):
+    """Scalars that have a gradient: all that explainers see."""
+
+    def of(self, images: slice | Tensor) -> "Target":
+        """The same target for some of the images, or for their numbers [M] (int64) in any order."""
         ...
 
     def direction(self, logits: Tensor, index: int) -> Tensor:
@@ -92,3 +96,19 @@ class ClassLogit:
     @property
     def raw(self) -> "ClassLogit":
         return self
+
+
+@dataclass(frozen=True)
+class TopClass:
+    """1 where the prediction is the class, else 0: nothing that a gradient could follow."""
+
+    classes: Tensor
+    """T class indices of each of N images, [N, T] int64."""
+
+    @property
+    def num_targets(self) -> int:
+        return self.classes.shape[1]
+
+    def score(self, logits: Tensor, images: Tensor) -> Tensor:
+        """1 or 0; ties go to the lower class number, as everywhere."""
+        return (logits.argmax(1, keepdim=True) == self.classes[images]).double()

@@ -1,6 +1,34 @@
 """Metrics by name: each with its direction, its range and a protocol whose hash stands beside the value."""
 
-from engine.metrics.faithfulness import KeepTop
+from collections.abc import Callable, Mapping
 
-METRICS = {"drop": KeepTop, "increase": KeepTop}
-"""What computes each metric; two names may share one evaluation."""
+from engine.metrics.complexity import Complexity
+from engine.metrics.faithfulness import (
+    Deletion,
+    Density,
+    Insertion,
+    KeepTop,
+    LevelDrop,
+    MaskedMetric,
+    Negative,
+    Positive,
+)
+from engine.metrics.localisation import Localisation
+from engine.metrics.metric import MapMetric
+from engine.metrics.road import LeastRelevantFirst, MostRelevantFirst
+
+MASKED: Mapping[str, Callable[..., MaskedMetric]] = {
+    "faithfulness": KeepTop,
+    "levels": LevelDrop,
+    "insertion": Insertion,
+    "deletion": Deletion,
+    "pos": Positive,
+    "neg": Negative,
+    "road_morf": MostRelevantFirst,
+    "road_lerf": LeastRelevantFirst,
+    "density": Density,
+}
+"""Metrics that call the model, through a scorer."""
+
+OF_MAPS: Mapping[str, Callable[[], MapMetric]] = {"localisation": Localisation, "complexity": Complexity}
+"""Metrics that look at the map alone, or at the ground truth."""

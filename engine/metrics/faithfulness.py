@@ -1,93 +1,274 @@
-"""Drop and Increase: what the score does when only the most salient pixels are kept (as SISE's paper measures)."""
+"""Faithfulness: what the score does when pixels go or stay in the order of the map."""
 
-import hashlib
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import isfinite
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.fusion import Map
-from engine.scorer import MaskSet, Scorer
-from engine.targets import Target
+from engine.metrics.metric import TIES, Maps, Metric, Value, is_flat, ranks_of, undefined
+from engine.perturb import Perturbation, blurred
+from engine.scorer import MaskSource, Scorer
+from engine.targets import Readout, TopClass
+
+KEPT_FRACTION = 0.15
+LEVELS = (1.0, 0.5, 0.15)
+NUM_STEPS = 28
+"""Steps of a curve from nothing to everything; at 224 pixels a side that is 8 rows a step."""
+BLUR_REACH, BLUR_SIGMA = 25 / 224, 50 / 224
+"""Of the picture that insertion starts from, as shares of the shorter side: 51 pixels wide at 224."""
+AGREEMENT_SHARES = tuple(share / 10 for share in range(10))
+"""Removed for POS and NEG."""
+
+Removed = Literal["top", "bottom"]
 
 
 @dataclass(frozen=True)
-class KeepTopProtocol:
-    """Everything that a value of Drop or Increase depends on, beside the map and the model."""
+class RankedMasks(MaskSource):
+    """Masks that remove a number of the first pixels of an order."""
 
-    baseline: str
-    """What stands where a pixel is removed."""
-    fraction: float = 0.15
-    """Share of the pixels that is kept."""
-    space: str = "model input"
-    """Where the mask is applied."""
-    score: str = "softmax probability"
-    ties: str = "value descending, then row-major position ascending"
+    image: int
+    ranks_hw: Tensor
+    """The place of every pixel in the order, from 0, int64 [H, W]."""
+    counts: tuple[int, ...]
+    """Pixels that each mask removes."""
+    weights_hw: Tensor | None = None
+    """What the pixels that stay are multiplied by; None: 1."""
+    fill: Perturbation | None = None
+    """What stands in for removed pixels, where it is not the scorer's baseline."""
 
-    @property
-    def digest(self) -> str:
-        """First 16 hex digits of the sha256 of the canonical JSON; values of two digests are never averaged."""
-        text = json.dumps({"metric": "keep-top", **asdict(self)}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    def __len__(self) -> int:
+        return len(self.counts)
 
+    def masks(self, start: int, stop: int, image_chw: Tensor) -> Tensor:
+        counts = torch.tensor(self.counts[start:stop], device=image_chw.device)
+        masks = (self.ranks_hw >= counts[:, None, None]).to(image_chw)
+        return masks if self.weights_hw is None else masks * self.weights_hw.to(image_chw)
 
-@dataclass(frozen=True)
-class KeepTopValues:
-    """Drop and Increase of one map."""
-
-    drop: float
-    """100 max(0, o - q) / o, in percent; o the score of the image, q of its kept pixels. Lower is better."""
-    increase: bool
-    """q > o, strictly; its mean over records is Increase %. Higher is better."""
+    def perturbed(self, image_chw: Tensor, start: int, stop: int, perturbation: Perturbation) -> Tensor:
+        return super().perturbed(image_chw, start, stop, self.fill or perturbation)
 
 
-def top_pixels(saliency_hw: Map, fraction: float) -> NDArray[np.bool_]:
-    """The floor(fraction H W) greatest pixels, exactly; ties go to the earlier position in row-major order."""
-    count = int(np.floor(fraction * saliency_hw.size))
-    order = np.argsort(-saliency_hw, axis=None, kind="stable")
-    kept = np.zeros(saliency_hw.size, dtype=np.bool_)
-    kept[order[:count]] = True
-    return kept.reshape(saliency_hw.shape)
+class MaskedMetric(Metric):
+    """A metric that is made of the scores of some masked inputs per map."""
 
+    score = "softmax probability"
+    """What is read off the model."""
+    reads_flat = False
+    """Whether a map without any order still has a value."""
 
-def keep_top_values(score: float, kept_score: float) -> KeepTopValues:
-    """Drop and Increase from the two scores. A score of 0 cannot drop: Drop is 0; NaN gives NaN."""
-    if not (isfinite(score) and isfinite(kept_score)):
-        return KeepTopValues(float("nan"), False)
-    drop = 100 * max(0.0, score - kept_score) / score if score > 0 else 0.0
-    return KeepTopValues(drop, kept_score > score)
+    def __init__(self, scorer: Scorer, baseline: str) -> None:
+        """`baseline` names the scorer's."""
+        self.scorer, self.baseline = scorer, baseline
 
+    def details(self) -> Mapping[str, Any]:
+        return {"space": "model input", "baseline": self.baseline, "score": self.score, "ties": TIES}
 
-@dataclass(frozen=True)
-class KeepTop:
-    """Evaluates Drop and Increase with one forward per map."""
+    @abstractmethod
+    def source(self, maps: Maps, image: int, index: int) -> MaskSource:
+        """The masked inputs of one map."""
 
-    scorer: Scorer
-    protocol: KeepTopProtocol
+    @abstractmethod
+    def values(self, score: float, masked: Sequence[float], saliency_hw: Map) -> Mapping[str, Value]:
+        """The values from the score of the whole image and those of the masked inputs."""
 
-    def evaluate(
-        self,
-        inputs_nchw: Tensor,
-        target: Target,
-        saliency: Sequence[Sequence[Map]],
-        scores: Sequence[Sequence[float]],
-    ) -> list[list[KeepTopValues]]:
-        """Per image and target, given its saliency map [H, W] and its score on the whole image."""
-        mask_sets = [
-            MaskSet(image, torch.stack([self._mask(one) for one in maps]).to(inputs_nchw.device))
-            for image, maps in enumerate(saliency)
-        ]
+    def asked(self, maps: Maps) -> Readout:
+        """Whose scores are read."""
+        return maps.target
+
+    def refusal(self, maps: Maps, image: int, index: int) -> str | None:
+        """Why the metric is not defined for a map, if it is not."""
+        return "the map is flat" if is_flat(maps.saliency[image][index]) and not self.reads_flat else None
+
+    def evaluate(self, maps: Maps) -> list[list[Mapping[str, Value]]]:
+        refusals = {place: self.refusal(maps, *place) for place in maps.each()}
+        usable = [place for place, refusal in refusals.items() if refusal is None]
         with self.scorer.adapter.borrowed():
-            kept = self.scorer.scores(inputs_nchw, target, mask_sets)
-        return [
-            [keep_top_values(score, float(own)) for score, own in zip(row, scored.diagonal(), strict=True)]
-            for row, scored in zip(scores, kept, strict=True)
-        ]
+            found = self.scorer.scores(
+                maps.inputs_nchw, self.asked(maps), [self.source(maps, *place) for place in usable]
+            )
+        masked = {place: scores[:, place[1]].tolist() for place, scores in zip(usable, found, strict=True)}
+        result: list[list[Mapping[str, Value]]] = [[] for _ in maps.saliency]
+        for (image, index), refusal in refusals.items():
+            result[image].append(
+                dict.fromkeys(self.names, undefined(refusal))
+                if refusal is not None
+                else self.values(maps.scores[image][index], masked[image, index], maps.saliency[image][index])
+            )
+        return result
 
-    def _mask(self, saliency_hw: Map) -> Tensor:
-        return torch.from_numpy(top_pixels(saliency_hw, self.protocol.fraction)).float()
+
+def _ranks(maps: Maps, image: int, index: int, removed: Removed) -> Tensor:
+    """The order in which pixels go."""
+    ranks = ranks_of(maps.saliency[image][index])
+    if removed == "bottom":
+        ranks = ranks.size - 1 - ranks
+    return torch.from_numpy(ranks).to(maps.inputs_nchw.device)
+
+
+class KeepTop(MaskedMetric):
+    """Drop and Increase: only the top 15 % of pixels stay (SISE's paper, section 4).
+
+    Drop is `100 max(0, o - q) / o` in percent, o the score of the image and q of its kept pixels; Increase
+    is 100 where `q > o`, strictly, else 0. A score of 0 cannot drop. A flat map keeps its first pixels.
+    """
+
+    names = ("drop", "increase")
+    reads_flat = True
+
+    def details(self) -> Mapping[str, Any]:
+        return {**super().details(), "fraction": KEPT_FRACTION}
+
+    def source(self, maps: Maps, image: int, index: int) -> MaskSource:
+        size = maps.saliency[image][index].size
+        removed = size - int(KEPT_FRACTION * size)
+        return RankedMasks(image, _ranks(maps, image, index, "bottom"), (removed,))
+
+    def values(self, score: float, masked: Sequence[float], saliency_hw: Map) -> Mapping[str, Value]:
+        (kept,) = masked
+        return {"drop": Value(drop(score, kept)), "increase": Value(100.0 * (kept > score))}
+
+
+def drop(score: float, kept: float) -> float:
+    """`100 max(0, score - kept) / score`; 0 where the score is 0, NaN where either is not finite."""
+    if not (isfinite(score) and isfinite(kept)):
+        return float("nan")
+    return 100 * max(0.0, score - kept) / score if score > 0 else 0.0
+
+
+class LevelDrop(MaskedMetric):
+    """Average drop and increase at levels: the map itself is the mask, its lower pixels set to 0.
+
+    At level v the pixels below the (100 - v)-th percentile go and the others keep their value (T-TAME).
+    """
+
+    names = tuple(f"{kind}_{100 * level:.0f}" for level in LEVELS for kind in ("average_drop", "average_increase"))
+
+    def details(self) -> Mapping[str, Any]:
+        return {**super().details(), "levels": LEVELS, "mask": "the map's values"}
+
+    def source(self, maps: Maps, image: int, index: int) -> MaskSource:
+        saliency = maps.saliency[image][index]
+        counts = tuple(saliency.size - round(level * saliency.size) for level in LEVELS)
+        weights = torch.from_numpy(saliency).to(maps.inputs_nchw)
+        return RankedMasks(image, _ranks(maps, image, index, "bottom"), counts, weights)
+
+    def values(self, score: float, masked: Sequence[float], saliency_hw: Map) -> Mapping[str, Value]:
+        pairs = [(Value(drop(score, kept)), Value(100.0 * (kept > score))) for kept in masked]
+        return dict(zip(self.names, (value for pair in pairs for value in pair), strict=True))
+
+
+class Curve(MaskedMetric):
+    """A curve of scores over the share of removed pixels, and its area."""
+
+    shares: tuple[float, ...] = tuple(step / NUM_STEPS for step in range(NUM_STEPS + 1))
+    removed: Removed = "top"
+
+    def details(self) -> Mapping[str, Any]:
+        return {**super().details(), "shares": self.shares, "removed": self.removed, "area": "trapezoid"}
+
+    def source(self, maps: Maps, image: int, index: int) -> RankedMasks:
+        size = maps.saliency[image][index].size
+        counts = tuple(round(share * size) for share in self.shares)
+        return RankedMasks(image, _ranks(maps, image, index, self.removed), counts)
+
+    def values(self, score: float, masked: Sequence[float], saliency_hw: Map) -> Mapping[str, Value]:
+        return {self.names[0]: Value(self.area(masked), curve=tuple(masked))}
+
+    def area(self, masked: Sequence[float]) -> float:
+        """The mean of the curve by the trapezoid rule."""
+        return trapezoid(masked) / (len(masked) - 1)
+
+
+def trapezoid(values: Sequence[float]) -> float:
+    """The area under values at unit distance."""
+    return float(sum(values) - (values[0] + values[-1]) / 2)
+
+
+class Deletion(Curve):
+    """The most salient pixels go first, to the baseline (Petsiuk et al., 2018, section 4.1; lower is better)."""
+
+    names = ("deletion",)
+
+
+class Insertion(Curve):
+    """The most salient pixels come first, onto a blurred picture (Petsiuk et al., 2018; higher is better)."""
+
+    names = ("insertion",)
+    shares = Curve.shares[::-1]
+    removed = "bottom"
+
+    def details(self) -> Mapping[str, Any]:
+        return {**super().details(), "baseline": "blur", "reach": BLUR_REACH, "sigma": BLUR_SIGMA}
+
+    def source(self, maps: Maps, image: int, index: int) -> RankedMasks:
+        plain = super().source(maps, image, index)
+        picture = maps.inputs_nchw[image]
+        side = min(picture.shape[1:])
+        blur = blurred(picture, BLUR_SIGMA * side, reach=max(1, round(BLUR_REACH * side)))
+        return RankedMasks(image, plain.ranks_hw, plain.counts, fill=Perturbation(blur[None]))
+
+
+class Agreement(Curve):
+    """The curve says whether the prediction stays what it was, 1 or 0; defined for the predicted class alone."""
+
+    score = "prediction unchanged"
+    shares = AGREEMENT_SHARES
+
+    def asked(self, maps: Maps) -> Readout:
+        return TopClass(maps.target.classes)
+
+    def refusal(self, maps: Maps, image: int, index: int) -> str | None:
+        if maps.ranks[image][index] != 0:
+            return "the target is not the prediction"
+        return super().refusal(maps, image, index)
+
+    def area(self, masked: Sequence[float]) -> float:
+        """In percent, over shares 0 to 0.9: 90 where the prediction never changes."""
+        return 100 * trapezoid(masked) / 10
+
+
+class Positive(Agreement):
+    """POS: the most salient pixels go first (Chefer et al., CVPR 2021; lower is better)."""
+
+    names = ("pos",)
+
+
+class Negative(Agreement):
+    """NEG: the least salient pixels go first (Chefer et al., CVPR 2021; higher is better)."""
+
+    names = ("neg",)
+    removed = "bottom"
+
+
+class Density(MaskedMetric):
+    """`p(x m) H W / sum(m)`, and the same of `1 - m`: the score per share of the picture (CAMERAS, CVPR 2021)."""
+
+    names = ("positive_density", "negative_density")
+
+    def source(self, maps: Maps, image: int, index: int) -> MaskSource:
+        saliency = torch.from_numpy(maps.saliency[image][index])
+        return Weights(image, torch.stack([saliency, 1 - saliency]).to(maps.inputs_nchw))
+
+    def values(self, score: float, masked: Sequence[float], saliency_hw: Map) -> Mapping[str, Value]:
+        sums = saliency_hw.sum(), (1 - saliency_hw).sum()
+        pairs = zip(self.names, masked, sums, strict=True)
+        return {name: Value(one * saliency_hw.size / float(total)) for name, one, total in pairs}
+
+
+@dataclass(frozen=True)
+class Weights(MaskSource):
+    """Masks at the input's size, given as they are."""
+
+    image: int
+    values_khw: Tensor
+
+    def __len__(self) -> int:
+        return len(self.values_khw)
+
+    def masks(self, start: int, stop: int, image_chw: Tensor) -> Tensor:
+        return self.values_khw[start:stop].to(image_chw)

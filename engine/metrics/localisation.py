@@ -1,0 +1,64 @@
+"""Whether a map lies where the object is: EBPG, mIoU, Bbox and the pointing game (SISE's paper, section 4)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from engine.fusion import Map
+from engine.metrics.metric import TIES, MapMetric, Region, Value, is_flat, ranks_of, undefined
+
+IOU_FRACTION = 0.2
+POINTING_TOLERANCE = 15 / 224
+"""Of the shorter side: 15 pixels at 224 (Zhang et al., IJCV 2018)."""
+
+
+class Localisation(MapMetric):
+    """All four: a flat map has 0 in each, for it points nowhere; a record without a region has none."""
+
+    names = ("ebpg", "miou", "bbox", "pointing")
+
+    def details(self) -> Mapping[str, Any]:
+        return {
+            "region": "union of the target's objects at the map's size",
+            "miou_fraction": IOU_FRACTION,
+            "pointing_tolerance": POINTING_TOLERANCE,
+            "flat": "0",
+            "ties": TIES,
+        }
+
+    def of(self, saliency_hw: Map, region: Region | None) -> Mapping[str, Value]:
+        if region is None or not region.any():
+            return dict.fromkeys(self.names, undefined("no ground truth for the target"))
+        if is_flat(saliency_hw):
+            return dict.fromkeys(self.names, Value(0.0))
+        return {
+            "ebpg": Value(100 * ebpg(saliency_hw, region)),
+            "miou": Value(100 * iou_of_top(saliency_hw, region, IOU_FRACTION)),
+            "bbox": Value(100 * share_of_top(saliency_hw, region)),
+            "pointing": Value(100.0 * hits(saliency_hw, region, POINTING_TOLERANCE * min(saliency_hw.shape))),
+        }
+
+
+def ebpg(saliency_hw: Map, region: Region) -> float:
+    """`sum(S G) / sum(S)` for S at least 0 and not all 0: the share of the energy inside, 0 to 1."""
+    return float(saliency_hw[region].sum() / saliency_hw.sum())
+
+
+def iou_of_top(saliency_hw: Map, region: Region, fraction: float) -> float:
+    """Intersection over union of the region and the greatest floor(fraction H W) pixels, 0 to 1."""
+    top = ranks_of(saliency_hw) < int(fraction * saliency_hw.size)
+    return float((top & region).sum() / (top | region).sum())
+
+
+def share_of_top(saliency_hw: Map, region: Region) -> float:
+    """The share inside the region of as many greatest pixels as it has, 0 to 1 (the paper's Bbox)."""
+    count = int(region.sum())
+    return float(region[ranks_of(saliency_hw) < count].sum() / count)
+
+
+def hits(saliency_hw: Map, region: Region, tolerance: float) -> bool:
+    """Whether the region comes within `tolerance` pixels of the greatest value's place."""
+    row, column = np.unravel_index(int(saliency_hw.argmax()), saliency_hw.shape)
+    rows, columns = np.nonzero(region)
+    return bool((np.hypot(rows - row, columns - column) <= tolerance).any())

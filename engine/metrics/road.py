@@ -1,0 +1,113 @@
+"""ROAD: pixels are removed by what their surroundings suggest, so that the mask's shape says nothing itself."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from engine.metrics.faithfulness import Agreement, RankedMasks
+from engine.metrics.metric import Maps
+from engine.perturb import Perturbation
+
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
+NOISE = 0.01
+"""Deviation of the noise on imputed pixels, in model-input space."""
+NEIGHBOURS = ((1 / 12, 1 / 6, 1 / 12), (1 / 6, 0.0, 1 / 6), (1 / 12, 1 / 6, 1 / 12))
+TOLERANCE = 1e-4
+"""Of the imputation's residual, relative: far below the noise."""
+MAX_ITERATIONS = 2_000
+
+
+def imputed(image_chw: Tensor, kept_hw: Tensor) -> Tensor:
+    """The image [C, H, W] with each pixel that is not kept (bool [H, W]) the weighted mean of its eight neighbours.
+
+    Direct neighbours weigh 1/6 and diagonal ones 1/12, over those inside the image (Rong et al., ICML 2022,
+    section 4.3): a sparse linear system, solved by conjugate gradients. Nothing kept gives zeros.
+    """
+    if not kept_hw.any():
+        return torch.zeros_like(image_chw)
+    kernel = image_chw.new_tensor(NEIGHBOURS)[None, None]
+    missing = (~kept_hw).to(image_chw)
+
+    def around(channels: Tensor) -> Tensor:
+        return functional.conv2d(channels[:, None], kernel, padding=1)[:, 0]
+
+    weight = around(torch.ones_like(image_chw[:1]))
+
+    def apply(channels: Tensor) -> Tensor:
+        return missing * (weight * channels - around(channels))
+
+    known = image_chw * (1 - missing)
+    start = missing * (known.sum((1, 2), keepdim=True) / kept_hw.sum())
+    return known + _solved(apply, missing * around(known), start)
+
+
+def _solved(apply: Any, wanted: Tensor, start: Tensor) -> Tensor:
+    """x with apply(x) = wanted, by conjugate gradients per channel [C, H, W], from `start`."""
+
+    def dot(one: Tensor, other: Tensor) -> Tensor:
+        return (one * other).sum((1, 2), keepdim=True)
+
+    found = start
+    residual = wanted - apply(found)
+    step, size = residual, dot(residual, residual)
+    enough = TOLERANCE**2 * dot(wanted, wanted).clamp(min=torch.finfo(wanted.dtype).tiny)
+    for _ in range(MAX_ITERATIONS):
+        if bool((size <= enough).all()):
+            break
+        image = apply(step)
+        length = size / dot(step, image).clamp(min=torch.finfo(wanted.dtype).tiny)
+        found = found + length * step
+        residual = residual - length * image
+        before, size = size, dot(residual, residual)
+        step = residual + size / before.clamp(min=torch.finfo(wanted.dtype).tiny) * step
+    return found
+
+
+@dataclass(frozen=True)
+class Imputed(RankedMasks):
+    """Removed pixels are imputed, with a little noise."""
+
+    seed: int = 0
+
+    def perturbed(self, image_chw: Tensor, start: int, stop: int, perturbation: Perturbation) -> Tensor:
+        kept = self.masks(start, stop, image_chw) > 0
+        filled = torch.stack([imputed(image_chw, one) for one in kept])
+        noise = torch.randn(image_chw.shape, generator=torch.Generator().manual_seed(self.seed)).to(image_chw)
+        return torch.where(kept[:, None], image_chw, filled + NOISE * noise)
+
+
+class Road(Agreement):
+    """The area under the share of unchanged predictions, with (0, 1) and (1, 0) as its ends."""
+
+    shares = SHARES
+
+    def details(self) -> Mapping[str, Any]:
+        return {**super().details(), "baseline": "noisy linear imputation", "noise": NOISE}
+
+    def source(self, maps: Maps, image: int, index: int) -> RankedMasks:
+        plain = super().source(maps, image, index)
+        return Imputed(image, plain.ranks_hw, plain.counts, seed=maps.seeds[image])
+
+    def area(self, masked: Sequence[float]) -> float:
+        """In percent, by the trapezoid rule over uneven shares."""
+        places, heights = (0.0, *self.shares, 1.0), (1.0, *masked, 0.0)
+        return 100 * sum(
+            (places[i + 1] - places[i]) * (heights[i] + heights[i + 1]) / 2 for i in range(len(places) - 1)
+        )
+
+
+class MostRelevantFirst(Road):
+    """ROAD-MoRF: the most salient pixels go first (lower is better)."""
+
+    names = ("road_morf",)
+
+
+class LeastRelevantFirst(Road):
+    """ROAD-LeRF: the least salient pixels go first (higher is better)."""
+
+    names = ("road_lerf",)
+    removed = "bottom"
