@@ -25,7 +25,7 @@ from storage.images import DECODE_POLICY
 from storage.maps import CODEC
 from storage.schema import SCHEMA_VERSION
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 """Raised whenever the same configuration and input would give other bytes."""
 
 MAX_TARGETS = 100
@@ -144,6 +144,8 @@ class JobConfig(BaseModel):
         """The explainer's parameters, defaults filled in. Raises ConfigError for an unknown or bad one."""
         kind = EXPLAINERS[self.explainer].parameters
         known = [field.name for field in fields(kind)]
+        if self.parameters and not known:
+            raise ConfigError(f"explainer {self.explainer} has no parameters, got {', '.join(self.parameters)}")
         for name in self.parameters:
             if name not in known:
                 raise ConfigError(f"explainer {self.explainer} has no parameter {name!r}; {_nearest(name, known)}")

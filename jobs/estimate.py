@@ -64,9 +64,15 @@ def estimate(config: JobConfig, num_records: int, *, on_gpu: bool) -> Estimate:
     num_targets = config.target_choice.count
     known = EXPLAINERS[config.explainer].num_forwards
     measured = MODELS[config.model].forwards_by_mu if config.model in MODELS else ()
-    one = float(known) if known is not None else _sise_forwards(config.explainer_parameters(), measured)
+    parameters = config.explainer_parameters()
+    if known is not None:
+        forwards = float(known(parameters, num_targets))
+    elif isinstance(parameters, SiseParameters):
+        forwards = _sise_forwards(parameters, measured) * min(2, num_targets)
+    else:
+        forwards, measured = float(UNKNOWN_FORWARDS), ()
     return Estimate(
-        forwards_per_record=one * min(2, num_targets),
+        forwards_per_record=forwards,
         is_measured=known is not None or bool(measured),
         bytes_per_record=BYTES_PER_MAP * num_targets,
         num_records=num_records,

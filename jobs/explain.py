@@ -1,5 +1,6 @@
 """The explain step: one model in memory, a decoded unit in, the fragment's rows out."""
 
+import hashlib
 import os
 import signal
 import time
@@ -13,11 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.blocks import Place
 from engine.catalog import EXPLAINERS as EXPLAINER_ENTRIES
 from engine.errors import ModelError
-from engine.explainers import EXPLAINERS
+from engine.explainers import EXPLAINERS, Explainer
 from engine.explanation import Explanation
-from engine.metrics.faithfulness import KeepTop, KeepTopProtocol, KeepTopValues
+from engine.fusion import Map
+from engine.metrics.faithfulness import KeepTop
+from engine.metrics.metric import Maps, Value
 from engine.models import ModelAdapter, load_model
 from engine.targets import ClassProbability
 from jobs.config import ConfigError, JobConfig, TargetChoice, digest_of
@@ -26,6 +30,7 @@ from jobs.isolation import Isolated, ProcessDiedError, ProcessStartError
 from jobs.labels import Labels
 from jobs.records import ModelFacts, RecordFacts, UnitInput, UnitResult, with_reject
 from jobs.watch import alive
+from storage.maps import quantised
 from storage.rejects import Reject, RejectCode
 from storage.schema import OK, REJECTED
 
@@ -52,15 +57,31 @@ def model_facts(adapter: ModelAdapter, config: JobConfig) -> ModelFacts:
         raise ConfigError(f"target {beyond[0]} is no class of {adapter.name}: it has {adapter.num_classes}, from 0")
     if choice.count > adapter.num_classes:
         raise ConfigError(f"target {config.target} asks for more than the {adapter.num_classes} classes there are")
-    blocks = adapter.network.blocks(config.blocks)
-    if EXPLAINER_ENTRIES[config.explainer].blocks == "last":
-        blocks = blocks[-1:]
+    blocks = _blocks(adapter, config)
+    make_explainer(adapter, config, [block.name for block in blocks])
     places = tuple(
         {"name": block.name, "channels": block.channels, "height": block.grid[0], "width": block.grid[1]}
         for block in blocks
         if block.grid is not None
     )
     return ModelFacts(adapter.fingerprint, adapter.num_classes, adapter.input_size, places)
+
+
+def _blocks(adapter: ModelAdapter, config: JobConfig) -> Sequence[Place]:
+    """The blocks that the explainer looks at. Raises ModelError, and ConfigError where it looks at none of those named."""
+    used = EXPLAINER_ENTRIES[config.explainer].blocks
+    if used == "none":
+        if config.blocks:
+            raise ConfigError(f"explainer {config.explainer} looks at no blocks; leave --blocks out")
+        return ()
+    found = adapter.network.blocks(config.blocks)
+    return found[-1:] if used == "last" else found
+
+
+def make_explainer(adapter: ModelAdapter, config: JobConfig, blocks: Sequence[str], batch_size: int = 1) -> Explainer:
+    """The configured explainer around a model. Raises ModelError where the model lacks what it needs."""
+    parameters = config.explainer_parameters()
+    return EXPLAINERS[config.explainer](adapter, parameters, blocks=blocks, batch_size=batch_size)
 
 
 class ExplainStep:
@@ -87,14 +108,9 @@ class ExplainStep:
     def _set_up(self, batch_size: int) -> None:
         """The explainer and its metric, with so many masked inputs per forward."""
         config = self.context.config
-        parameters = config.explainer_parameters()
-        self.explainer = EXPLAINERS[config.explainer](
-            self.adapter,
-            parameters,
-            blocks=[block["name"] for block in self.context.facts.blocks],
-            batch_size=batch_size,
-        )
-        self.metric = KeepTop(self.explainer.scorer, KeepTopProtocol(getattr(parameters, "baseline", "zero")))
+        blocks = [block["name"] for block in self.context.facts.blocks]
+        self.explainer = make_explainer(self.adapter, config, blocks, batch_size)
+        self.metric = KeepTop(self.explainer.scorer, baseline_of(config.explainer_parameters()))
 
     def __call__(self, unit_input: UnitInput, *, careful: bool = False) -> UnitResult:
         """Every record's rows, in the records' order.
@@ -168,16 +184,13 @@ class ExplainStep:
         if not usable:
             return outcome
         target = ClassProbability(torch.tensor([targets[index] for index in usable], device=self.adapter.device))
-        explanations = self.explainer.explain(inputs[usable], target)
-        values = self.metric.evaluate(
-            inputs[usable],
-            target,
-            [[np.nan_to_num(one.saliency_hw) for one in own] for own in explanations],
-            [[one.score for one in own] for own in explanations],
-        )
+        seeds = [seed_of(self.context.config, records[index].key) for index in usable]
+        explanations = self.explainer.explain(inputs[usable], target, seeds)
+        ranks = [ranks_of(logits[index], target.classes[place].tolist()) for place, index in enumerate(usable)]
+        values = self.metric.evaluate(maps_of(inputs[usable], target, explanations, ranks, seeds))
         for place, index in enumerate(usable):
             outcome[index] = self._outcome(
-                logits[index], target.classes[place].tolist(), explanations[place], values[place]
+                target.classes[place].tolist(), ranks[place], explanations[place], values[place]
             )
         return outcome
 
@@ -202,28 +215,31 @@ class ExplainStep:
 
     def _outcome(
         self,
-        logits: Tensor,
         classes: Sequence[int],
+        ranks: Sequence[int],
         explanations: Sequence[Explanation],
-        values: Sequence[KeepTopValues],
+        values: Sequence[Mapping[str, Value]],
     ) -> list[Row] | Reject:
-        figures = [*(one.score for one in explanations), *(value.drop for value in values)]
+        figures = [*(one.score for one in explanations), *(own["drop"].value for own in values)]
         if not np.isfinite(figures).all() or not all(np.isfinite(one.saliency_hw).all() for one in explanations):
             return Reject(RejectCode.NON_FINITE, "a score, a gradient or a feature map holds NaN or infinity")
-        ranks = logits.argsort(descending=True, stable=True).argsort()
         rows = []
-        for index, explanation, value in zip(classes, explanations, values, strict=True):
+        for index, rank, explanation, value in zip(classes, ranks, explanations, values, strict=True):
             chosen = {
                 "target_index": index,
                 "target_name": self.adapter.class_name(index),
                 "target_source": self.choice.source,
-                "target_rank": int(ranks[index]),
+                "target_rank": rank,
             }
             rows.append({**chosen, **_map_columns(explanation), "metrics": self._metrics(value)})
         return rows
 
-    def _metrics(self, value: KeepTopValues) -> Row:
-        return {**asdict(value), "protocol": self.metric.protocol.digest}
+    def _metrics(self, values: Mapping[str, Value]) -> Row:
+        return {
+            "drop": values["drop"].value,
+            "increase": bool(values["increase"].value),
+            "protocol": self.metric.digest,
+        }
 
     def _base_row(self, unit_input: UnitInput, record: RecordFacts) -> Row:
         return {
@@ -245,6 +261,47 @@ class ExplainStep:
     def _rejected_row(self, unit_input: UnitInput, record: RecordFacts) -> Row:
         reasons = {name: getattr(record, name) for name in ("reject_code", "reject_stage", "error")}
         return {**self._base_row(unit_input, record), "status": REJECTED, **reasons}
+
+
+def baseline_of(parameters: Any) -> str:
+    """What a metric puts where a pixel is removed: what the explainer does, or zero."""
+    return getattr(parameters, "baseline", "zero")
+
+
+def seed_of(config: JobConfig, key: str) -> int:
+    """The number from which all that is random about a record's map is drawn: by run seed, explainer and record."""
+    text = f"{config.seed}/{config.explainer}/{key}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def ranks_of(logits: Tensor, classes: Sequence[int]) -> list[int]:
+    """The places of the classes in the model's order for one image, 0 first (ties: the lower index)."""
+    places = logits.argsort(descending=True, stable=True).argsort()
+    return [int(places[index]) for index in classes]
+
+
+def maps_of(
+    inputs_nchw: Tensor,
+    target: ClassProbability,
+    explanations: Sequence[Sequence[Explanation]],
+    ranks: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+) -> Maps:
+    """What the metrics see of explanations: the maps as they are stored, so that they can be measured again."""
+    return Maps(
+        inputs_nchw,
+        target,
+        saliency=[[stored(np.nan_to_num(one.saliency_hw)) for one in own] for own in explanations],
+        scores=[[one.score for one in own] for own in explanations],
+        ranks=ranks,
+        regions=[[None] * len(own) for own in explanations],
+        seeds=seeds,
+    )
+
+
+def stored(saliency_hw: Map) -> Map:
+    """The map in [0, 1] as its stored form says it."""
+    return quantised(saliency_hw.astype(np.float32)) / 255.0
 
 
 def chosen_classes(choice: TargetChoice, logits: Tensor) -> list[int]:

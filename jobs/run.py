@@ -136,7 +136,8 @@ def _check_model(config: JobConfig, state: bytes | None, console: Console) -> Mo
     facts = model_facts(load(config, state, "cpu", str(Path.cwd())), config)
     candidates = sum(block["channels"] for block in facts.blocks)
     places = ", ".join(f"{b['name']} {b['channels']}@{b['height']}x{b['width']}" for b in facts.blocks)
-    console.print(f"model: {config.model}, {facts.num_classes} classes, {candidates:,} candidate maps in {places}")
+    seen = f", {candidates:,} candidate maps in {places}" if places else ""
+    console.print(f"model: {config.model}, {facts.num_classes} classes{seen}")
     return facts
 
 

@@ -38,16 +38,21 @@ class EncodedMap:
     """Greatest value before scaling."""
 
 
+def quantised(saliency_hw: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """The finite map [H, W] in 255 steps from its least to its greatest value; zeros where it is constant."""
+    low, high = float(saliency_hw.min()), float(saliency_hw.max())
+    scaled = (saliency_hw - low) / (high - low) if high > low else np.zeros_like(saliency_hw)
+    return np.rint(255 * scaled).astype(np.uint8)
+
+
 def encode_map(saliency_hw: NDArray[np.floating]) -> EncodedMap:
     """Stores a finite map [H, W] of any range; raises ValueError where a value is not finite."""
     if not np.isfinite(saliency_hw).all():
         raise ValueError("a map with NaN or infinity cannot be stored; reject the record instead")
-    low, high = float(saliency_hw.min()), float(saliency_hw.max())
-    scaled = (saliency_hw - low) / (high - low) if high > low else np.zeros_like(saliency_hw)
     buffer = io.BytesIO()
-    Image.fromarray(np.rint(255 * scaled).astype(np.uint8)).save(buffer, "PNG", compress_level=6)
+    Image.fromarray(quantised(saliency_hw)).save(buffer, "PNG", compress_level=6)
     height, width = saliency_hw.shape
-    return EncodedMap(buffer.getvalue(), height, width, low, high)
+    return EncodedMap(buffer.getvalue(), height, width, float(saliency_hw.min()), float(saliency_hw.max()))
 
 
 def decode_map(data: bytes) -> NDArray[np.float32]:
