@@ -8,6 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
+
 from jobs.config import TargetChoice
 from jobs.dead import letter_key, read_letters
 from jobs.plan import Plan
@@ -216,11 +218,12 @@ def _unit_faults(store: ObjectStore, plan: Plan, unit: Unit, shard: _Shard, foun
     body = store.read(unit.fragment_key)
     try:
         receipt = receipt_of(unit, body)
-    except UnreconciledError as error:
-        yield str(error)
+        rows = read_fragment(body, ROW_COLUMNS).to_pylist()
+    except (UnreconciledError, pa.ArrowException, ValueError, OSError) as error:
+        said = str(error)
+        yield said if isinstance(error, UnreconciledError) else f"{unit.fragment_key} cannot be read: {said}"
         return
     found.append(receipt)
-    rows = read_fragment(body, ROW_COLUMNS).to_pylist()
     records: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in rows:
         records.setdefault((row["shard"], row["shard_index"]), []).append(row)
