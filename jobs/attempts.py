@@ -13,7 +13,7 @@ from jobs.isolation import ProcessDiedError
 from jobs.plan import open_output, open_source
 from jobs.records import Cause, Outcome, Unit, UnitFailure, UnitSkipped
 from jobs.stopping import is_stopped
-from jobs.watch import watched
+from jobs.watch import alive, watched
 from storage.patient import PatientStore
 from storage.schema import MAX_ERROR_LENGTH
 from storage.store import ChangedError, DamagedError, MissingError, ObjectStore, StoreError, UnavailableError
@@ -43,7 +43,8 @@ class Desk:
 def open_desk(context: JobContext) -> Desk:
     """Input and output, with patience for a store that is away."""
     source, _ = open_source(context.config.data, context.config.endpoint_url)
-    return Desk(PatientStore(source), PatientStore(open_output(context.config)), context.run_id)
+    output = open_output(context.config)
+    return Desk(PatientStore(source, waiting=alive), PatientStore(output, waiting=alive), context.run_id)
 
 
 def attempted(unit: Unit, stage: str, desk: Desk, work: Callable[[bool], Result]) -> Result | Outcome:
@@ -52,9 +53,9 @@ def attempted(unit: Unit, stage: str, desk: Desk, work: Callable[[bool], Result]
     `work` is told whether to be careful: to let no record take the whole unit down with it.
     """
     try:
-        if is_stopped(desk.output, desk.run_id):
+        if stage != "commit" and is_stopped(desk.output, desk.run_id):  # what is explained is not thrown away
             return UnitSkipped(unit.unit_id)
-        with _marked(desk.output, unit, stage) as num_deaths, watched():
+        with _marked(desk, unit, stage) as num_deaths, watched():
             if num_deaths >= MOST_DEATHS:
                 return bury(desk.output, unit, stage, Cause.POISON, f"{num_deaths} processes died in it")
             return work(num_deaths >= CAREFUL_DEATHS)
@@ -63,17 +64,24 @@ def attempted(unit: Unit, stage: str, desk: Desk, work: Callable[[bool], Result]
 
 
 @contextmanager
-def _marked(output: ObjectStore, unit: Unit, stage: str) -> Iterator[int]:
+def _marked(desk: Desk, unit: Unit, stage: str) -> Iterator[int]:
     """The number of attempts of this step that left their marker; one of our own stands while the body runs."""
     prefix = f"{FOLDER}{unit.unit_id}/{stage}-"
-    num_deaths = sum(1 for _ in output.list(prefix))
-    marker = f"{prefix}{uuid.uuid4().hex}.json"
-    output.put(marker, json.dumps({"worker": worker_name()}).encode())
+    num_deaths = sum(1 for _ in desk.output.list(prefix))
+    marker = f"{prefix}{desk.run_id}-{uuid.uuid4().hex}.json"
+    desk.output.put(marker, json.dumps({"worker": worker_name()}).encode())
     try:
         yield num_deaths
     finally:
         with suppress(StoreError):  # one marker too many makes the next attempt careful at most
-            output.delete(marker)
+            desk.output.delete(marker)
+
+
+def forget_interrupted(output: ObjectStore, run_id: str) -> None:
+    """Removes the markers of a run that was asked to stop: its attempts were broken off, and died of no record."""
+    for info in output.list(FOLDER):
+        if f"-{run_id}-" in info.key:
+            output.delete(info.key)
 
 
 def _judged(unit: Unit, stage: str, desk: Desk, error: Exception) -> Outcome:

@@ -24,10 +24,11 @@ def excess(standing: Standing, budget: Budget) -> list[str]:
     said = []
     if len(standing.dead) > budget.max_dead_units:
         said.append(f"{len(standing.dead)} dead units, and --max-dead-units allows {budget.max_dead_units}")
-    rejected, records = standing.total("num_rejected"), standing.total("num_records")
+    lost = sum(letter.num_records for letter in standing.dead.values())
+    rejected, records = standing.total("num_rejected") + lost, standing.total("num_records") + lost
     if records and rejected / records > budget.max_reject_fraction:
         allowed = f"--max-reject-fraction allows {budget.max_reject_fraction:g}"
-        said.append(f"{rejected:,} of {records:,} records were rejected, and {allowed}")
+        said.append(f"{rejected:,} of {records:,} records were rejected or are in dead units, and {allowed}")
     return said
 
 
@@ -39,6 +40,11 @@ class Opening:
     """A record was explained, in this run or an earlier one."""
     reasons: list[Counter[str]] = field(default_factory=list)
     """Per unit, records by reject code."""
+
+    @classmethod
+    def of(cls, standing: Standing, budget: Budget) -> "Opening":
+        """At the start of a run; over from the start for a user who puts up with any share of rejects."""
+        return cls(standing.total("num_ok") > 0 or budget.max_reject_fraction == 1)
 
     def add(self, outcome: Outcome) -> None:
         """Counts one more unit that was committed; dead ones cost nothing, and one lost shard may be many."""

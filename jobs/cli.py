@@ -17,10 +17,11 @@ from jobs.budgets import Budget, excess
 from jobs.config import ConfigError, Execution, JobConfig, load_config, parse_parameters
 from jobs.plan import Plan, load_plan
 from jobs.progress import counted
-from jobs.reconcile import Standing, UnreconciledError, check, final_manifest, stand
+from jobs.reconcile import Standing, check, final_manifest, num_accepted, stand
 from jobs.reconcile import finalize as write_manifest
-from jobs.records import Cause, UnfinishedError
+from jobs.records import Cause, UnfinishedError, UnreconciledError
 from jobs.retry import reopen
+from storage.patient import SHORT_PATIENCE_SECONDS, PatientStore
 from storage.store import ObjectStore, StoreError
 from storage.stores import WeakStoreError, open_store
 
@@ -134,22 +135,23 @@ def explain(job: JobConfig, execution: Execution) -> None:
         console.print(tables.letter_line(letter))
     if outcome.ran.stopped is not None:
         console.print(f"Stopped: {tables.printable(outcome.ran.stopped)}.")
-    if outcome.ran.is_hopeless:
+    if outcome.ran.is_hopeless and outcome.standing.open_units:
         raise typer.Exit(OVER_BUDGET)
-    _settled(outcome.standing, outcome.excess)
+    _settled(outcome.standing, outcome.excess, is_final=outcome.manifest is not None)
 
 
-def _settled(standing: Standing, excess: Sequence[str]) -> None:
+def _settled(standing: Standing, excess: Sequence[str], *, is_final: bool) -> None:
     """Ends the command where the job is not the success that was asked for, and says the way out."""
+    if standing.open_units:
+        still_open = counted(len(standing.open_units), "unit")
+        console.print(f"{still_open} still open: the same `explain` goes on from there.")
+        raise typer.Exit(INCOMPLETE)
     for sentence in excess:
         console.print(f"Over budget: {sentence}.")
-    if standing.dead:
+    if standing.dead and excess and not is_final:
         console.print("`blocksight retry OUTPUT` opens dead units again, --max-dead-units does without them.")
     if excess:
         raise typer.Exit(OVER_BUDGET)
-    if standing.open_units:
-        console.print(f"{counted(len(standing.open_units), 'unit')} still open: the same command goes on from there.")
-        raise typer.Exit(INCOMPLETE)
 
 
 @app.command()
@@ -162,8 +164,19 @@ def status(output: Existing, endpoint_url: Endpoint = None) -> None:
         console.print(tables.letter_line(letter))
     if standing.open_units:
         raise typer.Exit(INCOMPLETE)
-    if standing.dead and final_manifest(store) is None:
+    _finished(store, standing)
+
+
+def _finished(store: ObjectStore, standing: Standing) -> None:
+    """Ends the command where every unit is settled and the final manifest is not written."""
+    if final_manifest(store) is not None:
+        return
+    if standing.dead:
+        dead = counted(len(standing.dead), "dead unit")
+        console.print(f"{dead}: `retry` opens them again, `finalize --max-dead-units` does without.")
         raise typer.Exit(OVER_BUDGET)
+    console.print("Every unit is settled, and the final manifest is not written: `blocksight finalize` writes it.")
+    raise typer.Exit(INCOMPLETE)
 
 
 @app.command()
@@ -182,20 +195,18 @@ def verify(output: Existing, endpoint_url: Endpoint = None) -> None:
     for unit, found in fragments:
         faults += found
         checked += unit is not None
-    standing = stand(store, made)
-    console.print(tables.standing_table(output, standing))
     for fault in faults:
         console.print(tables.printable(fault))
     if faults:
         console.print(f"NOT RECONCILED: {counted(len(faults), 'fault')} in {counted(checked, 'fragment')}.")
         raise typer.Exit(UNRECONCILED)
+    standing = stand(store, made)
+    console.print(tables.standing_table(output, standing))
     if standing.open_units:
         sound, still_open = counted(checked, "sound fragment"), counted(len(standing.open_units), "open unit")
         console.print(f"{sound}, {still_open}.")
         raise typer.Exit(INCOMPLETE)
-    if standing.dead and final_manifest(store) is None:
-        console.print(f"{counted(checked, 'sound fragment')}, {counted(len(standing.dead), 'dead unit')}.")
-        raise typer.Exit(OVER_BUDGET)
+    _finished(store, standing)
     without = f" but those of {counted(len(standing.dead), 'dead unit')}" if standing.dead else ""
     console.print(f"Reconciled: {counted(checked, 'fragment')}, every planned record{without} stands once.")
 
@@ -224,7 +235,9 @@ def finalize(
     store, made = _existing(output, endpoint_url)
     standing = stand(store, made)
     console.print(tables.standing_table(output, standing))
-    _settled(standing, excess(standing, Budget(max_reject_fraction=1.0, max_dead_units=max_dead_units)))
+    accepted = num_accepted(final_manifest(store))
+    budget = Budget(max_reject_fraction=1.0, max_dead_units=max(max_dead_units, accepted))
+    _settled(standing, excess(standing, budget), is_final=False)
     write_manifest(store, standing)
     console.print("The final manifest stands.")
 
@@ -283,7 +296,7 @@ def demo(
 
 def _existing(output: str, endpoint_url: str | None) -> tuple[ObjectStore, Plan]:
     """The output's store and the plan that stands in it."""
-    store = open_store(output, endpoint_url)
+    store = PatientStore(open_store(output, endpoint_url), SHORT_PATIENCE_SECONDS)
     made = load_plan(store)
     if made is None:
         raise ConfigError(f"there is no blocksight output in {store.uri}: no _job/plan/plan.json stands there")

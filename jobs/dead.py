@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import asdict
 
 from jobs.receipts import READERS, adopt
-from jobs.records import Cause, DeadLetter, Receipt, Unit
+from jobs.records import Cause, DeadLetter, Receipt, Unit, UnreconciledError
 from storage.schema import MAX_ERROR_LENGTH
 from storage.store import AlreadyExistsError, ObjectStore
 
@@ -26,9 +26,14 @@ def bury(output: ObjectStore, unit: Unit, stage: str, cause: Cause, error: str) 
         return receipt
     inputs, text = unit.objects[0].key, error[:MAX_ERROR_LENGTH]
     letter = DeadLetter(unit.unit_id, unit.ordinal, inputs, str(cause), stage, text, unit.num_records)
-    with suppress(AlreadyExistsError):
-        output.create(letter_key(unit.unit_id), json.dumps(asdict(letter), indent=1, sort_keys=True).encode())
+    write_letter(output, letter)
     return letter
+
+
+def write_letter(output: ObjectStore, letter: DeadLetter) -> None:
+    """Writes the letter, unless one of the unit stands already."""
+    with suppress(AlreadyExistsError):
+        output.create(letter_key(letter.unit_id), json.dumps(asdict(letter), indent=1, sort_keys=True).encode())
 
 
 def read_letters(output: ObjectStore, units: Iterable[Unit]) -> dict[str, DeadLetter]:
@@ -36,5 +41,12 @@ def read_letters(output: ObjectStore, units: Iterable[Unit]) -> dict[str, DeadLe
     standing = {info.key for info in output.list(FOLDER)}
     keys = [key for key in (letter_key(unit.unit_id) for unit in units) if key in standing]
     with ThreadPoolExecutor(READERS) as readers:
-        letters = [DeadLetter(**json.loads(body)) for body in readers.map(output.read, keys)]
+        letters = [_letter(key, body) for key, body in zip(keys, readers.map(output.read, keys), strict=True)]
     return {letter.unit_id: letter for letter in letters}
+
+
+def _letter(key: str, body: bytes) -> DeadLetter:
+    try:
+        return DeadLetter(**json.loads(body))
+    except (ValueError, TypeError) as error:
+        raise UnreconciledError(f"{key} is damaged: {error}; `blocksight retry` cannot read it, delete it") from error

@@ -97,7 +97,7 @@ class Isolated:
 
 def _asked(connection: Connection, item: Any) -> tuple[bool, Any]:
     """Whether the child has a result, and that or the exception. Raises EOFError or ConnectionError where it died."""
-    connection.send(item)
+    connection.send_bytes(pickle.dumps(item))
     while not connection.poll(POLL_SECONDS):
         alive()  # the child has a watch of its own
     return connection.recv()
@@ -136,15 +136,17 @@ def _serve(connection: Connection) -> None:
     work: Work | None = None
     with suppress(EOFError):
         while True:
-            item = connection.recv()
+            sent = connection.recv_bytes()
             try:
                 with watched():
+                    item = pickle.loads(sent)
                     result = item() if work is None else work(item)
+                answer = pickle.dumps((True, None if work is None else result))
             except Exception as error:  # noqa: BLE001 - it is the parent's to judge
-                connection.send((False, _portable(error)))
+                answer = pickle.dumps((False, _portable(error)))
             else:
-                connection.send((True, None if work is None else result))
                 work = work or result
+            connection.send_bytes(answer)
 
 
 def _portable(error: Exception) -> Exception:

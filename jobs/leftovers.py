@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from jobs import attempts, dead
 from jobs.plan import PLAN_FOLDER, PLAN_KEY
 from jobs.reconcile import Standing, final_manifest
-from jobs.run import PROBE_PREFIX
 from jobs.stopping import RUNS_FOLDER, SIGN_NAME
 from storage.local import LocalStore
+from storage.patient import PatientStore
 from storage.store import ObjectStore
+
+PROBE_PREFIX = "_job/probe-"
+"""Of the objects with which a run tries what the store can do."""
 
 YOUNG_SECONDS = 3_600.0
 """An unfinished file of the last hour may still have its writer."""
@@ -21,19 +24,26 @@ def remove_leftovers(store: ObjectStore, standing: Standing, *, dry_run: bool = 
 
     Nothing that carries a fact goes: no fragment, receipt, plan, manifest, or letter of a dead unit.
     """
-    names = [*_settled(store, standing), *_lost_plans(store)]
+    names = [*settled(store, standing), *_lost_plans(store)]
     if final_manifest(store) is not None:  # nobody is at work who might still need them
         names += [info.key for info in store.list(PROBE_PREFIX)]
         names += [info.key for info in store.list(RUNS_FOLDER) if info.key.endswith(f"/{SIGN_NAME}")]
     if not dry_run:
         for name in names:
             store.delete(name)
-    if isinstance(store, LocalStore):  # in a bucket every write is whole or not at all
-        names += store.sweep(YOUNG_SECONDS, dry_run=dry_run)
+    plain = store.store if isinstance(store, PatientStore) else store
+    if isinstance(plain, LocalStore):  # in a bucket every write is whole or not at all
+        names += plain.sweep(YOUNG_SECONDS, dry_run=dry_run)
     return names
 
 
-def _settled(store: ObjectStore, standing: Standing) -> Iterator[str]:
+def remove_settled(store: ObjectStore, standing: Standing) -> None:
+    """Removes the markers and dead letters of units whose fragments stand."""
+    for name in list(settled(store, standing)):
+        store.delete(name)
+
+
+def settled(store: ObjectStore, standing: Standing) -> Iterator[str]:
     """Markers and dead letters of units whose fragments stand."""
     for folder in (attempts.FOLDER, dead.FOLDER):
         for info in store.list(folder):

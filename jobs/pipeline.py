@@ -21,6 +21,7 @@ from cluster.errors import ClusterError
 from cluster.sizing import Sizing
 from jobs.attempts import attempted, open_desk
 from jobs.context import JobContext
+from jobs.estimate import estimate
 from jobs.explain import ExplainStep
 from jobs.records import (
     DeadLetter,
@@ -44,6 +45,8 @@ WAVE_UNITS = 2_000
 NO_PROGRESS_SECONDS = 3_600.0
 """Without any finished unit for so long the run ends: a silent hang is worse. A worker that hangs ends itself
 long before."""
+NO_PROGRESS_FACTOR = 100
+"""Where a unit is expected to take long the guard waits so many times that: estimates are rough."""
 
 POLL_SECONDS = 0.5
 
@@ -63,20 +66,29 @@ def run_units(
     """
     _settle_ray_data()
     weights = None if state is None else ray.put(state)
+    silence = max(NO_PROGRESS_SECONDS, NO_PROGRESS_FACTOR * _longest_seconds(units, context))
     for start in range(0, len(units), WAVE_UNITS):
         wave = _wave(units[start : start + WAVE_UNITS], context, weights, sizing)
         try:
-            for row in _arriving(wave.iter_rows(), stop):
+            for row in _arriving(wave.iter_rows(), stop, silence):
                 yield _outcome(row)
         except RayError as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            raise ClusterError(f"Ray gave the job up: {reason}; what is committed stays, run it again") from error
+            raise ClusterError(f"Ray gave the job up: {reason}") from error
         if stop.reason is not None:
             return
 
 
-def _arriving(rows: Iterable[dict[str, Any]], stop: Stop) -> Iterator[dict[str, Any]]:
-    """The rows as they come, from a thread apart: this one must hear signals, and a silence that lasts too long."""
+def _longest_seconds(units: Sequence[Unit], context: JobContext) -> float:
+    """What the largest unit is expected to take on one worker."""
+    most = max((unit.num_records for unit in units), default=0)
+    config, on_gpu = context.config, context.device != "cpu"
+    num_targets = config.target_choice.count
+    return estimate(config.model, config.explainer_parameters(), most, num_targets, on_gpu=on_gpu).seconds(1)
+
+
+def _arriving(rows: Iterable[dict[str, Any]], stop: Stop, silence: float) -> Iterator[dict[str, Any]]:
+    """The rows as they come, from a thread apart: this one must hear signals, and a silence of so many seconds."""
     arrived: SimpleQueue[Any] = SimpleQueue()
 
     def collect() -> None:
@@ -90,10 +102,8 @@ def _arriving(rows: Iterable[dict[str, Any]], stop: Stop) -> Iterator[dict[str, 
     threading.Thread(target=collect, daemon=True).start()
     silent_since = time.monotonic()
     while time.monotonic() < stop.deadline:
-        if time.monotonic() - silent_since > NO_PROGRESS_SECONDS:
-            raise ClusterError(
-                f"no unit has come to its end for {NO_PROGRESS_SECONDS:,.0f} s; what is committed stays, run it again"
-            )
+        if time.monotonic() - silent_since > silence:
+            raise ClusterError(f"no unit has come to its end for {silence:,.0f} s")
         try:
             row = arrived.get(timeout=POLL_SECONDS)
         except Empty:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.config import ConfigError, JobConfig, differences, digest_of
-from jobs.records import ModelFacts, Unit
+from jobs.records import ModelFacts, Unit, UnreconciledError
 from jobs.units import Piece, Workforce, pieces
 from storage.store import AlreadyExistsError, MissingError, ObjectInfo, ObjectStore
 from storage.stores import open_store
@@ -166,9 +166,16 @@ def settle_model(store: ObjectStore, facts: ModelFacts) -> None:
 def load_plan(store: ObjectStore) -> Plan | None:
     """The plan that stands in an output, or None."""
     try:
-        body = json.loads(store.read(PLAN_KEY))
+        body = store.read(PLAN_KEY)
     except MissingError:
         return None
+    try:
+        return _read_plan(store, json.loads(body))
+    except (ValueError, TypeError, KeyError, pa.ArrowException, MissingError) as error:
+        raise UnreconciledError(f"{PLAN_KEY} in {store.uri} is damaged, or what it names: {error}") from error
+
+
+def _read_plan(store: ObjectStore, body: Mapping[str, Any]) -> Plan:
     units = _read_units(store.read(body["units"]))
     return Plan(
         body["configuration"],

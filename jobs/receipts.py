@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs.records import Receipt, Unit
+from jobs.records import Receipt, Unit, UnreconciledError
 from storage.fragments import read_fragment
 from storage.schema import OK, REJECTED
 from storage.store import AlreadyExistsError, ObjectStore
@@ -22,8 +22,11 @@ READERS = 16
 
 
 def receipt_of(unit: Unit, body: bytes) -> Receipt:
-    """The receipt of a fragment with these bytes."""
-    rows = read_fragment(body, COLUMNS)
+    """The receipt of a fragment with these bytes. Raises UnreconciledError where they are no fragment."""
+    try:
+        rows = read_fragment(body, COLUMNS)
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise UnreconciledError(f"{unit.fragment_key} cannot be read: {error}") from error
     records = _one_row_per_record(rows)
     statuses = Counter(row["status"] for row in records)
     return Receipt(
@@ -117,7 +120,10 @@ def read_receipts(store: ObjectStore, units: Iterable[Unit]) -> dict[str, Receip
 
 def _receipt(store: ObjectStore, unit: Unit, is_written: bool) -> Receipt:
     if is_written:
-        return Receipt(**json.loads(store.read(receipt_key(unit.unit_id))))
+        try:
+            return Receipt(**json.loads(store.read(receipt_key(unit.unit_id))))
+        except (ValueError, TypeError):  # a damaged receipt says nothing that the fragment does not
+            store.delete(receipt_key(unit.unit_id))
     receipt = receipt_of(unit, store.read(unit.fragment_key))
     write_receipt(store, receipt)
     return receipt

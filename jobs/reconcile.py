@@ -13,8 +13,8 @@ import pyarrow as pa
 from jobs.config import TargetChoice
 from jobs.dead import letter_key, read_letters
 from jobs.plan import Plan
-from jobs.receipts import READERS, commit_facts, metric_means, read_receipts, receipt_of
-from jobs.records import DeadLetter, Receipt, Unit
+from jobs.receipts import READERS, commit_facts, metric_means, read_receipts, receipt_key, receipt_of
+from jobs.records import DeadLetter, Receipt, Unit, UnreconciledError
 from storage.fragments import read_fragment
 from storage.schema import OK
 from storage.store import AlreadyExistsError, MissingError, ObjectStore
@@ -54,10 +54,6 @@ class Standing:
         return sum((Counter(receipt.rejects) for receipt in self.receipts.values()), Counter())
 
 
-class UnreconciledError(Exception):
-    """What the bucket holds is not what was planned; the message is a line per fault."""
-
-
 def stand(store: ObjectStore, plan: Plan) -> Standing:
     """Reads the receipts of what is committed, and the dead letters."""
     receipts = read_receipts(store, plan.units)
@@ -78,17 +74,27 @@ def final_manifest(store: ObjectStore) -> dict[str, Any] | None:
         return json.loads(store.read(MANIFEST_KEY))
     except MissingError:
         return None
+    except ValueError as error:
+        raise UnreconciledError(f"{MANIFEST_KEY} is damaged: {error}") from error
+
+
+def num_accepted(manifest: Mapping[str, Any] | None) -> int:
+    """The dead units that a job was finished without; 0 where it is not finished."""
+    return len(manifest["dead"]) if manifest is not None else 0
 
 
 def finalize(store: ObjectStore, standing: Standing) -> dict[str, Any]:
     """Writes the manifest once, when every planned unit is committed or dead; returns the one that stands.
 
     Compares sets of units, and each fragment's metadata with its receipt: equal counts prove nothing. The
-    letters of units that were committed after all are taken back.
-    Raises UnreconciledError.
+    letters of units that were committed after all are taken back. A manifest that stands already must say
+    what the receipts say. Raises UnreconciledError.
     """
     manifest = final_manifest(store)
     if manifest is not None:
+        faults = list(_manifest_faults(manifest, standing.plan, standing.receipts.values()))
+        if faults:
+            raise UnreconciledError("\n".join(faults))
         return manifest
     for unit_id in standing.outweighed:
         store.delete(letter_key(unit_id))
@@ -147,53 +153,83 @@ class _Shard:
 def check(store: ObjectStore, plan: Plan) -> Iterator[tuple[Unit | None, list[str]]]:
     """Re-reads every fragment and yields each committed unit with its faults; last None with the faults overall.
 
-    Proves from the bucket alone: nothing stands under `data/` that was not planned, and nothing is gone that
-    the final manifest names; each fragment's bytes are those that its metadata names; every record of the
-    unit's range stands once, in order, explained for every target or rejected with a reason; no key of a
-    shard is explained twice.
+    Proves from the bucket alone: nothing stands under `data/` that was not planned; the final manifest, if there
+    is one, names exactly what stands, by its bytes, and the rest as dead; each fragment's bytes are those that
+    its metadata and its receipt name; every record of the unit's range stands once, in order, explained for
+    every target or rejected with a reason; no key of a shard is explained twice.
     """
     planned = {unit.fragment_key for unit in plan.units}
     standing = {info.key for info in store.list("data/")}
+    found: list[Receipt] = []
     shard = _Shard()
     for unit in plan.units:
         if unit.objects[0].key != shard.name:
             shard = _Shard(unit.objects[0].key)
         if unit.fragment_key in standing:
-            yield unit, list(_unit_faults(store, plan, unit, shard))
+            yield unit, list(_unit_faults(store, plan, unit, shard, found))
         else:
             shard.next_index = None
-    yield (
-        None,
-        [
-            *(f"{key} was not planned" for key in sorted(standing - planned)),
-            *(
-                f"{key} is in the final manifest and does not stand"
-                for key in _manifest_keys(store)
-                if key not in standing
-            ),
-        ],
-    )
+    yield None, [*(f"{key} was not planned" for key in sorted(standing - planned)), *_final_faults(store, plan, found)]
 
 
-def _manifest_keys(store: ObjectStore) -> list[str]:
-    """The fragments of a finished job; none where it is not finished."""
-    manifest = final_manifest(store) or {"fragments": []}
-    return [fragment["key"] for fragment in manifest["fragments"]]
+def _final_faults(store: ObjectStore, plan: Plan, found: Sequence[Receipt]) -> list[str]:
+    try:
+        manifest = final_manifest(store)
+    except UnreconciledError as error:
+        return [str(error)]
+    return [] if manifest is None else list(_manifest_faults(manifest, plan, found))
 
 
-def _unit_faults(store: ObjectStore, plan: Plan, unit: Unit, shard: _Shard) -> Iterator[str]:
+def _manifest_faults(manifest: Mapping[str, Any], plan: Plan, receipts: Iterable[Receipt]) -> Iterator[str]:
+    """Where the final manifest and the receipts of what stands differ."""
+    named = {fragment["key"]: fragment for fragment in manifest["fragments"]}
+    standing = {receipt.fragment: receipt for receipt in receipts}
+    dead = {letter["unit_id"] for letter in manifest["dead"]}
+    if manifest["fingerprint"] != plan.fingerprint:
+        yield f"the final manifest is of job {manifest['fingerprint'][:16]}, and the plan of {plan.fingerprint[:16]}"
+    for key in sorted(named.keys() - standing.keys()):
+        yield f"{key} is in the final manifest and does not stand"
+    for key in sorted(standing.keys() - named.keys()):
+        yield f"{key} stands and is not in the final manifest: its unit was given up there"
+    for unit in plan.units:
+        if (unit.unit_id in dead) == (unit.fragment_key in named):
+            said = "both committed and dead" if unit.unit_id in dead else "neither committed nor dead"
+            yield f"unit {unit.ordinal} is {said} in the final manifest"
+    for key in sorted(named.keys() & standing.keys()):
+        yield from _differences(named[key], standing[key], key, "the final manifest")
+
+
+def _differences(said: Mapping[str, Any], receipt: Receipt, key: str, where: str) -> Iterator[str]:
+    for name, value in said.items():
+        if name != "key" and getattr(receipt, name) != value:
+            yield f"{key}: {name} is {getattr(receipt, name)} in the fragment and {value} in {where}"
+
+
+def _receipt_faults(store: ObjectStore, receipt: Receipt) -> Iterator[str]:
+    """Where the fragment and the receipt that was written for it differ."""
+    with suppress(MissingError, ValueError):  # a receipt that is lost or damaged is rebuilt
+        written = json.loads(store.read(receipt_key(receipt.unit_id)))
+        said = {name: written[name] for name in ("sha256", "num_bytes", "num_rows", "num_records") if name in written}
+        yield from _differences(said, receipt, receipt.fragment, "its receipt")
+
+
+def _unit_faults(store: ObjectStore, plan: Plan, unit: Unit, shard: _Shard, found: list[Receipt]) -> Iterator[str]:
+    """The unit's faults; its receipt, made anew, joins those that were found."""
     body = store.read(unit.fragment_key)
     try:
         receipt = receipt_of(unit, body)
         rows = read_fragment(body, ROW_COLUMNS).to_pylist()
-    except (pa.ArrowException, ValueError, OSError) as error:
-        yield f"{unit.fragment_key} cannot be read: {error}"
+    except (UnreconciledError, pa.ArrowException, ValueError, OSError) as error:
+        said = str(error)
+        yield said if isinstance(error, UnreconciledError) else f"{unit.fragment_key} cannot be read: {said}"
         return
+    found.append(receipt)
     records: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in rows:
         records.setdefault((row["shard"], row["shard_index"]), []).append(row)
     faults = [
         *_metadata_faults(store, receipt),
+        *_receipt_faults(store, receipt),
         *_order_faults(unit, list(records.values()), shard),
         *_target_faults(plan, list(records.values())),
         *_duplicate_faults(records.values(), shard),

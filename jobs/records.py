@@ -164,6 +164,10 @@ Outcome = Receipt | UnitFailure | DeadLetter | UnitSkipped
 """What becomes of a unit in one run."""
 
 
+class UnreconciledError(Exception):
+    """What the bucket holds is not what was planned, or cannot be read; the message is a line per fault."""
+
+
 class UnfinishedError(Exception):
     """The run is over and the store does not say how far it came; the message says the way on."""
 

@@ -22,4 +22,8 @@ def reopen(output: ObjectStore, plan: Plan, cause: str | None = None) -> list[De
         for marker in output.list(f"{attempts.FOLDER}{letter.unit_id}/"):
             output.delete(marker.key)
         output.delete(dead.letter_key(letter.unit_id))
+    if final_manifest(output) is not None:  # written meanwhile, and it names them dead
+        for letter in letters:
+            dead.write_letter(output, letter)
+        raise ConfigError(f"{output.uri} was finished meanwhile, without these units: nothing was opened")
     return letters

@@ -15,29 +15,29 @@ from typing import Any
 
 from rich.console import Console
 
+from cluster.errors import ClusterError
 from cluster.sizing import Sizing
+from jobs.attempts import forget_interrupted
 from jobs.budgets import Budget, Opening, excess
 from jobs.config import Execution, JobConfig
 from jobs.context import JobContext, sha256_of, weights_bytes
 from jobs.estimate import estimate
+from jobs.leftovers import PROBE_PREFIX, remove_settled
 from jobs.plan import Plan, load_plan, make_plan, open_output, refuse_drift, settle_model, settle_plan
 from jobs.progress import Tally, progress
-from jobs.reconcile import Standing, finalize, stand
+from jobs.reconcile import Standing, final_manifest, finalize, num_accepted, stand
 from jobs.records import ModelFacts, Outcome, UnfinishedError, Unit, UnitFailure
-from jobs.stopping import RUNS_FOLDER, Stop, sign_key, stopped_by_signals
+from jobs.stopping import RUNS_FOLDER, Stop, stopped_by_signals
 from jobs.units import Workforce
-from storage.patient import PatientStore
-from storage.store import ObjectStore, UnavailableError
+from storage.patient import SHORT_PATIENCE_SECONDS, PatientStore
+from storage.store import ObjectStore, StoreError
 from storage.stores import probe
 
 CPU_BATCH_SIZE = 4
 """Masked inputs per forward on a CPU: larger batches fall out of the second-level cache."""
 GPU_BATCH_SIZE = 256
 
-START_PATIENCE_SECONDS = 10.0
-"""With a store that does not answer before any work is done: what is mistyped should show soon."""
-
-PROBE_PREFIX = "_job/probe-"
+GO_ON = "what is committed stays, and the same command goes on from there"
 
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 """Where the driver lists its GPUs: known without importing torch."""
@@ -79,7 +79,7 @@ class RunOutcome:
 
 def plan_job(config: JobConfig, execution: Execution) -> tuple[ObjectStore, Plan]:
     """The output's plan: the one that stands there, or one made now. Writes nothing; refuses drift."""
-    output = PatientStore(open_output(config), START_PATIENCE_SECONDS)
+    output = PatientStore(open_output(config), SHORT_PATIENCE_SECONDS)
     weights_sha256 = sha256_of(weights_bytes(config))
     standing = load_plan(output)
     if standing is None:
@@ -111,22 +111,30 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
         _write_run(output, context, execution, sizing)
         output = PatientStore(output)
         stop = Stop(output, context.run_id)
-        with stopped_by_signals(stop):
-            ran = _run_units(standing, context, state, sizing, console, stop)
+        budget = Budget(execution.max_reject_fraction, execution.max_dead_units)
+        with stopped_by_signals(stop, cuts_off=sizing is None):
+            ran = _run_units(standing, context, state, sizing, console, stop, Opening.of(standing, budget))
     try:
-        output.delete(sign_key(context.run_id))
+        stop.clear()
+        if ran.stopped is not None:
+            forget_interrupted(output, context.run_id)
         return _outcome_of(output, stand(output, plan), execution, ran)
-    except UnavailableError as error:
-        raise UnfinishedError(f"{error}; what is committed stays, and the same command goes on from there") from error
+    except StoreError as error:
+        raise UnfinishedError(f"{error}; {GO_ON}") from error
 
 
 def _outcome_of(output: ObjectStore, standing: Standing, execution: Execution, ran: Ran) -> RunOutcome:
     """What stands now, and the manifest if every unit is settled and the dead are within their budget."""
     if standing.open_units:
         return RunOutcome(standing, None, (), ran)
-    beyond = excess(standing, Budget(execution.max_reject_fraction, execution.max_dead_units))
-    too_many_dead = len(standing.dead) > execution.max_dead_units
-    return RunOutcome(standing, None if too_many_dead else finalize(output, standing), tuple(beyond), ran)
+    manifest = final_manifest(output)
+    budget = Budget(execution.max_reject_fraction, max(execution.max_dead_units, num_accepted(manifest)))
+    beyond = excess(standing, budget)
+    if len(standing.dead) > budget.max_dead_units:
+        return RunOutcome(standing, None, tuple(beyond), ran)
+    if manifest is None:
+        remove_settled(output, standing)
+    return RunOutcome(standing, finalize(output, standing), tuple(beyond), ran)
 
 
 def _check_model(config: JobConfig, state: bytes | None, console: Console) -> ModelFacts:
@@ -174,29 +182,40 @@ def _run_units(
     sizing: Sizing | None,
     console: Console,
     stop: Stop,
+    opening: Opening,
 ) -> Ran:
     """Works through the open units behind a progress line.
 
-    Asks for the end where the store is away for too long, or where nothing at all is explained.
+    Asks for the end where the store is away for too long, or where nothing at all is explained. Raises
+    UnfinishedError where the job cannot go on after its first unit, and ClusterError or ModelError before it.
     """
     config, units = context.config, standing.open_units
     num_records = sum(unit.num_records for unit in units)
     guess = estimate(config, num_records, on_gpu=context.device != "cpu")
     num_workers = sizing.num_actors if sizing is not None else 1
     expected = guess.seconds(num_workers) if guess.is_measured else None
-    failures = []
-    opening = Opening(standing.total("num_ok") > 0)
+    failures: list[UnitFailure] = []
+    begun = False
     start = time.monotonic()
-    with progress(console, Tally(num_records, expected)) as update:
-        for outcome in _outcomes(units, context, state, sizing, stop):
-            update(outcome)
-            opening.add(outcome)
-            if isinstance(outcome, UnitFailure):
-                failures.append(outcome)
-                if outcome.store_is_away:
-                    stop.request("the store does not answer")
-            if opening.is_hopeless:
-                stop.request(opening.verdict())
+    try:
+        with progress(console, Tally(num_records, expected)) as update:
+            for outcome in _outcomes(units, context, state, sizing, stop):
+                begun = True
+                update(outcome)
+                opening.add(outcome)
+                if isinstance(outcome, UnitFailure):
+                    failures.append(outcome)
+                    if outcome.store_is_away:
+                        stop.request("the store does not answer")
+                if opening.is_hopeless:
+                    stop.request(opening.verdict())
+    except (ClusterError, StoreError) as error:
+        if not begun:
+            raise
+        raise UnfinishedError(f"{error}; {GO_ON}") from error
+    except KeyboardInterrupt:  # a second signal, or the end of the grace
+        if stop.reason is None:
+            raise
     return Ran(tuple(failures), time.monotonic() - start, stop.reason, opening.is_hopeless)
 
 

@@ -36,6 +36,7 @@ class Stop:
         """Why; None: nobody asked."""
         self.deadline = float("inf")
         """When waiting for units under way ends, on the monotonic clock."""
+        self._sign: threading.Thread | None = None
 
     def request(self, reason: str) -> None:
         """Asks the workers to stop; the first reason counts. Does not wait for the store."""
@@ -43,7 +44,14 @@ class Stop:
             return
         self.reason = reason
         self.deadline = time.monotonic() + GRACE_SECONDS
-        threading.Thread(target=self._put_sign, args=(reason,), daemon=True).start()
+        self._sign = threading.Thread(target=self._put_sign, args=(reason,), daemon=True)
+        self._sign.start()
+
+    def clear(self) -> None:
+        """Takes the sign away, once no worker of the run is left."""
+        if self._sign is not None:
+            self._sign.join(GRACE_SECONDS)
+        self.output.delete(sign_key(self.run_id))
 
     def _put_sign(self, reason: str) -> None:
         with suppress(StoreError):  # a store that is away stops the run as well
@@ -51,20 +59,30 @@ class Stop:
 
 
 @contextmanager
-def stopped_by_signals(stop: Stop) -> Iterator[None]:
-    """Turns the first SIGTERM or SIGINT of the body into a request to stop; the second ends it at once."""
+def stopped_by_signals(stop: Stop, *, cuts_off: bool) -> Iterator[None]:
+    """Turns the first SIGTERM or SIGINT of the body into a request to stop; the second raises KeyboardInterrupt.
+
+    `cuts_off`: the body does the work itself and cannot look at the clock, so the end of the grace is a
+    second signal.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+
+    end_of_grace = threading.Timer(GRACE_SECONDS, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+    end_of_grace.daemon = True
 
     def handle(number: int, _frame: FrameType | None) -> None:
         if stop.reason is not None:
             raise KeyboardInterrupt
         stop.request(signal.Signals(number).name)
+        if cuts_off:
+            end_of_grace.start()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
+        end_of_grace.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -8,6 +8,8 @@ from storage.store import ObjectInfo, ObjectStore, UnavailableError
 
 PATIENCE_SECONDS = 360.0
 """A store may be away for five minutes and a job waits for it; beyond, the job ends and says how to go on."""
+SHORT_PATIENCE_SECONDS = 10.0
+"""Where a person waits, or no work is done yet: what is mistyped should show soon."""
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 20.0
 
@@ -21,9 +23,14 @@ class PatientStore:
     whose object stands, as it must after any doubt.
     """
 
-    def __init__(self, store: ObjectStore, seconds: float | None = None) -> None:
-        """`seconds` of waiting per call, after which UnavailableError is raised; None: PATIENCE_SECONDS."""
-        self.store = store
+    def __init__(
+        self, store: ObjectStore, seconds: float | None = None, *, waiting: Callable[[], None] = lambda: None
+    ) -> None:
+        """`seconds` of waiting per call, after which UnavailableError is raised; None: PATIENCE_SECONDS.
+
+        `waiting` is called before every try: to wait for a store is no hang.
+        """
+        self.store, self.waiting = store, waiting
         self.seconds = PATIENCE_SECONDS if seconds is None else seconds
 
     @property
@@ -53,6 +60,7 @@ class PatientStore:
         deadline = time.monotonic() + self.seconds
         pause = FIRST_PAUSE_SECONDS
         while True:
+            self.waiting()
             try:
                 return call()
             except UnavailableError:

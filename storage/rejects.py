@@ -36,3 +36,7 @@ class Reject(Exception):
         """One of the closed list."""
         self.message = message
         """One sentence for the reader of the output, with both sides (wanted and met)."""
+
+    def __reduce__(self) -> "tuple[type[Reject], tuple[RejectCode, str]]":
+        """An exception is rebuilt from its first argument alone; this one has two."""
+        return type(self), (self.code, self.message)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from jobs import attempts
 from jobs.attempts import Desk, attempted
@@ -22,13 +24,13 @@ from jobs.receipts import receipt_of
 from jobs.reconcile import MANIFEST_KEY, UnreconciledError, finalize, stand
 from jobs.records import Cause, DeadLetter, Receipt, UnitFailure, UnitSkipped
 from jobs.retry import reopen
-from jobs.run import plan_job
+from jobs.run import plan_job, run_job
 from jobs.stopping import sign_key
 from jobs.unit import commit_unit
 from storage.local import LocalStore
 from storage.rejects import Reject, RejectCode
 from storage.store import ChangedError, DamagedError, MissingError, StoreError, UnavailableError
-from tests.jobs.jobs_of import config_of, fragments_in, rows_in, run_here
+from tests.jobs.jobs_of import blocksight, config_of, fragments_in, rows_in, run_here
 from tests.jobs.test_commit import UNIT, result
 from tests.jobs.tiny import folder_of_images, folder_of_tables, folder_of_tars, picture, red
 from tests.storage.memory import MemoryStore
@@ -115,12 +117,24 @@ def test_other_trouble_leaves_the_unit_open(stage, error, away):
     assert read_letters(place.output, [UNIT]) == {}
 
 
-def test_a_run_that_was_asked_to_stop_takes_no_unit():
+def test_a_run_that_was_asked_to_stop_takes_no_unit_and_keeps_what_is_explained():
     place = desk()
     place.output.put(sign_key("another"), b"")
     assert attempted(UNIT, "read", place, lambda _: "worked") == "worked"
     place.output.put(sign_key("run"), b"SIGTERM")
-    assert attempted(UNIT, "read", place, lambda _: "worked") == UnitSkipped(UNIT.unit_id)
+    for stage in ("read", "explain"):
+        assert attempted(UNIT, stage, place, lambda _: "worked") == UnitSkipped(UNIT.unit_id)
+    assert attempted(UNIT, "commit", place, lambda _: "worked") == "worked"
+
+
+def test_the_markers_of_an_interrupted_run_are_no_deaths():
+    place = desk()
+    with pytest.raises(KeyboardInterrupt):
+        attempted(UNIT, "read", place, raising(KeyboardInterrupt()))
+    for run in ("run", "another"):
+        place.output.put(f"_job/attempts/{UNIT.unit_id}/explain-{run}-1.json", b"{}")
+    attempts.forget_interrupted(place.output, "run")
+    assert markers(place.output) == [f"_job/attempts/{UNIT.unit_id}/explain-another-1.json"]
 
 
 # ---------------------------------------------------------------- isolation
@@ -130,13 +144,22 @@ def itself(function):
     return function
 
 
+class OddError(Exception):
+    def __init__(self, one, two):
+        super().__init__("it does not pickle")
+
+
 def fatal(item):
     if item == "abort":
         os.abort()
     if item == "raise":
         raise ZeroDivisionError("by nothing")
     if item == "reject":
-        raise Reject(RejectCode.CORRUPT, "an exception that does not pickle")
+        raise Reject(RejectCode.CORRUPT, "one of ours")
+    if item == "odd":
+        raise OddError(1, 2)
+    if item == "result":
+        return lambda: "which does not pickle"
     if item == "much":
         return len(np.zeros(int(0.9 * _free_bytes()), np.uint8))
     return item, os.getpid()
@@ -152,8 +175,13 @@ def test_a_process_apart_dies_alone_and_says_how():
             apart("abort")
         with pytest.raises(ZeroDivisionError, match="by nothing"):
             apart("raise")
-        with pytest.raises(RuntimeError, match="Reject: an exception that does not pickle"):
+        with pytest.raises(Reject, match="one of ours") as caught:
             apart("reject")
+        assert caught.value.code is RejectCode.CORRUPT
+        with pytest.raises(RuntimeError, match="OddError: it does not pickle"):
+            apart("odd")
+        with pytest.raises((AttributeError, pickle.PicklingError), match="pickle"):
+            apart("result")
         with pytest.raises(MemoryError):
             apart("much")
         last = apart("fine again")[1]
@@ -205,7 +233,7 @@ def half_dead(tmp_path):
 def test_a_dead_unit_is_no_success_until_it_is_retried_or_done_without(half_dead, tmp_path):
     data, store, outcome, mend = half_dead
     assert outcome.manifest is None
-    assert outcome.excess == (f"{len(outcome.standing.dead)} dead units, and --max-dead-units allows 0",)
+    assert outcome.excess[0] == f"{len(outcome.standing.dead)} dead units, and --max-dead-units allows 0"
     letters = list(outcome.standing.dead.values())
     assert {(letter.cause, letter.inputs, letter.stage) for letter in letters} == {("input_missing", "a.tar", "read")}
     assert [row["shard"].endswith("b.tar") for row in rows_in(store)] == [True] * 4
@@ -226,7 +254,42 @@ def test_a_manifest_names_the_dead_that_are_done_without(half_dead):
     manifest = finalize(store, outcome.standing)
     assert {(dead["cause"], dead["inputs"]) for dead in manifest["dead"]} == {("input_missing", "a.tar")}
     assert {dead["unit_id"] for dead in manifest["dead"]} == outcome.standing.dead.keys()
-    assert excess(outcome.standing, Budget(0.5, len(outcome.standing.dead))) == []
+    (share,) = excess(outcome.standing, Budget(0.5, len(outcome.standing.dead)))
+    lost = sum(letter.num_records for letter in outcome.standing.dead.values())
+    assert share.startswith(f"{lost + outcome.standing.total('num_rejected'):,} of")
+    assert excess(outcome.standing, Budget(1.0, len(outcome.standing.dead))) == []
+
+
+def test_a_job_that_was_finished_without_its_dead_is_complete(half_dead, tmp_path):
+    data, _, outcome, _ = half_dead
+    out, dead = tmp_path / "out", len(outcome.standing.dead)
+    assert blocksight("finalize", out).returncode == 3
+    assert blocksight("finalize", out, "--max-dead-units", dead).returncode == 0
+    for again in (["finalize", out], ["status", out], ["verify", out]):
+        done = blocksight(*again)
+        assert done.returncode == 0, done.stdout
+        assert "retry" not in done.stdout
+    assert run_here(data, out).excess == excess_of_share(outcome)
+
+
+def excess_of_share(outcome):
+    return tuple(excess(outcome.standing, Budget(0.5, len(outcome.standing.dead))))
+
+
+def test_open_units_come_before_dead_ones(half_dead, tmp_path):
+    _, store, outcome, _ = half_dead
+    store.delete(next(iter(outcome.standing.receipts.values())).fragment)
+    for name in ("finalize", "status", "verify"):
+        assert blocksight(name, tmp_path / "out").returncode == 4, name
+
+
+def test_a_retry_that_a_manifest_overtakes_opens_nothing(half_dead, monkeypatch):
+    _, store, outcome, _ = half_dead
+    asked = iter([None, {"dead": []}])
+    monkeypatch.setattr("jobs.retry.final_manifest", lambda _: next(asked))
+    with pytest.raises(ConfigError, match="finished meanwhile"):
+        reopen(store, outcome.standing.plan)
+    assert read_letters(store, outcome.standing.plan.units) == outcome.standing.dead
 
 
 def test_finalize_compares_sets_and_metadata(tmp_path):
@@ -250,6 +313,8 @@ def test_a_job_of_which_nothing_is_explained_stops_early(tmp_path, monkeypatch):
     for number in range(FIRST_UNITS + 4):
         (tmp_path / "in" / f"{number}.png").write_bytes(b"no picture")
     outcome = run_here(tmp_path / "in", tmp_path / "out")
+    patient = execute(tmp_path / "in", tmp_path / "patient", max_reject_fraction=1.0)
+    assert (patient.ran.stopped, patient.excess, patient.standing.open_units) == (None, (), [])
     assert outcome.ran.is_hopeless
     assert outcome.ran.stopped == "no record of the first 5 units was explained (5 not_an_image)"
     assert len(outcome.standing.open_units) == 4
@@ -258,7 +323,11 @@ def test_a_job_of_which_nothing_is_explained_stops_early(tmp_path, monkeypatch):
     (tmp_path / "in" / "0.png").write_bytes(picture(1))
     done = run_here(tmp_path / "in", tmp_path / "third")
     assert done.manifest is not None
-    assert done.excess == ("7 of 9 records were rejected, and --max-reject-fraction allows 0.5",)
+    assert done.excess == ("7 of 9 records were rejected or are in dead units, and --max-reject-fraction allows 0.5",)
+
+
+def execute(data, output, **execution):
+    return run_job(config_of(data, output), Execution(runner="local", **execution), Console(quiet=True))
 
 
 def test_the_opening_ends_with_the_first_explained_record():
@@ -296,18 +365,26 @@ def test_a_record_that_the_model_raises_over_is_rejected_alone(tmp_path):
         assert rows[key]["map"] == calm[key]["map"]
 
 
-def test_a_careful_unit_has_the_same_bytes(tmp_path, monkeypatch):
-    """Two earlier deaths in every step: all of it runs record by record, in processes apart."""
+@pytest.mark.parametrize("make", [folder_of_images, folder_of_tars, folder_of_tables])
+def test_a_careful_unit_has_the_same_bytes(tmp_path, monkeypatch, make):
+    """Two earlier deaths in every step: all of it runs record by record, in processes apart, rejects of reading too."""
     monkeypatch.setattr("cluster.sizing.LEAST_UNIT_SECONDS", 600.0)
-    data = folder_of_images(tmp_path / "in", 3)
+    data = make(tmp_path / "in")
+    output, plan = plan_job(config_of(data, tmp_path / "plain", target="top-2"), Execution(runner="local"))
+    settle_plan(output, plan)
+    if make is folder_of_images:
+        (data / plan.units[0].objects[0].key).unlink()
     run_here(data, tmp_path / "plain", target="top-2")
     store, plain = LocalStore(tmp_path / "out"), LocalStore(tmp_path / "plain")
     for unit in load_plan(plain).units:
         for stage in ("read", "explain", "commit"):
             for number in range(2):
                 store.put(f"_job/attempts/{unit.unit_id}/{stage}-{number}.json", b"{}")
+    for info in plain.list("_job/plan/"):
+        store.put(info.key, plain.read(info.key))
     run_here(data, tmp_path / "out", target="top-2")
     assert fragments_in(store) == fragments_in(plain)
+    assert make is not folder_of_images or "input_missing" in {row["reject_code"] for row in rows_in(store)}
 
 
 # ---------------------------------------------------------------- leftovers

@@ -1,17 +1,20 @@
 """Verification from the bucket alone: every way in which an output can be wrong is seen."""
 
 import io
+import json
 
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.cli import main
 from jobs.plan import load_plan
 from jobs.receipts import metric_means, receipt_of
-from jobs.reconcile import MANIFEST_KEY, check, stand
+from jobs.reconcile import MANIFEST_KEY, check, finalize, stand
+from jobs.records import UnreconciledError
 from storage.fragments import encode_fragment, read_fragment
 from storage.local import LocalStore
 from tests.jobs.jobs_of import fragments_in, run_here
-from tests.jobs.tiny import folder_of_images, folder_of_tables
+from tests.jobs.tiny import MODEL, folder_of_images, folder_of_tables
 
 
 @pytest.fixture
@@ -97,3 +100,78 @@ def test_metric_means_do_not_depend_on_order(output):
     (name,) = [name for name in metric_means(receipts) if name.startswith("drop@")]
     assert metric_means(receipts)[name]["mean"] == pytest.approx(sum(drops) / len(drops))
     assert metric_means(receipts)[name]["count"] == len(drops) == 7
+
+
+# ---------------------------------------------------------------- against the manifest and the receipts
+
+
+def test_a_fragment_that_the_manifest_gives_up_is_seen(output):
+    manifest = json.loads(output.read(MANIFEST_KEY))
+    named = manifest["fragments"].pop()
+    unit = next(unit for unit in load_plan(output).units if unit.fragment_key == named["key"])
+    manifest["dead"].append({"unit_id": unit.unit_id, "ordinal": unit.ordinal, "cause": "poison", "inputs": "x"})
+    output.put(MANIFEST_KEY, json.dumps(manifest).encode())
+    said = f"{named['key']} stands and is not in the final manifest: its unit was given up there"
+    assert faults(output) == [said]
+    with pytest.raises(UnreconciledError, match="was given up there"):
+        finalize(output, stand(output, load_plan(output)))
+
+
+def test_a_fragment_that_was_replaced_with_metadata_that_fit_is_seen(output):
+    rewritten(output, lambda rows: [{**row, "error": "changed"} for row in rows])
+    found = faults(output)
+    assert any("sha256 is" in fault and "in its receipt" in fault for fault in found)
+    assert any("sha256 is" in fault and "in the final manifest" in fault for fault in found)
+
+
+def test_a_manifest_that_lists_a_unit_twice_or_never(output):
+    manifest = json.loads(output.read(MANIFEST_KEY))
+    unit = load_plan(output).units[0]
+    manifest["dead"].append({"unit_id": unit.unit_id, "ordinal": 0, "cause": "poison", "inputs": "x"})
+    manifest["fingerprint"] = "0" * 64
+    output.put(MANIFEST_KEY, json.dumps(manifest).encode())
+    found = faults(output)
+    assert "unit 0 is both committed and dead in the final manifest" in found
+    assert any(fault.startswith("the final manifest is of job 0000") for fault in found)
+
+
+# ---------------------------------------------------------------- what cannot be read
+
+
+@pytest.mark.parametrize("name", ["status", "verify", "finalize", "explain"])
+@pytest.mark.parametrize(
+    "key", ["data/", "_job/final/manifest.json", "_job/plan/plan.json", "_job/plan/units-"], ids=lambda key: key
+)
+def test_a_damaged_object_is_exit_5_and_named(output, capsys, monkeypatch, name, key):
+    (damaged, *_) = sorted(info.key for info in output.list(key))
+    output.put(damaged, b"PAR1 {")
+    for receipt in output.list("_job/receipts/"):
+        output.delete(receipt.key)
+    arguments = [name, str(output.root)]
+    if name == "explain":
+        arguments = [name, "--data", str(output.root.parent / "in"), "--output", str(output.root), "--model", MODEL]
+        arguments += ["--runner", "local"]
+    monkeypatch.setattr("sys.argv", ["blocksight", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = "".join(capsys.readouterr())
+    assert ended.value.code == 5, said
+    assert damaged.removeprefix("_job/plan/units") in said or "_job/plan/plan.json" in said
+
+
+def test_a_damaged_receipt_is_made_anew(output):
+    before = {info.key: output.read(info.key) for info in output.list("_job/receipts/")}
+    for key in before:
+        output.put(key, b"")
+    made = stand(output, load_plan(output)).receipts
+    assert {receipt.sha256 for receipt in made.values()} == {json.loads(body)["sha256"] for body in before.values()}
+    assert faults(output) == []
+
+
+def test_a_job_without_its_manifest_is_not_complete(output, capsys, monkeypatch):
+    output.delete(MANIFEST_KEY)
+    for name, code in (("status", 4), ("verify", 4), ("finalize", 0), ("status", 0), ("verify", 0)):
+        monkeypatch.setattr("sys.argv", ["blocksight", name, str(output.root)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert (ended.value.code or 0) == code, name

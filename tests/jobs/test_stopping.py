@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_the_first_signal_asks_and_the_second_ends():
     output = MemoryStore()
     asked = stop(output)
     before = signal.getsignal(signal.SIGTERM)
-    with stopped_by_signals(asked):
+    with stopped_by_signals(asked, cuts_off=False):
         assert asked.deadline == float("inf")
         os.kill(os.getpid(), signal.SIGTERM)
         wait_until(lambda: asked.reason == "SIGTERM")
@@ -43,6 +44,19 @@ def test_the_first_signal_asks_and_the_second_ends():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_work_in_this_process_is_cut_off_when_the_grace_is_over(monkeypatch):
+    monkeypatch.setattr("jobs.stopping.GRACE_SECONDS", 0.3)
+    asked, begun = stop(), time.monotonic()
+    with pytest.raises(KeyboardInterrupt), stopped_by_signals(asked, cuts_off=True):  # noqa: PT012 - a long work
+        os.kill(os.getpid(), signal.SIGTERM)
+        while time.monotonic() < begun + 20:
+            time.sleep(0.01)
+    assert asked.reason == "SIGTERM"
+    assert time.monotonic() < begun + 10
+    asked.clear()
+    assert not is_stopped(asked.output, "run")
 
 
 def test_the_first_reason_counts():
@@ -58,11 +72,11 @@ def test_rows_arrive_in_order_and_errors_with_them():
         yield {"n": 2}
         raise ZeroDivisionError("in the thread")
 
-    arriving = _arriving(rows(), stop())
+    arriving = _arriving(rows(), stop(), 9)
     assert [next(arriving), next(arriving)] == [{"n": 1}, {"n": 2}]
     with pytest.raises(ZeroDivisionError, match="in the thread"):
         next(arriving)
-    assert list(_arriving(iter([{"n": 1}]), stop())) == [{"n": 1}]
+    assert list(_arriving(iter([{"n": 1}]), stop(), 9)) == [{"n": 1}]
 
 
 def silent(release):
@@ -71,12 +85,11 @@ def silent(release):
 
 
 def test_a_silence_that_lasts_too_long_ends_the_run(monkeypatch):
-    monkeypatch.setattr(pipeline, "NO_PROGRESS_SECONDS", 0.3)
     monkeypatch.setattr(pipeline, "POLL_SECONDS", 0.05)
     release = threading.Event()
-    arriving = _arriving(silent(release), stop())
+    arriving = _arriving(silent(release), stop(), 0.3)
     assert next(arriving) == {"n": 1}
-    with pytest.raises(ClusterError, match="no unit has come to its end for 0 s; what is committed stays"):
+    with pytest.raises(ClusterError, match="no unit has come to its end for 0 s"):
         next(arriving)
     release.set()
 
@@ -85,7 +98,7 @@ def test_the_grace_time_ends_the_waiting(monkeypatch):
     monkeypatch.setattr(pipeline, "POLL_SECONDS", 0.05)
     monkeypatch.setattr("jobs.stopping.GRACE_SECONDS", 0.3)
     release, asked = threading.Event(), stop()
-    arriving = _arriving(silent(release), asked)
+    arriving = _arriving(silent(release), asked, 9)
     next(arriving)
     asked.request("SIGTERM")
     assert list(arriving) == []
@@ -136,6 +149,27 @@ def test_patience_ends_and_other_errors_go_through_at_once(no_pauses):
     with pytest.raises(MissingError):
         PatientStore(InterceptedStore(MemoryStore(), away), seconds=5).head("a")
     assert away.left == 4
+
+
+def test_waiting_for_a_store_is_a_sign_of_life(no_pauses):
+    signs = []
+    PatientStore(InterceptedStore(MemoryStore(), Away(3)), seconds=5, waiting=lambda: signs.append(1)).head("a")
+    assert len(signs) == 4
+
+
+def test_a_step_waits_for_its_stores_under_the_watch(tmp_path, monkeypatch):
+    """A create and a head that each wait to the end of their patience are longer than the watch."""
+    from jobs.attempts import open_desk
+    from tests.jobs.jobs_of import config_of
+
+    signs = []
+    monkeypatch.setattr("jobs.attempts.alive", lambda: signs.append(1))
+    (tmp_path / "in").mkdir()
+    context = SimpleNamespace(config=config_of(tmp_path / "in", tmp_path / "out"), run_id="run")
+    desk = open_desk(context)
+    for store in (desk.source, desk.output):
+        assert store.head("a") is None
+    assert len(signs) == 2
 
 
 def test_the_watch_is_on_only_while_something_is_watched(monkeypatch):
