@@ -291,20 +291,51 @@ EXPLAINERS: Mapping[str, ExplainerEntry] = {
     "edges": _control("Sobel's edge detector"),
 }
 
+_ONE, _CURVE = "1 F, shared", "29 F"
+
+
+def _kept(share: int, better: Literal["lower", "higher"]) -> MetricEntry:
+    said = "score lost" if better == "lower" else "share of maps whose score grows"
+    return MetricEntry(f"{said} when the {share} % most salient pixels stay, dimmed by the map", better, "%", _ONE)
+
+
 METRICS: Mapping[str, MetricEntry] = {
     "drop": MetricEntry(
-        "score lost when only the top 15 % of pixels are kept, relative to the score",
-        "lower",
-        "%",
-        "1 F, shared",
+        "score lost when only the top 15 % of pixels are kept, relative to the score", "lower", "%", _ONE
     ),
     "increase": MetricEntry(
-        "share of records whose score grows when only the top 15 % of pixels are kept",
-        "higher",
-        "%",
-        "1 F, shared",
+        "share of records whose score grows when only the top 15 % of pixels are kept", "higher", "%", _ONE
+    ),
+    "insertion": MetricEntry(
+        "mean score while pixels come back onto a blurred picture, salient first", "higher", "0 to 1", _CURVE
+    ),
+    "deletion": MetricEntry("mean score while pixels go, salient first", "lower", "0 to 1", _CURVE),
+    "average_drop_100": _kept(100, "lower"),
+    "average_increase_100": _kept(100, "higher"),
+    "average_drop_50": _kept(50, "lower"),
+    "average_increase_50": _kept(50, "higher"),
+    "average_drop_15": _kept(15, "lower"),
+    "average_increase_15": _kept(15, "higher"),
+    "pos": MetricEntry("how long the prediction stays while salient pixels go", "lower", "0 to 90", "10 F"),
+    "neg": MetricEntry("how long the prediction stays while other pixels go", "higher", "0 to 90", "10 F"),
+    "road_morf": MetricEntry("as pos, with removed pixels imputed (ROAD)", "lower", "%", "7 F and 7 imputations"),
+    "road_lerf": MetricEntry("as neg, with removed pixels imputed (ROAD)", "higher", "%", "7 F and 7 imputations"),
+    "positive_density": MetricEntry("score under the map per share of the picture", "higher", "from 0", "2 F, shared"),
+    "negative_density": MetricEntry("score under what is left, likewise", "lower", "from 0", "2 F, shared"),
+    "ebpg": MetricEntry("share of the map's energy inside the object (needs --truth)", "higher", "%", "none"),
+    "miou": MetricEntry("overlap of the top 20 % of pixels with the object (needs --truth)", "higher", "%", "none"),
+    "bbox": MetricEntry("share of the object that as many top pixels hit (needs --truth)", "higher", "%", "none"),
+    "pointing": MetricEntry("whether the greatest value hits the object (needs --truth)", "higher", "%", "none"),
+    "entropy": MetricEntry("of the map, over that of an even one", "lower", "0 to 1", "none"),
+    "gini": MetricEntry("Gini index of the map", "higher", "0 to 1", "none"),
+    "effective_area": MetricEntry("share of the picture that the map covers", "lower", "%", "none"),
+    "sanity": MetricEntry(
+        "rank correlation with the map under random weights; only when asked", "lower", "-1 to 1", "4 explanations"
     ),
 }
+
+CONTROLS = ("random", "gaussian", "edges")
+"""Explainers that know nothing of the model."""
 
 MODELS: Mapping[str, ModelEntry] = {
     "efficientnet_lite0": ModelEntry(

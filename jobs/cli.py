@@ -14,7 +14,7 @@ from cluster.errors import ClusterError
 from engine.errors import ModelError
 from jobs import tables
 from jobs.budgets import Budget, excess
-from jobs.config import ConfigError, Execution, JobConfig, load_config, parse_parameters
+from jobs.config import ConfigError, Execution, JobConfig, execution_of, load_config, parse_parameters
 from jobs.plan import Plan, load_plan
 from jobs.progress import counted
 from jobs.reconcile import Standing, check, final_manifest, num_accepted, stand
@@ -256,6 +256,80 @@ def gc(
     for name in names:
         console.print(tables.printable(name))
     console.print(f"{counted(len(names), 'leftover')}{' found' if dry_run else ' removed'}.")
+
+
+@app.command()
+def evaluate(
+    output: Existing,
+    metrics: Annotated[str, typer.Option(help="Names joined by commas, or all. See `list metrics`.")] = "all",
+    metrics_sample: Annotated[float, typer.Option(help="Share of the records that is measured, such as 0.1.")] = 1.0,
+    truth: Annotated[
+        str | None, typer.Option(help="Where the objects are: VOC XML, COCO JSON or Parquet (file, folder, s3://).")
+    ] = None,
+    class_map: Annotated[
+        Path | None, typer.Option(help='JSON: which classes a label stands for, such as {"dog": [151, 152]}.')
+    ] = None,
+    controls: Annotated[bool, typer.Option("--controls", help="Measure a random map, a bell and edges too.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sample and of all that is random.")] = 0,
+    weights: Annotated[str | None, typer.Option(help="The weights file again, if the model came from one.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Actors.  [default: one per GPU, or CPU core]")] = None,
+    runner: Annotated[str, typer.Option(help="ray, or local: this process alone.")] = "ray",
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join.  [default: one is started]")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Masked inputs per forward.")] = None,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Measure the maps of an output: values in fragments beside them, nothing is rewritten. Resumes like explain.
+
+    Example: blocksight evaluate maps/ --metrics insertion,deletion,ebpg --truth boxes/ --metrics-sample 0.1
+    """
+    from jobs.run_evaluation import EvaluationRequest, run_evaluation
+
+    asked = EvaluationRequest(output, metrics, metrics_sample, controls, seed, truth, class_map, weights, endpoint_url)
+    execution = execution_of({"workers": workers, "runner": runner, "address": address, "batch_size": batch_size})
+    outcome = run_evaluation(asked, execution, console)
+    for failure in outcome.failures:
+        console.print(tables.failure_line(failure))
+    if outcome.stopped is not None:
+        console.print(f"Stopped: {tables.printable(outcome.stopped)}.")
+    measured = sum(own.num_values for own in outcome.done)
+    console.print(
+        f"{counted(measured, 'value')} of this run stand in {tables.printable(output.rstrip('/'))}/{outcome.folder}"
+    )
+    if outcome.num_open:
+        console.print(f"{counted(outcome.num_open, 'unit')} still open: the same command goes on from there.")
+        raise typer.Exit(INCOMPLETE)
+
+
+@app.command("compare")
+def compare_outputs(
+    outputs: Annotated[list[str], typer.Argument(help="Outputs of explain; the first one's method is the reference.")],
+    store: Annotated[str | None, typer.Option(help="Parquet file for the table.")] = None,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Compare methods: means with 95 % intervals by bootstrap over images, and marks where they differ for sure.
+
+    Every number comes from the rows that stand in the outputs; run `evaluate` on each first, for more than
+    Drop and Increase. A star marks a paired difference to the first method with p below 0.05 after Holm's
+    correction over the whole table.
+    """
+    from jobs.compare import Output, compare, rows_of_table
+
+    table = compare([Output(name, *_existing(name, endpoint_url)) for name in outputs])
+    console.print(tables.comparison_table(table))
+    if store is not None:
+        console.print(f"table: {tables.printable(_written(rows_of_table(table), Path(store)))}")
+
+
+def _written(rows: list[dict[str, Any]], file: Path) -> Path:
+    """Writes rows as Parquet. Raises ConfigError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    except OSError as error:
+        raise ConfigError(f"the table {file} cannot be written: {error.strerror or error}") from error
+    return file
 
 
 @app.command("list")

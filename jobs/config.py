@@ -230,6 +230,14 @@ def load_config(file: Path | None, options: Mapping[str, Any]) -> tuple[JobConfi
         raise ConfigError(_sentence(error)) from error
 
 
+def execution_of(options: Mapping[str, Any]) -> Execution:
+    """How a command runs, from its options; None was not given. Raises ConfigError."""
+    try:
+        return Execution.model_validate({key: value for key, value in options.items() if value is not None})
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from error
+
+
 def _joined(from_file: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     given = {key: value for key, value in options.items() if value not in (None, (), {})}
     tables = [values.get("parameters", {}) for values in (from_file, given)]

@@ -68,7 +68,7 @@ def model_facts(adapter: ModelAdapter, config: JobConfig) -> ModelFacts:
 
 
 def _blocks(adapter: ModelAdapter, config: JobConfig) -> Sequence[Place]:
-    """The blocks that the explainer looks at. Raises ModelError, and ConfigError where it looks at none of those named."""
+    """The blocks that the explainer looks at. Raises ModelError, and ConfigError for blocks that it would ignore."""
     used = EXPLAINER_ENTRIES[config.explainer].blocks
     if used == "none":
         if config.blocks:

@@ -22,6 +22,8 @@ from cluster.sizing import Sizing
 from jobs.attempts import attempted, open_desk
 from jobs.context import JobContext
 from jobs.estimate import estimate
+from jobs.evaluate import EvaluateStep, measured
+from jobs.evaluation import Evaluated, EvaluationContext
 from jobs.explain import ExplainStep
 from jobs.records import (
     DeadLetter,
@@ -53,7 +55,7 @@ POLL_SECONDS = 0.5
 HEADER = pa.schema([("header", pa.string()), ("blob", pa.large_binary()), ("outcome", pa.string())])
 """What passes between the steps: plain values as JSON, pixels or maps as raw bytes, or what became of the unit."""
 
-OUTCOMES = {kind.__name__: kind for kind in (Receipt, UnitFailure, DeadLetter, UnitSkipped)}
+OUTCOMES = {kind.__name__: kind for kind in (Receipt, UnitFailure, DeadLetter, UnitSkipped, Evaluated)}
 
 
 def run_units(
@@ -73,18 +75,20 @@ def run_units(
             for row in _arriving(wave.iter_rows(), stop, silence):
                 yield _outcome(row)
         except RayError as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            raise ClusterError(f"Ray gave the job up: {reason}") from error
+            raise _given_up(error) from error
         if stop.reason is not None:
             return
+
+
+def _given_up(error: RayError) -> ClusterError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return ClusterError(f"Ray gave the job up: {reason}")
 
 
 def _longest_seconds(units: Sequence[Unit], context: JobContext) -> float:
     """What the largest unit is expected to take on one worker."""
     most = max((unit.num_records for unit in units), default=0)
-    config, on_gpu = context.config, context.device != "cpu"
-    num_targets = config.target_choice.count
-    return estimate(config.model, config.explainer_parameters(), most, num_targets, on_gpu=on_gpu).seconds(1)
+    return estimate(context.config, most, on_gpu=context.device != "cpu").seconds(1)
 
 
 def _arriving(rows: Iterable[dict[str, Any]], stop: Stop, silence: float) -> Iterator[dict[str, Any]]:
@@ -159,6 +163,42 @@ def _read(batch: pa.Table, context: JobContext) -> pa.Table:
     return _row_of(attempted(unit, "read", desk, read))
 
 
+def evaluate_units(
+    units: Sequence[Unit], context: EvaluationContext, state: bytes | None, sizing: Sizing, stop: Stop
+) -> Iterator[Evaluated | UnitFailure]:
+    """Evaluates the units on the connected Ray session and yields what became of each. Raises ClusterError."""
+    _settle_ray_data()
+    weights = None if state is None else ray.put(state)
+    for start in range(0, len(units), WAVE_UNITS):
+        some = units[start : start + WAVE_UNITS]
+        wave = ray.data.from_items([{"unit": _json(unit)} for unit in some], override_num_blocks=len(some)).map_batches(
+            _Evaluate,
+            fn_constructor_kwargs={"context": context, "weights": weights},
+            compute=ActorPoolStrategy(size=min(sizing.num_actors, len(some)), max_tasks_in_flight_per_actor=1),
+            num_cpus=sizing.cpus_per_actor,
+            num_gpus=sizing.gpus_per_actor,
+            batch_size=1,
+            batch_format="pyarrow",
+        )
+        try:
+            for row in _arriving(wave.iter_rows(), stop, NO_PROGRESS_SECONDS):
+                yield _outcome(row)
+        except RayError as error:
+            raise _given_up(error) from error
+        if stop.reason is not None:
+            return
+
+
+class _Evaluate:
+    """The actor that measures: holds one model."""
+
+    def __init__(self, context: EvaluationContext, weights: Any) -> None:
+        self.step = EvaluateStep(context, None if weights is None else ray.get(weights))
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return _row_of(measured(self.step, _unit(json.loads(batch["unit"][0].as_py()))))
+
+
 class _Explain:
     """The actor: holds one model."""
 
@@ -210,7 +250,7 @@ def _result_table(result: UnitResult) -> pa.Table:
     return _table(_json(header), np.stack(maps) if maps else None)
 
 
-def _row_of(made: pa.Table | Outcome) -> pa.Table:
+def _row_of(made: pa.Table | Outcome | Evaluated) -> pa.Table:
     """What goes to the next step: a table as it is, or what became of the unit, which passes through."""
     if isinstance(made, pa.Table):
         return made
@@ -225,7 +265,7 @@ def _row(header: str, blob: bytes, outcome: str | None) -> pa.Table:
     return pa.Table.from_pylist([{"header": header, "blob": blob, "outcome": outcome}], schema=HEADER)
 
 
-def _outcome(row: Mapping[str, Any]) -> Outcome:
+def _outcome(row: Mapping[str, Any]) -> Any:
     made = json.loads(row["outcome"])
     return OUTCOMES[made["kind"]](**made["values"])
 

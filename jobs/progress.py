@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from jobs.evaluation import Evaluated
 from jobs.records import DeadLetter, Outcome, Receipt, UnitFailure
 
 PLAIN_SECONDS = 10.0
@@ -28,9 +29,12 @@ class Tally:
     failures: int = 0
     dead: int = 0
 
-    def add(self, outcome: Outcome) -> None:
+    verb: str = "explain"
+    """What is done to them."""
+
+    def add(self, outcome: Outcome | Evaluated) -> None:
         """Counts one more unit."""
-        if isinstance(outcome, Receipt):
+        if isinstance(outcome, Receipt | Evaluated):
             self.records += outcome.num_records
             self.forwards += outcome.num_forwards
         self.failures += isinstance(outcome, UnitFailure)
@@ -49,8 +53,8 @@ class Tally:
         rate = self.forwards / elapsed if elapsed > 0 else 0.0
         trouble = f", {counted(self.failures, 'unit')} failed" if self.failures else ""
         trouble += f", {counted(self.dead, 'unit')} dead" if self.dead else ""
-        done = f"{self.records:,}/{self.total_records:,}"
-        return f"{done} records, {rate:,.0f} masked forwards/s, {self.left(elapsed)}{trouble}"
+        pace = f"{rate:,.0f} masked forwards/s, " if self.forwards else ""
+        return f"{self.records:,}/{self.total_records:,} records, {pace}{self.left(elapsed)}{trouble}"
 
 
 def counted(number: int, noun: str) -> str:
@@ -77,7 +81,7 @@ class _TallyColumn(ProgressColumn):
 
 
 @contextmanager
-def progress(console: Console, tally: Tally) -> Iterator[Callable[[Outcome], None]]:
+def progress(console: Console, tally: Tally) -> Iterator[Callable[[Outcome | Evaluated], None]]:
     """Shows the tally while the body runs; the body hands in what becomes of each unit."""
     show = _live if console.is_terminal else _plain
     with show(console, tally) as update:
@@ -85,12 +89,18 @@ def progress(console: Console, tally: Tally) -> Iterator[Callable[[Outcome], Non
 
 
 @contextmanager
-def _live(console: Console, tally: Tally) -> Iterator[Callable[[Outcome], None]]:
-    columns = (SpinnerColumn(), TextColumn("explaining"), BarColumn(), TimeElapsedColumn(), _TallyColumn(tally))
+def _live(console: Console, tally: Tally) -> Iterator[Callable[[Outcome | Evaluated], None]]:
+    columns = (
+        SpinnerColumn(),
+        TextColumn(f"{tally.verb.removesuffix('e')}ing"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        _TallyColumn(tally),
+    )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=tally.total_records)
 
-        def update(outcome: Outcome) -> None:
+        def update(outcome: Outcome | Evaluated) -> None:
             tally.add(outcome)
             # a tar's record count is an estimate: the bar's end moves to what was really there
             tally.total_records = max(tally.total_records, tally.records)
@@ -100,16 +110,16 @@ def _live(console: Console, tally: Tally) -> Iterator[Callable[[Outcome], None]]
 
 
 @contextmanager
-def _plain(console: Console, tally: Tally) -> Iterator[Callable[[Outcome], None]]:
+def _plain(console: Console, tally: Tally) -> Iterator[Callable[[Outcome | Evaluated], None]]:
     start = shown = time.monotonic()
 
-    def update(outcome: Outcome) -> None:
+    def update(outcome: Outcome | Evaluated) -> None:
         nonlocal shown
         tally.add(outcome)
         tally.total_records = max(tally.total_records, tally.records)
         if time.monotonic() - shown >= PLAIN_SECONDS:
             shown = time.monotonic()
-            console.print(f"explaining: {tally.line(shown - start)}", highlight=False)
+            console.print(f"{tally.verb.removesuffix('e')}ing: {tally.line(shown - start)}", highlight=False)
 
     yield update
-    console.print(f"explained: {tally.line(time.monotonic() - start)}", highlight=False)
+    console.print(f"{tally.verb.removesuffix('e')}ed: {tally.line(time.monotonic() - start)}", highlight=False)

@@ -101,13 +101,13 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
         settle_plan(output, plan)
         return _outcome_of(output, standing, execution, Ran())
     state = weights_bytes(config)
-    facts = _check_model(config, state, console)
+    facts = check_model(config, state, console)
     probe(output, PROBE_PREFIX)
-    with _session(execution) as sizing:
+    with session_of(execution) as sizing:
         plan = settle_plan(output, plan)
         settle_model(output, facts)
         standing = stand(output, plan)
-        context = _context(config, plan, facts, sizing, execution)
+        context = context_of(config, plan, facts, sizing, execution)
         _write_run(output, context, execution, sizing)
         output = PatientStore(output)
         stop = Stop(output, context.run_id)
@@ -137,7 +137,7 @@ def _outcome_of(output: ObjectStore, standing: Standing, execution: Execution, r
     return RunOutcome(standing, finalize(output, standing), tuple(beyond), ran)
 
 
-def _check_model(config: JobConfig, state: bytes | None, console: Console) -> ModelFacts:
+def check_model(config: JobConfig, state: bytes | None, console: Console) -> ModelFacts:
     """Loads the model once in the driver, so that whatever is wrong with it is said before any work."""
     from jobs.explain import load, model_facts
 
@@ -149,18 +149,18 @@ def _check_model(config: JobConfig, state: bytes | None, console: Console) -> Mo
     return facts
 
 
-def _session(execution: Execution) -> AbstractContextManager[Sizing | None]:
+def session_of(execution: Execution) -> AbstractContextManager[Sizing | None]:
     """Starts or joins Ray and says how the job fits on it; None: in this process."""
     if execution.runner == "local":
         return nullcontext()
-    from cluster.session import ray_session
 
     return ray_session(execution.address, num_actors=execution.workers)
 
 
-def _context(
+def context_of(
     config: JobConfig, plan: Plan, facts: ModelFacts, sizing: Sizing | None, execution: Execution
 ) -> JobContext:
+    """What the workers of this run are told."""
     on_gpu = sizing is not None and sizing.gpus_per_actor > 0
     return JobContext(
         config,

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from engine import catalog
+from jobs.compare import Cell, Column, Comparison
 from jobs.config import JobConfig
 from jobs.estimate import estimate
 from jobs.plan import Plan
@@ -170,6 +171,46 @@ def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     return table
+
+
+COLUMNS_ABREAST = 5
+CERTAIN = 0.05
+
+
+def comparison_table(table: Comparison) -> RenderableType:
+    """Methods by metrics, some metrics abreast; the best mean of a metric is bold."""
+    blocks = [table.columns[start : start + COLUMNS_ABREAST] for start in range(0, len(table.columns), COLUMNS_ABREAST)]
+    cells = {(cell.column, cell.method): cell for cell in table.cells}
+    shown = [_comparison_block(table.methods, block, cells) for block in blocks]
+    note = f"mean [95 % interval over images] maps; * differs from {printable(table.methods[0])}, p < 0.05 after Holm"
+    return Group(*shown, note)
+
+
+def _comparison_block(methods: Sequence[str], columns: Sequence[Column], cells: Mapping[Any, Cell]) -> Table:
+    shown = Table(pad_edge=False)
+    shown.add_column("method")
+    for column in columns:
+        better = catalog.METRICS[column.metric].better
+        shown.add_column(f"{column.metric}\n{better} is better\n{column.protocol[:8]}", no_wrap=True)
+    for method in methods:
+        shown.add_row(printable(method), *(_cell(cells[column, method], _best(column, cells)) for column in columns))
+    return shown
+
+
+def _best(column: Column, cells: Mapping[Any, Cell]) -> float | None:
+    means = [cell.estimate.mean for cell in cells.values() if cell.column == column and cell.estimate.mean is not None]
+    pick = min if catalog.METRICS[column.metric].better == "lower" else max
+    return pick(means, default=None)
+
+
+def _cell(cell: Cell, best: float | None) -> str:
+    own = cell.estimate
+    if own.mean is None:
+        return "-"
+    interval = f" [{own.low:.3g}, {own.high:.3g}]" if own.low is not None and own.high is not None else ""
+    mark = "*" if cell.corrected_p is not None and cell.corrected_p < CERTAIN else ""
+    text = escape(f"{own.mean:.4g}{mark}{interval} {own.count:,}")
+    return f"[bold]{text}[/bold]" if own.mean == best else text
 
 
 def record_table(rows: Sequence[Mapping[str, Any]]) -> Table:

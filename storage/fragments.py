@@ -13,13 +13,15 @@ ROW_GROUP_ROWS = 1024
 """Rows per row group: about 6 MB of maps, so that a reader may take a few columns of a few records."""
 
 
-def encode_fragment(rows: Sequence[Mapping[str, Any]], provenance: Mapping[str, str]) -> bytes:
-    """The Parquet bytes of rows in `SCHEMA`; `provenance` joins the footer's key-value metadata.
+def encode_fragment(
+    rows: Sequence[Mapping[str, Any]], provenance: Mapping[str, str], columns: pa.Schema = SCHEMA
+) -> bytes:
+    """The Parquet bytes of rows in these columns; `provenance` joins the footer's key-value metadata.
 
     Only deterministic facts belong in `provenance`: the same rows must give the same bytes.
     Raises pyarrow.ArrowInvalid or ArrowTypeError where a row does not fit the schema.
     """
-    schema = SCHEMA.with_metadata({**(SCHEMA.metadata or {}), **provenance})
+    schema = columns.with_metadata({**(columns.metadata or {}), **provenance})
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
     sink = pa.BufferOutputStream()
     pq.write_table(
@@ -27,7 +29,7 @@ def encode_fragment(rows: Sequence[Mapping[str, Any]], provenance: Mapping[str, 
         sink,
         row_group_size=ROW_GROUP_ROWS,
         compression="zstd",
-        use_dictionary=[name for name in SCHEMA.names if name != "map"],  # pyright: ignore[reportArgumentType]
+        use_dictionary=[name for name in columns.names if name != "map"],  # pyright: ignore[reportArgumentType]
         store_schema=True,
     )
     return sink.getvalue().to_pybytes()

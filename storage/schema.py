@@ -76,6 +76,26 @@ SCHEMA = pa.schema(
 )
 """Columns in order. Whatever differs from run to run (host, times, attempt) stands in the receipt instead."""
 
+EVALUATION = pa.schema(
+    [
+        _field("key", pa.string(), "the record's name", nullable=False),
+        _field("shard", pa.string(), "URI of the input object", nullable=False),
+        _field("shard_index", pa.int64(), "position of the record in its shard, from 0", nullable=False),
+        _field("target_index", pa.int32(), "class that is explained", nullable=False),
+        _field("explainer", pa.string(), "registered name, of a control too", nullable=False),
+        _field(
+            "parameters", pa.string(), "hash of the explainer's parameters, the model and its blocks", nullable=False
+        ),
+        _field("metric", pa.string(), "registered name", nullable=False),
+        _field("protocol", pa.string(), "hash of how it was measured; never average over two", nullable=False),
+        _field("value", pa.float64(), "null where the metric is not defined for the map"),
+        _field("reason", pa.string(), "why there is no value"),
+        _field("curve", pa.list_(pa.float64()), "the points that the value sums up, where it sums up a curve"),
+    ],
+    metadata={"blocksight.schema": SCHEMA_VERSION},
+)
+"""Rows of an evaluation: one per map and metric."""
+
 RECORD_COLUMNS = SCHEMA.names[: SCHEMA.names.index("label_name") + 1]
 """The columns that a record has whether it is explained or not."""
 

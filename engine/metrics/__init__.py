@@ -13,7 +13,6 @@ from engine.metrics.faithfulness import (
     Negative,
     Positive,
 )
-from engine.metrics.localisation import Localisation
 from engine.metrics.metric import MapMetric
 from engine.metrics.road import LeastRelevantFirst, MostRelevantFirst
 
@@ -30,5 +29,5 @@ MASKED: Mapping[str, Callable[..., MaskedMetric]] = {
 }
 """Metrics that call the model, through a scorer."""
 
-OF_MAPS: Mapping[str, Callable[[], MapMetric]] = {"localisation": Localisation, "complexity": Complexity}
-"""Metrics that look at the map alone, or at the ground truth."""
+OF_MAPS: Mapping[str, Callable[[], MapMetric]] = {"complexity": Complexity}
+"""Metrics that look at the map alone."""

@@ -18,8 +18,13 @@ class Localisation(MapMetric):
 
     names = ("ebpg", "miou", "bbox", "pointing")
 
+    def __init__(self, truth: Mapping[str, Any]) -> None:
+        """`truth` says, as plain values, which ground truth the regions come from: part of the protocol."""
+        self.truth = truth
+
     def details(self) -> Mapping[str, Any]:
         return {
+            **self.truth,
             "region": "union of the target's objects at the map's size",
             "miou_fraction": IOU_FRACTION,
             "pointing_tolerance": POINTING_TOLERANCE,

@@ -1,5 +1,4 @@
 """Comparing methods: mean, bootstrap interval, paired difference, Holm's correction; sums that merge in any order."""
-# ruff: noqa: A005 - nothing runs with jobs/ itself on the path, so the standard library's module stays in sight
 
 import hashlib
 import math

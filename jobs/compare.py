@@ -1,0 +1,204 @@
+"""Comparing outputs: methods by metrics from the rows that stand, with intervals over images and corrected marks."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from engine.catalog import METRICS
+from jobs.bootstrap import MethodEstimate, MetricSums, PairedDifference, differences, estimate, holm, key_hashes
+from jobs.config import ConfigError
+from jobs.evaluation import folders, values_of
+from jobs.plan import Plan
+from storage.fragments import read_fragment
+from storage.schema import OK
+from storage.store import ObjectStore
+
+STORED = ["key", "target_index", "status", "explainer", "parameters", "metrics"]
+VALUES_AT_ONCE = 20_000_000
+"""That are in memory together, 24 bytes each; more are worked on in passes over disjoint shares of the images."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output of `explain`, with the evaluations beside it."""
+
+    name: str
+    """As the user wrote it."""
+    store: ObjectStore
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Column:
+    """One metric under one protocol: values of two protocols never meet."""
+
+    metric: str
+    protocol: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method's mean of a metric, and how it differs from the reference on the maps that both have."""
+
+    method: str
+    column: Column
+    estimate: MethodEstimate
+    difference: PairedDifference | None
+    """None for the reference."""
+    corrected_p: float | None
+    """Holm's, over all differences of the table; None where there is none."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The table."""
+
+    methods: tuple[str, ...]
+    """The first is the reference."""
+    columns: tuple[Column, ...]
+    cells: tuple[Cell, ...]
+    """Method by method within each column."""
+
+
+def compare(outputs: Sequence[Output]) -> Comparison:
+    """The table of all methods and metrics that the outputs hold. Raises ConfigError where there is nothing."""
+    methods, num_values = _methods(outputs)
+    if not num_values:
+        raise ConfigError("no value of any metric stands in the outputs: run `blocksight explain` or `evaluate` first")
+    num_passes = -(-num_values // VALUES_AT_ONCE)
+    sums: dict[Column, MetricSums] = {}
+    for which in range(num_passes):
+        for column, own in _pass(outputs, methods, which, num_passes):
+            sums[column] = sums[column] + own if column in sums else own
+    columns = sorted(sums, key=lambda column: (list(METRICS).index(column.metric), column.protocol))
+    return Comparison(tuple(methods.values()), tuple(columns), tuple(_cells(list(methods.values()), columns, sums)))
+
+
+MethodKey = tuple[int, str, str]
+"""Number of the output, explainer, digest of its parameters."""
+
+
+def _methods(outputs: Sequence[Output]) -> tuple[dict[MethodKey, str], int]:
+    """The methods by name, in order of appearance and controls last, and how many values there are."""
+    found: dict[MethodKey, int] = {}
+    for number, output in enumerate(outputs):
+        for table in _tables(output):
+            counts = table.group_by(["explainer", "parameters"]).aggregate([([], "count_all")])
+            for row in counts.to_pylist():
+                key = (number, row["explainer"], row["parameters"])
+                found[key] = found.get(key, 0) + row["count_all"]
+    own = [key for key in found if key[1] == outputs[key[0]].plan.identity["explainer"]]
+    ordered = [*own, *(key for key in found if key not in own)]
+    names = [explainer for _, explainer, _ in ordered]
+    return {key: _name(key, names, outputs) for key in ordered}, sum(found.values())
+
+
+def _name(key: MethodKey, names: Sequence[str], outputs: Sequence[Output]) -> str:
+    number, explainer, parameters = key
+    if names.count(explainer) == 1:
+        return explainer
+    return f"{explainer} ({outputs[number].name.rstrip('/').rpartition('/')[2]}, {parameters[:6]})"
+
+
+def _tables(output: Output) -> Iterator[pa.Table]:
+    """All values, fragment by fragment: of `explain`, then of each evaluation; the same columns in each."""
+    standing = {info.key for info in output.store.list("data/")}
+    for unit in output.plan.units:
+        if unit.fragment_key in standing:
+            yield _explained(read_fragment(output.store.read(unit.fragment_key), STORED))
+    for folder in folders(output.store):
+        for table in values_of(output.store, folder):
+            sound = table.filter(pc.is_valid(table["value"]))
+            yield sound.select(["key", "target_index", "explainer", "parameters", "metric", "protocol", "value"])
+
+
+def _explained(rows: pa.Table) -> pa.Table:
+    """Drop and Increase of a fragment's explained rows, one value a row."""
+    sound = rows.filter(pc.equal(rows["status"], OK))
+    parts = []
+    for name in ("drop", "increase"):
+        value = pc.cast(pc.struct_field(sound["metrics"], name), pa.float64())
+        scaled = pc.multiply(value, 100.0) if name == "increase" else value  # a share of true, in percent
+        part = sound.select(["key", "target_index", "explainer", "parameters"])
+        part = part.append_column("metric", pa.array([name] * len(sound), pa.string()))
+        part = part.append_column("protocol", pc.struct_field(sound["metrics"], "protocol"))
+        parts.append(part.append_column("value", scaled))
+    return pa.concat_tables(parts)
+
+
+def _pass(
+    outputs: Sequence[Output], methods: Mapping[MethodKey, str], which: int, num_passes: int
+) -> Iterator[tuple[Column, MetricSums]]:
+    """The sums of every column over the images of one share; an image is never parted."""
+    order = {key: place for place, key in enumerate(methods)}
+    found: dict[Column, dict[int, list[NDArray[Any]]]] = {}
+    for number, output in enumerate(outputs):
+        for table in _tables(output):
+            hashes = key_hashes(table["key"].to_pylist())
+            mine = table.filter(pa.array(hashes % np.uint64(num_passes) == which))
+            hashes = hashes[hashes % np.uint64(num_passes) == which]
+            for column, method, places in _groups(mine):
+                values = mine["value"].to_numpy()[places]
+                targets = mine["target_index"].to_numpy()[places]
+                block = np.rec.fromarrays([hashes[places], targets, values], names="image,target,value")
+                found.setdefault(column, {}).setdefault(order[number, *method], []).append(block)
+    for column, blocks in found.items():
+        yield column, _sums({place: np.concatenate(own) for place, own in blocks.items()}, len(methods))
+
+
+def _groups(table: pa.Table) -> Iterator[tuple[Column, tuple[str, str], NDArray[np.intp]]]:
+    """Rows by metric, protocol and method."""
+    names = ["metric", "protocol", "explainer", "parameters"]
+    numbered = table.append_column("place", pa.array(np.arange(len(table))))
+    for row in numbered.group_by(names).aggregate([("place", "list")]).to_pylist():
+        column = Column(row["metric"], row["protocol"])
+        yield column, (row["explainer"], row["parameters"]), np.array(row["place_list"])
+
+
+def _sums(blocks: Mapping[int, NDArray[Any]], num_methods: int) -> MetricSums:
+    """One row per image and target, one column per method; NaN where a method has no value."""
+    places = np.concatenate([np.stack([own["image"], own["target"].astype(np.uint64)], 1) for own in blocks.values()])
+    rows, inverse = np.unique(places, axis=0, return_inverse=True)
+    values = np.full((len(rows), num_methods), np.nan)
+    start = 0
+    for method, own in blocks.items():
+        values[inverse.ravel()[start : start + len(own)], method] = own["value"]
+        start += len(own)
+    return MetricSums.of(rows[:, 0], values)
+
+
+def _cells(methods: Sequence[str], columns: Sequence[Column], sums: Mapping[Column, MetricSums]) -> Iterator[Cell]:
+    made = {column: (estimate(sums[column]), [None, *differences(sums[column])]) for column in columns}
+    corrected = iter(holm([d and d.p_value for column in columns for d in made[column][1]]))
+    for column in columns:
+        for method, own, difference in zip(methods, *made[column], strict=True):
+            yield Cell(method, column, own, difference, next(corrected))
+
+
+def rows_of_table(table: Comparison) -> list[dict[str, Any]]:
+    """The cells as plain rows, to be stored."""
+    return [
+        {
+            "method": cell.method,
+            "reference": table.methods[0],
+            "metric": cell.column.metric,
+            "protocol": cell.column.protocol,
+            "better": METRICS[cell.column.metric].better,
+            "mean": cell.estimate.mean,
+            "low": cell.estimate.low,
+            "high": cell.estimate.high,
+            "count": cell.estimate.count,
+            "difference": cell.difference and cell.difference.difference,
+            "difference_low": cell.difference and cell.difference.low,
+            "difference_high": cell.difference and cell.difference.high,
+            "p_value": cell.difference and cell.difference.p_value,
+            "p_corrected": cell.corrected_p,
+            "paired_count": cell.difference and cell.difference.count,
+        }
+        for cell in table.cells
+    ]

@@ -1,0 +1,198 @@
+"""The evaluate step: one model in memory, an explained unit in, the values of its metrics out, committed once."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engine.catalog import CONTROLS, NoParameters
+from engine.errors import ModelError
+from engine.explainers import EXPLAINERS
+from engine.metrics import MASKED, OF_MAPS
+from engine.metrics.localisation import Localisation
+from engine.metrics.metric import Maps, Metric, Region, Value
+from engine.metrics.sanity import Sanity
+from engine.models import ModelAdapter
+from engine.perturb import perturbation
+from engine.scorer import Scorer
+from engine.targets import ClassProbability
+from jobs.attempts import open_desk
+from jobs.config import digest_of
+from jobs.context import JobContext
+from jobs.evaluation import Evaluated, Evaluation, EvaluationContext, fragment_key, regions_key
+from jobs.explain import IMAGES_PER_CHUNK, baseline_of, load, make_explainer, seed_of, stored
+from jobs.records import Unit, UnitFailure
+from jobs.stopping import Stop
+from jobs.unit import read_unit
+from jobs.watch import alive, watched
+from storage.fragments import encode_fragment, read_fragment
+from storage.maps import decode_map
+from storage.schema import EVALUATION, MAX_ERROR_LENGTH, OK
+from storage.store import AlreadyExistsError, StoreError, UnavailableError
+from storage.truth import region
+
+Row = dict[str, Any]
+Record = Sequence[Row]
+"""The stored rows of one record, one per target."""
+
+
+def metrics_of(evaluation: Evaluation, adapter: ModelAdapter, context: JobContext, batch_size: int) -> list[Metric]:
+    """The evaluations that give the wanted values, each once."""
+    baseline = baseline_of(context.config.explainer_parameters())
+    scorer = Scorer(adapter, perturbation(adapter, baseline), batch_size)
+    found: list[Metric] = [make(scorer, baseline) for make in MASKED.values()]
+    found += [make() for make in OF_MAPS.values()]
+    found.append(Localisation(regions_key(evaluation)))
+    blocks = [block["name"] for block in context.facts.blocks]
+    make = partial(make_explainer, config=context.config, blocks=blocks, batch_size=batch_size)
+    found.append(Sanity(adapter, make, evaluation.seed))
+    return [metric for metric in found if set(metric.names) & set(evaluation.metrics)]
+
+
+class EvaluateStep:
+    """Measures whole units with one model."""
+
+    def __init__(self, context: EvaluationContext, state: bytes | None) -> None:
+        """Loads the model and checks it against the plan's. Raises ModelError."""
+        job = context.job
+        torch.set_num_threads(job.num_threads)
+        self.context, self.evaluation, self.job = context, context.evaluation, job
+        self.desk = open_desk(job)
+        self.adapter = load(job.config, state, job.device, job.import_path)
+        if self.adapter.fingerprint != job.facts.weights_sha256:
+            raise ModelError("these are other weights than those that the maps were made with")
+        self.adapter.module.register_forward_pre_hook(lambda *_: alive())
+        self.metrics = metrics_of(self.evaluation, self.adapter, job, job.batch_size)
+        wanted = CONTROLS if self.evaluation.controls else ()
+        self.controls = {name: EXPLAINERS[name](self.adapter, NoParameters()) for name in wanted}
+
+    def __call__(self, unit: Unit) -> Evaluated:
+        """The unit's values, committed; those of another attempt count where they stand. Raises StoreError."""
+        rows = read_fragment(self.desk.output.read(unit.fragment_key)).to_pylist()
+        chosen = [row for row in rows if row["status"] == OK and self.evaluation.holds(row["key"])]
+        records = [list(own) for _, own in groupby(chosen, key=itemgetter("shard", "shard_index"))]
+        values = list(self._values(unit, records)) if records else []
+        provenance = {"blocksight.job": self.job.fingerprint, "blocksight.unit": unit.unit_id}
+        body = encode_fragment(values, provenance, EVALUATION)
+        key = fragment_key(self.context.folder, unit)
+        try:
+            self.desk.output.create(key, body)
+        except StoreError as error:  # another attempt was first, or the reply was lost
+            if not isinstance(error, AlreadyExistsError) and self.desk.output.head(key) is None:
+                raise
+        return Evaluated(unit.unit_id, len(records), len(values))
+
+    def _values(self, unit: Unit, records: Sequence[Record]) -> Iterator[Row]:
+        pixels = self._pixels(unit)
+        seen = [record for record in records if _place(record) in pixels]
+        for start in range(0, len(seen), IMAGES_PER_CHUNK):
+            chunk = seen[start : start + IMAGES_PER_CHUNK]
+            maps = self._maps(chunk, np.stack([pixels[_place(record)] for record in chunk]))
+            yield from self._measured(chunk, maps, {})
+            for name, explainer in self.controls.items():
+                made = explainer.explain(maps.inputs_nchw, maps.target, maps.seeds)
+                saliency = [[stored(one.saliency_hw) for one in own] for own in made]
+                method = {"explainer": name, "parameters": digest_of({"control": name})[:16]}
+                yield from self._measured(chunk, replace(maps, saliency=saliency), method)
+        for record in records:
+            if _place(record) not in pixels:
+                yield from self._without(record)
+
+    def _pixels(self, unit: Unit) -> Mapping[tuple[str, int], NDArray[np.uint8]]:
+        """The unit's images that can still be read, by shard and index."""
+        taken = read_unit(unit, self.desk.source, self.job.config, self.job.facts.input_size)
+        sound = [record for record in taken.records if record.reject_code is None]
+        return {(one.shard, one.shard_index): own for one, own in zip(sound, taken.pixels, strict=True)}
+
+    def _maps(self, records: Sequence[Record], pixels: NDArray[np.uint8]) -> Maps:
+        inputs = self.adapter.normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        classes = torch.tensor([[row["target_index"] for row in record] for record in records])
+        return Maps(
+            inputs,
+            ClassProbability(classes.to(self.adapter.device)),
+            saliency=[[decode_map(row["map"]).astype(np.float64) for row in record] for record in records],
+            scores=[[row["score"] for row in record] for record in records],
+            ranks=[[row["target_rank"] for row in record] for record in records],
+            regions=[[self._region(row) for row in record] for record in records],
+            seeds=[seed_of(self.job.config, record[0]["key"]) for record in records],
+        )
+
+    def _region(self, row: Row) -> Region | None:
+        truth = self.context.truth
+        image = truth.find(row["key"]) if truth is not None else None
+        if image is None:
+            return None
+        labels = self.evaluation.labels_of(row["target_index"], row["target_name"])
+        original = (row["height"], row["width"])
+        return region(image, labels, original, self.job.facts.input_size, self.job.config.resize)
+
+    def _measured(self, records: Sequence[Record], maps: Maps, method: Mapping[str, str]) -> Iterator[Row]:
+        """The rows of some maps, record by record; `method` names a control."""
+        stands = None if method else records[0][0]["metrics"]["protocol"]  # what `explain` measured already
+        metrics = [metric for metric in self.metrics if metric.digest != stands]
+        if method:  # a control looks at no weights, so that random ones say nothing of it
+            metrics = [metric for metric in metrics if not isinstance(metric, Sanity)]
+        found = [(metric, metric.evaluate(maps)) for metric in metrics]
+        for image, record in enumerate(records):
+            for index, row in enumerate(record):
+                for metric, values in found:
+                    yield from self._rows({**row, **method}, metric, values[image][index])
+
+    def _rows(self, row: Row, metric: Metric, values: Mapping[str, Value]) -> Iterator[Row]:
+        for name, value in values.items():
+            if name in self.evaluation.metrics:
+                yield _row(row, name, metric, value)
+
+    def _without(self, record: Record) -> Iterator[Row]:
+        gone = Value(None, "the image cannot be read any more, or changed")
+        for row in record:
+            for metric in self.metrics:
+                yield from self._rows(row, metric, dict.fromkeys(metric.names, gone))
+
+
+def _place(record: Record) -> tuple[str, int]:
+    return record[0]["shard"], record[0]["shard_index"]
+
+
+def _row(row: Row, name: str, metric: Metric, value: Value) -> Row:
+    copied = {column: row[column] for column in EVALUATION.names[: EVALUATION.names.index("metric")]}
+    number, reason = value.value, value.reason
+    if number is not None and not np.isfinite(number):
+        number, reason = None, "the value is not finite"
+    return {
+        **copied,
+        "metric": name,
+        "protocol": metric.digest,
+        "value": number,
+        "reason": reason,
+        "curve": value.curve,
+    }
+
+
+def measured(step: EvaluateStep, unit: Unit) -> Evaluated | UnitFailure:
+    """What became of the unit; its trouble is its own, and the others go on."""
+    try:
+        with watched():
+            return step(unit)
+    except Exception as error:  # noqa: BLE001 - as the docstring says
+        text = str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
+        away = isinstance(error, UnavailableError)
+        inputs = unit.objects[0].key
+        return UnitFailure(unit.unit_id, unit.ordinal, inputs, "evaluate", text[:MAX_ERROR_LENGTH], away)
+
+
+def run_units(
+    units: Iterable[Unit], context: EvaluationContext, state: bytes | None, stop: Stop
+) -> Iterator[Evaluated | UnitFailure]:
+    """In this process, one unit after the other, until `stop` is requested. Raises ModelError at once."""
+    step = EvaluateStep(context, state)
+    for unit in units:
+        if stop.reason is not None:
+            return
+        yield measured(step, unit)

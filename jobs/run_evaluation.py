@@ -1,0 +1,149 @@
+"""Runs an evaluation: settles what is measured, hands the units to a runner, and counts what stands."""
+
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from cluster.errors import ClusterError
+from cluster.sizing import Sizing
+from jobs.config import ConfigError, Execution
+from jobs.context import sha256_of, weights_bytes
+from jobs.evaluation import (
+    Evaluated,
+    Evaluation,
+    EvaluationContext,
+    chosen_metrics,
+    config_of,
+    open_units,
+    read_class_map,
+    settle,
+)
+from jobs.plan import load_plan, refuse_drift, settle_model
+from jobs.progress import Tally, progress
+from jobs.records import UnfinishedError, Unit, UnitFailure
+from jobs.run import GO_ON, check_model, context_of, session_of
+from jobs.stopping import Stop, stopped_by_signals
+from storage.patient import PatientStore
+from storage.store import StoreError
+from storage.stores import open_store
+from storage.truth import Truth, open_truth
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What a user asks for, as it is typed."""
+
+    output: str
+    metrics: str
+    share: float
+    controls: bool
+    seed: int
+    truth: str | None
+    class_map: Path | None
+    weights: str | None
+    endpoint_url: str | None
+
+
+@dataclass(frozen=True)
+class EvaluationOutcome:
+    """What a run left behind."""
+
+    folder: str
+    """Below the output's root."""
+    num_open: int
+    """Units of which no values stand yet."""
+    done: Sequence[Evaluated]
+    """By this run."""
+    failures: Sequence[UnitFailure]
+    stopped: str | None
+
+
+def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Console) -> EvaluationOutcome:
+    """Measures every committed map that is not measured yet; the same request again goes on, or has nothing to do.
+
+    Whatever is wrong with the request raises before any work: ConfigError, StoreError, ModelError, ClusterError.
+    """
+    output = PatientStore(open_store(asked.output, asked.endpoint_url))
+    plan = load_plan(output)
+    if plan is None:
+        raise ConfigError(f"there is no blocksight output in {output.uri}: no _job/plan/plan.json stands there")
+    truth = None if asked.truth is None else open_truth(asked.truth, asked.endpoint_url)
+    config = config_of(plan, asked.output, asked.weights, asked.endpoint_url)
+    evaluation = _evaluation(asked, truth)
+    if not any(True for _ in output.list("data/")):
+        raise ConfigError(f"nothing is explained in {output.uri} yet: there is nothing to measure")
+    folder = settle(output, plan, evaluation)
+    units = open_units(output, plan, folder)
+    if not units:
+        return EvaluationOutcome(folder, 0, (), (), None)
+    state = weights_bytes(config)
+    refuse_drift(config.identity(sha256_of(state)), plan.identity, "configuration")
+    facts = check_model(config, state, console)
+    settle_model(output, facts)  # refuses another model than the maps were made with
+    stop = Stop(output, f"evaluate-{uuid.uuid4().hex[:8]}")
+    with session_of(execution) as sizing, stopped_by_signals(stop, cuts_off=sizing is None):
+        context = EvaluationContext(context_of(config, plan, facts, sizing, execution), evaluation, folder, truth)
+        done, failures = _run(units, context, state, sizing, stop, console)
+    return EvaluationOutcome(folder, len(open_units(output, plan, folder)), done, failures, stop.reason)
+
+
+def _evaluation(asked: EvaluationRequest, truth: Truth | None) -> Evaluation:
+    if not 0 < asked.share <= 1:
+        raise ConfigError(f"--metrics-sample must be a share between 0 and 1, got {asked.share:g}")
+    if asked.class_map is not None and truth is None:
+        raise ConfigError("--class-map says what the labels of --truth mean; give both")
+    return Evaluation(
+        metrics=chosen_metrics(asked.metrics, has_truth=truth is not None),
+        share=asked.share,
+        controls=asked.controls,
+        seed=asked.seed,
+        class_map=read_class_map(asked.class_map),
+        truth_digest=None if truth is None else truth.digest,
+    )
+
+
+def _run(
+    units: Sequence[Unit],
+    context: EvaluationContext,
+    state: bytes | None,
+    sizing: Sizing | None,
+    stop: Stop,
+    console: Console,
+) -> tuple[list[Evaluated], list[UnitFailure]]:
+    """Works through the units behind a progress line. Raises UnfinishedError where it breaks off."""
+    done: list[Evaluated] = []
+    failures: list[UnitFailure] = []
+    expected = round(sum(unit.num_records for unit in units) * context.evaluation.share)
+    try:
+        with progress(console, Tally(expected, None, verb="evaluate")) as update:
+            for outcome in _outcomes(units, context, state, sizing, stop):
+                update(outcome)
+                if isinstance(outcome, UnitFailure):
+                    failures.append(outcome)
+                    if outcome.store_is_away:
+                        stop.request("the store does not answer")
+                else:
+                    done.append(outcome)
+    except (ClusterError, StoreError) as error:
+        if not done:
+            raise
+        raise UnfinishedError(f"{error}; {GO_ON}") from error
+    except KeyboardInterrupt:  # a second signal, or the end of the grace
+        if stop.reason is None:
+            raise
+    return done, failures
+
+
+def _outcomes(
+    units: Sequence[Unit], context: EvaluationContext, state: bytes | None, sizing: Sizing | None, stop: Stop
+) -> Iterator[Evaluated | UnitFailure]:
+    if sizing is None:
+        from jobs import evaluate
+
+        return evaluate.run_units(units, context, state, stop)
+    from jobs import pipeline
+
+    return pipeline.evaluate_units(units, context, state, sizing, stop)
