@@ -292,9 +292,8 @@ def evaluate(
     if outcome.stopped is not None:
         console.print(f"Stopped: {tables.printable(outcome.stopped)}.")
     measured = sum(own.num_values for own in outcome.done)
-    console.print(
-        f"{counted(measured, 'value')} of this run stand in {tables.printable(output.rstrip('/'))}/{outcome.folder}"
-    )
+    place = f"{output.rstrip('/')}/{outcome.folder}"
+    console.print(f"{counted(measured, 'value')} of this run, all in {tables.printable(place)}data")
     if outcome.num_open:
         console.print(f"{counted(outcome.num_open, 'unit')} still open: the same command goes on from there.")
         raise typer.Exit(INCOMPLETE)

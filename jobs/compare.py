@@ -15,12 +15,14 @@ from jobs.config import ConfigError
 from jobs.evaluation import folders, values_of
 from jobs.plan import Plan
 from storage.fragments import read_fragment
+from storage.schema import METRICS as METRICS_STRUCT
 from storage.schema import OK
 from storage.store import ObjectStore
 
 STORED = ["key", "target_index", "status", "explainer", "parameters", "metrics"]
+VALUE = np.dtype([("image", np.uint64), ("target", np.int32), ("value", np.float64)])
 VALUES_AT_ONCE = 20_000_000
-"""That are in memory together, 24 bytes each; more are worked on in passes over disjoint shares of the images."""
+"""That are in memory together, 20 bytes each; more are worked on in passes over disjoint shares of the images."""
 
 
 @dataclass(frozen=True)
@@ -113,21 +115,22 @@ def _tables(output: Output) -> Iterator[pa.Table]:
             yield _explained(read_fragment(output.store.read(unit.fragment_key), STORED))
     for folder in folders(output.store):
         for table in values_of(output.store, folder):
-            sound = table.filter(pc.is_valid(table["value"]))
+            sound = table.filter(pc.field("value").is_valid())
             yield sound.select(["key", "target_index", "explainer", "parameters", "metric", "protocol", "value"])
 
 
 def _explained(rows: pa.Table) -> pa.Table:
     """Drop and Increase of a fragment's explained rows, one value a row."""
-    sound = rows.filter(pc.equal(rows["status"], OK))
+    sound = rows.filter(pc.field("status") == OK)
+    metrics = sound["metrics"].combine_chunks().flatten()
+    fields = dict(zip((field.name for field in METRICS_STRUCT), metrics, strict=True))
+    values = {"drop": fields["drop"].to_numpy(), "increase": 100.0 * fields["increase"].to_numpy(zero_copy_only=False)}
     parts = []
-    for name in ("drop", "increase"):
-        value = pc.cast(pc.struct_field(sound["metrics"], name), pa.float64())
-        scaled = pc.multiply(value, 100.0) if name == "increase" else value  # a share of true, in percent
+    for name, own in values.items():
         part = sound.select(["key", "target_index", "explainer", "parameters"])
         part = part.append_column("metric", pa.array([name] * len(sound), pa.string()))
-        part = part.append_column("protocol", pc.struct_field(sound["metrics"], "protocol"))
-        parts.append(part.append_column("value", scaled))
+        part = part.append_column("protocol", fields["protocol"])
+        parts.append(part.append_column("value", pa.array(own, pa.float64())))
     return pa.concat_tables(parts)
 
 
@@ -145,10 +148,16 @@ def _pass(
             for column, method, places in _groups(mine):
                 values = mine["value"].to_numpy()[places]
                 targets = mine["target_index"].to_numpy()[places]
-                block = np.rec.fromarrays([hashes[places], targets, values], names="image,target,value")
+                block = _block(hashes[places], targets, values)
                 found.setdefault(column, {}).setdefault(order[number, *method], []).append(block)
     for column, blocks in found.items():
         yield column, _sums({place: np.concatenate(own) for place, own in blocks.items()}, len(methods))
+
+
+def _block(images: NDArray[np.uint64], targets: NDArray[np.int32], values: NDArray[np.float64]) -> NDArray[Any]:
+    block = np.empty(len(values), VALUE)
+    block["image"], block["target"], block["value"] = images, targets, values
+    return block
 
 
 def _groups(table: pa.Table) -> Iterator[tuple[Column, tuple[str, str], NDArray[np.intp]]]:

@@ -153,6 +153,7 @@ def session_of(execution: Execution) -> AbstractContextManager[Sizing | None]:
     """Starts or joins Ray and says how the job fits on it; None: in this process."""
     if execution.runner == "local":
         return nullcontext()
+    from cluster.session import ray_session
 
     return ray_session(execution.address, num_actors=execution.workers)
 
