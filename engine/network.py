@@ -83,18 +83,17 @@ def survey(module: nn.Module, example: Tensor) -> Network:
 
 
 def _heard(network: Network, example: Tensor) -> set[str]:
-    """The places whose feature maps the output depends on, on this example, or that are no tokens.
+    """The places whose feature maps the output depends on, or that are no tokens.
 
     Behind its last attention a transformer goes on with the picture's tokens, and reads the class token alone.
+    The gradient is one of NaN, which no weight silences: torchvision's transformers begin with a head of zeros.
     """
     tokens = [place for place in network.places if place.layout is not None and place.layout.kind == "tokens"]
     others = {place.name for place in network.places} - {place.name for place in tokens}
     if not tokens:
         return others
     logits, maps = network.taps(tokens)(example)
-    direction = torch.zeros_like(logits)
-    direction[:, 0] = 1
-    slopes = gradients(logits, direction, maps)
+    slopes = gradients(logits, torch.full_like(logits, float("nan")), maps)
     return others | {place.name for place, slope in zip(tokens, slopes, strict=True) if slope.any()}
 
 

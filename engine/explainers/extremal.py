@@ -54,7 +54,7 @@ def pyramid(image_chw: Tensor) -> Tensor:
 def between_levels(levels: Tensor, masks_nhw: Tensor) -> Tensor:
     """Pixels of the pyramids [n, L, 3, H, W] at the heights that the masks [n, H, W] in [0, 1] say: [n, 3, H, W]."""
     height = masks_nhw * (NUM_LEVELS - 1)
-    lower = height.detach().floor().clamp(max=NUM_LEVELS - 2)
+    lower = height.detach().floor().clamp(max=NUM_LEVELS - 2).nan_to_num()  # an index; the share stays NaN
     share = (height - lower)[:, None]
     index = lower.long()[:, None, None].expand(-1, 1, 3, -1, -1)
     below, above = (levels.gather(1, index + step)[:, 0] for step in (0, 1))
@@ -106,8 +106,9 @@ class ExtremalPerturbation(Explainer):
         indices = [index for _, index, _ in filled]
         weights = inputs_nchw.new_full((size, *self.grid), 0.5).requires_grad_(True)
         optimiser = torch.optim.SGD([weights], lr=LEARNING_RATE, momentum=MOMENTUM, dampening=MOMENTUM)
-        area_weight = AREA_WEIGHT
-        for _ in range(self.parameters.iterations):
+        for iteration in range(self.parameters.iterations):
+            # the mask starts even: there ranks mean nothing, and rounding would say where it grows
+            area_weight = AREA_WEIGHT * AREA_GROWTH**iteration if iteration else 0.0
             with torch.enable_grad():
                 masks = self._masks(weights, inputs_nchw)
                 logits = self.adapter.logits(between_levels(levels, masks))
@@ -123,7 +124,6 @@ class ExtremalPerturbation(Explainer):
             optimiser.step()
             with torch.no_grad():
                 weights.clamp_(0, 1)
-            area_weight *= AREA_GROWTH
         with torch.no_grad():
             return self._masks(weights, inputs_nchw)[: len(batch)].double().cpu()
 

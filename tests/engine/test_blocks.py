@@ -63,6 +63,70 @@ def test_efficientnet_lite0_has_2432_maps():
     assert adapter.num_classes == len(adapter.class_names) == 1000
 
 
+# ---------------------------------------------------------------- transformers
+
+
+def small_vit(**options):
+    return torchvision.models.VisionTransformer(
+        image_size=48, patch_size=8, num_layers=3, num_heads=2, hidden_dim=10, mlp_dim=12, num_classes=4, **options
+    )
+
+
+def last_block(net, size):
+    (block,) = ModelAdapter(net, input_size=(size, size)).network.blocks()
+    return block
+
+
+def test_a_transformer_has_the_last_tokens_that_its_class_token_reads():
+    """The output of the last but one layer: behind the last one's attention the picture's tokens change nothing.
+
+    torchvision's vit_b_16, but thin. Such networks begin with a head of zeros, whose logits depend on nothing.
+    """
+    net = seeded(lambda: torchvision.models.VisionTransformer(224, 16, 12, 2, 8, 12, num_classes=10))
+    assert not net.heads.head.weight.any()
+    network = ModelAdapter(net).network
+    (block,) = network.blocks()
+    assert block.layout == Layout("tokens", 8, (14, 14), prefix=1)
+    assert block == network.blocks(["encoder.layers.encoder_layer_10"])[0]
+
+
+def test_the_blocks_of_a_transformer_do_not_depend_on_its_weights():
+    fresh, trained = seeded(small_vit), seeded(small_vit, 1)
+    torch.nn.init.normal_(trained.heads.head.weight, generator=torch.Generator().manual_seed(0))
+    assert last_block(fresh, 48) == last_block(trained, 48)
+    network = ModelAdapter(trained, input_size=(48, 48)).network
+    assert last_block(trained, 48) == network.blocks(["encoder.layers.encoder_layer_1"])[0]
+
+
+class MeanOfTokens(torch.nn.Module):
+    """A transformer that reads the mean of the picture's tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = torch.nn.Conv2d(3, 10, 8, stride=8)
+        self.norm = torch.nn.LayerNorm(10)
+        self.layer = torch.nn.Linear(10, 10)
+        self.head = torch.nn.Linear(10, 4)
+
+    def forward(self, x):
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        tokens = tokens + self.layer(self.norm(tokens)).relu()
+        return self.head(tokens.mean(1))
+
+
+def test_where_all_tokens_are_read_the_last_ones_count():
+    block = last_block(seeded(MeanOfTokens), 48)
+    assert (block.name, block.layout) == ("add", Layout("tokens", 10, (6, 6)))
+
+
+def test_swins_stages_are_read_with_their_channels_last():
+    net = seeded(lambda: torchvision.models.swin_t(num_classes=10))
+    found = ModelAdapter(net).network.blocks()
+    assert [block.channels for block in found] == [96, 192, 384, 768]
+    assert [block.grid for block in found] == [(size, size) for size in (56, 28, 14, 7)]
+    assert [block.layout.kind for block in found] == ["channels last"] * 3 + ["channels first"]  # its last act
+
+
 # ---------------------------------------------------------------- small networks
 
 

@@ -1,0 +1,229 @@
+"""The slow twins of the explainers beside SISE and the CAMs: plain loops from their papers' formulas.
+
+Each takes one image [3, H, W] and one class of a float64 copy of the network, masks at full size and torch's
+own interpolation; only the random draws are the engine's, since they define which map is meant.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tests.engine.oracles import minmax, probability, upsample
+
+Tail = Callable[[nn.Module, Tensor], Tensor]
+"""Logits [1, K] of a network from the maps [1, C, h, w] of its last block."""
+
+
+def last_maps(net: nn.Module, image: Tensor) -> Tensor:
+    return net.written_out(image[None])[1][-1][0].detach()
+
+
+@torch.no_grad()
+def scorecam(net: nn.Module, image: Tensor, target: int, *, weights: str, baseline: Tensor | float) -> Tensor:
+    """`relu(sum_k w_k A_k)`, w = softmax of the logits, or the probabilities, of `H_k x + (1 - H_k) b`."""
+    kept, scores = [], []
+    for one in last_maps(net, image):
+        if one.max() > one.min():
+            mask = minmax(upsample(one[None], tuple(image.shape[1:]))[0])
+            logits = net((mask * image + (1 - mask) * baseline)[None])[0]
+            scores.append(float(logits[target] if weights == "softmax" else probability(logits, target)))
+            kept.append(one)
+    if weights == "softmax":
+        odds = [math.exp(score - max(scores)) for score in scores]
+        scores = [own / sum(odds) for own in odds]
+    native = sum(score * one for score, one in zip(scores, kept, strict=True))
+    return upsample(native.relu()[None], tuple(image.shape[1:]))[0]
+
+
+@torch.no_grad()
+def ablationcam(net: nn.Module, tail: Tail, image: Tensor, target: int) -> Tensor:
+    """`relu(sum_k (z - z(A_k = 0)) A_k)`."""
+    maps = last_maps(net, image)
+    whole = tail(net, maps[None])[0, target]
+    native = torch.zeros_like(maps[0])
+    for k in range(len(maps)):
+        without = maps.clone()
+        without[k] = 0
+        native += (whole - tail(net, without[None])[0, target]) * maps[k]
+    return upsample(native.relu()[None], tuple(image.shape[1:]))[0]
+
+
+def rise_masks(size: tuple[int, int], seed: int, *, num_masks: int, grid: int, keep: float) -> Iterator[Tensor]:
+    """The masks [H, W]: random cells, enlarged to one cell more than the image, cropped at a random shift."""
+    generator = torch.Generator().manual_seed(seed)
+    cells = (torch.rand(num_masks, grid, grid, generator=generator) < keep).double()
+    cell = [math.ceil(side / grid) for side in size]
+    down, across = (torch.randint(one, (num_masks,), generator=generator).tolist() for one in cell)
+    for own, top, left in zip(cells, down, across, strict=True):
+        large = upsample(own[None], ((grid + 1) * cell[0], (grid + 1) * cell[1]))[0]
+        yield large[top : top + size[0], left : left + size[1]]
+
+
+@torch.no_grad()
+def rise(net: nn.Module, image: Tensor, target: int, seed: int, **options) -> Tensor:
+    """`1 / (N p) sum_i s(M_i x) M_i`."""
+    total = torch.zeros(image.shape[1:], dtype=torch.float64)
+    for mask in rise_masks(tuple(image.shape[1:]), seed, **options):
+        total += float(probability(net((mask * image)[None])[0], target)) * mask
+    return total / (options["num_masks"] * options["keep"])
+
+
+@torch.no_grad()
+def occlusion(net: nn.Module, image: Tensor, target: int, *, window: int, stride: int, baseline: Tensor) -> Tensor:
+    """Per pixel the mean of `s - s(hidden)` over the windows that cover it, where it is positive."""
+    height, width = image.shape[1:]
+    whole = float(probability(net(image[None])[0], target))
+    losses: list[list[list[float]]] = [[[] for _ in range(width)] for _ in range(height)]
+    top = 0
+    while top == 0 or top - stride + window < height:
+        left = 0
+        while left == 0 or left - stride + window < width:
+            inside = [(i, j) for i in range(top, top + window) for j in range(left, left + window)]
+            inside = [(i, j) for i, j in inside if i < height and j < width]
+            hidden = image.clone()
+            for i, j in inside:
+                hidden[:, i, j] = baseline.flatten()
+            loss = whole - float(probability(net(hidden[None])[0], target))
+            for i, j in inside:
+                losses[i][j].append(loss)
+            left += stride
+        top += stride
+    return torch.tensor([[max(0.0, sum(own) / len(own)) for own in row] for row in losses])
+
+
+def slope(net: nn.Module, image: Tensor, target: int) -> Tensor:
+    """The gradient of the logit by the image."""
+    own = image.clone().requires_grad_(True)
+    return torch.autograd.grad(net(own[None])[0, target], own)[0]
+
+
+def integrated(net: nn.Module, image: Tensor, target: int, steps: int, baseline: Tensor | float) -> Tensor:
+    """The signed integral by Gauss and Legendre's rule, [3, H, W]."""
+    total = torch.zeros_like(image)
+    for node, weight in zip(*np.polynomial.legendre.leggauss(steps), strict=True):
+        share = (float(node) + 1) / 2
+        total += float(weight) / 2 * slope(net, (1 - share) * baseline + share * image, target)
+    return (image - baseline) * total
+
+
+def gradcam(net: nn.Module, image: Tensor, target: int) -> Tensor:
+    """The signed map at the block's grid."""
+    logits, blocks = net.written_out(image[None].clone().requires_grad_(True))
+    (slopes,) = torch.autograd.grad(logits[0, target], [blocks[-1]])
+    return sum(slopes[0, k].mean() * blocks[-1][0, k].detach() for k in range(slopes.shape[1]))
+
+
+def smoothgrad(net: nn.Module, image: Tensor, target: int, seed: int, *, base: str, samples: int, noise: float):
+    """The mean of the base's signed attributions over noisy copies, made a map as the base makes one."""
+    generator = torch.Generator().manual_seed(seed)
+    deviation = noise * float(image.max() - image.min())
+    attribute = {
+        "gradient": slope,
+        "integrated_gradients": lambda *of: integrated(*of, steps=50, baseline=0.0),
+        "gradcam": gradcam,
+    }[base]
+    found = []
+    for _ in range(samples):
+        copy = image + deviation * torch.randn(image.shape, generator=generator).double()
+        found.append(attribute(net, copy, target))
+    mean = sum(found) / samples
+    if base == "gradient":
+        return mean.abs().max(0).values
+    if base == "integrated_gradients":
+        return mean.sum(0).clamp(min=0)
+    return upsample(mean.clamp(min=0)[None], tuple(image.shape[1:]))[0]
+
+
+def bias_terms(net: nn.Module, image: Tensor, target: int, kinds: tuple[type, ...]) -> tuple[Tensor, list[Tensor]]:
+    """`dz/dx x`, and per layer of these kinds, in order of execution, `dz/d(output) b`; also the logit's own value.
+
+    Zeros are added to what each layer computes, to take gradients by; b is what the layer makes of zeros.
+    """
+    added, biases = [], []
+
+    def add(layer, given, out):
+        added.append(torch.zeros_like(out).requires_grad_(True))
+        with torch.no_grad():
+            biases.append(layer.forward(torch.zeros_like(given[0])))
+        return out + added[-1]
+
+    handles = [layer.register_forward_hook(add) for layer in net.modules() if isinstance(layer, kinds)]
+    own = image.clone().requires_grad_(True)
+    logit = net(own[None])[0, target]
+    for handle in handles:
+        handle.remove()
+    slopes = torch.autograd.grad(logit, [own, *added])
+    terms = [one * bias for one, bias in zip(slopes[1:], biases, strict=True)]
+    return logit.detach(), [(slopes[0] * image)[None], *terms]
+
+
+def fullgrad(net: nn.Module, image: Tensor, target: int) -> Tensor:
+    """`sum psi`, psi = absolute value, min-max over the layer, enlarged, and summed over channels."""
+    _, terms = bias_terms(net, image, target, (nn.Conv2d, nn.BatchNorm2d))
+    return sum(one for term in terms for one in upsample(minmax(term[0].abs()), tuple(image.shape[1:])))
+
+
+def max_convolution(heights: np.ndarray, smoothness: float, sharpness: float, reach: int) -> np.ndarray:
+    """`smax_v k(u - v) m(v)`, smax the softmax-weighted mean, k flat to half its deviation; the rim goes on."""
+    side_i, side_j = heights.shape
+    found = np.zeros_like(heights)
+    for i in range(side_i):
+        for j in range(side_j):
+            bells = []
+            for di in range(-reach, reach + 1):
+                for dj in range(-reach, reach + 1):
+                    far = max(0.0, math.hypot(di, dj) / smoothness - 0.5)
+                    near = heights[min(max(i + di, 0), side_i - 1), min(max(j + dj, 0), side_j - 1)]
+                    bells.append(math.exp(-2 * far**2) * near)
+            odds = [math.exp(sharpness * bell) for bell in bells]
+            found[i, j] = sum(bell * own for bell, own in zip(bells, odds, strict=True)) / sum(odds)
+    return found
+
+
+def blurred(image: np.ndarray, sigma: float) -> np.ndarray:
+    """A Gaussian cut off after three deviations, place by place; the rim goes on. [H, W]."""
+    reach = max(1, round(3 * sigma))
+    height, width = image.shape
+    found = np.zeros_like(image)
+    offsets = range(-reach, reach + 1)
+    total = sum(math.exp(-(di**2 + dj**2) / (2 * sigma**2)) for di in offsets for dj in offsets)
+    for i in range(height):
+        for j in range(width):
+            for di in offsets:
+                for dj in offsets:
+                    near = image[min(max(i + di, 0), height - 1), min(max(j + dj, 0), width - 1)]
+                    found[i, j] += math.exp(-(di**2 + dj**2) / (2 * sigma**2)) / total * near
+    return found
+
+
+def looked_up(levels: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Pixels of a pyramid [L, 3, H, W] at the heights of a mask [H, W], linear between two levels."""
+    last = len(levels) - 1
+    found = np.zeros(levels.shape[1:])
+    for i in range(mask.shape[0]):
+        for j in range(mask.shape[1]):
+            height = mask[i, j] * last
+            below = min(int(height), last - 1)
+            share = height - below
+            found[:, i, j] = (1 - share) * levels[below, :, i, j] + share * levels[below + 1, :, i, j]
+    return found
+
+
+def sobel(image: np.ndarray) -> np.ndarray:
+    """The length of Sobel's gradient of the mean over channels; the rim goes on."""
+    grey = image.mean(0)
+    height, width = grey.shape
+    found = np.zeros_like(grey)
+
+    def at(i, j):
+        return grey[min(max(i, 0), height - 1), min(max(j, 0), width - 1)]
+
+    for i in range(height):
+        for j in range(width):
+            across = sum(w * (at(i + d, j + 1) - at(i + d, j - 1)) for d, w in ((-1, 1), (0, 2), (1, 1)))
+            down = sum(w * (at(i + 1, j + d) - at(i - 1, j + d)) for d, w in ((-1, 1), (0, 2), (1, 1)))
+            found[i, j] = math.hypot(across, down)
+    return found
