@@ -23,7 +23,6 @@ NUM_LEVELS, MOST_BLUR = 8, 20.0
 """The pyramid that hides: level 0 is blurred by 20 pixels, the last one is the image."""
 AREA_WEIGHT, AREA_GROWTH = 300.0, 1.0035
 """Of the area's term against the score's, and its growth per iteration."""
-SCORE_WEIGHT = 100.0
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
 FINAL_BLUR = 0.09
 """Of the finished map, as a share of the shorter side."""
@@ -104,7 +103,7 @@ class ExtremalPerturbation(Explainer):
         levels = torch.stack([pyramids[image] for image, _, _ in filled])
         wanted = self._wanted([area for _, _, area in filled], inputs_nchw)
         indices = [index for _, index, _ in filled]
-        weights = inputs_nchw.new_full((size, *self.grid), 0.5).requires_grad_(True)
+        weights = inputs_nchw.new_ones((size, *self.grid)).requires_grad_(True)
         optimiser = torch.optim.SGD([weights], lr=LEARNING_RATE, momentum=MOMENTUM, dampening=MOMENTUM)
         for iteration in range(self.parameters.iterations):
             # the mask starts even: there ranks mean nothing, and rounding would say where it grows
@@ -119,7 +118,7 @@ class ExtremalPerturbation(Explainer):
             direction = torch.stack([directions[index][slot] for slot, index in enumerate(indices)])
             optimiser.zero_grad()
             torch.autograd.backward(
-                [logits, penalty], [-SCORE_WEIGHT * direction.to(logits.dtype), torch.ones_like(penalty)]
+                [logits, penalty], [-direction.to(logits.dtype), torch.ones_like(penalty)]
             )
             optimiser.step()
             with torch.no_grad():
