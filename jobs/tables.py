@@ -3,14 +3,13 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
 from engine import catalog
-from jobs.compare import Cell, Column, Comparison
 from jobs.config import JobConfig
 from jobs.estimate import estimate
 from jobs.plan import Plan
@@ -20,6 +19,9 @@ from jobs.reconcile import Standing
 from jobs.records import DeadLetter, UnitFailure
 from jobs.run import RunOutcome
 from jobs.units import Workforce
+
+if TYPE_CHECKING:
+    from jobs.compare import Cell, Column, Comparison  # which needs scipy, too slow for a --help
 
 MEBIBYTE = 1 << 20
 
@@ -177,7 +179,7 @@ COLUMNS_ABREAST = 5
 CERTAIN = 0.05
 
 
-def comparison_table(table: Comparison) -> RenderableType:
+def comparison_table(table: "Comparison") -> RenderableType:
     """Methods by metrics, some metrics abreast; the best mean of a metric is bold."""
     blocks = [table.columns[start : start + COLUMNS_ABREAST] for start in range(0, len(table.columns), COLUMNS_ABREAST)]
     cells = {(cell.column, cell.method): cell for cell in table.cells}
@@ -186,7 +188,7 @@ def comparison_table(table: Comparison) -> RenderableType:
     return Group(*shown, note)
 
 
-def _comparison_block(methods: Sequence[str], columns: Sequence[Column], cells: Mapping[Any, Cell]) -> Table:
+def _comparison_block(methods: Sequence[str], columns: "Sequence[Column]", cells: "Mapping[Any, Cell]") -> Table:
     shown = Table(pad_edge=False)
     shown.add_column("method")
     for column in columns:
@@ -197,13 +199,13 @@ def _comparison_block(methods: Sequence[str], columns: Sequence[Column], cells: 
     return shown
 
 
-def _best(column: Column, cells: Mapping[Any, Cell]) -> float | None:
+def _best(column: "Column", cells: "Mapping[Any, Cell]") -> float | None:
     means = [cell.estimate.mean for cell in cells.values() if cell.column == column and cell.estimate.mean is not None]
     pick = min if catalog.METRICS[column.metric].better == "lower" else max
     return pick(means, default=None)
 
 
-def _cell(cell: Cell, best: float | None) -> str:
+def _cell(cell: "Cell", best: float | None) -> str:
     own = cell.estimate
     if own.mean is None:
         return "-"

@@ -117,9 +117,7 @@ class ExtremalPerturbation(Explainer):
             directions = [own.direction(logits.detach(), index) for index in range(target.num_targets)]
             direction = torch.stack([directions[index][slot] for slot, index in enumerate(indices)])
             optimiser.zero_grad()
-            torch.autograd.backward(
-                [logits, penalty], [-direction.to(logits.dtype), torch.ones_like(penalty)]
-            )
+            torch.autograd.backward([logits, penalty], [-direction.to(logits.dtype), torch.ones_like(penalty)])
             optimiser.step()
             with torch.no_grad():
                 weights.clamp_(0, 1)
