@@ -123,14 +123,16 @@ class EvaluateStep:
             seeds=[seed_of(self.job.config, record[0]["key"]) for record in records],
         )
 
-    def _region(self, row: Row) -> Region | None:
-        truth = self.context.truth
-        image = truth.find(row["key"]) if truth is not None else None
-        if image is None:
-            return None
+    def _region(self, row: Row) -> Region | str | None:
+        """Where the row's target is, or in words why its annotation is of no use."""
+        truth, config = self.context.truth, self.job.config
         labels = self.evaluation.labels_of(row["target_index"], row["target_name"])
         original = (row["height"], row["width"])
-        return region(image, labels, original, self.job.facts.input_size, self.job.config.resize)
+        try:
+            image = truth.find(row["key"]) if truth is not None else None
+            return image and region(image, labels, original, self.job.facts.input_size, config.resize)
+        except StoreError as error:  # this record's annotation alone
+            return str(error)[:MAX_ERROR_LENGTH]
 
     def _measured(self, records: Sequence[Record], maps: Maps, method: Mapping[str, str]) -> Iterator[Row]:
         """The rows of some maps, record by record; `method` names a control."""

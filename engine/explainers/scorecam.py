@@ -34,6 +34,8 @@ class ScoreCam(Explainer):
         explanations = []
         for image, scores in enumerate(found):
             weights = scores.softmax(0) if self.parameters.weights == "softmax" else scores
+            if not maps[image].isfinite().all():  # a channel of NaN has no mask, and must not go unseen
+                weights = torch.full_like(weights, torch.nan)
             native = torch.einsum("kt,khw->thw", weights, maps[image][varied[image]]).relu()
             explanations.append(upsample(native).cpu().numpy())
         return [

@@ -17,7 +17,7 @@ class Complexity(MapMetric):
     def details(self) -> Mapping[str, Any]:
         return {"entropy": "of S / sum(S), over log(H W)", "effective_area": "sum(S)^2 / (H W sum(S^2))"}
 
-    def of(self, saliency_hw: Map, region: Region | None) -> Mapping[str, Value]:
+    def of(self, saliency_hw: Map, region: Region | str | None) -> Mapping[str, Value]:
         if is_flat(saliency_hw):
             return dict.fromkeys(self.names, undefined("the map is flat"))
         return {

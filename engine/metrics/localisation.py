@@ -32,7 +32,9 @@ class Localisation(MapMetric):
             "ties": TIES,
         }
 
-    def of(self, saliency_hw: Map, region: Region | None) -> Mapping[str, Value]:
+    def of(self, saliency_hw: Map, region: Region | str | None) -> Mapping[str, Value]:
+        if isinstance(region, str):
+            return dict.fromkeys(self.names, undefined(region))
         if region is None or not region.any():
             return dict.fromkeys(self.names, undefined("no ground truth for the target"))
         if is_flat(saliency_hw):

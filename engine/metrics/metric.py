@@ -48,8 +48,8 @@ class Maps:
     """The targets' scores on the whole images."""
     ranks: Sequence[Sequence[int]]
     """The targets' places among the model's classes; 0 is the prediction."""
-    regions: Sequence[Sequence[Region | None]]
-    """Where the targets are; None where nobody has said."""
+    regions: Sequence[Sequence[Region | str | None]]
+    """Where the targets are; None where nobody has said, or in words why what was said is of no use."""
     seeds: Sequence[int]
     """One per image, for what is random."""
 
@@ -92,7 +92,7 @@ class MapMetric(Metric):
         ]
 
     @abstractmethod
-    def of(self, saliency_hw: Map, region: Region | None) -> Mapping[str, Value]:
+    def of(self, saliency_hw: Map, region: Region | str | None) -> Mapping[str, Value]:
         """The values of one map."""
 
 

@@ -8,7 +8,6 @@ from engine import catalog
 from engine.explainers import EXPLAINERS
 from engine.explainers.sise import Sise
 from engine.fusion import GATES
-from engine.metrics import METRICS
 from engine.models import PACKAGED
 from engine.perturb import BASELINES
 
@@ -16,7 +15,6 @@ from engine.perturb import BASELINES
 def test_the_catalog_names_what_there_is():
     assert catalog.EXPLAINERS.keys() == EXPLAINERS.keys()
     assert EXPLAINERS["sise"] is Sise
-    assert catalog.METRICS.keys() == METRICS.keys()
     assert PACKAGED.keys() <= catalog.MODELS.keys()
 
 

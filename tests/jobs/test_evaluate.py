@@ -155,6 +155,21 @@ def test_ground_truth_is_measured_where_it_is_and_null_elsewhere(output, boxes, 
         assert row["value"] == pytest.approx(100 * saliency[where].sum() / saliency.sum())
 
 
+def test_an_annotation_that_is_of_no_use_is_null_with_its_reason(output, boxes):
+    coco = json.loads(boxes.read_text())
+    coco["images"][0] |= {"width": 7, "height": 9}  # of another size than the picture, as EXIF would turn it
+    coco["images"] += [{"id": 3, "file_name": "a/001.png"}, {"id": 4, "file_name": "b/001.png"}]
+    coco["images"].pop(1)
+    coco["annotations"][1]["image_id"] = 3
+    boxes.write_text(json.dumps(coco))
+    outcome = evaluated(output, metrics="ebpg,entropy", truth=str(boxes))
+    assert outcome.failures == []
+    rows = [row for row in values_in(output, outcome) if row["metric"] == "ebpg"]
+    said = {row["key"]: row["reason"] for row in rows}
+    assert "was annotated at 7 x 9 pixels" in said["ant/000.png"]
+    assert {row["value"] for row in rows} == {None}
+
+
 def test_controls_are_measured_as_methods_of_their_own(output):
     values = values_in(output, evaluated(output, metrics="deletion,drop", controls=True))
     methods = {row["explainer"] for row in values}
