@@ -112,8 +112,8 @@ MUTATIONS = (
     Mutation(
         "the manifest is replaced",
         "jobs/reconcile.py",
-        "    if manifest is not None:\n        return manifest\n",
-        "    store.delete(MANIFEST_KEY)\n",
+        "    manifest = final_manifest(store)\n",
+        "    store.delete(MANIFEST_KEY)\n    manifest = None\n",
     ),
     Mutation(
         "a local file is written in place, not linked",
@@ -142,8 +142,8 @@ MUTATIONS = (
     Mutation(
         "the attempt marker is never written",
         "jobs/attempts.py",
-        '    output.put(marker, json.dumps({"worker": worker_name()}).encode())\n',
-        "",
+        'output.put(marker, json.dumps({"worker": worker_name()}).encode())',
+        "output.uri",
     ),
     Mutation(
         "no number of deaths makes a step careful",
@@ -154,8 +154,8 @@ MUTATIONS = (
     Mutation(
         "a second dead letter replaces the first",
         "jobs/dead.py",
-        "output.create(letter_key(unit.unit_id), ",
-        "output.put(letter_key(unit.unit_id), ",
+        "output.create(letter_key(",
+        "output.put(letter_key(",
     ),
     Mutation(
         "patience gives up at once",
@@ -166,14 +166,14 @@ MUTATIONS = (
     Mutation(
         "the sign to stop is not looked at",
         "jobs/attempts.py",
-        "if is_stopped(desk.output, desk.run_id):",
-        "if False:",
+        "is_stopped(desk.output, desk.run_id)",
+        "False",
     ),
     Mutation(
         "gc removes a fragment that counts",
         "jobs/leftovers.py",
-        "names = [*_settled(store, standing), *_lost_plans(store)]",
-        "names = [*_settled(store, standing), *_lost_plans(store), *(r.fragment for r in standing.receipts.values())]",
+        "*_lost_plans(store)]",
+        "*_lost_plans(store), *(receipt.fragment for receipt in standing.receipts.values())]",
     ),
     Mutation(
         "retry opens nothing",
