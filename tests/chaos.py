@@ -7,6 +7,7 @@ about 3 GB of memory and the extras `demo` and `dev`; everything runs on this ma
 """
 
 import argparse
+import logging
 import os
 import random
 import signal
@@ -65,15 +66,18 @@ class Chaos:
         self.seconds, self.least_kills = 60 * minutes, least_kills
         self.blows: Counter[str] = Counter()
         """Those that bit."""
+        self.in_midst = 0
+        """Actors and workers that were killed in the midst of a step, not before, between or after."""
         self.spoilt: Counter[str] = Counter()
+        """Requests, by what befell them."""
         self.faults: list[str] = []
         self.num_jobs = 0
         self.start = self.driver_start = self.store_killed = float("-inf")
         self.peace: float | None = None
         """When the blows were over; None: they go on."""
         self.kills: dict[Callable[[], bool], int] = {
-            self.kill_actor: 10,
-            self.kill_worker: 7,
+            self.kill_actor: 20,
+            self.kill_worker: 14,
             self.kill_raylet: 2,
             self.kill_driver: 1,
             self.kill_store: 1,
@@ -86,7 +90,7 @@ class Chaos:
 
     def run(self, bucket: FragileBucket, folder: Path) -> None:
         """Jobs under blows until time is over and enough was killed; the last one is then left in peace."""
-        self.bucket = bucket
+        self.bucket, self.spoilt = bucket, bucket.proxy.counts
         source = open_store(f"{bucket.uri}/in", bucket.endpoint_url)
         for path in sorted(folder_of_images(folder / "in", NUM_IMAGES).rglob("*.*")):
             source.put(path.relative_to(folder / "in").as_posix(), path.read_bytes())
@@ -173,6 +177,7 @@ class Chaos:
     def strike_until_it_ends(self) -> str:
         """Blows until the driver is gone, or they are over; what it said."""
         while True:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # each new node of Ray sets its own
             with suppress(subprocess.TimeoutExpired):
                 return self.driver.communicate(
                     timeout=self.dice.uniform(SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS)
@@ -208,9 +213,12 @@ class Chaos:
         if not pids:
             return False
         pid = self.dice.choice(pids)
+        title = command_line(pid)
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-            return came_true(lambda: not is_alive(pid))
+            bit = came_true(lambda: not is_alive(pid))
+            self.in_midst += bit and ("MapWorker" not in title or ")." in title)  # Ray's title of an actor at work
+            return bit
         return False
 
     def kill_raylet(self) -> bool:
@@ -232,7 +240,7 @@ class Chaos:
     def kill_driver(self) -> bool:
         with suppress(ProcessLookupError):
             os.killpg(self.driver.pid, signal.SIGKILL)
-        return self.driver.wait(BITE_SECONDS) == -signal.SIGKILL
+        return came_true(lambda: self.driver.poll() == -signal.SIGKILL)
 
     def kill_store(self) -> bool:
         address = ("127.0.0.1", self.bucket.bucket.port)
@@ -254,18 +262,17 @@ class Chaos:
         """No connection is spoilt from here on."""
         proxy = self.bucket.proxy
         proxy.lose_reply = proxy.refuse = proxy.cut = proxy.delay = 0.0
-        self.spoilt = Counter(proxy.counts)
 
     def closing(self, seed: int, broken: BaseException | None) -> str:
         """Everything that happened, in one line."""
         kills = ", ".join(f"{self.blows[_name(kill)]} {_name(kill).removeprefix('kill ')}" for kill in self.kills)
-        others = ", ".join(f"{self.blows[_name(nuisance)]} {_name(nuisance)}" for nuisance in self.nuisances)
+        others = ", ".join(f"{self.blows[_name(nuisance)]} x {_name(nuisance)}" for nuisance in self.nuisances)
         bites = ", ".join(f"{count} {name}" for name, count in self.spoilt.most_common())
         verdict = "SOUND" if not self.faults else f"FAULTY, {len(self.faults)} faults"
         if broken is not None:
-            verdict = f"BROKEN OFF by {type(broken).__name__}: {broken}"
+            verdict = f"BROKEN OFF by {type(broken).__name__} {str(broken).splitlines()[:1]}"
         return (
-            f"chaos: seed {seed}, {self.num_kills} kills ({kills}), {others} (requests: {bites or 'none'}); "
+            f"chaos: seed {seed}, {self.num_kills} kills ({kills}; {self.in_midst} in a step), {others} (requests: {bites or 'none'}); "
             f"{self.num_jobs} jobs: {verdict}"
         )
 
@@ -340,7 +347,7 @@ def main() -> int:
     os.environ[OWN] = mark
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", f"{random.SystemRandom().getrandbits(256):064x}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # connections that the end cuts off are no news
     say(f"seed {chosen.seed}")
     chaos, broken = Chaos(chosen.seed, chosen.minutes, chosen.kills), None
     try:
@@ -349,10 +356,11 @@ def main() -> int:
             FragileBucket(Path(folder) / "bucket", chosen.seed) as bucket,
         ):
             chaos.run(bucket, Path(folder))
-        chaos.faults += left_running(mark)
     except BaseException as error:  # noqa: BLE001 - whatever it is, the closing line says so
         traceback.print_exc()
         broken = error
+    try:
+        chaos.faults += left_running(mark)
     finally:
         for fault in chaos.faults:
             say(fault)

@@ -29,7 +29,8 @@ TESTS = (
     "tests/faults/test_crashes.py",
 )
 """In order of what they cost: the first failure ends a run."""
-CHOICE = ("-m", "not servers and not faults")
+CHOICE = ("-m", "not servers and not faults", "--hypothesis-seed=1")
+"""One seed for all: what the sound tree passes with it, a broken one does not fail by bad luck."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ MUTATIONS = (
     Mutation(
         "the manifest is replaced",
         "jobs/reconcile.py",
-        "    manifest = final_manifest(store)\n",
-        "    store.delete(MANIFEST_KEY)\n    manifest = None\n",
+        'Raises UnreconciledError.\n    """\n    manifest = final_manifest(store)\n',
+        'Raises UnreconciledError.\n    """\n    store.delete(MANIFEST_KEY)\n    manifest = None\n',
     ),
     Mutation(
         "a local file is written in place, not linked",
