@@ -272,7 +272,8 @@ class Chaos:
         if broken is not None:
             verdict = f"BROKEN OFF by {type(broken).__name__} {str(broken).splitlines()[:1]}"
         return (
-            f"chaos: seed {seed}, {self.num_kills} kills ({kills}; {self.in_midst} in a step), {others} (requests: {bites or 'none'}); "
+            f"chaos: seed {seed}, {self.num_kills} kills ({kills}; {self.in_midst} in a step), "
+            f"{others} (requests: {bites or 'none'}); "
             f"{self.num_jobs} jobs: {verdict}"
         )
 
