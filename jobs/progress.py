@@ -53,7 +53,7 @@ class Tally:
         rate = self.forwards / elapsed if elapsed > 0 else 0.0
         trouble = f", {counted(self.failures, 'unit')} failed" if self.failures else ""
         trouble += f", {counted(self.dead, 'unit')} dead" if self.dead else ""
-        pace = f"{rate:,.0f} masked forwards/s, " if self.forwards else ""
+        pace = f"{rate:,.0f} masked forwards/s, " if self.verb == "explain" else ""
         return f"{self.records:,}/{self.total_records:,} records, {pace}{self.left(elapsed)}{trouble}"
 
 

@@ -23,6 +23,9 @@ NUM_LEVELS, MOST_BLUR = 8, 20.0
 """The pyramid that hides: level 0 is blurred by 20 pixels, the last one is the image."""
 AREA_WEIGHT, AREA_GROWTH = 300.0, 1.0035
 """Of the area's term against the score's, and its growth per iteration."""
+START = 0.9
+"""Of every parameter: nearly the whole picture. The authors begin at 1, where the first step could only lower a
+parameter, and which pixels rank first would be up to rounding."""
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
 FINAL_BLUR = 0.09
 """Of the finished map, as a share of the shorter side."""
@@ -103,7 +106,7 @@ class ExtremalPerturbation(Explainer):
         levels = torch.stack([pyramids[image] for image, _, _ in filled])
         wanted = self._wanted([area for _, _, area in filled], inputs_nchw)
         indices = [index for _, index, _ in filled]
-        weights = inputs_nchw.new_ones((size, *self.grid)).requires_grad_(True)
+        weights = inputs_nchw.new_full((size, *self.grid), START).requires_grad_(True)
         optimiser = torch.optim.SGD([weights], lr=LEARNING_RATE, momentum=MOMENTUM, dampening=MOMENTUM)
         for iteration in range(self.parameters.iterations):
             # the mask starts even: there ranks mean nothing, and rounding would say where it grows
