@@ -212,12 +212,12 @@ class Chaos:
     def _kill_one_of(self, pids: list[int]) -> bool:
         if not pids:
             return False
-        pid = self.dice.choice(pids)
-        title = command_line(pid)
+        busy = [pid for pid in pids if is_in_step(pid)]
+        pid = self.dice.choice(busy or pids)
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
             bit = came_true(lambda: not is_alive(pid))
-            self.in_midst += bit and ("MapWorker" not in title or ")." in title)  # Ray's title of an actor at work
+            self.in_midst += bit and pid in busy
             return bit
         return False
 
@@ -291,6 +291,12 @@ def state(pid: int) -> str:
 
 def is_alive(pid: int) -> bool:
     return state(pid) not in ("", "Z", "X")
+
+
+def is_in_step(pid: int) -> bool:
+    """Whether this worker of Ray is at a task or an actor's call, as its title says: no actor that starts or waits."""
+    title = command_line(pid)
+    return ").submit" in title or ("Map" in title and "MapWorker" not in title)
 
 
 def answers(address: tuple[str, int]) -> bool:
