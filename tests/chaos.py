@@ -150,20 +150,26 @@ class Chaos:
     def until_done(self, name: str) -> list[str]:
         """The same command again and again, as a user would, until it says that it is complete; and what was odd."""
         while not self.is_late():
+            num_runs = self.num_runs(name)
             self.driver, self.driver_start = self.start_driver(name), time.monotonic()
             said, code = self.strike_until_it_ends(), self.driver.returncode
             say(f"driver of {name} ended with {code} after {time.monotonic() - self.driver_start:.0f} s")
             if code == DONE:
                 return []
-            if not self.is_resumable(code):
+            if not self.is_resumable(code, has_begun=self.num_runs(name) > num_runs):
                 return [f"the driver ended with {code}: {said[-2000:]}"]
         return ["it did not come to its end"]
 
-    def is_resumable(self, code: int) -> bool:
-        """Whether a driver may end so under blows: units open, a signal, or at its start a store that was away."""
+    def num_runs(self, name: str) -> int:
+        """Drivers that came as far as their first unit."""
+        return sum(info.key.endswith("/run.json") for info in self.judged(name).list("_job/runs/"))
+
+    def is_resumable(self, code: int, *, has_begun: bool) -> bool:
+        """Whether a driver may end so under blows: units open, a signal, or before its work a store that was away."""
         if code == USAGE:
-            early = self.driver_start + START_SECONDS
-            return time.monotonic() < early or self.driver_start - BITE_SECONDS < self.store_killed < early
+            is_early = time.monotonic() < self.driver_start + START_SECONDS
+            was_away = self.store_killed > self.driver_start - BITE_SECONDS
+            return not has_begun and (is_early or was_away)
         return code == INCOMPLETE or code < 0
 
     def is_late(self) -> bool:
@@ -212,12 +218,12 @@ class Chaos:
     def _kill_one_of(self, pids: list[int]) -> bool:
         if not pids:
             return False
-        pid = self.dice.choice(pids)
-        title = command_line(pid)
+        busy = [pid for pid in pids if is_in_step(pid)]
+        pid = self.dice.choice(busy or pids)
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
             bit = came_true(lambda: not is_alive(pid))
-            self.in_midst += bit and ("MapWorker" not in title or ")." in title)  # Ray's title of an actor at work
+            self.in_midst += bit and pid in busy
             return bit
         return False
 
@@ -291,6 +297,12 @@ def state(pid: int) -> str:
 
 def is_alive(pid: int) -> bool:
     return state(pid) not in ("", "Z", "X")
+
+
+def is_in_step(pid: int) -> bool:
+    """Whether this worker of Ray is at a task or an actor's call, as its title says: no actor that starts or waits."""
+    title = command_line(pid)
+    return ").submit" in title or ("Map" in title and "MapWorker" not in title)
 
 
 def answers(address: tuple[str, int]) -> bool:

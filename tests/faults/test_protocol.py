@@ -12,6 +12,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -20,8 +21,8 @@ from jobs import attempts, local
 from jobs.attempts import Desk
 from jobs.context import JobContext
 from jobs.plan import make_plan, settle_plan
-from jobs.reconcile import finalize, stand
-from jobs.records import DeadLetter, ModelFacts, Receipt, Unit, UnitResult
+from jobs.reconcile import check, final_manifest, finalize, stand
+from jobs.records import DeadLetter, ModelFacts, Receipt, Unit, UnitResult, UnreconciledError
 from jobs.units import Workforce
 from storage import patient
 from storage.local import LocalStore
@@ -88,6 +89,7 @@ class Protocol(RuleBasedStateMachine):
         self.store = MemoryStore()
         self.processes: list[Process] = []
         self.seen: dict[str, bytes] = {}
+        self.is_final = False
         settle_plan(self.store, self.world.plan)
 
     @precondition(lambda self: len(self.processes) < 4)
@@ -116,7 +118,21 @@ class Protocol(RuleBasedStateMachine):
         """Another driver reads how far it is, and finalizes what is settled."""
         standing = stand(self.store, self.world.plan)
         if not standing.open_units:
+            self.finalize_or_report()
+
+    def finalize_or_report(self) -> None:
+        """A slow attempt that commits a unit after a manifest gave it up is not prevented: it is reported."""
+        standing = stand(self.store, self.world.plan)
+        given_up = {dead["unit_id"] for dead in (final_manifest(self.store) or {"dead": []})["dead"]}
+        late = sorted(receipt.fragment for unit_id, receipt in standing.receipts.items() if unit_id in given_up)
+        wanted = [f"{key} stands and is not in the final manifest: its unit was given up there" for key in late]
+        assert [fault for _, faults in check(self.store, self.world.plan) for fault in faults] == wanted
+        if late:
+            with pytest.raises(UnreconciledError, match="was given up there"):
+                finalize(self.store, standing)
+        else:
             finalize(self.store, standing)
+            assert not self.is_final or verify(self.store, source_keys=self.world.keys) == []
 
     @invariant()
     def what_is_committed_stays(self) -> None:
@@ -131,8 +147,8 @@ class Protocol(RuleBasedStateMachine):
         standing = stand(self.store, self.world.plan)
         for unit in standing.open_units:
             assert isinstance(self.world.run(unit, self.store), Receipt | DeadLetter)
-        finalize(self.store, stand(self.store, self.world.plan))
-        assert verify(self.store, source_keys=self.world.keys) == []
+        self.is_final = True
+        self.finalize_or_report()
         self.what_is_committed_stays()
 
 

@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -202,6 +203,23 @@ def test_a_process_apart_that_does_not_start_blames_no_item(make, how):
 
 
 # ---------------------------------------------------------------- dead letters, retry, budgets
+
+
+def test_the_first_letter_stands():
+    store = MemoryStore()
+    bury(store, UNIT, "read", Cause.POISON, "the first")
+    bury(store, UNIT, "read", Cause.INPUT_MISSING, "the second")
+    assert read_letters(store, [UNIT])[UNIT.unit_id].error == "the first"
+
+
+def test_a_retry_begins_without_the_deaths_before_it():
+    place = desk()
+    plan = SimpleNamespace(units=(UNIT,))
+    for number in range(attempts.MOST_DEATHS):
+        place.output.put(f"_job/attempts/{UNIT.unit_id}/read-{number}.json", b"{}")
+    attempted(UNIT, "read", place, lambda _: "never called")
+    assert [letter.cause for letter in reopen(place.output, plan)] == ["poison"]
+    assert attempted(UNIT, "read", place, lambda careful: careful) is False
 
 
 def test_a_fragment_outweighs_a_letter():

@@ -112,6 +112,22 @@ def test_the_probe_refuses_a_store_that_overwrites():
         probe(Overwriting(), "_job/probe-")
 
 
+class Racy(MemoryStore):
+    """A store that looks and then writes: one writer after the other is refused, two at once are not."""
+
+    def create(self, key, data, *, metadata=None):
+        is_there = self.head(key) is not None
+        time.sleep(0.2)
+        if is_there:
+            raise AlreadyExistsError(key)
+        self.put(key, data)
+
+
+def test_the_probe_refuses_a_store_that_looks_and_then_writes():
+    with pytest.raises(WeakStoreError, match="at once"):
+        probe(Racy(), "_job/probe-")
+
+
 def test_a_copied_folder_keeps_its_metadata(tmp_path):
     import shutil
 
