@@ -330,7 +330,10 @@ METRICS: Mapping[str, MetricEntry] = {
     "gini": MetricEntry("Gini index of the map", "higher", "0 to 1", "none"),
     "effective_area": MetricEntry("share of the picture that the map covers", "lower", "%", "none"),
     "sanity": MetricEntry(
-        "rank correlation with the map under random weights; only when asked", "lower", "-1 to 1", "4 explanations"
+        "size of the rank correlation with the map under random weights; only when asked",
+        "lower",
+        "0 to 1",
+        "4 explanations",
     ),
 }
 

@@ -224,7 +224,7 @@ def _p_value(sums: MetricSums, column: int) -> float | None:
     if num < 2:
         return None
     if high - low <= ROUNDING * max(abs(low), abs(high)):
-        return 1.0 if low == high == 0 else 0.0
+        return 1.0 if low == high == 0 else 2.0 ** (1 - num)  # no spread to judge by: the sign test
     mean = sums.image_total[column] / num
     variance = (sums.image_squares[column] - num * mean**2) / (num - 1)
     return float(2 * stats.t.sf(abs(mean) / math.sqrt(variance / num), num - 1)) if variance > 0 else 0.0

@@ -270,6 +270,9 @@ def evaluate(
         Path | None, typer.Option(help='JSON: which classes a label stands for, such as {"dog": [151, 152]}.')
     ] = None,
     controls: Annotated[bool, typer.Option("--controls", help="Measure a random map, a bell and edges too.")] = False,
+    baseline: Annotated[
+        Literal["zero", "black"], typer.Option(help="What stands where a metric removes a pixel, for every method.")
+    ] = "zero",
     seed: Annotated[int, typer.Option(min=0, help="Of the sample and of all that is random.")] = 0,
     weights: Annotated[str | None, typer.Option(help="The weights file again, if the model came from one.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Actors.  [default: one per GPU, or CPU core]")] = None,
@@ -284,16 +287,17 @@ def evaluate(
     """
     from jobs.run_evaluation import EvaluationRequest, run_evaluation
 
-    asked = EvaluationRequest(output, metrics, metrics_sample, controls, seed, truth, class_map, weights, endpoint_url)
+    asked = EvaluationRequest(
+        output, metrics, metrics_sample, controls, seed, baseline, truth, class_map, weights, endpoint_url
+    )
     execution = execution_of({"workers": workers, "runner": runner, "address": address, "batch_size": batch_size})
     outcome = run_evaluation(asked, execution, console)
     for failure in outcome.failures:
         console.print(tables.failure_line(failure))
     if outcome.stopped is not None:
         console.print(f"Stopped: {tables.printable(outcome.stopped)}.")
-    measured = sum(own.num_values for own in outcome.done)
     place = f"{output.rstrip('/')}/{outcome.folder}"
-    console.print(f"{counted(measured, 'value')} of this run, all in {tables.printable(place)}data")
+    console.print(tables.evaluation_table(outcome.done, place))
     if outcome.num_open:
         console.print(f"{counted(outcome.num_open, 'unit')} still open: the same command goes on from there.")
         raise typer.Exit(INCOMPLETE)
@@ -302,7 +306,7 @@ def evaluate(
 @app.command("compare")
 def compare_outputs(
     outputs: Annotated[list[str], typer.Argument(help="Outputs of explain; the first one's method is the reference.")],
-    store: Annotated[str | None, typer.Option(help="Parquet file for the table.")] = None,
+    store: Annotated[str | None, typer.Option(help="Parquet file for the table: a path or s3:// URI.")] = None,
     endpoint_url: Endpoint = None,
 ) -> None:
     """Compare methods: means with 95 % intervals by bootstrap over images, and marks where they differ for sure.
@@ -311,24 +315,13 @@ def compare_outputs(
     Drop and Increase. A star marks a paired difference to the first method with p below 0.05 after Holm's
     correction over the whole table.
     """
-    from jobs.compare import Output, compare, rows_of_table
+    from jobs.compare import Output, compare, store_table
 
     table = compare([Output(name, *_existing(name, endpoint_url)) for name in outputs])
-    console.print(tables.comparison_table(table))
+    console.print(tables.comparison_table(table, console.width))
     if store is not None:
-        console.print(f"table: {tables.printable(_written(rows_of_table(table), Path(store)))}")
-
-
-def _written(rows: list[dict[str, Any]], file: Path) -> Path:
-    """Writes rows as Parquet. Raises ConfigError."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        pq.write_table(pa.Table.from_pylist(rows), file)
-    except OSError as error:
-        raise ConfigError(f"the table {file} cannot be written: {error.strerror or error}") from error
-    return file
+        store_table(table, store, endpoint_url)
+        console.print(f"table: {tables.printable(store)}")
 
 
 @app.command("list")

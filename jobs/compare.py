@@ -1,5 +1,6 @@
 """Comparing outputs: methods by metrics from the rows that stand, with intervals over images and corrected marks."""
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from engine.catalog import METRICS
@@ -18,6 +20,7 @@ from storage.fragments import read_fragment
 from storage.schema import METRICS as METRICS_STRUCT
 from storage.schema import OK
 from storage.store import ObjectStore
+from storage.stores import open_store
 
 STORED = ["key", "target_index", "status", "explainer", "parameters", "metrics"]
 VALUE = np.dtype([("image", np.uint64), ("target", np.int32), ("value", np.float64)])
@@ -36,6 +39,18 @@ class Output:
 
 
 @dataclass(frozen=True)
+class Method:
+    """One way of explaining, in one output."""
+
+    name: str
+    """Like no other method's."""
+    explainer: str
+    parameters: str
+    """Digest of the parameters, the model and its blocks."""
+    output: str
+
+
+@dataclass(frozen=True)
 class Column:
     """One metric under one protocol: values of two protocols never meet."""
 
@@ -47,7 +62,8 @@ class Column:
 class Cell:
     """A method's mean of a metric, and how it differs from the reference on the maps that both have."""
 
-    method: str
+    method: int
+    """Its place among the methods."""
     column: Column
     estimate: MethodEstimate
     difference: PairedDifference | None
@@ -60,7 +76,7 @@ class Cell:
 class Comparison:
     """The table."""
 
-    methods: tuple[str, ...]
+    methods: tuple[Method, ...]
     """The first is the reference."""
     columns: tuple[Column, ...]
     cells: tuple[Cell, ...]
@@ -69,6 +85,7 @@ class Comparison:
 
 def compare(outputs: Sequence[Output]) -> Comparison:
     """The table of all methods and metrics that the outputs hold. Raises ConfigError where there is nothing."""
+    _refuse_other_inputs(outputs)
     methods, num_values = _methods(outputs)
     if not num_values:
         raise ConfigError("no value of any metric stands in the outputs: run `blocksight explain` or `evaluate` first")
@@ -78,15 +95,27 @@ def compare(outputs: Sequence[Output]) -> Comparison:
         for column, own in _pass(outputs, methods, which, num_passes):
             sums[column] = sums[column] + own if column in sums else own
     columns = sorted(sums, key=lambda column: (list(METRICS).index(column.metric), column.protocol))
-    return Comparison(tuple(methods.values()), tuple(columns), tuple(_cells(list(methods.values()), columns, sums)))
+    return Comparison(tuple(methods.values()), tuple(columns), tuple(_cells(columns, sums)))
+
+
+def _refuse_other_inputs(outputs: Sequence[Output]) -> None:
+    """Maps are compared image by image, and a key names an image of one data set only."""
+    for name in ("data", "resize"):
+        first, *others = [output.plan.identity[name] for output in outputs]
+        for output, other in zip(outputs[1:], others, strict=True):
+            if other != first:
+                raise ConfigError(
+                    f"{outputs[0].name} and {output.name} cannot be compared: {name} is {first!r} in the one and "
+                    f"{other!r} in the other"
+                )
 
 
 MethodKey = tuple[int, str, str]
 """Number of the output, explainer, digest of its parameters."""
 
 
-def _methods(outputs: Sequence[Output]) -> tuple[dict[MethodKey, str], int]:
-    """The methods by name, in order of appearance and controls last, and how many values there are."""
+def _methods(outputs: Sequence[Output]) -> tuple[dict[MethodKey, Method], int]:
+    """The methods in order of appearance, controls last and each once, and how many values there are."""
     found: dict[MethodKey, int] = {}
     for number, output in enumerate(outputs):
         for table in _tables(output):
@@ -95,16 +124,17 @@ def _methods(outputs: Sequence[Output]) -> tuple[dict[MethodKey, str], int]:
                 key = (number, row["explainer"], row["parameters"])
                 found[key] = found.get(key, 0) + row["count_all"]
     own = [key for key in found if key[1] == outputs[key[0]].plan.identity["explainer"]]
-    ordered = [*own, *(key for key in found if key not in own)]
-    names = [explainer for _, explainer, _ in ordered]
-    return {key: _name(key, names, outputs) for key in ordered}, sum(found.values())
-
-
-def _name(key: MethodKey, names: Sequence[str], outputs: Sequence[Output]) -> str:
-    number, explainer, parameters = key
-    if names.count(explainer) == 1:
-        return explainer
-    return f"{explainer} ({outputs[number].name.rstrip('/').rpartition('/')[2]}, {parameters[:6]})"
+    controls = {key[1]: key for key in reversed(found) if key not in own}  # the first output's
+    ordered = [*own, *sorted(controls.values(), key=list(found).index)]
+    explainers = [explainer for _, explainer, _ in ordered]
+    names: list[str] = []
+    for number, explainer, _ in ordered:
+        name = explainer if explainers.count(explainer) == 1 else f"{explainer} ({outputs[number].name})"
+        names.append(name if name not in names else f"{name} #{len(names) + 1}")
+    methods = {
+        key: Method(name, key[1], key[2], outputs[key[0]].store.uri) for key, name in zip(ordered, names, strict=True)
+    }
+    return methods, sum(found.values())
 
 
 def _tables(output: Output) -> Iterator[pa.Table]:
@@ -135,7 +165,7 @@ def _explained(rows: pa.Table) -> pa.Table:
 
 
 def _pass(
-    outputs: Sequence[Output], methods: Mapping[MethodKey, str], which: int, num_passes: int
+    outputs: Sequence[Output], methods: Mapping[MethodKey, Method], which: int, num_passes: int
 ) -> Iterator[tuple[Column, MetricSums]]:
     """The sums of every column over the images of one share; an image is never parted."""
     order = {key: place for place, key in enumerate(methods)}
@@ -146,6 +176,8 @@ def _pass(
             mine = table.filter(pa.array(hashes % np.uint64(num_passes) == which))
             hashes = hashes[hashes % np.uint64(num_passes) == which]
             for column, method, places in _groups(mine):
+                if (number, *method) not in order:
+                    continue  # a control that another output has as well
                 values = mine["value"].to_numpy()[places]
                 targets = mine["target_index"].to_numpy()[places]
                 block = _block(hashes[places], targets, values)
@@ -181,11 +213,11 @@ def _sums(blocks: Mapping[int, NDArray[Any]], num_methods: int) -> MetricSums:
     return MetricSums.of(rows[:, 0], values)
 
 
-def _cells(methods: Sequence[str], columns: Sequence[Column], sums: Mapping[Column, MetricSums]) -> Iterator[Cell]:
+def _cells(columns: Sequence[Column], sums: Mapping[Column, MetricSums]) -> Iterator[Cell]:
     made = {column: (estimate(sums[column]), [None, *differences(sums[column])]) for column in columns}
     corrected = iter(holm([d and d.p_value for column in columns for d in made[column][1]]))
     for column in columns:
-        for method, own, difference in zip(methods, *made[column], strict=True):
+        for method, (own, difference) in enumerate(zip(*made[column], strict=True)):
             yield Cell(method, column, own, difference, next(corrected))
 
 
@@ -193,8 +225,11 @@ def rows_of_table(table: Comparison) -> list[dict[str, Any]]:
     """The cells as plain rows, to be stored."""
     return [
         {
-            "method": cell.method,
-            "reference": table.methods[0],
+            "method": table.methods[cell.method].name,
+            "explainer": table.methods[cell.method].explainer,
+            "parameters": table.methods[cell.method].parameters,
+            "output": table.methods[cell.method].output,
+            "reference": table.methods[0].name,
             "metric": cell.column.metric,
             "protocol": cell.column.protocol,
             "better": METRICS[cell.column.metric].better,
@@ -211,3 +246,11 @@ def rows_of_table(table: Comparison) -> list[dict[str, Any]]:
         }
         for cell in table.cells
     ]
+
+
+def store_table(table: Comparison, uri: str, endpoint_url: str | None) -> None:
+    """Writes the cells as one Parquet file, in place of one that stands there. Raises StoreError."""
+    folder, _, name = uri.rpartition("/")
+    body = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows_of_table(table)), body)
+    open_store(folder or ".", endpoint_url).put(name, body.getvalue())

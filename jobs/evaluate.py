@@ -1,5 +1,6 @@
 """The evaluate step: one model in memory, an explained unit in, the values of its metrics out, committed once."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,7 +27,7 @@ from jobs.attempts import open_desk
 from jobs.config import digest_of
 from jobs.context import JobContext
 from jobs.evaluation import Evaluated, Evaluation, EvaluationContext, fragment_key, regions_key
-from jobs.explain import IMAGES_PER_CHUNK, baseline_of, load, make_explainer, seed_of, stored
+from jobs.explain import IMAGES_PER_CHUNK, load, make_explainer, number_of, seed_of, stored
 from jobs.records import Unit, UnitFailure
 from jobs.stopping import Stop
 from jobs.unit import read_unit
@@ -44,11 +45,10 @@ Record = Sequence[Row]
 
 def metrics_of(evaluation: Evaluation, adapter: ModelAdapter, context: JobContext, batch_size: int) -> list[Metric]:
     """The evaluations that give the wanted values, each once."""
-    baseline = baseline_of(context.config.explainer_parameters())
-    scorer = Scorer(adapter, perturbation(adapter, baseline), batch_size)
-    found: list[Metric] = [make(scorer, baseline) for make in MASKED.values()]
+    scorer = Scorer(adapter, perturbation(adapter, evaluation.baseline), batch_size)
+    found: list[Metric] = [make(scorer, evaluation.baseline) for make in MASKED.values()]
     found += [make() for make in OF_MAPS.values()]
-    found.append(Localisation(regions_key(evaluation)))
+    found.append(Localisation(regions_key(evaluation, context)))
     blocks = [block["name"] for block in context.facts.blocks]
     make = partial(make_explainer, config=context.config, blocks=blocks, batch_size=batch_size)
     found.append(Sanity(adapter, make, evaluation.seed))
@@ -86,7 +86,8 @@ class EvaluateStep:
         except StoreError as error:  # another attempt was first, or the reply was lost
             if not isinstance(error, AlreadyExistsError) and self.desk.output.head(key) is None:
                 raise
-        return Evaluated(unit.unit_id, len(records), len(values))
+        reasons = Counter(row["reason"] for row in values if row["reason"] is not None)
+        return Evaluated(unit.unit_id, len(records), len(values), dict(reasons))
 
     def _values(self, unit: Unit, records: Sequence[Record]) -> Iterator[Row]:
         pixels = self._pixels(unit)
@@ -120,7 +121,8 @@ class EvaluateStep:
             scores=[[row["score"] for row in record] for record in records],
             ranks=[[row["target_rank"] for row in record] for record in records],
             regions=[[self._region(row) for row in record] for record in records],
-            seeds=[seed_of(self.job.config, record[0]["key"]) for record in records],
+            seeds=[number_of(self.evaluation.seed, record[0]["key"]) for record in records],
+            explainer_seeds=[seed_of(self.job.config, record[0]["key"]) for record in records],
         )
 
     def _region(self, row: Row) -> Region | str | None:

@@ -39,6 +39,8 @@ class Evaluation:
     controls: bool
     """The controls' maps are measured as well."""
     seed: int
+    baseline: str = "zero"
+    """What stands where a pixel is removed: one for all methods, so that their values may be compared."""
     class_map: tuple[tuple[str, tuple[int, ...]], ...] = ()
     """Labels of the ground truth and the model's classes they stand for; none: equal names."""
     truth_digest: str | None = None
@@ -51,6 +53,7 @@ class Evaluation:
             "share": self.share,
             "controls": self.controls,
             "seed": self.seed,
+            "baseline": self.baseline,
             "class_map": {label: list(classes) for label, classes in self.class_map},
             "truth": self.truth_digest,
             "code": CODE_VERSION,
@@ -68,7 +71,7 @@ class Evaluation:
     def labels_of(self, target_index: int, target_name: str) -> set[str]:
         """The ground truth's labels that mean the target."""
         if not self.class_map:
-            return {target_name, str(target_index)}
+            return {target_name, *target_name.split(", "), str(target_index)}
         return {label for label, classes in self.class_map if target_index in classes}
 
 
@@ -80,6 +83,8 @@ class Evaluated:
     num_records: int
     """That were measured."""
     num_values: int
+    reasons: Mapping[str, int]
+    """Values that are not defined, by reason."""
     num_forwards: int = 0
 
 
@@ -175,6 +180,11 @@ class EvaluationContext:
     truth: Truth | None
 
 
-def regions_key(evaluation: Evaluation) -> Mapping[str, Any]:
+def regions_key(evaluation: Evaluation, job: JobContext) -> Mapping[str, Any]:
     """What the localisation metrics' protocol says of the ground truth."""
-    return {"truth": evaluation.truth_digest, "class_map": digest_of(dict(evaluation.class_map))[:16]}
+    return {
+        "truth": evaluation.truth_digest,
+        "class_map": digest_of(dict(evaluation.class_map))[:16],
+        "input": list(job.facts.input_size),
+        "resize": job.config.resize,
+    }

@@ -270,8 +270,12 @@ def baseline_of(parameters: Any) -> str:
 
 def seed_of(config: JobConfig, key: str) -> int:
     """The number from which all that is random about a record's map is drawn: by run seed, explainer and record."""
-    text = f"{config.seed}/{config.explainer}/{key}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    return number_of(config.seed, config.explainer, key)
+
+
+def number_of(*parts: object) -> int:
+    """A number that only these parts decide."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:7], "big")
 
 
 def ranks_of(logits: Tensor, classes: Sequence[int]) -> list[int]:
@@ -296,6 +300,7 @@ def maps_of(
         ranks=ranks,
         regions=[[None] * len(own) for own in explanations],
         seeds=seeds,
+        explainer_seeds=seeds,
     )
 
 

@@ -41,6 +41,7 @@ class EvaluationRequest:
     share: float
     controls: bool
     seed: int
+    baseline: str
     truth: str | None
     class_map: Path | None
     weights: str | None
@@ -100,6 +101,7 @@ def _evaluation(asked: EvaluationRequest, truth: Truth | None) -> Evaluation:
         share=asked.share,
         controls=asked.controls,
         seed=asked.seed,
+        baseline=asked.baseline,
         class_map=read_class_map(asked.class_map),
         truth_digest=None if truth is None else truth.digest,
     )

@@ -1,7 +1,7 @@
 """What the command line prints: tables for people, with every string from data made harmless."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from jobs.units import Workforce
 
 if TYPE_CHECKING:
     from jobs.compare import Cell, Column, Comparison  # which needs scipy, too slow for a --help
+    from jobs.evaluation import Evaluated
 
 MEBIBYTE = 1 << 20
 
@@ -175,44 +176,74 @@ def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     return table
 
 
-COLUMNS_ABREAST = 5
+CELL_WIDTH = 25
 CERTAIN = 0.05
 
 
-def comparison_table(table: "Comparison") -> RenderableType:
-    """Methods by metrics, some metrics abreast; the best mean of a metric is bold."""
-    blocks = [table.columns[start : start + COLUMNS_ABREAST] for start in range(0, len(table.columns), COLUMNS_ABREAST)]
+def evaluation_table(done: "Sequence[Evaluated]", place: str) -> RenderableType:
+    """What a run of `evaluate` measured, and why some values are not defined."""
+    reasons = sum((Counter(own.reasons) for own in done), Counter())
+    num_values = sum(own.num_values for own in done)
+    rows = [("values", f"{num_values - sum(reasons.values()):,} of this run")]
+    rows += [("not defined", f"{count:,}: {printable(reason)}") for reason, count in reasons.most_common(5)]
+    if done and not num_values:
+        rows.append(("", "`explain` measured all of it already, or no record is in the sample"))
+    return _facts([*rows, ("all stand in", printable(f"{place}data"))])
+
+
+def comparison_table(table: "Comparison", width: int) -> RenderableType:
+    """Methods by metrics, as many abreast as the width allows: means, then differences; the best mean is bold."""
     cells = {(cell.column, cell.method): cell for cell in table.cells}
-    shown = [_comparison_block(table.methods, block, cells) for block in blocks]
-    note = f"mean [95 % interval over images] maps; * differs from {printable(table.methods[0])}, p < 0.05 after Holm"
-    return Group(*shown, note)
+    longest = max(len(method.name) for method in table.methods)
+    abreast = max(1, (width - longest - 4) // (CELL_WIDTH + 3))
+    blocks = [table.columns[start : start + abreast] for start in range(0, len(table.columns), abreast)]
+    shown: list[RenderableType] = [_comparison_block(table, block, cells, _mean_cell) for block in blocks]
+    shown.append("mean [95 % interval over images] maps; the best mean is bold")
+    if len(table.methods) > 1:
+        first = printable(table.methods[0].name)
+        shown += [_comparison_block(table, block, cells, _difference_cell) for block in blocks]
+        shown.append(f"difference to {first} [95 % interval] on the maps that both have; * p < 0.05 after Holm")
+    return Group(*shown)
 
 
-def _comparison_block(methods: Sequence[str], columns: "Sequence[Column]", cells: "Mapping[Any, Cell]") -> Table:
+def _comparison_block(
+    table: "Comparison", columns: "Sequence[Column]", cells: "Mapping[Any, Cell]", say: "Callable[[Cell, bool], str]"
+) -> Table:
     shown = Table(pad_edge=False)
-    shown.add_column("method")
+    shown.add_column("method", no_wrap=True)
     for column in columns:
         better = catalog.METRICS[column.metric].better
-        shown.add_column(f"{column.metric}\n{better} is better\n{column.protocol[:8]}", no_wrap=True)
-    for method in methods:
-        shown.add_row(printable(method), *(_cell(cells[column, method], _best(column, cells)) for column in columns))
+        shown.add_column(f"{column.metric}\n{better} is better\n{column.protocol[:8]}", min_width=CELL_WIDTH)
+    for number, method in enumerate(table.methods):
+        own = [cells[column, number] for column in columns]
+        shown.add_row(printable(method.name), *(say(cell, cell.estimate.mean == _best(cell, cells)) for cell in own))
     return shown
 
 
-def _best(column: "Column", cells: "Mapping[Any, Cell]") -> float | None:
-    means = [cell.estimate.mean for cell in cells.values() if cell.column == column and cell.estimate.mean is not None]
-    pick = min if catalog.METRICS[column.metric].better == "lower" else max
-    return pick(means, default=None)
+def _best(cell: "Cell", cells: "Mapping[Any, Cell]") -> float | None:
+    means = [other.estimate.mean for other in cells.values() if other.column == cell.column]
+    pick = min if catalog.METRICS[cell.column.metric].better == "lower" else max
+    return pick((mean for mean in means if mean is not None), default=None)
 
 
-def _cell(cell: "Cell", best: float | None) -> str:
+def _mean_cell(cell: "Cell", is_best: bool) -> str:
     own = cell.estimate
     if own.mean is None:
         return "-"
-    interval = f" [{own.low:.3g}, {own.high:.3g}]" if own.low is not None and own.high is not None else ""
+    text = escape(f"{own.mean:.4g}{_interval(own.low, own.high)} {own.count:,}")
+    return f"[bold]{text}[/bold]" if is_best else text
+
+
+def _difference_cell(cell: "Cell", is_best: bool) -> str:  # noqa: ARG001 - as `_mean_cell`
+    own = cell.difference
+    if own is None or own.difference is None:
+        return "-"
     mark = "*" if cell.corrected_p is not None and cell.corrected_p < CERTAIN else ""
-    text = escape(f"{own.mean:.4g}{mark}{interval} {own.count:,}")
-    return f"[bold]{text}[/bold]" if own.mean == best else text
+    return escape(f"{own.difference:+.4g}{mark}{_interval(own.low, own.high)}")
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f" [{low:.3g}, {high:.3g}]"
 
 
 def record_table(rows: Sequence[Mapping[str, Any]]) -> Table:

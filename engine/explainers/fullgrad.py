@@ -12,6 +12,9 @@ from engine.resample import grid_of, upsampling
 from engine.taps import Recorder, gradients, hooked
 from engine.targets import Target
 
+UNREAD = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.MultiheadAttention)
+"""Layers that add something inside the network which `bias_of` does not know."""
+
 
 def bias_of(layer: nn.Module) -> Tensor | None:
     """What an image-shaped layer adds to each channel [C]: a convolution's bias, or what a frozen batch norm adds.
@@ -37,9 +40,11 @@ class FullGrad(Explainer):
     def _prepare(self, blocks: Sequence[str]) -> None:
         layers = {name: bias_of(layer) for name, layer in self.adapter.module.named_modules()}
         self.biases = {name: bias.detach() for name, bias in layers.items() if bias is not None}
-        if not self.biases:
+        norms = [name for name, layer in self.adapter.module.named_modules() if isinstance(layer, UNREAD)]
+        if norms or not self.biases:
+            met = f"the biases of {norms[0]} are not of that kind" if norms else "there is none"
             raise ModelError(
-                f"fullgrad needs convolutions with biases or batch norms; {self.adapter.name} has none: "
+                f"fullgrad reads the biases of convolutions and batch norms, and in {self.adapter.name} {met}: "
                 "take smoothgrad or integrated_gradients"
             )
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.errors import ModelError
 from engine.explainers.explainer import Explainer
 from engine.explanation import Explanation, sound_explanation
 from engine.resample import Grid, grid_of
@@ -45,7 +46,9 @@ class Occlusion(Explainer):
 
     def _prepare(self, blocks: Sequence[str]) -> None:
         size, stride = self.adapter.input_size, self.parameters.stride
-        self.window = min(self.parameters.window, *size)
+        self.window = self.parameters.window
+        if self.window >= min(size):
+            raise ModelError(f"a window of {self.window} pixels hides all of an input of {size[0]} x {size[1]}")
         rows, columns = (window_starts(side, self.window, stride) for side in size)
         self.corners = tuple((top, left) for top in rows for left in columns)
 

@@ -66,7 +66,13 @@ class MaskedMetric(Metric):
         self.scorer, self.baseline = scorer, baseline
 
     def details(self) -> Mapping[str, Any]:
-        return {"space": "model input", "baseline": self.baseline, "score": self.score, "ties": TIES}
+        return {
+            "space": "model input",
+            "input": self.scorer.adapter.input_size,
+            "baseline": self.baseline,
+            "score": self.score,
+            "ties": TIES,
+        }
 
     @abstractmethod
     def source(self, maps: Maps, image: int, index: int) -> MaskSource:

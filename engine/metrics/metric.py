@@ -51,7 +51,9 @@ class Maps:
     regions: Sequence[Sequence[Region | str | None]]
     """Where the targets are; None where nobody has said, or in words why what was said is of no use."""
     seeds: Sequence[int]
-    """One per image, for what is random."""
+    """One per image, for what is random about the metric: the same for every method."""
+    explainer_seeds: Sequence[int]
+    """One per image, from which the explainer drew."""
 
     def each(self) -> list[tuple[int, int]]:
         """Image and target number of every map, in order."""

@@ -86,7 +86,7 @@ class Road(Agreement):
     shares = SHARES
 
     def details(self) -> Mapping[str, Any]:
-        return {**super().details(), "baseline": "noisy linear imputation", "noise": NOISE}
+        return {**super().details(), "baseline": "noisy linear imputation", "noise": NOISE, "seed": "of the record"}
 
     def source(self, maps: Maps, image: int, index: int) -> RankedMasks:
         plain = super().source(maps, image, index)

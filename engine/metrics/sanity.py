@@ -39,9 +39,9 @@ def randomised(module: nn.Module, share: float, seed: int) -> nn.Module:
 
 
 def rank_correlation(one: Map, other: Map) -> float:
-    """Spearman's rank correlation of two maps, -1 to 1; ties share the mean of their ranks. 0 where one is flat."""
+    """Spearman's rank correlation of two maps, -1 to 1; ties share the mean of their ranks. NaN where one is flat."""
     if is_flat(one) or is_flat(other):
-        return 0.0
+        return float("nan")
     return float(np.corrcoef(_mean_ranks(one), _mean_ranks(other))[0, 1])
 
 
@@ -52,7 +52,7 @@ def _mean_ranks(values: Map) -> Map:
 
 
 class Sanity(Metric):
-    """The rank correlation with the map under random weights (Adebayo et al., NeurIPS 2018); near 0 is better.
+    """The size of the rank correlation with the map under random weights (Adebayo et al., NeurIPS 2018): 0 to 1.
 
     The curve goes down the layers; the value is its end, where all weights are random.
     """
@@ -70,13 +70,17 @@ class Sanity(Metric):
         curves: dict[tuple[int, int], list[float]] = {place: [] for place in maps.each()}
         for share in STAGES:
             module = randomised(self.adapter.module, share, self.seed)
-            explanations = self.make(self.adapter.of(module)).explain(maps.inputs_nchw, maps.target, maps.seeds)
+            explanations = self.make(self.adapter.of(module)).explain(
+                maps.inputs_nchw, maps.target, maps.explainer_seeds
+            )
             for image, index in curves:
                 other = np.nan_to_num(explanations[image][index].saliency_hw)
-                curves[image, index].append(rank_correlation(maps.saliency[image][index], minmax(other)))
+                curves[image, index].append(abs(rank_correlation(maps.saliency[image][index], minmax(other))))
         result: list[list[Mapping[str, Value]]] = [[] for _ in maps.saliency]
-        for (image, index), curve in curves.items():
-            flat = is_flat(maps.saliency[image][index])
-            value = undefined("the map is flat") if flat else Value(curve[-1], curve=tuple(curve))
+        for (image, _), curve in curves.items():
+            is_known = np.isfinite(curve[-1])
+            value = (
+                Value(curve[-1], curve=tuple(curve)) if is_known else undefined("the map is flat, or the random one")
+            )
             result[image].append({"sanity": value})
         return result

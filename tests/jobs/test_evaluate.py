@@ -24,7 +24,15 @@ LOCAL = Execution(runner="local")
 
 
 def evaluated(output, execution=LOCAL, **asked):
-    request = {"metrics": "all", "share": 1.0, "controls": False, "seed": 0, "truth": None, "class_map": None}
+    request = {
+        "metrics": "all",
+        "share": 1.0,
+        "controls": False,
+        "seed": 0,
+        "baseline": "zero",
+        "truth": None,
+        "class_map": None,
+    }
     made = EvaluationRequest(str(output), weights=None, endpoint_url=None, **{**request, **asked})
     return run_evaluation(made, execution, Console(quiet=True))
 
@@ -212,7 +220,7 @@ def test_ray_leaves_the_same_bytes(output):
 def test_the_sanity_check_runs_when_it_is_asked_for(output):
     values = values_in(output, evaluated(output, metrics="sanity", share=0.6, seed=2))
     assert {row["metric"] for row in values} == {"sanity"}
-    assert all(-1 <= row["value"] <= 1 and len(row["curve"]) == 4 for row in values)
+    assert all(0 <= row["value"] <= 1 and len(row["curve"]) == 4 for row in values)
 
 
 @pytest.mark.parametrize(
@@ -257,11 +265,21 @@ def outputs(*folders):
     return [Output(str(store.root), store, load_plan(store)) for store in stores]
 
 
+def names_of(table):
+    return [method.name for method in table.methods]
+
+
+def test_outputs_of_other_inputs_are_refused(two):
+    run_here(folder_of_images(two / "other", 3), two / "elsewhere", target="top-2", explainer="gradcam")
+    with pytest.raises(ConfigError, match="cannot be compared: data is"):
+        compare(outputs(two / "gradcam", two / "elsewhere"))
+
+
 def test_the_table_is_made_of_the_rows_that_stand(two):
     table = compare(outputs(two / "gradcam", two / "layercam"))
-    assert table.methods == ("gradcam", "layercam", "random", "gaussian", "edges")
+    assert names_of(table) == ["gradcam", "layercam", "random", "gaussian", "edges"]
     assert [column.metric for column in table.columns] == ["drop", "increase", "deletion", "entropy"]
-    cells = {(cell.method, cell.column.metric): cell for cell in table.cells}
+    cells = {(names_of(table)[cell.method], cell.column.metric): cell for cell in table.cells}
     for name in ("gradcam", "layercam"):
         drops = [row["metrics"]["drop"] for row in explained(two / name)]
         assert cells[name, "drop"].estimate.mean == pytest.approx(np.mean(drops))
@@ -294,7 +312,7 @@ def test_values_of_two_protocols_never_meet(two):
     drops = [column for column in table.columns if column.metric == "drop"]
     assert len({column.protocol for column in drops}) == 2
     for cell in table.cells:
-        if cell.column in drops and cell.method == "occlusion":
+        if cell.column in drops and names_of(table)[cell.method] == "occlusion":
             assert cell.difference.difference is None
 
 
@@ -310,8 +328,10 @@ def test_the_table_does_not_depend_on_how_it_was_summed(two, monkeypatch):
 def test_two_outputs_of_one_method_keep_their_names_apart(two):
     run_here(two / "in", two / "again", target="top-2", explainer="gradcam")
     table = compare(outputs(two / "gradcam", two / "again"))
-    assert len(set(table.methods)) == len(table.methods)
-    own = [cell for cell in table.cells if cell.method == table.methods[1] and cell.column.metric == "drop"]
+    assert len(set(names_of(table))) == len(table.methods)
+    same = compare(outputs(two / "gradcam", two / "gradcam"))
+    assert len(set(names_of(same))) == len(same.methods) == 5
+    own = [cell for cell in table.cells if cell.method == 1 and cell.column.metric == "drop"]
     assert own[0].difference.difference == 0
     assert own[0].difference.p_value == 1
 
@@ -333,7 +353,7 @@ def test_the_commands(two, monkeypatch, capsys):
     assert len(stored) == 5 * 4
     code, said = called(monkeypatch, capsys, "evaluate", two / "gradcam", "--metrics", "gini", "--runner", "local")
     assert code == 0, said
-    assert "18 values of this run" in said
+    assert "18 of this run" in said
     code, said = called(monkeypatch, capsys, "evaluate", two / "in", "--runner", "local")
     assert code == 2
     assert "no blocksight output" in said
