@@ -157,7 +157,7 @@ class JobConfig(BaseModel):
     def identity(self, weights_sha256: str | None) -> dict[str, Any]:
         """Everything that changes the result's bytes, as plain JSON values, defaults filled in."""
         chosen = self.model_dump(mode="json", exclude={"output", "endpoint_url", "parameters", "weights"})
-        return {
+        identity = {
             **chosen,
             "parameters": asdict(self.explainer_parameters()),
             "weights": weights_sha256 or self.weights,
@@ -166,6 +166,7 @@ class JobConfig(BaseModel):
             "schema": SCHEMA_VERSION,
             "code": CODE_VERSION,
         }
+        return json.loads(json.dumps(identity))  # a tuple is a list in the plan that it is compared with
 
 
 class Execution(BaseModel):

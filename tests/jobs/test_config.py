@@ -1,5 +1,6 @@
 """The configuration: every key checked, and errors that show the way out."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,13 @@ def test_local_paths_are_absolute_and_the_rest_stays(tmp_path, monkeypatch):
 
 def test_differences_show_both_sides():
     assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3}) == ["b: 3 in the output, 2 asked for"]
+
+
+def test_the_identity_is_what_a_plan_reads_back():
+    """A parameter of many values too: else no output could be resumed."""
+    config, _ = load_config(
+        None, {"data": "d", "output": "o", "explainer": "extremal_perturbation", "parameters": {"areas": [0.1, 0.2]}}
+    )
+    identity = config.identity(None)
+    assert identity == json.loads(json.dumps(identity))
+    assert identity["parameters"]["areas"] == [0.1, 0.2]
