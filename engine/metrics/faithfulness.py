@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.fusion import Map
 from engine.metrics.metric import TIES, Maps, Metric, Value, is_flat, ranks_of, undefined
 from engine.perturb import Perturbation, blurred
-from engine.scorer import MaskSource, Scorer
+from engine.scorer import MaskSet, MaskSource, Scorer
 from engine.targets import Readout, TopClass
 
 KEPT_FRACTION = 0.15
@@ -258,23 +258,9 @@ class Density(MaskedMetric):
 
     def source(self, maps: Maps, image: int, index: int) -> MaskSource:
         saliency = torch.from_numpy(maps.saliency[image][index])
-        return Weights(image, torch.stack([saliency, 1 - saliency]).to(maps.inputs_nchw))
+        return MaskSet(image, torch.stack([saliency, 1 - saliency]).to(maps.inputs_nchw))
 
     def values(self, score: float, masked: Sequence[float], saliency_hw: Map) -> Mapping[str, Value]:
         sums = saliency_hw.sum(), (1 - saliency_hw).sum()
         pairs = zip(self.names, masked, sums, strict=True)
         return {name: Value(one * saliency_hw.size / float(total)) for name, one, total in pairs}
-
-
-@dataclass(frozen=True)
-class Weights(MaskSource):
-    """Masks at the input's size, given as they are."""
-
-    image: int
-    values_khw: Tensor
-
-    def __len__(self) -> int:
-        return len(self.values_khw)
-
-    def masks(self, start: int, stop: int, image_chw: Tensor) -> Tensor:
-        return self.values_khw[start:stop].to(image_chw)
