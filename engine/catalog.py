@@ -125,7 +125,7 @@ class ExtremalParameters:
     areas: tuple[float, ...] = field(
         default=(0.025, 0.05, 0.1, 0.2), metadata={"help": "shares of the image that the masks keep"}
     )
-    iterations: int = field(default=800, metadata={"help": "gradient steps per area"})
+    iterations: int = field(default=800, metadata={"help": "gradient steps per area; with fewer the masks stay larger"})
 
     def __post_init__(self) -> None:
         _at_least(1, iterations=self.iterations)

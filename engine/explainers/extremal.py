@@ -36,12 +36,13 @@ def max_convolved(parameters: Tensor) -> Tensor:
     """The smooth maximum over bells of height `parameters` [n, g, g], on their own grid.
 
     The bell is flat to half its deviation: `exp(-2 max(0, d - 1/2)^2)`, d in deviations (Fong et al., section 3.2).
+    Beyond the rim there is nothing, so that a mask does not gather there.
     """
-    reach = ceil(2 * SMOOTHNESS)
+    reach = 1 + ceil(SMOOTHNESS)
     offsets = torch.arange(-reach, reach + 1, device=parameters.device, dtype=parameters.dtype)
     distance = torch.hypot(offsets[:, None], offsets[None, :]) / SMOOTHNESS
     bell = torch.exp(-2 * (distance - 0.5).clamp(min=0) ** 2).flatten()
-    around = functional.pad(parameters[:, None], (reach,) * 4, mode="replicate")
+    around = functional.pad(parameters[:, None], (reach,) * 4)
     heights = functional.unfold(around, 2 * reach + 1) * bell[:, None]
     smooth = (heights * (SHARPNESS * heights).softmax(1)).sum(1)
     return smooth.unflatten(1, grid_of(parameters))
@@ -66,8 +67,9 @@ def between_levels(levels: Tensor, masks_nhw: Tensor) -> Tensor:
 class ExtremalPerturbation(Explainer):
     """The sum of the best masks over the areas, blurred (Fong, Patrick and Vedaldi, ICCV 2019, arXiv 1910.08485).
 
-    Equations 4 to 8 in the preserving form, with the constants of the authors' benchmark. The maximum over
-    bells is taken on the parameters' grid, and the result is upsampled bilinearly.
+    Equations 4 to 8 in the preserving form, with the constants of the authors' benchmark; every second step
+    sees the picture mirrored, as theirs. The maximum over bells is taken on the parameters' grid, and the
+    result is upsampled bilinearly; areas are of the picture alone.
     """
 
     def _prepare(self, blocks: Sequence[str]) -> None:
@@ -113,7 +115,8 @@ class ExtremalPerturbation(Explainer):
             area_weight = AREA_WEIGHT * AREA_GROWTH**iteration if iteration else 0.0
             with torch.enable_grad():
                 masks = self._masks(weights, inputs_nchw)
-                logits = self.adapter.logits(between_levels(levels, masks))
+                perturbed = between_levels(levels, masks)
+                logits = self.adapter.logits(perturbed.flip(3) if iteration % 2 else perturbed)
                 ordered = masks.flatten(1).sort(1).values
                 penalty = area_weight * ((ordered - wanted) ** 2).mean(1).sum()
             own = target.of(images).raw
