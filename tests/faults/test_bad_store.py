@@ -50,7 +50,7 @@ def fill(place, bucket, folder):
 def test_a_bad_connection_costs_time_and_nothing_else(bucket, place, tmp_path, monkeypatch, fault):
     monkeypatch.setattr("cluster.sizing.LEAST_UNIT_SECONDS", 90.0)
     monkeypatch.setattr(patient, "FIRST_PAUSE_SECONDS", 0.1)
-    monkeypatch.setattr(run, "START_PATIENCE_SECONDS", 60.0)
+    monkeypatch.setattr(run, "SHORT_PATIENCE_SECONDS", 60.0)
     fill(place, bucket, folder_of_images(tmp_path / "in", 6))
     run_here(f"{place}/in", f"{place}/undisturbed", endpoint_url=bucket.endpoint_url)
     output = open_store(f"{place}/out", bucket.endpoint_url)
