@@ -167,7 +167,7 @@ def fullgrad(net: nn.Module, image: Tensor, target: int) -> Tensor:
 
 
 def max_convolution(heights: np.ndarray, smoothness: float, sharpness: float, reach: int) -> np.ndarray:
-    """`smax_v k(u - v) m(v)`, smax the softmax-weighted mean, k flat to half its deviation; the rim goes on."""
+    """`smax_v k(u - v) m(v)`, smax the softmax-weighted mean, k flat to half its deviation; beyond the rim m is 0."""
     side_i, side_j = heights.shape
     found = np.zeros_like(heights)
     for i in range(side_i):
@@ -176,7 +176,8 @@ def max_convolution(heights: np.ndarray, smoothness: float, sharpness: float, re
             for di in range(-reach, reach + 1):
                 for dj in range(-reach, reach + 1):
                     far = max(0.0, math.hypot(di, dj) / smoothness - 0.5)
-                    near = heights[min(max(i + di, 0), side_i - 1), min(max(j + dj, 0), side_j - 1)]
+                    inside = 0 <= i + di < side_i and 0 <= j + dj < side_j
+                    near = heights[i + di, j + dj] if inside else 0.0
                     bells.append(math.exp(-2 * far**2) * near)
             odds = [math.exp(sharpness * bell) for bell in bells]
             found[i, j] = sum(bell * own for bell, own in zip(bells, odds, strict=True)) / sum(odds)
