@@ -79,7 +79,9 @@ def survey(module: nn.Module, example: Tensor) -> Network:
         graph = _trace(module, example)
         places = _module_places(module, example) if graph is None else _traced_places(graph, example)
     heard = _heard(Network(module, graph, tuple(places)), example)
-    return Network(module, graph, tuple(place if place.name in heard else _unmapped(place) for place in places))
+    return Network(
+        module, graph, tuple(place if place.name in heard else replace(place, layout=None) for place in places)
+    )
 
 
 def _heard(network: Network, example: Tensor) -> set[str]:
@@ -95,10 +97,6 @@ def _heard(network: Network, example: Tensor) -> set[str]:
     logits, maps = network.taps(tokens)(example)
     slopes = gradients(logits, torch.full_like(logits, float("nan")), maps)
     return others | {place.name for place, slope in zip(tokens, slopes, strict=True) if slope.any()}
-
-
-def _unmapped(place: Place) -> Place:
-    return replace(place, layout=None)
 
 
 def _trace(module: nn.Module, example: Tensor) -> fx.GraphModule | None:

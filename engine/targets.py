@@ -1,7 +1,7 @@
 """Targets: the scalar of a model's output that is explained."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -39,8 +39,8 @@ class Target(Readout, Protocol):
 
 
 @dataclass(frozen=True)
-class ClassProbability:
-    """Psi of SISE: the softmax probability of a class (the paper's confidence score)."""
+class _OfClasses:
+    """A scalar for each class that is named."""
 
     classes: Tensor
     """T class indices of each of N images, [N, T] int64."""
@@ -49,8 +49,13 @@ class ClassProbability:
     def num_targets(self) -> int:
         return self.classes.shape[1]
 
-    def of(self, images: slice | Tensor) -> "ClassProbability":
-        return ClassProbability(self.classes[images])
+    def of(self, images: slice | Tensor) -> Self:
+        return type(self)(self.classes[images])
+
+
+@dataclass(frozen=True)
+class ClassProbability(_OfClasses):
+    """Psi of SISE: the softmax probability of a class (the paper's confidence score)."""
 
     def score(self, logits: Tensor, images: Tensor) -> Tensor:
         """Probabilities in [0, 1]; the softmax is taken in float64 so that 1e-7 and 1 - 1e-12 survive."""
@@ -72,18 +77,8 @@ class ClassProbability:
 
 
 @dataclass(frozen=True)
-class ClassLogit:
+class ClassLogit(_OfClasses):
     """The class's logit z_c, which no saturation flattens."""
-
-    classes: Tensor
-    """T class indices of each of N images, [N, T] int64."""
-
-    @property
-    def num_targets(self) -> int:
-        return self.classes.shape[1]
-
-    def of(self, images: slice | Tensor) -> "ClassLogit":
-        return ClassLogit(self.classes[images])
 
     def score(self, logits: Tensor, images: Tensor) -> Tensor:
         """Logits, unbounded."""
@@ -99,15 +94,8 @@ class ClassLogit:
 
 
 @dataclass(frozen=True)
-class TopClass:
+class TopClass(_OfClasses):
     """1 where the prediction is the class, else 0: nothing that a gradient could follow."""
-
-    classes: Tensor
-    """T class indices of each of N images, [N, T] int64."""
-
-    @property
-    def num_targets(self) -> int:
-        return self.classes.shape[1]
 
     def score(self, logits: Tensor, images: Tensor) -> Tensor:
         """1 or 0; ties go to the lower class number, as everywhere."""

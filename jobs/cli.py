@@ -15,7 +15,7 @@ from engine.errors import ModelError
 from jobs import tables
 from jobs.budgets import Budget, excess
 from jobs.config import ConfigError, Execution, JobConfig, execution_of, load_config, parse_parameters
-from jobs.plan import Plan, load_plan
+from jobs.plan import Plan, existing_plan
 from jobs.progress import counted
 from jobs.reconcile import Standing, check, final_manifest, num_accepted, stand
 from jobs.reconcile import finalize as write_manifest
@@ -288,7 +288,16 @@ def evaluate(
     from jobs.run_evaluation import EvaluationRequest, run_evaluation
 
     asked = EvaluationRequest(
-        output, metrics, metrics_sample, controls, seed, baseline, truth, class_map, weights, endpoint_url
+        output=output,
+        metrics=metrics,
+        share=metrics_sample,
+        controls=controls,
+        seed=seed,
+        baseline=baseline,
+        truth=truth,
+        class_map=class_map,
+        weights=weights,
+        endpoint_url=endpoint_url,
     )
     execution = execution_of({"workers": workers, "runner": runner, "address": address, "batch_size": batch_size})
     outcome = run_evaluation(asked, execution, console)
@@ -363,10 +372,7 @@ def demo(
 def _existing(output: str, endpoint_url: str | None) -> tuple[ObjectStore, Plan]:
     """The output's store and the plan that stands in it."""
     store = PatientStore(open_store(output, endpoint_url), SHORT_PATIENCE_SECONDS)
-    made = load_plan(store)
-    if made is None:
-        raise ConfigError(f"there is no blocksight output in {store.uri}: no _job/plan/plan.json stands there")
-    return store, made
+    return store, existing_plan(store)
 
 
 def main() -> None:

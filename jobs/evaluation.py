@@ -85,7 +85,6 @@ class Evaluated:
     num_values: int
     reasons: Mapping[str, int]
     """Values that are not defined, by reason."""
-    num_forwards: int = 0
 
 
 def chosen_metrics(text: str, *, has_truth: bool) -> tuple[str, ...]:

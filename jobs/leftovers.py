@@ -24,7 +24,7 @@ def remove_leftovers(store: ObjectStore, standing: Standing, *, dry_run: bool = 
 
     Nothing that carries a fact goes: no fragment, receipt, plan, manifest, or letter of a dead unit.
     """
-    names = [*settled(store, standing), *_lost_plans(store)]
+    names = [*_settled(store, standing), *_lost_plans(store)]
     if final_manifest(store) is not None:  # nobody is at work who might still need them
         names += [info.key for info in store.list(PROBE_PREFIX)]
         names += [info.key for info in store.list(RUNS_FOLDER) if info.key.endswith(f"/{SIGN_NAME}")]
@@ -39,11 +39,11 @@ def remove_leftovers(store: ObjectStore, standing: Standing, *, dry_run: bool = 
 
 def remove_settled(store: ObjectStore, standing: Standing) -> None:
     """Removes the markers and dead letters of units whose fragments stand."""
-    for name in list(settled(store, standing)):
+    for name in list(_settled(store, standing)):
         store.delete(name)
 
 
-def settled(store: ObjectStore, standing: Standing) -> Iterator[str]:
+def _settled(store: ObjectStore, standing: Standing) -> Iterator[str]:
     """Markers and dead letters of units whose fragments stand."""
     for folder in (attempts.FOLDER, dead.FOLDER):
         for info in store.list(folder):

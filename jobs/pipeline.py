@@ -4,7 +4,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -52,6 +52,9 @@ NO_PROGRESS_FACTOR = 100
 
 POLL_SECONDS = 0.5
 
+ONE_UNIT: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
+"""What a step is called with."""
+
 HEADER = pa.schema([("header", pa.string()), ("blob", pa.large_binary()), ("outcome", pa.string())])
 """What passes between the steps: plain values as JSON, pixels or maps as raw bytes, or what became of the unit."""
 
@@ -69,8 +72,15 @@ def run_units(
     _settle_ray_data()
     weights = None if state is None else ray.put(state)
     silence = max(NO_PROGRESS_SECONDS, NO_PROGRESS_FACTOR * _longest_seconds(units, context))
+    yield from _finished(units, lambda some: _wave(some, context, weights, sizing), stop, silence)
+
+
+def _finished(
+    units: Sequence[Unit], wave_of: Callable[[Sequence[Unit]], Dataset], stop: Stop, silence: float
+) -> Iterator[Any]:
+    """What became of the units, wave by wave, until `stop` was requested. Raises ClusterError."""
     for start in range(0, len(units), WAVE_UNITS):
-        wave = _wave(units[start : start + WAVE_UNITS], context, weights, sizing)
+        wave = wave_of(units[start : start + WAVE_UNITS])
         try:
             for row in _arriving(wave.iter_rows(), stop, silence):
                 yield _outcome(row)
@@ -133,21 +143,24 @@ def _settle_ray_data() -> None:
 
 def _wave(units: Sequence[Unit], context: JobContext, weights: Any, sizing: Sizing) -> Dataset:
     rows = [{"unit": _json(unit)} for unit in units]
-    step: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
-    tasks = {**step, "compute": TaskPoolStrategy(), "num_cpus": sizing.cpus_per_task}
+    tasks: dict[str, Any] = {**ONE_UNIT, "compute": TaskPoolStrategy(), "num_cpus": sizing.cpus_per_task}
     return (
         ray.data.from_items(rows, override_num_blocks=len(rows))
         .map_batches(partial(_read, context=context), **tasks)
-        .map_batches(
-            _Explain,
-            fn_constructor_kwargs={"context": context, "weights": weights},
-            compute=ActorPoolStrategy(size=min(sizing.num_actors, len(units)), max_tasks_in_flight_per_actor=1),
-            num_cpus=sizing.cpus_per_actor,
-            num_gpus=sizing.gpus_per_actor,
-            **step,
-        )
+        .map_batches(_Explain, **_actors(context, weights, sizing, len(rows)))
         .map_batches(partial(_commit, context=context), **tasks)
     )
+
+
+def _actors(context: JobContext | EvaluationContext, weights: Any, sizing: Sizing, num_units: int) -> dict[str, Any]:
+    """How a stage of actors runs, each with one model."""
+    return {
+        **ONE_UNIT,
+        "fn_constructor_kwargs": {"context": context, "weights": weights},
+        "compute": ActorPoolStrategy(size=min(sizing.num_actors, num_units), max_tasks_in_flight_per_actor=1),
+        "num_cpus": sizing.cpus_per_actor,
+        "num_gpus": sizing.gpus_per_actor,
+    }
 
 
 def _read(batch: pa.Table, context: JobContext) -> pa.Table:
@@ -169,24 +182,14 @@ def evaluate_units(
     """Evaluates the units on the connected Ray session and yields what became of each. Raises ClusterError."""
     _settle_ray_data()
     weights = None if state is None else ray.put(state)
-    for start in range(0, len(units), WAVE_UNITS):
-        some = units[start : start + WAVE_UNITS]
-        wave = ray.data.from_items([{"unit": _json(unit)} for unit in some], override_num_blocks=len(some)).map_batches(
-            _Evaluate,
-            fn_constructor_kwargs={"context": context, "weights": weights},
-            compute=ActorPoolStrategy(size=min(sizing.num_actors, len(some)), max_tasks_in_flight_per_actor=1),
-            num_cpus=sizing.cpus_per_actor,
-            num_gpus=sizing.gpus_per_actor,
-            batch_size=1,
-            batch_format="pyarrow",
-        )
-        try:
-            for row in _arriving(wave.iter_rows(), stop, NO_PROGRESS_SECONDS):
-                yield _outcome(row)
-        except RayError as error:
-            raise _given_up(error) from error
-        if stop.reason is not None:
-            return
+    yield from _finished(units, lambda some: _evaluating(some, context, weights, sizing), stop, NO_PROGRESS_SECONDS)
+
+
+def _evaluating(units: Sequence[Unit], context: EvaluationContext, weights: Any, sizing: Sizing) -> Dataset:
+    """One stage: whoever measures a unit commits it."""
+    rows = [{"unit": _json(unit)} for unit in units]
+    items = ray.data.from_items(rows, override_num_blocks=len(rows))
+    return items.map_batches(_Evaluate, **_actors(context, weights, sizing, len(rows)))
 
 
 class _Evaluate:

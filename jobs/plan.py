@@ -175,6 +175,14 @@ def load_plan(store: ObjectStore) -> Plan | None:
         raise UnreconciledError(f"{PLAN_KEY} in {store.uri} is damaged, or what it names: {error}") from error
 
 
+def existing_plan(store: ObjectStore) -> Plan:
+    """The plan of an output that must stand. Raises ConfigError, and UnreconciledError where it is damaged."""
+    made = load_plan(store)
+    if made is None:
+        raise ConfigError(f"there is no blocksight output in {store.uri}: no {PLAN_KEY} stands there")
+    return made
+
+
 def _read_plan(store: ObjectStore, body: Mapping[str, Any]) -> Plan:
     units = _read_units(store.read(body["units"]))
     return Plan(

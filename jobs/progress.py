@@ -28,14 +28,19 @@ class Tally:
     forwards: int = 0
     failures: int = 0
     dead: int = 0
-
     verb: str = "explain"
     """What is done to them."""
+
+    @property
+    def stem(self) -> str:
+        """Of the verb, which takes -ing and -ed."""
+        return self.verb.removesuffix("e")
 
     def add(self, outcome: Outcome | Evaluated) -> None:
         """Counts one more unit."""
         if isinstance(outcome, Receipt | Evaluated):
             self.records += outcome.num_records
+        if isinstance(outcome, Receipt):
             self.forwards += outcome.num_forwards
         self.failures += isinstance(outcome, UnitFailure)
         self.dead += isinstance(outcome, DeadLetter)
@@ -92,7 +97,7 @@ def progress(console: Console, tally: Tally) -> Iterator[Callable[[Outcome | Eva
 def _live(console: Console, tally: Tally) -> Iterator[Callable[[Outcome | Evaluated], None]]:
     columns = (
         SpinnerColumn(),
-        TextColumn(f"{tally.verb.removesuffix('e')}ing"),
+        TextColumn(f"{tally.stem}ing"),
         BarColumn(),
         TimeElapsedColumn(),
         _TallyColumn(tally),
@@ -119,7 +124,7 @@ def _plain(console: Console, tally: Tally) -> Iterator[Callable[[Outcome | Evalu
         tally.total_records = max(tally.total_records, tally.records)
         if time.monotonic() - shown >= PLAIN_SECONDS:
             shown = time.monotonic()
-            console.print(f"{tally.verb.removesuffix('e')}ing: {tally.line(shown - start)}", highlight=False)
+            console.print(f"{tally.stem}ing: {tally.line(shown - start)}", highlight=False)
 
     yield update
-    console.print(f"{tally.verb.removesuffix('e')}ed: {tally.line(time.monotonic() - start)}", highlight=False)
+    console.print(f"{tally.stem}ed: {tally.line(time.monotonic() - start)}", highlight=False)

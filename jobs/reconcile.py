@@ -227,14 +227,11 @@ def _unit_faults(store: ObjectStore, plan: Plan, unit: Unit, shard: _Shard, foun
     records: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in rows:
         records.setdefault((row["shard"], row["shard_index"]), []).append(row)
-    faults = [
-        *_metadata_faults(store, receipt),
-        *_receipt_faults(store, receipt),
-        *_order_faults(unit, list(records.values()), shard),
-        *_target_faults(plan, list(records.values())),
-        *_duplicate_faults(records.values(), shard),
-    ]
-    yield from (fault if fault.startswith("data/") else f"{unit.fragment_key}: {fault}" for fault in faults)
+    yield from _metadata_faults(store, receipt)
+    yield from _receipt_faults(store, receipt)
+    own = list(records.values())
+    for fault in (*_order_faults(unit, own, shard), *_target_faults(plan, own), *_duplicate_faults(own, shard)):
+        yield f"{unit.fragment_key}: {fault}"
 
 
 def _metadata_faults(store: ObjectStore, receipt: Receipt) -> list[str]:

@@ -15,7 +15,6 @@ from typing import Any
 
 from rich.console import Console
 
-from cluster.errors import ClusterError
 from cluster.sizing import Sizing
 from jobs.attempts import forget_interrupted
 from jobs.budgets import Budget, Opening, excess
@@ -27,7 +26,7 @@ from jobs.plan import Plan, load_plan, make_plan, open_output, refuse_drift, set
 from jobs.progress import Tally, progress
 from jobs.reconcile import Standing, final_manifest, finalize, num_accepted, stand
 from jobs.records import ModelFacts, Outcome, UnfinishedError, Unit, UnitFailure
-from jobs.stopping import RUNS_FOLDER, Stop, stopped_by_signals
+from jobs.stopping import GO_ON, RUNS_FOLDER, Stop, stopped_by_signals, unfinished_from
 from jobs.units import Workforce
 from storage.patient import SHORT_PATIENCE_SECONDS, PatientStore
 from storage.store import ObjectStore, StoreError
@@ -36,8 +35,6 @@ from storage.stores import probe
 CPU_BATCH_SIZE = 4
 """Masked inputs per forward on a CPU: larger batches fall out of the second-level cache."""
 GPU_BATCH_SIZE = 256
-
-GO_ON = "what is committed stays, and the same command goes on from there"
 
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 """Where the driver lists its GPUs: known without importing torch."""
@@ -198,25 +195,17 @@ def _run_units(
     failures: list[UnitFailure] = []
     begun = False
     start = time.monotonic()
-    try:
-        with progress(console, Tally(num_records, expected)) as update:
-            for outcome in _outcomes(units, context, state, sizing, stop):
-                begun = True
-                update(outcome)
-                opening.add(outcome)
-                if isinstance(outcome, UnitFailure):
-                    failures.append(outcome)
-                    if outcome.store_is_away:
-                        stop.request("the store does not answer")
-                if opening.is_hopeless:
-                    stop.request(opening.verdict())
-    except (ClusterError, StoreError) as error:
-        if not begun:
-            raise
-        raise UnfinishedError(f"{error}; {GO_ON}") from error
-    except KeyboardInterrupt:  # a second signal, or the end of the grace
-        if stop.reason is None:
-            raise
+    with unfinished_from(lambda: begun, stop), progress(console, Tally(num_records, expected)) as update:
+        for outcome in _outcomes(units, context, state, sizing, stop):
+            begun = True
+            update(outcome)
+            opening.add(outcome)
+            if isinstance(outcome, UnitFailure):
+                failures.append(outcome)
+                if outcome.store_is_away:
+                    stop.request("the store does not answer")
+            if opening.is_hopeless:
+                stop.request(opening.verdict())
     return Ran(tuple(failures), time.monotonic() - start, stop.reason, opening.is_hopeless)
 
 

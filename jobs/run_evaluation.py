@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster.errors import ClusterError
 from cluster.sizing import Sizing
 from jobs.config import ConfigError, Execution
 from jobs.context import sha256_of, weights_bytes
@@ -21,15 +20,15 @@ from jobs.evaluation import (
     read_class_map,
     settle,
 )
-from jobs.plan import load_plan, refuse_drift, settle_model
+from jobs.plan import existing_plan, refuse_drift, settle_model
 from jobs.progress import Tally, progress
-from jobs.records import UnfinishedError, Unit, UnitFailure
-from jobs.run import GO_ON, check_model, context_of, session_of
-from jobs.stopping import Stop, stopped_by_signals
+from jobs.records import Unit, UnitFailure
+from jobs.run import check_model, context_of, session_of
+from jobs.stopping import Stop, stopped_by_signals, unfinished_from
+from storage.annotations import open_truth
 from storage.patient import PatientStore
-from storage.store import StoreError
 from storage.stores import open_store
-from storage.truth import Truth, open_truth
+from storage.truth import Truth
 
 
 @dataclass(frozen=True)
@@ -68,9 +67,7 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
     Whatever is wrong with the request raises before any work: ConfigError, StoreError, ModelError, ClusterError.
     """
     output = PatientStore(open_store(asked.output, asked.endpoint_url))
-    plan = load_plan(output)
-    if plan is None:
-        raise ConfigError(f"there is no blocksight output in {output.uri}: no _job/plan/plan.json stands there")
+    plan = existing_plan(output)
     truth = None if asked.truth is None else open_truth(asked.truth, asked.endpoint_url)
     config = config_of(plan, asked.output, asked.weights, asked.endpoint_url)
     evaluation = _evaluation(asked, truth)
@@ -119,23 +116,16 @@ def _run(
     done: list[Evaluated] = []
     failures: list[UnitFailure] = []
     expected = round(sum(unit.num_records for unit in units) * context.evaluation.share)
-    try:
-        with progress(console, Tally(expected, None, verb="evaluate")) as update:
-            for outcome in _outcomes(units, context, state, sizing, stop):
-                update(outcome)
-                if isinstance(outcome, UnitFailure):
-                    failures.append(outcome)
-                    if outcome.store_is_away:
-                        stop.request("the store does not answer")
-                else:
-                    done.append(outcome)
-    except (ClusterError, StoreError) as error:
-        if not done:
-            raise
-        raise UnfinishedError(f"{error}; {GO_ON}") from error
-    except KeyboardInterrupt:  # a second signal, or the end of the grace
-        if stop.reason is None:
-            raise
+    progressing = progress(console, Tally(expected, None, verb="evaluate"))
+    with unfinished_from(lambda: done, stop), progressing as update:
+        for outcome in _outcomes(units, context, state, sizing, stop):
+            update(outcome)
+            if isinstance(outcome, UnitFailure):
+                failures.append(outcome)
+                if outcome.store_is_away:
+                    stop.request("the store does not answer")
+            else:
+                done.append(outcome)
     return done, failures
 
 

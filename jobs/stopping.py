@@ -3,15 +3,18 @@
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from cluster.errors import ClusterError
+from jobs.records import UnfinishedError
 from storage.store import ObjectStore, StoreError
 
 GRACE_SECONDS = 20.0
 """Between the request and the end: a machine that is taken back gives 30 seconds."""
 
+GO_ON = "what is committed stays, and the same command goes on from there"
 
 RUNS_FOLDER = "_job/runs/"
 SIGN_NAME = "stop"
@@ -56,6 +59,23 @@ class Stop:
     def _put_sign(self, reason: str) -> None:
         with suppress(StoreError):  # a store that is away stops the run as well
             self.output.put(sign_key(self.run_id), reason.encode())
+
+
+@contextmanager
+def unfinished_from(begun: Callable[[], object], stop: Stop) -> Iterator[None]:
+    """What breaks the body off becomes UnfinishedError once the work has `begun`; the second signal just ends it.
+
+    Before the first unit nothing is lost, and whatever is wrong is the request's.
+    """
+    try:
+        yield
+    except (ClusterError, StoreError) as error:
+        if not begun():
+            raise
+        raise UnfinishedError(f"{error}; {GO_ON}") from error
+    except KeyboardInterrupt:  # a second signal, or the end of the grace
+        if stop.reason is None:
+            raise
 
 
 @contextmanager

@@ -115,11 +115,11 @@ def fit(pixels: NDArray[np.uint8], size: tuple[int, int], how: Literal["squash",
     `squash` resizes the whole image; `crop` takes the largest centred box of the new aspect.
     """
     image = Image.fromarray(pixels)
-    box = None if how == "squash" else _centred_box(image.size, (size[1], size[0]))
+    box = None if how == "squash" else centred_box(image.size, (size[1], size[0]))
     return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=box))
 
 
-def _centred_box(have: tuple[int, int], want: tuple[int, int]) -> tuple[float, float, float, float]:
+def centred_box(have: tuple[int, int], want: tuple[int, int]) -> tuple[float, float, float, float]:
     scale = min(have[0] / want[0], have[1] / want[1])
     width, height = want[0] * scale, want[1] * scale
     left, top = (have[0] - width) / 2, (have[1] - height) / 2

@@ -55,9 +55,9 @@ class FullGrad(Explainer):
             inputs = padded.detach().requires_grad_(True)
             logits = self.adapter.logits(inputs)
         terms = {name: output for name, output in recorder.kept.items() if output.dim() == 4}
+        filled = target.of(torch.arange(self.images_per_pass).clamp(max=len(inputs_nchw) - 1))  # as `pad` fills
         found = []
         for index in range(target.num_targets):
-            filled = target.of(pad(torch.arange(len(inputs_nchw))[:, None, None, None], self.images_per_pass).flatten())
             slopes = gradients(logits, filled.raw.direction(logits.detach(), index), [inputs, *terms.values()])
             products = [slopes[0] * padded] + [
                 slope * self.biases[name].view(1, -1, 1, 1) for name, slope in zip(terms, slopes[1:], strict=True)

@@ -91,6 +91,18 @@ class Depthwise(nn.Module):
         return self.head(last.mean((2, 3))), [first, last]
 
 
+class Pooled(nn.Module):
+    """Feature maps, their means, one linear layer: there CAM is `sum_k W_ck A_k` (Zhou et al., 2016)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU())
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).mean((2, 3)))
+
+
 class InPlace(nn.Module):
     """Every functional way to overwrite a tensor."""
 

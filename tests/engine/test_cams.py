@@ -10,7 +10,7 @@ from engine.explainers import EXPLAINERS
 from engine.explainers.cams import WEIGHINGS
 from engine.models import ModelAdapter
 from engine.targets import ClassProbability
-from tests.engine.nets import Depthwise, Plain, Residual, from_zoo, seeded, smooth
+from tests.engine.nets import Depthwise, Plain, Pooled, Residual, from_zoo, seeded, smooth
 
 NETS = [Plain, Residual, Depthwise]
 
@@ -74,18 +74,6 @@ def test_the_fast_path_equals_the_slow_twin(make, name):
 
 
 # ---------------------------------------------------------------- closed forms
-
-
-class Pooled(nn.Module):
-    """Feature maps, their means, one linear layer: there CAM is `sum_k W_ck A_k` (Zhou et al., 2016)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU())
-        self.head = nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x).mean((2, 3)))
 
 
 @pytest.mark.parametrize("name", ["gradcam", "xgradcam", "hirescam"])

@@ -29,7 +29,7 @@ from engine.perturb import blurred
 from engine.targets import ClassLogit, ClassProbability
 from tests.engine import comparing, oracles
 from tests.engine import slow_explainers as slow
-from tests.engine.nets import Depthwise, InPlace, Plain, Residual, Untraceable, seeded, smooth
+from tests.engine.nets import Depthwise, InPlace, Plain, Pooled, Residual, Untraceable, seeded, smooth
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 BLACK = -(torch.tensor(MEAN) / torch.tensor(STD)).double().view(3, 1, 1)
@@ -265,18 +265,6 @@ def test_rises_expectation_on_a_linear_model():
     overlap = sum(large[shift : shift + side] @ large[shift : shift + side].T for shift in range(4)) / 4
     wanted = 1 + keep * values.sum() + (1 - keep) * overlap @ values @ overlap
     assert np.abs(found / wanted.numpy() - 1).max() <= 0.06  # about five deviations of the mean of 6000
-
-
-class Pooled(nn.Module):
-    """Feature maps, their means, one linear layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU())
-        self.head = nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x).mean((2, 3)))
 
 
 def test_under_mean_pooling_ablationcam_weighs_by_weight_times_mean():

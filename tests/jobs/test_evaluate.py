@@ -14,9 +14,10 @@ from jobs.config import ConfigError, Execution
 from jobs.evaluation import FOLDER, Evaluation, chosen_metrics, folders, open_units, read_class_map
 from jobs.plan import load_plan
 from jobs.run_evaluation import EvaluationRequest, run_evaluation
+from storage.annotations import open_truth
 from storage.local import LocalStore
 from storage.maps import decode_map
-from storage.truth import open_truth, region
+from storage.truth import region
 from tests.jobs.jobs_of import blocksight, fragments_in, rows_in, run_here
 from tests.jobs.tiny import folder_of_images, folder_of_tables, folder_of_tars
 

@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from storage.annotations import open_truth, read_truth
 from storage.images import fit
 from storage.store import StoreError
-from storage.truth import AmbiguousTruthError, ImageTruth, Truth, TruthObject, open_truth, read_truth, region
+from storage.truth import AmbiguousTruthError, ImageTruth, Truth, TruthObject, region
 from tests.storage.memory import MemoryStore
 
 VOC = """<annotation>
