@@ -22,11 +22,12 @@ from jobs.evaluation import (
 )
 from jobs.plan import existing_plan, refuse_drift, settle_model
 from jobs.progress import Tally, progress
-from jobs.records import Unit, UnitFailure
+from jobs.records import UnfinishedError, Unit, UnitFailure
 from jobs.run import check_model, context_of, session_of
-from jobs.stopping import Stop, stopped_by_signals, unfinished_from
+from jobs.stopping import GO_ON, Stop, stopped_by_signals, unfinished_from
 from storage.annotations import open_truth
 from storage.patient import PatientStore
+from storage.store import StoreError
 from storage.stores import open_store
 from storage.truth import Truth
 
@@ -65,6 +66,7 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
     """Measures every committed map that is not measured yet; the same request again goes on, or has nothing to do.
 
     Whatever is wrong with the request raises before any work: ConfigError, StoreError, ModelError, ClusterError.
+    UnfinishedError afterwards, where the work broke off.
     """
     output = PatientStore(open_store(asked.output, asked.endpoint_url))
     plan = existing_plan(output)
@@ -85,7 +87,12 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
     with session_of(execution) as sizing, stopped_by_signals(stop, cuts_off=sizing is None):
         context = EvaluationContext(context_of(config, plan, facts, sizing, execution), evaluation, folder, truth)
         done, failures = _run(units, context, state, sizing, stop, console)
-    return EvaluationOutcome(folder, len(open_units(output, plan, folder)), done, failures, stop.reason)
+    try:
+        stop.clear()
+        num_open = len(open_units(output, plan, folder))
+    except StoreError as error:
+        raise UnfinishedError(f"{error}; {GO_ON}") from error
+    return EvaluationOutcome(folder, num_open, done, failures, stop.reason)
 
 
 def _evaluation(asked: EvaluationRequest, truth: Truth | None) -> Evaluation:

@@ -1,6 +1,8 @@
 """Evaluations beside an output, and tables made from what stands: values, resumption, sampling, ground truth."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -111,6 +113,27 @@ def test_the_stored_drop_is_the_one_that_would_be_measured_again(output):
         assert digest == kept["protocol"]
         assert own["drop"].value == pytest.approx(kept["drop"], abs=1e-4)
         assert own["increase"].value == 100 * kept["increase"]
+
+
+def test_a_request_that_is_stopped_leaves_no_sign_and_goes_on(output, monkeypatch):
+    from jobs import evaluate
+
+    original = evaluate.measured
+
+    def interrupted(step, unit):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(step, unit)
+
+    monkeypatch.setattr(evaluate, "measured", interrupted)
+    first = evaluated(output)
+    assert first.stopped == "SIGTERM"
+    assert len(first.done) == 1
+    assert first.num_open > 0
+    assert not list((output / "_job" / "runs").glob("*/stop"))
+    monkeypatch.setattr(evaluate, "measured", original)
+    again = evaluated(output)
+    assert again.num_open == 0
+    assert len(again.done) == first.num_open
 
 
 def test_the_same_request_goes_on_where_it_ended(output):
