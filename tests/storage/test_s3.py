@@ -17,6 +17,8 @@ import pytest
 from storage.s3 import ATTEMPTS, S3Store, check_endpoint
 from storage.store import AlreadyExistsError, ChangedError, StoreError
 from storage.stores import WeakStoreError, open_store, probe
+from tests.jobs.jobs_of import blocksight
+from tests.jobs.tiny import MODEL, folder_of_images
 
 CANARIES = {
     "AWS_ACCESS_KEY_ID": "CANARYKEYID",
@@ -255,14 +257,30 @@ def overwriting_gateway(tmp_path, monkeypatch):
     gateway.wait()
 
 
-@pytest.mark.servers
-def test_the_probe_refuses_a_gateway_that_overwrites(overwriting_gateway):
+def wait_until_ready(store):
     for _ in range(100):
         try:
-            overwriting_gateway.put("ready", b"1")
+            store.put("ready", b"1")
             break
         except StoreError:
             time.sleep(0.1)
+
+
+@pytest.mark.servers
+def test_the_probe_refuses_a_gateway_that_overwrites(overwriting_gateway):
+    wait_until_ready(overwriting_gateway)
     with pytest.raises(WeakStoreError, match="exactly-once"):
         probe(overwriting_gateway, "_job/probe-")
+    assert [info.key for info in overwriting_gateway.list()] == ["ready"]
+
+
+@pytest.mark.servers
+def test_a_job_on_a_gateway_that_overwrites_ends_before_it_begins(overwriting_gateway, tmp_path):
+    wait_until_ready(overwriting_gateway)
+    place = ("--output", overwriting_gateway.uri, "--endpoint-url", overwriting_gateway.endpoint_url)
+    data = folder_of_images(tmp_path / "in", 2, bad=False)
+    done = blocksight("explain", "--data", data, *place, "--model", MODEL, "--runner", "local")
+    assert done.returncode == 6, done.stderr
+    assert "exactly-once" in done.stderr
+    assert "Traceback" not in done.stderr
     assert [info.key for info in overwriting_gateway.list()] == ["ready"]
