@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,9 +39,14 @@ class Perturbation:
     baseline: Tensor
     """What stands where a pixel was removed, broadcastable to [B, 3, H, W]."""
 
+    @cached_property
+    def _is_zero(self) -> bool:
+        return not self.baseline.any()
+
     def __call__(self, inputs_nchw: Tensor, masks_n1hw: Tensor) -> Tensor:
         """The masked inputs, [B, 3, H, W]; masks lie in [0, 1] and 1 keeps."""
-        return inputs_nchw * masks_n1hw + self.baseline * (1 - masks_n1hw)
+        kept = inputs_nchw * masks_n1hw
+        return kept if self._is_zero else kept + self.baseline * (1 - masks_n1hw)
 
 
 def _zero(adapter: "ModelAdapter") -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.forward import Forward
 from engine.models import ModelAdapter
 from engine.perturb import Perturbation
 from engine.resample import grid_of, upsampling
@@ -83,6 +84,8 @@ class Scorer:
     perturbation: Perturbation
     batch_size: int
     """Masked inputs per forward pass; memory grows with it, results do not change beyond rounding."""
+    forward: Forward | None = None
+    """Logits of one full batch; None: the adapter's own."""
 
     @torch.inference_mode()
     def scores(self, inputs_nchw: Tensor, target: Readout, sources: Sequence[MaskSource]) -> list[Tensor]:
@@ -94,7 +97,7 @@ class Scorer:
         results = [torch.empty(shape, dtype=torch.float64, device=inputs_nchw.device) for shape in shapes]
         for batch in pack([rows for rows, _ in shapes], self.batch_size):
             images, perturbed = self._batch(inputs_nchw, sources, batch)
-            scores = target.score(self.adapter.logits(perturbed), images)
+            scores = target.score((self.forward or self.adapter.logits)(perturbed), images)
             offset = 0
             for piece in batch:
                 size = piece.stop - piece.start

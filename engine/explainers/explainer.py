@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.explanation import Explanation
+from engine.forward import Forward
 from engine.models import ModelAdapter
 from engine.perturb import perturbation
 from engine.scorer import Scorer
@@ -28,16 +29,19 @@ class Explainer(ABC):
         blocks: Sequence[str] = (),
         batch_size: int = 8,
         images_per_pass: int = 4,
+        forward: Forward | None = None,
     ) -> None:
         """`parameters` are of the catalogue's kind; `blocks` are places named by hand (none: the rule finds them).
 
         `batch_size` perturbed inputs go into one forward, and those of `images_per_pass` images are packed
-        together: both set memory and speed alone. Raises ModelError where the model lacks what the method
+        together: both set memory and speed alone. `forward` scores masks in place of the adapter's own pass, for
+        batches of this size. Raises ModelError where the model lacks what the method
         needs, or a block that is named.
         """
         self.adapter = adapter
         self.parameters = parameters
-        self.scorer = Scorer(adapter, perturbation(adapter, getattr(parameters, "baseline", "zero")), batch_size)
+        removed = perturbation(adapter, getattr(parameters, "baseline", "zero"))
+        self.scorer = Scorer(adapter, removed, batch_size, forward)
         self.images_per_pass = images_per_pass
         self._prepare(blocks)
 

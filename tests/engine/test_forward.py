@@ -1,0 +1,225 @@
+"""The forward pass in its settings, and the probe that chooses one."""
+
+import math
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from engine import probe as probing
+from engine.catalog import SiseParameters
+from engine.errors import ModelError
+from engine.explainers.sise import Sise
+from engine.forward import ForwardSetting, make_forward
+from engine.models import ModelAdapter
+from engine.probe import Measured, probe
+from engine.targets import ClassProbability
+from tests.engine.comparing import assert_close
+from tests.engine.nets import Depthwise, InPlace, Plain, Residual, seeded, smooth
+
+
+def adapter_of(net=Depthwise):
+    return ModelAdapter(seeded(net), input_size=(32, 32))
+
+
+def logits(adapter, setting, inputs):
+    with adapter.borrowed(), torch.inference_mode():
+        return make_forward(adapter, setting)(inputs)
+
+
+@pytest.mark.parametrize("net", [Plain, Residual, Depthwise, InPlace])
+@pytest.mark.parametrize("backend", ["eager", "openvino", "compiled"])
+def test_every_backend_computes_the_same(backend, net):
+    adapter, inputs = adapter_of(net), smooth(3, 32, 32)
+    wanted = logits(adapter, ForwardSetting(batch_size=3), inputs)
+    found = logits(adapter, ForwardSetting(backend, batch_size=3), inputs)
+    assert found.dtype == torch.float32
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_half_precision_is_near_and_its_logits_are_float32(precision):
+    adapter, inputs = adapter_of(), smooth(3, 32, 32)
+    wanted = logits(adapter, ForwardSetting(batch_size=3), inputs)
+    found = logits(adapter, ForwardSetting("eager", precision, 3), inputs)
+    assert found.dtype == torch.float32
+    assert 0 < (found - wanted).abs().max() <= 0.03 * wanted.abs().max()
+    assert next(adapter.module.parameters()).dtype == torch.float32
+
+
+def test_openvino_reports_to_nobody():
+    logits(adapter_of(), ForwardSetting("openvino"), smooth(4, 32, 32))
+    assert sys.modules.get("openvino_telemetry") is None
+    assert "openvino.tools.ovc.telemetry_stub" in sys.modules
+
+
+def test_the_users_hooks_are_not_in_the_copy():
+    adapter, inputs = adapter_of(), smooth(2, 32, 32)
+    called = []
+    adapter.module.register_forward_pre_hook(lambda *_: called.append(1))
+    logits(adapter, ForwardSetting("eager", "bfloat16", 2), inputs)
+    assert not called
+    logits(adapter, ForwardSetting(batch_size=2), inputs)
+    assert called
+
+
+def test_a_backend_that_cannot_says_so():
+    with pytest.raises(ModelError, match="need a CUDA device"):
+        logits(adapter_of(), ForwardSetting("graphed"), smooth(4, 32, 32))
+
+
+class Undecided(nn.Module):
+    """What it computes depends on what it sees: no graph holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 5, 3, stride=2)
+
+    def forward(self, x):
+        x = self.stem(x).mean((2, 3))
+        return x if x.sum().item() > 0 else x * 2
+
+
+def test_a_model_that_a_compiler_refuses_is_one_sentence():
+    adapter = adapter_of(Undecided)
+    with pytest.raises(ModelError, match="openvino cannot run model: ") as raised:
+        logits(adapter, ForwardSetting("openvino"), smooth(4, 32, 32))
+    assert "\n" not in str(raised.value)
+
+
+def test_the_explainer_scores_with_the_forward_that_it_is_given():
+    adapter, inputs = adapter_of(), smooth(2, 32, 32)
+    sizes = []
+
+    def forward(batch):
+        sizes.append(len(batch))
+        return adapter.logits(batch)
+
+    target = ClassProbability(torch.tensor([[0], [1]]))
+    found = Sise(adapter, SiseParameters(), batch_size=5, forward=forward).explain(inputs, target)
+    wanted = Sise(adapter, SiseParameters(), batch_size=5).explain(inputs, target)
+    assert set(sizes) == {5}
+    for one, other in zip(found, wanted, strict=True):
+        assert_close(one[0], other[0])
+
+
+def test_a_compiler_that_fails_at_the_first_call_is_one_sentence(monkeypatch):
+    def broken(inputs):
+        raise RuntimeError("no C++ compiler\nand much more")
+
+    monkeypatch.setattr("engine.forward.torch.compile", lambda *_, **__: broken)
+    with pytest.raises(ModelError, match=r"compiled cannot run model: no C\+\+ compiler$"):
+        logits(adapter_of(), ForwardSetting("compiled"), smooth(4, 32, 32))
+
+
+# ---------------------------------------------------------------- the probe
+
+
+class Clock:
+    """Forward passes that take as long as they are told to."""
+
+    def __init__(self, seconds, error=0.0, refused=None):
+        self.seconds, self.error, self.refused = seconds, error, refused
+
+
+def stub(monkeypatch, table):
+    """Lets settings have these rates and errors instead of measured ones."""
+    monkeypatch.setattr(probing, "_candidates", lambda *_, **__: iter(table))
+
+    def make(_, setting):
+        if table[setting].refused is not None:
+            raise ModelError(table[setting].refused)
+        return setting
+
+    monkeypatch.setattr(probing, "make_forward", make)
+    monkeypatch.setattr(probing, "rate", lambda setting, *_: 1 / table[setting].seconds)
+    monkeypatch.setattr(probing, "_scores", lambda forward, *_: forward)
+    monkeypatch.setattr(probing, "_error", lambda setting, _: table[setting].error)
+
+
+EAGER, FAST, HALF, BFLOAT = (
+    ForwardSetting(),
+    ForwardSetting("compiled"),
+    ForwardSetting("compiled", "float16"),
+    ForwardSetting("compiled", "bfloat16"),
+)
+
+
+@pytest.mark.parametrize(
+    ("table", "taken"),
+    [
+        ({EAGER: Clock(1.0), FAST: Clock(0.5), HALF: Clock(0.2, 0.01)}, HALF),
+        ({EAGER: Clock(1.0), FAST: Clock(0.5), HALF: Clock(0.2, 0.02)}, FAST),  # too far off
+        ({EAGER: Clock(1.0), FAST: Clock(0.95)}, EAGER),  # not worth it
+        ({EAGER: Clock(1.0), FAST: Clock(0.5, 1e-3)}, EAGER),  # float32, and wrong: a faulty conversion
+        ({EAGER: Clock(1.0), FAST: Clock(0.5, refused="no"), HALF: Clock(0.4, 0.01)}, HALF),
+        ({EAGER: Clock(1.0), HALF: Clock(0.5, 0.01), BFLOAT: Clock(0.48, 0.01)}, HALF),
+        ({EAGER: Clock(1.0), HALF: Clock(0.5, math.inf), BFLOAT: Clock(0.5, 0.01)}, BFLOAT),
+    ],
+)
+def test_the_fastest_sound_setting_is_taken(monkeypatch, table, taken):
+    stub(monkeypatch, table)
+    forward, found = probe(adapter_of(), smooth(1, 32, 32), exact=False)
+    assert forward == taken
+    assert found[0].setting == taken
+    assert {one.setting for one in found} == set(table)
+
+
+def test_what_does_not_fit_is_passed_over(monkeypatch):
+    real = probing.make_forward
+
+    def short(adapter, setting):
+        if setting.backend != "eager":
+            raise torch.OutOfMemoryError("no room")
+        return real(adapter, setting)
+
+    monkeypatch.setattr(probing, "make_forward", short)
+    _, found = probe(adapter_of(), smooth(1, 32, 32), exact=True)
+    assert found[0].setting.backend == "eager"
+    assert {one.refused for one in found[1:]} == {"no room"}
+
+
+def test_where_nothing_is_sound_the_plain_model_is_taken(monkeypatch):
+    stub(monkeypatch, {EAGER: Clock(1.0, math.inf), FAST: Clock(0.5, refused="no")})
+    adapter = adapter_of()
+    forward, found = probe(adapter, smooth(1, 32, 32), exact=True)
+    assert forward == adapter.logits
+    assert found[0].setting == EAGER
+    assert [one.figures()["score_error"] for one in found] == [0.0, None, 0.0]
+
+
+def test_what_the_probe_takes_scores_like_the_model():
+    adapter, inputs = adapter_of(), smooth(2, 32, 32)
+    forward, found = probe(adapter, inputs, exact=True)
+    assert {one.setting.precision for one in found} == {"float32"}
+    assert all(one.forwards_per_second > 0 for one in found if one.refused is None)
+    batch = smooth(found[0].setting.batch_size, 32, 32)
+    with adapter.borrowed(), torch.inference_mode():
+        assert torch.allclose(forward(batch), adapter.logits(batch), atol=1e-5)
+
+
+def test_a_batch_size_that_is_asked_for_is_kept():
+    _, found = probe(adapter_of(), smooth(1, 32, 32), exact=True, batch_size=3)
+    assert {one.setting.batch_size for one in found} == {3}
+
+
+def test_the_probe_measures_errors_on_masked_images():
+    masked = probing._masked(smooth(3, 32, 32))
+    assert masked.shape == (64, 3, 32, 32)
+    whole = smooth(3, 32, 32)
+    shares = masked / whole[torch.arange(64) % 3]
+    assert (shares >= -1e-6).all()
+    assert (shares <= 1 + 1e-6).all()
+    assert shares.std() > 0.1
+
+
+def test_an_error_by_hand():
+    wanted = torch.tensor([[0.8, 0.2], [0.5, 0.5], [0.1, 0.9]]).double()
+    scores = torch.tensor([[0.88, 0.12], [0.5, 0.5], [0.1, 0.9]]).double()
+    assert probing._error(scores, wanted) == 0.0  # the median
+    scores[2, 1] = 0.45
+    assert probing._error(scores, wanted) == pytest.approx(0.1)
+    scores[2, 1] = torch.nan
+    assert probing._error(scores, wanted) == math.inf
+    assert not Measured(EAGER, score_error=math.inf).is_sound
