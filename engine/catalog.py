@@ -27,10 +27,40 @@ class SiseParameters:
         default="zero",
         metadata={"help": "what stands where a mask removes: zero in model-input space, or a black pixel"},
     )
+    budget: int | float | Literal["auto"] | None = field(
+        default=None,
+        metadata={
+            "help": "how many masks are scored, the other scores being predicted: a number, a share such as 0.1, "
+            "or auto; 0: none is; not given: all are"
+        },
+    )
+    complete_above: float | None = field(
+        default=None,
+        metadata={
+            "help": "with a budget: where a block map's predicted relative error stays above this, the image's other "
+            "masks are scored too; not given: they never are"
+        },
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.mu < 1:
             raise ValueError(f"mu must lie in [0, 1), got {self.mu}: at 1 no map would be kept")
+        if isinstance(self.budget, float) and not 0 < self.budget < 1:
+            raise ValueError(f"a budget of {self.budget} is no share between 0 and 1; a number of forwards is whole")
+        if isinstance(self.budget, int) and self.budget < 0:
+            raise ValueError(f"a budget is a number of forwards, got {self.budget}")
+        if self.complete_above is not None:
+            _check_completion(self.complete_above, self.budget)
+
+
+def _check_completion(above: float, budget: int | float | str | None) -> None:
+    if not above >= 0:
+        raise ValueError(f"complete_above is a relative error, got {above}")
+    if not budget:
+        raise ValueError(
+            f"complete_above {above:g} needs a budget above 0, got {'none' if budget is None else budget}: without one "
+            "no error is predicted"
+        )
 
 
 @dataclass(frozen=True)
@@ -38,6 +68,22 @@ class AdaSiseParameters(SiseParameters):
     """SISE with Otsu's threshold in place of mu."""
 
     selection: Literal["ada"] = field(default="ada", metadata={"help": "always ada"})
+
+
+Fidelity = Literal["preview", "balanced", "full", "auto"]
+
+BALANCED_BUDGET = 0.1
+"""Share of an image's masks that a balanced map scores."""
+POOR_MAP_ERROR = 0.5
+"""`auto`: the predicted relative error of a block map above which an image's other masks are scored too."""
+
+FIDELITIES: Mapping[Fidelity, Mapping[str, Any]] = {
+    "preview": {"budget": 0},
+    "balanced": {"budget": BALANCED_BUDGET},
+    "full": {},
+    "auto": {"budget": BALANCED_BUDGET, "complete_above": POOR_MAP_ERROR},
+}
+"""What each level sets of SISE's parameters; `auto`: for the records that nothing speaks against beforehand."""
 
 
 @dataclass(frozen=True)

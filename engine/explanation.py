@@ -23,6 +23,16 @@ class BlockMap:
 
 
 @dataclass(frozen=True)
+class Quality:
+    """How far a map that is partly predicted may be trusted."""
+
+    r2: float
+    """Of the mask scores that were run, each predicted from the others (on the scale of their roots); at most 1."""
+    map_error: float
+    """The largest predicted relative error of a block map, from 0."""
+
+
+@dataclass(frozen=True)
 class Explanation:
     """The saliency map of one target of one image."""
 
@@ -35,12 +45,22 @@ class Explanation:
     """Shallow to deep."""
     num_forwards: int
     """Masked forwards made for the image; its targets share them."""
+    quality: Quality | None = None
+    """None where nothing was predicted from forwards that were made."""
+    was_completed: bool = False
+    """All masks were scored after all, for what a budget of them gave was too poor."""
 
 
 def sound_explanation(
-    saliency_hw: Map, score: float, blocks: Sequence[BlockMap] = (), *, num_forwards: int
+    saliency_hw: Map,
+    score: float,
+    blocks: Sequence[BlockMap] = (),
+    *,
+    num_forwards: int,
+    quality: Quality | None = None,
+    was_completed: bool = False,
 ) -> Explanation:
     """The explanation; its map is NaN as a whole where any part of it, or the score, is not finite."""
     sound = np.isfinite(saliency_hw).all() and np.isfinite(score)
     saliency = saliency_hw if sound else np.full_like(saliency_hw, np.nan)
-    return Explanation(saliency, score, tuple(blocks), num_forwards)
+    return Explanation(saliency, score, tuple(blocks), num_forwards, quality, was_completed)

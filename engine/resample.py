@@ -92,3 +92,24 @@ def upsampling(native: Grid, full: Grid, device: torch.device) -> Upsampling:
     rows, columns = (bilinear_matrix(*axis).to(device) for axis in zip(native, full, strict=True))
     row_picks, column_picks = (corner_samples(*axis) for axis in zip(native, full, strict=True))
     return Upsampling(rows, columns, rows[row_picks], columns[column_picks])
+
+
+def pooling_matrix(full: int, cells: int) -> Tensor:
+    """The matrix [cells, full] (float64) of one axis that averages over cells: `adaptive_avg_pool`."""
+    matrix = torch.zeros(cells, full, dtype=torch.float64)
+    for cell in range(cells):
+        start, stop = cell * full // cells, -(-(cell + 1) * full // cells)
+        matrix[cell, start:stop] = 1 / (stop - start)
+    return matrix
+
+
+@lru_cache(maxsize=64)
+def _pooled_axis(native: int, full: int, cells: int, device: torch.device) -> Tensor:
+    return (pooling_matrix(full, cells) @ bilinear_matrix(native, full)).to(device)
+
+
+def pooled(maps_khw: Tensor, full: Grid, cells: Grid) -> Tensor:
+    """The *upsampled* maps' means over a grid of cells, float64 [..., cells]: no full map is made."""
+    native, device = grid_of(maps_khw), maps_khw.device
+    rows, columns = (_pooled_axis(*axis, device) for axis in zip(native, full, cells, strict=True))
+    return rows @ maps_khw.double() @ columns.T

@@ -12,17 +12,19 @@ import torch
 from torch import Tensor
 
 from engine.catalog import SiseParameters
+from engine.errors import ModelError
+from engine.explainers.budget import Candidates, Sampled, sample
 from engine.explainers.explainer import Explainer, pad
 from engine.explanation import BlockMap, Explanation, sound_explanation
 from engine.fusion import GATES, Map, cascade, minmax, otsu_foreground
-from engine.resample import Grid, grid_of, upsampling
-from engine.scorer import MaskSet
+from engine.head import head_of
+from engine.resample import Grid, grid_of, pooled, upsampling
 from engine.taps import gradients
 from engine.targets import Target
 
 
 @dataclass(frozen=True)
-class _Sampled:
+class _Masks:
     """One block's masks for one image, ready to be scored."""
 
     masks_khw: Tensor
@@ -35,6 +37,18 @@ class _Sampled:
     """The masks' sums over the full grid, float64 [K]."""
     finite: bool
     """No feature map and no gradient held NaN or infinity."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One image, ready for its masks to be scored."""
+
+    scores: list[float]
+    """Of its targets."""
+    blocks: Sequence[_Masks]
+    """Shallow to deep."""
+    candidates: Candidates
+    """The same masks, to choose from."""
 
 
 def select(alphas: Tensor, parameters: SiseParameters) -> Tensor:
@@ -61,30 +75,53 @@ class Sise(Explainer):
     def _prepare(self, blocks: Sequence[str]) -> None:
         self.blocks = self.adapter.network.blocks(blocks)
         self.taps = self.adapter.network.taps(self.blocks)
+        budget = self.parameters.budget
+        self.head = head_of(self.adapter, self.blocks[-1]) if budget is not None else None
+        if budget == 0 and self.head is None:
+            raise ModelError(
+                f"without any masked forward the head of {self.adapter.name} would have to score the masks, and it is "
+                "too large for that: take a budget above 0"
+            )
 
     def _explain_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Explanation]]:
-        scores, activations, alphas = self._capture(inputs_nchw, target)
-        full = grid_of(inputs_nchw)
-        sampled = [
-            [self._select(maps[image], alpha[:, image], full) for maps, alpha in zip(activations, alphas, strict=True)]
-            for image in range(len(inputs_nchw))
-        ]
-        mask_scores = iter(
-            self.scorer.scores(
-                inputs_nchw,
-                target,
-                [MaskSet(image, block.masks_khw) for image, blocks in enumerate(sampled) for block in blocks],
-            )
-        )
-        explanations = []
-        for blocks, score in zip(sampled, scores.tolist(), strict=True):
-            block_scores = [next(mask_scores) for _ in blocks]
-            explanations.append(
-                [self._fuse(blocks, block_scores, index, score[index], full) for index in range(target.num_targets)]
-            )
-        return explanations
+        images = self.capture(inputs_nchw, target)
 
-    def _capture(self, inputs_nchw: Tensor, target: Target) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        def run(wanted: Sequence[tuple[Candidates, int, Tensor]]) -> list[Tensor]:
+            return self.scorer.scores(inputs_nchw, target, [own.source(rows, block) for own, block, rows in wanted])
+
+        candidates, asked = [image.candidates for image in images], self.parameters
+        found = sample(run, candidates, target.num_targets, asked.budget, asked.complete_above)
+        return [
+            [self.fuse(image, sampled, index) for index in range(target.num_targets)]
+            for image, sampled in zip(images, found, strict=True)
+        ]
+
+    def capture(self, inputs_nchw: Tensor, target: Target) -> list[Captured]:
+        """Phases 1 and 2 for at most `images_per_pass` inputs: the feature maps kept for each image, as masks."""
+        scores, activations, alphas = self._record(inputs_nchw, target)
+        full, last = grid_of(inputs_nchw), activations[-1]
+        cams = _class_activation(last, alphas[-1])
+        captured = []
+        for image, score in enumerate(scores.tolist()):
+            places = zip(activations, alphas, strict=True)
+            blocks = [self._select(maps[image], alpha[:, image], full) for maps, alpha in places]
+            masks, masses = [block.masks_khw for block in blocks], [block.mass for block in blocks]
+            guess = self._guess(image, masks, last[image], target, full)
+            captured.append(Captured(score, blocks, Candidates(image, masks, masses, cams[image], full, guess)))
+        return captured
+
+    def _guess(
+        self, image: int, masks: Sequence[Tensor], maps_chw: Tensor, target: Target, full: Grid
+    ) -> Tensor | None:
+        """What the head says of the image's last feature maps under each mask, [N, T]."""
+        if self.head is None:
+            return None
+        native = torch.cat([pooled(own, full, grid_of(maps_chw)) for own in masks])
+        with torch.no_grad():
+            guess = self.head.scores(maps_chw, native, target, image)
+        return guess if guess.isfinite().all() else None
+
+    def _record(self, inputs_nchw: Tensor, target: Target) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Scores [N, T], and per block the feature maps [N, C, h, w] and alpha [T, N, C] (float64, CPU)."""
         count = len(inputs_nchw)
         logits, activations = self.taps(pad(inputs_nchw, self.images_per_pass))
@@ -102,22 +139,20 @@ class Sise(Explainer):
             [torch.stack(alpha) for alpha in alphas],
         )
 
-    def _select(self, maps_chw: Tensor, alphas: Tensor, full: Grid) -> _Sampled:
+    def _select(self, maps_chw: Tensor, alphas: Tensor, full: Grid) -> _Masks:
         """The masks of one block and image; `alphas` is [T, C]. Targets share the masks they both keep."""
         finite = bool(alphas.isfinite().all()) and bool(maps_chw.isfinite().all())
         kept = tuple(select(alpha if finite else torch.zeros_like(alpha), self.parameters) for alpha in alphas)
         union = torch.cat(kept).unique()
         upsample = upsampling(grid_of(maps_chw), full, maps_chw.device)
         masks, varied = upsample.normalise(maps_chw[union.to(maps_chw.device)])
-        return _Sampled(masks[varied], union[varied.cpu()], kept, upsample.mass(masks[varied]), finite)
+        return _Masks(masks[varied], union[varied.cpu()], kept, upsample.mass(masks[varied]), finite)
 
-    def _fuse(
-        self, blocks: Sequence[_Sampled], block_scores: Sequence[Tensor], index: int, score: float, full: Grid
-    ) -> Explanation:
-        """Weighs, upsamples and fuses the blocks of one image for its target number `index`."""
-        maps = [
-            _block_map(block, scores[:, index], index, full) for block, scores in zip(blocks, block_scores, strict=True)
-        ]
+    def fuse(self, image: Captured, sampled: Sampled, index: int) -> Explanation:
+        """Phases 3 and 4: weighs, upsamples and fuses the blocks of one image for its target number `index`."""
+        blocks, full = image.blocks, image.candidates.full
+        scores = sampled.scores[:, index].split([len(block.channels) for block in blocks])
+        maps = [_block_map(block, own, index, full) for block, own in zip(blocks, scores, strict=True)]
         present = [saliency for saliency in maps if saliency is not None]
         if not all(block.finite for block in blocks) or not all(np.isfinite(one).all() for one in present):
             saliency = np.full(full, np.nan)
@@ -127,10 +162,23 @@ class Sise(Explainer):
             BlockMap(place.name, place.channels, tuple(block.kept[index].tolist()), block_map)
             for place, block, block_map in zip(self.blocks, blocks, maps, strict=True)
         )
-        return sound_explanation(saliency, score, facts, num_forwards=sum(len(block.channels) for block in blocks))
+        return sound_explanation(
+            saliency,
+            image.scores[index],
+            facts,
+            num_forwards=sampled.num_scored,
+            quality=sampled.qualities[index],
+            was_completed=sampled.was_completed,
+        )
 
 
-def _block_map(block: _Sampled, scores: Tensor, index: int, full: Grid) -> Map | None:
+def _class_activation(maps: Tensor, alphas: Tensor) -> Tensor:
+    """`relu(sum_k alpha_k A_k)` over its maximum, averaged over targets: [N, h, w] of [N, C, h, w] and [T, N, C]."""
+    cams = torch.einsum("tnc,nchw->tnhw", alphas.to(maps.device), maps.double()).relu()
+    return (cams / cams.amax((2, 3), keepdim=True).clamp(min=1e-300)).mean(0).nan_to_num()
+
+
+def _block_map(block: _Masks, scores: Tensor, index: int, full: Grid) -> Map | None:
     """`U_b = minmax(U(sum_k q_k / mass_k A~_k))` over the maps kept for the target; None where there is none."""
     chosen = torch.isin(block.channels, block.kept[index]).to(scores.device)
     if not chosen.any():

@@ -1,0 +1,268 @@
+"""Scores of masks that were not run: a Gaussian process over masks, fitted to the scores of a well-spread few.
+
+A block map is `V_b = sum_k q_k C_k`, in which every C_k is known and only the scalars q_k cost forward passes.
+Nothing about the masks is approximated; the missing q_k are. Rows are the masks of one image, block after block;
+everything is float64, on the masks' device, and decided by the image alone. Several images are worked on together
+(G of them, padded to one size), for on a GPU it is the number of steps that costs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+SCALES = (0.7, 1.4, 2.8, 5.6)
+"""Length scales that are tried, in median distances between masks."""
+NOISES = (1e-3, 1e-2, 1e-1, 1.0)
+"""Noise variances that are tried, where the process has variance 1."""
+DESIGN_SCALE = 4.0
+"""Length scale of the design, likewise."""
+TREND = 0.3
+"""Prior deviation of the trend's two coefficients: a constant, and the head's score."""
+FAITH = 2.0
+"""Scores that the process's own word on its errors counts for, against those that each block has."""
+TIED = 1e-3
+"""Leave-one-out errors nearer than this count as equal: rounding must not choose."""
+LEAST_PER_BLOCK = 4
+
+
+def padded(tensors: Sequence[Tensor], value: float = 0) -> Tensor:
+    """The tensors [n, ...] of G images as one [G, longest n, ...]."""
+    return pad_sequence(list(tensors), batch_first=True, padding_value=value)
+
+
+def distances(rows: Tensor, others: Tensor) -> Tensor:
+    """Between points [..., n, D] and [..., m, D], [..., n, m]."""
+    return torch.cdist(rows, others, compute_mode="use_mm_for_euclid_dist")
+
+
+def matern(distance: Tensor, scale: Tensor | float) -> Tensor:
+    """The Matern-5/2 kernel at these distances and this length scale, 0 to 1."""
+    far = distance * (5**0.5 / scale)
+    return (1 + far + far**2 / 3) * (-far).exp()
+
+
+def median_distance(rows: Tensor) -> Tensor:
+    """The median distance of points [n, D] to the one half the list away: above zero."""
+    apart = (rows - rows.roll(len(rows) // 2, 0)).norm(dim=1)
+    return apart.median().clamp(min=1e-9)
+
+
+def spread(distance: Tensor, weights: Tensor, count: int, scale: Tensor) -> Tensor:
+    """The order [G, count] in which masks of one block, at these distances [G, n, n], are best scored.
+
+    Pivoted Cholesky: each step takes the row whose score the ones before leave most uncertain, posterior variance
+    times its weight [G, n], of which a negative one marks padding; `scale` is [G]. A longer order begins with the
+    shorter one. Ties go to the first row. What follows an image's last row means nothing.
+    """
+    images = torch.arange(len(weights), device=weights.device)
+    factor = weights.new_zeros(len(weights), count, weights.shape[1])
+    variance = torch.ones_like(weights)
+    taken = weights < 0
+    order = torch.zeros(len(weights), count, dtype=torch.int64, device=weights.device)
+    for step in range(count):
+        chosen = (variance * weights).masked_fill(taken, -1).argmax(1)
+        order[:, step], taken[images, chosen] = chosen, True
+        kernel = matern(distance[images, chosen], scale[:, None])
+        known = factor[images, :step, chosen][:, None] @ factor[:, :step]
+        column = (kernel - known[:, 0]) / variance[images, chosen].clamp(min=1e-12).sqrt()[:, None]
+        factor[:, step] = column
+        variance = (variance - column**2).clamp(min=0)
+    return order
+
+
+def root(scores: Tensor) -> Tensor:
+    """The scale on which scores are predicted: the square root, with the sign kept."""
+    return scores.sign() * scores.abs().sqrt()
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of one image's masks, for one target."""
+
+    rows: Tensor
+    """The masks as points, [N, D]."""
+    anchors: Tensor
+    """Numbers of those that were run, [m], at least one."""
+    scores: Tensor
+    """Of those, [m]."""
+    guess: Tensor | None
+    """A first idea of every score, [N]."""
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """The process's mean, on the scale of roots, [N]."""
+        if self.guess is not None:
+            return root(self.guess)
+        return root(self.scores).mean().expand(len(self.rows))
+
+    @cached_property
+    def trend(self) -> Tensor:
+        """The columns [N, 2] of what may differ from the mean throughout: a constant, and the guess's scale."""
+        constant = torch.full_like(self.mean, TREND)
+        if self.guess is None:
+            return torch.stack([constant, torch.zeros_like(constant)], 1)
+        centred = self.mean - self.mean.mean()
+        return torch.stack([constant, TREND * centred / (centred.std(correction=0) + 1e-9)], 1)
+
+    @cached_property
+    def wanted(self) -> Tensor:
+        """What the process is to explain, [m]."""
+        return root(self.scores) - self.mean[self.anchors]
+
+
+@dataclass(frozen=True)
+class Imputed:
+    """The scores of all masks of one image, for one target."""
+
+    known: Known
+    scores: Tensor
+    """[N]; those that were run are exact."""
+    r2: float
+    """Of the roots of the scores that were run, each predicted from the others (leave-one-out): at most 1."""
+    cross: Tensor
+    """The masks' kernel with those that were run, whitened: [m, N]."""
+    scale: Tensor
+    noise: Tensor
+    """Its variance, where the process has 1."""
+    variance: Tensor
+    """Of the process."""
+    surprises: Tensor
+    """By how much each score that was run missed its leave-one-out prediction: squared, over the variance that was
+    predicted for it, [m]."""
+
+    def map_error(self, block: slice, maps_nd: Tensor, distance: Tensor) -> Tensor:
+        """The predicted relative error of `V = sum_k q_k C_k` over one block: its deviation over that of the map.
+
+        `maps_nd` holds the block's C_k on a coarse grid [n, cells], `distance` [n, n] how far its masks are apart.
+        To first order `dV = sum_k 2 sqrt(q_k) ds_k C_k` over the masks that were not run; what adds a constant to V
+        or stretches it is no error, for the block map is min-maxed. One process serves all blocks: how far the
+        block's own scores missed puts it right for each.
+        """
+        whole = self.scores[block] @ maps_nd
+        shape = whole - whole.mean()
+        slopes = 2 * self.scores[block].abs().sqrt()[:, None] * maps_nd
+        slopes = slopes - slopes.mean(1, keepdim=True)
+        strength = shape.square().sum().clamp(min=1e-300)
+        slopes = slopes - (slopes @ shape / strength)[:, None] * shape
+        own = (self.known.anchors >= block.start) & (self.known.anchors < block.stop)
+        slopes[self.known.anchors[own] - block.start] = 0
+        trend = self.known.trend[block]
+        prior = matern(distance, self.scale) + trend @ trend.T
+        uncertain = (slopes * (prior @ slopes)).sum() - (self.cross[:, block] @ slopes).square().sum()
+        uncertain = uncertain.clamp(min=0) + self.noise * slopes.square().sum()
+        missed = (self.surprises[own].sum() + FAITH) / (own.sum() + FAITH)
+        return (self.variance * missed * uncertain / strength).sqrt()
+
+
+@dataclass(frozen=True)
+class _Anchors:
+    """The masks that were run, of G images, padded to m."""
+
+    used: Tensor
+    """Which are no padding, [G, m]."""
+    distance: Tensor
+    """[G, m, m]"""
+    trend: Tensor
+    """[G, m, 2]"""
+    wanted: Tensor
+    """[G, m]"""
+
+    @classmethod
+    def of(cls, known: Sequence[Known]) -> "_Anchors":
+        rows = padded([one.rows[one.anchors] for one in known])
+        return cls(
+            padded([torch.ones_like(one.anchors, dtype=torch.bool) for one in known]),
+            distances(rows, rows),
+            padded([one.trend[one.anchors] for one in known]),
+            padded([one.wanted for one in known]),
+        )
+
+    def kernel(self, scale: Tensor, noise: Tensor | float) -> Tensor:
+        """With noise on the diagonal, [G, m, m]; padding is coupled to nothing. `scale` is [G, 1, 1]."""
+        pairs = self.used[:, :, None] & self.used[:, None]
+        smooth = torch.where(pairs, matern(self.distance, scale) + self.trend @ self.trend.mT, 0.0)
+        return smooth + noise * torch.eye(smooth.shape[1], dtype=smooth.dtype, device=smooth.device)
+
+    def missed(self, scale: Tensor, noise: float) -> Tensor:
+        """The mean squared leave-one-out error, [G]: in closed form."""
+        inverse = torch.linalg.inv(self.kernel(scale, noise))
+        left = (inverse @ self.wanted[..., None])[..., 0] / inverse.diagonal(dim1=1, dim2=2)
+        return left.square().sum(1) / self.used.sum(1)
+
+
+def impute(known: Sequence[Known]) -> list[Imputed]:
+    """The scores of all N masks of each image, given those of the anchors.
+
+    The length scale and the noise are those with the least leave-one-out error, which has a closed form
+    (Rasmussen and Williams 2006, section 5.4.2).
+    """
+    anchors = _Anchors.of(known)
+    middle = torch.stack([median_distance(one.rows) for one in known])[:, None, None]
+    scale, noise = SCALES[0] * middle, torch.full_like(middle, NOISES[0])
+    least = torch.full_like(middle[:, 0, 0], torch.inf)
+    for own_scale in SCALES:
+        for own_noise in NOISES:
+            missed = anchors.missed(own_scale * middle, own_noise)
+            better = missed < (1 - TIED) * least
+            least = torch.where(better, missed, least)
+            scale = torch.where(better[:, None, None], own_scale * middle, scale)
+            noise = torch.where(better[:, None, None], own_noise, noise)
+    rows = padded([one.rows for one in known])
+    at = padded([one.rows[one.anchors] for one in known])
+    cross = matern(distances(at, rows), scale) + anchors.trend @ padded([one.trend for one in known]).mT
+    kernel = anchors.kernel(scale, noise)
+    lower = torch.linalg.cholesky(kernel)
+    whitened = torch.linalg.solve_triangular(lower, torch.where(anchors.used[..., None], cross, 0.0), upper=False)
+    solved = torch.linalg.solve_triangular(lower, anchors.wanted[..., None], upper=False)
+    shift = (whitened.mT @ solved)[..., 0]
+    variance = solved.square().sum((1, 2)) / anchors.used.sum(1)
+    inverse = torch.linalg.inv(kernel)
+    weights = (inverse @ anchors.wanted[..., None])[..., 0]
+    surprises = weights.square() / inverse.diagonal(dim1=1, dim2=2) / variance[:, None].clamp(min=1e-300)
+    return [
+        Imputed(
+            one,
+            _predicted(one, shift[image]),
+            _explained(one, least[image]),
+            whitened[image, : len(one.anchors), : len(one.rows)],
+            scale[image, 0, 0],
+            noise[image, 0, 0],
+            variance[image],
+            surprises[image, : len(one.anchors)],
+        )
+        for image, one in enumerate(known)
+    ]
+
+
+def _predicted(known: Known, shift: Tensor) -> Tensor:
+    """The scores [N], of what the process adds to its mean on the scale of roots."""
+    roots = known.mean + shift[: len(known.rows)]
+    found = (roots.sign() * roots.square()).clamp(min=known.scores.min().clamp(max=0))
+    found[known.anchors] = known.scores
+    return found
+
+
+def _explained(known: Known, missed: Tensor) -> float:
+    """The share of the variance of the roots that leave-one-out predictions explain."""
+    roots = root(known.scores)
+    total = (roots - roots.mean()).square().mean()
+    return float(1 - missed / total) if total > 0 else 0.0
+
+
+def shares(sizes: Sequence[int], count: int) -> list[int]:
+    """How many of `count` scores each block of so many masks gets: as the square root of its size, a few at least.
+
+    Highest averages: the shares add up exactly, and none falls when `count` grows.
+    """
+    if count >= sum(sizes):
+        return list(sizes)
+    least = min(LEAST_PER_BLOCK, count // max(1, len(sizes)))
+    given = [min(size, least) for size in sizes]
+    for _ in range(count - sum(given)):
+        open_blocks = [block for block, size in enumerate(sizes) if given[block] < size]
+        given[max(open_blocks, key=lambda block: (sizes[block] ** 0.5 / (given[block] + 1), -block))] += 1
+    return given
