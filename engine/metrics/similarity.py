@@ -1,0 +1,52 @@
+"""How alike two saliency maps are: Pearson, Spearman, SSIM, and the overlap of their greatest pixels."""
+
+import numpy as np
+from scipy.ndimage import uniform_filter
+from scipy.stats import rankdata
+
+from engine.fusion import Map
+from engine.metrics.metric import is_flat, ranks_of
+
+TOP_SHARE = 0.15
+"""Of the pixels: those that Drop and Increase keep."""
+WINDOW = 7
+"""Side of SSIM's window in pixels."""
+STABILISERS = (0.01**2, 0.03**2)
+"""C1 and C2 of SSIM for values in [0, 1]."""
+
+
+def pearson(one: Map, other: Map) -> float:
+    """The correlation of two maps' pixels, -1 to 1; 0 where either is constant."""
+    if is_flat(one) or is_flat(other):
+        return 0.0
+    first, second = one - one.mean(), other - other.mean()
+    return float((first * second).sum() / np.sqrt((first**2).sum() * (second**2).sum()))
+
+
+def spearman(one: Map, other: Map) -> float:
+    """The correlation of the pixels' ranks, ties at their mean rank, -1 to 1; 0 where either map is constant."""
+    return pearson(rankdata(one).reshape(one.shape), rankdata(other).reshape(other.shape))
+
+
+def ssim(one: Map, other: Map) -> float:
+    """The mean structural similarity of maps in [0, 1], at most 1 (Wang et al., IEEE TIP 2004, equation 13).
+
+    Over all square windows of `WINDOW` pixels that lie inside, with even weights and sample variances.
+    """
+    sample = WINDOW**2 / (WINDOW**2 - 1)
+    mean, other_mean = uniform_filter(one, WINDOW), uniform_filter(other, WINDOW)
+    variance = sample * (uniform_filter(one * one, WINDOW) - mean**2)
+    other_variance = sample * (uniform_filter(other * other, WINDOW) - other_mean**2)
+    covariance = sample * (uniform_filter(one * other, WINDOW) - mean * other_mean)
+    light, contrast = STABILISERS
+    above = (2 * mean * other_mean + light) * (2 * covariance + contrast)
+    below = (mean**2 + other_mean**2 + light) * (variance + other_variance + contrast)
+    inside = (slice(WINDOW // 2, -(WINDOW // 2)),) * 2
+    return float((above / below)[inside].mean())
+
+
+def iou_of_tops(one: Map, other: Map) -> float:
+    """Intersection over union of the two maps' greatest `TOP_SHARE` of pixels, 0 to 1; ties as in `ranks_of`."""
+    count = int(TOP_SHARE * one.size)
+    first, second = ranks_of(one) < count, ranks_of(other) < count
+    return float((first & second).sum() / (first | second).sum())
