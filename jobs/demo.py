@@ -14,7 +14,7 @@ from cluster.bucket import EmbeddedBucket
 from jobs.config import ConfigError, Execution, JobConfig
 from jobs.results import all_rows, picture
 from jobs.run import run_job
-from jobs.tables import outcome_table, printable, target_cells
+from jobs.tables import FIGURES, outcome_table, printable, target_cells
 from storage.pictures import Tile, contact_sheet, overlay, side_by_side
 from storage.store import AlreadyExistsError, ObjectStore
 from storage.stores import open_store
@@ -31,10 +31,10 @@ def run_demo(folder: Path, *, through_bucket: bool, console: Console) -> None:
     Through the bucket, an S3 server on loopback holds photographs and result while the demo runs; its data
     lie in the folder too. Run again, it finds the finished work and only draws the pictures.
     """
-    photographs = _photographs()
+    files = photographs()
     with _root(folder, through_bucket, console) as (root, endpoint_url):
         job = JobConfig(data=f"{root}/photographs", output=f"{root}/maps", endpoint_url=endpoint_url)
-        _upload(photographs, open_store(job.data, endpoint_url))
+        _upload(files, open_store(job.data, endpoint_url))
         outcome = run_job(job, Execution(), console)
         store, plan = open_store(job.output, endpoint_url), outcome.standing.plan
         rows = [row for row in all_rows(store, plan) if row["map"] is not None]
@@ -42,7 +42,7 @@ def run_demo(folder: Path, *, through_bucket: bool, console: Console) -> None:
         pictures.mkdir(parents=True, exist_ok=True)
         tiles = []
         table = Table()
-        for name in ("image", "predicted", "score", "rank", "Drop", "grew", "forwards", "map bytes"):
+        for name in ("image", "predicted", *FIGURES):
             table.add_column(name, overflow="fold")
         for row in rows:
             shown = picture(plan, endpoint_url, row)
@@ -73,7 +73,7 @@ def _root(folder: Path, through_bucket: bool, console: Console) -> Iterator[tupl
             os.environ.update(before)
 
 
-def _photographs() -> dict[str, bytes]:
+def photographs() -> dict[str, bytes]:
     """The photographs' bytes by name. Raises ConfigError where the demo extra is not installed."""
     try:
         import skimage

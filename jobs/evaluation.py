@@ -28,6 +28,10 @@ ASKED_FOR = ("sanity",)
 """Metrics that explain again: never part of `all`."""
 
 
+ClassMap = tuple[tuple[str, tuple[int, ...]], ...]
+"""Labels of the ground truth and the model's classes they stand for; none: equal names."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What is measured of which maps; every field changes the result."""
@@ -41,8 +45,7 @@ class Evaluation:
     seed: int
     baseline: str = "zero"
     """What stands where a pixel is removed: one for all methods, so that their values may be compared."""
-    class_map: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    """Labels of the ground truth and the model's classes they stand for; none: equal names."""
+    class_map: ClassMap = ()
     truth_digest: str | None = None
 
     def identity(self, plan: Plan) -> dict[str, Any]:
@@ -68,11 +71,12 @@ class Evaluation:
         number = int.from_bytes(hashlib.sha256(f"{self.seed}/{key}".encode()).digest()[:8], "big")
         return number < self.share * 2**64
 
-    def labels_of(self, target_index: int, target_name: str) -> set[str]:
-        """The ground truth's labels that mean the target."""
-        if not self.class_map:
-            return {target_name, *target_name.split(", "), str(target_index)}
-        return {label for label, classes in self.class_map if target_index in classes}
+
+def labels_of(class_map: ClassMap, target_index: int, target_name: str) -> set[str]:
+    """The ground truth's labels that mean the target."""
+    if not class_map:
+        return {target_name, *target_name.split(", "), str(target_index)}
+    return {label for label, classes in class_map if target_index in classes}
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def chosen_metrics(text: str, *, has_truth: bool) -> tuple[str, ...]:
     return tuple(names)
 
 
-def read_class_map(file: Path | None) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def read_class_map(file: Path | None) -> ClassMap:
     """A JSON file of the form {"dog": [151, 152], "cat": 281}. Raises ConfigError."""
     if file is None:
         return ()

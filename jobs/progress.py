@@ -36,8 +36,10 @@ class Tally:
         """Of the verb, which takes -ing and -ed."""
         return self.verb.removesuffix("e")
 
-    def add(self, outcome: Outcome | Evaluated) -> None:
-        """Counts one more unit."""
+    def add(self, outcome: Outcome | Evaluated | int) -> None:
+        """Counts one more unit, or so many records."""
+        if isinstance(outcome, int):
+            self.records += outcome
         if isinstance(outcome, Receipt | Evaluated):
             self.records += outcome.num_records
         if isinstance(outcome, Receipt):
@@ -86,7 +88,7 @@ class _TallyColumn(ProgressColumn):
 
 
 @contextmanager
-def progress(console: Console, tally: Tally) -> Iterator[Callable[[Outcome | Evaluated], None]]:
+def progress(console: Console, tally: Tally) -> Iterator[Callable[[Outcome | Evaluated | int], None]]:
     """Shows the tally while the body runs; the body hands in what becomes of each unit."""
     show = _live if console.is_terminal else _plain
     with show(console, tally) as update:
@@ -94,7 +96,7 @@ def progress(console: Console, tally: Tally) -> Iterator[Callable[[Outcome | Eva
 
 
 @contextmanager
-def _live(console: Console, tally: Tally) -> Iterator[Callable[[Outcome | Evaluated], None]]:
+def _live(console: Console, tally: Tally) -> Iterator[Callable[[Outcome | Evaluated | int], None]]:
     columns = (
         SpinnerColumn(),
         TextColumn(f"{tally.stem}ing"),
@@ -105,7 +107,7 @@ def _live(console: Console, tally: Tally) -> Iterator[Callable[[Outcome | Evalua
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=tally.total_records)
 
-        def update(outcome: Outcome | Evaluated) -> None:
+        def update(outcome: Outcome | Evaluated | int) -> None:
             tally.add(outcome)
             # a tar's record count is an estimate: the bar's end moves to what was really there
             tally.total_records = max(tally.total_records, tally.records)
@@ -115,10 +117,10 @@ def _live(console: Console, tally: Tally) -> Iterator[Callable[[Outcome | Evalua
 
 
 @contextmanager
-def _plain(console: Console, tally: Tally) -> Iterator[Callable[[Outcome | Evaluated], None]]:
+def _plain(console: Console, tally: Tally) -> Iterator[Callable[[Outcome | Evaluated | int], None]]:
     start = shown = time.monotonic()
 
-    def update(outcome: Outcome | Evaluated) -> None:
+    def update(outcome: Outcome | Evaluated | int) -> None:
         nonlocal shown
         tally.add(outcome)
         tally.total_records = max(tally.total_records, tally.records)

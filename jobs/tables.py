@@ -12,8 +12,9 @@ from rich.table import Table
 from engine import catalog
 from jobs.config import JobConfig
 from jobs.estimate import estimate
+from jobs.measured import recall
 from jobs.plan import Plan
-from jobs.progress import clock
+from jobs.progress import clock, counted
 from jobs.receipts import metric_means
 from jobs.reconcile import Standing
 from jobs.records import DeadLetter, UnitFailure
@@ -21,7 +22,8 @@ from jobs.run import RunOutcome
 from jobs.units import Workforce
 
 if TYPE_CHECKING:
-    from jobs.compare import Cell, Column, Comparison  # which needs scipy, too slow for a --help
+    from jobs.bench import Benchmark  # which needs torch, too slow for a --help
+    from jobs.compare import Cell, Column, Comparison  # which needs scipy
     from jobs.evaluation import Evaluated
 
 MEBIBYTE = 1 << 20
@@ -50,18 +52,25 @@ def plan_table(job: JobConfig, plan: Plan, workforce: Workforce) -> Table:
     """Units, records and the first estimate."""
     num_workers = workforce.num_workers
     cost = estimate(job, plan.num_records, on_gpu=workforce.on_gpu)
-    workers = "GPUs (a guess)" if workforce.on_gpu else "CPU cores; a GPU is far faster"
-    about = "" if plan.is_exact else "about "
+    forwards, num_bytes, seconds = cost.forwards_per_record, cost.num_bytes, cost.seconds(num_workers)
     basis = "measured on photographs" if cost.is_measured else "a guess: not measured for this model"
+    timing = "a guess: `blocksight bench` measures it"
+    measured = recall(job, "cuda" if workforce.on_gpu else "cpu")
+    if measured is not None:
+        forwards, num_bytes = measured.forwards_per_record, measured.bytes_per_record * plan.num_records
+        seconds = measured.seconds_per_record * plan.num_records / num_workers
+        basis = timing = f"measured by `bench` here on {measured.day}"
+    workers = counted(num_workers, "GPU" if workforce.on_gpu else "CPU core")
+    about = "" if plan.is_exact else "about "
     ignored = ", ".join(f"{count} {printable(kind)}" for kind, count in sorted(plan.ignored.items()))
     rows = [
         ("input", f"{plan.num_objects:,} objects, {_size(plan.num_bytes)}, as {plan.layout}"),
         ("ignored", ignored or "nothing"),
         ("records", f"{about}{plan.num_records:,}"),
         ("units", f"{len(plan.units):,}"),
-        ("forwards", f"about {cost.num_forwards:,} ({cost.forwards_per_record:,.0f} a record, {basis})"),
-        ("time", f"about {clock(cost.seconds(num_workers))} on {num_workers} {workers}"),
-        ("output", f"about {_size(cost.num_bytes)}"),
+        ("forwards", f"about {forwards * plan.num_records:,.0f} ({forwards:,.0f} a record, {basis})"),
+        ("time", f"about {clock(seconds)} on {workers} ({timing})"),
+        ("output", f"about {_size(num_bytes)}"),
         ("fingerprint", plan.fingerprint[:16]),
     ]
     return _facts(rows, "plan (nothing was computed or written)")
@@ -74,7 +83,8 @@ def standing_table(output: str, standing: Standing) -> Table:
     timed = [receipt for receipt in standing.receipts.values() if receipt.explain_seconds]  # a rebuilt one is not
     seconds = sum(receipt.explain_seconds or 0.0 for receipt in timed)
     forwards = sum(receipt.num_forwards for receipt in timed)
-    rate = f", {forwards / seconds:,.0f} a second of a worker" if seconds else ""
+    ways = "; ".join(sorted({receipt.forward for receipt in timed if receipt.forward and receipt.num_forwards}))
+    rate = f", {forwards / seconds:,.0f} a second of a worker ({ways or 'no masks'})" if seconds else ""
     about = "" if standing.plan.is_exact else "about "
     of_all = f" of {about}{standing.plan.num_records:,}" if standing.open_units else ""
     rows = [
@@ -107,7 +117,7 @@ def outcome_table(job: JobConfig, outcome: RunOutcome) -> Table:
     """What a run left behind."""
     table = standing_table(job.output, outcome.standing)
     if outcome.ran.seconds:
-        table.add_row("this run", f"{clock(outcome.ran.seconds)} of explaining")
+        table.add_row("this run", f"{clock(outcome.ran.seconds)}, workers busy {outcome.ran.busy:.0%} of it")
     elif outcome.manifest is not None:
         table.add_row("this run", "nothing to do: the job is complete")
     if outcome.standing.receipts:
@@ -246,11 +256,105 @@ def _interval(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f" [{low:.3g}, {high:.3g}]"
 
 
+EFFICIENCY = "the time that the bare model would need for as many forwards, over all that is taken"
+
+
+def benchmark_table(job: JobConfig, found: "Benchmark") -> RenderableType:
+    """The rate of the bare model, what the explainer makes of it, and what a data set costs."""
+    own, cost = found.efficiency, found.cost
+    worker = "core" if found.device == "cpu" else "GPU"
+    money = f", {cost.money:,.2f} at the given price" if cost.money is not None else ""
+    rows = [
+        ("model", f"{printable(job.model)}, {job.explainer} on {printable(found.hardware)}"),
+        ("masks are scored by", str(found.setting)),
+        ("bare model", ", ".join(f"{rate:,.0f}/s at {size}" for size, rate in own.bare_rates.items())),
+        ("bare, in turns", f"{own.best_bare_rate:,.1f} forwards/s of a {worker}"),
+        ("explainer", f"{own.forward_rate:,.1f} masked forwards/s, {own.forwards_per_image:,.0f} an image"),
+        ("efficiency", "no masked forwards" if own.efficiency is None else f"{own.efficiency:.3f}: {EFFICIENCY}"),
+        ("images", f"{1 / own.seconds_per_image:,.3g} a second of a {worker}, {found.bytes_per_map:,} bytes a map"),
+        (
+            f"{cost.records:,} images",
+            f"{_hours(cost.hours)} hours on {counted(cost.workers, worker)}, {_hours(cost.worker_hours)} "
+            f"{worker}-hours, {_size(cost.num_bytes)}{money} (reckoned from the rate)",
+        ),
+    ]
+    probed = _grid(
+        ["probed", "forwards/s", "score error", ""],
+        [
+            [str(one.setting), f"{one.forwards_per_second:,.0f}", f"{one.score_error:.2g}", one.refused or ""]
+            for one in found.probed
+        ],
+    )
+    return Group(_facts(rows, "bench"), probed, *([_race_table(found.race)] if found.race else []))
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
+
+
+def _race_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    return _grid(
+        ["one image, in turns", "job", "how", "forwards", "forwards/s", "seconds", "we are ahead"],
+        [
+            [
+                row["name"],
+                row["job"],
+                row["how"],
+                f"{row['forwards']:,}",
+                f"{row['forwards_per_second']:,.1f}",
+                f"{row['forwards'] / row['forwards_per_second']:,.1f}",
+                f"{row['we_are_ahead']:.2f} x",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def curve_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """The fidelity curve: to full SISE, then what is lost against it."""
+    shown = _grid(
+        ["method", "forwards", "images", "blocks", "Spearman", "SSIM", "IoU 15 %", "ins - del", "Drop", "EBPG", ""],
+        [
+            [
+                row["method"],
+                f"{row['forwards']:,.0f}",
+                str(row["images"]),
+                *(_mean(row, name) for name in ("block_correlation", "spearman", "ssim", "iou_15")),
+                *(_loss(row, name) for name in ("insertion_minus_deletion", "drop", "ebpg")),
+                "no loss" if row.get("loses_nothing") else "",
+            ]
+            for row in rows
+        ],
+    )
+    return Group(
+        shown,
+        "blocks: correlation of the block maps with full SISE's. From `ins - del` on: full SISE's mean, and for the "
+        "others the paired difference to it with its 95 % interval; no loss: these lie within 0.01 and 1 point.",
+    )
+
+
+def _mean(row: Mapping[str, Any], name: str) -> str:
+    mean = row[name][0]
+    return "-" if mean is None else f"{mean:.3f}"
+
+
+def _loss(row: Mapping[str, Any], name: str) -> str:
+    paired = row.get(f"{name}_difference")
+    if paired is None:
+        return _mean(row, name)
+    mean, low, high = paired
+    return "-" if mean is None else f"{mean:+.3f}{_interval(low, high)}"
+
+
+FIGURES = ("score", "rank", "Drop", "grew", "forwards", "fidelity", "map bytes")
+"""What is shown of a target beside its name."""
+
+
 def record_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One record's rows: its facts, then a line per target."""
     first = rows[0]
     table = Table(title=printable(first["key"]), title_justify="left", title_style="bold")
-    for name in ("target", "score", "rank", "Drop", "grew", "forwards", "map bytes"):
+    for name in ("target", *FIGURES):
         table.add_column(name)
     for row in rows:
         if row["map"] is not None:
@@ -261,7 +365,7 @@ def record_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def target_cells(row: Mapping[str, Any]) -> list[str]:
-    """Target by name, score, rank, Drop, whether the score grew, forwards, bytes of the map."""
+    """The target by name, and its FIGURES."""
     return [
         printable(row["target_name"]),
         f"{row['score']:.3f}",
@@ -269,5 +373,6 @@ def target_cells(row: Mapping[str, Any]) -> list[str]:
         f"{row['metrics']['drop']:.1f} %",
         "yes" if row["metrics"]["increase"] else "no",
         f"{row['num_forwards']:,}",
+        "-" if row["fidelity"] is None else f"{row['fidelity']}: {row['fidelity_reason']}",
         f"{len(row['map']):,}",
     ]
