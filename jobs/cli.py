@@ -1,6 +1,7 @@
 """The command line: each command reads its options, calls its part, and says what came of it."""
 
 import inspect
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,6 +55,24 @@ JOB_OPTIONS: dict[str, Any] = {
     "blocks": Annotated[str | None, typer.Option(help="Blocks by hand, comma-separated, shallow to deep.")],
     "explainer": Annotated[str | None, typer.Option(help="See `list explainers`.  [default: sise]")],
     "param": Annotated[list[str] | None, typer.Option("-p", "--param", help="Of the explainer, such as mu=0.3.")],
+    "preset": Annotated[
+        str | None,
+        typer.Option(help="fast: half precision where the hardware has it; paper: float32.  [default: fast]"),
+    ],
+    "budget": Annotated[
+        str | None,
+        typer.Option(
+            help="Of sise: masks to score per image (a number, a share such as 0.1, or auto); the other "
+            "scores are predicted.  [default: all are scored]"
+        ),
+    ],
+    "fidelity": Annotated[
+        str | None,
+        typer.Option(
+            help="Of sise: preview (no mask is scored), balanced (a tenth), full, or auto: full for records that "
+            "are wrong, uncertain, rare among the class folders, or poorly mapped by a tenth.  [default: full]"
+        ),
+    ],
     "target": Annotated[
         str | None, typer.Option(help="predicted, label, top-3, 281 or 281,282.  [default: predicted]")
     ],
@@ -66,7 +85,7 @@ JOB_OPTIONS: dict[str, Any] = {
     ],
     "address": Annotated[str | None, typer.Option(help="Ray cluster to join.  [default: one is started]")],
     "batch_size": Annotated[
-        int | None, typer.Option(min=1, help="Masked inputs per forward.  [default: 4 on a CPU, 256 on a GPU]")
+        int | None, typer.Option(min=1, help="Masked inputs per forward.  [default: found by a probe]")
     ],
     "max_reject_fraction": Annotated[
         float | None, typer.Option(help="More rejected records are no success: exit 3.  [default: 0.5]")
@@ -101,8 +120,9 @@ def takes_job(command: Callable[..., None]) -> Callable[..., None]:
 
 def job_of(given: dict[str, Any]) -> tuple[JobConfig, Execution]:
     """What the shared options and their TOML file say."""
-    options = {name: given[name] for name in JOB_OPTIONS if name not in ("config", "param")}
-    return load_config(given["config"], {**options, "parameters": parse_parameters(given["param"] or [])})
+    options = {name: given[name] for name in JOB_OPTIONS if name not in ("config", "param", "budget")}
+    asked = [*(given["param"] or []), *([f"budget={given['budget']}"] if given["budget"] is not None else [])]
+    return load_config(given["config"], {**options, "parameters": parse_parameters(asked)})
 
 
 @app.command()
@@ -331,6 +351,98 @@ def compare_outputs(
     if store is not None:
         store_table(table, store, endpoint_url)
         console.print(f"table: {tables.printable(store)}")
+
+
+@app.command()
+def bench(
+    data: Annotated[
+        str | None, typer.Option(help="The data set whose cost is reckoned.  [default: photographs, a million images]")
+    ] = None,
+    fidelity: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="Measure the fidelity curve on these images instead; goes on where it was."),
+    ] = None,
+    peers: Annotated[bool, typer.Option("--peers", help="Race other libraries on the same job, in turns.")] = False,
+    model: Annotated[str, typer.Option(help="See `list models`.")] = "efficientnet_lite0",
+    weights: Annotated[str | None, typer.Option(help="State dict: file or s3:// URI; a weight name; `random`.")] = None,
+    blocks: Annotated[str | None, typer.Option(help="Blocks by hand, comma-separated, shallow to deep.")] = None,
+    explainer: Annotated[str, typer.Option(help="See `list explainers`.")] = "sise",
+    param: Annotated[list[str] | None, typer.Option("-p", "--param", help="Of the explainer, such as mu=0.3.")] = None,
+    preset: Annotated[Literal["paper", "fast"], typer.Option(help="fast may take half precision.")] = "fast",
+    device: Annotated[
+        Literal["cpu", "cuda"] | None, typer.Option(help="[default: the GPU, or one core where there is none]")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Masked inputs per forward.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="That the data set is reckoned for.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Of an hour of one worker: a core, or a GPU.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the fidelity curve.")] = Path("blocksight-curve"),
+    truth: Annotated[str | None, typer.Option(help="Where the objects are, for EBPG; as in `evaluate`.")] = None,
+    class_map: Annotated[Path | None, typer.Option(help="JSON, as in `evaluate`.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON alone.")] = False,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Measure on this machine: the bare model's best rate, the explainer's, and the cost of a data set.
+
+    `plan` uses the result. --peers races other libraries; --fidelity measures how near cheaper maps come to full SISE.
+
+    Example: blocksight bench --data s3://bucket/images --price 2.50
+    """
+    from jobs import bench as benchmark
+
+    asked = {
+        "data": fidelity or data or str(output),
+        "output": str(output),
+        "endpoint_url": endpoint_url,
+        "model": model,
+        "weights": weights,
+        "blocks": blocks,
+        "explainer": explainer,
+        "parameters": parse_parameters(param or []),
+        "preset": preset,
+        "limit": limit,
+    }
+    job, _ = load_config(None, asked)
+    said = Console(stderr=True, highlight=False, soft_wrap=True) if as_json else console
+    where = benchmark.device_of(device)
+    if fidelity is not None:
+        idle = {
+            "--data": data,
+            "--peers": peers,
+            "--blocks": blocks,
+            "-p": param,
+            "--price": price,
+            "--workers": workers,
+        }
+        _refuse_idle("--fidelity", {**idle, "--explainer": explainer if explainer != "sise" else None}, output)
+        rows = benchmark.run_curve(job, output, where, batch_size, truth, class_map, said)
+        found, shown = {"curve": rows}, [tables.curve_table(rows)]
+    else:
+        made = benchmark.run_benchmark(
+            job,
+            has_data=data is not None,
+            device=where,
+            batch_size=batch_size,
+            workers=workers,
+            price=price,
+            with_peers=peers,
+            console=said,
+        )
+        found, shown = benchmark.facts(job, made), [tables.benchmark_table(job, made)]
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+        return
+    for table in shown:
+        console.print(table)
+
+
+def _refuse_idle(asked: str, idle: dict[str, Any], output: Path) -> None:
+    """Raises ConfigError for options that would be ignored, and for a folder that is none."""
+    given = [name for name, value in idle.items() if value]
+    if given:
+        raise ConfigError(f"{asked} measures all methods alike: leave {', '.join(given)} out")
+    if str(output).startswith("s3:"):
+        raise ConfigError(f"the figures of a benchmark go to a local folder, got --output {output}")
 
 
 @app.command("list")

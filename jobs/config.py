@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from engine.catalog import EXPLAINERS
+from engine.catalog import EXPLAINERS, FIDELITIES, Fidelity, SiseParameters
 from storage.images import DECODE_POLICY
 from storage.maps import CODEC
 from storage.schema import SCHEMA_VERSION
@@ -81,6 +81,14 @@ class JobConfig(BaseModel):
     )
     explainer: str = Field(default="sise", description="see `blocksight list explainers`")
     parameters: dict[str, Any] = Field(default_factory=dict, description="of the explainer, such as mu = 0.3")
+    fidelity: Fidelity = Field(
+        default="full",
+        description="of the sise family: preview (no mask scored), balanced (a tenth), full (all), or auto: full for "
+        "records that are wrong, uncertain, of a rare class folder, or whose balanced map is poor",
+    )
+    preset: Literal["paper", "fast"] = Field(
+        default="fast", description="fast: half precision where the hardware has it; paper: float32"
+    )
     target: str = Field(default="predicted", description="predicted, label, top-K, or class numbers")
     resize: Literal["squash", "crop"] = Field(
         default="squash", description="whole image, or its centre at the short side"
@@ -140,8 +148,23 @@ class JobConfig(BaseModel):
         """The target in the form that the inside knows."""
         return TargetChoice.parse(self.target)
 
+    @property
+    def level(self) -> Fidelity | None:
+        """The fidelity that rows can tell; None for methods that have none, and for a budget of the user's own."""
+        parameters = self.explainer_parameters()
+        has_level = isinstance(parameters, SiseParameters) and (self.fidelity != "full" or parameters.budget is None)
+        return self.fidelity if has_level else None
+
+    def in_full(self) -> "JobConfig":
+        """The same job with every mask scored."""
+        kept = {name: value for name, value in self.parameters.items() if name not in FIDELITIES["auto"]}
+        return self.model_copy(update={"fidelity": "full", "parameters": kept})
+
     def explainer_parameters(self) -> Any:
-        """The explainer's parameters, defaults filled in. Raises ConfigError for an unknown or bad one."""
+        """The explainer's parameters, defaults and what the fidelity sets filled in.
+
+        Raises ConfigError for an unknown or bad one, and for a fidelity that says otherwise or means nothing.
+        """
         kind = EXPLAINERS[self.explainer].parameters
         known = [field.name for field in fields(kind)]
         if self.parameters and not known:
@@ -149,10 +172,32 @@ class JobConfig(BaseModel):
         for name in self.parameters:
             if name not in known:
                 raise ConfigError(f"explainer {self.explainer} has no parameter {name!r}; {_nearest(name, known)}")
+        self._check_fidelity(kind)
         try:
-            return TypeAdapter(kind).validate_python(self.parameters)
+            return TypeAdapter(kind).validate_python({**self.parameters, **FIDELITIES[self.fidelity]})
         except ValidationError as error:
             raise ConfigError(f"parameter of {self.explainer}: {_sentence(error)}") from error
+
+    def _check_fidelity(self, kind: type) -> None:
+        """Raises ConfigError where the fidelity means nothing, or parameters say otherwise.
+
+        They may say the same, for a plan holds both.
+        """
+        if self.fidelity == "full":
+            return
+        if not issubclass(kind, SiseParameters):
+            family = (name for name, entry in EXPLAINERS.items() if issubclass(entry.parameters, SiseParameters))
+            raise ConfigError(
+                f"fidelity {self.fidelity} is a share of SISE's masks, and explainer {self.explainer} has none: "
+                f"leave --fidelity out, or take one of {', '.join(family)}"
+            )
+        for name in sorted(FIDELITIES["auto"].keys() & self.parameters.keys()):
+            ours, asked = FIDELITIES[self.fidelity].get(name), self.parameters[name]
+            if asked != ours:
+                raise ConfigError(
+                    f"fidelity {self.fidelity} means {name} = {ours}, and {name} = {asked} is asked for as well: "
+                    "leave one of the two out"
+                )
 
     def identity(self, weights_sha256: str | None) -> dict[str, Any]:
         """Everything that changes the result's bytes, as plain JSON values, defaults filled in."""
@@ -244,7 +289,9 @@ def _joined(from_file: Mapping[str, Any], options: Mapping[str, Any]) -> dict[st
     tables = [values.get("parameters", {}) for values in (from_file, given)]
     if not all(isinstance(table, Mapping) for table in tables):
         raise ConfigError("parameters is a table in the configuration file, such as [parameters] with mu = 0.3 below")
-    return {**from_file, **given, "parameters": {**tables[0], **tables[1]}}
+    beside = {"budget": from_file["budget"]} if "budget" in from_file else {}  # as its option stands by itself
+    rest = {key: value for key, value in from_file.items() if key != "budget"}
+    return {**rest, **given, "parameters": {**beside, **tables[0], **tables[1]}}
 
 
 def parse_parameters(texts: Iterable[str]) -> dict[str, Any]:

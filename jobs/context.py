@@ -22,13 +22,17 @@ class JobContext:
     facts: ModelFacts
     label_names: tuple[str, ...]
     """Class folders of loose images, sorted."""
-    batch_size: int
-    """Masked inputs per forward pass."""
+    batch_size: int | None
+    """Masked inputs per forward pass; None: whatever runs fastest."""
+    probes: bool
+    """The job is long enough for a worker to find out how its forward passes run fastest."""
     num_threads: int
     """Of the explain step, so that CPU results have the same bits everywhere."""
     device: str
     import_path: str
     """The driver's working folder, where a model factory of the user's may lie."""
+    rare_labels: frozenset[str] = frozenset()
+    """Class folders with few of the planned records; empty for other layouts, whose labels no plan counts."""
 
 
 def weights_bytes(config: JobConfig) -> bytes | None:

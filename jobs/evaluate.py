@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from engine.catalog import CONTROLS, NoParameters
 from engine.errors import ModelError
 from engine.explainers import EXPLAINERS
+from engine.forward import Forward
 from engine.metrics import MASKED, OF_MAPS
 from engine.metrics.localisation import Localisation
 from engine.metrics.metric import Maps, Metric, Region, Value
@@ -26,8 +27,18 @@ from engine.targets import ClassProbability
 from jobs.attempts import open_desk
 from jobs.config import digest_of
 from jobs.context import JobContext
-from jobs.evaluation import Evaluated, Evaluation, EvaluationContext, fragment_key, regions_key
-from jobs.explain import IMAGES_PER_CHUNK, load, make_explainer, number_of, seed_of, stored
+from jobs.evaluation import Evaluated, Evaluation, EvaluationContext, fragment_key, labels_of, regions_key
+from jobs.explain import (
+    IMAGES_PER_CHUNK,
+    lively,
+    load,
+    make_explainer,
+    number_of,
+    plain_setting,
+    seed_of,
+    stored,
+)
+from jobs.pace import standing_forward
 from jobs.records import Unit, UnitFailure
 from jobs.stopping import Stop
 from jobs.unit import read_unit
@@ -43,9 +54,11 @@ Record = Sequence[Row]
 """The stored rows of one record, one per target."""
 
 
-def metrics_of(evaluation: Evaluation, adapter: ModelAdapter, context: JobContext, batch_size: int) -> list[Metric]:
+def metrics_of(
+    evaluation: Evaluation, adapter: ModelAdapter, context: JobContext, batch_size: int, forward: Forward | None = None
+) -> list[Metric]:
     """The evaluations that give the wanted values, each once."""
-    scorer = Scorer(adapter, perturbation(adapter, evaluation.baseline), batch_size)
+    scorer = Scorer(adapter, perturbation(adapter, evaluation.baseline), batch_size, forward)
     found: list[Metric] = [make(scorer, evaluation.baseline) for make in MASKED.values()]
     found += [make() for make in OF_MAPS.values()]
     found.append(Localisation(regions_key(evaluation, context)))
@@ -67,8 +80,12 @@ class EvaluateStep:
         self.adapter = load(job.config, state, job.device, job.import_path)
         if self.adapter.fingerprint != job.facts.weights_sha256:
             raise ModelError("these are other weights than those that the maps were made with")
+        chosen = standing_forward(self.desk.output, self.adapter)
         self.adapter.module.register_forward_pre_hook(lambda *_: alive())
-        self.metrics = metrics_of(self.evaluation, self.adapter, job, job.batch_size)
+        forward, setting = chosen or (None, plain_setting(job.device, job.batch_size))
+        self.metrics = metrics_of(
+            self.evaluation, self.adapter, job, setting.batch_size, None if forward is None else lively(forward)
+        )
         wanted = CONTROLS if self.evaluation.controls else ()
         self.controls = {name: EXPLAINERS[name](self.adapter, NoParameters()) for name in wanted}
 
@@ -128,7 +145,7 @@ class EvaluateStep:
     def _region(self, row: Row) -> Region | str | None:
         """Where the row's target is, or in words why its annotation is of no use."""
         truth, config = self.context.truth, self.job.config
-        labels = self.evaluation.labels_of(row["target_index"], row["target_name"])
+        labels = labels_of(self.evaluation.class_map, row["target_index"], row["target_name"])
         original = (row["height"], row["width"])
         try:
             image = truth.find(row["key"]) if truth is not None else None

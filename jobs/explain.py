@@ -4,9 +4,11 @@ import hashlib
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,18 +18,23 @@ from torch import Tensor
 
 from engine.blocks import Place
 from engine.catalog import EXPLAINERS as EXPLAINER_ENTRIES
+from engine.catalog import Fidelity
 from engine.errors import ModelError
 from engine.explainers import EXPLAINERS, Explainer
 from engine.explanation import Explanation
+from engine.forward import Forward, ForwardSetting, make_forward
 from engine.fusion import Map
 from engine.metrics.faithfulness import KeepTop
 from engine.metrics.metric import Maps, Value
 from engine.models import ModelAdapter, load_model
-from engine.targets import ClassProbability
+from engine.targets import ClassProbability, Target
+from jobs.attempts import open_desk
 from jobs.config import ConfigError, JobConfig, TargetChoice, digest_of
 from jobs.context import JobContext, let_import_from
+from jobs.fidelity import doubts_of, fidelity_columns
 from jobs.isolation import Isolated, ProcessDiedError, ProcessStartError
 from jobs.labels import Labels
+from jobs.pace import IMAGES_TO_PROBE, settle, standing_forward
 from jobs.records import ModelFacts, RecordFacts, UnitInput, UnitResult, with_reject
 from jobs.watch import alive
 from storage.maps import quantised
@@ -36,6 +43,12 @@ from storage.schema import OK, REJECTED
 
 IMAGES_PER_CHUNK = 32
 """Records that are on the device together: bounds memory, changes no result."""
+
+CPU_IMAGES_PER_PASS, GPU_IMAGES_PER_PASS = 4, 32
+"""Images whose masks are packed together, and whose gradients are taken at once."""
+
+CPU_BATCH_SIZE, GPU_BATCH_SIZE = 4, 256
+"""Masked inputs per forward without a probe: on a CPU larger batches fall out of the second-level cache."""
 
 SATURATED_SHARE = 0.5
 NEAR_TOP = 0.99
@@ -78,10 +91,28 @@ def _blocks(adapter: ModelAdapter, config: JobConfig) -> Sequence[Place]:
     return found[-1:] if used == "last" else found
 
 
-def make_explainer(adapter: ModelAdapter, config: JobConfig, blocks: Sequence[str], batch_size: int = 1) -> Explainer:
+def make_explainer(
+    adapter: ModelAdapter,
+    config: JobConfig,
+    blocks: Sequence[str],
+    batch_size: int = 1,
+    forward: Forward | None = None,
+    images_per_pass: int | None = None,
+) -> Explainer:
     """The configured explainer around a model. Raises ModelError where the model lacks what it needs."""
-    parameters = config.explainer_parameters()
-    return EXPLAINERS[config.explainer](adapter, parameters, blocks=blocks, batch_size=batch_size)
+    return EXPLAINERS[config.explainer](
+        adapter,
+        config.explainer_parameters(),
+        blocks=blocks,
+        batch_size=batch_size,
+        images_per_pass=images_per_pass or images_at_once(adapter),
+        forward=forward,
+    )
+
+
+def images_at_once(adapter: ModelAdapter) -> int:
+    """Images whose masks are packed together on the model's device."""
+    return GPU_IMAGES_PER_PASS if adapter.device.type == "cuda" else CPU_IMAGES_PER_PASS
 
 
 class ExplainStep:
@@ -92,11 +123,14 @@ class ExplainStep:
         torch.set_num_threads(context.num_threads)
         self.context, self.state = context, state
         config, facts = context.config, context.facts
+        self.level: Fidelity | None = config.level
         self.adapter = load(config, state, context.device, context.import_path)
         if self.adapter.fingerprint != facts.weights_sha256:
             raise ModelError("this worker loaded other weights than the driver: is the same file on every node?")
         self.adapter.module.register_forward_pre_hook(lambda *_: alive())
-        self._set_up(context.batch_size)
+        self.is_settled = not context.probes
+        self.images_per_pass = images_at_once(self.adapter)
+        self._set_up(plain_setting(context.device, context.batch_size))
         parameters = config.explainer_parameters()
         self.labels = Labels(context.label_names, self.adapter.class_names, facts.num_classes)
         self.choice = config.target_choice
@@ -105,12 +139,45 @@ class ExplainStep:
             "parameters": digest_of({"parameters": asdict(parameters), "model": asdict(facts)})[:16],
         }
 
-    def _set_up(self, batch_size: int) -> None:
-        """The explainer and its metric, with so many masked inputs per forward."""
+    def _set_up(self, setting: ForwardSetting, forward: Forward | None = None) -> None:
+        """The explainer, that of records in doubt, and the metric, with forward passes in this setting."""
         config = self.context.config
-        blocks = [block["name"] for block in self.context.facts.blocks]
-        self.explainer = make_explainer(self.adapter, config, blocks, batch_size)
+        self.setting = setting
+        make = partial(
+            make_explainer,
+            self.adapter,
+            blocks=[block["name"] for block in self.context.facts.blocks],
+            batch_size=setting.batch_size,
+            forward=forward and lively(forward),
+            images_per_pass=self.images_per_pass,
+        )
+        self.explainer = make(config)
+        self.full = make(config.in_full()) if self.level == "auto" else self.explainer
         self.metric = KeepTop(self.explainer.scorer, baseline_of(config.explainer_parameters()))
+
+    def _settle(self, pixels: NDArray[np.uint8]) -> None:
+        """Takes the job's way to run forward passes, or finds it on images that the model can read; none: later.
+
+        Raises ModelError where this machine cannot run what stands: the unit stays open for one that can.
+        """
+        output = open_desk(self.context).output
+        chosen = standing_forward(output, self.adapter)
+        if chosen is None:
+            sound = list(islice(self._sound(pixels), IMAGES_TO_PROBE))
+            if not sound:
+                return
+            chosen = settle(output, self.adapter, torch.cat(sound), self.context.config, self.context.batch_size)
+        forward, setting = chosen
+        self._set_up(setting, forward)
+        self.is_settled = True
+
+    def _sound(self, pixels: NDArray[np.uint8]) -> Iterator[Tensor]:
+        """The inputs [1, 3, H, W] of images that the model reads without trouble."""
+        for image in pixels:
+            inputs = self.adapter.normalise(torch.from_numpy(image[None].copy()).permute(0, 3, 1, 2))
+            with suppress(Exception), self.adapter.borrowed(), torch.inference_mode():
+                if self.adapter.logits(inputs).isfinite().all():
+                    yield inputs
 
     def __call__(self, unit_input: UnitInput, *, careful: bool = False) -> UnitResult:
         """Every record's rows, in the records' order.
@@ -121,18 +188,30 @@ class ExplainStep:
         if careful:
             with Isolated(partial(ExplainStep, self.context, self.state)) as apart:
                 return self._one_by_one(unit_input, apart)
+        if not self.is_settled:
+            self._settle(unit_input.pixels)
         try:
             return self._whole(unit_input)
         except torch.OutOfMemoryError:
-            if self.explainer.scorer.batch_size == 1:
+            if self.setting.batch_size == 1:
                 raise
-            self._set_up(max(1, self.explainer.scorer.batch_size // 2))
-            return self(unit_input)
         except torch.AcceleratorError:
             os.kill(os.getpid(), signal.SIGKILL)  # the device is of no use to this process any more
             raise
         except Exception:  # noqa: BLE001 - whatever a user's model may raise; the records tell which is to blame
             return self._one_by_one(unit_input, self._whole)
+        self._halve()  # only here, for the exception held what the failed pass had on the device
+        return self(unit_input)
+
+    def _halve(self) -> None:
+        """Half as many masked inputs and images at once, from now on."""
+        smaller = replace(self.setting, batch_size=self.setting.batch_size // 2)
+        self.images_per_pass = max(1, self.images_per_pass // 2)
+        del self.explainer, self.full, self.metric
+        if self.adapter.device.type == "cuda":
+            torch.cuda.empty_cache()
+        with self.adapter.borrowed():
+            self._set_up(smaller, make_forward(self.adapter, smaller))
 
     def _one_by_one(self, unit_input: UnitInput, explain: Callable[[UnitInput], UnitResult]) -> UnitResult:
         """Each record as a unit of its own; one over which `explain` fails or dies is rejected."""
@@ -151,7 +230,8 @@ class ExplainStep:
                 rows.append(self._failed_row(alone, RejectCode.PROCESS_DIED, str(error)))
             except Exception as error:  # noqa: BLE001 - as above
                 rows.append(self._failed_row(alone, RejectCode.MODEL_FAILED, f"{type(error).__name__}: {error}"))
-        return UnitResult(unit_input.unit, tuple(rows), len(unit_input.records), time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return UnitResult(unit_input.unit, tuple(rows), len(unit_input.records), seconds, str(self.setting))
 
     def _failed_row(self, alone: UnitInput, code: RejectCode, message: str) -> Row:
         return self._rejected_row(alone, with_reject(alone.records[0], Reject(code, message), "explain"))
@@ -172,7 +252,7 @@ class ExplainStep:
                     else [{**base, **row} for row in own]
                 )
         flat = tuple(row for own in rows for row in own)
-        return UnitResult(unit_input.unit, flat, len(rows), time.perf_counter() - start)
+        return UnitResult(unit_input.unit, flat, len(rows), time.perf_counter() - start, str(self.setting))
 
     def _explain(self, records: Sequence[RecordFacts], pixels: NDArray[np.uint8]) -> list[list[Row] | Reject]:
         """Per record its targets' rows, or why it has none."""
@@ -185,14 +265,38 @@ class ExplainStep:
             return outcome
         target = ClassProbability(torch.tensor([targets[index] for index in usable], device=self.adapter.device))
         seeds = [seed_of(self.context.config, records[index].key) for index in usable]
-        explanations = self.explainer.explain(inputs[usable], target, seeds)
+        doubts = [self._doubts(records[index], logits[index]) for index in usable]
+        explanations = self._explanations(inputs[usable], target, seeds, doubts)
         ranks = [ranks_of(logits[index], target.classes[place].tolist()) for place, index in enumerate(usable)]
         values = self.metric.evaluate(maps_of(inputs[usable], target, explanations, ranks, seeds))
         for place, index in enumerate(usable):
             outcome[index] = self._outcome(
-                target.classes[place].tolist(), ranks[place], explanations[place], values[place]
+                target.classes[place].tolist(), ranks[place], explanations[place], values[place], doubts[place]
             )
         return outcome
+
+    def _doubts(self, record: RecordFacts, logits: Tensor) -> tuple[str, ...]:
+        """What speaks for full SISE, where the job leaves that to the record."""
+        if self.level != "auto":
+            return ()
+        return doubts_of(
+            int(logits.argmax()),
+            float(logits.double().softmax(0).max()),
+            self.labels.index(record.label),
+            is_rare=record.label in self.context.rare_labels,
+        )
+
+    def _explanations(
+        self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int], doubts: Sequence[Sequence[str]]
+    ) -> list[list[Explanation]]:
+        """One Explanation per image and target, by full SISE where there is a doubt."""
+        found: dict[int, list[Explanation]] = {}
+        for explainer, is_doubted in ((self.explainer, False), (self.full, True)):
+            chosen = [image for image, own in enumerate(doubts) if bool(own) == is_doubted]
+            images = torch.tensor(chosen, dtype=torch.int64)
+            made = explainer.explain(inputs_nchw[images], target.of(images), [seeds[image] for image in chosen])
+            found |= zip(chosen, made, strict=True)
+        return [found[image] for image in range(len(doubts))]
 
     def _logits(self, inputs_nchw: Tensor) -> Tensor:
         """The unmasked images' logits [N, K] on the CPU, from passes of one fixed shape."""
@@ -219,6 +323,7 @@ class ExplainStep:
         ranks: Sequence[int],
         explanations: Sequence[Explanation],
         values: Sequence[Mapping[str, Value]],
+        doubts: Sequence[str],
     ) -> list[Row] | Reject:
         figures = [*(one.score for one in explanations), *(own["drop"].value for own in values)]
         if not np.isfinite(figures).all() or not all(np.isfinite(one.saliency_hw).all() for one in explanations):
@@ -231,7 +336,8 @@ class ExplainStep:
                 "target_source": self.choice.source,
                 "target_rank": rank,
             }
-            rows.append({**chosen, **_map_columns(explanation), "metrics": self._metrics(value)})
+            fidelity = fidelity_columns(self.level, doubts, was_completed=explanation.was_completed)
+            rows.append({**chosen, **_map_columns(explanation), **fidelity, "metrics": self._metrics(value)})
         return rows
 
     def _metrics(self, values: Mapping[str, Value]) -> Row:
@@ -261,6 +367,21 @@ class ExplainStep:
     def _rejected_row(self, unit_input: UnitInput, record: RecordFacts) -> Row:
         reasons = {name: getattr(record, name) for name in ("reject_code", "reject_stage", "error")}
         return {**self._base_row(unit_input, record), "status": REJECTED, **reasons}
+
+
+def plain_setting(device: str, batch_size: int | None) -> ForwardSetting:
+    """The model as it is."""
+    return ForwardSetting(batch_size=batch_size or (CPU_BATCH_SIZE if device == "cpu" else GPU_BATCH_SIZE))
+
+
+def lively(forward: Forward) -> Forward:
+    """The forward pass as a sign of life: no hook on the module sees it."""
+
+    def run(inputs_nchw: Tensor) -> Tensor:
+        alive()
+        return forward(inputs_nchw)
+
+    return run
 
 
 def baseline_of(parameters: Any) -> str:
@@ -319,6 +440,7 @@ def chosen_classes(choice: TargetChoice, logits: Tensor) -> list[int]:
 def _map_columns(explanation: Explanation) -> Mapping[str, Any]:
     saliency = explanation.saliency_hw.astype(np.float32)
     low, high = saliency.min(), saliency.max()
+    quality = explanation.quality
     return {
         "score": explanation.score,
         "map": saliency,
@@ -329,4 +451,6 @@ def _map_columns(explanation: Explanation) -> Mapping[str, Any]:
             for block in explanation.blocks
         ],
         "num_forwards": explanation.num_forwards,
+        "score_r2": quality.r2 if quality is not None else None,
+        "map_error": quality.map_error if quality is not None else None,
     }

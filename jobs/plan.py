@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -66,12 +67,12 @@ class Plan:
         """Whether `num_records` was counted, not estimated."""
         return self.layout is not Layout.TAR or self.identity["limit"] is not None
 
-    def label_names(self) -> list[str]:
-        """The class folders of loose images, sorted; empty for other layouts."""
+    def label_counts(self) -> Counter[str]:
+        """How many records each class folder of loose images holds; empty for other layouts."""
         if self.layout is not Layout.IMAGES:
-            return []
-        folders = {PurePosixPath(info.key).parent.name for unit in self.units for info in unit.objects}
-        return sorted(folders - {""})
+            return Counter()
+        folders = (PurePosixPath(info.key).parent.name for unit in self.units for info in unit.objects)
+        return Counter(folder for folder in folders if folder)
 
 
 def open_source(data: str, endpoint_url: str | None) -> tuple[ObjectStore, str]:

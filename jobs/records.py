@@ -84,11 +84,13 @@ class UnitResult:
     """In `storage.schema.SCHEMA`'s columns; `map` holds float32 [H, W] or None."""
     num_records: int
     explain_seconds: float
+    forward: str | None = None
+    """How masks were scored: backend, precision and batch size."""
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a committed unit holds. All but the last three fields can be rebuilt from the fragment."""
+    """What a committed unit holds. All but the last four fields can be rebuilt from the fragment."""
 
     unit_id: str
     ordinal: int
@@ -109,6 +111,8 @@ class Receipt:
     attempt: str | None = None
     """Id of the attempt whose bytes were committed."""
     explain_seconds: float | None = None
+    forward: str | None = None
+    """How the attempt scored masks: backend, precision and batch size."""
     worker: str | None = None
     """Host and process of the attempt."""
 

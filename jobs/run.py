@@ -21,20 +21,20 @@ from jobs.budgets import Budget, Opening, excess
 from jobs.config import Execution, JobConfig
 from jobs.context import JobContext, sha256_of, weights_bytes
 from jobs.estimate import estimate
+from jobs.fidelity import rare_labels
 from jobs.leftovers import PROBE_PREFIX, remove_settled
 from jobs.plan import Plan, load_plan, make_plan, open_output, refuse_drift, settle_model, settle_plan
 from jobs.progress import Tally, progress
 from jobs.reconcile import Standing, final_manifest, finalize, num_accepted, stand
-from jobs.records import ModelFacts, Outcome, UnfinishedError, Unit, UnitFailure
+from jobs.records import ModelFacts, Outcome, Receipt, UnfinishedError, Unit, UnitFailure
 from jobs.stopping import GO_ON, RUNS_FOLDER, Stop, stopped_by_signals, unfinished_from
 from jobs.units import Workforce
 from storage.patient import SHORT_PATIENCE_SECONDS, PatientStore
 from storage.store import ObjectStore, StoreError
 from storage.stores import probe
 
-CPU_BATCH_SIZE = 4
-"""Masked inputs per forward on a CPU: larger batches fall out of the second-level cache."""
-GPU_BATCH_SIZE = 256
+PROBE_FROM_SECONDS = 120.0
+"""Shorter jobs do not repay the start-up probe: a compiler takes seconds on a CPU, and minutes on a GPU."""
 
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 """Where the driver lists its GPUs: known without importing torch."""
@@ -60,6 +60,8 @@ class Ran:
     """Why it ended before its units did."""
     is_hopeless: bool = False
     """It was stopped because nothing was explained: going on would not help."""
+    busy: float = 0.0
+    """Share of the workers' time that went into explaining, 0 to 1; start-up and the last units' tail are the rest."""
 
 
 @dataclass(frozen=True)
@@ -160,16 +162,19 @@ def context_of(
 ) -> JobContext:
     """What the workers of this run are told."""
     on_gpu = sizing is not None and sizing.gpus_per_actor > 0
+    counts = plan.label_counts()
     return JobContext(
         config,
         plan.fingerprint,
         f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}",
         facts,
-        tuple(plan.label_names()),
-        batch_size=execution.batch_size or (GPU_BATCH_SIZE if on_gpu else CPU_BATCH_SIZE),
+        tuple(sorted(counts)),
+        batch_size=execution.batch_size,
+        probes=estimate(config, plan.num_records, on_gpu=on_gpu).seconds(1) >= PROBE_FROM_SECONDS,
         num_threads=sizing.threads_per_actor if sizing is not None else 1,
         device="cuda" if on_gpu else "cpu",
         import_path=str(Path.cwd()),
+        rare_labels=rare_labels(counts),
     )
 
 
@@ -193,6 +198,7 @@ def _run_units(
     num_workers = sizing.num_actors if sizing is not None else 1
     expected = guess.seconds(num_workers) if guess.is_measured else None
     failures: list[UnitFailure] = []
+    worked = 0.0
     begun = False
     start = time.monotonic()
     with unfinished_from(lambda: begun, stop), progress(console, Tally(num_records, expected)) as update:
@@ -200,13 +206,16 @@ def _run_units(
             begun = True
             update(outcome)
             opening.add(outcome)
+            if isinstance(outcome, Receipt):
+                worked += outcome.explain_seconds or 0.0
             if isinstance(outcome, UnitFailure):
                 failures.append(outcome)
                 if outcome.store_is_away:
                     stop.request("the store does not answer")
             if opening.is_hopeless:
                 stop.request(opening.verdict())
-    return Ran(tuple(failures), time.monotonic() - start, stop.reason, opening.is_hopeless)
+    seconds = time.monotonic() - start
+    return Ran(tuple(failures), seconds, stop.reason, opening.is_hopeless, worked / (seconds * num_workers))
 
 
 def _outcomes(

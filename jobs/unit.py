@@ -131,7 +131,13 @@ def commit_unit(
     receipt = receipt_of(result.unit, body)
     metadata = {"attempt": attempt, **commit_facts(receipt)}
     if _create_or_adopt(output, result.unit, body, metadata):
-        receipt = replace(receipt, attempt=attempt, explain_seconds=result.explain_seconds, worker=worker_name())
+        receipt = replace(
+            receipt,
+            attempt=attempt,
+            explain_seconds=result.explain_seconds,
+            forward=result.forward,
+            worker=worker_name(),
+        )
     else:
         receipt = receipt_of(result.unit, output.read(result.unit.fragment_key))
     write_receipt(output, receipt)

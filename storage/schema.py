@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 """Raised whenever a column changes its name, type or meaning."""
 
 
@@ -70,6 +70,27 @@ SCHEMA = pa.schema(
         _field("is_saturated", pa.bool_(), "more than half of the map lies within 1 % of its greatest value"),
         _field("blocks", pa.list_(BLOCK), "what each block gave, shallow to deep"),
         _field("num_forwards", pa.int32(), "masked forwards made for the record, shared by its targets"),
+        _field(
+            "score_r2",
+            pa.float64(),
+            "how well each mask score that was run follows from the others, at most 1; null where none was predicted",
+        ),
+        _field(
+            "map_error",
+            pa.float64(),
+            "largest predicted relative error of a block map, from 0; null where no score was predicted",
+        ),
+        _field(
+            "fidelity",
+            pa.string(),
+            "preview, balanced or full: how many of the masks were scored; null for other methods and budgets of "
+            "the user's own",
+        ),
+        _field(
+            "fidelity_reason",
+            pa.string(),
+            "as asked; or, where the job chose: wrong, uncertain, rare, poor map, joined by commas, or sound",
+        ),
         _field("metrics", METRICS, "faithfulness of the map"),
     ],
     metadata={"blocksight.schema": SCHEMA_VERSION},

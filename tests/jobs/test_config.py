@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.catalog import BALANCED_BUDGET, FIDELITIES, POOR_MAP_ERROR, SiseParameters
 from jobs.config import ConfigError, TargetChoice, differences, digest_of, load_config, parse_parameters
 
 BASE = {"data": "in", "output": "out"}
@@ -43,6 +44,24 @@ def test_options_win_over_the_file(tmp_path):
         ({"workers": 0}, "workers: .*greater than or equal to 1, got 0"),
         ({"runner": "spark"}, "runner: .*ray.*local"),
         ({"worker": 2}, "unknown key 'worker' .*did you mean 'workers'"),
+        ({"fidelity": "cheap"}, "fidelity: .*preview.*balanced.*full.*auto.*got 'cheap'"),
+        (
+            {"fidelity": "preview", "explainer": "gradcam"},
+            "fidelity preview .* explainer gradcam has none: leave --fidelity out, or take one of sise, ada-sise",
+        ),
+        (
+            {"fidelity": "balanced", "parameters": {"budget": 50}},
+            "fidelity balanced means budget = 0.1, and budget = 50 is asked for as well: leave one of the two out",
+        ),
+        (
+            {"fidelity": "auto", "parameters": {"complete_above": 0.9}},
+            "fidelity auto means complete_above = .*, and complete_above = 0.9 is asked for",
+        ),
+        (
+            {"fidelity": "preview", "parameters": {"complete_above": 0.9}},
+            "fidelity preview means complete_above = None, and complete_above = 0.9 is asked for",
+        ),
+        ({"parameters": {"complete_above": 0.9}}, "complete_above 0.9 needs a budget above 0, got none"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(values, sentence):
@@ -86,7 +105,14 @@ def test_parameters_are_read_as_toml():
 def test_the_identity_holds_what_changes_bytes():
     one = config_of(BASE)
     assert digest_of(one.identity(None)) == digest_of(config_of({**BASE, "output": "elsewhere"}).identity(None))
-    for change in ({"target": "top-2"}, {"parameters": {"mu": 0.1}}, {"resize": "crop"}, {"seed": 1}, {"limit": 3}):
+    for change in (
+        {"target": "top-2"},
+        {"fidelity": "auto"},
+        {"parameters": {"mu": 0.1}},
+        {"resize": "crop"},
+        {"seed": 1},
+        {"limit": 3},
+    ):
         other = config_of({**BASE, **change})
         assert digest_of(other.identity(None)) != digest_of(one.identity(None))
     assert digest_of(one.identity("a")) != digest_of(one.identity("b"))
@@ -100,6 +126,29 @@ def test_local_paths_are_absolute_and_the_rest_stays(tmp_path, monkeypatch):
     assert config.data == str(tmp_path / "photos")
     assert (config.output, config.weights) == ("s3://bucket/maps", "random")
     assert config_of({**BASE, "weights": "w/net.pt"}).weights == str(tmp_path / "w" / "net.pt")
+
+
+def test_a_fidelity_sets_parameters(tmp_path):
+    file = tmp_path / "job.toml"
+    file.write_text('data = "a"\noutput = "b"\nfidelity = "balanced"\n[parameters]\nmu = 0.3\n')
+    config, _ = load_config(file, {})
+    assert (config.explainer_parameters().budget, config.explainer_parameters().mu) == (BALANCED_BUDGET, 0.3)
+    config, _ = load_config(file, {"fidelity": "preview", "explainer": "ada-sise"})
+    assert config.explainer_parameters().budget == 0
+    assert config.explainer_parameters().complete_above is None
+    config, _ = load_config(file, {"fidelity": "full", "parameters": {"budget": 5}})
+    assert config.explainer_parameters().budget == 5
+    config, _ = load_config(file, {"fidelity": "auto"})
+    assert config.explainer_parameters().complete_above == POOR_MAP_ERROR
+    assert config.in_full().explainer_parameters() == SiseParameters(mu=0.3)
+
+
+@pytest.mark.parametrize("level", FIDELITIES)
+def test_what_a_plan_says_twice_is_no_contradiction(level):
+    config = config_of({**BASE, "fidelity": level})
+    read_back = config_of({**BASE, "fidelity": level, "parameters": config.identity(None)["parameters"]})
+    assert read_back.identity(None) == config.identity(None)
+    assert read_back.in_full().explainer_parameters() == SiseParameters()
 
 
 def test_differences_show_both_sides():

@@ -4,8 +4,9 @@ import pytest
 
 from cluster.errors import ClusterError
 from cluster.sizing import LEAST_UNIT_SECONDS, local_cpus, shrinking, size_for, unit_records
+from engine.catalog import BALANCED_BUDGET
 from jobs.config import load_config
-from jobs.estimate import estimate
+from jobs.estimate import AUTO_FULL_SHARE, estimate
 from jobs.labels import Labels
 from jobs.progress import Tally, clock
 from jobs.records import Receipt, UnitFailure
@@ -59,6 +60,19 @@ def test_estimates_follow_the_explainer_and_mu():
     cam = estimate(job(model="torchvision:resnet50", explainer="gradcam"), 10, on_gpu=True)
     assert cam.is_measured
     assert cam.num_forwards == 40
+
+
+def test_estimates_follow_the_fidelity():
+    def forwards(**options):
+        return estimate(job(**options), 10, on_gpu=False).forwards_per_record
+
+    full = forwards()
+    assert forwards(fidelity="preview") == 1
+    assert forwards(fidelity="balanced") == pytest.approx(BALANCED_BUDGET * full)
+    halfway = AUTO_FULL_SHARE * full + (1 - AUTO_FULL_SHARE) * BALANCED_BUDGET * full
+    assert forwards(fidelity="auto") == pytest.approx(halfway)
+    assert estimate(job(fidelity="balanced"), 10, on_gpu=False).is_measured
+    assert not estimate(job(fidelity="auto"), 10, on_gpu=False).is_measured
 
 
 def test_sizing_by_numbers():
