@@ -1,5 +1,6 @@
 """The README's snippets, run as they stand, and its list of reject codes."""
 
+import json
 import re
 from pathlib import Path
 
@@ -63,3 +64,54 @@ def test_the_readme_lists_every_parameter():
 
     for field in fields(SiseParameters):
         assert re.search(rf"^\| `{field.name}` \| `{field.default}` \|", README, re.MULTILINE)
+
+
+# ---------------------------------------------------------------- measured figures
+
+FIGURES = ROOT / "tests" / "figures"
+
+
+def curve_lines(rows) -> list[str]:
+    """The README's table of a fidelity curve."""
+    head = "| method | forwards | images | blocks | SSIM | top 15 % | ins - del, less SISE's | Drop, less SISE's | |"
+    return [head, "| --- " * 9 + "|", *map(_curve_line, rows)]
+
+
+def _curve_line(row) -> str:
+    similar = [row[name][0] for name in ("block_correlation", "ssim", "iou_15")]
+    said = ["-" if mean is None else f"{mean:.3f}" for mean in similar]
+    said += [_difference(row, "insertion_minus_deletion", 3), _difference(row, "drop", 1)]
+    verdict = "no loss" if row.get("loses_nothing") else ""
+    return f"| {row['method']} | {row['forwards']:.0f} | {row['images']} | {' | '.join(said)} | {verdict} |"
+
+
+def _difference(row, measure, digits) -> str:
+    paired = row.get(f"{measure}_difference")
+    if paired is None:
+        return f"({row[measure][0]:.{digits}f})"
+    mean, low, high = paired
+    return "-" if mean is None or low is None else f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def race_lines(rows) -> list[str]:
+    """The README's table of a race."""
+    head = "| one image | job | how | forwards | forwards/s | seconds | we are ahead per forward |"
+    lines = [
+        f"| {row['name']} | {row['job']} | {row['how']} | {row['forwards']} | {row['forwards_per_second']:.1f} "
+        f"| {row['forwards'] / row['forwards_per_second']:.1f} | {row['we_are_ahead']:.2f} x |"
+        for row in rows
+    ]
+    return [head, "| --- " * 7 + "|", *lines]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "lines"),
+    [
+        ("efficientnet_lite0", "curve-efficientnet_lite0", curve_lines),
+        ("tiny_darknet", "curve-tiny_darknet", curve_lines),
+        ("race", "race", race_lines),
+    ],
+)
+def test_the_readmes_figures_are_the_stored_ones(name, file, lines):
+    stored = json.loads((FIGURES / f"{file}.json").read_text())
+    assert f"<!-- figures: {name} -->\n" + "\n".join(lines(stored)) + "\n" in README
