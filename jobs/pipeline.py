@@ -249,6 +249,7 @@ def _result_table(result: UnitResult) -> pa.Table:
         "rows": rows,
         "num_records": result.num_records,
         "explain_seconds": result.explain_seconds,
+        "forward": result.forward,
     }
     return _table(_json(header), np.stack(maps) if maps else None)
 

@@ -84,7 +84,7 @@ def standing_table(output: str, standing: Standing) -> Table:
     seconds = sum(receipt.explain_seconds or 0.0 for receipt in timed)
     forwards = sum(receipt.num_forwards for receipt in timed)
     ways = "; ".join(sorted({receipt.forward for receipt in timed if receipt.forward and receipt.num_forwards}))
-    rate = f", {forwards / seconds:,.0f} a second of a worker ({ways or 'no masks'})" if seconds else ""
+    rate = f", {forwards / seconds:,.0f} a second of a worker" + (f" ({ways})" if ways else "") if seconds else ""
     about = "" if standing.plan.is_exact else "about "
     of_all = f" of {about}{standing.plan.num_records:,}" if standing.open_units else ""
     rows = [

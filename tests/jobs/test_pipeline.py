@@ -1,5 +1,6 @@
 """Ray against the in-process runner, on local folders and through a real bucket; kills in the middle."""
 
+import json
 import os
 import signal
 import subprocess
@@ -26,6 +27,11 @@ def assert_sound(store):
     assert [fault for _, found in check(store, load_plan(store)) for fault in found] == []
 
 
+def ways(store):
+    """How masks were scored, by the receipts."""
+    return {json.loads(store.read(info.key))["forward"] for info in store.list("_job/receipts/")}
+
+
 def test_ray_leaves_the_same_bytes_as_one_process(tmp_path):
     for kind, make in (("images", folder_of_images), ("tars", folder_of_tars)):
         data = make(tmp_path / kind)
@@ -34,6 +40,7 @@ def test_ray_leaves_the_same_bytes_as_one_process(tmp_path):
         assert done.returncode == 0, done.stderr
         here, ray = (LocalStore(tmp_path / f"{kind}-{where}") for where in ("here", "ray"))
         assert fragments_in(here) == fragments_in(ray)
+        assert ways(here) == ways(ray) == {"eager float32, 4 per pass"}
         assert_sound(ray)
 
 
