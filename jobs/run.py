@@ -170,12 +170,21 @@ def context_of(
         facts,
         tuple(sorted(counts)),
         batch_size=execution.batch_size,
-        probes=estimate(config, plan.num_records, on_gpu=on_gpu).seconds(1) >= PROBE_FROM_SECONDS,
+        probes=_least_seconds(config, plan, facts, on_gpu=on_gpu) >= PROBE_FROM_SECONDS,
         num_threads=sizing.threads_per_actor if sizing is not None else 1,
         device="cuda" if on_gpu else "cpu",
         import_path=str(Path.cwd()),
         rare_labels=rare_labels(counts),
     )
+
+
+def _least_seconds(config: JobConfig, plan: Plan, facts: ModelFacts, *, on_gpu: bool) -> float:
+    """What the whole job takes one worker: a round guess of forwards is no more than the model has feature maps."""
+    guess = estimate(config, plan.num_records, on_gpu=on_gpu)
+    forwards = guess.forwards_per_record
+    if not guess.is_measured:
+        forwards = min(forwards, sum(block["channels"] for block in facts.blocks) * config.target_choice.count)
+    return plan.num_records * forwards / guess.forwards_per_second
 
 
 def _run_units(
