@@ -80,6 +80,11 @@ def _in_precision(run: Callable[[Tensor], Tensor], setting: ForwardSetting) -> F
     return forward
 
 
+_KEPT: list[Any] = []
+"""OpenVINO's compiled models, kept for as long as the process lives: in a process that has freed one (2026.4.1), the
+next signal is a segmentation fault, and a job must be stoppable."""
+
+
 def _openvino(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
     """OpenVINO's CPU plugin, with as many threads as torch has here.
 
@@ -100,6 +105,7 @@ def _openvino(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
         "INFERENCE_PRECISION_HINT": {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[setting.precision],
     }
     request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+    _KEPT.append(request)
 
     def forward(inputs_nchw: Tensor) -> Tensor:
         logits = request.infer([inputs_nchw.contiguous().numpy()], share_inputs=True)[0]

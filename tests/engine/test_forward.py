@@ -1,7 +1,9 @@
 """The forward pass in its settings, and the probe that chooses one."""
 
 import math
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,9 @@ from engine.probe import Measured, probe
 from engine.targets import ClassProbability
 from tests.engine.comparing import assert_close
 from tests.engine.nets import Depthwise, InPlace, Plain, Residual, seeded, smooth
+
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def adapter_of(net=Depthwise):
@@ -111,6 +116,31 @@ def test_a_compiler_that_fails_at_the_first_call_is_one_sentence(monkeypatch):
     monkeypatch.setattr("engine.forward.torch.compile", lambda *_, **__: broken)
     with pytest.raises(ModelError, match=r"compiled cannot run model: no C\+\+ compiler$"):
         logits(adapter_of(), ForwardSetting("compiled"), smooth(4, 32, 32))
+
+
+FREED_AND_SIGNALLED = """
+import gc, os, signal, torch
+from engine.forward import ForwardSetting, make_forward
+from tests.engine.test_forward import adapter_of
+heard = []
+signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+adapter = adapter_of()
+with adapter.borrowed(), torch.inference_mode():
+    forward = make_forward(adapter, ForwardSetting("openvino", batch_size=2))
+    forward(torch.zeros(2, 3, 32, 32))
+del forward
+gc.collect()
+os.kill(os.getpid(), signal.SIGTERM)
+print("heard", heard)
+"""
+
+
+def test_a_process_that_let_a_forward_go_still_hears_signals():
+    ran = subprocess.run(
+        [sys.executable, "-c", FREED_AND_SIGNALLED], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "heard [1]" in ran.stdout
 
 
 # ---------------------------------------------------------------- the probe
