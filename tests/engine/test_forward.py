@@ -20,7 +20,6 @@ from engine.targets import ClassProbability
 from tests.engine.comparing import assert_close
 from tests.engine.nets import Depthwise, InPlace, Plain, Residual, seeded, smooth
 
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
