@@ -119,14 +119,13 @@ def test_a_compiler_that_fails_at_the_first_call_is_one_sentence(monkeypatch):
 
 FREED_AND_SIGNALLED = """
 import gc, os, signal, torch
-from engine.forward import ForwardSetting, make_forward
+from engine.probe import probe
 from tests.engine.test_forward import adapter_of
+from tests.engine.nets import smooth
+torch.set_num_threads(1)
 heard = []
 signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
-adapter = adapter_of()
-with adapter.borrowed(), torch.inference_mode():
-    forward = make_forward(adapter, ForwardSetting("openvino", batch_size=2))
-    forward(torch.zeros(2, 3, 32, 32))
+forward, _ = probe(adapter_of(), smooth(2, 32, 32), exact=True)
 del forward
 gc.collect()
 os.kill(os.getpid(), signal.SIGTERM)
