@@ -125,7 +125,8 @@ from tests.engine.nets import smooth
 torch.set_num_threads(1)
 heard = []
 signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
-forward, _ = probe(adapter_of(), smooth(2, 32, 32), exact=True)
+adapter = adapter_of()
+forward, _ = probe(adapter, smooth(2, 32, 32), exact=True)
 del forward
 gc.collect()
 os.kill(os.getpid(), signal.SIGTERM)
