@@ -66,9 +66,7 @@ def measure(
 ) -> tuple[Efficiency, list[list[Explanation]]]:
     """The explainer on some images, in turns with the bare model at the best of the sizes; `update` after each turn.
 
-    Its explanations come too.
-
-    `setting` is how the explainer scores masks.
+    `setting` is how the explainer scores masks. Its explanations come too.
     """
     adapter = explainer.adapter
     best = max(rates, key=rates.__getitem__)

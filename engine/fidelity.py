@@ -4,9 +4,8 @@ Every mask of an image is scored once. Subsets, thresholds and budgets then read
 they cost no forward of their own and differ from full SISE by their method alone.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
 from typing import Any, Literal, get_args
@@ -21,7 +20,7 @@ from engine.explainers import EXPLAINERS
 from engine.explainers.budget import Budget, Candidates, Sampled, sample
 from engine.explainers.sise import Captured, Sise
 from engine.explanation import Explanation
-from engine.forward import Forward, Precision
+from engine.forward import Forward, Precision, frozen_copy
 from engine.fusion import Map, minmax
 from engine.metrics.faithfulness import Deletion, Insertion, KeepTop
 from engine.metrics.localisation import Localisation
@@ -85,7 +84,7 @@ class Reading:
     """Its number in the data set."""
     method: str
     num_forwards: int
-    values: Mapping[str, float] = field(default_factory=dict)
+    values: Mapping[str, float]
     """By SIMILARITIES (to full SISE), FAITHFULNESS where it is defined, and `map_error` as a budget predicted it."""
 
 
@@ -321,13 +320,11 @@ def rounded(adapter: ModelAdapter, precision: Precision) -> Forward:
     What hardware with that precision computes, but for the order of its sums; slow.
     """
     dtype = getattr(torch, precision)
-    module = copy.deepcopy(adapter.module).eval().requires_grad_(False)
+    module = frozen_copy(adapter)
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.is_floating_point():
             tensor.copy_(tensor.to(dtype).float())
     for child in module.modules():
-        child._forward_hooks.clear()
-        child._forward_pre_hooks.clear()
         if not list(child.children()):
             child.register_forward_hook(lambda _, __, output: output.to(dtype).float())
 

@@ -61,13 +61,19 @@ def _inductor(module: torch.nn.Module, **options: Any) -> Callable[[Tensor], Ten
     return torch.compile(module, dynamic=False, options=options)
 
 
-def _own_copy(adapter: "ModelAdapter", setting: ForwardSetting) -> torch.nn.Module:
-    """The module in a precision of its own, without the hooks that somebody hung on it."""
+def frozen_copy(adapter: "ModelAdapter") -> torch.nn.Module:
+    """The module once more, for inference alone, without the hooks that somebody hung on it."""
     module = copy.deepcopy(adapter.module).eval().requires_grad_(False)
     for child in module.modules():
         child._forward_pre_hooks.clear()
         child._forward_hooks.clear()
-    return module.to(dtype=getattr(torch, setting.precision), memory_format=torch.channels_last)  # pyright: ignore
+    return module
+
+
+def _own_copy(adapter: "ModelAdapter", setting: ForwardSetting) -> torch.nn.Module:
+    """A copy in a precision of its own."""
+    dtype = getattr(torch, setting.precision)
+    return frozen_copy(adapter).to(dtype=dtype, memory_format=torch.channels_last)  # pyright: ignore
 
 
 def _in_precision(run: Callable[[Tensor], Tensor], setting: ForwardSetting) -> Forward:
@@ -138,6 +144,10 @@ def make_forward(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
     except (torch.OutOfMemoryError, ModelError):
         raise
     except Exception as error:  # whatever a compiler may say of a stranger's model
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{setting.backend} cannot run {adapter.name}: {reason}") from error
+        raise ModelError(f"{setting.backend} cannot run {adapter.name}: {first_line(error)}") from error
     return forward
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says in one line, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

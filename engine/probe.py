@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import ModelError
-from engine.forward import Forward, ForwardSetting, Precision, make_forward
+from engine.forward import Forward, ForwardSetting, Precision, first_line, make_forward
 from engine.models import ModelAdapter
 from engine.resample import grid_of, upsampling
 
@@ -78,7 +78,7 @@ def probe(
                 error = _error(_scores(tried, masked, setting.batch_size), wanted)
                 measured = Measured(setting, rate(tried, masked, setting.batch_size), error)
             except (ModelError, torch.OutOfMemoryError) as failure:
-                found.append(Measured(setting, refused=_first_line(failure)))
+                found.append(Measured(setting, refused=first_line(failure)))
                 continue
             found.append(measured)
             if measured.is_sound and (best is None or measured.forwards_per_second > WORTH * best.forwards_per_second):
@@ -86,10 +86,6 @@ def probe(
     if best is None or forward is None:  # nothing fits, or nothing is finite: as plain and as small as can be
         best, forward = Measured(ForwardSetting(batch_size=batch_size or EAGER_CPU_BATCH_SIZE)), adapter.logits
     return forward, [best, *(one for one in found if one is not best)]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def rate(forward: Forward, inputs_nchw: Tensor, batch_size: int, repeats: int = REPEATS) -> float:

@@ -9,6 +9,7 @@ everything is float64, on the masks' device, and decided by the image alone. Sev
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -164,6 +165,8 @@ class _Anchors:
 
     used: Tensor
     """Which are no padding, [G, m]."""
+    rows: Tensor
+    """As points, [G, m, D]."""
     distance: Tensor
     """[G, m, m]"""
     trend: Tensor
@@ -176,6 +179,7 @@ class _Anchors:
         rows = padded([one.rows[one.anchors] for one in known])
         return cls(
             padded([torch.ones_like(one.anchors, dtype=torch.bool) for one in known]),
+            rows,
             distances(rows, rows),
             padded([one.trend[one.anchors] for one in known]),
             padded([one.wanted for one in known]),
@@ -187,42 +191,42 @@ class _Anchors:
         smooth = torch.where(pairs, matern(self.distance, scale) + self.trend @ self.trend.mT, 0.0)
         return smooth + noise * torch.eye(smooth.shape[1], dtype=smooth.dtype, device=smooth.device)
 
-    def missed(self, scale: Tensor, noise: float) -> Tensor:
-        """The mean squared leave-one-out error, [G]: in closed form."""
-        inverse = torch.linalg.inv(self.kernel(scale, noise))
-        left = (inverse @ self.wanted[..., None])[..., 0] / inverse.diagonal(dim1=1, dim2=2)
-        return left.square().sum(1) / self.used.sum(1)
+    def solved(self, kernel: Tensor) -> tuple[Tensor, Tensor]:
+        """`K^-1 y` and the diagonal of `K^-1`, [G, m] each; their ratio is what leave-one-out predictions miss by."""
+        inverse = torch.linalg.inv(kernel)
+        return (inverse @ self.wanted[..., None])[..., 0], inverse.diagonal(dim1=1, dim2=2)
 
+    def fitted(self, middle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The length scale and the noise, [G, 1, 1], of least mean squared leave-one-out error, and that, [G].
 
-def impute(known: Sequence[Known]) -> list[Imputed]:
-    """The scores of all N masks of each image, given those of the anchors.
-
-    The length scale and the noise are those with the least leave-one-out error, which has a closed form
-    (Rasmussen and Williams 2006, section 5.4.2).
-    """
-    anchors = _Anchors.of(known)
-    middle = torch.stack([median_distance(one.rows) for one in known])[:, None, None]
-    scale, noise = SCALES[0] * middle, torch.full_like(middle, NOISES[0])
-    least = torch.full_like(middle[:, 0, 0], torch.inf)
-    for own_scale in SCALES:
-        for own_noise in NOISES:
-            missed = anchors.missed(own_scale * middle, own_noise)
+        In closed form (Rasmussen and Williams 2006, section 5.4.2). `middle` [G, 1, 1] is the unit of length.
+        """
+        scale, noise = SCALES[0] * middle, torch.full_like(middle, NOISES[0])
+        least = torch.full_like(middle[:, 0, 0], torch.inf)
+        for own_scale, own_noise in product(SCALES, NOISES):
+            weights, diagonal = self.solved(self.kernel(own_scale * middle, own_noise))
+            missed = (weights / diagonal).square().sum(1) / self.used.sum(1)
             better = missed < (1 - TIED) * least
             least = torch.where(better, missed, least)
             scale = torch.where(better[:, None, None], own_scale * middle, scale)
             noise = torch.where(better[:, None, None], own_noise, noise)
-    rows = padded([one.rows for one in known])
-    at = padded([one.rows[one.anchors] for one in known])
-    cross = matern(distances(at, rows), scale) + anchors.trend @ padded([one.trend for one in known]).mT
+        return scale, noise, least
+
+
+def impute(known: Sequence[Known]) -> list[Imputed]:
+    """The scores of all N masks of each image, given those of the anchors."""
+    anchors = _Anchors.of(known)
+    scale, noise, least = anchors.fitted(torch.stack([median_distance(one.rows) for one in known])[:, None, None])
+    rows, trend = padded([one.rows for one in known]), padded([one.trend for one in known])
+    cross = matern(distances(anchors.rows, rows), scale) + anchors.trend @ trend.mT
     kernel = anchors.kernel(scale, noise)
     lower = torch.linalg.cholesky(kernel)
     whitened = torch.linalg.solve_triangular(lower, torch.where(anchors.used[..., None], cross, 0.0), upper=False)
     solved = torch.linalg.solve_triangular(lower, anchors.wanted[..., None], upper=False)
     shift = (whitened.mT @ solved)[..., 0]
     variance = solved.square().sum((1, 2)) / anchors.used.sum(1)
-    inverse = torch.linalg.inv(kernel)
-    weights = (inverse @ anchors.wanted[..., None])[..., 0]
-    surprises = weights.square() / inverse.diagonal(dim1=1, dim2=2) / variance[:, None].clamp(min=1e-300)
+    weights, diagonal = anchors.solved(kernel)
+    surprises = weights.square() / diagonal / variance[:, None].clamp(min=1e-300)
     return [
         Imputed(
             one,

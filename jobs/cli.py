@@ -85,7 +85,10 @@ JOB_OPTIONS: dict[str, Any] = {
     ],
     "address": Annotated[str | None, typer.Option(help="Ray cluster to join.  [default: one is started]")],
     "batch_size": Annotated[
-        int | None, typer.Option(min=1, help="Masked inputs per forward.  [default: found by a probe]")
+        int | None,
+        typer.Option(
+            min=1, help="Masked inputs per forward.  [default: found by a probe; short jobs: 4 on a CPU, 256 on a GPU]"
+        ),
     ],
     "max_reject_fraction": Annotated[
         float | None, typer.Option(help="More rejected records are no success: exit 3.  [default: 0.5]")
@@ -416,7 +419,7 @@ def bench(
         }
         _refuse_idle("--fidelity", {**idle, "--explainer": explainer if explainer != "sise" else None}, output)
         rows = benchmark.run_curve(job, output, where, batch_size, truth, class_map, said)
-        found, shown = {"curve": rows}, [tables.curve_table(rows)]
+        found, shown = {"curve": rows}, tables.curve_table(rows)
     else:
         made = benchmark.run_benchmark(
             job,
@@ -428,12 +431,11 @@ def bench(
             with_peers=peers,
             console=said,
         )
-        found, shown = benchmark.facts(job, made), [tables.benchmark_table(job, made)]
+        found, shown = benchmark.facts(job, made), tables.benchmark_table(job, made)
     if as_json:
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
-        return
-    for table in shown:
-        console.print(table)
+    else:
+        console.print(shown)
 
 
 def _refuse_idle(asked: str, idle: dict[str, Any], output: Path) -> None:

@@ -20,7 +20,7 @@ from engine.probe import probe
 from jobs.bootstrap import MetricSums, differences, estimate, key_hashes
 from jobs.config import ConfigError, JobConfig
 from jobs.context import sha256_of, weights_bytes
-from jobs.evaluation import ClassMap, labels_of
+from jobs.evaluation import ClassMap, labels_of, region_of
 from jobs.explain import images_at_once, load, number_of
 from jobs.plan import Plan, make_plan, open_source
 from jobs.progress import Tally, progress
@@ -28,7 +28,7 @@ from jobs.records import RecordFacts
 from jobs.unit import read_unit
 from jobs.units import Workforce
 from storage.images import DECODE_POLICY
-from storage.truth import Truth, region
+from storage.truth import Truth
 
 READINGS, CURVE = "readings.jsonl", "curve.json"
 CURVE_VERSION = 1
@@ -168,15 +168,13 @@ def _measured(
             update(len(some))
 
 
-def _region(asked: CurveRequest, adapter: ModelAdapter, one: Picture, index: int) -> Region | None:
-    """Where the predicted class is, if the ground truth says so."""
-    found = asked.truth.find(one.facts.key) if asked.truth is not None else None
-    if not found:
-        return None
-    labels = labels_of(asked.class_map, index, adapter.class_name(index))
+def _region(asked: CurveRequest, adapter: ModelAdapter, one: Picture, index: int) -> Region | str | None:
+    """Where the predicted class is, or in words why its annotation is of no use."""
     assert one.facts.height is not None
     assert one.facts.width is not None
-    return region(found, labels, (one.facts.height, one.facts.width), adapter.input_size, asked.config.resize)
+    labels = labels_of(asked.class_map, index, adapter.class_name(index))
+    original = (one.facts.height, one.facts.width)
+    return region_of(asked.truth, one.facts.key, labels, original, asked.config, adapter.input_size)
 
 
 def _line(one: Picture, readings: Sequence[Reading]) -> Line:

@@ -27,7 +27,7 @@ from engine.targets import ClassProbability
 from jobs.attempts import open_desk
 from jobs.config import digest_of
 from jobs.context import JobContext
-from jobs.evaluation import Evaluated, Evaluation, EvaluationContext, fragment_key, labels_of, regions_key
+from jobs.evaluation import Evaluated, Evaluation, EvaluationContext, fragment_key, labels_of, region_of, regions_key
 from jobs.explain import (
     IMAGES_PER_CHUNK,
     lively,
@@ -47,7 +47,6 @@ from storage.fragments import encode_fragment, read_fragment
 from storage.maps import decode_map
 from storage.schema import EVALUATION, MAX_ERROR_LENGTH, OK
 from storage.store import AlreadyExistsError, StoreError, UnavailableError
-from storage.truth import region
 
 Row = dict[str, Any]
 Record = Sequence[Row]
@@ -144,14 +143,9 @@ class EvaluateStep:
 
     def _region(self, row: Row) -> Region | str | None:
         """Where the row's target is, or in words why its annotation is of no use."""
-        truth, config = self.context.truth, self.job.config
         labels = labels_of(self.evaluation.class_map, row["target_index"], row["target_name"])
         original = (row["height"], row["width"])
-        try:
-            image = truth.find(row["key"]) if truth is not None else None
-            return image and region(image, labels, original, self.job.facts.input_size, config.resize)
-        except StoreError as error:  # this record's annotation alone
-            return str(error)[:MAX_ERROR_LENGTH]
+        return region_of(self.context.truth, row["key"], labels, original, self.job.config, self.job.facts.input_size)
 
     def _measured(self, records: Sequence[Record], maps: Maps, method: Mapping[str, str]) -> Iterator[Row]:
         """The rows of some maps, record by record; `method` names a control."""

@@ -9,17 +9,19 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from engine.catalog import METRICS
 from jobs.config import CODE_VERSION, ConfigError, JobConfig, digest_of
 from jobs.context import JobContext
 from jobs.plan import Plan
 from jobs.records import Unit
-from storage.schema import EVALUATION
-from storage.store import AlreadyExistsError, ObjectStore
-from storage.truth import Truth
+from storage.schema import EVALUATION, MAX_ERROR_LENGTH
+from storage.store import AlreadyExistsError, ObjectStore, StoreError
+from storage.truth import Truth, region
 
 FOLDER = "evaluations/"
 OF_TRUTH = ("ebpg", "miou", "bbox", "pointing")
@@ -77,6 +79,25 @@ def labels_of(class_map: ClassMap, target_index: int, target_name: str) -> set[s
     if not class_map:
         return {target_name, *target_name.split(", "), str(target_index)}
     return {label for label, classes in class_map if target_index in classes}
+
+
+def region_of(
+    truth: Truth | None,
+    key: str,
+    labels: set[str],
+    original: tuple[int, int],
+    config: JobConfig,
+    input_size: tuple[int, int],
+) -> NDArray[np.bool_] | str | None:
+    """Where a record's objects of these labels are in what the model sees, or why its annotation is of no use.
+
+    None: nobody has said. `original` is the image's height and width.
+    """
+    try:
+        image = truth.find(key) if truth is not None else None
+        return image and region(image, labels, original, input_size, config.resize)
+    except StoreError as error:  # this record's annotation alone
+        return str(error)[:MAX_ERROR_LENGTH]
 
 
 @dataclass(frozen=True)

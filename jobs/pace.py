@@ -27,7 +27,7 @@ def settled(output: ObjectStore) -> ForwardSetting | None:
 
 
 def standing_forward(output: ObjectStore, adapter: ModelAdapter) -> tuple[Forward, ForwardSetting] | None:
-    """The forward pass that the job's maps were made with, if it was chosen. Raises ModelError as `settle` does."""
+    """The job's forward pass, if it was chosen. Raises ModelError where this machine cannot run it."""
     setting = settled(output)
     return None if setting is None else (_made(adapter, setting), setting)
 
@@ -35,13 +35,11 @@ def standing_forward(output: ObjectStore, adapter: ModelAdapter) -> tuple[Forwar
 def settle(
     output: ObjectStore, adapter: ModelAdapter, inputs_nchw: Tensor, config: JobConfig, batch_size: int | None
 ) -> tuple[Forward, ForwardSetting]:
-    """The job's forward pass: the setting that stands, or the one that the probe finds here, written once.
+    """The job's forward pass, where none stands yet: the one that the probe finds here, written once.
 
-    `inputs_nchw` are images of the job, at least one. Raises ModelError where this machine cannot run what stands.
+    `inputs_nchw` are images of the job, at least one. Another worker's counts where it was written first: raises
+    ModelError where this machine cannot run that.
     """
-    standing = standing_forward(output, adapter)
-    if standing is not None:
-        return standing
     forward, found = probe(adapter, inputs_nchw, exact=config.preset == "paper", batch_size=batch_size)
     chosen = found[0].setting
     facts: dict[str, Any] = {"setting": asdict(chosen), "probe": [one.figures() for one in found]}
