@@ -22,7 +22,7 @@ from storage.survey import Layout, survey
 PLAN_FOLDER = "_job/plan/"
 PLAN_KEY = f"{PLAN_FOLDER}plan.json"
 MODEL_KEY = f"{PLAN_FOLDER}model.json"
-OUR_FOLDERS = ("data/", "_job/", "report/", "evaluations/")
+OUR_FOLDERS = ("data/", "_job/", "report/", "evaluations/", "audit/")
 
 UNITS_SCHEMA = pa.schema(
     [

@@ -1,0 +1,336 @@
+"""What an audit found, as it stands beside the output: one document, and tables for whoever wants the figures."""
+
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from jobs.records import UnreconciledError
+from storage.store import MissingError, ObjectStore
+
+FOLDER = "audit/"
+AUDIT_KEY = f"{FOLDER}audit.json"
+GROUPS_KEY = f"{FOLDER}groups.parquet"
+CLUSTERS_KEY = f"{FOLDER}clusters.parquet"
+ROWS_FOLDER = f"{FOLDER}rows/"
+
+GRID = 16
+"""Cells along each side of a pooled map."""
+
+Grid = NDArray[np.float32]
+"""[GRID, GRID]."""
+
+MEASURES = {
+    "entropy": "how evenly the map is spread, 0 one pixel, 1 even",
+    "gini": "how unequal its values are, 0 even, 1 one pixel",
+    "effective_area": "share of the picture that an even map with the same spread would cover, 0 to 1",
+    "border_mass": "share of the map in the outer tenth of the picture along each side; 0.36 for an even map",
+    "corner_mass": "share of the map in the four corner fifths; 0.16 for an even map",
+    "centre_x": "centre of mass from the left, 0 to 1",
+    "centre_y": "centre of mass from the top, 0 to 1",
+    "checkerboard": "share of the map's variation that alternates from pixel to pixel, 0 to 1",
+    "on_object": "share of the map on the target's object, 0 to 1; needs ground truth",
+    "on_context": "share within a tenth of the picture around the object, 0 to 1; needs ground truth",
+    "elsewhere": "share beyond that, 0 to 1; needs ground truth",
+}
+"""What is measured of every map that is not flat, and what it means."""
+
+GATES = {
+    "flat": "the map is constant: it says nothing",
+    "saturated": "more than half of the map lies within 1 % of its greatest value",
+    "border only": "most of the map lies at the picture's border",
+    "checkerboard": "the map alternates from pixel to pixel, as upsampling or strides leave it",
+    "equal": "another image has the very same map",
+}
+"""Why a map may be of no use, by name."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a measure is distributed over a group's maps; quantiles to 1/512 of the measure's range."""
+
+    mean: float
+    q05: float
+    q25: float
+    q50: float
+    q75: float
+    q95: float
+    count: int
+    """Maps that have the measure."""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The maps that have something in common."""
+
+    kind: str
+    """`all`, `class` (one label), `predicted` (one prediction), or `pair` (one label taken for another class)."""
+    label: str | None
+    """The label that they share, as the data set writes it."""
+    predicted: str | None
+    """The predicted class that they share."""
+    count: int
+    spreads: Mapping[str, Spread]
+    """By measure; one that no map of the group has is left out."""
+    mean_map: Grid
+    """Mean of the maps, each in [0, 1]; zeros where all are flat."""
+    variance_map: Grid
+    """Their variance, cell by cell."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cluster:
+    """Maps of one explained class that look at the picture alike."""
+
+    target_index: int
+    target_name: str
+    number: int
+    """From 0, the largest first."""
+    count: int
+    """Maps of the class that are nearest to it."""
+    share: float
+    """Of the class's maps."""
+    stability: float
+    """Mean adjusted Rand index of clusterings of resampled maps, at most 1; the same for all clusters of a class."""
+    mean_map: Grid
+    examples: tuple[str, ...]
+    """Keys of the maps nearest to its middle."""
+
+
+@dataclass(frozen=True)
+class Oddity:
+    """A map that is unlike those of its class."""
+
+    key: str
+    target_index: int
+    target_name: str
+    label: str | None
+    score: float
+    """Of the target."""
+    reason: str
+    """`outlier`, or `right for a strange reason`: the prediction is the label, and the map is not like it."""
+    detail: str
+    """In words."""
+    strength: float
+    """How far it lies from its class's nearest cluster, in that class's median distances."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What an intervention does to the target's log-odds, beyond the same with a random region of that size."""
+
+    mean: float
+    low: float
+    """Lower end of the 95 % interval by bootstrap over images."""
+    high: float
+    p_value: float
+    """One-sided, by sign flips over images; Holm-corrected over all candidates of the audit."""
+    count: int
+    """Images."""
+    probability: float
+    """Mean change of the target's probability by the region alone, -1 to 1, not compared with random regions."""
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """A region that a class's maps point at again and again: a finding where it is shown to matter, else a suspicion."""
+
+    target_index: int
+    target_name: str
+    source: str
+    """Where the candidate came from: `class` (the class's mean map), or `cluster N`."""
+    box: tuple[float, float, float, float]
+    """Left, top, right, bottom as shares of the picture."""
+    share: float
+    """Of the class's maps that look there."""
+    recurrence: float
+    """How well the region's pixels alone tell members from other images, 0.5 to 1 (area under the ROC curve)."""
+    elsewhere_density: float
+    """How much other classes' maps look there, 1 for an even map."""
+    on_object: float | None
+    """Share of the region that the members' objects cover; None without ground truth."""
+    blanked: Effect | None
+    """Inpainting it in members: by how much more their log-odds fall."""
+    pasted: Effect | None
+    """Pasting it into non-members: by how much more their log-odds rise."""
+    is_confirmed: bool
+    """A finding; else a suspicion."""
+    why: str
+    """What confirms it, or what is missing, in words."""
+    members: tuple[str, ...]
+    """Keys of records that look there, the strongest first."""
+
+
+@dataclass(frozen=True, eq=False)
+class Audit:
+    """All that was found."""
+
+    fragments: str
+    """Digest of the fragments that it was made from: another one says that it is out of date."""
+    settings: Mapping[str, Any]
+    """What was asked for: digest of the ground truth, seed, whether shortcuts were put to the test."""
+    num_rows: int
+    num_maps: int
+    """Explained rows."""
+    num_rejected: int
+    num_right: int | None
+    """Maps whose target is both the prediction and the label; None where no label is known."""
+    gates: Mapping[str, int]
+    """Maps that each gate stops."""
+    groups: tuple[Group, ...]
+    """`all` first; then by kind, the largest first."""
+    clusters: tuple[Cluster, ...]
+    """Class by class; none for a class whose maps do not fall apart."""
+    oddities: tuple[Oddity, ...]
+    """The oddest first."""
+    shortcuts: tuple[Shortcut, ...]
+    """Findings first, then suspicions, each by strength."""
+    notes: tuple[str, ...]
+    """What was left out, and why."""
+
+    @property
+    def findings(self) -> tuple[Shortcut, ...]:
+        """The shortcuts that were confirmed."""
+        return tuple(one for one in self.shortcuts if one.is_confirmed)
+
+    @property
+    def suspicions(self) -> tuple[Shortcut, ...]:
+        """The candidates that were not."""
+        return tuple(one for one in self.shortcuts if not one.is_confirmed)
+
+
+def write_audit(store: ObjectStore, audit: Audit) -> None:
+    """Writes the document last: while it stands, the tables that it goes with stand too. Raises StoreError."""
+    store.put(GROUPS_KEY, _table(map(_group_row, audit.groups), GROUPS))
+    store.put(CLUSTERS_KEY, _table(map(_cluster_row, audit.clusters), CLUSTERS))
+    plain = {name: value for name, value in vars(audit).items() if name not in ("groups", "clusters")}
+    body = {
+        **plain,
+        "oddities": [asdict(one) for one in audit.oddities],
+        "shortcuts": [asdict(one) for one in audit.shortcuts],
+    }
+    store.put(AUDIT_KEY, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_audit(store: ObjectStore) -> Audit | None:
+    """The audit that stands in an output, or None. Raises StoreError, and UnreconciledError where it is damaged."""
+    try:
+        body = json.loads(store.read(AUDIT_KEY))
+        groups, clusters = (
+            pq.read_table(io.BytesIO(store.read(key))).to_pylist() for key in (GROUPS_KEY, CLUSTERS_KEY)
+        )
+        return Audit(
+            **{
+                **body,
+                "groups": tuple(_group(row) for row in groups),
+                "clusters": tuple(_cluster(row) for row in clusters),
+                "oddities": tuple(Oddity(**one) for one in body["oddities"]),
+                "shortcuts": tuple(_shortcut(one) for one in body["shortcuts"]),
+                "notes": tuple(body["notes"]),
+            }
+        )
+    except MissingError:
+        return None
+    except (ValueError, TypeError, KeyError, pa.ArrowException) as error:
+        raise UnreconciledError(
+            f"{AUDIT_KEY} in {store.uri} is damaged, run `blocksight audit` again: {error}"
+        ) from error
+
+
+GRID_LIST = pa.list_(pa.float32(), GRID * GRID)
+SPREAD = pa.struct(
+    [(name, pa.float64()) for name in ("mean", "q05", "q25", "q50", "q75", "q95")] + [("count", pa.int64())]
+)
+
+GROUPS = pa.schema(
+    [
+        ("kind", pa.string()),
+        ("label", pa.string()),
+        ("predicted", pa.string()),
+        ("count", pa.int64()),
+        *((name, SPREAD) for name in MEASURES),
+        ("mean_map", GRID_LIST),
+        ("variance_map", GRID_LIST),
+    ]
+)
+"""One row per group: `MEASURES` as structs, maps row by row from the top left."""
+
+CLUSTERS = pa.schema(
+    [
+        ("target_index", pa.int32()),
+        ("target_name", pa.string()),
+        ("number", pa.int32()),
+        ("count", pa.int64()),
+        ("share", pa.float64()),
+        ("stability", pa.float64()),
+        ("mean_map", GRID_LIST),
+        ("examples", pa.list_(pa.string())),
+    ]
+)
+
+ROWS = pa.schema(
+    [
+        ("key", pa.string()),
+        ("target_index", pa.int32()),
+        ("target_name", pa.string()),
+        ("label_name", pa.string()),
+        ("is_right", pa.bool_()),
+        ("score", pa.float64()),
+        *((name, pa.float32()) for name in MEASURES),
+        ("is_flat", pa.bool_()),
+        ("is_saturated", pa.bool_()),
+        ("is_border_only", pa.bool_()),
+        ("is_checkerboard", pa.bool_()),
+        ("equals_other", pa.bool_()),
+        ("cluster", pa.int16()),
+        ("strangeness", pa.float32()),
+        ("pooled", pa.binary(GRID * GRID)),
+    ]
+)
+"""One row per map: `audit/rows/` holds a file per fragment. `pooled` is the map in 16 x 16 cells of 0 to 255,
+`strangeness` its distance from its class's nearest cluster in that class's median distances."""
+
+
+def _group_row(group: Group) -> dict[str, Any]:
+    spreads = {name: asdict(spread) for name, spread in group.spreads.items()}
+    named = {name: getattr(group, name) for name in ("kind", "label", "predicted", "count")}
+    return {**named, **spreads, **_grids(group)}
+
+
+def _group(row: Mapping[str, Any]) -> Group:
+    spreads = {name: Spread(**row[name]) for name in MEASURES if row[name] is not None}
+    named = {name: row[name] for name in ("kind", "label", "predicted", "count")}
+    return Group(**named, spreads=spreads, mean_map=_grid(row["mean_map"]), variance_map=_grid(row["variance_map"]))
+
+
+def _cluster_row(cluster: Cluster) -> dict[str, Any]:
+    return {**vars(cluster), "mean_map": cluster.mean_map.ravel()}
+
+
+def _cluster(row: Mapping[str, Any]) -> Cluster:
+    return Cluster(**{**row, "mean_map": _grid(row["mean_map"]), "examples": tuple(row["examples"])})
+
+
+def _grids(group: Group) -> dict[str, Any]:
+    return {"mean_map": group.mean_map.ravel(), "variance_map": group.variance_map.ravel()}
+
+
+def _grid(values: Sequence[float]) -> Grid:
+    return np.array(values, np.float32).reshape(GRID, GRID)
+
+
+def _shortcut(body: Mapping[str, Any]) -> Shortcut:
+    effects = {name: body[name] and Effect(**body[name]) for name in ("blanked", "pasted")}
+    return Shortcut(**{**body, **effects, "box": tuple(body["box"]), "members": tuple(body["members"])})
+
+
+def _table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
