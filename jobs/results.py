@@ -1,7 +1,8 @@
 """Reading an output back: the rows of records, and their pictures."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,13 @@ from numpy.typing import NDArray
 
 from jobs.config import ConfigError
 from jobs.plan import Plan, open_source
+from jobs.records import Unit
 from jobs.unit import raw_records
 from storage.fragments import read_fragment
 from storage.images import decode, fit
 from storage.maps import decode_map
 from storage.pictures import Pixels, resized
+from storage.rejects import Reject
 from storage.store import ObjectStore, StoreError
 from storage.survey import Layout
 
@@ -34,15 +37,44 @@ class Shown:
 
 def rows_of(store: ObjectStore, plan: Plan, key: str) -> list[dict[str, Any]]:
     """All rows of the record with this key, from the fragments that may hold it. Raises ConfigError."""
+    found = list(rows_with(store, plan, {key}))
+    if not found:
+        raise ConfigError(f"no record {key!r} in {store.uri}; keys stand in the column `key` of its data/ folder")
+    return found
+
+
+def rows_with(store: ObjectStore, plan: Plan, keys: Collection[str]) -> Iterator[dict[str, Any]]:
+    """All rows of the records with these keys, in the plan's order; only fragments that may hold one are read."""
     committed = {info.key for info in store.list("data/")}
+    for unit, wanted in _units_with(plan, keys):
+        if unit.fragment_key in committed:
+            table = read_fragment(store.read(unit.fragment_key))
+            yield from table.filter(pc.field("key").isin(sorted(wanted))).to_pylist()
+
+
+def images_of(plan: Plan, endpoint_url: str | None, keys: Collection[str]) -> Iterator[tuple[str, Pixels]]:
+    """Key and upright original [H, W, 3] of records, in the plan's order; what cannot be read any more is left out."""
+    source, _ = open_source(plan.identity["data"], endpoint_url)
+    for unit, wanted in _units_with(plan, keys):
+        with suppress(StoreError):  # the shard is gone or has changed
+            for raw in raw_records(unit, source):
+                if raw.key in wanted and raw.data is not None:
+                    with suppress(Reject):
+                        yield raw.key, decode(raw.data).pixels
+
+
+def _units_with(plan: Plan, keys: Collection[str]) -> Iterator[tuple[Unit, set[str]]]:
+    """The units that may hold one of the records, cut to their objects where each is a record, and the keys."""
+    left = set(keys)
     for unit in plan.units:
-        if unit.fragment_key not in committed or not _may_hold(unit.layout, unit.objects, key):
-            continue
-        table = read_fragment(store.read(unit.fragment_key))
-        found = table.filter(pc.field("key") == key).to_pylist()
-        if found:
-            return found
-    raise ConfigError(f"no record {key!r} in {store.uri}; keys stand in the column `key` of its data/ folder")
+        if unit.layout is Layout.IMAGES:
+            chosen = tuple(info for info in unit.objects if info.key in left)
+            wanted = {info.key for info in chosen}
+        else:
+            chosen, shard = unit.objects, f"{unit.objects[0].key}/"
+            wanted = {key for key in left if key.startswith(shard)}
+        if wanted:
+            yield replace(unit, objects=chosen), wanted
 
 
 def all_rows(store: ObjectStore, plan: Plan) -> Iterator[dict[str, Any]]:
@@ -55,27 +87,20 @@ def all_rows(store: ObjectStore, plan: Plan) -> Iterator[dict[str, Any]]:
 
 def picture(plan: Plan, endpoint_url: str | None, row: dict[str, Any]) -> Shown:
     """The record's image as the model saw it, undistorted, and its map at the same size."""
-    saliency = decode_map(row["map"])
-    unit = next(unit for unit in plan.units if unit.unit_id == row["unit_id"])
-    try:
-        source, _ = open_source(plan.identity["data"], endpoint_url)
-        raw = next(raw for raw in raw_records(unit, source) if raw.key == row["key"] and raw.data is not None)
-        image = decode(raw.data or b"").pixels
-    except (StoreError, StopIteration):
+    return shown(plan, row, dict(images_of(plan, endpoint_url, {row["key"]})).get(row["key"]))
+
+
+def shown(plan: Plan, row: dict[str, Any], image: Pixels | None, side: int = PICTURE_SIDE) -> Shown:
+    """A row's map with its image, which may be gone; `side`: the longer one, in pixels."""
+    if image is None:
         image = np.full((row["height"], row["width"], 3), 128, np.uint8)
     how = plan.identity["resize"]
-    size = _picture_size(row["height"], row["width"], how)
-    return Shown(fit(image, size, how), resized(saliency, size))
+    size = _picture_size(row["height"], row["width"], how, side)
+    return Shown(fit(image, size, how), resized(decode_map(row["map"]), size))
 
 
-def _may_hold(layout: Layout, objects: Sequence[Any], key: str) -> bool:
-    if layout is Layout.IMAGES:
-        return any(info.key == key for info in objects)
-    return key.startswith(f"{objects[0].key}/")
-
-
-def _picture_size(height: int, width: int, resize: str) -> tuple[int, int]:
+def _picture_size(height: int, width: int, resize: str, side: int) -> tuple[int, int]:
     if resize == "crop":
-        return PICTURE_SIDE, PICTURE_SIDE
-    scale = PICTURE_SIDE / max(height, width)
+        return side, side
+    scale = side / max(height, width)
     return max(1, round(height * scale)), max(1, round(width * scale))

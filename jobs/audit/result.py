@@ -139,7 +139,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Shortcut:
-    """A region that a class's maps point at again and again: a finding where it is shown to matter, else a suspicion."""
+    """A region that a class's maps point at again and again: a finding if it is shown to matter, else a suspicion."""
 
     target_index: int
     target_name: str
