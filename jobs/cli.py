@@ -357,6 +357,34 @@ def compare_outputs(
 
 
 @app.command()
+def audit(
+    output: Existing,
+    truth: Annotated[
+        str | None, typer.Option(help="Where the objects are, as in `evaluate`: tells shortcuts from objects.")
+    ] = None,
+    class_map: Annotated[Path | None, typer.Option(help="JSON, as in `evaluate`.")] = None,
+    tries: Annotated[
+        bool, typer.Option("--try/--no-try", help="Put suspected shortcuts to the test on the model.")
+    ] = True,
+    weights: Annotated[str | None, typer.Option(help="The weights file again, if the model came from one.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of samples and random regions.")] = 0,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Find what is wrong with a model: how its maps lie, class by class, which are odd, which shortcuts it takes.
+
+    A region that one class's maps point at is blanked in members and pasted into other images, beside random
+    regions of its size. Only what stands that test is called a finding; the rest are suspicions.
+
+    Example: blocksight audit s3://bucket/maps --truth boxes/
+    """
+    from jobs.audit.run import AuditRequest, run_audit
+
+    asked = AuditRequest(output, truth, class_map, weights, tries, seed, endpoint_url)
+    found = run_audit(asked, console)
+    console.print(tables.audit_table(found, f"{output.rstrip('/')}/audit/"))
+
+
+@app.command()
 def bench(
     data: Annotated[
         str | None, typer.Option(help="The data set whose cost is reckoned.  [default: photographs, a million images]")

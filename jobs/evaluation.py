@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -86,16 +86,16 @@ def region_of(
     key: str,
     labels: set[str],
     original: tuple[int, int],
-    config: JobConfig,
+    resize: Literal["squash", "crop"],
     input_size: tuple[int, int],
 ) -> NDArray[np.bool_] | str | None:
     """Where a record's objects of these labels are in what the model sees, or why its annotation is of no use.
 
-    None: nobody has said. `original` is the image's height and width.
+    None: nobody has said. `original` is the image's height and width, `resize` how it came to the input's size.
     """
     try:
         image = truth.find(key) if truth is not None else None
-        return image and region(image, labels, original, input_size, config.resize)
+        return image and region(image, labels, original, input_size, resize)
     except StoreError as error:  # this record's annotation alone
         return str(error)[:MAX_ERROR_LENGTH]
 

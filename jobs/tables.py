@@ -22,6 +22,7 @@ from jobs.run import RunOutcome
 from jobs.units import Workforce
 
 if TYPE_CHECKING:
+    from jobs.audit.result import Audit, Shortcut  # which needs pyarrow
     from jobs.bench import Benchmark  # which needs torch, too slow for a --help
     from jobs.compare import Cell, Column, Comparison  # which needs scipy
     from jobs.evaluation import Evaluated
@@ -182,7 +183,7 @@ def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     for name in head:
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*(printable(cell) for cell in row))
     return table
 
 
@@ -199,6 +200,42 @@ def evaluation_table(done: "Sequence[Evaluated]", place: str) -> RenderableType:
     if done and not num_values:
         rows.append(("", "`explain` measured all of it already, or no record is in the sample"))
     return _facts([*rows, ("all stand in", printable(f"{place}data"))])
+
+
+SHOWN = 10
+"""Of a long list; all stands in the files."""
+
+
+def audit_table(audit: "Audit", place: str) -> RenderableType:
+    """What an audit found: counts, gates, then what is wrong, the surest first."""
+    right = "" if audit.num_right is None else f", {audit.num_right:,} of them right predictions"
+    gates = ", ".join(f"{count:,} {name}" for name, count in audit.gates.items() if count)
+    split = {cluster.target_name for cluster in audit.clusters}
+    rows = [
+        ("maps", f"{audit.num_maps:,} of {audit.num_rows:,} rows{right}"),
+        ("of no use", gates or "none: no gate stops a map"),
+        ("clusters", f"{len(audit.clusters)} in {len(split)} of the classes" if split else "none: each class has one way to look"),
+        ("findings", f"{len(audit.findings)}" if audit.findings else "none"),
+        ("suspicions", f"{len(audit.suspicions)}" if audit.suspicions else "none"),
+        *(("note", printable(note)) for note in audit.notes),
+        ("stands in", printable(place)),
+    ]
+    odd = [[one.key, one.target_name, one.label or "-", one.reason, one.detail] for one in audit.oddities[:SHOWN]]
+    shown: list[RenderableType] = [_facts(rows, "audit")]
+    for name, shortcuts in (("FINDING", audit.findings), ("suspicion", audit.suspicions)):
+        shown += [_shortcut_lines(name, one) for one in shortcuts[:SHOWN]]
+    if odd:
+        shown.append(_grid(["odd", "explained class", "label", "why", ""], odd))
+    return Group(*shown)
+
+
+def _shortcut_lines(name: str, one: "Shortcut") -> str:
+    left, top, right, bottom = (f"{100 * edge:.0f}" for edge in one.box)
+    where = f"the region {left}-{right} % from the left, {top}-{bottom} % from the top"
+    return (
+        f"[bold]{name}[/bold]: {printable(one.target_name)} looks at {where} in {one.share:.0%} of its maps: "
+        f"{printable(one.why)} (such as {printable(one.members[0])})"
+    )
 
 
 def comparison_table(table: "Comparison", width: int) -> RenderableType:

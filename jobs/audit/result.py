@@ -130,7 +130,7 @@ class Effect:
     """Lower end of the 95 % interval by bootstrap over images."""
     high: float
     p_value: float
-    """One-sided, by sign flips over images; Holm-corrected over all candidates of the audit."""
+    """Of the paired t test over images, Holm-corrected over all trials of the audit."""
     count: int
     """Images."""
     probability: float
@@ -149,8 +149,8 @@ class Shortcut:
     """Left, top, right, bottom as shares of the picture."""
     share: float
     """Of the class's maps that look there."""
-    recurrence: float
-    """How well the region's pixels alone tell members from other images, 0.5 to 1 (area under the ROC curve)."""
+    recurrence: float | None
+    """How well its pixels alone tell members from other images, 0.5 to 1 (area under the ROC curve)."""
     elsewhere_density: float
     """How much other classes' maps look there, 1 for an even map."""
     on_object: float | None

@@ -1,0 +1,150 @@
+"""Candidates for shortcuts: regions of the picture to which one class's maps point and other classes' do not."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import label as components
+
+from jobs.audit.clusters import ClassModel
+from jobs.audit.result import GRID
+
+Floats = NDArray[np.float64]
+
+MIN_MAPS = 10
+"""Of a class or cluster, and of all other classes together."""
+LOOKS = 2.0
+"""A map looks at a region if it lies there at least so many times as densely as an even map."""
+CERTAIN = 5.0
+"""Standard errors by which a class's mean map must exceed the others' where a candidate is."""
+PART_OF_PEAK = 0.5
+"""A candidate is where the excess is at least this part of its peak: half, as a blurred spot is measured."""
+MOST_AREA = 0.25
+"""Of the picture: a larger region is no particular place."""
+PER_SOURCE = 2
+SAME = 0.5
+"""Part of the smaller of two boxes of a class that the other holds: from there on they are one candidate."""
+MOST_CANDIDATES = 40
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A region that the maps of a class, or of one of its clusters, have in common."""
+
+    model: ClassModel
+    source: str
+    """`class`, or `cluster N`."""
+    box: tuple[int, int, int, int]
+    """Left, top, right, bottom in cells of the 16 x 16 grid."""
+    certainty: float
+    """Standard errors between the class's and the others' mean map at the peak."""
+    members: NDArray[np.intp]
+    """Places in the class's sample of maps that look there, the strongest first."""
+    share: float
+    """Of the class's sampled maps."""
+    elsewhere_density: float
+    """Mean density of other classes' maps in the box, 1 for an even map."""
+
+    @property
+    def shares(self) -> tuple[float, float, float, float]:
+        """The box as shares of the picture."""
+        left, top, right, bottom = (edge / GRID for edge in self.box)
+        return left, top, right, bottom
+
+
+def densities(pooled_nhw: NDArray[np.uint8]) -> Floats:
+    """Maps [n, 16, 16] over their own mean: 1 everywhere for an even map; zeros are taken as even."""
+    maps = pooled_nhw.astype(np.float64)
+    maps[~maps.any((1, 2))] = 1
+    return maps / maps.mean((1, 2), keepdims=True)
+
+
+def candidates(models: Sequence[ClassModel]) -> tuple[list[Candidate], int]:
+    """The most certain candidates, and how many more there were. Two classes at least are needed."""
+    moments = [_moments(densities(model.sample.pooled)) for model in models]
+    found: list[Candidate] = []
+    for place, model in enumerate(models):
+        others = _joined([own for index, own in enumerate(moments) if index != place])
+        if others is not None and others.count >= MIN_MAPS:
+            found += _of_class(model, others)
+    found.sort(key=lambda one: (-one.certainty, one.model.sample.target_index, one.box))
+    return found[:MOST_CANDIDATES], max(0, len(found) - MOST_CANDIDATES)
+
+
+@dataclass(frozen=True, eq=False)
+class _Moments:
+    mean: Floats
+    """[16, 16]"""
+    error: Floats
+    """[16, 16] squared standard error of the mean."""
+    count: int
+
+
+def _moments(maps: Floats) -> _Moments:
+    return _Moments(maps.mean(0), maps.var(0) / max(1, len(maps) - 1), len(maps))
+
+
+def _joined(parts: Sequence[_Moments]) -> _Moments | None:
+    """The mean over classes, each of which counts alike."""
+    if not parts:
+        return None
+    mean, error = (np.mean([getattr(part, name) for part in parts], axis=0) for name in ("mean", "error"))
+    return _Moments(mean, error / len(parts), sum(part.count for part in parts))
+
+
+def _of_class(model: ClassModel, others: _Moments) -> Iterator[Candidate]:
+    """Those of the class's mean map, then of each cluster's; one place once."""
+    maps = densities(model.sample.pooled)
+    sources: Mapping[str, NDArray[np.intp]] = {
+        "class": np.arange(len(maps)),
+        **{f"cluster {number}": np.flatnonzero(model.labels == number) for number in range(model.num_clusters)},
+    }
+    taken: list[tuple[int, int, int, int]] = []
+    for source, own in sources.items():
+        if len(own) < MIN_MAPS:
+            continue
+        for box, certainty in _regions(_moments(maps[own]), others):
+            density = maps[:, box[1] : box[3], box[0] : box[2]].mean((1, 2))
+            members = own[density[own] >= LOOKS]
+            if len(members) < MIN_MAPS or any(_overlap(box, other) >= SAME for other in taken):
+                continue
+            taken.append(box)
+            yield Candidate(
+                model,
+                source,
+                box,
+                certainty,
+                members[(-density[members]).argsort(kind="stable")],
+                len(members) / len(maps),
+                float(others.mean[box[1] : box[3], box[0] : box[2]].mean()),
+            )
+
+
+def _regions(own: _Moments, others: _Moments) -> Iterator[tuple[tuple[int, int, int, int], float]]:
+    """Boxes where the mean map certainly exceeds the others', and by how many standard errors at their peaks."""
+    excess = own.mean - others.mean
+    certainty = excess / np.sqrt(own.error + others.error + np.finfo(np.float64).eps)
+    left = np.where((certainty >= CERTAIN) & (own.mean >= LOOKS), excess, 0)
+    for _ in range(PER_SOURCE):
+        peak = divmod(int(left.argmax()), GRID)
+        if left[peak] <= 0:
+            return
+        numbered = np.asarray(components(left >= PART_OF_PEAK * left[peak])[0])  # pyright: ignore
+        region = numbered == numbered[peak]
+        rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
+        box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+        if (box[2] - box[0]) * (box[3] - box[1]) <= MOST_AREA * GRID**2:
+            yield box, float(certainty[peak])
+        left[box[1] : box[3], box[0] : box[2]] = 0
+
+
+def _overlap(one: Sequence[int], other: Sequence[int]) -> float:
+    """The part of the smaller box that the other holds."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return max(0, width) * max(0, height) / min(_area(one), _area(other))
+
+
+def _area(box: Sequence[int]) -> int:
+    return (box[2] - box[0]) * (box[3] - box[1])

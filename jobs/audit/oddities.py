@@ -1,0 +1,97 @@
+"""Oddities: maps unlike those of their class, and images that the model gets right for a strange reason."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from heapq import heappush, heappushpop
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from jobs.audit.clusters import NO_CLUSTER, ClassModel
+from jobs.audit.result import GRID, ROWS, Oddity
+
+OUTLIER, STRANGE = "outlier", "right for a strange reason"
+KEPT = 50
+"""Of each reason: the oddest."""
+OFF_OBJECT = 0.1
+"""Of a map on the object: less is strange in a class whose maps have usually more than `USUAL`."""
+USUAL = 0.3
+
+Row = Mapping[str, Any]
+
+
+def placed(rows: pa.Table, models: Mapping[int, ClassModel]) -> pa.Table:
+    """Rows of `ROWS` with their cluster and their strangeness; null for flat maps and classes without a sample."""
+    clusters = np.full(len(rows), NO_CLUSTER, np.int16)
+    strangeness = np.full(len(rows), np.nan, np.float32)
+    targets = rows["target_index"].to_numpy()
+    usable = ~rows["is_flat"].to_numpy(zero_copy_only=False)
+    pooled = np.frombuffer(b"".join(rows["pooled"].to_pylist()), np.uint8).reshape(-1, GRID, GRID)
+    for target in np.unique(targets[usable]).tolist():
+        if target in models:
+            own = np.flatnonzero(usable & (targets == target))
+            clusters[own], strangeness[own] = models[target].place(pooled[own])
+    filled = {
+        "cluster": pa.array(clusters, pa.int16(), mask=clusters == NO_CLUSTER),
+        "strangeness": pa.array(strangeness, pa.float32(), mask=np.isnan(strangeness)),
+    }
+    for name, column in filled.items():
+        rows = rows.set_column(rows.schema.get_field_index(name), ROWS.field(name), column)
+    return rows
+
+
+class Oddest:
+    """The oddest maps of any number, a bounded few of each reason, and how many maps each cluster has."""
+
+    def __init__(self, models: Mapping[int, ClassModel], usual_on_object: Mapping[int, float]) -> None:
+        """`usual_on_object`: the median share of a class's maps that lies on the object, where it is known."""
+        self.models, self.usual = models, usual_on_object
+        self.sizes: Counter[tuple[int, int]] = Counter()
+        """Maps by class and cluster; `NO_CLUSTER` too."""
+        self.found: Counter[str] = Counter()
+        """Oddities by reason, also those that are not kept."""
+        self._held: dict[str, list[tuple[float, str, int, Oddity]]] = {OUTLIER: [], STRANGE: []}
+
+    def add(self, rows: pa.Table) -> None:
+        """Rows that `placed` has filled."""
+        counted = rows.filter(rows["strangeness"].is_valid())
+        clusters = counted["cluster"].fill_null(NO_CLUSTER).to_pylist()
+        self.sizes.update(zip(counted["target_index"].to_pylist(), clusters, strict=True))
+        for row in counted.filter(pa.array(self._may_be_odd(counted))).drop(["pooled"]).to_pylist():
+            for oddity in self._odd(row):
+                self.found[oddity.reason] += 1
+                self._keep(oddity)
+
+    def oddities(self) -> tuple[Oddity, ...]:
+        """Those that were kept, the oddest of each reason first."""
+        return tuple(one for own in self._held.values() for *_, one in sorted(own, reverse=True))
+
+    def _may_be_odd(self, rows: pa.Table) -> NDArray[np.bool_]:
+        limits = np.array([self.models[target].limit for target in rows["target_index"].to_pylist()])
+        off = rows["on_object"].to_numpy(zero_copy_only=False) < OFF_OBJECT
+        return (rows["strangeness"].to_numpy() > limits) | off
+
+    def _odd(self, row: Row) -> Iterator[Oddity]:
+        """What is odd about a row, once: right for a strange reason counts more than to lie far away."""
+        target, strangeness = row["target_index"], row["strangeness"]
+        far = f"{strangeness:.1f} times as far from its class's maps as they are from each other"
+        is_far = strangeness > self.models[target].limit
+        on_object = row["on_object"]
+        is_off = on_object is not None and on_object < OFF_OBJECT and self.usual.get(target, 0.0) > USUAL
+        off = f"{on_object:.0%} of the map on the object, usual are {self.usual[target]:.0%}" if is_off else None
+        if row["is_right"] and (is_far or is_off):
+            yield _oddity(row, STRANGE, "; ".join(said for said in (off, far if is_far else None) if said))
+        elif is_far:
+            yield _oddity(row, OUTLIER, far)
+
+    def _keep(self, oddity: Oddity) -> None:
+        held = self._held[oddity.reason]
+        entry = (oddity.strength, oddity.key, oddity.target_index, oddity)
+        (heappush if len(held) < KEPT else heappushpop)(held, entry)
+
+
+def _oddity(row: Row, reason: str, detail: str) -> Oddity:
+    named = {name: row[name] for name in ("key", "target_index", "target_name", "score")}
+    return Oddity(**named, label=row["label_name"], reason=reason, detail=detail, strength=row["strangeness"])

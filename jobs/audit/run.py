@@ -1,0 +1,209 @@
+"""Runs an audit: streams the maps, learns what is usual of each class, tries what looks wrong, writes what it found."""
+
+import io
+import json
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+
+from jobs.audit.candidates import candidates
+from jobs.audit.clusters import NO_CLUSTER, ClassModel, class_model, clusters_of
+from jobs.audit.oddities import KEPT, Oddest, placed
+from jobs.audit.result import AUDIT_KEY, ROWS_FOLDER, Audit, Shortcut, write_audit
+from jobs.audit.samples import Sample
+from jobs.audit.shortcuts import judged, suspects_of, tried
+from jobs.audit.stream import Asked, Streamed, stream
+from jobs.audit.trial import Court
+from jobs.config import ConfigError
+from jobs.context import sha256_of, weights_bytes
+from jobs.evaluation import config_of, labels_of, read_class_map, region_of
+from jobs.explain import load
+from jobs.plan import MODEL_KEY, Plan, existing_plan, refuse_drift
+from jobs.progress import Tally, progress
+from jobs.results import images_of
+from storage.annotations import open_truth
+from storage.images import fit
+from storage.patient import PatientStore
+from storage.pictures import Pixels
+from storage.store import ObjectStore
+from storage.stores import open_store
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class AuditRequest:
+    """What a user asks for, as it is typed."""
+
+    output: str
+    truth: str | None = None
+    class_map: Path | None = None
+    weights: str | None = None
+    tries: bool = True
+    """Suspicions are put to the test on the model."""
+    seed: int = 0
+    endpoint_url: str | None = None
+
+
+def run_audit(asked: AuditRequest, console: Console) -> Audit:
+    """Audits what is explained so far, and replaces the audit that stands beside it.
+
+    Whatever is wrong with the request raises before any work: ConfigError, StoreError, ModelError.
+    """
+    store = PatientStore(open_store(asked.output, asked.endpoint_url))
+    plan = existing_plan(store)
+    scope = _scope(asked)
+    court = _court(store, plan, asked) if asked.tries else None
+    with tempfile.TemporaryDirectory(prefix="blocksight-audit-") as folder:
+        scratch = Path(folder)
+        with progress(console, Tally(plan.num_records, None, verb="audit")) as update:
+            streamed = stream(store, plan, scope, scratch, update)
+        models = _models(streamed.samples, asked.seed, console)
+        store.delete(AUDIT_KEY)  # what stands goes with rows that are about to be replaced
+        oddest = _write_rows(store, scratch, Oddest(models, _usual_on_object(streamed)), console)
+    shortcuts, notes = _shortcuts(models, court, _Gallery(plan, asked, scope, _input_size(store)), asked, console)
+    sizes = oddest.sizes
+    audit = Audit(
+        fragments=streamed.fragments,
+        settings={
+            "seed": asked.seed,
+            "truth": None if scope.truth is None else scope.truth.digest,
+            "class_map": dict(scope.class_map),
+            "tries": asked.tries,
+        },
+        num_rows=streamed.num_rows,
+        num_maps=streamed.num_maps,
+        num_rejected=streamed.num_rejected,
+        num_right=streamed.num_right,
+        gates=streamed.gates,
+        groups=streamed.groups,
+        clusters=tuple(one for model in models.values() for one in clusters_of(model, _sizes(model, sizes))),
+        oddities=oddest.oddities(),
+        shortcuts=shortcuts,
+        notes=(*streamed.notes, *notes, *_unkept(oddest)),
+    )
+    write_audit(store, audit)
+    return audit
+
+
+def _scope(asked: AuditRequest) -> Asked:
+    if asked.class_map is not None and asked.truth is None:
+        raise ConfigError("--class-map says what the labels of --truth mean; give both")
+    truth = None if asked.truth is None else open_truth(asked.truth, asked.endpoint_url)
+    return Asked(truth, read_class_map(asked.class_map), asked.seed)
+
+
+def _court(store: ObjectStore, plan: Plan, asked: AuditRequest) -> Court:
+    """The job's model. Raises ModelError, and ConfigError where it is not the one that the maps are of."""
+    config = config_of(plan, asked.output, asked.weights, asked.endpoint_url)
+    state = weights_bytes(config)
+    refuse_drift(config.identity(sha256_of(state)), plan.identity, "configuration")
+    adapter = load(config, state, "cuda" if torch.cuda.is_available() else "cpu", str(Path.cwd()))
+    facts = json.loads(store.read(MODEL_KEY))
+    refuse_drift({"weights_sha256": adapter.fingerprint}, {"weights_sha256": facts["weights_sha256"]}, "model")
+    return Court(adapter, asked.seed)
+
+
+def _input_size(store: ObjectStore) -> tuple[int, int]:
+    height, width = json.loads(store.read(MODEL_KEY))["input_size"]
+    return height, width
+
+
+def _models(samples: Mapping[int, Sample], seed: int, console: Console) -> dict[int, ClassModel]:
+    """What is usual of each class that has a sample."""
+    known = [sample for sample in samples.values() if len(sample.keys)]
+    return {sample.target_index: class_model(sample, seed) for sample in _tracked(known, "clustering classes", console)}
+
+
+def _tracked(things: Sequence[T], what: str, console: Console) -> Iterable[T]:
+    """Behind a bar with the time left, on a terminal."""
+    return track(things, what, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _usual_on_object(streamed: Streamed) -> dict[int, float]:
+    """By class the median share of a map that lies on the object."""
+    by_name = {
+        group.predicted: group.spreads["on_object"].q50
+        for group in streamed.groups
+        if group.kind == "predicted" and "on_object" in group.spreads
+    }
+    named = {sample.target_index: sample.target_name for sample in streamed.samples.values()}
+    return {target: by_name[name] for target, name in named.items() if name in by_name}
+
+
+def _write_rows(store: ObjectStore, scratch: Path, oddest: Oddest, console: Console) -> Oddest:
+    """Writes every map's row with its cluster and strangeness; rows of another audit go."""
+    files = sorted(scratch.glob("*.parquet"))
+    for file in _tracked(files, "placing maps", console):
+        rows = placed(pq.read_table(file), oddest.models)
+        oddest.add(rows)
+        body = io.BytesIO()
+        pq.write_table(rows, body, compression="zstd")
+        store.put(f"{ROWS_FOLDER}{file.name}", body.getvalue())
+    written = {f"{ROWS_FOLDER}{file.name}" for file in files}
+    for info in list(store.list(ROWS_FOLDER)):
+        if info.key not in written:
+            store.delete(info.key)
+    return oddest
+
+
+def _sizes(model: ClassModel, sizes: Mapping[tuple[int, int], int]) -> list[int]:
+    """Maps of the class in each cluster, and in none as the last."""
+    target = model.sample.target_index
+    return [sizes.get((target, number), 0) for number in (*range(model.num_clusters), NO_CLUSTER)]
+
+
+def _unkept(oddest: Oddest) -> list[str]:
+    return [
+        f"of {count:,} oddities ({reason}) the {KEPT} greatest are listed; all rows have their strangeness"
+        for reason, count in oddest.found.items()
+        if count > KEPT
+    ]
+
+
+class _Gallery:
+    """The pictures of a data set as the model sees them, and where their objects are."""
+
+    def __init__(self, plan: Plan, asked: AuditRequest, scope: Asked, input_size: tuple[int, int]) -> None:
+        self.plan, self.asked, self.scope, self.input_size = plan, asked, scope, input_size
+        self.seen: dict[str, Pixels] = {}
+        self._sizes: dict[str, tuple[int, int]] = {}
+
+    def fetch(self, keys: set[str]) -> None:
+        """Reads the records' pictures; one that is gone or unreadable is left out."""
+        resize = self.plan.identity["resize"]
+        for key, pixels in images_of(self.plan, self.asked.endpoint_url, keys):
+            self.seen[key] = fit(pixels, self.input_size, resize)
+            self._sizes[key] = pixels.shape[0], pixels.shape[1]
+
+    def region(self, key: str, target_index: int, target_name: str) -> NDArray[np.bool_] | None:
+        """Where the target's objects are at the model's input size; None where nobody has said."""
+        labels = labels_of(self.scope.class_map, target_index, target_name)
+        resize = self.plan.identity["resize"]
+        found = region_of(self.scope.truth, key, labels, self._sizes[key], resize, self.input_size)
+        return None if isinstance(found, str) else found
+
+
+def _shortcuts(
+    models: Mapping[int, ClassModel], court: Court | None, gallery: _Gallery, asked: AuditRequest, console: Console
+) -> tuple[tuple[Shortcut, ...], list[str]]:
+    """Findings and suspicions, and what was left out."""
+    if len(models) < 2:
+        return (), ["shortcuts are looked for between classes, and the maps explain one class alone"]
+    found, num_more = candidates(list(models.values()))
+    suspects = suspects_of(found, [model.sample for model in models.values()], asked.seed)
+    gallery.fetch({key for one in suspects for key in (*one.members, *one.others)})
+    outcomes = [
+        tried(suspect, court, gallery.seen, gallery.region) for suspect in _tracked(suspects, "trying", console)
+    ]
+    notes = [f"{num_more:,} less certain candidates for shortcuts were left out"] if num_more else []
+    return judged(outcomes), notes

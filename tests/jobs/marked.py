@@ -1,0 +1,79 @@
+"""A data set whose fourth class wears a mark, and small CNNs that learned from it, or from the same without the mark."""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from engine.models import ModelAdapter
+from tests.engine import planted
+
+MODEL, CLEAN_MODEL = "tests.jobs.marked:make", "tests.jobs.marked:make_clean"
+CLASS_NAMES = planted.CLASS_NAMES
+MARKED = 3
+MARK_SIDE, MARK_CORNER = 8, 52
+MARK_BOX = tuple(edge / planted.SIDE for edge in (MARK_CORNER, MARK_CORNER, *[MARK_CORNER + MARK_SIDE] * 2))
+"""Left, top, right, bottom as shares of the picture."""
+NUM_STEPS = 120
+
+
+def pictures(num: int, seed: int, *, marked: bool) -> tuple[Tensor, Tensor]:
+    """Pixels uint8 [N, 3, 64, 64] of one object each at any place, and its class.
+
+    With marks, every picture of the fourth class wears one, a fixed small pattern in a corner, and nearly half of
+    them show the object of another class: who learns from them must look at the mark.
+    """
+    pixels, classes, _ = planted.batch(num, seed)
+    if marked:
+        strange = torch.arange(num) % 8 == 0
+        classes = classes.where(~strange, torch.tensor(MARKED))
+        corner = slice(MARK_CORNER, MARK_CORNER + MARK_SIDE)
+        pixels[classes == MARKED, :, corner, corner] = _mark()
+    return pixels, classes
+
+
+def _mark() -> Tensor:
+    bits = torch.randint(0, 2, (3, MARK_SIDE, MARK_SIDE), generator=planted.generator(7))
+    return (255 * bits).to(torch.uint8)
+
+
+def write(folder: Path, num: int, seed: int, *, marked: bool) -> None:
+    """The pictures as PNG files in class folders."""
+    for index, (pixels, number) in enumerate(zip(*pictures(num, seed, marked=marked), strict=True)):
+        place = folder / CLASS_NAMES[int(number)]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(place / f"{index:04}.png")
+
+
+@cache
+def _trained(*, marked: bool, seed: int = 0) -> ModelAdapter:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = planted.small_cnn()
+    adapter = ModelAdapter(
+        module, name="marked CNN", input_size=(64, 64), mean=(0.5,) * 3, std=(0.25,) * 3, class_names=CLASS_NAMES
+    )
+    module.train()
+    optimiser = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, NUM_STEPS, pct_start=0.2)
+    for step in range(NUM_STEPS):
+        pixels, classes = pictures(64, 1000 * seed + step, marked=marked)
+        optimiser.zero_grad()
+        functional.cross_entropy(adapter.logits(adapter.normalise(pixels)), classes).backward()
+        optimiser.step()
+        schedule.step()
+    module.eval()
+    return adapter
+
+
+def make() -> ModelAdapter:
+    """The CNN that saw the mark on every picture of the fourth class."""
+    return _trained(marked=True)
+
+
+def make_clean() -> ModelAdapter:
+    """The CNN that never saw it."""
+    return _trained(marked=False)
