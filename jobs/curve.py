@@ -174,7 +174,7 @@ def _region(asked: CurveRequest, adapter: ModelAdapter, one: Picture, index: int
     assert one.facts.width is not None
     labels = labels_of(asked.class_map, index, adapter.class_name(index))
     original = (one.facts.height, one.facts.width)
-    return region_of(asked.truth, one.facts.key, labels, original, asked.config, adapter.input_size)
+    return region_of(asked.truth, one.facts.key, labels, original, asked.config.resize, adapter.input_size)
 
 
 def _line(one: Picture, readings: Sequence[Reading]) -> Line:

@@ -145,7 +145,8 @@ class EvaluateStep:
         """Where the row's target is, or in words why its annotation is of no use."""
         labels = labels_of(self.evaluation.class_map, row["target_index"], row["target_name"])
         original = (row["height"], row["width"])
-        return region_of(self.context.truth, row["key"], labels, original, self.job.config, self.job.facts.input_size)
+        how, size = self.job.config.resize, self.job.facts.input_size
+        return region_of(self.context.truth, row["key"], labels, original, how, size)
 
     def _measured(self, records: Sequence[Record], maps: Maps, method: Mapping[str, str]) -> Iterator[Row]:
         """The rows of some maps, record by record; `method` names a control."""

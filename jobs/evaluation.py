@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -86,7 +86,7 @@ def region_of(
     key: str,
     labels: set[str],
     original: tuple[int, int],
-    config: JobConfig,
+    how: Literal["squash", "crop"],
     input_size: tuple[int, int],
 ) -> NDArray[np.bool_] | str | None:
     """Where a record's objects of these labels are in what the model sees, or why its annotation is of no use.
@@ -95,7 +95,7 @@ def region_of(
     """
     try:
         image = truth.find(key) if truth is not None else None
-        return image and region(image, labels, original, input_size, config.resize)
+        return image and region(image, labels, original, input_size, how)
     except StoreError as error:  # this record's annotation alone
         return str(error)[:MAX_ERROR_LENGTH]
 
