@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from jobs.audit.result import GRID, MEASURES, Grid, Group, Spread
-from storage.schema import OK
+from storage.schema import OK, SCHEMA
 
 Integers = NDArray[np.int64]
 
@@ -26,6 +26,7 @@ LIGHT = ("status", "label", "label_name", "target_index", "target_name", "target
 _PARTS = 2**32
 """A measure is summed in whole parts of this size, so that sums are exact in any order."""
 _PENDING_ROWS = 100_000
+_NO_ROWS = pa.schema([SCHEMA.field(name) for name in LIGHT]).empty_table()
 _PLURALS = {"class": "labels", "predicted": "predicted classes", "pair": "pairs of a label and a wrong prediction"}
 
 
@@ -44,18 +45,27 @@ class Census:
     """How many rows there are of each label, explained class and outcome; memory grows with these, not with rows."""
 
     def __init__(self) -> None:
-        self._counted: list[pa.Table] = []
+        self._tables: list[pa.Table] = []
 
-    def add(self, rows: pa.RecordBatch) -> None:
-        """Counts rows with the columns `LIGHT`."""
-        table = pa.Table.from_batches([rows]).select(LIGHT)
-        self._counted.append(table.group_by(list(LIGHT)).aggregate([([], "count_all")]).select([*LIGHT, "count_all"]))
-        if sum(map(len, self._counted[1:])) > max(_PENDING_ROWS, len(self._counted[0])):
-            self._counted = [self.table()]
+    def add(self, counts: pa.Table) -> None:
+        """Adds what `counted` found in some rows."""
+        self._tables.append(counts)
+        if sum(map(len, self._tables[1:])) > max(_PENDING_ROWS, len(self._tables[0])):
+            self._tables = [self.table()]
 
     def table(self) -> pa.Table:
-        """One row per combination of `LIGHT` that there is, and `count_all`, its rows."""
-        return _summed(pa.concat_tables(self._counted), list(LIGHT))
+        """As `counted`, of all rows."""
+        return _summed(pa.concat_tables(self._tables), list(LIGHT)) if self._tables else counted(_NO_ROWS)
+
+
+def counted(rows: pa.Table) -> pa.Table:
+    """One line per combination of `LIGHT` in some rows, and `count_all`, how many have it."""
+    return rows.group_by(list(LIGHT)).aggregate([([], "count_all")]).select([*LIGHT, "count_all"])
+
+
+def num_maps(counts: pa.Table) -> int:
+    """Explained rows among those counted."""
+    return _total(counts.filter(pc.field("status") == OK))
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +98,7 @@ class Roster:
         has_labels = len(maps.filter(pc.field("label").is_valid())) > 0
         return cls(
             num_rows=_total(table),
-            num_maps=_total(maps),
+            num_maps=num_maps(table),
             num_right=_total(top.filter(is_same)) if has_labels else None,
             num_targets=len(_summed(maps, ["target_index"])),
             names=(
@@ -102,7 +112,7 @@ class Roster:
             ),
         )
 
-    def members(self, rows: pa.RecordBatch) -> NDArray[np.int32]:
+    def members(self, rows: pa.Table) -> NDArray[np.int32]:
         """[N, 4]: the places in `names` of the groups that each explained row belongs to, by kind; -1 for none."""
         columns = [rows[name].to_pylist() for name in LIGHT if name != "status"]
         places = [[self._places.get(name, -1) for name in _groups_of(*row)] for row in zip(*columns, strict=True)]

@@ -45,6 +45,13 @@ class Measured:
     pooled: NDArray[np.uint8]
     """[N, GRID, GRID]: mean of each cell, a pixel that lies in several counts in each by its area."""
 
+    @classmethod
+    def joined(cls, parts: Sequence["Measured"]) -> "Measured":
+        """One after the other."""
+        none = cls(np.zeros((0, len(MEASURES))), np.zeros((0, GRID, GRID), np.uint8))
+        parts = [none, *parts]
+        return cls(np.concatenate([part.values for part in parts]), np.concatenate([part.pooled for part in parts]))
+
     def of(self, name: str) -> NDArray[np.float64]:
         """[N] values of one measure."""
         return self.values[:, list(MEASURES).index(name)]
