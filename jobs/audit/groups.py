@@ -197,7 +197,7 @@ class GroupSums:
     def add(self, members: NDArray[np.int32], pooled: NDArray[np.uint8], values: NDArray[np.float64]) -> None:
         """Adds N maps in place: their groups [N, K] (-1: none), cells [N, GRID, GRID] and measures [N, M], NaN where
         one is not defined."""
-        cells = pooled.reshape(len(pooled), -1).astype(np.int64)
+        cells = pooled.reshape(-1, GRID * GRID).astype(np.int64)
         is_defined = ~np.isnan(values)
         filled = np.where(is_defined, values, 0.0)
         parts = np.rint(filled * _PARTS).astype(np.int64)

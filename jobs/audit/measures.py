@@ -96,14 +96,19 @@ def measured(maps: Levels, regions: Sequence[Region | None] | None = None) -> Me
 def _spread_measures(counts: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
     """Those of `engine.metrics.complexity`, from counts [N, 256] of the levels: the same sums, level by level."""
     levels = np.arange(256.0)
-    size, mass = counts.sum(1), counts @ levels
+    size, mass = counts.sum(1), _sums(counts, levels)
     with np.errstate(divide="ignore", invalid="ignore"):
-        entropy = (np.log(mass) - counts @ _times_log(levels) / mass) / np.log(size)
+        entropy = (np.log(mass) - _sums(counts, _times_log(levels)) / mass) / np.log(size)
         below = np.cumsum(counts, 1) - counts
         ranks = counts * (size[:, None] - below - counts / 2)  # a level's ranks from the top, less a half each
-        gini = 1 - 2 * (ranks @ levels) / (mass * size)
-        area = mass**2 / (size * (counts @ levels**2))
+        gini = 1 - 2 * _sums(ranks, levels) / (mass * size)
+        area = mass**2 / (size * _sums(counts, levels**2))
     return dict(zip(_COUNTED, (entropy, gini, area), strict=True))
+
+
+def _sums(counts: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[N] weighted sums; a matrix product would sum a row in another order as their number changes."""
+    return (counts * weights).sum(1)
 
 
 def _times_log(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -187,7 +192,7 @@ def _checkerboard(products: Floats, axes: tuple[_Axis, _Axis], counts: NDArray[n
     a single pixel 0.07, a bell 0.04 to 0.00 as its standard deviation goes from 3 to 20 pixels.
     """
     levels = np.arange(256.0)
-    variation = counts @ levels**2 - (counts @ levels) ** 2 / counts.sum(1)
+    variation = _sums(counts, levels**2) - _sums(counts, levels) ** 2 / counts.sum(1)
     smooth_y, smooth_x = (slice(axis.first_smooth, axis.first_alternating) for axis in axes)
     every_y, every_x = (slice(axis.first_smooth, None) for axis in axes)
     energy = _energy(products[:, every_y, every_x]) - _energy(products[:, smooth_y, smooth_x])
