@@ -29,7 +29,12 @@ _TAILS = np.array([stats.poisson.sf(k, 1) * 2.0**64 for k in range(21)]).astype(
 
 def key_hashes(keys: Sequence[str]) -> Words:
     """`[n]` 64-bit BLAKE2b of the records' keys: the same in every process, unlike Python's own `hash`."""
-    digests = b"".join(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest() for key in keys)
+    return byte_hashes([key.encode("utf-8", "surrogatepass") for key in keys])
+
+
+def byte_hashes(bodies: Sequence[bytes]) -> Words:
+    """`[n]` 64-bit BLAKE2b."""
+    digests = b"".join(hashlib.blake2b(body, digest_size=8).digest() for body in bodies)
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
 
 

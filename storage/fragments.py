@@ -1,13 +1,15 @@
 """Fragments: rows to the bytes of one Parquet object and back, the same bytes for the same rows."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from storage.records import WindowedFile
 from storage.schema import SCHEMA
+from storage.store import DamagedError, ObjectInfo, ObjectStore
 
 ROW_GROUP_ROWS = 1024
 """Rows per row group: about 6 MB of maps, so that a reader may take a few columns of a few records."""
@@ -38,7 +40,29 @@ def encode_fragment(
 def read_fragment(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
     """The rows of a fragment, all columns or some. Raises pyarrow.ArrowInvalid where it is no Parquet file,
     and ValueError where its columns are not ours."""
-    file = pq.ParquetFile(io.BytesIO(data))
+    file = _checked(pq.ParquetFile(io.BytesIO(data)))
+    return file.read(columns=None if columns is None else list(columns))
+
+
+def fragment_batches(
+    store: ObjectStore, info: ObjectInfo, columns: Sequence[str], batch_rows: int, window_bytes: int
+) -> Iterator[pa.RecordBatch]:
+    """The rows of a fragment in order, at most `batch_rows` at once, without ever holding the whole object.
+
+    It is read in windows of so many bytes: small ones leave out what lies between the columns. Raises DamagedError
+    where it is no fragment of ours, and StoreError.
+    """
+    try:
+        file = _checked(pq.ParquetFile(pa.PythonFile(WindowedFile(store, info, window_bytes), mode="r")))
+        yield from file.iter_batches(batch_rows, columns=list(columns), use_threads=False)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DamagedError(
+            f"{store.uri}/{info.key} is no readable fragment, `blocksight verify` says more: {error}"
+        ) from error
+
+
+def _checked(file: pq.ParquetFile) -> pq.ParquetFile:
+    """The file, if its columns are ours. Raises ValueError."""
     if not file.schema_arrow.equals(SCHEMA):
         raise ValueError(f"not a fragment of schema version {SCHEMA.metadata[b'blocksight.schema'].decode()}")
-    return file.read(columns=None if columns is None else list(columns))
+    return file

@@ -60,12 +60,22 @@ def decode_map(data: bytes) -> NDArray[np.float32]:
 
     Sizes are checked on the header before anything is allocated. Raises MapError for other bytes.
     """
+    return decode_levels(data).astype(np.float32) / np.float32(255)
+
+
+def decode_levels(data: bytes) -> NDArray[np.uint8]:
+    """The map [H, W] in grey levels of 0 to 255, as it is stored; read-only. Raises MapError, as `decode_map`."""
     _check_header(data)
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            return np.asarray(image, dtype=np.float32) / np.float32(255)
+            return np.asarray(image)
     except (OSError, SyntaxError, ValueError) as error:
         raise MapError(f"the stored map is damaged: {error}") from error
+
+
+def level_counts(levels: NDArray[np.uint8]) -> list[int]:
+    """How many pixels of a map [H, W] have each of the 256 grey levels."""
+    return Image.fromarray(levels).histogram()
 
 
 def _check_header(data: bytes) -> None:

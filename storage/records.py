@@ -41,8 +41,8 @@ class WindowedFile(io.RawIOBase):
 
     WINDOW = 8 << 20
 
-    def __init__(self, store: ObjectStore, info: ObjectInfo) -> None:
-        self.store, self.info = store, info
+    def __init__(self, store: ObjectStore, info: ObjectInfo, window_bytes: int = WINDOW) -> None:
+        self.store, self.info, self.window_bytes = store, info, window_bytes
         self.position = 0
         self.window, self.window_start = b"", 0
 
@@ -77,11 +77,11 @@ class WindowedFile(io.RawIOBase):
         size = min(size, self.info.size - start)
         if size <= 0:
             return b""
-        if size > self.WINDOW:
+        if size > self.window_bytes:
             return self.store.read(self.info.key, etag=self.info.etag, start=start, length=size)
         inside = start - self.window_start
         if inside < 0 or inside + size > len(self.window):
-            length = min(self.WINDOW, self.info.size - start)
+            length = min(self.window_bytes, self.info.size - start)
             self.window = self.store.read(self.info.key, etag=self.info.etag, start=start, length=length)
             self.window_start, inside = start, 0
         return self.window[inside : inside + size]

@@ -1,0 +1,257 @@
+"""What maps have in common, group by group: a census that says which groups are kept, and sums that add up."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from jobs.audit.result import GRID, MEASURES, Grid, Group, Spread
+from storage.schema import OK, SCHEMA
+
+Integers = NDArray[np.int64]
+
+MAX_GROUPS = {"class": 2000, "predicted": 2000, "pair": 200}
+"""Of each kind; the most frequent are kept. A group takes 28 KiB of memory."""
+BINS = 512
+"""Of a measure's range, [0, 1]."""
+QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
+LIGHT = ("status", "label", "label_name", "target_index", "target_name", "target_rank")
+"""Columns of the output that a census reads."""
+
+_PARTS = 2**32
+"""A measure is summed in whole parts of this size, so that sums are exact in any order."""
+_PENDING_ROWS = 100_000
+_NO_ROWS = pa.schema([SCHEMA.field(name) for name in LIGHT]).empty_table()
+_PLURALS = {"class": "labels", "predicted": "predicted classes", "pair": "pairs of a label and a wrong prediction"}
+
+
+class GroupName(NamedTuple):
+    """What the maps of a group share; see `Group`."""
+
+    kind: str
+    label: str | None
+    predicted: str | None
+
+
+# ---------------------------------------------------------------- which groups there are
+
+
+class Census:
+    """How many rows there are of each label, explained class and outcome; memory grows with these, not with rows."""
+
+    def __init__(self) -> None:
+        self._tables: list[pa.Table] = []
+
+    def add(self, counts: pa.Table) -> None:
+        """Adds what `counted` found in some rows."""
+        self._tables.append(counts)
+        if sum(map(len, self._tables[1:])) > max(_PENDING_ROWS, len(self._tables[0])):
+            self._tables = [self.table()]
+
+    def table(self) -> pa.Table:
+        """As `counted`, of all rows."""
+        return _summed(pa.concat_tables(self._tables), list(LIGHT)) if self._tables else counted(_NO_ROWS)
+
+
+def counted(rows: pa.Table) -> pa.Table:
+    """One line per combination of `LIGHT` in some rows, and `count_all`, how many have it."""
+    return rows.group_by(list(LIGHT)).aggregate([([], "count_all")]).select([*LIGHT, "count_all"])
+
+
+def num_maps(counts: pa.Table) -> int:
+    """Explained rows among those counted."""
+    return _total(counts.filter(pc.field("status") == OK))
+
+
+@dataclass(frozen=True, eq=False)
+class Roster:
+    """What a census found, and which groups are kept."""
+
+    num_rows: int
+    num_maps: int
+    """Explained rows."""
+    num_right: int | None
+    """Maps whose target is both the prediction and the label; None where no map's label is known."""
+    num_targets: int
+    """Classes that are explained."""
+    names: tuple[GroupName, ...]
+    """`all` first, then by kind, the largest first, equally large ones by name."""
+    notes: tuple[str, ...]
+    """What was left out."""
+
+    @classmethod
+    def of(cls, table: pa.Table) -> "Roster":
+        """From the table of a census of all rows."""
+        maps = table.filter(pc.field("status") == OK)
+        top = maps.filter(pc.field("target_rank") == 0)
+        is_same = pc.field("label") == pc.field("target_index")
+        kinds = {
+            "class": _ranked(maps, ["label_name"]),
+            "predicted": _ranked(top, ["target_name"]),
+            "pair": _ranked(top.filter(~is_same), ["label_name", "target_name"]),  # null, and no pair, without a label
+        }
+        has_labels = len(maps.filter(pc.field("label").is_valid())) > 0
+        return cls(
+            num_rows=_total(table),
+            num_maps=num_maps(table),
+            num_right=_total(top.filter(is_same)) if has_labels else None,
+            num_targets=len(_summed(maps, ["target_index"])),
+            names=(
+                GroupName("all", None, None),
+                *(name for kind, found in kinds.items() for name in _kept(kind, found)),
+            ),
+            notes=tuple(
+                f"of {len(found)} {_PLURALS[kind]} the {MAX_GROUPS[kind]} with most maps are kept as groups"
+                for kind, found in kinds.items()
+                if len(found) > MAX_GROUPS[kind]
+            ),
+        )
+
+    def members(self, rows: pa.Table) -> NDArray[np.int32]:
+        """[N, 4]: the places in `names` of the groups that each explained row belongs to, by kind; -1 for none."""
+        columns = [rows[name].to_pylist() for name in LIGHT if name != "status"]
+        places = [[self._places.get(name, -1) for name in _groups_of(*row)] for row in zip(*columns, strict=True)]
+        return np.array(places, np.int32).reshape(-1, len(MAX_GROUPS) + 1)
+
+    @cached_property
+    def _places(self) -> dict[GroupName | None, int]:
+        return {name: place for place, name in enumerate(self.names)}
+
+
+def is_right(label: int | None, target_index: int, target_rank: int) -> bool | None:
+    """Whether the explained class is the prediction and the label; None where no label is known."""
+    return None if label is None else target_rank == 0 and label == target_index
+
+
+def _groups_of(
+    label: int | None, label_name: str | None, target_index: int, target_name: str, target_rank: int
+) -> tuple[GroupName | None, ...]:
+    """The groups that a map belongs to; None where it has none of a kind."""
+    is_pair = target_rank == 0 and label is not None and label != target_index
+    return (
+        GroupName("all", None, None),
+        None if label_name is None else GroupName("class", label_name, None),
+        GroupName("predicted", None, target_name) if target_rank == 0 else None,
+        GroupName("pair", label_name, target_name) if is_pair else None,
+    )
+
+
+def _ranked(rows: pa.Table, names: list[str]) -> pa.Table:
+    """The distinct values of some columns where all are known, the most frequent first."""
+    counted = _summed(rows, names).drop_null()
+    return counted.sort_by([("count_all", "descending"), *((name, "ascending") for name in names)])
+
+
+def _kept(kind: str, ranked: pa.Table) -> Iterator[GroupName]:
+    for row in ranked.slice(0, MAX_GROUPS[kind]).to_pylist():
+        yield GroupName(kind, row.get("label_name"), row.get("target_name"))
+
+
+def _summed(rows: pa.Table, names: list[str]) -> pa.Table:
+    summed = rows.group_by(names).aggregate([("count_all", "sum")])
+    return summed.select([*names, "count_all_sum"]).rename_columns([*names, "count_all"])
+
+
+def _total(rows: pa.Table) -> int:
+    return int(rows["count_all"].to_numpy().sum())
+
+
+# ---------------------------------------------------------------- what groups have
+
+
+@dataclass(frozen=True, eq=False)
+class GroupSums:
+    """Sums over the maps of G groups, in whole numbers: the same maps in any order and any parts give the same ones.
+
+    Good for 2^31 maps.
+    """
+
+    counts: Integers
+    """[G] maps."""
+    pooled: Integers
+    """[G, GRID * GRID] sums of the cells, 0 to 255 each."""
+    squares: Integers
+    """[G, GRID * GRID] sums of their squares."""
+    totals: Integers
+    """[G, M] sums of the measures that are defined, in parts of 2^-32."""
+    bins: NDArray[np.uint32]
+    """[G, M, BINS] maps by value of each measure; the last bin holds 1 as well."""
+
+    @classmethod
+    def zeros(cls, num_groups: int) -> "GroupSums":
+        """Of no map."""
+        cells = (num_groups, GRID * GRID)
+        return cls(
+            np.zeros(num_groups, np.int64),
+            np.zeros(cells, np.int64),
+            np.zeros(cells, np.int64),
+            np.zeros((num_groups, len(MEASURES)), np.int64),
+            np.zeros((num_groups, len(MEASURES), BINS), np.uint32),
+        )
+
+    def add(self, members: NDArray[np.int32], pooled: NDArray[np.uint8], values: NDArray[np.float64]) -> None:
+        """Adds N maps in place: their groups [N, K] (-1: none), cells [N, GRID, GRID] and measures [N, M], NaN where
+        one is not defined."""
+        cells = pooled.reshape(-1, GRID * GRID).astype(np.int64)
+        is_defined = ~np.isnan(values)
+        filled = np.where(is_defined, values, 0.0)
+        parts = np.rint(filled * _PARTS).astype(np.int64)
+        places = np.clip((filled * BINS).astype(np.int64), 0, BINS - 1) + BINS * np.arange(values.shape[1])
+        flat = self.bins.reshape(len(self.counts), -1)
+        for groups in members.T:
+            chosen = np.flatnonzero(groups >= 0)
+            order = chosen[np.argsort(groups[chosen], kind="stable")]
+            own, starts = np.unique(groups[order], return_index=True)
+            if not len(own):
+                continue
+            self.counts[own] += np.diff(starts, append=len(order))
+            self.pooled[own] += np.add.reduceat(cells[order], starts)
+            self.squares[own] += np.add.reduceat(cells[order] ** 2, starts)
+            self.totals[own] += np.add.reduceat(parts[order], starts)
+            rows, columns = np.nonzero(is_defined[order])
+            np.add.at(flat, (groups[order][rows], places[order][rows, columns]), np.uint32(1))
+
+    def __add__(self, other: "GroupSums") -> "GroupSums":
+        """Of the same groups. Raises ValueError where their numbers differ."""
+        if len(self.counts) != len(other.counts):
+            raise ValueError(f"sums of {len(self.counts)} and {len(other.counts)} groups do not add up")
+        return GroupSums(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+    def groups(self, names: Sequence[GroupName]) -> Iterator[Group]:
+        """The groups, named in their order."""
+        for place, name in enumerate(names):
+            mean, variance = self._maps(place)
+            yield Group(
+                *name,
+                count=int(self.counts[place]),
+                spreads=dict(self._spreads(place)),
+                mean_map=mean,
+                variance_map=variance,
+            )
+
+    def _maps(self, place: int) -> tuple[Grid, Grid]:
+        count = max(1, int(self.counts[place]))
+        mean = self.pooled[place] / (255 * count)
+        variance = self.squares[place] / (255**2 * count) - mean**2
+        return tuple(grid.reshape(GRID, GRID).astype(np.float32) for grid in (mean, np.maximum(variance, 0)))
+
+    def _spreads(self, place: int) -> Iterator[tuple[str, Spread]]:
+        for column, name in enumerate(MEASURES):
+            bins = self.bins[place, column].astype(np.int64)
+            count = int(bins.sum())
+            if count:
+                quantiles = {short: _quantile(bins, share) for short, share in QUANTILES.items()}
+                yield name, Spread(self.totals[place, column] / _PARTS / count, **quantiles, count=count)
+
+
+def _quantile(bins: Integers, share: float) -> float:
+    """The value that so large a share of the maps has at most, within the bin where it lies in proportion."""
+    upto = np.cumsum(bins)
+    wanted = share * upto[-1]
+    place = int(np.searchsorted(upto, wanted))
+    return (place + 1 - (upto[place] - wanted) / bins[place]) / BINS

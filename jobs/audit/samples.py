@@ -1,0 +1,88 @@
+"""Some maps of each explained class: a fair sample that is the same however the maps come."""
+
+from bisect import insort
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jobs.audit.result import GRID
+from jobs.bootstrap import key_hashes
+
+MAX_OF_CLASS = 256
+MAX_OF_ALL = 100_000
+"""Maps that are held at most, of a class and of all; of more than so many classes none has a sample."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """N maps of one explained class, in the order of their hashes; none of them is flat."""
+
+    target_index: int
+    target_name: str
+    keys: tuple[str, ...]
+    pooled: NDArray[np.uint8]
+    """[N, GRID, GRID]."""
+    scores: NDArray[np.float64]
+    """[N] of the target."""
+    labels: tuple[str | None, ...]
+    """As the data set writes them."""
+    is_right: NDArray[np.bool_]
+    """[N]: the target is the prediction and the label; false where no label is known."""
+
+
+@dataclass(frozen=True, order=True)
+class Candidate:
+    """A map that may be part of its class's sample; the smallest come first."""
+
+    hashed: int
+    key: str
+    score: float = field(compare=False)
+    label: str | None = field(compare=False)
+    is_right: bool = field(compare=False)
+    pooled: bytes = field(compare=False)
+    """GRID * GRID bytes."""
+
+
+class Sampler:
+    """Takes the maps with the smallest hashes of seed, key and class: no order and no parting changes them."""
+
+    def __init__(self, seed: int, num_classes: int) -> None:
+        self.seed = seed
+        self.size = min(MAX_OF_CLASS, MAX_OF_ALL // max(1, num_classes))
+        self._names: dict[int, str] = {}
+        self._held: dict[int, list[Candidate]] = {}
+
+    def hashes(self, keys: Sequence[str], targets: Sequence[int]) -> list[int]:
+        """Of maps, by the keys of their records and their classes."""
+        named = [f"{self.seed}/{target}/{key}" for key, target in zip(keys, targets, strict=True)]
+        return key_hashes(named).tolist()
+
+    def wants(self, target_index: int, hashed: int) -> bool:
+        """Whether a map with this hash may still be part of the sample."""
+        held = self._held.get(target_index, [])
+        return len(held) < self.size or (self.size > 0 and hashed <= held[-1].hashed)
+
+    def add(self, target_index: int, target_name: str, candidate: Candidate) -> None:
+        """Takes a map, and drops the largest of its class where there are too many."""
+        self._names[target_index] = target_name
+        held = self._held.setdefault(target_index, [])
+        insort(held, candidate)
+        del held[self.size :]
+
+    def samples(self) -> Mapping[int, Sample]:
+        """By class, in order."""
+        return {target: _sample(target, self._names[target], held) for target, held in sorted(self._held.items())}
+
+
+def _sample(target_index: int, target_name: str, held: Sequence[Candidate]) -> Sample:
+    return Sample(
+        target_index,
+        target_name,
+        keys=tuple(one.key for one in held),
+        pooled=np.frombuffer(b"".join(one.pooled for one in held), np.uint8).reshape(-1, GRID, GRID),
+        scores=np.array([one.score for one in held], np.float64),
+        labels=tuple(one.label for one in held),
+        is_right=np.array([one.is_right for one in held], np.bool_),
+    )
