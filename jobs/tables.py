@@ -214,7 +214,12 @@ def audit_table(audit: "Audit", place: str) -> RenderableType:
     rows = [
         ("maps", f"{audit.num_maps:,} of {audit.num_rows:,} rows{right}"),
         ("of no use", gates or "none: no gate stops a map"),
-        ("clusters", f"{len(audit.clusters)} in {len(split)} of the classes" if split else "none: each class has one way to look"),
+        (
+            "clusters",
+            f"{len(audit.clusters)} in {len(split)} of the classes"
+            if split
+            else "none: each class has one way to look",
+        ),
         ("findings", f"{len(audit.findings)}" if audit.findings else "none"),
         ("suspicions", f"{len(audit.suspicions)}" if audit.suspicions else "none"),
         *(("note", printable(note)) for note in audit.notes),

@@ -10,7 +10,7 @@ from itertools import groupby
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -51,21 +51,16 @@ COLUMNS = (
 """Of the output, that are read."""
 
 
-class Asked(Protocol):
+@dataclass(frozen=True)
+class Asked:
     """What changes the result."""
 
-    @property
-    def truth(self) -> Truth | None:
-        """Where the objects are."""
-        ...
-
-    @property
-    def class_map(self) -> ClassMap: ...
-
-    @property
-    def seed(self) -> int:
-        """Of the samples."""
-        ...
+    truth: Truth | None
+    """Where the objects are."""
+    class_map: ClassMap
+    """What the labels of the ground truth mean."""
+    seed: int
+    """Of the samples."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +89,7 @@ def stream(store: ObjectStore, plan: Plan, asked: Asked, scratch: Path, update: 
     """Reads the committed fragments, one thread per CPU core, and leaves a file of `ROWS` for each in `scratch`.
 
     A file has its fragment's name and one row per map in the fragment's order, `equals_other` included; `cluster` and
-    `strangeness` are null, and so are measures that are not defined. `update` hears how many rows are done so far.
+    `strangeness` are null, and so are measures that are not defined. `update` hears how many rows more are done.
     Besides the groups and samples, which have their limits, 16 bytes a map stay in memory (32 in the end).
     Raises ConfigError where there is no map, DamagedError for bytes that are no fragment or no map, and StoreError.
     """
@@ -105,11 +100,9 @@ def stream(store: ObjectStore, plan: Plan, asked: Asked, scratch: Path, update: 
     roster = Roster.of(census)
     reading = _Reading(store, plan.identity["resize"], asked, scratch, roster)
     starts = np.cumsum([0, *maps_of])[:-1].tolist()
-    num_done = 0
     with _threads() as threads:
         for num_rows in threads.map(reading.audit, fragments, starts):
-            num_done += num_rows
-            update(num_done)
+            update(num_rows)
     shared = reading.equals.shared()
     num_equal = sum(reading.mark_equals(info, start, shared) for info, start in zip(fragments, starts, strict=True))
     return Streamed(

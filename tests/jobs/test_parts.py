@@ -27,6 +27,8 @@ def test_labels_are_never_guessed():
 def test_as_many_folders_as_classes_are_the_classes_in_order():
     assert [Labels(["b", "a", "c"], None, 3).index(name) for name in "abc"] == [0, 1, 2]
     assert Labels(["0", "10", "2"], None, 3).index("2") == 2
+    named = Labels(["bee", "ant", "cat"], ["cat", "ant", "bee"], 3)  # what a class is called counts, not its place
+    assert [named.index(name) for name in ("ant", "bee", "cat")] == [1, 2, 0]
 
 
 def receipt(records, forwards):
