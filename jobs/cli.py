@@ -382,6 +382,7 @@ def audit(
     asked = AuditRequest(output, truth, class_map, weights, tries, seed, endpoint_url)
     found = run_audit(asked, console)
     console.print(tables.audit_table(found, f"{output.rstrip('/')}/audit/"))
+    console.print(f"to look at it: blocksight report {tables.printable(output)}")
 
 
 @app.command()

@@ -24,7 +24,7 @@ from jobs.audit.shortcuts import judged, suspects_of, tried
 from jobs.audit.stream import Asked, Streamed, stream
 from jobs.audit.trial import Court
 from jobs.config import ConfigError
-from jobs.context import sha256_of, weights_bytes
+from jobs.context import weights_bytes
 from jobs.evaluation import config_of, labels_of, read_class_map, region_of
 from jobs.explain import load
 from jobs.plan import MODEL_KEY, Plan, existing_plan, refuse_drift
@@ -106,7 +106,6 @@ def _court(store: ObjectStore, plan: Plan, asked: AuditRequest) -> Court:
     """The job's model. Raises ModelError, and ConfigError where it is not the one that the maps are of."""
     config = config_of(plan, asked.output, asked.weights, asked.endpoint_url)
     state = weights_bytes(config)
-    refuse_drift(config.identity(sha256_of(state)), plan.identity, "configuration")
     adapter = load(config, state, "cuda" if torch.cuda.is_available() else "cpu", str(Path.cwd()))
     facts = json.loads(store.read(MODEL_KEY))
     refuse_drift({"weights_sha256": adapter.fingerprint}, {"weights_sha256": facts["weights_sha256"]}, "model")

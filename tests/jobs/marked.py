@@ -1,4 +1,4 @@
-"""A data set whose fourth class wears a mark, and small CNNs that learned from it, or from the same without the mark."""
+"""A data set whose fourth class wears a mark, and small CNNs that learned from it, or from the same without it."""
 
 from functools import cache
 from pathlib import Path
@@ -11,7 +11,8 @@ from torch.nn import functional
 from engine.models import ModelAdapter
 from tests.engine import planted
 
-MODEL, CLEAN_MODEL = "tests.jobs.marked:make", "tests.jobs.marked:make_clean"
+MODEL = "tests.jobs.marked:make"
+CLEAN_MODELS = tuple(f"tests.jobs.marked:{name}" for name in ("make_clean", "make_clean_1", "make_clean_2"))
 CLASS_NAMES = planted.CLASS_NAMES
 MARKED = 3
 MARK_SIDE, MARK_CORNER = 8, 52
@@ -75,5 +76,15 @@ def make() -> ModelAdapter:
 
 
 def make_clean() -> ModelAdapter:
-    """The CNN that never saw it."""
+    """A CNN that never saw it."""
     return _trained(marked=False)
+
+
+def make_clean_1() -> ModelAdapter:
+    """Another one."""
+    return _trained(marked=False, seed=1)
+
+
+def make_clean_2() -> ModelAdapter:
+    """And another."""
+    return _trained(marked=False, seed=2)

@@ -92,8 +92,8 @@ def test_random_regions_have_the_size_lie_inside_and_hardly_meet_the_box() -> No
     for number in range(50):
         for left, top, right, bottom in random_boxes(BOX, (SIDE, SIDE), ("seed", number)):
             assert (right - left, bottom - top) == (4, 4)
-            assert 0 <= left
-            assert 0 <= top
+            assert left >= 0
+            assert top >= 0
             assert max(right, bottom) <= SIDE
             width, height = min(right, 20) - max(left, 16), min(bottom, 20) - max(top, 16)
             assert max(0, width) * max(0, height) <= 4
