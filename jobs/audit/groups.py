@@ -246,7 +246,7 @@ class GroupSums:
             count = int(bins.sum())
             if count:
                 quantiles = {short: _quantile(bins, share) for short, share in QUANTILES.items()}
-                yield name, Spread(self.totals[place, column] / _PARTS / count, **quantiles, count=count)
+                yield name, Spread(float(self.totals[place, column] / _PARTS / count), **quantiles, count=count)
 
 
 def _quantile(bins: Integers, share: float) -> float:
@@ -254,4 +254,4 @@ def _quantile(bins: Integers, share: float) -> float:
     upto = np.cumsum(bins)
     wanted = share * upto[-1]
     place = int(np.searchsorted(upto, wanted))
-    return (place + 1 - (upto[place] - wanted) / bins[place]) / BINS
+    return float(place + 1 - (upto[place] - wanted) / bins[place]) / BINS

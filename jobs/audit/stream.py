@@ -197,17 +197,24 @@ class _Reading:
         return _lines(maps, rows, made, flags)
 
     def _measured(self, rows: Sequence[Mapping[str, Any]], bodies: Sequence[bytes], info: ObjectInfo) -> Measured:
-        parts = [self._measured_part(rows[part], bodies[part], info) for part in _parts(rows)]
+        parts = []
+        for part in _parts(rows):
+            maps = [self._levels(row, body, info) for row, body in zip(rows[part], bodies[part], strict=True)]
+            parts.append(measured(np.stack(maps), [self._region(row) for row in rows[part]]))
         return Measured.joined(parts)
 
-    def _measured_part(self, rows: Sequence[Mapping[str, Any]], bodies: Sequence[bytes], info: ObjectInfo) -> Measured:
+    def _levels(self, row: Mapping[str, Any], body: bytes | None, info: ObjectInfo) -> NDArray[np.uint8]:
+        """A row's map, of the size that the row says. Raises DamagedError."""
         try:
-            maps = np.stack([decode_levels(body) for body in bodies])
-        except (MapError, ValueError) as error:
+            levels = decode_levels(body or b"")
+            if levels.shape != (row["map_height"], row["map_width"]):
+                raise MapError(f"it has {levels.shape} pixels, not {(row['map_height'], row['map_width'])}")
+        except MapError as error:
             raise DamagedError(
-                f"{self.store.uri}/{info.key} holds a map that is none, `blocksight verify` says more: {error}"
+                f"{self.store.uri}/{info.key} holds a map that is none (record {row['key']!r}), `blocksight verify` "
+                f"says more: {error}"
             ) from error
-        return measured(maps, [self._region(row) for row in rows])
+        return levels
 
     def _region(self, row: Mapping[str, Any]) -> Region | None:
         """Where the row's target is; None where nobody says, or the annotation is of no use."""
@@ -254,7 +261,7 @@ def _parts(rows: Sequence[Mapping[str, Any]]) -> Iterator[slice]:
     """Neighbours with maps of one size, few enough to be decoded at once."""
     start = 0
     for (height, width), own in groupby(rows, key=itemgetter("map_height", "map_width")):
-        stop, step = start + len(list(own)), max(1, PIXELS_AT_ONCE // max(1, height * width))
+        stop, step = start + len(list(own)), max(1, PIXELS_AT_ONCE // max(1, (height or 0) * (width or 0)))
         yield from (slice(at, min(at + step, stop)) for at in range(start, stop, step))
         start = stop
 
