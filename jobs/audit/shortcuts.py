@@ -150,25 +150,24 @@ def _verdict(one: Shortcut) -> Shortcut:
     if doubt is not None:
         return replace(one, why=doubt)
     off = (
-        "objects lie elsewhere"
-        if one.on_object is not None
-        else "it looks alike in all members, and others look elsewhere"
+        "objects lie elsewhere" if one.on_object is not None else "it looks alike in all members; others look elsewhere"
     )
-    why = (
-        f"without it the odds fall {np.exp(one.blanked.mean):,.1f} times further than without a random region, in "
-        f"other images it raises them {np.exp(one.pasted.mean):,.1f} times further than one; {off}"
+    why = f"inpainted, the target's log-odds fall by {_said(one.blanked)} more than with a random region; " + (
+        f"pasted into other images, they rise by {_said(one.pasted)} more than with one; {off}"
     )
     return replace(one, is_confirmed=True, why=why)
+
+
+def _said(effect: Effect) -> str:
+    return f"{effect.mean:.1f} [{effect.low:.1f}, {effect.high:.1f}]"
 
 
 def _doubt(one: Shortcut, blanked: Effect, pasted: Effect) -> str | None:
     """What keeps a candidate from being a finding, the most telling first; None: nothing."""
     if not _is_real(blanked):
-        return (
-            f"without it the target's log-odds fall by {blanked.mean:.2g} more than without a random region: not enough"
-        )
+        return f"inpainted, the target's log-odds fall by {_said(blanked)} more than with a random region: not enough"
     if not _is_real(pasted):
-        return f"pasted into others it raises the log-odds by {pasted.mean:.2g} more than a random region: not enough"
+        return f"pasted into other images, they rise by {_said(pasted)} more than with a random region: not enough"
     if one.on_object is not None:
         return (
             f"objects cover {one.on_object:.0%} of it: it may be the object" if one.on_object > MOST_ON_OBJECT else None
