@@ -366,9 +366,8 @@ def report(output: Existing, endpoint_url: Endpoint = None) -> None:
     from jobs.compare import Output
     from jobs.report.page import write_report
 
-    written = write_report(
-        Output(output, *_existing(output, endpoint_url)), endpoint_url, digest_of_fragments, console
-    )
+    standing = Output(output, *_existing(output, endpoint_url))
+    written = write_report(standing, endpoint_url, digest_of_fragments, console)
     console.print(f"report: {tables.printable(written.uri)} ({written.num_bytes / tables.MEBIBYTE:,.1f} MiB)")
 
 

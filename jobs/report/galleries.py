@@ -1,4 +1,4 @@
-"""Which maps a report shows: the best and the worst by a metric, a fair sample, some of each class, what an audit names."""
+"""Which maps a report shows: best and worst by a metric, a fair sample, some of each class, what an audit names."""
 
 import base64
 import heapq
@@ -134,7 +134,8 @@ class Selection:
         ties = _ties(refs)
         self.random.offer(np.zeros(len(refs)), ties, refs.__getitem__)
         if drop is not None and refs:
-            self.add_values(drop, pc.struct_field(explained["metrics"], "drop").to_numpy(), refs, ties)
+            values = explained["metrics"].combine_chunks().field("drop")
+            self.add_values(drop, values.to_numpy(zero_copy_only=False), refs, ties)
         self._add_classes(explained, refs, ties)
         self._add_rejected(rows.filter(pc.field("status") == REJECTED).to_pylist())
 
@@ -150,7 +151,7 @@ class Selection:
         targets = explained["target_index"].to_numpy()
         for target in map(int, np.unique(targets)):
             places = np.flatnonzero(targets == target)
-            own = [refs[place] for place in places]
+            own = [refs[place] for place in places.tolist()]
             self.by_class.setdefault(target, Least(NUM_PER_CLASS)).offer(
                 np.zeros(len(own)), ties[places], own.__getitem__
             )

@@ -6,16 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
+from pathlib import PurePosixPath
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from rich.console import Console
 from rich.progress import Progress
 
 from jobs.compare import Output
 from jobs.progress import counted
-from jobs.report.content import Report, place_of, report_of, said
+from jobs.report.content import Report, report_of, said
+from jobs.report.findings import place_of
 from jobs.tables import plain
 from storage.store import ObjectStore
 
@@ -54,10 +55,8 @@ def render(report: Report) -> bytes:
     style, script = _part("style.css"), _part("script.js")
     classes = sorted({(item.target_index, item.class_name) for item in report.items}, key=lambda own: own[1].lower())
     page = _environment().from_string(_part("template.html"))
-    filled = page.render(
-        report=report, classes=classes, style=Markup(style), script=Markup(script), policy=_policy(style, script)
-    )
-    return filled.encode()
+    policy = _policy(style, script)
+    return page.render(report=report, classes=classes, style=style, script=script, policy=policy).encode()
 
 
 def _part(name: str) -> str:
@@ -83,8 +82,10 @@ def _environment() -> Environment:
         "counted": counted,
         "percent": lambda share: f"{100 * share:.1f} %",
         "decimal": lambda value: f"{value:.3f}",
-        "signed": lambda value: f"{value:+.2f}",
-        "small": lambda value: f"{value:.2g}",
+        "signed": lambda value: _signed(value, 2),
+        "points": lambda value: f"{_signed(value, 1)} points",
+        "short": lambda value: f"{value:.3g}",
+        "basename": lambda key: PurePosixPath(key).name,
         "axis": lambda share: round(100 * min(1.0, max(0.0, share)), 2),
         "around": lambda value, reach: round(50 + 48 * value / reach, 2),
         "said": said,
@@ -95,6 +96,11 @@ def _environment() -> Environment:
     return made
 
 
+def _signed(value: float, digits: int) -> str:
+    """With a sign, and a minus that is as wide as a plus."""
+    return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
 def _harmless(value: Any) -> Any:
     """Text as it may stand on a page before it is escaped; what the template made itself stays."""
-    return value if not isinstance(value, str) or isinstance(value, Markup) else plain(value)
+    return plain(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
