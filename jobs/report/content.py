@@ -211,9 +211,10 @@ def _tiles(accounting: Accounting, metrics: Sequence[Metric], audit: Audit | Non
     yield Tile(f"{accounting.num_rejected:,}", "rejected", "each with its reason")
     if audit is not None:
         tried = counted(len(audit.suspicions), "suspicion")
-        yield Tile(f"{len(audit.findings):,}", "findings", f"and {tried} that nothing confirms")
-        stopped = sum(audit.gates.values())
-        yield Tile(f"{stopped:,}", "alarms", f"of validity gates, over {counted(audit.num_maps, 'map')}")
+        number, noun = counted(len(audit.findings), "finding").split()
+        yield Tile(number, noun, f"and {tried} that nothing confirms")
+        number, noun = counted(sum(audit.gates.values()), "alarm").split()
+        yield Tile(number, noun, f"of validity gates, over {counted(audit.num_maps, 'map')}")
     for metric in metrics[:1]:
         own = metric.estimates[0].cell.estimate
         if own.mean is not None:

@@ -43,7 +43,9 @@ class Share:
 
 def run_facts(plan: Plan, model: Mapping[str, Any]) -> Iterator[Fact]:
     identity = plan.identity
-    yield Fact("data", identity["data"], f"{plan.num_objects:,} objects, {size(plan.num_bytes)}, as {plan.layout}")
+    yield Fact(
+        "data", identity["data"], f"{counted(plan.num_objects, 'object')}, {size(plan.num_bytes)}, as {plan.layout}"
+    )
     weights = identity["weights"] or "packaged"
     yield Fact("model", identity["model"], f"weights: {weights}")
     if model:
