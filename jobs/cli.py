@@ -386,6 +386,21 @@ def audit(
 
 
 @app.command()
+def report(output: Existing, endpoint_url: Endpoint = None) -> None:
+    """Write one page that says what was run, what the maps show and how far to trust them: OUTPUT/report/index.html.
+
+    It is one file that needs no server and no network, and is rewritten by every call; run `audit` first for findings.
+    """
+    from jobs.audit.run import digest_of_fragments  # pyright: ignore[reportMissingImports]
+    from jobs.compare import Output
+    from jobs.report.page import write_report
+
+    standing = Output(output, *_existing(output, endpoint_url))
+    written = write_report(standing, endpoint_url, digest_of_fragments, console)
+    console.print(f"report: {tables.printable(written.uri)} ({written.num_bytes / tables.MEBIBYTE:,.1f} MiB)")
+
+
+@app.command()
 def bench(
     data: Annotated[
         str | None, typer.Option(help="The data set whose cost is reckoned.  [default: photographs, a million images]")

@@ -30,10 +30,14 @@ if TYPE_CHECKING:
 MEBIBYTE = 1 << 20
 
 
+def plain(text: object) -> str:
+    """Text that may come from a stranger, with control characters and those that turn its direction as codes."""
+    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in str(text))
+
+
 def printable(text: object) -> str:
-    """Text that may come from a stranger, safe on a terminal: control characters as codes, markup as text."""
-    plain = "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in str(text))
-    return escape(plain)
+    """The same, safe on a terminal: markup is text too."""
+    return escape(plain(text))
 
 
 def _facts(rows: Sequence[tuple[str, str]], title: str | None = None) -> Table:

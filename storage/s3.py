@@ -172,8 +172,9 @@ class S3Store:
             self._call("put_object", Key=self._prefix + key, Body=data, IfNoneMatch="*", Metadata=dict(metadata or {}))
 
     def put(self, key: str, data: bytes) -> None:
+        kind = {"ContentType": "text/html; charset=utf-8"} if key.endswith(".html") else {}  # or a browser saves it
         with self._explained(key):
-            self._call("put_object", Key=self._prefix + key, Body=data)
+            self._call("put_object", Key=self._prefix + key, Body=data, **kind)
 
     def delete(self, key: str) -> None:
         with self._explained(key):

@@ -20,6 +20,18 @@ from tests.engine.nets import seeded
 MODEL = "tests.jobs.tiny:make"
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 
+HOSTILE = (
+    "<img src=x onerror=alert(1)>.png",
+    '"><script>alert(2)</script>',
+    '=HYPERLINK("http://x")',
+    "{{7*7}}{% raw %}",
+    "</title></style></template><svg onload=alert(3)>",
+    "\u202egnp.exe\u202c \x1b[31m\x00",
+    "' onfocus='alert(4)' autofocus='",
+    "javascript:alert(5)",
+)
+"""What strangers may call their files, labels and classes."""
+
 
 class Tiny(nn.Module):
     """Two blocks, five classes, 32 x 32 pixels."""
@@ -42,6 +54,11 @@ def make(seed: int = 0) -> ModelAdapter:
 def make_other() -> ModelAdapter:
     """The same architecture with other weights."""
     return make(seed=1)
+
+
+def make_hostile() -> ModelAdapter:
+    """The tiny model, whose classes have the names that an attacker would choose."""
+    return ModelAdapter(seeded(Tiny), input_size=(32, 32), class_names=HOSTILE[: len(CLASSES)])
 
 
 class Keen(nn.Module):
@@ -190,6 +207,15 @@ def folder_of_tars(root: Path) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     (root / "a.tar").write_bytes(tar_bytes(0, 4))
     (root / "b.tar").write_bytes(tar_bytes(4, 3, cut=True))
+    return root
+
+
+def hostile_table(root: Path) -> Path:
+    """A table whose keys and labels are hostile, and one record that is no image."""
+    root.mkdir(parents=True, exist_ok=True)
+    images = [*[picture(number) for number in range(len(HOSTILE))], b"text"]
+    names = [*HOSTILE, f"bad {HOSTILE[1]}"]
+    pq.write_table(pa.table({"image": images, "label": [*names[1:], names[0]], "key": names}), root / "t.parquet")
     return root
 
 

@@ -1,0 +1,345 @@
+"""What a report says, as plain values: every figure is one that `status`, `compare` or the audit gives too."""
+
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import PurePosixPath
+from typing import Any
+
+from engine.catalog import CONTROLS, METRICS
+from jobs.audit.result import GATES, Audit, read_audit
+from jobs.compare import Cell, Column, Comparison, Output, compare
+from jobs.config import ConfigError
+from jobs.progress import counted
+from jobs.reconcile import Standing, final_manifest, stand
+from jobs.records import DeadLetter
+from jobs.report.facts import (
+    Fact,
+    Share,
+    audit_command,
+    commands,
+    cost_facts,
+    model_of,
+    provenance_facts,
+    run_facts,
+    runs_of,
+    size,
+)
+from jobs.report.findings import Findings, class_name, findings_of
+from jobs.report.galleries import RANKING, Gallery, Picture, Ref, Rejected, galleries, pictures
+from jobs.report.galleries import select as select_maps
+from storage.store import ObjectStore
+
+MAX_DEAD = 20
+RANGES = {"%": 100.0, "0 to 1": 1.0, "0 to 90": 90.0}
+"""Where the axis of a metric ends, by its unit; of other units, at the greatest value shown."""
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A sentence that stands above everything else."""
+
+    text: str
+    command: str | None = None
+    """The way out."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure that is worth a glance."""
+
+    value: str
+    name: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """What became of every record."""
+
+    num_planned: int
+    is_exact: bool
+    """Whether the planned number was counted, not estimated."""
+    num_records: int
+    """That stand in the output: explained and rejected."""
+    num_ok: int
+    num_rejected: int
+    num_rows: int
+    num_units: int
+    num_committed: int
+    num_open: int
+    rejects: tuple[Share, ...]
+    """By code, the most frequent first, as shares of the rejected."""
+    examples: tuple[Rejected, ...]
+    dead: tuple[DeadLetter, ...]
+    num_dead: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A method's mean of a metric."""
+
+    method: str
+    is_control: bool
+    cell: Cell
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What was measured by one metric under one protocol."""
+
+    name: str
+    meaning: str
+    better: str
+    unit: str
+    protocol: str
+    end: float
+    """Of the axis, which begins at 0."""
+    estimates: tuple[Estimate, ...]
+
+    def place(self, value: float) -> float:
+        """A value's place on the axis in percent."""
+        return 100 * min(1.0, max(0.0, value / self.end))
+
+
+@dataclass(frozen=True)
+class Item:
+    """A map in the galleries."""
+
+    number: int
+    key: str
+    class_name: str
+    target_index: int
+    label: str | None
+    score: float
+    galleries: tuple[str, ...]
+    facts: tuple[Fact, ...]
+    picture: Picture
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole page."""
+
+    title: str
+    """The data set's name."""
+    subtitle: str
+    made: str
+    """When."""
+    notices: tuple[Notice, ...]
+    tiles: tuple[Tile, ...]
+    run: tuple[Fact, ...]
+    accounting: Accounting
+    metrics: tuple[Metric, ...]
+    galleries: tuple[Gallery, ...]
+    items: tuple[Item, ...]
+    num_gone: int
+    """Shown maps whose image cannot be read any more."""
+    findings: Findings | None
+    cost: tuple[Fact, ...]
+    provenance: tuple[Fact, ...]
+    runs: tuple[tuple[Fact, ...], ...]
+    commands: tuple[Fact, ...]
+
+
+def report_of(
+    output: Output,
+    endpoint_url: str | None,
+    made: datetime,
+    digest_of_fragments: Callable[[ObjectStore], str],
+    progress: Callable[[str, int], Callable[[], None]],
+) -> Report:
+    """Reads the output, fragment by fragment, and the images that are shown.
+
+    `digest_of_fragments` is what an audit names as its ground. `progress` begins a step of so many parts and returns
+    what is to be called after each. Raises StoreError, and UnreconciledError where something is damaged.
+    """
+    store, plan = output.store, output.plan
+    standing = stand(store, plan)
+    audit = read_audit(store)
+    is_stale = audit is not None and audit.fragments != digest_of_fragments(store)
+    table = _comparison(output)
+    metrics = tuple(_metrics(table)) if table else ()
+    selection = select_maps(store, plan, _ranked(table), progress("reading rows", len(plan.units)))
+    shown = galleries(selection, audit)
+    items = tuple(_items(output, endpoint_url, shown, audit, progress))
+    places = {Ref(item.key, item.target_index): item.number for item in items}
+    findings = findings_of(audit, places) if audit else None
+    accounting = _accounting(standing, selection.rejected.values)
+    return Report(
+        title=PurePosixPath(plan.identity["data"]).name or plan.identity["data"],
+        subtitle=f"{plan.identity['explainer']} maps of {plan.identity['model']}",
+        made=f"{made:%Y-%m-%d %H:%M} UTC",
+        notices=tuple(_notices(output, standing, audit, is_stale=is_stale)),
+        tiles=tuple(_tiles(accounting, metrics, audit)),
+        run=tuple(run_facts(plan, model_of(store))),
+        accounting=accounting,
+        metrics=metrics,
+        galleries=tuple(shown),
+        items=items,
+        num_gone=sum(item.picture.is_gone for item in items),
+        findings=findings,
+        cost=tuple(cost_facts(standing)),
+        provenance=tuple(provenance_facts(standing, model_of(store))),
+        runs=tuple(runs_of(store)),
+        commands=tuple(commands(output, has_audit=audit is not None, has_values=len(metrics) > 2)),
+    )
+
+
+def _notices(output: Output, standing: Standing, audit: Audit | None, *, is_stale: bool) -> Iterator[Notice]:
+    name = shlex.quote(output.name)
+    num_open = len(standing.open_units)
+    if num_open:
+        still = f"{counted(num_open, 'unit')} of {len(standing.plan.units):,} still open"
+        yield Notice(f"This output is not finished: {still}. The same `explain` goes on from there; then report again.")
+    elif final_manifest(output.store) is None:
+        way = f"blocksight retry {name}" if standing.dead else f"blocksight finalize {name}"
+        yield Notice("This output is not finished: every unit is settled, and no final manifest stands.", way)
+    if audit is None:
+        yield Notice(
+            "These maps were not audited yet: findings, groups and clusters are missing below.", audit_command(name)
+        )
+    elif is_stale:
+        yield Notice(
+            "The audit below is out of date: it was made from other fragments than stand now.", audit_command(name)
+        )
+
+
+def _tiles(accounting: Accounting, metrics: Sequence[Metric], audit: Audit | None) -> Iterator[Tile]:
+    yield Tile(f"{accounting.num_ok:,}", "explained", f"of {accounting.num_records:,} records that stand")
+    yield Tile(f"{accounting.num_rejected:,}", "rejected", "each with its reason")
+    if audit is not None:
+        tried = counted(len(audit.suspicions), "suspicion")
+        number, noun = counted(len(audit.findings), "finding").split()
+        yield Tile(number, noun, f"and {tried} that nothing confirms")
+        number, noun = counted(sum(audit.gates.values()), "alarm").split()
+        yield Tile(number, noun, f"of validity gates, over {counted(audit.num_maps, 'map')}")
+    for metric in metrics[:1]:
+        own = metric.estimates[0].cell.estimate
+        if own.mean is not None:
+            yield Tile(said(own.mean, metric.unit), f"mean {metric.name}", f"{metric.better} is better")
+
+
+def said(value: float, unit: str) -> str:
+    """A value of a metric with its unit: `57.62 %`, `0.512`."""
+    return f"{value:.2f} %" if unit == "%" else f"{value:.3f}"
+
+
+def _accounting(standing: Standing, examples: Sequence[Rejected]) -> Accounting:
+    num_rejected = standing.total("num_rejected")
+    dead = sorted(standing.dead.values(), key=lambda letter: letter.ordinal)
+    return Accounting(
+        num_planned=standing.plan.num_records,
+        is_exact=standing.plan.is_exact,
+        num_records=standing.total("num_records"),
+        num_ok=standing.total("num_ok"),
+        num_rejected=num_rejected,
+        num_rows=standing.total("num_rows"),
+        num_units=len(standing.plan.units),
+        num_committed=len(standing.receipts),
+        num_open=len(standing.open_units),
+        rejects=tuple(Share(code, count, count / num_rejected) for code, count in standing.rejects.most_common()),
+        examples=tuple(examples),
+        dead=tuple(dead[:MAX_DEAD]),
+        num_dead=len(dead),
+    )
+
+
+def _comparison(output: Output) -> Comparison | None:
+    """The methods and metrics that stand in the output, controls included; None: there is no value."""
+    try:
+        return compare([output])
+    except ConfigError:
+        return None
+
+
+def _metrics(table: Comparison) -> Iterator[Metric]:
+    for column in table.columns:
+        entry = METRICS[column.metric]
+        own = [cell for cell in table.cells if cell.column == column and cell.estimate.mean is not None]
+        highest = max((cell.estimate.high or cell.estimate.mean or 0.0 for cell in own), default=0.0)
+        yield Metric(
+            column.metric,
+            entry.meaning,
+            entry.better,
+            entry.unit,
+            column.protocol,
+            RANGES.get(entry.unit) or highest or 1.0,
+            tuple(
+                Estimate(method.name, method.explainer in CONTROLS, cell)
+                for cell, method in ((cell, table.methods[cell.method]) for cell in own)
+            ),
+        )
+
+
+def _ranked(table: Comparison | None) -> list[Column]:
+    """The column of each ranking metric under which most maps of the output's own method were measured."""
+    own = [cell for cell in table.cells if cell.method == 0] if table else []
+    found: dict[str, Cell] = {}
+    for cell in own:
+        name = cell.column.metric
+        if name in RANKING and cell.estimate.count > (found[name].estimate.count if name in found else 0):
+            found[name] = cell
+    return [found[name].column for name in RANKING if name in found]
+
+
+def _items(
+    output: Output,
+    endpoint_url: str | None,
+    shown: Sequence[Gallery],
+    audit: Audit | None,
+    progress: Callable[[str, int], Callable[[], None]],
+) -> Iterator[Item]:
+    """The maps of all galleries in the order in which they are first met."""
+    reasons: dict[Ref, list[str]] = {}
+    for gallery in shown:
+        for ref in gallery.refs:
+            reasons.setdefault(ref, []).append(gallery.name)
+    update = progress("drawing maps", len(reasons))
+    drawn = {
+        Ref(row["key"], row["target_index"]): (row, picture)
+        for row, picture in pictures(output.store, output.plan, endpoint_url, reasons, update)
+    }
+    details = _details(audit)
+    titles = {gallery.name: gallery.title for gallery in shown}
+    for number, ref in enumerate(ref for ref in reasons if ref in drawn):
+        row, picture = drawn[ref]
+        why = Fact("shown as", ", ".join(titles[name].lower() for name in reasons[ref]))
+        yield Item(
+            number,
+            ref.key,
+            class_name(row["target_name"], ref.target_index),
+            ref.target_index,
+            row["label_name"],
+            row["score"],
+            tuple(reasons[ref]),
+            (*_row_facts(row), *details.get(ref, ()), why),
+            picture,
+        )
+
+
+def _details(audit: Audit | None) -> dict[Ref, list[Fact]]:
+    """What the audit says of single maps."""
+    found: dict[Ref, list[Fact]] = {}
+    for one in audit.oddities if audit else ():
+        found.setdefault(Ref(one.key, one.target_index), []).append(Fact(one.reason, one.detail))
+    return found
+
+
+def _row_facts(row: Mapping[str, Any]) -> Iterator[Fact]:
+    yield Fact("record", row["key"])
+    yield Fact("explained class", class_name(row["target_name"], row["target_index"]), f"number {row['target_index']}")
+    yield Fact("score", f"{row['score']:.3f}", f"probability, rank {row['target_rank'] + 1} of the model's classes")
+    yield Fact("label", row["label_name"] or "not known")
+    metrics = row["metrics"] or {}
+    if metrics.get("drop") is not None:
+        grew = "; the score grew" if metrics["increase"] else ""
+        yield Fact("drop", said(metrics["drop"], "%"), f"lower is better{grew}")
+    yield Fact("image", f"{row['width']} x {row['height']} pixels", f"{row['format']}, {size(row['num_bytes'])}")
+    flags = [name for name in ("flat", "saturated") if row[f"is_{name}"]]
+    if flags:
+        yield Fact("the map is", ", ".join(flags), "; ".join(GATES[flag] for flag in flags))
+    if row["fidelity"] is not None:
+        yield Fact("fidelity", row["fidelity"], row["fidelity_reason"])
+    yield Fact("masked forwards", f"{row['num_forwards']:,}")

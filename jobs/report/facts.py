@@ -1,0 +1,179 @@
+"""Facts of an output as a report lists them: what was run, what it took, where it comes from, how to go on."""
+
+import hashlib
+import json
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.compare import Output
+from jobs.plan import MODEL_KEY, Plan
+from jobs.progress import counted
+from jobs.reconcile import Standing
+from jobs.stopping import RUNS_FOLDER
+from storage.store import MissingError, ObjectStore
+
+MAX_RUNS = 10
+RUN_FACTS = ("started", "device", "python", "packages")
+"""What a page tells of a run; its host, address and process stay in the bucket."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A name and what it is."""
+
+    name: str
+    value: str
+    note: str = ""
+    is_code: bool = False
+
+
+@dataclass(frozen=True)
+class Share:
+    """A count as a part of a whole."""
+
+    name: str
+    count: int
+    share: float
+    """0 to 1."""
+    note: str = ""
+
+
+def run_facts(plan: Plan, model: Mapping[str, Any]) -> Iterator[Fact]:
+    identity = plan.identity
+    yield Fact(
+        "data", identity["data"], f"{counted(plan.num_objects, 'object')}, {size(plan.num_bytes)}, as {plan.layout}"
+    )
+    weights = identity["weights"] or "packaged"
+    yield Fact("model", identity["model"], f"weights: {weights}")
+    if model:
+        height, width = model["input_size"]
+        yield Fact(
+            "input", f"{height} x {width} pixels", f"{_resize(identity['resize'])}; {model['num_classes']} classes"
+        )
+        places = ", ".join(
+            f"{own['name']} ({own['channels']} at {own['height']} x {own['width']})" for own in model["blocks"]
+        )
+        if places:
+            yield Fact("blocks", places, "feature maps that the explainer looks at")
+    yield Fact("explainer", identity["explainer"], f"fidelity {identity['fidelity']}, preset {identity['preset']}")
+    chosen = ", ".join(f"{name} = {value}" for name, value in sorted(identity["parameters"].items()))
+    yield Fact("parameters", chosen or "none")
+    yield Fact("target", identity["target"], "the class whose score is explained")
+    yield Fact("seed", str(identity["seed"]), "of everything random")
+    if identity["limit"] is not None:
+        yield Fact("limit", f"{identity['limit']:,} records", "only the first of the data set")
+
+
+def _resize(how: str) -> str:
+    return {"squash": "the whole image is squashed to it", "crop": "the image's centre is cropped to it"}.get(how, how)
+
+
+def size(num_bytes: float) -> str:
+    """`1.2 MiB`."""
+    return f"{num_bytes / 2**20:,.1f} MiB" if num_bytes >= 2**19 else f"{num_bytes / 2**10:,.1f} KiB"
+
+
+def duration(seconds: float) -> str:
+    """`0.12 s`, `6.0 min`, `3.4 h`."""
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
+def cost_facts(standing: Standing) -> Iterator[Fact]:
+    timed = [receipt for receipt in standing.receipts.values() if receipt.explain_seconds]  # a rebuilt one is not
+    seconds = sum(receipt.explain_seconds or 0.0 for receipt in timed)
+    forwards, num_ok = standing.total("num_forwards"), standing.total("num_ok")
+    each = f"{forwards / num_ok:,.0f} a record" if forwards and num_ok else ""
+    yield Fact("masked forwards", f"{forwards:,}", each)
+    if seconds:
+        records = sum(receipt.num_records for receipt in timed)
+        yield Fact("worker time", duration(seconds), f"over {counted(records, 'record')}, all workers together")
+        pace = f"of one worker; {duration(seconds / records)} a record"
+        yield Fact("throughput", f"{records / seconds:,.3g} records/s", pace)
+        rate = sum(receipt.num_forwards for receipt in timed) / seconds
+        if rate:
+            yield Fact("masked forwards/s", f"{rate:,.0f}", "of one worker")
+    workers = {receipt.worker for receipt in timed if receipt.worker}
+    if workers:
+        yield Fact("workers", f"{len(workers):,}", "processes that committed fragments")
+    ways = Counter(receipt.forward for receipt in timed if receipt.forward)
+    for way, count in ways.most_common():
+        yield Fact("forward pass", way, counted(count, "unit"))
+    num_bytes, num_rows = standing.total("num_bytes"), standing.total("num_rows")
+    each = f"{size(num_bytes / num_rows)} a row" if num_rows else ""
+    yield Fact("output", size(num_bytes), each)
+
+
+def model_of(store: ObjectStore) -> Mapping[str, Any]:
+    """What the model is; empty before it was loaded."""
+    try:
+        return json.loads(store.read(MODEL_KEY))
+    except MissingError:
+        return {}
+
+
+def provenance_facts(standing: Standing, model: Mapping[str, Any]) -> Iterator[Fact]:
+    identity = standing.plan.identity
+    yield Fact("plan fingerprint", standing.plan.fingerprint, "hash of all that changes the result", is_code=True)
+    if model:
+        yield Fact("weights sha256", model["weights_sha256"], "over all weights and buffers", is_code=True)
+    hashes = [receipt.sha256 for receipt in sorted(standing.receipts.values(), key=lambda own: own.ordinal)]
+    digest = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    said = f"sha256 over the sha256 of {counted(len(hashes), 'fragment')}, in the plan's order"
+    yield Fact("fragments", digest, said, is_code=True)
+    yield Fact("code version", str(identity["code"]), "raised whenever the same input would give other bytes")
+    yield Fact("schema version", str(identity["schema"]), f"map codec {identity['codec']}")
+
+
+def runs_of(store: ObjectStore) -> Iterator[tuple[Fact, ...]]:
+    """The latest runs, newest first; of each only what tells no place and no secret."""
+    keys = sorted((info.key for info in store.list(RUNS_FOLDER) if info.key.endswith("/run.json")), reverse=True)
+    for key in keys[:MAX_RUNS]:
+        try:
+            facts = json.loads(store.read(key))
+            packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
+        except (ValueError, KeyError, AttributeError, MissingError):  # no run depends on what was noted of it
+            continue
+        yield tuple(
+            Fact(name, packages if name == "packages" else str(facts[name])) for name in RUN_FACTS if name in facts
+        )
+
+
+def commands(output: Output, *, has_audit: bool, has_values: bool) -> Iterator[Fact]:
+    name, uri = shlex.quote(output.name), output.store.uri
+    where = _sql_text(f"{uri}/data/*.parquet")
+    yield Fact(
+        "classes by Drop, in Python with DuckDB",
+        _duckdb(
+            f"SELECT target_name, count(*) AS maps, avg(score) AS score, avg(metrics.drop) AS mean_drop FROM {where} "
+            "WHERE status = 'ok' GROUP BY ALL ORDER BY mean_drop DESC"
+        ),
+    )
+    if has_audit:
+        rows = _sql_text(f"{uri}/audit/rows/*.parquet")
+        yield Fact(
+            "the oddest maps, likewise",
+            _duckdb(f"SELECT key, target_name, score, strangeness FROM {rows} ORDER BY strangeness DESC LIMIT 20"),
+        )
+    yield Fact("one record, as a picture", f"blocksight show {name} KEY")
+    if not has_values:
+        yield Fact("more metrics", f"blocksight evaluate {name} --controls")
+    if not has_audit:
+        yield Fact("shortcuts, groups, oddities", audit_command(name))
+
+
+def _sql_text(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _duckdb(sql: str) -> str:
+    return f"import duckdb; duckdb.sql({sql!r}).show()"
+
+
+def audit_command(name: str) -> str:
+    """What is run where no audit stands; `name` is quoted for a shell."""
+    return f"blocksight audit {name}"

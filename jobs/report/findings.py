@@ -1,0 +1,152 @@
+"""What an audit found, as a report shows it: shortcuts, gates, measures, groups, clusters and oddities."""
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from jobs.audit.result import GATES, MEASURES, Audit, Cluster, Effect, Grid, Group, Shortcut, Spread
+from jobs.report.facts import Fact, Share
+from jobs.report.galleries import Ref, data_uri, members
+from storage.pictures import colours, resized
+
+MAX_GROUPS, MAX_PAIRS, MAX_CLUSTERED, MAX_SHORTCUTS, MAX_ODDITIES, MAX_NOTES = 12, 8, 8, 12, 8, 20
+MEAN_MAP_SIDE = 96
+"""Pixels of a group's small picture."""
+
+
+@dataclass(frozen=True)
+class Pictured:
+    """Something of the audit, with its small picture and the places of its maps in the galleries."""
+
+    about: Any
+    picture: str | None
+    items: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the audit says."""
+
+    audit: Audit
+    shortcuts: tuple[Pictured, ...]
+    """Of `Shortcut`."""
+    reach: float
+    """The effects lie within this of 0, in log-odds."""
+    gates: tuple[Share, ...]
+    measures: tuple[tuple[str, str, Spread], ...]
+    """Name, meaning and spread over all maps."""
+    everything: tuple[Fact, ...]
+    """Small pictures of all maps together: name, data: URI and meaning."""
+    groups: tuple[Pictured, ...]
+    """Of `Group`: of classes and predictions."""
+    pairs: tuple[Pictured, ...]
+    """Of `Group`: of a label taken for another class."""
+    clusters: tuple[tuple[str, tuple[Pictured, ...]], ...]
+    """Class by class, of `Cluster`."""
+    oddities: tuple[Pictured, ...]
+    """Of `Oddity`."""
+    notes: tuple[str, ...]
+
+
+def class_name(name: str | None, index: int) -> str:
+    """A class by its name, or by its number where the model knows none."""
+    return name or f"class {index}"
+
+
+def findings_of(audit: Audit, places: Mapping[Ref, int]) -> Findings:
+    def items_of(refs: Sequence[Ref]) -> tuple[int, ...]:
+        return tuple(places[ref] for ref in refs if ref in places)
+
+    by_kind = {kind: list(own) for kind, own in groupby(audit.groups, lambda group: group.kind)}
+    everything = by_kind.get("all", [])[:1]
+    predicted = {group.predicted: group for group in by_kind.get("predicted", [])}
+    classes = (by_kind.get("class") or by_kind.get("predicted") or [])[:MAX_GROUPS]
+    shortcuts = audit.shortcuts[:MAX_SHORTCUTS]
+    return Findings(
+        audit=audit,
+        shortcuts=tuple(
+            Pictured(one, _class_map(one, predicted, audit.clusters), items_of(members(one))) for one in shortcuts
+        ),
+        reach=_reach(shortcuts),
+        gates=tuple(
+            Share(name, audit.gates[name], audit.gates[name] / max(1, audit.num_maps), meaning)
+            for name, meaning in GATES.items()
+            if name in audit.gates
+        ),
+        measures=tuple(
+            (name, meaning, everything[0].spreads[name])
+            for name, meaning in MEASURES.items()
+            if everything and name in everything[0].spreads
+        ),
+        everything=tuple(fact for group in everything for fact in _overall(group)),
+        groups=tuple(Pictured(group, map_picture(group.mean_map)) for group in classes),
+        pairs=tuple(Pictured(group, map_picture(group.mean_map)) for group in by_kind.get("pair", [])[:MAX_PAIRS]),
+        clusters=tuple(_clusters(audit.clusters, items_of)),
+        oddities=tuple(
+            Pictured(one, None, items_of([Ref(one.key, one.target_index)])) for one in audit.oddities[:MAX_ODDITIES]
+        ),
+        notes=audit.notes[:MAX_NOTES],
+    )
+
+
+def _overall(group: Group) -> Iterator[Fact]:
+    yield Fact("mean", map_picture(group.mean_map), "where the maps look on average")
+    yield Fact("variance", map_picture(group.variance_map), "where they differ from each other")
+
+
+def _class_map(one: Shortcut, predicted: Mapping[str | None, Group], clusters: Sequence[Cluster]) -> str | None:
+    """The small picture of what the candidate came from."""
+    for cluster in clusters:
+        if cluster.target_index == one.target_index and one.source == f"cluster {cluster.number}":
+            return map_picture(cluster.mean_map)
+    group = predicted.get(one.target_name)
+    return map_picture(group.mean_map) if group else None
+
+
+def _reach(shortcuts: Sequence[Shortcut]) -> float:
+    effects: list[Effect | None] = [effect for one in shortcuts for effect in (one.blanked, one.pasted)]
+    ends = [abs(end) for effect in effects if effect for end in (effect.low, effect.high, effect.mean)]
+    return max(ends, default=0.0) or 1.0
+
+
+def _clusters(
+    clusters: Sequence[Cluster], items_of: Callable[[Sequence[Ref]], tuple[int, ...]]
+) -> Iterator[tuple[str, tuple[Pictured, ...]]]:
+    for number, (target, own) in enumerate(groupby(clusters, lambda cluster: cluster.target_index)):
+        if number == MAX_CLUSTERED:
+            return
+        found = list(own)
+        drawn = (
+            Pictured(one, map_picture(one.mean_map), items_of([Ref(key, target) for key in one.examples]))
+            for one in found
+        )
+        yield class_name(found[0].target_name, target), tuple(drawn)
+
+
+def map_picture(grid: Grid) -> str:
+    """A pooled map as a data: URI of a PNG of `MEAN_MAP_SIDE` pixels, from its own least to its greatest value."""
+    low, high = float(grid.min()), float(grid.max())
+    scaled: NDArray[np.floating] = (grid - low) / (high - low) if high > low else np.zeros_like(grid)
+    buffer = io.BytesIO()
+    Image.fromarray(colours(resized(scaled, (MEAN_MAP_SIDE, MEAN_MAP_SIDE)))).quantize(64).save(buffer, "PNG")
+    return data_uri(buffer.getvalue(), "image/png")
+
+
+def place_of(box: Sequence[float]) -> str:
+    """A region in words: `top left`, `middle`, `most of the picture`."""
+    left, top, right, bottom = box
+    if (right - left) * (bottom - top) > 0.6:
+        return "most of the picture"
+    across = _third((left + right) / 2, ("left", "", "right"))
+    down = _third((top + bottom) / 2, ("top", "", "bottom"))
+    return f"{down} {across}".strip() or "middle"
+
+
+def _third(value: float, names: Sequence[str]) -> str:
+    return names[min(2, int(3 * value))]

@@ -1,0 +1,310 @@
+"""Which maps a report shows: best and worst by a metric, a fair sample, some of each class, what an audit names."""
+
+import base64
+import heapq
+import io
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from PIL import Image
+
+from engine.catalog import METRICS
+from jobs.audit.result import Audit, Shortcut
+from jobs.bootstrap import key_hashes
+from jobs.compare import Column
+from jobs.evaluation import folders, values_of
+from jobs.plan import Plan
+from jobs.results import images_of, rows_with, shown
+from storage.fragments import read_fragment
+from storage.pictures import Pixels, colours, overlay
+from storage.schema import OK, REJECTED
+from storage.store import ObjectStore
+
+NUM_RANKED, NUM_RANDOM, NUM_CLASSES, NUM_PER_CLASS = 8, 24, 12, 3
+NUM_SHORTCUTS, NUM_MEMBERS, NUM_ODDITIES, NUM_CLUSTERS, NUM_EXAMPLES = 12, 4, 24, 12, 3
+NUM_REJECTED = 12
+RANKING = ("drop", "insertion", "ebpg")
+"""The metrics that say which maps are best and worst, where they were measured."""
+
+MAX_PICTURES = 160
+SIDE = 224
+"""Longer side of a picture in pixels."""
+MOST_BYTES = {"image": 14_000, "overlay": 14_000, "saliency": 4_000}
+"""Of each JPEG: with base64, `MAX_PICTURES` of them take less than 7 MB."""
+QUALITIES = (80, 65, 45, 25, 8)
+"""Of a JPEG, tried until it is small enough; the last counts in any case."""
+
+LIGHT = ["key", "status", "reject_code", "reject_stage", "error", "target_index", "target_name", "metrics"]
+SALT = "report"
+"""Of the random order, so that it is not the one by which `evaluate` samples."""
+
+Value = TypeVar("Value")
+
+
+class Ref(NamedTuple):
+    """One map: a record and the class that is explained."""
+
+    key: str
+    target_index: int
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Maps that are shown for one reason."""
+
+    name: str
+    """Unique on the page: letters and hyphens."""
+    title: str
+    meaning: str
+    refs: tuple[Ref, ...]
+    """The first matters most."""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A record that has no map."""
+
+    key: str
+    code: str
+    stage: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A map and its image as data: URIs of JPEGs, at most `SIDE` pixels on each side."""
+
+    image: str
+    overlay: str
+    saliency: str
+    width: int
+    height: int
+    is_gone: bool
+    """The image cannot be read any more; grey stands in its place."""
+
+
+class Least(Generic[Value]):
+    """The few values with the least ranks of all that were offered, the same for any order of offers."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._heap: list[tuple[float, int, Any]] = []
+        """The greatest first, by negated rank and tie."""
+
+    def offer(self, ranks: NDArray[np.float64], ties: NDArray[np.uint64], value_at: Callable[[int], Value]) -> None:
+        """Takes in `[n]` values by rank and, where ranks are equal, by tie; a rank of NaN is no offer."""
+        order = np.lexsort((ties, ranks))[: self.size]  # NaN comes last
+        for place in map(int, order):
+            if not np.isnan(ranks[place]):
+                heapq.heappush(self._heap, (-float(ranks[place]), -int(ties[place]), value_at(place)))
+        while len(self._heap) > self.size:
+            heapq.heappop(self._heap)
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        """The least first."""
+        return tuple(value for *_, value in sorted(self._heap, reverse=True))
+
+
+@dataclass
+class Selection:
+    """What one pass over an output picks; its size does not grow with the output, but with the model's classes."""
+
+    random: Least[Ref] = field(default_factory=lambda: Least(NUM_RANDOM))
+    best: dict[Column, Least[Ref]] = field(default_factory=dict)
+    worst: dict[Column, Least[Ref]] = field(default_factory=dict)
+    by_class: dict[int, Least[Ref]] = field(default_factory=dict)
+    counts: Counter[int] = field(default_factory=Counter)
+    """Maps by explained class."""
+    names: dict[int, str] = field(default_factory=dict)
+    """Of the classes."""
+    rejected: Least[Rejected] = field(default_factory=lambda: Least(NUM_REJECTED))
+
+    def add_rows(self, rows: pa.Table, drop: Column | None) -> None:
+        """Takes in a fragment; `drop` names the column of the metric that stands in it."""
+        explained = rows.filter(pc.field("status") == OK)
+        refs = list(map(Ref, explained["key"].to_pylist(), explained["target_index"].to_pylist()))
+        ties = _ties(refs)
+        self.random.offer(np.zeros(len(refs)), ties, refs.__getitem__)
+        if drop is not None and refs:
+            values = explained["metrics"].combine_chunks().field("drop")
+            self.add_values(drop, values.to_numpy(zero_copy_only=False), refs, ties)
+        self._add_classes(explained, refs, ties)
+        self._add_rejected(rows.filter(pc.field("status") == REJECTED).to_pylist())
+
+    def add_values(
+        self, column: Column, values: NDArray[np.float64], refs: Sequence[Ref], ties: NDArray[np.uint64]
+    ) -> None:
+        """Takes in what a metric says of some maps."""
+        sign = 1.0 if METRICS[column.metric].better == "lower" else -1.0
+        for picks, direction in ((self.best, sign), (self.worst, -sign)):
+            picks.setdefault(column, Least(NUM_RANKED)).offer(direction * values, ties, refs.__getitem__)
+
+    def _add_classes(self, explained: pa.Table, refs: Sequence[Ref], ties: NDArray[np.uint64]) -> None:
+        targets = explained["target_index"].to_numpy()
+        for target in map(int, np.unique(targets)):
+            places = np.flatnonzero(targets == target)
+            own = [refs[place] for place in places.tolist()]
+            self.by_class.setdefault(target, Least(NUM_PER_CLASS)).offer(
+                np.zeros(len(own)), ties[places], own.__getitem__
+            )
+            self.counts[target] += len(own)
+            self.names[target] = explained["target_name"][int(places[0])].as_py()
+
+    def _add_rejected(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        found = [Rejected(row["key"], row["reject_code"], row["reject_stage"], row["error"]) for row in rows]
+        ties = key_hashes([f"{SALT} {own.code} {own.key}" for own in found])
+        self.rejected.offer(np.zeros(len(found)), ties, found.__getitem__)
+
+
+def _ties(refs: Sequence[Ref]) -> NDArray[np.uint64]:
+    """`[n]` random words that depend on the maps alone."""
+    return key_hashes([f"{SALT} {ref.target_index} {ref.key}" for ref in refs])
+
+
+def select(store: ObjectStore, plan: Plan, ranked: Sequence[Column], update: Callable[[], None]) -> Selection:
+    """Goes once through the fragments and through the values of evaluations, one object in memory at a time.
+
+    `ranked`: the metrics that rank maps. `update` is called after every planned unit.
+    """
+    selection = Selection()
+    drop = next((column for column in ranked if column.metric == "drop"), None)
+    committed = {info.key for info in store.list("data/")}
+    for unit in plan.units:
+        if unit.fragment_key in committed:
+            selection.add_rows(read_fragment(store.read(unit.fragment_key), LIGHT), drop)
+        update()
+    measured = [column for column in ranked if column.metric != "drop"]
+    for folder in folders(store) if measured else ():
+        for table in values_of(store, folder):
+            for column in measured:
+                _add_evaluated(selection, table, column, plan.identity["explainer"])
+    return selection
+
+
+def _add_evaluated(selection: Selection, table: pa.Table, column: Column, explainer: str) -> None:
+    own = table.filter(
+        (pc.field("explainer") == explainer)
+        & (pc.field("metric") == column.metric)
+        & (pc.field("protocol") == column.protocol)
+        & pc.field("value").is_valid()
+    )
+    refs = list(map(Ref, own["key"].to_pylist(), own["target_index"].to_pylist()))
+    selection.add_values(column, own["value"].to_numpy(), refs, _ties(refs))
+
+
+def galleries(selection: Selection, audit: Audit | None) -> list[Gallery]:
+    """What is shown for which reason, at most `MAX_PICTURES` maps in all; empty galleries are left out."""
+    found = [
+        Gallery("random", "Random", "A fair sample: every map had the same chance.", selection.random.values),
+        *_named(audit),
+        *_ranked(selection),
+        Gallery("class", "By class", "Some maps of each of the most frequent explained classes.", _classes(selection)),
+    ]
+    room, kept = MAX_PICTURES, []
+    taken: set[Ref] = set()
+    for gallery in found:
+        new = set(islice((ref for ref in dict.fromkeys(gallery.refs) if ref not in taken), room))
+        refs = tuple(ref for ref in dict.fromkeys(gallery.refs) if ref in taken | new)
+        taken |= new
+        room -= len(new)
+        if refs:
+            kept.append(Gallery(gallery.name, gallery.title, gallery.meaning, refs))
+    return kept
+
+
+def _ranked(selection: Selection) -> Iterator[Gallery]:
+    for column in selection.best:
+        better = METRICS[column.metric].better
+        for word, picks, side in (("Best", selection.best, better), ("Worst", selection.worst, _other(better))):
+            said = f"The maps with the {side[:-2]}est {column.metric}: {METRICS[column.metric].meaning}."
+            yield Gallery(f"{word.lower()}-{column.metric}", f"{word} by {column.metric}", said, picks[column].values)
+
+
+def _other(better: str) -> str:
+    return "higher" if better == "lower" else "lower"
+
+
+def _classes(selection: Selection) -> tuple[Ref, ...]:
+    frequent = sorted(selection.counts, key=lambda target: (-selection.counts[target], target))[:NUM_CLASSES]
+    return tuple(ref for target in frequent for ref in selection.by_class[target].values)
+
+
+def _named(audit: Audit | None) -> Iterator[Gallery]:
+    """What an audit points at."""
+    if audit is None:
+        return
+    for name, title, shortcuts in (
+        ("findings", "Findings", audit.findings),
+        ("suspicions", "Suspicions", audit.suspicions),
+    ):
+        refs = tuple(ref for one in shortcuts[:NUM_SHORTCUTS] for ref in members(one))
+        yield Gallery(name, title, f"Maps that look where one of the {name} lies, the strongest first.", refs)
+    odd = tuple(Ref(one.key, one.target_index) for one in audit.oddities[:NUM_ODDITIES])
+    yield Gallery("oddities", "Oddities", "Maps that are unlike those of their class.", odd)
+    typical = tuple(
+        Ref(key, one.target_index) for one in audit.clusters[:NUM_CLUSTERS] for key in one.examples[:NUM_EXAMPLES]
+    )
+    yield Gallery("clusters", "Clusters", "Typical maps of the ways in which a class is looked at.", typical)
+
+
+def members(shortcut: Shortcut) -> tuple[Ref, ...]:
+    """The maps that are shown of a finding or a suspicion."""
+    return tuple(Ref(key, shortcut.target_index) for key in shortcut.members[:NUM_MEMBERS])
+
+
+def pictures(
+    store: ObjectStore, plan: Plan, endpoint_url: str | None, refs: Iterable[Ref], update: Callable[[], None]
+) -> Iterator[tuple[dict[str, Any], Picture]]:
+    """Each map's row and picture, in no particular order; a map that does not stand any more is left out.
+
+    One image is in memory at a time, and the rows that are wanted. `update` is called after every picture.
+    """
+    wanted = set(refs)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in rows_with(store, plan, {ref.key for ref in wanted}):
+        if row["status"] == OK and Ref(row["key"], row["target_index"]) in wanted:
+            rows.setdefault(row["key"], []).append(row)
+    for key, image in images_of(plan, endpoint_url, set(rows)):
+        for row in rows.pop(key, ()):
+            yield row, _picture(plan, row, image)
+            update()
+    for row in (row for own in rows.values() for row in own):
+        yield row, _picture(plan, row, None)
+        update()
+
+
+def _picture(plan: Plan, row: dict[str, Any], image: Pixels | None) -> Picture:
+    own = shown(plan, row, image, SIDE)
+    sides = {
+        "image": own.pixels,
+        "overlay": overlay(own.pixels, own.saliency_hw),
+        "saliency": colours(own.saliency_hw),
+    }
+    height, width = own.saliency_hw.shape
+    jpegs = {name: data_uri(_jpeg(pixels, MOST_BYTES[name]), "image/jpeg") for name, pixels in sides.items()}
+    return Picture(**jpegs, width=width, height=height, is_gone=image is None)
+
+
+def _jpeg(pixels: Pixels, most_bytes: int) -> bytes:
+    """The best of `QUALITIES` that is small enough."""
+    body = b""
+    for quality in QUALITIES:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, optimize=True)
+        body = buffer.getvalue()
+        if len(body) <= most_bytes:
+            break
+    return body
+
+
+def data_uri(body: bytes, kind: str) -> str:
+    """Bytes of this media type, as the address of a picture."""
+    return f"data:{kind};base64,{base64.b64encode(body).decode()}"

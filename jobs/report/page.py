@@ -1,0 +1,106 @@
+"""The page: a report's values in one HTML file that asks nothing of any network, and its place in the output."""
+
+import base64
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import PurePosixPath
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from rich.console import Console
+from rich.progress import Progress
+
+from jobs.compare import Output
+from jobs.progress import counted
+from jobs.report.content import Report, report_of, said
+from jobs.report.findings import place_of
+from jobs.tables import plain
+from storage.store import ObjectStore
+
+REPORT_KEY = "report/index.html"
+
+
+@dataclass(frozen=True)
+class Written:
+    """The page that stands."""
+
+    uri: str
+    num_bytes: int
+
+
+def write_report(
+    output: Output, endpoint_url: str | None, digest_of_fragments: Callable[[ObjectStore], str], console: Console
+) -> Written:
+    """Reads the output and writes the page into it, in place of one that stands there.
+
+    `digest_of_fragments` is what an audit names as its ground. Raises StoreError, and UnreconciledError where something
+    of the output is damaged.
+    """
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+
+        def begin(what: str, total: int) -> Callable[[], None]:
+            task = bars.add_task(what, total=total)
+            return lambda: bars.advance(task)
+
+        body = render(report_of(output, endpoint_url, datetime.now(UTC), digest_of_fragments, begin))
+    output.store.put(REPORT_KEY, body)
+    return Written(f"{output.store.uri}/{REPORT_KEY}", len(body))
+
+
+def render(report: Report) -> bytes:
+    """The page in UTF-8. Every string of the report is text in it, with control characters shown as codes."""
+    style, script = _part("style.css"), _part("script.js")
+    classes = sorted({(item.target_index, item.class_name) for item in report.items}, key=lambda own: own[1].lower())
+    page = _environment().from_string(_part("template.html"))
+    policy = _policy(style, script)
+    return page.render(report=report, classes=classes, style=style, script=script, policy=policy).encode()
+
+
+def _part(name: str) -> str:
+    return (files("jobs.report") / name).read_text(encoding="utf-8")
+
+
+def _policy(style: str, script: str) -> str:
+    """Nothing but the page's own style and script, by their hashes, and pictures that lie in it."""
+    return (
+        f"default-src 'none'; img-src data:; style-src {_hashed(style)}; script-src {_hashed(script)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _hashed(block: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()}'"
+
+
+def _environment() -> Environment:
+    made = Environment(autoescape=True, undefined=StrictUndefined, finalize=_harmless, trim_blocks=True)
+    made.filters |= {
+        "number": lambda value: f"{value:,}",
+        "counted": counted,
+        "percent": lambda share: f"{100 * share:.1f} %",
+        "decimal": lambda value: f"{value:.3f}",
+        "signed": lambda value: _signed(value, 2),
+        "points": lambda value: f"{_signed(value, 1)} points",
+        "short": lambda value: f"{value:.3g}",
+        "basename": lambda key: PurePosixPath(key).name,
+        "axis": lambda share: round(100 * min(1.0, max(0.0, share)), 2),
+        "around": lambda value, reach: round(50 + 48 * value / reach, 2),
+        "said": said,
+        "place": place_of,
+        "clip": lambda text, most: text if len(text) <= most else f"{text[: most - 1]}…",
+        "tail": lambda text, most: text if len(text) <= most else f"…{text[1 - most :]}",
+    }
+    return made
+
+
+def _signed(value: float, digits: int) -> str:
+    """With a sign, and a minus that is as wide as a plus."""
+    return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _harmless(value: Any) -> Any:
+    """Text as it may stand on a page before it is escaped; what the template made itself stays."""
+    return plain(value) if isinstance(value, str) and not hasattr(value, "__html__") else value

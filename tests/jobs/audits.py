@@ -1,0 +1,91 @@
+"""An audit made by hand beside a real output, so that all that a report draws of one is there."""
+
+from typing import Any
+
+import numpy as np
+
+from jobs.audit.result import (
+    GATES,
+    GRID,
+    MEASURES,
+    Audit,
+    Cluster,
+    Effect,
+    Group,
+    Oddity,
+    Shortcut,
+    Spread,
+    write_audit,
+)
+from storage.store import ObjectStore
+from tests.jobs.jobs_of import rows_in
+
+FRAGMENTS = "digest of the fragments"
+
+
+def digest(store: ObjectStore) -> str:
+    """Stands in for the digest of what stands."""
+    return FRAGMENTS
+
+
+def audited(store: ObjectStore, fragments: str = FRAGMENTS, said: str = "in words") -> Audit:
+    """Writes an audit of the output's rows; `said` stands wherever it says something in words."""
+    rows = [row for row in rows_in(store) if row["status"] == "ok"]
+    audit = Audit(
+        fragments,
+        {"seed": 0},
+        num_rows=len(rows),
+        num_maps=len(rows),
+        num_rejected=0,
+        num_right=None,
+        gates={name: number for number, name in enumerate(GATES)},
+        groups=tuple(_groups(rows, said)),
+        clusters=tuple(_cluster(rows, number) for number in range(2)),
+        oddities=tuple(_oddity(row, said) for row in rows[:3]),
+        shortcuts=(_shortcut(rows[0], True, said), _shortcut(rows[-1], False, said)),
+        notes=(f"left out: {said}",),
+    )
+    write_audit(store, audit)
+    return audit
+
+
+def _groups(rows: list[dict[str, Any]], said: str) -> list[Group]:
+    grid = np.linspace(0, 1, GRID * GRID, dtype=np.float32).reshape(GRID, GRID)
+    spreads = {name: Spread(0.5, 0.1, 0.3, 0.5, 0.7, 0.9, len(rows)) for name in list(MEASURES)[:8]}
+    kinds = [
+        ("all", None, None),
+        ("class", rows[0]["label_name"], None),
+        ("predicted", None, rows[0]["target_name"]),
+        ("pair", said, rows[0]["target_name"]),
+    ]
+    return [Group(*kind, len(rows), spreads, grid, np.zeros_like(grid)) for kind in kinds]
+
+
+def _cluster(rows: list[dict[str, Any]], number: int) -> Cluster:
+    own, grid = rows[number], np.eye(GRID, dtype=np.float32)
+    return Cluster(rows[0]["target_index"], rows[0]["target_name"], number, 1, 0.5, 0.9, grid, (own["key"],))
+
+
+def _oddity(row: dict[str, Any], said: str) -> Oddity:
+    return Oddity(
+        row["key"], row["target_index"], row["target_name"], row["label_name"], row["score"], "outlier", said, 3.5
+    )
+
+
+def _shortcut(row: dict[str, Any], is_confirmed: bool, said: str) -> Shortcut:
+    effect = Effect(1.25, 0.75, 1.5, 0.004, 40, -0.125)
+    return Shortcut(
+        row["target_index"],
+        row["target_name"],
+        "class",
+        (0.7, 0.7, 1.0, 1.0),
+        0.625,
+        0.9375,
+        0.5,
+        0.0625 if is_confirmed else None,
+        effect,
+        effect if is_confirmed else None,
+        is_confirmed,
+        said,
+        (row["key"],),
+    )
