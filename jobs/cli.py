@@ -357,6 +357,30 @@ def compare_outputs(
 
 
 @app.command()
+def versus(
+    a: Annotated[str, typer.Argument(help="The output that is the reference, such as the old model's.")],
+    b: Annotated[str, typer.Argument(help="The output that is compared with it, of the same data.")],
+    output: Annotated[str, typer.Option(help="Folder or s3:// prefix for the difference, rewritten if it is ours.")],
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Compare two outputs record by record: what regressed, how far the maps moved, and whether both go together.
+
+    Two models are compared best with --target label in both: predicted targets differ where it matters most.
+
+    Example: blocksight versus maps-old/ maps-new/ --output old-against-new/
+    """
+    from jobs.results import Output
+    from jobs.versus.run import write_difference
+
+    outputs = [Output(name, *_existing(name, endpoint_url)) for name in (a, b)]
+    store = PatientStore(open_store(output, endpoint_url), SHORT_PATIENCE_SECONDS)
+    found = write_difference(outputs[0], outputs[1], store, endpoint_url, console)
+    console.print(tables.difference_table(found.summary, output))
+    if found.picture is not None:
+        console.print(f"picture: {tables.printable(output.rstrip('/'))}/{found.picture} ({found.summary['picture']})")
+
+
+@app.command()
 def bench(
     data: Annotated[
         str | None, typer.Option(help="The data set whose cost is reckoned.  [default: photographs, a million images]")
