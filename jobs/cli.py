@@ -484,13 +484,28 @@ def show(
     output: Existing,
     key: Annotated[str, typer.Argument(help="The record's key, as in the column `key`.")],
     picture: Annotated[Path | None, typer.Option(help="PNG file to write.  [default: named after the key]")] = None,
+    blocks: Annotated[bool, typer.Option("--blocks", help="Of sise: draw the block maps and how they fuse.")] = False,
+    explainers: Annotated[
+        str | None, typer.Option(help="Draw maps by these explainers too, made now: names joined by commas.")
+    ] = None,
+    beside: Annotated[
+        list[str] | None, typer.Option(help="Draw the map of another output of the same data too; repeatable.")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="The weights file again, if the model came from one.")] = None,
     endpoint_url: Endpoint = None,
 ) -> None:
-    """Show one record: its facts, and a picture of image, overlay and map for every target."""
-    from jobs.show import render_record
+    """Show one record: its facts, and a picture of image, overlay and map for every target.
+
+    With --blocks, --explainers or --beside the picture is a sheet of captioned overlays instead.
+    """
+    from jobs.results import Output
+    from jobs.show import Wanted, render_record
 
     store, made = _existing(output, endpoint_url)
-    facts, written = render_record(store, made, key, endpoint_url, picture)
+    others = tuple(Output(name, *_existing(name, endpoint_url)) for name in beside or ())
+    wanted = Wanted(blocks, explainers, others, weights)
+    with console.status("drawing"):
+        facts, written = render_record(Output(output, store, made), key, endpoint_url, picture, wanted)
     console.print(facts)
     for path in written:
         console.print(f"picture: {tables.printable(path)}")

@@ -162,11 +162,20 @@ def refuse_drift(ours: Mapping[str, Any], theirs: Mapping[str, Any], what: str) 
 
 def settle_model(store: ObjectStore, facts: ModelFacts) -> None:
     """Writes what the model is, once; raises DriftError where the output was begun with another one."""
-    body = json.loads(json.dumps(asdict(facts)))
     try:
-        store.create(MODEL_KEY, _json_bytes(body))
+        store.create(MODEL_KEY, _json_bytes(_plain(facts)))
     except AlreadyExistsError:
-        refuse_drift(body, json.loads(store.read(MODEL_KEY)), "model")
+        refuse_other_model(store, facts)
+
+
+def refuse_other_model(store: ObjectStore, facts: ModelFacts) -> None:
+    """Raises DriftError where the output was begun with another model, and MissingError where with none."""
+    refuse_drift(_plain(facts), json.loads(store.read(MODEL_KEY)), "model")
+
+
+def _plain(facts: ModelFacts) -> Mapping[str, Any]:
+    """As it is read back."""
+    return json.loads(json.dumps(asdict(facts)))
 
 
 def load_plan(store: ObjectStore) -> Plan | None:

@@ -26,7 +26,7 @@ Value = tuple[int, str, str]
 """Target, metric and protocol of a value."""
 
 COLUMNS = [
-    *("key", "shard", "shard_index", "status", "sha256", "width", "height", "label", "label_name", "is_flat"),
+    *("key", "shard", "shard_index", "status", "sha256", "width", "height", "label", "label_name"),
     *("target_index", "target_name", "target_rank", "score", "map", "explainer", "parameters", "metrics"),
 ]
 
@@ -149,10 +149,11 @@ class Overlaps:
         self.ranges: dict[str, list[tuple[int, int, int]]] = {}
         for unit in plan.units:
             start, stop = _range(unit)
+            own = (stop, start, unit.ordinal)
             for info in unit.objects:
-                self.ranges.setdefault(info.key, []).append((stop, start, unit.ordinal))
-        for own in self.ranges.values():
-            own.sort()
+                self.ranges.setdefault(info.key, []).append(own)
+        for every in self.ranges.values():
+            every.sort()
         self.units = plan.units
 
     def of(self, unit: Unit) -> list[Unit]:

@@ -18,19 +18,19 @@ Place = tuple[str, int]
 
 
 class Worst:
-    """The rows to be shown: those that regressed and look elsewhere, or where there is none the greatest shifts."""
+    """The rows to be shown: those that regressed and look elsewhere, or where there is none the least alike."""
 
     def __init__(self) -> None:
         self.rows: list[Mapping[str, Any]] = []
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Of the columns of `DIFFERENCE`; keeps the first `NUM_SHOWN` in order."""
-        able = [row for row in rows if row["moved"] is not None]
+        able = [row for row in rows if row["spearman"] is not None]
         self.rows = heapq.nlargest(NUM_SHOWN, [*self.rows, *able], key=_strength)
 
     @property
     def chosen(self) -> list[Mapping[str, Any]]:
-        """The most moved first."""
+        """The least alike first."""
         flagged = [row for row in self.rows if row["regressed_and_looks_elsewhere"]]
         return flagged or self.rows
 
@@ -38,13 +38,13 @@ class Worst:
     def title(self) -> str:
         """What they are."""
         if any(row["regressed_and_looks_elsewhere"] for row in self.rows):
-            return "regressed and looks elsewhere, the most moved first"
-        return "the maps that moved most; none regressed and looks elsewhere"
+            return "regressed and looks elsewhere, the least alike first"
+        return "the least alike maps; none regressed and looks elsewhere"
 
 
 def _strength(row: Mapping[str, Any]) -> tuple[bool, float, str, int]:
     """Ties by name, so that the sheet is the same each time."""
-    return row["regressed_and_looks_elsewhere"], row["moved"], row["key"], row["target_index"]
+    return row["regressed_and_looks_elsewhere"], -row["spearman"], row["key"], row["target_index"]
 
 
 def contact_sheet_of(a: Output, b: Output, endpoint_url: str | None, worst: Worst) -> bytes | None:
@@ -81,7 +81,7 @@ def _rows(output: Output, places: Collection[Place]) -> dict[Place, dict[str, An
 
 def _tiles(row: Mapping[str, Any], a: Shown, b: Shown) -> list[Tile]:
     label = f"label {row['label_name']}; " if row["label_name"] is not None else ""
-    facts = f"{label}moved {row['moved']:.2f}, spearman {row['spearman']:.2f}"
+    facts = f"{label}spearman {row['spearman']:.2f}, moved {row['moved']:.2f}"
     return [
         Tile(a.pixels, f"{row['key']}\n{facts}"),
         Tile(overlay(a.pixels, a.saliency_hw), f"A: {row['target_name']}\n{_standing(row, 'a')}"),

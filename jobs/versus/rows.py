@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from engine.fusion import Map
 from engine.metrics.complexity import effective_area
+from engine.metrics.metric import is_flat
 from engine.metrics.shift import focus_shift, moved
 from engine.metrics.similarity import iou_of_tops, pearson, spearman, ssim
 from jobs.versus.joining import Pair, Row
@@ -37,7 +38,7 @@ JUDGEMENTS = {
     "regressed": f"judged by label: A is right and B is wrong; by score: it fell by {SCORE_FELL} or more, or A's "
     f"prediction has place {RANK_FELL} or worse, from 0, under B",
     "improved": "the reverse",
-    "looks_elsewhere": "`moved` is beyond what is usual for rows that neither regressed nor improved; null: a flat map",
+    "looks_elsewhere": "`spearman` is unusually low, by the rule that stands in `summary.json`; null: a flat map",
     "regressed_and_looks_elsewhere": "both; null: a flat map",
 }
 
@@ -114,9 +115,9 @@ def _fell(before: Row, after: Row, was_right: bool | None, is_right: bool | None
 def map_measures(a: Row, b: Row, resize: str) -> dict[str, float | None]:
     """How the two maps differ, by name; B's is brought to A's size. None for all where either map is flat."""
     names = ("pearson", "spearman", "ssim", "iou", "moved", "focus_shift", "area_change")
-    if a["is_flat"] or b["is_flat"]:
-        return dict.fromkeys(names)
     levels, other_levels = _levels(a, b)
+    if is_flat(levels) or is_flat(other_levels):
+        return dict.fromkeys(names)
     one, other = (own.astype(np.float64) / LEVELS for own in (levels, other_levels))
     seen = (a["height"], a["width"]) if resize == "squash" else (1, 1)  # a crop is square
     values = (

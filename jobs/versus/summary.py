@@ -12,7 +12,7 @@ import numpy as np
 from jobs.bootstrap import MethodEstimate, MetricSums, estimate, gap, key_hashes
 from jobs.versus.joining import Tally
 from jobs.versus.rows import JUDGEMENTS, MEASURES
-from jobs.versus.usual import LEAST_STAYED, USUAL_SHARE, Usual
+from jobs.versus.usual import Usual
 
 AMONG = ("elsewhere_of_regressed", "elsewhere_of_others")
 COLUMNS = (*MEASURES, *JUDGEMENTS, *AMONG)
@@ -31,7 +31,7 @@ class Sums:
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Some rows in the columns of `DIFFERENCE`, with all rows of their records in order."""
         self.num_rows += len(rows)
-        self.num_flat += sum(row["moved"] is None for row in rows)
+        self.num_flat += sum(row["spearman"] is None for row in rows)
         for _, own in groupby(rows, key=itemgetter("key")):
             first = next(own)
             self.confusion[first["is_right_a"], first["is_right_b"]] += 1
@@ -72,9 +72,7 @@ def summary(tally: Tally, usual: Usual, sums: Sums) -> dict[str, Any]:
         "looks_elsewhere": {
             "threshold": usual.threshold,
             "rows_that_stayed": usual.num_stayed,
-            "rule": f"moved above the {USUAL_SHARE:.0%} quantile of the rows that neither regressed nor improved"
-            if usual.num_stayed >= LEAST_STAYED
-            else f"moved above {usual.threshold:g}: fewer than {LEAST_STAYED} rows neither regressed nor improved",
+            "rule": usual.rule,
         },
         "meanings": {**MEASURES, **JUDGEMENTS},
     }

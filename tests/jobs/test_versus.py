@@ -254,6 +254,9 @@ def test_a_flat_map_is_compared_with_nothing():
     assert row["looks_elsewhere"] is None
     assert row["regressed_and_looks_elsewhere"] is None
     assert row["score_change"] == 0
+    speck = np.zeros((448, 448))
+    speck[0, 0] = 1  # of which nothing is left at A's size
+    assert set(map_measures(row_of("k", blob(0.5, 0.5)), row_of("k", speck), "squash").values()) == {None}
 
 
 @pytest.mark.parametrize(
@@ -303,30 +306,39 @@ def test_right_is_told_by_any_row_that_tells_the_prediction(data, tmp_path):
 # ---------------------------------------------------------------- usual
 
 
-def rows_that_moved(moves, **more):
-    return [{"moved": moved, "regressed": False, "improved": False, **more} for moved in moves]
+def rows_as_alike(values, **more):
+    return [{"spearman": value, "regressed": False, "improved": False, **more} for value in values]
 
 
 def test_what_is_usual_is_the_quantile_of_the_rows_that_stayed():
-    moves = np.random.default_rng(0).random(3000) * 0.6
+    alike = np.random.default_rng(0).random(3000) * 1.4 - 0.6
     usual = Usual()
-    for part in np.split(moves, 10):
-        usual.add(rows_that_moved(part))
-        usual.add(rows_that_moved([0.99] * 30, regressed=True))
-        usual.add(rows_that_moved([0.99] * 30, improved=True))
-        usual.add(rows_that_moved([None]))
+    for part in np.split(alike, 10):
+        usual.add(rows_as_alike(part))
+        usual.add(rows_as_alike([-0.99] * 30, regressed=True))
+        usual.add(rows_as_alike([-0.99] * 30, improved=True))
+        usual.add(rows_as_alike([None]))
     assert usual.num_stayed == 3000
-    assert usual.threshold == pytest.approx(np.quantile(moves, 0.95), abs=0.002)
-    flagged = [judged(row, usual.threshold)["looks_elsewhere"] for row in rows_that_moved(moves)]
+    assert usual.threshold == pytest.approx(np.quantile(alike, 0.05), abs=0.002)
+    flagged = [judged(row, usual.threshold)["looks_elsewhere"] for row in rows_as_alike(alike)]
     assert 0.045 < np.mean(flagged) <= 0.05
 
 
 def test_few_rows_and_models_that_hardly_differ_have_a_threshold_of_their_own():
-    few, close = Usual(), Usual()
-    few.add(rows_that_moved([0.9] * (LEAST_STAYED - 1)))
-    close.add(rows_that_moved(np.linspace(0, 0.01, 100)))
-    assert few.threshold == 0.5
-    assert close.threshold == 0.1
+    few, close, same = Usual(), Usual(), Usual()
+    few.add(rows_as_alike([-0.9] * (LEAST_STAYED - 1)))
+    close.add(rows_as_alike(np.linspace(0.9, 1, 100)))
+    same.add(rows_as_alike([1 + 1e-15] * 100))
+    assert few.threshold == 0.2
+    assert close.threshold == same.threshold == 0.5
+
+
+def test_a_map_that_draws_together_moves_and_does_not_look_elsewhere():
+    wide, narrow, away = (row_of("k", blob(*place)) for place in ((0.4, 0.4, 32, 0.3), (0.4, 0.4), (0.8, 0.8)))
+    sharper, other = (measured(pair_of(wide, one), "squash") for one in (narrow, away))
+    assert sharper["moved"] > 0.5
+    assert not judged(sharper, 0.5)["looks_elsewhere"]
+    assert judged(other, 0.2)["looks_elsewhere"]
 
 
 # ---------------------------------------------------------------- the whole
@@ -374,10 +386,10 @@ def test_planted_regressions_are_found(planted, tmp_path):
         assert pq.read_schema(file).equals(DIFFERENCE)
 
 
-def test_without_a_regression_the_sheet_shows_what_moved_most(planted, tmp_path):
+def test_without_a_regression_the_sheet_shows_what_is_least_alike(planted, tmp_path):
     a, _, _ = planted
     said = written(a, a, tmp_path / "same")
-    assert said["picture"].startswith("the maps that moved most")
+    assert said["picture"].startswith("the least alike maps")
     assert said["means"]["moved"]["mean"] == 0
     assert said["means"]["ssim"]["mean"] == pytest.approx(1)
     assert said["shares"]["looks_elsewhere"]["mean"] == 0
