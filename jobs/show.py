@@ -13,7 +13,7 @@ from engine.catalog import EXPLAINERS, SiseParameters
 from jobs.config import ConfigError
 from jobs.results import Output, Shown, images_of, refuse_other_inputs, rows_of, shown
 from jobs.tables import record_table
-from storage.pictures import Pixels, Tile, contact_sheet, overlay, resized, side_by_side
+from storage.pictures import Pixels, Tile, contact_sheet, one_line, overlay, resized, side_by_side
 from storage.schema import OK
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _sheets(
     for place, row in enumerate(rows):
         base = shown(output.plan, row, image, SHEET_SIDE)
         again = made[None][place] if wanted.blocks else None
-        tiles = [Tile(base.pixels, f"{key}\n{_label(row)}")]
+        tiles = [Tile(base.pixels, f"{one_line(key)}\n{_label(row)}")]
         if again is not None:
             tiles += _block_tiles(base.pixels, again, output.plan.identity["parameters"]["gate"])
         tiles.append(_stored_tile(base, row, output, again))
@@ -143,7 +143,7 @@ def _made_again(
 
 
 def _label(row: Row) -> str:
-    return "no label" if row["label_name"] is None else f"label {row['label_name']}"
+    return "no label" if row["label_name"] is None else f"label {one_line(row['label_name'])}"
 
 
 def _block_tiles(pixels: Pixels, again: "Explanation", gate: str) -> Iterator[Tile]:
@@ -171,7 +171,7 @@ def _over(pixels: Pixels, saliency_hw: "Map") -> Pixels:
 
 
 def _stored_tile(base: Shown, row: Row, output: Output, again: "Explanation | None") -> Tile:
-    said = f"{row['target_name']}, {row['score']:.3f}"
+    said = f"{one_line(row['target_name'])}, {row['score']:.3f}"
     if again is not None:
         from jobs.again import error_of
 
@@ -182,15 +182,15 @@ def _stored_tile(base: Shown, row: Row, output: Output, again: "Explanation | No
 
 def _made_tile(pixels: Pixels, name: str, made: "Explanation", row: Row) -> Tile:
     forwards = f"{made.num_forwards:,} masked forwards"
-    return Tile(_over(pixels, made.saliency_hw), f"{name}, made now\n{row['target_name']}, {forwards}")
+    return Tile(_over(pixels, made.saliency_hw), f"{name}, made now\n{one_line(row['target_name'])}, {forwards}")
 
 
 def _beside_tile(pixels: Pixels, output: Output, own: Row | None, row: Row, image: Pixels | None) -> Tile:
     head = f"{output.plan.identity['explainer']}, {output.plan.identity['model']}"
     if own is None:
-        return Tile(pixels, f"{output.name}\nholds no map of {row['target_name']}")
+        return Tile(pixels, f"{output.name}\nholds no map of {one_line(row['target_name'])}")
     other = shown(output.plan, own, image, SHEET_SIDE)
-    said = f"{own['target_name']}, {own['score']:.3f}; {head}"
+    said = f"{one_line(own['target_name'])}, {own['score']:.3f}; {head}"
     return Tile(overlay(other.pixels, other.saliency_hw), f"{output.name}\n{said}")
 
 

@@ -260,6 +260,7 @@ def difference_table(said: "Mapping[str, Any]", place: str) -> RenderableType:
     """What a difference says: how much two outputs share, who is right, how far maps moved, and what goes with it."""
     counts, shares, rule = said["counts"], said["shares"], said["looks_elsewhere"]
     rows = [
+        *((name.upper(), f"{said[name]['output']}: {said[name]['model']}, {said[name]['explainer']}") for name in "ab"),
         ("compared", f"{counts['records_compared']:,} records, {counts['rows']:,} rows"),
         *_left_out(counts, [said[name]["target"] for name in ("a", "b")]),
         ("A to B", ", ".join(f"{count:,} {name}" for name, count in said["confusion"].items() if count)),

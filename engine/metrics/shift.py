@@ -1,5 +1,6 @@
 """How far saliency moves from one map to another: the mass that lies elsewhere, and the way of its centre."""
 
+from functools import cache
 from math import hypot
 
 import numpy as np
@@ -20,6 +21,7 @@ def cell_shares(saliency_hw: Map) -> Map:
     return mass / mass.sum()
 
 
+@cache
 def _overlaps(length: int) -> Map:
     """The share of each pixel that lies in each cell, [CELLS, length]; every column sums to 1."""
     edges = np.linspace(0, length, CELLS + 1)[:, None]

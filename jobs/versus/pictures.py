@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from jobs.results import Output, Shown, images_of, rows_with, shown
-from storage.pictures import Pixels, Tile, contact_sheet, overlay
+from storage.pictures import Pixels, Tile, contact_sheet, one_line, overlay
 from storage.schema import OK
 
 NUM_SHOWN = 12
@@ -80,12 +80,13 @@ def _rows(output: Output, places: Collection[Place]) -> dict[Place, dict[str, An
 
 
 def _tiles(row: Mapping[str, Any], a: Shown, b: Shown) -> list[Tile]:
-    label = f"label {row['label_name']}; " if row["label_name"] is not None else ""
+    label = f"label {one_line(row['label_name'])}; " if row["label_name"] is not None else ""
     facts = f"{label}spearman {row['spearman']:.2f}, moved {row['moved']:.2f}"
+    target = one_line(row["target_name"])
     return [
-        Tile(a.pixels, f"{row['key']}\n{facts}"),
-        Tile(overlay(a.pixels, a.saliency_hw), f"A: {row['target_name']}\n{_standing(row, 'a')}"),
-        Tile(overlay(b.pixels, b.saliency_hw), f"B: {row['target_name']}\n{_standing(row, 'b')}"),
+        Tile(a.pixels, f"{one_line(row['key'])}\n{facts}"),
+        Tile(overlay(a.pixels, a.saliency_hw), f"A: {target}\n{_standing(row, 'a')}"),
+        Tile(overlay(b.pixels, b.saliency_hw), f"B: {target}\n{_standing(row, 'b')}"),
     ]
 
 

@@ -17,7 +17,7 @@ from jobs.results import Output, images_of, rows_of
 from jobs.show import Wanted, render_record
 from storage.local import LocalStore
 from storage.maps import decode_map
-from storage.pictures import Tile, contact_sheet, overlay
+from storage.pictures import Tile, contact_sheet, one_line, overlay
 from tests.jobs.jobs_of import blocksight, run_here
 from tests.jobs.tiny import MODEL, folder_of_images, make
 
@@ -240,6 +240,9 @@ def test_captions_are_cut_to_their_tiles():
         drawn = np.asarray(contact_sheet(tiles, 2).convert("L"))
         marks.append((drawn[18:] < 128).any(0))
     assert not marks[0][8 + 90 + 8 :].any()
+    assert one_line("a\nb\x1b\u202e") == "a?b??"
+    three = [Tile(hostile.pixels, "one\ntwo" + more) for more in ("", "\nthree")]
+    assert contact_sheet(three[:1], 1) == contact_sheet(three[1:], 1)
     assert marks[0][: 8 + 90].sum() > marks[1][: 8 + 90].sum()
 
 

@@ -32,7 +32,7 @@ from storage.schema import OK, REJECTED
 from storage.survey import Layout
 from tests.jobs.jobs_of import blocksight, config_of, run_here
 from tests.jobs.test_evaluate import evaluated
-from tests.jobs.tiny import CLASSES, folder_of_images, folder_of_tables, folder_of_tars
+from tests.jobs.tiny import CLASSES, folder_of_images, folder_of_sides, folder_of_tables, folder_of_tars
 
 QUIET = Console(quiet=True)
 
@@ -384,6 +384,27 @@ def test_planted_regressions_are_found(planted, tmp_path):
         assert picture.height == 9 * (240 + 48) + 8
     for file in (tmp_path / "d" / "data").iterdir():
         assert pq.read_schema(file).equals(DIFFERENCE)
+
+
+@pytest.mark.parametrize("explainer", ["gradcam", "sise"])
+def test_a_model_that_is_lured_away_regresses_and_looks_elsewhere(tmp_path, explainer):
+    data = folder_of_sides(tmp_path / "in", 32, marked=8)
+    for model in ("sided", "lured"):
+        run_here(data, tmp_path / model, model=f"tests.jobs.tiny:make_{model}", explainer=explainer, target="label")
+    outputs = [
+        Output(name, LocalStore(tmp_path / name), load_plan(LocalStore(tmp_path / name))) for name in ("sided", "lured")
+    ]
+    said = written(*outputs, tmp_path / "d")
+    rows = rows_in(tmp_path / "d")
+    lured = {key for key, _ in rows if int(key[4:7]) < 8}
+    assert len(rows) == 32
+    assert {key for (key, _), row in rows.items() if row["regressed_and_looks_elsewhere"]} == lured
+    assert {key for (key, _), row in rows.items() if row["looks_elsewhere"] or row["regressed"]} == lured
+    assert said["elsewhere_gap"]["mean"] == 1
+    if explainer == "gradcam":  # whose maps lie on the seen half alone
+        shifts = [row["focus_shift"] for (key, _), row in rows.items() if key in lured]
+        assert np.mean(shifts) == pytest.approx(0.5 / np.sqrt(2), abs=0.05)
+        assert min(row["moved"] for (key, _), row in rows.items() if key in lured) > 0.9
 
 
 def test_without_a_regression_the_sheet_shows_what_is_least_alike(planted, tmp_path):
