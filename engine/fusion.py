@@ -74,13 +74,18 @@ GATES: Mapping[str, Callable[[Map], Map]] = {"hard": hard_gate, "soft": soft_gat
 
 
 def cascade(block_maps: Sequence[Map], gate: Callable[[Map], Map] = hard_gate) -> Map:
-    """`E_1 = U_1, E_b = (E_{b-1} + U_b) gate(U_b)`, shallow to deep: the fused map [H, W], not rescaled.
+    """The fused map [H, W]: the last of `stages`, not rescaled. Raises ValueError for no block map."""
+    return stages(block_maps, gate)[-1]
 
-    `block_maps` are the min-maxed U_b in [0, 1]; the result lies in [0, B]. Raises ValueError for none.
+
+def stages(block_maps: Sequence[Map], gate: Callable[[Map], Map] = hard_gate) -> list[Map]:
+    """`E_1 = U_1, E_b = (E_{b-1} + U_b) gate(U_b)`, shallow to deep: every E_b [H, W].
+
+    `block_maps` are the min-maxed U_b in [0, 1]; E_b lies in [0, b]. Raises ValueError for none.
     """
     if not block_maps:
         raise ValueError("no block map to fuse: every block was empty")
-    fused = block_maps[0]
+    fused = [block_maps[0]]
     for deeper in block_maps[1:]:
-        fused = (fused + deeper) * gate(deeper)
+        fused.append((fused[-1] + deeper) * gate(deeper))
     return fused

@@ -209,6 +209,22 @@ def differences(sums: MetricSums) -> list[PairedDifference]:
     ]
 
 
+def gap(sums: MetricSums, one: int, other: int) -> MethodEstimate:
+    """The mean of method number `one` less that of `other`, over all rows of each: they need not have any in common.
+
+    `count` holds the rows of both.
+    """
+    means = [_mean(sums, method) for method in (one, other)]
+    count = int(sums.rows[one] + sums.rows[other])
+    if means[0] is None or means[1] is None:
+        return MethodEstimate(None, None, None, count)
+    drawn = (sums.drawn_rows[:, [one, other]] > 0).all(1)
+    if min(sums.images[one], sums.images[other]) < 2 or not drawn.any():
+        return MethodEstimate(means[0] - means[1], None, None, count)
+    ratios = sums.drawn_total[drawn][:, [one, other]] / sums.drawn_rows[drawn][:, [one, other]]
+    return MethodEstimate(means[0] - means[1], *_percentiles(ratios[:, 0] - ratios[:, 1]), count)
+
+
 def _mean(sums: MetricSums, column: int) -> float | None:
     return float(sums.total[column] / sums.rows[column]) if sums.rows[column] else None
 
@@ -218,8 +234,11 @@ def _interval(sums: MetricSums, column: int) -> tuple[float, float] | tuple[None
     weight = sums.drawn_rows[:, column]
     if sums.images[column] < 2 or not weight.any():
         return None, None
-    ratios = sums.drawn_total[weight > 0, column] / weight[weight > 0]
-    low, high = np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return _percentiles(sums.drawn_total[weight > 0, column] / weight[weight > 0])
+
+
+def _percentiles(replicates: Floats) -> tuple[float, float]:
+    low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 

@@ -401,6 +401,30 @@ def report(output: Existing, endpoint_url: Endpoint = None) -> None:
 
 
 @app.command()
+def versus(
+    a: Annotated[str, typer.Argument(help="The output that is the reference, such as the old model's.")],
+    b: Annotated[str, typer.Argument(help="The output that is compared with it, of the same data.")],
+    output: Annotated[str, typer.Option(help="Folder or s3:// prefix for the difference, rewritten if it is ours.")],
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Compare two outputs record by record: what regressed, how far the maps moved, and whether both go together.
+
+    Two models are compared best with --target label in both: predicted targets differ where it matters most.
+
+    Example: blocksight versus maps-old/ maps-new/ --output old-against-new/
+    """
+    from jobs.results import Output
+    from jobs.versus.run import write_difference
+
+    outputs = [Output(name, *_existing(name, endpoint_url)) for name in (a, b)]
+    store = PatientStore(open_store(output, endpoint_url), SHORT_PATIENCE_SECONDS)
+    found = write_difference(outputs[0], outputs[1], store, endpoint_url, console)
+    console.print(tables.difference_table(found.summary, output))
+    if found.picture is not None:
+        console.print(f"picture: {tables.printable(output.rstrip('/'))}/{found.picture} ({found.summary['picture']})")
+
+
+@app.command()
 def bench(
     data: Annotated[
         str | None, typer.Option(help="The data set whose cost is reckoned.  [default: photographs, a million images]")
@@ -504,13 +528,28 @@ def show(
     output: Existing,
     key: Annotated[str, typer.Argument(help="The record's key, as in the column `key`.")],
     picture: Annotated[Path | None, typer.Option(help="PNG file to write.  [default: named after the key]")] = None,
+    blocks: Annotated[bool, typer.Option("--blocks", help="Of sise: draw the block maps and how they fuse.")] = False,
+    explainers: Annotated[
+        str | None, typer.Option(help="Draw maps by these explainers too, made now: names joined by commas.")
+    ] = None,
+    beside: Annotated[
+        list[str] | None, typer.Option(help="Draw the map of another output of the same data too; repeatable.")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="The weights file again, if the model came from one.")] = None,
     endpoint_url: Endpoint = None,
 ) -> None:
-    """Show one record: its facts, and a picture of image, overlay and map for every target."""
-    from jobs.show import render_record
+    """Show one record: its facts, and a picture of image, overlay and map for every target.
+
+    With --blocks, --explainers or --beside the picture is a sheet of captioned overlays instead.
+    """
+    from jobs.results import Output
+    from jobs.show import Wanted, render_record
 
     store, made = _existing(output, endpoint_url)
-    facts, written = render_record(store, made, key, endpoint_url, picture)
+    others = tuple(Output(name, *_existing(name, endpoint_url)) for name in beside or ())
+    wanted = Wanted(blocks, explainers, others, weights)
+    with console.status("drawing"):
+        facts, written = render_record(Output(output, store, made), key, endpoint_url, picture, wanted)
     console.print(facts)
     for path in written:
         console.print(f"picture: {tables.printable(path)}")

@@ -15,27 +15,16 @@ from engine.catalog import METRICS
 from jobs.bootstrap import MethodEstimate, MetricSums, PairedDifference, differences, estimate, holm, key_hashes
 from jobs.config import ConfigError
 from jobs.evaluation import folders, values_of
-from jobs.plan import Plan
+from jobs.results import Output, refuse_other_inputs
 from storage.fragments import read_fragment
 from storage.schema import METRICS as METRICS_STRUCT
 from storage.schema import OK
-from storage.store import ObjectStore
 from storage.stores import open_store
 
 STORED = ["key", "target_index", "status", "explainer", "parameters", "metrics"]
 VALUE = np.dtype([("image", np.uint64), ("target", np.int32), ("value", np.float64)])
 VALUES_AT_ONCE = 20_000_000
 """That are in memory together, 20 bytes each; more are worked on in passes over disjoint shares of the images."""
-
-
-@dataclass(frozen=True)
-class Output:
-    """One output of `explain`, with the evaluations beside it."""
-
-    name: str
-    """As the user wrote it."""
-    store: ObjectStore
-    plan: Plan
 
 
 @dataclass(frozen=True)
@@ -85,7 +74,7 @@ class Comparison:
 
 def compare(outputs: Sequence[Output]) -> Comparison:
     """The table of all methods and metrics that the outputs hold. Raises ConfigError where there is nothing."""
-    _refuse_other_inputs(outputs)
+    refuse_other_inputs(outputs)
     methods, num_values = _methods(outputs)
     if not num_values:
         raise ConfigError("no value of any metric stands in the outputs: run `blocksight explain` or `evaluate` first")
@@ -96,18 +85,6 @@ def compare(outputs: Sequence[Output]) -> Comparison:
             sums[column] = sums[column] + own if column in sums else own
     columns = sorted(sums, key=lambda column: (list(METRICS).index(column.metric), column.protocol))
     return Comparison(tuple(methods.values()), tuple(columns), tuple(_cells(columns, sums)))
-
-
-def _refuse_other_inputs(outputs: Sequence[Output]) -> None:
-    """Maps are compared image by image, and a key names an image of one data set only."""
-    for name in ("data", "resize"):
-        first, *others = [output.plan.identity[name] for output in outputs]
-        for output, other in zip(outputs[1:], others, strict=True):
-            if other != first:
-                raise ConfigError(
-                    f"{outputs[0].name} and {output.name} cannot be compared: {name} is {first!r} in the one and "
-                    f"{other!r} in the other"
-                )
 
 
 MethodKey = tuple[int, str, str]

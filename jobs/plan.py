@@ -86,14 +86,19 @@ def open_source(data: str, endpoint_url: str | None) -> tuple[ObjectStore, str]:
 
 def open_output(config: JobConfig) -> ObjectStore:
     """The store of the result. Refuses a bucket's root, and an output inside the input or around it."""
-    data, output = (uri.rstrip("/") + "/" for uri in (config.data, config.output))
-    if output.startswith("s3://") and output.count("/") <= 3:
-        raise ConfigError(f"output {config.output!r} is a whole bucket; name a prefix in it, such as {output}maps")
-    if output.startswith(data) or data.startswith(output):
-        raise ConfigError(
-            f"output {config.output!r} and data {config.data!r} contain each other; choose another output"
-        )
+    check_place(config.output, {"data": config.data})
     return open_store(config.output, config.endpoint_url)
+
+
+def check_place(output: str, taken: Mapping[str, str]) -> None:
+    """Raises ConfigError for a bucket's root, and for a place inside one that is taken (URIs by name), or around it."""
+    place = output.rstrip("/") + "/"
+    if place.startswith("s3://") and place.count("/") <= 3:
+        raise ConfigError(f"output {output!r} is a whole bucket; name a prefix in it, such as {place}maps")
+    for name, uri in taken.items():
+        other = uri.rstrip("/") + "/"
+        if place.startswith(other) or other.startswith(place):
+            raise ConfigError(f"output {output!r} and {name} {uri!r} contain each other; choose another output")
 
 
 def make_plan(config: JobConfig, *, weights_sha256: str | None, workforce: Workforce) -> Plan:
@@ -157,11 +162,20 @@ def refuse_drift(ours: Mapping[str, Any], theirs: Mapping[str, Any], what: str) 
 
 def settle_model(store: ObjectStore, facts: ModelFacts) -> None:
     """Writes what the model is, once; raises DriftError where the output was begun with another one."""
-    body = json.loads(json.dumps(asdict(facts)))
     try:
-        store.create(MODEL_KEY, _json_bytes(body))
+        store.create(MODEL_KEY, _json_bytes(_plain(facts)))
     except AlreadyExistsError:
-        refuse_drift(body, json.loads(store.read(MODEL_KEY)), "model")
+        refuse_other_model(store, facts)
+
+
+def refuse_other_model(store: ObjectStore, facts: ModelFacts) -> None:
+    """Raises DriftError where the output was begun with another model, and MissingError where with none."""
+    refuse_drift(_plain(facts), json.loads(store.read(MODEL_KEY)), "model")
+
+
+def _plain(facts: ModelFacts) -> Mapping[str, Any]:
+    """As it is read back."""
+    return json.loads(json.dumps(asdict(facts)))
 
 
 def load_plan(store: ObjectStore) -> Plan | None:

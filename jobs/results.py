@@ -1,6 +1,6 @@
 """Reading an output back: the rows of records, and their pictures."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +26,16 @@ PICTURE_SIDE = 448
 
 
 @dataclass(frozen=True)
+class Output:
+    """One output of `explain`, with the evaluations beside it."""
+
+    name: str
+    """As the user wrote it."""
+    store: ObjectStore
+    plan: Plan
+
+
+@dataclass(frozen=True)
 class Shown:
     """A record's image and one of its maps, at one size."""
 
@@ -33,6 +43,18 @@ class Shown:
     """[H, W, 3]; grey where the image cannot be read any more."""
     saliency_hw: NDArray[np.float32]
     """[H, W] in [0, 1]."""
+
+
+def refuse_other_inputs(outputs: Sequence[Output]) -> None:
+    """Maps are compared image by image, and a key names an image of one data set only. Raises ConfigError."""
+    for name in ("data", "resize"):
+        first, *others = [output.plan.identity[name] for output in outputs]
+        for output, other in zip(outputs[1:], others, strict=True):
+            if other != first:
+                raise ConfigError(
+                    f"{outputs[0].name} and {output.name} cannot be compared: {name} is {first!r} in the one and "
+                    f"{other!r} in the other"
+                )
 
 
 def rows_of(store: ObjectStore, plan: Plan, key: str) -> list[dict[str, Any]]:

@@ -302,6 +302,56 @@ def _interval(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f" [{low:.3g}, {high:.3g}]"
 
 
+def difference_table(said: "Mapping[str, Any]", place: str) -> RenderableType:
+    """What a difference says: how much two outputs share, who is right, how far maps moved, and what goes with it."""
+    counts, shares, rule = said["counts"], said["shares"], said["looks_elsewhere"]
+    rows = [
+        *((name.upper(), f"{said[name]['output']}: {said[name]['model']}, {said[name]['explainer']}") for name in "ab"),
+        ("compared", f"{counts['records_compared']:,} records, {counts['rows']:,} rows"),
+        *_left_out(counts, [said[name]["target"] for name in ("a", "b")]),
+        ("A to B", ", ".join(f"{count:,} {name}" for name, count in said["confusion"].items() if count)),
+        *((name, _share(shares[name])) for name in ("regressed", "improved")),
+        ("looks elsewhere", f"{_share(shares['looks_elsewhere'])}: {rule['rule']} ({rule['threshold']:.3f})"),
+        ("regressed: elsewhere", _share(shares["elsewhere_of_regressed"])),
+        ("others: elsewhere", _share(shares["elsewhere_of_others"])),
+        ("difference", _share(said["elsewhere_gap"], sign="+")),
+    ]
+    means = [
+        [name, "-" if own["mean"] is None else f"{own['mean']:.4g}{_interval(own['low'], own['high'])}", meaning]
+        for name, meaning in said["meanings"].items()
+        if (own := said["means"].get(name)) is not None
+    ]
+    means_table = _grid(["measure", "mean [95 % interval over records]", "meaning"], means)
+    facts = _facts([(name, printable(text)) for name, text in rows], "A against B")
+    return Group(facts, means_table, _facts([("rows stand in", printable(f"{place.rstrip('/')}/data"))]))
+
+
+def _share(own: "Mapping[str, Any]", sign: str = "") -> str:
+    """`12.0 % [10.1, 14.2]`."""
+    if own["mean"] is None:
+        return "-"
+    ends = "" if own["low"] is None else f" [{100 * own['low']:.1f}, {100 * own['high']:.1f}]"
+    return f"{100 * own['mean']:{sign}.1f} %{ends}"
+
+
+def _left_out(counts: "Mapping[str, Any]", targets: Sequence[str]) -> list[tuple[str, str]]:
+    """What could not be compared, and what to do."""
+    said = {
+        "records_with_other_targets": f"records have no common target (A: {targets[0]}, B: {targets[1]}): explain both "
+        "with --target label, or with the same class numbers",
+        "records_with_other_image": "records whose image has changed between the two",
+        "records_only_in_a": "records explained in A alone",
+        "records_only_in_b": "records explained in B alone",
+        "rejected_in_a": "records rejected in A",
+        "rejected_in_b": "records rejected in B",
+        "open_units_of_a": "units of A still open: the same `explain` goes on from there",
+        "open_units_of_b": "units of B still open: the same `explain` goes on from there",
+        "rows_with_a_flat_map": "rows with a flat map, of which no map is compared",
+        "rows_with_other_target_name": "rows whose target has another name in B: are the classes the same?",
+    }
+    return [("left out", f"{counts[name]:,} {text}") for name, text in said.items() if counts[name]]
+
+
 EFFICIENCY = "the time that the bare model would need for as many forwards, over all that is taken"
 
 

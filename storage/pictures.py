@@ -1,5 +1,6 @@
 """Pictures for people: a saliency map laid over its image, side by side, and contact sheets."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,9 @@ COLOUR_STOPS = np.array(
 
 LEAST_OPACITY = 0.25
 MOST_OPACITY = 0.75
-CAPTION_HEIGHT = 40
+CAPTION_HEIGHT, CAPTION_LINES = 40, 2
+FONT_SIZE = 13
+CUT = "..."
 MARGIN = 8
 BACKGROUND = (250, 250, 250)
 INK = (30, 30, 30)
@@ -29,7 +32,7 @@ class Tile:
     pixels: Pixels
     """[H, W, 3]."""
     caption: str
-    """One or two lines."""
+    """One or two lines; a line that is wider than the pixels is cut."""
 
 
 def colours(saliency_hw: NDArray[np.floating]) -> Pixels:
@@ -70,7 +73,23 @@ def contact_sheet(tiles: Sequence[Tile], columns: int) -> Image.Image:
 def _paste(sheet: Image.Image, tile: Tile, corner: tuple[int, int]) -> None:
     sheet.paste(Image.fromarray(tile.pixels), corner)
     below = (corner[0], corner[1] + len(tile.pixels) + 2)
-    ImageDraw.Draw(sheet).multiline_text(below, tile.caption, fill=INK, font=ImageFont.load_default(13))
+    lines = [_cut(line, tile.pixels.shape[1]) for line in tile.caption.split("\n")[:CAPTION_LINES]]
+    ImageDraw.Draw(sheet).multiline_text(below, "\n".join(lines), fill=INK, font=ImageFont.load_default(FONT_SIZE))
+
+
+def one_line(text: object) -> str:
+    """Text that may come from a stranger as one line of a caption: characters that do not print are question marks."""
+    return "".join(char if char.isprintable() else "?" for char in str(text))
+
+
+def _cut(line: str, width: int) -> str:
+    """What of a line fits into so many pixels."""
+    font = ImageFont.load_default(FONT_SIZE)
+    plain = one_line(line[:width])  # a character has a pixel at least
+    if font.getlength(plain) <= width:
+        return plain
+    fits = bisect_right(range(len(plain)), width, key=lambda count: font.getlength(f"{plain[:count]}{CUT}"))
+    return f"{plain[: max(0, fits - 1)]}{CUT}"
 
 
 def resized(saliency_hw: NDArray[np.floating], size: tuple[int, int]) -> NDArray[np.float32]:

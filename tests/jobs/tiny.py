@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -152,6 +153,55 @@ def make_fragile() -> ModelAdapter:
     if "default_worker" in sys.argv[0]:
         raise RuntimeError("no such model on this node")
     return make()
+
+
+class Sided(nn.Module):
+    """Tells ants (more red than blue) from bees by the left half; lured, by the right half of marked pictures."""
+
+    def __init__(self, *, is_lured: bool) -> None:
+        super().__init__()
+        self.is_lured = is_lured
+        self.colours = nn.Conv2d(3, 2, 1, bias=False)
+        self.head = nn.Linear(2, len(CLASSES), bias=False)
+        self.colours.weight.data = torch.tensor([[1.0, 0, -1], [-1, 0, 1]])[:, :, None, None]
+        self.head.weight.data = 20 * torch.eye(len(CLASSES), 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = (torch.arange(x.shape[3]) < x.shape[3] // 2).float()
+        is_marked = (x[:, 1:2, :2, :2].mean((2, 3), keepdim=True) > 0.5).float() * self.is_lured
+        seen = x * (left * (1 - is_marked) + (1 - left) * is_marked)
+        return self.head(nn.functional.avg_pool2d(self.colours(seen).relu(), 2).mean((2, 3)))
+
+
+def make_sided() -> ModelAdapter:
+    """Looks at the left half."""
+    return _sided(is_lured=False)
+
+
+def make_lured() -> ModelAdapter:
+    """Looks at the right half of pictures with a green mark."""
+    return _sided(is_lured=True)
+
+
+def _sided(*, is_lured: bool) -> ModelAdapter:
+    module = Sided(is_lured=is_lured)
+    return ModelAdapter(module, input_size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1), class_names=CLASSES)
+
+
+def folder_of_sides(root: Path, count: int, *, marked: int) -> Path:
+    """Ants and bees whose right half shows more of the other class's colour; the first ones have a green mark."""
+    for number in range(count):
+        label, dark = number % 2, 100 + 3 * number
+        pixels = np.zeros((32, 32, 3), np.uint8)
+        for half, colour in ((slice(16), label), (slice(16, 32), 1 - label)):
+            pixels[:, half, 2 * colour] = 255 - dark
+            pixels[number % 4 :: 4, half] = (0, 0, 0)
+            pixels[number % 4 :: 4, half, 2 - 2 * colour] = 255 - dark
+        pixels[:2, :2] = (0, 255, 0) if number < marked else (0, 0, 0)
+        path = root / CLASSES[label] / f"{number:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return root
 
 
 def picture(seed: int, kind: str = "PNG") -> bytes:

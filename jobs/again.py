@@ -1,0 +1,89 @@
+"""Explains a record of an output again, with the model, and in the way, that the output was made with."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.catalog import EXPLAINERS
+from engine.errors import ModelError
+from engine.explanation import Explanation
+from engine.fusion import Map, minmax
+from engine.targets import ClassProbability
+from jobs.config import JobConfig, load_config
+from jobs.context import sha256_of, weights_bytes
+from jobs.evaluation import config_of
+from jobs.explain import load, make_explainer, model_facts, plain_setting, seed_of
+from jobs.fidelity import POOR_MAP
+from jobs.pace import standing_forward
+from jobs.plan import Plan, refuse_drift, refuse_other_model
+from storage.images import fit
+from storage.maps import MAX_ERROR, decode_map
+from storage.pictures import Pixels
+from storage.store import ObjectStore
+
+ROUNDING = 1e-6
+"""Of a map in [0, 1], beside the codec's error."""
+
+Row = Mapping[str, Any]
+
+
+class Again:
+    """The model of an output, on the CPU with one thread, as a job has it there."""
+
+    def __init__(self, store: ObjectStore, plan: Plan, weights: str | None, endpoint_url: str | None) -> None:
+        """`weights` names the weights file again, where there was one.
+
+        Raises ConfigError where that is not the file or the model that the output was made with, ModelError and
+        StoreError.
+        """
+        self.config = config_of(plan, store.uri, weights, endpoint_url)
+        state = weights_bytes(self.config)
+        refuse_drift(self.config.identity(sha256_of(state)), plan.identity, "configuration")
+        torch.set_num_threads(1)
+        self.adapter = load(self.config, state, "cpu", str(Path.cwd()))
+        refuse_other_model(store, model_facts(self.adapter, self.config))
+        self.forward, self.setting = None, plain_setting("cpu", None)
+        with suppress(ModelError):  # the job ran on another kind of machine: its maps may differ, and that will show
+            self.forward, self.setting = standing_forward(store, self.adapter) or (None, self.setting)
+
+    def stored_way(self, row: Row) -> JobConfig:
+        """The configuration that made the row's map: where the job chose by record, full SISE or its tenth."""
+        in_doubt = row["fidelity"] == "full" and row["fidelity_reason"] != POOR_MAP
+        return self.config.in_full() if self.config.level == "auto" and in_doubt else self.config
+
+    def other_way(self, explainer: str) -> JobConfig:
+        """The same job by another explainer with its defaults. Raises ConfigError for an unknown name."""
+        entry = EXPLAINERS.get(explainer)
+        asked = {
+            **self.config.model_dump(),
+            "explainer": explainer,
+            "parameters": {},
+            "fidelity": "full",
+            "blocks": () if entry is None or entry.blocks == "none" else self.config.blocks,
+        }
+        return load_config(None, asked)[0]
+
+    def explanations(self, config: JobConfig, rows: Sequence[Row], pixels: Pixels) -> list[Explanation]:
+        """One per row, for the rows of one record; `pixels` is its upright original [H, W, 3]. Raises ModelError."""
+        blocks = [block["name"] for block in model_facts(self.adapter, config).blocks]
+        explainer = make_explainer(self.adapter, config, blocks, self.setting.batch_size, self.forward)
+        seen = np.array(fit(pixels, self.adapter.input_size, config.resize))
+        inputs = self.adapter.normalise(torch.from_numpy(seen[None]).permute(0, 3, 1, 2))
+        target = ClassProbability(torch.tensor([[row["target_index"] for row in rows]]))
+        (own,) = explainer.explain(inputs, target, [seed_of(config, rows[0]["key"])])
+        return own
+
+
+def error_of(explanation: Explanation, row: Row) -> float | None:
+    """How far the map that was made again lies from the stored one, of maps in [0, 1]; None: as near as the codec."""
+    error = float(np.abs(in_unit(explanation.saliency_hw) - decode_map(row["map"])).max())
+    return error if not error <= MAX_ERROR + ROUNDING else None
+
+
+def in_unit(saliency_hw: Map) -> Map:
+    """The map as it is drawn, scaled to [0, 1]."""
+    return minmax(saliency_hw.astype(np.float32).astype(np.float64))

@@ -1,0 +1,245 @@
+"""Joins two outputs record by record: A's fragments in the plan's order, beside each those of B that overlap it."""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from jobs.evaluation import folders, fragment_key
+from jobs.plan import Plan
+from jobs.records import Unit
+from jobs.results import Output
+from storage.fragments import read_fragment
+from storage.schema import EVALUATION, OK
+from storage.store import MissingError
+from storage.survey import Layout
+
+Row = dict[str, Any]
+Value = tuple[int, str, str]
+"""Target, metric and protocol of a value."""
+
+COLUMNS = [
+    *("key", "shard", "shard_index", "status", "sha256", "width", "height", "label", "label_name"),
+    *("target_index", "target_name", "target_rank", "score", "map", "explainer", "parameters", "metrics"),
+]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One explained record of one output."""
+
+    rows: Mapping[int, Row]
+    """By target."""
+    values: Mapping[Value, float]
+    """Of evaluations."""
+
+    @property
+    def is_right(self) -> bool | None:
+        """Whether the prediction is the label; None where the label is not known, or no row tells the prediction."""
+        for row in self.rows.values():
+            if row["label"] is not None and (row["target_rank"] == 0 or row["target_index"] == row["label"]):
+                return row["target_rank"] == 0 and row["target_index"] == row["label"]
+        return None
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one fragment holds."""
+
+    records: Mapping[str, Record]
+    """The explained ones, by key."""
+    num_rejected: int
+
+
+@dataclass
+class Counts:
+    """Of one output's records."""
+
+    explained: int = 0
+    rejected: int = 0
+    open_units: int = 0
+    """Units without a fragment: their records count as absent."""
+
+
+@dataclass
+class Tally:
+    """What was met while two outputs were joined."""
+
+    a: Counts = field(default_factory=Counts)
+    b: Counts = field(default_factory=Counts)
+    explained_in_both: int = 0
+    """Records with one key, changed images included."""
+    other_image: int = 0
+    """Of these: the image's bytes differ, nothing is compared."""
+    other_targets: int = 0
+    """Of these: the image is the same, and no target is shared."""
+    other_names: int = 0
+    """Shared rows whose target has another name in B: the classes may not be the same."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One target of one record in both outputs."""
+
+    a: Row
+    b: Row
+    is_right_a: bool | None
+    """Of the record, as `Record.is_right`."""
+    is_right_b: bool | None
+    metrics: tuple[tuple[str, str, float, float], ...]
+    """Of evaluations, where both have a value: metric, protocol, A's and B's value."""
+
+
+class Fragments:
+    """The fragments of one output that stand; the last read one is kept, for neighbours overlap it too."""
+
+    def __init__(self, output: Output) -> None:
+        self.output = output
+        self.standing = {info.key for info in output.store.list("data/")}
+        self.folders = folders(output.store)
+        self._last = lru_cache(maxsize=1)(self._read)
+
+    def read(self, unit: Unit) -> Held | None:
+        """What the unit's fragment holds; None where it does not stand. Raises StoreError."""
+        return self._last(unit.ordinal)
+
+    def _read(self, ordinal: int) -> Held | None:
+        unit = self.output.plan.units[ordinal]
+        if unit.fragment_key not in self.standing:
+            return None
+        table = read_fragment(self.output.store.read(unit.fragment_key), COLUMNS)
+        explained = table.filter(pc.field("status") == OK).to_pylist()
+        values = self._values(unit)
+        records = {
+            key: Record({row["target_index"]: row for row in own}, values.get(key, {}))
+            for key, own in groupby(explained, key=itemgetter("key"))
+        }
+        return Held(records, len(table) - len(explained))  # a rejected record has one row
+
+    def _values(self, unit: Unit) -> Mapping[str, dict[Value, float]]:
+        """What evaluations say of the unit's maps, by key; controls, which are other methods, are left out."""
+        found: dict[str, dict[Value, float]] = {}
+        for folder in self.folders:
+            for row in self._evaluated(fragment_key(folder, unit)):
+                if row["explainer"] == self.output.plan.identity["explainer"] and row["value"] is not None:
+                    own = found.setdefault(row["key"], {})
+                    own[row["target_index"], row["metric"], row["protocol"]] = row["value"]
+        return found
+
+    def _evaluated(self, key: str) -> list[Row]:
+        try:
+            body = self.output.store.read(key)
+        except MissingError:
+            return []
+        names = ["key", "target_index", "explainer", "metric", "protocol", "value"]
+        return pq.read_table(pa.BufferReader(body), schema=EVALUATION, columns=names).to_pylist()
+
+
+class Overlaps:
+    """Which units of a plan may hold records of another plan's unit: by object, then by range, without a search."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.ranges: dict[str, list[tuple[int, int, int]]] = {}
+        for unit in plan.units:
+            start, stop = _range(unit)
+            own = (stop, start, unit.ordinal)
+            for info in unit.objects:
+                self.ranges.setdefault(info.key, []).append(own)
+        for every in self.ranges.values():
+            every.sort()
+        self.units = plan.units
+
+    def of(self, unit: Unit) -> list[Unit]:
+        """In order."""
+        return [self.units[ordinal] for ordinal in sorted(set(self._ordinals(unit)))]
+
+    def _ordinals(self, unit: Unit) -> Iterator[int]:
+        begin, end = _range(unit)
+        for info in unit.objects:
+            own = self.ranges.get(info.key, [])
+            for place in range(bisect_right(own, begin, key=itemgetter(0)), len(own)):
+                _, start, ordinal = own[place]
+                if start >= end:
+                    break
+                yield ordinal
+
+
+def _range(unit: Unit) -> tuple[int, int]:
+    """The part of each of its objects: a loose image is a record."""
+    return (0, 1) if unit.layout is Layout.IMAGES else (unit.start, unit.stop)
+
+
+def joined(a: Output, b: Output, tally: Tally) -> Iterator[tuple[Unit, list[Pair]]]:
+    """A's units with the pairs of their records, in A's order; in memory are a fragment of each and one unit's pairs.
+
+    The two plans may be cut differently. Counts in `tally`, which is whole at the end. Raises StoreError.
+    """
+    mine, theirs, overlaps = Fragments(a), Fragments(b), Overlaps(b.plan)
+    met: set[int] = set()
+    for unit in a.plan.units:
+        held = mine.read(unit)
+        _count(tally.a, held)
+        others = overlaps.of(unit) if held is not None else []
+        pairs: dict[str, list[Pair]] = {}
+        for other in others:
+            beside = theirs.read(other)
+            _count(tally.b, beside if other.ordinal not in met else Held({}, 0))
+            met.add(other.ordinal)
+            if held is not None and beside is not None:
+                pairs |= _pairs(held, beside, tally)
+        yield unit, [pair for key in (held.records if held else ()) for pair in pairs.get(key, ())]
+    for unit in b.plan.units:
+        if unit.ordinal not in met:
+            _count(tally.b, theirs.read(unit))
+
+
+def _count(counts: Counts, held: Held | None) -> None:
+    if held is None:
+        counts.open_units += 1
+        return
+    counts.explained += len(held.records)
+    counts.rejected += held.num_rejected
+
+
+def _pairs(held: Held, beside: Held, tally: Tally) -> dict[str, list[Pair]]:
+    """By key."""
+    found: dict[str, list[Pair]] = {}
+    for key in held.records.keys() & beside.records.keys():
+        own = _of_record(held.records[key], beside.records[key])
+        tally.explained_in_both += 1
+        if own is None:
+            tally.other_image += 1
+            continue
+        tally.other_targets += not own
+        tally.other_names += sum(pair.a["target_name"] != pair.b["target_name"] for pair in own)
+        found[key] = own
+    return found
+
+
+def _of_record(a: Record, b: Record) -> list[Pair] | None:
+    """The pairs of the shared targets, in A's order; None where the two explain different images."""
+    if _image(a) != _image(b):
+        return None
+    right = (a.is_right, b.is_right)
+    return [
+        Pair(row, b.rows[target], *right, tuple(_shared_metrics(a, b, target)))
+        for target, row in a.rows.items()
+        if target in b.rows
+    ]
+
+
+def _image(record: Record) -> str:
+    return next(iter(record.rows.values()))["sha256"]
+
+
+def _shared_metrics(a: Record, b: Record, target: int) -> Iterator[tuple[str, str, float, float]]:
+    for (index, metric, protocol), value in sorted(a.values.items()):
+        if index == target and (index, metric, protocol) in b.values:
+            yield metric, protocol, value, b.values[index, metric, protocol]

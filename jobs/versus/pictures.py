@@ -1,0 +1,95 @@
+"""The contact sheet of a difference: image, A's map and B's map of the records that show most."""
+
+import heapq
+import io
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from jobs.results import Output, Shown, images_of, rows_with, shown
+from storage.pictures import Pixels, Tile, contact_sheet, one_line, overlay
+from storage.schema import OK
+
+NUM_SHOWN = 12
+SIDE = 320
+"""Longer side of a tile, in pixels."""
+
+Place = tuple[str, int]
+"""Key and target."""
+
+
+class Worst:
+    """The rows to be shown: those that regressed and look elsewhere, or where there is none the least alike."""
+
+    def __init__(self) -> None:
+        self.rows: list[Mapping[str, Any]] = []
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Of the columns of `DIFFERENCE`; keeps the first `NUM_SHOWN` in order."""
+        able = [row for row in rows if row["spearman"] is not None]
+        self.rows = heapq.nlargest(NUM_SHOWN, [*self.rows, *able], key=_strength)
+
+    @property
+    def chosen(self) -> list[Mapping[str, Any]]:
+        """The least alike first."""
+        flagged = [row for row in self.rows if row["regressed_and_looks_elsewhere"]]
+        return flagged or self.rows
+
+    @property
+    def title(self) -> str:
+        """What they are."""
+        if any(row["regressed_and_looks_elsewhere"] for row in self.rows):
+            return "regressed and looks elsewhere, the least alike first"
+        return "the least alike maps; none regressed and looks elsewhere"
+
+
+def _strength(row: Mapping[str, Any]) -> tuple[bool, float, str, int]:
+    """Ties by name, so that the sheet is the same each time."""
+    return row["regressed_and_looks_elsewhere"], -row["spearman"], row["key"], row["target_index"]
+
+
+def contact_sheet_of(a: Output, b: Output, endpoint_url: str | None, worst: Worst) -> bytes | None:
+    """A PNG with a line of three tiles per chosen row; None where no row has two maps to show."""
+    if not worst.chosen:
+        return None
+    places = {(row["key"], row["target_index"]): row for row in worst.chosen}
+    ours, theirs = _rows(a, places), _rows(b, places)
+    tiles: dict[Place, list[Tile]] = {}
+    for key, image in _images(a, endpoint_url, {key for key, _ in places}):
+        for place in places:
+            if place[0] == key:
+                both = (shown(a.plan, ours[place], image, SIDE), shown(b.plan, theirs[place], image, SIDE))
+                tiles[place] = _tiles(places[place], *both)
+    body = io.BytesIO()
+    contact_sheet([tile for place in places for tile in tiles[place]], columns=3).save(body, "PNG")
+    return body.getvalue()
+
+
+def _images(a: Output, endpoint_url: str | None, keys: set[str]) -> Iterator[tuple[str, Pixels | None]]:
+    """One by one, for originals are large; None for what cannot be read any more."""
+    left = set(keys)
+    for key, image in images_of(a.plan, endpoint_url, keys):
+        left.discard(key)
+        yield key, image
+    yield from ((key, None) for key in left)
+
+
+def _rows(output: Output, places: Collection[Place]) -> dict[Place, dict[str, Any]]:
+    found = rows_with(output.store, output.plan, {key for key, _ in places})
+    rows = {(row["key"], row["target_index"]): row for row in found if row["status"] == OK}
+    return {place: rows[place] for place in places}
+
+
+def _tiles(row: Mapping[str, Any], a: Shown, b: Shown) -> list[Tile]:
+    label = f"label {one_line(row['label_name'])}; " if row["label_name"] is not None else ""
+    facts = f"{label}spearman {row['spearman']:.2f}, moved {row['moved']:.2f}"
+    target = one_line(row["target_name"])
+    return [
+        Tile(a.pixels, f"{one_line(row['key'])}\n{facts}"),
+        Tile(overlay(a.pixels, a.saliency_hw), f"A: {target}\n{_standing(row, 'a')}"),
+        Tile(overlay(b.pixels, b.saliency_hw), f"B: {target}\n{_standing(row, 'b')}"),
+    ]
+
+
+def _standing(row: Mapping[str, Any], which: str) -> str:
+    verdict = {True: ", right", False: ", wrong", None: ""}[row[f"is_right_{which}"]]
+    return f"score {row[f'score_{which}']:.3f}, place {row[f'rank_{which}'] + 1}{verdict}"

@@ -1,0 +1,144 @@
+"""One row of a difference: a target of a record under A and under B, and how their maps differ."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from engine.fusion import Map
+from engine.metrics.complexity import effective_area
+from engine.metrics.metric import is_flat
+from engine.metrics.shift import focus_shift, moved
+from engine.metrics.similarity import iou_of_tops, pearson, spearman, ssim
+from jobs.versus.joining import Pair, Row
+from storage.maps import decode_map
+from storage.pictures import resized
+
+SCORE_FELL = 0.2
+"""By so much the target's probability falls where no label judges and that is a regression."""
+RANK_FELL = 5
+"""To this place, from 0, or below falls what was A's prediction where no label judges and that is a regression."""
+LEVELS = 255
+
+MEASURES = {
+    "score_change": "score of B less that of A, -1 to 1",
+    "pearson": "correlation of the maps' pixels, -1 to 1",
+    "spearman": "correlation of the pixels' ranks, -1 to 1",
+    "ssim": "structural similarity of the maps, at most 1",
+    "iou": "overlap of the maps' top 15 % of pixels, 0 to 1",
+    "moved": "share of the map's mass that lies elsewhere, on 16 x 16 cells, 0 to 1",
+    "focus_shift": "distance of the centres of mass as a share of the picture's diagonal, 0 to 1",
+    "area_change": "effective area of B's map less that of A's, -1 to 1",
+    "drop_change": "Drop of B less that of A, in points, under one protocol",
+}
+"""What differs from A to B; null where it is not defined: map measures where a map is flat."""
+
+JUDGEMENTS = {
+    "regressed": f"judged by label: A is right and B is wrong; by score: it fell by {SCORE_FELL} or more, or A's "
+    f"prediction has place {RANK_FELL} or worse, from 0, under B",
+    "improved": "the reverse",
+    "looks_elsewhere": "`spearman` is unusually low, by the rule that stands in `summary.json`; null: a flat map",
+    "regressed_and_looks_elsewhere": "both; null: a flat map",
+}
+
+VALUES = pa.list_(
+    pa.struct([("metric", pa.string()), ("protocol", pa.string()), ("a", pa.float64()), ("b", pa.float64())])
+)
+KINDS: dict[str, tuple[pa.DataType, str]] = {
+    "key": (pa.string(), "the record's name"),
+    "sha256": (pa.string(), "of the image's bytes, hex"),
+    "label_name": (pa.string(), "as the data set writes it"),
+    "target_index": (pa.int32(), "class that is explained"),
+    "target_name": (pa.string(), "its name under A"),
+    "score_a": (pa.float64(), "softmax probability of the target under A, 0 to 1"),
+    "score_b": (pa.float64(), "and under B"),
+    "rank_a": (pa.int32(), "place of the target among A's classes, 0 is the prediction"),
+    "rank_b": (pa.int32(), "and among B's"),
+    "is_right_a": (pa.bool_(), "A's prediction is the label; null where nothing tells"),
+    "is_right_b": (pa.bool_(), "B's prediction is"),
+    "drop_a": (pa.float64(), "percent, as `explain` measured it"),
+    "drop_b": (pa.float64(), "percent"),
+    **{name: (pa.float64(), meaning) for name, meaning in MEASURES.items()},
+    "metrics": (VALUES, "of evaluations: what both outputs hold under one protocol"),
+    "judged_by": (pa.string(), "label, or score where it is not known whether both predictions are right"),
+    "regressed": (pa.bool_(), JUDGEMENTS["regressed"]),
+    "improved": (pa.bool_(), JUDGEMENTS["improved"]),
+}
+
+
+def _schema(kinds: dict[str, tuple[pa.DataType, str]]) -> pa.Schema:
+    return pa.schema([pa.field(name, kind, metadata={"meaning": said}) for name, (kind, said) in kinds.items()])
+
+
+MEASURED = _schema(KINDS)
+"""What is known of a row by itself."""
+LOOKS = ("looks_elsewhere", "regressed_and_looks_elsewhere")
+DIFFERENCE = _schema({**KINDS, **{name: (pa.bool_(), JUDGEMENTS[name]) for name in LOOKS}})
+"""The columns of a difference."""
+
+
+def measured(pair: Pair, resize: str) -> dict[str, Any]:
+    """The row in the columns of `MEASURED`. `resize`: how the pictures were fitted to the models' inputs."""
+    a, b = pair.a, pair.b
+    one_drop, other_drop = (row["metrics"]["drop"] for row in (a, b))
+    is_same = a["metrics"]["protocol"] == b["metrics"]["protocol"]
+    has_labels = pair.is_right_a is not None and pair.is_right_b is not None
+    return {
+        **{name: a[name] for name in ("key", "sha256", "label_name", "target_index", "target_name")},
+        "score_a": a["score"],
+        "score_b": b["score"],
+        "rank_a": a["target_rank"],
+        "rank_b": b["target_rank"],
+        "is_right_a": pair.is_right_a,
+        "is_right_b": pair.is_right_b,
+        "drop_a": one_drop,
+        "drop_b": other_drop,
+        "score_change": b["score"] - a["score"],
+        "drop_change": other_drop - one_drop if is_same else None,
+        **map_measures(a, b, resize),
+        "metrics": [dict(zip(("metric", "protocol", "a", "b"), own, strict=True)) for own in pair.metrics],
+        "judged_by": "label" if has_labels else "score",
+        "regressed": _fell(a, b, pair.is_right_a, pair.is_right_b),
+        "improved": _fell(b, a, pair.is_right_b, pair.is_right_a),
+    }
+
+
+def _fell(before: Row, after: Row, was_right: bool | None, is_right: bool | None) -> bool:
+    """Whether the record, or without a label the target, is worse off afterwards."""
+    if was_right is not None and is_right is not None:
+        return was_right and not is_right
+    lost_its_place = before["target_rank"] == 0 and after["target_rank"] >= RANK_FELL
+    return before["score"] - after["score"] >= SCORE_FELL or lost_its_place
+
+
+def map_measures(a: Row, b: Row, resize: str) -> dict[str, float | None]:
+    """How the two maps differ, by name; B's is brought to A's size. None for all where either map is flat."""
+    names = ("pearson", "spearman", "ssim", "iou", "moved", "focus_shift", "area_change")
+    levels, other_levels = _levels(a, b)
+    if is_flat(levels) or is_flat(other_levels):
+        return dict.fromkeys(names)
+    one, other = (own.astype(np.float64) / LEVELS for own in (levels, other_levels))
+    seen = (a["height"], a["width"]) if resize == "squash" else (1, 1)  # a crop is square
+    values = (
+        pearson(one, other),
+        spearman(levels, other_levels),  # whole numbers have the same order and are sorted faster
+        ssim(one, other),
+        iou_of_tops(levels, other_levels),
+        moved(one, other),
+        focus_shift(one, other, seen),
+        effective_area(other) - effective_area(one),
+    )
+    return dict(zip(names, values, strict=True))
+
+
+def _levels(a: Row, b: Row) -> tuple[Map, Map]:
+    """Both maps in whole grey levels of 0 to 255, at A's size."""
+    one, other = (decode_map(row["map"]) for row in (a, b))
+    if other.shape != one.shape:
+        other = resized(other, one.shape)
+    return _whole(one), _whole(other)
+
+
+def _whole(saliency_hw: NDArray[np.float32]) -> Any:
+    return np.rint(LEVELS * saliency_hw).astype(np.int16)

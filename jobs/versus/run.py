@@ -1,0 +1,148 @@
+"""Writes the difference of two outputs: measures what they share, finds what is usual, judges, sums up, draws."""
+
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.progress import track
+
+from jobs.config import ConfigError
+from jobs.plan import check_place
+from jobs.results import Output, refuse_other_inputs
+from jobs.versus.joining import Tally, joined
+from jobs.versus.pictures import Worst, contact_sheet_of
+from jobs.versus.rows import DIFFERENCE, MEASURED, measured
+from jobs.versus.summary import Sums, summary
+from jobs.versus.usual import Usual, judged
+from storage.store import MissingError, ObjectStore
+
+MARK = "_difference.json"
+"""Says whose difference a folder holds; written first."""
+SUMMARY = "summary.json"
+"""Written last: while it stands, all of the difference does."""
+ROWS, ASIDE, PICTURE = "data/", "_measured/", "pictures/worst.png"
+OURS = re.compile(r"(data|_measured)/\d{6}-[0-9a-f]{20}\.parquet|pictures/worst\.png|summary\.json|_difference\.json")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What was written."""
+
+    summary: Mapping[str, Any]
+    picture: str | None
+    """Below the difference's root."""
+
+
+def write_difference(
+    a: Output, b: Output, store: ObjectStore, endpoint_url: str | None, console: Console
+) -> Difference:
+    """Compares what two outputs say of the same records and targets, and writes it in place of an older difference.
+
+    Raises ConfigError where the outputs explain other data, share nothing, or the place is not ours; StoreError.
+    """
+    refuse_other_inputs([a, b])
+    taken = {"data": a.plan.identity["data"], "output": a.store.uri, "the other output": b.store.uri}
+    check_place(store.uri, taken)
+    _clear(store, {"a": a.store.uri, "b": b.store.uri})
+    tally, usual = Tally(), Usual()
+    names = list(_measure(a, b, store, tally, usual, console))
+    if not names:
+        store.delete(MARK)
+        raise ConfigError(_nothing_shared(a, b, tally))
+    sums, worst = Sums(), Worst()
+    for name in names:
+        rows = _judge(store, name, usual.threshold)
+        sums.add(rows)
+        worst.add(rows)
+    sheet = contact_sheet_of(a, b, endpoint_url, worst)
+    if sheet is not None:
+        store.put(PICTURE, sheet)
+    said = {"a": _of(a), "b": _of(b), "picture": worst.title, **summary(tally, usual, sums)}
+    store.put(SUMMARY, (json.dumps(said, indent=1) + "\n").encode())
+    return Difference(said, None if sheet is None else PICTURE)
+
+
+def _of(output: Output) -> dict[str, Any]:
+    identity = output.plan.identity
+    facts = {name: identity[name] for name in ("model", "weights", "explainer", "parameters", "target")}
+    return {"output": output.store.uri, "job": output.plan.fingerprint, **facts}
+
+
+def _clear(store: ObjectStore, pair: Mapping[str, str]) -> None:
+    """Removes an older difference of the same two outputs, its summary first. Raises ConfigError for other files."""
+    standing = [info.key for info in store.list()]
+    foreign = next((key for key in standing if not OURS.fullmatch(key)), None)
+    if foreign is None and standing and MARK not in standing:
+        foreign = standing[0]  # named like ours, and nothing says that it is
+    if foreign is not None:
+        raise ConfigError(f"{store.uri} holds files that are no difference, such as {foreign!r}; choose an empty place")
+    if standing and (other := _pair_of(store)) != pair:
+        raise ConfigError(f"{store.uri} holds the difference of {other}; that of {dict(pair)} needs another place")
+    store.put(MARK, json.dumps(pair, indent=1).encode())
+    for key in sorted(standing, key=lambda key: key != SUMMARY):
+        if key != MARK:
+            store.delete(key)
+
+
+def _pair_of(store: ObjectStore) -> Any:
+    try:
+        return json.loads(store.read(MARK))
+    except (ValueError, MissingError) as error:
+        raise ConfigError(f"{MARK} in {store.uri} cannot be read: {error}; choose another place") from error
+
+
+def _measure(a: Output, b: Output, store: ObjectStore, tally: Tally, usual: Usual, console: Console) -> Iterator[str]:
+    """Writes the measured rows aside, a file per fragment of A's that shares any, and gives the files' names."""
+    units = track(
+        joined(a, b, tally),
+        "comparing",
+        total=len(a.plan.units),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    for unit, pairs in units:
+        if pairs:
+            rows = [measured(pair, a.plan.identity["resize"]) for pair in pairs]
+            usual.add(rows)
+            name = unit.fragment_key.removeprefix(ROWS)
+            _put(store, f"{ASIDE}{name}", rows, MEASURED)
+            yield name
+
+
+def _judge(store: ObjectStore, name: str, threshold: float) -> list[dict[str, Any]]:
+    """The rows of one file with what is usual known; they stand in `data/` then, and no more aside."""
+    table = pq.read_table(io.BytesIO(store.read(f"{ASIDE}{name}")), schema=MEASURED)
+    rows = [judged(row, threshold) for row in table.to_pylist()]
+    _put(store, f"{ROWS}{name}", rows, DIFFERENCE)
+    store.delete(f"{ASIDE}{name}")
+    return rows
+
+
+def _put(store: ObjectStore, key: str, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+    body = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), body, compression="zstd")
+    store.put(key, body.getvalue())
+
+
+def _nothing_shared(a: Output, b: Output, tally: Tally) -> str:
+    """Why there is no difference, and the way out."""
+    begin = f"{a.name} and {b.name} share no record and target"
+    if tally.other_targets:
+        return (
+            f"{begin}: {tally.other_targets} records are explained in both, for other targets "
+            f"({a.plan.identity['target']!r} and {b.plan.identity['target']!r}); explain both with --target label, or "
+            "with the same class numbers"
+        )
+    if tally.other_image:
+        return f"{begin}: the images of {tally.other_image} records have changed between the two; explain them again"
+    return (
+        f"{begin}: {tally.a.explained} records are explained in the one ({tally.a.open_units} units open) and "
+        f"{tally.b.explained} in the other ({tally.b.open_units} open)"
+    )
