@@ -384,6 +384,28 @@ def ask_output(
         console.print(f"csv: {tables.printable(csv)} ({counted(count, 'row')})")
 
 
+@app.command("export")
+def export_output(
+    output: Existing,
+    form: Annotated[
+        Literal["fiftyone", "virelay", "spotlight", "quantus"],
+        typer.Argument(metavar="FORMAT", help="fiftyone, virelay, spotlight or quantus."),
+    ],
+    destination: Annotated[str, typer.Argument(help="Local folder, empty or not there yet.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many explained records.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Quantus: the weights file again, if there was one.")] = None,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Write an output in the form that another tool reads: images, maps, labels, scores, metrics.
+
+    Example: blocksight export maps/ fiftyone for-fiftyone/
+    """
+    from jobs.export.run import ExportRequest, run_export
+
+    for line in run_export(ExportRequest(output, form, destination, limit, weights, endpoint_url), console):
+        console.print(tables.printable(line))
+
+
 @app.command()
 def bench(
     data: Annotated[
