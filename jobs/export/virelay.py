@@ -118,12 +118,11 @@ def _pooled(one: ExplainedMap) -> bytes:
 
 def _tables(images: Any, maps: Any, size: tuple[int, int]) -> Mapping[str, Any]:
     """The databases' empty tables: `data` and `label` of the images; `index` to `prediction` of the maps."""
-    pixels, saliency = (3, *size), (1, *size)
     return {
-        "data": _table(images, "data", pixels, np.uint8),
+        "data": _table(images, "data", (3, *size), np.uint8),
         "label": _table(images, "label", (), np.uint32),
         "index": _table(maps, "index", (), np.uint32),
-        "attribution": _table(maps, "attribution", saliency, np.float32),
+        "attribution": _table(maps, "attribution", (3, *size), np.float32),
         "target": _table(maps, "label", (), np.uint32),
         "prediction": _table(maps, "prediction", (1,), np.float32),
     }
@@ -136,13 +135,16 @@ def _table(file: Any, name: str, shape: tuple[int, ...], kind: type[np.generic])
 
 
 def _append(tables: Mapping[str, Any], pixels: NDArray[np.uint8], row: Row, names: _Names) -> None:
-    """One more image with its map; the model's output is known of the explained class alone."""
-    place = len(tables["index"])
+    """One more image with its map; the model's output is known of the explained class alone.
+
+    The viewer sums a map over colour channels, and fails on a map that has none: each gets a third.
+    """
+    place, saliency = len(tables["index"]), resized(decode_map(row["map"]), pixels.shape[:2])
     values = {
         "data": pixels.transpose(2, 0, 1),
         "label": names.add(row),
         "index": place,
-        "attribution": resized(decode_map(row["map"]), pixels.shape[:2])[None],
+        "attribution": np.stack([saliency / 3] * 3),
         "target": row["target_index"],
         "prediction": [row["score"]],
     }
