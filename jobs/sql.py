@@ -47,11 +47,11 @@ def connect(output: str, endpoint_url: str | None = None) -> duckdb.DuckDBPyConn
 
     `maps` and `rejects` are the rows of `explain`; `values` has a row per map, metric and evaluation; `metrics` a row
     per map and a column per metric and protocol; and where an audit stands, `audit_rows`, `audit_groups` and
-    `audit_clusters`. Raises ConfigError where no output stands, and StoreError.
+    `audit_clusters`. Raises ConfigError where no output stands or DuckDB cannot read it, and StoreError.
     """
     connection, views = _connected(output, endpoint_url)
     for statement in views:
-        connection.execute(statement)
+        ask(connection, statement)
     return connection
 
 
@@ -83,20 +83,22 @@ def metric_columns(pairs: Iterable[tuple[str, str]]) -> MetricColumns:
 def standing_columns(connection: duckdb.DuckDBPyConnection) -> MetricColumns:
     """The columns of the metrics that stand in the view `values`."""
     query = 'SELECT DISTINCT metric, protocol FROM "values" WHERE metric IS NOT NULL AND protocol IS NOT NULL'
-    return metric_columns(connection.execute(query).fetchall())
+    return metric_columns(ask(connection, query).fetchall())
 
 
 def _connected(output: str, endpoint_url: str | None) -> tuple[duckdb.DuckDBPyConnection, list[str]]:
     """A connection that can read the output, and the statements of its views."""
     store = PatientStore(open_store(output, endpoint_url), SHORT_PATIENCE_SECONDS)
     existing_plan(store)
+    if "\\" in store.uri:
+        raise ConfigError(f"DuckDB's patterns cannot name a folder with a backslash, such as {store.uri}: rename it")
     connection = duckdb.connect()
     if output.startswith("s3://"):
         from storage.s3 import S3Store  # slow to import, and local outputs need none
 
         connection.register_filesystem(S3Store(output, endpoint_url).filesystem)
     views = _views(store)
-    connection.execute(views["values"])
+    ask(connection, views["values"])
     views["metrics"] = _view("metrics", _metrics(standing_columns(connection)))
     return connection, list(views.values())
 
@@ -197,7 +199,7 @@ def _text(text: str) -> str:
 
 
 def ask(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.DuckDBPyConnection:
-    """Runs the user's query. Raises ConfigError with what DuckDB says of it."""
+    """Runs a query. Raises ConfigError with what DuckDB says of it."""
     try:
         return connection.execute(query)
     except duckdb.Error as error:
