@@ -203,7 +203,7 @@ def ask(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.DuckDBPyCon
     try:
         return connection.execute(query)
     except duckdb.Error as error:
-        raise ConfigError(f"DuckDB cannot run the query: {error}") from error
+        raise _refused(error) from error
 
 
 def as_table(found: duckdb.DuckDBPyConnection) -> RenderableType:
@@ -244,7 +244,13 @@ def _rows(found: duckdb.DuckDBPyConnection) -> Iterator[Sequence[Any]]:
         while rows := found.fetchmany(ROWS_AT_ONCE):
             yield from rows
     except duckdb.Error as error:  # rows are read as they are asked for
-        raise ConfigError(f"DuckDB cannot run the query: {error}") from error
+        raise _refused(error) from error
+
+
+def _refused(error: duckdb.Error) -> ConfigError:
+    """What DuckDB says; of a store's error in its midst the sentence, not where in the code it arose."""
+    said = re.sub(r"Traceback \(most recent call last\):\n(?: .*\n)+", "", str(error))
+    return ConfigError(f"DuckDB cannot run the query: {said.strip()}")
 
 
 def _cell(value: Any) -> str:

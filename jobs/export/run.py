@@ -41,7 +41,8 @@ def run_export(asked: ExportRequest, console: Console) -> Sequence[str]:
     """
     store = PatientStore(open_store(asked.output, asked.endpoint_url), SHORT_PATIENCE_SECONDS)
     plan = existing_plan(store)
-    columns = standing_columns(connect(asked.output, asked.endpoint_url))
+    with connect(asked.output, asked.endpoint_url) as connection:
+        columns = standing_columns(connection)
     records = ExplainedRecords(store, plan, columns, asked.endpoint_url, asked.limit)
     write = _writer(asked, plan)
     folder = fresh_folder(asked.destination)

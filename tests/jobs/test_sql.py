@@ -9,6 +9,7 @@ import sys
 import duckdb
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from rich.console import Console
 
 from jobs.cli import main
@@ -96,7 +97,7 @@ def test_each_metric_and_protocol_has_a_column_of_numbers(output):
         for row in (row for table in values_of(store, folder) for row in table.to_pylist()):
             method = (row["key"], row["target_index"], row["explainer"], row["parameters"])
             assert found[method][columns[row["metric"], row["protocol"]]] == row["value"]
-    black = next(name for name in deletions.values() if found_nowhere(found.values(), name))
+    (black,) = [name for name in deletions.values() if found_nowhere(found.values(), name)]
     assert all(row[black] is not None for row in found.values() if row["explainer"] == "gradcam")
 
 
@@ -263,6 +264,23 @@ def test_a_damaged_fragment_is_a_sentence(tmp_path):
     file.write_bytes(b"no Parquet")
     with pytest.raises(ConfigError, match="DuckDB cannot run the query"):
         connect(str(tmp_path / "out"))
+
+
+def test_a_store_that_fails_in_the_midst_of_a_query_is_a_sentence():
+    class Closed(LocalFileSystem):
+        protocol = "closed"
+
+        def glob(self, *_, **__):
+            return ["closed:///x.parquet"]
+
+        def open(self, *_, **__):
+            raise PermissionError("access was refused")
+
+    connection = duckdb.connect()
+    connection.register_filesystem(Closed())
+    with pytest.raises(ConfigError, match="access was refused") as refused:
+        ask(connection, "FROM read_parquet('closed:///*.parquet')")
+    assert "Traceback" not in str(refused.value)
 
 
 def test_no_output_is_no_connection(tmp_path):
