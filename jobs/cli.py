@@ -356,6 +356,56 @@ def compare_outputs(
         console.print(f"table: {tables.printable(store)}")
 
 
+@app.command("sql")
+def ask_output(
+    output: Existing,
+    query: Annotated[str | None, typer.Argument(help="SQL over the views; without it they are printed.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="CSV file for all rows, instead of a table of the first.")] = None,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Query an output where it stands: views maps, rejects, values, metrics, and audit_... where an audit stands.
+
+    Without a query: the statements that make the views, for a DuckDB of your own (`blocksight sql maps/ | duckdb`).
+
+    Example: blocksight sql maps/ "SELECT explainer, avg(drop) FROM metrics GROUP BY explainer"
+    """
+    from jobs import sql
+
+    if query is None:
+        if csv is not None:
+            raise ConfigError(f"--csv {csv} needs a query whose rows it is to hold")
+        sys.stdout.write(sql.script(output, endpoint_url))
+        return
+    found = sql.ask(sql.connect(output, endpoint_url), query)
+    if csv is None:
+        console.print(sql.as_table(found))
+    else:
+        count = sql.write_csv(found, csv)
+        console.print(f"csv: {tables.printable(csv)} ({counted(count, 'row')})")
+
+
+@app.command("export")
+def export_output(
+    output: Existing,
+    form: Annotated[
+        Literal["fiftyone", "virelay", "spotlight", "quantus"],
+        typer.Argument(metavar="FORMAT", help="fiftyone, virelay, spotlight or quantus."),
+    ],
+    destination: Annotated[str, typer.Argument(help="Local folder, empty or not there yet.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many explained records.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Quantus: the weights file again, if there was one.")] = None,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Write an output in the form that another tool reads: images, maps, labels, scores, metrics.
+
+    Example: blocksight export maps/ fiftyone for-fiftyone/
+    """
+    from jobs.export.run import ExportRequest, run_export
+
+    for line in run_export(ExportRequest(output, form, destination, limit, weights, endpoint_url), console):
+        console.print(tables.printable(line))
+
+
 @app.command()
 def audit(
     output: Existing,

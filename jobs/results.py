@@ -78,11 +78,16 @@ def images_of(plan: Plan, endpoint_url: str | None, keys: Collection[str]) -> It
     """Key and upright original [H, W, 3] of records, in the plan's order; what cannot be read any more is left out."""
     source, _ = open_source(plan.identity["data"], endpoint_url)
     for unit, wanted in _units_with(plan, keys):
-        with suppress(StoreError):  # the shard is gone or has changed
-            for raw in raw_records(unit, source):
-                if raw.key in wanted and raw.data is not None:
-                    with suppress(Reject):
-                        yield raw.key, decode(raw.data).pixels
+        yield from images_in(unit, source, wanted)
+
+
+def images_in(unit: Unit, source: ObjectStore, keys: Collection[str]) -> Iterator[tuple[str, Pixels]]:
+    """Key and upright original of the records of a unit that have these keys, in its order, as `images_of`."""
+    with suppress(StoreError):  # the shard is gone or has changed
+        for raw in raw_records(unit, source):
+            if raw.key in keys and raw.reject is None and raw.data is not None:
+                with suppress(Reject):
+                    yield raw.key, decode(raw.data).pixels
 
 
 def _units_with(plan: Plan, keys: Collection[str]) -> Iterator[tuple[Unit, set[str]]]:

@@ -137,7 +137,7 @@ class S3Store:
             wanted["Range"] = f"bytes={start}-{'' if length is None else start + length - 1}"
         with self._explained(key, conflict=ChangedError(f"{self._uri}/{key} has changed: it is not version {etag}")):
             try:
-                s3 = self._s3
+                s3 = self.filesystem
                 arguments = {"Bucket": self.bucket, "Key": self._prefix + key, **wanted}
                 return cast(bytes, sync(s3.loop, _download, s3, arguments))
             except OSError as error:
@@ -181,8 +181,8 @@ class S3Store:
             self._call("delete_object", Key=self._prefix + key)
 
     @property
-    def _s3(self) -> S3FileSystem:
-        """The client of this process: none survives a fork."""
+    def filesystem(self) -> S3FileSystem:
+        """The client of this process, for readers that take one of fsspec's: none survives a fork."""
         with self._lock:
             if self._connection is None or self._connection[0] != os.getpid():
                 connection, self._endpoint = _connected(self.endpoint_url)
@@ -190,7 +190,7 @@ class S3Store:
             return self._connection[1]
 
     def _call(self, method: str, **arguments: Any) -> Any:
-        return self._s3.call_s3(method, Bucket=self.bucket, **arguments)
+        return self.filesystem.call_s3(method, Bucket=self.bucket, **arguments)
 
     @contextmanager
     def _explained(self, key: str, conflict: StoreError | None = None) -> Iterator[None]:

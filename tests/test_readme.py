@@ -1,7 +1,10 @@
 """The README's snippets, run as they stand, and its list of reject codes."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,11 @@ def snippet(name: str) -> str:
     found = re.search(rf"<!-- python: {name} -->\n```python\n(.*?)```", README, re.DOTALL)
     assert found, f"the README has no snippet {name}"
     return found[1]
+
+
+IN_THIS_PROCESS = ("pyarrow", "duckdb", "pandas")
+"""Snippets with a test of their own."""
+OTHERS = [name for name in re.findall(r"<!-- python: (\S+) -->", README) if name not in IN_THIS_PROCESS]
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +58,17 @@ def test_pandas_reads_the_rejects(place, monkeypatch, capsys):
     said = capsys.readouterr().out
     for code in ("empty_file", "not_an_image", "truncated"):
         assert code in said
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_other_snippet_runs_and_says_something(place, name):
+    """In a process of its own, for Ray leaves a session behind."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", snippet(name)]
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
 
 
 def test_the_readme_lists_every_reject_code():

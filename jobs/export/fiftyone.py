@@ -1,0 +1,213 @@
+"""A data set on disk as FiftyOne reads it: pictures, maps and one document per map."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from jobs.audit.result import read_audit
+from jobs.export.pictures import as_jpeg, seen
+from jobs.export.records import ExplainedMap, ExplainedRecord, ExplainedRecords, Row
+
+LAYOUT_VERSION = "1.0.0"
+"""Of FiftyOne, whose documents these are; later ones migrate them when they are read."""
+CREATED = {"$date": "2024-10-01T00:00:00Z"}
+"""Of every document; FiftyOne writes its own time over it when it reads them."""
+MAP_RANGE = [0, 255]
+FIELDS = "fiftyone.core.fields"
+
+Document = dict[str, Any]
+Tags = Mapping[tuple[str, int], Sequence[str]]
+"""Key and target to what the audit finds odd about the map."""
+
+
+def write(shown: Iterable[ExplainedRecord], records: ExplainedRecords, folder: Path) -> Sequence[str]:
+    """Writes the data set and returns how it is read. `shown` are the records with whatever watches them."""
+    for name in ("data", "fields/heatmap"):
+        (folder / name).mkdir(parents=True)
+    audit = read_audit(records.store) if records.has_audit else None
+    tags: dict[tuple[str, int], list[str]] = {}
+    for odd in audit.oddities if audit is not None else ():
+        tags.setdefault((odd.key, odd.target_index), []).append(odd.reason)
+    ids = _Ids(records.plan.fingerprint)
+    with (folder / "samples.json").open("w", encoding="utf-8") as file:
+        file.write('{"samples": [')
+        for number, sample in enumerate(_samples(shown, records, folder, tags, ids)):
+            file.write((",\n" if number else "\n") + json.dumps(sample))
+        file.write("\n]}\n")
+    metadata = _metadata(ids, records)
+    (folder / "metadata.json").write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
+    return [
+        "import fiftyone as fo",
+        f"data = fo.Dataset.from_dir(dataset_dir={str(folder)!r}, dataset_type=fo.types.FiftyOneDataset)",
+    ]
+
+
+class _Ids:
+    """Names of documents that no other export has, and that the same export has again."""
+
+    def __init__(self, job: str) -> None:
+        self.job, self.numbers = job, count()
+
+    def digest(self) -> str:
+        return hashlib.sha256(f"{self.job}/{next(self.numbers)}".encode()).hexdigest()
+
+    def make(self) -> Document:
+        return {"$oid": self.digest()[:24]}
+
+
+def _samples(
+    shown: Iterable[ExplainedRecord], records: ExplainedRecords, folder: Path, tags: Tags, ids: _Ids
+) -> Iterator[Document]:
+    number = count()
+    for place, record in enumerate(shown):
+        picture = f"data/{place:08d}.jpg"
+        (folder / picture).write_bytes(as_jpeg(seen(records.plan, record, record.maps[0].row).pixels))
+        for one in record.maps:
+            saliency = f"fields/heatmap/{next(number):08d}.png"
+            (folder / saliency).write_bytes(one.row["map"])
+            odd = tags.get((record.key, one.row["target_index"]), ())
+            yield _sample(record, one, picture, saliency, list(odd), ids)
+
+
+def _sample(
+    record: ExplainedRecord, one: ExplainedMap, picture: str, saliency: str, tags: list[str], ids: _Ids
+) -> Document:
+    row, prediction = one.row, record.prediction
+    labels = {
+        "ground_truth": _label(row["label_name"], None, ids),
+        "prediction": prediction and _label(prediction["target_name"], prediction["score"], ids),
+        "target": _label(row["target_name"], row["score"], ids),
+        "heatmap": {"_id": ids.make(), "_cls": "Heatmap", "tags": [], "map_path": saliency, "range": MAP_RANGE},
+    }
+    return {
+        "_id": ids.make(),
+        "filepath": picture,
+        "tags": tags,
+        "_media_type": "image",
+        "_rand": int(ids.digest()[:12], 16) / 16**12,
+        "created_at": CREATED,
+        "last_modified_at": CREATED,
+        **_plain(row),
+        **{name: label for name, label in labels.items() if label is not None},
+        **one.metrics,
+    }
+
+
+def _label(name: str | None, score: float | None, ids: _Ids) -> Document | None:
+    if name is None:
+        return None
+    label = {"_id": ids.make(), "_cls": "Classification", "tags": [], "label": name}
+    return label if score is None else {**label, "confidence": score}
+
+
+def _plain(row: Row) -> Document:
+    return {name: row[name] for name in PLAIN if row[name] is not None}
+
+
+PLAIN = {
+    "key": "StringField",
+    "explainer": "StringField",
+    "target_index": "IntField",
+    "target_rank": "IntField",
+    "is_flat": "BooleanField",
+    "is_saturated": "BooleanField",
+}
+"""Columns that become fields as they are."""
+
+
+def _metadata(ids: _Ids, records: ExplainedRecords) -> Document:
+    """The document of the data set: what fields its samples have."""
+    name = f"blocksight-{records.plan.fingerprint[:8]}"
+    metrics = {column: "FloatField" for column in records.columns.values()}
+    fields = [
+        _field("id", "ObjectIdField", db_field="_id"),
+        _field("filepath", "StringField"),
+        _field("tags", "ListField", subfield=f"{FIELDS}.StringField"),
+        _image_metadata(),
+        _field("_media_type", "StringField"),
+        _field("_rand", "FloatField"),
+        _field("_dataset_id", "ObjectIdField"),
+        _field("created_at", "DateTimeField", read_only=True),
+        _field("last_modified_at", "DateTimeField", read_only=True),
+        *(_classification(field) for field in ("ground_truth", "prediction", "target")),
+        _heatmap(),
+        *(_field(field, kind) for field, kind in {**PLAIN, **metrics}.items()),
+    ]
+    return {
+        "_id": ids.make(),
+        "name": name,
+        "slug": name,
+        "version": LAYOUT_VERSION,
+        "created_at": CREATED,
+        "last_modified_at": CREATED,
+        "last_loaded_at": CREATED,
+        "media_type": "image",
+        "persistent": False,
+        "tags": [],
+        "info": {"output": records.store.uri, "job": records.plan.fingerprint},
+        "app_config": {},
+        "classes": {},
+        "default_classes": [],
+        "mask_targets": {},
+        "default_mask_targets": {},
+        "skeletons": {},
+        "sample_fields": fields,
+        "frame_fields": [],
+        "saved_views": [],
+        "workspaces": [],
+        "annotation_runs": {},
+        "brain_methods": {},
+        "evaluations": {},
+        "runs": {},
+    }
+
+
+def _image_metadata() -> Document:
+    kinds = {"size_bytes": "IntField", "mime_type": "StringField"}
+    kinds |= dict.fromkeys(("width", "height", "num_channels"), "IntField")
+    return _document("metadata", "fiftyone.core.metadata.ImageMetadata", [_field(*kind) for kind in kinds.items()])
+
+
+def _classification(name: str) -> Document:
+    own = [_field("label", "StringField"), _field("confidence", "FloatField"), _field("logits", "VectorField")]
+    return _document(name, "fiftyone.core.labels.Classification", [*_label_fields(), *own])
+
+
+def _heatmap() -> Document:
+    own = [
+        _field("map", "ArrayField"),
+        _field("map_path", "StringField"),
+        _field("range", "HeatmapRangeField", subfield=f"{FIELDS}.FloatField"),
+    ]
+    return _document("heatmap", "fiftyone.core.labels.Heatmap", [*_label_fields(), *own])
+
+
+def _label_fields() -> list[Document]:
+    return [
+        _field("id", "ObjectIdField", db_field="_id"),
+        _field("tags", "ListField", subfield=f"{FIELDS}.StringField"),
+    ]
+
+
+def _document(name: str, kind: str, fields: Sequence[Document]) -> Document:
+    return {**_field(name, "EmbeddedDocumentField"), "embedded_doc_type": kind, "fields": fields}
+
+
+def _field(
+    name: str, kind: str, *, db_field: str | None = None, subfield: str | None = None, read_only: bool = False
+) -> Document:
+    return {
+        "name": name,
+        "ftype": f"{FIELDS}.{kind}",
+        "embedded_doc_type": None,
+        "subfield": subfield,
+        "fields": [],
+        "db_field": db_field or name,
+        "description": None,
+        "info": None,
+        "read_only": read_only,
+        "created_at": CREATED,
+    }

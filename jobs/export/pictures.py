@@ -1,0 +1,26 @@
+"""Pictures of an export: the image as the model saw it, undistorted, in the sizes that viewers like."""
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from PIL import Image
+
+from jobs.export.records import ExplainedRecord
+from jobs.plan import Plan
+from jobs.results import Shown, shown
+from storage.pictures import Pixels
+
+QUALITY = 90
+
+
+def seen(plan: Plan, record: ExplainedRecord, row: Mapping[str, Any]) -> Shown:
+    """A record's image with one of its maps at the same size."""
+    return shown(plan, dict(row), record.pixels)
+
+
+def as_jpeg(pixels: Pixels) -> bytes:
+    """The file of a picture [H, W, 3]."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=QUALITY)
+    return buffer.getvalue()

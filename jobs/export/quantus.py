@@ -1,0 +1,88 @@
+"""Arrays as Quantus takes them: normalised model inputs, explained classes and maps, and the keys beside them."""
+
+import json
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.lib.format import header_data_from_array_1_0, write_array_header_1_0
+from numpy.typing import NDArray
+
+from engine.models import ModelAdapter
+from jobs.context import sha256_of, weights_bytes
+from jobs.evaluation import config_of
+from jobs.explain import load
+from jobs.export.records import ExplainedRecord, ExplainedRecords
+from jobs.plan import Plan, refuse_drift
+from storage.images import fit
+from storage.maps import decode_map
+from storage.pictures import resized
+
+
+def model_of(plan: Plan, output: str, weights: str | None, endpoint_url: str | None) -> ModelAdapter:
+    """The model that made the maps: only it knows its normalisation.
+
+    Raises ConfigError where a weights file must be named again or is another one, ModelError and StoreError.
+    """
+    config = config_of(plan, output, weights, endpoint_url)
+    state = weights_bytes(config)
+    refuse_drift(config.identity(sha256_of(state)), plan.identity, "configuration")
+    return load(config, state, "cpu", str(Path.cwd()))
+
+
+class ArrayFile:
+    """An .npy file that grows row by row; its header tells the number of rows once it is closed."""
+
+    def __init__(self, path: Path, row_shape: Sequence[int], kind: type[np.generic]) -> None:
+        self.file = path.open("wb")
+        self.rows = np.empty((0, *row_shape), kind)
+        self.num_rows = 0
+        self._write_header()
+
+    def append(self, row: NDArray[np.generic] | np.generic) -> None:
+        """Adds one row, which must have the shape of a row."""
+        added = np.asarray(row, self.rows.dtype).reshape(self.rows.shape[1:])
+        self.file.write(added.tobytes())
+        self.num_rows += 1
+
+    def __enter__(self) -> "ArrayFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.seek(0)
+        self._write_header()  # numpy leaves room in it for any number of rows
+        self.file.close()
+
+    def _write_header(self) -> None:
+        facts = {**header_data_from_array_1_0(self.rows), "shape": (self.num_rows, *self.rows.shape[1:])}
+        write_array_header_1_0(self.file, facts)
+
+
+def write(
+    shown: Iterable[ExplainedRecord], records: ExplainedRecords, folder: Path, *, adapter: ModelAdapter
+) -> Sequence[str]:
+    """Writes the arrays, one row per map, and returns how they are read. `shown` are the records with whatever
+    watches them."""
+    size, resize = adapter.input_size, records.plan.identity["resize"]
+    with ExitStack() as files:
+        images = files.enter_context(ArrayFile(folder / "x_batch.npy", (3, *size), np.float32))
+        classes = files.enter_context(ArrayFile(folder / "y_batch.npy", (), np.int64))
+        maps = files.enter_context(ArrayFile(folder / "a_batch.npy", (1, *size), np.float32))
+        keys = files.enter_context((folder / "keys.json").open("w", encoding="utf-8"))
+        keys.write("[")
+        for record in shown:
+            fitted = torch.from_numpy(fit(record.pixels, size, resize).copy()).permute(2, 0, 1)
+            image = adapter.normalise(fitted[None])[0].numpy()
+            for one in record.maps:
+                images.append(image)
+                maps.append(resized(decode_map(one.row["map"]), size)[None])
+                classes.append(np.int64(one.row["target_index"]))
+                said = {name: one.row[name] for name in ("key", "target_index", "target_name", "label_name")}
+                keys.write((",\n" if classes.num_rows > 1 else "\n") + json.dumps(said))
+        keys.write("\n]\n")
+    return [
+        f"import numpy as np; folder = {str(folder)!r}",
+        'x, y, a = (np.load(f"{folder}/{name}_batch.npy", mmap_mode="r") for name in "xya")',
+    ]

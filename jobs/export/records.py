@@ -1,0 +1,148 @@
+"""What every export is made of: explained records, one after the other, each with all that stands about its maps."""
+
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from jobs.audit.result import AUDIT_KEY, ROWS_FOLDER
+from jobs.evaluation import folders, fragment_key
+from jobs.plan import Plan, open_source
+from jobs.records import Unit
+from jobs.results import images_in
+from jobs.sql import METHOD, MetricColumns
+from storage.fragments import read_fragment
+from storage.pictures import Pixels
+from storage.schema import OK
+from storage.store import ObjectStore
+
+Row = Mapping[str, Any]
+Method = tuple[Any, ...]
+"""A map's values of `METHOD`."""
+
+VALUE_COLUMNS = [*METHOD, "metric", "protocol", "value"]
+
+
+@dataclass(frozen=True)
+class ExplainedMap:
+    """One map of a record."""
+
+    row: Row
+    """In the columns of `storage.schema.SCHEMA`."""
+    metrics: Mapping[str, float]
+    """By column; a metric that is not defined for the map is left out."""
+    audited: Row | None
+    """In the columns of `jobs.audit.result.ROWS`; None where no audit has looked at it."""
+
+
+@dataclass(frozen=True)
+class ExplainedRecord:
+    """A record and its maps."""
+
+    key: str
+    pixels: Pixels
+    """The upright original [H, W, 3]."""
+    maps: tuple[ExplainedMap, ...]
+    """One per target."""
+
+    @property
+    def prediction(self) -> Row | None:
+        """The row of the class that the model predicts, if that is among the explained ones."""
+        return next((one.row for one in self.maps if one.row["target_rank"] == 0), None)
+
+
+class ExplainedRecords:
+    """The explained records of an output in the plan's order; one unit's rows and one image are in memory."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        plan: Plan,
+        columns: MetricColumns,
+        endpoint_url: str | None = None,
+        limit: int | None = None,
+    ) -> None:
+        """`columns` names the metrics; `limit`: so many records at most."""
+        self.store, self.plan, self.columns, self.limit = store, plan, columns, limit
+        self.source, _ = open_source(plan.identity["data"], endpoint_url)
+        self.evaluations = folders(store)
+        self.standing = {info.key for prefix in ("data/", *self.evaluations) for info in store.list(prefix)}
+        self.audited = _audited_units(store)
+        self.num_records = 0
+        """That came out."""
+        self.num_rejected = 0
+        """That were met and have no map."""
+        self.num_gone = 0
+        """That were met and whose image is not there any more, or has changed."""
+
+    @property
+    def has_audit(self) -> bool:
+        """Whether an audit stands."""
+        return bool(self.audited)
+
+    def __iter__(self) -> Iterator[ExplainedRecord]:
+        """Raises StoreError where the output itself cannot be read."""
+        for record in islice(self._all(), self.limit):
+            self.num_records += 1
+            yield record
+
+    def _all(self) -> Iterator[ExplainedRecord]:
+        for unit in self.plan.units:
+            if unit.fragment_key in self.standing:
+                yield from self._of(unit)
+
+    def _of(self, unit: Unit) -> Iterator[ExplainedRecord]:
+        rows = read_fragment(self.store.read(unit.fragment_key)).to_pylist()
+        self.num_rejected += len({(row["shard"], row["shard_index"]) for row in rows if row["status"] != OK})
+        values, audited = self._values(unit), self._audit_rows(unit)
+        maps: dict[str, list[ExplainedMap]] = {}
+        for row in rows:
+            if row["status"] == OK:
+                metrics = {**self._own_metrics(row), **values.get(_method(row), {})}
+                about = audited.get((row["key"], row["target_index"]))
+                maps.setdefault(row["key"], []).append(ExplainedMap(row, metrics, about))
+        for key, pixels in images_in(unit, self.source, frozenset(maps)):
+            yield ExplainedRecord(key, pixels, tuple(maps.pop(key)))
+        self.num_gone += len(maps)
+
+    def _own_metrics(self, row: Row) -> Mapping[str, float]:
+        """Drop and Increase as `explain` measured them, both in percent."""
+        found = row["metrics"]
+        own = {"drop": found["drop"], "increase": 100.0 * found["increase"]}
+        named = {self.columns.get((metric, found["protocol"])): value for metric, value in own.items()}
+        return {column: value for column, value in named.items() if column is not None and value is not None}
+
+    def _values(self, unit: Unit) -> Mapping[Method, Mapping[str, float]]:
+        """What the evaluations say of the unit's maps; of two values the later evaluation's counts."""
+        found: dict[Method, dict[str, float]] = {}
+        for folder in self.evaluations:
+            key = fragment_key(folder, unit)
+            if key in self.standing:
+                for row in pq.read_table(io.BytesIO(self.store.read(key)), columns=VALUE_COLUMNS).to_pylist():
+                    column = self.columns.get((row["metric"], row["protocol"]))
+                    if column is not None and row["value"] is not None:
+                        found.setdefault(_method(row), {})[column] = row["value"]
+        return found
+
+    def _audit_rows(self, unit: Unit) -> Mapping[tuple[str, int], Row]:
+        key = self.audited.get(unit.unit_id)
+        if key is None:
+            return {}
+        rows = pq.read_table(io.BytesIO(self.store.read(key))).to_pylist()
+        return {(row["key"], row["target_index"]): row for row in rows}
+
+
+def _method(row: Row) -> Method:
+    return tuple(row[name] for name in METHOD)
+
+
+def _audited_units(store: ObjectStore) -> Mapping[str, str]:
+    """The audit's file of each unit: it is named as the unit's fragment is; none while no audit stands."""
+    if store.head(AUDIT_KEY) is None:
+        return {}
+    files = (info.key for info in store.list(ROWS_FOLDER))
+    return {PurePosixPath(key).stem.rpartition("-")[2]: key for key in files}

@@ -1,0 +1,92 @@
+"""Runs an export: a fresh folder, the records that can be shown, and what came of it in words."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from jobs.config import ConfigError
+from jobs.export import fiftyone, spotlight, virelay
+from jobs.export.records import ExplainedRecord, ExplainedRecords
+from jobs.plan import Plan, existing_plan
+from jobs.progress import Tally, counted, progress
+from jobs.sql import connect, standing_columns
+from storage.patient import SHORT_PATIENCE_SECONDS, PatientStore
+from storage.stores import open_store
+
+Format = Literal["fiftyone", "virelay", "spotlight", "quantus"]
+Writer = Callable[[Iterable[ExplainedRecord], ExplainedRecords, Path], Sequence[str]]
+"""Takes the records with whatever watches them, the same without, and a fresh folder; returns lines for the user."""
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What a user asks for, as it is typed."""
+
+    output: str
+    form: Format
+    destination: str
+    limit: int | None = None
+    weights: str | None = None
+    endpoint_url: str | None = None
+
+
+def run_export(asked: ExportRequest, console: Console) -> Sequence[str]:
+    """Writes the export and returns lines for the user: what was left out, and how the tool is told to read it.
+
+    Raises ConfigError, StoreError or ModelError.
+    """
+    store = PatientStore(open_store(asked.output, asked.endpoint_url), SHORT_PATIENCE_SECONDS)
+    plan = existing_plan(store)
+    with connect(asked.output, asked.endpoint_url) as connection:
+        columns = standing_columns(connection)
+    records = ExplainedRecords(store, plan, columns, asked.endpoint_url, asked.limit)
+    write = _writer(asked, plan)
+    folder = fresh_folder(asked.destination)
+    lines = write(_shown(records, console), records, folder)
+    return [_account(records), *lines]
+
+
+def _writer(asked: ExportRequest, plan: Plan) -> Writer:
+    """What writes the form. Raises ConfigError, StoreError or ModelError where it lacks something."""
+    if asked.form == "quantus":
+        from jobs.export import quantus  # brings torch
+
+        adapter = quantus.model_of(plan, asked.output, asked.weights, asked.endpoint_url)
+        return partial(quantus.write, adapter=adapter)
+    if asked.weights is not None:
+        raise ConfigError(f"--weights {asked.weights} is of use for quantus alone: {asked.form} shows no model input")
+    if asked.form == "virelay":
+        virelay.check_installed()
+    return {"fiftyone": fiftyone.write, "virelay": virelay.write, "spotlight": spotlight.write}[asked.form]
+
+
+def fresh_folder(destination: str) -> Path:
+    """The local folder, made; raises ConfigError where it is none or holds anything."""
+    if "://" in destination:
+        raise ConfigError(f"an export goes to a local folder, got {destination!r}; the tools read it from there")
+    folder = Path(destination).expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise ConfigError(f"{folder} holds files already; name a folder that is empty or not there yet")
+    except OSError as error:
+        raise ConfigError(f"the folder {folder} cannot be made: {error.strerror or error}") from error
+    return folder
+
+
+def _shown(records: ExplainedRecords, console: Console) -> Iterator[ExplainedRecord]:
+    """The records behind a progress line."""
+    expected = min(records.plan.num_records, records.limit or records.plan.num_records)
+    with progress(console, Tally(expected, None, verb="export")) as update:
+        for record in records:
+            yield record
+            update(1)
+
+
+def _account(records: ExplainedRecords) -> str:
+    exported = counted(records.num_records, "record")
+    return f"{exported} exported; left out: {records.num_rejected:,} rejected, {records.num_gone:,} whose image is gone"

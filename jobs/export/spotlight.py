@@ -1,0 +1,81 @@
+"""One Parquet file as Spotlight shows it: pictures, labels, scores, metrics, and the pooled map as an embedding."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.audit.result import GRID
+from jobs.export.pictures import as_jpeg, seen
+from jobs.export.records import ExplainedMap, ExplainedRecord, ExplainedRecords
+from jobs.plan import Plan
+from storage.pictures import overlay
+
+FILE = "maps.parquet"
+ROWS_AT_ONCE = 64
+"""Rows with two pictures each that are in memory together."""
+
+STORED = {
+    "key": pa.string(),
+    "label_name": pa.string(),
+    "target_name": pa.string(),
+    "target_index": pa.int32(),
+    "target_rank": pa.int32(),
+    "score": pa.float64(),
+    "explainer": pa.string(),
+    "is_flat": pa.bool_(),
+    "is_saturated": pa.bool_(),
+}
+"""Columns of the output that are shown as they are."""
+AUDITED = {"cluster": pa.int16(), "strangeness": pa.float32()}
+"""Columns of the audit that are shown as they are."""
+
+
+def write(shown: Iterable[ExplainedRecord], records: ExplainedRecords, folder: Path) -> Sequence[str]:
+    """Writes the file and returns how it is read. `shown` are the records with whatever watches them."""
+    schema = _schema(records)
+    rows = _rows(shown, records.plan)
+    with pq.ParquetWriter(folder / FILE, schema, compression="zstd") as writer:
+        while batch := list(islice(rows, ROWS_AT_ONCE)):
+            writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+    kinds = '"image": spotlight.Image, "overlay": spotlight.Image'
+    kinds += ', "embedding": spotlight.Embedding' if records.has_audit else ""
+    return [
+        "import pandas as pd; from renumics import spotlight",
+        f"spotlight.show(pd.read_parquet({str(folder / FILE)!r}), dtype={{{kinds}}})",
+    ]
+
+
+def _schema(records: ExplainedRecords) -> pa.Schema:
+    kinds = {**STORED, "prediction": pa.string(), "image": pa.binary(), "overlay": pa.binary()}
+    kinds |= dict.fromkeys(records.columns.values(), pa.float64())
+    if records.has_audit:
+        kinds |= {**AUDITED, "embedding": pa.list_(pa.float32(), GRID * GRID)}
+    return pa.schema(list(kinds.items()))
+
+
+def _rows(shown: Iterable[ExplainedRecord], plan: Plan) -> Iterator[dict[str, Any]]:
+    for record in shown:
+        prediction = record.prediction
+        for one in record.maps:
+            picture = seen(plan, record, one.row)
+            yield {
+                **{name: one.row[name] for name in STORED},
+                "prediction": prediction and prediction["target_name"],
+                "image": as_jpeg(picture.pixels),
+                "overlay": as_jpeg(overlay(picture.pixels, picture.saliency_hw)),
+                **one.metrics,
+                **_audited(one),
+            }
+
+
+def _audited(one: ExplainedMap) -> dict[str, Any]:
+    if one.audited is None:
+        return {}
+    pooled = one.audited["pooled"]
+    embedding = None if pooled is None else np.frombuffer(pooled, np.uint8).astype(np.float32) / 255
+    return {**{name: one.audited[name] for name in AUDITED}, "embedding": embedding}

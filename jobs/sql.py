@@ -1,0 +1,268 @@
+"""An output as tables for SQL: views in DuckDB over the Parquet that stands, and what a query gives as table or CSV."""
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from engine.catalog import METRICS
+from jobs.audit.result import AUDIT_KEY, CLUSTERS, CLUSTERS_KEY, GROUPS, GROUPS_KEY, ROWS, ROWS_FOLDER
+from jobs.config import ConfigError
+from jobs.evaluation import FOLDER
+from jobs.plan import existing_plan
+from jobs.progress import counted
+from jobs.tables import printable
+from storage.patient import SHORT_PATIENCE_SECONDS, PatientStore
+from storage.schema import EVALUATION, OK, RECORD_COLUMNS, REJECTED, SCHEMA
+from storage.store import ObjectStore
+from storage.stores import open_store
+
+MAX_ROWS = 40
+"""Rows that are printed."""
+MAX_CELL = 60
+"""Characters of a cell that are printed."""
+ROWS_AT_ONCE = 1024
+PROTOCOL_LENGTH = 8
+"""Characters of a protocol's hash that tell two columns of one metric apart."""
+
+METHOD = ("key", "target_index", "explainer", "parameters")
+"""What names a map: a record's key, a class, and a way of explaining."""
+SPREADSHEET_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""Begins what a spreadsheet may run instead of showing it."""
+
+MetricColumns = Mapping[tuple[str, str], str]
+"""Metric and protocol to the name of their column."""
+
+
+def connect(output: str, endpoint_url: str | None = None) -> duckdb.DuckDBPyConnection:
+    """A connection of its own, in memory, with the views of an output: nothing is copied, queries read it in place.
+
+    `maps` and `rejects` are the rows of `explain`; `values` has a row per map, metric and evaluation; `metrics` a row
+    per map and a column per metric and protocol; and where an audit stands, `audit_rows`, `audit_groups` and
+    `audit_clusters`. Raises ConfigError where no output stands or DuckDB cannot read it, and StoreError.
+    """
+    connection, views = _connected(output, endpoint_url)
+    for statement in views:
+        ask(connection, statement)
+    return connection
+
+
+def script(output: str, endpoint_url: str | None = None) -> str:
+    """The same views as statements for a DuckDB of the user's own; without any credential."""
+    _, views = _connected(output, endpoint_url)
+    head = "-- the views of a blocksight output, for the shell of DuckDB"
+    if output.startswith("s3://"):
+        head += (
+            "\n-- s3:// needs `INSTALL httpfs; LOAD httpfs;` and `CREATE SECRET (TYPE s3, PROVIDER credential_chain);`"
+        )
+    return "\n".join([head, *(f"{statement};" for statement in views), ""])
+
+
+def metric_columns(pairs: Iterable[tuple[str, str]]) -> MetricColumns:
+    """A column for each metric and protocol: the metric's name, and the protocol's beginning where it has several.
+
+    What is no metric of ours or no hash has no column. Ordered as `METRICS`, then by protocol.
+    """
+    ours = {(metric, hashed) for metric, hashed in pairs if metric in METRICS and re.fullmatch("[0-9a-f]+", hashed)}
+    ordered = sorted(ours, key=lambda pair: (list(METRICS).index(pair[0]), pair[1]))
+    protocols = Counter(metric for metric, _ in ordered)
+    short = {(metric, hashed): f"{metric}_{hashed[:PROTOCOL_LENGTH]}" for metric, hashed in ordered}
+    taken = Counter(short.values())
+    long = {pair: name if taken[name] == 1 else "_".join(pair) for pair, name in short.items()}
+    return {pair: pair[0] if protocols[pair[0]] == 1 else name for pair, name in long.items()}
+
+
+def standing_columns(connection: duckdb.DuckDBPyConnection) -> MetricColumns:
+    """The columns of the metrics that stand in the view `values`."""
+    query = 'SELECT DISTINCT metric, protocol FROM "values" WHERE metric IS NOT NULL AND protocol IS NOT NULL'
+    return metric_columns(ask(connection, query).fetchall())
+
+
+def _connected(output: str, endpoint_url: str | None) -> tuple[duckdb.DuckDBPyConnection, list[str]]:
+    """A connection that can read the output, and the statements of its views."""
+    store = PatientStore(open_store(output, endpoint_url), SHORT_PATIENCE_SECONDS)
+    existing_plan(store)
+    if "\\" in store.uri:
+        raise ConfigError(f"DuckDB's patterns cannot name a folder with a backslash, such as {store.uri}: rename it")
+    connection = duckdb.connect()
+    if output.startswith("s3://"):
+        from storage.s3 import S3Store  # slow to import, and local outputs need none
+
+        connection.register_filesystem(S3Store(output, endpoint_url).filesystem)
+    views = _views(store)
+    ask(connection, views["values"])
+    views["metrics"] = _view("metrics", _metrics(standing_columns(connection)))
+    return connection, list(views.values())
+
+
+def _views(store: ObjectStore) -> dict[str, str]:
+    """Statements by the name of their view, all but `metrics`."""
+    data = _source(store, "data/", "data/*.parquet", SCHEMA)
+    views = {
+        "maps": f"SELECT * FROM {data} WHERE status = '{OK}'",
+        "rejects": f"SELECT {', '.join(map(_name, RECORD_COLUMNS))} FROM {data} WHERE status = '{REJECTED}'",
+        "values": f"{_explained(data)}\nUNION ALL BY NAME\n{_evaluated(store)}",
+    }
+    if store.head(AUDIT_KEY) is not None:
+        views |= {
+            "audit_rows": f"SELECT * FROM {_source(store, ROWS_FOLDER, f'{ROWS_FOLDER}*.parquet', ROWS)}",
+            "audit_groups": f"SELECT * FROM {_source(store, GROUPS_KEY, GROUPS_KEY, GROUPS)}",
+            "audit_clusters": f"SELECT * FROM {_source(store, CLUSTERS_KEY, CLUSTERS_KEY, CLUSTERS)}",
+        }
+    return {name: _view(name, query) for name, query in views.items()}
+
+
+def _view(name: str, query: str) -> str:
+    return f"CREATE OR REPLACE VIEW {_name(name)} AS\n{query}"
+
+
+def _explained(data: str) -> str:
+    """Drop and Increase as `explain` measured them, in percent as all shares are."""
+    columns = ", ".join(map(_name, EVALUATION.names[: EVALUATION.names.index("metric")]))
+    parts = (
+        f"SELECT NULL::VARCHAR AS evaluation, {columns}, '{metric}' AS metric, metrics.protocol AS protocol, "
+        f"{value} AS \"value\" FROM {data} WHERE status = '{OK}'"
+        for metric, value in (("drop", "metrics.drop"), ("increase", "100.0 * metrics.increase::DOUBLE"))
+    )
+    return "\nUNION ALL BY NAME\n".join(parts)
+
+
+def _evaluated(store: ObjectStore) -> str:
+    """The rows of all evaluations, with the name of each."""
+    source = _source(store, FOLDER, f"{FOLDER}*/data/*.parquet", EVALUATION, with_filename=True)
+    name = "regexp_extract(filename, '/([^/]+)/data/[^/]+$', 1)"
+    return f"SELECT {name} AS evaluation, * EXCLUDE (filename) FROM {source}"
+
+
+def _metrics(columns: MetricColumns) -> str:
+    """One row per map; of a value that two evaluations have, that of the later one in their order counts."""
+    named = ", ".join(map(_name, METHOD))
+    values = "".join(
+        f""",\n  arg_max("value", coalesce(evaluation, '')) """
+        f"FILTER (metric = '{metric}' AND protocol = '{protocol}') AS {_name(column)}"
+        for (metric, protocol), column in columns.items()
+    )
+    return f'SELECT {named}{values}\nFROM "values" GROUP BY {named}'
+
+
+def _source(store: ObjectStore, prefix: str, pattern: str, schema: pa.Schema, *, with_filename: bool = False) -> str:
+    """What a view reads: the files that match, or no row of the same columns where there is none."""
+    if any(info.key.endswith(".parquet") for info in store.list(prefix)):
+        root = re.sub(r"([*?\[])", r"[\1]", store.uri)
+        # a folder such as `run=7` above the files is no column of theirs
+        options = f"hive_partitioning = false{', filename = true' if with_filename else ''}"
+        return f"read_parquet({_text(f'{root}/{pattern}')}, {options})"
+    columns = {field.name: _type(field.type) for field in schema}
+    columns |= {"filename": "VARCHAR"} if with_filename else {}
+    return f"(SELECT {', '.join(f'NULL::{kind} AS {_name(name)}' for name, kind in columns.items())} LIMIT 0)"
+
+
+def _type(kind: pa.DataType) -> str:
+    """DuckDB's name for a column's type."""
+    if pa.types.is_struct(kind):
+        fields = [kind.field(index) for index in range(kind.num_fields)]
+        return f"STRUCT({', '.join(f'{_name(field.name)} {_type(field.type)}' for field in fields)})"
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        return f"{_type(kind.value_type)}[]"
+    return "BLOB" if pa.types.is_fixed_size_binary(kind) else PLAIN_TYPES[kind]
+
+
+PLAIN_TYPES = {
+    pa.string(): "VARCHAR",
+    pa.binary(): "BLOB",
+    pa.bool_(): "BOOLEAN",
+    pa.int16(): "SMALLINT",
+    pa.int32(): "INTEGER",
+    pa.int64(): "BIGINT",
+    pa.float32(): "FLOAT",
+    pa.float64(): "DOUBLE",
+}
+
+
+def _name(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _text(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+# ---------------------------------------------------------------- what a query gives
+
+
+def ask(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.DuckDBPyConnection:
+    """Runs a query. Raises ConfigError with what DuckDB says of it."""
+    try:
+        return connection.execute(query)
+    except duckdb.Error as error:
+        raise _refused(error) from error
+
+
+def as_table(found: duckdb.DuckDBPyConnection) -> RenderableType:
+    """The first rows as a table, and how many there are."""
+    table = Table(*(printable(name) for name in _header(found)))
+    rows = _rows(found)
+    shown = list(islice(rows, MAX_ROWS))
+    for row in shown:
+        table.add_row(*map(_cell, row))
+    count = len(shown) + sum(1 for _ in rows)
+    said = counted(count, "row")
+    return Group(table, said if count <= MAX_ROWS else f"{said}; the first {MAX_ROWS} are shown, --csv writes all")
+
+
+def write_csv(found: duckdb.DuckDBPyConnection, file: Path) -> int:
+    """Writes all rows with a header and returns how many; text that a spreadsheet would run gets an apostrophe.
+
+    Raises ConfigError where the file cannot be written.
+    """
+    count = 0
+    try:
+        with file.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(map(_guarded, _header(found)))
+            for count, row in enumerate(_rows(found), 1):  # noqa: B007 - the last number is the answer
+                writer.writerow(map(_guarded, row))
+    except OSError as error:
+        raise ConfigError(f"the CSV file {file} cannot be written: {error.strerror or error}") from error
+    return count
+
+
+def _header(found: duckdb.DuckDBPyConnection) -> list[str]:
+    return [column[0] for column in found.description or ()]
+
+
+def _rows(found: duckdb.DuckDBPyConnection) -> Iterator[Sequence[Any]]:
+    try:
+        while rows := found.fetchmany(ROWS_AT_ONCE):
+            yield from rows
+    except duckdb.Error as error:  # rows are read as they are asked for
+        raise _refused(error) from error
+
+
+def _refused(error: duckdb.Error) -> ConfigError:
+    """What DuckDB says; of a store's error in its midst the sentence, not where in the code it arose."""
+    said = re.sub(r"Traceback \(most recent call last\):\n(?: .*\n)+", "", str(error))
+    return ConfigError(f"DuckDB cannot run the query: {said.strip()}")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bytes):
+        return f"{len(value):,} bytes"
+    said = "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    return printable(said if len(said) <= MAX_CELL else f"{said[: MAX_CELL - 1]}…")
+
+
+def _guarded(value: Any) -> Any:
+    """A cell for CSV: numbers as they are, everything else as text that no spreadsheet runs."""
+    if value is None or isinstance(value, int | float):
+        return value
+    text = value.hex() if isinstance(value, bytes) else str(value)
+    return f"'{text}" if text.startswith(SPREADSHEET_FORMULA) else text
