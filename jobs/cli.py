@@ -441,12 +441,11 @@ def report(output: Existing, endpoint_url: Endpoint = None) -> None:
 
     It is one file that needs no server and no network, and is rewritten by every call; run `audit` first for findings.
     """
-    from jobs.audit.run import digest_of_fragments  # pyright: ignore[reportMissingImports]
     from jobs.compare import Output
     from jobs.report.page import write_report
 
     standing = Output(output, *_existing(output, endpoint_url))
-    written = write_report(standing, endpoint_url, digest_of_fragments, console)
+    written = write_report(standing, endpoint_url, console)
     console.print(f"report: {tables.printable(written.uri)} ({written.num_bytes / tables.MEBIBYTE:,.1f} MiB)")
 
 

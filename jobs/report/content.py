@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.catalog import CONTROLS, METRICS
 from jobs.audit.result import GATES, Audit, read_audit
+from jobs.audit.stream import committed, digest_of_fragments
 from jobs.compare import Cell, Column, Comparison, Output, compare
 from jobs.config import ConfigError
 from jobs.progress import counted
@@ -29,7 +30,6 @@ from jobs.report.facts import (
 from jobs.report.findings import Findings, class_name, findings_of
 from jobs.report.galleries import RANKING, Gallery, Picture, Ref, Rejected, galleries, pictures
 from jobs.report.galleries import select as select_maps
-from storage.store import ObjectStore
 
 MAX_DEAD = 20
 RANGES = {"%": 100.0, "0 to 1": 1.0, "0 to 90": 90.0}
@@ -147,18 +147,17 @@ def report_of(
     output: Output,
     endpoint_url: str | None,
     made: datetime,
-    digest_of_fragments: Callable[[ObjectStore], str],
     progress: Callable[[str, int], Callable[[], None]],
 ) -> Report:
     """Reads the output, fragment by fragment, and the images that are shown.
 
-    `digest_of_fragments` is what an audit names as its ground. `progress` begins a step of so many parts and returns
-    what is to be called after each. Raises StoreError, and UnreconciledError where something is damaged.
+    `progress` begins a step of so many parts and returns what is to be called after each. Raises StoreError, and
+    UnreconciledError where something is damaged.
     """
     store, plan = output.store, output.plan
     standing = stand(store, plan)
     audit = read_audit(store)
-    is_stale = audit is not None and audit.fragments != digest_of_fragments(store)
+    is_stale = audit is not None and audit.fragments != digest_of_fragments(committed(store, plan))
     table = _comparison(output)
     metrics = tuple(_metrics(table)) if table else ()
     selection = select_maps(store, plan, _ranked(table), progress("reading rows", len(plan.units)))

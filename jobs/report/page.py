@@ -18,7 +18,6 @@ from jobs.progress import counted
 from jobs.report.content import Report, report_of, said
 from jobs.report.findings import place_of
 from jobs.tables import plain
-from storage.store import ObjectStore
 
 REPORT_KEY = "report/index.html"
 
@@ -31,12 +30,10 @@ class Written:
     num_bytes: int
 
 
-def write_report(
-    output: Output, endpoint_url: str | None, digest_of_fragments: Callable[[ObjectStore], str], console: Console
-) -> Written:
+def write_report(output: Output, endpoint_url: str | None, console: Console) -> Written:
     """Reads the output and writes the page into it, in place of one that stands there.
 
-    `digest_of_fragments` is what an audit names as its ground. Raises StoreError, and UnreconciledError where something
+    Raises StoreError, and UnreconciledError where something
     of the output is damaged.
     """
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
@@ -45,7 +42,7 @@ def write_report(
             task = bars.add_task(what, total=total)
             return lambda: bars.advance(task)
 
-        body = render(report_of(output, endpoint_url, datetime.now(UTC), digest_of_fragments, begin))
+        body = render(report_of(output, endpoint_url, datetime.now(UTC), begin))
     output.store.put(REPORT_KEY, body)
     return Written(f"{output.store.uri}/{REPORT_KEY}", len(body))
 

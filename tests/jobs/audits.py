@@ -17,22 +17,17 @@ from jobs.audit.result import (
     Spread,
     write_audit,
 )
+from jobs.audit.stream import committed, digest_of_fragments
+from jobs.plan import existing_plan
 from storage.store import ObjectStore
 from tests.jobs.jobs_of import rows_in
 
-FRAGMENTS = "digest of the fragments"
 
-
-def digest(store: ObjectStore) -> str:
-    """Stands in for the digest of what stands."""
-    return FRAGMENTS
-
-
-def audited(store: ObjectStore, fragments: str = FRAGMENTS, said: str = "in words") -> Audit:
+def audited(store: ObjectStore, fragments: str | None = None, said: str = "in words") -> Audit:
     """Writes an audit of the output's rows; `said` stands wherever it says something in words."""
     rows = [row for row in rows_in(store) if row["status"] == "ok"]
     audit = Audit(
-        fragments,
+        fragments or digest_of_fragments(committed(store, existing_plan(store))),
         {"seed": 0},
         num_rows=len(rows),
         num_maps=len(rows),

@@ -5,7 +5,6 @@ import hashlib
 import json
 import re
 import shutil
-import sys
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -32,7 +31,7 @@ from jobs.run_evaluation import EvaluationRequest, run_evaluation
 from jobs.tables import plain
 from storage.local import LocalStore
 from storage.stores import open_store
-from tests.jobs.audits import audited, digest
+from tests.jobs.audits import audited
 from tests.jobs.jobs_of import blocksight, rows_in, run_here
 from tests.jobs.tiny import HOSTILE, bad_bodies, folder_of_images, folder_of_tars, hostile_table
 
@@ -45,11 +44,11 @@ def output_at(where, endpoint_url=None):
 
 
 def report_at(where):
-    return report_of(output_at(where), None, NOW, digest, lambda *_: lambda: None)
+    return report_of(output_at(where), None, NOW, lambda *_: lambda: None)
 
 
 def page_at(where):
-    write_report(output_at(where), None, digest, Console(quiet=True))
+    write_report(output_at(where), None, Console(quiet=True))
     return (where / REPORT_KEY).read_text()
 
 
@@ -429,7 +428,6 @@ def _duckdb():
 @pytest.fixture
 def report_command(monkeypatch):
     """Runs `blocksight report` in this process, and gives its exit code."""
-    monkeypatch.setitem(sys.modules, "jobs.audit.run", SimpleNamespace(digest_of_fragments=digest))
 
     def run(output):
         monkeypatch.setattr("sys.argv", ["blocksight", "report", str(output)])
@@ -465,7 +463,7 @@ def test_a_bucket_serves_the_page_as_html(bucket, tmp_path):
     where = f"{bucket.uri}/report-test"
     run_here(folder_of_images(tmp_path / "in", 3), where, explainer="gradcam", endpoint_url=bucket.endpoint_url)
     output = output_at(where, bucket.endpoint_url)
-    written = write_report(output, bucket.endpoint_url, digest, Console(quiet=True))
+    written = write_report(output, bucket.endpoint_url, Console(quiet=True))
     assert written.uri == f"{where}/{REPORT_KEY}"
     assert len(output.store.read(REPORT_KEY)) == written.num_bytes
     found = output.store._call("head_object", Key=f"{where.removeprefix('s3://').split('/', 1)[1]}/{REPORT_KEY}")

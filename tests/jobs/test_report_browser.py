@@ -9,7 +9,7 @@ from jobs.compare import Output
 from jobs.plan import existing_plan
 from jobs.report.page import REPORT_KEY, write_report
 from storage.local import LocalStore
-from tests.jobs.audits import audited, digest
+from tests.jobs.audits import audited
 from tests.jobs.jobs_of import run_here
 from tests.jobs.tiny import HOSTILE, folder_of_images, hostile_table
 
@@ -32,7 +32,7 @@ def browser():
 def written(folder, said):
     store = LocalStore(folder)
     audited(store, said=said)
-    write_report(Output(str(folder), store, existing_plan(store)), None, digest, Console(quiet=True))
+    write_report(Output(str(folder), store, existing_plan(store)), None, Console(quiet=True))
     return f"file://{folder / REPORT_KEY}"
 
 
