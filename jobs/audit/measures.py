@@ -71,7 +71,7 @@ def measured(maps: Levels, regions: Sequence[Region | None] | None = None) -> Me
     """All measures of maps of one size; `regions`: where each map's object is, [H, W], None where nobody says.
 
     The same map has the same values whatever stands beside it. A constant map has none (NaN), and no map without a
-    region has those that need one. Besides N maps about 6 times their bytes are in memory.
+    region has those that need one. Beside N maps six times their bytes are in memory, twelve beyond 65,000 pixels.
     """
     num, height, width = maps.shape
     axes = _axis(height), _axis(width)

@@ -228,7 +228,10 @@ class _Reading:
     def _candidates(
         self, rows: Sequence[Mapping[str, Any]], made: Measured, is_flat: NDArray[np.bool_]
     ) -> list[tuple[int, str, Candidate]]:
-        """The maps that may be part of their class's sample, with the class's number and name."""
+        """The maps that may be part of their class's sample, with the class's number and name.
+
+        Asked without the lock: what other threads add meanwhile can only make the sampler want fewer.
+        """
         hashes = self.sampler.hashes([row["key"] for row in rows], [row["target_index"] for row in rows])
         return [
             (

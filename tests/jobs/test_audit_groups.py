@@ -77,6 +77,8 @@ def test_a_census_by_hand():
         [0, 3, 4, -1],
         [0, -1, 6, -1],
     ]
+    nameless = row(None, 2, label_name="label 1")  # a label that means no class cannot be mistaken
+    assert roster.members(table_of([nameless])).tolist() == [[0, 1, 5, -1]]
 
 
 def test_no_label_is_no_share_of_right_ones():
