@@ -18,6 +18,8 @@ LOOKS = 2.0
 """A map looks at a region if it lies there at least so many times as densely as an even map."""
 CERTAIN = 5.0
 """Standard errors by which a class's mean map must exceed the others' where a candidate is."""
+MORE = 1.5
+"""At least so many times as densely as the other classes' maps: less is no place of the class's own."""
 PART_OF_PEAK = 0.5
 """A candidate is where the excess is at least this part of its peak: half, as a blurred spot is measured."""
 MOST_AREA = 0.25
@@ -125,7 +127,7 @@ def _regions(own: _Moments, others: _Moments) -> Iterator[tuple[tuple[int, int, 
     """Boxes where the mean map certainly exceeds the others', and by how many standard errors at their peaks."""
     excess = own.mean - others.mean
     certainty = excess / np.sqrt(own.error + others.error + np.finfo(np.float64).eps)
-    left = np.where((certainty >= CERTAIN) & (own.mean >= LOOKS), excess, 0)
+    left = np.where((certainty >= CERTAIN) & (own.mean >= np.maximum(LOOKS, MORE * others.mean)), excess, 0)
     for _ in range(PER_SOURCE):
         peak = divmod(int(left.argmax()), GRID)
         if left[peak] <= 0:
@@ -136,7 +138,7 @@ def _regions(own: _Moments, others: _Moments) -> Iterator[tuple[tuple[int, int, 
         box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
         if (box[2] - box[0]) * (box[3] - box[1]) <= MOST_AREA * GRID**2:
             yield box, float(certainty[peak])
-        left[box[1] : box[3], box[0] : box[2]] = 0
+        left[max(0, box[1] - 1) : box[3] + 1, max(0, box[0] - 1) : box[2] + 1] = 0  # nor is its rim another
 
 
 def _overlap(one: Sequence[int], other: Sequence[int]) -> float:

@@ -152,7 +152,7 @@ def _verdict(one: Shortcut) -> Shortcut:
     off = (
         "objects lie elsewhere" if one.on_object is not None else "it looks alike in all members; others look elsewhere"
     )
-    why = f"inpainted, the target's log-odds fall by {_said(one.blanked)} more than with a random region; " + (
+    why = f"inpainted, its log-odds fall by {_said(one.blanked)} more than with a random region; " + (
         f"pasted into other images, they rise by {_said(one.pasted)} more than with one; {off}"
     )
     return replace(one, is_confirmed=True, why=why)
@@ -165,9 +165,11 @@ def _said(effect: Effect) -> str:
 def _doubt(one: Shortcut, blanked: Effect, pasted: Effect) -> str | None:
     """What keeps a candidate from being a finding, the most telling first; None: nothing."""
     if not _is_real(blanked):
-        return f"inpainted, the target's log-odds fall by {_said(blanked)} more than with a random region: not enough"
+        return f"inpainted, its log-odds fall by {_said(blanked)} more than with a random region: not enough"
     if not _is_real(pasted):
-        return f"pasted into other images, they rise by {_said(pasted)} more than with a random region: not enough"
+        return (
+            f"pasted into other images, its log-odds rise by {_said(pasted)} more than with a random region: not enough"
+        )
     if one.on_object is not None:
         return (
             f"objects cover {one.on_object:.0%} of it: it may be the object" if one.on_object > MOST_ON_OBJECT else None

@@ -136,7 +136,7 @@ SHORTCUT = Shortcut(
         ({"blanked": replace(REAL, mean=0.5, low=0.4)}, "log-odds fall by 0.5 [0.4, 3.5]"),
         ({"blanked": replace(REAL, low=-0.1)}, "log-odds fall by 3.0 [-0.1, 3.5]"),
         ({"blanked": replace(REAL, mean=-3.0, low=-4.0)}, "log-odds fall by -3.0"),
-        ({"pasted": replace(REAL, p_value=0.2)}, "they rise by 3.0"),
+        ({"pasted": replace(REAL, p_value=0.2)}, "its log-odds rise by 3.0"),
         ({"on_object": 0.5}, "objects cover 50% of it"),
         ({"elsewhere_density": 1.2}, "other classes' maps look there too"),
         ({"recurrence": 0.7}, "differs from member to member"),
