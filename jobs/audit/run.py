@@ -200,7 +200,8 @@ def _shortcuts(
         return (), ["shortcuts are looked for between classes, and the maps explain one class alone"]
     found, num_more = candidates(list(models.values()))
     suspects = suspects_of(found, [model.sample for model in models.values()], asked.seed)
-    gallery.fetch({key for one in suspects for key in (*one.members, *one.others)})
+    if court is not None or gallery.scope.truth is not None:
+        gallery.fetch({key for one in suspects for key in (*one.members, *one.others)})
     outcomes = [
         tried(suspect, court, gallery.seen, gallery.region) for suspect in _tracked(suspects, "trying", console)
     ]
