@@ -48,7 +48,7 @@ class Shown:
 
 
 def existing_output(name: str, endpoint_url: str | None = None) -> Output:
-    """The output that stands in a folder or below an s3:// prefix. Raises ConfigError where none does, and StoreError."""
+    """What stands in a folder or below an s3:// prefix. Raises ConfigError where that is no output, and StoreError."""
     store = PatientStore(open_store(name, endpoint_url), SHORT_PATIENCE_SECONDS)
     return Output(name, store, existing_plan(store))
 
