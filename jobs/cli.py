@@ -16,7 +16,7 @@ from engine.errors import ModelError
 from jobs import tables
 from jobs.budgets import Budget, excess
 from jobs.config import ConfigError, Execution, JobConfig, execution_of, load_config, parse_parameters
-from jobs.plan import Plan, existing_plan
+from jobs.plan import Plan
 from jobs.progress import counted
 from jobs.reconcile import Standing, check, final_manifest, num_accepted, stand
 from jobs.reconcile import finalize as write_manifest
@@ -617,8 +617,10 @@ def demo(
 
 def _existing(output: str, endpoint_url: str | None) -> tuple[ObjectStore, Plan]:
     """The output's store and the plan that stands in it."""
-    store = PatientStore(open_store(output, endpoint_url), SHORT_PATIENCE_SECONDS)
-    return store, existing_plan(store)
+    from jobs.results import existing_output
+
+    standing = existing_output(output, endpoint_url)
+    return standing.store, standing.plan
 
 
 def main() -> None:

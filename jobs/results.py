@@ -10,15 +10,17 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from jobs.config import ConfigError
-from jobs.plan import Plan, open_source
+from jobs.plan import Plan, existing_plan, open_source
 from jobs.records import Unit
 from jobs.unit import raw_records
 from storage.fragments import read_fragment
 from storage.images import decode, fit
 from storage.maps import decode_map
+from storage.patient import SHORT_PATIENCE_SECONDS, PatientStore
 from storage.pictures import Pixels, resized
 from storage.rejects import Reject
 from storage.store import ObjectStore, StoreError
+from storage.stores import open_store
 from storage.survey import Layout
 
 PICTURE_SIDE = 448
@@ -43,6 +45,12 @@ class Shown:
     """[H, W, 3]; grey where the image cannot be read any more."""
     saliency_hw: NDArray[np.float32]
     """[H, W] in [0, 1]."""
+
+
+def existing_output(name: str, endpoint_url: str | None = None) -> Output:
+    """What stands in a folder or below an s3:// prefix. Raises ConfigError where that is no output, and StoreError."""
+    store = PatientStore(open_store(name, endpoint_url), SHORT_PATIENCE_SECONDS)
+    return Output(name, store, existing_plan(store))
 
 
 def refuse_other_inputs(outputs: Sequence[Output]) -> None:

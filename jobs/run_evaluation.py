@@ -4,6 +4,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
@@ -37,15 +38,17 @@ class EvaluationRequest:
     """What a user asks for, as it is typed."""
 
     output: str
-    metrics: str
-    share: float
-    controls: bool
-    seed: int
-    baseline: str
-    truth: str | None
-    class_map: Path | None
-    weights: str | None
-    endpoint_url: str | None
+    metrics: str = "all"
+    share: float = 1.0
+    """Of the records that are measured."""
+    controls: bool = False
+    """Maps that know nothing of the model are measured too."""
+    seed: int = 0
+    baseline: Literal["zero", "black"] = "zero"
+    truth: str | None = None
+    class_map: Path | None = None
+    weights: str | None = None
+    endpoint_url: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """Evaluations beside an output, and tables made from what stands: values, resumption, sampling, ground truth."""
 
+import inspect
 import json
 import os
 import signal
+from dataclasses import MISSING, fields
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from engine.catalog import METRICS
-from jobs.cli import main
+from jobs.cli import evaluate, main
 from jobs.compare import Output, compare, rows_of_table
 from jobs.config import ConfigError, Execution
 from jobs.evaluation import FOLDER, Evaluation, chosen_metrics, folders, open_units, read_class_map
@@ -72,6 +74,14 @@ def explained(output):
 
 
 # ---------------------------------------------------------------- evaluate
+
+
+def test_a_request_asks_by_default_for_what_the_command_does():
+    options = inspect.signature(evaluate).parameters
+    asked = {field.name: field.default for field in fields(EvaluationRequest) if field.default is not MISSING}
+    asked["metrics_sample"] = asked.pop("share")
+    assert asked == {name: options[name].default for name in asked}
+    assert options.keys() - asked.keys() == {"output", "workers", "runner", "address", "batch_size"}
 
 
 def test_every_map_has_every_value_once_and_nothing_is_rewritten(output):
