@@ -33,8 +33,7 @@ class Written:
 def write_report(output: Output, endpoint_url: str | None, console: Console) -> Written:
     """Reads the output and writes the page into it, in place of one that stands there.
 
-    Raises StoreError, and UnreconciledError where something
-    of the output is damaged.
+    Raises StoreError, and UnreconciledError where something of the output is damaged.
     """
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
 
