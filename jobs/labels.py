@@ -7,15 +7,15 @@ class Labels:
     """Knows what the labels of one data set mean for one model.
 
     A number is a class index and a class's name is that class. Class folders that are as many as the
-    classes, and not all named after one, are the classes in sorted order. Everything else has no index:
-    a guess would label a whole class wrong.
+    classes, and none of which is named after one, are the classes in sorted order. Everything else has no
+    index: a guess would label a whole class wrong.
     """
 
     def __init__(self, folders: Sequence[str], class_names: Sequence[str] | None, num_classes: int) -> None:
         """`folders` are the data set's class folders, if it has any."""
         self.num_classes = num_classes
         self.named = {_plain(name): index for index, name in enumerate(class_names or ())}
-        says_itself = all(name.isdigit() for name in folders) or all(_plain(name) in self.named for name in folders)
+        says_itself = all(name.isdigit() for name in folders) or any(_plain(name) in self.named for name in folders)
         in_order = len(folders) == num_classes and not says_itself
         self.folders = {name: index for index, name in enumerate(sorted(folders))} if in_order else {}
 

@@ -220,9 +220,7 @@ def audit_table(audit: "Audit", place: str) -> RenderableType:
         ("of no use", gates or "none: no gate stops a map"),
         (
             "clusters",
-            f"{len(audit.clusters)} in {len(split)} of the classes"
-            if split
-            else "none: each class has one way to look",
+            f"{len(audit.clusters)} in {len(split)} of the classes" if split else "none",
         ),
         ("findings", f"{len(audit.findings)}" if audit.findings else "none"),
         ("suspicions", f"{len(audit.suspicions)}" if audit.suspicions else "none"),

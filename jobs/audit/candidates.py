@@ -14,14 +14,15 @@ Floats = NDArray[np.float64]
 
 MIN_MAPS = 10
 """Of a class or cluster, and of all other classes together."""
-LOOKS = 2.0
-"""A map looks at a region if it lies there at least so many times as densely as an even map."""
+EVEN = 1.0
+"""Density of an even map. A map looks at a region if it lies there more densely, and more than others' by `MORE`."""
 CERTAIN = 5.0
 """Standard errors by which a class's mean map must exceed the others' where a candidate is."""
 MORE = 1.5
 """At least so many times as densely as the other classes' maps: less is no place of the class's own."""
-PART_OF_PEAK = 0.5
-"""A candidate is where the excess is at least this part of its peak: half, as a blurred spot is measured."""
+PARTS_OF_PEAK = (0.5, 0.65, 0.8, 0.9, 0.97)
+"""A candidate is where the excess is at least this part of its peak: half, as a blurred spot is measured, or more where
+that were too large, as it is of maps with few cells."""
 MOST_AREA = 0.25
 """Of the picture: a larger region is no particular place."""
 PER_SOURCE = 2
@@ -42,11 +43,13 @@ class Candidate:
     certainty: float
     """Standard errors between the class's and the others' mean map at the peak."""
     members: NDArray[np.intp]
-    """Places in the class's sample of maps that look there, the strongest first."""
+    """Places in the class's sample of maps that look there, in its order, which is random."""
     share: float
     """Of the class's sampled maps."""
+    density: float
+    """Mean density in the box of the maps that the candidate came from, 1 for an even map."""
     elsewhere_density: float
-    """Mean density of other classes' maps in the box, 1 for an even map."""
+    """Of other classes' maps."""
 
     @property
     def shares(self) -> tuple[float, float, float, float]:
@@ -107,38 +110,45 @@ def _of_class(model: ClassModel, others: _Moments) -> Iterator[Candidate]:
         if len(own) < MIN_MAPS:
             continue
         for box, certainty in _regions(_moments(maps[own]), others):
-            density = maps[:, box[1] : box[3], box[0] : box[2]].mean((1, 2))
-            members = own[density[own] >= LOOKS]
+            density, elsewhere = _mean(maps, box), float(_mean(others.mean, box))
+            members = own[density[own] >= max(EVEN, MORE * elsewhere)]
             if len(members) < MIN_MAPS or any(_overlap(box, other) >= SAME for other in taken):
                 continue
             taken.append(box)
-            yield Candidate(
-                model,
-                source,
-                box,
-                certainty,
-                members[(-density[members]).argsort(kind="stable")],
-                len(members) / len(maps),
-                float(others.mean[box[1] : box[3], box[0] : box[2]].mean()),
-            )
+            share = len(members) / len(maps)
+            yield Candidate(model, source, box, certainty, members, share, float(density[own].mean()), elsewhere)
+
+
+def _mean(maps: Floats, box: Sequence[int]) -> Floats:
+    """Of maps [..., 16, 16] over the box, [...]."""
+    left, top, right, bottom = box
+    return maps[..., top:bottom, left:right].mean((-2, -1))
 
 
 def _regions(own: _Moments, others: _Moments) -> Iterator[tuple[tuple[int, int, int, int], float]]:
     """Boxes where the mean map certainly exceeds the others', and by how many standard errors at their peaks."""
     excess = own.mean - others.mean
     certainty = excess / np.sqrt(own.error + others.error + np.finfo(np.float64).eps)
-    left = np.where((certainty >= CERTAIN) & (own.mean >= np.maximum(LOOKS, MORE * others.mean)), excess, 0)
+    is_own = (certainty >= CERTAIN) & (own.mean >= np.maximum(EVEN, MORE * others.mean))
+    left = np.where(is_own, excess, 0)
     for _ in range(PER_SOURCE):
         peak = divmod(int(left.argmax()), GRID)
         if left[peak] <= 0:
             return
-        numbered = np.asarray(components(left >= PART_OF_PEAK * left[peak])[0])  # pyright: ignore
-        region = numbered == numbered[peak]
-        rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
-        box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-        if (box[2] - box[0]) * (box[3] - box[1]) <= MOST_AREA * GRID**2:
-            yield box, float(certainty[peak])
+        boxes = (_box_around(peak, left >= part * left[peak]) for part in PARTS_OF_PEAK)
+        box = next((box for box in boxes if _area(box) <= MOST_AREA * GRID**2), None)
+        if box is None:
+            return  # as strong over a large part of the picture
+        yield box, float(certainty[peak])
         left[max(0, box[1] - 1) : box[3] + 1, max(0, box[0] - 1) : box[2] + 1] = 0  # nor is its rim another
+
+
+def _box_around(peak: tuple[int, int], region: NDArray[np.bool_]) -> tuple[int, int, int, int]:
+    """Of the cells of the region that hang together with the peak."""
+    numbered = np.asarray(components(region)[0])  # pyright: ignore
+    own = numbered == numbered[peak]
+    rows, columns = np.flatnonzero(own.any(1)), np.flatnonzero(own.any(0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def _overlap(one: Sequence[int], other: Sequence[int]) -> float:

@@ -20,7 +20,7 @@ MAX_GROUPS = {"class": 2000, "predicted": 2000, "pair": 200}
 BINS = 512
 """Of a measure's range, [0, 1]."""
 QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
-LIGHT = ("status", "label", "label_name", "target_index", "target_name", "target_rank")
+LIGHT = ("status", "label", "label_name", "target_index", "target_name", "target_source", "target_rank")
 """Columns of the output that a census reads."""
 
 _PARTS = 2**32
@@ -78,7 +78,7 @@ class Roster:
     num_right: int | None
     """Maps whose target is both the prediction and the label; None where no map's label is known."""
     num_targets: int
-    """Classes that are explained."""
+    """Classes that are explained, not counting further targets of a record."""
     names: tuple[GroupName, ...]
     """`all` first, then by kind, the largest first, equally large ones by name."""
     notes: tuple[str, ...]
@@ -90,8 +90,9 @@ class Roster:
         maps = table.filter(pc.field("status") == OK)
         top = maps.filter(pc.field("target_rank") == 0)
         is_same = pc.field("label") == pc.field("target_index")
+        is_own = (pc.field("target_rank") == 0) | (pc.field("target_source") == "label")
         kinds = {
-            "class": _ranked(maps, ["label_name"]),
+            "class": _ranked(maps.filter(is_own), ["label_name"]),
             "predicted": _ranked(top, ["target_name"]),
             "pair": _ranked(top.filter(~is_same), ["label_name", "target_name"]),  # null, and no pair, without a label
         }
@@ -100,7 +101,7 @@ class Roster:
             num_rows=_total(table),
             num_maps=num_maps(table),
             num_right=_total(top.filter(is_same)) if has_labels else None,
-            num_targets=len(_summed(maps, ["target_index"])),
+            num_targets=len(_summed(maps.filter(is_own), ["target_index"])),
             names=(
                 GroupName("all", None, None),
                 *(name for kind, found in kinds.items() for name in _kept(kind, found)),
@@ -123,19 +124,30 @@ class Roster:
         return {name: place for place, name in enumerate(self.names)}
 
 
+def is_own_class(target_source: str, target_rank: int) -> bool:
+    """Whether a map explains its record's own class, the prediction or the label, and not a further target."""
+    return target_rank == 0 or target_source == "label"
+
+
 def is_right(label: int | None, target_index: int, target_rank: int) -> bool | None:
     """Whether the explained class is the prediction and the label; None where no label is known."""
     return None if label is None else target_rank == 0 and label == target_index
 
 
 def _groups_of(
-    label: int | None, label_name: str | None, target_index: int, target_name: str, target_rank: int
+    label: int | None,
+    label_name: str | None,
+    target_index: int,
+    target_name: str,
+    target_source: str,
+    target_rank: int,
 ) -> tuple[GroupName | None, ...]:
     """The groups that a map belongs to; None where it has none of a kind."""
+    is_own = is_own_class(target_source, target_rank)
     is_pair = target_rank == 0 and label is not None and label != target_index
     return (
         GroupName("all", None, None),
-        None if label_name is None else GroupName("class", label_name, None),
+        GroupName("class", label_name, None) if label_name is not None and is_own else None,
         GroupName("predicted", None, target_name) if target_rank == 0 else None,
         GroupName("pair", label_name, target_name) if is_pair else None,
     )
@@ -250,8 +262,15 @@ class GroupSums:
 
 
 def _quantile(bins: Integers, share: float) -> float:
-    """The value that so large a share of the maps has at most, within the bin where it lies in proportion."""
+    """As `np.quantile` has it, between two maps in proportion; the maps of a bin lie evenly in it."""
     upto = np.cumsum(bins)
-    wanted = share * upto[-1]
-    place = int(np.searchsorted(upto, wanted))
-    return float(place + 1 - (upto[place] - wanted) / bins[place]) / BINS
+    wanted = share * (upto[-1] - 1)
+    below, above = int(np.floor(wanted)), int(np.ceil(wanted))
+    first, second = (_ordered(bins, upto, rank) for rank in (below, above))
+    return first + (wanted - below) * (second - first)
+
+
+def _ordered(bins: Integers, upto: Integers, rank: int) -> float:
+    """The value of the map with this rank, from 0."""
+    place = int(np.searchsorted(upto, rank, side="right"))
+    return (place + (rank - (upto[place] - bins[place]) + 0.5) / bins[place]) / BINS

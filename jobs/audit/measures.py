@@ -189,8 +189,11 @@ def _checkerboard(products: Floats, axes: tuple[_Axis, _Axis], counts: NDArray[n
     least one is a wave of period 2, 4 or 8 pixels, and the other one too or a straight line; waves are orthogonal to
     straight lines. At 224 x 224 a checkerboard of single pixels or of 2 x 2 has 1, stripes too, one of 4 x 4 has 0.73
     (0.97 where it was upsampled bilinearly), a blob times a checkerboard 0.5, white noise, which keeps no beat, 0.04,
-    a single pixel 0.07, a bell 0.04 to 0.00 as its standard deviation goes from 3 to 20 pixels.
+    a single pixel 0.07, a bell 0.04 to 0.00 as its standard deviation goes from 3 to 20 pixels. NaN for maps with a
+    side below 16 pixels, where a bell would be a wave.
     """
+    if min(len(axis.weights[0]) for axis in axes) < GRID:
+        return np.full(len(products), np.nan)
     levels = np.arange(256.0)
     variation = _sums(counts, levels**2) - _sums(counts, levels) ** 2 / counts.sum(1)
     smooth_y, smooth_x = (slice(axis.first_smooth, axis.first_alternating) for axis in axes)

@@ -15,19 +15,23 @@ from jobs.audit.result import GRID, ROWS, Oddity
 OUTLIER, STRANGE = "outlier", "right for a strange reason"
 KEPT = 50
 """Of each reason: the oddest."""
-OFF_OBJECT = 0.1
-"""Of a map on the object: less is strange in a class whose maps have usually more than `USUAL`."""
-USUAL = 0.3
+OFF_OBJECT = 1 / 3
+"""Of the share of a map on the object that is usual in its class: less is strange."""
+USUAL = 0.1
+"""A class whose maps have usually less on the object has no usual place there."""
 
 Row = Mapping[str, Any]
 
 
 def placed(rows: pa.Table, models: Mapping[int, ClassModel]) -> pa.Table:
-    """Rows of `ROWS` with their cluster and their strangeness; null for flat maps and classes without a sample."""
+    """Rows of `ROWS` with their cluster and their strangeness.
+
+    Null for flat maps, for maps of a record's further targets, and for classes without a sample.
+    """
     clusters = np.full(len(rows), NO_CLUSTER, np.int16)
     strangeness = np.full(len(rows), np.nan, np.float32)
     targets = rows["target_index"].to_numpy()
-    usable = ~rows["is_flat"].to_numpy(zero_copy_only=False)
+    usable = ~rows["is_flat"].to_numpy(zero_copy_only=False) & rows["is_own_class"].to_numpy(zero_copy_only=False)
     pooled = np.frombuffer(b"".join(rows["pooled"].to_pylist()), np.uint8).reshape(-1, GRID, GRID)
     for target in np.unique(targets[usable]).tolist():
         if target in models:
@@ -69,9 +73,16 @@ class Oddest:
         return tuple(one for own in self._held.values() for *_, one in sorted(own, reverse=True))
 
     def _may_be_odd(self, rows: pa.Table) -> NDArray[np.bool_]:
-        limits = np.array([self.models[target].limit for target in rows["target_index"].to_pylist()])
-        off = rows["on_object"].to_numpy(zero_copy_only=False) < OFF_OBJECT
+        targets = rows["target_index"].to_pylist()
+        limits = np.array([self.models[target].limit for target in targets])
+        least = np.array([self._least_on_object(target) for target in targets])
+        off = rows["on_object"].to_numpy(zero_copy_only=False) < least
         return (rows["strangeness"].to_numpy() > limits) | off
+
+    def _least_on_object(self, target: int) -> float:
+        """Less of a map on the object is strange in this class; 0 where nothing is usual."""
+        usual = self.usual.get(target, 0.0)
+        return OFF_OBJECT * usual if usual >= USUAL else 0.0
 
     def _odd(self, row: Row) -> Iterator[Oddity]:
         """What is odd about a row, once: right for a strange reason counts more than to lie far away."""
@@ -79,7 +90,7 @@ class Oddest:
         far = f"{strangeness:.1f} times as far from its class's maps as they are from each other"
         is_far = strangeness > self.models[target].limit
         on_object = row["on_object"]
-        is_off = on_object is not None and on_object < OFF_OBJECT and self.usual.get(target, 0.0) > USUAL
+        is_off = on_object is not None and on_object < self._least_on_object(target)
         off = f"{on_object:.0%} of the map on the object, usual are {self.usual[target]:.0%}" if is_off else None
         if row["is_right"] and (is_far or is_off):
             yield _oddity(row, STRANGE, "; ".join(said for said in (off, far if is_far else None) if said))

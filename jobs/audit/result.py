@@ -70,7 +70,10 @@ class Group:
     """The maps that have something in common."""
 
     kind: str
-    """`all`, `class` (one label), `predicted` (one prediction), or `pair` (one label taken for another class)."""
+    """`all`, `class` (one label), `predicted` (one prediction), or `pair` (one label taken for another class).
+
+    Maps of a record's further targets count in `all` alone.
+    """
     label: str | None
     """The label that they share, as the data set writes it."""
     predicted: str | None
@@ -118,7 +121,7 @@ class Oddity:
     detail: str
     """In words."""
     strength: float
-    """How far it lies from its class's nearest cluster, in that class's median distances."""
+    """Its distance from the fifth nearest of its class's sampled maps, in that class's median distances."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +154,10 @@ class Shortcut:
     """Of the class's maps that look there."""
     recurrence: float | None
     """How well its pixels alone tell members from other images, 0.5 to 1 (area under the ROC curve)."""
+    density: float
+    """How much the class's maps look there (a cluster's, where it came from one), 1 for an even map."""
     elsewhere_density: float
-    """How much other classes' maps look there, 1 for an even map."""
+    """How much other classes' maps look there, likewise."""
     on_object: float | None
     """Share of the region that the members' objects cover; None without ground truth."""
     blanked: Effect | None
@@ -281,6 +286,7 @@ ROWS = pa.schema(
         ("target_name", pa.string()),
         ("label_name", pa.string()),
         ("is_right", pa.bool_()),
+        ("is_own_class", pa.bool_()),
         ("score", pa.float64()),
         *((name, pa.float32()) for name in MEASURES),
         ("is_flat", pa.bool_()),
@@ -293,8 +299,12 @@ ROWS = pa.schema(
         ("pooled", pa.binary(GRID * GRID)),
     ]
 )
-"""One row per map: `audit/rows/` holds a file per fragment. `pooled` is the map in 16 x 16 cells of 0 to 255,
-`strangeness` its distance from its class's nearest cluster in that class's median distances."""
+"""One row per map: `audit/rows/` holds a file per fragment.
+
+`is_own_class`: the explained class is the prediction, or was chosen by the label; clusters and strangeness are of these
+maps alone. `pooled` is the map in 16 x 16 cells of 0 to 255, `strangeness` its distance from the fifth nearest of its
+class's sampled maps in that class's median distances.
+"""
 
 
 def _group_row(group: Group) -> dict[str, Any]:

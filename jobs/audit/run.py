@@ -3,7 +3,7 @@
 import io
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -15,26 +15,29 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
+from jobs.audit.candidates import MIN_MAPS as LEAST_OF_CLASS
 from jobs.audit.candidates import candidates
+from jobs.audit.clusters import MIN_MAPS as LEAST_OF_CLUSTERED
 from jobs.audit.clusters import NO_CLUSTER, ClassModel, class_model, clusters_of
 from jobs.audit.oddities import KEPT, Oddest, placed
 from jobs.audit.result import AUDIT_KEY, ROWS_FOLDER, Audit, Shortcut, write_audit
 from jobs.audit.samples import Sample
 from jobs.audit.shortcuts import judged, suspects_of, tried
-from jobs.audit.stream import Asked, Streamed, stream
+from jobs.audit.stream import Asked, Streamed, committed, stream
 from jobs.audit.trial import Court
 from jobs.config import ConfigError
 from jobs.context import weights_bytes
 from jobs.evaluation import config_of, labels_of, read_class_map, region_of
 from jobs.explain import load
-from jobs.plan import MODEL_KEY, Plan, existing_plan, refuse_drift
-from jobs.progress import Tally, progress
+from jobs.plan import MODEL_KEY, Plan, existing_plan
+from jobs.progress import Tally, counted, progress
+from jobs.records import UnreconciledError
 from jobs.results import images_of
 from storage.annotations import open_truth
 from storage.images import fit
 from storage.patient import PatientStore
 from storage.pictures import Pixels
-from storage.store import ObjectStore
+from storage.store import DamagedError, ObjectStore
 from storage.stores import open_store
 
 T = TypeVar("T")
@@ -66,7 +69,7 @@ def run_audit(asked: AuditRequest, console: Console) -> Audit:
     with tempfile.TemporaryDirectory(prefix="blocksight-audit-") as folder:
         scratch = Path(folder)
         with progress(console, Tally(plan.num_records, None, verb="audit")) as update:
-            streamed = stream(store, plan, scope, scratch, update)
+            streamed = _streamed(store, plan, scope, scratch, update)
         models = _models(streamed.samples, asked.seed, console)
         store.delete(AUDIT_KEY)  # what stands goes with rows that are about to be replaced
         oddest = _write_rows(store, scratch, Oddest(models, _usual_on_object(streamed)), console)
@@ -89,10 +92,17 @@ def run_audit(asked: AuditRequest, console: Console) -> Audit:
         clusters=tuple(one for model in models.values() for one in clusters_of(model, _sizes(model, sizes))),
         oddities=oddest.oddities(),
         shortcuts=shortcuts,
-        notes=(*streamed.notes, *notes, *_unkept(oddest)),
+        notes=(*_missing(store, plan, streamed), *streamed.notes, *_few(models), *notes, *_unkept(oddest)),
     )
     write_audit(store, audit)
     return audit
+
+
+def _streamed(store: ObjectStore, plan: Plan, scope: Asked, scratch: Path, update: Callable[[int], object]) -> Streamed:
+    try:
+        return stream(store, plan, scope, scratch, update)
+    except DamagedError as error:
+        raise UnreconciledError(str(error)) from error
 
 
 def _scope(asked: AuditRequest) -> Asked:
@@ -107,8 +117,12 @@ def _court(store: ObjectStore, plan: Plan, asked: AuditRequest) -> Court:
     config = config_of(plan, asked.output, asked.weights, asked.endpoint_url)
     state = weights_bytes(config)
     adapter = load(config, state, "cuda" if torch.cuda.is_available() else "cpu", str(Path.cwd()))
-    facts = json.loads(store.read(MODEL_KEY))
-    refuse_drift({"weights_sha256": adapter.fingerprint}, {"weights_sha256": facts["weights_sha256"]}, "model")
+    known = json.loads(store.read(MODEL_KEY))["weights_sha256"]
+    if adapter.fingerprint != known:
+        raise ConfigError(
+            f"{config.model} has other weights now (sha256 {adapter.fingerprint[:16]}) than those that the maps are of "
+            f"({known[:16]}); name those with --weights, or leave the trial out with --no-try"
+        )
     return Court(adapter, asked.seed)
 
 
@@ -159,6 +173,23 @@ def _sizes(model: ClassModel, sizes: Mapping[tuple[int, int], int]) -> list[int]
     """Maps of the class in each cluster, and in none as the last."""
     target = model.sample.target_index
     return [sizes.get((target, number), 0) for number in (*range(model.num_clusters), NO_CLUSTER)]
+
+
+def _missing(store: ObjectStore, plan: Plan, streamed: Streamed) -> Iterator[str]:
+    """What the output does not hold yet, or never will."""
+    num_missing = len(plan.units) - len(committed(store, plan))
+    if num_missing:
+        missing = f"{counted(num_missing, 'unit')} of {len(plan.units):,} without a fragment"
+        yield f"{missing}: these are the {streamed.num_rows:,} rows that stand"
+
+
+def _few(models: Mapping[int, ClassModel]) -> Iterator[str]:
+    """Classes that have too few maps to say more of them."""
+    sizes = [len(model.sample.keys) for model in models.values()]
+    for least, what in ((LEAST_OF_CLASS, "shortcuts"), (LEAST_OF_CLUSTERED, "clusters")):
+        few = sum(size < least for size in sizes)
+        if few:
+            yield f"no {what} are looked for in {few:,} of {len(sizes):,} classes: they have fewer than {least} maps"
 
 
 def _unkept(oddest: Oddest) -> list[str]:

@@ -22,10 +22,12 @@ FEWEST = 8
 CERTAIN = 0.05
 LEAST_EFFECT = 1.0
 """In log-odds, beyond that of random regions: the odds change by a factor e."""
-LEAST_RECURRENCE = 0.9
+LEAST_RECURRENCE = 0.85
 MOST_ON_OBJECT = 0.25
 """Share of the region that objects may cover, for it not to be the object."""
-EVEN = 1.0
+ATTENDED, LEAST_CONTRAST = 1.5, 2.0
+"""Where other classes' maps lie more densely than this (1: an even map), the class's own must lie so many times as
+densely as they do, as long as no ground truth tells objects: objects stand where all classes look."""
 
 Seen = Mapping[str, Pixels]
 """Pixels [H, W, 3] at the model's input size by record key."""
@@ -59,7 +61,7 @@ def _pool(samples: Iterable[Sample], seed: int) -> list[tuple[str, int]]:
 
 def _suspect(candidate: Candidate, pool: Sequence[tuple[str, int]]) -> Suspect:
     sample = candidate.model.sample
-    members = tuple(dict.fromkeys(sample.keys[place] for place in candidate.members[:MEMBERS]))
+    members = tuple(sample.keys[place] for place in candidate.members[:MEMBERS])  # not the strongest: a fair draw
     own = set(sample.keys)
     others = dict.fromkeys(key for key, target in pool if target != sample.target_index and key not in own)
     return Suspect(candidate, members, tuple(others)[:OTHERS])
@@ -81,6 +83,7 @@ def tried(suspect: Suspect, court: Court | None, seen: Seen, region_of: RegionOf
         box=candidate.shares,
         share=candidate.share,
         recurrence=verdicts.recurrence if verdicts is not None else None,
+        density=candidate.density,
         elsewhere_density=candidate.elsewhere_density,
         on_object=_on_object(candidate, members.keys, region_of),
         blanked=verdicts and verdicts.blanked,
@@ -149,9 +152,8 @@ def _verdict(one: Shortcut) -> Shortcut:
     doubt = _doubt(one, one.blanked, one.pasted)
     if doubt is not None:
         return replace(one, why=doubt)
-    off = (
-        "objects lie elsewhere" if one.on_object is not None else "it looks alike in all members; others look elsewhere"
-    )
+    alike = "it looks alike in all members; other classes look elsewhere"
+    off = "objects lie elsewhere" if one.on_object is not None else alike
     why = f"inpainted, its log-odds fall by {_said(one.blanked)} more than with a random region; " + (
         f"pasted into other images, they rise by {_said(one.pasted)} more than with one; {off}"
     )
@@ -174,7 +176,7 @@ def _doubt(one: Shortcut, blanked: Effect, pasted: Effect) -> str | None:
         return (
             f"objects cover {one.on_object:.0%} of it: it may be the object" if one.on_object > MOST_ON_OBJECT else None
         )
-    if one.elsewhere_density > EVEN:
+    if ATTENDED < one.elsewhere_density and one.density < LEAST_CONTRAST * one.elsewhere_density:
         return "other classes' maps look there too: it may be where objects stand; --truth would tell"
     if one.recurrence is not None and one.recurrence < LEAST_RECURRENCE:
         return "what stands there differs from member to member: it may be the object; --truth would tell"

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from jobs.audit.equals import EqualMaps, Words, contains, map_hashes
-from jobs.audit.groups import LIGHT, Census, GroupSums, Roster, counted, is_right, num_maps
+from jobs.audit.groups import LIGHT, Census, GroupSums, Roster, counted, is_own_class, is_right, num_maps
 from jobs.audit.measures import Measured, Region, measured
 from jobs.audit.result import GATES, MEASURES, ROWS, Group
 from jobs.audit.samples import Candidate, Sample, Sampler
@@ -242,7 +242,7 @@ class _Reading:
                 ),
             )
             for place, (row, hashed) in enumerate(zip(rows, hashes, strict=True))
-            if not is_flat[place] and self.sampler.wants(row["target_index"], hashed)
+            if _is_own_class(row) and not is_flat[place] and self.sampler.wants(row["target_index"], hashed)
         ]
 
     def mark_equals(self, info: ObjectInfo, start: int, shared: Words) -> int:
@@ -279,6 +279,10 @@ def _flags(rows: Sequence[Mapping[str, Any]], made: Measured) -> dict[str, NDArr
     }
 
 
+def _is_own_class(row: Mapping[str, Any]) -> bool:
+    return is_own_class(row["target_source"], row["target_rank"])
+
+
 def _right(row: Mapping[str, Any]) -> bool | None:
     return is_right(row["label"], row["target_index"], row["target_rank"])
 
@@ -291,6 +295,7 @@ def _lines(
     columns: dict[str, Any] = {
         **{name: maps[name] for name in ("key", "target_index", "target_name", "label_name", "score")},
         "is_right": pa.array([_right(row) for row in rows], pa.bool_()),
+        "is_own_class": pa.array([_is_own_class(row) for row in rows], pa.bool_()),
         **{name: pa.array(own, mask=np.isnan(own)) for name, own in values.items()},
         **{f"is_{name.replace(' ', '_')}": own for name, own in flags.items()},
         "equals_other": np.zeros(len(rows), np.bool_),

@@ -27,6 +27,8 @@ RIM = 2
 """Pixels around a region that inpainting looks at: its equation joins direct neighbours alone."""
 IMAGES_PER_PASS = 8
 SPLITS = 10
+APART = 1.0
+"""Deviations between the means of members and others, from which on a pixel is part of what recurs."""
 NOISE_FLOOR = 10 / 255
 """Deviation of a pixel that counts as none."""
 
@@ -165,17 +167,19 @@ def _cut(pixels: Pixels, box: Box) -> NDArray[np.float64]:
 def recurrence(members: NDArray[np.float64], others: NDArray[np.float64], seed: int) -> float:
     """How well the pixels [n, d] of a region tell members from others, as the area under the ROC curve, 0.5 to 1.
 
-    One half of each gives the template, the difference of their means over their variance pixel by pixel, by which
-    the other half is judged; the mean over some splits. What looks the same in all members comes near 1, what
-    differs from image to image near 0.5.
+    One half of each gives the template, by which the other half is judged: the difference of their means over their
+    variance, at the pixels where they are a deviation apart, for a mark may fill only a part of the region. The mean
+    over some splits. What looks the same in all members comes near 1, what differs from image to image near 0.5.
     """
     rng = np.random.default_rng(seed)
     areas = []
     for _ in range(SPLITS):
         (here, there), (first, second) = (_halves(own, rng) for own in (members, others))
         spread = (here.var(0) + first.var(0)) / 2 + NOISE_FLOOR**2
-        template = (here.mean(0) - first.mean(0)) / spread
-        areas.append(np.mean((there @ template)[:, None] > (second @ template)[None]))
+        apart = here.mean(0) - first.mean(0)
+        template = np.where(np.abs(apart) >= APART * np.sqrt(spread), apart / spread, 0)
+        ours, theirs = (there @ template)[:, None], (second @ template)[None]
+        areas.append(np.mean(ours > theirs) + np.mean(ours == theirs) / 2)
     return max(0.5, float(np.mean(areas)))
 
 

@@ -76,6 +76,7 @@ def _shortcut(row: dict[str, Any], is_confirmed: bool, said: str) -> Shortcut:
         (0.7, 0.7, 1.0, 1.0),
         0.625,
         0.9375,
+        3.0,
         0.5,
         0.0625 if is_confirmed else None,
         effect,

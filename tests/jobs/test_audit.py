@@ -174,7 +174,7 @@ def test_other_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     run_here(folder_of_images(tmp_path / "in"), tmp_path / "out", explainer="gradcam")
     other = tiny.make_other()
     monkeypatch.setattr(tiny, "make", lambda: other)
-    with pytest.raises(ConfigError, match="another model"):
+    with pytest.raises(ConfigError, match="other weights now"):
         audited(tmp_path / "out")
     assert not (tmp_path / "out" / AUDIT_KEY).exists()
 

@@ -17,7 +17,7 @@ ALL = GroupName("all", None, None)
 TYPES = pa.schema([SCHEMA.field(name) for name in LIGHT])
 
 
-def row(label=None, target=0, rank=0, status="ok", label_name=None):
+def row(label=None, target=0, rank=0, status="ok", label_name=None, source="top"):
     """A row's light columns; names follow the numbers."""
     known = f"label {label}" if label is not None else None
     return {
@@ -26,6 +26,7 @@ def row(label=None, target=0, rank=0, status="ok", label_name=None):
         "label_name": label_name or known,
         "target_index": target if status == "ok" else None,
         "target_name": f"class {target}" if status == "ok" else None,
+        "target_source": source if status == "ok" else None,
         "target_rank": rank if status == "ok" else None,
     }
 
@@ -45,7 +46,8 @@ ROWS = [
     row(1, 1),
     row(1, 1),
     row(1, 2),
-    row(1, 2, rank=1),
+    row(1, 2, rank=1),  # a further target: of no group but `all`
+    row(1, 1, rank=3, source="label"),
     row(2, 1),
     row(None, 1, label_name="unheard of"),
     row(None, 3),
@@ -55,7 +57,7 @@ ROWS = [
 
 def test_a_census_by_hand():
     roster = roster_of(ROWS)
-    assert (roster.num_rows, roster.num_maps, roster.num_right, roster.num_targets) == (8, 7, 2, 3)
+    assert (roster.num_rows, roster.num_maps, roster.num_right, roster.num_targets) == (9, 8, 2, 3)
     assert roster.notes == ()
     assert roster.names == (
         ALL,
@@ -72,6 +74,7 @@ def test_a_census_by_hand():
         [0, 1, 4, -1],
         [0, 1, 4, -1],
         [0, 1, 5, 7],
+        [0, -1, -1, -1],
         [0, 1, -1, -1],
         [0, 2, 4, 8],
         [0, 3, 4, -1],
@@ -207,7 +210,7 @@ def test_groups_agree_with_their_slow_twin():
             assert spread.count == len(known)
             assert spread.mean == pytest.approx(known.mean(), abs=1e-9)
             for short, share in module.QUANTILES.items():
-                exact = np.quantile(known, share, method="inverted_cdf")
+                exact = np.quantile(known, share)
                 assert getattr(spread, short) == pytest.approx(exact, abs=1 / BINS + 1e-12), (name, short)
 
 
@@ -227,8 +230,9 @@ def test_a_group_by_hand():
     assert set(whole.spreads) == {"gini", "effective_area"}
     assert set(part.spreads) == {"gini"}
     assert whole.spreads["gini"].mean == 0.625
-    assert whole.spreads["gini"].q95 == pytest.approx(1 - 0.1 / BINS)
-    assert whole.spreads["gini"].q25 == pytest.approx(0.25 + 0.5 / BINS)
+    half = 0.5 / BINS  # a value is known to half a bin
+    assert whole.spreads["gini"].q95 == pytest.approx(0.05 * (0.25 + half) + 0.95 * (1 - half))
+    assert whole.spreads["gini"].q50 == pytest.approx(0.625)
 
 
 def test_a_group_without_maps_is_empty():

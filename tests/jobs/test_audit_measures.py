@@ -228,10 +228,17 @@ def slow_checkerboard(levels: np.ndarray) -> float:
     return (explained(waves=True) - explained(waves=False)) / float((centred**2).sum())
 
 
-@pytest.mark.parametrize("size", [(16, 20), (32, 32), (11, 40)])
+@pytest.mark.parametrize("size", [(16, 20), (32, 32), (17, 40)])
 def test_the_share_that_alternates_agrees_with_its_slow_twin(size):
     levels = levels_of(noise(*size) / 255 + 0.5 * board(2, *size))
     assert values_of(levels)["checkerboard"] == pytest.approx(slow_checkerboard(levels), abs=1e-5)
+
+
+def test_a_map_of_few_pixels_has_no_share_that_alternates():
+    for size in ((15, 40), (7, 7)):
+        made = measured(levels_of(noise(*size))[None])
+        assert np.isnan(made.of("checkerboard")).all()
+        assert not made.is_checkerboard.any()
 
 
 # ---------------------------------------------------------------- by ground truth

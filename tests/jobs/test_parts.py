@@ -29,6 +29,8 @@ def test_as_many_folders_as_classes_are_the_classes_in_order():
     assert Labels(["0", "10", "2"], None, 3).index("2") == 2
     named = Labels(["bee", "ant", "cat"], ["cat", "ant", "bee"], 3)  # what a class is called counts, not its place
     assert [named.index(name) for name in ("ant", "bee", "cat")] == [1, 2, 0]
+    some = Labels(["bee", "ant", "dog"], ["cat", "ant", "bee"], 3)  # nor is the third then a cat
+    assert [some.index(name) for name in ("ant", "bee", "dog")] == [1, 2, None]
 
 
 def receipt(records, forwards):
