@@ -1,6 +1,6 @@
 """Candidates for shortcuts: regions of the picture to which one class's maps point and other classes' do not."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,8 @@ PARTS_OF_PEAK = (0.5, 0.65, 0.8, 0.9, 0.97)
 that were too large, as it is of maps with few cells."""
 MOST_AREA = 0.25
 """Of the picture: a larger region is no particular place."""
+RIM = 2
+"""Cells around a candidate that are no other one: maps are blurred."""
 PER_SOURCE = 2
 SAME = 0.5
 """Part of the smaller of two boxes of a class that the other holds: from there on they are one candidate."""
@@ -98,23 +100,31 @@ def _joined(parts: Sequence[_Moments]) -> _Moments | None:
     return _Moments(mean, error / len(parts), sum(part.count for part in parts))
 
 
-def _of_class(model: ClassModel, others: _Moments) -> Iterator[Candidate]:
-    """Those of the class's mean map, then of each cluster's; one place once."""
+def _of_class(model: ClassModel, others: _Moments) -> list[Candidate]:
+    """Those of the class's mean map and of each cluster's; one place once.
+
+    A cluster's counts where it lies there much more densely than the class as a whole: then only a part of the class
+    looks there, and the cluster knows which.
+    """
+    every = np.arange(len(model.labels))
+    kept = list(_from("class", model, every, others))
+    for number in range(model.num_clusters):
+        for one in _from(f"cluster {number}", model, np.flatnonzero(model.labels == number), others):
+            same = [other for other in kept if _overlap(one.box, other.box) >= SAME]
+            if all(other.source == "class" and one.density >= MORE * other.density for other in same):
+                kept = [other for other in kept if other not in same] + [one]
+    return kept
+
+
+def _from(source: str, model: ClassModel, own: NDArray[np.intp], others: _Moments) -> Iterator[Candidate]:
+    """The candidates of some maps of a class's sample."""
+    if len(own) < MIN_MAPS:
+        return
     maps = densities(model.sample.pooled)
-    sources: Mapping[str, NDArray[np.intp]] = {
-        "class": np.arange(len(maps)),
-        **{f"cluster {number}": np.flatnonzero(model.labels == number) for number in range(model.num_clusters)},
-    }
-    taken: list[tuple[int, int, int, int]] = []
-    for source, own in sources.items():
-        if len(own) < MIN_MAPS:
-            continue
-        for box, certainty in _regions(_moments(maps[own]), others):
-            density, elsewhere = _mean(maps, box), float(_mean(others.mean, box))
-            members = own[density[own] >= max(EVEN, MORE * elsewhere)]
-            if len(members) < MIN_MAPS or any(_overlap(box, other) >= SAME for other in taken):
-                continue
-            taken.append(box)
+    for box, certainty in _regions(_moments(maps[own]), others):
+        density, elsewhere = _mean(maps, box), float(_mean(others.mean, box))
+        members = own[density[own] >= max(EVEN, MORE * elsewhere)]
+        if len(members) >= MIN_MAPS:
             share = len(members) / len(maps)
             yield Candidate(model, source, box, certainty, members, share, float(density[own].mean()), elsewhere)
 
@@ -140,7 +150,7 @@ def _regions(own: _Moments, others: _Moments) -> Iterator[tuple[tuple[int, int, 
         if box is None:
             return  # as strong over a large part of the picture
         yield box, float(certainty[peak])
-        left[max(0, box[1] - 1) : box[3] + 1, max(0, box[0] - 1) : box[2] + 1] = 0  # nor is its rim another
+        left[max(0, box[1] - RIM) : box[3] + RIM, max(0, box[0] - RIM) : box[2] + RIM] = 0
 
 
 def _box_around(peak: tuple[int, int], region: NDArray[np.bool_]) -> tuple[int, int, int, int]:

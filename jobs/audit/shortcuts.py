@@ -176,7 +176,7 @@ def _doubt(one: Shortcut, blanked: Effect, pasted: Effect) -> str | None:
         return (
             f"objects cover {one.on_object:.0%} of it: it may be the object" if one.on_object > MOST_ON_OBJECT else None
         )
-    if ATTENDED < one.elsewhere_density and one.density < LEAST_CONTRAST * one.elsewhere_density:
+    if one.elsewhere_density > ATTENDED and one.density < LEAST_CONTRAST * one.elsewhere_density:
         return "other classes' maps look there too: it may be where objects stand; --truth would tell"
     if one.recurrence is not None and one.recurrence < LEAST_RECURRENCE:
         return "what stands there differs from member to member: it may be the object; --truth would tell"

@@ -13,6 +13,7 @@ from rich.console import Console
 from jobs.audit.result import AUDIT_KEY, Audit, read_audit
 from jobs.audit.run import AuditRequest, run_audit
 from jobs.config import ConfigError
+from jobs.records import UnreconciledError
 from jobs.tables import audit_table
 from storage.local import LocalStore
 from tests.jobs import tiny
@@ -161,6 +162,32 @@ def test_the_parting_into_units_changes_nothing(marked: Path, tmp_path: Path, mo
     assert one.oddities == other.oddities
     assert [vars(group).keys() for group in one.groups] == [vars(group).keys() for group in other.groups]
     assert [(g.count, g.spreads) for g in one.groups] == [(g.count, g.spreads) for g in other.groups]
+
+
+def test_further_targets_change_no_finding(marked: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    run_here(marked.parent / "in", tmp_path / "out", model=MODEL, explainer="gradcam", target="top-2")
+    found = audited(tmp_path / "out")
+    [finding] = found.findings
+    [alone] = audited(marked).findings
+    assert (finding.box, finding.blanked, finding.pasted) == (alone.box, alone.blanked, alone.pasted)
+    assert (found.num_maps, found.num_right) == (400, 200)
+    assert sum(group.count for group in found.groups if group.kind == "class") == 200
+
+
+def test_an_unfinished_output_says_so_and_a_damaged_one_is_refused(
+    marked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.sizing.LEAST_UNIT_SECONDS", 0.05)
+    output = explained(marked.parent / "in", tmp_path / "out", MODEL)
+    first, second, *_ = sorted((output / "data").glob("*.parquet"))
+    first.unlink()
+    found = audited(output, tries=False)
+    assert found.num_rows < 200
+    assert "1 unit of" in found.notes[0]
+    second.write_bytes(second.read_bytes()[:500])
+    with pytest.raises(UnreconciledError, match=second.name):
+        audited(output, tries=False)
 
 
 def test_what_is_wrong_is_said_before_any_work(marked: Path, tmp_path: Path) -> None:
