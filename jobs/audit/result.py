@@ -226,7 +226,11 @@ def write_audit(store: ObjectStore, audit: Audit) -> None:
 def read_audit(store: ObjectStore) -> Audit | None:
     """The audit that stands in an output, or None. Raises StoreError, and UnreconciledError where it is damaged."""
     try:
-        body = json.loads(store.read(AUDIT_KEY))
+        document = store.read(AUDIT_KEY)
+    except MissingError:
+        return None
+    try:
+        body = json.loads(document)
         groups, clusters = (
             pq.read_table(io.BytesIO(store.read(key))).to_pylist() for key in (GROUPS_KEY, CLUSTERS_KEY)
         )
@@ -240,9 +244,7 @@ def read_audit(store: ObjectStore) -> Audit | None:
                 "notes": tuple(body["notes"]),
             }
         )
-    except MissingError:
-        return None
-    except (ValueError, TypeError, KeyError, pa.ArrowException) as error:
+    except (ValueError, TypeError, KeyError, pa.ArrowException, MissingError) as error:
         raise UnreconciledError(
             f"{AUDIT_KEY} in {store.uri} is damaged, run `blocksight audit` again: {error}"
         ) from error

@@ -143,6 +143,18 @@ def test_an_audit_reads_back_as_it_was_and_replaces_the_last(marked: Path) -> No
     assert [vars(one).keys() for one in made.clusters] == [vars(one).keys() for one in read.clusters]
 
 
+def test_a_damaged_audit_is_said(marked: Path) -> None:
+    audited(marked, tries=False)
+    for name in ("groups.parquet", "audit.json"):
+        (marked / "audit" / name).write_bytes(b"{")
+        with pytest.raises(UnreconciledError, match="run `blocksight audit` again"):
+            read_audit(LocalStore(marked))
+    audited(marked, tries=False)
+    (marked / "audit" / "clusters.parquet").unlink()
+    with pytest.raises(UnreconciledError, match="run `blocksight audit` again"):
+        read_audit(LocalStore(marked))
+
+
 def test_every_map_has_one_row(marked: Path) -> None:
     found = audited(marked)
     rows = pq.read_table(marked / "audit" / "rows").to_pylist()
