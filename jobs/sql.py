@@ -23,7 +23,7 @@ from jobs.evaluation import FOLDER
 from jobs.plan import existing_plan
 from jobs.progress import counted
 from jobs.records import UnreconciledError
-from jobs.stored import damaged
+from jobs.stored import damaged, table_of
 from jobs.tables import printable
 from storage.patient import SHORT_PATIENCE_SECONDS, PatientStore
 from storage.schema import EVALUATION, OK, RECORD_COLUMNS, REJECTED, SCHEMA
@@ -46,6 +46,9 @@ FORMULA_SIGNS = (
 )
 """The first visible character of what a spreadsheet may run instead of showing it."""
 
+TABLES = {"data/": SCHEMA, FOLDER: EVALUATION, ROWS_FOLDER: ROWS, GROUPS_KEY: GROUPS, CLUSTERS_KEY: CLUSTERS}
+"""What the views read, by where it stands."""
+
 MetricColumns = Mapping[tuple[str, str], str]
 """Metric and protocol to the name of their column."""
 
@@ -58,9 +61,7 @@ def connect(output: str, endpoint_url: str | None = None) -> duckdb.DuckDBPyConn
     `audit_clusters`. Raises ConfigError where no output stands or DuckDB cannot read it, UnreconciledError where some
     of it is damaged, and StoreError.
     """
-    connection, views = _connected(output, endpoint_url)
-    for statement in views:
-        ask(connection, statement)
+    connection, _ = _connected(output, endpoint_url)
     return connection
 
 
@@ -104,7 +105,7 @@ def standing_columns(connection: duckdb.DuckDBPyConnection) -> MetricColumns:
 
 
 def _connected(output: str, endpoint_url: str | None) -> tuple[duckdb.DuckDBPyConnection, list[str]]:
-    """A connection that can read the output, and the statements of its views."""
+    """A connection with the output's views, and the statements that made them."""
     store = PatientStore(open_store(output, endpoint_url), SHORT_PATIENCE_SECONDS)
     existing_plan(store)
     if "\\" in store.uri:
@@ -114,10 +115,29 @@ def _connected(output: str, endpoint_url: str | None) -> tuple[duckdb.DuckDBPyCo
         from storage.s3 import S3Store  # slow to import, and local outputs need none
 
         connection.register_filesystem(S3Store(output, endpoint_url).filesystem)
-    views = _views(store)
-    ask(connection, views["values"])
-    views["metrics"] = _view("metrics", _metrics(standing_columns(connection)))
-    return connection, list(views.values())
+    statements = []
+    try:
+        for statement in _statements(connection, store):
+            ask(connection, statement)
+            statements.append(statement)
+    except (ConfigError, UnreconciledError):
+        _name_damage(store)  # DuckDB does not always say which table it is
+        raise
+    return connection, statements
+
+
+def _statements(connection: duckdb.DuckDBPyConnection, store: ObjectStore) -> Iterator[str]:
+    """The statements of the views; that of `metrics` is made once the others stand."""
+    yield from _views(store).values()
+    yield _view("metrics", _metrics(standing_columns(connection)))
+
+
+def _name_damage(store: ObjectStore) -> None:
+    """Reads table after table. Raises UnreconciledError for the first that is damaged."""
+    for prefix, schema in TABLES.items():
+        for info in store.list(prefix):
+            if info.key.endswith(".parquet"):
+                table_of(store, info.key, schema)
 
 
 def _views(store: ObjectStore) -> dict[str, str]:
@@ -156,7 +176,7 @@ def _evaluated(store: ObjectStore) -> str:
     """The rows of all evaluations, with the name of each."""
     source = _source(store, FOLDER, f"{FOLDER}*/data/*.parquet", EVALUATION, with_filename=True)
     name = "regexp_extract(filename, '/([^/]+)/data/[^/]+$', 1)"
-    return f"SELECT {name} AS evaluation, * EXCLUDE (filename) FROM {source}"
+    return f"SELECT {name} AS evaluation, {', '.join(map(_name, EVALUATION.names))} FROM {source}"
 
 
 def _metrics(columns: MetricColumns) -> str:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from jobs.bootstrap import MetricSums, differences, estimate, gap, holm, key_hashes, weights
+from jobs.bootstrap import MetricSums, differences, estimate, holm, key_hashes, weights
 
 NAN = float("nan")
 SEED = 20230
