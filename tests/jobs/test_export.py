@@ -362,9 +362,7 @@ def test_an_output_without_a_single_map(tmp_path):
     for file in (tmp_path / "out" / "data").iterdir():
         file.unlink()
     for form in FORMS:
-        with pytest.raises(
-            ConfigError, match="nothing of .* can be exported: 0 records exported; left out: 0 rejected"
-        ):
+        with pytest.raises(ConfigError, match=r"nothing of .* can be exported: 0 records"):
             exported(tmp_path / "out", form, tmp_path / form)
         assert not files_in(tmp_path / form)
 

@@ -318,7 +318,7 @@ def test_the_command(output, monkeypatch, capsys, tmp_path):
         assert "read_parquet" not in said
         assert "Traceback" not in said
     _, said = called(monkeypatch, capsys, "sql", output, "SELECT 1,\n  nope FROM maps")
-    assert said.splitlines()[-2:] == ["LINE 2:   nope FROM maps", "          ^"]
+    assert said.splitlines()[-2:] == ["LINE 2:   nope FROM maps", "          ^^^^"]
 
 
 def test_a_damaged_fragment_is_a_sentence(tmp_path):

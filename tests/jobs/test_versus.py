@@ -20,6 +20,7 @@ from jobs.config import ConfigError
 from jobs.plan import load_plan, make_plan, settle_plan
 from jobs.records import Unit
 from jobs.results import Output
+from jobs.tables import difference_table
 from jobs.units import Workforce
 from jobs.versus.joining import Overlaps, Tally, joined
 from jobs.versus.rows import DIFFERENCE, MEASURED, map_measures, measured
@@ -382,13 +383,9 @@ def test_none_of_seven_is_not_certainly_fewer_than_a_few_in_a_hundred():
 
 
 def test_rows_of_one_image_are_no_further_evidence():
-    once, thrice = (
-        [{"key": str(number), "looks_elsewhere": number < 4, "regressed": number % 2 == 0} for number in range(12)]
-        * times
-        for times in (1, 3)
-    )
+    once = [{"key": str(one), "looks_elsewhere": one < 4, "regressed": one % 2 == 0} for one in range(12)]
     found = []
-    for rows in (once, thrice):
+    for rows in (once, once * 3):
         sums = Sums()
         blank = dict.fromkeys([*COLUMNS, "is_right_a", "is_right_b"])
         sums.add([{**blank, **row} for row in sorted(rows, key=lambda row: row["key"])])
@@ -542,6 +539,18 @@ def test_hostile_names_stay_text(tmp_path):
     assert "\x1b" not in done.stdout
     assert "d[bold]/data" in done.stdout
     assert {key for key, _ in rows_in(tmp_path / "d[bold]")} == set(names)
+
+
+def test_one_of_something_is_not_many(data, tmp_path):
+    keys = keys_of(data)
+    rows = {key: [row_of(key, blob(0.5, 0.5))] for key in keys}
+    a = standing(data, tmp_path / "a", {key: rows[key] for key in keys[:2]}, per_unit=29)
+    b = standing(data, tmp_path / "b", {key: rows[key] for key in keys[1:3]}, per_unit=29)
+    console = Console(file=io.StringIO(), width=200)
+    console.print(difference_table(written(a, b, tmp_path / "d"), "d"))
+    said = " ".join(console.file.getvalue().split())
+    for words in ("1 record, 1 row", "1 record explained in A alone", "28 records rejected in B"):
+        assert words in said
 
 
 def test_two_models_on_the_command_line(tmp_path):
