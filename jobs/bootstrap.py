@@ -209,22 +209,6 @@ def differences(sums: MetricSums) -> list[PairedDifference]:
     ]
 
 
-def gap(sums: MetricSums, one: int, other: int) -> MethodEstimate:
-    """The mean of method number `one` less that of `other`, over all rows of each: they need not have any in common.
-
-    `count` holds the rows of both.
-    """
-    means = [_mean(sums, method) for method in (one, other)]
-    count = int(sums.rows[one] + sums.rows[other])
-    if means[0] is None or means[1] is None:
-        return MethodEstimate(None, None, None, count)
-    drawn = (sums.drawn_rows[:, [one, other]] > 0).all(1)
-    if min(sums.images[one], sums.images[other]) < 2 or not drawn.any():
-        return MethodEstimate(means[0] - means[1], None, None, count)
-    ratios = sums.drawn_total[drawn][:, [one, other]] / sums.drawn_rows[drawn][:, [one, other]]
-    return MethodEstimate(means[0] - means[1], *_percentiles(ratios[:, 0] - ratios[:, 1]), count)
-
-
 def _mean(sums: MetricSums, column: int) -> float | None:
     return float(sums.total[column] / sums.rows[column]) if sums.rows[column] else None
 

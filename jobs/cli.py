@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -378,7 +379,7 @@ def ask_output(
         return
     found = sql.ask(sql.connect(output, endpoint_url), query)
     if csv is None:
-        console.print(sql.as_table(found))
+        console.print(sql.as_table(found, console.width))
     else:
         count = sql.write_csv(found, csv)
         console.print(f"csv: {tables.printable(csv)} ({counted(count, 'row')})")
@@ -432,7 +433,7 @@ def audit(
     asked = AuditRequest(output, truth, class_map, weights, tries, seed, endpoint_url)
     found = run_audit(asked, console)
     console.print(tables.audit_table(found, f"{output.rstrip('/')}/audit/"))
-    console.print(f"to look at it: blocksight report {tables.printable(output)}")
+    console.print(f"to look at it: blocksight report {tables.printable(shlex.quote(output))}")
 
 
 @app.command()

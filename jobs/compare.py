@@ -16,7 +16,7 @@ from jobs.bootstrap import MethodEstimate, MetricSums, PairedDifference, differe
 from jobs.config import ConfigError
 from jobs.evaluation import folders, values_of
 from jobs.results import Output, refuse_other_inputs
-from storage.fragments import read_fragment
+from jobs.stored import fragment_of
 from storage.schema import METRICS as METRICS_STRUCT
 from storage.schema import OK
 from storage.stores import open_store
@@ -73,7 +73,10 @@ class Comparison:
 
 
 def compare(outputs: Sequence[Output]) -> Comparison:
-    """The table of all methods and metrics that the outputs hold. Raises ConfigError where there is nothing."""
+    """The table of all methods and metrics that the outputs hold.
+
+    Raises ConfigError where there is nothing, UnreconciledError where something is damaged, and StoreError.
+    """
     refuse_other_inputs(outputs)
     methods, num_values = _methods(outputs)
     if not num_values:
@@ -119,7 +122,7 @@ def _tables(output: Output) -> Iterator[pa.Table]:
     standing = {info.key for info in output.store.list("data/")}
     for unit in output.plan.units:
         if unit.fragment_key in standing:
-            yield _explained(read_fragment(output.store.read(unit.fragment_key), STORED))
+            yield _explained(fragment_of(output.store, unit.fragment_key, STORED))
     for folder in folders(output.store):
         for table in values_of(output.store, folder):
             sound = table.filter(pc.field("value").is_valid())

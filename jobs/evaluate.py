@@ -39,12 +39,12 @@ from jobs.explain import (
     stored,
 )
 from jobs.pace import standing_forward
-from jobs.records import Unit, UnitFailure
+from jobs.records import Unit, UnitFailure, UnreconciledError
 from jobs.stopping import Stop
+from jobs.stored import fragment_of, map_of
 from jobs.unit import read_unit
 from jobs.watch import alive, watched
-from storage.fragments import encode_fragment, read_fragment
-from storage.maps import decode_map
+from storage.fragments import encode_fragment
 from storage.schema import EVALUATION, MAX_ERROR_LENGTH, OK
 from storage.store import AlreadyExistsError, StoreError, UnavailableError
 
@@ -89,8 +89,10 @@ class EvaluateStep:
         self.controls = {name: EXPLAINERS[name](self.adapter, NoParameters()) for name in wanted}
 
     def __call__(self, unit: Unit) -> Evaluated:
-        """The unit's values, committed; those of another attempt count where they stand. Raises StoreError."""
-        rows = read_fragment(self.desk.output.read(unit.fragment_key)).to_pylist()
+        """The unit's values, committed; those of another attempt count where they stand. Raises StoreError, and
+        UnreconciledError where what was explained is damaged.
+        """
+        rows = fragment_of(self.desk.output, unit.fragment_key).to_pylist()
         chosen = [row for row in rows if row["status"] == OK and self.evaluation.holds(row["key"])]
         records = [list(own) for _, own in groupby(chosen, key=itemgetter("shard", "shard_index"))]
         values = list(self._values(unit, records)) if records else []
@@ -133,7 +135,7 @@ class EvaluateStep:
         return Maps(
             inputs,
             ClassProbability(classes.to(self.adapter.device)),
-            saliency=[[decode_map(row["map"]).astype(np.float64) for row in record] for record in records],
+            saliency=[[map_of(row).astype(np.float64) for row in record] for record in records],
             scores=[[row["score"] for row in record] for record in records],
             ranks=[[row["target_rank"] for row in record] for record in records],
             regions=[[self._region(row) for row in record] for record in records],
@@ -197,7 +199,7 @@ def measured(step: EvaluateStep, unit: Unit) -> Evaluated | UnitFailure:
         with watched():
             return step(unit)
     except Exception as error:  # noqa: BLE001 - as the docstring says
-        text = str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
+        text = str(error) if isinstance(error, StoreError | UnreconciledError) else f"{type(error).__name__}: {error}"
         away = isinstance(error, UnavailableError)
         inputs = unit.objects[0].key
         return UnitFailure(unit.unit_id, unit.ordinal, inputs, "evaluate", text[:MAX_ERROR_LENGTH], away)

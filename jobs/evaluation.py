@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from engine.catalog import METRICS
@@ -19,7 +18,8 @@ from jobs.config import CODE_VERSION, ConfigError, JobConfig, digest_of
 from jobs.context import JobContext
 from jobs.plan import Plan
 from jobs.records import Unit
-from storage.schema import EVALUATION, MAX_ERROR_LENGTH
+from jobs.stored import values_in
+from storage.schema import MAX_ERROR_LENGTH
 from storage.store import AlreadyExistsError, ObjectStore, StoreError
 from storage.truth import Truth, region
 
@@ -188,9 +188,10 @@ def folders(store: ObjectStore) -> list[str]:
 
 
 def values_of(store: ObjectStore, folder: str) -> Iterator[pa.Table]:
-    """The rows of an evaluation, fragment by fragment, in order."""
+    """The rows of an evaluation, fragment by fragment, in order. Raises StoreError, and UnreconciledError where one is
+    damaged."""
     for info in sorted(store.list(f"{folder}data/"), key=lambda info: info.key):
-        yield pq.read_table(pa.BufferReader(store.read(info.key)), schema=EVALUATION)
+        yield values_in(store, info.key)
 
 
 @dataclass(frozen=True)

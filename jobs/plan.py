@@ -98,7 +98,7 @@ def check_place(output: str, taken: Mapping[str, str]) -> None:
     for name, uri in taken.items():
         other = uri.rstrip("/") + "/"
         if place.startswith(other) or other.startswith(place):
-            raise ConfigError(f"output {output!r} and {name} {uri!r} contain each other; choose another output")
+            raise ConfigError(f"{output!r} and {name} {uri!r} contain each other; choose another place")
 
 
 def make_plan(config: JobConfig, *, weights_sha256: str | None, workforce: Workforce) -> Plan:

@@ -61,7 +61,7 @@ class Tally:
         trouble = f", {counted(self.failures, 'unit')} failed" if self.failures else ""
         trouble += f", {counted(self.dead, 'unit')} dead" if self.dead else ""
         pace = f"{rate:,.0f} masked forwards/s, " if self.verb == "explain" else ""
-        return f"{self.records:,}/{self.total_records:,} records, {pace}{self.left(elapsed)}{trouble}"
+        return f"{self.records:,}/{counted(self.total_records, 'record')}, {pace}{self.left(elapsed)}{trouble}"
 
 
 def counted(number: int, noun: str) -> str:

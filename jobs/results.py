@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from jobs.config import ConfigError
 from jobs.plan import Plan, existing_plan, open_source
 from jobs.records import Unit
+from jobs.stored import fragment_of, map_of
 from jobs.unit import raw_records
-from storage.fragments import read_fragment
 from storage.images import decode, fit
-from storage.maps import decode_map
 from storage.patient import SHORT_PATIENCE_SECONDS, PatientStore
 from storage.pictures import Pixels, resized
 from storage.rejects import Reject
@@ -74,11 +73,14 @@ def rows_of(store: ObjectStore, plan: Plan, key: str) -> list[dict[str, Any]]:
 
 
 def rows_with(store: ObjectStore, plan: Plan, keys: Collection[str]) -> Iterator[dict[str, Any]]:
-    """All rows of the records with these keys, in the plan's order; only fragments that may hold one are read."""
+    """All rows of the records with these keys, in the plan's order; only fragments that may hold one are read.
+
+    Raises StoreError, and UnreconciledError where one is damaged.
+    """
     committed = {info.key for info in store.list("data/")}
     for unit, wanted in _units_with(plan, keys):
         if unit.fragment_key in committed:
-            table = read_fragment(store.read(unit.fragment_key))
+            table = fragment_of(store, unit.fragment_key)
             yield from table.filter(pc.field("key").isin(sorted(wanted))).to_pylist()
 
 
@@ -113,11 +115,11 @@ def _units_with(plan: Plan, keys: Collection[str]) -> Iterator[tuple[Unit, set[s
 
 
 def all_rows(store: ObjectStore, plan: Plan) -> Iterator[dict[str, Any]]:
-    """Every row of the output in the plan's order."""
+    """Every row of the output in the plan's order. Raises as `rows_with`."""
     committed = {info.key for info in store.list("data/")}
     for unit in plan.units:
         if unit.fragment_key in committed:
-            yield from read_fragment(store.read(unit.fragment_key)).to_pylist()
+            yield from fragment_of(store, unit.fragment_key).to_pylist()
 
 
 def picture(plan: Plan, endpoint_url: str | None, row: dict[str, Any]) -> Shown:
@@ -126,12 +128,15 @@ def picture(plan: Plan, endpoint_url: str | None, row: dict[str, Any]) -> Shown:
 
 
 def shown(plan: Plan, row: dict[str, Any], image: Pixels | None, side: int = PICTURE_SIDE) -> Shown:
-    """A row's map with its image, which may be gone; `side`: the longer one, in pixels."""
+    """A row's map with its image, which may be gone; `side`: the longer one, in pixels.
+
+    Raises UnreconciledError where the stored map is damaged.
+    """
     if image is None:
         image = np.full((row["height"], row["width"], 3), 128, np.uint8)
     how = plan.identity["resize"]
     size = _picture_size(row["height"], row["width"], how, side)
-    return Shown(fit(image, size, how), resized(decode_map(row["map"]), size))
+    return Shown(fit(image, size, how), resized(map_of(row), size))
 
 
 def _picture_size(height: int, width: int, resize: str, side: int) -> tuple[int, int]:

@@ -4,12 +4,15 @@ import csv
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import duckdb
 import pyarrow as pa
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.table import Table
 
@@ -19,6 +22,8 @@ from jobs.config import ConfigError
 from jobs.evaluation import FOLDER
 from jobs.plan import existing_plan
 from jobs.progress import counted
+from jobs.records import UnreconciledError
+from jobs.stored import damaged, table_of
 from jobs.tables import printable
 from storage.patient import SHORT_PATIENCE_SECONDS, PatientStore
 from storage.schema import EVALUATION, OK, RECORD_COLUMNS, REJECTED, SCHEMA
@@ -27,16 +32,22 @@ from storage.stores import open_store
 
 MAX_ROWS = 40
 """Rows that are printed."""
-MAX_CELL = 60
+MAX_CELL = 64
 """Characters of a cell that are printed."""
 ROWS_AT_ONCE = 1024
 PROTOCOL_LENGTH = 8
 """Characters of a protocol's hash that tell two columns of one metric apart."""
 
+VIEW = "CREATE OR REPLACE VIEW"
 METHOD = ("key", "target_index", "explainer", "parameters")
 """What names a map: a record's key, a class, and a way of explaining."""
-SPREADSHEET_FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""Begins what a spreadsheet may run instead of showing it."""
+FORMULA_SIGNS = (
+    "=+-@\N{FULLWIDTH EQUALS SIGN}\N{FULLWIDTH PLUS SIGN}\N{FULLWIDTH HYPHEN-MINUS}\N{FULLWIDTH COMMERCIAL AT}"
+)
+"""The first visible character of what a spreadsheet may run instead of showing it."""
+
+TABLES = {"data/": SCHEMA, FOLDER: EVALUATION, ROWS_FOLDER: ROWS, GROUPS_KEY: GROUPS, CLUSTERS_KEY: CLUSTERS}
+"""What the views read, by where it stands."""
 
 MetricColumns = Mapping[tuple[str, str], str]
 """Metric and protocol to the name of their column."""
@@ -47,11 +58,10 @@ def connect(output: str, endpoint_url: str | None = None) -> duckdb.DuckDBPyConn
 
     `maps` and `rejects` are the rows of `explain`; `values` has a row per map, metric and evaluation; `metrics` a row
     per map and a column per metric and protocol; and where an audit stands, `audit_rows`, `audit_groups` and
-    `audit_clusters`. Raises ConfigError where no output stands or DuckDB cannot read it, and StoreError.
+    `audit_clusters`. Raises ConfigError where no output stands or DuckDB cannot read it, UnreconciledError where some
+    of it is damaged, and StoreError.
     """
-    connection, views = _connected(output, endpoint_url)
-    for statement in views:
-        ask(connection, statement)
+    connection, _ = _connected(output, endpoint_url)
     return connection
 
 
@@ -60,10 +70,18 @@ def script(output: str, endpoint_url: str | None = None) -> str:
     _, views = _connected(output, endpoint_url)
     head = "-- the views of a blocksight output, for the shell of DuckDB"
     if output.startswith("s3://"):
-        head += (
-            "\n-- s3:// needs `INSTALL httpfs; LOAD httpfs;` and `CREATE SECRET (TYPE s3, PROVIDER credential_chain);`"
-        )
+        head += f"\n-- s3:// needs `INSTALL httpfs; LOAD httpfs;` and `{_secret(endpoint_url)}`"
     return "\n".join([head, *(f"{statement};" for statement in views), ""])
+
+
+def _secret(endpoint_url: str | None) -> str:
+    """The statement that lets a DuckDB find credentials where they stand; it names the endpoint and holds none."""
+    parts = ["TYPE s3", "PROVIDER credential_chain"]
+    if endpoint_url is not None:
+        address = urlsplit(endpoint_url)
+        host = address.netloc.rpartition("@")[2]  # what stands before it is a user and a password
+        parts += [f"ENDPOINT {_text(host)}", "URL_STYLE 'path'", f"USE_SSL {str(address.scheme == 'https').lower()}"]
+    return f"CREATE SECRET ({', '.join(parts)});"
 
 
 def metric_columns(pairs: Iterable[tuple[str, str]]) -> MetricColumns:
@@ -87,7 +105,7 @@ def standing_columns(connection: duckdb.DuckDBPyConnection) -> MetricColumns:
 
 
 def _connected(output: str, endpoint_url: str | None) -> tuple[duckdb.DuckDBPyConnection, list[str]]:
-    """A connection that can read the output, and the statements of its views."""
+    """A connection with the output's views, and the statements that made them."""
     store = PatientStore(open_store(output, endpoint_url), SHORT_PATIENCE_SECONDS)
     existing_plan(store)
     if "\\" in store.uri:
@@ -97,10 +115,29 @@ def _connected(output: str, endpoint_url: str | None) -> tuple[duckdb.DuckDBPyCo
         from storage.s3 import S3Store  # slow to import, and local outputs need none
 
         connection.register_filesystem(S3Store(output, endpoint_url).filesystem)
-    views = _views(store)
-    ask(connection, views["values"])
-    views["metrics"] = _view("metrics", _metrics(standing_columns(connection)))
-    return connection, list(views.values())
+    statements = []
+    try:
+        for statement in _statements(connection, store):
+            ask(connection, statement)
+            statements.append(statement)
+    except (ConfigError, UnreconciledError):
+        _name_damage(store)  # DuckDB does not always say which table it is
+        raise
+    return connection, statements
+
+
+def _statements(connection: duckdb.DuckDBPyConnection, store: ObjectStore) -> Iterator[str]:
+    """The statements of the views; that of `metrics` is made once the others stand."""
+    yield from _views(store).values()
+    yield _view("metrics", _metrics(standing_columns(connection)))
+
+
+def _name_damage(store: ObjectStore) -> None:
+    """Reads table after table. Raises UnreconciledError for the first that is damaged."""
+    for prefix, schema in TABLES.items():
+        for info in store.list(prefix):
+            if info.key.endswith(".parquet"):
+                table_of(store, info.key, schema)
 
 
 def _views(store: ObjectStore) -> dict[str, str]:
@@ -121,7 +158,7 @@ def _views(store: ObjectStore) -> dict[str, str]:
 
 
 def _view(name: str, query: str) -> str:
-    return f"CREATE OR REPLACE VIEW {_name(name)} AS\n{query}"
+    return f"{VIEW} {_name(name)} AS\n{query}"
 
 
 def _explained(data: str) -> str:
@@ -139,7 +176,7 @@ def _evaluated(store: ObjectStore) -> str:
     """The rows of all evaluations, with the name of each."""
     source = _source(store, FOLDER, f"{FOLDER}*/data/*.parquet", EVALUATION, with_filename=True)
     name = "regexp_extract(filename, '/([^/]+)/data/[^/]+$', 1)"
-    return f"SELECT {name} AS evaluation, * EXCLUDE (filename) FROM {source}"
+    return f"SELECT {name} AS evaluation, {', '.join(map(_name, EVALUATION.names))} FROM {source}"
 
 
 def _metrics(columns: MetricColumns) -> str:
@@ -199,34 +236,54 @@ def _text(text: str) -> str:
 
 
 def ask(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.DuckDBPyConnection:
-    """Runs a query. Raises ConfigError with what DuckDB says of it."""
+    """Runs a query. Raises ConfigError with what DuckDB says of it, and UnreconciledError for damaged Parquet."""
     try:
+        if not connection.extract_statements(query):
+            raise ConfigError(f'the query {query!r} asks nothing; try "SELECT * FROM metrics"')
         return connection.execute(query)
     except duckdb.Error as error:
-        raise _refused(error) from error
+        raise _refused(error, query) from error
 
 
-def as_table(found: duckdb.DuckDBPyConnection) -> RenderableType:
-    """The first rows as a table, and how many there are."""
-    table = Table(*(printable(name) for name in _header(found)))
-    rows = _rows(found)
-    shown = list(islice(rows, MAX_ROWS))
-    for row in shown:
-        table.add_row(*map(_cell, row))
+def as_table(found: duckdb.DuckDBPyConnection, width: int) -> RenderableType:
+    """The first rows, and how many there are: as a table, or where it is wider than `width`, one column a line."""
+    header, rows = [printable(name) for name in _header(found)], _rows(found)
+    shown = [list(map(_cell, row)) for row in islice(rows, MAX_ROWS)]
     count = len(shown) + sum(1 for _ in rows)
     said = counted(count, "row")
-    return Group(table, said if count <= MAX_ROWS else f"{said}; the first {MAX_ROWS} are shown, --csv writes all")
+    said = said if count <= MAX_ROWS else f"{said}; the first {MAX_ROWS} are shown, --csv writes all"
+    widest = [max(map(cell_len, column)) for column in zip(header, *shown, strict=True)]
+    is_wide = sum(widest) + 3 * len(widest) + 1 > width
+    return Group(*(_records(header, shown) if is_wide else [_table(header, shown)]), said)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _records(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[RenderableType]:
+    """Each row as a list of its columns."""
+    for number, row in enumerate(rows, 1):
+        table = Table(title=f"row {number}", box=None, show_header=False, title_justify="left")
+        for name, cell in zip(header, row, strict=True):
+            table.add_row(f"{name}:", cell)
+        yield table
 
 
 def write_csv(found: duckdb.DuckDBPyConnection, file: Path) -> int:
-    """Writes all rows with a header and returns how many; text that a spreadsheet would run gets an apostrophe.
+    """Writes all rows with a header and returns how many; no cell of text is one that a spreadsheet would run.
 
-    Raises ConfigError where the file cannot be written.
+    A cell whose first visible character begins a formula gets an apostrophe. All text is quoted, so that a separator
+    in its midst begins no cell of its own, not even where a spreadsheet parts cells at `;` or tabs; one that does not
+    heed quotes is not provided for. Numbers are as they are. Raises ConfigError where the file cannot be written.
     """
     count = 0
     try:
         with file.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
+            writer = csv.writer(stream, quoting=csv.QUOTE_NONNUMERIC)
             writer.writerow(map(_guarded, _header(found)))
             for count, row in enumerate(_rows(found), 1):  # noqa: B007 - the last number is the answer
                 writer.writerow(map(_guarded, row))
@@ -247,22 +304,53 @@ def _rows(found: duckdb.DuckDBPyConnection) -> Iterator[Sequence[Any]]:
         raise _refused(error) from error
 
 
-def _refused(error: duckdb.Error) -> ConfigError:
-    """What DuckDB says; of a store's error in its midst the sentence, not where in the code it arose."""
-    said = re.sub(r"Traceback \(most recent call last\):\n(?: .*\n)+", "", str(error))
-    return ConfigError(f"DuckDB cannot run the query: {said.strip()}")
+OURS = re.compile(
+    r"""['"](.*?)/((?:data|evaluations/[0-9a-f]+/data|audit/rows)/\d{6}-[0-9a-f]{20}\.parquet"""
+    r"""|audit/(?:groups|clusters)\.parquet)['"]"""
+)
+"""A table of an output as DuckDB's messages name it: where the output is, and the table's key."""
+
+
+TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(?: .*\n)+")
+"""Of a store's error in the midst of a query."""
+
+
+def _refused(error: duckdb.Error, query: str = "") -> ConfigError | UnreconciledError:
+    """What DuckDB says; of a store's error the sentence, and not where in the code it arose.
+
+    Where it points at a place in SQL, that is kept if it is the user's, and not that of a view.
+    """
+    said = TRACEBACK.sub("", str(error)).strip()
+    sentence, _, excerpt = said.partition("\n\nLINE ")
+    if (damage := _damage(error, sentence)) is not None:
+        return damage
+    pointed_at = excerpt.partition("\n")[0].partition(": ")[2].strip(".")
+    is_theirs = bool(pointed_at) and pointed_at in query and not query.startswith(VIEW)
+    return ConfigError(f"DuckDB cannot run the query: {said if is_theirs else sentence}")
+
+
+def _damage(error: duckdb.Error, sentence: str) -> UnreconciledError | None:
+    """None where the query or the store is at fault, and not the bytes of a table."""
+    named = OURS.search(sentence)
+    if named is not None and sentence.startswith(("Invalid Input Error", "IO Error: Could not read")):
+        return damaged(named[1], named[2], sentence.splitlines()[0])
+    if type(error) is duckdb.Error and not TRACEBACK.search(str(error)):  # what its reader of Parquet stumbles over
+        return UnreconciledError(f"DuckDB cannot read what stands, `blocksight verify` says more: {sentence}")
+    return None
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, bytes):
-        return f"{len(value):,} bytes"
+        return f"<{len(value):,} bytes>"
     said = "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
     return printable(said if len(said) <= MAX_CELL else f"{said[: MAX_CELL - 1]}…")
 
 
 def _guarded(value: Any) -> Any:
     """A cell for CSV: numbers as they are, everything else as text that no spreadsheet runs."""
-    if value is None or isinstance(value, int | float):
+    if value is None or isinstance(value, int | float | Decimal):
         return value
     text = value.hex() if isinstance(value, bytes) else str(value)
-    return f"'{text}" if text.startswith(SPREADSHEET_FORMULA) else text
+    first = next((char for char in text if char.isprintable() and not char.isspace()), None)
+    is_formula = text.startswith(("\t", "\r", "\n")) or (first is not None and first in FORMULA_SIGNS)
+    return f"'{text}" if is_formula else text

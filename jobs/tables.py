@@ -305,7 +305,7 @@ def difference_table(said: "Mapping[str, Any]", place: str) -> RenderableType:
     counts, shares, rule = said["counts"], said["shares"], said["looks_elsewhere"]
     rows = [
         *((name.upper(), f"{said[name]['output']}: {said[name]['model']}, {said[name]['explainer']}") for name in "ab"),
-        ("compared", f"{counts['records_compared']:,} records, {counts['rows']:,} rows"),
+        ("compared", f"{counted(counts['records_compared'], 'record')}, {counted(counts['rows'], 'row')}"),
         *_left_out(counts, [said[name]["target"] for name in ("a", "b")]),
         ("A to B", ", ".join(f"{count:,} {name}" for name, count in said["confusion"].items() if count)),
         *((name, _share(shares[name])) for name in ("regressed", "improved")),
@@ -334,20 +334,26 @@ def _share(own: "Mapping[str, Any]", sign: str = "") -> str:
 
 def _left_out(counts: "Mapping[str, Any]", targets: Sequence[str]) -> list[tuple[str, str]]:
     """What could not be compared, and what to do."""
+    go_on = "still open: the same `explain` goes on from there"
     said = {
-        "records_with_other_targets": f"records have no common target (A: {targets[0]}, B: {targets[1]}): explain both "
-        "with --target label, or with the same class numbers",
-        "records_with_other_image": "records whose image has changed between the two",
-        "records_only_in_a": "records explained in A alone",
-        "records_only_in_b": "records explained in B alone",
-        "rejected_in_a": "records rejected in A",
-        "rejected_in_b": "records rejected in B",
-        "open_units_of_a": "units of A still open: the same `explain` goes on from there",
-        "open_units_of_b": "units of B still open: the same `explain` goes on from there",
-        "rows_with_a_flat_map": "rows with a flat map, of which no map is compared",
-        "rows_with_other_target_name": "rows whose target has another name in B: are the classes the same?",
+        "records_with_other_targets": (
+            "record",
+            f"with no common target (A: {targets[0]}, B: {targets[1]}): explain "
+            "both with --target label, or with the same class numbers",
+        ),
+        "records_with_other_image": ("record", "whose image has changed between the two"),
+        "records_only_in_a": ("record", "explained in A alone"),
+        "records_only_in_b": ("record", "explained in B alone"),
+        "rejected_in_a": ("record", "rejected in A"),
+        "rejected_in_b": ("record", "rejected in B"),
+        "open_units_of_a": ("unit", f"of A {go_on}"),
+        "open_units_of_b": ("unit", f"of B {go_on}"),
+        "rows_with_a_flat_map": ("row", "with a flat map, of which no map is compared"),
+        "rows_with_other_target_name": ("row", "whose target has another name in B: are the classes the same?"),
     }
-    return [("left out", f"{counts[name]:,} {text}") for name, text in said.items() if counts[name]]
+    return [
+        ("left out", f"{counted(counts[name], noun)} {text}") for name, (noun, text) in said.items() if counts[name]
+    ]
 
 
 EFFICIENCY = "the time that the bare model would need for as many forwards, over all that is taken"

@@ -7,7 +7,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from jobs.audit.result import read_audit
 from jobs.export.pictures import as_jpeg, seen
 from jobs.export.records import ExplainedMap, ExplainedRecord, ExplainedRecords, Row
 
@@ -27,9 +26,8 @@ def write(shown: Iterable[ExplainedRecord], records: ExplainedRecords, folder: P
     """Writes the data set and returns how it is read. `shown` are the records with whatever watches them."""
     for name in ("data", "fields/heatmap"):
         (folder / name).mkdir(parents=True)
-    audit = read_audit(records.store) if records.has_audit else None
     tags: dict[tuple[str, int], list[str]] = {}
-    for odd in audit.oddities if audit is not None else ():
+    for odd in records.audit.oddities if records.audit is not None else ():
         tags.setdefault((odd.key, odd.target_index), []).append(odd.reason)
     ids = _Ids(records.plan.fingerprint)
     with (folder / "samples.json").open("w", encoding="utf-8") as file:

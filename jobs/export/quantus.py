@@ -16,8 +16,8 @@ from jobs.evaluation import config_of
 from jobs.explain import load
 from jobs.export.records import ExplainedRecord, ExplainedRecords
 from jobs.plan import Plan, refuse_drift
+from jobs.stored import map_of
 from storage.images import fit
-from storage.maps import decode_map
 from storage.pictures import resized
 
 
@@ -77,7 +77,7 @@ def write(
             image = adapter.normalise(fitted[None])[0].numpy()
             for one in record.maps:
                 images.append(image)
-                maps.append(resized(decode_map(one.row["map"]), size)[None])
+                maps.append(resized(map_of(one.row), size)[None])
                 classes.append(np.int64(one.row["target_index"]))
                 said = {name: one.row[name] for name in ("key", "target_index", "target_name", "label_name")}
                 keys.write((",\n" if classes.num_rows > 1 else "\n") + json.dumps(said))

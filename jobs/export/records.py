@@ -1,21 +1,18 @@
 """What every export is made of: explained records, one after the other, each with all that stands about its maps."""
 
-import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import PurePosixPath
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from jobs.audit.result import AUDIT_KEY, ROWS_FOLDER
+from jobs.audit.result import ROWS, ROWS_FOLDER, read_audit
 from jobs.evaluation import folders, fragment_key
 from jobs.plan import Plan, open_source
-from jobs.records import Unit
+from jobs.records import Unit, UnreconciledError
 from jobs.results import images_in
 from jobs.sql import METHOD, MetricColumns
-from storage.fragments import read_fragment
+from jobs.stored import fragment_of, table_of, values_in
 from storage.pictures import Pixels
 from storage.schema import OK
 from storage.store import ObjectStore
@@ -66,12 +63,16 @@ class ExplainedRecords:
         endpoint_url: str | None = None,
         limit: int | None = None,
     ) -> None:
-        """`columns` names the metrics; `limit`: so many records at most."""
+        """`columns` names the metrics; `limit`: so many records at most.
+
+        Raises StoreError, and UnreconciledError where an audit is damaged.
+        """
         self.store, self.plan, self.columns, self.limit = store, plan, columns, limit
         self.source, _ = open_source(plan.identity["data"], endpoint_url)
         self.evaluations = folders(store)
         self.standing = {info.key for prefix in ("data/", *self.evaluations) for info in store.list(prefix)}
-        self.audited = _audited_units(store)
+        self.audit = read_audit(store)
+        self.audited = {} if self.audit is None else _audited_units(store)
         self.num_records = 0
         """That came out."""
         self.num_rejected = 0
@@ -82,10 +83,10 @@ class ExplainedRecords:
     @property
     def has_audit(self) -> bool:
         """Whether an audit stands."""
-        return bool(self.audited)
+        return self.audit is not None
 
     def __iter__(self) -> Iterator[ExplainedRecord]:
-        """Raises StoreError where the output itself cannot be read."""
+        """Raises StoreError, and UnreconciledError where something of the output is damaged."""
         for record in islice(self._all(), self.limit):
             self.num_records += 1
             yield record
@@ -96,8 +97,7 @@ class ExplainedRecords:
                 yield from self._of(unit)
 
     def _of(self, unit: Unit) -> Iterator[ExplainedRecord]:
-        rows = read_fragment(self.store.read(unit.fragment_key)).to_pylist()
-        self.num_rejected += len({(row["shard"], row["shard_index"]) for row in rows if row["status"] != OK})
+        rows = fragment_of(self.store, unit.fragment_key).to_pylist()
         values, audited = self._values(unit), self._audit_rows(unit)
         maps: dict[str, list[ExplainedMap]] = {}
         for row in rows:
@@ -105,9 +105,20 @@ class ExplainedRecords:
                 metrics = {**self._own_metrics(row), **values.get(_method(row), {})}
                 about = audited.get((row["key"], row["target_index"]))
                 maps.setdefault(row["key"], []).append(ExplainedMap(row, metrics, about))
+        met = dict.fromkeys(
+            (row["shard"], row["shard_index"], row["key"] if row["status"] == OK else None) for row in rows
+        )
+        ahead = (key for _, _, key in met)
         for key, pixels in images_in(unit, self.source, frozenset(maps)):
-            yield ExplainedRecord(key, pixels, tuple(maps.pop(key)))
-        self.num_gone += len(maps)
+            self._leave_out(takewhile(lambda own, key=key: own != key, ahead))
+            yield ExplainedRecord(key, pixels, tuple(maps[key]))
+        self._leave_out(ahead)
+
+    def _leave_out(self, keys: Iterable[str | None]) -> None:
+        """Counts records that do not come out, None for a rejected one, once the next one does or there is none."""
+        for key in keys:
+            self.num_rejected += key is None
+            self.num_gone += key is not None
 
     def _own_metrics(self, row: Row) -> Mapping[str, float]:
         """Drop and Increase as `explain` measured them, both in percent."""
@@ -122,7 +133,7 @@ class ExplainedRecords:
         for folder in self.evaluations:
             key = fragment_key(folder, unit)
             if key in self.standing:
-                for row in pq.read_table(io.BytesIO(self.store.read(key)), columns=VALUE_COLUMNS).to_pylist():
+                for row in values_in(self.store, key, VALUE_COLUMNS).to_pylist():
                     column = self.columns.get((row["metric"], row["protocol"]))
                     if column is not None and row["value"] is not None:
                         found.setdefault(_method(row), {})[column] = row["value"]
@@ -132,7 +143,7 @@ class ExplainedRecords:
         key = self.audited.get(unit.unit_id)
         if key is None:
             return {}
-        rows = pq.read_table(io.BytesIO(self.store.read(key))).to_pylist()
+        rows = table_of(self.store, key, ROWS).to_pylist()
         return {(row["key"], row["target_index"]): row for row in rows}
 
 
@@ -141,8 +152,10 @@ def _method(row: Row) -> Method:
 
 
 def _audited_units(store: ObjectStore) -> Mapping[str, str]:
-    """The audit's file of each unit: it is named as the unit's fragment is; none while no audit stands."""
-    if store.head(AUDIT_KEY) is None:
-        return {}
-    files = (info.key for info in store.list(ROWS_FOLDER))
-    return {PurePosixPath(key).stem.rpartition("-")[2]: key for key in files}
+    """The audit's file of each unit: it is named as the unit's fragment is. Raises UnreconciledError without any."""
+    files = {PurePosixPath(info.key).stem.rpartition("-")[2]: info.key for info in store.list(ROWS_FOLDER)}
+    if not files:
+        raise UnreconciledError(
+            f"an audit stands in {store.uri} without a row in {ROWS_FOLDER}, `blocksight audit` makes it again"
+        )
+    return files

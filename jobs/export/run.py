@@ -1,8 +1,9 @@
 """Runs an export: a fresh folder, the records that can be shown, and what came of it in words."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from jobs.config import ConfigError
 from jobs.export import fiftyone, spotlight, virelay
 from jobs.export.records import ExplainedRecord, ExplainedRecords
-from jobs.plan import Plan, existing_plan
+from jobs.plan import Plan, check_place, existing_plan
 from jobs.progress import Tally, counted, progress
 from jobs.sql import connect, standing_columns
 from storage.patient import SHORT_PATIENCE_SECONDS, PatientStore
@@ -37,7 +38,7 @@ class ExportRequest:
 def run_export(asked: ExportRequest, console: Console) -> Sequence[str]:
     """Writes the export and returns lines for the user: what was left out, and how the tool is told to read it.
 
-    Raises ConfigError, StoreError or ModelError.
+    Raises ConfigError, where nothing can be exported too, StoreError, UnreconciledError or ModelError.
     """
     store = PatientStore(open_store(asked.output, asked.endpoint_url), SHORT_PATIENCE_SECONDS)
     plan = existing_plan(store)
@@ -45,8 +46,12 @@ def run_export(asked: ExportRequest, console: Console) -> Sequence[str]:
         columns = standing_columns(connection)
     records = ExplainedRecords(store, plan, columns, asked.endpoint_url, asked.limit)
     write = _writer(asked, plan)
-    folder = fresh_folder(asked.destination)
-    lines = write(_shown(records, console), records, folder)
+    folder = fresh_folder(asked.destination, {"data": plan.identity["data"], "output": store.uri})
+    found = iter(records)
+    first = next(found, None)
+    if first is None:
+        raise ConfigError(f"nothing of {asked.output} can be exported: {_account(records)}")
+    lines = write(_shown(chain([first], found), records, console), records, folder)
     return [_account(records), *lines]
 
 
@@ -64,11 +69,12 @@ def _writer(asked: ExportRequest, plan: Plan) -> Writer:
     return {"fiftyone": fiftyone.write, "virelay": virelay.write, "spotlight": spotlight.write}[asked.form]
 
 
-def fresh_folder(destination: str) -> Path:
-    """The local folder, made; raises ConfigError where it is none or holds anything."""
+def fresh_folder(destination: str, taken: Mapping[str, str]) -> Path:
+    """The local folder, made. Raises ConfigError where it is none, holds anything, or meets what is taken (URIs)."""
     if "://" in destination:
         raise ConfigError(f"an export goes to a local folder, got {destination!r}; the tools read it from there")
     folder = Path(destination).expanduser().absolute()
+    check_place(str(folder.resolve()), {name: _resolved(uri) for name, uri in taken.items()})
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
@@ -78,15 +84,22 @@ def fresh_folder(destination: str) -> Path:
     return folder
 
 
-def _shown(records: ExplainedRecords, console: Console) -> Iterator[ExplainedRecord]:
-    """The records behind a progress line."""
+def _resolved(uri: str) -> str:
+    """Where a folder is by whatever name."""
+    return uri if "://" in uri else str(Path(uri).resolve())
+
+
+def _shown(found: Iterable[ExplainedRecord], records: ExplainedRecords, console: Console) -> Iterator[ExplainedRecord]:
+    """What is found of the records, behind a progress line."""
     expected = min(records.plan.num_records, records.limit or records.plan.num_records)
     with progress(console, Tally(expected, None, verb="export")) as update:
-        for record in records:
+        for record in found:
             yield record
             update(1)
 
 
 def _account(records: ExplainedRecords) -> str:
     exported = counted(records.num_records, "record")
-    return f"{exported} exported; left out: {records.num_rejected:,} rejected, {records.num_gone:,} whose image is gone"
+    until = "" if records.limit is None else " on the way"
+    left_out = f"{records.num_rejected:,} rejected, {records.num_gone:,} whose image is gone"
+    return f"{exported} exported; left out{until}: {left_out}"

@@ -1,6 +1,7 @@
 """A project as ViRelAy opens it: HDF5 databases of images, maps and the audit's clusters, with their label map."""
 
 import json
+import math
 import shlex
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,9 +16,9 @@ from numpy.typing import NDArray
 from jobs.audit.result import GRID
 from jobs.config import ConfigError
 from jobs.export.records import ExplainedMap, ExplainedRecord, ExplainedRecords, Row
-from jobs.plan import MODEL_KEY, Plan
+from jobs.plan import Plan
+from jobs.stored import map_of, model_facts
 from storage.images import fit
-from storage.maps import decode_map
 from storage.pictures import resized
 
 NUM_CELLS = GRID * GRID
@@ -25,6 +26,9 @@ NUM_COMPONENTS = 8
 """Of the embedding; the viewer draws any two of them."""
 ROWS_AT_ONCE = 4096
 """Pooled maps that are in memory together: 8 MiB."""
+
+CHUNK_NUMBERS = 4096
+"""In a chunk of a database, or one row: it is packed again whenever a row joins it."""
 
 DATASET, ATTRIBUTIONS, ANALYSIS = "dataset.h5", "attributions.h5", "analysis.h5"
 LABELS, PROJECT = "label-map.json", "project.yaml"
@@ -49,18 +53,19 @@ def write(shown: Iterable[ExplainedRecord], records: ExplainedRecords, folder: P
     """
     import h5py
 
-    facts = json.loads(records.store.read(MODEL_KEY))
+    facts = model_facts(records.store)
     names, classes = _Names(facts["num_classes"]), _Classes()
     with ExitStack() as files:
         images, maps = (files.enter_context(h5py.File(folder / name, "w")) for name in (DATASET, ATTRIBUTIONS))
         pooled = files.enter_context(TemporaryFile())
-        tables = _tables(images, maps, tuple(facts["input_size"]))
+        tables = _tables(images, maps, tuple(facts["input_size"]), facts["num_classes"])
         for record in shown:
             fitted = fit(record.pixels, tuple(facts["input_size"]), records.plan.identity["resize"])
+            scores = _scores(record, facts["num_classes"])
             for one in record.maps:
                 classes.add(one, len(tables["index"]))
                 pooled.write(_pooled(one))
-                _append(tables, fitted, one.row, names)
+                _append(tables, fitted, one.row, scores, names)
         has_analysis = bool(classes.members)
         if has_analysis:
             analysis = files.enter_context(h5py.File(folder / ANALYSIS, "w"))
@@ -116,7 +121,18 @@ def _pooled(one: ExplainedMap) -> bytes:
     return bytes(NUM_CELLS) if pooled is None else pooled
 
 
-def _tables(images: Any, maps: Any, size: tuple[int, int]) -> Mapping[str, Any]:
+def _scores(record: ExplainedRecord, num_classes: int) -> NDArray[np.float32]:
+    """What is known of the model's output, [num_classes]: an output holds the scores of explained classes alone.
+
+    ViRelAy wants a number for every class; 0 stands for those that are not known, which are no prediction then.
+    """
+    scores = np.zeros(num_classes, np.float32)
+    for one in record.maps:
+        scores[one.row["target_index"]] = one.row["score"]
+    return scores
+
+
+def _tables(images: Any, maps: Any, size: tuple[int, int], num_classes: int) -> Mapping[str, Any]:
     """The databases' empty tables: `data` and `label` of the images; `index` to `prediction` of the maps."""
     return {
         "data": _table(images, "data", (3, *size), np.uint8),
@@ -124,29 +140,31 @@ def _tables(images: Any, maps: Any, size: tuple[int, int]) -> Mapping[str, Any]:
         "index": _table(maps, "index", (), np.uint32),
         "attribution": _table(maps, "attribution", (3, *size), np.float32),
         "target": _table(maps, "label", (), np.uint32),
-        "prediction": _table(maps, "prediction", (1,), np.float32),
+        "prediction": _table(maps, "prediction", (num_classes,), np.float32),
     }
 
 
 def _table(file: Any, name: str, shape: tuple[int, ...], kind: type[np.generic]) -> Any:
     """A table that grows row by row."""
-    chunk = (1 if len(shape) == 3 else ROWS_AT_ONCE, *shape)
+    chunk = (max(1, CHUNK_NUMBERS // math.prod(shape)), *shape)
     return file.create_dataset(name, (0, *shape), kind, maxshape=(None, *shape), chunks=chunk, compression="gzip")
 
 
-def _append(tables: Mapping[str, Any], pixels: NDArray[np.uint8], row: Row, names: _Names) -> None:
-    """One more image with its map; the model's output is known of the explained class alone.
+def _append(
+    tables: Mapping[str, Any], pixels: NDArray[np.uint8], row: Row, scores: NDArray[np.float32], names: _Names
+) -> None:
+    """One more image with its map.
 
     The viewer sums a map over colour channels, and fails on a map that has none: each gets a third.
     """
-    place, saliency = len(tables["index"]), resized(decode_map(row["map"]), pixels.shape[:2])
+    place, saliency = len(tables["index"]), resized(map_of(row), pixels.shape[:2])
     values = {
         "data": pixels.transpose(2, 0, 1),
         "label": names.add(row),
         "index": place,
         "attribution": np.stack([saliency / 3] * 3),
         "target": row["target_index"],
-        "prediction": [row["score"]],
+        "prediction": scores,
     }
     for name, value in values.items():
         tables[name].resize(place + 1, axis=0)

@@ -32,6 +32,8 @@ from jobs.report.galleries import RANKING, Gallery, Picture, Ref, Rejected, gall
 from jobs.report.galleries import select as select_maps
 
 MAX_DEAD = 20
+MAX_SEARCHED = 300
+"""Characters of a name that a search looks through."""
 RANGES = {"%": 100.0, "0 to 1": 1.0, "0 to 90": 90.0}
 """Where the axis of a metric ends, by its unit; of other units, at the greatest value shown."""
 
@@ -114,8 +116,15 @@ class Item:
     label: str | None
     score: float
     galleries: tuple[str, ...]
+    ranked: tuple[Fact, ...]
+    """The metrics by which it stands in a gallery."""
     facts: tuple[Fact, ...]
     picture: Picture
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What a search may find it by."""
+        return tuple(clipped(text, MAX_SEARCHED) for text in (self.key, self.class_name, self.label or ""))
 
 
 @dataclass(frozen=True)
@@ -220,6 +229,11 @@ def _tiles(accounting: Accounting, metrics: Sequence[Metric], audit: Audit | Non
             yield Tile(said(own.mean, metric.unit), f"mean {metric.name}", f"{metric.better} is better")
 
 
+def clipped(text: str, most: int) -> str:
+    """The text, or so much of it that it has `most` characters with a mark for the rest."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def said(value: float, unit: str) -> str:
     """A value of a metric with its unit: `57.62 %`, `0.512`."""
     return f"{value:.2f} %" if unit == "%" else f"{value:.3f}"
@@ -300,7 +314,7 @@ def _items(
         Ref(row["key"], row["target_index"]): (row, picture)
         for row, picture in pictures(output.store, output.plan, endpoint_url, reasons, update)
     }
-    details = _details(audit)
+    details, ranked = _details(audit), _ranked_by(shown)
     titles = {gallery.name: gallery.title for gallery in shown}
     for number, ref in enumerate(ref for ref in reasons if ref in drawn):
         row, picture = drawn[ref]
@@ -313,9 +327,22 @@ def _items(
             row["label_name"],
             row["score"],
             tuple(reasons[ref]),
-            (*_row_facts(row), *details.get(ref, ()), why),
+            tuple(ranked.get(ref, {}).values()),
+            (*_row_facts(row, ranked.get(ref, {})), *details.get(ref, ()), why),
             picture,
         )
+
+
+def _ranked_by(shown: Sequence[Gallery]) -> dict[Ref, dict[str, Fact]]:
+    """What the metrics that rank maps say of those that they rank, by name."""
+    found: dict[Ref, dict[str, Fact]] = {}
+    for gallery in shown:
+        if gallery.metric is not None:
+            metric = METRICS[gallery.metric]
+            for ref, value in gallery.values.items():
+                fact = Fact(gallery.metric, said(value, metric.unit), f"{metric.better} is better")
+                found.setdefault(ref, {})[gallery.metric] = fact
+    return found
 
 
 def _details(audit: Audit | None) -> dict[Ref, list[Fact]]:
@@ -326,7 +353,7 @@ def _details(audit: Audit | None) -> dict[Ref, list[Fact]]:
     return found
 
 
-def _row_facts(row: Mapping[str, Any]) -> Iterator[Fact]:
+def _row_facts(row: Mapping[str, Any], ranked: Mapping[str, Fact]) -> Iterator[Fact]:
     yield Fact("record", row["key"])
     yield Fact("explained class", class_name(row["target_name"], row["target_index"]), f"number {row['target_index']}")
     yield Fact("score", f"{row['score']:.3f}", f"probability, rank {row['target_rank'] + 1} of the model's classes")
@@ -335,6 +362,7 @@ def _row_facts(row: Mapping[str, Any]) -> Iterator[Fact]:
     if metrics.get("drop") is not None:
         grew = "; the score grew" if metrics["increase"] else ""
         yield Fact("drop", said(metrics["drop"], "%"), f"lower is better{grew}")
+    yield from (fact for name, fact in ranked.items() if name != "drop")
     yield Fact("image", f"{row['width']} x {row['height']} pixels", f"{row['format']}, {size(row['num_bytes'])}")
     flags = [name for name in ("flat", "saturated") if row[f"is_{name}"]]
     if flags:

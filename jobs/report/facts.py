@@ -8,11 +8,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engine.catalog import MODELS
 from jobs.compare import Output
-from jobs.plan import MODEL_KEY, Plan
+from jobs.plan import Plan
 from jobs.progress import counted
 from jobs.reconcile import Standing
 from jobs.stopping import RUNS_FOLDER
+from jobs.stored import model_facts
 from storage.store import MissingError, ObjectStore
 
 MAX_RUNS = 10
@@ -46,7 +48,8 @@ def run_facts(plan: Plan, model: Mapping[str, Any]) -> Iterator[Fact]:
     yield Fact(
         "data", identity["data"], f"{counted(plan.num_objects, 'object')}, {size(plan.num_bytes)}, as {plan.layout}"
     )
-    weights = identity["weights"] or "packaged"
+    made = "packaged" if identity["model"] in MODELS else "from the factory"
+    weights = identity["weights"] or made
     yield Fact("model", identity["model"], f"weights: {weights}")
     if model:
         height, width = model["input_size"]
@@ -64,7 +67,7 @@ def run_facts(plan: Plan, model: Mapping[str, Any]) -> Iterator[Fact]:
     yield Fact("target", identity["target"], "the class whose score is explained")
     yield Fact("seed", str(identity["seed"]), "of everything random")
     if identity["limit"] is not None:
-        yield Fact("limit", f"{identity['limit']:,} records", "only the first of the data set")
+        yield Fact("limit", counted(identity["limit"], "record"), "only the first of the data set")
 
 
 def _resize(how: str) -> str:
@@ -111,7 +114,7 @@ def cost_facts(standing: Standing) -> Iterator[Fact]:
 def model_of(store: ObjectStore) -> Mapping[str, Any]:
     """What the model is; empty before it was loaded."""
     try:
-        return json.loads(store.read(MODEL_KEY))
+        return model_facts(store)
     except MissingError:
         return {}
 

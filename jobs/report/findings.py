@@ -138,6 +138,17 @@ def map_picture(grid: Grid) -> str:
     return data_uri(buffer.getvalue(), "image/png")
 
 
+def against_chance(effect: Effect, verb: str) -> str:
+    """What an effect comes to beside random regions, by the measure of the verdict; `verb`: it lowers, it raises."""
+    from jobs.audit.shortcuts import CERTAIN, LEAST_EFFECT  # brings torch
+
+    if effect.p_value >= CERTAIN or effect.low <= 0:
+        return f"{verb} the class no more than a random region does, as far as can be told: by"
+    if effect.mean < LEAST_EFFECT:
+        return f"{verb} the class a little more than a random region does, too little for a finding: by"
+    return f"{verb} the class more than a random region does: by"
+
+
 def place_of(box: Sequence[float]) -> str:
     """A region in words: `top left`, `middle`, `most of the picture`."""
     left, top, right, bottom = box

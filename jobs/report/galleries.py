@@ -5,7 +5,7 @@ import heapq
 import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -22,7 +22,7 @@ from jobs.compare import Column
 from jobs.evaluation import folders, values_of
 from jobs.plan import Plan
 from jobs.results import images_of, rows_with, shown
-from storage.fragments import read_fragment
+from jobs.stored import fragment_of
 from storage.pictures import Pixels, colours, overlay
 from storage.schema import OK, REJECTED
 from storage.store import ObjectStore
@@ -65,6 +65,10 @@ class Gallery:
     meaning: str
     refs: tuple[Ref, ...]
     """The first matters most."""
+    metric: str | None = None
+    """By which they are ranked."""
+    values: Mapping[Ref, float] = field(default_factory=dict)
+    """Of that metric."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,12 @@ class Least(Generic[Value]):
     @property
     def values(self) -> tuple[Value, ...]:
         """The least first."""
-        return tuple(value for *_, value in sorted(self._heap, reverse=True))
+        return tuple(value for value, _ in self.ranked)
+
+    @property
+    def ranked(self) -> tuple[tuple[Value, float], ...]:
+        """The same, each with its rank."""
+        return tuple((value, -rank) for rank, _, value in sorted(self._heap, reverse=True))
 
 
 @dataclass
@@ -179,7 +188,7 @@ def select(store: ObjectStore, plan: Plan, ranked: Sequence[Column], update: Cal
     committed = {info.key for info in store.list("data/")}
     for unit in plan.units:
         if unit.fragment_key in committed:
-            selection.add_rows(read_fragment(store.read(unit.fragment_key), LIGHT), drop)
+            selection.add_rows(fragment_of(store, unit.fragment_key, LIGHT), drop)
         update()
     measured = [column for column in ranked if column.metric != "drop"]
     for folder in folders(store) if measured else ():
@@ -216,16 +225,18 @@ def galleries(selection: Selection, audit: Audit | None) -> list[Gallery]:
         taken |= new
         room -= len(new)
         if refs:
-            kept.append(Gallery(gallery.name, gallery.title, gallery.meaning, refs))
+            kept.append(replace(gallery, refs=refs))
     return kept
 
 
 def _ranked(selection: Selection) -> Iterator[Gallery]:
     for column in selection.best:
-        better = METRICS[column.metric].better
+        metric, better = column.metric, METRICS[column.metric].better
         for word, picks, side in (("Best", selection.best, better), ("Worst", selection.worst, _other(better))):
-            said = f"The maps with the {side[:-2]}est {column.metric}: {METRICS[column.metric].meaning}."
-            yield Gallery(f"{word.lower()}-{column.metric}", f"{word} by {column.metric}", said, picks[column].values)
+            said = f"The maps with the {side[:-2]}est {metric}: {METRICS[metric].meaning}."
+            sign = 1.0 if side == "lower" else -1.0
+            values = {ref: sign * rank for ref, rank in picks[column].ranked}
+            yield Gallery(f"{word.lower()}-{metric}", f"{word} by {metric}", said, tuple(values), metric, values)
 
 
 def _other(better: str) -> str:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, StrictUndefined
 from rich.console import Console
@@ -15,8 +16,8 @@ from rich.progress import Progress
 
 from jobs.compare import Output
 from jobs.progress import counted
-from jobs.report.content import Report, report_of, said
-from jobs.report.findings import place_of
+from jobs.report.content import Report, clipped, report_of, said
+from jobs.report.findings import against_chance, place_of
 from jobs.tables import plain
 
 REPORT_KEY = "report/index.html"
@@ -86,7 +87,10 @@ def _environment() -> Environment:
         "around": lambda value, reach: round(50 + 48 * value / reach, 2),
         "said": said,
         "place": place_of,
-        "clip": lambda text, most: text if len(text) <= most else f"{text[: most - 1]}…",
+        "clip": clipped,
+        "is_changed": lambda text: plain(text) != text,
+        "encoded": lambda text: quote(text, safe="", errors="replace"),
+        "against_chance": against_chance,
         "tail": lambda text, most: text if len(text) <= most else f"…{text[1 - most :]}",
     }
     return made

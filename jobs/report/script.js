@@ -25,10 +25,15 @@ function filteredGallery(items) {
   const text = document.getElementById("text-filter");
   let gallery = chips[0].dataset.gallery;
 
+  /** What the page shows of its names, and behind it the names themselves where they hold what no page shows. */
+  const names = new Map(
+    items.map((item) => [item, `${item.dataset.text}\n${decodeURIComponent(item.dataset.raw ?? "")}`.toLowerCase()]),
+  );
+
   function fits(item) {
     const inGallery = !gallery || item.dataset.galleries.split(" ").includes(gallery);
     const inClass = !ofClass.value || item.dataset.class === ofClass.value;
-    return inGallery && inClass && item.dataset.text.toLowerCase().includes(text.value.trim().toLowerCase());
+    return inGallery && inClass && names.get(item).includes(text.value.trim().toLowerCase());
   }
 
   function show() {

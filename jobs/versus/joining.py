@@ -8,16 +8,14 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from jobs.evaluation import folders, fragment_key
 from jobs.plan import Plan
 from jobs.records import Unit
 from jobs.results import Output
-from storage.fragments import read_fragment
-from storage.schema import EVALUATION, OK
+from jobs.stored import fragment_of, values_in
+from storage.schema import OK
 from storage.store import MissingError
 from storage.survey import Layout
 
@@ -107,14 +105,17 @@ class Fragments:
         self._last = lru_cache(maxsize=1)(self._read)
 
     def read(self, unit: Unit) -> Held | None:
-        """What the unit's fragment holds; None where it does not stand. Raises StoreError."""
+        """What the unit's fragment holds; None where it does not stand.
+
+        Raises StoreError, and UnreconciledError where it is damaged.
+        """
         return self._last(unit.ordinal)
 
     def _read(self, ordinal: int) -> Held | None:
         unit = self.output.plan.units[ordinal]
         if unit.fragment_key not in self.standing:
             return None
-        table = read_fragment(self.output.store.read(unit.fragment_key), COLUMNS)
+        table = fragment_of(self.output.store, unit.fragment_key, COLUMNS)
         explained = table.filter(pc.field("status") == OK).to_pylist()
         values = self._values(unit)
         records = {
@@ -134,12 +135,11 @@ class Fragments:
         return found
 
     def _evaluated(self, key: str) -> list[Row]:
+        names = ["key", "target_index", "explainer", "metric", "protocol", "value"]
         try:
-            body = self.output.store.read(key)
+            return values_in(self.output.store, key, names).to_pylist()
         except MissingError:
             return []
-        names = ["key", "target_index", "explainer", "metric", "protocol", "value"]
-        return pq.read_table(pa.BufferReader(body), schema=EVALUATION, columns=names).to_pylist()
 
 
 class Overlaps:
@@ -179,7 +179,8 @@ def _range(unit: Unit) -> tuple[int, int]:
 def joined(a: Output, b: Output, tally: Tally) -> Iterator[tuple[Unit, list[Pair]]]:
     """A's units with the pairs of their records, in A's order; in memory are a fragment of each and one unit's pairs.
 
-    The two plans may be cut differently. Counts in `tally`, which is whole at the end. Raises StoreError.
+    The two plans may be cut differently. Counts in `tally`, which is whole at the end. Raises StoreError, and
+    UnreconciledError where a fragment is damaged.
     """
     mine, theirs, overlaps = Fragments(a), Fragments(b), Overlaps(b.plan)
     met: set[int] = set()

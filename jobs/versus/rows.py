@@ -11,8 +11,8 @@ from engine.metrics.complexity import effective_area
 from engine.metrics.metric import is_flat
 from engine.metrics.shift import focus_shift, moved
 from engine.metrics.similarity import iou_of_tops, pearson, spearman, ssim
+from jobs.stored import map_of
 from jobs.versus.joining import Pair, Row
-from storage.maps import decode_map
 from storage.pictures import resized
 
 SCORE_FELL = 0.2
@@ -134,7 +134,7 @@ def map_measures(a: Row, b: Row, resize: str) -> dict[str, float | None]:
 
 def _levels(a: Row, b: Row) -> tuple[Map, Map]:
     """Both maps in whole grey levels of 0 to 255, at A's size."""
-    one, other = (decode_map(row["map"]) for row in (a, b))
+    one, other = (map_of(row) for row in (a, b))
     if other.shape != one.shape:
         other = resized(other, one.shape)
     return _whole(one), _whole(other)

@@ -14,6 +14,7 @@ from rich.progress import track
 
 from jobs.config import ConfigError
 from jobs.plan import check_place
+from jobs.progress import counted
 from jobs.results import Output, refuse_other_inputs
 from jobs.versus.joining import Tally, joined
 from jobs.versus.pictures import Worst, contact_sheet_of
@@ -44,7 +45,8 @@ def write_difference(
 ) -> Difference:
     """Compares what two outputs say of the same records and targets, and writes it in place of an older difference.
 
-    Raises ConfigError where the outputs explain other data, share nothing, or the place is not ours; StoreError.
+    Raises ConfigError where the outputs explain other data, share nothing, or the place is not ours; UnreconciledError
+    where one is damaged; StoreError.
     """
     refuse_other_inputs([a, b])
     taken = {"data": a.plan.identity["data"], "output": a.store.uri, "the other output": b.store.uri}
@@ -136,13 +138,13 @@ def _nothing_shared(a: Output, b: Output, tally: Tally) -> str:
     begin = f"{a.name} and {b.name} share no record and target"
     if tally.other_targets:
         return (
-            f"{begin}: {tally.other_targets} records are explained in both, for other targets "
+            f"{begin}: {counted(tally.other_targets, 'record')} explained in both, for other targets "
             f"({a.plan.identity['target']!r} and {b.plan.identity['target']!r}); explain both with --target label, or "
             "with the same class numbers"
         )
     if tally.other_image:
-        return f"{begin}: the images of {tally.other_image} records have changed between the two; explain them again"
+        return f"{begin}: {counted(tally.other_image, 'image')} changed between the two; explain again"
     return (
-        f"{begin}: {tally.a.explained} records are explained in the one ({tally.a.open_units} units open) and "
+        f"{begin}: {counted(tally.a.explained, 'record')} explained in the one ({tally.a.open_units} units open) and "
         f"{tally.b.explained} in the other ({tally.b.open_units} open)"
     )

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from jobs.bootstrap import MethodEstimate, MetricSums, estimate, gap, key_hashes
+from jobs.bootstrap import MethodEstimate, MetricSums, estimate, key_hashes
 from jobs.versus.joining import Tally
 from jobs.versus.rows import JUDGEMENTS, MEASURES
+from jobs.versus.shares import GAP_BY, SHARES_BY, newcombe, wilson
 from jobs.versus.usual import Usual
 
 AMONG = ("elsewhere_of_regressed", "elsewhere_of_others")
+MEANS_BY = "95 % by bootstrap over images"
 COLUMNS = (*MEASURES, *JUDGEMENTS, *AMONG)
 RIGHT = {True: "right", False: "wrong", None: "unknown"}
 
@@ -42,12 +44,11 @@ class Sums:
     def estimates(self) -> dict[str, MethodEstimate]:
         """By column; the rows must be some."""
         assert self.sums is not None
-        return dict(zip(COLUMNS, estimate(self.sums), strict=True))
-
-    def elsewhere_gap(self) -> MethodEstimate:
-        """Share of regressed rows that look elsewhere, less that of the others."""
-        assert self.sums is not None
-        return gap(self.sums, *(COLUMNS.index(name) for name in AMONG))
+        found = dict(zip(COLUMNS, estimate(self.sums), strict=True))
+        images = dict(zip(COLUMNS, self.sums.images.tolist(), strict=False))  # differences stand behind the columns
+        return {
+            name: own if name in MEASURES else wilson(own.mean, images[name], own.count) for name, own in found.items()
+        }
 
 
 def _values(row: Mapping[str, Any]) -> Iterator[float]:
@@ -68,7 +69,8 @@ def summary(tally: Tally, usual: Usual, sums: Sums) -> dict[str, Any]:
         "confusion": {name: confusion.get(name, 0) for name in (*_known(), *sorted(confusion.keys() - {*_known()}))},
         "means": {name: asdict(found[name]) for name in MEASURES},
         "shares": {name: asdict(found[name]) for name in (*JUDGEMENTS, *AMONG)},
-        "elsewhere_gap": asdict(sums.elsewhere_gap()),
+        "elsewhere_gap": asdict(newcombe(*(found[name] for name in AMONG))),
+        "intervals": {"means": MEANS_BY, "shares": SHARES_BY, "elsewhere_gap": GAP_BY},
         "looks_elsewhere": {
             "threshold": usual.threshold,
             "rows_that_stayed": usual.num_stayed,

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from jobs.bootstrap import MetricSums, differences, estimate, gap, holm, key_hashes, weights
+from jobs.bootstrap import MetricSums, differences, estimate, holm, key_hashes, weights
 
 NAN = float("nan")
 SEED = 20230
@@ -329,27 +329,3 @@ def test_holm_is_the_smallest_level_that_rejects(p_values: list[float | None]) -
 def test_what_is_no_p_value_is_refused(wrong: float) -> None:
     with pytest.raises(ValueError, match=r"lie in \[0, 1\]"):
         holm([0.5, wrong])
-
-
-def test_a_gap_of_means_over_different_rows():
-    """Its replicates are differences of the two means, drawn image by image with the same weights."""
-    own = np.random.default_rng(3)
-    hashes = key_hashes([f"{number}" for number in range(60)])
-    values = own.normal(size=(60, 2))
-    values[:40, 0], values[40:, 1] = np.nan, np.nan
-    sums = MetricSums.of(hashes, values)
-    drawn = weights(hashes).astype(float)
-    one, other = (drawn[rows].T @ values[rows, which] for rows, which in ((slice(40, 60), 0), (slice(0, 40), 1)))
-    replicates = one / drawn[40:].sum(0) - other / drawn[:40].sum(0)
-    found = gap(sums, 0, 1)
-    assert found.mean == pytest.approx(np.nanmean(values[:, 0]) - np.nanmean(values[:, 1]))
-    assert (found.low, found.high) == pytest.approx(np.quantile(replicates, [0.025, 0.975]))
-    assert found.count == 60
-
-
-def test_a_gap_without_rows_is_none():
-    hashes = key_hashes(["a", "b"])
-    none = gap(MetricSums.of(hashes, np.array([[1.0, np.nan], [2.0, np.nan]])), 0, 1)
-    assert (none.mean, none.low, none.count) == (None, None, 2)
-    few = gap(MetricSums.of(hashes, np.array([[1.0, np.nan], [np.nan, 3.0]])), 0, 1)
-    assert (few.mean, few.low, few.high) == (-2.0, None, None)

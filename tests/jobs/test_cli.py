@@ -2,11 +2,13 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
 import pytest
 
+from jobs.cli import main
 from tests.jobs.jobs_of import ROOT, blocksight, command, run_here
 from tests.jobs.tiny import MODEL, folder_of_images
 
@@ -133,3 +135,13 @@ def test_a_resumed_command_line_is_a_no_op(finished):
     assert done.returncode == 0, done.stderr
     assert "nothing to do" in done.stdout
     assert json.loads((finished / "out/_job/final/manifest.json").read_text()) == before
+
+
+def test_the_hint_after_an_audit_can_be_pasted(monkeypatch, capsys):
+    monkeypatch.setattr("jobs.audit.run.run_audit", lambda *_: None)
+    monkeypatch.setattr("jobs.tables.audit_table", lambda *_: "")
+    monkeypatch.setattr("sys.argv", ["blocksight", "audit", "my maps/it's"])
+    with pytest.raises(SystemExit):
+        main()
+    hint = capsys.readouterr().out.strip().splitlines()[-1]
+    assert shlex.split(hint.removeprefix("to look at it: ")) == ["blocksight", "report", "my maps/it's"]

@@ -21,7 +21,7 @@ from jobs.cli import main
 from jobs.config import ConfigError
 from jobs.export.quantus import ArrayFile
 from jobs.export.run import ExportRequest, fresh_folder, run_export
-from jobs.export.virelay import principal_components
+from jobs.export.virelay import _table, principal_components
 from jobs.sql import connect
 from storage.images import decode, fit
 from storage.local import LocalStore
@@ -136,7 +136,10 @@ def test_virelay_has_images_maps_and_the_audits_clusters(output, tmp_path):
             assert maps["attribution"][place].sum(0) == pytest.approx(decode_map(row["map"]), abs=1e-6)
             assert names[images["label"][place]] == row["label_name"]
             assert names[maps["label"][place]] == row["target_name"]
-            assert maps["prediction"][place] == pytest.approx([row["score"]])
+            known = {own["target_index"]: own["score"] for own in rows if own["key"] == row["key"]}
+            wanted = [known.get(target, 0) for target in range(len(CLASSES))]
+            assert maps["prediction"][place] == pytest.approx(wanted)
+            assert maps["prediction"].dtype == np.float32
     with h5py.File(folder / project["analyses"][0]["sources"][0]) as analysis:
         audited = {
             (row["key"], row["target_index"]): row
@@ -157,6 +160,12 @@ def test_virelay_has_images_maps_and_the_audits_clusters(output, tmp_path):
             assert list(category["cluster"]["audit"]) == [row["cluster"] for _, row in about]
             assert category["embedding"]["pca"].shape == (len(about), 8)
             assert len(category["embedding"]["pca"].attrs["eigenvalue"]) == 8
+
+
+def test_a_chunk_of_a_table_is_small_whatever_a_row_holds(tmp_path):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        for shape, rows in (((), 4096), ((5,), 819), ((1000,), 4), ((5000,), 1), ((3, 224, 224), 1)):
+            assert _table(file, str(shape), shape, np.float32).chunks == (rows, *shape)
 
 
 def test_components_are_those_of_a_singular_value_decomposition():
@@ -353,9 +362,35 @@ def test_an_output_without_a_single_map(tmp_path):
     for file in (tmp_path / "out" / "data").iterdir():
         file.unlink()
     for form in FORMS:
-        folder, lines = exported(tmp_path / "out", form, tmp_path / form)
-        assert lines[0].startswith("0 records exported")
-        assert files_in(folder)
+        with pytest.raises(ConfigError, match=r"nothing of .* can be exported: 0 records"):
+            exported(tmp_path / "out", form, tmp_path / form)
+        assert not files_in(tmp_path / form)
+
+
+def test_an_output_whose_images_are_all_gone(tmp_path):
+    run_here(folder_of_images(tmp_path / "in"), tmp_path / "out", explainer="gradcam")
+    for file in (tmp_path / "in").rglob("*.png"):
+        file.unlink()
+    with pytest.raises(ConfigError, match="left out: 3 rejected, 7 whose image is gone"):
+        exported(tmp_path / "out", "spotlight", tmp_path / "x")
+
+
+def test_what_is_left_out_is_counted_as_far_as_was_looked(tmp_path):
+    """Ten records in one unit: three of class `cat` are rejected, the second of all is gone."""
+    run_here(folder_of_images(tmp_path / "in"), tmp_path / "out", explainer="gradcam")
+    rows = rows_in(LocalStore(tmp_path / "out"))
+    gone = [row["key"] for row in rows if row["status"] == "ok"][1]
+    (tmp_path / "in" / gone).unlink()
+    left = [row["key"] for row in rows if row["status"] == "ok" and row["key"] != gone]
+    for limit in range(1, 7):
+        _, lines = exported(tmp_path / "out", "spotlight", tmp_path / f"x{limit}", limit=limit)
+        before = rows[: [row["key"] for row in rows].index(left[limit - 1])]
+        num_rejected = sum(row["status"] == "rejected" for row in before)
+        num_gone = sum(row["key"] == gone for row in before)
+        said = f"left out on the way: {num_rejected} rejected, {num_gone} whose image is gone"
+        assert lines[0] == f"{limit} record{'s' if limit > 1 else ''} exported; {said}"
+    _, lines = exported(tmp_path / "out", "spotlight", tmp_path / "all", limit=7)
+    assert lines[0].endswith("3 rejected, 1 whose image is gone")
 
 
 def test_a_destination_that_is_none(tmp_path):
@@ -369,9 +404,22 @@ def test_a_destination_that_is_none(tmp_path):
         (tmp_path / "file" / "x", "cannot be made: Not a directory"),
     ):
         with pytest.raises(ConfigError, match=sentence):
-            fresh_folder(str(destination))
+            fresh_folder(str(destination), {})
     (tmp_path / "empty").mkdir()
-    assert fresh_folder(str(tmp_path / "empty")) == tmp_path / "empty"
+    assert fresh_folder(str(tmp_path / "empty"), {"data": "s3://bucket/x"}) == tmp_path / "empty"
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    for place in ("out/x", "out", "link/x", "empty/../out/x", "."):
+        with pytest.raises(ConfigError, match=r"and output '.*/out' contain each other; choose another place"):
+            fresh_folder(str(tmp_path / place), {"output": str(tmp_path / "out")})
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("place", ["out/x", "in/x"])
+def test_no_export_goes_into_the_output_or_the_data(output, place):
+    with pytest.raises(ConfigError, match="contain each other"):
+        exported(output, "spotlight", output.parent / place)
+    assert not (output.parent / place).exists()
 
 
 def test_the_command(output, tmp_path, monkeypatch, capsys):

@@ -5,9 +5,11 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import replace
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from types import SimpleNamespace
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -16,15 +18,18 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from engine.catalog import METRICS
+from jobs.audit.result import Effect, write_audit
+from jobs.audit.shortcuts import _is_real
 from jobs.cli import main
 from jobs.compare import Output, compare
 from jobs.config import Execution
+from jobs.evaluation import folders, values_of
 from jobs.plan import existing_plan
 from jobs.reconcile import MANIFEST_KEY, final_manifest, stand
 from jobs.report import galleries
 from jobs.report.content import report_of
-from jobs.report.facts import duration, size
-from jobs.report.findings import place_of
+from jobs.report.facts import duration, run_facts, size
+from jobs.report.findings import against_chance, place_of
 from jobs.report.galleries import MAX_PICTURES, MOST_BYTES, SIDE, Least, Ref
 from jobs.report.page import REPORT_KEY, render, write_report
 from jobs.run_evaluation import EvaluationRequest, run_evaluation
@@ -198,6 +203,31 @@ def test_best_and_worst_are_those_of_all_rows(evaluated, monkeypatch):
     assert set(shown["best-insertion"]) != set(shown["worst-insertion"])
 
 
+def test_what_ranks_a_map_stands_on_its_card_and_beside_it(evaluated, monkeypatch):
+    monkeypatch.setattr(galleries, "NUM_RANKED", 3)
+    report, store = report_at(evaluated), LocalStore(evaluated)
+    rows = {Ref(row["key"], row["target_index"]): row for row in rows_in(store) if row["status"] == "ok"}
+    tables = [table.to_pylist() for folder in folders(store) for table in values_of(store, folder)]
+    insertion = {
+        Ref(row["key"], row["target_index"]): row["value"]
+        for row in (row for table in tables for row in table)
+        if (row["explainer"], row["metric"]) == ("gradcam", "insertion")
+    }
+    assert {gallery.metric for gallery in report.galleries} == {None, "drop", "insertion"}
+    for item in report.items:
+        ref, facts = Ref(item.key, item.target_index), [(fact.name, fact.value) for fact in item.facts]
+        wanted = {"drop": f"{rows[ref]['metrics']['drop']:.2f} %", "insertion": f"{insertion[ref]:.3f}"}
+        names = {name.partition("-")[2] for name in item.galleries if "-" in name}
+        assert {fact.name: fact.value for fact in item.ranked} == {name: wanted[name] for name in names}
+        assert facts.count(("drop", wanted["drop"])) == 1
+        assert facts.count(("insertion", wanted["insertion"])) == ("insertion" in names)
+    text = Page(page_at(evaluated)).text
+    for item in report.items:
+        for fact in item.ranked:
+            assert f"{item.key.rpartition('/')[2]} " in text
+            assert f" {fact.name} {fact.value}" in text
+
+
 def test_every_map_has_the_same_chance_and_each_class_some(output):
     report = report_at(output)
     shown = {gallery.name: gallery.refs for gallery in report.galleries}
@@ -336,6 +366,32 @@ def test_what_the_audit_names_leads_to_a_map(output):
 
 
 @pytest.mark.parametrize(
+    ("mean", "low", "p_value", "said"),
+    [
+        (1.0, 0.01, 0.049, "more than a random region does: by"),
+        (5.0, 0.5, 0.05, "no more than a random region does, as far as can be told: by"),
+        (5.0, 0.0, 0.01, "no more than a random region does, as far as can be told: by"),
+        (-5.0, -6.0, 0.001, "no more than a random region does, as far as can be told: by"),
+        (0.99, 0.5, 0.001, "a little more than a random region does, too little for a finding: by"),
+    ],
+)
+def test_an_effect_is_said_as_the_verdict_judges_it(mean, low, p_value, said):
+    effect = Effect(mean, low, 2 * abs(mean), p_value, 40, 0.1)
+    assert against_chance(effect, "it raises") == f"it raises the class {said}"
+    assert _is_real(effect) == (said == "more than a random region does: by")
+
+
+def test_the_page_says_of_each_effect_whether_it_is_one(output):
+    audit = audited(LocalStore(output))
+    assert "Painted out, it lowers the class more than a random region does: by +1.25" in Page(page_at(output)).text
+    weak = replace(audit.shortcuts[0], pasted=replace(audit.shortcuts[0].blanked, p_value=0.5), is_confirmed=False)
+    write_audit(LocalStore(output), replace(audit, shortcuts=(weak,)))
+    text = Page(page_at(output)).text
+    assert "Painted out, it lowers the class more than a random region does: by +1.25" in text
+    assert "Pasted elsewhere, it raises the class no more than a random region does, as far as can be told: by" in text
+
+
+@pytest.mark.parametrize(
     ("box", "said"),
     [
         ((0, 0, 0.3, 0.3), "top left"),
@@ -380,6 +436,28 @@ TAGS = set(
     tr th td details summary dialog""".split()  # noqa: SIM905 - a list of so many is no easier to read
 )
 """All that the template writes."""
+
+
+def test_names_that_no_page_shows_are_found_by_what_they_are(hostile):
+    page = Page(page_at(hostile))
+    raw = [unquote(value) for value in page.values("data-raw")]
+    assert all(value.isascii() and value.isprintable() for value in page.values("data-raw"))
+    items = report_at(hostile).items
+    wanted = [" ".join(item.words) for item in items]
+    assert raw == [text for text in wanted if plain(text) != text]
+    assert 0 < len(raw) < len(items)
+    assert page.values("data-text") == [plain(text) for text in wanted]
+
+
+def test_weights_are_said_to_come_from_where_they_do(output):
+    facts = {fact.name: fact for fact in report_at(output).run}
+    assert facts["model"].note == "weights: from the factory"
+    plan = existing_plan(LocalStore(output))
+    packaged = replace(plan, identity={**plan.identity, "model": "efficientnet_lite0"})
+    named = replace(plan, identity={**plan.identity, "weights": "DEFAULT", "limit": 1})
+    assert next(fact for fact in run_facts(packaged, {}) if fact.name == "model").note == "weights: packaged"
+    facts = {fact.name: fact for fact in run_facts(named, {})}
+    assert (facts["model"].note, facts["limit"].value) == ("weights: DEFAULT", "1 record")
 
 
 def test_nothing_is_asked_of_any_network(hostile):

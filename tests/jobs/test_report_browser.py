@@ -123,6 +123,11 @@ def test_hostile_names_are_read_and_not_run(watched, hostile_address):
     for text in HOSTILE[:5]:
         page.locator("#text-filter").fill(text)
         assert visible(page).count() >= 1
+    for text in ("\u202egnp.EXE\u202c \x1b[31m", "\\x1b[31m"):  # as it is, and as it is shown
+        page.locator("#text-filter").fill(text)
+        assert visible(page).count() == 2  # one record has it for its key, another for its label
+    page.locator("#text-filter").fill("\u202dgnp")
+    assert visible(page).count() == 0
     assert page.locator("main script, main style, main svg [onload], dialog script").count() == 0
     assert page.title() == "in - blocksight report"
 

@@ -17,7 +17,19 @@ from jobs.compare import Output, compare
 from jobs.config import ConfigError
 from jobs.evaluation import folders, values_of
 from jobs.plan import load_plan
-from jobs.sql import MAX_ROWS, as_table, ask, connect, metric_columns, script, standing_columns, write_csv
+from jobs.records import UnreconciledError
+from jobs.sql import (
+    MAX_ROWS,
+    _refused,
+    _secret,
+    as_table,
+    ask,
+    connect,
+    metric_columns,
+    script,
+    standing_columns,
+    write_csv,
+)
 from storage.local import LocalStore
 from storage.schema import EVALUATION, RECORD_COLUMNS, SCHEMA
 from storage.stores import open_store
@@ -206,19 +218,53 @@ def test_csv_runs_nothing_in_a_spreadsheet(hostile, tmp_path):
         *(f"'{text}" if text.startswith("=") else text for text in HOSTILE),
         *("'\t1", "'\r1", "'+1", "'@1"),
     }
+    text = (tmp_path / "x.csv").read_text(encoding="utf-8")
+    assert '"=' not in text
+    assert "a;=1+1" not in text
     assert all(float(row[1]) < 0 for row in rows)
     assert {row[5] for row in rows} == {"'=1", ""}
     assert bytes.fromhex(rows[0][2]).startswith(b"\x89PNG")
     assert {row[4] for row in rows} == {""}
 
 
+@pytest.mark.parametrize(
+    ("text", "is_formula"),
+    [
+        *(
+            (f"{before}{sign}1", True)
+            for before in ("", " ", "\n \t", "\x00", "\ufeff", "\u200b\xa0")
+            for sign in "=+-@"
+        ),
+        *((f"{sign}1", True) for sign in "\uff1d\uff0b\uff0d\uff20"),
+        *((before + "x", True) for before in "\t\r\n"),
+        *((text, False) for text in ("", "x", " x=1", "1-2", "a;=1", "\u2212x", "(=1)", "'=1", " ")),
+    ],
+)
+def test_what_begins_a_formula_gets_an_apostrophe(tmp_path, text, is_formula):
+    connection = duckdb.connect()
+    write_csv(connection.execute("SELECT $1 AS x", [text]), tmp_path / "x.csv")
+    with (tmp_path / "x.csv").open(newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file)) == [["x"], [f"'{text}" if is_formula else text]]
+
+
+def test_a_separator_in_a_text_begins_no_cell_where_quotes_count(tmp_path):
+    query = "SELECT 'a;=1' || chr(9) || '=2,=3' AS \"x;=4\", -1.5 AS low, -2.5::DECIMAL(3, 1) AS exact, NULL AS nothing"
+    write_csv(ask(duckdb.connect(), query), tmp_path / "x.csv")
+    text = (tmp_path / "x.csv").read_text()
+    assert text.splitlines()[1] == '"a;=1\t=2,=3",-1.5,-2.5,""'
+    for separator in ",;\t":
+        for row in csv.reader(text.splitlines(), delimiter=separator):
+            assert not any(cell.startswith("=") for cell in row)
+
+
 def test_a_table_says_how_many_rows_there_are_and_cannot_move_the_cursor(hostile):
-    def shown(query):
-        console = Console(file=io.StringIO(), width=300, force_terminal=False)
-        console.print(as_table(ask(connect(str(hostile)), query)))
+    def shown(query, width=300):
+        console = Console(file=io.StringIO(), width=width, force_terminal=False, soft_wrap=True)
+        console.print(as_table(ask(connect(str(hostile)), query), width))
         return console.file.getvalue()
 
     said = shown("SELECT label_name, map, score FROM maps")
+    assert "row 1" not in said
     assert "\x1b" not in said
     assert "[red]<script>" in said
     assert " bytes" in said
@@ -227,6 +273,18 @@ def test_a_table_says_how_many_rows_there_are_and_cannot_move_the_cursor(hostile
     assert f"3,000 rows; the first {MAX_ROWS} are shown" in many
     assert f" {MAX_ROWS - 1} " in many
     assert f" {MAX_ROWS} " not in many.replace(f"first {MAX_ROWS} are", "")
+    assert "range" in shown("SELECT range FROM range(0)")
+    wide = shown("SELECT *, range(1000) AS many FROM maps ORDER BY key LIMIT 2", width=100)
+    assert "\x1b" not in wide
+    lines = [line.split() for line in wide.splitlines()]
+    assert [line[1] for line in lines if line and line[0] == "row"] == ["1", "2"]
+    for name in SCHEMA.names:
+        assert sum(line[:1] == [f"{name}:"] for line in lines) == 2, name
+    first = explained(LocalStore(hostile))
+    sizes = {f"<{len(row['map']):,}" for row in first}
+    assert all(line[1] in sizes and line[2] == "bytes>" for line in lines if line[:1] == ["map:"])
+    assert all(line[-1].endswith("…") for line in lines if line[:1] == ["many:"])
+    assert max(map(len, wide.splitlines())) <= 100
 
 
 def called(monkeypatch, capsys, *arguments):
@@ -249,20 +307,55 @@ def test_the_command(output, monkeypatch, capsys, tmp_path):
     for wrong, sentence in (
         (("sql", output, "SELECT nope FROM maps"), "DuckDB cannot run the query"),
         (("sql", output, "SELECT error('at row ' || key) FROM maps"), "DuckDB cannot run the query"),
+        *((("sql", output, nothing), "asks nothing; try") for nothing in ("", " ", ";", " ; ;", "/* SELECT 1 */")),
+        (("sql", output, "", "--csv", tmp_path / "y.csv"), "asks nothing; try"),
         (("sql", output, "--csv", tmp_path / "y.csv"), "needs a query"),
         (("sql", output, "SELECT 1", "--csv", tmp_path / "no" / "y.csv"), "cannot be written: No such file"),
         (("sql", tmp_path, "SELECT 1"), "no blocksight output"),
     ):
         code, said = called(monkeypatch, capsys, *wrong)
         assert (code, sentence in said) == (2, True), said
+        assert "read_parquet" not in said
+        assert "Traceback" not in said
+    _, said = called(monkeypatch, capsys, "sql", output, "SELECT 1,\n  nope FROM maps")
+    assert said.splitlines()[-2:] == ["LINE 2:   nope FROM maps", "          ^^^^"]
 
 
 def test_a_damaged_fragment_is_a_sentence(tmp_path):
     run_here(folder_of_images(tmp_path / "in", 1, bad=False), tmp_path / "out", explainer="gradcam")
     (file,) = (tmp_path / "out" / "data").glob("*.parquet")
     file.write_bytes(b"no Parquet")
-    with pytest.raises(ConfigError, match="DuckDB cannot run the query"):
+    with pytest.raises(UnreconciledError, match=f"{file} is damaged, `blocksight verify` says more"):
         connect(str(tmp_path / "out"))
+
+
+def test_a_fragment_that_is_damaged_later_is_named_too(tmp_path):
+    run_here(folder_of_images(tmp_path / "in", 1, bad=False), tmp_path / "it's [x]", explainer="gradcam")
+    (file,) = (tmp_path / "it's [x]" / "data").glob("*.parquet")
+    connection = connect(str(tmp_path / "it's [x]"))
+    body = file.read_bytes()
+    file.unlink()
+    with pytest.raises(ConfigError, match="No files found") as gone:
+        ask(connection, "SELECT * FROM maps")
+    assert "LINE" not in str(gone.value)
+    file.write_bytes(body[:-100])
+    with pytest.raises(UnreconciledError, match="is damaged, `blocksight verify`") as named:
+        ask(connection, "SELECT * FROM maps")
+    assert str(named.value).startswith(f"{file} is damaged")
+
+
+def test_bytes_that_its_reader_stumbles_over_are_damage():
+    with pytest.raises(UnreconciledError, match="what stands, `blocksight verify` says more: Out of buffer"):
+        raise _refused(duckdb.Error("Out of buffer"))
+
+
+def test_a_script_names_the_endpoint_and_no_credential():
+    assert _secret(None) == "CREATE SECRET (TYPE s3, PROVIDER credential_chain);"
+    said = _secret("http://user:pass'word@127.0.0.1:8333/x?key=secret")
+    wanted = "ENDPOINT '127.0.0.1:8333', URL_STYLE 'path', USE_SSL false);"
+    assert said == f"CREATE SECRET (TYPE s3, PROVIDER credential_chain, {wanted}"
+    assert "USE_SSL true" in _secret("https://s3.example.org")
+    assert "ENDPOINT 'a''b'" in _secret("https://a'b\n")
 
 
 def test_a_store_that_fails_in_the_midst_of_a_query_is_a_sentence():
@@ -306,7 +399,7 @@ def test_through_a_bucket(tmp_path, bucket):
     assert connection.execute("SELECT count(drop), count(entropy) FROM metrics").fetchone() == (3, 3)
     assert connection.execute("SELECT count(map), min(octet_length(map)) > 50 FROM maps").fetchone() == (3, True)
     said = script(f"{prefix}/out", bucket.endpoint_url)
-    assert "httpfs" in said
+    assert f"ENDPOINT '{bucket.endpoint_url.removeprefix('http://')}'" in said
     assert not any(secret in said for secret in (bucket.access_key, bucket.secret_key))
     stored = [row for row in rows_in(open_store(f"{prefix}/out", bucket.endpoint_url)) if row["status"] == "ok"]
     assert sorted(connection.execute("SELECT key, score FROM maps").fetchall()) == sorted(

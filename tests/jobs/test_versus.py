@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from rich.console import Console
+from scipy.stats import binomtest
 
 from cluster.bucket import EmbeddedBucket
 from engine.metrics.complexity import effective_area
@@ -19,10 +20,13 @@ from jobs.config import ConfigError
 from jobs.plan import load_plan, make_plan, settle_plan
 from jobs.records import Unit
 from jobs.results import Output
+from jobs.tables import difference_table
 from jobs.units import Workforce
 from jobs.versus.joining import Overlaps, Tally, joined
 from jobs.versus.rows import DIFFERENCE, MEASURED, map_measures, measured
 from jobs.versus.run import PICTURE, SUMMARY, write_difference
+from jobs.versus.shares import newcombe, wilson
+from jobs.versus.summary import AMONG, COLUMNS, Sums
 from jobs.versus.usual import LEAST_STAYED, Usual, judged
 from storage.fragments import encode_fragment
 from storage.local import LocalStore
@@ -341,6 +345,65 @@ def test_a_map_that_draws_together_moves_and_does_not_look_elsewhere():
     assert judged(other, 0.2)["looks_elsewhere"]
 
 
+# ---------------------------------------------------------------- shares
+
+
+@pytest.mark.parametrize("of", [1, 2, 7, 40, 5000])
+@pytest.mark.parametrize("part", [0.0, 0.3, 1.0])
+def test_a_share_has_wilsons_interval(part, of):
+    count = round(part * of)
+    found, wanted = wilson(count / of, of, of), binomtest(count, of).proportion_ci(method="wilson")
+    assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), abs=1e-12)
+    assert 0 <= found.low <= found.mean <= found.high <= 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "wanted"),  # method 10 in table II of Newcombe (1998)
+    [
+        ((56, 70), (48, 80), (0.0524, 0.3339)),
+        ((9, 10), (3, 10), (0.1705, 0.8090)),
+        ((5, 56), (0, 29), (-0.0381, 0.1926)),
+        ((0, 10), (0, 20), (-0.1611, 0.2775)),
+        ((10, 10), (0, 20), (0.6791, 1.0)),
+    ],
+)
+def test_a_difference_of_shares_has_newcombes_interval(one, other, wanted):
+    shares = [wilson(count / of, of, of) for count, of in (one, other)]
+    found, back = newcombe(*shares), newcombe(*reversed(shares))
+    assert (found.low, found.high) == pytest.approx(wanted, abs=1e-4)
+    assert (back.low, back.high) == pytest.approx((-wanted[1], -wanted[0]), abs=1e-4)
+    assert found.count == one[1] + other[1]
+
+
+def test_none_of_seven_is_not_certainly_fewer_than_a_few_in_a_hundred():
+    found = newcombe(wilson(0.0, 7, 7), wilson(0.062, 1000, 1000))
+    assert found.mean == pytest.approx(-0.062)
+    assert found.low < 0 < found.high
+    assert found.high > 0.2
+
+
+def test_rows_of_one_image_are_no_further_evidence():
+    once = [{"key": str(one), "looks_elsewhere": one < 4, "regressed": one % 2 == 0} for one in range(12)]
+    found = []
+    for rows in (once, once * 3):
+        sums = Sums()
+        blank = dict.fromkeys([*COLUMNS, "is_right_a", "is_right_b"])
+        sums.add([{**blank, **row} for row in sorted(rows, key=lambda row: row["key"])])
+        found.append(sums.estimates())
+    for name in ("looks_elsewhere", *AMONG):
+        ends = [(own[name].mean, own[name].low, own[name].high) for own in found]
+        assert ends[0] == pytest.approx(ends[1]), name
+        assert found[1][name].count == 3 * found[0][name].count
+    assert found[0]["looks_elsewhere"].mean == pytest.approx(1 / 3)
+
+
+def test_shares_of_nothing_are_none():
+    nothing, some = wilson(None, 0, 0), wilson(0.5, 2, 2)
+    assert (nothing.mean, nothing.low, nothing.count) == (None, None, 0)
+    for gap in (newcombe(nothing, some), newcombe(some, nothing)):
+        assert (gap.mean, gap.low, gap.high, gap.count) == (None, None, None, 2)
+
+
 # ---------------------------------------------------------------- the whole
 
 
@@ -375,7 +438,11 @@ def test_planted_regressions_are_found(planted, tmp_path):
     assert shares["elsewhere_of_regressed"]["mean"] == pytest.approx(0.9)
     assert shares["elsewhere_of_others"]["mean"] == pytest.approx(1 / 20)
     assert said["elsewhere_gap"]["mean"] == pytest.approx(0.85)
+    for name, count, of in (("elsewhere_of_regressed", 9, 10), ("elsewhere_of_others", 1, 20), ("improved", 0, 30)):
+        wanted = binomtest(count, of).proportion_ci(method="wilson")
+        assert (shares[name]["low"], shares[name]["high"]) == pytest.approx((wanted.low, wanted.high), abs=1e-12)
     assert 0 < said["elsewhere_gap"]["low"] < 0.85 < said["elsewhere_gap"]["high"] <= 1
+    assert set(said["intervals"]) == {"means", "shares", "elsewhere_gap"}
     assert said["means"]["score_change"]["mean"] == pytest.approx(-0.5 / 3)
     assert said["means"]["moved"]["mean"] == pytest.approx(np.mean([row["moved"] for row in rows.values()]))
     assert json.loads((tmp_path / "d" / SUMMARY).read_text()) == said
@@ -444,12 +511,12 @@ def test_nothing_shared_is_said_with_the_way_out(data, tmp_path):
     keys = keys_of(data)
     a = standing(data, tmp_path / "a", {key: [row_of(key, blob(0.5, 0.5))] for key in keys})
     others = {key: [row_of(key, blob(0.5, 0.5), target=1)] for key in keys}
-    with pytest.raises(ConfigError, match=r"30 records are explained in both, for other targets.*--target label"):
+    with pytest.raises(ConfigError, match=r"30 records explained in both, for other targets.*--target label"):
         written(a, standing(data, tmp_path / "b", others), tmp_path / "d")
     changed = {key: [row_of(key, blob(0.5, 0.5), sha256="new")] for key in keys}
-    with pytest.raises(ConfigError, match="the images of 30 records have changed"):
+    with pytest.raises(ConfigError, match="30 images changed between the two"):
         written(a, standing(data, tmp_path / "c", changed), tmp_path / "d")
-    with pytest.raises(ConfigError, match="30 records are explained in the one"):
+    with pytest.raises(ConfigError, match="30 records explained in the one"):
         written(a, standing(data, tmp_path / "e", {}), tmp_path / "d")
     assert not (tmp_path / "d" / SUMMARY).exists()
     elsewhere = standing(folder_of_images(tmp_path / "in2", 3), tmp_path / "f", {})
@@ -472,6 +539,18 @@ def test_hostile_names_stay_text(tmp_path):
     assert "\x1b" not in done.stdout
     assert "d[bold]/data" in done.stdout
     assert {key for key, _ in rows_in(tmp_path / "d[bold]")} == set(names)
+
+
+def test_one_of_something_is_not_many(data, tmp_path):
+    keys = keys_of(data)
+    rows = {key: [row_of(key, blob(0.5, 0.5))] for key in keys}
+    a = standing(data, tmp_path / "a", {key: rows[key] for key in keys[:2]}, per_unit=29)
+    b = standing(data, tmp_path / "b", {key: rows[key] for key in keys[1:3]}, per_unit=29)
+    console = Console(file=io.StringIO(), width=200)
+    console.print(difference_table(written(a, b, tmp_path / "d"), "d"))
+    said = " ".join(console.file.getvalue().split())
+    for words in ("1 record, 1 row", "1 record explained in A alone", "28 records rejected in B"):
+        assert words in said
 
 
 def test_two_models_on_the_command_line(tmp_path):

@@ -1,0 +1,79 @@
+"""Reads the tables and the maps of an output for whoever shows them: what is damaged is named, with the way out."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from jobs.plan import MODEL_KEY
+from jobs.records import ModelFacts, UnreconciledError
+from storage.maps import MapError, decode_map
+from storage.schema import EVALUATION, SCHEMA
+from storage.store import ObjectStore
+
+WAYS_OUT = {
+    "data/": "`blocksight verify` says more",
+    "evaluations/": "remove it, and the same `evaluate` makes it again",
+    "audit/": "`blocksight audit` makes it again",
+}
+"""What helps where a table below one of these is damaged."""
+
+
+def fragment_of(store: ObjectStore, key: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of a committed fragment. Raises StoreError, and UnreconciledError where it is damaged."""
+    return table_of(store, key, SCHEMA, columns)
+
+
+def values_in(store: ObjectStore, key: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of one fragment of an evaluation. Raises as `fragment_of`."""
+    return table_of(store, key, EVALUATION, columns)
+
+
+def table_of(store: ObjectStore, key: str, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of a Parquet object that has the columns of `schema`, all of them or some. Raises as `fragment_of`."""
+    body = store.read(key)
+    try:
+        file = pq.ParquetFile(pa.BufferReader(body))
+        table = _checked(file, schema).read(columns=None if columns is None else list(columns))
+        table.validate(full=True)  # text that is no UTF-8 shows here, and not in the midst of a loop
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise damaged(store.uri, key, error) from error
+    return table
+
+
+def model_facts(store: ObjectStore) -> Mapping[str, Any]:
+    """The fields of `jobs.records.ModelFacts`, of the model that made the maps.
+
+    Raises MissingError before it was loaded, and UnreconciledError where the object is damaged.
+    """
+    try:
+        return vars(ModelFacts(**json.loads(store.read(MODEL_KEY))))
+    except (ValueError, TypeError) as error:
+        raise damaged(store.uri, MODEL_KEY, error) from error
+
+
+def _checked(file: pq.ParquetFile, schema: pa.Schema) -> pq.ParquetFile:
+    if not file.schema_arrow.equals(schema):
+        raise ValueError(f"its columns are {', '.join(file.schema_arrow.names)}; not those that are written there")
+    return file
+
+
+def damaged(uri: str, key: str, reason: object) -> UnreconciledError:
+    """What is said of a table `key` below `uri` that cannot be read."""
+    way_out = next((way for folder, way in WAYS_OUT.items() if key.startswith(folder)), "put it back from a copy")
+    return UnreconciledError(f"{uri}/{key} is damaged, {way_out}: {reason}")
+
+
+def map_of(row: Mapping[str, Any]) -> NDArray[np.float32]:
+    """The map [H, W] in [0, 1] of an explained row. Raises UnreconciledError where its bytes are damaged."""
+    try:
+        return decode_map(row["map"] or b"")
+    except MapError as error:
+        raise UnreconciledError(
+            f"the map of {row['key']!r} for class {row['target_index']} is damaged, `blocksight verify` names its "
+            f"fragment: {error}"
+        ) from error
