@@ -253,7 +253,8 @@ def _units_bytes(units: Sequence[Unit]) -> bytes:
 
 
 def _read_units(body: bytes) -> tuple[Unit, ...]:
-    rows = pq.read_table(io.BytesIO(body), schema=UNITS_SCHEMA).to_pylist()
+    # in this thread: a process that ends while Arrow's first ones are still being started dies of SIGABRT
+    rows = pq.ParquetFile(io.BytesIO(body)).read(use_threads=False).cast(UNITS_SCHEMA).to_pylist()
     return tuple(
         Unit(
             **{**row, "layout": Layout(row["layout"]), "objects": tuple(ObjectInfo(**item) for item in row["objects"])}

@@ -38,7 +38,7 @@ def table_of(store: ObjectStore, key: str, schema: pa.Schema, columns: Sequence[
     body = store.read(key)
     try:
         file = pq.ParquetFile(pa.BufferReader(body))
-        table = _checked(file, schema).read(columns=None if columns is None else list(columns))
+        table = _checked(file, schema).read(None if columns is None else list(columns), use_threads=False)
         table.validate(full=True)  # text that is no UTF-8 shows here, and not in the midst of a loop
     except (pa.ArrowException, OSError, ValueError) as error:
         raise damaged(store.uri, key, error) from error

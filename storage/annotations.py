@@ -273,7 +273,7 @@ def _tables(store: ObjectStore, infos: Sequence[ObjectInfo]) -> list[ImageTruth]
 def _rows(file: pq.ParquetFile) -> Iterator[tuple[str, list[TruthObject]]]:
     """Key and objects of each row."""
     names = _columns(file.schema_arrow)
-    for batch in file.iter_batches(BATCH_ROWS, columns=names):
+    for batch in file.iter_batches(BATCH_ROWS, columns=names, use_threads=False):
         cells = [batch.column(name).cast(COLUMNS[name]).to_pylist() for name in names]
         for row in (dict(zip(names, values, strict=True)) for values in zip(*cells, strict=True)):
             if row[KEY] is None:

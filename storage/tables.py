@@ -76,7 +76,7 @@ def _rows(file: pq.ParquetFile, start: int, stop: int, names: list[str]) -> Iter
 def _read_rows(file: pq.ParquetFile, start: int, stop: int, names: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     groups, first = _groups(file, start, stop)
     index = first
-    for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=names):
+    for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=names, use_threads=False):
         if index + batch.num_rows > start:
             for offset, row in enumerate(batch.to_pylist(), index):
                 if start <= offset < stop:

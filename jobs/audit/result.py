@@ -23,6 +23,10 @@ ROWS_FOLDER = f"{FOLDER}rows/"
 GRID = 16
 """Cells along each side of a pooled map."""
 
+CERTAIN = 0.05
+LEAST_EFFECT = 1.0
+"""In log-odds, beyond that of random regions: the odds change by a factor e."""
+
 Grid = NDArray[np.float32]
 """[GRID, GRID]."""
 
@@ -139,6 +143,16 @@ class Effect:
     probability: float
     """Mean change of the target's probability by the region alone, -1 to 1, not compared with random regions."""
 
+    @property
+    def is_certain(self) -> bool:
+        """There, in the direction that a shortcut has."""
+        return self.p_value < CERTAIN and self.low > 0
+
+    @property
+    def is_real(self) -> bool:
+        """Certain, and large enough for a finding."""
+        return self.is_certain and self.mean >= LEAST_EFFECT
+
 
 @dataclass(frozen=True)
 class Shortcut:
@@ -232,7 +246,8 @@ def read_audit(store: ObjectStore) -> Audit | None:
     try:
         body = json.loads(document)
         groups, clusters = (
-            pq.read_table(io.BytesIO(store.read(key))).to_pylist() for key in (GROUPS_KEY, CLUSTERS_KEY)
+            pq.ParquetFile(io.BytesIO(store.read(key))).read(use_threads=False).to_pylist()
+            for key in (GROUPS_KEY, CLUSTERS_KEY)
         )
         return Audit(
             **{

@@ -157,7 +157,7 @@ def _write_rows(store: ObjectStore, scratch: Path, oddest: Oddest, console: Cons
     """Writes every map's row with its cluster and strangeness; rows of another audit go."""
     files = sorted(scratch.glob("*.parquet"))
     for file in _tracked(files, "placing maps", console):
-        rows = placed(pq.read_table(file), oddest.models)
+        rows = placed(pq.ParquetFile(file).read(use_threads=False), oddest.models)
         oddest.add(rows)
         body = io.BytesIO()
         pq.write_table(rows, body, compression="zstd")

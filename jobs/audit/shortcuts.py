@@ -19,9 +19,6 @@ POOL = 96
 """Images of all classes from which the others are taken, so that the same serve all candidates."""
 FEWEST = 8
 """Of either that can still be read, for a trial."""
-CERTAIN = 0.05
-LEAST_EFFECT = 1.0
-"""In log-odds, beyond that of random regions: the odds change by a factor e."""
 LEAST_RECURRENCE = 0.85
 MOST_ON_OBJECT = 0.25
 """Share of the region that objects may cover, for it not to be the object."""
@@ -166,9 +163,9 @@ def _said(effect: Effect) -> str:
 
 def _doubt(one: Shortcut, blanked: Effect, pasted: Effect) -> str | None:
     """What keeps a candidate from being a finding, the most telling first; None: nothing."""
-    if not _is_real(blanked):
+    if not blanked.is_real:
         return f"inpainted, its log-odds fall by {_said(blanked)} more than with a random region: not enough"
-    if not _is_real(pasted):
+    if not pasted.is_real:
         return (
             f"pasted into other images, its log-odds rise by {_said(pasted)} more than with a random region: not enough"
         )
@@ -181,8 +178,3 @@ def _doubt(one: Shortcut, blanked: Effect, pasted: Effect) -> str | None:
     if one.recurrence is not None and one.recurrence < LEAST_RECURRENCE:
         return "what stands there differs from member to member: it may be the object; --truth would tell"
     return None
-
-
-def _is_real(effect: Effect) -> bool:
-    """Certain, in the direction that a shortcut has, and large."""
-    return effect.p_value < CERTAIN and effect.low > 0 and effect.mean >= LEAST_EFFECT

@@ -251,7 +251,7 @@ class _Reading:
         stop = start + pq.read_metadata(file).num_rows
         equals = contains(shared, self.equals.maps[start:stop])
         if equals.any():
-            table = pq.read_table(file)
+            table = pq.ParquetFile(file).read(use_threads=False)
             place = ROWS.get_field_index("equals_other")
             pq.write_table(table.set_column(place, ROWS.field(place), pa.array(equals)), file, compression="zstd")
         return int(equals.sum())

@@ -140,11 +140,9 @@ def map_picture(grid: Grid) -> str:
 
 def against_chance(effect: Effect, verb: str) -> str:
     """What an effect comes to beside random regions, by the measure of the verdict; `verb`: it lowers, it raises."""
-    from jobs.audit.shortcuts import CERTAIN, LEAST_EFFECT  # brings torch
-
-    if effect.p_value >= CERTAIN or effect.low <= 0:
+    if not effect.is_certain:
         return f"{verb} the class no more than a random region does, as far as can be told: by"
-    if effect.mean < LEAST_EFFECT:
+    if not effect.is_real:
         return f"{verb} the class a little more than a random region does, too little for a finding: by"
     return f"{verb} the class more than a random region does: by"
 

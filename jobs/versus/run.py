@@ -16,6 +16,7 @@ from jobs.config import ConfigError
 from jobs.plan import check_place
 from jobs.progress import counted
 from jobs.results import Output, refuse_other_inputs
+from jobs.stored import table_of
 from jobs.versus.joining import Tally, joined
 from jobs.versus.pictures import Worst, contact_sheet_of
 from jobs.versus.rows import DIFFERENCE, MEASURED, measured
@@ -120,7 +121,7 @@ def _measure(a: Output, b: Output, store: ObjectStore, tally: Tally, usual: Usua
 
 def _judge(store: ObjectStore, name: str, threshold: float) -> list[dict[str, Any]]:
     """The rows of one file with what is usual known; they stand in `data/` then, and no more aside."""
-    table = pq.read_table(io.BytesIO(store.read(f"{ASIDE}{name}")), schema=MEASURED)
+    table = table_of(store, f"{ASIDE}{name}", MEASURED)
     rows = [judged(row, threshold) for row in table.to_pylist()]
     _put(store, f"{ROWS}{name}", rows, DIFFERENCE)
     store.delete(f"{ASIDE}{name}")
