@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.ndimage import uniform_filter
 from torch import Tensor
 
 from engine.metrics.road import imputed
@@ -29,6 +30,8 @@ IMAGES_PER_PASS = 8
 SPLITS = 10
 APART = 1.0
 """Deviations between the means of members and others, from which on a pixel is part of what recurs."""
+AROUND = 5
+"""Pixels."""
 NOISE_FLOOR = 10 / 255
 """Deviation of a pixel that counts as none."""
 
@@ -68,7 +71,10 @@ class Court:
             return Verdicts(
                 self._blanked(target_index, box, members),
                 self._pasted(target_index, box, members, others),
-                recurrence(_cut(members.pixels, box), _cut(others.pixels, box), self.seed),
+                max(
+                    recurrence(look(members.pixels, box), look(others.pixels, box), self.seed)
+                    for look in (_cut, _details)
+                ),
             )
 
     def _blanked(self, target: int, box: Box, members: Pictures) -> Effect:
@@ -162,6 +168,14 @@ def _cut(pixels: Pixels, box: Box) -> NDArray[np.float64]:
     """[n, pixels] in [0, 1]"""
     left, top, right, bottom = box
     return pixels[:, top:bottom, left:right].reshape(len(pixels), -1) / 255.0
+
+
+def _details(pixels: Pixels, box: Box) -> NDArray[np.float64]:
+    """The same less the mean around each pixel: a faint mark shows where the picture under it varies slowly."""
+    left, top, right, bottom = box
+    cut = pixels[:, top:bottom, left:right] / 255.0
+    around = np.asarray(uniform_filter(cut, (0, AROUND, AROUND, 0)))  # pyright: ignore[reportArgumentType]
+    return (cut - around).reshape(len(cut), -1)
 
 
 def recurrence(members: NDArray[np.float64], others: NDArray[np.float64], seed: int) -> float:

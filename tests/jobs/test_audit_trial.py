@@ -112,6 +112,18 @@ def test_recurrence_is_near_one_for_a_mark_and_near_half_for_anything_else() -> 
     assert recurrence(np.full((32, 192), 0.5), np.full((32, 192), 0.5), 0) == 0.5  # an even background in all
 
 
+def test_a_faint_mark_is_recognised_where_the_picture_under_it_varies_slowly() -> None:
+    rng = np.random.default_rng(0)
+    slow = 128 + 60 * rng.normal(size=(64, 1, 1, 1)) + 2 * rng.normal(size=(64, SIDE, SIDE, 3))
+    mark = np.zeros((SIDE, SIDE, 3))
+    mark[BOX[1] : BOX[3] : 2, BOX[0] : BOX[2]] = 20
+    others = Pictures([f"o{index}" for index in range(32)], slow[32:].clip(0, 255).astype(np.uint8))
+    for added, least, most in ((mark, 0.95, 1.0), (0 * mark, 0.5, 0.75)):
+        pixels = (slow[:32] + added).clip(0, 255).astype(np.uint8)
+        members = Pictures([f"m{index}" for index in range(32)], pixels)
+        assert least <= Court(adapter(), 0).try_region(1, BOX, members, others).recurrence <= most
+
+
 REAL = Effect(3.0, 2.5, 3.5, 1e-6, 32, 0.4)
 SHORTCUT = Shortcut(
     target_index=1,
