@@ -183,7 +183,7 @@ class Shortcut:
     why: str
     """What confirms it, or what is missing, in words."""
     members: tuple[str, ...]
-    """Keys of records that look there, the strongest first."""
+    """Keys of records that look there, a fair draw."""
 
 
 @dataclass(frozen=True, eq=False)

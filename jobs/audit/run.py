@@ -1,7 +1,6 @@
 """Runs an audit: streams the maps, learns what is usual of each class, tries what looks wrong, writes what it found."""
 
 import io
-import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,16 +22,17 @@ from jobs.audit.oddities import KEPT, Oddest, placed
 from jobs.audit.result import AUDIT_KEY, ROWS_FOLDER, Audit, Shortcut, write_audit
 from jobs.audit.samples import Sample
 from jobs.audit.shortcuts import judged, suspects_of, tried
-from jobs.audit.stream import Asked, Streamed, committed, stream
+from jobs.audit.stream import Asked, Streamed, stream
 from jobs.audit.trial import Court
 from jobs.config import ConfigError
 from jobs.context import weights_bytes
 from jobs.evaluation import config_of, labels_of, read_class_map, region_of
 from jobs.explain import load
-from jobs.plan import MODEL_KEY, Plan, existing_plan
+from jobs.plan import Plan, existing_plan
 from jobs.progress import Tally, counted, progress
 from jobs.records import UnreconciledError
 from jobs.results import images_of
+from jobs.stored import model_facts
 from storage.annotations import open_truth
 from storage.images import fit
 from storage.patient import PatientStore
@@ -73,8 +73,8 @@ def run_audit(asked: AuditRequest, console: Console) -> Audit:
         models = _models(streamed.samples, asked.seed, console)
         store.delete(AUDIT_KEY)  # what stands goes with rows that are about to be replaced
         oddest = _write_rows(store, scratch, Oddest(models, _usual_on_object(streamed)), console)
-    shortcuts, notes = _shortcuts(models, court, _Gallery(plan, asked, scope, _input_size(store)), asked, console)
-    sizes = oddest.sizes
+    input_size = tuple(model_facts(store)["input_size"])
+    shortcuts, notes = _shortcuts(models, court, _Gallery(plan, asked, scope, input_size), asked, console)
     audit = Audit(
         fragments=streamed.fragments,
         settings={
@@ -89,10 +89,10 @@ def run_audit(asked: AuditRequest, console: Console) -> Audit:
         num_right=streamed.num_right,
         gates=streamed.gates,
         groups=streamed.groups,
-        clusters=tuple(one for model in models.values() for one in clusters_of(model, _sizes(model, sizes))),
+        clusters=tuple(one for model in models.values() for one in clusters_of(model, _sizes(model, oddest.sizes))),
         oddities=oddest.oddities(),
         shortcuts=shortcuts,
-        notes=(*_missing(store, plan, streamed), *streamed.notes, *_few(models), *notes, *_unkept(oddest)),
+        notes=(*_missing(plan, streamed), *streamed.notes, *_few(models), *notes, *_unkept(oddest)),
     )
     write_audit(store, audit)
     return audit
@@ -117,18 +117,13 @@ def _court(store: ObjectStore, plan: Plan, asked: AuditRequest) -> Court:
     config = config_of(plan, asked.output, asked.weights, asked.endpoint_url)
     state = weights_bytes(config)
     adapter = load(config, state, "cuda" if torch.cuda.is_available() else "cpu", str(Path.cwd()))
-    known = json.loads(store.read(MODEL_KEY))["weights_sha256"]
+    known = model_facts(store)["weights_sha256"]
     if adapter.fingerprint != known:
         raise ConfigError(
             f"{config.model} has other weights now (sha256 {adapter.fingerprint[:16]}) than those that the maps are of "
             f"({known[:16]}); name those with --weights, or leave the trial out with --no-try"
         )
     return Court(adapter, asked.seed)
-
-
-def _input_size(store: ObjectStore) -> tuple[int, int]:
-    height, width = json.loads(store.read(MODEL_KEY))["input_size"]
-    return height, width
 
 
 def _models(samples: Mapping[int, Sample], seed: int, console: Console) -> dict[int, ClassModel]:
@@ -175,9 +170,9 @@ def _sizes(model: ClassModel, sizes: Mapping[tuple[int, int], int]) -> list[int]
     return [sizes.get((target, number), 0) for number in (*range(model.num_clusters), NO_CLUSTER)]
 
 
-def _missing(store: ObjectStore, plan: Plan, streamed: Streamed) -> Iterator[str]:
-    """What the output does not hold yet, or never will."""
-    num_missing = len(plan.units) - len(committed(store, plan))
+def _missing(plan: Plan, streamed: Streamed) -> Iterator[str]:
+    """What the output did not hold when it was read."""
+    num_missing = len(plan.units) - streamed.num_fragments
     if num_missing:
         missing = f"{counted(num_missing, 'unit')} of {len(plan.units):,} without a fragment"
         yield f"{missing}: these are the {streamed.num_rows:,} rows that stand"

@@ -42,7 +42,7 @@ class Suspect:
 
 
 def suspects_of(candidates: Sequence[Candidate], samples: Iterable[Sample], seed: int) -> list[Suspect]:
-    """The candidates with their strongest members, and others that are explained for other classes alone."""
+    """The candidates with a fair draw of members, and of others that are explained for other classes alone."""
     pool = _pool(samples, seed)
     return [_suspect(one, pool) for one in candidates]
 
@@ -58,7 +58,7 @@ def _pool(samples: Iterable[Sample], seed: int) -> list[tuple[str, int]]:
 
 def _suspect(candidate: Candidate, pool: Sequence[tuple[str, int]]) -> Suspect:
     sample = candidate.model.sample
-    members = tuple(sample.keys[place] for place in candidate.members[:MEMBERS])  # not the strongest: a fair draw
+    members = tuple(sample.keys[place] for place in candidate.members[:MEMBERS])  # in random order
     own = set(sample.keys)
     others = dict.fromkeys(key for key, target in pool if target != sample.target_index and key not in own)
     return Suspect(candidate, members, tuple(others)[:OTHERS])

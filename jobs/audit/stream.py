@@ -83,6 +83,7 @@ class Streamed:
     """What was left out."""
     fragments: str
     """Digest of the fragments that were read."""
+    num_fragments: int
 
 
 def stream(store: ObjectStore, plan: Plan, asked: Asked, scratch: Path, update: Callable[[int], object]) -> Streamed:
@@ -115,6 +116,7 @@ def stream(store: ObjectStore, plan: Plan, asked: Asked, scratch: Path, update: 
         samples=reading.sampler.samples(),
         notes=roster.notes,
         fragments=digest_of_fragments(fragments),
+        num_fragments=len(fragments),
     )
 
 

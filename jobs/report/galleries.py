@@ -257,7 +257,7 @@ def _named(audit: Audit | None) -> Iterator[Gallery]:
         ("suspicions", "Suspicions", audit.suspicions),
     ):
         refs = tuple(ref for one in shortcuts[:NUM_SHORTCUTS] for ref in members(one))
-        yield Gallery(name, title, f"Maps that look where one of the {name} lies, the strongest first.", refs)
+        yield Gallery(name, title, f"Maps that look where one of the {name} lies.", refs)
     odd = tuple(Ref(one.key, one.target_index) for one in audit.oddities[:NUM_ODDITIES])
     yield Gallery("oddities", "Oddities", "Maps that are unlike those of their class.", odd)
     typical = tuple(
