@@ -4,71 +4,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-
-@dataclass(frozen=True)
-class SiseParameters:
-    """The choices that SISE leaves to the user; the defaults are the paper's."""
-
-    mu: float = field(
-        default=0.0,
-        metadata={"help": "keep a map whose summed gradient exceeds mu times the block's largest; 0 <= mu < 1"},
-    )
-    selection: Literal["mu", "ada"] = field(
-        default="mu",
-        metadata={"help": "mu, or ada: Otsu's threshold on the positive gradients (Ada-SISE; mu is not read)"},
-    )
-    gate: Literal["hard", "soft"] = field(
-        default="hard",
-        metadata={
-            "help": "Otsu's mask in the fusion: hard as in the paper, or soft as in its authors' laboratory's code"
-        },
-    )
-    baseline: Literal["zero", "black"] = field(
-        default="zero",
-        metadata={"help": "what stands where a mask removes: zero in model-input space, or a black pixel"},
-    )
-    budget: int | float | Literal["auto"] | None = field(
-        default=None,
-        metadata={
-            "help": "how many masks are scored, the other scores being predicted: a number, a share such as 0.1, "
-            "or auto; 0: none is; not given: all are"
-        },
-    )
-    complete_above: float | None = field(
-        default=None,
-        metadata={
-            "help": "with a budget: where a block map's predicted relative error stays above this, the image's other "
-            "masks are scored too; not given: they never are"
-        },
-    )
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.mu < 1:
-            raise ValueError(f"mu must lie in [0, 1), got {self.mu}: at 1 no map would be kept")
-        if isinstance(self.budget, float) and not 0 < self.budget < 1:
-            raise ValueError(f"a budget of {self.budget} is no share between 0 and 1; a number of forwards is whole")
-        if isinstance(self.budget, int) and self.budget < 0:
-            raise ValueError(f"a budget is a number of forwards, got {self.budget}")
-        if self.complete_above is not None:
-            _check_completion(self.complete_above, self.budget)
-
-
-def _check_completion(above: float, budget: int | float | str | None) -> None:
-    if not above >= 0:
-        raise ValueError(f"complete_above is a relative error, got {above}")
-    if not budget:
-        raise ValueError(
-            f"complete_above {above:g} needs a budget above 0, got {'none' if budget is None else budget}: without one "
-            "no error is predicted"
-        )
-
-
-@dataclass(frozen=True)
-class AdaSiseParameters(SiseParameters):
-    """SISE with Otsu's threshold in place of mu."""
-
-    selection: Literal["ada"] = field(default="ada", metadata={"help": "always ada"})
-
+from engine.parameters import (
+    AdaSiseParameters,
+    AFmiParameters,
+    BeeParameters,
+    DaamParameters,
+    ExtremalParameters,
+    FeatureCamParameters,
+    FovExParameters,
+    IntegratedGradientsParameters,
+    NoParameters,
+    OcclusionParameters,
+    RiseParameters,
+    ScoreCamParameters,
+    SiseParameters,
+    SmoothGradParameters,
+    UcagParameters,
+)
 
 Fidelity = Literal["preview", "balanced", "full", "auto"]
 
@@ -87,105 +39,6 @@ FIDELITIES: Mapping[Fidelity, Mapping[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class NoParameters:
-    """Of an explainer without choices."""
-
-
-def _baseline() -> Literal["zero", "black"]:
-    return field(
-        default="zero",
-        metadata={"help": "what stands where a mask removes: zero in model-input space, or a black pixel"},
-    )
-
-
-@dataclass(frozen=True)
-class ScoreCamParameters:
-    """The paper's algorithm puts a softmax over the maps' logits; its authors' code takes the probabilities."""
-
-    weights: Literal["softmax", "probability"] = field(
-        default="softmax", metadata={"help": "softmax over the maps' logits, or the plain probabilities"}
-    )
-    baseline: Literal["zero", "black"] = _baseline()
-
-
-@dataclass(frozen=True)
-class RiseParameters:
-    """The paper's masks: 4000 for VGG16, 8000 for ResNet-50."""
-
-    num_masks: int = field(default=4000, metadata={"help": "random masks; forwards per image"})
-    grid: int = field(default=7, metadata={"help": "cells along a side"})
-    keep: float = field(default=0.5, metadata={"help": "probability that a cell is kept"})
-    baseline: Literal["zero", "black"] = _baseline()
-
-    def __post_init__(self) -> None:
-        _at_least(1, num_masks=self.num_masks, grid=self.grid)
-        if not 0 < self.keep < 1:
-            raise ValueError(f"keep must lie between 0 and 1, got {self.keep}")
-
-
-@dataclass(frozen=True)
-class OcclusionParameters:
-    """Sides in pixels of the model's input."""
-
-    window: int = field(default=32, metadata={"help": "side of the hidden square in pixels"})
-    stride: int = field(default=16, metadata={"help": "pixels from one place of it to the next"})
-    baseline: Literal["zero", "black"] = _baseline()
-
-    def __post_init__(self) -> None:
-        _at_least(1, window=self.window, stride=self.stride)
-        if self.stride > self.window:
-            raise ValueError(f"a stride of {self.stride} over windows of {self.window} leaves pixels out")
-
-
-@dataclass(frozen=True)
-class IntegratedGradientsParameters:
-    """The straight path from a baseline."""
-
-    steps: int = field(default=50, metadata={"help": "points on the path"})
-    baseline: Literal["zero", "black"] = _baseline()
-
-    def __post_init__(self) -> None:
-        _at_least(1, steps=self.steps)
-
-
-@dataclass(frozen=True)
-class SmoothGradParameters:
-    """What is smoothed, and with how much noise."""
-
-    base: Literal["gradient", "integrated_gradients", "gradcam"] = field(
-        default="gradient", metadata={"help": "the method that is averaged, with its defaults"}
-    )
-    samples: int = field(default=25, metadata={"help": "noisy copies"})
-    noise: float = field(default=0.15, metadata={"help": "deviation of the noise, as a share of the image's range"})
-
-    def __post_init__(self) -> None:
-        _at_least(1, samples=self.samples)
-        if not 0 < self.noise < 1:
-            raise ValueError(f"noise must lie between 0 and 1, got {self.noise}")
-
-
-@dataclass(frozen=True)
-class ExtremalParameters:
-    """The authors' benchmark sums the masks of four areas."""
-
-    areas: tuple[float, ...] = field(
-        default=(0.025, 0.05, 0.1, 0.2), metadata={"help": "shares of the image that the masks keep"}
-    )
-    iterations: int = field(default=800, metadata={"help": "gradient steps per area; with fewer the masks stay larger"})
-
-    def __post_init__(self) -> None:
-        _at_least(1, iterations=self.iterations)
-        if not self.areas or not all(0 < area < 1 for area in self.areas):
-            raise ValueError(f"areas must be shares between 0 and 1, got {list(self.areas)}")
-
-
-def _at_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-@dataclass(frozen=True)
 class ExplainerEntry:
     """One line of `blocksight list explainers`."""
 
@@ -201,6 +54,12 @@ class ExplainerEntry:
     """Which of the network's blocks it looks at."""
     num_forwards: Callable[[Any, int], float] | None = None
     """What parameters and a number of targets cost per image, as forward passes; None: it depends on the model."""
+    fast: Mapping[str, Any] = field(default_factory=dict)
+    """What the preset `fast` sets of the parameters; their defaults are the preset `paper`'s."""
+    wraps: str | None = None
+    """A wrapper's method where none is named, as in `ucag(gradcam)`; None: it wraps none."""
+    num_views: Callable[[Any], float] | None = None
+    """Of a wrapper: how many times what its base costs, by its parameters."""
 
 
 @dataclass(frozen=True)
@@ -310,9 +169,8 @@ EXPLAINERS: Mapping[str, ExplainerEntry] = {
         cost="25 times its base",
         source="Smilkov et al. (arXiv 1706.03825)",
         blocks="last",
-        num_forwards=lambda parameters, targets: (
-            parameters.samples * (50 if parameters.base == "integrated_gradients" else 1) * (1 + BACKWARD * targets)
-        ),
+        wraps="gradient",
+        num_views=lambda parameters: parameters.samples,
     ),
     "fullgrad": ExplainerEntry(
         NoParameters,
@@ -331,6 +189,69 @@ EXPLAINERS: Mapping[str, ExplainerEntry] = {
         num_forwards=lambda parameters, targets: (
             parameters.iterations * len(parameters.areas) * targets * (1 + BACKWARD)
         ),
+    ),
+    "gradient": ExplainerEntry(
+        NoParameters,
+        needs="any classifier; gradients",
+        cost="1 F + 1 B per target",
+        source="Simonyan et al. (arXiv 1312.6034)",
+        blocks="none",
+        num_forwards=lambda _, targets: 2 + BACKWARD * targets,
+    ),
+    "ucag": ExplainerEntry(
+        UcagParameters,
+        needs="what its base needs; at paper's size, a network that takes larger inputs",
+        cost="36 times its base, at 2.1 times the pixels; fast: 9 times its base",
+        source="Hong et al., Unfold and Conquer Attribution Guidance, AAAI 2023",
+        blocks="all",
+        fast={"crops": 3, "enlarge": None},
+        wraps="gradcam",
+        num_views=lambda own: own.crops**2 * ((own.side * own.enlarge / 224) ** 2 if own.enlarge else 1.0),
+    ),
+    "feature-cam": ExplainerEntry(
+        FeatureCamParameters,
+        needs="what its base needs; for edges by HED, its weights",
+        cost="its base (3 times with recompute), and 1 pass of HED (VGG16's layers); fast: HED at half the side",
+        source="Feature CAM, a RECONSTRUCTION from the abstract; edges: Xie and Tu, ICCV 2015 (arXiv 1504.06375)",
+        blocks="all",
+        fast={"edge_scale": 0.5},
+        wraps="gradcam",
+        num_views=lambda own: 3.0 if own.recompute else 1.0,
+    ),
+    "a-fmi": ExplainerEntry(
+        AFmiParameters,
+        needs="a CNN or a vision transformer: the last block's feature maps, and the network behind it",
+        cost="2 F where the head is pooling and one linear layer; else also 1 pass of the network behind the last "
+        "block per feature map (fast: of the 256 that differ most)",
+        source="Attribution by feature-map importance, a RECONSTRUCTION from the abstract",
+        blocks="last",
+        fast={"channels": 256},
+    ),
+    "fovex": ExplainerEntry(
+        FovExParameters,
+        needs="any classifier; gradients; random",
+        cost="200 F + 200 B per target; fast: 50 F + 50 B",
+        source="Panda et al., FovEx (arXiv 2408.02123)",
+        blocks="none",
+        num_forwards=lambda own, targets: own.fixations * own.steps * targets * (1 + BACKWARD),
+        fast={"fixations": 5, "steps": 10},
+    ),
+    "daam": ExplainerEntry(
+        DaamParameters,
+        needs="a vision transformer with tokens for the picture's patches; gradients",
+        cost="1 F + 1 B per target, in both presets",
+        source="Liao et al., Dynamic Accumulated Attention Map (arXiv 2503.14640)",
+        blocks="none",
+        num_forwards=lambda _, targets: 2 + BACKWARD * targets,
+    ),
+    "bee": ExplainerEntry(
+        BeeParameters,
+        needs="a CNN or a vision transformer: the last block's feature maps, and the network behind it; random",
+        cost="per target 100 draws of 5 F + 5 B of the network behind the last block and 1 F (average_drop_100) to 28 F "
+        "(insertion) for the metric; fast: 8 draws; and a first pass over 5000 images (fast: 128)",
+        source="Barkan et al., Baseline Exploration-Exploitation, BEE",
+        blocks="last",
+        fast={"draws": 8, "images": 128, "pool": 16},
     ),
     "random": _control("uniform noise"),
     "gaussian": _control("a bell in the middle of the picture"),

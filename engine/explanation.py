@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.fusion import Map
+from engine.products import SideProducts
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Explanation:
     """None where nothing was predicted from forwards that were made."""
     was_completed: bool = False
     """All masks were scored after all, for what a budget of them gave was too poor."""
+    products: SideProducts = SideProducts()
+    """What the method found beside the map."""
 
 
 def sound_explanation(
@@ -59,8 +62,9 @@ def sound_explanation(
     num_forwards: int,
     quality: Quality | None = None,
     was_completed: bool = False,
+    products: SideProducts = SideProducts(),  # noqa: B008 - frozen
 ) -> Explanation:
     """The explanation; its map is NaN as a whole where any part of it, or the score, is not finite."""
     sound = np.isfinite(saliency_hw).all() and np.isfinite(score)
     saliency = saliency_hw if sound else np.full_like(saliency_hw, np.nan)
-    return Explanation(saliency, score, tuple(blocks), num_forwards, quality, was_completed)
+    return Explanation(saliency, score, tuple(blocks), num_forwards, quality, was_completed, products)

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.catalog import EXPLAINERS
+from engine.composition import blocks_of, method_of
 from engine.errors import ModelError
 from engine.explanation import Explanation
 from engine.fusion import Map, minmax
 from engine.targets import ClassProbability
-from jobs.config import JobConfig, load_config
+from jobs.config import ConfigError, JobConfig, load_config
 from jobs.context import sha256_of, weights_bytes
 from jobs.evaluation import config_of
 from jobs.explain import load, make_explainer, model_facts, plain_setting, seed_of
@@ -57,13 +57,16 @@ class Again:
 
     def other_way(self, explainer: str) -> JobConfig:
         """The same job by another explainer with its defaults. Raises ConfigError for an unknown name."""
-        entry = EXPLAINERS.get(explainer)
+        try:
+            looks = blocks_of(method_of(explainer)) != "none"
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         asked = {
             **self.config.model_dump(),
             "explainer": explainer,
             "parameters": {},
             "fidelity": "full",
-            "blocks": () if entry is None or entry.blocks == "none" else self.config.blocks,
+            "blocks": self.config.blocks if looks else (),
         }
         return load_config(None, asked)[0]
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,9 @@ from pydantic import (
     model_validator,
 )
 
-from engine.catalog import EXPLAINERS, FIDELITIES, Fidelity, SiseParameters
+from engine.catalog import EXPLAINERS, FIDELITIES, Fidelity
+from engine.composition import Method, Preset, method_of, parameters_of
+from engine.parameters import SiseParameters
 from storage.images import DECODE_POLICY
 from storage.maps import CODEC
 from storage.schema import SCHEMA_VERSION
@@ -79,15 +81,21 @@ class JobConfig(BaseModel):
     blocks: tuple[str, ...] = Field(
         default=(), description="blocks named by hand, shallow to deep; none: found by the rule"
     )
-    explainer: str = Field(default="sise", description="see `blocksight list explainers`")
-    parameters: dict[str, Any] = Field(default_factory=dict, description="of the explainer, such as mu = 0.3")
+    explainer: str = Field(
+        default="sise", description="see `blocksight list explainers`; some wrap others: ucag(gradcam)"
+    )
+    parameters: dict[str, Any] = Field(
+        default_factory=dict, description="of the explainer, such as mu = 0.3; of what it wraps under base"
+    )
     fidelity: Fidelity = Field(
         default="full",
         description="of the sise family: preview (no mask scored), balanced (a tenth), full (all), or auto: full for "
         "records that are wrong, uncertain, of a rare class folder, or whose balanced map is poor",
     )
-    preset: Literal["paper", "fast"] = Field(
-        default="fast", description="fast: half precision where the hardware has it; paper: float32"
+    preset: Preset = Field(
+        default="fast",
+        description="fast: half precision where the hardware has it, and fewer steps for the dearest methods; paper: "
+        "float32 and the papers' constants",
     )
     target: str = Field(default="predicted", description="predicted, label, top-K, or class numbers")
     resize: Literal["squash", "crop"] = Field(
@@ -132,9 +140,7 @@ class JobConfig(BaseModel):
     @field_validator("explainer")
     @classmethod
     def _explainer_is_known(cls, value: str) -> str:
-        if value not in EXPLAINERS:
-            raise ValueError(f"explainer {value!r} is not known; {_nearest(value, EXPLAINERS)}")
-        return value
+        return str(method_of(value))
 
     @model_validator(mode="after")
     def _endpoint_has_a_use(self) -> "JobConfig":
@@ -147,6 +153,11 @@ class JobConfig(BaseModel):
     def target_choice(self) -> TargetChoice:
         """The target in the form that the inside knows."""
         return TargetChoice.parse(self.target)
+
+    @property
+    def method(self) -> Method:
+        """The explainer, with what it wraps."""
+        return method_of(self.explainer)
 
     @property
     def level(self) -> Fidelity | None:
@@ -165,18 +176,14 @@ class JobConfig(BaseModel):
 
         Raises ConfigError for an unknown or bad one, and for a fidelity that says otherwise or means nothing.
         """
-        kind = EXPLAINERS[self.explainer].parameters
-        known = [field.name for field in fields(kind)]
-        if self.parameters and not known:
-            raise ConfigError(f"explainer {self.explainer} has no parameters, got {', '.join(self.parameters)}")
-        for name in self.parameters:
-            if name not in known:
-                raise ConfigError(f"explainer {self.explainer} has no parameter {name!r}; {_nearest(name, known)}")
-        self._check_fidelity(kind)
+        self._check_fidelity(self.method.own.parameters)
+        values = {**self.parameters, **FIDELITIES[self.fidelity]}
         try:
-            return TypeAdapter(kind).validate_python({**self.parameters, **FIDELITIES[self.fidelity]})
+            return parameters_of(self.method, values, self.preset, _checked)
         except ValidationError as error:
             raise ConfigError(f"parameter of {self.explainer}: {_sentence(error)}") from error
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
     def _check_fidelity(self, kind: type) -> None:
         """Raises ConfigError where the fidelity means nothing, or parameters say otherwise.
@@ -231,6 +238,10 @@ class Execution(BaseModel):
         default=0.5, ge=0, le=1, description="a larger share of rejected records is no success (exit 3)"
     )
     max_dead_units: int = Field(default=0, ge=0, description="more units that were given up are none either (exit 3)")
+
+
+def _checked(kind: type, values: Mapping[str, Any]) -> Any:
+    return TypeAdapter(kind).validate_python(dict(values))
 
 
 def is_weights_name(value: str) -> bool:
@@ -296,15 +307,21 @@ def _joined(from_file: Mapping[str, Any], options: Mapping[str, Any]) -> dict[st
 
 def parse_parameters(texts: Iterable[str]) -> dict[str, Any]:
     """`name=value` texts as a dict; values are read as TOML, and as plain text where that fails."""
-    parameters = {}
+    parameters: dict[str, Any] = {}
     for text in texts:
         name, separator, value = text.partition("=")
-        if not separator or not name:
+        *outer, inner = name.split(".")
+        if not separator or not all([*outer, inner]):
             raise ConfigError(f"parameter {text!r} is not of the form name=value, such as mu=0.3")
+        table = parameters
+        for part in outer:  # base.mu=0.3 is a parameter of what is wrapped
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"parameter {text!r}: {part} holds parameters, and a value is given for it as well")
         try:
-            parameters[name] = tomllib.loads(f"value = {value}")["value"]
+            table[inner] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
-            parameters[name] = value
+            table[inner] = value
     return parameters
 
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.catalog import EXPLAINERS, MODELS, SiseParameters
+from engine.catalog import MODELS
+from engine.composition import num_forwards
+from engine.parameters import SiseParameters
 from jobs.config import JobConfig
 
 ROW_BYTES = 1_300
@@ -72,11 +74,11 @@ def estimate(config: JobConfig, num_records: int, *, on_gpu: bool) -> Estimate:
     wherever a job is planned for the same kind and number of workers.
     """
     num_targets = config.target_choice.count
-    known = EXPLAINERS[config.explainer].num_forwards
     measured = MODELS[config.model].forwards_by_mu if config.model in MODELS else ()
     parameters = config.explainer_parameters()
+    known = num_forwards(config.method, parameters, num_targets)
     if known is not None:
-        forwards = float(known(parameters, num_targets))
+        forwards = known
     elif isinstance(parameters, SiseParameters):
         forwards = _completed(parameters, _sise_forwards(parameters, measured) * min(2, num_targets))
         measured = measured if parameters.complete_above is None else ()

@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine import explainers
 from engine.blocks import Place
-from engine.catalog import EXPLAINERS as EXPLAINER_ENTRIES
 from engine.catalog import Fidelity
+from engine.composition import blocks_of
 from engine.errors import ModelError
-from engine.explainers import EXPLAINERS, Explainer
+from engine.explainers.explainer import Explainer, State
 from engine.explanation import Explanation
 from engine.forward import Forward, ForwardSetting, make_forward
 from engine.fusion import Map
@@ -82,7 +83,7 @@ def model_facts(adapter: ModelAdapter, config: JobConfig) -> ModelFacts:
 
 def _blocks(adapter: ModelAdapter, config: JobConfig) -> Sequence[Place]:
     """The blocks that the explainer looks at. Raises ModelError, and ConfigError for blocks that it would ignore."""
-    used = EXPLAINER_ENTRIES[config.explainer].blocks
+    used = blocks_of(config.method)
     if used == "none":
         if config.blocks:
             raise ConfigError(f"explainer {config.explainer} looks at no blocks; leave --blocks out")
@@ -98,15 +99,18 @@ def make_explainer(
     batch_size: int = 1,
     forward: Forward | None = None,
     images_per_pass: int | None = None,
+    state: State | None = None,
 ) -> Explainer:
     """The configured explainer around a model. Raises ModelError where the model lacks what it needs."""
-    return EXPLAINERS[config.explainer](
+    return explainers.make_explainer(
+        config.explainer,
         adapter,
         config.explainer_parameters(),
         blocks=blocks,
         batch_size=batch_size,
         images_per_pass=images_per_pass or images_at_once(adapter),
         forward=forward,
+        state=state,
     )
 
 
@@ -453,4 +457,5 @@ def _map_columns(explanation: Explanation) -> Mapping[str, Any]:
         "num_forwards": explanation.num_forwards,
         "score_r2": quality.r2 if quality is not None else None,
         "map_error": quality.map_error if quality is not None else None,
+        **explanation.products.as_columns(),
     }

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from rich.console import RenderableType
 
-from engine.catalog import EXPLAINERS, SiseParameters
+from engine.catalog import EXPLAINERS
+from engine.composition import method_of
+from engine.parameters import SiseParameters
 from jobs.config import ConfigError
 from jobs.results import Output, Shown, images_of, refuse_other_inputs, rows_of, shown
 from jobs.tables import record_table
@@ -85,7 +87,7 @@ def _check(output: Output, wanted: Wanted) -> None:
     """Raises ConfigError for what can never be drawn."""
     refuse_other_inputs([output, *wanted.beside])
     explainer = output.plan.identity["explainer"]
-    if wanted.blocks and not issubclass(EXPLAINERS[explainer].parameters, SiseParameters):
+    if wanted.blocks and not issubclass(method_of(explainer).own.parameters, SiseParameters):
         family = " and ".join(name for name, one in EXPLAINERS.items() if issubclass(one.parameters, SiseParameters))
         raise ConfigError(
             f"--blocks draws the block maps that {family} fuse, and {output.name} was made by {explainer}, which has "

@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-SCHEMA_VERSION = "2"
+SCHEMA_VERSION = "3"
 """Raised whenever a column changes its name, type or meaning."""
 
 
@@ -20,6 +20,37 @@ BLOCK = pa.struct(
             "feature maps that passed the selection; 0: the block was left out",
             nullable=False,
         ),
+    ]
+)
+
+CROP = pa.struct(
+    [
+        _field("top", pa.int32(), "pixels of the model's input, as the next three", nullable=False),
+        _field("left", pa.int32(), "pixels", nullable=False),
+        _field("height", pa.int32(), "pixels", nullable=False),
+        _field("width", pa.int32(), "pixels", nullable=False),
+        _field("score", pa.float64(), "softmax probability of the target on the crop, 0 to 1", nullable=False),
+        _field("weight", pa.float64(), "what the crop's map counts, at most 1", nullable=False),
+    ]
+)
+
+FIXATION = pa.struct(
+    [
+        _field("row", pa.float64(), "from -1 (top of the model's input) to 1 (bottom)", nullable=False),
+        _field("column", pa.float64(), "from -1 (left) to 1 (right)", nullable=False),
+        _field(
+            "loss", pa.float64(), "cross entropy of the target with this place seen sharply, from 0", nullable=False
+        ),
+    ]
+)
+
+GRID_MAP = pa.struct(
+    [
+        _field("name", pa.string(), "the block, or the family of baselines, that the map is of", nullable=False),
+        _field("value", pa.float64(), "of the metric in selected_by; null where no metric chose"),
+        _field("height", pa.int32(), "cells", nullable=False),
+        _field("width", pa.int32(), "cells", nullable=False),
+        _field("values", pa.list_(pa.float32()), "row by row, linear and unscaled", nullable=False),
     ]
 )
 
@@ -92,6 +123,23 @@ SCHEMA = pa.schema(
             "as asked; or, where the job chose: wrong, uncertain, rare, poor map, joined by commas, or sound",
         ),
         _field("metrics", METRICS, "faithfulness of the map"),
+        _field(
+            "channel_importance",
+            pa.list_(pa.float32()),
+            "a-fmi: what each feature map of the last block brings the score",
+        ),
+        _field("crops", pa.list_(CROP), "ucag: the parts that were explained by themselves, row by row"),
+        _field("scan_path", pa.list_(FIXATION), "fovex: the places that were looked at, in order"),
+        _field(
+            "accumulated_maps", pa.list_(GRID_MAP), "daam: the blocks' maps, summed up to each block, shallow to deep"
+        ),
+        _field("map_family", pa.list_(GRID_MAP), "bee: all candidates for the map, in the order of their draws"),
+        _field(
+            "selected_by",
+            pa.string(),
+            "the metric that picked the map among several: never a measure of its quality; null where none did",
+        ),
+        _field("edge_detector", pa.string(), "feature-cam: hed or scharr, whichever found the edges"),
     ],
     metadata={"blocksight.schema": SCHEMA_VERSION},
 )

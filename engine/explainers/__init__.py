@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
-from engine.catalog import IntegratedGradientsParameters, NoParameters
+from engine.composition import Method, method_of, parameters_of
 from engine.explainers.ablationcam import AblationCam
 from engine.explainers.cams import WEIGHINGS, Cam
 from engine.explainers.controls import CentredGaussian, Edges, RandomMap
@@ -12,18 +13,38 @@ from engine.explainers.extremal import ExtremalPerturbation
 from engine.explainers.fullgrad import FullGrad
 from engine.explainers.gradients import Gradient, IntegratedGradients
 from engine.explainers.occlusion import Occlusion
-from engine.explainers.points import PointExplainer
 from engine.explainers.rise import Rise
 from engine.explainers.scorecam import ScoreCam
 from engine.explainers.sise import Sise
 from engine.explainers.smoothgrad import SmoothGrad
+from engine.explainers.wrapper import Wrapper
+from engine.models import ModelAdapter
 
-SMOOTHED: Mapping[str, Callable[..., PointExplainer]] = {
-    "gradient": partial(Gradient, parameters=NoParameters()),
-    "integrated_gradients": partial(IntegratedGradients, parameters=IntegratedGradientsParameters()),
-    "gradcam": partial(Cam, parameters=NoParameters(), weigh=WEIGHINGS["gradcam"]),
+WRAPPERS: Mapping[str, type[Wrapper]] = {
+    "smoothgrad": SmoothGrad,
 }
-"""What SmoothGrad can wrap, with the defaults of each."""
+"""What can be put around another method, as in `smoothgrad(gradcam)`."""
+
+
+def make_explainer(name: str, adapter: ModelAdapter, parameters: Any = None, **options: Any) -> Explainer:
+    """The explainer of this name, wrapped as it says; `parameters` None: the paper's. Options as `Explainer` takes.
+
+    Raises ValueError for a name that is not known, ModelError where the model lacks what the method needs.
+    """
+    return _made(method_of(name), adapter, parameters, **options)
+
+
+def _made(method: Method, adapter: ModelAdapter, parameters: Any, **options: Any) -> Explainer:
+    chosen = parameters if parameters is not None else parameters_of(method, {})
+    if method.base is None:
+        return EXPLAINERS[method.name](adapter, chosen, **options)
+    base = partial(_base, method.base, chosen.base)
+    return WRAPPERS[method.name](adapter, chosen, base=base, **options)
+
+
+def _base(method: Method, parameters: Any, adapter: ModelAdapter, **options: Any) -> Explainer:
+    return _made(method, adapter, parameters, **options)
+
 
 EXPLAINERS: Mapping[str, Callable[..., Explainer]] = {
     "sise": Sise,
@@ -33,12 +54,13 @@ EXPLAINERS: Mapping[str, Callable[..., Explainer]] = {
     "ablationcam": AblationCam,
     "rise": Rise,
     "occlusion": Occlusion,
+    "gradient": Gradient,
     "integrated_gradients": IntegratedGradients,
-    "smoothgrad": partial(SmoothGrad, bases=SMOOTHED),
     "fullgrad": FullGrad,
     "extremal_perturbation": ExtremalPerturbation,
     "random": RandomMap,
     "gaussian": CentredGaussian,
     "edges": Edges,
+    **{name: partial(make_explainer, name) for name in WRAPPERS},
 }
-"""What `--explainer` may name."""
+"""What `--explainer` may name; the wrappers around their usual method."""

@@ -15,7 +15,6 @@ from engine.catalog import NoParameters
 from engine.explainers.points import Point, PointExplainer
 from engine.explanation import BlockMap
 from engine.models import ModelAdapter
-from engine.resample import grid_of, upsampling
 from engine.taps import gradients
 from engine.targets import Target
 
@@ -93,9 +92,6 @@ class Cam(PointExplainer):
             (slopes,) = gradients(logits, target.raw.direction(logits.detach(), index), [maps])
             found.append(self.weigh(maps.detach().double(), slopes.double()))
         return found
-
-    def finish(self, summed: Tensor) -> Tensor:
-        return upsampling(grid_of(summed), self.adapter.input_size, summed.device)(summed.relu())
 
 
 def whole_block(block: Place) -> BlockMap:

@@ -27,8 +27,8 @@ class Gradient(PointExplainer):
             for index in range(target.num_targets)
         ]
 
-    def finish(self, summed: Tensor) -> Tensor:
-        return summed.abs().amax(0)
+    def flat(self, values: Tensor) -> Tensor:
+        return values.abs().amax(0)
 
 
 class IntegratedGradients(Gradient):
@@ -47,5 +47,5 @@ class IntegratedGradients(Gradient):
         for place, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
             yield baseline + float(place) * way, float(weight) * way
 
-    def finish(self, summed: Tensor) -> Tensor:
-        return summed.sum(0).relu()
+    def flat(self, values: Tensor) -> Tensor:
+        return values.sum(0)

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from engine.explainers.explainer import Explainer, chunks, pad
-from engine.explanation import BlockMap, Explanation, sound_explanation
+from engine.explainers.explainer import Attribution, SignedExplainer, chunks, pad
+from engine.explanation import BlockMap
 from engine.targets import Target
 
 MAX_POINTS_PER_PASS = 32
@@ -21,8 +21,8 @@ Point = tuple[Tensor, Tensor | float]
 """An input [3, H, W], and the factor of its attribution, broadcastable to it."""
 
 
-class PointExplainer(Explainer):
-    """The map of an image is what `finish` makes of the sum of its points' signed attributions."""
+class PointExplainer(SignedExplainer):
+    """The values of an image are the sum of its points' signed attributions."""
 
     blocks: tuple[BlockMap, ...] = ()
     num_forwards: int = 0
@@ -36,11 +36,7 @@ class PointExplainer(Explainer):
     def attributions(self, points_nchw: Tensor, target: Target) -> list[Tensor]:
         """Per target the signed attributions of the points, float64 [N, ...]."""
 
-    @abstractmethod
-    def finish(self, summed: Tensor) -> Tensor:
-        """The map [H, W], at least 0, of one image and target."""
-
-    def _explain_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Explanation]]:
+    def _attribute_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Attribution]]:
         sums: list[Tensor | float] = [0.0] * len(inputs_nchw)
         size = min(self.scorer.batch_size, MAX_POINTS_PER_PASS)
         for batch in chunks(self._all_points(inputs_nchw, seeds), size):
@@ -50,7 +46,10 @@ class PointExplainer(Explainer):
             for image, factor, own in zip(images, factors, found, strict=False):
                 sums[image] = sums[image] + own * factor
         return [
-            [self._explanation(own, score) for own, score in zip(torch.as_tensor(total), row, strict=True)]
+            [
+                Attribution(own, score, self.num_forwards, self.blocks)
+                for own, score in zip(torch.as_tensor(total), row, strict=True)
+            ]
             for total, row in zip(sums, self._scores(inputs_nchw, target), strict=True)
         ]
 
@@ -58,7 +57,3 @@ class PointExplainer(Explainer):
         for image, (own, seed) in enumerate(zip(inputs_nchw, seeds, strict=True)):
             for point, factor in self.points(own, torch.Generator().manual_seed(seed)):
                 yield image, point, factor
-
-    def _explanation(self, summed: Tensor, score: float) -> Explanation:
-        saliency = self.finish(summed).double().cpu().numpy()
-        return sound_explanation(saliency, score, self.blocks, num_forwards=self.num_forwards)

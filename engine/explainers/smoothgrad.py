@@ -1,48 +1,32 @@
 """SmoothGrad: another method's signed attributions, averaged over noisy copies of the image."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from engine.catalog import SmoothGradParameters
-from engine.explainers.points import Point, PointExplainer
-from engine.models import ModelAdapter
-from engine.targets import Target
+from engine.explainers.explainer import Attribution
+from engine.explainers.wrapper import Wrapper
 
 
-class SmoothGrad(PointExplainer):
+class SmoothGrad(Wrapper):
     """The mean over copies with Gaussian noise, whose deviation is a share of the image's range in input space.
 
     Smilkov et al., arXiv 1706.03825, equation 1 and section 3.1.
     """
 
-    def __init__(
-        self,
-        adapter: ModelAdapter,
-        parameters: SmoothGradParameters,
-        *,
-        bases: Mapping[str, Callable[..., PointExplainer]],
-        **options: Any,
-    ) -> None:
-        """`bases` makes the method that is wrapped, by `parameters.base`."""
-        self.base = bases[parameters.base](adapter, **options)
-        super().__init__(adapter, parameters, **options)
-
-    def _prepare(self, blocks: Sequence[str]) -> None:
-        self.blocks = self.base.blocks
-        self.num_forwards = self.parameters.samples * max(1, self.base.num_forwards)
-
-    def points(self, image_chw: Tensor, generator: torch.Generator) -> Iterator[Point]:
+    def views(self, image_chw: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
         deviation = self.parameters.noise * (image_chw.amax() - image_chw.amin())
         for _ in range(self.parameters.samples):
             noise = torch.randn(image_chw.shape, generator=generator).to(image_chw.device)
-            for point, factor in self.base.points(image_chw + deviation * noise, generator):
-                yield point, factor / self.parameters.samples
+            yield image_chw + deviation * noise
 
-    def attributions(self, points_nchw: Tensor, target: Target) -> list[Tensor]:
-        return self.base.attributions(points_nchw, target)
+    def add(self, total: Tensor | None, number: int, one: Attribution) -> Tensor:
+        own = one.values / self.parameters.samples
+        return own if total is None else total + own
 
-    def finish(self, summed: Tensor) -> Tensor:
-        return self.base.finish(summed)
+    def flat(self, values: Tensor) -> Tensor:
+        return self.base.flat(values)
+
+    def finish(self, flat_hw: Tensor) -> Tensor:
+        return self.base.finish(flat_hw)

@@ -1,0 +1,109 @@
+"""What all wrappers share: variants of the image, explained by another method, and joined."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.explainers.explainer import Attribution, Explainer, SignedExplainer, chunks
+from engine.models import ModelAdapter
+from engine.products import SideProducts
+from engine.targets import Target
+
+MakeBase = Callable[..., Explainer]
+"""The wrapped method around an adapter, given what `Explainer` takes beside it."""
+
+MAX_VIEWS_PER_PASS = 32
+"""A backward pass keeps all activations, and more views than this would not make it faster."""
+
+
+class Joined:
+    """One target's attributions of an image's views, joined one by one."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.scores: list[float] = []
+        """Of the views."""
+        self.num_forwards = 0
+        self.last: Attribution | None = None
+
+
+class Wrapper(SignedExplainer):
+    """Explains views of each image by its base, and joins what that attributes, before signs and grids are lost.
+
+    The views of several images go through the base together, in passes of one fixed size; what is random about a
+    view's map is drawn from its image's seed and its number.
+    """
+
+    def __init__(self, adapter: ModelAdapter, parameters: Any, *, base: MakeBase, **options: Any) -> None:
+        """`base` makes the wrapped method, from an adapter and the options of `Explainer`."""
+        per_pass = max(options.get("images_per_pass", 4), min(options.get("batch_size", 8), MAX_VIEWS_PER_PASS))
+        self.base = self._base(adapter, parameters, base, {**options, "images_per_pass": per_pass})
+        super().__init__(adapter, parameters, **options)
+
+    def _base(self, adapter: ModelAdapter, parameters: Any, base: MakeBase, options: dict[str, Any]) -> Explainer:
+        """The wrapped method, for inputs of the views' size."""
+        return base(adapter, **options)
+
+    @abstractmethod
+    def views(self, image_chw: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+        """The variants of one image that the base explains."""
+
+    @abstractmethod
+    def add(self, total: Tensor | None, number: int, one: Attribution) -> Tensor:
+        """The joined values with those of view `number`; None: it is the first."""
+
+    def close(self, joined: Joined, image_chw: Tensor) -> Tensor:
+        """The values, once all views are joined."""
+        assert joined.total is not None
+        return joined.total
+
+    def products(self, joined: Joined) -> SideProducts:
+        """What is worth keeping beside the map: of a choice among maps, at least by what it was made."""
+        assert joined.last is not None
+        return SideProducts(selected_by=joined.last.products.selected_by)
+
+    @property
+    def images_to_learn_from(self) -> int:
+        return self.base.images_to_learn_from
+
+    def learn(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> dict[str, Tensor]:
+        return self.base.learn(inputs_nchw, target, seeds)
+
+    def _attribute_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Attribution]]:
+        joined = [[Joined() for _ in range(target.num_targets)] for _ in inputs_nchw]
+        for batch in chunks(self._all_views(inputs_nchw, seeds), self.base.images_per_pass):
+            images, numbers, views, own_seeds = zip(*batch, strict=True)
+            chosen = torch.tensor(images, device=inputs_nchw.device)
+            found = self.base.attribute(torch.stack(views), target.of(chosen), own_seeds)
+            for image, number, own in zip(images, numbers, found, strict=True):
+                for into, one in zip(joined[image], own, strict=True):
+                    self._join(into, number, one)
+        return [
+            [self._closed(into, image, score) for into, score in zip(own, row, strict=True)]
+            for own, image, row in zip(joined, inputs_nchw, self._scores(inputs_nchw, target), strict=True)
+        ]
+
+    def _all_views(self, inputs_nchw: Tensor, seeds: Sequence[int]) -> Iterator[tuple[int, int, Tensor, int]]:
+        for image, (own, seed) in enumerate(zip(inputs_nchw, seeds, strict=True)):
+            for number, view in enumerate(self.views(own, torch.Generator().manual_seed(seed))):
+                yield image, number, view, seed_of_view(seed, number)
+
+    def _join(self, into: Joined, number: int, one: Attribution) -> None:
+        into.total = self.add(into.total, number, one)
+        into.scores.append(one.score)
+        into.num_forwards += max(1, one.num_forwards)
+        into.last = replace(one, values=one.values[:0])
+
+    def _closed(self, joined: Joined, image_chw: Tensor, score: float) -> Attribution:
+        assert joined.last is not None
+        values, products = self.close(joined, image_chw), self.products(joined)
+        return Attribution(values, score, joined.num_forwards, joined.last.blocks, products)
+
+
+def seed_of_view(seed: int, number: int) -> int:
+    """The seed of an image's view, below 2^63."""
+    return (seed * 1_000_003 + number) % 2**63
