@@ -247,8 +247,8 @@ EXPLAINERS: Mapping[str, ExplainerEntry] = {
     "bee": ExplainerEntry(
         BeeParameters,
         needs="a CNN or a vision transformer: the last block's feature maps, and the network behind it; random",
-        cost="per target 100 draws of 5 F + 5 B of the network behind the last block and 1 F (average_drop_100) to 28 F "
-        "(insertion) for the metric; fast: 8 draws; and a first pass over 5000 images (fast: 128)",
+        cost="per target 100 draws of 5 F + 5 B of the network behind the last block and 1 F (average_drop_100) to "
+        "28 F (insertion) for the metric; fast: 8 draws; and a first pass over 5000 images (fast: 128)",
         source="Barkan et al., Baseline Exploration-Exploitation, BEE",
         blocks="last",
         fast={"draws": 8, "images": 128, "pool": 16},

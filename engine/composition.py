@@ -105,7 +105,7 @@ def parameters_of(
         return own
     inner = values.get("base") or {}
     if not isinstance(inner, Mapping):
-        raise ValueError(f"base holds parameters of {method.base}, such as base.NAME=VALUE, got {inner!r}")
+        raise ValueError(f"base holds parameters of {method.base}, such as base.NAME=VALUE, got {inner!r}")  # noqa: TRY004 - as for other values
     return replace(own, base=parameters_of(method.base, inner, preset, make))
 
 

@@ -1,7 +1,7 @@
 """What every explainer returns: the saliency map of one target, and what it was made of."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -50,7 +50,7 @@ class Explanation:
     """None where nothing was predicted from forwards that were made."""
     was_completed: bool = False
     """All masks were scored after all, for what a budget of them gave was too poor."""
-    products: SideProducts = SideProducts()
+    products: SideProducts = field(default_factory=SideProducts)
     """What the method found beside the map."""
 
 
@@ -62,9 +62,9 @@ def sound_explanation(
     num_forwards: int,
     quality: Quality | None = None,
     was_completed: bool = False,
-    products: SideProducts = SideProducts(),  # noqa: B008 - frozen
+    products: SideProducts | None = None,
 ) -> Explanation:
     """The explanation; its map is NaN as a whole where any part of it, or the score, is not finite."""
     sound = np.isfinite(saliency_hw).all() and np.isfinite(score)
     saliency = saliency_hw if sound else np.full_like(saliency_hw, np.nan)
-    return Explanation(saliency, score, tuple(blocks), num_forwards, quality, was_completed, products)
+    return Explanation(saliency, score, tuple(blocks), num_forwards, quality, was_completed, products or SideProducts())

@@ -131,8 +131,7 @@ class IntegratedGradientsParameters:
         _at_least(1, steps=self.steps)
 
 
-def _base() -> Any:
-    return field(default=None, metadata={"help": "of the method that is wrapped: base.NAME=VALUE"})
+_OF_BASE = {"help": "of the method that is wrapped: base.NAME=VALUE"}
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ class SmoothGradParameters:
 
     samples: int = field(default=25, metadata={"help": "noisy copies"})
     noise: float = field(default=0.15, metadata={"help": "deviation of the noise, as a share of the image's range"})
-    base: Any = _base()
+    base: Any = field(default=None, metadata=_OF_BASE)
 
     def __post_init__(self) -> None:
         _at_least(1, samples=self.samples)
@@ -165,7 +164,7 @@ class UcagParameters:
     )
     weighted: bool = field(default=True, metadata={"help": "crops count by the model's confidence in the class there"})
     blur: bool = field(default=True, metadata={"help": "a Gaussian of 5 x 5 pixels, sigma 3, over the finished map"})
-    base: Any = _base()
+    base: Any = field(default=None, metadata=_OF_BASE)
 
     def __post_init__(self) -> None:
         _at_least(1, crops=self.crops, side=self.side)
@@ -199,7 +198,7 @@ class FeatureCamParameters:
         default="product", metadata={"help": "the second variant: image times edges, or image plus edges"}
     )
     origin: Literal["reconstruction"] = _reconstruction()
-    base: Any = _base()
+    base: Any = field(default=None, metadata=_OF_BASE)
 
     def __post_init__(self) -> None:
         if not 0 < self.edge_scale <= 1:
@@ -219,8 +218,8 @@ class AFmiParameters:
     removal: Literal["reference", "zero", "insert", "two_sided"] = field(
         default="reference",
         metadata={
-            "help": "a feature map's importance: the score lost when the reference's map, or zeros, take its place; the "
-            "score that it brings to the reference's maps (insert); or the mean of the first and the last"
+            "help": "a feature map's importance: the score lost when the reference's map, or zeros, take its place; "
+            "the score that it brings to the reference's maps (insert); or the mean of the first and the last"
         },
     )
     score: Literal["logit", "probability"] = field(default="logit", metadata={"help": "what the importance is of"})
@@ -235,7 +234,7 @@ class AFmiParameters:
     channels: int | None = field(
         default=None,
         metadata={
-            "help": "where every removal is a pass: only so many feature maps, those that differ most; the rest counts 0"
+            "help": "where every removal is a pass: only so many feature maps, those that differ most; others count 0"
         },
     )
     tail: Literal["auto", "passes"] = field(

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -35,7 +35,7 @@ class Attribution:
     num_forwards: int = 0
     """As an Explanation's."""
     blocks: tuple[BlockMap, ...] = ()
-    products: SideProducts = SideProducts()
+    products: SideProducts = field(default_factory=SideProducts)
 
 
 class Explainer(ABC):
