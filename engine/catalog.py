@@ -17,6 +17,7 @@ from engine.parameters import (
     OcclusionParameters,
     RiseParameters,
     ScoreCamParameters,
+    SelectionMetric,
     SiseParameters,
     SmoothGradParameters,
     UcagParameters,
@@ -60,6 +61,8 @@ class ExplainerEntry:
     """A wrapper's method where none is named, as in `ucag(gradcam)`; None: it wraps none."""
     num_views: Callable[[Any], float] | None = None
     """Of a wrapper: how many times what its base costs, by its parameters."""
+    images_to_learn_from: Callable[[Any], int] = lambda _: 0
+    """How many images of the data the method sees in a first pass, by its parameters."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,16 @@ class ModelEntry:
 
 BACKWARD = 2
 """Forward passes that a backward pass is worth."""
+
+FORWARDS_TO_SELECT: Mapping[SelectionMetric, int] = {
+    "average_drop_100": 3,
+    "average_increase_100": 3,
+    "insertion": 29,
+    "deletion": 29,
+    "pos": 10,
+    "neg": 10,
+}
+"""What a metric costs per map that it judges."""
 
 
 def _cam(source: str) -> ExplainerEntry:
@@ -247,11 +260,15 @@ EXPLAINERS: Mapping[str, ExplainerEntry] = {
     "bee": ExplainerEntry(
         BeeParameters,
         needs="a CNN or a vision transformer: the last block's feature maps, and the network behind it; random",
-        cost="per target 100 draws of 5 F + 5 B of the network behind the last block and 1 F (average_drop_100) to "
-        "28 F (insertion) for the metric; fast: 8 draws; and a first pass over 5000 images (fast: 128)",
+        cost="per target 100 draws of 5 F + 5 B of the network behind the last block and 3 F (average_drop_100) to "
+        "29 F (insertion) for the metric; fast: 8 draws; and a first pass over 5000 images (fast: 128)",
         source="Barkan et al., Baseline Exploration-Exploitation, BEE",
         blocks="last",
+        num_forwards=lambda own, targets: 2 + own.draws * targets * FORWARDS_TO_SELECT[own.metric],
         fast={"draws": 8, "images": 128, "pool": 16},
+        images_to_learn_from=lambda own: (
+            own.images if own.choice == "bandit" else own.pool if "train" in own.families else 0
+        ),
     ),
     "random": _control("uniform noise"),
     "gaussian": _control("a bell in the middle of the picture"),
@@ -303,6 +320,17 @@ METRICS: Mapping[str, MetricEntry] = {
         "4 explanations",
     ),
 }
+
+
+def flattered_by(selected_by: str | None) -> frozenset[str]:
+    """The metrics that say nothing of a map which this one picked: itself, and what the same scores give."""
+    if selected_by is None:
+        return frozenset()
+    kind, _, level = selected_by.rpartition("_")
+    if kind in ("average_drop", "average_increase"):
+        return frozenset({f"average_drop_{level}", f"average_increase_{level}"})
+    return frozenset({selected_by})
+
 
 CONTROLS = ("random", "gaussian", "edges")
 """Explainers that know nothing of the model."""

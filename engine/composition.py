@@ -122,3 +122,10 @@ def num_forwards(method: Method, parameters: Any, num_targets: int) -> float | N
     inner = num_forwards(method.base, parameters.base, num_targets)
     assert method.own.num_views is not None
     return None if inner is None else inner * method.own.num_views(parameters)
+
+
+def images_to_learn_from(method: Method, parameters: Any) -> int:
+    """How many images of the data the method sees in a first pass; 0: it learns nothing."""
+    if method.base is not None:
+        return images_to_learn_from(method.base, parameters.base)
+    return method.own.images_to_learn_from(parameters)

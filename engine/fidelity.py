@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.catalog import CONTROLS, SiseParameters
+from engine.catalog import CONTROLS
 from engine.catalog import EXPLAINERS as ENTRIES
 from engine.explainers import EXPLAINERS
 from engine.explainers.budget import Budget, Candidates, Sampled, sample
@@ -27,6 +27,7 @@ from engine.metrics.localisation import Localisation
 from engine.metrics.metric import Maps, Region
 from engine.metrics.similarity import iou_of_tops, pearson, spearman, ssim
 from engine.models import ModelAdapter
+from engine.parameters import SiseParameters
 from engine.scorer import Scorer
 from engine.targets import ClassProbability
 

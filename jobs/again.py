@@ -18,6 +18,7 @@ from jobs.context import sha256_of, weights_bytes
 from jobs.evaluation import config_of
 from jobs.explain import load, make_explainer, model_facts, plain_setting, seed_of
 from jobs.fidelity import POOR_MAP
+from jobs.learned import standing_state, wanted_images
 from jobs.pace import standing_forward
 from jobs.plan import Plan, refuse_drift, refuse_other_model
 from storage.images import fit
@@ -45,6 +46,7 @@ class Again:
         refuse_drift(self.config.identity(sha256_of(state)), plan.identity, "configuration")
         torch.set_num_threads(1)
         self.adapter = load(self.config, state, "cpu", str(Path.cwd()))
+        self.learned, _ = standing_state(store, self.config) or (None, None)
         refuse_other_model(store, model_facts(self.adapter, self.config))
         self.forward, self.setting = None, plain_setting("cpu", None)
         with suppress(ModelError):  # the job ran on another kind of machine: its maps may differ, and that will show
@@ -68,12 +70,20 @@ class Again:
             "fidelity": "full",
             "blocks": self.config.blocks if looks else (),
         }
-        return load_config(None, asked)[0]
+        config, _ = load_config(None, asked)
+        if wanted_images(config):
+            raise ConfigError(
+                f"{explainer} learns from many images before it explains one: explain the data by it, and name that "
+                "output with --beside"
+            )
+        return config
 
     def explanations(self, config: JobConfig, rows: Sequence[Row], pixels: Pixels) -> list[Explanation]:
         """One per row, for the rows of one record; `pixels` is its upright original [H, W, 3]. Raises ModelError."""
         blocks = [block["name"] for block in model_facts(self.adapter, config).blocks]
-        explainer = make_explainer(self.adapter, config, blocks, self.setting.batch_size, self.forward)
+        explainer = make_explainer(
+            self.adapter, config, blocks, self.setting.batch_size, self.forward, state=self.learned
+        )
         seen = np.array(fit(pixels, self.adapter.input_size, config.resize))
         inputs = self.adapter.normalise(torch.from_numpy(seen[None]).permute(0, 3, 1, 2))
         target = ClassProbability(torch.tensor([[row["target_index"] for row in rows]]))

@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -16,11 +16,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from engine.catalog import OcclusionParameters
 from engine.efficiency import ROUNDS, Efficiency, bare_rates, measure
+from engine.explainers.explainer import State
 from engine.forward import Forward, ForwardSetting
 from engine.models import ModelAdapter
+from engine.parameters import OcclusionParameters
 from engine.probe import Measured, cycled, probe
+from engine.targets import ClassProbability
 from jobs.charts import curve_chart
 from jobs.config import ConfigError, JobConfig
 from jobs.context import sha256_of, weights_bytes
@@ -29,6 +31,7 @@ from jobs.demo import photographs
 from jobs.estimate import ROW_BYTES
 from jobs.evaluation import read_class_map
 from jobs.explain import load, make_explainer, model_facts
+from jobs.learned import wanted_images
 from jobs.measured import MeasuredCost, remember
 from jobs.peers import REPEATS, contenders, race
 from jobs.plan import Plan, make_plan
@@ -104,17 +107,18 @@ def run_benchmark(
     """
     if device == "cpu":
         torch.set_num_threads(1)  # as an actor has it
-    state = weights_bytes(config)
-    adapter = load(config, state, device, str(Path.cwd()))
+    weights = weights_bytes(config)
+    adapter = load(config, weights, device, str(Path.cwd()))
     blocks = [block["name"] for block in model_facts(adapter, config).blocks]
-    plan = _plan(config, state) if has_data else None
+    plan = _plan(config, weights) if has_data else None
     inputs = _inputs(adapter, plan, config, make_explainer(adapter, config, blocks).images_per_pass)
     raced: tuple[dict[str, str | float], ...] = ()
     with _steps(console, 2.0 if with_peers else 1.0) as step:
         step("probing the ways to run a forward pass", 0.0)
         forward, probed = probe(adapter, inputs, exact=config.preset == "paper", batch_size=batch_size)
         setting = probed[0].setting
-        explainer = make_explainer(adapter, config, blocks, setting.batch_size, forward)
+        state = _learned(adapter, config, blocks, inputs)
+        explainer = make_explainer(adapter, config, blocks, setting.batch_size, forward, state=state)
         step(f"the bare model at each batch size, {setting.backend} {setting.precision}", 0.1)
         rates = dict(bare_rates(adapter, setting))
         step(f"{TURNS}, {ROUNDS} times", 0.2)
@@ -198,6 +202,19 @@ def _inputs(adapter: ModelAdapter, plan: Plan | None, config: JobConfig, count: 
         raise ConfigError(f"no image of {config.data} can be decoded")
     pixels = torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2)
     return cycled(adapter.normalise(pixels), count)
+
+
+def _learned(
+    adapter: ModelAdapter, config: JobConfig, blocks: Sequence[str], inputs_nchw: torch.Tensor
+) -> State | None:
+    """What the method learns from the few images at hand: enough to measure what an image costs after that."""
+    if not wanted_images(config):
+        return None
+    with adapter.borrowed(), torch.inference_mode():
+        target = ClassProbability(adapter.logits(inputs_nchw).argmax(1, keepdim=True))
+    learner = make_explainer(adapter, config, blocks).learner()
+    learner.see(inputs_nchw, target, range(len(inputs_nchw)))
+    return learner.state()
 
 
 def _workers(device: str, asked: int | None) -> int:

@@ -12,15 +12,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.catalog import CONTROLS, NoParameters
+from engine.catalog import CONTROLS, flattered_by
 from engine.errors import ModelError
 from engine.explainers import EXPLAINERS
+from engine.explainers.explainer import State
 from engine.forward import Forward
 from engine.metrics import MASKED, OF_MAPS
 from engine.metrics.localisation import Localisation
 from engine.metrics.metric import Maps, Metric, Region, Value
 from engine.metrics.sanity import Sanity
 from engine.models import ModelAdapter
+from engine.parameters import NoParameters
 from engine.perturb import perturbation
 from engine.scorer import Scorer
 from engine.targets import ClassProbability
@@ -38,6 +40,7 @@ from jobs.explain import (
     seed_of,
     stored,
 )
+from jobs.learned import standing_state
 from jobs.pace import standing_forward
 from jobs.records import Unit, UnitFailure, UnreconciledError
 from jobs.stopping import Stop
@@ -54,15 +57,20 @@ Record = Sequence[Row]
 
 
 def metrics_of(
-    evaluation: Evaluation, adapter: ModelAdapter, context: JobContext, batch_size: int, forward: Forward | None = None
+    evaluation: Evaluation,
+    adapter: ModelAdapter,
+    context: JobContext,
+    batch_size: int,
+    forward: Forward | None = None,
+    learned: State | None = None,
 ) -> list[Metric]:
-    """The evaluations that give the wanted values, each once."""
+    """The evaluations that give the wanted values, each once; `learned` is what the explainer learned, if it does."""
     scorer = Scorer(adapter, perturbation(adapter, evaluation.baseline), batch_size, forward)
     found: list[Metric] = [make(scorer, evaluation.baseline) for make in MASKED.values()]
     found += [make() for make in OF_MAPS.values()]
     found.append(Localisation(regions_key(evaluation, context)))
     blocks = [block["name"] for block in context.facts.blocks]
-    make = partial(make_explainer, config=context.config, blocks=blocks, batch_size=batch_size)
+    make = partial(make_explainer, config=context.config, blocks=blocks, batch_size=batch_size, state=learned)
     found.append(Sanity(adapter, make, evaluation.seed))
     return [metric for metric in found if set(metric.names) & set(evaluation.metrics)]
 
@@ -82,9 +90,9 @@ class EvaluateStep:
         chosen = standing_forward(self.desk.output, self.adapter)
         self.adapter.module.register_forward_pre_hook(lambda *_: alive())
         forward, setting = chosen or (None, plain_setting(job.device, job.batch_size))
-        self.metrics = metrics_of(
-            self.evaluation, self.adapter, job, setting.batch_size, None if forward is None else lively(forward)
-        )
+        learned, _ = standing_state(self.desk.output, job.config) or (None, None)
+        lively_forward = None if forward is None else lively(forward)
+        self.metrics = metrics_of(self.evaluation, self.adapter, job, setting.batch_size, lively_forward, learned)
         wanted = CONTROLS if self.evaluation.controls else ()
         self.controls = {name: EXPLAINERS[name](self.adapter, NoParameters()) for name in wanted}
 
@@ -117,7 +125,7 @@ class EvaluateStep:
             for name, explainer in self.controls.items():
                 made = explainer.explain(maps.inputs_nchw, maps.target, maps.seeds)
                 saliency = [[stored(one.saliency_hw) for one in own] for own in made]
-                method = {"explainer": name, "parameters": digest_of({"control": name})[:16]}
+                method = {"explainer": name, "parameters": digest_of({"control": name})[:16], "selected_by": None}
                 yield from self._measured(chunk, replace(maps, saliency=saliency), method)
         for record in records:
             if _place(record) not in pixels:
@@ -150,7 +158,7 @@ class EvaluateStep:
         resize, input_size = self.job.config.resize, self.job.facts.input_size
         return region_of(self.context.truth, row["key"], labels, original, resize, input_size)
 
-    def _measured(self, records: Sequence[Record], maps: Maps, method: Mapping[str, str]) -> Iterator[Row]:
+    def _measured(self, records: Sequence[Record], maps: Maps, method: Mapping[str, str | None]) -> Iterator[Row]:
         """The rows of some maps, record by record; `method` names a control."""
         stands = None if method else records[0][0]["metrics"]["protocol"]  # what `explain` measured already
         metrics = [metric for metric in self.metrics if metric.digest != stands]
@@ -163,9 +171,13 @@ class EvaluateStep:
                     yield from self._rows({**row, **method}, metric, values[image][index])
 
     def _rows(self, row: Row, metric: Metric, values: Mapping[str, Value]) -> Iterator[Row]:
+        flattered = flattered_by(row["selected_by"])
         for name, value in values.items():
             if name in self.evaluation.metrics:
-                yield _row(row, name, metric, value)
+                told = (
+                    Value(None, f"{row['selected_by']} picked this map among several") if name in flattered else value
+                )
+                yield _row(row, name, metric, told)
 
     def _without(self, record: Record) -> Iterator[Row]:
         gone = Value(None, "the image cannot be read any more, or changed")

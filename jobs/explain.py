@@ -21,7 +21,7 @@ from engine.blocks import Place
 from engine.catalog import Fidelity
 from engine.composition import blocks_of
 from engine.errors import ModelError
-from engine.explainers.explainer import Explainer, State
+from engine.explainers.explainer import Explainer, Learner, State
 from engine.explanation import Explanation
 from engine.forward import Forward, ForwardSetting, make_forward
 from engine.fusion import Map
@@ -35,6 +35,7 @@ from jobs.context import JobContext, let_import_from
 from jobs.fidelity import doubts_of, fidelity_columns
 from jobs.isolation import Isolated, ProcessDiedError, ProcessStartError
 from jobs.labels import Labels
+from jobs.learned import standing_state
 from jobs.pace import IMAGES_TO_PROBE, settle, standing_forward
 from jobs.records import ModelFacts, RecordFacts, UnitInput, UnitResult, with_reject
 from jobs.watch import alive
@@ -132,6 +133,8 @@ class ExplainStep:
         if self.adapter.fingerprint != facts.weights_sha256:
             raise ModelError("this worker loaded other weights than the driver: is the same file on every node?")
         self.adapter.module.register_forward_pre_hook(lambda *_: alive())
+        learned, digest = standing_state(open_desk(context).output, config) or (None, None)
+        self.learned = learned
         self.is_settled = not context.probes
         self.images_per_pass = images_at_once(self.adapter)
         self._set_up(plain_setting(context.device, context.batch_size))
@@ -140,7 +143,7 @@ class ExplainStep:
         self.choice = config.target_choice
         self.method = {
             "explainer": config.explainer,
-            "parameters": digest_of({"parameters": asdict(parameters), "model": asdict(facts)})[:16],
+            "parameters": parameters_digest(parameters, facts, digest),
         }
 
     def _set_up(self, setting: ForwardSetting, forward: Forward | None = None) -> None:
@@ -154,6 +157,7 @@ class ExplainStep:
             batch_size=setting.batch_size,
             forward=forward and lively(forward),
             images_per_pass=self.images_per_pass,
+            state=self.learned,
         )
         self.explainer = make(config)
         self.full = make(config.in_full()) if self.level == "auto" else self.explainer
@@ -260,9 +264,7 @@ class ExplainStep:
 
     def _explain(self, records: Sequence[RecordFacts], pixels: NDArray[np.uint8]) -> list[list[Row] | Reject]:
         """Per record its targets' rows, or why it has none."""
-        inputs = self.adapter.normalise(torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2))
-        logits = self._logits(inputs)
-        targets = [self._targets(record, own) for record, own in zip(records, logits, strict=True)]
+        inputs, logits, targets = self._seen(records, pixels)
         usable = [index for index, own in enumerate(targets) if not isinstance(own, Reject)]
         outcome: list[list[Row] | Reject] = [own if isinstance(own, Reject) else [] for own in targets]
         if not usable:
@@ -278,6 +280,25 @@ class ExplainStep:
                 target.classes[place].tolist(), ranks[place], explanations[place], values[place], doubts[place]
             )
         return outcome
+
+    def _seen(
+        self, records: Sequence[RecordFacts], pixels: NDArray[np.uint8]
+    ) -> tuple[Tensor, Tensor, list[list[int] | Reject]]:
+        """The records' inputs, logits, and target classes or why they have none."""
+        inputs = self.adapter.normalise(torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2))
+        logits = self._logits(inputs)
+        return inputs, logits, [self._targets(record, own) for record, own in zip(records, logits, strict=True)]
+
+    def teach(self, learner: Learner, records: Sequence[RecordFacts], pixels: NDArray[np.uint8]) -> int:
+        """Shows the learner the records and the first target of each; returns how many could be shown."""
+        inputs, _, targets = self._seen(records, pixels)
+        first = {index: own[0] for index, own in enumerate(targets) if not isinstance(own, Reject)}
+        if first:
+            chosen, classes = (torch.tensor(list(one)) for one in (first, first.values()))
+            target = ClassProbability(classes[:, None].to(self.adapter.device))
+            seeds = [seed_of(self.context.config, records[index].key) for index in first]
+            learner.see(inputs[chosen.to(inputs.device)], target, seeds)
+        return len(first)
 
     def _doubts(self, record: RecordFacts, logits: Tensor) -> tuple[str, ...]:
         """What speaks for full SISE, where the job leaves that to the record."""
@@ -371,6 +392,12 @@ class ExplainStep:
     def _rejected_row(self, unit_input: UnitInput, record: RecordFacts) -> Row:
         reasons = {name: getattr(record, name) for name in ("reject_code", "reject_stage", "error")}
         return {**self._base_row(unit_input, record), "status": REJECTED, **reasons}
+
+
+def parameters_digest(parameters: Any, facts: ModelFacts, learned: str | None) -> str:
+    """What the column `parameters` holds; `learned` is the sha256 of what a method that learns has learned."""
+    known = {"parameters": asdict(parameters), "model": asdict(facts)}
+    return digest_of(known if learned is None else {**known, "learned": learned})[:16]
 
 
 def plain_setting(device: str, batch_size: int | None) -> ForwardSetting:

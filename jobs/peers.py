@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from engine.blocks import Place
-from engine.catalog import OcclusionParameters, ScoreCamParameters
 from engine.explainers.explainer import Explainer
 from engine.explainers.occlusion import Occlusion, window_starts
 from engine.explainers.scorecam import ScoreCam
 from engine.forward import Forward, ForwardSetting
 from engine.models import ModelAdapter
+from engine.parameters import OcclusionParameters, ScoreCamParameters
 from engine.targets import ClassProbability
 from jobs.config import ConfigError
 

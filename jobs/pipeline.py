@@ -15,16 +15,19 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from cluster.errors import ClusterError
 from cluster.sizing import Sizing
+from engine.errors import ModelError
 from jobs.attempts import attempted, open_desk
+from jobs.config import ConfigError
 from jobs.context import JobContext
 from jobs.estimate import estimate
 from jobs.evaluate import EvaluateStep, measured
 from jobs.evaluation import Evaluated, EvaluationContext
 from jobs.explain import ExplainStep
+from jobs.learning import learn
 from jobs.records import (
     DeadLetter,
     Outcome,
@@ -38,7 +41,7 @@ from jobs.records import (
 )
 from jobs.stopping import Stop
 from jobs.unit import commit_unit, take_unit
-from storage.store import ObjectInfo
+from storage.store import ObjectInfo, StoreError
 from storage.survey import Layout
 
 WAVE_UNITS = 2_000
@@ -73,6 +76,27 @@ def run_units(
     weights = None if state is None else ray.put(state)
     silence = max(NO_PROGRESS_SECONDS, NO_PROGRESS_FACTOR * _longest_seconds(units, context))
     yield from _finished(units, lambda some: _wave(some, context, weights, sizing), stop, silence)
+
+
+def learn_there(
+    context: JobContext, units: Sequence[Unit], state: bytes | None, sizing: Sizing
+) -> Iterator[int | bytes]:
+    """As `jobs.learning.learn`, on one worker of the connected Ray session. Raises ClusterError."""
+    weights = None if state is None else ray.put(state)
+    resources: dict[str, Any] = {"num_cpus": sizing.cpus_per_actor, "num_gpus": sizing.gpus_per_actor}
+    task: Any = ray.remote(**resources, max_retries=0, num_returns="streaming")(_learn)
+    try:
+        for made in task.remote(context, units, weights):
+            yield ray.get(made)
+    except RayTaskError as error:
+        cause = error.cause
+        raise cause if isinstance(cause, ConfigError | ModelError | StoreError) else _given_up(error) from error
+    except RayError as error:
+        raise _given_up(error) from error
+
+
+def _learn(context: JobContext, units: Sequence[Unit], weights: Any) -> Iterator[int | bytes]:
+    yield from learn(context, units, None if weights is None else ray.get(weights))
 
 
 def _finished(

@@ -22,6 +22,7 @@ from jobs.config import Execution, JobConfig
 from jobs.context import JobContext, sha256_of, weights_bytes
 from jobs.estimate import estimate
 from jobs.fidelity import rare_labels
+from jobs.learned import wanted_images
 from jobs.leftovers import PROBE_PREFIX, remove_settled
 from jobs.plan import Plan, load_plan, make_plan, open_output, refuse_drift, settle_model, settle_plan
 from jobs.progress import Tally, progress
@@ -109,6 +110,7 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
         context = context_of(config, plan, facts, sizing, execution)
         _write_run(output, context, execution, sizing)
         output = PatientStore(output)
+        _learn(output, context, plan.units, state, sizing, console)
         stop = Stop(output, context.run_id)
         budget = Budget(execution.max_reject_fraction, execution.max_dead_units)
         with stopped_by_signals(stop, cuts_off=sizing is None):
@@ -185,6 +187,29 @@ def _least_seconds(config: JobConfig, plan: Plan, facts: ModelFacts, *, on_gpu: 
     if not guess.is_measured:
         forwards = min(forwards, sum(block["channels"] for block in facts.blocks) * config.target_choice.count)
     return plan.num_records * forwards / guess.forwards_per_second
+
+
+def _learn(
+    output: ObjectStore,
+    context: JobContext,
+    units: Sequence[Unit],
+    state: bytes | None,
+    sizing: Sizing | None,
+    console: Console,
+) -> None:
+    """The first pass of a method that learns, where its device is; others have none."""
+    if not wanted_images(context.config):
+        return
+    from jobs.learning import learn, settle_learned
+
+    def run() -> Iterator[int | bytes]:
+        if sizing is None:
+            return learn(context, units, state)
+        from jobs.pipeline import learn_there
+
+        return learn_there(context, units, state, sizing)
+
+    settle_learned(output, context, units, run, console)
 
 
 def _run_units(

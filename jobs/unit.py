@@ -56,11 +56,11 @@ def read_unit(
     pixels: list[NDArray[np.uint8]] = []
     with (
         called(partial(_all_raw_records, source=source), careful) as listed,
-        called(partial(_decoded, config=config, input_size=input_size), careful) as decoded,
+        called(partial(decoded, config=config, input_size=input_size), careful) as decoding,
     ):
         for raw in listed(unit) if careful else raw_records(unit, source):
             alive()
-            facts, picture = _undying(decoded, replace(raw, shard=f"{source.uri}/{raw.shard}"))
+            facts, picture = decoded_or_rejected(decoding, raw, source)
             records.append(facts)
             if picture is not None:
                 pixels.append(picture)
@@ -73,28 +73,32 @@ def _all_raw_records(unit: Unit, source: ObjectStore) -> list[RawRecord]:
 
 
 def raw_records(unit: Unit, source: ObjectStore) -> Iterator[RawRecord]:
+    """The unit's records as they lie in its shard. Raises as `read_unit`."""
     if unit.layout is Layout.IMAGES:
         return read_images(source, unit.objects)
     read = read_tar if unit.layout is Layout.TAR else read_table
     return read(source, unit.objects[0], unit.start, unit.stop)
 
 
-def _undying(
-    decoded: Callable[[RawRecord], tuple[RecordFacts, NDArray[np.uint8] | None]], raw: RawRecord
+def decoded_or_rejected(
+    decoding: Callable[[RawRecord], tuple[RecordFacts, NDArray[np.uint8] | None]], raw: RawRecord, source: ObjectStore
 ) -> tuple[RecordFacts, NDArray[np.uint8] | None]:
+    """The record's facts and pixels by `decoding`; a record over which that dies is rejected."""
+    named = replace(raw, shard=f"{source.uri}/{raw.shard}")
     try:
-        return decoded(raw)
+        return decoding(named)
     except ProcessDiedError as error:
-        return with_reject(_facts(raw), Reject(RejectCode.PROCESS_DIED, str(error)), "decode"), None
+        return with_reject(_facts(named), Reject(RejectCode.PROCESS_DIED, str(error)), "decode"), None
 
 
 def _facts(raw: RawRecord) -> RecordFacts:
     return RecordFacts(raw.key, raw.shard, raw.index, raw.label)
 
 
-def _decoded(
+def decoded(
     raw: RawRecord, config: JobConfig, input_size: tuple[int, int]
 ) -> tuple[RecordFacts, NDArray[np.uint8] | None]:
+    """The record's facts and its pixels [H, W, 3] at the model's input size; None: the facts say why not."""
     facts = _facts(raw)
     if raw.reject is not None:
         return with_reject(facts, raw.reject, "read"), None

@@ -79,7 +79,7 @@ def test_the_readme_lists_every_reject_code():
 def test_the_readme_lists_every_parameter():
     from dataclasses import fields
 
-    from engine.catalog import SiseParameters
+    from engine.parameters import SiseParameters
 
     for field in fields(SiseParameters):
         assert re.search(rf"^\| `{field.name}` \| `{field.default}` \|", README, re.MULTILINE)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from engine.blocks import Place
-from engine.catalog import NoParameters
 from engine.explainers.points import Point, PointExplainer
 from engine.explanation import BlockMap
 from engine.models import ModelAdapter
+from engine.parameters import NoParameters
 from engine.taps import gradients
 from engine.targets import Target
 

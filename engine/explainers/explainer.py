@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -121,13 +121,8 @@ class Explainer(ABC):
             return positive
         return upsampling(grid_of(positive), self.adapter.input_size, positive.device)(positive)
 
-    @property
-    def images_to_learn_from(self) -> int:
-        """How many images of the data set the method sees in a first pass; 0: it has none."""
-        return 0
-
-    def learn(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> dict[str, Tensor]:
-        """The state that the first pass over these images leaves; of the images alone, in their order."""
+    def learner(self) -> "Learner":
+        """A first pass over images of the data, of methods that learn."""
         raise NotImplementedError(f"{type(self).__name__} learns nothing")
 
     def _scores(self, inputs_nchw: Tensor, target: Target) -> list[list[float]]:
@@ -136,6 +131,18 @@ class Explainer(ABC):
         with torch.inference_mode():
             logits = self.adapter.logits(padded)[: len(inputs_nchw)]
         return target.score(logits, torch.arange(len(inputs_nchw), device=logits.device)).tolist()
+
+
+class Learner(Protocol):
+    """A first pass: what it leaves depends on the images and their order alone."""
+
+    def see(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> None:
+        """Learns from some images, as `Explainer.explain` takes them."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What was learned so far, as the explainer's constructor takes it."""
+        ...
 
 
 class SignedExplainer(Explainer):

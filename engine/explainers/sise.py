@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.catalog import SiseParameters
 from engine.errors import ModelError
 from engine.explainers.budget import Candidates, Sampled, sample
 from engine.explainers.explainer import Explainer, pad
 from engine.explanation import BlockMap, Explanation, sound_explanation
 from engine.fusion import GATES, Map, cascade, minmax, otsu_foreground
 from engine.head import head_of
+from engine.parameters import SiseParameters
 from engine.resample import Grid, grid_of, pooled, upsampling
 from engine.taps import gradients
 from engine.targets import Target

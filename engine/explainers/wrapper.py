@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.explainers.explainer import Attribution, Explainer, SignedExplainer, chunks
+from engine.explainers.explainer import Attribution, Explainer, Learner, SignedExplainer, chunks
 from engine.models import ModelAdapter
 from engine.products import SideProducts
 from engine.targets import Target
@@ -66,12 +66,8 @@ class Wrapper(SignedExplainer):
         assert joined.last is not None
         return SideProducts(selected_by=joined.last.products.selected_by)
 
-    @property
-    def images_to_learn_from(self) -> int:
-        return self.base.images_to_learn_from
-
-    def learn(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> dict[str, Tensor]:
-        return self.base.learn(inputs_nchw, target, seeds)
+    def learner(self) -> Learner:
+        return self.base.learner()
 
     def _attribute_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Attribution]]:
         joined = [[Joined() for _ in range(target.num_targets)] for _ in inputs_nchw]

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.catalog import SiseParameters
 from engine.explainers.sise import Sise
 from engine.explanation import Explanation
 from engine.models import IMAGENET_MEAN, IMAGENET_STD, ModelAdapter
+from engine.parameters import SiseParameters
 from engine.targets import ClassProbability
 from tests.engine import oracles
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from engine.catalog import SiseParameters
 from engine.errors import ModelError
 from engine.explainers.budget import Candidates, sample
 from engine.explainers.sise import Sise
 from engine.head import head_of
 from engine.models import ModelAdapter
+from engine.parameters import SiseParameters
 from engine.resample import upsampling
 from engine.targets import ClassProbability
 from tests.engine.comparing import assert_close, assert_same_bits, explained

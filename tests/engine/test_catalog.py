@@ -19,7 +19,7 @@ def test_the_catalog_names_what_there_is():
 
 
 def test_the_default_parameters_are_the_papers():
-    defaults = catalog.SiseParameters()
+    defaults = catalog.EXPLAINERS["sise"].parameters()
     assert (defaults.mu, defaults.selection, defaults.gate, defaults.baseline) == (0.0, "mu", "hard", "zero")
     assert defaults.gate in GATES
     assert defaults.baseline in BASELINES
@@ -33,5 +33,5 @@ def test_every_parameter_has_a_default_and_a_word_of_help():
 
 
 def test_catalog_and_errors_need_no_torch():
-    code = "import sys; sys.modules['torch'] = None; import engine.catalog, engine.errors"
+    code = "import sys; sys.modules['torch'] = None; import engine.composition, engine.errors, engine.products"
     subprocess.run([sys.executable, "-c", code], check=True)

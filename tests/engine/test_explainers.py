@@ -10,7 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engine import catalog
-from engine.catalog import (
+from engine.errors import ModelError
+from engine.explainers import EXPLAINERS, extremal, make_explainer
+from engine.explainers.fullgrad import bias_of
+from engine.models import ModelAdapter
+from engine.parameters import (
     AdaSiseParameters,
     ExtremalParameters,
     IntegratedGradientsParameters,
@@ -21,10 +25,6 @@ from engine.catalog import (
     SiseParameters,
     SmoothGradParameters,
 )
-from engine.errors import ModelError
-from engine.explainers import EXPLAINERS, extremal
-from engine.explainers.fullgrad import bias_of
-from engine.models import ModelAdapter
 from engine.perturb import blurred
 from engine.targets import ClassLogit, ClassProbability
 from tests.engine import comparing, oracles
@@ -42,7 +42,7 @@ def adapter_of(net, size=32):
 
 
 def explainer(name, adapter, parameters=None, **options):
-    return EXPLAINERS[name](adapter, parameters or catalog.EXPLAINERS[name].parameters(), **options)
+    return make_explainer(name, adapter, parameters, **options)
 
 
 def maps(name, net, inputs, classes, parameters=None, *, seeds=None, target=ClassProbability, **options):
@@ -153,12 +153,12 @@ def test_integrated_gradients_equal_their_twin(make, baseline):
 
 @pytest.mark.parametrize("base", ["gradient", "integrated_gradients", "gradcam"])
 def test_smoothgrad_equals_its_twin(base):
-    options = {"base": base, "samples": 3, "noise": 0.2}
+    options = {"samples": 3, "noise": 0.2}
     against_twin(
-        "smoothgrad",
+        f"smoothgrad({base})",
         seeded(Residual),
         smooth(2, 24, 24),
-        lambda net, image, target, which: slow.smoothgrad(net, image, target, 5 + which, **options),
+        lambda net, image, target, which: slow.smoothgrad(net, image, target, 5 + which, base=base, **options),
         SmoothGradParameters(**options),
         tolerance=1e-3,
         seeds=[5, 6],

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from engine import fidelity
-from engine.catalog import SiseParameters
 from engine.explainers.sise import Sise
 from engine.fidelity import FULL, METHODS, SIMILARITIES, FidelityBench, rounded, similarities
 from engine.models import ModelAdapter
+from engine.parameters import SiseParameters
 from engine.targets import ClassProbability
 from tests.engine.nets import Depthwise, seeded, smooth
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from engine import probe as probing
-from engine.catalog import SiseParameters
 from engine.errors import ModelError
 from engine.explainers.sise import Sise
 from engine.forward import ForwardSetting, make_forward
 from engine.models import ModelAdapter
+from engine.parameters import SiseParameters
 from engine.probe import Measured, probe
 from engine.targets import ClassProbability
 from tests.engine.comparing import assert_close

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine.catalog import SiseParameters
 from engine.explainers.sise import Sise
 from engine.models import ModelAdapter
+from engine.parameters import SiseParameters
 from engine.targets import ClassProbability
 from tests.engine import oracles
 from tests.engine.comparing import (

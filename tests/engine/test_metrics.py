@@ -29,6 +29,7 @@ from engine.metrics.metric import Maps, ranks_of
 from engine.metrics.road import LeastRelevantFirst, MostRelevantFirst, imputed
 from engine.metrics.sanity import STAGES, Sanity, randomised, rank_correlation
 from engine.models import ModelAdapter
+from engine.parameters import NoParameters
 from engine.perturb import BASELINES, blurred, perturbation
 from engine.scorer import Scorer
 from engine.targets import ClassProbability
@@ -424,7 +425,7 @@ def test_a_map_that_ignores_the_model_fails_the_sanity_check():
     for name in ("edges", "gradcam"):
 
         def make(adapter, name=name):
-            return EXPLAINERS[name](adapter, catalog.NoParameters())
+            return EXPLAINERS[name](adapter, NoParameters())
 
         own = make(adapter).explain(inputs, ClassProbability(torch.tensor([[0], [1]])), [0, 0])
         saliency = [[one.saliency_hw / one.saliency_hw.max() for one in row] for row in own]

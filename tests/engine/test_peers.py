@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models import DenseNet, SwinTransformer, VisionTransformer, get_model
 
-from engine.catalog import (
+from engine.explainers import make_explainer
+from engine.models import IMAGENET_MEAN, IMAGENET_STD, ModelAdapter
+from engine.parameters import (
     IntegratedGradientsParameters,
     OcclusionParameters,
     ScoreCamParameters,
     SmoothGradParameters,
 )
-from engine.explainers import EXPLAINERS
-from engine.models import IMAGENET_MEAN, IMAGENET_STD, ModelAdapter
 from engine.targets import ClassProbability
 from tests.engine.nets import Depthwise, Plain, seeded, smooth
 
@@ -174,7 +174,7 @@ def adapter_of(net: nn.Module, size: tuple[int, int]) -> ModelAdapter:
 def ours(net: nn.Module, inputs: Tensor, name: str, parameters=None, classes=CLASSES, **options) -> Maps:
     adapter = adapter_of(net, tuple(inputs.shape[2:]))
     target = ClassProbability(torch.tensor(classes[: len(inputs)]))
-    found = EXPLAINERS[name](adapter, parameters, **options).explain(inputs, target)
+    found = make_explainer(name, adapter, parameters, **options).explain(inputs, target)
     return np.stack([np.stack([one.saliency_hw for one in own]) for own in found])
 
 
@@ -419,8 +419,8 @@ def test_smoothed_gradcam_equals_the_mean_of_captums(case):
         ]
         return enlarged(torch.cat(signed).relu(), inputs)
 
-    parameters = SmoothGradParameters(base="gradcam", samples=6, noise=0.2)
-    assert_same(ours(net, inputs, "smoothgrad", parameters), by_class(inputs, explain))
+    parameters = SmoothGradParameters(samples=6, noise=0.2)
+    assert_same(ours(net, inputs, "smoothgrad(gradcam)", parameters), by_class(inputs, explain))
 
 
 # ---------------------------------------------------------------- windows

@@ -19,14 +19,14 @@ import pytest
 import torch
 
 from engine import catalog
-from engine.catalog import (
+from engine.explainers import EXPLAINERS
+from engine.parameters import (
     ExtremalParameters,
     IntegratedGradientsParameters,
     OcclusionParameters,
     RiseParameters,
     SmoothGradParameters,
 )
-from engine.explainers import EXPLAINERS
 from engine.targets import ClassProbability
 from tests.engine import planted
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.catalog import SiseParameters
 from engine.models import ModelAdapter, load_model
+from engine.parameters import SiseParameters
 from tests.engine.comparing import assert_equals_slow, by_modules, explained, slowly
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.catalog import SiseParameters
 from engine.explainers.sise import Sise, select
 from engine.models import ModelAdapter
+from engine.parameters import SiseParameters
 from engine.targets import ClassProbability
 from tests.engine import oracles
 from tests.engine.nets import Plain, seeded, smooth

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from engine.catalog import SiseParameters
 from engine.models import ModelAdapter
+from engine.parameters import SiseParameters
 from tests.engine.comparing import assert_equals_slow, by_modules, explained, slowly, written_out
 from tests.engine.nets import Depthwise, InPlace, Plain, Residual, Scaled, Untraceable, from_zoo, seeded, smooth
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.catalog import BALANCED_BUDGET, FIDELITIES, POOR_MAP_ERROR, SiseParameters
+from engine.catalog import BALANCED_BUDGET, FIDELITIES, POOR_MAP_ERROR
+from engine.parameters import SiseParameters
 from jobs.config import ConfigError, TargetChoice, differences, digest_of, load_config, parse_parameters
 
 BASE = {"data": "in", "output": "out"}

@@ -1,0 +1,29 @@
+"""What a method learned in a first pass: a small file beside the plan, written once before the first unit."""
+
+import hashlib
+
+import safetensors.torch
+
+from engine.composition import images_to_learn_from
+from engine.explainers.explainer import State
+from jobs.config import JobConfig
+from jobs.plan import PLAN_FOLDER
+from storage.store import MissingError, ObjectStore
+
+LEARNED_KEY = f"{PLAN_FOLDER}learned.safetensors"
+
+
+def wanted_images(config: JobConfig) -> int:
+    """How many images the job's method learns from before it explains; 0: it learns nothing."""
+    return images_to_learn_from(config.method, config.explainer_parameters())
+
+
+def standing_state(output: ObjectStore, config: JobConfig) -> tuple[State, str] | None:
+    """What the job's method learned, and the sha256 of its file; None: it learns nothing, or has not yet."""
+    if not wanted_images(config):
+        return None
+    try:
+        body = output.read(LEARNED_KEY)
+    except MissingError:
+        return None
+    return safetensors.torch.load(body), hashlib.sha256(body).hexdigest()

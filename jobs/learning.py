@@ -1,0 +1,115 @@
+"""The first pass of a method that learns: over some images of the plan, before any unit, and kept beside the plan."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from math import ceil
+
+import numpy as np
+import safetensors.torch
+from numpy.typing import NDArray
+from rich.console import Console
+
+from jobs.attempts import open_desk
+from jobs.config import ConfigError
+from jobs.context import JobContext
+from jobs.explain import IMAGES_PER_CHUNK, ExplainStep
+from jobs.isolation import called
+from jobs.learned import LEARNED_KEY, wanted_images
+from jobs.progress import Tally, progress
+from jobs.records import RecordFacts, Unit
+from jobs.unit import decoded, decoded_or_rejected, raw_records
+from storage.records import RawRecord
+from storage.store import AlreadyExistsError, ObjectInfo, ObjectStore, StoreError
+from storage.survey import Layout
+
+MOST_SOURCES = 16
+"""Shards over which the images are spread, where there are so many."""
+
+
+def learn(context: JobContext, units: Sequence[Unit], weights: bytes | None) -> Iterator[int | bytes]:
+    """Runs the first pass with one model; yields the number of images seen so far, and in the end the state's file.
+
+    The images are chosen by the seed and the units alone, and seen in their order. Raises ConfigError where none
+    can be read, ModelError and StoreError.
+    """
+    step = ExplainStep(context, weights)
+    learner = step.explainer.learner()
+    images = islice(_images(context, units), wanted_images(context.config))
+    num_seen = 0
+    while chunk := list(islice(images, IMAGES_PER_CHUNK)):
+        records, pixels = zip(*chunk, strict=True)
+        num_seen += step.teach(learner, records, np.stack(pixels))
+        yield num_seen
+    if not num_seen:
+        raise ConfigError(
+            f"{context.config.explainer} learns from images of the data before it explains, and not one of them can be "
+            "explained: see `blocksight list explainers` for methods that learn nothing"
+        )
+    yield safetensors.torch.save({name: tensor.contiguous() for name, tensor in learner.state().items()})
+
+
+def settle_learned(
+    output: ObjectStore,
+    context: JobContext,
+    units: Sequence[Unit],
+    run: Callable[[], Iterable[int | bytes]],
+    console: Console,
+) -> None:
+    """Has the job's method learn, where it does and nothing stands yet; `run` is `learn`, here or on a worker.
+
+    What another driver wrote first counts. Raises as `learn`.
+    """
+    wanted = min(wanted_images(context.config), sum(unit.num_records for unit in units))
+    if not wanted or output.head(LEARNED_KEY) is not None:
+        return
+    with progress(console, Tally(wanted, None, verb="learn from image")) as update:
+        num_seen = 0
+        for made in run():
+            if isinstance(made, bytes):
+                with suppress(AlreadyExistsError):
+                    output.create(LEARNED_KEY, made)
+            else:
+                update(made - num_seen)
+                num_seen = made
+
+
+def _images(context: JobContext, units: Sequence[Unit]) -> Iterator[tuple[RecordFacts, NDArray[np.uint8]]]:
+    """Decoded records, in an order that seed and names say, however the plan is cut; the unreadable are left out."""
+    config, source = context.config, open_desk(context).source
+    sources = list(_sources(units, config.seed))
+    share = ceil(wanted_images(config) / min(MOST_SOURCES, len(sources)))
+    decode = partial(decoded, config=config, input_size=context.facts.input_size)
+    with called(decode, careful=True) as decoding:  # a record that kills its process must not end the job here
+        for unit in sources:
+            found = (decoded_or_rejected(decoding, raw, source) for raw in _records(unit, source))
+            yield from islice(((facts, picture) for facts, picture in found if picture is not None), share)
+
+
+def _sources(units: Sequence[Unit], seed: int) -> Iterator[Unit]:
+    """All loose images as one, or each shard as one, in an order of its own."""
+
+    def place(info: ObjectInfo) -> bytes:
+        return hashlib.sha256(f"{seed}/{info.key}".encode()).digest()
+
+    if units[0].layout is Layout.IMAGES:
+        objects = sorted((info for unit in units for info in unit.objects), key=place)
+        yield replace(units[0], objects=tuple(objects), start=0, stop=len(objects))
+        return
+    shards: dict[ObjectInfo, list[Unit]] = {}
+    for unit in units:
+        shards.setdefault(unit.objects[0], []).append(unit)
+    for info in sorted(shards, key=place):
+        parts = shards[info]
+        yield replace(parts[0], start=min(one.start for one in parts), stop=max(one.stop for one in parts))
+
+
+def _records(unit: Unit, source: ObjectStore) -> Iterator[RawRecord]:
+    """The unit's records, as far as they can be read: the unit itself says later what is wrong with it."""
+    try:
+        yield from raw_records(unit, source)
+    except StoreError:
+        return
