@@ -35,9 +35,9 @@ from jobs.context import JobContext, let_import_from
 from jobs.fidelity import doubts_of, fidelity_columns
 from jobs.isolation import Isolated, ProcessDiedError, ProcessStartError
 from jobs.labels import Labels
-from jobs.learned import standing_state
+from jobs.learned import LEARNED_KEY, standing_state, wanted_images
 from jobs.pace import IMAGES_TO_PROBE, settle, standing_forward
-from jobs.records import ModelFacts, RecordFacts, UnitInput, UnitResult, with_reject
+from jobs.records import ModelFacts, RecordFacts, UnitInput, UnitResult, UnreconciledError, with_reject
 from jobs.watch import alive
 from storage.maps import quantised
 from storage.rejects import Reject, RejectCode
@@ -193,6 +193,8 @@ class ExplainStep:
         A unit that the model fails on is tried again record by record, so that one record's trouble is
         its own; `careful`: in a process apart, which may die of it.
         """
+        if wanted_images(self.context.config) and self.learned is None:  # no fault of any record
+            raise UnreconciledError(f"what {self.context.config.explainer} learned is missing: {LEARNED_KEY}")
         if careful:
             with Isolated(partial(ExplainStep, self.context, self.state)) as apart:
                 return self._one_by_one(unit_input, apart)

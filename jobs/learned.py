@@ -1,14 +1,15 @@
 """What a method learned in a first pass: a small file beside the plan, written once before the first unit."""
 
 import hashlib
-
-import safetensors.torch
+from typing import TYPE_CHECKING
 
 from engine.composition import images_to_learn_from
-from engine.explainers.explainer import State
 from jobs.config import JobConfig
 from jobs.plan import PLAN_FOLDER
 from storage.store import MissingError, ObjectStore
+
+if TYPE_CHECKING:
+    from engine.explainers.explainer import State
 
 LEARNED_KEY = f"{PLAN_FOLDER}learned.safetensors"
 
@@ -18,10 +19,12 @@ def wanted_images(config: JobConfig) -> int:
     return images_to_learn_from(config.method, config.explainer_parameters())
 
 
-def standing_state(output: ObjectStore, config: JobConfig) -> tuple[State, str] | None:
+def standing_state(output: ObjectStore, config: JobConfig) -> "tuple[State, str] | None":
     """What the job's method learned, and the sha256 of its file; None: it learns nothing, or has not yet."""
     if not wanted_images(config):
         return None
+    import safetensors.torch
+
     try:
         body = output.read(LEARNED_KEY)
     except MissingError:

@@ -12,6 +12,7 @@ from rich.table import Table
 from engine import catalog
 from jobs.config import JobConfig
 from jobs.estimate import estimate
+from jobs.learned import wanted_images
 from jobs.measured import recall
 from jobs.plan import Plan
 from jobs.progress import clock, counted
@@ -73,12 +74,19 @@ def plan_table(job: JobConfig, plan: Plan, workforce: Workforce) -> Table:
         ("ignored", ignored or "nothing"),
         ("records", f"{about}{plan.num_records:,}"),
         ("units", f"{len(plan.units):,}"),
+        *_first_pass(job),
         ("forwards", f"about {forwards * plan.num_records:,.0f} ({forwards:,.0f} a record, {basis})"),
         ("time", f"about {clock(seconds)} on {workers} ({timing})"),
         ("output", f"about {_size(num_bytes)}"),
         ("fingerprint", plan.fingerprint[:16]),
     ]
     return _facts(rows, "plan (nothing was computed or written)")
+
+
+def _first_pass(job: JobConfig) -> list[tuple[str, str]]:
+    wanted = wanted_images(job)
+    said = f"{job.explainer} learns from {counted(wanted, 'image')}, once, before the first unit"
+    return [("first pass", said)] if wanted else []
 
 
 def standing_table(output: str, standing: Standing) -> Table:
