@@ -55,7 +55,7 @@ def attempted(unit: Unit, stage: str, desk: Desk, work: Callable[[bool], Result]
     try:
         if stage != "commit" and is_stopped(desk.output, desk.run_id):  # what is explained is not thrown away
             return UnitSkipped(unit.unit_id)
-        with _marked(desk, unit, stage) as num_deaths, watched():
+        with marked(desk, f"{unit.unit_id}/{stage}") as num_deaths, watched():
             if num_deaths >= MOST_DEATHS:
                 return bury(desk.output, unit, stage, Cause.POISON, f"{num_deaths} processes died in it")
             return work(num_deaths >= CAREFUL_DEATHS)
@@ -64,9 +64,9 @@ def attempted(unit: Unit, stage: str, desk: Desk, work: Callable[[bool], Result]
 
 
 @contextmanager
-def _marked(desk: Desk, unit: Unit, stage: str) -> Iterator[int]:
-    """The number of attempts of this step that left their marker; one of our own stands while the body runs."""
-    prefix = f"{FOLDER}{unit.unit_id}/{stage}-"
+def marked(desk: Desk, step: str) -> Iterator[int]:
+    """The number of attempts at a step that left their marker; one of our own stands while the body runs."""
+    prefix = f"{FOLDER}{step}-"
     num_deaths = sum(1 for _ in desk.output.list(prefix))
     marker = f"{prefix}{desk.run_id}-{uuid.uuid4().hex}.json"
     desk.output.put(marker, json.dumps({"worker": worker_name()}).encode())

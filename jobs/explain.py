@@ -293,7 +293,13 @@ class ExplainStep:
 
     def teach(self, learner: Learner, records: Sequence[RecordFacts], pixels: NDArray[np.uint8]) -> int:
         """Shows the learner the records and the first target of each; returns how many could be shown."""
-        inputs, _, targets = self._seen(records, pixels)
+        try:
+            inputs, _, targets = self._seen(records, pixels)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception:  # noqa: BLE001 - whatever a user's model may raise; the records tell which is to blame
+            alone = zip(records, pixels, strict=True) if len(records) > 1 else ()
+            return sum(self.teach(learner, [record], own[None]) for record, own in alone)
         first = {index: own[0] for index, own in enumerate(targets) if not isinstance(own, Reject)}
         if first:
             chosen, classes = (torch.tensor(list(one)) for one in (first, first.values()))

@@ -13,18 +13,25 @@ import safetensors.torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from jobs.attempts import open_desk
+from jobs.attempts import CAREFUL_DEATHS, FOLDER, marked, open_desk
 from jobs.config import ConfigError
 from jobs.context import JobContext
 from jobs.explain import IMAGES_PER_CHUNK, ExplainStep
-from jobs.isolation import called
+from jobs.isolation import Isolated, ProcessDiedError, called
 from jobs.learned import LEARNED_KEY, wanted_images
 from jobs.progress import Tally, progress
 from jobs.records import RecordFacts, Unit
 from jobs.unit import decoded, decoded_or_rejected, raw_records
+from jobs.watch import watched
 from storage.records import RawRecord
 from storage.store import AlreadyExistsError, ObjectInfo, ObjectStore, StoreError
 from storage.survey import Layout
+
+STEP = "first-pass/learn"
+"""Where the markers of its attempts stand."""
+
+Image = tuple[RecordFacts, NDArray[np.uint8]]
+"""A record and its pixels [H, W, 3]."""
 
 MOST_SOURCES = 16
 """Shards over which the images are spread, where there are so many."""
@@ -33,23 +40,50 @@ MOST_SOURCES = 16
 def learn(context: JobContext, units: Sequence[Unit], weights: bytes | None) -> Iterator[int | bytes]:
     """Runs the first pass with one model; yields the number of images seen so far, and in the end the state's file.
 
-    The images are chosen by the seed and the units alone, and seen in their order. Raises ConfigError where none
-    can be read, ModelError and StoreError.
+    The images are chosen by the seed and their names alone, and seen in their order. After deaths in it each is tried
+    in a process apart first, and left out if that dies. Raises ConfigError where none can be explained, ModelError
+    and StoreError.
     """
-    step = ExplainStep(context, weights)
-    learner = step.explainer.learner()
-    images = islice(_images(context, units), wanted_images(context.config))
-    num_seen = 0
-    while chunk := list(islice(images, IMAGES_PER_CHUNK)):
-        records, pixels = zip(*chunk, strict=True)
-        num_seen += step.teach(learner, records, np.stack(pixels))
-        yield num_seen
+    with marked(open_desk(context), STEP) as num_deaths, watched():
+        step = ExplainStep(context, weights)
+        learner = step.explainer.learner()
+        images = _images(context, units)
+        if num_deaths >= CAREFUL_DEATHS:
+            images = _survivors(images, context, weights)
+        images = islice(images, wanted_images(context.config))
+        num_seen = 0
+        while chunk := list(islice(images, IMAGES_PER_CHUNK)):
+            records, pixels = zip(*chunk, strict=True)
+            num_seen += step.teach(learner, records, np.stack(pixels))
+            yield num_seen
     if not num_seen:
         raise ConfigError(
             f"{context.config.explainer} learns from images of the data before it explains, and not one of them can be "
             "explained: see `blocksight list explainers` for methods that learn nothing"
         )
     yield safetensors.torch.save({name: tensor.contiguous() for name, tensor in learner.state().items()})
+
+
+class _Trial:
+    """In a process apart: lets one image be learned from, and forgets it."""
+
+    def __init__(self, context: JobContext, weights: bytes | None) -> None:
+        self.step = ExplainStep(context, weights)
+
+    def __call__(self, image: Image) -> None:
+        record, pixels = image
+        self.step.teach(self.step.explainer.learner(), [record], pixels[None])
+
+
+def _survivors(images: Iterable[Image], context: JobContext, weights: bytes | None) -> Iterator[Image]:
+    """The images over which a process does not die."""
+    with Isolated(partial(_Trial, context, weights)) as apart:
+        for image in images:
+            try:
+                apart(image)
+            except ProcessDiedError:
+                continue
+            yield image
 
 
 def settle_learned(
@@ -72,12 +106,14 @@ def settle_learned(
             if isinstance(made, bytes):
                 with suppress(AlreadyExistsError):
                     output.create(LEARNED_KEY, made)
+                for marker in list(output.list(f"{FOLDER}{STEP}-")):  # of passes that died
+                    output.delete(marker.key)
             else:
                 update(made - num_seen)
                 num_seen = made
 
 
-def _images(context: JobContext, units: Sequence[Unit]) -> Iterator[tuple[RecordFacts, NDArray[np.uint8]]]:
+def _images(context: JobContext, units: Sequence[Unit]) -> Iterator[Image]:
     """Decoded records, in an order that seed and names say, however the plan is cut; the unreadable are left out."""
     config, source = context.config, open_desk(context).source
     sources = list(_sources(units, config.seed))
