@@ -20,6 +20,9 @@ from engine.targets import Target
 
 Item = TypeVar("Item")
 
+BATCH_SIZE, IMAGES_PER_PASS = 8, 4
+"""Of an explainer that is not told; runs take what suits their device."""
+
 State = Mapping[str, Tensor]
 """What a method learned in a first pass, as named tensors on the CPU."""
 
@@ -47,8 +50,8 @@ class Explainer(ABC):
         parameters: Any,
         *,
         blocks: Sequence[str] = (),
-        batch_size: int = 8,
-        images_per_pass: int = 4,
+        batch_size: int = BATCH_SIZE,
+        images_per_pass: int = IMAGES_PER_PASS,
         forward: Forward | None = None,
         state: State | None = None,
     ) -> None:
