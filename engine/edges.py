@@ -76,7 +76,7 @@ def hed() -> Hed:
     """HED with the weights of its package, frozen. Raises ModelError where they are missing or do not fit."""
     net = Hed()
     load_state(net, _hed_state())
-    return net.eval().requires_grad_(False)
+    return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def _hed_state() -> dict[str, Tensor]:
@@ -90,7 +90,9 @@ def _hed_state() -> dict[str, Tensor]:
         raise ModelError(f"HED's weights are read by h5py: {HED_WAY_OUT}; edges=scharr needs none") from error
     try:
         with h5py.File(file) as stored:
-            return {name: _as_torch(np.asarray(stored[place])) for name, place in _hed_places().items() if place in stored}
+            return {
+                name: _as_torch(np.asarray(stored[place])) for name, place in _hed_places().items() if place in stored
+            }
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise ModelError(f"HED's weights in {file} cannot be read: {error}; {HED_WAY_OUT}") from error
 

@@ -13,6 +13,7 @@ from engine import catalog
 from engine.catalog import (
     AdaSiseParameters,
     ExtremalParameters,
+    FeatureCamParameters,
     IntegratedGradientsParameters,
     NoParameters,
     OcclusionParameters,
@@ -20,9 +21,11 @@ from engine.catalog import (
     ScoreCamParameters,
     SiseParameters,
     SmoothGradParameters,
+    UcagParameters,
 )
+from engine.composition import method_of, parameters_of
 from engine.errors import ModelError
-from engine.explainers import EXPLAINERS, extremal
+from engine.explainers import EXPLAINERS, extremal, make_explainer
 from engine.explainers.fullgrad import bias_of
 from engine.models import ModelAdapter
 from engine.perturb import blurred
@@ -42,7 +45,7 @@ def adapter_of(net, size=32):
 
 
 def explainer(name, adapter, parameters=None, **options):
-    return EXPLAINERS[name](adapter, parameters or catalog.EXPLAINERS[name].parameters(), **options)
+    return make_explainer(name, adapter, parameters, **options)
 
 
 def maps(name, net, inputs, classes, parameters=None, *, seeds=None, target=ClassProbability, **options):
@@ -153,13 +156,14 @@ def test_integrated_gradients_equal_their_twin(make, baseline):
 
 @pytest.mark.parametrize("base", ["gradient", "integrated_gradients", "gradcam"])
 def test_smoothgrad_equals_its_twin(base):
-    options = {"base": base, "samples": 3, "noise": 0.2}
+    options = {"samples": 3, "noise": 0.2}
+    method = method_of(f"smoothgrad({base})")
     against_twin(
-        "smoothgrad",
+        str(method),
         seeded(Residual),
         smooth(2, 24, 24),
-        lambda net, image, target, which: slow.smoothgrad(net, image, target, 5 + which, **options),
-        SmoothGradParameters(**options),
+        lambda net, image, target, which: slow.smoothgrad(net, image, target, 5 + which, base=base, **options),
+        parameters_of(method, options),
         tolerance=1e-3,
         seeds=[5, 6],
     )
@@ -513,7 +517,7 @@ def test_the_gaussian_is_a_bell_in_the_middle():
 def test_edges_equal_their_twin_and_an_even_picture_has_none():
     inputs = smooth(1, 20, 14)
     (found,) = maps("edges", seeded(Pooled), inputs, [0])
-    assert_near(found, slow.sobel(inputs[0].double().numpy()), 1e-9)
+    assert_near(found, slow.steepness(inputs[0].double().numpy(), 1, 2), 1e-9)
     (even,) = maps("edges", seeded(Pooled), torch.ones(1, 3, 16, 16), [0])
     assert not even.any()
 
@@ -529,6 +533,8 @@ CHEAP = {
     "sise": SiseParameters(),
     "ada-sise": AdaSiseParameters(),
     "scorecam": ScoreCamParameters(),
+    "ucag": UcagParameters(crops=2, enlarge=2.5),  # crops of 13 pixels become 32
+    "feature-cam": FeatureCamParameters(edges="scharr", interior=0.2),
 }
 CONTROLS = {"random", "gaussian", "edges"}
 STOCHASTIC = {"random", "rise", "smoothgrad"}
