@@ -217,9 +217,9 @@ EXPLAINERS: Mapping[str, ExplainerEntry] = {
         cost="36 times its base, at 2.1 times the pixels; fast: 9 times its base",
         source="Hong et al., Unfold and Conquer Attribution Guidance, AAAI 2023",
         blocks="all",
-        fast={"crops": 3, "enlarge": None},
+        fast={"crops": 3, "enlarge": "native"},
         wraps="gradcam",
-        num_views=lambda own: own.crops**2 * ((own.side * own.enlarge / 224) ** 2 if own.enlarge else 1.0),
+        num_views=lambda own: own.crops**2 * (1.0 if own.enlarge == "native" else (own.side * own.enlarge / 224) ** 2),
     ),
     "feature-cam": ExplainerEntry(
         FeatureCamParameters,

@@ -72,14 +72,35 @@ class ModelAdapter:
             adapter.__dict__.pop(known, None)
         return adapter
 
+    def resized(self, input_size: Grid) -> "ModelAdapter":
+        """The same model for inputs of another size. Raises ModelError where the network does not take them."""
+        adapter = copy.copy(self)
+        adapter.input_size = input_size
+        for known in ("network", "num_classes"):
+            adapter.__dict__.pop(known, None)
+        if adapter.num_classes != self.num_classes:
+            size = " x ".join(map(str, input_size))
+            raise ModelError(
+                f"model {self.name!r} returns {adapter.num_classes} logits for images of {size} pixels, and "
+                f"{self.num_classes} for its own size"
+            )
+        return adapter
+
     def borrowed(self) -> AbstractContextManager[None]:
         """A context in which the module is a fixed function (see `engine.taps.frozen`)."""
         return frozen(self.module)
 
     def normalise(self, pixels_nchw: Tensor) -> Tensor:
         """Model inputs [N, 3, H, W] (float32, on the device) of uint8 RGB pixels of the same shape."""
-        inputs = (pixels_nchw.to(self.device).float() / 255 - self._mean) / self._std
-        return inputs.contiguous(memory_format=torch.channels_last)
+        return self.normalise_shares(pixels_nchw.to(self.device).float() / 255)
+
+    def normalise_shares(self, pixels_nchw: Tensor) -> Tensor:
+        """Model inputs of RGB pixels in [0, 1], in their precision; both [N, 3, H, W]."""
+        return ((pixels_nchw - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
+
+    def pixels_of(self, inputs_nchw: Tensor) -> Tensor:
+        """The RGB pixels in [0, 1] of model inputs, both [N, 3, H, W]; what lies beyond black or white is cut off."""
+        return (inputs_nchw * self._std + self._mean).clamp(0, 1)
 
     def logits(self, inputs_nchw: Tensor) -> Tensor:
         """The module's output [N, K] for normalised inputs."""
@@ -187,11 +208,12 @@ def _read_torch(state: bytes) -> dict[str, Any]:
 
 def _with_state(adapter: ModelAdapter, state: bytes | None) -> ModelAdapter:
     if state is not None:
-        _load_state(adapter.module, read_state(state))
+        load_state(adapter.module, read_state(state))
     return adapter
 
 
-def _load_state(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+def load_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Puts a state dict into a module. Raises ModelError with both sides where a name or a shape differs."""
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     odd = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
@@ -216,7 +238,7 @@ def _torchvision(architecture: str, weights: str | None, state: bytes | None, se
         tensors = read_state(state)
         num_classes = _count_classes(architecture, tensors)
         module = _random_model(lambda: zoo.get_model(architecture, num_classes=num_classes), seed)
-        _load_state(module, tensors)
+        load_state(module, tensors)
     elif weights == RANDOM_WEIGHTS:
         module = _random_model(lambda: zoo.get_model(architecture), seed)
     elif published:
@@ -298,7 +320,7 @@ def _efficientnet_lite0() -> ModelAdapter:
 
     module = EfficientNet.from_name("efficientnet-lite0")
     (file,) = Path(package.origin).parent.glob("models/*.pth")
-    _load_state(module, read_state(file.read_bytes()))
+    load_state(module, read_state(file.read_bytes()))
     return ModelAdapter(module, mean=(127 / 255,) * 3, std=(128 / 255,) * 3, class_names=_imagenet_names())
 
 

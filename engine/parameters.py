@@ -154,9 +154,9 @@ class UcagParameters:
 
     crops: int = field(default=6, metadata={"help": "crops along a side"})
     side: int = field(default=124, metadata={"help": "of a crop, in pixels of an input of 224"})
-    enlarge: float | None = field(
+    enlarge: float | Literal["native"] = field(
         default=2.6,
-        metadata={"help": "how much larger the model sees a crop; none: at its own input size, as transformers must"},
+        metadata={"help": "how much larger the model sees a crop; native: at its own input size, as transformers must"},
     )
     divider: Literal["official", "exact"] = field(
         default="official",
@@ -170,8 +170,10 @@ class UcagParameters:
         _at_least(1, crops=self.crops, side=self.side)
         if self.side > 224:
             raise ValueError(f"side is in pixels of an input of 224, got {self.side}")
-        if self.enlarge is not None and not 1 <= self.enlarge <= 8:
-            raise ValueError(f"enlarge must lie between 1 and 8, got {self.enlarge}")
+        if self.crops * self.side < 224:
+            raise ValueError(f"{self.crops} crops of {self.side} pixels along a side of 224 leave pixels out")
+        if self.enlarge != "native" and not 1 <= self.enlarge <= 8:
+            raise ValueError(f"enlarge must lie between 1 and 8, or be native, got {self.enlarge}")
 
 
 def _reconstruction() -> Literal["reconstruction"]:

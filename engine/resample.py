@@ -94,6 +94,12 @@ def upsampling(native: Grid, full: Grid, device: torch.device) -> Upsampling:
     return Upsampling(rows, columns, rows[row_picks], columns[column_picks])
 
 
+def scaled(maps: Tensor) -> Tensor:
+    """Each map [..., h, w] mapped linearly onto [0, 1]; a constant one becomes zeros, one with NaN NaN."""
+    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    return torch.where(high == low, 0.0, (maps - low) / torch.where(high == low, 1.0, high - low))
+
+
 def pooling_matrix(full: int, cells: int) -> Tensor:
     """The matrix [cells, full] (float64) of one axis that averages over cells: `adaptive_avg_pool`."""
     matrix = torch.zeros(cells, full, dtype=torch.float64)

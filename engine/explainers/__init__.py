@@ -10,6 +10,7 @@ from engine.explainers.cams import WEIGHINGS, Cam
 from engine.explainers.controls import CentredGaussian, Edges, RandomMap
 from engine.explainers.explainer import Explainer
 from engine.explainers.extremal import ExtremalPerturbation
+from engine.explainers.featurecam import FeatureCam
 from engine.explainers.fullgrad import FullGrad
 from engine.explainers.gradients import Gradient, IntegratedGradients
 from engine.explainers.occlusion import Occlusion
@@ -17,11 +18,14 @@ from engine.explainers.rise import Rise
 from engine.explainers.scorecam import ScoreCam
 from engine.explainers.sise import Sise
 from engine.explainers.smoothgrad import SmoothGrad
+from engine.explainers.ucag import Ucag
 from engine.explainers.wrapper import Wrapper
 from engine.models import ModelAdapter
 
 WRAPPERS: Mapping[str, type[Wrapper]] = {
     "smoothgrad": SmoothGrad,
+    "ucag": Ucag,
+    "feature-cam": FeatureCam,
 }
 """What can be put around another method, as in `smoothgrad(gradcam)`."""
 

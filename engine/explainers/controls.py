@@ -5,14 +5,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from engine.edges import SOBEL, steepness
 from engine.explainers.explainer import Explainer
 from engine.explanation import Explanation, sound_explanation
 from engine.resample import grid_of
 from engine.targets import Target
-
-SOBEL = ((-1.0, 0.0, 1.0), (-2.0, 0.0, 2.0), (-1.0, 0.0, 1.0))
 
 
 class Control(Explainer):
@@ -55,7 +53,4 @@ class Edges(Control):
     """The length of the Sobel gradient of the image's mean over channels: an edge detector."""
 
     def draw(self, image_chw: Tensor, generator: torch.Generator) -> Tensor:
-        grey = functional.pad(image_chw.double().mean(0)[None, None], (1, 1, 1, 1), mode="replicate")
-        across = torch.tensor(SOBEL, dtype=torch.float64)
-        kernels = torch.stack([across, across.T])[:, None]
-        return functional.conv2d(grey, kernels)[0].square().sum(0).sqrt()
+        return steepness(image_chw[None].double(), SOBEL)[0]

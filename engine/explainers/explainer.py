@@ -20,6 +20,9 @@ from engine.targets import Target
 
 Item = TypeVar("Item")
 
+BATCH_SIZE, IMAGES_PER_PASS = 8, 4
+"""Of an explainer that is not told; runs take what suits their device."""
+
 State = Mapping[str, Tensor]
 """What a method learned in a first pass, as named tensors on the CPU."""
 
@@ -47,8 +50,8 @@ class Explainer(ABC):
         parameters: Any,
         *,
         blocks: Sequence[str] = (),
-        batch_size: int = 8,
-        images_per_pass: int = 4,
+        batch_size: int = BATCH_SIZE,
+        images_per_pass: int = IMAGES_PER_PASS,
         forward: Forward | None = None,
         state: State | None = None,
     ) -> None:
@@ -56,7 +59,7 @@ class Explainer(ABC):
 
         `batch_size` perturbed inputs go into one forward, and those of `images_per_pass` images are packed
         together: both set memory and speed alone. `forward` scores masks in place of the adapter's own pass, for
-        batches of this size. `state` is what `learn` returned, of methods that learn. Raises ModelError where the
+        batches of this size. `state` is what a `learner` leaves, of methods that learn. Raises ModelError where the
         model lacks what the method needs, or a block that is named.
         """
         self.adapter = adapter

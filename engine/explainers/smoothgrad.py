@@ -1,12 +1,13 @@
 """SmoothGrad: another method's signed attributions, averaged over noisy copies of the image."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.explainers.explainer import Attribution
-from engine.explainers.wrapper import Wrapper
+from engine.explainers.wrapper import Joined, Wrapper
 
 
 class SmoothGrad(Wrapper):
@@ -15,15 +16,15 @@ class SmoothGrad(Wrapper):
     Smilkov et al., arXiv 1706.03825, equation 1 and section 3.1.
     """
 
-    def views(self, image_chw: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+    def views(self, image_chw: Tensor, looked: Any, generator: torch.Generator) -> Iterator[Tensor]:
         deviation = self.parameters.noise * (image_chw.amax() - image_chw.amin())
         for _ in range(self.parameters.samples):
             noise = torch.randn(image_chw.shape, generator=generator).to(image_chw.device)
             yield image_chw + deviation * noise
 
-    def add(self, total: Tensor | None, number: int, one: Attribution) -> Tensor:
+    def add(self, joined: Joined, number: int, one: Attribution) -> Tensor:
         own = one.values / self.parameters.samples
-        return own if total is None else total + own
+        return own if joined.total is None else joined.total + own
 
     def flat(self, values: Tensor) -> Tensor:
         return self.base.flat(values)

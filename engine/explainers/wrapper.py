@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.explainers.explainer import Attribution, Explainer, Learner, SignedExplainer, chunks
+from engine.explainers.explainer import (
+    BATCH_SIZE,
+    IMAGES_PER_PASS,
+    Attribution,
+    Explainer,
+    Learner,
+    SignedExplainer,
+    chunks,
+)
 from engine.models import ModelAdapter
 from engine.products import SideProducts
 from engine.targets import Target
@@ -26,52 +34,68 @@ class Joined:
     def __init__(self) -> None:
         self.total: Tensor | None = None
         self.scores: list[float] = []
-        """Of the views."""
+        """Of the views that are joined, in order."""
         self.num_forwards = 0
         self.last: Attribution | None = None
+        """Of the last view, without its values."""
 
 
 class Wrapper(SignedExplainer):
     """Explains views of each image by its base, and joins what that attributes, before signs and grids are lost.
 
-    The views of several images go through the base together, in passes of one fixed size; what is random about a
-    view's map is drawn from its image's seed and its number.
+    The views of several images go through the base together, in passes of one fixed size, and are made as they are
+    needed; what is random about a view's map is drawn from its image's seed and its number.
     """
 
-    def __init__(self, adapter: ModelAdapter, parameters: Any, *, base: MakeBase, **options: Any) -> None:
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        parameters: Any,
+        *,
+        base: MakeBase,
+        batch_size: int = BATCH_SIZE,
+        images_per_pass: int = IMAGES_PER_PASS,
+        **options: Any,
+    ) -> None:
         """`base` makes the wrapped method, from an adapter and the options of `Explainer`."""
-        per_pass = max(options.get("images_per_pass", 4), min(options.get("batch_size", 8), MAX_VIEWS_PER_PASS))
-        self.base = self._base(adapter, parameters, base, {**options, "images_per_pass": per_pass})
-        super().__init__(adapter, parameters, **options)
+        views = max(images_per_pass, min(batch_size, MAX_VIEWS_PER_PASS))
+        inner = {**options, "batch_size": batch_size, "images_per_pass": views}
+        self.base = self._base(adapter, parameters, base, inner)
+        super().__init__(adapter, parameters, batch_size=batch_size, images_per_pass=images_per_pass, **options)
 
     def _base(self, adapter: ModelAdapter, parameters: Any, base: MakeBase, options: dict[str, Any]) -> Explainer:
         """The wrapped method, for inputs of the views' size."""
         return base(adapter, **options)
 
+    def look(self, image_chw: Tensor) -> Any:
+        """What the views and the joined values need of an image beside itself; found once, whatever the targets."""
+
     @abstractmethod
-    def views(self, image_chw: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+    def views(self, image_chw: Tensor, looked: Any, generator: torch.Generator) -> Iterator[Tensor]:
         """The variants of one image that the base explains."""
 
     @abstractmethod
-    def add(self, total: Tensor | None, number: int, one: Attribution) -> Tensor:
-        """The joined values with those of view `number`; None: it is the first."""
+    def add(self, joined: Joined, number: int, one: Attribution) -> Tensor:
+        """The total with the values of view `number`, which is not among `joined` yet."""
 
-    def close(self, joined: Joined, image_chw: Tensor) -> Tensor:
+    def close(self, joined: Joined, looked: Any) -> Tensor:
         """The values, once all views are joined."""
         assert joined.total is not None
         return joined.total
 
     def products(self, joined: Joined) -> SideProducts:
-        """What is worth keeping beside the map: of a choice among maps, at least by what it was made."""
+        """What is worth keeping beside the map: at least how the base made what was joined."""
         assert joined.last is not None
-        return SideProducts(selected_by=joined.last.products.selected_by)
+        own = joined.last.products
+        return SideProducts(selected_by=own.selected_by, edge_detector=own.edge_detector)
 
     def learner(self) -> Learner:
         return self.base.learner()
 
     def _attribute_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Attribution]]:
         joined = [[Joined() for _ in range(target.num_targets)] for _ in inputs_nchw]
-        for batch in chunks(self._all_views(inputs_nchw, seeds), self.base.images_per_pass):
+        looked = [self.look(image) for image in inputs_nchw]
+        for batch in chunks(self._all_views(inputs_nchw, looked, seeds), self.base.images_per_pass):
             images, numbers, views, own_seeds = zip(*batch, strict=True)
             chosen = torch.tensor(images, device=inputs_nchw.device)
             found = self.base.attribute(torch.stack(views), target.of(chosen), own_seeds)
@@ -79,24 +103,26 @@ class Wrapper(SignedExplainer):
                 for into, one in zip(joined[image], own, strict=True):
                     self._join(into, number, one)
         return [
-            [self._closed(into, image, score) for into, score in zip(own, row, strict=True)]
-            for own, image, row in zip(joined, inputs_nchw, self._scores(inputs_nchw, target), strict=True)
+            [self._closed(into, known, score) for into, score in zip(own, row, strict=True)]
+            for own, known, row in zip(joined, looked, self._scores(inputs_nchw, target), strict=True)
         ]
 
-    def _all_views(self, inputs_nchw: Tensor, seeds: Sequence[int]) -> Iterator[tuple[int, int, Tensor, int]]:
-        for image, (own, seed) in enumerate(zip(inputs_nchw, seeds, strict=True)):
-            for number, view in enumerate(self.views(own, torch.Generator().manual_seed(seed))):
+    def _all_views(
+        self, inputs_nchw: Tensor, looked: Sequence[Any], seeds: Sequence[int]
+    ) -> Iterator[tuple[int, int, Tensor, int]]:
+        for image, (own, known, seed) in enumerate(zip(inputs_nchw, looked, seeds, strict=True)):
+            for number, view in enumerate(self.views(own, known, torch.Generator().manual_seed(seed))):
                 yield image, number, view, seed_of_view(seed, number)
 
     def _join(self, into: Joined, number: int, one: Attribution) -> None:
-        into.total = self.add(into.total, number, one)
+        into.total = self.add(into, number, one)
         into.scores.append(one.score)
         into.num_forwards += max(1, one.num_forwards)
         into.last = replace(one, values=one.values[:0])
 
-    def _closed(self, joined: Joined, image_chw: Tensor, score: float) -> Attribution:
+    def _closed(self, joined: Joined, looked: Any, score: float) -> Attribution:
         assert joined.last is not None
-        values, products = self.close(joined, image_chw), self.products(joined)
+        values, products = self.close(joined, looked), self.products(joined)
         return Attribution(values, score, joined.num_forwards, joined.last.blocks, products)
 
 

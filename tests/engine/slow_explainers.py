@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tests.engine.oracles import minmax, probability, upsample
 
@@ -184,9 +185,9 @@ def max_convolution(heights: np.ndarray, smoothness: float, sharpness: float, re
     return found
 
 
-def blurred(image: np.ndarray, sigma: float) -> np.ndarray:
-    """A Gaussian cut off after three deviations, place by place; the rim goes on. [H, W]."""
-    reach = max(1, round(3 * sigma))
+def blurred(image: np.ndarray, sigma: float, reach: int | None = None) -> np.ndarray:
+    """A Gaussian cut off after `reach` (three deviations), place by place; the rim goes on. [H, W]."""
+    reach = reach or max(1, round(3 * sigma))
     height, width = image.shape
     found = np.zeros_like(image)
     offsets = range(-reach, reach + 1)
@@ -213,18 +214,92 @@ def looked_up(levels: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return found
 
 
-def sobel(image: np.ndarray) -> np.ndarray:
-    """The length of Sobel's gradient of the mean over channels; the rim goes on."""
+def steepness(image: np.ndarray, beside: float, middle: float) -> np.ndarray:
+    """The length of the gradient of the mean over channels, its three lines weighted; the rim goes on."""
     grey = image.mean(0)
     height, width = grey.shape
     found = np.zeros_like(grey)
+    lines = ((-1, beside), (0, middle), (1, beside))
 
     def at(i, j):
         return grey[min(max(i, 0), height - 1), min(max(j, 0), width - 1)]
 
     for i in range(height):
         for j in range(width):
-            across = sum(w * (at(i + d, j + 1) - at(i + d, j - 1)) for d, w in ((-1, 1), (0, 2), (1, 1)))
-            down = sum(w * (at(i + 1, j + d) - at(i - 1, j + d)) for d, w in ((-1, 1), (0, 2), (1, 1)))
+            across = sum(w * (at(i + d, j + 1) - at(i + d, j - 1)) for d, w in lines)
+            down = sum(w * (at(i + 1, j + d) - at(i - 1, j + d)) for d, w in lines)
             found[i, j] = math.hypot(across, down)
     return found
+
+
+def ucag(net: nn.Module, image: Tensor, target: int, attribute, *, crops, side, enlarge, divider, weighted, blur):
+    """Crops laid over one another, pixel by pixel; `attribute(net, crop, target)` is a signed map [h, w]."""
+    height, width = image.shape[1:]
+    high, wide = math.floor(side * height / 224), math.floor(side * width / 224)
+    seen = (height, width) if enlarge == "native" else (math.floor(enlarge * high), math.floor(enlarge * wide))
+    found = []
+    for i in range(crops):
+        for j in range(crops):
+            top, left = round(i * (height - high) / (crops - 1)), round(j * (width - wide) / (crops - 1))
+            crop = image[None, :, top : top + high, left : left + wide]
+            crop = functional.interpolate(crop, size=seen, mode="bicubic", align_corners=False)[0]
+            score = float(probability(net(crop[None]).detach()[0], target))
+            found.append((top, left, score, upsample(attribute(net, crop, target)[None], (high, wide))[0].numpy()))
+    greatest = max(math.exp(score) for _, _, score, _ in found)
+    saliency = np.zeros((height, width))
+    for i in range(height):
+        for j in range(width):
+            count = 1 if divider == "official" else 0
+            for top, left, score, own in found:
+                if top <= i < top + high and left <= j < left + wide:
+                    weight = math.exp(score) / greatest if weighted else 1
+                    saliency[i, j] += weight * own[i - top, j - left]
+                    count += 1
+            saliency[i, j] = max(0, saliency[i, j] / count)
+    return blurred(minmax(saliency), 3, reach=2) if blur else minmax(saliency)
+
+
+def scharr(pixels: np.ndarray) -> np.ndarray:
+    return minmax(steepness(pixels, 3, 10))
+
+
+def feature_cam(net, image, target, mean, std, *, interior, threshold, recompute, variant):
+    """Over Grad-CAM and Scharr's edges, pixel by pixel; `mean` and `std` [3, 1, 1] are the normalisation's."""
+    pixels = (image * std + mean).clamp(0, 1)
+    edges = torch.from_numpy(scharr(pixels.numpy()))
+    seen = [image]
+    if recompute:
+        second = pixels * edges if variant == "product" else torch.minimum(pixels + edges, torch.ones(()))
+        seen += [(one - mean) / std for one in (second, edges.expand(3, -1, -1))]
+    size = tuple(image.shape[1:])
+    own = [minmax(upsample(gradcam(net, one, target).clamp(min=0)[None], size)[0]) for one in seen]
+    saliency = minmax(sum(own) / len(own))
+    found = np.zeros(size)
+    for i in range(size[0]):
+        for j in range(size[1]):
+            if saliency[i, j] >= threshold:
+                found[i, j] = saliency[i, j] * (interior + (1 - interior) * edges[i, j])
+    return found
+
+
+def hed(pixels: np.ndarray, layers: dict[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Edges [H, W] of RGB pixels [H, W, 3] in [0, 1], from the file's kernels [height, width, in, out] and biases."""
+    full = pixels.shape[:2]
+    maps = pixels[..., ::-1] * 255 - np.array([104.00699, 116.66877, 122.67892])
+    sides = []
+    for block, depth in enumerate((2, 2, 3, 3, 3), 1):
+        if block > 1:
+            high, wide = (math.ceil(side / 2) for side in maps.shape[:2])
+            maps = np.array(
+                [[maps[2 * i : 2 * i + 2, 2 * j : 2 * j + 2].max((0, 1)) for j in range(wide)] for i in range(high)]
+            )
+        for layer in range(depth):
+            kernel, bias = layers[f"block{block}/layers/conv2d" + (f"_{layer}" if layer else "")]
+            around = np.pad(maps, ((1, 1), (1, 1), (0, 0)))
+            places = [(i, j) for i in range(3) for j in range(3)]
+            shifted = (around[i : i + maps.shape[0], j : j + maps.shape[1]] @ kernel[i, j] for i, j in places)
+            maps = np.maximum(sum(shifted) + bias, 0)
+        kernel, bias = layers[f"dsn{block}"]
+        sides.append(upsample(torch.from_numpy(maps @ kernel[0, 0] + bias)[None, ..., 0], full)[0].numpy())
+    kernel, bias = layers["fuse"]
+    return 1 / (1 + np.exp(-(np.stack(sides, -1) @ kernel[0, 0] + bias)))[..., 0]

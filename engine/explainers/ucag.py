@@ -1,0 +1,136 @@
+"""UCAG: overlapping crops of the image, each enlarged and explained by itself, and laid over one another again."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import floor
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from engine.errors import ModelError
+from engine.explainers.explainer import Attribution, Explainer, Learner
+from engine.explainers.wrapper import Joined, MakeBase, Wrapper
+from engine.models import ModelAdapter
+from engine.perturb import blurred
+from engine.products import Crop, SideProducts
+from engine.resample import Grid, grid_of, scaled, upsampling
+from engine.targets import Target
+
+PUBLISHED_SIDE = 224
+"""The input of which the authors' constants are."""
+BLUR_SIGMA, BLUR_REACH = 3.0, 2
+"""Of the finished map: a Gaussian of 5 x 5 pixels."""
+
+
+def starts(side: int, crop: int, count: int) -> list[int]:
+    """Where `count` crops begin along one axis, from rim to rim; one alone lies in the middle."""
+    if count == 1:
+        return [round((side - crop) / 2)]
+    return [round(number * (side - crop) / (count - 1)) for number in range(count)]
+
+
+class Ucag(Wrapper):
+    """`S = sum_i w_i a_i / (1 + overlaps)`, a_i the base's signed map of crop i, `w_i = exp(q_i) / max_j exp(q_j)`.
+
+    Hong et al., Unfold and Conquer Attribution Guidance, AAAI 2023; q_i is the target's value on the crop, and the
+    one in the divider is the authors' code's. Crops begin at `round(i (H - C) / (n - 1))`, which is their stride at
+    224 pixels and leaves no gap at other sizes.
+    """
+
+    def _base(self, adapter: ModelAdapter, parameters: Any, base: MakeBase, options: dict[str, Any]) -> Explainer:
+        """The wrapped method for enlarged crops: as many pixels per pass as the model's own inputs would be.
+
+        A forward that was made for one shape is of use at the model's own size alone.
+        """
+        height, width = (max(1, parameters.side * side // PUBLISHED_SIDE) for side in adapter.input_size)
+        self.crop: Grid = (height, width)
+        if parameters.enlarge == "native":
+            return base(adapter, **options)
+        larger = (floor(parameters.enlarge * height), floor(parameters.enlarge * width))
+        if larger == adapter.input_size:
+            return base(adapter, **options)
+        growth = max(1.0, larger[0] * larger[1] / (adapter.input_size[0] * adapter.input_size[1]))
+        fewer = {name: max(1, int(options[name] / growth)) for name in ("batch_size", "images_per_pass")}
+        return base(_resized(adapter, larger), **{**options, **fewer, "forward": None})
+
+    def _prepare(self, blocks: Sequence[str]) -> None:
+        (height, width), full = self.crop, self.adapter.input_size
+        rows, columns = (starts(side, crop, self.parameters.crops) for side, crop in zip(full, self.crop, strict=True))
+        self.windows = [(slice(top, top + height), slice(left, left + width)) for top in rows for left in columns]
+        overlaps = torch.zeros(full, dtype=torch.float64)
+        for window in self.windows:
+            overlaps[window] += 1
+        self.divisor = overlaps + 1 if self.parameters.divider == "official" else overlaps.clamp(min=1)
+
+    def views(self, image_chw: Tensor, looked: Any, generator: torch.Generator) -> Iterator[Tensor]:
+        for rows, columns in self.windows:
+            yield self._seen(image_chw[None, :, rows, columns])[0]
+
+    def _seen(self, inputs_nchw: Tensor) -> Tensor:
+        """Pictures of any size at the one that the base takes."""
+        size = self.base.adapter.input_size
+        return functional.interpolate(inputs_nchw, size=size, mode="bicubic", align_corners=False)
+
+    def add(self, joined: Joined, number: int, one: Attribution) -> Tensor:
+        """The canvas with one more crop's map; weights are relative to the first crop's until all are known."""
+        flat = self.base.flat(one.values).double()
+        canvas = flat.new_zeros(self.adapter.input_size) if joined.total is None else joined.total
+        weight = _exponential(one.score - joined.scores[0]) if self.parameters.weighted and joined.scores else 1.0
+        canvas[self.windows[number]] += weight * upsampling(grid_of(flat), self.crop, flat.device)(flat)
+        return canvas
+
+    def close(self, joined: Joined, looked: Any) -> Tensor:
+        assert joined.total is not None
+        return joined.total * self._weights(joined.scores)[0] / self.divisor.to(joined.total.device)
+
+    def _weights(self, scores: Sequence[float]) -> list[float]:
+        greatest = max(scores)
+        return [_exponential(score - greatest) if self.parameters.weighted else 1.0 for score in scores]
+
+    def finish(self, flat_hw: Tensor) -> Tensor:
+        """The positive part, scaled to [0, 1], and blurred where that was asked."""
+        positive = scaled(flat_hw.relu())
+        return blurred(positive[None], BLUR_SIGMA, reach=BLUR_REACH)[0] if self.parameters.blur else positive
+
+    def products(self, joined: Joined) -> SideProducts:
+        crops = tuple(
+            Crop(rows.start, columns.start, *self.crop, score, weight)
+            for (rows, columns), score, weight in zip(
+                self.windows, joined.scores, self._weights(joined.scores), strict=True
+            )
+        )
+        return replace(super().products(joined), crops=crops)
+
+    def learner(self) -> Learner:
+        return _Enlarging(self.base.learner(), self._seen)
+
+
+@dataclass(frozen=True)
+class _Enlarging:
+    """The base's first pass, over whole images at the size of its crops."""
+
+    base: Learner
+    seen: Callable[[Tensor], Tensor]
+
+    def see(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> None:
+        self.base.see(self.seen(inputs_nchw), target, seeds)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.base.state()
+
+
+def _resized(adapter: ModelAdapter, size: Grid) -> ModelAdapter:
+    try:
+        return adapter.resized(size)
+    except ModelError as error:
+        raise ModelError(
+            f"ucag enlarges its crops to {size[0]} x {size[1]} pixels, and {error}; with enlarge=native the model sees "
+            "them at its own size"
+        ) from error
+
+
+def _exponential(difference: float) -> float:
+    """e to its power; beyond the largest number infinity."""
+    return float(torch.tensor(difference, dtype=torch.float64).exp())
