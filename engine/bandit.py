@@ -3,18 +3,17 @@
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import sqrt
+from math import exp, log1p, sqrt, tanh
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 CONTEXT = 100
 """Numbers that an image's context has."""
 
 MOST_STEPS, FLAT = 100, 1e-5
 """Of the optimiser, for one update; and the change of the loss at which it stops."""
-RATE, THETA_RATE = 3e-3, 1e-4
+RATE, THETA_RATE = 3e-3, 1e-5
 """Of the optimiser: for the arm's weights; for the layer that makes contexts, shared among its K features."""
 SCALE = 0.3
 """The length of either part of a context at first, which sets how much one reward teaches and how far draws stray."""
@@ -98,30 +97,40 @@ class Bandit:
         """
         sign = 1.0 if is_good else -1.0
         own, mean, precision = self._standard(features), self.means[arm], self.precisions[arm]
-        with torch.enable_grad():
-            weights, weight, bias = (one.clone().requires_grad_(True) for one in (mean, self.weight, self.bias))
-            optimiser = torch.optim.AdamW(
-                [
-                    {"params": [weights], "lr": RATE, "weight_decay": 0.0},  # the precisions hold them already
-                    {"params": [weight, bias], "lr": THETA_RATE / len(own)},
-                ]
-            )
-            before = float("inf")
-            for _ in range(MOST_STEPS):
-                odds = weights @ (weight @ own + bias)
-                loss = (precision * (weights - mean) ** 2).sum() / 2 + functional.softplus(-sign * odds)
-                if abs(before - float(loss.detach())) < FLAT:
-                    break
-                before = float(loss.detach())
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-        self.weight, self.bias = weight.detach(), bias.detach()
-        self.means[arm] = weights.detach()
+        weights, weight, bias = mean.clone(), self.weight.clone(), self.bias.clone()
+        groups = [
+            {"params": [weights], "lr": RATE, "weight_decay": 0.0},  # the precisions hold them already
+            {"params": [weight, bias], "lr": THETA_RATE / len(own)},
+        ]
+        optimiser = torch.optim.AdamW(groups, fused=True)
+        before = float("inf")
+        for _ in range(MOST_STEPS):
+            context = weight @ own + bias
+            odds = sign * float(weights @ context)
+            loss = float(precision @ (weights - mean) ** 2) / 2 + softplus(-odds)
+            if abs(before - loss) < FLAT:
+                break
+            before = loss
+            slope = -sign * sigmoid(-odds)
+            weights.grad = precision * (weights - mean) + slope * context
+            weight.grad, bias.grad = torch.outer(slope * weights, own), slope * weights
+            optimiser.step()
+        weight.grad = bias.grad = None
+        self.weight, self.bias, self.means[arm] = weight, bias, weights
         context = self.context(features)
-        chance = torch.sigmoid(self.means[arm] @ context)
+        chance = sigmoid(float(weights @ context))
         self.precisions[arm] += context**2 * chance * (1 - chance)
         self.counts[arm] += 1
+
+
+def softplus(odds: float) -> float:
+    """`log(1 + exp(odds))`, at any size."""
+    return max(odds, 0.0) + log1p(exp(-abs(odds)))
+
+
+def sigmoid(odds: float) -> float:
+    """`1 / (1 + exp(-odds))`, at any size."""
+    return (1 + tanh(odds / 2)) / 2
 
 
 @dataclass

@@ -42,7 +42,7 @@ MAPS_AT_ONCE = 256
 """Maps at full size that are judged together: bounds memory, changes no result."""
 
 LEARNING_BATCH = 8
-"""Inputs per forward in the first pass, whose images come one by one; what is learned depends on nothing else."""
+"""Inputs per forward in the first pass, at most: its images come one by one, and no setting shows in its state."""
 
 STATE_VERSION = 1
 
@@ -201,14 +201,17 @@ class Bee(SignedExplainer):
         families, name = self.parameters.families, self.parameters.metric
         bandit = Bandit.untrained(features[sound], len(families))
         history = History(METRICS[name].better == "higher", counts_rises=name == "average_increase_100")
-        chooser = self._chooser(Scorer(self.adapter, self.scorer.perturbation, LEARNING_BATCH))
+        _, num_masks = CHOOSERS[name]
+        batch_size = math.ceil(num_masks / math.ceil(num_masks / LEARNING_BATCH))
+        chooser = self._chooser(Scorer(self.adapter, self.scorer.perturbation, batch_size))
+        num_points = 1 + max(self.parameters.steps, self.parameters.noise_steps)
         for number, seen in enumerate(self._one_by_one(inputs_nchw, target)):
             if not sound[number]:
                 continue
             generator = torch.Generator().manual_seed(seeds[number])
             arm = bandit.choice(bandit.context(features[number]), generator)
             baseline = FAMILIES[families[arm]](seen.maps_nkhw[0], generator, known.others(seeds[number]))
-            made = self._integrated(seen, [Draw(0, families[arm], baseline)], LEARNING_BATCH)
+            made = self._integrated(seen, [Draw(0, families[arm], baseline)], num_points)
             ((value, *_),) = self._judged(chooser, seen, made)
             is_good = float(torch.rand((), generator=generator)) < history.reward(value)
             bandit.update(arm, features[number], is_good)

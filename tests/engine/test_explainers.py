@@ -1,6 +1,7 @@
 """The explainers beside SISE and the CAMs: slow twins and closed forms; and what must hold for every explainer."""
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch.nn import functional
 from engine import catalog
 from engine.catalog import (
     AdaSiseParameters,
+    BeeParameters,
     ExtremalParameters,
     IntegratedGradientsParameters,
     NoParameters,
@@ -42,7 +44,14 @@ def adapter_of(net, size=32):
 
 
 def explainer(name, adapter, parameters=None, **options):
-    return EXPLAINERS[name](adapter, parameters or catalog.EXPLAINERS[name].parameters(), **options)
+    """The explainer, after its first pass where it has one."""
+    make = partial(EXPLAINERS[name], adapter, parameters or catalog.EXPLAINERS[name].parameters(), **options)
+    unlearned = make()
+    count = unlearned.images_to_learn_from
+    if count == 0:
+        return unlearned
+    classes = ClassProbability(torch.zeros(count, 1, dtype=torch.int64))
+    return make(state=unlearned.learn(smooth(count, *adapter.input_size, seed=9), classes, range(100, 100 + count)))
 
 
 def maps(name, net, inputs, classes, parameters=None, *, seeds=None, target=ClassProbability, **options):
@@ -529,9 +538,10 @@ CHEAP = {
     "sise": SiseParameters(),
     "ada-sise": AdaSiseParameters(),
     "scorecam": ScoreCamParameters(),
+    "bee": BeeParameters(draws=3, images=3, pool=2),
 }
 CONTROLS = {"random", "gaussian", "edges"}
-STOCHASTIC = {"random", "rise", "smoothgrad"}
+STOCHASTIC = {"random", "rise", "smoothgrad", "bee"}
 SEEING = [name for name in EXPLAINERS if name not in CONTROLS]
 SIDE = 24
 
