@@ -201,21 +201,29 @@ class Bee(SignedExplainer):
         families, name = self.parameters.families, self.parameters.metric
         bandit = Bandit.untrained(features[sound], len(families))
         history = History(METRICS[name].better == "higher", counts_rises=name == "average_increase_100")
-        _, num_masks = CHOOSERS[name]
-        batch_size = math.ceil(num_masks / math.ceil(num_masks / LEARNING_BATCH))
-        chooser = self._chooser(Scorer(self.adapter, self.scorer.perturbation, batch_size))
-        num_points = 1 + max(self.parameters.steps, self.parameters.noise_steps)
+        chooser = self._learning_chooser()
         for number, seen in enumerate(self._one_by_one(inputs_nchw, target)):
             if not sound[number]:
                 continue
             generator = torch.Generator().manual_seed(seeds[number])
             arm = bandit.choice(bandit.context(features[number]), generator)
             baseline = FAMILIES[families[arm]](seen.maps_nkhw[0], generator, known.others(seeds[number]))
-            made = self._integrated(seen, [Draw(0, families[arm], baseline)], num_points)
-            ((value, *_),) = self._judged(chooser, seen, made)
+            value = self._tried(chooser, seen, Draw(0, families[arm], baseline))
             is_good = float(torch.rand((), generator=generator)) < history.reward(value)
             bandit.update(arm, features[number], is_good)
         return bandit
+
+    def _learning_chooser(self) -> MaskedMetric:
+        """The metric with batches that one map's masked inputs fill."""
+        _, num_masks = CHOOSERS[self.parameters.metric]
+        batch_size = math.ceil(num_masks / math.ceil(num_masks / LEARNING_BATCH))
+        return self._chooser(Scorer(self.adapter, self.scorer.perturbation, batch_size))
+
+    def _tried(self, chooser: MaskedMetric, seen: Seen, draw: Draw) -> float | None:
+        """The metric's value of one draw's map."""
+        num_points = 1 + max(self.parameters.steps, self.parameters.noise_steps)
+        ((value,),) = self._judged(chooser, seen, self._integrated(seen, [draw], num_points))
+        return value
 
     def _one_by_one(self, inputs_nchw: Tensor, target: Target) -> Iterator[Seen]:
         """Each image, from forwards of one fixed shape; of its targets the first."""
