@@ -249,7 +249,7 @@ EXPLAINERS: Mapping[str, ExplainerEntry] = {
         needs="a CNN or a vision transformer: the last block's feature maps, and the network behind it; random",
         cost="100 draws, each 5 F, and 5 B per target, of the network behind the last block (4 of noise), and per "
         "target 1 F (average drop), 10 F (pos) or 29 F (insertion); fast: 8 draws; before, a first pass over 5000 "
-        "images (fast: 128), each 3 F, 1 draw and its metric",
+        "images (fast: 128), each 2 F, 1 draw and its metric",
         source="Barkan et al., Baseline Exploration-Exploitation, BEE",
         blocks="last",
         fast={"draws": 8, "images": 128, "pool": 16},
