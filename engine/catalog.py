@@ -89,8 +89,8 @@ BACKWARD = 2
 """Forward passes that a backward pass is worth."""
 
 FORWARDS_TO_SELECT: Mapping[SelectionMetric, int] = {
-    "average_drop_100": 3,
-    "average_increase_100": 3,
+    "average_drop_100": 1,
+    "average_increase_100": 1,
     "insertion": 29,
     "deletion": 29,
     "pos": 10,
@@ -260,14 +260,15 @@ EXPLAINERS: Mapping[str, ExplainerEntry] = {
     "bee": ExplainerEntry(
         BeeParameters,
         needs="a CNN or a vision transformer: the last block's feature maps, and the network behind it; random",
-        cost="per target 100 draws of 5 F + 5 B of the network behind the last block and 3 F (average_drop_100) to "
-        "29 F (insertion) for the metric; fast: 8 draws; and a first pass over 5000 images (fast: 128)",
+        cost="100 draws, each 5 F, and 5 B per target, of the network behind the last block (4 of noise), and per "
+        "target 1 F (average drop), 10 F (pos) or 29 F (insertion); fast: 8 draws; before, a first pass over 5000 "
+        "images (fast: 128), each 2 F, 1 draw and its metric",
         source="Barkan et al., Baseline Exploration-Exploitation, BEE",
         blocks="last",
         num_forwards=lambda own, targets: 2 + own.draws * targets * FORWARDS_TO_SELECT[own.metric],
         fast={"draws": 8, "images": 128, "pool": 16},
         images_to_learn_from=lambda own: (
-            own.images if own.choice == "bandit" else own.pool if "train" in own.families else 0
+            own.images if own.choice == "bandit" and len(own.families) > 1 else own.pool * ("train" in own.families)
         ),
     ),
     "random": _control("uniform noise"),

@@ -126,13 +126,14 @@ class Taps:
     def tail(self) -> Callable[[Tensor, Tensor], Tensor]:
         """What follows the one place: from inputs [N, 3, H, W] and other feature maps [N, C, h, w] to logits [N, K].
 
-        Where all that follows depends on the maps alone, only that part of the network runs.
+        Where all that follows depends on the maps alone, only that part of the network runs. The logits have a
+        gradient by the maps where autograd is on, and the maps are left as they were.
         """
         (place,) = self.places
         is_plain = place.layout is not None and place.layout.kind == "channels first"
         cut = _cut(self.graph, place.name) if self.graph is not None and is_plain else None
         if cut is not None:
-            return lambda _, maps: cut(maps)
+            return lambda _, maps: cut(maps.clone())  # what follows may work in place
         return lambda inputs, maps: self._run(inputs, MapRecorder(self.places, {place.name: maps}))
 
 

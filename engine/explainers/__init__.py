@@ -6,6 +6,7 @@ from typing import Any
 
 from engine.composition import Method, method_of, parameters_of
 from engine.explainers.ablationcam import AblationCam
+from engine.explainers.bee import Bee
 from engine.explainers.cams import WEIGHINGS, Cam
 from engine.explainers.controls import CentredGaussian, Edges, RandomMap
 from engine.explainers.explainer import Explainer
@@ -62,6 +63,7 @@ EXPLAINERS: Mapping[str, Callable[..., Explainer]] = {
     "integrated_gradients": IntegratedGradients,
     "fullgrad": FullGrad,
     "extremal_perturbation": ExtremalPerturbation,
+    "bee": Bee,
     "random": RandomMap,
     "gaussian": CentredGaussian,
     "edges": Edges,

@@ -152,20 +152,28 @@ class LevelDrop(MaskedMetric):
     At level v the pixels below the (100 - v)-th percentile go and the others keep their value (T-TAME).
     """
 
+    levels: tuple[float, ...] = LEVELS
     names = tuple(f"{kind}_{100 * level:.0f}" for level in LEVELS for kind in ("average_drop", "average_increase"))
 
     def details(self) -> Mapping[str, Any]:
-        return {**super().details(), "levels": LEVELS, "mask": "the map's values"}
+        return {**super().details(), "levels": self.levels, "mask": "the map's values"}
 
     def source(self, maps: Maps, image: int, index: int) -> MaskSource:
         saliency = maps.saliency[image][index]
-        counts = tuple(saliency.size - round(level * saliency.size) for level in LEVELS)
+        counts = tuple(saliency.size - round(level * saliency.size) for level in self.levels)
         weights = torch.from_numpy(saliency).to(maps.inputs_nchw)
         return RankedMasks(image, _ranks(maps, image, index, "bottom"), counts, weights)
 
     def values(self, score: float, masked: Sequence[float], saliency_hw: Map) -> Mapping[str, Value]:
         pairs = [(Value(drop(score, kept)), Value(100.0 * (kept > score))) for kept in masked]
         return dict(zip(self.names, (value for pair in pairs for value in pair), strict=True))
+
+
+class WholeDrop(LevelDrop):
+    """The level of 100 % alone: one forward pass."""
+
+    levels = LEVELS[:1]
+    names = LevelDrop.names[:2]
 
 
 class Curve(MaskedMetric):

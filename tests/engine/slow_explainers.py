@@ -303,3 +303,31 @@ def hed(pixels: np.ndarray, layers: dict[str, tuple[np.ndarray, np.ndarray]]) ->
         sides.append(upsample(torch.from_numpy(maps @ kernel[0, 0] + bias)[None, ..., 0], full)[0].numpy())
     kernel, bias = layers["fuse"]
     return 1 / (1 + np.exp(-(np.stack(sides, -1) @ kernel[0, 0] + bias)))[..., 0]
+
+
+def bee_map(net: nn.Module, tail: Tail, own: Tensor, baseline: Tensor, target: int, *, steps: int, integrand: str):
+    """The signed map [h, w] of one baseline: the mean over n + 1 points; `integrand` is path, plain or rectified."""
+    total = torch.zeros(own.shape[1:], dtype=torch.float64)
+    for step in range(steps + 1):
+        point = (baseline + step / steps * (own - baseline)).requires_grad_(True)
+        (slopes,) = torch.autograd.grad(tail(net, point[None])[0, target], point)
+        for k in range(len(own)):
+            if integrand == "path":
+                total += slopes[k] * (own - baseline)[k]
+            elif integrand == "plain":
+                total += slopes[k] * point[k].detach()
+            else:
+                total += slopes[k].clamp(min=0) * point[k].detach().clamp(min=0)
+    return total / (steps + 1)
+
+
+def bicubic(native: Tensor, size: tuple[int, int]) -> Tensor:
+    """Where the enlarged map is positive, [H, W]."""
+    return functional.interpolate(native[None, None], size, mode="bicubic", align_corners=False)[0, 0].clamp(min=0)
+
+
+@torch.no_grad()
+def average_drop(net: nn.Module, image: Tensor, target: int, saliency: Tensor) -> float:
+    """`100 max(0, o - q) / o`, q the probability under the map as the mask."""
+    whole, kept = (float(probability(net(one[None])[0], target)) for one in (image, minmax(saliency) * image))
+    return 100 * max(0.0, whole - kept) / whole

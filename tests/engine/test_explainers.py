@@ -1,6 +1,7 @@
 """The explainers beside SISE and the CAMs: slow twins and closed forms; and what must hold for every explainer."""
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,12 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engine import catalog
+from engine.composition import images_to_learn_from, method_of, parameters_of
 from engine.errors import ModelError
 from engine.explainers import EXPLAINERS, extremal, make_explainer
 from engine.explainers.fullgrad import bias_of
 from engine.models import ModelAdapter
 from engine.parameters import (
     AdaSiseParameters,
+    BeeParameters,
     ExtremalParameters,
     FeatureCamParameters,
     IntegratedGradientsParameters,
@@ -44,7 +47,15 @@ def adapter_of(net, size=32):
 
 
 def explainer(name, adapter, parameters=None, **options):
-    return make_explainer(name, adapter, parameters, **options)
+    """The explainer, after its first pass where it has one."""
+    make = partial(make_explainer, name, adapter, parameters, **options)
+    method = method_of(name)
+    count = images_to_learn_from(method, parameters or parameters_of(method, {}))
+    if count == 0:
+        return make()
+    learner, classes = make().learner(), ClassProbability(torch.zeros(count, 1, dtype=torch.int64))
+    learner.see(smooth(count, *adapter.input_size, seed=9), classes, range(100, 100 + count))
+    return make(state=learner.state())
 
 
 def maps(name, net, inputs, classes, parameters=None, *, seeds=None, target=ClassProbability, **options):
@@ -533,9 +544,10 @@ CHEAP = {
     "scorecam": ScoreCamParameters(),
     "ucag": UcagParameters(crops=2, enlarge=2.5),  # crops of 13 pixels become 32
     "feature-cam": FeatureCamParameters(edges="scharr", interior=0.2),
+    "bee": BeeParameters(draws=3, images=3, pool=2),
 }
 CONTROLS = {"random", "gaussian", "edges"}
-STOCHASTIC = {"random", "rise", "smoothgrad"}
+STOCHASTIC = {"random", "rise", "smoothgrad", "bee"}
 SEEING = [name for name in EXPLAINERS if name not in CONTROLS]
 SIDE = 24
 

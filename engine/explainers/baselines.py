@@ -1,0 +1,94 @@
+"""Random baselines of feature maps: five families, each one function of an image's maps and a generator."""
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod, sqrt
+
+import torch
+from torch import Tensor
+
+from engine.parameters import Family
+
+NUM_NOISE_STEPS, FIRST_NOISE, LAST_NOISE = 500, 1e-4, 0.02
+KEPT = prod(
+    1 - FIRST_NOISE - (LAST_NOISE - FIRST_NOISE) * step / NUM_NOISE_STEPS for step in range(1, NUM_NOISE_STEPS + 1)
+)
+"""The share of the signal's variance that a linear diffusion schedule of so many steps leaves, 0.00629."""
+
+LEAST_BLUR, MOST_BLUR = 3, 50
+"""Deviations of the blur, in places of the feature map."""
+BLUR_REACH = 4
+"""Deviations after which it is cut off."""
+
+Baseline = Callable[[Tensor, torch.Generator, Sequence[Tensor]], Tensor]
+"""From an image's maps [K, h, w] and the pool's to a baseline [K, h, w] like them; numbers are drawn on the CPU."""
+
+
+def normal(maps_khw: Tensor, generator: torch.Generator, _pool: Sequence[Tensor]) -> Tensor:
+    """The maps at the end of a diffusion, all but Gaussian noise, in each channel's own range."""
+    return _diffused(maps_khw, torch.randn(maps_khw.shape, generator=generator))
+
+
+def uniform(maps_khw: Tensor, generator: torch.Generator, _pool: Sequence[Tensor]) -> Tensor:
+    """As `normal`, with even noise from 0 to 1."""
+    return _diffused(maps_khw, torch.rand(maps_khw.shape, generator=generator))
+
+
+def _diffused(maps: Tensor, noise: Tensor) -> Tensor:
+    """`sqrt(a) h + (1 - a) e`, stretched to the least and the greatest value of each channel of h."""
+    mixed = sqrt(KEPT) * maps + (1 - KEPT) * noise.to(maps)
+    low, high = mixed.amin((1, 2), keepdim=True), mixed.amax((1, 2), keepdim=True)
+    own_low, own_high = _range(maps)
+    share = (mixed - low) / torch.where(high > low, high - low, 1.0)
+    return own_low + (own_high - own_low) * share
+
+
+def _range(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and greatest value of each channel, over both axes, [K, 1, 1]."""
+    return maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+
+
+def blur(maps_khw: Tensor, generator: torch.Generator, _pool: Sequence[Tensor]) -> Tensor:
+    """The maps under a Gaussian whose deviation is a whole number of places, from 3 to 50."""
+    sigma = int(torch.randint(LEAST_BLUR, MOST_BLUR + 1, (), generator=generator))
+    rows, columns = (blur_matrix(side, sigma).to(maps_khw) for side in maps_khw.shape[1:])
+    return rows @ maps_khw @ columns.T
+
+
+def blur_matrix(side: int, sigma: float) -> Tensor:
+    """The matrix [side, side] (float64) of one axis under a Gaussian; beyond the rim the axis is mirrored.
+
+    Mirrored, a wide blur tends to the mean of the axis; with its rim going on it would tend to the rim.
+    """
+    reach = round(BLUR_REACH * sigma)
+    offsets = torch.arange(-reach, reach + 1)
+    bell = torch.exp(-0.5 * (offsets.double() / sigma) ** 2)
+    sources = (torch.arange(side)[:, None] + offsets) % (2 * side)
+    sources = torch.minimum(sources, 2 * side - 1 - sources)
+    matrix = torch.zeros(side, side, dtype=torch.float64)
+    return matrix.scatter_add_(1, sources, (bell / bell.sum()).expand(side, -1))
+
+
+def const(maps_khw: Tensor, generator: torch.Generator, _pool: Sequence[Tensor]) -> Tensor:
+    """In each channel one value, even from its least to its greatest over both axes."""
+    low, high = _range(maps_khw)
+    share = torch.rand(len(maps_khw), 1, 1, generator=generator).to(maps_khw)
+    return (low + (high - low) * share).expand_as(maps_khw)
+
+
+def train(maps_khw: Tensor, generator: torch.Generator, pool: Sequence[Tensor]) -> Tensor:
+    """The maps of another image of the data set; where the pool has none, the image's own, of which no map is made."""
+    if not pool:
+        return maps_khw
+    return pool[int(torch.randint(len(pool), (), generator=generator))].to(maps_khw)
+
+
+FAMILIES: Mapping[Family, Baseline] = {
+    "normal": normal,
+    "uniform": uniform,
+    "blur": blur,
+    "const": const,
+    "train": train,
+}
+
+NOISY: tuple[Family, ...] = ("normal", "uniform")
+"""Families with a path of their own length."""
