@@ -33,5 +33,5 @@ def test_every_parameter_has_a_default_and_a_word_of_help():
 
 
 def test_catalog_and_errors_need_no_torch():
-    code = "import sys; sys.modules['torch'] = None; import engine.catalog, engine.errors"
+    code = "import sys; sys.modules['torch'] = None; import engine.catalog, engine.detectors, engine.errors"
     subprocess.run([sys.executable, "-c", code], check=True)
