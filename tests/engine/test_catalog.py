@@ -33,5 +33,6 @@ def test_every_parameter_has_a_default_and_a_word_of_help():
 
 
 def test_catalog_and_errors_need_no_torch():
-    code = "import sys; sys.modules['torch'] = None; import engine.composition, engine.errors, engine.products"
+    modules = "engine.composition, engine.detectors, engine.errors, engine.products"
+    code = f"import sys; sys.modules['torch'] = None; import {modules}"
     subprocess.run([sys.executable, "-c", code], check=True)

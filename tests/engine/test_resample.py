@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.resample import bilinear_matrix, corner_samples, upsampling
+from engine.resample import bilinear_matrix, corner_samples, scaled, upsampling
 from tests.engine import oracles
 
 CPU = torch.device("cpu")
@@ -217,3 +217,11 @@ def test_corner_samples_by_hand():
     assert corner_samples(1, 9) == [0, 4, 8]
     assert corner_samples(2, 16) == [0, 3, 4, 11, 12, 15]
     assert len(corner_samples(7, 224)) == 16
+
+
+def test_scaled_maps_span_0_to_1_each_for_itself():
+    maps = torch.tensor([[[1.0, 3.0], [2.0, 1.0]], [[4.0, 4.0], [4.0, 4.0]], [[float("nan"), 1.0], [2.0, 3.0]]])
+    found = scaled(maps)
+    assert found[0].tolist() == [[0.0, 1.0], [0.5, 0.0]]
+    assert not found[1].any()
+    assert found[2].isnan().all()

@@ -575,6 +575,8 @@ def test_the_map_lies_where_both_the_base_and_edges_are():
     (found,) = feature(net, inputs, [[0]], stripes, threshold=0.5)[0]
     assert np.array_equal(found.saliency_hw > 0, (base >= 0.5) & (stripes.numpy() > 0))
     assert (found.saliency_hw > 0).any()
+    (peak,) = feature(net, inputs, [[0]], torch.ones(1, 1), threshold=1.0)[0]
+    assert np.array_equal(peak.saliency_hw, base == 1)  # the threshold itself still counts
 
 
 def two_squares():
