@@ -1,7 +1,7 @@
 """What the command line prints: tables for people, with every string from data made harmless."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from jobs.config import JobConfig
 from jobs.estimate import estimate
 from jobs.measured import recall
 from jobs.plan import Plan
+from jobs.products import products_of, said_of
 from jobs.progress import clock, counted
 from jobs.receipts import metric_means
 from jobs.reconcile import Standing
@@ -450,8 +451,11 @@ FIGURES = ("score", "rank", "Drop", "grew", "forwards", "fidelity", "map bytes")
 """What is shown of a target beside its name."""
 
 
-def record_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """One record's rows: its facts, then a line per target."""
+def record_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """One record's rows: its facts, a line per target, and a line for each thing that was found beside its map.
+
+    Raises UnreconciledError where such a thing is damaged.
+    """
     first = rows[0]
     table = Table(title=printable(first["key"]), title_justify="left", title_style="bold")
     for name in ("target", *FIGURES):
@@ -461,7 +465,15 @@ def record_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             table.add_row(*target_cells(row))
     if first["map"] is None:
         return _facts([(f"rejected ({first['reject_code']})", printable(first["error"]))], printable(first["key"]))
-    return table
+    return Group(table, *_beside_maps([row for row in rows if row["map"] is not None]))
+
+
+def _beside_maps(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
+    """What was found beside the maps, target by target where there are several."""
+    for row in rows:
+        found = [(name, printable(text)) for name, text in said_of(products_of(row))]
+        if found:
+            yield _facts(found, printable(row["target_name"]) if len(rows) > 1 else None)
 
 
 def target_cells(row: Mapping[str, Any]) -> list[str]:
