@@ -1,7 +1,7 @@
 """What the engine offers, readable without torch: names, parameters, needs and costs."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from engine.parameters import (
@@ -60,6 +60,11 @@ class ExplainerEntry:
     """A wrapper's method where none is named, as in `ucag(gradcam)`; None: it wraps none."""
     num_views: Callable[[Any], float] | None = None
     """Of a wrapper: how many times what its base costs, by its parameters."""
+
+    @property
+    def is_reconstruction(self) -> bool:
+        """Whether it was made from an abstract alone; its parameters say so too."""
+        return any(own.name == "origin" and own.default == "reconstruction" for own in fields(self.parameters))
 
 
 @dataclass(frozen=True)

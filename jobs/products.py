@@ -147,7 +147,7 @@ def said_of(products: SideProducts) -> Iterator[tuple[str, str]]:
         values = products.channel_importance
         first = int(_order(values)[0])
         above = f"{(values > 0).sum():,} of {counted(values.size, 'channel')} above 0"
-        yield "channel importance", f"{above}; the most important: {first} ({figure(values[first])})"
+        yield "channel importance", f"{above}; the most important: {first} ({values[first]:.3g})"
     if products.edge_detector is not None:
         yield "edges", f"by {products.edge_detector}"
 
@@ -177,6 +177,10 @@ def _shares(maps: Sequence[GridMap]) -> list[float]:
     """Each map's mass, of the last one's; zeros where that has none."""
     masses = [float(one.values_hw.sum(dtype=np.float64)) for one in maps]
     return [mass / masses[-1] if masses[-1] > 0 else 0.0 for mass in masses]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if abs(share) < 100 else f"{100 * share:.2g} %"
 
 
 def _selection(products: SideProducts) -> str:
@@ -240,7 +244,8 @@ def _film(maps: Sequence[GridMap], pixels: Pixels, most: int) -> Part:
     places = np.linspace(0, len(maps) - 1, min(len(maps), most)).round().astype(int).tolist()
     tiles = (
         Tile(
-            _over(pixels, _displayed(maps[place], maps[-1])), f"{maps[place].name}\n{100 * shares[place]:.3g} % of mass"
+            _over(pixels, _displayed(maps[place], maps[-1])),
+            f"{maps[place].name}\n{_percent(shares[place])} of the mass",
         )
         for place in places
     )
@@ -323,17 +328,20 @@ def _cell(crop: Crop, reach: Sequence[float | None], scales: Sequence[float], le
 def _family(family: Sequence[GridMap], metric: str | None, pixels: Pixels) -> Part:
     ordered, is_chosen = _ranked(family, metric)
     which = "the first ones drawn" if metric is None else f"the best by {metric}"
-    tiles = [_candidate(one, pixels, is_chosen=is_chosen and not place) for place, one in enumerate(ordered[:MAX_BEST])]
+    tiles = [
+        _candidate(one, metric, pixels, is_chosen=is_chosen and not place)
+        for place, one in enumerate(ordered[:MAX_BEST])
+    ]
     meaning = "The candidates for the map, one for each baseline that was drawn"
     if metric is not None:
         meaning += f"; the framed one had the best {metric}, which therefore says nothing of its quality"
     return Part("Map family", _some(len(family), MAX_BEST, "map", which), f"{meaning}.", tuple(tiles))
 
 
-def _candidate(one: GridMap, pixels: Pixels, *, is_chosen: bool) -> Tile:
+def _candidate(one: GridMap, metric: str | None, pixels: Pixels, *, is_chosen: bool) -> Tile:
     positive = one.values_hw.astype(np.float64).clip(min=0)
     drawn = _over(pixels, positive / (positive.max() or 1.0))
-    value = "no value" if one.value is None else figure(one.value)
+    value = "no value" if one.value is None else f"{metric or 'value'} {figure(one.value)}"
     return Tile(
         framed(drawn) if is_chosen else drawn, f"{'chosen: ' if is_chosen else ''}{one_line(one.name)}\n{value}"
     )
@@ -341,7 +349,7 @@ def _candidate(one: GridMap, pixels: Pixels, *, is_chosen: bool) -> Tile:
 
 def _importance(values: NDArray[np.float32], pixels: Pixels) -> Part:
     order = _order(values)
-    lines = [f"channel {place}: {figure(values[place])}" for place in order[:NUM_CHANNELS].tolist()]
+    lines = [f"channel {place}: {values[place]:.3g}" for place in order[:NUM_CHANNELS].tolist()]
     picture = bars(values[order].astype(np.float64), lines, (pixels.shape[0], pixels.shape[1]))
     said = counted(values.size, "channel")
     caption = f"{(values > 0).sum():,} of {said} above 0\nall, sorted; below, the most important"

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 SHEET_COLUMNS = 6
 SHEET_SIDE = 288
 """Longer side of a sheet's tiles, in pixels."""
-MAX_FILM = 48
-"""Accumulated maps that are drawn."""
+MAX_FILM, MAX_COLUMNS = 48, 7
+"""Accumulated maps that are drawn, and tiles in a row: with the map itself, those of 12 blocks fill two rows."""
 
 Row = dict[str, Any]
 
@@ -114,7 +114,8 @@ def _products(output: Output, row: Row, image: Pixels | None) -> Image.Image | N
     base = shown(output.plan, row, image, sizes.film if len(tiles) > len(parts) else sizes.single)
     said = "; ".join(part.said for part in parts)
     first = Tile(overlay(base.pixels, base.saliency_hw), f"{one_line(row['target_name'])}, {row['score']:.3f}\n{said}")
-    return contact_sheet([first, *tiles], min(SHEET_COLUMNS, 1 + len(tiles)))
+    num_rows = -(-(1 + len(tiles)) // MAX_COLUMNS)
+    return contact_sheet([first, *tiles], -(-(1 + len(tiles)) // num_rows))
 
 
 def _check(output: Output, wanted: Wanted) -> None:

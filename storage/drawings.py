@@ -51,16 +51,25 @@ def _mark(draw: ImageDraw.ImageDraw, point: tuple[float, float], radius: float, 
 
 
 def with_cells(pixels: Pixels, cells: Sequence[Cell], frame: Box) -> Pixels:
-    """The picture [H, W, 3], dimmed, with cells in the map's colours, their texts where they fit, and one frame."""
+    """The picture [H, W, 3], dimmed, with cells in the map's colours and their texts where they fit.
+
+    The first cell is marked; the frame lies below them all.
+    """
     image = _dimmed(pixels)
     draw = ImageDraw.Draw(image)
+    _outline(draw, frame)
     for cell in cells:
         fill = _colour(cell.level)
         draw.rectangle(cell.box, fill=fill, outline=DARK)
         _write(draw, cell.box, cell.text, LIGHT if sum(fill) < 384 else DARK)
-    for width, colour in ((5, DARK), (2, LIGHT)):
-        draw.rectangle(frame, outline=colour, width=width)
+    _outline(draw, cells[0].box)
     return np.asarray(image)
+
+
+def _outline(draw: ImageDraw.ImageDraw, box: Box) -> None:
+    """A line that is seen on light and on dark."""
+    for width, colour in ((4, DARK), (2, LIGHT)):
+        draw.rectangle(box, outline=colour, width=width)
 
 
 def framed(pixels: Pixels) -> Pixels:
