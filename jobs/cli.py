@@ -66,7 +66,7 @@ JOB_OPTIONS: dict[str, Any] = {
         str | None,
         typer.Option(
             help="fast: fewer steps for the dearest explainers, and half precision where the hardware has it; paper: "
-            "the papers' constants in float32. -p goes before either; see `list explainers`.  [default: fast]"
+            "the papers' constants in float32. What -p says wins.  [default: fast]"
         ),
     ],
     "budget": Annotated[

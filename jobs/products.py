@@ -53,6 +53,8 @@ class Part:
     """How many there are, and which are drawn."""
     meaning: str
     tiles: tuple[Tile, ...]
+    is_film: bool = False
+    """Several maps, not one picture."""
 
 
 def products_of(row: Row) -> SideProducts:
@@ -253,7 +255,9 @@ def _film(maps: Sequence[GridMap], pixels: Pixels, most: int) -> Part:
         "What each block added to the blocks before it, shallow to deep; the last is the map. Each is shown on a "
         "scale of its own that lifts faint places; the percentages are of the last map's mass."
     )
-    return Part("Accumulated maps", _some(len(maps), most, "block", "evenly spaced"), meaning, tuple(tiles))
+    return Part(
+        "Accumulated maps", _some(len(maps), most, "block", "evenly spaced"), meaning, tuple(tiles), is_film=True
+    )
 
 
 def _displayed(one: GridMap, last: GridMap) -> Floats:
@@ -335,7 +339,7 @@ def _family(family: Sequence[GridMap], metric: str | None, pixels: Pixels) -> Pa
     meaning = "The candidates for the map, one for each baseline that was drawn"
     if metric is not None:
         meaning += f"; the framed one had the best {metric}, which therefore says nothing of its quality"
-    return Part("Map family", _some(len(family), MAX_BEST, "map", which), f"{meaning}.", tuple(tiles))
+    return Part("Map family", _some(len(family), MAX_BEST, "map", which), f"{meaning}.", tuple(tiles), is_film=True)
 
 
 def _candidate(one: GridMap, metric: str | None, pixels: Pixels, *, is_chosen: bool) -> Tile:

@@ -111,7 +111,7 @@ def _products(output: Output, row: Row, image: Pixels | None) -> Image.Image | N
     tiles = [tile for part in parts for tile in part.tiles]
     if not tiles:
         return None
-    base = shown(output.plan, row, image, sizes.film if len(tiles) > len(parts) else sizes.single)
+    base = shown(output.plan, row, image, sizes.film if all(part.is_film for part in parts) else sizes.single)
     said = "; ".join(part.said for part in parts)
     first = Tile(overlay(base.pixels, base.saliency_hw), f"{one_line(row['target_name'])}, {row['score']:.3f}\n{said}")
     num_rows = -(-(1 + len(tiles)) // MAX_COLUMNS)

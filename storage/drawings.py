@@ -33,12 +33,14 @@ def with_path(pixels: Pixels, points: Sequence[tuple[float, float]]) -> Pixels:
     """The picture [H, W, 3], dimmed, with a path through points (x, y): numbered from 1, the first marked."""
     image = _dimmed(pixels)
     draw = ImageDraw.Draw(image)
-    radius = max(6.0, min(pixels.shape[:2]) / 36)
+    radius = max(9.0, min(pixels.shape[:2]) / 36)
     for width, colour in ((5, DARK), (2, LIGHT)):  # seen on light and on dark
         draw.line(list(points), fill=colour, width=width, joint="curve")
     numbered = list(enumerate(points, 1))
+    edge = image.width - 1 - 1.35 * radius, image.height - 1 - 1.35 * radius
     for number, point in [*numbered[1:], *numbered[:1]]:  # the first lies on top
-        _mark(draw, point, radius, str(number), is_first=number == 1)
+        x, y = (min(max(own, 1.35 * radius), most) for own, most in zip(point, edge, strict=True))
+        _mark(draw, (x, y), radius, str(number), is_first=number == 1)
     return np.asarray(image)
 
 

@@ -454,8 +454,8 @@ def test_weights_are_said_to_come_from_where_they_do(output):
     plan = existing_plan(LocalStore(output))
     packaged = replace(plan, identity={**plan.identity, "model": "efficientnet_lite0"})
     named = replace(plan, identity={**plan.identity, "weights": "DEFAULT", "limit": 1})
-    assert next(fact for fact in run_facts(packaged, {}) if fact.name == "model").note == "weights: packaged"
-    facts = {fact.name: fact for fact in run_facts(named, {})}
+    assert next(fact for fact in run_facts(packaged, {}, {}) if fact.name == "model").note == "weights: packaged"
+    facts = {fact.name: fact for fact in run_facts(named, {}, {})}
     assert (facts["model"].note, facts["limit"].value) == ("weights: DEFAULT", "1 record")
 
 
