@@ -244,11 +244,9 @@ def _some(num: int, most: int, what: str, which: str) -> str:
 def _film(maps: Sequence[GridMap], pixels: Pixels, most: int) -> Part:
     shares = _shares(maps)
     places = np.linspace(0, len(maps) - 1, min(len(maps), most)).round().astype(int).tolist()
+    names = _short_names([one_line(one.name) for one in maps])
     tiles = (
-        Tile(
-            _over(pixels, _displayed(maps[place], maps[-1])),
-            f"{maps[place].name}\n{_percent(shares[place])} of the mass",
-        )
+        Tile(_over(pixels, _displayed(maps[place], maps[-1])), f"{names[place]}\n{_percent(shares[place])} of the mass")
         for place in places
     )
     meaning = (
@@ -258,6 +256,12 @@ def _film(maps: Sequence[GridMap], pixels: Pixels, most: int) -> Part:
     return Part(
         "Accumulated maps", _some(len(maps), most, "block", "evenly spaced"), meaning, tuple(tiles), is_film=True
     )
+
+
+def _short_names(names: Sequence[str]) -> Sequence[str]:
+    """Places in a network without what stands before the last dot, where that tells them apart in words."""
+    last = [name.rpartition(".")[2] for name in names]
+    return last if len(set(last)) == len(last) and not any(name.isdigit() for name in last) else names
 
 
 def _displayed(one: GridMap, last: GridMap) -> Floats:
