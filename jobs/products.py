@@ -20,6 +20,10 @@ MAX_BEST = 12
 """Candidates that are drawn of a family."""
 MAX_FIXATIONS = 50
 MAX_CROPS = 1024
+ROUNDING = 1e-6
+"""By which a probability may leave its range."""
+MAX_NAME = 60
+"""Characters of a name in a line."""
 NUM_CHANNELS = 10
 """Most important feature maps that are named."""
 CONTRAST = 5.0
@@ -52,6 +56,7 @@ class Part:
     said: str
     """How many there are, and which are drawn."""
     meaning: str
+    """Goes on after the title and a colon."""
     tiles: tuple[Tile, ...]
     is_film: bool = False
     """Several maps, not one picture."""
@@ -76,7 +81,7 @@ def products_of(row: Row) -> SideProducts:
         accumulated_maps=read("accumulated_maps", lambda found: _all(found, _grid)),
         map_family=read("map_family", lambda found: _all(found, _grid)),
         selected_by=read("selected_by", _metric),
-        edge_detector=read("edge_detector", one_line),
+        edge_detector=read("edge_detector", _brief),
     )
 
 
@@ -102,6 +107,8 @@ def _importances(found: Sequence[float]) -> NDArray[np.float32]:
 def _crop(one: Row, height: int, width: int) -> Crop:
     crop = Crop(**one)
     _finite(crop.score, crop.weight)
+    if not -ROUNDING <= crop.score <= 1 + ROUNDING:
+        raise ValueError(f"a score of {crop.score:g} is no probability")
     inside = 0 <= crop.top < crop.top + crop.height <= height and 0 <= crop.left < crop.left + crop.width <= width
     if not inside:
         raise ValueError(f"a crop of {crop.height} x {crop.width} pixels does not lie in the input")
@@ -159,6 +166,10 @@ def figure(value: float) -> str:
     return f"{value:.2f}" if value == 0 or 0.005 <= abs(value) < 1000 else f"{value:.2g}"
 
 
+def _brief(name: str) -> str:
+    return one_line(name[:MAX_NAME])
+
+
 def _losses(path: Sequence[Fixation]) -> str:
     return f"loss {figure(path[0].loss)} -> {figure(path[-1].loss)}"
 
@@ -171,7 +182,7 @@ def _formation(maps: Sequence[GridMap]) -> str:
     """Where half of the last map came from."""
     shares = _shares(maps)
     half = next((one.name for one, share in zip(maps, shares, strict=True) if share >= 0.5), None)
-    where = "" if half is None else f"; half of the map's mass is there from {one_line(half)} on"
+    where = "" if half is None else f"; half of the map's mass is there from {_brief(half)} on"
     return f"of {counted(len(maps), 'block')}{where}"
 
 
@@ -189,13 +200,13 @@ def _selection(products: SideProducts) -> str:
     family, metric = products.map_family, products.selected_by
     if family is None:
         return f"{metric}, which therefore says nothing of its quality"
-    names = Counter(one_line(one.name) for one in family)
+    names = Counter(_brief(one.name) for one in family)
     shown = ", ".join(f"{name} ({count:,})" for name, count in names.most_common(MAX_BEST))
     among = f"among {counted(len(family), 'map')}, of {shown}"
     ordered, chosen = _ranked(family, metric)
     if not chosen:
         return f"no metric {among}"
-    return f"{metric} {among}; chosen: {one_line(ordered[0].name)} ({figure(ordered[0].value or 0.0)})"
+    return f"{metric} {among}; chosen: {_brief(ordered[0].name)} ({figure(ordered[0].value or 0.0)})"
 
 
 def _ranked(family: Sequence[GridMap], metric: str | None) -> tuple[list[GridMap], bool]:
@@ -213,6 +224,27 @@ def _order(values: NDArray[np.float32]) -> NDArray[np.intp]:
 
 
 # ---------------------------------------------------------------- as tiles
+
+OF_BLOCKS = (
+    "what each block added to the blocks before it, shallow to deep; the last is the map. Each is shown on a scale of "
+    "its own that lifts faint places; the percentages are of the last map's mass."
+)
+OF_PATH = (
+    "where the method looked, one place after the other; the first is the coloured one. The line below says the "
+    "model's loss with each place seen sharply."
+)
+OF_CROPS = (
+    "the parts of the picture that were explained by themselves: at the middle of each, the class's score on it. The "
+    "frame is the best one's whole extent."
+)
+OF_FAMILY = (
+    "the candidates for the map, one for each baseline that was drawn, with the value of the metric that chose among "
+    "them: the framed one. That metric says nothing of its quality, therefore."
+)
+OF_CHANNELS = (
+    "what each feature map of the last block brings the score, from the greatest to the least, with the numbers of "
+    "the most important ones."
+)
 
 
 def parts_of(
@@ -249,13 +281,8 @@ def _film(maps: Sequence[GridMap], pixels: Pixels, most: int) -> Part:
         Tile(_over(pixels, _displayed(maps[place], maps[-1])), f"{names[place]}\n{_percent(shares[place])} of the mass")
         for place in places
     )
-    meaning = (
-        "What each block added to the blocks before it, shallow to deep; the last is the map. Each is shown on a "
-        "scale of its own that lifts faint places; the percentages are of the last map's mass."
-    )
-    return Part(
-        "Accumulated maps", _some(len(maps), most, "block", "evenly spaced"), meaning, tuple(tiles), is_film=True
-    )
+    said = _some(len(maps), most, "block", "evenly spaced")
+    return Part("Accumulated maps", said, OF_BLOCKS, tuple(tiles), is_film=True)
 
 
 def _short_names(names: Sequence[str]) -> Sequence[str]:
@@ -289,9 +316,7 @@ def _path(path: Sequence[Fixation], pixels: Pixels) -> Part:
     points = [((one.column + 1) / 2 * (width - 1), (one.row + 1) / 2 * (height - 1)) for one in shown]
     said = _some(len(path), MAX_FIXATIONS, "fixation", "the first ones")
     caption = f"{said}, {_losses(path)}\n{' '.join(figure(one.loss) for one in shown)}"
-    meaning = "Where the method looked, one place after the other; the first is the coloured one. The line below says "
-    meaning += "the model's loss with each place seen sharply."
-    return Part("Scan path", said, meaning, (Tile(with_path(pixels, points), caption),))
+    return Part("Scan path", said, OF_PATH, (Tile(with_path(pixels, points), caption),))
 
 
 def _crops(crops: Sequence[Crop], map_size: tuple[int, int], pixels: Pixels) -> Part:
@@ -305,9 +330,7 @@ def _crops(crops: Sequence[Crop], map_size: tuple[int, int], pixels: Pixels) -> 
     said = _some(len(crops), MAX_CROPS, "crop", "the best")
     left, top, right, bottom = (edge * scales[1 - place % 2] for place, edge in enumerate(frame))
     caption = f"{said}: each one's score at its middle\nbest {figure(best)} (framed), worst {figure(worst)}"
-    meaning = "The parts of the picture that were explained by themselves: at the middle of each, the class's score on "
-    meaning += "it. The frame is the best one's whole extent."
-    return Part("Crops", said, meaning, (Tile(with_cells(pixels, cells, (left, top, right, bottom)), caption),))
+    return Part("Crops", said, OF_CROPS, (Tile(with_cells(pixels, cells, (left, top, right, bottom)), caption),))
 
 
 def _middle(crop: Crop) -> tuple[float, float]:
@@ -336,20 +359,15 @@ def _cell(crop: Crop, reach: Sequence[float | None], scales: Sequence[float], le
 def _family(family: Sequence[GridMap], metric: str | None, pixels: Pixels) -> Part:
     ordered, is_chosen = _ranked(family, metric)
     which = "the first ones drawn" if metric is None else f"the best by {metric}"
-    tiles = [
-        _candidate(one, metric, pixels, is_chosen=is_chosen and not place)
-        for place, one in enumerate(ordered[:MAX_BEST])
-    ]
-    meaning = "The candidates for the map, one for each baseline that was drawn"
-    if metric is not None:
-        meaning += f"; the framed one had the best {metric}, which therefore says nothing of its quality"
-    return Part("Map family", _some(len(family), MAX_BEST, "map", which), f"{meaning}.", tuple(tiles), is_film=True)
+    tiles = [_candidate(one, pixels, is_chosen=is_chosen and not place) for place, one in enumerate(ordered[:MAX_BEST])]
+    said = _some(len(family), MAX_BEST, "map", which)
+    return Part("Map family", said, OF_FAMILY, tuple(tiles), is_film=True)
 
 
-def _candidate(one: GridMap, metric: str | None, pixels: Pixels, *, is_chosen: bool) -> Tile:
+def _candidate(one: GridMap, pixels: Pixels, *, is_chosen: bool) -> Tile:
     positive = one.values_hw.astype(np.float64).clip(min=0)
     drawn = _over(pixels, positive / (positive.max() or 1.0))
-    value = "no value" if one.value is None else f"{metric or 'value'} {figure(one.value)}"
+    value = "no value" if one.value is None else figure(one.value)
     return Tile(
         framed(drawn) if is_chosen else drawn, f"{'chosen: ' if is_chosen else ''}{one_line(one.name)}\n{value}"
     )
@@ -361,6 +379,4 @@ def _importance(values: NDArray[np.float32], pixels: Pixels) -> Part:
     picture = bars(values[order].astype(np.float64), lines, (pixels.shape[0], pixels.shape[1]))
     said = counted(values.size, "channel")
     caption = f"{(values > 0).sum():,} of {said} above 0\nall, sorted; below, the most important"
-    meaning = "What each feature map of the last block brings the score, from the greatest to the least, with the "
-    meaning += "numbers of the most important ones."
-    return Part("Channel importance", said, meaning, (Tile(picture, caption),))
+    return Part("Channel importance", said, OF_CHANNELS, (Tile(picture, caption),))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,7 +101,7 @@ def bars(values: NDArray[np.float64], lines: Sequence[str], size: tuple[int, int
         top, bottom = sorted((zero, zero - value / reach * (text_top - 16)))
         draw.rectangle((left, top, max(left, right - 1), bottom), fill=_colour(0.55) if value > 0 else (150, 150, 155))
     draw.line((0, zero, width, zero), fill=INK)
-    font = ImageFont.load_default(MOST_FONT - 1)
+    font = _font(MOST_FONT - 1)
     for place, line in enumerate(lines):
         column, row = divmod(place, -(-len(lines) // 2))
         draw.text((4 + column * width / 2, text_top + row * (MOST_FONT + 3)), line, fill=INK, font=font)
@@ -116,11 +117,16 @@ def _colour(level: float) -> Colour:
     return int(red), int(green), int(blue)
 
 
+@lru_cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
 def _write(draw: ImageDraw.ImageDraw, box: Box, text: str, ink: Colour) -> None:
     """The text in the middle of the box, as large as it fits; nothing where it would not be read."""
     left, top, right, bottom = box
-    for size in range(MOST_FONT, LEAST_FONT - 1, -1):
-        font = ImageFont.load_default(size)
-        if font.getlength(text) <= right - left - 1 and size <= bottom - top:
+    for size in range(min(MOST_FONT, int(bottom - top)), LEAST_FONT - 1, -1):
+        font = _font(size)
+        if font.getlength(text) <= right - left - 1:
             draw.text(((left + right) / 2, (top + bottom) / 2), text, fill=ink, font=font, anchor="mm")
             return
