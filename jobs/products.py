@@ -1,5 +1,6 @@
 """What stands beside a row's map, read back: checked, said in a line each, and drawn as captioned tiles."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -288,7 +289,8 @@ def _film(maps: Sequence[GridMap], pixels: Pixels, most: int) -> Part:
 def _short_names(names: Sequence[str]) -> Sequence[str]:
     """Places in a network without what stands before the last dot, where that tells them apart in words."""
     last = [name.rpartition(".")[2] for name in names]
-    return last if len(set(last)) == len(last) and not any(name.isdigit() for name in last) else names
+    in_words = all(re.fullmatch(r"[\w.]+", name) and not own.isdigit() for name, own in zip(names, last, strict=True))
+    return last if in_words and len(set(last)) == len(last) else names
 
 
 def _displayed(one: GridMap, last: GridMap) -> Floats:

@@ -191,8 +191,8 @@ def _legend() -> Iterator[str]:
     yield "(...) wraps another explainer, such as ucag(sise) or ucag(smoothgrad(gradcam)); where none is named:"
     yield f"    {usual}"
     yield f"* {RECONSTRUCTED}"
-    yield "-p NAME=VALUE sets a parameter, -p base.NAME=VALUE one of what is wrapped; others are as --preset has"
-    yield "    them below: where fast says nothing, as in paper"
+    yield "-p NAME=VALUE sets a parameter, -p base.NAME=VALUE one of what is wrapped; --preset sets the others"
+    yield "    as below: where fast says nothing, as in paper"
 
 
 def _parameters(explainer: str, entry: catalog.ExplainerEntry) -> Table:

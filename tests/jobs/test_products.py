@@ -13,7 +13,7 @@ from jobs.records import UnreconciledError
 from storage.drawings import FIRST, Cell, bars, framed, with_cells, with_path
 from storage.local import LocalStore
 from storage.pictures import colours, overlay
-from storage.schema import SCHEMA
+from storage.schema import PRODUCT_COLUMNS, SCHEMA
 from tests.jobs.beside import OF_METHODS, blocks, crops, family, grids, path, rewrite, with_products
 from tests.jobs.jobs_of import rows_in, run_here
 from tests.jobs.tiny import folder_of_images
@@ -55,7 +55,7 @@ def test_what_an_explainer_stores_is_what_is_read():
     )
     row = row_with(**stored.as_columns())
     assert products_of(row).as_columns() == stored.as_columns()
-    assert set(stored.as_columns()) <= set(SCHEMA.names)
+    assert list(stored.as_columns()) == PRODUCT_COLUMNS
     assert products_of(row_with()) == SideProducts()
     assert list(said_of(SideProducts())) == parts() == []
 
