@@ -1,7 +1,7 @@
 """What the engine offers, readable without torch: names, parameters, needs and costs."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from engine.parameters import (
@@ -63,6 +63,11 @@ class ExplainerEntry:
     """Of a wrapper: how many times what its base costs, by its parameters."""
     images_to_learn_from: Callable[[Any], int] = lambda _: 0
     """How many images of the data the method sees in a first pass, by its parameters."""
+
+    @property
+    def is_reconstruction(self) -> bool:
+        """Whether it was made from an abstract alone; its parameters say so too."""
+        return any(own.name == "origin" and own.default == "reconstruction" for own in fields(self.parameters))
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,11 @@ class Method:
         return EXPLAINERS[self.name]
 
     @property
+    def names(self) -> list[str]:
+        """The wrappers from the outermost in, then what they wrap."""
+        return [self.name, *(self.base.names if self.base is not None else [])]
+
+    @property
     def innermost(self) -> "Method":
         """What is wrapped in the end."""
         return self if self.base is None else self.base.innermost

@@ -54,11 +54,20 @@ JOB_OPTIONS: dict[str, Any] = {
     "model": Annotated[str | None, typer.Option(help="See `list models`.  [default: efficientnet_lite0]")],
     "weights": Annotated[str | None, typer.Option(help="State dict: file or s3:// URI; a weight name; or `random`.")],
     "blocks": Annotated[str | None, typer.Option(help="Blocks by hand, comma-separated, shallow to deep.")],
-    "explainer": Annotated[str | None, typer.Option(help="See `list explainers`.  [default: sise]")],
-    "param": Annotated[list[str] | None, typer.Option("-p", "--param", help="Of the explainer, such as mu=0.3.")],
+    "explainer": Annotated[
+        str | None,
+        typer.Option(help="See `list explainers`; some wrap another, as in ucag(gradcam).  [default: sise]"),
+    ],
+    "param": Annotated[
+        list[str] | None,
+        typer.Option("-p", "--param", help="Of the explainer, such as mu=0.3; of what it wraps: base.mu=0.3."),
+    ],
     "preset": Annotated[
         str | None,
-        typer.Option(help="fast: half precision where the hardware has it; paper: float32.  [default: fast]"),
+        typer.Option(
+            help="fast: fewer steps for the dearest explainers, and half precision where the hardware has it; paper: "
+            "the papers' constants in float32. What -p says wins.  [default: fast]"
+        ),
     ],
     "budget": Annotated[
         str | None,
@@ -148,6 +157,8 @@ def explain(job: JobConfig, execution: Execution) -> None:
     """Explain every record that is not explained yet. The same command again resumes, or has nothing to do.
 
     Example: blocksight explain --data photos/ --output maps/ --target top-3 -p mu=0.3
+
+    Example: blocksight explain --data photos/ --output maps/ --explainer "ucag(sise)" -p crops=4 -p base.mu=0.3
     """
     from jobs.run import run_job
 
@@ -487,9 +498,14 @@ def bench(
     model: Annotated[str, typer.Option(help="See `list models`.")] = "efficientnet_lite0",
     weights: Annotated[str | None, typer.Option(help="State dict: file or s3:// URI; a weight name; `random`.")] = None,
     blocks: Annotated[str | None, typer.Option(help="Blocks by hand, comma-separated, shallow to deep.")] = None,
-    explainer: Annotated[str, typer.Option(help="See `list explainers`.")] = "sise",
-    param: Annotated[list[str] | None, typer.Option("-p", "--param", help="Of the explainer, such as mu=0.3.")] = None,
-    preset: Annotated[Literal["paper", "fast"], typer.Option(help="fast may take half precision.")] = "fast",
+    explainer: Annotated[str, typer.Option(help="See `list explainers`; some wrap another: ucag(gradcam).")] = "sise",
+    param: Annotated[
+        list[str] | None,
+        typer.Option("-p", "--param", help="Of the explainer, such as mu=0.3; of what it wraps: base.mu=0.3."),
+    ] = None,
+    preset: Annotated[
+        Literal["paper", "fast"], typer.Option(help="fast may take fewer steps and half precision; as in `explain`.")
+    ] = "fast",
     device: Annotated[
         Literal["cpu", "cuda"] | None, typer.Option(help="[default: the GPU, or one core where there is none]")
     ] = None,
@@ -589,6 +605,9 @@ def show(
     endpoint_url: Endpoint = None,
 ) -> None:
     """Show one record: its facts, and a picture of image, overlay and map for every target.
+
+    What the explainer found beside the map (a scan path, crops, accumulated maps and the like) is drawn on a second
+    picture, named *.products.png.
 
     With --blocks, --explainers or --beside the picture is a sheet of captioned overlays instead.
     """

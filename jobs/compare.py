@@ -1,6 +1,7 @@
 """Comparing outputs: methods by metrics from the rows that stand, with intervals over images and corrected marks."""
 
 import io
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from storage.schema import OK
 from storage.stores import open_store
 
 STORED = ["key", "target_index", "status", "explainer", "parameters", "metrics"]
+METHOD = ["explainer", "parameters"]
 VALUE = np.dtype([("image", np.uint64), ("target", np.int32), ("value", np.float64)])
 VALUES_AT_ONCE = 20_000_000
 """That are in memory together, 20 bytes each; more are worked on in passes over disjoint shares of the images."""
@@ -62,6 +64,18 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Absence:
+    """A method of which no map has a value of a metric, as where that metric picked the maps."""
+
+    method: int
+    """Its place among the methods."""
+    column: Column
+    """Which the table has where another method has values."""
+    reason: str
+    """Of the first such map."""
+
+
+@dataclass(frozen=True)
 class Comparison:
     """The table."""
 
@@ -70,6 +84,7 @@ class Comparison:
     columns: tuple[Column, ...]
     cells: tuple[Cell, ...]
     """Method by method within each column."""
+    absences: tuple[Absence, ...] = ()
 
 
 def compare(outputs: Sequence[Output]) -> Comparison:
@@ -78,7 +93,7 @@ def compare(outputs: Sequence[Output]) -> Comparison:
     Raises ConfigError where there is nothing, UnreconciledError where something is damaged, and StoreError.
     """
     refuse_other_inputs(outputs)
-    methods, num_values = _methods(outputs)
+    methods, num_values, reasons = _methods(outputs)
     if not num_values:
         raise ConfigError("no value of any metric stands in the outputs: run `blocksight explain` or `evaluate` first")
     num_passes = -(-num_values // VALUES_AT_ONCE)
@@ -87,22 +102,32 @@ def compare(outputs: Sequence[Output]) -> Comparison:
         for column, own in _pass(outputs, methods, which, num_passes):
             sums[column] = sums[column] + own if column in sums else own
     columns = sorted(sums, key=lambda column: (list(METRICS).index(column.metric), column.protocol))
-    return Comparison(tuple(methods.values()), tuple(columns), tuple(_cells(columns, sums)))
+    cells = tuple(_cells(columns, sums))
+    return Comparison(tuple(methods.values()), tuple(columns), cells, tuple(_absences(methods, cells, reasons)))
 
 
 MethodKey = tuple[int, str, str]
 """Number of the output, explainer, digest of its parameters."""
 
 
-def _methods(outputs: Sequence[Output]) -> tuple[dict[MethodKey, Method], int]:
-    """The methods in order of appearance, controls last and each once, and how many values there are."""
-    found: dict[MethodKey, int] = {}
+Reasons = Mapping[tuple[MethodKey, Column], str]
+"""Why a method has no value of a metric for some map."""
+
+
+def _methods(outputs: Sequence[Output]) -> tuple[dict[MethodKey, Method], int, Reasons]:
+    """The methods in order of appearance, controls last and each once, how many values there are, and which are not."""
+    found: Counter[MethodKey] = Counter()
+    reasons: dict[tuple[MethodKey, Column], str] = {}
     for number, output in enumerate(outputs):
         for table in _tables(output):
-            counts = table.group_by(["explainer", "parameters"]).aggregate([([], "count_all")])
+            counts = table.group_by(METHOD).aggregate([("value", "count")])  # of those that are
             for row in counts.to_pylist():
-                key = (number, row["explainer"], row["parameters"])
-                found[key] = found.get(key, 0) + row["count_all"]
+                found[number, row["explainer"], row["parameters"]] += row["value_count"]
+            reasons = {**_reasons(number, table), **reasons}
+    return _named(outputs, +found), found.total(), reasons
+
+
+def _named(outputs: Sequence[Output], found: dict[MethodKey, int]) -> dict[MethodKey, Method]:
     own = [key for key in found if key[1] == outputs[key[0]].plan.identity["explainer"]]
     controls = {key[1]: key for key in reversed(found) if key not in own}  # the first output's
     ordered = [*own, *sorted(controls.values(), key=list(found).index)]
@@ -111,10 +136,29 @@ def _methods(outputs: Sequence[Output]) -> tuple[dict[MethodKey, Method], int]:
     for number, explainer, _ in ordered:
         name = explainer if explainers.count(explainer) == 1 else f"{explainer} ({outputs[number].name})"
         names.append(name if name not in names else f"{name} #{len(names) + 1}")
-    methods = {
+    return {
         key: Method(name, key[1], key[2], outputs[key[0]].store.uri) for key, name in zip(ordered, names, strict=True)
     }
-    return methods, sum(found.values())
+
+
+def _reasons(number: int, table: pa.Table) -> Reasons:
+    """Why values of a table are not there."""
+    missing = table.filter(pc.field("value").is_null()).group_by(["metric", "protocol", *METHOD])
+    return {
+        ((number, row["explainer"], row["parameters"]), Column(row["metric"], row["protocol"])): (
+            row["reason_min"] or "no reason is given"
+        )
+        for row in missing.aggregate([("reason", "min")]).to_pylist()
+    }
+
+
+def _absences(methods: Mapping[MethodKey, Method], cells: Sequence[Cell], reasons: Reasons) -> Iterator[Absence]:
+    """The methods that have no value at all of a metric that was measured of them."""
+    present = {(cell.method, cell.column) for cell in cells if cell.estimate.count}
+    order = {key: place for place, key in enumerate(methods)}
+    for (key, column), reason in reasons.items():
+        if key in order and column.metric in METRICS and (order[key], column) not in present:
+            yield Absence(order[key], column, reason)
 
 
 def _tables(output: Output) -> Iterator[pa.Table]:
@@ -125,8 +169,7 @@ def _tables(output: Output) -> Iterator[pa.Table]:
             yield _explained(fragment_of(output.store, unit.fragment_key, STORED))
     for folder in folders(output.store):
         for table in values_of(output.store, folder):
-            sound = table.filter(pc.field("value").is_valid())
-            yield sound.select(["key", "target_index", "explainer", "parameters", "metric", "protocol", "value"])
+            yield table.select(["key", "target_index", *METHOD, "metric", "protocol", "value", "reason"])
 
 
 def _explained(rows: pa.Table) -> pa.Table:
@@ -137,10 +180,11 @@ def _explained(rows: pa.Table) -> pa.Table:
     values = {"drop": fields["drop"].to_numpy(), "increase": 100.0 * fields["increase"].to_numpy(zero_copy_only=False)}
     parts = []
     for name, own in values.items():
-        part = sound.select(["key", "target_index", "explainer", "parameters"])
+        part = sound.select(["key", "target_index", *METHOD])
         part = part.append_column("metric", pa.array([name] * len(sound), pa.string()))
         part = part.append_column("protocol", fields["protocol"])
-        parts.append(part.append_column("value", pa.array(own, pa.float64())))
+        part = part.append_column("value", pa.array(own, pa.float64()))
+        parts.append(part.append_column("reason", pa.nulls(len(sound), pa.string())))
     return pa.concat_tables(parts)
 
 
@@ -151,7 +195,8 @@ def _pass(
     order = {key: place for place, key in enumerate(methods)}
     found: dict[Column, dict[int, list[NDArray[Any]]]] = {}
     for number, output in enumerate(outputs):
-        for table in _tables(output):
+        for everything in _tables(output):
+            table = everything.filter(pc.field("value").is_valid())
             hashes = key_hashes(table["key"].to_pylist())
             mine = table.filter(pa.array(hashes % np.uint64(num_passes) == which))
             hashes = hashes[hashes % np.uint64(num_passes) == which]
@@ -174,7 +219,7 @@ def _block(images: NDArray[np.uint64], targets: NDArray[np.int32], values: NDArr
 
 def _groups(table: pa.Table) -> Iterator[tuple[Column, tuple[str, str], NDArray[np.intp]]]:
     """Rows by metric, protocol and method."""
-    names = ["metric", "protocol", "explainer", "parameters"]
+    names = ["metric", "protocol", *METHOD]
     numbered = table.append_column("place", pa.array(np.arange(len(table))))
     for row in numbered.group_by(names).aggregate([("place", "list")]).to_pylist():
         column = Column(row["metric"], row["protocol"])
@@ -203,6 +248,7 @@ def _cells(columns: Sequence[Column], sums: Mapping[Column, MetricSums]) -> Iter
 
 def rows_of_table(table: Comparison) -> list[dict[str, Any]]:
     """The cells as plain rows, to be stored."""
+    reasons = {(absence.method, absence.column): absence.reason for absence in table.absences}
     return [
         {
             "method": table.methods[cell.method].name,
@@ -223,6 +269,7 @@ def rows_of_table(table: Comparison) -> list[dict[str, Any]]:
             "p_value": cell.difference and cell.difference.p_value,
             "p_corrected": cell.corrected_p,
             "paired_count": cell.difference and cell.difference.count,
+            "reason": reasons.get((cell.method, cell.column)),
         }
         for cell in table.cells
     ]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from pydantic import (
     BaseModel,
@@ -241,7 +241,13 @@ class Execution(BaseModel):
 
 
 def _checked(kind: type, values: Mapping[str, Any]) -> Any:
-    return TypeAdapter(kind).validate_python(dict(values))
+    """The dataclass of these values. TOML has no word for nothing: `none` is it, where a parameter may be nothing."""
+    hints = get_type_hints(kind)
+    given = {
+        name: None if value == "none" and type(None) in get_args(hints[name]) else value
+        for name, value in values.items()
+    }
+    return TypeAdapter(kind).validate_python(given)
 
 
 def is_weights_name(value: str) -> bool:

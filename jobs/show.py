@@ -13,7 +13,8 @@ from engine.catalog import EXPLAINERS
 from engine.composition import method_of
 from engine.parameters import SiseParameters
 from jobs.config import ConfigError
-from jobs.results import Output, Shown, images_of, refuse_other_inputs, rows_of, shown
+from jobs.products import Sizes, parts_of, products_of
+from jobs.results import PICTURE_SIDE, Output, Shown, images_of, refuse_other_inputs, rows_of, shown
 from jobs.tables import record_table
 from storage.pictures import Pixels, Tile, contact_sheet, one_line, overlay, resized, side_by_side
 from storage.schema import OK
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 SHEET_COLUMNS = 6
 SHEET_SIDE = 288
 """Longer side of a sheet's tiles, in pixels."""
+MAX_FILM, MAX_COLUMNS = 48, 7
+"""Accumulated maps that are drawn, and tiles in a row: with the map itself, those of 12 blocks fill two rows."""
 
 Row = dict[str, Any]
 
@@ -63,6 +66,8 @@ def render_record(
 ) -> tuple[RenderableType, list[Path]]:
     """The record's table, and the pictures written, one per target: image, overlay and map side by side, or a sheet.
 
+    A second one shows what the explainer found beside the map, where there is such a thing.
+
     Raises ConfigError where no record has the key, the picture cannot be written, or what is wanted cannot be made;
     ModelError. A rejected record has no picture.
     """
@@ -75,12 +80,42 @@ def render_record(
     pictures = (
         _sheets(output, explained, image, endpoint_url, wanted) if wanted.is_sheet else _plain(output, explained, image)
     )
-    written = []
+    table, written, alone = record_table(rows), [], len(explained) == 1
+    named = path and path.with_name(f"{path.stem}.products{path.suffix}")
     for row, picture in zip(explained, pictures, strict=True):
-        target = _path(path, key, row, alone=len(explained) == 1, kind="sheet" if wanted.is_sheet else "map")
-        _save(picture, target)
-        written.append(target)
-    return record_table(rows), written
+        beside = _products(output, row, image)
+        own = _path(path, key, row, alone=alone, kind="sheet" if wanted.is_sheet else "map")
+        drawn = (
+            {own: picture}
+            if beside is None
+            else {
+                own: picture,
+                _path(named, key, row, alone=alone, kind="products"): beside,
+            }
+        )
+        for target, one in drawn.items():
+            _save(one, target)
+        written += drawn
+    return table, written
+
+
+def _products(output: Output, row: Row, image: Pixels | None) -> Image.Image | None:
+    """The sheet of what was found beside the map, the map first; None where nothing of it can be drawn."""
+    sizes = Sizes(film=SHEET_SIDE, single=PICTURE_SIDE, most=MAX_FILM)
+    parts = parts_of(
+        products_of(row),
+        (row["map_height"], row["map_width"]),
+        lambda side: shown(output.plan, row, image, side).pixels,
+        sizes,
+    )
+    tiles = [tile for part in parts for tile in part.tiles]
+    if not tiles:
+        return None
+    base = shown(output.plan, row, image, sizes.film if all(part.is_film for part in parts) else sizes.single)
+    said = "; ".join(part.said for part in parts)
+    first = Tile(overlay(base.pixels, base.saliency_hw), f"{one_line(row['target_name'])}, {row['score']:.3f}\n{said}")
+    num_rows = -(-(1 + len(tiles)) // MAX_COLUMNS)
+    return contact_sheet([first, *tiles], -(-(1 + len(tiles)) // num_rows))
 
 
 def _check(output: Output, wanted: Wanted) -> None:

@@ -1,7 +1,8 @@
 """What the command line prints: tables for people, with every string from data made harmless."""
 
+import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from jobs.estimate import estimate
 from jobs.learned import wanted_images
 from jobs.measured import recall
 from jobs.plan import Plan
+from jobs.products import products_of, said_of
 from jobs.progress import clock, counted
 from jobs.receipts import metric_means
 from jobs.reconcile import Standing
@@ -176,18 +178,47 @@ def catalog_table(what: str) -> RenderableType:
         )
     explainers = _grid(
         ["explainer", "needs", "cost", "source"],
-        [[name, own.needs, own.cost, own.source] for name, own in catalog.EXPLAINERS.items()],
+        [[_listed(name, own), own.needs, own.cost, own.source] for name, own in catalog.EXPLAINERS.items()],
     )
-    chosen = {name: own.parameters for name, own in catalog.EXPLAINERS.items() if fields(own.parameters)}
-    return Group(explainers, *(_parameters(name, kind) for name, kind in chosen.items()))
+    chosen = {name: own for name, own in catalog.EXPLAINERS.items() if fields(own.parameters)}
+    return Group(explainers, *_legend(), *(_parameters(name, own) for name, own in chosen.items()))
 
 
-def _parameters(explainer: str, kind: type) -> Table:
+RECONSTRUCTED = "a reconstruction from the abstract: no code was at hand, and the authors may have chosen otherwise"
+"""Of a method that stands marked in the list."""
+
+
+def _listed(name: str, entry: catalog.ExplainerEntry) -> str:
+    """A name as the list shows it."""
+    return f"{name}{'(...)' if entry.wraps else ''}{' *' if entry.is_reconstruction else ''}"
+
+
+def _legend() -> Iterator[str]:
+    """What the marks in the list of explainers mean."""
+    usual = ", ".join(f"{name}({own.wraps})" for name, own in catalog.EXPLAINERS.items() if own.wraps)
+    yield "(...) wraps another explainer, such as ucag(sise) or ucag(smoothgrad(gradcam)); where none is named:"
+    yield f"    {usual}"
+    yield f"* {RECONSTRUCTED}"
+    yield "-p NAME=VALUE sets a parameter, -p base.NAME=VALUE one of what is wrapped; --preset sets the others"
+    yield "    as below: where fast says nothing, as in paper"
+
+
+def _parameters(explainer: str, entry: catalog.ExplainerEntry) -> Table:
+    """Parameters with what each preset makes of them; one column where the presets are the same."""
     rows = []
-    for field in fields(kind):
-        default = field.default if field.default is not MISSING else ""
-        rows.append([field.name, str(default), str(field.metadata["help"])])
-    return _grid([f"{explainer}: -p NAME=VALUE", "default", "meaning"], rows)
+    for field in fields(entry.parameters):
+        paper = "" if field.default is MISSING else _value(field.default)
+        fast = _value(entry.fast[field.name]) if field.name in entry.fast else ""
+        rows.append([field.name, paper, *([fast] if entry.fast else []), str(field.metadata["help"])])
+    presets = ["paper", "fast"] if entry.fast else ["default"]
+    return _grid([f"{explainer}: -p NAME=VALUE", *presets, "meaning"], rows)
+
+
+def _value(value: Any) -> str:
+    """A parameter's value as it is given with -p."""
+    if isinstance(value, tuple):
+        return json.dumps(value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -200,6 +231,7 @@ def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 
 CELL_WIDTH = 25
+MAX_REASON = 500
 CERTAIN = 0.05
 
 
@@ -261,6 +293,7 @@ def comparison_table(table: "Comparison", width: int) -> RenderableType:
     blocks = [table.columns[start : start + abreast] for start in range(0, len(table.columns), abreast)]
     shown: list[RenderableType] = [_comparison_block(table, block, cells, _mean_cell) for block in blocks]
     shown.append("mean [95 % interval over images] maps; the best mean is bold")
+    shown += _footnotes(table)
     if len(table.methods) > 1:
         first = printable(table.methods[0].name)
         shown += [_comparison_block(table, block, cells, _difference_cell) for block in blocks]
@@ -268,17 +301,35 @@ def comparison_table(table: "Comparison", width: int) -> RenderableType:
     return Group(*shown)
 
 
+def _footnotes(table: "Comparison") -> Iterator[str]:
+    """Why methods have no value of some metrics: a line for each method and reason."""
+    for number, ((method, reason), metrics) in enumerate(_missing(table).items(), 1):
+        names = ", ".join(dict.fromkeys(metrics))
+        yield f"({number}) {printable(table.methods[method].name)} has no {names}: {printable(reason[:MAX_REASON])}"
+
+
+def _missing(table: "Comparison") -> dict[tuple[int, str], list[str]]:
+    """The metrics of which a method has no value, by method and reason."""
+    found: dict[tuple[int, str], list[str]] = {}
+    for one in table.absences:
+        found.setdefault((one.method, one.reason), []).append(one.column.metric)
+    return found
+
+
 def _comparison_block(
     table: "Comparison", columns: "Sequence[Column]", cells: "Mapping[Any, Cell]", say: "Callable[[Cell, bool], str]"
 ) -> Table:
     shown = Table(pad_edge=False)
+    numbers = {own: number for number, own in enumerate(_missing(table), 1)}
+    marks = {(one.column, one.method): f"- ({numbers[one.method, one.reason]})" for one in table.absences}
     shown.add_column("method", no_wrap=True)
     for column in columns:
         better = catalog.METRICS[column.metric].better
         shown.add_column(f"{column.metric}\n{better} is better\n{column.protocol[:8]}", min_width=CELL_WIDTH)
     for number, method in enumerate(table.methods):
         own = [cells[column, number] for column in columns]
-        shown.add_row(printable(method.name), *(say(cell, cell.estimate.mean == _best(cell, cells)) for cell in own))
+        said = (marks.get((cell.column, number)) or say(cell, cell.estimate.mean == _best(cell, cells)) for cell in own)
+        shown.add_row(printable(method.name), *said)
     return shown
 
 
@@ -458,8 +509,11 @@ FIGURES = ("score", "rank", "Drop", "grew", "forwards", "fidelity", "map bytes")
 """What is shown of a target beside its name."""
 
 
-def record_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """One record's rows: its facts, then a line per target."""
+def record_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """One record's rows: its facts, a line per target, and a line for each thing that was found beside its map.
+
+    Raises UnreconciledError where such a thing is damaged.
+    """
     first = rows[0]
     table = Table(title=printable(first["key"]), title_justify="left", title_style="bold")
     for name in ("target", *FIGURES):
@@ -469,7 +523,15 @@ def record_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             table.add_row(*target_cells(row))
     if first["map"] is None:
         return _facts([(f"rejected ({first['reject_code']})", printable(first["error"]))], printable(first["key"]))
-    return table
+    return Group(table, *_beside_maps([row for row in rows if row["map"] is not None]))
+
+
+def _beside_maps(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
+    """What was found beside the maps, target by target where there are several."""
+    for row in rows:
+        found = [(name, printable(text)) for name, text in said_of(products_of(row))]
+        if found:
+            yield _facts(found, printable(row["target_name"]) if len(rows) > 1 else None)
 
 
 def target_cells(row: Mapping[str, Any]) -> list[str]:

@@ -168,6 +168,9 @@ EVALUATION = pa.schema(
 RECORD_COLUMNS = SCHEMA.names[: SCHEMA.names.index("label_name") + 1]
 """The columns that a record has whether it is explained or not."""
 
+PRODUCT_COLUMNS = SCHEMA.names[SCHEMA.names.index("channel_importance") :]
+"""What stands beside a map: lists that may hold thousands of numbers a row, and what is told of them."""
+
 REJECTED = "rejected"
 OK = "ok"
 MAX_ERROR_LENGTH = 500

@@ -14,13 +14,14 @@ from jobs.results import images_in
 from jobs.sql import METHOD, MetricColumns
 from jobs.stored import fragment_of, table_of, values_in
 from storage.pictures import Pixels
-from storage.schema import OK
+from storage.schema import OK, PRODUCT_COLUMNS, SCHEMA
 from storage.store import ObjectStore
 
 Row = Mapping[str, Any]
 Method = tuple[Any, ...]
 """A map's values of `METHOD`."""
 
+COLUMNS = [name for name in SCHEMA.names if name not in PRODUCT_COLUMNS]
 VALUE_COLUMNS = [*METHOD, "metric", "protocol", "value"]
 
 
@@ -29,7 +30,7 @@ class ExplainedMap:
     """One map of a record."""
 
     row: Row
-    """In the columns of `storage.schema.SCHEMA`."""
+    """In the columns of `storage.schema.SCHEMA`, without what stands beside the map."""
     metrics: Mapping[str, float]
     """By column; a metric that is not defined for the map is left out."""
     audited: Row | None
@@ -97,7 +98,7 @@ class ExplainedRecords:
                 yield from self._of(unit)
 
     def _of(self, unit: Unit) -> Iterator[ExplainedRecord]:
-        rows = fragment_of(self.store, unit.fragment_key).to_pylist()
+        rows = fragment_of(self.store, unit.fragment_key, COLUMNS).to_pylist()
         values, audited = self._values(unit), self._audit_rows(unit)
         maps: dict[str, list[ExplainedMap]] = {}
         for row in rows:

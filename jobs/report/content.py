@@ -10,8 +10,9 @@ from typing import Any
 from engine.catalog import CONTROLS, METRICS
 from jobs.audit.result import GATES, Audit, read_audit
 from jobs.audit.stream import committed, digest_of_fragments
-from jobs.compare import Cell, Column, Comparison, Output, compare
+from jobs.compare import Absence, Cell, Column, Comparison, Output, compare
 from jobs.config import ConfigError
+from jobs.products import products_of, said_of
 from jobs.progress import counted
 from jobs.reconcile import Standing, final_manifest, stand
 from jobs.records import DeadLetter
@@ -28,10 +29,11 @@ from jobs.report.facts import (
     size,
 )
 from jobs.report.findings import Findings, class_name, findings_of
-from jobs.report.galleries import RANKING, Gallery, Picture, Ref, Rejected, galleries, pictures
+from jobs.report.galleries import RANKING, Behind, Gallery, Picture, Ref, Rejected, drawn, galleries
 from jobs.report.galleries import select as select_maps
 
 MAX_DEAD = 20
+MAX_REASON = 500
 MAX_SEARCHED = 300
 """Characters of a name that a search looks through."""
 RANGES = {"%": 100.0, "0 to 1": 1.0, "0 to 90": 90.0}
@@ -99,6 +101,8 @@ class Metric:
     end: float
     """Of the axis, which begins at 0."""
     estimates: tuple[Estimate, ...]
+    missing: tuple[Fact, ...]
+    """Methods without a value, and why."""
 
     def place(self, value: float) -> float:
         """A value's place on the axis in percent."""
@@ -120,6 +124,8 @@ class Item:
     """The metrics by which it stands in a gallery."""
     facts: tuple[Fact, ...]
     picture: Picture
+    behind: tuple[Behind, ...]
+    """What was found beside the map; of a few."""
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -141,6 +147,8 @@ class Report:
     run: tuple[Fact, ...]
     accounting: Accounting
     metrics: tuple[Metric, ...]
+    missing: tuple[Fact, ...]
+    """Metrics of which no method has a value, and why."""
     galleries: tuple[Gallery, ...]
     items: tuple[Item, ...]
     num_gone: int
@@ -181,9 +189,10 @@ def report_of(
         made=f"{made:%Y-%m-%d %H:%M} UTC",
         notices=tuple(_notices(output, standing, audit, is_stale=is_stale)),
         tiles=tuple(_tiles(accounting, metrics, audit)),
-        run=tuple(run_facts(plan, model_of(store))),
+        run=tuple(run_facts(plan, model_of(store), selection.selected_by)),
         accounting=accounting,
         metrics=metrics,
+        missing=tuple(_missing(table)) if table else (),
         galleries=tuple(shown),
         items=items,
         num_gone=sum(item.picture.is_gone for item in items),
@@ -283,7 +292,18 @@ def _metrics(table: Comparison) -> Iterator[Metric]:
                 Estimate(method.name, method.explainer in CONTROLS, cell)
                 for cell, method in ((cell, table.methods[cell.method]) for cell in own)
             ),
+            tuple(_absence(one, table.methods[one.method].name) for one in table.absences if one.column == column),
         )
+
+
+def _missing(table: Comparison) -> Iterator[Fact]:
+    for one in table.absences:
+        if one.column not in table.columns:
+            yield _absence(one, f"{one.column.metric} of {table.methods[one.method].name}")
+
+
+def _absence(one: Absence, name: str) -> Fact:
+    return Fact(name, "no value", clipped(one.reason, MAX_REASON))
 
 
 def _ranked(table: Comparison | None) -> list[Column]:
@@ -310,14 +330,11 @@ def _items(
         for ref in gallery.refs:
             reasons.setdefault(ref, []).append(gallery.name)
     update = progress("drawing maps", len(reasons))
-    drawn = {
-        Ref(row["key"], row["target_index"]): (row, picture)
-        for row, picture in pictures(output.store, output.plan, endpoint_url, reasons, update)
-    }
+    found = dict(drawn(output, endpoint_url, tuple(reasons), update))
     details, ranked = _details(audit), _ranked_by(shown)
     titles = {gallery.name: gallery.title for gallery in shown}
-    for number, ref in enumerate(ref for ref in reasons if ref in drawn):
-        row, picture = drawn[ref]
+    for number, ref in enumerate(ref for ref in reasons if ref in found):
+        row = found[ref].row
         why = Fact("shown as", ", ".join(titles[name].lower() for name in reasons[ref]))
         yield Item(
             number,
@@ -329,7 +346,8 @@ def _items(
             tuple(reasons[ref]),
             tuple(ranked.get(ref, {}).values()),
             (*_row_facts(row, ranked.get(ref, {})), *details.get(ref, ()), why),
-            picture,
+            found[ref].picture,
+            found[ref].behind,
         )
 
 
@@ -367,6 +385,7 @@ def _row_facts(row: Mapping[str, Any], ranked: Mapping[str, Fact]) -> Iterator[F
     flags = [name for name in ("flat", "saturated") if row[f"is_{name}"]]
     if flags:
         yield Fact("the map is", ", ".join(flags), "; ".join(GATES[flag] for flag in flags))
+    yield from (Fact(name, text) for name, text in said_of(products_of(row)))
     if row["fidelity"] is not None:
         yield Fact("fidelity", row["fidelity"], row["fidelity_reason"])
     yield Fact("masked forwards", f"{row['num_forwards']:,}")

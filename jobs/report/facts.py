@@ -8,18 +8,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engine.catalog import MODELS
+from engine.catalog import EXPLAINERS, MODELS
+from engine.composition import method_of
 from jobs.compare import Output
 from jobs.plan import Plan
 from jobs.progress import counted
 from jobs.reconcile import Standing
 from jobs.stopping import RUNS_FOLDER
 from jobs.stored import model_facts
+from jobs.tables import RECONSTRUCTED
 from storage.store import MissingError, ObjectStore
 
 MAX_RUNS = 10
 RUN_FACTS = ("started", "device", "python", "packages")
 """What a page tells of a run; its host, address and process stay in the bucket."""
+NO_QUALITY = "this metric chose them, so that it says nothing of their quality and is not reported"
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class Share:
     note: str = ""
 
 
-def run_facts(plan: Plan, model: Mapping[str, Any]) -> Iterator[Fact]:
+def run_facts(plan: Plan, model: Mapping[str, Any], selected_by: Mapping[str, int]) -> Iterator[Fact]:
+    """`selected_by`: maps by the metric that picked them among several."""
     identity = plan.identity
     yield Fact(
         "data", identity["data"], f"{counted(plan.num_objects, 'object')}, {size(plan.num_bytes)}, as {plan.layout}"
@@ -62,12 +66,25 @@ def run_facts(plan: Plan, model: Mapping[str, Any]) -> Iterator[Fact]:
         if places:
             yield Fact("blocks", places, "feature maps that the explainer looks at")
     yield Fact("explainer", identity["explainer"], f"fidelity {identity['fidelity']}, preset {identity['preset']}")
-    chosen = ", ".join(f"{name} = {value}" for name, value in sorted(identity["parameters"].items()))
-    yield Fact("parameters", chosen or "none")
+    reconstructed = [name for name in method_of(identity["explainer"]).names if EXPLAINERS[name].is_reconstruction]
+    if reconstructed:
+        yield Fact("origin", f"{', '.join(reconstructed)}: {RECONSTRUCTED}")
+    yield Fact("parameters", ", ".join(_parameters(identity["parameters"])) or "none")
+    for metric, count in sorted(selected_by.items()):
+        yield Fact("picked by", metric, f"{counted(count, 'map')} among several each: {NO_QUALITY}")
     yield Fact("target", identity["target"], "the class whose score is explained")
     yield Fact("seed", str(identity["seed"]), "of everything random")
     if identity["limit"] is not None:
         yield Fact("limit", counted(identity["limit"], "record"), "only the first of the data set")
+
+
+def _parameters(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """`mu = 0.3` for each, those of what is wrapped as `base.mu = 0.3`."""
+    for name, value in sorted(values.items()):
+        if isinstance(value, Mapping):
+            yield from _parameters(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name} = {value}"
 
 
 def _resize(how: str) -> str:

@@ -4,7 +4,7 @@ import base64
 import heapq
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -21,9 +21,10 @@ from jobs.bootstrap import key_hashes
 from jobs.compare import Column
 from jobs.evaluation import folders, values_of
 from jobs.plan import Plan
-from jobs.results import images_of, rows_with, shown
+from jobs.products import Sizes, parts_of, products_of
+from jobs.results import Output, images_of, rows_with, shown
 from jobs.stored import fragment_of
-from storage.pictures import Pixels, colours, overlay
+from storage.pictures import Pixels, Tile, colours, overlay
 from storage.schema import OK, REJECTED
 from storage.store import ObjectStore
 
@@ -41,7 +42,14 @@ MOST_BYTES = {"image": 14_000, "overlay": 14_000, "saliency": 4_000}
 QUALITIES = (80, 65, 45, 25, 8)
 """Of a JPEG, tried until it is small enough; the last counts in any case."""
 
-LIGHT = ["key", "status", "reject_code", "reject_stage", "error", "target_index", "target_name", "metrics"]
+NUM_BEHIND, MOST_SINGLE_BYTES, MOST_FILM_BYTES = 6, 16_000, 4_000
+BEHIND = Sizes(film=144, single=288, most=12)
+"""Of the maps whose side products are drawn: how many there are, and how large."""
+
+LIGHT = [
+    *("key", "status", "reject_code", "reject_stage", "error", "target_index", "target_name", "metrics"),
+    "selected_by",
+]
 SALT = "report"
 """Of the random order, so that it is not the one by which `evaluate` samples."""
 
@@ -94,6 +102,30 @@ class Picture:
     """The image cannot be read any more; grey stands in its place."""
 
 
+@dataclass(frozen=True)
+class Frame:
+    """A picture of what was found beside a map."""
+
+    picture: str
+    """data: URI of a JPEG."""
+    width: int
+    height: int
+    caption: tuple[str, ...]
+    """A line or two."""
+
+
+@dataclass(frozen=True)
+class Behind:
+    """One kind of what was found beside a map."""
+
+    title: str
+    said: str
+    meaning: str
+    frames: tuple[Frame, ...]
+    is_film: bool
+    """Several maps, not one picture."""
+
+
 class Least(Generic[Value]):
     """The few values with the least ranks of all that were offered, the same for any order of offers."""
 
@@ -135,6 +167,8 @@ class Selection:
     names: dict[int, str] = field(default_factory=dict)
     """Of the classes."""
     rejected: Least[Rejected] = field(default_factory=lambda: Least(NUM_REJECTED))
+    selected_by: Counter[str] = field(default_factory=Counter)
+    """Maps by the metric that picked them among several."""
 
     def add_rows(self, rows: pa.Table, drop: Column | None) -> None:
         """Takes in a fragment; `drop` names the column of the metric that stands in it."""
@@ -146,6 +180,7 @@ class Selection:
             values = explained["metrics"].combine_chunks().field("drop")
             self.add_values(drop, values.to_numpy(zero_copy_only=False), refs, ties)
         self._add_classes(explained, refs, ties)
+        self.selected_by.update(name for name in explained["selected_by"].to_pylist() if name in METRICS)
         self._add_rejected(rows.filter(pc.field("status") == REJECTED).to_pylist())
 
     def add_values(
@@ -271,25 +306,44 @@ def members(shortcut: Shortcut) -> tuple[Ref, ...]:
     return tuple(Ref(key, shortcut.target_index) for key in shortcut.members[:NUM_MEMBERS])
 
 
-def pictures(
-    store: ObjectStore, plan: Plan, endpoint_url: str | None, refs: Iterable[Ref], update: Callable[[], None]
-) -> Iterator[tuple[dict[str, Any], Picture]]:
-    """Each map's row and picture, in no particular order; a map that does not stand any more is left out.
+@dataclass(frozen=True)
+class Drawn:
+    """A map that is shown."""
 
-    One image is in memory at a time, and the rows that are wanted. `update` is called after every picture.
+    row: dict[str, Any]
+    picture: Picture
+    behind: tuple[Behind, ...]
+    """What was found beside it, where that was asked for."""
+
+
+def drawn(
+    output: Output, endpoint_url: str | None, refs: Sequence[Ref], update: Callable[[], None]
+) -> Iterator[tuple[Ref, Drawn]]:
+    """Each map's row and pictures, in no particular order; a map that does not stand any more is left out.
+
+    Of the first `NUM_BEHIND` also what was found beside them. One image is in memory at a time, and the rows that are
+    wanted. `update` is called after every map.
     """
-    wanted = set(refs)
+    wanted, first = set(refs), set(refs[:NUM_BEHIND])
     rows: dict[str, list[dict[str, Any]]] = {}
-    for row in rows_with(store, plan, {ref.key for ref in wanted}):
+    for row in rows_with(output.store, output.plan, {ref.key for ref in wanted}):
         if row["status"] == OK and Ref(row["key"], row["target_index"]) in wanted:
             rows.setdefault(row["key"], []).append(row)
-    for key, image in images_of(plan, endpoint_url, set(rows)):
-        for row in rows.pop(key, ()):
-            yield row, _picture(plan, row, image)
+    for key, image in _images(output.plan, endpoint_url, rows):
+        for row in rows[key]:
+            ref = Ref(key, row["target_index"])
+            behind = tuple(_behind(output.plan, row, image)) if ref in first else ()
+            yield ref, Drawn(row, _picture(output.plan, row, image), behind)
             update()
-    for row in (row for own in rows.values() for row in own):
-        yield row, _picture(plan, row, None)
-        update()
+
+
+def _images(plan: Plan, endpoint_url: str | None, keys: Collection[str]) -> Iterator[tuple[str, Pixels | None]]:
+    """Each key with its image, those that cannot be read any more last."""
+    left = dict.fromkeys(keys)
+    for key, image in images_of(plan, endpoint_url, set(keys)):
+        del left[key]
+        yield key, image
+    yield from left.items()
 
 
 def _picture(plan: Plan, row: dict[str, Any], image: Pixels | None) -> Picture:
@@ -302,6 +356,21 @@ def _picture(plan: Plan, row: dict[str, Any], image: Pixels | None) -> Picture:
     height, width = own.saliency_hw.shape
     jpegs = {name: data_uri(_jpeg(pixels, MOST_BYTES[name]), "image/jpeg") for name, pixels in sides.items()}
     return Picture(**jpegs, width=width, height=height, is_gone=image is None)
+
+
+def _behind(plan: Plan, row: dict[str, Any], image: Pixels | None) -> Iterator[Behind]:
+    """What was found beside a map, drawn."""
+    size = (row["map_height"], row["map_width"])
+    for part in parts_of(products_of(row), size, lambda side: shown(plan, row, image, side).pixels, BEHIND):
+        most_bytes = MOST_FILM_BYTES if part.is_film else MOST_SINGLE_BYTES
+        frames = tuple(_frame(tile, most_bytes) for tile in part.tiles)
+        yield Behind(part.title, part.said, part.meaning, frames, part.is_film)
+
+
+def _frame(tile: Tile, most_bytes: int) -> Frame:
+    height, width = tile.pixels.shape[:2]
+    address = data_uri(_jpeg(tile.pixels, most_bytes), "image/jpeg")
+    return Frame(address, width, height, tuple(tile.caption.split("\n")))
 
 
 def _jpeg(pixels: Pixels, most_bytes: int) -> bytes:

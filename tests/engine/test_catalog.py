@@ -5,6 +5,7 @@ import sys
 from dataclasses import fields, is_dataclass
 
 from engine import catalog
+from engine.composition import method_of
 from engine.explainers import EXPLAINERS
 from engine.explainers.sise import Sise
 from engine.fusion import GATES
@@ -36,3 +37,14 @@ def test_catalog_and_errors_need_no_torch():
     modules = "engine.composition, engine.detectors, engine.errors, engine.products"
     code = f"import sys; sys.modules['torch'] = None; import {modules}"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_reconstructions_are_marked_and_say_so_in_their_parameters():
+    marked = {name for name, entry in catalog.EXPLAINERS.items() if entry.is_reconstruction}
+    assert marked == {"a-fmi", "feature-cam"}
+    assert all(catalog.EXPLAINERS[name].parameters().origin == "reconstruction" for name in marked)
+
+
+def test_a_method_names_its_wrappers_from_the_outermost_in():
+    assert method_of("ucag(smoothgrad(gradcam))").names == ["ucag", "smoothgrad", "gradcam"]
+    assert method_of("sise").names == ["sise"]

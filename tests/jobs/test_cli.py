@@ -1,14 +1,21 @@
 """The command line: light to start, and one clear sentence for whatever is wrong."""
 
+import io
 import json
 import os
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
+from functools import cache
 
 import pytest
+from rich.console import Console
 
+from engine.catalog import EXPLAINERS
 from jobs.cli import main
+from jobs.config import load_config, parse_parameters
+from jobs.tables import catalog_table
 from tests.jobs.jobs_of import ROOT, blocksight, command, run_here
 from tests.jobs.tiny import MODEL, folder_of_images
 
@@ -145,3 +152,65 @@ def test_the_hint_after_an_audit_can_be_pasted(monkeypatch, capsys):
         main()
     hint = capsys.readouterr().out.strip().splitlines()[-1]
     assert shlex.split(hint.removeprefix("to look at it: ")) == ["blocksight", "report", "my maps/it's"]
+
+
+@cache
+def listed(width):
+    console = Console(width=width, file=io.StringIO(), highlight=False, soft_wrap=True)
+    console.print(catalog_table("explainers"))
+    return console.file.getvalue()
+
+
+def rows_of(table):
+    """The parameters of an explainer, each as its row's cells by their heads."""
+    head, below = listed(400).split(f"┃{table}: -p")[1].split("\n", 1)
+    names = ["name", *(cell.strip() for cell in head.strip("┃").split("┃")[1:])]
+    rows = (line.strip("│").split("│") for line in below.split("└")[0].splitlines() if line.startswith("│"))
+    return {row[0].strip(): dict(zip(names, map(str.strip, row), strict=True)) for row in rows}
+
+
+def test_the_list_of_explainers_fits_a_narrow_window_and_names_every_parameter():
+    text = listed(100)
+    assert max(map(len, text.splitlines())) <= 100
+    for name, entry in EXPLAINERS.items():
+        shown = f"{name}{'(...)' if entry.wraps else ''}"
+        assert f"│{shown} " in text
+        assert (f"│{shown} * " in text) == (name in ("a-fmi", "feature-cam"))
+    assert "smoothgrad(gradient), ucag(gradcam), feature-cam(gradcam)" in text
+    assert "* a reconstruction from the abstract" in text
+
+
+def test_each_parameter_has_the_default_of_both_presets():
+    for name, entry in EXPLAINERS.items():
+        own = fields(entry.parameters)
+        found = rows_of(name) if own else {}
+        assert list(found) == [field.name for field in own]
+        for parameter, row in found.items():
+            assert set(row) == {"name", "meaning", *(("paper", "fast") if entry.fast else ("default",))}
+            assert bool(row.get("fast")) == (parameter in entry.fast)
+    ucag = [rows_of("ucag")[name] for name in ("crops", "side", "enlarge", "weighted")]
+    assert [(row["paper"], row["fast"]) for row in ucag] == [("6", "3"), ("124", ""), ("2.6", "none"), ("true", "")]
+
+
+@pytest.mark.parametrize("preset", ["paper", "fast"])
+@pytest.mark.parametrize("explainer", [name for name, entry in EXPLAINERS.items() if fields(entry.parameters)])
+def test_what_the_list_says_of_a_preset_can_be_given(explainer, preset):
+    rows = {name: row for name, row in rows_of(explainer).items() if name != "base"}
+    said = [f"{name}={row.get(preset) or row.get('paper') or row['default']}" for name, row in rows.items()]
+    job = {"data": "in", "output": "out", "explainer": explainer}
+    given, _ = load_config(None, {**job, "preset": "paper", "parameters": parse_parameters(said)})
+    usual, _ = load_config(None, {**job, "preset": preset})
+    ours, theirs = given.explainer_parameters(), usual.explainer_parameters()
+    assert {name: getattr(ours, name) for name in rows} == {name: getattr(theirs, name) for name in rows}
+
+
+def test_help_teaches_wrappers_their_parameters_and_the_preset():
+    said = " ".join(blocksight("explain", "--help").stdout.split())
+    for sentence in (
+        "some wrap another, as in ucag(gradcam)",
+        "of what it wraps: base.mu=0.3",
+        "fast: fewer steps for the dearest explainers",
+        "paper: the papers' constants in float32",
+        '--explainer "ucag(sise)" -p crops=4 -p base.mu=0.3',
+    ):
+        assert sentence in said

@@ -24,18 +24,20 @@ from jobs.compare import Output, compare
 from jobs.config import Execution
 from jobs.evaluation import folders, values_of
 from jobs.plan import existing_plan
+from jobs.products import MAX_BEST
 from jobs.reconcile import MANIFEST_KEY, final_manifest, stand
 from jobs.report import galleries
 from jobs.report.content import report_of
 from jobs.report.facts import duration, run_facts, size
 from jobs.report.findings import against_chance, place_of
-from jobs.report.galleries import MAX_PICTURES, MOST_BYTES, SIDE, Least, Ref
+from jobs.report.galleries import MAX_PICTURES, MOST_BYTES, MOST_FILM_BYTES, MOST_SINGLE_BYTES, SIDE, Least, Ref
 from jobs.report.page import REPORT_KEY, render, write_report
 from jobs.run_evaluation import EvaluationRequest, run_evaluation
 from jobs.tables import plain
 from storage.local import LocalStore
 from storage.stores import open_store
 from tests.jobs.audits import audited
+from tests.jobs.beside import OF_METHODS, blocks, grids, with_products
 from tests.jobs.jobs_of import blocksight, rows_in, run_here
 from tests.jobs.tiny import HOSTILE, bad_bodies, folder_of_images, folder_of_tars, hostile_table
 
@@ -273,6 +275,85 @@ def test_images_that_are_gone_are_grey(output):
     assert f"{report.num_gone} images cannot be read any more" in Page(page_at(output)).text
 
 
+# ---------------------------------------------------------------- behind the maps
+
+
+def test_what_was_found_beside_the_maps_is_shown_for_a_few(output, monkeypatch):
+    monkeypatch.setattr(galleries, "NUM_BEHIND", 3)
+    with_products(LocalStore(output), *OF_METHODS)
+    report = report_at(output)
+    shown = [item for item in report.items if item.behind]
+    assert [Ref(item.key, item.target_index) for item in shown] == list(report.galleries[0].refs[:3])
+    for item in shown:
+        assert {part.title: len(part.frames) for part in item.behind} == {
+            "Accumulated maps": 5,
+            "Scan path": 1,
+            "Crops": 1,
+            "Map family": 8,
+            "Channel importance": 1,
+        }
+    page = Page(page_at(output))
+    assert "#behind" in page.values("href")
+    alts = [alt for alt in page.values("alt") if alt.startswith("Accumulated maps: ")]
+    masses = [sum(one["values"]) for one in blocks(5)]
+    wanted = [f"blocks.{place}, {100 * mass / masses[-1]:.1f} % of the mass" for place, mass in enumerate(masses)]
+    assert alts[:5] == [f"Accumulated maps: {own}" for own in wanted]
+    assert len(alts) == 3 * 5
+    assert sum(alt.startswith("Map family: chosen: ") for alt in page.values("alt")) == 3
+    for said in ("5 fixations, loss 2.31 -> 0.46", "what each block added to the blocks before it", "by hed"):
+        assert said in page.text
+
+
+def test_every_shown_map_says_what_was_found_beside_it(output):
+    with_products(LocalStore(output), "fovex", "feature-cam")
+    for item in report_at(output).items:
+        facts = {fact.name: fact.value for fact in item.facts}
+        assert (facts["scan path"], facts["edges"]) == ("5 fixations, loss 2.31 -> 0.46", "by hed")
+
+
+def test_a_method_without_side_products_has_no_such_section(output):
+    page = Page(page_at(output))
+    assert not {"#behind", "behind"} & {*page.values("href"), *page.values("id")}
+
+
+def test_pictures_behind_maps_keep_the_page_small():
+    num_films, num_singles = 2, 3
+    most = num_films * galleries.BEHIND.most * MOST_FILM_BYTES + num_singles * MOST_SINGLE_BYTES
+    assert galleries.BEHIND.most >= MAX_BEST
+    assert (galleries.NUM_BEHIND * most + MAX_PICTURES * sum(MOST_BYTES.values())) * 4 / 3 < 8_500_000
+    noise = np.random.default_rng(0).integers(0, 256, (galleries.BEHIND.single,) * 2 + (3,), dtype=np.uint8)
+    assert len(galleries._jpeg(noise, MOST_SINGLE_BYTES)) <= MOST_SINGLE_BYTES
+    small = noise[: galleries.BEHIND.film, : galleries.BEHIND.film]
+    assert len(galleries._jpeg(small, MOST_FILM_BYTES)) <= MOST_FILM_BYTES
+
+
+def test_hostile_names_of_blocks_are_text(output):
+    with_products(LocalStore(output), accumulated_maps=grids(list(HOSTILE), [None] * len(HOSTILE)))
+    page = Page(page_at(output))
+    assert set(page.tags) <= TAGS
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    assert "<img src=x onerror=alert(1)>.png" in page.text
+
+
+@pytest.mark.parametrize(
+    ("explainer", "said"),
+    [
+        ("a-fmi", "a-fmi: a reconstruction from the abstract"),
+        ("feature-cam(gradcam)", "feature-cam: a reconstruction from the abstract"),
+        ("smoothgrad(feature-cam(a-fmi))", "feature-cam, a-fmi: a reconstruction from the abstract"),
+        ("ucag(gradcam)", None),
+    ],
+)
+def test_reconstructions_are_said_to_be_some(output, explainer, said):
+    plan = existing_plan(LocalStore(output))
+    values = {"b": 1, "base": {"mu": 0.3, "base": {"a": None}}}
+    named = replace(plan, identity={**plan.identity, "explainer": explainer, "parameters": values})
+    facts = {fact.name: fact.value for fact in run_facts(named, {}, {})}
+    assert facts.get("origin", "").startswith(said or "")
+    assert ("origin" in facts) == (said is not None)
+    assert facts["parameters"] == "b = 1, base.base.a = None, base.mu = 0.3"
+
+
 # ---------------------------------------------------------------- what is missing
 
 
@@ -454,8 +535,8 @@ def test_weights_are_said_to_come_from_where_they_do(output):
     plan = existing_plan(LocalStore(output))
     packaged = replace(plan, identity={**plan.identity, "model": "efficientnet_lite0"})
     named = replace(plan, identity={**plan.identity, "weights": "DEFAULT", "limit": 1})
-    assert next(fact for fact in run_facts(packaged, {}) if fact.name == "model").note == "weights: packaged"
-    facts = {fact.name: fact for fact in run_facts(named, {})}
+    assert next(fact for fact in run_facts(packaged, {}, {}) if fact.name == "model").note == "weights: packaged"
+    facts = {fact.name: fact for fact in run_facts(named, {}, {})}
     assert (facts["model"].note, facts["limit"].value) == ("weights: DEFAULT", "1 record")
 
 

@@ -10,6 +10,7 @@ from jobs.plan import existing_plan
 from jobs.report.page import REPORT_KEY, write_report
 from storage.local import LocalStore
 from tests.jobs.audits import audited
+from tests.jobs.beside import OF_METHODS, blocks, with_products
 from tests.jobs.jobs_of import run_here
 from tests.jobs.tiny import HOSTILE, folder_of_images, hostile_table
 
@@ -50,6 +51,15 @@ def hostile_address(tmp_path_factory):
     root = tmp_path_factory.mktemp("hostile")
     run_here(hostile_table(root / "in"), root / "out", explainer="gradcam", model="tests.jobs.tiny:make_hostile")
     return written(root / "out", " ".join(HOSTILE) + "x" * 500)
+
+
+@pytest.fixture(scope="module")
+def beside_address(tmp_path_factory):
+    """A report of maps beside which everything was found that can be."""
+    root = tmp_path_factory.mktemp("beside")
+    run_here(folder_of_images(root / "in", 9), root / "out", target="top-2", explainer="gradcam")
+    with_products(LocalStore(root / "out"), *OF_METHODS, accumulated_maps=blocks(12))
+    return written(root / "out", "in words")
 
 
 class Watched:
@@ -96,7 +106,7 @@ def zoomed(page):
 
 @pytest.mark.parametrize("size", WIDTHS)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("which", ["address", "hostile_address"])
+@pytest.mark.parametrize("which", ["address", "hostile_address", "beside_address"])
 def test_it_opens_without_a_word_and_nothing_overflows(watched, request, which, size, scheme):
     width, height = WIDTHS[size]
     watched.page.set_viewport_size({"width": width, "height": height})
@@ -232,6 +242,23 @@ def test_a_findings_maps_open_beside_each_other(watched, address):
     peek.focus()
     page.keyboard.press("Enter")
     assert page.locator("#zoom-count").inner_text() == "1 of 1."
+
+
+def test_what_was_found_beside_maps_is_seen_and_leads_to_them(watched, beside_address):
+    page = watched.open(beside_address)
+    page.locator(".top nav a", has_text="Behind them").click()
+    assert page.locator("#behind .film").count() == 6 * 5
+    film = page.locator("#behind .film:not(.single)").first
+    tops = film.locator("li").evaluate_all("all => all.map(own => own.offsetTop)")
+    assert (len(tops), len(set(tops))) == (12, 1)  # twelve blocks fit abreast
+    assert page.locator("#behind img:not([alt])").count() == 0
+    peek = page.locator("#behind .peek").first
+    peek.focus()
+    page.keyboard.press("Enter")
+    assert page.locator(".zoom-facts dt", has_text="scan path").count() == 1
+    page.keyboard.press("Escape")
+    page.emulate_media(media="print")
+    assert film.is_visible()
 
 
 def test_the_theme_is_toggled(watched, address):
