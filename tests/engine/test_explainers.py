@@ -12,7 +12,9 @@ from torch.nn import functional
 from engine import catalog
 from engine.catalog import (
     AdaSiseParameters,
+    AFmiParameters,
     ExtremalParameters,
+    FovExParameters,
     IntegratedGradientsParameters,
     NoParameters,
     OcclusionParameters,
@@ -526,12 +528,14 @@ CHEAP = {
     "integrated_gradients": IntegratedGradientsParameters(steps=6),
     "smoothgrad": SmoothGradParameters(samples=4),
     "extremal_perturbation": ExtremalParameters((0.2,), iterations=10),
+    "a-fmi": AFmiParameters(),
+    "fovex": FovExParameters(fixations=3, steps=12),
     "sise": SiseParameters(),
     "ada-sise": AdaSiseParameters(),
     "scorecam": ScoreCamParameters(),
 }
 CONTROLS = {"random", "gaussian", "edges"}
-STOCHASTIC = {"random", "rise", "smoothgrad"}
+STOCHASTIC = {"fovex", "random", "rise", "smoothgrad"}
 SEEING = [name for name in EXPLAINERS if name not in CONTROLS]
 SIDE = 24
 
