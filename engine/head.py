@@ -17,7 +17,11 @@ SLACK = 1e-4
 """How far, relative to its values, an affine head may be from its own sums."""
 TRIALS, SPREAD = 8, 10.0
 """Pairs of random maps that the sums are tried on, and their deviation: of both signs, so that a ReLU shows."""
+POOLED_TRIALS = 2
+"""Random maps that a head of pooling and one linear layer is known by."""
 MAPS_PER_PASS = 64
+LOUD = 1024.0
+"""What a channel's weight is read off at: beside it the bias, and the rounding of what it is added to, are small."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,44 @@ def head_of(adapter: ModelAdapter, block: Place) -> Head | None:
     with adapter.borrowed():
         cost, whole = _flops(lambda: run(one[:1])), _flops(lambda: adapter.logits(inputs))
         both, sums = run(one + other) + run(torch.zeros_like(one)), run(one) + run(other)
-    is_affine = bool((both - sums).abs().max() <= SLACK * both.abs().max())
+    is_affine = _are_near(sums, both)
     is_affine = is_affine and cost * block.grid[0] * block.grid[1] <= whole  # it is run once for every cell
     return Head(run, is_affine) if is_affine or cost <= CHEAP * whole else None
+
+
+@torch.no_grad()
+def pooled_weights(adapter: ModelAdapter, block: Place) -> Tensor | None:
+    """The weights [classes, C] (float64) of a linear layer on the maps' spatial means; None: something else follows.
+
+    Known by what the head does to random maps: theirs must be the logits of their means, whatever the image, and
+    the sums that the weights say. The weights are read off maps that are even, and zero in all channels but one.
+    """
+    tail = adapter.network.taps([block]).tail()
+    assert block.grid is not None
+    own = torch.Generator().manual_seed(0)
+    shapes = ((1, 1), block.grid)
+    levels, maps = (SPREAD * torch.randn(POOLED_TRIALS, block.channels, *of, generator=own) for of in shapes)
+    maps = (levels + maps).to(adapter.device)
+    one, other = (
+        SPREAD * torch.randn(POOLED_TRIALS, 3, *adapter.input_size, generator=own).to(adapter.device) for _ in range(2)
+    )
+    with adapter.borrowed():
+        wanted, means = tail(one, maps), maps.mean((2, 3), keepdim=True)
+        if not _are_near(tail(other, means.expand_as(maps)), wanted):
+            return None
+        nothing = tail(one[:1], torch.zeros_like(maps[:1])).double()
+        channels = LOUD * torch.eye(block.channels, device=maps.device)[:, :, None, None]
+        inputs = one[:1].expand(MAPS_PER_PASS, -1, -1, -1)
+        found = [
+            tail(inputs[: len(some)], some.expand(-1, -1, *block.grid)).double()
+            for some in channels.split(MAPS_PER_PASS)
+        ]
+    weights = (torch.cat(found) - nothing) / LOUD
+    return weights.T if _are_near(means.flatten(1).double() @ weights + nothing, wanted.double()) else None
+
+
+def _are_near(found: Tensor, wanted: Tensor) -> bool:
+    return bool((found - wanted).abs().max() <= SLACK * wanted.abs().max())
 
 
 def _flops(run: Callable[[], Tensor]) -> int:

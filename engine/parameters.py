@@ -232,7 +232,9 @@ class AFmiParameters:
     conserve: bool = field(
         default=False, metadata={"help": "each map's importance is a mass that it spreads, not a factor"}
     )
-    rectify: bool = field(default=True, metadata={"help": "only what speaks for the class"})
+    rectify: bool = field(
+        default=True, metadata={"help": "only what speaks for the class; else what speaks against it too, by its size"}
+    )
     channels: int | None = field(
         default=None,
         metadata={

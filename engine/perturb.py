@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -17,18 +17,20 @@ BLUR_REACH = 3
 """Deviations after which a Gaussian is cut off."""
 
 
-def blurred(images: Tensor, sigma: float, *, reach: int | None = None) -> Tensor:
+def blurred(
+    images: Tensor, sigma: float, *, reach: int | None = None, rim: Literal["replicate", "reflect"] = "replicate"
+) -> Tensor:
     """Images [..., C, H, W] under a Gaussian of this deviation in pixels, cut off after `reach`.
 
-    Beyond the rim its pixels go on.
+    Beyond the rim its pixels go on, or the picture is mirrored (`reach` is then less than its sides).
     """
     reach = reach or max(1, round(BLUR_REACH * sigma))
     offsets = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
     bell = torch.exp(-0.5 * (offsets / sigma) ** 2)
     bell = bell / bell.sum()
     flat = images.reshape(-1, 1, *images.shape[-2:])
-    down = functional.conv2d(functional.pad(flat, (0, 0, reach, reach), mode="replicate"), bell.view(1, 1, -1, 1))
-    across = functional.conv2d(functional.pad(down, (reach, reach, 0, 0), mode="replicate"), bell.view(1, 1, 1, -1))
+    down = functional.conv2d(functional.pad(flat, (0, 0, reach, reach), mode=rim), bell.view(1, 1, -1, 1))
+    across = functional.conv2d(functional.pad(down, (reach, reach, 0, 0), mode=rim), bell.view(1, 1, 1, -1))
     return across.reshape(images.shape)
 
 

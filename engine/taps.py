@@ -42,6 +42,9 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+Tail = Callable[[Tensor, Tensor], Tensor]
+"""What follows a place: from inputs [N, 3, H, W] and its feature maps [N, C, h, w] to logits [N, K]."""
+
 Keep = Callable[[str, Any], Any]
 """Sees what a named place computed, and returns what the network goes on with."""
 
@@ -123,8 +126,8 @@ class Taps:
                 return self.module(inputs)
         return GraphRunner(self.graph, recorder, recorder.layouts.keys()).run(inputs)
 
-    def tail(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """What follows the one place: from inputs [N, 3, H, W] and other feature maps [N, C, h, w] to logits [N, K].
+    def tail(self) -> Tail:
+        """What follows the one place, as a function of the inputs and of other feature maps.
 
         Where all that follows depends on the maps alone, only that part of the network runs. The logits have a
         gradient by the maps where autograd is on, and the maps are left as they were.
@@ -135,6 +138,26 @@ class Taps:
         if cut is not None:
             return lambda _, maps: cut(maps.clone())  # what follows may work in place
         return lambda inputs, maps: self._run(inputs, MapRecorder(self.places, {place.name: maps}))
+
+
+@torch.no_grad()
+def replaced(
+    tail: Tail, image_chw: Tensor, maps_chw: Tensor, instead_chw: Tensor, channels: Sequence[int], batch_size: int
+) -> Tensor:
+    """Logits [1 + n, K] of an image's maps [C, h, w], and with each of n channels replaced by that of others.
+
+    In batches of one shape.
+    """
+    found = []
+    variants: list[int | None] = [None, *channels]
+    for start in range(0, len(variants), batch_size):
+        some = variants[start : start + batch_size]
+        values = maps_chw.expand(batch_size, *maps_chw.shape).clone()
+        for slot, channel in enumerate(some):
+            if channel is not None:
+                values[slot, channel] = instead_chw[channel]
+        found.append(tail(image_chw.expand(batch_size, *image_chw.shape), values)[: len(some)])
+    return torch.cat(found)
 
 
 def _cut(graph: fx.GraphModule, name: str) -> fx.GraphModule | None:

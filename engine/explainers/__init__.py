@@ -6,12 +6,14 @@ from typing import Any
 
 from engine.composition import Method, method_of, parameters_of
 from engine.explainers.ablationcam import AblationCam
+from engine.explainers.afmi import AFmi
 from engine.explainers.bee import Bee
 from engine.explainers.cams import WEIGHINGS, Cam
 from engine.explainers.controls import CentredGaussian, Edges, RandomMap
 from engine.explainers.explainer import Explainer
 from engine.explainers.extremal import ExtremalPerturbation
 from engine.explainers.featurecam import FeatureCam
+from engine.explainers.fovex import FovEx
 from engine.explainers.fullgrad import FullGrad
 from engine.explainers.gradients import Gradient, IntegratedGradients
 from engine.explainers.occlusion import Occlusion
@@ -64,6 +66,8 @@ EXPLAINERS: Mapping[str, Callable[..., Explainer]] = {
     "fullgrad": FullGrad,
     "extremal_perturbation": ExtremalPerturbation,
     "bee": Bee,
+    "a-fmi": AFmi,
+    "fovex": FovEx,
     "random": RandomMap,
     "gaussian": CentredGaussian,
     "edges": Edges,

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from engine.explainers.cams import whole_block
-from engine.explainers.explainer import Explainer, chunks, pad
+from engine.explainers.explainer import Explainer, pad
 from engine.explanation import Explanation, sound_explanation
 from engine.resample import grid_of, upsampling
+from engine.taps import replaced
 from engine.targets import Target
 
 
@@ -25,14 +26,12 @@ class AblationCam(Explainer):
         self.tail = self.taps.tail()
 
     def _explain_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Explanation]]:
-        logits, (maps,) = self.taps(pad(inputs_nchw, self.images_per_pass))
-        images = torch.arange(len(inputs_nchw), device=logits.device)
-        whole = target.raw.score(logits[: len(images)].detach(), images)
+        _, (maps,) = self.taps(pad(inputs_nchw, self.images_per_pass))
         upsample = upsampling(grid_of(maps), grid_of(inputs_nchw), maps.device)
         explanations = []
         for image, row in enumerate(self._scores(inputs_nchw, target)):
             own = maps[image].detach()
-            losses = whole[image] - self._ablated(inputs_nchw[image], own, target.of(images[image : image + 1]))
+            losses = self._losses(inputs_nchw[image], own, target.of(slice(image, image + 1)))
             native = torch.einsum("kt,khw->thw", losses, own.double()).relu()
             explanations.append(
                 [
@@ -42,16 +41,10 @@ class AblationCam(Explainer):
             )
         return explanations
 
-    @torch.inference_mode()
-    def _ablated(self, image_chw: Tensor, maps_chw: Tensor, target: Target) -> Tensor:
-        """The raw scores [C, T] of one image with each channel set to 0 in turn, from batches of one shape."""
-        size = self.scorer.batch_size
-        first = torch.zeros(size, dtype=torch.int64, device=maps_chw.device)
-        found = []
-        for channels in chunks(range(len(maps_chw)), size):
-            values = maps_chw.expand(size, *maps_chw.shape).clone()
-            for slot, channel in enumerate(channels):
-                values[slot, channel] = 0
-            logits = self.tail(image_chw.expand(size, *image_chw.shape), values)
-            found.append(target.raw.score(logits, first)[: len(channels)])
-        return torch.cat(found)
+    def _losses(self, image_chw: Tensor, maps_chw: Tensor, target: Target) -> Tensor:
+        """What the raw scores of one image lose [C, T] with each channel set to 0 in turn."""
+        channels = range(len(maps_chw))
+        nothing = torch.zeros_like(maps_chw)
+        logits = replaced(self.tail, image_chw, maps_chw, nothing, channels, self.scorer.batch_size)
+        scores = target.raw.score(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
+        return scores[:1] - scores[1:]

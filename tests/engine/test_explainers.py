@@ -18,9 +18,11 @@ from engine.explainers.fullgrad import bias_of
 from engine.models import ModelAdapter
 from engine.parameters import (
     AdaSiseParameters,
+    AFmiParameters,
     BeeParameters,
     ExtremalParameters,
     FeatureCamParameters,
+    FovExParameters,
     IntegratedGradientsParameters,
     NoParameters,
     OcclusionParameters,
@@ -539,6 +541,8 @@ CHEAP = {
     "integrated_gradients": IntegratedGradientsParameters(steps=6),
     "smoothgrad": SmoothGradParameters(samples=4),
     "extremal_perturbation": ExtremalParameters((0.2,), iterations=10),
+    "a-fmi": AFmiParameters(),
+    "fovex": FovExParameters(fixations=3, steps=12),
     "sise": SiseParameters(),
     "ada-sise": AdaSiseParameters(),
     "scorecam": ScoreCamParameters(),
@@ -547,7 +551,7 @@ CHEAP = {
     "bee": BeeParameters(draws=3, images=3, pool=2),
 }
 CONTROLS = {"random", "gaussian", "edges"}
-STOCHASTIC = {"random", "rise", "smoothgrad", "bee"}
+STOCHASTIC = {"bee", "fovex", "random", "rise", "smoothgrad"}
 SEEING = [name for name in EXPLAINERS if name not in CONTROLS]
 SIDE = 24
 

@@ -1,0 +1,164 @@
+"""A-FMI: how the last block's feature maps differ from a reference's, each weighted by what the model loses without it.
+
+A reconstruction from the abstract ("Attribution by feature-map importance"): no code and no full text was at hand.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from engine.explainers.cams import whole_block
+from engine.explainers.explainer import Attribution, SignedExplainer, pad
+from engine.head import pooled_weights
+from engine.models import ModelAdapter
+from engine.perturb import blurred
+from engine.products import SideProducts
+from engine.taps import replaced
+from engine.targets import Target
+
+BLUR = 10 / 224
+"""Deviation of the blurred reference, as a share of the shorter side."""
+CANCELLED = 1e-6
+"""A map whose sum is less than this share of its absolute values' has none, but for rounding."""
+
+
+def _black(adapter: ModelAdapter, image_chw: Tensor, _seed: int) -> Tensor:
+    return adapter.normalise(torch.zeros(1, *image_chw.shape, dtype=torch.uint8))[0]
+
+
+def _mean(_adapter: ModelAdapter, image_chw: Tensor, _seed: int) -> Tensor:
+    return torch.zeros_like(image_chw)
+
+
+def _blur(_adapter: ModelAdapter, image_chw: Tensor, _seed: int) -> Tensor:
+    return blurred(image_chw, BLUR * min(image_chw.shape[1:]))
+
+
+def _noise(adapter: ModelAdapter, image_chw: Tensor, seed: int) -> Tensor:
+    own = torch.Generator().manual_seed(seed)
+    return adapter.normalise(torch.randint(0, 256, (1, *image_chw.shape), dtype=torch.uint8, generator=own))[0]
+
+
+REFERENCES: Mapping[str, Callable[[ModelAdapter, Tensor, int], Tensor]] = {
+    "black": _black,
+    "mean": _mean,
+    "blur": _blur,
+    "noise": _noise,
+}
+"""What an image [3, H, W] is held against, by name; `mean` is 0 in model-input space, the data set's mean colour."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """An image, or what it is held against."""
+
+    image_chw: Tensor
+    maps_khw: Tensor
+    """The block's."""
+    logits: Tensor
+    """[classes]."""
+
+
+class AFmi(SignedExplainer):
+    """`sum_k w_k D_k`, D_k the difference of map k to the reference's, w_k its importance where that is relevant.
+
+    A map's importance is `s - s(map k replaced)`. Where the head is pooling and one linear layer the logits under
+    a replacement are known (`z + W_k mean(difference)`) and no pass is made; else only the network behind the block
+    runs again. Of several references the mean counts. What is not rectified has a map all the same, which is
+    at least 0: the size of the signed one.
+    """
+
+    def _prepare(self, blocks: Sequence[str]) -> None:
+        (self.block,) = self.adapter.network.blocks(blocks)[-1:]
+        self.taps = self.adapter.network.taps([self.block])
+        self.tail = self.taps.tail()
+        self.weights = pooled_weights(self.adapter, self.block) if self.parameters.tail == "auto" else None
+
+    def _attribute_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Attribution]]:
+        sides = self._sides(inputs_nchw)
+        others = [
+            self._sides(torch.stack([make(self.adapter, *of) for of in zip(inputs_nchw, seeds, strict=True)]))
+            for make in map(REFERENCES.__getitem__, self.parameters.references)
+        ]
+        return [
+            self._attributions(side, [own[image] for own in others], target.of(slice(image, image + 1)), row)
+            for image, (side, row) in enumerate(zip(sides, self._scores(inputs_nchw, target), strict=True))
+        ]
+
+    def finish(self, flat_hw: Tensor) -> Tensor:
+        return super().finish(flat_hw if self.parameters.rectify else flat_hw.abs())
+
+    def _sides(self, inputs_nchw: Tensor) -> list[Side]:
+        logits, (maps,) = self.taps(pad(inputs_nchw, self.images_per_pass))
+        return [Side(*one) for one in zip(inputs_nchw, maps.detach(), logits.detach(), strict=False)]
+
+    @torch.no_grad()
+    def _attributions(
+        self, side: Side, others: Sequence[Side], target: Target, scores: Sequence[float]
+    ) -> list[Attribution]:
+        """Of one image's targets."""
+        importance = torch.stack([self._importance(side, other, target) for other in others])
+        signed = sum(
+            self._map(own, side.maps_khw, other.maps_khw) for own, other in zip(importance, others, strict=True)
+        )
+        products = [SideProducts(channel_importance=own.float().cpu().numpy()) for own in importance.mean(0).unbind(1)]
+        forwards = len(others) * (1 + self._num_passes())
+        return [
+            Attribution(values / len(others), score, forwards, (whole_block(self.block),), own)
+            for values, score, own in zip(torch.as_tensor(signed), scores, products, strict=True)
+        ]
+
+    def _num_passes(self) -> int:
+        """Of the network behind the block, per image and reference."""
+        each = min(self.parameters.channels or self.block.channels, self.block.channels)
+        ways = 2 if self.parameters.removal == "two_sided" else 1
+        return each * ways if self.weights is None else 0
+
+    def _map(self, importance: Tensor, maps_khw: Tensor, other_khw: Tensor) -> Tensor:
+        """The signed maps [T, h, w] of importance [K, T]."""
+        differences = maps_khw.double() - other_khw.double()
+        factors = importance
+        if self.parameters.keep == "relevant":
+            factors = importance.masked_fill(importance <= self.parameters.threshold, 0.0)
+        if self.parameters.conserve:
+            mass, size = differences.sum((1, 2)), differences.abs().sum((1, 2))
+            has_none = mass.abs() <= CANCELLED * size
+            factors = factors.masked_fill(has_none[:, None], 0.0) / mass.masked_fill(has_none, 1.0)[:, None]
+        return torch.einsum("kt,khw->thw", factors, differences)
+
+    def _importance(self, side: Side, other: Side, target: Target) -> Tensor:
+        """[K, T], float64; 0 of maps that are left out."""
+        removal, chosen = self.parameters.removal, self._chosen(side, other)
+        ways = []
+        if removal in ("reference", "two_sided"):
+            ways.append(-self._gains(side, other.maps_khw, chosen, target))
+        if removal in ("insert", "two_sided"):
+            ways.append(self._gains(other, side.maps_khw, chosen, target))
+        if removal == "zero":
+            ways.append(-self._gains(side, torch.zeros_like(side.maps_khw), chosen, target))
+        found = ways[0].new_zeros(self.block.channels, target.num_targets)
+        found[chosen] = torch.stack(ways).mean(0)
+        return found
+
+    def _chosen(self, side: Side, other: Side) -> Tensor:
+        """The channels whose removal is tried, ascending."""
+        limit = self.parameters.channels
+        if self.weights is not None or limit is None:
+            return torch.arange(self.block.channels, device=side.maps_khw.device)
+        sizes = (side.maps_khw.double() - other.maps_khw.double()).abs().sum((1, 2))
+        return sizes.argsort(descending=True, stable=True)[:limit].sort().values
+
+    def _gains(self, base: Side, instead_khw: Tensor, chosen: Tensor, target: Target) -> Tensor:
+        """What the score gains [n, T] where each of the chosen maps is one of `instead_khw` in turn."""
+        if self.weights is None:
+            size = self.scorer.batch_size
+            logits = replaced(self.tail, base.image_chw, base.maps_khw, instead_khw, chosen.tolist(), size)
+        else:
+            steps = (instead_khw[chosen].double() - base.maps_khw[chosen].double()).mean((1, 2))
+            logits = base.logits.double() + functional.pad(steps[:, None] * self.weights.T[chosen], (0, 0, 1, 0))
+        readout = target.raw if self.parameters.score == "logit" else target
+        scores = readout.score(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
+        return scores[1:] - scores[:1]

@@ -1,0 +1,149 @@
+"""FovEx: the places where a blurred picture must be seen sharply for the model to know the class again."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.explainers.explainer import Explainer, chunks
+from engine.explanation import Explanation, sound_explanation
+from engine.perturb import blurred
+from engine.products import Fixation, SideProducts
+from engine.resample import Grid, grid_of
+from engine.targets import Target
+
+VIEWS_PER_PASS = {"cuda": 32}
+"""By kind of device: every forward has this many views, whatever batch size is asked for. A step goes by the sign of a
+gradient, so that rounding, which differs between batch sizes, could turn a path."""
+USUAL_VIEWS_PER_PASS = 4
+"""On other devices."""
+BLUR_REACH = 2
+"""Deviations after which the blur is cut off: 41 x 41 pixels for a deviation of 10."""
+JITTER = 0.05
+"""How far a place that did not help is moved where nothing begins anew, at most."""
+
+
+def fovea(places_n2: Tensor, squared_reach: float, size: Grid) -> Tensor:
+    """`G_p(z) = exp(-|z - p|^2 / s)` around places (row, column) on a picture of [-1, 1] x [-1, 1], [N, H, W].
+
+    The first and the last pixel of an axis lie at -1 and 1.
+    """
+    down, across = (
+        torch.exp(
+            -((torch.linspace(-1, 1, side, dtype=places_n2.dtype, device=places_n2.device) - own[:, None]) ** 2)
+            / squared_reach
+        )
+        for side, own in zip(size, places_n2.unbind(1), strict=True)
+    )
+    return down[:, :, None] * across[:, None, :]
+
+
+def seen(sharp: Tensor, dim: Tensor, seen_before: Tensor, looked_at: Tensor) -> Tensor:
+    """`x + (x_b - x) clip(1 - R - G_p, 0, 1)`: images [N, 3, H, W] under R and G_p [N, H, W]."""
+    return sharp + (dim - sharp) * (1 - seen_before - looked_at).clamp(0, 1)[:, None]
+
+
+@dataclass(frozen=True)
+class Views:
+    """Images that are looked at together, each for one of its targets: one full batch."""
+
+    logits: Callable[[Tensor], Tensor]
+    sharp: Tensor
+    """[B, 3, H, W], in the model's precision; places and views are float64."""
+    dim: Tensor
+    """The same, blurred."""
+    target: Target
+    indices: Tensor
+    """Which target each is looked at for, [B]."""
+
+    def look(self, places: Tensor, squared_reach: float, seen_before: Tensor) -> tuple[Tensor, Tensor]:
+        """The cross entropies [B] of the targets, looking at places [B, 2], and their gradients by these."""
+        with torch.enable_grad():
+            own = places.detach().requires_grad_(True)
+            looked_at = fovea(own, squared_reach, grid_of(self.sharp))
+            views = seen(self.sharp.double(), self.dim, seen_before, looked_at)
+            losses = self._cross_entropy(self.logits(views.to(self.sharp.dtype)))
+        (slopes,) = torch.autograd.grad(losses.sum(), own)
+        return losses.detach(), slopes
+
+    def _cross_entropy(self, logits: Tensor) -> Tensor:
+        """`log sum exp z - z_c`, z_c the target before it is squashed: minus the logarithm of a class's probability."""
+        every = torch.arange(len(logits), device=logits.device)
+        return logits.double().logsumexp(1) - self.target.raw.score(logits, every)[every, self.indices]
+
+
+class FovEx(Explainer):
+    """`M <- decay M + G_p` over the fixations (Panda et al., arXiv 2408.02123), with the constants of their code.
+
+    For each fixation, K steps from the middle of the picture go down the class's cross entropy by the sign of its
+    gradient, and stay within the picture. The place where it was least is kept, and what was sharp there stays so
+    in part for the next one. The blur is of the model's inputs, which is that of pixels, for both are linear.
+    """
+
+    def _explain_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Explanation]]:
+        jobs = [(image, index) for image in range(len(inputs_nchw)) for index in range(target.num_targets)]
+        blurs = [self._blurred(one) for one in inputs_nchw]
+        draws = [self._draws(seed) for seed in seeds]
+        paths: list[list[list[Fixation]]] = [[] for _ in inputs_nchw]
+        size = VIEWS_PER_PASS.get(self.adapter.device.type, USUAL_VIEWS_PER_PASS)
+        for batch in chunks(jobs, size):
+            images, indices = zip(*batch, *batch[-1:] * (size - len(batch)), strict=True)
+            chosen = torch.tensor(images, device=inputs_nchw.device)
+            dim = torch.stack([blurs[image] for image in images])
+            which = torch.tensor(indices, device=inputs_nchw.device)
+            views = Views(self.adapter.logits, inputs_nchw[chosen], dim, target.of(chosen), which)
+            found = self._fixations(views, torch.stack([draws[image] for image in images], 2).to(dim.device))
+            for (image, _), path in zip(batch, found, strict=False):
+                paths[image].append([Fixation(*one) for one in path])
+        return [
+            [self._explanation(*one, grid_of(inputs_nchw), target.num_targets) for one in zip(own, row, strict=True)]
+            for own, row in zip(paths, self._scores(inputs_nchw, target), strict=True)
+        ]
+
+    def _blurred(self, image_chw: Tensor) -> Tensor:
+        """The image in float64, as it is seen from the corner of an eye; at the rim stands a mirror."""
+        reach = min(round(BLUR_REACH * self.parameters.blur), *(side - 1 for side in grid_of(image_chw)))
+        return blurred(image_chw.double(), self.parameters.blur, reach=max(1, reach), rim="reflect")
+
+    def _draws(self, seed: int) -> Tensor:
+        """An image's random places [S, K, 2] in [-1, 1], drawn whether or not they are needed."""
+        shape = (self.parameters.fixations, self.parameters.steps, 2)
+        return 2 * torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 1
+
+    def _fixations(self, views: Views, draws: Tensor) -> list[list[list[float]]]:
+        """For each of B views the row, column and loss of every fixation; `draws` are [S, K, B, 2]."""
+        seen_before = views.dim.new_zeros(len(views.dim), *grid_of(views.dim))
+        found = []
+        for fresh in draws:
+            places, losses = self._best_place(views, seen_before, fresh)
+            looked_at = fovea(places, self.parameters.fovea, grid_of(seen_before))
+            seen_before = self.parameters.memory * seen_before + looked_at
+            found.append(torch.cat([places, losses[:, None]], 1))
+        return torch.stack(found, 1).tolist()
+
+    def _best_place(self, views: Views, seen_before: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
+        """The place [B, 2] where a view's loss was least of K steps, and that loss [B]; NaN where none was a number."""
+        parameters = self.parameters
+        places = torch.zeros_like(fresh[0])
+        best_places, best_losses = torch.full_like(places, float("nan")), places.new_full((len(places),), float("inf"))
+        for drawn in fresh:
+            losses, slopes = views.look(places, parameters.fovea, seen_before)
+            stepped = (places - parameters.rate * slopes.sign()).clamp(-1, 1)
+            helped = losses < best_losses
+            kept = stepped if parameters.best == "official" else places
+            best_places = torch.where(helped[:, None], kept, best_places)
+            best_losses = torch.where(helped, losses, best_losses)
+            other = drawn if parameters.restarts else (stepped + JITTER * drawn).clamp(-1, 1)
+            places = torch.where(helped[:, None], stepped, other)
+        return best_places, best_losses
+
+    def _explanation(self, path: list[Fixation], score: float, size: Grid, num_targets: int) -> Explanation:
+        parameters = self.parameters
+        places = torch.tensor([[one.row, one.column] for one in path], dtype=torch.float64)
+        total = torch.zeros(size, dtype=torch.float64)
+        for heat in fovea(places, parameters.heat, size):
+            total = parameters.decay * total + heat
+        forwards = parameters.fixations * parameters.steps * num_targets
+        products = SideProducts(scan_path=tuple(path))
+        return sound_explanation(total.numpy(), score, num_forwards=forwards, products=products)
