@@ -8,6 +8,7 @@ from engine.composition import Method, method_of, parameters_of
 from engine.explainers.ablationcam import AblationCam
 from engine.explainers.cams import WEIGHINGS, Cam
 from engine.explainers.controls import CentredGaussian, Edges, RandomMap
+from engine.explainers.daam import Daam
 from engine.explainers.explainer import Explainer
 from engine.explainers.extremal import ExtremalPerturbation
 from engine.explainers.fullgrad import FullGrad
@@ -58,6 +59,7 @@ EXPLAINERS: Mapping[str, Callable[..., Explainer]] = {
     "integrated_gradients": IntegratedGradients,
     "fullgrad": FullGrad,
     "extremal_perturbation": ExtremalPerturbation,
+    "daam": Daam,
     "random": RandomMap,
     "gaussian": CentredGaussian,
     "edges": Edges,
