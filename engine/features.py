@@ -22,10 +22,7 @@ def head_path(adapter: "ModelAdapter") -> str | None:
     """
     ran: list[tuple[str, tuple[int, ...]]] = []
     layers = [(name, layer) for name, layer in adapter.module.named_modules() if isinstance(layer, nn.Linear)]
-    handles = [
-        layer.register_forward_hook(lambda _m, _i, out, name=name: ran.append((name, tuple(out.shape))))
-        for name, layer in layers
-    ]
+    handles = [layer.register_forward_hook(_noting(name, ran)) for name, layer in layers]
     try:
         num_outputs = _num_outputs(adapter)
     finally:
@@ -39,6 +36,10 @@ def head_path(adapter: "ModelAdapter") -> str | None:
             "there is no feature to take; name a model that returns features [N, D]"
         )
     return None
+
+
+def _noting(name: str, ran: list[tuple[str, tuple[int, ...]]]) -> Callable[[nn.Module, object, Tensor], None]:
+    return lambda _module, _given, out: ran.append((name, tuple(out.shape)))
 
 
 def _num_outputs(adapter: "ModelAdapter") -> int:
