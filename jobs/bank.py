@@ -23,6 +23,7 @@ from jobs.plan import check_place, make_plan
 from jobs.progress import Tally, progress
 from jobs.units import Workforce
 from storage.stores import open_store
+from storage.survey import Layout
 
 MAX_NUMBERED = 100_000
 """Where labels are numbers, the largest is one less than the number of classes."""
@@ -50,6 +51,8 @@ def make_bank(config: JobConfig, console: Console) -> Bank:
     state = weights_bytes(config)
     adapter = without_head(load(config, state, device_of(None), str(Path.cwd())))
     plan = make_plan(config, weights_sha256=sha256_of(state), workforce=Workforce(1, on_gpu=False))
+    if plan.layout is Layout.IMAGES:
+        class_names_of([_as_text(folder) for folder in plan.label_counts()], config.data)  # before any work
     labels: list[str] = []
     features: list[Tensor] = []
     num_seen = 0
