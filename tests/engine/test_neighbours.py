@@ -46,14 +46,14 @@ def test_the_softmax_is_the_normalised_vote():
     near = sorted(((cosine(QUERY, row), label) for row, label in zip(ROWS, LABELS, strict=True)), reverse=True)[:3]
     assert sorted(label for _, label in near) == [0, 1, 1]
     votes = [sum(math.exp(one / 0.5) for one, label in near if label == c) for c in range(3)]
-    found = net(torch.tensor([QUERY]).double() * 7).softmax(1)[0].tolist()
+    found = net(torch.tensor([QUERY], dtype=torch.float64) * 7).softmax(1)[0].tolist()
     assert found == pytest.approx([vote / sum(votes) for vote in votes], abs=2e-6)
     assert 0 < found[2] < 1e-6
 
 
 def test_a_logit_is_the_logarithm_of_its_votes():
     net = classifier(num_neighbours=1, temperature=0.25)
-    (logits,) = net(torch.tensor([QUERY]).double())
+    (logits,) = net(torch.tensor([QUERY], dtype=torch.float64))
     assert float(logits[0]) == pytest.approx(cosine(QUERY, ROWS[0]) / 0.25, rel=1e-5)
     centre = [(a + b) / 2 for a, b in zip(unit(*ROWS[1]), unit(*ROWS[2]), strict=True)]
     height = sum(q * c for q, c in zip(QUERY, centre, strict=True))
@@ -73,7 +73,7 @@ def test_every_class_has_a_finite_logit_and_a_gradient():
 
 
 def test_more_neighbours_than_rows_are_all_rows():
-    few, many = (classifier(num_neighbours=number)(torch.tensor([QUERY]).double()) for number in (5, 99))
+    few, many = (classifier(num_neighbours=number)(torch.tensor([QUERY], dtype=torch.float64)) for number in (5, 99))
     assert torch.equal(few, many)
 
 
@@ -81,17 +81,17 @@ def test_more_neighbours_than_rows_are_all_rows():
 def test_an_image_of_the_bank_is_not_its_own_neighbour(copies):
     """However often it lies there, and whatever it is called there; alone it leaves no vote but finite logits."""
     lying = classifier(ROWS + [QUERY] * copies, LABELS + [2] * copies, num_neighbours=3, temperature=0.5)
-    query = torch.tensor([QUERY]).double() * 3
+    query = torch.tensor([QUERY], dtype=torch.float64) * 3
     wanted = classifier(num_neighbours=3, temperature=0.5)(query)
     assert torch.allclose(lying(query).softmax(1), wanted.softmax(1), atol=3e-6)
-    near = torch.tensor([unit(2.4, 1.0, 0.51)]).double()  # a neighbour that is not the image
+    near = torch.tensor([unit(2.4, 1.0, 0.51)], dtype=torch.float64)  # a neighbour that is not the image
     assert float(lying(near).softmax(1)[0, 2]) > 0.2
     only = classifier([QUERY, QUERY], [0, 1])
     assert only(query).isfinite().all()
 
 
 def test_a_sick_feature_is_sick_alone():
-    features = torch.tensor([QUERY, [float("nan")] * 3]).double()
+    features = torch.tensor([QUERY, [float("nan")] * 3], dtype=torch.float64)
     logits = classifier()(features)
     assert logits[0].isfinite().all()
     assert logits[1].isnan().all()
@@ -111,21 +111,21 @@ def test_the_agreement_with_neighbours_of_the_class():
     net = classifier(num_neighbours=3)
     mean = [(a + b) / 2 for a, b in zip(unit(*ROWS[1]), unit(*ROWS[2]), strict=True)]
     wanted = scaled([q * z for q, z in zip(QUERY, mean, strict=True)])
-    (found,) = net.bank.agreement(torch.tensor([QUERY]).double() * 5, torch.tensor([1]))
+    (found,) = net.bank.agreement(torch.tensor([QUERY], dtype=torch.float64) * 5, torch.tensor([1]))
     assert found.tolist() == pytest.approx(wanted, abs=1e-12)
 
 
 def test_the_agreement_with_a_class_that_no_neighbour_has():
     """As many nearest of the class: here the only cat."""
     net = classifier(num_neighbours=2)
-    found = net.bank.agreement(torch.tensor([QUERY, QUERY]).double(), torch.tensor([2, 0]))
+    found = net.bank.agreement(torch.tensor([QUERY, QUERY], dtype=torch.float64), torch.tensor([2, 0]))
     assert found[0].tolist() == pytest.approx([0, 0, 1], abs=1e-12)
     assert found[1].tolist() == pytest.approx([1, 0, 0], abs=1e-12)  # the near ant is a neighbour, the far one is not
 
 
 def test_an_image_does_not_agree_with_itself():
     net = classifier([*ROWS, QUERY], [*LABELS, 1], num_neighbours=3)
-    query = torch.tensor([QUERY]).double()
+    query = torch.tensor([QUERY], dtype=torch.float64)
     wanted = classifier(num_neighbours=3).bank.agreement(query, torch.tensor([1]))
     assert torch.allclose(net.bank.agreement(query, torch.tensor([1])), wanted, atol=1e-12)
     alone = classifier([*ROWS[:3], QUERY], [0, 1, 1, 2])
