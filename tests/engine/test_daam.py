@@ -325,7 +325,16 @@ class Windows(nn.Module):
         return self.head(taken.reshape(x.shape[0], -1, 12).mean(1))
 
 
-@pytest.mark.parametrize("make", [Plain, Windows])
+class Doubled(Transformer):
+    """Sees every picture a second time, in another order: no attention is one picture's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.tokens(x)
+        one, other = self.blocks[0](torch.cat([tokens, tokens.flip(1)])).chunk(2)
+        return self.head((one + other)[:, 0])
+
+
+@pytest.mark.parametrize("make", [Plain, Windows, Doubled])
 def test_without_attention_over_the_patches_it_says_what_to_take(make):
     with pytest.raises(ModelError, match=r"daam needs self-attention over tokens .* take gradcam, layercam or rise"):
         explained(seeded(make), smooth(1, 32, 32), [1])

@@ -90,6 +90,13 @@ def test_an_image_of_the_bank_is_not_its_own_neighbour(copies):
     assert only(query).isfinite().all()
 
 
+def test_a_class_that_is_the_image_alone_has_no_vote():
+    """Its mean feature is the image; in the cold a millionth of that would be more than neighbours have."""
+    net = classifier([*ROWS, QUERY], [*LABELS, 3], [*NAMES, "dog"], temperature=0.001)
+    found = net(torch.tensor([QUERY], dtype=torch.float64)).softmax(1)
+    assert float(found[0, 3]) < 2e-6
+
+
 def test_a_sick_feature_is_sick_alone():
     features = torch.tensor([QUERY, [float("nan")] * 3], dtype=torch.float64)
     logits = classifier()(features)
