@@ -351,4 +351,7 @@ MODELS: Mapping[str, ModelEntry] = {
         "any classifier of torchvision", "--weights: a state dict, a weight name, or random"
     ),
     "package.module:factory": ModelEntry("a function of yours that returns a module or a ModelAdapter", "your package"),
+    "knn(NAME)": ModelEntry(
+        "any of these without its head: the nearest of labelled features vote", "--weights: what `bank` wrote"
+    ),
 }

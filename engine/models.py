@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import ModelError
+from engine.features import without_head
+from engine.neighbours import from_state
 from engine.network import Network, survey
 from engine.resample import Grid
 from engine.taps import frozen
@@ -152,11 +154,17 @@ class ModelAdapter:
 def load_model(name: str, *, weights: str | None = None, state: bytes | None = None, seed: int = 0) -> ModelAdapter:
     """The model of this name, on the CPU.
 
-    `name` is a packaged model, `torchvision:NAME`, or `package.module:factory` (which returns an
-    nn.Module with ImageNet normalisation at 224 pixels, or a ModelAdapter). `weights` is one of
-    torchvision's weight names or `random` (seeded by `seed`); `state` holds the bytes of a state dict
-    (safetensors, or a torch file without code). Raises ModelError with what is known.
+    `name` is a packaged model, `torchvision:NAME`, `package.module:factory` (which returns an
+    nn.Module with ImageNet normalisation at 224 pixels, or a ModelAdapter), or `knn(NAME)`: the features of one of
+    these, named by the memory bank in `state`. `weights` is one of torchvision's weight names or `random`
+    (seeded by `seed`); `state` holds the bytes of a state dict (safetensors, or a torch file without code).
+    Raises ModelError with what is known.
     """
+    backbone = backbone_of(name)
+    if backbone is not None:
+        adapter = _neighbours(backbone, state, seed)
+        adapter.name = name
+        return adapter
     if not name.startswith("torchvision:") and weights is not None and state is None:
         raise ModelError(f"model {name!r} knows no weights by name, and there is no file {weights!r}")
     if name in PACKAGED:
@@ -166,9 +174,29 @@ def load_model(name: str, *, weights: str | None = None, state: bytes | None = N
     elif ":" in name:
         adapter = _with_state(_factory(name, seed), state)
     else:
-        known = ", ".join([*PACKAGED, "torchvision:NAME", "package.module:factory"])
+        known = ", ".join([*PACKAGED, "torchvision:NAME", "package.module:factory", "knn(NAME)"])
         raise ModelError(f"unknown model {name!r}; known: {known}")
     adapter.name = name
+    return adapter
+
+
+def backbone_of(name: str) -> str | None:
+    """NAME of `knn(NAME)`; None for other names."""
+    return name[len("knn(") : -1].strip() if name.startswith("knn(") and name.endswith(")") else None
+
+
+def _neighbours(backbone: str, state: bytes | None, seed: int) -> ModelAdapter:
+    if state is None:
+        raise ModelError(
+            f"knn({backbone}) needs --weights: a memory bank, as `blocksight bank --model {backbone}` makes it"
+        )
+    tensors = read_state(state)
+    weights = RANDOM_WEIGHTS if backbone.startswith("torchvision:") else None  # those of the file take their place
+    bare = without_head(load_model(backbone, weights=weights, seed=seed))
+    module, class_names = from_state(bare.module, tensors)
+    load_state(module, tensors)
+    adapter = bare.of(module)
+    adapter.class_names = class_names
     return adapter
 
 

@@ -290,7 +290,10 @@ class DaamParameters:
         metadata={"help": "what is explained: the class's logit, or the picture's own feature (self-supervised)"},
     )
     rectify: bool | None = field(
-        default=None, metadata={"help": "negative coefficients are cut off; not given: of a class yes, of a feature no"}
+        default=None,
+        metadata={
+            "help": "negative coefficients are cut off; not given: of a class yes, of a feature or by a memory bank no"
+        },
     )
     normalise: bool = field(default=False, metadata={"help": "each block's map is scaled to [0, 1] before it is added"})
     query: Literal["auto", "class", "mean"] = field(

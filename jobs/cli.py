@@ -572,6 +572,36 @@ def bench(
         console.print(shown)
 
 
+@app.command()
+def bank(
+    data: Annotated[str, typer.Option(help="Labelled images: folder, file or s3:// prefix, as for `explain`.")],
+    model: Annotated[str, typer.Option(help="Whose features are taken; of a classifier, what enters its last layer.")],
+    output: Annotated[str, typer.Option(help="Weights file to write: a path or s3:// URI, such as bank.safetensors.")],
+    weights: Annotated[str | None, typer.Option(help="State dict: file or s3:// URI; a weight name; `random`.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records.")] = None,
+    resize: Annotated[Literal["squash", "crop"], typer.Option(help="Whole image, or its centre.")] = "squash",
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Make a classifier without training: features of labelled images, whose nearest vote for a new image's class.
+
+    The file is the weights of the model knn(MODEL), which every other command takes.
+
+    Example: blocksight bank --data labelled/ --model mine.models:backbone --output bank.safetensors
+    """
+    from jobs.bank import make_bank
+
+    asked = {"data": data, "model": model, "output": output, "weights": weights, "limit": limit, "resize": resize}
+    job, _ = load_config(None, {**asked, "endpoint_url": endpoint_url})
+    made = make_bank(job, console)
+    left_out = f", {counted(made.num_left_out, 'image')} left out" if made.num_left_out else ""
+    console.print(
+        f"bank: {counted(made.num_images, 'image')} of {len(made.class_names)} classes, "
+        f"{made.dimensions} dimensions{left_out}"
+    )
+    use = f"--model {shlex.quote(made.model)} --weights {shlex.quote(output)}"
+    console.print(f"to use it: blocksight explain {tables.printable(use)} --explainer daam")
+
+
 def _refuse_idle(asked: str, idle: dict[str, Any], output: Path) -> None:
     """Raises ConfigError for options that would be ignored, and for a folder that is none."""
     given = [name for name, value in idle.items() if value]

@@ -10,6 +10,7 @@ from engine.explainers.afmi import AFmi
 from engine.explainers.bee import Bee
 from engine.explainers.cams import WEIGHINGS, Cam
 from engine.explainers.controls import CentredGaussian, Edges, RandomMap
+from engine.explainers.daam import Daam
 from engine.explainers.explainer import Explainer
 from engine.explainers.extremal import ExtremalPerturbation
 from engine.explainers.featurecam import FeatureCam
@@ -68,6 +69,7 @@ EXPLAINERS: Mapping[str, Callable[..., Explainer]] = {
     "bee": Bee,
     "a-fmi": AFmi,
     "fovex": FovEx,
+    "daam": Daam,
     "random": RandomMap,
     "gaussian": CentredGaussian,
     "edges": Edges,

@@ -195,3 +195,64 @@ def smooth(count: int, height: int, width: int, seed: int = 1) -> Tensor:
     """Model inputs [N, 3, H, W] that vary slowly, as photographs do."""
     coarse = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
     return functional.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False) * 4 - 2
+
+
+class Attending(nn.Module):
+    """Self-attention, written out as transformers' own code does it, or left to torch's fused kernel."""
+
+    def __init__(self, width: int, num_heads: int, *, fused: bool) -> None:
+        super().__init__()
+        self.num_heads, self.fused = num_heads, fused
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.fused:
+            taken = functional.scaled_dot_product_attention(query, key, value)
+        else:
+            weights = (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(dim=-1)
+            taken = self.dropout(weights) @ value
+        return self.proj(taken.transpose(1, 2).flatten(2))
+
+
+class AttendingBlock(nn.Module):
+    """A layer of a transformer."""
+
+    def __init__(self, width: int, num_heads: int, *, fused: bool) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(width), Attending(width, num_heads, fused=fused)
+        self.second_norm, self.wide = nn.LayerNorm(width), nn.Linear(width, 2 * width)
+        self.narrow = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm(x))
+        return x + self.narrow(functional.gelu(self.wide(self.second_norm(x))))
+
+
+class Transformer(nn.Module):
+    """Two layers over patches of four pixels, without positions: it takes pictures of any size."""
+
+    def __init__(self, *, prefix: int = 1, fused: bool = False, mirrored: bool = False) -> None:
+        super().__init__()
+        self.mirrored, self.num_prefix = mirrored, prefix
+        self.project = nn.Conv2d(3, 12, 4, stride=4)
+        self.prefix = nn.Parameter(torch.randn(1, prefix, 12))
+        self.blocks = nn.ModuleList(AttendingBlock(12, 2, fused=fused) for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, 5)
+        nn.init.normal_(self.head.weight)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """The class token and others [N, prefix], and the patches."""
+        kernel = self.project.weight
+        if self.mirrored:
+            kernel = (kernel + kernel.flip(3)) / 2
+        maps = functional.conv2d(x, kernel, self.project.bias, stride=4)
+        return torch.cat([self.prefix.expand(x.shape[0], -1, -1), maps.flatten(2).transpose(1, 2)], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        return self.head(x[:, 0] if self.num_prefix else x.mean(1))

@@ -331,3 +331,48 @@ def average_drop(net: nn.Module, image: Tensor, target: int, saliency: Tensor) -
     """`100 max(0, o - q) / o`, q the probability under the map as the mask."""
     whole, kept = (float(probability(net(one[None])[0], target)) for one in (image, minmax(saliency) * image))
     return 100 * max(0.0, whole - kept) / whole
+
+
+def daam(net: nn.Module, image: Tensor, target: int, *, rectify: bool, every_query: bool = False) -> list[Tensor]:
+    """D of each block of a `nets.Transformer`, [h, w]: patch by patch, head by head, one number at a time."""
+    tokens, blocks = net.tokens(image[None].clone().requires_grad_(True))[0], []
+    for block in net.blocks:
+        own = block.attention
+        three = own.qkv(block.norm(tokens)).unflatten(1, (3, own.num_heads, -1))
+        query, key, value = (three[:, part] for part in range(3))  # each [T, heads, d]
+        shares = [_shares(query[:, head], key[:, head]) for head in range(own.num_heads)]
+        rows = [
+            [sum(a * v for a, v in zip(line, value[:, head], strict=True)) for line in share]
+            for head, share in enumerate(shares)
+        ]
+        taken = torch.stack([torch.stack(row) for row in rows], 1)  # T_b, [T, heads, d]
+        blocks.append((shares, value, taken))
+        tokens = tokens + own.proj(taken.flatten(1))
+        tokens = tokens + block.narrow(nn.functional.gelu(block.wide(block.second_norm(tokens))))
+    prefix, last = net.num_prefix, net.norm(tokens)
+    logit = net.head(last[0] if prefix else last.mean(0))[target]
+    slopes = torch.autograd.grad(logit, [taken for _, _, taken in blocks])
+    total, found = 0.0, []
+    for (shares, value, _), slope in zip(blocks, slopes, strict=True):
+        own = []
+        for patch in range(prefix, len(value)):
+            wanted = 0.0
+            for query in range(len(value) if every_query else 1):
+                for head in range(value.shape[1]):
+                    for d in range(value.shape[2]):
+                        c = float(slope[query, head, d])
+                        share = float(shares[head][query][patch].detach())
+                        wanted += (max(c, 0.0) if rectify else c) * share * float(value[patch, head, d].detach())
+            own.append(max(wanted, 0.0))
+        total = total + torch.tensor(own, dtype=torch.float64).view(image.shape[1] // 4, image.shape[2] // 4)
+        found.append(total)
+    return found
+
+
+def _shares(query: Tensor, key: Tensor) -> list[list[Tensor]]:
+    """The softmax over tokens of each query's products with the keys, over the root of their length."""
+    lines = []
+    for q in query:
+        odds = [torch.exp(sum(q * k) / math.sqrt(len(q))) for k in key]
+        lines.append([own / sum(odds) for own in odds])
+    return lines

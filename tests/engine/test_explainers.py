@@ -20,6 +20,7 @@ from engine.parameters import (
     AdaSiseParameters,
     AFmiParameters,
     BeeParameters,
+    DaamParameters,
     ExtremalParameters,
     FeatureCamParameters,
     FovExParameters,
@@ -36,7 +37,7 @@ from engine.perturb import blurred
 from engine.targets import ClassLogit, ClassProbability
 from tests.engine import comparing, oracles
 from tests.engine import slow_explainers as slow
-from tests.engine.nets import Depthwise, InPlace, Plain, Pooled, Residual, Untraceable, seeded, smooth
+from tests.engine.nets import Depthwise, InPlace, Plain, Pooled, Residual, Transformer, Untraceable, seeded, smooth
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 BLACK = -(torch.tensor(MEAN) / torch.tensor(STD)).double().view(3, 1, 1)
@@ -549,11 +550,18 @@ CHEAP = {
     "ucag": UcagParameters(crops=2, enlarge=2.5),  # crops of 13 pixels become 32
     "feature-cam": FeatureCamParameters(edges="scharr", interior=0.2),
     "bee": BeeParameters(draws=3, images=3, pool=2),
+    "daam": DaamParameters(),
 }
 CONTROLS = {"random", "gaussian", "edges"}
 STOCHASTIC = {"bee", "fovex", "random", "rise", "smoothgrad"}
 SEEING = [name for name in EXPLAINERS if name not in CONTROLS]
+TRANSFORMERS_ONLY = {"daam"}
 SIDE = 24
+
+
+def net_for(name, make=Residual, seed=0):
+    """The network, or a transformer where the explainer takes no other."""
+    return seeded(Transformer if name in TRANSFORMERS_ONLY else make, seed)
 
 
 def cheap(name, net, **options):
@@ -577,7 +585,7 @@ def test_every_explainer_of_the_catalogue_is_here():
 @pytest.mark.parametrize("name", EXPLAINERS)
 def test_a_map_is_finite_not_negative_and_has_the_inputs_size(name):
     """Also where the picture is not square; the score is the class's probability."""
-    net, inputs = seeded(Residual), smooth(2, 24, 36)
+    net, inputs = net_for(name), smooth(2, 24, 36)
     adapter = adapter_of(net, (24, 36))
     found = explainer(name, adapter, CHEAP.get(name, NoParameters())).explain(
         inputs, ClassProbability(torch.tensor([[0, 3], [1, 2]]))
@@ -596,7 +604,7 @@ def test_a_map_is_finite_not_negative_and_has_the_inputs_size(name):
 
 @pytest.mark.parametrize("name", EXPLAINERS)
 def test_the_company_does_not_show(name):
-    net, inputs, seeds = seeded(Residual), smooth(5, SIDE, SIDE), [7, 8, 9, 10, 11]
+    net, inputs, seeds = net_for(name), smooth(5, SIDE, SIDE), [7, 8, 9, 10, 11]
     together = explained(name, net, inputs, [[own] for own in range(5)], seeds)
     for image in (0, 4):
         (alone,) = explained(name, net, inputs[image : image + 1], [[image]], seeds[image : image + 1])
@@ -607,7 +615,7 @@ def test_the_company_does_not_show(name):
 
 @pytest.mark.parametrize("name", EXPLAINERS)
 def test_batches_set_memory_and_speed_alone(name):
-    net, inputs = seeded(Residual), smooth(2, SIDE, SIDE)
+    net, inputs = net_for(name), smooth(2, SIDE, SIDE)
     found = [
         explained(name, net, inputs, [[0, 3], [1, 2]], [3, 4], batch_size=size, images_per_pass=images)
         for size, images in ((8, 4), (3, 4), (1, 1))
@@ -620,7 +628,7 @@ def test_batches_set_memory_and_speed_alone(name):
 
 @pytest.mark.parametrize("name", EXPLAINERS)
 def test_several_targets_at_once_are_each_target_alone(name):
-    net, inputs = seeded(Residual), smooth(2, SIDE, SIDE)
+    net, inputs = net_for(name), smooth(2, SIDE, SIDE)
     together = explained(name, net, inputs, [[0, 3], [1, 2]], [3, 4])
     for index, classes in enumerate(([[0], [1]], [[3], [2]])):
         alone = explained(name, net, inputs, classes, [3, 4])
@@ -632,8 +640,8 @@ def test_several_targets_at_once_are_each_target_alone(name):
 @pytest.mark.parametrize("name", SEEING)
 def test_another_class_and_other_weights_change_the_map(name):
     inputs = smooth(1, SIDE, SIDE)
-    first, second = explained(name, seeded(Residual), inputs, [[0, 1]])[0]
-    other = explained(name, seeded(Residual, 1), inputs, [[0]])[0][0]
+    first, second = explained(name, net_for(name), inputs, [[0, 1]])[0]
+    other = explained(name, net_for(name, seed=1), inputs, [[0]])[0][0]
     for one in (second, other):
         parted = np.abs(one.saliency_hw - first.saliency_hw).max()
         assert parted > 1e-3 * first.saliency_hw.max()
@@ -642,8 +650,8 @@ def test_another_class_and_other_weights_change_the_map(name):
 @pytest.mark.parametrize("name", sorted(CONTROLS))
 def test_a_control_knows_no_class_and_no_weights(name):
     inputs = smooth(1, SIDE, SIDE)
-    first, second = explained(name, seeded(Residual), inputs, [[0, 1]])[0]
-    other = explained(name, seeded(Residual, 1), inputs, [[0]])[0][0]
+    first, second = explained(name, net_for(name), inputs, [[0, 1]])[0]
+    other = explained(name, net_for(name, seed=1), inputs, [[0]])[0][0]
     assert np.array_equal(first.saliency_hw, second.saliency_hw)
     assert np.array_equal(first.saliency_hw, other.saliency_hw)
     assert first.score != second.score
@@ -667,7 +675,8 @@ class Mirrored(nn.Module):
 # FullGrad needs layers that are called as modules, and these are called as functions
 @pytest.mark.parametrize("name", [name for name in EXPLAINERS if name not in STOCHASTIC and name != "fullgrad"])
 def test_a_mirrored_picture_has_the_mirrored_map(name):
-    net, inputs = seeded(Mirrored), smooth(1, SIDE, SIDE)
+    net, inputs = net_for(name, Mirrored), smooth(1, SIDE, SIDE)
+    net.mirrored = True
     one = explained(name, net, inputs, [[2]])[0][0].saliency_hw
     other = explained(name, net, inputs.flip(3), [[2]])[0][0].saliency_hw
     assert one.max() > 0
@@ -677,9 +686,9 @@ def test_a_mirrored_picture_has_the_mirrored_map(name):
 class Sick(nn.Module):
     """Pictures whose first pixel is above 5 have an infinite logit for class 0."""
 
-    def __init__(self) -> None:
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.net = Residual()
+        self.net = net
         self.register_buffer("huge", torch.tensor([float("inf"), 0, 0, 0, 0]))
         self.register_buffer("none", torch.zeros(5))
 
@@ -690,7 +699,7 @@ class Sick(nn.Module):
 @pytest.mark.parametrize("illness", ["logit", "picture"])
 @pytest.mark.parametrize("name", EXPLAINERS)
 def test_a_sick_image_has_no_map_and_its_neighbours_keep_theirs(name, illness):
-    net, inputs = seeded(Sick), smooth(3, SIDE, SIDE)
+    net, inputs = Sick(net_for(name)).eval(), smooth(3, SIDE, SIDE)
     healthy = explained(name, net, inputs, [[0], [0], [0]], [1, 2, 3])
     if illness == "logit":
         inputs[1, 0, 0, 0] = 9
@@ -712,7 +721,7 @@ def global_states():
 
 @pytest.mark.parametrize("name", EXPLAINERS)
 def test_seeds_alone_decide_and_no_global_random_numbers_are_used(name):
-    net, inputs = seeded(Residual), smooth(2, SIDE, SIDE)
+    net, inputs = net_for(name), smooth(2, SIDE, SIDE)
     before = global_states()
     one = explained(name, net, inputs, [[0], [1]], [3, 4])
     assert global_states() == before
@@ -738,7 +747,7 @@ def state_of(net):
 @pytest.mark.parametrize("name", EXPLAINERS)
 def test_the_model_is_given_back_as_it_was(name):
     """In training mode, with one frozen parameter; also where the network fails half way."""
-    net, inputs = seeded(Depthwise).train(), smooth(1, SIDE, SIDE)
+    net, inputs = net_for(name, Depthwise).train(), smooth(1, SIDE, SIDE)
     net.project.weight.requires_grad_(False)
     before = state_of(net)
     own = cheap(name, net)

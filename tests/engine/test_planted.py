@@ -60,6 +60,7 @@ ENERGIES = {
     ("vit", "scorecam"): 0.25,
     ("vit", "occlusion"): 0.5,
     ("vit", "integrated_gradients"): 0.28,
+    ("vit", "daam"): 0.3,
 }
 """What the mean energy in the box must exceed."""
 
@@ -71,6 +72,7 @@ CHOICES = {
     ("vit", "scorecam"): 0.9,
     ("vit", "occlusion"): 0.95,
     ("vit", "integrated_gradients"): 0.8,
+    ("vit", "daam"): 0.9,
 }
 """The share of objects in pairs whose own box must hold more of their class's map than the other one."""
 

@@ -17,7 +17,7 @@ from storage.local import LocalStore
 from storage.maps import decode_map
 from storage.store import StoreError
 from tests.jobs.jobs_of import config_of, fragments_in, rows_in, run_here
-from tests.jobs.tiny import CLASSES, folder_of_images, folder_of_tables, folder_of_tars, picture
+from tests.jobs.tiny import CLASSES, MODEL, VIT, folder_of_images, folder_of_tables, folder_of_tars, picture
 
 SHARD_FAULTS = {"tar": {"label_missing": 1, "shard_truncated": 1}, "tables": {"missing_image": 1, "not_an_image": 1}}
 
@@ -50,7 +50,8 @@ def test_loose_images_good_and_bad(tmp_path):
 def test_every_other_explainer_leaves_sound_rows_too(tmp_path, name):
     data = folder_of_images(tmp_path / "in")
     small = {"occlusion": {"window": 8, "stride": 8}, "extremal_perturbation": {"areas": [0.2], "iterations": 20}}
-    asked = {"explainer": name, "target": "top-2", "parameters": small.get(name, {})}
+    model = VIT if name == "daam" else MODEL
+    asked = {"explainer": name, "target": "top-2", "parameters": small.get(name, {}), "model": model}
     outcome = run_here(data, tmp_path / "out", **asked)
     assert outcome.manifest["num_ok"] == 7
     assert run_here(data, tmp_path / "out", **asked).ran.seconds == 0  # the same again has nothing to do

@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from engine.models import ModelAdapter
-from tests.engine.nets import seeded
+from tests.engine.nets import Transformer, seeded
 
 MODEL = "tests.jobs.tiny:make"
+VIT = "tests.jobs.tiny:make_vit"
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 
 HOSTILE = (
@@ -50,6 +51,11 @@ class Tiny(nn.Module):
 def make(seed: int = 0) -> ModelAdapter:
     """The model that jobs name."""
     return ModelAdapter(seeded(Tiny, seed), input_size=(32, 32), class_names=CLASSES)
+
+
+def make_vit() -> ModelAdapter:
+    """A transformer over patches of four pixels, for what takes no other network."""
+    return ModelAdapter(seeded(Transformer), input_size=(32, 32), class_names=CLASSES)
 
 
 def make_other() -> ModelAdapter:
