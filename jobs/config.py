@@ -22,6 +22,7 @@ from pydantic import (
 
 from engine.catalog import EXPLAINERS, FIDELITIES, Fidelity
 from engine.composition import Method, Preset, method_of, parameters_of
+from engine.detectors import installed_detector
 from engine.parameters import SiseParameters
 from storage.images import DECODE_POLICY
 from storage.maps import CODEC
@@ -288,9 +289,21 @@ def load_config(file: Path | None, options: Mapping[str, Any]) -> tuple[JobConfi
     try:
         config = JobConfig.model_validate(values)
         config.explainer_parameters()
+        config = config.model_copy(update={"parameters": _settled(config.method, config.parameters)})
         return config, Execution.model_validate(execution)
     except ValidationError as error:
         raise ConfigError(_sentence(error)) from error
+
+
+def _settled(method: Method, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters, and what `auto` means on this machine where that depends on it: for all workers the same."""
+    own = dict(values)
+    if method.name == "feature-cam" and own.get("edges", "auto") == "auto":
+        own["edges"] = installed_detector()
+    if method.base is not None:
+        inner = _settled(method.base, own.get("base") or {})
+        own |= {"base": inner} if inner else {}
+    return own
 
 
 def execution_of(options: Mapping[str, Any]) -> Execution:

@@ -24,7 +24,7 @@ from jobs.records import RecordFacts, Unit
 from jobs.unit import decoded, decoded_or_rejected, raw_records
 from jobs.watch import watched
 from storage.records import RawRecord
-from storage.store import AlreadyExistsError, ObjectInfo, ObjectStore, StoreError
+from storage.store import AlreadyExistsError, ObjectStore, StoreError
 from storage.survey import Layout
 
 STEP = "first-pass/learn"
@@ -128,18 +128,18 @@ def _images(context: JobContext, units: Sequence[Unit]) -> Iterator[Image]:
 def _sources(units: Sequence[Unit], seed: int) -> Iterator[Unit]:
     """All loose images as one, or each shard as one, in an order of its own."""
 
-    def place(info: ObjectInfo) -> bytes:
-        return hashlib.sha256(f"{seed}/{info.key}".encode()).digest()
+    def place(key: str) -> bytes:
+        return hashlib.sha256(f"{seed}/{key}".encode()).digest()
 
     if units[0].layout is Layout.IMAGES:
-        objects = sorted((info for unit in units for info in unit.objects), key=place)
+        objects = sorted((info for unit in units for info in unit.objects), key=lambda info: place(info.key))
         yield replace(units[0], objects=tuple(objects), start=0, stop=len(objects))
         return
-    shards: dict[ObjectInfo, list[Unit]] = {}
+    shards: dict[str, list[Unit]] = {}
     for unit in units:
-        shards.setdefault(unit.objects[0], []).append(unit)
-    for info in sorted(shards, key=place):
-        parts = shards[info]
+        shards.setdefault(unit.objects[0].key, []).append(unit)
+    for key in sorted(shards, key=place):
+        parts = shards[key]
         yield replace(parts[0], start=min(one.start for one in parts), stop=max(one.stop for one in parts))
 
 

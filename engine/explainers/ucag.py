@@ -92,7 +92,9 @@ class Ucag(Wrapper):
     def finish(self, flat_hw: Tensor) -> Tensor:
         """The positive part, scaled to [0, 1], and blurred where that was asked."""
         positive = scaled(flat_hw.relu())
-        return blurred(positive[None], BLUR_SIGMA, reach=BLUR_REACH)[0] if self.parameters.blur else positive
+        if not self.parameters.blur:
+            return positive
+        return blurred(positive[None], BLUR_SIGMA, reach=BLUR_REACH, rim="reflect")[0]
 
     def products(self, joined: Joined) -> SideProducts:
         crops = tuple(

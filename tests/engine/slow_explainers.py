@@ -185,8 +185,8 @@ def max_convolution(heights: np.ndarray, smoothness: float, sharpness: float, re
     return found
 
 
-def blurred(image: np.ndarray, sigma: float, reach: int | None = None) -> np.ndarray:
-    """A Gaussian cut off after `reach` (three deviations), place by place; the rim goes on. [H, W]."""
+def blurred(image: np.ndarray, sigma: float, reach: int | None = None, *, mirrored: bool = False) -> np.ndarray:
+    """A Gaussian cut off after `reach` (three deviations), place by place; the rim goes on, or is a mirror. [H, W]."""
     reach = reach or max(1, round(3 * sigma))
     height, width = image.shape
     found = np.zeros_like(image)
@@ -196,9 +196,19 @@ def blurred(image: np.ndarray, sigma: float, reach: int | None = None) -> np.nda
         for j in range(width):
             for di in offsets:
                 for dj in offsets:
-                    near = image[min(max(i + di, 0), height - 1), min(max(j + dj, 0), width - 1)]
+                    row, column = i + di, j + dj
+                    if mirrored:
+                        row, column = _in_mirror(row, height), _in_mirror(column, width)
+                    near = image[min(max(row, 0), height - 1), min(max(column, 0), width - 1)]
                     found[i, j] += math.exp(-(di**2 + dj**2) / (2 * sigma**2)) / total * near
     return found
+
+
+def _in_mirror(place: int, side: int) -> int:
+    """Where a place beyond the rim is seen; the rim itself is the mirror."""
+    if place < 0:
+        return -place
+    return 2 * (side - 1) - place if place >= side else place
 
 
 def looked_up(levels: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -256,7 +266,7 @@ def ucag(net: nn.Module, image: Tensor, target: int, attribute, *, crops, side, 
                     saliency[i, j] += weight * own[i - top, j - left]
                     count += 1
             saliency[i, j] = max(0, saliency[i, j] / count)
-    return blurred(minmax(saliency), 3, reach=2) if blur else minmax(saliency)
+    return blurred(minmax(saliency), 3, reach=2, mirrored=True) if blur else minmax(saliency)
 
 
 def scharr(pixels: np.ndarray) -> np.ndarray:
