@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tests.engine.oracles import minmax, probability, upsample
 
@@ -49,6 +50,48 @@ def ablationcam(net: nn.Module, tail: Tail, image: Tensor, target: int) -> Tenso
         without[k] = 0
         native += (whole - tail(net, without[None])[0, target]) * maps[k]
     return upsample(native.relu()[None], tuple(image.shape[1:]))[0]
+
+
+WholeTail = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""Logits [1, K] of a network from an image [3, H, W] and the maps [1, C, h, w] of its last block."""
+
+
+@torch.no_grad()
+def afmi_signed(
+    net: nn.Module,
+    tail: WholeTail,
+    maps_of: Callable[[Tensor], Tensor],
+    image: Tensor,
+    target: int,
+    reference: Tensor,
+    *,
+    removal: str = "reference",
+    score: str = "logit",
+    keep: str = "relevant",
+    threshold: float = 0.0,
+    conserve: bool = False,
+) -> tuple[list[float], Tensor]:
+    """The importance of every map, and `sum_k w_k (A_k - A'_k)` at the block's grid, against one reference."""
+
+    def value(seen: Tensor, maps: Tensor) -> float:
+        logits = tail(net, seen, maps[None])[0]
+        return float(logits[target] if score == "logit" else probability(logits, target))
+
+    maps, others = maps_of(image), maps_of(reference)
+    importance, native = [], torch.zeros_like(maps[0])
+    for k in range(len(maps)):
+        without, emptied, inserted = maps.clone(), maps.clone(), others.clone()
+        without[k], emptied[k], inserted[k] = others[k], 0, maps[k]
+        drop = value(image, maps) - value(image, without)
+        gain = value(reference, inserted) - value(reference, others)
+        zeroed = value(image, maps) - value(image, emptied)
+        importance.append({"reference": drop, "zero": zeroed, "insert": gain, "two_sided": (drop + gain) / 2}[removal])
+        weight = importance[k] if keep == "all" or importance[k] > threshold else 0.0
+        difference = maps[k] - others[k]
+        if conserve:
+            weight = weight / float(difference.sum()) if difference.any() else 0.0
+        native += weight * difference
+    return importance, native
 
 
 def rise_masks(size: tuple[int, int], seed: int, *, num_masks: int, grid: int, keep: float) -> Iterator[Tensor]:
@@ -211,6 +254,74 @@ def looked_up(levels: np.ndarray, mask: np.ndarray) -> np.ndarray:
             share = height - below
             found[:, i, j] = (1 - share) * levels[below, :, i, j] + share * levels[below + 1, :, i, j]
     return found
+
+
+def mirrored(place: int, side: int) -> int:
+    """Where a place beyond the rim lies in a mirror on the outermost pixel."""
+    place = abs(place)
+    return place if place < side else 2 * (side - 1) - place
+
+
+def mirror_blurred(image: np.ndarray, sigma: float, reach: int) -> np.ndarray:
+    """A Gaussian over (2 reach + 1)^2 pixels, place by place; a mirror stands at the rim. [3, H, W]."""
+    offsets = np.arange(-reach, reach + 1)
+    kernel = np.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / (2 * sigma**2))
+    kernel /= kernel.sum()
+    height, width = image.shape[1:]
+    found = np.zeros_like(image)
+    for i in range(height):
+        for j in range(width):
+            rows = [mirrored(i + d, height) for d in offsets]
+            columns = [mirrored(j + d, width) for d in offsets]
+            found[:, i, j] = (image[:, rows][:, :, columns] * kernel).sum((1, 2))
+    return found
+
+
+def bell(place: Tensor, squared_reach: float, size: tuple[int, int]) -> Tensor:
+    """`exp(-|z - p|^2 / s)` at the pixels of [-1, 1] x [-1, 1], the outermost ones on its rim."""
+    rows = torch.tensor([2 * i / (size[0] - 1) - 1 for i in range(size[0])], dtype=torch.float64)
+    columns = torch.tensor([2 * j / (size[1] - 1) - 1 for j in range(size[1])], dtype=torch.float64)
+    far = (rows[:, None] - place[0]) ** 2 + (columns[None] - place[1]) ** 2
+    return torch.exp(-far / squared_reach)
+
+
+def fovex(
+    net: nn.Module,
+    image: Tensor,
+    target: int,
+    seed: int,
+    *,
+    fixations: int,
+    steps: int,
+    restarts: bool = True,
+    best: str = "evaluated",
+    memory: float = 0.1,
+    decay: float = 1.0,
+) -> tuple[list[tuple[float, float, float]], Tensor]:
+    """The scan path and the map; the authors' other constants."""
+    size = tuple(image.shape[1:])
+    draws = 2 * torch.rand(fixations, steps, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 1
+    dim = torch.from_numpy(mirror_blurred(image.numpy(), 10.0, min(20, size[0] - 1, size[1] - 1)))
+    seen_before, total, path = torch.zeros(size).double(), torch.zeros(size).double(), []
+    for t in range(fixations):
+        place, least, chosen = torch.zeros(2).double(), math.inf, torch.zeros(2).double()
+        for k in range(steps):
+            own = place.clone().requires_grad_(True)
+            view = image + (dim - image) * (1 - seen_before - bell(own, 0.15, size)).clamp(0, 1)
+            loss = functional.cross_entropy(net(view[None]), torch.tensor([target]))
+            (slope_,) = torch.autograd.grad(loss, own)
+            after, reached = (place - 0.1 * slope_.sign()).clamp(-1, 1), float(loss.detach())
+            if reached < least:
+                least, chosen = reached, after if best == "official" else place
+                place = after
+            elif restarts:
+                place = draws[t, k]
+            else:
+                place = (after + 0.05 * draws[t, k]).clamp(-1, 1)
+        seen_before = memory * seen_before + bell(chosen, 0.15, size)
+        total = decay * total + bell(chosen, 0.15, size)
+        path.append((float(chosen[0]), float(chosen[1]), least))
+    return path, total
 
 
 def sobel(image: np.ndarray) -> np.ndarray:
