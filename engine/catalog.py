@@ -239,8 +239,8 @@ EXPLAINERS: Mapping[str, ExplainerEntry] = {
     "a-fmi": ExplainerEntry(
         AFmiParameters,
         needs="a CNN or a vision transformer: the last block's feature maps, and the network behind it",
-        cost="2 F where the head is pooling and one linear layer; else also 1 pass of the network behind the last "
-        "block per feature map (fast: of the 256 that differ most)",
+        cost="1 F, and 1 F per reference, where the head is pooling and one linear layer; else also 1 pass of the "
+        "network behind the last block per reference and feature map (fast: of the 256 that differ most)",
         source="A-FMI (arXiv 2104.05527), a RECONSTRUCTION from the abstract",
         blocks="last",
         fast={"channels": 256},

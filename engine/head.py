@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.blocks import Place
 from engine.models import ModelAdapter
+from engine.taps import Tail, gradients
 from engine.targets import Readout
 
 CHEAP = 0.01
@@ -20,8 +21,6 @@ TRIALS, SPREAD = 8, 10.0
 POOLED_TRIALS = 2
 """Random maps that a head of pooling and one linear layer is known by."""
 MAPS_PER_PASS = 64
-LOUD = 1024.0
-"""What a channel's weight is read off at: beside it the bias, and the rounding of what it is added to, are small."""
 
 
 @dataclass(frozen=True)
@@ -73,35 +72,45 @@ def head_of(adapter: ModelAdapter, block: Place) -> Head | None:
     return Head(run, is_affine) if is_affine or cost <= CHEAP * whole else None
 
 
-@torch.no_grad()
 def pooled_weights(adapter: ModelAdapter, block: Place) -> Tensor | None:
     """The weights [classes, C] (float64) of a linear layer on the maps' spatial means; None: something else follows.
 
     Known by what the head does to random maps: theirs must be the logits of their means, whatever the image, and
-    the sums that the weights say. The weights are read off maps that are even, and zero in all channels but one.
+    the sums that the weights say. The weights are gradients, for which one pass of the network is enough.
     """
     tail = adapter.network.taps([block]).tail()
     assert block.grid is not None
     own = torch.Generator().manual_seed(0)
-    shapes = ((1, 1), block.grid)
-    levels, maps = (SPREAD * torch.randn(POOLED_TRIALS, block.channels, *of, generator=own) for of in shapes)
-    maps = (levels + maps).to(adapter.device)
-    one, other = (
-        SPREAD * torch.randn(POOLED_TRIALS, 3, *adapter.input_size, generator=own).to(adapter.device) for _ in range(2)
-    )
+    shapes = ((block.channels, 1, 1), (block.channels, *block.grid), (3, *adapter.input_size), (3, *adapter.input_size))
+    drawn = [SPREAD * torch.randn(POOLED_TRIALS, *shape, generator=own).to(adapter.device) for shape in shapes]
+    levels, spread, one, other = drawn
+    maps = levels + spread
+    means = maps.mean((2, 3), keepdim=True)
     with adapter.borrowed():
-        wanted, means = tail(one, maps), maps.mean((2, 3), keepdim=True)
-        if not _are_near(tail(other, means.expand_as(maps)), wanted):
-            return None
-        nothing = tail(one[:1], torch.zeros_like(maps[:1])).double()
-        channels = LOUD * torch.eye(block.channels, device=maps.device)[:, :, None, None]
-        inputs = one[:1].expand(MAPS_PER_PASS, -1, -1, -1)
-        found = [
-            tail(inputs[: len(some)], some.expand(-1, -1, *block.grid)).double()
-            for some in channels.split(MAPS_PER_PASS)
-        ]
-    weights = (torch.cat(found) - nothing) / LOUD
-    return weights.T if _are_near(means.flatten(1).double() @ weights + nothing, wanted.double()) else None
+        with torch.no_grad():
+            wanted = tail(one, maps)
+            if not _are_near(tail(other, means.expand_as(maps)), wanted):
+                return None
+            nothing = tail(one[:1], torch.zeros_like(maps[:1]))
+        weights = _slopes(tail, one[:1], maps[:1])
+    if weights is None:
+        return None
+    said = means.flatten(1).double() @ weights.T + nothing.double()
+    return weights if _are_near(said, wanted.double()) else None
+
+
+def _slopes(tail: Tail, inputs: Tensor, maps: Tensor) -> Tensor | None:
+    """How much each logit grows with each channel's mean at these maps [1, C, h, w], float64 [classes, C].
+
+    None where the network computes without gradients.
+    """
+    with torch.enable_grad():
+        own = maps.detach().requires_grad_(True)
+        logits = tail(inputs, own)
+    if not logits.requires_grad:
+        return None
+    directions = torch.eye(logits.shape[1], device=maps.device)
+    return torch.cat([gradients(logits, one[None], [own])[0].double().sum((2, 3)) for one in directions])
 
 
 def _are_near(found: Tensor, wanted: Tensor) -> bool:

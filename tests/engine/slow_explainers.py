@@ -52,6 +52,48 @@ def ablationcam(net: nn.Module, tail: Tail, image: Tensor, target: int) -> Tenso
     return upsample(native.relu()[None], tuple(image.shape[1:]))[0]
 
 
+WholeTail = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""Logits [1, K] of a network from an image [3, H, W] and the maps [1, C, h, w] of its last block."""
+
+
+@torch.no_grad()
+def afmi_signed(
+    net: nn.Module,
+    tail: WholeTail,
+    maps_of: Callable[[Tensor], Tensor],
+    image: Tensor,
+    target: int,
+    reference: Tensor,
+    *,
+    removal: str = "reference",
+    score: str = "logit",
+    keep: str = "relevant",
+    threshold: float = 0.0,
+    conserve: bool = False,
+) -> tuple[list[float], Tensor]:
+    """The importance of every map, and `sum_k w_k (A_k - A'_k)` at the block's grid, against one reference."""
+
+    def value(seen: Tensor, maps: Tensor) -> float:
+        logits = tail(net, seen, maps[None])[0]
+        return float(logits[target] if score == "logit" else probability(logits, target))
+
+    maps, others = maps_of(image), maps_of(reference)
+    importance, native = [], torch.zeros_like(maps[0])
+    for k in range(len(maps)):
+        without, emptied, inserted = maps.clone(), maps.clone(), others.clone()
+        without[k], emptied[k], inserted[k] = others[k], 0, maps[k]
+        drop = value(image, maps) - value(image, without)
+        gain = value(reference, inserted) - value(reference, others)
+        zeroed = value(image, maps) - value(image, emptied)
+        importance.append({"reference": drop, "zero": zeroed, "insert": gain, "two_sided": (drop + gain) / 2}[removal])
+        weight = importance[k] if keep == "all" or importance[k] > threshold else 0.0
+        difference = maps[k] - others[k]
+        if conserve:
+            weight = weight / float(difference.sum()) if difference.any() else 0.0
+        native += weight * difference
+    return importance, native
+
+
 def rise_masks(size: tuple[int, int], seed: int, *, num_masks: int, grid: int, keep: float) -> Iterator[Tensor]:
     """The masks [H, W]: random cells, enlarged to one cell more than the image, cropped at a random shift."""
     generator = torch.Generator().manual_seed(seed)
@@ -185,9 +227,9 @@ def max_convolution(heights: np.ndarray, smoothness: float, sharpness: float, re
     return found
 
 
-def blurred(image: np.ndarray, sigma: float, reach: int | None = None, *, mirrored: bool = False) -> np.ndarray:
-    """A Gaussian cut off after `reach` (three deviations), place by place; the rim goes on, or is a mirror. [H, W]."""
-    reach = reach or max(1, round(3 * sigma))
+def blurred(image: np.ndarray, sigma: float) -> np.ndarray:
+    """A Gaussian cut off after three deviations, place by place; the rim goes on. [H, W]."""
+    reach = max(1, round(3 * sigma))
     height, width = image.shape
     found = np.zeros_like(image)
     offsets = range(-reach, reach + 1)
@@ -196,19 +238,9 @@ def blurred(image: np.ndarray, sigma: float, reach: int | None = None, *, mirror
         for j in range(width):
             for di in offsets:
                 for dj in offsets:
-                    row, column = i + di, j + dj
-                    if mirrored:
-                        row, column = _in_mirror(row, height), _in_mirror(column, width)
-                    near = image[min(max(row, 0), height - 1), min(max(column, 0), width - 1)]
+                    near = image[min(max(i + di, 0), height - 1), min(max(j + dj, 0), width - 1)]
                     found[i, j] += math.exp(-(di**2 + dj**2) / (2 * sigma**2)) / total * near
     return found
-
-
-def _in_mirror(place: int, side: int) -> int:
-    """Where a place beyond the rim is seen; the rim itself is the mirror."""
-    if place < 0:
-        return -place
-    return 2 * (side - 1) - place if place >= side else place
 
 
 def looked_up(levels: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -226,20 +258,74 @@ def looked_up(levels: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 def steepness(image: np.ndarray, beside: float, middle: float) -> np.ndarray:
     """The length of the gradient of the mean over channels, its three lines weighted; the rim goes on."""
-    grey = image.mean(0)
-    height, width = grey.shape
-    found = np.zeros_like(grey)
-    lines = ((-1, beside), (0, middle), (1, beside))
 
-    def at(i, j):
-        return grey[min(max(i, 0), height - 1), min(max(j, 0), width - 1)]
 
+def mirrored(place: int, side: int) -> int:
+    """Where a place beyond the rim lies in a mirror on the outermost pixel."""
+    place = abs(place)
+    return place if place < side else 2 * (side - 1) - place
+
+
+def mirror_blurred(image: np.ndarray, sigma: float, reach: int) -> np.ndarray:
+    """A Gaussian over (2 reach + 1)^2 pixels, place by place; a mirror stands at the rim. [3, H, W]."""
+    offsets = np.arange(-reach, reach + 1)
+    kernel = np.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / (2 * sigma**2))
+    kernel /= kernel.sum()
+    height, width = image.shape[1:]
+    found = np.zeros_like(image)
     for i in range(height):
         for j in range(width):
-            across = sum(w * (at(i + d, j + 1) - at(i + d, j - 1)) for d, w in lines)
-            down = sum(w * (at(i + 1, j + d) - at(i - 1, j + d)) for d, w in lines)
-            found[i, j] = math.hypot(across, down)
+            rows = [mirrored(i + d, height) for d in offsets]
+            columns = [mirrored(j + d, width) for d in offsets]
+            found[:, i, j] = (image[:, rows][:, :, columns] * kernel).sum((1, 2))
     return found
+
+
+def bell(place: Tensor, squared_reach: float, size: tuple[int, int]) -> Tensor:
+    """`exp(-|z - p|^2 / s)` at the pixels of [-1, 1] x [-1, 1], the outermost ones on its rim."""
+    rows = torch.tensor([2 * i / (size[0] - 1) - 1 for i in range(size[0])], dtype=torch.float64)
+    columns = torch.tensor([2 * j / (size[1] - 1) - 1 for j in range(size[1])], dtype=torch.float64)
+    far = (rows[:, None] - place[0]) ** 2 + (columns[None] - place[1]) ** 2
+    return torch.exp(-far / squared_reach)
+
+
+def fovex(
+    net: nn.Module,
+    image: Tensor,
+    target: int,
+    seed: int,
+    *,
+    fixations: int,
+    steps: int,
+    restarts: bool = True,
+    best: str = "evaluated",
+    memory: float = 0.1,
+    decay: float = 1.0,
+) -> tuple[list[tuple[float, float, float]], Tensor]:
+    """The scan path and the map; the authors' other constants."""
+    size = tuple(image.shape[1:])
+    draws = 2 * torch.rand(fixations, steps, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 1
+    dim = torch.from_numpy(mirror_blurred(image.numpy(), 10.0, min(20, size[0] - 1, size[1] - 1)))
+    seen_before, total, path = torch.zeros(size).double(), torch.zeros(size).double(), []
+    for t in range(fixations):
+        place, least, chosen = torch.zeros(2).double(), math.inf, torch.zeros(2).double()
+        for k in range(steps):
+            own = place.clone().requires_grad_(True)
+            view = image + (dim - image) * (1 - seen_before - bell(own, 0.15, size)).clamp(0, 1)
+            loss = functional.cross_entropy(net(view[None]), torch.tensor([target]))
+            (slope_,) = torch.autograd.grad(loss, own)
+            after, reached = (place - 0.1 * slope_.sign()).clamp(-1, 1), float(loss.detach())
+            if reached < least:
+                least, chosen = reached, after if best == "official" else place
+                place = after
+            elif restarts:
+                place = draws[t, k]
+            else:
+                place = (after + 0.05 * draws[t, k]).clamp(-1, 1)
+        seen_before = memory * seen_before + bell(chosen, 0.15, size)
+        total = decay * total + bell(chosen, 0.15, size)
+        path.append((float(chosen[0]), float(chosen[1]), least))
+    return path, total
 
 
 def ucag(net: nn.Module, image: Tensor, target: int, attribute, *, crops, side, enlarge, divider, weighted, blur):
@@ -266,7 +352,7 @@ def ucag(net: nn.Module, image: Tensor, target: int, attribute, *, crops, side, 
                     saliency[i, j] += weight * own[i - top, j - left]
                     count += 1
             saliency[i, j] = max(0, saliency[i, j] / count)
-    return blurred(minmax(saliency), 3, reach=2, mirrored=True) if blur else minmax(saliency)
+    return mirror_blurred(minmax(saliency)[None], 3, 2)[0] if blur else minmax(saliency)
 
 
 def scharr(pixels: np.ndarray) -> np.ndarray:

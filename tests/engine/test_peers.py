@@ -25,6 +25,7 @@ from torchvision.models import DenseNet, SwinTransformer, VisionTransformer, get
 from engine.explainers import make_explainer
 from engine.models import IMAGENET_MEAN, IMAGENET_STD, ModelAdapter
 from engine.parameters import (
+    AFmiParameters,
     IntegratedGradientsParameters,
     OcclusionParameters,
     ScoreCamParameters,
@@ -328,6 +329,28 @@ def test_ablationcam_equals_captums_feature_ablation(case):
         return torch.cat([one_map(image, target) for image, target in zip(inputs.split(1), own, strict=True)])
 
     assert_same(ours(net, inputs, "ablationcam"), by_class(inputs, explain))
+
+
+@pytest.mark.parametrize("tail", ["auto", "passes"])
+@pytest.mark.parametrize("case", ["plain", "depthwise", "squeezenet1_1"])
+def test_a_feature_maps_importance_equals_captums_feature_ablation(case, tail):
+    """One feature per channel of the last block, and the black picture's maps as the baseline."""
+    net, inputs = made(case), smooth(2, CNNS[case].side, CNNS[case].side)
+    twin = deepcopy(net)
+    layer = twin.get_submodule(CNNS[case].layer)
+    peer, maps = captum.attr.LayerFeatureAblation(twin, layer), captum.attr.LayerActivation(twin, layer)
+    others = maps.attribute(_black().expand_as(inputs[:1]).contiguous()).detach()
+    channels = torch.arange(others.shape[1])[None, :, None, None]
+    adapter, classes = adapter_of(net, tuple(inputs.shape[2:])), CLASSES[: len(inputs)]
+    found = make_explainer("a-fmi", adapter, AFmiParameters(tail=tail)).explain(
+        inputs, ClassProbability(torch.tensor(classes))
+    )
+    for image, own in enumerate(found):
+        for target, one in zip(classes[image], own, strict=True):
+            options = {"layer_mask": channels, "perturbations_per_eval": 16}
+            wanted = peer.attribute(inputs[image : image + 1], others, target, **options)[0, :, 0, 0].detach().numpy()
+            assert np.abs(wanted).max() > 1e-4
+            assert np.abs(one.products.channel_importance - wanted).max() <= 1e-5 * max(1, np.abs(wanted).max())
 
 
 class Shifted(nn.Module):

@@ -8,8 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from engine.explainers.afmi import AFmi
+from engine.explainers.fovex import FovEx
 from engine.models import ModelAdapter, load_model
-from engine.parameters import SiseParameters
+from engine.parameters import AFmiParameters, FovExParameters, SiseParameters
+from engine.targets import ClassProbability
 from tests.engine.comparing import assert_equals_slow, by_modules, explained, slowly
 
 
@@ -49,6 +52,48 @@ def test_cifar_photographs(shared_data, weights):
     assert_photographs_equal_the_slow_twin(
         adapter, names, inputs, [5, 0, 6], SiseParameters(selection="ada", gate="soft", baseline="black")
     )
+
+
+@pytest.fixture
+def cifar(shared_data, weights):
+    """A trained network, and six photographs as its inputs."""
+    adapter = ModelAdapter(weights.cifar_resnet(20), input_size=(32, 32))
+    files = sorted((shared_data / "images" / "cifar10_test_1000").rglob("*.jpg"))[::150][:6]
+    return adapter, adapter.normalise(pixels_of(files, 32))
+
+
+def test_the_scan_paths_of_photographs_are_their_own(cifar):
+    """To the last bit, whatever the batch size, the company and the place in it."""
+    adapter, inputs = cifar
+    seeds, parameters = list(range(6)), FovExParameters(fixations=4, steps=12)
+
+    def paths(images, **options):
+        target = ClassProbability(torch.tensor([[image] for image in images]))
+        found = FovEx(adapter, parameters, **options).explain(inputs[images], target, [seeds[i] for i in images])
+        return [own[0].products.scan_path for own in found]
+
+    wanted = paths(range(6))
+    assert paths(range(6), batch_size=1) == wanted
+    assert paths(range(6), batch_size=3, images_per_pass=3) == wanted
+    assert paths([5, 2, 0, 4, 1, 3]) == [wanted[image] for image in (5, 2, 0, 4, 1, 3)]
+    assert paths([4]) == wanted[4:5]
+
+
+@pytest.mark.parametrize("score", ["logit", "probability"])
+def test_the_closed_form_of_photographs_equals_passes(cifar, score):
+    adapter, inputs = cifar
+    target = ClassProbability(adapter.module.eval()(inputs).argmax(1, keepdim=True))
+    closed, passes = (
+        AFmi(adapter, AFmiParameters(score=score, tail=tail), batch_size=16).explain(inputs, target)
+        for tail in ("auto", "passes")
+    )
+    for (one,), (other,) in zip(closed, passes, strict=True):
+        assert (one.num_forwards, other.num_forwards) == (1, 65)
+        for own, wanted in (
+            (one.saliency_hw, other.saliency_hw),
+            (one.products.channel_importance, other.products.channel_importance),
+        ):
+            assert np.abs(own - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
 def test_imagenet_photographs(shared_data, weights):
