@@ -189,7 +189,7 @@ def test_each_parameter_has_the_default_of_both_presets():
             assert set(row) == {"name", "meaning", *(("paper", "fast") if entry.fast else ("default",))}
             assert bool(row.get("fast")) == (parameter in entry.fast)
     ucag = [rows_of("ucag")[name] for name in ("crops", "side", "enlarge", "weighted")]
-    assert [(row["paper"], row["fast"]) for row in ucag] == [("6", "3"), ("124", ""), ("2.6", "none"), ("true", "")]
+    assert [(row["paper"], row["fast"]) for row in ucag] == [("6", "3"), ("124", ""), ("2.6", "native"), ("true", "")]
 
 
 @pytest.mark.parametrize("preset", ["paper", "fast"])

@@ -167,7 +167,7 @@ def test_the_identity_is_what_a_plan_reads_back():
 
 
 def test_none_is_nothing_where_a_parameter_may_be_nothing():
-    for explainer, name in (("ucag", "enlarge"), ("a-fmi", "channels"), ("sise", "budget")):
+    for explainer, name in (("daam", "rectify"), ("a-fmi", "channels"), ("sise", "budget")):
         given = parse_parameters([f"{name}=none"])
         assert (
             getattr(config_of({**BASE, "explainer": explainer, "parameters": given}).explainer_parameters(), name)
@@ -175,8 +175,8 @@ def test_none_is_nothing_where_a_parameter_may_be_nothing():
         )
     with pytest.raises(ConfigError, match=r"crops: .*integer.*'none'"):
         config_of({**BASE, "explainer": "ucag", "parameters": {"crops": "none"}})
-    inner = parse_parameters(["base.budget=none", "enlarge=none"])
+    inner = parse_parameters(["base.budget=none", "enlarge=native"])
     parameters = config_of(
         {**BASE, "explainer": "ucag(sise)", "preset": "paper", "parameters": inner}
     ).explainer_parameters()
-    assert (parameters.enlarge, parameters.crops, parameters.base.budget) == (None, 6, None)
+    assert (parameters.enlarge, parameters.crops, parameters.base.budget) == ("native", 6, None)

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from engine.catalog import EXPLAINERS
+from engine.composition import method_of
 from engine.errors import ModelError
 from jobs.config import ConfigError
 from jobs.plan import MODEL_KEY, PLAN_KEY, DriftError, load_plan, make_plan
@@ -56,7 +57,7 @@ def test_every_other_explainer_leaves_sound_rows_too(tmp_path, name):
     assert outcome.manifest["num_ok"] == 7
     assert run_here(data, tmp_path / "out", **asked).ran.seconds == 0  # the same again has nothing to do
     rows = [row for row in rows_in(LocalStore(tmp_path / "out")) if row["status"] == "ok"]
-    assert {row["explainer"] for row in rows} == {name}
+    assert {row["explainer"] for row in rows} == {str(method_of(name))}
     assert len(rows) == 14
     for row in rows:
         assert decode_map(row["map"]).shape == (32, 32)
