@@ -7,8 +7,10 @@ import time
 from hashlib import sha256
 
 import pytest
+from safetensors.torch import load
 
 from jobs.attempts import CAREFUL_DEATHS
+from jobs.learned import LEARNED_KEY
 from storage.local import LocalStore
 from tests.faults.processes import ended, environment, started
 from tests.faults.startup.sitecustomize import POISON
@@ -58,6 +60,39 @@ def test_killed_at_a_step_of_the_protocol(data, whole, tmp_path, fault):
     run_here(data, tmp_path / "out")
     assert_sound(store)
     assert contents(store) == whole
+
+
+LEARNING = {"explainer": "bee", "parameters": {"draws": 3, "images": 4, "pool": 2, "steps": 2, "noise_steps": 2}}
+OPTIONS = ("--explainer", "bee", *(f"-p{name}={value}" for name, value in LEARNING["parameters"].items()))
+
+
+@pytest.mark.parametrize("fault", ["die-after=put _job/attempts/first-pass/", "die-after=create _job/plan/learned"])
+def test_killed_in_the_first_pass_or_behind_it(data, tmp_path, fault):
+    run_here(data, tmp_path / "whole", **LEARNING)
+    code, _ = ended(*explain(data, tmp_path / "out", *OPTIONS), fault=fault)
+    assert code == -signal.SIGKILL
+    store = LocalStore(tmp_path / "out")
+    run_here(data, tmp_path / "out", **LEARNING)
+    assert_sound(store)
+    assert contents(store) == contents(LocalStore(tmp_path / "whole"))
+    assert store.read(LEARNED_KEY) == LocalStore(tmp_path / "whole").read(LEARNED_KEY)
+    assert list(store.list("_job/attempts/first-pass/")) == []
+
+
+def test_an_image_that_kills_the_first_pass_is_left_out(tmp_path):
+    data = folder_of_images(tmp_path / "in", 3, bad=False)
+    (data / "cat" / "poison.png").write_bytes(red())
+    arguments = explain(data, tmp_path / "out", *OPTIONS, model="tests.jobs.tiny:make_deadly")
+    for _ in range(2 * CAREFUL_DEATHS):  # in the first pass, and then in the unit
+        code, said = ended(*arguments)
+        assert code == -signal.SIGABRT, said
+    code, said = ended(*arguments)
+    assert code == 0, said
+    store = LocalStore(tmp_path / "out")
+    assert int(load(store.read(LEARNED_KEY))["bandit.counts"].sum()) == 3
+    assert statuses(store)["cat/poison.png"] == "process_died"
+    assert list(statuses(store).values()).count(None) == 3
+    assert_sound(store)
 
 
 def wait_for(path, process):
