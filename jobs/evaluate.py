@@ -171,7 +171,7 @@ class EvaluateStep:
                     yield from self._rows({**row, **method}, metric, values[image][index])
 
     def _rows(self, row: Row, metric: Metric, values: Mapping[str, Value]) -> Iterator[Row]:
-        flattered = flattered_by(row["selected_by"])
+        flattered = flattered_by(row.get("selected_by"))
         for name, value in values.items():
             if name in self.evaluation.metrics:
                 told = (
