@@ -239,7 +239,7 @@ EXPLAINERS: Mapping[str, ExplainerEntry] = {
     "a-fmi": ExplainerEntry(
         AFmiParameters,
         needs="a CNN or a vision transformer: the last block's feature maps, and the network behind it",
-        cost="1 F, and 1 F per reference, where the head is pooling and one linear layer; else also 1 pass of the "
+        cost="2 F, and 1 F per reference, where the head is pooling and one linear layer; else also 1 pass of the "
         "network behind the last block per reference and feature map (fast: of the 256 that differ most)",
         source="A-FMI (arXiv 2104.05527), a RECONSTRUCTION from the abstract",
         blocks="last",
@@ -334,7 +334,8 @@ def flattered_by(selected_by: str | None) -> frozenset[str]:
         return frozenset()
     kind, _, level = selected_by.rpartition("_")
     if kind in ("average_drop", "average_increase"):
-        return frozenset({f"average_drop_{level}", f"average_increase_{level}"})
+        same = {"positive_density"} if level == "100" else set()  # the score under the whole map, over its area
+        return frozenset({f"average_drop_{level}", f"average_increase_{level}", *same})
     return frozenset({selected_by})
 
 

@@ -43,7 +43,7 @@ class Method:
 def method_of(text: str) -> Method:
     """The method that a name means; a wrapper that names none wraps its usual method.
 
-    Hyphens, underscores and capitals do not count (`Grad-CAM` is `gradcam`). Raises ValueError with the nearest
+    Hyphens, underscores, spaces and capitals do not count (`Grad-CAM` is `gradcam`). Raises ValueError with the nearest
     known names.
     """
     return _parsed(text.strip(), MAX_DEPTH)
@@ -55,6 +55,8 @@ def _parsed(text: str, depth: int) -> Method:
     wraps = EXPLAINERS[name].wraps
     if opened and not inner.endswith(")"):
         raise ValueError(f"explainer {text!r} opens a bracket that it does not close; wanted such as ucag(gradcam)")
+    if opened and wraps is not None and not inner[:-1].strip():
+        raise ValueError(f"explainer {text!r} names nothing between its brackets; wanted such as {name}({wraps})")
     if opened and wraps is None:
         wrappers = ", ".join(one for one, entry in EXPLAINERS.items() if entry.wraps is not None)
         raise ValueError(f"explainer {name} wraps no other; those that do: {wrappers}")
@@ -76,7 +78,7 @@ def _known(name: str, text: str) -> str:
 
 
 def _plain(name: str) -> str:
-    return name.lower().replace("-", "").replace("_", "")
+    return name.lower().replace("-", "").replace("_", "").replace(" ", "")
 
 
 def _made(kind: type, values: Mapping[str, Any]) -> Any:

@@ -161,6 +161,8 @@ def load_model(name: str, *, weights: str | None = None, state: bytes | None = N
     Raises ModelError with what is known.
     """
     backbone = backbone_of(name)
+    if backbone == "":
+        raise ModelError("knn() names no model of features between its brackets")
     if backbone is not None:
         adapter = _neighbours(backbone, state, seed)
         adapter.name = name

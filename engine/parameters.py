@@ -1,6 +1,7 @@
 """The choices that each explainer leaves to the user, readable without torch; the defaults are the papers'."""
 
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, Literal
 
 
@@ -249,6 +250,8 @@ class AFmiParameters:
     def __post_init__(self) -> None:
         if not self.references:
             raise ValueError("references names none; wanted some of black, mean, blur, noise")
+        if not isfinite(self.threshold):
+            raise ValueError(f"threshold is an importance, got {self.threshold}")
         if self.channels is not None:
             _at_least(1, channels=self.channels)
 

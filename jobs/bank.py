@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.explainers.explainer import chunks, pad
 from engine.features import without_head
-from engine.models import ModelAdapter
+from engine.models import ModelAdapter, backbone_of
 from engine.neighbours import NeighbourClassifier
 from jobs.bench import device_of
 from jobs.config import ConfigError, JobConfig
@@ -47,7 +47,11 @@ def make_bank(config: JobConfig, console: Console) -> Bank:
 
     Raises ConfigError where labels are missing or all alike, ModelError and StoreError.
     """
+    backbone = backbone_of(config.model)
+    if backbone is not None:
+        raise ConfigError(f"model {config.model} has a bank already; to make another name the model inside: {backbone}")
     check_place(config.output, {"data": config.data})
+    _refuse_taken(config)
     state = weights_bytes(config)
     adapter = without_head(load(config, state, device_of(None), str(Path.cwd())))
     plan = make_plan(config, weights_sha256=sha256_of(state), workforce=Workforce(1, on_gpu=False))
@@ -117,8 +121,20 @@ def _is_number(text: str) -> bool:
     return text.isdecimal() and text.isascii()
 
 
+def _refuse_taken(config: JobConfig) -> None:
+    """Raises ConfigError where the output is there already, and StoreError where it cannot be written: before work."""
+    folder, _, name = config.output.rpartition("/")
+    if not name:
+        raise ConfigError(f"output {config.output!r} is a folder; name a file in it, such as bank.safetensors")
+    store = open_store(folder or ".", config.endpoint_url)
+    if store.head(name) is not None or Path(config.output).is_dir():
+        raise ConfigError(f"{config.output} is there already; remove it, or name another file")
+    store.create(f"{name}.probe", b"")
+    store.delete(f"{name}.probe")
+
+
 def _write(whole: NeighbourClassifier, config: JobConfig) -> None:
-    """The complete state dict, in place of one that stands there."""
+    """The complete state dict."""
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in whole.state_dict().items()}
     folder, _, name = config.output.rpartition("/")
     open_store(folder or ".", config.endpoint_url).put(name, safetensors.torch.save(tensors))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import (
     BaseModel,
@@ -244,11 +244,16 @@ class Execution(BaseModel):
 def _checked(kind: type, values: Mapping[str, Any]) -> Any:
     """The dataclass of these values. TOML has no word for nothing: `none` is it, where a parameter may be nothing."""
     hints = get_type_hints(kind)
-    given = {
-        name: None if value == "none" and type(None) in get_args(hints[name]) else value
-        for name, value in values.items()
-    }
-    return TypeAdapter(kind).validate_python(given)
+    return TypeAdapter(kind).validate_python({name: _plain(value, hints[name]) for name, value in values.items()})
+
+
+def _plain(value: Any, hint: Any) -> Any:
+    """A value as the parameter's type has it: `none`, and words joined by commas where it takes several."""
+    if not isinstance(value, str):
+        return value
+    if get_origin(hint) is tuple:
+        return [word.strip() for word in value.split(",")]
+    return None if value == "none" and type(None) in get_args(hint) else value
 
 
 def is_weights_name(value: str) -> bool:
@@ -359,11 +364,17 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
 
 
+TYPES = ("float", "int", "str", "bool")
+"""What pydantic puts behind a name whose value may be of several types."""
+
+
 def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    where = ".".join(str(part) for part in first["loc"] if str(part).isidentifier() and part not in TYPES)
     if first["type"] == "value_error":  # our own sentence
         text = first["msg"].removeprefix("Value error, ")
     else:
-        text = f"{first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
+        of_same = [one for one in error.errors() if one["loc"][:1] == first["loc"][:1]]
+        wanted = " or ".join(dict.fromkeys(f"{one['msg'][0].lower()}{one['msg'][1:]}" for one in of_same))
+        text = f"{wanted}, got {first['input']!r}"
     return f"{where}: {text}" if where and not text.startswith(where) else text

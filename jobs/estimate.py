@@ -43,6 +43,8 @@ class Estimate:
     forwards_per_record: float
     is_measured: bool
     """The forwards are known of the explainer, or were measured for this model; else they are a round guess."""
+    basis: str
+    """Where they come from, for people."""
     bytes_per_record: int
     num_records: int
 
@@ -87,10 +89,17 @@ def estimate(config: JobConfig, num_records: int, *, on_gpu: bool) -> Estimate:
     return Estimate(
         forwards_per_record=forwards,
         is_measured=known is not None or bool(measured),
+        basis=_basis(is_known=known is not None, is_measured=bool(measured)),
         bytes_per_record=BYTES_PER_MAP * num_targets,
         num_records=num_records,
         forwards_per_second=GPU_FORWARDS_PER_SECOND if on_gpu else CORE_FORWARDS_PER_SECOND,
     )
+
+
+def _basis(*, is_known: bool, is_measured: bool) -> str:
+    if is_known:
+        return "by its parameters, passes of a part of the network left out"
+    return "measured on photographs" if is_measured else "a guess: not measured for this model"
 
 
 def _sise_forwards(parameters: SiseParameters, measured: Sequence[tuple[float, int]]) -> float:

@@ -193,7 +193,8 @@ class ExplainStep:
         A unit that the model fails on is tried again record by record, so that one record's trouble is
         its own; `careful`: in a process apart, which may die of it.
         """
-        if wanted_images(self.context.config) and self.learned is None:  # no fault of any record
+        is_sound = any(record.reject_code is None for record in unit_input.records)
+        if is_sound and wanted_images(self.context.config) and self.learned is None:  # no fault of any record
             raise UnreconciledError(f"what {self.context.config.explainer} learned is missing: {LEARNED_KEY}")
         if careful:
             with Isolated(partial(ExplainStep, self.context, self.state)) as apart:

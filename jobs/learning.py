@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from jobs.attempts import CAREFUL_DEATHS, FOLDER, marked, open_desk
-from jobs.config import ConfigError
 from jobs.context import JobContext
 from jobs.explain import IMAGES_PER_CHUNK, ExplainStep
 from jobs.isolation import Isolated, ProcessDiedError, called
@@ -41,8 +40,7 @@ def learn(context: JobContext, units: Sequence[Unit], weights: bytes | None) -> 
     """Runs the first pass with one model; yields the number of images seen so far, and in the end the state's file.
 
     The images are chosen by the seed and their names alone, and seen in their order. After deaths in it each is tried
-    in a process apart first, and left out if that dies. Raises ConfigError where none can be explained, ModelError
-    and StoreError.
+    in a process apart first, and left out if that dies. Raises ModelError and StoreError.
     """
     with marked(open_desk(context), STEP) as num_deaths, watched():
         step = ExplainStep(context, weights)
@@ -56,12 +54,8 @@ def learn(context: JobContext, units: Sequence[Unit], weights: bytes | None) -> 
             records, pixels = zip(*chunk, strict=True)
             num_seen += step.teach(learner, records, np.stack(pixels))
             yield num_seen
-    if not num_seen:
-        raise ConfigError(
-            f"{context.config.explainer} learns from images of the data before it explains, and not one of them can be "
-            "explained: see `blocksight list explainers` for methods that learn nothing"
-        )
-    yield safetensors.torch.save({name: tensor.contiguous() for name, tensor in learner.state().items()})
+    if num_seen:  # of data without one sound image nothing is learned, and nothing is explained
+        yield safetensors.torch.save({name: tensor.contiguous() for name, tensor in learner.state().items()})
 
 
 class _Trial:
@@ -100,7 +94,7 @@ def settle_learned(
     wanted = min(wanted_images(context.config), sum(unit.num_records for unit in units))
     if not wanted or output.head(LEARNED_KEY) is not None:
         return
-    with progress(console, Tally(wanted, None, verb="learn from image")) as update:
+    with progress(console, Tally(wanted, None, verb="learn")) as update:
         num_seen = 0
         for made in run():
             if isinstance(made, bytes):

@@ -71,7 +71,7 @@ def products_of(row: Row) -> SideProducts:
             return None if row[name] is None else check(row[name])
         except (TypeError, ValueError) as error:
             raise UnreconciledError(
-                f"the {name.replace('_', ' ')} of {row['key']!r} for class {row['target_index']} is damaged, "
+                f"the column {name} of {row['key']!r} for class {row['target_index']} is damaged, "
                 f"`blocksight verify` names its fragment: {error}"
             ) from error
 
@@ -89,6 +89,8 @@ def products_of(row: Row) -> SideProducts:
 def _all(found: Sequence[Any], check: Callable[[Any], Value]) -> tuple[Value, ...]:
     if not found:
         raise ValueError("the list is empty")
+    if any(one is None for one in found):
+        raise ValueError("an entry is null")
     return tuple(map(check, found))
 
 
@@ -172,7 +174,7 @@ def _brief(name: str) -> str:
 
 
 def _losses(path: Sequence[Fixation]) -> str:
-    return f"loss {figure(path[0].loss)} -> {figure(path[-1].loss)}"
+    return f"loss {figure(path[0].loss)} at the first, {figure(path[-1].loss)} at the last"
 
 
 def _ends(values: Sequence[float]) -> tuple[float, float]:
@@ -227,12 +229,12 @@ def _order(values: NDArray[np.float32]) -> NDArray[np.intp]:
 # ---------------------------------------------------------------- as tiles
 
 OF_BLOCKS = (
-    "what each block added to the blocks before it, shallow to deep; the last is the map. Each is shown on a scale of "
-    "its own that lifts faint places; the percentages are of the last map's mass."
+    "what was gathered up to each block, shallow to deep; the last is the map. Each is shown on a scale of its own "
+    "that lifts faint places; the percentages are of the last map's mass."
 )
 OF_PATH = (
     "where the method looked, one place after the other; the first is the coloured one. The line below says the "
-    "model's loss with each place seen sharply."
+    "model's loss with each place seen sharply, which may rise again: of what was seen before only a share stays."
 )
 OF_CROPS = (
     "the parts of the picture that were explained by themselves: at the middle of each, the class's score on it. The "
@@ -287,10 +289,15 @@ def _film(maps: Sequence[GridMap], pixels: Pixels, most: int) -> Part:
 
 
 def _short_names(names: Sequence[str]) -> Sequence[str]:
-    """Places in a network without what stands before the last dot, where that tells them apart in words."""
-    last = [name.rpartition(".")[2] for name in names]
-    in_words = all(re.fullmatch(r"[\w.]+", name) and not own.isdigit() for name, own in zip(names, last, strict=True))
-    return last if in_words and len(set(last)) == len(last) else names
+    """Places in a network without the parts, between dots, with which all of them begin or end."""
+    parts = [name.split(".") for name in names]
+    if len(names) < 2 or not all(re.fullmatch(r"[\w.]+", name) for name in names):
+        return names
+    shortest = min(map(len, parts)) - 1
+    begin = next((i for i in range(shortest) if len({own[i] for own in parts}) > 1), shortest)
+    end = next((i for i in range(shortest - begin) if len({own[-1 - i] for own in parts}) > 1), shortest - begin)
+    short = [".".join(own[begin : len(own) - end]) for own in parts]
+    return [f"block {own}" if own.isdigit() else own for own in short]
 
 
 def _displayed(one: GridMap, last: GridMap) -> Floats:
@@ -317,7 +324,7 @@ def _path(path: Sequence[Fixation], pixels: Pixels) -> Part:
     height, width = pixels.shape[:2]
     points = [((one.column + 1) / 2 * (width - 1), (one.row + 1) / 2 * (height - 1)) for one in shown]
     said = _some(len(path), MAX_FIXATIONS, "fixation", "the first ones")
-    caption = f"{said}, {_losses(path)}\n{' '.join(figure(one.loss) for one in shown)}"
+    caption = f"{_losses(path)}\n{' '.join(figure(one.loss) for one in shown)}"
     return Part("Scan path", said, OF_PATH, (Tile(with_path(pixels, points), caption),))
 
 

@@ -1,10 +1,11 @@
 """What the command line prints: tables for people, with every string from data made harmless."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import MISSING, Field, fields
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -61,7 +62,7 @@ def plan_table(job: JobConfig, plan: Plan, workforce: Workforce) -> Table:
     num_workers = workforce.num_workers
     cost = estimate(job, plan.num_records, on_gpu=workforce.on_gpu)
     forwards, num_bytes, seconds = cost.forwards_per_record, cost.num_bytes, cost.seconds(num_workers)
-    basis = "measured on photographs" if cost.is_measured else "a guess: not measured for this model"
+    basis = cost.basis
     timing = "a guess: `blocksight bench` measures it"
     measured = recall(job, "cuda" if workforce.on_gpu else "cpu")
     if measured is not None:
@@ -76,7 +77,7 @@ def plan_table(job: JobConfig, plan: Plan, workforce: Workforce) -> Table:
         ("ignored", ignored or "nothing"),
         ("records", f"{about}{plan.num_records:,}"),
         ("units", f"{len(plan.units):,}"),
-        *_first_pass(job),
+        *_first_pass(job, plan.num_records),
         ("forwards", f"about {forwards * plan.num_records:,.0f} ({forwards:,.0f} a record, {basis})"),
         ("time", f"about {clock(seconds)} on {workers} ({timing})"),
         ("output", f"about {_size(num_bytes)}"),
@@ -85,8 +86,8 @@ def plan_table(job: JobConfig, plan: Plan, workforce: Workforce) -> Table:
     return _facts(rows, "plan (nothing was computed or written)")
 
 
-def _first_pass(job: JobConfig) -> list[tuple[str, str]]:
-    wanted = wanted_images(job)
+def _first_pass(job: JobConfig, num_records: int) -> list[tuple[str, str]]:
+    wanted = min(wanted_images(job), num_records)
     said = f"{job.explainer} learns from {counted(wanted, 'image')}, once, before the first unit"
     return [("first pass", said)] if wanted else []
 
@@ -205,19 +206,35 @@ def _legend() -> Iterator[str]:
 
 def _parameters(explainer: str, entry: catalog.ExplainerEntry) -> Table:
     """Parameters with what each preset makes of them; one column where the presets are the same."""
-    rows = []
+    rows, hints = [], get_type_hints(entry.parameters)
     for field in fields(entry.parameters):
         paper = "" if field.default is MISSING else _value(field.default)
         fast = _value(entry.fast[field.name]) if field.name in entry.fast else ""
-        rows.append([field.name, paper, *([fast] if entry.fast else []), str(field.metadata["help"])])
+        rows.append([field.name, paper, *([fast] if entry.fast else []), _meaning(field, hints[field.name])])
     presets = ["paper", "fast"] if entry.fast else ["default"]
     return _grid([f"{explainer}: -p NAME=VALUE", *presets, "meaning"], rows)
+
+
+def _meaning(field: Field[Any], hint: Any) -> str:
+    """The help of a parameter, and the words that it may be where the help does not name them."""
+    said, words = str(field.metadata["help"]), list(_words(hint))
+    missing = [word for word in words if not re.search(rf"\b{re.escape(word)}\b", said) and word != field.default]
+    return f"{said} ({', '.join(words)})" if missing else said
+
+
+def _words(hint: Any) -> Iterator[str]:
+    """The literal words of a type."""
+    if get_origin(hint) is Literal:
+        yield from (word for word in get_args(hint) if isinstance(word, str))
+    else:
+        for inner in get_args(hint):
+            yield from _words(inner)
 
 
 def _value(value: Any) -> str:
     """A parameter's value as it is given with -p."""
     if isinstance(value, tuple):
-        return json.dumps(value)
+        return ",".join(value) if all(isinstance(one, str) for one in value) else json.dumps(value)
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 

@@ -40,7 +40,8 @@ class Daam(SignedExplainer):
     agreement with the neighbours of the class, and in both cases C_j keeps its sign.
 
     Where no token stands for all, every token is a query, to first order:
-    `L_j[i] = relu(sum_q sum_d relu(C_j[q])_d A_j[q, i] V_j[i]_d)`, an extension.
+    `L_j[i] = relu(sum_q sum_d relu(C_j[q])_d A_j[q, i] V_j[i]_d)`, an extension. A class token that the target does not
+    hear behind the last attention, as where the patches are averaged, stands for nothing.
     """
 
     def _prepare(self, blocks: Sequence[str]) -> None:
@@ -58,8 +59,7 @@ class Daam(SignedExplainer):
         has_prefix = all(self._layout(one).prefix for one in found)
         if self.parameters.query == "class" and not has_prefix:
             raise ModelError(f"{self.adapter.name} has no class token whose attention could count: take query=mean")
-        is_class = self.parameters.query == "class" or (self.parameters.query == "auto" and has_prefix)
-        self.queries = slice(0, 1) if is_class else slice(None)
+        self.may_be_class = self.parameters.query != "mean" and has_prefix
 
     def _token_layouts(self) -> list[Layout]:
         """Those of the network's tensors that hold tokens; the first of a number of tokens comes last, and counts."""
@@ -112,9 +112,11 @@ class Daam(SignedExplainer):
         """D_b [N, h, w] in float64 for every block."""
         wanted, direction = self._direction(made, target, index)
         slopes = gradients(wanted, direction, [one.output for one in made.attentions])
+        is_heard = slopes[-1][:, :, :1].flatten(1).any(1) | (self.parameters.query == "class")
+        is_class = is_heard & self.may_be_class
         total, steps = torch.zeros(()), []
         for one, slope in zip(made.attentions, slopes, strict=True):
-            total = self._spatial(one, slope) + total.to(slope.device)
+            total = self._spatial(one, slope, is_class) + total.to(slope.device)
             steps.append(total)
         return steps
 
@@ -134,11 +136,16 @@ class Daam(SignedExplainer):
             return self.parameters.rectify
         return self.parameters.of == "class" and self.bank is None
 
-    def _spatial(self, one: Attention, slope: Tensor) -> Tensor:
-        """L [N, h, w] of one attention and the target's gradient by its output [N, heads, T, d]."""
-        wanted = slope[:, :, self.queries].double()
+    def _spatial(self, one: Attention, slope: Tensor, is_class: Tensor) -> Tensor:
+        """L [N, h, w] of one attention and the target's gradient by its output [N, heads, T, d].
+
+        `is_class` [N]: the first token's row counts alone.
+        """
+        queries = slice(0, 1) if is_class.all() else slice(None)
+        wanted = slope[:, :, queries].double()
+        wanted[is_class, :, 1:] = 0
         coefficients = wanted.relu() if self.is_rectified else wanted
-        taken = one.weights[:, :, self.queries].detach().double().transpose(2, 3)
+        taken = one.weights[:, :, queries].detach().double().transpose(2, 3)
         every = ((taken @ coefficients) * one.values.detach().double()).sum((1, 3)).relu()
         layout = self._layout(one)
         own = every[:, layout.prefix :].unflatten(1, layout.grid)

@@ -26,15 +26,6 @@ def variants(pixels_chw: Tensor, edges_hw: Tensor, second: str) -> list[Tensor]:
     return [pixels_chw, both, edges]
 
 
-def variant_pictures(pixels_chw: Tensor, edges_hw: Tensor, saliency_hw: Tensor, second: str = "product") -> Tensor:
-    """`V_j = S I_j` of the three variants, for people to look at: uint8 RGB [3, H, W, 3].
-
-    `pixels_chw`, the edges and the base's map S lie in [0, 1].
-    """
-    shown = saliency_hw.to(pixels_chw) * torch.stack(variants(pixels_chw, edges_hw, second))
-    return (255 * shown).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
-
-
 class FeatureCam(Wrapper):
     """`M = S (rho + (1 - rho) E)`: S the base's map scaled to [0, 1], E the edges, rho the share of the interior.
 

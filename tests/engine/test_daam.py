@@ -218,6 +218,25 @@ def test_every_token_may_be_a_query(prefix, query):
     assert np.abs(steps_of(own) - torch.stack(wanted).numpy()).max() <= 1e-5 * float(wanted[-1].max())
 
 
+class Deaf(Transformer):
+    """With a class token that the head does not hear: it reads the patches' mean."""
+
+    def forward(self, x):
+        x = self.tokens(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)[:, 1:].mean(1))
+
+
+def test_a_class_token_that_nobody_hears_does_not_count():
+    inputs = smooth(1, 16, 16)
+    auto, mean = (
+        steps_of(explained(seeded(Deaf), inputs, [2], DaamParameters(query=query))[0][0]) for query in ("auto", "mean")
+    )
+    assert np.array_equal(auto, mean)
+    assert auto[-1].max() > auto[0].max() > 0
+
+
 @pytest.mark.parametrize("make", [vision_transformer, Transformer])
 def test_blocks_maps_are_sums_that_never_fall(make):
     (own,) = explained(seeded(make), smooth(1, 32, 32), [1])[0]

@@ -16,7 +16,7 @@ from engine.composition import method_of, num_forwards, parameters_of
 from engine.errors import ModelError
 from engine.explainers import make_explainer
 from engine.explainers.explainer import Attribution, SignedExplainer
-from engine.explainers.featurecam import FeatureCam, variant_pictures
+from engine.explainers.featurecam import FeatureCam, variants
 from engine.explainers.ucag import Ucag, starts
 from engine.models import ModelAdapter
 from engine.products import Crop, SideProducts
@@ -601,17 +601,14 @@ def test_another_class_lights_other_edges():
         assert own.saliency_hw.max() > 0
 
 
-def test_the_three_pictures_for_people():
+def test_the_three_variants_by_hand():
     pixels = torch.tensor([0.2, 0.4, 1.0]).view(3, 1, 1).expand(3, 1, 2)
-    found = variant_pictures(pixels, torch.tensor([[0.5, 0.0]]), torch.tensor([[1.0, 0.5]]))
-    assert found.dtype == torch.uint8
-    assert found.tolist() == [
-        [[[51, 102, 255], [26, 51, 128]]],
-        [[[26, 51, 128], [0, 0, 0]]],
-        [[[128, 128, 128], [0, 0, 0]]],
-    ]
-    (_, both, _) = variant_pictures(pixels, torch.tensor([[0.5, 0.0]]), torch.ones(1, 2), "sum")
-    assert both.tolist() == [[[178, 230, 255], [51, 102, 255]]]
+    edges = torch.tensor([[0.5, 0.0]])
+    same, product, alone = variants(pixels, edges, "product")
+    assert torch.equal(same, pixels)
+    assert torch.allclose(product[:, 0], torch.tensor([[0.1, 0.0], [0.2, 0.0], [0.5, 0.0]]))
+    assert torch.equal(alone, torch.tensor([0.5, 0.0]).expand(3, 1, 2))
+    assert torch.allclose(variants(pixels, edges, "sum")[1][:, 0], torch.tensor([[0.7, 0.2], [0.9, 0.4], [1.0, 1.0]]))
 
 
 def test_pixels_come_back_from_inputs():

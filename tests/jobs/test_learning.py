@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from rich.console import Console
 
-from jobs.config import ConfigError, Execution
+from jobs.config import Execution
 from jobs.evaluation import folders, values_of
 from jobs.learned import LEARNED_KEY, standing_state, wanted_images
 from jobs.learning import learn
@@ -112,11 +112,12 @@ def test_nothing_is_explained_without_what_was_learned(data, tmp_path, monkeypat
     assert all(LEARNED_KEY in failure.error for failure in outcome.ran.failures)
 
 
-def test_data_without_one_sound_image_is_told(tmp_path):
+def test_of_data_without_one_sound_image_every_record_has_its_reason(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "bad.png").write_bytes(b"no picture")
-    with pytest.raises(ConfigError, match=r"bee learns from images of the data .* not one"):
-        run_here(tmp_path / "in", tmp_path / "out", **BEE)
+    run_here(tmp_path / "in", tmp_path / "out", **BEE)
+    assert [row["reject_code"] for row in rows_in(LocalStore(tmp_path / "out"))] == ["not_an_image"]
+    assert not (tmp_path / "out" / LEARNED_KEY).exists()
 
 
 def test_an_image_on_which_the_model_fails_teaches_nothing(tmp_path):
@@ -147,7 +148,7 @@ def test_plan_says_how_many_images_are_learned_from(data, tmp_path):
     said = blocksight(
         "plan", "--data", data, "--output", tmp_path / "out", "--explainer", "ucag(bee)", "--preset", "paper"
     )
-    assert "learns from 5,000 images" in said.stdout.replace("\n", " ")
+    assert "learns from 12 images" in said.stdout.replace("\n", " ")
 
 
 def test_methods_that_learn_nothing_leave_nothing(data, tmp_path):

@@ -107,8 +107,8 @@ DAMAGE = {
     "columns", [columns for kind in DAMAGE.values() for columns in kind], ids=lambda own: str(own)[:60]
 )
 def test_what_is_damaged_is_named(columns):
-    name = next(iter(columns)).replace("_", " ")
-    wanted = rf"the {name} of 'k.png' for class 3 is damaged, `blocksight verify` names its fragment: "
+    name = next(iter(columns))
+    wanted = f"the column {name} of 'k.png' for class 3 is damaged, `blocksight verify` names its fragment: "
     with pytest.raises(UnreconciledError, match=wanted) as refused:
         products_of(row_with(**columns))
     assert len(str(refused.value)) < 300
@@ -144,8 +144,8 @@ def test_thousands_of_entries_are_bounded():
 
 
 def test_each_has_a_line():
-    assert said(scan_path=path(5)) == {"scan path": "5 fixations, loss 2.31 -> 0.46"}
-    assert said(scan_path=path(1)) == {"scan path": "1 fixation, loss 2.31 -> 2.31"}
+    assert said(scan_path=path(5)) == {"scan path": "5 fixations, loss 2.31 at the first, 0.46 at the last"}
+    assert said(scan_path=path(1)) == {"scan path": "1 fixation, loss 2.31 at the first, 2.31 at the last"}
     assert said(crops=crops(3, 16, 8)) == {"crops": "9 crops, score 0.90 at best, 0.10 at worst"}
     assert said(channel_importance=[0.5, -0.25, 0.0, 2.0]) == {
         "channel importance": "2 of 4 channels above 0; the most important: 3 (2)"
@@ -189,7 +189,7 @@ def test_a_figure_is_short(value, text):
 def test_accumulated_maps_are_displayed_by_the_papers_rule():
     made = blocks(3)
     (part,) = parts(accumulated_maps=made)
-    assert [tile.caption.partition("\n")[0] for tile in part.tiles] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert [tile.caption.partition("\n")[0] for tile in part.tiles] == ["block 0", "block 1", "block 2"]
     top, mass = max(made[-1]["values"]), sum(made[-1]["values"])
     for one, tile in zip(made, part.tiles, strict=True):
         lifted = np.array([1 / (1 + np.exp(-5 * value / top)) - 0.5 for value in one["values"]]).reshape(4, 4)
@@ -205,7 +205,7 @@ def test_accumulated_maps_are_displayed_by_the_papers_rule():
 def test_maps_of_nothing_and_of_one_value_are_drawn():
     flat = [{**one, "values": [0.0] * 16} for one in blocks(2)]
     (part,) = parts(accumulated_maps=flat)
-    assert [tile.caption for tile in part.tiles] == ["blocks.0\n0.0 % of the mass", "blocks.1\n0.0 % of the mass"]
+    assert [tile.caption for tile in part.tiles] == ["block 0\n0.0 % of the mass", "block 1\n0.0 % of the mass"]
     below = [{**one, "values": [-1.0] * 16} for one in family(2)]
     (part,) = parts(map_family=below, selected_by="insertion")
     assert np.array_equal(part.tiles[1].pixels, overlay(grey(64), np.zeros((48, 64))))
@@ -217,15 +217,15 @@ def test_blocks_are_named_shortly_where_that_is_clear():
         return [tile.caption.partition("\n")[0] for tile in part.tiles]
 
     assert names("encoder.layers.layer_0", "encoder.layers.layer_1") == ["layer_0", "layer_1"]
-    assert names("blocks.0", "blocks.1") == ["blocks.0", "blocks.1"]
-    assert names("a.attn", "b.attn") == ["a.attn", "b.attn"]
+    assert names("blocks.0", "blocks.1") == ["block 0", "block 1"]
+    assert names("a.attn", "b.attn") == ["a", "b"]
     assert names("a\nb\x1b") == ["a?b?"]
 
 
 def test_all_blocks_stand_for_themselves_up_to_so_many_then_evenly():
     (part,) = parts(accumulated_maps=blocks(11))
     assert [tile.caption.partition("\n")[0] for tile in part.tiles] == [
-        f"blocks.{place}" for place in (0, 2, 4, 6, 8, 10)
+        f"block {place}" for place in (0, 2, 4, 6, 8, 10)
     ]
 
 
@@ -233,7 +233,7 @@ def test_a_path_goes_from_place_to_place_and_the_first_is_marked():
     ends = [{"row": -0.5, "column": -0.5, "loss": 2.0}, {"row": 0.5, "column": 0.5, "loss": 1.0}]
     (part,) = parts(scan_path=ends)
     (tile,) = part.tiles
-    assert tile.caption == "2 fixations, loss 2.00 -> 1.00\n2.00 1.00"
+    assert tile.caption == "loss 2.00 at the first, 1.00 at the last\n2.00 1.00"
     assert (tile.pixels[47, 63] == 255).all()  # the line, through the middle
     assert (tile.pixels[10, 100] == tile.pixels[90, 20]).all()  # and nothing beside it
     red = (tile.pixels == FIRST).all(-1)
@@ -379,7 +379,7 @@ def test_a_damaged_side_product_is_named_by_who_shows_it(output, called, command
     rewrite(LocalStore(output), lambda _: {"scan_path": [{"row": NAN, "column": 0.0, "loss": 1.0}]})
     code, heard = called(*{"show": ("show", output, "ant/000.png"), "report": ("report", output)}[command])
     assert code == 5
-    assert "NOT RECONCILED: the scan path of '" in heard
+    assert "NOT RECONCILED: the column scan_path of '" in heard
     assert "is damaged, `blocksight verify` names its fragment" in heard
 
 

@@ -41,6 +41,7 @@ from tests.jobs.beside import OF_METHODS, blocks, grids, with_products
 from tests.jobs.jobs_of import blocksight, rows_in, run_here
 from tests.jobs.tiny import HOSTILE, bad_bodies, folder_of_images, folder_of_tars, hostile_table
 
+LOSSES = "loss 2.31 at the first, 0.46 at the last"
 NOW = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
 
 
@@ -296,11 +297,15 @@ def test_what_was_found_beside_the_maps_is_shown_for_a_few(output, monkeypatch):
     assert "#behind" in page.values("href")
     alts = [alt for alt in page.values("alt") if alt.startswith("Accumulated maps: ")]
     masses = [sum(one["values"]) for one in blocks(5)]
-    wanted = [f"blocks.{place}, {100 * mass / masses[-1]:.1f} % of the mass" for place, mass in enumerate(masses)]
+    wanted = [f"block {place}, {100 * mass / masses[-1]:.1f} % of the mass" for place, mass in enumerate(masses)]
     assert alts[:5] == [f"Accumulated maps: {own}" for own in wanted]
     assert len(alts) == 3 * 5
     assert sum(alt.startswith("Map family: chosen: ") for alt in page.values("alt")) == 3
-    for said in ("5 fixations, loss 2.31 -> 0.46", "what each block added to the blocks before it", "by hed"):
+    for said in (
+        "5 fixations, loss 2.31 at the first, 0.46 at the last",
+        "what was gathered up to each block",
+        "by hed",
+    ):
         assert said in page.text
 
 
@@ -308,7 +313,10 @@ def test_every_shown_map_says_what_was_found_beside_it(output):
     with_products(LocalStore(output), "fovex", "feature-cam")
     for item in report_at(output).items:
         facts = {fact.name: fact.value for fact in item.facts}
-        assert (facts["scan path"], facts["edges"]) == ("5 fixations, loss 2.31 -> 0.46", "by hed")
+        assert (facts["scan path"], facts["edges"]) == (
+            "5 fixations, loss 2.31 at the first, 0.46 at the last",
+            "by hed",
+        )
 
 
 def test_a_method_without_side_products_has_no_such_section(output):
