@@ -258,6 +258,20 @@ def looked_up(levels: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 def steepness(image: np.ndarray, beside: float, middle: float) -> np.ndarray:
     """The length of the gradient of the mean over channels, its three lines weighted; the rim goes on."""
+    grey = image.mean(0)
+    height, width = grey.shape
+    found = np.zeros_like(grey)
+    lines = ((-1, beside), (0, middle), (1, beside))
+
+    def at(i, j):
+        return grey[min(max(i, 0), height - 1), min(max(j, 0), width - 1)]
+
+    for i in range(height):
+        for j in range(width):
+            across = sum(w * (at(i + d, j + 1) - at(i + d, j - 1)) for d, w in lines)
+            down = sum(w * (at(i + 1, j + d) - at(i - 1, j + d)) for d, w in lines)
+            found[i, j] = math.hypot(across, down)
+    return found
 
 
 def mirrored(place: int, side: int) -> int:
