@@ -272,9 +272,7 @@ EXPLAINERS: Mapping[str, ExplainerEntry] = {
         blocks="last",
         num_forwards=lambda own, targets: 2 + own.draws * targets * FORWARDS_TO_SELECT[own.metric],
         fast={"draws": 8, "images": 128, "pool": 16},
-        images_to_learn_from=lambda own: (
-            own.images if own.choice == "bandit" and len(own.families) > 1 else own.pool * ("train" in own.families)
-        ),
+        images_to_learn_from=lambda own: own.num_images,
     ),
     "random": _control("uniform noise"),
     "gaussian": _control("a bell in the middle of the picture"),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.errors import ModelError
+from engine.resample import scaled
 
 NUM_NEIGHBOURS, TEMPERATURE = 20, 0.07
 """Of the vote, as self-supervised networks are usually measured."""
@@ -76,7 +77,7 @@ class MemoryBank(nn.Module):
         chosen, rows = torch.where(has_some, among, of_class).topk(self.num_neighbours, 1)
         counts = (chosen > BELOW_ALL).to(unit.dtype)
         mean = (self._wide(self.features)[rows] * counts[:, :, None]).sum(1) / counts.sum(1, keepdim=True).clamp(min=1)
-        return spread(unit * mean)
+        return scaled((unit * mean)[:, None])[:, 0]
 
     def _cosines(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The features at length 1 [N, D], and their cosines to the bank's rows [N, M]; an image is not its own."""
@@ -87,12 +88,6 @@ class MemoryBank(nn.Module):
     def _wide(self, values: Tensor) -> Tensor:
         """In float32 at least: what tells an image from its twin is lost in half precision."""
         return values.to(torch.promote_types(self.features.dtype, torch.float32))
-
-
-def spread(values: Tensor) -> Tensor:
-    """Each row [N, D] scaled to [0, 1]; a constant one to zeros."""
-    low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
-    return torch.where(high == low, 0.0, (values - low) / torch.where(high == low, 1.0, high - low))
 
 
 class NeighbourClassifier(nn.Module):

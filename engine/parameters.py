@@ -343,6 +343,21 @@ class BeeParameters:
         if not self.families or len(set(self.families)) < len(self.families):
             raise ValueError(f"families must name some, each once, got {list(self.families)}")
 
+    @property
+    def has_bandit(self) -> bool:
+        """Of one family there is nothing to choose."""
+        return self.choice == "bandit" and len(self.families) > 1
+
+    @property
+    def has_pool(self) -> bool:
+        """Baselines are drawn from other images."""
+        return "train" in self.families
+
+    @property
+    def num_images(self) -> int:
+        """Of the first pass; 0: there is none."""
+        return self.images if self.has_bandit else self.pool * self.has_pool
+
 
 @dataclass(frozen=True)
 class ExtremalParameters:

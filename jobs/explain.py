@@ -133,8 +133,8 @@ class ExplainStep:
         if self.adapter.fingerprint != facts.weights_sha256:
             raise ModelError("this worker loaded other weights than the driver: is the same file on every node?")
         self.adapter.module.register_forward_pre_hook(lambda *_: alive())
-        learned, digest = standing_state(open_desk(context).output, config) or (None, None)
-        self.learned = learned
+        standing = standing_state(open_desk(context).output, config) if wanted_images(config) else None
+        self.learned, digest = standing or (None, None)
         self.is_settled = not context.probes
         self.images_per_pass = images_at_once(self.adapter)
         self._set_up(plain_setting(context.device, context.batch_size))

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.catalog import METRICS
+from engine.fusion import minmax
 from engine.products import Crop, Fixation, GridMap, SideProducts
 from jobs.progress import counted
 from jobs.records import UnreconciledError
@@ -306,13 +307,7 @@ def _displayed(one: GridMap, last: GridMap) -> Floats:
     if top <= 0:
         return np.zeros(one.values_hw.shape)
     ratio = (one.values_hw.astype(np.float64) / top).clip(-MAX_RATIO, MAX_RATIO)
-    return _scaled(1 / (1 + np.exp(-CONTRAST * ratio)) - 0.5)
-
-
-def _scaled(values: Floats) -> Floats:
-    """From 0 to 1; zeros where it is constant."""
-    low, high = values.min(), values.max()
-    return (values - low) / (high - low) if high > low else np.zeros_like(values)
+    return minmax(1 / (1 + np.exp(-CONTRAST * ratio)) - 0.5)
 
 
 def _over(pixels: Pixels, saliency_hw: Floats) -> Pixels:

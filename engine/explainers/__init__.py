@@ -46,12 +46,8 @@ def _made(method: Method, adapter: ModelAdapter, parameters: Any, **options: Any
     chosen = parameters if parameters is not None else parameters_of(method, {})
     if method.base is None:
         return EXPLAINERS[method.name](adapter, chosen, **options)
-    base = partial(_base, method.base, chosen.base)
+    base = partial(_made, method.base, parameters=chosen.base)
     return WRAPPERS[method.name](adapter, chosen, base=base, **options)
-
-
-def _base(method: Method, parameters: Any, adapter: ModelAdapter, **options: Any) -> Explainer:
-    return _made(method, adapter, parameters, **options)
 
 
 EXPLAINERS: Mapping[str, Callable[..., Explainer]] = {

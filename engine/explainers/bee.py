@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from engine.bandit import Bandit, History
-from engine.catalog import METRICS
+from engine.catalog import FORWARDS_TO_SELECT, METRICS
 from engine.errors import ModelError
 from engine.explainers.baselines import FAMILIES, NOISY
 from engine.explainers.cams import whole_block
@@ -28,15 +28,15 @@ from engine.scorer import Scorer
 from engine.taps import gradients
 from engine.targets import ClassLogit, ClassProbability, Target
 
-CHOOSERS: Mapping[SelectionMetric, tuple[type[MaskedMetric], int]] = {
-    "average_drop_100": (WholeDrop, len(WholeDrop.levels)),
-    "average_increase_100": (WholeDrop, len(WholeDrop.levels)),
-    "insertion": (Insertion, len(Insertion.shares)),
-    "deletion": (Deletion, len(Deletion.shares)),
-    "pos": (Positive, len(Positive.shares)),
-    "neg": (Negative, len(Negative.shares)),
+CHOOSERS: Mapping[SelectionMetric, type[MaskedMetric]] = {
+    "average_drop_100": WholeDrop,
+    "average_increase_100": WholeDrop,
+    "insertion": Insertion,
+    "deletion": Deletion,
+    "pos": Positive,
+    "neg": Negative,
 }
-"""What gives the value that a map is picked by, and how many masked inputs it takes."""
+"""What gives the value that a map is picked by."""
 
 MAPS_AT_ONCE = 256
 """Maps at full size that are judged together: bounds memory, changes no result."""
@@ -150,9 +150,8 @@ class Bee(SignedExplainer):
         (self.block,) = self.adapter.network.blocks(blocks)[-1:]
         self.taps = self.adapter.network.taps([self.block])
         self.tail = self.taps.tail()
-        self.has_bandit = self.parameters.choice == "bandit" and len(self.parameters.families) > 1
-        self.has_pool = "train" in self.parameters.families
-        self.learned = self._read(self.state) if self.state is not None and (self.has_bandit or self.has_pool) else None
+        learns = self.parameters.num_images > 0
+        self.learned = self._read(self.state) if self.state is not None and learns else None
 
     # ------------------------------------------------------------ the first pass
 
@@ -161,7 +160,7 @@ class Bee(SignedExplainer):
 
     def learning_chooser(self) -> MaskedMetric:
         """The metric with batches that one map's masked inputs fill."""
-        _, num_masks = CHOOSERS[self.parameters.metric]
+        num_masks = FORWARDS_TO_SELECT[self.parameters.metric]
         batch_size = math.ceil(num_masks / math.ceil(num_masks / LEARNING_BATCH))
         return self._chooser(Scorer(self.adapter, self.scorer.perturbation, batch_size))
 
@@ -188,10 +187,10 @@ class Bee(SignedExplainer):
             "block": self.block.name,
             "channels": self.block.channels,
             "grid": list(self.block.grid or ()),
-            "choice": "bandit" if self.has_bandit else "even",
+            "choice": "bandit" if self.parameters.has_bandit else "even",
             "families": list(self.parameters.families),
         }
-        return {**about, "metric": self.parameters.metric} if self.has_bandit else about
+        return {**about, "metric": self.parameters.metric} if self.parameters.has_bandit else about
 
     def _read(self, state: State) -> Learned:
         """What a state says. Raises ModelError where it is of something else."""
@@ -202,15 +201,15 @@ class Bee(SignedExplainer):
         if odd:
             sides = "; ".join(f"{name} {found.get(name)}, wanted {wanted[name]}" for name in odd)
             raise ModelError(f"bee's first pass was over something else: {sides}; run the first pass again")
-        bandit = Bandit.of_state(state) if self.has_bandit else None
-        if not self.has_pool:
+        bandit = Bandit.of_state(state) if self.parameters.has_bandit else None
+        if not self.parameters.has_pool:
             return Learned(bandit)
         return Learned(bandit, tuple(state["pool.maps"]), tuple(state["pool.seeds"].tolist()))
 
     # ------------------------------------------------------------ maps
 
     def _attribute_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Attribution]]:
-        if (self.has_bandit or self.has_pool) and self.learned is None:
+        if self.parameters.num_images and self.learned is None:
             raise ModelError(
                 "bee needs the state of its first pass: give what its learner leaves as the state, or take choice even "
                 "and families without train, which need none"
@@ -248,7 +247,7 @@ class Bee(SignedExplainer):
     def _families(self, maps_khw: Tensor, generator: torch.Generator) -> Iterator[Family]:
         """The families of one image's draws, without end."""
         families = self.parameters.families
-        if not self.has_bandit:
+        if not self.parameters.has_bandit:
             yield from cycle(families)
         assert self.learned is not None
         assert self.learned.bandit is not None
@@ -302,8 +301,7 @@ class Bee(SignedExplainer):
     # ------------------------------------------------------------ the choice
 
     def _chooser(self, scorer: Scorer) -> MaskedMetric:
-        kind, _ = CHOOSERS[self.parameters.metric]
-        return kind(scorer, "zero")
+        return CHOOSERS[self.parameters.metric](scorer, "zero")
 
     def _judged(self, chooser: MaskedMetric, seen: Seen, made: Sequence[Candidate]) -> list[list[float | None]]:
         """The metric's values of the maps, one per target; None: it has none."""
@@ -350,7 +348,7 @@ class Bee(SignedExplainer):
         parameters = self.parameters
         points = {family: 1 + (parameters.noise_steps if family in NOISY else parameters.steps) for family in FAMILIES}
         judged = sum(value is not None for row in values for value in row)
-        return sum(points.get(one.name, 0) for one in made) + judged * CHOOSERS[parameters.metric][1]
+        return sum(points.get(one.name, 0) for one in made) + judged * FORWARDS_TO_SELECT[parameters.metric]
 
 
 class FirstPass:
@@ -384,10 +382,10 @@ class FirstPass:
         with self.bee.adapter.borrowed():
             self._begin()
         state = {"about": _as_bytes(self.bee.about)}
-        if self.bee.has_pool:
+        if self.bee.parameters.has_pool:
             state["pool.maps"] = torch.stack(list(self.pool.values()))
             state["pool.seeds"] = torch.tensor(list(self.pool), dtype=torch.int64)
-        if self.bee.has_bandit:
+        if self.bee.parameters.has_bandit:
             assert self.bandit is not None
             state |= self.bandit.state()
         return state
@@ -396,19 +394,19 @@ class FirstPass:
         if self.bandit is not None:
             self._learn(lesson)
             return
-        if len(self.pool) < self.bee.parameters.pool and self.bee.has_pool:
+        if len(self.pool) < self.bee.parameters.pool and self.bee.parameters.has_pool:
             (maps,) = lesson.seen.maps_nkhw
             self.pool[lesson.seed] = maps.clamp(-FLOAT16_LIMIT, FLOAT16_LIMIT).half().cpu()
-        if self.bee.has_bandit:
+        if self.bee.parameters.has_bandit:
             self.waiting.append(lesson)
             if len(self.waiting) >= max(IMAGES_TO_CENTRE, self.bee.parameters.pool):
                 self._begin()
 
     def _begin(self) -> None:
         """Ends the waiting: those that waited are the first to be learned from."""
-        if not self.waiting and self.bandit is None and (self.bee.has_bandit or not self.pool):
+        if not self.waiting and self.bandit is None and (self.bee.parameters.has_bandit or not self.pool):
             raise ModelError("bee found finite feature maps in none of the images of its first pass")
-        if not self.bee.has_bandit or self.bandit is not None:
+        if not self.bee.parameters.has_bandit or self.bandit is not None:
             return
         features = torch.stack([lesson.features for lesson in self.waiting])
         self.bandit = Bandit.untrained(features, len(self.families))

@@ -13,8 +13,9 @@ from engine.errors import ModelError
 from engine.explainers.explainer import Attribution, SignedExplainer, pad
 from engine.features import entering, head_path
 from engine.layouts import Layout
-from engine.neighbours import NeighbourClassifier, spread
+from engine.neighbours import NeighbourClassifier
 from engine.products import GridMap, SideProducts
+from engine.resample import scaled
 from engine.taps import gradients
 from engine.targets import Target
 
@@ -149,7 +150,7 @@ class Daam(SignedExplainer):
         every = ((taken @ coefficients) * one.values.detach().double()).sum((1, 3)).relu()
         layout = self._layout(one)
         own = every[:, layout.prefix :].unflatten(1, layout.grid)
-        return spread(own.flatten(1)).view_as(own) if self.parameters.normalise else own
+        return scaled(own) if self.parameters.normalise else own
 
 
 def _num_tokens(layout: Layout) -> int:

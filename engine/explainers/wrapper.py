@@ -17,15 +17,13 @@ from engine.explainers.explainer import (
     SignedExplainer,
     chunks,
 )
+from engine.explainers.points import MAX_POINTS_PER_PASS
 from engine.models import ModelAdapter
 from engine.products import SideProducts
 from engine.targets import Target
 
 MakeBase = Callable[..., Explainer]
 """The wrapped method around an adapter, given what `Explainer` takes beside it."""
-
-MAX_VIEWS_PER_PASS = 32
-"""A backward pass keeps all activations, and more views than this would not make it faster."""
 
 
 class Joined:
@@ -58,7 +56,7 @@ class Wrapper(SignedExplainer):
         **options: Any,
     ) -> None:
         """`base` makes the wrapped method, from an adapter and the options of `Explainer`."""
-        views = max(images_per_pass, min(batch_size, MAX_VIEWS_PER_PASS))
+        views = max(images_per_pass, min(batch_size, MAX_POINTS_PER_PASS))
         inner = {**options, "batch_size": batch_size, "images_per_pass": views}
         self.base = self._base(adapter, parameters, base, inner)
         super().__init__(adapter, parameters, batch_size=batch_size, images_per_pass=images_per_pass, **options)

@@ -11,11 +11,13 @@ from safetensors.torch import load, save
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
-from engine.catalog import METRICS
+from engine.catalog import FORWARDS_TO_SELECT, METRICS
 from engine.composition import images_to_learn_from, method_of
 from engine.errors import ModelError
 from engine.explainers import EXPLAINERS
 from engine.explainers.baselines import FAMILIES, KEPT
+from engine.explainers.bee import CHOOSERS
+from engine.metrics.faithfulness import WholeDrop
 from engine.models import ModelAdapter
 from engine.parameters import BeeParameters, SmoothGradParameters
 from engine.products import GridMap
@@ -507,3 +509,8 @@ def test_a_wrapper_hands_on_what_is_learned(net):
     found = make("smoothgrad(bee)", adapter, parameters, state=known).explain(inputs[:2], classes(0, 1), [1, 2])
     assert all(own[0].saliency_hw.any() for own in found)
     assert found[0][0].products.selected_by == "average_drop_100"
+
+
+def test_what_a_metric_costs_is_what_the_catalogue_says():
+    masks = {name: len(kind.levels if issubclass(kind, WholeDrop) else kind.shares) for name, kind in CHOOSERS.items()}
+    assert masks == FORWARDS_TO_SELECT

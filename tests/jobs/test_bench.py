@@ -224,3 +224,9 @@ def test_a_chart_of_one_image_has_no_arms(tmp_path):
     rows = summarise([line(0, **{FULL: values(100, 1.0, 0.5, 0.2), "budget 0.1": values(10, 2.0, 0.5, 0.2)})])
     curve_chart(rows, "one image", tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 1000
+
+
+def test_a_method_that_learns_is_measured_behind_its_first_pass(data):
+    found = json.loads(typed("bench", "--data", data, "--model", MODEL, "--explainer", "bee", "--json").stdout)
+    assert found["explainer"] == "bee"
+    assert found["parameters"]["draws"] == 8
