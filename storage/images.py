@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from storage.limits import MAX_DECODE_SECONDS, MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
 from storage.rejects import Reject, RejectCode
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -65,10 +66,10 @@ REFUSED_MODES_NEED = "8-bit, 16-bit grey, palette or CMYK"
 class DecodeLimits:
     """What one image may cost at most."""
 
-    num_bytes: int = 256 << 20
-    num_pixels: int = 89_478_485
-    """Width times height, read off the header; Pillow's own bound, 268 MB of RGB."""
-    seconds: float = 30.0
+    num_bytes: int = MAX_IMAGE_BYTES
+    num_pixels: int = MAX_IMAGE_PIXELS
+    """Width times height, read off the header."""
+    seconds: float = MAX_DECODE_SECONDS
     """In the main thread, where tasks and the in-process runner decode; elsewhere the other two bound it."""
 
 

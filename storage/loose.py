@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 
-from storage.records import MAX_IMAGE_BYTES, RawRecord, too_many_bytes
+from storage.limits import MAX_IMAGE_BYTES
+from storage.records import RawRecord, too_many_bytes
 from storage.rejects import Reject, RejectCode
 from storage.store import ChangedError, MissingError, ObjectInfo, ObjectStore
 

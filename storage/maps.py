@@ -8,14 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from storage.limits import MAX_MAP_SIDE
+
 CODEC = "png-u8"
 """The name that stands beside every stored map."""
 
 MAX_ERROR = 0.5 / 255
 """Greatest absolute error of a decoded map in [0, 1]: half a grey level."""
-
-MAX_SIDE = 4096
-"""A map larger than this is refused before anything is allocated for it."""
 
 _PNG_START = struct.Struct(">8s4x4sII")
 
@@ -85,5 +84,5 @@ def _check_header(data: bytes) -> None:
     depth_and_colour = data[_PNG_START.size : _PNG_START.size + 2]
     if magic != b"\x89PNG\r\n\x1a\n" or kind != b"IHDR" or depth_and_colour != b"\x08\x00":
         raise MapError("a stored map is an 8-bit grey PNG; these bytes are not")
-    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
-        raise MapError(f"a stored map has sides of 1 to {MAX_SIDE} pixels; this one says {height} x {width}")
+    if not (0 < width <= MAX_MAP_SIDE and 0 < height <= MAX_MAP_SIDE):
+        raise MapError(f"a stored map has sides of 1 to {MAX_MAP_SIDE} pixels; this one says {height} x {width}")

@@ -3,11 +3,9 @@
 import io
 from dataclasses import dataclass
 
+from storage.limits import MAX_IMAGE_BYTES
 from storage.rejects import Reject, RejectCode
 from storage.store import ObjectInfo, ObjectStore
-
-MAX_IMAGE_BYTES = 256 << 20
-"""A larger image is rejected before its body is read."""
 
 
 @dataclass(frozen=True)

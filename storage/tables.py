@@ -7,7 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.records import MAX_IMAGE_BYTES, RawRecord, WindowedFile, as_text, too_many_bytes
+from storage.limits import MAX_IMAGE_BYTES
+from storage.records import RawRecord, WindowedFile, as_text, too_many_bytes
 from storage.rejects import Reject, RejectCode
 from storage.store import DamagedError, ObjectInfo, ObjectStore, StoreError
 

@@ -6,17 +6,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from storage.records import MAX_IMAGE_BYTES, RawRecord, WindowedFile, as_text, too_many_bytes
+from storage.limits import (
+    MAX_IMAGE_BYTES,
+    MAX_LABEL_BYTES,
+    MAX_MEMBER_NAME_BYTES,
+    MAX_SHARD_RECORDS,
+    MAX_TAR_HEADER_BYTES,
+)
+from storage.records import RawRecord, WindowedFile, as_text, too_many_bytes
 from storage.rejects import Reject, RejectCode
 from storage.store import ObjectInfo, ObjectStore
 from storage.survey import IMAGE_SUFFIXES
 
-MAX_HEADER_BYTES = 1 << 20
-"""A longer PAX or GNU header is refused: it would be held in memory."""
-MAX_NAME_BYTES = 512
-MAX_LABEL_BYTES = 1024
-MAX_RECORDS = 1_000_000
-"""Per shard: their keys are held to find duplicates."""
 SAMPLE_BYTES = 4 << 20
 END = "(end of archive)"
 
@@ -25,8 +26,8 @@ class _Headers(WindowedFile):
     """What `tarfile` reads headers from: never more than a bounded header at once."""
 
     def read(self, size: int | None = -1) -> bytes:
-        if size is None or size < 0 or size > MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of {size} bytes, at most {MAX_HEADER_BYTES} are read")
+        if size is None or size < 0 or size > MAX_TAR_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes, at most {MAX_TAR_HEADER_BYTES} are read")
         return super().read(size)
 
 
@@ -136,8 +137,8 @@ def _members(file: _Headers) -> Iterator[tarfile.TarInfo | _Draft]:
         while (member := archive.next()) is not None:
             archive.members.clear()  # it would keep every header of the shard
             count += 1
-            if count > MAX_RECORDS:
-                yield _break(file, member.offset, RejectCode.MEMBER_REFUSED, f"more than {MAX_RECORDS} members")
+            if count > MAX_SHARD_RECORDS:
+                yield _break(file, member.offset, RejectCode.MEMBER_REFUSED, f"more than {MAX_SHARD_RECORDS} members")
                 return
             if _end(member) > file.info.size:
                 text = f"member {as_text(member.name)!r} reaches beyond the shard's {file.info.size} bytes"
@@ -173,7 +174,7 @@ def _refused(member: tarfile.TarInfo) -> _Draft | None:
     reason = _fault_of(member)
     if reason is None:
         return None
-    key = as_text(member.name)[:MAX_NAME_BYTES]
+    key = as_text(member.name)[:MAX_MEMBER_NAME_BYTES]
     reject = Reject(RejectCode.MEMBER_REFUSED, f"{key!r}: {reason}")
     return _Draft(key, member.offset, _end(member), reject=reject)
 
@@ -186,8 +187,8 @@ def _fault_of(member: tarfile.TarInfo) -> str | None:
         return "the path leaves the archive"
     if not name.isprintable():
         return "the name holds control characters or is no text"
-    if len(name.encode("utf-8", "surrogateescape")) > MAX_NAME_BYTES:
-        return f"the name is longer than {MAX_NAME_BYTES} bytes"
+    if len(name.encode("utf-8", "surrogateescape")) > MAX_MEMBER_NAME_BYTES:
+        return f"the name is longer than {MAX_MEMBER_NAME_BYTES} bytes"
     return None
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from storage.local import LocalStore
 from storage.loose import read_images
-from storage.records import MAX_IMAGE_BYTES
+from storage.limits import MAX_IMAGE_BYTES
 from storage.store import ObjectInfo, StoreError
 from storage.survey import Layout, survey
 from storage.tables import count_rows, read_table
