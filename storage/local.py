@@ -11,7 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
-from storage.store import AlreadyExistsError, ChangedError, MissingError, ObjectInfo, StoreError
+from storage.store import (
+    AlreadyExistsError,
+    ChangedError,
+    MissingError,
+    ObjectError,
+    ObjectInfo,
+    StoreError,
+    UnavailableError,
+)
 
 ASIDE = ".writing-"
 """Begins the name of a file that is not finished; readers and listings skip it."""
@@ -23,6 +31,10 @@ OURS = (ASIDE, SIDECAR, PENDING)
 
 NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
 """What a file system without hard links says to one (FAT: EPERM)."""
+ONE_FILE_ONLY = {errno.EACCES, errno.EPERM, errno.EIO, errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENAMETOOLONG}
+"""What the system says of one file that cannot be read."""
+PASSING = {errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+"""What it says of a share that is away for a while, or of a machine that is short of something."""
 AT_FDCWD = -100
 RENAME_NOREPLACE = 1
 
@@ -50,7 +62,7 @@ class LocalStore:
 
     def read(self, key: str, *, etag: str | None = None, start: int = 0, length: int | None = None) -> bytes:
         path = self._path(key)
-        with _explained(path), path.open("rb") as file:
+        with _explained(path, reading=True), path.open("rb") as file:
             file.seek(start)
             data = file.read() if length is None else file.read(length)
             found = _etag(os.fstat(file.fileno()))  # after the read: a change in its midst shows too
@@ -114,14 +126,19 @@ class LocalStore:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explained(path: Path, *, reading: bool = False) -> Iterator[None]:
     """Turns the system's errors into sentences that name the path."""
     try:
         yield
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingError(f"there is no file {path}") from error
     except OSError as error:
-        raise StoreError(f"{path}: {error.strerror or error}") from error
+        kind = StoreError
+        if reading and error.errno in ONE_FILE_ONLY:
+            kind = ObjectError
+        elif error.errno in PASSING:
+            kind = UnavailableError
+        raise kind(f"{path}: {error.strerror or error}") from error
 
 
 @contextmanager

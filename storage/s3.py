@@ -24,6 +24,7 @@ from storage.store import (
     AlreadyExistsError,
     ChangedError,
     MissingError,
+    ObjectError,
     ObjectInfo,
     StoreError,
     UnavailableError,
@@ -52,10 +53,10 @@ BUSY_CODES = {
     "503",
     "504",
 }
-DENIED_CODES = {
-    "AccessDenied",
-    "403",
-    "Forbidden",
+ARCHIVED_CODE = "InvalidObjectState"
+FORBIDDEN_CODES = {"AccessDenied", "403", "Forbidden"}
+"""What a store says of one object that may not be read, and of all where the credentials lack the right."""
+DENIED_CODES = FORBIDDEN_CODES | {
     "InvalidAccessKeyId",
     "SignatureDoesNotMatch",
     "ExpiredToken",
@@ -135,7 +136,8 @@ class S3Store:
         wanted: dict[str, Any] = {"IfMatch": etag} if etag is not None else {}
         if start or length is not None:
             wanted["Range"] = f"bytes={start}-{'' if length is None else start + length - 1}"
-        with self._explained(key, conflict=ChangedError(f"{self._uri}/{key} has changed: it is not version {etag}")):
+        changed = ChangedError(f"{self._uri}/{key} has changed: it is not version {etag}")
+        with self._explained(key, conflict=changed, reading=True):
             try:
                 s3 = self.filesystem
                 arguments = {"Bucket": self.bucket, "Key": self._prefix + key, **wanted}
@@ -193,14 +195,17 @@ class S3Store:
         return self.filesystem.call_s3(method, Bucket=self.bucket, **arguments)
 
     @contextmanager
-    def _explained(self, key: str, conflict: StoreError | None = None) -> Iterator[None]:
+    def _explained(self, key: str, conflict: StoreError | None = None, *, reading: bool = False) -> Iterator[None]:
         """Turns the client's errors into sentences that name the object and never a credential."""
         try:
             yield
         except (*S3_RETRYABLE_ERRORS, OSError, ClientError, BotoCoreError, RecursionError) as error:
             if conflict is not None and _code(error) in CONFLICT_CODES:
                 raise conflict from error
-            raise self._sentence(key, error) from error
+            sentence = self._sentence(key, error)
+            if reading and _code(error) in FORBIDDEN_CODES | {ARCHIVED_CODE}:
+                raise ObjectError(str(sentence)) from error
+            raise sentence from error
 
     def _sentence(self, key: str, error: Exception) -> StoreError:
         where = f"{self._uri}/{key}" if key else self._uri
@@ -214,6 +219,8 @@ class S3Store:
             return MissingError(f"there is no object {where}{at}")
         if code == "NoSuchBucket":
             return StoreError(f"there is no bucket {self.bucket!r}{at}")
+        if code == ARCHIVED_CODE:
+            return StoreError(f"{where}{at} is archived and cannot be read ({code}): restore it, or leave it out")
         if code in DENIED_CODES:
             return StoreError(f"access to {where}{at} was refused ({code}): {CREDENTIALS_WANTED}")
         if not code:

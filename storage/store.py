@@ -29,6 +29,13 @@ class DamagedError(StoreError):
     """The object is there, and its bytes are not what its name says."""
 
 
+class ObjectError(StoreError):
+    """This one object cannot be read, and asking again does not help; the store serves others.
+
+    It is refused, archived, on a broken part of the disk, or its body stays short.
+    """
+
+
 @dataclass(frozen=True)
 class ObjectInfo:
     """What a listing or a HEAD says of one object."""
@@ -54,7 +61,8 @@ class ObjectStore(Protocol):
     def read(self, key: str, *, etag: str | None = None, start: int = 0, length: int | None = None) -> bytes:
         """The object's bytes, or `length` of them from `start`.
 
-        Raises `MissingError`, and `ChangedError` where `etag` is given and the object has another.
+        Raises `MissingError`, `ChangedError` where `etag` is given and the object has another, and `ObjectError`
+        where this object alone is refused.
         """
         ...
 

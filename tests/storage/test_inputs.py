@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from storage.limits import MAX_IMAGE_BYTES
 from storage.local import LocalStore
 from storage.loose import read_images
-from storage.limits import MAX_IMAGE_BYTES
 from storage.store import ObjectInfo, StoreError
 from storage.survey import Layout, survey
 from storage.tables import count_rows, read_table

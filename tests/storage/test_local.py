@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from storage.local import LocalStore
-from storage.store import AlreadyExistsError, ChangedError, StoreError
+from storage.store import AlreadyExistsError, ChangedError, ObjectError, StoreError, UnavailableError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -184,7 +184,7 @@ def test_folders_are_no_objects(tmp_path):
     store = LocalStore(tmp_path)
     store.put("a/b", b"1")
     assert store.head("a") is None
-    with pytest.raises(StoreError, match="a: Is a directory"):
+    with pytest.raises(ObjectError, match="a: Is a directory"):
         store.read("a")
     store.delete("a/b/c")
     assert store.head("a/b/c") is None
@@ -194,3 +194,30 @@ def test_folders_are_no_objects(tmp_path):
 def test_names_of_its_own_are_kept(tmp_path, key):
     with pytest.raises(StoreError, match="is kept for"):
         LocalStore(tmp_path).create(key, b"1")
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (errno.EACCES, ObjectError),
+        (errno.EIO, ObjectError),
+        (errno.ESTALE, UnavailableError),
+        (errno.EMFILE, UnavailableError),
+        (errno.EINVAL, StoreError),
+    ],
+)
+def test_one_file_that_cannot_be_read_is_no_trouble_of_the_folder(tmp_path, monkeypatch, code, kind):
+    def refused(*_arguments):
+        raise OSError(code, os.strerror(code))
+
+    (tmp_path / "x").write_bytes(b"1")
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(StoreError, match=os.strerror(code)) as caught:
+        LocalStore(tmp_path).read("x")
+    assert type(caught.value) is kind
+
+
+def test_a_link_to_itself_is_one_bad_file(tmp_path):
+    (tmp_path / "x").symlink_to("x")
+    with pytest.raises(ObjectError, match="symbolic links"):
+        LocalStore(tmp_path).read("x")

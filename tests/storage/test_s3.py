@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from storage.s3 import ATTEMPTS, S3Store, check_endpoint
-from storage.store import AlreadyExistsError, ChangedError, StoreError
+from storage.store import AlreadyExistsError, ChangedError, ObjectError, StoreError
 from storage.stores import WeakStoreError, open_store, probe
 from tests.jobs.jobs_of import blocksight
 from tests.jobs.tiny import MODEL, folder_of_images
@@ -92,7 +92,7 @@ def whole_text(error):
         (412, lambda store: store.create("x", b"1"), AlreadyExistsError, "stands already"),
         (409, lambda store: store.create("x", b"1"), AlreadyExistsError, "stands already"),
         (412, lambda store: store.read("x", etag='"old"'), ChangedError, "has changed"),
-        (403, lambda store: store.read("x"), StoreError, r"refused \(403\).*AWS_ACCESS_KEY_ID"),
+        (403, lambda store: store.read("x"), ObjectError, r"refused \(403\).*AWS_ACCESS_KEY_ID"),
         (403, lambda store: store.head("x"), StoreError, r"refused \(403\).*AWS_ACCESS_KEY_ID"),
         (403, lambda store: store.create("x", b"1"), StoreError, r"refused \(403\).*AWS_ACCESS_KEY_ID"),
         (301, lambda store: store.put("x", b"1"), StoreError, "redirected without end"),
