@@ -28,7 +28,7 @@ from storage.images import DECODE_POLICY
 from storage.maps import CODEC
 from storage.schema import SCHEMA_VERSION
 
-CODE_VERSION = "3"
+CODE_VERSION = "4"
 """Raised whenever the same configuration and input would give other bytes."""
 
 MAX_TARGETS = 100

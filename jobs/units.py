@@ -12,6 +12,9 @@ from storage.survey import Layout, Survey
 from storage.tables import count_rows
 from storage.tars import sample_tar, tar_offset_after
 
+SAMPLED_SHARDS = 8
+"""Tar shards that are tried before the number of records is left open."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -95,7 +98,7 @@ def _tar_shards(
 ) -> Iterator[tuple[ObjectInfo, int, int]]:
     """Shard, end of its used bytes, number of records: counted under a limit, else guessed from the first."""
     if limit is None:
-        per_byte = sample_tar(source, objects[0]) / max(1, objects[0].size)
+        per_byte = _records_per_byte(source, objects)
         yield from ((info, info.size, max(1, round(info.size * per_byte))) for info in objects)
         return
     left = limit
@@ -105,3 +108,9 @@ def _tar_shards(
         stop, count = tar_offset_after(source, info, left)
         left -= count
         yield info, stop, count
+
+
+def _records_per_byte(source: ObjectStore, objects: Sequence[ObjectInfo]) -> float:
+    """From the first shard that tells; 0 where none of the first few does."""
+    sampled = ((sample_tar(source, info), info.size) for info in objects[:SAMPLED_SHARDS])
+    return next((count / size for count, size in sampled if count), 0.0)

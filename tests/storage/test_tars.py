@@ -174,11 +174,141 @@ def test_a_limit_is_a_byte_offset():
     assert tar_offset_after(store, info, 99) == (len(body), 3)
 
 
+def test_a_shard_without_a_sound_record_tells_nothing_of_the_others():
+    store = MemoryStore()
+    store.put("s.tar", b"no tar at all" * 100)
+    assert sample_tar(store, store.head("s.tar")) == 0
+
+
 def test_the_sample_guesses_the_count():
     body = archive([(f"{number}.jpg", bytes(60_000)) for number in range(200)])
     store = MemoryStore()
     store.put("s.tar", body)
     assert sample_tar(store, store.head("s.tar")) == pytest.approx(200, rel=0.05)
+
+
+# ---------------------------------------------------------------- crafted headers
+
+
+def block(name, size=0, body=b"", kind=b"0", link=b""):
+    """A member by hand: its size field holds the number, or these bytes as they are."""
+    header = bytearray(512)
+    header[: len(name)] = name
+    header[100:124] = b"0000644\0" * 3
+    header[124:136] = size if isinstance(size, bytes) else b"%011o\0" % size
+    header[136:148] = b"%011o\0" % 0
+    header[156:157], header[157 : 157 + len(link)] = kind, link
+    header[257:265] = b"ustar\x0000"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + body + bytes(-len(body) % 512)
+
+
+def picture(name):
+    return block(name, 3, b"abc")
+
+
+def extended(kind=b"x", **fields):
+    """A PAX header, with dots in a key for `__`."""
+    records = b""
+    for key, value in fields.items():
+        record = b" " + key.replace("__", ".").encode() + b"=" + value + b"\n"
+        length = next(n for n in range(len(record), len(record) + 9) if len(str(n)) + len(record) == n)
+        records += b"%d" % length + record
+    return block(b"PaxHeader", len(records), records, kind)
+
+
+def base_256(number):
+    return (number & ((1 << 96) - 1)).to_bytes(12, "big") if number < 0 else b"\x80" + number.to_bytes(11, "big")
+
+
+ENDED = bytes(1024)
+CRAFTED = {
+    "negative size": (block(b"neg.png", base_256(-512)), ["ok", "corrupt"]),
+    "very negative size": (block(b"neg.png", base_256(-(1 << 80))), ["ok", "corrupt"]),
+    "negative octal size": (block(b"neg.png", b"-0000001000\0"), ["ok", "corrupt"]),
+    "huge size": (block(b"big.png", base_256(1 << 87)), ["ok", "shard_truncated"]),
+    "size that is no number": (block(b"odd.png", b"zzzzzzzzzzz\0"), ["ok", "corrupt"]),
+    "size that is no text": (block(b"odd.png", b"\xc3\x28000000000\0"), ["ok", "corrupt"]),
+    "negative PAX size": (extended(size=b"-512") + picture(b"p.png"), ["ok", "corrupt"]),
+    "endless PAX size": (extended(size=b"9" * 5000) + picture(b"p.png"), ["ok", "corrupt"]),
+    "PAX size beyond the end": (extended(size=b"99999999") + picture(b"p.png"), ["ok", "shard_truncated"]),
+    "PAX size that is right": (extended(size=b"3") + block(b"p.png", 0, b"abc"), ["ok", "ok", "ok"]),
+    "PAX header of no records": (block(b"x", 9, b"999 path=", b"x") + picture(b"p.png"), ["ok", "corrupt"]),
+    "PAX path out of the archive": (extended(path=b"../p.png") + picture(b"p.png"), ["ok", "member_refused", "ok"]),
+    "PAX path with a NUL": (extended(path=b"x\0y.png") + picture(b"p.png"), ["ok", "member_refused", "ok"]),
+    "PAX sparse": (extended(GNU__sparse__major=b"1") + picture(b"p.png"), ["ok", "member_refused", "ok"]),
+    "PAX sparse map that is none": (
+        extended(GNU__sparse__map=b"x,y") + picture(b"p.png"),
+        ["ok", "member_refused", "ok"],
+    ),
+    "old GNU sparse": (block(b"p.png", 3, b"abc", b"S"), ["ok", "member_refused", "ok"]),
+    "chain of PAX headers": (b"".join(extended(path=b"n.png") for _ in range(3000)) + picture(b"p.png"), ["ok"] * 3),
+    "chain of long names": (block(b"L", 2, b"n\0", b"L") * 3000 + picture(b"p.png"), ["ok", "missing_image", "ok"]),
+    "long name beyond its cap": (block(b"L", 2 << 20, bytes(2 << 20), b"L") + picture(b"p.png"), ["ok", "corrupt"]),
+    "lone PAX header": (extended(path=b"n.png") + ENDED, ["ok", "corrupt"]),
+    "one zero block": (bytes(512), ["ok", "ok"]),
+    "an end marker": (ENDED, ["ok", "ok"]),
+}
+
+
+@pytest.mark.parametrize(("inside", "wanted"), CRAFTED.values(), ids=CRAFTED)
+def test_a_crafted_header_ends_in_records_and_says_what_was_not_read(inside, wanted):
+    body = picture(b"first.png") + inside + picture(b"last.png") + ENDED
+    found = read(body)
+    assert codes(found) == wanted
+    assert found[0].data == b"abc"
+    assert [record.index for record in found] == list(range(len(wanted)))
+    if wanted[-1] == "corrupt":
+        assert "bytes were not read" in found[-1].reject.message or "no member follows" in found[-1].reject.message
+    halves = [*read(body, 0, len(body) // 2), *read(body, len(body) // 2, len(body))]
+    assert [(record.key, record.index) for record in halves] == [(record.key, record.index) for record in found]
+
+
+def test_what_a_pax_header_says_is_taken():
+    body = extended(path=b"d/long.png", size=b"3") + block(b"short.png", 0, b"abc") + picture(b"next.png") + ENDED
+    assert [(record.key, record.data) for record in read(body)] == [("s.tar/d/long", b"abc"), ("s.tar/next", b"abc")]
+    both = extended(b"g", path=b"same.png") + picture(b"1.png") + picture(b"2.png") + ENDED
+    assert codes(read(both)) == ["ok", "duplicate_key"]
+
+
+def test_the_work_is_bounded_by_the_bytes():
+    """A size that leads back would be walked for ever."""
+    for back in (512, 1024, 8192):
+        body = picture(b"1.png") + block(b"neg.png", base_256(-back)) + picture(b"2.png") + ENDED
+        assert len(read(body)) <= len(body) // 512
+
+
+@pytest.mark.parametrize("padding", [0, 200, 512, 9 * 512, 3 << 20])
+def test_zeros_behind_the_end_are_padding(padding):
+    assert codes(read(picture(b"1.png") + ENDED + bytes(padding))) == ["ok"]
+
+
+def test_archives_that_were_joined_are_read_to_the_last():
+    joined = archive([("1.jpg", b"a")]) + archive([("2.jpg", b"b")]) + bytes(3 << 20) + picture(b"3.png") + ENDED
+    assert [record.key for record in read(joined)] == ["s.tar/1", "s.tar/2", "s.tar/3"]
+
+
+@pytest.mark.parametrize("garbage", [b"x", b"x" * 512, b"\x1f\x8b" + b"z" * 5000])
+def test_garbage_behind_the_end_is_said(garbage):
+    found = read(picture(b"1.png") + ENDED + garbage)
+    assert codes(found) == ["ok", "corrupt"]
+    assert "behind the end of the archive stands something that is no header" in found[1].reject.message
+    assert f"at byte 2048; the last {len(garbage)} bytes were not read" in found[1].reject.message
+
+
+def test_more_members_than_a_shard_may_hold_are_said(monkeypatch):
+    monkeypatch.setattr("storage.tars.MAX_SHARD_RECORDS", 2)
+    found = read(b"".join(picture(b"%d.png" % number) for number in range(4)) + ENDED)
+    assert codes(found) == ["ok", "ok", "member_refused"]
+    assert found[2].reject.message == "more than 2 members; the last 3072 bytes were not read"
+
+
+def test_a_key_is_cut_at_the_first_dot_of_the_base_name():
+    found = read(archive([("a.b/c.jpg", b"x"), ("a.b/c.cls", b"1"), ("a.c/c.seg.jpg", b"y"), ("a.c/.c.jpg", b"z")]))
+    assert [record.key for record in found] == ["s.tar/a.b/c", "s.tar/a.c/c"]
+    assert found[0].label == 1
+    assert codes(found) == ["ok", "missing_image"]
 
 
 def test_labels_of_strangers_are_only_text():
