@@ -1,0 +1,186 @@
+"""The faults that are planted: what each means, where it is put, and which test must go red.
+
+A text that is no longer in its file, or a test that is gone, fails `test_mutations.py`.
+"""
+
+from tests.faults.planting import Mutation
+
+MUTATIONS = (
+    Mutation(
+        "a fragment is put, not created once (no If-None-Match)",
+        "jobs/unit.py",
+        "output.create(unit.fragment_key, body, metadata=metadata)",
+        "output.delete(unit.fragment_key), output.create(unit.fragment_key, body, metadata=metadata)",
+        ("faults/test_protocol.py::test_every_interleaving_ends_with_every_record_once",),
+    ),
+    Mutation(
+        "the receipt is written before the fragment",
+        "jobs/unit.py",
+        "    if _create_or_adopt(",
+        "    write_receipt(output, receipt)\n    if _create_or_adopt(",
+        ("faults/test_protocol.py::test_every_interleaving_ends_with_every_record_once",),
+    ),
+    Mutation(
+        "412 is taken for a failure",
+        "jobs/unit.py",
+        "        if not ours and not isinstance(error, AlreadyExistsError):\n            raise",
+        "        raise",
+        ("jobs/test_commit.py::test_the_second_of_two_attempts_adopts_the_first",),
+    ),
+    Mutation(
+        "412 always means that another attempt was first",
+        "jobs/unit.py",
+        'ours = standing.metadata.get("attempt") == metadata["attempt"]',
+        "ours = False",
+        ("jobs/test_commit.py::test_a_lost_reply_is_settled_by_the_attempt",),
+    ),
+    Mutation(
+        "412 always means that it was ours",
+        "jobs/unit.py",
+        'ours = standing.metadata.get("attempt") == metadata["attempt"]',
+        "ours = True",
+        ("faults/test_protocol.py::test_every_interleaving_ends_with_every_record_once",),
+    ),
+    Mutation(
+        "counts are compared instead of sets",
+        "jobs/reconcile.py",
+        "        return [unit for unit in self.plan.units if unit.unit_id not in settled]",
+        "        return list(self.plan.units[len(settled) + len(self.strangers):])",
+        ("faults/test_protocol.py::test_every_interleaving_ends_with_every_record_once",),
+    ),
+    Mutation(
+        "a receipt alone makes a unit committed",
+        "jobs/receipts.py",
+        "if unit.fragment_key in fragments]",
+        "if unit.fragment_key in fragments or receipt_key(unit.unit_id) in written]",
+        ("jobs/test_reconcile.py::test_a_lost_fragment_is_an_open_unit",),
+    ),
+    Mutation(
+        "rows out are not counted before the commit",
+        "jobs/unit.py",
+        "    _check_rows(rows, result.num_records)\n",
+        "",
+        ("jobs/test_commit.py::test_a_unit_whose_rows_went_astray_is_not_committed",),
+    ),
+    Mutation(
+        "inputs are not pinned by their version",
+        "storage/loose.py",
+        "store.read(info.key, etag=info.etag)",
+        "store.read(info.key)",
+        ("jobs/test_job.py::test_input_that_changes_after_the_plan_is_a_reason",),
+    ),
+    Mutation(
+        "a dead letter outweighs a fragment",
+        "jobs/reconcile.py",
+        "{unit_id: letter for unit_id, letter in letters.items() if unit_id not in receipts}",
+        "letters",
+        ("jobs/test_attempts.py::test_a_fragment_outweighs_a_letter",),
+    ),
+    Mutation(
+        "a unit is buried although its fragment stands, and the letter stays",
+        "jobs/reconcile.py",
+        "        store.delete(letter_key(unit_id))",
+        "        pass",
+        ("jobs/test_attempts.py::test_a_fragment_outweighs_a_letter",),
+    ),
+    Mutation(
+        "the manifest is replaced",
+        "jobs/reconcile.py",
+        'Raises UnreconciledError.\n    """\n    manifest = final_manifest(store)\n',
+        'Raises UnreconciledError.\n    """\n    store.delete(MANIFEST_KEY)\n    manifest = None\n',
+        ("jobs/test_job.py::test_a_finished_job_is_left_alone",),
+    ),
+    Mutation(
+        "a local file is written in place, not linked",
+        "storage/local.py",
+        "        path.hardlink_to(aside)",
+        "        os.replace(aside, path), aside.touch()",
+        ("storage/test_stores.py::test_a_second_create_changes_nothing",),
+    ),
+    Mutation(
+        "the S3 store puts without a condition (no If-None-Match)",
+        "storage/s3.py",
+        'IfNoneMatch="*", ',
+        "",
+        ("storage/test_s3.py::test_create_is_one_conditional_put",),
+    ),
+    Mutation(
+        "the probe lets every store pass",
+        "storage/stores.py",
+        '    key = f"{prefix}{uuid.uuid4().hex}"\n',
+        "    return\n",
+        ("storage/test_stores.py::test_the_probe_refuses_a_store_that_overwrites",),
+    ),
+    Mutation(
+        "the probe lets nobody race",
+        "storage/stores.py",
+        "        _one_must_win(store, race)",
+        "        pass",
+        ("storage/test_stores.py::test_the_probe_refuses_a_store_that_looks_and_then_writes",),
+    ),
+    Mutation(
+        "the attempt marker is never written",
+        "jobs/attempts.py",
+        'output.put(marker, json.dumps({"worker": worker_name()}).encode())',
+        "output.uri",
+        ("jobs/test_attempts.py::test_a_marker_stands_while_a_step_works_and_goes_with_it",),
+    ),
+    Mutation(
+        "no number of deaths makes a step careful",
+        "jobs/attempts.py",
+        "return work(num_deaths >= CAREFUL_DEATHS)",
+        "return work(False)",
+        ("jobs/test_attempts.py::test_deaths_in_one_step_make_its_next_attempt_careful",),
+    ),
+    Mutation(
+        "a second dead letter replaces the first",
+        "jobs/dead.py",
+        "output.create(letter_key(",
+        "output.put(letter_key(",
+        ("jobs/test_attempts.py::test_the_first_letter_stands",),
+    ),
+    Mutation(
+        "patience gives up at once",
+        "storage/patient.py",
+        "if time.monotonic() + pause > deadline:",
+        "if True:",
+        ("jobs/test_stopping.py::test_a_patient_store_asks_again_until_it_answers",),
+    ),
+    Mutation(
+        "the sign to stop is not looked at",
+        "jobs/attempts.py",
+        "is_stopped(desk.output, desk.run_id)",
+        "False",
+        ("jobs/test_attempts.py::test_a_run_that_was_asked_to_stop_takes_no_unit_and_keeps_what_is_explained",),
+    ),
+    Mutation(
+        "gc removes a fragment that counts",
+        "jobs/leftovers.py",
+        "*_lost_plans(store)]",
+        "*_lost_plans(store), *(receipt.fragment for receipt in standing.receipts.values())]",
+        ("jobs/test_attempts.py::test_leftovers_go_and_facts_stay",),
+    ),
+    Mutation(
+        "retry opens nothing",
+        "jobs/retry.py",
+        "        output.delete(dead.letter_key(letter.unit_id))\n",
+        "",
+        ("jobs/test_attempts.py::test_a_dead_unit_is_no_success_until_it_is_retried_or_done_without",),
+    ),
+    Mutation(
+        "retry leaves the markers of the attempts that died",
+        "jobs/retry.py",
+        "            output.delete(marker.key)",
+        "            pass",
+        ("jobs/test_attempts.py::test_a_retry_begins_without_the_deaths_before_it",),
+    ),
+    Mutation(
+        "finalize compares counts",
+        "jobs/reconcile.py",
+        '    faults = [f"{key} was not planned" for key in standing.strangers]\n'
+        '    faults += [f"unit {unit.ordinal} is neither committed nor dead" for unit in standing.open_units]\n',
+        "    settled = len(standing.receipts) + len(standing.dead) + len(standing.strangers)\n"
+        '    faults = ["units are open"] if settled < len(standing.plan.units) else []\n',
+        ("jobs/test_attempts.py::test_finalize_compares_sets_and_metadata",),
+    ),
+)
