@@ -19,6 +19,7 @@ from storage.store import (
     ObjectInfo,
     StoreError,
     UnavailableError,
+    checked_key,
 )
 
 ASIDE = ".writing-"
@@ -79,7 +80,7 @@ class LocalStore:
             return ObjectInfo(key, found.st_size, _etag(found), _metadata(path, found.st_ino))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        folder = self._path(PurePosixPath(f"{prefix}x").parent.as_posix())
+        folder = self.root.joinpath(checked_key(f"{prefix}x")).parent
         with _explained(folder):
             for path in _files(folder):
                 key = path.relative_to(self.root).as_posix()
@@ -117,10 +118,8 @@ class LocalStore:
         return swept
 
     def _path(self, key: str) -> Path:
-        parts = PurePosixPath(key).parts
-        if key.startswith("/") or ".." in parts or "\0" in key:
-            raise StoreError(f"key {key!r} leaves the folder {self.root}")
-        if parts and parts[-1].startswith(OURS):
+        parts = PurePosixPath(checked_key(key)).parts
+        if parts[-1].startswith(OURS):
             raise StoreError(f"key {key!r} has a name that is kept for unfinished files and metadata")
         return self.root.joinpath(*parts)
 

@@ -28,6 +28,7 @@ from storage.store import (
     ObjectInfo,
     StoreError,
     UnavailableError,
+    checked_key,
 )
 
 CONNECT_SECONDS = 4
@@ -139,8 +140,8 @@ class S3Store:
         changed = ChangedError(f"{self._uri}/{key} has changed: it is not version {etag}")
         with self._explained(key, conflict=changed, reading=True):
             try:
+                arguments = {"Bucket": self.bucket, "Key": self._key(key), **wanted}
                 s3 = self.filesystem
-                arguments = {"Bucket": self.bucket, "Key": self._prefix + key, **wanted}
                 return cast(bytes, sync(s3.loop, _download, s3, arguments))
             except OSError as error:
                 if _code(error) in ("InvalidRange", "416"):
@@ -150,7 +151,7 @@ class S3Store:
     def head(self, key: str) -> ObjectInfo | None:
         with self._explained(key):
             try:
-                found = self._call("head_object", Key=self._prefix + key)
+                found = self._call("head_object", Key=self._key(key))
             except OSError as error:
                 if _code(error) in MISSING_CODES:
                     return None
@@ -171,16 +172,16 @@ class S3Store:
 
     def create(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> None:
         with self._explained(key, conflict=AlreadyExistsError(f"{self._uri}/{key} stands already")):
-            self._call("put_object", Key=self._prefix + key, Body=data, IfNoneMatch="*", Metadata=dict(metadata or {}))
+            self._call("put_object", Key=self._key(key), Body=data, IfNoneMatch="*", Metadata=dict(metadata or {}))
 
     def put(self, key: str, data: bytes) -> None:
         kind = {"ContentType": "text/html; charset=utf-8"} if key.endswith(".html") else {}  # or a browser saves it
         with self._explained(key):
-            self._call("put_object", Key=self._prefix + key, Body=data, **kind)
+            self._call("put_object", Key=self._key(key), Body=data, **kind)
 
     def delete(self, key: str) -> None:
         with self._explained(key):
-            self._call("delete_object", Key=self._prefix + key)
+            self._call("delete_object", Key=self._key(key))
 
     @property
     def filesystem(self) -> S3FileSystem:
@@ -190,6 +191,10 @@ class S3Store:
                 connection, self._endpoint = _connected(self.endpoint_url)
                 self._connection = (os.getpid(), connection)
             return self._connection[1]
+
+    def _key(self, key: str) -> str:
+        """The key in the bucket."""
+        return self._prefix + checked_key(key)
 
     def _call(self, method: str, **arguments: Any) -> Any:
         return self.filesystem.call_s3(method, Bucket=self.bucket, **arguments)

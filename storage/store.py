@@ -50,6 +50,16 @@ class ObjectInfo:
     """User metadata, filled by `head` alone."""
 
 
+def checked_key(key: str) -> str:
+    """The key, if it names something below a store's root. Raises StoreError for one that may lead out of it.
+
+    Keys come from listings, but also from plans and receipts that a stranger may have written.
+    """
+    if not key or key.startswith("/") or "\0" in key or {".", ".."} & set(key.split("/")):
+        raise StoreError(f"{key!r} is no key of an object: wanted a path below the root, without `.` and `..`")
+    return key
+
+
 class ObjectStore(Protocol):
     """A root (folder, bucket or prefix) and the few operations that the commit protocol stands on."""
 

@@ -145,10 +145,22 @@ def test_local_leaves_no_aside_files(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
-@pytest.mark.parametrize("key", ["../x", "/etc/passwd", "a/../../x"])
-def test_local_keys_stay_inside(tmp_path, key):
-    with pytest.raises(StoreError, match="leaves the folder"):
-        LocalStore(tmp_path).read(key)
+@pytest.mark.parametrize("key", ["../x", "/etc/passwd", "a/../../x", "a/..", "./x", "a/./x", "", "a\0b", "/", ".."])
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_keys_stay_below_the_root(tmp_path, monkeypatch, kind, key):
+    (tmp_path / "x").write_bytes(b"not ours")
+    store = LocalStore(tmp_path / "root") if kind == "local" else S3Store("s3://bucket/root")
+    monkeypatch.setattr(S3Store, "filesystem", property(lambda _: pytest.fail("the bucket was asked")))
+    for ask in (
+        store.read,
+        store.head,
+        store.delete,
+        lambda one: store.put(one, b"2"),
+        lambda one: store.create(one, b"2"),
+    ):
+        with pytest.raises(StoreError, match="is no key of an object"):
+            ask(key)
+    assert (tmp_path / "x").read_bytes() == b"not ours"
 
 
 def test_a_full_or_closed_folder_is_named(tmp_path):
