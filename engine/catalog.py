@@ -354,3 +354,16 @@ MODELS: Mapping[str, ModelEntry] = {
         "any of these without its head: the nearest of labelled features vote", "--weights: what `bank` wrote"
     ),
 }
+
+
+def backbone_of(name: str) -> str | None:
+    """NAME of `knn(NAME)`; None for other names."""
+    return name[len("knn(") : -1].strip() if name.startswith("knn(") and name.endswith(")") else None
+
+
+def factory_of(name: str) -> str | None:
+    """The `package.module:factory` that is imported for the model of this name; None: for no code but ours."""
+    backbone = backbone_of(name)
+    if backbone is not None:
+        return factory_of(backbone)
+    return name if ":" in name and not name.startswith("torchvision:") else None

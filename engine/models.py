@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from engine.catalog import backbone_of
 from engine.errors import ModelError
 from engine.features import without_head
 from engine.neighbours import from_state
@@ -180,11 +181,6 @@ def load_model(name: str, *, weights: str | None = None, state: bytes | None = N
         raise ModelError(f"unknown model {name!r}; known: {known}")
     adapter.name = name
     return adapter
-
-
-def backbone_of(name: str) -> str | None:
-    """NAME of `knn(NAME)`; None for other names."""
-    return name[len("knn(") : -1].strip() if name.startswith("knn(") and name.endswith(")") else None
 
 
 def _neighbours(backbone: str, state: bytes | None, seed: int) -> ModelAdapter:

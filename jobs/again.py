@@ -15,12 +15,12 @@ from engine.fusion import Map, minmax
 from engine.targets import ClassProbability
 from jobs.config import ConfigError, JobConfig, load_config
 from jobs.context import sha256_of, weights_bytes
-from jobs.evaluation import config_of
 from jobs.explain import load, make_explainer, model_facts, plain_setting, seed_of
 from jobs.fidelity import POOR_MAP
 from jobs.learned import standing_state, wanted_images
 from jobs.pace import standing_forward
 from jobs.plan import Plan, refuse_drift, refuse_other_model
+from jobs.recorded import NamedAgain, config_of
 from storage.images import fit
 from storage.maps import MAX_ERROR, decode_map
 from storage.pictures import Pixels
@@ -35,13 +35,9 @@ Row = Mapping[str, Any]
 class Again:
     """The model of an output, on the CPU with one thread, as a job has it there."""
 
-    def __init__(self, store: ObjectStore, plan: Plan, weights: str | None, endpoint_url: str | None) -> None:
-        """`weights` names the weights file again, where there was one.
-
-        Raises ConfigError where that is not the file or the model that the output was made with, ModelError and
-        StoreError.
-        """
-        self.config = config_of(plan, store.uri, weights, endpoint_url)
+    def __init__(self, store: ObjectStore, plan: Plan, named: NamedAgain) -> None:
+        """Raises ConfigError where `named` is not what the output was made with, ModelError and StoreError."""
+        self.config = config_of(plan, store.uri, named)
         state = weights_bytes(self.config)
         refuse_drift(self.config.identity(sha256_of(state)), plan.identity, "configuration")
         torch.set_num_threads(1)

@@ -10,9 +10,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from engine.catalog import backbone_of
 from engine.explainers.explainer import chunks, pad
 from engine.features import without_head
-from engine.models import ModelAdapter, backbone_of
+from engine.models import ModelAdapter
 from engine.neighbours import NeighbourClassifier
 from jobs.bench import device_of
 from jobs.config import ConfigError, JobConfig

@@ -111,6 +111,10 @@ JOB_OPTIONS: dict[str, Any] = {
 
 Existing = Annotated[str, typer.Argument(help="The output: folder or s3:// prefix.")]
 Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint, for stores other than AWS.")]
+Model = Annotated[
+    str | None, typer.Option(help="The model again, if it is code of yours: an output alone never has code imported.")
+]
+Weights = Annotated[str | None, typer.Option(help="The weights file again, if the model came from one.")]
 
 
 def takes_job(command: Callable[..., None]) -> Callable[..., None]:
@@ -309,7 +313,8 @@ def evaluate(
         Literal["zero", "black"], typer.Option(help="What stands where a metric removes a pixel, for every method.")
     ] = "zero",
     seed: Annotated[int, typer.Option(min=0, help="Of the sample and of all that is random.")] = 0,
-    weights: Annotated[str | None, typer.Option(help="The weights file again, if the model came from one.")] = None,
+    model: Model = None,
+    weights: Weights = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Actors.  [default: one per GPU, or CPU core]")] = None,
     runner: Annotated[str, typer.Option(help="ray, or local: this process alone.")] = "ray",
     address: Annotated[str | None, typer.Option(help="Ray cluster to join.  [default: one is started]")] = None,
@@ -331,6 +336,7 @@ def evaluate(
         baseline=baseline,
         truth=truth,
         class_map=class_map,
+        model=model,
         weights=weights,
         endpoint_url=endpoint_url,
     )
@@ -405,6 +411,7 @@ def export_output(
     ],
     destination: Annotated[str, typer.Argument(help="Local folder, empty or not there yet.")],
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many explained records.")] = None,
+    model: Annotated[str | None, typer.Option(help="Quantus: the model again, if it is code of yours.")] = None,
     weights: Annotated[str | None, typer.Option(help="Quantus: the weights file again, if there was one.")] = None,
     endpoint_url: Endpoint = None,
 ) -> None:
@@ -414,7 +421,7 @@ def export_output(
     """
     from jobs.export.run import ExportRequest, run_export
 
-    for line in run_export(ExportRequest(output, form, destination, limit, weights, endpoint_url), console):
+    for line in run_export(ExportRequest(output, form, destination, limit, weights, endpoint_url, model), console):
         console.print(tables.printable(line))
 
 
@@ -428,7 +435,8 @@ def audit(
     tries: Annotated[
         bool, typer.Option("--try/--no-try", help="Put suspected shortcuts to the test on the model.")
     ] = True,
-    weights: Annotated[str | None, typer.Option(help="The weights file again, if the model came from one.")] = None,
+    model: Model = None,
+    weights: Weights = None,
     seed: Annotated[int, typer.Option(min=0, help="Of samples and random regions.")] = 0,
     endpoint_url: Endpoint = None,
 ) -> None:
@@ -441,7 +449,7 @@ def audit(
     """
     from jobs.audit.run import AuditRequest, run_audit
 
-    asked = AuditRequest(output, truth, class_map, weights, tries, seed, endpoint_url)
+    asked = AuditRequest(output, truth, class_map, weights, tries, seed, endpoint_url, model)
     found = run_audit(asked, console)
     console.print(tables.audit_table(found, f"{output.rstrip('/')}/audit/"))
     console.print(f"to look at it: blocksight report {tables.printable(shlex.quote(output))}")
@@ -631,7 +639,8 @@ def show(
     beside: Annotated[
         list[str] | None, typer.Option(help="Draw the map of another output of the same data too; repeatable.")
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="The weights file again, if the model came from one.")] = None,
+    model: Model = None,
+    weights: Weights = None,
     endpoint_url: Endpoint = None,
 ) -> None:
     """Show one record: its facts, and a picture of image, overlay and map for every target.
@@ -646,7 +655,7 @@ def show(
 
     store, made = _existing(output, endpoint_url)
     others = tuple(Output(name, *_existing(name, endpoint_url)) for name in beside or ())
-    wanted = Wanted(blocks, explainers, others, weights)
+    wanted = Wanted(blocks, explainers, others, weights, model)
     with console.status("drawing"):
         facts, written = render_record(Output(output, store, made), key, endpoint_url, picture, wanted)
     console.print(facts)

@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from engine.catalog import METRICS
-from jobs.config import CODE_VERSION, ConfigError, JobConfig, digest_of
+from jobs.config import CODE_VERSION, ConfigError, digest_of
 from jobs.context import JobContext
 from jobs.plan import Plan
 from jobs.records import Unit
@@ -146,18 +146,6 @@ def _classes(label: str, given: Any, file: Path) -> tuple[int, ...]:
     if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
         raise ConfigError(f"the class map {file} gives {label!r} {given!r}; wanted class numbers")
     return tuple(sorted(set(numbers)))
-
-
-def config_of(plan: Plan, output: str, weights: str | None, endpoint_url: str | None) -> JobConfig:
-    """The configuration of the job that made an output; a weights file must be named again. Raises ConfigError."""
-    known = {name: plan.identity[name] for name in JobConfig.model_fields if name in plan.identity}
-    named = plan.identity["weights"]
-    is_file = named is not None and len(named) == hashlib.sha256().digest_size * 2
-    if named is not None and is_file and weights is None:
-        raise ConfigError(f"the model's weights came from a file (sha256 {named[:16]}); name it with --weights")
-    return JobConfig.model_validate(
-        {**known, "output": output, "endpoint_url": endpoint_url, "weights": weights or named}
-    )
 
 
 def fragment_key(folder: str, unit: Unit) -> str:

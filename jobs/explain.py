@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine import explainers
 from engine.blocks import Place
-from engine.catalog import Fidelity
+from engine.catalog import Fidelity, factory_of
 from engine.composition import blocks_of
 from engine.errors import ModelError
 from engine.explainers.explainer import Explainer, Learner, State
@@ -60,7 +60,8 @@ Row = dict[str, Any]
 
 def load(config: JobConfig, state: bytes | None, device: str, import_path: str) -> ModelAdapter:
     """The configured model on a device. Raises ModelError."""
-    let_import_from(import_path)
+    if factory_of(config.model) is not None:  # a folder is trusted for the user's factory, and for nothing else
+        let_import_from(import_path)
     return load_model(config.model, weights=config.weights, state=state, seed=config.seed).to(device)
 
 

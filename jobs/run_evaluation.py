@@ -16,13 +16,13 @@ from jobs.evaluation import (
     Evaluation,
     EvaluationContext,
     chosen_metrics,
-    config_of,
     open_units,
     read_class_map,
     settle,
 )
 from jobs.plan import existing_plan, refuse_drift, settle_model
 from jobs.progress import Tally, progress
+from jobs.recorded import NamedAgain, config_of
 from jobs.records import UnfinishedError, Unit, UnitFailure
 from jobs.run import check_model, context_of, session_of
 from jobs.stopping import GO_ON, Stop, stopped_by_signals, unfinished_from
@@ -47,6 +47,8 @@ class EvaluationRequest:
     baseline: Literal["zero", "black"] = "zero"
     truth: str | None = None
     class_map: Path | None = None
+    model: str | None = None
+    """Named again, where it is code."""
     weights: str | None = None
     endpoint_url: str | None = None
 
@@ -74,7 +76,7 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
     output = PatientStore(open_store(asked.output, asked.endpoint_url))
     plan = existing_plan(output)
     truth = None if asked.truth is None else open_truth(asked.truth, asked.endpoint_url)
-    config = config_of(plan, asked.output, asked.weights, asked.endpoint_url)
+    config = config_of(plan, asked.output, NamedAgain(asked.model, asked.weights, asked.endpoint_url))
     evaluation = _evaluation(asked, truth)
     if not any(True for _ in output.list("data/")):
         raise ConfigError(f"nothing is explained in {output.uri} yet: there is nothing to measure")

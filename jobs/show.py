@@ -14,6 +14,7 @@ from engine.composition import method_of
 from engine.parameters import SiseParameters
 from jobs.config import ConfigError
 from jobs.products import Sizes, parts_of, products_of
+from jobs.recorded import NamedAgain
 from jobs.results import PICTURE_SIDE, Output, Shown, images_of, refuse_other_inputs, rows_of, shown
 from jobs.tables import record_table
 from storage.pictures import Pixels, Tile, contact_sheet, one_line, overlay, resized, side_by_side
@@ -44,6 +45,8 @@ class Wanted:
     """Other outputs of the same data."""
     weights: str | None = None
     """The weights file again."""
+    model: str | None = None
+    """The model again, where it is code."""
 
     @property
     def names(self) -> list[str]:
@@ -171,7 +174,8 @@ def _made_again(
     """The rows' explanations by each explainer that is named, and under None those that the job made."""
     from jobs.again import Again  # needs torch, which a stored map does not
 
-    again: Again = Again(output.store, output.plan, wanted.weights, endpoint_url)
+    named = NamedAgain(wanted.model, wanted.weights, endpoint_url)
+    again: Again = Again(output.store, output.plan, named)
     ways = {name: again.other_way(name) for name in wanted.names}  # all are checked before the first runs
     if wanted.blocks:
         yield None, again.explanations(again.stored_way(rows[0]), rows, image)

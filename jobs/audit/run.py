@@ -26,10 +26,11 @@ from jobs.audit.stream import Asked, Streamed, stream
 from jobs.audit.trial import Court
 from jobs.config import ConfigError
 from jobs.context import weights_bytes
-from jobs.evaluation import config_of, labels_of, read_class_map, region_of
+from jobs.evaluation import labels_of, read_class_map, region_of
 from jobs.explain import load
 from jobs.plan import Plan, existing_plan
 from jobs.progress import Tally, counted, progress
+from jobs.recorded import NamedAgain, config_of
 from jobs.records import UnreconciledError
 from jobs.results import images_of
 from jobs.stored import model_facts
@@ -55,6 +56,8 @@ class AuditRequest:
     """Suspicions are put to the test on the model."""
     seed: int = 0
     endpoint_url: str | None = None
+    model: str | None = None
+    """Named again, where it is code."""
 
 
 def run_audit(asked: AuditRequest, console: Console) -> Audit:
@@ -114,7 +117,7 @@ def _scope(asked: AuditRequest) -> Asked:
 
 def _court(store: ObjectStore, plan: Plan, asked: AuditRequest) -> Court:
     """The job's model. Raises ModelError, and ConfigError where it is not the one that the maps are of."""
-    config = config_of(plan, asked.output, asked.weights, asked.endpoint_url)
+    config = config_of(plan, asked.output, NamedAgain(asked.model, asked.weights, asked.endpoint_url))
     state = weights_bytes(config)
     adapter = load(config, state, "cuda" if torch.cuda.is_available() else "cpu", str(Path.cwd()))
     known = model_facts(store)["weights_sha256"]

@@ -12,21 +12,21 @@ from numpy.typing import NDArray
 
 from engine.models import ModelAdapter
 from jobs.context import sha256_of, weights_bytes
-from jobs.evaluation import config_of
 from jobs.explain import load
 from jobs.export.records import ExplainedRecord, ExplainedRecords
 from jobs.plan import Plan, refuse_drift
+from jobs.recorded import NamedAgain, config_of
 from jobs.stored import map_of
 from storage.images import fit
 from storage.pictures import resized
 
 
-def model_of(plan: Plan, output: str, weights: str | None, endpoint_url: str | None) -> ModelAdapter:
+def model_of(plan: Plan, output: str, named: NamedAgain) -> ModelAdapter:
     """The model that made the maps: only it knows its normalisation.
 
-    Raises ConfigError where a weights file must be named again or is another one, ModelError and StoreError.
+    Raises ConfigError where model or weights must be named again or are others, ModelError and StoreError.
     """
-    config = config_of(plan, output, weights, endpoint_url)
+    config = config_of(plan, output, named)
     state = weights_bytes(config)
     refuse_drift(config.identity(sha256_of(state)), plan.identity, "configuration")
     return load(config, state, "cpu", str(Path.cwd()))

@@ -14,6 +14,7 @@ from jobs.export import fiftyone, spotlight, virelay
 from jobs.export.records import ExplainedRecord, ExplainedRecords
 from jobs.plan import Plan, check_place, existing_plan
 from jobs.progress import Tally, counted, progress
+from jobs.recorded import NamedAgain
 from jobs.sql import connect, standing_columns
 from storage.patient import SHORT_PATIENCE_SECONDS, PatientStore
 from storage.stores import open_store
@@ -33,6 +34,8 @@ class ExportRequest:
     limit: int | None = None
     weights: str | None = None
     endpoint_url: str | None = None
+    model: str | None = None
+    """Named again, where it is code."""
 
 
 def run_export(asked: ExportRequest, console: Console) -> Sequence[str]:
@@ -60,10 +63,11 @@ def _writer(asked: ExportRequest, plan: Plan) -> Writer:
     if asked.form == "quantus":
         from jobs.export import quantus  # brings torch
 
-        adapter = quantus.model_of(plan, asked.output, asked.weights, asked.endpoint_url)
+        adapter = quantus.model_of(plan, asked.output, NamedAgain(asked.model, asked.weights, asked.endpoint_url))
         return partial(quantus.write, adapter=adapter)
-    if asked.weights is not None:
-        raise ConfigError(f"--weights {asked.weights} is of use for quantus alone: {asked.form} shows no model input")
+    for option, given in (("--model", asked.model), ("--weights", asked.weights)):
+        if given is not None:
+            raise ConfigError(f"{option} {given} is of use for quantus alone: {asked.form} shows no model input")
     if asked.form == "virelay":
         virelay.check_installed()
     return {"fiftyone": fiftyone.write, "virelay": virelay.write, "spotlight": spotlight.write}[asked.form]

@@ -8,9 +8,11 @@ from pathlib import Path
 from rich.console import Console
 
 from jobs.config import Execution, JobConfig, load_config
+from jobs.plan import existing_plan
 from jobs.run import RunOutcome, run_job
 from storage.fragments import read_fragment
 from storage.store import ObjectStore
+from storage.stores import open_store
 from tests.jobs.tiny import MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,6 +27,11 @@ def config_of(data: object, output: object, **options) -> JobConfig:
 def run_here(data: object, output: object, **options) -> RunOutcome:
     """Runs a job in this process."""
     return run_job(config_of(data, output, **options), Execution(runner="local"), Console(quiet=True))
+
+
+def model_of(output: object, endpoint_url: str | None = None) -> str:
+    """The model that an output was made with, as its user names it again."""
+    return existing_plan(open_store(str(output), endpoint_url)).identity["model"]
 
 
 def rows_in(store: ObjectStore) -> list[dict]:

@@ -25,7 +25,7 @@ from jobs.plan import load_plan
 from jobs.run_evaluation import EvaluationRequest, run_evaluation
 from storage.fragments import read_fragment
 from storage.store import ObjectStore
-from tests.jobs.jobs_of import rows_in
+from tests.jobs.jobs_of import model_of, rows_in
 from tests.jobs.tiny import picture
 
 HOSTILE = ("../../x", "=cmd|' /C calc'!A0", "'; DROP VIEW maps; --", 'a"b\nc\x1b[31m', "/etc/passwd", "[red]<script>")
@@ -34,7 +34,15 @@ HOSTILE = ("../../x", "=cmd|' /C calc'!A0", "'; DROP VIEW maps; --", 'a"b\nc\x1b
 
 def measured(output: object, endpoint_url: str | None = None, **asked) -> None:
     """Runs an evaluation of an output in this process."""
-    request = {"share": 1.0, "controls": False, "seed": 0, "baseline": "zero", "truth": None, "class_map": None}
+    request: dict[str, object] = {
+        "model": model_of(output, endpoint_url),
+        "share": 1.0,
+        "controls": False,
+        "seed": 0,
+        "baseline": "zero",
+        "truth": None,
+        "class_map": None,
+    }
     made = EvaluationRequest(str(output), weights=None, endpoint_url=endpoint_url, **{**request, **asked})
     assert run_evaluation(made, Execution(runner="local"), Console(quiet=True)).num_open == 0
 

@@ -17,13 +17,13 @@ from jobs.records import UnreconciledError
 from jobs.tables import audit_table
 from storage.local import LocalStore
 from tests.jobs import tiny
-from tests.jobs.jobs_of import blocksight, rows_in, run_here
+from tests.jobs.jobs_of import blocksight, model_of, rows_in, run_here
 from tests.jobs.marked import CLASS_NAMES, CLEAN_MODELS, MARK_BOX, MARKED, MODEL, write
 from tests.jobs.tiny import folder_of_images
 
 
 def audited(output: Path, **asked: object) -> Audit:
-    return run_audit(AuditRequest(str(output), **asked), Console(quiet=True))
+    return run_audit(AuditRequest(str(output), **{"model": model_of(output), **asked}), Console(quiet=True))
 
 
 def explained(folder: Path, output: Path, model: str, explainer: str = "gradcam") -> Path:

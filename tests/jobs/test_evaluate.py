@@ -22,7 +22,7 @@ from storage.annotations import open_truth
 from storage.local import LocalStore
 from storage.maps import decode_map
 from storage.truth import region
-from tests.jobs.jobs_of import blocksight, fragments_in, rows_in, run_here
+from tests.jobs.jobs_of import blocksight, fragments_in, model_of, rows_in, run_here
 from tests.jobs.tiny import folder_of_images, folder_of_tables, folder_of_tars
 
 LOCAL = Execution(runner="local")
@@ -38,7 +38,9 @@ def evaluated(output, execution=LOCAL, **asked):
         "truth": None,
         "class_map": None,
     }
-    made = EvaluationRequest(str(output), weights=None, endpoint_url=None, **{**request, **asked})
+    made = EvaluationRequest(
+        str(output), weights=None, endpoint_url=None, **{"model": model_of(output), **request, **asked}
+    )
     return run_evaluation(made, execution, Console(quiet=True))
 
 
@@ -245,7 +247,8 @@ def test_ray_leaves_the_same_bytes(output):
     for file in (output / here.folder / "data").iterdir():
         file.unlink()
     done = blocksight(
-        "evaluate", output, "--metrics", "insertion,pos,entropy", "--controls", "--workers", 2, "--seed", 0
+        *("evaluate", output, "--model", model_of(output), "--metrics", "insertion,pos,entropy"),
+        *("--controls", "--workers", 2, "--seed", 0),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert fragments_in_evaluation(output, here) == bytes_here
@@ -385,7 +388,12 @@ def test_the_commands(two, monkeypatch, capsys):
     stored = pq.read_table(two / "t.parquet").to_pylist()
     assert {row["metric"] for row in stored} <= set(METRICS)
     assert len(stored) == 5 * 4
-    code, said = called(monkeypatch, capsys, "evaluate", two / "gradcam", "--metrics", "gini", "--runner", "local")
+    code, said = called(
+        monkeypatch,
+        capsys,
+        *("evaluate", two / "gradcam", "--model", model_of(two / "gradcam")),
+        *("--metrics", "gini", "--runner", "local"),
+    )
     assert code == 0, said
     assert "18 of this run" in said
     code, said = called(monkeypatch, capsys, "evaluate", two / "in", "--runner", "local")

@@ -28,7 +28,7 @@ from storage.local import LocalStore
 from storage.maps import decode_map
 from storage.pictures import overlay, resized
 from storage.stores import open_store
-from tests.jobs.jobs_of import rows_in, run_here
+from tests.jobs.jobs_of import model_of, rows_in, run_here
 from tests.jobs.outputs import HOSTILE, audit, explained, hostile_table, measured, pooled
 from tests.jobs.tiny import CLASSES, folder_of_images, folder_of_tars, make, picture
 
@@ -56,6 +56,8 @@ def hostile(tmp_path_factory):
 
 
 def exported(output, form, folder, **options):
+    if form == "quantus":
+        options = {"model": model_of(output), **options}
     lines = run_export(ExportRequest(str(output), form, str(folder), **options), Console(quiet=True))
     return Path(folder), lines
 

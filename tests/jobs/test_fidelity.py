@@ -3,11 +3,12 @@
 import pytest
 
 from engine.catalog import FIDELITIES
-from jobs.evaluation import config_of as config_again
 from jobs.fidelity import doubts_of, fidelity_columns, rare_labels
 from jobs.plan import load_plan
+from jobs.recorded import NamedAgain
+from jobs.recorded import config_of as config_again
 from storage.local import LocalStore
-from tests.jobs.jobs_of import blocksight, fragments_in, rows_in, run_here
+from tests.jobs.jobs_of import blocksight, fragments_in, model_of, rows_in, run_here
 from tests.jobs.tiny import folder_of_images, picture
 
 KEEN = "tests.jobs.tiny:make_keen"
@@ -157,7 +158,7 @@ def test_a_rejected_record_has_no_level(tmp_path):
 def test_an_output_is_read_back_at_its_level(data, tmp_path):
     rows_of(data, tmp_path / "out", limit=1)
     plan = load_plan(LocalStore(tmp_path / "out"))
-    again = config_again(plan, str(tmp_path / "out"), None, None)
+    again = config_again(plan, str(tmp_path / "out"), NamedAgain(model_of(tmp_path / "out")))
     assert again.level == "auto"
     assert again.explainer_parameters().complete_above == 0.057
 

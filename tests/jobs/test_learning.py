@@ -15,7 +15,7 @@ from jobs.learning import learn
 from jobs.plan import load_plan
 from jobs.run import check_model, context_of
 from storage.local import LocalStore
-from tests.jobs.jobs_of import blocksight, config_of, fragments_in, rows_in, run_here
+from tests.jobs.jobs_of import blocksight, config_of, fragments_in, model_of, rows_in, run_here
 from tests.jobs.tiny import folder_of_images, folder_of_tables, folder_of_tars, red
 
 BEE = {"explainer": "bee", "parameters": {"draws": 3, "images": 6, "pool": 3, "steps": 2, "noise_steps": 2}}
@@ -131,7 +131,7 @@ def test_an_image_on_which_the_model_fails_teaches_nothing(tmp_path):
 
 
 def test_the_metric_that_picked_the_maps_is_not_measured(done):
-    said = blocksight("evaluate", done, "--metrics", METRICS, "--runner", "local")
+    said = blocksight("evaluate", done, "--model", model_of(done), "--metrics", METRICS, "--runner", "local")
     assert said.returncode == 0, said.stderr
     store = LocalStore(done)
     values = [row for folder in folders(store) for table in values_of(store, folder) for row in table.to_pylist()]

@@ -15,7 +15,7 @@ from storage.local import LocalStore
 from storage.pictures import colours, overlay
 from storage.schema import PRODUCT_COLUMNS, SCHEMA
 from tests.jobs.beside import OF_METHODS, blocks, crops, family, grids, path, rewrite, with_products
-from tests.jobs.jobs_of import rows_in, run_here
+from tests.jobs.jobs_of import model_of, rows_in, run_here
 from tests.jobs.tiny import folder_of_images
 
 SIZES = Sizes(film=64, single=128, most=6)
@@ -365,7 +365,17 @@ def test_show_draws_what_there_is_beside_the_usual_picture(output, called, tmp_p
 
 def test_a_picture_that_is_named_has_its_products_beside_it(output, called, tmp_path):
     with_products(LocalStore(output), "daam", "bee")
-    code, heard = called("show", output, "ant/000.png", "--explainers", "layercam", "--picture", tmp_path / "x.png")
+    code, heard = called(
+        "show",
+        output,
+        "ant/000.png",
+        "--model",
+        model_of(output),
+        "--explainers",
+        "layercam",
+        "--picture",
+        tmp_path / "x.png",
+    )
     assert code == 0, heard
     targets = [row["target_index"] for row in rows_in(LocalStore(output)) if row["key"] == "ant/000.png"]
     wanted = {f"{name}-{target}.png" for name in ("x", "x.products") for target in targets}

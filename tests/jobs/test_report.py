@@ -38,7 +38,7 @@ from storage.local import LocalStore
 from storage.stores import open_store
 from tests.jobs.audits import audited
 from tests.jobs.beside import OF_METHODS, blocks, grids, with_products
-from tests.jobs.jobs_of import blocksight, rows_in, run_here
+from tests.jobs.jobs_of import blocksight, model_of, rows_in, run_here
 from tests.jobs.tiny import HOSTILE, bad_bodies, folder_of_images, folder_of_tars, hostile_table
 
 LOSSES = "loss 2.31 at the first, 0.46 at the last"
@@ -70,6 +70,7 @@ def output(tmp_path, monkeypatch):
 def evaluated(output):
     asked = EvaluationRequest(
         output=str(output),
+        model=model_of(output),
         metrics="insertion,entropy",
         share=1.0,
         controls=True,

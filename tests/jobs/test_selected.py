@@ -21,7 +21,7 @@ from storage.fragments import encode_fragment
 from storage.local import LocalStore
 from storage.schema import EVALUATION, SCHEMA
 from tests.jobs.beside import with_products
-from tests.jobs.jobs_of import run_here
+from tests.jobs.jobs_of import model_of, run_here
 from tests.jobs.outputs import explained, measured
 from tests.jobs.test_report import Page, page_at, report_at
 from tests.jobs.tiny import folder_of_images
@@ -215,7 +215,8 @@ def test_an_output_without_a_fragment_has_the_lists_columns_too(base):
 
 @pytest.mark.parametrize("form", ["fiftyone", "virelay", "spotlight", "quantus"])
 def test_exports_hold_no_value_of_it(base, monkeypatch, capsys, form):
-    heard = called(monkeypatch, capsys, "export", base / "bee", form, base / form)
+    named = ("--model", model_of(base / "bee")) if form == "quantus" else ()
+    heard = called(monkeypatch, capsys, "export", base / "bee", form, base / form, *named)
     assert "4 records exported" in heard
     if form == "spotlight":
         table = pq.read_table(next((base / form).glob("*.parquet")))

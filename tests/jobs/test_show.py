@@ -13,12 +13,13 @@ from jobs import show
 from jobs.again import Again, error_of
 from jobs.config import ConfigError
 from jobs.plan import MODEL_KEY, DriftError, load_plan
+from jobs.recorded import NamedAgain
 from jobs.results import Output, images_of, rows_of
 from jobs.show import Wanted, render_record
 from storage.local import LocalStore
 from storage.maps import decode_map
 from storage.pictures import Tile, contact_sheet, one_line, overlay
-from tests.jobs.jobs_of import blocksight, run_here
+from tests.jobs.jobs_of import blocksight, model_of, run_here
 from tests.jobs.tiny import MODEL, folder_of_images, make
 
 KEEN = "tests.jobs.tiny:make_keen"
@@ -52,7 +53,7 @@ def captions(tiles):
 
 
 def sheet(place, key, path, **wanted):
-    _, written = render_record(output_of(place), key, None, path, Wanted(**wanted))
+    _, written = render_record(output_of(place), key, None, path, Wanted(**{"model": model_of(place), **wanted}))
     return written
 
 
@@ -98,7 +99,7 @@ def test_the_strip_shows_blocks_and_stages(data, tmp_path, drawn):
     output, key = output_of(tmp_path / "out"), "bee/001.png"
     (row,) = rows_of(output.store, output.plan, key)
     image = dict(images_of(output.plan, None, {key}))[key]
-    again = Again(output.store, output.plan, None, None)
+    again = Again(output.store, output.plan, NamedAgain(MODEL))
     (made,) = again.explanations(again.stored_way(row), [row], image)
     fused = stages([block.saliency_hw for block in made.blocks], GATES["soft"])
     assert np.abs(minmax(fused[-1]) - decode_map(row["map"])).max() <= 0.5 / 255 + 1e-6
@@ -128,7 +129,7 @@ def test_the_error_is_measured_against_the_codecs(data, tmp_path):
     run_here(data, tmp_path / "out")
     output, key = output_of(tmp_path / "out"), "ant/000.png"
     (row,) = rows_of(output.store, output.plan, key)
-    again = Again(output.store, output.plan, None, None)
+    again = Again(output.store, output.plan, NamedAgain(MODEL))
     (made,) = again.explanations(again.config, [row], dict(images_of(output.plan, None, {key}))[key])
     assert error_of(made, row) is None
     made.saliency_hw[np.unravel_index(made.saliency_hw.argmin(), made.saliency_hw.shape)] += (
@@ -250,7 +251,7 @@ def test_the_command(data, tmp_path):
     run_here(data, tmp_path / "out")
     run_here(data, tmp_path / "gc", explainer="gradcam", target="0,1,2,3,4")
     done = blocksight(
-        *("show", tmp_path / "out", "ant/000.png", "--blocks", "--explainers", "layercam"),
+        *("show", tmp_path / "out", "ant/000.png", "--model", MODEL, "--blocks", "--explainers", "layercam"),
         *("--beside", tmp_path / "gc", "--picture", tmp_path / "sheet.png"),
     )
     assert done.returncode == 0, done.stderr

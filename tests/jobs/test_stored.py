@@ -15,7 +15,7 @@ from storage.fragments import encode_fragment, read_fragment
 from storage.local import LocalStore
 from storage.maps import decode_map, encode_map
 from storage.schema import SCHEMA
-from tests.jobs.jobs_of import run_here
+from tests.jobs.jobs_of import model_of, run_here
 from tests.jobs.outputs import audit, explained, measured
 from tests.jobs.test_evaluate import evaluated
 from tests.jobs.tiny import folder_of_images
@@ -90,10 +90,8 @@ def commands(base):
         "compare": ("compare", base / "a"),
         "show": ("show", base / "a", key, "--picture", base / "x.png"),
         "sql": ("sql", base / "a", "SELECT * FROM metrics"),
-        **{
-            form: ("export", base / "a", form, base / f"for-{form}")
-            for form in ("fiftyone", "virelay", "spotlight", "quantus")
-        },
+        **{form: ("export", base / "a", form, base / f"for-{form}") for form in ("fiftyone", "virelay", "spotlight")},
+        "quantus": ("export", base / "a", "quantus", base / "for-quantus", "--model", model_of(base / "a")),
     }
 
 
