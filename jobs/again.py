@@ -21,8 +21,9 @@ from jobs.learned import standing_state, wanted_images
 from jobs.pace import standing_forward
 from jobs.plan import Plan, refuse_drift, refuse_other_model
 from jobs.recorded import NamedAgain, config_of
+from jobs.stored import map_of
 from storage.images import fit
-from storage.maps import MAX_ERROR, decode_map
+from storage.maps import MAX_ERROR
 from storage.pictures import Pixels
 from storage.store import ObjectStore
 
@@ -88,8 +89,11 @@ class Again:
 
 
 def error_of(explanation: Explanation, row: Row) -> float | None:
-    """How far the map that was made again lies from the stored one, of maps in [0, 1]; None: as near as the codec."""
-    error = float(np.abs(in_unit(explanation.saliency_hw) - decode_map(row["map"])).max())
+    """How far the map that was made again lies from the stored one, of maps in [0, 1]; None: as near as the codec.
+
+    Raises UnreconciledError where the stored map is damaged.
+    """
+    error = float(np.abs(in_unit(explanation.saliency_hw) - map_of(row)).max())
     return error if not error <= MAX_ERROR + ROUNDING else None
 
 

@@ -71,7 +71,7 @@ def damaged(uri: str, key: str, reason: object) -> UnreconciledError:
 def map_of(row: Mapping[str, Any]) -> NDArray[np.float32]:
     """The map [H, W] in [0, 1] of an explained row. Raises UnreconciledError where its bytes are damaged."""
     try:
-        return decode_map(row["map"] or b"")
+        return decode_map(row["map"] or b"", (row["map_height"], row["map_width"]))
     except MapError as error:
         raise UnreconciledError(
             f"the map of {row['key']!r} for class {row['target_index']} is damaged, `blocksight verify` names its "

@@ -1,7 +1,7 @@
 """The map codec: saliency maps as 8-bit PNG in a binary column, decodable by anything that reads PNG."""
 
 import io
-import struct
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from storage.limits import MAX_MAP_SIDE
+from storage.png import PngError, chunks, header_of
 
 CODEC = "png-u8"
 """The name that stands beside every stored map."""
@@ -16,7 +17,12 @@ CODEC = "png-u8"
 MAX_ERROR = 0.5 / 255
 """Greatest absolute error of a decoded map in [0, 1]: half a grey level."""
 
-_PNG_START = struct.Struct(">8s4x4sII")
+CODED_BYTES_PER_PIXEL = 2
+CODED_BYTES_BESIDE = 4096
+"""A stored map has at most so many bytes for each pixel, and so many more."""
+
+DECODING_BYTES_PER_PIXEL = 8
+"""Memory that decoding one map takes at most, beside the stored bytes."""
 
 
 class MapError(Exception):
@@ -54,21 +60,30 @@ def encode_map(saliency_hw: NDArray[np.floating]) -> EncodedMap:
     return EncodedMap(buffer.getvalue(), height, width, float(saliency_hw.min()), float(saliency_hw.max()))
 
 
-def decode_map(data: bytes) -> NDArray[np.float32]:
+def decode_map(data: bytes, size: tuple[int, int]) -> NDArray[np.float32]:
     """The map [H, W] in [0, 1], within `MAX_ERROR` of what was stored after scaling.
 
-    Sizes are checked on the header before anything is allocated. Raises MapError for other bytes.
+    Arguments, errors and bound are those of `decode_levels`.
     """
-    return decode_levels(data).astype(np.float32) / np.float32(255)
+    return np.divide(decode_levels(data, size), np.float32(255), dtype=np.float32)
 
 
-def decode_levels(data: bytes) -> NDArray[np.uint8]:
-    """The map [H, W] in grey levels of 0 to 255, as it is stored; read-only. Raises MapError, as `decode_map`."""
-    _check_header(data)
+def decode_levels(data: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """The map [H, W] in grey levels of 0 to 255, as it is stored; read-only.
+
+    `size` is the (height, width) that the row names. It is compared with the PNG's header before anything is
+    allocated: decoding needs at most `DECODING_BYTES_PER_PIXEL` for each pixel of `size`, whatever the bytes say.
+    Raises MapError for bytes that `encode_map` does not write.
+    """
+    height, width = _checked_size(size)
+    most = CODED_BYTES_PER_PIXEL * height * width + CODED_BYTES_BESIDE
+    if len(data) > most:
+        raise MapError(f"a stored map of {height} x {width} pixels has at most {most} bytes; got {len(data)}")
     try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            return np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as error:
+        stream = _pixel_stream(data, height, width)
+        _check_length(stream, height * (width + 1))
+        return np.asarray(Image.frombytes("L", (width, height), stream, "zip", "L", 0))
+    except (PngError, zlib.error, ValueError, OSError) as error:
         raise MapError(f"the stored map is damaged: {error}") from error
 
 
@@ -77,12 +92,37 @@ def level_counts(levels: NDArray[np.uint8]) -> list[int]:
     return Image.fromarray(levels).histogram()
 
 
-def _check_header(data: bytes) -> None:
-    if len(data) < _PNG_START.size + 2:
-        raise MapError(f"a stored map begins with a PNG header; got {len(data)} bytes")
-    magic, kind, width, height = _PNG_START.unpack_from(data)
-    depth_and_colour = data[_PNG_START.size : _PNG_START.size + 2]
-    if magic != b"\x89PNG\r\n\x1a\n" or kind != b"IHDR" or depth_and_colour != b"\x08\x00":
-        raise MapError("a stored map is an 8-bit grey PNG; these bytes are not")
-    if not (0 < width <= MAX_MAP_SIDE and 0 < height <= MAX_MAP_SIDE):
-        raise MapError(f"a stored map has sides of 1 to {MAX_MAP_SIDE} pixels; this one says {height} x {width}")
+def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
+    if not all(isinstance(side, int) and 0 < side <= MAX_MAP_SIDE for side in size):
+        raise MapError(f"a stored map has sides of 1 to {MAX_MAP_SIDE} pixels; its row says {size[0]} x {size[1]}")
+    return size
+
+
+def _pixel_stream(data: bytes, height: int, width: int) -> bytearray:
+    """The compressed pixels of an 8-bit grey PNG of this size that holds nothing else. Raises MapError, PngError."""
+    stream = bytearray()
+    for kind, body in chunks(data):
+        if kind == b"IHDR":
+            _check_header(body, height, width)
+        elif kind == b"IDAT":
+            stream += body
+        elif kind != b"IEND":
+            raise MapError(f"a stored map has the chunks IHDR, IDAT and IEND; this one has {kind!r}")
+    return stream
+
+
+def _check_header(body: memoryview, height: int, width: int) -> None:
+    header = header_of(body)
+    if (header.depth, header.colour, header.compression, header.filtering, header.interlace) != (8, 0, 0, 0, 0):
+        raise MapError(f"a stored map is an 8-bit grey PNG, not interlaced; this one is {header}")
+    if (header.height, header.width) != (height, width):
+        raise MapError(f"the map has {header.height} x {header.width} pixels, and its row says {height} x {width}")
+
+
+def _check_length(stream: bytearray, wanted: int) -> None:
+    """Raises MapError unless the compressed stream unfolds to exactly so many bytes; never unfolds more."""
+    unfolding = zlib.decompressobj()
+    length = len(unfolding.decompress(stream, wanted + 1))
+    if length != wanted or not unfolding.eof or unfolding.unused_data:
+        found = f"more than {wanted}" if length > wanted else str(length)
+        raise MapError(f"the map's pixels unfold to {found} bytes, or do not end there; wanted {wanted}")

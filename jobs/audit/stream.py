@@ -208,15 +208,12 @@ class _Reading:
     def _levels(self, row: Mapping[str, Any], body: bytes | None, info: ObjectInfo) -> NDArray[np.uint8]:
         """A row's map, of the size that the row says. Raises DamagedError."""
         try:
-            levels = decode_levels(body or b"")
-            if levels.shape != (row["map_height"], row["map_width"]):
-                raise MapError(f"it has {levels.shape} pixels, not {(row['map_height'], row['map_width'])}")
+            return decode_levels(body or b"", (row["map_height"], row["map_width"]))
         except MapError as error:
             raise DamagedError(
                 f"{self.store.uri}/{info.key} holds a map that is none (record {row['key']!r}), `blocksight verify` "
                 f"says more: {error}"
             ) from error
-        return levels
 
     def _region(self, row: Mapping[str, Any]) -> Region | None:
         """Where the row's target is; None where nobody says, or the annotation is of no use."""

@@ -25,7 +25,8 @@ Value = tuple[int, str, str]
 
 COLUMNS = [
     *("key", "shard", "shard_index", "status", "sha256", "width", "height", "label", "label_name"),
-    *("target_index", "target_name", "target_rank", "score", "map", "explainer", "parameters", "metrics"),
+    *("target_index", "target_name", "target_rank", "score", "explainer", "parameters", "metrics"),
+    *("map", "map_height", "map_width"),
 ]
 
 

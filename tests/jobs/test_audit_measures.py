@@ -282,8 +282,8 @@ def test_levels_are_those_of_the_stored_picture():
     levels = noise(9, 5)
     buffer = io.BytesIO()
     Image.fromarray(levels).save(buffer, "PNG")
-    assert (decode_levels(buffer.getvalue()) == levels).all()
-    assert decode_map(buffer.getvalue()).tolist() == (levels.astype(np.float32) / np.float32(255)).tolist()
+    assert (decode_levels(buffer.getvalue(), (9, 5)) == levels).all()
+    assert decode_map(buffer.getvalue(), (9, 5)).tolist() == (levels.astype(np.float32) / np.float32(255)).tolist()
     assert level_counts(levels) == np.bincount(levels.ravel(), minlength=256).tolist()
     with pytest.raises(MapError):
-        decode_levels(buffer.getvalue()[:60])
+        decode_levels(buffer.getvalue()[:60], (9, 5))

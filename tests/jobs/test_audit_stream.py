@@ -20,10 +20,11 @@ from jobs.config import ConfigError
 from jobs.evaluation import ClassMap
 from jobs.plan import Plan, load_plan
 from jobs.records import Unit
+from jobs.stored import map_of
 from storage.annotations import open_truth
 from storage.fragments import encode_fragment, fragment_batches, read_fragment
 from storage.local import LocalStore
-from storage.maps import decode_levels, decode_map, encode_map
+from storage.maps import decode_levels, encode_map
 from storage.schema import SCHEMA
 from storage.store import DamagedError, ObjectInfo
 from storage.stores import open_store
@@ -58,6 +59,10 @@ def row_of(number: int, saliency: np.ndarray, *, label=None, target=0, rank=0, i
         **{"map": encoded.data, "map_height": encoded.height, "map_width": encoded.width},
         **{"is_flat": encoded.low == encoded.high, "is_saturated": number % 5 == 0},
     }
+
+
+def levels_in(row: dict) -> np.ndarray:
+    return decode_levels(row["map"], (row["map_height"], row["map_width"]))
 
 
 def rejected(number: int) -> dict:
@@ -134,7 +139,7 @@ def test_every_map_of_a_job_has_its_line(output, tmp_path):
     assert sum(updates) == len(rows)
     for place, line in lines.items():
         row = sound[place]
-        made = measured(decode_levels(row["map"])[None])
+        made = measured(levels_in(row)[None])
         for name, value in zip(MEASURES, made.values[0].tolist(), strict=True):
             assert line[name] == (None if np.isnan(value) else np.float32(value)), name
         assert line["pooled"] == made.pooled.tobytes()
@@ -240,7 +245,7 @@ def test_maps_of_several_sizes_keep_their_order(store, tmp_path):
     streamed(store, written(store, [rows]), tmp_path / "scratch")
     for (key, _), line in lines_in(tmp_path / "scratch").items():
         row = next(row for row in rows if row["key"] == key)
-        assert line["pooled"] == measured(decode_levels(row["map"])[None]).pooled.tobytes()
+        assert line["pooled"] == measured(levels_in(row)[None]).pooled.tobytes()
 
 
 # ---------------------------------------------------------------- equal maps
@@ -352,7 +357,7 @@ def test_ground_truth_says_how_much_lies_on_the_object(output, tmp_path):
             assert shares == [None] * 3
             continue
         where = region(image, {"thing"}, (row["height"], row["width"]), (32, 32), "squash")
-        saliency = decode_map(row["map"]).astype(float)
+        saliency = map_of(row).astype(float)
         assert shares[0] == pytest.approx(saliency[where].sum() / saliency.sum(), abs=1e-6)
         assert sum(shares) == pytest.approx(1, abs=1e-6)
         known += 1

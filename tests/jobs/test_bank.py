@@ -15,8 +15,8 @@ from engine.models import load_model
 from jobs.bank import class_names_of, make_bank
 from jobs.cli import app
 from jobs.config import ConfigError
+from jobs.stored import map_of
 from storage.local import LocalStore
-from storage.maps import decode_map
 from storage.store import StoreError
 from tests.jobs.jobs_of import config_of, rows_in, run_here
 from tests.jobs.tiny import (
@@ -122,7 +122,7 @@ def test_daam_explains_the_neighbours_vote(data, file, tmp_path):
         ]
         for one in row["accumulated_maps"]:
             assert (one["height"], one["width"], len(one["values"])) == (8, 8, 64)
-        assert decode_map(row["map"]).shape == (32, 32)
+        assert map_of(row).shape == (32, 32)
     assert any(not row["is_flat"] for row in rows)
 
 

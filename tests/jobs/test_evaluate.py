@@ -18,9 +18,9 @@ from jobs.config import ConfigError, Execution
 from jobs.evaluation import FOLDER, Evaluation, chosen_metrics, folders, open_units, read_class_map
 from jobs.plan import load_plan
 from jobs.run_evaluation import EvaluationRequest, run_evaluation
+from jobs.stored import map_of
 from storage.annotations import open_truth
 from storage.local import LocalStore
-from storage.maps import decode_map
 from storage.truth import region
 from tests.jobs.jobs_of import blocksight, fragments_in, model_of, rows_in, run_here
 from tests.jobs.tiny import folder_of_images, folder_of_tables, folder_of_tars
@@ -195,7 +195,7 @@ def test_ground_truth_is_measured_where_it_is_and_null_elsewhere(output, boxes, 
             assert (row["value"], row["reason"]) == (None, "no ground truth for the target")
             continue
         where = region(image, {"thing"}, (stored["height"], stored["width"]), (32, 32), "squash")
-        saliency = decode_map(stored["map"]).astype(float)
+        saliency = map_of(stored).astype(float)
         assert row["value"] == pytest.approx(100 * saliency[where].sum() / saliency.sum())
 
 

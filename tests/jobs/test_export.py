@@ -23,9 +23,9 @@ from jobs.export.quantus import ArrayFile
 from jobs.export.run import ExportRequest, fresh_folder, run_export
 from jobs.export.virelay import _table, principal_components
 from jobs.sql import connect
+from jobs.stored import map_of
 from storage.images import decode, fit
 from storage.local import LocalStore
-from storage.maps import decode_map
 from storage.pictures import overlay, resized
 from storage.stores import open_store
 from tests.jobs.jobs_of import model_of, rows_in, run_here
@@ -135,7 +135,7 @@ def test_virelay_has_images_maps_and_the_audits_clusters(output, tmp_path):
         for place, row in enumerate(rows):
             original = decode((output.parent / "in" / row["key"]).read_bytes()).pixels
             assert (images["data"][place].transpose(1, 2, 0) == fit(original, (32, 32), "squash")).all()
-            assert maps["attribution"][place].sum(0) == pytest.approx(decode_map(row["map"]), abs=1e-6)
+            assert maps["attribution"][place].sum(0) == pytest.approx(map_of(row), abs=1e-6)
             assert names[images["label"][place]] == row["label_name"]
             assert names[maps["label"][place]] == row["target_name"]
             known = {own["target_index"]: own["score"] for own in rows if own["key"] == row["key"]}
@@ -242,7 +242,7 @@ def test_the_overlay_lies_where_the_map_is(output, tmp_path):
     folder, _ = exported(output, "spotlight", tmp_path / "x", limit=1)
     shown, row = pq.read_table(folder / "maps.parquet").to_pylist()[0], explained(LocalStore(output))[0]
     original = fit(decode((output.parent / "in" / row["key"]).read_bytes()).pixels, (336, 448), "squash")
-    saliency = resized(decode_map(row["map"]), (336, 448))
+    saliency = resized(map_of(row), (336, 448))
     laid_over = decode(shown["overlay"]).pixels.astype(int)
     assert np.abs(overlay(original, saliency) - laid_over).mean() < 3
     for other in (saliency[::-1], saliency[:, ::-1]):
@@ -264,7 +264,7 @@ def test_quantus_gets_what_the_model_saw(output, tmp_path):
     for place, (row, key) in enumerate(zip(rows, keys, strict=True)):
         assert (key["key"], key["target_index"]) == (row["key"], classes[place])
         assert scores[place, classes[place]] == pytest.approx(row["score"], abs=1e-6)
-        assert (maps[place, 0] == decode_map(row["map"])).all()
+        assert (maps[place, 0] == map_of(row)).all()
     names: dict = {}
     exec("\n".join(lines[1:]), names)
     assert names["x"].shape == inputs.shape

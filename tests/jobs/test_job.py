@@ -13,9 +13,9 @@ from engine.errors import ModelError
 from jobs.config import ConfigError
 from jobs.plan import MODEL_KEY, PLAN_KEY, DriftError, load_plan, make_plan
 from jobs.reconcile import MANIFEST_KEY, check
+from jobs.stored import map_of
 from jobs.units import Workforce
 from storage.local import LocalStore
-from storage.maps import decode_map
 from storage.store import StoreError
 from tests.jobs.jobs_of import config_of, fragments_in, rows_in, run_here
 from tests.jobs.tiny import CLASSES, MODEL, VIT, folder_of_images, folder_of_tables, folder_of_tars, picture
@@ -60,7 +60,7 @@ def test_every_other_explainer_leaves_sound_rows_too(tmp_path, name):
     assert {row["explainer"] for row in rows} == {str(method_of(name))}
     assert len(rows) == 14
     for row in rows:
-        assert decode_map(row["map"]).shape == (32, 32)
+        assert map_of(row).shape == (32, 32)
         assert 0 <= row["metrics"]["drop"] <= 100
     assert faults(tmp_path / "out") == []
     with pytest.raises(DriftError, match=r'explainer: "sise" in the output|explainer: .* asked for'):
@@ -68,7 +68,7 @@ def test_every_other_explainer_leaves_sound_rows_too(tmp_path, name):
 
 
 def check_explained(row):
-    saliency = decode_map(row["map"])
+    saliency = map_of(row)
     assert saliency.shape == (row["map_height"], row["map_width"]) == (32, 32)
     assert saliency.max() == 1
     assert (row["width"], row["height"], row["format"]) == (40, 30, "PNG")

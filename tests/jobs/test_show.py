@@ -16,8 +16,8 @@ from jobs.plan import MODEL_KEY, DriftError, load_plan
 from jobs.recorded import NamedAgain
 from jobs.results import Output, images_of, rows_of
 from jobs.show import Wanted, render_record
+from jobs.stored import map_of
 from storage.local import LocalStore
-from storage.maps import decode_map
 from storage.pictures import Tile, contact_sheet, one_line, overlay
 from tests.jobs.jobs_of import blocksight, model_of, run_here
 from tests.jobs.tiny import MODEL, folder_of_images, make
@@ -102,7 +102,7 @@ def test_the_strip_shows_blocks_and_stages(data, tmp_path, drawn):
     again = Again(output.store, output.plan, NamedAgain(MODEL))
     (made,) = again.explanations(again.stored_way(row), [row], image)
     fused = stages([block.saliency_hw for block in made.blocks], GATES["soft"])
-    assert np.abs(minmax(fused[-1]) - decode_map(row["map"])).max() <= 0.5 / 255 + 1e-6
+    assert np.abs(minmax(fused[-1]) - map_of(row)).max() <= 0.5 / 255 + 1e-6
     sheet(tmp_path / "out", key, tmp_path / "sheet.png", blocks=True)
     (tiles,) = drawn
     assert len(tiles) == 1 + 2 * len(made.blocks) + 1
@@ -120,7 +120,7 @@ def test_the_strip_shows_blocks_and_stages(data, tmp_path, drawn):
 
 def test_a_map_that_is_not_as_stored_is_said_to_differ(data, tmp_path, drawn, monkeypatch):
     run_here(data, tmp_path / "out")
-    monkeypatch.setattr("jobs.again.decode_map", lambda body: np.float32(0.25) * decode_map(body))
+    monkeypatch.setattr("jobs.again.map_of", lambda row: np.float32(0.25) * map_of(row))
     sheet(tmp_path / "out", "ant/000.png", tmp_path / "sheet.png", blocks=True)
     assert captions(drawn[0])[-1].endswith("the fused map differs by up to 0.750")
 

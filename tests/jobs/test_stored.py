@@ -181,9 +181,9 @@ def test_what_is_read_is_what_stands(base):
     assert fragment_of(store, fragment, ["key", "map"]).column_names == ["key", "map"]
     assert set(values_in(store, values, ["metric"])["metric"].to_pylist()) == {"entropy"}
     row = explained(store)[0]
-    assert (map_of(row) == decode_map(row["map"])).all()
+    assert (map_of(row) == decode_map(row["map"], (row["map_height"], row["map_width"]))).all()
     with pytest.raises(UnreconciledError, match=r"map of 'k' for class 3 is damaged"):
-        map_of({"key": "k", "target_index": 3, "map": None})
+        map_of({"key": "k", "target_index": 3, "map": None, "map_height": 4, "map_width": 4})
     assert encode_map(map_of(row)).high <= 1
 
 

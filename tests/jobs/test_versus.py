@@ -20,6 +20,7 @@ from jobs.config import ConfigError
 from jobs.plan import load_plan, make_plan, settle_plan
 from jobs.records import Unit
 from jobs.results import Output
+from jobs.stored import map_of
 from jobs.tables import difference_table
 from jobs.units import Workforce
 from jobs.versus.joining import Overlaps, Tally, joined
@@ -30,7 +31,7 @@ from jobs.versus.summary import AMONG, COLUMNS, Sums
 from jobs.versus.usual import LEAST_STAYED, Usual, judged
 from storage.fragments import encode_fragment
 from storage.local import LocalStore
-from storage.maps import decode_map, encode_map
+from storage.maps import encode_map
 from storage.pictures import resized
 from storage.schema import OK, REJECTED
 from storage.survey import Layout
@@ -236,8 +237,8 @@ def pair_of(a, b, is_right_a=None, is_right_b=None):
 def test_map_measures_are_those_of_the_stored_maps():
     one, other = row_of("k", blob(0.3, 0.3)), row_of("k", blob(0.4, 0.6, side=48, width=0.2))
     found = map_measures(one, other, "squash")
-    left = np.rint(255 * decode_map(one["map"])).astype(float) / 255
-    right = np.rint(255 * resized(decode_map(other["map"]), (32, 32))).astype(float) / 255
+    left = np.rint(255 * map_of(one)).astype(float) / 255
+    right = np.rint(255 * resized(map_of(other), (32, 32))).astype(float) / 255
     for name, measure in (("pearson", pearson), ("spearman", spearman), ("ssim", ssim), ("iou", iou_of_tops)):
         assert found[name] == pytest.approx(measure(left, right), abs=1e-9), name
     assert found["area_change"] == pytest.approx(effective_area(right) - effective_area(left))

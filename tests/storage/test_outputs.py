@@ -5,58 +5,10 @@ import io
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import array_shapes, arrays
-from PIL import Image
 
 from storage.fragments import encode_fragment, read_fragment
-from storage.maps import MAX_ERROR, MapError, decode_map, encode_map
 from storage.pictures import Tile, contact_sheet, overlay, resized, side_by_side
 from storage.schema import SCHEMA
-
-maps = arrays(np.float32, array_shapes(min_dims=2, max_dims=2, max_side=20), elements=st.floats(-5, 5, width=32))
-
-
-@settings(max_examples=100, deadline=None)
-@given(maps)
-def test_a_decoded_map_is_within_the_stated_error(saliency):
-    stored = encode_map(saliency)
-    assert (stored.height, stored.width) == saliency.shape
-    assert (stored.low, stored.high) == (saliency.min(), saliency.max())
-    span = np.float64(stored.high) - stored.low
-    wanted = (saliency.astype(np.float64) - stored.low) / span if span > 0 else np.zeros(saliency.shape)
-    assert np.abs(decode_map(stored.data) - wanted).max() <= MAX_ERROR + 1e-6
-
-
-def test_the_same_map_gives_the_same_bytes():
-    saliency = np.random.default_rng(0).random((50, 50)).astype(np.float32)
-    assert encode_map(saliency).data == encode_map(saliency.copy()).data
-
-
-def test_a_map_that_is_not_finite_cannot_be_stored():
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        encode_map(np.array([[0.0, np.nan]]))
-
-
-def png(mode, size):
-    buffer = io.BytesIO()
-    Image.new(mode, size).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def huge():
-    body = bytearray(png("L", (4, 4)))
-    body[16:24] = (60_000).to_bytes(4, "big") * 2
-    return bytes(body)
-
-
-@pytest.mark.parametrize(
-    "data", [b"", b"x" * 40, png("RGB", (4, 4)), png("I;16", (4, 4)), huge(), png("L", (9, 9))[:45]]
-)
-def test_bytes_that_are_no_map_are_refused(data):
-    with pytest.raises(MapError):
-        decode_map(data)
 
 
 def row(**values):

@@ -1,0 +1,31 @@
+"""Runs a few lines of Python in a process whose memory cannot grow by more than so many bytes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+_BEFORE = """
+import resource
+import sys
+import numpy, PIL.Image
+import storage.images, storage.maps
+
+PIL.Image.init()
+allowed, body = int(sys.argv[1]), open(sys.argv[2], "rb").read()
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + allowed,) * 2)
+"""
+
+ROOM = 8 << 20
+"""Bytes beside the bound under test: the allocator's arenas, and the interpreter's own objects."""
+
+
+def printed(code: str, body: Path, allowed: int) -> str:
+    """What `code` prints, which sees the bytes of `body` and the package; it fails if it needs more memory."""
+    command = [sys.executable, "-c", _BEFORE + code, str(allowed + ROOM), str(body)]
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return ran.stdout.strip()
