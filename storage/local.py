@@ -129,9 +129,11 @@ def _explained(path: Path, *, reading: bool = False) -> Iterator[None]:
     """Turns the system's errors into sentences that name the path."""
     try:
         yield
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except FileNotFoundError as error:
         raise MissingError(f"there is no file {path}") from error
     except OSError as error:
+        if reading and error.errno == errno.ENOTDIR:
+            raise MissingError(f"there is no file {path}") from error
         kind = StoreError
         if reading and error.errno in ONE_FILE_ONLY:
             kind = ObjectError

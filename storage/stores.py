@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from storage.local import LocalStore
-from storage.store import AlreadyExistsError, MissingError, ObjectStore, StoreError
+from storage.patient import SHORT_PATIENCE_SECONDS, PatientStore
+from storage.places import S3, normal_place, split_place
+from storage.store import AlreadyExistsError, MissingError, ObjectStore, StoreError, UnavailableError
 
 RACERS = 4
 
@@ -19,18 +21,48 @@ class WeakStoreError(StoreError):
 
 def open_store(uri: str, endpoint_url: str | None = None) -> ObjectStore:
     """The store with this root: a local path, file://PATH or s3://BUCKET/PREFIX. Raises StoreError for others."""
-    scheme, separator, rest = uri.partition("://")
-    if not separator:
-        return LocalStore(Path(uri))
-    if scheme == "file":
-        if not rest.startswith("/"):
-            raise StoreError(f"{uri!r} names no folder of this machine; wanted file:///PATH, or a plain path")
-        return LocalStore(Path(rest))
-    if scheme == "s3":
+    place = normal_place(uri)
+    if place.startswith(S3):
         from storage.s3 import S3Store  # its clients take most of a second to import, and local jobs need none
 
-        return S3Store(uri, endpoint_url)
-    raise StoreError(f"{uri!r}: {scheme}:// is not known; known: a local path, file://, s3://")
+        return S3Store(place, endpoint_url)
+    return LocalStore(Path(place))
+
+
+def open_file(uri: str, endpoint_url: str | None = None) -> tuple[ObjectStore, str]:
+    """The store that holds one file, and its key there. Raises StoreError where the URI can name none."""
+    folder, name = split_place(normal_place(uri))
+    if not name:
+        raise StoreError(f"{folder} names no file; wanted a path, file:///PATH or s3://bucket/key")
+    return open_store(folder, endpoint_url), name
+
+
+def open_named(
+    uri: str, endpoint_url: str | None = None, *, wait_seconds: float = SHORT_PATIENCE_SECONDS
+) -> tuple[ObjectStore, str]:
+    """The store below a folder or a prefix and "", or the store that holds a single object and its key there.
+
+    Which of the two it is comes from the store, asked for so long, and never from the name's spelling: a prefix
+    may be called data.v1. A name that is both an object and a prefix is the object, unless that is empty.
+    """
+    folder, name = split_place(normal_place(uri))
+    if name:
+        store = open_store(folder, endpoint_url)
+        if _is_object(PatientStore(store, wait_seconds), name):
+            return store, name
+    return open_store(uri, endpoint_url), ""
+
+
+def _is_object(store: ObjectStore, name: str) -> bool:
+    try:
+        found = store.head(name)
+    except UnavailableError:
+        raise
+    except StoreError:
+        return False  # whoever may list a prefix alone may not ask for the object of its name
+    if found is None:
+        return False
+    return found.size > 0 or next(iter(store.list(f"{name}/")), None) is None
 
 
 def probe(store: ObjectStore, prefix: str) -> None:

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from storage.s3 import ATTEMPTS
+from storage.s3_client import ATTEMPTS
 from storage.store import AlreadyExistsError, StoreError
 from storage.stores import open_store
 from tests.faults.proxy import FaultProxy

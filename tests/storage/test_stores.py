@@ -8,8 +8,9 @@ import time
 
 import pytest
 
+from storage.endpoints import check_endpoint
 from storage.local import LocalStore
-from storage.s3 import S3Store, check_endpoint
+from storage.s3 import S3Store
 from storage.store import AlreadyExistsError, ChangedError, MissingError, StoreError
 from storage.stores import WeakStoreError, open_store, probe
 from tests.storage.memory import MemoryStore

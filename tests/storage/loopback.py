@@ -1,0 +1,158 @@
+"""A bucket on loopback, in this process, whose manners a test may spoil: what real gateways were seen to do."""
+
+import hashlib
+import html
+import threading
+import urllib.parse
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+@dataclass
+class Asked:
+    """One request."""
+
+    method: str
+    key: str
+    """Empty for a listing."""
+    query: dict[str, str]
+    headers: dict[str, str]
+    """With their names in small letters."""
+    body: bytes
+
+
+@dataclass
+class Reply:
+    """One answer; a header that is None is not sent, and without a length the connection ends the body."""
+
+    status: int = 200
+    headers: dict[str, str | None] = field(default_factory=dict)
+    body: bytes = b""
+
+
+def refused(status: int, code: str) -> Reply:
+    """An error as S3 words it."""
+    return Reply(status, {"Content-Type": "application/xml"}, f"<Error><Code>{code}</Code></Error>".encode())
+
+
+def etag_of(body: bytes) -> str:
+    return f'"{hashlib.md5(body).hexdigest()}"'
+
+
+class Bucket:
+    """Objects by key, and the requests so far.
+
+    `manners(asked, reply)` may change a reply or return another one; `listed(key, entry)` may change what the
+    listing says of an object, given and returned as a dict of its XML elements.
+    """
+
+    def __init__(self, objects: dict[str, bytes] | None = None) -> None:
+        self.reset(objects or {})
+        self._lock = threading.RLock()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def reset(self, objects: dict[str, bytes]) -> None:
+        """Good manners again, these objects alone, and no request so far."""
+        self.objects = dict(objects)
+        self.metadata: dict[str, dict[str, str]] = {}
+        self.page_size = 1000
+        self.overlap = 0
+        self.manners: Callable[[Asked, Reply], Reply | None] = lambda _asked, reply: reply
+        self.listed: Callable[[str, dict[str, str]], dict[str, str]] = lambda _key, entry: entry
+        self.asked: list[Asked] = []
+
+    def __enter__(self) -> "Bucket":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def answer(self, asked: Asked) -> Reply:
+        with self._lock:
+            self.asked.append(asked)
+            reply = self._listing(asked) if not asked.key else self._object(asked)
+            return self.manners(asked, reply) or reply
+
+    def _object(self, asked: Asked) -> Reply:
+        held = self.objects.get(asked.key)
+        if asked.method == "PUT":
+            if asked.headers.get("if-none-match") and held is not None:
+                return refused(412, "PreconditionFailed")
+            self.objects[asked.key] = asked.body
+            own = {name: value for name, value in asked.headers.items() if name.startswith("x-amz-meta-")}
+            self.metadata[asked.key] = own
+            return Reply(headers={"ETag": etag_of(asked.body)})
+        if asked.method == "DELETE":
+            self.objects.pop(asked.key, None)
+            return Reply(204)
+        if held is None:
+            return refused(404, "NoSuchKey")
+        if asked.headers.get("if-match", etag_of(held)) != etag_of(held):
+            return refused(412, "PreconditionFailed")
+        return self._body(asked, held)
+
+    def _body(self, asked: Asked, held: bytes) -> Reply:
+        headers = {"ETag": etag_of(held), **self.metadata.get(asked.key, {})}
+        wanted = asked.headers.get("range")
+        if wanted is None:
+            return Reply(200, headers, held)
+        first, _, last = wanted.removeprefix("bytes=").partition("-")
+        start, stop = int(first), min(int(last or len(held)) + 1, len(held))
+        if start >= len(held):
+            return refused(416, "InvalidRange")
+        said = f"bytes {start}-{stop - 1}/{len(held)}"
+        return Reply(206, {**headers, "Content-Range": said}, held[start:stop])
+
+    def _listing(self, asked: Asked) -> Reply:
+        keys = sorted(key for key in self.objects if key.startswith(asked.query.get("prefix", "")))
+        token = asked.query.get("continuation-token", "0")
+        start = int(token) if token.isdigit() else 0
+        shown, stop = keys[start : start + self.page_size], start + self.page_size
+        more = stop < len(keys)
+        token = f"<NextContinuationToken>{stop - self.overlap}</NextContinuationToken>" if more else ""
+        entries = "".join(self._entry(key) for key in shown)
+        body = f"<ListBucketResult><IsTruncated>{str(more).lower()}</IsTruncated>{token}{entries}</ListBucketResult>"
+        return Reply(200, {"Content-Type": "application/xml"}, body.encode())
+
+    def _entry(self, key: str) -> str:
+        held = self.objects[key]
+        entry = self.listed(key, {"Key": key, "Size": str(len(held)), "ETag": etag_of(held)})
+        return (
+            f"<Contents>{''.join(f'<{name}>{html.escape(value)}</{name}>' for name, value in entry.items())}</Contents>"
+        )
+
+
+def _handler_of(bucket: Bucket) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_any(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            place = urllib.parse.urlsplit(self.path)
+            key = urllib.parse.unquote(place.path).lstrip("/").partition("/")[2]
+            query = dict(urllib.parse.parse_qsl(place.query, keep_blank_values=True))
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            reply = bucket.answer(Asked(self.command, key, query, headers, body))
+            self.send_response(reply.status)
+            sent = {"Content-Length": str(len(reply.body)), **reply.headers}
+            for name, value in sent.items():
+                if value is not None:
+                    self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(reply.body)
+            self.close_connection = sent["Content-Length"] is None
+
+        do_GET = do_PUT = do_HEAD = do_DELETE = handle_any
+
+        def log_message(self, *_arguments: object) -> None:
+            """In silence."""
+
+    return Handler

@@ -1,0 +1,403 @@
+"""The S3 store against the manners of real gateways: nothing that a server says is believed unseen."""
+
+import os
+
+import pytest
+
+from storage.endpoints import check_endpoint, check_resolved_endpoint
+from storage.records import WindowedFile
+from storage.replies import version
+from storage.s3 import S3Store
+from storage.s3_client import ATTEMPTS
+from storage.store import ChangedError, ObjectError, StoreError, UnavailableError
+from tests.storage.loopback import Bucket, Reply, etag_of, refused
+
+
+@pytest.fixture(scope="module")
+def connected():
+    """One bucket and one store for all tests: a client takes a while to make. It asks once where a server fails."""
+    with pytest.MonkeyPatch.context() as patch, Bucket() as running:
+        for name in list(os.environ):
+            if name.startswith("AWS_"):
+                patch.delenv(name)
+        patch.setenv("AWS_ACCESS_KEY_ID", "key")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_REGION", "us-east-1")
+        patch.setattr("storage.s3_client.ATTEMPTS", 1)
+        yield running, S3Store("s3://b/d", running.url)
+
+
+@pytest.fixture
+def bucket(connected):
+    connected[0].reset({f"d/{number}.png": b"image %d" % number for number in range(7)})
+    return connected[0]
+
+
+@pytest.fixture
+def store(connected, monkeypatch):
+    monkeypatch.setattr(connected[1], "_has_warned", False)
+    return connected[1]
+
+
+KEYS = [f"{number}.png" for number in range(7)]
+
+
+def keys(store):
+    return [info.key for info in store.list()]
+
+
+def test_pages_are_followed_to_the_end_and_folder_markers_left_out(bucket, store):
+    bucket.page_size = 3
+    bucket.objects["d/"] = b""
+    bucket.objects["d/sub/"] = b""
+    bucket.objects["dd/other.png"] = b"of a folder whose name begins alike"
+    found = list(store.list())
+    assert [info.key for info in found] == KEYS
+    assert [info.size for info in found] == [7] * 7
+    assert [info.etag for info in found] == [etag_of(b"image %d" % number) for number in range(7)]
+    assert [asked.query["prefix"] for asked in bucket.asked] == ["d/"] * 3
+
+
+def test_repeated_keys_are_taken_once_and_told(bucket, store, caplog):
+    bucket.page_size, bucket.overlap = 3, 1
+    assert keys(store) == KEYS
+    assert "lists 2 keys more than once" in caplog.text
+    assert keys(store) == KEYS
+    assert len(caplog.records) == 1
+
+
+def page(*, token, names, truncated="true"):
+    entries = "".join(f"<Contents><Key>{n}</Key><Size>1</Size><ETag>x</ETag></Contents>" for n in names)
+    said = f"<NextContinuationToken>{token}</NextContinuationToken>" if token else ""
+    body = f"<ListBucketResult><IsTruncated>{truncated}</IsTruncated>{said}{entries}</ListBucketResult>"
+    return Reply(200, {"Content-Type": "application/xml"}, body.encode())
+
+
+def test_a_listing_with_one_token_for_ever_is_refused(bucket, store):
+    bucket.manners = lambda _asked, _reply: page(token="same", names=["d/1.png"])
+    with pytest.raises(StoreError, match="does not move on after 1 keys"):
+        keys(store)
+    assert len(bucket.asked) == 2
+
+
+def test_a_listing_with_new_tokens_and_old_keys_is_refused(bucket, store, monkeypatch):
+    monkeypatch.setattr("storage.replies.MAX_IDLE_PAGES", 5)
+    bucket.manners = lambda _asked, _reply: page(token=len(bucket.asked), names=["d/1.png"])
+    with pytest.raises(StoreError, match="does not move on"):
+        keys(store)
+    assert len(bucket.asked) == 6
+
+
+def test_a_listing_that_goes_on_and_does_not_say_where_is_refused(bucket, store):
+    bucket.manners = lambda _asked, _reply: page(token="", names=["d/1.png"])
+    with pytest.raises(StoreError, match="not where"):
+        keys(store)
+
+
+def test_a_token_counts_where_the_listing_forgets_to_say_that_it_goes_on(bucket, store):
+    pages = {
+        None: page(token="2", names=["d/1.png"], truncated="false"),
+        "2": page(token="", names=["d/2.png"], truncated="false"),
+    }
+    bucket.manners = lambda asked, _reply: pages[asked.query.get("continuation-token")]
+    assert keys(store) == ["1.png", "2.png"]
+
+
+def test_a_key_outside_the_prefix_is_refused(bucket, store):
+    bucket.manners = lambda _asked, _reply: page(token="", names=["e/1.png"], truncated="false")
+    with pytest.raises(StoreError, match=r"'e/1\.png', which does not begin with 'd/'"):
+        keys(store)
+
+
+def test_a_negative_size_is_refused(bucket, store):
+    bucket.listed = lambda _key, entry: {**entry, "Size": "-1"}
+    with pytest.raises(StoreError, match="with -1 bytes"):
+        keys(store)
+
+
+@pytest.mark.parametrize("size", ["many", ""])
+def test_a_size_that_is_no_number_is_no_traceback(bucket, store, size):
+    bucket.listed = lambda _key, entry: {**entry, "Size": size}
+    with pytest.raises(UnavailableError, match="no S3 reply"):
+        keys(store)
+
+
+@pytest.mark.parametrize("body", [b"<html><body>please log in</body></html>", b"<ListBucketResult/>"])
+def test_what_is_no_listing_is_not_an_empty_one(bucket, store, body):
+    bucket.manners = lambda _asked, _reply: Reply(200, {"Content-Type": "text/html"}, body)
+    with pytest.raises(StoreError, match="is no listing"):
+        keys(store)
+
+
+def test_an_error_inside_a_listing_of_status_200_is_an_error(bucket, store):
+    bucket.manners = lambda _asked, _reply: Reply(200, {}, b"<Error><Code>InternalError</Code></Error>")
+    with pytest.raises(UnavailableError, match="InternalError"):
+        keys(store)
+
+
+@pytest.mark.parametrize("missing", ["ETag", "Size"])
+def test_what_a_listing_lacks_is_asked_for(bucket, store, missing):
+    bucket.listed = lambda _key, entry: {name: value for name, value in entry.items() if name != missing}
+    assert [(info.key, info.size, info.etag) for info in store.list("3")] == [("3.png", 7, etag_of(b"image 3"))]
+
+
+@pytest.mark.parametrize("missing", ["ETag", "Content-Length"])
+def test_what_head_lacks_is_in_the_listing(bucket, store, missing):
+    def without(asked, reply):
+        if asked.method == "HEAD":
+            reply.headers[missing] = None
+
+    bucket.manners = without
+    info = store.head("3.png")
+    assert (info.size, info.etag) == (7, etag_of(b"image 3"))
+    bucket.listed = lambda _key, entry: {"Key": entry["Key"]}
+    with pytest.raises(StoreError, match="neither HEAD nor the listing"):
+        store.head("3.png")
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        lambda tag: tag.strip('"'),
+        lambda tag: f"W/{tag}",
+        lambda tag: tag.upper(),
+        lambda tag: f'W/"{tag.strip(chr(34)).upper()}"',
+    ],
+)
+def test_a_version_may_be_spelled_in_two_ways(bucket, store, spelling):
+    bucket.listed = lambda _key, entry: {**entry, "ETag": spelling(entry["ETag"])}
+    (info,) = store.list("3")
+    assert store.read("3.png", etag=info.etag) == b"image 3"
+    assert info.etag == store.head("3.png").etag
+
+
+def test_a_server_of_weak_tags_matches_none_and_is_compared_here(bucket, store):
+    def weak(asked, reply):
+        if "if-match" in asked.headers:
+            return refused(412, "PreconditionFailed")
+        if "ETag" in reply.headers:
+            reply.headers["ETag"] = f"W/{reply.headers['ETag']}"
+        return reply
+
+    bucket.manners = weak
+    etag = store.head("3.png").etag
+    assert store.read("3.png", etag=etag) == b"image 3"
+    bucket.objects["d/3.png"] = b"another"
+    with pytest.raises(ChangedError):
+        store.read("3.png", etag=etag)
+
+
+def test_tags_that_are_no_digests_keep_their_case():
+    assert version('"aB"') != version('"ab"')
+    assert version(f'"{"aB" * 16}-3"') == version(f'"{"ab" * 16}-3"')
+
+
+def ignoring_conditions(bucket):
+    def ignore(asked, reply):
+        held = bucket.objects.get(asked.key)
+        if reply.status == 412 and held is not None and asked.method == "GET":
+            return Reply(200, {"ETag": etag_of(held)}, held)
+        return reply
+
+    return ignore
+
+
+def test_a_server_that_ignores_if_match_is_compared_here(bucket, store):
+    bucket.manners = ignoring_conditions(bucket)
+    etag = store.head("3.png").etag
+    bucket.objects["d/3.png"] = b"another"
+    with pytest.raises(ChangedError, match="wanted"):
+        store.read("3.png", etag=etag)
+
+
+def test_a_reply_without_a_version_is_compared_by_head(bucket, store):
+    def without(asked, reply):
+        if asked.method == "GET" and asked.key:
+            reply.headers["ETag"] = None
+
+    bucket.manners = without
+    etag = store.head("3.png").etag
+    assert store.read("3.png", etag=etag, length=7) == b"image 3"
+    with pytest.raises(ChangedError):
+        store.read("3.png", etag='"other"')
+
+
+def test_an_error_inside_a_reply_of_status_200_is_no_object(bucket, store):
+    bucket.manners = lambda asked, reply: (
+        Reply(200, {}, b"<?xml?><Error><Code>SlowDown</Code></Error>") if asked.method == "GET" else reply
+    )
+    etag = store.head("3.png").etag
+    for asked in ({}, {"etag": etag, "length": 7}, {"start": 2, "length": 3}):
+        with pytest.raises(UnavailableError, match="SlowDown"):
+            store.read("3.png", **asked)
+
+
+def cut(bucket, times):
+    """Bodies that end early, without a length that would show it."""
+    left = [times]
+
+    def manners(asked, reply):
+        if asked.method == "GET" and asked.key and left[0] > 0:
+            left[0] -= 1
+            return Reply(reply.status, {**reply.headers, "Content-Length": None}, reply.body[: len(reply.body) // 2])
+        return reply
+
+    bucket.manners = manners
+
+
+def test_a_body_that_ends_early_is_asked_for_again(bucket, store):
+    etag = store.head("3.png").etag
+    cut(bucket, ATTEMPTS - 1)
+    assert store.read("3.png", etag=etag, length=7) == b"image 3"
+    cut(bucket, ATTEMPTS - 1)
+    assert store.read("3.png", start=2, length=100) == b"age 3"
+    cut(bucket, ATTEMPTS)
+    with pytest.raises(UnavailableError, match="with 3 bytes in place of 7, 3 times"):
+        store.read("3.png", etag=etag, length=7)
+
+
+def test_a_file_read_in_windows_has_no_gaps(bucket, store):
+    body = bytes(range(256)) * 4
+    bucket.objects["d/shard.tar"] = body
+    info = store.head("shard.tar")
+    cut(bucket, 2)
+    file = WindowedFile(store, info, window_bytes=100)
+    assert file.read(10) == body[:10]
+    file.seek(-5, os.SEEK_END)
+    assert file.read() == body[-5:]
+    assert file.read_at(250, 90) == body[250:340]
+    assert file.read_at(0, 1024) == body
+    file.seek(0)
+    assert file.read() == body
+
+
+def test_ranges_are_those_that_were_asked_for(bucket, store):
+    etag = store.head("3.png").etag
+    assert store.read("3.png", etag=etag, start=2, length=3) == b"age"
+    assert store.read("3.png", start=4) == b"e 3"
+    assert store.read("3.png", start=6, length=1) == b"3"
+    assert store.read("3.png", start=7, length=1) == b""
+    assert store.read("3.png", length=0) == b""
+    assert [asked.headers.get("range") for asked in bucket.asked[1:]] == [
+        "bytes=2-4",
+        "bytes=4-",
+        "bytes=6-6",
+        "bytes=7-7",
+    ]
+    with pytest.raises(ChangedError):  # a pinned range lies inside the object
+        store.read("3.png", etag=etag, start=7, length=1)
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_another_range_is_refused(bucket, store, shift):
+    def shifted(asked, reply):
+        if "range" not in asked.headers:
+            return reply
+        held = bucket.objects[asked.key]
+        return Reply(
+            206, {**reply.headers, "Content-Range": f"bytes {2 + shift}-{4 + shift}/7"}, held[2 + shift : 5 + shift]
+        )
+
+    bucket.manners = shifted
+    with pytest.raises(StoreError, match="with the range"):
+        store.read("3.png", start=2, length=3)
+
+
+def test_a_range_that_is_ignored_is_refused_unless_the_whole_was_wanted(bucket, store):
+    def ignored(asked, reply):
+        if asked.method == "GET" and "range" in asked.headers:
+            held = bucket.objects[asked.key]
+            return Reply(200, {"ETag": etag_of(held)}, held)
+        return reply
+
+    bucket.manners = ignored
+    assert store.read("3.png", length=7) == b"image 3"
+    for asked in ({"start": 2, "length": 3}, {"length": 3}, {"start": 2}):
+        with pytest.raises(StoreError, match="ignores the Range header"):
+            store.read("3.png", **asked)
+
+
+def test_metadata_come_back_whatever_the_case_of_their_names(bucket, store):
+    store.create("x", b"1", metadata={"attempt": "One"})
+    assert bucket.asked[-1].headers["if-none-match"] == "*"
+    bucket.metadata["d/x"] = {"X-Amz-Meta-Attempt": "One"}
+    assert store.head("x").metadata == {"attempt": "One"}
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind"),
+    [
+        (403, "InvalidObjectState", ObjectError),
+        (403, "AccessDenied", ObjectError),
+        (403, "ExpiredToken", StoreError),
+        (503, "SlowDownRead", UnavailableError),
+        (429, "TooManyRequests", UnavailableError),
+        (500, "Anything", UnavailableError),
+        (501, "NotImplemented", StoreError),
+    ],
+)
+def test_whose_trouble_it_is(bucket, store, status, code, kind):
+    bucket.manners = lambda _asked, _reply: refused(status, code)
+    with pytest.raises(StoreError, match=code) as caught:
+        store.read("3.png")
+    assert type(caught.value) is kind
+
+
+@pytest.fixture
+def elsewhere():
+    with Bucket() as running:
+        yield running
+
+
+@pytest.mark.parametrize("method", ["read", "head", "list", "create"])
+def test_no_redirect_is_followed(bucket, store, elsewhere, method):
+    calls = {
+        "read": lambda: store.read("3.png"),
+        "head": lambda: store.head("3.png"),
+        "list": lambda: keys(store),
+        "create": lambda: store.create("x", b"1"),
+    }
+    where = elsewhere.url.removeprefix("http://")
+    body = f"<Error><Code>TemporaryRedirect</Code><Endpoint>{where}</Endpoint><Region>eu-west-1</Region></Error>"
+    headers = {"Location": f"{elsewhere.url}/b/d/3.png", "x-amz-bucket-region": "eu-west-1"}
+    for status in (301, 302, 303, 307, 308):
+        bucket.manners = lambda _asked, _reply, status=status: Reply(status, dict(headers), body.encode())
+        with pytest.raises(StoreError, match="redirected to another address, which is not followed"):
+            calls[method]()
+    assert elsewhere.asked == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://metadata.goog",
+        "http://METADATA.GOOG./computeMetadata",
+        "https://metadata.google.internal:80",
+        "http://x.metadata.google.internal",
+        "http://metadata",
+        "http://169.254.169.254",
+        "http://169.254.42",
+        "http://0251.0376.0251.0376",
+        "http://169%2e254.169.254",
+        "http://169。254。169。254",
+        "http://[::ffff:a9fe:a9fe]",
+        "http://[::169.254.169.254]",
+        "http://[64:ff9b::a9fe:a9fe]",
+        "http://[2002:a9fe:a9fe::1]",
+        "http://[fd00:ec2::254]",
+        "http://192.0.0.192",
+        "http://host:9000?X-Amz-Credential=secret",
+    ],
+)
+def test_metadata_services_are_no_endpoints(url):
+    with pytest.raises(StoreError) as caught:
+        check_endpoint(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_name_that_resolves_to_a_metadata_address_is_refused(monkeypatch):
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_a, **_o: [(0, 0, 0, "", ("169.254.169.254", 0))])
+    with pytest.raises(StoreError, match=r"resolves to 169\.254\.169\.254"):
+        check_resolved_endpoint("http://innocent.example")
+    with pytest.raises(StoreError, match="resolves to"):
+        S3Store("s3://b/d", "http://innocent.example").read("x")
