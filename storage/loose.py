@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 
-from storage.labels import label_of
 from storage.limits import MAX_IMAGE_BYTES
 from storage.records import RawRecord, too_many_bytes
 from storage.rejects import Reject, RejectCode
@@ -17,7 +16,7 @@ def read_images(store: ObjectStore, objects: Sequence[ObjectInfo]) -> Iterator[R
     (StoreError).
     """
     for info in objects:
-        label = label_of(PurePosixPath(info.key).parent.name)
+        label = PurePosixPath(info.key).parent.name or None
         try:
             data, reject = _read(store, info), None
         except MissingError as error:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.resample import bilinear_matrix, corner_samples, scaled, upsampling
+from engine.resample import bilinear_matrix, corner_samples, pooled, pooling_matrix, scaled, upsampling
 from tests.engine import oracles
 
 CPU = torch.device("cpu")
@@ -225,3 +225,23 @@ def test_scaled_maps_span_0_to_1_each_for_itself():
     assert found[0].tolist() == [[0.0, 1.0], [0.5, 0.0]]
     assert not found[1].any()
     assert found[2].isnan().all()
+
+
+# ---------------------------------------------------------------- means over cells
+
+
+@pytest.mark.parametrize(("full", "cells"), [(8, 4), (7, 3), (5, 5), (3, 5), (10, 1)])
+def test_a_pooling_matrix_is_adaptive_pooling(full, cells):
+    matrix = pooling_matrix(full, cells)
+    assert matrix.shape == (cells, full)
+    assert matrix.dtype == torch.float64
+    column = torch.rand(1, 1, full, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    wanted = torch.nn.functional.adaptive_avg_pool1d(column, cells)
+    torch.testing.assert_close(matrix @ column[0, 0], wanted[0, 0], atol=1e-15, rtol=0)
+
+
+def test_pooling_an_upsampled_map_makes_no_full_map():
+    maps = maps_of((4, 3))
+    full = upsampling((4, 3), (11, 9), CPU)(maps)
+    wanted = torch.nn.functional.adaptive_avg_pool2d(full, (5, 2))
+    torch.testing.assert_close(pooled(maps, (11, 9), (5, 2)), wanted, atol=1e-14, rtol=0)

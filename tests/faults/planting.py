@@ -25,16 +25,10 @@ FILES = ("pyproject.toml", "README.md")
 HEAVY = ("torch", "torchvision", "pyarrow.parquet", "pyarrow.dataset", "ray.data", "s3fs", "sklearn", "scipy.stats")
 """Libraries that take seconds to import, and that no fault is planted in."""
 OPTIONS = (
-    "-n0",
-    "-x",
-    "-q",
-    "--no-header",
-    "-p",
-    "no:cacheprovider",
-    "--timeout=100",
-    "-m",
-    "not servers and not faults",
-)
+    "-x", "-q", "--no-header", "-o", "addopts=", "--strict-markers", "--timeout=100",
+    "-m", "not servers and not faults",
+    "-p", "no:cacheprovider", "-p", "no:nbmake", "-p", "no:xdist",
+)  # fmt: skip
 SEED = "--hypothesis-seed=1"
 """One seed for all: what the sound tree passes with it, a broken one does not fail by bad luck."""
 

@@ -183,4 +183,18 @@ MUTATIONS = (
         '    faults = ["units are open"] if settled < len(standing.plan.units) else []\n',
         ("jobs/test_attempts.py::test_finalize_compares_sets_and_metadata",),
     ),
+    Mutation(
+        "a map's low and high end are swapped in its row",
+        "jobs/unit.py",
+        '        "map_low": encoded.low,\n        "map_high": encoded.high,\n',
+        '        "map_low": encoded.high,\n        "map_high": encoded.low,\n',
+        ("jobs/test_commit.py::test_a_stored_map_has_its_own_ends_and_sides",),
+    ),
+    Mutation(
+        "a map's low and high end are swapped in its codec",
+        "storage/maps.py",
+        "float(saliency_hw.min()), float(saliency_hw.max()))",
+        "float(saliency_hw.max()), float(saliency_hw.min()))",
+        ("jobs/test_commit.py::test_a_stored_map_has_its_own_ends_and_sides",),
+    ),
 )

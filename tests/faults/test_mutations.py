@@ -50,7 +50,6 @@ with copied(Path(sys.argv[1])) as tree:
     for file, sound, broken, test in [
         ("storage/sums.py", "a + b", "a - b", "test_sum"),
         ("storage/sums.py", "a + b", "b + a", "test_sum"),
-        ("storage/sums.py", "a * b", "a - b", "test_sum"),
         ("storage/sums.py", "a + b", "a +", "test_sum"),
         ("storage/sums.py", "a + b", "a - b", "test_that_is_gone"),
         ("storage/sums.py", "a + b", "a - b", "test_with_a_fixture"),
@@ -85,5 +84,5 @@ def test_a_verdict_is_red_green_or_broken(tmp_path):
         [sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
     )
     *verdicts, stranger = done.stdout.splitlines() or [done.stderr]
-    assert verdicts == ["green", "red", "green", "broken", "broken", "broken", "broken", "broken", "green"], done.stderr
+    assert verdicts == ["green", "red", "green", "broken", "broken", "broken", "broken", "green"], done.stderr
     assert stranger == f"storage.sums was imported from {Path(tmp_path) / 'storage/sums.py'}, and not from the copy"

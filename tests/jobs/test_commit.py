@@ -8,6 +8,8 @@ import pytest
 from jobs.receipts import read_receipts
 from jobs.records import Unit, UnitResult
 from jobs.unit import commit_unit
+from storage.fragments import read_fragment
+from storage.maps import CODEC, decode_levels
 from storage.store import ObjectInfo, StoreError
 from storage.survey import Layout
 from tests.storage.memory import MemoryStore
@@ -106,3 +108,14 @@ def test_a_unit_whose_rows_went_astray_is_not_committed():
     with pytest.raises(ValueError, match="3 records came in and 2 would go out"):
         commit_unit(replace(result(), num_records=3), store, "job")
     assert list(store.list()) == []
+
+
+def test_a_stored_map_has_its_own_ends_and_sides():
+    store = MemoryStore()
+    map_hw = np.array([[0.25, 0.5, 0.75]], np.float32)
+    commit_unit(replace(result(), rows=({**OK_ROW, "map": map_hw, "metrics": None}, BAD_ROW)), store, "job")
+    row, rejected = read_fragment(store.read(UNIT.fragment_key)).to_pylist()
+    assert (row["map_low"], row["map_high"]) == (0.25, 0.75)
+    assert (row["map_height"], row["map_width"], row["map_codec"]) == (1, 3, CODEC)
+    assert decode_levels(row["map"]).tolist() == [[0, 128, 255]]
+    assert rejected["map"] is rejected["map_low"] is None
