@@ -24,6 +24,7 @@ from engine.catalog import EXPLAINERS, FIDELITIES, Fidelity
 from engine.composition import Method, Preset, method_of, parameters_of
 from engine.detectors import installed_detector
 from engine.parameters import SiseParameters
+from jobs.labels import is_class_number
 from storage.images import DECODE_POLICY
 from storage.maps import CODEC
 from storage.schema import SCHEMA_VERSION
@@ -55,10 +56,10 @@ class TargetChoice:
             return cls("predicted")
         if text == "label":
             return cls("label")
-        if text.startswith("top-") and text[4:].isdigit() and 1 <= int(text[4:]) <= MAX_TARGETS:
+        if text.startswith("top-") and is_class_number(text[4:]) and 1 <= int(text[4:]) <= MAX_TARGETS:
             return cls("top", int(text[4:]))
         parts = text.split(",")
-        if all(part.strip().isdigit() for part in parts) and len(parts) <= MAX_TARGETS:
+        if all(is_class_number(part.strip()) for part in parts) and len(parts) <= MAX_TARGETS:
             classes = tuple(dict.fromkeys(int(part) for part in parts))
             return cls("given", len(classes), classes)
         raise ValueError(

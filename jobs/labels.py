@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+MAX_DIGITS = 18
+"""Of a class index that is written as text: it fits 64 bits."""
+
 
 class Labels:
     """Knows what the labels of one data set mean for one model.
@@ -15,7 +18,7 @@ class Labels:
         """`folders` are the data set's class folders, if it has any."""
         self.num_classes = num_classes
         self.named = {_plain(name): index for index, name in enumerate(class_names or ())}
-        says_itself = all(name.isdigit() for name in folders) or any(_plain(name) in self.named for name in folders)
+        says_itself = all(map(is_class_number, folders)) or any(_plain(name) in self.named for name in folders)
         in_order = len(folders) == num_classes and not says_itself
         self.folders = {name: index for index, name in enumerate(sorted(folders))} if in_order else {}
 
@@ -28,7 +31,12 @@ class Labels:
     def _index_of_name(self, label: str) -> int | None:
         if label in self.folders:
             return self.folders[label]
-        return int(label) if label.isdigit() else self.named.get(_plain(label))
+        return int(label) if is_class_number(label) else self.named.get(_plain(label))
+
+
+def is_class_number(label: str) -> bool:
+    """Whether a label is a number that Python can read, which takes neither `²` nor thousands of digits."""
+    return label.isascii() and label.isdecimal() and len(label) <= MAX_DIGITS
 
 
 def _plain(name: str) -> str:

@@ -15,7 +15,9 @@ import pyarrow.parquet as pq
 from jobs.config import ConfigError, JobConfig, differences, digest_of
 from jobs.records import ModelFacts, Unit, UnreconciledError
 from jobs.units import Piece, Workforce, pieces
-from storage.store import AlreadyExistsError, MissingError, ObjectInfo, ObjectStore
+from storage.limits import MAX_BATCH_BYTES, MAX_UNFOLDING
+from storage.parquet import checked_columns, parquet_bytes
+from storage.store import AlreadyExistsError, DamagedError, MissingError, ObjectInfo, ObjectStore
 from storage.stores import open_store
 from storage.survey import Layout, survey
 
@@ -186,7 +188,7 @@ def load_plan(store: ObjectStore) -> Plan | None:
         return None
     try:
         return _read_plan(store, json.loads(body))
-    except (ValueError, TypeError, KeyError, pa.ArrowException, MissingError) as error:
+    except (ValueError, TypeError, KeyError, DamagedError, MissingError) as error:
         raise UnreconciledError(f"{PLAN_KEY} in {store.uri} is damaged, or what it names: {error}") from error
 
 
@@ -253,8 +255,9 @@ def _units_bytes(units: Sequence[Unit]) -> bytes:
 
 
 def _read_units(body: bytes) -> tuple[Unit, ...]:
-    # in this thread: a process that ends while Arrow's first ones are still being started dies of SIGABRT
-    rows = pq.ParquetFile(io.BytesIO(body)).read(use_threads=False).cast(UNITS_SCHEMA).to_pylist()
+    most_bytes = MAX_UNFOLDING * len(body) + MAX_BATCH_BYTES
+    table = checked_columns(parquet_bytes(body, "the list of units"), UNITS_SCHEMA)
+    rows = table.table(UNITS_SCHEMA.names, UNITS_SCHEMA, most_bytes).to_pylist()
     return tuple(
         Unit(
             **{**row, "layout": Layout(row["layout"]), "objects": tuple(ObjectInfo(**item) for item in row["objects"])}

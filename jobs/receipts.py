@@ -14,7 +14,7 @@ import pyarrow as pa
 from jobs.records import Receipt, Unit, UnreconciledError
 from storage.fragments import read_fragment
 from storage.schema import OK, REJECTED
-from storage.store import AlreadyExistsError, ObjectStore
+from storage.store import AlreadyExistsError, DamagedError, ObjectStore
 
 COLUMNS = ["shard", "shard_index", "status", "reject_code", "num_forwards", "metrics"]
 READERS = 16
@@ -25,7 +25,7 @@ def receipt_of(unit: Unit, body: bytes) -> Receipt:
     """The receipt of a fragment with these bytes. Raises UnreconciledError where they are no fragment."""
     try:
         rows = read_fragment(body, COLUMNS)
-    except (pa.ArrowException, ValueError, OSError) as error:
+    except DamagedError as error:
         raise UnreconciledError(f"{unit.fragment_key} cannot be read: {error}") from error
     records = _one_row_per_record(rows)
     statuses = Counter(row["status"] for row in records)

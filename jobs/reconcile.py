@@ -8,8 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow as pa
-
 from jobs.config import TargetChoice
 from jobs.dead import letter_key, read_letters
 from jobs.plan import Plan
@@ -17,7 +15,7 @@ from jobs.receipts import READERS, commit_facts, metric_means, read_receipts, re
 from jobs.records import DeadLetter, Receipt, Unit, UnreconciledError
 from storage.fragments import read_fragment
 from storage.schema import OK
-from storage.store import AlreadyExistsError, MissingError, ObjectStore
+from storage.store import AlreadyExistsError, DamagedError, MissingError, ObjectStore
 from storage.survey import Layout
 
 MANIFEST_KEY = "_job/final/manifest.json"
@@ -219,7 +217,7 @@ def _unit_faults(store: ObjectStore, plan: Plan, unit: Unit, shard: _Shard, foun
     try:
         receipt = receipt_of(unit, body)
         rows = read_fragment(body, ROW_COLUMNS).to_pylist()
-    except (UnreconciledError, pa.ArrowException, ValueError, OSError) as error:
+    except (UnreconciledError, DamagedError) as error:
         said = str(error)
         yield said if isinstance(error, UnreconciledError) else f"{unit.fragment_key} cannot be read: {said}"
         return

@@ -6,14 +6,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from jobs.plan import MODEL_KEY
 from jobs.records import ModelFacts, UnreconciledError
+from storage.fragments import read_rows
+from storage.limits import MAX_FRAGMENT_BYTES
 from storage.maps import MapError, decode_map
 from storage.schema import EVALUATION, SCHEMA
-from storage.store import ObjectStore
+from storage.store import DamagedError, ObjectStore
 
 WAYS_OUT = {
     "data/": "`blocksight verify` says more",
@@ -35,14 +36,11 @@ def values_in(store: ObjectStore, key: str, columns: Sequence[str] | None = None
 
 def table_of(store: ObjectStore, key: str, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
     """The rows of a Parquet object that has the columns of `schema`, all of them or some. Raises as `fragment_of`."""
-    body = store.read(key)
+    body = store.read(key, length=MAX_FRAGMENT_BYTES + 1)
     try:
-        file = pq.ParquetFile(pa.BufferReader(body))
-        table = _checked(file, schema).read(None if columns is None else list(columns), use_threads=False)
-        table.validate(full=True)  # text that is no UTF-8 shows here, and not in the midst of a loop
-    except (pa.ArrowException, OSError, ValueError) as error:
+        return read_rows(body, schema, "it", columns)
+    except DamagedError as error:
         raise damaged(store.uri, key, error) from error
-    return table
 
 
 def model_facts(store: ObjectStore) -> Mapping[str, Any]:
@@ -54,12 +52,6 @@ def model_facts(store: ObjectStore) -> Mapping[str, Any]:
         return vars(ModelFacts(**json.loads(store.read(MODEL_KEY))))
     except (ValueError, TypeError) as error:
         raise damaged(store.uri, MODEL_KEY, error) from error
-
-
-def _checked(file: pq.ParquetFile, schema: pa.Schema) -> pq.ParquetFile:
-    if not file.schema_arrow.equals(schema):
-        raise ValueError(f"its columns are {', '.join(file.schema_arrow.names)}; not those that are written there")
-    return file
 
 
 def damaged(uri: str, key: str, reason: object) -> UnreconciledError:

@@ -12,13 +12,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
 from storage.images import DEFAULT_LIMITS
-from storage.records import WindowedFile, as_text
-from storage.store import ObjectInfo, ObjectStore, StoreError
+from storage.parquet import ParquetTable, parquet_object
+from storage.records import as_text
+from storage.store import DamagedError, ObjectInfo, ObjectStore, StoreError
 from storage.stores import open_store
 from storage.truth import EVERY_TARGET, Box, ImageTruth, Mask, Polygon, Truth, TruthObject, parts_of
 
@@ -99,7 +99,7 @@ def _placed(store: ObjectStore, info: ObjectInfo) -> Iterator[None]:
     """Turns what parsers say about a file into a sentence that names it."""
     try:
         yield
-    except (ValueError, LookupError, RecursionError, SyntaxError, pa.ArrowException, OSError) as error:
+    except (ValueError, LookupError, RecursionError, SyntaxError, pa.ArrowException, OSError, DamagedError) as error:
         raise StoreError(f"{store.uri}/{info.key} cannot be read as ground truth: {error}") from error
 
 
@@ -264,16 +264,16 @@ def _tables(store: ObjectStore, infos: Sequence[ObjectInfo]) -> list[ImageTruth]
     objects: dict[str, list[TruthObject]] = defaultdict(list)
     for info in infos:
         with _placed(store, info):
-            for key, found in _rows(pq.ParquetFile(pa.PythonFile(WindowedFile(store, info), mode="r"))):
+            for key, found in _rows(parquet_object(store, info)):
                 objects[key] += found
     with _placed(store, infos[0]):
         return [_image(key, found, None, None) for key, found in objects.items()]
 
 
-def _rows(file: pq.ParquetFile) -> Iterator[tuple[str, list[TruthObject]]]:
+def _rows(table: ParquetTable) -> Iterator[tuple[str, list[TruthObject]]]:
     """Key and objects of each row."""
-    names = _columns(file.schema_arrow)
-    for batch in file.iter_batches(BATCH_ROWS, columns=names, use_threads=False):
+    names = _columns(table)
+    for _, batch in table.rows(names, BATCH_ROWS):
         cells = [batch.column(name).cast(COLUMNS[name]).to_pylist() for name in names]
         for row in (dict(zip(names, values, strict=True)) for values in zip(*cells, strict=True)):
             if row[KEY] is None:
@@ -281,16 +281,13 @@ def _rows(file: pq.ParquetFile) -> Iterator[tuple[str, list[TruthObject]]]:
             yield row[KEY], _masked(row) if MASK in row else _boxed(row)
 
 
-def _columns(schema: pa.Schema) -> list[str]:
-    """The columns that are read. Plain types alone: an extension type may bring code that runs on reading."""
-    if KEY not in schema.names or (BOXES in schema.names) == (MASK in schema.names):
-        raise ValueError(f"its columns are {', '.join(schema.names)}; wanted `{KEY}` and one of `{BOXES}`, `{MASK}`")
-    wanted = (KEY, BOXES, LABELS) if BOXES in schema.names else (KEY, MASK, LABEL)
-    names = [name for name in wanted if name in schema.names]
-    for name in names:
-        if "extension" in str(schema.field(name).type):
-            raise ValueError(f"column `{name}` is {schema.field(name).type}; wanted {COLUMNS[name]}")
-    return names
+def _columns(table: ParquetTable) -> list[str]:
+    """The columns that are read. Raises ValueError where there are none to read."""
+    names = table.names
+    if KEY not in names or (BOXES in names) == (MASK in names):
+        raise ValueError(f"its columns are {', '.join(names)}; wanted `{KEY}` and one of `{BOXES}`, `{MASK}`")
+    wanted = (KEY, BOXES, LABELS) if BOXES in names else (KEY, MASK, LABEL)
+    return [name for name in wanted if name in names]
 
 
 def _boxed(row: Mapping[str, Any]) -> list[TruthObject]:

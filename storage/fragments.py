@@ -1,13 +1,13 @@
 """Fragments: rows to the bytes of one Parquet object and back, the same bytes for the same rows."""
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.records import WindowedFile
+from storage.limits import MAX_FRAGMENT_BYTES
+from storage.parquet import checked_columns, parquet_bytes, parquet_object
 from storage.schema import SCHEMA
 from storage.store import DamagedError, ObjectInfo, ObjectStore
 
@@ -38,11 +38,20 @@ def encode_fragment(
 
 
 def read_fragment(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows of a fragment, all columns or some. Raises pyarrow.ArrowInvalid where it is no Parquet file,
-    and ValueError where its columns are not ours."""
-    file = _checked(pq.ParquetFile(io.BytesIO(data)))
-    # in this thread: a process that ends while Arrow's first ones are still being started dies of SIGABRT
-    return file.read(columns=None if columns is None else list(columns), use_threads=False)
+    """The rows of a fragment, all columns or some. Raises DamagedError where its bytes are no fragment of ours, or
+    unfold to more than `MAX_FRAGMENT_BYTES`."""
+    return read_rows(data, SCHEMA, "the fragment", columns)
+
+
+def read_rows(data: bytes, schema: pa.Schema, where: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of a table of an output that has the columns of `schema`, all of them or some; `where` names it.
+
+    Raises DamagedError as `read_fragment`.
+    """
+    if len(data) > MAX_FRAGMENT_BYTES:
+        raise DamagedError(f"{where} has {len(data)} bytes or more, at most {MAX_FRAGMENT_BYTES} are read")
+    table = checked_columns(parquet_bytes(data, where), schema)
+    return table.table(schema.names if columns is None else columns, schema)
 
 
 def fragment_batches(
@@ -53,17 +62,12 @@ def fragment_batches(
     It is read in windows of so many bytes: small ones leave out what lies between the columns. Raises DamagedError
     where it is no fragment of ours, and StoreError.
     """
+    wanted = pa.schema([SCHEMA.field(name) for name in columns])
     try:
-        file = _checked(pq.ParquetFile(pa.PythonFile(WindowedFile(store, info, window_bytes), mode="r")))
-        yield from file.iter_batches(batch_rows, columns=list(columns), use_threads=False)
-    except (pa.ArrowException, OSError, ValueError) as error:
+        table = checked_columns(parquet_object(store, info, window_bytes), SCHEMA)
+        for _, batch in table.rows(columns, batch_rows):
+            yield batch.select(list(columns)).cast(wanted)
+    except (DamagedError, pa.ArrowException) as error:
         raise DamagedError(
             f"{store.uri}/{info.key} is no readable fragment, `blocksight verify` says more: {error}"
         ) from error
-
-
-def _checked(file: pq.ParquetFile) -> pq.ParquetFile:
-    """The file, if its columns are ours. Raises ValueError."""
-    if not file.schema_arrow.equals(SCHEMA):
-        raise ValueError(f"not a fragment of schema version {SCHEMA.metadata[b'blocksight.schema'].decode()}")
-    return file

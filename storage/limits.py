@@ -23,3 +23,27 @@ MAX_LABEL_BYTES = 1024
 
 MAX_SHARD_RECORDS = 1_000_000
 """Records of one tar shard: their keys are held in memory to find duplicates."""
+
+MAX_KEY_BYTES = 4096
+"""The name of one row of a table."""
+
+MAX_PARQUET_FOOTER_BYTES = 8 << 20
+"""The footer of one Parquet file: Arrow takes up to 240 times as much to hold it."""
+
+MAX_PARQUET_COLUMNS = 10_000
+"""Columns of one Parquet file, those inside of structs and lists counted one by one."""
+
+MAX_PAGES_BYTES = 2 * MAX_IMAGE_BYTES
+"""Pages of one Parquet row group that are in memory at once, after decompression, dictionaries included.
+
+With what Arrow and Python copy of them a Parquet file is read in 8 times `MAX_IMAGE_BYTES`.
+"""
+
+MAX_BATCH_BYTES = MAX_IMAGE_BYTES
+"""Rows of a Parquet file that are decoded at once, where that is more than one row."""
+
+MAX_FRAGMENT_BYTES = 4 * MAX_IMAGE_BYTES
+"""One table of an output, as it is stored and in memory; a unit is planned for 64 MiB."""
+
+MAX_UNFOLDING = 64
+"""Bytes in memory per stored byte of the plan's units, of which a whole data set's names are part."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 
+from storage.labels import label_of
 from storage.limits import MAX_IMAGE_BYTES
 from storage.records import RawRecord, too_many_bytes
 from storage.rejects import Reject, RejectCode
@@ -16,7 +17,7 @@ def read_images(store: ObjectStore, objects: Sequence[ObjectInfo]) -> Iterator[R
     (StoreError).
     """
     for info in objects:
-        label = PurePosixPath(info.key).parent.name or None
+        label = label_of(PurePosixPath(info.key).parent.name)
         try:
             data, reject = _read(store, info), None
         except MissingError as error:

@@ -25,6 +25,7 @@ class RejectCode(StrEnum):
     NON_FINITE = "non_finite"
     MODEL_FAILED = "model_failed"
     PROCESS_DIED = "process_died"
+    KEY_REFUSED = "key_refused"
 
 
 class Reject(Exception):

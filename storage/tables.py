@@ -1,131 +1,163 @@
 """Parquet tables with an image column: read by row range, a few rows at a time."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from storage.limits import MAX_IMAGE_BYTES
-from storage.records import RawRecord, WindowedFile, as_text, too_many_bytes
+from storage.labels import as_bytes_text, label_of
+from storage.limits import MAX_IMAGE_BYTES, MAX_KEY_BYTES
+from storage.parquet import (
+    ParquetTable,
+    Place,
+    is_bytes,
+    is_number,
+    is_temporal_or_decimal,
+    parquet_object,
+)
+from storage.records import RawRecord, as_text, too_many_bytes
 from storage.rejects import Reject, RejectCode
-from storage.store import DamagedError, ObjectInfo, ObjectStore, StoreError
+from storage.store import DamagedError, ObjectInfo, ObjectStore
 
-IMAGE, LABEL, KEY = "image", "label", "key"
+IMAGE, LABEL, KEY, BYTES = "image", "label", "key", "bytes"
+USED = (IMAGE, LABEL, KEY)
 BATCH_ROWS = 16
-"""Rows that are in memory at once."""
+"""Rows that are in memory at once, where they are small enough."""
+SHOWN = 64
+"""Characters of a refused key that are kept."""
+
+
+@dataclass(frozen=True)
+class TableFacts:
+    """What a table's footer says."""
+
+    num_rows: int
+    unread: tuple[str, ...]
+    """Columns that are of no use and of a type that is never read, with the type."""
+
+
+def table_facts(store: ObjectStore, info: ObjectInfo) -> TableFacts:
+    """What a table holds, from its footer. Raises DamagedError where it is no table with images, and StoreError."""
+    table, places = _open(store, info)
+    used = {place if isinstance(place, str) else place[0] for place in places}
+    unread = [f"column {name} ({kind})" for name, kind in table.extensions.items() if name not in used]
+    label = table.schema.field(LABEL).type if LABEL in table.names else None
+    if label is not None and LABEL not in used:
+        unread.append(f"column {LABEL} ({label})")
+    return TableFacts(table.num_rows, tuple(as_text(name) for name in unread))
 
 
 def count_rows(store: ObjectStore, info: ObjectInfo) -> int:
-    """Rows of the table, from its footer. Raises StoreError where it is no table with images."""
-    return _open(store, info).metadata.num_rows
+    """Rows of the table, from its footer. Raises as `table_facts`."""
+    return table_facts(store, info).num_rows
 
 
 def read_table(store: ObjectStore, info: ObjectInfo, start: int, stop: int) -> Iterator[RawRecord]:
     """The records of rows [start, stop): column `image` (bytes, or a struct with `bytes`), and where they
     stand `label` and `key`; without `key` the row's number is the key.
 
-    Of two rows with one key the later is rejected, wherever the range begins. Raises StoreError,
-    MissingError, ChangedError and DamagedError.
+    Of two rows with one key the later is rejected, wherever the range begins. Raises DamagedError where the table
+    cannot be read, MissingError, ChangedError and StoreError.
     """
-    file = _open(store, info)
-    names = [name for name in (IMAGE, LABEL, KEY) if name in file.schema_arrow.names]
-    seen = _keys(file, start) if KEY in names else set()
-    for index, row in _rows(file, start, stop, names):
-        key = as_text(str(row[KEY])) if row.get(KEY) is not None else str(index)
-        record = RawRecord(f"{info.key}/{key}", info.key, index, _label(row.get(LABEL)))
-        if key in seen:
-            duplicate = Reject(RejectCode.DUPLICATE_KEY, f"key {key!r} stands earlier in the table")
-            yield replace(record, reject=duplicate)
-        else:
-            seen.add(key)
-            yield _with_image(record, row[IMAGE])
+    table, places = _open(store, info)
+    seen = _keys(table, start) if KEY in places else set()
+    for first, batch in table.rows(places, BATCH_ROWS, start, stop):
+        images = _images(batch.column(IMAGE))
+        keys = _keys_of(batch, first)
+        labels = _values(batch.column(LABEL)) if LABEL in places else [None] * batch.num_rows
+        for offset, (key, label) in enumerate(zip(keys, labels, strict=True)):
+            record = RawRecord(f"{info.key}/{key}", info.key, first + offset, label_of(label))
+            if len(key.encode()) > MAX_KEY_BYTES:
+                yield _with_long_key(record, info, key)
+            elif key in seen:
+                duplicate = Reject(RejectCode.DUPLICATE_KEY, f"key {key!r} stands earlier in the table")
+                yield replace(record, reject=duplicate)
+            else:
+                seen.add(key)
+                yield _with_image(record, images, offset)
 
 
-def _with_image(record: RawRecord, cell: Any) -> RawRecord:
-    data = cell.get("bytes") if isinstance(cell, Mapping) else cell
-    if data is None:
+def _with_long_key(record: RawRecord, info: ObjectInfo, key: str) -> RawRecord:
+    reason = f"its key has {len(key.encode())} bytes, at most {MAX_KEY_BYTES} are kept"
+    name = f"{info.key}/{key[:SHOWN]}… (row {record.index})"
+    return replace(record, key=name, reject=Reject(RejectCode.KEY_REFUSED, reason))
+
+
+def _with_image(record: RawRecord, images: pa.Array, offset: int) -> RawRecord:
+    cell = images[offset]
+    if not cell.is_valid:
         return replace(record, reject=Reject(RejectCode.MISSING_IMAGE, f"the column `{IMAGE}` is null"))
-    if len(data) > MAX_IMAGE_BYTES:
-        return replace(record, reject=too_many_bytes(len(data)))
-    return replace(record, data=data)
+    size = cell.as_buffer().size
+    if size > MAX_IMAGE_BYTES:
+        return replace(record, reject=too_many_bytes(size))
+    return replace(record, data=cell.as_py())
 
 
-def _label(value: Any) -> str | int | None:
-    plain = value is None or (isinstance(value, int) and not isinstance(value, bool))
-    return value if plain else as_text(str(value))
+def _images(column: pa.Array) -> pa.Array:
+    """The images' bytes; null where there is no image."""
+    plain = column.flatten()[0] if pa.types.is_struct(column.type) else column
+    return plain.cast(pa.binary()) if pa.types.is_null(plain.type) else plain
 
 
-def _keys(file: pq.ParquetFile, stop: int) -> set[str]:
+def _keys(table: ParquetTable, stop: int) -> set[str]:
     """The keys of the rows before the range."""
-    rows = _rows(file, 0, stop, [KEY])
-    return {as_text(str(row[KEY])) if row[KEY] is not None else str(index) for index, row in rows}
+    batches = table.rows([KEY], BATCH_ROWS, 0, stop)
+    return {key for first, batch in batches for key in _keys_of(batch, first)}
 
 
-def _rows(file: pq.ParquetFile, start: int, stop: int, names: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and cells of rows [start, stop), from the row groups that hold them alone.
-
-    Raises DamagedError where their bytes are no Parquet.
-    """
-    try:
-        yield from _read_rows(file, start, stop, names)
-    except (pa.ArrowException, OSError) as error:
-        raise DamagedError(f"rows {start} to {stop} of the table cannot be read: {error}") from error
+def _keys_of(batch: pa.RecordBatch, first: int) -> list[str]:
+    """The rows' keys; a row without one has its number."""
+    numbers = range(first, first + batch.num_rows)
+    if KEY not in batch.schema.names:
+        return list(map(str, numbers))
+    values = _values(batch.column(KEY))
+    return [str(number) if value is None else _text(value) for number, value in zip(numbers, values, strict=True)]
 
 
-def _read_rows(file: pq.ParquetFile, start: int, stop: int, names: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    groups, first = _groups(file, start, stop)
-    index = first
-    for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=names, use_threads=False):
-        if index + batch.num_rows > start:
-            for offset, row in enumerate(batch.to_pylist(), index):
-                if start <= offset < stop:
-                    yield offset, row
-        index += batch.num_rows
-        if index >= stop:
-            return
+def _text(value: Any) -> str:
+    return as_bytes_text(value) if isinstance(value, bytes) else as_text(str(value))
 
 
-def _groups(file: pq.ParquetFile, start: int, stop: int) -> tuple[list[int], int]:
-    """The row groups that overlap the range, and the number of the first one's first row."""
-    groups, first, row = [], 0, 0
-    for group in range(file.metadata.num_row_groups):
-        size = file.metadata.row_group(group).num_rows
-        if row < stop and row + size > start:
-            first = first if groups else row
-            groups.append(group)
-        row += size
-    return groups, first
+def _values(column: pa.Array) -> list[Any]:
+    """A column's values: numbers as they are, text as its bytes, times and decimals as Arrow writes them."""
+    if is_temporal_or_decimal(column.type):
+        return column.cast(pa.string()).to_pylist()
+    if pa.types.is_string(column.type):
+        return column.cast(pa.binary()).to_pylist()  # it need not be UTF-8
+    return column.to_pylist()
 
 
-def _open(store: ObjectStore, info: ObjectInfo) -> pq.ParquetFile:
-    where = f"{store.uri}/{info.key}"
-    try:
-        file = pq.ParquetFile(pa.PythonFile(WindowedFile(store, info), mode="r"))
-        schema = file.schema_arrow
-    except (pa.ArrowException, ValueError) as error:
-        raise DamagedError(f"{where} is no readable Parquet file: {error}") from error
-    if IMAGE not in schema.names:
-        raise StoreError(f"{where} has no column `{IMAGE}`; its columns: {', '.join(schema.names)}")
-    for name in (IMAGE, LABEL, KEY):
-        if name in schema.names:
-            _check_type(where, name, schema.field(name).type)
-    return file
+def _open(store: ObjectStore, info: ObjectInfo) -> tuple[ParquetTable, list[Place]]:
+    """The table, and where its image, label and key are."""
+    table = parquet_object(store, info)
+    if IMAGE not in table.names:
+        raise DamagedError(f"{table.where} has no column `{IMAGE}`; its columns: {', '.join(table.names)}")
+    used = [name for name in USED if name in table.names]
+    table.refuse_ambiguous(used)
+    table.refuse_extensions(used)
+    places: list[Place] = [_image_place(table)]
+    if LABEL in used and _is_value(table.schema.field(LABEL).type):
+        places.append(LABEL)
+    if KEY in used:
+        kind = table.schema.field(KEY).type
+        if not _is_value(kind):
+            raise DamagedError(f"{table.where}: column `{KEY}` is {kind}; wanted numbers or text")
+        places.append(KEY)
+    return table, places
 
 
-def _check_type(where: str, name: str, kind: pa.DataType) -> None:
-    """Plain types alone: an extension type may bring code that runs when a value is read."""
-    inner = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
-    plain = _is_bytes(inner) if name == IMAGE else pa.types.is_primitive(kind) or _is_text(kind)
-    if not plain:
-        wanted = "binary, or a struct with a binary field `bytes`" if name == IMAGE else "numbers or text"
-        raise StoreError(f"{where}: column `{name}` is {kind}; wanted {wanted}")
+def _image_place(table: ParquetTable) -> Place:
+    kind = table.schema.field(IMAGE).type
+    inner = [one for one in kind if one.name == BYTES] if pa.types.is_struct(kind) else []
+    if is_bytes(kind) or pa.types.is_null(kind):
+        return IMAGE
+    if len(inner) == 1 and (is_bytes(inner[0].type) or pa.types.is_null(inner[0].type)):
+        return IMAGE, BYTES
+    raise DamagedError(
+        f"{table.where}: column `{IMAGE}` is {kind}; wanted binary, or a struct with a binary field `{BYTES}`"
+    )
 
 
-def _is_bytes(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+def _is_value(kind: pa.DataType) -> bool:
+    return is_bytes(kind) or is_number(kind) or is_temporal_or_decimal(kind) or pa.types.is_null(kind)

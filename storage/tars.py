@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
+from storage.labels import label_of
 from storage.limits import MAX_IMAGE_BYTES, MAX_LABEL_BYTES, MAX_MEMBER_NAME_BYTES, MAX_SHARD_RECORDS
 from storage.records import RawRecord, WindowedFile, as_text, too_many_bytes
 from storage.rejects import Reject, RejectCode
@@ -85,10 +86,10 @@ def _record(file: WindowedFile, draft: _Draft, index: int) -> RawRecord:
 
 
 def _label(file: WindowedFile, member: Member | None) -> str | int | None:
-    if member is None or member.size > MAX_LABEL_BYTES:
+    if member is None:
         return None
-    text = file.read_at(member.data_start, member.size).decode("utf-8", "replace").strip()
-    return int(text) if text.isdecimal() and text.isascii() else text or None
+    body = file.read_at(member.data_start, min(member.size, MAX_LABEL_BYTES + 1))  # a longer one is cut there
+    return label_of(body.strip())
 
 
 def _drafts(file: WindowedFile) -> Iterator[_Draft]:

@@ -1,6 +1,5 @@
 """What an audit found, as it stands beside the output: one document, and tables for whoever wants the figures."""
 
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +11,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from jobs.records import UnreconciledError
-from storage.store import MissingError, ObjectStore
+from storage.fragments import read_rows
+from storage.limits import MAX_FRAGMENT_BYTES
+from storage.store import DamagedError, MissingError, ObjectStore
 
 FOLDER = "audit/"
 AUDIT_KEY = f"{FOLDER}audit.json"
@@ -246,8 +247,8 @@ def read_audit(store: ObjectStore) -> Audit | None:
     try:
         body = json.loads(document)
         groups, clusters = (
-            pq.ParquetFile(io.BytesIO(store.read(key))).read(use_threads=False).to_pylist()
-            for key in (GROUPS_KEY, CLUSTERS_KEY)
+            read_rows(store.read(key, length=MAX_FRAGMENT_BYTES + 1), schema, key).to_pylist()
+            for key, schema in ((GROUPS_KEY, GROUPS), (CLUSTERS_KEY, CLUSTERS))
         )
         return Audit(
             **{
@@ -259,7 +260,7 @@ def read_audit(store: ObjectStore) -> Audit | None:
                 "notes": tuple(body["notes"]),
             }
         )
-    except (ValueError, TypeError, KeyError, pa.ArrowException, MissingError) as error:
+    except (ValueError, TypeError, KeyError, DamagedError, MissingError) as error:
         raise UnreconciledError(
             f"{AUDIT_KEY} in {store.uri} is damaged, run `blocksight audit` again: {error}"
         ) from error

@@ -22,7 +22,7 @@ from jobs.audit.oddities import KEPT, Oddest, placed
 from jobs.audit.result import AUDIT_KEY, ROWS_FOLDER, Audit, Shortcut, write_audit
 from jobs.audit.samples import Sample
 from jobs.audit.shortcuts import judged, suspects_of, tried
-from jobs.audit.stream import Asked, Streamed, stream
+from jobs.audit.stream import Asked, Streamed, read_scratch, stream
 from jobs.audit.trial import Court
 from jobs.config import ConfigError
 from jobs.context import weights_bytes
@@ -155,7 +155,7 @@ def _write_rows(store: ObjectStore, scratch: Path, oddest: Oddest, console: Cons
     """Writes every map's row with its cluster and strangeness; rows of another audit go."""
     files = sorted(scratch.glob("*.parquet"))
     for file in _tracked(files, "placing maps", console):
-        rows = placed(pq.ParquetFile(file).read(use_threads=False), oddest.models)
+        rows = placed(read_scratch(file), oddest.models)
         oddest.add(rows)
         body = io.BytesIO()
         pq.write_table(rows, body, compression="zstd")

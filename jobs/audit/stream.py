@@ -27,7 +27,7 @@ from jobs.bootstrap import key_hashes
 from jobs.config import ConfigError
 from jobs.evaluation import ClassMap, labels_of, region_of
 from jobs.plan import Plan
-from storage.fragments import fragment_batches
+from storage.fragments import fragment_batches, read_rows
 from storage.maps import MapError, decode_levels
 from storage.records import WindowedFile
 from storage.schema import OK
@@ -247,16 +247,20 @@ class _Reading:
     def mark_equals(self, info: ObjectInfo, start: int, shared: Words) -> int:
         """How many maps of a fragment are shared by images, now that all are known; its file says which."""
         file = self._file(info)
-        stop = start + pq.read_metadata(file).num_rows
-        equals = contains(shared, self.equals.maps[start:stop])
+        table = read_scratch(file)
+        equals = contains(shared, self.equals.maps[start : start + len(table)])
         if equals.any():
-            table = pq.ParquetFile(file).read(use_threads=False)
             place = ROWS.get_field_index("equals_other")
             pq.write_table(table.set_column(place, ROWS.field(place), pa.array(equals)), file, compression="zstd")
         return int(equals.sum())
 
     def _file(self, info: ObjectInfo) -> Path:
         return self.scratch / PurePosixPath(info.key).name
+
+
+def read_scratch(file: Path) -> pa.Table:
+    """The lines of one file in the scratch folder, as `stream` left them. Raises DamagedError."""
+    return read_rows(file.read_bytes(), ROWS, str(file))
 
 
 def _parts(rows: Sequence[Mapping[str, Any]]) -> Iterator[slice]:

@@ -9,6 +9,7 @@ import pytest
 from storage.fragments import encode_fragment, read_fragment
 from storage.pictures import Tile, contact_sheet, overlay, resized, side_by_side
 from storage.schema import SCHEMA
+from storage.store import DamagedError
 
 
 def row(**values):
@@ -40,7 +41,7 @@ def test_other_tables_are_no_fragments():
 
     sink = io.BytesIO()
     pq.write_table(pa.table({"a": [1]}), sink)
-    with pytest.raises(ValueError, match="not a fragment"):
+    with pytest.raises(DamagedError, match="has the columns a; not those"):
         read_fragment(sink.getvalue())
 
 

@@ -362,7 +362,7 @@ def test_a_table_that_is_none():
 
 def test_an_extension_type_is_refused():
     column = pa.ExtensionArray.from_storage(pa.json_(), pa.array(["a"]))
-    with pytest.raises(StoreError, match="wanted string"):
+    with pytest.raises(StoreError, match="of the extension type arrow"):
         read_truth(stored(a__parquet=table(key=column, boxes=[BOX])))
 
 
