@@ -12,20 +12,13 @@ from ray.exceptions import RayError
 
 from cluster.errors import ClusterError
 from cluster.sizing import Sizing, local_cpus, size_for
+from cluster.switches import refuse_unsafe_switches
 
 OBJECT_STORE_BYTES = 1 << 30
 """Of a session on this machine: a few units of pixels per actor."""
 CONNECT_SECONDS = 5.0
 QUIET = "fatal"
 """Below that Ray's core writes advice to its developers on our users' screens."""
-
-UNSAFE_SWITCHES = (
-    "RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE",
-    "RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR",
-    "RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA",
-    "RAY_DATA_WEBDATASET_ALLOW_UNSAFE_DESERIALIZATION",
-)
-"""With these Ray unpickles what it reads from files."""
 
 
 @contextmanager
@@ -36,7 +29,7 @@ def ray_session(address: str | None = None, num_actors: int | None = None) -> It
     listens on every interface of the machine: the token is what keeps strangers out. Raises ClusterError
     where the session cannot be had or is too small.
     """
-    _refuse_unsafe()
+    refuse_unsafe_switches()
     if ray.is_initialized():
         raise ClusterError("this process has a Ray session already; end it with ray.shutdown() first")
     try:
@@ -109,10 +102,3 @@ def _silent_standard_error() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
-
-
-def _refuse_unsafe() -> None:
-    """Ray can be told to unpickle what it reads; blocksight reads files of strangers."""
-    unsafe = [name for name in UNSAFE_SWITCHES if os.environ.get(name, "0").lower() not in ("", "0", "false")]
-    if unsafe:
-        raise ClusterError(f"{', '.join(unsafe)} lets files run code when they are read; unset it")

@@ -3,8 +3,6 @@
 import copy
 import hashlib
 import importlib
-import io
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from difflib import get_close_matches
@@ -13,7 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +21,7 @@ from engine.neighbours import from_state
 from engine.network import Network, survey
 from engine.resample import Grid
 from engine.taps import frozen
+from engine.tensors import read_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -203,11 +201,7 @@ def read_state(state: bytes) -> dict[str, Tensor]:
 
     A checkpoint's `state_dict` or `model` entry and a `module.` prefix are taken off.
     """
-    tensors: dict[str, Any]
-    try:
-        tensors = safetensors.torch.load(state)
-    except safetensors.SafetensorError:
-        tensors = _read_torch(state)
+    tensors = read_weights(state)
     for wrapper in ("state_dict", "model"):
         if isinstance(tensors.get(wrapper), dict):
             tensors = tensors[wrapper]
@@ -215,21 +209,6 @@ def read_state(state: bytes) -> dict[str, Tensor]:
     if odd:
         raise ModelError(f"the weights file holds more than tensors ({', '.join(odd[:3])}); wanted a state dict")
     return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-
-
-def _read_torch(state: bytes) -> dict[str, Any]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's advice to load TorchScript in another way, which is refused
-            loaded = torch.load(io.BytesIO(state), map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ModelError(
-            "the weights file is neither safetensors nor a torch state dict of plain tensors; a file that "
-            "holds code (TorchScript, .pt2, pickled modules) is refused: save model.state_dict() instead"
-        ) from error
-    if not isinstance(loaded, dict):
-        raise ModelError(f"the weights file holds a {type(loaded).__name__}, not a state dict")
-    return loaded
 
 
 def _with_state(adapter: ModelAdapter, state: bytes | None) -> ModelAdapter:

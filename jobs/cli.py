@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from cluster.errors import ClusterError
+from cluster.switches import refuse_unsafe_switches
 from engine.errors import ModelError
 from jobs import tables
 from jobs.budgets import Budget, excess
@@ -686,6 +687,7 @@ def main() -> None:
     """Runs the command line; whatever the user can mend is one sentence on standard error, never a traceback."""
     stderr = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
+        refuse_unsafe_switches()
         app()
     except WeakStoreError as error:
         stderr.print(f"error: {tables.printable(error)}")

@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from cluster.switches import refuse_unsafe_switches
 from jobs.watch import alive, watched
 
 DEATHS = 2
@@ -118,6 +119,7 @@ def _itself(function: Work) -> Work:
 
 
 def _start() -> tuple[subprocess.Popen[bytes], Connection]:
+    refuse_unsafe_switches()  # the child has the same, and nobody to tell
     ours, theirs = Pipe()
     process = subprocess.Popen(
         [sys.executable, "-m", "jobs.isolation", str(theirs.fileno()), str(os.getpid())],
@@ -133,6 +135,7 @@ def _start() -> tuple[subprocess.Popen[bytes], Connection]:
 
 def _serve(connection: Connection) -> None:
     """The child: makes its function, then hands each item to it, until its parent is gone."""
+    refuse_unsafe_switches()
     work: Work | None = None
     with suppress(EOFError):
         while True:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 from engine.composition import images_to_learn_from
 from jobs.config import JobConfig
 from jobs.plan import PLAN_FOLDER
-from storage.store import MissingError, ObjectStore
+from storage.limits import MAX_LEARNED_BYTES
+from storage.store import DamagedError, MissingError, ObjectStore
 
 if TYPE_CHECKING:
     from engine.explainers.explainer import State
@@ -20,13 +21,18 @@ def wanted_images(config: JobConfig) -> int:
 
 
 def standing_state(output: ObjectStore, config: JobConfig) -> "tuple[State, str] | None":
-    """What the job's method learned, and the sha256 of its file; None: it learns nothing, or has not yet."""
+    """What the job's method learned, and the sha256 of its file; None: it learns nothing, or has not yet.
+
+    Raises ModelError where the file is none of tensors, and DamagedError where it is far too large.
+    """
     if not wanted_images(config):
         return None
-    import safetensors.torch
+    from engine.tensors import read_tensors
 
     try:
-        body = output.read(LEARNED_KEY)
+        body = output.read(LEARNED_KEY, length=MAX_LEARNED_BYTES + 1)
     except MissingError:
         return None
-    return safetensors.torch.load(body), hashlib.sha256(body).hexdigest()
+    if len(body) > MAX_LEARNED_BYTES:
+        raise DamagedError(f"{output.uri}/{LEARNED_KEY} has more than the {MAX_LEARNED_BYTES} bytes that are read")
+    return read_tensors(body), hashlib.sha256(body).hexdigest()

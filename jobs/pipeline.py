@@ -19,6 +19,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from cluster.errors import ClusterError
 from cluster.sizing import Sizing
+from cluster.switches import refuse_unsafe_switches
 from engine.errors import ModelError
 from jobs.attempts import attempted, open_desk
 from jobs.config import ConfigError
@@ -96,6 +97,7 @@ def learn_there(
 
 
 def _learn(context: JobContext, units: Sequence[Unit], weights: Any) -> Iterator[int | bytes]:
+    refuse_unsafe_switches()
     yield from learn(context, units, None if weights is None else ray.get(weights))
 
 
@@ -188,6 +190,7 @@ def _actors(context: JobContext | EvaluationContext, weights: Any, sizing: Sizin
 
 
 def _read(batch: pa.Table, context: JobContext) -> pa.Table:
+    refuse_unsafe_switches()
     unit = _unit(json.loads(batch["unit"][0].as_py()))
 
     def read(careful: bool) -> pa.Table | Receipt:
@@ -220,6 +223,7 @@ class _Evaluate:
     """The actor that measures: holds one model."""
 
     def __init__(self, context: EvaluationContext, weights: Any) -> None:
+        refuse_unsafe_switches()
         self.step = EvaluateStep(context, None if weights is None else ray.get(weights))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -230,6 +234,7 @@ class _Explain:
     """The actor: holds one model."""
 
     def __init__(self, context: JobContext, weights: Any) -> None:
+        refuse_unsafe_switches()
         self.input_size = context.facts.input_size
         self.desk = open_desk(context)
         self.step = ExplainStep(context, None if weights is None else ray.get(weights))
@@ -249,6 +254,7 @@ class _Explain:
 
 
 def _commit(batch: pa.Table, context: JobContext) -> pa.Table:
+    refuse_unsafe_switches()
     if batch["outcome"][0].is_valid:
         return batch
     header = json.loads(batch["header"][0].as_py())

@@ -47,3 +47,6 @@ MAX_FRAGMENT_BYTES = 4 * MAX_IMAGE_BYTES
 
 MAX_UNFOLDING = 64
 """Bytes in memory per stored byte of the plan's units, of which a whole data set's names are part."""
+
+MAX_LEARNED_BYTES = 1 << 30
+"""What a method learned in its first pass: tensors, which take as much in memory."""

@@ -193,7 +193,13 @@ class Bee(SignedExplainer):
         return {**about, "metric": self.parameters.metric} if self.parameters.has_bandit else about
 
     def _read(self, state: State) -> Learned:
-        """What a state says. Raises ModelError where it is of something else."""
+        """What a state says. Raises ModelError where it is of something else, or of other types and shapes."""
+        try:
+            return self._checked(state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ModelError(f"the state of bee's first pass is damaged, run the first pass again: {error}") from error
+
+    def _checked(self, state: State) -> Learned:
         if "about" not in state:
             raise ModelError(f"this is no state of bee's first pass: it holds {', '.join(sorted(state)) or 'nothing'}")
         found, wanted = json.loads(bytes(state["about"].tolist())), self.about

@@ -9,7 +9,8 @@ import tempfile
 import pytest
 
 from cluster.errors import ClusterError
-from cluster.session import UNSAFE_SWITCHES, ray_session
+from cluster.session import ray_session
+from cluster.switches import UNSAFE_SWITCHES
 from tests.jobs.jobs_of import ROOT
 
 pytestmark = pytest.mark.servers

@@ -1,0 +1,100 @@
+"""Every place that opens a file which may run code or unfold is one of the doors."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("cluster", "engine", "jobs", "storage")
+
+DOORS = {
+    ("storage/parquet.py", "pyarrow.parquet.ParquetFile"),
+    ("storage/parquet.py", "pyarrow.parquet.FileMetaData"),
+    ("storage/parquet.py", "pyarrow.PythonFile"),
+    ("storage/parquet.py", "pyarrow.ipc.read_schema"),  # of bytes in which no extension type is named any more
+    ("engine/tensors.py", "safetensors.torch.load"),
+    ("engine/tensors.py", "torch.load"),  # with weights_only, see below
+    ("jobs/isolation.py", "pickle.loads"),  # from its own child's pipe
+    ("jobs/sql.py", "duckdb.connect"),  # DuckDB reads Parquet by itself: it knows no Python types
+    ("jobs/sql.py", "duckdb.DuckDBPyConnection"),
+    ("engine/edges.py", "h5py.File"),  # of an installed package
+    ("jobs/export/virelay.py", "h5py.File"),  # which writes
+    ("jobs/export/virelay.py", "numpy.memmap"),  # numbers of our own, in a scratch file
+    ("jobs/export/quantus.py", "numpy.lib.format.header_data_from_array_1_0"),  # which write
+    ("jobs/export/quantus.py", "numpy.lib.format.write_array_header_1_0"),
+}
+"""File and what it uses."""
+
+OPENERS = re.compile(
+    r"pyarrow\.parquet(?!\.(write_table|ParquetWriter)$).*"
+    r"|pyarrow\.(ipc|dataset|feather|orc|csv|json|fs|flight|cuda)(\..*)?"
+    r"|pyarrow\.(memory_map|OSFile|PythonFile|input_stream|CompressedInputStream|deserialize.*|read_.*)"
+    r"|safetensors(?!$|\.SafetensorError$|\.torch$|\.torch\.save$).*"
+    r"|torch\.(load|jit|hub|package|serialization|export\.load|_export\.load|storage)(\..*)?"
+    r"|numpy\.(load|memmap|fromfile|loadtxt|genfromtxt|lib)(\..*)?"
+    r"|(c?[pP]ickle|_pickle)\.(load|loads|Unpickler)|(cloudpickle|dill|joblib|marshal|shelve)(\..*)?"
+    r"|(pandas|polars)\.(read|scan).*|ray\.data\.read.*|ray\.cloudpickle.*"
+    r"|duckdb(?!$|\.Error$).*|h5py(?!$).*|yaml\..*load.*"
+)
+"""Whatever reads files that may hold code or unfold."""
+
+
+def used(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
+    """What a module uses, by its full dotted name, whatever it calls it."""
+    names: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for one in node.names:
+                names[one.asname or one.name.partition(".")[0]] = one.name if one.asname else one.name.partition(".")[0]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for one in node.names:
+                names[one.asname or one.name] = f"{node.module}.{one.name}"
+                yield f"{node.module}.{one.name}", node
+    inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name | ast.Attribute) and id(node) not in inner:
+            yield dotted(node, names), node
+
+
+def dotted(node: ast.expr, names: dict[str, str]) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value, names)}.{node.attr}"
+    return names.get(node.id, "") if isinstance(node, ast.Name) else ""
+
+
+def openers(text: str) -> set[str]:
+    return {name for name, _ in used(ast.parse(text)) if OPENERS.fullmatch(name)}
+
+
+def test_every_file_is_opened_at_a_door():
+    files = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
+    found = {(file.relative_to(ROOT).as_posix(), name) for file in files for name in openers(file.read_text())}
+    assert found == DOORS
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("import pyarrow.parquet as pq\npq.read_table('x')", "pyarrow.parquet.read_table"),
+        ("from pyarrow import parquet\nparquet.ParquetFile('x')", "pyarrow.parquet.ParquetFile"),
+        ("import pyarrow as pa\npa.ipc.open_file('x')", "pyarrow.ipc.open_file"),
+        ("import pyarrow.dataset as ds\nds.dataset('x')", "pyarrow.dataset.dataset"),
+        ("import numpy as np\nf = np.load\nf('x')", "numpy.load"),
+        ("from torch import load as restored\nrestored('x')", "torch.load"),
+        ("def f():\n    from safetensors import safe_open\n    return safe_open('x')", "safetensors.safe_open"),
+        ("import pickle\nclass U(pickle.Unpickler): pass", "pickle.Unpickler"),
+        ("import pandas as pd\npd.read_parquet('x')", "pandas.read_parquet"),
+        ("import ray\nray.data.read_parquet('x')", "ray.data.read_parquet"),
+    ],
+)
+def test_whatever_it_is_called_it_is_seen(text, name):
+    assert name in openers(text)
+
+
+def test_torch_loads_plain_tensors_alone():
+    tree = ast.parse((ROOT / "engine/tensors.py").read_text())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"]
+    assert [{one.arg: ast.unparse(one.value) for one in call.keywords}["weights_only"] for call in calls] == ["True"]
