@@ -50,3 +50,6 @@ MAX_UNFOLDING = 64
 
 MAX_LEARNED_BYTES = 1 << 30
 """What a method learned in its first pass: tensors, which take as much in memory."""
+
+MAX_UNPLANNED_RECORDS = 4096
+"""Records of a table that nobody could read when the plan was made: they are one unit, and in memory at once."""

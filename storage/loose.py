@@ -3,33 +3,41 @@
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 
+from storage.blame import is_of_record
 from storage.labels import label_of
 from storage.limits import MAX_IMAGE_BYTES
-from storage.records import RawRecord, too_many_bytes
+from storage.records import RawRecord, read_failed, too_many_bytes
 from storage.rejects import Reject, RejectCode
-from storage.store import ChangedError, MissingError, ObjectInfo, ObjectStore
+from storage.store import ChangedError, MissingError, ObjectError, ObjectInfo, ObjectStore
+
+CODES = {
+    MissingError: RejectCode.INPUT_MISSING,
+    ChangedError: RejectCode.INPUT_CHANGED,
+    ObjectError: RejectCode.INPUT_UNREADABLE,
+}
 
 
 def read_images(store: ObjectStore, objects: Sequence[ObjectInfo]) -> Iterator[RawRecord]:
     """The records in the given order, each read at the version that was planned.
 
-    One that is gone, changed or too large comes out with its reason; the store's own trouble goes through
-    (StoreError).
+    One that is gone, changed, refused or too large comes out with its reason; the store's own trouble goes
+    through (StoreError).
     """
     for info in objects:
         label = label_of(PurePosixPath(info.key).parent.name)
-        try:
-            data, reject = _read(store, info), None
-        except MissingError as error:
-            data, reject = None, Reject(RejectCode.INPUT_MISSING, str(error))
-        except ChangedError as error:
-            data, reject = None, Reject(RejectCode.INPUT_CHANGED, str(error))
-        except Reject as too_large:
-            data, reject = None, too_large
+        data, reject = _read(store, info)
         yield RawRecord(info.key, info.key, 0, label, data, reject)
 
 
-def _read(store: ObjectStore, info: ObjectInfo) -> bytes:
+def _read(store: ObjectStore, info: ObjectInfo) -> tuple[bytes | None, Reject | None]:
+    """The image's bytes, or the reason why there are none."""
     if info.size > MAX_IMAGE_BYTES:
-        raise too_many_bytes(info.size)
-    return store.read(info.key, etag=info.etag)
+        return None, too_many_bytes(info.size)
+    try:
+        return store.read(info.key, etag=info.etag), None
+    except tuple(CODES) as error:
+        return None, Reject(CODES[type(error)], str(error))
+    except Exception as error:
+        if not is_of_record(error):
+            raise
+        return None, read_failed(error)

@@ -29,6 +29,11 @@ def too_many_bytes(size: int) -> Reject:
     return Reject(RejectCode.TOO_MANY_BYTES, f"{size} bytes, at most {MAX_IMAGE_BYTES} are read")
 
 
+def read_failed(error: Exception) -> Reject:
+    """The reason for a record that its reader fails on."""
+    return Reject(RejectCode.READ_FAILED, f"{type(error).__name__}: {error}")
+
+
 def as_text(name: str) -> str:
     """A name as valid Unicode: bytes that are no UTF-8 become codes, for Parquet stores nothing else."""
     return name.encode("utf-8", "backslashreplace").decode()

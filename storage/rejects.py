@@ -8,6 +8,8 @@ class RejectCode(StrEnum):
 
     INPUT_MISSING = "input_missing"
     INPUT_CHANGED = "input_changed"
+    INPUT_UNREADABLE = "input_unreadable"
+    READ_FAILED = "read_failed"
     EMPTY_FILE = "empty_file"
     TOO_MANY_BYTES = "too_many_bytes"
     NOT_AN_IMAGE = "not_an_image"
@@ -17,6 +19,7 @@ class RejectCode(StrEnum):
     TOO_MANY_PIXELS = "too_many_pixels"
     MODE_REFUSED = "mode_refused"
     DECODE_TIMEOUT = "decode_timeout"
+    DECODE_FAILED = "decode_failed"
     DUPLICATE_KEY = "duplicate_key"
     MISSING_IMAGE = "missing_image"
     MEMBER_REFUSED = "member_refused"
@@ -24,6 +27,7 @@ class RejectCode(StrEnum):
     LABEL_MISSING = "label_missing"
     NON_FINITE = "non_finite"
     MODEL_FAILED = "model_failed"
+    ENCODE_FAILED = "encode_failed"
     PROCESS_DIED = "process_died"
     KEY_REFUSED = "key_refused"
 

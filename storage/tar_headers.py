@@ -170,7 +170,8 @@ def _member(file: WindowedFile, header: tarfile.TarInfo, offset: int, said: _Sai
     size = _size(file, header, offset, fields)
     data_start = _behind_sparse_map(file, offset) if header.type == tarfile.GNUTYPE_SPARSE else offset + BLOCK
     if data_start + size > file.info.size:
-        text = f"member {as_text(name)!r} reaches beyond the shard's {file.info.size} bytes"
+        left = file.info.size - start
+        text = f"member {as_text(name)!r} reaches beyond the shard; its last {left} bytes were not read"
         raise ShardFault(start, Reject(RejectCode.SHARD_TRUNCATED, text), name)
     is_folder = header.type == tarfile.DIRTYPE
     return Member(name, start, data_start, size, header.type in REGULAR and not is_sparse, is_folder)

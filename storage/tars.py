@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
+from storage.blame import is_of_record
 from storage.labels import label_of
 from storage.limits import MAX_IMAGE_BYTES, MAX_LABEL_BYTES, MAX_MEMBER_NAME_BYTES, MAX_SHARD_RECORDS
-from storage.records import RawRecord, WindowedFile, as_text, too_many_bytes
+from storage.records import RawRecord, WindowedFile, as_text, read_failed, too_many_bytes
 from storage.rejects import Reject, RejectCode
 from storage.store import ObjectInfo, ObjectStore
 from storage.survey import IMAGE_SUFFIXES
@@ -71,10 +72,20 @@ def sample_tar(store: ObjectStore, info: ObjectInfo) -> float:
 
 
 def _record(file: WindowedFile, draft: _Draft, index: int) -> RawRecord:
+    """The draft as a record. One that cannot be read has a reason; what is the shard's or the store's is raised."""
     shard = file.info.key
     bare = RawRecord(f"{shard}/{draft.key}", shard, index, None)
     if draft.reject is not None:
         return replace(bare, reject=draft.reject)
+    try:
+        return _with_members(file, draft, bare)
+    except Exception as error:
+        if not is_of_record(error):
+            raise
+        return replace(bare, reject=read_failed(error))
+
+
+def _with_members(file: WindowedFile, draft: _Draft, bare: RawRecord) -> RawRecord:
     labelled = replace(bare, label=_label(file, draft.members.get("cls")))
     image = next((draft.members[suffix] for suffix in draft.members if f".{suffix}" in IMAGE_SUFFIXES), None)
     if image is None:
