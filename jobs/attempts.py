@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
+from jobs.blame import OF_THE_JOB, is_of_unit
 from jobs.context import JobContext, worker_name
 from jobs.dead import bury
 from jobs.isolation import ProcessDiedError
@@ -16,7 +17,15 @@ from jobs.stopping import is_stopped
 from jobs.watch import alive, watched
 from storage.patient import PatientStore
 from storage.schema import MAX_ERROR_LENGTH
-from storage.store import ChangedError, DamagedError, MissingError, ObjectStore, StoreError, UnavailableError
+from storage.store import (
+    ChangedError,
+    DamagedError,
+    MissingError,
+    ObjectError,
+    ObjectStore,
+    StoreError,
+    UnavailableError,
+)
 
 FOLDER = "_job/attempts/"
 
@@ -26,7 +35,15 @@ MOST_DEATHS = 12
 """After so many the unit is given up. Far above what a poisonous record needs (two deaths, and two of the
 process apart), for machines die of other things too."""
 
-CAUSES = {MissingError: Cause.INPUT_MISSING, ChangedError: Cause.INPUT_CHANGED, DamagedError: Cause.CONTAINER_CORRUPT}
+MOST_FAILURES = 3
+"""Tries of a step that fails: one as usual and two careful ones."""
+
+CAUSES = {
+    MissingError: Cause.INPUT_MISSING,
+    ChangedError: Cause.INPUT_CHANGED,
+    ObjectError: Cause.INPUT_UNREADABLE,
+    DamagedError: Cause.CONTAINER_CORRUPT,
+}
 
 Result = TypeVar("Result")
 
@@ -44,23 +61,39 @@ def open_desk(context: JobContext) -> Desk:
     """Input and output, with patience for a store that is away."""
     source, _ = open_source(context.config.data, context.config.endpoint_url)
     output = open_output(context.config)
-    return Desk(PatientStore(source, waiting=alive), PatientStore(output, waiting=alive), context.run_id)
+    patient = PatientStore(source, waiting=alive, witnesses=context.witnesses)
+    return Desk(patient, PatientStore(output, waiting=alive), context.run_id)
 
 
 def attempted(unit: Unit, stage: str, desk: Desk, work: Callable[[bool], Result]) -> Result | Outcome:
     """What the step makes of the unit, or what became of the unit instead; never raises an Exception.
 
-    `work` is told whether to be careful: to let no record take the whole unit down with it.
+    `work` is told whether to be careful: to let no record take the whole unit down with it. A step that fails is
+    tried again at once, carefully. A unit at which it fails each time is given up, unless the machine or the store
+    is to blame: then it stays open.
     """
-    try:
-        if stage != "commit" and is_stopped(desk.output, desk.run_id):  # what is explained is not thrown away
-            return UnitSkipped(unit.unit_id)
-        with marked(desk, f"{unit.unit_id}/{stage}") as num_deaths, watched():
-            if num_deaths >= MOST_DEATHS:
-                return bury(desk.output, unit, stage, Cause.POISON, f"{num_deaths} processes died in it")
-            return work(num_deaths >= CAREFUL_DEATHS)
-    except Exception as error:  # noqa: BLE001 - a unit's trouble is its own: the others go on
-        return _judged(unit, stage, desk, error)
+    for failures in range(MOST_FAILURES):
+        try:
+            return _once(unit, stage, desk, work, failures)
+        except Exception as error:  # noqa: BLE001 - a unit's trouble is its own: the others go on
+            if failures + 1 == MOST_FAILURES or not _may_change(error):
+                return _judged(unit, stage, desk, error)
+    raise AssertionError("the last failure is judged")
+
+
+def _once(unit: Unit, stage: str, desk: Desk, work: Callable[[bool], Result], failures: int) -> Result | Outcome:
+    """One attempt at the step. Raises what it raises."""
+    if stage != "commit" and is_stopped(desk.output, desk.run_id):  # what is explained is not thrown away
+        return UnitSkipped(unit.unit_id)
+    with marked(desk, f"{unit.unit_id}/{stage}") as num_deaths, watched():
+        if num_deaths >= MOST_DEATHS:
+            return bury(desk.output, unit, stage, Cause.POISON, f"{num_deaths} processes died in it")
+        return work(num_deaths >= CAREFUL_DEATHS or failures > 0)
+
+
+def _may_change(error: Exception) -> bool:
+    """Whether working carefully may help: the stores have been patient already, and some processes are of no use."""
+    return not isinstance(error, (StoreError, ProcessDiedError, *OF_THE_JOB))
 
 
 @contextmanager
@@ -85,15 +118,22 @@ def forget_interrupted(output: ObjectStore, run_id: str) -> None:
 
 
 def _judged(unit: Unit, stage: str, desk: Desk, error: Exception) -> Outcome:
-    """The unit is dead where its input is to blame, and stays open otherwise."""
-    cause = CAUSES.get(type(error)) if stage == "read" else None
-    if isinstance(error, ProcessDiedError):
-        cause = Cause.POISON
+    """The unit is dead where it is to blame itself, and stays open otherwise."""
+    cause = _cause(stage, error)
+    text = str(error) if isinstance(error, StoreError | ProcessDiedError) else f"{type(error).__name__}: {error}"
     if cause is not None:
         try:
-            return bury(desk.output, unit, stage, cause, str(error))
-        except StoreError as trouble:
-            error = trouble
-    text = str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
+            return bury(desk.output, unit, stage, cause, text)
+        except Exception as trouble:  # noqa: BLE001 - as above
+            error, text = trouble, str(trouble)
     away = isinstance(error, UnavailableError)
     return UnitFailure(unit.unit_id, unit.ordinal, unit.objects[0].key, stage, text[:MAX_ERROR_LENGTH], away)
+
+
+def _cause(stage: str, error: Exception) -> Cause | None:
+    """Why the unit is given up; None: the store, the machine or the model is to blame."""
+    if isinstance(error, ProcessDiedError):
+        return Cause.POISON
+    if isinstance(error, StoreError):
+        return CAUSES.get(type(error)) if stage == "read" else None
+    return Cause.FAILED if is_of_unit(error) else None

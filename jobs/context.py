@@ -33,6 +33,8 @@ class JobContext:
     """The driver's working folder, where a model factory of the user's may lie."""
     rare_labels: frozenset[str] = frozenset()
     """Class folders with few of the planned records; empty for other layouts, whose labels no plan counts."""
+    witnesses: tuple[str, ...] = ()
+    """Keys of a few input objects: whether they can be read tells one object's trouble from the store's."""
 
 
 def weights_bytes(config: JobConfig) -> bytes | None:

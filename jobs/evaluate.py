@@ -27,6 +27,7 @@ from engine.perturb import perturbation
 from engine.scorer import Scorer
 from engine.targets import ClassProbability
 from jobs.attempts import open_desk
+from jobs.blame import is_of_unit
 from jobs.config import digest_of
 from jobs.context import JobContext
 from jobs.evaluation import Evaluated, Evaluation, EvaluationContext, fragment_key, labels_of, region_of, regions_key
@@ -48,8 +49,19 @@ from jobs.stored import fragment_of, map_of
 from jobs.unit import read_unit
 from jobs.watch import alive, watched
 from storage.fragments import encode_fragment
+from storage.records import as_text
 from storage.schema import EVALUATION, MAX_ERROR_LENGTH, OK
-from storage.store import AlreadyExistsError, StoreError, UnavailableError
+from storage.store import (
+    AlreadyExistsError,
+    ChangedError,
+    DamagedError,
+    MissingError,
+    ObjectError,
+    StoreError,
+    UnavailableError,
+)
+
+OF_THE_INPUT = (MissingError, ChangedError, ObjectError, DamagedError)
 
 Row = dict[str, Any]
 Record = Sequence[Row]
@@ -120,20 +132,37 @@ class EvaluateStep:
         seen = [record for record in records if _place(record) in pixels]
         for start in range(0, len(seen), IMAGES_PER_CHUNK):
             chunk = seen[start : start + IMAGES_PER_CHUNK]
-            maps = self._maps(chunk, np.stack([pixels[_place(record)] for record in chunk]))
-            yield from self._measured(chunk, maps, {})
-            for name, explainer in self.controls.items():
-                made = explainer.explain(maps.inputs_nchw, maps.target, maps.seeds)
-                saliency = [[stored(one.saliency_hw) for one in own] for own in made]
-                method = {"explainer": name, "parameters": digest_of({"control": name})[:16], "selected_by": None}
-                yield from self._measured(chunk, replace(maps, saliency=saliency), method)
+            yield from self._of_chunk(chunk, np.stack([pixels[_place(record)] for record in chunk]))
         for record in records:
             if _place(record) not in pixels:
-                yield from self._without(record)
+                yield from self._without(record, "the image cannot be read any more, or changed")
+
+    def _of_chunk(self, chunk: Sequence[Record], pixels: NDArray[np.uint8]) -> list[Row]:
+        """The values of some records; where they fail together each is measured alone, and one that fails has none."""
+        try:
+            return list(self._rows_of(chunk, pixels))
+        except Exception as error:
+            if not is_of_unit(error):
+                raise
+            if len(chunk) == 1:
+                return list(self._without(chunk[0], f"measuring failed: {type(error).__name__}: {error}"))
+        return [row for record, own in zip(chunk, pixels, strict=True) for row in self._of_chunk([record], own[None])]
+
+    def _rows_of(self, chunk: Sequence[Record], pixels: NDArray[np.uint8]) -> Iterator[Row]:
+        maps = self._maps(chunk, pixels)
+        yield from self._measured(chunk, maps, {})
+        for name, explainer in self.controls.items():
+            made = explainer.explain(maps.inputs_nchw, maps.target, maps.seeds)
+            saliency = [[stored(one.saliency_hw) for one in own] for own in made]
+            method = {"explainer": name, "parameters": digest_of({"control": name})[:16], "selected_by": None}
+            yield from self._measured(chunk, replace(maps, saliency=saliency), method)
 
     def _pixels(self, unit: Unit) -> Mapping[tuple[str, int], NDArray[np.uint8]]:
-        """The unit's images that can still be read, by shard and index."""
-        taken = read_unit(unit, self.desk.source, self.job.config, self.job.facts.input_size)
+        """The unit's images that can still be read, by shard and index; none where its shard is gone or broken."""
+        try:
+            taken = read_unit(unit, self.desk.source, self.job.config, self.job.facts.input_size)
+        except OF_THE_INPUT:
+            return {}
         sound = [record for record in taken.records if record.reject_code is None]
         return {(one.shard, one.shard_index): own for one, own in zip(sound, taken.pixels, strict=True)}
 
@@ -179,8 +208,8 @@ class EvaluateStep:
                 )
                 yield _row(row, name, metric, told)
 
-    def _without(self, record: Record) -> Iterator[Row]:
-        gone = Value(None, "the image cannot be read any more, or changed")
+    def _without(self, record: Record, reason: str) -> Iterator[Row]:
+        gone = Value(None, as_text(reason)[:MAX_ERROR_LENGTH])
         for row in record:
             for metric in self.metrics:
                 yield from self._rows(row, metric, dict.fromkeys(metric.names, gone))

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -30,10 +30,11 @@ from engine.metrics.metric import Maps, Value
 from engine.models import ModelAdapter, load_model
 from engine.targets import ClassProbability, Target
 from jobs.attempts import open_desk
+from jobs.blame import is_of_record
 from jobs.config import ConfigError, JobConfig, TargetChoice, digest_of
 from jobs.context import JobContext, let_import_from
 from jobs.fidelity import doubts_of, fidelity_columns
-from jobs.isolation import Isolated, ProcessDiedError, ProcessStartError
+from jobs.isolation import Isolated, ProcessDiedError
 from jobs.labels import Labels
 from jobs.learned import LEARNED_KEY, standing_state, wanted_images
 from jobs.pace import IMAGES_TO_PROBE, settle, standing_forward
@@ -208,8 +209,7 @@ class ExplainStep:
             if self.setting.batch_size == 1:
                 raise
         except torch.AcceleratorError:
-            os.kill(os.getpid(), signal.SIGKILL)  # the device is of no use to this process any more
-            raise
+            _end_process()
         except Exception:  # noqa: BLE001 - whatever a user's model may raise; the records tell which is to blame
             return self._one_by_one(unit_input, self._whole)
         self._halve()  # only here, for the exception held what the failed pass had on the device
@@ -236,17 +236,23 @@ class ExplainStep:
                 alone = replace(alone, pixels=next(pixels)[None])
             try:
                 rows.extend(map(dict, explain(alone).rows))
-            except ProcessStartError:
-                raise
             except ProcessDiedError as error:
                 rows.append(self._failed_row(alone, RejectCode.PROCESS_DIED, str(error)))
-            except Exception as error:  # noqa: BLE001 - as above
+            except torch.AcceleratorError:
+                _end_process()
+            except Exception as error:
+                if not is_of_record(error, explain):
+                    raise
                 rows.append(self._failed_row(alone, RejectCode.MODEL_FAILED, f"{type(error).__name__}: {error}"))
         seconds = time.perf_counter() - start
         return UnitResult(unit_input.unit, tuple(rows), len(unit_input.records), seconds, str(self.setting))
 
     def _failed_row(self, alone: UnitInput, code: RejectCode, message: str) -> Row:
-        return self._rejected_row(alone, with_reject(alone.records[0], Reject(code, message), "explain"))
+        record = with_reject(alone.records[0], Reject(code, message), "explain")
+        try:
+            return self._rejected_row(alone, record)
+        except Exception:  # noqa: BLE001 - the label itself may be what is failed on
+            return self._rejected_row(alone, replace(record, label=None))
 
     def _whole(self, unit_input: UnitInput) -> UnitResult:
         start = time.perf_counter()
@@ -402,6 +408,12 @@ class ExplainStep:
     def _rejected_row(self, unit_input: UnitInput, record: RecordFacts) -> Row:
         reasons = {name: getattr(record, name) for name in ("reject_code", "reject_stage", "error")}
         return {**self._base_row(unit_input, record), "status": REJECTED, **reasons}
+
+
+def _end_process() -> NoReturn:
+    """For a device that is of no use to this process any more."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("killed")
 
 
 def parameters_digest(parameters: Any, facts: ModelFacts, learned: str | None) -> str:

@@ -168,11 +168,11 @@ def _live_and_die_with(parent: int) -> None:
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     if not NVIDIA_DRIVER.exists():  # CUDA reserves far more than it uses
-        most = int(MEMORY_SHARE * _free_bytes())
+        most = int(MEMORY_SHARE * free_bytes())
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
-def _free_bytes() -> int:
+def free_bytes() -> int:
     """Memory that can be had without swapping, from the kernel's own estimate."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))

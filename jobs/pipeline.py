@@ -258,14 +258,14 @@ def _commit(batch: pa.Table, context: JobContext) -> pa.Table:
     if batch["outcome"][0].is_valid:
         return batch
     header = json.loads(batch["header"][0].as_py())
-    unit = _unit(header.pop("unit"))
+    unit = _unit(header["unit"])
     desk = open_desk(context)
 
     def commit(careful: bool) -> Receipt:
         maps = np.frombuffer(batch["blob"][0].as_buffer(), np.float32).reshape(-1, *context.facts.input_size)
         remaining = iter(maps)
-        rows = tuple({**row, "map": next(remaining) if "map" in row else None} for row in header.pop("rows"))
-        result = UnitResult(unit, rows, **header)
+        rows = tuple({**row, "map": next(remaining) if "map" in row else None} for row in header["rows"])
+        result = UnitResult(**{**header, "unit": unit, "rows": rows})
         return commit_unit(result, desk.output, context.fingerprint, careful=careful)
 
     return _row_of(attempted(unit, "commit", desk, commit))

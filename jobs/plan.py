@@ -5,7 +5,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,6 +17,7 @@ from jobs.records import ModelFacts, Unit, UnreconciledError
 from jobs.units import Piece, Workforce, pieces
 from storage.limits import MAX_BATCH_BYTES, MAX_UNFOLDING
 from storage.parquet import checked_columns, parquet_bytes
+from storage.patient import SHORT_PATIENCE_SECONDS, PatientStore, witnesses_of
 from storage.store import AlreadyExistsError, DamagedError, MissingError, ObjectInfo, ObjectStore
 from storage.stores import open_store
 from storage.survey import Layout, survey
@@ -58,6 +59,8 @@ class Plan:
     """Exact for images and Parquet, an estimate for tar."""
     ignored: Mapping[str, int]
     """Objects that are no input, by extension."""
+    troubles: Mapping[str, str] = field(default_factory=dict)
+    """Why shards could not be read, by key: known where the plan was made, and not stored with it."""
 
     @property
     def fingerprint(self) -> str:
@@ -67,7 +70,8 @@ class Plan:
     @property
     def is_exact(self) -> bool:
         """Whether `num_records` was counted, not estimated."""
-        return self.layout is not Layout.TAR or self.identity["limit"] is not None
+        is_counted = all(unit.is_counted for unit in self.units)
+        return is_counted and (self.layout is not Layout.TAR or self.identity["limit"] is not None)
 
     def label_counts(self) -> Counter[str]:
         """How many records each class folder of loose images holds; empty for other layouts."""
@@ -108,7 +112,9 @@ def make_plan(config: JobConfig, *, weights_sha256: str | None, workforce: Workf
     source, prefix = open_source(config.data, config.endpoint_url)
     identity = config.identity(weights_sha256)
     found = survey(source, prefix)
-    cut = list(pieces(source, found, config, workforce))
+    witnesses = witnesses_of([info.key for info in found.objects])
+    patient = PatientStore(source, SHORT_PATIENCE_SECONDS, witnesses=witnesses)
+    cut = list(pieces(patient, found, config, workforce))
     fingerprint = digest_of(identity)
     units = tuple(_unit(ordinal, fingerprint, found.layout, piece) for ordinal, piece in enumerate(cut))
     used = {info.key: info for piece in cut for info in piece.objects}
@@ -120,6 +126,7 @@ def make_plan(config: JobConfig, *, weights_sha256: str | None, workforce: Workf
         num_bytes=sum(info.size for info in used.values()),
         num_records=sum(piece.num_records for piece in cut),
         ignored=found.ignored,
+        troubles={piece.objects[0].key: piece.trouble for piece in cut if piece.trouble is not None},
     )
 
 

@@ -255,7 +255,8 @@ def _order_faults(unit: Unit, records: Sequence[Sequence[Mapping[str, Any]]], sh
         found = [rows[0]["shard_index"] for rows in records]
         first = unit.start if unit.layout is Layout.PARQUET else shard.next_index
         first = found[0] if first is None and found else first or 0
-        wanted = list(range(first, unit.stop if unit.layout is Layout.PARQUET else first + len(found)))
+        is_known = unit.layout is Layout.PARQUET and unit.is_counted
+        wanted = list(range(first, unit.stop if is_known else first + len(found)))
         shard.next_index = first + len(found)
     if found != wanted:
         odd = sorted(set(map(str, found)) ^ set(map(str, wanted))) or ["the order"]

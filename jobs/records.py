@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.records import as_text
 from storage.rejects import Reject
 from storage.schema import MAX_ERROR_LENGTH
 from storage.store import ObjectInfo
@@ -30,7 +31,12 @@ class Unit:
     stop: int
     """One past the last byte or row; the number of loose images."""
     num_records: int
-    """Exact for images and Parquet; for tar an estimate from the shard's size."""
+    """Exact for images and Parquet; for tar an estimate from the shard's size; 0 where planning could not read it."""
+
+    @property
+    def is_counted(self) -> bool:
+        """False if the shard could not be read when the plan was made: the unit takes all that it holds."""
+        return self.num_records > 0
 
     @property
     def fragment_key(self) -> str:
@@ -59,8 +65,8 @@ class RecordFacts:
 
 
 def with_reject(facts: RecordFacts, reject: Reject, stage: str) -> RecordFacts:
-    """The record with the reason why it has no map, and the stage (read, decode, explain) that found it."""
-    message = reject.message[:MAX_ERROR_LENGTH]
+    """The record with the reason why it has no map, and the stage (read, decode, explain, encode) that found it."""
+    message = as_text(reject.message)[:MAX_ERROR_LENGTH]
     return replace(facts, reject_code=str(reject.code), reject_stage=stage, error=message)
 
 
@@ -136,7 +142,11 @@ class Cause(StrEnum):
 
     INPUT_MISSING = "input_missing"
     INPUT_CHANGED = "input_changed"
+    INPUT_UNREADABLE = "input_unreadable"
+    """The store refuses this object alone, or fails at it each time."""
     CONTAINER_CORRUPT = "container_corrupt"
+    FAILED = "failed"
+    """A step failed at it each time, and no single record could be blamed."""
     POISON = "poison"
     """It killed the process that worked on it again and again, and no single record could be blamed."""
 

@@ -75,6 +75,7 @@ def plan_table(job: JobConfig, plan: Plan, workforce: Workforce) -> Table:
     rows = [
         ("input", f"{plan.num_objects:,} objects, {_size(plan.num_bytes)}, as {plan.layout}"),
         ("ignored", ignored or "nothing"),
+        *(("unreadable", f"{printable(key)}: {printable(why)}") for key, why in plan.troubles.items()),
         ("records", f"{about}{plan.num_records:,}"),
         ("units", f"{len(plan.units):,}"),
         *_first_pass(job, plan.num_records),

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.attempts import Desk
+from jobs.blame import is_of_record, is_of_unit
 from jobs.config import JobConfig
 from jobs.context import JobContext, worker_name
 from jobs.isolation import ProcessDiedError, called
@@ -21,15 +22,22 @@ from jobs.records import Receipt, RecordFacts, Unit, UnitInput, UnitResult, with
 from jobs.watch import alive
 from storage.fragments import encode_fragment
 from storage.images import decode, fit
+from storage.limits import MAX_UNPLANNED_RECORDS
 from storage.loose import read_images
 from storage.maps import CODEC, encode_map
-from storage.records import RawRecord
+from storage.records import RawRecord, as_text, read_failed
 from storage.rejects import Reject, RejectCode
 from storage.schema import MAX_ERROR_LENGTH, RECORD_COLUMNS, REJECTED
-from storage.store import AlreadyExistsError, ObjectStore, StoreError
+from storage.store import AlreadyExistsError, ObjectError, ObjectInfo, ObjectStore, StoreError
 from storage.survey import Layout
-from storage.tables import read_table
+from storage.tables import count_rows, read_table
 from storage.tars import read_tar
+
+COLUMNS_OF_A_REJECT = {
+    *("key", "shard", "shard_index", "unit_id", "status"),
+    *("reject_code", "reject_stage", "error"),
+}
+"""Without these no rejected row says what it is of and why."""
 
 Row = Mapping[str, Any]
 """In the columns of `storage.schema.SCHEMA`; until it is encoded, `map` holds float32 [H, W]."""
@@ -49,8 +57,8 @@ def read_unit(
     """Reads every record of the unit and decodes it to the model's input size; a bad one keeps its reason.
 
     `careful`: in processes apart, so that a record which kills its process is rejected alone. Raises
-    MissingError, ChangedError and DamagedError where the shard itself is gone, changed or unreadable,
-    ProcessDiedError where reading it kills, and StoreError.
+    MissingError, ChangedError, ObjectError and DamagedError where the shard itself is gone, changed, refused or
+    unreadable, ProcessDiedError where reading it kills, and StoreError.
     """
     records: list[RecordFacts] = []
     pixels: list[NDArray[np.uint8]] = []
@@ -69,26 +77,55 @@ def read_unit(
 
 
 def _all_raw_records(unit: Unit, source: ObjectStore) -> list[RawRecord]:
-    return list(raw_records(unit, source))
+    """The unit's records; where a table's rows cannot be read together, by halves, down to the row that fails."""
+    try:
+        return list(raw_records(unit, source))
+    except Exception as error:
+        if unit.layout is not Layout.PARQUET or not unit.is_counted or not is_of_unit(error):
+            raise
+        if unit.stop - unit.start == 1:
+            shard = unit.objects[0].key
+            return [RawRecord(f"{shard}/{unit.start}", shard, unit.start, None, reject=read_failed(error))]
+        middle = (unit.start + unit.stop) // 2
+        halves = (replace(unit, stop=middle), replace(unit, start=middle))
+        return [raw for half in halves for raw in _all_raw_records(half, source)]
 
 
 def raw_records(unit: Unit, source: ObjectStore) -> Iterator[RawRecord]:
     """The unit's records as they lie in its shard. Raises as `read_unit`."""
     if unit.layout is Layout.IMAGES:
         return read_images(source, unit.objects)
-    read = read_tar if unit.layout is Layout.TAR else read_table
-    return read(source, unit.objects[0], unit.start, unit.stop)
+    if unit.layout is Layout.TAR:
+        return read_tar(source, unit.objects[0], unit.start, unit.stop)
+    if not unit.is_counted:
+        _refuse_many(source, unit.objects[0])
+    return read_table(source, unit.objects[0], unit.start, unit.stop)
+
+
+def _refuse_many(source: ObjectStore, info: ObjectInfo) -> None:
+    """Raises ObjectError where a table that could not be read for the plan is too large for one unit."""
+    count = count_rows(source, info)
+    if count > MAX_UNPLANNED_RECORDS:
+        raise ObjectError(
+            f"{source.uri}/{info.key} could not be read when the plan was made and has {count} rows now, "
+            f"at most {MAX_UNPLANNED_RECORDS} are taken as one unit: explain it into another output"
+        )
 
 
 def decoded_or_rejected(
     decoding: Callable[[RawRecord], tuple[RecordFacts, NDArray[np.uint8] | None]], raw: RawRecord, source: ObjectStore
 ) -> tuple[RecordFacts, NDArray[np.uint8] | None]:
-    """The record's facts and pixels by `decoding`; a record over which that dies is rejected."""
+    """The record's facts and pixels by `decoding`; a record over which that dies or fails is rejected."""
     named = replace(raw, shard=f"{source.uri}/{raw.shard}")
     try:
         return decoding(named)
     except ProcessDiedError as error:
-        return with_reject(_facts(named), Reject(RejectCode.PROCESS_DIED, str(error)), "decode"), None
+        reject = Reject(RejectCode.PROCESS_DIED, str(error))
+    except Exception as error:
+        if not is_of_record(error, decoding):
+            raise
+        reject = Reject(RejectCode.DECODE_FAILED, f"{type(error).__name__}: {error}")
+    return with_reject(_facts(named), reject, "decode"), None
 
 
 def _facts(raw: RawRecord) -> RecordFacts:
@@ -123,13 +160,13 @@ def commit_unit(
     """Writes the unit's fragment once, then its receipt; where another attempt was first, adopts that one.
 
     The fragment's creation is the commit. A reply that was lost is settled by the attempt id in the
-    object's metadata. `careful`: maps are encoded in a process apart. Raises StoreError where nothing was
-    committed, ValueError where rows went astray.
+    object's metadata. `careful`: maps are encoded in a process apart, and a record that fails is rejected alone.
+    Raises StoreError where nothing was committed, ValueError where rows went astray.
     """
     attempt = attempt or uuid.uuid4().hex
     with called(_encoded_row, careful) as encoded:
         records = groupby(result.rows, key=itemgetter("shard", "shard_index"))
-        rows = [row for _, own in records for row in _encoded_record(encoded, list(own))]
+        rows = [row for _, own in records for row in _encoded_record(encoded, list(own), careful=careful)]
     _check_rows(rows, result.num_records)
     body = encode_fragment(rows, _provenance(result.unit, fingerprint))
     receipt = receipt_of(result.unit, body)
@@ -178,19 +215,44 @@ def _provenance(unit: Unit, fingerprint: str) -> dict[str, str]:
     }
 
 
-def _encoded_record(encoded: Callable[[Row], Row], rows: Sequence[Row]) -> list[Row]:
+def _encoded_record(encoded: Callable[[Row], Row], rows: Sequence[Row], *, careful: bool) -> list[Row]:
     """A record's rows, one per target, or the one that says why it has no map."""
     try:
-        return [encoded(row) for row in rows]
+        made = [encoded(row) for row in rows]
+        if careful:
+            encode_fragment(made, {})
     except ProcessDiedError as error:
         return [_rejected_row(rows[0], Reject(RejectCode.PROCESS_DIED, str(error)), "encode")]
+    except Exception as error:
+        if not careful or not is_of_record(error, encoded):
+            raise
+        reject = Reject(RejectCode.ENCODE_FAILED, f"{type(error).__name__}: {error}")
+        return [_storable(_rejected_row(rows[0], reject, "encode"))]
+    return made
+
+
+def _storable(row: Row) -> Row:
+    """The rejected row, without the facts of the record that do not fit their columns."""
+    kept: dict[str, Any] = {**row, "key": as_text(row["key"]), "shard": as_text(row["shard"])}
+    for name in row.keys() - COLUMNS_OF_A_REJECT:
+        try:
+            encode_fragment([{**dict.fromkeys(COLUMNS_OF_A_REJECT, ""), "shard_index": 0, name: row[name]}], {})
+        except Exception:  # noqa: BLE001 - whatever is wrong with it, it is left out
+            del kept[name]
+    return kept
 
 
 def _rejected_row(row: Row, reject: Reject, stage: str) -> Row:
     """The record's row with a reason in place of a map."""
     about_record = {name: row[name] for name in RECORD_COLUMNS if name in row}
-    reasons = {"reject_code": str(reject.code), "reject_stage": stage, "error": reject.message[:MAX_ERROR_LENGTH]}
-    return {**about_record, "status": REJECTED, **reasons}
+    message = as_text(reject.message)[:MAX_ERROR_LENGTH]
+    return {
+        **about_record,
+        "status": REJECTED,
+        "reject_code": str(reject.code),
+        "reject_stage": stage,
+        "error": message,
+    }
 
 
 def _encoded_row(row: Row) -> Row:

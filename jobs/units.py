@@ -1,19 +1,26 @@
 """Cuts an input into units: by records for loose images, by rows for tables, by bytes for tar shards."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from typing import TypeVar
 
 from cluster.sizing import LEAST_UNIT_SECONDS, shrinking, unit_records
 from jobs.config import JobConfig
 from jobs.estimate import estimate
-from storage.store import ObjectInfo, ObjectStore
+from storage.store import ObjectInfo, ObjectStore, StoreError, UnavailableError
 from storage.survey import Layout, Survey
 from storage.tables import count_rows
 from storage.tars import sample_tar, tar_offset_after
 
+WHOLE_SHARD = 2**63 - 1
+"""The end of a unit that takes all that its shard holds."""
+
 SAMPLED_SHARDS = 8
-"""Tar shards that are tried before the number of records is left open."""
+"""Tar shards that are tried before the number of records is guessed."""
+GUESSED_RECORD_BYTES = 100_000
+"""Of a tar shard, where no sample tells."""
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,9 @@ class Piece:
     start: int
     stop: int
     num_records: int
+    """0: the shard cannot be read."""
+    trouble: str | None = None
+    """Why not."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,11 @@ class Workforce:
 
 
 def pieces(source: ObjectStore, found: Survey, config: JobConfig, workforce: Workforce) -> Iterator[Piece]:
-    """The units of an input in order, before they have their names. Raises StoreError for an unreadable table."""
+    """The units of an input in order, before they have their names.
+
+    A shard that cannot be read is one unit of no known records. Raises StoreError where none can be read, and
+    UnavailableError where the store is away.
+    """
     if found.layout is Layout.IMAGES:
         return _image_pieces(found.objects[: config.limit], config, workforce)
     if found.layout is Layout.PARQUET:
@@ -63,54 +77,84 @@ def _image_pieces(objects: Sequence[ObjectInfo], config: JobConfig, workforce: W
 def _table_pieces(
     source: ObjectStore, objects: Sequence[ObjectInfo], config: JobConfig, workforce: Workforce
 ) -> Iterator[Piece]:
-    counts = _limited([count_rows(source, info) for info in objects], config.limit)
-    full, _ = _sizes(config, sum(counts), workforce)
-    for info, count in zip(objects, counts, strict=False):
-        for start in range(0, count, full):
-            stop = min(start + full, count)
+    counts = _where_readable(objects, lambda info: count_rows(source, info))
+    left = WHOLE_SHARD if config.limit is None else config.limit
+    num_rows = sum(count for count in counts if isinstance(count, int))
+    full, _ = _sizes(config, min(num_rows, left), workforce)
+    for info, count in zip(objects, counts, strict=True):
+        if left <= 0:
+            return
+        if isinstance(count, StoreError):
+            yield Piece((info,), 0, left, 0, str(count))
+            continue
+        used = min(count, left)
+        left -= used
+        for start in range(0, used, full):
+            stop = min(start + full, used)
             yield Piece((info,), start, stop, stop - start)
 
 
-def _limited(counts: Sequence[int], limit: int | None) -> list[int]:
-    """The first `limit` of records that lie in shards of these sizes, as sizes."""
-    if limit is None:
-        return list(counts)
-    before = accumulate(counts, initial=0)
-    return [max(0, min(count, limit - done)) for count, done in zip(counts, before, strict=False)]
+def _where_readable(objects: Sequence[ObjectInfo], look: Callable[[ObjectInfo], Found]) -> list[Found | StoreError]:
+    """What `look` finds in each shard, or why it finds nothing. Raises StoreError where it does in none."""
+    found: list[Found | StoreError] = []
+    for info in objects:
+        try:
+            found.append(look(info))
+        except UnavailableError:
+            raise
+        except StoreError as error:
+            found.append(error)
+    first = found[0]
+    if isinstance(first, StoreError) and all(isinstance(one, StoreError) for one in found):
+        raise first
+    return found
 
 
 def _tar_pieces(
     source: ObjectStore, objects: Sequence[ObjectInfo], config: JobConfig, workforce: Workforce
 ) -> Iterator[Piece]:
     """Byte ranges of the shards: a reader takes the records that begin in its range."""
-    shards = list(_tar_shards(source, objects, config.limit))
-    full, _ = _sizes(config, sum(count for _, _, count in shards), workforce)
-    for info, stop, count in shards:
+    if config.limit is None:
+        shards = _guessed_shards(source, objects)
+    else:
+        shards = _limited_shards(source, objects, config.limit)
+    full, _ = _sizes(config, sum(shard.num_records for shard in shards), workforce)
+    for shard in shards:
+        count, stop = shard.num_records, shard.stop
         parts = max(1, round(count / full))
         edges = [round(stop * part / parts) for part in range(parts + 1)]
         shares = [count * (part + 1) // parts - count * part // parts for part in range(parts)]
         for start, end, share in zip(edges, edges[1:], shares, strict=False):
-            yield Piece((info,), start, end, share)
+            yield Piece(shard.objects, start, end, share, shard.trouble)
 
 
-def _tar_shards(
-    source: ObjectStore, objects: Sequence[ObjectInfo], limit: int | None
-) -> Iterator[tuple[ObjectInfo, int, int]]:
-    """Shard, end of its used bytes, number of records: counted under a limit, else guessed from the first."""
-    if limit is None:
-        per_byte = _records_per_byte(source, objects)
-        yield from ((info, info.size, max(1, round(info.size * per_byte))) for info in objects)
-        return
-    left = limit
+def _guessed_shards(source: ObjectStore, objects: Sequence[ObjectInfo]) -> list[Piece]:
+    """The shards whole, each with as many records for its bytes as the first one that can be sampled."""
+    sampled = objects[:SAMPLED_SHARDS]
+    counts = _where_readable(sampled, lambda info: sample_tar(source, info))
+    per_byte = next(
+        (count / info.size for info, count in zip(sampled, counts, strict=True) if isinstance(count, float) and count),
+        1 / GUESSED_RECORD_BYTES,
+    )
+    return [Piece((info,), 0, info.size, max(1, round(info.size * per_byte))) for info in objects]
+
+
+def _limited_shards(source: ObjectStore, objects: Sequence[ObjectInfo], limit: int) -> list[Piece]:
+    """The shards, each up to the end of its used bytes, with its records counted."""
+    left, found = limit, []
     for info in objects:
         if left <= 0:
-            return
-        stop, count = tar_offset_after(source, info, left)
-        left -= count
-        yield info, stop, count
+            break
+        found.append(_limited_shard(source, info, left))
+        left -= found[-1].num_records
+    return found
 
 
-def _records_per_byte(source: ObjectStore, objects: Sequence[ObjectInfo]) -> float:
-    """From the first shard that tells; 0 where none of the first few does."""
-    sampled = ((sample_tar(source, info), info.size) for info in objects[:SAMPLED_SHARDS])
-    return next((count / size for count, size in sampled if count), 0.0)
+def _limited_shard(source: ObjectStore, info: ObjectInfo, limit: int) -> Piece:
+    try:
+        stop, count = tar_offset_after(source, info, limit)
+    except UnavailableError:
+        raise
+    except StoreError as error:
+        return Piece((info,), 0, info.size, 0, str(error))
+    return Piece((info,), 0, stop, count)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.records import Cause
 from storage.rejects import RejectCode
 from tests.jobs.jobs_of import ROOT, run_here
 from tests.jobs.tiny import folder_of_images
@@ -71,9 +72,12 @@ def test_every_other_snippet_runs_and_says_something(place, name):
     assert done.stdout.strip()
 
 
-def test_the_readme_lists_every_reject_code():
-    for code in RejectCode:
-        assert f"`{code}`" in README
+@pytest.mark.parametrize(("kind", "head"), [(RejectCode, "rejected record"), (Cause, "dead unit")])
+def test_the_readme_lists_every_reason(kind, head):
+    table = re.search(rf"^\| {head} \| .*\n\|.*\n((?:\|.*\n)+)", README, re.MULTILINE)
+    assert table
+    named = re.findall(r"`(\w+)`", "".join(line.split(" | ")[0] for line in table[1].splitlines()))
+    assert sorted(named) == sorted(kind)
 
 
 def test_the_readme_lists_every_parameter():

@@ -18,9 +18,9 @@ from jobs.attempts import Desk, attempted
 from jobs.budgets import FIRST_UNITS, Budget, Opening, excess
 from jobs.config import ConfigError, Execution
 from jobs.dead import bury, read_letters
-from jobs.isolation import Isolated, ProcessDiedError, ProcessStartError, _free_bytes
+from jobs.isolation import Isolated, ProcessDiedError, ProcessStartError, free_bytes
 from jobs.leftovers import remove_leftovers
-from jobs.plan import load_plan, settle_plan
+from jobs.plan import Plan, load_plan, settle_plan
 from jobs.receipts import receipt_of
 from jobs.reconcile import MANIFEST_KEY, UnreconciledError, finalize, stand
 from jobs.records import Cause, DeadLetter, Receipt, UnitFailure, UnitSkipped
@@ -30,7 +30,7 @@ from jobs.stopping import sign_key
 from jobs.unit import commit_unit
 from storage.local import LocalStore
 from storage.rejects import Reject, RejectCode
-from storage.store import ChangedError, DamagedError, MissingError, StoreError, UnavailableError
+from storage.store import ChangedError, DamagedError, MissingError, ObjectError, StoreError, UnavailableError
 from tests.jobs.jobs_of import blocksight, config_of, fragments_in, rows_in, run_here
 from tests.jobs.test_commit import UNIT, result
 from tests.jobs.tiny import folder_of_images, folder_of_tables, folder_of_tars, picture, red
@@ -91,6 +91,7 @@ def test_a_unit_that_kills_again_and_again_is_dead():
     [
         (MissingError("gone"), "input_missing"),
         (ChangedError("other"), "input_changed"),
+        (ObjectError("archived"), "input_unreadable"),
         (DamagedError("broken"), "container_corrupt"),
         (ProcessDiedError("SIGSEGV"), "poison"),
     ],
@@ -105,7 +106,7 @@ def test_what_is_wrong_with_an_input_is_a_dead_letter_with_its_cause(error, caus
     ("stage", "error", "away"),
     [
         ("commit", MissingError("gone"), False),
-        ("explain", ValueError("x"), False),
+        ("explain", MemoryError(), False),
         ("read", StoreError("denied"), False),
         ("commit", UnavailableError("503"), True),
     ],
@@ -162,7 +163,7 @@ def fatal(item):
     if item == "result":
         return lambda: "which does not pickle"
     if item == "much":
-        return len(np.zeros(int(0.9 * _free_bytes()), np.uint8))
+        return len(np.zeros(int(0.9 * free_bytes()), np.uint8))
     return item, os.getpid()
 
 
@@ -228,6 +229,10 @@ def test_a_fragment_outweighs_a_letter():
     receipt = commit_unit(result(), store, "job")
     assert isinstance(bury(store, UNIT, "read", Cause.POISON, "x"), Receipt)
     assert receipt_of(UNIT, store.read(UNIT.fragment_key)).sha256 == receipt.sha256
+    standing = stand(store, Plan({}, UNIT.layout, (UNIT,), 1, 9, 2, {}))
+    assert (standing.receipts.keys(), standing.dead, standing.outweighed) == ({UNIT.unit_id}, {}, [UNIT.unit_id])
+    assert finalize(store, standing)["dead"] == []
+    assert read_letters(store, [UNIT]) == {}
 
 
 @pytest.fixture

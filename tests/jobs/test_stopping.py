@@ -165,7 +165,7 @@ def test_a_step_waits_for_its_stores_under_the_watch(tmp_path, monkeypatch):
     signs = []
     monkeypatch.setattr("jobs.attempts.alive", lambda: signs.append(1))
     (tmp_path / "in").mkdir()
-    context = SimpleNamespace(config=config_of(tmp_path / "in", tmp_path / "out"), run_id="run")
+    context = SimpleNamespace(config=config_of(tmp_path / "in", tmp_path / "out"), run_id="run", witnesses=())
     desk = open_desk(context)
     for store in (desk.source, desk.output):
         assert store.head("a") is None

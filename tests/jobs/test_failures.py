@@ -1,0 +1,292 @@
+"""Exceptions in a step: a record's rejects it, a unit's gives it up, and the machine's does neither."""
+
+import errno
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from engine.errors import ModelError
+from jobs import unit as steps
+from jobs.attempts import MOST_FAILURES, Desk, attempted
+from jobs.blame import AMPLE_BYTES, is_of_record, is_of_unit
+from jobs.config import ConfigError
+from jobs.dead import read_letters
+from jobs.isolation import Isolated, ProcessDiedError, ProcessStartError
+from jobs.records import DeadLetter, UnitFailure, UnreconciledError
+from jobs.unit import commit_unit, decoded_or_rejected
+from storage.fragments import read_fragment
+from storage.records import RawRecord
+from storage.store import DamagedError, StoreError, UnavailableError
+from storage.tars import read_tar
+from tests.jobs.jobs_of import run_here
+from tests.jobs.test_commit import UNIT, result
+from tests.jobs.tiny import picture, tar_bytes
+from tests.storage.memory import MemoryStore
+
+OF_A_RECORD = [
+    ValueError("x"),
+    RecursionError("x"),
+    OverflowError("x"),
+    pa.ArrowInvalid("x"),
+    OSError("broken data stream"),
+    ValueError("a label that says: out of memory"),
+    RuntimeError("shapes do not fit"),
+]
+OF_THE_MACHINE = [
+    MemoryError(),
+    OSError(errno.ENOSPC, "no space"),
+    OSError(errno.EMFILE, "too many files"),
+    ConnectionResetError(errno.ECONNRESET, "reset"),
+    ImportError("no decoder on this node"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+    torch.OutOfMemoryError("CUDA out of memory"),
+]
+OF_THE_JOB = [ModelError("x"), ConfigError("x"), UnreconciledError("x"), ProcessStartError("x")]
+
+
+@pytest.mark.parametrize("error", OF_A_RECORD, ids=str)
+def test_what_the_same_record_would_raise_anywhere_is_its_own(error):
+    assert is_of_unit(error)
+
+
+@pytest.mark.parametrize("error", [*OF_THE_MACHINE, *OF_THE_JOB, StoreError("x"), UnavailableError("x")], ids=repr)
+def test_what_no_record_can_cause_is_not_its_own(error):
+    assert not is_of_unit(error)
+
+
+@pytest.mark.parametrize(("free", "blamed"), [(AMPLE_BYTES, True), (AMPLE_BYTES - 1, False)])
+def test_memory_is_a_records_fault_where_there_is_plenty(monkeypatch, free, blamed):
+    monkeypatch.setattr("jobs.blame.free_bytes", lambda: free)
+    assert is_of_record(MemoryError(), Isolated(dict)) is blamed
+    assert not is_of_record(MemoryError(), dict)
+
+
+# ---------------------------------------------------------------- units
+
+
+def place():
+    return Desk(MemoryStore(), MemoryStore(), "run")
+
+
+def failing(error, seen):
+    def work(careful):
+        seen.append(careful)
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize("stage", ["read", "explain", "commit"])
+def test_a_unit_that_fails_each_time_is_given_up_within_one_run(stage):
+    desk, seen = place(), []
+    letter = attempted(UNIT, stage, desk, failing(ValueError("odd"), seen))
+    assert isinstance(letter, DeadLetter)
+    assert (letter.cause, letter.stage, letter.error) == ("failed", stage, "ValueError: odd")
+    assert seen == [False, True, True]
+    assert read_letters(desk.output, [UNIT]) == {UNIT.unit_id: letter}
+
+
+def test_a_unit_that_fails_once_is_done():
+    seen = []
+
+    def work(careful):
+        seen.append(careful)
+        if not careful:
+            raise ValueError("odd")
+        return "done"
+
+    assert attempted(UNIT, "read", place(), work) == "done"
+    assert seen == [False, True]
+
+
+@pytest.mark.parametrize("error", [*OF_THE_MACHINE, *OF_THE_JOB], ids=repr)
+def test_the_machines_trouble_leaves_a_unit_open(error):
+    desk, seen = place(), []
+    assert isinstance(attempted(UNIT, "read", desk, failing(error, seen)), UnitFailure)
+    assert len(seen) == (1 if type(error) in map(type, OF_THE_JOB) else MOST_FAILURES)
+    assert read_letters(desk.output, [UNIT]) == {}
+
+
+# ---------------------------------------------------------------- records
+
+
+def failing_over(*keys, error):
+    def decoding(raw):
+        if raw.key in keys:
+            raise error
+        return "facts", "picture"
+
+    return decoding
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(ValueError("x"), "decode_failed"), (ProcessDiedError("x"), "process_died")]
+)
+def test_a_record_that_decoding_fails_on_is_rejected(error, code):
+    decoding = failing_over("k", error=error)
+    facts, nothing = decoded_or_rejected(decoding, RawRecord("k", "s", 4, 7, b"x"), MemoryStore())
+    assert (facts.reject_code, facts.reject_stage, facts.shard_index, facts.label) == (code, "decode", 4, 7)
+    assert nothing is None
+    assert decoded_or_rejected(decoding, RawRecord("other", "s", 5, 7, b"x"), MemoryStore()) == ("facts", "picture")
+
+
+@pytest.mark.parametrize("error", [*OF_THE_MACHINE, ProcessStartError("x")], ids=repr)
+def test_no_record_is_rejected_for_the_machine(error):
+    with pytest.raises(type(error)):
+        decoded_or_rejected(failing_over("k", error=error), RawRecord("k", "s", 4, 7, b"x"), MemoryStore())
+
+
+def test_a_tar_record_that_cannot_be_read_is_rejected_alone(monkeypatch):
+    store = MemoryStore()
+    store.put("s.tar", tar_bytes(0, 3))
+
+    def label(file, member):
+        text = file.read_at(member.data_start, member.size)
+        if text == b"1":
+            raise ValueError("an odd label")
+        return int(text)
+
+    monkeypatch.setattr("storage.tars._label", label)
+    info = store.head("s.tar")
+    found = list(read_tar(store, info, 0, info.size))
+    assert [record.label for record in found] == [0, None, 2]
+    assert (str(found[1].reject.code), found[1].reject.message) == ("read_failed", "ValueError: an odd label")
+
+
+def rows_between(bad, error):
+    """A reader of tables that fails over some rows."""
+
+    def read_table(store, info, start, stop):
+        for row in range(start, stop):
+            if row in bad:
+                raise error
+            yield RawRecord(f"t/{row}", info.key, row, None, b"x")
+
+    return read_table
+
+
+def test_rows_that_cannot_be_read_are_found_by_halves(monkeypatch):
+    monkeypatch.setattr(steps, "read_table", rows_between({3, 9}, ValueError("odd")))
+    whole = replace(UNIT, start=2, stop=12, num_records=10)
+    found = steps._all_raw_records(whole, MemoryStore())
+    assert [record.index for record in found] == list(range(2, 12))
+    assert [record.index for record in found if record.reject is not None] == [3, 9]
+    assert str(found[1].reject.code) == "read_failed"
+
+
+@pytest.mark.parametrize("error", [DamagedError("x"), StoreError("x"), MemoryError()])
+def test_what_is_no_rows_fault_blames_no_row(monkeypatch, error):
+    monkeypatch.setattr(steps, "read_table", rows_between({1}, error))
+    with pytest.raises(type(error)):
+        steps._all_raw_records(UNIT, MemoryStore())
+
+
+# ---------------------------------------------------------------- commit
+
+
+def committed(rows, store, **how):
+    commit_unit(replace(result(), rows=tuple(rows)), store, "job", **how)
+    return read_fragment(store.read(UNIT.fragment_key)).to_pylist()
+
+
+@pytest.fixture
+def apart_here(monkeypatch):
+    """Careful steps call their function in this process."""
+    asked = []
+
+    class Here(partial):
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    def called(function, careful):
+        asked.append(careful)
+        return Here(function)
+
+    monkeypatch.setattr(steps, "called", called)
+    return asked
+
+
+def test_a_careful_commit_has_the_same_bytes(apart_here):
+    plain, careful = MemoryStore(), MemoryStore()
+    commit_unit(result(), plain, "job")
+    commit_unit(result(), careful, "job", careful=True)
+    assert apart_here == [False, True]
+    assert plain.read(UNIT.fragment_key) == careful.read(UNIT.fragment_key)
+
+
+def test_a_record_over_which_encoding_dies_is_rejected_alone(apart_here, monkeypatch):
+    def dies(row):
+        if row["key"] == "t/0":
+            raise ProcessDiedError("Aborted")
+        return dict(row)
+
+    monkeypatch.setattr(steps, "_encoded_row", dies)
+    first, second = committed(result().rows, MemoryStore(), careful=True)
+    assert (first["reject_code"], first["reject_stage"], first["map"]) == ("process_died", "encode", None)
+    assert second["reject_code"] == "corrupt"
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [
+        {"label": 2**40},
+        {"label_name": "\udcff"},
+        {"key": "t/\udcff"},
+        {"map": np.zeros((2, 2, 2), np.float32)},
+        {"width": "wide"},
+        {"score": "high"},
+    ],
+    ids=str,
+)
+def test_a_record_that_does_not_fit_its_columns_is_rejected_alone(apart_here, spoiled):
+    good, bad = result().rows
+    rows = [{**good, "shard_index": 5, "key": "t/5", **spoiled}, good, bad]
+    store = MemoryStore()
+    with pytest.raises(Exception):  # noqa: B017, PT011 - any; the careful attempt behind it finds the record
+        commit_unit(replace(result(), rows=tuple(rows), num_records=3), store, "job")
+    made = commit_unit(replace(result(), rows=tuple(rows), num_records=3), store, "job", careful=True)
+    first, second, third = read_fragment(store.read(UNIT.fragment_key)).to_pylist()
+    assert (first["reject_code"], first["reject_stage"], first["shard_index"]) == ("encode_failed", "encode", 5)
+    assert first["error"]
+    assert (second["status"], third["reject_code"]) == ("ok", "corrupt")
+    assert made.rejects == {"corrupt": 1, "encode_failed": 1}
+
+
+@pytest.mark.parametrize("error", OF_THE_MACHINE, ids=repr)
+def test_encoding_rejects_no_record_for_the_machine(apart_here, monkeypatch, error):
+    def fails(row):
+        raise error
+
+    monkeypatch.setattr(steps, "_encoded_row", fails)
+    with pytest.raises(type(error)):
+        commit_unit(result(), MemoryStore(), "job", careful=True)
+
+
+# ---------------------------------------------------------------- shards that cannot be read
+
+
+def test_a_broken_table_among_sound_ones_is_one_dead_letter(tmp_path):
+    data, whole = tmp_path / "in", None
+    data.mkdir()
+    for number in range(4):
+        pq.write_table(pa.table({"image": [picture(number), picture(number + 9)]}), data / f"{number}.parquet")
+    whole = (data / "1.parquet").read_bytes()
+    (data / "1.parquet").write_bytes(whole[: len(whole) // 2])
+    (data / "2.parquet").write_bytes(b"")
+    outcome = run_here(data, tmp_path / "out", explainer="gradient")
+    assert {(letter.inputs, letter.cause) for letter in outcome.standing.dead.values()} == {
+        ("1.parquet", "container_corrupt"),
+        ("2.parquet", "container_corrupt"),
+    }
+    assert outcome.standing.total("num_ok") == 4
+    assert outcome.standing.open_units == []
+    assert not outcome.standing.plan.is_exact
+    assert outcome.excess[0] == "2 dead units, and --max-dead-units allows 0"
