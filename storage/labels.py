@@ -13,7 +13,7 @@ def label_of(value: Any) -> str | int | None:
 
     Text that is longer than `MAX_LABEL_BYTES` is cut, and ends with `…`. NaN is how tables write that there is none.
     """
-    if value is None or value == "" or value != value:
+    if value in (None, "", b"") or value != value:  # NaN alone differs from itself
         return None
     if isinstance(value, int) and not isinstance(value, bool):
         return value

@@ -18,6 +18,8 @@ UNREPEATED = (0, 6)
 """Encodings in which each byte of a value is written where it belongs: PLAIN and DELTA_LENGTH_BYTE_ARRAY."""
 DATA, DICTIONARY, DATA_2 = 0, 2, 3
 """Kinds of pages, and where their headers keep what follows: fields 5, 7 and 8."""
+SLACK_BYTES = 1 << 16
+"""By which, and by an eighth, compression may make a page longer."""
 BYTES_PER_ENTRY = 16
 """What Arrow keeps of each entry of a dictionary, besides its bytes."""
 
@@ -79,7 +81,9 @@ class Chunk:
         self._unfolded += unfolded
         if unfolded > MAX_PAGES_BYTES:
             raise ValueError(f"{self.where}: a page unfolds to {unfolded} bytes, at most {MAX_PAGES_BYTES} are read")
-        if self._unfolded > self.unfolded_bytes or stored > unfolded + unfolded // 8 + (1 << 16):
+        if stored > unfolded + unfolded // 8 + SLACK_BYTES:
+            raise ValueError(f"{self.where}: a page of {unfolded} bytes is stored in {stored}")
+        if self._unfolded > self.unfolded_bytes:
             raise ValueError(
                 f"{self.where}: its pages unfold to {self._unfolded} bytes or more; the footer says "
                 f"{self.unfolded_bytes}"

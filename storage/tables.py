@@ -97,7 +97,7 @@ def _with_image(record: RawRecord, images: pa.Array, offset: int) -> RawRecord:
 def _images(column: pa.Array) -> pa.Array:
     """The images' bytes; null where there is no image."""
     plain = column.flatten()[0] if pa.types.is_struct(column.type) else column
-    return plain.cast(pa.binary()) if pa.types.is_null(plain.type) else plain
+    return plain if pa.types.is_fixed_size_binary(plain.type) else plain.cast(pa.binary())
 
 
 def _keys(table: ParquetTable, stop: int) -> set[str]:
