@@ -117,5 +117,5 @@ def test_a_stored_map_has_its_own_ends_and_sides():
     row, rejected = read_fragment(store.read(UNIT.fragment_key)).to_pylist()
     assert (row["map_low"], row["map_high"]) == (0.25, 0.75)
     assert (row["map_height"], row["map_width"], row["map_codec"]) == (1, 3, CODEC)
-    assert decode_levels(row["map"]).tolist() == [[0, 128, 255]]
+    assert decode_levels(row["map"], (1, 3)).tolist() == [[0, 128, 255]]
     assert rejected["map"] is rejected["map_low"] is None
