@@ -15,6 +15,7 @@ from jobs.config import ConfigError, Execution, JobConfig
 from jobs.results import all_rows, picture
 from jobs.run import run_job
 from jobs.tables import FIGURES, outcome_table, printable, target_cells
+from storage.file_names import file_name
 from storage.pictures import Tile, contact_sheet, overlay, side_by_side
 from storage.store import AlreadyExistsError, ObjectStore
 from storage.stores import open_store
@@ -46,7 +47,7 @@ def run_demo(folder: Path, *, through_bucket: bool, console: Console) -> None:
             table.add_column(name, overflow="fold")
         for row in rows:
             shown = picture(plan, endpoint_url, row)
-            _save(side_by_side(shown.pixels, shown.saliency_hw), pictures / f"{Path(row['key']).stem}.png")
+            _save(side_by_side(shown.pixels, shown.saliency_hw), pictures / f"{file_name(Path(row['key']).stem)}.png")
             caption = f"{row['target_name']}, {row['score']:.2f}\n{row['key']}"
             tiles.append(Tile(overlay(shown.pixels, shown.saliency_hw), caption))
             table.add_row(printable(row["key"]), *target_cells(row))

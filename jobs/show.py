@@ -1,6 +1,5 @@
 """Shows one record of an output: its facts as a table, and a picture or a sheet of pictures per target."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from jobs.products import Sizes, parts_of, products_of
 from jobs.recorded import NamedAgain
 from jobs.results import PICTURE_SIDE, Output, Shown, images_of, refuse_other_inputs, rows_of, shown
 from jobs.tables import record_table
+from storage.file_names import file_name
 from storage.pictures import Pixels, Tile, contact_sheet, one_line, overlay, resized, side_by_side
 from storage.schema import OK
 
@@ -157,7 +157,8 @@ def _sheets(
         again = made[None][place] if wanted.blocks else None
         tiles = [Tile(base.pixels, f"{one_line(key)}\n{_label(row)}")]
         if again is not None:
-            tiles += _block_tiles(base.pixels, again, output.plan.identity["parameters"]["gate"])
+            gate = output.plan.identity["parameters"].get("gate", SiseParameters.gate)
+            tiles += _block_tiles(base.pixels, again, gate)
         tiles.append(_stored_tile(base, row, output, again))
         tiles += [_made_tile(base.pixels, name, made[name][place], row) for name in names]
         tiles += [_beside_tile(base.pixels, one, own.get(row["target_index"]), row, image) for one, own in others]
@@ -236,9 +237,8 @@ def _beside_tile(pixels: Pixels, output: Output, own: Row | None, row: Row, imag
 
 
 def _path(path: Path | None, key: str, row: Row, *, alone: bool, kind: str) -> Path:
-    """The asked-for file, or one named after the key with every unusual character replaced."""
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", key).strip(".-")[-100:] or "record"
-    base = path or Path(f"{plain}.{kind}.png")  # never the name of the image itself
+    """The asked-for file, or one in the current folder that is named after the key."""
+    base = path or Path(f"{file_name(key)}.{kind}.png")  # never the name of the image itself
     return base if alone else base.with_name(f"{base.stem}-{row['target_index']}{base.suffix}")
 
 

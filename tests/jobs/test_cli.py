@@ -16,6 +16,7 @@ from engine.catalog import EXPLAINERS
 from jobs.cli import main
 from jobs.config import load_config, parse_parameters
 from jobs.tables import catalog_table
+from storage.file_names import file_name
 from tests.jobs.jobs_of import ROOT, blocksight, command, run_here
 from tests.jobs.tiny import MODEL, folder_of_images
 
@@ -130,8 +131,8 @@ def test_show_writes_a_picture_and_lists_say_what_there_is(finished, tmp_path):
         check=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    assert b"ant-000.png.map.png" in unnamed.stdout
-    assert (tmp_path / "ant-000.png.map.png").exists()
+    assert f"{file_name('ant/000.png')}.map.png".encode() in unnamed.stdout
+    assert (tmp_path / f"{file_name('ant/000.png')}.map.png").exists()
     for what, said in (("explainers", "sise"), ("metrics", "drop"), ("models", "efficientnet_lite0")):
         assert said in blocksight("list", what).stdout
 
