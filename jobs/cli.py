@@ -209,7 +209,7 @@ def status(output: Existing, endpoint_url: Endpoint = None) -> None:
 
 def _finished(store: ObjectStore, standing: Standing) -> None:
     """Ends the command where every unit is settled and the final manifest is not written."""
-    if final_manifest(store) is not None:
+    if final_manifest(store, standing.plan) is not None:
         return
     if standing.dead:
         dead = counted(len(standing.dead), "dead unit")
@@ -275,7 +275,7 @@ def finalize(
     store, made = _existing(output, endpoint_url)
     standing = stand(store, made)
     console.print(tables.standing_table(output, standing))
-    accepted = num_accepted(final_manifest(store))
+    accepted = num_accepted(final_manifest(store, made))
     budget = Budget(max_reject_fraction=1.0, max_dead_units=max(max_dead_units, accepted))
     _settled(standing, excess(standing, budget), is_final=False)
     write_manifest(store, standing)

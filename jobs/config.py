@@ -33,6 +33,8 @@ CODE_VERSION = "4"
 """Raised whenever the same configuration and input would give other bytes."""
 
 MAX_TARGETS = 100
+MAX_SENTENCE = 500
+"""Characters of what is said of a stranger's values, and of a model's name."""
 
 
 class ConfigError(Exception):
@@ -131,7 +133,10 @@ class JobConfig(BaseModel):
         """A worker's folder need not be the driver's."""
         if value is None or "://" in value or (info.field_name == "weights" and is_weights_name(value)):
             return value
-        return str(Path(value).expanduser().absolute())
+        try:
+            return str(Path(value).expanduser().absolute())
+        except RuntimeError as error:
+            raise ValueError(f"{value!r} is in the home folder of a user who has none") from error
 
     @field_validator("target")
     @classmethod
@@ -221,6 +226,34 @@ class JobConfig(BaseModel):
             "code": CODE_VERSION,
         }
         return json.loads(json.dumps(identity))  # a tuple is a list in the plan that it is compared with
+
+
+IDENTITY = {"data", "model", "weights", "blocks", "explainer", "parameters", "fidelity", "preset", "target", "resize"}
+IDENTITY |= {"limit", "seed", "decoding", "codec", "schema", "code"}
+"""What every version's plan says of its configuration."""
+
+
+def check_identity(identity: Mapping[str, Any]) -> None:
+    """Raises ValueError where the values are no `JobConfig.identity`, such as a plan may hold.
+
+    What other versions add is left alone; the explainer's parameters are checked when they are used.
+    """
+    missing = sorted(IDENTITY - identity.keys())
+    if missing:
+        raise ValueError(f"configuration: {', '.join(missing)} missing")
+    known = {name: identity[name] for name in JobConfig.model_fields if name in identity}
+    given = {**known, "output": "/", "endpoint_url": None, "weights": None}
+    try:
+        read_back = JobConfig.model_validate(given).model_dump(mode="json")
+    except ValidationError as error:
+        raise ValueError(f"configuration: {_sentence(error)[:MAX_SENTENCE]}") from error
+    for name, value in given.items():
+        if read_back[name] != value:
+            raise ValueError(f"configuration: {name} is none that a plan holds")
+    if not isinstance(identity["weights"], str | None):
+        raise ValueError("configuration: weights is no text")  # noqa: TRY004 - the plan is wrong
+    if len(identity["model"]) > MAX_SENTENCE:
+        raise ValueError("configuration: model is longer than any name")
 
 
 class Execution(BaseModel):

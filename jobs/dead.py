@@ -6,8 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 
+from jobs.documents import damaged, read_document
 from jobs.receipts import READERS, adopt
-from jobs.records import Cause, DeadLetter, Receipt, Unit, UnreconciledError
+from jobs.records import Cause, DeadLetter, Receipt, Unit
+from storage.limits import MAX_RECEIPT_BYTES
 from storage.schema import MAX_ERROR_LENGTH
 from storage.store import AlreadyExistsError, ObjectStore
 
@@ -41,12 +43,12 @@ def read_letters(output: ObjectStore, units: Iterable[Unit]) -> dict[str, DeadLe
     standing = {info.key for info in output.list(FOLDER)}
     keys = [key for key in (letter_key(unit.unit_id) for unit in units) if key in standing]
     with ThreadPoolExecutor(READERS) as readers:
-        letters = [_letter(key, body) for key, body in zip(keys, readers.map(output.read, keys), strict=True)]
+        letters = list(readers.map(lambda key: _letter(output, key), keys))
     return {letter.unit_id: letter for letter in letters}
 
 
-def _letter(key: str, body: bytes) -> DeadLetter:
-    try:
-        return DeadLetter(**json.loads(body))
-    except (ValueError, TypeError) as error:
-        raise UnreconciledError(f"{key} is damaged: {error}; `blocksight retry` cannot read it, delete it") from error
+def _letter(output: ObjectStore, key: str) -> DeadLetter:
+    letter = read_document(output, key, DeadLetter, MAX_RECEIPT_BYTES)
+    if letter_key(letter.unit_id) != key:
+        raise damaged(output.uri, key, f"it is of unit {letter.unit_id!r}")
+    return letter

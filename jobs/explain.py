@@ -38,7 +38,7 @@ from jobs.isolation import Isolated, ProcessDiedError
 from jobs.labels import Labels
 from jobs.learned import LEARNED_KEY, standing_state, wanted_images
 from jobs.pace import IMAGES_TO_PROBE, settle, standing_forward
-from jobs.records import ModelFacts, RecordFacts, UnitInput, UnitResult, UnreconciledError, with_reject
+from jobs.records import BlockFacts, ModelFacts, RecordFacts, UnitInput, UnitResult, UnreconciledError, with_reject
 from jobs.watch import alive
 from storage.maps import quantised
 from storage.rejects import Reject, RejectCode
@@ -77,7 +77,7 @@ def model_facts(adapter: ModelAdapter, config: JobConfig) -> ModelFacts:
     blocks = _blocks(adapter, config)
     make_explainer(adapter, config, [block.name for block in blocks])
     places = tuple(
-        {"name": block.name, "channels": block.channels, "height": block.grid[0], "width": block.grid[1]}
+        BlockFacts(name=block.name, channels=block.channels, height=block.grid[0], width=block.grid[1])
         for block in blocks
         if block.grid is not None
     )

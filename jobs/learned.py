@@ -4,10 +4,12 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from engine.composition import images_to_learn_from
+from engine.errors import ModelError
 from jobs.config import JobConfig
+from jobs.documents import damaged
 from jobs.plan import PLAN_FOLDER
 from storage.limits import MAX_LEARNED_BYTES
-from storage.store import DamagedError, MissingError, ObjectStore
+from storage.store import MissingError, ObjectStore
 
 if TYPE_CHECKING:
     from engine.explainers.explainer import State
@@ -23,7 +25,7 @@ def wanted_images(config: JobConfig) -> int:
 def standing_state(output: ObjectStore, config: JobConfig) -> "tuple[State, str] | None":
     """What the job's method learned, and the sha256 of its file; None: it learns nothing, or has not yet.
 
-    Raises ModelError where the file is none of tensors, and DamagedError where it is far too large.
+    Raises StoreError, and UnreconciledError where the file is damaged.
     """
     if not wanted_images(config):
         return None
@@ -34,5 +36,8 @@ def standing_state(output: ObjectStore, config: JobConfig) -> "tuple[State, str]
     except MissingError:
         return None
     if len(body) > MAX_LEARNED_BYTES:
-        raise DamagedError(f"{output.uri}/{LEARNED_KEY} has more than the {MAX_LEARNED_BYTES} bytes that are read")
-    return read_tensors(body), hashlib.sha256(body).hexdigest()
+        raise damaged(output.uri, LEARNED_KEY, f"it has more than the {MAX_LEARNED_BYTES:,} bytes that are read")
+    try:
+        return read_tensors(body), hashlib.sha256(body).hexdigest()
+    except ModelError as error:
+        raise damaged(output.uri, LEARNED_KEY, error) from error

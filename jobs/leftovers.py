@@ -1,10 +1,9 @@
 """Leftovers: what runs that died left beside the truth, and what of it is safe to remove."""
 
-import json
 from collections.abc import Iterator
 
 from jobs import attempts, dead
-from jobs.plan import PLAN_FOLDER, PLAN_KEY
+from jobs.plan import PLAN_FOLDER, plan_document
 from jobs.reconcile import Standing, final_manifest
 from jobs.stopping import RUNS_FOLDER, SIGN_NAME
 from storage.local import LocalStore
@@ -25,7 +24,7 @@ def remove_leftovers(store: ObjectStore, standing: Standing, *, dry_run: bool = 
     Nothing that carries a fact goes: no fragment, receipt, plan, manifest, or letter of a dead unit.
     """
     names = [*_settled(store, standing), *_lost_plans(store)]
-    if final_manifest(store) is not None:  # nobody is at work who might still need them
+    if final_manifest(store, standing.plan) is not None:  # nobody is at work who might still need them
         names += [info.key for info in store.list(PROBE_PREFIX)]
         names += [info.key for info in store.list(RUNS_FOLDER) if info.key.endswith(f"/{SIGN_NAME}")]
     if not dry_run:
@@ -54,7 +53,7 @@ def _settled(store: ObjectStore, standing: Standing) -> Iterator[str]:
 
 def _lost_plans(store: ObjectStore) -> Iterator[str]:
     """Lists of units that no plan names: of drivers that planned at once, or died before they were done."""
-    named = json.loads(store.read(PLAN_KEY))["units"]
+    named = plan_document(store)
     for info in store.list(f"{PLAN_FOLDER}units-"):
-        if info.key != named:
+        if named is not None and info.key != named["units"]:
             yield info.key

@@ -5,25 +5,40 @@ from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from engine.errors import ModelError
 from engine.forward import Forward, ForwardSetting, make_forward
 from engine.models import ModelAdapter
 from engine.probe import probe
 from jobs.config import JobConfig
+from jobs.documents import damaged, read_document
 from jobs.plan import PLAN_FOLDER
 from storage.store import AlreadyExistsError, MissingError, ObjectStore
 
+
+class ForwardDocument(TypedDict):
+    """What `forward.json` holds."""
+
+    setting: ForwardSetting
+    probe: list[dict[str, Any]]
+    """What was measured, for people."""
+
+
 FORWARD_KEY = f"{PLAN_FOLDER}forward.json"
 IMAGES_TO_PROBE = 8
+MAX_BATCH_SIZE = 1 << 16
 
 
 def settled(output: ObjectStore) -> ForwardSetting | None:
-    """The job's setting, if a worker has chosen one."""
+    """The job's setting, if a worker has chosen one. Raises UnreconciledError where it is damaged."""
     try:
-        return ForwardSetting(**json.loads(output.read(FORWARD_KEY))["setting"])
+        setting = read_document(output, FORWARD_KEY, ForwardDocument)["setting"]
     except MissingError:
         return None
+    if not 1 <= setting.batch_size <= MAX_BATCH_SIZE:
+        raise damaged(output.uri, FORWARD_KEY, f"{setting.batch_size} per pass is no batch size")
+    return setting
 
 
 def standing_forward(output: ObjectStore, adapter: ModelAdapter) -> tuple[Forward, ForwardSetting] | None:

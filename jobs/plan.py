@@ -7,14 +7,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
+from typing_extensions import TypedDict
 
-from jobs.config import ConfigError, JobConfig, differences, digest_of
-from jobs.records import ModelFacts, Unit, UnreconciledError
-from jobs.units import Piece, Workforce, pieces
+from jobs.config import ConfigError, JobConfig, check_identity, differences, digest_of
+from jobs.documents import Sha256, damaged, read_document
+from jobs.records import Count, ModelFacts, Unit
+from jobs.units import Piece, Workforce, check_units, pieces
 from storage.limits import MAX_BATCH_BYTES, MAX_UNFOLDING
 from storage.parquet import checked_columns, parquet_bytes
 from storage.patient import SHORT_PATIENCE_SECONDS, PatientStore, witnesses_of
@@ -38,6 +41,20 @@ UNITS_SCHEMA = pa.schema(
         ("objects", pa.list_(pa.struct([("key", pa.string()), ("size", pa.int64()), ("etag", pa.string())]))),
     ]
 )
+
+
+class PlanDocument(TypedDict):
+    """What `plan.json` holds."""
+
+    fingerprint: Sha256
+    configuration: dict[str, Any]
+    units: Annotated[str, Field(pattern=rf"^{PLAN_FOLDER}units-[0-9a-f]{{16}}\.parquet$")]
+    num_units: Count
+    layout: Layout
+    num_objects: Count
+    num_bytes: Count
+    num_records: Count
+    ignored: dict[str, Count]
 
 
 class DriftError(ConfigError):
@@ -146,7 +163,7 @@ def settle_plan(store: ObjectStore, plan: Plan) -> Plan:
     if standing is None:
         _refuse_foreign(store)
         body = _units_bytes(plan.units)
-        units_key = f"{PLAN_FOLDER}units-{hashlib.sha256(body).hexdigest()[:16]}.parquet"
+        units_key = _units_key(body)
         store.put(units_key, body)
         try:
             store.create(PLAN_KEY, _plan_json(plan, units_key))
@@ -179,7 +196,7 @@ def settle_model(store: ObjectStore, facts: ModelFacts) -> None:
 
 def refuse_other_model(store: ObjectStore, facts: ModelFacts) -> None:
     """Raises DriftError where the output was begun with another model, and MissingError where with none."""
-    refuse_drift(_plain(facts), json.loads(store.read(MODEL_KEY)), "model")
+    refuse_drift(_plain(facts), _plain(read_document(store, MODEL_KEY, ModelFacts)), "model")
 
 
 def _plain(facts: ModelFacts) -> Mapping[str, Any]:
@@ -188,15 +205,25 @@ def _plain(facts: ModelFacts) -> Mapping[str, Any]:
 
 
 def load_plan(store: ObjectStore) -> Plan | None:
-    """The plan that stands in an output, or None."""
-    try:
-        body = store.read(PLAN_KEY)
-    except MissingError:
+    """The plan that stands in an output, or None. Raises StoreError, and UnreconciledError where it is damaged."""
+    body = plan_document(store)
+    if body is None:
         return None
     try:
-        return _read_plan(store, json.loads(body))
-    except (ValueError, TypeError, KeyError, DamagedError, MissingError) as error:
-        raise UnreconciledError(f"{PLAN_KEY} in {store.uri} is damaged, or what it names: {error}") from error
+        check_identity(body["configuration"])
+        if body["fingerprint"] != digest_of(body["configuration"]):
+            raise ValueError("its fingerprint is not that of its configuration")
+        return _plan_of(body, _named_units(store, body))
+    except (ValueError, DamagedError, MissingError) as error:
+        raise damaged(store.uri, PLAN_KEY, error) from error
+
+
+def plan_document(store: ObjectStore) -> PlanDocument | None:
+    """What `plan.json` says, or None where it is not there. Raises as `load_plan`."""
+    try:
+        return read_document(store, PLAN_KEY, PlanDocument)
+    except MissingError:
+        return None
 
 
 def existing_plan(store: ObjectStore) -> Plan:
@@ -207,11 +234,22 @@ def existing_plan(store: ObjectStore) -> Plan:
     return made
 
 
-def _read_plan(store: ObjectStore, body: Mapping[str, Any]) -> Plan:
-    units = _read_units(store.read(body["units"]))
+def _named_units(store: ObjectStore, body: PlanDocument) -> tuple[Unit, ...]:
+    """The units that a plan names. Raises ValueError, ArrowException and MissingError."""
+    units_body = store.read(body["units"])
+    if _units_key(units_body) != body["units"]:
+        raise ValueError(f"{body['units']} does not hold what its name says")
+    units = _read_units(units_body)
+    check_units(units, body["layout"])
+    if len(units) != body["num_units"]:
+        raise ValueError(f"{body['num_units']} units are named, and {len(units)} are there")
+    return units
+
+
+def _plan_of(body: PlanDocument, units: tuple[Unit, ...]) -> Plan:
     return Plan(
         body["configuration"],
-        Layout(body["layout"]),
+        body["layout"],
         units,
         body["num_objects"],
         body["num_bytes"],
@@ -259,6 +297,10 @@ def _units_bytes(units: Sequence[Unit]) -> bytes:
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=UNITS_SCHEMA), sink, compression="zstd")
     return sink.getvalue()
+
+
+def _units_key(body: bytes) -> str:
+    return f"{PLAN_FOLDER}units-{hashlib.sha256(body).hexdigest()[:16]}.parquet"
 
 
 def _read_units(body: bytes) -> tuple[Unit, ...]:

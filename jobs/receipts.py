@@ -11,8 +11,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs.records import Receipt, Unit, UnreconciledError
+from jobs.documents import damaged, read_document
+from jobs.records import MetricMean, MetricSum, Receipt, Unit, UnreconciledError
 from storage.fragments import read_fragment
+from storage.limits import MAX_RECEIPT_BYTES
 from storage.schema import OK, REJECTED
 from storage.store import AlreadyExistsError, DamagedError, ObjectStore
 
@@ -60,7 +62,7 @@ def _one_row_per_record(rows: pa.Table) -> list[dict[str, Any]]:
     return list({(row["shard"], row["shard_index"]): row for row in rows.select(columns).to_pylist()}.values())
 
 
-def _metric_sums(metrics: Iterable[Mapping[str, Any] | None]) -> dict[str, dict[str, Any]]:
+def _metric_sums(metrics: Iterable[Mapping[str, Any] | None]) -> dict[str, MetricSum]:
     """Sum and count of every metric, apart by protocol: `drop@PROTOCOL` to {"sum", "count"}."""
     values: dict[str, list[float]] = {}
     for row in metrics:
@@ -68,10 +70,10 @@ def _metric_sums(metrics: Iterable[Mapping[str, Any] | None]) -> dict[str, dict[
             continue
         values.setdefault(f"drop@{row['protocol']}", []).append(row["drop"])
         values.setdefault(f"increase@{row['protocol']}", []).append(100.0 * row["increase"])
-    return {name: {"sum": math.fsum(own), "count": len(own)} for name, own in sorted(values.items())}
+    return {name: MetricSum(sum=math.fsum(own), count=len(own)) for name, own in sorted(values.items())}
 
 
-def metric_means(receipts: Iterable[Receipt]) -> dict[str, dict[str, Any]]:
+def metric_means(receipts: Iterable[Receipt]) -> dict[str, MetricMean]:
     """Mean and count over receipts, the same in any order: `name@protocol` to {"mean", "count"}."""
     sums: dict[str, list[float]] = {}
     counts: Counter[str] = Counter()
@@ -79,7 +81,9 @@ def metric_means(receipts: Iterable[Receipt]) -> dict[str, dict[str, Any]]:
         for name, own in receipt.metrics.items():
             sums.setdefault(name, []).append(own["sum"])
             counts[name] += own["count"]
-    return {name: {"mean": math.fsum(own) / counts[name], "count": counts[name]} for name, own in sorted(sums.items())}
+    return {
+        name: MetricMean(mean=math.fsum(own) / counts[name], count=counts[name]) for name, own in sorted(sums.items())
+    }
 
 
 def receipt_key(unit_id: str) -> str:
@@ -118,11 +122,22 @@ def read_receipts(store: ObjectStore, units: Iterable[Unit]) -> dict[str, Receip
         return {receipt.unit_id: receipt for receipt in receipts}
 
 
+def written_receipt(store: ObjectStore, unit: Unit) -> Receipt:
+    """The receipt as it was written. Raises MissingError, and UnreconciledError where it is damaged or another's."""
+    key = receipt_key(unit.unit_id)
+    receipt = read_document(store, key, Receipt, MAX_RECEIPT_BYTES)
+    found = (receipt.unit_id, receipt.ordinal, receipt.fragment)
+    wanted = (unit.unit_id, unit.ordinal, unit.fragment_key)
+    if found != wanted:
+        raise damaged(store.uri, key, f"it is of {found}, wanted {wanted}")
+    return receipt
+
+
 def _receipt(store: ObjectStore, unit: Unit, is_written: bool) -> Receipt:
     if is_written:
         try:
-            return Receipt(**json.loads(store.read(receipt_key(unit.unit_id))))
-        except (ValueError, TypeError):  # a damaged receipt says nothing that the fragment does not
+            return written_receipt(store, unit)
+        except UnreconciledError:  # a damaged receipt says nothing that the fragment does not
             store.delete(receipt_key(unit.unit_id))
     receipt = receipt_of(unit, store.read(unit.fragment_key))
     write_receipt(store, receipt)

@@ -5,21 +5,65 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
+
+from typing_extensions import TypedDict
 
 from jobs.config import TargetChoice
 from jobs.dead import letter_key, read_letters
+from jobs.documents import read_document
 from jobs.plan import Plan
-from jobs.receipts import READERS, commit_facts, metric_means, read_receipts, receipt_key, receipt_of
-from jobs.records import DeadLetter, Receipt, Unit, UnreconciledError
+from jobs.receipts import READERS, commit_facts, metric_means, read_receipts, receipt_of, written_receipt
+from jobs.records import Count, DeadLetter, MetricMean, Receipt, Unit, UnreconciledError
 from storage.fragments import read_fragment
+from storage.limits import MAX_MANIFEST_BYTES_PER_UNIT, MAX_RECEIPT_BYTES
 from storage.schema import OK
 from storage.store import AlreadyExistsError, DamagedError, MissingError, ObjectStore
 from storage.survey import Layout
 
 MANIFEST_KEY = "_job/final/manifest.json"
+OF_ATTEMPT = ("attempt", "explain_seconds", "forward", "worker")
+"""What a receipt says of the attempt: the fragment does not hold it."""
+MAX_NAMED = 3
+"""Records that one fault names."""
 ROW_COLUMNS = ["key", "shard", "shard_index", "unit_id", "status", "target_index"]
+
+
+class AcceptedLetter(TypedDict):
+    """A dead unit that the job was finished without."""
+
+    unit_id: str
+    ordinal: Count
+    cause: str
+    inputs: str
+
+
+class NamedFragment(TypedDict):
+    """A committed fragment."""
+
+    key: str
+    sha256: str
+    num_bytes: Count
+    num_rows: Count
+
+
+class Manifest(TypedDict):
+    """What is written last, once: the whole of a finished job."""
+
+    fingerprint: str
+    num_units: Count
+    dead: list[AcceptedLetter]
+    num_records: Count
+    num_ok: Count
+    num_rejected: Count
+    num_rows: Count
+    num_forwards: Count
+    num_bytes: Count
+    rejects: dict[str, Count]
+    metrics: dict[str, MetricMean]
+    fragments: list[NamedFragment]
 
 
 @dataclass(frozen=True)
@@ -66,29 +110,28 @@ def stand(store: ObjectStore, plan: Plan) -> Standing:
     )
 
 
-def final_manifest(store: ObjectStore) -> dict[str, Any] | None:
-    """The manifest of a finished job; None: it is not finished."""
+def final_manifest(store: ObjectStore, plan: Plan) -> Manifest | None:
+    """The manifest of a finished job; None: it is not finished. Raises UnreconciledError where it is damaged."""
+    most = MAX_RECEIPT_BYTES + MAX_MANIFEST_BYTES_PER_UNIT * len(plan.units)
     try:
-        return json.loads(store.read(MANIFEST_KEY))
+        return read_document(store, MANIFEST_KEY, Manifest, most)
     except MissingError:
         return None
-    except ValueError as error:
-        raise UnreconciledError(f"{MANIFEST_KEY} is damaged: {error}") from error
 
 
-def num_accepted(manifest: Mapping[str, Any] | None) -> int:
+def num_accepted(manifest: Manifest | None) -> int:
     """The dead units that a job was finished without; 0 where it is not finished."""
     return len(manifest["dead"]) if manifest is not None else 0
 
 
-def finalize(store: ObjectStore, standing: Standing) -> dict[str, Any]:
+def finalize(store: ObjectStore, standing: Standing) -> Manifest:
     """Writes the manifest once, when every planned unit is committed or dead; returns the one that stands.
 
     Compares sets of units, and each fragment's metadata with its receipt: equal counts prove nothing. The
     letters of units that were committed after all are taken back. A manifest that stands already must say
     what the receipts say. Raises UnreconciledError.
     """
-    manifest = final_manifest(store)
+    manifest = final_manifest(store, standing.plan)
     if manifest is not None:
         faults = list(_manifest_faults(manifest, standing.plan, standing.receipts.values()))
         if faults:
@@ -105,10 +148,15 @@ def finalize(store: ObjectStore, standing: Standing) -> dict[str, Any]:
         raise UnreconciledError("\n".join(faults))
     with suppress(AlreadyExistsError):
         store.create(MANIFEST_KEY, json.dumps(_manifest(standing), indent=1, sort_keys=True).encode())
-    return json.loads(store.read(MANIFEST_KEY))
+    manifest = final_manifest(store, standing.plan)
+    if manifest is None:
+        raise UnreconciledError(
+            f"{store.uri}/{MANIFEST_KEY} was written and is gone: is somebody deleting this output?"
+        )
+    return manifest
 
 
-def _manifest(standing: Standing) -> dict[str, Any]:
+def _manifest(standing: Standing) -> Manifest:
     ordered = sorted(standing.receipts.values(), key=lambda receipt: receipt.ordinal)
     return {
         "fingerprint": standing.plan.fingerprint,
@@ -172,13 +220,13 @@ def check(store: ObjectStore, plan: Plan) -> Iterator[tuple[Unit | None, list[st
 
 def _final_faults(store: ObjectStore, plan: Plan, found: Sequence[Receipt]) -> list[str]:
     try:
-        manifest = final_manifest(store)
+        manifest = final_manifest(store, plan)
     except UnreconciledError as error:
         return [str(error)]
     return [] if manifest is None else list(_manifest_faults(manifest, plan, found))
 
 
-def _manifest_faults(manifest: Mapping[str, Any], plan: Plan, receipts: Iterable[Receipt]) -> Iterator[str]:
+def _manifest_faults(manifest: Manifest, plan: Plan, receipts: Iterable[Receipt]) -> Iterator[str]:
     """Where the final manifest and the receipts of what stands differ."""
     named = {fragment["key"]: fragment for fragment in manifest["fragments"]}
     standing = {receipt.fragment: receipt for receipt in receipts}
@@ -203,11 +251,11 @@ def _differences(said: Mapping[str, Any], receipt: Receipt, key: str, where: str
             yield f"{key}: {name} is {getattr(receipt, name)} in the fragment and {value} in {where}"
 
 
-def _receipt_faults(store: ObjectStore, receipt: Receipt) -> Iterator[str]:
+def _receipt_faults(store: ObjectStore, unit: Unit, receipt: Receipt) -> Iterator[str]:
     """Where the fragment and the receipt that was written for it differ."""
-    with suppress(MissingError, ValueError):  # a receipt that is lost or damaged is rebuilt
-        written = json.loads(store.read(receipt_key(receipt.unit_id)))
-        said = {name: written[name] for name in ("sha256", "num_bytes", "num_rows", "num_records") if name in written}
+    with suppress(MissingError, UnreconciledError):  # a receipt that is lost or damaged is rebuilt
+        written = asdict(written_receipt(store, unit))
+        said = {name: value for name, value in written.items() if name not in OF_ATTEMPT}
         yield from _differences(said, receipt, receipt.fragment, "its receipt")
 
 
@@ -226,7 +274,7 @@ def _unit_faults(store: ObjectStore, plan: Plan, unit: Unit, shard: _Shard, foun
     for row in rows:
         records.setdefault((row["shard"], row["shard_index"]), []).append(row)
     yield from _metadata_faults(store, receipt)
-    yield from _receipt_faults(store, receipt)
+    yield from _receipt_faults(store, unit, receipt)
     own = list(records.values())
     for fault in (*_order_faults(unit, own, shard), *_target_faults(plan, own), *_duplicate_faults(own, shard)):
         yield f"{unit.fragment_key}: {fault}"
@@ -249,18 +297,26 @@ def _order_faults(unit: Unit, records: Sequence[Sequence[Mapping[str, Any]]], sh
     if any(row["unit_id"] != unit.unit_id for rows in records for row in rows):
         yield "rows of another unit"
     if unit.layout is Layout.IMAGES:
-        wanted: list[Any] = [info.key for info in unit.objects]
+        wanted: Sequence[Any] = [info.key for info in unit.objects]
         found: list[Any] = [rows[0]["key"] for rows in records]
     else:
         found = [rows[0]["shard_index"] for rows in records]
         first = unit.start if unit.layout is Layout.PARQUET else shard.next_index
         first = found[0] if first is None and found else first or 0
         is_known = unit.layout is Layout.PARQUET and unit.is_counted
-        wanted = list(range(first, unit.stop if is_known else first + len(found)))
+        wanted = range(first, unit.stop if is_known else first + len(found))
         shard.next_index = first + len(found)
-    if found != wanted:
-        odd = sorted(set(map(str, found)) ^ set(map(str, wanted))) or ["the order"]
-        yield f"{len(wanted)} records were planned and {len(found)} stand; they differ in {', '.join(odd[:3])}"
+    if len(found) != len(wanted) or any(one != other for one, other in zip(found, wanted, strict=True)):
+        odd = [str(one) for one in islice(_odd(found, wanted), MAX_NAMED)] or ["the order"]
+        yield f"{len(wanted)} records were planned and {len(found)} stand; they differ in {', '.join(odd)}"
+
+
+def _odd(found: Sequence[Any], wanted: Sequence[Any]) -> Iterator[Any]:
+    """What is in one of the two alone, as it is met: a damaged plan may want more than memory holds."""
+    known = set(found)
+    yield from (one for one in wanted if one not in known)
+    planned = wanted if isinstance(wanted, range) else set(wanted)
+    yield from (one for one in found if one not in planned)
 
 
 def _target_faults(plan: Plan, records: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[str]:

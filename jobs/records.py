@@ -3,16 +3,23 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
+from typing_extensions import TypedDict
 
+from storage.limits import MAX_CLASSES, MAX_MAP_SIDE
 from storage.records import as_text
 from storage.rejects import Reject
 from storage.schema import MAX_ERROR_LENGTH
 from storage.store import ObjectInfo
 from storage.survey import Layout
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+"""What of a record is read back from JSON is checked by these."""
+Side = Annotated[int, Field(ge=1, le=MAX_MAP_SIDE)]
 
 
 @dataclass(frozen=True)
@@ -94,25 +101,39 @@ class UnitResult:
     """How masks were scored: backend, precision and batch size."""
 
 
+class MetricSum(TypedDict):
+    """Of one metric under one protocol, over a fragment's rows."""
+
+    sum: float
+    count: Count
+
+
+class MetricMean(TypedDict):
+    """Of one metric under one protocol, over a job's rows."""
+
+    mean: float
+    count: Count
+
+
 @dataclass(frozen=True)
 class Receipt:
     """What a committed unit holds. All but the last four fields can be rebuilt from the fragment."""
 
     unit_id: str
-    ordinal: int
+    ordinal: Count
     fragment: str
     """Key of the fragment below the output's root."""
-    num_bytes: int
+    num_bytes: Count
     sha256: str
     """Of the fragment's bytes."""
-    num_rows: int
-    num_records: int
-    num_ok: int
-    num_rejected: int
-    rejects: Mapping[str, int]
+    num_rows: Count
+    num_records: Count
+    num_ok: Count
+    num_rejected: Count
+    rejects: Mapping[str, Count]
     """Records by reject code."""
-    num_forwards: int
-    metrics: Mapping[str, Mapping[str, Any]]
+    num_forwards: Count
+    metrics: Mapping[str, MetricSum]
     """By name and protocol: sum and count over the fragment's rows, to be joined by `math.fsum`."""
     attempt: str | None = None
     """Id of the attempt whose bytes were committed."""
@@ -156,14 +177,14 @@ class DeadLetter:
     """A unit that is given up until somebody retries it."""
 
     unit_id: str
-    ordinal: int
+    ordinal: Count
     inputs: str
     """The first input object, for the user."""
     cause: str
     """One of `Cause`."""
     stage: str
     error: str
-    num_records: int
+    num_records: Count
     """As planned."""
 
 
@@ -186,14 +207,23 @@ class UnfinishedError(Exception):
     """The run is over and the store does not say how far it came; the message says the way on."""
 
 
+class BlockFacts(TypedDict):
+    """A block of the model that is looked at."""
+
+    name: str
+    channels: Count
+    height: Count
+    width: Count
+
+
 @dataclass(frozen=True)
 class ModelFacts:
     """What loading the model told; the same on every resume, or the run is refused."""
 
     weights_sha256: str
     """Over all weights and buffers, by name."""
-    num_classes: int
-    input_size: tuple[int, int]
+    num_classes: Annotated[int, Field(ge=1, le=MAX_CLASSES)]
+    input_size: tuple[Side, Side]
     """Height and width in pixels."""
-    blocks: tuple[Mapping[str, Any], ...] = ()
-    """name, channels, height, width of each block, shallow to deep."""
+    blocks: tuple[BlockFacts, ...] = ()
+    """Shallow to deep."""

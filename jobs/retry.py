@@ -15,14 +15,14 @@ def reopen(output: ObjectStore, plan: Plan, cause: str | None = None) -> list[De
     """
     if cause is not None and cause not in list(Cause):
         raise ConfigError(f"cause {cause!r} is not known; known: {', '.join(Cause)}")
-    if final_manifest(output) is not None:
+    if final_manifest(output, plan) is not None:
         raise ConfigError(f"{output.uri} is finished: explain the missing inputs into another output")
     letters = [letter for letter in dead.read_letters(output, plan.units).values() if cause in (None, letter.cause)]
     for letter in letters:
         for marker in output.list(f"{attempts.FOLDER}{letter.unit_id}/"):
             output.delete(marker.key)
         output.delete(dead.letter_key(letter.unit_id))
-    if final_manifest(output) is not None:  # written meanwhile, and it names them dead
+    if final_manifest(output, plan) is not None:  # written meanwhile, and it names them dead
         for letter in letters:
             dead.write_letter(output, letter)
         raise ConfigError(f"{output.uri} was finished meanwhile, without these units: nothing was opened")

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -22,11 +21,11 @@ from jobs.config import Execution, JobConfig
 from jobs.context import JobContext, sha256_of, weights_bytes
 from jobs.estimate import estimate
 from jobs.fidelity import rare_labels
-from jobs.learned import wanted_images
+from jobs.learned import standing_state, wanted_images
 from jobs.leftovers import PROBE_PREFIX, remove_settled
 from jobs.plan import Plan, load_plan, make_plan, open_output, refuse_drift, settle_model, settle_plan
 from jobs.progress import Tally, progress
-from jobs.reconcile import Standing, final_manifest, finalize, num_accepted, stand
+from jobs.reconcile import Manifest, Standing, final_manifest, finalize, num_accepted, stand
 from jobs.records import ModelFacts, Outcome, Receipt, UnfinishedError, Unit, UnitFailure
 from jobs.stopping import GO_ON, RUNS_FOLDER, Stop, stopped_by_signals, unfinished_from
 from jobs.units import Workforce
@@ -70,7 +69,7 @@ class RunOutcome:
     """What a run left behind."""
 
     standing: Standing
-    manifest: dict[str, Any] | None
+    manifest: Manifest | None
     """The final manifest; None while units are open, or more of them dead than the budget allows."""
     excess: tuple[str, ...]
     """The budgets that are exceeded, once no unit is open."""
@@ -106,6 +105,7 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
     with session_of(execution) as sizing:
         plan = settle_plan(output, plan)
         settle_model(output, facts)
+        check_kept(output, config)
         standing = stand(output, plan)
         context = context_of(config, plan, facts, sizing, execution)
         _write_run(output, context, execution, sizing)
@@ -128,7 +128,7 @@ def _outcome_of(output: ObjectStore, standing: Standing, execution: Execution, r
     """What stands now, and the manifest if every unit is settled and the dead are within their budget."""
     if standing.open_units:
         return RunOutcome(standing, None, (), ran)
-    manifest = final_manifest(output)
+    manifest = final_manifest(output, standing.plan)
     budget = Budget(execution.max_reject_fraction, max(execution.max_dead_units, num_accepted(manifest)))
     beyond = excess(standing, budget)
     if len(standing.dead) > budget.max_dead_units:
@@ -148,6 +148,17 @@ def check_model(config: JobConfig, state: bytes | None, console: Console) -> Mod
     seen = f", {candidates:,} candidate maps in {places}" if places else ""
     console.print(f"model: {config.model}, {facts.num_classes} classes{seen}")
     return facts
+
+
+def check_kept(output: ObjectStore, config: JobConfig) -> None:
+    """Reads what the first workers of a job settled for all after them, so that damage is said before any work.
+
+    Raises UnreconciledError and StoreError.
+    """
+    from jobs.pace import settled
+
+    settled(output)
+    standing_state(output, config)
 
 
 def session_of(execution: Execution) -> AbstractContextManager[Sizing | None]:

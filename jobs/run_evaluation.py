@@ -24,7 +24,7 @@ from jobs.plan import existing_plan, refuse_drift, settle_model
 from jobs.progress import Tally, progress
 from jobs.recorded import NamedAgain, config_of
 from jobs.records import UnfinishedError, Unit, UnitFailure
-from jobs.run import check_model, context_of, session_of
+from jobs.run import check_kept, check_model, context_of, session_of
 from jobs.stopping import GO_ON, Stop, stopped_by_signals, unfinished_from
 from storage.annotations import open_truth
 from storage.patient import PatientStore
@@ -88,6 +88,7 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
     refuse_drift(config.identity(sha256_of(state)), plan.identity, "configuration")
     facts = check_model(config, state, console)
     settle_model(output, facts)  # refuses another model than the maps were made with
+    check_kept(output, config)
     stop = Stop(output, f"evaluate-{uuid.uuid4().hex[:8]}")
     with session_of(execution) as sizing, stopped_by_signals(stop, cuts_off=sizing is None):
         context = EvaluationContext(context_of(config, plan, facts, sizing, execution), evaluation, folder, truth)

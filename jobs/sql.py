@@ -19,11 +19,12 @@ from rich.table import Table
 from engine.catalog import METRICS
 from jobs.audit.result import AUDIT_KEY, CLUSTERS, CLUSTERS_KEY, GROUPS, GROUPS_KEY, ROWS, ROWS_FOLDER
 from jobs.config import ConfigError
+from jobs.documents import damaged
 from jobs.evaluation import FOLDER
 from jobs.plan import existing_plan
 from jobs.progress import counted
 from jobs.records import UnreconciledError
-from jobs.stored import damaged, table_of
+from jobs.stored import table_of
 from jobs.tables import printable
 from storage.patient import SHORT_PATIENCE_SECONDS, PatientStore
 from storage.schema import EVALUATION, OK, RECORD_COLUMNS, REJECTED, SCHEMA

@@ -1,6 +1,5 @@
 """Reads the tables and the maps of an output for whoever shows them: what is damaged is named, with the way out."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from jobs.documents import damaged, read_document
 from jobs.plan import MODEL_KEY
 from jobs.records import ModelFacts, UnreconciledError
 from storage.fragments import read_rows
@@ -15,13 +15,6 @@ from storage.limits import MAX_FRAGMENT_BYTES
 from storage.maps import MapError, decode_map
 from storage.schema import EVALUATION, SCHEMA
 from storage.store import DamagedError, ObjectStore
-
-WAYS_OUT = {
-    "data/": "`blocksight verify` says more",
-    "evaluations/": "remove it, and the same `evaluate` makes it again",
-    "audit/": "`blocksight audit` makes it again",
-}
-"""What helps where a table below one of these is damaged."""
 
 
 def fragment_of(store: ObjectStore, key: str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -48,16 +41,7 @@ def model_facts(store: ObjectStore) -> Mapping[str, Any]:
 
     Raises MissingError before it was loaded, and UnreconciledError where the object is damaged.
     """
-    try:
-        return vars(ModelFacts(**json.loads(store.read(MODEL_KEY))))
-    except (ValueError, TypeError) as error:
-        raise damaged(store.uri, MODEL_KEY, error) from error
-
-
-def damaged(uri: str, key: str, reason: object) -> UnreconciledError:
-    """What is said of a table `key` below `uri` that cannot be read."""
-    way_out = next((way for folder, way in WAYS_OUT.items() if key.startswith(folder)), "put it back from a copy")
-    return UnreconciledError(f"{uri}/{key} is damaged, {way_out}: {reason}")
+    return vars(read_document(store, MODEL_KEY, ModelFacts))
 
 
 def map_of(row: Mapping[str, Any]) -> NDArray[np.float32]:

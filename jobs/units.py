@@ -1,5 +1,6 @@
 """Cuts an input into units: by records for loose images, by rows for tables, by bytes for tar shards."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -7,7 +8,8 @@ from typing import TypeVar
 from cluster.sizing import LEAST_UNIT_SECONDS, shrinking, unit_records
 from jobs.config import JobConfig
 from jobs.estimate import estimate
-from storage.store import ObjectInfo, ObjectStore, StoreError, UnavailableError
+from jobs.records import Unit
+from storage.store import ObjectInfo, ObjectStore, StoreError, UnavailableError, checked_key
 from storage.survey import Layout, Survey
 from storage.tables import count_rows
 from storage.tars import sample_tar, tar_offset_after
@@ -21,6 +23,9 @@ GUESSED_RECORD_BYTES = 100_000
 """Of a tar shard, where no sample tells."""
 
 Found = TypeVar("Found")
+
+
+UNIT_ID = re.compile("[0-9a-f]{20}")
 
 
 @dataclass(frozen=True)
@@ -158,3 +163,43 @@ def _limited_shard(source: ObjectStore, info: ObjectInfo, limit: int) -> Piece:
     except StoreError as error:
         return Piece((info,), 0, info.size, 0, str(error))
     return Piece((info,), 0, stop, count)
+
+
+def check_units(units: Sequence[Unit], layout: Layout) -> None:
+    """Raises ValueError where units that were read back are not such as a plan is made of."""
+    for place, unit in enumerate(units):
+        fault = _fault(unit, place, layout)
+        if fault is not None:
+            raise ValueError(f"unit {place}: {fault}")
+    if len({unit.unit_id for unit in units}) < len(units):
+        raise ValueError("two units have the same id")
+
+
+def _fault(unit: Unit, place: int, layout: Layout) -> str | None:
+    """What is wrong with one unit. Its id becomes part of keys, and its objects are read."""
+    if None in (unit.ordinal, unit.unit_id, unit.start, unit.stop, unit.num_records):
+        return "a value is missing"
+    if unit.ordinal != place:
+        return f"its place is given as {unit.ordinal}"
+    if not UNIT_ID.fullmatch(unit.unit_id):
+        return "its id is not 20 hex digits"
+    if unit.layout != layout:
+        return f"it holds {unit.layout}, and the plan {layout}"
+    if not 0 <= unit.start <= unit.stop or unit.num_records < 0:
+        return f"{unit.num_records} records from {unit.start} to {unit.stop} are no range"
+    count = len(unit.objects)
+    if layout is Layout.IMAGES and not (unit.start == 0 < count == unit.stop == unit.num_records):
+        return f"{unit.num_records} images from {unit.start} to {unit.stop} are no {count} objects"
+    if layout is not Layout.IMAGES and count != 1:
+        return f"{count} shards, wanted one"
+    return next((fault for info in unit.objects if (fault := _object_fault(info)) is not None), None)
+
+
+def _object_fault(info: ObjectInfo) -> str | None:
+    if None in (info.key, info.size, info.etag):
+        return "an object lacks its key, size or version"
+    try:
+        checked_key(info.key)
+    except StoreError as error:
+        return str(error)
+    return None if info.size >= 0 else f"an object of {info.size} bytes"

@@ -53,3 +53,15 @@ MAX_LEARNED_BYTES = 1 << 30
 
 MAX_UNPLANNED_RECORDS = 4096
 """Records of a table that nobody could read when the plan was made: they are one unit, and in memory at once."""
+
+MAX_DOCUMENT_BYTES = 16 << 20
+"""One JSON document of an output: its plan, its model, its audit. Parsed it takes up to 25 times as much."""
+
+MAX_RECEIPT_BYTES = 1 << 20
+"""A receipt or a dead letter: many are read at once."""
+
+MAX_MANIFEST_BYTES_PER_UNIT = 2 << 10
+"""What the final manifest says of one unit."""
+
+MAX_CLASSES = 1 << 20
+"""Of a model: an export holds a number for each."""

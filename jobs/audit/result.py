@@ -9,11 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from typing_extensions import TypedDict
 
-from jobs.records import UnreconciledError
-from storage.fragments import read_rows
-from storage.limits import MAX_FRAGMENT_BYTES
-from storage.store import DamagedError, MissingError, ObjectStore
+from jobs.documents import damaged, read_document
+from jobs.records import Count
+from jobs.stored import table_of
+from storage.store import MissingError, ObjectStore
 
 FOLDER = "audit/"
 AUDIT_KEY = f"{FOLDER}audit.json"
@@ -225,6 +226,21 @@ class Audit:
         return tuple(one for one in self.shortcuts if not one.is_confirmed)
 
 
+class AuditDocument(TypedDict):
+    """What `audit.json` holds: an `Audit` without what its tables hold."""
+
+    fragments: str
+    settings: dict[str, Any]
+    num_rows: Count
+    num_maps: Count
+    num_rejected: Count
+    num_right: Count | None
+    gates: dict[str, Count]
+    oddities: tuple[Oddity, ...]
+    shortcuts: tuple[Shortcut, ...]
+    notes: tuple[str, ...]
+
+
 def write_audit(store: ObjectStore, audit: Audit) -> None:
     """Writes the document last: while it stands, the tables that it goes with stand too. Raises StoreError."""
     store.put(GROUPS_KEY, _table(map(_group_row, audit.groups), GROUPS))
@@ -241,29 +257,21 @@ def write_audit(store: ObjectStore, audit: Audit) -> None:
 def read_audit(store: ObjectStore) -> Audit | None:
     """The audit that stands in an output, or None. Raises StoreError, and UnreconciledError where it is damaged."""
     try:
-        document = store.read(AUDIT_KEY)
+        body = read_document(store, AUDIT_KEY, AuditDocument)
     except MissingError:
         return None
     try:
-        body = json.loads(document)
-        groups, clusters = (
-            read_rows(store.read(key, length=MAX_FRAGMENT_BYTES + 1), schema, key).to_pylist()
-            for key, schema in ((GROUPS_KEY, GROUPS), (CLUSTERS_KEY, CLUSTERS))
-        )
+        groups = table_of(store, GROUPS_KEY, GROUPS).to_pylist()
+        clusters = table_of(store, CLUSTERS_KEY, CLUSTERS).to_pylist()
         return Audit(
             **{
                 **body,
                 "groups": tuple(_group(row) for row in groups),
                 "clusters": tuple(_cluster(row) for row in clusters),
-                "oddities": tuple(Oddity(**one) for one in body["oddities"]),
-                "shortcuts": tuple(_shortcut(one) for one in body["shortcuts"]),
-                "notes": tuple(body["notes"]),
             }
         )
-    except (ValueError, TypeError, KeyError, DamagedError, MissingError) as error:
-        raise UnreconciledError(
-            f"{AUDIT_KEY} in {store.uri} is damaged, run `blocksight audit` again: {error}"
-        ) from error
+    except (ValueError, MissingError) as error:
+        raise damaged(store.uri, AUDIT_KEY, error) from error
 
 
 GRID_LIST = pa.list_(pa.float32(), GRID * GRID)
@@ -332,9 +340,18 @@ def _group_row(group: Group) -> dict[str, Any]:
 
 
 def _group(row: Mapping[str, Any]) -> Group:
-    spreads = {name: Spread(**row[name]) for name in MEASURES if row[name] is not None}
+    spreads = {name: Spread(**_whole(row[name])) for name in MEASURES if row[name] is not None}
     named = {name: row[name] for name in ("kind", "label", "predicted", "count")}
+    _whole({name: row[name] for name in ("kind", "count", "mean_map", "variance_map")})
     return Group(**named, spreads=spreads, mean_map=_grid(row["mean_map"]), variance_map=_grid(row["variance_map"]))
+
+
+def _whole(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row, which lacks nothing. Raises ValueError."""
+    empty = [name for name, value in row.items() if value is None]
+    if empty:
+        raise ValueError(f"a row of its tables lacks {', '.join(empty)}")
+    return row
 
 
 def _cluster_row(cluster: Cluster) -> dict[str, Any]:
@@ -342,7 +359,7 @@ def _cluster_row(cluster: Cluster) -> dict[str, Any]:
 
 
 def _cluster(row: Mapping[str, Any]) -> Cluster:
-    return Cluster(**{**row, "mean_map": _grid(row["mean_map"]), "examples": tuple(row["examples"])})
+    return Cluster(**{**_whole(row), "mean_map": _grid(row["mean_map"]), "examples": tuple(row["examples"])})
 
 
 def _grids(group: Group) -> dict[str, Any]:
@@ -351,11 +368,6 @@ def _grids(group: Group) -> dict[str, Any]:
 
 def _grid(values: Sequence[float]) -> Grid:
     return np.array(values, np.float32).reshape(GRID, GRID)
-
-
-def _shortcut(body: Mapping[str, Any]) -> Shortcut:
-    effects = {name: body[name] and Effect(**body[name]) for name in ("blanked", "pasted")}
-    return Shortcut(**{**body, **effects, "box": tuple(body["box"]), "members": tuple(body["members"])})
 
 
 def _table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> bytes:

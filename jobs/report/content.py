@@ -210,7 +210,7 @@ def _notices(output: Output, standing: Standing, audit: Audit | None, *, is_stal
     if num_open:
         still = f"{counted(num_open, 'unit')} of {len(standing.plan.units):,} still open"
         yield Notice(f"This output is not finished: {still}. The same `explain` goes on from there; then report again.")
-    elif final_manifest(output.store) is None:
+    elif final_manifest(output.store, standing.plan) is None:
         way = f"blocksight retry {name}" if standing.dead else f"blocksight finalize {name}"
         yield Notice("This output is not finished: every unit is settled, and no final manifest stands.", way)
     if audit is None:

@@ -1,19 +1,22 @@
 """Facts of an output as a report lists them: what was run, what it took, where it comes from, how to go on."""
 
 import hashlib
-import json
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from engine.catalog import EXPLAINERS, MODELS
 from engine.composition import method_of
 from jobs.compare import Output
+from jobs.documents import read_document
 from jobs.plan import Plan
 from jobs.progress import counted
 from jobs.reconcile import Standing
+from jobs.records import UnreconciledError
 from jobs.stopping import RUNS_FOLDER
 from jobs.stored import model_facts
 from jobs.tables import RECONSTRUCTED
@@ -149,18 +152,29 @@ def provenance_facts(standing: Standing, model: Mapping[str, Any]) -> Iterator[F
     yield Fact("schema version", str(identity["schema"]), f"map codec {identity['codec']}")
 
 
+class RunDocument(TypedDict):
+    """What a run noted of itself, in its `run.json`."""
+
+    started: str
+    host: str
+    python: str
+    packages: dict[str, str]
+    execution: dict[str, Any]
+    sizing: dict[str, Any] | None
+    batch_size: int | None
+    device: str
+
+
 def runs_of(store: ObjectStore) -> Iterator[tuple[Fact, ...]]:
     """The latest runs, newest first; of each only what tells no place and no secret."""
     keys = sorted((info.key for info in store.list(RUNS_FOLDER) if info.key.endswith("/run.json")), reverse=True)
     for key in keys[:MAX_RUNS]:
         try:
-            facts = json.loads(store.read(key))
-            packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
-        except (ValueError, KeyError, AttributeError, MissingError):  # no run depends on what was noted of it
+            facts = read_document(store, key, RunDocument)
+        except (UnreconciledError, MissingError):  # no run depends on what was noted of it
             continue
-        yield tuple(
-            Fact(name, packages if name == "packages" else str(facts[name])) for name in RUN_FACTS if name in facts
-        )
+        packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
+        yield tuple(Fact(name, packages if name == "packages" else facts[name]) for name in RUN_FACTS)
 
 
 def commands(output: Output, *, has_audit: bool, has_values: bool) -> Iterator[Fact]:

@@ -11,10 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
+from typing_extensions import TypedDict
 
 from jobs.config import ConfigError
+from jobs.documents import read_document
 from jobs.plan import check_place
 from jobs.progress import counted
+from jobs.records import UnreconciledError
 from jobs.results import Output, refuse_other_inputs
 from jobs.stored import table_of
 from jobs.versus.joining import Tally, joined
@@ -93,11 +96,18 @@ def _clear(store: ObjectStore, pair: Mapping[str, str]) -> None:
             store.delete(key)
 
 
-def _pair_of(store: ObjectStore) -> Any:
+class Pair(TypedDict):
+    """Where the two outputs of a difference are."""
+
+    a: str
+    b: str
+
+
+def _pair_of(store: ObjectStore) -> Pair:
     try:
-        return json.loads(store.read(MARK))
-    except (ValueError, MissingError) as error:
-        raise ConfigError(f"{MARK} in {store.uri} cannot be read: {error}; choose another place") from error
+        return read_document(store, MARK, Pair)
+    except (UnreconciledError, MissingError) as error:
+        raise ConfigError(f"{error}; choose another place") from error
 
 
 def _measure(a: Output, b: Output, store: ObjectStore, tally: Tally, usual: Usual, console: Console) -> Iterator[str]:

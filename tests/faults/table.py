@@ -86,7 +86,7 @@ MUTATIONS = (
     Mutation(
         "the manifest is replaced",
         "jobs/reconcile.py",
-        'Raises UnreconciledError.\n    """\n    manifest = final_manifest(store)\n',
+        'Raises UnreconciledError.\n    """\n    manifest = final_manifest(store, standing.plan)\n',
         'Raises UnreconciledError.\n    """\n    store.delete(MANIFEST_KEY)\n    manifest = None\n',
         ("jobs/test_job.py::test_a_finished_job_is_left_alone",),
     ),

@@ -309,7 +309,7 @@ def test_open_units_come_before_dead_ones(half_dead, tmp_path):
 def test_a_retry_that_a_manifest_overtakes_opens_nothing(half_dead, monkeypatch):
     _, store, outcome, _ = half_dead
     asked = iter([None, {"dead": []}])
-    monkeypatch.setattr("jobs.retry.final_manifest", lambda _: next(asked))
+    monkeypatch.setattr("jobs.retry.final_manifest", lambda *_: next(asked))
     with pytest.raises(ConfigError, match="finished meanwhile"):
         reopen(store, outcome.standing.plan)
     assert read_letters(store, outcome.standing.plan.units) == outcome.standing.dead

@@ -142,7 +142,7 @@ def test_a_mean_stands_at_its_place_on_its_axis(evaluated):
 
 
 def test_records_are_those_of_status_and_of_the_manifest(output):
-    own, manifest = report_at(output).accounting, final_manifest(LocalStore(output))
+    own, manifest = report_at(output).accounting, final_manifest(LocalStore(output), existing_plan(LocalStore(output)))
     assert manifest is not None
     assert (own.num_records, own.num_ok, own.num_rejected) == (10, 7, 3)
     for name in ("num_records", "num_ok", "num_rejected", "num_rows", "num_units"):
