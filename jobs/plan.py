@@ -90,6 +90,11 @@ class Plan:
         is_counted = all(unit.is_counted for unit in self.units)
         return is_counted and (self.layout is not Layout.TAR or self.identity["limit"] is not None)
 
+    @property
+    def witnesses(self) -> tuple[str, ...]:
+        """Keys of a few input objects: whether they can be read tells one object's trouble from the store's."""
+        return witnesses_of([info.key for unit in self.units for info in unit.objects])
+
     def label_counts(self) -> Counter[str]:
         """How many records each class folder of loose images holds; empty for other layouts."""
         if self.layout is not Layout.IMAGES:
@@ -105,6 +110,12 @@ def open_source(data: str, endpoint_url: str | None) -> tuple[ObjectStore, str]:
         folder, _, name = uri.rpartition("/")
         return open_store(folder or ".", endpoint_url), name
     return open_store(uri, endpoint_url), ""
+
+
+def source_of(plan: Plan, endpoint_url: str | None) -> ObjectStore:
+    """A plan's input, for a person who waits: one object's trouble is told from the store's."""
+    source, _ = open_source(plan.identity["data"], endpoint_url)
+    return PatientStore(source, SHORT_PATIENCE_SECONDS, witnesses=plan.witnesses)
 
 
 def open_output(config: JobConfig) -> ObjectStore:

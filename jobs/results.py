@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from jobs.config import ConfigError
-from jobs.plan import Plan, existing_plan, open_source
+from jobs.plan import Plan, existing_plan, source_of
 from jobs.records import Unit
 from jobs.stored import fragment_of, map_of
 from jobs.unit import raw_records
@@ -86,7 +86,7 @@ def rows_with(store: ObjectStore, plan: Plan, keys: Collection[str]) -> Iterator
 
 def images_of(plan: Plan, endpoint_url: str | None, keys: Collection[str]) -> Iterator[tuple[str, Pixels]]:
     """Key and upright original [H, W, 3] of records, in the plan's order; what cannot be read any more is left out."""
-    source, _ = open_source(plan.identity["data"], endpoint_url)
+    source = source_of(plan, endpoint_url)
     for unit, wanted in _units_with(plan, keys):
         yield from images_in(unit, source, wanted)
 

@@ -29,7 +29,7 @@ from jobs.reconcile import Manifest, Standing, final_manifest, finalize, num_acc
 from jobs.records import ModelFacts, Outcome, Receipt, UnfinishedError, Unit, UnitFailure
 from jobs.stopping import GO_ON, RUNS_FOLDER, Stop, stopped_by_signals, unfinished_from
 from jobs.units import Workforce
-from storage.patient import SHORT_PATIENCE_SECONDS, PatientStore, witnesses_of
+from storage.patient import SHORT_PATIENCE_SECONDS, PatientStore
 from storage.store import ObjectStore, StoreError
 from storage.stores import probe
 
@@ -188,7 +188,7 @@ def context_of(
         device="cuda" if on_gpu else "cpu",
         import_path=str(Path.cwd()),
         rare_labels=rare_labels(counts),
-        witnesses=witnesses_of([info.key for unit in plan.units for info in unit.objects]),
+        witnesses=plan.witnesses,
     )
 
 

@@ -90,7 +90,7 @@ def _table_pieces(
         if left <= 0:
             return
         if isinstance(count, StoreError):
-            yield Piece((info,), 0, left, 0, str(count))
+            yield Piece((info,), 0, WHOLE_SHARD if config.limit is None else left, 0, str(count))
             continue
         used = min(count, left)
         left -= used

@@ -21,8 +21,11 @@ MACHINE_ERRNOS = {
 }
 """Of an OSError that a record's bytes cannot cause: disk, memory, handles, network."""
 MACHINE_TYPES = (StoreError, MemoryError, ImportError, ConnectionError, TimeoutError)
-MACHINE_SENTENCES = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread")
-"""In a RuntimeError: of torch's allocators, and of the interpreter's threads."""
+MACHINE_SENTENCES = (
+    *("can't allocate memory", "not enough memory", "out of memory", "can't start new thread"),
+    *("cuda error", "cublas", "cudnn"),
+)
+"""In a RuntimeError: of torch's allocators and devices, and of the interpreter's threads."""
 
 
 def is_of_record(error: Exception) -> bool:

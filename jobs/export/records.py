@@ -8,7 +8,7 @@ from typing import Any
 
 from jobs.audit.result import ROWS, ROWS_FOLDER, read_audit
 from jobs.evaluation import folders, fragment_key
-from jobs.plan import Plan, open_source
+from jobs.plan import Plan, source_of
 from jobs.records import Unit, UnreconciledError
 from jobs.results import images_in
 from jobs.sql import METHOD, MetricColumns
@@ -69,7 +69,7 @@ class ExplainedRecords:
         Raises StoreError, and UnreconciledError where an audit is damaged.
         """
         self.store, self.plan, self.columns, self.limit = store, plan, columns, limit
-        self.source, _ = open_source(plan.identity["data"], endpoint_url)
+        self.source = source_of(plan, endpoint_url)
         self.evaluations = folders(store)
         self.standing = {info.key for prefix in ("data/", *self.evaluations) for info in store.list(prefix)}
         self.audit = read_audit(store)

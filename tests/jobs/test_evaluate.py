@@ -233,6 +233,35 @@ def test_an_image_that_is_gone_leaves_its_values_undefined(output, tmp_path):
     assert all(row["value"] is not None for row in values if row["key"] != gone["key"])
 
 
+def test_a_record_that_measuring_fails_on_has_a_reason_and_the_others_their_values(output, monkeypatch):
+    from jobs.evaluate import EvaluateStep
+
+    chosen = explained(output)[0]["key"]
+    original = EvaluateStep._maps
+
+    def fails(self, records, pixels):
+        if any(record[0]["key"] == chosen for record in records):
+            raise ZeroDivisionError("by nothing")
+        return original(self, records, pixels)
+
+    monkeypatch.setattr(EvaluateStep, "_maps", fails)
+    outcome = evaluated(output, metrics="entropy")
+    assert (outcome.num_open, outcome.failures) == (0, [])
+    values = values_in(output, outcome)
+    said = {row["reason"] for row in values if row["key"] == chosen}
+    assert said == {"measuring failed: ZeroDivisionError: by nothing"}
+    assert all(row["value"] is not None for row in values if row["key"] != chosen)
+
+
+def test_a_shard_that_is_gone_leaves_its_values_undefined(tmp_path):
+    run_here(folder_of_tables(tmp_path / "in"), tmp_path / "out", explainer="gradient")
+    (tmp_path / "in" / "t.parquet").unlink()
+    outcome = evaluated(tmp_path / "out", metrics="entropy")
+    assert (outcome.num_open, outcome.failures) == (0, [])
+    reasons = {row["reason"] for row in values_in(tmp_path / "out", outcome)}
+    assert reasons == {"the image cannot be read any more, or changed"}
+
+
 @pytest.mark.parametrize("make", [folder_of_tars, folder_of_tables])
 def test_every_layout_is_measured(tmp_path, make):
     run_here(make(tmp_path / "in"), tmp_path / "out", explainer="gradcam")

@@ -1,6 +1,7 @@
 """Exceptions in a step: a record's rejects it, a unit's gives it up, and the machine's does neither."""
 
 import errno
+import os
 from dataclasses import replace
 from functools import partial
 
@@ -17,13 +18,19 @@ from jobs.blame import AMPLE_BYTES, is_of_record, is_of_unit
 from jobs.config import ConfigError
 from jobs.dead import read_letters
 from jobs.isolation import Isolated, ProcessDiedError, ProcessStartError
+from jobs.plan import load_plan
+from jobs.reconcile import check
 from jobs.records import DeadLetter, UnitFailure, UnreconciledError
+from jobs.retry import reopen
 from jobs.unit import commit_unit, decoded_or_rejected
+from jobs.units import WHOLE_SHARD, Workforce, pieces
 from storage.fragments import read_fragment
+from storage.local import LocalStore
 from storage.records import RawRecord
-from storage.store import DamagedError, StoreError, UnavailableError
+from storage.store import DamagedError, MissingError, ObjectError, StoreError, UnavailableError
+from storage.survey import Layout, Survey
 from storage.tars import read_tar
-from tests.jobs.jobs_of import run_here
+from tests.jobs.jobs_of import config_of, run_here
 from tests.jobs.test_commit import UNIT, result
 from tests.jobs.tiny import picture, tar_bytes
 from tests.storage.memory import MemoryStore
@@ -45,6 +52,7 @@ OF_THE_MACHINE = [
     ImportError("no decoder on this node"),
     RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
     torch.OutOfMemoryError("CUDA out of memory"),
+    torch.AcceleratorError("CUDA error: device-side assert triggered"),
 ]
 OF_THE_JOB = [ModelError("x"), ConfigError("x"), UnreconciledError("x"), ProcessStartError("x")]
 
@@ -273,6 +281,77 @@ def test_encoding_rejects_no_record_for_the_machine(apart_here, monkeypatch, err
 # ---------------------------------------------------------------- shards that cannot be read
 
 
+class Spoiled(MemoryStore):
+    """Raises where some keys are read."""
+
+    def __init__(self, **errors):
+        super().__init__()
+        self.errors = {key.replace("_", "."): error for key, error in errors.items()}
+
+    def read(self, key, **how):
+        if key in self.errors:
+            raise self.errors[key]
+        return super().read(key, **how)
+
+
+def cut(store, layout, **options):
+    """The pieces of a plan over three shards of two records each."""
+    for number in range(3):
+        table = pa.BufferOutputStream()
+        pq.write_table(pa.table({"image": [picture(number), picture(number + 9)]}), table)
+        is_table = layout is Layout.PARQUET
+        store.put(f"{number}.{layout}", table.getvalue().to_pybytes() if is_table else tar_bytes(2 * number, 2))
+    objects = tuple(sorted(store.list(), key=lambda info: info.key))
+    config = config_of("in", "out", explainer="gradient", **options)
+    return list(pieces(store, Survey(layout, objects, {}), config, Workforce(1, on_gpu=False)))
+
+
+@pytest.mark.parametrize("error", [ObjectError("forbidden"), MissingError("gone since it was listed")])
+def test_a_shard_that_cannot_be_read_is_a_piece_of_its_own(error):
+    first, bad, last = cut(Spoiled(**{"1_parquet": error}), Layout.PARQUET)
+    assert [first.num_records, bad.num_records, last.num_records] == [2, 0, 2]
+    assert (bad.start, bad.stop, bad.trouble) == (0, WHOLE_SHARD, str(error))
+    assert [piece.num_records for piece in cut(Spoiled(**{"0_tar": error}), Layout.TAR)] == [
+        piece.num_records for piece in cut(MemoryStore(), Layout.TAR)
+    ]
+
+
+def test_a_limit_ends_behind_a_shard_that_cannot_be_read():
+    broken = Spoiled(**{"1_parquet": ObjectError("forbidden")})
+    assert [(one.num_records, one.stop) for one in cut(broken, Layout.PARQUET, limit=3)] == [(2, 2), (0, 1), (1, 1)]
+    assert [one.num_records for one in cut(broken, Layout.PARQUET, limit=2)] == [2]
+    of_tars = cut(Spoiled(**{"0_tar": ObjectError("forbidden")}), Layout.TAR, limit=3)
+    assert [(one.num_records, one.trouble) for one in of_tars] == [(0, "forbidden"), (2, None), (1, None)]
+
+
+@pytest.mark.parametrize("layout", [Layout.PARQUET, Layout.TAR])
+def test_a_set_of_which_nothing_can_be_read_is_refused(layout):
+    errors = {f"{number}_{layout}": ObjectError(f"shard {number} is forbidden") for number in range(3)}
+    with pytest.raises(ObjectError, match="shard 0"):
+        cut(Spoiled(**errors), layout)
+
+
+@pytest.mark.parametrize("layout", [Layout.PARQUET, Layout.TAR])
+def test_a_store_that_is_away_is_no_trouble_of_a_shard(layout):
+    with pytest.raises(UnavailableError):
+        cut(Spoiled(**{f"1_{layout}": UnavailableError("503")}), layout)
+
+
+def unplanned(store):
+    (info,) = store.list()
+    return replace(UNIT, objects=(info,), start=0, stop=WHOLE_SHARD, num_records=0)
+
+
+def test_a_shard_that_can_be_read_after_all_is_read_whole(monkeypatch):
+    store, body = MemoryStore(), pa.BufferOutputStream()
+    pq.write_table(pa.table({"image": [picture(number) for number in range(5)]}), body)
+    store.put("t.parquet", body.getvalue().to_pybytes())
+    assert [raw.index for raw in steps.raw_records(unplanned(store), store)] == [0, 1, 2, 3, 4]
+    monkeypatch.setattr(steps, "MAX_UNPLANNED_RECORDS", 4)
+    with pytest.raises(ObjectError, match="has 5 rows now, at most 4"):
+        steps.raw_records(unplanned(store), store)
+
+
 def test_a_broken_table_among_sound_ones_is_one_dead_letter(tmp_path):
     data, whole = tmp_path / "in", None
     data.mkdir()
@@ -290,3 +369,22 @@ def test_a_broken_table_among_sound_ones_is_one_dead_letter(tmp_path):
     assert outcome.standing.open_units == []
     assert not outcome.standing.plan.is_exact
     assert outcome.excess[0] == "2 dead units, and --max-dead-units allows 0"
+
+
+def test_a_broken_table_that_was_mended_is_retried_and_verified(tmp_path):
+    data, out = tmp_path / "in", tmp_path / "out"
+    data.mkdir()
+    for number in range(2):
+        pq.write_table(pa.table({"image": [picture(number), picture(number + 9)]}), data / f"{number}.parquet")
+    whole, standing = (data / "1.parquet").read_bytes(), (data / "1.parquet").stat()
+    (data / "1.parquet").write_bytes(bytes(len(whole)))
+    os.utime(data / "1.parquet", ns=(standing.st_mtime_ns, standing.st_mtime_ns))
+    run_here(data, out, explainer="gradient")
+    (data / "1.parquet").write_bytes(whole)
+    os.utime(data / "1.parquet", ns=(standing.st_mtime_ns, standing.st_mtime_ns))
+    store = LocalStore(out)
+    (letter,) = reopen(store, load_plan(store))
+    assert (letter.inputs, letter.num_records) == ("1.parquet", 0)
+    outcome = run_here(data, out, explainer="gradient")
+    assert outcome.manifest["num_ok"] == 4
+    assert [faults for _, faults in check(store, outcome.standing.plan) if faults] == []
