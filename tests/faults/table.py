@@ -260,4 +260,33 @@ MUTATIONS = (
         '    folder, slash, base = "", "", as_text(name)',
         ("storage/test_tars.py::test_a_key_is_cut_at_the_first_dot_of_the_base_name",),
     ),
+    Mutation(
+        "an increase is counted one time too few",
+        "jobs/receipts.py",
+        '"count": len(own)} for name, own in sorted(values.items())}',
+        '"count": len(own) - name.startswith("increase")} for name, own in sorted(values.items())}',
+        ("jobs/test_receipts.py::test_a_record_with_two_targets_counts_once_and_each_of_its_rows_is_measured",),
+    ),
+    Mutation(
+        "a mean is over receipts and not over rows",
+        "jobs/receipts.py",
+        'sums.setdefault(name, []).append(own["sum"])\n            counts[name] += own["count"]',
+        'sums.setdefault(name, []).append(own["sum"] / own["count"])\n            counts[name] += 1',
+        ("jobs/test_receipts.py::test_a_mean_is_over_rows_and_not_over_receipts",),
+    ),
+    Mutation(
+        "forwards are counted per target",
+        "jobs/receipts.py",
+        'sum(row["num_forwards"] or 0 for row in records)',
+        'sum(row["num_forwards"] or 0 for row in rows.to_pylist())',
+        ("jobs/test_receipts.py::test_a_record_with_two_targets_counts_once_and_each_of_its_rows_is_measured",),
+    ),
+    Mutation(
+        "retry removes good fragments",
+        "jobs/retry.py",
+        "        output.delete(dead.letter_key(letter.unit_id))\n",
+        "        output.delete(dead.letter_key(letter.unit_id))\n"
+        '        [output.delete(info.key) for info in output.list("data/")]\n',
+        ("jobs/test_receipts.py::test_a_retry_takes_back_letters_and_nothing_else",),
+    ),
 )
