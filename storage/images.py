@@ -3,9 +3,11 @@
 import io
 import signal
 import struct
+import sys
 import threading
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -13,20 +15,28 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 
+from storage import bmp, gif, jpeg, png, tiff, webp
+from storage.colours import DEEP_MODES, as_rgb
+from storage.decisions import DECISIONS
+from storage.libtiff import caught_words
 from storage.limits import MAX_DECODE_SECONDS, MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
 from storage.rejects import Reject, RejectCode
+from storage.samples import Samples
+from storage.tiff import orientation_of
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 DECODE_POLICY = {
     "formats": list(FORMATS),
     "frames": "first",
-    "orientation": "EXIF transpose",
+    "orientation": "EXIF transpose; XMP turns nothing",
     "alpha": "composited on white",
-    "cmyk": "converted, Adobe inversion undone",
-    "sixteen_bit": "scaled to 8 bits",
+    "cmyk": "converted, Adobe inversion undone; without Adobe's marker refused",
+    "sixteen_bit": "scaled to 8 bits, rounded; alpha and a transparent colour before that",
+    "kinds": {one.format: one.explained for one in DECISIONS},
     "icc": "ignored",
     "resampling": "bilinear, antialiased",
 }
@@ -39,6 +49,8 @@ MAGIC = {
     b"GIF8": "GIF",
     b"II*\0": "TIFF",
     b"MM\0*": "TIFF",
+    b"II+\0": "TIFF",
+    b"MM\0+": "TIFF",
 }
 REFUSED_MAGIC = {
     b"\0\0\1\0": "ICO",
@@ -56,10 +68,21 @@ REFUSED_MAGIC = {
 }
 """Formats that are known by their first bytes and not on the list: a clearer reason than `not an image`."""
 
-WHITE = 255
-DIRECT_MODES = {"1", "L", "RGB", "CMYK", "YCbCr", "P"}
-ALPHA_MODES = {"LA", "PA", "RGBA", "La", "RGBa"}
-REFUSED_MODES_NEED = "8-bit, 16-bit grey, palette or CMYK"
+DESCRIBED: dict[str, Callable[[bytes], Samples]] = {
+    "JPEG": jpeg.described,
+    "PNG": png.described,
+    "WEBP": webp.described,
+    "BMP": bmp.described,
+    "GIF": gif.described,
+    "TIFF": tiff.described,
+}
+"""The reader of each format's header: it refuses what Pillow would read wrongly."""
+
+DECODE_BYTES_PER_PIXEL = 16
+DECODE_BYTES_PER_ROW = 64
+DECODE_BYTES_PER_BYTE = 4
+DECODE_BYTES_BESIDE = 32 << 20
+"""Memory that decoding one image takes at most: so much for each pixel, row and byte of the file, and so much more."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +93,8 @@ class DecodeLimits:
     num_pixels: int = MAX_IMAGE_PIXELS
     """Width times height, read off the header."""
     seconds: float = MAX_DECODE_SECONDS
-    """In the main thread, where tasks and the in-process runner decode; elsewhere the other two bound it."""
+    """Of the main thread's own CPU time: a busy machine makes no image slow. It is there that tasks and the
+    in-process runner decode; elsewhere the other two bound it."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +131,7 @@ def decode(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> DecodedImage:
         reason = f"its header names more than the {limits.num_pixels} pixels that are decoded at most"
         raise Reject(RejectCode.TOO_MANY_PIXELS, reason) from error
     except Exception as error:
-        raise _reason(data, error) from error
+        raise _reason(error) from error
 
 
 def fit(pixels: NDArray[np.uint8], size: tuple[int, int], how: Literal["squash", "crop"]) -> NDArray[np.uint8]:
@@ -128,93 +152,85 @@ def centred_box(have: tuple[int, int], want: tuple[int, int]) -> tuple[float, fl
 
 
 def _decode(data: bytes, limits: DecodeLimits) -> DecodedImage:
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        if image.width * image.height > limits.num_pixels:
-            raise Reject(
-                RejectCode.TOO_MANY_PIXELS, f"{image.width} x {image.height} pixels, at most {limits.num_pixels}"
-            )
-        if image.format == "PNG":
-            _check_sums(data)
+    samples = _described(data)
+    if samples.width * samples.height > limits.num_pixels:
+        reason = f"{samples.width} x {samples.height} pixels, at most {limits.num_pixels}"
+        raise Reject(RejectCode.TOO_MANY_PIXELS, reason)
+    with caught_words() as words:
+        try:
+            pixels = _pixels(samples)
+        except OSError as error:
+            if words.count and not isinstance(error, TimeoutError):
+                raise OSError(f"{error}; {words}") from error
+            raise
+    if words.count:
+        raise Reject(RejectCode.CORRUPT, str(words))
+    return DecodedImage(pixels, pixels.shape[1], pixels.shape[0], samples.format)
+
+
+def _described(data: bytes) -> Samples:
+    """What the file's header says. Raises Reject, and what a cut or broken header makes of its reader."""
+    name = _named(data, MAGIC) or ("WEBP" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None)
+    if name is None:
+        raise _no_image(data)
+    return DESCRIBED[name](data)
+
+
+def _pixels(samples: Samples) -> NDArray[np.uint8]:
+    """Upright RGB [H, W, 3]."""
+    picture, is_half = _loaded(samples)
+    pictures = [picture, _loaded(samples, low=True)[0]] if is_half else [picture]
+    orientation = samples.orientation or orientation_of(picture.info.get("exif", b""))
+    return as_rgb(pictures, samples, orientation)
+
+
+def _loaded(samples: Samples, *, low: bool = False) -> tuple[Image.Image, bool]:
+    """The picture as Pillow decodes it, and whether it holds one half of its bits: the high ones, or the low ones."""
+    with Image.open(io.BytesIO(samples.data), formats=[samples.format]) as image:
+        if image.size != (samples.width, samples.height):
+            raise ValueError(f"its header names {samples.width} x {samples.height} pixels, its decoder {image.size}")
+        is_half = samples.depth == 16 and _choose_bytes(image, low)
         image.load()
-        rgb = _rgb(_upright(image), data)
-        return DecodedImage(np.asarray(rgb), rgb.width, rgb.height, _format(image.format))
+        vars(image).pop("_decoder", None)  # holds WebP's two canvases, which are as large as the picture
+        return image, is_half
 
 
-def _check_sums(data: bytes) -> None:
-    """Pillow does not look at a PNG's pixel checksums when it decodes."""
-    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-        image.verify()
+def _choose_bytes(image: ImageFile, low: bool) -> bool:
+    """Has 16-bit colours read as their high or low bytes; False where Pillow keeps both.
+
+    Pillow has a mode for 16-bit grey alone, and of colours takes the high byte. It is the low one where the file
+    is read in the other byte order.
+    """
+    raws = [tile.args if isinstance(tile.args, str) else str((tile.args or ("",))[0]) for tile in image.tile]
+    if image.mode in DEEP_MODES:
+        return False
+    if raws == ["LA;16B"]:
+        image.tile = [tile._replace(args="RGBA") for tile in image.tile]  # four bytes: grey, grey, alpha, alpha
+        return False
+    image.tile = [_with_raw(tile, _half_of(raw, low)) for tile, raw in zip(image.tile, raws, strict=True)]
+    return True
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    info = dict(image.info)
-    try:
-        upright = ImageOps.exif_transpose(image)
-    except Exception:  # noqa: BLE001 - broken EXIF costs the orientation, not the picture
-        return image
-    upright.info.update({name: value for name, value in info.items() if name == "transparency"})
-    return upright
+def _half_of(raw: str, low: bool) -> str:
+    is_big = raw.endswith("B") or (raw.endswith("N") and sys.byteorder == "big")
+    return raw[:-1] + ("B" if is_big != low else "L")
 
 
-def _rgb(image: Image.Image, data: bytes) -> Image.Image:
-    """The picture in RGB by `DECODE_POLICY`."""
-    key = image.info.get("transparency")
-    if image.mode.startswith("I;16"):
-        return _from_sixteen_bit(image, key)
-    if image.mode in ALPHA_MODES or (image.mode == "P" and key is not None):
-        return _on_white(image.convert("RGBA"))
-    if image.mode not in DIRECT_MODES:
-        raise Reject(RejectCode.MODE_REFUSED, f"pixels are {image.mode}; wanted {REFUSED_MODES_NEED}")
-    rgb = image.convert("RGB")
-    return rgb if key is None else _keyed(rgb, _scaled_key(key, data))
+def _with_raw(tile: Any, raw: str) -> Any:
+    return tile._replace(args=raw if isinstance(tile.args, str) else (raw, *tile.args[1:]))
 
 
-def _from_sixteen_bit(image: Image.Image, key: int | None) -> Image.Image:
-    values = np.asarray(image).astype(np.float64)
-    grey = np.rint(values / 257).astype(np.uint8)
-    if key is not None:
-        grey[values == key] = WHITE
-    return Image.fromarray(grey).convert("RGB")
-
-
-def _on_white(rgba: Image.Image) -> Image.Image:
-    backdrop = Image.new("RGBA", rgba.size, (WHITE, WHITE, WHITE, 255))
-    return Image.alpha_composite(backdrop, rgba).convert("RGB")
-
-
-def _keyed(rgb: Image.Image, key: tuple[int, int, int]) -> Image.Image:
-    """White where a pixel has the colour that a PNG names as transparent."""
-    pixels = np.array(rgb)
-    pixels[(pixels == np.array(key, dtype=np.uint8)).all(-1)] = WHITE
-    return Image.fromarray(pixels)
-
-
-def _scaled_key(key: Any, data: bytes) -> tuple[int, int, int]:
-    """The transparent colour in 8 bits: a PNG names it in its own depth, and Pillow scales only the pixels."""
-    depth = data[24]
-    colours = key if isinstance(key, tuple) else (key, key, key)
-    red, green, blue = (colour >> 8 if depth == 16 else colour * 255 // (2**depth - 1) for colour in colours)
-    return red, green, blue
-
-
-def _format(name: str | None) -> str:
-    return "JPEG" if name == "MPO" else str(name)  # a phone's JPEG with more pictures behind the first
-
-
-def _reason(data: bytes, error: Exception) -> Reject:
-    text = f"{type(error).__name__}: {error}".replace("<_io.BytesIO object", "<bytes")
+def _reason(error: Exception) -> Reject:
     if isinstance(error, TimeoutError):
         return Reject(RejectCode.DECODE_TIMEOUT, "decoding took too long")
     if isinstance(error, UnidentifiedImageError):
-        return _unidentified(data)
-    cut = isinstance(error, EOFError | struct.error) or "truncated" in text.lower()
+        return Reject(RejectCode.CORRUPT, "its header is broken: no decoder takes it")
+    text = f"{type(error).__name__}: {error}"
+    cut = isinstance(error, EOFError | IndexError | struct.error) or "truncated" in text.lower()
     return Reject(RejectCode.TRUNCATED if cut else RejectCode.CORRUPT, text)
 
 
-def _unidentified(data: bytes) -> Reject:
-    ours = _named(data, MAGIC) or ("WEBP" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None)
-    if ours is not None:
-        return Reject(RejectCode.CORRUPT, f"it begins like {ours}, and its header is broken")
+def _no_image(data: bytes) -> Reject:
     other = _named(data, REFUSED_MAGIC) or ("HEIF or AVIF" if data[4:8] == b"ftyp" else None)
     if other is not None:
         return Reject(RejectCode.FORMAT_REFUSED, f"{other} is not read; wanted one of {', '.join(FORMATS)}")
@@ -236,18 +252,25 @@ def _strict_warnings() -> Iterator[None]:
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in the body after so long; does nothing outside the main thread."""
+    """Raises TimeoutError in the body after so much CPU time of this thread; does nothing outside the main thread.
+
+    The timer counts the whole process; where other threads used the time, it is set again for what is left.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    end = time.thread_time() + seconds
 
     def expire(_number: int, _frame: FrameType | None) -> None:
-        raise TimeoutError
+        left = end - time.thread_time()
+        if left <= 0:
+            raise TimeoutError
+        signal.setitimer(signal.ITIMER_PROF, left)
 
-    before = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, expire)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)

@@ -1,11 +1,23 @@
-"""The chunks of a PNG file: cut, ordered and summed as they should be, without unfolding any of them."""
+"""The chunks of a PNG file: cut, ordered and summed as they should be; what they say about the pixels is kept."""
 
 import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from storage.samples import Samples
+from storage.tiff import orientation_of
+
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
+"""Bits per sample, by colour type."""
+NUM_KEYS = {0: 1, 2: 3}
+"""Samples that tRNS names where it names one colour."""
+
+RAW_PROFILE = b"Raw profile type exif"
+"""The keyword under which ImageMagick keeps EXIF, in hexadecimal text."""
+MAX_RAW_PROFILE_BYTES = 1 << 20
 
 _HEADER = struct.Struct(">IIBBBBB")
 _START = struct.Struct(">I4s")
@@ -75,3 +87,108 @@ def _chunk(view: memoryview, place: int) -> tuple[bytes, memoryview]:
     if found != named:
         raise PngError(f"chunk {kind!r} has checksum {found:08x}, and says {named:08x}")
     return kind, view[start:stop]
+
+
+def described(data: bytes) -> Samples:
+    """What a PNG says, and the file without its text, profiles and further frames. Raises PngError, CutPngError.
+
+    Every checksum is verified. Pillow is given no transparent colour but a palette's: it would compare it with
+    pixels that it has scaled.
+    """
+    found = _Found(data)
+    for kind, body in chunks(data):
+        found.take(kind, body)
+    return found.samples()
+
+
+class _Found:
+    """The chunks of one file, sorted as they come."""
+
+    def __init__(self, data: bytes) -> None:
+        self.view = memoryview(data)
+        self.place = len(SIGNATURE)
+        self.kept = [self.view[: self.place]]
+        self.kinds: list[bytes] = []
+        """Of the chunks so far, without repeats."""
+        self.header = PngHeader(0, 0, 0, 0, 0, 0, 0)
+        self.num_colours: int | None = None
+        self.key: tuple[int, ...] | None = None
+        self.orientation = 1
+
+    def take(self, kind: bytes, body: memoryview) -> None:
+        whole = self.view[self.place : self.place + len(body) + _START.size + _SUM.size]
+        self.place += len(whole)
+        if kind == b"IDAT" and b"IDAT" in self.kinds and self.kinds[-1] != b"IDAT":
+            raise PngError("another chunk stands between its pixels")
+        if self._keeps(kind, body):
+            self.kept.append(whole)
+        if self.kinds[-1:] != [kind]:
+            self.kinds = [*(known for known in self.kinds if known != kind), kind]
+
+    def _keeps(self, kind: bytes, body: memoryview) -> bool:
+        """Whether Pillow needs the chunk; what it says is noted."""
+        if kind == b"IHDR":
+            self._take_header(body)
+        elif kind == b"PLTE":
+            self._take_palette(body)
+        elif kind == b"tRNS":
+            self._take_transparency(body)
+        elif kind == b"eXIf":
+            self.orientation = orientation_of(bytes(body[:MAX_RAW_PROFILE_BYTES]))
+        elif kind in (b"tEXt", b"zTXt") and bytes(body[: len(RAW_PROFILE)]) == RAW_PROFILE:
+            self._take_raw_profile(kind, body)
+        elif kind not in (b"IDAT", b"IEND") and kind[:1].isupper():
+            raise PngError(f"its critical chunk {kind!r} is unknown")
+        return kind in (b"IHDR", b"IDAT", b"IEND") or (kind in (b"PLTE", b"tRNS") and self.header.colour == 3)
+
+    def _take_header(self, body: memoryview) -> None:
+        self.header = header = header_of(body)
+        if header.depth not in DEPTHS.get(header.colour, ()) or not header.width or not header.height:
+            raise PngError(f"its header names what no PNG has: {header}")
+        if (header.compression, header.filtering) != (0, 0) or header.interlace > 1:
+            raise PngError(f"its header names an unknown method: {header}")
+
+    def _take_palette(self, body: memoryview) -> None:
+        if self.num_colours is not None or b"IDAT" in self.kinds or len(body) % 3 or not 0 < len(body) <= 768:
+            raise PngError(f"its palette has {len(body)} bytes, comes twice or behind the pixels")
+        self.num_colours = len(body) // 3
+
+    def _take_transparency(self, body: memoryview) -> None:
+        colour, wanted = self.header.colour, NUM_KEYS.get(self.header.colour, 0)
+        if b"tRNS" in self.kinds or b"IDAT" in self.kinds:
+            raise PngError("its transparency comes twice or behind the pixels")
+        if colour == 3 and len(body) > (self.num_colours or 0):
+            raise PngError(f"its transparency has {len(body)} entries, its palette {self.num_colours or 0}")
+        if wanted and len(body) != 2 * wanted:
+            raise PngError(f"its transparent colour has {len(body)} bytes; wanted {2 * wanted}")
+        if wanted:
+            values = struct.unpack(f">{wanted}H", body)
+            self.key = tuple(value & (1 << self.header.depth) - 1 for value in values)
+
+    def _take_raw_profile(self, kind: bytes, body: memoryview) -> None:
+        if b"eXIf" in self.kinds or len(body) > MAX_RAW_PROFILE_BYTES:
+            return
+        text = bytes(body).partition(b"\0")[2]
+        try:
+            if kind == b"zTXt":
+                text = zlib.decompressobj().decompress(text[1:], MAX_RAW_PROFILE_BYTES)
+            self.orientation = orientation_of(bytes.fromhex("".join(text.decode("latin-1").split("\n")[3:])))
+        except (zlib.error, ValueError):
+            return
+
+    def samples(self) -> Samples:
+        header = self.header
+        if b"IDAT" not in self.kinds:
+            raise PngError("it has no pixels")
+        if header.colour == 3 and self.num_colours is None:
+            raise PngError("it has no palette")
+        return Samples(
+            format="PNG",
+            data=b"".join(self.kept),
+            width=header.width,
+            height=header.height,
+            depth=header.depth,
+            key=self.key,
+            num_colours=self.num_colours if header.colour == 3 else None,
+            orientation=self.orientation,
+        )

@@ -1,6 +1,7 @@
 """Hostile images: golden pixels, real corpora, and a reason from the closed list for everything else."""
 
 import io
+import signal
 import struct
 import threading
 import time
@@ -9,9 +10,11 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from storage.images import DecodeLimits, decode, fit
 from storage.rejects import Reject, RejectCode
+from tests.storage.by_hand import chunk, png_of
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
@@ -109,13 +112,8 @@ def test_only_the_first_frame_of_an_animation():
 
 
 def bomb() -> bytes:
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    size = struct.pack(">II", 25_000, 25_000) + b"\x08\x02\0\0\0"
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-    )
+    size = struct.pack(">IIBBBBB", 25_000, 25_000, 8, 2, 0, 0, 0)
+    return png_of(chunk(b"IHDR", size), chunk(b"IDAT", zlib.compress(bytes(1000))))
 
 
 @pytest.mark.parametrize(
@@ -140,14 +138,52 @@ def test_every_bad_image_has_its_reason(data, code):
 
 
 def test_caps_are_checked_before_decoding():
+    assert rejected(bytes((256 << 20) + 1)) == RejectCode.TOO_MANY_BYTES
+    wide = struct.pack(">IIBBBBB", 89_478_486, 1, 8, 0, 0, 0, 0)
+    with pytest.raises(Reject, match="89478486 x 1 pixels, at most 89478485"):
+        decode(png_of(chunk(b"IHDR", wide), chunk(b"IDAT", b"")))
     assert rejected(PNG, DecodeLimits(num_bytes=100)) == RejectCode.TOO_MANY_BYTES
     assert rejected(PNG, DecodeLimits(num_pixels=60 * 40 - 1)) == RejectCode.TOO_MANY_PIXELS
     assert decode(PNG, DecodeLimits(num_pixels=60 * 40)).width == 60
 
 
+def busy(seconds):
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
 def test_a_slow_decoder_is_stopped(monkeypatch):
-    monkeypatch.setattr(Image.Image, "load", lambda _self: time.sleep(30))
+    monkeypatch.setattr(Image.Image, "load", lambda _self: busy(30))
     assert rejected(JPEG, DecodeLimits(seconds=0.05)) == RejectCode.DECODE_TIMEOUT
+
+
+def test_time_that_a_decoder_does_not_run_is_not_its_own(monkeypatch):
+    """As where the machine is busy, or the process was stopped."""
+    load = JpegImageFile.load
+    monkeypatch.setattr(JpegImageFile, "load", lambda self: [time.sleep(0.3), load(self)][1])
+    assert decode(JPEG, DecodeLimits(seconds=0.1)).width == 60
+
+
+def test_time_of_other_threads_is_not_its_own(monkeypatch):
+    load = JpegImageFile.load
+    other = threading.Thread(target=busy, args=[0.4])
+
+    def loaded_beside(self):
+        if other.ident is None:
+            other.start()
+            other.join()
+        return load(self)
+
+    monkeypatch.setattr(JpegImageFile, "load", loaded_beside)
+    assert decode(JPEG, DecodeLimits(seconds=0.2)).width == 60
+
+
+def test_the_timer_is_put_back():
+    before = signal.getsignal(signal.SIGPROF)
+    decode(JPEG)
+    assert signal.getitimer(signal.ITIMER_PROF)[0] == 0
+    assert signal.getsignal(signal.SIGPROF) == before
 
 
 def test_decoding_works_outside_the_main_thread():

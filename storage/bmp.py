@@ -1,0 +1,61 @@
+"""What a BMP file says about its pixels, and which of its kinds are read."""
+
+import struct
+
+from storage.rejects import Reject, RejectCode
+from storage.samples import Samples
+
+PLAIN, RLE8, RLE4, BITFIELDS = range(4)
+HEADERS = (12, 40, 52, 56, 108, 124)
+"""Sizes of the headers that are read: OS/2 1, and Windows 3 to 5."""
+
+KINDS = {(1, PLAIN), (4, PLAIN), (8, PLAIN), (16, PLAIN), (24, PLAIN), (32, PLAIN), (8, RLE8), (4, RLE4)}
+KINDS |= {(16, BITFIELDS), (24, BITFIELDS), (32, BITFIELDS)}
+"""Bits per pixel and compression."""
+
+
+class BmpError(ValueError):
+    """The file breaks a rule of BMP."""
+
+
+def described(data: bytes) -> Samples:
+    """Size and palette by the file's header. Raises Reject, BmpError, and struct.error where it is cut."""
+    start, size = struct.unpack_from("<II", data, 10)
+    if size not in HEADERS:
+        raise _refused(f"a header of {size} bytes", f"one of {HEADERS}")
+    if size == 12:
+        width, height, _, bits = struct.unpack_from("<HHHH", data, 18)
+        compression, named = PLAIN, 0
+    else:
+        width, height, _, bits, compression = struct.unpack_from("<iiHHI", data, 18)
+        (named,) = struct.unpack_from("<I", data, 46)
+    if (bits, compression) not in KINDS:
+        raise _refused(
+            f"{bits} bits in compression {compression}", "1, 4, 8, 16, 24 or 32 bits, plain or packed in runs"
+        )
+    if compression == BITFIELDS and not any(struct.unpack_from("<III", data, 54)):
+        raise BmpError("its masks of colours are empty")
+    if width <= 0 or height == 0 or (compression in (RLE8, RLE4) and height < 0):
+        raise BmpError(f"it is {width} x {height} pixels")
+    if bits > 8:
+        return Samples("BMP", data, width, abs(height))
+    num_colours = named or 2**bits
+    palette = data[14 + size : start][: num_colours * (3 if size == 12 else 4)]
+    _check_palette(palette, num_colours, bits, 3 if size == 12 else 4)
+    return Samples("BMP", data, width, abs(height), num_colours=num_colours)
+
+
+def _check_palette(palette: bytes, num_colours: int, bits: int, entry_bytes: int) -> None:
+    """Raises Reject for the palettes that Pillow takes for none, and so reads at a wrong depth; and BmpError."""
+    if num_colours > 2**bits or len(palette) < num_colours * entry_bytes:
+        raise BmpError(f"it names {num_colours} colours of {bits} bits, and has {len(palette)} bytes of them")
+    greys = (0, 255) if num_colours == 2 else range(num_colours)
+    is_ramp = all(
+        palette[at * entry_bytes : at * entry_bytes + 3] == bytes([grey] * 3) for at, grey in enumerate(greys)
+    )
+    if is_ramp and bits != (1 if num_colours == 2 else 8):
+        raise _refused(f"{bits} bits with a palette of the greys {tuple(greys)}", "another palette, or another depth")
+
+
+def _refused(what: str, wanted: str) -> Reject:
+    return Reject(RejectCode.MODE_REFUSED, f"a BMP of {what} is not read; wanted {wanted}")
