@@ -18,7 +18,12 @@ PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 EXTENSIONS = (*PAX, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 """Headers that say something of the member behind them (`g`: of all members behind it)."""
 
-SPARSE_PREFIX = "GNU.sparse."
+SPARSE_PREFIX = b"GNU.sparse."
+PATH, SIZE, SPARSE_NAME, SPARSE = "path", "size", "GNU.sparse.name", "GNU.sparse"
+USED_FIELDS = {PATH.encode(), SIZE.encode(), SPARSE_NAME.encode()}
+"""Of PAX headers; all others that make a member sparse count as `SPARSE`, the rest is dropped."""
+SHOWN_BYTES = 40
+"""Of what is no PAX header, in a message."""
 LONGEST_NUMBER = 20
 """Digits of a length in a PAX header."""
 MORE_IN_HEADER, MORE_IN_BLOCK = 482, 504
@@ -140,16 +145,18 @@ def _heard(file: WindowedFile, header: tarfile.TarInfo, offset: int, said: _Said
 
 
 def _pax_fields(body: bytes) -> dict[str, str]:
-    """The records of a PAX header, each `LENGTH KEY=VALUE` and a new line. Raises ValueError."""
+    """What the records of a PAX header, each `LENGTH KEY=VALUE` and a new line, say that is used. Raises ValueError."""
     fields: dict[str, str] = {}
-    while body.strip(b"\0"):
-        length, space, _ = body[: LONGEST_NUMBER + 1].partition(b" ")
-        record = body[len(length) + 1 : _number(length.decode("ascii", "replace"))]
-        key, equals, value = record.partition(b"=")
-        if not space or not equals or not value.endswith(b"\n"):
-            raise ValueError(f"{record[:40]!r} is no record of it")
-        fields[key.decode("utf-8", "replace")] = value[:-1].decode("utf-8", "surrogateescape")
-        body = body[len(length) + 1 + len(record) :]
+    start, end = 0, len(body.rstrip(b"\0"))
+    while start < end:
+        length, space, _ = body[start : start + LONGEST_NUMBER + 1].partition(b" ")
+        stop = start + _number(length.decode("ascii", "replace"))
+        key, equals, value = body[start + len(length) + 1 : stop].partition(b"=")
+        if not space or not equals or not value.endswith(b"\n") or stop > end:
+            raise ValueError(f"{body[start : start + SHOWN_BYTES]!r} is no record of it")
+        if key in USED_FIELDS or key.startswith(SPARSE_PREFIX):
+            fields[key.decode() if key in USED_FIELDS else SPARSE] = value[:-1].decode("utf-8", "surrogateescape")
+        start = stop
     return fields
 
 
@@ -163,9 +170,8 @@ def _number(text: str) -> int:
 def _member(file: WindowedFile, header: tarfile.TarInfo, offset: int, said: _Said) -> Member:
     """The member with this header. Raises ShardFault where its body reaches beyond the shard."""
     fields: Mapping[str, str] = {**said.of_all, **said.fields}
-    is_sparse = header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith(SPARSE_PREFIX) for key in fields)
-    name = said.name or header.name
-    name = fields.get(f"{SPARSE_PREFIX}name") or fields.get("path", "").rstrip("/") or name
+    is_sparse = header.type == tarfile.GNUTYPE_SPARSE or SPARSE in fields or SPARSE_NAME in fields
+    name = fields.get(SPARSE_NAME) or fields.get(PATH, "").rstrip("/") or said.name or header.name
     start = offset if said.start is None else said.start
     size = _size(file, header, offset, fields)
     data_start = _behind_sparse_map(file, offset) if header.type == tarfile.GNUTYPE_SPARSE else offset + BLOCK
@@ -180,10 +186,10 @@ def _member(file: WindowedFile, header: tarfile.TarInfo, offset: int, said: _Sai
 def _size(file: WindowedFile, header: tarfile.TarInfo, offset: int, fields: Mapping[str, str]) -> int:
     if header.type in WITHOUT_BODY:
         return 0
-    if "size" not in fields:
+    if SIZE not in fields:
         return header.size
     try:
-        return _number(fields["size"])
+        return _number(fields[SIZE])
     except ValueError as error:
         raise _fault(file, offset, f"the size in a PAX header: {error}") from error
 

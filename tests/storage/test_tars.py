@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from storage.limits import MAX_LABEL_BYTES
 from storage.rejects import RejectCode
+from storage.tar_headers import _pax_fields
 from storage.tars import read_tar, sample_tar, tar_offset_after
 from tests.storage.memory import MemoryStore
 
@@ -271,6 +272,18 @@ def test_what_a_pax_header_says_is_taken():
     assert [(record.key, record.data) for record in read(body)] == [("s.tar/d/long", b"abc"), ("s.tar/next", b"abc")]
     both = extended(b"g", path=b"same.png") + picture(b"1.png") + picture(b"2.png") + ENDED
     assert codes(read(both)) == ["ok", "duplicate_key"]
+
+
+def test_of_a_chain_of_pax_headers_only_what_is_used_is_kept():
+    chain = b"".join(extended(**{f"k{number}": b"x" * 300, "path": b"%d.png" % number}) for number in range(50))
+    assert [record.key for record in read(chain + picture(b"p.png") + ENDED)] == ["s.tar/49"]
+    assert _pax_fields(extended(comment=b"x", path=b"p", GNU__sparse__map=b"1,2")[512:]) == {
+        "path": "p",
+        "GNU.sparse": "1,2",
+    }
+    for body in (b"6 a=b\n9 c=d", b"0 a=b\n", b"7 a=b\n", b"6_a=b\n", b"6 a-b\n", b"x a=b\n"):
+        with pytest.raises(ValueError, match="is no"):
+            _pax_fields(body)
 
 
 def test_the_work_is_bounded_by_the_bytes():
