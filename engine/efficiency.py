@@ -10,9 +10,10 @@ from torch import Tensor
 
 from engine.explainers import Explainer
 from engine.explanation import Explanation
-from engine.forward import ForwardSetting, make_forward
+from engine.forward import make_forward
 from engine.models import ModelAdapter
 from engine.probe import cycled, rate, seconds_of
+from engine.setting import ForwardSetting
 from engine.targets import ClassProbability
 
 CPU_SIZES, GPU_SIZES = (1, 2, 4, 8, 16, 32), (32, 64, 128, 256, 512, 1024)

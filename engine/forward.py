@@ -3,37 +3,20 @@
 import copy
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from engine.errors import ModelError
+from engine.setting import Backend, ForwardSetting
 
 if TYPE_CHECKING:
     from engine.models import ModelAdapter
 
-Precision = Literal["float32", "float16", "bfloat16"]
-
 Forward = Callable[[Tensor], Tensor]
 """Logits [B, K] (float32, on the inputs' device) of normalised inputs [B, 3, H, W], for one B and no gradient."""
-
-
-@dataclass(frozen=True)
-class ForwardSetting:
-    """One way to run a model's forward pass."""
-
-    backend: str = "eager"
-    """A key of BACKENDS."""
-    precision: Precision = "float32"
-    """Of weights and activations; logits and softmax are never less than float32."""
-    batch_size: int = 4
-    """Inputs per pass. Memory grows with it; scores move by rounding alone."""
-
-    def __str__(self) -> str:
-        return f"{self.backend} {self.precision}, {self.batch_size} per pass"
 
 
 def _eager(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
@@ -123,7 +106,7 @@ def _openvino(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
 COMPILED_SETTINGS = 64
 """Of one architecture in one process: beyond its own limit, 8, torch would run further ones uncompiled, in silence."""
 
-BACKENDS: Mapping[str, Callable[["ModelAdapter", ForwardSetting], Forward]] = {
+BACKENDS: Mapping[Backend, Callable[["ModelAdapter", ForwardSetting], Forward]] = {
     "eager": _eager,
     "openvino": _openvino,
     "compiled": _compiled,
@@ -146,6 +129,18 @@ def make_forward(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
     except Exception as error:  # whatever a compiler may say of a stranger's model
         raise ModelError(f"{setting.backend} cannot run {adapter.name}: {first_line(error)}") from error
     return forward
+
+
+def use_ieee_float32() -> None:
+    """Has float32 mean IEEE float32 in this process: no TF32 or bfloat16 products inside, on any device.
+
+    torch allows TF32 in cuDNN's convolutions by default, and a user's model factory may allow more.
+    """
+    torch.set_float32_matmul_precision("highest")  # the older settings too, or torch refuses to read them
+    torch.backends.cudnn.allow_tf32 = False
+    cuda, cpu = torch.backends.cudnn, torch.backends.mkldnn
+    for products in (torch.backends.cuda.matmul, cuda.conv, cuda.rnn, cpu.matmul, cpu.conv, cpu.rnn):
+        products.fp32_precision = "ieee"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def first_line(error: Exception) -> str:

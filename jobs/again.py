@@ -12,10 +12,11 @@ from engine.composition import blocks_of, method_of
 from engine.errors import ModelError
 from engine.explanation import Explanation
 from engine.fusion import Map, minmax
+from engine.probe import plain_setting
 from engine.targets import ClassProbability
 from jobs.config import ConfigError, JobConfig, load_config
 from jobs.context import sha256_of, weights_bytes
-from jobs.explain import load, make_explainer, model_facts, plain_setting, seed_of
+from jobs.explain import load, make_explainer, model_facts, seed_of
 from jobs.fidelity import POOR_MAP
 from jobs.learned import standing_state, wanted_images
 from jobs.pace import standing_forward
@@ -45,7 +46,7 @@ class Again:
         self.adapter = load(self.config, state, "cpu", str(Path.cwd()))
         self.learned, _ = standing_state(store, self.config) or (None, None)
         refuse_other_model(store, model_facts(self.adapter, self.config))
-        self.forward, self.setting = None, plain_setting("cpu", None)
+        self.forward, self.setting = None, plain_setting("cpu")
         with suppress(ModelError):  # the job ran on another kind of machine: its maps may differ, and that will show
             self.forward, self.setting = standing_forward(store, self.adapter) or (None, self.setting)
 

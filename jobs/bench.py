@@ -18,10 +18,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from engine.efficiency import ROUNDS, Efficiency, bare_rates, measure
 from engine.explainers.explainer import State
-from engine.forward import Forward, ForwardSetting
+from engine.forward import Forward
 from engine.models import ModelAdapter
 from engine.parameters import OcclusionParameters
-from engine.probe import Measured, cycled, probe
+from engine.probe import Measured, choose, cycled, plain_setting
+from engine.setting import ForwardSetting
 from engine.targets import ClassProbability
 from jobs.charts import curve_chart
 from jobs.config import ConfigError, JobConfig
@@ -33,6 +34,7 @@ from jobs.evaluation import read_class_map
 from jobs.explain import load, make_explainer, model_facts
 from jobs.learned import wanted_images
 from jobs.measured import MeasuredCost, remember
+from jobs.pace import wish_of
 from jobs.peers import REPEATS, contenders, race
 from jobs.plan import Plan, make_plan
 from jobs.tables import printable
@@ -114,8 +116,8 @@ def run_benchmark(
     inputs = _inputs(adapter, plan, config, make_explainer(adapter, config, blocks).images_per_pass)
     raced: tuple[dict[str, str | float], ...] = ()
     with _steps(console, 2.0 if with_peers else 1.0) as step:
-        step("probing the ways to run a forward pass", 0.0)
-        forward, probed = probe(adapter, inputs, exact=config.preset == "paper", batch_size=batch_size)
+        step("choosing the forward setting", 0.0)
+        forward, probed = choose(adapter, wish_of(config, batch_size, is_timed=device == "cuda"))
         setting = probed[0].setting
         state = _learned(adapter, config, blocks, inputs)
         explainer = make_explainer(adapter, config, blocks, setting.batch_size, forward, state=state)
@@ -124,7 +126,7 @@ def run_benchmark(
         step(f"{TURNS}, {ROUNDS} times", 0.2)
         measured, explained = measure(explainer, inputs, setting, rates, lambda: step(TURNS, 0.7 / ROUNDS))
         if with_peers:
-            plain = next(one.setting for one in probed if one.setting.backend == "eager")
+            plain = plain_setting(device, batch_size)
             raced = _race(adapter, {setting: forward, plain: adapter.logits}, inputs[:1], step)
     maps = [encode_map(one.saliency_hw.astype(np.float32)) for own in explained for one in own]
     num_bytes = round(sum(len(one.data) for one in maps) / len(maps))
@@ -176,7 +178,7 @@ def _race(
     image: torch.Tensor,
     step: Callable[[str, float], None],
 ) -> tuple[dict[str, str | float], ...]:
-    """Ours as the probe chose and as plain as the peers' model runs, against each peer as shipped and helped."""
+    """Ours as a job runs it and as plain as the peers' model runs, against each peer as shipped and helped."""
     step("the peers' best batch sizes", 0.0)
     side = min(adapter.input_size)
     racing = contenders(

@@ -24,6 +24,7 @@ from jobs.reconcile import Standing, check, final_manifest, num_accepted, stand
 from jobs.reconcile import finalize as write_manifest
 from jobs.records import Cause, UnfinishedError, UnreconciledError
 from jobs.retry import reopen
+from jobs.setting import planned_forward
 from storage.patient import SHORT_PATIENCE_SECONDS, PatientStore
 from storage.store import ObjectStore, StoreError
 from storage.stores import WeakStoreError, open_store
@@ -66,8 +67,14 @@ JOB_OPTIONS: dict[str, Any] = {
     "preset": Annotated[
         str | None,
         typer.Option(
-            help="fast: fewer steps for the dearest explainers, and half precision where the hardware has it; paper: "
-            "the papers' constants in float32. What -p says wins.  [default: fast]"
+            help="fast: fewer steps for the dearest explainers, and half precision on a GPU where its scores are near "
+            "enough; paper: the papers' constants in float32. What -p says wins.  [default: fast]"
+        ),
+    ],
+    "precision": Annotated[
+        str | None,
+        typer.Option(
+            help="Of masked forwards: float32, float16, bfloat16.  [default: float32 on a CPU; on a GPU by preset]"
         ),
     ],
     "budget": Annotated[
@@ -98,7 +105,15 @@ JOB_OPTIONS: dict[str, Any] = {
     "batch_size": Annotated[
         int | None,
         typer.Option(
-            min=1, help="Masked inputs per forward.  [default: found by a probe; short jobs: 4 on a CPU, 256 on a GPU]"
+            min=1,
+            help="Masked inputs per forward.  [default: 8 with OpenVINO, else 4; on a GPU the fastest, or 256]",
+        ),
+    ],
+    "tune": Annotated[
+        bool | None,
+        typer.Option(
+            "--tune",
+            help="Time a CPU's forwards first and take the fastest batch size: two outputs may then differ in bits.",
         ),
     ],
     "max_reject_fraction": Annotated[
@@ -199,7 +214,7 @@ def status(output: Existing, endpoint_url: Endpoint = None) -> None:
     """Say how far a job is, from the output alone; works while it runs and when its driver is gone."""
     store, made = _existing(output, endpoint_url)
     standing = stand(store, made)
-    console.print(tables.standing_table(output, standing))
+    console.print(tables.standing_table(output, standing, planned_forward(store)))
     for letter in standing.dead.values():
         console.print(tables.letter_line(letter))
     if standing.open_units:
@@ -515,6 +530,9 @@ def bench(
     preset: Annotated[
         Literal["paper", "fast"], typer.Option(help="fast may take fewer steps and half precision; as in `explain`.")
     ] = "fast",
+    precision: Annotated[
+        Literal["auto", "float32", "float16", "bfloat16"], typer.Option(help="Of masked forwards; as in `explain`.")
+    ] = "auto",
     device: Annotated[
         Literal["cpu", "cuda"] | None, typer.Option(help="[default: the GPU, or one core where there is none]")
     ] = None,
@@ -546,6 +564,7 @@ def bench(
         "explainer": explainer,
         "parameters": parse_parameters(param or []),
         "preset": preset,
+        "precision": precision,
         "limit": limit,
     }
     job, _ = load_config(None, asked)

@@ -17,6 +17,7 @@ from jobs.bootstrap import MethodEstimate, MetricSums, PairedDifference, differe
 from jobs.config import ConfigError
 from jobs.evaluation import folders, values_of
 from jobs.results import Output, refuse_other_inputs
+from jobs.setting import mixture, planned_forward, protocol_of
 from jobs.stored import fragment_of
 from storage.schema import METRICS as METRICS_STRUCT
 from storage.schema import OK
@@ -39,6 +40,8 @@ class Method:
     parameters: str
     """Digest of the parameters, the model and its blocks."""
     output: str
+    forward: str
+    """Backend and precision of its forward passes."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ class Comparison:
     cells: tuple[Cell, ...]
     """Method by method within each column."""
     absences: tuple[Absence, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What a reader must know beside the figures."""
 
 
 def compare(outputs: Sequence[Output]) -> Comparison:
@@ -103,7 +108,9 @@ def compare(outputs: Sequence[Output]) -> Comparison:
             sums[column] = sums[column] + own if column in sums else own
     columns = sorted(sums, key=lambda column: (list(METRICS).index(column.metric), column.protocol))
     cells = tuple(_cells(columns, sums))
-    return Comparison(tuple(methods.values()), tuple(columns), cells, tuple(_absences(methods, cells, reasons)))
+    note = mixture({output.name: planned_forward(output.store) for output in outputs})
+    absences = tuple(_absences(methods, cells, reasons))
+    return Comparison(tuple(methods.values()), tuple(columns), cells, absences, () if note is None else (note,))
 
 
 MethodKey = tuple[int, str, str]
@@ -136,8 +143,10 @@ def _named(outputs: Sequence[Output], found: dict[MethodKey, int]) -> dict[Metho
     for number, explainer, _ in ordered:
         name = explainer if explainers.count(explainer) == 1 else f"{explainer} ({outputs[number].name})"
         names.append(name if name not in names else f"{name} #{len(names) + 1}")
+    forwards = [protocol_of(planned_forward(output.store)) for output in outputs]
     return {
-        key: Method(name, key[1], key[2], outputs[key[0]].store.uri) for key, name in zip(ordered, names, strict=True)
+        key: Method(name, key[1], key[2], outputs[key[0]].store.uri, forwards[key[0]])
+        for key, name in zip(ordered, names, strict=True)
     }
 
 
@@ -255,6 +264,7 @@ def rows_of_table(table: Comparison) -> list[dict[str, Any]]:
             "explainer": table.methods[cell.method].explainer,
             "parameters": table.methods[cell.method].parameters,
             "output": table.methods[cell.method].output,
+            "forward": table.methods[cell.method].forward,
             "reference": table.methods[0].name,
             "metric": cell.column.metric,
             "protocol": cell.column.protocol,

@@ -24,6 +24,7 @@ from engine.catalog import EXPLAINERS, FIDELITIES, Fidelity
 from engine.composition import Method, Preset, method_of, parameters_of
 from engine.detectors import installed_detector
 from engine.parameters import SiseParameters
+from engine.setting import MAX_BATCH_SIZE
 from jobs.labels import is_class_number
 from storage.images import DECODE_POLICY
 from storage.maps import CODEC
@@ -98,8 +99,12 @@ class JobConfig(BaseModel):
     )
     preset: Preset = Field(
         default="fast",
-        description="fast: half precision where the hardware has it, and fewer steps for the dearest methods; paper: "
-        "float32 and the papers' constants",
+        description="fast: fewer steps for the dearest methods, and on a GPU half precision where its scores are near "
+        "enough; paper: IEEE float32 and the papers' constants",
+    )
+    precision: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        default="auto",
+        description="of masked forward passes; auto: float32 on a CPU, on a GPU what the preset says",
     )
     target: str = Field(default="predicted", description="predicted, label, top-K, or class numbers")
     resize: Literal["squash", "crop"] = Field(
@@ -154,6 +159,12 @@ class JobConfig(BaseModel):
         places = (self.data, self.output, self.weights or "")
         if self.endpoint_url is not None and not any(place.startswith("s3://") for place in places):
             raise ValueError("an endpoint URL is given, and neither data nor output nor weights is an s3:// URI")
+        return self
+
+    @model_validator(mode="after")
+    def _papers_are_in_float32(self) -> "JobConfig":
+        if self.preset == "paper" and self.precision not in ("auto", "float32"):
+            raise ValueError(f"preset paper means float32, and precision {self.precision} is asked for: leave one out")
         return self
 
     @property
@@ -257,7 +268,7 @@ def check_identity(identity: Mapping[str, Any]) -> None:
 
 
 class Execution(BaseModel):
-    """How a job runs and what it puts up with; changes no result."""
+    """How a job runs and what it puts up with; changes no result, but for what `batch_size` and `tune` round."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -267,7 +278,14 @@ class Execution(BaseModel):
         default=None, description="of a Ray cluster to join; none: Ray is started for the job and stopped after it"
     )
     batch_size: int | None = Field(
-        default=None, ge=1, description="masked inputs per forward; none: chosen for the device"
+        default=None,
+        ge=1,
+        le=MAX_BATCH_SIZE,
+        description="masked inputs per forward; none: by rule",
+    )
+    tune: bool = Field(
+        default=False,
+        description="a CPU's backend and batch size are chosen by timing: two fresh outputs may differ in bits",
     )
     max_reject_fraction: float = Field(
         default=0.5, ge=0, le=1, description="a larger share of rejected records is no success (exit 3)"

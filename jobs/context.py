@@ -23,9 +23,9 @@ class JobContext:
     label_names: tuple[str, ...]
     """Class folders of loose images, sorted."""
     batch_size: int | None
-    """Masked inputs per forward pass; None: whatever runs fastest."""
-    probes: bool
-    """The job is long enough for a worker to find out how its forward passes run fastest."""
+    """Masked inputs per forward pass that the user asked for."""
+    is_timed: bool
+    """Timings may choose the forward setting: in long jobs on a GPU, and where the user says so."""
     num_threads: int
     """Of the explain step, so that CPU results have the same bits everywhere."""
     device: str

@@ -16,7 +16,7 @@ from engine.explainers.explainer import chunks
 from engine.fidelity import FAITHFULNESS, FULL, METHODS, SIMILARITIES, FidelityBench, Reading
 from engine.metrics.metric import Region
 from engine.models import ModelAdapter
-from engine.probe import probe
+from engine.probe import Wish, choose
 from jobs.bootstrap import MetricSums, differences, estimate, key_hashes
 from jobs.config import ConfigError, JobConfig
 from jobs.context import sha256_of, weights_bytes
@@ -154,7 +154,7 @@ def _measured(
         for some in chunks(left, size):
             inputs = adapter.normalise(torch.from_numpy(np.stack([one.pixels for one in some])).permute(0, 3, 1, 2))
             if bench is None:
-                forward, found = probe(adapter, inputs, exact=True, batch_size=asked.batch_size)
+                forward, found = choose(adapter, Wish("float32", asked.batch_size))
                 console.print(f"masks are scored by {found[0].setting}")
                 bench = FidelityBench(
                     adapter, batch_size=found[0].setting.batch_size, images_per_pass=size, forward=forward

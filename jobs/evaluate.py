@@ -24,6 +24,7 @@ from engine.metrics.sanity import Sanity
 from engine.models import ModelAdapter
 from engine.parameters import NoParameters
 from engine.perturb import perturbation
+from engine.probe import plain_setting
 from engine.scorer import Scorer
 from engine.targets import ClassProbability
 from jobs.attempts import open_desk
@@ -37,7 +38,6 @@ from jobs.explain import (
     load,
     make_explainer,
     number_of,
-    plain_setting,
     seed_of,
     stored,
 )
@@ -101,10 +101,10 @@ class EvaluateStep:
             raise ModelError("these are other weights than those that the maps were made with")
         chosen = standing_forward(self.desk.output, self.adapter)
         self.adapter.module.register_forward_pre_hook(lambda *_: alive())
-        forward, setting = chosen or (None, plain_setting(job.device, job.batch_size))
+        forward, self.setting = chosen or (None, plain_setting(job.device, job.batch_size))
         learned, _ = standing_state(self.desk.output, job.config) or (None, None)
         lively_forward = None if forward is None else lively(forward)
-        self.metrics = metrics_of(self.evaluation, self.adapter, job, setting.batch_size, lively_forward, learned)
+        self.metrics = metrics_of(self.evaluation, self.adapter, job, self.setting.batch_size, lively_forward, learned)
         wanted = CONTROLS if self.evaluation.controls else ()
         self.controls = {name: EXPLAINERS[name](self.adapter, NoParameters()) for name in wanted}
 
@@ -190,7 +190,7 @@ class EvaluateStep:
     def _measured(self, records: Sequence[Record], maps: Maps, method: Mapping[str, str | None]) -> Iterator[Row]:
         """The rows of some maps, record by record; `method` names a control."""
         stands = None if method else records[0][0]["metrics"]["protocol"]  # what `explain` measured already
-        metrics = [metric for metric in self.metrics if metric.digest != stands]
+        metrics = [metric for metric in self.metrics if metric.digest(self.setting) != stands]
         if method:  # a control looks at no weights, so that random ones say nothing of it
             metrics = [metric for metric in metrics if not isinstance(metric, Sanity)]
         found = [(metric, metric.evaluate(maps)) for metric in metrics]
@@ -206,7 +206,7 @@ class EvaluateStep:
                 told = (
                     Value(None, f"{row['selected_by']} picked this map among several") if name in flattered else value
                 )
-                yield _row(row, name, metric, told)
+                yield _row(row, name, metric.digest(self.setting), told)
 
     def _without(self, record: Record, reason: str) -> Iterator[Row]:
         gone = Value(None, as_text(reason)[:MAX_ERROR_LENGTH])
@@ -219,7 +219,7 @@ def _place(record: Record) -> tuple[str, int]:
     return record[0]["shard"], record[0]["shard_index"]
 
 
-def _row(row: Row, name: str, metric: Metric, value: Value) -> Row:
+def _row(row: Row, name: str, protocol: str, value: Value) -> Row:
     copied = {column: row[column] for column in EVALUATION.names[: EVALUATION.names.index("metric")]}
     number, reason = value.value, value.reason
     if number is not None and not np.isfinite(number):
@@ -227,7 +227,7 @@ def _row(row: Row, name: str, metric: Metric, value: Value) -> Row:
     return {
         **copied,
         "metric": name,
-        "protocol": metric.digest,
+        "protocol": protocol,
         "value": number,
         "reason": reason,
         "curve": value.curve,

@@ -4,11 +4,9 @@ import hashlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import islice
 from typing import Any, NoReturn
 
 import numpy as np
@@ -23,11 +21,13 @@ from engine.composition import blocks_of
 from engine.errors import ModelError
 from engine.explainers.explainer import Explainer, Learner, State
 from engine.explanation import Explanation
-from engine.forward import Forward, ForwardSetting, make_forward
+from engine.forward import Forward, make_forward, use_ieee_float32
 from engine.fusion import Map
 from engine.metrics.faithfulness import KeepTop
 from engine.metrics.metric import Maps, Value
 from engine.models import ModelAdapter, load_model
+from engine.probe import plain_setting
+from engine.setting import ForwardSetting
 from engine.targets import ClassProbability, Target
 from jobs.attempts import open_desk
 from jobs.blame import is_of_record
@@ -37,7 +37,7 @@ from jobs.fidelity import doubts_of, fidelity_columns
 from jobs.isolation import Isolated, ProcessDiedError
 from jobs.labels import Labels
 from jobs.learned import LEARNED_KEY, standing_state, wanted_images
-from jobs.pace import IMAGES_TO_PROBE, settle, standing_forward
+from jobs.pace import ensure_forward, wish_of
 from jobs.records import BlockFacts, ModelFacts, RecordFacts, UnitInput, UnitResult, UnreconciledError, with_reject
 from jobs.watch import alive
 from storage.maps import quantised
@@ -50,9 +50,6 @@ IMAGES_PER_CHUNK = 32
 CPU_IMAGES_PER_PASS, GPU_IMAGES_PER_PASS = 4, 32
 """Images whose masks are packed together, and whose gradients are taken at once."""
 
-CPU_BATCH_SIZE, GPU_BATCH_SIZE = 4, 256
-"""Masked inputs per forward without a probe: on a CPU larger batches fall out of the second-level cache."""
-
 SATURATED_SHARE = 0.5
 NEAR_TOP = 0.99
 
@@ -60,10 +57,12 @@ Row = dict[str, Any]
 
 
 def load(config: JobConfig, state: bytes | None, device: str, import_path: str) -> ModelAdapter:
-    """The configured model on a device. Raises ModelError."""
+    """The configured model on a device, where float32 is IEEE float32. Raises ModelError."""
     if factory_of(config.model) is not None:  # a folder is trusted for the user's factory, and for nothing else
         let_import_from(import_path)
-    return load_model(config.model, weights=config.weights, state=state, seed=config.seed).to(device)
+    adapter = load_model(config.model, weights=config.weights, state=state, seed=config.seed)
+    use_ieee_float32()  # now, for a user's factory may have said otherwise
+    return adapter.to(device)
 
 
 def model_facts(adapter: ModelAdapter, config: JobConfig) -> ModelFacts:
@@ -137,7 +136,7 @@ class ExplainStep:
         self.adapter.module.register_forward_pre_hook(lambda *_: alive())
         standing = standing_state(open_desk(context).output, config) if wanted_images(config) else None
         self.learned, digest = standing or (None, None)
-        self.is_settled = not context.probes
+        self.is_settled = False
         self.images_per_pass = images_at_once(self.adapter)
         self._set_up(plain_setting(context.device, context.batch_size))
         parameters = config.explainer_parameters()
@@ -165,29 +164,15 @@ class ExplainStep:
         self.full = make(config.in_full()) if self.level == "auto" else self.explainer
         self.metric = KeepTop(self.explainer.scorer, baseline_of(config.explainer_parameters()))
 
-    def _settle(self, pixels: NDArray[np.uint8]) -> None:
-        """Takes the job's way to run forward passes, or finds it on images that the model can read; none: later.
+    def _settle(self) -> None:
+        """Takes the plan's forward setting, or has a GPU choose it where none is planned yet.
 
-        Raises ModelError where this machine cannot run what stands: the unit stays open for one that can.
+        Raises ModelError where this machine cannot run what is planned: the unit stays open for one that can.
         """
-        output = open_desk(self.context).output
-        chosen = standing_forward(output, self.adapter)
-        if chosen is None:
-            sound = list(islice(self._sound(pixels), IMAGES_TO_PROBE))
-            if not sound:
-                return
-            chosen = settle(output, self.adapter, torch.cat(sound), self.context.config, self.context.batch_size)
-        forward, setting = chosen
+        wish = wish_of(self.context.config, self.context.batch_size, is_timed=self.context.is_timed)
+        forward, setting = ensure_forward(open_desk(self.context).output, self.adapter, wish)
         self._set_up(setting, forward)
         self.is_settled = True
-
-    def _sound(self, pixels: NDArray[np.uint8]) -> Iterator[Tensor]:
-        """The inputs [1, 3, H, W] of images that the model reads without trouble."""
-        for image in pixels:
-            inputs = self.adapter.normalise(torch.from_numpy(image[None].copy()).permute(0, 3, 1, 2))
-            with suppress(Exception), self.adapter.borrowed(), torch.inference_mode():
-                if self.adapter.logits(inputs).isfinite().all():
-                    yield inputs
 
     def __call__(self, unit_input: UnitInput, *, careful: bool = False) -> UnitResult:
         """Every record's rows, in the records' order.
@@ -202,7 +187,7 @@ class ExplainStep:
             with Isolated(partial(ExplainStep, self.context, self.state)) as apart:
                 return self._one_by_one(unit_input, apart)
         if not self.is_settled:
-            self._settle(unit_input.pixels)
+            self._settle()
         try:
             return self._whole(unit_input)
         except torch.OutOfMemoryError:
@@ -385,7 +370,7 @@ class ExplainStep:
         return {
             "drop": values["drop"].value,
             "increase": bool(values["increase"].value),
-            "protocol": self.metric.digest,
+            "protocol": self.metric.digest(self.setting),
         }
 
     def _base_row(self, unit_input: UnitInput, record: RecordFacts) -> Row:
@@ -420,11 +405,6 @@ def parameters_digest(parameters: Any, facts: ModelFacts, learned: str | None) -
     """What the column `parameters` holds; `learned` is the sha256 of what a method that learns has learned."""
     known = {"parameters": asdict(parameters), "model": asdict(facts)}
     return digest_of(known if learned is None else {**known, "learned": learned})[:16]
-
-
-def plain_setting(device: str, batch_size: int | None) -> ForwardSetting:
-    """The model as it is."""
-    return ForwardSetting(batch_size=batch_size or (CPU_BATCH_SIZE if device == "cpu" else GPU_BATCH_SIZE))
 
 
 def lively(forward: Forward) -> Forward:

@@ -47,6 +47,7 @@ def _file(config: JobConfig, device: str) -> Path:
         "explainer": config.explainer,
         "parameters": asdict(config.explainer_parameters()),
         "preset": config.preset,
+        "precision": config.precision,
         "targets": config.target_choice.count,
         "chosen per record": config.fidelity == "auto",
         "device": device,

@@ -1,70 +1,94 @@
-"""How a job's masked forward passes run: probed by the first worker that has images, and the same for all after it."""
+"""Chooses how a job's masked forward passes run, writes it into the plan, and makes the pass for a worker."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
 
-from torch import Tensor
-from typing_extensions import TypedDict
+import torch
 
 from engine.errors import ModelError
-from engine.forward import Forward, ForwardSetting, make_forward
+from engine.forward import Forward, make_forward
 from engine.models import ModelAdapter
-from engine.probe import probe
+from engine.probe import FAST_ERROR, Measured, Wish, bound_of, choose
+from engine.setting import ForwardSetting
 from jobs.config import JobConfig
-from jobs.documents import damaged, read_document
-from jobs.plan import PLAN_FOLDER
-from storage.store import AlreadyExistsError, MissingError, ObjectStore
+from jobs.setting import FORWARD_KEY, PlannedForward, planned_forward
+from storage.store import AlreadyExistsError, ObjectStore
 
 
-class ForwardDocument(TypedDict):
-    """What `forward.json` holds."""
-
-    setting: ForwardSetting
-    probe: list[dict[str, Any]]
-    """What was measured, for people."""
+def wish_of(config: JobConfig, batch_size: int | None, *, is_timed: bool) -> Wish:
+    """What a job asks of its forward passes: the papers' preset means float32."""
+    precision = "float32" if config.preset == "paper" else config.precision
+    return Wish(None if precision == "auto" else precision, batch_size, is_timed)
 
 
-FORWARD_KEY = f"{PLAN_FOLDER}forward.json"
-IMAGES_TO_PROBE = 8
-MAX_BATCH_SIZE = 1 << 16
+def choose_forward(adapter: ModelAdapter, wish: Wish) -> PlannedForward:
+    """The setting for a job on this machine. Raises ModelError where a precision that is asked for is of no use."""
+    with _one_thread():  # as the workers, for eager scores differ in their last bits between one thread and two
+        _, found = choose(adapter, wish)
+    return _planned(found, wish)
 
 
-def settled(output: ObjectStore) -> ForwardSetting | None:
-    """The job's setting, if a worker has chosen one. Raises UnreconciledError where it is damaged."""
-    try:
-        setting = read_document(output, FORWARD_KEY, ForwardDocument)["setting"]
-    except MissingError:
-        return None
-    if not 1 <= setting.batch_size <= MAX_BATCH_SIZE:
-        raise damaged(output.uri, FORWARD_KEY, f"{setting.batch_size} per pass is no batch size")
-    return setting
+def ensure_forward(output: ObjectStore, adapter: ModelAdapter, wish: Wish) -> tuple[Forward, ForwardSetting]:
+    """The plan's forward pass; chosen and written here where none is planned, as on a GPU of which the driver has none.
+
+    Another worker's choice counts where it was written first. Raises ModelError where this machine cannot run it.
+    """
+    planned = standing_forward(output, adapter)
+    if planned is not None:
+        return planned
+    forward, found = choose(adapter, wish)
+    chosen = write_forward(output, _planned(found, wish)).setting
+    return (forward if chosen == found[0].setting else _made(adapter, chosen)), chosen
 
 
 def standing_forward(output: ObjectStore, adapter: ModelAdapter) -> tuple[Forward, ForwardSetting] | None:
-    """The job's forward pass, if it was chosen. Raises ModelError where this machine cannot run it."""
-    setting = settled(output)
-    return None if setting is None else (_made(adapter, setting), setting)
+    """The plan's forward pass, if there is one. Raises ModelError where this machine cannot run it."""
+    planned = planned_forward(output)
+    return None if planned is None else (_made(adapter, planned.setting), planned.setting)
 
 
-def settle(
-    output: ObjectStore, adapter: ModelAdapter, inputs_nchw: Tensor, config: JobConfig, batch_size: int | None
-) -> tuple[Forward, ForwardSetting]:
-    """The job's forward pass, where none stands yet: the one that the probe finds here, written once.
-
-    `inputs_nchw` are images of the job, at least one. Another worker's counts where it was written first: raises
-    ModelError where this machine cannot run that.
-    """
-    forward, found = probe(adapter, inputs_nchw, exact=config.preset == "paper", batch_size=batch_size)
-    chosen = found[0].setting
-    facts: dict[str, Any] = {"setting": asdict(chosen), "probe": [one.figures() for one in found]}
+def write_forward(output: ObjectStore, planned: PlannedForward) -> PlannedForward:
+    """Writes the setting into the plan, once; returns the one that stands, which may be another driver's."""
     try:
-        output.create(FORWARD_KEY, json.dumps(facts, indent=1).encode())
-    except AlreadyExistsError:  # another worker was first, and all go its way
-        standing = settled(output)
-        if standing is not None and standing != chosen:
-            return _made(adapter, standing), standing
-    return forward, chosen
+        output.create(FORWARD_KEY, json.dumps(asdict(planned), indent=1).encode())
+    except AlreadyExistsError:
+        return planned_forward(output) or planned
+    return planned
+
+
+def warning_of(planned: PlannedForward) -> str | None:
+    """What a user must know of a lower precision; None where the scores are near enough."""
+    error = planned.score_error
+    if planned.setting.precision == "float32" or error is None or error <= FAST_ERROR:
+        return None
+    return (
+        f"WARNING: {planned.setting.precision} moves this model's scores by {error:.1%} in the median (at most "
+        f"{FAST_ERROR:.1%} is taken unasked): maps will differ visibly from float32's"
+    )
+
+
+def _planned(found: list[Measured], wish: Wish) -> PlannedForward:
+    taken = found[0]
+    figures = tuple(one.figures() for one in found)
+    return PlannedForward(
+        setting=taken.setting,
+        chosen="timing" if wish.is_timed else "rule",
+        score_error=figures[0]["score_error"],
+        bound=bound_of(taken.setting, wish),
+        probe=figures,
+    )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _made(adapter: ModelAdapter, setting: ForwardSetting) -> Forward:

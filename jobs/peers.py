@@ -19,9 +19,10 @@ from engine.blocks import Place
 from engine.explainers.explainer import Explainer
 from engine.explainers.occlusion import Occlusion, window_starts
 from engine.explainers.scorecam import ScoreCam
-from engine.forward import Forward, ForwardSetting
+from engine.forward import Forward
 from engine.models import ModelAdapter
 from engine.parameters import OcclusionParameters, ScoreCamParameters
+from engine.setting import ForwardSetting
 from engine.targets import ClassProbability
 from jobs.config import ConfigError
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -27,14 +28,18 @@ from jobs.plan import Plan, load_plan, make_plan, open_output, refuse_drift, set
 from jobs.progress import Tally, progress
 from jobs.reconcile import Manifest, Standing, final_manifest, finalize, num_accepted, stand
 from jobs.records import ModelFacts, Outcome, Receipt, UnfinishedError, Unit, UnitFailure
+from jobs.setting import PlannedForward, planned_forward
 from jobs.stopping import GO_ON, RUNS_FOLDER, Stop, stopped_by_signals, unfinished_from
 from jobs.units import Workforce
 from storage.patient import SHORT_PATIENCE_SECONDS, PatientStore
 from storage.store import ObjectStore, StoreError
 from storage.stores import probe
 
+if TYPE_CHECKING:
+    from engine.models import ModelAdapter  # which needs torch
+
 PROBE_FROM_SECONDS = 120.0
-"""Shorter jobs do not repay the start-up probe: a compiler takes seconds on a CPU, and minutes on a GPU."""
+"""Of a GPU: shorter jobs do not repay its start-up probe, for a compiler takes minutes there."""
 
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 """Where the driver lists its GPUs: known without importing torch."""
@@ -74,6 +79,8 @@ class RunOutcome:
     excess: tuple[str, ...]
     """The budgets that are exceeded, once no unit is open."""
     ran: Ran
+    forward: PlannedForward | None = None
+    """How masks were scored; None where no unit was begun."""
 
 
 def plan_job(config: JobConfig, execution: Execution) -> tuple[ObjectStore, Plan]:
@@ -100,12 +107,15 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
         settle_plan(output, plan)
         return _outcome_of(output, standing, execution, Ran())
     state = weights_bytes(config)
-    facts = check_model(config, state, console)
+    adapter, facts = check_model(config, state, console)
     probe(output, PROBE_PREFIX)
     with session_of(execution) as sizing:
+        planned = _planned_forward(output, adapter, config, execution, on_gpu=_is_on_gpu(sizing))
+        del adapter  # the workers load their own
         plan = settle_plan(output, plan)
         settle_model(output, facts)
         check_kept(output, config)
+        _settle_forward(output, planned, console)
         standing = stand(output, plan)
         context = context_of(config, plan, facts, sizing, execution)
         _write_run(output, context, execution, sizing)
@@ -126,28 +136,63 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
 
 def _outcome_of(output: ObjectStore, standing: Standing, execution: Execution, ran: Ran) -> RunOutcome:
     """What stands now, and the manifest if every unit is settled and the dead are within their budget."""
+    planned = planned_forward(output)
     if standing.open_units:
-        return RunOutcome(standing, None, (), ran)
+        return RunOutcome(standing, None, (), ran, planned)
     manifest = final_manifest(output, standing.plan)
     budget = Budget(execution.max_reject_fraction, max(execution.max_dead_units, num_accepted(manifest)))
     beyond = excess(standing, budget)
     if len(standing.dead) > budget.max_dead_units:
-        return RunOutcome(standing, None, tuple(beyond), ran)
+        return RunOutcome(standing, None, tuple(beyond), ran, planned)
     if manifest is None:
         remove_settled(output, standing)
-    return RunOutcome(standing, finalize(output, standing), tuple(beyond), ran)
+    return RunOutcome(standing, finalize(output, standing), tuple(beyond), ran, planned)
 
 
-def check_model(config: JobConfig, state: bytes | None, console: Console) -> ModelFacts:
+def check_model(config: JobConfig, state: bytes | None, console: Console) -> "tuple[ModelAdapter, ModelFacts]":
     """Loads the model once in the driver, so that whatever is wrong with it is said before any work."""
     from jobs.explain import load, model_facts
 
-    facts = model_facts(load(config, state, "cpu", str(Path.cwd())), config)
+    adapter = load(config, state, "cpu", str(Path.cwd()))
+    facts = model_facts(adapter, config)
     candidates = sum(block["channels"] for block in facts.blocks)
     places = ", ".join(f"{b['name']} {b['channels']}@{b['height']}x{b['width']}" for b in facts.blocks)
     seen = f", {candidates:,} candidate maps in {places}" if places else ""
     console.print(f"model: {config.model}, {facts.num_classes} classes{seen}")
-    return facts
+    return adapter, facts
+
+
+def _planned_forward(
+    output: ObjectStore, adapter: "ModelAdapter", config: JobConfig, execution: Execution, *, on_gpu: bool
+) -> PlannedForward | None:
+    """The forward setting that the output's plan holds, or one chosen for its CPUs; None: a GPU worker will choose.
+
+    Chosen before the plan is written, so that a precision of no use leaves no output behind. Raises ModelError, and
+    DriftError for another batch size than the plan's.
+    """
+    from jobs.pace import choose_forward, wish_of
+
+    planned = planned_forward(output)
+    if planned is None:
+        wish = wish_of(config, execution.batch_size, is_timed=execution.tune)
+        return None if on_gpu else choose_forward(adapter, wish)
+    if execution.batch_size is not None:
+        ours, theirs = ({"batch_size": size} for size in (execution.batch_size, planned.setting.batch_size))
+        refuse_drift(ours, theirs, "forward setting")
+    return planned
+
+
+def _settle_forward(output: ObjectStore, planned: PlannedForward | None, console: Console) -> None:
+    """Writes the setting into the plan where it is known, and says it."""
+    from jobs.pace import warning_of, write_forward
+
+    if planned is None:
+        return
+    planned = write_forward(output, planned)
+    console.print(f"masks are scored by {planned}")
+    warning = warning_of(planned)
+    if warning is not None:
+        console.print(warning)
 
 
 def check_kept(output: ObjectStore, config: JobConfig) -> None:
@@ -155,9 +200,7 @@ def check_kept(output: ObjectStore, config: JobConfig) -> None:
 
     Raises UnreconciledError and StoreError.
     """
-    from jobs.pace import settled
-
-    settled(output)
+    planned_forward(output)
     standing_state(output, config)
 
 
@@ -174,7 +217,7 @@ def context_of(
     config: JobConfig, plan: Plan, facts: ModelFacts, sizing: Sizing | None, execution: Execution
 ) -> JobContext:
     """What the workers of this run are told."""
-    on_gpu = sizing is not None and sizing.gpus_per_actor > 0
+    on_gpu = _is_on_gpu(sizing)
     counts = plan.label_counts()
     return JobContext(
         config,
@@ -183,13 +226,17 @@ def context_of(
         facts,
         tuple(sorted(counts)),
         batch_size=execution.batch_size,
-        probes=_least_seconds(config, plan, facts, on_gpu=on_gpu) >= PROBE_FROM_SECONDS,
+        is_timed=execution.tune or (on_gpu and _least_seconds(config, plan, facts, on_gpu=True) >= PROBE_FROM_SECONDS),
         num_threads=sizing.threads_per_actor if sizing is not None else 1,
         device="cuda" if on_gpu else "cpu",
         import_path=str(Path.cwd()),
         rare_labels=rare_labels(counts),
         witnesses=plan.witnesses,
     )
+
+
+def _is_on_gpu(sizing: Sizing | None) -> bool:
+    return sizing is not None and sizing.gpus_per_actor > 0
 
 
 def _least_seconds(config: JobConfig, plan: Plan, facts: ModelFacts, *, on_gpu: bool) -> float:

@@ -86,7 +86,7 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
         return EvaluationOutcome(folder, 0, (), (), None)
     state = weights_bytes(config)
     refuse_drift(config.identity(sha256_of(state)), plan.identity, "configuration")
-    facts = check_model(config, state, console)
+    _, facts = check_model(config, state, console)
     settle_model(output, facts)  # refuses another model than the maps were made with
     check_kept(output, config)
     stop = Stop(output, f"evaluate-{uuid.uuid4().hex[:8]}")

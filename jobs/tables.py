@@ -23,6 +23,7 @@ from jobs.receipts import metric_means
 from jobs.reconcile import Standing
 from jobs.records import DeadLetter, UnitFailure
 from jobs.run import RunOutcome
+from jobs.setting import PlannedForward
 from jobs.units import Workforce
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def _first_pass(job: JobConfig, num_records: int) -> list[tuple[str, str]]:
     return [("first pass", said)] if wanted else []
 
 
-def standing_table(output: str, standing: Standing) -> Table:
+def standing_table(output: str, standing: Standing, forward: PlannedForward | None = None) -> Table:
     """How far a job is."""
     units = len(standing.plan.units)
     rejects = ", ".join(f"{count} {code}" for code, count in sorted(standing.rejects.items()))
@@ -111,6 +112,7 @@ def standing_table(output: str, standing: Standing) -> Table:
         ("explained", f"{standing.total('num_ok'):,}"),
         ("rejected", f"{standing.total('num_rejected'):,}" + (f" ({rejects})" if rejects else "")),
         ("forwards", f"{standing.total('num_forwards'):,}{rate}"),
+        *([("masks", f"scored by {forward}")] if forward is not None else []),
         ("size", _size(standing.total("num_bytes"))),
         *_metric_rows(metric_means(standing.receipts.values())),
     ]
@@ -132,7 +134,7 @@ def letter_line(letter: DeadLetter) -> str:
 
 def outcome_table(job: JobConfig, outcome: RunOutcome) -> Table:
     """What a run left behind."""
-    table = standing_table(job.output, outcome.standing)
+    table = standing_table(job.output, outcome.standing, outcome.forward)
     if outcome.ran.seconds:
         table.add_row("this run", f"{clock(outcome.ran.seconds)}, workers busy {outcome.ran.busy:.0%} of it")
     elif outcome.manifest is not None:
@@ -312,6 +314,7 @@ def comparison_table(table: "Comparison", width: int) -> RenderableType:
     shown: list[RenderableType] = [_comparison_block(table, block, cells, _mean_cell) for block in blocks]
     shown.append("mean [95 % interval over images] maps; the best mean is bold")
     shown += _footnotes(table)
+    shown += [printable(note) for note in table.notes]
     if len(table.methods) > 1:
         first = printable(table.methods[0].name)
         shown += [_comparison_block(table, block, cells, _difference_cell) for block in blocks]
@@ -383,6 +386,7 @@ def difference_table(said: "Mapping[str, Any]", place: str) -> RenderableType:
     rows = [
         *((name.upper(), f"{said[name]['output']}: {said[name]['model']}, {said[name]['explainer']}") for name in "ab"),
         ("compared", f"{counted(counts['records_compared'], 'record')}, {counted(counts['rows'], 'row')}"),
+        *([("note", said["note"])] if said["note"] else []),
         *_left_out(counts, [said[name]["target"] for name in ("a", "b")]),
         ("A to B", ", ".join(f"{count:,} {name}" for name, count in said["confusion"].items() if count)),
         *((name, _share(shares[name])) for name in ("regressed", "improved")),
@@ -456,13 +460,17 @@ def benchmark_table(job: JobConfig, found: "Benchmark") -> RenderableType:
         ),
     ]
     probed = _grid(
-        ["probed", "forwards/s", "score error", ""],
+        ["tried", "forwards/s", "score error", ""],
         [
-            [str(one.setting), f"{one.forwards_per_second:,.0f}", f"{one.score_error:.2g}", one.refused or ""]
+            [str(one.setting), _rate(one.forwards_per_second), f"{one.score_error:.2g}", one.refused or ""]
             for one in found.probed
         ],
     )
     return Group(_facts(rows, "bench"), probed, *([_race_table(found.race)] if found.race else []))
+
+
+def _rate(per_second: float | None) -> str:
+    return "not timed" if per_second is None else f"{per_second:,.0f}"
 
 
 def _hours(hours: float) -> str:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.fusion import Map
+from engine.setting import ForwardSetting
 from engine.targets import ClassProbability
 
 Region = NDArray[np.bool_]
@@ -67,13 +68,16 @@ class Metric(ABC):
 
     @cached_property
     def protocol(self) -> Mapping[str, Any]:
-        """Everything that a value depends on beside the map, the model and the record, as plain values."""
+        """Everything that a value depends on beside map, model, record and forward setting, as plain values."""
         return {"metric": "/".join(self.names), "map": "8 bit", **self.details()}
 
-    @cached_property
-    def digest(self) -> str:
-        """First 16 hex digits of the sha256 of the protocol's canonical JSON; values of two are never averaged."""
-        return hashlib.sha256(json.dumps(self.protocol, sort_keys=True).encode()).hexdigest()[:16]
+    def digest(self, setting: ForwardSetting) -> str:
+        """First 16 hex digits of the sha256 of the protocol's canonical JSON; values of two are never averaged.
+
+        `setting` is how the maps, and the metric's own masks, were scored.
+        """
+        protocol = {**self.protocol, "forward": setting.protocol}
+        return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
 
     @abstractmethod
     def details(self) -> Mapping[str, Any]:

@@ -31,6 +31,7 @@ from jobs.report.facts import (
 from jobs.report.findings import Findings, class_name, findings_of
 from jobs.report.galleries import RANKING, Behind, Gallery, Picture, Ref, Rejected, drawn, galleries
 from jobs.report.galleries import select as select_maps
+from jobs.setting import planned_forward
 
 MAX_DEAD = 20
 MAX_REASON = 500
@@ -189,7 +190,7 @@ def report_of(
         made=f"{made:%Y-%m-%d %H:%M} UTC",
         notices=tuple(_notices(output, standing, audit, is_stale=is_stale)),
         tiles=tuple(_tiles(accounting, metrics, audit)),
-        run=tuple(run_facts(plan, model_of(store), selection.selected_by)),
+        run=tuple(run_facts(plan, model_of(store), selection.selected_by, planned_forward(store))),
         accounting=accounting,
         metrics=metrics,
         missing=tuple(_missing(table)) if table else (),

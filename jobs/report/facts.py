@@ -17,6 +17,7 @@ from jobs.plan import Plan
 from jobs.progress import counted
 from jobs.reconcile import Standing
 from jobs.records import UnreconciledError
+from jobs.setting import PlannedForward
 from jobs.stopping import RUNS_FOLDER
 from jobs.stored import model_facts
 from jobs.tables import RECONSTRUCTED
@@ -49,7 +50,9 @@ class Share:
     note: str = ""
 
 
-def run_facts(plan: Plan, model: Mapping[str, Any], selected_by: Mapping[str, int]) -> Iterator[Fact]:
+def run_facts(
+    plan: Plan, model: Mapping[str, Any], selected_by: Mapping[str, int], forward: PlannedForward | None
+) -> Iterator[Fact]:
     """`selected_by`: maps by the metric that picked them among several."""
     identity = plan.identity
     yield Fact(
@@ -69,6 +72,9 @@ def run_facts(plan: Plan, model: Mapping[str, Any], selected_by: Mapping[str, in
         if places:
             yield Fact("blocks", places, "feature maps that the explainer looks at")
     yield Fact("explainer", identity["explainer"], f"fidelity {identity['fidelity']}, preset {identity['preset']}")
+    if forward is not None:
+        error = "not recorded" if forward.score_error is None else f"{forward.score_error:.2g}"
+        yield Fact("masks scored by", str(forward.setting), f"chosen by {forward.chosen}; median score error {error}")
     reconstructed = [name for name in method_of(identity["explainer"]).names if EXPLAINERS[name].is_reconstruction]
     if reconstructed:
         yield Fact("origin", f"{', '.join(reconstructed)}: {RECONSTRUCTED}")

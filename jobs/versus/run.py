@@ -19,6 +19,7 @@ from jobs.plan import check_place
 from jobs.progress import counted
 from jobs.records import UnreconciledError
 from jobs.results import Output, refuse_other_inputs
+from jobs.setting import mixture, planned_forward, protocol_of
 from jobs.stored import table_of
 from jobs.versus.joining import Tally, joined
 from jobs.versus.pictures import Worst, contact_sheet_of
@@ -69,7 +70,8 @@ def write_difference(
     sheet = contact_sheet_of(a, b, endpoint_url, worst)
     if sheet is not None:
         store.put(PICTURE, sheet)
-    said = {"a": _of(a), "b": _of(b), "picture": worst.title, **summary(tally, usual, sums)}
+    note = mixture({a.name: planned_forward(a.store), b.name: planned_forward(b.store)})
+    said = {"a": _of(a), "b": _of(b), "note": note, "picture": worst.title, **summary(tally, usual, sums)}
     store.put(SUMMARY, (json.dumps(said, indent=1) + "\n").encode())
     return Difference(said, None if sheet is None else PICTURE)
 
@@ -77,7 +79,8 @@ def write_difference(
 def _of(output: Output) -> dict[str, Any]:
     identity = output.plan.identity
     facts = {name: identity[name] for name in ("model", "weights", "explainer", "parameters", "target")}
-    return {"output": output.store.uri, "job": output.plan.fingerprint, **facts}
+    forward = protocol_of(planned_forward(output.store))
+    return {"output": output.store.uri, "job": output.plan.fingerprint, **facts, "forward": forward}
 
 
 def _clear(store: ObjectStore, pair: Mapping[str, str]) -> None:

@@ -7,8 +7,8 @@ from engine import efficiency
 from engine.catalog import EXPLAINERS as ENTRIES
 from engine.efficiency import bare_rates, measure
 from engine.explainers import EXPLAINERS
-from engine.forward import ForwardSetting
 from engine.models import ModelAdapter
+from engine.setting import ForwardSetting
 from tests.engine.nets import Depthwise, seeded, smooth
 
 RATES = {1: 10.0, 4: 40.0, 8: 30.0}

@@ -12,10 +12,11 @@ from torch import nn
 from engine import probe as probing
 from engine.errors import ModelError
 from engine.explainers.sise import Sise
-from engine.forward import ForwardSetting, make_forward
+from engine.forward import make_forward, use_ieee_float32
 from engine.models import ModelAdapter
 from engine.parameters import SiseParameters
-from engine.probe import Measured, probe
+from engine.probe import Measured, Wish, choose
+from engine.setting import ForwardSetting
 from engine.targets import ClassProbability
 from tests.engine.comparing import assert_close
 from tests.engine.nets import Depthwise, InPlace, Plain, Residual, seeded, smooth
@@ -119,14 +120,14 @@ def test_a_compiler_that_fails_at_the_first_call_is_one_sentence(monkeypatch):
 
 FREED_AND_SIGNALLED = """
 import gc, os, signal, torch
-from engine.probe import probe
+from engine.probe import Wish, choose
 from tests.engine.test_forward import adapter_of
 from tests.engine.nets import smooth
 torch.set_num_threads(1)
 heard = []
 signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
 adapter = adapter_of()
-forward, _ = probe(adapter, smooth(2, 32, 32), exact=True)
+forward, _ = choose(adapter, Wish())
 del forward
 gc.collect()
 os.kill(os.getpid(), signal.SIGTERM)
@@ -142,7 +143,7 @@ def test_a_process_that_let_a_forward_go_still_hears_signals():
     assert "heard [1]" in ran.stdout
 
 
-# ---------------------------------------------------------------- the probe
+# ---------------------------------------------------------------- the choice
 
 
 class Clock:
@@ -154,7 +155,7 @@ class Clock:
 
 def stub(monkeypatch, table):
     """Lets settings have these rates and errors instead of measured ones."""
-    monkeypatch.setattr(probing, "_candidates", lambda *_, **__: iter(table))
+    monkeypatch.setattr(probing, "_candidates", lambda *_: iter(table))
 
     def make(_, setting):
         if table[setting].refused is not None:
@@ -173,6 +174,7 @@ EAGER, FAST, HALF, BFLOAT = (
     ForwardSetting("compiled", "float16"),
     ForwardSetting("compiled", "bfloat16"),
 )
+TIMED = Wish(is_timed=True)
 
 
 @pytest.mark.parametrize(
@@ -187,12 +189,80 @@ EAGER, FAST, HALF, BFLOAT = (
         ({EAGER: Clock(1.0), HALF: Clock(0.5, math.inf), BFLOAT: Clock(0.5, 0.01)}, BFLOAT),
     ],
 )
-def test_the_fastest_sound_setting_is_taken(monkeypatch, table, taken):
+def test_where_passes_are_timed_the_fastest_sound_setting_is_taken(monkeypatch, table, taken):
     stub(monkeypatch, table)
-    forward, found = probe(adapter_of(), smooth(1, 32, 32), exact=False)
+    forward, found = choose(adapter_of(), TIMED)
     assert forward == taken
     assert found[0].setting == taken
     assert {one.setting for one in found} == set(table)
+
+
+@pytest.mark.parametrize(
+    ("table", "taken"),
+    [
+        ({FAST: Clock(9.0, 2e-6), EAGER: Clock(0.1)}, FAST),  # however long it takes
+        ({FAST: Clock(0.1, 1e-3), EAGER: Clock(1.0)}, EAGER),  # wrong
+        ({FAST: Clock(0.1, refused="no"), EAGER: Clock(1.0)}, EAGER),
+    ],
+)
+def test_by_rule_the_first_sound_setting_is_taken_and_no_clock_is_read(monkeypatch, table, taken):
+    stub(monkeypatch, table)
+    monkeypatch.setattr(probing, "rate", lambda *_: pytest.fail("a timing was taken"))
+    _, found = choose(adapter_of(), Wish())
+    assert found[0].setting == taken
+    assert all(one.forwards_per_second is None for one in found)
+
+
+@pytest.mark.parametrize(
+    ("wish", "settings"),
+    [
+        (Wish(), [ForwardSetting("openvino", batch_size=8), EAGER]),
+        (Wish(batch_size=3), [ForwardSetting("openvino", batch_size=3), ForwardSetting(batch_size=3)]),
+        (Wish("bfloat16"), [ForwardSetting("openvino", "bfloat16", 8), ForwardSetting("eager", "bfloat16")]),
+        (Wish("float16"), [ForwardSetting("eager", "float16")]),  # OpenVINO would compute in float32, and not say so
+        (TIMED, [EAGER, *(ForwardSetting("openvino", batch_size=size) for size in (8, 4, 16))]),
+    ],
+)
+def test_the_rule_on_a_cpu(monkeypatch, wish, settings):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
+    assert list(probing._candidates(adapter_of(), torch.empty(0), wish)) == settings
+
+
+def test_the_rule_on_a_cpu_without_openvino(monkeypatch):
+    monkeypatch.setattr(probing, "find_spec", lambda _: None)
+    adapter = adapter_of()
+    assert list(probing._candidates(adapter, torch.empty(0), Wish())) == [EAGER]
+    timed = probing._candidates(adapter, torch.empty(0), TIMED)
+    assert list(timed) == [EAGER, ForwardSetting("compiled", batch_size=8)]
+
+
+@pytest.mark.parametrize(
+    ("wish", "settings"),
+    [
+        (Wish(), [ForwardSetting(batch_size=256)]),
+        (Wish("float16"), [ForwardSetting("eager", "float16", 256)]),
+        (
+            Wish("float32", is_timed=True),  # preset paper
+            [ForwardSetting(backend, batch_size=128) for backend in ("eager", "compiled", "graphed")],
+        ),
+        (
+            TIMED,
+            [
+                ForwardSetting(batch_size=128),
+                *(
+                    ForwardSetting(backend, precision, 128)
+                    for precision in ("float16", "bfloat16")
+                    for backend in ("compiled", "graphed")
+                ),
+            ],
+        ),
+    ],
+)
+def test_the_rule_on_a_gpu(monkeypatch, wish, settings):
+    monkeypatch.setattr(probing, "_best_batch_size", lambda *_: 128)
+    adapter = adapter_of()
+    adapter.device = torch.device("cuda")
+    assert list(probing._candidates(adapter, torch.empty(0), wish)) == settings
 
 
 def test_what_does_not_fit_is_passed_over(monkeypatch):
@@ -204,7 +274,7 @@ def test_what_does_not_fit_is_passed_over(monkeypatch):
         return real(adapter, setting)
 
     monkeypatch.setattr(probing, "make_forward", short)
-    _, found = probe(adapter_of(), smooth(1, 32, 32), exact=True)
+    _, found = choose(adapter_of(), Wish())
     assert found[0].setting.backend == "eager"
     assert {one.refused for one in found[1:]} == {"no room"}
 
@@ -212,35 +282,68 @@ def test_what_does_not_fit_is_passed_over(monkeypatch):
 def test_where_nothing_is_sound_the_plain_model_is_taken(monkeypatch):
     stub(monkeypatch, {EAGER: Clock(1.0, math.inf), FAST: Clock(0.5, refused="no")})
     adapter = adapter_of()
-    forward, found = probe(adapter, smooth(1, 32, 32), exact=True)
+    forward, found = choose(adapter, TIMED)
     assert forward == adapter.logits
     assert found[0].setting == EAGER
     assert [one.figures()["score_error"] for one in found] == [0.0, None, 0.0]
 
 
-def test_what_the_probe_takes_scores_like_the_model():
-    adapter, inputs = adapter_of(), smooth(2, 32, 32)
-    forward, found = probe(adapter, inputs, exact=True)
-    assert {one.setting.precision for one in found} == {"float32"}
-    assert all(one.forwards_per_second > 0 for one in found if one.refused is None)
+@pytest.mark.parametrize("error", [0.3, math.inf])
+def test_a_precision_that_is_asked_for_and_of_no_use_is_refused_with_its_error(monkeypatch, error):
+    stub(monkeypatch, {HALF: Clock(1.0, error), BFLOAT: Clock(1.0, refused="no such unit")})
+    with pytest.raises(ModelError, match=rf"a score error of {error}.*no such unit.*at most 0.25.*--precision"):
+        choose(adapter_of(), Wish("float16"))
+
+
+def test_a_precision_that_is_asked_for_may_be_less_exact_than_one_that_is_not(monkeypatch):
+    stub(monkeypatch, {BFLOAT: Clock(1.0, 0.05)})
+    _, (taken,) = choose(adapter_of(), Wish("bfloat16"))
+    assert (taken.setting, taken.score_error) == (BFLOAT, 0.05)
+
+
+@pytest.mark.parametrize("wish", [Wish(), Wish("bfloat16"), Wish(batch_size=3), TIMED])
+def test_what_is_taken_scores_like_the_model(monkeypatch, wish):
+    adapter = adapter_of()
+    forward, found = choose(adapter, wish)
+    bound = 1e-5 if found[0].setting.precision == "float32" else 0.05
     batch = smooth(found[0].setting.batch_size, 32, 32)
     with adapter.borrowed(), torch.inference_mode():
-        assert torch.allclose(forward(batch), adapter.logits(batch), atol=1e-5)
+        wanted = adapter.logits(batch)
+        assert (forward(batch) - wanted).abs().max() <= bound * wanted.abs().max()
+    assert wish.batch_size in (None, found[0].setting.batch_size)
+    assert all((one.forwards_per_second is None) == (not wish.is_timed) for one in found if one.refused is None)
 
 
-def test_a_batch_size_that_is_asked_for_is_kept():
-    _, found = probe(adapter_of(), smooth(1, 32, 32), exact=True, batch_size=3)
-    assert {one.setting.batch_size for one in found} == {3}
+def test_the_choice_is_the_same_each_time_to_the_last_digit():
+    first, second = ([one.figures() for one in choose(adapter_of(), Wish("bfloat16"))[1]] for _ in range(2))
+    assert first == second
+    assert first[0]["score_error"] > 0
 
 
-def test_the_probe_measures_errors_on_masked_images():
-    masked = probing._masked(smooth(3, 32, 32))
-    assert masked.shape == (64, 3, 32, 32)
-    whole = smooth(3, 32, 32)
-    shares = masked / whole[torch.arange(64) % 3]
-    assert (shares >= -1e-6).all()
-    assert (shares <= 1 + 1e-6).all()
+def test_errors_are_measured_on_masked_pictures_that_no_data_changes():
+    adapter = adapter_of()
+    pictures = probing._pictures(adapter)
+    assert torch.equal(pictures, probing._pictures(adapter))
+    masked = probing._masked(pictures)
+    assert masked.shape == (32, 3, 32, 32)
+    shares = masked / pictures[torch.arange(32) % 8]
+    shares = shares[pictures[torch.arange(32) % 8].abs() > 0.01]
+    assert shares.min() >= -1e-5
+    assert shares.max() <= 1 + 1e-5
     assert shares.std() > 0.1
+
+
+def test_float32_is_ieee_float32_whatever_a_factory_allowed():
+    own = torch.backends
+    switches = (own.cuda.matmul, own.cudnn.conv, own.cudnn.rnn, own.mkldnn.matmul, own.mkldnn.conv, own.mkldnn.rnn)
+    torch.set_float32_matmul_precision("medium")
+    own.cudnn.conv.fp32_precision = "tf32"
+    own.mkldnn.conv.fp32_precision = "bf16"
+    use_ieee_float32()
+    assert [switch.fp32_precision for switch in switches] == ["ieee"] * 6
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not own.cudnn.allow_tf32  # and both kinds of settings can still be read
+    assert not own.cuda.matmul.allow_tf32
 
 
 def test_an_error_by_hand():
@@ -251,4 +354,4 @@ def test_an_error_by_hand():
     assert probing._error(scores, wanted) == pytest.approx(0.1)
     scores[2, 1] = torch.nan
     assert probing._error(scores, wanted) == math.inf
-    assert not Measured(EAGER, score_error=math.inf).is_sound
+    assert not Measured(EAGER, score_error=math.inf).is_sound(Wish())

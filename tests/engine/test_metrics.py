@@ -32,9 +32,12 @@ from engine.models import ModelAdapter
 from engine.parameters import NoParameters
 from engine.perturb import BASELINES, blurred, perturbation
 from engine.scorer import Scorer
+from engine.setting import ForwardSetting
 from engine.targets import ClassProbability
 from tests.engine import oracles
 from tests.engine.nets import Plain, Residual, seeded, smooth
+
+SETTING = ForwardSetting()
 
 RANDOM = np.random.default_rng(0)
 
@@ -441,13 +444,23 @@ def test_a_map_that_ignores_the_model_fails_the_sanity_check():
 
 def test_the_protocol_hash_tells_protocols_apart():
     adapter = ModelAdapter(seeded(Plain), input_size=(32, 32))
-    digests = [metric(make, adapter, baseline).digest for make in MASKED.values() for baseline in ("zero", "black")]
-    digests += [make().digest for make in OF_MAPS.values()]
-    digests += [Localisation(truth).digest for truth in ({"truth": "a"}, {"truth": "b"})]
+    digests = [
+        metric(make, adapter, baseline).digest(SETTING) for make in MASKED.values() for baseline in ("zero", "black")
+    ]
+    digests += [make().digest(SETTING) for make in OF_MAPS.values()]
+    digests += [Localisation(truth).digest(SETTING) for truth in ({"truth": "a"}, {"truth": "b"})]
     own_baseline = 3  # insertion and both ROADs replace pixels by something of their own
     assert len(set(digests)) == len(digests) - own_baseline
-    assert metric(Deletion, adapter).digest == metric(Deletion, adapter, batch_size=9).digest
     assert all(len(digest) == 16 and int(digest, 16) >= 0 for digest in digests)
+    assert metric(Deletion, adapter).digest(SETTING) == metric(Deletion, adapter, batch_size=9).digest(SETTING)
+
+
+@pytest.mark.parametrize("make", [*MASKED.values(), *OF_MAPS.values()])
+def test_values_of_two_backends_or_precisions_never_share_a_protocol(make):
+    own = metric(make, ModelAdapter(seeded(Plain), input_size=(32, 32))) if make in MASKED.values() else make()
+    settings = [SETTING, ForwardSetting("openvino"), ForwardSetting("eager", "bfloat16")]
+    assert len({own.digest(setting) for setting in settings}) == 3
+    assert own.digest(SETTING) == own.digest(ForwardSetting(batch_size=64))
 
 
 def test_every_value_is_in_the_catalogue_and_the_other_way_round():

@@ -29,8 +29,7 @@ REASONS = {
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """Pictures, and bounds that part them whatever the job's own are; every job's forward pass is the plain one."""
-    monkeypatch.setattr("jobs.run.PROBE_FROM_SECONDS", float("inf"))
+    """Pictures, and bounds that part them whatever the job's own are."""
     monkeypatch.setattr("jobs.fidelity.UNCERTAIN", 0.5)  # 0.494 of number 8 and 0.523 of number 4 lie next to it
     monkeypatch.setattr("jobs.fidelity.RARE_SHARE", 0.5)  # of 13 records in four folders: fewer than 1.6
     monkeypatch.setitem(FIDELITIES, "balanced", {"budget": 0.1})

@@ -55,7 +55,7 @@ def test_what_was_learned_stands_beside_the_plan(done):
 def test_neither_the_cut_of_the_plan_nor_its_order_shows_in_it(data, done):
     job = config_of(data, done, **BEE)
     plan = load_plan(LocalStore(done))
-    facts = check_model(job, None, Console(quiet=True))
+    _, facts = check_model(job, None, Console(quiet=True))
     context = context_of(job, plan, facts, None, Execution(runner="local"))
     (unit,) = plan.units
     cut = [replace(unit, objects=unit.objects[start : start + 4], stop=4) for start in (8, 4, 0)]

@@ -12,9 +12,9 @@ import torchcam.methods
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from engine.forward import ForwardSetting
 from engine.models import ModelAdapter
 from engine.parameters import OcclusionParameters
+from engine.setting import ForwardSetting
 from jobs import peers
 from jobs.config import ConfigError
 from jobs.peers import CPU_BATCH_SIZES, PEERS, Contender, contenders, race

@@ -1,0 +1,29 @@
+"""How forward passes run, as plain values: known without importing torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Backend = Literal["eager", "openvino", "compiled", "graphed"]
+Precision = Literal["float32", "float16", "bfloat16"]
+
+MAX_BATCH_SIZE = 4096
+"""Inputs per pass."""
+
+
+@dataclass(frozen=True)
+class ForwardSetting:
+    """One way to run a model's forward pass."""
+
+    backend: Backend = "eager"
+    precision: Precision = "float32"
+    """Of weights and activations; logits and softmax are never less than float32."""
+    batch_size: int = 4
+    """Inputs per pass. Memory grows with it; scores move by rounding alone."""
+
+    def __str__(self) -> str:
+        return f"{self.backend} {self.precision}, {self.batch_size} per pass"
+
+    @property
+    def protocol(self) -> str:
+        """What figures depend on beyond rounding: values of two are never in one column."""
+        return f"{self.backend} {self.precision}"
