@@ -17,9 +17,11 @@ from jobs.compare import compare, rows_of_table
 from jobs.config import Execution
 from jobs.plan import DriftError
 from jobs.records import UnreconciledError
+from jobs.report.facts import run_facts
 from jobs.results import existing_output
 from jobs.run import run_job
-from jobs.setting import FORWARD_KEY, PlannedForward, planned_forward
+from jobs.setting import FORWARD_KEY, PlannedForward, mixture, planned_forward
+from jobs.versus.run import write_difference
 from storage.stores import open_store
 from tests.jobs.jobs_of import config_of, fragments_in, rows_in, run_here
 from tests.jobs.tiny import folder_of_images, red
@@ -219,6 +221,30 @@ def test_maps_of_two_precisions_share_no_column_and_the_table_says_so(tmp_path, 
     console.print(tables.comparison_table(table, 200))
     assert "forward passes were run differently" in console.export_text()
     assert not compare(outputs[:1]).notes
+    made = write_difference(*outputs, store_of(tmp_path / "difference"), None, Console(quiet=True))
+    assert made.summary["note"] == note
+    assert (made.summary["a"]["forward"], made.summary["b"]["forward"]) == ("eager float32", "eager bfloat16")
+    console.print(tables.difference_table(made.summary, "place"))
+    assert console.export_text().count("forward passes were run differently") == 1
+    rows = [row for name in ("exact", "rough") for row in rows_in(store_of(tmp_path / name))]
+    assert len({row["metrics"]["protocol"] for row in rows}) == 2
+
+
+def test_an_output_of_which_no_setting_is_recorded_is_told_from_one_of_which_it_is():
+    known = PlannedForward(setting=ForwardSetting())
+    assert mixture({"a": known, "b": PlannedForward(setting=ForwardSetting(batch_size=9))}) is None
+    assert mixture({"a": None, "b": None}) is None
+    assert "b: not recorded" in (mixture({"a": known, "b": None}) or "")
+
+
+def test_status_and_report_say_how_masks_were_scored(tmp_path, data):
+    outcome = run_here(data, tmp_path / "maps", precision="bfloat16")
+    console = Console(record=True, width=200)
+    console.print(tables.standing_table("maps", outcome.standing, outcome.forward))
+    assert "scored by eager bfloat16, 4 per pass (chosen by rule, score error" in console.export_text()
+    found = {fact.name: fact for fact in run_facts(outcome.standing.plan, {}, {}, outcome.forward)}
+    assert found["masks scored by"].value == "eager bfloat16, 4 per pass"
+    assert "median score error 0.0" in found["masks scored by"].note
 
 
 # ---------------------------------------------------------------- a GPU's worker, which chooses itself
