@@ -3,7 +3,7 @@
 import struct
 
 from storage.rejects import Reject, RejectCode
-from storage.samples import Samples
+from storage.samples import Samples, refuse_large
 
 PLAIN, RLE8, RLE4, BITFIELDS = range(4)
 HEADERS = (12, 40, 52, 56, 108, 124)
@@ -14,11 +14,24 @@ KINDS |= {(16, BITFIELDS), (24, BITFIELDS), (32, BITFIELDS)}
 """Bits per pixel and compression."""
 
 
+MASKS = {
+    16: {(0xF800, 0x7E0, 0x1F), (0x7C00, 0x3E0, 0x1F)},
+    24: {(0xFF0000, 0xFF00, 0xFF)},
+    32: {
+        *((0xFF0000, 0xFF00, 0xFF, alpha) for alpha in (0, 0xFF000000)),
+        *((0xFF000000, 0xFF0000, 0xFF00, alpha) for alpha in (0, 0xFF)),
+        *((0xFF000000, 0xFF00, 0xFF, alpha) for alpha in (0, 0xFF0000)),
+        (0xFF, 0xFF00, 0xFF0000, 0xFF000000),
+    },
+}
+"""Red, green, blue, and of 32 bits alpha, by bits per pixel."""
+
+
 class BmpError(ValueError):
     """The file breaks a rule of BMP."""
 
 
-def described(data: bytes) -> Samples:
+def described(data: bytes, most_pixels: int) -> Samples:
     """Size and palette by the file's header. Raises Reject, BmpError, and struct.error where it is cut."""
     start, size = struct.unpack_from("<II", data, 10)
     if size not in HEADERS:
@@ -29,12 +42,13 @@ def described(data: bytes) -> Samples:
     else:
         width, height, _, bits, compression = struct.unpack_from("<iiHHI", data, 18)
         (named,) = struct.unpack_from("<I", data, 46)
+    refuse_large(width, abs(height), most_pixels)
     if (bits, compression) not in KINDS:
         raise _refused(
             f"{bits} bits in compression {compression}", "1, 4, 8, 16, 24 or 32 bits, plain or packed in runs"
         )
-    if compression == BITFIELDS and not any(struct.unpack_from("<III", data, 54)):
-        raise BmpError("its masks of colours are empty")
+    if compression == BITFIELDS:
+        _check_masks(data, size, bits)
     if width <= 0 or height == 0 or (compression in (RLE8, RLE4) and height < 0):
         raise BmpError(f"it is {width} x {height} pixels")
     if bits > 8:
@@ -43,6 +57,15 @@ def described(data: bytes) -> Samples:
     palette = data[14 + size : start][: num_colours * (3 if size == 12 else 4)]
     _check_palette(palette, num_colours, bits, 3 if size == 12 else 4)
     return Samples("BMP", data, width, abs(height), num_colours=num_colours)
+
+
+def _check_masks(data: bytes, size: int, bits: int) -> None:
+    red, green, blue = struct.unpack_from("<III", data, 54)
+    (alpha,) = struct.unpack_from("<I", data, 66) if size >= 56 else (0,)
+    found = (red, green, blue, alpha) if bits == 32 else (red, green, blue)
+    if found not in MASKS[bits]:
+        named = ", ".join(f"{mask:X}" for mask in found)
+        raise _refused(f"{bits} bits with masks {named}", "those of whole bytes, 5 5 5 or 5 6 5")
 
 
 def _check_palette(palette: bytes, num_colours: int, bits: int, entry_bytes: int) -> None:

@@ -3,7 +3,7 @@
 import struct
 
 from storage.rejects import Reject, RejectCode
-from storage.samples import Samples
+from storage.samples import Samples, refuse_large
 
 _SCREEN = struct.Struct("<6sHHBBB")
 _FRAME = struct.Struct("<HHHHB")
@@ -14,7 +14,7 @@ class GifError(ValueError):
     """The file breaks a rule of GIF."""
 
 
-def described(data: bytes) -> Samples:
+def described(data: bytes, most_pixels: int) -> Samples:
     """Size and colours of the first frame. Raises Reject, GifError, struct.error and IndexError where it is cut."""
     _, width, height, flags, _, _ = _SCREEN.unpack_from(data)
     global_bytes = _table_bytes(flags)
@@ -27,6 +27,7 @@ def described(data: bytes) -> Samples:
         if left or top:
             raise GifError(f"its first frame ends at {left + frame_width} x {top + frame_height} of {width} x {height}")
         width, height = max(width, frame_width), max(height, frame_height)
+    refuse_large(width, height, most_pixels)
     covered = (left, top, frame_width, frame_height) == (0, 0, width, height)
     if not covered and transparent is None:
         raise Reject(

@@ -68,7 +68,7 @@ REFUSED_MAGIC = {
 }
 """Formats that are known by their first bytes and not on the list: a clearer reason than `not an image`."""
 
-DESCRIBED: dict[str, Callable[[bytes], Samples]] = {
+DESCRIBED: dict[str, Callable[[bytes, int], Samples]] = {
     "JPEG": jpeg.described,
     "PNG": png.described,
     "WEBP": webp.described,
@@ -152,10 +152,7 @@ def centred_box(have: tuple[int, int], want: tuple[int, int]) -> tuple[float, fl
 
 
 def _decode(data: bytes, limits: DecodeLimits) -> DecodedImage:
-    samples = _described(data)
-    if samples.width * samples.height > limits.num_pixels:
-        reason = f"{samples.width} x {samples.height} pixels, at most {limits.num_pixels}"
-        raise Reject(RejectCode.TOO_MANY_PIXELS, reason)
+    samples = _described(data, limits)
     with caught_words() as words:
         try:
             pixels = _pixels(samples)
@@ -168,12 +165,12 @@ def _decode(data: bytes, limits: DecodeLimits) -> DecodedImage:
     return DecodedImage(pixels, pixels.shape[1], pixels.shape[0], samples.format)
 
 
-def _described(data: bytes) -> Samples:
+def _described(data: bytes, limits: DecodeLimits) -> Samples:
     """What the file's header says. Raises Reject, and what a cut or broken header makes of its reader."""
     name = _named(data, MAGIC) or ("WEBP" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None)
     if name is None:
         raise _no_image(data)
-    return DESCRIBED[name](data)
+    return DESCRIBED[name](data, limits.num_pixels)
 
 
 def _pixels(samples: Samples) -> NDArray[np.uint8]:

@@ -3,8 +3,9 @@
 import struct
 from collections.abc import Iterator
 
+from storage.limits import MAX_JPEG_SEGMENTS
 from storage.rejects import Reject, RejectCode
-from storage.samples import Samples
+from storage.samples import Samples, refuse_large
 
 START_OF_SCAN, APP14 = 0xDA, 0xEE
 FRAMES = {
@@ -22,16 +23,19 @@ class JpegError(ValueError):
     """The file breaks a rule of JPEG."""
 
 
-def described(data: bytes) -> Samples:
+def described(data: bytes, most_pixels: int) -> Samples:
     """Size and kind by the file's segments. Raises Reject, JpegError, struct.error and IndexError where it is cut."""
     has_adobe, frame = False, None
-    for marker, body in _segments(data):
+    for number, (marker, body) in enumerate(_segments(data)):
+        if number == MAX_JPEG_SEGMENTS:
+            raise JpegError(f"it has more than {MAX_JPEG_SEGMENTS} segments before its pixels")
         has_adobe |= marker == APP14 and bytes(body[:5]) == b"Adobe"
         if marker in FRAMES and frame is None:
             frame = marker, *struct.unpack_from(">BHHB", body)
     if frame is None:
         raise JpegError("it has no frame")
     marker, depth, height, width, layers = frame
+    refuse_large(width, height, most_pixels)
     if FRAMES[marker]:
         raise _refused(f"{FRAMES[marker]} (frame {marker:02X})", "baseline, extended or progressive")
     if depth != 8 or layers not in (1, 3, 4):

@@ -9,6 +9,12 @@ MAX_IMAGE_PIXELS = 89_478_485
 MAX_DECODE_SECONDS = 30.0
 """Time for decoding one image."""
 
+MAX_JPEG_SEGMENTS = 1 << 14
+"""Segments of one JPEG before its pixels: Pillow keeps an object for each."""
+
+MAX_TIFF_PIECES = 1 << 16
+"""Strips or tiles of one TIFF: Pillow keeps an object for each."""
+
 MAX_MAP_SIDE = 4096
 """Height or width of one stored map, in pixels."""
 

@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from storage.samples import Samples
+from storage.samples import Samples, refuse_large
 from storage.tiff import orientation_of
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -19,6 +19,12 @@ RAW_PROFILE = b"Raw profile type exif"
 """The keyword under which ImageMagick keeps EXIF, in hexadecimal text."""
 MAX_RAW_PROFILE_BYTES = 1 << 20
 
+PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+"""Column, row and their steps, of each pass of an interlaced picture."""
+NUM_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+"""By colour type."""
+
+_PIECE_BYTES = 1 << 16
 _HEADER = struct.Struct(">IIBBBBB")
 _START = struct.Struct(">I4s")
 _SUM = struct.Struct(">I")
@@ -55,6 +61,15 @@ def header_of(body: memoryview | bytes) -> PngHeader:
     return PngHeader(*_HEADER.unpack(body))
 
 
+def num_pixel_bytes(header: PngHeader) -> int:
+    """How many bytes the pixels have with a filter for each row."""
+    bits, total = header.depth * NUM_SAMPLES[header.colour], 0
+    for column, row, right, down in PASSES if header.interlace else ((0, 0, 1, 1),):
+        wide, high = max(0, -(-(header.width - column) // right)), max(0, -(-(header.height - row) // down))
+        total += high * (1 + (wide * bits + 7) // 8) if wide else 0
+    return total
+
+
 def chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
     """Kind and body of each chunk up to IEND, with its checksum verified. Raises PngError and CutPngError.
 
@@ -89,13 +104,13 @@ def _chunk(view: memoryview, place: int) -> tuple[bytes, memoryview]:
     return kind, view[start:stop]
 
 
-def described(data: bytes) -> Samples:
+def described(data: bytes, most_pixels: int) -> Samples:
     """What a PNG says, and the file without its text, profiles and further frames. Raises PngError, CutPngError.
 
     Every checksum is verified. Pillow is given no transparent colour but a palette's: it would compare it with
     pixels that it has scaled.
     """
-    found = _Found(data)
+    found = _Found(data, most_pixels)
     for kind, body in chunks(data):
         found.take(kind, body)
     return found.samples()
@@ -104,10 +119,15 @@ def described(data: bytes) -> Samples:
 class _Found:
     """The chunks of one file, sorted as they come."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, most_pixels: int) -> None:
+        self.most_pixels = most_pixels
         self.view = memoryview(data)
         self.place = len(SIGNATURE)
-        self.kept = [self.view[: self.place]]
+        self.kept = [(0, self.place)]
+        """Where the chunks that Pillow needs stand, neighbours as one."""
+        self.unfolding = zlib.decompressobj()
+        self.num_unfolded = self.num_wanted = 0
+        """Bytes of the pixels with their filters."""
         self.kinds: list[bytes] = []
         """Of the chunks so far, without repeats."""
         self.header = PngHeader(0, 0, 0, 0, 0, 0, 0)
@@ -116,14 +136,18 @@ class _Found:
         self.orientation = 1
 
     def take(self, kind: bytes, body: memoryview) -> None:
-        whole = self.view[self.place : self.place + len(body) + _START.size + _SUM.size]
-        self.place += len(whole)
+        start, self.place = self.place, self.place + len(body) + _START.size + _SUM.size
         if kind == b"IDAT" and b"IDAT" in self.kinds and self.kinds[-1] != b"IDAT":
             raise PngError("another chunk stands between its pixels")
         if self._keeps(kind, body):
-            self.kept.append(whole)
+            self._keep(start, self.place)
         if self.kinds[-1:] != [kind]:
             self.kinds = [*(known for known in self.kinds if known != kind), kind]
+
+    def _keep(self, start: int, stop: int) -> None:
+        if self.kept[-1][1] == start:
+            start = self.kept.pop()[0]
+        self.kept.append((start, stop))
 
     def _keeps(self, kind: bytes, body: memoryview) -> bool:
         """Whether Pillow needs the chunk; what it says is noted."""
@@ -137,7 +161,9 @@ class _Found:
             self.orientation = orientation_of(bytes(body[:MAX_RAW_PROFILE_BYTES]))
         elif kind in (b"tEXt", b"zTXt") and bytes(body[: len(RAW_PROFILE)]) == RAW_PROFILE:
             self._take_raw_profile(kind, body)
-        elif kind not in (b"IDAT", b"IEND") and kind[:1].isupper():
+        elif kind == b"IDAT":
+            self._count_pixels(body)
+        elif kind != b"IEND" and kind[:1].isupper():
             raise PngError(f"its critical chunk {kind!r} is unknown")
         return kind in (b"IHDR", b"IDAT", b"IEND") or (kind in (b"PLTE", b"tRNS") and self.header.colour == 3)
 
@@ -147,6 +173,8 @@ class _Found:
             raise PngError(f"its header names what no PNG has: {header}")
         if (header.compression, header.filtering) != (0, 0) or header.interlace > 1:
             raise PngError(f"its header names an unknown method: {header}")
+        refuse_large(header.width, header.height, self.most_pixels)
+        self.num_wanted = num_pixel_bytes(header)
 
     def _take_palette(self, body: memoryview) -> None:
         if self.num_colours is not None or b"IDAT" in self.kinds or len(body) % 3 or not 0 < len(body) <= 768:
@@ -165,6 +193,14 @@ class _Found:
             values = struct.unpack(f">{wanted}H", body)
             self.key = tuple(value & (1 << self.header.depth) - 1 for value in values)
 
+    def _count_pixels(self, body: memoryview) -> None:
+        """Unfolds the pixels piece by piece: Pillow does not notice where their stream ends too early."""
+        for place in range(0, len(body), _PIECE_BYTES):
+            piece: bytes | memoryview = body[place : place + _PIECE_BYTES]
+            while len(piece) and not self.unfolding.eof and self.num_unfolded < self.num_wanted:
+                self.num_unfolded += len(self.unfolding.decompress(piece, _PIECE_BYTES))
+                piece = self.unfolding.unconsumed_tail
+
     def _take_raw_profile(self, kind: bytes, body: memoryview) -> None:
         if b"eXIf" in self.kinds or len(body) > MAX_RAW_PROFILE_BYTES:
             return
@@ -182,9 +218,13 @@ class _Found:
             raise PngError("it has no pixels")
         if header.colour == 3 and self.num_colours is None:
             raise PngError("it has no palette")
+        self.num_unfolded += len(self.unfolding.flush()) if self.num_unfolded < self.num_wanted else 0
+        if self.num_unfolded < self.num_wanted:
+            unfolded = f"{self.num_unfolded} of {self.num_wanted} bytes"
+            raise CutPngError(f"its pixels are truncated: they unfold to {unfolded}")
         return Samples(
             format="PNG",
-            data=b"".join(self.kept),
+            data=b"".join(self.view[start:stop] for start, stop in self.kept),
             width=header.width,
             height=header.height,
             depth=header.depth,

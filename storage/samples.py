@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from storage.rejects import Reject, RejectCode
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -28,3 +30,9 @@ class Samples:
     """That of a palette, which needs no entry."""
     orientation: int | None = None
     """1 to 8; None: Pillow knows the EXIF."""
+
+
+def refuse_large(width: int, height: int, most: int) -> None:
+    """Raises Reject for more than so many pixels. Each reader of headers asks before it does anything else."""
+    if width * height > most:
+        raise Reject(RejectCode.TOO_MANY_PIXELS, f"{width} x {height} pixels, at most {most}")

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 
+from storage.limits import MAX_TIFF_PIECES
 from storage.rejects import Reject, RejectCode
-from storage.samples import Samples
+from storage.samples import Samples, refuse_large
 
 WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, FILL_ORDER = 256, 257, 258, 259, 262, 266
 STRIP_OFFSETS, ORIENTATION, SAMPLES_PER_PIXEL, ROWS_PER_STRIP, STRIP_BYTES = 273, 274, 277, 278, 279
@@ -49,6 +50,10 @@ MAX_SPARE_TILE_PIXELS = 1 << 20
 
 FULL_RANGE = (0, 255, 128, 255, 128, 255)
 """Levels of black and white of YCbCr as JPEG has them."""
+
+PREDICTED = (LZW, DEFLATE, OLD_DEFLATE, LZMA, ZSTD)
+"""Compressions that a predictor goes with."""
+END_OF_JPEG = b"\xff\xd9"
 
 _NUMBERS = {1: "B", 3: "H", 4: "I", 5: "II", 16: "Q"}
 
@@ -115,6 +120,8 @@ def directory_of(data: bytes) -> Directory:
     (start,) = struct.unpack_from(order + ("Q" if is_big else "I"), data, 8 if is_big else 4)
     (count,) = struct.unpack_from(order + ("Q" if is_big else "H"), data, start)
     head, size = struct.Struct(order + ("HHQ" if is_big else "HHI")), 20 if is_big else 12
+    if count > 0xFFFF:
+        raise TiffError(f"its directory has {count} tags; there are no more than 65535")
     entries: dict[int, Entry] = {}
     for place in range(start + (8 if is_big else 2), start + (8 if is_big else 2) + count * size, size):
         if place + size > len(data):
@@ -127,8 +134,8 @@ def directory_of(data: bytes) -> Directory:
 def orientation_of(exif: bytes) -> int:
     """The orientation 1 to 8 that EXIF names; 1 where it names none, or is broken."""
     body = exif
-    while body.startswith(b"Exif\0\0"):
-        body = body[6:]
+    for _ in range(2):  # some writers name it twice
+        body = body.removeprefix(b"Exif\0\0")
     try:
         orientation = directory_of(body).number(ORIENTATION, 1)
     except (TiffError, struct.error, OverflowError):
@@ -154,9 +161,10 @@ class _Kind:
     num_samples: int
 
 
-def described(data: bytes) -> Samples:
+def described(data: bytes, most_pixels: int) -> Samples:
     """What the file's first directory says. Raises Reject for kinds that are not read, TiffError and struct.error."""
     found = directory_of(data)
+    refuse_large(found.number(WIDTH, 0), found.number(HEIGHT, 0), most_pixels)
     kind = _kind(found)
     _check_kind(kind, found)
     _check_pieces(kind, found)
@@ -231,12 +239,13 @@ def _check_kind(kind: _Kind, found: Directory) -> None:
         raise _refused(f"{what} in compression {kind.compression}", f"one of {_compressions(kind)}")
     if kind.is_planar and (kind.depth != 8 or kind.extra or kind.colours == YCBCR):
         raise _refused(f"{what} in separate planes", "them in one plane, or 8 bits without extra samples")
-    if kind.fill_order != 1 and kind.depth != 1:
-        raise _refused(f"{what} in fill order {kind.fill_order}", "1")
+    if kind.fill_order != 1 and (kind.depth != 1 or kind.compression not in (RAW, FAX2, FAX3, FAX4)):
+        raise _refused(f"{what} in fill order {kind.fill_order} and compression {kind.compression}", "order 1")
     if kind.depth == 12 and (kind.compression != RAW or found.order == ">" or kind.white_is_zero or kind.tile):
         raise _refused(f"{what}, compressed, big-endian, in tiles or white at 0", "plain little-endian strips")
-    if found.number(PREDICTOR, 1) not in ((1, 2) if kind.depth in (8, 16) else (1,)):
-        raise _refused(f"{what} with predictor {found.number(PREDICTOR, 1)}", "none, or differences of 8 or 16 bits")
+    predictors = (1, 2) if kind.depth in (8, 16) and kind.compression in PREDICTED else (1,)
+    if found.number(PREDICTOR, 1) not in predictors:
+        raise _refused(f"{what} with predictor {found.number(PREDICTOR, 1)}", f"one of {predictors}")
     if found.number(INK_SET, 1) != 1:
         raise _refused(f"inks of set {found.number(INK_SET, 1)}", "1, which is CMYK")
     if kind.colours == PALETTE:
@@ -279,6 +288,8 @@ def _check_pieces(kind: _Kind, found: Directory) -> None:
         raise TiffError(f"its tiles are {width} x {height} pixels, the image {kind.width} x {kind.height}")
     planes = kind.num_samples if kind.is_planar else 1
     wanted = planes * ceil(kind.height / height) * ceil(kind.width / width)
+    if wanted > MAX_TIFF_PIECES:
+        raise _refused(f"{wanted} strips or tiles", f"at most {MAX_TIFF_PIECES}")
     offsets = found.numbers(TILE_OFFSETS if kind.tile else STRIP_OFFSETS, wanted)
     sizes = found.numbers(TILE_BYTES if kind.tile else STRIP_BYTES, wanted)
     if len(offsets) != wanted or len(sizes) != wanted:
@@ -288,6 +299,8 @@ def _check_pieces(kind: _Kind, found: Directory) -> None:
         raise TiffError(f"its pixels are truncated: they end at {end}, the file at {len(found.data)}")
     if kind.compression == RAW:
         _check_raw_sizes(kind, height, width, sizes, planes)
+    if kind.compression == JPEG:
+        _check_jpeg_ends(found.data, offsets, sizes)
 
 
 def _check_raw_sizes(kind: _Kind, height: int, width: int, sizes: tuple[int, ...], planes: int) -> None:
@@ -299,6 +312,13 @@ def _check_raw_sizes(kind: _Kind, height: int, width: int, sizes: tuple[int, ...
         rows = kind.height - height * (per_plane - 1) if last else height
         if size < rows * row_bytes:
             raise TiffError(f"strip or tile {number} is truncated: {size} bytes, its pixels need {rows * row_bytes}")
+
+
+def _check_jpeg_ends(data: bytes, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+    """Raises TiffError where a piece has no end marker: libtiff would fill what it misses with grey."""
+    for number, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+        if not data[max(offset, offset + size - 64) : offset + size].rstrip(b"\0").endswith(END_OF_JPEG):
+            raise TiffError(f"strip or tile {number} is truncated: its JPEG has no end")
 
 
 def _lean(found: Directory, kind: _Kind, is_associated: bool) -> bytes:

@@ -2,14 +2,14 @@
 
 import struct
 
-from storage.samples import Samples
+from storage.samples import Samples, refuse_large
 
 
 class WebpError(ValueError):
     """The file breaks a rule of WebP."""
 
 
-def described(data: bytes) -> Samples:
+def described(data: bytes, most_pixels: int) -> Samples:
     """Size by the first chunk. Raises WebpError, and struct.error where the file is cut."""
     kind = data[12:16]
     if kind == b"VP8X":
@@ -21,4 +21,5 @@ def described(data: bytes) -> Samples:
         wide, high = (size & 0x3FFF for size in struct.unpack_from("<HH", data, 26))
     else:
         raise WebpError(f"its first chunk is {kind!r}; wanted `VP8 `, `VP8L` or `VP8X`")
+    refuse_large(wide, high, most_pixels)
     return Samples("WEBP", data, wide, high)

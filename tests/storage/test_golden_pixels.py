@@ -18,6 +18,7 @@ from tests.storage.by_hand import bmp, chunk, png, png_of, tiff
 
 RANDOM = np.random.default_rng(3)
 HEIGHT, WIDTH = 11, 13
+SMOOTH = np.linspace(0, 255, 40 * 56 * 3).reshape(40, 56, 3).astype(np.uint8)
 
 
 def noise(depth: int, num_samples: int) -> np.ndarray:
@@ -142,12 +143,27 @@ HEADER = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
         (png_of(HEADER, PIXELS, chunk(b"tIME", bytes(7)), PIXELS), "between its pixels"),
         (png(BLACK, 8, 0, chunk(b"ABCD", b"")), "critical chunk b'ABCD' is unknown"),
         (png_of(HEADER), "no pixels"),
+        (png_of(HEADER, chunk(b"IDAT", zlib.compress(bytes(2))[:-4] + bytes(4))), "data check"),
         (png(BLACK, 8, 0)[:-1] + b"\0", "checksum"),
         (png(BLACK, 8, 0, chunk(b"tEXt", b"k\0text")[:-1] + b"\0"), "checksum"),
     ],
 )
 def test_png_broken(data, said):
     assert code(data, said) == RejectCode.CORRUPT
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_png_pixels_that_end_early(interlaced):
+    values = noise(8, 3)
+    whole = png(values, 8, 2, interlaced=interlaced)
+    start = whole.index(b"IDAT")
+    (length,) = struct.unpack_from(">I", whole, start - 4)
+    lines = zlib.decompress(whole[start + 4 : start + 4 + length])
+    for short in (zlib.compress(lines[:-1]), zlib.compress(lines)[:-40], b""):
+        cut = png_of(whole[8:33], chunk(b"IDAT", short))
+        assert code(cut, "pixels are truncated") == RejectCode.TRUNCATED
+    parts = [chunk(b"IDAT", short) for short in (b"", zlib.compress(lines + bytes(99)))]
+    assert np.array_equal(found(png_of(whole[8:33], *parts)), values)
 
 
 def test_png_text_and_profiles_of_any_size_are_left_aside():
@@ -299,6 +315,8 @@ def test_tiff_bigtiff_and_further_frames():
         (tiff(noise(8, 1), 8, 32803), "photometric 32803"),
         (tiff(noise(8, 3), 8, 2, tags={258: [5, 6, 5]}), "samples of 5, 6, 5 bits"),
         (tiff(noise(8, 1), 8, 1, tags={266: [2]}), "fill order 2"),
+        (tiff(noise(1, 1), 1, 1, tags={259: [8], 266: [2]}), "fill order 2"),
+        (tiff(noise(8, 3), 8, 2, tags={317: [2]}), "predictor 2"),
         (tiff(noise(8, 4), 8, 5, tags={332: [2]}), "inks of set 2"),
         (tiff(noise(8, 4), 8, 5, tags={259: [7]}), "compression 7"),
         (tiff(noise(8, 3), 8, 2, tags={259: [6]}), "compression 6"),
@@ -331,6 +349,19 @@ def test_tiff_refused(data, said):
 )
 def test_tiff_pieces_that_do_not_fit(data, said, wanted):
     assert code(data, said) == wanted
+
+
+def test_tiff_jpeg_without_its_end():
+    data = written(SMOOTH, photometric="rgb", compression="jpeg")
+    page = tifffile.TiffFile(io.BytesIO(data)).pages[0]
+    end = page.dataoffsets[0] + page.databytecounts[0]
+    assert data[end - 2 : end] == b"\xff\xd9"
+    assert code(data[: end - 2] + bytes(2) + data[end:], "its JPEG has no end") == RejectCode.TRUNCATED
+
+
+def test_tiff_in_too_many_pieces():
+    pieces = tiff(np.zeros((1, 1, 1), int), 8, 1, tags={256: [300], 257: [300], 322: [1], 323: [1], 324: [8], 325: [1]})
+    assert code(pieces, "90000 strips or tiles") == RejectCode.MODE_REFUSED
 
 
 def test_tiff_what_libtiff_says_is_the_reason_and_not_on_stderr(capfd):
@@ -456,8 +487,8 @@ RAMP = bytes(np.repeat(np.arange(256, dtype=np.uint8), 4).tolist())
         (bmp(bytes(4), 8, 1, 4, palette=RAMP[:64]), RejectCode.MODE_REFUSED, "4 bits with a palette"),
         (bmp(bytes(4), 8, 1, 2, palette=RAMP[:16]), RejectCode.MODE_REFUSED, "2 bits"),
         (bmp(bytes(4), 1, 1, 24, compression=4), RejectCode.MODE_REFUSED, "compression 4"),
-        (bmp(bytes(4), 1, 1, 32, compression=3, masks=(0, 0, 0)), RejectCode.CORRUPT, "masks of colours are empty"),
-        (bmp(bytes(4), 1, 1, 32, compression=3, masks=(1, 2, 4)), RejectCode.CORRUPT, "bitfields"),
+        (bmp(bytes(4), 1, 1, 32, compression=3, masks=(0, 0, 0)), RejectCode.MODE_REFUSED, "masks 0, 0, 0, 0"),
+        (bmp(bytes(4), 1, 1, 32, compression=3, masks=(1, 2, 4)), RejectCode.MODE_REFUSED, "masks 1, 2, 4, 0"),
         (bmp(b"\x09" * 4, 4, 1, 8, palette=bytes(16)), RejectCode.CORRUPT, "colour 9, the palette 4 colours"),
         (bmp(b"\x09" * 4, 4, 1, 8, palette=RAMP[:32]), RejectCode.CORRUPT, "colour 9, the palette 8 colours"),
         (bmp(b"\x04\x01\x00\x01", 4, -1, 8, compression=1, palette=RAMP), RejectCode.CORRUPT, "4 x -1"),
@@ -468,9 +499,6 @@ def test_bmp_refused(data, wanted, said):
 
 
 # ---------------------------------------------------------------- JPEG
-
-
-SMOOTH = np.linspace(0, 255, 40 * 56 * 3).reshape(40, 56, 3).astype(np.uint8)
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"keep_rgb": True}])
@@ -497,6 +525,8 @@ def test_jpeg_kinds_that_are_not_read():
         assert code(data[: frame + 1] + bytes([marker]) + data[frame + 2 :], said) == RejectCode.MODE_REFUSED
     assert code(data[: frame + 4] + b"\x0c" + data[frame + 5 :], "3 layers of 12 bits") == RejectCode.MODE_REFUSED
     assert code(data[: frame + 9] + b"\x02" + data[frame + 10 :], "2 layers of 8 bits") == RejectCode.MODE_REFUSED
+    assert code(data[:2] + b"\xff\xfe\0\2" * 16_385 + data[2:], "more than 16384 segments") == RejectCode.CORRUPT
+    assert decode(data[:2] + b"\xff\xfe\0\2" * 16_000 + data[2:]).width == 56
     assert code(data[:frame], "truncated") == RejectCode.TRUNCATED
 
 
