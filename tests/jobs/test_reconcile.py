@@ -88,6 +88,24 @@ def test_a_table_row_twice_or_lost(tmp_path):
     assert any("differ in" in fault for fault in faults(store))
 
 
+def test_a_key_that_is_explained_twice_is_seen_across_units(tmp_path):
+    run_here(folder_of_tables(tmp_path / "in"), tmp_path / "out")
+    store = LocalStore(tmp_path / "out")
+    assert faults(store) == []
+    later = read_fragment(store.read(load_plan(store).units[1].fragment_key)).to_pylist()[0]["key"]
+    rewritten(store, lambda rows: [{**rows[0], "key": later}, *rows[1:]])
+    assert any(f"record {later} was explained twice" in fault for fault in faults(store))
+
+
+@pytest.mark.parametrize("name", ["sha256", "records", "ok", "rejected"])
+def test_metadata_that_changed_after_the_commit_are_seen(output, name):
+    key = next(iter(fragments_in(output)))
+    body, metadata = output.read(key), dict(output.head(key).metadata)
+    output.delete(key)
+    output.create(key, body, metadata={**metadata, name: "7"})
+    assert [fault for fault in faults(output) if f"{name} is" in fault and "and 7 in its metadata" in fault]
+
+
 def test_metric_means_do_not_depend_on_order(output):
     receipts = list(stand(output, load_plan(output)).receipts.values())
     assert metric_means(receipts) == metric_means(receipts[::-1])

@@ -1,6 +1,7 @@
 """The local folder under crashes, odd file systems and hostile timing: what the common contract cannot see."""
 
 import errno
+import io
 import os
 import resource
 import signal
@@ -221,3 +222,20 @@ def test_a_link_to_itself_is_one_bad_file(tmp_path):
     (tmp_path / "x").symlink_to("x")
     with pytest.raises(ObjectError, match="symbolic links"):
         LocalStore(tmp_path).read("x")
+
+
+def test_the_version_is_that_of_the_bytes_that_were_read(tmp_path, monkeypatch):
+    """A file that is written while its last bytes are read has another version afterwards."""
+    store = LocalStore(tmp_path)
+    store.put("x", b"one")
+    etag = store.head("x").etag
+
+    class WrittenMeanwhile(io.FileIO):
+        def read(self, size=-1):
+            data = super().read(size)
+            (tmp_path / "x").write_bytes(b"three")
+            return data
+
+    monkeypatch.setattr(Path, "open", lambda path, mode: WrittenMeanwhile(path, mode.removesuffix("b")))
+    with pytest.raises(ChangedError):
+        store.read("x", etag=etag)

@@ -1,0 +1,23 @@
+"""A job goes on with what it was begun with: other weights, by their bytes, are another job."""
+
+import pytest
+
+from jobs.config import Execution
+from jobs.plan import DriftError, settle_plan
+from jobs.run import plan_job
+from tests.jobs.jobs_of import config_of
+from tests.jobs.tiny import folder_of_images
+
+
+def test_weights_that_change_under_one_name_are_refused(tmp_path):
+    weights = tmp_path / "weights.pt"
+    weights.write_bytes(b"first")
+    data = folder_of_images(tmp_path / "in", 1, bad=False)
+    config, execution = config_of(data, tmp_path / "out", weights=str(weights)), Execution(runner="local")
+    settle_plan(*plan_job(config, execution))
+    _, plan = plan_job(config, execution)
+    weights.write_bytes(b"other")
+    with pytest.raises(DriftError, match="weights: "):
+        plan_job(config, execution)
+    weights.write_bytes(b"first")
+    assert plan_job(config, execution)[1].fingerprint == plan.fingerprint
