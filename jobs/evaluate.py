@@ -41,9 +41,10 @@ from jobs.explain import (
     seed_of,
     stored,
 )
+from jobs.isolation import ProcessDiedError
 from jobs.learned import standing_state
 from jobs.pace import standing_forward
-from jobs.records import Unit, UnitFailure, UnreconciledError
+from jobs.records import Unit, UnitFailure, UnitInput, UnreconciledError
 from jobs.stopping import Stop
 from jobs.stored import fragment_of, map_of
 from jobs.unit import read_unit
@@ -159,12 +160,22 @@ class EvaluateStep:
 
     def _pixels(self, unit: Unit) -> Mapping[tuple[str, int], NDArray[np.uint8]]:
         """The unit's images that can still be read, by shard and index; none where its shard is gone or broken."""
-        try:
-            taken = read_unit(unit, self.desk.source, self.job.config, self.job.facts.input_size)
-        except OF_THE_INPUT:
+        taken = self._taken(unit, careful=False)
+        if taken is None:
             return {}
         sound = [record for record in taken.records if record.reject_code is None]
         return {(one.shard, one.shard_index): own for one, own in zip(sound, taken.pixels, strict=True)}
+
+    def _taken(self, unit: Unit, *, careful: bool) -> UnitInput | None:
+        """The unit, read again, carefully where it fails; None: it cannot be read any more."""
+        try:
+            return read_unit(unit, self.desk.source, self.job.config, self.job.facts.input_size, careful=careful)
+        except (*OF_THE_INPUT, ProcessDiedError):
+            return None
+        except Exception as error:
+            if not is_of_unit(error):
+                raise
+        return None if careful else self._taken(unit, careful=True)
 
     def _maps(self, records: Sequence[Record], pixels: NDArray[np.uint8]) -> Maps:
         inputs = self.adapter.normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2))

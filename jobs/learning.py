@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from jobs.attempts import CAREFUL_DEATHS, FOLDER, marked, open_desk
+from jobs.blame import is_of_unit
 from jobs.context import JobContext
 from jobs.explain import IMAGES_PER_CHUNK, ExplainStep
 from jobs.isolation import Isolated, ProcessDiedError, called
@@ -141,5 +142,6 @@ def _records(unit: Unit, source: ObjectStore) -> Iterator[RawRecord]:
     """The unit's records, as far as they can be read: the unit itself says later what is wrong with it."""
     try:
         yield from raw_records(unit, source)
-    except StoreError:
-        return
+    except Exception as error:
+        if not isinstance(error, StoreError) and not is_of_unit(error):
+            raise

@@ -16,11 +16,13 @@ from jobs.cli import evaluate, main
 from jobs.compare import Output, compare, rows_of_table
 from jobs.config import ConfigError, Execution
 from jobs.evaluation import FOLDER, Evaluation, chosen_metrics, folders, open_units, read_class_map
+from jobs.isolation import ProcessDiedError
 from jobs.plan import load_plan
 from jobs.run_evaluation import EvaluationRequest, run_evaluation
 from jobs.stored import map_of
 from storage.annotations import open_truth
 from storage.local import LocalStore
+from storage.store import MissingError
 from storage.truth import region
 from tests.jobs.jobs_of import blocksight, fragments_in, model_of, rows_in, run_here
 from tests.jobs.tiny import folder_of_images, folder_of_tables, folder_of_tars
@@ -253,9 +255,18 @@ def test_a_record_that_measuring_fails_on_has_a_reason_and_the_others_their_valu
     assert all(row["value"] is not None for row in values if row["key"] != chosen)
 
 
-def test_a_shard_that_is_gone_leaves_its_values_undefined(tmp_path):
+def gone(unit, *_arguments, careful):
+    raise MissingError("gone")
+
+
+def failing(unit, *_arguments, careful):
+    raise ProcessDiedError("Aborted") if careful else ZeroDivisionError("by nothing")
+
+
+@pytest.mark.parametrize("read", [gone, failing])
+def test_a_shard_that_cannot_be_read_again_leaves_its_values_undefined(tmp_path, monkeypatch, read):
     run_here(folder_of_tables(tmp_path / "in"), tmp_path / "out", explainer="gradient")
-    (tmp_path / "in" / "t.parquet").unlink()
+    monkeypatch.setattr("jobs.evaluate.read_unit", read)
     outcome = evaluated(tmp_path / "out", metrics="entropy")
     assert (outcome.num_open, outcome.failures) == (0, [])
     reasons = {row["reason"] for row in values_in(tmp_path / "out", outcome)}

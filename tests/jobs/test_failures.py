@@ -4,6 +4,7 @@ import errno
 import os
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -17,10 +18,11 @@ from jobs.attempts import MOST_FAILURES, Desk, attempted
 from jobs.blame import AMPLE_BYTES, is_of_record, is_of_unit
 from jobs.config import ConfigError
 from jobs.dead import read_letters
+from jobs.explain import ExplainStep
 from jobs.isolation import Isolated, ProcessDiedError, ProcessStartError
 from jobs.plan import load_plan
 from jobs.reconcile import check
-from jobs.records import DeadLetter, UnitFailure, UnreconciledError
+from jobs.records import DeadLetter, RecordFacts, UnitFailure, UnitInput, UnreconciledError
 from jobs.retry import reopen
 from jobs.unit import commit_unit, decoded_or_rejected
 from jobs.units import WHOLE_SHARD, Workforce, pieces
@@ -194,7 +196,85 @@ def test_what_is_no_rows_fault_blames_no_row(monkeypatch, error):
         steps._all_raw_records(UNIT, MemoryStore())
 
 
+# ---------------------------------------------------------------- explain
+
+
+class Step(ExplainStep):
+    """An explain step without a model, whose rows hold the label alone."""
+
+    def __init__(self):
+        self.setting = "none"
+
+    def _base_row(self, unit_input, record):
+        return {"key": record.key, "label": None if record.label is None else int(record.label)}
+
+
+def explained_one_by_one(explain):
+    facts = tuple(RecordFacts(f"k{number}", "s", number, label) for number, label in enumerate(["1", "2", "odd"]))
+    taken = UnitInput(UNIT, facts, np.zeros((3, 4, 4, 3), np.uint8))
+    return Step()._one_by_one(taken, explain).rows
+
+
+def test_a_record_that_the_model_fails_on_is_rejected_even_if_its_label_is_odd():
+    def explain(alone):
+        (record,) = alone.records
+        if record.key != "k0":
+            raise ValueError("odd")
+        return SimpleNamespace(rows=[{"key": record.key, "status": "ok"}])
+
+    rows = explained_one_by_one(explain)
+    assert [row["status"] for row in rows] == ["ok", "rejected", "rejected"]
+    assert [(row["reject_code"], row["reject_stage"], row["label"]) for row in rows[1:]] == [
+        ("model_failed", "explain", 2),
+        ("model_failed", "explain", None),
+    ]
+
+
+@pytest.mark.parametrize("error", [*OF_THE_MACHINE[:-1], *OF_THE_JOB], ids=repr)
+def test_no_record_is_rejected_where_the_machine_cannot_explain(error):
+    def explain(alone):
+        raise error
+
+    with pytest.raises(type(error)):
+        explained_one_by_one(explain)
+
+
+def test_a_process_whose_device_is_broken_ends_and_rejects_nothing(monkeypatch):
+    ended = []
+
+    def end():
+        ended.append(1)
+        raise SystemExit
+
+    def explain(alone):
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr("jobs.explain._end_process", end)
+    with pytest.raises(SystemExit):
+        explained_one_by_one(explain)
+    assert ended == [1]
+
+
 # ---------------------------------------------------------------- commit
+
+
+def test_a_commit_on_ray_is_tried_again_with_the_same_rows(monkeypatch):
+    from jobs import pipeline
+
+    seen = []
+
+    def commit(made, output, fingerprint, *, careful):
+        seen.append((made.unit, [row["key"] for row in made.rows], made.num_records, careful))
+        if not careful:
+            raise ValueError("odd")
+        return "committed"
+
+    monkeypatch.setattr(pipeline, "commit_unit", commit)
+    monkeypatch.setattr(pipeline, "open_desk", lambda _: place())
+    monkeypatch.setattr(pipeline, "_row_of", lambda made: made)
+    context = SimpleNamespace(facts=SimpleNamespace(input_size=(2, 2)), fingerprint="job")
+    assert pipeline._commit(pipeline._result_table(result()), context) == "committed"
+    assert seen == [(UNIT, ["t/0", "t/1"], 2, False), (UNIT, ["t/0", "t/1"], 2, True)]
 
 
 def committed(rows, store, **how):
