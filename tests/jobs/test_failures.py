@@ -13,13 +13,15 @@ import pytest
 import torch
 
 from engine.errors import ModelError
+from jobs import pipeline
 from jobs import unit as steps
-from jobs.attempts import MOST_FAILURES, Desk, attempted
+from jobs.attempts import CAREFUL_DEATHS, MOST_FAILURES, Desk, attempted
 from jobs.blame import AMPLE_BYTES, is_of_record, is_of_unit
 from jobs.config import ConfigError
 from jobs.dead import read_letters
 from jobs.explain import ExplainStep
 from jobs.isolation import Isolated, ProcessDiedError, ProcessStartError
+from jobs.local import run_unit
 from jobs.plan import load_plan
 from jobs.reconcile import check
 from jobs.records import DeadLetter, RecordFacts, UnitFailure, UnitInput, UnreconciledError
@@ -120,6 +122,48 @@ def test_the_machines_trouble_leaves_a_unit_open(error):
     assert isinstance(attempted(UNIT, "read", desk, failing(error, seen)), UnitFailure)
     assert len(seen) == (1 if type(error) in map(type, OF_THE_JOB) else MOST_FAILURES)
     assert read_letters(desk.output, [UNIT]) == {}
+
+
+@pytest.fixture
+def deadly_desk():
+    """Two processes died in each step of the unit."""
+    desk = place()
+    for stage in ("read", "explain", "commit"):
+        for number in range(CAREFUL_DEATHS):
+            desk.output.put(f"_job/attempts/{UNIT.unit_id}/{stage}-{number}.json", b"{}")
+    return desk
+
+
+TAKEN = UnitInput(UNIT, (), np.zeros((0, 2, 2, 3), np.uint8))
+CONTEXT = SimpleNamespace(facts=SimpleNamespace(input_size=(2, 2)), fingerprint="job")
+
+
+def noting(seen, made):
+    def step(*_arguments, careful):
+        seen.append(careful)
+        return made
+
+    return step
+
+
+def test_every_step_here_is_told_to_be_careful(deadly_desk, monkeypatch):
+    seen = []
+    monkeypatch.setattr("jobs.local.take_unit", noting(seen, TAKEN))
+    monkeypatch.setattr("jobs.local.commit_unit", noting(seen, "committed"))
+    assert run_unit(UNIT, CONTEXT, deadly_desk, noting(seen, result())) == "committed"
+    assert seen == [True, True, True]
+
+
+def test_every_step_on_ray_is_told_to_be_careful(deadly_desk, monkeypatch):
+    seen = []
+    monkeypatch.setattr(pipeline, "open_desk", lambda _: deadly_desk)
+    monkeypatch.setattr(pipeline, "take_unit", noting(seen, TAKEN))
+    monkeypatch.setattr(pipeline, "commit_unit", noting(seen, DeadLetter("u", 0, "i", "failed", "s", "e", 1)))
+    actor = pipeline._Explain.__new__(pipeline._Explain)
+    actor.input_size, actor.desk, actor.step = (2, 2), deadly_desk, noting(seen, result())
+    read = pipeline._read(pa.table({"unit": [pipeline._json(UNIT)]}), CONTEXT)
+    assert pipeline._outcome(pipeline._commit(actor(read), CONTEXT).to_pylist()[0]).cause == "failed"
+    assert seen == [True, True, True]
 
 
 # ---------------------------------------------------------------- records
@@ -259,8 +303,6 @@ def test_a_process_whose_device_is_broken_ends_and_rejects_nothing(monkeypatch):
 
 
 def test_a_commit_on_ray_is_tried_again_with_the_same_rows(monkeypatch):
-    from jobs import pipeline
-
     seen = []
 
     def commit(made, output, fingerprint, *, careful):
@@ -272,8 +314,7 @@ def test_a_commit_on_ray_is_tried_again_with_the_same_rows(monkeypatch):
     monkeypatch.setattr(pipeline, "commit_unit", commit)
     monkeypatch.setattr(pipeline, "open_desk", lambda _: place())
     monkeypatch.setattr(pipeline, "_row_of", lambda made: made)
-    context = SimpleNamespace(facts=SimpleNamespace(input_size=(2, 2)), fingerprint="job")
-    assert pipeline._commit(pipeline._result_table(result()), context) == "committed"
+    assert pipeline._commit(pipeline._result_table(result()), CONTEXT) == "committed"
     assert seen == [(UNIT, ["t/0", "t/1"], 2, False), (UNIT, ["t/0", "t/1"], 2, True)]
 
 

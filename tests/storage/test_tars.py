@@ -206,6 +206,16 @@ def block(name, size=0, body=b"", kind=b"0", link=b""):
     return bytes(header) + body + bytes(-len(body) % 512)
 
 
+def sparse(num_blocks):
+    """An old GNU sparse member, whose map goes on in so many blocks of its own."""
+    header = bytearray(block(b"s.png", 3, kind=b"S")[:512])
+    header[345:500], header[482] = bytes(155), num_blocks > 0
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    maps = b"".join(bytes(504) + bytes([number + 1 < num_blocks]) + bytes(7) for number in range(num_blocks))
+    return bytes(header) + maps + b"abc" + bytes(509)
+
+
 def picture(name):
     return block(name, 3, b"abc")
 
@@ -245,6 +255,13 @@ CRAFTED = {
         ["ok", "member_refused", "ok"],
     ),
     "old GNU sparse": (block(b"p.png", 3, b"abc", b"S"), ["ok", "member_refused", "ok"]),
+    "old GNU sparse of one map": (sparse(0), ["ok", "member_refused", "ok"]),
+    "old GNU sparse of four maps": (sparse(3), ["ok", "member_refused", "ok"]),
+    "link with a size": (block(b"l.png", 512, kind=b"2", link=b"/etc/passwd"), ["ok", "member_refused", "ok"]),
+    "unknown kind with a body": (block(b"z.png", 3, b"abc", b"Z"), ["ok", "member_refused", "ok"]),
+    "folder": (block(b"d/", kind=b"5"), ["ok", "ok"]),
+    "folder of old": (block(b"d/", kind=b"\0"), ["ok", "ok"]),
+    "long link name": (block(b"K", 2, b"n\0", b"K") + picture(b"p.png"), ["ok", "ok", "ok"]),
     "chain of PAX headers": (b"".join(extended(path=b"n.png") for _ in range(3000)) + picture(b"p.png"), ["ok"] * 3),
     "chain of long names": (block(b"L", 2, b"n\0", b"L") * 3000 + picture(b"p.png"), ["ok", "missing_image", "ok"]),
     "long name beyond its cap": (block(b"L", 2 << 20, bytes(2 << 20), b"L") + picture(b"p.png"), ["ok", "corrupt"]),
