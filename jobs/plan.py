@@ -225,7 +225,7 @@ def load_plan(store: ObjectStore) -> Plan | None:
         if body["fingerprint"] != digest_of(body["configuration"]):
             raise ValueError("its fingerprint is not that of its configuration")
         return _plan_of(body, _named_units(store, body))
-    except (ValueError, DamagedError, MissingError) as error:
+    except (ValueError, TypeError, DamagedError, MissingError) as error:
         raise damaged(store.uri, PLAN_KEY, error) from error
 
 

@@ -37,6 +37,8 @@ ONE_FILE_ONLY = {errno.EACCES, errno.EPERM, errno.EIO, errno.ELOOP, errno.EISDIR
 PASSING = {errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 """What it says of a share that is away for a while, or of a machine that is short of something."""
 AT_FDCWD = -100
+MAX_METADATA_BYTES = 64 << 10
+"""Of one object; a bucket allows 2 KiB."""
 RENAME_NOREPLACE = 1
 
 
@@ -211,8 +213,19 @@ def _metadata(path: Path, inode: int) -> dict[str, str]:
     """What stands beside an object: a writer that died between link and rename left it pending."""
     for sidecar in (_pending(path, inode), _sidecar(path)):
         with suppress(FileNotFoundError):
-            return json.loads(sidecar.read_text())
+            return _read_metadata(sidecar)
     return {}
+
+
+def _read_metadata(sidecar: Path) -> dict[str, str]:
+    """The names and values; none where the file is damaged: `verify` then says what is missing."""
+    try:
+        with sidecar.open("rb") as file:
+            found = json.loads(file.read(MAX_METADATA_BYTES))
+    except (ValueError, RecursionError):
+        return {}
+    is_sound = isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
+    return found if is_sound else {}
 
 
 def _pending(path: Path, inode: int) -> Path:

@@ -232,3 +232,13 @@ def test_a_pickled_store_connects_anew(bucket):
     store = open_store(f"{bucket.uri}/pickled", bucket.endpoint_url)
     store.put("x", b"1")
     assert pickle.loads(pickle.dumps(store)).read("x") == b"1"
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"7", b'{"sha256": 1}', b"\xff", b"[" * 9999, b'{"a": "' + b"b" * 70000])
+def test_damaged_metadata_are_none(tmp_path, body):
+    store = LocalStore(tmp_path)
+    store.create("x", b"1", metadata={"sha256": "2"})
+    (tmp_path / ".metadata-x.json").write_bytes(body)
+    head = store.head("x")
+    assert head is not None
+    assert (head.size, dict(head.metadata)) == (1, {})
