@@ -72,13 +72,14 @@ def attempted(unit: Unit, stage: str, desk: Desk, work: Callable[[bool], Result]
     tried again at once, carefully. A unit at which it fails each time is given up, unless the machine or the store
     is to blame: then it stays open.
     """
-    for failures in range(MOST_FAILURES):
+    failures = 0
+    while True:
         try:
             return _once(unit, stage, desk, work, failures)
         except Exception as error:  # noqa: BLE001 - a unit's trouble is its own: the others go on
-            if failures + 1 == MOST_FAILURES or not _may_change(error):
+            failures += 1
+            if failures == MOST_FAILURES or not _may_change(error):
                 return _judged(unit, stage, desk, error)
-    raise AssertionError("the last failure is judged")
 
 
 def _once(unit: Unit, stage: str, desk: Desk, work: Callable[[bool], Result], failures: int) -> Result | Outcome:

@@ -1,6 +1,7 @@
 """Exceptions in a step: a record's rejects it, a unit's gives it up, and the machine's does neither."""
 
 import errno
+import io
 import os
 from dataclasses import replace
 from functools import partial
@@ -11,13 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from rich.console import Console
 
 from engine.errors import ModelError
 from jobs import pipeline
 from jobs import unit as steps
 from jobs.attempts import CAREFUL_DEATHS, MOST_FAILURES, Desk, attempted
 from jobs.blame import AMPLE_BYTES, is_of_record, is_of_unit
-from jobs.config import ConfigError
+from jobs.config import ConfigError, Execution
 from jobs.dead import read_letters
 from jobs.explain import ExplainStep
 from jobs.isolation import Isolated, ProcessDiedError, ProcessStartError
@@ -26,6 +28,8 @@ from jobs.plan import load_plan
 from jobs.reconcile import check
 from jobs.records import DeadLetter, RecordFacts, UnitFailure, UnitInput, UnreconciledError
 from jobs.retry import reopen
+from jobs.run import plan_job, workforce_of
+from jobs.tables import plan_table
 from jobs.unit import commit_unit, decoded_or_rejected
 from jobs.units import WHOLE_SHARD, Workforce, pieces
 from storage.fragments import read_fragment
@@ -481,6 +485,12 @@ def test_a_broken_table_among_sound_ones_is_one_dead_letter(tmp_path):
     whole = (data / "1.parquet").read_bytes()
     (data / "1.parquet").write_bytes(whole[: len(whole) // 2])
     (data / "2.parquet").write_bytes(b"")
+    config, execution = config_of(data, tmp_path / "out", explainer="gradient"), Execution(runner="local")
+    _, plan = plan_job(config, execution)
+    assert plan.troubles.keys() == {"1.parquet", "2.parquet"}
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(plan_table(config, plan, workforce_of(execution)))
+    assert "1.parquet: " in shown.getvalue()
     outcome = run_here(data, tmp_path / "out", explainer="gradient")
     assert {(letter.inputs, letter.cause) for letter in outcome.standing.dead.values()} == {
         ("1.parquet", "container_corrupt"),
