@@ -75,7 +75,7 @@ class Plan:
     num_records: int
     """Exact for images and Parquet, an estimate for tar."""
     ignored: Mapping[str, int]
-    """Objects that are no input, by extension."""
+    """Objects that are no input, by extension; and tables with a column that is left unread, by the column."""
     troubles: Mapping[str, str] = field(default_factory=dict)
     """Why shards could not be read, by key: known where the plan was made, and not stored with it."""
 
@@ -153,9 +153,15 @@ def make_plan(config: JobConfig, *, weights_sha256: str | None, workforce: Workf
         num_objects=len(used),
         num_bytes=sum(info.size for info in used.values()),
         num_records=sum(piece.num_records for piece in cut),
-        ignored=found.ignored,
+        ignored={**found.ignored, **_unread_columns(cut)},
         troubles={piece.objects[0].key: piece.trouble for piece in cut if piece.trouble is not None},
     )
+
+
+def _unread_columns(cut: Sequence[Piece]) -> Counter[str]:
+    """How many tables have a column that is left unread, by the column."""
+    shards = {piece.objects[0].key: piece.unread for piece in cut}
+    return Counter(f"with an unread {column}" for unread in shards.values() for column in unread)
 
 
 def _unit(ordinal: int, fingerprint: str, layout: Layout, piece: Piece) -> Unit:

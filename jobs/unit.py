@@ -30,7 +30,7 @@ from storage.rejects import Reject, RejectCode
 from storage.schema import MAX_ERROR_LENGTH, RECORD_COLUMNS, REJECTED
 from storage.store import AlreadyExistsError, ObjectError, ObjectInfo, ObjectStore, StoreError
 from storage.survey import Layout
-from storage.tables import count_rows, read_table
+from storage.tables import read_table, table_facts
 from storage.tars import read_tar
 
 COLUMNS_OF_A_REJECT = {
@@ -104,7 +104,7 @@ def raw_records(unit: Unit, source: ObjectStore) -> Iterator[RawRecord]:
 
 def _refuse_many(source: ObjectStore, info: ObjectInfo) -> None:
     """Raises ObjectError where a table that could not be read for the plan is too large for one unit."""
-    count = count_rows(source, info)
+    count = table_facts(source, info).num_rows
     if count > MAX_UNPLANNED_RECORDS:
         raise ObjectError(
             f"{source.uri}/{info.key} could not be read when the plan was made and has {count} rows now, "

@@ -11,7 +11,7 @@ from jobs.estimate import estimate
 from jobs.records import Unit
 from storage.store import ObjectInfo, ObjectStore, StoreError, UnavailableError, checked_key
 from storage.survey import Layout, Survey
-from storage.tables import count_rows
+from storage.tables import TableFacts, table_facts
 from storage.tars import sample_tar, tar_offset_after
 
 WHOLE_SHARD = 2**63 - 1
@@ -39,6 +39,8 @@ class Piece:
     """0: the shard cannot be read."""
     trouble: str | None = None
     """Why not."""
+    unread: tuple[str, ...] = ()
+    """Columns of a table that are of a type that is never read, with the type."""
 
 
 @dataclass(frozen=True)
@@ -82,21 +84,21 @@ def _image_pieces(objects: Sequence[ObjectInfo], config: JobConfig, workforce: W
 def _table_pieces(
     source: ObjectStore, objects: Sequence[ObjectInfo], config: JobConfig, workforce: Workforce
 ) -> Iterator[Piece]:
-    counts = _where_readable(objects, lambda info: count_rows(source, info))
+    tables = _where_readable(objects, lambda info: table_facts(source, info))
     left = WHOLE_SHARD if config.limit is None else config.limit
-    num_rows = sum(count for count in counts if isinstance(count, int))
+    num_rows = sum(table.num_rows for table in tables if isinstance(table, TableFacts))
     full, _ = _sizes(config, min(num_rows, left), workforce)
-    for info, count in zip(objects, counts, strict=True):
+    for info, table in zip(objects, tables, strict=True):
         if left <= 0:
             return
-        if isinstance(count, StoreError):
-            yield Piece((info,), 0, WHOLE_SHARD if config.limit is None else left, 0, str(count))
+        if isinstance(table, StoreError):
+            yield Piece((info,), 0, WHOLE_SHARD if config.limit is None else left, 0, str(table))
             continue
-        used = min(count, left)
+        used = min(table.num_rows, left)
         left -= used
         for start in range(0, used, full):
             stop = min(start + full, used)
-            yield Piece((info,), start, stop, stop - start)
+            yield Piece((info,), start, stop, stop - start, unread=table.unread)
 
 
 def _where_readable(objects: Sequence[ObjectInfo], look: Callable[[ObjectInfo], Found]) -> list[Found | StoreError]:

@@ -24,6 +24,8 @@ IMAGE, LABEL, KEY, BYTES = "image", "label", "key", "bytes"
 USED = (IMAGE, LABEL, KEY)
 BATCH_ROWS = 16
 """Rows that are in memory at once, where they are small enough."""
+MAX_NAMED = 16
+"""Columns of one table that are named as unread."""
 SHOWN = 64
 """Characters of a refused key that are kept."""
 
@@ -41,16 +43,12 @@ def table_facts(store: ObjectStore, info: ObjectInfo) -> TableFacts:
     """What a table holds, from its footer. Raises DamagedError where it is no table with images, and StoreError."""
     table, places = _open(store, info)
     used = {place if isinstance(place, str) else place[0] for place in places}
-    unread = [f"column {name} ({kind})" for name, kind in table.extensions.items() if name not in used]
-    label = table.schema.field(LABEL).type if LABEL in table.names else None
-    if label is not None and LABEL not in used:
-        unread.append(f"column {LABEL} ({label})")
-    return TableFacts(table.num_rows, tuple(as_text(name) for name in unread))
-
-
-def count_rows(store: ObjectStore, info: ObjectInfo) -> int:
-    """Rows of the table, from its footer. Raises as `table_facts`."""
-    return table_facts(store, info).num_rows
+    kinds = {name: kind for name, kind in table.extensions.items() if name not in used}
+    if LABEL in table.names and LABEL not in used:
+        kinds[LABEL] = str(table.schema.field(LABEL).type)
+    unread = [as_text(f"column {name} ({kind})") for name, kind in kinds.items()]
+    more = [f"{len(unread) - MAX_NAMED} columns more"] if len(unread) > MAX_NAMED else []
+    return TableFacts(table.num_rows, (*unread[:MAX_NAMED], *more))
 
 
 def read_table(store: ObjectStore, info: ObjectInfo, start: int, stop: int) -> Iterator[RawRecord]:

@@ -245,6 +245,23 @@ def test_the_plan_covers_every_record_once(tmp_path):
     assert len({unit.unit_id for unit in plan.units}) == len(plan.units)
 
 
+def test_the_plan_names_columns_that_are_left_unread(tmp_path):
+    said = {"ARROW:extension:name": "somebody.objects", "ARROW:extension:metadata": ""}
+    schema = pa.schema(
+        [("image", pa.binary()), pa.field("extra", pa.binary(), metadata=said), ("label", pa.list_(pa.int8()))]
+    )
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        rows = [{"image": picture(number), "extra": b"x", "label": [1]} for number in range(3)]
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "in" / f"{name}.parquet")
+    plan = make_plan(config_of(tmp_path / "in", tmp_path / "out"), weights_sha256=None, workforce=Workforce(1, False))
+    assert plan.num_records == 6
+    assert plan.ignored == {
+        "with an unread column extra (somebody.objects)": 2,
+        "with an unread column label (list<element: int8>)": 2,
+    }
+
+
 def test_plan_and_model_are_written_once(tmp_path):
     run_here(folder_of_images(tmp_path / "in", 2, bad=False), tmp_path / "out")
     store = LocalStore(tmp_path / "out")

@@ -13,7 +13,7 @@ from storage.local import LocalStore
 from storage.loose import read_images
 from storage.store import ObjectInfo, StoreError
 from storage.survey import Layout, survey
-from storage.tables import count_rows, read_table
+from storage.tables import read_table, table_facts
 from tests.storage.memory import MemoryStore
 
 
@@ -81,7 +81,7 @@ def table_bytes(columns, **options) -> bytes:
 def rows(body: bytes, start=0, stop=None):
     store = filled(**{"t.parquet": body})
     info = store.head("t.parquet")
-    return list(read_table(store, info, start, count_rows(store, info) if stop is None else stop))
+    return list(read_table(store, info, start, table_facts(store, info).num_rows if stop is None else stop))
 
 
 IMAGES = [b"%d" % number for number in range(50)]
