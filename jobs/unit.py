@@ -42,6 +42,9 @@ COLUMNS_OF_A_REJECT = {
 Row = Mapping[str, Any]
 """In the columns of `storage.schema.SCHEMA`; until it is encoded, `map` holds float32 [H, W]."""
 
+Decoding = Callable[[RawRecord], tuple[RecordFacts, NDArray[np.uint8] | None]]
+"""A record's facts and its pixels, if it has any."""
+
 
 def take_unit(unit: Unit, desk: Desk, context: JobContext, *, careful: bool = False) -> UnitInput | Receipt:
     """The unit, read and decoded, or the receipt of its fragment where that stands already."""
@@ -113,12 +116,12 @@ def _refuse_many(source: ObjectStore, info: ObjectInfo) -> None:
 
 
 def decoded_or_rejected(
-    decoding: Callable[[RawRecord], tuple[RecordFacts, NDArray[np.uint8] | None]], raw: RawRecord, source: ObjectStore
+    decoding: Decoding, raw: RawRecord, source: ObjectStore
 ) -> tuple[RecordFacts, NDArray[np.uint8] | None]:
-    """The record's facts and pixels by `decoding`; a record over which that dies or fails is rejected."""
+    """The record's facts and pixels by `decoding`; a record over which that dies, or fails twice, is rejected."""
     named = replace(raw, shard=f"{source.uri}/{raw.shard}")
     try:
-        return decoding(named)
+        return _at_most_twice(decoding, named)
     except ProcessDiedError as error:
         reject = Reject(RejectCode.PROCESS_DIED, str(error))
     except Exception as error:
@@ -126,6 +129,18 @@ def decoded_or_rejected(
             raise
         reject = Reject(RejectCode.DECODE_FAILED, f"{type(error).__name__}: {error}")
     return with_reject(_facts(named), reject, "decode"), None
+
+
+def _at_most_twice(decoding: Decoding, raw: RawRecord) -> tuple[RecordFacts, NDArray[np.uint8] | None]:
+    """What `decoding` gives, at the second try where the first one failed over the record."""
+    try:
+        return decoding(raw)
+    except ProcessDiedError:
+        raise
+    except Exception as error:
+        if not is_of_record(error, decoding):
+            raise
+    return decoding(raw)
 
 
 def _facts(raw: RawRecord) -> RecordFacts:

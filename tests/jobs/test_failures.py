@@ -193,6 +193,18 @@ def test_a_record_that_decoding_fails_on_is_rejected(error, code):
     assert decoded_or_rejected(decoding, RawRecord("other", "s", 5, 7, b"x"), MemoryStore()) == ("facts", "picture")
 
 
+def test_a_record_that_decoding_fails_on_once_is_decoded():
+    answers = iter([ValueError("a hiccup"), ("facts", "picture")])
+
+    def decoding(raw):
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert decoded_or_rejected(decoding, RawRecord("k", "s", 4, 7, b"x"), MemoryStore()) == ("facts", "picture")
+
+
 @pytest.mark.parametrize("error", [*OF_THE_MACHINE, ProcessStartError("x")], ids=repr)
 def test_no_record_is_rejected_for_the_machine(error):
     with pytest.raises(type(error)):
