@@ -15,8 +15,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
-from storage.images import DEFAULT_LIMITS
+from storage.limits import MAX_IMAGE_PIXELS
 from storage.parquet import ParquetTable, parquet_object
+from storage.png import described
 from storage.records import as_text
 from storage.store import DamagedError, ObjectInfo, ObjectStore, StoreError
 from storage.stores import open_store
@@ -230,8 +231,8 @@ def _rle(size: Any, counts: Any) -> Mask:
 
 
 def _mask(height: int, width: int, lengths: NDArray[np.int64]) -> Mask:
-    if height * width > DEFAULT_LIMITS.num_pixels:
-        raise ValueError(f"a mask of {width} x {height} pixels, at most {DEFAULT_LIMITS.num_pixels} are read")
+    if height * width > MAX_IMAGE_PIXELS:
+        raise ValueError(f"a mask of {width} x {height} pixels, at most {MAX_IMAGE_PIXELS} are read")
     total = int(lengths.sum())
     if total != height * width:
         raise ValueError(f"a mask's run lengths sum to {total}; its {width} x {height} pixels are {width * height}")
@@ -308,10 +309,9 @@ def _masked(row: Mapping[str, Any]) -> list[TruthObject]:
 def _png(data: bytes) -> Mask:
     """The non-zero pixels of a PNG, of a palette the non-zero indices."""
     try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            width, height = image.size
-            if width * height > DEFAULT_LIMITS.num_pixels:
-                raise ValueError(f"{width} x {height} pixels, at most {DEFAULT_LIMITS.num_pixels} are read")
+        found = described(data, MAX_IMAGE_PIXELS)
+        width, height = found.width, found.height
+        with Image.open(io.BytesIO(found.data), formats=["PNG"]) as image:
             if "A" in image.mode:
                 raise ValueError(f"pixels are {image.mode}; wanted them without alpha")
             pixels = np.asarray(image).reshape(height, width, -1).any(-1)

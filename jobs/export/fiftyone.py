@@ -9,6 +9,7 @@ from typing import Any
 
 from jobs.export.pictures import as_jpeg, seen
 from jobs.export.records import ExplainedMap, ExplainedRecord, ExplainedRecords, Row
+from jobs.stored import map_of
 
 LAYOUT_VERSION = "1.0.0"
 """Of FiftyOne, whose documents these are; later ones migrate them when they are read."""
@@ -64,6 +65,7 @@ def _samples(
         picture = f"data/{place:08d}.jpg"
         (folder / picture).write_bytes(as_jpeg(seen(records.plan, record, record.maps[0].row).pixels))
         for one in record.maps:
+            map_of(one.row)  # a damaged map is named here, and not copied
             saliency = f"fields/heatmap/{next(number):08d}.png"
             (folder / saliency).write_bytes(one.row["map"])
             odd = tags.get((record.key, one.row["target_index"]), ())

@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from storage.annotations import open_truth, read_truth
 from storage.images import fit
 from storage.store import StoreError
 from storage.truth import AmbiguousTruthError, ImageTruth, Truth, TruthObject, region
+from tests.storage.by_hand import chunk, png_of
 from tests.storage.memory import MemoryStore
 
 VOC = """<annotation>
@@ -328,6 +330,7 @@ def test_a_palette_mask_goes_by_its_indices():
 
 
 BOX = [[0.0, 0.0, 1.0, 1.0]]
+LARGE = png_of(chunk(b"IHDR", struct.pack(">IIBBBBB", 9_000_000, 9_000_000, 8, 0, 0, 0, 0)))
 
 
 @pytest.mark.parametrize(
@@ -344,6 +347,8 @@ BOX = [[0.0, 0.0, 1.0, 1.0]]
         ({"key": ["a"], "boxes": [BOX], "labels": [[None]]}, "one for each"),
         ({"key": ["a"], "mask": [b"nonsense"]}, "PNG"),
         ({"key": ["a"], "mask": [png(PIXELS)[:50]]}, "PNG"),
+        ({"key": ["a"], "mask": [png(PIXELS).replace(b"IEND", b"IHDR")]}, "PNG"),
+        ({"key": ["a"], "mask": [LARGE]}, "9000000 x 9000000 pixels, at most 89478485"),
         ({"key": ["a"], "mask": [png(np.zeros((2, 2, 4), np.uint8))]}, "alpha"),
         ({"key": ["a"], "mask": [png(PIXELS)], "label": [None]}, "no `label`"),
         ({"key": ["a", "a"], "mask": [png(PIXELS), png(PIXELS.T)]}, "4 x 8 and 8 x 4"),
