@@ -331,7 +331,7 @@ MUTATIONS = (
         "storage/records.py",
         "if inside < 0 or inside + size > len(self.window):",
         "if inside < 0 or inside >= len(self.window):",
-        ("storage/test_windows.py::test_a_file_in_windows_reads_as_one_in_memory",),
+        ("storage/test_windows.py::test_a_window_serves_small_reads_and_a_large_read_passes_it_by",),
     ),
     Mutation(
         "a map's sides are unbounded",
