@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from jobs.demo import PHOTOGRAPHS
-from tests.jobs.jobs_of import blocksight
+from tests.jobs.jobs_of import started
 
 pytestmark = pytest.mark.servers
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.servers
 def test_the_demo_through_a_bucket(tmp_path):
     from PIL import Image
 
-    done = blocksight("demo", "--bucket", "--output", tmp_path / "demo")
+    done = started("demo", "--bucket", "--output", tmp_path / "demo")
     assert done.returncode == 0, done.stderr
     for said in ("Egyptian cat", "espresso", "6 of 6 committed", "masked forwards/s", "SeaweedFS"):
         assert said in done.stdout
