@@ -37,7 +37,7 @@ from storage.local import LocalStore
 from storage.records import RawRecord
 from storage.store import DamagedError, MissingError, ObjectError, StoreError, UnavailableError
 from storage.survey import Layout, Survey
-from storage.tars import read_tar
+from storage.tars import read_tar, sample_tar
 from tests.jobs.jobs_of import config_of, run_here
 from tests.jobs.test_commit import UNIT, result
 from tests.jobs.tiny import picture, tar_bytes
@@ -451,6 +451,26 @@ def test_a_shard_that_cannot_be_read_is_a_piece_of_its_own(error):
     assert [piece.num_records for piece in cut(Spoiled(**{"0_tar": error}), Layout.TAR)] == [
         piece.num_records for piece in cut(MemoryStore(), Layout.TAR)
     ]
+
+
+def test_shards_that_tell_nothing_are_guessed_by_their_bytes(monkeypatch):
+    """A shard without a sound record says nothing of the others; of the first few none does."""
+    store, layout = MemoryStore(), Layout.TAR
+    for number in range(3):
+        store.put(f"{number}.tar", b"no tar" * 50_000)
+    objects = tuple(sorted(store.list(), key=lambda info: info.key))
+    config = config_of("in", "out", explainer="gradient")
+    found = list(pieces(store, Survey(layout, objects, {}), config, Workforce(1, on_gpu=False)))
+    assert [(piece.start, piece.stop, piece.num_records) for piece in found] == [(0, 300_000, 3)] * 3
+    store.put("1.tar", tar_bytes(0, 2))
+    sound = store.head("1.tar")
+    mixed = list(pieces(store, Survey(layout, (objects[0], sound), {}), config, Workforce(1, on_gpu=False)))
+    sampled = sample_tar(store, sound)
+    wanted = round(300_000 * sampled / sound.size) + round(sampled)
+    assert sum(piece.num_records for piece in mixed) == wanted > 50
+    monkeypatch.setattr("jobs.units.SAMPLED_SHARDS", 1)
+    blind = list(pieces(store, Survey(layout, (objects[0], sound), {}), config, Workforce(1, on_gpu=False)))
+    assert [piece.num_records for piece in blind] == [3, 1]
 
 
 def test_a_limit_ends_behind_a_shard_that_cannot_be_read():
