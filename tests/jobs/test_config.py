@@ -180,3 +180,13 @@ def test_none_is_nothing_where_a_parameter_may_be_nothing():
         {**BASE, "explainer": "ucag(sise)", "preset": "paper", "parameters": inner}
     ).explainer_parameters()
     assert (parameters.enlarge, parameters.crops, parameters.base.budget) == ("native", 6, None)
+
+
+def test_the_papers_preset_and_a_lower_precision_exclude_each_other():
+    with pytest.raises(ConfigError, match="preset paper means float32, and precision bfloat16 is asked for"):
+        load_config(None, {**BASE, "preset": "paper", "precision": "bfloat16"})
+    for preset, precision in (("paper", "float32"), ("fast", "bfloat16")):
+        config, _ = load_config(None, {**BASE, "preset": preset, "precision": precision})
+        assert config.identity(None)["precision"] == precision
+    with pytest.raises(ConfigError, match="precision"):
+        load_config(None, {**BASE, "precision": "float8"})
