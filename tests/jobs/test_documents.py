@@ -7,13 +7,13 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from click.testing import Result
 from rich.console import Console
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from jobs import attempts
 from jobs.audit.result import AUDIT_KEY, read_audit
@@ -22,11 +22,11 @@ from jobs.cli import app
 from jobs.config import digest_of
 from jobs.dead import letter_key, read_letters
 from jobs.documents import parsed, read_document
-from jobs.pace import FORWARD_KEY, settled
 from jobs.plan import MODEL_KEY, PLAN_FOLDER, PLAN_KEY, UNITS_SCHEMA, Plan, existing_plan, load_plan
 from jobs.receipts import read_receipts, receipt_key, written_receipt
 from jobs.reconcile import MANIFEST_KEY, final_manifest
 from jobs.records import Cause, DeadLetter, ModelFacts, Receipt, UnreconciledError
+from jobs.setting import FORWARD_KEY, planned_forward
 from jobs.stored import model_facts
 from storage.local import LocalStore
 from storage.store import ObjectStore
@@ -77,7 +77,7 @@ DAMAGE: Mapping[str, Callable[[bytes], bytes]] = {
 """What may become of a document, by name. Each must be noticed."""
 
 
-def changed(body: bytes, change: Callable[[dict], dict]) -> bytes:
+def changed(body: bytes, change: Callable[[Any], Any]) -> bytes:
     return json.dumps(change(json.loads(body))).encode()
 
 
@@ -111,7 +111,7 @@ KEYS: Mapping[str, Callable[[ObjectStore], str]] = {
 READERS: Mapping[str, Callable[[ObjectStore, Plan], object]] = {
     "plan": lambda store, _: load_plan(store),
     "model": lambda store, _: model_facts(store),
-    "forward": lambda store, _: settled(store),
+    "forward": lambda store, _: planned_forward(store),
     "manifest": final_manifest,
     "audit": lambda store, _: read_audit(store),
     "letter": lambda store, plan: read_letters(store, plan.units),
@@ -149,8 +149,6 @@ def base(tmp_path_factory):
     run_here(data, folder / "out")
     store = LocalStore(folder / "out")
     run_audit(AuditRequest(str(folder / "out"), tries=False), Console(quiet=True))
-    setting = {"backend": "eager", "precision": "float32", "batch_size": 4}
-    store.create(FORWARD_KEY, json.dumps({"setting": setting, "probe": []}).encode())
     own = next(info.key for info in store.list("_job/runs/"))
     store.put(f"{RUN}run.json", store.read(own))
     store.put(f"{RUN}stop", b'{"reason": 15}')

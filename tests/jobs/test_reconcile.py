@@ -2,13 +2,14 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
 
 from jobs.cli import main
-from jobs.plan import load_plan
-from jobs.receipts import metric_means, receipt_of
+from jobs.plan import existing_plan, load_plan
+from jobs.receipts import metric_means, read_receipts, receipt_key, receipt_of, write_receipt
 from jobs.reconcile import MANIFEST_KEY, check, finalize, stand
 from jobs.records import UnreconciledError
 from storage.fragments import encode_fragment, read_fragment
@@ -104,6 +105,26 @@ def test_metadata_that_changed_after_the_commit_are_seen(output, name):
     output.delete(key)
     output.create(key, body, metadata={**metadata, name: "7"})
     assert [fault for fault in faults(output) if f"{name} is" in fault and "and 7 in its metadata" in fault]
+
+
+def test_metadata_that_are_lost_are_seen(output):
+    for key in fragments_in(output):
+        body = output.read(key)
+        output.delete(key)
+        output.create(key, body)
+    found = faults(output)
+    assert len(found) == 4 * len(fragments_in(output))
+    assert all("None in its metadata" in fault for fault in found)
+
+
+@pytest.mark.parametrize("name", ["num_ok", "num_rejected", "num_forwards", "sha256", "metrics", "rejects"])
+def test_a_receipt_that_says_something_else_is_seen(output, name):
+    unit = existing_plan(output).units[0]
+    receipt = read_receipts(output, [unit])[unit.unit_id]
+    other = {"sha256": "0" * 64, "metrics": {"drop@p": {"sum": 0.0, "count": 1}}, "rejects": {"corrupt": 9}}
+    output.delete(receipt_key(unit.unit_id))
+    write_receipt(output, replace(receipt, **{name: other.get(name, 999)}))
+    assert [fault for fault in faults(output) if f": {name} is " in fault and "in its receipt" in fault]
 
 
 def test_metric_means_do_not_depend_on_order(output):
