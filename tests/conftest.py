@@ -1,6 +1,7 @@
 """What several tests need: real data where it lies beside the checkout, and one S3 server for the session."""
 
 import os
+import random
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,26 @@ from cluster.bucket import EmbeddedBucket
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
+# before anything loads torch: the workers of pytest-xdist share the cores, and each takes one
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--sample", type=int, help="run so many of the selected tests, drawn by --sample-seed")
+    parser.addoption("--sample-seed", default="", help="what the draw depends on")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Draws a sample of what `-m` and `-k` left; the tests keep their order."""
+    sample = config.getoption("--sample")
+    if sample is None or sample >= len(items):
+        return
+    lots = set(random.Random(config.getoption("--sample-seed")).sample(range(len(items)), sample))
+    config.hook.pytest_deselected(items=[item for lot, item in enumerate(items) if lot not in lots])
+    items[:] = [item for lot, item in enumerate(items) if lot in lots]
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,8 @@
 """The protocols of the metrics: stored values of two protocols are never averaged, so no protocol changes unseen."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import torch
 from torch import nn
 
@@ -60,3 +63,11 @@ def test_a_layer_begins_anew_by_its_own_hidden_method():
     attention = nn.MultiheadAttention(4, 2)
     fresh = randomised(attention, 1.0, seed=0)
     assert sorted(fresh.in_proj_weight.flatten().tolist()) != sorted(attention.in_proj_weight.flatten().tolist())
+
+
+def test_a_metric_of_maps_is_of_each_map_and_its_own_region():
+    saliency = [[np.eye(4), np.ones((4, 4))], [np.eye(4)[::-1]]]
+    regions = [[np.eye(4, dtype=bool), None], [np.eye(4, dtype=bool)]]
+    maps = SimpleNamespace(saliency=saliency, regions=regions)
+    found = Localisation({}).evaluate(maps)
+    assert [[own["ebpg"].value for own in row] for row in found] == [[100.0, None], [0.0]]

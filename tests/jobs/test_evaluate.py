@@ -24,7 +24,7 @@ from storage.annotations import open_truth
 from storage.local import LocalStore
 from storage.store import MissingError
 from storage.truth import region
-from tests.jobs.jobs_of import blocksight, fragments_in, model_of, rows_in, run_here
+from tests.jobs.jobs_of import fragments_in, model_of, rows_in, run_here, started
 from tests.jobs.tiny import folder_of_images, folder_of_tables, folder_of_tars
 
 LOCAL = Execution(runner="local")
@@ -286,7 +286,7 @@ def test_ray_leaves_the_same_bytes(output):
     bytes_here = fragments_in_evaluation(output, here)
     for file in (output / here.folder / "data").iterdir():
         file.unlink()
-    done = blocksight(
+    done = started(
         *("evaluate", output, "--model", model_of(output), "--metrics", "insertion,pos,entropy"),
         *("--controls", "--workers", 2, "--seed", 0),
     )

@@ -15,7 +15,7 @@ from jobs.learning import learn
 from jobs.plan import load_plan
 from jobs.run import check_model, context_of
 from storage.local import LocalStore
-from tests.jobs.jobs_of import blocksight, config_of, fragments_in, model_of, rows_in, run_here
+from tests.jobs.jobs_of import blocksight, config_of, fragments_in, model_of, rows_in, run_here, started
 from tests.jobs.tiny import folder_of_images, folder_of_tables, folder_of_tars, red
 
 BEE = {"explainer": "bee", "parameters": {"draws": 3, "images": 6, "pool": 3, "steps": 2, "noise_steps": 2}}
@@ -65,7 +65,7 @@ def test_neither_the_cut_of_the_plan_nor_its_order_shows_in_it(data, done):
 
 @pytest.mark.servers
 def test_ray_learns_the_same(data, done, tmp_path):
-    said = blocksight(
+    said = started(
         *("explain", "--data", data, "--output", tmp_path / "out", "--model", "tests.jobs.tiny:make"),
         *("--explainer", "bee", "--workers", "2", "-p", "draws=3", "-p", "images=6", "-p", "pool=3"),
         *("-p", "steps=2", "-p", "noise_steps=2"),
