@@ -11,11 +11,11 @@ from jobs.blame import OF_THE_JOB, is_of_unit
 from jobs.context import JobContext, worker_name
 from jobs.dead import bury
 from jobs.isolation import ProcessDiedError
-from jobs.plan import open_output, open_source
+from jobs.plan import open_output
 from jobs.records import Cause, Outcome, Unit, UnitFailure, UnitSkipped
 from jobs.stopping import is_stopped
 from jobs.watch import alive, watched
-from storage.patient import PatientStore
+from storage.patient import PATIENCE_SECONDS, PatientStore
 from storage.schema import MAX_ERROR_LENGTH
 from storage.store import (
     ChangedError,
@@ -26,6 +26,7 @@ from storage.store import (
     StoreError,
     UnavailableError,
 )
+from storage.stores import open_named
 
 FOLDER = "_job/attempts/"
 
@@ -59,7 +60,7 @@ class Desk:
 
 def open_desk(context: JobContext) -> Desk:
     """Input and output, with patience for a store that is away."""
-    source, _ = open_source(context.config.data, context.config.endpoint_url)
+    source, _ = open_named(context.config.data, context.config.endpoint_url, wait_seconds=PATIENCE_SECONDS)
     output = open_output(context.config)
     patient = PatientStore(source, waiting=alive, witnesses=context.witnesses)
     return Desk(patient, PatientStore(output, waiting=alive), context.run_id)

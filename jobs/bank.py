@@ -23,7 +23,7 @@ from jobs.explain import images_at_once, load
 from jobs.plan import check_place, make_plan
 from jobs.progress import Tally, progress
 from jobs.units import Workforce
-from storage.stores import open_store
+from storage.stores import open_file
 from storage.survey import Layout
 
 MAX_NUMBERED = 100_000
@@ -124,10 +124,7 @@ def _is_number(text: str) -> bool:
 
 def _refuse_taken(config: JobConfig) -> None:
     """Raises ConfigError where the output is there already, and StoreError where it cannot be written: before work."""
-    folder, _, name = config.output.rpartition("/")
-    if not name:
-        raise ConfigError(f"output {config.output!r} is a folder; name a file in it, such as bank.safetensors")
-    store = open_store(folder or ".", config.endpoint_url)
+    store, name = open_file(config.output, config.endpoint_url)
     if store.head(name) is not None or Path(config.output).is_dir():
         raise ConfigError(f"{config.output} is there already; remove it, or name another file")
     store.create(f"{name}.probe", b"")
@@ -137,5 +134,5 @@ def _refuse_taken(config: JobConfig) -> None:
 def _write(whole: NeighbourClassifier, config: JobConfig) -> None:
     """The complete state dict."""
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in whole.state_dict().items()}
-    folder, _, name = config.output.rpartition("/")
-    open_store(folder or ".", config.endpoint_url).put(name, safetensors.torch.save(tensors))
+    store, name = open_file(config.output, config.endpoint_url)
+    store.put(name, safetensors.torch.save(tensors))

@@ -21,7 +21,7 @@ from jobs.setting import mixture, planned_forward, protocol_of
 from jobs.stored import fragment_of
 from storage.schema import METRICS as METRICS_STRUCT
 from storage.schema import OK
-from storage.stores import open_store
+from storage.stores import open_file
 
 STORED = ["key", "target_index", "status", "explainer", "parameters", "metrics"]
 METHOD = ["explainer", "parameters"]
@@ -287,7 +287,7 @@ def rows_of_table(table: Comparison) -> list[dict[str, Any]]:
 
 def store_table(table: Comparison, uri: str, endpoint_url: str | None) -> None:
     """Writes the cells as one Parquet file, in place of one that stands there. Raises StoreError."""
-    folder, _, name = uri.rpartition("/")
+    store, name = open_file(uri, endpoint_url)
     body = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows_of_table(table)), body)
-    open_store(folder or ".", endpoint_url).put(name, body.getvalue())
+    store.put(name, body.getvalue())

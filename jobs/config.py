@@ -3,7 +3,7 @@
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -26,9 +26,12 @@ from engine.detectors import installed_detector
 from engine.parameters import SiseParameters
 from engine.setting import MAX_BATCH_SIZE
 from jobs.labels import is_class_number
+from storage.endpoints import check_endpoint
 from storage.images import DECODE_POLICY
 from storage.maps import CODEC
+from storage.places import normal_place
 from storage.schema import SCHEMA_VERSION
+from storage.store import StoreError
 
 CODE_VERSION = "4"
 """Raised whenever the same configuration and input would give other bytes."""
@@ -134,14 +137,18 @@ class JobConfig(BaseModel):
 
     @field_validator("data", "output", "weights")
     @classmethod
-    def _local_paths_are_absolute(cls, value: str | None, info: ValidationInfo) -> str | None:
-        """A worker's folder need not be the driver's."""
-        if value is None or "://" in value or (info.field_name == "weights" and is_weights_name(value)):
+    def _places_have_one_spelling(cls, value: str | None, info: ValidationInfo) -> str | None:
+        """And local paths are absolute, for a worker's folder need not be the driver's."""
+        if not value or (info.field_name == "weights" and is_weights_name(value)):
             return value
-        try:
-            return str(Path(value).expanduser().absolute())
-        except RuntimeError as error:
-            raise ValueError(f"{value!r} is in the home folder of a user who has none") from error
+        return _as_value(normal_place, value)
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _endpoint_is_a_store(cls, value: str | None) -> str | None:
+        if value is not None:
+            _as_value(check_endpoint, value)
+        return value
 
     @field_validator("target")
     @classmethod
@@ -306,6 +313,14 @@ def _plain(value: Any, hint: Any) -> Any:
     if get_origin(hint) is tuple:
         return [word.strip() for word in value.split(",")]
     return None if value == "none" and type(None) in get_args(hint) else value
+
+
+def _as_value(check: Callable[[str], Any], text: str) -> Any:
+    """What the check makes of the text; its StoreError is a ValueError, which pydantic puts with its key."""
+    try:
+        return check(text)
+    except StoreError as error:
+        raise ValueError(str(error)) from error
 
 
 def is_weights_name(value: str) -> bool:

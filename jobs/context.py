@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from jobs.config import JobConfig, is_weights_name
 from jobs.records import ModelFacts
-from storage.store import ObjectStore
-from storage.stores import open_store
+from storage.stores import open_file
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,7 @@ def weights_bytes(config: JobConfig) -> bytes | None:
     """The bytes of the weights file; None where `weights` is a name or not given. Raises StoreError."""
     if config.weights is None or is_weights_name(config.weights):
         return None
-    folder, _, name = config.weights.rpartition("/")
-    store: ObjectStore = open_store(folder or ".", config.endpoint_url)
+    store, name = open_file(config.weights, config.endpoint_url)
     return store.read(name)
 
 

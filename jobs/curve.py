@@ -22,12 +22,13 @@ from jobs.config import ConfigError, JobConfig
 from jobs.context import sha256_of, weights_bytes
 from jobs.evaluation import ClassMap, labels_of, region_of
 from jobs.explain import images_at_once, load, number_of
-from jobs.plan import Plan, make_plan, open_source
+from jobs.plan import Plan, make_plan
 from jobs.progress import Tally, progress
 from jobs.records import RecordFacts
 from jobs.unit import read_unit
 from jobs.units import Workforce
 from storage.images import DECODE_POLICY
+from storage.stores import open_named
 from storage.truth import Truth
 
 READINGS, CURVE = "readings.jsonl", "curve.json"
@@ -133,7 +134,7 @@ def _standing(folder: Path, identity: Mapping[str, Any]) -> list[Line]:
 
 def pictures(plan: Plan, config: JobConfig, input_size: tuple[int, int]) -> Iterator[Picture]:
     """The images that can be decoded, one unit of them in memory at a time."""
-    source, _ = open_source(config.data, config.endpoint_url)
+    source, _ = open_named(config.data, config.endpoint_url)
     number = 0
     for unit in plan.units:
         taken = read_unit(unit, source, config, input_size)

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Annotated, Any
 
 import pyarrow as pa
@@ -21,8 +21,9 @@ from jobs.units import Piece, Workforce, check_units, pieces
 from storage.limits import MAX_BATCH_BYTES, MAX_UNFOLDING
 from storage.parquet import checked_columns, parquet_bytes
 from storage.patient import SHORT_PATIENCE_SECONDS, PatientStore, witnesses_of
+from storage.places import contain_each_other, is_whole_bucket, normal_place
 from storage.store import AlreadyExistsError, DamagedError, MissingError, ObjectInfo, ObjectStore
-from storage.stores import open_store
+from storage.stores import open_named, open_store
 from storage.survey import Layout, survey
 
 PLAN_FOLDER = "_job/plan/"
@@ -103,18 +104,9 @@ class Plan:
         return Counter(folder for folder in folders if folder)
 
 
-def open_source(data: str, endpoint_url: str | None) -> tuple[ObjectStore, str]:
-    """The store that holds the input, and the prefix below it: a single file is a prefix of its folder."""
-    uri = data.rstrip("/")
-    if PurePosixPath(uri).suffix and not Path(uri).is_dir():
-        folder, _, name = uri.rpartition("/")
-        return open_store(folder or ".", endpoint_url), name
-    return open_store(uri, endpoint_url), ""
-
-
 def source_of(plan: Plan, endpoint_url: str | None) -> ObjectStore:
     """A plan's input, for a person who waits: one object's trouble is told from the store's."""
-    source, _ = open_source(plan.identity["data"], endpoint_url)
+    source, _ = open_named(plan.identity["data"], endpoint_url)
     return PatientStore(source, SHORT_PATIENCE_SECONDS, witnesses=plan.witnesses)
 
 
@@ -126,20 +118,19 @@ def open_output(config: JobConfig) -> ObjectStore:
 
 def check_place(output: str, taken: Mapping[str, str]) -> None:
     """Raises ConfigError for a bucket's root, and for a place inside one that is taken (URIs by name), or around it."""
-    place = output.rstrip("/") + "/"
-    if place.startswith("s3://") and place.count("/") <= 3:
-        raise ConfigError(f"output {output!r} is a whole bucket; name a prefix in it, such as {place}maps")
+    place = normal_place(output)
+    if is_whole_bucket(place):
+        raise ConfigError(f"output {place!r} is a whole bucket; name a prefix in it, such as {place}/maps")
     for name, uri in taken.items():
-        other = uri.rstrip("/") + "/"
-        if place.startswith(other) or other.startswith(place):
-            raise ConfigError(f"{output!r} and {name} {uri!r} contain each other; choose another place")
+        if contain_each_other(place, uri):
+            raise ConfigError(f"{place!r} and {name} {uri!r} contain each other; choose another place")
 
 
 def make_plan(config: JobConfig, *, weights_sha256: str | None, workforce: Workforce) -> Plan:
     """Lists the input and cuts it into units; reads no image."""
-    source, prefix = open_source(config.data, config.endpoint_url)
+    source, key = open_named(config.data, config.endpoint_url)
     identity = config.identity(weights_sha256)
-    found = survey(source, prefix)
+    found = survey(source, key)
     witnesses = witnesses_of([info.key for info in found.objects])
     patient = PatientStore(source, SHORT_PATIENCE_SECONDS, witnesses=witnesses)
     cut = list(pieces(patient, found, config, workforce))

@@ -27,6 +27,7 @@ from jobs.records import UnreconciledError
 from jobs.stored import table_of
 from jobs.tables import printable
 from storage.patient import SHORT_PATIENCE_SECONDS, PatientStore
+from storage.places import S3, normal_place
 from storage.schema import EVALUATION, OK, RECORD_COLUMNS, REJECTED, SCHEMA
 from storage.store import ObjectStore
 from storage.stores import open_store
@@ -70,7 +71,7 @@ def script(output: str, endpoint_url: str | None = None) -> str:
     """The same views as statements for a DuckDB of the user's own; without any credential."""
     _, views = _connected(output, endpoint_url)
     head = "-- the views of a blocksight output, for the shell of DuckDB"
-    if output.startswith("s3://"):
+    if normal_place(output).startswith(S3):
         head += f"\n-- s3:// needs `INSTALL httpfs; LOAD httpfs;` and `{_secret(endpoint_url)}`"
     return "\n".join([head, *(f"{statement};" for statement in views), ""])
 
@@ -112,7 +113,7 @@ def _connected(output: str, endpoint_url: str | None) -> tuple[duckdb.DuckDBPyCo
     if "\\" in store.uri:
         raise ConfigError(f"DuckDB's patterns cannot name a folder with a backslash, such as {store.uri}: rename it")
     connection = duckdb.connect()
-    if output.startswith("s3://"):
+    if store.uri.startswith(S3):
         from storage.s3 import S3Store  # slow to import, and local outputs need none
 
         connection.register_filesystem(S3Store(output, endpoint_url).filesystem)

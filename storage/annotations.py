@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
 
@@ -20,7 +20,7 @@ from storage.parquet import ParquetTable, parquet_object
 from storage.png import described
 from storage.records import as_text
 from storage.store import DamagedError, ObjectInfo, ObjectStore, StoreError
-from storage.stores import open_store
+from storage.stores import open_named
 from storage.truth import EVERY_TARGET, Box, ImageTruth, Mask, Polygon, Truth, TruthObject, parts_of
 
 XML, JSON, TABLE = ".xml", ".json", ".parquet"
@@ -47,12 +47,8 @@ COLUMNS = {
 
 
 def open_truth(uri: str, endpoint_url: str | None = None) -> Truth:
-    """The ground truth at a path or URI: one file by its suffix, else all below a prefix. Raises StoreError."""
-    uri = uri.rstrip("/")
-    if PurePosixPath(uri).suffix.lower() in MAX_BYTES and not Path(uri).is_dir():
-        folder, _, name = uri.rpartition("/")
-        return read_truth(open_store(folder or ".", endpoint_url), name)
-    return read_truth(open_store(uri, endpoint_url))
+    """The ground truth at a path or URI: one file, or all below a folder or a prefix. Raises StoreError."""
+    return read_truth(*open_named(uri, endpoint_url))
 
 
 def read_truth(store: ObjectStore, name: str = "") -> Truth:

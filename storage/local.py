@@ -32,6 +32,9 @@ OURS = (ASIDE, SIDECAR, PENDING)
 
 NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
 """What a file system without hard links says to one (FAT: EPERM)."""
+NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
+"""What it says of a path that leads to no file."""
+ODD_KINDS = {stat.S_IFIFO: "pipes", stat.S_IFSOCK: "sockets", stat.S_IFCHR: "devices", stat.S_IFBLK: "devices"}
 ONE_FILE_ONLY = {errno.EACCES, errno.EPERM, errno.EIO, errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENAMETOOLONG}
 """What the system says of one file that cannot be read."""
 PASSING = {errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
@@ -89,6 +92,16 @@ class LocalStore:
                 found = _regular(path) if key.startswith(prefix) else None
                 if found is not None:
                     yield ObjectInfo(key, found.st_size, _etag(found))
+
+    def unlisted(self) -> Iterator[tuple[str, str]]:
+        """Links to folders are told and not followed: they may lead back, or out of the root."""
+        with _explained(self.root):
+            for parent, folders, files in os.walk(self.root, onerror=_unlisted):
+                for name in (*folders, *(name for name in files if not name.startswith(OURS))):
+                    path = Path(parent, name)
+                    kind = _odd_kind(path)
+                    if kind is not None:
+                        yield path.relative_to(self.root).as_posix(), kind
 
     def create(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> None:
         path = self._path(key)
@@ -240,9 +253,24 @@ def _regular(path: Path) -> os.stat_result | None:
     """The facts of a file; None where there is none, or something else."""
     try:
         found = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError as error:
+        if error.errno not in NO_FILE:
+            raise
         return None
     return found if stat.S_ISREG(found.st_mode) else None
+
+
+def _odd_kind(path: Path) -> str | None:
+    """What a path is that is neither a file nor a folder; None: it is one of the two."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if error.errno not in NO_FILE:
+            raise
+        return "links to themselves" if error.errno == errno.ELOOP else "broken links"
+    if stat.S_ISDIR(mode):
+        return "links to folders (not followed)" if path.is_symlink() else None
+    return None if stat.S_ISREG(mode) else ODD_KINDS.get(stat.S_IFMT(mode), "special files")
 
 
 def _etag(found: os.stat_result) -> str:

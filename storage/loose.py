@@ -34,7 +34,7 @@ def _read(store: ObjectStore, info: ObjectInfo) -> tuple[bytes | None, Reject | 
     if info.size > MAX_IMAGE_BYTES:
         return None, too_many_bytes(info.size)
     try:
-        return store.read(info.key, etag=info.etag), None
+        return store.read(info.key, etag=info.etag, length=info.size), None
     except tuple(CODES) as error:
         return None, Reject(CODES[type(error)], str(error))
     except Exception as error:

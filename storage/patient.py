@@ -80,6 +80,9 @@ class PatientStore:
         """As the store lists; from the beginning again where it broke off."""
         yield from self._patiently(lambda: [*self.store.list(prefix)])
 
+    def unlisted(self) -> Iterator[tuple[str, str]]:
+        yield from self._patiently(lambda: [*self.store.unlisted()])
+
     def create(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> None:
         self._patiently(lambda: self.store.create(key, data, metadata=metadata))
 

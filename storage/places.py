@@ -67,7 +67,10 @@ def contain_each_other(first: str, second: str) -> bool:
 
 def _normal_path(text: str) -> str:
     """The absolute path; `..` is followed as the system does, other links stay as they are."""
-    path = Path(text).expanduser().absolute()
+    try:
+        path = Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise StoreError(f"{text!r} is in the home folder of a user who has none") from error
     while ".." in path.parts:
         at = len(path.parts) - path.parts[::-1].index("..")
         path = Path(*path.parts[:at]).resolve().joinpath(*path.parts[at:])

@@ -122,6 +122,9 @@ class S3Store:
             "another store or another address of it"
         )
 
+    def unlisted(self) -> Iterator[tuple[str, str]]:
+        yield from ()  # a bucket holds objects alone
+
     def create(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> None:
         with self._explained(key, conflict=AlreadyExistsError(f"{self._uri}/{key} stands already"), writes=True):
             self._call("put_object", Key=self._key(key), Body=data, IfNoneMatch="*", Metadata=dict(metadata or {}))

@@ -84,6 +84,10 @@ class ObjectStore(Protocol):
         """Every object whose key begins with `prefix`, in the store's own order (servers differ in theirs)."""
         ...
 
+    def unlisted(self) -> Iterator[tuple[str, str]]:
+        """Key and kind of what lies below the root and is no object, such as a link to a folder; none in a bucket."""
+        ...
+
     def create(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> None:
         """Writes the object whole, once: raises `AlreadyExistsError` where the key stands already."""
         ...

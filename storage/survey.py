@@ -1,7 +1,7 @@
 """The survey of an input: which layout it has, and which objects hold its records."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import PurePosixPath
@@ -38,11 +38,11 @@ class Survey:
     objects: tuple[ObjectInfo, ...]
     """In order of key."""
     ignored: Mapping[str, int]
-    """How many objects are no input, by suffix, or hidden."""
+    """How many objects and other things are no input, by suffix or by kind."""
 
 
-def survey(store: ObjectStore, prefix: str = "") -> Survey:
-    """Lists the store once and settles the layout by the names; `prefix` may be a single file.
+def survey(store: ObjectStore, key: str = "") -> Survey:
+    """Lists the store once and settles the layout by the names; `key` names a single object instead.
 
     Names with a part that begins with `_` or `.` are skipped, as all readers of data folders do. Raises
     StoreError where nothing is found, or records of two layouts.
@@ -50,24 +50,38 @@ def survey(store: ObjectStore, prefix: str = "") -> Survey:
     found: dict[Layout, list[ObjectInfo]] = {}
     ignored: Counter[str] = Counter()
     others: list[str] = []
-    for info in store.list(prefix):
+    for info in _infos(store, key):
         _refuse_no_text(store, info.key)
-        path = PurePosixPath(info.key)
-        if prefix and info.key != prefix:
-            continue
-        if any(part.startswith(("_", ".")) for part in path.parts):
-            ignored["hidden (_ or .)"] += 1
-            continue
-        layout = LAYOUT_OF_SUFFIX.get(path.suffix.lower())
-        if layout is None:
-            ignored[path.suffix.lower() or "(no suffix)"] += 1
+        layout = LAYOUT_OF_SUFFIX.get(PurePosixPath(info.key).suffix.lower())
+        kind = None if key else _kept_apart(info.key)
+        if kind is not None:
+            ignored[kind] += 1
+        elif layout is None:
+            ignored[PurePosixPath(info.key).suffix.lower() or "(no suffix)"] += 1
             others.append(info.key)
         else:
             found.setdefault(layout, []).append(info)
+    if not key:
+        ignored.update(_kept_apart(other) or kind for other, kind in store.unlisted())
     if len(found) != 1:
-        raise StoreError(_no_single_layout(store, prefix, found, others))
+        raise StoreError(_no_single_layout(store, key, found, others, ignored))
     ((layout, objects),) = found.items()
     return Survey(layout, tuple(sorted(objects, key=lambda info: info.key)), dict(ignored))
+
+
+def _infos(store: ObjectStore, key: str) -> Iterable[ObjectInfo]:
+    if not key:
+        return store.list()
+    info = store.head(key)
+    return [info] if info is not None else []
+
+
+def _kept_apart(key: str) -> str | None:
+    """Why the name alone keeps an object out; None: it does not."""
+    parts = key.split("/")
+    if {"", ".", ".."} & set(parts):
+        return "names with an empty part, `.` or `..`"
+    return "hidden (_ or .)" if any(part.startswith(("_", ".")) for part in parts) else None
 
 
 def _refuse_no_text(store: ObjectStore, key: str) -> None:
@@ -80,15 +94,21 @@ def _refuse_no_text(store: ObjectStore, key: str) -> None:
 
 
 def _no_single_layout(
-    store: ObjectStore, prefix: str, found: Mapping[Layout, Sequence[ObjectInfo]], others: Sequence[str]
+    store: ObjectStore,
+    key: str,
+    found: Mapping[Layout, Sequence[ObjectInfo]],
+    others: Sequence[str],
+    ignored: Mapping[str, int],
 ) -> str:
-    where = f"{store.uri}/{prefix}" if prefix else store.uri
+    where = f"{store.uri}/{key}" if key else store.uri
     if found:
         kinds = ", ".join(f"{len(infos)} of {layout} ({infos[0].key})" for layout, infos in found.items())
         return f"{where} holds more than one layout: {kinds}; point --data at one of them"
     compressed = [key for key in others if key.lower().endswith(COMPRESSED_TARS)]
     if compressed:
         return f"{where} holds compressed tar files ({compressed[0]}), which are not read; unpack them to .tar"
-    seen = f"; it holds {', '.join(others[:EXAMPLES])}" if others else "; nothing is there"
+    kinds = (f"{count} {kind}" for kind, count in sorted(ignored.items()) if kind[0] not in ".(")
+    seen = [*others[:EXAMPLES], *kinds]
     wanted = ", ".join(LAYOUT_OF_SUFFIX)
-    return f"{where} holds no images, tar shards or Parquet (by name: {wanted}){seen}"
+    told = f"it holds {', '.join(seen)}" if seen else "nothing is there"
+    return f"{where} holds no images, tar shards or Parquet (by name: {wanted}); {told}"

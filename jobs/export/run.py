@@ -76,9 +76,9 @@ def _writer(asked: ExportRequest, plan: Plan) -> Writer:
 def fresh_folder(destination: str, taken: Mapping[str, str]) -> Path:
     """The local folder, made. Raises ConfigError where it is none, holds anything, or meets what is taken (URIs)."""
     if "://" in destination:
-        raise ConfigError(f"an export goes to a local folder, got {destination!r}; the tools read it from there")
+        raise ConfigError("an export goes to a local folder and not to a URI: the tools read it from there")
     folder = Path(destination).expanduser().absolute()
-    check_place(str(folder.resolve()), {name: _resolved(uri) for name, uri in taken.items()})
+    check_place(str(folder), taken)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
@@ -86,11 +86,6 @@ def fresh_folder(destination: str, taken: Mapping[str, str]) -> Path:
     except OSError as error:
         raise ConfigError(f"the folder {folder} cannot be made: {error.strerror or error}") from error
     return folder
-
-
-def _resolved(uri: str) -> str:
-    """Where a folder is by whatever name."""
-    return uri if "://" in uri else str(Path(uri).resolve())
 
 
 def _shown(found: Iterable[ExplainedRecord], records: ExplainedRecords, console: Console) -> Iterator[ExplainedRecord]:

@@ -29,6 +29,9 @@ class InterceptedStore:
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         yield from self.intercept("list", prefix, lambda: [*self.store.list(prefix)])
 
+    def unlisted(self) -> Iterator[tuple[str, str]]:
+        yield from self.store.unlisted()
+
     def create(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> None:
         self.intercept("create", key, lambda: self.store.create(key, data, metadata=metadata))
 

@@ -40,6 +40,9 @@ class MemoryStore:
         for key, data in found:
             yield ObjectInfo(key, len(data), _etag(data))
 
+    def unlisted(self) -> Iterator[tuple[str, str]]:
+        yield from ()
+
     def create(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> None:
         with self._lock:
             if key in self._objects:

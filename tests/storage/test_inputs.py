@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import socket
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,6 +13,7 @@ from storage.limits import MAX_IMAGE_BYTES
 from storage.local import LocalStore
 from storage.loose import read_images
 from storage.store import ObjectInfo, StoreError
+from storage.stores import open_named
 from storage.survey import Layout, survey
 from storage.tables import read_table, table_facts
 from tests.storage.memory import MemoryStore
@@ -36,6 +38,63 @@ def test_a_file_name_that_is_no_text_is_refused(tmp_path):
     (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(b"")
     with pytest.raises(StoreError, match=r"no UTF-8: caf\\udce9.png; rename it"):
         survey(LocalStore(tmp_path))
+
+
+def test_what_is_neither_file_nor_folder_is_counted_by_kind(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x.png").write_bytes(b"")
+    data = tmp_path / "in"
+    (data / "cat").mkdir(parents=True)
+    (data / "cat" / "1.png").write_bytes(b"")
+    (data / "cat" / "2.png").symlink_to(data / "cat" / "1.png")
+    (data / "dog").symlink_to(tmp_path / "elsewhere")
+    (data / "again").symlink_to(data)
+    (data / "_hidden").symlink_to(data)
+    (data / "gone.png").symlink_to(tmp_path / "nothing")
+    (data / "self.png").symlink_to("self.png")
+    (data / ".self.png").symlink_to("self.png")
+    os.mkfifo(data / "cat" / "pipe.png")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(data / "socket.png"))
+    found = survey(LocalStore(data))
+    assert [info.key for info in found.objects] == ["cat/1.png", "cat/2.png"]
+    assert found.ignored == {
+        "links to folders (not followed)": 2,
+        "broken links": 1,
+        "links to themselves": 1,
+        "pipes": 1,
+        "sockets": 1,
+        "hidden (_ or .)": 2,
+    }
+
+
+def test_a_device_is_no_input():
+    assert dict(LocalStore("/dev").unlisted())["null"] == "devices"
+
+
+def test_a_folder_of_links_alone_says_so(tmp_path):
+    (tmp_path / "dog").symlink_to(tmp_path)
+    with pytest.raises(StoreError, match=r"it holds 1 links to folders \(not followed\)"):
+        survey(LocalStore(tmp_path))
+
+
+def test_names_that_are_no_paths_are_counted():
+    found = survey(filled(**{"a/1.png": b"", "/2.png": b"", "a//3.png": b"", "a/../4.png": b"", "./5.png": b""}))
+    assert [info.key for info in found.objects] == ["a/1.png"]
+    assert found.ignored == {"names with an empty part, `.` or `..`": 4}
+
+
+@pytest.mark.parametrize("name", ["data.v1", "ILSVRC2012.val", "x.tar", "plain"])
+def test_what_a_name_is_comes_from_the_store(tmp_path, name):
+    (tmp_path / name / "cat").mkdir(parents=True)
+    (tmp_path / name / "cat" / "1.png").write_bytes(b"")
+    for spelling in (f"{tmp_path}/{name}", f"{tmp_path}/{name}/", f"file://{tmp_path}/{name}//"):
+        store, key = open_named(spelling)
+        assert [info.key for info in survey(store, key).objects] == ["cat/1.png"]
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / f"{name}.png").write_bytes(b"")
+    store, key = open_named(f"{tmp_path}/file/{name}.png")
+    assert [info.key for info in survey(store, key).objects] == [f"{name}.png"]
 
 
 def test_a_single_file_is_an_input():

@@ -10,6 +10,8 @@ from storage.replies import version
 from storage.s3 import S3Store
 from storage.s3_client import ATTEMPTS
 from storage.store import ChangedError, ObjectError, StoreError, UnavailableError
+from storage.stores import open_named
+from storage.survey import survey
 from tests.storage.loopback import Bucket, Reply, etag_of, refused
 
 
@@ -341,6 +343,42 @@ def test_whose_trouble_it_is(bucket, store, status, code, kind):
     with pytest.raises(StoreError, match=code) as caught:
         store.read("3.png")
     assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize("place", ["data.v1", "ILSVRC2012.val", "my.prefix/x.tar"])
+def test_a_prefix_may_have_a_dot(bucket, place):
+    bucket.reset({f"{place}/cat/1.png": b"one", f"{place}.png": b"two", f"{place}/": b""})
+    for slash in ("", "/", "//"):
+        store, key = open_named(f"s3://my.images/{place}{slash}", bucket.url)
+        assert [info.key for info in survey(store, key).objects] == ["cat/1.png"]
+    store, key = open_named(f"s3://my.images/{place}.png", bucket.url)
+    assert [info.key for info in survey(store, key).objects] == [f"{place}.png".rpartition("/")[2]]
+
+
+def test_a_bucket_may_have_a_dot(bucket):
+    bucket.reset({"1.png": b"one"})
+    store, key = open_named("s3://my.images/", bucket.url)
+    assert [info.key for info in survey(store, key).objects] == ["1.png"]
+
+
+def test_an_empty_object_of_a_prefixs_name_is_its_marker(bucket):
+    bucket.reset({"d.v1": b"", "d.v1/1.png": b"one", "e.tar": b""})
+    store, key = open_named("s3://b/d.v1", bucket.url)
+    assert [info.key for info in survey(store, key).objects] == ["1.png"]
+    store, key = open_named("s3://b/e.tar", bucket.url)
+    assert key == "e.tar"
+
+
+def test_who_may_list_a_prefix_alone_may_use_it(bucket):
+    bucket.manners = lambda asked, reply: refused(403, "AccessDenied") if asked.method == "HEAD" else reply
+    store, key = open_named("s3://b/d", bucket.url)
+    assert len(survey(store, key).objects) == 7
+
+
+def test_a_store_that_is_away_is_not_taken_for_a_prefix(bucket):
+    bucket.manners = lambda _asked, _reply: refused(503, "SlowDown")
+    with pytest.raises(UnavailableError):
+        open_named("s3://b/d", bucket.url, wait_seconds=0)
 
 
 @pytest.fixture
