@@ -23,7 +23,7 @@ from storage.parquet import checked_columns, parquet_bytes
 from storage.patient import SHORT_PATIENCE_SECONDS, PatientStore, witnesses_of
 from storage.places import contain_each_other, is_whole_bucket, normal_place
 from storage.store import AlreadyExistsError, DamagedError, MissingError, ObjectInfo, ObjectStore
-from storage.stores import open_named, open_store
+from storage.stores import open_named, open_store, probe_reads
 from storage.survey import Layout, survey
 
 PLAN_FOLDER = "_job/plan/"
@@ -127,10 +127,11 @@ def check_place(output: str, taken: Mapping[str, str]) -> None:
 
 
 def make_plan(config: JobConfig, *, weights_sha256: str | None, workforce: Workforce) -> Plan:
-    """Lists the input and cuts it into units; reads no image."""
+    """Lists the input and cuts it into units; reads no image, but tries whether the store serves what it lists."""
     source, key = open_named(config.data, config.endpoint_url)
     identity = config.identity(weights_sha256)
     found = survey(source, key)
+    probe_reads(source, found.objects)
     witnesses = witnesses_of([info.key for info in found.objects])
     patient = PatientStore(source, SHORT_PATIENCE_SECONDS, witnesses=witnesses)
     cut = list(pieces(patient, found, config, workforce))

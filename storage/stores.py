@@ -2,7 +2,7 @@
 
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +10,20 @@ from pathlib import Path
 from storage.local import LocalStore
 from storage.patient import SHORT_PATIENCE_SECONDS, PatientStore
 from storage.places import S3, normal_place, split_place
-from storage.store import AlreadyExistsError, MissingError, ObjectStore, StoreError, UnavailableError
+from storage.store import (
+    AlreadyExistsError,
+    ChangedError,
+    MissingError,
+    ObjectError,
+    ObjectInfo,
+    ObjectStore,
+    StoreError,
+    UnavailableError,
+)
 
 RACERS = 4
+NUM_SAMPLES = 8
+"""Objects of an input that are tried before it is taken for unreadable."""
 
 
 class WeakStoreError(StoreError):
@@ -66,16 +77,43 @@ def _is_object(store: ObjectStore, name: str) -> bool:
 
 
 def probe(store: ObjectStore, prefix: str) -> None:
-    """Proves that the store creates an object once, and leaves nothing behind.
+    """Proves that the store creates an object once and says what is true of it, and leaves nothing behind.
 
-    A second write of one key must fail, and of four at once exactly one must win and be read back.
-    Raises WeakStoreError where that does not hold, and StoreError where nothing can be written.
+    A second write of one key must fail, and of four at once exactly one must win and be read back. Length, version,
+    metadata, range and listing of an object must be those that it was written with. Raises WeakStoreError where that
+    does not hold, and StoreError where nothing can be written.
     """
     key = f"{prefix}{uuid.uuid4().hex}"
     with _removed(store, f"{key}-twice") as twice:
         _second_must_fail(store, twice)
     with _removed(store, f"{key}-race") as race:
         _one_must_win(store, race)
+    with _removed(store, f"{key}-echo") as echo:
+        _must_echo(store, echo)
+    if store.head(echo) is not None:
+        raise _weak(store, "an object that was deleted is still there")
+
+
+def probe_reads(store: ObjectStore, objects: Sequence[ObjectInfo]) -> None:
+    """Proves, on a few of the listed objects, that they come at their version and in the ranges that are asked for.
+
+    One that holds is enough. Raises StoreError for a store that serves no range, and where none of them can be read.
+    """
+    candidates = [info for info in objects if info.size > 1]
+    chosen = candidates[:: max(1, len(candidates) // NUM_SAMPLES)][:NUM_SAMPLES]
+    troubles: list[StoreError] = []
+    for info in chosen:
+        try:
+            _must_serve_ranges(store, info)
+            return
+        except UnavailableError:
+            return  # a store that is busy is waited for by those who read
+        except (MissingError, ChangedError, ObjectError) as trouble:
+            troubles.append(trouble)
+    if troubles:
+        raise StoreError(
+            f"none of the {len(troubles)} objects that were tried can be read as {store.uri} lists them: {troubles[0]}"
+        )
 
 
 @contextmanager
@@ -90,10 +128,17 @@ def _removed(store: ObjectStore, key: str) -> Iterator[str]:
 
 
 def _second_must_fail(store: ObjectStore, key: str) -> None:
-    if not _is_first(store, key, b"first"):
+    try:
+        is_first = _is_first(store, key, b"first")
+    except UnavailableError:
+        raise
+    except StoreError as error:
+        store.put(key, b"first")  # raises where nothing can be written at all
+        raise _weak(store, f"it writes objects and refuses the condition If-None-Match ({error})") from error
+    if not is_first:
         raise StoreError(f"{store.uri} refuses to create {key}, and nobody else can have created it")
     if _is_first(store, key, b"second"):
-        raise _weak(store, "a second write of the same object succeeded")
+        raise _weak(store, "a second write of the same object succeeded (it ignores If-None-Match)")
 
 
 def _is_first(store: ObjectStore, key: str, body: bytes) -> bool:
@@ -122,11 +167,43 @@ def _one_must_win(store: ObjectStore, key: str) -> None:
         outcomes = pool.map(race, (f"racer {number}".encode() for number in range(RACERS)))
         winners = [body for body in outcomes if body is not None]
     if len(winners) != 1 or store.read(key) != winners[0]:
-        raise _weak(store, f"of {RACERS} writers at once {len(winners)} believed to be the first")
+        raise _weak(store, f"of {RACERS} writers at once {len(winners)} won (it ignores If-None-Match)")
+
+
+def _must_echo(store: ObjectStore, key: str) -> None:
+    body, metadata = b"0123456789", {"attempt": "Probe-1", "ok": "1"}
+    store.create(key, body, metadata=metadata)
+    info = store.head(key)
+    if info is None or info.size != len(body):
+        raise _weak(store, f"an object of {len(body)} bytes has {info.size if info else 'none'} by HEAD")
+    if {name: info.metadata.get(name) for name in metadata} != metadata:
+        raise _weak(store, f"of an object's metadata {metadata} it keeps {dict(info.metadata)}")
+    if [(one.key, one.size, one.etag) for one in store.list(key)] != [(key, info.size, info.etag)]:
+        raise _weak(store, "its listing does not name an object that was written, with its length and version (ETag)")
+    if store.read(key, etag=info.etag, start=3, length=4) != body[3:7]:
+        raise _weak(store, "it answers a range with other bytes")
+    store.put(key, body * 2)
+    try:
+        store.read(key, etag=info.etag)
+    except ChangedError:
+        return
+    raise _weak(store, "an object that was replaced keeps its version (ETag), or is not replaced")
+
+
+def _must_serve_ranges(store: ObjectStore, info: ObjectInfo) -> None:
+    def read(start: int, length: int) -> bytes:
+        return store.read(info.key, etag=info.etag, start=start, length=length)
+
+    head = read(0, 2)
+    if len(head) != 2 or read(1, 1) != head[1:] or len(read(info.size - 1, 1)) != 1:
+        raise StoreError(
+            f"{store.uri} answers a range of {info.key} with other bytes than were asked for; use another store or "
+            "another address of it"
+        )
 
 
 def _weak(store: ObjectStore, seen: str) -> WeakStoreError:
     return WeakStoreError(
-        f"{store.uri} cannot hold exactly-once output: {seen} (it ignores If-None-Match); use AWS S3, a current "
-        "SeaweedFS or another store with conditional writes, or a local folder"
+        f"{store.uri} cannot hold exactly-once output: {seen}; use AWS S3, a current SeaweedFS or another store with "
+        "conditional writes, or a local folder"
     )

@@ -17,7 +17,6 @@ from jobs.cli import app
 from jobs.config import ConfigError
 from jobs.stored import map_of
 from storage.local import LocalStore
-from storage.store import StoreError
 from tests.jobs.jobs_of import config_of, rows_in, run_here
 from tests.jobs.tiny import (
     CLASSES,
@@ -182,7 +181,7 @@ def test_the_bank_does_not_lie_among_its_images(data):
 
 
 def test_a_store_that_is_not_known(data):
-    with pytest.raises(StoreError, match="ftp:// is not known"):
+    with pytest.raises(ConfigError, match="output: ftp:// is not known"):
         bank_of(data, "ftp://somewhere/bank.safetensors")
 
 

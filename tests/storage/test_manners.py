@@ -10,7 +10,7 @@ from storage.replies import version
 from storage.s3 import S3Store
 from storage.s3_client import ATTEMPTS
 from storage.store import ChangedError, ObjectError, StoreError, UnavailableError
-from storage.stores import open_named
+from storage.stores import WeakStoreError, open_named, probe, probe_reads
 from storage.survey import survey
 from tests.storage.loopback import Bucket, Reply, etag_of, refused
 
@@ -343,6 +343,172 @@ def test_whose_trouble_it_is(bucket, store, status, code, kind):
     with pytest.raises(StoreError, match=code) as caught:
         store.read("3.png")
     assert type(caught.value) is kind
+
+
+def forgets(_bucket):
+    def manners(asked, reply):
+        if asked.method == "HEAD":
+            reply.headers = {name: value for name, value in reply.headers.items() if "meta" not in name}
+
+    return manners
+
+
+def small_letters(_bucket):
+    def manners(_asked, reply):
+        reply.headers = {name: value.lower() if value else value for name, value in reply.headers.items()}
+
+    return manners
+
+
+def empty_heads(_bucket):
+    def manners(asked, reply):
+        if asked.method == "HEAD":
+            reply.headers["Content-Length"] = "0"
+
+    return manners
+
+
+def lists_nothing(_bucket):
+    return lambda asked, reply: page(token="", names=[], truncated="false") if not asked.key else reply
+
+
+def lists_other_versions(bucket):
+    bucket.listed = lambda _key, entry: {**entry, "ETag": '"other"'}
+    return lambda _asked, reply: reply
+
+
+def lists_twice_under_other_names(bucket):
+    bucket.listed = lambda key, entry: {**entry, "Key": f"{key}x"}
+    return lambda _asked, reply: reply
+
+
+def begins_anew(bucket):
+    def manners(asked, reply):
+        if reply.status == 206:
+            held = bucket.objects[asked.key]
+            reply.body = held[: len(reply.body)]
+            reply.headers["Content-Range"] = None
+
+    return manners
+
+
+def one_version_for_all(bucket):
+    bucket.listed = lambda _key, entry: {**entry, "ETag": "always"}
+
+    def manners(_asked, reply):
+        if "ETag" in reply.headers:
+            reply.headers["ETag"] = '"always"'
+
+    return manners
+
+
+def knows_no_condition(bucket):
+    def manners(asked, reply):
+        if "if-none-match" not in asked.headers:
+            return reply
+        del bucket.objects[asked.key]
+        return refused(501, "NotImplemented")
+
+    return manners
+
+
+def ignores_the_condition(bucket):
+    def manners(asked, reply):
+        if asked.method == "PUT" and reply.status == 412:
+            bucket.objects[asked.key] = asked.body
+            return Reply(200, {"ETag": etag_of(asked.body)})
+        return reply
+
+    return manners
+
+
+def keeps_what_is_deleted(bucket):
+    kept = {}
+
+    def manners(asked, reply):
+        if asked.method == "PUT":
+            kept[asked.key] = asked.body
+        if asked.method == "DELETE":
+            bucket.objects[asked.key] = kept[asked.key]
+        return reply
+
+    return manners
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (forgets, "it keeps {}"),
+        (small_letters, "it keeps .*probe-1"),
+        (empty_heads, "has 0 by HEAD"),
+        (lists_nothing, "its listing does not name"),
+        (lists_other_versions, "its listing does not name"),
+        (lists_twice_under_other_names, "its listing does not name"),
+        (begins_anew, "answers a range with other bytes"),
+        (one_version_for_all, "keeps its version"),
+        (knows_no_condition, "refuses the condition If-None-Match"),
+        (ignores_the_condition, "ignores If-None-Match"),
+        (keeps_what_is_deleted, "deleted is still there"),
+    ],
+)
+def test_the_probe_finds_what_a_store_cannot_do(bucket, store, spoil, words):
+    bucket.manners = spoil(bucket)
+    with pytest.raises(WeakStoreError, match=words) as caught:
+        probe(store, "_job/probe-")
+    assert str(caught.value).startswith("s3://b/d cannot hold exactly-once output: ")
+
+
+def test_the_probe_takes_a_store_of_good_manners(bucket, store):
+    before = dict(bucket.objects)
+    probe(store, "_job/probe-")
+    assert bucket.objects == before
+
+
+def test_a_store_that_may_not_be_written_says_so(bucket, store):
+    bucket.manners = lambda asked, reply: refused(403, "AccessDenied") if asked.method == "PUT" else reply
+    with pytest.raises(StoreError, match=r"writing .* was refused") as caught:
+        probe(store, "_job/probe-")
+    assert type(caught.value) is StoreError
+
+
+def refuses(*names):
+    return lambda asked, reply: refused(403, "InvalidObjectState") if asked.key in names else reply
+
+
+def test_an_input_that_is_served_as_it_is_listed_may_be_read(bucket, store):
+    objects = list(store.list())
+    probe_reads(store, objects)
+    bucket.manners = refuses("d/0.png", "d/1.png")
+    probe_reads(store, objects)
+    bucket.manners = lambda _asked, _reply: refused(503, "SlowDown")
+    probe_reads(store, objects)
+    probe_reads(store, [])
+
+
+@pytest.mark.parametrize(
+    ("manners", "words"),
+    [
+        (refuses(*(f"d/{number}.png" for number in range(7))), "none of the 7 objects .* is archived"),
+        (lambda _asked, _reply: refused(404, "NoSuchKey"), "none of the 7 objects .* no object"),
+    ],
+)
+def test_an_input_of_which_nothing_can_be_read_is_refused(bucket, store, manners, words):
+    objects = list(store.list())
+    bucket.manners = manners
+    with pytest.raises(StoreError, match=words):
+        probe_reads(store, objects)
+
+
+def test_an_input_whose_versions_differ_between_listing_and_reading_is_refused(bucket, store):
+    bucket.listed = lambda _key, entry: {**entry, "ETag": '"other"'}
+    with pytest.raises(StoreError, match=r"as s3://b/d lists them: .* has changed"):
+        probe_reads(store, list(store.list()))
+
+
+def test_an_input_whose_ranges_are_wrong_is_refused(bucket, store):
+    bucket.manners = begins_anew(bucket)
+    with pytest.raises(StoreError, match="with other bytes than were asked for"):
+        probe_reads(store, list(store.list()))
 
 
 @pytest.mark.parametrize("place", ["data.v1", "ILSVRC2012.val", "my.prefix/x.tar"])
