@@ -47,6 +47,9 @@ def _first_frame(data: bytes, place: int) -> tuple[int, int | None]:
     """Where the first frame's rectangle stands, and the transparent index that an extension before it names."""
     transparent = None
     while data[place] != FRAME:
+        if data[place] == 0:  # some writers end a block twice
+            place += 1
+            continue
         if data[place] != EXTENSION:
             raise GifError(f"a block begins with {data[place]}; wanted an extension or a frame")
         if data[place + 1] == GRAPHIC_CONTROL and data[place + 3] & 1:

@@ -52,6 +52,6 @@ def _install_handler() -> None:
     Image.preinit()
     for line in Path("/proc/self/maps").read_text().splitlines():
         path = Path(line.split(maxsplit=5)[-1])
-        if path.name.startswith("libtiff"):
+        if path.name.startswith("libtiff") and path.exists():
             ctypes.CDLL(str(path)).TIFFSetErrorHandler(_hear)
             return

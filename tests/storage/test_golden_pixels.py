@@ -415,6 +415,13 @@ def test_gif_a_frame_that_covers_a_part():
     assert code(on_canvas(plain, 4, 4, 1, 0), "ends at") == RejectCode.CORRUPT
 
 
+def test_gif_a_block_that_ends_twice():
+    plain = gif(np.arange(16).reshape(4, 4, 1), COLOURS)
+    frame = plain.index(b"\x2c\0\0\0\0", 13 + 768)
+    assert np.array_equal(found(plain[:frame] + b"\0" + plain[frame:]), found(plain))
+    assert code(plain[:frame] + b"\7" + plain[frame:], "block begins with 7") == RejectCode.CORRUPT
+
+
 def test_gif_a_colour_that_no_table_has():
     short = gif(np.full((4, 4, 1), 3), COLOURS[:4])
     assert np.array_equal(found(short)[0, 0], COLOURS[3])
