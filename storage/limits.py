@@ -39,10 +39,10 @@ MAX_PARQUET_FOOTER_BYTES = 8 << 20
 MAX_PARQUET_COLUMNS = 10_000
 """Columns of one Parquet file, those inside of structs and lists counted one by one."""
 
-MAX_PAGES_BYTES = 2 * MAX_IMAGE_BYTES
+MAX_PAGES_BYTES = 3 * MAX_IMAGE_BYTES // 2
 """Pages of one Parquet row group that are in memory at once, after decompression, dictionaries included.
 
-With what Arrow and Python copy of them a Parquet file is read in 8 times `MAX_IMAGE_BYTES`.
+Arrow and Python copy them up to four times: a Parquet file is read in 8 times `MAX_IMAGE_BYTES`.
 """
 
 MAX_BATCH_BYTES = MAX_IMAGE_BYTES

@@ -41,6 +41,8 @@ UNREPEATED = {"PLAIN", "DELTA_LENGTH_BYTE_ARRAY", "RLE", "BIT_PACKED"}
 """Encodings that repeat no byte of a value; the last two are how levels are written beside values."""
 WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "INT96": 8, "DOUBLE": 8}
 """Bytes of a value in memory by physical type; others have a length of their own."""
+MAX_NAMED = 8
+"""Columns in a message."""
 BYTES_PER_VALUE = 16
 """Levels, offsets and validity of one value."""
 
@@ -336,7 +338,8 @@ def stored_types(schema: pa.Schema) -> pa.Schema:
 def checked_columns(table: ParquetTable, schema: pa.Schema) -> ParquetTable:
     """The table, if its columns are those of `schema` and no others. Raises DamagedError."""
     if not table.schema.equals(stored_types(schema)):
-        raise DamagedError(f"{table.where} has the columns {', '.join(table.names)}; not those that are written there")
+        odd = sorted(set(table.names) ^ set(schema.names))[:MAX_NAMED] or ["their types or order"]
+        raise DamagedError(f"{table.where} has other columns than those that are written there: {', '.join(odd)}")
     table.refuse_extensions(table.names)
     return table
 

@@ -464,6 +464,7 @@ BOMBS = {
     "a cell behind a footer that lies": lambda: zstd(bytes(40 * CAP), unfolded=1 << 40),
     "many groups": lambda: zstd(*[bytes(CAP)] * 40),
     "a dictionary": lambda: repeated(bytes(CAP), 200),
+    "a dictionary at its bound": lambda: repeated(bytes(3 * CAP // 2 - 1000), 5),
     "a dictionary that is too large": lambda: repeated(bytes(40 * CAP), 200),
     "lengths": lambda: parquet(Column([page(DELTA, 1, DELTA_LENGTHS)], 1, (DELTA_LENGTHS,))),
 }
@@ -476,10 +477,11 @@ def test_bombs_stay_within_eight_times_the_cap():
     )
     found = dict(line.split(" | ", 1) for line in done.stdout.splitlines())
     assert set(found) == set(BOMBS), done.stdout + done.stderr
-    assert found["one cell"].endswith(f"unfolds to {40 * CAP + 4} bytes, at most {2 * CAP} are read")
+    assert found["one cell"].endswith(f"unfolds to {40 * CAP + 4} bytes, at most {3 * CAP // 2} are read")
     assert found["a cell that is barely too large"] == "1 rows"
     assert f"unfolds to {40 * CAP + 4} bytes" in found["a cell behind a footer that lies"]
     assert found["many groups"] == "40 rows"
     assert found["a dictionary"] == "200 rows"
+    assert found["a dictionary at its bound"] == "5 rows"
     assert f"unfolds to {40 * CAP + 4}" in found["a dictionary that is too large"]
     assert "holds 400000000 values" in found["lengths"]
