@@ -33,6 +33,12 @@ def test_as_many_folders_as_classes_are_the_classes_in_order():
     assert [some.index(name) for name in ("ant", "bee", "dog")] == [1, 2, None]
 
 
+@pytest.mark.parametrize("label", ["²", "٣", "9" * 5000, "1.0", "-1", "3", ""])
+def test_a_label_that_is_no_class_number_means_no_class(label):
+    assert Labels([], ["ant", "bee", "cat"], 3).index(label) is None
+    assert Labels([label, "a", "b", "c"], ["ant", "bee", "cat"], 3).index(label) is None
+
+
 def receipt(records, forwards):
     return Receipt("u", 0, "f", 1, "s", records, records, records, 0, {}, forwards, {})
 

@@ -143,8 +143,9 @@ def test_a_fragment_or_ground_truth_with_an_extension_type_is_damaged(trap):
     keyed = SCHEMA.set(0, evil("key", pa.string()).with_nullable(False))
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist([], schema=keyed), sink)
-    with pytest.raises(DamagedError, match="extension type"):
-        read_fragment(sink.getvalue())
+    for columns in (None, ["status"]):
+        with pytest.raises(DamagedError, match="extension type"):
+            read_fragment(sink.getvalue(), columns)
     truth = written(
         pa.schema([evil("key", pa.binary()), ("boxes", pa.list_(pa.list_(pa.float64())))]), key=[], boxes=[]
     )
@@ -395,9 +396,12 @@ def test_lists_that_repeat_one_long_text_are_refused():
         list(table.rows(["texts"], 1, most_bytes=1000))
 
 
-def test_a_table_is_read_up_to_its_bound():
+def test_a_table_is_read_up_to_its_bound(monkeypatch):
     body = encode_fragment([], {})
     assert read_fragment(body).num_rows == 0
+    monkeypatch.setattr("storage.fragments.MAX_FRAGMENT_BYTES", len(body) - 1)
+    with pytest.raises(DamagedError, match=f"the fragment has {len(body)} bytes or more"):
+        read_fragment(body)
     table = parquet_bytes(written(a=["x" * 1000] * 100), "t")
     schema = pa.schema([("a", pa.string())])
     assert table.table(["a"], schema).num_rows == 100
