@@ -32,6 +32,8 @@ OURS = (ASIDE, SIDECAR, PENDING)
 
 NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
 """What a file system without hard links says to one (FAT: EPERM)."""
+NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
+"""What a share says that syncs files and no folders (CIFS, FUSE): it has no way to make a name last."""
 NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 """What it says of a path that leads to no file."""
 ODD_KINDS = {stat.S_IFIFO: "pipes", stat.S_IFSOCK: "sockets", stat.S_IFCHR: "devices", stat.S_IFBLK: "devices"}
@@ -330,5 +332,8 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(descriptor)

@@ -181,6 +181,52 @@ def test_a_change_in_the_midst_of_a_read_shows(tmp_path, monkeypatch):
         store.read("x", etag=etag)
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_version_is_that_of_the_bytes_that_were_read(tmp_path, monkeypatch, moment):
+    """A change between looking at the version and reading, in either order, is no body of the planned version."""
+    store = LocalStore(tmp_path)
+    store.put("x", b"one")
+    etag = store.head("x").etag
+    opened = Path.open
+
+    class Changing:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def read(self, *size):
+            data = self.file.read(*size) if moment == "after" else b""
+            with opened(tmp_path / "x", "wb") as other:
+                other.write(b"other")
+            return data or self.file.read(*size)
+
+    monkeypatch.setattr(Path, "open", lambda path, mode: Changing(opened(path, mode)))
+    with pytest.raises(ChangedError):
+        store.read("x", etag=etag)
+
+
+def test_a_folder_that_cannot_be_synced_takes_objects_all_the_same(tmp_path, monkeypatch):
+    synced = os.fsync
+
+    def files_only(descriptor):
+        if Path(f"/proc/self/fd/{descriptor}").is_dir():
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        synced(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    store = LocalStore(tmp_path / "out")
+    store.create("data/x", b"1", metadata={"attempt": "one"})
+    assert (store.read("data/x"), store.head("data/x").metadata) == (b"1", {"attempt": "one"})
+
+
 def test_folders_are_no_objects(tmp_path):
     store = LocalStore(tmp_path)
     store.put("a/b", b"1")
