@@ -372,6 +372,15 @@ def test_tiff_what_libtiff_says_is_the_reason_and_not_on_stderr(capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_tiff_what_libtiff_fills_in_is_no_picture():
+    values = RANDOM.integers(0, 2, (40, 50)).astype(bool)
+    data = bytearray(encoded(Image.fromarray(values), "TIFF", compression="group4"))
+    page = tifffile.TiffFile(io.BytesIO(bytes(data))).pages[0]
+    start, size = page.dataoffsets[0], page.databytecounts[0]
+    data[start + size // 2 : start + size] = b"\xa5" * (size - size // 2)
+    assert code(bytes(data), "^libtiff says, in 1 messages: Fax4Decode: Bad code word") == RejectCode.CORRUPT
+
+
 # ---------------------------------------------------------------- GIF
 
 
