@@ -123,7 +123,7 @@ class Protocol(RuleBasedStateMachine):
     def finalize_or_report(self) -> None:
         """A slow attempt that commits a unit after a manifest gave it up is not prevented: it is reported."""
         standing = stand(self.store, self.world.plan)
-        given_up = {dead["unit_id"] for dead in (final_manifest(self.store, self.plan) or {"dead": []})["dead"]}
+        given_up = {dead["unit_id"] for dead in (final_manifest(self.store, self.world.plan) or {"dead": []})["dead"]}
         late = sorted(receipt.fragment for unit_id, receipt in standing.receipts.items() if unit_id in given_up)
         wanted = [f"{key} stands and is not in the final manifest: its unit was given up there" for key in late]
         assert [fault for _, faults in check(self.store, self.world.plan) for fault in faults] == wanted
