@@ -111,7 +111,9 @@ def mutants_in(tree: Path) -> Iterator[Mutant]:
         file = meta.with_suffix("")
         codes = json.loads(meta.read_text())["exit_code_by_key"]
         functions = {
-            node.name: node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)
+            node.name: node
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         }
         for name in sorted(codes):
             mutant = _mutant(name, functions)
@@ -119,7 +121,7 @@ def mutants_in(tree: Path) -> Iterator[Mutant]:
                 yield mutant
 
 
-def _mutant(name: str, functions: dict[str, ast.FunctionDef]) -> Mutant:
+def _mutant(name: str, functions: dict[str, ast.AST]) -> Mutant:
     own = name.rpartition(".")[2]
     mangled = own.rpartition("__mutmut_")[0]
     whole, changed = functions[f"{mangled}__mutmut_orig"], functions[own]

@@ -9,6 +9,10 @@ import pytest
 from tests.faults.mutants import KILLED, ROOT, Mutant, drawn, groups, judged, mutants_in, report
 
 MUTATED = """
+async def x_sent__mutmut_orig(value):
+    return await value
+async def x_sent__mutmut_1(value):
+    return await None
 def x_half__mutmut_orig(value):
     if value > 0:
         return value / 2
@@ -41,7 +45,8 @@ def tree(tmp_path):
     folder.mkdir(parents=True)
     (folder / "half.py").write_text(MUTATED)
     names = [f"storage.half.x_half__mutmut_{number}" for number in (1, 2, 3)]
-    codes = dict.fromkeys([*names, "storage.half.xǁPairǁfirst__mutmut_1"])
+    names += ["storage.half.x_sent__mutmut_1", "storage.half.xǁPairǁfirst__mutmut_1"]
+    codes = dict.fromkeys(names)
     (folder / "half.py.meta").write_text(json.dumps({"exit_code_by_key": codes}))
     return tmp_path
 
@@ -50,6 +55,7 @@ def test_a_mutant_is_its_function_and_what_differs_and_messages_are_left_out(tre
     assert {mutant.key for mutant in mutants_in(tree)} == {
         ("half", SOUND, BROKEN),
         ("half", "return value / 2", "return value / 3"),
+        ("sent", "return await value", "return await None"),
         ("Pair.first", "return self.get(1, key=lambda: 2)", "return self.get(1)"),
     }
 
@@ -102,6 +108,6 @@ def _code_by_function() -> dict[str, list[str]]:
             own = node.body if isinstance(node, ast.ClassDef) else [node]
             prefix = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
             for each in own:
-                if isinstance(each, ast.FunctionDef):
+                if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef):
                     code.setdefault(prefix + each.name, []).append(ast.unparse(each))
     return code
