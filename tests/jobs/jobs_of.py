@@ -49,8 +49,8 @@ def fragments_in(store: ObjectStore) -> dict[str, str]:
 
 
 def command(*arguments: object) -> list[str]:
-    """The command line as a user calls it, from the repository's root."""
-    return [sys.executable, "-m", "jobs", *map(str, arguments)]
+    """The command line for a process of its own, from the repository's root; masks are scored as in this process."""
+    return [sys.executable, "-m", "tests.plain", *map(str, arguments)]
 
 
 def blocksight(*arguments: object) -> subprocess.CompletedProcess[str]:
