@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from storage.store import (
     AlreadyExistsError,
@@ -70,7 +71,7 @@ class LocalStore:
 
     def read(self, key: str, *, etag: str | None = None, start: int = 0, length: int | None = None) -> bytes:
         path = self._path(key)
-        with _explained(path, reading=True), path.open("rb") as file:
+        with _explained(path, reading=True), _regular_file(path) as file:
             file.seek(start)
             data = file.read() if length is None else file.read(length)
             found = _etag(os.fstat(file.fileno()))  # after the read: a change in its midst shows too
@@ -106,7 +107,7 @@ class LocalStore:
                         yield path.relative_to(self.root).as_posix(), kind
 
     def create(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> None:
-        path = self._path(key)
+        path = self._own_path(key)
         with _explained(path), _aside(path, data) as aside, _described(path, aside, metadata):
             try:
                 _name_once(aside, path)
@@ -114,13 +115,13 @@ class LocalStore:
                 raise AlreadyExistsError(f"{path} stands already") from error
 
     def put(self, key: str, data: bytes) -> None:
-        path = self._path(key)
+        path = self._own_path(key)
         with _explained(path), _aside(path, data) as aside:
             _forget(path)
             aside.replace(path)
 
     def delete(self, key: str) -> None:
-        path = self._path(key)
+        path = self._own_path(key)
         with _explained(path), suppress(FileNotFoundError, NotADirectoryError):
             _forget(path)
             path.unlink()
@@ -139,6 +140,24 @@ class LocalStore:
         if parts[-1].startswith(OURS):
             raise StoreError(f"key {key!r} has a name that is kept for unfinished files and metadata")
         return self.root.joinpath(*parts)
+
+    def _own_path(self, key: str) -> Path:
+        """The path of what is to be written or removed. Raises StoreError where a link below the root leads to it."""
+        path = self._path(key)
+        for folder in path.relative_to(self.root).parents:
+            if folder.parts and self.root.joinpath(folder).is_symlink():
+                raise StoreError(
+                    f"{self.root / folder} is a link, and nothing is written or removed through one: it may lead out "
+                    f"of {self.root}; put a folder in its place"
+                )
+        return path
+
+
+def _regular_file(path: Path) -> BinaryIO:
+    """The file, open for reading. Raises MissingError for what is none: a pipe would wait, and a device never end."""
+    if ODD_KINDS.get(stat.S_IFMT(path.stat().st_mode)) is not None:
+        raise MissingError(f"{path} is no regular file")
+    return path.open("rb")
 
 
 @contextmanager

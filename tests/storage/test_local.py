@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from storage.local import LocalStore
-from storage.store import AlreadyExistsError, ChangedError, ObjectError, StoreError, UnavailableError
+from storage.store import AlreadyExistsError, ChangedError, MissingError, ObjectError, StoreError, UnavailableError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -268,6 +268,33 @@ def test_a_link_to_itself_is_one_bad_file(tmp_path):
     (tmp_path / "x").symlink_to("x")
     with pytest.raises(ObjectError, match="symbolic links"):
         LocalStore(tmp_path).read("x")
+
+
+@pytest.mark.parametrize("target", ["pipe", "/dev/zero"])
+def test_what_is_no_regular_file_is_not_read(tmp_path, target):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "x").symlink_to(target)
+    with pytest.raises(MissingError, match="no regular file"):
+        LocalStore(tmp_path).read("x", length=9)
+
+
+@pytest.mark.parametrize("link", ["report", "report/deep"])
+def test_nothing_is_written_or_removed_through_a_link_below_the_root(tmp_path, link):
+    """A copied output may hold links of a stranger's choice."""
+    elsewhere, root = tmp_path / "elsewhere", tmp_path / "link" / "out"
+    (elsewhere / "deep").mkdir(parents=True)
+    (elsewhere / "deep" / "index.html").write_bytes(b"mine")
+    (tmp_path / "real" / "out").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("real")  # a link above the root is the user's own
+    (root / link).parent.mkdir(parents=True, exist_ok=True)
+    (root / link).symlink_to(elsewhere / "deep" if link.endswith("deep") else elsewhere)
+    store, key = LocalStore(root), "report/deep/index.html"
+    for change in (lambda: store.put(key, b"x"), lambda: store.create(f"{key}2", b"x"), lambda: store.delete(key)):
+        with pytest.raises(StoreError, match=rf"out/{link} is a link, and nothing is written"):
+            change()
+    assert [path.name for path in elsewhere.rglob("*") if path.is_file()] == ["index.html"]
+    assert store.read(key) == b"mine"
+    store.put("data/x", b"1")
 
 
 def test_the_version_is_that_of_the_bytes_that_were_read(tmp_path, monkeypatch):
