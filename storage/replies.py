@@ -131,6 +131,8 @@ class Listing:
                 raise StoreError(f"{self.where}: the store says that its listing goes on, and not where")
             return None
         if token in self._tokens or self._num_idle >= MAX_IDLE_PAGES:
+            if page.get("IsTruncated") is False:  # some name a token to the end, and go on without end where asked
+                return None
             raise StoreError(
                 f"{self.where}: the listing does not move on after {len(self._keys)} keys; the store ignores the "
                 "continuation token, use another store or another address of it"

@@ -200,6 +200,21 @@ def _must_serve_ranges(store: ObjectStore, info: ObjectInfo) -> None:
             f"{store.uri} answers a range of {info.key} with other bytes than were asked for; use another store or "
             "another address of it"
         )
+    if _goes_on(store, info):
+        raise StoreError(
+            f"{store.uri} lists {info.key} with {info.size} bytes, and more are there; use another store or another "
+            "address of it"
+        )
+
+
+def _goes_on(store: ObjectStore, info: ObjectInfo) -> bool:
+    """Whether there are bytes behind the listed length; stores refuse that range in many ways."""
+    try:
+        return bool(store.read(info.key, etag=info.etag, start=info.size, length=1))
+    except UnavailableError:
+        raise
+    except StoreError:
+        return False
 
 
 def _weak(store: ObjectStore, seen: str) -> WeakStoreError:

@@ -105,6 +105,14 @@ def test_a_token_counts_where_the_listing_forgets_to_say_that_it_goes_on(bucket,
     assert keys(store) == ["1.png", "2.png"]
 
 
+def test_a_listing_that_says_it_ends_may_name_a_token_all_the_same(bucket, store):
+    """Some gateways answer the token of the end with itself."""
+    bucket.manners = lambda asked, _reply: page(
+        token="end", names=[] if "continuation-token" in asked.query else ["d/1.png"], truncated="false"
+    )
+    assert keys(store) == ["1.png"]
+
+
 def test_a_key_outside_the_prefix_is_refused(bucket, store):
     bucket.manners = lambda _asked, _reply: page(token="", names=["e/1.png"], truncated="false")
     with pytest.raises(StoreError, match=r"'e/1\.png', which does not begin with 'd/'"):
@@ -503,6 +511,25 @@ def test_an_input_whose_versions_differ_between_listing_and_reading_is_refused(b
     bucket.listed = lambda _key, entry: {**entry, "ETag": '"other"'}
     with pytest.raises(StoreError, match=r"as s3://b/d lists them: .* has changed"):
         probe_reads(store, list(store.list()))
+
+
+def test_an_input_whose_listing_says_too_few_bytes_is_refused(bucket, store):
+    bucket.listed = lambda _key, entry: {**entry, "Size": "3"}
+    with pytest.raises(StoreError, match="with 3 bytes, and more are there"):
+        probe_reads(store, list(store.list()))
+
+
+@pytest.mark.parametrize("beyond", [refused(416, "InvalidRange"), refused(400, "InvalidArgument"), Reply(206), None])
+def test_a_range_behind_the_end_may_be_refused_in_any_way(bucket, store, beyond):
+    """Some answer it with the whole object."""
+
+    def manners(asked, reply):
+        whole = Reply(200, {"ETag": etag_of(bucket.objects[asked.key])}, bucket.objects[asked.key])
+        return (beyond or whole) if reply.status == 416 else reply
+
+    objects = list(store.list())
+    bucket.manners = manners
+    probe_reads(store, objects)
 
 
 def test_an_input_whose_ranges_are_wrong_is_refused(bucket, store):
