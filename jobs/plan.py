@@ -22,7 +22,7 @@ from storage.limits import MAX_BATCH_BYTES, MAX_UNFOLDING
 from storage.parquet import checked_columns, parquet_bytes
 from storage.patient import SHORT_PATIENCE_SECONDS, PatientStore, witnesses_of
 from storage.places import contain_each_other, is_whole_bucket, normal_place
-from storage.store import AlreadyExistsError, DamagedError, MissingError, ObjectInfo, ObjectStore
+from storage.store import AlreadyExistsError, DamagedError, MissingError, ObjectInfo, ObjectStore, StoreError
 from storage.stores import open_named, open_store, probe_reads
 from storage.survey import Layout, survey
 
@@ -176,11 +176,12 @@ def settle_plan(store: ObjectStore, plan: Plan) -> Plan:
         store.put(units_key, body)
         try:
             store.create(PLAN_KEY, _plan_json(plan, units_key))
-        except AlreadyExistsError:
+        except AlreadyExistsError as error:
             standing = load_plan(store)
+            if standing is None:  # a link that leads nowhere, of a local output
+                raise StoreError(f"{store.uri}/{PLAN_KEY} stands and cannot be read: remove it") from error
         else:
             return plan
-    assert standing is not None
     refuse_drift(plan.identity, standing.identity, "configuration")
     return standing
 

@@ -154,9 +154,9 @@ class LocalStore:
 
 
 def _regular_file(path: Path) -> BinaryIO:
-    """The file, open for reading. Raises MissingError for what is none: a pipe would wait, and a device never end."""
+    """The file, open for reading. Raises ObjectError for what is none: a pipe would wait, and a device never end."""
     if ODD_KINDS.get(stat.S_IFMT(path.stat().st_mode)) is not None:
-        raise MissingError(f"{path} is no regular file")
+        raise ObjectError(f"{path} is no regular file")
     return path.open("rb")
 
 

@@ -5,6 +5,7 @@ import pytest
 from jobs.config import Execution
 from jobs.plan import DriftError, settle_plan
 from jobs.run import plan_job
+from storage.store import StoreError
 from tests.jobs.jobs_of import config_of
 from tests.jobs.tiny import folder_of_images
 
@@ -21,3 +22,12 @@ def test_weights_that_change_under_one_name_are_refused(tmp_path):
         plan_job(config, execution)
     weights.write_bytes(b"first")
     assert plan_job(config, execution)[1].fingerprint == plan.fingerprint
+
+
+def test_a_plan_that_stands_and_cannot_be_read_is_no_traceback(tmp_path):
+    """A link that leads nowhere: nothing is read there, and nothing can be created."""
+    (tmp_path / "out/_job/plan").mkdir(parents=True)
+    (tmp_path / "out/_job/plan/plan.json").symlink_to(tmp_path / "nowhere")
+    config = config_of(folder_of_images(tmp_path / "in", 1, bad=False), tmp_path / "out")
+    with pytest.raises(StoreError, match=r"plan\.json stands and cannot be read"):
+        settle_plan(*plan_job(config, Execution(runner="local")))

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from storage.local import LocalStore
-from storage.store import AlreadyExistsError, ChangedError, MissingError, ObjectError, StoreError, UnavailableError
+from storage.store import AlreadyExistsError, ChangedError, ObjectError, StoreError, UnavailableError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -274,7 +274,7 @@ def test_a_link_to_itself_is_one_bad_file(tmp_path):
 def test_what_is_no_regular_file_is_not_read(tmp_path, target):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "x").symlink_to(target)
-    with pytest.raises(MissingError, match="no regular file"):
+    with pytest.raises(ObjectError, match="no regular file"):
         LocalStore(tmp_path).read("x", length=9)
 
 
