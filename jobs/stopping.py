@@ -47,8 +47,9 @@ class Stop:
             return
         self.reason = reason
         self.deadline = time.monotonic() + GRACE_SECONDS
-        self._sign = threading.Thread(target=self._put_sign, args=(reason,), daemon=True)
-        self._sign.start()
+        sign = threading.Thread(target=self._put_sign, args=(reason,), daemon=True)
+        sign.start()
+        self._sign = sign  # once it runs: a second signal may end this line, and nobody joins what was not started
 
     def clear(self) -> None:
         """Takes the sign away, once no worker of the run is left."""

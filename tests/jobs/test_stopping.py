@@ -66,6 +66,21 @@ def test_the_first_reason_counts():
     assert asked.reason == "one"
 
 
+def test_a_second_signal_within_the_first_is_no_traceback(monkeypatch):
+    """Whoever sends both at once, such as `timeout` to a process and its group, may hit the line that starts it."""
+
+    def second(_thread):
+        raise KeyboardInterrupt
+
+    ours = stop()
+    monkeypatch.setattr(threading.Thread, "start", second)
+    with pytest.raises(KeyboardInterrupt):
+        ours.request("SIGTERM")
+    monkeypatch.undo()
+    ours.clear()
+    assert ours.reason == "SIGTERM"
+
+
 def test_rows_arrive_in_order_and_errors_with_them():
     def rows():
         yield {"n": 1}
