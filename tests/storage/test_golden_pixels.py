@@ -485,6 +485,14 @@ def test_bmp_sixteen_bits(masks, greens):
     assert np.abs(found(data) - wanted).max() < 1
 
 
+def test_bmp_of_the_first_kind():
+    """A header of 12 bytes, whose sides are of two bytes and whose palette has three a colour."""
+    values, palette = noise(4, 1), RANDOM.integers(0, 256, (16, 3))
+    header = struct.pack("<IHHHH", 12, WIDTH, HEIGHT, 1, 4) + bytes(palette.ravel().tolist())
+    data = b"BM" + struct.pack("<IHHI", 0, 0, 0, 14 + len(header)) + header + lines(values, 4)
+    assert np.array_equal(found(data), palette[values[..., 0], ::-1])
+
+
 def test_bmp_runs():
     palette = bytes(RANDOM.integers(0, 256, 1024).tolist())
     runs = b"\x03\x05\x00\x03\x07\x08\x09\x00\x00\x00" + b"\x06\x02\x00\x00" + b"\x00\x01"

@@ -267,6 +267,8 @@ def test_files_by_hand_are_read():
     assert shown(parquet(column)) == [b"abc", b"de"]
     body = b"".join([number(128), number(4), number(1), signed(3)]) + b"abc"
     assert shown(parquet(Column([page(body, 1, DELTA_LENGTHS)], 1, (DELTA_LENGTHS,)))) == [b"abc"]
+    empty = b"".join([number(128), number(4), number(100), signed(0), signed(0), bytes(4)])
+    assert shown(parquet(Column([page(empty, 100, DELTA_LENGTHS)], 100, (DELTA_LENGTHS,)))) == [b""] * 100
 
 
 DELTA = delta_bomb(400_000_000)
@@ -355,6 +357,12 @@ def test_a_footer_over_the_cap_is_refused_unread(monkeypatch):
 def test_a_footer_that_is_longer_than_its_file_is_none(length):
     with pytest.raises(DamagedError, match="does not end as one"):
         records(b"PAR1" + bytes(100) + length.to_bytes(4, "little") + b"PAR1")
+
+
+@pytest.mark.parametrize("tail", [bytes(4) + b"PARE", b"\xff\xff\xff\0PAR2"])
+def test_a_file_that_does_not_end_as_parquet_is_none(tail):
+    with pytest.raises(DamagedError, match="does not end as one"):
+        records(bytes(1 << 12) + tail)
 
 
 def test_columns_over_the_cap_are_refused(monkeypatch):

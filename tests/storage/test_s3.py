@@ -136,6 +136,15 @@ def test_create_is_one_conditional_put(fake):
     assert headers["x-amz-meta-attempt"] == "one"
 
 
+def test_a_page_is_stored_as_one_that_browsers_show(fake):
+    store = S3Store("s3://bucket/prefix", fake.url)
+    store.put("report/index.html", b"1")
+    store.put("report/index.json", b"1")
+    page, other = fake.headers
+    assert page["Content-Type"] == "text/html; charset=utf-8"
+    assert "Content-Type" not in other
+
+
 def test_an_endpoint_that_never_answers_is_given_up(credentials, monkeypatch):
     monkeypatch.setattr("storage.s3_client.CONNECT_SECONDS", 0.2)
     with ExitStack() as stack:

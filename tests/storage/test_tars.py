@@ -291,6 +291,11 @@ def test_what_a_pax_header_says_is_taken():
     assert codes(read(both)) == ["ok", "duplicate_key"]
 
 
+def test_a_long_name_stands_while_a_long_link_name_follows():
+    body = block(b"L", 9, b"long.png\0", b"L") + block(b"K", 2, b"n\0", b"K") + picture(b"short.png") + ENDED
+    assert [record.key for record in read(body)] == ["s.tar/long"]
+
+
 def test_of_a_chain_of_pax_headers_only_what_is_used_is_kept():
     chain = b"".join(extended(**{f"k{number}": b"x" * 300, "path": b"%d.png" % number}) for number in range(50))
     assert [record.key for record in read(chain + picture(b"p.png") + ENDED)] == ["s.tar/49"]
