@@ -1,17 +1,23 @@
 """The commit of one unit: once, whole, and settled by the attempt id whatever the store replies."""
 
+import hashlib
+import io
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from jobs.receipts import read_receipts
 from jobs.records import Unit, UnitResult
-from jobs.unit import commit_unit
+from jobs.unit import commit_unit, decoded
 from storage.fragments import read_fragment
 from storage.maps import CODEC, decode_levels
+from storage.records import RawRecord
 from storage.store import ObjectInfo, StoreError
 from storage.survey import Layout
+from tests.jobs.jobs_of import config_of
 from tests.storage.memory import MemoryStore
 
 UNIT = Unit(3, "a" * 20, Layout.PARQUET, (ObjectInfo("t.parquet", 9, "v1"),), 0, 2, 2)
@@ -119,3 +125,23 @@ def test_a_stored_map_has_its_own_ends_and_sides():
     assert (row["map_height"], row["map_width"], row["map_codec"]) == (1, 3, CODEC)
     assert decode_levels(row["map"], (1, 3)).tolist() == [[0, 128, 255]]
     assert rejected["map"] is rejected["map_low"] is None
+
+
+def test_a_record_says_which_bytes_it_was_decoded_from():
+    sink = io.BytesIO()
+    Image.new("RGB", (5, 3)).save(sink, "BMP")
+    body = sink.getvalue()
+    facts, pixels = decoded(RawRecord("k", "s", 0, None, body), config_of("in", "out"), (8, 8))
+    assert (facts.sha256, facts.num_bytes) == (hashlib.sha256(body).hexdigest(), len(body))
+    assert (facts.format, facts.width, facts.height) == ("BMP", 5, 3)
+    assert pixels.shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize(("layout", "etag"), [(Layout.PARQUET, b"v1"), (Layout.TAR, b"v1"), (Layout.IMAGES, b"")])
+def test_a_fragment_names_its_job_and_the_version_of_its_shard(layout, etag):
+    store = MemoryStore()
+    unit = replace(UNIT, layout=layout)
+    commit_unit(replace(result(), unit=unit), store, "job")
+    said = pq.read_schema(io.BytesIO(store.read(unit.fragment_key))).metadata
+    wanted = {b"blocksight.job": b"job", b"blocksight.unit": unit.unit_id.encode(), b"blocksight.input_etag": etag}
+    assert {name: value for name, value in said.items() if name in wanted} == wanted

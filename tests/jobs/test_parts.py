@@ -8,9 +8,12 @@ from engine.catalog import BALANCED_BUDGET
 from jobs.config import load_config
 from jobs.estimate import AUTO_FULL_SHARE, estimate
 from jobs.labels import Labels
+from jobs.plan import Plan
 from jobs.progress import Tally, clock
-from jobs.records import Receipt, UnitFailure
+from jobs.records import Receipt, Unit, UnitFailure
 from jobs.tables import printable
+from storage.store import ObjectInfo
+from storage.survey import Layout
 
 
 def test_labels_are_never_guessed():
@@ -124,3 +127,19 @@ def test_units_shrink_towards_the_end():
 
 def test_text_of_strangers_cannot_move_the_cursor():
     assert printable("a\x1b[31mb\n[bold]") == "a\\x1b[31mb\\x0a\\[bold]"
+
+
+@pytest.mark.parametrize(
+    ("layout", "limit", "num_records", "is_exact"),
+    [
+        (Layout.TAR, None, 4, False),
+        (Layout.TAR, 4, 4, True),
+        (Layout.TAR, 4, 0, False),
+        (Layout.PARQUET, None, 4, True),
+        (Layout.PARQUET, None, 0, False),
+    ],
+)
+def test_a_count_is_exact_but_for_whole_tars_and_what_cannot_be_read(layout, limit, num_records, is_exact):
+    unit = Unit(0, "a" * 20, layout, (ObjectInfo("x", 9, "v"),), 0, 9, num_records)
+    plan = Plan({"limit": limit}, layout, (unit,), 1, 9, num_records, {})
+    assert plan.is_exact is is_exact
