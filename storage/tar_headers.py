@@ -4,7 +4,7 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from storage.limits import MAX_TAR_HEADER_BYTES
+from storage.limits import MAX_MEMBER_NAME_BYTES, MAX_TAR_HEADER_BYTES
 from storage.records import WindowedFile, as_text
 from storage.rejects import Reject, RejectCode
 
@@ -140,7 +140,7 @@ def _heard(file: WindowedFile, header: tarfile.TarInfo, offset: int, said: _Said
         return _Said(start, said.name, {**said.fields, **fields}, said.of_all)
     name = said.name
     if header.type == tarfile.GNUTYPE_LONGNAME:
-        name = body.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+        name = _kept(body.partition(b"\0")[0])
     return _Said(start, name, said.fields, said.of_all)
 
 
@@ -155,9 +155,15 @@ def _pax_fields(body: bytes) -> dict[str, str]:
         if not space or not equals or not value.endswith(b"\n") or stop > end:
             raise ValueError(f"{body[start : start + SHOWN_BYTES]!r} is no record of it")
         if key in USED_FIELDS or key.startswith(SPARSE_PREFIX):
-            fields[key.decode() if key in USED_FIELDS else SPARSE] = value[:-1].decode("utf-8", "surrogateescape")
+            text = value[:-1].rstrip(b"/") if key == PATH.encode() else value[:-1]
+            fields[key.decode() if key in USED_FIELDS else SPARSE] = _kept(text)
         start = stop
     return fields
+
+
+def _kept(value: bytes) -> str:
+    """A value as text, cut where it is too long for a name all the same: a global one is every member's."""
+    return value.decode("utf-8", "surrogateescape")[: MAX_MEMBER_NAME_BYTES + 1]
 
 
 def _number(text: str) -> int:
@@ -171,7 +177,7 @@ def _member(file: WindowedFile, header: tarfile.TarInfo, offset: int, said: _Sai
     """The member with this header. Raises ShardFault where its body reaches beyond the shard."""
     fields: Mapping[str, str] = {**said.of_all, **said.fields}
     is_sparse = header.type == tarfile.GNUTYPE_SPARSE or SPARSE in fields or SPARSE_NAME in fields
-    name = fields.get(SPARSE_NAME) or fields.get(PATH, "").rstrip("/") or said.name or header.name
+    name = fields.get(SPARSE_NAME) or fields.get(PATH) or said.name or header.name
     start = offset if said.start is None else said.start
     size = _size(file, header, offset, fields)
     data_start = _behind_sparse_map(file, offset) if header.type == tarfile.GNUTYPE_SPARSE else offset + BLOCK

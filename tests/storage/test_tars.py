@@ -308,6 +308,15 @@ def test_of_a_chain_of_pax_headers_only_what_is_used_is_kept():
             _pax_fields(body)
 
 
+def test_a_name_is_kept_no_longer_than_it_takes_to_refuse_it():
+    """A global header names every member: its text would be gone through as often as there are any."""
+    assert len(_pax_fields(extended(path=b"x" * 100_000)[512:])["path"]) == 513
+    slashes = b"a" + b"/" * 600
+    found = read(extended(path=slashes + b"b.png") + picture(b"1.png") + extended(path=slashes) + picture(b"2") + ENDED)
+    assert codes(found) == ["member_refused", "missing_image"]
+    assert found[1].key == "s.tar/a"
+
+
 def test_the_work_is_bounded_by_the_bytes():
     """A size that leads back would be walked for ever."""
     for back in (512, 1024, 8192):
