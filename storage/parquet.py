@@ -320,11 +320,15 @@ def is_bytes(kind: pa.DataType) -> bool:
         or types.is_fixed_size_binary(kind)
         or types.is_string(kind)
         or types.is_large_string(kind)
+        or types.is_binary_view(kind)
+        or types.is_string_view(kind)
     )
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    types = pa.types
+    is_view = types.is_list_view(kind) or types.is_large_list_view(kind)
+    return is_view or types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
 
 
 @lru_cache

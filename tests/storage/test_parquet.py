@@ -120,6 +120,13 @@ def test_an_unused_column_of_an_extension_type_is_ignored_and_named(trap, nestin
     assert trap == []
 
 
+def test_views_are_no_extension_types():
+    lists = pa.array([["a"], [], None, ["b", "c"]], pa.list_view(pa.string_view()))
+    body = written(image=pa.array(IMAGES, pa.binary_view()), words=lists)
+    assert shown(body) == IMAGES
+    assert table_facts(*stored(body)).unread == ()
+
+
 @pytest.mark.parametrize("role", ["image", "label", "key"])
 @pytest.mark.parametrize("nesting", NESTINGS)
 def test_a_used_column_of_an_extension_type_rejects_the_shard(trap, nesting, role):
@@ -169,6 +176,8 @@ def test_types_that_cannot_be_known_are_damage():
         pa.array(["a", "b", "a", None]).dictionary_encode(),
         pa.array([b"a", b"b", b"a", None]).dictionary_encode(),
         pa.array(["a", "b", "a", None], pa.large_string()),
+        pa.array(["a", "b", "a", None], pa.string_view()),
+        pa.array([b"a", b"b", b"a", None], pa.binary_view()),
     ],
 )
 def test_dictionaries_and_large_texts_are_read(column):
