@@ -6,6 +6,8 @@ from storage.rejects import Reject, RejectCode
 from storage.samples import Samples, refuse_large
 
 PLAIN, RLE8, RLE4, BITFIELDS = range(4)
+END_OF_ROW, END_OF_PICTURE, MOVE = range(3)
+"""What stands behind a zero in place of a run; greater numbers are pixels that are written out."""
 HEADERS = (12, 40, 52, 56, 108, 124)
 """Sizes of the headers that are read: OS/2 1, and Windows 3 to 5."""
 
@@ -56,6 +58,8 @@ def described(data: bytes, most_pixels: int) -> Samples:
     num_colours = named or 2**bits
     palette = data[14 + size : start][: num_colours * (3 if size == 12 else 4)]
     _check_palette(palette, num_colours, bits, 3 if size == 12 else 4)
+    if compression in (RLE8, RLE4):
+        _check_runs(memoryview(data)[start:], width, height, bits)
     return Samples("BMP", data, width, abs(height), num_colours=num_colours)
 
 
@@ -78,6 +82,28 @@ def _check_palette(palette: bytes, num_colours: int, bits: int, entry_bytes: int
     )
     if is_ramp and bits != (1 if num_colours == 2 else 8):
         raise _refused(f"{bits} bits with a palette of the greys {tuple(greys)}", "another palette, or another depth")
+
+
+def _check_runs(runs: memoryview, width: int, height: int, bits: int) -> None:
+    """Raises BmpError where pixels lie beyond their row or the picture: Pillow would shift what follows them."""
+    column = row = place = 0
+    while place + 1 < len(runs):
+        count, value = runs[place], runs[place + 1]
+        place += 2
+        if not count and value == END_OF_PICTURE:
+            return
+        if not count and value == END_OF_ROW:
+            column, row = 0, row + 1
+            continue
+        if not count and value == MOVE:
+            right, up = bytes(runs[place : place + 2]).ljust(2, b"\0")
+            column, row, place = column + right, row + up, place + 2
+            continue
+        if not count:
+            place += (value * bits + 15) // 16 * 2  # written out, in whole words
+        column += count or value
+        if column > width or row >= height:
+            raise BmpError(f"its runs reach column {column} in row {row} of {width} x {height} pixels")
 
 
 def _refused(what: str, wanted: str) -> Reject:

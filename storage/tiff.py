@@ -55,6 +55,9 @@ PREDICTED = (LZW, DEFLATE, OLD_DEFLATE, LZMA, ZSTD)
 """Compressions that a predictor goes with."""
 END_OF_JPEG = b"\xff\xd9"
 
+MAX_SAMPLES = 8
+"""Of one pixel; the kinds that are read have six at most."""
+
 _NUMBERS = {1: "B", 3: "H", 4: "I", 5: "II", 16: "Q"}
 
 
@@ -200,6 +203,8 @@ def _kind(found: Directory) -> _Kind:
         )
     colours = COLOURS[photometric[0]]
     num_samples = found.number(SAMPLES_PER_PIXEL, 1)
+    if not 0 < num_samples <= MAX_SAMPLES:  # before a list is made that is as long
+        raise _refused(f"{num_samples} samples", f"at most {MAX_SAMPLES}")
     bits = found.numbers(BITS) or (1,)
     depths = bits * num_samples if len(bits) == 1 else bits
     extra = found.numbers(EXTRA_SAMPLES)

@@ -302,6 +302,7 @@ def test_tiff_bigtiff_and_further_frames():
         (tiff(noise(8, 4), 8, 2), "4 samples, of which 0 are named"),
         (tiff(noise(8, 4), 8, 2, tags={338: [2]}, planar=True), "separate planes"),
         (tiff(noise(8, 5), 8, 2, tags={338: [0, 2]}), "extra samples"),
+        (tiff(noise(8, 1), 8, 1, tags={277: [65535]}), "65535 samples is not read; wanted at most 8"),
         (tiff(noise(16, 2), 16, 1, tags={338: [2]}), "16 bits and extra samples"),
         (tiff(noise(8, 2), 8, 3, tags={320: [0] * 768, 338: [2]}), "palette with 8 bits and extra"),
         (tiff(noise(4, 1), 4, 3, tags={320: [200] * 48}), "values below 256"),
@@ -499,9 +500,27 @@ def test_bmp_runs():
     colours = np.frombuffer(palette, np.uint8).reshape(-1, 4)[:, 2::-1]
     data = bmp(runs, 6, 2, 8, compression=1, palette=palette)
     assert np.array_equal(found(data), colours[np.array([[2] * 6, [5, 5, 5, 7, 8, 9]])])
+    halves = b"\x03\x56\x00\x03\x78\x90\x00\x00" + b"\x05\x12\x01\x20\x00\x00" + b"\x00\x01"
+    data = bmp(halves, 6, 2, 4, compression=2, palette=palette[:64])
+    assert np.array_equal(found(data), colours[np.array([[1, 2, 1, 2, 1, 2], [5, 6, 5, 7, 8, 9]])])
 
 
 RAMP = bytes(np.repeat(np.arange(256, dtype=np.uint8), 4).tolist())
+
+
+@pytest.mark.parametrize(
+    ("runs", "bits"),
+    [
+        (b"\x02\x05\x00\x04\x01\x02\x03\x04\x00\x00\x04\x01\x00\x01", 8),  # two pixels and four in a row of four
+        (b"\x03\x55\x00\x03\x12\x30\x00\x00\x04\x11\x00\x01", 4),
+        (b"\x05\x01\x00\x00\x04\x01\x00\x01", 8),
+        (b"\x00\x02\x03\x00\x02\x01\x00\x01", 8),
+        (b"\x00\x02\x00\x02\x01\x01\x00\x01", 8),
+    ],
+)
+def test_bmp_runs_that_leave_the_picture(runs, bits):
+    palette = bytes(RANDOM.integers(0, 256, 4 << bits).tolist())
+    assert code(bmp(runs, 4, 2, bits, compression=1 if bits == 8 else 2, palette=palette), "runs reach") == "corrupt"
 
 
 @pytest.mark.parametrize(
