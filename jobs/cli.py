@@ -17,7 +17,7 @@ from cluster.switches import refuse_unsafe_switches
 from engine.errors import ModelError
 from jobs import tables
 from jobs.budgets import Budget, excess
-from jobs.config import ConfigError, Execution, JobConfig, execution_of, load_config, parse_parameters
+from jobs.config import MAX_SEED, ConfigError, Execution, JobConfig, execution_of, load_config, parse_parameters
 from jobs.plan import Plan
 from jobs.progress import counted
 from jobs.reconcile import Standing, check, final_manifest, num_accepted, stand
@@ -328,7 +328,7 @@ def evaluate(
     baseline: Annotated[
         Literal["zero", "black"], typer.Option(help="What stands where a metric removes a pixel, for every method.")
     ] = "zero",
-    seed: Annotated[int, typer.Option(min=0, help="Of the sample and of all that is random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the sample and of all that is random.")] = 0,
     model: Model = None,
     weights: Weights = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Actors.  [default: one per GPU, or CPU core]")] = None,
@@ -453,7 +453,7 @@ def audit(
     ] = True,
     model: Model = None,
     weights: Weights = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of samples and random regions.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of samples and random regions.")] = 0,
     endpoint_url: Endpoint = None,
 ) -> None:
     """Find what is wrong with a model: how its maps lie, class by class, which are odd, which shortcuts it takes.

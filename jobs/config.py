@@ -37,6 +37,8 @@ CODE_VERSION = "4"
 """Raised whenever the same configuration and input would give other bytes."""
 
 MAX_TARGETS = 100
+MAX_SEED = 2**63 - 1
+"""Beyond, no generator of PyTorch's takes it."""
 MAX_SENTENCE = 500
 """Characters of what is said of a stranger's values, and of a model's name."""
 
@@ -114,7 +116,7 @@ class JobConfig(BaseModel):
         default="squash", description="whole image, or its centre at the short side"
     )
     limit: int | None = Field(default=None, ge=1, description="only the first so many records")
-    seed: int = Field(default=0, ge=0, description="of everything random")
+    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="of everything random")
 
     @field_validator("blocks", mode="before")
     @classmethod
@@ -363,6 +365,14 @@ def load_config(file: Path | None, options: Mapping[str, Any]) -> tuple[JobConfi
         config.explainer_parameters()
         config = config.model_copy(update={"parameters": _settled(config.method, config.parameters)})
         return config, Execution.model_validate(execution)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from error
+
+
+def checked_config(values: Mapping[str, Any]) -> JobConfig:
+    """The configuration of these values. Raises ConfigError in one sentence, which repeats no place that is refused."""
+    try:
+        return JobConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_sentence(error)) from error
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.catalog import factory_of
-from jobs.config import ConfigError, JobConfig
+from jobs.config import ConfigError, JobConfig, checked_config
 from jobs.plan import Plan
 
 SHA256_LENGTH = hashlib.sha256().digest_size * 2
@@ -33,7 +33,7 @@ def config_of(plan: Plan, output: str, named: NamedAgain) -> JobConfig:
     known = {name: plan.identity[name] for name in JobConfig.model_fields if name in plan.identity}
     model = _model(plan.identity, named.model)
     weights = _weights(plan.identity["weights"], named.weights)
-    config = JobConfig.model_validate(
+    config = checked_config(
         {**known, "output": output, "endpoint_url": named.endpoint_url, "model": model, "weights": weights}
     )
     if named.weights is None and config.weights != weights:

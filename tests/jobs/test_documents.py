@@ -327,7 +327,7 @@ CONFIGURATIONS = {
     "explainer": ["unknown", None, "ucag(" * 9],
     "parameters": [None, [], "mu"],
     "resize": ["stretch", None],
-    "seed": ["0", -1, None],
+    "seed": ["0", -1, None, 2**63],
     "limit": [0, "9"],
     "blocks": ["a", None, [1]],
 }

@@ -42,6 +42,7 @@ COMMANDS = {
     "versus": "versus {out} {} --output new",
     "difference": "versus {out} {out} --output {}",
     "bank": "bank --data {in} --model {model} --output {}",
+    "weights again": "evaluate {out} --model {model} --weights {}",
     "retry": "retry {}",
     "finalize": "finalize {}",
     "gc": "gc {}",
