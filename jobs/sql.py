@@ -112,6 +112,7 @@ def _connected(output: str, endpoint_url: str | None) -> tuple[duckdb.DuckDBPyCo
     existing_plan(store)
     if "\\" in store.uri:
         raise ConfigError(f"DuckDB's patterns cannot name a folder with a backslash, such as {store.uri}: rename it")
+    _refuse_what_is_no_file(store)
     connection = duckdb.connect()
     if store.uri.startswith(S3):
         from storage.s3 import S3Store  # slow to import, and local outputs need none
@@ -126,6 +127,13 @@ def _connected(output: str, endpoint_url: str | None) -> tuple[duckdb.DuckDBPyCo
         _name_damage(store)  # DuckDB does not always say which table it is
         raise
     return connection, statements
+
+
+def _refuse_what_is_no_file(store: ObjectStore) -> None:
+    """Raises UnreconciledError for a pipe or the like among the tables: DuckDB would wait for its writer."""
+    for key, kind in store.unlisted():
+        if key.endswith(".parquet"):
+            raise damaged(store.uri, key, f"it is no file, it counts as one of the {kind}")
 
 
 def _statements(connection: duckdb.DuckDBPyConnection, store: ObjectStore) -> Iterator[str]:

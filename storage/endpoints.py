@@ -45,8 +45,10 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 def check_endpoint(endpoint_url: str) -> None:
     """Refuses an endpoint with credentials in it, of another scheme, or on a metadata address (StoreError)."""
-    if "@" in endpoint_url or "?" in endpoint_url:
-        raise StoreError(f"the endpoint URL holds user info or a query; take it out and {CREDENTIALS_WANTED}")
+    if set("@?#") & set(endpoint_url):
+        raise StoreError(
+            f"the endpoint URL holds user info, a query or a fragment; take it out and {CREDENTIALS_WANTED}"
+        )
     scheme, host = _scheme_and_host(endpoint_url)
     if scheme not in ("http", "https") or not host:
         raise StoreError(f"endpoint {endpoint_url!r} is not of the form https://host:port")

@@ -8,7 +8,7 @@ from storage.store import StoreError
 S3 = "s3://"
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-ONE_SLASH = re.compile(r"(s3|file):/(?!/)", re.IGNORECASE)
+NO_TWO_SLASHES = re.compile(r"(s3|file):(?!//)", re.IGNORECASE)
 CREDENTIALS_WANTED = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, in the environment, or run under a role"
 )
@@ -22,8 +22,10 @@ def normal_place(text: str) -> str:
     """
     if "\0" in text:
         raise StoreError("a path or URI holds a zero byte")
-    if ONE_SLASH.match(text):
-        raise StoreError(f"{text.partition(':')[0]}:/ has one slash after its scheme; wanted two")
+    if NO_TWO_SLASHES.match(text):
+        raise StoreError(
+            f"{text.partition(':')[0]}: has no two slashes after it; wanted s3://bucket/prefix or file:///PATH"
+        )
     scheme, separator, rest = text.partition("://")
     if not separator:
         return _normal_path(text)

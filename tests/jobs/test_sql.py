@@ -182,6 +182,13 @@ def test_a_folder_that_no_pattern_can_name_is_refused(tmp_path):
         connect(str(tmp_path / "a\\b"))
 
 
+def test_a_pipe_among_the_tables_is_not_waited_for(tmp_path):
+    run_here(folder_of_images(tmp_path / "in", 1, bad=False), tmp_path / "out")
+    os.mkfifo(tmp_path / "out/data/strange.parquet")
+    with pytest.raises(UnreconciledError, match=r"data/strange\.parquet is damaged.* pipes"):
+        connect(str(tmp_path / "out"))
+
+
 def test_an_audit_that_stands_has_views(output, tmp_path):
     assert "audit_rows" not in script(str(output))
     run_here(folder_of_images(tmp_path / "in", 3), tmp_path / "out", explainer="gradcam")

@@ -69,6 +69,7 @@ SECRET = "wJalrXUtnFEMI"
         f"user:{SECRET}@s3://b/d",
         f"s3:///{SECRET}@b",
         f"s3:/{SECRET}@b/d",
+        f"s3:user:{SECRET}@b/d",
         f"gs://{SECRET}@b/d",
     ],
 )

@@ -183,6 +183,7 @@ def test_uris():
     ("url", "sentence"),
     [
         ("http://user:secret@host:9000", "holds user info"),
+        ("http://host:9000#secret", "or a fragment"),
         ("ftp://host", "not of the form"),
         ("http://169.254.169.254", "metadata address"),
         ("http://[fe80::1]:80", "metadata address"),
