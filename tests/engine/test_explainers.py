@@ -676,6 +676,8 @@ class Mirrored(nn.Module):
 @pytest.mark.parametrize("name", [name for name in EXPLAINERS if name not in STOCHASTIC and name != "fullgrad"])
 def test_a_mirrored_picture_has_the_mirrored_map(name):
     net, inputs = net_for(name, Mirrored), smooth(1, SIDE, SIDE)
+    if name == "extremal_perturbation":  # it ranks values that lie close together: rounding grows with each step
+        net, inputs = net.double(), inputs.double()
     net.mirrored = True
     one = explained(name, net, inputs, [[2]])[0][0].saliency_hw
     other = explained(name, net, inputs.flip(3), [[2]])[0][0].saliency_hw

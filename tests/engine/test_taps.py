@@ -71,8 +71,8 @@ def test_frozen_batch_statistics_and_dropout_do_not_move():
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
 
 
-def test_frozen_convolutions_keep_all_of_float32():
-    assert torch.backends.cudnn.allow_tf32
+def test_frozen_convolutions_keep_all_of_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     with frozen(mixed()):
         assert not torch.backends.cudnn.allow_tf32
     assert torch.backends.cudnn.allow_tf32

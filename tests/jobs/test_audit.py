@@ -147,11 +147,11 @@ def test_a_damaged_audit_is_said(marked: Path) -> None:
     audited(marked, tries=False)
     for name in ("groups.parquet", "audit.json"):
         (marked / "audit" / name).write_bytes(b"{")
-        with pytest.raises(UnreconciledError, match="run `blocksight audit` again"):
+        with pytest.raises(UnreconciledError, match="is damaged, `blocksight audit` makes it again"):
             read_audit(LocalStore(marked))
     audited(marked, tries=False)
     (marked / "audit" / "clusters.parquet").unlink()
-    with pytest.raises(UnreconciledError, match="run `blocksight audit` again"):
+    with pytest.raises(UnreconciledError, match="is damaged, `blocksight audit` makes it again"):
         read_audit(LocalStore(marked))
 
 

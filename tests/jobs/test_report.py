@@ -357,7 +357,7 @@ def test_reconstructions_are_said_to_be_some(output, explainer, said):
     plan = existing_plan(LocalStore(output))
     values = {"b": 1, "base": {"mu": 0.3, "base": {"a": None}}}
     named = replace(plan, identity={**plan.identity, "explainer": explainer, "parameters": values})
-    facts = {fact.name: fact.value for fact in run_facts(named, {}, {})}
+    facts = {fact.name: fact.value for fact in run_facts(named, {}, {}, None)}
     assert facts.get("origin", "").startswith(said or "")
     assert ("origin" in facts) == (said is not None)
     assert facts["parameters"] == "b = 1, base.base.a = None, base.mu = 0.3"
@@ -544,8 +544,8 @@ def test_weights_are_said_to_come_from_where_they_do(output):
     plan = existing_plan(LocalStore(output))
     packaged = replace(plan, identity={**plan.identity, "model": "efficientnet_lite0"})
     named = replace(plan, identity={**plan.identity, "weights": "DEFAULT", "limit": 1})
-    assert next(fact for fact in run_facts(packaged, {}, {}) if fact.name == "model").note == "weights: packaged"
-    facts = {fact.name: fact for fact in run_facts(named, {}, {})}
+    assert next(fact for fact in run_facts(packaged, {}, {}, None) if fact.name == "model").note == "weights: packaged"
+    facts = {fact.name: fact for fact in run_facts(named, {}, {}, None)}
     assert (facts["model"].note, facts["limit"].value) == ("weights: DEFAULT", "1 record")
 
 

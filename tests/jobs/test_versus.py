@@ -122,9 +122,9 @@ def watched_reads(store):
     """The keys that are read from now on."""
     keys, original = [], store.read
 
-    def read(key):
+    def read(key, **options):
         keys.append(key)
-        return original(key)
+        return original(key, **options)
 
     store.read = read
     return keys
