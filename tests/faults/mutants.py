@@ -34,7 +34,7 @@ KILLED = {1: "killed", 3: "killed", 24: "timed out", -24: "timed out", 36: "time
 """mutmut's exit codes of a mutant that a test noticed. A mutant that hangs is noticed, by its time limit."""
 OPERATORS = (ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context)
 """Nodes that say nothing without their operands."""
-SLICE = 0.75
+SLICE = 0.6
 """Share of the drawn mutants that must be noticed or judged equivalent; a small draw may be unlucky."""
 
 

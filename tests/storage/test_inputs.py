@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import socket
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,6 +33,13 @@ def test_loose_images_are_found_in_order_and_others_counted():
     assert found.layout is Layout.IMAGES
     assert [info.key for info in found.objects] == ["a/1.png", "b/2.JPG"]
     assert found.ignored == {".txt": 1, "hidden (_ or .)": 2}
+
+
+def test_no_more_of_an_image_is_read_than_was_planned():
+    store = filled(**{"a.png": b"planned, and more"})
+    (found,) = store.list()
+    (record,) = read_images(store, [replace(found, size=len(b"planned"))])
+    assert record.data == b"planned"
 
 
 def test_a_file_name_that_is_no_text_is_refused(tmp_path):
