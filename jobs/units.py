@@ -22,10 +22,9 @@ SAMPLED_SHARDS = 8
 GUESSED_RECORD_BYTES = 100_000
 """Of a tar shard, where no sample tells."""
 
-Found = TypeVar("Found")
-
-
 UNIT_ID = re.compile("[0-9a-f]{20}")
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
