@@ -4,17 +4,27 @@
 """
 
 import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 
 from jobs.cli import main
 
 
+@pytest.fixture(scope="package", autouse=True)
+def plain_forwards() -> Iterator[None]:
+    """The driver writes that into the plan, and all workers follow it. Holds for fixtures of every scope."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.probe.find_spec", lambda _: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
-def plain_forwards(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """The driver writes that into the plan, and all workers follow it; not for tests of how it chooses."""
-    if request.node.get_closest_marker("chooses") is None:
-        monkeypatch.setattr("engine.probe.find_spec", lambda _: None)
+def chosen_forwards(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """A test of how the setting is chosen sees what is installed."""
+    if request.node.get_closest_marker("chooses") is not None:
+        monkeypatch.setattr("engine.probe.find_spec", find_spec)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def test_pandas_reads_the_rejects(place, monkeypatch, capsys):
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_other_snippet_runs_and_says_something(place, name):
     """In a process of its own, for Ray leaves a session behind."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}  # not a cluster that is here already
     command = [sys.executable, "-c", snippet(name)]
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,7 +32,9 @@ class RayCluster:
         from ray.cluster_utils import Cluster
 
         self._before = dict(os.environ)
-        os.environ.update(SETTINGS)
+        # Ray writes the cluster's address into this folder, where every `ray.init()` of the machine looks for one
+        self._folder = tempfile.TemporaryDirectory(prefix="bs", ignore_cleanup_errors=True)
+        os.environ.update(SETTINGS, RAY_TMPDIR=self._folder.name)
         self.cluster = Cluster(initialize_head=True, head_node_args=self.head)
         for _ in range(self.num_nodes):
             self.add_node()
@@ -42,6 +45,7 @@ class RayCluster:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
         self.cluster.shutdown()
+        self._folder.cleanup()
         os.environ.clear()
         os.environ.update(self._before)
 

@@ -1,5 +1,5 @@
 """What all tests of this folder begin with."""
 
-from tests.plain import plain_forwards
+from tests.plain import chosen_forwards, plain_forwards
 
-__all__ = ["plain_forwards"]
+__all__ = ["chosen_forwards", "plain_forwards"]

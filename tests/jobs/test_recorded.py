@@ -167,7 +167,8 @@ def callers() -> Mapping[str, set[str]]:
 
 def test_a_configuration_comes_from_the_user_or_through_the_one_door():
     found = callers()
-    assert found["model_validate"] == {"jobs/config.py", "jobs/recorded.py"}
+    assert found["model_validate"] == {"jobs/config.py"}
+    assert found["checked_config"] == {"jobs/recorded.py"}
     assert found["JobConfig"] == {"jobs/demo.py"}
     assert found["import_module"] == {"engine/models.py"}
     assert not {"__import__", "exec"} & found.keys()
