@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import PurePosixPath
 
+from storage.records import as_text
 from storage.store import ObjectInfo, ObjectStore, StoreError
 
 
@@ -38,7 +39,7 @@ class Survey:
     objects: tuple[ObjectInfo, ...]
     """In order of key."""
     ignored: Mapping[str, int]
-    """How many objects and other things are no input, by suffix or by kind."""
+    """How many objects and other things are no input, by suffix or by kind; of names in no UTF-8 with the first."""
 
 
 def survey(store: ObjectStore, key: str = "") -> Survey:
@@ -50,8 +51,11 @@ def survey(store: ObjectStore, key: str = "") -> Survey:
     found: dict[Layout, list[ObjectInfo]] = {}
     ignored: Counter[str] = Counter()
     others: list[str] = []
+    no_text: list[str] = []
     for info in _infos(store, key):
-        _refuse_no_text(store, info.key)
+        if as_text(info.key) != info.key:  # could neither be stored nor found again
+            no_text.append(as_text(info.key))
+            continue
         layout = LAYOUT_OF_SUFFIX.get(PurePosixPath(info.key).suffix.lower())
         kind = None if key else _kept_apart(info.key)
         if kind is not None:
@@ -63,6 +67,8 @@ def survey(store: ObjectStore, key: str = "") -> Survey:
             found.setdefault(layout, []).append(info)
     if not key:
         ignored.update(_kept_apart(other) or kind for other, kind in store.unlisted())
+    if no_text:
+        ignored[f"named in no UTF-8 ({min(no_text)})"] = len(no_text)
     if len(found) != 1:
         raise StoreError(_no_single_layout(store, key, found, others, ignored))
     ((layout, objects),) = found.items()
@@ -79,18 +85,11 @@ def _infos(store: ObjectStore, key: str) -> Iterable[ObjectInfo]:
 def _kept_apart(key: str) -> str | None:
     """Why the name alone keeps an object out; None: it does not."""
     parts = key.split("/")
+    if "\0" in key:
+        return "names with a zero byte"
     if {"", ".", ".."} & set(parts):
         return "names with an empty part, `.` or `..`"
     return "hidden (_ or .)" if any(part.startswith(("_", ".")) for part in parts) else None
-
-
-def _refuse_no_text(store: ObjectStore, key: str) -> None:
-    """A key is stored as text: a file name of other bytes could neither be written down nor found again."""
-    try:
-        key.encode()
-    except UnicodeEncodeError as error:
-        shown = key.encode("utf-8", "backslashreplace").decode()
-        raise StoreError(f"{store.uri} holds a file whose name is no UTF-8: {shown}; rename it") from error
 
 
 def _no_single_layout(
@@ -100,7 +99,7 @@ def _no_single_layout(
     others: Sequence[str],
     ignored: Mapping[str, int],
 ) -> str:
-    where = f"{store.uri}/{key}" if key else store.uri
+    where = f"{store.uri}/{as_text(key)}" if key else store.uri
     if found:
         kinds = ", ".join(f"{len(infos)} of {layout} ({infos[0].key})" for layout, infos in found.items())
         return f"{where} holds more than one layout: {kinds}; point --data at one of them"

@@ -117,13 +117,17 @@ class Bucket:
         shown, stop = keys[start : start + self.page_size], start + self.page_size
         more = stop < len(keys)
         token = f"<NextContinuationToken>{stop - self.overlap}</NextContinuationToken>" if more else ""
-        entries = "".join(self._entry(key) for key in shown)
-        body = f"<ListBucketResult><IsTruncated>{str(more).lower()}</IsTruncated>{token}{entries}</ListBucketResult>"
+        encoding = asked.query.get("encoding-type")
+        entries = "".join(self._entry(key, encoding) for key in shown)
+        said = f"<EncodingType>{encoding}</EncodingType>" if encoding else ""
+        facts = f"<IsTruncated>{str(more).lower()}</IsTruncated>{said}{token}"
+        body = f"<ListBucketResult>{facts}{entries}</ListBucketResult>"
         return Reply(200, {"Content-Type": "application/xml"}, body.encode())
 
-    def _entry(self, key: str) -> str:
+    def _entry(self, key: str, encoding: str | None) -> str:
         held = self.objects[key]
-        entry = self.listed(key, {"Key": key, "Size": str(len(held)), "ETag": etag_of(held)})
+        shown = urllib.parse.quote(key) if encoding == "url" else key  # XML has no control characters
+        entry = self.listed(key, {"Key": shown, "Size": str(len(held)), "ETag": etag_of(held)})
         return (
             f"<Contents>{''.join(f'<{name}>{html.escape(value)}</{name}>' for name, value in entry.items())}</Contents>"
         )

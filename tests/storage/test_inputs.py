@@ -42,10 +42,30 @@ def test_no_more_of_an_image_is_read_than_was_planned():
     assert record.data == b"planned"
 
 
-def test_a_file_name_that_is_no_text_is_refused(tmp_path):
-    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(b"")
-    with pytest.raises(StoreError, match=r"no UTF-8: caf\\udce9.png; rename it"):
-        survey(LocalStore(tmp_path))
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        (b"caf\xe9.png", r"caf\udce9.png"),
+        (b"caf\xe9/1.png", r"caf\udce9/1.png"),
+        (b"_caf\xe9.txt", r"_caf\udce9.txt"),
+    ],
+)
+def test_a_file_name_in_no_utf_8_keeps_out_that_file_alone(tmp_path, name, shown):
+    for path in ("a.png", os.fsdecode(name), os.fsdecode(b"zz\xff.tar")):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes(b"")
+    found = survey(LocalStore(tmp_path))
+    assert [info.key for info in found.objects] == ["a.png"]
+    assert found.ignored == {f"named in no UTF-8 ({shown})": 2}
+
+
+def test_a_single_file_named_in_no_utf_8_is_refused_in_text(tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    (tmp_path / name).write_bytes(b"")
+    for key in ("", name):
+        with pytest.raises(StoreError, match=r"it holds 1 named in no UTF-8 \(caf\\udce9\.png\)") as caught:
+            survey(LocalStore(tmp_path), key)
+        str(caught.value).encode()
 
 
 def test_what_is_neither_file_nor_folder_is_counted_by_kind(tmp_path):
@@ -90,6 +110,11 @@ def test_names_that_are_no_paths_are_counted():
     found = survey(filled(**{"a/1.png": b"", "/2.png": b"", "a//3.png": b"", "a/../4.png": b"", "./5.png": b""}))
     assert [info.key for info in found.objects] == ["a/1.png"]
     assert found.ignored == {"names with an empty part, `.` or `..`": 4}
+
+
+def test_a_name_with_a_zero_byte_is_counted():
+    """No plan could be read back that holds such a key."""
+    assert survey(filled(**{"a.png": b"", "b\0.png": b""})).ignored == {"names with a zero byte": 1}
 
 
 @pytest.mark.parametrize("name", ["data.v1", "ILSVRC2012.val", "x.tar", "plain"])

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from storage.endpoints import check_endpoint, check_resolved_endpoint
+from storage.loose import read_images
 from storage.records import WindowedFile
 from storage.replies import version
 from storage.s3 import S3Store
@@ -66,6 +67,31 @@ def test_repeated_keys_are_taken_once_and_told(bucket, store, caplog):
     assert "lists 2 keys more than once" in caplog.text
     assert keys(store) == KEYS
     assert len(caplog.records) == 1
+
+
+ODD_KEYS = (
+    *(
+        "a\nb.png",
+        "a\r.png",
+        "tab\t.png",
+        "\x01\x1b[31m.png",
+        " .png",
+        "a+b%41&amp;<.png",
+        "a?b#c.png",
+        "\u202egnp.png",
+    ),
+    *("e\u0301.png", "\U0001f40d.png", f"{'n' * 1018}.png", f"{'o/' * 500}1.png"),
+)
+
+
+def test_odd_keys_are_listed_and_read(bucket, store):
+    """All of them are legal, up to 1,024 bytes with the prefix."""
+    bucket.reset({f"d/{key}": key.encode() for key in ODD_KEYS})
+    found = survey(store)
+    assert [info.key for info in found.objects] == sorted(ODD_KEYS)
+    assert found.ignored == {}
+    read = list(read_images(store, found.objects))
+    assert [(record.key, record.data) for record in read] == [(key, key.encode()) for key in sorted(ODD_KEYS)]
 
 
 def page(*, token, names, truncated="true"):

@@ -1,6 +1,7 @@
 """Tar shards: records, hostile members, breaks, and byte ranges that add up."""
 
 import io
+import os
 import tarfile
 from itertools import pairwise
 
@@ -92,6 +93,16 @@ def test_odd_members_are_records_with_a_reason(member):
     assert codes(found) == ["ok", "member_refused", "ok"]
     assert len(found[1].key) < 600
     assert [record.index for record in found] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_a_name_in_no_utf_8_is_a_record_with_a_reason(kind):
+    """Names that differ in such bytes alone are told apart."""
+    names = [os.fsdecode(name) for name in (b"a/1.jpg", b"caf\xe9.jpg", b"caf\xe8.jpg", b"a/2.jpg")]
+    found = read(archive([(name, b"x") for name in names], kind=kind))
+    assert codes(found) == ["ok", "member_refused", "member_refused", "ok"]
+    assert [record.key for record in found[1:3]] == [r"s.tar/caf\udce9.jpg", r"s.tar/caf\udce8.jpg"]
+    assert "no text" in found[1].reject.message
 
 
 def test_duplicates_adjacent_or_not():
