@@ -22,7 +22,7 @@ from jobs.audit.result import (
 )
 from jobs.config import Execution
 from jobs.plan import load_plan
-from jobs.run_evaluation import EvaluationRequest, run_evaluation
+from jobs.run_evaluation import EvaluationOutcome, EvaluationRequest, run_evaluation
 from storage.fragments import read_fragment
 from storage.store import ObjectStore
 from tests.jobs.jobs_of import model_of, rows_in
@@ -31,20 +31,22 @@ from tests.jobs.tiny import picture
 HOSTILE = ("../../x", "=cmd|' /C calc'!A0", "'; DROP VIEW maps; --", 'a"b\nc\x1b[31m', "/etc/passwd", "[red]<script>")
 """Keys and labels that a stranger may have chosen."""
 
+LOCAL = Execution(runner="local")
+
+
+def evaluated(
+    output: object, execution: Execution = LOCAL, endpoint_url: str | None = None, **asked
+) -> EvaluationOutcome:
+    """Runs an evaluation of an output, with its model named again."""
+    asked = {"model": model_of(output, endpoint_url), **asked}
+    return run_evaluation(
+        EvaluationRequest(str(output), endpoint_url=endpoint_url, **asked), execution, Console(quiet=True)
+    )
+
 
 def measured(output: object, endpoint_url: str | None = None, **asked) -> None:
-    """Runs an evaluation of an output in this process."""
-    request: dict[str, object] = {
-        "model": model_of(output, endpoint_url),
-        "share": 1.0,
-        "controls": False,
-        "seed": 0,
-        "baseline": "zero",
-        "truth": None,
-        "class_map": None,
-    }
-    made = EvaluationRequest(str(output), weights=None, endpoint_url=endpoint_url, **{**request, **asked})
-    assert run_evaluation(made, Execution(runner="local"), Console(quiet=True)).num_open == 0
+    """An evaluation that leaves no unit open."""
+    assert evaluated(output, endpoint_url=endpoint_url, **asked).num_open == 0
 
 
 def hostile_table(folder: Path) -> Path:

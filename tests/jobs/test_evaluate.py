@@ -9,41 +9,23 @@ from dataclasses import MISSING, fields
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from rich.console import Console
 
 from engine.catalog import METRICS
 from jobs.cli import evaluate, main
 from jobs.compare import Output, compare, rows_of_table
-from jobs.config import ConfigError, Execution
+from jobs.config import ConfigError
 from jobs.evaluation import FOLDER, Evaluation, chosen_metrics, folders, open_units, read_class_map
 from jobs.isolation import ProcessDiedError
 from jobs.plan import load_plan
-from jobs.run_evaluation import EvaluationRequest, run_evaluation
+from jobs.run_evaluation import EvaluationRequest
 from jobs.stored import map_of
 from storage.annotations import open_truth
 from storage.local import LocalStore
 from storage.store import MissingError
 from storage.truth import region
 from tests.jobs.jobs_of import fragments_in, model_of, rows_in, run_here, started
+from tests.jobs.outputs import evaluated
 from tests.jobs.tiny import folder_of_images, folder_of_tables, folder_of_tars
-
-LOCAL = Execution(runner="local")
-
-
-def evaluated(output, execution=LOCAL, **asked):
-    request = {
-        "metrics": "all",
-        "share": 1.0,
-        "controls": False,
-        "seed": 0,
-        "baseline": "zero",
-        "truth": None,
-        "class_map": None,
-    }
-    made = EvaluationRequest(
-        str(output), weights=None, endpoint_url=None, **{"model": model_of(output), **request, **asked}
-    )
-    return run_evaluation(made, execution, Console(quiet=True))
 
 
 def values_in(output, outcome):

@@ -97,7 +97,9 @@ def test_a_model_that_fails_on_the_workers_is_one_sentence(tmp_path):
     assert done.stderr.splitlines()[-1].startswith("error: Ray gave the job up:")
 
 
-@pytest.mark.parametrize("moment", [0.0, 0.35, 0.8])
+@pytest.mark.parametrize(
+    "moment", [pytest.param(0.0, marks=pytest.mark.faults), 0.35, pytest.param(0.8, marks=pytest.mark.faults)]
+)
 def test_a_killed_process_group_changes_nothing_in_the_end(tmp_path, moment):
     """`moment` is the share of fragments that stand when the whole process group is killed."""
     data = folder_of_images(tmp_path / "in", 30)
