@@ -107,6 +107,7 @@ def standing_table(output: str, standing: Standing, forward: PlannedForward | No
     of_all = f" of {about}{standing.plan.num_records:,}" if standing.open_units else ""
     rows = [
         ("output", printable(output)),
+        *((name, printable(standing.plan.identity[name])) for name in ("data", "model")),
         ("units", f"{len(standing.receipts):,} of {units:,} committed" + _dead(standing)),
         ("records", f"{standing.total('num_records'):,}{of_all}"),
         ("explained", f"{standing.total('num_ok'):,}"),
