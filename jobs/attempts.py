@@ -11,7 +11,7 @@ from jobs.blame import OF_THE_JOB, is_of_unit
 from jobs.context import JobContext, worker_name
 from jobs.dead import bury
 from jobs.isolation import ProcessDiedError
-from jobs.plan import open_output
+from jobs.plan import SEPARATE_FOLDERS, open_output
 from jobs.records import Cause, Outcome, Unit, UnitFailure, UnitSkipped
 from jobs.stopping import is_stopped
 from jobs.watch import alive, watched
@@ -23,6 +23,7 @@ from storage.store import (
     MissingError,
     ObjectError,
     ObjectStore,
+    OutputError,
     StoreError,
     UnavailableError,
 )
@@ -63,7 +64,7 @@ def open_desk(context: JobContext) -> Desk:
     source, _ = open_named(context.config.data, context.config.endpoint_url, wait_seconds=PATIENCE_SECONDS)
     output = open_output(context.config)
     patient = PatientStore(source, waiting=alive, witnesses=context.witnesses)
-    return Desk(patient, PatientStore(output, waiting=alive), context.run_id)
+    return Desk(patient, PatientStore(output, waiting=alive, separate_folders=SEPARATE_FOLDERS), context.run_id)
 
 
 def attempted(unit: Unit, stage: str, desk: Desk, work: Callable[[bool], Result]) -> Result | Outcome:
@@ -136,6 +137,8 @@ def _cause(stage: str, error: Exception) -> Cause | None:
     """Why the unit is given up; None: the store, the machine or the model is to blame."""
     if isinstance(error, ProcessDiedError):
         return Cause.POISON
+    if isinstance(error, OutputError):
+        return Cause.OUTPUT_UNWRITABLE
     if isinstance(error, StoreError):
         return CAUSES.get(type(error)) if stage == "read" else None
     return Cause.FAILED if is_of_unit(error) else None

@@ -22,8 +22,11 @@ def letter_key(unit_id: str) -> str:
 
 
 def bury(output: ObjectStore, unit: Unit, stage: str, cause: Cause, error: str) -> DeadLetter | Receipt:
-    """Writes the unit's dead letter, unless its fragment stands: then another attempt was luckier, and counts."""
-    receipt = adopt(output, unit)
+    """Writes the unit's dead letter, unless its fragment stands: then another attempt was luckier, and counts.
+
+    A fragment that can be neither written nor looked at is not looked for: should it stand, it outweighs the letter.
+    """
+    receipt = adopt(output, unit) if cause is not Cause.OUTPUT_UNWRITABLE else None
     if receipt is not None:
         return receipt
     inputs, text = unit.objects[0].key, error[:MAX_ERROR_LENGTH]

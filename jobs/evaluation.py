@@ -19,6 +19,7 @@ from jobs.context import JobContext
 from jobs.plan import Plan
 from jobs.records import Unit
 from jobs.stored import values_in
+from storage.patient import is_probe
 from storage.schema import MAX_ERROR_LENGTH
 from storage.store import AlreadyExistsError, ObjectStore, StoreError
 from storage.truth import Truth, region
@@ -179,7 +180,8 @@ def values_of(store: ObjectStore, folder: str) -> Iterator[pa.Table]:
     """The rows of an evaluation, fragment by fragment, in order. Raises StoreError, and UnreconciledError where one is
     damaged."""
     for info in sorted(store.list(f"{folder}data/"), key=lambda info: info.key):
-        yield values_in(store, info.key)
+        if not is_probe(info.key):
+            yield values_in(store, info.key)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -16,7 +17,7 @@ from jobs.records import MetricMean, MetricSum, Receipt, Unit, UnreconciledError
 from storage.fragments import read_fragment
 from storage.limits import MAX_RECEIPT_BYTES
 from storage.schema import OK, REJECTED
-from storage.store import AlreadyExistsError, DamagedError, ObjectStore
+from storage.store import AlreadyExistsError, DamagedError, ObjectStore, OutputError
 
 COLUMNS = ["shard", "shard_index", "status", "reject_code", "num_forwards", "metrics"]
 READERS = 16
@@ -92,12 +93,13 @@ def receipt_key(unit_id: str) -> str:
 
 
 def write_receipt(store: ObjectStore, receipt: Receipt) -> None:
-    """Writes the receipt once; one that stands already says the same of the same fragment."""
+    """Writes the receipt once; one that stands already says the same of the same fragment.
+
+    Where this one object cannot be written, the job does without: the fragment says all that it must know.
+    """
     body = json.dumps(asdict(receipt), indent=1, sort_keys=True).encode()
-    try:
+    with suppress(AlreadyExistsError, OutputError):
         store.create(receipt_key(receipt.unit_id), body)
-    except AlreadyExistsError:
-        return
 
 
 def adopt(store: ObjectStore, unit: Unit) -> Receipt | None:
@@ -139,6 +141,8 @@ def _receipt(store: ObjectStore, unit: Unit, is_written: bool) -> Receipt:
             return written_receipt(store, unit)
         except UnreconciledError:  # a damaged receipt says nothing that the fragment does not
             store.delete(receipt_key(unit.unit_id))
+        except OutputError:
+            return receipt_of(unit, store.read(unit.fragment_key))
     receipt = receipt_of(unit, store.read(unit.fragment_key))
     write_receipt(store, receipt)
     return receipt

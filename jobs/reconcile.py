@@ -19,6 +19,7 @@ from jobs.receipts import READERS, commit_facts, metric_means, read_receipts, re
 from jobs.records import Count, DeadLetter, MetricMean, Receipt, Unit, UnreconciledError
 from storage.fragments import read_fragment
 from storage.limits import MAX_MANIFEST_BYTES_PER_UNIT, MAX_RECEIPT_BYTES
+from storage.patient import is_probe
 from storage.schema import OK
 from storage.store import AlreadyExistsError, DamagedError, MissingError, ObjectStore
 from storage.survey import Layout
@@ -106,8 +107,13 @@ def stand(store: ObjectStore, plan: Plan) -> Standing:
         receipts,
         {unit_id: letter for unit_id, letter in letters.items() if unit_id not in receipts},
         sorted(letters.keys() & receipts.keys()),
-        sorted(info.key for info in store.list("data/") if info.key not in planned),
+        sorted(key for key in _listed_fragments(store) if key not in planned),
     )
+
+
+def _listed_fragments(store: ObjectStore) -> set[str]:
+    """What stands under `data/`, without the probes of what can be written there."""
+    return {info.key for info in store.list("data/") if not is_probe(info.key)}
 
 
 def final_manifest(store: ObjectStore, plan: Plan) -> Manifest | None:
@@ -205,7 +211,7 @@ def check(store: ObjectStore, plan: Plan) -> Iterator[tuple[Unit | None, list[st
     every target or rejected with a reason; no key of a shard is explained twice.
     """
     planned = {unit.fragment_key for unit in plan.units}
-    standing = {info.key for info in store.list("data/")}
+    standing = _listed_fragments(store)
     found: list[Receipt] = []
     shard = _Shard()
     for unit in plan.units:

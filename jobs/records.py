@@ -166,6 +166,8 @@ class Cause(StrEnum):
     INPUT_UNREADABLE = "input_unreadable"
     """The store refuses this object alone, or fails at it each time."""
     CONTAINER_CORRUPT = "container_corrupt"
+    OUTPUT_UNWRITABLE = "output_unwritable"
+    """The store takes no fragment of this unit, and others beside it."""
     FAILED = "failed"
     """A step failed at it each time, and no single record could be blamed."""
     POISON = "poison"

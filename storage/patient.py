@@ -1,11 +1,14 @@
 """A store that is away for a while: the same calls, asked again until it answers."""
 
+import errno
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
+from storage.blame import MACHINE_ERRNOS
 from storage.store import (
     ChangedError,
     DamagedError,
@@ -13,6 +16,7 @@ from storage.store import (
     ObjectError,
     ObjectInfo,
     ObjectStore,
+    OutputError,
     StoreError,
     UnavailableError,
 )
@@ -28,6 +32,8 @@ TRIES_OF_ONE_OBJECT = 6
 15 s of pauses."""
 
 NUM_WITNESSES = 3
+PROBE_NAME = "_probe-"
+"""Begins the name of an object that is written beside one that cannot be, and removed at once."""
 
 Result = TypeVar("Result")
 
@@ -39,12 +45,20 @@ def witnesses_of(keys: Sequence[str]) -> tuple[str, ...]:
     return tuple(chosen[len(chosen) * place // count] for place in range(count))
 
 
+def is_probe(key: str) -> bool:
+    """Whether an object only tries what can be written beside it: left by a process that died, it means nothing."""
+    return key.rpartition("/")[2].startswith(PROBE_NAME)
+
+
 class PatientStore:
     """Any store, whose calls are repeated while it is unavailable; every other error goes through at once.
 
     A read that fails is told from a store that is away by reading one byte of other objects, the witnesses: where
     one of them can be read, the trouble is the object's own (ObjectError). Where none can, it is the store's
     (StoreError, or UnavailableError after the patience).
+
+    In the separate folders of an output, where each object is of one unit, any call that fails for good is judged by
+    writing as many bytes beside that object: where they can be written, the trouble is the object's (OutputError).
 
     A `create` whose reply was lost may be refused when it is repeated: the caller settles by the metadata
     whose object stands, as it must after any doubt.
@@ -57,12 +71,15 @@ class PatientStore:
         *,
         waiting: Callable[[], None] = lambda: None,
         witnesses: Sequence[str] = (),
+        separate_folders: tuple[str, ...] = (),
     ) -> None:
         """`seconds` of waiting per call, after which UnavailableError is raised; None: PATIENCE_SECONDS.
 
-        `waiting` is called before every try: to wait for a store is no hang. `witnesses` are keys of a few objects.
+        `waiting` is called before every try: to wait for a store is no hang. `witnesses` are keys of a few objects,
+        `separate_folders` begin the keys of objects that are of one unit each.
         """
         self.store, self.waiting, self.witnesses = store, waiting, tuple(witnesses)
+        self.separate_folders = separate_folders
         self.seconds = PATIENCE_SECONDS if seconds is None else seconds
 
     @property
@@ -71,10 +88,10 @@ class PatientStore:
 
     def read(self, key: str, *, etag: str | None = None, start: int = 0, length: int | None = None) -> bytes:
         read = partial(self.store.read, key, etag=etag, start=start, length=length)
-        return self._patiently(lambda: self._judged(key, read))
+        return self._separately(key, 0, lambda: self._judged(key, read))
 
     def head(self, key: str) -> ObjectInfo | None:
-        return self._patiently(lambda: self.store.head(key))
+        return self._separately(key, 0, lambda: self.store.head(key))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """As the store lists; from the beginning again where it broke off."""
@@ -84,13 +101,13 @@ class PatientStore:
         yield from self._patiently(lambda: [*self.store.unlisted()])
 
     def create(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> None:
-        self._patiently(lambda: self.store.create(key, data, metadata=metadata))
+        self._separately(key, len(data), lambda: self.store.create(key, data, metadata=metadata))
 
     def put(self, key: str, data: bytes) -> None:
-        self._patiently(lambda: self.store.put(key, data))
+        self._separately(key, len(data), lambda: self.store.put(key, data))
 
     def delete(self, key: str) -> None:
-        self._patiently(lambda: self.store.delete(key))
+        self._separately(key, 0, lambda: self.store.delete(key))
 
     def _patiently(self, call: Callable[[], Result]) -> Result:
         deadline = time.monotonic() + self.seconds
@@ -104,6 +121,33 @@ class PatientStore:
                     raise
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _separately(self, key: str, num_bytes: int, call: Callable[[], Result]) -> Result:
+        """What the call gives in the end; an error says whether it is this object's alone."""
+        try:
+            return self._patiently(call)
+        except StoreError as error:
+            is_judged = key.startswith(self.separate_folders) and _may_be_of_one_object(error)
+            if not is_judged or not self._takes_others(key, num_bytes):
+                raise
+        try:
+            return call()  # the store may be back since
+        except StoreError as error:
+            if not _may_be_of_one_object(error):
+                raise
+            raise OutputError(f"{error}; other objects beside it can be written") from error
+
+    def _takes_others(self, key: str, num_bytes: int) -> bool:
+        """Whether so many bytes can be written beside the object: a full disk may still take a few."""
+        probe = f"{key.rpartition('/')[0]}/{PROBE_NAME}{uuid.uuid4().hex}"
+        try:
+            self.store.create(probe, bytes(num_bytes))
+        except StoreError:
+            return False
+        finally:
+            with suppress(StoreError):
+                self.store.delete(probe)
+        return True
 
     def _judged(self, key: str, read: Callable[[], bytes]) -> bytes:
         """The bytes, or an error that says whose trouble it is."""
@@ -148,3 +192,10 @@ class PatientStore:
                     self.store.read(witness, start=0, length=1)
                     return True
         return False
+
+
+def _may_be_of_one_object(error: StoreError) -> bool:
+    """Whether an error leaves open whose trouble it is: not one that says more, nor what the machine lacks."""
+    if type(error) is StoreError and getattr(error.__cause__, "errno", None) in MACHINE_ERRNOS - {errno.EIO}:
+        return False
+    return type(error) in (StoreError, ObjectError, UnavailableError)

@@ -36,6 +36,10 @@ class ObjectError(StoreError):
     """
 
 
+class OutputError(StoreError):
+    """This one object of an output cannot be written or read, however often it is asked for; others beside it can."""
+
+
 @dataclass(frozen=True)
 class ObjectInfo:
     """What a listing or a HEAD says of one object."""

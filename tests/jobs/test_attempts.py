@@ -22,7 +22,7 @@ from jobs.isolation import Isolated, ProcessDiedError, ProcessStartError, free_b
 from jobs.leftovers import remove_leftovers
 from jobs.plan import Plan, load_plan, settle_plan
 from jobs.receipts import receipt_of
-from jobs.reconcile import MANIFEST_KEY, UnreconciledError, finalize, stand
+from jobs.reconcile import MANIFEST_KEY, UnreconciledError, check, finalize, stand
 from jobs.records import Cause, DeadLetter, Receipt, UnitFailure, UnitSkipped
 from jobs.retry import reopen
 from jobs.run import plan_job, run_job
@@ -429,6 +429,8 @@ def test_leftovers_go_and_facts_stay(tmp_path):
         "_job/plan/units-0000.parquet",
         "_job/probe-1-twice",
         "_job/runs/r/stop",
+        "data/_probe-1",
+        "_job/receipts/_probe-2",
     ]
     for key in left:
         store.put(key, json.dumps(letter).encode())
@@ -440,6 +442,8 @@ def test_leftovers_go_and_facts_stay(tmp_path):
     os.utime(tmp_path / "out/data/.metadata+77-none.parquet.json", (0, 0))
     expected = sorted([*left, "data/.writing-00", "data/.metadata+77-none.parquet.json"])
     standing = stand(store, plan)
+    assert standing.strangers == []
+    assert [faults for _, faults in check(store, plan) if faults] == []
     assert sorted(remove_leftovers(store, standing, dry_run=True)) == expected
     assert old.exists()
     assert sorted(remove_leftovers(store, standing)) == expected

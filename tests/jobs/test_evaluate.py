@@ -14,7 +14,15 @@ from engine.catalog import METRICS
 from jobs.cli import evaluate, main
 from jobs.compare import Output, compare, rows_of_table
 from jobs.config import ConfigError
-from jobs.evaluation import FOLDER, Evaluation, chosen_metrics, folders, open_units, read_class_map
+from jobs.evaluation import (
+    FOLDER,
+    Evaluation,
+    chosen_metrics,
+    folders,
+    open_units,
+    read_class_map,
+    values_of,
+)
 from jobs.isolation import ProcessDiedError
 from jobs.plan import load_plan
 from jobs.run_evaluation import EvaluationRequest
@@ -26,6 +34,7 @@ from storage.truth import region
 from tests.jobs.jobs_of import fragments_in, model_of, rows_in, run_here, started
 from tests.jobs.outputs import evaluated
 from tests.jobs.tiny import folder_of_images, folder_of_tables, folder_of_tars
+from tests.storage.memory import MemoryStore
 
 
 def values_in(output, outcome):
@@ -149,6 +158,12 @@ def test_the_same_request_goes_on_where_it_ended(output):
 
 def fragments_in_evaluation(output, outcome):
     return {file.name: file.read_bytes() for file in (output / outcome.folder / "data").iterdir()}
+
+
+def test_a_probe_of_what_can_be_written_is_no_fragment_of_an_evaluation():
+    store = MemoryStore()
+    store.put("evaluations/e/data/_probe-1", b"\0\0")
+    assert list(values_of(store, "evaluations/e/")) == []
 
 
 def test_a_sample_is_a_seeded_share_of_the_records(output):

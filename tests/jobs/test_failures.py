@@ -38,6 +38,7 @@ from storage.records import RawRecord
 from storage.store import DamagedError, MissingError, ObjectError, StoreError, UnavailableError
 from storage.survey import Layout, Survey
 from storage.tars import read_tar, sample_tar
+from tests.faults.stores import InterceptedStore
 from tests.jobs.jobs_of import config_of, run_here
 from tests.jobs.test_commit import UNIT, result
 from tests.jobs.tiny import picture, tar_bytes
@@ -507,6 +508,75 @@ def test_a_shard_that_can_be_read_after_all_is_read_whole(monkeypatch):
     monkeypatch.setattr(steps, "MAX_UNPLANNED_RECORDS", 4)
     with pytest.raises(ObjectError, match="has 5 rows now, at most 4"):
         steps.raw_records(unplanned(store), store)
+
+
+# ---------------------------------------------------------------- objects that cannot be written
+
+
+def run_where(tmp_path, monkeypatch, fails, error=UnavailableError):
+    """A job of three units, over an output in which some calls fail for ever; its outcome, and the plain output."""
+    data = tmp_path / "in"
+    if not data.exists():
+        data.mkdir()
+        for number in range(3):
+            pq.write_table(pa.table({"image": [picture(number)]}), data / f"{number}.parquet")
+
+    def intercept(name, key, call):
+        if fails(name, key):
+            raise error("500")
+        return call()
+
+    monkeypatch.setattr("storage.patient.FIRST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("storage.patient.PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("jobs.run.SHORT_PATIENCE_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.plan.open_store", lambda uri, _: InterceptedStore(LocalStore(uri), intercept))
+        return run_here(data, tmp_path / "out", explainer="gradient"), LocalStore(tmp_path / "out")
+
+
+@pytest.mark.parametrize("error", [UnavailableError, StoreError])
+@pytest.mark.parametrize("calls", [("create",), ("create", "head", "read")], ids=len)
+def test_a_fragment_that_cannot_be_written_is_a_dead_letter(tmp_path, monkeypatch, error, calls):
+    def fails(name, key):
+        return name in calls and key.startswith("data/000001-")
+
+    outcome, store = run_where(tmp_path, monkeypatch, fails, error)
+    assert [(letter.ordinal, letter.cause) for letter in outcome.standing.dead.values()] == [(1, "output_unwritable")]
+    assert [unit.ordinal for unit in outcome.standing.open_units] == []
+    assert outcome.ran.stopped is None
+    assert len(outcome.standing.receipts) == 2
+    (letter,) = reopen(store, outcome.standing.plan, "output_unwritable")
+    assert "500; other objects beside it can be written" in letter.error
+    assert run_where(tmp_path, monkeypatch, lambda _name, _key: False)[0].manifest["num_ok"] == 3
+
+
+@pytest.mark.parametrize("error", [UnavailableError, StoreError])
+def test_where_no_fragment_can_be_written_the_units_stay_open(tmp_path, monkeypatch, error):
+    outcome, _ = run_where(tmp_path, monkeypatch, lambda name, key: name == "create" and key.startswith("data/"), error)
+    assert outcome.standing.dead == {}
+    assert len(outcome.standing.open_units) == 3
+    assert outcome.ran.stopped == ("the store does not answer" if error is UnavailableError else None)
+
+
+def test_a_unit_whose_letter_cannot_be_written_either_stays_open_alone(tmp_path, monkeypatch):
+    def fails(name, key):
+        return name == "create" and (key.startswith("data/000001-") or ("/dead/" in key and "_probe-" not in key))
+
+    outcome, _ = run_where(tmp_path, monkeypatch, fails)
+    assert [unit.ordinal for unit in outcome.standing.open_units] == [1]
+    assert len(outcome.standing.receipts) == 2
+    assert outcome.ran.stopped is None
+
+
+@pytest.mark.parametrize("calls", [("create",), ("create", "read")], ids=len)
+def test_a_job_does_without_receipts_that_cannot_be_written_or_read(tmp_path, monkeypatch, calls):
+    def fails(name, key):
+        return name in calls and "/receipts/" in key and "_probe-" not in key
+
+    outcome, store = run_where(tmp_path, monkeypatch, fails)
+    assert outcome.manifest["num_ok"] == 3
+    assert [faults for _, faults in check(store, outcome.standing.plan) if faults] == []
+    assert run_where(tmp_path, monkeypatch, fails)[0].manifest == outcome.manifest
 
 
 def test_a_broken_table_among_sound_ones_is_one_dead_letter(tmp_path):

@@ -1,10 +1,20 @@
-"""Reads that fail: one object's trouble is told from the store's by reading others."""
+"""Calls that fail: one object's trouble is told from the store's by reading others, or by writing beside it."""
+
+import errno
 
 import pytest
 
 from storage.loose import read_images
-from storage.patient import TRIES_OF_ONE_OBJECT, PatientStore, witnesses_of
-from storage.store import ChangedError, MissingError, ObjectError, StoreError, UnavailableError
+from storage.patient import TRIES_OF_ONE_OBJECT, PatientStore, is_probe, witnesses_of
+from storage.store import (
+    AlreadyExistsError,
+    ChangedError,
+    MissingError,
+    ObjectError,
+    OutputError,
+    StoreError,
+    UnavailableError,
+)
 from tests.faults.stores import InterceptedStore
 from tests.storage.memory import MemoryStore
 
@@ -113,3 +123,96 @@ def test_an_image_whose_reading_raises_is_one_record_with_a_reason():
     assert found[1].reject.message == "ZeroDivisionError: odd"
     with pytest.raises(MemoryError):
         images(Refusing(MemoryError(), "b.png"))
+
+
+# ---------------------------------------------------------------- objects of an output
+
+CALLS = {
+    "create": lambda store: store.create("data/b", b"12345"),
+    "put": lambda store: store.put("data/b", b"12345"),
+    "head": lambda store: store.head("data/b"),
+    "delete": lambda store: store.delete("data/b"),
+    "read": lambda store: store.read("data/b"),
+}
+
+
+class Output:
+    """An output in memory, where `fails(name, key, stored)` decides which calls raise."""
+
+    def __init__(self, error, fails):
+        self.error, self.fails, self.inner, self.asked = error, fails, MemoryStore(), []
+        plain = PatientStore(InterceptedStore(self.inner, self), 0.0, separate_folders=("data/",))
+        self.store = plain
+
+    def __call__(self, name, key, call):
+        self.asked.append((name, key))
+        if self.fails(name, key):
+            raise self.error
+        return call()
+
+
+def of_one_object(_name, key):
+    return key == "data/b"
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("error", [StoreError("403"), ObjectError("403"), UnavailableError("500")], ids=repr)
+def test_an_object_of_an_output_that_fails_alone_is_told(name, error):
+    output = Output(error, of_one_object)
+    with pytest.raises(OutputError, match="other objects beside it can be written"):
+        CALLS[name](output.store)
+    ((_, probe),) = [asked for asked in output.asked if asked[0] == "create" and asked[1] != "data/b"]
+    assert is_probe(probe)
+    assert probe.startswith("data/")
+    assert list(output.inner.list()) == []
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("error", [StoreError("403"), UnavailableError("500")], ids=repr)
+def test_where_nothing_can_be_written_beside_it_the_trouble_is_the_stores(name, error):
+    output = Output(error, lambda _name, key: key.startswith("data/"))
+    with pytest.raises(type(error)) as caught:
+        CALLS[name](output.store)
+    assert caught.value is error
+
+
+def test_what_takes_small_objects_alone_is_full():
+    class Small(MemoryStore):
+        def create(self, key, data, *, metadata=None):
+            if len(data) >= 5:
+                raise StoreError("no space is left")
+            super().create(key, data, metadata=metadata)
+
+    with pytest.raises(StoreError, match="no space") as caught:
+        CALLS["create"](PatientStore(Small(), 0.0, separate_folders=("data/",)))
+    assert type(caught.value) is StoreError
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, StoreError), (errno.EACCES, OutputError)])
+def test_what_the_machine_lacks_is_no_objects_trouble(number, kind):
+    error = StoreError("no")
+    error.__cause__ = OSError(number, "no")
+    with pytest.raises(StoreError) as caught:
+        CALLS["create"](Output(error, of_one_object).store)
+    assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize("error", [AlreadyExistsError("there"), MissingError("gone"), ChangedError("other")])
+def test_what_says_enough_writes_no_probe(error):
+    output = Output(error, of_one_object)
+    with pytest.raises(type(error)):
+        CALLS["create"](output.store)
+    assert output.asked == [("create", "data/b")]
+
+
+def test_objects_of_the_whole_job_are_not_told_apart():
+    output = Output(UnavailableError("500"), lambda _name, key: key == "_job/stop")
+    with pytest.raises(UnavailableError):
+        output.store.head("_job/stop")
+    assert output.asked == [("head", "_job/stop")]
+
+
+def test_a_store_that_is_back_by_then_is_asked_once_more():
+    output = Output(UnavailableError("500"), lambda _name, _key: len(output.asked) == 1)
+    CALLS["create"](output.store)
+    assert output.inner.read("data/b") == b"12345"
