@@ -101,6 +101,18 @@ def test_the_probe_passes_and_leaves_nothing(store):
     assert list(store.list()) == []
 
 
+class Losing(MemoryStore):
+    """Loses the reply of each write, and refuses the one that the client then makes."""
+
+    def create(self, key, data, *, metadata=None):
+        super().create(key, data, metadata=metadata)
+        raise AlreadyExistsError(f"{key} stands already")
+
+
+def test_the_probe_is_not_deceived_by_lost_replies():
+    probe(Losing(), "_job/probe-")
+
+
 class Overwriting(MemoryStore):
     """A store that ignores the condition, as some gateways do."""
 
