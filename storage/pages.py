@@ -137,20 +137,25 @@ def _values_of(header: dict[int, Any]) -> tuple[int, int] | None:
     return (_count(header.get(8), 1), _count(header.get(8), 4)) if kind == DATA_2 else None
 
 
+class ClosedPagesError(ValueError):
+    """Pages are asked for before they are expected."""
+
+
 class GuardedFile(io.RawIOBase):
     """A Parquet file for Arrow to read: whole, but for its end, which is given; headers of pages are checked first.
 
-    `read` raises ValueError where the pages of the expected chunks would take more than `MAX_PAGES_BYTES` together.
+    `read` raises ValueError where the pages of the expected chunks would take more than `MAX_PAGES_BYTES` together,
+    and ClosedPagesError while nothing is expected.
     """
 
     def __init__(self, size: int, read_at: ReadAt, tail: bytes) -> None:
         self.size, self.tail = size, tail
         self._read_at = read_at
         self._position = 0
-        self._chunks: Sequence[Chunk] = ()
+        self._chunks: Sequence[Chunk] | None = ()
 
-    def expect(self, chunks: Sequence[Chunk]) -> None:
-        """From here on these are read."""
+    def expect(self, chunks: Sequence[Chunk] | None) -> None:
+        """From here on these are read; None: nothing is."""
         self._chunks = chunks
 
     def readable(self) -> bool:
@@ -168,6 +173,8 @@ class GuardedFile(io.RawIOBase):
         return self._position
 
     def read(self, size: int | None = -1) -> bytes:
+        if self._chunks is None:
+            raise ClosedPagesError
         start, left = self._position, max(0, self.size - self._position)
         data = self._bytes(start, left if size is None or size < 0 else min(size, left))
         for chunk in self._chunks:

@@ -9,7 +9,7 @@ import base64
 import binascii
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -23,7 +23,7 @@ from storage.limits import (
     MAX_PARQUET_COLUMNS,
     MAX_PARQUET_FOOTER_BYTES,
 )
-from storage.pages import Chunk, GuardedFile, ReadAt
+from storage.pages import Chunk, ClosedPagesError, GuardedFile, ReadAt
 from storage.records import WindowedFile
 from storage.store import DamagedError, ObjectInfo, ObjectStore
 
@@ -182,17 +182,28 @@ class ParquetTable:
         self, file: pq.ParquetFile, group: int, leaves: Sequence[int], batch_rows: int, most_bytes: int
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
         """The row group's batches, each with the number of rows before it."""
+        reader: Any = file.reader
+        self._try_chunks(reader, group, leaves)
         chunks = [self._chunk(group, leaf) for leaf in leaves]
         self._file.expect(chunks)
         num_rows = self._rows_at_once(group, leaves, chunks, batch_rows, most_bytes)
         done = 0
-        reader: Any = file.reader
         # in this thread: a process that ends while Arrow's first ones are still being started dies of SIGABRT
         for batch in reader.iter_batches(num_rows, row_groups=[group], column_indices=leaves, use_threads=False):
             yield done, self._expanded(batch, most_bytes)
             done += batch.num_rows
         if done != self.row_counts[group]:
             raise self._damaged(f"has {done} rows in row group {group}; the footer says {self.row_counts[group]}")
+
+    def _try_chunks(self, reader: Any, group: int, leaves: Sequence[int]) -> None:
+        """Has Arrow look at the column chunks without their pages, where its exceptions are caught.
+
+        pyarrow's own view of a column chunk catches none: one that is encrypted, missing or with statistics of
+        another length would end the process.
+        """
+        self._file.expect(None)
+        with suppress(ClosedPagesError):
+            next(reader.iter_batches(1, row_groups=[group], column_indices=leaves, use_threads=False), None)
 
     def _rows_at_once(
         self, group: int, leaves: Sequence[int], chunks: Sequence[Chunk], batch_rows: int, most_bytes: int

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow.parquet import encryption
 
 from storage.annotations import read_truth
 from storage.fragments import encode_fragment, read_fragment
@@ -353,6 +354,43 @@ def test_what_a_footer_or_a_page_says_is_checked(lie):
     make, reason = LIES[lie]
     with pytest.raises(DamagedError, match=reason):
         records(make())
+
+
+class Keys(encryption.KmsClient):
+    """Wraps nothing: whoever has the file has the key."""
+
+    def wrap_key(self, key_bytes: bytes, master_key_identifier: str) -> bytes:
+        return base64.b64encode(key_bytes)
+
+
+def encrypted(**columns) -> bytes:
+    """A file whose footer is plain and whose column `image` is encrypted."""
+    table, sink = pa.table(columns), io.BytesIO()
+    asked = encryption.EncryptionConfiguration("footer", column_keys={"column": ["image"]}, plaintext_footer=True)
+    made = encryption.CryptoFactory(lambda _: Keys()).file_encryption_properties(
+        encryption.KmsConnectionConfig(), asked
+    )
+    with pq.ParquetWriter(sink, table.schema, encryption_properties=made) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def with_short_statistics(**columns) -> bytes:
+    """A file whose first column counts its levels in a list of one number, where two are wanted."""
+    body = written(**columns)
+    footer, tail = body[:-8], body[-8:]
+    two, one = bytes.fromhex("192602"), bytes.fromhex("1916")  # a list of two 64-bit numbers, and one of the second
+    assert footer.count(two) == 1
+    length = int.from_bytes(tail[:4], "little") - 1
+    return footer.replace(two, one) + length.to_bytes(4, "little") + tail[4:]
+
+
+@pytest.mark.parametrize(("make", "said"), [(encrypted, "decrypt"), (with_short_statistics, "size mismatch")])
+def test_a_column_that_arrow_cannot_take_is_damage_and_ends_no_process(make, said):
+    body = make(image=[b"one", None])
+    assert table_facts(*stored(body)).num_rows == 2
+    with pytest.raises(DamagedError, match=said):
+        records(body)
 
 
 def test_a_footer_over_the_cap_is_refused_unread(monkeypatch):
