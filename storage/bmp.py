@@ -17,8 +17,8 @@ KINDS |= {(16, BITFIELDS), (24, BITFIELDS), (32, BITFIELDS)}
 
 
 MASKS = {
-    16: {(0xF800, 0x7E0, 0x1F), (0x7C00, 0x3E0, 0x1F)},
-    24: {(0xFF0000, 0xFF00, 0xFF)},
+    16: {(0xF800, 0x7E0, 0x1F, 0), (0x7C00, 0x3E0, 0x1F, 0)},
+    24: {(0xFF0000, 0xFF00, 0xFF, 0)},
     32: {
         *((0xFF0000, 0xFF00, 0xFF, alpha) for alpha in (0, 0xFF000000)),
         *((0xFF000000, 0xFF0000, 0xFF00, alpha) for alpha in (0, 0xFF)),
@@ -26,7 +26,7 @@ MASKS = {
         (0xFF, 0xFF00, 0xFF0000, 0xFF000000),
     },
 }
-"""Red, green, blue, and of 32 bits alpha, by bits per pixel."""
+"""Red, green, blue and alpha, which Pillow reads of 32 bits alone, by bits per pixel."""
 
 
 class BmpError(ValueError):
@@ -66,7 +66,7 @@ def described(data: bytes, most_pixels: int) -> Samples:
 def _check_masks(data: bytes, size: int, bits: int) -> None:
     red, green, blue = struct.unpack_from("<III", data, 54)
     (alpha,) = struct.unpack_from("<I", data, 66) if size >= 56 else (0,)
-    found = (red, green, blue, alpha) if bits == 32 else (red, green, blue)
+    found = (red, green, blue, alpha)
     if found not in MASKS[bits]:
         named = ", ".join(f"{mask:X}" for mask in found)
         raise _refused(f"{bits} bits with masks {named}", "those of whole bytes, 5 5 5 or 5 6 5")

@@ -28,8 +28,9 @@ DECISIONS = (
     Decision("WebP", "lossy, lossless, alpha, the first frame of an animation", "none"),
     Decision(
         "BMP",
-        "1, 4, 8 bits with palette, also in runs; 16, 24, 32 bits, also with masks and alpha",
-        "2 bits; 8 bits with the palette black and white, 4 bits with a ramp of 16 greys; OS/2 2; JPEG or PNG inside",
+        "1, 4, 8 bits with palette, also in runs; 16, 24, 32 bits, also with masks; alpha of 32 bits",
+        "2 bits; 16 bits with alpha; 8 bits with the palette black and white, 4 bits with a ramp of 16 greys; OS/2 2; "
+        "JPEG or PNG inside",
     ),
     Decision(
         "GIF",

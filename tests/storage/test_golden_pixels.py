@@ -531,6 +531,11 @@ def test_bmp_runs_that_leave_the_picture(runs, bits):
         (bmp(bytes(4), 8, 1, 2, palette=RAMP[:16]), RejectCode.MODE_REFUSED, "2 bits"),
         (bmp(bytes(4), 1, 1, 24, compression=4), RejectCode.MODE_REFUSED, "compression 4"),
         (bmp(bytes(4), 1, 1, 32, compression=3, masks=(0, 0, 0)), RejectCode.MODE_REFUSED, "masks 0, 0, 0, 0"),
+        (
+            bmp(bytes(4), 1, 1, 16, compression=3, masks=(31 << 10, 31 << 5, 31, 1 << 15)),
+            RejectCode.MODE_REFUSED,
+            "8000",
+        ),
         (bmp(bytes(4), 1, 1, 32, compression=3, masks=(1, 2, 4)), RejectCode.MODE_REFUSED, "masks 1, 2, 4, 0"),
         (bmp(b"\x09" * 4, 4, 1, 8, palette=bytes(16)), RejectCode.CORRUPT, "colour 9, the palette 4 colours"),
         (bmp(b"\x09" * 4, 4, 1, 8, palette=RAMP[:32]), RejectCode.CORRUPT, "colour 9, the palette 8 colours"),
