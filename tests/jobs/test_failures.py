@@ -140,7 +140,7 @@ def deadly_desk():
 
 
 TAKEN = UnitInput(UNIT, (), np.zeros((0, 2, 2, 3), np.uint8))
-CONTEXT = SimpleNamespace(facts=SimpleNamespace(input_size=(2, 2)), fingerprint="job")
+CONTEXT = SimpleNamespace(config=None, facts=SimpleNamespace(input_size=(2, 2)), fingerprint="job")
 
 
 def noting(seen, made):
@@ -157,6 +157,15 @@ def test_every_step_here_is_told_to_be_careful(deadly_desk, monkeypatch):
     monkeypatch.setattr("jobs.local.commit_unit", noting(seen, "committed"))
     assert run_unit(UNIT, CONTEXT, deadly_desk, noting(seen, result())) == "committed"
     assert seen == [True, True, True]
+
+
+def test_a_unit_that_is_taken_with_care_is_read_with_care(deadly_desk, monkeypatch):
+    seen = []
+    monkeypatch.setattr(steps, "adopt", lambda *_: None)
+    monkeypatch.setattr(steps, "read_unit", noting(seen, TAKEN))
+    for careful in (True, False):
+        steps.take_unit(UNIT, deadly_desk, CONTEXT, careful=careful)
+    assert seen == [True, False]
 
 
 def test_every_step_on_ray_is_told_to_be_careful(deadly_desk, monkeypatch):

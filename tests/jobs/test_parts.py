@@ -12,8 +12,10 @@ from jobs.plan import Plan
 from jobs.progress import Tally, clock
 from jobs.records import Receipt, Unit, UnitFailure
 from jobs.tables import printable
+from jobs.units import Workforce, pieces
 from storage.store import ObjectInfo
-from storage.survey import Layout
+from storage.survey import Layout, Survey
+from tests.storage.memory import MemoryStore
 
 
 def test_labels_are_never_guessed():
@@ -143,3 +145,13 @@ def test_a_count_is_exact_but_for_whole_tars_and_what_cannot_be_read(layout, lim
     unit = Unit(0, "a" * 20, layout, (ObjectInfo("x", 9, "v"),), 0, 9, num_records)
     plan = Plan({"limit": limit}, layout, (unit,), 1, 9, num_records, {})
     assert plan.is_exact is is_exact
+
+
+def test_a_gpu_gets_larger_units():
+    objects = tuple(ObjectInfo(f"{number}.png", 9, "v") for number in range(10_000))
+    config = job(model="torchvision:resnet50", weights="random")
+    on_core, on_gpu = (
+        next(pieces(MemoryStore(), Survey(Layout.IMAGES, objects, {}), config, Workforce(1, on_gpu=on_gpu)))
+        for on_gpu in (False, True)
+    )
+    assert on_gpu.num_records > 10 * on_core.num_records

@@ -8,14 +8,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.cli import main
-from jobs.plan import existing_plan, load_plan
+from jobs.config import Execution
+from jobs.plan import existing_plan, load_plan, settle_plan
 from jobs.receipts import metric_means, read_receipts, receipt_key, receipt_of, write_receipt
 from jobs.reconcile import MANIFEST_KEY, check, finalize, stand
 from jobs.records import UnreconciledError
+from jobs.run import plan_job
 from storage.fragments import encode_fragment, read_fragment
 from storage.local import LocalStore
-from tests.jobs.jobs_of import fragments_in, run_here
-from tests.jobs.tiny import MODEL, folder_of_images, folder_of_tables
+from tests.jobs.jobs_of import config_of, fragments_in, run_here
+from tests.jobs.tiny import MODEL, folder_of_images, folder_of_tables, folder_of_tars
 
 
 @pytest.fixture
@@ -44,6 +46,14 @@ def rewritten(store, change):
 
 def test_a_sound_output_has_no_faults(output):
     assert faults(output) == []
+
+
+def test_a_plan_is_read_back_as_it_was_made(tmp_path):
+    data = folder_of_images(tmp_path / "in")
+    (data / "notes.txt").write_text("no image")
+    output, plan = plan_job(config_of(data, tmp_path / "out"), Execution(runner="local"))
+    assert plan.ignored
+    assert settle_plan(output, plan) == load_plan(output) == plan
 
 
 def test_a_lost_fragment_is_an_open_unit(output):
@@ -96,6 +106,28 @@ def test_a_key_that_is_explained_twice_is_seen_across_units(tmp_path):
     later = read_fragment(store.read(load_plan(store).units[1].fragment_key)).to_pylist()[0]["key"]
     rewritten(store, lambda rows: [{**rows[0], "key": later}, *rows[1:]])
     assert any(f"record {later} was explained twice" in fault for fault in faults(store))
+
+
+def test_a_key_that_is_explained_twice_is_seen_behind_a_rejected_record(tmp_path, monkeypatch):
+    monkeypatch.setattr("cluster.sizing.LEAST_UNIT_SECONDS", 600.0)  # all records of a shard in one unit
+    run_here(folder_of_tars(tmp_path / "in"), tmp_path / "out")
+    store = LocalStore(tmp_path / "out")
+
+    def first_rejected_and_second_twice(rows):
+        assert len(rows) > 2
+        keys = [rows[0]["key"], rows[1]["key"], rows[1]["key"]]
+        first = {**rows[0], "status": "rejected"}
+        return [{**row, "key": key} for row, key in zip([first, *rows[1:3]], keys, strict=True)] + rows[3:]
+
+    rewritten(store, first_rejected_and_second_twice)
+    assert any("was explained twice" in fault for fault in faults(store))
+
+
+def test_a_fragment_that_is_no_parquet_is_named(output):
+    key = next(iter(fragments_in(output)))
+    output.delete(key)
+    output.create(key, b"no Parquet at all")
+    assert any(fault.startswith(f"{key} cannot be read: ") for fault in faults(output))
 
 
 @pytest.mark.parametrize("name", ["sha256", "records", "ok", "rejected"])
