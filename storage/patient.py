@@ -30,6 +30,8 @@ LONGEST_PAUSE_SECONDS = 20.0
 TRIES_OF_ONE_OBJECT = 6
 """After so many failed reads of one object, with others that can be read between them, it is given up: about
 15 s of pauses."""
+SECONDS_OF_ONE_OBJECT = 150.0
+"""Failed reads of one object that took so long are enough, from the second on: it hangs, or comes too slowly."""
 
 NUM_WITNESSES = 3
 PROBE_NAME = "_probe-"
@@ -151,15 +153,16 @@ class PatientStore:
 
     def _judged(self, key: str, read: Callable[[], bytes]) -> bytes:
         """The bytes, or an error that says whose trouble it is."""
-        pause, tries = FIRST_PAUSE_SECONDS, 0
+        pause, tries, seconds = FIRST_PAUSE_SECONDS, 0, 0.0
         while True:
+            begun = time.monotonic()
             try:
                 return self._allowed(key, read)
             except UnavailableError as error:
-                tries += 1
+                tries, seconds = tries + 1, seconds + time.monotonic() - begun
                 if not self._serves_others(key):
                     raise
-                if tries == TRIES_OF_ONE_OBJECT:
+                if tries == TRIES_OF_ONE_OBJECT or (tries > 1 and seconds >= SECONDS_OF_ONE_OBJECT):
                     raise ObjectError(f"{error}; other objects of {self.uri} can be read") from error
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)

@@ -1,5 +1,6 @@
 """S3 and what speaks like it, through s3fs: pinned reads, and one conditional PUT per object."""
 
+import asyncio
 import logging
 import os
 import threading
@@ -25,6 +26,12 @@ from storage.store import (
     UnavailableError,
     checked_key,
 )
+
+CHUNK_BYTES = 1 << 20
+CREDIT_SECONDS = 90.0
+"""A read may be silent or too slow for so long: one silence of the client's, and an attempt after it."""
+SLOWEST_BYTES_PER_SECOND = 16 << 10
+"""What a link must bring: a window of 8 MiB then comes before the watchdog ends the process."""
 
 
 class S3Store:
@@ -170,12 +177,27 @@ class S3Store:
 
 
 async def _download(s3: S3FileSystem, place: Mapping[str, str], wanted: Wanted, where: str) -> bytes:
+    """The bytes, in the time that a slow link takes for them. Raises UnavailableError where it runs out."""
+    deadline = asyncio.timeout(CREDIT_SECONDS)
+    try:
+        async with deadline:
+            return await _whole(s3, place, wanted, where, deadline)
+    except TimeoutError as error:
+        if not deadline.expired():
+            raise
+        slow = f"for {CREDIT_SECONDS:g} s it was silent or behind {SLOWEST_BYTES_PER_SECOND:,} bytes a second"
+        raise UnavailableError(f"{where} comes too slowly: {slow}") from error
+
+
+async def _whole(
+    s3: S3FileSystem, place: Mapping[str, str], wanted: Wanted, where: str, deadline: asyncio.Timeout
+) -> bytes:
     """The bytes, asked for again where a body broke off or ended early: botocore's attempts end with the headers."""
     found = ""
     for attempt in range(ATTEMPTS):
         reply = await _reply(s3, place, wanted, where)
         try:
-            body = await _body(reply, wanted.length and max(wanted.length, ERROR_BYTES))
+            body = await _body(reply, wanted.length and max(wanted.length, ERROR_BYTES), deadline)
         except S3_RETRYABLE_ERRORS:
             if attempt + 1 == ATTEMPTS:
                 raise
@@ -210,13 +232,24 @@ async def _reply(s3: S3FileSystem, place: Mapping[str, str], wanted: Wanted, whe
     return reply
 
 
-async def _body(reply: Mapping[str, Any], most: int | None) -> bytes:
+async def _body(reply: Mapping[str, Any], most: int | None, deadline: asyncio.Timeout) -> bytes:
     """The body; of one that is longer than what was asked for, a byte more than that."""
     async with reply["Body"] as body:
-        if most is None:
-            return await body.read()
         parts, num_bytes = [], 0
-        while num_bytes <= most and (part := await body.read(most + 1 - num_bytes)):
+        while most is None or num_bytes <= most:
+            part = await body.read(CHUNK_BYTES if most is None else min(CHUNK_BYTES, most + 1 - num_bytes))
+            if not part:
+                break
             parts.append(part)
             num_bytes += len(part)
+            deadline.reschedule(later(deadline.when(), asyncio.get_running_loop().time(), len(part)))
         return b"".join(parts)
+
+
+def later(deadline: float | None, now: float, num_bytes: int) -> float:
+    """When a read is given up that was to end by `deadline` and brings so many bytes now.
+
+    It may fall `CREDIT_SECONDS` behind the slowest link at most, and what came fast before earns it no more.
+    """
+    latest = now + CREDIT_SECONDS
+    return latest if deadline is None else min(deadline + num_bytes / SLOWEST_BYTES_PER_SECOND, latest)

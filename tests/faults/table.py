@@ -228,9 +228,26 @@ MUTATIONS = (
     Mutation(
         "an object that fails is asked for as long as a store that is away",
         "storage/patient.py",
-        "                if tries == TRIES_OF_ONE_OBJECT:",
+        "                if tries == TRIES_OF_ONE_OBJECT or (tries > 1 and seconds >= SECONDS_OF_ONE_OBJECT):",
         "                if False:",
         ("storage/test_witnesses.py::test_an_object_that_fails_while_others_are_served_is_given_up",),
+    ),
+    Mutation(
+        "a body that drips is read for ever",
+        "storage/s3.py",
+        "later(deadline.when(), asyncio.get_running_loop().time(), len(part))",
+        "asyncio.get_running_loop().time() + CREDIT_SECONDS",
+        ("storage/test_manners.py::test_a_body_that_drips_or_hangs_is_given_up",),
+    ),
+    Mutation(
+        "a fragment that cannot be written ends the run",
+        "storage/patient.py",
+        "            if not is_judged or not self._takes_others(key, num_bytes):",
+        "            if True:",
+        (
+            "storage/test_witnesses.py::test_an_object_of_an_output_that_fails_alone_is_told",
+            "jobs/test_failures.py::test_a_fragment_that_cannot_be_written_is_a_dead_letter",
+        ),
     ),
     Mutation(
         "a table that cannot be read refuses the whole set",

@@ -3,8 +3,10 @@
 import hashlib
 import html
 import threading
+import time
 import urllib.parse
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -29,6 +31,8 @@ class Reply:
     status: int = 200
     headers: dict[str, str | None] = field(default_factory=dict)
     body: bytes = b""
+    pause: float = 0.0
+    """Seconds before each of the body's bytes."""
 
 
 def refused(status: int, code: str) -> Reply:
@@ -151,8 +155,17 @@ def _handler_of(bucket: Bucket) -> type[BaseHTTPRequestHandler]:
                     self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(reply.body)
+                self.send_body(reply)
             self.close_connection = sent["Content-Length"] is None
+
+        def send_body(self, reply: Reply) -> None:
+            if not reply.pause:
+                self.wfile.write(reply.body)
+                return
+            with suppress(OSError):  # the client has hung up
+                for number in range(len(reply.body)):
+                    time.sleep(reply.pause)
+                    self.wfile.write(reply.body[number : number + 1])
 
         do_GET = do_PUT = do_HEAD = do_DELETE = handle_any
 

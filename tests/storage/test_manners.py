@@ -1,6 +1,7 @@
 """The S3 store against the manners of real gateways: nothing that a server says is believed unseen."""
 
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -8,7 +9,7 @@ from storage.endpoints import check_endpoint, check_resolved_endpoint
 from storage.loose import read_images
 from storage.records import WindowedFile
 from storage.replies import version
-from storage.s3 import S3Store
+from storage.s3 import S3Store, later
 from storage.s3_client import ATTEMPTS
 from storage.store import ChangedError, ObjectError, StoreError, UnavailableError
 from storage.stores import WeakStoreError, open_named, probe, probe_reads
@@ -305,6 +306,30 @@ def test_a_file_read_in_windows_has_no_gaps(bucket, store):
     assert file.read_at(0, 1024) == body
     file.seek(0)
     assert file.read() == body
+
+
+@pytest.mark.parametrize("pause", [0.1, 60.0])
+def test_a_body_that_drips_or_hangs_is_given_up(bucket, store, monkeypatch, pause):
+    monkeypatch.setattr("storage.s3.CREDIT_SECONDS", 0.3)
+    body = bytes(100)
+    bucket.objects["d/3.png"] = body
+    bucket.manners = lambda asked, reply: replace(reply, pause=pause) if asked.method == "GET" else reply
+    for asked in ({}, {"length": 100}, {"start": 1, "length": 50}):
+        with pytest.raises(
+            UnavailableError, match=r"comes too slowly: for 0\.3 s it was silent or behind 16,384 bytes"
+        ):
+            store.read("3.png", **asked)
+
+
+def test_a_slow_link_is_lived_with():
+    """A read may be 90 s behind 16 KiB a second; what comes faster earns it no more."""
+    assert later(100.0, 50.0, 0) == 100.0
+    assert later(100.0, 50.0, 20 * 16 << 10) == 120.0
+    assert later(139.5, 50.0, 16 << 10) == 140.0
+    deadline = 90.0
+    for second in range(1, 600):  # an image of 9 MiB
+        deadline = later(deadline, float(second), 16 << 10)
+        assert deadline >= second + 89
 
 
 def test_ranges_are_those_that_were_asked_for(bucket, store):

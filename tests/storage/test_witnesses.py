@@ -67,6 +67,14 @@ def test_an_object_that_fails_while_others_are_served_is_given_up():
     assert store_of(refusing).read("b.png") == b"b.png"
 
 
+def test_an_object_that_takes_long_to_fail_is_given_up_at_the_second_time(monkeypatch):
+    monkeypatch.setattr("storage.patient.SECONDS_OF_ONE_OBJECT", 0.0)
+    refusing = Refusing(UnavailableError("it hangs"), "a.png")
+    with pytest.raises(ObjectError, match="it hangs; other objects"):
+        store_of(refusing, seconds=1e9).read("a.png")
+    assert refusing.asked.count(("read", "a.png")) == 2
+
+
 def test_a_store_that_is_away_is_waited_for():
     refusing = Refusing(UnavailableError("503"), *KEYS)
     with pytest.raises(UnavailableError):
