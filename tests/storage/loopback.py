@@ -2,13 +2,18 @@
 
 import hashlib
 import html
+import os
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from storage.s3 import S3Store
 
 
 @dataclass
@@ -135,6 +140,21 @@ class Bucket:
         return (
             f"<Contents>{''.join(f'<{name}>{html.escape(value)}</{name}>' for name, value in entry.items())}</Contents>"
         )
+
+
+@contextmanager
+def served() -> Iterator[tuple[Bucket, S3Store]]:
+    """A bucket, and a store below d/ in it that asks once where the server fails: for many tests, for a client takes a
+    while to make."""
+    with pytest.MonkeyPatch.context() as patch, Bucket() as running:
+        for name in list(os.environ):
+            if name.startswith("AWS_"):
+                patch.delenv(name)
+        patch.setenv("AWS_ACCESS_KEY_ID", "key")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_REGION", "us-east-1")
+        patch.setattr("storage.s3_client.ATTEMPTS", 1)
+        yield running, S3Store("s3://b/d", running.url)
 
 
 def _handler_of(bucket: Bucket) -> type[BaseHTTPRequestHandler]:

@@ -14,21 +14,14 @@ from storage.s3_client import ATTEMPTS
 from storage.store import ChangedError, ObjectError, StoreError, UnavailableError
 from storage.stores import WeakStoreError, open_named, probe, probe_reads
 from storage.survey import survey
-from tests.storage.loopback import Bucket, Reply, etag_of, refused
+from tests.storage.loopback import Bucket, Reply, etag_of, refused, served
 
 
 @pytest.fixture(scope="module")
 def connected():
-    """One bucket and one store for all tests: a client takes a while to make. It asks once where a server fails."""
-    with pytest.MonkeyPatch.context() as patch, Bucket() as running:
-        for name in list(os.environ):
-            if name.startswith("AWS_"):
-                patch.delenv(name)
-        patch.setenv("AWS_ACCESS_KEY_ID", "key")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_REGION", "us-east-1")
-        patch.setattr("storage.s3_client.ATTEMPTS", 1)
-        yield running, S3Store("s3://b/d", running.url)
+    """One bucket and one store for all tests."""
+    with served() as both:
+        yield both
 
 
 @pytest.fixture
@@ -308,7 +301,7 @@ def test_a_file_read_in_windows_has_no_gaps(bucket, store):
     assert file.read() == body
 
 
-@pytest.mark.parametrize("pause", [0.1, 60.0])
+@pytest.mark.parametrize("pause", [0.02, 60.0])
 def test_a_body_that_drips_or_hangs_is_given_up(bucket, store, monkeypatch, pause):
     monkeypatch.setattr("storage.s3.CREDIT_SECONDS", 0.3)
     body = bytes(100)
