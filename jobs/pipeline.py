@@ -1,4 +1,8 @@
-"""The Ray Data pipeline: the in-process runner's three steps on CPU tasks and GPU actors."""
+"""The Ray Data pipeline: the in-process runner's three steps on CPU tasks and GPU actors.
+
+Each of Ray's processes imports this module: what loads torch is imported by the actors alone, so that the tasks which
+read and commit start sooner and are smaller.
+"""
 
 import json
 import logging
@@ -25,10 +29,7 @@ from jobs.attempts import attempted, open_desk
 from jobs.config import ConfigError
 from jobs.context import JobContext
 from jobs.estimate import estimate
-from jobs.evaluate import EvaluateStep, measured
 from jobs.evaluation import Evaluated, EvaluationContext
-from jobs.explain import ExplainStep
-from jobs.learning import learn
 from jobs.records import (
     DeadLetter,
     Outcome,
@@ -97,6 +98,8 @@ def learn_there(
 
 
 def _learn(context: JobContext, units: Sequence[Unit], weights: Any) -> Iterator[int | bytes]:
+    from jobs.learning import learn
+
     refuse_unsafe_switches()
     yield from learn(context, units, None if weights is None else ray.get(weights))
 
@@ -223,10 +226,14 @@ class _Evaluate:
     """The actor that measures: holds one model."""
 
     def __init__(self, context: EvaluationContext, weights: Any) -> None:
+        from jobs.evaluate import EvaluateStep
+
         refuse_unsafe_switches()
         self.step = EvaluateStep(context, None if weights is None else ray.get(weights))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        from jobs.evaluate import measured
+
         return _row_of(measured(self.step, _unit(json.loads(batch["unit"][0].as_py()))))
 
 
@@ -234,6 +241,8 @@ class _Explain:
     """The actor: holds one model."""
 
     def __init__(self, context: JobContext, weights: Any) -> None:
+        from jobs.explain import ExplainStep
+
         refuse_unsafe_switches()
         self.input_size = context.facts.input_size
         self.desk = open_desk(context)

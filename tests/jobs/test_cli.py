@@ -49,6 +49,13 @@ def test_light_commands_import_neither_torch_nor_ray(finished):
         assert "HEAVY [] 0" in done.stdout or "HEAVY [] None" in done.stdout, done.stdout
 
 
+def test_tasks_that_read_and_commit_load_no_torch():
+    """Each of Ray's processes imports the pipeline; only its actors need torch."""
+    program = "import sys, jobs.pipeline; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_plan_computes_and_writes_nothing(finished, tmp_path):
     done = blocksight("plan", "--data", finished / "in", "--output", tmp_path / "out", "--limit", "4")
     assert done.returncode == 0

@@ -13,7 +13,7 @@ from jobs.plan import load_plan
 from jobs.reconcile import check
 from storage.local import LocalStore
 from storage.stores import open_store
-from tests.jobs.jobs_of import ROOT, command, fragments_in, rows_in, run_here, started
+from tests.jobs.jobs_of import ROOT, blocksight, command, fragments_in, rows_in, run_here, started
 from tests.jobs.tiny import MODEL, folder_of_images, folder_of_tars
 
 pytestmark = pytest.mark.servers
@@ -50,14 +50,14 @@ def test_through_a_bucket(tmp_path, bucket):
     for path in folder_of_tars(tmp_path / "in").iterdir():
         source.put(path.name, path.read_bytes())
     endpoint = ("--endpoint-url", bucket.endpoint_url)
-    done = started(*explain(f"{prefix}/in", f"{prefix}/out", *endpoint))
+    done = started(*explain(f"{prefix}/in", f"{prefix}/out", *endpoint, "--workers", "1"))
     assert done.returncode == 0, done.stderr
     run_here(f"{prefix}/in", f"{prefix}/here", endpoint_url=bucket.endpoint_url)
     stores = [open_store(f"{prefix}/{name}", bucket.endpoint_url) for name in ("out", "here")]
     assert fragments_in(stores[0]) == fragments_in(stores[1])
     assert_sound(stores[0])
     for name in ("status", "verify"):
-        said = started(name, f"{prefix}/out", *endpoint)
+        said = blocksight(name, f"{prefix}/out", *endpoint)
         assert said.returncode == 0, said.stderr
         assert "8" in said.stdout
     everything = b"".join(stores[0].read(info.key) for info in stores[0].list())
@@ -91,7 +91,7 @@ def test_waves_leave_the_same_bytes(tmp_path):
 
 def test_a_model_that_fails_on_the_workers_is_one_sentence(tmp_path):
     data = folder_of_images(tmp_path / "in", 2, bad=False)
-    done = started(*explain(data, tmp_path / "out"), "--model", "tests.jobs.tiny:make_fragile")
+    done = started(*explain(data, tmp_path / "out", "--workers", "1"), "--model", "tests.jobs.tiny:make_fragile")
     assert done.returncode == 2
     assert "no such model on this node" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: Ray gave the job up:")
