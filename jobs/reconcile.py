@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
+import pyarrow as pa
 from typing_extensions import TypedDict
 
 from jobs.config import TargetChoice
@@ -17,6 +18,7 @@ from jobs.documents import read_document
 from jobs.plan import Plan
 from jobs.receipts import READERS, commit_facts, metric_means, read_receipts, receipt_of, written_receipt
 from jobs.records import Count, DeadLetter, MetricMean, Receipt, Unit, UnreconciledError
+from jobs.stored import MAP_SIDES, model_facts, odd_sizes
 from storage.fragments import read_fragment
 from storage.limits import MAX_MANIFEST_BYTES_PER_UNIT, MAX_RECEIPT_BYTES
 from storage.patient import is_probe
@@ -270,20 +272,27 @@ def _unit_faults(store: ObjectStore, plan: Plan, unit: Unit, shard: _Shard, foun
     body = store.read(unit.fragment_key)
     try:
         receipt = receipt_of(unit, body)
-        rows = read_fragment(body, ROW_COLUMNS).to_pylist()
+        table = read_fragment(body, [*ROW_COLUMNS, *MAP_SIDES])
     except (UnreconciledError, DamagedError) as error:
         said = str(error)
         yield said if isinstance(error, UnreconciledError) else f"{unit.fragment_key} cannot be read: {said}"
         return
     found.append(receipt)
     records: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for row in rows:
+    for row in table.select(ROW_COLUMNS).to_pylist():
         records.setdefault((row["shard"], row["shard_index"]), []).append(row)
     yield from _metadata_faults(store, receipt)
     yield from _receipt_faults(store, unit, receipt)
     own = list(records.values())
-    for fault in (*_order_faults(unit, own, shard), *_target_faults(plan, own), *_duplicate_faults(own, shard)):
+    faults = (*_order_faults(unit, own, shard), *_target_faults(plan, own), *_duplicate_faults(own, shard))
+    for fault in (*faults, *_size_faults(store, table)):
         yield f"{unit.fragment_key}: {fault}"
+
+
+def _size_faults(store: ObjectStore, table: pa.Table) -> Iterator[str]:
+    """Maps of another size than the model's input, the first few."""
+    with suppress(MissingError):  # no model was loaded yet: no map stands
+        yield from islice(odd_sizes(table, model_facts(store)["input_size"]), MAX_NAMED)
 
 
 def _metadata_faults(store: ObjectStore, receipt: Receipt) -> list[str]:

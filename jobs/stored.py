@@ -1,10 +1,11 @@
 """Reads the tables and the maps of an output for whoever shows them: what is damaged is named, with the way out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from jobs.documents import damaged, read_document
@@ -16,10 +17,29 @@ from storage.maps import MapError, decode_map
 from storage.schema import EVALUATION, SCHEMA
 from storage.store import DamagedError, ObjectStore
 
+MAP_SIDES = ("map_height", "map_width")
+
 
 def fragment_of(store: ObjectStore, key: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows of a committed fragment. Raises StoreError, and UnreconciledError where it is damaged."""
-    return table_of(store, key, SCHEMA, columns)
+    """The rows of a committed fragment. Raises StoreError, and UnreconciledError where it is damaged.
+
+    Maps are those of the plan's model: one of another size is damage before anything is allocated for it.
+    """
+    table = table_of(store, key, SCHEMA, columns)
+    if set(MAP_SIDES) <= set(table.column_names):
+        odd = next(odd_sizes(table, model_facts(store)["input_size"]), None)
+        if odd is not None:
+            raise damaged(store.uri, key, odd)
+    return table
+
+
+def odd_sizes(table: pa.Table, input_size: tuple[int, int]) -> Iterator[str]:
+    """Says of each map that it has another size than the model's input (height, width), over which maps lie."""
+    rows = table.select(["key", *MAP_SIDES])
+    is_odd = [pc.field(name) != side for name, side in zip(MAP_SIDES, input_size, strict=True)]
+    for row in rows.filter(is_odd[0] | is_odd[1]).to_pylist():
+        found, wanted = (" x ".join(map(str, sides)) for sides in ((row["map_height"], row["map_width"]), input_size))
+        yield f"the map of {row['key']!r} has {found} pixels, the input of the plan's model {wanted}"
 
 
 def values_in(store: ObjectStore, key: str, columns: Sequence[str] | None = None) -> pa.Table:

@@ -1,14 +1,17 @@
 """Damaged tables and maps: whoever shows an output names what is damaged and the way out, and ends with exit code 5."""
 
 import io
+import re
 import shutil
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from jobs.cli import main
-from jobs.plan import MODEL_KEY
+from jobs.plan import MODEL_KEY, existing_plan
+from jobs.reconcile import check
 from jobs.records import UnreconciledError
 from jobs.stored import fragment_of, map_of, model_facts, table_of, values_in
 from storage.fragments import encode_fragment, read_fragment
@@ -40,6 +43,14 @@ def with_bad_text(body):
 def with_bad_maps(body):
     """The same rows, whose maps end early."""
     rows = [{**row, "map": row["map"] and row["map"][:40]} for row in read_fragment(body).to_pylist()]
+    return encode_fragment(rows, {})
+
+
+def with_a_large_map(body):
+    """The same rows; the first map is of 4096 x 32 pixels, and sound."""
+    rows = read_fragment(body).to_pylist()
+    large = encode_map(np.zeros((4096, 32)))
+    rows[0] |= {"map": large.data, "map_height": large.height, "map_width": large.width}
     return encode_fragment(rows, {})
 
 
@@ -171,6 +182,17 @@ def test_text_that_is_none_shows_where_it_is_read(base):
     key = spoil(base, "data/*.parquet", with_bad_text)
     with pytest.raises(UnreconciledError, match="UTF8"):
         fragment_of(LocalStore(base / "a"), key)
+
+
+def test_a_map_of_another_size_than_the_models_input_is_damage_before_it_is_decoded(base):
+    key = spoil(base, "data/*.parquet", with_a_large_map)
+    store = LocalStore(base / "a")
+    said = r"the map of '.*' has 4096 x 32 pixels, the input of the plan's model 32 x 32"
+    with pytest.raises(UnreconciledError, match=f"is damaged, `blocksight verify` says more: {said}"):
+        fragment_of(store, key)
+    assert fragment_of(store, key, ["key", "status"]).num_rows > 0
+    faults = [fault for _, found in check(store, existing_plan(store)) for fault in found]
+    assert [fault for fault in faults if re.fullmatch(f"{key}: {said}", fault)]
 
 
 def test_what_is_read_is_what_stands(base):
