@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from storage.blame import MACHINE_ERRNOS
 from storage.store import (
+    AlreadyExistsError,
     ChangedError,
     DamagedError,
     MissingError,
@@ -103,7 +104,7 @@ class PatientStore:
         yield from self._patiently(lambda: [*self.store.unlisted()])
 
     def create(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> None:
-        self._separately(key, len(data), lambda: self.store.create(key, data, metadata=metadata))
+        self._separately(key, len(data), lambda: self._create(key, data, metadata))
 
     def put(self, key: str, data: bytes) -> None:
         self._separately(key, len(data), lambda: self.store.put(key, data))
@@ -124,12 +125,24 @@ class PatientStore:
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
+    def _create(self, key: str, data: bytes, metadata: Mapping[str, str] | None) -> None:
+        """Creates the object. Raises UnavailableError where the store says that one stands and shows none."""
+        try:
+            self.store.create(key, data, metadata=metadata)
+        except (AlreadyExistsError, MissingError) as error:
+            if not self._is_separate(key) or self.store.head(key) is not None:
+                raise
+            raise UnavailableError(f"{error}, says the store, and has no such object") from error
+
+    def _is_separate(self, key: str) -> bool:
+        return key.startswith(self.separate_folders)
+
     def _separately(self, key: str, num_bytes: int, call: Callable[[], Result]) -> Result:
         """What the call gives in the end; an error says whether it is this object's alone."""
         try:
             return self._patiently(call)
         except StoreError as error:
-            is_judged = key.startswith(self.separate_folders) and _may_be_of_one_object(error)
+            is_judged = self._is_separate(key) and _may_be_of_one_object(error)
             if not is_judged or not self._takes_others(key, num_bytes):
                 raise
         try:

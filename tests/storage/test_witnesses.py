@@ -205,12 +205,31 @@ def test_what_the_machine_lacks_is_no_objects_trouble(number, kind):
     assert type(caught.value) is kind
 
 
-@pytest.mark.parametrize("error", [AlreadyExistsError("there"), MissingError("gone"), ChangedError("other")])
+@pytest.mark.parametrize("error", [MissingError("gone"), ChangedError("other")])
 def test_what_says_enough_writes_no_probe(error):
     output = Output(error, of_one_object)
     with pytest.raises(type(error)):
+        CALLS["read"](output.store)
+    assert output.asked == [("read", "data/b")]
+
+
+def test_an_object_that_stands_is_told_without_a_probe():
+    output = Output(AlreadyExistsError("there"), lambda _name, _key: False)
+    output.inner.put("data/b", b"of another attempt")
+    with pytest.raises(AlreadyExistsError):
         CALLS["create"](output.store)
-    assert output.asked == [("create", "data/b")]
+    assert output.asked == [("create", "data/b"), ("head", "data/b")]
+
+
+@pytest.mark.parametrize("error", [AlreadyExistsError("it stands already"), MissingError("no such key")])
+def test_a_store_that_has_no_object_where_it_says_that_one_stands_cannot_write_it(error):
+    output = Output(error, lambda name, key: (name, key) == ("create", "data/b"))
+    with pytest.raises(OutputError, match="and has no such object; other objects beside it"):
+        CALLS["create"](output.store)
+    outside = Output(error, lambda name, _key: name == "create")
+    with pytest.raises(type(error)):
+        outside.store.create("_job/plan", b"1")
+    assert outside.asked == [("create", "_job/plan")]
 
 
 def test_objects_of_the_whole_job_are_not_told_apart():
