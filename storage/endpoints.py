@@ -2,6 +2,7 @@
 
 import ipaddress
 import socket
+import stringprep
 import unicodedata
 from contextlib import suppress
 from urllib.parse import unquote, urlsplit
@@ -36,7 +37,7 @@ METADATA_ADDRESSES = {
     )
 }
 """Of clouds whose metadata service is not on a link-local address, or not on that alone."""
-NAT64 = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("::/96"))
+NAT64 = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "64:ff9b:1::/48", "::ffff:0:0:0/96", "::/96")))
 """Networks whose addresses hold an IPv4 address in their last 32 bits."""
 LOOPBACK = ipaddress.IPv6Address("::1")
 
@@ -76,7 +77,8 @@ def _scheme_and_host(url: str) -> tuple[str, str]:
         parts = urlsplit(url)
         if parts.port != 0:
             host = unicodedata.normalize("NFKC", unquote(parts.hostname or "")).replace("。", ".")
-            return parts.scheme, host.lower().rstrip(".")
+            seen = "".join(one for one in host if not stringprep.in_table_b1(one))  # a resolver leaves soft hyphens out
+            return parts.scheme, seen.lower().rstrip(".")
     return "", ""
 
 
