@@ -2,6 +2,7 @@
 
 import io
 import warnings
+import zipfile
 from typing import Any
 
 import safetensors.torch
@@ -29,6 +30,7 @@ def read_weights(data: bytes) -> dict[str, Any]:
 
 def _read_torch(data: bytes) -> dict[str, Any]:
     try:
+        _refuse_packed(data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice to load TorchScript in another way, which is refused
             loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -40,3 +42,13 @@ def _read_torch(data: bytes) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ModelError(f"the weights file holds a {type(loaded).__name__}, not a state dict")
     return loaded
+
+
+def _refuse_packed(data: bytes) -> None:
+    """Raises ValueError for an archive that unfolds: torch writes tensors as they are, and would unpack any size."""
+    if not zipfile.is_zipfile(io.BytesIO(data)):
+        return  # the older format
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        unfolded = sum(member.file_size for member in archive.infolist())
+    if unfolded > len(data):
+        raise ValueError(f"an archive of {len(data)} bytes unfolds to {unfolded}, at most its own length is read")

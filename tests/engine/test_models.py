@@ -4,6 +4,7 @@ import io
 import pickle
 import sys
 import warnings
+import zipfile
 
 import pytest
 import safetensors.torch
@@ -86,6 +87,18 @@ def test_code_in_the_weights_is_refused(make):
 def test_rubbish_is_refused(body):
     with pytest.raises(ModelError, match="neither safetensors nor a torch state dict"):
         read_state(body)
+
+
+def test_an_archive_that_unfolds_is_refused_before_it_does():
+    plain, packed = io.BytesIO(), io.BytesIO()
+    torch.save({"weight": torch.zeros(100_000)}, plain)
+    assert read_state(plain.getvalue())["weight"].numel() == 100_000
+    with zipfile.ZipFile(plain) as stored, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as other:
+        for name in stored.namelist():
+            other.writestr(name, stored.read(name))
+    with pytest.raises(ModelError, match="neither safetensors nor a torch state dict") as caught:
+        read_state(packed.getvalue())
+    assert "at most its own length is read" in str(caught.value.__cause__)
 
 
 # ---------------------------------------------------------------- state dicts
