@@ -32,6 +32,8 @@ WORK = ROOT / ".mutants"
 SURVIVORS = Path(__file__).with_name("survivors.toml")
 KILLED = {1: "killed", 3: "killed", 24: "timed out", -24: "timed out", 36: "timed out", 152: "timed out"}
 """mutmut's exit codes of a mutant that a test noticed. A mutant that hangs is noticed, by its time limit."""
+NOT_TRIED = 255
+"""mutmut's exit code where pytest itself failed, as for a test whose name it does not find again."""
 OPERATORS = (ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context)
 """Nodes that say nothing without their operands."""
 SLICE = 0.6
@@ -191,6 +193,10 @@ def work_on(group: str, sample: int, seed: str, minutes: float | None, fresh: bo
 
 def report(group: str, tested: Sequence[Mutant], codes: dict[str, int | None], num_drawn: int) -> bool:
     """Prints each survivor and the group's figures; whether enough of the mutants were noticed."""
+    untried = sorted(mutant.name for mutant in tested if codes[mutant.name] == NOT_TRIED)
+    if untried:
+        print(f"{group}: BROKEN, the tests of these mutants did not run: {', '.join(untried)}", flush=True)
+        return False
     known = judged()
     counts: Counter[str] = Counter()
     for mutant in tested:

@@ -80,6 +80,12 @@ def test_a_report_counts_what_was_noticed_and_lists_what_was_not(monkeypatch, ca
     assert 0 not in KILLED
 
 
+def test_a_mutant_whose_tests_did_not_run_is_no_survivor_and_no_kill(capsys):
+    mutants = [Mutant(str(number), "half", f"{number}", "other", is_message=False) for number in range(5)]
+    assert report("storage", mutants, {"0": 1, "1": 1, "2": 1, "3": 255, "4": 1}, 5) is False
+    assert "BROKEN, the tests of these mutants did not run: 3" in capsys.readouterr().out
+
+
 def test_the_groups_files_and_tests_are_there():
     for wanted in groups().values():
         for pattern in wanted["only_mutate"]:

@@ -399,7 +399,7 @@ def test_a_record_over_which_encoding_dies_is_rejected_alone(apart_here, monkeyp
         {"width": "wide"},
         {"score": "high"},
     ],
-    ids=str,
+    ids=["large label", "label in no UTF-8", "key in no UTF-8", "three axes", "text for width", "text for score"],
 )
 def test_a_record_that_does_not_fit_its_columns_is_rejected_alone(apart_here, spoiled):
     good, bad = result().rows

@@ -15,6 +15,7 @@ from jobs.tables import printable
 from jobs.units import Workforce, pieces
 from storage.store import ObjectInfo
 from storage.survey import Layout, Survey
+from tests.jobs.tiny import tar_bytes
 from tests.storage.memory import MemoryStore
 
 
@@ -155,3 +156,14 @@ def test_a_gpu_gets_larger_units():
         for on_gpu in (False, True)
     )
     assert on_gpu.num_records > 10 * on_core.num_records
+
+
+def test_the_units_of_a_tar_join_without_gap():
+    store = MemoryStore()
+    store.put("a.tar", tar_bytes(0, 40))
+    info = store.head("a.tar")
+    assert info is not None
+    found = list(pieces(store, Survey(Layout.TAR, (info,), {}), job(), Workforce(2, on_gpu=False)))
+    assert len(found) > 2
+    assert [piece.start for piece in found] == [0, *(piece.stop for piece in found[:-1])]
+    assert found[-1].stop == info.size

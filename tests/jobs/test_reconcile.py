@@ -123,6 +123,14 @@ def test_a_key_that_is_explained_twice_is_seen_behind_a_rejected_record(tmp_path
     assert any("was explained twice" in fault for fault in faults(store))
 
 
+def test_a_map_of_one_of_two_targets_that_is_lost_is_seen(tmp_path):
+    run_here(folder_of_tables(tmp_path / "in"), tmp_path / "out", target="top-2")
+    store = LocalStore(tmp_path / "out")
+    assert faults(store) == []
+    rewritten(store, lambda rows: rows[1:])
+    assert faults(store) != []
+
+
 def test_a_fragment_that_is_no_parquet_is_named(output):
     key = next(iter(fragments_in(output)))
     output.delete(key)
