@@ -110,7 +110,9 @@ class Listing:
             raise StoreError(f"{self.where}: what the store answers is no listing; is that its S3 address?")
         before = len(self._keys)
         for entry in page.get("Contents", []):
-            key = entry.get("Key", "")
+            key = entry.get("Key")
+            if not key:
+                raise StoreError(f"{self.where}: the store lists an object without a name")
             if not key.startswith(self.prefix):
                 raise StoreError(f"{self.where}: the store lists {key!r}, which does not begin with {self.prefix!r}")
             if entry.get("Size", 0) < 0:

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from jobs.isolation import ProcessDiedError
 from jobs.receipts import read_receipts
 from jobs.records import Unit, UnitResult
 from jobs.unit import commit_unit, decoded
@@ -36,6 +38,18 @@ def result(level: float = 1.0) -> UnitResult:
     saliency = np.array([[0.0, level], [0.5, 0.25]], np.float32)
     metrics = {"drop": 10.0, "increase": False, "protocol": "p"}
     return UnitResult(UNIT, ({**OK_ROW, "map": saliency, "metrics": metrics}, BAD_ROW), 2, explain_seconds=1.5)
+
+
+def test_a_record_of_two_targets_that_cannot_be_stored_is_one_rejected_row(monkeypatch):
+    def dies(row):
+        raise ProcessDiedError("Aborted")
+
+    monkeypatch.setattr("jobs.unit._encoded_row", dies)
+    monkeypatch.setattr("jobs.unit.called", lambda work, _careful: nullcontext(work))
+    rows = [{**OK_ROW, "map": np.zeros((2, 2), np.float32), "target_rank": rank} for rank in (0, 1)]
+    store = MemoryStore()
+    commit_unit(replace(result(), rows=(*rows, BAD_ROW)), store, "job", careful=True)
+    assert [row["status"] for row in read_fragment(store.read(UNIT.fragment_key)).to_pylist()] == ["rejected"] * 2
 
 
 def test_the_receipt_says_what_was_committed():

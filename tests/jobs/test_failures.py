@@ -251,10 +251,14 @@ def rows_between(bad, error):
 
 
 def test_rows_that_cannot_be_read_are_found_by_halves(monkeypatch):
-    monkeypatch.setattr(steps, "read_table", rows_between({3, 9}, ValueError("odd")))
-    whole = replace(UNIT, start=2, stop=12, num_records=10)
-    found = steps._all_raw_records(whole, MemoryStore())
+    seen, read_table = set(), rows_between({3, 9}, ValueError("odd"))
+    monkeypatch.setattr(steps, "read_table", lambda store, *rest: (seen.add(id(store)), read_table(store, *rest))[1])
+    whole = replace(UNIT, objects=(replace(UNIT.objects[0], key="t"),), start=2, stop=12, num_records=10)
+    store = MemoryStore()
+    found = steps._all_raw_records(whole, store)
+    assert seen == {id(store)}
     assert [record.index for record in found] == list(range(2, 12))
+    assert [record.key for record in found] == [f"t/{row}" for row in range(2, 12)]
     assert [record.index for record in found if record.reject is not None] == [3, 9]
     assert str(found[1].reject.code) == "read_failed"
 

@@ -12,8 +12,8 @@ from jobs.plan import Plan
 from jobs.progress import Tally, clock
 from jobs.records import Receipt, Unit, UnitFailure
 from jobs.tables import printable
-from jobs.units import Workforce, pieces
-from storage.store import ObjectInfo
+from jobs.units import Workforce, check_units, pieces
+from storage.store import ObjectInfo, StoreError
 from storage.survey import Layout, Survey
 from tests.jobs.tiny import tar_bytes
 from tests.storage.memory import MemoryStore
@@ -156,6 +156,32 @@ def test_a_gpu_gets_larger_units():
         for on_gpu in (False, True)
     )
     assert on_gpu.num_records > 10 * on_core.num_records
+
+
+class Closed(MemoryStore):
+    """A store that gives out one object less than it lists."""
+
+    def read(self, key, **asked):
+        if key == "a.tar":
+            raise StoreError("a.tar: forbidden")
+        return super().read(key, **asked)
+
+
+def test_a_limited_tar_that_cannot_be_read_is_one_unit_of_its_own():
+    store = Closed()
+    store.put("a.tar", tar_bytes(0, 4))
+    store.put("b.tar", tar_bytes(0, 4))
+    found = Survey(Layout.TAR, tuple(store.list()), {})
+    first, *others = pieces(store, found, job(limit=3), Workforce(1, on_gpu=True))
+    assert (first.objects[0].key, first.start, first.num_records) == ("a.tar", 0, 0)
+    assert sum(piece.num_records for piece in others) == 3
+
+
+@pytest.mark.parametrize("key", ["../a.png", "", "a/../../b.png"])
+def test_units_that_were_read_back_name_objects_of_the_input(key):
+    unit = Unit(0, "a" * 20, Layout.IMAGES, (ObjectInfo(key, 9, "v"),), 0, 1, 1)
+    with pytest.raises(ValueError, match="unit 0: "):
+        check_units((unit,), Layout.IMAGES)
 
 
 def test_the_units_of_a_tar_join_without_gap():

@@ -13,6 +13,7 @@ from PIL import Image
 
 from storage.decisions import as_markdown
 from storage.images import decode
+from storage.png import MAX_RAW_PROFILE_BYTES
 from storage.rejects import Reject, RejectCode
 from tests.storage.by_hand import bmp, chunk, png, png_of, tiff
 
@@ -635,6 +636,24 @@ def test_orientation(orientation):
     flat = encoded(image, "JPEG")
     photograph = encoded(image, "JPEG", exif=b"Exif\0\0" + exif_of(orientation))
     assert np.array_equal(found(photograph), turned(found(flat), orientation))
+
+
+def test_a_colour_type_that_no_png_has_is_damage():
+    header = struct.pack(">IIBBBBB", 4, 4, 8, 5, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(20))) + chunk(b"IEND", b"")
+    with pytest.raises(Reject, match="names what no PNG has") as raised:
+        decode(b"\x89PNG\r\n\x1a\n" + chunks)
+    assert raised.value.code is RejectCode.CORRUPT
+
+
+def test_a_raw_profile_counts_where_there_is_no_other_and_is_of_a_sound_length():
+    values = noise(8, 3).astype(np.uint8)
+    raw = ("\nexif\n  26\n" + (b"Exif\0\0" + exif_of(6)).hex() + "\n").encode()
+    named = b"Raw profile type exif\0"
+    both = png(values, 8, 2, chunk(b"eXIf", exif_of(3)) + chunk(b"tEXt", named + raw))
+    assert np.array_equal(found(both), turned(values, 3))
+    long = png(values, 8, 2, chunk(b"tEXt", named + raw + b"\n" * MAX_RAW_PROFILE_BYTES))
+    assert np.array_equal(found(long), values)
 
 
 @pytest.mark.parametrize("body", [b"", b"MM\0*", exif_of(9), exif_of(0), exif_of(6)[:20], b"Exif\0\0" * 3, bytes(99)])

@@ -74,6 +74,11 @@ def test_a_sound_map_may_lie_in_several_chunks():
     assert np.array_equal(decode_levels(png(header(4, 64), *parts), (4, 64)), levels)
 
 
+def test_a_map_of_noise_is_read():
+    levels = np.random.default_rng(0).integers(0, 256, (80, 90), dtype=np.uint8)
+    assert np.array_equal(decode_levels(encode_map(levels / np.float32(255)).data, levels.shape), levels)
+
+
 REFUSED = {
     "nothing": (b"", "begins with"),
     "text": (b"x" * 40, "begins with"),

@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from storage.drawings import Cell, with_cells, with_path
 from storage.fragments import encode_fragment, read_fragment
-from storage.pictures import Tile, contact_sheet, overlay, resized, side_by_side
+from storage.pictures import Tile, colours, contact_sheet, overlay, resized, side_by_side
 from storage.schema import SCHEMA
 from storage.store import DamagedError
 
@@ -43,6 +44,33 @@ def test_other_tables_are_no_fragments():
     pq.write_table(pa.table({"a": [1]}), sink)
     with pytest.raises(DamagedError, match="has other columns than those that are written there: a, accumulated_maps"):
         read_fragment(sink.getvalue())
+
+
+def test_maps_are_stored_as_they_are_and_what_repeats_as_a_dictionary():
+    group = pq.ParquetFile(io.BytesIO(encode_fragment([row(map=b"\x89")] * 9, {}))).metadata.row_group(0)
+    columns = {group.column(place).path_in_schema: group.column(place) for place in range(group.num_columns)}
+    assert not columns["map"].has_dictionary_page
+    assert columns["status"].has_dictionary_page
+
+
+def test_an_overlay_by_hand():
+    """A quarter of the map's colour where it is 0, three quarters where it is 1."""
+    pixels = np.full((1, 2, 3), 200, np.uint8)
+    saliency = np.array([[0.0, 1.0]], np.float32)
+    wanted = [[0.75 * 200 + 0.25 * colours(saliency)[0, 0], 0.25 * 200 + 0.75 * colours(saliency)[0, 1]]]
+    assert np.array_equal(overlay(pixels, saliency), np.rint(wanted))
+
+
+def test_below_cells_and_paths_the_picture_is_dimmed():
+    pixels = np.full((100, 120, 3), 200, np.uint8)
+    celled = with_cells(pixels, [Cell((10, 10, 60, 60), 1.0, "a")], (5, 5, 90, 90))
+    walked = with_path(pixels, [(30.0, 30.0), (-50.0, 500.0)])
+    for made in (celled, walked):
+        assert made.shape == pixels.shape
+        assert made.dtype == np.uint8
+        assert (made[0, 119] == 110).all()  # 0.55 of it
+    assert np.array_equal(celled[30, 55], colours(np.ones((1, 1)))[0, 0])
+    assert (walked[88:, :12] != 110).any()  # a point outside is marked at the edge
 
 
 def test_pictures_have_their_sizes():

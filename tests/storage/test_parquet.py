@@ -281,6 +281,15 @@ def test_files_by_hand_are_read():
     assert shown(parquet(Column([page(empty, 100, DELTA_LENGTHS)], 100, (DELTA_LENGTHS,)))) == [b""] * 100
 
 
+def test_values_that_share_their_beginnings_are_read():
+    """Several blocks of prefixes and suffixes, the last of them cut short."""
+    images = [b"%06d" % number * (1 + number % 3) for number in range(1000)]
+    sink = io.BytesIO()
+    encoding = {"image": "DELTA_BYTE_ARRAY"}
+    pq.write_table(pa.table({"image": images}), sink, use_dictionary=False, column_encoding=encoding)
+    assert shown(sink.getvalue()) == images
+
+
 DELTA = delta_bomb(400_000_000)
 PACKED = pa.Codec("zstd").compress(DELTA, asbytes=True)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.places import contain_each_other, normal_place, split_place
+from storage.places import contain_each_other, is_whole_bucket, normal_place, split_place
 from storage.store import StoreError
 from storage.stores import open_file, open_store
 
@@ -127,3 +127,8 @@ def test_one_folder_of_two_names_is_one(tmp_path, monkeypatch):
     """As where it is mounted twice, or where the file system knows no case."""
     monkeypatch.setattr(Path, "samefile", lambda path, other: str(path).lower() == str(other).lower())
     assert contain_each_other(f"{tmp_path}/in", f"{tmp_path}/IN/out")
+
+
+@pytest.mark.parametrize(("place", "wanted"), [("s3://b", True), ("s3://b/d", False), ("/b", False), ("b", False)])
+def test_a_whole_bucket_is_told_from_a_prefix(place, wanted):
+    assert is_whole_bucket(place) is wanted

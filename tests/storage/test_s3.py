@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from storage.endpoints import check_endpoint
+from storage.replies import Listing
 from storage.s3 import S3Store
-from storage.s3_client import ATTEMPTS
+from storage.s3_client import ATTEMPTS, connected
 from storage.store import AlreadyExistsError, ChangedError, ObjectError, StoreError
 from storage.stores import WeakStoreError, open_store, probe
 from tests.jobs.jobs_of import blocksight
@@ -210,6 +211,17 @@ def test_ordinary_endpoints_are_taken(url):
 
 
 @pytest.mark.servers
+def test_a_bucket_with_object_lock_gets_its_checksums(credentials, monkeypatch):
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported")
+    connection, _ = connected("http://127.0.0.1:9")
+    assert connection.config_kwargs["request_checksum_calculation"] == "when_supported"
+
+
+def test_an_object_without_a_name_is_no_listing():
+    with pytest.raises(StoreError, match="lists an object without a name"):
+        list(Listing("s3://b", "").new_entries({"Contents": [{"Size": 1}]}))
+
+
 def test_a_bucket_that_is_not_there_is_no_missing_object(bucket):
     store = open_store("s3://blocksight-not-there/x", bucket.endpoint_url)
     with pytest.raises(StoreError, match="there is no bucket 'blocksight-not-there' at") as caught:

@@ -105,6 +105,14 @@ def test_a_name_in_no_utf_8_is_a_record_with_a_reason(kind):
     assert "no text" in found[1].reject.message
 
 
+def test_a_sparse_member_bears_its_own_name():
+    sparse = odd("GNUSparseFile.0/hole.jpg")
+    sparse.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "hole.jpg"}
+    found = read(archive([("1.jpg", b"one"), (sparse, b"x")]))
+    assert [record.key for record in found] == ["s.tar/1", "s.tar/hole.jpg"]
+    assert codes(found) == ["ok", "member_refused"]
+
+
 def test_duplicates_adjacent_or_not():
     found = read(archive([("1.jpg", b"a"), ("1.jpg", b"b"), ("2.jpg", b"c"), ("1.png", b"d")]))
     assert codes(found) == ["ok", "duplicate_key", "ok", "duplicate_key"]

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from storage.annotations import open_truth, read_truth
+from storage.annotations import _mask, open_truth, read_truth
 from storage.images import fit
 from storage.store import StoreError
 from storage.truth import AmbiguousTruthError, ImageTruth, Truth, TruthObject, region
@@ -282,6 +282,19 @@ def test_a_label_of_no_text_is_kept_as_codes():
     (image,) = read_truth(stored(a__json=coco({"bbox": [0, 0, 1, 1]}).replace('"cat"', '"\\ud800"'))).images
     assert image.objects[0].label == "\\ud800"
     assert len(Truth((image,)).digest) == 64
+
+
+def test_a_mask_has_at_most_as_many_pixels_as_an_image(monkeypatch):
+    monkeypatch.setattr("storage.annotations.MAX_IMAGE_PIXELS", 32)
+    assert _mask(4, 8, np.array([32])).at(np.array([0]), np.array([0])).tolist() == [[False]]
+    with pytest.raises(ValueError, match="a mask of 11 x 3 pixels"):
+        _mask(3, 11, np.array([33]))
+
+
+def test_an_object_without_any_shape_covers_nothing():
+    box = TruthObject("x", (1, 1, 3, 3))
+    alone, beside = (ImageTruth("a.jpg", objects, 8, 4) for objects in ((box,), (TruthObject("x"), box)))
+    assert np.array_equal(whole(beside), whole(alone))
 
 
 def test_columns_of_boxes():

@@ -21,6 +21,12 @@ from tests.storage.memory import MemoryStore
 KEYS = ("a.png", "b.png", "c.png", "d.png")
 
 
+def test_what_a_store_does_not_list_is_told_on():
+    inner = MemoryStore()
+    inner.unlisted = lambda: iter([("a pipe", "p")])
+    assert [*PatientStore(inner).unlisted()] == [("a pipe", "p")]
+
+
 class Refusing:
     """Raises for reads of some keys, and counts the calls."""
 
