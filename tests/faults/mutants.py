@@ -89,6 +89,7 @@ def prepare(group: str, fresh: bool) -> Path:
         "source_paths": mutated,
         "also_copy": [*sorted(set(PACKAGES) - {*mutated, "tests"}), *FILES],
         "only_mutate": wanted["only_mutate"],
+        "do_not_mutate": wanted.get("do_not_mutate", []),
         "pytest_add_cli_args_test_selection": wanted["tests"],
     }
     config = tree / "pyproject.toml"

@@ -13,6 +13,7 @@ from PIL import Image
 
 from storage.decisions import as_markdown
 from storage.images import decode
+from storage.jpeg import _segments
 from storage.png import MAX_RAW_PROFILE_BYTES
 from storage.rejects import Reject, RejectCode
 from tests.storage.by_hand import bmp, chunk, png, png_of, tiff
@@ -636,6 +637,12 @@ def test_orientation(orientation):
     flat = encoded(image, "JPEG")
     photograph = encoded(image, "JPEG", exif=b"Exif\0\0" + exif_of(orientation))
     assert np.array_equal(found(photograph), turned(found(flat), orientation))
+
+
+def test_a_jpeg_segment_may_follow_a_marker_without_a_length():
+    segment = b"\xff\xe1" + struct.pack(">H", 6) + b"Exif"
+    found = [(marker, bytes(body)) for marker, body in _segments(b"\xff\xd8\xff\x01" + segment + b"\xff\xda")]
+    assert found == [(0xE1, b"Exif")]
 
 
 def test_a_colour_type_that_no_png_has_is_damage():

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import duckdb
@@ -15,7 +16,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from storage.local import LocalStore
+from storage.local import LocalStore, _left_over
 from storage.store import AlreadyExistsError, ChangedError, ObjectError, StoreError, UnavailableError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -312,3 +313,11 @@ def test_the_version_is_that_of_the_bytes_that_were_read(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", lambda path, mode: WrittenMeanwhile(path, mode.removesuffix("b")))
     with pytest.raises(ChangedError):
         store.read("x", etag=etag)
+
+
+def test_files_of_writers_that_died_are_found_once_they_are_old(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in (".writing-1", "a.png"):
+        (tmp_path / "data" / name).write_bytes(b"x")
+    assert [*_left_over(tmp_path, time.time() - 60)] == []
+    assert [*_left_over(tmp_path, time.time() + 60)] == [tmp_path / "data" / ".writing-1"]

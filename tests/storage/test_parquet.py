@@ -18,6 +18,7 @@ from storage.rejects import RejectCode
 from storage.schema import SCHEMA
 from storage.store import DamagedError, StoreError
 from storage.tables import read_table, table_facts
+from storage.thrift import _BYTE, _DOUBLE, _behind, number_at
 from tests.storage.crafted import (
     DELTA_LENGTHS,
     DELTA_PREFIXES,
@@ -279,6 +280,16 @@ def test_files_by_hand_are_read():
     assert shown(parquet(Column([page(body, 1, DELTA_LENGTHS)], 1, (DELTA_LENGTHS,)))) == [b"abc"]
     empty = b"".join([number(128), number(4), number(100), signed(0), signed(0), bytes(4)])
     assert shown(parquet(Column([page(empty, 100, DELTA_LENGTHS)], 100, (DELTA_LENGTHS,)))) == [b""] * 100
+
+
+def test_a_number_of_a_page_header_has_ten_bytes_at_most():
+    assert number_at(b"\xff" * 9 + b"\x01", 0) == (2**64 - 1, 10)
+    with pytest.raises(ValueError, match="more than ten bytes"):
+        number_at(b"\xff" * 10, 0)
+
+
+def test_a_field_that_is_passed_by_has_its_length():
+    assert [_behind(b"\x85\x01", at, kind, 0) for at, kind in ((0, _BYTE), (0, _DOUBLE), (0, 5))] == [1, 8, 2]
 
 
 def test_values_that_share_their_beginnings_are_read():

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from storage.endpoints import check_endpoint
-from storage.replies import Listing
+from storage.replies import Listing, refuse_error_body
 from storage.s3 import S3Store
 from storage.s3_client import ATTEMPTS, connected
-from storage.store import AlreadyExistsError, ChangedError, ObjectError, StoreError
+from storage.store import AlreadyExistsError, ChangedError, ObjectError, StoreError, UnavailableError
 from storage.stores import WeakStoreError, open_store, probe
 from tests.jobs.jobs_of import blocksight
 from tests.jobs.tiny import MODEL, folder_of_images
@@ -215,6 +215,13 @@ def test_a_bucket_with_object_lock_gets_its_checksums(credentials, monkeypatch):
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported")
     connection, _ = connected("http://127.0.0.1:9")
     assert connection.config_kwargs["request_checksum_calculation"] == "when_supported"
+
+
+def test_an_error_with_status_200_is_told_from_an_object_that_looks_like_one():
+    body = b"<Error><Code>SlowDown</Code></Error>"
+    refuse_error_body({"ETag": '"1"'}, body, "s3://b/a")
+    with pytest.raises(UnavailableError, match=r"an error inside \(SlowDown\)"):
+        refuse_error_body({}, body, "s3://b/a")
 
 
 def test_an_object_without_a_name_is_no_listing():
