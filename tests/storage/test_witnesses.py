@@ -27,6 +27,19 @@ def test_what_a_store_does_not_list_is_told_on():
     assert [*PatientStore(inner).unlisted()] == [("a pipe", "p")]
 
 
+def test_the_place_beside_an_object_is_its_own_folder():
+    """A store may refuse one folder alone."""
+    asked = []
+
+    class Noting(MemoryStore):
+        def create(self, key, data, *, metadata=None):
+            asked.append(key)
+            super().create(key, data, metadata=metadata)
+
+    assert PatientStore(Noting())._takes_others("_job/receipts/a.json", 9)
+    assert [key.rpartition("/")[0] for key in asked] == ["_job/receipts"]
+
+
 class Refusing:
     """Raises for reads of some keys, and counts the calls."""
 
