@@ -7,10 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from storage.drawings import Cell, with_cells, with_path
-from storage.fragments import encode_fragment, read_fragment
+from storage.fragments import encode_fragment, fragment_batches, read_fragment
 from storage.pictures import Tile, colours, contact_sheet, overlay, resized, side_by_side
 from storage.schema import SCHEMA
 from storage.store import DamagedError
+from tests.storage.memory import MemoryStore
 
 
 def row(**values):
@@ -51,6 +52,17 @@ def test_maps_are_stored_as_they_are_and_what_repeats_as_a_dictionary():
     columns = {group.column(place).path_in_schema: group.column(place) for place in range(group.num_columns)}
     assert not columns["map"].has_dictionary_page
     assert columns["status"].has_dictionary_page
+
+
+def test_a_fragment_is_read_in_batches():
+    store = MemoryStore()
+    store.put("f", encode_fragment([row(shard_index=number) for number in range(5)], {}))
+    batches = [*fragment_batches(store, store.head("f"), ["shard_index", "key"], 2, 64)]
+    assert {batch.num_rows for batch in batches} <= {1, 2}
+    assert [one for batch in batches for one in batch["shard_index"].to_pylist()] == list(range(5))
+    store.put("f", b"no fragment")
+    with pytest.raises(DamagedError, match="verify"):
+        [*fragment_batches(store, store.head("f"), ["key"], 2, 64)]
 
 
 def test_an_overlay_by_hand():

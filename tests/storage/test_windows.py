@@ -33,3 +33,11 @@ def test_a_window_serves_small_reads_and_a_large_read_passes_it_by():
     assert file.read_at(1, 6) == bytes(range(1, 7))
     assert file.read_at(8, 6) == b"\x08\x09"
     assert file.read_at(10, 1) == b""
+
+
+def test_a_file_fills_a_buffer_as_far_as_it_reaches():
+    store = MemoryStore()
+    store.put("x", b"abcde")
+    file, buffer = WindowedFile(store, store.head("x"), window_bytes=4), bytearray(b"-" * 4)
+    assert (file.readinto(buffer), bytes(buffer)) == (4, b"abcd")
+    assert (file.readinto(buffer), bytes(buffer)) == (1, b"ebcd")
