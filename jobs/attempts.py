@@ -11,7 +11,7 @@ from jobs.blame import OF_THE_JOB, is_of_unit
 from jobs.context import JobContext, worker_name
 from jobs.dead import bury
 from jobs.isolation import ProcessDiedError
-from jobs.plan import SEPARATE_FOLDERS, open_output
+from jobs.plan import UNIT_FOLDERS, open_output
 from jobs.records import Cause, Outcome, Unit, UnitFailure, UnitSkipped
 from jobs.stopping import is_stopped
 from jobs.watch import alive, watched
@@ -64,7 +64,7 @@ def open_desk(context: JobContext) -> Desk:
     source, _ = open_named(context.config.data, context.config.endpoint_url, wait_seconds=PATIENCE_SECONDS)
     output = open_output(context.config)
     patient = PatientStore(source, waiting=alive, witnesses=context.witnesses)
-    return Desk(patient, PatientStore(output, waiting=alive, separate_folders=SEPARATE_FOLDERS), context.run_id)
+    return Desk(patient, PatientStore(output, waiting=alive, unit_folders=UNIT_FOLDERS), context.run_id)
 
 
 def attempted(unit: Unit, stage: str, desk: Desk, work: Callable[[bool], Result]) -> Result | Outcome:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from jobs import attempts, dead
-from jobs.plan import PLAN_FOLDER, SEPARATE_FOLDERS, plan_document
+from jobs.plan import PLAN_FOLDER, UNIT_FOLDERS, plan_document
 from jobs.reconcile import Standing, final_manifest
 from jobs.stopping import RUNS_FOLDER, SIGN_NAME
 from storage.local import LocalStore
@@ -26,7 +26,7 @@ def remove_leftovers(store: ObjectStore, standing: Standing, *, dry_run: bool = 
     names = [*_settled(store, standing), *_lost_plans(store)]
     if final_manifest(store, standing.plan) is not None:  # nobody is at work who might still need them
         names += [info.key for info in store.list(PROBE_PREFIX)]
-        names += [info.key for folder in SEPARATE_FOLDERS for info in store.list(folder) if is_probe(info.key)]
+        names += [info.key for folder in UNIT_FOLDERS for info in store.list(folder) if is_probe(info.key)]
         names += [info.key for info in store.list(RUNS_FOLDER) if info.key.endswith(f"/{SIGN_NAME}")]
     if not dry_run:
         for name in names:

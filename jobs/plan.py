@@ -29,7 +29,7 @@ from storage.survey import Layout, survey
 PLAN_FOLDER = "_job/plan/"
 PLAN_KEY = f"{PLAN_FOLDER}plan.json"
 MODEL_KEY = f"{PLAN_FOLDER}model.json"
-SEPARATE_FOLDERS = ("data/", "_job/receipts/", "_job/dead/", "evaluations/")
+UNIT_FOLDERS = ("data/", "_job/receipts/", "_job/dead/", "evaluations/")
 """Of an output: each object there is of one unit alone."""
 OUR_FOLDERS = ("data/", "_job/", "report/", "evaluations/", "audit/")
 

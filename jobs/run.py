@@ -24,7 +24,7 @@ from jobs.estimate import estimate
 from jobs.fidelity import rare_labels
 from jobs.learned import standing_state, wanted_images
 from jobs.leftovers import PROBE_PREFIX, remove_settled
-from jobs.plan import SEPARATE_FOLDERS, Plan, load_plan, make_plan, open_output, refuse_drift, settle_model, settle_plan
+from jobs.plan import UNIT_FOLDERS, Plan, load_plan, make_plan, open_output, refuse_drift, settle_model, settle_plan
 from jobs.progress import Tally, progress
 from jobs.reconcile import Manifest, Standing, final_manifest, finalize, num_accepted, stand
 from jobs.records import ModelFacts, Outcome, Receipt, UnfinishedError, Unit, UnitFailure
@@ -119,7 +119,7 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
         standing = _standing(output, plan)
         context = context_of(config, plan, facts, sizing, execution)
         _write_run(output, context, execution, sizing)
-        output = PatientStore(output, separate_folders=SEPARATE_FOLDERS)
+        output = PatientStore(output, unit_folders=UNIT_FOLDERS)
         _learn(output, context, plan.units, state, sizing, console)
         stop = Stop(output, context.run_id)
         budget = Budget(execution.max_reject_fraction, execution.max_dead_units)
@@ -136,7 +136,7 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
 
 def _standing(output: ObjectStore, plan: Plan) -> Standing:
     """How far the job is, also where single receipts cannot be read or written."""
-    return stand(PatientStore(output, SHORT_PATIENCE_SECONDS, separate_folders=SEPARATE_FOLDERS), plan)
+    return stand(PatientStore(output, SHORT_PATIENCE_SECONDS, unit_folders=UNIT_FOLDERS), plan)
 
 
 def _outcome_of(output: ObjectStore, standing: Standing, execution: Execution, ran: Ran) -> RunOutcome:

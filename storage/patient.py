@@ -60,7 +60,7 @@ class PatientStore:
     one of them can be read, the trouble is the object's own (ObjectError). Where none can, it is the store's
     (StoreError, or UnavailableError after the patience).
 
-    In the separate folders of an output, where each object is of one unit, any call that fails for good is judged by
+    In the folders of an output where each object is of one unit, any call that fails for good is judged by
     writing as many bytes beside that object: where they can be written, the trouble is the object's (OutputError).
 
     A `create` whose reply was lost may be refused when it is repeated: the caller settles by the metadata
@@ -74,15 +74,15 @@ class PatientStore:
         *,
         waiting: Callable[[], None] = lambda: None,
         witnesses: Sequence[str] = (),
-        separate_folders: tuple[str, ...] = (),
+        unit_folders: tuple[str, ...] = (),
     ) -> None:
         """`seconds` of waiting per call, after which UnavailableError is raised; None: PATIENCE_SECONDS.
 
         `waiting` is called before every try: to wait for a store is no hang. `witnesses` are keys of a few objects,
-        `separate_folders` begin the keys of objects that are of one unit each.
+        `unit_folders` begin the keys of objects that are of one unit each.
         """
         self.store, self.waiting, self.witnesses = store, waiting, tuple(witnesses)
-        self.separate_folders = separate_folders
+        self.unit_folders = unit_folders
         self.seconds = PATIENCE_SECONDS if seconds is None else seconds
 
     @property
@@ -91,10 +91,10 @@ class PatientStore:
 
     def read(self, key: str, *, etag: str | None = None, start: int = 0, length: int | None = None) -> bytes:
         read = partial(self.store.read, key, etag=etag, start=start, length=length)
-        return self._separately(key, 0, lambda: self._judged(key, read))
+        return self._told_apart(key, 0, lambda: self._judged(key, read))
 
     def head(self, key: str) -> ObjectInfo | None:
-        return self._separately(key, 0, lambda: self.store.head(key))
+        return self._told_apart(key, 0, lambda: self.store.head(key))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """As the store lists; from the beginning again where it broke off."""
@@ -104,13 +104,13 @@ class PatientStore:
         yield from self._patiently(lambda: [*self.store.unlisted()])
 
     def create(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> None:
-        self._separately(key, len(data), lambda: self._create(key, data, metadata))
+        self._told_apart(key, len(data), lambda: self._create(key, data, metadata))
 
     def put(self, key: str, data: bytes) -> None:
-        self._separately(key, len(data), lambda: self.store.put(key, data))
+        self._told_apart(key, len(data), lambda: self.store.put(key, data))
 
     def delete(self, key: str) -> None:
-        self._separately(key, 0, lambda: self.store.delete(key))
+        self._told_apart(key, 0, lambda: self.store.delete(key))
 
     def _patiently(self, call: Callable[[], Result]) -> Result:
         deadline = time.monotonic() + self.seconds
@@ -130,19 +130,19 @@ class PatientStore:
         try:
             self.store.create(key, data, metadata=metadata)
         except (AlreadyExistsError, MissingError) as error:
-            if not self._is_separate(key) or self.store.head(key) is not None:
+            if not self._is_of_one_unit(key) or self.store.head(key) is not None:
                 raise
             raise UnavailableError(f"{error}, says the store, and has no such object") from error
 
-    def _is_separate(self, key: str) -> bool:
-        return key.startswith(self.separate_folders)
+    def _is_of_one_unit(self, key: str) -> bool:
+        return key.startswith(self.unit_folders)
 
-    def _separately(self, key: str, num_bytes: int, call: Callable[[], Result]) -> Result:
+    def _told_apart(self, key: str, num_bytes: int, call: Callable[[], Result]) -> Result:
         """What the call gives in the end; an error says whether it is this object's alone."""
         try:
             return self._patiently(call)
         except StoreError as error:
-            is_judged = self._is_separate(key) and _may_be_of_one_object(error)
+            is_judged = self._is_of_one_unit(key) and _may_be_of_one_object(error)
             if not is_judged or not self._takes_others(key, num_bytes):
                 raise
         try:

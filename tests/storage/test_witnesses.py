@@ -168,7 +168,7 @@ class Output:
 
     def __init__(self, error, fails):
         self.error, self.fails, self.inner, self.asked = error, fails, MemoryStore(), []
-        plain = PatientStore(InterceptedStore(self.inner, self), 0.0, separate_folders=("data/",))
+        plain = PatientStore(InterceptedStore(self.inner, self), 0.0, unit_folders=("data/",))
         self.store = plain
 
     def __call__(self, name, key, call):
@@ -211,7 +211,7 @@ def test_what_takes_small_objects_alone_is_full():
             super().create(key, data, metadata=metadata)
 
     with pytest.raises(StoreError, match="no space") as caught:
-        CALLS["create"](PatientStore(Small(), 0.0, separate_folders=("data/",)))
+        CALLS["create"](PatientStore(Small(), 0.0, unit_folders=("data/",)))
     assert type(caught.value) is StoreError
 
 
