@@ -11,7 +11,7 @@ import pytest
 
 from tests.jobs.jobs_of import ROOT
 
-NOTEBOOKS = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "notebooks").iterdir())}
+NOTEBOOKS = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
 OURS = {"engine", "storage", "jobs"}
 PLAIN = {"duckdb", "matplotlib", "numpy", "PIL", "rich", "torch"}
 """What comes with the package."""
@@ -62,7 +62,7 @@ def named(notebook: dict[str, Any]) -> Iterator[str]:
 
 def test_there_are_three():
     assert list(NOTEBOOKS) == ["audit-a-run", "compare-two", "explain-one-image"]
-    assert {path.suffix for path in (ROOT / "notebooks").iterdir()} == {".ipynb"}
+    assert {path.suffix for path in (ROOT / "notebooks").iterdir()} == {".ipynb", ".md"}
 
 
 @each
