@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,8 @@ KILLED = {1: "killed", 3: "killed", 24: "timed out", -24: "timed out", 36: "time
 """mutmut's exit codes of a mutant that a test noticed. A mutant that hangs is noticed, by its time limit."""
 NOT_TRIED = 255
 """mutmut's exit code where pytest itself failed, as for a test whose name it does not find again."""
+UNTRIED = "not tried"
+"""The verdict of a mutant with that code: neither noticed nor survived."""
 OPERATORS = (ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context)
 """Nodes that say nothing without their operands."""
 SLICE = 0.6
@@ -124,7 +126,7 @@ def mutants_in(tree: Path) -> Iterator[Mutant]:
                 yield mutant
 
 
-def _mutant(name: str, functions: dict[str, ast.AST]) -> Mutant:
+def _mutant(name: str, functions: Mapping[str, ast.AST]) -> Mutant:
     own = name.rpartition(".")[2]
     mangled = own.rpartition("__mutmut_")[0]
     whole, changed = functions[f"{mangled}__mutmut_orig"], functions[own]
@@ -181,9 +183,7 @@ def work_on(group: str, sample: int, seed: str, minutes: float | None, fresh: bo
     tree = prepare(group, fresh)
     generate(tree)
     mutants = drawn(tree, sample, seed)
-    before = codes_of(tree)
-    open_names = [mutant.name for mutant in mutants if before[mutant.name] is None]
-    said = _mutmut(tree, open_names, minutes) if open_names else ""
+    said = run(tree, [mutant.name for mutant in mutants], minutes)
     after = codes_of(tree)
     tested = [mutant for mutant in mutants if after[mutant.name] is not None]
     if not tested:
@@ -192,24 +192,41 @@ def work_on(group: str, sample: int, seed: str, minutes: float | None, fresh: bo
     return report(group, tested, after, len(mutants))
 
 
+def run(tree: Path, names: Sequence[str], minutes: float | None) -> str:
+    """Tests those of the named mutants that were not tested yet; what mutmut said."""
+    before = codes_of(tree)
+    open_names = [name for name in names if before[name] is None]
+    return _mutmut(tree, open_names, minutes) if open_names else ""
+
+
+def verdict_of(mutant: Mutant, code: int | None, known: dict[tuple[str, str, str], dict[str, str]]) -> str:
+    """`killed`, `timed out`, `equivalent`, `survived` or UNTRIED. `known` holds the judged survivors."""
+    if code == NOT_TRIED:
+        return UNTRIED
+    unnoticed = "equivalent" if "equivalent" in known.get(mutant.key, {}) else "survived"
+    return KILLED.get(code or 0, unnoticed)
+
+
+def share_noticed(verdicts: Mapping[str, int]) -> float:
+    """The share of mutants that a test noticed, of those that are not equivalent; 1 if there are none."""
+    noticed = verdicts.get("killed", 0) + verdicts.get("timed out", 0)
+    missed = verdicts.get("survived", 0)
+    return noticed / (noticed + missed) if noticed + missed else 1.0
+
+
 def report(group: str, tested: Sequence[Mutant], codes: dict[str, int | None], num_drawn: int) -> bool:
     """Prints each survivor and the group's figures; whether enough of the mutants were noticed."""
-    untried = sorted(mutant.name for mutant in tested if codes[mutant.name] == NOT_TRIED)
+    known = judged()
+    verdicts = {mutant: verdict_of(mutant, codes[mutant.name], known) for mutant in tested}
+    untried = sorted(mutant.name for mutant, verdict in verdicts.items() if verdict == UNTRIED)
     if untried:
         print(f"{group}: BROKEN, the tests of these mutants did not run: {', '.join(untried)}", flush=True)
         return False
-    known = judged()
-    counts: Counter[str] = Counter()
-    for mutant in tested:
-        verdict = KILLED.get(codes[mutant.name] or 0)
-        if verdict is None:
-            entry = known.get(mutant.key, {})
-            verdict = "equivalent" if "equivalent" in entry else "survived"
-            if verdict == "survived":
-                print(f"{mutant.name}\n  {mutant.function}: {mutant.sound}\n  {mutant.function}: {mutant.broken}")
-        counts[verdict] += 1
-    noticed = counts["killed"] + counts["timed out"]
-    share = noticed / max(1, len(tested) - counts["equivalent"])
+    for mutant, verdict in verdicts.items():
+        if verdict == "survived":
+            print(f"{mutant.name}\n  {mutant.function}: {mutant.sound}\n  {mutant.function}: {mutant.broken}")
+    counts = Counter(verdicts.values())
+    share = share_noticed(counts)
     figures = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
     print(f"{group}: {share:.1%} of {len(tested)} mutants noticed ({num_drawn} drawn): {figures}", flush=True)
     return share >= SLICE

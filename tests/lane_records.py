@@ -1,0 +1,92 @@
+"""The stored result of a lane in `tests/figures`: its format, what is wrong with it, and whether it is out of date."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+ROOT = Path(__file__).resolve().parents[1]
+FIGURES = ROOT / "tests" / "figures"
+DIGEST_LENGTH = 16
+
+Digest = Annotated[str, Field(pattern=f"^[0-9a-f]{{{DIGEST_LENGTH}}}$")]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Record(BaseModel):
+    """What a lane found, and in which code."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    lane: str
+    """Its name, as `python -m tests.lanes` takes it."""
+    commit: Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
+    """The commit that was checked out when the result was stored."""
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+    seed: str
+    """What the draw and the order of the pieces depend on."""
+    minutes: Annotated[float, Field(ge=0)]
+    """All calls together."""
+    done: Count
+    """Pieces that have a verdict."""
+    total: Count
+    """Pieces of the whole lane. It was cut short if `done` is less."""
+    verdicts: dict[str, Count]
+    """Pieces by verdict."""
+    failed: list[str]
+    """Pieces whose verdict is a failure."""
+    files: dict[str, Digest]
+    """The files that the lane tests or runs, with the digest of their bytes."""
+
+
+def path_of(lane: str, folder: Path = FIGURES) -> Path:
+    """The file that holds the lane's stored result."""
+    return folder / f"lane-{lane}.json"
+
+
+def stored(lane: str, folder: Path = FIGURES) -> Record | None:
+    """The lane's stored result; None if there is none. Raises pydantic.ValidationError if it is malformed."""
+    path = path_of(lane, folder)
+    return Record.model_validate_json(path.read_text()) if path.exists() else None
+
+
+def store(record: Record, folder: Path = FIGURES) -> Path:
+    """Writes the result in place of the lane's last one."""
+    path = path_of(record.lane, folder)
+    path.write_text(record.model_dump_json(indent=1) + "\n")
+    return path
+
+
+def digests(files: Iterable[str], root: Path = ROOT) -> dict[str, str]:
+    """The digest of each file, by its path below the root."""
+    return {name: hashlib.sha256((root / name).read_bytes()).hexdigest()[:DIGEST_LENGTH] for name in sorted(set(files))}
+
+
+def problems(record: Record, root: Path = ROOT) -> Iterator[str]:
+    """A sentence for each thing that is wrong with a stored result."""
+    if record.failed:
+        yield f"these pieces failed: {', '.join(record.failed)}"
+    if not record.done == sum(record.verdicts.values()) <= record.total:
+        yield f"{record.done} of {record.total} pieces are done, and {sum(record.verdicts.values())} have a verdict"
+    gone = [name for name in record.files if not (root / name).exists()]
+    if gone:
+        yield f"it names files that do not exist: {', '.join(gone)}"
+
+
+def out_of_date(record: Record, now: dict[str, str]) -> str | None:
+    """Says what of the lane is not proved for the code that is here; None: all of it is. `now` holds its digests."""
+    changed = sorted(name for name in now.keys() | record.files.keys() if now.get(name) != record.files.get(name))
+    lacks = [f"{record.done} of {record.total} pieces were run"] if record.done < record.total else []
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        lacks.append(f"{len(changed)} of {len(now)} files have changed since: {', '.join(changed[:3])}{more}")
+    if not lacks:
+        return None
+    return f"{record.lane}, at {record.commit[:12]} of {record.date}: {'; '.join(lacks)}. {renewal(record.lane)}"
+
+
+def renewal(lane: str) -> str:
+    """What to do about a result that is missing or out of date."""
+    return f"Run `python -m tests.lanes {lane}` and commit {path_of(lane).relative_to(ROOT)}."

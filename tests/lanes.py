@@ -1,0 +1,394 @@
+"""Runs a long lane of the suite in pieces, goes on where the last call stopped, and stores the result.
+
+`python -m tests.lanes` lists the lanes with their stored results. `python -m tests.lanes chaos` runs one: it prints
+a line for each piece (a planted fault, a mutant, a test, a round of chaos) with an estimate of the time that is
+left, and ends within `--minutes`. Each finished piece is noted in `.lanes/`, so that the same command goes on with
+the others. If a file that the lane tests or runs changes, it begins anew.
+
+At its end each call writes `tests/figures/lane-NAME.json`: commit, date, how many of the pieces are done, what they
+found, and the digests of the files. `--minutes 0` runs nothing and only writes it. Commit this file:
+`tests/test_lanes.py` names every result that is cut short or older than the code.
+
+Exit code 0: every piece is done, and none failed. 1: a piece failed. 2: the lane could not begin. 3: pieces are left.
+"""
+
+import argparse
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+from tests.faults import mutants
+from tests.faults.mutations import tests_of
+from tests.faults.planting import PACKAGES, copied, judge, load_heavy, run_tests
+from tests.faults.table import MUTATIONS
+from tests.lane_records import ROOT, Record, digests, store, stored
+
+STATES = ROOT / ".lanes"
+GRACE_SECONDS = 60.0
+"""For a process that was asked to stop: servers and Ray sessions end with it."""
+NUM_MUTANTS = 400
+"""Drawn of each group."""
+MUTANTS_AT_ONCE = 20
+"""mutmut takes seconds to start; so many mutants share a start."""
+NUM_ROUNDS, ROUND_MINUTES = 8, 6
+"""Of chaos. A round takes up to twice its minutes, because the last job is then left to finish."""
+SOUND_TREE = "no fault"
+"""The piece that runs the tests of all faults without one: only then does a red test mean something."""
+
+Verdicts = Generator[tuple[str, str], None, None]
+"""Pieces with their verdicts, each as soon as it is known."""
+SecondsLeft = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Lane:
+    """How one lane is cut into pieces, and run."""
+
+    meaning: str
+    files: Callable[[], Sequence[str]]
+    """What it tests or runs, below the root: if one of these changes, earlier verdicts say nothing."""
+    pieces: Callable[[str, bool], list[str]]
+    """All its pieces in the order of a seed. True: forget what earlier runs left."""
+    run: Callable[[Sequence[str], SecondsLeft], Verdicts]
+    """Runs these pieces, and ends early rather than late."""
+    failures: frozenset[str]
+    """Verdicts that are not as they should be."""
+
+
+@dataclass
+class State:
+    """What was done of a lane, over all calls, for one seed and one version of its files."""
+
+    seed: str
+    files: dict[str, str]
+    seconds: float = 0.0
+    verdicts: dict[str, str] = field(default_factory=dict)
+    """By piece."""
+
+    @classmethod
+    def read(cls, path: Path, seed: str, files: dict[str, str]) -> "State":
+        """The state to go on with; an empty one if the file is of another seed or of other code."""
+        if path.exists():
+            state = cls(**json.loads(path.read_text()))
+            if (state.seed, state.files) == (seed, files):
+                return state
+        return cls(seed, files)
+
+    def write(self, path: Path) -> None:
+        """Replaces the file at once, so that a call that is killed leaves a whole one."""
+        path.parent.mkdir(exist_ok=True)
+        aside = path.with_suffix(".new")
+        aside.write_text(json.dumps(asdict(self)))
+        aside.replace(path)
+
+
+def advance(
+    lane: Lane, pieces: Sequence[str], state: State, path: Path, minutes: float, clock: Callable[[], float]
+) -> None:
+    """Runs the pieces that have no verdict until all have one or the time is spent; notes and prints each."""
+    start = before = clock()
+    longest = 0.0
+    todo = [piece for piece in pieces if piece not in state.verdicts]
+    if not todo or minutes <= 0:
+        return
+    with closing(lane.run(todo, lambda: start + 60 * minutes - clock())) as found:
+        for piece, verdict in found:
+            now = clock()
+            seconds, before = now - before, now
+            longest = max(longest, seconds)
+            state.verdicts[piece] = verdict
+            state.seconds += seconds
+            state.write(path)
+            is_failure = verdict in lane.failures
+            print(progress(piece, verdict.upper() if is_failure else verdict, seconds, state, len(pieces)), flush=True)
+            if start + 60 * minutes - now < longest:
+                return
+
+
+def progress(piece: str, verdict: str, seconds: float, state: State, total: int) -> str:
+    """The line of a finished piece, with an estimate of the time until all are done."""
+    done = len(state.verdicts)
+    left_minutes = state.seconds / done * (total - done) / 60
+    return f"{done:4} of {total}  {verdict:9} {seconds:4.0f} s  about {left_minutes:.0f} min left  {piece}"
+
+
+def record_of(name: str, lane: Lane, pieces: Sequence[str], state: State, commit: str) -> Record:
+    """What is to be stored of the lane as it is now."""
+    verdicts = {piece: state.verdicts[piece] for piece in pieces if piece in state.verdicts}
+    return Record(
+        lane=name,
+        commit=commit,
+        date=time.strftime("%Y-%m-%d"),
+        seed=state.seed,
+        minutes=round(state.seconds / 60, 1),
+        done=len(verdicts),
+        total=len(pieces),
+        verdicts=dict(sorted(Counter(verdicts.values()).items())),
+        failed=sorted(piece for piece, verdict in verdicts.items() if verdict in lane.failures),
+        files=state.files,
+    )
+
+
+def lanes() -> dict[str, Lane]:
+    """All lanes, by name."""
+    return {
+        "planted-faults": PLANTED_FAULTS,
+        **{f"mutants-{group}": _mutants_of(group) for group in mutants.groups()},
+        "failure-tests": _tests_marked("faults", "processes, machines and stores that fail"),
+        "chaos": CHAOS,
+    }
+
+
+# ---------------------------------------------------------------- planted faults
+
+
+def _planted_files() -> list[str]:
+    tests = {f"tests/{test.split('::')[0]}" for test in tests_of(MUTATIONS)}
+    tools = ["tests/faults/planting.py", "tests/faults/table.py"]
+    return sorted({mutation.file for mutation in MUTATIONS} | tests) + tools
+
+
+def _planted_pieces(seed: str, fresh: bool) -> list[str]:
+    return [SOUND_TREE, *_shuffled([mutation.meaning for mutation in MUTATIONS], seed)]
+
+
+def _plant(pieces: Sequence[str], seconds_left: SecondsLeft) -> Verdicts:
+    by_meaning = {mutation.meaning: mutation for mutation in MUTATIONS}
+    load_heavy()
+    with copied(ROOT) as tree:
+        for piece in pieces:
+            if piece == SOUND_TREE:
+                seen = run_tests(tree, tests_of(MUTATIONS)).seen
+                yield piece, "sound" if seen == "green" else "broken"
+            else:
+                yield piece, judge(tree, by_meaning[piece]).seen
+
+
+PLANTED_FAULTS = Lane(
+    "each fault of faults/table.py turns a test red",
+    _planted_files,
+    _planted_pieces,
+    _plant,
+    frozenset({"green", "broken"}),
+)
+
+# ---------------------------------------------------------------- mutants
+
+
+def _mutants_of(group: str) -> Lane:
+    return Lane(
+        f"{NUM_MUTANTS} random changes of the code of {group}, and how many a test notices",
+        partial(_mutated_files, group),
+        partial(_mutant_pieces, group),
+        partial(_mutate, group),
+        frozenset({mutants.UNTRIED}),
+    )
+
+
+def _mutated_files(group: str) -> list[str]:
+    wanted = mutants.groups()[group]
+    tests = [test.split("::")[0] for test in wanted["tests"] if not test.startswith("--")]
+    patterns = [f"{test}/**/*.py" if (ROOT / test).is_dir() else test for test in tests]
+    left_out = set(wanted.get("do_not_mutate", []))
+    return [*(set(_found(*wanted["only_mutate"], *patterns)) - left_out), "tests/faults/survivors.toml"]
+
+
+def _mutant_pieces(group: str, seed: str, fresh: bool) -> list[str]:
+    tree = mutants.prepare(group, fresh)
+    mutants.generate(tree)
+    return [mutant.name for mutant in mutants.drawn(tree, NUM_MUTANTS, seed)]
+
+
+def _mutate(group: str, pieces: Sequence[str], seconds_left: SecondsLeft) -> Verdicts:
+    tree = mutants.WORK / group
+    by_name = {mutant.name: mutant for mutant in mutants.mutants_in(tree)}
+    known = mutants.judged()
+    for start in range(0, len(pieces), MUTANTS_AT_ONCE):
+        names = pieces[start : start + MUTANTS_AT_ONCE]
+        mutants.run(tree, names, seconds_left() / 60)
+        codes = mutants.codes_of(tree)
+        tested = [name for name in names if codes[name] is not None]
+        yield from ((name, mutants.verdict_of(by_name[name], codes[name], known)) for name in tested)
+        if len(tested) < len(names):
+            return
+
+
+# ---------------------------------------------------------------- tests with a marker
+
+
+def _tests_marked(marker: str, meaning: str) -> Lane:
+    return Lane(
+        f"{meaning}: `pytest -m {marker}`",
+        partial(_marked_files, marker),
+        partial(_marked_pieces, marker),
+        partial(_run_marked, marker),
+        frozenset({"failed"}),
+    )
+
+
+def _files_with(marker: str) -> list[str]:
+    return [name for name in _found("tests/**/test_*.py") if f"mark.{marker}" in (ROOT / name).read_text()]
+
+
+def _marked_files(marker: str) -> list[str]:
+    return [*_product(), *_files_with(marker), *_helpers()]
+
+
+def _pytest(marker: str, *arguments: str) -> list[str]:
+    plain = ["-o", "addopts=", "--strict-markers", "-p", "no:cacheprovider", "-p", "no:nbmake", "-q", "-ra"]
+    return [sys.executable, "-m", "pytest", *plain, "-m", marker, *arguments]
+
+
+def _marked_pieces(marker: str, seed: str, fresh: bool) -> list[str]:
+    done = subprocess.run(
+        _pytest(marker, "--collect-only", *_files_with(marker)), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"pytest could not collect the tests with the marker {marker}:\n{done.stdout[-3000:]}")
+    return _shuffled([line for line in done.stdout.splitlines() if line.startswith("tests/") and "::" in line], seed)
+
+
+def _run_marked(marker: str, pieces: Sequence[str], seconds_left: SecondsLeft) -> Verdicts:
+    for piece in pieces:
+        code, said = run_for(_pytest(marker, piece), seconds_left())
+        if code is None:
+            return
+        if code != 0:
+            print(said[-3000:])
+        passed = "skipped" if " passed" not in said else "passed"
+        yield piece, passed if code == 0 else "failed"
+
+
+# ---------------------------------------------------------------- chaos
+
+
+def _chaos_files() -> list[str]:
+    return [*_product(), "tests/chaos.py", *_helpers()]
+
+
+def _chaos_pieces(seed: str, fresh: bool) -> list[str]:
+    return [f"--seed {lot} --minutes {ROUND_MINUTES}" for lot in random.Random(seed).sample(range(10**6), NUM_ROUNDS)]
+
+
+def _strike(pieces: Sequence[str], seconds_left: SecondsLeft) -> Verdicts:
+    for piece in pieces:
+        code, said = run_for([sys.executable, "-m", "tests.chaos", *piece.split()], seconds_left())
+        if code is None:
+            return
+        print(said[-3000:] if code else said.splitlines()[-1])
+        yield piece, {0: "sound", 1: "faulty"}.get(code, "broken off")
+
+
+CHAOS = Lane(
+    f"{NUM_ROUNDS} rounds of random kills under real jobs",
+    _chaos_files,
+    _chaos_pieces,
+    _strike,
+    frozenset({"faulty", "broken off"}),
+)
+
+# ---------------------------------------------------------------- shared by the lanes
+
+
+def _shuffled(pieces: list[str], seed: str) -> list[str]:
+    return random.Random(seed).sample(pieces, len(pieces))
+
+
+def _found(*patterns: str) -> list[str]:
+    return sorted({path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern)})
+
+
+def _product() -> list[str]:
+    return _found(*(f"{package}/**/*.py" for package in PACKAGES if package != "tests"))
+
+
+def _helpers() -> list[str]:
+    """What failure tests and chaos are built of."""
+    return [name for name in _found("tests/faults/*.py", "tests/faults/startup/*.py") if "/test_" not in name]
+
+
+def run_for(command: Sequence[str], seconds: float) -> tuple[int | None, str]:
+    """The command's exit code and what it printed; None as the code: it was asked to stop after so many seconds."""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        said, _ = process.communicate(timeout=max(0.0, seconds))
+    except subprocess.TimeoutExpired:
+        return None, _stopped(process)
+    return process.returncode, said
+
+
+def _stopped(process: subprocess.Popen[str]) -> str:
+    """Interrupts a process so that it ends what it started; kills it if that takes too long. What it printed."""
+    process.send_signal(signal.SIGINT)
+    try:
+        return process.communicate(timeout=GRACE_SECONDS)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.communicate()[0]
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+# ---------------------------------------------------------------- the command
+
+
+def listing() -> str:
+    """A line for each lane: what it proves, and its stored result."""
+    lines = []
+    for name, lane in lanes().items():
+        record = stored(name)
+        result = f"{record.done} of {record.total} at {record.commit[:12]}, {record.date}" if record else "not stored"
+        lines.append(f"{name:20} {result:36} {lane.meaning}")
+    return "\n".join(lines)
+
+
+def run_lane(name: str, minutes: float, seed: str, fresh: bool) -> int:
+    """Goes on with a lane and stores its result; the command's exit code."""
+    lane, path = lanes()[name], STATES / f"{name}.json"
+    files = digests(lane.files())
+    changed = _git("status", "--porcelain", "--", *files)
+    if changed:
+        print(f"Commit these files first: the result is stored with the commit.\n{changed}", file=sys.stderr)
+        return 2
+    if fresh:
+        path.unlink(missing_ok=True)
+    state = State.read(path, seed, files)
+    pieces = lane.pieces(seed, not state.verdicts)
+    print(f"{name}: {len(state.verdicts)} of {len(pieces)} pieces are done, seed {seed!r}", flush=True)
+    advance(lane, pieces, state, path, minutes, time.monotonic)
+    record = record_of(name, lane, pieces, state, _git("rev-parse", "HEAD").strip())
+    figures = ", ".join(f"{count} {verdict}" for verdict, count in record.verdicts.items()) or "nothing"
+    print(f"{name}: {record.done} of {record.total} in {record.minutes:g} minutes: {figures}")
+    print(f"stored in {store(record).relative_to(ROOT)}")
+    return 1 if record.failed else 0 if record.done == record.total else 3
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Lists the lanes, or runs one."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.lanes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("lane", nargs="?", choices=lanes(), metavar="LANE", help=f"one of {', '.join(lanes())}")
+    parser.add_argument("--minutes", type=float, default=150.0, help="after which it stops; 150 if not given")
+    parser.add_argument("--seed", default="1", help="what the draw and the order depend on; 1 if not given")
+    parser.add_argument("--fresh", action="store_true", help="forget the pieces that are done")
+    options = parser.parse_args(arguments)
+    if options.lane is None:
+        print(listing())
+        return 0
+    return run_lane(options.lane, options.minutes, options.seed, options.fresh)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

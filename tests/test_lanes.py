@@ -1,0 +1,255 @@
+"""The stored results of the long lanes are sound and name what they do not prove; a lane that stops goes on."""
+
+import subprocess
+import sys
+
+import pytest
+from pydantic import ValidationError
+
+from tests.faults.mutants import SLICE, share_noticed
+from tests.lane_records import FIGURES, Record, digests, out_of_date, path_of, problems, renewal, store, stored
+from tests.lanes import ROOT, SOUND_TREE, Lane, State, advance, lanes, progress, record_of, run_for
+
+LANES = lanes()
+
+
+@pytest.mark.parametrize("name", LANES)
+def test_a_stored_result_is_sound_and_up_to_date(name):
+    """An expected failure is a result that is missing, cut short or older than the code; `-ra` prints the reason."""
+    record = stored(name)
+    if record is None:
+        pytest.xfail(f"{name} has no stored result. {renewal(name)}")
+    assert record.lane == name
+    assert list(problems(record)) == []
+    assert share_noticed(record.verdicts) >= SLICE
+    reason = out_of_date(record, digests(LANES[name].files()))
+    if reason:
+        pytest.xfail(reason)
+
+
+def test_every_stored_result_is_of_a_lane():
+    assert {path.name for path in FIGURES.glob("lane-*.json")} <= {path_of(name).name for name in LANES}
+
+
+def test_a_lane_speaks_of_files_that_exist_and_of_its_tests():
+    for name, lane in LANES.items():
+        files = lane.files()
+        assert set(digests(files)) == set(files), name
+    assert {"storage/parquet.py", "tests/storage/test_stores.py"} <= set(LANES["mutants-storage"].files())
+    assert "storage/drawings.py" not in LANES["mutants-storage"].files()
+    assert {"tests/faults/test_cluster.py", "tests/faults/verifier.py"} <= set(LANES["failure-tests"].files())
+    assert "tests/faults/test_verifier.py" not in LANES["failure-tests"].files()
+
+
+# ---------------------------------------------------------------- made-up results
+
+
+FILES = {"a.py": "a = 1\n", "b.py": "b = 2\n"}
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A small tree that a lane speaks of."""
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def result(root, **differs):
+    whole = {
+        "lane": "chaos",
+        "commit": "0123456789ab" + 28 * "0",
+        "date": "2026-11-30",
+        "seed": "1",
+        "minutes": 2.5,
+        "done": 3,
+        "total": 3,
+        "verdicts": {"sound": 3},
+        "failed": [],
+        "files": digests(FILES, root),
+    }
+    return Record(**whole | differs)
+
+
+def test_a_fresh_whole_result_is_as_it_should_be(root):
+    record = result(root)
+    assert list(problems(record, root)) == []
+    assert out_of_date(record, digests(FILES, root)) is None
+    store(record, root)
+    assert stored("chaos", root) == record
+    assert stored("another", root) is None
+
+
+def test_a_result_that_is_older_than_the_code_is_named_with_commit_date_and_command(root):
+    record = result(root)
+    (root / "b.py").write_text("b = 3\n")
+    said = out_of_date(record, digests(FILES, root))
+    assert said == (
+        "chaos, at 0123456789ab of 2026-11-30: 1 of 2 files have changed since: b.py. "
+        "Run `python -m tests.lanes chaos` and commit tests/figures/lane-chaos.json."
+    )
+
+
+def test_a_file_that_is_new_since_counts_as_changed(root):
+    record = result(root)
+    (root / "c.py").write_text("")
+    assert "1 of 3 files have changed since: c.py." in (out_of_date(record, digests([*FILES, "c.py"], root)) or "")
+
+
+def test_many_changed_files_are_counted(root):
+    now = {f"{number}.py": 16 * "0" for number in range(5)}
+    said = out_of_date(result(root, files={}), now)
+    assert "5 of 5 files have changed since: 0.py, 1.py, 2.py and 2 more." in (said or "")
+
+
+def test_a_result_that_was_cut_short_says_its_share(root):
+    record = result(root, done=1, verdicts={"sound": 1})
+    assert list(problems(record, root)) == []
+    assert "1 of 3 pieces were run." in (out_of_date(record, digests(FILES, root)) or "")
+
+
+@pytest.mark.parametrize(
+    ("differs", "said"),
+    [
+        ({"failed": ["--seed 1"]}, "these pieces failed: --seed 1"),
+        ({"done": 2}, "2 of 3 pieces are done, and 3 have a verdict"),
+        ({"total": 2}, "3 of 2 pieces are done, and 3 have a verdict"),
+        ({"files": {"gone.py": 16 * "0"}}, "it names files that do not exist: gone.py"),
+    ],
+)
+def test_a_result_with_a_problem_names_it(root, differs, said):
+    assert list(problems(result(root, **differs), root)) == [said]
+
+
+@pytest.mark.parametrize(
+    "differs",
+    [
+        {"commit": "main"},
+        {"date": "yesterday"},
+        {"done": -1},
+        {"files": {"a.py": "?"}},
+        {"verdicts": {"sound": "three"}},
+        {"more": 1},
+    ],
+)
+def test_a_malformed_result_is_refused(root, differs):
+    with pytest.raises(ValidationError):
+        result(root, **differs)
+    text = result(root).model_dump_json().replace('"seed"', '"seeds"')
+    (root / "lane-chaos.json").write_text(text)
+    with pytest.raises(ValidationError):
+        stored("chaos", root)
+
+
+# ---------------------------------------------------------------- a made-up lane
+
+
+PIECES = ["one", "two", "three", "four"]
+
+
+def all_pieces(seed, fresh):
+    return PIECES
+
+
+class Clock:
+    """Says that a minute has passed each time that it is moved."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __call__(self):
+        return self.seconds
+
+
+def lane_of(clock, verdicts=None, ran=None):
+    """A lane whose pieces take a minute each."""
+
+    def run(pieces, seconds_left):
+        for piece in pieces:
+            clock.seconds += 60
+            if ran is not None:
+                ran.append(piece)
+            yield piece, (verdicts or {}).get(piece, "passed")
+
+    return Lane("made up", lambda: list(FILES), all_pieces, run, frozenset({"failed"}))
+
+
+def test_a_lane_stops_in_time_and_goes_on_where_it_stopped(root, capsys):
+    path, files, clock, ran = root / ".lanes" / "made-up.json", digests(FILES, root), Clock(), []
+    lane = lane_of(clock, ran=ran)
+    for minutes, done in [(2.0, 2), (0.0, 2), (1.5, 3), (150.0, 4), (150.0, 4)]:
+        state = State.read(path, "1", files)
+        advance(lane, PIECES, state, path, minutes, clock)
+        record = record_of("made-up", lane, PIECES, state, 40 * "0")
+        assert (record.done, record.total, record.verdicts) == (done, 4, {"passed": done})
+        assert (record.minutes, record.failed, record.files) == (done, [], files)
+    assert ran == PIECES
+    said = capsys.readouterr().out.splitlines()
+    assert said[1] == "   2 of 4  passed      60 s  about 2 min left  two"
+    assert len(said) == 4
+
+
+def test_a_lane_takes_no_piece_that_may_not_end_in_time(root, capsys):
+    clock, state = Clock(), State("1", {})
+    advance(lane_of(clock), PIECES, state, root / "state.json", 2.9, clock)
+    assert list(state.verdicts) == ["one", "two"]
+    assert clock.seconds == 120
+
+
+def test_a_call_that_dies_loses_the_piece_that_it_was_at(root, capsys):
+    clock, path = Clock(), root / "state.json"
+
+    def run(pieces, seconds_left):
+        yield "one", "passed"
+        raise KeyboardInterrupt
+
+    lane = Lane("made up", list, all_pieces, run, frozenset())
+    with pytest.raises(KeyboardInterrupt):
+        advance(lane, PIECES, State("1", {}), path, 150.0, clock)
+    assert State.read(path, "1", {}).verdicts == {"one": "passed"}
+
+
+def test_a_state_of_other_code_or_of_another_seed_is_not_gone_on_with(root):
+    path, files = root / "state.json", digests(FILES, root)
+    State("1", files, 60.0, {"one": "passed"}).write(path)
+    assert State.read(path, "1", files).verdicts == {"one": "passed"}
+    assert State.read(path, "2", files).verdicts == {}
+    (root / "a.py").write_text("a = 2\n")
+    assert State.read(path, "1", digests(FILES, root)).verdicts == {}
+
+
+def test_a_piece_that_fails_is_loud_and_is_stored_by_name(root, capsys):
+    clock, state = Clock(), State("1", digests(FILES, root))
+    lane = lane_of(clock, {"three": "failed"})
+    advance(lane, PIECES, state, root / "state.json", 150.0, clock)
+    assert "3 of 4  FAILED" in capsys.readouterr().out
+    record = record_of("made-up", lane, PIECES, state, 40 * "0")
+    assert (record.failed, record.verdicts) == (["three"], {"failed": 1, "passed": 3})
+    assert list(problems(record, root)) == ["these pieces failed: three"]
+
+
+def test_the_estimate_is_the_mean_of_all_calls():
+    state = State("1", {}, 600.0, {str(number): "passed" for number in range(5)})
+    assert "5 of 20  passed      30 s  about 30 min left  here" in progress("here", "passed", 30.0, state, 20)
+
+
+# ---------------------------------------------------------------- the lanes that there are
+
+
+@pytest.mark.parametrize("name", ["planted-faults", "chaos"])
+def test_pieces_are_the_seeds_and_each_is_there_once(name):
+    pieces = LANES[name].pieces("1", False)
+    assert pieces == LANES[name].pieces("1", False) != LANES[name].pieces("2", False)
+    assert len(set(pieces)) == len(pieces)
+    assert SOUND_TREE not in pieces[1:]
+
+
+def test_a_command_that_takes_too_long_is_stopped_and_has_no_code():
+    assert run_for([sys.executable, "-c", "print('all')"], 60.0) == (0, "all\n")
+    code, _ = run_for([sys.executable, "-c", "import time; time.sleep(200)"], 0.0)
+    assert code is None
+
+
+def test_without_a_lane_the_command_lists_them():
+    done = subprocess.run([sys.executable, "-m", "tests.lanes"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == list(LANES)
