@@ -1,92 +1,359 @@
-"""The README's snippets, run as they stand, and its list of reject codes."""
+"""Every README says what is true: its commands and snippets run, its tables, links and figures are the code's."""
 
+import io
 import json
 import os
 import re
+import runpy
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
+from typer.main import get_command
 
+from engine.catalog import EXPLAINERS, FIDELITIES, METRICS, MODELS
+from engine.parameters import SiseParameters
+from engine.products import SideProducts
+from jobs import cli
+from jobs.config import Execution, JobConfig, load_config
 from jobs.records import Cause
 from storage.rejects import RejectCode
-from tests.jobs.jobs_of import ROOT, run_here
-from tests.jobs.tiny import folder_of_images
+from storage.schema import EVALUATION, PRODUCT_COLUMNS, SCHEMA
+from tests.jobs.jobs_of import blocksight
+from tests.jobs.tiny import MODEL, folder_of_images, picture
+from tests.plain import plain_forwards
+from tests.readmes import INLINE, LINK, READMES, ROOT, Block, blocks_of, commands_of, names_in, tables, without_blocks
 
-README = (ROOT / "README.md").read_text()
+__all__ = ["plain_forwards"]
+
+COMMANDS: dict[str, Any] = get_command(cli.app).commands  # pyright: ignore[reportAttributeAccessIssue]
+OPTIONS = {
+    name: {one for own in command.params for one in (*own.opts, *own.secondary_opts)}
+    for name, command in COMMANDS.items()
+}
+
+# ---------------------------------------------------------------- what a reader does, from top to bottom
+
+PARSED_ALONE = ("bench", "demo")
+"""They take minutes and have tests of their own."""
+STAND_INS = {"mine.models:backbone": MODEL}
+"""What a reader has, and a test has not."""
+IN_A_PROCESS = re.compile(r"^(import|from) .*\b(ray|polars)\b|^from cluster\.bucket", re.MULTILINE)
+"""Snippets that leave a session, threads or a server behind."""
+WRITTEN = re.compile(r"# ([\w./-]+\.(?:toml|py|json))$")
+"""The first line of a block that a reader stores under this name."""
 
 
-def snippet(name: str) -> str:
-    found = re.search(rf"<!-- python: {name} -->\n```python\n(.*?)```", README, re.DOTALL)
-    assert found, f"the README has no snippet {name}"
-    return found[1]
+def follow(block: Block) -> None:
+    """Does what the block tells its reader to do, in the current folder."""
+    if (named := WRITTEN.match(block.code.splitlines()[0])) is not None:
+        Path(named[1]).parent.mkdir(parents=True, exist_ok=True)
+        Path(named[1]).write_text(block.code)
+    match block.language:
+        case "bash" if (block.mark or "").startswith("command: "):
+            pass  # `.ci/run` runs it, see test_ci_runs_the_marked_commands
+        case "bash":
+            for line in commands_of(block):
+                follow_command(line, block.place)
+        case "python":
+            follow_python(block)
+        case "toml" if named is not None:
+            load_config(Path(named[1]), {})
+        case "text":
+            pass  # what is printed, or a tree of files
+        case _:
+            pytest.fail(f"{block.place}: nobody runs a block of {block.language or 'no language'}")
 
 
-IN_THIS_PROCESS = ("pyarrow", "duckdb", "pandas")
-"""Snippets with a test of their own."""
-OTHERS = [name for name in re.findall(r"<!-- python: (\S+) -->", README) if name not in IN_THIS_PROCESS]
+def follow_command(line: str, place: str) -> None:
+    """Runs a command, or checks that it could run."""
+    words = shlex.split(line, comments=True)
+    match words:
+        case ["blocksight", *arguments]:
+            follow_blocksight(arguments, place)
+        case ["python" | ".venv/bin/python", "-m", "pytest", *arguments]:
+            check_pytest(arguments, place)
+        case ["python" | ".venv/bin/python", "-m", module, *arguments]:
+            check_module(module, arguments, place)
+        case [".ci/run"]:
+            assert os.access(ROOT / ".ci/run", os.X_OK), place
+        case ["ruff" | "lint-imports" | "pyright" as tool, *_]:
+            assert (Path(sys.executable).parent / tool).exists(), f"{place}: {tool} is not installed"
+        case _:
+            pytest.fail(f"{place}: nobody runs `{line}`")
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A folder with an output named `maps`, as the README has it."""
-    base = tmp_path_factory.mktemp("readme")
-    run_here(folder_of_images(base / "photos"), base / "maps")
-    return base
+def follow_blocksight(arguments: list[str], place: str) -> None:
+    """Runs the real command line on the folder's small images, model and output."""
+    name, given = arguments[0], [_stand_in(word) for word in arguments[1:]]
+    with COMMANDS[name].make_context(name, list(given)):
+        pass
+    if name in PARSED_ALONE:
+        return
+    if "--model" in OPTIONS[name] and "--model" not in given and name != "export":
+        given += ["--model", MODEL]
+    if "--runner" in OPTIONS[name] and "--runner" not in given:
+        given = [*_without("--workers", given), "--runner", "local"]
+    done = blocksight(name, *given)
+    assert done.returncode == 0, f"{place}: {shlex.join(arguments)}\n{done.stdout}{done.stderr}"
 
 
-def test_pyarrow_reads_the_maps(place, monkeypatch):
-    monkeypatch.chdir(place)
-    names: dict = {}
-    exec(snippet("pyarrow"), names)
-    assert len(names["rows"]) == 7
+def _stand_in(word: str) -> str:
+    for real, small in STAND_INS.items():
+        word = word.replace(real, small)
+    return word
+
+
+def _without(option: str, words: list[str]) -> list[str]:
+    """The words without an option and its value."""
+    if option not in words:
+        return words
+    at = words.index(option)
+    return [*words[:at], *words[at + 2 :]]
+
+
+def check_pytest(arguments: list[str], place: str) -> None:
+    """Each path exists, and each marker is declared."""
+    settings = (ROOT / "pyproject.toml").read_text()
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        if before == "-m":
+            for marker in set(re.findall(r"\w+", word)) - {"not", "and", "or"}:
+                assert f'"{marker}: ' in settings, f"{place}: no marker {marker}"
+        elif not word.startswith("-") and not before.startswith("-"):
+            assert (ROOT / word.partition("::")[0]).exists(), f"{place}: no {word}"
+
+
+def check_module(module: str, arguments: list[str], place: str) -> None:
+    """The module exists, and its help knows each option."""
+    assert find_spec(module) is not None, f"{place}: no module {module}"
+    options = [word for word in arguments if word.startswith("--")]
+    if options:
+        said = help_of(module)
+        assert all(option in said for option in options), f"{place}: {options}\n{said}"
+
+
+def help_of(module: str) -> str:
+    out, before = io.StringIO(), sys.argv
+    sys.argv = [module, "--help"]
+    try:
+        with redirect_stdout(out), pytest.raises(SystemExit):
+            runpy.run_module(module, run_name="__main__", alter_sys=False)
+    finally:
+        sys.argv = before
+    return out.getvalue()
+
+
+def follow_python(block: Block) -> None:
+    """Runs a snippet; one that prints says something."""
+    if IN_A_PROCESS.search(block.code):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}  # no cluster that is here already
+        command = [sys.executable, "-c", block.code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{block.place}\n{done.stderr}"
+        said = done.stdout
+    else:
+        names: dict[str, Any] = {"__name__": "snippet"}
+        said = io.StringIO()
+        with redirect_stdout(said):
+            exec(compile(block.code, block.place, "exec"), names)
+        said = said.getvalue()
+        CHECKS.get(block.mark or "", lambda _: None)(names)
+    assert said.strip() or "print(" not in block.code, block.place
+    assert EXPECTED.get(block.mark or "", "") in said
+
+
+def check_rows(names: dict[str, Any]) -> None:
+    assert len(names["rows"]) == NUM_PHOTOS
     assert names["saliency"].shape == (32, 32)
     assert (names["saliency"].min(), names["saliency"].max()) == (0, 1)
 
 
-def test_duckdb_reads_the_metrics(place, monkeypatch, capsys):
-    monkeypatch.chdir(place)
-    exec(snippet("duckdb"), {})
-    said = capsys.readouterr().out
-    assert "mean_drop" in said
-    assert any(name in said for name in ("ant", "bee", "cat", "dog", "eel"))
+CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {"python: pyarrow": check_rows}
+EXPECTED = {"python: duckdb": "mean_drop", "python: pandas": "truncated"}
+"""What some snippets leave or print."""
+
+NUM_PHOTOS = 6
 
 
-def test_pandas_reads_the_rejects(place, monkeypatch, capsys):
-    monkeypatch.chdir(place)
-    exec(snippet("pandas"), {})
-    said = capsys.readouterr().out
-    for code in ("empty_file", "not_an_image", "truncated"):
-        assert code in said
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder in which a reader works: images, labelled images, boxes, and a finished output `maps`."""
+    monkeypatch.chdir(tmp_path)
+    photos = folder_of_images(tmp_path / "photos", NUM_PHOTOS - 1)
+    (photos / "cats").mkdir()
+    (photos / "cats" / "tabby.jpg").write_bytes(picture(100, "JPEG"))
+    folder_of_images(tmp_path / "labelled", 5, bad=False)
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes_of(photos)))
+    follow_blocksight(["explain", "--data", "photos/", "--output", "maps/"], "the desk")
+    return tmp_path
 
 
-@pytest.mark.servers
-@pytest.mark.parametrize("name", OTHERS)
-def test_every_other_snippet_runs_and_says_something(place, name):
-    """In a process of its own, for Ray leaves a session behind."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}  # not a cluster that is here already
-    command = [sys.executable, "-c", snippet(name)]
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+def boxes_of(photos: Path) -> dict[str, Any]:
+    """COCO: in each picture one object, of the class that its folder is named after."""
+    files = sorted(path for path in photos.rglob("*.*") if "bad" not in path.name)
+    names = sorted({path.parent.name for path in files})
+    return {
+        "images": [{"id": at, "file_name": path.name, "width": 40, "height": 30} for at, path in enumerate(files)],
+        "categories": [{"id": at, "name": name} for at, name in enumerate(names)],
+        "annotations": [
+            {"id": at, "image_id": at, "category_id": names.index(path.parent.name), "bbox": [5, 5, 20, 15]}
+            for at, path in enumerate(files)
+        ],
+    }
 
 
-@pytest.mark.parametrize(("kind", "head"), [(RejectCode, "rejected record"), (Cause, "dead unit")])
-def test_the_readme_lists_every_reason(kind, head):
-    table = re.search(rf"^\| {head} \| .*\n\|.*\n((?:\|.*\n)+)", README, re.MULTILINE)
-    assert table
-    named = re.findall(r"`(\w+)`", "".join(line.split(" | ")[0] for line in table[1].splitlines()))
-    assert sorted(named) == sorted(kind)
+def _readme(name: str) -> Any:
+    in_a_process = any(block.language == "python" and IN_A_PROCESS.search(block.code) for block in blocks_of(name))
+    return pytest.param(name, marks=[pytest.mark.servers] if in_a_process else [])
 
 
-def test_the_readme_lists_every_parameter():
-    from dataclasses import fields
+@pytest.mark.parametrize("readme", [_readme(name) for name in READMES if blocks_of(name)])
+def test_a_reader_can_do_all_that_a_readme_says(readme, desk):
+    for block in blocks_of(readme):
+        follow(block)
 
-    from engine.parameters import SiseParameters
 
-    for field in fields(SiseParameters):
-        assert re.search(rf"^\| `{field.name}` \| `{field.default}` \|", README, re.MULTILINE)
+@pytest.mark.parametrize("readme", READMES)
+def test_no_block_is_overlooked(readme):
+    assert READMES[readme].count("```") == 2 * len(blocks_of(readme))
+    indented = re.findall(r"^ {4,}(?:\$ *)?([\w./-]+)", without_blocks(readme), re.MULTILINE)
+    assert not {"blocksight", "python", "python3", "pip", "pytest", "ruff", ".ci/run"} & set(indented)
+
+
+@pytest.mark.parametrize("line", ["make all", "blocksight explian --data photos/", "python -m pytest -m slow tests"])
+def test_a_command_that_cannot_run_is_seen(line):
+    with pytest.raises((pytest.fail.Exception, AssertionError, KeyError)):
+        follow_command(line, "here")
+
+
+@pytest.mark.parametrize("language", ["", "sh", "yaml"])
+def test_a_block_that_nobody_runs_is_seen(language):
+    with pytest.raises(pytest.fail.Exception, match="nobody runs"):
+        follow(Block("README.md", 1, None, language, "something\n"))
+
+
+def test_ci_runs_the_marked_commands():
+    marks = {block.mark for name in READMES for block in blocks_of(name) if (block.mark or "").startswith("command: ")}
+    assert marks == {"command: demo", "command: test"}
+    assert marks <= {block.mark for block in blocks_of("README.md")}
+    assert "for name in demo test; do" in (ROOT / ".ci/run").read_text()
+
+
+# ---------------------------------------------------------------- what stands within a line
+
+
+def links() -> Iterator[Any]:
+    for name in READMES:
+        for found in LINK.finditer(without_blocks(name)):
+            if "://" not in found["target"]:
+                yield pytest.param(name, found["target"], id=f"{name}->{found['target']}")
+
+
+@pytest.mark.parametrize(("readme", "target"), list(links()))
+def test_a_link_leads_somewhere(readme, target):
+    path, _, heading = target.partition("#")
+    file = (ROOT / readme).parent / path if path else ROOT / readme
+    assert file.exists()
+    if heading:
+        titles = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+        assert heading in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_commands_and_options_within_a_line_exist(readme):
+    known = set().union(*OPTIONS.values()) | {"--help", "--option"}
+    for code in INLINE.findall(without_blocks(readme)):
+        words = code.split()
+        if words[0] == "blocksight" and len(words) > 1 and words[1].islower():
+            assert words[1] in COMMANDS, code
+            assert {word for word in words if re.fullmatch("--[a-z-]+", word)} <= OPTIONS[words[1]] | {"--help"}, code
+        elif words[0].startswith("--") and not readme.startswith("tests"):
+            assert words[0] in known, f"{readme}: {code}"
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_files_and_tests_within_a_line_exist(readme):
+    here = (ROOT / readme).parent
+    for code in INLINE.findall(without_blocks(readme)):
+        if re.fullmatch(r"(\.\./)?([a-z]\w*/)+[\w.-]+\.(py|md|toml|json|txt|ipynb)", code):
+            assert (here / code).exists() or (ROOT / code).exists(), f"{readme}: {code}"
+        elif re.fullmatch(r"test_\w+(\.py)?", code):
+            assert list((ROOT / "tests").rglob(f"{code.removesuffix('.py')}.py")), f"{readme}: {code}"
+
+
+def test_the_first_page_is_short_and_its_picture_small():
+    assert READMES["README.md"].count("\n") <= 150
+    assert (FIGURES / "demo.jpg").stat().st_size <= 200_000
+
+
+# ---------------------------------------------------------------- tables
+
+
+def _plain(name: str) -> str:
+    """`smoothgrad(BASE)` is listed as smoothgrad, `top-3` as itself."""
+    return name.removesuffix("(BASE)")
+
+
+FORMATS = get_args(get_type_hints(cli.export_output)["form"])
+CODES = (cli.COMPLETE, cli.USAGE, cli.OVER_BUDGET, cli.INCOMPLETE, cli.UNRECONCILED, cli.WEAK_STORE)
+NAMED: dict[str, list[str]] = {
+    "command | what it does": list(COMMANDS),
+    "rejected record": list(RejectCode),
+    "dead unit": list(Cause),
+    "`--explainer`": list(EXPLAINERS),
+    "`--metrics`": list(METRICS),
+    "`--model`": list(MODELS),
+    "`--fidelity`": list(FIDELITIES),
+    "`FORMAT`": list(FORMATS),
+    "parameter of `sise`": [own.name for own in fields(SiseParameters)],
+    "key, `--option`": [*JobConfig.model_fields, *Execution.model_fields],
+}
+"""Headers of tables, and the names that their first column has, each once."""
+
+
+@pytest.mark.parametrize(("head", "known"), NAMED.items(), ids=NAMED)
+def test_a_table_lists_what_the_code_has(head, known):
+    found = tables(head)
+    assert found, f"no README has a table that begins with | {head} |"
+    for rows in found:
+        assert sorted(_plain(name) for row in rows for name in names_in(row[0])) == sorted(known)
+
+
+def test_exit_codes():
+    (rows,) = tables("exit code")
+    assert [int(row[0]) for row in rows] == sorted(CODES)
+
+
+def test_defaults_of_parameters_and_configuration():
+    (rows,) = tables("parameter of `sise`")
+    own = {f"`{one.name}`": f"`{one.default}`" for one in fields(SiseParameters)}
+    assert {row[0]: row[1] for row in rows} == own
+
+
+def test_presets():
+    (rows,) = tables("parameter | paper | fast")
+    assert [[*names_in(row[0]), *row[1:]] for row in rows] == [
+        [name, own.name, f"`{own.default}`", f"`{entry.fast[own.name]}`"]
+        for name, entry in EXPLAINERS.items()
+        for own in fields(entry.parameters)
+        if own.name in entry.fast
+    ]
+
+
+def test_columns():
+    (products,) = tables("column | method | holds")
+    listed = sorted(names_in(row[0])[0] for row in products)
+    assert listed == sorted(PRODUCT_COLUMNS) == sorted(own.name for own in fields(SideProducts))
+    found = tables("column | type | meaning")
+    listed = [[(names_in(row[0])[0], row[-1]) for row in rows] for rows in found]
+    assert listed == [[(own.name, own.metadata[b"meaning"].decode()) for own in one] for one in (SCHEMA, EVALUATION)]
 
 
 # ---------------------------------------------------------------- measured figures
@@ -95,7 +362,7 @@ FIGURES = ROOT / "tests" / "figures"
 
 
 def curve_lines(rows) -> list[str]:
-    """The README's table of a fidelity curve."""
+    """The table of a fidelity curve."""
     head = "| method | forwards | images | blocks | SSIM | top 15 % | ins - del, less SISE's | Drop, less SISE's | |"
     return [head, "| --- " * 9 + "|", *map(_curve_line, rows)]
 
@@ -117,7 +384,7 @@ def _difference(row, measure, digits) -> str:
 
 
 def race_lines(rows) -> list[str]:
-    """The README's table of a race."""
+    """The table of a race."""
     head = "| one image | job | how | forwards | forwards/s | seconds | we are ahead per forward |"
     lines = [
         f"| {row['name']} | {row['job']} | {row['how']} | {row['forwards']} | {row['forwards_per_second']:.1f} "
@@ -135,6 +402,9 @@ def race_lines(rows) -> list[str]:
         ("race", "race", race_lines),
     ],
 )
-def test_the_readmes_figures_are_the_stored_ones(name, file, lines):
+def test_figures_are_the_stored_ones(name, file, lines):
     stored = json.loads((FIGURES / f"{file}.json").read_text())
-    assert f"<!-- figures: {name} -->\n" + "\n".join(lines(stored)) + "\n" in README
+    wanted = f"<!-- figures: {name} -->\n" + "\n".join(lines(stored)) + "\n"
+    marked = [text for text in READMES.values() if f"<!-- figures: {name} -->" in text]
+    assert marked
+    assert all(wanted in text for text in marked)
