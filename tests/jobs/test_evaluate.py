@@ -31,7 +31,7 @@ from storage.annotations import open_truth
 from storage.local import LocalStore
 from storage.store import MissingError
 from storage.truth import region
-from tests.jobs.jobs_of import fragments_in, model_of, rows_in, run_here, started
+from tests.jobs.jobs_of import fragments_in, model_of, rows_in, run_here
 from tests.jobs.outputs import evaluated
 from tests.jobs.tiny import folder_of_images, folder_of_tables, folder_of_tars
 from tests.storage.memory import MemoryStore
@@ -276,19 +276,6 @@ def test_every_layout_is_measured(tmp_path, make):
     values = values_in(tmp_path / "out", evaluated(tmp_path / "out", metrics="insertion"))
     assert {row["key"] for row in values} == {row["key"] for row in explained(tmp_path / "out")}
     assert all(0 <= row["value"] <= 1 and len(row["curve"]) == 29 for row in values)
-
-
-def test_ray_leaves_the_same_bytes(output):
-    here = evaluated(output, metrics="insertion,pos,entropy", controls=True)
-    bytes_here = fragments_in_evaluation(output, here)
-    for file in (output / here.folder / "data").iterdir():
-        file.unlink()
-    done = started(
-        *("evaluate", output, "--model", model_of(output), "--metrics", "insertion,pos,entropy"),
-        *("--controls", "--workers", 2, "--seed", 0),
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert fragments_in_evaluation(output, here) == bytes_here
 
 
 def test_the_sanity_check_runs_when_it_is_asked_for(output):

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import safetensors.torch
-import torch
 from rich.console import Console
 
 from jobs.config import Execution
@@ -15,7 +14,7 @@ from jobs.learning import learn
 from jobs.plan import load_plan
 from jobs.run import check_model, context_of
 from storage.local import LocalStore
-from tests.jobs.jobs_of import blocksight, config_of, fragments_in, model_of, rows_in, run_here, started
+from tests.jobs.jobs_of import blocksight, config_of, fragments_in, model_of, rows_in, run_here
 from tests.jobs.tiny import folder_of_images, folder_of_tables, folder_of_tars, red
 
 BEE = {"explainer": "bee", "parameters": {"draws": 3, "images": 6, "pool": 3, "steps": 2, "noise_steps": 2}}
@@ -61,20 +60,6 @@ def test_neither_the_cut_of_the_plan_nor_its_order_shows_in_it(data, done):
     cut = [replace(unit, objects=unit.objects[start : start + 4], stop=4) for start in (8, 4, 0)]
     *_, file = learn(context, cut, None)
     assert file == (done / LEARNED_KEY).read_bytes()
-
-
-@pytest.mark.servers
-def test_ray_learns_the_same(data, done, tmp_path):
-    said = started(
-        *("explain", "--data", data, "--output", tmp_path / "out", "--model", "tests.jobs.tiny:make"),
-        *("--explainer", "bee", "--workers", "2", "-p", "draws=3", "-p", "images=6", "-p", "pool=3"),
-        *("-p", "steps=2", "-p", "noise_steps=2"),
-    )
-    assert said.returncode == 0, said.stderr
-    one, other = learned_in(done), learned_in(tmp_path / "out")
-    assert all(torch.equal(own, other[name]) for name, own in one.items())
-    by_key = [{row["key"]: row["map"] for row in rows_in(LocalStore(place))} for place in (done, tmp_path / "out")]
-    assert by_key[0] == by_key[1]
 
 
 @pytest.mark.parametrize("make", [folder_of_tars, folder_of_tables])
