@@ -49,6 +49,6 @@ DECISIONS = (
 
 
 def as_markdown() -> str:
-    """The table of the README."""
+    """The table of `storage/README.md`."""
     rows = [f"| {one.format} | {one.explained} | {one.rejected} |" for one in DECISIONS]
     return "\n".join(["| format | is explained | is rejected as `mode_refused` |", "| --- | --- | --- |", *rows])

@@ -679,4 +679,4 @@ def test_xmp_turns_nothing():
 
 
 def test_the_readme_has_the_table_of_decisions():
-    assert as_markdown() in (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    assert as_markdown() in (Path(__file__).resolve().parents[2] / "storage" / "README.md").read_text()
