@@ -37,8 +37,8 @@ GRACE_SECONDS = 60.0
 """For a process that was asked to stop: servers and Ray sessions end with it."""
 NUM_MUTANTS = 400
 """Drawn of each group."""
-MUTANTS_AT_ONCE = 20
-"""mutmut takes seconds to start; so many mutants share a start."""
+MUTMUT_MINUTES = 10.0
+"""mutmut starts anew after so long, and what it found until then is noted. A start takes up to a minute."""
 NUM_ROUNDS, ROUND_MINUTES = 8, 6
 """Of chaos. A round takes up to twice its minutes, because the last job is then left to finish."""
 SOUND_TREE = "no fault"
@@ -92,15 +92,15 @@ class State:
 
 
 def advance(
-    lane: Lane, pieces: Sequence[str], state: State, path: Path, minutes: float, clock: Callable[[], float]
+    lane: Lane, pieces: Sequence[str], state: State, path: Path, deadline: float, clock: Callable[[], float]
 ) -> None:
-    """Runs the pieces that have no verdict until all have one or the time is spent; notes and prints each."""
-    start = before = clock()
+    """Runs the pieces that have no verdict until all have one or the deadline is near; notes and prints each."""
+    before = clock()
     longest = 0.0
     todo = [piece for piece in pieces if piece not in state.verdicts]
-    if not todo or minutes <= 0:
+    if not todo or before >= deadline:
         return
-    with closing(lane.run(todo, lambda: start + 60 * minutes - clock())) as found:
+    with closing(lane.run(todo, lambda: deadline - clock())) as found:
         for piece, verdict in found:
             now = clock()
             seconds, before = now - before, now
@@ -110,7 +110,7 @@ def advance(
             state.write(path)
             is_failure = verdict in lane.failures
             print(progress(piece, verdict.upper() if is_failure else verdict, seconds, state, len(pieces)), flush=True)
-            if start + 60 * minutes - now < longest:
+            if deadline - now < longest:
                 return
 
 
@@ -212,14 +212,16 @@ def _mutate(group: str, pieces: Sequence[str], seconds_left: SecondsLeft) -> Ver
     tree = mutants.WORK / group
     by_name = {mutant.name: mutant for mutant in mutants.mutants_in(tree)}
     known = mutants.judged()
-    for start in range(0, len(pieces), MUTANTS_AT_ONCE):
-        names = pieces[start : start + MUTANTS_AT_ONCE]
-        mutants.run(tree, names, seconds_left() / 60)
+    todo = list(pieces)
+    while todo:
+        said = mutants.run(tree, todo, min(seconds_left() / 60, MUTMUT_MINUTES))
         codes = mutants.codes_of(tree)
-        tested = [name for name in names if codes[name] is not None]
+        tested = [name for name in todo if codes[name] is not None]
         yield from ((name, mutants.verdict_of(by_name[name], codes[name], known)) for name in tested)
-        if len(tested) < len(names):
+        if not tested:
+            print(f"mutmut tested no mutant:\n{said}")
             return
+        todo = [name for name in todo if codes[name] is None]
 
 
 # ---------------------------------------------------------------- tests with a marker
@@ -355,6 +357,7 @@ def listing() -> str:
 
 def run_lane(name: str, minutes: float, seed: str, fresh: bool) -> int:
     """Goes on with a lane and stores its result; the command's exit code."""
+    deadline = time.monotonic() + 60 * minutes
     lane, path = lanes()[name], STATES / f"{name}.json"
     files = digests(lane.files())
     changed = _git("status", "--porcelain", "--", *files)
@@ -366,7 +369,7 @@ def run_lane(name: str, minutes: float, seed: str, fresh: bool) -> int:
     state = State.read(path, seed, files)
     pieces = lane.pieces(seed, not state.verdicts)
     print(f"{name}: {len(state.verdicts)} of {len(pieces)} pieces are done, seed {seed!r}", flush=True)
-    advance(lane, pieces, state, path, minutes, time.monotonic)
+    advance(lane, pieces, state, path, deadline, time.monotonic)
     record = record_of(name, lane, pieces, state, _git("rev-parse", "HEAD").strip())
     figures = ", ".join(f"{count} {verdict}" for verdict, count in record.verdicts.items()) or "nothing"
     print(f"{name}: {record.done} of {record.total} in {record.minutes:g} minutes: {figures}")

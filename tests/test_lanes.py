@@ -6,7 +6,8 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from tests.faults.mutants import SLICE, share_noticed
+from tests.faults import mutants
+from tests.faults.mutants import SLICE, Mutant, share_noticed
 from tests.lane_records import FIGURES, Record, digests, out_of_date, path_of, problems, renewal, store, stored
 from tests.lanes import ROOT, SOUND_TREE, Lane, State, advance, lanes, progress, record_of, run_for
 
@@ -179,7 +180,7 @@ def test_a_lane_stops_in_time_and_goes_on_where_it_stopped(root, capsys):
     lane = lane_of(clock, ran=ran)
     for minutes, done in [(2.0, 2), (0.0, 2), (1.5, 3), (150.0, 4), (150.0, 4)]:
         state = State.read(path, "1", files)
-        advance(lane, PIECES, state, path, minutes, clock)
+        advance(lane, PIECES, state, path, clock.seconds + 60 * minutes, clock)
         record = record_of("made-up", lane, PIECES, state, 40 * "0")
         assert (record.done, record.total, record.verdicts) == (done, 4, {"passed": done})
         assert (record.minutes, record.failed, record.files) == (done, [], files)
@@ -191,7 +192,7 @@ def test_a_lane_stops_in_time_and_goes_on_where_it_stopped(root, capsys):
 
 def test_a_lane_takes_no_piece_that_may_not_end_in_time(root, capsys):
     clock, state = Clock(), State("1", {})
-    advance(lane_of(clock), PIECES, state, root / "state.json", 2.9, clock)
+    advance(lane_of(clock), PIECES, state, root / "state.json", 174.0, clock)
     assert list(state.verdicts) == ["one", "two"]
     assert clock.seconds == 120
 
@@ -205,7 +206,7 @@ def test_a_call_that_dies_loses_the_piece_that_it_was_at(root, capsys):
 
     lane = Lane("made up", list, all_pieces, run, frozenset())
     with pytest.raises(KeyboardInterrupt):
-        advance(lane, PIECES, State("1", {}), path, 150.0, clock)
+        advance(lane, PIECES, State("1", {}), path, 9000.0, clock)
     assert State.read(path, "1", {}).verdicts == {"one": "passed"}
 
 
@@ -221,7 +222,7 @@ def test_a_state_of_other_code_or_of_another_seed_is_not_gone_on_with(root):
 def test_a_piece_that_fails_is_loud_and_is_stored_by_name(root, capsys):
     clock, state = Clock(), State("1", digests(FILES, root))
     lane = lane_of(clock, {"three": "failed"})
-    advance(lane, PIECES, state, root / "state.json", 150.0, clock)
+    advance(lane, PIECES, state, root / "state.json", 9000.0, clock)
     assert "3 of 4  FAILED" in capsys.readouterr().out
     record = record_of("made-up", lane, PIECES, state, 40 * "0")
     assert (record.failed, record.verdicts) == (["three"], {"failed": 1, "passed": 3})
@@ -242,6 +243,43 @@ def test_pieces_are_the_seeds_and_each_is_there_once(name):
     assert pieces == LANES[name].pieces("1", False) != LANES[name].pieces("2", False)
     assert len(set(pieces)) == len(pieces)
     assert SOUND_TREE not in pieces[1:]
+
+
+def test_mutants_are_tested_in_several_starts_of_mutmut(monkeypatch, capsys):
+    names, codes = ["a", "b", "c", "d"], dict.fromkeys("abcd")
+    starts = iter([{"a": 1, "b": 0}, {"c": 255}, {}])
+
+    def start(tree, todo, minutes):
+        codes.update(next(starts))
+        return "nothing left to do"
+
+    made = [Mutant(name, "half", name, "other", is_message=False) for name in names]
+    monkeypatch.setattr(mutants, "run", start)
+    monkeypatch.setattr(mutants, "codes_of", lambda _: codes)
+    monkeypatch.setattr(mutants, "mutants_in", lambda _: made)
+    found = LANES["mutants-masks"].run(names, lambda: 60.0)
+    assert list(found) == [("a", "killed"), ("b", "survived"), ("c", mutants.UNTRIED)]
+    assert mutants.UNTRIED in LANES["mutants-masks"].failures
+    assert capsys.readouterr().out == "mutmut tested no mutant:\nnothing left to do\n"
+
+
+@pytest.mark.parametrize(
+    ("lane", "answers", "verdicts"),
+    [
+        (
+            "failure-tests",
+            [(0, "1 passed in 3 s"), (0, "1 skipped"), (1, "1 failed"), (None, "")],
+            ["passed", "skipped", "failed"],
+        ),
+        ("chaos", [(0, "SOUND"), (1, "FAULTY"), (2, "BROKEN OFF"), (None, "")], ["sound", "faulty", "broken off"]),
+    ],
+)
+def test_a_commands_exit_code_is_the_verdict_and_one_that_was_stopped_has_none(monkeypatch, lane, answers, verdicts):
+    replies = iter(answers)
+    monkeypatch.setattr("tests.lanes.run_for", lambda *_: next(replies))
+    found = dict(LANES[lane].run(PIECES, lambda: 60.0))
+    assert list(found.values()) == verdicts
+    assert verdicts[-1] in LANES[lane].failures
 
 
 def test_a_command_that_takes_too_long_is_stopped_and_has_no_code():
