@@ -45,8 +45,8 @@ PARSED_ALONE = ("bench", "demo")
 """They take minutes and have tests of their own."""
 STAND_INS = {"mine.models:backbone": MODEL}
 """What a reader has, and a test has not."""
-IN_A_PROCESS = re.compile(r"^(import|from) .*\b(ray|polars)\b|^from cluster\.bucket", re.MULTILINE)
-"""Snippets that leave a session, threads or a server behind."""
+IN_A_PROCESS = re.compile(r"^(import|from) .*\bray\b|^from cluster\.bucket", re.MULTILINE)
+"""Snippets that leave a session or a server behind."""
 WRITTEN = re.compile(r"# ([\w./-]+\.(?:toml|py|json))$")
 """The first line of a block that a reader stores under this name."""
 
