@@ -13,6 +13,7 @@ from contextlib import redirect_stdout
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -281,8 +282,17 @@ def test_files_and_tests_within_a_line_exist(readme):
     for code in INLINE.findall(without_blocks(readme)):
         if re.fullmatch(r"(\.\./)?([a-z]\w*/)+[a-z_][\w.-]*\.(py|md|toml|json|txt|ipynb)", code) and "NAME" not in code:
             assert (here / code).exists() or (ROOT / code).exists(), f"{readme}: {code}"
-        elif re.fullmatch(r"test_\w+(\.py)?", code):
-            assert list((ROOT / "tests").rglob(f"{code.removesuffix('.py')}.py")), f"{readme}: {code}"
+        elif re.fullmatch(r"[a-z_]\w*\.py", code):
+            assert list(here.rglob(code)), f"{readme}: {code}"
+        elif re.fullmatch(r"test_\w+", code):
+            assert list((ROOT / "tests").rglob(f"{code}.py")), f"{readme}: {code}"
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_modules_within_a_line_exist(readme):
+    for code in INLINE.findall(without_blocks(readme)):
+        if re.fullmatch(r"(blocksight|cluster|engine|jobs|storage|tests)(\.\w+)+", code) and not (ROOT / code).exists():
+            assert resolve_name(code) is not None, readme
 
 
 def test_the_first_page_is_short_and_its_picture_small():
