@@ -3,7 +3,7 @@
 import os
 import random
 import secrets
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,12 +17,28 @@ os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 # before anything loads torch: the workers of pytest-xdist share the cores, and each takes one
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+PLAIN_STARTUP = Path(__file__).parent / "plain_startup"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sample", type=int, help="run so many of the selected tests, drawn by --sample-seed")
     parser.addoption("--sample-seed", default="", help="what the draw depends on")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(PlainNotebooks())
+
+
+class PlainNotebooks:
+    """Notebooks score masks with eager PyTorch: they convert a real network eight times otherwise, for few images."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        with pytest.MonkeyPatch.context() as patch:
+            if item.path.suffix == ".ipynb":
+                patch.setenv("PYTHONPATH", str(PLAIN_STARTUP), prepend=os.pathsep)
+            return (yield)
 
 
 @pytest.hookimpl(trylast=True)
