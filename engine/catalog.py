@@ -367,3 +367,7 @@ def factory_of(name: str) -> str | None:
     if backbone is not None:
         return factory_of(backbone)
     return name if ":" in name and not name.startswith("torchvision:") else None
+
+
+RECONSTRUCTED = "a reconstruction from the abstract: no code was at hand, and the authors may have chosen otherwise"
+"""Of a method that stands marked in the list."""

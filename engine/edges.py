@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from engine.detectors import HED_WAY_OUT, Detector, hed_weights
 from engine.errors import ModelError
-from engine.models import load_state
+from engine.loading import load_state
 from engine.resample import grid_of, scaled
 
 EdgeDetector = Callable[[Tensor], Tensor]

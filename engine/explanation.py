@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from engine.fusion import Map
 from engine.products import SideProducts
+from engine.saliency import Map
 
 
 @dataclass(frozen=True)

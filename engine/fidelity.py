@@ -21,13 +21,13 @@ from engine.explainers.budget import Budget, Candidates, Sampled, sample
 from engine.explainers.sise import Captured, Sise
 from engine.explanation import Explanation
 from engine.forward import Forward, frozen_copy
-from engine.fusion import Map, minmax
 from engine.metrics.faithfulness import Deletion, Insertion, KeepTop
 from engine.metrics.localisation import Localisation
 from engine.metrics.metric import Maps, Region
 from engine.metrics.similarity import iou_of_tops, pearson, spearman, ssim
 from engine.models import ModelAdapter
 from engine.parameters import SiseParameters
+from engine.saliency import Map, minmax
 from engine.scorer import Scorer
 from engine.setting import Precision
 from engine.targets import ClassProbability

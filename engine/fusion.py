@@ -5,20 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-Map = NDArray[np.float64]
+from engine.saliency import Map
 
 NUM_BINS = 256
 SOFT_SLOPE = 100.0
 SOFT_RAISE = 1.5
 SOFT_LEAST_SHARE = 0.1
-
-
-def minmax(values: Map) -> Map:
-    """The values mapped linearly onto [0, 1], exactly; a constant map becomes zeros."""
-    low, high = values.min(), values.max()
-    if high == low:
-        return np.zeros_like(values, dtype=np.float64)
-    return (values - low) / (high - low)
 
 
 def _between_class_variance(bins: NDArray[np.int64], values: Map) -> Map:

@@ -11,8 +11,8 @@ import torch
 from engine.composition import blocks_of, method_of
 from engine.errors import ModelError
 from engine.explanation import Explanation
-from engine.fusion import Map, minmax
 from engine.probe import plain_setting
+from engine.saliency import Map, minmax
 from engine.targets import ClassProbability
 from jobs.config import ConfigError, JobConfig, load_config
 from jobs.context import sha256_of, weights_bytes

@@ -11,6 +11,7 @@ from jobs.blame import OF_THE_JOB, is_of_unit
 from jobs.context import JobContext, worker_name
 from jobs.dead import bury
 from jobs.isolation import ProcessDiedError
+from jobs.markers import FOLDER
 from jobs.plan import UNIT_FOLDERS, open_output
 from jobs.records import Cause, Outcome, Unit, UnitFailure, UnitSkipped
 from jobs.stopping import is_stopped
@@ -28,8 +29,6 @@ from storage.store import (
     UnavailableError,
 )
 from storage.stores import open_named
-
-FOLDER = "_job/attempts/"
 
 CAREFUL_DEATHS = 2
 """After so many deaths in a step its records are worked on one at a time, in a process apart."""
@@ -111,13 +110,6 @@ def marked(desk: Desk, step: str) -> Iterator[int]:
     finally:
         with suppress(StoreError):  # one marker too many makes the next attempt careful at most
             desk.output.delete(marker)
-
-
-def forget_interrupted(output: ObjectStore, run_id: str) -> None:
-    """Removes the markers of a run that was asked to stop: its attempts were broken off, and died of no record."""
-    for info in output.list(FOLDER):
-        if f"-{run_id}-" in info.key:
-            output.delete(info.key)
 
 
 def _judged(unit: Unit, stage: str, desk: Desk, error: Exception) -> Outcome:

@@ -28,7 +28,6 @@ from jobs.charts import curve_chart
 from jobs.config import ConfigError, JobConfig
 from jobs.context import sha256_of, weights_bytes
 from jobs.curve import CURVE, CurveRequest, measure_curve, pictures, summarise
-from jobs.demo import photographs
 from jobs.estimate import ROW_BYTES
 from jobs.evaluation import read_class_map
 from jobs.explain import load, make_explainer, model_facts
@@ -36,8 +35,9 @@ from jobs.learned import wanted_images
 from jobs.measured import MeasuredCost, remember
 from jobs.pace import wish_of
 from jobs.peers import REPEATS, contenders, race
+from jobs.photographs import photographs
 from jobs.plan import Plan, make_plan
-from jobs.tables import printable
+from jobs.text import printable
 from jobs.units import Workforce
 from storage.annotations import open_truth
 from storage.images import decode, fit

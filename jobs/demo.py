@@ -11,17 +11,17 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.bucket import EmbeddedBucket
-from jobs.config import ConfigError, Execution, JobConfig
+from jobs.config import Execution, JobConfig
+from jobs.job_tables import outcome_table
+from jobs.photographs import photographs
+from jobs.record_tables import FIGURES, target_cells
 from jobs.results import all_rows, picture
 from jobs.run import run_job
-from jobs.tables import FIGURES, outcome_table, printable, target_cells
+from jobs.text import printable
 from storage.file_names import file_name
 from storage.pictures import Tile, contact_sheet, overlay, side_by_side
 from storage.store import AlreadyExistsError, ObjectStore
 from storage.stores import open_store
-
-PHOTOGRAPHS = ("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
-"""Files of scikit-image's data folder: a cat, a cup, a motorcycle and others."""
 
 SHEET_COLUMNS = 3
 
@@ -72,16 +72,6 @@ def _root(folder: Path, through_bucket: bool, console: Console) -> Iterator[tupl
         finally:
             os.environ.clear()
             os.environ.update(before)
-
-
-def photographs() -> dict[str, bytes]:
-    """The photographs' bytes by name. Raises ConfigError where the demo extra is not installed."""
-    try:
-        import skimage
-    except ImportError as error:
-        raise ConfigError("the demo's photographs come with its extra: pip install 'blocksight[demo]'") from error
-    data = Path(str(skimage.__file__)).parent / "data"
-    return {name: (data / name).read_bytes() for name in PHOTOGRAPHS}
 
 
 def _upload(photographs: dict[str, bytes], store: ObjectStore) -> None:

@@ -31,7 +31,7 @@ from jobs.attempts import open_desk
 from jobs.blame import is_of_unit
 from jobs.config import digest_of
 from jobs.context import JobContext
-from jobs.evaluation import Evaluated, Evaluation, EvaluationContext, fragment_key, labels_of, region_of, regions_key
+from jobs.evaluation import Evaluation, EvaluationContext, fragment_key, labels_of, region_of, regions_key
 from jobs.explain import (
     IMAGES_PER_CHUNK,
     lively,
@@ -44,7 +44,7 @@ from jobs.explain import (
 from jobs.isolation import ProcessDiedError
 from jobs.learned import standing_state
 from jobs.pace import standing_forward
-from jobs.records import Unit, UnitFailure, UnitInput, UnreconciledError
+from jobs.records import Evaluated, Unit, UnitFailure, UnitInput, UnreconciledError
 from jobs.stopping import Stop
 from jobs.stored import fragment_of, map_of
 from jobs.unit import read_unit

@@ -101,18 +101,6 @@ def region_of(
         return str(error)[:MAX_ERROR_LENGTH]
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """A unit of which the metrics stand."""
-
-    unit_id: str
-    num_records: int
-    """That were measured."""
-    num_values: int
-    reasons: Mapping[str, int]
-    """Values that are not defined, by reason."""
-
-
 def chosen_metrics(text: str, *, has_truth: bool) -> tuple[str, ...]:
     """Metric names joined by commas, or `all`: every one that needs nothing that is not there. Raises ConfigError."""
     if text == "all":

@@ -22,11 +22,12 @@ from engine.errors import ModelError
 from engine.explainers.explainer import Explainer, Learner, State
 from engine.explanation import Explanation
 from engine.forward import Forward, make_forward, use_ieee_float32
-from engine.fusion import Map
+from engine.loading import load_model
 from engine.metrics.faithfulness import KeepTop
 from engine.metrics.metric import Maps, Value
-from engine.models import ModelAdapter, load_model
+from engine.models import ModelAdapter
 from engine.probe import plain_setting
+from engine.saliency import Map
 from engine.setting import ForwardSetting
 from engine.targets import ClassProbability, Target
 from jobs.attempts import open_desk

@@ -13,12 +13,13 @@ import safetensors.torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from jobs.attempts import CAREFUL_DEATHS, FOLDER, marked, open_desk
+from jobs.attempts import CAREFUL_DEATHS, marked, open_desk
 from jobs.blame import is_of_unit
 from jobs.context import JobContext
 from jobs.explain import IMAGES_PER_CHUNK, ExplainStep
 from jobs.isolation import Isolated, ProcessDiedError, called
 from jobs.learned import LEARNED_KEY, wanted_images
+from jobs.markers import FOLDER
 from jobs.progress import Tally, progress
 from jobs.records import RecordFacts, Unit
 from jobs.unit import decoded, decoded_or_rejected, raw_records

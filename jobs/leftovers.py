@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from jobs import attempts, dead
+from jobs import dead, markers
 from jobs.plan import PLAN_FOLDER, UNIT_FOLDERS, plan_document
 from jobs.reconcile import Standing, final_manifest
 from jobs.stopping import RUNS_FOLDER, SIGN_NAME
@@ -45,7 +45,7 @@ def remove_settled(store: ObjectStore, standing: Standing) -> None:
 
 def _settled(store: ObjectStore, standing: Standing) -> Iterator[str]:
     """Markers and dead letters of units whose fragments stand."""
-    for folder in (attempts.FOLDER, dead.FOLDER):
+    for folder in (markers.FOLDER, dead.FOLDER):
         for info in store.list(folder):
             unit_id = info.key.removeprefix(folder).partition("/")[0].removesuffix(".json")
             if unit_id in standing.receipts:

@@ -29,9 +29,10 @@ from jobs.attempts import attempted, open_desk
 from jobs.config import ConfigError
 from jobs.context import JobContext
 from jobs.estimate import estimate
-from jobs.evaluation import Evaluated, EvaluationContext
+from jobs.evaluation import EvaluationContext
 from jobs.records import (
     DeadLetter,
+    Evaluated,
     Outcome,
     Receipt,
     RecordFacts,

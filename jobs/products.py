@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.catalog import METRICS
-from engine.fusion import minmax
 from engine.products import Crop, Fixation, GridMap, SideProducts
-from jobs.progress import counted
+from engine.saliency import minmax
 from jobs.records import UnreconciledError
+from jobs.text import counted
 from storage.drawings import Cell, bars, framed, with_cells, with_path
 from storage.pictures import Pixels, Tile, one_line, overlay, resized
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from jobs.evaluation import Evaluated
-from jobs.records import DeadLetter, Outcome, Receipt, UnitFailure
+from jobs.records import DeadLetter, Evaluated, Outcome, Receipt, UnitFailure
+from jobs.text import clock, counted
 
 PLAIN_SECONDS = 10.0
 """Between two lines where the output is no terminal."""
@@ -62,18 +62,6 @@ class Tally:
         trouble += f", {counted(self.dead, 'unit')} dead" if self.dead else ""
         pace = f"{rate:,.0f} masked forwards/s, " if self.verb == "explain" else ""
         return f"{self.records:,}/{counted(self.total_records, 'record')}, {pace}{self.left(elapsed)}{trouble}"
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 unit`, `1,200 units`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def clock(seconds: float) -> str:
-    """`1:02`, or `3:04:05` from an hour on."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class _TallyColumn(ProgressColumn):

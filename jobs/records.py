@@ -229,3 +229,15 @@ class ModelFacts:
     """Height and width in pixels."""
     blocks: tuple[BlockFacts, ...] = ()
     """Shallow to deep."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A unit of which the metrics stand."""
+
+    unit_id: str
+    num_records: int
+    """That were measured."""
+    num_values: int
+    reasons: Mapping[str, int]
+    """Values that are not defined, by reason."""

@@ -1,6 +1,6 @@
 """Retry: dead units are opened again, for the next run to work on."""
 
-from jobs import attempts, dead
+from jobs import dead, markers
 from jobs.config import ConfigError
 from jobs.plan import Plan
 from jobs.reconcile import final_manifest
@@ -19,7 +19,7 @@ def reopen(output: ObjectStore, plan: Plan, cause: str | None = None) -> list[De
         raise ConfigError(f"{output.uri} is finished: explain the missing inputs into another output")
     letters = [letter for letter in dead.read_letters(output, plan.units).values() if cause in (None, letter.cause)]
     for letter in letters:
-        for marker in output.list(f"{attempts.FOLDER}{letter.unit_id}/"):
+        for marker in output.list(f"{markers.FOLDER}{letter.unit_id}/"):
             output.delete(marker.key)
         output.delete(dead.letter_key(letter.unit_id))
     if final_manifest(output, plan) is not None:  # written meanwhile, and it names them dead

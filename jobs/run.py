@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from cluster.sizing import Sizing
-from jobs.attempts import forget_interrupted
 from jobs.budgets import Budget, Opening, excess
 from jobs.config import Execution, JobConfig
 from jobs.context import JobContext, sha256_of, weights_bytes
@@ -24,6 +23,7 @@ from jobs.estimate import estimate
 from jobs.fidelity import rare_labels
 from jobs.learned import standing_state, wanted_images
 from jobs.leftovers import PROBE_PREFIX, remove_settled
+from jobs.markers import forget_interrupted
 from jobs.plan import UNIT_FOLDERS, Plan, load_plan, make_plan, open_output, refuse_drift, settle_model, settle_plan
 from jobs.progress import Tally, progress
 from jobs.reconcile import Manifest, Standing, final_manifest, finalize, num_accepted, stand

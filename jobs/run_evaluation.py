@@ -11,19 +11,11 @@ from rich.console import Console
 from cluster.sizing import Sizing
 from jobs.config import ConfigError, Execution
 from jobs.context import sha256_of, weights_bytes
-from jobs.evaluation import (
-    Evaluated,
-    Evaluation,
-    EvaluationContext,
-    chosen_metrics,
-    open_units,
-    read_class_map,
-    settle,
-)
+from jobs.evaluation import Evaluation, EvaluationContext, chosen_metrics, open_units, read_class_map, settle
 from jobs.plan import existing_plan, refuse_drift, settle_model
 from jobs.progress import Tally, progress
 from jobs.recorded import NamedAgain, config_of
-from jobs.records import UnfinishedError, Unit, UnitFailure
+from jobs.records import Evaluated, UnfinishedError, Unit, UnitFailure
 from jobs.run import check_kept, check_model, context_of, session_of
 from jobs.stopping import GO_ON, Stop, stopped_by_signals, unfinished_from
 from storage.annotations import open_truth

@@ -13,16 +13,16 @@ from engine.composition import method_of
 from engine.parameters import SiseParameters
 from jobs.config import ConfigError
 from jobs.products import Sizes, parts_of, products_of
+from jobs.record_tables import record_table
 from jobs.recorded import NamedAgain
 from jobs.results import PICTURE_SIDE, Output, Shown, images_of, refuse_other_inputs, rows_of, shown
-from jobs.tables import record_table
 from storage.file_names import file_name
 from storage.pictures import Pixels, Tile, contact_sheet, one_line, overlay, resized, side_by_side
 from storage.schema import OK
 
 if TYPE_CHECKING:
     from engine.explanation import Explanation
-    from engine.fusion import Map
+    from engine.saliency import Map
 
 SHEET_COLUMNS = 6
 SHEET_SIDE = 288
@@ -207,7 +207,7 @@ def _block_tiles(pixels: Pixels, again: "Explanation", gate: str) -> Iterator[Ti
 
 
 def _over(pixels: Pixels, saliency_hw: "Map") -> Pixels:
-    from engine.fusion import minmax
+    from engine.saliency import minmax
 
     return overlay(pixels, resized(minmax(saliency_hw), pixels.shape[:2]))
 

@@ -22,10 +22,9 @@ from jobs.config import ConfigError
 from jobs.documents import damaged
 from jobs.evaluation import FOLDER
 from jobs.plan import existing_plan
-from jobs.progress import counted
 from jobs.records import UnreconciledError
 from jobs.stored import table_of
-from jobs.tables import printable
+from jobs.text import counted, printable
 from storage.patient import SHORT_PATIENCE_SECONDS, PatientStore
 from storage.places import S3, normal_place
 from storage.schema import EVALUATION, OK, RECORD_COLUMNS, REJECTED, SCHEMA

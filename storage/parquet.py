@@ -24,8 +24,8 @@ from storage.limits import (
     MAX_PARQUET_FOOTER_BYTES,
 )
 from storage.pages import Chunk, ClosedPagesError, GuardedFile, ReadAt
-from storage.records import WindowedFile
 from storage.store import DamagedError, ObjectInfo, ObjectStore
+from storage.windowed_file import WindowedFile
 
 WINDOW_BYTES = WindowedFile.WINDOW
 MAGIC = b"PAR1"

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from storage.limits import MAX_MEMBER_NAME_BYTES, MAX_TAR_HEADER_BYTES
-from storage.records import WindowedFile, as_text
+from storage.records import as_text
 from storage.rejects import Reject, RejectCode
+from storage.windowed_file import WindowedFile
 
 BLOCK = tarfile.BLOCKSIZE
 PADDING_BYTES = 1 << 20

@@ -7,11 +7,12 @@ from pathlib import PurePosixPath
 from storage.blame import is_of_record
 from storage.labels import label_of
 from storage.limits import MAX_IMAGE_BYTES, MAX_LABEL_BYTES, MAX_MEMBER_NAME_BYTES, MAX_SHARD_RECORDS
-from storage.records import RawRecord, WindowedFile, as_text, read_failed, too_many_bytes
+from storage.records import RawRecord, as_text, read_failed, too_many_bytes
 from storage.rejects import Reject, RejectCode
 from storage.store import ObjectInfo, ObjectStore
 from storage.survey import IMAGE_SUFFIXES
 from storage.tar_headers import Member, ShardFault, walk_members
+from storage.windowed_file import WindowedFile
 
 SAMPLE_BYTES = 4 << 20
 END = "(end of archive)"

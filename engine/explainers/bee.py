@@ -18,12 +18,12 @@ from engine.explainers.baselines import FAMILIES, NOISY
 from engine.explainers.cams import whole_block
 from engine.explainers.explainer import Attribution, SignedExplainer, State, chunks, pad
 from engine.explainers.points import MAX_POINTS_PER_PASS
-from engine.fusion import minmax
 from engine.metrics.faithfulness import Deletion, Insertion, MaskedMetric, Negative, Positive, WholeDrop
 from engine.metrics.metric import Maps, Value
 from engine.parameters import Family, SelectionMetric
 from engine.products import GridMap, SideProducts
 from engine.resample import grid_of
+from engine.saliency import minmax
 from engine.scorer import Scorer
 from engine.taps import gradients
 from engine.targets import ClassLogit, ClassProbability, Target

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from engine.explainers.explainer import Explainer
 from engine.explanation import Explanation, sound_explanation
-from engine.fusion import Map
 from engine.resample import Grid, bilinear_matrix, grid_of
+from engine.saliency import Map
 from engine.scorer import MaskSource
 from engine.targets import Target
 

@@ -15,10 +15,11 @@ from engine.errors import ModelError
 from engine.explainers.budget import Candidates, Sampled, sample
 from engine.explainers.explainer import Explainer, pad
 from engine.explanation import BlockMap, Explanation, sound_explanation
-from engine.fusion import GATES, Map, cascade, minmax, otsu_foreground
+from engine.fusion import GATES, cascade, otsu_foreground
 from engine.head import head_of
 from engine.parameters import SiseParameters
 from engine.resample import Grid, grid_of, pooled, upsampling
+from engine.saliency import Map, minmax
 from engine.taps import gradients
 from engine.targets import Target
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from engine.fusion import Map
 from engine.metrics.metric import TIES, Maps, Metric, Value, is_flat, ranks_of, undefined
 from engine.perturb import Perturbation, blurred
+from engine.saliency import Map
 from engine.scorer import MaskSet, MaskSource, Scorer
 from engine.targets import Readout, TopClass
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.fusion import Map
+from engine.saliency import Map
 from engine.setting import ForwardSetting
 from engine.targets import ClassProbability
 

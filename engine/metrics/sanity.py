@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from engine.explainers.explainer import Explainer
-from engine.fusion import Map, minmax
 from engine.metrics.metric import Maps, Metric, Value, is_flat, undefined
 from engine.models import ModelAdapter
+from engine.saliency import Map, minmax
 
 STAGES = (0.25, 0.5, 0.75, 1.0)
 """Shares of the layers, from the output down, whose weights are random."""

@@ -29,11 +29,12 @@ from jobs.context import weights_bytes
 from jobs.evaluation import labels_of, read_class_map, region_of
 from jobs.explain import load
 from jobs.plan import Plan, existing_plan
-from jobs.progress import Tally, counted, progress
+from jobs.progress import Tally, progress
 from jobs.recorded import NamedAgain, config_of
 from jobs.records import UnreconciledError
 from jobs.results import images_of
 from jobs.stored import model_facts
+from jobs.text import counted
 from storage.annotations import open_truth
 from storage.images import fit
 from storage.patient import PatientStore

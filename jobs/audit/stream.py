@@ -29,10 +29,10 @@ from jobs.evaluation import ClassMap, labels_of, region_of
 from jobs.plan import Plan
 from storage.fragments import fragment_batches, read_rows
 from storage.maps import MapError, decode_levels
-from storage.records import WindowedFile
 from storage.schema import OK
 from storage.store import DamagedError, ObjectInfo, ObjectStore
 from storage.truth import Truth
+from storage.windowed_file import WindowedFile
 
 BATCH_ROWS = 256
 """Rows of a fragment that are in memory at once, in each thread."""

@@ -13,9 +13,10 @@ from jobs.config import ConfigError
 from jobs.export import fiftyone, spotlight, virelay
 from jobs.export.records import ExplainedRecord, ExplainedRecords
 from jobs.plan import Plan, check_place, existing_plan
-from jobs.progress import Tally, counted, progress
+from jobs.progress import Tally, progress
 from jobs.recorded import NamedAgain
 from jobs.sql import connect, standing_columns
+from jobs.text import counted
 from storage.patient import SHORT_PATIENCE_SECONDS, PatientStore
 from storage.stores import open_store
 

@@ -13,7 +13,6 @@ from jobs.audit.stream import committed, digest_of_fragments
 from jobs.compare import Absence, Cell, Column, Comparison, Output, compare
 from jobs.config import ConfigError
 from jobs.products import products_of, said_of
-from jobs.progress import counted
 from jobs.reconcile import Standing, final_manifest, stand
 from jobs.records import DeadLetter
 from jobs.report.facts import (
@@ -32,6 +31,7 @@ from jobs.report.findings import Findings, class_name, findings_of
 from jobs.report.galleries import RANKING, Behind, Gallery, Picture, Ref, Rejected, drawn, galleries
 from jobs.report.galleries import select as select_maps
 from jobs.setting import planned_forward
+from jobs.text import counted
 
 MAX_DEAD = 20
 MAX_REASON = 500

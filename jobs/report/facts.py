@@ -9,18 +9,17 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from engine.catalog import EXPLAINERS, MODELS
+from engine.catalog import EXPLAINERS, MODELS, RECONSTRUCTED
 from engine.composition import method_of
 from jobs.compare import Output
 from jobs.documents import read_document
 from jobs.plan import Plan
-from jobs.progress import counted
 from jobs.reconcile import Standing
 from jobs.records import UnreconciledError
 from jobs.setting import PlannedForward
 from jobs.stopping import RUNS_FOLDER
 from jobs.stored import model_facts
-from jobs.tables import RECONSTRUCTED
+from jobs.text import counted
 from storage.store import MissingError, ObjectStore
 
 MAX_RUNS = 10

@@ -15,10 +15,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from jobs.compare import Output
-from jobs.progress import counted
 from jobs.report.content import Report, clipped, report_of, said
 from jobs.report.findings import against_chance, place_of
-from jobs.tables import plain
+from jobs.text import counted, plain
 
 REPORT_KEY = "report/index.html"
 

@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from engine.fusion import Map
 from engine.metrics.complexity import effective_area
 from engine.metrics.metric import is_flat
 from engine.metrics.shift import focus_shift, moved
 from engine.metrics.similarity import iou_of_tops, pearson, spearman, ssim
+from engine.saliency import Map
 from jobs.stored import map_of
 from jobs.versus.joining import Pair, Row
 from storage.pictures import resized

@@ -16,11 +16,11 @@ from typing_extensions import TypedDict
 from jobs.config import ConfigError
 from jobs.documents import read_document
 from jobs.plan import check_place
-from jobs.progress import counted
 from jobs.records import UnreconciledError
 from jobs.results import Output, refuse_other_inputs
 from jobs.setting import mixture, planned_forward, protocol_of
 from jobs.stored import table_of
+from jobs.text import counted
 from jobs.versus.joining import Tally, joined
 from jobs.versus.pictures import Worst, contact_sheet_of
 from jobs.versus.rows import DIFFERENCE, MEASURED, measured

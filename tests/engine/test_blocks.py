@@ -7,7 +7,8 @@ import torchvision
 from engine.blocks import Place, discover_blocks
 from engine.errors import ModelError
 from engine.layouts import Layout
-from engine.models import ModelAdapter, load_model
+from engine.loading import load_model
+from engine.models import ModelAdapter
 from tests.engine.nets import Depthwise, InPlace, Residual, seeded
 
 # ---------------------------------------------------------------- the paper's table, and its neighbours

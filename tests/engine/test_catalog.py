@@ -9,7 +9,7 @@ from engine.composition import method_of
 from engine.explainers import EXPLAINERS
 from engine.explainers.sise import Sise
 from engine.fusion import GATES
-from engine.models import PACKAGED
+from engine.loading import PACKAGED
 from engine.perturb import BASELINES
 
 

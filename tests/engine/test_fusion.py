@@ -6,7 +6,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from engine.fusion import GATES, cascade, hard_gate, minmax, otsu_foreground, soft_gate
+from engine.fusion import GATES, cascade, hard_gate, otsu_foreground, soft_gate
+from engine.saliency import minmax
 from tests.engine import oracles
 
 V5 = np.array([0.0] * 6 + [0.2] * 4 + [0.8] * 3 + [1.0] * 3)

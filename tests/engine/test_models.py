@@ -13,7 +13,8 @@ import torchvision
 from torch import nn
 
 from engine.errors import ModelError
-from engine.models import IMAGENET_MEAN, IMAGENET_STD, ModelAdapter, load_model, read_state
+from engine.loading import load_model, read_state
+from engine.models import IMAGENET_MEAN, IMAGENET_STD, ModelAdapter
 from tests.engine.nets import Plain, seeded
 
 

@@ -10,7 +10,8 @@ from torch import fx, nn
 
 from engine.errors import ModelError
 from engine.explainers import EXPLAINERS
-from engine.models import ModelAdapter, load_model
+from engine.loading import load_model
+from engine.models import ModelAdapter
 from engine.neighbours import NeighbourClassifier, from_state
 from engine.parameters import NoParameters
 from engine.targets import ClassLogit, ClassProbability

@@ -10,7 +10,8 @@ from PIL import Image
 
 from engine.explainers.afmi import AFmi
 from engine.explainers.fovex import FovEx
-from engine.models import ModelAdapter, load_model
+from engine.loading import load_model
+from engine.models import ModelAdapter
 from engine.parameters import AFmiParameters, FovExParameters, SiseParameters
 from engine.targets import ClassProbability
 from tests.engine.comparing import assert_equals_slow, by_modules, explained, slowly

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from engine.fusion import minmax
 from engine.models import ModelAdapter
 from engine.perturb import BASELINES, Perturbation, perturbation
 from engine.resample import upsampling
+from engine.saliency import minmax
 from engine.scorer import MaskSet, Scorer, pack
 from engine.targets import ClassProbability
 from tests.engine import oracles

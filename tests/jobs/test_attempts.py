@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jobs import attempts
+from jobs import attempts, markers
 from jobs.attempts import Desk, attempted
 from jobs.budgets import FIRST_UNITS, Budget, Opening, excess
 from jobs.config import ConfigError, Execution
@@ -48,8 +48,8 @@ def raising(error):
     return work
 
 
-def markers(store):
-    return [info.key for info in store.list(attempts.FOLDER)]
+def markers_in(store):
+    return [info.key for info in store.list(markers.FOLDER)]
 
 
 # ---------------------------------------------------------------- attempts
@@ -57,13 +57,13 @@ def markers(store):
 
 def test_a_marker_stands_while_a_step_works_and_goes_with_it():
     place = desk()
-    seen = attempted(UNIT, "explain", place, lambda careful: (careful, markers(place.output)))
+    seen = attempted(UNIT, "explain", place, lambda careful: (careful, markers_in(place.output)))
     assert seen[0] is False
     (marker,) = seen[1]
     assert marker.startswith(f"_job/attempts/{UNIT.unit_id}/explain-")
-    assert markers(place.output) == []
+    assert markers_in(place.output) == []
     attempted(UNIT, "explain", place, raising(ValueError("x")))
-    assert markers(place.output) == []
+    assert markers_in(place.output) == []
 
 
 @pytest.mark.parametrize(("deaths", "careful"), [(0, False), (1, False), (2, True), (11, True)])
@@ -135,8 +135,8 @@ def test_the_markers_of_an_interrupted_run_are_no_deaths():
         attempted(UNIT, "read", place, raising(KeyboardInterrupt()))
     for run in ("run", "another"):
         place.output.put(f"_job/attempts/{UNIT.unit_id}/explain-{run}-1.json", b"{}")
-    attempts.forget_interrupted(place.output, "run")
-    assert markers(place.output) == [f"_job/attempts/{UNIT.unit_id}/explain-another-1.json"]
+    markers.forget_interrupted(place.output, "run")
+    assert markers_in(place.output) == [f"_job/attempts/{UNIT.unit_id}/explain-another-1.json"]
 
 
 # ---------------------------------------------------------------- isolation

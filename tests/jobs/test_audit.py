@@ -12,9 +12,9 @@ from rich.console import Console
 
 from jobs.audit.result import AUDIT_KEY, Audit, read_audit
 from jobs.audit.run import AuditRequest, run_audit
+from jobs.audit_tables import audit_table
 from jobs.config import ConfigError
 from jobs.records import UnreconciledError
-from jobs.tables import audit_table
 from storage.local import LocalStore
 from tests.jobs import tiny
 from tests.jobs.jobs_of import blocksight, model_of, rows_in, run_here

@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from engine.errors import ModelError
-from engine.models import load_model
+from engine.loading import load_model
 from jobs.bank import class_names_of, make_bank
 from jobs.cli import app
 from jobs.config import ConfigError

@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 
 from engine.catalog import EXPLAINERS
+from jobs.catalog_tables import catalog_table
 from jobs.cli import main
 from jobs.config import load_config, parse_parameters
-from jobs.tables import catalog_table
 from storage.file_names import file_name
 from tests.jobs.jobs_of import ROOT, blocksight, command, run_here
 from tests.jobs.tiny import MODEL, folder_of_images
@@ -156,7 +156,7 @@ def test_a_resumed_command_line_is_a_no_op(finished):
 
 def test_the_hint_after_an_audit_can_be_pasted(monkeypatch, capsys):
     monkeypatch.setattr("jobs.audit.run.run_audit", lambda *_: None)
-    monkeypatch.setattr("jobs.tables.audit_table", lambda *_: "")
+    monkeypatch.setattr("jobs.audit_tables.audit_table", lambda *_: "")
     monkeypatch.setattr("sys.argv", ["blocksight", "audit", "my maps/it's"])
     with pytest.raises(SystemExit):
         main()

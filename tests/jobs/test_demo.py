@@ -14,8 +14,8 @@ pytestmark = pytest.mark.servers
 SOME = ("chelsea.png", "coffee.png")
 DEMO = f"""
 import sys
-from jobs import cli, demo
-demo.PHOTOGRAPHS = {SOME}
+from jobs import cli, photographs
+photographs.PHOTOGRAPHS = {SOME}
 sys.argv[1:] = ["demo", "--bucket", "--output", sys.argv[1]]
 cli.main()
 """

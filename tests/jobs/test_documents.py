@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from jobs import attempts
+from jobs import markers
 from jobs.audit.result import AUDIT_KEY, read_audit
 from jobs.audit.run import AuditRequest, run_audit
 from jobs.cli import app
@@ -105,7 +105,7 @@ KEYS: Mapping[str, Callable[[ObjectStore], str]] = {
     "receipt": lambda store: receipt_key(unit_ids(store)[0]),
     "run": lambda _: f"{RUN}run.json",
     "stop": lambda _: f"{RUN}stop",
-    "marker": lambda store: f"{attempts.FOLDER}{unit_ids(store)[0]}/read-x.json",
+    "marker": lambda store: f"{markers.FOLDER}{unit_ids(store)[0]}/read-x.json",
 }
 """The documents of an output."""
 READERS: Mapping[str, Callable[[ObjectStore, Plan], object]] = {

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from engine.catalog import METRICS
-from jobs.cli import evaluate, main
+from jobs.analysis_commands import evaluate
+from jobs.cli import main
 from jobs.compare import Output, compare, rows_of_table
 from jobs.config import ConfigError
 from jobs.evaluation import (

@@ -23,13 +23,13 @@ from jobs.config import ConfigError, Execution
 from jobs.dead import read_letters
 from jobs.explain import ExplainStep
 from jobs.isolation import Isolated, ProcessDiedError, ProcessStartError
+from jobs.job_tables import plan_table
 from jobs.local import run_unit
 from jobs.plan import load_plan
 from jobs.reconcile import check
 from jobs.records import DeadLetter, RecordFacts, UnitFailure, UnitInput, UnreconciledError
 from jobs.retry import reopen
 from jobs.run import plan_job, workforce_of
-from jobs.tables import plan_table
 from jobs.unit import commit_unit, decoded_or_rejected
 from jobs.units import WHOLE_SHARD, Workforce, pieces
 from storage.fragments import read_fragment

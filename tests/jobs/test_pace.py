@@ -12,7 +12,7 @@ from engine import probe as probing
 from engine.errors import ModelError
 from engine.probe import Measured
 from engine.setting import ForwardSetting
-from jobs import explain, pace, tables
+from jobs import explain, job_tables, metric_tables, pace
 from jobs.compare import compare, rows_of_table
 from jobs.config import Execution
 from jobs.plan import DriftError
@@ -229,13 +229,13 @@ def test_maps_of_two_precisions_share_no_column_and_the_table_says_so(tmp_path, 
     assert "rough: eager bfloat16" in note
     assert {row["forward"] for row in rows_of_table(table)} == {"eager float32", "eager bfloat16"}
     console = Console(record=True, width=200)
-    console.print(tables.comparison_table(table, 200))
+    console.print(metric_tables.comparison_table(table, 200))
     assert "forward passes were run differently" in console.export_text()
     assert not compare(outputs[:1]).notes
     made = write_difference(*outputs, store_of(tmp_path / "difference"), None, Console(quiet=True))
     assert made.summary["note"] == note
     assert (made.summary["a"]["forward"], made.summary["b"]["forward"]) == ("eager float32", "eager bfloat16")
-    console.print(tables.difference_table(made.summary, "place"))
+    console.print(metric_tables.difference_table(made.summary, "place"))
     assert console.export_text().count("forward passes were run differently") == 1
     rows = [row for name in ("exact", "rough") for row in rows_in(store_of(tmp_path / name))]
     assert len({row["metrics"]["protocol"] for row in rows}) == 2
@@ -251,7 +251,7 @@ def test_an_output_of_which_no_setting_is_recorded_is_told_from_one_of_which_it_
 def test_status_and_report_say_how_masks_were_scored(tmp_path, data):
     outcome = run_here(data, tmp_path / "maps", precision="bfloat16")
     console = Console(record=True, width=200)
-    console.print(tables.standing_table("maps", outcome.standing, outcome.forward))
+    console.print(job_tables.standing_table("maps", outcome.standing, outcome.forward))
     assert "scored by eager bfloat16, 4 per pass (chosen by rule, score error" in console.export_text()
     found = {fact.name: fact for fact in run_facts(outcome.standing.plan, {}, {}, outcome.forward)}
     assert found["masks scored by"].value == "eager bfloat16, 4 per pass"

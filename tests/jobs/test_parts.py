@@ -9,9 +9,9 @@ from jobs.config import load_config
 from jobs.estimate import AUTO_FULL_SHARE, estimate
 from jobs.labels import Labels
 from jobs.plan import Plan
-from jobs.progress import Tally, clock
+from jobs.progress import Tally
 from jobs.records import Receipt, Unit, UnitFailure
-from jobs.tables import printable
+from jobs.text import clock, printable
 from jobs.units import Workforce, check_units, pieces
 from storage.store import ObjectInfo, StoreError
 from storage.survey import Layout, Survey

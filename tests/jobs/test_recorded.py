@@ -170,5 +170,5 @@ def test_a_configuration_comes_from_the_user_or_through_the_one_door():
     assert found["model_validate"] == {"jobs/config.py"}
     assert found["checked_config"] == {"jobs/recorded.py"}
     assert found["JobConfig"] == {"jobs/demo.py"}
-    assert found["import_module"] == {"engine/models.py"}
+    assert found["import_module"] == {"engine/loading.py"}
     assert not {"__import__", "exec"} & found.keys()

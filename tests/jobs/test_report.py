@@ -33,7 +33,7 @@ from jobs.report.findings import against_chance, place_of
 from jobs.report.galleries import MAX_PICTURES, MOST_BYTES, MOST_FILM_BYTES, MOST_SINGLE_BYTES, SIDE, Least, Ref
 from jobs.report.page import REPORT_KEY, render, write_report
 from jobs.run_evaluation import EvaluationRequest, run_evaluation
-from jobs.tables import plain
+from jobs.text import plain
 from storage.local import LocalStore
 from storage.stores import open_store
 from tests.jobs.audits import audited

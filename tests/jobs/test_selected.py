@@ -14,9 +14,9 @@ from jobs.audit.run import AuditRequest, run_audit
 from jobs.cli import main
 from jobs.compare import Output, compare, rows_of_table
 from jobs.evaluation import FOLDER
+from jobs.metric_tables import comparison_table
 from jobs.plan import load_plan
 from jobs.sql import connect
-from jobs.tables import comparison_table
 from storage.fragments import encode_fragment
 from storage.local import LocalStore
 from storage.schema import EVALUATION, SCHEMA

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from engine.fusion import GATES, minmax, stages
+from engine.fusion import GATES, stages
+from engine.saliency import minmax
 from jobs import show
 from jobs.again import Again, error_of
 from jobs.config import ConfigError

@@ -17,11 +17,11 @@ from cluster.bucket import EmbeddedBucket
 from engine.metrics.complexity import effective_area
 from engine.metrics.similarity import iou_of_tops, pearson, spearman, ssim
 from jobs.config import ConfigError
+from jobs.metric_tables import difference_table
 from jobs.plan import load_plan, make_plan, settle_model, settle_plan
 from jobs.records import ModelFacts, Unit
 from jobs.results import Output
 from jobs.stored import map_of
-from jobs.tables import difference_table
 from jobs.units import Workforce
 from jobs.versus.joining import Overlaps, Tally, joined
 from jobs.versus.rows import DIFFERENCE, MEASURED, map_measures, measured

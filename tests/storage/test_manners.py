@@ -7,13 +7,13 @@ import pytest
 
 from storage.endpoints import check_endpoint, check_resolved_endpoint
 from storage.loose import read_images
-from storage.records import WindowedFile
 from storage.replies import version
 from storage.s3 import S3Store, later
 from storage.s3_client import ATTEMPTS
 from storage.store import ChangedError, ObjectError, StoreError, UnavailableError
 from storage.stores import WeakStoreError, open_named, probe, probe_reads
 from storage.survey import survey
+from storage.windowed_file import WindowedFile
 from tests.storage.loopback import Bucket, Reply, etag_of, refused, served
 
 

@@ -5,7 +5,7 @@ import io
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.records import WindowedFile
+from storage.windowed_file import WindowedFile
 from tests.storage.memory import MemoryStore
 
 STEPS = st.tuples(st.sampled_from([io.SEEK_SET, io.SEEK_CUR, io.SEEK_END]), st.integers(0, 24), st.integers(0, 24))
