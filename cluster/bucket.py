@@ -20,7 +20,7 @@ import botocore.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from cluster.errors import ClusterError
+from blocksight.cluster.errors import ClusterError
 
 HOST = "127.0.0.1"
 REGION = "us-east-1"

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 import ray
 from ray.exceptions import RayError
 
-from cluster.errors import ClusterError
-from cluster.sizing import Sizing, local_cpus, size_for
-from cluster.switches import refuse_unsafe_switches
+from blocksight.cluster.errors import ClusterError
+from blocksight.cluster.sizing import Sizing, local_cpus, size_for
+from blocksight.cluster.switches import refuse_unsafe_switches
 
 OBJECT_STORE_BYTES = 1 << 30
 """Of a session on this machine: a few units of pixels per actor."""

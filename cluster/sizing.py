@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 
-from cluster.errors import ClusterError
+from blocksight.cluster.errors import ClusterError
 
 LEAST_UNIT_SECONDS = 10.0
 """Below that a unit's overhead (about 50 ms) shows."""

@@ -3,7 +3,7 @@
 import os
 import re
 
-from cluster.errors import ClusterError
+from blocksight.cluster.errors import ClusterError
 
 UNSAFE_SWITCHES = (
     "RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE",

@@ -25,11 +25,11 @@ from pathlib import Path
 
 import botocore.session
 
-from jobs.leftovers import remove_leftovers
-from jobs.plan import load_plan
-from jobs.reconcile import stand
-from storage.patient import PatientStore
-from storage.stores import open_store
+from blocksight.jobs.ledger.garbage import remove_leftovers
+from blocksight.jobs.ledger.reconcile import stand
+from blocksight.jobs.plan.plan import load_plan
+from blocksight.storage.stores.opening import open_store
+from blocksight.storage.stores.retrying import PatientStore
 from tests.faults.cluster import FragileBucket, RayCluster, command_line
 from tests.faults.processes import started
 from tests.faults.verifier import MANIFEST, Watcher, row_hashes, verify

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.bucket import EmbeddedBucket
+from blocksight.cluster.bucket import EmbeddedBucket
 
 # before anything loads Ray, which reads them once: clusters of the tests answer nobody else
 os.environ.setdefault("RAY_AUTH_MODE", "token")

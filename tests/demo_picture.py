@@ -6,8 +6,8 @@
 import sys
 from pathlib import Path
 
-from jobs.results import all_rows, existing_output, images_of, shown
-from storage.pictures import Tile, contact_sheet, overlay
+from blocksight.jobs.work.rows import all_rows, existing_output, images_of, shown
+from blocksight.storage.outputs.pictures import Tile, contact_sheet, overlay
 
 PHOTOGRAPHS = ("chelsea.png", "coffee.png", "camera.png")
 """Of the demo's photographs those that are in the public domain (CC0)."""

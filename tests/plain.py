@@ -9,14 +9,14 @@ from importlib.util import find_spec
 
 import pytest
 
-from jobs.cli import main
+from blocksight.jobs.cli.main import main
 
 
 @pytest.fixture(scope="package", autouse=True)
 def plain_forwards() -> Iterator[None]:
     """The driver writes that into the plan, and all workers follow it. Holds for fixtures of every scope."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.probe.find_spec", lambda _: None)
+        patch.setattr("blocksight.engine.scoring.probe.find_spec", lambda _: None)
         yield
 
 
@@ -24,7 +24,7 @@ def plain_forwards() -> Iterator[None]:
 def chosen_forwards(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """A test of how the setting is chosen sees what is installed."""
     if request.node.get_closest_marker("chooses") is not None:
-        monkeypatch.setattr("engine.probe.find_spec", find_spec)
+        monkeypatch.setattr("blocksight.engine.scoring.probe.find_spec", find_spec)
 
 
 if __name__ == "__main__":

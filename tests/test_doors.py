@@ -11,16 +11,16 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("cluster", "engine", "jobs", "storage")
 
 DOORS = {
-    ("storage/parquet.py", "pyarrow.parquet.ParquetFile"),
-    ("storage/parquet.py", "pyarrow.parquet.FileMetaData"),
-    ("storage/parquet.py", "pyarrow.PythonFile"),
-    ("storage/parquet.py", "pyarrow.ipc.read_schema"),  # of bytes in which no extension type is named any more
-    ("engine/tensors.py", "safetensors.torch.load"),
-    ("engine/tensors.py", "torch.load"),  # with weights_only, see below
-    ("jobs/isolation.py", "pickle.loads"),  # from its own child's pipe
-    ("jobs/sql.py", "duckdb.connect"),  # DuckDB reads Parquet by itself: it knows no Python types
-    ("jobs/sql.py", "duckdb.DuckDBPyConnection"),
-    ("engine/edges.py", "h5py.File"),  # of an installed package
+    ("storage/parquet/reader.py", "pyarrow.parquet.ParquetFile"),
+    ("storage/parquet/reader.py", "pyarrow.parquet.FileMetaData"),
+    ("storage/parquet/reader.py", "pyarrow.PythonFile"),
+    ("storage/parquet/reader.py", "pyarrow.ipc.read_schema"),  # of bytes in which no extension type is named any more
+    ("engine/model/tensors.py", "safetensors.torch.load"),
+    ("engine/model/tensors.py", "torch.load"),  # with weights_only, see below
+    ("jobs/work/isolation.py", "pickle.loads"),  # from its own child's pipe
+    ("jobs/export/sql.py", "duckdb.connect"),  # DuckDB reads Parquet by itself: it knows no Python types
+    ("jobs/export/sql.py", "duckdb.DuckDBPyConnection"),
+    ("engine/explainers/edges.py", "h5py.File"),  # of an installed package
     ("jobs/export/virelay.py", "h5py.File"),  # which writes
     ("jobs/export/virelay.py", "numpy.memmap"),  # numbers of our own, in a scratch file
     ("jobs/export/quantus.py", "numpy.lib.format.header_data_from_array_1_0"),  # which write
@@ -95,6 +95,6 @@ def test_whatever_it_is_called_it_is_seen(text, name):
 
 
 def test_torch_loads_plain_tensors_alone():
-    tree = ast.parse((ROOT / "engine/tensors.py").read_text())
+    tree = ast.parse((ROOT / "engine/model/tensors.py").read_text())
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"]
     assert [{one.arg: ast.unparse(one.value) for one in call.keywords}["weights_only"] for call in calls] == ["True"]

@@ -36,8 +36,8 @@ def test_a_lane_speaks_of_files_that_exist_and_of_its_tests():
     for name, lane in LANES.items():
         files = lane.files()
         assert set(digests(files)) == set(files), name
-    assert {"storage/parquet.py", "tests/storage/test_stores.py"} <= set(LANES["mutants-storage"].files())
-    assert "storage/drawings.py" not in LANES["mutants-storage"].files()
+    assert {"storage/parquet/reader.py", "tests/storage/stores/test_stores.py"} <= set(LANES["mutants-storage"].files())
+    assert "storage/outputs/drawings.py" not in LANES["mutants-storage"].files()
     assert {"tests/faults/test_cluster.py", "tests/faults/verifier.py"} <= set(LANES["failure-tests"].files())
     assert "tests/faults/test_verifier.py" not in LANES["failure-tests"].files()
 

@@ -12,7 +12,7 @@ import pytest
 from tests.jobs.jobs_of import ROOT
 
 NOTEBOOKS = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
-OURS = {"engine", "storage", "jobs"}
+OURS = {"blocksight"}
 PLAIN = {"duckdb", "matplotlib", "numpy", "PIL", "rich", "torch"}
 """What comes with the package."""
 METADATA = {

@@ -19,14 +19,14 @@ from typing import Any, get_args, get_type_hints
 import pytest
 from typer.main import get_command
 
-from engine.catalog import EXPLAINERS, FIDELITIES, METRICS, MODELS
-from engine.parameters import SiseParameters
-from engine.products import SideProducts
-from jobs import cli
-from jobs.config import Execution, JobConfig, load_config
-from jobs.records import Cause
-from storage.rejects import RejectCode
-from storage.schema import EVALUATION, PRODUCT_COLUMNS, SCHEMA
+from blocksight.engine.catalog.entries import EXPLAINERS, FIDELITIES, METRICS, MODELS
+from blocksight.engine.catalog.parameters import SiseParameters
+from blocksight.engine.catalog.side_products import SideProducts
+from blocksight.jobs.cli import app, main, reading_commands
+from blocksight.jobs.plan.config import Execution, JobConfig, load_config
+from blocksight.jobs.plan.records import Cause
+from blocksight.storage.outputs.schema import EVALUATION, PRODUCT_COLUMNS, SCHEMA
+from blocksight.storage.rejects import RejectCode
 from tests.jobs.jobs_of import blocksight
 from tests.jobs.tiny import MODEL, folder_of_images, picture
 from tests.plain import plain_forwards
@@ -34,7 +34,7 @@ from tests.readmes import INLINE, LINK, READMES, ROOT, Block, blocks_of, command
 
 __all__ = ["plain_forwards"]
 
-COMMANDS: dict[str, Any] = get_command(cli.app).commands  # pyright: ignore[reportAttributeAccessIssue]
+COMMANDS: dict[str, Any] = get_command(main.app).commands  # pyright: ignore[reportAttributeAccessIssue]
 OPTIONS = {
     name: {one for own in command.params for one in (*own.opts, *own.secondary_opts)}
     for name, command in COMMANDS.items()
@@ -308,8 +308,8 @@ def _plain(name: str) -> str:
     return name.removesuffix("(BASE)")
 
 
-FORMATS = get_args(get_type_hints(cli.export_output)["form"])
-CODES = (cli.COMPLETE, cli.USAGE, cli.OVER_BUDGET, cli.INCOMPLETE, cli.UNRECONCILED, cli.WEAK_STORE)
+FORMATS = get_args(get_type_hints(reading_commands.export_output)["form"])
+CODES = (app.COMPLETE, app.USAGE, app.OVER_BUDGET, app.INCOMPLETE, app.UNRECONCILED, app.WEAK_STORE)
 NAMED: dict[str, list[str]] = {
     "command | what it does": list(COMMANDS),
     "rejected record": list(RejectCode),

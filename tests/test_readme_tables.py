@@ -6,8 +6,8 @@ import pyarrow as pa
 import pytest
 from pydantic import BaseModel
 
-from jobs.config import Execution, JobConfig
-from storage.schema import EVALUATION, SCHEMA
+from blocksight.jobs.plan.config import Execution, JobConfig
+from blocksight.storage.outputs.schema import EVALUATION, SCHEMA
 from tests.jobs.jobs_of import ROOT
 
 

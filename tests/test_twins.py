@@ -6,18 +6,22 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 
 TWINS = {
-    "engine/test_real_data.py::test_cifar_photographs": "engine/test_twin.py::test_small_networks_equal_the_slow_twin",
-    "engine/test_real_data.py::test_imagenet_photographs": (
-        "engine/test_twin.py::test_torchvisions_networks_equal_the_slow_twin"
+    "engine/explainers/test_real_data.py::test_cifar_photographs": (
+        "engine/explainers/test_twin.py::test_small_networks_equal_the_slow_twin"
     ),
-    "engine/test_real_data.py::test_the_scan_paths_of_photographs_are_their_own": (
-        "engine/test_fovex.py::test_a_path_is_the_records_own_to_the_last_bit"
+    "engine/explainers/test_real_data.py::test_imagenet_photographs": (
+        "engine/explainers/test_twin.py::test_torchvisions_networks_equal_the_slow_twin"
     ),
-    "engine/test_real_data.py::test_the_closed_form_of_photographs_equals_passes": (
-        "engine/test_afmi.py::test_the_closed_form_equals_passes"
+    "engine/explainers/test_real_data.py::test_the_scan_paths_of_photographs_are_their_own": (
+        "engine/explainers/test_fovex.py::test_a_path_is_the_records_own_to_the_last_bit"
     ),
-    "storage/test_images.py::test_pngsuite": "storage/test_golden_pixels.py::test_png_broken",
-    "storage/test_images.py::test_the_exif_set_looks_alike": "storage/test_images.py::test_exif_orientation_is_undone",
+    "engine/explainers/test_real_data.py::test_the_closed_form_of_photographs_equals_passes": (
+        "engine/explainers/test_afmi.py::test_the_closed_form_equals_passes"
+    ),
+    "storage/images/test_images.py::test_pngsuite": "storage/images/test_golden_pixels.py::test_png_broken",
+    "storage/images/test_images.py::test_the_exif_set_looks_alike": (
+        "storage/images/test_images.py::test_exif_orientation_is_undone"
+    ),
 }
 
 

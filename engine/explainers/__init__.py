@@ -4,27 +4,27 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from engine.composition import Method, method_of, parameters_of
-from engine.explainers.ablationcam import AblationCam
-from engine.explainers.afmi import AFmi
-from engine.explainers.bee import Bee
-from engine.explainers.cams import WEIGHINGS, Cam
-from engine.explainers.controls import CentredGaussian, Edges, RandomMap
-from engine.explainers.daam import Daam
-from engine.explainers.explainer import Explainer
-from engine.explainers.extremal import ExtremalPerturbation
-from engine.explainers.featurecam import FeatureCam
-from engine.explainers.fovex import FovEx
-from engine.explainers.fullgrad import FullGrad
-from engine.explainers.gradients import Gradient, IntegratedGradients
-from engine.explainers.occlusion import Occlusion
-from engine.explainers.rise import Rise
-from engine.explainers.scorecam import ScoreCam
-from engine.explainers.sise import Sise
-from engine.explainers.smoothgrad import SmoothGrad
-from engine.explainers.ucag import Ucag
-from engine.explainers.wrapper import Wrapper
-from engine.models import ModelAdapter
+from blocksight.engine.catalog.composition import Method, method_of, parameters_of
+from blocksight.engine.explainers.ablationcam import AblationCam
+from blocksight.engine.explainers.afmi import AFmi
+from blocksight.engine.explainers.bee import Bee
+from blocksight.engine.explainers.cams import WEIGHINGS, Cam
+from blocksight.engine.explainers.controls import CentredGaussian, Edges, RandomMap
+from blocksight.engine.explainers.daam import Daam
+from blocksight.engine.explainers.explainer import Explainer
+from blocksight.engine.explainers.extremal import ExtremalPerturbation
+from blocksight.engine.explainers.featurecam import FeatureCam
+from blocksight.engine.explainers.fovex import FovEx
+from blocksight.engine.explainers.fullgrad import FullGrad
+from blocksight.engine.explainers.gradients import Gradient, IntegratedGradients
+from blocksight.engine.explainers.occlusion import Occlusion
+from blocksight.engine.explainers.rise import Rise
+from blocksight.engine.explainers.scorecam import ScoreCam
+from blocksight.engine.explainers.sise import Sise
+from blocksight.engine.explainers.smoothgrad import SmoothGrad
+from blocksight.engine.explainers.ucag import Ucag
+from blocksight.engine.explainers.wrapper import Wrapper
+from blocksight.engine.model.adapter import ModelAdapter
 
 WRAPPERS: Mapping[str, type[Wrapper]] = {
     "smoothgrad": SmoothGrad,

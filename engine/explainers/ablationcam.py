@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.explainers.cams import whole_block
-from engine.explainers.explainer import Explainer, pad
-from engine.explanation import Explanation, sound_explanation
-from engine.resample import grid_of, upsampling
-from engine.taps import replaced
-from engine.targets import Target
+from blocksight.engine.explainers.cams import whole_block
+from blocksight.engine.explainers.explainer import Explainer, pad
+from blocksight.engine.explainers.explanation import Explanation, sound_explanation
+from blocksight.engine.model.resample import grid_of, upsampling
+from blocksight.engine.model.taps import replaced
+from blocksight.engine.model.targets import Target
 
 
 class AblationCam(Explainer):

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.explainers.cams import whole_block
-from engine.explainers.explainer import Attribution, SignedExplainer, pad
-from engine.head import pooled_weights
-from engine.models import ModelAdapter
-from engine.perturb import blurred
-from engine.products import SideProducts
-from engine.taps import replaced
-from engine.targets import Target
+from blocksight.engine.catalog.side_products import SideProducts
+from blocksight.engine.explainers.cams import whole_block
+from blocksight.engine.explainers.explainer import Attribution, SignedExplainer, pad
+from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.head import pooled_weights
+from blocksight.engine.model.taps import replaced
+from blocksight.engine.model.targets import Target
+from blocksight.engine.scoring.perturb import blurred
 
 BLUR = 10 / 224
 """Deviation of the blurred reference, as a share of the shorter side."""

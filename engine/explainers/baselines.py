@@ -6,7 +6,7 @@ from math import prod, sqrt
 import torch
 from torch import Tensor
 
-from engine.parameters import Family
+from blocksight.engine.catalog.parameters import Family
 
 NUM_NOISE_STEPS, FIRST_NOISE, LAST_NOISE = 500, 1e-4, 0.02
 KEPT = prod(

@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.bandit import Bandit, History
-from engine.catalog import FORWARDS_TO_SELECT, METRICS
-from engine.errors import ModelError
-from engine.explainers.baselines import FAMILIES, NOISY
-from engine.explainers.cams import whole_block
-from engine.explainers.explainer import Attribution, SignedExplainer, State, chunks, pad
-from engine.explainers.points import MAX_POINTS_PER_PASS
-from engine.metrics.faithfulness import Deletion, Insertion, MaskedMetric, Negative, Positive, WholeDrop
-from engine.metrics.metric import Maps, Value
-from engine.parameters import Family, SelectionMetric
-from engine.products import GridMap, SideProducts
-from engine.resample import grid_of
-from engine.saliency import minmax
-from engine.scorer import Scorer
-from engine.taps import gradients
-from engine.targets import ClassLogit, ClassProbability, Target
+from blocksight.engine.catalog.entries import FORWARDS_TO_SELECT, METRICS
+from blocksight.engine.catalog.parameters import Family, SelectionMetric
+from blocksight.engine.catalog.side_products import GridMap, SideProducts
+from blocksight.engine.errors import ModelError
+from blocksight.engine.explainers.bandit import Bandit, History
+from blocksight.engine.explainers.baselines import FAMILIES, NOISY
+from blocksight.engine.explainers.cams import whole_block
+from blocksight.engine.explainers.explainer import Attribution, SignedExplainer, State, chunks, pad
+from blocksight.engine.explainers.points import MAX_POINTS_PER_PASS
+from blocksight.engine.metrics.faithfulness import Deletion, Insertion, MaskedMetric, Negative, Positive, WholeDrop
+from blocksight.engine.metrics.metric import Maps, Value
+from blocksight.engine.model.resample import grid_of
+from blocksight.engine.model.taps import gradients
+from blocksight.engine.model.targets import ClassLogit, ClassProbability, Target
+from blocksight.engine.saliency import minmax
+from blocksight.engine.scoring.scorer import Scorer
 
 CHOOSERS: Mapping[SelectionMetric, type[MaskedMetric]] = {
     "average_drop_100": WholeDrop,

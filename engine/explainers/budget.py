@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.explanation import Quality
-from engine.resample import Grid, pooled
-from engine.scorer import MaskSet
-from engine.surrogate import (
+from blocksight.engine.explainers.explanation import Quality
+from blocksight.engine.model.resample import Grid, pooled
+from blocksight.engine.scoring.scorer import MaskSet
+from blocksight.engine.scoring.surrogate import (
     DESIGN_SCALE,
     LEAST_PER_BLOCK,
     Imputed,

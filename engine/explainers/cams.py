@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.blocks import Place
-from engine.explainers.points import Point, PointExplainer
-from engine.explanation import BlockMap
-from engine.models import ModelAdapter
-from engine.parameters import NoParameters
-from engine.taps import gradients
-from engine.targets import Target
+from blocksight.engine.catalog.parameters import NoParameters
+from blocksight.engine.explainers.explanation import BlockMap
+from blocksight.engine.explainers.points import Point, PointExplainer
+from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.blocks import Place
+from blocksight.engine.model.taps import gradients
+from blocksight.engine.model.targets import Target
 
 Weigh = Callable[[Tensor, Tensor], Tensor]
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.edges import SOBEL, steepness
-from engine.explainers.explainer import Explainer
-from engine.explanation import Explanation, sound_explanation
-from engine.resample import grid_of
-from engine.targets import Target
+from blocksight.engine.explainers.edges import SOBEL, steepness
+from blocksight.engine.explainers.explainer import Explainer
+from blocksight.engine.explainers.explanation import Explanation, sound_explanation
+from blocksight.engine.model.resample import grid_of
+from blocksight.engine.model.targets import Target
 
 
 class Control(Explainer):

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.attention import Attention, explicit_attention
-from engine.errors import ModelError
-from engine.explainers.explainer import Attribution, SignedExplainer, pad
-from engine.features import entering, head_path
-from engine.layouts import Layout
-from engine.neighbours import NeighbourClassifier
-from engine.products import GridMap, SideProducts
-from engine.resample import scaled
-from engine.taps import gradients
-from engine.targets import Target
+from blocksight.engine.catalog.side_products import GridMap, SideProducts
+from blocksight.engine.errors import ModelError
+from blocksight.engine.explainers.explainer import Attribution, SignedExplainer, pad
+from blocksight.engine.model.attention import Attention, explicit_attention
+from blocksight.engine.model.features import entering, head_path
+from blocksight.engine.model.layouts import Layout
+from blocksight.engine.model.neighbours import NeighbourClassifier
+from blocksight.engine.model.resample import scaled
+from blocksight.engine.model.taps import gradients
+from blocksight.engine.model.targets import Target
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from engine.explanation import BlockMap, Explanation, sound_explanation
-from engine.forward import Forward
-from engine.models import ModelAdapter
-from engine.perturb import perturbation
-from engine.products import SideProducts
-from engine.resample import grid_of, upsampling
-from engine.scorer import Scorer
-from engine.targets import Target
+from blocksight.engine.catalog.side_products import SideProducts
+from blocksight.engine.explainers.explanation import BlockMap, Explanation, sound_explanation
+from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.resample import grid_of, upsampling
+from blocksight.engine.model.targets import Target
+from blocksight.engine.scoring.forward import Forward
+from blocksight.engine.scoring.perturb import perturbation
+from blocksight.engine.scoring.scorer import Scorer
 
 Item = TypeVar("Item")
 

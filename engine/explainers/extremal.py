@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.explainers.explainer import Explainer, chunks
-from engine.explanation import Explanation, sound_explanation
-from engine.perturb import blurred
-from engine.resample import Grid, grid_of, upsampling
-from engine.targets import Target
+from blocksight.engine.explainers.explainer import Explainer, chunks
+from blocksight.engine.explainers.explanation import Explanation, sound_explanation
+from blocksight.engine.model.resample import Grid, grid_of, upsampling
+from blocksight.engine.model.targets import Target
+from blocksight.engine.scoring.perturb import blurred
 
 STEP = 7
 """Pixels between the mask's parameters."""

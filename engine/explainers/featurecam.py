@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.detectors import installed_detector
-from engine.edges import DETECTORS, edges_of
-from engine.explainers.explainer import Attribution
-from engine.explainers.wrapper import Joined, Wrapper
-from engine.products import SideProducts
-from engine.resample import scaled
+from blocksight.engine.catalog.edge_detectors import installed_detector
+from blocksight.engine.catalog.side_products import SideProducts
+from blocksight.engine.explainers.edges import DETECTORS, edges_of
+from blocksight.engine.explainers.explainer import Attribution
+from blocksight.engine.explainers.wrapper import Joined, Wrapper
+from blocksight.engine.model.resample import scaled
 
 
 def variants(pixels_chw: Tensor, edges_hw: Tensor, second: str) -> list[Tensor]:

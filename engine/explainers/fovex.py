@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.explainers.explainer import Explainer, chunks
-from engine.explanation import Explanation, sound_explanation
-from engine.perturb import blurred
-from engine.products import Fixation, SideProducts
-from engine.resample import Grid, grid_of
-from engine.targets import Target
+from blocksight.engine.catalog.side_products import Fixation, SideProducts
+from blocksight.engine.explainers.explainer import Explainer, chunks
+from blocksight.engine.explainers.explanation import Explanation, sound_explanation
+from blocksight.engine.model.resample import Grid, grid_of
+from blocksight.engine.model.targets import Target
+from blocksight.engine.scoring.perturb import blurred
 
 VIEWS_PER_PASS = {"cuda": 32}
 """By kind of device: every forward has this many views, whatever batch size is asked for. A step goes by the sign of a

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from engine.errors import ModelError
-from engine.explainers.explainer import Explainer, pad
-from engine.explanation import Explanation, sound_explanation
-from engine.resample import grid_of, upsampling
-from engine.taps import Recorder, gradients, hooked
-from engine.targets import Target
+from blocksight.engine.errors import ModelError
+from blocksight.engine.explainers.explainer import Explainer, pad
+from blocksight.engine.explainers.explanation import Explanation, sound_explanation
+from blocksight.engine.model.resample import grid_of, upsampling
+from blocksight.engine.model.taps import Recorder, gradients, hooked
+from blocksight.engine.model.targets import Target
 
 UNREAD = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.MultiheadAttention)
 """Layers that add something inside the network which `bias_of` does not know."""

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.explainers.points import Point, PointExplainer
-from engine.taps import gradients
-from engine.targets import Target
+from blocksight.engine.explainers.points import Point, PointExplainer
+from blocksight.engine.model.taps import gradients
+from blocksight.engine.model.targets import Target
 
 
 class Gradient(PointExplainer):

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.errors import ModelError
-from engine.explainers.explainer import Explainer
-from engine.explanation import Explanation, sound_explanation
-from engine.resample import Grid, grid_of
-from engine.scorer import MaskSource
-from engine.targets import Target
+from blocksight.engine.errors import ModelError
+from blocksight.engine.explainers.explainer import Explainer
+from blocksight.engine.explainers.explanation import Explanation, sound_explanation
+from blocksight.engine.model.resample import Grid, grid_of
+from blocksight.engine.model.targets import Target
+from blocksight.engine.scoring.scorer import MaskSource
 
 
 def window_starts(side: int, window: int, stride: int) -> list[int]:

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from engine.explainers.explainer import Attribution, SignedExplainer, chunks, pad
-from engine.explanation import BlockMap
-from engine.targets import Target
+from blocksight.engine.explainers.explainer import Attribution, SignedExplainer, chunks, pad
+from blocksight.engine.explainers.explanation import BlockMap
+from blocksight.engine.model.targets import Target
 
 MAX_POINTS_PER_PASS = 32
 """A backward pass keeps all activations, and more points than this would not make it faster."""

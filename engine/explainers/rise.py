@@ -7,12 +7,12 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from engine.explainers.explainer import Explainer
-from engine.explanation import Explanation, sound_explanation
-from engine.resample import Grid, bilinear_matrix, grid_of
-from engine.saliency import Map
-from engine.scorer import MaskSource
-from engine.targets import Target
+from blocksight.engine.explainers.explainer import Explainer
+from blocksight.engine.explainers.explanation import Explanation, sound_explanation
+from blocksight.engine.model.resample import Grid, bilinear_matrix, grid_of
+from blocksight.engine.model.targets import Target
+from blocksight.engine.saliency import Map
+from blocksight.engine.scoring.scorer import MaskSource
 
 MASKS_PER_SUM = 64
 """Masks that are on the device together when they are summed."""

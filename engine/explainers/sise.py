@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.errors import ModelError
-from engine.explainers.budget import Candidates, Sampled, sample
-from engine.explainers.explainer import Explainer, pad
-from engine.explanation import BlockMap, Explanation, sound_explanation
-from engine.fusion import GATES, cascade, otsu_foreground
-from engine.head import head_of
-from engine.parameters import SiseParameters
-from engine.resample import Grid, grid_of, pooled, upsampling
-from engine.saliency import Map, minmax
-from engine.taps import gradients
-from engine.targets import Target
+from blocksight.engine.catalog.parameters import SiseParameters
+from blocksight.engine.errors import ModelError
+from blocksight.engine.explainers.budget import Candidates, Sampled, sample
+from blocksight.engine.explainers.explainer import Explainer, pad
+from blocksight.engine.explainers.explanation import BlockMap, Explanation, sound_explanation
+from blocksight.engine.explainers.fusion import GATES, cascade, otsu_foreground
+from blocksight.engine.model.head import head_of
+from blocksight.engine.model.resample import Grid, grid_of, pooled, upsampling
+from blocksight.engine.model.taps import gradients
+from blocksight.engine.model.targets import Target
+from blocksight.engine.saliency import Map, minmax
 
 
 @dataclass(frozen=True)

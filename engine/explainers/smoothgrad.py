@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.explainers.explainer import Attribution
-from engine.explainers.wrapper import Joined, Wrapper
+from blocksight.engine.explainers.explainer import Attribution
+from blocksight.engine.explainers.wrapper import Joined, Wrapper
 
 
 class SmoothGrad(Wrapper):

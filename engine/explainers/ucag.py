@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.errors import ModelError
-from engine.explainers.explainer import Attribution, Explainer, Learner
-from engine.explainers.wrapper import Joined, MakeBase, Wrapper
-from engine.models import ModelAdapter
-from engine.perturb import blurred
-from engine.products import Crop, SideProducts
-from engine.resample import Grid, grid_of, scaled, upsampling
-from engine.targets import Target
+from blocksight.engine.catalog.side_products import Crop, SideProducts
+from blocksight.engine.errors import ModelError
+from blocksight.engine.explainers.explainer import Attribution, Explainer, Learner
+from blocksight.engine.explainers.wrapper import Joined, MakeBase, Wrapper
+from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.resample import Grid, grid_of, scaled, upsampling
+from blocksight.engine.model.targets import Target
+from blocksight.engine.scoring.perturb import blurred
 
 PUBLISHED_SIDE = 224
 """The input of which the authors' constants are."""

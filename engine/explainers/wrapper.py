@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.explainers.explainer import (
+from blocksight.engine.catalog.side_products import SideProducts
+from blocksight.engine.explainers.explainer import (
     BATCH_SIZE,
     IMAGES_PER_PASS,
     Attribution,
@@ -17,10 +18,9 @@ from engine.explainers.explainer import (
     SignedExplainer,
     chunks,
 )
-from engine.explainers.points import MAX_POINTS_PER_PASS
-from engine.models import ModelAdapter
-from engine.products import SideProducts
-from engine.targets import Target
+from blocksight.engine.explainers.points import MAX_POINTS_PER_PASS
+from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.targets import Target
 
 MakeBase = Callable[..., Explainer]
 """The wrapped method around an adapter, given what `Explainer` takes beside it."""

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Mapping
 
-from engine.metrics.complexity import Complexity
-from engine.metrics.faithfulness import (
+from blocksight.engine.metrics.complexity import Complexity
+from blocksight.engine.metrics.faithfulness import (
     Deletion,
     Density,
     Insertion,
@@ -13,8 +13,8 @@ from engine.metrics.faithfulness import (
     Negative,
     Positive,
 )
-from engine.metrics.metric import MapMetric
-from engine.metrics.road import LeastRelevantFirst, MostRelevantFirst
+from blocksight.engine.metrics.metric import MapMetric
+from blocksight.engine.metrics.road import LeastRelevantFirst, MostRelevantFirst
 
 MASKED: Mapping[str, Callable[..., MaskedMetric]] = {
     "faithfulness": KeepTop,

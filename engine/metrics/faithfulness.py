@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from engine.metrics.metric import TIES, Maps, Metric, Value, is_flat, ranks_of, undefined
-from engine.perturb import Perturbation, blurred
-from engine.saliency import Map
-from engine.scorer import MaskSet, MaskSource, Scorer
-from engine.targets import Readout, TopClass
+from blocksight.engine.metrics.metric import TIES, Maps, Metric, Value, is_flat, ranks_of, undefined
+from blocksight.engine.model.targets import Readout, TopClass
+from blocksight.engine.saliency import Map
+from blocksight.engine.scoring.perturb import Perturbation, blurred
+from blocksight.engine.scoring.scorer import MaskSet, MaskSource, Scorer
 
 KEPT_FRACTION = 0.15
 LEVELS = (1.0, 0.5, 0.15)

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.saliency import Map
-from engine.setting import ForwardSetting
-from engine.targets import ClassProbability
+from blocksight.engine.catalog.forward_setting import ForwardSetting
+from blocksight.engine.model.targets import ClassProbability
+from blocksight.engine.saliency import Map
 
 Region = NDArray[np.bool_]
 """Where the target is, [H, W]."""

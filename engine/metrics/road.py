@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.metrics.faithfulness import Agreement, RankedMasks
-from engine.metrics.metric import Maps
-from engine.perturb import Perturbation
+from blocksight.engine.metrics.faithfulness import Agreement, RankedMasks
+from blocksight.engine.metrics.metric import Maps
+from blocksight.engine.scoring.perturb import Perturbation
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 NOISE = 0.01

@@ -5,7 +5,7 @@ from math import hypot
 
 import numpy as np
 
-from engine.saliency import Map
+from blocksight.engine.saliency import Map
 
 CELLS = 16
 """Along each side of the grid on which mass is compared: what moves by less than a cell hardly counts."""

@@ -4,8 +4,8 @@ import numpy as np
 from scipy.ndimage import uniform_filter
 from scipy.stats import rankdata
 
-from engine.metrics.metric import is_flat, ranks_of
-from engine.saliency import Map
+from blocksight.engine.metrics.metric import is_flat, ranks_of
+from blocksight.engine.saliency import Map
 
 TOP_SHARE = 0.15
 """Of the pixels: those that Drop and Increase keep."""

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import label as components
 
-from jobs.audit.clusters import ClassModel
-from jobs.audit.result import GRID
+from blocksight.jobs.audit.clusters import ClassModel
+from blocksight.jobs.audit.result import GRID
 
 Floats = NDArray[np.float64]
 

@@ -13,8 +13,8 @@ from sklearn.cluster import HDBSCAN
 from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
 
-from jobs.audit.result import Cluster
-from jobs.audit.samples import Sample
+from blocksight.jobs.audit.result import Cluster
+from blocksight.jobs.audit.samples import Sample
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int16]

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from jobs.audit.result import GRID, MEASURES, Grid, Group, Spread
-from storage.schema import OK, SCHEMA
+from blocksight.jobs.audit.result import GRID, MEASURES, Grid, Group, Spread
+from blocksight.storage.outputs.schema import OK, SCHEMA
 
 Integers = NDArray[np.int64]
 

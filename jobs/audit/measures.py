@@ -9,8 +9,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.audit.result import GRID, MEASURES
-from storage.maps import level_counts
+from blocksight.jobs.audit.result import GRID, MEASURES
+from blocksight.storage.outputs.map_codec import level_counts
 
 Floats = NDArray[np.floating]
 Levels = NDArray[np.uint8]
@@ -94,7 +94,7 @@ def measured(maps: Levels, regions: Sequence[Region | None] | None = None) -> Me
 
 
 def _spread_measures(counts: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-    """Those of `engine.metrics.complexity`, from counts [N, 256] of the levels: the same sums, level by level."""
+    """As `engine/metrics/complexity.py`, from counts [N, 256] of the levels: the same sums, level by level."""
     levels = np.arange(256.0)
     size, mass = counts.sum(1), _sums(counts, levels)
     with np.errstate(divide="ignore", invalid="ignore"):

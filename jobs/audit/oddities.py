@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from jobs.audit.clusters import NO_CLUSTER, ClassModel
-from jobs.audit.result import GRID, ROWS, Oddity
+from blocksight.jobs.audit.clusters import NO_CLUSTER, ClassModel
+from blocksight.jobs.audit.result import GRID, ROWS, Oddity
 
 OUTLIER, STRANGE = "outlier", "right for a strange reason"
 KEPT = 50

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from typing_extensions import TypedDict
 
-from jobs.documents import damaged, read_document
-from jobs.records import Count
-from jobs.stored import table_of
-from storage.store import MissingError, ObjectStore
+from blocksight.jobs.ledger.output import table_of
+from blocksight.jobs.plan.documents import damaged, read_document
+from blocksight.jobs.plan.records import Count
+from blocksight.storage.stores.store import MissingError, ObjectStore
 
 FOLDER = "audit/"
 AUDIT_KEY = f"{FOLDER}audit.json"

@@ -14,33 +14,33 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from jobs.audit.candidates import MIN_MAPS as LEAST_OF_CLASS
-from jobs.audit.candidates import candidates
-from jobs.audit.clusters import MIN_MAPS as LEAST_OF_CLUSTERED
-from jobs.audit.clusters import NO_CLUSTER, ClassModel, class_model, clusters_of
-from jobs.audit.oddities import KEPT, Oddest, placed
-from jobs.audit.result import AUDIT_KEY, ROWS_FOLDER, Audit, Shortcut, write_audit
-from jobs.audit.samples import Sample
-from jobs.audit.shortcuts import judged, suspects_of, tried
-from jobs.audit.stream import Asked, Streamed, read_scratch, stream
-from jobs.audit.trial import Court
-from jobs.config import ConfigError
-from jobs.context import weights_bytes
-from jobs.evaluation import labels_of, read_class_map, region_of
-from jobs.explain import load
-from jobs.plan import Plan, existing_plan
-from jobs.progress import Tally, progress
-from jobs.recorded import NamedAgain, config_of
-from jobs.records import UnreconciledError
-from jobs.results import images_of
-from jobs.stored import model_facts
-from jobs.text import counted
-from storage.annotations import open_truth
-from storage.images import fit
-from storage.patient import PatientStore
-from storage.pictures import Pixels
-from storage.store import DamagedError, ObjectStore
-from storage.stores import open_store
+from blocksight.jobs.audit.candidates import MIN_MAPS as LEAST_OF_CLASS
+from blocksight.jobs.audit.candidates import candidates
+from blocksight.jobs.audit.clusters import MIN_MAPS as LEAST_OF_CLUSTERED
+from blocksight.jobs.audit.clusters import NO_CLUSTER, ClassModel, class_model, clusters_of
+from blocksight.jobs.audit.oddities import KEPT, Oddest, placed
+from blocksight.jobs.audit.result import AUDIT_KEY, ROWS_FOLDER, Audit, Shortcut, write_audit
+from blocksight.jobs.audit.samples import Sample
+from blocksight.jobs.audit.shortcuts import judged, suspects_of, tried
+from blocksight.jobs.audit.stream import Asked, Streamed, read_scratch, stream
+from blocksight.jobs.audit.trial import Court
+from blocksight.jobs.evaluate.evaluation import labels_of, read_class_map, region_of
+from blocksight.jobs.explain.step import load
+from blocksight.jobs.ledger.output import model_facts
+from blocksight.jobs.plan.config import ConfigError
+from blocksight.jobs.plan.context import weights_bytes
+from blocksight.jobs.plan.plan import Plan, existing_plan
+from blocksight.jobs.plan.records import UnreconciledError
+from blocksight.jobs.plan.stored_config import NamedAgain, config_of
+from blocksight.jobs.plan.text import counted
+from blocksight.jobs.work.progress import Tally, progress
+from blocksight.jobs.work.rows import images_of
+from blocksight.storage.images.decode import fit
+from blocksight.storage.inputs.annotations import open_truth
+from blocksight.storage.outputs.pictures import Pixels
+from blocksight.storage.stores.opening import open_store
+from blocksight.storage.stores.retrying import PatientStore
+from blocksight.storage.stores.store import DamagedError, ObjectStore
 
 T = TypeVar("T")
 

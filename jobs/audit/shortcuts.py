@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.audit.candidates import Candidate
-from jobs.audit.result import Effect, Shortcut
-from jobs.audit.samples import Sample
-from jobs.audit.trial import Box, Court, Pictures
-from jobs.bootstrap import holm, key_hashes
-from storage.pictures import Pixels
+from blocksight.jobs.audit.candidates import Candidate
+from blocksight.jobs.audit.result import Effect, Shortcut
+from blocksight.jobs.audit.samples import Sample
+from blocksight.jobs.audit.trial import Box, Court, Pictures
+from blocksight.jobs.plan.bootstrap import holm, key_hashes
+from blocksight.storage.outputs.pictures import Pixels
 
 MEMBERS, OTHERS = 32, 32
 """Images a region is taken out of, and put into."""

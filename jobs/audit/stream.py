@@ -18,21 +18,21 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from jobs.audit.equals import EqualMaps, Words, contains, map_hashes
-from jobs.audit.groups import LIGHT, Census, GroupSums, Roster, counted, is_own_class, is_right, num_maps
-from jobs.audit.measures import Measured, Region, measured
-from jobs.audit.result import GATES, MEASURES, ROWS, Group
-from jobs.audit.samples import Candidate, Sample, Sampler
-from jobs.bootstrap import key_hashes
-from jobs.config import ConfigError
-from jobs.evaluation import ClassMap, labels_of, region_of
-from jobs.plan import Plan
-from storage.fragments import fragment_batches, read_rows
-from storage.maps import MapError, decode_levels
-from storage.schema import OK
-from storage.store import DamagedError, ObjectInfo, ObjectStore
-from storage.truth import Truth
-from storage.windowed_file import WindowedFile
+from blocksight.jobs.audit.equals import EqualMaps, Words, contains, map_hashes
+from blocksight.jobs.audit.groups import LIGHT, Census, GroupSums, Roster, counted, is_own_class, is_right, num_maps
+from blocksight.jobs.audit.measures import Measured, Region, measured
+from blocksight.jobs.audit.result import GATES, MEASURES, ROWS, Group
+from blocksight.jobs.audit.samples import Candidate, Sample, Sampler
+from blocksight.jobs.evaluate.evaluation import ClassMap, labels_of, region_of
+from blocksight.jobs.plan.bootstrap import key_hashes
+from blocksight.jobs.plan.config import ConfigError
+from blocksight.jobs.plan.plan import Plan
+from blocksight.storage.inputs.ground_truth import Truth
+from blocksight.storage.outputs.fragments import fragment_batches, read_rows
+from blocksight.storage.outputs.map_codec import MapError, decode_levels
+from blocksight.storage.outputs.schema import OK
+from blocksight.storage.stores.store import DamagedError, ObjectInfo, ObjectStore
+from blocksight.storage.stores.windowed_file import WindowedFile
 
 BATCH_ROWS = 256
 """Rows of a fragment that are in memory at once, in each thread."""

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter
 from torch import Tensor
 
-from engine.metrics.road import imputed
-from engine.models import ModelAdapter
-from jobs.audit.result import Effect
-from jobs.bootstrap import MetricSums, differences, key_hashes
-from storage.pictures import Pixels
+from blocksight.engine.metrics.road import imputed
+from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.jobs.audit.result import Effect
+from blocksight.jobs.plan.bootstrap import MetricSums, differences, key_hashes
+from blocksight.storage.outputs.pictures import Pixels
 
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels."""
@@ -122,7 +122,7 @@ def one_thread() -> Iterator[None]:
 
 
 def inpainted(image_chw: Tensor, box: Box) -> Tensor:
-    """The image with the region as its surroundings suggest (see `engine.metrics.road.imputed`)."""
+    """The image with the region as its surroundings suggest (see `blocksight.engine.metrics.road.imputed`)."""
     left, top, right, bottom = box
     above, before = max(0, top - RIM), max(0, left - RIM)
     crop = image_chw[:, above : bottom + RIM, before : right + RIM]

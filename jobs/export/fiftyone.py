@@ -7,9 +7,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from jobs.export.pictures import as_jpeg, seen
-from jobs.export.records import ExplainedMap, ExplainedRecord, ExplainedRecords, Row
-from jobs.stored import map_of
+from blocksight.jobs.export.pictures import as_jpeg, seen
+from blocksight.jobs.export.records import ExplainedMap, ExplainedRecord, ExplainedRecords, Row
+from blocksight.jobs.ledger.output import map_of
 
 LAYOUT_VERSION = "1.0.0"
 """Of FiftyOne, whose documents these are; later ones migrate them when they are read."""

@@ -6,10 +6,10 @@ from typing import Any
 
 from PIL import Image
 
-from jobs.export.records import ExplainedRecord
-from jobs.plan import Plan
-from jobs.results import Shown, shown
-from storage.pictures import Pixels
+from blocksight.jobs.export.records import ExplainedRecord
+from blocksight.jobs.plan.plan import Plan
+from blocksight.jobs.work.rows import Shown, shown
+from blocksight.storage.outputs.pictures import Pixels
 
 QUALITY = 90
 

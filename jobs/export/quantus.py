@@ -10,15 +10,15 @@ import torch
 from numpy.lib.format import header_data_from_array_1_0, write_array_header_1_0
 from numpy.typing import NDArray
 
-from engine.models import ModelAdapter
-from jobs.context import sha256_of, weights_bytes
-from jobs.explain import load
-from jobs.export.records import ExplainedRecord, ExplainedRecords
-from jobs.plan import Plan, refuse_drift
-from jobs.recorded import NamedAgain, config_of
-from jobs.stored import map_of
-from storage.images import fit
-from storage.pictures import resized
+from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.jobs.explain.step import load
+from blocksight.jobs.export.records import ExplainedRecord, ExplainedRecords
+from blocksight.jobs.ledger.output import map_of
+from blocksight.jobs.plan.context import sha256_of, weights_bytes
+from blocksight.jobs.plan.plan import Plan, refuse_drift
+from blocksight.jobs.plan.stored_config import NamedAgain, config_of
+from blocksight.storage.images.decode import fit
+from blocksight.storage.outputs.pictures import resized
 
 
 def model_of(plan: Plan, output: str, named: NamedAgain) -> ModelAdapter:

@@ -6,16 +6,16 @@ from itertools import islice, takewhile
 from pathlib import PurePosixPath
 from typing import Any
 
-from jobs.audit.result import ROWS, ROWS_FOLDER, read_audit
-from jobs.evaluation import folders, fragment_key
-from jobs.plan import Plan, source_of
-from jobs.records import Unit, UnreconciledError
-from jobs.results import images_in
-from jobs.sql import METHOD, MetricColumns
-from jobs.stored import fragment_of, table_of, values_in
-from storage.pictures import Pixels
-from storage.schema import OK, PRODUCT_COLUMNS, SCHEMA
-from storage.store import ObjectStore
+from blocksight.jobs.audit.result import ROWS, ROWS_FOLDER, read_audit
+from blocksight.jobs.evaluate.evaluation import folders, fragment_key
+from blocksight.jobs.export.sql import METHOD, MetricColumns
+from blocksight.jobs.ledger.output import fragment_of, table_of, values_in
+from blocksight.jobs.plan.plan import Plan, source_of
+from blocksight.jobs.plan.records import Unit, UnreconciledError
+from blocksight.jobs.work.rows import images_in
+from blocksight.storage.outputs.pictures import Pixels
+from blocksight.storage.outputs.schema import OK, PRODUCT_COLUMNS, SCHEMA
+from blocksight.storage.stores.store import ObjectStore
 
 Row = Mapping[str, Any]
 Method = tuple[Any, ...]
@@ -30,11 +30,11 @@ class ExplainedMap:
     """One map of a record."""
 
     row: Row
-    """In the columns of `storage.schema.SCHEMA`, without what stands beside the map."""
+    """In the columns of `blocksight.storage.outputs.schema.SCHEMA`, without what stands beside the map."""
     metrics: Mapping[str, float]
     """By column; a metric that is not defined for the map is left out."""
     audited: Row | None
-    """In the columns of `jobs.audit.result.ROWS`; None where no audit has looked at it."""
+    """In the columns of `blocksight.jobs.audit.result.ROWS`; None where no audit has looked at it."""
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,16 @@ from typing import Literal
 
 from rich.console import Console
 
-from jobs.config import ConfigError
-from jobs.export import fiftyone, spotlight, virelay
-from jobs.export.records import ExplainedRecord, ExplainedRecords
-from jobs.plan import Plan, check_place, existing_plan
-from jobs.progress import Tally, progress
-from jobs.recorded import NamedAgain
-from jobs.sql import connect, standing_columns
-from jobs.text import counted
-from storage.patient import SHORT_PATIENCE_SECONDS, PatientStore
-from storage.stores import open_store
+from blocksight.jobs.export import fiftyone, spotlight, virelay
+from blocksight.jobs.export.records import ExplainedRecord, ExplainedRecords
+from blocksight.jobs.export.sql import connect, standing_columns
+from blocksight.jobs.plan.config import ConfigError
+from blocksight.jobs.plan.plan import Plan, check_place, existing_plan
+from blocksight.jobs.plan.stored_config import NamedAgain
+from blocksight.jobs.plan.text import counted
+from blocksight.jobs.work.progress import Tally, progress
+from blocksight.storage.stores.opening import open_store
+from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore
 
 Format = Literal["fiftyone", "virelay", "spotlight", "quantus"]
 Writer = Callable[[Iterable[ExplainedRecord], ExplainedRecords, Path], Sequence[str]]
@@ -62,7 +62,7 @@ def run_export(asked: ExportRequest, console: Console) -> Sequence[str]:
 def _writer(asked: ExportRequest, plan: Plan) -> Writer:
     """What writes the form. Raises ConfigError, StoreError or ModelError where it lacks something."""
     if asked.form == "quantus":
-        from jobs.export import quantus  # brings torch
+        from blocksight.jobs.export import quantus  # brings torch
 
         adapter = quantus.model_of(plan, asked.output, NamedAgain(asked.model, asked.weights, asked.endpoint_url))
         return partial(quantus.write, adapter=adapter)

@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.audit.result import GRID
-from jobs.export.pictures import as_jpeg, seen
-from jobs.export.records import ExplainedMap, ExplainedRecord, ExplainedRecords
-from jobs.plan import Plan
-from storage.pictures import overlay
+from blocksight.jobs.audit.result import GRID
+from blocksight.jobs.export.pictures import as_jpeg, seen
+from blocksight.jobs.export.records import ExplainedMap, ExplainedRecord, ExplainedRecords
+from blocksight.jobs.plan.plan import Plan
+from blocksight.storage.outputs.pictures import overlay
 
 FILE = "maps.parquet"
 ROWS_AT_ONCE = 64

@@ -13,13 +13,13 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.audit.result import GRID
-from jobs.config import ConfigError
-from jobs.export.records import ExplainedMap, ExplainedRecord, ExplainedRecords, Row
-from jobs.plan import Plan
-from jobs.stored import map_of, model_facts
-from storage.images import fit
-from storage.pictures import resized
+from blocksight.jobs.audit.result import GRID
+from blocksight.jobs.export.records import ExplainedMap, ExplainedRecord, ExplainedRecords, Row
+from blocksight.jobs.ledger.output import map_of, model_facts
+from blocksight.jobs.plan.config import ConfigError
+from blocksight.jobs.plan.plan import Plan
+from blocksight.storage.images.decode import fit
+from blocksight.storage.outputs.pictures import resized
 
 NUM_CELLS = GRID * GRID
 NUM_COMPONENTS = 8

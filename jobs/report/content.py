@@ -7,15 +7,16 @@ from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any
 
-from engine.catalog import CONTROLS, METRICS
-from jobs.audit.result import GATES, Audit, read_audit
-from jobs.audit.stream import committed, digest_of_fragments
-from jobs.compare import Absence, Cell, Column, Comparison, Output, compare
-from jobs.config import ConfigError
-from jobs.products import products_of, said_of
-from jobs.reconcile import Standing, final_manifest, stand
-from jobs.records import DeadLetter
-from jobs.report.facts import (
+from blocksight.engine.catalog.entries import CONTROLS, METRICS
+from blocksight.jobs.audit.result import GATES, Audit, read_audit
+from blocksight.jobs.audit.stream import committed, digest_of_fragments
+from blocksight.jobs.evaluate.compare import Absence, Cell, Column, Comparison, Output, compare
+from blocksight.jobs.ledger.reconcile import Standing, final_manifest, stand
+from blocksight.jobs.plan.config import ConfigError
+from blocksight.jobs.plan.forward_setting import planned_forward
+from blocksight.jobs.plan.records import DeadLetter
+from blocksight.jobs.plan.text import counted
+from blocksight.jobs.report.facts import (
     Fact,
     Share,
     audit_command,
@@ -27,11 +28,10 @@ from jobs.report.facts import (
     runs_of,
     size,
 )
-from jobs.report.findings import Findings, class_name, findings_of
-from jobs.report.galleries import RANKING, Behind, Gallery, Picture, Ref, Rejected, drawn, galleries
-from jobs.report.galleries import select as select_maps
-from jobs.setting import planned_forward
-from jobs.text import counted
+from blocksight.jobs.report.findings import Findings, class_name, findings_of
+from blocksight.jobs.report.galleries import RANKING, Behind, Gallery, Picture, Ref, Rejected, drawn, galleries
+from blocksight.jobs.report.galleries import select as select_maps
+from blocksight.jobs.report.products import products_of, said_of
 
 MAX_DEAD = 20
 MAX_REASON = 500

@@ -9,18 +9,18 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from engine.catalog import EXPLAINERS, MODELS, RECONSTRUCTED
-from engine.composition import method_of
-from jobs.compare import Output
-from jobs.documents import read_document
-from jobs.plan import Plan
-from jobs.reconcile import Standing
-from jobs.records import UnreconciledError
-from jobs.setting import PlannedForward
-from jobs.stopping import RUNS_FOLDER
-from jobs.stored import model_facts
-from jobs.text import counted
-from storage.store import MissingError, ObjectStore
+from blocksight.engine.catalog.composition import method_of
+from blocksight.engine.catalog.entries import EXPLAINERS, MODELS, RECONSTRUCTED
+from blocksight.jobs.evaluate.compare import Output
+from blocksight.jobs.ledger.output import model_facts
+from blocksight.jobs.ledger.reconcile import Standing
+from blocksight.jobs.ledger.stop_request import RUNS_FOLDER
+from blocksight.jobs.plan.documents import read_document
+from blocksight.jobs.plan.forward_setting import PlannedForward
+from blocksight.jobs.plan.plan import Plan
+from blocksight.jobs.plan.records import UnreconciledError
+from blocksight.jobs.plan.text import counted
+from blocksight.storage.stores.store import MissingError, ObjectStore
 
 MAX_RUNS = 10
 RUN_FACTS = ("started", "device", "python", "packages")

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from jobs.audit.result import GATES, MEASURES, Audit, Cluster, Effect, Grid, Group, Shortcut, Spread
-from jobs.report.facts import Fact, Share
-from jobs.report.galleries import Ref, data_uri, members
-from storage.pictures import colours, resized
+from blocksight.jobs.audit.result import GATES, MEASURES, Audit, Cluster, Effect, Grid, Group, Shortcut, Spread
+from blocksight.jobs.report.facts import Fact, Share
+from blocksight.jobs.report.galleries import Ref, data_uri, members
+from blocksight.storage.outputs.pictures import colours, resized
 
 MAX_GROUPS, MAX_PAIRS, MAX_CLUSTERED, MAX_SHORTCUTS, MAX_ODDITIES, MAX_NOTES = 12, 8, 8, 12, 8, 20
 MEAN_MAP_SIDE = 96

@@ -15,18 +15,18 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine.catalog import METRICS
-from jobs.audit.result import Audit, Shortcut
-from jobs.bootstrap import key_hashes
-from jobs.compare import Column
-from jobs.evaluation import folders, values_of
-from jobs.plan import Plan
-from jobs.products import Sizes, parts_of, products_of
-from jobs.results import Output, images_of, rows_with, shown
-from jobs.stored import fragment_of
-from storage.pictures import Pixels, Tile, colours, overlay
-from storage.schema import OK, REJECTED
-from storage.store import ObjectStore
+from blocksight.engine.catalog.entries import METRICS
+from blocksight.jobs.audit.result import Audit, Shortcut
+from blocksight.jobs.evaluate.compare import Column
+from blocksight.jobs.evaluate.evaluation import folders, values_of
+from blocksight.jobs.ledger.output import fragment_of
+from blocksight.jobs.plan.bootstrap import key_hashes
+from blocksight.jobs.plan.plan import Plan
+from blocksight.jobs.report.products import Sizes, parts_of, products_of
+from blocksight.jobs.work.rows import Output, images_of, rows_with, shown
+from blocksight.storage.outputs.pictures import Pixels, Tile, colours, overlay
+from blocksight.storage.outputs.schema import OK, REJECTED
+from blocksight.storage.stores.store import ObjectStore
 
 NUM_RANKED, NUM_RANDOM, NUM_CLASSES, NUM_PER_CLASS = 8, 24, 12, 3
 NUM_SHORTCUTS, NUM_MEMBERS, NUM_ODDITIES, NUM_CLUSTERS, NUM_EXAMPLES = 12, 4, 24, 12, 3

@@ -14,10 +14,10 @@ from jinja2 import Environment, StrictUndefined
 from rich.console import Console
 from rich.progress import Progress
 
-from jobs.compare import Output
-from jobs.report.content import Report, clipped, report_of, said
-from jobs.report.findings import against_chance, place_of
-from jobs.text import counted, plain
+from blocksight.jobs.evaluate.compare import Output
+from blocksight.jobs.plan.text import counted, plain
+from blocksight.jobs.report.content import Report, clipped, report_of, said
+from blocksight.jobs.report.findings import against_chance, place_of
 
 REPORT_KEY = "report/index.html"
 
@@ -56,7 +56,7 @@ def render(report: Report) -> bytes:
 
 
 def _part(name: str) -> str:
-    return (files("jobs.report") / name).read_text(encoding="utf-8")
+    return (files("blocksight.jobs.report") / name).read_text(encoding="utf-8")
 
 
 def _policy(style: str, script: str) -> str:

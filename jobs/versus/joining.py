@@ -10,14 +10,14 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from jobs.evaluation import folders, fragment_key
-from jobs.plan import Plan
-from jobs.records import Unit
-from jobs.results import Output
-from jobs.stored import fragment_of, values_in
-from storage.schema import OK
-from storage.store import MissingError
-from storage.survey import Layout
+from blocksight.jobs.evaluate.evaluation import folders, fragment_key
+from blocksight.jobs.ledger.output import fragment_of, values_in
+from blocksight.jobs.plan.plan import Plan
+from blocksight.jobs.plan.records import Unit
+from blocksight.jobs.work.rows import Output
+from blocksight.storage.inputs.survey import Layout
+from blocksight.storage.outputs.schema import OK
+from blocksight.storage.stores.store import MissingError
 
 Row = dict[str, Any]
 Value = tuple[int, str, str]

@@ -5,9 +5,9 @@ import io
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from jobs.results import Output, Shown, images_of, rows_with, shown
-from storage.pictures import Pixels, Tile, contact_sheet, one_line, overlay
-from storage.schema import OK
+from blocksight.jobs.work.rows import Output, Shown, images_of, rows_with, shown
+from blocksight.storage.outputs.pictures import Pixels, Tile, contact_sheet, one_line, overlay
+from blocksight.storage.outputs.schema import OK
 
 NUM_SHOWN = 12
 SIDE = 320

@@ -6,14 +6,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from engine.metrics.complexity import effective_area
-from engine.metrics.metric import is_flat
-from engine.metrics.shift import focus_shift, moved
-from engine.metrics.similarity import iou_of_tops, pearson, spearman, ssim
-from engine.saliency import Map
-from jobs.stored import map_of
-from jobs.versus.joining import Pair, Row
-from storage.pictures import resized
+from blocksight.engine.metrics.complexity import effective_area
+from blocksight.engine.metrics.metric import is_flat
+from blocksight.engine.metrics.shift import focus_shift, moved
+from blocksight.engine.metrics.similarity import iou_of_tops, pearson, spearman, ssim
+from blocksight.engine.saliency import Map
+from blocksight.jobs.ledger.output import map_of
+from blocksight.jobs.versus.joining import Pair, Row
+from blocksight.storage.outputs.pictures import resized
 
 SCORE_FELL = 0.2
 """By so much the target's probability falls where no label judges and that is a regression."""

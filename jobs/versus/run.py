@@ -13,20 +13,20 @@ from rich.console import Console
 from rich.progress import track
 from typing_extensions import TypedDict
 
-from jobs.config import ConfigError
-from jobs.documents import read_document
-from jobs.plan import check_place
-from jobs.records import UnreconciledError
-from jobs.results import Output, refuse_other_inputs
-from jobs.setting import mixture, planned_forward, protocol_of
-from jobs.stored import table_of
-from jobs.text import counted
-from jobs.versus.joining import Tally, joined
-from jobs.versus.pictures import Worst, contact_sheet_of
-from jobs.versus.rows import DIFFERENCE, MEASURED, measured
-from jobs.versus.summary import Sums, summary
-from jobs.versus.usual import Usual, judged
-from storage.store import MissingError, ObjectStore
+from blocksight.jobs.ledger.output import table_of
+from blocksight.jobs.plan.config import ConfigError
+from blocksight.jobs.plan.documents import read_document
+from blocksight.jobs.plan.forward_setting import mixture, planned_forward, protocol_of
+from blocksight.jobs.plan.plan import check_place
+from blocksight.jobs.plan.records import UnreconciledError
+from blocksight.jobs.plan.text import counted
+from blocksight.jobs.versus.joining import Tally, joined
+from blocksight.jobs.versus.pictures import Worst, contact_sheet_of
+from blocksight.jobs.versus.rows import DIFFERENCE, MEASURED, measured
+from blocksight.jobs.versus.summary import Sums, summary
+from blocksight.jobs.versus.usual import Usual, judged
+from blocksight.jobs.work.rows import Output, refuse_other_inputs
+from blocksight.storage.stores.store import MissingError, ObjectStore
 
 MARK = "_difference.json"
 """Says whose difference a folder holds; written first."""

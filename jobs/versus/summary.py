@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from jobs.bootstrap import MethodEstimate, MetricSums, estimate, key_hashes
-from jobs.versus.joining import Tally
-from jobs.versus.rows import JUDGEMENTS, MEASURES
-from jobs.versus.shares import GAP_BY, SHARES_BY, newcombe, wilson
-from jobs.versus.usual import Usual
+from blocksight.jobs.plan.bootstrap import MethodEstimate, MetricSums, estimate, key_hashes
+from blocksight.jobs.versus.joining import Tally
+from blocksight.jobs.versus.rows import JUDGEMENTS, MEASURES
+from blocksight.jobs.versus.shares import GAP_BY, SHARES_BY, newcombe, wilson
+from blocksight.jobs.versus.usual import Usual
 
 AMONG = ("elsewhere_of_regressed", "elsewhere_of_others")
 MEANS_BY = "95 % by bootstrap over images"

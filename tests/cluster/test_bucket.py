@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.bucket import EmbeddedBucket
-from cluster.errors import ClusterError
+from blocksight.cluster.bucket import EmbeddedBucket
+from blocksight.cluster.errors import ClusterError
 from tests.jobs.jobs_of import ROOT
 
 pytestmark = pytest.mark.servers
@@ -60,7 +60,7 @@ def test_a_server_that_does_not_start_shows_its_log(monkeypatch, tmp_path):
     fake = tmp_path / "weed"
     fake.write_text("#!/bin/sh\necho no more disk\nexit 1\n")
     fake.chmod(0o755)
-    monkeypatch.setattr("cluster.bucket._weed", lambda: str(fake))
+    monkeypatch.setattr("blocksight.cluster.bucket._weed", lambda: str(fake))
     with pytest.raises(ClusterError, match=r"did not start[\s\S]*no more disk"):
         EmbeddedBucket("blocksight-none").__enter__()
 
@@ -80,7 +80,7 @@ def test_it_starts_again_on_the_folder_that_it_left(tmp_path):
 
 ORPHAN = """
 import os, signal, subprocess
-from cluster.bucket import EmbeddedBucket
+from blocksight.cluster.bucket import EmbeddedBucket
 start = subprocess.Popen
 def noted(*arguments, **options):
     server = start(*arguments, **options)

@@ -8,16 +8,16 @@ import tempfile
 
 import pytest
 
-from cluster.errors import ClusterError
-from cluster.session import ray_session
-from cluster.switches import UNSAFE_SWITCHES
+from blocksight.cluster.errors import ClusterError
+from blocksight.cluster.session import ray_session
+from blocksight.cluster.switches import UNSAFE_SWITCHES
 from tests.jobs.jobs_of import ROOT
 
 pytestmark = pytest.mark.servers
 
 PROGRAM = """
 import os, pathlib
-from cluster.session import ray_session
+from blocksight.cluster.session import ray_session
 
 def mine():
     found = []

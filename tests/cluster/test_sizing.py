@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.errors import ClusterError
-from cluster.sizing import MOST_UNIT_BYTES, local_cpus, shrinking, size_for, unit_records
+from blocksight.cluster.errors import ClusterError
+from blocksight.cluster.sizing import MOST_UNIT_BYTES, local_cpus, shrinking, size_for, unit_records
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.explainers.sise import Sise
-from engine.explanation import Explanation
-from engine.models import IMAGENET_MEAN, IMAGENET_STD, ModelAdapter
-from engine.parameters import SiseParameters
-from engine.targets import ClassProbability
+from blocksight.engine.catalog.parameters import SiseParameters
+from blocksight.engine.explainers.explanation import Explanation
+from blocksight.engine.explainers.sise import Sise
+from blocksight.engine.model.adapter import IMAGENET_MEAN, IMAGENET_STD, ModelAdapter
+from blocksight.engine.model.targets import ClassProbability
 from tests.engine import oracles
 
 FLIPPED_SHARE = 0.001

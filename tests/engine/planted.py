@@ -13,7 +13,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engine.models import ModelAdapter
+from blocksight.engine.model.adapter import ModelAdapter
 
 CLASS_NAMES = ("horizontal stripes", "vertical stripes", "checkerboard", "disc", "cross")
 NUM_CLASSES = len(CLASS_NAMES)

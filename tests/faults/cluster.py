@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cluster.bucket import EmbeddedBucket
+from blocksight.cluster.bucket import EmbeddedBucket
 from tests.faults.proxy import FaultProxy
 from tests.jobs.jobs_of import ROOT
 
@@ -16,7 +16,7 @@ NODE: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 100 << 20}
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
-    "PYTHONPATH": str(ROOT),
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
 }
 
 

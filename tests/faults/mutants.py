@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults.mutations import ROOT
-from tests.faults.planting import FILES, PACKAGES
+from tests.faults.planting import FILES
+from tests.installed import copy, put_together
 
 WORK = ROOT / ".mutants"
 SURVIVORS = Path(__file__).with_name("survivors.toml")
@@ -82,16 +83,15 @@ def prepare(group: str, fresh: bool) -> Path:
     if tree.exists():
         return tree
     wanted = groups()[group]
-    for name in PACKAGES:
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    put_together(ROOT, tree, copy)
+    shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     for name in FILES:
         shutil.copy2(ROOT / name, tree / name)
-    mutated = sorted({pattern.split("/")[0] for pattern in wanted["only_mutate"]})
     own = {
-        "source_paths": mutated,
-        "also_copy": [*sorted(set(PACKAGES) - {*mutated, "tests"}), *FILES],
-        "only_mutate": wanted["only_mutate"],
-        "do_not_mutate": wanted.get("do_not_mutate", []),
+        "source_paths": ["blocksight"],
+        "also_copy": [*FILES],
+        "only_mutate": [f"blocksight/{pattern}" for pattern in wanted["only_mutate"]],
+        "do_not_mutate": [f"blocksight/{pattern}" for pattern in wanted.get("do_not_mutate", [])],
         "pytest_add_cli_args_test_selection": wanted["tests"],
     }
     config = tree / "pyproject.toml"

@@ -20,7 +20,11 @@ from typing import Any
 
 import pytest
 
+from tests.installed import put_together
+
 PACKAGES = ("cluster", "engine", "jobs", "storage", "tests")
+SITE = "build/site"
+"""Of the tree, what stands on the import path."""
 FILES = ("pyproject.toml", "README.md")
 HEAVY = ("torch", "torchvision", "pyarrow.parquet", "pyarrow.dataset", "ray.data", "s3fs", "sklearn", "scipy.stats")
 """Libraries that take seconds to import, and that no fault is planted in."""
@@ -72,6 +76,7 @@ def copied(root: Path) -> Iterator[Path]:
         for name in FILES:
             if (root / name).exists():
                 shutil.copy2(root / name, tree / name)
+        put_together(tree, tree / SITE)
         yield tree
 
 
@@ -154,20 +159,22 @@ def _in_fork(tree: Path, tests: Sequence[str], file: str | None) -> tuple[str, s
 def _import_from(tree: Path) -> None:
     """Makes the tree the place that the project is imported from, here and in processes that tests start."""
     os.chdir(tree)
-    sys.path.insert(0, str(tree))
-    os.environ["PYTHONPATH"] = str(tree)
+    places = [str(tree / SITE), str(tree)]
+    sys.path[:0] = places
+    os.environ["PYTHONPATH"] = os.pathsep.join(places)
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     sys.dont_write_bytecode = True
-    for name in [name for name in sys.modules if name.split(".")[0] in PACKAGES]:
+    for name in [name for name in sys.modules if name.split(".")[0] in ("blocksight", "tests")]:
         del sys.modules[name]
     importlib.invalidate_caches()
 
 
 def _stranger(tree: Path, file: str) -> str | None:
     """Says where the file's module was imported from, if that was not the tree."""
-    name = file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+    name = f"blocksight.{file}".removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+    name = name.replace("blocksight.jobs.api", "blocksight")
     module = sys.modules.get(name)
     if module is None:
         return f"no test imported {name}"
     origin = Path(str(module.__file__))
-    return None if origin == tree / file else f"{name} was imported from {origin}, and not from the copy"
+    return None if origin.resolve() == tree / file else f"{name} was imported from {origin}, and not from the copy"

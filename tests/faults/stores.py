@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from storage.store import ObjectInfo, ObjectStore
+from blocksight.storage.stores.store import ObjectInfo, ObjectStore
 
 
 class Crash(BaseException):

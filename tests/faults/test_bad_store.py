@@ -4,12 +4,13 @@ import os
 
 import pytest
 
-from jobs import local, run
-from jobs.plan import load_plan
-from jobs.reconcile import stand
-from jobs.records import UnfinishedError
-from storage import patient
-from storage.stores import open_store
+from blocksight.jobs.ledger.reconcile import stand
+from blocksight.jobs.plan.plan import load_plan
+from blocksight.jobs.plan.records import UnfinishedError
+from blocksight.jobs.run import job as run
+from blocksight.jobs.run import local
+from blocksight.storage.stores import retrying
+from blocksight.storage.stores.opening import open_store
 from tests.faults.cluster import FragileBucket
 from tests.faults.processes import ended, started
 from tests.faults.verifier import Watcher, assert_sound, contents, row_hashes
@@ -48,8 +49,8 @@ def fill(place, bucket, folder):
 
 @pytest.mark.parametrize("fault", list(FAULTS))
 def test_a_bad_connection_costs_time_and_nothing_else(bucket, place, tmp_path, monkeypatch, fault):
-    monkeypatch.setattr("cluster.sizing.LEAST_UNIT_SECONDS", 90.0)
-    monkeypatch.setattr(patient, "FIRST_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr("blocksight.cluster.sizing.LEAST_UNIT_SECONDS", 90.0)
+    monkeypatch.setattr(retrying, "FIRST_PAUSE_SECONDS", 0.1)
     monkeypatch.setattr(run, "SHORT_PATIENCE_SECONDS", 60.0)
     fill(place, bucket, folder_of_images(tmp_path / "in", 6))
     run_here(f"{place}/in", f"{place}/undisturbed", endpoint_url=bucket.endpoint_url)
@@ -82,8 +83,8 @@ def test_a_store_that_dies_and_comes_back_is_waited_for(bucket, place, tmp_path)
 
 
 def test_a_store_that_stays_away_ends_the_run_with_the_way_on(bucket, place, tmp_path, monkeypatch):
-    monkeypatch.setattr(patient, "PATIENCE_SECONDS", 2.0)
-    monkeypatch.setattr("cluster.sizing.LEAST_UNIT_SECONDS", 20.0)
+    monkeypatch.setattr(retrying, "PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr("blocksight.cluster.sizing.LEAST_UNIT_SECONDS", 20.0)
     fill(place, bucket, folder_of_images(tmp_path / "in", 6, bad=False))
     output = open_store(f"{place}/out", bucket.endpoint_url)
     original = local.take_unit

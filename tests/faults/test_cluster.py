@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from storage.local import LocalStore
+from blocksight.storage.stores.local import LocalStore
 from tests.faults.cluster import RayCluster
 from tests.faults.processes import ended, started
 from tests.faults.verifier import Watcher, assert_sound, contents, row_hashes

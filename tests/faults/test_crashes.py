@@ -2,8 +2,9 @@
 
 import pytest
 
-from jobs import plan, run
-from storage.stores import open_store
+from blocksight.jobs.plan import plan
+from blocksight.jobs.run import job as run
+from blocksight.storage.stores.opening import open_store
 from tests.faults.stores import Crash, InterceptedStore, MortalCalls
 from tests.faults.verifier import contents, verify
 from tests.jobs.jobs_of import run_here
@@ -21,7 +22,7 @@ def data(tmp_path_factory):
 @pytest.fixture
 def job(data, tmp_path, monkeypatch):
     """Runs the job on a store in memory, through an interceptor; small units, so that several are under way."""
-    monkeypatch.setattr("cluster.sizing.LEAST_UNIT_SECONDS", 60.0)
+    monkeypatch.setattr("blocksight.cluster.sizing.LEAST_UNIT_SECONDS", 60.0)
     monkeypatch.setattr(run, "probe", lambda *_: None)  # its threads are tested where it stands
 
     def go(store, interceptor):

@@ -60,7 +60,7 @@ with copied(Path(sys.argv[1])) as tree:
     sys.meta_path.insert(0, Elsewhere := type("Elsewhere", (), {})())
     import importlib.util
     Elsewhere.find_spec = lambda name, path=None, target=None: importlib.util.spec_from_file_location(
-        name, Path(sys.argv[1]) / "storage" / "sums.py") if name == "storage.sums" else None
+        name, Path(sys.argv[1]) / "storage" / "sums.py") if name == "blocksight.storage.sums" else None
     print(judge(tree, Mutation("", "storage/sums.py", "a + b", "a - b", ["test_sums.py::test_sum"])).said)
 """
 
@@ -68,21 +68,26 @@ with copied(Path(sys.argv[1])) as tree:
 def test_a_verdict_is_red_green_or_broken(tmp_path):
     """On a small project: only a test that fails while it runs has seen a fault, and only in the copy's own code."""
     for name, text in {
-        "pyproject.toml": "[tool.pytest.ini_options]\naddopts = '-n 2'\nmarkers = ['servers: ', 'faults: ']\n",
+        "pyproject.toml": "[tool.pytest.ini_options]\naddopts = '-n 2'\nmarkers = ['servers: ', 'faults: ']\n"
+        "[tool.setuptools.package-dir]\nblocksight = 'jobs/api'\n'blocksight.storage' = 'storage'\n",
+        "jobs/api/__init__.py": "",
         "storage/__init__.py": "",
         "storage/sums.py": "def sum_of(a, b):\n    return a + b\n",
         "storage/unused.py": "ONE = 1\n",
         "tests/__init__.py": "",
-        "tests/test_sums.py": "import pytest\nfrom storage.sums import sum_of\n\ndef test_sum():\n"
+        "tests/test_sums.py": "import pytest\nfrom blocksight.storage.sums import sum_of\n\ndef test_sum():\n"
         "    assert sum_of(1, 2) == 3\n\n@pytest.fixture\ndef three():\n    assert sum_of(1, 2) == 3\n\n"
         "def test_with_a_fixture(three):\n    pass\n",
     }.items():
         file = tmp_path / name
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
     )
     *verdicts, stranger = done.stdout.splitlines() or [done.stderr]
     assert verdicts == ["green", "red", "green", "broken", "broken", "broken", "broken", "green"], done.stderr
-    assert stranger == f"storage.sums was imported from {Path(tmp_path) / 'storage/sums.py'}, and not from the copy"
+    assert (
+        stranger
+        == f"blocksight.storage.sums was imported from {Path(tmp_path) / 'storage/sums.py'}, and not from the copy"
+    )

@@ -9,9 +9,9 @@ from hashlib import sha256
 import pytest
 from safetensors.torch import load
 
-from jobs.attempts import CAREFUL_DEATHS
-from jobs.learned import LEARNED_KEY
-from storage.local import LocalStore
+from blocksight.jobs.explain.learned import LEARNED_KEY
+from blocksight.jobs.work.attempts import CAREFUL_DEATHS
+from blocksight.storage.stores.local import LocalStore
 from tests.faults.processes import ended, environment, started
 from tests.faults.startup.sitecustomize import POISON
 from tests.faults.verifier import Watcher, assert_sound, contents

@@ -17,17 +17,18 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from jobs import attempts, local
-from jobs.attempts import Desk
-from jobs.context import JobContext
-from jobs.plan import make_plan, settle_plan
-from jobs.reconcile import check, final_manifest, finalize, stand
-from jobs.records import DeadLetter, ModelFacts, Receipt, Unit, UnitResult, UnreconciledError
-from jobs.units import Workforce
-from storage import patient
-from storage.local import LocalStore
-from storage.patient import PatientStore
-from storage.store import UnavailableError
+from blocksight.jobs.ledger.reconcile import check, final_manifest, finalize, stand
+from blocksight.jobs.plan.context import JobContext
+from blocksight.jobs.plan.plan import make_plan, settle_plan
+from blocksight.jobs.plan.records import DeadLetter, ModelFacts, Receipt, Unit, UnitResult, UnreconciledError
+from blocksight.jobs.plan.units import Workforce
+from blocksight.jobs.run import local
+from blocksight.jobs.work import attempts
+from blocksight.jobs.work.attempts import Desk
+from blocksight.storage.stores import retrying
+from blocksight.storage.stores.local import LocalStore
+from blocksight.storage.stores.retrying import PatientStore
+from blocksight.storage.stores.store import UnavailableError
 from tests.faults.stores import Crash, InterceptedStore
 from tests.faults.verifier import COMMITTED, verify
 from tests.jobs.jobs_of import config_of
@@ -202,7 +203,7 @@ def replace_units(plan: Any) -> Any:
 
 
 def test_every_interleaving_ends_with_every_record_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(patient, "FIRST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(retrying, "FIRST_PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(attempts, "MOST_DEATHS", 2)  # units are given up while slow attempts still live
     monkeypatch.setattr(attempts, "CAREFUL_DEATHS", 99)
     Protocol.world = World(tmp_path)

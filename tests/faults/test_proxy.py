@@ -9,9 +9,9 @@ from collections import Counter
 
 import pytest
 
-from storage.s3_client import ATTEMPTS
-from storage.store import AlreadyExistsError, StoreError
-from storage.stores import open_store
+from blocksight.storage.stores.opening import open_store
+from blocksight.storage.stores.s3_client import ATTEMPTS
+from blocksight.storage.stores.store import AlreadyExistsError, StoreError
 from tests.faults.proxy import FaultProxy
 
 pytestmark = pytest.mark.servers

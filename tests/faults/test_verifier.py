@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from storage.local import LocalStore
-from storage.store import StoreError
+from blocksight.storage.stores.local import LocalStore
+from blocksight.storage.stores.store import StoreError
 from tests.faults.verifier import Watcher, assert_sound, contents, row_hashes, verify
 from tests.jobs.jobs_of import run_here
 from tests.jobs.tiny import folder_of_images, folder_of_tables, folder_of_tars
@@ -27,7 +27,7 @@ def finished(tmp_path_factory):
     """A finished job over ten images, two targets each, in units of up to three records."""
     root = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jobs.units.unit_records", lambda *_: 3)
+        patch.setattr("blocksight.jobs.plan.units.unit_records", lambda *_: 3)
         run_here(folder_of_images(root / "in"), root / "out", target="top-2")
     return root
 

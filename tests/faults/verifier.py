@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from storage.store import ChangedError, MissingError, ObjectStore, StoreError
+from blocksight.storage.stores.store import ChangedError, MissingError, ObjectStore, StoreError
 
 PLAN = "_job/plan/plan.json"
 MANIFEST = "_job/final/manifest.json"

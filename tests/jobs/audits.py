@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.audit.result import (
+from blocksight.jobs.audit.result import (
     GATES,
     GRID,
     MEASURES,
@@ -17,9 +17,9 @@ from jobs.audit.result import (
     Spread,
     write_audit,
 )
-from jobs.audit.stream import committed, digest_of_fragments
-from jobs.plan import existing_plan
-from storage.store import ObjectStore
+from blocksight.jobs.audit.stream import committed, digest_of_fragments
+from blocksight.jobs.plan.plan import existing_plan
+from blocksight.storage.stores.store import ObjectStore
 from tests.jobs.jobs_of import rows_in
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from storage.fragments import encode_fragment, read_fragment
-from storage.store import ObjectStore
+from blocksight.storage.outputs.fragments import encode_fragment, read_fragment
+from blocksight.storage.stores.store import ObjectStore
 
 Row = dict[str, Any]
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jobs.cli import main
-from jobs.config import Execution, JobConfig, load_config
-from jobs.plan import existing_plan
-from jobs.run import RunOutcome, run_job
-from storage.fragments import read_fragment
-from storage.store import ObjectStore
-from storage.stores import open_store
+from blocksight.jobs.cli.main import main
+from blocksight.jobs.plan.config import Execution, JobConfig, load_config
+from blocksight.jobs.plan.plan import existing_plan
+from blocksight.jobs.run.job import RunOutcome, run_job
+from blocksight.storage.outputs.fragments import read_fragment
+from blocksight.storage.stores.opening import open_store
+from blocksight.storage.stores.store import ObjectStore
 from tests.jobs.tiny import MODEL
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from engine.models import ModelAdapter
+from blocksight.engine.model.adapter import ModelAdapter
 from tests.engine import planted
 
 MODEL = "tests.jobs.marked:make"

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from jobs.audit.result import (
+from blocksight.jobs.audit.result import (
     AUDIT_KEY,
     GRID,
     ROWS,
@@ -20,11 +20,11 @@ from jobs.audit.result import (
     Spread,
     write_audit,
 )
-from jobs.config import Execution
-from jobs.plan import load_plan
-from jobs.run_evaluation import EvaluationOutcome, EvaluationRequest, run_evaluation
-from storage.fragments import read_fragment
-from storage.store import ObjectStore
+from blocksight.jobs.plan.config import Execution
+from blocksight.jobs.plan.plan import load_plan
+from blocksight.jobs.run.evaluation import EvaluationOutcome, EvaluationRequest, run_evaluation
+from blocksight.storage.outputs.fragments import read_fragment
+from blocksight.storage.stores.store import ObjectStore
 from tests.jobs.jobs_of import model_of, rows_in
 from tests.jobs.tiny import picture
 

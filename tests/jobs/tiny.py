@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from engine.models import ModelAdapter
+from blocksight.engine.model.adapter import ModelAdapter
 from tests.engine.nets import Transformer, seeded
 
 MODEL = "tests.jobs.tiny:make"

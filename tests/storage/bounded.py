@@ -9,7 +9,7 @@ _BEFORE = """
 import resource
 import sys
 import numpy, PIL.Image
-import storage.images, storage.maps
+import blocksight.storage.images.decode, blocksight.storage.outputs.map_codec
 
 PIL.Image.init()
 allowed, body = int(sys.argv[1]), open(sys.argv[2], "rb").read()
@@ -24,8 +24,7 @@ ROOM = 8 << 20
 def printed(code: str, body: Path, allowed: int) -> str:
     """What `code` prints, which sees the bytes of `body` and the package; it fails if it needs more memory."""
     command = [sys.executable, "-c", _BEFORE + code, str(allowed + ROOM), str(body)]
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
     return ran.stdout.strip()

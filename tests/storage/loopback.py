@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from storage.s3 import S3Store
+from blocksight.storage.stores.s3 import S3Store
 
 
 @dataclass
@@ -153,7 +153,7 @@ def served() -> Iterator[tuple[Bucket, S3Store]]:
         patch.setenv("AWS_ACCESS_KEY_ID", "key")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
         patch.setenv("AWS_REGION", "us-east-1")
-        patch.setattr("storage.s3_client.ATTEMPTS", 1)
+        patch.setattr("blocksight.storage.stores.s3_client.ATTEMPTS", 1)
         yield running, S3Store("s3://b/d", running.url)
 
 

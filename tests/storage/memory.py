@@ -4,7 +4,7 @@ import hashlib
 import threading
 from collections.abc import Iterator, Mapping
 
-from storage.store import AlreadyExistsError, ChangedError, MissingError, ObjectInfo
+from blocksight.storage.stores.store import AlreadyExistsError, ChangedError, MissingError, ObjectInfo
 
 
 class MemoryStore:

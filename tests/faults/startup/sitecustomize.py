@@ -16,35 +16,35 @@ POISON = b"this picture kills"
 
 
 def hang(seconds):
-    import jobs.watch
+    import blocksight.jobs.work.watchdog
 
-    jobs.watch.HANG_SECONDS = float(seconds)
+    blocksight.jobs.work.watchdog.HANG_SECONDS = float(seconds)
 
 
 def unit(seconds):
     """Smaller units: as if so many seconds of work were enough for one."""
-    import cluster.sizing
+    import blocksight.cluster.sizing
 
-    cluster.sizing.LEAST_UNIT_SECONDS = float(seconds)
+    blocksight.cluster.sizing.LEAST_UNIT_SECONDS = float(seconds)
 
 
 def decode(_):
-    import storage.images
+    import blocksight.storage.images.decode
 
-    original = storage.images.decode
+    original = blocksight.storage.images.decode.decode
 
     def deadly(data, *arguments):
         if POISON in data:
             os.abort()
         return original(data, *arguments)
 
-    storage.images.decode = deadly
+    blocksight.storage.images.decode.decode = deadly
 
 
 def encode(digest):
-    import storage.maps
+    import blocksight.storage.outputs.map_codec
 
-    original = storage.maps.encode_map
+    original = blocksight.storage.outputs.map_codec.encode_map
 
     def deadly(saliency):
         encoded = original(saliency)
@@ -52,12 +52,12 @@ def encode(digest):
             os.abort()
         return encoded
 
-    storage.maps.encode_map = deadly
+    blocksight.storage.outputs.map_codec.encode_map = deadly
 
 
 def intercept(before, after):
     """Calls `before` and `after` with each call's name and key on any local store."""
-    from storage.local import LocalStore
+    from blocksight.storage.stores.local import LocalStore
 
     def wrapped(name, original):
         def call(self, key, *arguments, **options):

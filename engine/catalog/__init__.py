@@ -1,0 +1,1 @@
+"""What the engine offers, as plain values: readable without torch."""

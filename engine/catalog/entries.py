@@ -1,0 +1,373 @@
+"""What the engine offers, readable without torch: names, parameters, needs and costs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from blocksight.engine.catalog.parameters import (
+    AdaSiseParameters,
+    AFmiParameters,
+    BeeParameters,
+    DaamParameters,
+    ExtremalParameters,
+    FeatureCamParameters,
+    FovExParameters,
+    IntegratedGradientsParameters,
+    NoParameters,
+    OcclusionParameters,
+    RiseParameters,
+    ScoreCamParameters,
+    SelectionMetric,
+    SiseParameters,
+    SmoothGradParameters,
+    UcagParameters,
+)
+
+Fidelity = Literal["preview", "balanced", "full", "auto"]
+
+BALANCED_BUDGET = 0.1
+"""Share of an image's masks that a balanced map scores."""
+POOR_MAP_ERROR = 0.5
+"""`auto`: the predicted relative error of a block map above which an image's other masks are scored too."""
+
+FIDELITIES: Mapping[Fidelity, Mapping[str, Any]] = {
+    "preview": {"budget": 0},
+    "balanced": {"budget": BALANCED_BUDGET},
+    "full": {},
+    "auto": {"budget": BALANCED_BUDGET, "complete_above": POOR_MAP_ERROR},
+}
+"""What each level sets of SISE's parameters; `auto`: for the records that nothing speaks against beforehand."""
+
+
+@dataclass(frozen=True)
+class ExplainerEntry:
+    """One line of `blocksight list explainers`."""
+
+    parameters: type
+    """A frozen dataclass with a default for every field."""
+    needs: str
+    """What it asks of the model."""
+    cost: str
+    """Forward (F) and backward (B) passes per image."""
+    source: str
+    """Where the method is published."""
+    blocks: Literal["all", "last", "none"]
+    """Which of the network's blocks it looks at."""
+    num_forwards: Callable[[Any, int], float] | None = None
+    """What parameters and a number of targets cost per image, as forward passes; None: it depends on the model."""
+    fast: Mapping[str, Any] = field(default_factory=dict)
+    """What the preset `fast` sets of the parameters; their defaults are the preset `paper`'s."""
+    wraps: str | None = None
+    """A wrapper's method where none is named, as in `ucag(gradcam)`; None: it wraps none."""
+    num_views: Callable[[Any], float] | None = None
+    """Of a wrapper: how many times what its base costs, by its parameters."""
+    images_to_learn_from: Callable[[Any], int] = lambda _: 0
+    """How many images of the data the method sees in a first pass, by its parameters."""
+
+    @property
+    def is_reconstruction(self) -> bool:
+        """Whether it was made from an abstract alone; its parameters say so too."""
+        return any(own.name == "origin" and own.default == "reconstruction" for own in fields(self.parameters))
+
+
+@dataclass(frozen=True)
+class MetricEntry:
+    """One line of `blocksight list metrics`."""
+
+    meaning: str
+    better: Literal["lower", "higher"]
+    unit: str
+    cost: str
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One line of `blocksight list models`."""
+
+    meaning: str
+    needs: str
+    forwards_by_mu: tuple[tuple[float, int], ...] = ()
+    """Masked forwards per image that were measured on photographs, by SISE's mu, ascending."""
+
+
+BACKWARD = 2
+"""Forward passes that a backward pass is worth."""
+
+FORWARDS_TO_SELECT: Mapping[SelectionMetric, int] = {
+    "average_drop_100": 1,
+    "average_increase_100": 1,
+    "insertion": 29,
+    "deletion": 29,
+    "pos": 10,
+    "neg": 10,
+}
+"""What a metric costs per map that it judges."""
+
+
+def _cam(source: str) -> ExplainerEntry:
+    return ExplainerEntry(
+        NoParameters,
+        needs="a CNN or a vision transformer: the last block's feature maps, gradients",
+        cost="1 F + 1 B per target",
+        source=source,
+        blocks="last",
+        num_forwards=lambda _, targets: 2 + BACKWARD * targets,
+    )
+
+
+def _sise(parameters: type, source: str, cost: str) -> ExplainerEntry:
+    return ExplainerEntry(
+        parameters, needs="a CNN: feature maps at several sizes, gradients", cost=cost, source=source, blocks="all"
+    )
+
+
+def _control(meaning: str) -> ExplainerEntry:
+    return ExplainerEntry(
+        NoParameters, "nothing: a control", "none", meaning, blocks="none", num_forwards=lambda *_: 2.0
+    )
+
+
+EXPLAINERS: Mapping[str, ExplainerEntry] = {
+    "sise": _sise(
+        SiseParameters,
+        "Sattarzadeh et al., AAAI 2021 (arXiv 2010.00672)",
+        "1 F + 1 B per target, and 1 F per kept feature map (EfficientNet-Lite0: about 900 of 2432 at mu 0)",
+    ),
+    "ada-sise": _sise(
+        AdaSiseParameters,
+        "Sudhakar et al., ICASSP 2021 (arXiv 2102.07799)",
+        "as sise, with about a quarter of the maps (EfficientNet-Lite0: 230 of 2432)",
+    ),
+    "gradcam": _cam("Selvaraju et al., ICCV 2017 (arXiv 1610.02391)"),
+    "gradcam++": _cam("Chattopadhay et al., WACV 2018 (arXiv 1710.11063)"),
+    "xgradcam": _cam("Fu et al., BMVC 2020 (arXiv 2008.02312)"),
+    "layercam": _cam("Jiang et al., IEEE TIP 2021"),
+    "hirescam": _cam("Draelos and Carin (arXiv 2011.08891)"),
+    "scorecam": ExplainerEntry(
+        ScoreCamParameters,
+        needs="a CNN or a vision transformer: the last block's feature maps",
+        cost="1 F per feature map of the last block (EfficientNet-Lite0: 1280, ResNet-50: 2048)",
+        source="Wang et al., CVPR Workshops 2020 (arXiv 1910.01279)",
+        blocks="last",
+    ),
+    "ablationcam": ExplainerEntry(
+        NoParameters,
+        needs="a CNN or a vision transformer: the last block's feature maps, and the network behind it",
+        cost="1 F, and 1 pass of the network behind the last block per feature map",
+        source="Desai and Ramaswamy, WACV 2020",
+        blocks="last",
+    ),
+    "rise": ExplainerEntry(
+        RiseParameters,
+        needs="any classifier; random",
+        cost="1 F per mask (4000), shared by all targets",
+        source="Petsiuk et al., BMVC 2018 (arXiv 1806.07421)",
+        blocks="none",
+        num_forwards=lambda parameters, _: parameters.num_masks,
+    ),
+    "occlusion": ExplainerEntry(
+        OcclusionParameters,
+        needs="any classifier",
+        cost="1 F per window (169 at 224 pixels), shared by all targets",
+        source="Zeiler and Fergus, ECCV 2014 (arXiv 1311.2901)",
+        blocks="none",
+        num_forwards=lambda parameters, _: (192 / parameters.stride + 1) ** 2,
+    ),
+    "integrated_gradients": ExplainerEntry(
+        IntegratedGradientsParameters,
+        needs="any classifier; gradients",
+        cost="50 F, and 50 B per target",
+        source="Sundararajan et al., ICML 2017 (arXiv 1703.01365)",
+        blocks="none",
+        num_forwards=lambda parameters, targets: parameters.steps * (1 + BACKWARD * targets),
+    ),
+    "smoothgrad": ExplainerEntry(
+        SmoothGradParameters,
+        needs="what its base needs; random",
+        cost="25 times its base",
+        source="Smilkov et al. (arXiv 1706.03825)",
+        blocks="last",
+        wraps="gradient",
+        num_views=lambda parameters: parameters.samples,
+    ),
+    "fullgrad": ExplainerEntry(
+        NoParameters,
+        needs="a CNN whose layers have biases or batch norms; gradients",
+        cost="1 F + 1 B per target",
+        source="Srinivas and Fleuret, NeurIPS 2019 (arXiv 1905.00780)",
+        blocks="none",
+        num_forwards=lambda _, targets: 2 + BACKWARD * targets,
+    ),
+    "extremal_perturbation": ExplainerEntry(
+        ExtremalParameters,
+        needs="any classifier; gradients",
+        cost="800 F + 800 B per area (4) and target",
+        source="Fong et al., ICCV 2019 (arXiv 1910.08485)",
+        blocks="none",
+        num_forwards=lambda parameters, targets: (
+            parameters.iterations * len(parameters.areas) * targets * (1 + BACKWARD)
+        ),
+    ),
+    "gradient": ExplainerEntry(
+        NoParameters,
+        needs="any classifier; gradients",
+        cost="1 F + 1 B per target",
+        source="Simonyan et al. (arXiv 1312.6034)",
+        blocks="none",
+        num_forwards=lambda _, targets: 2 + BACKWARD * targets,
+    ),
+    "ucag": ExplainerEntry(
+        UcagParameters,
+        needs="what its base needs; at paper's size, a network that takes larger inputs",
+        cost="36 times its base, at 2.1 times the pixels; fast: 9 times its base",
+        source="Hong et al., Unfold and Conquer Attribution Guidance, AAAI 2023",
+        blocks="all",
+        fast={"crops": 3, "enlarge": "native"},
+        wraps="gradcam",
+        num_views=lambda own: own.crops**2 * (1.0 if own.enlarge == "native" else (own.side * own.enlarge / 224) ** 2),
+    ),
+    "feature-cam": ExplainerEntry(
+        FeatureCamParameters,
+        needs="what its base needs; for edges by HED, its weights",
+        cost="its base (3 times with recompute), and 1 pass of HED (VGG16's layers); fast: HED at half the side",
+        source="Clement et al. (arXiv 2403.05658), a RECONSTRUCTION from the abstract; edges: Xie and Tu, ICCV 2015",
+        blocks="all",
+        fast={"edge_scale": 0.5},
+        wraps="gradcam",
+        num_views=lambda own: 3.0 if own.recompute else 1.0,
+    ),
+    "a-fmi": ExplainerEntry(
+        AFmiParameters,
+        needs="a CNN or a vision transformer: the last block's feature maps, and the network behind it",
+        cost="2 F, and 1 F per reference, where the head is pooling and one linear layer; else also 1 pass of the "
+        "network behind the last block per reference and feature map (fast: of the 256 that differ most)",
+        source="A-FMI (arXiv 2104.05527), a RECONSTRUCTION from the abstract",
+        blocks="last",
+        fast={"channels": 256},
+    ),
+    "fovex": ExplainerEntry(
+        FovExParameters,
+        needs="any classifier; gradients; random",
+        cost="200 F + 200 B per target; fast: 50 F + 50 B",
+        source="Panda et al., FovEx, IJCV 2025 (arXiv 2408.02123)",
+        blocks="none",
+        num_forwards=lambda own, targets: own.fixations * own.steps * targets * (1 + BACKWARD),
+        fast={"fixations": 5, "steps": 10},
+    ),
+    "daam": ExplainerEntry(
+        DaamParameters,
+        needs="a vision transformer with tokens for the picture's patches; gradients",
+        cost="1 F + 1 B per target, in both presets",
+        source="Liao et al., Pattern Recognition 2025 (arXiv 2503.14640)",
+        blocks="none",
+        num_forwards=lambda _, targets: 2 + BACKWARD * targets,
+    ),
+    "bee": ExplainerEntry(
+        BeeParameters,
+        needs="a CNN or a vision transformer: the last block's feature maps, and the network behind it; random",
+        cost="100 draws, each 5 F, and 5 B per target, of the network behind the last block (4 of noise), and per "
+        "target 1 F (average drop), 10 F (pos) or 29 F (insertion); fast: 8 draws; before, a first pass over 5000 "
+        "images (fast: 128), each 2 F, 1 draw and its metric",
+        source="Barkan et al., AAAI 2025",
+        blocks="last",
+        num_forwards=lambda own, targets: 2 + own.draws * targets * FORWARDS_TO_SELECT[own.metric],
+        fast={"draws": 8, "images": 128, "pool": 16},
+        images_to_learn_from=lambda own: own.num_images,
+    ),
+    "random": _control("uniform noise"),
+    "gaussian": _control("a bell in the middle of the picture"),
+    "edges": _control("Sobel's edge detector"),
+}
+
+_ONE, _CURVE = "1 F, shared", "29 F"
+
+
+def _kept(share: int, better: Literal["lower", "higher"]) -> MetricEntry:
+    said = "score lost" if better == "lower" else "share of maps whose score grows"
+    return MetricEntry(f"{said} when the {share} % most salient pixels stay, dimmed by the map", better, "%", _ONE)
+
+
+METRICS: Mapping[str, MetricEntry] = {
+    "drop": MetricEntry(
+        "score lost when only the top 15 % of pixels are kept, relative to the score", "lower", "%", _ONE
+    ),
+    "increase": MetricEntry(
+        "share of records whose score grows when only the top 15 % of pixels are kept", "higher", "%", _ONE
+    ),
+    "insertion": MetricEntry(
+        "mean score while pixels come back onto a blurred picture, salient first", "higher", "0 to 1", _CURVE
+    ),
+    "deletion": MetricEntry("mean score while pixels go, salient first", "lower", "0 to 1", _CURVE),
+    "average_drop_100": _kept(100, "lower"),
+    "average_increase_100": _kept(100, "higher"),
+    "average_drop_50": _kept(50, "lower"),
+    "average_increase_50": _kept(50, "higher"),
+    "average_drop_15": _kept(15, "lower"),
+    "average_increase_15": _kept(15, "higher"),
+    "pos": MetricEntry("how long the prediction stays while salient pixels go", "lower", "0 to 90", "10 F"),
+    "neg": MetricEntry("how long the prediction stays while other pixels go", "higher", "0 to 90", "10 F"),
+    "road_morf": MetricEntry("as pos, with removed pixels imputed (ROAD)", "lower", "%", "7 F and 7 imputations"),
+    "road_lerf": MetricEntry("as neg, with removed pixels imputed (ROAD)", "higher", "%", "7 F and 7 imputations"),
+    "positive_density": MetricEntry("score under the map per share of the picture", "higher", "from 0", "2 F, shared"),
+    "negative_density": MetricEntry("score under what is left, likewise", "lower", "from 0", "2 F, shared"),
+    "ebpg": MetricEntry("share of the map's energy inside the object (needs --truth)", "higher", "%", "none"),
+    "miou": MetricEntry("overlap of the top 20 % of pixels with the object (needs --truth)", "higher", "%", "none"),
+    "bbox": MetricEntry("share of the object that as many top pixels hit (needs --truth)", "higher", "%", "none"),
+    "pointing": MetricEntry("whether the greatest value hits the object (needs --truth)", "higher", "%", "none"),
+    "entropy": MetricEntry("of the map, over that of an even one", "lower", "0 to 1", "none"),
+    "gini": MetricEntry("Gini index of the map", "higher", "0 to 1", "none"),
+    "effective_area": MetricEntry("share of the picture that the map covers", "lower", "%", "none"),
+    "sanity": MetricEntry(
+        "size of the rank correlation with the map under random weights; only when asked",
+        "lower",
+        "0 to 1",
+        "4 explanations",
+    ),
+}
+
+
+def flattered_by(selected_by: str | None) -> frozenset[str]:
+    """The metrics that say nothing of a map which this one picked: itself, and what the same scores give."""
+    if selected_by is None:
+        return frozenset()
+    kind, _, level = selected_by.rpartition("_")
+    if kind in ("average_drop", "average_increase"):
+        same = {"positive_density"} if level == "100" else set()  # the score under the whole map, over its area
+        return frozenset({f"average_drop_{level}", f"average_increase_{level}", *same})
+    return frozenset({selected_by})
+
+
+CONTROLS = ("random", "gaussian", "edges")
+"""Explainers that know nothing of the model."""
+
+MODELS: Mapping[str, ModelEntry] = {
+    "efficientnet_lite0": ModelEntry(
+        "EfficientNet-Lite0, ImageNet, 224 x 224; the default",
+        needs="the demo extra",
+        forwards_by_mu=((0.0, 919), (0.1, 502), (0.3, 197), (0.5, 67), (1.0, 5)),
+    ),
+    "torchvision:NAME": ModelEntry(
+        "any classifier of torchvision", "--weights: a state dict, a weight name, or random"
+    ),
+    "package.module:factory": ModelEntry("a function of yours that returns a module or a ModelAdapter", "your package"),
+    "knn(NAME)": ModelEntry(
+        "any of these without its head: the nearest of labelled features vote", "--weights: what `bank` wrote"
+    ),
+}
+
+
+def backbone_of(name: str) -> str | None:
+    """NAME of `knn(NAME)`; None for other names."""
+    return name[len("knn(") : -1].strip() if name.startswith("knn(") and name.endswith(")") else None
+
+
+def factory_of(name: str) -> str | None:
+    """The `package.module:factory` that is imported for the model of this name; None: for no code but ours."""
+    backbone = backbone_of(name)
+    if backbone is not None:
+        return factory_of(backbone)
+    return name if ":" in name and not name.startswith("torchvision:") else None
+
+
+RECONSTRUCTED = "a reconstruction from the abstract: no code was at hand, and the authors may have chosen otherwise"
+"""Of a method that stands marked in the list."""

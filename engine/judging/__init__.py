@@ -1,0 +1,1 @@
+"""Judges explainers: sanity checks, efficiency and the fidelity curve."""

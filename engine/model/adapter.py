@@ -1,0 +1,138 @@
+"""Models: one adapter from uint8 pixels to logits, and the names under which models are loaded."""
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from blocksight.engine.errors import ModelError
+from blocksight.engine.model.network import Network, survey
+from blocksight.engine.model.resample import Grid
+from blocksight.engine.model.taps import frozen
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class ModelAdapter:
+    """A classifier from uint8 pixels to logits; the one place that knows its normalisation.
+
+    The module is borrowed: every use happens inside `with adapter.borrowed():`, which freezes it and
+    gives it back as it was.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        name: str = "model",
+        input_size: Grid = (224, 224),
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        """`mean` and `std` are of RGB in [0, 1]; `input_size` is height and width in pixels."""
+        self.module = module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.name = name
+        self.input_size = input_size
+        self.class_names = list(class_names) if class_names is not None else None
+        self.device = torch.device("cpu")
+        self._mean = torch.tensor(mean).view(1, 3, 1, 1)
+        self._std = torch.tensor(std).view(1, 3, 1, 1)
+
+    def to(self, device: torch.device | str) -> "ModelAdapter":
+        """Moves the model to a device and returns the adapter."""
+        self.device = torch.device(device)
+        self.module.to(self.device)
+        self._mean, self._std = self._mean.to(self.device), self._std.to(self.device)
+        if "network" in self.__dict__ and self.network.graph is not None:
+            self.network.graph.to(self.device)  # a traced graph holds its own references to buffers
+        return self
+
+    def of(self, module: nn.Module) -> "ModelAdapter":
+        """The same adapter around another module of the same kind."""
+        adapter = copy.copy(self)
+        adapter.module = module
+        for known in ("network", "num_classes", "fingerprint"):
+            adapter.__dict__.pop(known, None)
+        return adapter
+
+    def resized(self, input_size: Grid) -> "ModelAdapter":
+        """The same model for inputs of another size. Raises ModelError where the network does not take them."""
+        adapter = copy.copy(self)
+        adapter.input_size = input_size
+        for known in ("network", "num_classes"):
+            adapter.__dict__.pop(known, None)
+        if adapter.num_classes != self.num_classes:
+            size = " x ".join(map(str, input_size))
+            raise ModelError(
+                f"model {self.name!r} returns {adapter.num_classes} logits for images of {size} pixels, and "
+                f"{self.num_classes} for its own size"
+            )
+        return adapter
+
+    def borrowed(self) -> AbstractContextManager[None]:
+        """A context in which the module is a fixed function (see `blocksight.engine.model.taps.frozen`)."""
+        return frozen(self.module)
+
+    def normalise(self, pixels_nchw: Tensor) -> Tensor:
+        """Model inputs [N, 3, H, W] (float32, on the device) of uint8 RGB pixels of the same shape."""
+        return self.normalise_shares(pixels_nchw.to(self.device).float() / 255)
+
+    def normalise_shares(self, pixels_nchw: Tensor) -> Tensor:
+        """Model inputs of RGB pixels in [0, 1], in their precision; both [N, 3, H, W]."""
+        return ((pixels_nchw - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
+
+    def pixels_of(self, inputs_nchw: Tensor) -> Tensor:
+        """The RGB pixels in [0, 1] of model inputs, both [N, 3, H, W]; what lies beyond black or white is cut off."""
+        return (inputs_nchw * self._std + self._mean).clamp(0, 1)
+
+    def logits(self, inputs_nchw: Tensor) -> Tensor:
+        """The module's output [N, K] for normalised inputs."""
+        return self.module(inputs_nchw.contiguous(memory_format=torch.channels_last))
+
+    @cached_property
+    def network(self) -> Network:
+        """The traced network at the model's input size."""
+        own = torch.Generator().manual_seed(0)  # tracing must not consume the user's random numbers
+        pixels = torch.randint(0, 256, (2, 3, *self.input_size), dtype=torch.uint8, generator=own)
+        example = self.normalise(pixels)
+        with self.borrowed():
+            return survey(self.module, example)
+
+    @cached_property
+    def num_classes(self) -> int:
+        """K. Raises ModelError where the module does not return logits [N, K]."""
+        example = self.normalise(torch.zeros(2, 3, *self.input_size, dtype=torch.uint8))
+        try:
+            with self.borrowed(), torch.inference_mode():
+                logits = self.module(example)
+        except Exception as error:
+            size = " x ".join(map(str, self.input_size))
+            raise ModelError(f"model {self.name!r} fails on RGB images of {size} pixels: {error}") from error
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 2:
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ModelError(f"model {self.name!r} must return logits [N, classes]; for 2 images it returned {shape}")
+        if logits.shape[1] < 2:
+            raise ModelError(
+                f"model {self.name!r} has one output, whose softmax is always 1: nothing can be explained; wrap it "
+                "to return two logits, such as [0, z] for a sigmoid's z"
+            )
+        return logits.shape[1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the names, types, shapes and bytes of all weights and buffers, as hex."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.module.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def class_name(self, index: int) -> str:
+        """The class's name, or `class 7` where the model has no names."""
+        return self.class_names[index] if self.class_names is not None else f"class {index}"

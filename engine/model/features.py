@@ -1,0 +1,74 @@
+"""Features: what a network knows of a picture before it names a class, as one vector per image."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from blocksight.engine.errors import ModelError
+
+if TYPE_CHECKING:
+    from blocksight.engine.model.adapter import ModelAdapter
+
+
+def head_path(adapter: "ModelAdapter") -> str | None:
+    """The dotted path of the linear layer that gives the logits, whose input [N, D] is the feature.
+
+    None: there is none, and the output [N, D] is the feature itself. The layer is the last one that runs, sees one
+    vector per image, and gives as many numbers as the network. Raises ModelError for a network without such a
+    layer that is known to be a classifier, for it has class names, and one that does not return [N, D].
+    """
+    ran: list[tuple[str, tuple[int, ...]]] = []
+    layers = [(name, layer) for name, layer in adapter.module.named_modules() if isinstance(layer, nn.Linear)]
+    handles = [layer.register_forward_hook(_noting(name, ran)) for name, layer in layers]
+    try:
+        num_outputs = _num_outputs(adapter)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if ran and ran[-1][1] == (2, num_outputs):
+        return ran[-1][0]
+    if adapter.class_names is not None:
+        raise ModelError(
+            f"model {adapter.name!r} has class names, and no linear layer over one vector per image gives its logits: "
+            "there is no feature to take; name a model that returns features [N, D]"
+        )
+    return None
+
+
+def _noting(name: str, ran: list[tuple[str, tuple[int, ...]]]) -> Callable[[nn.Module, object, Tensor], None]:
+    return lambda _module, _given, out: ran.append((name, tuple(out.shape)))
+
+
+def _num_outputs(adapter: "ModelAdapter") -> int:
+    example = adapter.normalise(torch.zeros(2, 3, *adapter.input_size, dtype=torch.uint8))
+    with adapter.borrowed(), torch.inference_mode():
+        output = adapter.logits(example)
+    if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != 2:
+        raise ModelError(f"model {adapter.name!r} must return one vector per image, [N, D], to have features")
+    return output.shape[1]
+
+
+def without_head(adapter: "ModelAdapter") -> "ModelAdapter":
+    """The adapter around the network that returns features [N, D]; its module, which is changed, was its own."""
+    path = head_path(adapter)
+    if path is None:
+        return adapter
+    if not path:
+        raise ModelError(f"model {adapter.name!r} is one linear layer, and has no feature before it")
+    adapter.module.set_submodule(path, nn.Identity())
+    bare = adapter.of(adapter.module)
+    bare.class_names = None
+    return bare
+
+
+@contextmanager
+def entering(module: nn.Module, path: str, keep: Callable[[Tensor], None]) -> Iterator[None]:
+    """Shows what enters the sub-module at this path."""
+    handle = module.get_submodule(path).register_forward_pre_hook(lambda _module, given: keep(given[0]))
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,185 @@
+"""The network as a list of tensors: traced once, so that blocks can be found and tapped by name."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from blocksight.engine.errors import ModelError
+from blocksight.engine.model.blocks import Place, discover_blocks
+from blocksight.engine.model.layouts import Layout, layout_of
+from blocksight.engine.model.resample import Grid
+from blocksight.engine.model.taps import GraphRunner, Recorder, Taps, gradients, hooked
+
+Node = TypeVar("Node")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A module with the list of its tensors, and its graph where it could be traced."""
+
+    module: nn.Module
+    graph: fx.GraphModule | None
+    """None: the module could not be traced, and the places are module outputs."""
+    places: tuple[Place, ...]
+    """In order of execution."""
+
+    def blocks(self, names: Sequence[str] = ()) -> tuple[Place, ...]:
+        """The blocks found by the rule, or the named places (they win), shallow to deep.
+
+        A name is a place of the traced graph or the dotted path of a sub-module, whose last tensor is
+        meant. Raises ModelError for an unknown name (with the nearest ones), for a place without a
+        grid, and where the rule finds nothing.
+        """
+        if names:
+            return tuple(sorted({self._named(name) for name in names}, key=self.places.index))
+        found = tuple(discover_blocks(self.places))
+        if not found:
+            raise ModelError(
+                f"no block was found in {type(self.module).__name__}: none of its {len(self.places)} tensors is "
+                "a feature map [N, C, h, w] that every path passes; name the blocks with --blocks"
+            )
+        return found
+
+    def taps(self, blocks: Sequence[Place]) -> Taps:
+        """Taps at the given places."""
+        return Taps(self.module, self.graph, tuple(blocks))
+
+    def _named(self, name: str) -> Place:
+        found = [place for place in self.places if place.name == name] or self._inside(name)
+        if not found:
+            known = [*(place.name for place in self.places), *(path for path, _ in self.module.named_modules() if path)]
+            near = get_close_matches(name, known, n=3, cutoff=0.3)
+            shown = (
+                f"nearest: {', '.join(near)}" if near else f"there are {', '.join(place.name for place in self.places)}"
+            )
+            raise ModelError(f"no block {name!r} in {type(self.module).__name__}; {shown}")
+        if found[-1].grid is None:
+            raise ModelError(f"block {name!r} is no feature map [N, C, h, w]; choose one before the pooling")
+        return found[-1]
+
+    def _inside(self, path: str) -> list[Place]:
+        """The places that the sub-module at this dotted path computes."""
+        if self.graph is None:
+            return []
+        inside = {node.name for node in self.graph.graph.nodes if path in _module_paths(node)}
+        return [place for place in self.places if place.name in inside]
+
+
+def survey(module: nn.Module, example: Tensor) -> Network:
+    """Traces a frozen module on an example input [2, 3, H, W] and lists its tensors.
+
+    A network that cannot be traced, or whose trace computes something else, is listed by the outputs of
+    its modules in order of execution instead.
+    """
+    with torch.no_grad():
+        graph = _trace(module, example)
+        places = _module_places(module, example) if graph is None else _traced_places(graph, example)
+    heard = _heard(Network(module, graph, tuple(places)), example)
+    return Network(
+        module, graph, tuple(place if place.name in heard else replace(place, layout=None) for place in places)
+    )
+
+
+def _heard(network: Network, example: Tensor) -> set[str]:
+    """The places whose feature maps the output depends on, or that are no tokens.
+
+    Behind its last attention a transformer goes on with the picture's tokens, and reads the class token alone.
+    The gradient is one of NaN, which no weight silences: torchvision's transformers begin with a head of zeros.
+    """
+    tokens = [place for place in network.places if place.layout is not None and place.layout.kind == "tokens"]
+    others = {place.name for place in network.places} - {place.name for place in tokens}
+    if not tokens:
+        return others
+    logits, maps = network.taps(tokens)(example)
+    slopes = gradients(logits, torch.full_like(logits, float("nan")), maps)
+    return others | {place.name for place, slope in zip(tokens, slopes, strict=True) if slope.any()}
+
+
+def _trace(module: nn.Module, example: Tensor) -> fx.GraphModule | None:
+    try:
+        graph = fx.symbolic_trace(module)
+        same = torch.allclose(graph(example), module(example), rtol=1e-4, atol=1e-5)
+    except Exception:  # noqa: BLE001 - a user's forward may raise anything when traced; the modules are the fallback
+        return None
+    return graph if same else None
+
+
+def _traced_places(graph: fx.GraphModule, example: Tensor) -> list[Place]:
+    recorder = Recorder()
+    GraphRunner(graph, recorder).run(example)
+    signal = [node for node in graph.graph.nodes if _carries_signal(recorder.kept.get(node.name))]
+    signal = [node for node in signal if node.op != "get_attr"]
+    unavoidable = unavoidable_nodes({node: node.all_input_nodes for node in signal})
+    inner = [node for node in signal if node.op not in ("placeholder", "output")]
+    layouts = _layouts([recorder.kept[node.name] for node in inner], example)
+    return [
+        Place(node.name, layout, node in unavoidable, _learned(node, graph))
+        for node, layout in zip(inner, layouts, strict=True)
+    ]
+
+
+def _module_places(module: nn.Module, example: Tensor) -> list[Place]:
+    recorder = Recorder()
+    with hooked(module, [name for name, _ in module.named_modules() if name], recorder):
+        module(example)
+    tensors = {name: value for name, value in recorder.kept.items() if isinstance(value, Tensor)}
+    layouts = _layouts(list(tensors.values()), example)
+    return [
+        Place(name, layout, True, any(True for _ in module.get_submodule(name).parameters()))
+        for name, layout in zip(tensors, layouts, strict=True)
+    ]
+
+
+def _layouts(values: Sequence[Any], example: Tensor) -> list[Layout | None]:
+    """How feature maps lie in each of the values, in order of execution."""
+    full = (example.shape[2], example.shape[3])
+    layouts: list[Layout | None] = []
+    last: Grid | None = None
+    for value in values:
+        layouts.append(layout_of(value.shape, full, last) if isinstance(value, Tensor) else None)
+        if layouts[-1] is not None:
+            last = layouts[-1].grid
+    return layouts
+
+
+def _carries_signal(value: Any) -> bool:
+    """Float tensors, also in tuples (a split); never the sizes that a `view` reads off its input."""
+    if isinstance(value, tuple | list):
+        return any(_carries_signal(item) for item in value)
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def unavoidable_nodes(feeds: Mapping[Node, Sequence[Node]]) -> set[Node]:
+    """The nodes through which every path from the first to the last one passes.
+
+    `feeds` names each node's predecessors, in topological order; predecessors that are not keys do not
+    count. The number of paths through a node is the ways to it times the ways from it; on an
+    unavoidable node that is all of them.
+    """
+    nodes = list(feeds)
+    ways_to = {nodes[0]: 1}
+    for node in nodes[1:]:
+        ways_to[node] = sum(ways_to.get(before, 0) for before in feeds[node])
+    ways_from = dict.fromkeys(nodes, 0) | {nodes[-1]: 1}
+    for node in reversed(nodes):
+        for before in feeds[node]:
+            if before in ways_from:
+                ways_from[before] += ways_from[node]
+    return {node for node in nodes if ways_to[node] * ways_from[node] == ways_to[nodes[-1]]}
+
+
+def _learned(node: fx.Node, graph: fx.GraphModule) -> bool:
+    if node.op == "call_module":
+        return any(True for _ in graph.get_submodule(str(node.target)).parameters())
+    attributes = [before for before in node.all_input_nodes if before.op == "get_attr"]
+    parameters = dict(graph.named_parameters())
+    return any(str(attribute.target) in parameters for attribute in attributes)
+
+
+def _module_paths(node: fx.Node) -> set[str]:
+    """The dotted paths of the sub-modules in whose forward this node stands."""
+    return {str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()}

@@ -1,0 +1,185 @@
+"""Taps: run a borrowed network as a fixed function and record what named places compute."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from blocksight.engine.model.blocks import Place
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Borrows a module as a fixed function and gives it back as it was.
+
+    Inside: eval mode, no parameter needs a gradient, no layer works in place (an in-place activation
+    would overwrite the tensor that a tap has recorded), and convolutions on a GPU keep all of float32
+    (torch would allow them TF32, whose 10-bit mantissa moves scores by more than 1e-4).
+    """
+    modes = {child: child.training for child in module.modules()}
+    in_place = {child: child.inplace for child in module.modules() if hasattr(child, "inplace")}
+    needs = {parameter: parameter.requires_grad for parameter in module.parameters()}
+    allows_tf32 = torch.backends.cudnn.allow_tf32
+    try:
+        module.eval()
+        for child in in_place:
+            child.inplace = False  # pyright: ignore[reportArgumentType]
+        for parameter in needs:
+            parameter.requires_grad_(False)
+        torch.backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allows_tf32
+        for child, training in modes.items():
+            child.training = training
+        for child, flag in in_place.items():
+            child.inplace = flag
+        for parameter, flag in needs.items():
+            parameter.requires_grad_(flag)
+
+
+Tail = Callable[[Tensor, Tensor], Tensor]
+"""What follows a place: from inputs [N, 3, H, W] and its feature maps [N, C, h, w] to logits [N, K]."""
+
+Keep = Callable[[str, Any], Any]
+"""Sees what a named place computed, and returns what the network goes on with."""
+
+
+class Recorder:
+    """Keeps what places compute, and goes on with copies, so that no operation in place overwrites what was kept."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Any] = {}
+
+    def __call__(self, name: str, value: Any) -> Any:
+        self.kept.pop(name, None)  # the last call of a module wins, also in the order
+        self.kept[name] = value
+        return value.clone() if isinstance(value, Tensor) else value
+
+
+class MapRecorder(Recorder):
+    """Keeps the feature maps of places as [N, C, h, w], part of the graph; `instead` takes the place of one's maps."""
+
+    def __init__(self, places: Sequence[Place], instead: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        super().__init__()
+        self.layouts = {place.name: place.layout for place in places}
+        self.instead = instead
+
+    def __call__(self, name: str, value: Any) -> Any:
+        layout = self.layouts[name]
+        assert layout is not None
+        maps = self.instead.get(name, layout.maps(value))
+        super().__call__(name, maps)
+        return layout.tensor(maps, value)
+
+
+class GraphRunner(fx.Interpreter):
+    """Runs a traced graph, and shows what the named nodes compute (every node, if names is None)."""
+
+    def __init__(self, graph: fx.GraphModule, keep: Keep, names: Collection[str] | None = None) -> None:
+        super().__init__(graph)
+        self.keep, self.names = keep, names
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        return self.keep(n.name, value) if self.names is None or n.name in self.names else value
+
+
+@contextmanager
+def hooked(module: nn.Module, names: Collection[str], keep: Keep) -> Iterator[None]:
+    """Shows what the named sub-modules return, in order of completion."""
+    handles = []
+    try:
+        for name in names:
+            hook = module.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: keep(name, out))
+            handles.append(hook)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Taps:
+    """Records feature maps at several places in one forward, and gradients with respect to them."""
+
+    module: nn.Module
+    graph: fx.GraphModule | None
+    """The traced network whose nodes the places are; None: places are sub-modules."""
+    places: tuple[Place, ...]
+    """Shallow to deep."""
+
+    def __call__(self, inputs_nchw: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Logits [N, K] and the feature maps [N, C_b, h_b, w_b] of every place, joined to autograd."""
+        recorder = MapRecorder(self.places)
+        with torch.enable_grad():
+            logits = self._run(inputs_nchw.detach().requires_grad_(True), recorder)
+        return logits, [recorder.kept[place.name] for place in self.places]
+
+    def _run(self, inputs: Tensor, recorder: MapRecorder) -> Tensor:
+        if self.graph is None:
+            with hooked(self.module, list(recorder.layouts), recorder):
+                return self.module(inputs)
+        return GraphRunner(self.graph, recorder, recorder.layouts.keys()).run(inputs)
+
+    def tail(self) -> Tail:
+        """What follows the one place, as a function of the inputs and of other feature maps.
+
+        Where all that follows depends on the maps alone, only that part of the network runs. The logits have a
+        gradient by the maps where autograd is on, and the maps are left as they were.
+        """
+        (place,) = self.places
+        is_plain = place.layout is not None and place.layout.kind == "channels first"
+        cut = _cut(self.graph, place.name) if self.graph is not None and is_plain else None
+        if cut is not None:
+            return lambda _, maps: cut(maps.clone())  # what follows may work in place
+        return lambda inputs, maps: self._run(inputs, MapRecorder(self.places, {place.name: maps}))
+
+
+@torch.no_grad()
+def replaced(
+    tail: Tail, image_chw: Tensor, maps_chw: Tensor, instead_chw: Tensor, channels: Sequence[int], batch_size: int
+) -> Tensor:
+    """Logits [1 + n, K] of an image's maps [C, h, w], and with each of n channels replaced by that of others.
+
+    In batches of one shape.
+    """
+    found = []
+    variants: list[int | None] = [None, *channels]
+    for start in range(0, len(variants), batch_size):
+        some = variants[start : start + batch_size]
+        values = maps_chw.expand(batch_size, *maps_chw.shape).clone()
+        for slot, channel in enumerate(some):
+            if channel is not None:
+                values[slot, channel] = instead_chw[channel]
+        found.append(tail(image_chw.expand(batch_size, *image_chw.shape), values)[: len(some)])
+    return torch.cat(found)
+
+
+def _cut(graph: fx.GraphModule, name: str) -> fx.GraphModule | None:
+    """The part of a traced network behind the node, as a function of what it computes; None: it needs more."""
+    behind = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    for node in graph.graph.nodes:
+        if node.name == name:
+            new[node] = behind.placeholder("maps")
+        elif node.op == "output" or (new and all(before in new for before in node.all_input_nodes)):
+            if any(before not in new for before in node.all_input_nodes):
+                return None
+            new[node] = behind.node_copy(node, new.__getitem__)
+    return fx.GraphModule(graph, behind)
+
+
+def gradients(logits: Tensor, direction: Tensor, activations: Sequence[Tensor]) -> list[Tensor]:
+    """The vector-Jacobian product of `direction` [N, K] at every activation, each shaped like it.
+
+    One backward pass serves all places; the graph is kept for the next target. A place that the output
+    does not depend on gets zeros.
+    """
+    return list(
+        torch.autograd.grad(logits, activations, direction.to(logits.dtype), retain_graph=True, materialize_grads=True)
+    )

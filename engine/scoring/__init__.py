@@ -1,0 +1,1 @@
+"""Masked forward passes: how masks perturb inputs, and how their scores are computed or predicted."""

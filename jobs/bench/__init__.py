@@ -1,0 +1,1 @@
+"""Benchmarks: rates, efficiency, the race with peers, the fidelity curve, and memory banks."""

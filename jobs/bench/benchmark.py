@@ -1,0 +1,266 @@
+"""The benchmark: how near the forward passes come to the bare model's rate here, and what a data set will cost."""
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from blocksight.engine.catalog.forward_setting import ForwardSetting
+from blocksight.engine.catalog.parameters import OcclusionParameters
+from blocksight.engine.explainers.explainer import State
+from blocksight.engine.judging.efficiency import ROUNDS, Efficiency, bare_rates, measure
+from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.targets import ClassProbability
+from blocksight.engine.scoring.forward import Forward
+from blocksight.engine.scoring.probe import Measured, choose, cycled, plain_setting
+from blocksight.jobs.bench.charts import curve_chart
+from blocksight.jobs.bench.curve import CURVE, CurveRequest, measure_curve, pictures, summarise
+from blocksight.jobs.bench.peers import REPEATS, contenders, race
+from blocksight.jobs.bench.photographs import photographs
+from blocksight.jobs.evaluate.evaluation import read_class_map
+from blocksight.jobs.explain.forward_pass import wish_of
+from blocksight.jobs.explain.learned import wanted_images
+from blocksight.jobs.explain.step import load, make_explainer, model_facts
+from blocksight.jobs.plan.config import ConfigError, JobConfig
+from blocksight.jobs.plan.context import sha256_of, weights_bytes
+from blocksight.jobs.plan.estimate import ROW_BYTES
+from blocksight.jobs.plan.machine_rates import MeasuredCost, remember
+from blocksight.jobs.plan.plan import Plan, make_plan
+from blocksight.jobs.plan.text import printable
+from blocksight.jobs.plan.units import Workforce
+from blocksight.storage.images.decode import decode, fit
+from blocksight.storage.inputs.annotations import open_truth
+from blocksight.storage.outputs.map_codec import encode_map
+
+TURNS = "bare model and explainer, in turns"
+CHART = "curve.png"
+
+RECORDS = 1_000_000
+"""That a cost is given for where no data set is named."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a data set will take on some workers, all alike."""
+
+    records: int
+    workers: int
+    hours: float
+    """Wall time, at the measured rate and without start-up, reading and writing."""
+    worker_hours: float
+    """Core-hours, or GPU-hours."""
+    num_bytes: int
+    """Of the output."""
+    money: float | None
+    """In the currency of the price."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What was measured of one model, explainer and device."""
+
+    device: str
+    hardware: str
+    setting: ForwardSetting
+    """How masks are scored."""
+    probed: tuple[Measured, ...]
+    """All settings that were tried."""
+    efficiency: Efficiency
+    bytes_per_map: int
+    """Of the stored map alone."""
+    cost: Cost
+    race: tuple[dict[str, str | float], ...] = ()
+    """What each implementation did, ours and the peers'; nothing where they were not raced."""
+
+
+def device_of(asked: str | None) -> str:
+    """`cpu` or `cuda`: as asked, or the GPU where there is one. Raises ConfigError."""
+    has_gpu = torch.cuda.is_available()
+    if asked == "cuda" and not has_gpu:
+        raise ConfigError("--device cuda is asked for, and torch sees no CUDA GPU here")
+    return asked or ("cuda" if has_gpu else "cpu")
+
+
+def run_benchmark(
+    config: JobConfig,
+    *,
+    has_data: bool,
+    device: str,
+    batch_size: int | None,
+    workers: int | None,
+    price: float | None,
+    with_peers: bool,
+    console: Console,
+) -> Benchmark:
+    """Probes, measures and reckons. Raises ConfigError, ModelError and StoreError.
+
+    The images are the first of the data set, or photographs that come with the demo.
+    """
+    if device == "cpu":
+        torch.set_num_threads(1)  # as an actor has it
+    weights = weights_bytes(config)
+    adapter = load(config, weights, device, str(Path.cwd()))
+    blocks = [block["name"] for block in model_facts(adapter, config).blocks]
+    plan = _plan(config, weights) if has_data else None
+    inputs = _inputs(adapter, plan, config, make_explainer(adapter, config, blocks).images_per_pass)
+    raced: tuple[dict[str, str | float], ...] = ()
+    with _steps(console, 2.0 if with_peers else 1.0) as step:
+        step("choosing the forward setting", 0.0)
+        forward, probed = choose(adapter, wish_of(config, batch_size, is_timed=device == "cuda"))
+        setting = probed[0].setting
+        state = _learned(adapter, config, blocks, inputs)
+        explainer = make_explainer(adapter, config, blocks, setting.batch_size, forward, state=state)
+        step(f"the bare model at each batch size, {setting.backend} {setting.precision}", 0.1)
+        rates = dict(bare_rates(adapter, setting))
+        step(f"{TURNS}, {ROUNDS} times", 0.2)
+        measured, explained = measure(explainer, inputs, setting, rates, lambda: step(TURNS, 0.7 / ROUNDS))
+        if with_peers:
+            plain = plain_setting(device, batch_size)
+            raced = _race(adapter, {setting: forward, plain: adapter.logits}, inputs[:1], step)
+    maps = [encode_map(one.saliency_hw.astype(np.float32)) for own in explained for one in own]
+    num_bytes = round(sum(len(one.data) for one in maps) / len(maps))
+    num_records = plan.num_records if plan is not None else RECORDS
+    cost = _cost(measured, num_bytes, num_records, _workers(device, workers), price)
+    per_record = MeasuredCost(
+        measured.seconds_per_image, measured.forwards_per_image, num_bytes + ROW_BYTES, str(datetime.now(UTC).date())
+    )
+    remember(config, device, per_record)
+    return Benchmark(device, _hardware(device), setting, tuple(probed), measured, num_bytes, cost, raced)
+
+
+def run_curve(
+    config: JobConfig,
+    folder: Path,
+    device: str,
+    batch_size: int | None,
+    truth: str | None,
+    class_map: Path | None,
+    console: Console,
+) -> list[dict[str, Any]]:
+    """Measures the fidelity curve and leaves its figures and its picture in the folder. Raises as `measure_curve`."""
+    annotations = None if truth is None else open_truth(truth, config.endpoint_url)
+    asked = CurveRequest(config, device, batch_size, annotations, read_class_map(class_map))
+    lines = measure_curve(asked, folder, console)
+    rows = summarise(lines)
+    (folder / CURVE).write_text(json.dumps(rows, indent=1))
+    curve_chart(rows, f"{config.model}, {rows[0]['images']} images", folder / CHART)
+    console.print(f"figures: {printable(folder / CURVE)}, picture: {printable(folder / CHART)}")
+    return rows
+
+
+def facts(config: JobConfig, found: Benchmark) -> dict[str, Any]:
+    """All figures as plain values."""
+    return {
+        "model": config.model,
+        "explainer": config.explainer,
+        "parameters": asdict(config.explainer_parameters()),
+        **asdict(found),
+        "probed": [one.figures() for one in found.probed],
+        "forwards_per_second": found.efficiency.forward_rate,
+        "images_per_second": 1 / found.efficiency.seconds_per_image,
+    }
+
+
+def _race(
+    adapter: ModelAdapter,
+    forwards: dict[ForwardSetting, Forward],
+    image: torch.Tensor,
+    step: Callable[[str, float], None],
+) -> tuple[dict[str, str | float], ...]:
+    """Ours as a job runs it and as plain as the peers' model runs, against each peer as shipped and helped."""
+    step("the peers' best batch sizes", 0.0)
+    side = min(adapter.input_size)
+    racing = contenders(
+        adapter, list(forwards.items()), OcclusionParameters(window=max(2, side // 7), stride=max(1, side // 14))
+    )
+    share = 1.0 / (REPEATS * len(racing))
+    found = race(racing, image, REPEATS, lambda one: step(f"race: {one.name} {one.job}, {one.how}", share))
+    return tuple(row.figures() for row in found.rows)
+
+
+def _plan(config: JobConfig, state: bytes | None) -> Plan:
+    return make_plan(config, weights_sha256=sha256_of(state), workforce=Workforce(1, on_gpu=False))
+
+
+def _inputs(adapter: ModelAdapter, plan: Plan | None, config: JobConfig, count: int) -> torch.Tensor:
+    """So many normalised images [N, 3, H, W]: the first that can be decoded, again and again where they are few."""
+    if plan is None:
+        files = photographs().values()
+        found = [fit(decode(body).pixels, adapter.input_size, config.resize) for body in files]
+    else:
+        found = [one.pixels for one in islice(pictures(plan, config, adapter.input_size), count)]
+    if not found:
+        raise ConfigError(f"no image of {config.data} can be decoded")
+    pixels = torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2)
+    return cycled(adapter.normalise(pixels), count)
+
+
+def _learned(
+    adapter: ModelAdapter, config: JobConfig, blocks: Sequence[str], inputs_nchw: torch.Tensor
+) -> State | None:
+    """What the method learns from the few images at hand: enough to measure what an image costs after that."""
+    if not wanted_images(config):
+        return None
+    with adapter.borrowed(), torch.inference_mode():
+        target = ClassProbability(adapter.logits(inputs_nchw).argmax(1, keepdim=True))
+    learner = make_explainer(adapter, config, blocks).learner()
+    learner.see(inputs_nchw, target, range(len(inputs_nchw)))
+    return learner.state()
+
+
+def _workers(device: str, asked: int | None) -> int:
+    if asked is not None:
+        return asked
+    return (os.cpu_count() or 1) if device == "cpu" else torch.cuda.device_count()
+
+
+def _hardware(device: str) -> str:
+    """The name of the GPU, or of the processor."""
+    if device != "cpu":
+        return torch.cuda.get_device_name()
+    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, one core"
+
+
+def _lines(path: str) -> list[str]:
+    file = Path(path)
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def _cost(measured: Efficiency, num_bytes: int, records: int, workers: int, price: float | None) -> Cost:
+    worker_hours = records * measured.seconds_per_image / 3600
+    return Cost(
+        records,
+        workers,
+        hours=worker_hours / workers,
+        worker_hours=worker_hours,
+        num_bytes=records * (num_bytes + ROW_BYTES),
+        money=None if price is None else price * worker_hours,
+    )
+
+
+@contextmanager
+def _steps(console: Console, whole: float) -> Iterator[Callable[[str, float], None]]:
+    """Says what is being done and how much of the whole is done by then."""
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console, transient=True
+    ) as bar:
+        task = bar.add_task("", total=whole)
+
+        def step(what: str, share: float) -> None:
+            bar.update(task, description=what, advance=share)
+            if not console.is_terminal:
+                console.print(what)
+
+        yield step

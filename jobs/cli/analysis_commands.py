@@ -1,0 +1,149 @@
+"""The commands that measure and compare outputs: evaluate, compare, versus and audit."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from blocksight.jobs.cli.app import INCOMPLETE, Endpoint, Existing, Model, Weights, console, existing
+from blocksight.jobs.cli.audit_tables import audit_table
+from blocksight.jobs.cli.job_tables import failure_line
+from blocksight.jobs.cli.metric_tables import comparison_table, difference_table, evaluation_table
+from blocksight.jobs.plan.config import MAX_SEED, execution_of
+from blocksight.jobs.plan.text import counted, printable
+from blocksight.storage.stores.opening import open_store
+from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore
+
+commands = typer.Typer()
+
+
+@commands.command()
+def evaluate(
+    output: Existing,
+    metrics: Annotated[str, typer.Option(help="Names joined by commas, or all. See `list metrics`.")] = "all",
+    metrics_sample: Annotated[float, typer.Option(help="Share of the records that is measured, such as 0.1.")] = 1.0,
+    truth: Annotated[
+        str | None, typer.Option(help="Where the objects are: VOC XML, COCO JSON or Parquet (file, folder, s3://).")
+    ] = None,
+    class_map: Annotated[
+        Path | None, typer.Option(help='JSON: which classes a label stands for, such as {"dog": [151, 152]}.')
+    ] = None,
+    controls: Annotated[bool, typer.Option("--controls", help="Measure a random map, a bell and edges too.")] = False,
+    baseline: Annotated[
+        Literal["zero", "black"], typer.Option(help="What stands where a metric removes a pixel, for every method.")
+    ] = "zero",
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the sample and of all that is random.")] = 0,
+    model: Model = None,
+    weights: Weights = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Actors.  [default: one per GPU, or CPU core]")] = None,
+    runner: Annotated[str, typer.Option(help="ray, or local: this process alone.")] = "ray",
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join.  [default: one is started]")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Masked inputs per forward.")] = None,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Measure the maps of an output: values in fragments beside them, nothing is rewritten. Resumes like explain.
+
+    Example: blocksight evaluate maps/ --metrics insertion,deletion,ebpg --truth boxes/ --metrics-sample 0.1
+    """
+    from blocksight.jobs.run.evaluation import EvaluationRequest, run_evaluation
+
+    asked = EvaluationRequest(
+        output=output,
+        metrics=metrics,
+        share=metrics_sample,
+        controls=controls,
+        seed=seed,
+        baseline=baseline,
+        truth=truth,
+        class_map=class_map,
+        model=model,
+        weights=weights,
+        endpoint_url=endpoint_url,
+    )
+    execution = execution_of({"workers": workers, "runner": runner, "address": address, "batch_size": batch_size})
+    outcome = run_evaluation(asked, execution, console)
+    for failure in outcome.failures:
+        console.print(failure_line(failure))
+    if outcome.stopped is not None:
+        console.print(f"Stopped: {printable(outcome.stopped)}.")
+    place = f"{output.rstrip('/')}/{outcome.folder}"
+    console.print(evaluation_table(outcome.done, place))
+    if outcome.num_open:
+        console.print(f"{counted(outcome.num_open, 'unit')} still open: the same command goes on from there.")
+        raise typer.Exit(INCOMPLETE)
+
+
+@commands.command("compare")
+def compare_outputs(
+    outputs: Annotated[list[str], typer.Argument(help="Outputs of explain; the first one's method is the reference.")],
+    store: Annotated[str | None, typer.Option(help="Parquet file for the table: a path or s3:// URI.")] = None,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Compare methods: means with 95 % intervals by bootstrap over images, and marks where they differ for sure.
+
+    Every number comes from the rows that stand in the outputs; run `evaluate` on each first, for more than
+    Drop and Increase. A star marks a paired difference to the first method with p below 0.05 after Holm's
+    correction over the whole table.
+    """
+    from blocksight.jobs.evaluate.compare import Output, compare, store_table
+
+    table = compare([Output(name, *existing(name, endpoint_url)) for name in outputs])
+    console.print(comparison_table(table, console.width))
+    if store is not None:
+        store_table(table, store, endpoint_url)
+        console.print(f"table: {printable(store)}")
+
+
+@commands.command()
+def versus(
+    a: Annotated[str, typer.Argument(help="The output that is the reference, such as the old model's.")],
+    b: Annotated[str, typer.Argument(help="The output that is compared with it, of the same data.")],
+    output: Annotated[str, typer.Option(help="Folder or s3:// prefix for the difference, rewritten if it is ours.")],
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Compare two outputs record by record: what regressed, how far the maps moved, and whether both go together.
+
+    Two models are compared best with --target label in both: predicted targets differ where it matters most.
+
+    Example: blocksight versus maps-old/ maps-new/ --output old-against-new/
+    """
+    from blocksight.jobs.versus.run import write_difference
+    from blocksight.jobs.work.rows import Output
+
+    outputs = [Output(name, *existing(name, endpoint_url)) for name in (a, b)]
+    store = PatientStore(open_store(output, endpoint_url), SHORT_PATIENCE_SECONDS)
+    found = write_difference(outputs[0], outputs[1], store, endpoint_url, console)
+    console.print(difference_table(found.summary, output))
+    if found.picture is not None:
+        console.print(f"picture: {printable(output.rstrip('/'))}/{found.picture} ({found.summary['picture']})")
+
+
+@commands.command()
+def audit(
+    output: Existing,
+    truth: Annotated[
+        str | None, typer.Option(help="Where the objects are, as in `evaluate`: tells shortcuts from objects.")
+    ] = None,
+    class_map: Annotated[Path | None, typer.Option(help="JSON, as in `evaluate`.")] = None,
+    tries: Annotated[
+        bool, typer.Option("--try/--no-try", help="Put suspected shortcuts to the test on the model.")
+    ] = True,
+    model: Model = None,
+    weights: Weights = None,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of samples and random regions.")] = 0,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Find what is wrong with a model: how its maps lie, class by class, which are odd, which shortcuts it takes.
+
+    A region that one class's maps point at is blanked in members and pasted into other images, beside random
+    regions of its size. Only what stands that test is called a finding; the rest are suspicions.
+
+    Example: blocksight audit s3://bucket/maps --truth boxes/
+    """
+    from blocksight.jobs.audit.run import AuditRequest, run_audit
+
+    asked = AuditRequest(output, truth, class_map, weights, tries, seed, endpoint_url, model)
+    found = run_audit(asked, console)
+    console.print(audit_table(found, f"{output.rstrip('/')}/audit/"))
+    console.print(f"to look at it: blocksight report {printable(shlex.quote(output))}")

@@ -1,0 +1,150 @@
+"""The application that all commands share: its options, exit codes and console."""
+
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from blocksight.jobs.plan.config import Execution, JobConfig, load_config, parse_parameters
+from blocksight.jobs.plan.plan import Plan
+from blocksight.storage.stores.store import ObjectStore
+
+COMPLETE, USAGE, OVER_BUDGET, INCOMPLETE, UNRECONCILED, WEAK_STORE = 0, 2, 3, 4, 5, 6
+
+app = typer.Typer(
+    name="blocksight",
+    help="Explains whole data sets: a saliency map for every image of a folder or a bucket, kept as Parquet.\n\n"
+    "Begin with `blocksight demo`.\n\n"
+    "Exit codes: 0 complete; 2 usage, configuration, data or model; 3 complete, with more rejected records or "
+    "dead units than the budget allows; 4 units are still open; "
+    "5 the output is not what was planned; 6 the store cannot create an object once.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+LOG_WIDTH = 140
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH)
+"""As wide as the terminal; a log or a pipe gets whole lines."""
+
+JOB_OPTIONS: dict[str, Any] = {
+    "data": Annotated[str | None, typer.Option(help="Folder, file or s3:// prefix of images, tar shards or Parquet.")],
+    "output": Annotated[str | None, typer.Option(help="Folder or s3:// prefix for the result.")],
+    "config": Annotated[Path | None, typer.Option(help="TOML file with these options as keys; options win.")],
+    "endpoint_url": Annotated[str | None, typer.Option(help="S3 endpoint, for stores other than AWS.")],
+    "model": Annotated[str | None, typer.Option(help="See `list models`.  [default: efficientnet_lite0]")],
+    "weights": Annotated[str | None, typer.Option(help="State dict: file or s3:// URI; a weight name; or `random`.")],
+    "blocks": Annotated[str | None, typer.Option(help="Blocks by hand, comma-separated, shallow to deep.")],
+    "explainer": Annotated[
+        str | None,
+        typer.Option(help="See `list explainers`; some wrap another, as in ucag(gradcam).  [default: sise]"),
+    ],
+    "param": Annotated[
+        list[str] | None,
+        typer.Option("-p", "--param", help="Of the explainer, such as mu=0.3; of what it wraps: base.mu=0.3."),
+    ],
+    "preset": Annotated[
+        str | None,
+        typer.Option(
+            help="fast: fewer steps for the dearest explainers, and half precision on a GPU where its scores are near "
+            "enough; paper: the papers' constants in float32. What -p says wins.  [default: fast]"
+        ),
+    ],
+    "precision": Annotated[
+        str | None,
+        typer.Option(
+            help="Of masked forwards: float32, float16, bfloat16.  [default: float32 on a CPU; on a GPU by preset]"
+        ),
+    ],
+    "budget": Annotated[
+        str | None,
+        typer.Option(
+            help="Of sise: masks to score per image (a number, a share such as 0.1, or auto); the other "
+            "scores are predicted.  [default: all are scored]"
+        ),
+    ],
+    "fidelity": Annotated[
+        str | None,
+        typer.Option(
+            help="Of sise: preview (no mask is scored), balanced (a tenth), full, or auto: full for records that "
+            "are wrong, uncertain, rare among the class folders, or poorly mapped by a tenth.  [default: full]"
+        ),
+    ],
+    "target": Annotated[
+        str | None, typer.Option(help="predicted, label, top-3, 281 or 281,282.  [default: predicted]")
+    ],
+    "resize": Annotated[str | None, typer.Option(help="squash (whole image) or crop (its centre).  [default: squash]")],
+    "limit": Annotated[int | None, typer.Option(help="Only the first so many records.")],
+    "seed": Annotated[int | None, typer.Option(help="Of everything random.  [default: 0]")],
+    "workers": Annotated[int | None, typer.Option(min=1, help="Explain actors.  [default: one per GPU, or CPU core]")],
+    "runner": Annotated[
+        str | None, typer.Option(help="ray, or local: this process alone, same bytes.  [default: ray]")
+    ],
+    "address": Annotated[str | None, typer.Option(help="Ray cluster to join.  [default: one is started]")],
+    "batch_size": Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Masked inputs per forward.  [default: 8 with OpenVINO, else 4; on a GPU the fastest, or 256]",
+        ),
+    ],
+    "tune": Annotated[
+        bool | None,
+        typer.Option(
+            "--tune",
+            help="Time a CPU's forwards first and take the fastest batch size: two outputs may then differ in bits.",
+        ),
+    ],
+    "max_reject_fraction": Annotated[
+        float | None, typer.Option(help="More rejected records are no success: exit 3.  [default: 0.5]")
+    ],
+    "max_dead_units": Annotated[
+        int | None, typer.Option(help="More units that were given up are none either.  [default: 0]")
+    ],
+}
+"""What `plan` and `explain` share: what is computed, and how it runs."""
+
+Existing = Annotated[str, typer.Argument(help="The output: folder or s3:// prefix.")]
+Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint, for stores other than AWS.")]
+Model = Annotated[
+    str | None, typer.Option(help="The model again, if it is code of yours: an output alone never has code imported.")
+]
+Weights = Annotated[str | None, typer.Option(help="The weights file again, if the model came from one.")]
+
+
+def takes_job(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of a job, and hands it the checked configuration and execution."""
+
+    def run(**given: Any) -> None:
+        command(*job_of(given))
+
+    shared = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in JOB_OPTIONS.items()
+    ]
+    signature = inspect.Signature(shared)
+    run.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+    run.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+    run.__doc__ = command.__doc__
+    run.__name__ = command.__name__
+    return run
+
+
+def job_of(given: dict[str, Any]) -> tuple[JobConfig, Execution]:
+    """What the shared options and their TOML file say."""
+    options = {name: given[name] for name in JOB_OPTIONS if name not in ("config", "param", "budget")}
+    asked = [*(given["param"] or []), *([f"budget={given['budget']}"] if given["budget"] is not None else [])]
+    return load_config(given["config"], {**options, "parameters": parse_parameters(asked)})
+
+
+def existing(output: str, endpoint_url: str | None) -> tuple[ObjectStore, Plan]:
+    """The output's store and the plan that stands in it."""
+    from blocksight.jobs.work.rows import existing_output
+
+    standing = existing_output(output, endpoint_url)
+    return standing.store, standing.plan

@@ -1,0 +1,83 @@
+"""What `blocksight list` prints: explainers with their parameters, metrics and models."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from blocksight.engine.catalog import entries
+from blocksight.engine.catalog.entries import RECONSTRUCTED
+from blocksight.jobs.cli.tables import grid_table
+
+
+def catalog_table(what: str) -> RenderableType:
+    """One of the engine's lists."""
+    if what == "metrics":
+        return grid_table(
+            ["metric", "meaning", "unit", "better", "cost"],
+            [[name, own.meaning, own.unit, own.better, own.cost] for name, own in entries.METRICS.items()],
+        )
+    if what == "models":
+        return grid_table(
+            ["model", "meaning", "needs"],
+            [[name, own.meaning, own.needs] for name, own in entries.MODELS.items()],
+        )
+    explainers = grid_table(
+        ["explainer", "needs", "cost", "source"],
+        [[_listed(name, own), own.needs, own.cost, own.source] for name, own in entries.EXPLAINERS.items()],
+    )
+    chosen = {name: own for name, own in entries.EXPLAINERS.items() if fields(own.parameters)}
+    return Group(explainers, *_legend(), *(_parameters(name, own) for name, own in chosen.items()))
+
+
+def _listed(name: str, entry: entries.ExplainerEntry) -> str:
+    """A name as the list shows it."""
+    return f"{name}{'(...)' if entry.wraps else ''}{' *' if entry.is_reconstruction else ''}"
+
+
+def _legend() -> Iterator[str]:
+    """What the marks in the list of explainers mean."""
+    usual = ", ".join(f"{name}({own.wraps})" for name, own in entries.EXPLAINERS.items() if own.wraps)
+    yield "(...) wraps another explainer, such as ucag(sise) or ucag(smoothgrad(gradcam)); where none is named:"
+    yield f"    {usual}"
+    yield f"* {RECONSTRUCTED}"
+    yield "-p NAME=VALUE sets a parameter, -p base.NAME=VALUE one of what is wrapped; --preset sets the others"
+    yield "    as below: where fast says nothing, as in paper"
+
+
+def _parameters(explainer: str, entry: entries.ExplainerEntry) -> Table:
+    """Parameters with what each preset makes of them; one column where the presets are the same."""
+    rows, hints = [], get_type_hints(entry.parameters)
+    for field in fields(entry.parameters):
+        paper = "" if field.default is MISSING else _value(field.default)
+        fast = _value(entry.fast[field.name]) if field.name in entry.fast else ""
+        rows.append([field.name, paper, *([fast] if entry.fast else []), _meaning(field, hints[field.name])])
+    presets = ["paper", "fast"] if entry.fast else ["default"]
+    return grid_table([f"{explainer}: -p NAME=VALUE", *presets, "meaning"], rows)
+
+
+def _meaning(field: Field[Any], hint: Any) -> str:
+    """The help of a parameter, and the words that it may be where the help does not name them."""
+    said, words = str(field.metadata["help"]), list(_words(hint))
+    missing = [word for word in words if not re.search(rf"\b{re.escape(word)}\b", said) and word != field.default]
+    return f"{said} ({', '.join(words)})" if missing else said
+
+
+def _words(hint: Any) -> Iterator[str]:
+    """The literal words of a type."""
+    if get_origin(hint) is Literal:
+        yield from (word for word in get_args(hint) if isinstance(word, str))
+    else:
+        for inner in get_args(hint):
+            yield from _words(inner)
+
+
+def _value(value: Any) -> str:
+    """A parameter's value as it is given with -p."""
+    if isinstance(value, tuple):
+        return ",".join(value) if all(isinstance(one, str) for one in value) else json.dumps(value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

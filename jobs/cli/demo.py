@@ -1,0 +1,89 @@
+"""The demo: real photographs from a package, explained end to end, with pictures to look at."""
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from blocksight.cluster.bucket import EmbeddedBucket
+from blocksight.jobs.bench.photographs import photographs
+from blocksight.jobs.cli.job_tables import outcome_table
+from blocksight.jobs.cli.record_tables import FIGURES, target_cells
+from blocksight.jobs.plan.config import Execution, JobConfig
+from blocksight.jobs.plan.text import printable
+from blocksight.jobs.run.job import run_job
+from blocksight.jobs.work.rows import all_rows, picture
+from blocksight.storage.outputs.file_names import file_name
+from blocksight.storage.outputs.pictures import Tile, contact_sheet, overlay, side_by_side
+from blocksight.storage.stores.opening import open_store
+from blocksight.storage.stores.store import AlreadyExistsError, ObjectStore
+
+SHEET_COLUMNS = 3
+
+
+def run_demo(folder: Path, *, through_bucket: bool, console: Console) -> None:
+    """Explains the photographs into `folder` and writes overlays and a contact sheet there.
+
+    Through the bucket, an S3 server on loopback holds photographs and result while the demo runs; its data
+    lie in the folder too. Run again, it finds the finished work and only draws the pictures.
+    """
+    files = photographs()
+    with _root(folder, through_bucket, console) as (root, endpoint_url):
+        job = JobConfig(data=f"{root}/photographs", output=f"{root}/maps", endpoint_url=endpoint_url)
+        _upload(files, open_store(job.data, endpoint_url))
+        outcome = run_job(job, Execution(), console)
+        store, plan = open_store(job.output, endpoint_url), outcome.standing.plan
+        rows = [row for row in all_rows(store, plan) if row["map"] is not None]
+        pictures = folder / "pictures"
+        pictures.mkdir(parents=True, exist_ok=True)
+        tiles = []
+        table = Table()
+        for name in ("image", "predicted", *FIGURES):
+            table.add_column(name, overflow="fold")
+        for row in rows:
+            shown = picture(plan, endpoint_url, row)
+            _save(side_by_side(shown.pixels, shown.saliency_hw), pictures / f"{file_name(Path(row['key']).stem)}.png")
+            caption = f"{row['target_name']}, {row['score']:.2f}\n{row['key']}"
+            tiles.append(Tile(overlay(shown.pixels, shown.saliency_hw), caption))
+            table.add_row(printable(row["key"]), *target_cells(row))
+    contact_sheet(tiles, SHEET_COLUMNS).save(pictures / "contact-sheet.png")
+    console.print(table)
+    console.print(outcome_table(job, outcome))
+    console.print(f"pictures: {printable(pictures)}/ (begin with contact-sheet.png)")
+
+
+@contextmanager
+def _root(folder: Path, through_bucket: bool, console: Console) -> Iterator[tuple[str, str | None]]:
+    """Where photographs and maps go, and the endpoint: the folder, or a bucket that stands while the body runs."""
+    if not through_bucket:
+        yield str(folder), None
+        return
+    with EmbeddedBucket("blocksight-demo", folder / "bucket") as bucket:
+        console.print(f"bucket: {bucket.uri} at {bucket.endpoint_url} (SeaweedFS, loopback, stopped afterwards)")
+        before = dict(os.environ)
+        os.environ.update(bucket.environment)
+        try:
+            yield bucket.uri, bucket.endpoint_url
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def _upload(photographs: dict[str, bytes], store: ObjectStore) -> None:
+    """Puts the photographs that are not there yet: a version once planned is not touched again."""
+    for name, body in photographs.items():
+        try:
+            store.create(name, body)
+        except AlreadyExistsError:
+            continue
+
+
+def _save(pixels: object, path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")  # pyright: ignore[reportArgumentType]
+    path.write_bytes(buffer.getvalue())

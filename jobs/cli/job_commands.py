@@ -1,0 +1,185 @@
+"""The commands of a job: plan, explain, status, verify, retry, finalize and gc."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from rich.progress import track
+
+from blocksight.jobs.cli.app import (
+    INCOMPLETE,
+    OVER_BUDGET,
+    UNRECONCILED,
+    Endpoint,
+    Existing,
+    console,
+    existing,
+    takes_job,
+)
+from blocksight.jobs.cli.job_tables import failure_line, letter_line, outcome_table, plan_table, standing_table
+from blocksight.jobs.ledger.reconcile import Standing, check, final_manifest, num_accepted, stand
+from blocksight.jobs.ledger.reconcile import finalize as write_manifest
+from blocksight.jobs.ledger.retry import reopen
+from blocksight.jobs.plan.config import Execution, JobConfig
+from blocksight.jobs.plan.forward_setting import planned_forward
+from blocksight.jobs.plan.records import Cause
+from blocksight.jobs.plan.text import counted, printable
+from blocksight.jobs.run.budgets import Budget, excess
+from blocksight.storage.stores.store import ObjectStore
+
+commands = typer.Typer()
+
+
+@commands.command()
+@takes_job
+def plan(job: JobConfig, execution: Execution) -> None:
+    """List the input, cut it into units, estimate the cost. Reads no image and writes nothing.
+
+    Example: blocksight plan --data s3://bucket/images --output s3://bucket/maps
+    """
+    from blocksight.jobs.run.job import plan_job, workforce_of
+
+    _, made = plan_job(job, execution)
+    console.print(plan_table(job, made, workforce_of(execution)))
+
+
+@commands.command()
+@takes_job
+def explain(job: JobConfig, execution: Execution) -> None:
+    """Explain every record that is not explained yet. The same command again resumes, or has nothing to do.
+
+    Example: blocksight explain --data photos/ --output maps/ --target top-3 -p mu=0.3
+
+    Example: blocksight explain --data photos/ --output maps/ --explainer "ucag(sise)" -p crops=4 -p base.mu=0.3
+    """
+    from blocksight.jobs.run.job import run_job
+
+    outcome = run_job(job, execution, console)
+    console.print(outcome_table(job, outcome))
+    for failure in outcome.ran.failures:
+        console.print(failure_line(failure))
+    for letter in outcome.standing.dead.values():
+        console.print(letter_line(letter))
+    if outcome.ran.stopped is not None:
+        console.print(f"Stopped: {printable(outcome.ran.stopped)}.")
+    if outcome.ran.is_hopeless and outcome.standing.open_units:
+        raise typer.Exit(OVER_BUDGET)
+    _settled(outcome.standing, outcome.excess, is_final=outcome.manifest is not None)
+
+
+def _settled(standing: Standing, excess: Sequence[str], *, is_final: bool) -> None:
+    """Ends the command where the job is not the success that was asked for, and says the way out."""
+    if standing.open_units:
+        still_open = counted(len(standing.open_units), "unit")
+        console.print(f"{still_open} still open: the same `explain` goes on from there.")
+        raise typer.Exit(INCOMPLETE)
+    for sentence in excess:
+        console.print(f"Over budget: {sentence}.")
+    if standing.dead and excess and not is_final:
+        console.print("`blocksight retry OUTPUT` opens dead units again, --max-dead-units does without them.")
+    if excess:
+        raise typer.Exit(OVER_BUDGET)
+
+
+@commands.command()
+def status(output: Existing, endpoint_url: Endpoint = None) -> None:
+    """Say how far a job is, from the output alone; works while it runs and when its driver is gone."""
+    store, made = existing(output, endpoint_url)
+    standing = stand(store, made)
+    console.print(standing_table(output, standing, planned_forward(store)))
+    for letter in standing.dead.values():
+        console.print(letter_line(letter))
+    if standing.open_units:
+        raise typer.Exit(INCOMPLETE)
+    _finished(store, standing)
+
+
+def _finished(store: ObjectStore, standing: Standing) -> None:
+    """Ends the command where every unit is settled and the final manifest is not written."""
+    if final_manifest(store, standing.plan) is not None:
+        return
+    if standing.dead:
+        dead = counted(len(standing.dead), "dead unit")
+        console.print(f"{dead}: `retry` opens them again, `finalize --max-dead-units` does without.")
+        raise typer.Exit(OVER_BUDGET)
+    console.print("Every unit is settled, and the final manifest is not written: `blocksight finalize` writes it.")
+    raise typer.Exit(INCOMPLETE)
+
+
+@commands.command()
+def verify(output: Existing, endpoint_url: Endpoint = None) -> None:
+    """Prove from the output alone that rows in = explained + rejected, every record once, no byte changed."""
+    store, made = existing(output, endpoint_url)
+    faults, checked = [], 0
+    fragments = track(
+        check(store, made),
+        "verifying",
+        total=len(made.units) + 1,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    for unit, found in fragments:
+        faults += found
+        checked += unit is not None
+    for fault in faults:
+        console.print(printable(fault))
+    if faults:
+        console.print(f"NOT RECONCILED: {counted(len(faults), 'fault')} in {counted(checked, 'fragment')}.")
+        raise typer.Exit(UNRECONCILED)
+    standing = stand(store, made)
+    console.print(standing_table(output, standing))
+    if standing.open_units:
+        sound, still_open = counted(checked, "sound fragment"), counted(len(standing.open_units), "open unit")
+        console.print(f"{sound}, {still_open}.")
+        raise typer.Exit(INCOMPLETE)
+    _finished(store, standing)
+    without = f" but those of {counted(len(standing.dead), 'dead unit')}" if standing.dead else ""
+    console.print(f"Reconciled: {counted(checked, 'fragment')}, every planned record{without} stands once.")
+
+
+@commands.command()
+def retry(
+    output: Existing,
+    cause: Annotated[str | None, typer.Option(help=f"Only those of one cause: {', '.join(Cause)}.")] = None,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Open dead units again, so that the next `explain` works on them."""
+    store, made = existing(output, endpoint_url)
+    reopened = reopen(store, made, cause)
+    for letter in reopened:
+        console.print(letter_line(letter))
+    console.print(f"{counted(len(reopened), 'unit')} open again." if reopened else "No dead unit to open.")
+
+
+@commands.command()
+def finalize(
+    output: Existing,
+    max_dead_units: Annotated[int, typer.Option(min=0, help="Do without so many dead units.")] = 0,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Write the final manifest of an output whose units are all committed or dead; computes nothing."""
+    store, made = existing(output, endpoint_url)
+    standing = stand(store, made)
+    console.print(standing_table(output, standing))
+    accepted = num_accepted(final_manifest(store, made))
+    budget = Budget(max_reject_fraction=1.0, max_dead_units=max(max_dead_units, accepted))
+    _settled(standing, excess(standing, budget), is_final=False)
+    write_manifest(store, standing)
+    console.print("The final manifest stands.")
+
+
+@commands.command()
+def gc(
+    output: Existing,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and leave it.")] = False,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Remove what runs that died left behind: markers, unfinished files, lost plans. No result is touched."""
+    from blocksight.jobs.ledger.garbage import remove_leftovers
+
+    store, made = existing(output, endpoint_url)
+    names = remove_leftovers(store, stand(store, made), dry_run=dry_run)
+    for name in names:
+        console.print(printable(name))
+    console.print(f"{counted(len(names), 'leftover')}{' found' if dry_run else ' removed'}.")

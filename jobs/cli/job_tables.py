@@ -1,0 +1,133 @@
+"""What the commands of a job print: its plan, its state, its outcome."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from blocksight.engine.catalog import entries
+from blocksight.jobs.cli.tables import facts_table, size_text
+from blocksight.jobs.explain.learned import wanted_images
+from blocksight.jobs.ledger.receipts import metric_means
+from blocksight.jobs.ledger.reconcile import Standing
+from blocksight.jobs.plan.config import JobConfig
+from blocksight.jobs.plan.estimate import estimate
+from blocksight.jobs.plan.forward_setting import PlannedForward
+from blocksight.jobs.plan.machine_rates import recall
+from blocksight.jobs.plan.plan import Plan
+from blocksight.jobs.plan.records import DeadLetter, UnitFailure
+from blocksight.jobs.plan.text import clock, counted, printable
+from blocksight.jobs.plan.units import Workforce
+from blocksight.jobs.run.job import RunOutcome
+
+
+def plan_table(job: JobConfig, plan: Plan, workforce: Workforce) -> Table:
+    """Units, records and the first estimate."""
+    num_workers = workforce.num_workers
+    cost = estimate(job, plan.num_records, on_gpu=workforce.on_gpu)
+    forwards, num_bytes, seconds = cost.forwards_per_record, cost.num_bytes, cost.seconds(num_workers)
+    basis = cost.basis
+    timing = "a guess: `blocksight bench` measures it"
+    measured = recall(job, "cuda" if workforce.on_gpu else "cpu")
+    if measured is not None:
+        forwards, num_bytes = measured.forwards_per_record, measured.bytes_per_record * plan.num_records
+        seconds = measured.seconds_per_record * plan.num_records / num_workers
+        basis = timing = f"measured by `bench` here on {measured.day}"
+    workers = counted(num_workers, "GPU" if workforce.on_gpu else "CPU core")
+    about = "" if plan.is_exact else "about "
+    ignored = ", ".join(f"{count} {printable(kind)}" for kind, count in sorted(plan.ignored.items()))
+    rows = [
+        ("input", f"{plan.num_objects:,} objects, {size_text(plan.num_bytes)}, as {plan.layout}"),
+        ("ignored", ignored or "nothing"),
+        *(("unreadable", f"{printable(key)}: {printable(why)}") for key, why in plan.troubles.items()),
+        ("records", f"{about}{plan.num_records:,}"),
+        ("units", f"{len(plan.units):,}"),
+        *_first_pass(job, plan.num_records),
+        ("forwards", f"about {forwards * plan.num_records:,.0f} ({forwards:,.0f} a record, {basis})"),
+        ("time", f"about {clock(seconds)} on {workers} ({timing})"),
+        ("output", f"about {size_text(num_bytes)}"),
+        ("fingerprint", plan.fingerprint[:16]),
+    ]
+    return facts_table(rows, "plan (nothing was computed or written)")
+
+
+def _first_pass(job: JobConfig, num_records: int) -> list[tuple[str, str]]:
+    wanted = min(wanted_images(job), num_records)
+    said = f"{job.explainer} learns from {counted(wanted, 'image')}, once, before the first unit"
+    return [("first pass", said)] if wanted else []
+
+
+def standing_table(output: str, standing: Standing, forward: PlannedForward | None = None) -> Table:
+    """How far a job is."""
+    units = len(standing.plan.units)
+    rejects = ", ".join(f"{count} {code}" for code, count in sorted(standing.rejects.items()))
+    timed = [receipt for receipt in standing.receipts.values() if receipt.explain_seconds]  # a rebuilt one is not
+    seconds = sum(receipt.explain_seconds or 0.0 for receipt in timed)
+    forwards = sum(receipt.num_forwards for receipt in timed)
+    ways = "; ".join(sorted({receipt.forward for receipt in timed if receipt.forward and receipt.num_forwards}))
+    rate = f", {forwards / seconds:,.0f} a second of a worker" + (f" ({ways})" if ways else "") if seconds else ""
+    about = "" if standing.plan.is_exact else "about "
+    of_all = f" of {about}{standing.plan.num_records:,}" if standing.open_units else ""
+    rows = [
+        ("output", printable(output)),
+        *((name, printable(standing.plan.identity[name])) for name in ("data", "model")),
+        ("units", f"{len(standing.receipts):,} of {units:,} committed" + _dead(standing)),
+        ("records", f"{standing.total('num_records'):,}{of_all}"),
+        ("explained", f"{standing.total('num_ok'):,}"),
+        ("rejected", f"{standing.total('num_rejected'):,}" + (f" ({rejects})" if rejects else "")),
+        ("forwards", f"{standing.total('num_forwards'):,}{rate}"),
+        *([("masks", f"scored by {forward}")] if forward is not None else []),
+        ("size", size_text(standing.total("num_bytes"))),
+        *_metric_rows(metric_means(standing.receipts.values())),
+    ]
+    return facts_table(rows)
+
+
+def _dead(standing: Standing) -> str:
+    if not standing.dead:
+        return ""
+    causes = Counter(letter.cause for letter in standing.dead.values())
+    return f", {len(standing.dead)} dead ({', '.join(f'{count} {cause}' for cause, count in causes.most_common())})"
+
+
+def letter_line(letter: DeadLetter) -> str:
+    """One line for a unit that was given up."""
+    where = f"unit {letter.ordinal} ({printable(letter.inputs)})"
+    return f"{where} is dead, {letter.cause} at {letter.stage}: {printable(letter.error)}"
+
+
+def outcome_table(job: JobConfig, outcome: RunOutcome) -> Table:
+    """What a run left behind."""
+    table = standing_table(job.output, outcome.standing, outcome.forward)
+    if outcome.ran.seconds:
+        table.add_row("this run", f"{clock(outcome.ran.seconds)}, workers busy {outcome.ran.busy:.0%} of it")
+    elif outcome.manifest is not None:
+        table.add_row("this run", "nothing to do: the job is complete")
+    if outcome.standing.receipts:
+        table.add_row("read it", printable(_reading(job)))
+    return table
+
+
+def _reading(job: JobConfig) -> str:
+    """The line of Python that reads the output."""
+    data = f"{job.output.rstrip('/')}/data"
+    if job.endpoint_url is None or not data.startswith("s3://"):
+        return f"pyarrow.parquet.read_table({data!r})"
+    return f"pandas.read_parquet({data!r}, storage_options={{'endpoint_url': {job.endpoint_url!r}}})"
+
+
+def _metric_rows(means: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    rows = []
+    for name, value in means.items():
+        metric, _, protocol = name.partition("@")
+        better = entries.METRICS[metric].better
+        said = f"{value['mean']:.2f} % over {value['count']:,} maps ({better} is better, protocol {protocol})"
+        rows.append((metric, said))
+    return rows
+
+
+def failure_line(failure: UnitFailure) -> str:
+    """One line for a unit that was not committed."""
+    where = f"unit {failure.ordinal} ({printable(failure.inputs)})"
+    return f"{where} failed at {failure.stage}: {printable(failure.error)}"

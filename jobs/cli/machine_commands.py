@@ -1,0 +1,167 @@
+"""The commands that need no output: demo, bench, bank and list."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from blocksight.jobs.cli.app import Endpoint, console
+from blocksight.jobs.cli.bench_tables import benchmark_table, curve_table
+from blocksight.jobs.cli.catalog_tables import catalog_table
+from blocksight.jobs.plan.config import ConfigError, load_config, parse_parameters
+from blocksight.jobs.plan.text import counted, printable
+
+commands = typer.Typer()
+
+
+@commands.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for photographs, maps and pictures.")] = Path("blocksight-demo"),
+    bucket: Annotated[bool, typer.Option("--bucket", help="Through a real S3 server on loopback.")] = False,
+) -> None:
+    """Explain six photographs with EfficientNet-Lite0: no account, no network, no data of yours."""
+    from blocksight.jobs.cli.demo import run_demo
+
+    run_demo(output, through_bucket=bucket, console=console)
+
+
+@commands.command()
+def bench(
+    data: Annotated[
+        str | None, typer.Option(help="The data set whose cost is reckoned.  [default: photographs, a million images]")
+    ] = None,
+    fidelity: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="Measure the fidelity curve on these images instead; goes on where it was."),
+    ] = None,
+    peers: Annotated[bool, typer.Option("--peers", help="Race other libraries on the same job, in turns.")] = False,
+    model: Annotated[str, typer.Option(help="See `list models`.")] = "efficientnet_lite0",
+    weights: Annotated[str | None, typer.Option(help="State dict: file or s3:// URI; a weight name; `random`.")] = None,
+    blocks: Annotated[str | None, typer.Option(help="Blocks by hand, comma-separated, shallow to deep.")] = None,
+    explainer: Annotated[str, typer.Option(help="See `list explainers`; some wrap another: ucag(gradcam).")] = "sise",
+    param: Annotated[
+        list[str] | None,
+        typer.Option("-p", "--param", help="Of the explainer, such as mu=0.3; of what it wraps: base.mu=0.3."),
+    ] = None,
+    preset: Annotated[
+        Literal["paper", "fast"], typer.Option(help="fast may take fewer steps and half precision; as in `explain`.")
+    ] = "fast",
+    precision: Annotated[
+        Literal["auto", "float32", "float16", "bfloat16"], typer.Option(help="Of masked forwards; as in `explain`.")
+    ] = "auto",
+    device: Annotated[
+        Literal["cpu", "cuda"] | None, typer.Option(help="[default: the GPU, or one core where there is none]")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Masked inputs per forward.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="That the data set is reckoned for.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Of an hour of one worker: a core, or a GPU.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the fidelity curve.")] = Path("blocksight-curve"),
+    truth: Annotated[str | None, typer.Option(help="Where the objects are, for EBPG; as in `evaluate`.")] = None,
+    class_map: Annotated[Path | None, typer.Option(help="JSON, as in `evaluate`.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON alone.")] = False,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Measure on this machine: the bare model's best rate, the explainer's, and the cost of a data set.
+
+    `plan` uses the result. --peers races other libraries; --fidelity measures how near cheaper maps come to full SISE.
+
+    Example: blocksight bench --data s3://bucket/images --price 2.50
+    """
+    from blocksight.jobs.bench import benchmark as benchmark
+
+    asked = {
+        "data": fidelity or data or str(output),
+        "output": str(output),
+        "endpoint_url": endpoint_url,
+        "model": model,
+        "weights": weights,
+        "blocks": blocks,
+        "explainer": explainer,
+        "parameters": parse_parameters(param or []),
+        "preset": preset,
+        "precision": precision,
+        "limit": limit,
+    }
+    job, _ = load_config(None, asked)
+    said = Console(stderr=True, highlight=False, soft_wrap=True) if as_json else console
+    where = benchmark.device_of(device)
+    if fidelity is not None:
+        idle = {
+            "--data": data,
+            "--peers": peers,
+            "--blocks": blocks,
+            "-p": param,
+            "--price": price,
+            "--workers": workers,
+        }
+        _refuse_idle("--fidelity", {**idle, "--explainer": explainer if explainer != "sise" else None}, output)
+        rows = benchmark.run_curve(job, output, where, batch_size, truth, class_map, said)
+        found, shown = {"curve": rows}, curve_table(rows)
+    else:
+        made = benchmark.run_benchmark(
+            job,
+            has_data=data is not None,
+            device=where,
+            batch_size=batch_size,
+            workers=workers,
+            price=price,
+            with_peers=peers,
+            console=said,
+        )
+        found, shown = benchmark.facts(job, made), benchmark_table(job, made)
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+    else:
+        console.print(shown)
+
+
+def _refuse_idle(asked: str, idle: dict[str, Any], output: Path) -> None:
+    """Raises ConfigError for options that would be ignored, and for a folder that is none."""
+    given = [name for name, value in idle.items() if value]
+    if given:
+        raise ConfigError(f"{asked} measures all methods alike: leave {', '.join(given)} out")
+    if str(output).startswith("s3:"):
+        raise ConfigError(f"the figures of a benchmark go to a local folder, got --output {output}")
+
+
+@commands.command()
+def bank(
+    data: Annotated[str, typer.Option(help="Labelled images: folder, file or s3:// prefix, as for `explain`.")],
+    model: Annotated[str, typer.Option(help="Whose features are taken; of a classifier, what enters its last layer.")],
+    output: Annotated[str, typer.Option(help="Weights file to write: a path or s3:// URI, such as bank.safetensors.")],
+    weights: Annotated[str | None, typer.Option(help="State dict: file or s3:// URI; a weight name; `random`.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records.")] = None,
+    resize: Annotated[Literal["squash", "crop"], typer.Option(help="Whole image, or its centre.")] = "squash",
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Make a classifier without training: features of labelled images, whose nearest vote for a new image's class.
+
+    The file is the weights of the model knn(MODEL), which every other command takes.
+
+    Example: blocksight bank --data labelled/ --model mine.models:backbone --output bank.safetensors
+    """
+    from blocksight.jobs.bench.bank import make_bank
+
+    asked = {"data": data, "model": model, "output": output, "weights": weights, "limit": limit, "resize": resize}
+    job, _ = load_config(None, {**asked, "endpoint_url": endpoint_url})
+    made = make_bank(job, console)
+    left_out = f", {counted(made.num_left_out, 'image')} left out" if made.num_left_out else ""
+    console.print(
+        f"bank: {counted(made.num_images, 'image')} of {len(made.class_names)} classes, "
+        f"{made.dimensions} dimensions{left_out}"
+    )
+    use = f"--model {shlex.quote(made.model)} --weights {shlex.quote(output)}"
+    console.print(f"to use it: blocksight explain {printable(use)} --explainer daam")
+
+
+@commands.command("list")
+def list_entries(
+    what: Annotated[Literal["explainers", "metrics", "models"], typer.Argument(help="What to list.")],
+) -> None:
+    """List what there is, with what it needs and what it costs."""
+    console.print(catalog_table(what))

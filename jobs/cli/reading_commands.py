@@ -1,0 +1,115 @@
+"""The commands that show an output: show, report, sql and export."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from blocksight.jobs.cli.app import Endpoint, Existing, Model, Weights, console, existing
+from blocksight.jobs.cli.tables import MEBIBYTE
+from blocksight.jobs.plan.config import ConfigError
+from blocksight.jobs.plan.text import counted, printable
+
+commands = typer.Typer()
+
+
+@commands.command()
+def show(
+    output: Existing,
+    key: Annotated[str, typer.Argument(help="The record's key, as in the column `key`.")],
+    picture: Annotated[Path | None, typer.Option(help="PNG file to write.  [default: named after the key]")] = None,
+    blocks: Annotated[bool, typer.Option("--blocks", help="Of sise: draw the block maps and how they fuse.")] = False,
+    explainers: Annotated[
+        str | None, typer.Option(help="Draw maps by these explainers too, made now: names joined by commas.")
+    ] = None,
+    beside: Annotated[
+        list[str] | None, typer.Option(help="Draw the map of another output of the same data too; repeatable.")
+    ] = None,
+    model: Model = None,
+    weights: Weights = None,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Show one record: its facts, and a picture of image, overlay and map for every target.
+
+    What the explainer found beside the map (a scan path, crops, accumulated maps and the like) is drawn on a second
+    picture, named *.products.png.
+
+    With --blocks, --explainers or --beside the picture is a sheet of captioned overlays instead.
+    """
+    from blocksight.jobs.cli.show import Wanted, render_record
+    from blocksight.jobs.work.rows import Output
+
+    store, made = existing(output, endpoint_url)
+    others = tuple(Output(name, *existing(name, endpoint_url)) for name in beside or ())
+    wanted = Wanted(blocks, explainers, others, weights, model)
+    with console.status("drawing"):
+        facts, written = render_record(Output(output, store, made), key, endpoint_url, picture, wanted)
+    console.print(facts)
+    for path in written:
+        console.print(f"picture: {printable(path)}")
+
+
+@commands.command()
+def report(output: Existing, endpoint_url: Endpoint = None) -> None:
+    """Write one page that says what was run, what the maps show and how far to trust them: OUTPUT/report/index.html.
+
+    It is one file that needs no server and no network, and is rewritten by every call; run `audit` first for findings.
+    """
+    from blocksight.jobs.evaluate.compare import Output
+    from blocksight.jobs.report.page import write_report
+
+    standing = Output(output, *existing(output, endpoint_url))
+    written = write_report(standing, endpoint_url, console)
+    console.print(f"report: {printable(written.uri)} ({written.num_bytes / MEBIBYTE:,.1f} MiB)")
+
+
+@commands.command("sql")
+def ask_output(
+    output: Existing,
+    query: Annotated[str | None, typer.Argument(help="SQL over the views; without it they are printed.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="CSV file for all rows, instead of a table of the first.")] = None,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Query an output where it stands: views maps, rejects, values, metrics, and audit_... where an audit stands.
+
+    Without a query: the statements that make the views, for a DuckDB of your own (`blocksight sql maps/ | duckdb`).
+
+    Example: blocksight sql maps/ "SELECT explainer, avg(drop) FROM metrics GROUP BY explainer"
+    """
+    from blocksight.jobs.export import sql
+
+    if query is None:
+        if csv is not None:
+            raise ConfigError(f"--csv {csv} needs a query whose rows it is to hold")
+        sys.stdout.write(sql.script(output, endpoint_url))
+        return
+    found = sql.ask(sql.connect(output, endpoint_url), query)
+    if csv is None:
+        console.print(sql.as_table(found, console.width))
+    else:
+        count = sql.write_csv(found, csv)
+        console.print(f"csv: {printable(csv)} ({counted(count, 'row')})")
+
+
+@commands.command("export")
+def export_output(
+    output: Existing,
+    form: Annotated[
+        Literal["fiftyone", "virelay", "spotlight", "quantus"],
+        typer.Argument(metavar="FORMAT", help="fiftyone, virelay, spotlight or quantus."),
+    ],
+    destination: Annotated[str, typer.Argument(help="Local folder, empty or not there yet.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many explained records.")] = None,
+    model: Annotated[str | None, typer.Option(help="Quantus: the model again, if it is code of yours.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Quantus: the weights file again, if there was one.")] = None,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Write an output in the form that another tool reads: images, maps, labels, scores, metrics.
+
+    Example: blocksight export maps/ fiftyone for-fiftyone/
+    """
+    from blocksight.jobs.export.run import ExportRequest, run_export
+
+    for line in run_export(ExportRequest(output, form, destination, limit, weights, endpoint_url, model), console):
+        console.print(printable(line))

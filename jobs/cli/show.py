@@ -1,0 +1,249 @@
+"""Shows one record of an output: its facts as a table, and a picture or a sheet of pictures per target."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+from rich.console import RenderableType
+
+from blocksight.engine.catalog.composition import method_of
+from blocksight.engine.catalog.entries import EXPLAINERS
+from blocksight.engine.catalog.parameters import SiseParameters
+from blocksight.jobs.cli.record_tables import record_table
+from blocksight.jobs.plan.config import ConfigError
+from blocksight.jobs.plan.stored_config import NamedAgain
+from blocksight.jobs.report.products import Sizes, parts_of, products_of
+from blocksight.jobs.work.rows import PICTURE_SIDE, Output, Shown, images_of, refuse_other_inputs, rows_of, shown
+from blocksight.storage.outputs.file_names import file_name
+from blocksight.storage.outputs.pictures import Pixels, Tile, contact_sheet, one_line, overlay, resized, side_by_side
+from blocksight.storage.outputs.schema import OK
+
+if TYPE_CHECKING:
+    from blocksight.engine.explainers.explanation import Explanation
+    from blocksight.engine.saliency import Map
+
+SHEET_COLUMNS = 6
+SHEET_SIDE = 288
+"""Longer side of a sheet's tiles, in pixels."""
+MAX_FILM, MAX_COLUMNS = 48, 7
+"""Accumulated maps that are drawn, and tiles in a row: with the map itself, those of 12 blocks fill two rows."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a sheet shows beside the stored map."""
+
+    blocks: bool = False
+    """The block maps and their fusion, made again."""
+    explainers: str | None = None
+    """Names joined by commas, whose maps are made now."""
+    beside: tuple[Output, ...] = ()
+    """Other outputs of the same data."""
+    weights: str | None = None
+    """The weights file again."""
+    model: str | None = None
+    """The model again, where it is code."""
+
+    @property
+    def names(self) -> list[str]:
+        """The explainers, each once. Raises ConfigError where none is named."""
+        if self.explainers is None:
+            return []
+        names = list(dict.fromkeys(name.strip() for name in self.explainers.split(",") if name.strip()))
+        if not names:
+            raise ConfigError("--explainers names none; see `blocksight list explainers`")
+        return names
+
+    @property
+    def is_sheet(self) -> bool:
+        """Whether anything is wanted beside the usual picture."""
+        return self.blocks or self.explainers is not None or bool(self.beside)
+
+
+def render_record(
+    output: Output, key: str, endpoint_url: str | None, path: Path | None, wanted: Wanted
+) -> tuple[RenderableType, list[Path]]:
+    """The record's table, and the pictures written, one per target: image, overlay and map side by side, or a sheet.
+
+    A second one shows what the explainer found beside the map, where there is such a thing.
+
+    Raises ConfigError where no record has the key, the picture cannot be written, or what is wanted cannot be made;
+    ModelError. A rejected record has no picture.
+    """
+    _check(output, wanted)
+    rows = rows_of(output.store, output.plan, key)
+    explained = [row for row in rows if row["status"] == OK]
+    if not explained:
+        return record_table(rows), []
+    image = dict(images_of(output.plan, endpoint_url, {key})).get(key)
+    pictures = (
+        _sheets(output, explained, image, endpoint_url, wanted) if wanted.is_sheet else _plain(output, explained, image)
+    )
+    table, written, alone = record_table(rows), [], len(explained) == 1
+    named = path and path.with_name(f"{path.stem}.products{path.suffix}")
+    for row, picture in zip(explained, pictures, strict=True):
+        beside = _products(output, row, image)
+        own = _path(path, key, row, alone=alone, kind="sheet" if wanted.is_sheet else "map")
+        drawn = (
+            {own: picture}
+            if beside is None
+            else {
+                own: picture,
+                _path(named, key, row, alone=alone, kind="products"): beside,
+            }
+        )
+        for target, one in drawn.items():
+            _save(one, target)
+        written += drawn
+    return table, written
+
+
+def _products(output: Output, row: Row, image: Pixels | None) -> Image.Image | None:
+    """The sheet of what was found beside the map, the map first; None where nothing of it can be drawn."""
+    sizes = Sizes(film=SHEET_SIDE, single=PICTURE_SIDE, most=MAX_FILM)
+    parts = parts_of(
+        products_of(row),
+        (row["map_height"], row["map_width"]),
+        lambda side: shown(output.plan, row, image, side).pixels,
+        sizes,
+    )
+    tiles = [tile for part in parts for tile in part.tiles]
+    if not tiles:
+        return None
+    base = shown(output.plan, row, image, sizes.film if all(part.is_film for part in parts) else sizes.single)
+    said = "; ".join(part.said for part in parts)
+    first = Tile(overlay(base.pixels, base.saliency_hw), f"{one_line(row['target_name'])}, {row['score']:.3f}\n{said}")
+    num_rows = -(-(1 + len(tiles)) // MAX_COLUMNS)
+    return contact_sheet([first, *tiles], -(-(1 + len(tiles)) // num_rows))
+
+
+def _check(output: Output, wanted: Wanted) -> None:
+    """Raises ConfigError for what can never be drawn."""
+    refuse_other_inputs([output, *wanted.beside])
+    explainer = output.plan.identity["explainer"]
+    if wanted.blocks and not issubclass(method_of(explainer).own.parameters, SiseParameters):
+        family = " and ".join(name for name, one in EXPLAINERS.items() if issubclass(one.parameters, SiseParameters))
+        raise ConfigError(
+            f"--blocks draws the block maps that {family} fuse, and {output.name} was made by {explainer}, which has "
+            "none: leave it out, or explain with sise"
+        )
+
+
+def _plain(output: Output, rows: Sequence[Row], image: Pixels | None) -> Iterator[Image.Image]:
+    for row in rows:
+        own = shown(output.plan, row, image)
+        yield Image.fromarray(side_by_side(own.pixels, own.saliency_hw))
+
+
+def _sheets(
+    output: Output, rows: Sequence[Row], image: Pixels | None, endpoint_url: str | None, wanted: Wanted
+) -> Iterator[Image.Image]:
+    """One sheet per row: the image, its blocks, the stored map, other explainers', other outputs'."""
+    key, names = rows[0]["key"], wanted.names
+    others = [(one, _by_target(one, key)) for one in wanted.beside]
+    made: dict[str | None, list[Explanation]] = {}
+    if wanted.blocks or names:
+        if image is None:
+            raise ConfigError(
+                f"the image of {key!r} cannot be read any more, or changed: no map of it can be made again"
+            )
+        made = dict(_made_again(output, rows, image, endpoint_url, wanted))
+    for place, row in enumerate(rows):
+        base = shown(output.plan, row, image, SHEET_SIDE)
+        again = made[None][place] if wanted.blocks else None
+        tiles = [Tile(base.pixels, f"{one_line(key)}\n{_label(row)}")]
+        if again is not None:
+            gate = output.plan.identity["parameters"].get("gate", SiseParameters.gate)
+            tiles += _block_tiles(base.pixels, again, gate)
+        tiles.append(_stored_tile(base, row, output, again))
+        tiles += [_made_tile(base.pixels, name, made[name][place], row) for name in names]
+        tiles += [_beside_tile(base.pixels, one, own.get(row["target_index"]), row, image) for one, own in others]
+        yield contact_sheet(tiles, min(SHEET_COLUMNS, len(tiles)))
+
+
+def _by_target(output: Output, key: str) -> Mapping[int, Row]:
+    return {row["target_index"]: row for row in rows_of(output.store, output.plan, key) if row["status"] == OK}
+
+
+def _made_again(
+    output: Output, rows: Sequence[Row], image: Pixels, endpoint_url: str | None, wanted: Wanted
+) -> "Iterator[tuple[str | None, list[Explanation]]]":
+    """The rows' explanations by each explainer that is named, and under None those that the job made."""
+    from blocksight.jobs.explain.replay import Again  # needs torch, which a stored map does not
+
+    named = NamedAgain(wanted.model, wanted.weights, endpoint_url)
+    again: Again = Again(output.store, output.plan, named)
+    ways = {name: again.other_way(name) for name in wanted.names}  # all are checked before the first runs
+    if wanted.blocks:
+        yield None, again.explanations(again.stored_way(rows[0]), rows, image)
+    for name, way in ways.items():
+        yield name, again.explanations(way, rows, image)
+
+
+def _label(row: Row) -> str:
+    return "no label" if row["label_name"] is None else f"label {one_line(row['label_name'])}"
+
+
+def _block_tiles(pixels: Pixels, again: "Explanation", gate: str) -> Iterator[Tile]:
+    """Each block's map as it joins, and what of the fused map is left behind it."""
+    from blocksight.engine.explainers.fusion import GATES, stages
+
+    present = [block.saliency_hw for block in again.blocks if block.saliency_hw is not None]
+    fused = iter(stages(present, GATES[gate]) if present else ())
+    for block in again.blocks:
+        facts = f"{block.name}\nkept {len(block.kept):,} of {block.candidates:,} maps"
+        if block.saliency_hw is None:
+            yield Tile(pixels, f"{facts}: left out")
+            continue
+        stage = next(fused)
+        yield Tile(_over(pixels, block.saliency_hw), facts)
+        yield Tile(
+            _over(pixels, stage), f"fused up to {block.name}\nabove 0 on {(stage > 0).mean():.0%} of the picture"
+        )
+
+
+def _over(pixels: Pixels, saliency_hw: "Map") -> Pixels:
+    from blocksight.engine.saliency import minmax
+
+    return overlay(pixels, resized(minmax(saliency_hw), pixels.shape[:2]))
+
+
+def _stored_tile(base: Shown, row: Row, output: Output, again: "Explanation | None") -> Tile:
+    said = f"{one_line(row['target_name'])}, {row['score']:.3f}"
+    if again is not None:
+        from blocksight.jobs.explain.replay import error_of
+
+        error = error_of(again, row)
+        said = "the fused map equals it" if error is None else f"the fused map differs by up to {error:.3f}"
+    return Tile(overlay(base.pixels, base.saliency_hw), f"{output.plan.identity['explainer']}, as stored\n{said}")
+
+
+def _made_tile(pixels: Pixels, name: str, made: "Explanation", row: Row) -> Tile:
+    forwards = f"{made.num_forwards:,} masked forwards"
+    return Tile(_over(pixels, made.saliency_hw), f"{name}, made now\n{one_line(row['target_name'])}, {forwards}")
+
+
+def _beside_tile(pixels: Pixels, output: Output, own: Row | None, row: Row, image: Pixels | None) -> Tile:
+    head = f"{output.plan.identity['explainer']}, {output.plan.identity['model']}"
+    if own is None:
+        return Tile(pixels, f"{output.name}\nholds no map of {one_line(row['target_name'])}")
+    other = shown(output.plan, own, image, SHEET_SIDE)
+    said = f"{one_line(own['target_name'])}, {own['score']:.3f}; {head}"
+    return Tile(overlay(other.pixels, other.saliency_hw), f"{output.name}\n{said}")
+
+
+def _path(path: Path | None, key: str, row: Row, *, alone: bool, kind: str) -> Path:
+    """The asked-for file, or one in the current folder that is named after the key."""
+    base = path or Path(f"{file_name(key)}.{kind}.png")  # never the name of the image itself
+    return base if alone else base.with_name(f"{base.stem}-{row['target_index']}{base.suffix}")
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    try:
+        picture.save(path, "PNG")
+    except OSError as error:
+        raise ConfigError(f"the picture {path} cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,1 @@
+"""The evaluate step and the comparison: metrics of stored maps."""

@@ -1,0 +1,301 @@
+"""Comparing outputs: methods by metrics from the rows that stand, with intervals over images and corrected marks."""
+
+import io
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from blocksight.engine.catalog.entries import METRICS
+from blocksight.jobs.evaluate.evaluation import folders, values_of
+from blocksight.jobs.ledger.output import fragment_of
+from blocksight.jobs.plan.bootstrap import (
+    MethodEstimate,
+    MetricSums,
+    PairedDifference,
+    differences,
+    estimate,
+    holm,
+    key_hashes,
+)
+from blocksight.jobs.plan.config import ConfigError
+from blocksight.jobs.plan.forward_setting import mixture, planned_forward, protocol_of
+from blocksight.jobs.work.rows import Output, refuse_other_inputs
+from blocksight.storage.outputs.schema import METRICS as METRICS_STRUCT
+from blocksight.storage.outputs.schema import OK
+from blocksight.storage.stores.opening import open_file
+
+STORED = ["key", "target_index", "status", "explainer", "parameters", "metrics"]
+METHOD = ["explainer", "parameters"]
+VALUE = np.dtype([("image", np.uint64), ("target", np.int32), ("value", np.float64)])
+VALUES_AT_ONCE = 20_000_000
+"""That are in memory together, 20 bytes each; more are worked on in passes over disjoint shares of the images."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of explaining, in one output."""
+
+    name: str
+    """Like no other method's."""
+    explainer: str
+    parameters: str
+    """Digest of the parameters, the model and its blocks."""
+    output: str
+    forward: str
+    """Backend and precision of its forward passes."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One metric under one protocol: values of two protocols never meet."""
+
+    metric: str
+    protocol: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method's mean of a metric, and how it differs from the reference on the maps that both have."""
+
+    method: int
+    """Its place among the methods."""
+    column: Column
+    estimate: MethodEstimate
+    difference: PairedDifference | None
+    """None for the reference."""
+    corrected_p: float | None
+    """Holm's, over all differences of the table; None where there is none."""
+
+
+@dataclass(frozen=True)
+class Absence:
+    """A method of which no map has a value of a metric, as where that metric picked the maps."""
+
+    method: int
+    """Its place among the methods."""
+    column: Column
+    """Which the table has where another method has values."""
+    reason: str
+    """Of the first such map."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The table."""
+
+    methods: tuple[Method, ...]
+    """The first is the reference."""
+    columns: tuple[Column, ...]
+    cells: tuple[Cell, ...]
+    """Method by method within each column."""
+    absences: tuple[Absence, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What a reader must know beside the figures."""
+
+
+def compare(outputs: Sequence[Output]) -> Comparison:
+    """The table of all methods and metrics that the outputs hold.
+
+    Raises ConfigError where there is nothing, UnreconciledError where something is damaged, and StoreError.
+    """
+    refuse_other_inputs(outputs)
+    methods, num_values, reasons = _methods(outputs)
+    if not num_values:
+        raise ConfigError("no value of any metric stands in the outputs: run `blocksight explain` or `evaluate` first")
+    num_passes = -(-num_values // VALUES_AT_ONCE)
+    sums: dict[Column, MetricSums] = {}
+    for which in range(num_passes):
+        for column, own in _pass(outputs, methods, which, num_passes):
+            sums[column] = sums[column] + own if column in sums else own
+    columns = sorted(sums, key=lambda column: (list(METRICS).index(column.metric), column.protocol))
+    cells = tuple(_cells(columns, sums))
+    note = mixture({output.name: planned_forward(output.store) for output in outputs})
+    absences = tuple(_absences(methods, cells, reasons))
+    return Comparison(tuple(methods.values()), tuple(columns), cells, absences, () if note is None else (note,))
+
+
+MethodKey = tuple[int, str, str]
+"""Number of the output, explainer, digest of its parameters."""
+
+
+Reasons = Mapping[tuple[MethodKey, Column], str]
+"""Why a method has no value of a metric for some map."""
+
+
+def _methods(outputs: Sequence[Output]) -> tuple[dict[MethodKey, Method], int, Reasons]:
+    """The methods in order of appearance, controls last and each once, how many values there are, and which are not."""
+    found: Counter[MethodKey] = Counter()
+    reasons: dict[tuple[MethodKey, Column], str] = {}
+    for number, output in enumerate(outputs):
+        for table in _tables(output):
+            counts = table.group_by(METHOD).aggregate([("value", "count")])  # of those that are
+            for row in counts.to_pylist():
+                found[number, row["explainer"], row["parameters"]] += row["value_count"]
+            reasons = {**_reasons(number, table), **reasons}
+    return _named(outputs, +found), found.total(), reasons
+
+
+def _named(outputs: Sequence[Output], found: dict[MethodKey, int]) -> dict[MethodKey, Method]:
+    own = [key for key in found if key[1] == outputs[key[0]].plan.identity["explainer"]]
+    controls = {key[1]: key for key in reversed(found) if key not in own}  # the first output's
+    ordered = [*own, *sorted(controls.values(), key=list(found).index)]
+    explainers = [explainer for _, explainer, _ in ordered]
+    names: list[str] = []
+    for number, explainer, _ in ordered:
+        name = explainer if explainers.count(explainer) == 1 else f"{explainer} ({outputs[number].name})"
+        names.append(name if name not in names else f"{name} #{len(names) + 1}")
+    forwards = [protocol_of(planned_forward(output.store)) for output in outputs]
+    return {
+        key: Method(name, key[1], key[2], outputs[key[0]].store.uri, forwards[key[0]])
+        for key, name in zip(ordered, names, strict=True)
+    }
+
+
+def _reasons(number: int, table: pa.Table) -> Reasons:
+    """Why values of a table are not there."""
+    missing = table.filter(pc.field("value").is_null()).group_by(["metric", "protocol", *METHOD])
+    return {
+        ((number, row["explainer"], row["parameters"]), Column(row["metric"], row["protocol"])): (
+            row["reason_min"] or "no reason is given"
+        )
+        for row in missing.aggregate([("reason", "min")]).to_pylist()
+    }
+
+
+def _absences(methods: Mapping[MethodKey, Method], cells: Sequence[Cell], reasons: Reasons) -> Iterator[Absence]:
+    """The methods that have no value at all of a metric that was measured of them."""
+    present = {(cell.method, cell.column) for cell in cells if cell.estimate.count}
+    order = {key: place for place, key in enumerate(methods)}
+    for (key, column), reason in reasons.items():
+        if key in order and column.metric in METRICS and (order[key], column) not in present:
+            yield Absence(order[key], column, reason)
+
+
+def _tables(output: Output) -> Iterator[pa.Table]:
+    """All values, fragment by fragment: of `explain`, then of each evaluation; the same columns in each."""
+    standing = {info.key for info in output.store.list("data/")}
+    for unit in output.plan.units:
+        if unit.fragment_key in standing:
+            yield _explained(fragment_of(output.store, unit.fragment_key, STORED))
+    for folder in folders(output.store):
+        for table in values_of(output.store, folder):
+            yield table.select(["key", "target_index", *METHOD, "metric", "protocol", "value", "reason"])
+
+
+def _explained(rows: pa.Table) -> pa.Table:
+    """Drop and Increase of a fragment's explained rows, one value a row."""
+    sound = rows.filter(pc.field("status") == OK)
+    metrics = sound["metrics"].combine_chunks().flatten()
+    fields = dict(zip((field.name for field in METRICS_STRUCT), metrics, strict=True))
+    values = {"drop": fields["drop"].to_numpy(), "increase": 100.0 * fields["increase"].to_numpy(zero_copy_only=False)}
+    parts = []
+    for name, own in values.items():
+        part = sound.select(["key", "target_index", *METHOD])
+        part = part.append_column("metric", pa.array([name] * len(sound), pa.string()))
+        part = part.append_column("protocol", fields["protocol"])
+        part = part.append_column("value", pa.array(own, pa.float64()))
+        parts.append(part.append_column("reason", pa.nulls(len(sound), pa.string())))
+    return pa.concat_tables(parts)
+
+
+def _pass(
+    outputs: Sequence[Output], methods: Mapping[MethodKey, Method], which: int, num_passes: int
+) -> Iterator[tuple[Column, MetricSums]]:
+    """The sums of every column over the images of one share; an image is never parted."""
+    order = {key: place for place, key in enumerate(methods)}
+    found: dict[Column, dict[int, list[NDArray[Any]]]] = {}
+    for number, output in enumerate(outputs):
+        for everything in _tables(output):
+            table = everything.filter(pc.field("value").is_valid())
+            hashes = key_hashes(table["key"].to_pylist())
+            mine = table.filter(pa.array(hashes % np.uint64(num_passes) == which))
+            hashes = hashes[hashes % np.uint64(num_passes) == which]
+            for column, method, places in _groups(mine):
+                if (number, *method) not in order:
+                    continue  # a control that another output has as well
+                values = mine["value"].to_numpy()[places]
+                targets = mine["target_index"].to_numpy()[places]
+                block = _block(hashes[places], targets, values)
+                found.setdefault(column, {}).setdefault(order[number, *method], []).append(block)
+    for column, blocks in found.items():
+        yield column, _sums({place: np.concatenate(own) for place, own in blocks.items()}, len(methods))
+
+
+def _block(images: NDArray[np.uint64], targets: NDArray[np.int32], values: NDArray[np.float64]) -> NDArray[Any]:
+    block = np.empty(len(values), VALUE)
+    block["image"], block["target"], block["value"] = images, targets, values
+    return block
+
+
+def _groups(table: pa.Table) -> Iterator[tuple[Column, tuple[str, str], NDArray[np.intp]]]:
+    """Rows by metric, protocol and method."""
+    names = ["metric", "protocol", *METHOD]
+    numbered = table.append_column("place", pa.array(np.arange(len(table))))
+    for row in numbered.group_by(names).aggregate([("place", "list")]).to_pylist():
+        column = Column(row["metric"], row["protocol"])
+        yield column, (row["explainer"], row["parameters"]), np.array(row["place_list"])
+
+
+def _sums(blocks: Mapping[int, NDArray[Any]], num_methods: int) -> MetricSums:
+    """One row per image and target, one column per method; NaN where a method has no value."""
+    places = np.concatenate([np.stack([own["image"], own["target"].astype(np.uint64)], 1) for own in blocks.values()])
+    rows, inverse = np.unique(places, axis=0, return_inverse=True)
+    values = np.full((len(rows), num_methods), np.nan)
+    start = 0
+    for method, own in blocks.items():
+        values[inverse.ravel()[start : start + len(own)], method] = own["value"]
+        start += len(own)
+    return MetricSums.of(rows[:, 0], values)
+
+
+def _cells(columns: Sequence[Column], sums: Mapping[Column, MetricSums]) -> Iterator[Cell]:
+    made = {column: (estimate(sums[column]), [None, *differences(sums[column])]) for column in columns}
+    corrected = iter(holm([d and d.p_value for column in columns for d in made[column][1]]))
+    for column in columns:
+        for method, (own, difference) in enumerate(zip(*made[column], strict=True)):
+            yield Cell(method, column, own, difference, next(corrected))
+
+
+def rows_of_table(table: Comparison) -> list[dict[str, Any]]:
+    """The cells as plain rows, to be stored."""
+    reasons = {(absence.method, absence.column): absence.reason for absence in table.absences}
+    return [
+        {
+            "method": table.methods[cell.method].name,
+            "explainer": table.methods[cell.method].explainer,
+            "parameters": table.methods[cell.method].parameters,
+            "output": table.methods[cell.method].output,
+            "forward": table.methods[cell.method].forward,
+            "reference": table.methods[0].name,
+            "metric": cell.column.metric,
+            "protocol": cell.column.protocol,
+            "better": METRICS[cell.column.metric].better,
+            "mean": cell.estimate.mean,
+            "low": cell.estimate.low,
+            "high": cell.estimate.high,
+            "count": cell.estimate.count,
+            "difference": cell.difference and cell.difference.difference,
+            "difference_low": cell.difference and cell.difference.low,
+            "difference_high": cell.difference and cell.difference.high,
+            "p_value": cell.difference and cell.difference.p_value,
+            "p_corrected": cell.corrected_p,
+            "paired_count": cell.difference and cell.difference.count,
+            "reason": reasons.get((cell.method, cell.column)),
+        }
+        for cell in table.cells
+    ]
+
+
+def store_table(table: Comparison, uri: str, endpoint_url: str | None) -> None:
+    """Writes the cells as one Parquet file, in place of one that stands there. Raises StoreError."""
+    store, name = open_file(uri, endpoint_url)
+    body = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows_of_table(table)), body)
+    store.put(name, body.getvalue())

@@ -1,0 +1,193 @@
+"""An evaluation: metrics of maps that stand already, in fragments beside them; what it is and where it stands."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from blocksight.engine.catalog.entries import METRICS
+from blocksight.jobs.ledger.output import values_in
+from blocksight.jobs.plan.config import CODE_VERSION, ConfigError, digest_of
+from blocksight.jobs.plan.context import JobContext
+from blocksight.jobs.plan.plan import Plan
+from blocksight.jobs.plan.records import Unit
+from blocksight.storage.inputs.ground_truth import Truth, region
+from blocksight.storage.outputs.schema import MAX_ERROR_LENGTH
+from blocksight.storage.stores.retrying import is_probe
+from blocksight.storage.stores.store import AlreadyExistsError, ObjectStore, StoreError
+
+FOLDER = "evaluations/"
+OF_TRUTH = ("ebpg", "miou", "bbox", "pointing")
+"""Metrics that need to be told where the objects are."""
+ASKED_FOR = ("sanity",)
+"""Metrics that explain again: never part of `all`."""
+
+
+ClassMap = tuple[tuple[str, tuple[int, ...]], ...]
+"""Labels of the ground truth and the model's classes they stand for; none: equal names."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured of which maps; every field changes the result."""
+
+    metrics: tuple[str, ...]
+    """Sorted names."""
+    share: float
+    """Of the records, chosen by a hash of seed and key."""
+    controls: bool
+    """The controls' maps are measured as well."""
+    seed: int
+    baseline: str = "zero"
+    """What stands where a pixel is removed: one for all methods, so that their values may be compared."""
+    class_map: ClassMap = ()
+    truth_digest: str | None = None
+
+    def identity(self, plan: Plan) -> dict[str, Any]:
+        """Plain JSON values that name this evaluation of this job."""
+        return {
+            "job": plan.fingerprint,
+            "metrics": list(self.metrics),
+            "share": self.share,
+            "controls": self.controls,
+            "seed": self.seed,
+            "baseline": self.baseline,
+            "class_map": {label: list(classes) for label, classes in self.class_map},
+            "truth": self.truth_digest,
+            "code": CODE_VERSION,
+        }
+
+    def folder(self, plan: Plan) -> str:
+        """Where it stands below the output's root."""
+        return f"{FOLDER}{digest_of(self.identity(plan))[:16]}/"
+
+    def holds(self, key: str) -> bool:
+        """Whether the record belongs to the share."""
+        number = int.from_bytes(hashlib.sha256(f"{self.seed}/{key}".encode()).digest()[:8], "big")
+        return number < self.share * 2**64
+
+
+def labels_of(class_map: ClassMap, target_index: int, target_name: str) -> set[str]:
+    """The ground truth's labels that mean the target."""
+    if not class_map:
+        return {target_name, *target_name.split(", "), str(target_index)}
+    return {label for label, classes in class_map if target_index in classes}
+
+
+def region_of(
+    truth: Truth | None,
+    key: str,
+    labels: set[str],
+    original: tuple[int, int],
+    resize: Literal["squash", "crop"],
+    input_size: tuple[int, int],
+) -> NDArray[np.bool_] | str | None:
+    """Where a record's objects of these labels are in what the model sees, or why its annotation is of no use.
+
+    None: nobody has said. `original` is the image's height and width, `resize` how it came to the input's size.
+    """
+    try:
+        image = truth.find(key) if truth is not None else None
+        return image and region(image, labels, original, input_size, resize)
+    except StoreError as error:  # this record's annotation alone
+        return str(error)[:MAX_ERROR_LENGTH]
+
+
+def chosen_metrics(text: str, *, has_truth: bool) -> tuple[str, ...]:
+    """Metric names joined by commas, or `all`: every one that needs nothing that is not there. Raises ConfigError."""
+    if text == "all":
+        return tuple(sorted(name for name in METRICS if name not in ASKED_FOR and (has_truth or name not in OF_TRUTH)))
+    names = sorted({name.strip() for name in text.split(",") if name.strip()})
+    for name in names:
+        if name not in METRICS:
+            near = get_close_matches(name, METRICS, n=1, cutoff=0.5)
+            raise ConfigError(f"metric {name!r} is not known; known: {', '.join(near or METRICS)}")
+        if name in OF_TRUTH and not has_truth:
+            raise ConfigError(f"metric {name} needs --truth: where the objects are (VOC XML, COCO JSON or Parquet)")
+    if not names:
+        raise ConfigError("--metrics names none; see `blocksight list metrics`")
+    return tuple(names)
+
+
+def read_class_map(file: Path | None) -> ClassMap:
+    """A JSON file of the form {"dog": [151, 152], "cat": 281}. Raises ConfigError."""
+    if file is None:
+        return ()
+    try:
+        read = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the class map {file} cannot be read: {error}") from error
+    if not isinstance(read, dict):
+        raise ConfigError(f'the class map {file} must be an object such as {{"dog": [151, 152]}}')
+    return tuple(sorted((label, _classes(label, given, file)) for label, given in read.items()))
+
+
+def _classes(label: str, given: Any, file: Path) -> tuple[int, ...]:
+    numbers = given if isinstance(given, list) else [given]
+    if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
+        raise ConfigError(f"the class map {file} gives {label!r} {given!r}; wanted class numbers")
+    return tuple(sorted(set(numbers)))
+
+
+def fragment_key(folder: str, unit: Unit) -> str:
+    """Where a unit's values stand below the output's root."""
+    return f"{folder}{unit.fragment_key}"
+
+
+def settle(store: ObjectStore, plan: Plan, evaluation: Evaluation) -> str:
+    """Writes what the evaluation is, once, and returns its folder."""
+    folder = evaluation.folder(plan)
+    with suppress(AlreadyExistsError):
+        store.create(f"{folder}evaluation.json", json.dumps(evaluation.identity(plan), indent=1).encode())
+    return folder
+
+
+def open_units(store: ObjectStore, plan: Plan, folder: str) -> list[Unit]:
+    """The committed units of the job of which the values do not stand yet."""
+    explained = {info.key for info in store.list("data/")}
+    measured = {info.key for info in store.list(folder)}
+    return [
+        unit for unit in plan.units if unit.fragment_key in explained and fragment_key(folder, unit) not in measured
+    ]
+
+
+def folders(store: ObjectStore) -> list[str]:
+    """The evaluations that stand in an output."""
+    return sorted({"/".join(info.key.split("/")[:2]) + "/" for info in store.list(FOLDER)})
+
+
+def values_of(store: ObjectStore, folder: str) -> Iterator[pa.Table]:
+    """The rows of an evaluation, fragment by fragment, in order. Raises StoreError, and UnreconciledError where one is
+    damaged."""
+    for info in sorted(store.list(f"{folder}data/"), key=lambda info: info.key):
+        if not is_probe(info.key):
+            yield values_in(store, info.key)
+
+
+@dataclass(frozen=True)
+class EvaluationContext:
+    """What a worker needs beside its unit."""
+
+    job: JobContext
+    """Of the explanation."""
+    evaluation: Evaluation
+    folder: str
+    truth: Truth | None
+
+
+def regions_key(evaluation: Evaluation, job: JobContext) -> Mapping[str, Any]:
+    """What the localisation metrics' protocol says of the ground truth."""
+    return {
+        "truth": evaluation.truth_digest,
+        "class_map": digest_of(dict(evaluation.class_map))[:16],
+        "input": list(job.facts.input_size),
+        "resize": job.config.resize,
+    }

@@ -1,0 +1,1 @@
+"""The explain step: one model in memory, a decoded unit in, rows out."""

@@ -1,0 +1,148 @@
+"""The first pass of a method that learns: over some images of the plan, before any unit, and kept beside the plan."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from math import ceil
+
+import numpy as np
+import safetensors.torch
+from numpy.typing import NDArray
+from rich.console import Console
+
+from blocksight.jobs.explain.learned import LEARNED_KEY, wanted_images
+from blocksight.jobs.explain.step import IMAGES_PER_CHUNK, ExplainStep
+from blocksight.jobs.ledger.attempt_markers import FOLDER
+from blocksight.jobs.plan.context import JobContext
+from blocksight.jobs.plan.records import RecordFacts, Unit
+from blocksight.jobs.work.attempts import CAREFUL_DEATHS, marked, open_desk
+from blocksight.jobs.work.error_classes import is_of_unit
+from blocksight.jobs.work.isolation import Isolated, ProcessDiedError, called
+from blocksight.jobs.work.progress import Tally, progress
+from blocksight.jobs.work.unit import decoded, decoded_or_rejected, raw_records
+from blocksight.jobs.work.watchdog import watched
+from blocksight.storage.inputs.records import RawRecord
+from blocksight.storage.inputs.survey import Layout
+from blocksight.storage.stores.store import AlreadyExistsError, ObjectStore, StoreError
+
+STEP = "first-pass/learn"
+"""Where the markers of its attempts stand."""
+
+Image = tuple[RecordFacts, NDArray[np.uint8]]
+"""A record and its pixels [H, W, 3]."""
+
+MOST_SOURCES = 16
+"""Shards over which the images are spread, where there are so many."""
+
+
+def learn(context: JobContext, units: Sequence[Unit], weights: bytes | None) -> Iterator[int | bytes]:
+    """Runs the first pass with one model; yields the number of images seen so far, and in the end the state's file.
+
+    The images are chosen by the seed and their names alone, and seen in their order. After deaths in it each is tried
+    in a process apart first, and left out if that dies. Raises ModelError and StoreError.
+    """
+    with marked(open_desk(context), STEP) as num_deaths, watched():
+        step = ExplainStep(context, weights)
+        learner = step.explainer.learner()
+        images = _images(context, units)
+        if num_deaths >= CAREFUL_DEATHS:
+            images = _survivors(images, context, weights)
+        images = islice(images, wanted_images(context.config))
+        num_seen = 0
+        while chunk := list(islice(images, IMAGES_PER_CHUNK)):
+            records, pixels = zip(*chunk, strict=True)
+            num_seen += step.teach(learner, records, np.stack(pixels))
+            yield num_seen
+    if num_seen:  # of data without one sound image nothing is learned, and nothing is explained
+        yield safetensors.torch.save({name: tensor.contiguous() for name, tensor in learner.state().items()})
+
+
+class _Trial:
+    """In a process apart: lets one image be learned from, and forgets it."""
+
+    def __init__(self, context: JobContext, weights: bytes | None) -> None:
+        self.step = ExplainStep(context, weights)
+
+    def __call__(self, image: Image) -> None:
+        record, pixels = image
+        self.step.teach(self.step.explainer.learner(), [record], pixels[None])
+
+
+def _survivors(images: Iterable[Image], context: JobContext, weights: bytes | None) -> Iterator[Image]:
+    """The images over which a process does not die."""
+    with Isolated(partial(_Trial, context, weights)) as apart:
+        for image in images:
+            try:
+                apart(image)
+            except ProcessDiedError:
+                continue
+            yield image
+
+
+def settle_learned(
+    output: ObjectStore,
+    context: JobContext,
+    units: Sequence[Unit],
+    run: Callable[[], Iterable[int | bytes]],
+    console: Console,
+) -> None:
+    """Has the job's method learn, where it does and nothing stands yet; `run` is `learn`, here or on a worker.
+
+    What another driver wrote first counts. Raises as `learn`.
+    """
+    wanted = min(wanted_images(context.config), sum(unit.num_records for unit in units))
+    if not wanted or output.head(LEARNED_KEY) is not None:
+        return
+    with progress(console, Tally(wanted, None, verb="learn")) as update:
+        num_seen = 0
+        for made in run():
+            if isinstance(made, bytes):
+                with suppress(AlreadyExistsError):
+                    output.create(LEARNED_KEY, made)
+                for marker in list(output.list(f"{FOLDER}{STEP}-")):  # of passes that died
+                    output.delete(marker.key)
+            else:
+                update(made - num_seen)
+                num_seen = made
+
+
+def _images(context: JobContext, units: Sequence[Unit]) -> Iterator[Image]:
+    """Decoded records, in an order that seed and names say, however the plan is cut; the unreadable are left out."""
+    config, source = context.config, open_desk(context).source
+    sources = list(_sources(units, config.seed))
+    share = ceil(wanted_images(config) / min(MOST_SOURCES, len(sources)))
+    decode = partial(decoded, config=config, input_size=context.facts.input_size)
+    with called(decode, careful=True) as decoding:  # a record that kills its process must not end the job here
+        for unit in sources:
+            found = (decoded_or_rejected(decoding, raw, source) for raw in _records(unit, source))
+            yield from islice(((facts, picture) for facts, picture in found if picture is not None), share)
+
+
+def _sources(units: Sequence[Unit], seed: int) -> Iterator[Unit]:
+    """All loose images as one, or each shard as one, in an order of its own."""
+
+    def place(key: str) -> bytes:
+        return hashlib.sha256(f"{seed}/{key}".encode()).digest()
+
+    if units[0].layout is Layout.IMAGES:
+        objects = sorted((info for unit in units for info in unit.objects), key=lambda info: place(info.key))
+        yield replace(units[0], objects=tuple(objects), start=0, stop=len(objects))
+        return
+    shards: dict[str, list[Unit]] = {}
+    for unit in units:
+        shards.setdefault(unit.objects[0].key, []).append(unit)
+    for key in sorted(shards, key=place):
+        parts = shards[key]
+        yield replace(parts[0], start=min(one.start for one in parts), stop=max(one.stop for one in parts))
+
+
+def _records(unit: Unit, source: ObjectStore) -> Iterator[RawRecord]:
+    """The unit's records, as far as they can be read: the unit itself says later what is wrong with it."""
+    try:
+        yield from raw_records(unit, source)
+    except Exception as error:
+        if not isinstance(error, StoreError) and not is_of_unit(error):
+            raise

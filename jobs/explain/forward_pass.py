@@ -1,0 +1,102 @@
+"""Chooses how a job's masked forward passes run, writes it into the plan, and makes the pass for a worker."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import torch
+
+from blocksight.engine.catalog.forward_setting import ForwardSetting
+from blocksight.engine.errors import ModelError
+from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.scoring.forward import Forward, make_forward
+from blocksight.engine.scoring.probe import FAST_ERROR, Measured, Wish, bound_of, choose
+from blocksight.jobs.plan.config import JobConfig
+from blocksight.jobs.plan.forward_setting import FORWARD_KEY, PlannedForward, planned_forward
+from blocksight.storage.stores.store import AlreadyExistsError, ObjectStore
+
+
+def wish_of(config: JobConfig, batch_size: int | None, *, is_timed: bool) -> Wish:
+    """What a job asks of its forward passes: the papers' preset means float32."""
+    precision = "float32" if config.preset == "paper" else config.precision
+    return Wish(None if precision == "auto" else precision, batch_size, is_timed)
+
+
+def choose_forward(adapter: ModelAdapter, wish: Wish) -> PlannedForward:
+    """The setting for a job on this machine. Raises ModelError where a precision that is asked for is of no use."""
+    with _one_thread():  # as the workers, for eager scores differ in their last bits between one thread and two
+        _, found = choose(adapter, wish)
+    return _planned(found, wish)
+
+
+def ensure_forward(output: ObjectStore, adapter: ModelAdapter, wish: Wish) -> tuple[Forward, ForwardSetting]:
+    """The plan's forward pass; chosen and written here where none is planned, as on a GPU of which the driver has none.
+
+    Another worker's choice counts where it was written first. Raises ModelError where this machine cannot run it.
+    """
+    planned = standing_forward(output, adapter)
+    if planned is not None:
+        return planned
+    forward, found = choose(adapter, wish)
+    chosen = write_forward(output, _planned(found, wish)).setting
+    return (forward if chosen == found[0].setting else _made(adapter, chosen)), chosen
+
+
+def standing_forward(output: ObjectStore, adapter: ModelAdapter) -> tuple[Forward, ForwardSetting] | None:
+    """The plan's forward pass, if there is one. Raises ModelError where this machine cannot run it."""
+    planned = planned_forward(output)
+    return None if planned is None else (_made(adapter, planned.setting), planned.setting)
+
+
+def write_forward(output: ObjectStore, planned: PlannedForward) -> PlannedForward:
+    """Writes the setting into the plan, once; returns the one that stands, which may be another driver's."""
+    try:
+        output.create(FORWARD_KEY, json.dumps(asdict(planned), indent=1).encode())
+    except AlreadyExistsError:
+        return planned_forward(output) or planned
+    return planned
+
+
+def warning_of(planned: PlannedForward) -> str | None:
+    """What a user must know of a lower precision; None where the scores are near enough."""
+    error = planned.score_error
+    if planned.setting.precision == "float32" or error is None or error <= FAST_ERROR:
+        return None
+    return (
+        f"WARNING: {planned.setting.precision} moves this model's scores by {error:.1%} in the median (at most "
+        f"{FAST_ERROR:.1%} is taken unasked): maps will differ visibly from float32's"
+    )
+
+
+def _planned(found: list[Measured], wish: Wish) -> PlannedForward:
+    taken = found[0]
+    figures = tuple(one.figures() for one in found)
+    return PlannedForward(
+        setting=taken.setting,
+        chosen="timing" if wish.is_timed else "rule",
+        score_error=figures[0]["score_error"],
+        bound=bound_of(taken.setting, wish),
+        probe=figures,
+    )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _made(adapter: ModelAdapter, setting: ForwardSetting) -> Forward:
+    try:
+        with adapter.borrowed():
+            return make_forward(adapter, setting)
+    except ModelError as error:
+        raise ModelError(
+            f"this job's masks are scored by {setting}, and this machine cannot do that ({error}): run it on a machine "
+            "like the one that it began on, or into a new output"
+        ) from error

@@ -1,0 +1,499 @@
+"""The explain step: one model in memory, a decoded unit in, the fragment's rows out."""
+
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from blocksight.engine import explainers
+from blocksight.engine.catalog.composition import blocks_of
+from blocksight.engine.catalog.entries import Fidelity, factory_of
+from blocksight.engine.catalog.forward_setting import ForwardSetting
+from blocksight.engine.errors import ModelError
+from blocksight.engine.explainers.explainer import Explainer, Learner, State
+from blocksight.engine.explainers.explanation import Explanation
+from blocksight.engine.metrics.faithfulness import KeepTop
+from blocksight.engine.metrics.metric import Maps, Value
+from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.blocks import Place
+from blocksight.engine.model.loading import load_model
+from blocksight.engine.model.targets import ClassProbability, Target
+from blocksight.engine.saliency import Map
+from blocksight.engine.scoring.forward import Forward, make_forward, use_ieee_float32
+from blocksight.engine.scoring.probe import plain_setting
+from blocksight.jobs.explain.fidelity import doubts_of, fidelity_columns
+from blocksight.jobs.explain.forward_pass import ensure_forward, wish_of
+from blocksight.jobs.explain.learned import LEARNED_KEY, standing_state, wanted_images
+from blocksight.jobs.plan.config import ConfigError, JobConfig, TargetChoice, digest_of
+from blocksight.jobs.plan.context import JobContext, let_import_from
+from blocksight.jobs.plan.labels import Labels
+from blocksight.jobs.plan.records import (
+    BlockFacts,
+    ModelFacts,
+    RecordFacts,
+    UnitInput,
+    UnitResult,
+    UnreconciledError,
+    with_reject,
+)
+from blocksight.jobs.work.attempts import open_desk
+from blocksight.jobs.work.error_classes import is_of_record
+from blocksight.jobs.work.isolation import Isolated, ProcessDiedError
+from blocksight.jobs.work.watchdog import alive
+from blocksight.storage.outputs.map_codec import quantised
+from blocksight.storage.outputs.schema import OK, REJECTED
+from blocksight.storage.rejects import Reject, RejectCode
+
+IMAGES_PER_CHUNK = 32
+"""Records that are on the device together: bounds memory, changes no result."""
+
+CPU_IMAGES_PER_PASS, GPU_IMAGES_PER_PASS = 4, 32
+"""Images whose masks are packed together, and whose gradients are taken at once."""
+
+SATURATED_SHARE = 0.5
+NEAR_TOP = 0.99
+
+Row = dict[str, Any]
+
+
+def load(config: JobConfig, state: bytes | None, device: str, import_path: str) -> ModelAdapter:
+    """The configured model on a device, where float32 is IEEE float32. Raises ModelError."""
+    if factory_of(config.model) is not None:  # a folder is trusted for the user's factory, and for nothing else
+        let_import_from(import_path)
+    adapter = load_model(config.model, weights=config.weights, state=state, seed=config.seed)
+    use_ieee_float32()  # now, for a user's factory may have said otherwise
+    return adapter.to(device)
+
+
+def model_facts(adapter: ModelAdapter, config: JobConfig) -> ModelFacts:
+    """What the configuration means for this model. Raises ModelError or ConfigError before any work starts."""
+    choice = config.target_choice
+    beyond = [index for index in choice.classes if index >= adapter.num_classes]
+    if beyond:
+        raise ConfigError(f"target {beyond[0]} is no class of {adapter.name}: it has {adapter.num_classes}, from 0")
+    if choice.count > adapter.num_classes:
+        raise ConfigError(f"target {config.target} asks for more than the {adapter.num_classes} classes there are")
+    blocks = _blocks(adapter, config)
+    make_explainer(adapter, config, [block.name for block in blocks])
+    places = tuple(
+        BlockFacts(name=block.name, channels=block.channels, height=block.grid[0], width=block.grid[1])
+        for block in blocks
+        if block.grid is not None
+    )
+    return ModelFacts(adapter.fingerprint, adapter.num_classes, adapter.input_size, places)
+
+
+def _blocks(adapter: ModelAdapter, config: JobConfig) -> Sequence[Place]:
+    """The blocks that the explainer looks at. Raises ModelError, and ConfigError for blocks that it would ignore."""
+    used = blocks_of(config.method)
+    if used == "none":
+        if config.blocks:
+            raise ConfigError(f"explainer {config.explainer} looks at no blocks; leave --blocks out")
+        return ()
+    found = adapter.network.blocks(config.blocks)
+    return found[-1:] if used == "last" else found
+
+
+def make_explainer(
+    adapter: ModelAdapter,
+    config: JobConfig,
+    blocks: Sequence[str],
+    batch_size: int = 1,
+    forward: Forward | None = None,
+    images_per_pass: int | None = None,
+    state: State | None = None,
+) -> Explainer:
+    """The configured explainer around a model. Raises ModelError where the model lacks what it needs."""
+    return explainers.make_explainer(
+        config.explainer,
+        adapter,
+        config.explainer_parameters(),
+        blocks=blocks,
+        batch_size=batch_size,
+        images_per_pass=images_per_pass or images_at_once(adapter),
+        forward=forward,
+        state=state,
+    )
+
+
+def images_at_once(adapter: ModelAdapter) -> int:
+    """Images whose masks are packed together on the model's device."""
+    return GPU_IMAGES_PER_PASS if adapter.device.type == "cuda" else CPU_IMAGES_PER_PASS
+
+
+class ExplainStep:
+    """Explains whole units with one model."""
+
+    def __init__(self, context: JobContext, state: bytes | None) -> None:
+        """Loads the model and checks it against the plan's. `state` holds the weights file's bytes, if any."""
+        torch.set_num_threads(context.num_threads)
+        self.context, self.state = context, state
+        config, facts = context.config, context.facts
+        self.level: Fidelity | None = config.level
+        self.adapter = load(config, state, context.device, context.import_path)
+        if self.adapter.fingerprint != facts.weights_sha256:
+            raise ModelError("this worker loaded other weights than the driver: is the same file on every node?")
+        self.adapter.module.register_forward_pre_hook(lambda *_: alive())
+        standing = standing_state(open_desk(context).output, config) if wanted_images(config) else None
+        self.learned, digest = standing or (None, None)
+        self.is_settled = False
+        self.images_per_pass = images_at_once(self.adapter)
+        self._set_up(plain_setting(context.device, context.batch_size))
+        parameters = config.explainer_parameters()
+        self.labels = Labels(context.label_names, self.adapter.class_names, facts.num_classes)
+        self.choice = config.target_choice
+        self.method = {
+            "explainer": config.explainer,
+            "parameters": parameters_digest(parameters, facts, digest),
+        }
+
+    def _set_up(self, setting: ForwardSetting, forward: Forward | None = None) -> None:
+        """The explainer, that of records in doubt, and the metric, with forward passes in this setting."""
+        config = self.context.config
+        self.setting = setting
+        make = partial(
+            make_explainer,
+            self.adapter,
+            blocks=[block["name"] for block in self.context.facts.blocks],
+            batch_size=setting.batch_size,
+            forward=forward and lively(forward),
+            images_per_pass=self.images_per_pass,
+            state=self.learned,
+        )
+        self.explainer = make(config)
+        self.full = make(config.in_full()) if self.level == "auto" else self.explainer
+        self.metric = KeepTop(self.explainer.scorer, baseline_of(config.explainer_parameters()))
+
+    def _settle(self) -> None:
+        """Takes the plan's forward setting, or has a GPU choose it where none is planned yet.
+
+        Raises ModelError where this machine cannot run what is planned: the unit stays open for one that can.
+        """
+        wish = wish_of(self.context.config, self.context.batch_size, is_timed=self.context.is_timed)
+        forward, setting = ensure_forward(open_desk(self.context).output, self.adapter, wish)
+        self._set_up(setting, forward)
+        self.is_settled = True
+
+    def __call__(self, unit_input: UnitInput, *, careful: bool = False) -> UnitResult:
+        """Every record's rows, in the records' order.
+
+        A unit that the model fails on is tried again record by record, so that one record's trouble is
+        its own; `careful`: in a process apart, which may die of it.
+        """
+        is_sound = any(record.reject_code is None for record in unit_input.records)
+        if is_sound and wanted_images(self.context.config) and self.learned is None:  # no fault of any record
+            raise UnreconciledError(f"what {self.context.config.explainer} learned is missing: {LEARNED_KEY}")
+        if careful:
+            with Isolated(partial(ExplainStep, self.context, self.state)) as apart:
+                return self._one_by_one(unit_input, apart)
+        if not self.is_settled:
+            self._settle()
+        try:
+            return self._whole(unit_input)
+        except torch.OutOfMemoryError:
+            if self.setting.batch_size == 1:
+                raise
+        except torch.AcceleratorError:
+            _end_process()
+        except Exception:  # noqa: BLE001 - whatever a user's model may raise; the records tell which is to blame
+            return self._one_by_one(unit_input, self._whole)
+        self._halve()  # only here, for the exception held what the failed pass had on the device
+        return self(unit_input)
+
+    def _halve(self) -> None:
+        """Half as many masked inputs and images at once, from now on."""
+        smaller = replace(self.setting, batch_size=self.setting.batch_size // 2)
+        self.images_per_pass = max(1, self.images_per_pass // 2)
+        del self.explainer, self.full, self.metric
+        if self.adapter.device.type == "cuda":
+            torch.cuda.empty_cache()
+        with self.adapter.borrowed():
+            self._set_up(smaller, make_forward(self.adapter, smaller))
+
+    def _one_by_one(self, unit_input: UnitInput, explain: Callable[[UnitInput], UnitResult]) -> UnitResult:
+        """Each record as a unit of its own; one over which `explain` fails or dies is rejected."""
+        start = time.perf_counter()
+        pixels = iter(unit_input.pixels)
+        rows: list[Row] = []
+        for record in unit_input.records:
+            alone = UnitInput(unit_input.unit, (record,), unit_input.pixels[:0])
+            if record.reject_code is None:
+                alone = replace(alone, pixels=next(pixels)[None])
+            try:
+                rows.extend(map(dict, explain(alone).rows))
+            except ProcessDiedError as error:
+                rows.append(self._failed_row(alone, RejectCode.PROCESS_DIED, str(error)))
+            except torch.AcceleratorError:
+                _end_process()
+            except Exception as error:
+                if not is_of_record(error, explain):
+                    raise
+                rows.append(self._failed_row(alone, RejectCode.MODEL_FAILED, f"{type(error).__name__}: {error}"))
+        seconds = time.perf_counter() - start
+        return UnitResult(unit_input.unit, tuple(rows), len(unit_input.records), seconds, str(self.setting))
+
+    def _failed_row(self, alone: UnitInput, code: RejectCode, message: str) -> Row:
+        record = with_reject(alone.records[0], Reject(code, message), "explain")
+        try:
+            return self._rejected_row(alone, record)
+        except Exception:  # noqa: BLE001 - the label itself may be what is failed on
+            return self._rejected_row(alone, replace(record, label=None))
+
+    def _whole(self, unit_input: UnitInput) -> UnitResult:
+        start = time.perf_counter()
+        decoded = [index for index, record in enumerate(unit_input.records) if record.reject_code is None]
+        rows = [[self._rejected_row(unit_input, record)] for record in unit_input.records]
+        for first in range(0, len(decoded), IMAGES_PER_CHUNK):
+            chunk = decoded[first : first + IMAGES_PER_CHUNK]
+            pixels = unit_input.pixels[first : first + IMAGES_PER_CHUNK]
+            explained = self._explain([unit_input.records[index] for index in chunk], pixels)
+            for index, own in zip(chunk, explained, strict=True):
+                base = self._base_row(unit_input, unit_input.records[index])
+                rows[index] = (
+                    [self._rejected_row(unit_input, with_reject(unit_input.records[index], own, "explain"))]
+                    if isinstance(own, Reject)
+                    else [{**base, **row} for row in own]
+                )
+        flat = tuple(row for own in rows for row in own)
+        return UnitResult(unit_input.unit, flat, len(rows), time.perf_counter() - start, str(self.setting))
+
+    def _explain(self, records: Sequence[RecordFacts], pixels: NDArray[np.uint8]) -> list[list[Row] | Reject]:
+        """Per record its targets' rows, or why it has none."""
+        inputs, logits, targets = self._seen(records, pixels)
+        usable = [index for index, own in enumerate(targets) if not isinstance(own, Reject)]
+        outcome: list[list[Row] | Reject] = [own if isinstance(own, Reject) else [] for own in targets]
+        if not usable:
+            return outcome
+        target = ClassProbability(torch.tensor([targets[index] for index in usable], device=self.adapter.device))
+        seeds = [seed_of(self.context.config, records[index].key) for index in usable]
+        doubts = [self._doubts(records[index], logits[index]) for index in usable]
+        explanations = self._explanations(inputs[usable], target, seeds, doubts)
+        ranks = [ranks_of(logits[index], target.classes[place].tolist()) for place, index in enumerate(usable)]
+        values = self.metric.evaluate(maps_of(inputs[usable], target, explanations, ranks, seeds))
+        for place, index in enumerate(usable):
+            outcome[index] = self._outcome(
+                target.classes[place].tolist(), ranks[place], explanations[place], values[place], doubts[place]
+            )
+        return outcome
+
+    def _seen(
+        self, records: Sequence[RecordFacts], pixels: NDArray[np.uint8]
+    ) -> tuple[Tensor, Tensor, list[list[int] | Reject]]:
+        """The records' inputs, logits, and target classes or why they have none."""
+        inputs = self.adapter.normalise(torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2))
+        logits = self._logits(inputs)
+        return inputs, logits, [self._targets(record, own) for record, own in zip(records, logits, strict=True)]
+
+    def teach(self, learner: Learner, records: Sequence[RecordFacts], pixels: NDArray[np.uint8]) -> int:
+        """Shows the learner the records and the first target of each; returns how many could be shown."""
+        try:
+            inputs, _, targets = self._seen(records, pixels)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception:  # noqa: BLE001 - whatever a user's model may raise; the records tell which is to blame
+            alone = zip(records, pixels, strict=True) if len(records) > 1 else ()
+            return sum(self.teach(learner, [record], own[None]) for record, own in alone)
+        first = {index: own[0] for index, own in enumerate(targets) if not isinstance(own, Reject)}
+        if first:
+            chosen, classes = (torch.tensor(list(one)) for one in (first, first.values()))
+            target = ClassProbability(classes[:, None].to(self.adapter.device))
+            seeds = [seed_of(self.context.config, records[index].key) for index in first]
+            learner.see(inputs[chosen.to(inputs.device)], target, seeds)
+        return len(first)
+
+    def _doubts(self, record: RecordFacts, logits: Tensor) -> tuple[str, ...]:
+        """What speaks for full SISE, where the job leaves that to the record."""
+        if self.level != "auto":
+            return ()
+        return doubts_of(
+            int(logits.argmax()),
+            float(logits.double().softmax(0).max()),
+            self.labels.index(record.label),
+            is_rare=record.label in self.context.rare_labels,
+        )
+
+    def _explanations(
+        self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int], doubts: Sequence[Sequence[str]]
+    ) -> list[list[Explanation]]:
+        """One Explanation per image and target, by full SISE where there is a doubt."""
+        found: dict[int, list[Explanation]] = {}
+        for explainer, is_doubted in ((self.explainer, False), (self.full, True)):
+            chosen = [image for image, own in enumerate(doubts) if bool(own) == is_doubted]
+            images = torch.tensor(chosen, dtype=torch.int64)
+            made = explainer.explain(inputs_nchw[images], target.of(images), [seeds[image] for image in chosen])
+            found |= zip(chosen, made, strict=True)
+        return [found[image] for image in range(len(doubts))]
+
+    def _logits(self, inputs_nchw: Tensor) -> Tensor:
+        """The unmasked images' logits [N, K] on the CPU, from passes of one fixed shape."""
+        size = self.explainer.images_per_pass
+        filler = inputs_nchw[-1:].expand(-len(inputs_nchw) % size, -1, -1, -1)
+        with self.adapter.borrowed(), torch.inference_mode():
+            passes = torch.cat([inputs_nchw, filler]).split(size)
+            return torch.cat([self.adapter.logits(one) for one in passes])[: len(inputs_nchw)].cpu()
+
+    def _targets(self, record: RecordFacts, logits: Tensor) -> list[int] | Reject:
+        """The record's target classes."""
+        if not logits.isfinite().all():
+            return Reject(RejectCode.NON_FINITE, "the model's output for the image holds NaN or infinity")
+        if self.choice.source != "label":
+            return chosen_classes(self.choice, logits)
+        label = self.labels.index(record.label)
+        if label is None:
+            return Reject(RejectCode.LABEL_MISSING, f"the target is the label, and {record.label!r} means no class")
+        return [label]
+
+    def _outcome(
+        self,
+        classes: Sequence[int],
+        ranks: Sequence[int],
+        explanations: Sequence[Explanation],
+        values: Sequence[Mapping[str, Value]],
+        doubts: Sequence[str],
+    ) -> list[Row] | Reject:
+        figures = [*(one.score for one in explanations), *(own["drop"].value for own in values)]
+        if not np.isfinite(figures).all() or not all(np.isfinite(one.saliency_hw).all() for one in explanations):
+            return Reject(RejectCode.NON_FINITE, "a score, a gradient or a feature map holds NaN or infinity")
+        rows = []
+        for index, rank, explanation, value in zip(classes, ranks, explanations, values, strict=True):
+            chosen = {
+                "target_index": index,
+                "target_name": self.adapter.class_name(index),
+                "target_source": self.choice.source,
+                "target_rank": rank,
+            }
+            fidelity = fidelity_columns(self.level, doubts, was_completed=explanation.was_completed)
+            rows.append({**chosen, **_map_columns(explanation), **fidelity, "metrics": self._metrics(value)})
+        return rows
+
+    def _metrics(self, values: Mapping[str, Value]) -> Row:
+        return {
+            "drop": values["drop"].value,
+            "increase": bool(values["increase"].value),
+            "protocol": self.metric.digest(self.setting),
+        }
+
+    def _base_row(self, unit_input: UnitInput, record: RecordFacts) -> Row:
+        return {
+            "key": record.key,
+            "shard": record.shard,
+            "shard_index": record.shard_index,
+            "unit_id": unit_input.unit.unit_id,
+            "status": OK,
+            "sha256": record.sha256,
+            "num_bytes": record.num_bytes,
+            "format": record.format,
+            "width": record.width,
+            "height": record.height,
+            "label": self.labels.index(record.label),
+            "label_name": None if record.label is None else str(record.label),
+            **self.method,
+        }
+
+    def _rejected_row(self, unit_input: UnitInput, record: RecordFacts) -> Row:
+        reasons = {name: getattr(record, name) for name in ("reject_code", "reject_stage", "error")}
+        return {**self._base_row(unit_input, record), "status": REJECTED, **reasons}
+
+
+def _end_process() -> NoReturn:
+    """For a device that is of no use to this process any more."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("killed")
+
+
+def parameters_digest(parameters: Any, facts: ModelFacts, learned: str | None) -> str:
+    """What the column `parameters` holds; `learned` is the sha256 of what a method that learns has learned."""
+    known = {"parameters": asdict(parameters), "model": asdict(facts)}
+    return digest_of(known if learned is None else {**known, "learned": learned})[:16]
+
+
+def lively(forward: Forward) -> Forward:
+    """The forward pass as a sign of life: no hook on the module sees it."""
+
+    def run(inputs_nchw: Tensor) -> Tensor:
+        alive()
+        return forward(inputs_nchw)
+
+    return run
+
+
+def baseline_of(parameters: Any) -> str:
+    """What a metric puts where a pixel is removed: what the explainer does, or zero."""
+    return getattr(parameters, "baseline", "zero")
+
+
+def seed_of(config: JobConfig, key: str) -> int:
+    """The number from which all that is random about a record's map is drawn: by run seed, explainer and record."""
+    return number_of(config.seed, config.explainer, key)
+
+
+def number_of(*parts: object) -> int:
+    """A number that only these parts decide."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:7], "big")
+
+
+def ranks_of(logits: Tensor, classes: Sequence[int]) -> list[int]:
+    """The places of the classes in the model's order for one image, 0 first (ties: the lower index)."""
+    places = logits.argsort(descending=True, stable=True).argsort()
+    return [int(places[index]) for index in classes]
+
+
+def maps_of(
+    inputs_nchw: Tensor,
+    target: ClassProbability,
+    explanations: Sequence[Sequence[Explanation]],
+    ranks: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+) -> Maps:
+    """What the metrics see of explanations: the maps as they are stored, so that they can be measured again."""
+    return Maps(
+        inputs_nchw,
+        target,
+        saliency=[[stored(np.nan_to_num(one.saliency_hw)) for one in own] for own in explanations],
+        scores=[[one.score for one in own] for own in explanations],
+        ranks=ranks,
+        regions=[[None] * len(own) for own in explanations],
+        seeds=seeds,
+        explainer_seeds=seeds,
+    )
+
+
+def stored(saliency_hw: Map) -> Map:
+    """The map in [0, 1] as its stored form says it."""
+    return quantised(saliency_hw.astype(np.float32)) / 255.0
+
+
+def chosen_classes(choice: TargetChoice, logits: Tensor) -> list[int]:
+    """The given classes, or the first so many of the model's own order (ties: the lower index)."""
+    if choice.source == "given":
+        return list(choice.classes)
+    return logits.argsort(descending=True, stable=True)[: choice.count].tolist()
+
+
+def _map_columns(explanation: Explanation) -> Mapping[str, Any]:
+    saliency = explanation.saliency_hw.astype(np.float32)
+    low, high = saliency.min(), saliency.max()
+    quality = explanation.quality
+    return {
+        "score": explanation.score,
+        "map": saliency,
+        "is_flat": bool(high == low),
+        "is_saturated": bool(high > low and (saliency >= low + NEAR_TOP * (high - low)).mean() > SATURATED_SHARE),
+        "blocks": [
+            {"name": block.name, "candidates": block.candidates, "kept": len(block.kept)}
+            for block in explanation.blocks
+        ],
+        "num_forwards": explanation.num_forwards,
+        "score_r2": quality.r2 if quality is not None else None,
+        "map_error": quality.map_error if quality is not None else None,
+        **explanation.products.as_columns(),
+    }

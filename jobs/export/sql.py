@@ -1,0 +1,365 @@
+"""An output as tables for SQL: views in DuckDB over the Parquet that stands, and what a query gives as table or CSV."""
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import duckdb
+import pyarrow as pa
+from rich.cells import cell_len
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from blocksight.engine.catalog.entries import METRICS
+from blocksight.jobs.audit.result import AUDIT_KEY, CLUSTERS, CLUSTERS_KEY, GROUPS, GROUPS_KEY, ROWS, ROWS_FOLDER
+from blocksight.jobs.evaluate.evaluation import FOLDER
+from blocksight.jobs.ledger.output import table_of
+from blocksight.jobs.plan.config import ConfigError
+from blocksight.jobs.plan.documents import damaged
+from blocksight.jobs.plan.plan import existing_plan
+from blocksight.jobs.plan.records import UnreconciledError
+from blocksight.jobs.plan.text import counted, printable
+from blocksight.storage.outputs.schema import EVALUATION, OK, RECORD_COLUMNS, REJECTED, SCHEMA
+from blocksight.storage.stores.locations import S3, normal_place
+from blocksight.storage.stores.opening import open_store
+from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore
+from blocksight.storage.stores.store import ObjectStore
+
+MAX_ROWS = 40
+"""Rows that are printed."""
+MAX_CELL = 64
+"""Characters of a cell that are printed."""
+ROWS_AT_ONCE = 1024
+PROTOCOL_LENGTH = 8
+"""Characters of a protocol's hash that tell two columns of one metric apart."""
+
+VIEW = "CREATE OR REPLACE VIEW"
+METHOD = ("key", "target_index", "explainer", "parameters")
+"""What names a map: a record's key, a class, and a way of explaining."""
+FORMULA_SIGNS = (
+    "=+-@\N{FULLWIDTH EQUALS SIGN}\N{FULLWIDTH PLUS SIGN}\N{FULLWIDTH HYPHEN-MINUS}\N{FULLWIDTH COMMERCIAL AT}"
+)
+"""The first visible character of what a spreadsheet may run instead of showing it."""
+
+TABLES = {"data/": SCHEMA, FOLDER: EVALUATION, ROWS_FOLDER: ROWS, GROUPS_KEY: GROUPS, CLUSTERS_KEY: CLUSTERS}
+"""What the views read, by where it stands."""
+
+MetricColumns = Mapping[tuple[str, str], str]
+"""Metric and protocol to the name of their column."""
+
+
+def connect(output: str, endpoint_url: str | None = None) -> duckdb.DuckDBPyConnection:
+    """A connection of its own, in memory, with the views of an output: nothing is copied, queries read it in place.
+
+    `maps` and `rejects` are the rows of `explain`; `values` has a row per map, metric and evaluation; `metrics` a row
+    per map and a column per metric and protocol; and where an audit stands, `audit_rows`, `audit_groups` and
+    `audit_clusters`. Raises ConfigError where no output stands or DuckDB cannot read it, UnreconciledError where some
+    of it is damaged, and StoreError.
+    """
+    connection, _ = _connected(output, endpoint_url)
+    return connection
+
+
+def script(output: str, endpoint_url: str | None = None) -> str:
+    """The same views as statements for a DuckDB of the user's own; without any credential."""
+    _, views = _connected(output, endpoint_url)
+    head = "-- the views of a blocksight output, for the shell of DuckDB"
+    if normal_place(output).startswith(S3):
+        head += f"\n-- s3:// needs `INSTALL httpfs; LOAD httpfs;` and `{_secret(endpoint_url)}`"
+    return "\n".join([head, *(f"{statement};" for statement in views), ""])
+
+
+def _secret(endpoint_url: str | None) -> str:
+    """The statement that lets a DuckDB find credentials where they stand; it names the endpoint and holds none."""
+    parts = ["TYPE s3", "PROVIDER credential_chain"]
+    if endpoint_url is not None:
+        address = urlsplit(endpoint_url)
+        host = address.netloc.rpartition("@")[2]  # what stands before it is a user and a password
+        parts += [f"ENDPOINT {_text(host)}", "URL_STYLE 'path'", f"USE_SSL {str(address.scheme == 'https').lower()}"]
+    return f"CREATE SECRET ({', '.join(parts)});"
+
+
+def metric_columns(pairs: Iterable[tuple[str, str]]) -> MetricColumns:
+    """A column for each metric and protocol: the metric's name, and the protocol's beginning where it has several.
+
+    What is no metric of ours or no hash has no column. Ordered as `METRICS`, then by protocol.
+    """
+    ours = {(metric, hashed) for metric, hashed in pairs if metric in METRICS and re.fullmatch("[0-9a-f]+", hashed)}
+    ordered = sorted(ours, key=lambda pair: (list(METRICS).index(pair[0]), pair[1]))
+    protocols = Counter(metric for metric, _ in ordered)
+    short = {(metric, hashed): f"{metric}_{hashed[:PROTOCOL_LENGTH]}" for metric, hashed in ordered}
+    taken = Counter(short.values())
+    long = {pair: name if taken[name] == 1 else "_".join(pair) for pair, name in short.items()}
+    return {pair: pair[0] if protocols[pair[0]] == 1 else name for pair, name in long.items()}
+
+
+def standing_columns(connection: duckdb.DuckDBPyConnection) -> MetricColumns:
+    """The columns of the metrics that stand in the view `values`."""
+    query = 'SELECT DISTINCT metric, protocol FROM "values" WHERE metric IS NOT NULL AND protocol IS NOT NULL'
+    return metric_columns(ask(connection, query).fetchall())
+
+
+def _connected(output: str, endpoint_url: str | None) -> tuple[duckdb.DuckDBPyConnection, list[str]]:
+    """A connection with the output's views, and the statements that made them."""
+    store = PatientStore(open_store(output, endpoint_url), SHORT_PATIENCE_SECONDS)
+    existing_plan(store)
+    if "\\" in store.uri:
+        raise ConfigError(f"DuckDB's patterns cannot name a folder with a backslash, such as {store.uri}: rename it")
+    _refuse_what_is_no_file(store)
+    connection = duckdb.connect()
+    if store.uri.startswith(S3):
+        from blocksight.storage.stores.s3 import S3Store  # slow to import, and local outputs need none
+
+        connection.register_filesystem(S3Store(output, endpoint_url).filesystem)
+    statements = []
+    try:
+        for statement in _statements(connection, store):
+            ask(connection, statement)
+            statements.append(statement)
+    except (ConfigError, UnreconciledError):
+        _name_damage(store)  # DuckDB does not always say which table it is
+        raise
+    return connection, statements
+
+
+def _refuse_what_is_no_file(store: ObjectStore) -> None:
+    """Raises UnreconciledError for a pipe or the like among the tables: DuckDB would wait for its writer."""
+    for key, kind in store.unlisted():
+        if key.endswith(".parquet"):
+            raise damaged(store.uri, key, f"it is no file, it counts as one of the {kind}")
+
+
+def _statements(connection: duckdb.DuckDBPyConnection, store: ObjectStore) -> Iterator[str]:
+    """The statements of the views; that of `metrics` is made once the others stand."""
+    yield from _views(store).values()
+    yield _view("metrics", _metrics(standing_columns(connection)))
+
+
+def _name_damage(store: ObjectStore) -> None:
+    """Reads table after table. Raises UnreconciledError for the first that is damaged."""
+    for prefix, schema in TABLES.items():
+        for info in store.list(prefix):
+            if info.key.endswith(".parquet"):
+                table_of(store, info.key, schema)
+
+
+def _views(store: ObjectStore) -> dict[str, str]:
+    """Statements by the name of their view, all but `metrics`."""
+    data = _source(store, "data/", "data/*.parquet", SCHEMA)
+    views = {
+        "maps": f"SELECT * FROM {data} WHERE status = '{OK}'",
+        "rejects": f"SELECT {', '.join(map(_name, RECORD_COLUMNS))} FROM {data} WHERE status = '{REJECTED}'",
+        "values": f"{_explained(data)}\nUNION ALL BY NAME\n{_evaluated(store)}",
+    }
+    if store.head(AUDIT_KEY) is not None:
+        views |= {
+            "audit_rows": f"SELECT * FROM {_source(store, ROWS_FOLDER, f'{ROWS_FOLDER}*.parquet', ROWS)}",
+            "audit_groups": f"SELECT * FROM {_source(store, GROUPS_KEY, GROUPS_KEY, GROUPS)}",
+            "audit_clusters": f"SELECT * FROM {_source(store, CLUSTERS_KEY, CLUSTERS_KEY, CLUSTERS)}",
+        }
+    return {name: _view(name, query) for name, query in views.items()}
+
+
+def _view(name: str, query: str) -> str:
+    return f"{VIEW} {_name(name)} AS\n{query}"
+
+
+def _explained(data: str) -> str:
+    """Drop and Increase as `explain` measured them, in percent as all shares are."""
+    columns = ", ".join(map(_name, EVALUATION.names[: EVALUATION.names.index("metric")]))
+    parts = (
+        f"SELECT NULL::VARCHAR AS evaluation, {columns}, '{metric}' AS metric, metrics.protocol AS protocol, "
+        f"{value} AS \"value\" FROM {data} WHERE status = '{OK}'"
+        for metric, value in (("drop", "metrics.drop"), ("increase", "100.0 * metrics.increase::DOUBLE"))
+    )
+    return "\nUNION ALL BY NAME\n".join(parts)
+
+
+def _evaluated(store: ObjectStore) -> str:
+    """The rows of all evaluations, with the name of each."""
+    source = _source(store, FOLDER, f"{FOLDER}*/data/*.parquet", EVALUATION, with_filename=True)
+    name = "regexp_extract(filename, '/([^/]+)/data/[^/]+$', 1)"
+    return f"SELECT {name} AS evaluation, {', '.join(map(_name, EVALUATION.names))} FROM {source}"
+
+
+def _metrics(columns: MetricColumns) -> str:
+    """One row per map; of a value that two evaluations have, that of the later one in their order counts."""
+    named = ", ".join(map(_name, METHOD))
+    values = "".join(
+        f""",\n  arg_max("value", coalesce(evaluation, '')) """
+        f"FILTER (metric = '{metric}' AND protocol = '{protocol}') AS {_name(column)}"
+        for (metric, protocol), column in columns.items()
+    )
+    return f'SELECT {named}{values}\nFROM "values" GROUP BY {named}'
+
+
+def _source(store: ObjectStore, prefix: str, pattern: str, schema: pa.Schema, *, with_filename: bool = False) -> str:
+    """What a view reads: the files that match, or no row of the same columns where there is none."""
+    if any(info.key.endswith(".parquet") for info in store.list(prefix)):
+        root = re.sub(r"([*?\[])", r"[\1]", store.uri)
+        # a folder such as `run=7` above the files is no column of theirs
+        options = f"hive_partitioning = false{', filename = true' if with_filename else ''}"
+        return f"read_parquet({_text(f'{root}/{pattern}')}, {options})"
+    columns = {field.name: _type(field.type) for field in schema}
+    columns |= {"filename": "VARCHAR"} if with_filename else {}
+    return f"(SELECT {', '.join(f'NULL::{kind} AS {_name(name)}' for name, kind in columns.items())} LIMIT 0)"
+
+
+def _type(kind: pa.DataType) -> str:
+    """DuckDB's name for a column's type."""
+    if pa.types.is_struct(kind):
+        fields = [kind.field(index) for index in range(kind.num_fields)]
+        return f"STRUCT({', '.join(f'{_name(field.name)} {_type(field.type)}' for field in fields)})"
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        return f"{_type(kind.value_type)}[]"
+    return "BLOB" if pa.types.is_fixed_size_binary(kind) else PLAIN_TYPES[kind]
+
+
+PLAIN_TYPES = {
+    pa.string(): "VARCHAR",
+    pa.binary(): "BLOB",
+    pa.bool_(): "BOOLEAN",
+    pa.int16(): "SMALLINT",
+    pa.int32(): "INTEGER",
+    pa.int64(): "BIGINT",
+    pa.float32(): "FLOAT",
+    pa.float64(): "DOUBLE",
+}
+
+
+def _name(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _text(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+# ---------------------------------------------------------------- what a query gives
+
+
+def ask(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.DuckDBPyConnection:
+    """Runs a query. Raises ConfigError with what DuckDB says of it, and UnreconciledError for damaged Parquet."""
+    try:
+        if not connection.extract_statements(query):
+            raise ConfigError(f'the query {query!r} asks nothing; try "SELECT * FROM metrics"')
+        return connection.execute(query)
+    except duckdb.Error as error:
+        raise _refused(error, query) from error
+
+
+def as_table(found: duckdb.DuckDBPyConnection, width: int) -> RenderableType:
+    """The first rows, and how many there are: as a table, or where it is wider than `width`, one column a line."""
+    header, rows = [printable(name) for name in _header(found)], _rows(found)
+    shown = [list(map(_cell, row)) for row in islice(rows, MAX_ROWS)]
+    count = len(shown) + sum(1 for _ in rows)
+    said = counted(count, "row")
+    said = said if count <= MAX_ROWS else f"{said}; the first {MAX_ROWS} are shown, --csv writes all"
+    widest = [max(map(cell_len, column)) for column in zip(header, *shown, strict=True)]
+    is_wide = sum(widest) + 3 * len(widest) + 1 > width
+    return Group(*(_records(header, shown) if is_wide else [_table(header, shown)]), said)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _records(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[RenderableType]:
+    """Each row as a list of its columns."""
+    for number, row in enumerate(rows, 1):
+        table = Table(title=f"row {number}", box=None, show_header=False, title_justify="left")
+        for name, cell in zip(header, row, strict=True):
+            table.add_row(f"{name}:", cell)
+        yield table
+
+
+def write_csv(found: duckdb.DuckDBPyConnection, file: Path) -> int:
+    """Writes all rows with a header and returns how many; no cell of text is one that a spreadsheet would run.
+
+    A cell whose first visible character begins a formula gets an apostrophe. All text is quoted, so that a separator
+    in its midst begins no cell of its own, not even where a spreadsheet parts cells at `;` or tabs; one that does not
+    heed quotes is not provided for. Numbers are as they are. Raises ConfigError where the file cannot be written.
+    """
+    count = 0
+    try:
+        with file.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream, quoting=csv.QUOTE_NONNUMERIC)
+            writer.writerow(map(_guarded, _header(found)))
+            for count, row in enumerate(_rows(found), 1):  # noqa: B007 - the last number is the answer
+                writer.writerow(map(_guarded, row))
+    except OSError as error:
+        raise ConfigError(f"the CSV file {file} cannot be written: {error.strerror or error}") from error
+    return count
+
+
+def _header(found: duckdb.DuckDBPyConnection) -> list[str]:
+    return [column[0] for column in found.description or ()]
+
+
+def _rows(found: duckdb.DuckDBPyConnection) -> Iterator[Sequence[Any]]:
+    try:
+        while rows := found.fetchmany(ROWS_AT_ONCE):
+            yield from rows
+    except duckdb.Error as error:  # rows are read as they are asked for
+        raise _refused(error) from error
+
+
+OURS = re.compile(
+    r"""['"](.*?)/((?:data|evaluations/[0-9a-f]+/data|audit/rows)/\d{6}-[0-9a-f]{20}\.parquet"""
+    r"""|audit/(?:groups|clusters)\.parquet)['"]"""
+)
+"""A table of an output as DuckDB's messages name it: where the output is, and the table's key."""
+
+
+TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(?: .*\n)+")
+"""Of a store's error in the midst of a query."""
+
+
+def _refused(error: duckdb.Error, query: str = "") -> ConfigError | UnreconciledError:
+    """What DuckDB says; of a store's error the sentence, and not where in the code it arose.
+
+    Where it points at a place in SQL, that is kept if it is the user's, and not that of a view.
+    """
+    said = TRACEBACK.sub("", str(error)).strip()
+    sentence, _, excerpt = said.partition("\n\nLINE ")
+    if (damage := _damage(error, sentence)) is not None:
+        return damage
+    pointed_at = excerpt.partition("\n")[0].partition(": ")[2].strip(".")
+    is_theirs = bool(pointed_at) and pointed_at in query and not query.startswith(VIEW)
+    return ConfigError(f"DuckDB cannot run the query: {said if is_theirs else sentence}")
+
+
+def _damage(error: duckdb.Error, sentence: str) -> UnreconciledError | None:
+    """None where the query or the store is at fault, and not the bytes of a table."""
+    named = OURS.search(sentence)
+    if named is not None and sentence.startswith(("Invalid Input Error", "IO Error: Could not read")):
+        return damaged(named[1], named[2], sentence.splitlines()[0])
+    if type(error) is duckdb.Error and not TRACEBACK.search(str(error)):  # what its reader of Parquet stumbles over
+        return UnreconciledError(f"DuckDB cannot read what stands, `blocksight verify` says more: {sentence}")
+    return None
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bytes):
+        return f"<{len(value):,} bytes>"
+    said = "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    return printable(said if len(said) <= MAX_CELL else f"{said[: MAX_CELL - 1]}…")
+
+
+def _guarded(value: Any) -> Any:
+    """A cell for CSV: numbers as they are, everything else as text that no spreadsheet runs."""
+    if value is None or isinstance(value, int | float | Decimal):
+        return value
+    text = value.hex() if isinstance(value, bytes) else str(value)
+    first = next((char for char in text if char.isprintable() and not char.isspace()), None)
+    is_formula = text.startswith(("\t", "\r", "\n")) or (first is not None and first in FORMULA_SIGNS)
+    return f"'{text}" if is_formula else text

@@ -1,0 +1,60 @@
+"""Leftovers: what runs that died left beside the truth, and what of it is safe to remove."""
+
+from collections.abc import Iterator
+
+from blocksight.jobs.ledger import attempt_markers, dead_letters
+from blocksight.jobs.ledger.reconcile import Standing, final_manifest
+from blocksight.jobs.ledger.stop_request import RUNS_FOLDER, SIGN_NAME
+from blocksight.jobs.plan.plan import PLAN_FOLDER, UNIT_FOLDERS, plan_document
+from blocksight.storage.stores.local import LocalStore
+from blocksight.storage.stores.retrying import PatientStore, is_probe
+from blocksight.storage.stores.store import ObjectStore
+
+PROBE_PREFIX = "_job/probe-"
+"""Of the objects with which a run tries what the store can do."""
+
+YOUNG_SECONDS = 3_600.0
+"""An unfinished file of the last hour may still have its writer."""
+
+
+def remove_leftovers(store: ObjectStore, standing: Standing, *, dry_run: bool = False) -> list[str]:
+    """Removes markers and letters of committed units, lost plans, unfinished files and, once the job is
+    finished, probes and signs to stop; returns their names.
+
+    Nothing that carries a fact goes: no fragment, receipt, plan, manifest, or letter of a dead unit.
+    """
+    names = [*_settled(store, standing), *_lost_plans(store)]
+    if final_manifest(store, standing.plan) is not None:  # nobody is at work who might still need them
+        names += [info.key for info in store.list(PROBE_PREFIX)]
+        names += [info.key for folder in UNIT_FOLDERS for info in store.list(folder) if is_probe(info.key)]
+        names += [info.key for info in store.list(RUNS_FOLDER) if info.key.endswith(f"/{SIGN_NAME}")]
+    if not dry_run:
+        for name in names:
+            store.delete(name)
+    plain = store.store if isinstance(store, PatientStore) else store
+    if isinstance(plain, LocalStore):  # in a bucket every write is whole or not at all
+        names += plain.sweep(YOUNG_SECONDS, dry_run=dry_run)
+    return names
+
+
+def remove_settled(store: ObjectStore, standing: Standing) -> None:
+    """Removes the markers and dead letters of units whose fragments stand."""
+    for name in list(_settled(store, standing)):
+        store.delete(name)
+
+
+def _settled(store: ObjectStore, standing: Standing) -> Iterator[str]:
+    """Markers and dead letters of units whose fragments stand."""
+    for folder in (attempt_markers.FOLDER, dead_letters.FOLDER):
+        for info in store.list(folder):
+            unit_id = info.key.removeprefix(folder).partition("/")[0].removesuffix(".json")
+            if unit_id in standing.receipts:
+                yield info.key
+
+
+def _lost_plans(store: ObjectStore) -> Iterator[str]:
+    """Lists of units that no plan names: of drivers that planned at once, or died before they were done."""
+    named = plan_document(store)
+    for info in store.list(f"{PLAN_FOLDER}units-"):
+        if named is not None and info.key != named["units"]:
+            yield info.key

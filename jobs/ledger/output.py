@@ -1,0 +1,75 @@
+"""Reads the tables and the maps of an output for whoever shows them: what is damaged is named, with the way out."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from blocksight.jobs.plan.documents import damaged, read_document
+from blocksight.jobs.plan.plan import MODEL_KEY
+from blocksight.jobs.plan.records import ModelFacts, UnreconciledError
+from blocksight.storage.limits import MAX_FRAGMENT_BYTES
+from blocksight.storage.outputs.fragments import read_rows
+from blocksight.storage.outputs.map_codec import MapError, decode_map
+from blocksight.storage.outputs.schema import EVALUATION, SCHEMA
+from blocksight.storage.stores.store import DamagedError, ObjectStore
+
+MAP_SIDES = ("map_height", "map_width")
+
+
+def fragment_of(store: ObjectStore, key: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of a committed fragment. Raises StoreError, and UnreconciledError where it is damaged.
+
+    Maps are those of the plan's model: one of another size is damage before anything is allocated for it.
+    """
+    table = table_of(store, key, SCHEMA, columns)
+    if set(MAP_SIDES) <= set(table.column_names):
+        odd = next(odd_sizes(table, model_facts(store)["input_size"]), None)
+        if odd is not None:
+            raise damaged(store.uri, key, odd)
+    return table
+
+
+def odd_sizes(table: pa.Table, input_size: tuple[int, int]) -> Iterator[str]:
+    """Says of each map that it has another size than the model's input (height, width), over which maps lie."""
+    rows = table.select(["key", *MAP_SIDES])
+    is_odd = [pc.field(name) != side for name, side in zip(MAP_SIDES, input_size, strict=True)]
+    for row in rows.filter(is_odd[0] | is_odd[1]).to_pylist():
+        found, wanted = (" x ".join(map(str, sides)) for sides in ((row["map_height"], row["map_width"]), input_size))
+        yield f"the map of {row['key']!r} has {found} pixels, the input of the plan's model {wanted}"
+
+
+def values_in(store: ObjectStore, key: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of one fragment of an evaluation. Raises as `fragment_of`."""
+    return table_of(store, key, EVALUATION, columns)
+
+
+def table_of(store: ObjectStore, key: str, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of a Parquet object that has the columns of `schema`, all of them or some. Raises as `fragment_of`."""
+    body = store.read(key, length=MAX_FRAGMENT_BYTES + 1)
+    try:
+        return read_rows(body, schema, "it", columns)
+    except DamagedError as error:
+        raise damaged(store.uri, key, error) from error
+
+
+def model_facts(store: ObjectStore) -> Mapping[str, Any]:
+    """The fields of `blocksight.jobs.plan.records.ModelFacts`, of the model that made the maps.
+
+    Raises MissingError before it was loaded, and UnreconciledError where the object is damaged.
+    """
+    return vars(read_document(store, MODEL_KEY, ModelFacts))
+
+
+def map_of(row: Mapping[str, Any]) -> NDArray[np.float32]:
+    """The map [H, W] in [0, 1] of an explained row. Raises UnreconciledError where its bytes are damaged."""
+    try:
+        return decode_map(row["map"] or b"", (row["map_height"], row["map_width"]))
+    except MapError as error:
+        raise UnreconciledError(
+            f"the map of {row['key']!r} for class {row['target_index']} is damaged, `blocksight verify` names its "
+            f"fragment: {error}"
+        ) from error

@@ -1,0 +1,148 @@
+"""Receipts: what each committed unit holds, made from the fragment's own bytes so that any can be rebuilt."""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+
+from blocksight.jobs.plan.documents import damaged, read_document
+from blocksight.jobs.plan.records import MetricMean, MetricSum, Receipt, Unit, UnreconciledError
+from blocksight.storage.limits import MAX_RECEIPT_BYTES
+from blocksight.storage.outputs.fragments import read_fragment
+from blocksight.storage.outputs.schema import OK, REJECTED
+from blocksight.storage.stores.store import AlreadyExistsError, DamagedError, ObjectStore, OutputError
+
+COLUMNS = ["shard", "shard_index", "status", "reject_code", "num_forwards", "metrics"]
+READERS = 16
+"""Small objects that are read at once."""
+
+
+def receipt_of(unit: Unit, body: bytes) -> Receipt:
+    """The receipt of a fragment with these bytes. Raises UnreconciledError where they are no fragment."""
+    try:
+        rows = read_fragment(body, COLUMNS)
+    except DamagedError as error:
+        raise UnreconciledError(f"{unit.fragment_key} cannot be read: {error}") from error
+    records = _one_row_per_record(rows)
+    statuses = Counter(row["status"] for row in records)
+    return Receipt(
+        unit_id=unit.unit_id,
+        ordinal=unit.ordinal,
+        fragment=unit.fragment_key,
+        num_bytes=len(body),
+        sha256=hashlib.sha256(body).hexdigest(),
+        num_rows=rows.num_rows,
+        num_records=len(records),
+        num_ok=statuses[OK],
+        num_rejected=statuses[REJECTED],
+        rejects=dict(sorted(Counter(row["reject_code"] for row in records if row["reject_code"]).items())),
+        num_forwards=sum(row["num_forwards"] or 0 for row in records),
+        metrics=_metric_sums(rows["metrics"].to_pylist()),
+    )
+
+
+def commit_facts(receipt: Receipt) -> dict[str, str]:
+    """What the fragment's object metadata says of it, beside the attempt."""
+    return {
+        "sha256": receipt.sha256,
+        "records": str(receipt.num_records),
+        "ok": str(receipt.num_ok),
+        "rejected": str(receipt.num_rejected),
+    }
+
+
+def _one_row_per_record(rows: pa.Table) -> list[dict[str, Any]]:
+    columns = ["shard", "shard_index", "status", "reject_code", "num_forwards"]
+    return list({(row["shard"], row["shard_index"]): row for row in rows.select(columns).to_pylist()}.values())
+
+
+def _metric_sums(metrics: Iterable[Mapping[str, Any] | None]) -> dict[str, MetricSum]:
+    """Sum and count of every metric, apart by protocol: `drop@PROTOCOL` to {"sum", "count"}."""
+    values: dict[str, list[float]] = {}
+    for row in metrics:
+        if row is None:
+            continue
+        values.setdefault(f"drop@{row['protocol']}", []).append(row["drop"])
+        values.setdefault(f"increase@{row['protocol']}", []).append(100.0 * row["increase"])
+    return {name: MetricSum(sum=math.fsum(own), count=len(own)) for name, own in sorted(values.items())}
+
+
+def metric_means(receipts: Iterable[Receipt]) -> dict[str, MetricMean]:
+    """Mean and count over receipts, the same in any order: `name@protocol` to {"mean", "count"}."""
+    sums: dict[str, list[float]] = {}
+    counts: Counter[str] = Counter()
+    for receipt in receipts:
+        for name, own in receipt.metrics.items():
+            sums.setdefault(name, []).append(own["sum"])
+            counts[name] += own["count"]
+    return {
+        name: MetricMean(mean=math.fsum(own) / counts[name], count=counts[name]) for name, own in sorted(sums.items())
+    }
+
+
+def receipt_key(unit_id: str) -> str:
+    """Where a unit's receipt stands below the output's root."""
+    return f"_job/receipts/{unit_id}.json"
+
+
+def write_receipt(store: ObjectStore, receipt: Receipt) -> None:
+    """Writes the receipt once; one that stands already says the same of the same fragment.
+
+    Where this one object cannot be written, the job does without: the fragment says all that it must know.
+    """
+    body = json.dumps(asdict(receipt), indent=1, sort_keys=True).encode()
+    with suppress(AlreadyExistsError, OutputError):
+        store.create(receipt_key(receipt.unit_id), body)
+
+
+def adopt(store: ObjectStore, unit: Unit) -> Receipt | None:
+    """The receipt of the unit whose fragment stands already, whoever made it; None: none stands."""
+    if store.head(unit.fragment_key) is None:
+        return None
+    receipt = receipt_of(unit, store.read(unit.fragment_key))
+    write_receipt(store, receipt)
+    return receipt
+
+
+def read_receipts(store: ObjectStore, units: Iterable[Unit]) -> dict[str, Receipt]:
+    """The receipts of committed units, by unit id; one that is missing is rebuilt from its fragment and written.
+
+    What is committed is what stands under `data/`: the listing decides, never a receipt.
+    """
+    fragments = {info.key for info in store.list("data/")}
+    written = {info.key for info in store.list("_job/receipts/")}
+    committed = [unit for unit in units if unit.fragment_key in fragments]
+    with ThreadPoolExecutor(READERS) as readers:
+        receipts = readers.map(lambda unit: _receipt(store, unit, receipt_key(unit.unit_id) in written), committed)
+        return {receipt.unit_id: receipt for receipt in receipts}
+
+
+def written_receipt(store: ObjectStore, unit: Unit) -> Receipt:
+    """The receipt as it was written. Raises MissingError, and UnreconciledError where it is damaged or another's."""
+    key = receipt_key(unit.unit_id)
+    receipt = read_document(store, key, Receipt, MAX_RECEIPT_BYTES)
+    found = (receipt.unit_id, receipt.ordinal, receipt.fragment)
+    wanted = (unit.unit_id, unit.ordinal, unit.fragment_key)
+    if found != wanted:
+        raise damaged(store.uri, key, f"it is of {found}, wanted {wanted}")
+    return receipt
+
+
+def _receipt(store: ObjectStore, unit: Unit, is_written: bool) -> Receipt:
+    if is_written:
+        try:
+            return written_receipt(store, unit)
+        except UnreconciledError:  # a damaged receipt says nothing that the fragment does not
+            store.delete(receipt_key(unit.unit_id))
+        except OutputError:
+            return receipt_of(unit, store.read(unit.fragment_key))
+    receipt = receipt_of(unit, store.read(unit.fragment_key))
+    write_receipt(store, receipt)
+    return receipt

@@ -1,0 +1,359 @@
+"""Reconciliation: what the bucket holds against what was planned, by sets of identities and never by counts."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+from typing_extensions import TypedDict
+
+from blocksight.jobs.ledger.dead_letters import letter_key, read_letters
+from blocksight.jobs.ledger.output import MAP_SIDES, model_facts, odd_sizes
+from blocksight.jobs.ledger.receipts import (
+    READERS,
+    commit_facts,
+    metric_means,
+    read_receipts,
+    receipt_of,
+    written_receipt,
+)
+from blocksight.jobs.plan.config import TargetChoice
+from blocksight.jobs.plan.documents import read_document
+from blocksight.jobs.plan.plan import Plan
+from blocksight.jobs.plan.records import Count, DeadLetter, MetricMean, Receipt, Unit, UnreconciledError
+from blocksight.storage.inputs.survey import Layout
+from blocksight.storage.limits import MAX_MANIFEST_BYTES_PER_UNIT, MAX_RECEIPT_BYTES
+from blocksight.storage.outputs.fragments import read_fragment
+from blocksight.storage.outputs.schema import OK
+from blocksight.storage.stores.retrying import is_probe
+from blocksight.storage.stores.store import AlreadyExistsError, DamagedError, MissingError, ObjectStore
+
+MANIFEST_KEY = "_job/final/manifest.json"
+OF_ATTEMPT = ("attempt", "explain_seconds", "forward", "worker")
+"""What a receipt says of the attempt: the fragment does not hold it."""
+MAX_NAMED = 3
+"""Records that one fault names."""
+ROW_COLUMNS = ["key", "shard", "shard_index", "unit_id", "status", "target_index"]
+
+
+class AcceptedLetter(TypedDict):
+    """A dead unit that the job was finished without."""
+
+    unit_id: str
+    ordinal: Count
+    cause: str
+    inputs: str
+
+
+class NamedFragment(TypedDict):
+    """A committed fragment."""
+
+    key: str
+    sha256: str
+    num_bytes: Count
+    num_rows: Count
+
+
+class Manifest(TypedDict):
+    """What is written last, once: the whole of a finished job."""
+
+    fingerprint: str
+    num_units: Count
+    dead: list[AcceptedLetter]
+    num_records: Count
+    num_ok: Count
+    num_rejected: Count
+    num_rows: Count
+    num_forwards: Count
+    num_bytes: Count
+    rejects: dict[str, Count]
+    metrics: dict[str, MetricMean]
+    fragments: list[NamedFragment]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a job is, from the bucket alone."""
+
+    plan: Plan
+    receipts: Mapping[str, Receipt]
+    """Of the committed units, by unit id."""
+    dead: Mapping[str, DeadLetter]
+    """Of the units that are given up, by unit id."""
+    outweighed: Sequence[str] = ()
+    """Units with a letter and a fragment, which a slower attempt committed after all: the fragment counts."""
+    strangers: Sequence[str] = ()
+    """What stands under `data/` and was not planned."""
+
+    @property
+    def open_units(self) -> list[Unit]:
+        """Planned, neither committed nor dead, in order."""
+        settled = self.receipts.keys() | self.dead.keys()
+        return [unit for unit in self.plan.units if unit.unit_id not in settled]
+
+    def total(self, field: str) -> int:
+        """Sum of one of the receipts' counts."""
+        return sum(getattr(receipt, field) for receipt in self.receipts.values())
+
+    @property
+    def rejects(self) -> Counter[str]:
+        """Rejected records by code."""
+        return sum((Counter(receipt.rejects) for receipt in self.receipts.values()), Counter())
+
+
+def stand(store: ObjectStore, plan: Plan) -> Standing:
+    """Reads the receipts of what is committed, and the dead letters."""
+    receipts = read_receipts(store, plan.units)
+    letters = read_letters(store, plan.units)
+    planned = {unit.fragment_key for unit in plan.units}
+    return Standing(
+        plan,
+        receipts,
+        {unit_id: letter for unit_id, letter in letters.items() if unit_id not in receipts},
+        sorted(letters.keys() & receipts.keys()),
+        sorted(key for key in _listed_fragments(store) if key not in planned),
+    )
+
+
+def _listed_fragments(store: ObjectStore) -> set[str]:
+    """What stands under `data/`, without the probes of what can be written there."""
+    return {info.key for info in store.list("data/") if not is_probe(info.key)}
+
+
+def final_manifest(store: ObjectStore, plan: Plan) -> Manifest | None:
+    """The manifest of a finished job; None: it is not finished. Raises UnreconciledError where it is damaged."""
+    most = MAX_RECEIPT_BYTES + MAX_MANIFEST_BYTES_PER_UNIT * len(plan.units)
+    try:
+        return read_document(store, MANIFEST_KEY, Manifest, most)
+    except MissingError:
+        return None
+
+
+def num_accepted(manifest: Manifest | None) -> int:
+    """The dead units that a job was finished without; 0 where it is not finished."""
+    return len(manifest["dead"]) if manifest is not None else 0
+
+
+def finalize(store: ObjectStore, standing: Standing) -> Manifest:
+    """Writes the manifest once, when every planned unit is committed or dead; returns the one that stands.
+
+    Compares sets of units, and each fragment's metadata with its receipt: equal counts prove nothing. The
+    letters of units that were committed after all are taken back. A manifest that stands already must say
+    what the receipts say. Raises UnreconciledError.
+    """
+    manifest = final_manifest(store, standing.plan)
+    if manifest is not None:
+        faults = list(_manifest_faults(manifest, standing.plan, standing.receipts.values()))
+        if faults:
+            raise UnreconciledError("\n".join(faults))
+        return manifest
+    for unit_id in standing.outweighed:
+        store.delete(letter_key(unit_id))
+    faults = [f"{key} was not planned" for key in standing.strangers]
+    faults += [f"unit {unit.ordinal} is neither committed nor dead" for unit in standing.open_units]
+    with ThreadPoolExecutor(READERS) as readers:
+        for found in readers.map(lambda receipt: _metadata_faults(store, receipt), standing.receipts.values()):
+            faults += found
+    if faults:
+        raise UnreconciledError("\n".join(faults))
+    with suppress(AlreadyExistsError):
+        store.create(MANIFEST_KEY, json.dumps(_manifest(standing), indent=1, sort_keys=True).encode())
+    manifest = final_manifest(store, standing.plan)
+    if manifest is None:
+        raise UnreconciledError(
+            f"{store.uri}/{MANIFEST_KEY} was written and is gone: is somebody deleting this output?"
+        )
+    return manifest
+
+
+def _manifest(standing: Standing) -> Manifest:
+    ordered = sorted(standing.receipts.values(), key=lambda receipt: receipt.ordinal)
+    return {
+        "fingerprint": standing.plan.fingerprint,
+        "num_units": len(standing.plan.units),
+        "dead": [
+            {"unit_id": letter.unit_id, "ordinal": letter.ordinal, "cause": letter.cause, "inputs": letter.inputs}
+            for letter in sorted(standing.dead.values(), key=lambda letter: letter.ordinal)
+        ],
+        "num_records": standing.total("num_records"),
+        "num_ok": standing.total("num_ok"),
+        "num_rejected": standing.total("num_rejected"),
+        "num_rows": standing.total("num_rows"),
+        "num_forwards": standing.total("num_forwards"),
+        "num_bytes": standing.total("num_bytes"),
+        "rejects": dict(sorted(standing.rejects.items())),
+        "metrics": metric_means(ordered),
+        "fragments": [
+            {
+                "key": receipt.fragment,
+                "sha256": receipt.sha256,
+                "num_bytes": receipt.num_bytes,
+                "num_rows": receipt.num_rows,
+            }
+            for receipt in ordered
+        ],
+    }
+
+
+@dataclass
+class _Shard:
+    """What was seen of the shard that is being checked, across its units."""
+
+    name: str = ""
+    next_index: int | None = 0
+    """Index that the next record must have; None where the unit before it is not committed."""
+    keys: set[str] = field(default_factory=set)
+    """Of explained records."""
+
+
+def check(store: ObjectStore, plan: Plan) -> Iterator[tuple[Unit | None, list[str]]]:
+    """Re-reads every fragment and yields each committed unit with its faults; last None with the faults overall.
+
+    Proves from the bucket alone: nothing stands under `data/` that was not planned; the final manifest, if there
+    is one, names exactly what stands, by its bytes, and the rest as dead; each fragment's bytes are those that
+    its metadata and its receipt name; every record of the unit's range stands once, in order, explained for
+    every target or rejected with a reason; no key of a shard is explained twice.
+    """
+    planned = {unit.fragment_key for unit in plan.units}
+    standing = _listed_fragments(store)
+    found: list[Receipt] = []
+    shard = _Shard()
+    for unit in plan.units:
+        if unit.objects[0].key != shard.name:
+            shard = _Shard(unit.objects[0].key)
+        if unit.fragment_key in standing:
+            yield unit, list(_unit_faults(store, plan, unit, shard, found))
+        else:
+            shard.next_index = None
+    yield None, [*(f"{key} was not planned" for key in sorted(standing - planned)), *_final_faults(store, plan, found)]
+
+
+def _final_faults(store: ObjectStore, plan: Plan, found: Sequence[Receipt]) -> list[str]:
+    try:
+        manifest = final_manifest(store, plan)
+    except UnreconciledError as error:
+        return [str(error)]
+    return [] if manifest is None else list(_manifest_faults(manifest, plan, found))
+
+
+def _manifest_faults(manifest: Manifest, plan: Plan, receipts: Iterable[Receipt]) -> Iterator[str]:
+    """Where the final manifest and the receipts of what stands differ."""
+    named = {fragment["key"]: fragment for fragment in manifest["fragments"]}
+    standing = {receipt.fragment: receipt for receipt in receipts}
+    dead = {letter["unit_id"] for letter in manifest["dead"]}
+    if manifest["fingerprint"] != plan.fingerprint:
+        yield f"the final manifest is of job {manifest['fingerprint'][:16]}, and the plan of {plan.fingerprint[:16]}"
+    for key in sorted(named.keys() - standing.keys()):
+        yield f"{key} is in the final manifest and does not stand"
+    for key in sorted(standing.keys() - named.keys()):
+        yield f"{key} stands and is not in the final manifest: its unit was given up there"
+    for unit in plan.units:
+        if (unit.unit_id in dead) == (unit.fragment_key in named):
+            said = "both committed and dead" if unit.unit_id in dead else "neither committed nor dead"
+            yield f"unit {unit.ordinal} is {said} in the final manifest"
+    for key in sorted(named.keys() & standing.keys()):
+        yield from _differences(named[key], standing[key], key, "the final manifest")
+
+
+def _differences(said: Mapping[str, Any], receipt: Receipt, key: str, where: str) -> Iterator[str]:
+    for name, value in said.items():
+        if name != "key" and getattr(receipt, name) != value:
+            yield f"{key}: {name} is {getattr(receipt, name)} in the fragment and {value} in {where}"
+
+
+def _receipt_faults(store: ObjectStore, unit: Unit, receipt: Receipt) -> Iterator[str]:
+    """Where the fragment and the receipt that was written for it differ."""
+    with suppress(MissingError, UnreconciledError):  # a receipt that is lost or damaged is rebuilt
+        written = asdict(written_receipt(store, unit))
+        said = {name: value for name, value in written.items() if name not in OF_ATTEMPT}
+        yield from _differences(said, receipt, receipt.fragment, "its receipt")
+
+
+def _unit_faults(store: ObjectStore, plan: Plan, unit: Unit, shard: _Shard, found: list[Receipt]) -> Iterator[str]:
+    """The unit's faults; its receipt, made anew, joins those that were found."""
+    body = store.read(unit.fragment_key)
+    try:
+        receipt = receipt_of(unit, body)
+        table = read_fragment(body, [*ROW_COLUMNS, *MAP_SIDES])
+    except (UnreconciledError, DamagedError) as error:
+        said = str(error)
+        yield said if isinstance(error, UnreconciledError) else f"{unit.fragment_key} cannot be read: {said}"
+        return
+    found.append(receipt)
+    records: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in table.select(ROW_COLUMNS).to_pylist():
+        records.setdefault((row["shard"], row["shard_index"]), []).append(row)
+    yield from _metadata_faults(store, receipt)
+    yield from _receipt_faults(store, unit, receipt)
+    own = list(records.values())
+    faults = (*_order_faults(unit, own, shard), *_target_faults(plan, own), *_duplicate_faults(own, shard))
+    for fault in (*faults, *_size_faults(store, table)):
+        yield f"{unit.fragment_key}: {fault}"
+
+
+def _size_faults(store: ObjectStore, table: pa.Table) -> Iterator[str]:
+    """Maps of another size than the model's input, the first few."""
+    with suppress(MissingError):  # no model was loaded yet: no map stands
+        yield from islice(odd_sizes(table, model_facts(store)["input_size"]), MAX_NAMED)
+
+
+def _metadata_faults(store: ObjectStore, receipt: Receipt) -> list[str]:
+    """Where a fragment's metadata and its receipt differ."""
+    head = store.head(receipt.fragment)
+    if head is None:
+        return [f"{receipt.fragment} has a receipt and does not stand"]
+    return [
+        f"{receipt.fragment}: {name} is {value} in the fragment and {head.metadata.get(name)} in its metadata"
+        for name, value in commit_facts(receipt).items()
+        if head.metadata.get(name) != value
+    ]
+
+
+def _order_faults(unit: Unit, records: Sequence[Sequence[Mapping[str, Any]]], shard: _Shard) -> Iterator[str]:
+    """Compares the records with the plan: loose images by name, rows by number, tar members by their sequence."""
+    if any(row["unit_id"] != unit.unit_id for rows in records for row in rows):
+        yield "rows of another unit"
+    if unit.layout is Layout.IMAGES:
+        wanted: Sequence[Any] = [info.key for info in unit.objects]
+        found: list[Any] = [rows[0]["key"] for rows in records]
+    else:
+        found = [rows[0]["shard_index"] for rows in records]
+        first = unit.start if unit.layout is Layout.PARQUET else shard.next_index
+        first = found[0] if first is None and found else first or 0
+        is_known = unit.layout is Layout.PARQUET and unit.is_counted
+        wanted = range(first, unit.stop if is_known else first + len(found))
+        shard.next_index = first + len(found)
+    if len(found) != len(wanted) or any(one != other for one, other in zip(found, wanted, strict=True)):
+        odd = [str(one) for one in islice(_odd(found, wanted), MAX_NAMED)] or ["the order"]
+        yield f"{len(wanted)} records were planned and {len(found)} stand; they differ in {', '.join(odd)}"
+
+
+def _odd(found: Sequence[Any], wanted: Sequence[Any]) -> Iterator[Any]:
+    """What is in one of the two alone, as it is met: a damaged plan may want more than memory holds."""
+    known = set(found)
+    yield from (one for one in wanted if one not in known)
+    planned = wanted if isinstance(wanted, range) else set(wanted)
+    yield from (one for one in found if one not in planned)
+
+
+def _target_faults(plan: Plan, records: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[str]:
+    count = TargetChoice.parse(plan.identity["target"]).count
+    for rows in records:
+        wanted = count if rows[0]["status"] == OK else 1
+        if len({row["target_index"] for row in rows}) != wanted or len(rows) != wanted:
+            yield f"record {rows[0]['key']} has {len(rows)} rows; wanted {wanted}, one per target"
+
+
+def _duplicate_faults(records: Iterable[Sequence[Mapping[str, Any]]], shard: _Shard) -> Iterator[str]:
+    for rows in records:
+        key = rows[0]["key"]
+        if rows[0]["status"] != OK:
+            continue
+        if key in shard.keys:
+            yield f"record {key} was explained twice"
+        shard.keys.add(key)

@@ -1,0 +1,31 @@
+"""Retry: dead units are opened again, for the next run to work on."""
+
+from blocksight.jobs.ledger import attempt_markers, dead_letters
+from blocksight.jobs.ledger.reconcile import final_manifest
+from blocksight.jobs.plan.config import ConfigError
+from blocksight.jobs.plan.plan import Plan
+from blocksight.jobs.plan.records import Cause, DeadLetter
+from blocksight.storage.stores.store import ObjectStore
+
+
+def reopen(output: ObjectStore, plan: Plan, cause: str | None = None) -> list[DeadLetter]:
+    """Removes the letters of dead units (of one cause alone) and the markers of their attempts; returns them.
+
+    Raises ConfigError for an unknown cause, and for a finished job: its manifest names its dead for good.
+    """
+    if cause is not None and cause not in list(Cause):
+        raise ConfigError(f"cause {cause!r} is not known; known: {', '.join(Cause)}")
+    if final_manifest(output, plan) is not None:
+        raise ConfigError(f"{output.uri} is finished: explain the missing inputs into another output")
+    letters = [
+        letter for letter in dead_letters.read_letters(output, plan.units).values() if cause in (None, letter.cause)
+    ]
+    for letter in letters:
+        for marker in output.list(f"{attempt_markers.FOLDER}{letter.unit_id}/"):
+            output.delete(marker.key)
+        output.delete(dead_letters.letter_key(letter.unit_id))
+    if final_manifest(output, plan) is not None:  # written meanwhile, and it names them dead
+        for letter in letters:
+            dead_letters.write_letter(output, letter)
+        raise ConfigError(f"{output.uri} was finished meanwhile, without these units: nothing was opened")
+    return letters

@@ -1,0 +1,457 @@
+"""The configuration of a job: options or a TOML file, every key checked, resolved once and then exact."""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from blocksight.engine.catalog.composition import Method, Preset, method_of, parameters_of
+from blocksight.engine.catalog.edge_detectors import installed_detector
+from blocksight.engine.catalog.entries import EXPLAINERS, FIDELITIES, Fidelity
+from blocksight.engine.catalog.forward_setting import MAX_BATCH_SIZE
+from blocksight.engine.catalog.parameters import SiseParameters
+from blocksight.jobs.plan.labels import is_class_number
+from blocksight.storage.images.decode import DECODE_POLICY
+from blocksight.storage.outputs.map_codec import CODEC
+from blocksight.storage.outputs.schema import SCHEMA_VERSION
+from blocksight.storage.stores.locations import normal_place
+from blocksight.storage.stores.s3_endpoints import check_endpoint
+from blocksight.storage.stores.store import StoreError
+
+CODE_VERSION = "4"
+"""Raised whenever the same configuration and input would give other bytes."""
+
+MAX_TARGETS = 100
+MAX_SEED = 2**63 - 1
+"""Beyond, no generator of PyTorch's takes it."""
+MAX_SENTENCE = 500
+"""Characters of what is said of a stranger's values, and of a model's name."""
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message is one sentence for the user, with the way out."""
+
+
+@dataclass(frozen=True)
+class TargetChoice:
+    """Which classes of a record are explained; made from `predicted`, `label`, `top-3`, `281` or `281,282`."""
+
+    source: Literal["predicted", "label", "top", "given"]
+    count: int = 1
+    """How many targets every record has."""
+    classes: tuple[int, ...] = ()
+    """The class indices, where they are given."""
+
+    @classmethod
+    def parse(cls, text: str) -> "TargetChoice":
+        """Raises ValueError with the known forms."""
+        if text == "predicted":
+            return cls("predicted")
+        if text == "label":
+            return cls("label")
+        if text.startswith("top-") and is_class_number(text[4:]) and 1 <= int(text[4:]) <= MAX_TARGETS:
+            return cls("top", int(text[4:]))
+        parts = text.split(",")
+        if all(is_class_number(part.strip()) for part in parts) and len(parts) <= MAX_TARGETS:
+            classes = tuple(dict.fromkeys(int(part) for part in parts))
+            return cls("given", len(classes), classes)
+        raise ValueError(
+            f"target {text!r} is not known; known: predicted, label, top-K (K up to {MAX_TARGETS}), "
+            "a class number, or class numbers joined by commas"
+        )
+
+
+class JobConfig(BaseModel):
+    """What is computed. Every field but `output` and `endpoint_url` changes the bytes of the result."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: str = Field(description="folder, file or s3:// prefix of images, tar shards or Parquet")
+    output: str = Field(description="folder or s3:// prefix for the result")
+    endpoint_url: str | None = Field(default=None, description="S3 endpoint, for stores other than AWS")
+    model: str = Field(default="efficientnet_lite0", description="see `blocksight list models`")
+    weights: str | None = Field(
+        default=None, description="file or s3:// URI of a state dict, a weight name, or `random`"
+    )
+    blocks: tuple[str, ...] = Field(
+        default=(), description="blocks named by hand, shallow to deep; none: found by the rule"
+    )
+    explainer: str = Field(
+        default="sise", description="see `blocksight list explainers`; some wrap others: ucag(gradcam)"
+    )
+    parameters: dict[str, Any] = Field(
+        default_factory=dict, description="of the explainer, such as mu = 0.3; of what it wraps under base"
+    )
+    fidelity: Fidelity = Field(
+        default="full",
+        description="of the sise family: preview (no mask scored), balanced (a tenth), full (all), or auto: full for "
+        "records that are wrong, uncertain, of a rare class folder, or whose balanced map is poor",
+    )
+    preset: Preset = Field(
+        default="fast",
+        description="fast: fewer steps for the dearest methods, and on a GPU half precision where its scores are near "
+        "enough; paper: IEEE float32 and the papers' constants",
+    )
+    precision: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        default="auto",
+        description="of masked forward passes; auto: float32 on a CPU, on a GPU what the preset says",
+    )
+    target: str = Field(default="predicted", description="predicted, label, top-K, or class numbers")
+    resize: Literal["squash", "crop"] = Field(
+        default="squash", description="whole image, or its centre at the short side"
+    )
+    limit: int | None = Field(default=None, ge=1, description="only the first so many records")
+    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="of everything random")
+
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _blocks_may_be_one_text(cls, value: Any) -> Any:
+        """`layer2,layer3`, as on the command line, or a list of names."""
+        if not isinstance(value, str):
+            return value
+        names = [name.strip() for name in value.split(",")]
+        if not all(names):
+            raise ValueError(f"{value!r} names no blocks; wanted names joined by commas, such as layer2,layer3")
+        return names
+
+    @field_validator("target", mode="before")
+    @classmethod
+    def _target_may_be_numbers(cls, value: Any) -> Any:
+        """A TOML file may say 281, or [281, 282]."""
+        numbers = value if isinstance(value, list) else [value]
+        plain = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+        return ",".join(map(str, numbers)) if plain else value
+
+    @field_validator("data", "output", "weights")
+    @classmethod
+    def _places_have_one_spelling(cls, value: str | None, info: ValidationInfo) -> str | None:
+        """And local paths are absolute, for a worker's folder need not be the driver's."""
+        if not value or (info.field_name == "weights" and is_weights_name(value)):
+            return value
+        return _as_value(normal_place, value)
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _endpoint_is_a_store(cls, value: str | None) -> str | None:
+        if value is not None:
+            _as_value(check_endpoint, value)
+        return value
+
+    @field_validator("target")
+    @classmethod
+    def _target_is_known(cls, value: str) -> str:
+        TargetChoice.parse(value)
+        return value
+
+    @field_validator("explainer")
+    @classmethod
+    def _explainer_is_known(cls, value: str) -> str:
+        return str(method_of(value))
+
+    @model_validator(mode="after")
+    def _endpoint_has_a_use(self) -> "JobConfig":
+        places = (self.data, self.output, self.weights or "")
+        if self.endpoint_url is not None and not any(place.startswith("s3://") for place in places):
+            raise ValueError("an endpoint URL is given, and neither data nor output nor weights is an s3:// URI")
+        return self
+
+    @model_validator(mode="after")
+    def _papers_are_in_float32(self) -> "JobConfig":
+        if self.preset == "paper" and self.precision not in ("auto", "float32"):
+            raise ValueError(f"preset paper means float32, and precision {self.precision} is asked for: leave one out")
+        return self
+
+    @property
+    def target_choice(self) -> TargetChoice:
+        """The target in the form that the inside knows."""
+        return TargetChoice.parse(self.target)
+
+    @property
+    def method(self) -> Method:
+        """The explainer, with what it wraps."""
+        return method_of(self.explainer)
+
+    @property
+    def level(self) -> Fidelity | None:
+        """The fidelity that rows can tell; None for methods that have none, and for a budget of the user's own."""
+        parameters = self.explainer_parameters()
+        has_level = isinstance(parameters, SiseParameters) and (self.fidelity != "full" or parameters.budget is None)
+        return self.fidelity if has_level else None
+
+    def in_full(self) -> "JobConfig":
+        """The same job with every mask scored."""
+        kept = {name: value for name, value in self.parameters.items() if name not in FIDELITIES["auto"]}
+        return self.model_copy(update={"fidelity": "full", "parameters": kept})
+
+    def explainer_parameters(self) -> Any:
+        """The explainer's parameters, defaults and what the fidelity sets filled in.
+
+        Raises ConfigError for an unknown or bad one, and for a fidelity that says otherwise or means nothing.
+        """
+        self._check_fidelity(self.method.own.parameters)
+        values = {**self.parameters, **FIDELITIES[self.fidelity]}
+        try:
+            return parameters_of(self.method, values, self.preset, _checked)
+        except ValidationError as error:
+            raise ConfigError(f"parameter of {self.explainer}: {_sentence(error)}") from error
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def _check_fidelity(self, kind: type) -> None:
+        """Raises ConfigError where the fidelity means nothing, or parameters say otherwise.
+
+        They may say the same, for a plan holds both.
+        """
+        if self.fidelity == "full":
+            return
+        if not issubclass(kind, SiseParameters):
+            family = (name for name, entry in EXPLAINERS.items() if issubclass(entry.parameters, SiseParameters))
+            raise ConfigError(
+                f"fidelity {self.fidelity} is a share of SISE's masks, and explainer {self.explainer} has none: "
+                f"leave --fidelity out, or take one of {', '.join(family)}"
+            )
+        for name in sorted(FIDELITIES["auto"].keys() & self.parameters.keys()):
+            ours, asked = FIDELITIES[self.fidelity].get(name), self.parameters[name]
+            if asked != ours:
+                raise ConfigError(
+                    f"fidelity {self.fidelity} means {name} = {ours}, and {name} = {asked} is asked for as well: "
+                    "leave one of the two out"
+                )
+
+    def identity(self, weights_sha256: str | None) -> dict[str, Any]:
+        """Everything that changes the result's bytes, as plain JSON values, defaults filled in."""
+        chosen = self.model_dump(mode="json", exclude={"output", "endpoint_url", "parameters", "weights"})
+        identity = {
+            **chosen,
+            "parameters": asdict(self.explainer_parameters()),
+            "weights": weights_sha256 or self.weights,
+            "decoding": DECODE_POLICY,
+            "codec": CODEC,
+            "schema": SCHEMA_VERSION,
+            "code": CODE_VERSION,
+        }
+        return json.loads(json.dumps(identity))  # a tuple is a list in the plan that it is compared with
+
+
+IDENTITY = {"data", "model", "weights", "blocks", "explainer", "parameters", "fidelity", "preset", "target", "resize"}
+IDENTITY |= {"limit", "seed", "decoding", "codec", "schema", "code"}
+"""What every version's plan says of its configuration."""
+
+
+def check_identity(identity: Mapping[str, Any]) -> None:
+    """Raises ValueError where the values are no `JobConfig.identity`, such as a plan may hold.
+
+    What other versions add is left alone; the explainer's parameters are checked when they are used.
+    """
+    missing = sorted(IDENTITY - identity.keys())
+    if missing:
+        raise ValueError(f"configuration: {', '.join(missing)} missing")
+    known = {name: identity[name] for name in JobConfig.model_fields if name in identity}
+    given = {**known, "output": "/", "endpoint_url": None, "weights": None}
+    try:
+        read_back = JobConfig.model_validate(given).model_dump(mode="json")
+    except ValidationError as error:
+        raise ValueError(f"configuration: {_sentence(error)[:MAX_SENTENCE]}") from error
+    for name, value in given.items():
+        if read_back[name] != value:
+            raise ValueError(f"configuration: {name} is none that a plan holds")
+    if not isinstance(identity["weights"], str | None):
+        raise ValueError("configuration: weights is no text")  # noqa: TRY004 - the plan is wrong
+    if len(identity["model"]) > MAX_SENTENCE:
+        raise ValueError("configuration: model is longer than any name")
+
+
+class Execution(BaseModel):
+    """How a job runs and what it puts up with; changes no result, but for what `batch_size` and `tune` round."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    runner: Literal["ray", "local"] = Field(default="ray", description="Ray, or this process alone: same bytes")
+    workers: int | None = Field(default=None, ge=1, description="explain actors; none: one per GPU, or per CPU core")
+    address: str | None = Field(
+        default=None, description="of a Ray cluster to join; none: Ray is started for the job and stopped after it"
+    )
+    batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_BATCH_SIZE,
+        description="masked inputs per forward; none: by rule",
+    )
+    tune: bool = Field(
+        default=False,
+        description="a CPU's backend and batch size are chosen by timing: two fresh outputs may differ in bits",
+    )
+    max_reject_fraction: float = Field(
+        default=0.5, ge=0, le=1, description="a larger share of rejected records is no success (exit 3)"
+    )
+    max_dead_units: int = Field(default=0, ge=0, description="more units that were given up are none either (exit 3)")
+
+
+def _checked(kind: type, values: Mapping[str, Any]) -> Any:
+    """The dataclass of these values. TOML has no word for nothing: `none` is it, where a parameter may be nothing."""
+    hints = get_type_hints(kind)
+    return TypeAdapter(kind).validate_python({name: _plain(value, hints[name]) for name, value in values.items()})
+
+
+def _plain(value: Any, hint: Any) -> Any:
+    """A value as the parameter's type has it: `none`, and words joined by commas where it takes several."""
+    if not isinstance(value, str):
+        return value
+    if get_origin(hint) is tuple:
+        return [word.strip() for word in value.split(",")]
+    return None if value == "none" and type(None) in get_args(hint) else value
+
+
+def _as_value(check: Callable[[str], Any], text: str) -> Any:
+    """What the check makes of the text; its StoreError is a ValueError, which pydantic puts with its key."""
+    try:
+        return check(text)
+    except StoreError as error:
+        raise ValueError(str(error)) from error
+
+
+def is_weights_name(value: str) -> bool:
+    """Whether `weights` is one of the model's own names, such as IMAGENET1K_V1 or `random`, and no file."""
+    return value.isidentifier() and not Path(value).exists()
+
+
+def digest_of(values: Mapping[str, Any]) -> str:
+    """sha256 of the canonical JSON of plain values, as hex."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """One line per key in which two configurations differ: `key: THEIRS in the output, OURS asked for`."""
+    return [
+        f"{key}: {json.dumps(theirs.get(key))} in the output, {json.dumps(ours.get(key))} asked for"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+    ]
+
+
+def load_config(file: Path | None, options: Mapping[str, Any]) -> tuple[JobConfig, Execution]:
+    """What is computed and how it runs, from a TOML file, with the given options in place of its keys.
+
+    Options that are None were not given; `parameters` of both are joined. Raises ConfigError for an unreadable
+    file, an unknown key (with the nearest known one) or a bad value.
+    """
+    values = _joined(_read_toml(file) if file is not None else {}, options)
+    known = JobConfig.model_fields | Execution.model_fields
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"unknown key {key!r} in the configuration; {_nearest(key, known)}")
+    missing = [key for key in ("data", "output") if not values.get(key)]
+    if missing:
+        flags = " and ".join(f"--{key}" for key in missing)
+        raise ConfigError(f"{flags} must be given, as an option or in the --config file")
+    execution = {key: values.pop(key) for key in Execution.model_fields if key in values}
+    try:
+        config = JobConfig.model_validate(values)
+        config.explainer_parameters()
+        config = config.model_copy(update={"parameters": _settled(config.method, config.parameters)})
+        return config, Execution.model_validate(execution)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from error
+
+
+def checked_config(values: Mapping[str, Any]) -> JobConfig:
+    """The configuration of these values. Raises ConfigError in one sentence, which repeats no place that is refused."""
+    try:
+        return JobConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from error
+
+
+def _settled(method: Method, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters, and what `auto` means on this machine where that depends on it: for all workers the same."""
+    own = dict(values)
+    if method.name == "feature-cam" and own.get("edges", "auto") == "auto":
+        own["edges"] = installed_detector()
+    if method.base is not None:
+        inner = _settled(method.base, own.get("base") or {})
+        own |= {"base": inner} if inner else {}
+    return own
+
+
+def execution_of(options: Mapping[str, Any]) -> Execution:
+    """How a command runs, from its options; None was not given. Raises ConfigError."""
+    try:
+        return Execution.model_validate({key: value for key, value in options.items() if value is not None})
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from error
+
+
+def _joined(from_file: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    given = {key: value for key, value in options.items() if value not in (None, (), {})}
+    tables = [values.get("parameters", {}) for values in (from_file, given)]
+    if not all(isinstance(table, Mapping) for table in tables):
+        raise ConfigError("parameters is a table in the configuration file, such as [parameters] with mu = 0.3 below")
+    beside = {"budget": from_file["budget"]} if "budget" in from_file else {}  # as its option stands by itself
+    rest = {key: value for key, value in from_file.items() if key != "budget"}
+    return {**rest, **given, "parameters": {**beside, **tables[0], **tables[1]}}
+
+
+def parse_parameters(texts: Iterable[str]) -> dict[str, Any]:
+    """`name=value` texts as a dict; values are read as TOML, and as plain text where that fails."""
+    parameters: dict[str, Any] = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        *outer, inner = name.split(".")
+        if not separator or not all([*outer, inner]):
+            raise ConfigError(f"parameter {text!r} is not of the form name=value, such as mu=0.3")
+        table = parameters
+        for part in outer:  # base.mu=0.3 is a parameter of what is wrapped
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"parameter {text!r}: {part} holds parameters, and a value is given for it as well")
+        try:
+            table[inner] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            table[inner] = value
+    return parameters
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no configuration file {file}") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"the configuration file {file} cannot be read: {error}") from error
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    near = get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+
+
+TYPES = ("float", "int", "str", "bool")
+"""What pydantic puts behind a name whose value may be of several types."""
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if str(part).isidentifier() and part not in TYPES)
+    if first["type"] == "value_error":  # our own sentence
+        text = first["msg"].removeprefix("Value error, ")
+    else:
+        of_same = [one for one in error.errors() if one["loc"][:1] == first["loc"][:1]]
+        wanted = " or ".join(dict.fromkeys(f"{one['msg'][0].lower()}{one['msg'][1:]}" for one in of_same))
+        text = f"{wanted}, got {first['input']!r}"
+    return f"{where}: {text}" if where and not text.startswith(where) else text

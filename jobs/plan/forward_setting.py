@@ -1,0 +1,59 @@
+"""The forward setting as it stands in a job's plan: read and told without importing torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from blocksight.engine.catalog.forward_setting import MAX_BATCH_SIZE, ForwardSetting
+from blocksight.jobs.plan.documents import damaged, read_document
+from blocksight.jobs.plan.plan import PLAN_FOLDER
+from blocksight.storage.stores.store import MissingError, ObjectStore
+
+FORWARD_KEY = f"{PLAN_FOLDER}forward.json"
+
+
+@dataclass(frozen=True)
+class PlannedForward:
+    """How all workers of a job run masked forward passes; written once, before the first unit."""
+
+    setting: ForwardSetting
+    chosen: Literal["rule", "timing"] = "timing"
+    """`timing`: another run of the same job may have chosen otherwise. Outputs before code version 4 did so."""
+    score_error: float | None = None
+    """Median relative error of scores to eager float32, on drawn pictures; None: not finite, or not recorded."""
+    bound: float | None = None
+    """The largest error that was let pass."""
+    probe: tuple[dict[str, Any], ...] = ()
+    """The settings that were tried, the one taken first; for people."""
+
+    def __str__(self) -> str:
+        error = "" if self.score_error is None else f", score error {self.score_error:.2g}"
+        return f"{self.setting} (chosen by {self.chosen}{error})"
+
+
+def planned_forward(output: ObjectStore) -> PlannedForward | None:
+    """What stands in an output; None: nothing yet, or a short job before code version 4 (eager float32).
+
+    Raises StoreError, and UnreconciledError where it is damaged.
+    """
+    try:
+        planned = read_document(output, FORWARD_KEY, PlannedForward)
+    except MissingError:
+        return None
+    if not 1 <= planned.setting.batch_size <= MAX_BATCH_SIZE:  # memory grows with it
+        raise damaged(output.uri, FORWARD_KEY, f"{planned.setting.batch_size} per pass is no batch size")
+    return planned
+
+
+def protocol_of(planned: PlannedForward | None) -> str:
+    """Backend and precision, for people."""
+    return "not recorded" if planned is None else planned.setting.protocol
+
+
+def mixture(settings: Mapping[str, PlannedForward | None]) -> str | None:
+    """A sentence where outputs, by name, were made with different backends or precisions; None where all are alike."""
+    known = {name: protocol_of(one) for name, one in settings.items()}
+    if len(set(known.values())) < 2:
+        return None
+    said = ", ".join(f"{name}: {how}" for name, how in known.items())
+    return f"forward passes were run differently ({said}): differences may come from that, and not from the methods"

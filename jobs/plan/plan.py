@@ -1,0 +1,334 @@
+"""The plan: what there is, cut into units once, written once, and the same for every resume."""
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import PurePosixPath
+from typing import Annotated, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from blocksight.jobs.plan.config import ConfigError, JobConfig, check_identity, differences, digest_of
+from blocksight.jobs.plan.documents import Sha256, damaged, read_document
+from blocksight.jobs.plan.records import Count, ModelFacts, Unit
+from blocksight.jobs.plan.units import Piece, Workforce, check_units, pieces
+from blocksight.storage.inputs.survey import Layout, survey
+from blocksight.storage.limits import MAX_BATCH_BYTES, MAX_UNFOLDING
+from blocksight.storage.parquet.reader import checked_columns, parquet_bytes
+from blocksight.storage.stores.locations import contain_each_other, is_whole_bucket, normal_place
+from blocksight.storage.stores.opening import open_named, open_store, probe_reads
+from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore, witnesses_of
+from blocksight.storage.stores.store import (
+    AlreadyExistsError,
+    DamagedError,
+    MissingError,
+    ObjectInfo,
+    ObjectStore,
+    StoreError,
+)
+
+PLAN_FOLDER = "_job/plan/"
+PLAN_KEY = f"{PLAN_FOLDER}plan.json"
+MODEL_KEY = f"{PLAN_FOLDER}model.json"
+UNIT_FOLDERS = ("data/", "_job/receipts/", "_job/dead/", "evaluations/")
+"""Of an output: each object there is of one unit alone."""
+OUR_FOLDERS = ("data/", "_job/", "report/", "evaluations/", "audit/")
+
+UNITS_SCHEMA = pa.schema(
+    [
+        ("ordinal", pa.int32()),
+        ("unit_id", pa.string()),
+        ("layout", pa.string()),
+        ("start", pa.int64()),
+        ("stop", pa.int64()),
+        ("num_records", pa.int64()),
+        ("objects", pa.list_(pa.struct([("key", pa.string()), ("size", pa.int64()), ("etag", pa.string())]))),
+    ]
+)
+
+
+class PlanDocument(TypedDict):
+    """What `plan.json` holds."""
+
+    fingerprint: Sha256
+    configuration: dict[str, Any]
+    units: Annotated[str, Field(pattern=rf"^{PLAN_FOLDER}units-[0-9a-f]{{16}}\.parquet$")]
+    num_units: Count
+    layout: Layout
+    num_objects: Count
+    num_bytes: Count
+    num_records: Count
+    ignored: dict[str, Count]
+
+
+class DriftError(ConfigError):
+    """The output belongs to another configuration; the message shows both."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a run needs to know before it starts."""
+
+    identity: Mapping[str, Any]
+    """The resolved configuration: all that changes the result's bytes."""
+    layout: Layout
+    units: tuple[Unit, ...]
+    num_objects: int
+    num_bytes: int
+    """Of the input objects."""
+    num_records: int
+    """Exact for images and Parquet, an estimate for tar."""
+    ignored: Mapping[str, int]
+    """Objects that are no input, by extension; and tables with a column that is left unread, by the column."""
+    troubles: Mapping[str, str] = field(default_factory=dict)
+    """Why shards could not be read, by key: known where the plan was made, and not stored with it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the resolved configuration."""
+        return digest_of(self.identity)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether `num_records` was counted, not estimated."""
+        is_counted = all(unit.is_counted for unit in self.units)
+        return is_counted and (self.layout is not Layout.TAR or self.identity["limit"] is not None)
+
+    @property
+    def witnesses(self) -> tuple[str, ...]:
+        """Keys of a few input objects: whether they can be read tells one object's trouble from the store's."""
+        return witnesses_of([info.key for unit in self.units for info in unit.objects])
+
+    def label_counts(self) -> Counter[str]:
+        """How many records each class folder of loose images holds; empty for other layouts."""
+        if self.layout is not Layout.IMAGES:
+            return Counter()
+        folders = (PurePosixPath(info.key).parent.name for unit in self.units for info in unit.objects)
+        return Counter(folder for folder in folders if folder)
+
+
+def source_of(plan: Plan, endpoint_url: str | None) -> ObjectStore:
+    """A plan's input, for a person who waits: one object's trouble is told from the store's."""
+    source, _ = open_named(plan.identity["data"], endpoint_url)
+    return PatientStore(source, SHORT_PATIENCE_SECONDS, witnesses=plan.witnesses)
+
+
+def open_output(config: JobConfig) -> ObjectStore:
+    """The store of the result. Refuses a bucket's root, and an output inside the input or around it."""
+    check_place(config.output, {"data": config.data})
+    return open_store(config.output, config.endpoint_url)
+
+
+def check_place(output: str, taken: Mapping[str, str]) -> None:
+    """Raises ConfigError for a bucket's root, and for a place inside one that is taken (URIs by name), or around it."""
+    place = normal_place(output)
+    if is_whole_bucket(place):
+        raise ConfigError(f"output {place!r} is a whole bucket; name a prefix in it, such as {place}/maps")
+    for name, uri in taken.items():
+        if contain_each_other(place, uri):
+            raise ConfigError(f"{place!r} and {name} {uri!r} contain each other; choose another place")
+
+
+def make_plan(config: JobConfig, *, weights_sha256: str | None, workforce: Workforce) -> Plan:
+    """Lists the input and cuts it into units; reads no image, but tries whether the store serves what it lists."""
+    source, key = open_named(config.data, config.endpoint_url)
+    identity = config.identity(weights_sha256)
+    found = survey(source, key)
+    witnesses = witnesses_of([info.key for info in found.objects])
+    patient = PatientStore(source, SHORT_PATIENCE_SECONDS, witnesses=witnesses)
+    probe_reads(patient, found.objects)
+    cut = list(pieces(patient, found, config, workforce))
+    fingerprint = digest_of(identity)
+    units = tuple(_unit(ordinal, fingerprint, found.layout, piece) for ordinal, piece in enumerate(cut))
+    used = {info.key: info for piece in cut for info in piece.objects}
+    return Plan(
+        identity,
+        found.layout,
+        units,
+        num_objects=len(used),
+        num_bytes=sum(info.size for info in used.values()),
+        num_records=sum(piece.num_records for piece in cut),
+        ignored={**found.ignored, **_unread_columns(cut)},
+        troubles={piece.objects[0].key: piece.trouble for piece in cut if piece.trouble is not None},
+    )
+
+
+def _unread_columns(cut: Sequence[Piece]) -> Counter[str]:
+    """How many tables have a column that is left unread, by the column."""
+    shards = {piece.objects[0].key: piece.unread for piece in cut}
+    return Counter(f"with an unread {column}" for unread in shards.values() for column in unread)
+
+
+def _unit(ordinal: int, fingerprint: str, layout: Layout, piece: Piece) -> Unit:
+    inputs = [[info.key, info.size, info.etag] for info in piece.objects]
+    unit_id = digest_of({"job": fingerprint, "inputs": inputs, "start": piece.start, "stop": piece.stop})[:20]
+    return Unit(ordinal, unit_id, layout, piece.objects, piece.start, piece.stop, piece.num_records)
+
+
+def settle_plan(store: ObjectStore, plan: Plan) -> Plan:
+    """Writes the plan once; where one stands already, that one counts and must have the same configuration.
+
+    The units lie in an object named by its content and `plan.json` names it, so that two drivers that
+    plan at once cannot mix their listings. Raises DriftError, and ConfigError for a folder of foreign files.
+    """
+    standing = load_plan(store)
+    if standing is None:
+        _refuse_foreign(store)
+        body = _units_bytes(plan.units)
+        units_key = _units_key(body)
+        store.put(units_key, body)
+        try:
+            store.create(PLAN_KEY, _plan_json(plan, units_key))
+        except AlreadyExistsError as error:
+            standing = load_plan(store)
+            if standing is None:  # a link that leads nowhere, of a local output
+                raise StoreError(f"{store.uri}/{PLAN_KEY} stands and cannot be read: remove it") from error
+        else:
+            return plan
+    refuse_drift(plan.identity, standing.identity, "configuration")
+    return standing
+
+
+def refuse_drift(ours: Mapping[str, Any], theirs: Mapping[str, Any], what: str) -> None:
+    """Raises DriftError, with a line per difference, where what is asked for is not what stands."""
+    lines = differences(ours, theirs)
+    if lines:
+        shown = "\n  ".join(lines)
+        raise DriftError(
+            f"the output belongs to another {what}; choose another --output, or ask for the same again:\n  {shown}"
+        )
+
+
+def settle_model(store: ObjectStore, facts: ModelFacts) -> None:
+    """Writes what the model is, once; raises DriftError where the output was begun with another one."""
+    try:
+        store.create(MODEL_KEY, _json_bytes(_plain(facts)))
+    except AlreadyExistsError:
+        refuse_other_model(store, facts)
+
+
+def refuse_other_model(store: ObjectStore, facts: ModelFacts) -> None:
+    """Raises DriftError where the output was begun with another model, and MissingError where with none."""
+    refuse_drift(_plain(facts), _plain(read_document(store, MODEL_KEY, ModelFacts)), "model")
+
+
+def _plain(facts: ModelFacts) -> Mapping[str, Any]:
+    """As it is read back."""
+    return json.loads(json.dumps(asdict(facts)))
+
+
+def load_plan(store: ObjectStore) -> Plan | None:
+    """The plan that stands in an output, or None. Raises StoreError, and UnreconciledError where it is damaged."""
+    body = plan_document(store)
+    if body is None:
+        return None
+    try:
+        check_identity(body["configuration"])
+        if body["fingerprint"] != digest_of(body["configuration"]):
+            raise ValueError("its fingerprint is not that of its configuration")
+        return _plan_of(body, _named_units(store, body))
+    except (ValueError, TypeError, DamagedError, MissingError) as error:
+        raise damaged(store.uri, PLAN_KEY, error) from error
+
+
+def plan_document(store: ObjectStore) -> PlanDocument | None:
+    """What `plan.json` says, or None where it is not there. Raises as `load_plan`."""
+    try:
+        return read_document(store, PLAN_KEY, PlanDocument)
+    except MissingError:
+        return None
+
+
+def existing_plan(store: ObjectStore) -> Plan:
+    """The plan of an output that must stand. Raises ConfigError, and UnreconciledError where it is damaged."""
+    made = load_plan(store)
+    if made is None:
+        raise ConfigError(f"there is no blocksight output in {store.uri}: no {PLAN_KEY} stands there")
+    return made
+
+
+def _named_units(store: ObjectStore, body: PlanDocument) -> tuple[Unit, ...]:
+    """The units that a plan names. Raises ValueError, ArrowException and MissingError."""
+    units_body = store.read(body["units"])
+    if _units_key(units_body) != body["units"]:
+        raise ValueError(f"{body['units']} does not hold what its name says")
+    units = _read_units(units_body)
+    check_units(units, body["layout"])
+    if len(units) != body["num_units"]:
+        raise ValueError(f"{body['num_units']} units are named, and {len(units)} are there")
+    return units
+
+
+def _plan_of(body: PlanDocument, units: tuple[Unit, ...]) -> Plan:
+    return Plan(
+        body["configuration"],
+        body["layout"],
+        units,
+        body["num_objects"],
+        body["num_bytes"],
+        body["num_records"],
+        body["ignored"],
+    )
+
+
+def _refuse_foreign(store: ObjectStore) -> None:
+    foreign = next((info.key for info in store.list() if not info.key.startswith(OUR_FOLDERS)), None)
+    if foreign is not None:
+        raise ConfigError(
+            f"the output {store.uri} holds files that are not ours, such as {foreign!r}; choose an empty output"
+        )
+
+
+def _plan_json(plan: Plan, units_key: str) -> bytes:
+    return _json_bytes(
+        {
+            "fingerprint": plan.fingerprint,
+            "configuration": plan.identity,
+            "units": units_key,
+            "num_units": len(plan.units),
+            "layout": plan.layout,
+            "num_objects": plan.num_objects,
+            "num_bytes": plan.num_bytes,
+            "num_records": plan.num_records,
+            "ignored": plan.ignored,
+        }
+    )
+
+
+def _json_bytes(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _units_bytes(units: Sequence[Unit]) -> bytes:
+    rows = [
+        {
+            **{name: getattr(unit, name) for name in UNITS_SCHEMA.names if name != "objects"},
+            "objects": [{"key": info.key, "size": info.size, "etag": info.etag} for info in unit.objects],
+        }
+        for unit in units
+    ]
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=UNITS_SCHEMA), sink, compression="zstd")
+    return sink.getvalue()
+
+
+def _units_key(body: bytes) -> str:
+    return f"{PLAN_FOLDER}units-{hashlib.sha256(body).hexdigest()[:16]}.parquet"
+
+
+def _read_units(body: bytes) -> tuple[Unit, ...]:
+    most_bytes = MAX_UNFOLDING * len(body) + MAX_BATCH_BYTES
+    table = checked_columns(parquet_bytes(body, "the list of units"), UNITS_SCHEMA)
+    rows = table.table(UNITS_SCHEMA.names, UNITS_SCHEMA, most_bytes).to_pylist()
+    return tuple(
+        Unit(
+            **{**row, "layout": Layout(row["layout"]), "objects": tuple(ObjectInfo(**item) for item in row["objects"])}
+        )
+        for row in rows
+    )

@@ -1,0 +1,243 @@
+"""The plain records that pass between the steps of a job."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Annotated, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from blocksight.storage.inputs.records import as_text
+from blocksight.storage.inputs.survey import Layout
+from blocksight.storage.limits import MAX_CLASSES, MAX_MAP_SIDE
+from blocksight.storage.outputs.schema import MAX_ERROR_LENGTH
+from blocksight.storage.rejects import Reject
+from blocksight.storage.stores.store import ObjectInfo
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+"""What of a record is read back from JSON is checked by these."""
+Side = Annotated[int, Field(ge=1, le=MAX_MAP_SIDE)]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of work: some loose images, or a part of one shard. It becomes one fragment."""
+
+    ordinal: int
+    """Place in the plan, from 0."""
+    unit_id: str
+    """20 hex digits of the sha256 of configuration, inputs with their versions, and range."""
+    layout: Layout
+    objects: tuple[ObjectInfo, ...]
+    """The loose images, or the one shard, pinned by ETag."""
+    start: int
+    """First byte (tar) or row (Parquet) of the shard; 0 for loose images."""
+    stop: int
+    """One past the last byte or row; the number of loose images."""
+    num_records: int
+    """Exact for images and Parquet; for tar an estimate from the shard's size; 0 where planning could not read it."""
+
+    @property
+    def is_counted(self) -> bool:
+        """False if the shard could not be read when the plan was made: the unit takes all that it holds."""
+        return self.num_records > 0
+
+    @property
+    def fragment_key(self) -> str:
+        """Where the fragment stands below the output's root."""
+        return f"data/{self.ordinal:06d}-{self.unit_id}.parquet"
+
+
+@dataclass(frozen=True)
+class RecordFacts:
+    """What is known of a record before it is explained."""
+
+    key: str
+    shard: str
+    """URI of the input object."""
+    shard_index: int
+    label: str | int | None
+    """As the data set writes it."""
+    sha256: str | None = None
+    num_bytes: int | None = None
+    format: str | None = None
+    width: int | None = None
+    height: int | None = None
+    reject_code: str | None = None
+    reject_stage: str | None = None
+    error: str | None = None
+
+
+def with_reject(facts: RecordFacts, reject: Reject, stage: str) -> RecordFacts:
+    """The record with the reason why it has no map, and the stage (read, decode, explain, encode) that found it."""
+    message = as_text(reject.message)[:MAX_ERROR_LENGTH]
+    return replace(facts, reject_code=str(reject.code), reject_stage=stage, error=message)
+
+
+@dataclass(frozen=True)
+class UnitInput:
+    """A unit, read and decoded."""
+
+    unit: Unit
+    records: tuple[RecordFacts, ...]
+    """All of them, rejected ones included, in the shard's order."""
+    pixels: NDArray[np.uint8]
+    """[M, H, W, 3] RGB of the records that were decoded, in their order."""
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """A unit, explained: the fragment's rows, whose `map` is still an array."""
+
+    unit: Unit
+    rows: tuple[Mapping[str, Any], ...]
+    """In `blocksight.storage.outputs.schema.SCHEMA`'s columns; `map` holds float32 [H, W] or None."""
+    num_records: int
+    explain_seconds: float
+    forward: str | None = None
+    """How masks were scored: backend, precision and batch size."""
+
+
+class MetricSum(TypedDict):
+    """Of one metric under one protocol, over a fragment's rows."""
+
+    sum: float
+    count: Count
+
+
+class MetricMean(TypedDict):
+    """Of one metric under one protocol, over a job's rows."""
+
+    mean: float
+    count: Count
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a committed unit holds. All but the last four fields can be rebuilt from the fragment."""
+
+    unit_id: str
+    ordinal: Count
+    fragment: str
+    """Key of the fragment below the output's root."""
+    num_bytes: Count
+    sha256: str
+    """Of the fragment's bytes."""
+    num_rows: Count
+    num_records: Count
+    num_ok: Count
+    num_rejected: Count
+    rejects: Mapping[str, Count]
+    """Records by reject code."""
+    num_forwards: Count
+    metrics: Mapping[str, MetricSum]
+    """By name and protocol: sum and count over the fragment's rows, to be joined by `math.fsum`."""
+    attempt: str | None = None
+    """Id of the attempt whose bytes were committed."""
+    explain_seconds: float | None = None
+    forward: str | None = None
+    """How the attempt scored masks: backend, precision and batch size."""
+    worker: str | None = None
+    """Host and process of the attempt."""
+
+
+@dataclass(frozen=True)
+class UnitFailure:
+    """A unit that could not be committed this time; running the job again tries it again."""
+
+    unit_id: str
+    ordinal: int
+    inputs: str
+    """The first input object, for the user."""
+    stage: str
+    error: str
+    store_is_away: bool = False
+    """The store did not answer for as long as a job waits for it."""
+
+
+class Cause(StrEnum):
+    """Why a whole unit cannot be done. Stored in the output: never rename one, only add."""
+
+    INPUT_MISSING = "input_missing"
+    INPUT_CHANGED = "input_changed"
+    INPUT_UNREADABLE = "input_unreadable"
+    """The store refuses this object alone, or fails at it each time."""
+    CONTAINER_CORRUPT = "container_corrupt"
+    OUTPUT_UNWRITABLE = "output_unwritable"
+    """The store takes no fragment of this unit, and others beside it."""
+    FAILED = "failed"
+    """A step failed at it each time, and no single record could be blamed."""
+    POISON = "poison"
+    """It killed the process that worked on it again and again, and no single record could be blamed."""
+
+
+@dataclass(frozen=True)
+class DeadLetter:
+    """A unit that is given up until somebody retries it."""
+
+    unit_id: str
+    ordinal: Count
+    inputs: str
+    """The first input object, for the user."""
+    cause: str
+    """One of `Cause`."""
+    stage: str
+    error: str
+    num_records: Count
+    """As planned."""
+
+
+@dataclass(frozen=True)
+class UnitSkipped:
+    """A unit that was not taken, because the run was asked to stop."""
+
+    unit_id: str
+
+
+Outcome = Receipt | UnitFailure | DeadLetter | UnitSkipped
+"""What becomes of a unit in one run."""
+
+
+class UnreconciledError(Exception):
+    """What the bucket holds is not what was planned, or cannot be read; the message is a line per fault."""
+
+
+class UnfinishedError(Exception):
+    """The run is over and the store does not say how far it came; the message says the way on."""
+
+
+class BlockFacts(TypedDict):
+    """A block of the model that is looked at."""
+
+    name: str
+    channels: Count
+    height: Count
+    width: Count
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What loading the model told; the same on every resume, or the run is refused."""
+
+    weights_sha256: str
+    """Over all weights and buffers, by name."""
+    num_classes: Annotated[int, Field(ge=1, le=MAX_CLASSES)]
+    input_size: tuple[Side, Side]
+    """Height and width in pixels."""
+    blocks: tuple[BlockFacts, ...] = ()
+    """Shallow to deep."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A unit of which the metrics stand."""
+
+    unit_id: str
+    num_records: int
+    """That were measured."""
+    num_values: int
+    reasons: Mapping[str, int]
+    """Values that are not defined, by reason."""

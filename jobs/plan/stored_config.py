@@ -1,0 +1,67 @@
+"""The configuration of the job that made an output: what of it its plan may say, and what the user must name again."""
+
+import hashlib
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from blocksight.engine.catalog.entries import factory_of
+from blocksight.jobs.plan.config import ConfigError, JobConfig, checked_config
+from blocksight.jobs.plan.plan import Plan
+
+SHA256_LENGTH = hashlib.sha256().digest_size * 2
+
+
+@dataclass(frozen=True)
+class NamedAgain:
+    """What the user says once more of the model that made an output."""
+
+    model: str | None = None
+    weights: str | None = None
+    endpoint_url: str | None = None
+    """Of the output's store, and of the data's and the weights' where these lie in a bucket. Never in a plan."""
+
+
+def config_of(plan: Plan, output: str, named: NamedAgain) -> JobConfig:
+    """The configuration of the job that made an output.
+
+    An output may be a stranger's. Its plan never chooses what is imported or which file is read: a model of the user's
+    own (`package.module:factory`, also within `knn(...)`) and a weights file must be named again, and the model's name
+    must be that of the plan. Raises ConfigError with the line to type, or with both sides.
+    """
+    known = {name: plan.identity[name] for name in JobConfig.model_fields if name in plan.identity}
+    model = _model(plan.identity, named.model)
+    weights = _weights(plan.identity["weights"], named.weights)
+    config = checked_config(
+        {**known, "output": output, "endpoint_url": named.endpoint_url, "model": model, "weights": weights}
+    )
+    if named.weights is None and config.weights != weights:
+        raise ConfigError(
+            f"the output's weights are {weights!r} of the model's own, and a file of this name lies here: run the "
+            "command in another folder"
+        )
+    return config
+
+
+def _model(identity: Mapping[str, Any], named: str | None) -> str:
+    told = identity["model"]
+    if named is not None and named != told:
+        raise ConfigError(f"the output was made with model {told!r}, and --model names {named!r}: they must be equal")
+    if named is None and factory_of(told) is not None:
+        raise ConfigError(
+            f"the output says that it was made with a model that is code, {told!r}; nothing is imported because an "
+            f"output says so. If you trust this code, name it again: --model {shlex.quote(told)}"
+        )
+    return told
+
+
+def _weights(told: str | None, named: str | None) -> str | None:
+    """The weights file as the user names it, or a name of the model's own, which is no path."""
+    if named is not None or told is None:
+        return named
+    if len(told) == SHA256_LENGTH:
+        raise ConfigError(f"the model's weights came from a file (sha256 {told[:16]}); name it with --weights")
+    if not told.isidentifier():
+        raise ConfigError(f"the output names {told!r} for weights, which is neither a name nor a hash of a file")
+    return told

@@ -1,0 +1,206 @@
+"""Cuts an input into units: by records for loose images, by rows for tables, by bytes for tar shards."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from blocksight.cluster.sizing import LEAST_UNIT_SECONDS, shrinking, unit_records
+from blocksight.jobs.plan.config import JobConfig
+from blocksight.jobs.plan.estimate import estimate
+from blocksight.jobs.plan.records import Unit
+from blocksight.storage.inputs.survey import Layout, Survey
+from blocksight.storage.inputs.tables import TableFacts, table_facts
+from blocksight.storage.inputs.tars import sample_tar, tar_offset_after
+from blocksight.storage.stores.store import ObjectInfo, ObjectStore, StoreError, UnavailableError, checked_key
+
+WHOLE_SHARD = 2**63 - 1
+"""The end of a unit that takes all that its shard holds."""
+
+SAMPLED_SHARDS = 8
+"""Tar shards that are tried before the number of records is guessed."""
+GUESSED_RECORD_BYTES = 100_000
+"""Of a tar shard, where no sample tells."""
+
+UNIT_ID = re.compile("[0-9a-f]{20}")
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A unit before it has its place and its name."""
+
+    objects: tuple[ObjectInfo, ...]
+    start: int
+    stop: int
+    num_records: int
+    """0: the shard cannot be read."""
+    trouble: str | None = None
+    """Why not."""
+    unread: tuple[str, ...] = ()
+    """Columns of a table that are of a type that is never read, with the type."""
+
+
+@dataclass(frozen=True)
+class Workforce:
+    """What a plan expects to run on; it shapes the units' sizes alone."""
+
+    num_workers: int
+    on_gpu: bool
+
+
+def pieces(source: ObjectStore, found: Survey, config: JobConfig, workforce: Workforce) -> Iterator[Piece]:
+    """The units of an input in order, before they have their names.
+
+    A shard that cannot be read is one unit of no known records. Raises StoreError where none can be read, and
+    UnavailableError where the store is away.
+    """
+    if found.layout is Layout.IMAGES:
+        return _image_pieces(found.objects[: config.limit], config, workforce)
+    if found.layout is Layout.PARQUET:
+        return _table_pieces(source, found.objects, config, workforce)
+    return _tar_pieces(source, found.objects, config, workforce)
+
+
+def _sizes(config: JobConfig, num_records: int, workforce: Workforce) -> tuple[int, int]:
+    """Records of a full unit, and of the smallest one that is still worth its overhead."""
+    guess = estimate(config, num_records, on_gpu=workforce.on_gpu)
+    seconds = guess.seconds_per_record
+    full = unit_records(seconds, guess.bytes_per_record, num_records, workforce.num_workers)
+    return full, min(full, max(1, round(LEAST_UNIT_SECONDS / seconds)))
+
+
+def _image_pieces(objects: Sequence[ObjectInfo], config: JobConfig, workforce: Workforce) -> Iterator[Piece]:
+    full, floor = _sizes(config, len(objects), workforce)
+    start = 0
+    for size in shrinking(len(objects), full, floor, workforce.num_workers):
+        chosen = tuple(objects[start : start + size])
+        yield Piece(chosen, 0, len(chosen), len(chosen))
+        start += size
+
+
+def _table_pieces(
+    source: ObjectStore, objects: Sequence[ObjectInfo], config: JobConfig, workforce: Workforce
+) -> Iterator[Piece]:
+    tables = _where_readable(objects, lambda info: table_facts(source, info))
+    left = WHOLE_SHARD if config.limit is None else config.limit
+    num_rows = sum(table.num_rows for table in tables if isinstance(table, TableFacts))
+    full, _ = _sizes(config, min(num_rows, left), workforce)
+    for info, table in zip(objects, tables, strict=True):
+        if left <= 0:
+            return
+        if isinstance(table, StoreError):
+            yield Piece((info,), 0, WHOLE_SHARD if config.limit is None else left, 0, str(table))
+            continue
+        used = min(table.num_rows, left)
+        left -= used
+        for start in range(0, used, full):
+            stop = min(start + full, used)
+            yield Piece((info,), start, stop, stop - start, unread=table.unread)
+
+
+def _where_readable(objects: Sequence[ObjectInfo], look: Callable[[ObjectInfo], Found]) -> list[Found | StoreError]:
+    """What `look` finds in each shard, or why it finds nothing. Raises StoreError where it does in none."""
+    found: list[Found | StoreError] = []
+    for info in objects:
+        try:
+            found.append(look(info))
+        except UnavailableError:
+            raise
+        except StoreError as error:
+            found.append(error)
+    first = found[0]
+    if isinstance(first, StoreError) and all(isinstance(one, StoreError) for one in found):
+        raise first
+    return found
+
+
+def _tar_pieces(
+    source: ObjectStore, objects: Sequence[ObjectInfo], config: JobConfig, workforce: Workforce
+) -> Iterator[Piece]:
+    """Byte ranges of the shards: a reader takes the records that begin in its range."""
+    if config.limit is None:
+        shards = _guessed_shards(source, objects)
+    else:
+        shards = _limited_shards(source, objects, config.limit)
+    full, _ = _sizes(config, sum(shard.num_records for shard in shards), workforce)
+    for shard in shards:
+        count, stop = shard.num_records, shard.stop
+        parts = max(1, round(count / full))
+        edges = [round(stop * part / parts) for part in range(parts + 1)]
+        shares = [count * (part + 1) // parts - count * part // parts for part in range(parts)]
+        for start, end, share in zip(edges, edges[1:], shares, strict=False):
+            yield Piece(shard.objects, start, end, share, shard.trouble)
+
+
+def _guessed_shards(source: ObjectStore, objects: Sequence[ObjectInfo]) -> list[Piece]:
+    """The shards whole, each with as many records for its bytes as the first one that can be sampled."""
+    sampled = objects[:SAMPLED_SHARDS]
+    counts = _where_readable(sampled, lambda info: sample_tar(source, info))
+    per_byte = next(
+        (count / info.size for info, count in zip(sampled, counts, strict=True) if isinstance(count, float) and count),
+        1 / GUESSED_RECORD_BYTES,
+    )
+    return [Piece((info,), 0, info.size, max(1, round(info.size * per_byte))) for info in objects]
+
+
+def _limited_shards(source: ObjectStore, objects: Sequence[ObjectInfo], limit: int) -> list[Piece]:
+    """The shards, each up to the end of its used bytes, with its records counted."""
+    left, found = limit, []
+    for info in objects:
+        if left <= 0:
+            break
+        found.append(_limited_shard(source, info, left))
+        left -= found[-1].num_records
+    return found
+
+
+def _limited_shard(source: ObjectStore, info: ObjectInfo, limit: int) -> Piece:
+    try:
+        stop, count = tar_offset_after(source, info, limit)
+    except UnavailableError:
+        raise
+    except StoreError as error:
+        return Piece((info,), 0, info.size, 0, str(error))
+    return Piece((info,), 0, stop, count)
+
+
+def check_units(units: Sequence[Unit], layout: Layout) -> None:
+    """Raises ValueError where units that were read back are not such as a plan is made of."""
+    for place, unit in enumerate(units):
+        fault = _fault(unit, place, layout)
+        if fault is not None:
+            raise ValueError(f"unit {place}: {fault}")
+    if len({unit.unit_id for unit in units}) < len(units):
+        raise ValueError("two units have the same id")
+
+
+def _fault(unit: Unit, place: int, layout: Layout) -> str | None:
+    """What is wrong with one unit. Its id becomes part of keys, and its objects are read."""
+    if None in (unit.ordinal, unit.unit_id, unit.start, unit.stop, unit.num_records):
+        return "a value is missing"
+    if unit.ordinal != place:
+        return f"its place is given as {unit.ordinal}"
+    if not UNIT_ID.fullmatch(unit.unit_id):
+        return "its id is not 20 hex digits"
+    if unit.layout != layout:
+        return f"it holds {unit.layout}, and the plan {layout}"
+    if not 0 <= unit.start <= unit.stop or unit.num_records < 0:
+        return f"{unit.num_records} records from {unit.start} to {unit.stop} are no range"
+    count = len(unit.objects)
+    if layout is Layout.IMAGES and not (unit.start == 0 < count == unit.stop == unit.num_records):
+        return f"{unit.num_records} images from {unit.start} to {unit.stop} are no {count} objects"
+    if layout is not Layout.IMAGES and count != 1:
+        return f"{count} shards, wanted one"
+    return next((fault for info in unit.objects if (fault := _object_fault(info)) is not None), None)
+
+
+def _object_fault(info: ObjectInfo) -> str | None:
+    if None in (info.key, info.size, info.etag):
+        return "an object lacks its key, size or version"
+    try:
+        checked_key(info.key)
+    except StoreError as error:
+        return str(error)
+    return None if info.size >= 0 else f"an object of {info.size} bytes"

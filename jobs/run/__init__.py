@@ -1,0 +1,1 @@
+"""Runs jobs and evaluations on a runner: the Ray Data pipeline, or this process."""

@@ -1,0 +1,153 @@
+"""Runs an evaluation: settles what is measured, hands the units to a runner, and counts what stands."""
+
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from blocksight.cluster.sizing import Sizing
+from blocksight.jobs.evaluate.evaluation import (
+    Evaluation,
+    EvaluationContext,
+    chosen_metrics,
+    open_units,
+    read_class_map,
+    settle,
+)
+from blocksight.jobs.ledger.stop_request import GO_ON, Stop, stopped_by_signals, unfinished_from
+from blocksight.jobs.plan.config import ConfigError, Execution
+from blocksight.jobs.plan.context import sha256_of, weights_bytes
+from blocksight.jobs.plan.plan import existing_plan, refuse_drift, settle_model
+from blocksight.jobs.plan.records import Evaluated, UnfinishedError, Unit, UnitFailure
+from blocksight.jobs.plan.stored_config import NamedAgain, config_of
+from blocksight.jobs.run.job import check_kept, check_model, context_of, session_of
+from blocksight.jobs.work.progress import Tally, progress
+from blocksight.storage.inputs.annotations import open_truth
+from blocksight.storage.inputs.ground_truth import Truth
+from blocksight.storage.stores.opening import open_store
+from blocksight.storage.stores.retrying import PatientStore
+from blocksight.storage.stores.store import StoreError
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What a user asks for, as it is typed."""
+
+    output: str
+    metrics: str = "all"
+    share: float = 1.0
+    """Of the records that are measured."""
+    controls: bool = False
+    """Maps that know nothing of the model are measured too."""
+    seed: int = 0
+    baseline: Literal["zero", "black"] = "zero"
+    truth: str | None = None
+    class_map: Path | None = None
+    model: str | None = None
+    """Named again, where it is code."""
+    weights: str | None = None
+    endpoint_url: str | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationOutcome:
+    """What a run left behind."""
+
+    folder: str
+    """Below the output's root."""
+    num_open: int
+    """Units of which no values stand yet."""
+    done: Sequence[Evaluated]
+    """By this run."""
+    failures: Sequence[UnitFailure]
+    stopped: str | None
+
+
+def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Console) -> EvaluationOutcome:
+    """Measures every committed map that is not measured yet; the same request again goes on, or has nothing to do.
+
+    Whatever is wrong with the request raises before any work: ConfigError, StoreError, ModelError, ClusterError.
+    UnfinishedError afterwards, where the work broke off.
+    """
+    output = PatientStore(open_store(asked.output, asked.endpoint_url))
+    plan = existing_plan(output)
+    truth = None if asked.truth is None else open_truth(asked.truth, asked.endpoint_url)
+    config = config_of(plan, asked.output, NamedAgain(asked.model, asked.weights, asked.endpoint_url))
+    evaluation = _evaluation(asked, truth)
+    if not any(True for _ in output.list("data/")):
+        raise ConfigError(f"nothing is explained in {output.uri} yet: there is nothing to measure")
+    folder = settle(output, plan, evaluation)
+    units = open_units(output, plan, folder)
+    if not units:
+        return EvaluationOutcome(folder, 0, (), (), None)
+    state = weights_bytes(config)
+    refuse_drift(config.identity(sha256_of(state)), plan.identity, "configuration")
+    _, facts = check_model(config, state, console)
+    settle_model(output, facts)  # refuses another model than the maps were made with
+    check_kept(output, config)
+    stop = Stop(output, f"evaluate-{uuid.uuid4().hex[:8]}")
+    with session_of(execution) as sizing, stopped_by_signals(stop, cuts_off=sizing is None):
+        context = EvaluationContext(context_of(config, plan, facts, sizing, execution), evaluation, folder, truth)
+        done, failures = _run(units, context, state, sizing, stop, console)
+    try:
+        stop.clear()
+        num_open = len(open_units(output, plan, folder))
+    except StoreError as error:
+        raise UnfinishedError(f"{error}; {GO_ON}") from error
+    return EvaluationOutcome(folder, num_open, done, failures, stop.reason)
+
+
+def _evaluation(asked: EvaluationRequest, truth: Truth | None) -> Evaluation:
+    if not 0 < asked.share <= 1:
+        raise ConfigError(f"--metrics-sample must be a share between 0 and 1, got {asked.share:g}")
+    if asked.class_map is not None and truth is None:
+        raise ConfigError("--class-map says what the labels of --truth mean; give both")
+    return Evaluation(
+        metrics=chosen_metrics(asked.metrics, has_truth=truth is not None),
+        share=asked.share,
+        controls=asked.controls,
+        seed=asked.seed,
+        baseline=asked.baseline,
+        class_map=read_class_map(asked.class_map),
+        truth_digest=None if truth is None else truth.digest,
+    )
+
+
+def _run(
+    units: Sequence[Unit],
+    context: EvaluationContext,
+    state: bytes | None,
+    sizing: Sizing | None,
+    stop: Stop,
+    console: Console,
+) -> tuple[list[Evaluated], list[UnitFailure]]:
+    """Works through the units behind a progress line. Raises UnfinishedError where it breaks off."""
+    done: list[Evaluated] = []
+    failures: list[UnitFailure] = []
+    expected = round(sum(unit.num_records for unit in units) * context.evaluation.share)
+    progressing = progress(console, Tally(expected, None, verb="evaluate"))
+    with unfinished_from(lambda: done, stop), progressing as update:
+        for outcome in _outcomes(units, context, state, sizing, stop):
+            update(outcome)
+            if isinstance(outcome, UnitFailure):
+                failures.append(outcome)
+                if outcome.store_is_away:
+                    stop.request("the store does not answer")
+            else:
+                done.append(outcome)
+    return done, failures
+
+
+def _outcomes(
+    units: Sequence[Unit], context: EvaluationContext, state: bytes | None, sizing: Sizing | None, stop: Stop
+) -> Iterator[Evaluated | UnitFailure]:
+    if sizing is None:
+        from blocksight.jobs.evaluate import step
+
+        return step.run_units(units, context, state, stop)
+    from blocksight.jobs.run import pipeline
+
+    return pipeline.evaluate_units(units, context, state, sizing, stop)

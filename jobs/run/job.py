@@ -1,0 +1,353 @@
+"""Runs a job: settles plan and model, hands the open units to a runner, reconciles, and writes the manifest."""
+
+import json
+import os
+import platform
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from blocksight.cluster.sizing import Sizing
+from blocksight.jobs.explain.fidelity import rare_labels
+from blocksight.jobs.explain.learned import standing_state, wanted_images
+from blocksight.jobs.ledger.attempt_markers import forget_interrupted
+from blocksight.jobs.ledger.garbage import PROBE_PREFIX, remove_settled
+from blocksight.jobs.ledger.reconcile import Manifest, Standing, final_manifest, finalize, num_accepted, stand
+from blocksight.jobs.ledger.stop_request import GO_ON, RUNS_FOLDER, Stop, stopped_by_signals, unfinished_from
+from blocksight.jobs.plan.config import Execution, JobConfig
+from blocksight.jobs.plan.context import JobContext, sha256_of, weights_bytes
+from blocksight.jobs.plan.estimate import estimate
+from blocksight.jobs.plan.forward_setting import PlannedForward, planned_forward
+from blocksight.jobs.plan.plan import (
+    UNIT_FOLDERS,
+    Plan,
+    load_plan,
+    make_plan,
+    open_output,
+    refuse_drift,
+    settle_model,
+    settle_plan,
+)
+from blocksight.jobs.plan.records import ModelFacts, Outcome, Receipt, UnfinishedError, Unit, UnitFailure
+from blocksight.jobs.plan.units import Workforce
+from blocksight.jobs.run.budgets import Budget, Opening, excess
+from blocksight.jobs.work.progress import Tally, progress
+from blocksight.storage.stores.opening import probe
+from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore
+from blocksight.storage.stores.store import ObjectStore, StoreError
+
+if TYPE_CHECKING:
+    from blocksight.engine.model.adapter import ModelAdapter  # which needs torch
+
+PROBE_FROM_SECONDS = 120.0
+"""Of a GPU: shorter jobs do not repay its start-up probe, for a compiler takes minutes there."""
+
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
+"""Where the driver lists its GPUs: known without importing torch."""
+
+PACKAGES = ("ray", "torch", "torchvision", "pyarrow", "numpy", "s3fs", "pillow")
+
+
+def workforce_of(execution: Execution) -> Workforce:
+    """What the plan may expect before any session is there: a cluster is joined for its GPUs."""
+    on_gpu = execution.runner == "ray" and (execution.address is not None or NVIDIA_GPUS.exists())
+    return Workforce(execution.workers or os.cpu_count() or 1, on_gpu)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a run did."""
+
+    failures: tuple[UnitFailure, ...] = ()
+    """Units that were tried and are still open."""
+    seconds: float = 0.0
+    """Wall time of its units; 0 where nothing was to do."""
+    stopped: str | None = None
+    """Why it ended before its units did."""
+    is_hopeless: bool = False
+    """It was stopped because nothing was explained: going on would not help."""
+    busy: float = 0.0
+    """Share of the workers' time that went into explaining, 0 to 1; start-up and the last units' tail are the rest."""
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What a run left behind."""
+
+    standing: Standing
+    manifest: Manifest | None
+    """The final manifest; None while units are open, or more of them dead than the budget allows."""
+    excess: tuple[str, ...]
+    """The budgets that are exceeded, once no unit is open."""
+    ran: Ran
+    forward: PlannedForward | None = None
+    """How masks were scored; None where no unit was begun."""
+
+
+def plan_job(config: JobConfig, execution: Execution) -> tuple[ObjectStore, Plan]:
+    """The output's plan: the one that stands there, or one made now. Writes nothing; refuses drift."""
+    output = PatientStore(open_output(config), SHORT_PATIENCE_SECONDS)
+    weights_sha256 = sha256_of(weights_bytes(config))
+    standing = load_plan(output)
+    if standing is None:
+        return output, make_plan(config, weights_sha256=weights_sha256, workforce=workforce_of(execution))
+    refuse_drift(config.identity(weights_sha256), standing.identity, "configuration")
+    return output, standing
+
+
+def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOutcome:
+    """Explains everything that is not committed yet; a finished job is left as it is.
+
+    Everything that can be wrong with the program (data, model, blocks, store, configuration) raises before
+    any unit is worked on: ConfigError, StoreError, ModelError, ClusterError. UnfinishedError afterwards, where
+    the store went away for good.
+    """
+    output, plan = plan_job(config, execution)
+    standing = _standing(output, plan)
+    if not standing.open_units:  # finished, or an input without a single record
+        settle_plan(output, plan)
+        return _outcome_of(output, standing, execution, Ran())
+    state = weights_bytes(config)
+    adapter, facts = check_model(config, state, console)
+    probe(output, PROBE_PREFIX)
+    with session_of(execution) as sizing:
+        planned = _planned_forward(output, adapter, config, execution, on_gpu=_is_on_gpu(sizing))
+        del adapter  # the workers load their own
+        plan = settle_plan(output, plan)
+        settle_model(output, facts)
+        check_kept(output, config)
+        _settle_forward(output, planned, console)
+        standing = _standing(output, plan)
+        context = context_of(config, plan, facts, sizing, execution)
+        _write_run(output, context, execution, sizing)
+        output = PatientStore(output, unit_folders=UNIT_FOLDERS)
+        _learn(output, context, plan.units, state, sizing, console)
+        stop = Stop(output, context.run_id)
+        budget = Budget(execution.max_reject_fraction, execution.max_dead_units)
+        with stopped_by_signals(stop, cuts_off=sizing is None):
+            ran = _run_units(standing, context, state, sizing, console, stop, Opening.of(standing, budget))
+    try:
+        stop.clear()
+        if ran.stopped is not None:
+            forget_interrupted(output, context.run_id)
+        return _outcome_of(output, stand(output, plan), execution, ran)
+    except StoreError as error:
+        raise UnfinishedError(f"{error}; {GO_ON}") from error
+
+
+def _standing(output: ObjectStore, plan: Plan) -> Standing:
+    """How far the job is, also where single receipts cannot be read or written."""
+    return stand(PatientStore(output, SHORT_PATIENCE_SECONDS, unit_folders=UNIT_FOLDERS), plan)
+
+
+def _outcome_of(output: ObjectStore, standing: Standing, execution: Execution, ran: Ran) -> RunOutcome:
+    """What stands now, and the manifest if every unit is settled and the dead are within their budget."""
+    planned = planned_forward(output)
+    if standing.open_units:
+        return RunOutcome(standing, None, (), ran, planned)
+    manifest = final_manifest(output, standing.plan)
+    budget = Budget(execution.max_reject_fraction, max(execution.max_dead_units, num_accepted(manifest)))
+    beyond = excess(standing, budget)
+    if len(standing.dead) > budget.max_dead_units:
+        return RunOutcome(standing, None, tuple(beyond), ran, planned)
+    if manifest is None:
+        remove_settled(output, standing)
+    return RunOutcome(standing, finalize(output, standing), tuple(beyond), ran, planned)
+
+
+def check_model(config: JobConfig, state: bytes | None, console: Console) -> "tuple[ModelAdapter, ModelFacts]":
+    """Loads the model once in the driver, so that whatever is wrong with it is said before any work."""
+    from blocksight.jobs.explain.step import load, model_facts
+
+    adapter = load(config, state, "cpu", str(Path.cwd()))
+    facts = model_facts(adapter, config)
+    candidates = sum(block["channels"] for block in facts.blocks)
+    places = ", ".join(f"{b['name']} {b['channels']}@{b['height']}x{b['width']}" for b in facts.blocks)
+    seen = f", {candidates:,} candidate maps in {places}" if places else ""
+    console.print(f"model: {config.model}, {facts.num_classes} classes{seen}")
+    return adapter, facts
+
+
+def _planned_forward(
+    output: ObjectStore, adapter: "ModelAdapter", config: JobConfig, execution: Execution, *, on_gpu: bool
+) -> PlannedForward | None:
+    """The forward setting that the output's plan holds, or one chosen for its CPUs; None: a GPU worker will choose.
+
+    Chosen before the plan is written, so that a precision of no use leaves no output behind. Raises ModelError, and
+    DriftError for another batch size than the plan's.
+    """
+    from blocksight.jobs.explain.forward_pass import choose_forward, wish_of
+
+    planned = planned_forward(output)
+    if planned is None:
+        wish = wish_of(config, execution.batch_size, is_timed=execution.tune)
+        return None if on_gpu else choose_forward(adapter, wish)
+    if execution.batch_size is not None:
+        ours, theirs = ({"batch_size": size} for size in (execution.batch_size, planned.setting.batch_size))
+        refuse_drift(ours, theirs, "forward setting")
+    return planned
+
+
+def _settle_forward(output: ObjectStore, planned: PlannedForward | None, console: Console) -> None:
+    """Writes the setting into the plan where it is known, and says it."""
+    from blocksight.jobs.explain.forward_pass import warning_of, write_forward
+
+    if planned is None:
+        return
+    planned = write_forward(output, planned)
+    console.print(f"masks are scored by {planned}")
+    warning = warning_of(planned)
+    if warning is not None:
+        console.print(warning)
+
+
+def check_kept(output: ObjectStore, config: JobConfig) -> None:
+    """Reads what the first workers of a job settled for all after them, so that damage is said before any work.
+
+    Raises UnreconciledError and StoreError.
+    """
+    planned_forward(output)
+    standing_state(output, config)
+
+
+def session_of(execution: Execution) -> AbstractContextManager[Sizing | None]:
+    """Starts or joins Ray and says how the job fits on it; None: in this process."""
+    if execution.runner == "local":
+        return nullcontext()
+    from blocksight.cluster.session import ray_session
+
+    return ray_session(execution.address, num_actors=execution.workers)
+
+
+def context_of(
+    config: JobConfig, plan: Plan, facts: ModelFacts, sizing: Sizing | None, execution: Execution
+) -> JobContext:
+    """What the workers of this run are told."""
+    on_gpu = _is_on_gpu(sizing)
+    counts = plan.label_counts()
+    return JobContext(
+        config,
+        plan.fingerprint,
+        f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}",
+        facts,
+        tuple(sorted(counts)),
+        batch_size=execution.batch_size,
+        is_timed=execution.tune or (on_gpu and _least_seconds(config, plan, facts, on_gpu=True) >= PROBE_FROM_SECONDS),
+        num_threads=sizing.threads_per_actor if sizing is not None else 1,
+        device="cuda" if on_gpu else "cpu",
+        import_path=str(Path.cwd()),
+        rare_labels=rare_labels(counts),
+        witnesses=plan.witnesses,
+    )
+
+
+def _is_on_gpu(sizing: Sizing | None) -> bool:
+    return sizing is not None and sizing.gpus_per_actor > 0
+
+
+def _least_seconds(config: JobConfig, plan: Plan, facts: ModelFacts, *, on_gpu: bool) -> float:
+    """What the whole job takes one worker: a round guess of forwards is no more than the model has feature maps."""
+    guess = estimate(config, plan.num_records, on_gpu=on_gpu)
+    forwards = guess.forwards_per_record
+    if not guess.is_measured:
+        forwards = min(forwards, sum(block["channels"] for block in facts.blocks) * config.target_choice.count)
+    return plan.num_records * forwards / guess.forwards_per_second
+
+
+def _learn(
+    output: ObjectStore,
+    context: JobContext,
+    units: Sequence[Unit],
+    state: bytes | None,
+    sizing: Sizing | None,
+    console: Console,
+) -> None:
+    """The first pass of a method that learns, where its device is; others have none."""
+    if not wanted_images(context.config):
+        return
+    from blocksight.jobs.explain.first_pass import learn, settle_learned
+
+    def run() -> Iterator[int | bytes]:
+        if sizing is None:
+            return learn(context, units, state)
+        from blocksight.jobs.run.pipeline import learn_there
+
+        return learn_there(context, units, state, sizing)
+
+    settle_learned(output, context, units, run, console)
+
+
+def _run_units(
+    standing: Standing,
+    context: JobContext,
+    state: bytes | None,
+    sizing: Sizing | None,
+    console: Console,
+    stop: Stop,
+    opening: Opening,
+) -> Ran:
+    """Works through the open units behind a progress line.
+
+    Asks for the end where the store is away for too long, or where nothing at all is explained. Raises
+    UnfinishedError where the job cannot go on after its first unit, and ClusterError or ModelError before it.
+    """
+    config, units = context.config, standing.open_units
+    num_records = sum(unit.num_records for unit in units)
+    guess = estimate(config, num_records, on_gpu=context.device != "cpu")
+    num_workers = sizing.num_actors if sizing is not None else 1
+    expected = guess.seconds(num_workers) if guess.is_measured else None
+    failures: list[UnitFailure] = []
+    worked = 0.0
+    begun = False
+    start = time.monotonic()
+    with unfinished_from(lambda: begun, stop), progress(console, Tally(num_records, expected)) as update:
+        for outcome in _outcomes(units, context, state, sizing, stop):
+            begun = True
+            update(outcome)
+            opening.add(outcome)
+            if isinstance(outcome, Receipt):
+                worked += outcome.explain_seconds or 0.0
+            if isinstance(outcome, UnitFailure):
+                failures.append(outcome)
+                if outcome.store_is_away:
+                    stop.request("the store does not answer")
+            if opening.is_hopeless:
+                stop.request(opening.verdict())
+    seconds = time.monotonic() - start
+    return Ran(tuple(failures), seconds, stop.reason, opening.is_hopeless, worked / (seconds * num_workers))
+
+
+def _outcomes(
+    units: Sequence[Unit], context: JobContext, state: bytes | None, sizing: Sizing | None, stop: Stop
+) -> Iterator[Outcome]:
+    """What becomes of each unit, from the in-process runner or from Ray; each is imported only when used."""
+    if sizing is None:
+        from blocksight.jobs.run import local
+
+        return local.run_units(units, context, state, stop)
+    from blocksight.jobs.run import pipeline
+
+    return pipeline.run_units(units, context, state, sizing, stop)
+
+
+def _write_run(output: ObjectStore, context: JobContext, execution: Execution, sizing: Sizing | None) -> None:
+    """Notes where and with what this run works: everything that may differ from run to run."""
+    facts = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "execution": execution.model_dump(),
+        "sizing": asdict(sizing) if sizing is not None else None,
+        "batch_size": context.batch_size,
+        "device": context.device,
+    }
+    output.put(f"{RUNS_FOLDER}{context.run_id}/run.json", json.dumps(facts, indent=1).encode())

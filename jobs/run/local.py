@@ -1,0 +1,39 @@
+"""The in-process runner: the reference that Ray must equal, byte for byte on CPU."""
+
+from collections.abc import Iterable, Iterator
+
+from blocksight.jobs.explain.step import ExplainStep
+from blocksight.jobs.ledger.stop_request import Stop
+from blocksight.jobs.plan.context import JobContext
+from blocksight.jobs.plan.records import Outcome, Receipt, Unit, UnitInput, UnitResult
+from blocksight.jobs.work.attempts import Desk, attempted, open_desk
+from blocksight.jobs.work.unit import commit_unit, take_unit
+
+
+def run_units(units: Iterable[Unit], context: JobContext, state: bytes | None, stop: Stop) -> Iterator[Outcome]:
+    """Runs the units one after the other and yields what became of each, until `stop` is requested.
+
+    Raises ModelError at once.
+    """
+    desk, explain = open_desk(context), ExplainStep(context, state)
+    for unit in units:
+        if stop.reason is not None:
+            return
+        yield run_unit(unit, context, desk, explain)
+
+
+def run_unit(unit: Unit, context: JobContext, desk: Desk, explain: ExplainStep) -> Outcome:
+    """One unit from its images to its receipt. Raises ModelError."""
+
+    def read(careful: bool) -> UnitInput | Receipt:
+        return take_unit(unit, desk, context, careful=careful)
+
+    taken = attempted(unit, "read", desk, read)
+    if not isinstance(taken, UnitInput):
+        return taken
+    result = attempted(unit, "explain", desk, lambda careful: explain(taken, careful=careful))
+    if not isinstance(result, UnitResult):
+        return result
+    return attempted(
+        unit, "commit", desk, lambda careful: commit_unit(result, desk.output, context.fingerprint, careful=careful)
+    )

@@ -1,0 +1,324 @@
+"""The Ray Data pipeline: the in-process runner's three steps on CPU tasks and GPU actors.
+
+Each of Ray's processes imports this module: what loads torch is imported by the actors alone, so that the tasks which
+read and commit start sooner and are smaller.
+"""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
+from ray.exceptions import RayError, RayTaskError
+
+from blocksight.cluster.errors import ClusterError
+from blocksight.cluster.sizing import Sizing
+from blocksight.cluster.switches import refuse_unsafe_switches
+from blocksight.engine.errors import ModelError
+from blocksight.jobs.evaluate.evaluation import EvaluationContext
+from blocksight.jobs.ledger.stop_request import Stop
+from blocksight.jobs.plan.config import ConfigError
+from blocksight.jobs.plan.context import JobContext
+from blocksight.jobs.plan.estimate import estimate
+from blocksight.jobs.plan.records import (
+    DeadLetter,
+    Evaluated,
+    Outcome,
+    Receipt,
+    RecordFacts,
+    Unit,
+    UnitFailure,
+    UnitInput,
+    UnitResult,
+    UnitSkipped,
+)
+from blocksight.jobs.work.attempts import attempted, open_desk
+from blocksight.jobs.work.unit import commit_unit, take_unit
+from blocksight.storage.inputs.survey import Layout
+from blocksight.storage.stores.store import ObjectInfo, StoreError
+
+WAVE_UNITS = 2_000
+"""Units that one Ray Data execution holds: the driver's memory does not grow with the data set."""
+
+NO_PROGRESS_SECONDS = 3_600.0
+"""Without any finished unit for so long the run ends: a silent hang is worse. A worker that hangs ends itself
+long before."""
+NO_PROGRESS_FACTOR = 100
+"""Where a unit is expected to take long the guard waits so many times that: estimates are rough."""
+
+POLL_SECONDS = 0.5
+
+ONE_UNIT: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
+"""What a step is called with."""
+
+HEADER = pa.schema([("header", pa.string()), ("blob", pa.large_binary()), ("outcome", pa.string())])
+"""What passes between the steps: plain values as JSON, pixels or maps as raw bytes, or what became of the unit."""
+
+OUTCOMES = {kind.__name__: kind for kind in (Receipt, UnitFailure, DeadLetter, UnitSkipped, Evaluated)}
+
+
+def run_units(
+    units: Sequence[Unit], context: JobContext, state: bytes | None, sizing: Sizing, stop: Stop
+) -> Iterator[Outcome]:
+    """Runs the units on the connected Ray session and yields what became of each, as they finish.
+
+    Ends early where `stop` was requested and its grace is over. Raises ClusterError where the job itself
+    cannot go on (a model that does not load on the workers, no progress).
+    """
+    _settle_ray_data()
+    weights = None if state is None else ray.put(state)
+    silence = max(NO_PROGRESS_SECONDS, NO_PROGRESS_FACTOR * _longest_seconds(units, context))
+    yield from _finished(units, lambda some: _wave(some, context, weights, sizing), stop, silence)
+
+
+def learn_there(
+    context: JobContext, units: Sequence[Unit], state: bytes | None, sizing: Sizing
+) -> Iterator[int | bytes]:
+    """As `first_pass.learn`, on one worker of the connected Ray session. Raises ClusterError."""
+    weights = None if state is None else ray.put(state)
+    resources: dict[str, Any] = {"num_cpus": sizing.cpus_per_actor, "num_gpus": sizing.gpus_per_actor}
+    task: Any = ray.remote(**resources, max_retries=0, num_returns="streaming")(_learn)
+    try:
+        for made in task.remote(context, units, weights):
+            yield ray.get(made)
+    except RayTaskError as error:
+        cause = error.cause
+        raise cause if isinstance(cause, ConfigError | ModelError | StoreError) else _given_up(error) from error
+    except RayError as error:
+        raise _given_up(error) from error
+
+
+def _learn(context: JobContext, units: Sequence[Unit], weights: Any) -> Iterator[int | bytes]:
+    from blocksight.jobs.explain.first_pass import learn
+
+    refuse_unsafe_switches()
+    yield from learn(context, units, None if weights is None else ray.get(weights))
+
+
+def _finished(
+    units: Sequence[Unit], wave_of: Callable[[Sequence[Unit]], Dataset], stop: Stop, silence: float
+) -> Iterator[Any]:
+    """What became of the units, wave by wave, until `stop` was requested. Raises ClusterError."""
+    for start in range(0, len(units), WAVE_UNITS):
+        wave = wave_of(units[start : start + WAVE_UNITS])
+        try:
+            for row in _arriving(wave.iter_rows(), stop, silence):
+                yield _outcome(row)
+        except RayError as error:
+            raise _given_up(error) from error
+        if stop.reason is not None:
+            return
+
+
+def _given_up(error: RayError) -> ClusterError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return ClusterError(f"Ray gave the job up: {reason}")
+
+
+def _longest_seconds(units: Sequence[Unit], context: JobContext) -> float:
+    """What the largest unit is expected to take on one worker."""
+    most = max((unit.num_records for unit in units), default=0)
+    return estimate(context.config, most, on_gpu=context.device != "cpu").seconds(1)
+
+
+def _arriving(rows: Iterable[dict[str, Any]], stop: Stop, silence: float) -> Iterator[dict[str, Any]]:
+    """The rows as they come, from a thread apart: this one must hear signals, and a silence of so many seconds."""
+    arrived: SimpleQueue[Any] = SimpleQueue()
+
+    def collect() -> None:
+        try:
+            for row in rows:
+                arrived.put(row)
+            arrived.put(None)
+        except BaseException as error:  # noqa: BLE001 - it is raised again where somebody hears it
+            arrived.put(error)
+
+    threading.Thread(target=collect, daemon=True).start()
+    silent_since = time.monotonic()
+    while time.monotonic() < stop.deadline:
+        if time.monotonic() - silent_since > silence:
+            raise ClusterError(f"no unit has come to its end for {silence:,.0f} s")
+        try:
+            row = arrived.get(timeout=POLL_SECONDS)
+        except Empty:
+            continue
+        if row is None:
+            return
+        if isinstance(row, BaseException):
+            raise row
+        silent_since = time.monotonic()
+        yield row
+
+
+def _settle_ray_data() -> None:
+    """Settings that the job stands on; they count for data sets made afterwards."""
+    settings = DataContext.get_current()
+    settings.enable_progress_bars = False
+    settings.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the job shows its own progress
+    settings.max_errored_blocks = 0
+    settings.max_consecutive_actor_init_deaths = 3
+    settings.execution_no_progress_timeout_s = -1  # ours counts units; Ray's would end a job of slow ones
+
+
+def _wave(units: Sequence[Unit], context: JobContext, weights: Any, sizing: Sizing) -> Dataset:
+    rows = [{"unit": _json(unit)} for unit in units]
+    tasks: dict[str, Any] = {**ONE_UNIT, "compute": TaskPoolStrategy(), "num_cpus": sizing.cpus_per_task}
+    return (
+        ray.data.from_items(rows, override_num_blocks=len(rows))
+        .map_batches(partial(_read, context=context), **tasks)
+        .map_batches(_Explain, **_actors(context, weights, sizing, len(rows)))
+        .map_batches(partial(_commit, context=context), **tasks)
+    )
+
+
+def _actors(context: JobContext | EvaluationContext, weights: Any, sizing: Sizing, num_units: int) -> dict[str, Any]:
+    """How a stage of actors runs, each with one model."""
+    return {
+        **ONE_UNIT,
+        "fn_constructor_kwargs": {"context": context, "weights": weights},
+        "compute": ActorPoolStrategy(size=min(sizing.num_actors, num_units), max_tasks_in_flight_per_actor=1),
+        "num_cpus": sizing.cpus_per_actor,
+        "num_gpus": sizing.gpus_per_actor,
+    }
+
+
+def _read(batch: pa.Table, context: JobContext) -> pa.Table:
+    refuse_unsafe_switches()
+    unit = _unit(json.loads(batch["unit"][0].as_py()))
+
+    def read(careful: bool) -> pa.Table | Receipt:
+        taken = take_unit(unit, desk, context, careful=careful)
+        if isinstance(taken, Receipt):
+            return taken
+        return _table(_json({"unit": unit, "records": taken.records}), taken.pixels)
+
+    desk = open_desk(context)
+    return _row_of(attempted(unit, "read", desk, read))
+
+
+def evaluate_units(
+    units: Sequence[Unit], context: EvaluationContext, state: bytes | None, sizing: Sizing, stop: Stop
+) -> Iterator[Evaluated | UnitFailure]:
+    """Evaluates the units on the connected Ray session and yields what became of each. Raises ClusterError."""
+    _settle_ray_data()
+    weights = None if state is None else ray.put(state)
+    yield from _finished(units, lambda some: _evaluating(some, context, weights, sizing), stop, NO_PROGRESS_SECONDS)
+
+
+def _evaluating(units: Sequence[Unit], context: EvaluationContext, weights: Any, sizing: Sizing) -> Dataset:
+    """One stage: whoever measures a unit commits it."""
+    rows = [{"unit": _json(unit)} for unit in units]
+    items = ray.data.from_items(rows, override_num_blocks=len(rows))
+    return items.map_batches(_Evaluate, **_actors(context, weights, sizing, len(rows)))
+
+
+class _Evaluate:
+    """The actor that measures: holds one model."""
+
+    def __init__(self, context: EvaluationContext, weights: Any) -> None:
+        from blocksight.jobs.evaluate.step import EvaluateStep
+
+        refuse_unsafe_switches()
+        self.step = EvaluateStep(context, None if weights is None else ray.get(weights))
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        from blocksight.jobs.evaluate.step import measured
+
+        return _row_of(measured(self.step, _unit(json.loads(batch["unit"][0].as_py()))))
+
+
+class _Explain:
+    """The actor: holds one model."""
+
+    def __init__(self, context: JobContext, weights: Any) -> None:
+        from blocksight.jobs.explain.step import ExplainStep
+
+        refuse_unsafe_switches()
+        self.input_size = context.facts.input_size
+        self.desk = open_desk(context)
+        self.step = ExplainStep(context, None if weights is None else ray.get(weights))
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        if batch["outcome"][0].is_valid:
+            return batch
+        header = json.loads(batch["header"][0].as_py())
+        unit = _unit(header["unit"])
+
+        def explain(careful: bool) -> pa.Table:
+            pixels = np.frombuffer(batch["blob"][0].as_buffer(), np.uint8).reshape(-1, *self.input_size, 3)
+            records = tuple(RecordFacts(**record) for record in header["records"])
+            return _result_table(self.step(UnitInput(unit, records, pixels), careful=careful))
+
+        return _row_of(attempted(unit, "explain", self.desk, explain))
+
+
+def _commit(batch: pa.Table, context: JobContext) -> pa.Table:
+    refuse_unsafe_switches()
+    if batch["outcome"][0].is_valid:
+        return batch
+    header = json.loads(batch["header"][0].as_py())
+    unit = _unit(header["unit"])
+    desk = open_desk(context)
+
+    def commit(careful: bool) -> Receipt:
+        maps = np.frombuffer(batch["blob"][0].as_buffer(), np.float32).reshape(-1, *context.facts.input_size)
+        remaining = iter(maps)
+        rows = tuple({**row, "map": next(remaining) if "map" in row else None} for row in header["rows"])
+        result = UnitResult(**{**header, "unit": unit, "rows": rows})
+        return commit_unit(result, desk.output, context.fingerprint, careful=careful)
+
+    return _row_of(attempted(unit, "commit", desk, commit))
+
+
+def _result_table(result: UnitResult) -> pa.Table:
+    maps = [row["map"] for row in result.rows if row.get("map") is not None]
+    rows = [{**row, "map": True} if row.get("map") is not None else row for row in result.rows]
+    header = {
+        "unit": result.unit,
+        "rows": rows,
+        "num_records": result.num_records,
+        "explain_seconds": result.explain_seconds,
+        "forward": result.forward,
+    }
+    return _table(_json(header), np.stack(maps) if maps else None)
+
+
+def _row_of(made: pa.Table | Outcome | Evaluated) -> pa.Table:
+    """What goes to the next step: a table as it is, or what became of the unit, which passes through."""
+    if isinstance(made, pa.Table):
+        return made
+    return _row("", b"", _json({"kind": type(made).__name__, "values": made}))
+
+
+def _table(header: str, blob: np.ndarray | None) -> pa.Table:
+    return _row(header, b"" if blob is None else np.ascontiguousarray(blob).tobytes(), None)
+
+
+def _row(header: str, blob: bytes, outcome: str | None) -> pa.Table:
+    return pa.Table.from_pylist([{"header": header, "blob": blob, "outcome": outcome}], schema=HEADER)
+
+
+def _outcome(row: Mapping[str, Any]) -> Any:
+    made = json.loads(row["outcome"])
+    return OUTCOMES[made["kind"]](**made["values"])
+
+
+def _json(value: Any) -> str:
+    """JSON of plain values and of the job's own records."""
+    return json.dumps(value, default=asdict)
+
+
+def _unit(values: Mapping[str, Any]) -> Unit:
+    objects = tuple(ObjectInfo(**item) for item in values["objects"])
+    return Unit(**{**values, "layout": Layout(values["layout"]), "objects": objects})

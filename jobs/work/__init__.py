@@ -1,0 +1,1 @@
+"""A unit's way on a worker: read, attempt, watch, encode, commit."""

@@ -1,0 +1,136 @@
+"""An attempt: one try of a step at a unit, with a marker that outlives a process that dies in it."""
+
+import json
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TypeVar
+
+from blocksight.jobs.ledger.attempt_markers import FOLDER
+from blocksight.jobs.ledger.dead_letters import bury
+from blocksight.jobs.ledger.stop_request import is_stopped
+from blocksight.jobs.plan.context import JobContext, worker_name
+from blocksight.jobs.plan.plan import UNIT_FOLDERS, open_output
+from blocksight.jobs.plan.records import Cause, Outcome, Unit, UnitFailure, UnitSkipped
+from blocksight.jobs.work.error_classes import OF_THE_JOB, is_of_unit
+from blocksight.jobs.work.isolation import ProcessDiedError
+from blocksight.jobs.work.watchdog import alive, watched
+from blocksight.storage.outputs.schema import MAX_ERROR_LENGTH
+from blocksight.storage.stores.opening import open_named
+from blocksight.storage.stores.retrying import PATIENCE_SECONDS, PatientStore
+from blocksight.storage.stores.store import (
+    ChangedError,
+    DamagedError,
+    MissingError,
+    ObjectError,
+    ObjectStore,
+    OutputError,
+    StoreError,
+    UnavailableError,
+)
+
+CAREFUL_DEATHS = 2
+"""After so many deaths in a step its records are worked on one at a time, in a process apart."""
+MOST_DEATHS = 12
+"""After so many the unit is given up. Far above what a poisonous record needs (two deaths, and two of the
+process apart), for machines die of other things too."""
+
+MOST_FAILURES = 3
+"""Tries of a step that fails: one as usual and two careful ones."""
+
+CAUSES = {
+    MissingError: Cause.INPUT_MISSING,
+    ChangedError: Cause.INPUT_CHANGED,
+    ObjectError: Cause.INPUT_UNREADABLE,
+    DamagedError: Cause.CONTAINER_CORRUPT,
+}
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What the steps of one job reach from a worker."""
+
+    source: ObjectStore
+    output: ObjectStore
+    run_id: str
+
+
+def open_desk(context: JobContext) -> Desk:
+    """Input and output, with patience for a store that is away."""
+    source, _ = open_named(context.config.data, context.config.endpoint_url, wait_seconds=PATIENCE_SECONDS)
+    output = open_output(context.config)
+    patient = PatientStore(source, waiting=alive, witnesses=context.witnesses)
+    return Desk(patient, PatientStore(output, waiting=alive, unit_folders=UNIT_FOLDERS), context.run_id)
+
+
+def attempted(unit: Unit, stage: str, desk: Desk, work: Callable[[bool], Result]) -> Result | Outcome:
+    """What the step makes of the unit, or what became of the unit instead; never raises an Exception.
+
+    `work` is told whether to be careful: to let no record take the whole unit down with it. A step that fails is
+    tried again at once, carefully. A unit at which it fails each time is given up, unless the machine or the store
+    is to blame: then it stays open.
+    """
+    failures = 0
+    while True:
+        try:
+            return _once(unit, stage, desk, work, failures)
+        except Exception as error:  # noqa: BLE001 - a unit's trouble is its own: the others go on
+            failures += 1
+            if failures == MOST_FAILURES or not _may_change(error):
+                return _judged(unit, stage, desk, error)
+
+
+def _once(unit: Unit, stage: str, desk: Desk, work: Callable[[bool], Result], failures: int) -> Result | Outcome:
+    """One attempt at the step. Raises what it raises."""
+    if stage != "commit" and is_stopped(desk.output, desk.run_id):  # what is explained is not thrown away
+        return UnitSkipped(unit.unit_id)
+    with marked(desk, f"{unit.unit_id}/{stage}") as num_deaths, watched():
+        if num_deaths >= MOST_DEATHS:
+            return bury(desk.output, unit, stage, Cause.POISON, f"{num_deaths} processes died in it")
+        return work(num_deaths >= CAREFUL_DEATHS or failures > 0)
+
+
+def _may_change(error: Exception) -> bool:
+    """Whether working carefully may help: the stores have been patient already, and some processes are of no use."""
+    return not isinstance(error, (StoreError, ProcessDiedError, *OF_THE_JOB))
+
+
+@contextmanager
+def marked(desk: Desk, step: str) -> Iterator[int]:
+    """The number of attempts at a step that left their marker; one of our own stands while the body runs."""
+    prefix = f"{FOLDER}{step}-"
+    num_deaths = sum(1 for _ in desk.output.list(prefix))
+    marker = f"{prefix}{desk.run_id}-{uuid.uuid4().hex}.json"
+    desk.output.put(marker, json.dumps({"worker": worker_name()}).encode())
+    try:
+        yield num_deaths
+    finally:
+        with suppress(StoreError):  # one marker too many makes the next attempt careful at most
+            desk.output.delete(marker)
+
+
+def _judged(unit: Unit, stage: str, desk: Desk, error: Exception) -> Outcome:
+    """The unit is dead where it is to blame itself, and stays open otherwise."""
+    cause = _cause(stage, error)
+    text = str(error) if isinstance(error, StoreError | ProcessDiedError) else f"{type(error).__name__}: {error}"
+    if cause is not None:
+        try:
+            return bury(desk.output, unit, stage, cause, text)
+        except Exception as trouble:  # noqa: BLE001 - as above
+            error, text = trouble, str(trouble)
+    away = isinstance(error, UnavailableError)
+    return UnitFailure(unit.unit_id, unit.ordinal, unit.objects[0].key, stage, text[:MAX_ERROR_LENGTH], away)
+
+
+def _cause(stage: str, error: Exception) -> Cause | None:
+    """Why the unit is given up; None: the store, the machine or the model is to blame."""
+    if isinstance(error, ProcessDiedError):
+        return Cause.POISON
+    if isinstance(error, OutputError):
+        return Cause.OUTPUT_UNWRITABLE
+    if isinstance(error, StoreError):
+        return CAUSES.get(type(error)) if stage == "read" else None
+    return Cause.FAILED if is_of_unit(error) else None

@@ -1,0 +1,183 @@
+"""Isolation: a step's function in a child process, so that a record that kills its process is known by name."""
+
+import ctypes
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from blocksight.cluster.switches import refuse_unsafe_switches
+from blocksight.jobs.work.watchdog import alive, watched
+
+DEATHS = 2
+"""After so many deaths of the child over one item that item is blamed; one may be bad luck."""
+
+POLL_SECONDS = 1.0
+PR_SET_PDEATHSIG = 1
+NVIDIA_DRIVER = Path("/proc/driver/nvidia")
+MEMORY_SHARE = 0.8
+"""Of the memory that is free when the child starts: it fails there, before the machine picks whom to kill."""
+
+Work = Callable[[Any], Any]
+
+
+class ProcessDiedError(Exception):
+    """The child died over this item each time; the message says how."""
+
+
+class ProcessStartError(Exception):
+    """The child cannot make its function: no item is to blame."""
+
+
+class Isolated:
+    """`make()` is called in a child process and gives the function that each item is handed to.
+
+    Exceptions of the function are raised here. `make` and the items must be picklable.
+    """
+
+    def __init__(self, make: Callable[[], Work]) -> None:
+        self._make = make
+        self._child: tuple[subprocess.Popen[bytes], Connection] | None = None
+
+    def __enter__(self) -> "Isolated":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def __call__(self, item: Any) -> Any:
+        """The function's result. Raises what the function raises, ProcessDiedError and ProcessStartError."""
+        how = ""
+        for _ in range(DEATHS):
+            connection = self._connection()
+            try:
+                is_result, value = _asked(connection, item)
+            except (EOFError, ConnectionError):
+                how = self._end()
+                continue
+            if is_result:
+                return value
+            raise value
+        raise ProcessDiedError(f"{DEATHS} processes that worked on it died: {how}")
+
+    def _connection(self) -> Connection:
+        """To the child, which is started where there is none."""
+        if self._child is None:
+            self._child = _start()
+            try:
+                is_made, trouble = _asked(self._child[1], self._make)
+            except (EOFError, ConnectionError):
+                raise ProcessStartError(f"a process apart died before it had its function: {self._end()}") from None
+            if not is_made:
+                self._end()
+                raise ProcessStartError(f"a process apart cannot make its function: {trouble}") from trouble
+        return self._child[1]
+
+    def _end(self) -> str:
+        """Ends the child, if there is one, and says how it ended."""
+        if self._child is None:
+            return ""
+        process, connection = self._child
+        self._child = None
+        connection.close()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+        process.kill()
+        code = process.wait()
+        return signal.strsignal(-code) or f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _asked(connection: Connection, item: Any) -> tuple[bool, Any]:
+    """Whether the child has a result, and that or the exception. Raises EOFError or ConnectionError where it died."""
+    connection.send_bytes(pickle.dumps(item))
+    while not connection.poll(POLL_SECONDS):
+        alive()  # the child has a watch of its own
+    return connection.recv()
+
+
+@contextmanager
+def called(function: Work, careful: bool) -> Iterator[Work]:
+    """The function as it is, or `careful`: the same in a process apart."""
+    if not careful:
+        yield function
+        return
+    with Isolated(partial(_itself, function)) as isolated:
+        yield isolated
+
+
+def _itself(function: Work) -> Work:
+    return function
+
+
+def _start() -> tuple[subprocess.Popen[bytes], Connection]:
+    refuse_unsafe_switches()  # the child has the same, and nobody to tell
+    ours, theirs = Pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "blocksight.jobs.work.isolation", str(theirs.fileno()), str(os.getpid())],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        pass_fds=(theirs.fileno(),),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    theirs.close()
+    return process, ours
+
+
+def _serve(connection: Connection) -> None:
+    """The child: makes its function, then hands each item to it, until its parent is gone."""
+    refuse_unsafe_switches()
+    work: Work | None = None
+    with suppress(EOFError):
+        while True:
+            sent = connection.recv_bytes()
+            try:
+                with watched():
+                    item = pickle.loads(sent)
+                    result = item() if work is None else work(item)
+                answer = pickle.dumps((True, None if work is None else result))
+            except Exception as error:  # noqa: BLE001 - it is the parent's to judge
+                answer = pickle.dumps((False, _portable(error)))
+            else:
+                work = work or result
+            connection.send_bytes(answer)
+
+
+def _portable(error: Exception) -> Exception:
+    """The exception itself where it survives the way to the parent, else its text."""
+    with suppress(Exception):
+        if type(pickle.loads(pickle.dumps(error))) is type(error):
+            return error
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _live_and_die_with(parent: int) -> None:
+    """The child ends with its parent, and is the first to go where memory runs out."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    if not NVIDIA_DRIVER.exists():  # CUDA reserves far more than it uses
+        most = int(MEMORY_SHARE * free_bytes())
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+
+def free_bytes() -> int:
+    """Memory that can be had without swapping, from the kernel's own estimate."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+
+
+if __name__ == "__main__":
+    _live_and_die_with(int(sys.argv[2]))
+    _serve(Connection(int(sys.argv[1])))

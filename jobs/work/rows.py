@@ -1,0 +1,146 @@
+"""Reading an output back: the rows of records, and their pictures."""
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from blocksight.jobs.ledger.output import fragment_of, map_of
+from blocksight.jobs.plan.config import ConfigError
+from blocksight.jobs.plan.plan import Plan, existing_plan, source_of
+from blocksight.jobs.plan.records import Unit
+from blocksight.jobs.work.unit import raw_records
+from blocksight.storage.images.decode import decode, fit
+from blocksight.storage.inputs.survey import Layout
+from blocksight.storage.outputs.pictures import Pixels, resized
+from blocksight.storage.rejects import Reject
+from blocksight.storage.stores.opening import open_store
+from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore
+from blocksight.storage.stores.store import ObjectStore, StoreError
+
+PICTURE_SIDE = 448
+"""Longer side of a rendered picture, in pixels."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output of `explain`, with the evaluations beside it."""
+
+    name: str
+    """As the user wrote it."""
+    store: ObjectStore
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A record's image and one of its maps, at one size."""
+
+    pixels: Pixels
+    """[H, W, 3]; grey where the image cannot be read any more."""
+    saliency_hw: NDArray[np.float32]
+    """[H, W] in [0, 1]."""
+
+
+def existing_output(name: str, endpoint_url: str | None = None) -> Output:
+    """What stands in a folder or below an s3:// prefix. Raises ConfigError where that is no output, and StoreError."""
+    store = PatientStore(open_store(name, endpoint_url), SHORT_PATIENCE_SECONDS)
+    return Output(name, store, existing_plan(store))
+
+
+def refuse_other_inputs(outputs: Sequence[Output]) -> None:
+    """Maps are compared image by image, and a key names an image of one data set only. Raises ConfigError."""
+    for name in ("data", "resize"):
+        first, *others = [output.plan.identity[name] for output in outputs]
+        for output, other in zip(outputs[1:], others, strict=True):
+            if other != first:
+                raise ConfigError(
+                    f"{outputs[0].name} and {output.name} cannot be compared: {name} is {first!r} in the one and "
+                    f"{other!r} in the other"
+                )
+
+
+def rows_of(store: ObjectStore, plan: Plan, key: str) -> list[dict[str, Any]]:
+    """All rows of the record with this key, from the fragments that may hold it. Raises ConfigError."""
+    found = list(rows_with(store, plan, {key}))
+    if not found:
+        raise ConfigError(f"no record {key!r} in {store.uri}; keys stand in the column `key` of its data/ folder")
+    return found
+
+
+def rows_with(store: ObjectStore, plan: Plan, keys: Collection[str]) -> Iterator[dict[str, Any]]:
+    """All rows of the records with these keys, in the plan's order; only fragments that may hold one are read.
+
+    Raises StoreError, and UnreconciledError where one is damaged.
+    """
+    committed = {info.key for info in store.list("data/")}
+    for unit, wanted in _units_with(plan, keys):
+        if unit.fragment_key in committed:
+            table = fragment_of(store, unit.fragment_key)
+            yield from table.filter(pc.field("key").isin(sorted(wanted))).to_pylist()
+
+
+def images_of(plan: Plan, endpoint_url: str | None, keys: Collection[str]) -> Iterator[tuple[str, Pixels]]:
+    """Key and upright original [H, W, 3] of records, in the plan's order; what cannot be read any more is left out."""
+    source = source_of(plan, endpoint_url)
+    for unit, wanted in _units_with(plan, keys):
+        yield from images_in(unit, source, wanted)
+
+
+def images_in(unit: Unit, source: ObjectStore, keys: Collection[str]) -> Iterator[tuple[str, Pixels]]:
+    """Key and upright original of the records of a unit that have these keys, in its order, as `images_of`."""
+    with suppress(StoreError):  # the shard is gone or has changed
+        for raw in raw_records(unit, source):
+            if raw.key in keys and raw.reject is None and raw.data is not None:
+                with suppress(Reject):
+                    yield raw.key, decode(raw.data).pixels
+
+
+def _units_with(plan: Plan, keys: Collection[str]) -> Iterator[tuple[Unit, set[str]]]:
+    """The units that may hold one of the records, cut to their objects where each is a record, and the keys."""
+    left = set(keys)
+    for unit in plan.units:
+        if unit.layout is Layout.IMAGES:
+            chosen = tuple(info for info in unit.objects if info.key in left)
+            wanted = {info.key for info in chosen}
+        else:
+            chosen, shard = unit.objects, f"{unit.objects[0].key}/"
+            wanted = {key for key in left if key.startswith(shard)}
+        if wanted:
+            yield replace(unit, objects=chosen), wanted
+
+
+def all_rows(store: ObjectStore, plan: Plan) -> Iterator[dict[str, Any]]:
+    """Every row of the output in the plan's order. Raises as `rows_with`."""
+    committed = {info.key for info in store.list("data/")}
+    for unit in plan.units:
+        if unit.fragment_key in committed:
+            yield from fragment_of(store, unit.fragment_key).to_pylist()
+
+
+def picture(plan: Plan, endpoint_url: str | None, row: dict[str, Any]) -> Shown:
+    """The record's image as the model saw it, undistorted, and its map at the same size."""
+    return shown(plan, row, dict(images_of(plan, endpoint_url, {row["key"]})).get(row["key"]))
+
+
+def shown(plan: Plan, row: dict[str, Any], image: Pixels | None, side: int = PICTURE_SIDE) -> Shown:
+    """A row's map with its image, which may be gone; `side`: the longer one, in pixels.
+
+    Raises UnreconciledError where the stored map is damaged.
+    """
+    if image is None:
+        image = np.full((row["height"], row["width"], 3), 128, np.uint8)
+    how = plan.identity["resize"]
+    size = _picture_size(row["height"], row["width"], how, side)
+    return Shown(fit(image, size, how), resized(map_of(row), size))
+
+
+def _picture_size(height: int, width: int, resize: str, side: int) -> tuple[int, int]:
+    if resize == "crop":
+        return side, side
+    scale = side / max(height, width)
+    return max(1, round(height * scale)), max(1, round(width * scale))

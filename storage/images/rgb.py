@@ -1,0 +1,175 @@
+"""A decoded picture of any kind to upright RGB of 8 bits, tile by tile: no second picture of full size is made."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from blocksight.storage.images.headers import Samples
+from blocksight.storage.rejects import Reject, RejectCode
+
+Pixels = NDArray[np.uint8]
+Box = tuple[int, int, int, int]
+
+WHITE = 255
+TILE_PIXELS = 1 << 16
+"""Pixels that are converted at once."""
+
+DIRECT_MODES = {"1", "L", "RGB", "CMYK", "YCbCr"}
+ALPHA_MODES = {"LA", "RGBA"}
+DEEP_MODES = {"I;16", "I;16B", "I;16L", "I;16N"}
+MODES_NEED = "8-bit, 16-bit grey, palette or CMYK"
+
+
+def as_rgb(pictures: Sequence[Image.Image], samples: Samples, orientation: int) -> Pixels:
+    """Upright RGB [H, W, 3], transparency laid on white.
+
+    `pictures`: the loaded picture, or its high and its low bytes where Pillow has no mode for both. Raises Reject
+    where a pixel has no colour, or the mode is none that is read.
+    """
+    first = pictures[0]
+    upright = np.empty((*_upright_size(first.size, orientation), 3), np.uint8)
+    stored = _as_stored(upright, orientation)
+    reader = _PaletteReader(first, samples) if first.mode == "P" else _Reader(samples)
+    for box in _boxes(first.size):
+        left, top, right, bottom = box
+        stored[top:bottom, left:right] = reader.rgb([picture.crop(box) for picture in pictures])
+    return upright
+
+
+def _boxes(size: tuple[int, int]) -> Iterator[Box]:
+    width, height = size
+    wide = min(width, TILE_PIXELS)
+    high = max(1, TILE_PIXELS // wide)
+    for top in range(0, height, high):
+        for left in range(0, width, wide):
+            yield left, top, min(left + wide, width), min(top + high, height)
+
+
+def _upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Height and width."""
+    width, height = size
+    return (width, height) if orientation >= 5 else (height, width)
+
+
+def _as_stored(upright: Pixels, orientation: int) -> Pixels:
+    """A view of the upright picture that takes pixels in the order of the file."""
+    if orientation in (2, 3, 6, 7):
+        upright = upright[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        upright = upright[::-1]
+    return upright.swapaxes(0, 1) if orientation >= 5 else upright
+
+
+class _Reader:
+    """Converts tiles of a picture that has no palette."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+        most = 2**samples.depth - 1
+        self.most = most
+        self.levels = np.rint(np.arange(most + 1) * (255 / most)).astype(np.uint8) if samples.depth > 8 else None
+
+    def rgb(self, tiles: Sequence[Image.Image]) -> Pixels:
+        mode = tiles[0].mode
+        if self.levels is not None:
+            return self._from_deep(self._deep_values(tiles), self.levels, mode)
+        if mode in ALPHA_MODES:
+            return on_white(tiles[0], self.samples.is_premultiplied)
+        if mode not in DIRECT_MODES:
+            raise Reject(RejectCode.MODE_REFUSED, f"pixels are {mode}; wanted {MODES_NEED}")
+        self._check_greys(tiles[0])
+        pixels = np.array(tiles[0].convert("RGB"))
+        if self.samples.key is not None:
+            pixels[self._is_key(np.asarray(tiles[0]))] = WHITE
+        return pixels
+
+    def _check_greys(self, tile: Image.Image) -> None:
+        """Pillow drops a palette that is a ramp of greys; a pixel beyond it has no colour all the same."""
+        if tile.mode == "L" and self.samples.num_colours is not None:
+            check_indices(np.asarray(tile), self.samples)
+
+    def _is_key(self, values: NDArray[Any]) -> NDArray[np.bool_]:
+        """[H, W], of values [H, W] or [H, W, C] that Pillow scaled from fewer bits than 8."""
+        most = 2 ** min(self.samples.depth, 8) - 1
+        key = np.array(self.samples.key) * (255 // most)
+        if values.dtype == np.bool_:
+            values = values * np.uint8(255)
+        return values == key[0] if values.ndim == 2 else (values == key).all(-1)
+
+    def _deep_values(self, tiles: Sequence[Image.Image]) -> NDArray[np.uint16]:
+        """[H, W] grey, or [H, W, C], in the file's own depth."""
+        if tiles[0].mode in DEEP_MODES:
+            return np.asarray(tiles[0]).astype(np.uint16)
+        first = np.asarray(tiles[0])
+        if len(tiles) == 2:
+            return _joined(first, np.asarray(tiles[1]))
+        return _joined(first[..., ::2], first[..., 1::2])  # grey and alpha, each in two bytes
+
+    def _from_deep(self, values: NDArray[np.uint16], levels: Pixels, mode: str) -> Pixels:
+        if self.samples.is_white_zero:
+            values = self.most - values
+        if mode == "RGBA":
+            return self._deep_on_white(values.astype(np.float64))
+        eight = levels[values]
+        if self.samples.key is not None:
+            key = np.array(self.samples.key)
+            eight[values == key[0] if values.ndim == 2 else (values == key).all(-1)] = WHITE
+        if values.ndim == 2:
+            return np.repeat(eight[..., None], 3, axis=-1)
+        if mode == "CMYK":
+            return np.asarray(Image.frombytes("CMYK", eight.shape[1::-1], eight.tobytes()).convert("RGB"))
+        return eight
+
+    def _deep_on_white(self, values: NDArray[np.float64]) -> Pixels:
+        """RGB of grey or RGB with alpha, in the file's own depth."""
+        colours, alpha = values[..., :-1], values[..., -1:]
+        if not self.samples.is_premultiplied:
+            colours = colours * (alpha / self.most)
+        lit = np.minimum(colours + self.most - alpha, self.most)
+        return np.broadcast_to(np.rint(lit * (255 / self.most)).astype(np.uint8), (*lit.shape[:2], 3))
+
+
+def _joined(high: Pixels, low: Pixels) -> NDArray[np.uint16]:
+    return high.astype(np.uint16) * np.uint16(256) + low
+
+
+class _PaletteReader:
+    """Converts tiles of palette indices by one table of colours on white."""
+
+    def __init__(self, picture: Image.Image, samples: Samples) -> None:
+        self.samples = samples
+        every = picture.crop((0, 0, 256, 1))
+        every.putdata(range(256))
+        self.table = (
+            on_white(every, False)[0] if "transparency" in picture.info else np.asarray(every.convert("RGB"))[0]
+        )
+
+    def rgb(self, tiles: Sequence[Image.Image]) -> Pixels:
+        indices = np.asarray(tiles[0])
+        check_indices(indices, self.samples)
+        return self.table[indices]
+
+
+def check_indices(indices: Pixels, samples: Samples) -> None:
+    """Raises Reject where a pixel names a colour that the palette has not."""
+    if samples.num_colours is None or samples.num_colours > int(indices.max()):
+        return
+    beyond = indices >= samples.num_colours
+    if samples.transparent_index is not None:
+        beyond &= indices != samples.transparent_index
+    if beyond.any():
+        found = int(indices[beyond][0])
+        raise Reject(RejectCode.CORRUPT, f"a pixel has colour {found}, the palette {samples.num_colours} colours")
+
+
+def on_white(picture: Image.Image, is_premultiplied: bool) -> Pixels:
+    """RGB [H, W, 3] of a picture with alpha."""
+    rgba = picture.convert("RGBA")
+    if is_premultiplied:
+        values = np.asarray(rgba).astype(np.uint16)
+        return np.minimum(values[..., :3] + WHITE - values[..., 3:], WHITE).astype(np.uint8)
+    backdrop = Image.new("RGBA", rgba.size, (WHITE, WHITE, WHITE, 255))
+    return np.asarray(Image.alpha_composite(backdrop, rgba).convert("RGB"))

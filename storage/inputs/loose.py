@@ -1,0 +1,43 @@
+"""Loose images: one object is one record, and the folder it lies in is its label."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
+
+from blocksight.storage.inputs.labels import label_of
+from blocksight.storage.inputs.records import RawRecord, read_failed, too_many_bytes
+from blocksight.storage.limits import MAX_IMAGE_BYTES
+from blocksight.storage.rejects import Reject, RejectCode
+from blocksight.storage.stores.error_classes import is_of_record
+from blocksight.storage.stores.store import ChangedError, MissingError, ObjectError, ObjectInfo, ObjectStore
+
+CODES = {
+    MissingError: RejectCode.INPUT_MISSING,
+    ChangedError: RejectCode.INPUT_CHANGED,
+    ObjectError: RejectCode.INPUT_UNREADABLE,
+}
+
+
+def read_images(store: ObjectStore, objects: Sequence[ObjectInfo]) -> Iterator[RawRecord]:
+    """The records in the given order, each read at the version that was planned.
+
+    One that is gone, changed, refused or too large comes out with its reason; the store's own trouble goes
+    through (StoreError).
+    """
+    for info in objects:
+        label = label_of(PurePosixPath(info.key).parent.name)
+        data, reject = _read(store, info)
+        yield RawRecord(info.key, info.key, 0, label, data, reject)
+
+
+def _read(store: ObjectStore, info: ObjectInfo) -> tuple[bytes | None, Reject | None]:
+    """The image's bytes, or the reason why there are none."""
+    if info.size > MAX_IMAGE_BYTES:
+        return None, too_many_bytes(info.size)
+    try:
+        return store.read(info.key, etag=info.etag, length=info.size), None
+    except tuple(CODES) as error:
+        return None, Reject(CODES[type(error)], str(error))
+    except Exception as error:
+        if not is_of_record(error):
+            raise
+        return None, read_failed(error)

@@ -1,0 +1,161 @@
+"""Parquet tables with an image column: read by row range, a few rows at a time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from blocksight.storage.inputs.labels import as_bytes_text, label_of
+from blocksight.storage.inputs.records import RawRecord, as_text, too_many_bytes
+from blocksight.storage.limits import MAX_IMAGE_BYTES, MAX_KEY_BYTES
+from blocksight.storage.parquet.reader import (
+    ParquetTable,
+    Place,
+    is_bytes,
+    is_number,
+    is_temporal_or_decimal,
+    parquet_object,
+)
+from blocksight.storage.rejects import Reject, RejectCode
+from blocksight.storage.stores.store import DamagedError, ObjectInfo, ObjectStore
+
+IMAGE, LABEL, KEY, BYTES = "image", "label", "key", "bytes"
+USED = (IMAGE, LABEL, KEY)
+BATCH_ROWS = 16
+"""Rows that are in memory at once, where they are small enough."""
+MAX_NAMED = 16
+"""Columns of one table that are named as unread."""
+SHOWN = 64
+"""Characters of a refused key that are kept."""
+
+
+@dataclass(frozen=True)
+class TableFacts:
+    """What a table's footer says."""
+
+    num_rows: int
+    unread: tuple[str, ...]
+    """Columns that are of no use and of a type that is never read, with the type."""
+
+
+def table_facts(store: ObjectStore, info: ObjectInfo) -> TableFacts:
+    """What a table holds, from its footer. Raises DamagedError where it is no table with images, and StoreError."""
+    table, places = _open(store, info)
+    used = {place if isinstance(place, str) else place[0] for place in places}
+    kinds = {name: kind for name, kind in table.extensions.items() if name not in used}
+    if LABEL in table.names and LABEL not in used:
+        kinds[LABEL] = str(table.schema.field(LABEL).type)
+    unread = [as_text(f"column {name} ({kind})") for name, kind in kinds.items()]
+    more = [f"{len(unread) - MAX_NAMED} columns more"] if len(unread) > MAX_NAMED else []
+    return TableFacts(table.num_rows, (*unread[:MAX_NAMED], *more))
+
+
+def read_table(store: ObjectStore, info: ObjectInfo, start: int, stop: int) -> Iterator[RawRecord]:
+    """The records of rows [start, stop): column `image` (bytes, or a struct with `bytes`), and where they
+    stand `label` and `key`; without `key` the row's number is the key.
+
+    Of two rows with one key the later is rejected, wherever the range begins. Raises DamagedError where the table
+    cannot be read, MissingError, ChangedError and StoreError.
+    """
+    table, places = _open(store, info)
+    seen = _keys(table, start) if KEY in places else set()
+    for first, batch in table.rows(places, BATCH_ROWS, start, stop):
+        images = _images(batch.column(IMAGE))
+        keys = _keys_of(batch, first)
+        labels = _values(batch.column(LABEL)) if LABEL in places else [None] * batch.num_rows
+        for offset, (key, label) in enumerate(zip(keys, labels, strict=True)):
+            record = RawRecord(f"{info.key}/{key}", info.key, first + offset, label_of(label))
+            if len(key.encode()) > MAX_KEY_BYTES:
+                yield _with_long_key(record, info, key)
+            elif key in seen:
+                duplicate = Reject(RejectCode.DUPLICATE_KEY, f"key {key!r} stands earlier in the table")
+                yield replace(record, reject=duplicate)
+            else:
+                seen.add(key)
+                yield _with_image(record, images, offset)
+
+
+def _with_long_key(record: RawRecord, info: ObjectInfo, key: str) -> RawRecord:
+    reason = f"its key has {len(key.encode())} bytes, at most {MAX_KEY_BYTES} are kept"
+    name = f"{info.key}/{key[:SHOWN]}… (row {record.index})"
+    return replace(record, key=name, reject=Reject(RejectCode.KEY_REFUSED, reason))
+
+
+def _with_image(record: RawRecord, images: pa.Array, offset: int) -> RawRecord:
+    cell = images[offset]
+    if not cell.is_valid:
+        return replace(record, reject=Reject(RejectCode.MISSING_IMAGE, f"the column `{IMAGE}` is null"))
+    size = cell.as_buffer().size
+    if size > MAX_IMAGE_BYTES:
+        return replace(record, reject=too_many_bytes(size))
+    return replace(record, data=cell.as_py())
+
+
+def _images(column: pa.Array) -> pa.Array:
+    """The images' bytes; null where there is no image."""
+    plain = column.flatten()[0] if pa.types.is_struct(column.type) else column
+    return plain if pa.types.is_fixed_size_binary(plain.type) else plain.cast(pa.binary())
+
+
+def _keys(table: ParquetTable, stop: int) -> set[str]:
+    """The keys of the rows before the range."""
+    batches = table.rows([KEY], BATCH_ROWS, 0, stop)
+    return {key for first, batch in batches for key in _keys_of(batch, first)}
+
+
+def _keys_of(batch: pa.RecordBatch, first: int) -> list[str]:
+    """The rows' keys; a row without one has its number."""
+    numbers = range(first, first + batch.num_rows)
+    if KEY not in batch.schema.names:
+        return list(map(str, numbers))
+    values = _values(batch.column(KEY))
+    return [str(number) if value is None else _text(value) for number, value in zip(numbers, values, strict=True)]
+
+
+def _text(value: Any) -> str:
+    return as_bytes_text(value) if isinstance(value, bytes) else as_text(str(value))
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """A column's values: numbers as they are, text as its bytes, times and decimals as Arrow writes them."""
+    if is_temporal_or_decimal(column.type):
+        return column.cast(pa.string()).to_pylist()
+    if pa.types.is_string(column.type):
+        return column.cast(pa.binary()).to_pylist()  # it need not be UTF-8
+    return column.to_pylist()
+
+
+def _open(store: ObjectStore, info: ObjectInfo) -> tuple[ParquetTable, list[Place]]:
+    """The table, and where its image, label and key are."""
+    table = parquet_object(store, info)
+    if IMAGE not in table.names:
+        raise DamagedError(f"{table.where} has no column `{IMAGE}`; its columns: {', '.join(table.names)}")
+    used = [name for name in USED if name in table.names]
+    table.refuse_ambiguous(used)
+    table.refuse_extensions(used)
+    places: list[Place] = [_image_place(table)]
+    if LABEL in used and _is_value(table.schema.field(LABEL).type):
+        places.append(LABEL)
+    if KEY in used:
+        kind = table.schema.field(KEY).type
+        if not _is_value(kind):
+            raise DamagedError(f"{table.where}: column `{KEY}` is {kind}; wanted numbers or text")
+        places.append(KEY)
+    return table, places
+
+
+def _image_place(table: ParquetTable) -> Place:
+    kind = table.schema.field(IMAGE).type
+    inner = [one for one in kind if one.name == BYTES] if pa.types.is_struct(kind) else []
+    if is_bytes(kind) or pa.types.is_null(kind):
+        return IMAGE
+    if len(inner) == 1 and (is_bytes(inner[0].type) or pa.types.is_null(inner[0].type)):
+        return IMAGE, BYTES
+    raise DamagedError(
+        f"{table.where}: column `{IMAGE}` is {kind}; wanted binary, or a struct with a binary field `{BYTES}`"
+    )
+
+
+def _is_value(kind: pa.DataType) -> bool:
+    return is_bytes(kind) or is_number(kind) or is_temporal_or_decimal(kind) or pa.types.is_null(kind)

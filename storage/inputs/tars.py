@@ -1,0 +1,176 @@
+"""Tar shards in WebDataset layout: streamed, never extracted, and cut into units by byte range."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
+
+from blocksight.storage.inputs.labels import label_of
+from blocksight.storage.inputs.records import RawRecord, as_text, read_failed, too_many_bytes
+from blocksight.storage.inputs.survey import IMAGE_SUFFIXES
+from blocksight.storage.inputs.tar_headers import Member, ShardFault, walk_members
+from blocksight.storage.limits import MAX_IMAGE_BYTES, MAX_LABEL_BYTES, MAX_MEMBER_NAME_BYTES, MAX_SHARD_RECORDS
+from blocksight.storage.rejects import Reject, RejectCode
+from blocksight.storage.stores.error_classes import is_of_record
+from blocksight.storage.stores.store import ObjectInfo, ObjectStore
+from blocksight.storage.stores.windowed_file import WindowedFile
+
+SAMPLE_BYTES = 4 << 20
+END = "(end of archive)"
+
+
+@dataclass
+class _Draft:
+    """A record whose members are still being met."""
+
+    key: str
+    start: int
+    """Offset of its first header."""
+    stop: int
+    """Offset behind its last member."""
+    members: dict[str, Member] = field(default_factory=dict)
+    """By suffix after the first dot, lower case."""
+    reject: Reject | None = None
+
+
+def read_tar(store: ObjectStore, info: ObjectInfo, start: int, stop: int) -> Iterator[RawRecord]:
+    """The records whose first header lies in [start, stop), with their bytes or their reasons.
+
+    Headers are walked from the beginning, so that positions and duplicates do not depend on how the shard
+    is cut: over any partition of [0, size) each record comes out once. A shard that ends early gives what
+    stands before the break, and one rejected record for the break. Raises MissingError and ChangedError.
+    """
+    file = WindowedFile(store, info)
+    seen: set[str] = set()
+    for index, draft in enumerate(_drafts(file)):
+        if draft.start >= stop and stop < info.size:
+            return
+        if draft.key in seen and draft.reject is None:
+            draft.reject = Reject(RejectCode.DUPLICATE_KEY, f"key {draft.key!r} stands earlier in the shard")
+        seen.add(draft.key)
+        if start <= draft.start:
+            yield _record(file, draft, index)
+
+
+def tar_offset_after(store: ObjectStore, info: ObjectInfo, num_records: int) -> tuple[int, int]:
+    """Where a range must stop to hold the first `num_records` records, and how many it then holds."""
+    count = 0
+    for draft in _drafts(WindowedFile(store, info)):
+        if count == num_records:
+            return draft.start, count
+        count += 1
+    return info.size, count
+
+
+def sample_tar(store: ObjectStore, info: ObjectInfo) -> float:
+    """About how many records the shard holds, from its first 4 MiB; 0 where no sound one is among them."""
+    count, reached, num_sound = 0, 0, 0
+    for draft in _drafts(WindowedFile(store, info)):
+        count, reached = count + 1, draft.stop
+        num_sound += draft.reject is None
+        if reached >= SAMPLE_BYTES:
+            break
+    return count * info.size / max(1, reached) if num_sound else 0.0
+
+
+def _record(file: WindowedFile, draft: _Draft, index: int) -> RawRecord:
+    """The draft as a record. One that cannot be read has a reason; what is the shard's or the store's is raised."""
+    shard = file.info.key
+    bare = RawRecord(f"{shard}/{draft.key}", shard, index, None)
+    if draft.reject is not None:
+        return replace(bare, reject=draft.reject)
+    try:
+        return _with_members(file, draft, bare)
+    except Exception as error:
+        if not is_of_record(error):
+            raise
+        return replace(bare, reject=read_failed(error))
+
+
+def _with_members(file: WindowedFile, draft: _Draft, bare: RawRecord) -> RawRecord:
+    labelled = replace(bare, label=_label(file, draft.members.get("cls")))
+    image = next((draft.members[suffix] for suffix in draft.members if f".{suffix}" in IMAGE_SUFFIXES), None)
+    if image is None:
+        found = ", ".join(sorted(draft.members)) or "none"
+        return replace(labelled, reject=Reject(RejectCode.MISSING_IMAGE, f"no image member; suffixes: {found}"))
+    if image.size > MAX_IMAGE_BYTES:
+        return replace(labelled, reject=too_many_bytes(image.size))
+    return replace(labelled, data=file.read_at(image.data_start, image.size))
+
+
+def _label(file: WindowedFile, member: Member | None) -> str | int | None:
+    if member is None:
+        return None
+    body = file.read_at(member.data_start, min(member.size, MAX_LABEL_BYTES + 1))  # a longer one is cut there
+    return label_of(body.strip())
+
+
+def _drafts(file: WindowedFile) -> Iterator[_Draft]:
+    """Groups adjacent members of one key; a refused member and the fault that ends a shard stand alone."""
+    draft: _Draft | None = None
+    for member in _members(file):
+        single = member if isinstance(member, _Draft) else _refused(member)
+        if single is not None:
+            if draft is not None:
+                yield draft
+            draft = None
+            yield single
+            continue
+        assert isinstance(member, Member)
+        key, suffix = _split(member.name)
+        if draft is None or draft.key != key or suffix in draft.members:
+            if draft is not None:
+                yield draft
+            draft = _Draft(key, member.start, 0)
+        draft.members[suffix] = member
+        draft.stop = member.stop
+    if draft is not None:
+        yield draft
+
+
+def _members(file: WindowedFile) -> Iterator[Member | _Draft]:
+    """Files and odd members in order; last a draft with a reason, where the shard breaks off."""
+    try:
+        for count, member in enumerate(walk_members(file)):
+            if count == MAX_SHARD_RECORDS:
+                text = f"more than {MAX_SHARD_RECORDS} members; the last {file.info.size - member.start} bytes"
+                raise ShardFault(member.start, Reject(RejectCode.MEMBER_REFUSED, f"{text} were not read"))
+            if not member.is_folder and not _is_hidden(member):
+                yield member
+    except ShardFault as fault:
+        key = END if fault.name is None else _split(fault.name)[0]
+        start = max(0, min(fault.offset, file.info.size - 1))
+        yield _Draft(key, start, file.info.size, reject=fault.reject)
+
+
+def _refused(member: Member) -> _Draft | None:
+    """The member as a rejected record, where it is no plain file or its name is none to keep."""
+    reason = _fault_of(member)
+    if reason is None:
+        return None
+    key = as_text(member.name)[:MAX_MEMBER_NAME_BYTES]
+    reject = Reject(RejectCode.MEMBER_REFUSED, f"{key!r}: {reason}")
+    return _Draft(key, member.start, member.stop, reject=reject)
+
+
+def _fault_of(member: Member) -> str | None:
+    name = member.name
+    if not member.is_plain:
+        return "links, devices and sparse files are not read"
+    if name.startswith("/") or ".." in PurePosixPath(name).parts:
+        return "the path leaves the archive"
+    if not name.isprintable():
+        return "the name holds control characters or is no text"
+    if len(name.encode("utf-8", "surrogateescape")) > MAX_MEMBER_NAME_BYTES:
+        return f"the name is longer than {MAX_MEMBER_NAME_BYTES} bytes"
+    return None
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and suffix: the base name is cut at its first dot."""
+    folder, slash, base = as_text(name).rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return f"{folder}{slash}{stem}", suffix.lower()
+
+
+def _is_hidden(member: Member) -> bool:
+    return member.name.rpartition("/")[2].startswith(".")

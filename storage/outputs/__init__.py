@@ -1,0 +1,1 @@
+"""Outputs: schema, fragments, encoded maps, and pictures for people."""

@@ -1,0 +1,73 @@
+"""Fragments: rows to the bytes of one Parquet object and back, the same bytes for the same rows."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from blocksight.storage.limits import MAX_FRAGMENT_BYTES
+from blocksight.storage.outputs.schema import SCHEMA
+from blocksight.storage.parquet.reader import checked_columns, parquet_bytes, parquet_object
+from blocksight.storage.stores.store import DamagedError, ObjectInfo, ObjectStore
+
+ROW_GROUP_ROWS = 1024
+"""Rows per row group: about 6 MB of maps, so that a reader may take a few columns of a few records."""
+
+
+def encode_fragment(
+    rows: Sequence[Mapping[str, Any]], provenance: Mapping[str, str], columns: pa.Schema = SCHEMA
+) -> bytes:
+    """The Parquet bytes of rows in these columns; `provenance` joins the footer's key-value metadata.
+
+    Only deterministic facts belong in `provenance`: the same rows must give the same bytes.
+    Raises pyarrow.ArrowInvalid or ArrowTypeError where a row does not fit the schema.
+    """
+    schema = columns.with_metadata({**(columns.metadata or {}), **provenance})
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=ROW_GROUP_ROWS,
+        compression="zstd",
+        use_dictionary=[name for name in columns.names if name != "map"],  # pyright: ignore[reportArgumentType]
+        store_schema=True,
+    )
+    return sink.getvalue().to_pybytes()
+
+
+def read_fragment(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of a fragment, all columns or some. Raises DamagedError where its bytes are no fragment of ours, or
+    unfold to more than `MAX_FRAGMENT_BYTES`."""
+    return read_rows(data, SCHEMA, "the fragment", columns)
+
+
+def read_rows(data: bytes, schema: pa.Schema, where: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of a table of an output that has the columns of `schema`, all of them or some; `where` names it.
+
+    Raises DamagedError as `read_fragment`.
+    """
+    if len(data) > MAX_FRAGMENT_BYTES:
+        raise DamagedError(f"{where} has {len(data)} bytes or more, at most {MAX_FRAGMENT_BYTES} are read")
+    table = checked_columns(parquet_bytes(data, where), schema)
+    return table.table(schema.names if columns is None else columns, schema)
+
+
+def fragment_batches(
+    store: ObjectStore, info: ObjectInfo, columns: Sequence[str], batch_rows: int, window_bytes: int
+) -> Iterator[pa.RecordBatch]:
+    """The rows of a fragment in order, at most `batch_rows` at once, without ever holding the whole object.
+
+    It is read in windows of so many bytes: small ones leave out what lies between the columns. Raises DamagedError
+    where it is no fragment of ours, and StoreError.
+    """
+    wanted = pa.schema([SCHEMA.field(name) for name in columns])
+    try:
+        table = checked_columns(parquet_object(store, info, window_bytes), SCHEMA)
+        for _, batch in table.rows(columns, batch_rows):
+            yield batch.select(list(columns)).cast(wanted)
+    except (DamagedError, pa.ArrowException) as error:
+        raise DamagedError(
+            f"{store.uri}/{info.key} is no readable fragment, `blocksight verify` says more: {error}"
+        ) from error

@@ -1,0 +1,128 @@
+"""The map codec: saliency maps as 8-bit PNG in a binary column, decodable by anything that reads PNG."""
+
+import io
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from blocksight.storage.images.png import PngError, chunks, header_of
+from blocksight.storage.limits import MAX_MAP_SIDE
+
+CODEC = "png-u8"
+"""The name that stands beside every stored map."""
+
+MAX_ERROR = 0.5 / 255
+"""Greatest absolute error of a decoded map in [0, 1]: half a grey level."""
+
+CODED_BYTES_PER_PIXEL = 2
+CODED_BYTES_BESIDE = 4096
+"""A stored map has at most so many bytes for each pixel, and so many more."""
+
+DECODING_BYTES_PER_PIXEL = 8
+"""Memory that decoding one map takes at most, beside the stored bytes."""
+
+
+class MapError(Exception):
+    """The bytes are no map that this codec wrote."""
+
+
+@dataclass(frozen=True)
+class EncodedMap:
+    """A saliency map as it is stored."""
+
+    data: bytes
+    """PNG, 8-bit grey: grey = round(255 (value - low) / (high - low)); 0 everywhere where high = low."""
+    height: int
+    width: int
+    low: float
+    """Least value before scaling."""
+    high: float
+    """Greatest value before scaling."""
+
+
+def quantised(saliency_hw: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """The finite map [H, W] in 255 steps from its least to its greatest value; zeros where it is constant."""
+    low, high = float(saliency_hw.min()), float(saliency_hw.max())
+    scaled = (saliency_hw - low) / (high - low) if high > low else np.zeros_like(saliency_hw)
+    return np.rint(255 * scaled).astype(np.uint8)
+
+
+def encode_map(saliency_hw: NDArray[np.floating]) -> EncodedMap:
+    """Stores a finite map [H, W] of any range; raises ValueError where a value is not finite."""
+    if not np.isfinite(saliency_hw).all():
+        raise ValueError("a map with NaN or infinity cannot be stored; reject the record instead")
+    buffer = io.BytesIO()
+    Image.fromarray(quantised(saliency_hw)).save(buffer, "PNG", compress_level=6)
+    height, width = saliency_hw.shape
+    return EncodedMap(buffer.getvalue(), height, width, float(saliency_hw.min()), float(saliency_hw.max()))
+
+
+def decode_map(data: bytes, size: tuple[int, int]) -> NDArray[np.float32]:
+    """The map [H, W] in [0, 1], within `MAX_ERROR` of what was stored after scaling.
+
+    Arguments, errors and bound are those of `decode_levels`.
+    """
+    return np.divide(decode_levels(data, size), np.float32(255), dtype=np.float32)
+
+
+def decode_levels(data: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """The map [H, W] in grey levels of 0 to 255, as it is stored; read-only.
+
+    `size` is the (height, width) that the row names. It is compared with the PNG's header before anything is
+    allocated: decoding needs at most `DECODING_BYTES_PER_PIXEL` for each pixel of `size`, whatever the bytes say.
+    Raises MapError for bytes that `encode_map` does not write.
+    """
+    height, width = _checked_size(size)
+    most = CODED_BYTES_PER_PIXEL * height * width + CODED_BYTES_BESIDE
+    if len(data) > most:
+        raise MapError(f"a stored map of {height} x {width} pixels has at most {most} bytes; got {len(data)}")
+    try:
+        stream = _pixel_stream(data, height, width)
+        _check_length(stream, height * (width + 1))
+        return np.asarray(Image.frombytes("L", (width, height), stream, "zip", "L", 0))
+    except (PngError, zlib.error, ValueError, OSError) as error:
+        raise MapError(f"the stored map is damaged: {error}") from error
+
+
+def level_counts(levels: NDArray[np.uint8]) -> list[int]:
+    """How many pixels of a map [H, W] have each of the 256 grey levels."""
+    return Image.fromarray(levels).histogram()
+
+
+def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
+    if not all(isinstance(side, int) and 0 < side <= MAX_MAP_SIDE for side in size):
+        raise MapError(f"a stored map has sides of 1 to {MAX_MAP_SIDE} pixels; its row says {size[0]} x {size[1]}")
+    return size
+
+
+def _pixel_stream(data: bytes, height: int, width: int) -> bytearray:
+    """The compressed pixels of an 8-bit grey PNG of this size that holds nothing else. Raises MapError, PngError."""
+    stream = bytearray()
+    for kind, body in chunks(data):
+        if kind == b"IHDR":
+            _check_header(body, height, width)
+        elif kind == b"IDAT":
+            stream += body
+        elif kind != b"IEND":
+            raise MapError(f"a stored map has the chunks IHDR, IDAT and IEND; this one has {kind!r}")
+    return stream
+
+
+def _check_header(body: memoryview, height: int, width: int) -> None:
+    header = header_of(body)
+    if (header.depth, header.colour, header.compression, header.filtering, header.interlace) != (8, 0, 0, 0, 0):
+        raise MapError(f"a stored map is an 8-bit grey PNG, not interlaced; this one is {header}")
+    if (header.height, header.width) != (height, width):
+        raise MapError(f"the map has {header.height} x {header.width} pixels, and its row says {height} x {width}")
+
+
+def _check_length(stream: bytearray, wanted: int) -> None:
+    """Raises MapError unless the compressed stream unfolds to exactly so many bytes; never unfolds more."""
+    unfolding = zlib.decompressobj()
+    length = len(unfolding.decompress(stream, wanted + 1))
+    if length != wanted or not unfolding.eof or unfolding.unused_data:
+        found = f"more than {wanted}" if length > wanted else str(length)
+        raise MapError(f"the map's pixels unfold to {found} bytes, or do not end there; wanted {wanted}")

@@ -1,0 +1,1 @@
+"""Parquet from strangers: page headers are checked, then Arrow reads in bounded memory."""

@@ -1,0 +1,96 @@
+"""What the errors of an S3 client mean: whose trouble it is, and a sentence that never holds a credential."""
+
+from typing import Any
+
+from botocore.exceptions import (
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+    ProfileNotFound,
+)
+from botocore.parsers import ResponseParserError
+
+from blocksight.storage.stores.locations import CREDENTIALS_WANTED, S3
+from blocksight.storage.stores.store import MissingError, ObjectError, StoreError, UnavailableError
+
+MISSING_CODES = {"NoSuchKey", "404", "NotFound"}
+CONFLICT_CODES = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409", "OperationAborted"}
+RANGE_CODES = {"InvalidRange", "416"}
+BUSY_CODES = {"SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "Throttling"}
+"""Beside status 429 and every one of 500 and above: some stores say the same with a status of 400."""
+LACKING_STATUS = {501, 505}
+"""Of a server that does not know the request: it will not know it later."""
+ARCHIVED_CODE = "InvalidObjectState"
+FORBIDDEN_CODES = {"AccessDenied", "403", "Forbidden", "AllAccessDisabled"}
+"""What a store says of one object that may not be read, and of all where the credentials lack the right."""
+CREDENTIAL_CODES = {
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "ExpiredToken",
+    "InvalidToken",
+    "AuthorizationHeaderMalformed",
+}
+REDIRECT_STATUS = {301, 302, 303, 307, 308}
+
+
+def code_of(error: BaseException) -> str:
+    """The server's error code behind an exception of the client, or an empty text."""
+    return str(_response(error).get("Error", {}).get("Code", ""))
+
+
+def sentence(error: Exception, where: str, at: str, *, writes: bool) -> StoreError:
+    """The error to raise for `where`, an object or a prefix; `at` names the endpoint, with a blank before it."""
+    code, status = code_of(error), _status(error)
+    if isinstance(error, NoCredentialsError | PartialCredentialsError | ProfileNotFound):
+        return StoreError(f"no credentials for {where}{at}: {CREDENTIALS_WANTED}")
+    if isinstance(error, RecursionError) or status in REDIRECT_STATUS:
+        return StoreError(
+            f"{where}{at} is redirected to another address, which is not followed: name the store's own address with "
+            "--endpoint-url, or the bucket's region in AWS_REGION"
+        )
+    if code in MISSING_CODES:
+        return MissingError(f"there is no object {where}{at}")
+    if code == "NoSuchBucket":
+        return StoreError(f"there is no bucket {where.removeprefix(S3).partition('/')[0]!r}{at}")
+    if code == ARCHIVED_CODE:
+        return StoreError(f"{where}{at} is archived and cannot be read ({code}): restore it, or leave it out")
+    if code in CREDENTIAL_CODES:
+        return StoreError(f"access to {where}{at} was refused ({code}): {CREDENTIALS_WANTED}")
+    if code in FORBIDDEN_CODES:
+        return StoreError(_forbidden(where, at, code, writes=writes))
+    if isinstance(error, ParamValidationError):
+        return StoreError(f"{where}{at} cannot be asked for: {error}")
+    if isinstance(error, ResponseParserError | ValueError):
+        return UnavailableError(f"{where}{at} is answered with what is no S3 reply: {error}")
+    if not code:
+        return UnavailableError(f"{where}{at} cannot be reached: {type(error).__name__}: {error}")
+    is_busy = code in BUSY_CODES or status == 429 or (status >= 500 and status not in LACKING_STATUS)
+    kind = UnavailableError if is_busy else StoreError
+    return kind(f"{where}{at} failed with {code}: {error}")
+
+
+def of_one_object(error: Exception, said: StoreError) -> StoreError:
+    """What a failed read means: a refusal may be this object's alone."""
+    return ObjectError(str(said)) if code_of(error) in FORBIDDEN_CODES | {ARCHIVED_CODE} else said
+
+
+def _forbidden(where: str, at: str, code: str, *, writes: bool) -> str:
+    if writes:
+        return (
+            f"writing {where}{at} was refused ({code}): these credentials lack s3:PutObject or s3:DeleteObject there, "
+            "or the bucket's policy asks for something of every write, such as encryption"
+        )
+    return f"reading {where}{at} was refused ({code}): these credentials lack s3:GetObject or s3:ListBucket there"
+
+
+def _response(error: BaseException | None) -> dict[str, Any]:
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            return response
+        error = error.__cause__
+    return {}
+
+
+def _status(error: BaseException) -> int:
+    return int(_response(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

@@ -1,0 +1,143 @@
+"""What an S3 server says of objects, checked where it comes in: versions, ranges, lengths and listings."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from blocksight.storage.stores.store import StoreError, UnavailableError
+
+HEX_TAG = re.compile(r"[0-9A-Fa-f]{32}(-[0-9]+)?")
+CONTENT_RANGE = re.compile(r"bytes\s+(\d+)-(\d+)/(\d+|\*)")
+ERROR_CODE = re.compile(rb"<Code>([A-Za-z0-9]{1,64})</Code>")
+LISTING_FACTS = ("IsTruncated", "Contents", "KeyCount", "MaxKeys", "Name")
+ERROR_BYTES = 1000
+"""Of a body are looked at for an error."""
+MAX_IDLE_PAGES = 100
+"""Pages in a row without a new key, after which a listing is given up: AWS sends a few where much was deleted."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What one GET asks for."""
+
+    etag: str | None
+    start: int
+    length: int | None
+
+    @property
+    def range(self) -> str | None:
+        """The Range header; None: the whole object."""
+        if not self.start and not self.length:
+            return None
+        return f"bytes={self.start}-{'' if self.length is None else self.start + self.length - 1}"
+
+
+def version(etag: str) -> str:
+    """An ETag in its one spelling: quoted, not weak, hexadecimal digits in small letters."""
+    core = etag.strip().removeprefix("W/").removeprefix("w/").strip('"')
+    return f'"{core.lower() if HEX_TAG.fullmatch(core) else core}"'
+
+
+def refuse_error_body(reply: Mapping[str, Any], body: bytes, where: str) -> None:
+    """Raises UnavailableError where a reply of status 200 holds an error: such a one has no ETag."""
+    if "ETag" not in reply and b"<Error>" in body[:ERROR_BYTES]:
+        code = ERROR_CODE.search(body[:ERROR_BYTES])
+        said = code[1].decode() if code else "no code"
+        raise UnavailableError(f"{where} is answered with status 200 and an error inside ({said})")
+
+
+def expected_length(reply: Mapping[str, Any], wanted: Wanted, where: str) -> int | None:
+    """Bytes that the body must have; None: the reply does not say.
+
+    Raises StoreError where the reply is not the range that was asked for.
+    """
+    if wanted.range is None:
+        return reply.get("ContentLength")
+    sent = CONTENT_RANGE.fullmatch(reply.get("ContentRange", "").strip())
+    if sent is None:
+        return _unranged_length(reply, wanted, where)
+    first, last, total = int(sent[1]), int(sent[2]), sent[3]
+    asked = wanted.length if wanted.length is not None else last + 1 - first
+    if total != "*":
+        left = int(total) - wanted.start
+        asked = left if wanted.length is None else min(wanted.length, left)
+    if first != wanted.start or last + 1 - first > asked:
+        raise StoreError(
+            f"{where}: the store answers {wanted.range} with the range {first}-{last}; images in tar shards and "
+            "Parquet cannot be read from it, use another store or another address of it"
+        )
+    return asked
+
+
+def _unranged_length(reply: Mapping[str, Any], wanted: Wanted, where: str) -> int | None:
+    """Of a reply that names no range: good where its body is what was asked for all the same."""
+    length = reply.get("ContentLength")
+    is_partial = reply["ResponseMetadata"]["HTTPStatusCode"] == 206
+    fits = length is None or wanted.length is None or length <= wanted.length
+    if fits and (is_partial or wanted.start == 0):
+        return wanted.length if wanted.etag is not None and wanted.length is not None else length
+    raise StoreError(
+        f"{where}: the store ignores the Range header ({wanted.range} is answered with {length} bytes, the whole "
+        "object); use another store or another address of it"
+    )
+
+
+def stored_metadata(reply: Mapping[str, Any]) -> dict[str, str]:
+    """User metadata with their names in small letters: some gateways capitalise them."""
+    return {name.lower(): value for name, value in reply.get("Metadata", {}).items()}
+
+
+class Listing:
+    """One listing as it comes in, page by page.
+
+    A key that is repeated is taken once, for the pages of some gateways overlap.
+    """
+
+    def __init__(self, where: str, prefix: str) -> None:
+        self.where, self.prefix = where, prefix
+        self.num_repeated = 0
+        self._keys: set[str] = set()
+        self._tokens: set[str] = set()
+        self._num_idle = 0
+
+    def new_entries(self, page: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+        """The page's objects that were not listed before, without the markers of folders.
+
+        Raises StoreError for a key outside the prefix, an impossible size and what is no listing at all.
+        """
+        if not any(name in page for name in LISTING_FACTS):
+            raise StoreError(f"{self.where}: what the store answers is no listing; is that its S3 address?")
+        before = len(self._keys)
+        for entry in page.get("Contents", []):
+            key = entry.get("Key")
+            if not key:
+                raise StoreError(f"{self.where}: the store lists an object without a name")
+            if not key.startswith(self.prefix):
+                raise StoreError(f"{self.where}: the store lists {key!r}, which does not begin with {self.prefix!r}")
+            if entry.get("Size", 0) < 0:
+                raise StoreError(f"{self.where}: the store lists {key!r} with {entry['Size']} bytes")
+            if key in self._keys:
+                self.num_repeated += 1
+                continue
+            self._keys.add(key)
+            if not key.endswith("/"):  # a folder's marker is no object of ours
+                yield entry
+        self._num_idle = 0 if len(self._keys) > before else self._num_idle + 1
+
+    def next_token(self, page: Mapping[str, Any]) -> str | None:
+        """Where the next page begins; None: this was the last. Raises StoreError where the listing does not end."""
+        token = page.get("NextContinuationToken")
+        if not token:
+            if page.get("IsTruncated"):
+                raise StoreError(f"{self.where}: the store says that its listing goes on, and not where")
+            return None
+        if token in self._tokens or self._num_idle >= MAX_IDLE_PAGES:
+            if page.get("IsTruncated") is False:  # some name a token to the end, and go on without end where asked
+                return None
+            raise StoreError(
+                f"{self.where}: the listing does not move on after {len(self._keys)} keys; the store ignores the "
+                "continuation token, use another store or another address of it"
+            )
+        self._tokens.add(token)
+        return token

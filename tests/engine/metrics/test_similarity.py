@@ -1,0 +1,46 @@
+"""How alike two maps are: by hand, and against scipy and scikit-image."""
+
+import numpy as np
+import pytest
+from scipy import stats
+from skimage.metrics import structural_similarity
+
+from blocksight.engine.metrics.similarity import iou_of_tops, pearson, spearman, ssim
+
+
+@pytest.fixture
+def pair():
+    """Two maps that are somewhat alike, with many ties, as 8-bit maps have."""
+    own = np.random.default_rng(0)
+    first = own.random((24, 30))
+    second = np.clip(0.7 * first + 0.3 * own.random((24, 30)), 0, 1)
+    return np.rint(first * 20) / 20, np.rint(second * 20) / 20
+
+
+def test_pearson_by_hand():
+    assert pearson(np.array([[0.0, 1, 2]]), np.array([[1.0, 3, 5]])) == pytest.approx(1)
+    assert pearson(np.array([[0.0, 1, 2]]), np.array([[2.0, 1, 0]])) == pytest.approx(-1)
+    assert pearson(np.array([[0.0, 1, 2]]), np.array([[0.0, 2, 1]])) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("measure", [pearson, spearman])
+def test_a_constant_map_correlates_with_nothing(measure, pair):
+    assert measure(np.full((24, 30), 0.3), pair[0]) == 0
+
+
+def test_spearman_is_scipys(pair):
+    assert spearman(*pair) == pytest.approx(stats.spearmanr(pair[0].ravel(), pair[1].ravel()).statistic, abs=1e-12)
+
+
+def test_ssim_is_scikit_images(pair):
+    assert ssim(*pair) == pytest.approx(structural_similarity(*pair, data_range=1.0), abs=1e-12)
+    assert ssim(pair[0], pair[0]) == pytest.approx(1)
+
+
+def test_tops_overlap_by_hand():
+    """The greatest 15 % of 20 pixels are three."""
+    one, other = np.zeros((4, 5)), np.zeros((4, 5))
+    one[0, :3] = [3, 2, 1]
+    other[0, 1:4] = [3, 2, 1]
+    assert iou_of_tops(one, other) == 2 / 4
+    assert iou_of_tops(one, one) == 1

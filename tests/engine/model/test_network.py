@@ -1,0 +1,239 @@
+"""The traced network: which tensors every path passes, names by hand, and what cannot be traced."""
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from blocksight.engine.errors import ModelError
+from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.network import unavoidable_nodes
+from tests.engine.nets import Plain, Residual, Untraceable, seeded, smooth
+
+# ---------------------------------------------------------------- unavoidable nodes
+
+
+@pytest.mark.parametrize(
+    ("feeds", "wanted"),
+    [
+        ({"in": []}, {"in"}),
+        ({"in": [], "a": ["in"], "out": ["a"]}, {"in", "a", "out"}),
+        ({"in": [], "a": ["in"], "out": ["a", "in"]}, {"in", "out"}),
+        ({"in": [], "a": ["in"], "b": ["a"], "add": ["a", "b"], "out": ["add"]}, {"in", "a", "add", "out"}),
+        ({"in": [], "a": ["in"], "b": ["in"], "cat": ["a", "b"]}, {"in", "cat"}),
+        ({"in": [], "a": ["in"], "b": ["a"], "c": ["a"], "d": ["b", "c"], "out": ["d"]}, {"in", "a", "d", "out"}),
+        ({"in": [], "a": ["in"], "dead": ["a"], "out": ["a"]}, {"in", "a", "out"}),
+        ({"in": [], "scale": [], "mul": ["in", "scale"], "out": ["mul"]}, {"in", "mul", "out"}),
+        ({"in": [], "a": ["in", "elsewhere"], "out": ["a", "elsewhere"]}, {"in", "a", "out"}),
+        ({"in": [], "gate": ["in"], "mul": ["in", "gate"], "out": ["mul"]}, {"in", "mul", "out"}),
+    ],
+)
+def test_unavoidable_nodes_by_hand(feeds, wanted):
+    assert unavoidable_nodes(feeds) == wanted
+
+
+@st.composite
+def graphs(draw):
+    """Feeds of a small graph, of which some nodes may be dead ends or hang in the air."""
+    size = draw(st.integers(1, 8))
+    feeds = {0: []}
+    for node in range(1, size):
+        feeds[node] = draw(st.lists(st.integers(-1, node - 1), max_size=3, unique=True))
+    if size > 1:
+        feeds[size - 1] = sorted({*feeds[size - 1], draw(st.sampled_from(sorted(reachable(feeds))))} - {size - 1})
+    return feeds
+
+
+def reachable(feeds):
+    found = {0}
+    for node, before in feeds.items():
+        if found & set(before):
+            found.add(node)
+    return found
+
+
+def paths_to(feeds, node):
+    if node == 0:
+        return [[0]]
+    return [[*path, node] for before in feeds.get(node, []) for path in paths_to(feeds, before)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(graphs())
+def test_unavoidable_nodes_lie_on_every_path(feeds):
+    paths = paths_to(feeds, len(feeds) - 1)
+    assert paths
+    assert unavoidable_nodes(feeds) == {node for node in feeds if all(node in path for path in paths)}
+
+
+def test_very_many_paths_are_counted_exactly():
+    """2 ** 200 paths through a chain of shortcuts."""
+    feeds = {0: []}
+    for node in range(1, 601, 3):
+        feeds |= {node: [node - 1], node + 1: [node - 1], node + 2: [node, node + 1]}
+    assert unavoidable_nodes(feeds) == {0, *range(3, 601, 3)}
+
+
+# ---------------------------------------------------------------- names by hand
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return ModelAdapter(seeded(Plain), input_size=(32, 32)).network
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    net = seeded(lambda: torchvision.models.resnet18(num_classes=7))
+    return ModelAdapter(net, input_size=(64, 64)).network
+
+
+def test_a_name_is_a_node_or_a_dotted_path(plain):
+    assert [block.name for block in plain.blocks(["features.4", "features_7"])] == ["features_4", "features_7"]
+    assert plain.blocks(["features"])[0].name == "features_8"  # a module's last tensor
+
+
+def test_a_stage_of_a_resnet_is_its_last_tensor(resnet):
+    found = resnet.blocks(["relu", "layer1", "layer3.0"])
+    assert [block.name for block in found] == ["relu", "layer1_1_relu_1", "layer3_0_relu_1"]
+    assert [block.grid for block in found] == [(32, 32), (16, 16), (4, 4)]
+
+
+def test_named_blocks_win_over_the_rule(plain):
+    assert [block.name for block in plain.blocks()] == ["features_1", "features_4", "features_7"]
+    assert [block.name for block in plain.blocks(["features.0"])] == ["features_0"]
+
+
+def test_named_blocks_come_shallow_to_deep(plain):
+    """The cascade runs in this order: named the other way round it would be another method."""
+    assert [block.name for block in plain.blocks(["features.7", "features.1"])] == ["features_1", "features_7"]
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("featurs.4", r"no block 'featurs.4' in Plain; nearest: .*features"),
+        ("layer1", r"no block 'layer1' in Plain; nearest: .*features_1"),
+        ("", "no block '' in Plain; there are features_0, "),
+        ("head", "'head' is no feature map"),
+        ("flatten", "'flatten' is no feature map"),
+    ],
+)
+def test_a_name_that_is_no_block_is_one_sentence(plain, name, sentence):
+    with pytest.raises(ModelError, match=sentence):
+        plain.blocks([name])
+
+
+def test_the_nearest_names_of_an_untraced_network():
+    network = ModelAdapter(seeded(Untraceable), input_size=(24, 24)).network
+    assert [block.name for block in network.blocks(["second", "first.0"][::-1])] == ["first.0", "second"]
+    with pytest.raises(ModelError, match=r"no block 'frist' in Untraceable; nearest: .*first"):
+        network.blocks(["frist"])
+
+
+# ---------------------------------------------------------------- what is traced
+
+
+def test_a_shortcuts_inside_is_avoidable():
+    places = {place.name: place for place in ModelAdapter(seeded(Residual), input_size=(24, 24)).network.places}
+    assert not places["inner"].unavoidable
+    assert not places["down"].unavoidable
+    assert not places["project"].unavoidable
+    assert places["stem"].unavoidable
+    assert places["stem"].learned
+    assert not places["relu"].learned
+
+
+def test_what_cannot_be_traced_is_read_by_its_modules():
+    network = ModelAdapter(seeded(Untraceable), input_size=(24, 24)).network
+    assert network.graph is None
+    assert [block.name for block in network.blocks()] == ["first", "second"]
+    assert [block.grid for block in network.blocks()] == [(24, 24), (12, 12)]
+
+
+class Counting(nn.Module):
+    """Computes with a number of its own, which a trace would fix for ever."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, padding=1)
+        self.head = nn.Linear(6, 5)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.head(self.first(x).mean((2, 3)) * self.calls)
+
+
+def test_a_trace_that_computes_something_else_is_not_used():
+    assert ModelAdapter(seeded(Counting), input_size=(24, 24)).network.graph is None
+
+
+def pair(x):
+    x **= 2
+    return x
+
+
+OPERATIONS = {
+    "method": lambda x: x.relu_(),
+    "keyword": lambda x: functional.relu(x, inplace=True),
+    "positional": lambda x: functional.leaky_relu(x, 0.1, True),
+    "operator": pair,
+    "torch-function": torch.relu_,
+    "torch-clamp": lambda x: torch.clamp_(x, 0, 1),
+    "functional": lambda x: functional.elu_(x),
+}
+
+
+class Overwriting(nn.Module):
+    """Overwrites what its first convolution computes."""
+
+    def __init__(self, operation: str) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, padding=1)
+        self.head = nn.Linear(6, 5)
+        self.operation = operation
+
+    def forward(self, x):
+        return self.head(OPERATIONS[self.operation](self.first(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_tap_before_an_operation_in_place_is_not_overwritten(operation):
+    net, inputs = seeded(lambda: Overwriting(operation)), smooth(1, 16, 16)
+    adapter = ModelAdapter(net, input_size=(16, 16))
+    with adapter.borrowed():
+        logits, (maps,) = adapter.network.taps(adapter.network.blocks(["first"]))(inputs)
+        assert torch.equal(maps, net.first(inputs))
+        assert torch.allclose(logits, net(inputs), atol=1e-6)
+
+
+def test_the_survey_consumes_no_global_random_numbers():
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    assert ModelAdapter(seeded(Plain), input_size=(32, 32)).network.places
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+class WithBuffer(nn.Module):
+    """Reads a buffer of its own in the forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.full((1, 3, 1, 1), 0.4))
+        self.first = nn.Conv2d(3, 6, 3, padding=1)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.head(self.first(x - self.mean).relu().mean((2, 3)))
+
+
+def test_the_trace_moves_with_the_model():
+    adapter = ModelAdapter(seeded(WithBuffer), input_size=(16, 16))
+    assert adapter.network.graph is not None
+    adapter.to("meta")
+    tensors = {**dict(adapter.network.graph.named_parameters()), **dict(adapter.network.graph.named_buffers())}
+    assert {name: tensor.device.type for name, tensor in tensors.items()} == dict.fromkeys(tensors, "meta")

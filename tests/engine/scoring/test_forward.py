@@ -1,0 +1,357 @@
+"""The forward pass in its settings, and the probe that chooses one."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from blocksight.engine.catalog.forward_setting import ForwardSetting
+from blocksight.engine.catalog.parameters import SiseParameters
+from blocksight.engine.errors import ModelError
+from blocksight.engine.explainers.sise import Sise
+from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.targets import ClassProbability
+from blocksight.engine.scoring import probe as probing
+from blocksight.engine.scoring.forward import make_forward, use_ieee_float32
+from blocksight.engine.scoring.probe import Measured, Wish, choose
+from tests.engine.comparing import assert_close
+from tests.engine.nets import Depthwise, InPlace, Plain, Residual, seeded, smooth
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def adapter_of(net=Depthwise):
+    return ModelAdapter(seeded(net), input_size=(32, 32))
+
+
+def logits(adapter, setting, inputs):
+    with adapter.borrowed(), torch.inference_mode():
+        return make_forward(adapter, setting)(inputs)
+
+
+@pytest.mark.parametrize("net", [Plain, Residual, Depthwise, InPlace])
+@pytest.mark.parametrize("backend", ["eager", "openvino", "compiled"])
+def test_every_backend_computes_the_same(backend, net):
+    adapter, inputs = adapter_of(net), smooth(3, 32, 32)
+    wanted = logits(adapter, ForwardSetting(batch_size=3), inputs)
+    found = logits(adapter, ForwardSetting(backend, batch_size=3), inputs)
+    assert found.dtype == torch.float32
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_half_precision_is_near_and_its_logits_are_float32(precision):
+    adapter, inputs = adapter_of(), smooth(3, 32, 32)
+    wanted = logits(adapter, ForwardSetting(batch_size=3), inputs)
+    found = logits(adapter, ForwardSetting("eager", precision, 3), inputs)
+    assert found.dtype == torch.float32
+    assert 0 < (found - wanted).abs().max() <= 0.03 * wanted.abs().max()
+    assert next(adapter.module.parameters()).dtype == torch.float32
+
+
+def test_openvino_reports_to_nobody():
+    logits(adapter_of(), ForwardSetting("openvino"), smooth(4, 32, 32))
+    assert sys.modules.get("openvino_telemetry") is None
+    assert "openvino.tools.ovc.telemetry_stub" in sys.modules
+
+
+def test_the_users_hooks_are_not_in_the_copy():
+    adapter, inputs = adapter_of(), smooth(2, 32, 32)
+    called = []
+    adapter.module.register_forward_pre_hook(lambda *_: called.append(1))
+    logits(adapter, ForwardSetting("eager", "bfloat16", 2), inputs)
+    assert not called
+    logits(adapter, ForwardSetting(batch_size=2), inputs)
+    assert called
+
+
+def test_a_backend_that_cannot_says_so():
+    with pytest.raises(ModelError, match="need a CUDA device"):
+        logits(adapter_of(), ForwardSetting("graphed"), smooth(4, 32, 32))
+
+
+class Undecided(nn.Module):
+    """What it computes depends on what it sees: no graph holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 5, 3, stride=2)
+
+    def forward(self, x):
+        x = self.stem(x).mean((2, 3))
+        return x if x.sum().item() > 0 else x * 2
+
+
+def test_a_model_that_a_compiler_refuses_is_one_sentence():
+    adapter = adapter_of(Undecided)
+    with pytest.raises(ModelError, match="openvino cannot run model: ") as raised:
+        logits(adapter, ForwardSetting("openvino"), smooth(4, 32, 32))
+    assert "\n" not in str(raised.value)
+
+
+def test_the_explainer_scores_with_the_forward_that_it_is_given():
+    adapter, inputs = adapter_of(), smooth(2, 32, 32)
+    sizes = []
+
+    def forward(batch):
+        sizes.append(len(batch))
+        return adapter.logits(batch)
+
+    target = ClassProbability(torch.tensor([[0], [1]]))
+    found = Sise(adapter, SiseParameters(), batch_size=5, forward=forward).explain(inputs, target)
+    wanted = Sise(adapter, SiseParameters(), batch_size=5).explain(inputs, target)
+    assert set(sizes) == {5}
+    for one, other in zip(found, wanted, strict=True):
+        assert_close(one[0], other[0])
+
+
+def test_a_compiler_that_fails_at_the_first_call_is_one_sentence(monkeypatch):
+    def broken(inputs):
+        raise RuntimeError("no C++ compiler\nand much more")
+
+    monkeypatch.setattr("blocksight.engine.scoring.forward.torch.compile", lambda *_, **__: broken)
+    with pytest.raises(ModelError, match=r"compiled cannot run model: no C\+\+ compiler$"):
+        logits(adapter_of(), ForwardSetting("compiled"), smooth(4, 32, 32))
+
+
+FREED_AND_SIGNALLED = """
+import gc, os, signal, torch
+from blocksight.engine.scoring.probe import Wish, choose
+from tests.engine.scoring.test_forward import adapter_of
+from tests.engine.nets import smooth
+torch.set_num_threads(1)
+heard = []
+signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+adapter = adapter_of()
+forward, _ = choose(adapter, Wish())
+del forward
+gc.collect()
+os.kill(os.getpid(), signal.SIGTERM)
+print("heard", heard)
+"""
+
+
+def test_a_process_that_let_a_forward_go_still_hears_signals():
+    ran = subprocess.run(
+        [sys.executable, "-c", FREED_AND_SIGNALLED], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "heard [1]" in ran.stdout
+
+
+# ---------------------------------------------------------------- the choice
+
+
+class Clock:
+    """Forward passes that take as long as they are told to."""
+
+    def __init__(self, seconds, error=0.0, refused=None):
+        self.seconds, self.error, self.refused = seconds, error, refused
+
+
+def stub(monkeypatch, table):
+    """Lets settings have these rates and errors instead of measured ones."""
+    monkeypatch.setattr(probing, "_candidates", lambda *_: iter(table))
+
+    def make(_, setting):
+        if table[setting].refused is not None:
+            raise ModelError(table[setting].refused)
+        return setting
+
+    monkeypatch.setattr(probing, "make_forward", make)
+    monkeypatch.setattr(probing, "rate", lambda setting, *_: 1 / table[setting].seconds)
+    monkeypatch.setattr(probing, "_scores", lambda forward, *_: forward)
+    monkeypatch.setattr(probing, "_error", lambda setting, _: table[setting].error)
+
+
+EAGER, FAST, HALF, BFLOAT = (
+    ForwardSetting(),
+    ForwardSetting("compiled"),
+    ForwardSetting("compiled", "float16"),
+    ForwardSetting("compiled", "bfloat16"),
+)
+TIMED = Wish(is_timed=True)
+
+
+@pytest.mark.parametrize(
+    ("table", "taken"),
+    [
+        ({EAGER: Clock(1.0), FAST: Clock(0.5), HALF: Clock(0.2, 0.01)}, HALF),
+        ({EAGER: Clock(1.0), FAST: Clock(0.5), HALF: Clock(0.2, 0.02)}, FAST),  # too far off
+        ({EAGER: Clock(1.0), FAST: Clock(0.95)}, EAGER),  # not worth it
+        ({EAGER: Clock(1.0), FAST: Clock(0.5, 1e-3)}, EAGER),  # float32, and wrong: a faulty conversion
+        ({EAGER: Clock(1.0), FAST: Clock(0.5, refused="no"), HALF: Clock(0.4, 0.01)}, HALF),
+        ({EAGER: Clock(1.0), HALF: Clock(0.5, 0.01), BFLOAT: Clock(0.48, 0.01)}, HALF),
+        ({EAGER: Clock(1.0), HALF: Clock(0.5, math.inf), BFLOAT: Clock(0.5, 0.01)}, BFLOAT),
+    ],
+)
+def test_where_passes_are_timed_the_fastest_sound_setting_is_taken(monkeypatch, table, taken):
+    stub(monkeypatch, table)
+    forward, found = choose(adapter_of(), TIMED)
+    assert forward == taken
+    assert found[0].setting == taken
+    assert {one.setting for one in found} == set(table)
+
+
+@pytest.mark.parametrize(
+    ("table", "taken"),
+    [
+        ({FAST: Clock(9.0, 2e-6), EAGER: Clock(0.1)}, FAST),  # however long it takes
+        ({FAST: Clock(0.1, 1e-3), EAGER: Clock(1.0)}, EAGER),  # wrong
+        ({FAST: Clock(0.1, refused="no"), EAGER: Clock(1.0)}, EAGER),
+    ],
+)
+def test_by_rule_the_first_sound_setting_is_taken_and_no_clock_is_read(monkeypatch, table, taken):
+    stub(monkeypatch, table)
+    monkeypatch.setattr(probing, "rate", lambda *_: pytest.fail("a timing was taken"))
+    _, found = choose(adapter_of(), Wish())
+    assert found[0].setting == taken
+    assert all(one.forwards_per_second is None for one in found)
+
+
+@pytest.mark.parametrize(
+    ("wish", "settings"),
+    [
+        (Wish(), [ForwardSetting("openvino", batch_size=8), EAGER]),
+        (Wish(batch_size=3), [ForwardSetting("openvino", batch_size=3), ForwardSetting(batch_size=3)]),
+        (Wish("bfloat16"), [ForwardSetting("openvino", "bfloat16", 8), ForwardSetting("eager", "bfloat16")]),
+        (Wish("float16"), [ForwardSetting("eager", "float16")]),  # OpenVINO would compute in float32, and not say so
+        (TIMED, [EAGER, *(ForwardSetting("openvino", batch_size=size) for size in (8, 4, 16))]),
+    ],
+)
+def test_the_rule_on_a_cpu(monkeypatch, wish, settings):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
+    assert list(probing._candidates(adapter_of(), torch.empty(0), wish)) == settings
+
+
+def test_the_rule_on_a_cpu_without_openvino(monkeypatch):
+    monkeypatch.setattr(probing, "find_spec", lambda _: None)
+    adapter = adapter_of()
+    assert list(probing._candidates(adapter, torch.empty(0), Wish())) == [EAGER]
+    timed = probing._candidates(adapter, torch.empty(0), TIMED)
+    assert list(timed) == [EAGER, ForwardSetting("compiled", batch_size=8)]
+
+
+@pytest.mark.parametrize(
+    ("wish", "settings"),
+    [
+        (Wish(), [ForwardSetting(batch_size=256)]),
+        (Wish("float16"), [ForwardSetting("eager", "float16", 256)]),
+        (
+            Wish("float32", is_timed=True),  # preset paper
+            [ForwardSetting(backend, batch_size=128) for backend in ("eager", "compiled", "graphed")],
+        ),
+        (
+            TIMED,
+            [
+                ForwardSetting(batch_size=128),
+                *(
+                    ForwardSetting(backend, precision, 128)
+                    for precision in ("float16", "bfloat16")
+                    for backend in ("compiled", "graphed")
+                ),
+            ],
+        ),
+    ],
+)
+def test_the_rule_on_a_gpu(monkeypatch, wish, settings):
+    monkeypatch.setattr(probing, "_best_batch_size", lambda *_: 128)
+    adapter = adapter_of()
+    adapter.device = torch.device("cuda")
+    assert list(probing._candidates(adapter, torch.empty(0), wish)) == settings
+
+
+def test_what_does_not_fit_is_passed_over(monkeypatch):
+    real = probing.make_forward
+
+    def short(adapter, setting):
+        if setting.backend != "eager":
+            raise torch.OutOfMemoryError("no room")
+        return real(adapter, setting)
+
+    monkeypatch.setattr(probing, "make_forward", short)
+    _, found = choose(adapter_of(), Wish())
+    assert found[0].setting.backend == "eager"
+    assert {one.refused for one in found[1:]} == {"no room"}
+
+
+def test_where_nothing_is_sound_the_plain_model_is_taken(monkeypatch):
+    stub(monkeypatch, {EAGER: Clock(1.0, math.inf), FAST: Clock(0.5, refused="no")})
+    adapter = adapter_of()
+    forward, found = choose(adapter, TIMED)
+    assert forward == adapter.logits
+    assert found[0].setting == EAGER
+    assert [one.figures()["score_error"] for one in found] == [0.0, None, 0.0]
+
+
+@pytest.mark.parametrize("error", [0.3, math.inf])
+def test_a_precision_that_is_asked_for_and_of_no_use_is_refused_with_its_error(monkeypatch, error):
+    stub(monkeypatch, {HALF: Clock(1.0, error), BFLOAT: Clock(1.0, refused="no such unit")})
+    with pytest.raises(ModelError, match=rf"a score error of {error}.*no such unit.*at most 0.25.*--precision"):
+        choose(adapter_of(), Wish("float16"))
+
+
+def test_a_precision_that_is_asked_for_may_be_less_exact_than_one_that_is_not(monkeypatch):
+    stub(monkeypatch, {BFLOAT: Clock(1.0, 0.05)})
+    _, (taken,) = choose(adapter_of(), Wish("bfloat16"))
+    assert (taken.setting, taken.score_error) == (BFLOAT, 0.05)
+
+
+@pytest.mark.parametrize("wish", [Wish(), Wish("bfloat16"), Wish(batch_size=3), TIMED])
+def test_what_is_taken_scores_like_the_model(monkeypatch, wish):
+    adapter = adapter_of()
+    forward, found = choose(adapter, wish)
+    bound = 1e-5 if found[0].setting.precision == "float32" else 0.05
+    batch = smooth(found[0].setting.batch_size, 32, 32)
+    with adapter.borrowed(), torch.inference_mode():
+        wanted = adapter.logits(batch)
+        assert (forward(batch) - wanted).abs().max() <= bound * wanted.abs().max()
+    assert wish.batch_size in (None, found[0].setting.batch_size)
+    assert all((one.forwards_per_second is None) == (not wish.is_timed) for one in found if one.refused is None)
+
+
+def test_the_choice_is_the_same_each_time_to_the_last_digit():
+    first, second = ([one.figures() for one in choose(adapter_of(), Wish("bfloat16"))[1]] for _ in range(2))
+    assert first == second
+    assert first[0]["score_error"] > 0
+
+
+def test_errors_are_measured_on_masked_pictures_that_no_data_changes():
+    adapter = adapter_of()
+    pictures = probing._pictures(adapter)
+    assert torch.equal(pictures, probing._pictures(adapter))
+    masked = probing._masked(pictures)
+    assert masked.shape == (32, 3, 32, 32)
+    shares = masked / pictures[torch.arange(32) % 8]
+    shares = shares[pictures[torch.arange(32) % 8].abs() > 0.01]
+    assert shares.min() >= -1e-5
+    assert shares.max() <= 1 + 1e-5
+    assert shares.std() > 0.1
+
+
+def test_float32_is_ieee_float32_whatever_a_factory_allowed():
+    own = torch.backends
+    switches = (own.cuda.matmul, own.cudnn.conv, own.cudnn.rnn, own.mkldnn.matmul, own.mkldnn.conv, own.mkldnn.rnn)
+    torch.set_float32_matmul_precision("medium")
+    own.cudnn.conv.fp32_precision = "tf32"
+    own.mkldnn.conv.fp32_precision = "bf16"
+    use_ieee_float32()
+    assert [switch.fp32_precision for switch in switches] == ["ieee"] * 6
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not own.cudnn.allow_tf32  # and both kinds of settings can still be read
+    assert not own.cuda.matmul.allow_tf32
+
+
+def test_an_error_by_hand():
+    wanted = torch.tensor([[0.8, 0.2], [0.5, 0.5], [0.1, 0.9]]).double()
+    scores = torch.tensor([[0.88, 0.12], [0.5, 0.5], [0.1, 0.9]]).double()
+    assert probing._error(scores, wanted) == 0.0  # the median
+    scores[2, 1] = 0.45
+    assert probing._error(scores, wanted) == pytest.approx(0.1)
+    scores[2, 1] = torch.nan
+    assert probing._error(scores, wanted) == math.inf
+    assert not Measured(EAGER, score_error=math.inf).is_sound(Wish())

@@ -1,0 +1,239 @@
+"""Whole audits: a planted shortcut is found and proved, clean data have none, and nothing depends on the parting."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from rich.console import Console
+
+from blocksight.jobs.audit.result import AUDIT_KEY, Audit, read_audit
+from blocksight.jobs.audit.run import AuditRequest, run_audit
+from blocksight.jobs.cli.audit_tables import audit_table
+from blocksight.jobs.plan.config import ConfigError
+from blocksight.jobs.plan.records import UnreconciledError
+from blocksight.storage.stores.local import LocalStore
+from tests.jobs import tiny
+from tests.jobs.jobs_of import blocksight, model_of, rows_in, run_here
+from tests.jobs.marked import CLASS_NAMES, CLEAN_MODELS, MARK_BOX, MARKED, MODEL, write
+from tests.jobs.tiny import folder_of_images
+
+
+def audited(output: Path, **asked: object) -> Audit:
+    return run_audit(AuditRequest(str(output), **{"model": model_of(output), **asked}), Console(quiet=True))
+
+
+def explained(folder: Path, output: Path, model: str, explainer: str = "gradcam") -> Path:
+    torch.set_num_threads(1)
+    run_here(folder, output, model=model, explainer=explainer)
+    return output
+
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Maps of a model that has learned to look at a mark."""
+    root = tmp_path_factory.mktemp("marked")
+    write(root / "in", 200, seed=50_000, marked=True)
+    return explained(root / "in", root / "out", MODEL)
+
+
+def boxes_of_objects(folder: Path, box: tuple[int, int, int, int], file: Path) -> str:
+    """COCO annotations that put an object of its class into the same box of every picture."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+    left, top, right, bottom = box
+    shape = [left, top, right - left, bottom - top]
+    coco = {
+        "images": [{"id": index, "file_name": name} for index, name in enumerate(names)],
+        "categories": [{"id": number, "name": name} for number, name in enumerate(CLASS_NAMES)],
+        "annotations": [
+            {"id": n, "image_id": n, "category_id": CLASS_NAMES.index(name.split("/")[0]), "bbox": shape, "iscrowd": 0}
+            for n, name in enumerate(names)
+        ],
+    }
+    file.write_text(json.dumps(coco))
+    return str(file)
+
+
+def overlap(one: tuple[float, ...], other: tuple[float, ...]) -> float:
+    """The part of `other` that lies in `one`."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return max(0.0, width) * max(0.0, height) / ((other[2] - other[0]) * (other[3] - other[1]))
+
+
+def test_the_planted_shortcut_is_the_one_finding(marked: Path) -> None:
+    found = audited(marked)
+    [finding] = found.findings
+    assert finding.target_index == MARKED
+    assert overlap(finding.box, MARK_BOX) > 0.9
+    assert finding.share > 0.8
+    assert finding.blanked is not None
+    assert finding.pasted is not None
+    assert min(finding.blanked.mean, finding.pasted.mean) > 2
+    assert finding.pasted.probability > 0.5
+    assert finding.on_object is None
+    assert all(key.startswith(CLASS_NAMES[MARKED]) for key in finding.members)
+    assert (found.num_rows, found.num_maps, found.num_rejected) == (200, 200, 0)
+    assert found.num_right is not None
+    assert found.num_right > 180
+
+
+@pytest.mark.parametrize("model", CLEAN_MODELS)
+def test_clean_data_have_no_finding(model: str, tmp_path: Path) -> None:
+    write(tmp_path / "in", 200, seed=60_000 + CLEAN_MODELS.index(model), marked=False)
+    output = explained(tmp_path / "in", tmp_path / "out", model)
+    assert audited(output).findings == ()
+
+
+def test_a_mark_in_the_data_that_the_model_never_saw_is_none(tmp_path: Path) -> None:
+    write(tmp_path / "in", 200, seed=50_000, marked=True)
+    output = explained(tmp_path / "in", tmp_path / "out", CLEAN_MODELS[0])
+    assert audited(output).findings == ()
+
+
+def test_ground_truth_tells_shortcuts_from_objects(marked: Path, tmp_path: Path) -> None:
+    folder = marked.parent / "in"
+    apart = boxes_of_objects(folder, (8, 8, 28, 28), tmp_path / "apart.json")
+    [finding] = audited(marked, truth=apart).findings
+    assert finding.on_object == 0
+    same = boxes_of_objects(folder, (44, 44, 64, 64), tmp_path / "same.json")
+    found = audited(marked, truth=same)
+    assert found.findings == ()
+    assert "it may be the object" in found.suspicions[0].why
+    rows = pq.read_table(marked / "audit" / "rows").to_pylist()
+    for row in rows:
+        assert row["on_object"] + row["on_context"] + row["elsewhere"] == pytest.approx(1, abs=1e-5)
+    own = [row["on_object"] for row in rows if row["target_index"] == MARKED]
+    others = [row["on_object"] for row in rows if row["target_index"] != MARKED]
+    assert np.mean(own) > 0.4 > np.mean(others)
+
+
+def test_without_a_trial_nothing_is_a_finding_and_no_model_is_needed(
+    marked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blocksight.jobs.audit.run.load", None)
+    found = audited(marked, tries=False)
+    assert found.findings == ()
+    assert found.suspicions[0].target_index == MARKED
+    assert "not put to the test" in found.suspicions[0].why
+
+
+def test_an_audit_reads_back_as_it_was_and_replaces_the_last(marked: Path) -> None:
+    stranger = marked / "audit" / "rows" / "old.parquet"
+    stranger.parent.mkdir(parents=True, exist_ok=True)
+    stranger.write_bytes(b"of another audit")
+    made = audited(marked)
+    read = read_audit(LocalStore(marked))
+    assert read is not None
+    assert not stranger.exists()
+    plain = ("fragments", "num_maps", "gates", "oddities", "shortcuts", "notes", "num_right")
+    assert [getattr(read, name) for name in plain] == [getattr(made, name) for name in plain]
+    for ours, theirs in zip(made.groups, read.groups, strict=True):
+        assert (ours.kind, ours.label, ours.predicted, ours.count) == (
+            theirs.kind,
+            theirs.label,
+            theirs.predicted,
+            theirs.count,
+        )
+        assert ours.spreads == theirs.spreads
+        assert np.array_equal(ours.mean_map, theirs.mean_map)
+    assert [vars(one).keys() for one in made.clusters] == [vars(one).keys() for one in read.clusters]
+
+
+def test_a_damaged_audit_is_said(marked: Path) -> None:
+    audited(marked, tries=False)
+    for name in ("groups.parquet", "audit.json"):
+        (marked / "audit" / name).write_bytes(b"{")
+        with pytest.raises(UnreconciledError, match="is damaged, `blocksight audit` makes it again"):
+            read_audit(LocalStore(marked))
+    audited(marked, tries=False)
+    (marked / "audit" / "clusters.parquet").unlink()
+    with pytest.raises(UnreconciledError, match="is damaged, `blocksight audit` makes it again"):
+        read_audit(LocalStore(marked))
+
+
+def test_every_map_has_one_row(marked: Path) -> None:
+    found = audited(marked)
+    rows = pq.read_table(marked / "audit" / "rows").to_pylist()
+    explained_rows = rows_in(LocalStore(marked))
+    assert [row["key"] for row in rows] == [row["key"] for row in explained_rows]
+    counts = {group.predicted: group.count for group in found.groups if group.kind == "predicted"}
+    assert sum(counts.values()) == 200
+    assert sum(row["strangeness"] is not None for row in rows) == 200
+
+
+def test_the_parting_into_units_changes_nothing(marked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blocksight.cluster.sizing.LEAST_UNIT_SECONDS", 0.05)
+    output = explained(marked.parent / "in", tmp_path / "out", MODEL)
+    assert len(list((output / "data").iterdir())) > len(list((marked / "data").iterdir()))
+    one, other = audited(marked), audited(output)
+    assert one.shortcuts == other.shortcuts
+    assert one.oddities == other.oddities
+    assert [vars(group).keys() for group in one.groups] == [vars(group).keys() for group in other.groups]
+    assert [(g.count, g.spreads) for g in one.groups] == [(g.count, g.spreads) for g in other.groups]
+
+
+def test_further_targets_change_no_finding(marked: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    run_here(marked.parent / "in", tmp_path / "out", model=MODEL, explainer="gradcam", target="top-2")
+    found = audited(tmp_path / "out")
+    [finding] = found.findings
+    [alone] = audited(marked).findings
+    assert (finding.box, finding.blanked, finding.pasted) == (alone.box, alone.blanked, alone.pasted)
+    assert (found.num_maps, found.num_right) == (400, 200)
+    assert sum(group.count for group in found.groups if group.kind == "class") == 200
+
+
+def test_an_unfinished_output_says_so_and_a_damaged_one_is_refused(
+    marked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blocksight.cluster.sizing.LEAST_UNIT_SECONDS", 0.05)
+    output = explained(marked.parent / "in", tmp_path / "out", MODEL)
+    first, second, *_ = sorted((output / "data").glob("*.parquet"))
+    first.unlink()
+    found = audited(output, tries=False)
+    assert found.num_rows < 200
+    assert "1 unit of" in found.notes[0]
+    second.write_bytes(second.read_bytes()[:500])
+    with pytest.raises(UnreconciledError, match=second.name):
+        audited(output, tries=False)
+
+
+def test_what_is_wrong_is_said_before_any_work(marked: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no blocksight output"):
+        audited(tmp_path)
+    with pytest.raises(ConfigError, match="give both"):
+        audited(marked, class_map=tmp_path / "map.json")
+
+
+def test_other_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_here(folder_of_images(tmp_path / "in"), tmp_path / "out", explainer="gradcam")
+    other = tiny.make_other()
+    monkeypatch.setattr(tiny, "make", lambda: other)
+    with pytest.raises(ConfigError, match="other weights now"):
+        audited(tmp_path / "out")
+    assert not (tmp_path / "out" / AUDIT_KEY).exists()
+
+
+def test_the_finding_is_said_in_words(marked: Path) -> None:
+    console = Console(record=True, width=200, quiet=False, file=io.StringIO())
+    console.print(audit_table(audited(marked), "here"))
+    assert "FINDING: disc looks at the region" in console.export_text()
+
+
+def test_the_command_audits_what_stands(marked: Path) -> None:
+    made = blocksight("audit", marked, "--no-try")
+    assert made.returncode == 0, made.stderr
+    assert "suspicion: disc looks at the region" in made.stdout
+    assert "not put to the test" in made.stdout
+    assert f"blocksight report {marked}" in made.stdout
+
+
+def test_an_output_of_one_class_and_rejects_is_audited_all_the_same(tmp_path: Path) -> None:
+    run_here(folder_of_images(tmp_path / "in"), tmp_path / "out", explainer="gradcam", target="1")
+    found = audited(tmp_path / "out")
+    assert found.num_rejected > 0
+    assert "explain one class alone" in " ".join(found.notes)

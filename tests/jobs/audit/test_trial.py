@@ -1,0 +1,178 @@
+"""The trial of a region, on a model whose every number is known, and the verdicts that follow from figures."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from blocksight.engine.metrics.road import imputed
+from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.jobs.audit.result import Effect, Shortcut
+from blocksight.jobs.audit.shortcuts import judged
+from blocksight.jobs.audit.trial import Court, Pictures, inpainted, pasted, random_boxes, recurrence
+
+SIDE = 24
+BOX = (16, 16, 20, 20)
+
+
+class Reader(nn.Module):
+    """Two classes; the second's logit is the mean of the red channel in BOX times ten, the first's is 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, top, right, bottom = BOX
+        seen = 10 * x[:, 0, top:bottom, left:right].mean((1, 2))
+        return torch.stack([torch.zeros_like(seen), seen], 1)
+
+
+def adapter() -> ModelAdapter:
+    return ModelAdapter(Reader(), input_size=(SIDE, SIDE), mean=(0, 0, 0), std=(1, 1, 1), class_names=("no", "yes"))
+
+
+def pictures(num: int, level: int, prefix: str) -> Pictures:
+    """Black but for BOX, which has one level of red."""
+    pixels = np.zeros((num, SIDE, SIDE, 3), np.uint8)
+    pixels[:, BOX[1] : BOX[3], BOX[0] : BOX[2], 0] = level
+    return Pictures([f"{prefix}{index}" for index in range(num)], pixels)
+
+
+def test_effects_are_those_that_follow_from_the_model() -> None:
+    found = Court(adapter(), 0).try_region(1, BOX, pictures(10, 255, "m"), pictures(12, 51, "o"))
+    # members: logit 10, blanked 0; random regions may take up to a quarter of the box. Others: from 2 to 10.
+    assert found.blanked.count == 10
+    assert found.blanked.mean == pytest.approx(10, abs=2.6)
+    assert found.blanked.mean >= 7.4
+    assert found.blanked.probability == pytest.approx(0.5 - torch.tensor(10.0).sigmoid().item(), abs=1e-3)
+    assert found.pasted.count == 12
+    assert 5.9 <= found.pasted.mean <= 8.1
+    assert found.pasted.probability == pytest.approx(
+        (torch.tensor(10.0).sigmoid() - torch.tensor(2.0).sigmoid()).item(), abs=1e-3
+    )
+    assert found.recurrence == 1
+
+
+def test_a_region_that_says_nothing_has_no_effect() -> None:
+    found = Court(adapter(), 0).try_region(1, (0, 0, 4, 4), pictures(10, 255, "m"), pictures(10, 255, "o"))
+    assert found.blanked.mean <= 0
+    assert found.pasted.mean == pytest.approx(0, abs=1e-6)
+    assert found.recurrence == 0.5
+
+
+def test_log_odds_count_all_other_classes() -> None:
+    logits = torch.tensor([[1.0, 2.0, 3.0], [0.5, -1.0, 40.0]])
+
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return logits[: len(x)]
+
+    court = Court(ModelAdapter(Fixed(), input_size=(8, 8)), 0)
+    odds = court._log_odds(torch.zeros(2, 3, 8, 8), 1)
+    shares = logits.double().softmax(1)[:, 1]
+    assert odds.numpy() == pytest.approx((shares / (1 - shares)).log().numpy())
+
+
+def test_inpainting_a_part_is_inpainting_the_whole() -> None:
+    image = torch.rand(3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    for box in (BOX, (0, 0, 5, 7), (20, 3, 24, 24)):
+        kept = torch.ones(SIDE, SIDE, dtype=torch.bool)
+        kept[box[1] : box[3], box[0] : box[2]] = False
+        assert torch.allclose(inpainted(image, box), imputed(image, kept), atol=2e-4)
+
+
+def test_pasting_copies_the_region_and_nothing_else() -> None:
+    ours, theirs = torch.zeros(3, SIDE, SIDE), torch.ones(3, SIDE, SIDE)
+    mixed = pasted(ours, theirs, BOX)
+    assert mixed.sum() == 3 * 16
+    assert mixed[:, 16:20, 16:20].all()
+    assert not ours.any()
+
+
+def test_random_regions_have_the_size_lie_inside_and_hardly_meet_the_box() -> None:
+    for number in range(50):
+        for left, top, right, bottom in random_boxes(BOX, (SIDE, SIDE), ("seed", number)):
+            assert (right - left, bottom - top) == (4, 4)
+            assert left >= 0
+            assert top >= 0
+            assert max(right, bottom) <= SIDE
+            width, height = min(right, 20) - max(left, 16), min(bottom, 20) - max(top, 16)
+            assert max(0, width) * max(0, height) <= 4
+    assert list(random_boxes(BOX, (SIDE, SIDE), (1, "a"))) == list(random_boxes(BOX, (SIDE, SIDE), (1, "a")))
+    whole = (0, 0, SIDE, SIDE)
+    assert set(random_boxes(whole, (SIDE, SIDE), (1,))) == {whole}
+
+
+def test_recurrence_is_near_one_for_a_mark_and_near_half_for_anything_else() -> None:
+    rng = np.random.default_rng(0)
+    others = rng.random((32, 192))
+    mark = rng.integers(0, 2, 192)
+    assert recurrence(0.5 * rng.random((32, 192)) + 0.5 * mark, others, 0) > 0.95
+    assert recurrence(np.tile(mark, (32, 1)).astype(float), others, 0) == 1
+    assert recurrence(rng.random((32, 192)), others, 0) < 0.65
+    assert recurrence(np.full((32, 192), 0.5), np.full((32, 192), 0.5), 0) == 0.5  # an even background in all
+
+
+def test_a_faint_mark_is_recognised_where_the_picture_under_it_varies_slowly() -> None:
+    rng = np.random.default_rng(0)
+    slow = 128 + 60 * rng.normal(size=(64, 1, 1, 1)) + 2 * rng.normal(size=(64, SIDE, SIDE, 3))
+    mark = np.zeros((SIDE, SIDE, 3))
+    mark[BOX[1] : BOX[3] : 2, BOX[0] : BOX[2]] = 20
+    others = Pictures([f"o{index}" for index in range(32)], slow[32:].clip(0, 255).astype(np.uint8))
+    for added, least, most in ((mark, 0.95, 1.0), (0 * mark, 0.5, 0.75)):
+        pixels = (slow[:32] + added).clip(0, 255).astype(np.uint8)
+        members = Pictures([f"m{index}" for index in range(32)], pixels)
+        assert least <= Court(adapter(), 0).try_region(1, BOX, members, others).recurrence <= most
+
+
+REAL = Effect(3.0, 2.5, 3.5, 1e-6, 32, 0.4)
+SHORTCUT = Shortcut(
+    target_index=1,
+    target_name="yes",
+    source="class",
+    box=(0.7, 0.7, 0.9, 0.9),
+    share=0.9,
+    recurrence=0.99,
+    density=3.0,
+    elsewhere_density=0.4,
+    on_object=None,
+    blanked=REAL,
+    pasted=REAL,
+    is_confirmed=False,
+    why="",
+    members=("a",),
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"blanked": replace(REAL, mean=0.5, low=0.4)}, "log-odds fall by 0.5 [0.4, 3.5]"),
+        ({"blanked": replace(REAL, low=-0.1)}, "log-odds fall by 3.0 [-0.1, 3.5]"),
+        ({"blanked": replace(REAL, mean=-3.0, low=-4.0)}, "log-odds fall by -3.0"),
+        ({"pasted": replace(REAL, p_value=0.2)}, "its log-odds rise by 3.0"),
+        ({"on_object": 0.5}, "objects cover 50% of it"),
+        ({"elsewhere_density": 1.6}, "other classes' maps look there too"),
+        ({"recurrence": 0.7}, "differs from member to member"),
+        ({"blanked": None, "pasted": None, "why": "not put to the test"}, "not put to the test"),
+    ],
+)
+def test_one_doubt_is_enough_for_a_suspicion(change: dict[str, object], said: str) -> None:
+    [one] = judged([replace(SHORTCUT, **change)])
+    assert not one.is_confirmed
+    assert said in one.why
+
+
+@pytest.mark.parametrize("change", [{}, {"on_object": 0.0, "recurrence": 0.5, "elsewhere_density": 2.0}])
+def test_without_doubt_it_is_a_finding(change: dict[str, object]) -> None:
+    [one] = judged([replace(SHORTCUT, **change)])
+    assert one.is_confirmed
+    assert "fall by 3.0 [2.5, 3.5]" in one.why
+
+
+def test_p_values_are_corrected_over_all_trials() -> None:
+    weak = replace(SHORTCUT, blanked=replace(REAL, p_value=0.02), pasted=replace(REAL, p_value=0.02))
+    assert judged([weak])[0].is_confirmed
+    found = judged([weak, SHORTCUT, *[replace(SHORTCUT, blanked=replace(REAL, p_value=0.5))] * 3])
+    assert [one.is_confirmed for one in found] == [True, False, False, False, False]
+    assert found[0].blanked is not None
+    assert found[0].blanked.p_value == pytest.approx(1e-5)  # ten trials

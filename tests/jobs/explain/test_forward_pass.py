@@ -1,0 +1,321 @@
+"""The forward setting of a job: planned once, before the first unit, by no clock, and kept to by all."""
+
+import json
+import random
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from rich.console import Console
+
+from blocksight.engine.catalog.forward_setting import ForwardSetting
+from blocksight.engine.errors import ModelError
+from blocksight.engine.scoring import probe as probing
+from blocksight.engine.scoring.probe import Measured
+from blocksight.jobs.cli import job_tables, metric_tables
+from blocksight.jobs.evaluate.compare import compare, rows_of_table
+from blocksight.jobs.explain import forward_pass, step
+from blocksight.jobs.plan.config import Execution
+from blocksight.jobs.plan.forward_setting import FORWARD_KEY, PlannedForward, mixture, planned_forward
+from blocksight.jobs.plan.plan import DriftError
+from blocksight.jobs.plan.records import UnreconciledError
+from blocksight.jobs.report.facts import run_facts
+from blocksight.jobs.run.job import run_job
+from blocksight.jobs.versus.run import write_difference
+from blocksight.jobs.work.rows import existing_output
+from blocksight.storage.stores.opening import open_store
+from tests.jobs.jobs_of import config_of, fragments_in, rows_in, run_here
+from tests.jobs.tiny import folder_of_images, red
+
+BFLOAT = ForwardSetting("eager", "bfloat16")
+
+
+def store_of(output):
+    return open_store(str(output), None)
+
+
+def receipts(output):
+    store = store_of(output)
+    return [json.loads(store.read(info.key)) for info in store.list("_job/receipts/")]
+
+
+def plan_setting(output, setting):
+    """Plans a forward setting before the job does."""
+    store_of(output).create(FORWARD_KEY, json.dumps({"setting": asdict(setting)}).encode())
+
+
+def run_with(data, output, console=None, batch_size=None, tune=False, **options):
+    execution = Execution(runner="local", batch_size=batch_size, tune=tune)
+    return run_job(config_of(data, output, **options), execution, console or Console(quiet=True))
+
+
+@pytest.fixture
+def data(tmp_path):
+    return folder_of_images(tmp_path / "data", count=4, bad=False)
+
+
+# ---------------------------------------------------------------- the same bytes on the same machine
+
+
+@pytest.mark.chooses
+def test_two_fresh_outputs_are_the_same_whatever_the_clock_says(tmp_path, data, monkeypatch):
+    """The fault that this was: a timing chose precision and backend, and the first images their error."""
+    monkeypatch.setattr(probing, "seconds_of", lambda *_, **__: random.uniform(1e-6, 10))
+    outputs = [tmp_path / name for name in ("one", "two")]
+    for output in outputs:
+        assert run_here(data, output, preset="fast").manifest is not None
+    planned = [store_of(output).read(FORWARD_KEY) for output in outputs]
+    assert planned[0] == planned[1]
+    assert json.loads(planned[0])["setting"] == asdict(ForwardSetting("openvino", "float32", 8))
+    assert fragments_in(store_of(outputs[0])) == fragments_in(store_of(outputs[1]))
+
+
+@pytest.mark.chooses
+def test_the_setting_depends_on_no_image_and_on_no_number_of_them(tmp_path, data):
+    (tmp_path / "other" / "bee").mkdir(parents=True)
+    (tmp_path / "other" / "bee" / "red.png").write_bytes(red())
+    run_here(data, tmp_path / "one")
+    run_here(tmp_path / "other", tmp_path / "two", explainer="gradcam")  # so that methods can be compared
+    one, two = (store_of(tmp_path / name).read(FORWARD_KEY) for name in ("one", "two"))
+    assert one == two
+
+
+def test_the_setting_is_chosen_on_one_thread_as_the_workers_have(tmp_path, data, monkeypatch):
+    """Eager scores differ in their last bits between one thread and two."""
+    before, seen = torch.get_num_threads(), []
+
+    def choose(adapter, wish):
+        seen.append(torch.get_num_threads())
+        return real(adapter, wish)
+
+    real = forward_pass.choose
+    monkeypatch.setattr(forward_pass, "choose", choose)
+    torch.set_num_threads(2)
+    try:
+        run_here(data, tmp_path / "maps")
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1]
+
+
+def test_a_model_is_loaded_with_ieee_float32_whatever_its_factory_allows(tmp_path):
+    torch.set_float32_matmul_precision("medium")
+    step.load(config_of(tmp_path, tmp_path / "out"), None, "cpu", str(tmp_path))
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def test_the_setting_stands_in_the_plan_before_the_first_unit(tmp_path, data, monkeypatch):
+    seen = []
+
+    def explained(self, unit_input, *, careful=False):
+        seen.append(planned_forward(store_of(tmp_path / "maps")))
+        return real(self, unit_input, careful=careful)
+
+    real = step.ExplainStep.__call__
+    monkeypatch.setattr(step.ExplainStep, "__call__", explained)
+    run_here(data, tmp_path / "maps")
+    assert seen[0] is not None
+    assert seen[0].setting == ForwardSetting()
+    assert seen[0].chosen == "rule"
+    assert {one["forward"] for one in receipts(tmp_path / "maps")} == {str(ForwardSetting())}
+
+
+def test_what_is_planned_is_kept_to(tmp_path, data, monkeypatch):
+    kept = ForwardSetting(batch_size=5)
+    plan_setting(tmp_path / "maps", kept)
+    monkeypatch.setattr(forward_pass, "choose", lambda *_: pytest.fail("nothing is to be chosen"))
+    run_here(data, tmp_path / "maps")
+    assert {one["forward"] for one in receipts(tmp_path / "maps")} == {str(kept)}
+
+
+def test_another_batch_size_than_the_plans_is_refused_with_both(tmp_path, data):
+    run_with(data, tmp_path / "maps", batch_size=3, limit=3)
+    store = store_of(tmp_path / "maps")
+    for info in list(store.list("data/")):
+        store.delete(info.key)
+    for info in [*store.list("_job/receipts/"), *store.list("_job/final/")]:
+        store.delete(info.key)
+    with pytest.raises(DriftError, match=r"batch_size: 3 in the output, 8 asked for"):
+        run_with(data, tmp_path / "maps", batch_size=8, limit=3)
+    assert run_with(data, tmp_path / "maps", limit=3).forward.setting.batch_size == 3
+
+
+def test_another_precision_than_the_plans_is_refused_with_both(tmp_path, data):
+    run_here(data, tmp_path / "maps")
+    with pytest.raises(DriftError, match=r'precision: "auto" in the output, "bfloat16" asked for'):
+        run_here(data, tmp_path / "maps", precision="bfloat16")
+
+
+def test_a_damaged_setting_is_one_sentence(tmp_path):
+    settings = (b"3", b'{"precision": "float8"}', b'{"backend": "x"}', b'{"batch_size": 0}', b'{"batch_size": 99999}')
+    whole = b'{"backend": "eager", "precision": "float32", "batch_size": 4}'
+    for body in (b"{", b"[]", b"{}", b'{"setting": ' + whole, *(b'{"setting": ' + one + b"}" for one in settings)):
+        store = store_of(tmp_path / body.hex())
+        store.create(FORWARD_KEY, body)
+        with pytest.raises(UnreconciledError, match=r"forward\.json is damaged"):
+            planned_forward(store)
+
+
+def test_the_setting_of_an_older_output_is_read(tmp_path):
+    store = store_of(tmp_path)
+    older = {"setting": asdict(ForwardSetting("compiled", "bfloat16", 8)), "probe": [{"forwards_per_second": 3.0}]}
+    store.create(FORWARD_KEY, json.dumps(older).encode())
+    planned = planned_forward(store)
+    assert planned is not None
+    assert (planned.setting.precision, planned.chosen, planned.score_error) == ("bfloat16", "timing", None)
+
+
+def test_a_machine_that_cannot_leaves_the_units_open_and_rejects_nobody(tmp_path, data):
+    plan_setting(tmp_path / "maps", ForwardSetting("graphed"))
+    outcome = run_here(data, tmp_path / "maps")
+    assert outcome.standing.open_units
+    assert not rows_in(store_of(tmp_path / "maps"))
+    assert "run it on a machine like the one" in outcome.ran.failures[0].error
+
+
+# ---------------------------------------------------------------- what the user says
+
+
+def test_a_lower_precision_is_the_users_word_and_the_plan_says_its_error(tmp_path, data):
+    console = Console(record=True, width=200)
+    run_with(data, tmp_path / "maps", console, precision="bfloat16")
+    planned = planned_forward(store_of(tmp_path / "maps"))
+    assert planned is not None
+    assert planned.setting == BFLOAT
+    assert planned.score_error is not None
+    assert 0 < planned.score_error < 0.25
+    assert f"score error {planned.score_error:.2g}" in console.export_text()
+
+
+def test_a_lower_precision_that_is_far_off_is_told_loudly():
+    far = PlannedForward(setting=BFLOAT, chosen="rule", score_error=0.046)
+    assert "bfloat16 moves this model's scores by 4.6%" in (forward_pass.warning_of(far) or "")
+    assert forward_pass.warning_of(replace(far, score_error=0.01)) is None
+    assert forward_pass.warning_of(PlannedForward(setting=ForwardSetting(), score_error=1e-5)) is None
+
+
+def test_a_precision_of_no_use_leaves_no_output_behind(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(probing, "ASKED_ERROR", 1e-9)
+    with pytest.raises(ModelError, match="of no use in bfloat16"):
+        run_here(data, tmp_path / "maps", precision="bfloat16")
+    run_here(data, tmp_path / "maps")  # the same place, without it
+
+
+def test_tune_lets_a_timing_choose_and_a_rerun_keeps_it(tmp_path, data, monkeypatch):
+    fast = ForwardSetting(batch_size=7)
+    measured = (None, [Measured(fast, 0.0, 9.0)])
+    monkeypatch.setattr(forward_pass, "choose", lambda _, wish: measured if wish.is_timed else None)
+    run_with(data, tmp_path / "maps", tune=True)
+    planned = planned_forward(store_of(tmp_path / "maps"))
+    assert planned is not None
+    assert (planned.setting, planned.chosen) == (fast, "timing")
+    assert planned.probe[0]["forwards_per_second"] == 9.0
+    assert run_with(data, tmp_path / "maps").manifest is not None
+
+
+# ---------------------------------------------------------------- no mixture without a word
+
+
+def test_maps_of_two_precisions_share_no_column_and_the_table_says_so(tmp_path, data):
+    for name, options in (("exact", {}), ("rough", {"precision": "bfloat16"})):
+        run_here(data, tmp_path / name, **options)
+    outputs = [existing_output(str(tmp_path / name)) for name in ("exact", "rough")]
+    table = compare(outputs)
+    assert {len([c for c in table.cells if c.column == column and c.estimate.count]) for column in table.columns} == {1}
+    (note,) = table.notes
+    assert "exact: eager float32" in note
+    assert "rough: eager bfloat16" in note
+    assert {row["forward"] for row in rows_of_table(table)} == {"eager float32", "eager bfloat16"}
+    console = Console(record=True, width=200)
+    console.print(metric_tables.comparison_table(table, 200))
+    assert "forward passes were run differently" in console.export_text()
+    assert not compare(outputs[:1]).notes
+    made = write_difference(*outputs, store_of(tmp_path / "difference"), None, Console(quiet=True))
+    assert made.summary["note"] == note
+    assert (made.summary["a"]["forward"], made.summary["b"]["forward"]) == ("eager float32", "eager bfloat16")
+    console.print(metric_tables.difference_table(made.summary, "place"))
+    assert console.export_text().count("forward passes were run differently") == 1
+    rows = [row for name in ("exact", "rough") for row in rows_in(store_of(tmp_path / name))]
+    assert len({row["metrics"]["protocol"] for row in rows}) == 2
+
+
+def test_an_output_of_which_no_setting_is_recorded_is_told_from_one_of_which_it_is():
+    known = PlannedForward(setting=ForwardSetting())
+    assert mixture({"a": known, "b": PlannedForward(setting=ForwardSetting(batch_size=9))}) is None
+    assert mixture({"a": None, "b": None}) is None
+    assert "b: not recorded" in (mixture({"a": known, "b": None}) or "")
+
+
+def test_status_and_report_say_how_masks_were_scored(tmp_path, data):
+    outcome = run_here(data, tmp_path / "maps", precision="bfloat16")
+    console = Console(record=True, width=200)
+    console.print(job_tables.standing_table("maps", outcome.standing, outcome.forward))
+    assert "scored by eager bfloat16, 4 per pass (chosen by rule, score error" in console.export_text()
+    found = {fact.name: fact for fact in run_facts(outcome.standing.plan, {}, {}, outcome.forward)}
+    assert found["masks scored by"].value == "eager bfloat16, 4 per pass"
+    assert "median score error 0.0" in found["masks scored by"].note
+
+
+# ---------------------------------------------------------------- a GPU's worker, which chooses itself
+
+
+def test_without_a_planned_setting_a_worker_chooses_once_and_the_rest_follow(tmp_path, monkeypatch):
+    store, adapter = store_of(tmp_path), object()
+    chosen = []
+
+    def choose(_, wish):
+        chosen.append(wish)
+        return "forward", [Measured(BFLOAT, 0.01, 5.0)]
+
+    monkeypatch.setattr(forward_pass, "choose", choose)
+    monkeypatch.setattr(forward_pass, "_made", lambda _, setting: setting)
+    wish = probing.Wish(is_timed=True)
+    assert forward_pass.ensure_forward(store, adapter, wish) == ("forward", BFLOAT)
+    assert forward_pass.ensure_forward(store, adapter, wish) == (BFLOAT, BFLOAT)
+    assert len(chosen) == 1
+    planned = planned_forward(store)
+    assert planned is not None
+    assert (planned.chosen, planned.score_error, planned.bound) == ("timing", 0.01, probing.FAST_ERROR)
+
+
+def test_of_two_workers_that_choose_at_once_the_first_counts(tmp_path, monkeypatch):
+    store, first = store_of(tmp_path), ForwardSetting(batch_size=9)
+
+    def choose(*_):
+        plan_setting(tmp_path, first)
+        return "forward", [Measured(BFLOAT)]
+
+    monkeypatch.setattr(forward_pass, "choose", choose)
+    monkeypatch.setattr(forward_pass, "_made", lambda _, setting: setting)
+    assert forward_pass.ensure_forward(store, object(), probing.Wish()) == (first, first)
+
+
+@pytest.mark.parametrize(
+    ("options", "precision"),
+    [({}, None), ({"preset": "paper"}, "float32"), ({"precision": "float16"}, "float16")],
+)
+def test_what_a_job_asks_for(tmp_path, options, precision):
+    assert forward_pass.wish_of(config_of(tmp_path, tmp_path / "out", **options), 3, is_timed=True) == probing.Wish(
+        precision, 3, is_timed=True
+    )
+
+
+def test_out_of_memory_halves_and_remembers(tmp_path, monkeypatch):
+    plan_setting(tmp_path / "maps", ForwardSetting(batch_size=3))
+    real, failed = step.ExplainStep._whole, []
+
+    def short(self, unit_input):
+        if self.setting.batch_size > 1:
+            failed.append((self.setting.batch_size, self.images_per_pass))
+            raise torch.OutOfMemoryError("no room")
+        return real(self, unit_input)
+
+    monkeypatch.setattr(step.ExplainStep, "_whole", short)
+    outcome = run_here(folder_of_images(tmp_path / "data", bad=False), tmp_path / "maps")
+    assert outcome.manifest is not None
+    assert failed == [(3, 4)]  # once, for all units
+    assert {row["status"] for row in rows_in(store_of(tmp_path / "maps"))} == {"ok"}

@@ -1,0 +1,256 @@
+"""Verification from the bucket alone: every way in which an output can be wrong is seen."""
+
+import io
+import json
+from dataclasses import replace
+
+import pyarrow.parquet as pq
+import pytest
+
+from blocksight.jobs.cli.main import main
+from blocksight.jobs.ledger.receipts import metric_means, read_receipts, receipt_key, receipt_of, write_receipt
+from blocksight.jobs.ledger.reconcile import MANIFEST_KEY, check, finalize, stand
+from blocksight.jobs.plan.config import Execution
+from blocksight.jobs.plan.plan import existing_plan, load_plan, settle_plan
+from blocksight.jobs.plan.records import UnreconciledError
+from blocksight.jobs.run.job import plan_job
+from blocksight.storage.outputs.fragments import encode_fragment, read_fragment
+from blocksight.storage.stores.local import LocalStore
+from tests.jobs.jobs_of import config_of, fragments_in, run_here
+from tests.jobs.tiny import MODEL, folder_of_images, folder_of_tables, folder_of_tars
+
+
+@pytest.fixture
+def output(tmp_path):
+    run_here(folder_of_images(tmp_path / "in"), tmp_path / "out")
+    return LocalStore(tmp_path / "out")
+
+
+def faults(store):
+    return [fault for _, found in check(store, load_plan(store)) for fault in found]
+
+
+def rewritten(store, change):
+    """Changes the rows of one fragment and writes it with metadata that fit, as a faulty program would."""
+    plan = load_plan(store)
+    unit = plan.units[0]
+    body = store.read(unit.fragment_key)
+    rows = change(read_fragment(body).to_pylist())
+    provenance = pq.ParquetFile(io.BytesIO(body)).schema_arrow.metadata
+    changed = encode_fragment(rows, {key.decode(): value.decode() for key, value in provenance.items()})
+    from blocksight.jobs.ledger.receipts import commit_facts
+
+    store.delete(unit.fragment_key)
+    store.create(unit.fragment_key, changed, metadata={"attempt": "x", **commit_facts(receipt_of(unit, changed))})
+
+
+def test_a_sound_output_has_no_faults(output):
+    assert faults(output) == []
+
+
+def test_a_plan_is_read_back_as_it_was_made(tmp_path):
+    data = folder_of_images(tmp_path / "in")
+    (data / "notes.txt").write_text("no image")
+    output, plan = plan_job(config_of(data, tmp_path / "out"), Execution(runner="local"))
+    assert plan.ignored
+    assert settle_plan(output, plan) == load_plan(output) == plan
+
+
+def test_a_lost_fragment_is_an_open_unit(output):
+    output.delete(next(iter(fragments_in(output))))
+    assert [fault for fault in faults(output) if "final manifest" not in fault] == []
+    output.delete(MANIFEST_KEY)
+    assert faults(output) == []
+    assert len(stand(output, load_plan(output)).open_units) == 1
+
+
+def test_a_foreign_fragment(output):
+    output.put("data/999999-deadbeef.parquet", b"x")
+    assert faults(output) == ["data/999999-deadbeef.parquet was not planned"]
+
+
+def test_bytes_that_changed_after_the_commit(output):
+    key = next(iter(fragments_in(output)))
+    body = bytearray(output.read(key))
+    body[50] ^= 1
+    (output.root / key).write_bytes(bytes(body))
+    assert any("sha256 is" in fault or "cannot be read" in fault for fault in faults(output))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda rows: rows[1:], "records were planned and"),
+        (lambda rows: [rows[0], *rows], "has 2 rows; wanted 1"),
+        (lambda rows: [{**rows[0], "key": "other"}, *rows[1:]], "they differ in"),
+        (lambda rows: [{**rows[0], "unit_id": "u"}, *rows[1:]], "rows of another unit"),
+    ],
+    ids=["lost", "twice", "renamed", "stray"],
+)
+def test_rows_that_went_astray(output, change, sentence):
+    rewritten(output, change)
+    assert any(sentence in fault for fault in faults(output))
+
+
+def test_a_table_row_twice_or_lost(tmp_path):
+    run_here(folder_of_tables(tmp_path / "in"), tmp_path / "out")
+    store = LocalStore(tmp_path / "out")
+    rewritten(store, lambda rows: [{**rows[0], "shard_index": 5}, *rows[1:]])
+    assert any("differ in" in fault for fault in faults(store))
+
+
+def test_a_key_that_is_explained_twice_is_seen_across_units(tmp_path):
+    run_here(folder_of_tables(tmp_path / "in"), tmp_path / "out")
+    store = LocalStore(tmp_path / "out")
+    assert faults(store) == []
+    later = read_fragment(store.read(load_plan(store).units[1].fragment_key)).to_pylist()[0]["key"]
+    rewritten(store, lambda rows: [{**rows[0], "key": later}, *rows[1:]])
+    assert any(f"record {later} was explained twice" in fault for fault in faults(store))
+
+
+def test_a_key_that_is_explained_twice_is_seen_behind_a_rejected_record(tmp_path, monkeypatch):
+    monkeypatch.setattr("blocksight.cluster.sizing.LEAST_UNIT_SECONDS", 600.0)  # all records of a shard in one unit
+    run_here(folder_of_tars(tmp_path / "in"), tmp_path / "out")
+    store = LocalStore(tmp_path / "out")
+
+    def first_rejected_and_second_twice(rows):
+        assert len(rows) > 2
+        keys = [rows[0]["key"], rows[1]["key"], rows[1]["key"]]
+        first = {**rows[0], "status": "rejected"}
+        return [{**row, "key": key} for row, key in zip([first, *rows[1:3]], keys, strict=True)] + rows[3:]
+
+    rewritten(store, first_rejected_and_second_twice)
+    assert any("was explained twice" in fault for fault in faults(store))
+
+
+def test_a_map_of_one_of_two_targets_that_is_lost_is_seen(tmp_path):
+    run_here(folder_of_tables(tmp_path / "in"), tmp_path / "out", target="top-2")
+    store = LocalStore(tmp_path / "out")
+    assert faults(store) == []
+    rewritten(store, lambda rows: rows[1:])
+    assert faults(store) != []
+
+
+def test_a_fragment_that_is_no_parquet_is_named(output):
+    key = next(iter(fragments_in(output)))
+    output.delete(key)
+    output.create(key, b"no Parquet at all")
+    assert any(fault.startswith(f"{key} cannot be read: ") for fault in faults(output))
+
+
+@pytest.mark.parametrize("name", ["sha256", "records", "ok", "rejected"])
+def test_metadata_that_changed_after_the_commit_are_seen(output, name):
+    key = next(iter(fragments_in(output)))
+    body, metadata = output.read(key), dict(output.head(key).metadata)
+    output.delete(key)
+    output.create(key, body, metadata={**metadata, name: "7"})
+    assert [fault for fault in faults(output) if f"{name} is" in fault and "and 7 in its metadata" in fault]
+
+
+def test_metadata_that_are_lost_are_seen(output):
+    for key in fragments_in(output):
+        body = output.read(key)
+        output.delete(key)
+        output.create(key, body)
+    found = faults(output)
+    assert len(found) == 4 * len(fragments_in(output))
+    assert all("None in its metadata" in fault for fault in found)
+
+
+@pytest.mark.parametrize("name", ["num_ok", "num_rejected", "num_forwards", "sha256", "metrics", "rejects"])
+def test_a_receipt_that_says_something_else_is_seen(output, name):
+    unit = existing_plan(output).units[0]
+    receipt = read_receipts(output, [unit])[unit.unit_id]
+    other = {"sha256": "0" * 64, "metrics": {"drop@p": {"sum": 0.0, "count": 1}}, "rejects": {"corrupt": 9}}
+    output.delete(receipt_key(unit.unit_id))
+    write_receipt(output, replace(receipt, **{name: other.get(name, 999)}))
+    assert [fault for fault in faults(output) if f": {name} is " in fault and "in its receipt" in fault]
+
+
+def test_metric_means_do_not_depend_on_order(output):
+    receipts = list(stand(output, load_plan(output)).receipts.values())
+    assert metric_means(receipts) == metric_means(receipts[::-1])
+    drops = [
+        row["metrics"]["drop"]
+        for key in fragments_in(output)
+        for row in read_fragment(output.read(key)).to_pylist()
+        if row["metrics"]
+    ]
+    (name,) = [name for name in metric_means(receipts) if name.startswith("drop@")]
+    assert metric_means(receipts)[name]["mean"] == pytest.approx(sum(drops) / len(drops))
+    assert metric_means(receipts)[name]["count"] == len(drops) == 7
+
+
+# ---------------------------------------------------------------- against the manifest and the receipts
+
+
+def test_a_fragment_that_the_manifest_gives_up_is_seen(output):
+    manifest = json.loads(output.read(MANIFEST_KEY))
+    named = manifest["fragments"].pop()
+    unit = next(unit for unit in load_plan(output).units if unit.fragment_key == named["key"])
+    manifest["dead"].append({"unit_id": unit.unit_id, "ordinal": unit.ordinal, "cause": "poison", "inputs": "x"})
+    output.put(MANIFEST_KEY, json.dumps(manifest).encode())
+    said = f"{named['key']} stands and is not in the final manifest: its unit was given up there"
+    assert faults(output) == [said]
+    with pytest.raises(UnreconciledError, match="was given up there"):
+        finalize(output, stand(output, load_plan(output)))
+
+
+def test_a_fragment_that_was_replaced_with_metadata_that_fit_is_seen(output):
+    rewritten(output, lambda rows: [{**row, "error": "changed"} for row in rows])
+    found = faults(output)
+    assert any("sha256 is" in fault and "in its receipt" in fault for fault in found)
+    assert any("sha256 is" in fault and "in the final manifest" in fault for fault in found)
+
+
+def test_a_manifest_that_lists_a_unit_twice_or_never(output):
+    manifest = json.loads(output.read(MANIFEST_KEY))
+    unit = load_plan(output).units[0]
+    manifest["dead"].append({"unit_id": unit.unit_id, "ordinal": 0, "cause": "poison", "inputs": "x"})
+    manifest["fingerprint"] = "0" * 64
+    output.put(MANIFEST_KEY, json.dumps(manifest).encode())
+    found = faults(output)
+    assert "unit 0 is both committed and dead in the final manifest" in found
+    assert any(fault.startswith("the final manifest is of job 0000") for fault in found)
+
+
+# ---------------------------------------------------------------- what cannot be read
+
+
+@pytest.mark.parametrize("name", ["status", "verify", "finalize", "explain"])
+@pytest.mark.parametrize(
+    "key", ["data/", "_job/final/manifest.json", "_job/plan/plan.json", "_job/plan/units-"], ids=lambda key: key
+)
+def test_a_damaged_object_is_exit_5_and_named(output, capsys, monkeypatch, name, key):
+    (damaged, *_) = sorted(info.key for info in output.list(key))
+    output.put(damaged, b"PAR1 {")
+    for receipt in output.list("_job/receipts/"):
+        output.delete(receipt.key)
+    arguments = [name, str(output.root)]
+    if name == "explain":
+        arguments = [name, "--data", str(output.root.parent / "in"), "--output", str(output.root), "--model", MODEL]
+        arguments += ["--runner", "local"]
+    monkeypatch.setattr("sys.argv", ["blocksight", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = "".join(capsys.readouterr())
+    assert ended.value.code == 5, said
+    assert damaged.removeprefix("_job/plan/units") in said or "_job/plan/plan.json" in said
+
+
+def test_a_damaged_receipt_is_made_anew(output):
+    before = {info.key: output.read(info.key) for info in output.list("_job/receipts/")}
+    for key in before:
+        output.put(key, b"")
+    made = stand(output, load_plan(output)).receipts
+    assert {receipt.sha256 for receipt in made.values()} == {json.loads(body)["sha256"] for body in before.values()}
+    assert faults(output) == []
+
+
+def test_a_job_without_its_manifest_is_not_complete(output, capsys, monkeypatch):
+    output.delete(MANIFEST_KEY)
+    for name, code in (("status", 4), ("verify", 4), ("finalize", 0), ("status", 0), ("verify", 0)):
+        monkeypatch.setattr("sys.argv", ["blocksight", name, str(output.root)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert (ended.value.code or 0) == code, name

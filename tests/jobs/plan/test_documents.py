@@ -1,0 +1,376 @@
+"""JSON of an output that is damaged, or of another shape: one sentence, whatever document, damage and command."""
+
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from blocksight.jobs.audit.result import AUDIT_KEY, read_audit
+from blocksight.jobs.audit.run import AuditRequest, run_audit
+from blocksight.jobs.cli.main import app
+from blocksight.jobs.ledger import attempt_markers
+from blocksight.jobs.ledger.dead_letters import letter_key, read_letters
+from blocksight.jobs.ledger.output import model_facts
+from blocksight.jobs.ledger.receipts import read_receipts, receipt_key, written_receipt
+from blocksight.jobs.ledger.reconcile import MANIFEST_KEY, final_manifest
+from blocksight.jobs.plan.config import digest_of
+from blocksight.jobs.plan.documents import parsed, read_document
+from blocksight.jobs.plan.forward_setting import FORWARD_KEY, planned_forward
+from blocksight.jobs.plan.plan import MODEL_KEY, PLAN_FOLDER, PLAN_KEY, UNITS_SCHEMA, Plan, existing_plan, load_plan
+from blocksight.jobs.plan.records import Cause, DeadLetter, ModelFacts, Receipt, UnreconciledError
+from blocksight.storage.stores.local import LocalStore
+from blocksight.storage.stores.store import ObjectStore
+from tests.jobs.jobs_of import run_here
+from tests.jobs.tiny import MODEL, folder_of_images
+from tests.storage.memory import MemoryStore
+
+COMMANDS = {
+    "status": ("status",),
+    "verify": ("verify",),
+    "show": ("show", "ant/000.png", "--blocks", "--model", MODEL),
+    "report": ("report",),
+    "audit": ("audit", "--model", MODEL),
+    "compare": ("compare",),
+    "versus": ("versus", "{other}", "--output", "difference"),
+    "spotlight": ("export", "spotlight", "exported"),
+    "virelay": ("export", "virelay", "exported"),
+    "sql": ("sql",),
+    "retry": ("retry",),
+    "finalize": ("finalize", "--max-dead-units", "9"),
+    "gc": ("gc",),
+    "evaluate": ("evaluate", "--metrics", "gini", "--runner", "local", "--model", MODEL),
+    "explain": ("explain", "--model", MODEL, "--runner", "local", "--max-dead-units", "9"),
+}
+
+DAMAGE: Mapping[str, Callable[[bytes], bytes]] = {
+    "cut": lambda body: body[: len(body) // 2],
+    "empty": lambda _: b"",
+    "no UTF-8": lambda body: body.replace(b'"', b'"\xff', 1),
+    "list": lambda _: b"[]",
+    "number": lambda _: b"7",
+    "null": lambda _: b"null",
+    "text": lambda _: b'"data"',
+    "no field": lambda _: b"{}",
+    "another field": lambda body: changed(body, lambda own: own | {"strange": 1}),
+    "fields of null": lambda body: changed(body, lambda own: dict.fromkeys(own)),
+    "fields of lists": lambda body: changed(body, lambda own: {name: [[]] for name in own}),
+    "fields of text": lambda body: changed(body, lambda own: dict.fromkeys(own, "../../x")),
+    "fields of NaN": lambda body: changed(body, lambda own: dict.fromkeys(own, float("nan"))),
+    "fields of many digits": lambda body: changed(body, lambda own: dict.fromkeys(own, 10**4000)),
+    "negative numbers": lambda body: changed(body, lambda own: mapped(own, lambda value: -1 - value)),
+    "huge numbers": lambda body: changed(body, lambda own: mapped(own, lambda value: value + 2**63)),
+    "too many digits": lambda body: body.replace(b"{", b'{"strange": ' + b"9" * 5000 + b",", 1),
+    "nested": lambda _: b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
+    "a field twice": lambda body: body.replace(b"{", b"{" + body.strip()[1:-1] + b",", 1),
+    "too long": lambda body: body + b" " * (17 << 20),
+}
+"""What may become of a document, by name. Each must be noticed."""
+
+
+def changed(body: bytes, change: Callable[[Any], Any]) -> bytes:
+    return json.dumps(change(json.loads(body))).encode()
+
+
+def mapped(value, change):
+    """The JSON value with another number in place of each."""
+    if isinstance(value, dict):
+        return {name: mapped(own, change) for name, own in value.items()}
+    if isinstance(value, list):
+        return [mapped(own, change) for own in value]
+    return change(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def unit_ids(store: ObjectStore) -> list[str]:
+    return [unit.unit_id for unit in existing_plan(store).units]
+
+
+RUN = "_job/runs/20260101T000000Z-00000000/"
+KEYS: Mapping[str, Callable[[ObjectStore], str]] = {
+    "plan": lambda _: PLAN_KEY,
+    "model": lambda _: MODEL_KEY,
+    "forward": lambda _: FORWARD_KEY,
+    "manifest": lambda _: MANIFEST_KEY,
+    "audit": lambda _: AUDIT_KEY,
+    "letter": lambda store: letter_key(unit_ids(store)[-1]),
+    "receipt": lambda store: receipt_key(unit_ids(store)[0]),
+    "run": lambda _: f"{RUN}run.json",
+    "stop": lambda _: f"{RUN}stop",
+    "marker": lambda store: f"{attempt_markers.FOLDER}{unit_ids(store)[0]}/read-x.json",
+}
+"""The documents of an output."""
+READERS: Mapping[str, Callable[[ObjectStore, Plan], object]] = {
+    "plan": lambda store, _: load_plan(store),
+    "model": lambda store, _: model_facts(store),
+    "forward": lambda store, _: planned_forward(store),
+    "manifest": final_manifest,
+    "audit": lambda store, _: read_audit(store),
+    "letter": lambda store, plan: read_letters(store, plan.units),
+    "receipt": lambda store, plan: written_receipt(store, plan.units[0]),
+}
+"""What reads them, where somebody does."""
+NOTICED = {
+    "status": {"plan", "manifest", "letter"},
+    "verify": {"plan", "manifest", "letter"},
+    "show": {"plan", "model", "forward"},
+    "report": {"plan", "model", "manifest", "audit", "letter"},
+    "audit": {"plan", "model"},
+    "compare": {"plan"},
+    "versus": {"plan"},
+    "spotlight": {"plan", "audit"},
+    "virelay": {"plan", "model", "audit"},
+    "sql": {"plan"},
+    "retry": {"plan", "manifest", "letter"},
+    "finalize": {"plan", "manifest", "letter"},
+    "gc": {"plan", "manifest", "letter"},
+    "evaluate": {"plan", "model", "forward"},
+    "explain": {"plan", "letter"},
+}
+"""The documents that a command must not do without."""
+REBUILT = {"status", "verify", "report", "gc", "explain"}
+"""Commands that read receipts or what runs noted, and go on without."""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A finished output with all that may stand in one, and a second of the same data."""
+    folder = tmp_path_factory.mktemp("documents")
+    data = folder_of_images(folder / "in", 2, bad=False)
+    run_here(data, folder / "other", explainer="layercam")
+    run_here(data, folder / "out")
+    store = LocalStore(folder / "out")
+    run_audit(AuditRequest(str(folder / "out"), tries=False), Console(quiet=True))
+    own = next(info.key for info in store.list("_job/runs/"))
+    store.put(f"{RUN}run.json", store.read(own))
+    store.put(f"{RUN}stop", b'{"reason": 15}')
+    store.put(KEYS["marker"](store), b'{"worker": 1}')
+    return folder
+
+
+@pytest.fixture
+def place(base, tmp_path, monkeypatch):
+    """A copy of the output, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base / "out", tmp_path / "out")
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def memory(base):
+    """A copy of the output in memory, whose last unit was given up."""
+    held, store = LocalStore(base / "out"), MemoryStore()
+    for info in held.list():
+        store.create(info.key, held.read(info.key))
+    give_up(store)
+    store.put(MANIFEST_KEY, held.read(MANIFEST_KEY))
+    return store
+
+
+def give_up(store: ObjectStore) -> None:
+    """Puts a dead letter in the place of the last unit's fragment, and takes the manifest away."""
+    unit = existing_plan(store).units[-1]
+    for key in (unit.fragment_key, receipt_key(unit.unit_id), MANIFEST_KEY):
+        store.delete(key)
+    letter = DeadLetter(unit.unit_id, unit.ordinal, "x", Cause.POISON, "read", "it died", unit.num_records)
+    store.create(letter_key(unit.unit_id), json.dumps(asdict(letter)).encode())
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("kind", READERS)
+def test_every_damage_to_a_document_is_one_sentence(memory, kind, damage):
+    plan, key = existing_plan(memory), KEYS[kind](memory)
+    READERS[kind](memory, plan)
+    body = memory.read(key)
+    memory.put(key, DAMAGE[damage](body))
+    with pytest.raises(UnreconciledError) as raised:
+        READERS[kind](memory, plan)
+    said = str(raised.value)
+    assert said.startswith(f"memory:///{key} is damaged, ")
+    assert len(said) < 600
+    assert "\n" not in said
+
+
+def test_no_more_of_a_document_is_read_than_the_bound(monkeypatch):
+    store = MemoryStore()
+    store.put("x", b"{}" + b" " * 1000)
+    asked = []
+    monkeypatch.setattr(store, "read", lambda _, length: asked.append(length) or b"{}" + b" " * (length - 2))
+    with pytest.raises(UnreconciledError, match="larger than 100 bytes"):
+        read_document(store, "x", ModelFacts, 100)
+    assert asked == [101]
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Receipt, "num_ok"), (DeadLetter, "ordinal"), (ModelFacts, "num_classes")])
+@pytest.mark.parametrize("value", [True, "1", 1.5, -1, 2**63, None])
+def test_a_count_is_a_whole_number(kind, name, value):
+    sound = {
+        Receipt: Receipt("u", 0, "f", 1, "s", 1, 1, 1, 0, {}, 0, {}),
+        DeadLetter: DeadLetter("u", 0, "x", "poison", "read", "it died", 1),
+        ModelFacts: ModelFacts("w", 5, (8, 8)),
+    }[kind]
+    assert parsed(json.dumps(asdict(sound)).encode(), kind) == sound
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        parsed(json.dumps(asdict(sound) | {name: value}).encode(), kind)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"unit_id": "../../x"}, "is of"),
+        ({"ordinal": 7}, "is of"),
+        ({"fragment": "../../../etc/passwd"}, "is of"),
+    ],
+)
+def test_a_receipt_of_another_unit_is_damaged_and_made_again(memory, fields, said):
+    unit = existing_plan(memory).units[0]
+    key, sound = receipt_key(unit.unit_id), memory.read(receipt_key(unit.unit_id))
+    memory.put(key, changed(sound, lambda own: own | fields))
+    with pytest.raises(UnreconciledError, match=said):
+        written_receipt(memory, unit)
+    assert read_receipts(memory, [unit])[unit.unit_id].fragment == unit.fragment_key
+    assert written_receipt(memory, unit).fragment == unit.fragment_key
+
+
+ROWS = {
+    "an id that is a path": {"unit_id": "../../../../../../.."},
+    "an id in capitals": {"unit_id": "A" * 20},
+    "no id": {"unit_id": None},
+    "another place": {"ordinal": 5},
+    "another layout": {"layout": "tar"},
+    "a layout that nobody knows": {"layout": "zip"},
+    "no layout": {"layout": None},
+    "a negative start": {"start": -1},
+    "a stop before the start": {"stop": -2},
+    "more images than objects": {"stop": 2**62, "num_records": 2**62},
+    "fewer than no records": {"num_records": -1},
+    "no object": {"objects": [], "stop": 0, "num_records": 0},
+    "null for objects": {"objects": None},
+    "null for an object": {"objects": [None]},
+    "an object without a version": {"objects": [{"key": "a", "size": 1, "etag": None}]},
+    "an object above the data": {"objects": [{"key": "../../etc/passwd", "size": 1, "etag": "x"}]},
+    "an object of no bytes and less": {"objects": [{"key": "a", "size": -1, "etag": "x"}]},
+}
+"""What a row of the plan's units may say instead."""
+
+
+def planned(store: ObjectStore, rows: list[dict]) -> None:
+    """Puts a plan of these units in place, consistent in itself."""
+    body = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=UNITS_SCHEMA), body)
+    key = f"{PLAN_FOLDER}units-{hashlib.sha256(body.getvalue()).hexdigest()[:16]}.parquet"
+    store.put(key, body.getvalue())
+    store.put(PLAN_KEY, changed(store.read(PLAN_KEY), lambda own: own | {"units": key, "num_units": len(rows)}))
+
+
+def rows_of(store: ObjectStore) -> list[dict]:
+    named = json.loads(store.read(PLAN_KEY))["units"]
+    return pq.read_table(io.BytesIO(store.read(named))).to_pylist()
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_units_that_are_none_are_refused(memory, row):
+    first, *others = rows_of(memory)
+    planned(memory, [first, *others])
+    assert load_plan(memory) is not None
+    planned(memory, [first | ROWS[row], *others])
+    with pytest.raises(UnreconciledError, match="is damaged"):
+        load_plan(memory)
+
+
+def test_units_that_are_there_twice_are_refused(memory):
+    first, *_ = rows_of(memory)
+    planned(memory, [first, first | {"ordinal": 1}])
+    with pytest.raises(UnreconciledError, match="the same id"):
+        load_plan(memory)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"fingerprint": "0" * 64}, "fingerprint is not that of its configuration"),
+        ({"num_units": 9}, "9 units are named"),
+        ({"units": f"{PLAN_FOLDER}units-{'0' * 16}.parquet"}, "there is no"),
+        ({"units": "../../../etc/passwd"}, "units: "),
+        ({"layout": "zip"}, "layout: "),
+        ({"ignored": {".txt": -1}}, "ignored"),
+    ],
+)
+def test_a_plan_is_consistent_or_damaged(memory, change, said):
+    memory.put(PLAN_KEY, changed(memory.read(PLAN_KEY), lambda own: own | change))
+    with pytest.raises(UnreconciledError, match=said):
+        load_plan(memory)
+
+
+def test_units_are_those_that_the_plan_names(memory):
+    named = json.loads(memory.read(PLAN_KEY))["units"]
+    body = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows_of(memory)[:1], schema=UNITS_SCHEMA), body)
+    memory.put(named, body.getvalue())
+    with pytest.raises(UnreconciledError, match="does not hold what its name says"):
+        load_plan(memory)
+
+
+CONFIGURATIONS = {
+    "model": [None, 7, "x" * 600],
+    "weights": [7, ["a"]],
+    "data": [None, "relative", "~nobody-of-this-name/x"],
+    "target": ["best", None, "top-9999999"],
+    "explainer": ["unknown", None, "ucag(" * 9],
+    "parameters": [None, [], "mu"],
+    "resize": ["stretch", None],
+    "seed": ["0", -1, None, 2**63],
+    "limit": [0, "9"],
+    "blocks": ["a", None, [1]],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, own in CONFIGURATIONS.items() for value in own])
+def test_a_configuration_of_another_shape_is_damaged(memory, name, value):
+    configuration = json.loads(memory.read(PLAN_KEY))["configuration"] | {name: value}
+    told = {"configuration": configuration, "fingerprint": digest_of(configuration)}
+    memory.put(PLAN_KEY, changed(memory.read(PLAN_KEY), lambda own: own | told))
+    with pytest.raises(UnreconciledError, match="configuration: "):
+        load_plan(memory)
+
+
+def ran(command: str, base: Path, place: Path) -> Result:
+    name, *rest = (part.format(other=base / "other") for part in COMMANDS[command])
+    named = ["--data", str(base / "in"), "--output", str(place)] if name == "explain" else [str(place)]
+    shutil.rmtree("exported", ignore_errors=True)
+    return CliRunner().invoke(app, [name, *named, *rest])
+
+
+def is_said(found: Result) -> bool:
+    """Whether the command ended with the sentence for a damaged output, exit 5; a traceback fails the test."""
+    if isinstance(found.exception, UnreconciledError):
+        return True
+    assert found.exception is None or isinstance(found.exception, SystemExit), repr(found.exception)
+    return found.exit_code == 5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_shape_of_a_document_is_a_traceback(base, place, command):
+    """Each document that the command needs is damaged in one way; the ways go round over commands and documents."""
+    noticed = NOTICED[command]
+    for kind in KEYS:
+        if kind not in noticed and not (command in REBUILT and kind not in READERS.keys() - {"receipt"}):
+            continue
+        store = LocalStore(place)
+        if kind == "letter":
+            give_up(store)
+        key = KEYS[kind](store)
+        body = (store if kind == "letter" else LocalStore(base / "out")).read(key)
+        turn = 3 * list(COMMANDS).index(command) + list(KEYS).index(kind)
+        name = list(DAMAGE)[turn % len(DAMAGE)]
+        store.put(key, DAMAGE[name](body))
+        assert is_said(ran(command, base, place)) == (kind in noticed), (kind, name)
+        store.put(key, body)

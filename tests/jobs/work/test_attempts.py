@@ -1,0 +1,471 @@
+"""Attempts, isolation, dead letters, retry, budgets and leftovers, without any process but this one and a child."""
+
+import json
+import os
+import pickle
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from blocksight.jobs.ledger import attempt_markers
+from blocksight.jobs.ledger.dead_letters import bury, read_letters
+from blocksight.jobs.ledger.garbage import remove_leftovers
+from blocksight.jobs.ledger.receipts import receipt_of
+from blocksight.jobs.ledger.reconcile import MANIFEST_KEY, UnreconciledError, check, finalize, stand
+from blocksight.jobs.ledger.retry import reopen
+from blocksight.jobs.ledger.stop_request import sign_key
+from blocksight.jobs.plan.config import ConfigError, Execution
+from blocksight.jobs.plan.plan import Plan, load_plan, settle_plan
+from blocksight.jobs.plan.records import Cause, DeadLetter, Receipt, UnitFailure, UnitSkipped
+from blocksight.jobs.run.budgets import FIRST_UNITS, Budget, Opening, excess
+from blocksight.jobs.run.job import plan_job, run_job
+from blocksight.jobs.work import attempts
+from blocksight.jobs.work.attempts import Desk, attempted
+from blocksight.jobs.work.isolation import Isolated, ProcessDiedError, ProcessStartError, free_bytes
+from blocksight.jobs.work.unit import commit_unit
+from blocksight.storage.rejects import Reject, RejectCode
+from blocksight.storage.stores.local import LocalStore
+from blocksight.storage.stores.store import (
+    ChangedError,
+    DamagedError,
+    MissingError,
+    ObjectError,
+    StoreError,
+    UnavailableError,
+)
+from tests.jobs.jobs_of import blocksight, config_of, fragments_in, rows_in, run_here
+from tests.jobs.tiny import folder_of_images, folder_of_tables, folder_of_tars, picture, red
+from tests.jobs.work.test_commit import UNIT, result
+from tests.storage.memory import MemoryStore
+
+
+def desk(output=None):
+    return Desk(MemoryStore(), output or MemoryStore(), "run")
+
+
+def raising(error):
+    def work(careful):
+        raise error
+
+    return work
+
+
+def markers_in(store):
+    return [info.key for info in store.list(attempt_markers.FOLDER)]
+
+
+# ---------------------------------------------------------------- attempts
+
+
+def test_a_marker_stands_while_a_step_works_and_goes_with_it():
+    place = desk()
+    seen = attempted(UNIT, "explain", place, lambda careful: (careful, markers_in(place.output)))
+    assert seen[0] is False
+    (marker,) = seen[1]
+    assert marker.startswith(f"_job/attempts/{UNIT.unit_id}/explain-")
+    assert markers_in(place.output) == []
+    attempted(UNIT, "explain", place, raising(ValueError("x")))
+    assert markers_in(place.output) == []
+
+
+@pytest.mark.parametrize(("deaths", "careful"), [(0, False), (1, False), (2, True), (11, True)])
+def test_deaths_in_one_step_make_its_next_attempt_careful(deaths, careful):
+    place = desk()
+    for number in range(deaths):
+        place.output.put(f"_job/attempts/{UNIT.unit_id}/read-{number}.json", b"{}")
+        place.output.put(f"_job/attempts/{'b' * 20}/explain-{number}.json", b"{}")
+    assert attempted(UNIT, "read", place, lambda careful: careful) is careful
+    assert attempted(UNIT, "explain", place, lambda careful: careful) is False
+
+
+def test_a_unit_that_kills_again_and_again_is_dead():
+    place = desk()
+    for number in range(attempts.MOST_DEATHS):
+        place.output.put(f"_job/attempts/{UNIT.unit_id}/read-{number}.json", b"{}")
+    letter = attempted(UNIT, "read", place, lambda _: "never called")
+    assert isinstance(letter, DeadLetter)
+    assert (letter.cause, letter.stage, letter.inputs) == ("poison", "read", "t.parquet")
+    assert read_letters(place.output, [UNIT]) == {UNIT.unit_id: letter}
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (MissingError("gone"), "input_missing"),
+        (ChangedError("other"), "input_changed"),
+        (ObjectError("archived"), "input_unreadable"),
+        (DamagedError("broken"), "container_corrupt"),
+        (ProcessDiedError("SIGSEGV"), "poison"),
+    ],
+)
+def test_what_is_wrong_with_an_input_is_a_dead_letter_with_its_cause(error, cause):
+    letter = attempted(UNIT, "read", desk(), raising(error))
+    assert isinstance(letter, DeadLetter)
+    assert (letter.cause, letter.error) == (cause, str(error))
+
+
+@pytest.mark.parametrize(
+    ("stage", "error", "away"),
+    [
+        ("commit", MissingError("gone"), False),
+        ("explain", MemoryError(), False),
+        ("read", StoreError("denied"), False),
+        ("commit", UnavailableError("503"), True),
+    ],
+)
+def test_other_trouble_leaves_the_unit_open(stage, error, away):
+    place = desk()
+    failure = attempted(UNIT, stage, place, raising(error))
+    assert isinstance(failure, UnitFailure)
+    assert failure.store_is_away is away
+    assert read_letters(place.output, [UNIT]) == {}
+
+
+def test_a_run_that_was_asked_to_stop_takes_no_unit_and_keeps_what_is_explained():
+    place = desk()
+    place.output.put(sign_key("another"), b"")
+    assert attempted(UNIT, "read", place, lambda _: "worked") == "worked"
+    place.output.put(sign_key("run"), b"SIGTERM")
+    for stage in ("read", "explain"):
+        assert attempted(UNIT, stage, place, lambda _: "worked") == UnitSkipped(UNIT.unit_id)
+    assert attempted(UNIT, "commit", place, lambda _: "worked") == "worked"
+
+
+def test_the_markers_of_an_interrupted_run_are_no_deaths():
+    place = desk()
+    with pytest.raises(KeyboardInterrupt):
+        attempted(UNIT, "read", place, raising(KeyboardInterrupt()))
+    for run in ("run", "another"):
+        place.output.put(f"_job/attempts/{UNIT.unit_id}/explain-{run}-1.json", b"{}")
+    attempt_markers.forget_interrupted(place.output, "run")
+    assert markers_in(place.output) == [f"_job/attempts/{UNIT.unit_id}/explain-another-1.json"]
+
+
+# ---------------------------------------------------------------- isolation
+
+
+def itself(function):
+    return function
+
+
+class OddError(Exception):
+    def __init__(self, one, two):
+        super().__init__("it does not pickle")
+
+
+def fatal(item):
+    if item == "abort":
+        os.abort()
+    if item == "raise":
+        raise ZeroDivisionError("by nothing")
+    if item == "reject":
+        raise Reject(RejectCode.CORRUPT, "one of ours")
+    if item == "odd":
+        raise OddError(1, 2)
+    if item == "result":
+        return lambda: "which does not pickle"
+    if item == "much":
+        return len(np.zeros(int(0.9 * free_bytes()), np.uint8))
+    return item, os.getpid()
+
+
+def test_a_process_apart_dies_alone_and_says_how():
+    with Isolated(partial(itself, fatal)) as apart:
+        first = apart("fine")
+        assert first[0] == "fine"
+        assert first[1] != os.getpid()
+        assert apart("still")[1] == first[1]
+        with pytest.raises(ProcessDiedError, match="2 processes that worked on it died: Aborted"):
+            apart("abort")
+        with pytest.raises(ZeroDivisionError, match="by nothing"):
+            apart("raise")
+        with pytest.raises(Reject, match="one of ours") as caught:
+            apart("reject")
+        assert caught.value.code is RejectCode.CORRUPT
+        with pytest.raises(RuntimeError, match="OddError: it does not pickle"):
+            apart("odd")
+        with pytest.raises((AttributeError, pickle.PicklingError), match="pickle"):
+            apart("result")
+        with pytest.raises(MemoryError):
+            apart("much")
+        last = apart("fine again")[1]
+    assert last != first[1]
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{last}").exists():
+        assert time.monotonic() < deadline, "the process apart lives on"
+
+
+def cannot_be_made():
+    raise OSError("no such weights")
+
+
+@pytest.mark.parametrize(("make", "how"), [(cannot_be_made, "OSError|no such weights"), (os.abort, "Aborted")])
+def test_a_process_apart_that_does_not_start_blames_no_item(make, how):
+    with Isolated(make) as apart, pytest.raises(ProcessStartError, match=how):
+        apart("innocent")
+
+
+# ---------------------------------------------------------------- dead letters, retry, budgets
+
+
+def test_the_first_letter_stands():
+    store = MemoryStore()
+    bury(store, UNIT, "read", Cause.POISON, "the first")
+    bury(store, UNIT, "read", Cause.INPUT_MISSING, "the second")
+    assert read_letters(store, [UNIT])[UNIT.unit_id].error == "the first"
+
+
+def test_a_retry_begins_without_the_deaths_before_it():
+    place = desk()
+    plan = SimpleNamespace(units=(UNIT,))
+    for number in range(attempts.MOST_DEATHS):
+        place.output.put(f"_job/attempts/{UNIT.unit_id}/read-{number}.json", b"{}")
+    attempted(UNIT, "read", place, lambda _: "never called")
+    assert [letter.cause for letter in reopen(place.output, plan)] == ["poison"]
+    assert attempted(UNIT, "read", place, lambda careful: careful) is False
+
+
+def test_a_fragment_outweighs_a_letter():
+    store = MemoryStore()
+    assert isinstance(bury(store, UNIT, "read", Cause.POISON, "x"), DeadLetter)
+    receipt = commit_unit(result(), store, "job")
+    assert isinstance(bury(store, UNIT, "read", Cause.POISON, "x"), Receipt)
+    assert receipt_of(UNIT, store.read(UNIT.fragment_key)).sha256 == receipt.sha256
+    standing = stand(store, Plan({}, UNIT.layout, (UNIT,), 1, 9, 2, {}))
+    assert (standing.receipts.keys(), standing.dead, standing.outweighed) == ({UNIT.unit_id}, {}, [UNIT.unit_id])
+    assert finalize(store, standing)["dead"] == []
+    assert read_letters(store, [UNIT]) == {}
+
+
+@pytest.fixture
+def half_dead(tmp_path):
+    """A finished run over shards of which one was gone."""
+    data = folder_of_tars(tmp_path / "in")
+    whole = (data / "a.tar").read_bytes()
+    times = (data / "a.tar").stat().st_mtime_ns
+    output, plan = plan_job(config_of(data, tmp_path / "out"), Execution(runner="local"))
+    settle_plan(output, plan)
+    (data / "a.tar").unlink()
+    outcome = run_here(data, tmp_path / "out")
+
+    def mend():
+        (data / "a.tar").write_bytes(whole)
+        os.utime(data / "a.tar", ns=(times, times))
+
+    return data, LocalStore(tmp_path / "out"), outcome, mend
+
+
+def test_a_dead_unit_is_no_success_until_it_is_retried_or_done_without(half_dead, tmp_path):
+    data, store, outcome, mend = half_dead
+    assert outcome.manifest is None
+    assert outcome.excess[0] == f"{len(outcome.standing.dead)} dead units, and --max-dead-units allows 0"
+    letters = list(outcome.standing.dead.values())
+    assert {(letter.cause, letter.inputs, letter.stage) for letter in letters} == {("input_missing", "a.tar", "read")}
+    assert [row["shard"].endswith("b.tar") for row in rows_in(store)] == [True] * 4
+    with pytest.raises(ConfigError, match="cause 'posion' is not known; known: input_missing"):
+        reopen(store, load_plan(store), "posion")
+    assert reopen(store, load_plan(store), "poison") == []
+    mend()
+    assert reopen(store, load_plan(store)) == letters
+    assert run_here(data, tmp_path / "out").manifest["dead"] == []
+    run_here(data, tmp_path / "undisturbed")
+    assert fragments_in(store) == fragments_in(LocalStore(tmp_path / "undisturbed"))
+    with pytest.raises(ConfigError, match="is finished"):
+        reopen(store, load_plan(store))
+
+
+def test_a_manifest_names_the_dead_that_are_done_without(half_dead):
+    _, store, outcome, _ = half_dead
+    manifest = finalize(store, outcome.standing)
+    assert {(dead["cause"], dead["inputs"]) for dead in manifest["dead"]} == {("input_missing", "a.tar")}
+    assert {dead["unit_id"] for dead in manifest["dead"]} == outcome.standing.dead.keys()
+    (share,) = excess(outcome.standing, Budget(0.5, len(outcome.standing.dead)))
+    lost = sum(letter.num_records for letter in outcome.standing.dead.values())
+    assert share.startswith(f"{lost + outcome.standing.total('num_rejected'):,} of")
+    assert excess(outcome.standing, Budget(1.0, len(outcome.standing.dead))) == []
+
+
+def test_a_job_that_was_finished_without_its_dead_is_complete(half_dead, tmp_path):
+    data, _, outcome, _ = half_dead
+    out, dead = tmp_path / "out", len(outcome.standing.dead)
+    assert blocksight("finalize", out).returncode == 3
+    assert blocksight("finalize", out, "--max-dead-units", dead).returncode == 0
+    for again in (["finalize", out], ["status", out], ["verify", out]):
+        done = blocksight(*again)
+        assert done.returncode == 0, done.stdout
+        assert "retry" not in done.stdout
+    assert run_here(data, out).excess == excess_of_share(outcome)
+
+
+def excess_of_share(outcome):
+    return tuple(excess(outcome.standing, Budget(0.5, len(outcome.standing.dead))))
+
+
+def test_open_units_come_before_dead_ones(half_dead, tmp_path):
+    _, store, outcome, _ = half_dead
+    store.delete(next(iter(outcome.standing.receipts.values())).fragment)
+    for name in ("finalize", "status", "verify"):
+        assert blocksight(name, tmp_path / "out").returncode == 4, name
+
+
+def test_a_retry_that_a_manifest_overtakes_opens_nothing(half_dead, monkeypatch):
+    _, store, outcome, _ = half_dead
+    asked = iter([None, {"dead": []}])
+    monkeypatch.setattr("blocksight.jobs.ledger.retry.final_manifest", lambda *_: next(asked))
+    with pytest.raises(ConfigError, match="finished meanwhile"):
+        reopen(store, outcome.standing.plan)
+    assert read_letters(store, outcome.standing.plan.units) == outcome.standing.dead
+
+
+def test_finalize_compares_sets_and_metadata(tmp_path):
+    run_here(folder_of_tables(tmp_path / "in"), tmp_path / "out")
+    store = LocalStore(tmp_path / "out")
+    store.delete(MANIFEST_KEY)
+    standing = stand(store, load_plan(store))
+    store.put("data/999999-00.parquet", b"x")
+    (fragment,) = (key for key in fragments_in(store) if key.startswith("data/000000"))
+    body = store.read(fragment)
+    store.delete(fragment)
+    store.create(fragment, body, metadata={"sha256": "0" * 64})
+    with pytest.raises(UnreconciledError, match=r"999999-00.parquet was not planned\n.*sha256 is .* and 0000"):
+        finalize(store, replace(standing, strangers=stand(store, standing.plan).strangers))
+    assert store.head(MANIFEST_KEY) is None
+
+
+def test_a_job_of_which_nothing_is_explained_stops_early(tmp_path, monkeypatch):
+    monkeypatch.setattr("blocksight.cluster.sizing.LEAST_UNIT_SECONDS", 1.0)
+    (tmp_path / "in").mkdir()
+    for number in range(FIRST_UNITS + 4):
+        (tmp_path / "in" / f"{number}.png").write_bytes(b"no picture")
+    outcome = run_here(tmp_path / "in", tmp_path / "out")
+    patient = execute(tmp_path / "in", tmp_path / "patient", max_reject_fraction=1.0)
+    assert (patient.ran.stopped, patient.excess, patient.standing.open_units) == (None, (), [])
+    assert outcome.ran.is_hopeless
+    assert outcome.ran.stopped == "no record of the first 5 units was explained (5 not_an_image)"
+    assert len(outcome.standing.open_units) == 4
+    (tmp_path / "in" / "5.png").write_bytes(picture(1))
+    assert run_here(tmp_path / "in", tmp_path / "other").manifest is None
+    (tmp_path / "in" / "0.png").write_bytes(picture(1))
+    done = run_here(tmp_path / "in", tmp_path / "third")
+    assert done.manifest is not None
+    assert done.excess == ("7 of 9 records were rejected or are in dead units, and --max-reject-fraction allows 0.5",)
+
+
+def execute(data, output, **execution):
+    return run_job(config_of(data, output), Execution(runner="local", **execution), Console(quiet=True))
+
+
+def test_the_opening_ends_with_the_first_explained_record():
+    opening = Opening(is_over=False)
+    bad = receipt(num_ok=0, rejects={"corrupt": 2})
+    for _ in range(FIRST_UNITS - 1):
+        opening.add(bad)
+    opening.add(UnitFailure("x", 0, "x", "read", "x"))
+    opening.add(DeadLetter("x", 0, "x", "input_missing", "read", "x", 7))
+    assert not opening.is_hopeless
+    opening.add(bad)
+    assert opening.is_hopeless
+    assert opening.verdict() == "no record of the first 5 units was explained (10 corrupt)"
+    opening.add(receipt(num_ok=1, rejects={}))
+    assert not opening.is_hopeless
+
+
+def receipt(num_ok, rejects):
+    return Receipt("u", 0, "f", 1, "s", 2, 2, num_ok, 2 - num_ok, rejects, 0, {})
+
+
+# ---------------------------------------------------------------- a model that fails over one record
+
+
+def test_a_record_that_the_model_raises_over_is_rejected_alone(tmp_path):
+    data = folder_of_images(tmp_path / "in", 3, bad=False)
+    (data / "cat" / "red.png").write_bytes(red())
+    run_here(data, tmp_path / "out", model="tests.jobs.tiny:make_raising")
+    rows = {row["key"]: row for row in rows_in(LocalStore(tmp_path / "out"))}
+    assert rows["cat/red.png"]["reject_code"] == "model_failed"
+    assert rows["cat/red.png"]["error"] == "RuntimeError: this model sees red"
+    run_here(data, tmp_path / "calm")
+    calm = {row["key"]: row for row in rows_in(LocalStore(tmp_path / "calm"))}
+    for key in ("ant/000.png", "bee/001.png", "cat/002.png"):
+        assert rows[key]["map"] == calm[key]["map"]
+
+
+def few_images(root):
+    return folder_of_images(root, 3)
+
+
+@pytest.mark.parametrize("make", [few_images, folder_of_tars, folder_of_tables])
+def test_a_careful_unit_has_the_same_bytes(tmp_path, monkeypatch, make):
+    """Two earlier deaths in every step: all of it runs record by record, in processes apart, rejects of reading too."""
+    monkeypatch.setattr("blocksight.cluster.sizing.LEAST_UNIT_SECONDS", 600.0)
+    data = make(tmp_path / "in")
+    output, plan = plan_job(config_of(data, tmp_path / "plain", target="top-2"), Execution(runner="local"))
+    settle_plan(output, plan)
+    if make is few_images:
+        (data / plan.units[0].objects[0].key).unlink()
+    run_here(data, tmp_path / "plain", target="top-2")
+    store, plain = LocalStore(tmp_path / "out"), LocalStore(tmp_path / "plain")
+    for unit in load_plan(plain).units:
+        for stage in ("read", "explain", "commit"):
+            for number in range(2):
+                store.put(f"_job/attempts/{unit.unit_id}/{stage}-{number}.json", b"{}")
+    for info in plain.list("_job/plan/"):
+        store.put(info.key, plain.read(info.key))
+    run_here(data, tmp_path / "out", target="top-2")
+    assert fragments_in(store) == fragments_in(plain)
+    assert make is not few_images or "input_missing" in {row["reject_code"] for row in rows_in(store)}
+
+
+# ---------------------------------------------------------------- leftovers
+
+
+def test_leftovers_go_and_facts_stay(tmp_path):
+    run_here(folder_of_images(tmp_path / "in", 3), tmp_path / "out")
+    store = LocalStore(tmp_path / "out")
+    facts = {info.key: info.etag for info in store.list()}
+    plan = load_plan(store)
+    letter = asdict(bury(MemoryStore(), plan.units[0], "read", Cause.POISON, "x"))
+    left = [
+        f"_job/attempts/{plan.units[0].unit_id}/read-1.json",
+        f"_job/dead/{plan.units[0].unit_id}.json",
+        "_job/plan/units-0000.parquet",
+        "_job/probe-1-twice",
+        "_job/runs/r/stop",
+        "data/_probe-1",
+        "_job/receipts/_probe-2",
+    ]
+    for key in left:
+        store.put(key, json.dumps(letter).encode())
+    old = tmp_path / "out/data/.writing-00"
+    old.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    (tmp_path / "out/data/.writing-01").write_bytes(b"being written now")
+    (tmp_path / "out/data/.metadata+77-none.parquet.json").write_bytes(b"{}")
+    os.utime(tmp_path / "out/data/.metadata+77-none.parquet.json", (0, 0))
+    expected = sorted([*left, "data/.writing-00", "data/.metadata+77-none.parquet.json"])
+    standing = stand(store, plan)
+    assert standing.strangers == []
+    assert [faults for _, faults in check(store, plan) if faults] == []
+    assert sorted(remove_leftovers(store, standing, dry_run=True)) == expected
+    assert old.exists()
+    assert sorted(remove_leftovers(store, standing)) == expected
+    assert {info.key: info.etag for info in store.list()} == facts
+    assert not old.exists()
+    assert (tmp_path / "out/data/.writing-01").exists()
+    assert remove_leftovers(store, standing) == []
+
+
+def test_leftovers_of_a_job_that_may_be_at_work_stay(tmp_path):
+    run_here(folder_of_images(tmp_path / "in", 3), tmp_path / "out")
+    store = LocalStore(tmp_path / "out")
+    store.delete(MANIFEST_KEY)
+    store.put("_job/probe-1-twice", b"x")
+    store.put("_job/runs/r/stop", b"x")
+    store.put(f"_job/attempts/{'c' * 20}/read-1.json", b"{}")
+    assert remove_leftovers(store, stand(store, load_plan(store))) == []
