@@ -56,6 +56,8 @@ def follow(block: Block) -> None:
         Path(named[1]).parent.mkdir(parents=True, exist_ok=True)
         Path(named[1]).write_text(block.code)
     match block.language:
+        case "python" | "diff" if (block.mark or "").startswith(("new: ", "change: ")):
+            pass  # `test_worked_example.py` puts it in its place
         case "bash" if (block.mark or "").startswith("command: "):
             pass  # `.ci/run` runs it, see test_ci_runs_the_marked_commands
         case "bash":
