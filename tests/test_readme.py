@@ -8,6 +8,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import fields
@@ -148,7 +149,7 @@ def help_of(module: str) -> str:
 def follow_python(block: Block) -> None:
     """Runs a snippet; one that prints says something."""
     if IN_A_PROCESS.search(block.code):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}  # no cluster that is here already
+        environment = {**os.environ, "RAY_ADDRESS": "local"}  # no cluster that is here already
         command = [sys.executable, "-c", block.code]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{block.place}\n{done.stderr}"
@@ -353,6 +354,17 @@ def test_presets():
         for name, entry in EXPLAINERS.items()
         for own in fields(entry.parameters)
         if own.name in entry.fast
+    ]
+
+
+@pytest.mark.parametrize("readme", [name for name, text in READMES.items() if "| room | holds |" in text])
+def test_rooms_are_the_layers_that_are_checked(readme):
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    package = f"blocksight.{Path(readme).parent.name}"
+    (layers,) = [one["layers"] for one in contracts if one.get("containers") == [package]]
+    body = READMES[readme].split("| room | holds |\n| --- | --- |\n")[1].split("\n\n")[0]
+    assert [set(names_in(row.split(" | ")[0])) for row in body.splitlines()] == [
+        set(one.split(" | ")) for one in layers
     ]
 
 
