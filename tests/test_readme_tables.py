@@ -1,4 +1,4 @@
-"""The READMEs' tables that follow from the code: the output's columns and the configuration's keys."""
+"""The READMEs' tables that follow from the code: columns of an output, keys of a configuration, public names."""
 
 from collections.abc import Iterator
 
@@ -6,9 +6,10 @@ import pyarrow as pa
 import pytest
 from pydantic import BaseModel
 
+import blocksight
 from blocksight.jobs.plan.config import Execution, JobConfig
 from blocksight.storage.outputs.schema import EVALUATION, SCHEMA
-from tests.jobs.jobs_of import ROOT
+from tests.readmes import ROOT, names_in, tables
 
 
 def column_lines(schema: pa.Schema) -> Iterator[str]:
@@ -53,3 +54,8 @@ def _as_text(default: object) -> str:
 def test_the_table_is_the_codes(readme, mark, lines):
     table = "\n".join((f"<!-- {mark} -->", *lines))
     assert f"{table}\n\n" in (ROOT / readme / "README.md").read_text(), f"put this table in place:\n{table}"
+
+
+def test_every_public_name_is_listed_once():
+    (rows,) = tables("names")
+    assert sorted(name for row in rows for name in names_in(row[0])) == sorted(blocksight.NAMES)
