@@ -24,9 +24,9 @@ from blocksight.engine.catalog.entries import EXPLAINERS, FIDELITIES, METRICS, M
 from blocksight.engine.catalog.parameters import SiseParameters
 from blocksight.engine.catalog.side_products import SideProducts
 from blocksight.jobs.cli import app, main, reading_commands
-from blocksight.jobs.plan.config import Execution, JobConfig, load_config
+from blocksight.jobs.plan.config import load_config
 from blocksight.jobs.plan.records import Cause
-from blocksight.storage.outputs.schema import EVALUATION, PRODUCT_COLUMNS, SCHEMA
+from blocksight.storage.outputs.schema import PRODUCT_COLUMNS
 from blocksight.storage.rejects import RejectCode
 from tests.jobs.jobs_of import blocksight
 from tests.jobs.tiny import MODEL, folder_of_images, picture
@@ -323,7 +323,6 @@ NAMED: dict[str, list[str]] = {
     "`--fidelity`": list(FIDELITIES),
     "`FORMAT`": list(FORMATS),
     "parameter of `sise`": [own.name for own in fields(SiseParameters)],
-    "key, `--option`": [*JobConfig.model_fields, *Execution.model_fields],
 }
 """Headers of tables, and the names that their first column has, each once."""
 
@@ -368,13 +367,10 @@ def test_rooms_are_the_layers_that_are_checked(readme):
     ]
 
 
-def test_columns():
+def test_columns_of_methods():
     (products,) = tables("column | method | holds")
     listed = sorted(names_in(row[0])[0] for row in products)
     assert listed == sorted(PRODUCT_COLUMNS) == sorted(own.name for own in fields(SideProducts))
-    found = tables("column | type | meaning")
-    listed = [[(names_in(row[0])[0], row[-1]) for row in rows] for rows in found]
-    assert listed == [[(own.name, own.metadata[b"meaning"].decode()) for own in one] for one in (SCHEMA, EVALUATION)]
 
 
 # ---------------------------------------------------------------- measured figures
