@@ -116,7 +116,7 @@ class JobConfig(BaseModel):
         default="squash", description="whole image, or its centre at the short side"
     )
     limit: int | None = Field(default=None, ge=1, description="only the first so many records")
-    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="of everything random")
+    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="of all random numbers")
 
     @field_validator("blocks", mode="before")
     @classmethod
@@ -290,16 +290,16 @@ class Execution(BaseModel):
         default=None,
         ge=1,
         le=MAX_BATCH_SIZE,
-        description="masked inputs per forward; none: by rule",
+        description="masked inputs per forward pass; none: by rule",
     )
     tune: bool = Field(
         default=False,
-        description="a CPU's backend and batch size are chosen by timing: two fresh outputs may differ in bits",
+        description="choose a CPU's backend and batch size by timing: two fresh outputs may differ in bits",
     )
     max_reject_fraction: float = Field(
         default=0.5, ge=0, le=1, description="a larger share of rejected records is no success (exit 3)"
     )
-    max_dead_units: int = Field(default=0, ge=0, description="more units that were given up are none either (exit 3)")
+    max_dead_units: int = Field(default=0, ge=0, description="more dead units are no success (exit 3)")
 
 
 def _checked(kind: type, values: Mapping[str, Any]) -> Any:
