@@ -1,1 +1,1 @@
-"""Model A against B: what two outputs of one data set say of the same records and targets."""
+"""The difference of two outputs, A and B, of one data set: the same records and targets side by side."""

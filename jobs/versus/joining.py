@@ -1,4 +1,4 @@
-"""Joins two outputs record by record: A's fragments in the plan's order, beside each those of B that overlap it."""
+"""Joins two outputs record by record: A's fragments in the plan's order, each with B's fragments that overlap it."""
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ from blocksight.storage.stores.store import MissingError
 
 Row = dict[str, Any]
 Value = tuple[int, str, str]
-"""Target, metric and protocol of a value."""
+"""Target index, metric and protocol of a value."""
 
 COLUMNS = [
     *("key", "shard", "shard_index", "status", "sha256", "width", "height", "label", "label_name"),
@@ -35,13 +35,13 @@ class Record:
     """One explained record of one output."""
 
     rows: Mapping[int, Row]
-    """By target."""
+    """By target index."""
     values: Mapping[Value, float]
-    """Of evaluations."""
+    """Results of evaluations."""
 
     @property
     def is_right(self) -> bool | None:
-        """Whether the prediction is the label; None where the label is not known, or no row tells the prediction."""
+        """Whether the prediction is the label; None if the label is unknown, or no row shows the prediction."""
         for row in self.rows.values():
             if row["label"] is not None and (row["target_rank"] == 0 or row["target_index"] == row["label"]):
                 return row["target_rank"] == 0 and row["target_index"] == row["label"]
@@ -49,17 +49,17 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Held:
-    """What one fragment holds."""
+class FragmentRecords:
+    """The records of one fragment."""
 
     records: Mapping[str, Record]
-    """The explained ones, by key."""
+    """The explained records, by key."""
     num_rejected: int
 
 
 @dataclass
 class Counts:
-    """Of one output's records."""
+    """Counts of one output's records."""
 
     explained: int = 0
     rejected: int = 0
@@ -69,16 +69,16 @@ class Counts:
 
 @dataclass
 class Tally:
-    """What was met while two outputs were joined."""
+    """Counts that are kept while two outputs are joined."""
 
     a: Counts = field(default_factory=Counts)
     b: Counts = field(default_factory=Counts)
     explained_in_both: int = 0
-    """Records with one key, changed images included."""
+    """Records explained under the same key in both, changed images included."""
     other_image: int = 0
-    """Of these: the image's bytes differ, nothing is compared."""
+    """Of these: the image's bytes differ, so nothing is compared."""
     other_targets: int = 0
-    """Of these: the image is the same, and no target is shared."""
+    """Of these: the image is the same, but no target is shared."""
     other_names: int = 0
     """Shared rows whose target has another name in B: the classes may not be the same."""
 
@@ -90,31 +90,31 @@ class Pair:
     a: Row
     b: Row
     is_right_a: bool | None
-    """Of the record, as `Record.is_right`."""
+    """`Record.is_right` of A's record."""
     is_right_b: bool | None
     metrics: tuple[tuple[str, str, float, float], ...]
-    """Of evaluations, where both have a value: metric, protocol, A's and B's value."""
+    """Evaluations with a value in both: metric, protocol, A's value, B's value."""
 
 
 class Fragments:
-    """The fragments of one output that stand; the last read one is kept, for neighbours overlap it too."""
+    """The committed fragments of one output. Keeps the one read last, because the next unit may overlap it too."""
 
     def __init__(self, output: Output) -> None:
         self.output = output
-        self.standing = {info.key for info in output.store.list("data/")}
+        self.committed = {info.key for info in output.store.list("data/")}
         self.folders = folders(output.store)
         self._last = lru_cache(maxsize=1)(self._read)
 
-    def read(self, unit: Unit) -> Held | None:
-        """What the unit's fragment holds; None where it does not stand.
+    def read(self, unit: Unit) -> FragmentRecords | None:
+        """The records of the unit's fragment; None if it is not committed.
 
-        Raises StoreError, and UnreconciledError where it is damaged.
+        Raises StoreError, and UnreconciledError for a damaged fragment.
         """
         return self._last(unit.ordinal)
 
-    def _read(self, ordinal: int) -> Held | None:
+    def _read(self, ordinal: int) -> FragmentRecords | None:
         unit = self.output.plan.units[ordinal]
-        if unit.fragment_key not in self.standing:
+        if unit.fragment_key not in self.committed:
             return None
         table = fragment_of(self.output.store, unit.fragment_key, COLUMNS)
         explained = table.filter(pc.field("status") == OK).to_pylist()
@@ -123,10 +123,10 @@ class Fragments:
             key: Record({row["target_index"]: row for row in own}, values.get(key, {}))
             for key, own in groupby(explained, key=itemgetter("key"))
         }
-        return Held(records, len(table) - len(explained))  # a rejected record has one row
+        return FragmentRecords(records, len(table) - len(explained))  # a rejected record has one row
 
     def _values(self, unit: Unit) -> Mapping[str, dict[Value, float]]:
-        """What evaluations say of the unit's maps, by key; controls, which are other methods, are left out."""
+        """The evaluations' values of the unit's maps, by key; without the controls, which are other methods."""
         found: dict[str, dict[Value, float]] = {}
         for folder in self.folders:
             for row in self._evaluated(fragment_key(folder, unit)):
@@ -144,7 +144,7 @@ class Fragments:
 
 
 class Overlaps:
-    """Which units of a plan may hold records of another plan's unit: by object, then by range, without a search."""
+    """Finds the units of a plan that may share records with a unit of another plan: by object, then by range."""
 
     def __init__(self, plan: Plan) -> None:
         self.ranges: dict[str, list[tuple[int, int, int]]] = {}
@@ -158,7 +158,7 @@ class Overlaps:
         self.units = plan.units
 
     def of(self, unit: Unit) -> list[Unit]:
-        """In order."""
+        """The overlapping units, in the plan's order."""
         return [self.units[ordinal] for ordinal in sorted(set(self._ordinals(unit)))]
 
     def _ordinals(self, unit: Unit) -> Iterator[int]:
@@ -173,48 +173,48 @@ class Overlaps:
 
 
 def _range(unit: Unit) -> tuple[int, int]:
-    """The part of each of its objects: a loose image is a record."""
+    """The unit's range of records in each of its objects; an image file is one record."""
     return (0, 1) if unit.layout is Layout.IMAGES else (unit.start, unit.stop)
 
 
 def joined(a: Output, b: Output, tally: Tally) -> Iterator[tuple[Unit, list[Pair]]]:
-    """A's units with the pairs of their records, in A's order; in memory are a fragment of each and one unit's pairs.
+    """Yields A's units with the pairs of their records, in A's order.
 
-    The two plans may be cut differently. Counts in `tally`, which is whole at the end. Raises StoreError, and
-    UnreconciledError where a fragment is damaged.
+    The two plans may be cut differently. In memory are one fragment of each output and one unit's pairs. `tally` is
+    complete at the end. Raises StoreError, and UnreconciledError for a damaged fragment.
     """
-    mine, theirs, overlaps = Fragments(a), Fragments(b), Overlaps(b.plan)
-    met: set[int] = set()
+    of_a, of_b, overlaps = Fragments(a), Fragments(b), Overlaps(b.plan)
+    counted: set[int] = set()
     for unit in a.plan.units:
-        held = mine.read(unit)
-        _count(tally.a, held)
-        others = overlaps.of(unit) if held is not None else []
+        ours = of_a.read(unit)
+        _count(tally.a, ours)
+        others = overlaps.of(unit) if ours is not None else []
         pairs: dict[str, list[Pair]] = {}
         for other in others:
-            beside = theirs.read(other)
-            _count(tally.b, beside if other.ordinal not in met else Held({}, 0))
-            met.add(other.ordinal)
-            if held is not None and beside is not None:
-                pairs |= _pairs(held, beside, tally)
-        yield unit, [pair for key in (held.records if held else ()) for pair in pairs.get(key, ())]
+            theirs = of_b.read(other)
+            _count(tally.b, theirs if other.ordinal not in counted else FragmentRecords({}, 0))
+            counted.add(other.ordinal)
+            if ours is not None and theirs is not None:
+                pairs |= _pairs(ours, theirs, tally)
+        yield unit, [pair for key in (ours.records if ours else ()) for pair in pairs.get(key, ())]
     for unit in b.plan.units:
-        if unit.ordinal not in met:
-            _count(tally.b, theirs.read(unit))
+        if unit.ordinal not in counted:
+            _count(tally.b, of_b.read(unit))
 
 
-def _count(counts: Counts, held: Held | None) -> None:
-    if held is None:
+def _count(counts: Counts, fragment: FragmentRecords | None) -> None:
+    if fragment is None:
         counts.open_units += 1
         return
-    counts.explained += len(held.records)
-    counts.rejected += held.num_rejected
+    counts.explained += len(fragment.records)
+    counts.rejected += fragment.num_rejected
 
 
-def _pairs(held: Held, beside: Held, tally: Tally) -> dict[str, list[Pair]]:
-    """By key."""
+def _pairs(ours: FragmentRecords, theirs: FragmentRecords, tally: Tally) -> dict[str, list[Pair]]:
+    """The pairs of the records that both fragments hold, by key."""
     found: dict[str, list[Pair]] = {}
-    for key in held.records.keys() & beside.records.keys():
-        own = _of_record(held.records[key], beside.records[key])
+    for key in ours.records.keys() & theirs.records.keys():
+        own = _record_pairs(ours.records[key], theirs.records[key])
         tally.explained_in_both += 1
         if own is None:
             tally.other_image += 1
@@ -225,9 +225,9 @@ def _pairs(held: Held, beside: Held, tally: Tally) -> dict[str, list[Pair]]:
     return found
 
 
-def _of_record(a: Record, b: Record) -> list[Pair] | None:
-    """The pairs of the shared targets, in A's order; None where the two explain different images."""
-    if _image(a) != _image(b):
+def _record_pairs(a: Record, b: Record) -> list[Pair] | None:
+    """The pairs of the shared targets, in A's order; None if the images differ."""
+    if _image_sha256(a) != _image_sha256(b):
         return None
     right = (a.is_right, b.is_right)
     return [
@@ -237,7 +237,7 @@ def _of_record(a: Record, b: Record) -> list[Pair] | None:
     ]
 
 
-def _image(record: Record) -> str:
+def _image_sha256(record: Record) -> str:
     return next(iter(record.rows.values()))["sha256"]
 
 

@@ -1,4 +1,4 @@
-"""The contact sheet of a difference: image, A's map and B's map of the records that show most."""
+"""Draws the contact sheet of a difference: image, A's map and B's map of the records that differ most."""
 
 import heapq
 import io
@@ -14,41 +14,41 @@ SIDE = 320
 """Longer side of a tile, in pixels."""
 
 Place = tuple[str, int]
-"""Key and target."""
+"""Key and target index."""
 
 
 class Worst:
-    """The rows to be shown: those that regressed and look elsewhere, or where there is none the least alike."""
+    """The rows to be shown: those that regressed and look elsewhere; if there are none, the least alike."""
 
     def __init__(self) -> None:
         self.rows: list[Mapping[str, Any]] = []
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Of the columns of `DIFFERENCE`; keeps the first `NUM_SHOWN` in order."""
-        able = [row for row in rows if row["spearman"] is not None]
-        self.rows = heapq.nlargest(NUM_SHOWN, [*self.rows, *able], key=_strength)
+        """Adds rows with the columns of `DIFFERENCE`; keeps the first `NUM_SHOWN` in order."""
+        comparable = [row for row in rows if row["spearman"] is not None]
+        self.rows = heapq.nlargest(NUM_SHOWN, [*self.rows, *comparable], key=_strength)
 
     @property
     def chosen(self) -> list[Mapping[str, Any]]:
-        """The least alike first."""
+        """The rows to be shown, the least alike first."""
         flagged = [row for row in self.rows if row["regressed_and_looks_elsewhere"]]
         return flagged or self.rows
 
     @property
     def title(self) -> str:
-        """What they are."""
+        """The sheet's title, which says how its rows were chosen."""
         if any(row["regressed_and_looks_elsewhere"] for row in self.rows):
             return "regressed and looks elsewhere, the least alike first"
         return "the least alike maps; none regressed and looks elsewhere"
 
 
 def _strength(row: Mapping[str, Any]) -> tuple[bool, float, str, int]:
-    """Ties by name, so that the sheet is the same each time."""
+    """The sort key; the record's key breaks ties, so that the sheet is the same each time."""
     return row["regressed_and_looks_elsewhere"], -row["spearman"], row["key"], row["target_index"]
 
 
 def contact_sheet_of(a: Output, b: Output, endpoint_url: str | None, worst: Worst) -> bytes | None:
-    """A PNG with a line of three tiles per chosen row; None where no row has two maps to show."""
+    """A PNG with a line of three tiles per chosen row; None if no row has two maps to show."""
     if not worst.chosen:
         return None
     places = {(row["key"], row["target_index"]): row for row in worst.chosen}
@@ -65,12 +65,12 @@ def contact_sheet_of(a: Output, b: Output, endpoint_url: str | None, worst: Wors
 
 
 def _images(a: Output, endpoint_url: str | None, keys: set[str]) -> Iterator[tuple[str, Pixels | None]]:
-    """One by one, for originals are large; None for what cannot be read any more."""
-    left = set(keys)
+    """Yields each key with its image, one at a time, because originals are large; None if it can no longer be read."""
+    missing = set(keys)
     for key, image in images_of(a.plan, endpoint_url, keys):
-        left.discard(key)
+        missing.discard(key)
         yield key, image
-    yield from ((key, None) for key in left)
+    yield from ((key, None) for key in missing)
 
 
 def _rows(output: Output, places: Collection[Place]) -> dict[Place, dict[str, Any]]:
@@ -85,11 +85,11 @@ def _tiles(row: Mapping[str, Any], a: Shown, b: Shown) -> list[Tile]:
     target = one_line(row["target_name"])
     return [
         Tile(a.pixels, f"{one_line(row['key'])}\n{facts}"),
-        Tile(overlay(a.pixels, a.saliency_hw), f"A: {target}\n{_standing(row, 'a')}"),
-        Tile(overlay(b.pixels, b.saliency_hw), f"B: {target}\n{_standing(row, 'b')}"),
+        Tile(overlay(a.pixels, a.saliency_hw), f"A: {target}\n{_score_text(row, 'a')}"),
+        Tile(overlay(b.pixels, b.saliency_hw), f"B: {target}\n{_score_text(row, 'b')}"),
     ]
 
 
-def _standing(row: Mapping[str, Any], which: str) -> str:
+def _score_text(row: Mapping[str, Any], which: str) -> str:
     verdict = {True: ", right", False: ", wrong", None: ""}[row[f"is_right_{which}"]]
     return f"score {row[f'score_{which}']:.3f}, place {row[f'rank_{which}'] + 1}{verdict}"

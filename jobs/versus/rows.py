@@ -16,9 +16,9 @@ from blocksight.jobs.versus.joining import Pair, Row
 from blocksight.storage.outputs.pictures import resized
 
 SCORE_FELL = 0.2
-"""By so much the target's probability falls where no label judges and that is a regression."""
+"""Without a label, a record regressed if its target's probability falls by this much or more."""
 RANK_FELL = 5
-"""To this place, from 0, or below falls what was A's prediction where no label judges and that is a regression."""
+"""Without a label, a record also regressed if A's prediction falls to this rank (from 0) or below."""
 LEVELS = 255
 
 MEASURES = {
@@ -32,7 +32,7 @@ MEASURES = {
     "area_change": "effective area of B's map less that of A's, -1 to 1",
     "drop_change": "Drop of B less that of A, in points, under one protocol",
 }
-"""What differs from A to B; null where it is not defined: map measures where a map is flat."""
+"""The measured differences; null where not defined, as map measures are where a map is flat."""
 
 JUDGEMENTS = {
     "regressed": f"judged by label: A is right and B is wrong; by score: it fell by {SCORE_FELL} or more, or A's "
@@ -72,14 +72,14 @@ def _schema(kinds: dict[str, tuple[pa.DataType, str]]) -> pa.Schema:
 
 
 MEASURED = _schema(KINDS)
-"""What is known of a row by itself."""
+"""The columns that need one row alone, without the typical range of all rows."""
 LOOKS = ("looks_elsewhere", "regressed_and_looks_elsewhere")
 DIFFERENCE = _schema({**KINDS, **{name: (pa.bool_(), JUDGEMENTS[name]) for name in LOOKS}})
 """The columns of a difference."""
 
 
 def measured(pair: Pair, resize: str) -> dict[str, Any]:
-    """The row in the columns of `MEASURED`. `resize`: how the pictures were fitted to the models' inputs."""
+    """The row with the columns of `MEASURED`. `resize`: how images were fitted to the model's input."""
     a, b = pair.a, pair.b
     one_drop, other_drop = (row["metrics"]["drop"] for row in (a, b))
     is_same = a["metrics"]["protocol"] == b["metrics"]["protocol"]
@@ -105,40 +105,40 @@ def measured(pair: Pair, resize: str) -> dict[str, Any]:
 
 
 def _fell(before: Row, after: Row, was_right: bool | None, is_right: bool | None) -> bool:
-    """Whether the record, or without a label the target, is worse off afterwards."""
+    """Whether the record regressed: judged by the label, or without one by the target's score and rank."""
     if was_right is not None and is_right is not None:
         return was_right and not is_right
-    lost_its_place = before["target_rank"] == 0 and after["target_rank"] >= RANK_FELL
-    return before["score"] - after["score"] >= SCORE_FELL or lost_its_place
+    rank_fell = before["target_rank"] == 0 and after["target_rank"] >= RANK_FELL
+    return before["score"] - after["score"] >= SCORE_FELL or rank_fell
 
 
 def map_measures(a: Row, b: Row, resize: str) -> dict[str, float | None]:
-    """How the two maps differ, by name; B's is brought to A's size. None for all where either map is flat."""
+    """How the two maps differ, by measure; B's is resized to A's size. All are None if either map is flat."""
     names = ("pearson", "spearman", "ssim", "iou", "moved", "focus_shift", "area_change")
     levels, other_levels = _levels(a, b)
     if is_flat(levels) or is_flat(other_levels):
         return dict.fromkeys(names)
     one, other = (own.astype(np.float64) / LEVELS for own in (levels, other_levels))
-    seen = (a["height"], a["width"]) if resize == "squash" else (1, 1)  # a crop is square
+    proportions = (a["height"], a["width"]) if resize == "squash" else (1, 1)  # a crop is square
     values = (
         pearson(one, other),
-        spearman(levels, other_levels),  # whole numbers have the same order and are sorted faster
+        spearman(levels, other_levels),  # integers have the same order and sort faster
         ssim(one, other),
         iou_of_tops(levels, other_levels),
         moved(one, other),
-        focus_shift(one, other, seen),
+        focus_shift(one, other, proportions),
         effective_area(other) - effective_area(one),
     )
     return dict(zip(names, values, strict=True))
 
 
 def _levels(a: Row, b: Row) -> tuple[Map, Map]:
-    """Both maps in whole grey levels of 0 to 255, at A's size."""
+    """Both maps as integer grey levels, 0 to 255, at A's size."""
     one, other = (map_of(row) for row in (a, b))
     if other.shape != one.shape:
         other = resized(other, one.shape)
-    return _whole(one), _whole(other)
+    return _as_levels(one), _as_levels(other)
 
 
-def _whole(saliency_hw: NDArray[np.float32]) -> Any:
+def _as_levels(saliency_hw: NDArray[np.float32]) -> Any:
     return np.rint(LEVELS * saliency_hw).astype(np.int16)

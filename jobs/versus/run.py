@@ -1,4 +1,4 @@
-"""Writes the difference of two outputs: measures what they share, finds what is usual, judges, sums up, draws."""
+"""Writes the difference of two outputs: measures shared rows, finds their typical range, judges, sums up, draws."""
 
 import io
 import json
@@ -24,59 +24,59 @@ from blocksight.jobs.versus.joining import Tally, joined
 from blocksight.jobs.versus.pictures import Worst, contact_sheet_of
 from blocksight.jobs.versus.rows import DIFFERENCE, MEASURED, measured
 from blocksight.jobs.versus.summary import Sums, summary
-from blocksight.jobs.versus.usual import Usual, judged
+from blocksight.jobs.versus.typical_range import TypicalRange, judged
 from blocksight.jobs.work.rows import Output, refuse_other_inputs
 from blocksight.storage.stores.store import MissingError, ObjectStore
 
 MARK = "_difference.json"
-"""Says whose difference a folder holds; written first."""
+"""Names the two outputs that a folder is the difference of; written first."""
 SUMMARY = "summary.json"
-"""Written last: while it stands, all of the difference does."""
-ROWS, ASIDE, PICTURE = "data/", "_measured/", "pictures/worst.png"
+"""Written last: if it exists, the difference is complete."""
+ROWS, MEASURED_ROWS, PICTURE = "data/", "_measured/", "pictures/worst.png"
 OURS = re.compile(r"(data|_measured)/\d{6}-[0-9a-f]{20}\.parquet|pictures/worst\.png|summary\.json|_difference\.json")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What was written."""
+    """The difference that was written."""
 
     summary: Mapping[str, Any]
     picture: str | None
-    """Below the difference's root."""
+    """Its key below the difference's root; None if no picture was drawn."""
 
 
 def write_difference(
     a: Output, b: Output, store: ObjectStore, endpoint_url: str | None, console: Console
 ) -> Difference:
-    """Compares what two outputs say of the same records and targets, and writes it in place of an older difference.
+    """Compares two outputs by record and target, and writes their difference over an older one.
 
-    Raises ConfigError where the outputs explain other data, share nothing, or the place is not ours; UnreconciledError
-    where one is damaged; StoreError.
+    Raises ConfigError if the outputs explain different data, share nothing, or `store` holds other files;
+    UnreconciledError if an output is damaged; StoreError.
     """
     refuse_other_inputs([a, b])
     taken = {"data": a.plan.identity["data"], "output": a.store.uri, "the other output": b.store.uri}
     check_place(store.uri, taken)
     _clear(store, {"a": a.store.uri, "b": b.store.uri})
-    tally, usual = Tally(), Usual()
-    names = list(_measure(a, b, store, tally, usual, console))
+    tally, typical = Tally(), TypicalRange()
+    names = list(_measure(a, b, store, tally, typical, console))
     if not names:
         store.delete(MARK)
         raise ConfigError(_nothing_shared(a, b, tally))
     sums, worst = Sums(), Worst()
     for name in names:
-        rows = _judge(store, name, usual.threshold)
+        rows = _judge(store, name, typical.threshold)
         sums.add(rows)
         worst.add(rows)
     sheet = contact_sheet_of(a, b, endpoint_url, worst)
     if sheet is not None:
         store.put(PICTURE, sheet)
     note = mixture({a.name: planned_forward(a.store), b.name: planned_forward(b.store)})
-    said = {"a": _of(a), "b": _of(b), "note": note, "picture": worst.title, **summary(tally, usual, sums)}
+    said = {"a": _facts(a), "b": _facts(b), "note": note, "picture": worst.title, **summary(tally, typical, sums)}
     store.put(SUMMARY, (json.dumps(said, indent=1) + "\n").encode())
     return Difference(said, None if sheet is None else PICTURE)
 
 
-def _of(output: Output) -> dict[str, Any]:
+def _facts(output: Output) -> dict[str, Any]:
     identity = output.plan.identity
     facts = {name: identity[name] for name in ("model", "weights", "explainer", "parameters", "target")}
     forward = protocol_of(planned_forward(output.store))
@@ -84,23 +84,23 @@ def _of(output: Output) -> dict[str, Any]:
 
 
 def _clear(store: ObjectStore, pair: Mapping[str, str]) -> None:
-    """Removes an older difference of the same two outputs, its summary first. Raises ConfigError for other files."""
-    standing = [info.key for info in store.list()]
-    foreign = next((key for key in standing if not OURS.fullmatch(key)), None)
-    if foreign is None and standing and MARK not in standing:
-        foreign = standing[0]  # named like ours, and nothing says that it is
+    """Removes an older difference of the same two outputs, its summary first. Raises ConfigError for any other file."""
+    present = [info.key for info in store.list()]
+    foreign = next((key for key in present if not OURS.fullmatch(key)), None)
+    if foreign is None and present and MARK not in present:
+        foreign = present[0]  # its name fits, but without the mark it may be another program's
     if foreign is not None:
         raise ConfigError(f"{store.uri} holds files that are no difference, such as {foreign!r}; choose an empty place")
-    if standing and (other := _pair_of(store)) != pair:
+    if present and (other := _pair_of(store)) != pair:
         raise ConfigError(f"{store.uri} holds the difference of {other}; that of {dict(pair)} needs another place")
     store.put(MARK, json.dumps(pair, indent=1).encode())
-    for key in sorted(standing, key=lambda key: key != SUMMARY):
+    for key in sorted(present, key=lambda key: key != SUMMARY):
         if key != MARK:
             store.delete(key)
 
 
 class Pair(TypedDict):
-    """Where the two outputs of a difference are."""
+    """The URIs of the two outputs of a difference."""
 
     a: str
     b: str
@@ -113,8 +113,10 @@ def _pair_of(store: ObjectStore) -> Pair:
         raise ConfigError(f"{error}; choose another place") from error
 
 
-def _measure(a: Output, b: Output, store: ObjectStore, tally: Tally, usual: Usual, console: Console) -> Iterator[str]:
-    """Writes the measured rows aside, a file per fragment of A's that shares any, and gives the files' names."""
+def _measure(
+    a: Output, b: Output, store: ObjectStore, tally: Tally, typical: TypicalRange, console: Console
+) -> Iterator[str]:
+    """Writes the measured rows, one file per fragment of A that shares any, and yields the files' names."""
     units = track(
         joined(a, b, tally),
         "comparing",
@@ -126,18 +128,18 @@ def _measure(a: Output, b: Output, store: ObjectStore, tally: Tally, usual: Usua
     for unit, pairs in units:
         if pairs:
             rows = [measured(pair, a.plan.identity["resize"]) for pair in pairs]
-            usual.add(rows)
+            typical.add(rows)
             name = unit.fragment_key.removeprefix(ROWS)
-            _put(store, f"{ASIDE}{name}", rows, MEASURED)
+            _put(store, f"{MEASURED_ROWS}{name}", rows, MEASURED)
             yield name
 
 
 def _judge(store: ObjectStore, name: str, threshold: float) -> list[dict[str, Any]]:
-    """The rows of one file with what is usual known; they stand in `data/` then, and no more aside."""
-    table = table_of(store, f"{ASIDE}{name}", MEASURED)
+    """Judges the measured rows of one file by the threshold, moves them to `data/` and returns them."""
+    table = table_of(store, f"{MEASURED_ROWS}{name}", MEASURED)
     rows = [judged(row, threshold) for row in table.to_pylist()]
     _put(store, f"{ROWS}{name}", rows, DIFFERENCE)
-    store.delete(f"{ASIDE}{name}")
+    store.delete(f"{MEASURED_ROWS}{name}")
     return rows
 
 
@@ -148,17 +150,17 @@ def _put(store: ObjectStore, key: str, rows: list[dict[str, Any]], schema: pa.Sc
 
 
 def _nothing_shared(a: Output, b: Output, tally: Tally) -> str:
-    """Why there is no difference, and the way out."""
-    begin = f"{a.name} and {b.name} share no record and target"
+    """Says why there is no difference, and what to do."""
+    start = f"{a.name} and {b.name} share no record and target"
     if tally.other_targets:
         return (
-            f"{begin}: {counted(tally.other_targets, 'record')} explained in both, for other targets "
+            f"{start}: {counted(tally.other_targets, 'record')} explained in both, for other targets "
             f"({a.plan.identity['target']!r} and {b.plan.identity['target']!r}); explain both with --target label, or "
             "with the same class numbers"
         )
     if tally.other_image:
-        return f"{begin}: {counted(tally.other_image, 'image')} changed between the two; explain again"
+        return f"{start}: {counted(tally.other_image, 'image')} changed between the two; explain again"
     return (
-        f"{begin}: {counted(tally.a.explained, 'record')} explained in the one ({tally.a.open_units} units open) and "
+        f"{start}: {counted(tally.a.explained, 'record')} explained in the one ({tally.a.open_units} units open) and "
         f"{tally.b.explained} in the other ({tally.b.open_units} open)"
     )

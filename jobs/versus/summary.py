@@ -1,4 +1,4 @@
-"""Sums up a difference: means with intervals, who is right, and whether regressions look elsewhere than other rows."""
+"""Sums up a difference: means with intervals, right and wrong predictions, and how often regressions look elsewhere."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from blocksight.jobs.plan.bootstrap import MethodEstimate, MetricSums, estimate,
 from blocksight.jobs.versus.joining import Tally
 from blocksight.jobs.versus.rows import JUDGEMENTS, MEASURES
 from blocksight.jobs.versus.shares import GAP_BY, SHARES_BY, newcombe, wilson
-from blocksight.jobs.versus.usual import Usual
+from blocksight.jobs.versus.typical_range import TypicalRange
 
 AMONG = ("elsewhere_of_regressed", "elsewhere_of_others")
 MEANS_BY = "95 % by bootstrap over images"
@@ -22,7 +22,7 @@ RIGHT = {True: "right", False: "wrong", None: "unknown"}
 
 
 class Sums:
-    """What the rows of a difference add up to; needs the same memory for any number of them."""
+    """Sums over the rows of a difference. Their memory does not grow with the rows."""
 
     def __init__(self) -> None:
         self.sums: MetricSums | None = None
@@ -31,7 +31,7 @@ class Sums:
         self.num_flat = 0
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Some rows in the columns of `DIFFERENCE`, with all rows of their records in order."""
+        """Adds rows with the columns of `DIFFERENCE`; all rows of a record come together, in order."""
         self.num_rows += len(rows)
         self.num_flat += sum(row["spearman"] is None for row in rows)
         for _, own in groupby(rows, key=itemgetter("key")):
@@ -42,17 +42,17 @@ class Sums:
         self.sums = sums if self.sums is None else self.sums + sums
 
     def estimates(self) -> dict[str, MethodEstimate]:
-        """By column; the rows must be some."""
+        """Means and shares with their intervals, by column; at least one row was added."""
         assert self.sums is not None
         found = dict(zip(COLUMNS, estimate(self.sums), strict=True))
-        images = dict(zip(COLUMNS, self.sums.images.tolist(), strict=False))  # differences stand behind the columns
+        images = dict(zip(COLUMNS, self.sums.images.tolist(), strict=False))  # differences follow the columns
         return {
             name: own if name in MEASURES else wilson(own.mean, images[name], own.count) for name, own in found.items()
         }
 
 
 def _values(row: Mapping[str, Any]) -> Iterator[float]:
-    """The row's cells by `COLUMNS`, NaN for null."""
+    """The row's values in the order of `COLUMNS`, NaN for null."""
     for name in (*MEASURES, *JUDGEMENTS):
         yield np.nan if row[name] is None else float(row[name])
     elsewhere = np.nan if row["looks_elsewhere"] is None else float(row["looks_elsewhere"])
@@ -60,27 +60,30 @@ def _values(row: Mapping[str, Any]) -> Iterator[float]:
     yield np.nan if row["regressed"] else elsewhere
 
 
-def summary(tally: Tally, usual: Usual, sums: Sums) -> dict[str, Any]:
-    """Plain JSON values."""
+def summary(tally: Tally, typical: TypicalRange, sums: Sums) -> dict[str, Any]:
+    """The content of `summary.json`, as plain JSON values."""
     found = sums.estimates()
     confusion = {f"{RIGHT[a]} to {RIGHT[b]}": count for (a, b), count in sums.confusion.items()}
     return {
         "counts": _counts(tally, sums),
-        "confusion": {name: confusion.get(name, 0) for name in (*_known(), *sorted(confusion.keys() - {*_known()}))},
+        "confusion": {
+            name: confusion.get(name, 0)
+            for name in (*_known_outcomes(), *sorted(confusion.keys() - {*_known_outcomes()}))
+        },
         "means": {name: asdict(found[name]) for name in MEASURES},
         "shares": {name: asdict(found[name]) for name in (*JUDGEMENTS, *AMONG)},
         "elsewhere_gap": asdict(newcombe(*(found[name] for name in AMONG))),
         "intervals": {"means": MEANS_BY, "shares": SHARES_BY, "elsewhere_gap": GAP_BY},
         "looks_elsewhere": {
-            "threshold": usual.threshold,
-            "rows_that_stayed": usual.num_stayed,
-            "rule": usual.rule,
+            "threshold": typical.threshold,
+            "rows_that_stayed": typical.num_stayed,
+            "rule": typical.rule,
         },
         "meanings": {**MEASURES, **JUDGEMENTS},
     }
 
 
-def _known() -> Iterator[str]:
+def _known_outcomes() -> Iterator[str]:
     return (f"{a} to {b}" for a in ("right", "wrong") for b in ("right", "wrong"))
 
 

@@ -1,4 +1,4 @@
-"""The difference of two outputs: joined over any cut, judged by stated rules, measured as computed by hand."""
+"""The difference of two outputs: joined over any cut into units, judged, and measured as computed by hand."""
 
 import io
 import json
@@ -27,7 +27,7 @@ from blocksight.jobs.versus.rows import DIFFERENCE, MEASURED, map_measures, meas
 from blocksight.jobs.versus.run import PICTURE, SUMMARY, write_difference
 from blocksight.jobs.versus.shares import newcombe, wilson
 from blocksight.jobs.versus.summary import AMONG, COLUMNS, Sums
-from blocksight.jobs.versus.usual import LEAST_STAYED, Usual, judged
+from blocksight.jobs.versus.typical_range import MIN_STAYED, TypicalRange, judged
 from blocksight.jobs.work.rows import Output
 from blocksight.storage.inputs.survey import Layout
 from blocksight.storage.outputs.fragments import encode_fragment
@@ -43,13 +43,13 @@ QUIET = Console(quiet=True)
 
 
 def blob(down, across, side=32, width=0.1):
-    """A bell at a place, in shares of the picture."""
+    """A bell centred at a place, given as shares of the picture."""
     places = (np.arange(side) + 0.5) / side
     return np.exp(-((places[:, None] - down) ** 2 + (places[None] - across) ** 2) / (2 * width**2))
 
 
 def row_of(key, saliency, target=0, score=0.8, rank=0, label=None, **more):
-    """An explained row, made by hand."""
+    """An explained row with given values."""
     encoded = encode_map(saliency)
     return {
         "key": key,
@@ -81,8 +81,8 @@ def rejected(key):
     return {"key": key, "shard": "there", "shard_index": 0, "unit_id": "u", "status": REJECTED, "error": "bad"}
 
 
-def standing(data, place, rows, per_unit=4, **options):
-    """An output of hand-made rows (by key), cut into units of so many records."""
+def output_of(data, place, rows, per_unit=4, **options):
+    """An output of given rows (by key), cut into units of this many records."""
     plan = make_plan(config_of(data, place, **options), weights_sha256=None, workforce=Workforce(1, False))
     objects = [info for unit in plan.units for info in unit.objects]
     cut = [tuple(objects[start : start + per_unit]) for start in range(0, len(objects), per_unit)]
@@ -139,7 +139,7 @@ def test_any_two_cuts_give_the_same_pairs_and_each_fragment_is_read_once(data, t
     rows = {key: [row_of(key, blob(0.5, 0.5), score=number / 50)] for number, key in enumerate(keys)}
     for per_a, per_b in ((4, 7), (7, 4), (30, 1), (1, 30), (5, 5)):
         outputs = [
-            standing(data, tmp_path / f"{name}-{per_a}-{per_b}", rows, per)
+            output_of(data, tmp_path / f"{name}-{per_a}-{per_b}", rows, per)
             for name, per in (("a", per_a), ("b", per_b))
         ]
         reads = [watched_reads(output.store) for output in outputs]
@@ -192,7 +192,7 @@ def test_what_is_not_shared_is_counted(data, tmp_path):
     others[keys[1]] = [row_of(keys[1], blob(0.5, 0.5), sha256="another")]
     del others[keys[2]], rows[keys[3]]
     others[keys[4]] = [row_of(keys[4], blob(0.5, 0.5), target=1, target_name="wasp")]
-    a, b = standing(data, tmp_path / "a", rows), standing(data, tmp_path / "b", others, 7)
+    a, b = output_of(data, tmp_path / "a", rows), output_of(data, tmp_path / "b", others, 7)
     (tmp_path / "b" / b.plan.units[-1].fragment_key).unlink()  # two records
     counts = written(a, b, tmp_path / "d")["counts"]
     assert counts["explained_in_a"] == 29
@@ -207,7 +207,7 @@ def test_what_is_not_shared_is_counted(data, tmp_path):
     assert (counts["open_units_of_a"], counts["open_units_of_b"]) == (0, 1)
 
 
-def test_evaluations_stand_beside_where_both_were_measured_alike(tmp_path, monkeypatch):
+def test_evaluations_are_joined_where_both_have_one_protocol(tmp_path, monkeypatch):
     data = folder_of_images(tmp_path / "in", 6, bad=False)
     for name in ("gradcam", "layercam"):
         run_here(data, tmp_path / name, explainer=name, target="0")
@@ -303,44 +303,44 @@ def test_right_is_told_by_any_row_that_tells_the_prediction(data, tmp_path):
         keys[number]: [row_of(keys[number], saliency, target=t, rank=r, label=label) for t, r in own]
         for number, (own, label, _) in cases.items()
     }
-    output = standing(data, tmp_path / "a", rows)
+    output = output_of(data, tmp_path / "a", rows)
     pairs = [pair for _, own in joined(output, output, Tally()) for pair in own]
     for number, (own, _, is_right) in cases.items():
         found = [pair for pair in pairs if pair.a["key"] == keys[number]]
         assert [pair.is_right_a for pair in found] == [is_right] * len(own)
 
 
-# ---------------------------------------------------------------- usual
+# ---------------------------------------------------------------- typical range
 
 
 def rows_as_alike(values, **more):
     return [{"spearman": value, "regressed": False, "improved": False, **more} for value in values]
 
 
-def test_what_is_usual_is_the_quantile_of_the_rows_that_stayed():
+def test_the_threshold_is_the_quantile_of_the_rows_that_stayed():
     alike = np.random.default_rng(0).random(3000) * 1.4 - 0.6
-    usual = Usual()
+    typical = TypicalRange()
     for part in np.split(alike, 10):
-        usual.add(rows_as_alike(part))
-        usual.add(rows_as_alike([-0.99] * 30, regressed=True))
-        usual.add(rows_as_alike([-0.99] * 30, improved=True))
-        usual.add(rows_as_alike([None]))
-    assert usual.num_stayed == 3000
-    assert usual.threshold == pytest.approx(np.quantile(alike, 0.05), abs=0.002)
-    flagged = [judged(row, usual.threshold)["looks_elsewhere"] for row in rows_as_alike(alike)]
+        typical.add(rows_as_alike(part))
+        typical.add(rows_as_alike([-0.99] * 30, regressed=True))
+        typical.add(rows_as_alike([-0.99] * 30, improved=True))
+        typical.add(rows_as_alike([None]))
+    assert typical.num_stayed == 3000
+    assert typical.threshold == pytest.approx(np.quantile(alike, 0.05), abs=0.002)
+    flagged = [judged(row, typical.threshold)["looks_elsewhere"] for row in rows_as_alike(alike)]
     assert 0.045 < np.mean(flagged) <= 0.05
 
 
 def test_few_rows_and_models_that_hardly_differ_have_a_threshold_of_their_own():
-    few, close, same = Usual(), Usual(), Usual()
-    few.add(rows_as_alike([-0.9] * (LEAST_STAYED - 1)))
+    few, close, same = TypicalRange(), TypicalRange(), TypicalRange()
+    few.add(rows_as_alike([-0.9] * (MIN_STAYED - 1)))
     close.add(rows_as_alike(np.linspace(0.9, 1, 100)))
     same.add(rows_as_alike([1 + 1e-15] * 100))
     assert few.threshold == 0.2
     assert close.threshold == same.threshold == 0.5
 
 
-def test_a_map_that_draws_together_moves_and_does_not_look_elsewhere():
+def test_a_map_that_becomes_sharper_moves_and_does_not_look_elsewhere():
     wide, narrow, away = (row_of("k", blob(*place)) for place in ((0.4, 0.4, 32, 0.3), (0.4, 0.4), (0.8, 0.8)))
     sharper, other = (measured(pair_of(wide, one), "squash") for one in (narrow, away))
     assert sharper["moved"] > 0.5
@@ -421,7 +421,7 @@ def planted(data, tmp_path):
         near = 0.3 + number / 2000
         saliency = blob(0.75, 0.75) if is_away else blob(0.3, near)
         b[key] = [row_of(key, saliency, target=1, label=1, rank=int(is_wrong), score=0.3 if is_wrong else 0.8)]
-    return standing(data, tmp_path / "a", a), standing(data, tmp_path / "b", b, 7), keys
+    return output_of(data, tmp_path / "a", a), output_of(data, tmp_path / "b", b, 7), keys
 
 
 def test_planted_regressions_are_found(planted, tmp_path):
@@ -487,7 +487,7 @@ def test_without_a_regression_the_sheet_shows_what_is_least_alike(planted, tmp_p
     assert (tmp_path / "same" / PICTURE).exists()
 
 
-def test_again_it_is_written_in_place_and_nobody_elses_files_are_touched(planted, tmp_path):
+def test_a_second_run_replaces_its_own_files_and_touches_no_others(planted, tmp_path):
     a, b, _ = planted
     first = written(a, b, tmp_path / "d")
     names = sorted(str(file) for file in (tmp_path / "d").rglob("*"))
@@ -510,19 +510,19 @@ def test_again_it_is_written_in_place_and_nobody_elses_files_are_touched(planted
             written(a, b, place)
 
 
-def test_nothing_shared_is_said_with_the_way_out(data, tmp_path):
+def test_outputs_that_share_nothing_are_refused_with_the_reason(data, tmp_path):
     keys = keys_of(data)
-    a = standing(data, tmp_path / "a", {key: [row_of(key, blob(0.5, 0.5))] for key in keys})
+    a = output_of(data, tmp_path / "a", {key: [row_of(key, blob(0.5, 0.5))] for key in keys})
     others = {key: [row_of(key, blob(0.5, 0.5), target=1)] for key in keys}
     with pytest.raises(ConfigError, match=r"30 records explained in both, for other targets.*--target label"):
-        written(a, standing(data, tmp_path / "b", others), tmp_path / "d")
+        written(a, output_of(data, tmp_path / "b", others), tmp_path / "d")
     changed = {key: [row_of(key, blob(0.5, 0.5), sha256="new")] for key in keys}
     with pytest.raises(ConfigError, match="30 images changed between the two"):
-        written(a, standing(data, tmp_path / "c", changed), tmp_path / "d")
+        written(a, output_of(data, tmp_path / "c", changed), tmp_path / "d")
     with pytest.raises(ConfigError, match="30 records explained in the one"):
-        written(a, standing(data, tmp_path / "e", {}), tmp_path / "d")
+        written(a, output_of(data, tmp_path / "e", {}), tmp_path / "d")
     assert not (tmp_path / "d" / SUMMARY).exists()
-    elsewhere = standing(folder_of_images(tmp_path / "in2", 3), tmp_path / "f", {})
+    elsewhere = output_of(folder_of_images(tmp_path / "in2", 3), tmp_path / "f", {})
     with pytest.raises(ConfigError, match="cannot be compared: data is"):
         written(a, elsewhere, tmp_path / "g")
     assert not (tmp_path / "g").exists()
@@ -544,11 +544,11 @@ def test_hostile_names_stay_text(tmp_path):
     assert {key for key, _ in rows_in(tmp_path / "d[bold]")} == set(names)
 
 
-def test_one_of_something_is_not_many(data, tmp_path):
+def test_counts_of_one_are_singular(data, tmp_path):
     keys = keys_of(data)
     rows = {key: [row_of(key, blob(0.5, 0.5))] for key in keys}
-    a = standing(data, tmp_path / "a", {key: rows[key] for key in keys[:2]}, per_unit=29)
-    b = standing(data, tmp_path / "b", {key: rows[key] for key in keys[1:3]}, per_unit=29)
+    a = output_of(data, tmp_path / "a", {key: rows[key] for key in keys[:2]}, per_unit=29)
+    b = output_of(data, tmp_path / "b", {key: rows[key] for key in keys[1:3]}, per_unit=29)
     console = Console(file=io.StringIO(), width=200)
     console.print(difference_table(written(a, b, tmp_path / "d"), "d"))
     said = " ".join(console.file.getvalue().split())
