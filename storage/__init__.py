@@ -1,1 +1,1 @@
-"""Bytes and tables: images, shards, maps, fragments, the bucket."""
+"""Bytes and tables: images, shards, maps, fragments and object stores."""

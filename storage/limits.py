@@ -1,25 +1,25 @@
-"""Limits: what one record, one shard and one stored map may cost at most. Every reader takes its bounds from here."""
+"""Upper limits for one record, one shard, one stored map and one document. Every reader takes its bounds from here."""
 
 MAX_IMAGE_BYTES = 256 << 20
 """Encoded bytes of one image. A larger one is rejected before its body is read."""
 
 MAX_IMAGE_PIXELS = 89_478_485
-"""Width times height of one image, read from its header; Pillow's own bound, 268 MB of RGB."""
+"""Width times height of one image, read from its header. Pillow's own bound: 268 MB of RGB."""
 
 MAX_DECODE_SECONDS = 30.0
-"""Time for decoding one image."""
+"""CPU time for decoding one image."""
 
 MAX_JPEG_SEGMENTS = 1 << 14
-"""Segments of one JPEG before its pixels: Pillow keeps an object for each."""
+"""Segments of one JPEG before its pixels. Pillow keeps an object for each."""
 
 MAX_TIFF_PIECES = 1 << 16
-"""Strips or tiles of one TIFF: Pillow keeps an object for each."""
+"""Strips or tiles of one TIFF. Pillow keeps an object for each."""
 
 MAX_MAP_SIDE = 4096
 """Height or width of one stored map, in pixels."""
 
 MAX_TAR_HEADER_BYTES = 1 << 20
-"""One PAX or GNU header of a tar shard: it is held in memory."""
+"""One PAX or GNU header of a tar shard. It is held in memory."""
 
 MAX_MEMBER_NAME_BYTES = 512
 """The name of one tar member."""
@@ -28,46 +28,46 @@ MAX_LABEL_BYTES = 1024
 """The label of one record."""
 
 MAX_SHARD_RECORDS = 1_000_000
-"""Records of one tar shard: their keys are held in memory to find duplicates."""
+"""Records of one tar shard. Their keys are held in memory to find duplicates."""
 
 MAX_KEY_BYTES = 4096
-"""The name of one row of a table."""
+"""The key of one row of a table."""
 
 MAX_PARQUET_FOOTER_BYTES = 8 << 20
-"""The footer of one Parquet file: Arrow takes up to 240 times as much to hold it."""
+"""The footer of one Parquet file. Arrow needs up to 240 times as much memory for it."""
 
 MAX_PARQUET_COLUMNS = 10_000
-"""Columns of one Parquet file, those inside of structs and lists counted one by one."""
+"""Leaf columns of one Parquet file: those inside structs and lists are counted one by one."""
 
 MAX_PAGES_BYTES = 3 * MAX_IMAGE_BYTES // 2
 """Pages of one Parquet row group that are in memory at once, after decompression, dictionaries included.
 
-Arrow and Python copy them up to four times: a Parquet file is read in 8 times `MAX_IMAGE_BYTES`.
+Arrow and Python copy them up to four times, so reading a Parquet file takes at most 8 times `MAX_IMAGE_BYTES`.
 """
 
 MAX_BATCH_BYTES = MAX_IMAGE_BYTES
-"""Rows of a Parquet file that are decoded at once, where that is more than one row."""
+"""Rows of a Parquet file that are decoded at once. One row may be larger."""
 
 MAX_FRAGMENT_BYTES = 4 * MAX_IMAGE_BYTES
-"""One table of an output, as it is stored and in memory; a unit is planned for 64 MiB."""
+"""One table of an output, stored and in memory. A unit is planned for 64 MiB."""
 
 MAX_UNFOLDING = 64
 """Bytes in memory per stored byte of the plan's units, of which a whole data set's names are part."""
 
 MAX_LEARNED_BYTES = 1 << 30
-"""What a method learned in its first pass: tensors, which take as much in memory."""
+"""The stored first pass of a method. It holds tensors, which need as much memory."""
 
 MAX_UNPLANNED_RECORDS = 4096
-"""Records of a table that nobody could read when the plan was made: they are one unit, and in memory at once."""
+"""Records of a table that was unreadable when the plan was made. They form one unit, and are in memory at once."""
 
 MAX_DOCUMENT_BYTES = 16 << 20
-"""One JSON document of an output: its plan, its model, its audit. Parsed it takes up to 25 times as much."""
+"""One JSON document of an output: plan, model or audit. Parsed, it needs up to 25 times as much memory."""
 
 MAX_RECEIPT_BYTES = 1 << 20
-"""A receipt or a dead letter: many are read at once."""
+"""A receipt or a dead letter. Many are read at once."""
 
 MAX_MANIFEST_BYTES_PER_UNIT = 2 << 10
-"""What the final manifest says of one unit."""
+"""The final manifest's share for one unit."""
 
 MAX_CLASSES = 1 << 20
-"""Of a model: an export holds a number for each."""
+"""Classes of a model. An export holds a number for each."""

@@ -1,10 +1,10 @@
-"""The closed list of reasons for which a record is not explained."""
+"""The reject codes: the closed list of reasons why a record is not explained."""
 
 from enum import StrEnum
 
 
 class RejectCode(StrEnum):
-    """Why a record has no map. Stored in the output: never rename one, only add."""
+    """Why a record has no map. The codes are stored in outputs: add new ones, never rename one."""
 
     INPUT_MISSING = "input_missing"
     INPUT_CHANGED = "input_changed"
@@ -33,15 +33,15 @@ class RejectCode(StrEnum):
 
 
 class Reject(Exception):
-    """One record cannot be explained; it becomes a row that says why."""
+    """Raised if one record cannot be explained. It becomes an output row with the reason."""
 
     def __init__(self, code: RejectCode, message: str) -> None:
         super().__init__(message)
         self.code = code
-        """One of the closed list."""
+        """The reason, from the closed list."""
         self.message = message
-        """One sentence for the reader of the output, with both sides (wanted and met)."""
+        """One sentence for the reader of the output: what was wanted and what was found."""
 
     def __reduce__(self) -> "tuple[type[Reject], tuple[RejectCode, str]]":
-        """An exception is rebuilt from its first argument alone; this one has two."""
+        """Pickles both arguments: by default an exception is rebuilt from the first alone."""
         return type(self), (self.code, self.message)

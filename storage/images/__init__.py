@@ -1,1 +1,1 @@
-"""Images from strangers: the headers of each format are checked, then pixels are decoded to RGB."""
+"""Untrusted images: checks each format's headers, then decodes the pixels to RGB."""

@@ -1,20 +1,22 @@
-"""What a BMP file says about its pixels, and which of its kinds are read."""
+"""Reads a BMP file's header, and rejects the kinds that Pillow would read wrongly."""
 
 import struct
 
 from blocksight.storage.images.headers import Samples, refuse_large
 from blocksight.storage.rejects import Reject, RejectCode
 
-PLAIN, RLE8, RLE4, BITFIELDS = range(4)
-END_OF_ROW, END_OF_PICTURE, MOVE = range(3)
-"""What stands behind a zero in place of a run; greater numbers are pixels that are written out."""
-HEADERS = (12, 40, 52, 56, 108, 124)
-"""Sizes of the headers that are read: OS/2 1, and Windows 3 to 5."""
+UNCOMPRESSED, RLE8, RLE4, BITFIELDS = range(4)
+END_OF_ROW, END_OF_BITMAP, DELTA = range(3)
+"""Codes that follow a zero in place of a run; greater numbers are counts of literal pixels."""
+HEADER_SIZES = (12, 40, 52, 56, 108, 124)
+"""Sizes in bytes of the headers that are read: OS/2 1, and Windows 3 to 5."""
 
-KINDS = {(1, PLAIN), (4, PLAIN), (8, PLAIN), (16, PLAIN), (24, PLAIN), (32, PLAIN), (8, RLE8), (4, RLE4)}
-KINDS |= {(16, BITFIELDS), (24, BITFIELDS), (32, BITFIELDS)}
-"""Bits per pixel and compression."""
-
+READ_KINDS = {
+    *((bits, UNCOMPRESSED) for bits in (1, 4, 8, 16, 24, 32)),
+    *((8, RLE8), (4, RLE4)),
+    *((bits, BITFIELDS) for bits in (16, 24, 32)),
+}
+"""Pairs of bits per pixel and compression that are read."""
 
 MASKS = {
     16: {(0xF800, 0x7E0, 0x1F, 0), (0x7C00, 0x3E0, 0x1F, 0)},
@@ -26,27 +28,27 @@ MASKS = {
         (0xFF, 0xFF00, 0xFF0000, 0xFF000000),
     },
 }
-"""Red, green, blue and alpha, which Pillow reads of 32 bits alone, by bits per pixel."""
+"""The masks that are read (red, green, blue, alpha), by bits per pixel. Pillow reads alpha at 32 bits alone."""
 
 
 class BmpError(ValueError):
     """The file breaks a rule of BMP."""
 
 
-def described(data: bytes, most_pixels: int) -> Samples:
-    """Size and palette by the file's header. Raises Reject, BmpError, and struct.error where it is cut."""
+def samples_of(data: bytes, max_pixels: int) -> Samples:
+    """Size and palette from the file's header. Raises Reject, BmpError, and struct.error if the file is cut."""
     start, size = struct.unpack_from("<II", data, 10)
-    if size not in HEADERS:
-        raise _refused(f"a header of {size} bytes", f"one of {HEADERS}")
+    if size not in HEADER_SIZES:
+        raise _mode_reject(f"a header of {size} bytes", f"one of {HEADER_SIZES}")
     if size == 12:
         width, height, _, bits = struct.unpack_from("<HHHH", data, 18)
-        compression, named = PLAIN, 0
+        compression, named = UNCOMPRESSED, 0
     else:
         width, height, _, bits, compression = struct.unpack_from("<iiHHI", data, 18)
         (named,) = struct.unpack_from("<I", data, 46)
-    refuse_large(width, abs(height), most_pixels)
-    if (bits, compression) not in KINDS:
-        raise _refused(
+    refuse_large(width, abs(height), max_pixels)
+    if (bits, compression) not in READ_KINDS:
+        raise _mode_reject(
             f"{bits} bits in compression {compression}", "1, 4, 8, 16, 24 or 32 bits, plain or packed in runs"
         )
     if compression == BITFIELDS:
@@ -69,11 +71,11 @@ def _check_masks(data: bytes, size: int, bits: int) -> None:
     found = (red, green, blue, alpha)
     if found not in MASKS[bits]:
         named = ", ".join(f"{mask:X}" for mask in found)
-        raise _refused(f"{bits} bits with masks {named}", "those of whole bytes, 5 5 5 or 5 6 5")
+        raise _mode_reject(f"{bits} bits with masks {named}", "those of whole bytes, 5 5 5 or 5 6 5")
 
 
 def _check_palette(palette: bytes, num_colours: int, bits: int, entry_bytes: int) -> None:
-    """Raises Reject for the palettes that Pillow takes for none, and so reads at a wrong depth; and BmpError."""
+    """Raises BmpError, and Reject for a palette that Pillow ignores: it would read the pixels at a wrong depth."""
     if num_colours > 2**bits or len(palette) < num_colours * entry_bytes:
         raise BmpError(f"it names {num_colours} colours of {bits} bits, and has {len(palette)} bytes of them")
     greys = (0, 255) if num_colours == 2 else range(num_colours)
@@ -81,30 +83,32 @@ def _check_palette(palette: bytes, num_colours: int, bits: int, entry_bytes: int
         palette[at * entry_bytes : at * entry_bytes + 3] == bytes([grey] * 3) for at, grey in enumerate(greys)
     )
     if is_ramp and bits != (1 if num_colours == 2 else 8):
-        raise _refused(f"{bits} bits with a palette of the greys {tuple(greys)}", "another palette, or another depth")
+        raise _mode_reject(
+            f"{bits} bits with a palette of the greys {tuple(greys)}", "another palette, or another depth"
+        )
 
 
 def _check_runs(runs: memoryview, width: int, height: int, bits: int) -> None:
-    """Raises BmpError where pixels lie beyond their row or the picture: Pillow would shift what follows them."""
-    column = row = place = 0
-    while place + 1 < len(runs):
-        count, value = runs[place], runs[place + 1]
-        place += 2
-        if not count and value == END_OF_PICTURE:
+    """Raises BmpError if pixels lie beyond their row or the picture: Pillow would shift the pixels after them."""
+    column = row = offset = 0
+    while offset + 1 < len(runs):
+        count, value = runs[offset], runs[offset + 1]
+        offset += 2
+        if not count and value == END_OF_BITMAP:
             return
         if not count and value == END_OF_ROW:
             column, row = 0, row + 1
             continue
-        if not count and value == MOVE:
-            right, up = bytes(runs[place : place + 2]).ljust(2, b"\0")
-            column, row, place = column + right, row + up, place + 2
+        if not count and value == DELTA:
+            right, up = bytes(runs[offset : offset + 2]).ljust(2, b"\0")
+            column, row, offset = column + right, row + up, offset + 2
             continue
         if not count:
-            place += (value * bits + 15) // 16 * 2  # written out, in whole words
+            offset += (value * bits + 15) // 16 * 2  # literal pixels, padded to 16 bits
         column += count or value
         if column > width or row >= height:
             raise BmpError(f"its runs reach column {column} in row {row} of {width} x {height} pixels")
 
 
-def _refused(what: str, wanted: str) -> Reject:
+def _mode_reject(what: str, wanted: str) -> Reject:
     return Reject(RejectCode.MODE_REFUSED, f"a BMP of {what} is not read; wanted {wanted}")

@@ -1,4 +1,4 @@
-"""Images from strangers: hostile bytes to upright RGB pixels, or one reason why not."""
+"""Decodes untrusted image bytes to upright RGB pixels, or rejects them with one reason."""
 
 import io
 import signal
@@ -20,7 +20,7 @@ from PIL.ImageFile import ImageFile
 
 from blocksight.storage.images import bmp, gif, jpeg, png, tiff, webp
 from blocksight.storage.images.headers import Samples
-from blocksight.storage.images.libtiff import caught_words
+from blocksight.storage.images.libtiff import libtiff_messages
 from blocksight.storage.images.policy import DECISIONS
 from blocksight.storage.images.rgb import DEEP_MODES, as_rgb
 from blocksight.storage.images.tiff import orientation_of
@@ -40,7 +40,7 @@ DECODE_POLICY = {
     "icc": "ignored",
     "resampling": "bilinear, antialiased",
 }
-"""What is done with colour and geometry; the plan records it."""
+"""How colour and geometry are treated. The plan stores this text."""
 
 MAGIC = {
     b"\xff\xd8\xff": "JPEG",
@@ -66,47 +66,47 @@ REFUSED_MAGIC = {
     b"<svg": "SVG",
     b"SIMPLE": "FITS",
 }
-"""Formats that are known by their first bytes and not on the list: a clearer reason than `not an image`."""
+"""Formats that are recognised and not read: a clearer reason than `not an image`."""
 
-DESCRIBED: dict[str, Callable[[bytes, int], Samples]] = {
-    "JPEG": jpeg.described,
-    "PNG": png.described,
-    "WEBP": webp.described,
-    "BMP": bmp.described,
-    "GIF": gif.described,
-    "TIFF": tiff.described,
+SAMPLES_OF: dict[str, Callable[[bytes, int], Samples]] = {
+    "JPEG": jpeg.samples_of,
+    "PNG": png.samples_of,
+    "WEBP": webp.samples_of,
+    "BMP": bmp.samples_of,
+    "GIF": gif.samples_of,
+    "TIFF": tiff.samples_of,
 }
-"""The reader of each format's header: it refuses what Pillow would read wrongly."""
+"""Each format's header reader: it rejects what Pillow would read wrongly."""
 
 DECODE_BYTES_PER_PIXEL = 16
 DECODE_BYTES_PER_ROW = 64
 DECODE_BYTES_PER_BYTE = 4
-DECODE_BYTES_BESIDE = 32 << 20
-"""Memory that decoding one image takes at most: so much for each pixel, row and byte of the file, and so much more."""
+DECODE_BYTES_FIXED = 32 << 20
+"""Upper bound of the memory for decoding one image: per pixel, per row and per byte of the file, and a fixed part."""
 
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """What one image may cost at most."""
+    """Upper limits for one image."""
 
     num_bytes: int = MAX_IMAGE_BYTES
     num_pixels: int = MAX_IMAGE_PIXELS
-    """Width times height, read off the header."""
+    """Width times height, from the header."""
     seconds: float = MAX_DECODE_SECONDS
-    """Of the main thread's own CPU time: a busy machine makes no image slow. It is there that tasks and the
-    in-process runner decode; elsewhere the other two bound it."""
+    """CPU time of the main thread, so a busy machine makes no difference. Tasks and the in-process runner decode
+    there; in other threads only the other two limits hold."""
 
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """Upright pixels."""
+    """One decoded image, upright."""
 
     pixels: NDArray[np.uint8]
     """RGB [height, width, 3]."""
     width: int
     height: int
     format: str
-    """One of `FORMATS`, by content."""
+    """One of `FORMATS`, by the file's first bytes."""
 
 
 DEFAULT_LIMITS = DecodeLimits()
@@ -115,8 +115,8 @@ DEFAULT_LIMITS = DecodeLimits()
 def decode(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> DecodedImage:
     """The first frame of an image file, upright, in RGB. Raises Reject with the reason.
 
-    Decoders raise nearly anything on hostile bytes, so every Exception becomes a reason; only MemoryError
-    goes on, for the limits make it the machine's trouble and not the image's.
+    Decoders raise nearly any exception on hostile bytes, so each one becomes a Reject. MemoryError is raised
+    unchanged: the limits bound every image, so the machine is at fault.
     """
     if not data:
         raise Reject(RejectCode.EMPTY_FILE, "the file is empty")
@@ -128,10 +128,10 @@ def decode(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> DecodedImage:
     except (Reject, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        reason = f"its header names more than the {limits.num_pixels} pixels that are decoded at most"
+        reason = f"its header states too many pixels; at most {limits.num_pixels} are decoded"
         raise Reject(RejectCode.TOO_MANY_PIXELS, reason) from error
     except Exception as error:
-        raise _reason(error) from error
+        raise _as_reject(error) from error
 
 
 def fit(pixels: NDArray[np.uint8], size: tuple[int, int], how: Literal["squash", "crop"]) -> NDArray[np.uint8]:
@@ -145,6 +145,7 @@ def fit(pixels: NDArray[np.uint8], size: tuple[int, int], how: Literal["squash",
 
 
 def centred_box(have: tuple[int, int], want: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The largest centred box (left, top, right, bottom) in `have` with the aspect of `want`; both (width, height)."""
     scale = min(have[0] / want[0], have[1] / want[1])
     width, height = want[0] * scale, want[1] * scale
     left, top = (have[0] - width) / 2, (have[1] - height) / 2
@@ -152,51 +153,51 @@ def centred_box(have: tuple[int, int], want: tuple[int, int]) -> tuple[float, fl
 
 
 def _decode(data: bytes, limits: DecodeLimits) -> DecodedImage:
-    samples = _described(data, limits)
-    with caught_words() as words:
+    samples = _samples(data, limits)
+    with libtiff_messages() as messages:
         try:
             pixels = _pixels(samples)
         except OSError as error:
-            if words.count and not isinstance(error, TimeoutError):
-                raise OSError(f"{error}; {words}") from error
+            if messages.count and not isinstance(error, TimeoutError):
+                raise OSError(f"{error}; {messages}") from error
             raise
-    if words.count:
-        raise Reject(RejectCode.CORRUPT, str(words))
+    if messages.count:
+        raise Reject(RejectCode.CORRUPT, str(messages))
     return DecodedImage(pixels, pixels.shape[1], pixels.shape[0], samples.format)
 
 
-def _described(data: bytes, limits: DecodeLimits) -> Samples:
-    """What the file's header says. Raises Reject, and what a cut or broken header makes of its reader."""
-    name = _named(data, MAGIC) or ("WEBP" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None)
+def _samples(data: bytes, limits: DecodeLimits) -> Samples:
+    """The facts in the file's header. Raises Reject, and any error that the header reader raises."""
+    name = _format_by_magic(data, MAGIC) or ("WEBP" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None)
     if name is None:
-        raise _no_image(data)
-    return DESCRIBED[name](data, limits.num_pixels)
+        raise _unknown_format(data)
+    return SAMPLES_OF[name](data, limits.num_pixels)
 
 
 def _pixels(samples: Samples) -> NDArray[np.uint8]:
     """Upright RGB [H, W, 3]."""
-    picture, is_half = _loaded(samples)
-    pictures = [picture, _loaded(samples, low=True)[0]] if is_half else [picture]
+    picture, is_half = _load(samples)
+    pictures = [picture, _load(samples, low=True)[0]] if is_half else [picture]
     orientation = samples.orientation or orientation_of(picture.info.get("exif", b""))
     return as_rgb(pictures, samples, orientation)
 
 
-def _loaded(samples: Samples, *, low: bool = False) -> tuple[Image.Image, bool]:
-    """The picture as Pillow decodes it, and whether it holds one half of its bits: the high ones, or the low ones."""
+def _load(samples: Samples, *, low: bool = False) -> tuple[Image.Image, bool]:
+    """The picture as Pillow decodes it, and True if it holds the high bytes alone (with `low`: the low bytes)."""
     with Image.open(io.BytesIO(samples.data), formats=[samples.format]) as image:
         if image.size != (samples.width, samples.height):
-            raise ValueError(f"its header names {samples.width} x {samples.height} pixels, its decoder {image.size}")
+            raise ValueError(f"its header says {samples.width} x {samples.height} pixels, its decoder {image.size}")
         is_half = samples.depth == 16 and _choose_bytes(image, low)
         image.load()
-        vars(image).pop("_decoder", None)  # holds WebP's two canvases, which are as large as the picture
+        vars(image).pop("_decoder", None)  # frees WebP's two canvases, each as large as the picture
         return image, is_half
 
 
 def _choose_bytes(image: ImageFile, low: bool) -> bool:
-    """Has 16-bit colours read as their high or low bytes; False where Pillow keeps both.
+    """Makes Pillow read the high or the low bytes of 16-bit colours. Returns False if Pillow keeps both.
 
-    Pillow has a mode for 16-bit grey alone, and of colours takes the high byte. It is the low one where the file
-    is read in the other byte order.
+    Pillow has a 16-bit mode for grey alone; of colours it takes the high byte. With the other byte order it takes
+    the low byte.
     """
     raws = [tile.args if isinstance(tile.args, str) else str((tile.args or ("",))[0]) for tile in image.tile]
     if image.mode in DEEP_MODES:
@@ -217,7 +218,7 @@ def _with_raw(tile: Any, raw: str) -> Any:
     return tile._replace(args=raw if isinstance(tile.args, str) else (raw, *tile.args[1:]))
 
 
-def _reason(error: Exception) -> Reject:
+def _as_reject(error: Exception) -> Reject:
     if isinstance(error, TimeoutError):
         return Reject(RejectCode.DECODE_TIMEOUT, "decoding took too long")
     if isinstance(error, UnidentifiedImageError):
@@ -227,20 +228,20 @@ def _reason(error: Exception) -> Reject:
     return Reject(RejectCode.TRUNCATED if cut else RejectCode.CORRUPT, text)
 
 
-def _no_image(data: bytes) -> Reject:
-    other = _named(data, REFUSED_MAGIC) or ("HEIF or AVIF" if data[4:8] == b"ftyp" else None)
+def _unknown_format(data: bytes) -> Reject:
+    other = _format_by_magic(data, REFUSED_MAGIC) or ("HEIF or AVIF" if data[4:8] == b"ftyp" else None)
     if other is not None:
         return Reject(RejectCode.FORMAT_REFUSED, f"{other} is not read; wanted one of {', '.join(FORMATS)}")
     return Reject(RejectCode.NOT_AN_IMAGE, f"the bytes begin with {data[:8]!r}; wanted one of {', '.join(FORMATS)}")
 
 
-def _named(data: bytes, magic: dict[bytes, str]) -> str | None:
+def _format_by_magic(data: bytes, magic: dict[bytes, str]) -> str | None:
     return next((name for start, name in magic.items() if data.startswith(start)), None)
 
 
 @contextmanager
 def _strict_warnings() -> Iterator[None]:
-    """A warning of a decompression bomb is an error; what else a decoder grumbles about is not ours to print."""
+    """Turns the warning of a decompression bomb into an error, and hides all other warnings of decoders."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -251,7 +252,7 @@ def _strict_warnings() -> Iterator[None]:
 def _time_limit(seconds: float) -> Iterator[None]:
     """Raises TimeoutError in the body after so much CPU time of this thread; does nothing outside the main thread.
 
-    The timer counts the whole process; where other threads used the time, it is set again for what is left.
+    The timer counts the CPU time of all threads, so it is set again until this thread's time is used up.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""What a GIF file says about its first frame: where it lies, and which colours it has."""
+"""Reads a GIF file's headers: position and colours of its first frame."""
 
 import struct
 
@@ -14,12 +14,12 @@ class GifError(ValueError):
     """The file breaks a rule of GIF."""
 
 
-def described(data: bytes, most_pixels: int) -> Samples:
-    """Size and colours of the first frame. Raises Reject, GifError, struct.error and IndexError where it is cut."""
+def samples_of(data: bytes, max_pixels: int) -> Samples:
+    """Size and colours of the first frame. Raises Reject, GifError; struct.error or IndexError if the file is cut."""
     _, width, height, flags, _, _ = _SCREEN.unpack_from(data)
     global_bytes = _table_bytes(flags)
-    place, transparent = _first_frame(data, _SCREEN.size + global_bytes)
-    left, top, frame_width, frame_height, frame_flags = _FRAME.unpack_from(data, place)
+    offset, transparent = _first_frame(data, _SCREEN.size + global_bytes)
+    left, top, frame_width, frame_height, frame_flags = _FRAME.unpack_from(data, offset)
     table_bytes = _table_bytes(frame_flags) or global_bytes
     if not table_bytes:
         raise GifError("its first frame has no colour table")
@@ -27,7 +27,7 @@ def described(data: bytes, most_pixels: int) -> Samples:
         if left or top:
             raise GifError(f"its first frame ends at {left + frame_width} x {top + frame_height} of {width} x {height}")
         width, height = max(width, frame_width), max(height, frame_height)
-    refuse_large(width, height, most_pixels)
+    refuse_large(width, height, max_pixels)
     covered = (left, top, frame_width, frame_height) == (0, 0, width, height)
     if not covered and transparent is None:
         raise Reject(
@@ -43,19 +43,19 @@ def _table_bytes(flags: int) -> int:
     return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
 
 
-def _first_frame(data: bytes, place: int) -> tuple[int, int | None]:
-    """Where the first frame's rectangle stands, and the transparent index that an extension before it names."""
+def _first_frame(data: bytes, offset: int) -> tuple[int, int | None]:
+    """Offset of the first frame's rectangle, and the transparent index from an extension before it, if any."""
     transparent = None
-    while data[place] != FRAME:
-        if data[place] == 0:  # some writers end a block twice
-            place += 1
+    while data[offset] != FRAME:
+        if data[offset] == 0:  # some writers write two block terminators
+            offset += 1
             continue
-        if data[place] != EXTENSION:
-            raise GifError(f"a block begins with {data[place]}; wanted an extension or a frame")
-        if data[place + 1] == GRAPHIC_CONTROL and data[place + 3] & 1:
-            transparent = data[place + 6]
-        place += 2
-        while data[place]:
-            place += data[place] + 1
-        place += 1
-    return place + 1, transparent
+        if data[offset] != EXTENSION:
+            raise GifError(f"a block begins with {data[offset]}; wanted an extension or a frame")
+        if data[offset + 1] == GRAPHIC_CONTROL and data[offset + 3] & 1:
+            transparent = data[offset + 6]
+        offset += 2
+        while data[offset]:
+            offset += data[offset] + 1
+        offset += 1
+    return offset + 1, transparent

@@ -1,4 +1,4 @@
-"""What a file's own header says about its samples, where Pillow does not say it or does not heed it."""
+"""What an image file's header says about its samples, for facts that Pillow drops or ignores."""
 
 from dataclasses import dataclass
 
@@ -7,32 +7,32 @@ from blocksight.storage.rejects import Reject, RejectCode
 
 @dataclass(frozen=True)
 class Samples:
-    """How the samples of one file are to be read."""
+    """How to read the samples of one image file."""
 
     format: str
     """One of `blocksight.storage.images.decode.FORMATS`."""
     data: bytes
-    """The file as Pillow is given it: without text, profiles and further frames where those can be left out."""
+    """The file for Pillow: without text, profiles and further frames if those can be left out."""
     width: int
     height: int
-    """Of the picture as it is stored."""
+    """Height of the stored picture, before it is turned upright."""
     depth: int = 8
-    """Bits per sample as Pillow hands them over; 12 or 16 are scaled here."""
+    """Bits per sample as Pillow returns them; 12 or 16 are scaled to 8 later."""
     is_white_zero: bool = False
-    """Grey of 12 or 16 bits is to be inverted."""
+    """Grey of 12 or 16 bits must be inverted."""
     is_premultiplied: bool = False
-    """Colours are multiplied by alpha already."""
+    """Colours are already multiplied by alpha."""
     key: tuple[int, ...] | None = None
-    """The transparent grey or RGB in `depth` bits."""
+    """The transparent grey or RGB value in `depth` bits."""
     num_colours: int | None = None
-    """Entries of the palette; a pixel that names another has no colour. None: there is none, or it is complete."""
+    """Entries of the palette; a pixel with a greater index is an error. None: no palette, or a complete one."""
     transparent_index: int | None = None
-    """That of a palette, which needs no entry."""
+    """Transparent palette index; it needs no palette entry."""
     orientation: int | None = None
-    """1 to 8; None: Pillow knows the EXIF."""
+    """EXIF orientation, 1 to 8. None: take it from the EXIF that Pillow finds."""
 
 
-def refuse_large(width: int, height: int, most: int) -> None:
-    """Raises Reject for more than so many pixels. Each reader of headers asks before it does anything else."""
-    if width * height > most:
-        raise Reject(RejectCode.TOO_MANY_PIXELS, f"{width} x {height} pixels, at most {most}")
+def refuse_large(width: int, height: int, max_pixels: int) -> None:
+    """Raises Reject for more than `max_pixels`. Each header reader calls this first."""
+    if width * height > max_pixels:
+        raise Reject(RejectCode.TOO_MANY_PIXELS, f"{width} x {height} pixels, at most {max_pixels}")

@@ -1,4 +1,4 @@
-"""libtiff's own words about a damaged file: caught for the reason of a reject, where it would write them to stderr."""
+"""Captures libtiff's error messages for the reject's reason; libtiff would write them to stderr."""
 
 import ctypes
 import threading
@@ -9,14 +9,14 @@ from pathlib import Path
 
 from PIL import Image
 
-MAX_WORDS = 3
-"""Messages of one file that are kept; all are counted."""
+MAX_KEPT_MESSAGES = 3
+"""Messages that are kept for one file; all are counted."""
 
 _HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)
 
 
-class Words(threading.local):
-    """What libtiff said about the file that this thread decodes."""
+class Messages(threading.local):
+    """libtiff's messages about the file that this thread decodes."""
 
     count = 0
     kept: tuple[str, ...] = ()
@@ -25,33 +25,33 @@ class Words(threading.local):
         return f"libtiff says, in {self.count} messages: {'; '.join(self.kept)}"
 
 
-_words = Words()
+_messages = Messages()
 
 
 @contextmanager
-def caught_words() -> Iterator[Words]:
-    """What libtiff says in the body, in this thread; nothing of it goes to stderr."""
+def libtiff_messages() -> Iterator[Messages]:
+    """Captures libtiff's messages of this thread while the body runs; none goes to stderr."""
     _install_handler()
-    _words.count, _words.kept = 0, ()
-    yield _words
+    _messages.count, _messages.kept = 0, ()
+    yield _messages
 
 
 @_HANDLER
-def _hear(module: bytes | None, form: bytes, arguments: int) -> None:
-    _words.count += 1
-    if len(_words.kept) < MAX_WORDS:
+def _on_error(module: bytes | None, form: bytes, arguments: int) -> None:
+    _messages.count += 1
+    if len(_messages.kept) < MAX_KEPT_MESSAGES:
         text = ctypes.create_string_buffer(200)
         ctypes.CDLL(None).vsnprintf(text, len(text), form, ctypes.c_void_p(arguments))
-        said = f"{(module or b'').decode('latin-1')}: {text.value.decode('latin-1')}"
-        _words.kept = (*_words.kept, said)
+        message = f"{(module or b'').decode('latin-1')}: {text.value.decode('latin-1')}"
+        _messages.kept = (*_messages.kept, message)
 
 
 @cache
 def _install_handler() -> None:
-    """Once a process; where Pillow's libtiff cannot be found, its words go to stderr as before."""
+    """Runs once per process. If Pillow's libtiff is not found, its messages go to stderr as before."""
     Image.preinit()
     for line in Path("/proc/self/maps").read_text().splitlines():
         path = Path(line.split(maxsplit=5)[-1])
         if path.name.startswith("libtiff") and path.exists():
-            ctypes.CDLL(str(path)).TIFFSetErrorHandler(_hear)
+            ctypes.CDLL(str(path)).TIFFSetErrorHandler(_on_error)
             return

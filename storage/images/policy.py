@@ -1,16 +1,16 @@
-"""Which kinds of pictures are explained, and which are rejected for pixels that would be wrong or open to dispute."""
+"""Which kinds of images are explained, and which are rejected because their pixels would be wrong or disputed."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is done with the kinds of one format."""
+    """The explained and the rejected kinds of one format."""
 
     format: str
     explained: str
     rejected: str
-    """As `mode_refused`, with the reason."""
+    """Kinds that are rejected as `mode_refused`."""
 
 
 DECISIONS = (

@@ -1,4 +1,4 @@
-"""A decoded picture of any kind to upright RGB of 8 bits, tile by tile: no second picture of full size is made."""
+"""Converts a decoded picture to upright 8-bit RGB, tile by tile, without a second picture of full size."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,10 +24,10 @@ MODES_NEED = "8-bit, 16-bit grey, palette or CMYK"
 
 
 def as_rgb(pictures: Sequence[Image.Image], samples: Samples, orientation: int) -> Pixels:
-    """Upright RGB [H, W, 3], transparency laid on white.
+    """Upright RGB [H, W, 3], composited on white.
 
-    `pictures`: the loaded picture, or its high and its low bytes where Pillow has no mode for both. Raises Reject
-    where a pixel has no colour, or the mode is none that is read.
+    `pictures`: the loaded picture, or its high and its low bytes if Pillow has no 16-bit mode for it. Raises Reject
+    if a pixel has no colour or the mode is not read.
     """
     first = pictures[0]
     upright = np.empty((*_upright_size(first.size, orientation), 3), np.uint8)
@@ -55,7 +55,7 @@ def _upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
 
 
 def _as_stored(upright: Pixels, orientation: int) -> Pixels:
-    """A view of the upright picture that takes pixels in the order of the file."""
+    """A view of the upright picture, indexed in the order of the file."""
     if orientation in (2, 3, 6, 7):
         upright = upright[:, ::-1]
     if orientation in (3, 4, 7, 8):
@@ -68,9 +68,11 @@ class _Reader:
 
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
-        most = 2**samples.depth - 1
-        self.most = most
-        self.levels = np.rint(np.arange(most + 1) * (255 / most)).astype(np.uint8) if samples.depth > 8 else None
+        max_value = 2**samples.depth - 1
+        self.max_value = max_value
+        self.levels = (
+            np.rint(np.arange(max_value + 1) * (255 / max_value)).astype(np.uint8) if samples.depth > 8 else None
+        )
 
     def rgb(self, tiles: Sequence[Image.Image]) -> Pixels:
         mode = tiles[0].mode
@@ -87,30 +89,30 @@ class _Reader:
         return pixels
 
     def _check_greys(self, tile: Image.Image) -> None:
-        """Pillow drops a palette that is a ramp of greys; a pixel beyond it has no colour all the same."""
+        """Checks grey that was a palette: Pillow drops a palette that is a ramp of greys."""
         if tile.mode == "L" and self.samples.num_colours is not None:
             check_indices(np.asarray(tile), self.samples)
 
     def _is_key(self, values: NDArray[Any]) -> NDArray[np.bool_]:
-        """[H, W], of values [H, W] or [H, W, C] that Pillow scaled from fewer bits than 8."""
-        most = 2 ** min(self.samples.depth, 8) - 1
-        key = np.array(self.samples.key) * (255 // most)
+        """[H, W]: True for the transparent colour. `values`: [H, W] or [H, W, C], scaled by Pillow to 8 bits."""
+        max_value = 2 ** min(self.samples.depth, 8) - 1
+        key = np.array(self.samples.key) * (255 // max_value)
         if values.dtype == np.bool_:
             values = values * np.uint8(255)
         return values == key[0] if values.ndim == 2 else (values == key).all(-1)
 
     def _deep_values(self, tiles: Sequence[Image.Image]) -> NDArray[np.uint16]:
-        """[H, W] grey, or [H, W, C], in the file's own depth."""
+        """Grey [H, W] or colours [H, W, C] in the file's own depth."""
         if tiles[0].mode in DEEP_MODES:
             return np.asarray(tiles[0]).astype(np.uint16)
         first = np.asarray(tiles[0])
         if len(tiles) == 2:
-            return _joined(first, np.asarray(tiles[1]))
-        return _joined(first[..., ::2], first[..., 1::2])  # grey and alpha, each in two bytes
+            return _as_sixteen_bit(first, np.asarray(tiles[1]))
+        return _as_sixteen_bit(first[..., ::2], first[..., 1::2])  # grey and alpha, each in two bytes
 
     def _from_deep(self, values: NDArray[np.uint16], levels: Pixels, mode: str) -> Pixels:
         if self.samples.is_white_zero:
-            values = self.most - values
+            values = self.max_value - values
         if mode == "RGBA":
             return self._deep_on_white(values.astype(np.float64))
         eight = levels[values]
@@ -127,17 +129,19 @@ class _Reader:
         """RGB of grey or RGB with alpha, in the file's own depth."""
         colours, alpha = values[..., :-1], values[..., -1:]
         if not self.samples.is_premultiplied:
-            colours = colours * (alpha / self.most)
-        lit = np.minimum(colours + self.most - alpha, self.most)
-        return np.broadcast_to(np.rint(lit * (255 / self.most)).astype(np.uint8), (*lit.shape[:2], 3))
+            colours = colours * (alpha / self.max_value)
+        on_background = np.minimum(colours + self.max_value - alpha, self.max_value)
+        return np.broadcast_to(
+            np.rint(on_background * (255 / self.max_value)).astype(np.uint8), (*on_background.shape[:2], 3)
+        )
 
 
-def _joined(high: Pixels, low: Pixels) -> NDArray[np.uint16]:
+def _as_sixteen_bit(high: Pixels, low: Pixels) -> NDArray[np.uint16]:
     return high.astype(np.uint16) * np.uint16(256) + low
 
 
 class _PaletteReader:
-    """Converts tiles of palette indices by one table of colours on white."""
+    """Converts tiles of palette indices with one table of colours, composited on white."""
 
     def __init__(self, picture: Image.Image, samples: Samples) -> None:
         self.samples = samples
@@ -154,7 +158,7 @@ class _PaletteReader:
 
 
 def check_indices(indices: Pixels, samples: Samples) -> None:
-    """Raises Reject where a pixel names a colour that the palette has not."""
+    """Raises Reject if a pixel's index is beyond the palette."""
     if samples.num_colours is None or samples.num_colours > int(indices.max()):
         return
     beyond = indices >= samples.num_colours
@@ -166,7 +170,7 @@ def check_indices(indices: Pixels, samples: Samples) -> None:
 
 
 def on_white(picture: Image.Image, is_premultiplied: bool) -> Pixels:
-    """RGB [H, W, 3] of a picture with alpha."""
+    """RGB [H, W, 3] of a picture with alpha, composited on white."""
     rgba = picture.convert("RGBA")
     if is_premultiplied:
         values = np.asarray(rgba).astype(np.uint16)

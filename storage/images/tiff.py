@@ -1,4 +1,4 @@
-"""What a TIFF file says about its pixels, and which kinds are read: Pillow reads the others wrongly or not at all."""
+"""Reads a TIFF file's first directory, and rejects the kinds that Pillow reads wrongly or not at all."""
 
 import struct
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ KEPT = (
     *(STRIP_BYTES, PLANAR, T4_OPTIONS, T6_OPTIONS, PREDICTOR, COLOUR_MAP, TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS),
     *(TILE_BYTES, EXTRA_SAMPLES, SAMPLE_FORMAT, JPEG_TABLES, YCBCR_SUBSAMPLING, YCBCR_POSITION),
 )
-"""The tags that Pillow and libtiff get to see: text, profiles, thumbnails and further frames are left out."""
+"""The tags that are passed to Pillow: text, profiles, thumbnails and further frames are left out."""
 
 GREY, RGB, PALETTE, CMYK, YCBCR = "grey", "RGB", "palette", "CMYK", "YCbCr"
 COLOURS = {0: GREY, 1: GREY, 2: RGB, 3: PALETTE, 5: CMYK, 6: YCBCR}
@@ -49,14 +49,14 @@ MAX_SPARE_TILE_PIXELS = 1 << 20
 """A tile may be larger than its image by a quarter, or up to this."""
 
 FULL_RANGE = (0, 255, 128, 255, 128, 255)
-"""Levels of black and white of YCbCr as JPEG has them."""
+"""Black and white levels of JPEG's YCbCr."""
 
 PREDICTED = (LZW, DEFLATE, OLD_DEFLATE, LZMA, ZSTD)
-"""Compressions that a predictor goes with."""
+"""Compressions that may use a predictor."""
 END_OF_JPEG = b"\xff\xd9"
 
 MAX_SAMPLES = 8
-"""Of one pixel; the kinds that are read have six at most."""
+"""Samples of one pixel; the kinds that are read have at most six."""
 
 _NUMBERS = {1: "B", 3: "H", 4: "I", 5: "II", 16: "Q"}
 
@@ -70,15 +70,15 @@ class Entry:
     """One tag of a directory."""
 
     kind: int
-    """1 bytes, 3 shorts, 4 longs, 5 pairs of longs, 16 long longs; else not numbers that are read here."""
+    """TIFF type: 1 bytes, 3 shorts, 4 longs, 5 pairs of longs, 16 long longs; others are not read."""
     count: int
-    place: int
-    """Of its 12 or 20 bytes in the file."""
+    offset: int
+    """Of the entry's 12 or 20 bytes in the file."""
 
 
 @dataclass(frozen=True)
 class Directory:
-    """The first directory of a TIFF file, or of EXIF, with its values still in the file."""
+    """The first directory of a TIFF file or of EXIF. Values are read on demand."""
 
     data: bytes
     order: str
@@ -88,7 +88,7 @@ class Directory:
     entries: Mapping[int, Entry]
 
     def numbers(self, tag: int, most: int = 8) -> tuple[int, ...]:
-        """The tag's values; none where it is not there. Raises TiffError where they are more, or no numbers."""
+        """The tag's values; () if it is absent. Raises TiffError for more than `most`, and for no numbers."""
         entry = self.entries.get(tag)
         if entry is None:
             return ()
@@ -97,12 +97,12 @@ class Directory:
             raise TiffError(f"tag {tag} has {entry.count} values of type {entry.kind}; wanted 1 to {most} numbers")
         form = struct.Struct(self.order + letter * entry.count)
         field, width = (12, "Q") if self.is_big else (8, "I")
-        place = entry.place + field
+        offset = entry.offset + field
         if form.size > struct.calcsize(width):
-            (place,) = struct.unpack_from(self.order + width, self.data, place)
-        if place + form.size > len(self.data):
-            raise TiffError(f"tag {tag} is truncated: it ends at {place + form.size}, the file at {len(self.data)}")
-        return form.unpack_from(self.data, place)
+            (offset,) = struct.unpack_from(self.order + width, self.data, offset)
+        if offset + form.size > len(self.data):
+            raise TiffError(f"tag {tag} is truncated: it ends at {offset + form.size}, the file at {len(self.data)}")
+        return form.unpack_from(self.data, offset)
 
     def number(self, tag: int, default: int) -> int:
         """The tag's only value. Raises TiffError."""
@@ -110,7 +110,7 @@ class Directory:
 
 
 def directory_of(data: bytes) -> Directory:
-    """The first directory of a TIFF or BigTIFF file. Raises TiffError, and struct.error where it is cut."""
+    """The first directory of a TIFF or BigTIFF file. Raises Reject, TiffError; struct.error if the file is cut."""
     order = {b"II": "<", b"MM": ">"}.get(data[:2])
     if order is None:
         raise TiffError(f"it begins with {data[:4]!r}, not as a TIFF")
@@ -119,25 +119,25 @@ def directory_of(data: bytes) -> Directory:
         raise TiffError(f"its version is {version}; wanted 42, or 43 for BigTIFF")
     is_big = version == 43
     if is_big and order == ">":
-        raise _refused("big-endian BigTIFF", "another byte order")
+        raise _mode_reject("big-endian BigTIFF", "another byte order")
     (start,) = struct.unpack_from(order + ("Q" if is_big else "I"), data, 8 if is_big else 4)
     (count,) = struct.unpack_from(order + ("Q" if is_big else "H"), data, start)
     head, size = struct.Struct(order + ("HHQ" if is_big else "HHI")), 20 if is_big else 12
     if count > 0xFFFF:
         raise TiffError(f"its directory has {count} tags; there are no more than 65535")
     entries: dict[int, Entry] = {}
-    for place in range(start + (8 if is_big else 2), start + (8 if is_big else 2) + count * size, size):
-        if place + size > len(data):
+    for offset in range(start + (8 if is_big else 2), start + (8 if is_big else 2) + count * size, size):
+        if offset + size > len(data):
             break
-        tag, kind, number = head.unpack_from(data, place)
-        entries.setdefault(tag, Entry(kind, number, place))
+        tag, kind, number = head.unpack_from(data, offset)
+        entries.setdefault(tag, Entry(kind, number, offset))
     return Directory(data, order, is_big, entries)
 
 
 def orientation_of(exif: bytes) -> int:
-    """The orientation 1 to 8 that EXIF names; 1 where it names none, or is broken."""
+    """EXIF's orientation, 1 to 8; 1 if there is none or EXIF is damaged."""
     body = exif
-    for _ in range(2):  # some writers name it twice
+    for _ in range(2):  # some writers repeat the prefix
         body = body.removeprefix(b"Exif\0\0")
     try:
         orientation = directory_of(body).number(ORIENTATION, 1)
@@ -148,7 +148,7 @@ def orientation_of(exif: bytes) -> int:
 
 @dataclass(frozen=True)
 class _Kind:
-    """The tags that decide how samples are read."""
+    """The tags that say how samples are stored."""
 
     height: int
     width: int
@@ -164,61 +164,65 @@ class _Kind:
     num_samples: int
 
 
-def described(data: bytes, most_pixels: int) -> Samples:
-    """What the file's first directory says. Raises Reject for kinds that are not read, TiffError and struct.error."""
-    found = directory_of(data)
-    refuse_large(found.number(WIDTH, 0), found.number(HEIGHT, 0), most_pixels)
-    kind = _kind(found)
-    _check_kind(kind, found)
-    _check_pieces(kind, found)
+def samples_of(data: bytes, max_pixels: int) -> Samples:
+    """Size and kind from the first directory. Raises Reject for kinds that are not read, TiffError and struct.error."""
+    directory = directory_of(data)
+    refuse_large(directory.number(WIDTH, 0), directory.number(HEIGHT, 0), max_pixels)
+    kind = _kind(directory)
+    _check_kind(kind, directory)
+    _check_pieces(kind, directory)
     is_associated = ASSOCIATED in kind.extra
     return Samples(
         format="TIFF",
-        data=_lean(found, kind, is_associated),
+        data=_with_kept_tags(directory, kind, is_associated),
         width=kind.width,
         height=kind.height,
         depth=kind.depth if kind.depth > 8 else 8,
         is_white_zero=kind.white_is_zero and kind.depth > 8,
         is_premultiplied=is_associated,
-        orientation=_orientation(found),
+        orientation=_orientation_in(directory),
     )
 
 
-def _orientation(found: Directory) -> int:
+def _orientation_in(directory: Directory) -> int:
     try:
-        orientation = found.number(ORIENTATION, 1)
+        orientation = directory.number(ORIENTATION, 1)
     except TiffError:
         return 1
     return orientation if 1 <= orientation <= 8 else 1
 
 
-def _kind(found: Directory) -> _Kind:
-    width, height = found.number(WIDTH, 0), found.number(HEIGHT, 0)
+def _kind(directory: Directory) -> _Kind:
+    width, height = directory.number(WIDTH, 0), directory.number(HEIGHT, 0)
     if not width or not height:
         raise TiffError(f"it is {width} x {height} pixels")
-    photometric = found.numbers(PHOTOMETRIC, 1)
+    photometric = directory.numbers(PHOTOMETRIC, 1)
     if not photometric or photometric[0] not in COLOURS:
-        raise _refused(
+        raise _mode_reject(
             f"photometric {photometric[0] if photometric else 'not named'}", "grey, RGB, palette, CMYK, YCbCr"
         )
     colours = COLOURS[photometric[0]]
-    num_samples = found.number(SAMPLES_PER_PIXEL, 1)
+    num_samples = directory.number(SAMPLES_PER_PIXEL, 1)
     if not 0 < num_samples <= MAX_SAMPLES:  # before a list is made that is as long
-        raise _refused(f"{num_samples} samples", f"at most {MAX_SAMPLES}")
-    bits = found.numbers(BITS) or (1,)
+        raise _mode_reject(f"{num_samples} samples", f"at most {MAX_SAMPLES}")
+    bits = directory.numbers(BITS) or (1,)
     depths = bits * num_samples if len(bits) == 1 else bits
-    extra = found.numbers(EXTRA_SAMPLES)
-    formats = set(found.numbers(SAMPLE_FORMAT) or (1,))
+    extra = directory.numbers(EXTRA_SAMPLES)
+    formats = set(directory.numbers(SAMPLE_FORMAT) or (1,))
     if len(depths) != num_samples or len(set(depths)) != 1:
-        raise _refused(f"{num_samples} samples of {', '.join(map(str, bits))} bits", "samples of one depth")
+        raise _mode_reject(f"{num_samples} samples of {', '.join(map(str, bits))} bits", "samples of one depth")
     if formats != {1}:
-        raise _refused(f"samples of format {', '.join(map(str, sorted(formats)))}", "1, unsigned integers")
+        raise _mode_reject(f"samples of format {', '.join(map(str, sorted(formats)))}", "1, unsigned integers")
     if num_samples != NUM_COLOURS[colours] + len(extra):
-        raise _refused(
+        raise _mode_reject(
             f"{colours} with {num_samples} samples, of which {len(extra)} are named as extra",
             f"{NUM_COLOURS[colours]}, and a name for each other",
         )
-    tile = (found.number(TILE_HEIGHT, 0), found.number(TILE_WIDTH, 0)) if TILE_OFFSETS in found.entries else None
+    tile = (
+        (directory.number(TILE_HEIGHT, 0), directory.number(TILE_WIDTH, 0))
+        if TILE_OFFSETS in directory.entries
+        else None
+    )
     return _Kind(
         height=height,
         width=width,
@@ -226,43 +230,43 @@ def _kind(found: Directory) -> _Kind:
         white_is_zero=photometric[0] == 0,
         depth=depths[0],
         extra=extra,
-        compression=found.number(COMPRESSION, RAW),
-        is_planar=found.number(PLANAR, 1) == 2,
-        fill_order=found.number(FILL_ORDER, 1),
+        compression=directory.number(COMPRESSION, RAW),
+        is_planar=directory.number(PLANAR, 1) == 2,
+        fill_order=directory.number(FILL_ORDER, 1),
         tile=tile,
         num_samples=num_samples,
     )
 
 
-def _check_kind(kind: _Kind, found: Directory) -> None:
-    """Raises Reject for a combination whose pixels are not proved to be right."""
+def _check_kind(kind: _Kind, directory: Directory) -> None:
+    """Raises Reject for a combination of tags whose pixels were not tested to be right."""
     depths = DEPTHS[kind.colours].get(kind.extra)
     what = f"{kind.colours} with {kind.depth} bits and extra samples {kind.extra}"
     if depths is None or kind.depth not in depths:
-        raise _refused(what, f"{depths or 'other extra samples'}")
+        raise _mode_reject(what, f"{depths or 'other extra samples'}")
     if kind.compression not in _compressions(kind):
-        raise _refused(f"{what} in compression {kind.compression}", f"one of {_compressions(kind)}")
+        raise _mode_reject(f"{what} in compression {kind.compression}", f"one of {_compressions(kind)}")
     if kind.is_planar and (kind.depth != 8 or kind.extra or kind.colours == YCBCR):
-        raise _refused(f"{what} in separate planes", "them in one plane, or 8 bits without extra samples")
+        raise _mode_reject(f"{what} in separate planes", "them in one plane, or 8 bits without extra samples")
     if kind.fill_order != 1 and (kind.depth != 1 or kind.compression not in (RAW, FAX2, FAX3, FAX4)):
-        raise _refused(f"{what} in fill order {kind.fill_order} and compression {kind.compression}", "order 1")
-    if kind.depth == 12 and (kind.compression != RAW or found.order == ">" or kind.white_is_zero or kind.tile):
-        raise _refused(f"{what}, compressed, big-endian, in tiles or white at 0", "plain little-endian strips")
+        raise _mode_reject(f"{what} in fill order {kind.fill_order} and compression {kind.compression}", "order 1")
+    if kind.depth == 12 and (kind.compression != RAW or directory.order == ">" or kind.white_is_zero or kind.tile):
+        raise _mode_reject(f"{what}, compressed, big-endian, in tiles or white at 0", "plain little-endian strips")
     predictors = (1, 2) if kind.depth in (8, 16) and kind.compression in PREDICTED else (1,)
-    if found.number(PREDICTOR, 1) not in predictors:
-        raise _refused(f"{what} with predictor {found.number(PREDICTOR, 1)}", f"one of {predictors}")
-    if found.number(INK_SET, 1) != 1:
-        raise _refused(f"inks of set {found.number(INK_SET, 1)}", "1, which is CMYK")
+    if directory.number(PREDICTOR, 1) not in predictors:
+        raise _mode_reject(f"{what} with predictor {directory.number(PREDICTOR, 1)}", f"one of {predictors}")
+    if directory.number(INK_SET, 1) != 1:
+        raise _mode_reject(f"inks of set {directory.number(INK_SET, 1)}", "1, which is CMYK")
     if kind.colours == PALETTE:
-        _check_colour_map(kind, found)
-    if kind.colours == YCBCR and (YCBCR_WEIGHTS in found.entries or not _is_full_range(found)):
-        raise _refused("YCbCr with weights or reference levels of its own", "those of JPEG")
+        _check_colour_map(kind, directory)
+    if kind.colours == YCBCR and (YCBCR_WEIGHTS in directory.entries or not _is_full_range(directory)):
+        raise _mode_reject("YCbCr with weights or reference levels of its own", "those of JPEG")
 
 
-def _is_full_range(found: Directory) -> bool:
-    if BLACK_AND_WHITE not in found.entries:
+def _is_full_range(directory: Directory) -> bool:
+    if BLACK_AND_WHITE not in directory.entries:
         return True
-    levels = found.numbers(BLACK_AND_WHITE)
+    levels = directory.numbers(BLACK_AND_WHITE)
     return levels[::2] == tuple(level * scale for level, scale in zip(FULL_RANGE, levels[1::2], strict=False))
 
 
@@ -276,17 +280,17 @@ def _compressions(kind: _Kind) -> tuple[int, ...]:
     return LOSSLESS
 
 
-def _check_colour_map(kind: _Kind, found: Directory) -> None:
-    colours = found.numbers(COLOUR_MAP, 3 * 2**kind.depth)
+def _check_colour_map(kind: _Kind, directory: Directory) -> None:
+    colours = directory.numbers(COLOUR_MAP, 3 * 2**kind.depth)
     if len(colours) != 3 * 2**kind.depth:
         raise TiffError(f"its colour map has {len(colours)} values; wanted {3 * 2**kind.depth}")
     if 0 < max(colours) < 256:
-        raise _refused("a colour map of values below 256, which readers take for 8 or for 16 bits", "16 bits")
+        raise _mode_reject("a colour map of values below 256, which readers take for 8 or for 16 bits", "16 bits")
 
 
-def _check_pieces(kind: _Kind, found: Directory) -> None:
-    """Strips or tiles: as many as the size needs, of a size that it allows, and all of them in the file."""
-    height, width = kind.tile or (min(found.number(ROWS_PER_STRIP, kind.height), kind.height), kind.width)
+def _check_pieces(kind: _Kind, directory: Directory) -> None:
+    """Checks number, size and offsets of the strips or tiles. Raises TiffError and Reject."""
+    height, width = kind.tile or (min(directory.number(ROWS_PER_STRIP, kind.height), kind.height), kind.width)
     if not height or not width:
         raise TiffError(f"its strips or tiles are {width} x {height} pixels")
     if height * width > max(1.25 * kind.height * kind.width, MAX_SPARE_TILE_PIXELS):
@@ -294,22 +298,22 @@ def _check_pieces(kind: _Kind, found: Directory) -> None:
     planes = kind.num_samples if kind.is_planar else 1
     wanted = planes * ceil(kind.height / height) * ceil(kind.width / width)
     if wanted > MAX_TIFF_PIECES:
-        raise _refused(f"{wanted} strips or tiles", f"at most {MAX_TIFF_PIECES}")
-    offsets = found.numbers(TILE_OFFSETS if kind.tile else STRIP_OFFSETS, wanted)
-    sizes = found.numbers(TILE_BYTES if kind.tile else STRIP_BYTES, wanted)
+        raise _mode_reject(f"{wanted} strips or tiles", f"at most {MAX_TIFF_PIECES}")
+    offsets = directory.numbers(TILE_OFFSETS if kind.tile else STRIP_OFFSETS, wanted)
+    sizes = directory.numbers(TILE_BYTES if kind.tile else STRIP_BYTES, wanted)
     if len(offsets) != wanted or len(sizes) != wanted:
         raise TiffError(f"it has {len(offsets)} strips or tiles with {len(sizes)} lengths; its size needs {wanted}")
     end = max(offset + size for offset, size in zip(offsets, sizes, strict=True))
-    if end > len(found.data):
-        raise TiffError(f"its pixels are truncated: they end at {end}, the file at {len(found.data)}")
+    if end > len(directory.data):
+        raise TiffError(f"its pixels are truncated: they end at {end}, the file at {len(directory.data)}")
     if kind.compression == RAW:
         _check_raw_sizes(kind, height, width, sizes, planes)
     if kind.compression == JPEG:
-        _check_jpeg_ends(found.data, offsets, sizes)
+        _check_jpeg_ends(directory.data, offsets, sizes)
 
 
 def _check_raw_sizes(kind: _Kind, height: int, width: int, sizes: tuple[int, ...], planes: int) -> None:
-    """Raises TiffError where an uncompressed strip or tile is shorter than its pixels."""
+    """Raises TiffError if an uncompressed strip or tile is shorter than its pixels."""
     row_bytes = (width * kind.depth * kind.num_samples // planes + 7) // 8
     per_plane = len(sizes) // planes
     for number, size in enumerate(sizes):
@@ -320,40 +324,43 @@ def _check_raw_sizes(kind: _Kind, height: int, width: int, sizes: tuple[int, ...
 
 
 def _check_jpeg_ends(data: bytes, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> None:
-    """Raises TiffError where a piece has no end marker: libtiff would fill what it misses with grey."""
+    """Raises TiffError if a strip or tile has no end marker: libtiff would fill missing pixels with grey."""
     for number, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
         if not data[max(offset, offset + size - 64) : offset + size].rstrip(b"\0").endswith(END_OF_JPEG):
             raise TiffError(f"strip or tile {number} is truncated: its JPEG has no end")
 
 
-def _lean(found: Directory, kind: _Kind, is_associated: bool) -> bytes:
-    """The file with one directory of the kept tags; Pillow is told of no alpha to divide by and no grey to invert."""
+def _with_kept_tags(directory: Directory, kind: _Kind, is_associated: bool) -> bytes:
+    """The file with one directory of the kept tags. Patches two, so Pillow neither divides by alpha nor inverts."""
     patches = {}
     if kind.white_is_zero and kind.depth > 8:
         patches[PHOTOMETRIC] = (1,)
     if is_associated:
         patches[EXTRA_SAMPLES] = (UNASSOCIATED, *kind.extra[1:])
-    size, count, offset = (20, "Q", "Q") if found.is_big else (12, "H", "I")
-    tags = sorted(tag for tag in KEPT if tag in found.entries)
-    rows = [_entry(found, tag, size) if tag not in patches else _patched(found, tag, patches[tag]) for tag in tags]
-    data = memoryview(found.data)
+    size, count, offset = (20, "Q", "Q") if directory.is_big else (12, "H", "I")
+    tags = sorted(tag for tag in KEPT if tag in directory.entries)
+    rows = [
+        _entry(directory, tag, size) if tag not in patches else _patched_entry(directory, tag, patches[tag])
+        for tag in tags
+    ]
+    data = memoryview(directory.data)
     start = len(data) + len(data) % 2
-    head = bytes(data[: 8 if found.is_big else 4]) + struct.pack(found.order + offset, start)
-    directory = struct.pack(found.order + count, len(rows)) + b"".join(rows) + bytes(struct.calcsize(offset))
-    return b"".join([head, data[len(head) :], bytes(len(data) % 2), directory])
+    head = bytes(data[: 8 if directory.is_big else 4]) + struct.pack(directory.order + offset, start)
+    tail = struct.pack(directory.order + count, len(rows)) + b"".join(rows) + bytes(struct.calcsize(offset))
+    return b"".join([head, data[len(head) :], bytes(len(data) % 2), tail])
 
 
-def _entry(found: Directory, tag: int, size: int) -> bytes:
-    place = found.entries[tag].place
-    return found.data[place : place + size]
+def _entry(directory: Directory, tag: int, size: int) -> bytes:
+    offset = directory.entries[tag].offset
+    return directory.data[offset : offset + size]
 
 
-def _patched(found: Directory, tag: int, values: tuple[int, ...]) -> bytes:
-    """An entry of shorts that lie in its own field."""
-    head, field = ("HHQ", 8) if found.is_big else ("HHI", 4)
-    body = struct.pack(f"{found.order}{len(values)}H", *values)
-    return struct.pack(found.order + head, tag, 3, len(values)) + body.ljust(field, b"\0")
+def _patched_entry(directory: Directory, tag: int, values: tuple[int, ...]) -> bytes:
+    """A directory entry with these shorts, stored inside the entry."""
+    head, field = ("HHQ", 8) if directory.is_big else ("HHI", 4)
+    body = struct.pack(f"{directory.order}{len(values)}H", *values)
+    return struct.pack(directory.order + head, tag, 3, len(values)) + body.ljust(field, b"\0")
 
 
-def _refused(what: str, wanted: str) -> Reject:
+def _mode_reject(what: str, wanted: str) -> Reject:
     return Reject(RejectCode.MODE_REFUSED, f"a TIFF of {what} is not read; wanted {wanted}")

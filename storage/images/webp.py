@@ -1,4 +1,4 @@
-"""What a WebP file says about its size: Pillow allocates its canvas before anybody can look at that."""
+"""Reads a WebP file's size: Pillow allocates the canvas before it reports the size."""
 
 import struct
 
@@ -9,8 +9,8 @@ class WebpError(ValueError):
     """The file breaks a rule of WebP."""
 
 
-def described(data: bytes, most_pixels: int) -> Samples:
-    """Size by the first chunk. Raises WebpError, and struct.error where the file is cut."""
+def samples_of(data: bytes, max_pixels: int) -> Samples:
+    """Size from the first chunk. Raises Reject, WebpError, and struct.error if the file is cut."""
     kind = data[12:16]
     if kind == b"VP8X":
         wide, high = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
@@ -21,5 +21,5 @@ def described(data: bytes, most_pixels: int) -> Samples:
         wide, high = (size & 0x3FFF for size in struct.unpack_from("<HH", data, 26))
     else:
         raise WebpError(f"its first chunk is {kind!r}; wanted `VP8 `, `VP8L` or `VP8X`")
-    refuse_large(wide, high, most_pixels)
+    refuse_large(wide, high, max_pixels)
     return Samples("WEBP", data, wide, high)

@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
-from blocksight.storage.images.png import described
+from blocksight.storage.images.png import samples_of
 from blocksight.storage.inputs.ground_truth import (
     EVERY_TARGET,
     Box,
@@ -314,7 +314,7 @@ def _masked(row: Mapping[str, Any]) -> list[TruthObject]:
 def _png(data: bytes) -> Mask:
     """The non-zero pixels of a PNG, of a palette the non-zero indices."""
     try:
-        found = described(data, MAX_IMAGE_PIXELS)
+        found = samples_of(data, MAX_IMAGE_PIXELS)
         width, height = found.width, found.height
         with Image.open(io.BytesIO(found.data), formats=["PNG"]) as image:
             if "A" in image.mode:

@@ -141,8 +141,8 @@ HEADER = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
         (png(BLACK, 8, 3, chunk(b"PLTE", bytes(3)), chunk(b"tRNS", bytes(2))), "2 entries, its palette 1"),
         (png(BLACK, 8, 0, chunk(b"tRNS", bytes(1))), "1 bytes; wanted 2"),
         (png(BLACK, 8, 0, *[chunk(b"tRNS", bytes(2))] * 2), "comes twice"),
-        (png_of(HEADER, PIXELS, chunk(b"tRNS", bytes(2))), "behind the pixels"),
-        (png_of(HEADER, PIXELS, chunk(b"tIME", bytes(7)), PIXELS), "between its pixels"),
+        (png_of(HEADER, PIXELS, chunk(b"tRNS", bytes(2))), "after the pixels"),
+        (png_of(HEADER, PIXELS, chunk(b"tIME", bytes(7)), PIXELS), "between its IDAT chunks"),
         (png(BLACK, 8, 0, chunk(b"ABCD", b"")), "critical chunk b'ABCD' is unknown"),
         (png_of(HEADER), "no pixels"),
         (png_of(HEADER, chunk(b"IDAT", zlib.compress(bytes(2))[:-4] + bytes(4))), "data check"),
@@ -648,7 +648,7 @@ def test_a_jpeg_segment_may_follow_a_marker_without_a_length():
 def test_a_colour_type_that_no_png_has_is_damage():
     header = struct.pack(">IIBBBBB", 4, 4, 8, 5, 0, 0, 0)
     chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(20))) + chunk(b"IEND", b"")
-    with pytest.raises(Reject, match="names what no PNG has") as raised:
+    with pytest.raises(Reject, match="values that PNG does not allow") as raised:
         decode(b"\x89PNG\r\n\x1a\n" + chunks)
     assert raised.value.code is RejectCode.CORRUPT
 

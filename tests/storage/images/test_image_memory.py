@@ -11,7 +11,7 @@ import tifffile
 from PIL import Image
 
 from blocksight.storage.images.decode import (
-    DECODE_BYTES_BESIDE,
+    DECODE_BYTES_FIXED,
     DECODE_BYTES_PER_BYTE,
     DECODE_BYTES_PER_PIXEL,
     DECODE_BYTES_PER_ROW,
@@ -69,7 +69,7 @@ def test_an_image_is_decoded_and_fitted_within_the_bound(tmp_path, made, width, 
     (tmp_path / "image").write_bytes(made())
     num_bytes = (tmp_path / "image").stat().st_size
     allowed = DECODE_BYTES_PER_PIXEL * width * height + DECODE_BYTES_PER_ROW * height
-    allowed += DECODE_BYTES_PER_BYTE * num_bytes + DECODE_BYTES_BESIDE
+    allowed += DECODE_BYTES_PER_BYTE * num_bytes + DECODE_BYTES_FIXED
     code = """
 found = blocksight.storage.images.decode.decode(body)
 blocksight.storage.images.decode.fit(found.pixels, (224, 224), "squash")
