@@ -144,6 +144,7 @@ def lanes() -> dict[str, Lane]:
         "planted-faults": PLANTED_FAULTS,
         **{f"mutants-{group}": _mutants_of(group) for group in mutants.groups()},
         "failure-tests": _tests_marked("faults", "processes, machines and stores that fail"),
+        "sweeps": _tests_marked("sweep", "further cases of what faster tests prove on fewer"),
         "chaos": CHAOS,
     }
 

@@ -7,7 +7,6 @@ which blocks must be found.
 from collections.abc import Callable
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -184,6 +183,8 @@ def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 
 def from_zoo(architecture: str, seed: int = 0) -> nn.Module:
     """A torchvision network with seven classes, its last layer scaled until scores differ as trained ones do."""
+    import torchvision  # whose import takes two seconds of each process that jobs on the small networks start
+
     net = seeded(lambda: torchvision.models.get_model(architecture, num_classes=7), seed)
     head = [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
     with torch.no_grad():

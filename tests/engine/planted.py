@@ -7,6 +7,7 @@ tones, as bright on average as the noise, so that neither colour nor brightness 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 import torchvision
@@ -149,7 +150,17 @@ def small_vit() -> nn.Module:
     )
 
 
-def train(make: Callable[[], nn.Module], name: str, *, num_steps: int, peak_rate: float, seed: int = 0) -> ModelAdapter:
+class Lesson(NamedTuple):
+    """How many images of a training step hold one object, two, and none."""
+
+    single: int
+    double: int
+    empty: int
+
+
+def train(
+    make: Callable[[], nn.Module], name: str, *, num_steps: int, peak_rate: float, lesson: Lesson, seed: int = 0
+) -> ModelAdapter:
     """The network after so many steps on fresh images; the same seed gives the same bits, on one thread.
 
     The wanted softmax is one for the object's class, a half for each of two, and even where there is no
@@ -165,7 +176,7 @@ def train(make: Callable[[], nn.Module], name: str, *, num_steps: int, peak_rate
         optimiser = torch.optim.AdamW(module.parameters(), lr=peak_rate, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak_rate, num_steps, pct_start=0.2)
         for _ in range(num_steps):
-            pixels, wanted = _lesson(rng)
+            pixels, wanted = _lesson(rng, lesson)
             optimiser.zero_grad()
             functional.cross_entropy(adapter.logits(adapter.normalise(pixels)), wanted).backward()
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
@@ -175,17 +186,18 @@ def train(make: Callable[[], nn.Module], name: str, *, num_steps: int, peak_rate
     return adapter
 
 
-def _lesson(rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Pixels and wanted softmax of 32 images with one object, 24 with two and 8 with none."""
-    single, classes, _ = _batch(32, rng)
-    double, both, _ = _pairs(24, rng)
-    empty = draw(torch.empty(8, 0, dtype=torch.long), torch.empty(8, 0, 2, dtype=torch.long), rng)
-    wanted = [
+def _lesson(rng: torch.Generator, wanted: Lesson) -> tuple[Tensor, Tensor]:
+    """Pixels and wanted softmax."""
+    single, classes, _ = _batch(wanted.single, rng)
+    double, both, _ = _pairs(wanted.double, rng)
+    num_empty = wanted.empty
+    empty = draw(torch.empty(num_empty, 0, dtype=torch.long), torch.empty(num_empty, 0, 2, dtype=torch.long), rng)
+    softmax = [
         functional.one_hot(classes, NUM_CLASSES),
         functional.one_hot(both, NUM_CLASSES).sum(1) / 2,
-        torch.full((8, NUM_CLASSES), 1 / NUM_CLASSES),
+        torch.full((num_empty, NUM_CLASSES), 1 / NUM_CLASSES),
     ]
-    return torch.cat([single, double, empty]), torch.cat(wanted)
+    return torch.cat([single, double, empty]), torch.cat(softmax)
 
 
 @contextmanager
@@ -198,8 +210,8 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-train_cnn = partial(train, small_cnn, "planted CNN", peak_rate=1e-2)
-train_vit = partial(train, small_vit, "planted ViT", peak_rate=2e-3)
+train_cnn = partial(train, small_cnn, "planted CNN", peak_rate=1e-2, lesson=Lesson(32, 24, 8))
+train_vit = partial(train, small_vit, "planted ViT", peak_rate=2e-3, lesson=Lesson(16, 12, 4))
 
 
 @cache

@@ -1,5 +1,7 @@
 """A crash at every single call to the store, before and after it, and then the same command again."""
 
+import re
+
 import pytest
 
 from blocksight.jobs.plan import plan
@@ -45,12 +47,21 @@ def whole(job):
 
 
 # a death before a call leaves the store as one after the call before it does, but for calls that threads make at once
-@pytest.mark.parametrize("after", [pytest.param(False, marks=pytest.mark.faults), True], ids=["before", "after"])
-def test_a_crash_at_any_call_changes_nothing_in_the_end(job, whole, after):
+@pytest.mark.parametrize(
+    ("after", "every"),
+    [
+        pytest.param(False, 1, marks=pytest.mark.faults),
+        pytest.param(True, 1, marks=pytest.mark.faults),
+        (True, 4),
+    ],
+    ids=["before", "after", "after some"],
+)
+def test_a_crash_at_any_call_changes_nothing_in_the_end(job, whole, after, every):
+    """With `every` calls as 4: every fourth one, and the first of each method in each folder."""
     expected, calls = whole
     assert len(expected) >= 2
     assert {call.split()[0] for call in calls} == {"read", "head", "list", "create", "put", "delete"}
-    for deadly in range(len(calls)):
+    for deadly in chosen(calls, every):
         store = MemoryStore()
         with pytest.raises(Crash):
             job(store, MortalCalls(deadly, after=after))
@@ -60,6 +71,12 @@ def test_a_crash_at_any_call_changes_nothing_in_the_end(job, whole, after):
         assert outcome.manifest is not None, f"died at {calls[deadly]}"
         assert verify(store) == [], f"died at {calls[deadly]}"
         assert contents(store) == expected, f"died at {calls[deadly]}"
+
+
+def chosen(calls, every):
+    """The indices of every n-th call, and of the first call of each method in each folder."""
+    kinds = [tuple(re.split("[ /]", call)[:3]) if "_job" in call else call.split("/")[0] for call in calls]
+    return [place for place, kind in enumerate(kinds) if place % every == 0 or kinds.index(kind) == place]
 
 
 def test_a_crash_again_and_again_at_the_same_call_ends_too(job, whole):

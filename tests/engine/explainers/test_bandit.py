@@ -7,7 +7,7 @@ from scipy.optimize import minimize
 
 from blocksight.engine.explainers.bandit import CONTEXT, Bandit, History
 
-PULLS = 500
+PULLS = 250
 
 
 def taught(chance, num_arms, num_features, pulls=PULLS):

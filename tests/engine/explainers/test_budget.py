@@ -133,7 +133,7 @@ def test_auto_runs_more_masks_where_the_map_is_less_sure(monkeypatch):
     adapter = ModelAdapter(from_zoo("resnet18", 0), input_size=(64, 64))
 
     def forwards(budget):
-        found = explained(adapter, smooth(2, 64, 64), [[0], [1]], SiseParameters(budget=budget))
+        found = explained(adapter, smooth(1, 64, 64), [[1]], SiseParameters(budget=budget))
         return [own[0].num_forwards for own in found]
 
     monkeypatch.setattr("blocksight.engine.explainers.budget.MAP_ERROR", 1e9)

@@ -83,7 +83,12 @@ ZOO = {
 
 @pytest.mark.parametrize(
     ("architecture", "kind"),
-    [("resnet18", "paper"), ("resnet18", "ada"), ("mobilenet_v3_small", "mu"), ("mobilenet_v3_small", "all")],
+    [
+        pytest.param("resnet18", "paper", marks=pytest.mark.sweep),
+        ("resnet18", "ada"),
+        pytest.param("mobilenet_v3_small", "mu", marks=pytest.mark.sweep),
+        ("mobilenet_v3_small", "all"),
+    ],
 )
 def test_torchvisions_networks_equal_the_slow_twin(architecture, kind):
     size, names = ZOO[architecture]

@@ -2,14 +2,18 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from tests.jobs.jobs_of import ROOT
+from blocksight.jobs.bench import photographs
+from blocksight.jobs.cli import demo
+from blocksight.jobs.plan.config import Execution, JobConfig
+from tests.jobs.jobs_of import ROOT, blocksight
 
 pytestmark = pytest.mark.servers
-
 
 SOME = ("chelsea.png", "coffee.png")
 DEMO = f"""
@@ -21,18 +25,29 @@ cli.main()
 """
 
 
-def test_the_demo_through_a_bucket(tmp_path):
-    """Two of its photographs; masks are scored as users have it."""
-    from PIL import Image
-
+@pytest.mark.sweep
+def test_the_demo_as_users_run_it(tmp_path):
+    """Two of its photographs, on Ray, through OpenVINO."""
     program = [sys.executable, "-c", DEMO, tmp_path / "demo"]
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert_shown(done, tmp_path / "demo", num_units=2)
+
+
+def test_the_demo_through_a_bucket(tmp_path, monkeypatch):
+    """In this process, with fewer masks of eager passes."""
+    monkeypatch.setattr(photographs, "PHOTOGRAPHS", SOME)
+    monkeypatch.setattr(demo, "Execution", partial(Execution, runner="local"))
+    monkeypatch.setattr(demo, "JobConfig", partial(JobConfig, parameters={"mu": 0.9}))
+    assert_shown(blocksight("demo", "--bucket", "--output", tmp_path / "demo"), tmp_path / "demo", num_units=1)
+
+
+def assert_shown(done, folder, num_units):
     assert done.returncode == 0, done.stderr
-    for said in ("Egyptian cat", "espresso", "2 of 2 committed", "masked forwards/s", "SeaweedFS"):
+    for said in ("Egyptian cat", "espresso", f"{num_units} of {num_units} committed", "masked forwards/s", "SeaweedFS"):
         assert said in done.stdout
     assert "Traceback" not in done.stderr
-    pictures = {path.stem for path in (tmp_path / "demo" / "pictures").glob("*.png")}
+    pictures = {path.stem for path in (folder / "pictures").glob("*.png")}
     assert pictures == {Path(name).stem for name in SOME} | {"contact-sheet"}
-    with Image.open(tmp_path / "demo" / "pictures" / "contact-sheet.png") as sheet:
+    with Image.open(folder / "pictures" / "contact-sheet.png") as sheet:
         assert sheet.width > 800
-    assert (tmp_path / "demo" / "bucket").is_dir()
+    assert (folder / "bucket").is_dir()

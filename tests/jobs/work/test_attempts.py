@@ -403,7 +403,8 @@ def few_images(root):
 @pytest.mark.parametrize("make", [few_images, folder_of_tars, folder_of_tables])
 def test_a_careful_unit_has_the_same_bytes(tmp_path, monkeypatch, make):
     """Two earlier deaths in every step: all of it runs record by record, in processes apart, rejects of reading too."""
-    monkeypatch.setattr("blocksight.cluster.sizing.LEAST_UNIT_SECONDS", 600.0)
+    for place in ("blocksight.cluster.sizing", "blocksight.jobs.plan.units"):
+        monkeypatch.setattr(f"{place}.LEAST_UNIT_SECONDS", 600.0)  # all records of a shard in one unit
     data = make(tmp_path / "in")
     output, plan = plan_job(config_of(data, tmp_path / "plain", target="top-2"), Execution(runner="local"))
     settle_plan(output, plan)
