@@ -103,9 +103,7 @@ JOB_OPTIONS: dict[str, Any] = {
     "max_reject_fraction": Annotated[
         float | None, typer.Option(help="More rejected records are no success: exit 3.  [default: 0.5]")
     ],
-    "max_dead_units": Annotated[
-        int | None, typer.Option(help="More units that were given up are none either.  [default: 0]")
-    ],
+    "max_dead_units": Annotated[int | None, typer.Option(help="More dead units are no success: exit 3.  [default: 0]")],
 }
 """What `plan` and `explain` share: what is computed, and how it runs."""
 
