@@ -243,7 +243,8 @@ def _files_with(marker: str) -> list[str]:
 
 
 def _marked_files(marker: str) -> list[str]:
-    return [*_product(), *_files_with(marker), *_helpers()]
+    tests = _files_with(marker)
+    return [*_product(), *tests, *_helpers(*tests)]
 
 
 def _pytest(marker: str, *arguments: str) -> list[str]:
@@ -314,9 +315,11 @@ def _product() -> list[str]:
     return _found(*(f"{package}/**/*.py" for package in PACKAGES if package != "tests"))
 
 
-def _helpers() -> list[str]:
-    """What failure tests and chaos are built of."""
-    return [name for name in _found("tests/faults/*.py", "tests/faults/startup/*.py") if "/test_" not in name]
+def _helpers(*tests: str) -> list[str]:
+    """What failure tests and chaos are built of, and the modules without tests beside and above these tests."""
+    folders = {"tests/faults", "tests/faults/startup", "tests/jobs"}
+    folders |= {parent.as_posix() for test in tests for parent in Path(test).parents} - {"tests", "."}
+    return [name for name in _found(*(f"{folder}/*.py" for folder in folders)) if "/test_" not in name]
 
 
 def run_for(command: Sequence[str], seconds: float) -> tuple[int | None, str]:

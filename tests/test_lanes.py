@@ -40,6 +40,7 @@ def test_a_lane_speaks_of_files_that_exist_and_of_its_tests():
     assert "storage/outputs/drawings.py" not in LANES["mutants-storage"].files()
     assert {"tests/faults/test_cluster.py", "tests/faults/verifier.py"} <= set(LANES["failure-tests"].files())
     assert "tests/faults/test_verifier.py" not in LANES["failure-tests"].files()
+    assert {"tests/engine/nets.py", "tests/engine/explainers/test_twin.py"} <= set(LANES["sweeps"].files())
 
 
 # ---------------------------------------------------------------- made-up results

@@ -2,6 +2,7 @@
 
 import ast
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,16 @@ def test_the_groups_files_and_tests_are_there():
             assert list(ROOT.glob(pattern)), pattern
         for test in wanted["tests"]:
             assert test.startswith("--") or (ROOT / test.split("::")[0]).exists(), test
+
+
+def test_mutmut_takes_a_groups_patterns_as_they_are_read_here():
+    """mutmut matches with fnmatch: its `*` spans folders, and `a/**/b` is never `a/b`."""
+    files = [file for name in ("engine", "jobs", "storage") for file in ROOT.glob(f"{name}/**/*.py")]
+    product = [str(file.relative_to(ROOT)) for file in files]
+    for wanted in groups().values():
+        patterns = wanted["only_mutate"]
+        read_here = {str(file.relative_to(ROOT)) for pattern in patterns for file in ROOT.glob(pattern)}
+        assert {name for name in product if any(fnmatch(name, pattern) for pattern in patterns)} == read_here
 
 
 def test_each_judged_survivor_is_of_a_function_that_has_the_code():
