@@ -43,7 +43,7 @@ def ray_session(address: str | None = None, num_actors: int | None = None) -> It
 
 
 def _start(num_actors: int | None) -> None:
-    _settle_environment()
+    _set_up_environment()
     try:
         with _silent_standard_error():
             ray.init(
@@ -80,7 +80,7 @@ def _refuse_silence(address: str) -> None:
         raise ClusterError(f"no Ray cluster answers at {address!r}: {error}") from error
 
 
-def _settle_environment() -> None:
+def _set_up_environment() -> None:
     """A token of this process's own, in no file, and no usage report, unless the user says otherwise.
 
     Ray itself turns token authentication on for a session that it starts here.

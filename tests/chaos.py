@@ -25,8 +25,8 @@ from pathlib import Path
 
 import botocore.session
 
-from blocksight.jobs.ledger.garbage import remove_leftovers
-from blocksight.jobs.ledger.reconcile import stand
+from blocksight.jobs.ledger.garbage import collect_garbage
+from blocksight.jobs.ledger.reconcile import read_job_state
 from blocksight.jobs.plan.plan import load_plan
 from blocksight.storage.stores.opening import open_store
 from blocksight.storage.stores.retrying import PatientStore
@@ -134,7 +134,7 @@ class Chaos:
         plan = load_plan(output)
         if plan is None:
             return
-        removed = remove_leftovers(output, stand(output, plan))
+        removed = collect_garbage(output, read_job_state(output, plan))
         say(f"{name}: {len(removed)} leftovers removed")
         for prefix in ("_job/attempts/", "_job/probe-", "_job/dead/"):
             yield from (f"{name}: {info.key} is left" for info in output.list(prefix))

@@ -37,7 +37,7 @@ def run_demo(folder: Path, *, through_bucket: bool, console: Console) -> None:
         job = JobConfig(data=f"{root}/photographs", output=f"{root}/maps", endpoint_url=endpoint_url)
         _upload(files, open_store(job.data, endpoint_url))
         outcome = run_job(job, Execution(), console)
-        store, plan = open_store(job.output, endpoint_url), outcome.standing.plan
+        store, plan = open_store(job.output, endpoint_url), outcome.job_state.plan
         rows = [row for row in all_rows(store, plan) if row["map"] is not None]
         pictures = folder / "pictures"
         pictures.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,8 @@ from blocksight.jobs.cli.app import (
     existing,
     takes_job,
 )
-from blocksight.jobs.cli.job_tables import failure_line, letter_line, outcome_table, plan_table, standing_table
-from blocksight.jobs.ledger.reconcile import Standing, check, final_manifest, num_accepted, stand
+from blocksight.jobs.cli.job_tables import failure_line, job_state_table, letter_line, outcome_table, plan_table
+from blocksight.jobs.ledger.reconcile import JobState, check, final_manifest, num_accepted, read_job_state
 from blocksight.jobs.ledger.reconcile import finalize as write_manifest
 from blocksight.jobs.ledger.retry import reopen
 from blocksight.jobs.plan.config import Execution, JobConfig
@@ -58,24 +58,24 @@ def explain(job: JobConfig, execution: Execution) -> None:
     console.print(outcome_table(job, outcome))
     for failure in outcome.ran.failures:
         console.print(failure_line(failure))
-    for letter in outcome.standing.dead.values():
+    for letter in outcome.job_state.dead.values():
         console.print(letter_line(letter))
     if outcome.ran.stopped is not None:
         console.print(f"Stopped: {printable(outcome.ran.stopped)}.")
-    if outcome.ran.is_hopeless and outcome.standing.open_units:
+    if outcome.ran.is_hopeless and outcome.job_state.open_units:
         raise typer.Exit(OVER_BUDGET)
-    _settled(outcome.standing, outcome.excess, is_final=outcome.manifest is not None)
+    _settled(outcome.job_state, outcome.excess, is_final=outcome.manifest is not None)
 
 
-def _settled(standing: Standing, excess: Sequence[str], *, is_final: bool) -> None:
+def _settled(job_state: JobState, excess: Sequence[str], *, is_final: bool) -> None:
     """Ends the command where the job is not the success that was asked for, and says the way out."""
-    if standing.open_units:
-        still_open = counted(len(standing.open_units), "unit")
+    if job_state.open_units:
+        still_open = counted(len(job_state.open_units), "unit")
         console.print(f"{still_open} still open: the same `explain` goes on from there.")
         raise typer.Exit(INCOMPLETE)
     for sentence in excess:
         console.print(f"Over budget: {sentence}.")
-    if standing.dead and excess and not is_final:
+    if job_state.dead and excess and not is_final:
         console.print("`blocksight retry OUTPUT` opens dead units again, --max-dead-units does without them.")
     if excess:
         raise typer.Exit(OVER_BUDGET)
@@ -85,21 +85,21 @@ def _settled(standing: Standing, excess: Sequence[str], *, is_final: bool) -> No
 def status(output: Existing, endpoint_url: Endpoint = None) -> None:
     """Say how far a job is, from the output alone; works while it runs and when its driver is gone."""
     store, made = existing(output, endpoint_url)
-    standing = stand(store, made)
-    console.print(standing_table(output, standing, planned_forward(store)))
-    for letter in standing.dead.values():
+    job_state = read_job_state(store, made)
+    console.print(job_state_table(output, job_state, planned_forward(store)))
+    for letter in job_state.dead.values():
         console.print(letter_line(letter))
-    if standing.open_units:
+    if job_state.open_units:
         raise typer.Exit(INCOMPLETE)
-    _finished(store, standing)
+    _finished(store, job_state)
 
 
-def _finished(store: ObjectStore, standing: Standing) -> None:
+def _finished(store: ObjectStore, job_state: JobState) -> None:
     """Ends the command where every unit is settled and the final manifest is not written."""
-    if final_manifest(store, standing.plan) is not None:
+    if final_manifest(store, job_state.plan) is not None:
         return
-    if standing.dead:
-        dead = counted(len(standing.dead), "dead unit")
+    if job_state.dead:
+        dead = counted(len(job_state.dead), "dead unit")
         console.print(f"{dead}: `retry` opens them again, `finalize --max-dead-units` does without.")
         raise typer.Exit(OVER_BUDGET)
     console.print("Every unit is settled, and the final manifest is not written: `blocksight finalize` writes it.")
@@ -127,14 +127,14 @@ def verify(output: Existing, endpoint_url: Endpoint = None) -> None:
     if faults:
         console.print(f"NOT RECONCILED: {counted(len(faults), 'fault')} in {counted(checked, 'fragment')}.")
         raise typer.Exit(UNRECONCILED)
-    standing = stand(store, made)
-    console.print(standing_table(output, standing))
-    if standing.open_units:
-        sound, still_open = counted(checked, "sound fragment"), counted(len(standing.open_units), "open unit")
+    job_state = read_job_state(store, made)
+    console.print(job_state_table(output, job_state))
+    if job_state.open_units:
+        sound, still_open = counted(checked, "sound fragment"), counted(len(job_state.open_units), "open unit")
         console.print(f"{sound}, {still_open}.")
         raise typer.Exit(INCOMPLETE)
-    _finished(store, standing)
-    without = f" but those of {counted(len(standing.dead), 'dead unit')}" if standing.dead else ""
+    _finished(store, job_state)
+    without = f" but those of {counted(len(job_state.dead), 'dead unit')}" if job_state.dead else ""
     console.print(f"Reconciled: {counted(checked, 'fragment')}, every planned record{without} stands once.")
 
 
@@ -160,12 +160,12 @@ def finalize(
 ) -> None:
     """Write the final manifest of an output whose units are all committed or dead; computes nothing."""
     store, made = existing(output, endpoint_url)
-    standing = stand(store, made)
-    console.print(standing_table(output, standing))
+    job_state = read_job_state(store, made)
+    console.print(job_state_table(output, job_state))
     accepted = num_accepted(final_manifest(store, made))
     budget = Budget(max_reject_fraction=1.0, max_dead_units=max(max_dead_units, accepted))
-    _settled(standing, excess(standing, budget), is_final=False)
-    write_manifest(store, standing)
+    _settled(job_state, excess(job_state, budget), is_final=False)
+    write_manifest(store, job_state)
     console.print("The final manifest stands.")
 
 
@@ -176,10 +176,10 @@ def gc(
     endpoint_url: Endpoint = None,
 ) -> None:
     """Remove what runs that died left behind: markers, unfinished files, lost plans. No result is touched."""
-    from blocksight.jobs.ledger.garbage import remove_leftovers
+    from blocksight.jobs.ledger.garbage import collect_garbage
 
     store, made = existing(output, endpoint_url)
-    names = remove_leftovers(store, stand(store, made), dry_run=dry_run)
+    names = collect_garbage(store, read_job_state(store, made), dry_run=dry_run)
     for name in names:
         console.print(printable(name))
     console.print(f"{counted(len(names), 'leftover')}{' found' if dry_run else ' removed'}.")

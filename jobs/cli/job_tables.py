@@ -10,7 +10,7 @@ from blocksight.engine.catalog import entries
 from blocksight.jobs.cli.tables import facts_table, size_text
 from blocksight.jobs.explain.learned import wanted_images
 from blocksight.jobs.ledger.receipts import metric_means
-from blocksight.jobs.ledger.reconcile import Standing
+from blocksight.jobs.ledger.reconcile import JobState
 from blocksight.jobs.plan.config import JobConfig
 from blocksight.jobs.plan.estimate import estimate
 from blocksight.jobs.plan.forward_setting import PlannedForward
@@ -58,37 +58,37 @@ def _first_pass(job: JobConfig, num_records: int) -> list[tuple[str, str]]:
     return [("first pass", said)] if wanted else []
 
 
-def standing_table(output: str, standing: Standing, forward: PlannedForward | None = None) -> Table:
+def job_state_table(output: str, job_state: JobState, forward: PlannedForward | None = None) -> Table:
     """How far a job is."""
-    units = len(standing.plan.units)
-    rejects = ", ".join(f"{count} {code}" for code, count in sorted(standing.rejects.items()))
-    timed = [receipt for receipt in standing.receipts.values() if receipt.explain_seconds]  # a rebuilt one is not
+    units = len(job_state.plan.units)
+    rejects = ", ".join(f"{count} {code}" for code, count in sorted(job_state.rejects.items()))
+    timed = [receipt for receipt in job_state.receipts.values() if receipt.explain_seconds]  # a rebuilt one is not
     seconds = sum(receipt.explain_seconds or 0.0 for receipt in timed)
     forwards = sum(receipt.num_forwards for receipt in timed)
     ways = "; ".join(sorted({receipt.forward for receipt in timed if receipt.forward and receipt.num_forwards}))
     rate = f", {forwards / seconds:,.0f} a second of a worker" + (f" ({ways})" if ways else "") if seconds else ""
-    about = "" if standing.plan.is_exact else "about "
-    of_all = f" of {about}{standing.plan.num_records:,}" if standing.open_units else ""
+    about = "" if job_state.plan.is_exact else "about "
+    of_all = f" of {about}{job_state.plan.num_records:,}" if job_state.open_units else ""
     rows = [
         ("output", printable(output)),
-        *((name, printable(standing.plan.identity[name])) for name in ("data", "model")),
-        ("units", f"{len(standing.receipts):,} of {units:,} committed" + _dead(standing)),
-        ("records", f"{standing.total('num_records'):,}{of_all}"),
-        ("explained", f"{standing.total('num_ok'):,}"),
-        ("rejected", f"{standing.total('num_rejected'):,}" + (f" ({rejects})" if rejects else "")),
-        ("forwards", f"{standing.total('num_forwards'):,}{rate}"),
+        *((name, printable(job_state.plan.identity[name])) for name in ("data", "model")),
+        ("units", f"{len(job_state.receipts):,} of {units:,} committed" + _dead(job_state)),
+        ("records", f"{job_state.total('num_records'):,}{of_all}"),
+        ("explained", f"{job_state.total('num_ok'):,}"),
+        ("rejected", f"{job_state.total('num_rejected'):,}" + (f" ({rejects})" if rejects else "")),
+        ("forwards", f"{job_state.total('num_forwards'):,}{rate}"),
         *([("masks", f"scored by {forward}")] if forward is not None else []),
-        ("size", size_text(standing.total("num_bytes"))),
-        *_metric_rows(metric_means(standing.receipts.values())),
+        ("size", size_text(job_state.total("num_bytes"))),
+        *_metric_rows(metric_means(job_state.receipts.values())),
     ]
     return facts_table(rows)
 
 
-def _dead(standing: Standing) -> str:
-    if not standing.dead:
+def _dead(job_state: JobState) -> str:
+    if not job_state.dead:
         return ""
-    causes = Counter(letter.cause for letter in standing.dead.values())
-    return f", {len(standing.dead)} dead ({', '.join(f'{count} {cause}' for cause, count in causes.most_common())})"
+    causes = Counter(letter.cause for letter in job_state.dead.values())
+    return f", {len(job_state.dead)} dead ({', '.join(f'{count} {cause}' for cause, count in causes.most_common())})"
 
 
 def letter_line(letter: DeadLetter) -> str:
@@ -99,12 +99,12 @@ def letter_line(letter: DeadLetter) -> str:
 
 def outcome_table(job: JobConfig, outcome: RunOutcome) -> Table:
     """What a run left behind."""
-    table = standing_table(job.output, outcome.standing, outcome.forward)
+    table = job_state_table(job.output, outcome.job_state, outcome.forward)
     if outcome.ran.seconds:
         table.add_row("this run", f"{clock(outcome.ran.seconds)}, workers busy {outcome.ran.busy:.0%} of it")
     elif outcome.manifest is not None:
         table.add_row("this run", "nothing to do: the job is complete")
-    if outcome.standing.receipts:
+    if outcome.job_state.receipts:
         table.add_row("read it", printable(_reading(job)))
     return table
 

@@ -35,19 +35,19 @@ from blocksight.jobs.evaluate.evaluation import (
     region_of,
     regions_key,
 )
-from blocksight.jobs.explain.forward_pass import standing_forward
-from blocksight.jobs.explain.learned import standing_state
+from blocksight.jobs.explain.forward_pass import stored_forward
+from blocksight.jobs.explain.learned import stored_state
 from blocksight.jobs.explain.step import IMAGES_PER_CHUNK, lively, load, make_explainer, number_of, seed_of, stored
 from blocksight.jobs.ledger.output import fragment_of, map_of
 from blocksight.jobs.ledger.stop_request import Stop
 from blocksight.jobs.plan.config import digest_of
 from blocksight.jobs.plan.context import JobContext
 from blocksight.jobs.plan.records import Evaluated, Unit, UnitFailure, UnitInput, UnreconciledError
-from blocksight.jobs.work.attempts import open_desk
+from blocksight.jobs.work.attempts import open_worker_stores
 from blocksight.jobs.work.error_classes import is_of_unit
 from blocksight.jobs.work.isolation import ProcessDiedError
 from blocksight.jobs.work.unit import read_unit
-from blocksight.jobs.work.watchdog import alive, watched
+from blocksight.jobs.work.watchdog import heartbeat, watchdog
 from blocksight.storage.inputs.records import as_text
 from blocksight.storage.outputs.fragments import encode_fragment
 from blocksight.storage.outputs.schema import EVALUATION, MAX_ERROR_LENGTH, OK
@@ -95,14 +95,14 @@ class EvaluateStep:
         job = context.job
         torch.set_num_threads(job.num_threads)
         self.context, self.evaluation, self.job = context, context.evaluation, job
-        self.desk = open_desk(job)
+        self.stores = open_worker_stores(job)
         self.adapter = load(job.config, state, job.device, job.import_path)
         if self.adapter.fingerprint != job.facts.weights_sha256:
             raise ModelError("these are other weights than those that the maps were made with")
-        chosen = standing_forward(self.desk.output, self.adapter)
-        self.adapter.module.register_forward_pre_hook(lambda *_: alive())
+        chosen = stored_forward(self.stores.output, self.adapter)
+        self.adapter.module.register_forward_pre_hook(lambda *_: heartbeat())
         forward, self.setting = chosen or (None, plain_setting(job.device, job.batch_size))
-        learned, _ = standing_state(self.desk.output, job.config) or (None, None)
+        learned, _ = stored_state(self.stores.output, job.config) or (None, None)
         lively_forward = None if forward is None else lively(forward)
         self.metrics = metrics_of(self.evaluation, self.adapter, job, self.setting.batch_size, lively_forward, learned)
         wanted = CONTROLS if self.evaluation.controls else ()
@@ -112,7 +112,7 @@ class EvaluateStep:
         """The unit's values, committed; those of another attempt count where they stand. Raises StoreError, and
         UnreconciledError where what was explained is damaged.
         """
-        rows = fragment_of(self.desk.output, unit.fragment_key).to_pylist()
+        rows = fragment_of(self.stores.output, unit.fragment_key).to_pylist()
         chosen = [row for row in rows if row["status"] == OK and self.evaluation.holds(row["key"])]
         records = [list(own) for _, own in groupby(chosen, key=itemgetter("shard", "shard_index"))]
         values = list(self._values(unit, records)) if records else []
@@ -120,9 +120,9 @@ class EvaluateStep:
         body = encode_fragment(values, provenance, EVALUATION)
         key = fragment_key(self.context.folder, unit)
         try:
-            self.desk.output.create(key, body)
+            self.stores.output.create(key, body)
         except StoreError as error:  # another attempt was first, or the reply was lost
-            if not isinstance(error, AlreadyExistsError) and self.desk.output.head(key) is None:
+            if not isinstance(error, AlreadyExistsError) and self.stores.output.head(key) is None:
                 raise
         reasons = Counter(row["reason"] for row in values if row["reason"] is not None)
         return Evaluated(unit.unit_id, len(records), len(values), dict(reasons))
@@ -168,7 +168,7 @@ class EvaluateStep:
     def _taken(self, unit: Unit, *, careful: bool) -> UnitInput | None:
         """The unit, read again, carefully where it fails; None: it cannot be read any more."""
         try:
-            return read_unit(unit, self.desk.source, self.job.config, self.job.facts.input_size, careful=careful)
+            return read_unit(unit, self.stores.source, self.job.config, self.job.facts.input_size, careful=careful)
         except (*OF_THE_INPUT, ProcessDiedError):
             return None
         except Exception as error:
@@ -247,7 +247,7 @@ def _row(row: Row, name: str, protocol: str, value: Value) -> Row:
 def measured(step: EvaluateStep, unit: Unit) -> Evaluated | UnitFailure:
     """What became of the unit; its trouble is its own, and the others go on."""
     try:
-        with watched():
+        with watchdog():
             return step(unit)
     except Exception as error:  # noqa: BLE001 - as the docstring says
         text = str(error) if isinstance(error, StoreError | UnreconciledError) else f"{type(error).__name__}: {error}"

@@ -18,12 +18,12 @@ from blocksight.jobs.explain.step import IMAGES_PER_CHUNK, ExplainStep
 from blocksight.jobs.ledger.attempt_markers import FOLDER
 from blocksight.jobs.plan.context import JobContext
 from blocksight.jobs.plan.records import RecordFacts, Unit
-from blocksight.jobs.work.attempts import CAREFUL_DEATHS, marked, open_desk
+from blocksight.jobs.work.attempts import CAREFUL_DEATHS, marked, open_worker_stores
 from blocksight.jobs.work.error_classes import is_of_unit
 from blocksight.jobs.work.isolation import Isolated, ProcessDiedError, called
 from blocksight.jobs.work.progress import Tally, progress
 from blocksight.jobs.work.unit import decoded, decoded_or_rejected, raw_records
-from blocksight.jobs.work.watchdog import watched
+from blocksight.jobs.work.watchdog import watchdog
 from blocksight.storage.inputs.records import RawRecord
 from blocksight.storage.inputs.survey import Layout
 from blocksight.storage.stores.store import AlreadyExistsError, ObjectStore, StoreError
@@ -44,7 +44,7 @@ def learn(context: JobContext, units: Sequence[Unit], weights: bytes | None) -> 
     The images are chosen by the seed and their names alone, and seen in their order. After deaths in it each is tried
     in a process apart first, and left out if that dies. Raises ModelError and StoreError.
     """
-    with marked(open_desk(context), STEP) as num_deaths, watched():
+    with marked(open_worker_stores(context), STEP) as num_deaths, watchdog():
         step = ExplainStep(context, weights)
         learner = step.explainer.learner()
         images = _images(context, units)
@@ -82,7 +82,7 @@ def _survivors(images: Iterable[Image], context: JobContext, weights: bytes | No
             yield image
 
 
-def settle_learned(
+def ensure_learned(
     output: ObjectStore,
     context: JobContext,
     units: Sequence[Unit],
@@ -111,7 +111,7 @@ def settle_learned(
 
 def _images(context: JobContext, units: Sequence[Unit]) -> Iterator[Image]:
     """Decoded records, in an order that seed and names say, however the plan is cut; the unreadable are left out."""
-    config, source = context.config, open_desk(context).source
+    config, source = context.config, open_worker_stores(context).source
     sources = list(_sources(units, config.seed))
     share = ceil(wanted_images(config) / min(MOST_SOURCES, len(sources)))
     decode = partial(decoded, config=config, input_size=context.facts.input_size)

@@ -35,7 +35,7 @@ def ensure_forward(output: ObjectStore, adapter: ModelAdapter, wish: Wish) -> tu
 
     Another worker's choice counts where it was written first. Raises ModelError where this machine cannot run it.
     """
-    planned = standing_forward(output, adapter)
+    planned = stored_forward(output, adapter)
     if planned is not None:
         return planned
     forward, found = choose(adapter, wish)
@@ -43,7 +43,7 @@ def ensure_forward(output: ObjectStore, adapter: ModelAdapter, wish: Wish) -> tu
     return (forward if chosen == found[0].setting else _made(adapter, chosen)), chosen
 
 
-def standing_forward(output: ObjectStore, adapter: ModelAdapter) -> tuple[Forward, ForwardSetting] | None:
+def stored_forward(output: ObjectStore, adapter: ModelAdapter) -> tuple[Forward, ForwardSetting] | None:
     """The plan's forward pass, if there is one. Raises ModelError where this machine cannot run it."""
     planned = planned_forward(output)
     return None if planned is None else (_made(adapter, planned.setting), planned.setting)

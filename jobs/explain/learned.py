@@ -22,7 +22,7 @@ def wanted_images(config: JobConfig) -> int:
     return images_to_learn_from(config.method, config.explainer_parameters())
 
 
-def standing_state(output: ObjectStore, config: JobConfig) -> "tuple[State, str] | None":
+def stored_state(output: ObjectStore, config: JobConfig) -> "tuple[State, str] | None":
     """What the job's method learned, and the sha256 of its file; None: it learns nothing, or has not yet.
 
     Raises StoreError, and UnreconciledError where the file is damaged.

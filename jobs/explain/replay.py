@@ -15,8 +15,8 @@ from blocksight.engine.model.targets import ClassProbability
 from blocksight.engine.saliency import Map, minmax
 from blocksight.engine.scoring.probe import plain_setting
 from blocksight.jobs.explain.fidelity import POOR_MAP
-from blocksight.jobs.explain.forward_pass import standing_forward
-from blocksight.jobs.explain.learned import standing_state, wanted_images
+from blocksight.jobs.explain.forward_pass import stored_forward
+from blocksight.jobs.explain.learned import stored_state, wanted_images
 from blocksight.jobs.explain.step import load, make_explainer, model_facts, seed_of
 from blocksight.jobs.ledger.output import map_of
 from blocksight.jobs.plan.config import ConfigError, JobConfig, load_config
@@ -44,11 +44,11 @@ class Again:
         refuse_drift(self.config.identity(sha256_of(state)), plan.identity, "configuration")
         torch.set_num_threads(1)
         self.adapter = load(self.config, state, "cpu", str(Path.cwd()))
-        self.learned, _ = standing_state(store, self.config) or (None, None)
+        self.learned, _ = stored_state(store, self.config) or (None, None)
         refuse_other_model(store, model_facts(self.adapter, self.config))
         self.forward, self.setting = None, plain_setting("cpu")
         with suppress(ModelError):  # the job ran on another kind of machine: its maps may differ, and that will show
-            self.forward, self.setting = standing_forward(store, self.adapter) or (None, self.setting)
+            self.forward, self.setting = stored_forward(store, self.adapter) or (None, self.setting)
 
     def stored_way(self, row: Row) -> JobConfig:
         """The configuration that made the row's map: where the job chose by record, full SISE or its tenth."""

@@ -32,7 +32,7 @@ from blocksight.engine.scoring.forward import Forward, make_forward, use_ieee_fl
 from blocksight.engine.scoring.probe import plain_setting
 from blocksight.jobs.explain.fidelity import doubts_of, fidelity_columns
 from blocksight.jobs.explain.forward_pass import ensure_forward, wish_of
-from blocksight.jobs.explain.learned import LEARNED_KEY, standing_state, wanted_images
+from blocksight.jobs.explain.learned import LEARNED_KEY, stored_state, wanted_images
 from blocksight.jobs.plan.config import ConfigError, JobConfig, TargetChoice, digest_of
 from blocksight.jobs.plan.context import JobContext, let_import_from
 from blocksight.jobs.plan.labels import Labels
@@ -45,10 +45,10 @@ from blocksight.jobs.plan.records import (
     UnreconciledError,
     with_reject,
 )
-from blocksight.jobs.work.attempts import open_desk
+from blocksight.jobs.work.attempts import open_worker_stores
 from blocksight.jobs.work.error_classes import is_of_record
 from blocksight.jobs.work.isolation import Isolated, ProcessDiedError
-from blocksight.jobs.work.watchdog import alive
+from blocksight.jobs.work.watchdog import heartbeat
 from blocksight.storage.outputs.map_codec import quantised
 from blocksight.storage.outputs.schema import OK, REJECTED
 from blocksight.storage.rejects import Reject, RejectCode
@@ -142,8 +142,8 @@ class ExplainStep:
         self.adapter = load(config, state, context.device, context.import_path)
         if self.adapter.fingerprint != facts.weights_sha256:
             raise ModelError("this worker loaded other weights than the driver: is the same file on every node?")
-        self.adapter.module.register_forward_pre_hook(lambda *_: alive())
-        standing = standing_state(open_desk(context).output, config) if wanted_images(config) else None
+        self.adapter.module.register_forward_pre_hook(lambda *_: heartbeat())
+        standing = stored_state(open_worker_stores(context).output, config) if wanted_images(config) else None
         self.learned, digest = standing or (None, None)
         self.is_settled = False
         self.images_per_pass = images_at_once(self.adapter)
@@ -179,7 +179,7 @@ class ExplainStep:
         Raises ModelError where this machine cannot run what is planned: the unit stays open for one that can.
         """
         wish = wish_of(self.context.config, self.context.batch_size, is_timed=self.context.is_timed)
-        forward, setting = ensure_forward(open_desk(self.context).output, self.adapter, wish)
+        forward, setting = ensure_forward(open_worker_stores(self.context).output, self.adapter, wish)
         self._set_up(setting, forward)
         self.is_settled = True
 
@@ -420,7 +420,7 @@ def lively(forward: Forward) -> Forward:
     """The forward pass as a sign of life: no hook on the module sees it."""
 
     def run(inputs_nchw: Tensor) -> Tensor:
-        alive()
+        heartbeat()
         return forward(inputs_nchw)
 
     return run

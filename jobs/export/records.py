@@ -71,7 +71,7 @@ class ExplainedRecords:
         self.store, self.plan, self.columns, self.limit = store, plan, columns, limit
         self.source = source_of(plan, endpoint_url)
         self.evaluations = folders(store)
-        self.standing = {info.key for prefix in ("data/", *self.evaluations) for info in store.list(prefix)}
+        self.keys = {info.key for prefix in ("data/", *self.evaluations) for info in store.list(prefix)}
         self.audit = read_audit(store)
         self.audited = {} if self.audit is None else _audited_units(store)
         self.num_records = 0
@@ -94,7 +94,7 @@ class ExplainedRecords:
 
     def _all(self) -> Iterator[ExplainedRecord]:
         for unit in self.plan.units:
-            if unit.fragment_key in self.standing:
+            if unit.fragment_key in self.keys:
                 yield from self._of(unit)
 
     def _of(self, unit: Unit) -> Iterator[ExplainedRecord]:
@@ -133,7 +133,7 @@ class ExplainedRecords:
         found: dict[Method, dict[str, float]] = {}
         for folder in self.evaluations:
             key = fragment_key(folder, unit)
-            if key in self.standing:
+            if key in self.keys:
                 for row in values_in(self.store, key, VALUE_COLUMNS).to_pylist():
                     column = self.columns.get((row["metric"], row["protocol"]))
                     if column is not None and row["value"] is not None:

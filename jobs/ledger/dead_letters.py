@@ -21,7 +21,7 @@ def letter_key(unit_id: str) -> str:
     return f"{FOLDER}{unit_id}.json"
 
 
-def bury(output: ObjectStore, unit: Unit, stage: str, cause: Cause, error: str) -> DeadLetter | Receipt:
+def give_up(output: ObjectStore, unit: Unit, stage: str, cause: Cause, error: str) -> DeadLetter | Receipt:
     """Writes the unit's dead letter, unless its fragment stands: then another attempt was luckier, and counts.
 
     A fragment that can be neither written nor looked at is not looked for: should it stand, it outweighs the letter.

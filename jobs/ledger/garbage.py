@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 from blocksight.jobs.ledger import attempt_markers, dead_letters
-from blocksight.jobs.ledger.reconcile import Standing, final_manifest
-from blocksight.jobs.ledger.stop_request import RUNS_FOLDER, SIGN_NAME
+from blocksight.jobs.ledger.reconcile import JobState, final_manifest
+from blocksight.jobs.ledger.stop_request import RUNS_FOLDER, STOP_REQUEST_NAME
 from blocksight.jobs.plan.plan import PLAN_FOLDER, UNIT_FOLDERS, plan_document
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.retrying import PatientStore, is_probe
@@ -17,17 +17,17 @@ YOUNG_SECONDS = 3_600.0
 """An unfinished file of the last hour may still have its writer."""
 
 
-def remove_leftovers(store: ObjectStore, standing: Standing, *, dry_run: bool = False) -> list[str]:
+def collect_garbage(store: ObjectStore, job_state: JobState, *, dry_run: bool = False) -> list[str]:
     """Removes markers and letters of committed units, lost plans, unfinished files and, once the job is
     finished, probes and signs to stop; returns their names.
 
     Nothing that carries a fact goes: no fragment, receipt, plan, manifest, or letter of a dead unit.
     """
-    names = [*_settled(store, standing), *_lost_plans(store)]
-    if final_manifest(store, standing.plan) is not None:  # nobody is at work who might still need them
+    names = [*_settled(store, job_state), *_lost_plans(store)]
+    if final_manifest(store, job_state.plan) is not None:  # nobody is at work who might still need them
         names += [info.key for info in store.list(PROBE_PREFIX)]
         names += [info.key for folder in UNIT_FOLDERS for info in store.list(folder) if is_probe(info.key)]
-        names += [info.key for info in store.list(RUNS_FOLDER) if info.key.endswith(f"/{SIGN_NAME}")]
+        names += [info.key for info in store.list(RUNS_FOLDER) if info.key.endswith(f"/{STOP_REQUEST_NAME}")]
     if not dry_run:
         for name in names:
             store.delete(name)
@@ -37,18 +37,18 @@ def remove_leftovers(store: ObjectStore, standing: Standing, *, dry_run: bool = 
     return names
 
 
-def remove_settled(store: ObjectStore, standing: Standing) -> None:
+def remove_committed_traces(store: ObjectStore, job_state: JobState) -> None:
     """Removes the markers and dead letters of units whose fragments stand."""
-    for name in list(_settled(store, standing)):
+    for name in list(_settled(store, job_state)):
         store.delete(name)
 
 
-def _settled(store: ObjectStore, standing: Standing) -> Iterator[str]:
+def _settled(store: ObjectStore, job_state: JobState) -> Iterator[str]:
     """Markers and dead letters of units whose fragments stand."""
     for folder in (attempt_markers.FOLDER, dead_letters.FOLDER):
         for info in store.list(folder):
             unit_id = info.key.removeprefix(folder).partition("/")[0].removesuffix(".json")
-            if unit_id in standing.receipts:
+            if unit_id in job_state.receipts:
                 yield info.key
 
 

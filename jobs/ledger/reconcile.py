@@ -77,7 +77,7 @@ class Manifest(TypedDict):
 
 
 @dataclass(frozen=True)
-class Standing:
+class JobState:
     """How far a job is, from the bucket alone."""
 
     plan: Plan
@@ -106,12 +106,12 @@ class Standing:
         return sum((Counter(receipt.rejects) for receipt in self.receipts.values()), Counter())
 
 
-def stand(store: ObjectStore, plan: Plan) -> Standing:
+def read_job_state(store: ObjectStore, plan: Plan) -> JobState:
     """Reads the receipts of what is committed, and the dead letters."""
     receipts = read_receipts(store, plan.units)
     letters = read_letters(store, plan.units)
     planned = {unit.fragment_key for unit in plan.units}
-    return Standing(
+    return JobState(
         plan,
         receipts,
         {unit_id: letter for unit_id, letter in letters.items() if unit_id not in receipts},
@@ -139,31 +139,31 @@ def num_accepted(manifest: Manifest | None) -> int:
     return len(manifest["dead"]) if manifest is not None else 0
 
 
-def finalize(store: ObjectStore, standing: Standing) -> Manifest:
+def finalize(store: ObjectStore, job_state: JobState) -> Manifest:
     """Writes the manifest once, when every planned unit is committed or dead; returns the one that stands.
 
     Compares sets of units, and each fragment's metadata with its receipt: equal counts prove nothing. The
     letters of units that were committed after all are taken back. A manifest that stands already must say
     what the receipts say. Raises UnreconciledError.
     """
-    manifest = final_manifest(store, standing.plan)
+    manifest = final_manifest(store, job_state.plan)
     if manifest is not None:
-        faults = list(_manifest_faults(manifest, standing.plan, standing.receipts.values()))
+        faults = list(_manifest_faults(manifest, job_state.plan, job_state.receipts.values()))
         if faults:
             raise UnreconciledError("\n".join(faults))
         return manifest
-    for unit_id in standing.outweighed:
+    for unit_id in job_state.outweighed:
         store.delete(letter_key(unit_id))
-    faults = [f"{key} was not planned" for key in standing.strangers]
-    faults += [f"unit {unit.ordinal} is neither committed nor dead" for unit in standing.open_units]
+    faults = [f"{key} was not planned" for key in job_state.strangers]
+    faults += [f"unit {unit.ordinal} is neither committed nor dead" for unit in job_state.open_units]
     with ThreadPoolExecutor(READERS) as readers:
-        for found in readers.map(lambda receipt: _metadata_faults(store, receipt), standing.receipts.values()):
+        for found in readers.map(lambda receipt: _metadata_faults(store, receipt), job_state.receipts.values()):
             faults += found
     if faults:
         raise UnreconciledError("\n".join(faults))
     with suppress(AlreadyExistsError):
-        store.create(MANIFEST_KEY, json.dumps(_manifest(standing), indent=1, sort_keys=True).encode())
-    manifest = final_manifest(store, standing.plan)
+        store.create(MANIFEST_KEY, json.dumps(_manifest(job_state), indent=1, sort_keys=True).encode())
+    manifest = final_manifest(store, job_state.plan)
     if manifest is None:
         raise UnreconciledError(
             f"{store.uri}/{MANIFEST_KEY} was written and is gone: is somebody deleting this output?"
@@ -171,22 +171,22 @@ def finalize(store: ObjectStore, standing: Standing) -> Manifest:
     return manifest
 
 
-def _manifest(standing: Standing) -> Manifest:
-    ordered = sorted(standing.receipts.values(), key=lambda receipt: receipt.ordinal)
+def _manifest(job_state: JobState) -> Manifest:
+    ordered = sorted(job_state.receipts.values(), key=lambda receipt: receipt.ordinal)
     return {
-        "fingerprint": standing.plan.fingerprint,
-        "num_units": len(standing.plan.units),
+        "fingerprint": job_state.plan.fingerprint,
+        "num_units": len(job_state.plan.units),
         "dead": [
             {"unit_id": letter.unit_id, "ordinal": letter.ordinal, "cause": letter.cause, "inputs": letter.inputs}
-            for letter in sorted(standing.dead.values(), key=lambda letter: letter.ordinal)
+            for letter in sorted(job_state.dead.values(), key=lambda letter: letter.ordinal)
         ],
-        "num_records": standing.total("num_records"),
-        "num_ok": standing.total("num_ok"),
-        "num_rejected": standing.total("num_rejected"),
-        "num_rows": standing.total("num_rows"),
-        "num_forwards": standing.total("num_forwards"),
-        "num_bytes": standing.total("num_bytes"),
-        "rejects": dict(sorted(standing.rejects.items())),
+        "num_records": job_state.total("num_records"),
+        "num_ok": job_state.total("num_ok"),
+        "num_rejected": job_state.total("num_rejected"),
+        "num_rows": job_state.total("num_rows"),
+        "num_forwards": job_state.total("num_forwards"),
+        "num_bytes": job_state.total("num_bytes"),
+        "rejects": dict(sorted(job_state.rejects.items())),
         "metrics": metric_means(ordered),
         "fragments": [
             {
@@ -220,17 +220,17 @@ def check(store: ObjectStore, plan: Plan) -> Iterator[tuple[Unit | None, list[st
     every target or rejected with a reason; no key of a shard is explained twice.
     """
     planned = {unit.fragment_key for unit in plan.units}
-    standing = _listed_fragments(store)
+    fragments = _listed_fragments(store)
     found: list[Receipt] = []
     shard = _Shard()
     for unit in plan.units:
         if unit.objects[0].key != shard.name:
             shard = _Shard(unit.objects[0].key)
-        if unit.fragment_key in standing:
+        if unit.fragment_key in fragments:
             yield unit, list(_unit_faults(store, plan, unit, shard, found))
         else:
             shard.next_index = None
-    yield None, [*(f"{key} was not planned" for key in sorted(standing - planned)), *_final_faults(store, plan, found)]
+    yield None, [*(f"{key} was not planned" for key in sorted(fragments - planned)), *_final_faults(store, plan, found)]
 
 
 def _final_faults(store: ObjectStore, plan: Plan, found: Sequence[Receipt]) -> list[str]:
@@ -244,20 +244,20 @@ def _final_faults(store: ObjectStore, plan: Plan, found: Sequence[Receipt]) -> l
 def _manifest_faults(manifest: Manifest, plan: Plan, receipts: Iterable[Receipt]) -> Iterator[str]:
     """Where the final manifest and the receipts of what stands differ."""
     named = {fragment["key"]: fragment for fragment in manifest["fragments"]}
-    standing = {receipt.fragment: receipt for receipt in receipts}
+    committed = {receipt.fragment: receipt for receipt in receipts}
     dead = {letter["unit_id"] for letter in manifest["dead"]}
     if manifest["fingerprint"] != plan.fingerprint:
         yield f"the final manifest is of job {manifest['fingerprint'][:16]}, and the plan of {plan.fingerprint[:16]}"
-    for key in sorted(named.keys() - standing.keys()):
+    for key in sorted(named.keys() - committed.keys()):
         yield f"{key} is in the final manifest and does not stand"
-    for key in sorted(standing.keys() - named.keys()):
+    for key in sorted(committed.keys() - named.keys()):
         yield f"{key} stands and is not in the final manifest: its unit was given up there"
     for unit in plan.units:
         if (unit.unit_id in dead) == (unit.fragment_key in named):
             said = "both committed and dead" if unit.unit_id in dead else "neither committed nor dead"
             yield f"unit {unit.ordinal} is {said} in the final manifest"
-    for key in sorted(named.keys() & standing.keys()):
-        yield from _differences(named[key], standing[key], key, "the final manifest")
+    for key in sorted(named.keys() & committed.keys()):
+        yield from _differences(named[key], committed[key], key, "the final manifest")
 
 
 def _differences(said: Mapping[str, Any], receipt: Receipt, key: str, where: str) -> Iterator[str]:

@@ -17,17 +17,17 @@ GRACE_SECONDS = 20.0
 GO_ON = "what is committed stays, and the same command goes on from there"
 
 RUNS_FOLDER = "_job/runs/"
-SIGN_NAME = "stop"
+STOP_REQUEST_NAME = "stop"
 
 
-def sign_key(run_id: str) -> str:
+def stop_request_key(run_id: str) -> str:
     """The object that tells all workers of a run to take no further unit."""
-    return f"{RUNS_FOLDER}{run_id}/{SIGN_NAME}"
+    return f"{RUNS_FOLDER}{run_id}/{STOP_REQUEST_NAME}"
 
 
 def is_stopped(output: ObjectStore, run_id: str) -> bool:
     """Whether the run was asked to stop, as a worker sees it."""
-    return output.head(sign_key(run_id)) is not None
+    return output.head(stop_request_key(run_id)) is not None
 
 
 class Stop:
@@ -55,11 +55,11 @@ class Stop:
         """Takes the sign away, once no worker of the run is left."""
         if self._sign is not None:
             self._sign.join(GRACE_SECONDS)
-        self.output.delete(sign_key(self.run_id))
+        self.output.delete(stop_request_key(self.run_id))
 
     def _put_sign(self, reason: str) -> None:
         with suppress(StoreError):  # a store that is away stops the run as well
-            self.output.put(sign_key(self.run_id), reason.encode())
+            self.output.put(stop_request_key(self.run_id), reason.encode())
 
 
 @contextmanager

@@ -171,7 +171,7 @@ def _unit(ordinal: int, fingerprint: str, layout: Layout, piece: Piece) -> Unit:
     return Unit(ordinal, unit_id, layout, piece.objects, piece.start, piece.stop, piece.num_records)
 
 
-def settle_plan(store: ObjectStore, plan: Plan) -> Plan:
+def ensure_plan(store: ObjectStore, plan: Plan) -> Plan:
     """Writes the plan once; where one stands already, that one counts and must have the same configuration.
 
     The units lie in an object named by its content and `plan.json` names it, so that two drivers that
@@ -205,7 +205,7 @@ def refuse_drift(ours: Mapping[str, Any], theirs: Mapping[str, Any], what: str) 
         )
 
 
-def settle_model(store: ObjectStore, facts: ModelFacts) -> None:
+def ensure_model(store: ObjectStore, facts: ModelFacts) -> None:
     """Writes what the model is, once; raises DriftError where the output was begun with another one."""
     try:
         store.create(MODEL_KEY, _json_bytes(_plain(facts)))

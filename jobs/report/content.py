@@ -11,7 +11,7 @@ from blocksight.engine.catalog.entries import CONTROLS, METRICS
 from blocksight.jobs.audit.result import GATES, Audit, read_audit
 from blocksight.jobs.audit.stream import committed, digest_of_fragments
 from blocksight.jobs.evaluate.compare import Absence, Cell, Column, Comparison, Output, compare
-from blocksight.jobs.ledger.reconcile import Standing, final_manifest, stand
+from blocksight.jobs.ledger.reconcile import JobState, final_manifest, read_job_state
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.forward_setting import planned_forward
 from blocksight.jobs.plan.records import DeadLetter
@@ -173,7 +173,7 @@ def report_of(
     UnreconciledError where something is damaged.
     """
     store, plan = output.store, output.plan
-    standing = stand(store, plan)
+    job_state = read_job_state(store, plan)
     audit = read_audit(store)
     is_stale = audit is not None and audit.fragments != digest_of_fragments(committed(store, plan))
     table = _comparison(output)
@@ -183,12 +183,12 @@ def report_of(
     items = tuple(_items(output, endpoint_url, shown, audit, progress))
     places = {Ref(item.key, item.target_index): item.number for item in items}
     findings = findings_of(audit, places) if audit else None
-    accounting = _accounting(standing, selection.rejected.values)
+    accounting = _accounting(job_state, selection.rejected.values)
     return Report(
         title=PurePosixPath(plan.identity["data"]).name or plan.identity["data"],
         subtitle=f"{plan.identity['explainer']} maps of {plan.identity['model']}",
         made=f"{made:%Y-%m-%d %H:%M} UTC",
-        notices=tuple(_notices(output, standing, audit, is_stale=is_stale)),
+        notices=tuple(_notices(output, job_state, audit, is_stale=is_stale)),
         tiles=tuple(_tiles(accounting, metrics, audit)),
         run=tuple(run_facts(plan, model_of(store), selection.selected_by, planned_forward(store))),
         accounting=accounting,
@@ -198,21 +198,21 @@ def report_of(
         items=items,
         num_gone=sum(item.picture.is_gone for item in items),
         findings=findings,
-        cost=tuple(cost_facts(standing)),
-        provenance=tuple(provenance_facts(standing, model_of(store))),
+        cost=tuple(cost_facts(job_state)),
+        provenance=tuple(provenance_facts(job_state, model_of(store))),
         runs=tuple(runs_of(store)),
         commands=tuple(commands(output, has_audit=audit is not None, has_values=len(metrics) > 2)),
     )
 
 
-def _notices(output: Output, standing: Standing, audit: Audit | None, *, is_stale: bool) -> Iterator[Notice]:
+def _notices(output: Output, job_state: JobState, audit: Audit | None, *, is_stale: bool) -> Iterator[Notice]:
     name = shlex.quote(output.name)
-    num_open = len(standing.open_units)
+    num_open = len(job_state.open_units)
     if num_open:
-        still = f"{counted(num_open, 'unit')} of {len(standing.plan.units):,} still open"
+        still = f"{counted(num_open, 'unit')} of {len(job_state.plan.units):,} still open"
         yield Notice(f"This output is not finished: {still}. The same `explain` goes on from there; then report again.")
-    elif final_manifest(output.store, standing.plan) is None:
-        way = f"blocksight retry {name}" if standing.dead else f"blocksight finalize {name}"
+    elif final_manifest(output.store, job_state.plan) is None:
+        way = f"blocksight retry {name}" if job_state.dead else f"blocksight finalize {name}"
         yield Notice("This output is not finished: every unit is settled, and no final manifest stands.", way)
     if audit is None:
         yield Notice(
@@ -249,20 +249,20 @@ def said(value: float, unit: str) -> str:
     return f"{value:.2f} %" if unit == "%" else f"{value:.3f}"
 
 
-def _accounting(standing: Standing, examples: Sequence[Rejected]) -> Accounting:
-    num_rejected = standing.total("num_rejected")
-    dead = sorted(standing.dead.values(), key=lambda letter: letter.ordinal)
+def _accounting(job_state: JobState, examples: Sequence[Rejected]) -> Accounting:
+    num_rejected = job_state.total("num_rejected")
+    dead = sorted(job_state.dead.values(), key=lambda letter: letter.ordinal)
     return Accounting(
-        num_planned=standing.plan.num_records,
-        is_exact=standing.plan.is_exact,
-        num_records=standing.total("num_records"),
-        num_ok=standing.total("num_ok"),
+        num_planned=job_state.plan.num_records,
+        is_exact=job_state.plan.is_exact,
+        num_records=job_state.total("num_records"),
+        num_ok=job_state.total("num_ok"),
         num_rejected=num_rejected,
-        num_rows=standing.total("num_rows"),
-        num_units=len(standing.plan.units),
-        num_committed=len(standing.receipts),
-        num_open=len(standing.open_units),
-        rejects=tuple(Share(code, count, count / num_rejected) for code, count in standing.rejects.most_common()),
+        num_rows=job_state.total("num_rows"),
+        num_units=len(job_state.plan.units),
+        num_committed=len(job_state.receipts),
+        num_open=len(job_state.open_units),
+        rejects=tuple(Share(code, count, count / num_rejected) for code, count in job_state.rejects.most_common()),
         examples=tuple(examples),
         dead=tuple(dead[:MAX_DEAD]),
         num_dead=len(dead),

@@ -13,7 +13,7 @@ from blocksight.engine.catalog.composition import method_of
 from blocksight.engine.catalog.entries import EXPLAINERS, MODELS, RECONSTRUCTED
 from blocksight.jobs.evaluate.compare import Output
 from blocksight.jobs.ledger.output import model_facts
-from blocksight.jobs.ledger.reconcile import Standing
+from blocksight.jobs.ledger.reconcile import JobState
 from blocksight.jobs.ledger.stop_request import RUNS_FOLDER
 from blocksight.jobs.plan.documents import read_document
 from blocksight.jobs.plan.forward_setting import PlannedForward
@@ -111,10 +111,10 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
-def cost_facts(standing: Standing) -> Iterator[Fact]:
-    timed = [receipt for receipt in standing.receipts.values() if receipt.explain_seconds]  # a rebuilt one is not
+def cost_facts(job_state: JobState) -> Iterator[Fact]:
+    timed = [receipt for receipt in job_state.receipts.values() if receipt.explain_seconds]  # a rebuilt one is not
     seconds = sum(receipt.explain_seconds or 0.0 for receipt in timed)
-    forwards, num_ok = standing.total("num_forwards"), standing.total("num_ok")
+    forwards, num_ok = job_state.total("num_forwards"), job_state.total("num_ok")
     each = f"{forwards / num_ok:,.0f} a record" if forwards and num_ok else ""
     yield Fact("masked forwards", f"{forwards:,}", each)
     if seconds:
@@ -131,7 +131,7 @@ def cost_facts(standing: Standing) -> Iterator[Fact]:
     ways = Counter(receipt.forward for receipt in timed if receipt.forward)
     for way, count in ways.most_common():
         yield Fact("forward pass", way, counted(count, "unit"))
-    num_bytes, num_rows = standing.total("num_bytes"), standing.total("num_rows")
+    num_bytes, num_rows = job_state.total("num_bytes"), job_state.total("num_rows")
     each = f"{size(num_bytes / num_rows)} a row" if num_rows else ""
     yield Fact("output", size(num_bytes), each)
 
@@ -144,12 +144,12 @@ def model_of(store: ObjectStore) -> Mapping[str, Any]:
         return {}
 
 
-def provenance_facts(standing: Standing, model: Mapping[str, Any]) -> Iterator[Fact]:
-    identity = standing.plan.identity
-    yield Fact("plan fingerprint", standing.plan.fingerprint, "hash of all that changes the result", is_code=True)
+def provenance_facts(job_state: JobState, model: Mapping[str, Any]) -> Iterator[Fact]:
+    identity = job_state.plan.identity
+    yield Fact("plan fingerprint", job_state.plan.fingerprint, "hash of all that changes the result", is_code=True)
     if model:
         yield Fact("weights sha256", model["weights_sha256"], "over all weights and buffers", is_code=True)
-    hashes = [receipt.sha256 for receipt in sorted(standing.receipts.values(), key=lambda own: own.ordinal)]
+    hashes = [receipt.sha256 for receipt in sorted(job_state.receipts.values(), key=lambda own: own.ordinal)]
     digest = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
     said = f"sha256 over the sha256 of {counted(len(hashes), 'fragment')}, in the plan's order"
     yield Fact("fragments", digest, said, is_code=True)

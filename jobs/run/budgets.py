@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from blocksight.jobs.ledger.reconcile import Standing
+from blocksight.jobs.ledger.reconcile import JobState
 from blocksight.jobs.plan.records import Outcome, Receipt
 
 FIRST_UNITS = 5
@@ -19,13 +19,13 @@ class Budget:
     max_dead_units: int
 
 
-def excess(standing: Standing, budget: Budget) -> list[str]:
+def excess(job_state: JobState, budget: Budget) -> list[str]:
     """One sentence per budget that is exceeded, with both sides."""
     said = []
-    if len(standing.dead) > budget.max_dead_units:
-        said.append(f"{len(standing.dead)} dead units, and --max-dead-units allows {budget.max_dead_units}")
-    lost = sum(letter.num_records for letter in standing.dead.values())
-    rejected, records = standing.total("num_rejected") + lost, standing.total("num_records") + lost
+    if len(job_state.dead) > budget.max_dead_units:
+        said.append(f"{len(job_state.dead)} dead units, and --max-dead-units allows {budget.max_dead_units}")
+    lost = sum(letter.num_records for letter in job_state.dead.values())
+    rejected, records = job_state.total("num_rejected") + lost, job_state.total("num_records") + lost
     if records and rejected / records > budget.max_reject_fraction:
         allowed = f"--max-reject-fraction allows {budget.max_reject_fraction:g}"
         said.append(f"{rejected:,} of {records:,} records were rejected or are in dead units, and {allowed}")
@@ -42,9 +42,9 @@ class Opening:
     """Per unit, records by reject code."""
 
     @classmethod
-    def of(cls, standing: Standing, budget: Budget) -> "Opening":
+    def of(cls, job_state: JobState, budget: Budget) -> "Opening":
         """At the start of a run; over from the start for a user who puts up with any share of rejects."""
-        return cls(standing.total("num_ok") > 0 or budget.max_reject_fraction == 1)
+        return cls(job_state.total("num_ok") > 0 or budget.max_reject_fraction == 1)
 
     def add(self, outcome: Outcome) -> None:
         """Counts one more unit that was committed; dead ones cost nothing, and one lost shard may be many."""

@@ -20,7 +20,7 @@ from blocksight.jobs.evaluate.evaluation import (
 from blocksight.jobs.ledger.stop_request import GO_ON, Stop, stopped_by_signals, unfinished_from
 from blocksight.jobs.plan.config import ConfigError, Execution
 from blocksight.jobs.plan.context import sha256_of, weights_bytes
-from blocksight.jobs.plan.plan import existing_plan, refuse_drift, settle_model
+from blocksight.jobs.plan.plan import ensure_model, existing_plan, refuse_drift
 from blocksight.jobs.plan.records import Evaluated, UnfinishedError, Unit, UnitFailure
 from blocksight.jobs.plan.stored_config import NamedAgain, config_of
 from blocksight.jobs.run.job import check_kept, check_model, context_of, session_of
@@ -86,7 +86,7 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
     state = weights_bytes(config)
     refuse_drift(config.identity(sha256_of(state)), plan.identity, "configuration")
     _, facts = check_model(config, state, console)
-    settle_model(output, facts)  # refuses another model than the maps were made with
+    ensure_model(output, facts)  # refuses another model than the maps were made with
     check_kept(output, config)
     stop = Stop(output, f"evaluate-{uuid.uuid4().hex[:8]}")
     with session_of(execution) as sizing, stopped_by_signals(stop, cuts_off=sizing is None):

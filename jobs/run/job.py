@@ -17,10 +17,10 @@ from rich.console import Console
 
 from blocksight.cluster.sizing import Sizing
 from blocksight.jobs.explain.fidelity import rare_labels
-from blocksight.jobs.explain.learned import standing_state, wanted_images
+from blocksight.jobs.explain.learned import stored_state, wanted_images
 from blocksight.jobs.ledger.attempt_markers import forget_interrupted
-from blocksight.jobs.ledger.garbage import PROBE_PREFIX, remove_settled
-from blocksight.jobs.ledger.reconcile import Manifest, Standing, final_manifest, finalize, num_accepted, stand
+from blocksight.jobs.ledger.garbage import PROBE_PREFIX, remove_committed_traces
+from blocksight.jobs.ledger.reconcile import JobState, Manifest, final_manifest, finalize, num_accepted, read_job_state
 from blocksight.jobs.ledger.stop_request import GO_ON, RUNS_FOLDER, Stop, stopped_by_signals, unfinished_from
 from blocksight.jobs.plan.config import Execution, JobConfig
 from blocksight.jobs.plan.context import JobContext, sha256_of, weights_bytes
@@ -29,12 +29,12 @@ from blocksight.jobs.plan.forward_setting import PlannedForward, planned_forward
 from blocksight.jobs.plan.plan import (
     UNIT_FOLDERS,
     Plan,
+    ensure_model,
+    ensure_plan,
     load_plan,
     make_plan,
     open_output,
     refuse_drift,
-    settle_model,
-    settle_plan,
 )
 from blocksight.jobs.plan.records import ModelFacts, Outcome, Receipt, UnfinishedError, Unit, UnitFailure
 from blocksight.jobs.plan.units import Workforce
@@ -82,7 +82,7 @@ class Ran:
 class RunOutcome:
     """What a run left behind."""
 
-    standing: Standing
+    job_state: JobState
     manifest: Manifest | None
     """The final manifest; None while units are open, or more of them dead than the budget allows."""
     excess: tuple[str, ...]
@@ -96,11 +96,11 @@ def plan_job(config: JobConfig, execution: Execution) -> tuple[ObjectStore, Plan
     """The output's plan: the one that stands there, or one made now. Writes nothing; refuses drift."""
     output = PatientStore(open_output(config), SHORT_PATIENCE_SECONDS)
     weights_sha256 = sha256_of(weights_bytes(config))
-    standing = load_plan(output)
-    if standing is None:
+    stored = load_plan(output)
+    if stored is None:
         return output, make_plan(config, weights_sha256=weights_sha256, workforce=workforce_of(execution))
-    refuse_drift(config.identity(weights_sha256), standing.identity, "configuration")
-    return output, standing
+    refuse_drift(config.identity(weights_sha256), stored.identity, "configuration")
+    return output, stored
 
 
 def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOutcome:
@@ -111,21 +111,21 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
     the store went away for good.
     """
     output, plan = plan_job(config, execution)
-    standing = _standing(output, plan)
-    if not standing.open_units:  # finished, or an input without a single record
-        settle_plan(output, plan)
-        return _outcome_of(output, standing, execution, Ran())
+    job_state = _read_job_state(output, plan)
+    if not job_state.open_units:  # finished, or an input without a single record
+        ensure_plan(output, plan)
+        return _outcome_of(output, job_state, execution, Ran())
     state = weights_bytes(config)
     adapter, facts = check_model(config, state, console)
     probe(output, PROBE_PREFIX)
     with session_of(execution) as sizing:
         planned = _planned_forward(output, adapter, config, execution, on_gpu=_is_on_gpu(sizing))
         del adapter  # the workers load their own
-        plan = settle_plan(output, plan)
-        settle_model(output, facts)
+        plan = ensure_plan(output, plan)
+        ensure_model(output, facts)
         check_kept(output, config)
-        _settle_forward(output, planned, console)
-        standing = _standing(output, plan)
+        _ensure_forward(output, planned, console)
+        job_state = _read_job_state(output, plan)
         context = context_of(config, plan, facts, sizing, execution)
         _write_run(output, context, execution, sizing)
         output = PatientStore(output, unit_folders=UNIT_FOLDERS)
@@ -133,34 +133,34 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
         stop = Stop(output, context.run_id)
         budget = Budget(execution.max_reject_fraction, execution.max_dead_units)
         with stopped_by_signals(stop, cuts_off=sizing is None):
-            ran = _run_units(standing, context, state, sizing, console, stop, Opening.of(standing, budget))
+            ran = _run_units(job_state, context, state, sizing, console, stop, Opening.of(job_state, budget))
     try:
         stop.clear()
         if ran.stopped is not None:
             forget_interrupted(output, context.run_id)
-        return _outcome_of(output, stand(output, plan), execution, ran)
+        return _outcome_of(output, read_job_state(output, plan), execution, ran)
     except StoreError as error:
         raise UnfinishedError(f"{error}; {GO_ON}") from error
 
 
-def _standing(output: ObjectStore, plan: Plan) -> Standing:
+def _read_job_state(output: ObjectStore, plan: Plan) -> JobState:
     """How far the job is, also where single receipts cannot be read or written."""
-    return stand(PatientStore(output, SHORT_PATIENCE_SECONDS, unit_folders=UNIT_FOLDERS), plan)
+    return read_job_state(PatientStore(output, SHORT_PATIENCE_SECONDS, unit_folders=UNIT_FOLDERS), plan)
 
 
-def _outcome_of(output: ObjectStore, standing: Standing, execution: Execution, ran: Ran) -> RunOutcome:
+def _outcome_of(output: ObjectStore, job_state: JobState, execution: Execution, ran: Ran) -> RunOutcome:
     """What stands now, and the manifest if every unit is settled and the dead are within their budget."""
     planned = planned_forward(output)
-    if standing.open_units:
-        return RunOutcome(standing, None, (), ran, planned)
-    manifest = final_manifest(output, standing.plan)
+    if job_state.open_units:
+        return RunOutcome(job_state, None, (), ran, planned)
+    manifest = final_manifest(output, job_state.plan)
     budget = Budget(execution.max_reject_fraction, max(execution.max_dead_units, num_accepted(manifest)))
-    beyond = excess(standing, budget)
-    if len(standing.dead) > budget.max_dead_units:
-        return RunOutcome(standing, None, tuple(beyond), ran, planned)
+    beyond = excess(job_state, budget)
+    if len(job_state.dead) > budget.max_dead_units:
+        return RunOutcome(job_state, None, tuple(beyond), ran, planned)
     if manifest is None:
-        remove_settled(output, standing)
-    return RunOutcome(standing, finalize(output, standing), tuple(beyond), ran, planned)
+        remove_committed_traces(output, job_state)
+    return RunOutcome(job_state, finalize(output, job_state), tuple(beyond), ran, planned)
 
 
 def check_model(config: JobConfig, state: bytes | None, console: Console) -> "tuple[ModelAdapter, ModelFacts]":
@@ -196,7 +196,7 @@ def _planned_forward(
     return planned
 
 
-def _settle_forward(output: ObjectStore, planned: PlannedForward | None, console: Console) -> None:
+def _ensure_forward(output: ObjectStore, planned: PlannedForward | None, console: Console) -> None:
     """Writes the setting into the plan where it is known, and says it."""
     from blocksight.jobs.explain.forward_pass import warning_of, write_forward
 
@@ -215,7 +215,7 @@ def check_kept(output: ObjectStore, config: JobConfig) -> None:
     Raises UnreconciledError and StoreError.
     """
     planned_forward(output)
-    standing_state(output, config)
+    stored_state(output, config)
 
 
 def session_of(execution: Execution) -> AbstractContextManager[Sizing | None]:
@@ -273,7 +273,7 @@ def _learn(
     """The first pass of a method that learns, where its device is; others have none."""
     if not wanted_images(context.config):
         return
-    from blocksight.jobs.explain.first_pass import learn, settle_learned
+    from blocksight.jobs.explain.first_pass import ensure_learned, learn
 
     def run() -> Iterator[int | bytes]:
         if sizing is None:
@@ -282,11 +282,11 @@ def _learn(
 
         return learn_there(context, units, state, sizing)
 
-    settle_learned(output, context, units, run, console)
+    ensure_learned(output, context, units, run, console)
 
 
 def _run_units(
-    standing: Standing,
+    job_state: JobState,
     context: JobContext,
     state: bytes | None,
     sizing: Sizing | None,
@@ -299,7 +299,7 @@ def _run_units(
     Asks for the end where the store is away for too long, or where nothing at all is explained. Raises
     UnfinishedError where the job cannot go on after its first unit, and ClusterError or ModelError before it.
     """
-    config, units = context.config, standing.open_units
+    config, units = context.config, job_state.open_units
     num_records = sum(unit.num_records for unit in units)
     guess = estimate(config, num_records, on_gpu=context.device != "cpu")
     num_workers = sizing.num_actors if sizing is not None else 1

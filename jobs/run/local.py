@@ -6,7 +6,7 @@ from blocksight.jobs.explain.step import ExplainStep
 from blocksight.jobs.ledger.stop_request import Stop
 from blocksight.jobs.plan.context import JobContext
 from blocksight.jobs.plan.records import Outcome, Receipt, Unit, UnitInput, UnitResult
-from blocksight.jobs.work.attempts import Desk, attempted, open_desk
+from blocksight.jobs.work.attempts import WorkerStores, attempted, open_worker_stores
 from blocksight.jobs.work.unit import commit_unit, take_unit
 
 
@@ -15,25 +15,25 @@ def run_units(units: Iterable[Unit], context: JobContext, state: bytes | None, s
 
     Raises ModelError at once.
     """
-    desk, explain = open_desk(context), ExplainStep(context, state)
+    stores, explain = open_worker_stores(context), ExplainStep(context, state)
     for unit in units:
         if stop.reason is not None:
             return
-        yield run_unit(unit, context, desk, explain)
+        yield run_unit(unit, context, stores, explain)
 
 
-def run_unit(unit: Unit, context: JobContext, desk: Desk, explain: ExplainStep) -> Outcome:
+def run_unit(unit: Unit, context: JobContext, stores: WorkerStores, explain: ExplainStep) -> Outcome:
     """One unit from its images to its receipt. Raises ModelError."""
 
     def read(careful: bool) -> UnitInput | Receipt:
-        return take_unit(unit, desk, context, careful=careful)
+        return take_unit(unit, stores, context, careful=careful)
 
-    taken = attempted(unit, "read", desk, read)
+    taken = attempted(unit, "read", stores, read)
     if not isinstance(taken, UnitInput):
         return taken
-    result = attempted(unit, "explain", desk, lambda careful: explain(taken, careful=careful))
+    result = attempted(unit, "explain", stores, lambda careful: explain(taken, careful=careful))
     if not isinstance(result, UnitResult):
         return result
     return attempted(
-        unit, "commit", desk, lambda careful: commit_unit(result, desk.output, context.fingerprint, careful=careful)
+        unit, "commit", stores, lambda careful: commit_unit(result, stores.output, context.fingerprint, careful=careful)
     )

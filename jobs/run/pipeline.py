@@ -42,7 +42,7 @@ from blocksight.jobs.plan.records import (
     UnitResult,
     UnitSkipped,
 )
-from blocksight.jobs.work.attempts import attempted, open_desk
+from blocksight.jobs.work.attempts import attempted, open_worker_stores
 from blocksight.jobs.work.unit import commit_unit, take_unit
 from blocksight.storage.inputs.survey import Layout
 from blocksight.storage.stores.store import ObjectInfo, StoreError
@@ -75,7 +75,7 @@ def run_units(
     Ends early where `stop` was requested and its grace is over. Raises ClusterError where the job itself
     cannot go on (a model that does not load on the workers, no progress).
     """
-    _settle_ray_data()
+    _set_up_ray_data()
     weights = None if state is None else ray.put(state)
     silence = max(NO_PROGRESS_SECONDS, NO_PROGRESS_FACTOR * _longest_seconds(units, context))
     yield from _finished(units, lambda some: _wave(some, context, weights, sizing), stop, silence)
@@ -160,7 +160,7 @@ def _arriving(rows: Iterable[dict[str, Any]], stop: Stop, silence: float) -> Ite
         yield row
 
 
-def _settle_ray_data() -> None:
+def _set_up_ray_data() -> None:
     """Settings that the job stands on; they count for data sets made afterwards."""
     settings = DataContext.get_current()
     settings.enable_progress_bars = False
@@ -198,20 +198,20 @@ def _read(batch: pa.Table, context: JobContext) -> pa.Table:
     unit = _unit(json.loads(batch["unit"][0].as_py()))
 
     def read(careful: bool) -> pa.Table | Receipt:
-        taken = take_unit(unit, desk, context, careful=careful)
+        taken = take_unit(unit, stores, context, careful=careful)
         if isinstance(taken, Receipt):
             return taken
         return _table(_json({"unit": unit, "records": taken.records}), taken.pixels)
 
-    desk = open_desk(context)
-    return _row_of(attempted(unit, "read", desk, read))
+    stores = open_worker_stores(context)
+    return _row_of(attempted(unit, "read", stores, read))
 
 
 def evaluate_units(
     units: Sequence[Unit], context: EvaluationContext, state: bytes | None, sizing: Sizing, stop: Stop
 ) -> Iterator[Evaluated | UnitFailure]:
     """Evaluates the units on the connected Ray session and yields what became of each. Raises ClusterError."""
-    _settle_ray_data()
+    _set_up_ray_data()
     weights = None if state is None else ray.put(state)
     yield from _finished(units, lambda some: _evaluating(some, context, weights, sizing), stop, NO_PROGRESS_SECONDS)
 
@@ -246,7 +246,7 @@ class _Explain:
 
         refuse_unsafe_switches()
         self.input_size = context.facts.input_size
-        self.desk = open_desk(context)
+        self.stores = open_worker_stores(context)
         self.step = ExplainStep(context, None if weights is None else ray.get(weights))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -260,7 +260,7 @@ class _Explain:
             records = tuple(RecordFacts(**record) for record in header["records"])
             return _result_table(self.step(UnitInput(unit, records, pixels), careful=careful))
 
-        return _row_of(attempted(unit, "explain", self.desk, explain))
+        return _row_of(attempted(unit, "explain", self.stores, explain))
 
 
 def _commit(batch: pa.Table, context: JobContext) -> pa.Table:
@@ -269,16 +269,16 @@ def _commit(batch: pa.Table, context: JobContext) -> pa.Table:
         return batch
     header = json.loads(batch["header"][0].as_py())
     unit = _unit(header["unit"])
-    desk = open_desk(context)
+    stores = open_worker_stores(context)
 
     def commit(careful: bool) -> Receipt:
         maps = np.frombuffer(batch["blob"][0].as_buffer(), np.float32).reshape(-1, *context.facts.input_size)
         remaining = iter(maps)
         rows = tuple({**row, "map": next(remaining) if "map" in row else None} for row in header["rows"])
         result = UnitResult(**{**header, "unit": unit, "rows": rows})
-        return commit_unit(result, desk.output, context.fingerprint, careful=careful)
+        return commit_unit(result, stores.output, context.fingerprint, careful=careful)
 
-    return _row_of(attempted(unit, "commit", desk, commit))
+    return _row_of(attempted(unit, "commit", stores, commit))
 
 
 def _result_table(result: UnitResult) -> pa.Table:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from blocksight.jobs.ledger.attempt_markers import FOLDER
-from blocksight.jobs.ledger.dead_letters import bury
+from blocksight.jobs.ledger.dead_letters import give_up
 from blocksight.jobs.ledger.stop_request import is_stopped
 from blocksight.jobs.plan.context import JobContext, worker_name
 from blocksight.jobs.plan.plan import UNIT_FOLDERS, open_output
 from blocksight.jobs.plan.records import Cause, Outcome, Unit, UnitFailure, UnitSkipped
 from blocksight.jobs.work.error_classes import OF_THE_JOB, is_of_unit
 from blocksight.jobs.work.isolation import ProcessDiedError
-from blocksight.jobs.work.watchdog import alive, watched
+from blocksight.jobs.work.watchdog import heartbeat, watchdog
 from blocksight.storage.outputs.schema import MAX_ERROR_LENGTH
 from blocksight.storage.stores.opening import open_named
 from blocksight.storage.stores.retrying import PATIENCE_SECONDS, PatientStore
@@ -50,7 +50,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Desk:
+class WorkerStores:
     """What the steps of one job reach from a worker."""
 
     source: ObjectStore
@@ -58,15 +58,15 @@ class Desk:
     run_id: str
 
 
-def open_desk(context: JobContext) -> Desk:
+def open_worker_stores(context: JobContext) -> WorkerStores:
     """Input and output, with patience for a store that is away."""
     source, _ = open_named(context.config.data, context.config.endpoint_url, wait_seconds=PATIENCE_SECONDS)
     output = open_output(context.config)
-    patient = PatientStore(source, waiting=alive, witnesses=context.witnesses)
-    return Desk(patient, PatientStore(output, waiting=alive, unit_folders=UNIT_FOLDERS), context.run_id)
+    patient = PatientStore(source, waiting=heartbeat, witnesses=context.witnesses)
+    return WorkerStores(patient, PatientStore(output, waiting=heartbeat, unit_folders=UNIT_FOLDERS), context.run_id)
 
 
-def attempted(unit: Unit, stage: str, desk: Desk, work: Callable[[bool], Result]) -> Result | Outcome:
+def attempted(unit: Unit, stage: str, stores: WorkerStores, work: Callable[[bool], Result]) -> Result | Outcome:
     """What the step makes of the unit, or what became of the unit instead; never raises an Exception.
 
     `work` is told whether to be careful: to let no record take the whole unit down with it. A step that fails is
@@ -76,20 +76,22 @@ def attempted(unit: Unit, stage: str, desk: Desk, work: Callable[[bool], Result]
     failures = 0
     while True:
         try:
-            return _once(unit, stage, desk, work, failures)
+            return _once(unit, stage, stores, work, failures)
         except Exception as error:  # noqa: BLE001 - a unit's trouble is its own: the others go on
             failures += 1
             if failures == MOST_FAILURES or not _may_change(error):
-                return _judged(unit, stage, desk, error)
+                return _judged(unit, stage, stores, error)
 
 
-def _once(unit: Unit, stage: str, desk: Desk, work: Callable[[bool], Result], failures: int) -> Result | Outcome:
+def _once(
+    unit: Unit, stage: str, stores: WorkerStores, work: Callable[[bool], Result], failures: int
+) -> Result | Outcome:
     """One attempt at the step. Raises what it raises."""
-    if stage != "commit" and is_stopped(desk.output, desk.run_id):  # what is explained is not thrown away
+    if stage != "commit" and is_stopped(stores.output, stores.run_id):  # what is explained is not thrown away
         return UnitSkipped(unit.unit_id)
-    with marked(desk, f"{unit.unit_id}/{stage}") as num_deaths, watched():
+    with marked(stores, f"{unit.unit_id}/{stage}") as num_deaths, watchdog():
         if num_deaths >= MOST_DEATHS:
-            return bury(desk.output, unit, stage, Cause.POISON, f"{num_deaths} processes died in it")
+            return give_up(stores.output, unit, stage, Cause.POISON, f"{num_deaths} processes died in it")
         return work(num_deaths >= CAREFUL_DEATHS or failures > 0)
 
 
@@ -99,26 +101,26 @@ def _may_change(error: Exception) -> bool:
 
 
 @contextmanager
-def marked(desk: Desk, step: str) -> Iterator[int]:
+def marked(stores: WorkerStores, step: str) -> Iterator[int]:
     """The number of attempts at a step that left their marker; one of our own stands while the body runs."""
     prefix = f"{FOLDER}{step}-"
-    num_deaths = sum(1 for _ in desk.output.list(prefix))
-    marker = f"{prefix}{desk.run_id}-{uuid.uuid4().hex}.json"
-    desk.output.put(marker, json.dumps({"worker": worker_name()}).encode())
+    num_deaths = sum(1 for _ in stores.output.list(prefix))
+    marker = f"{prefix}{stores.run_id}-{uuid.uuid4().hex}.json"
+    stores.output.put(marker, json.dumps({"worker": worker_name()}).encode())
     try:
         yield num_deaths
     finally:
         with suppress(StoreError):  # one marker too many makes the next attempt careful at most
-            desk.output.delete(marker)
+            stores.output.delete(marker)
 
 
-def _judged(unit: Unit, stage: str, desk: Desk, error: Exception) -> Outcome:
+def _judged(unit: Unit, stage: str, stores: WorkerStores, error: Exception) -> Outcome:
     """The unit is dead where it is to blame itself, and stays open otherwise."""
     cause = _cause(stage, error)
     text = str(error) if isinstance(error, StoreError | ProcessDiedError) else f"{type(error).__name__}: {error}"
     if cause is not None:
         try:
-            return bury(desk.output, unit, stage, cause, text)
+            return give_up(stores.output, unit, stage, cause, text)
         except Exception as trouble:  # noqa: BLE001 - as above
             error, text = trouble, str(trouble)
     away = isinstance(error, UnavailableError)

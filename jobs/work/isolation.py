@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from blocksight.cluster.switches import refuse_unsafe_switches
-from blocksight.jobs.work.watchdog import alive, watched
+from blocksight.jobs.work.watchdog import heartbeat, watchdog
 
 DEATHS = 2
 """After so many deaths of the child over one item that item is blamed; one may be bad luck."""
@@ -100,7 +100,7 @@ def _asked(connection: Connection, item: Any) -> tuple[bool, Any]:
     """Whether the child has a result, and that or the exception. Raises EOFError or ConnectionError where it died."""
     connection.send_bytes(pickle.dumps(item))
     while not connection.poll(POLL_SECONDS):
-        alive()  # the child has a watch of its own
+        heartbeat()  # the child has a watch of its own
     return connection.recv()
 
 
@@ -141,7 +141,7 @@ def _serve(connection: Connection) -> None:
         while True:
             sent = connection.recv_bytes()
             try:
-                with watched():
+                with watchdog():
                     item = pickle.loads(sent)
                     result = item() if work is None else work(item)
                 answer = pickle.dumps((True, None if work is None else result))

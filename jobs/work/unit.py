@@ -16,10 +16,10 @@ from blocksight.jobs.ledger.receipts import adopt, commit_facts, receipt_of, wri
 from blocksight.jobs.plan.config import JobConfig
 from blocksight.jobs.plan.context import JobContext, worker_name
 from blocksight.jobs.plan.records import Receipt, RecordFacts, Unit, UnitInput, UnitResult, with_reject
-from blocksight.jobs.work.attempts import Desk
+from blocksight.jobs.work.attempts import WorkerStores
 from blocksight.jobs.work.error_classes import is_of_record, is_of_unit
 from blocksight.jobs.work.isolation import ProcessDiedError, called
-from blocksight.jobs.work.watchdog import alive
+from blocksight.jobs.work.watchdog import heartbeat
 from blocksight.storage.images.decode import decode, fit
 from blocksight.storage.inputs.loose import read_images
 from blocksight.storage.inputs.records import RawRecord, as_text, read_failed
@@ -46,12 +46,12 @@ Decoding = Callable[[RawRecord], tuple[RecordFacts, NDArray[np.uint8] | None]]
 """A record's facts and its pixels, if it has any."""
 
 
-def take_unit(unit: Unit, desk: Desk, context: JobContext, *, careful: bool = False) -> UnitInput | Receipt:
+def take_unit(unit: Unit, stores: WorkerStores, context: JobContext, *, careful: bool = False) -> UnitInput | Receipt:
     """The unit, read and decoded, or the receipt of its fragment where that stands already."""
-    receipt = adopt(desk.output, unit)
+    receipt = adopt(stores.output, unit)
     if receipt is not None:
         return receipt
-    return read_unit(unit, desk.source, context.config, context.facts.input_size, careful=careful)
+    return read_unit(unit, stores.source, context.config, context.facts.input_size, careful=careful)
 
 
 def read_unit(
@@ -70,7 +70,7 @@ def read_unit(
         called(partial(decoded, config=config, input_size=input_size), careful) as decoding,
     ):
         for raw in listed(unit) if careful else raw_records(unit, source):
-            alive()
+            heartbeat()
             facts, picture = decoded_or_rejected(decoding, raw, source)
             records.append(facts)
             if picture is not None:

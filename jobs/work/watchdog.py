@@ -13,14 +13,14 @@ _is_watching = False
 
 
 @contextmanager
-def watched() -> Iterator[None]:
-    """Ends the process where the body neither comes to its end nor calls `alive` for so long.
+def watchdog() -> Iterator[None]:
+    """Ends the process where the body neither comes to its end nor calls `heartbeat` for so long.
 
     The watch is a thread below Python: it also ends a process that hangs inside a library.
     """
     global _is_watching
     _is_watching = True
-    alive()
+    heartbeat()
     try:
         yield
     finally:
@@ -28,7 +28,7 @@ def watched() -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def alive() -> None:
+def heartbeat() -> None:
     """A sign of life: the watch begins anew."""
     if _is_watching:
         faulthandler.dump_traceback_later(HANG_SECONDS, exit=True, file=STANDARD_ERROR)

@@ -86,7 +86,7 @@ MUTATIONS = (
     Mutation(
         "the manifest is replaced",
         "jobs/ledger/reconcile.py",
-        'Raises UnreconciledError.\n    """\n    manifest = final_manifest(store, standing.plan)\n',
+        'Raises UnreconciledError.\n    """\n    manifest = final_manifest(store, job_state.plan)\n',
         'Raises UnreconciledError.\n    """\n    store.delete(MANIFEST_KEY)\n    manifest = None\n',
         ("jobs/run/test_job.py::test_a_finished_job_is_left_alone",),
     ),
@@ -149,7 +149,7 @@ MUTATIONS = (
     Mutation(
         "the sign to stop is not looked at",
         "jobs/work/attempts.py",
-        "is_stopped(desk.output, desk.run_id)",
+        "is_stopped(stores.output, stores.run_id)",
         "False",
         ("jobs/work/test_attempts.py::test_a_run_that_was_asked_to_stop_takes_no_unit_and_keeps_what_is_explained",),
     ),
@@ -157,7 +157,7 @@ MUTATIONS = (
         "gc removes a fragment that counts",
         "jobs/ledger/garbage.py",
         "*_lost_plans(store)]",
-        "*_lost_plans(store), *(receipt.fragment for receipt in standing.receipts.values())]",
+        "*_lost_plans(store), *(receipt.fragment for receipt in job_state.receipts.values())]",
         ("jobs/work/test_attempts.py::test_leftovers_go_and_facts_stay",),
     ),
     Mutation(
@@ -177,10 +177,10 @@ MUTATIONS = (
     Mutation(
         "finalize compares counts",
         "jobs/ledger/reconcile.py",
-        '    faults = [f"{key} was not planned" for key in standing.strangers]\n'
-        '    faults += [f"unit {unit.ordinal} is neither committed nor dead" for unit in standing.open_units]\n',
-        "    settled = len(standing.receipts) + len(standing.dead) + len(standing.strangers)\n"
-        '    faults = ["units are open"] if settled < len(standing.plan.units) else []\n',
+        '    faults = [f"{key} was not planned" for key in job_state.strangers]\n'
+        '    faults += [f"unit {unit.ordinal} is neither committed nor dead" for unit in job_state.open_units]\n',
+        "    settled = len(job_state.receipts) + len(job_state.dead) + len(job_state.strangers)\n"
+        '    faults = ["units are open"] if settled < len(job_state.plan.units) else []\n',
         ("jobs/work/test_attempts.py::test_finalize_compares_sets_and_metadata",),
     ),
     Mutation(
@@ -323,8 +323,8 @@ MUTATIONS = (
     Mutation(
         "a resumed job ignores that the weights changed",
         "jobs/run/job.py",
-        "refuse_drift(config.identity(weights_sha256), standing.identity,",
-        "refuse_drift({**standing.identity, **config.identity(None)}, {**standing.identity, **config.identity(None)},",
+        "refuse_drift(config.identity(weights_sha256), stored.identity,",
+        "refuse_drift({**stored.identity, **config.identity(None)}, {**stored.identity, **config.identity(None)},",
         ("jobs/explain/test_drift.py::test_weights_that_change_under_one_name_are_refused",),
     ),
     Mutation(

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from blocksight.jobs.ledger.reconcile import stand
+from blocksight.jobs.ledger.reconcile import read_job_state
 from blocksight.jobs.plan.plan import load_plan
 from blocksight.jobs.plan.records import UnfinishedError
 from blocksight.jobs.run import job as run
@@ -99,7 +99,7 @@ def test_a_store_that_stays_away_ends_the_run_with_the_way_on(bucket, place, tmp
         run_here(f"{place}/in", f"{place}/out", endpoint_url=bucket.endpoint_url)
     bucket.proxy.down = False
     monkeypatch.setattr(local, "take_unit", original)
-    assert len(stand(output, load_plan(output)).open_units) == 4
+    assert len(read_job_state(output, load_plan(output)).open_units) == 4
     assert run_here(f"{place}/in", f"{place}/out", endpoint_url=bucket.endpoint_url).manifest is not None
     assert_sound(output)
 

@@ -17,14 +17,14 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from blocksight.jobs.ledger.reconcile import check, final_manifest, finalize, stand
+from blocksight.jobs.ledger.reconcile import check, final_manifest, finalize, read_job_state
 from blocksight.jobs.plan.context import JobContext
-from blocksight.jobs.plan.plan import make_plan, settle_plan
+from blocksight.jobs.plan.plan import ensure_plan, make_plan
 from blocksight.jobs.plan.records import DeadLetter, ModelFacts, Receipt, Unit, UnitResult, UnreconciledError
 from blocksight.jobs.plan.units import Workforce
 from blocksight.jobs.run import local
 from blocksight.jobs.work import attempts
-from blocksight.jobs.work.attempts import Desk
+from blocksight.jobs.work.attempts import WorkerStores
 from blocksight.storage.stores import retrying
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.retrying import PatientStore
@@ -91,7 +91,7 @@ class Protocol(RuleBasedStateMachine):
         self.processes: list[Process] = []
         self.seen: dict[str, bytes] = {}
         self.is_final = False
-        settle_plan(self.store, self.world.plan)
+        ensure_plan(self.store, self.world.plan)
 
     @precondition(lambda self: len(self.processes) < 4)
     @rule(unit=st.integers(0, NUM_UNITS - 1))
@@ -117,22 +117,22 @@ class Protocol(RuleBasedStateMachine):
     @rule()
     def drivers_look(self) -> None:
         """Another driver reads how far it is, and finalizes what is settled."""
-        standing = stand(self.store, self.world.plan)
-        if not standing.open_units:
+        job_state = read_job_state(self.store, self.world.plan)
+        if not job_state.open_units:
             self.finalize_or_report()
 
     def finalize_or_report(self) -> None:
         """A slow attempt that commits a unit after a manifest gave it up is not prevented: it is reported."""
-        standing = stand(self.store, self.world.plan)
+        job_state = read_job_state(self.store, self.world.plan)
         given_up = {dead["unit_id"] for dead in (final_manifest(self.store, self.world.plan) or {"dead": []})["dead"]}
-        late = sorted(receipt.fragment for unit_id, receipt in standing.receipts.items() if unit_id in given_up)
+        late = sorted(receipt.fragment for unit_id, receipt in job_state.receipts.items() if unit_id in given_up)
         wanted = [f"{key} stands and is not in the final manifest: its unit was given up there" for key in late]
         assert [fault for _, faults in check(self.store, self.world.plan) for fault in faults] == wanted
         if late:
             with pytest.raises(UnreconciledError, match="was given up there"):
-                finalize(self.store, standing)
+                finalize(self.store, job_state)
         else:
-            finalize(self.store, standing)
+            finalize(self.store, job_state)
             assert not self.is_final or verify(self.store, source_keys=self.world.keys) == []
 
     @invariant()
@@ -145,8 +145,8 @@ class Protocol(RuleBasedStateMachine):
         for process in self.processes:
             while not process.is_over:
                 process.step(DONE)
-        standing = stand(self.store, self.world.plan)
-        for unit in standing.open_units:
+        job_state = read_job_state(self.store, self.world.plan)
+        for unit in job_state.open_units:
             assert isinstance(self.world.run(unit, self.store), Receipt | DeadLetter)
         self.is_final = True
         self.finalize_or_report()
@@ -167,8 +167,8 @@ class World:
         self.levels = np.random.default_rng(seed)
 
     def run(self, unit: Unit, output: Any) -> Any:
-        desk = Desk(self.source, PatientStore(output, seconds=1e9), "run")
-        return local.run_unit(unit, self.context, desk, self.explain)
+        stores = WorkerStores(self.source, PatientStore(output, seconds=1e9), "run")
+        return local.run_unit(unit, self.context, stores, self.explain)
 
     def explain(self, unit_input: Any, *, careful: bool = False) -> UnitResult:
         rows = []

@@ -3,7 +3,7 @@
 import pytest
 
 from blocksight.jobs.plan.config import Execution
-from blocksight.jobs.plan.plan import DriftError, settle_plan
+from blocksight.jobs.plan.plan import DriftError, ensure_plan
 from blocksight.jobs.run.job import plan_job
 from blocksight.storage.stores.store import StoreError
 from tests.jobs.jobs_of import config_of
@@ -15,7 +15,7 @@ def test_weights_that_change_under_one_name_are_refused(tmp_path):
     weights.write_bytes(b"first")
     data = folder_of_images(tmp_path / "in", 1, bad=False)
     config, execution = config_of(data, tmp_path / "out", weights=str(weights)), Execution(runner="local")
-    settle_plan(*plan_job(config, execution))
+    ensure_plan(*plan_job(config, execution))
     _, plan = plan_job(config, execution)
     weights.write_bytes(b"other")
     with pytest.raises(DriftError, match="weights: "):
@@ -30,4 +30,4 @@ def test_a_plan_that_stands_and_cannot_be_read_is_no_traceback(tmp_path):
     (tmp_path / "out/_job/plan/plan.json").symlink_to(tmp_path / "nowhere")
     config = config_of(folder_of_images(tmp_path / "in", 1, bad=False), tmp_path / "out")
     with pytest.raises(StoreError, match=r"plan\.json stands and cannot be read"):
-        settle_plan(*plan_job(config, Execution(runner="local")))
+        ensure_plan(*plan_job(config, Execution(runner="local")))

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from blocksight.jobs.evaluate.evaluation import folders, values_of
 from blocksight.jobs.explain.first_pass import learn
-from blocksight.jobs.explain.learned import LEARNED_KEY, standing_state, wanted_images
+from blocksight.jobs.explain.learned import LEARNED_KEY, stored_state, wanted_images
 from blocksight.jobs.plan.config import Execution
 from blocksight.jobs.plan.plan import load_plan
 from blocksight.jobs.run.job import check_model, context_of
@@ -141,7 +141,7 @@ def test_methods_that_learn_nothing_leave_nothing(data, tmp_path):
     assert not (tmp_path / "out" / LEARNED_KEY).exists()
     job = config_of(data, tmp_path / "out", explainer="gradcam")
     assert wanted_images(job) == 0
-    assert standing_state(LocalStore(tmp_path / "out"), job) is None
+    assert stored_state(LocalStore(tmp_path / "out"), job) is None
 
 
 def test_the_plan_holds_the_parameters_of_all_that_is_wrapped(data, tmp_path):

@@ -172,7 +172,7 @@ def test_the_setting_of_an_older_output_is_read(tmp_path):
 def test_a_machine_that_cannot_leaves_the_units_open_and_rejects_nobody(tmp_path, data):
     plan_setting(tmp_path / "maps", ForwardSetting("graphed"))
     outcome = run_here(data, tmp_path / "maps")
-    assert outcome.standing.open_units
+    assert outcome.job_state.open_units
     assert not rows_in(store_of(tmp_path / "maps"))
     assert "run it on a machine like the one" in outcome.ran.failures[0].error
 
@@ -253,9 +253,9 @@ def test_an_output_of_which_no_setting_is_recorded_is_told_from_one_of_which_it_
 def test_status_and_report_say_how_masks_were_scored(tmp_path, data):
     outcome = run_here(data, tmp_path / "maps", precision="bfloat16")
     console = Console(record=True, width=200)
-    console.print(job_tables.standing_table("maps", outcome.standing, outcome.forward))
+    console.print(job_tables.job_state_table("maps", outcome.job_state, outcome.forward))
     assert "scored by eager bfloat16, 4 per pass (chosen by rule, score error" in console.export_text()
-    found = {fact.name: fact for fact in run_facts(outcome.standing.plan, {}, {}, outcome.forward)}
+    found = {fact.name: fact for fact in run_facts(outcome.job_state.plan, {}, {}, outcome.forward)}
     assert found["masks scored by"].value == "eager bfloat16, 4 per pass"
     assert "median score error 0.0" in found["masks scored by"].note
 

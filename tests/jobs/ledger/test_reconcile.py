@@ -9,9 +9,9 @@ import pytest
 
 from blocksight.jobs.cli.main import main
 from blocksight.jobs.ledger.receipts import metric_means, read_receipts, receipt_key, receipt_of, write_receipt
-from blocksight.jobs.ledger.reconcile import MANIFEST_KEY, check, finalize, stand
+from blocksight.jobs.ledger.reconcile import MANIFEST_KEY, check, finalize, read_job_state
 from blocksight.jobs.plan.config import Execution
-from blocksight.jobs.plan.plan import existing_plan, load_plan, settle_plan
+from blocksight.jobs.plan.plan import ensure_plan, existing_plan, load_plan
 from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.jobs.run.job import plan_job
 from blocksight.storage.outputs.fragments import encode_fragment, read_fragment
@@ -53,7 +53,7 @@ def test_a_plan_is_read_back_as_it_was_made(tmp_path):
     (data / "notes.txt").write_text("no image")
     output, plan = plan_job(config_of(data, tmp_path / "out"), Execution(runner="local"))
     assert plan.ignored
-    assert settle_plan(output, plan) == load_plan(output) == plan
+    assert ensure_plan(output, plan) == load_plan(output) == plan
 
 
 def test_a_lost_fragment_is_an_open_unit(output):
@@ -61,7 +61,7 @@ def test_a_lost_fragment_is_an_open_unit(output):
     assert [fault for fault in faults(output) if "final manifest" not in fault] == []
     output.delete(MANIFEST_KEY)
     assert faults(output) == []
-    assert len(stand(output, load_plan(output)).open_units) == 1
+    assert len(read_job_state(output, load_plan(output)).open_units) == 1
 
 
 def test_a_foreign_fragment(output):
@@ -168,7 +168,7 @@ def test_a_receipt_that_says_something_else_is_seen(output, name):
 
 
 def test_metric_means_do_not_depend_on_order(output):
-    receipts = list(stand(output, load_plan(output)).receipts.values())
+    receipts = list(read_job_state(output, load_plan(output)).receipts.values())
     assert metric_means(receipts) == metric_means(receipts[::-1])
     drops = [
         row["metrics"]["drop"]
@@ -193,7 +193,7 @@ def test_a_fragment_that_the_manifest_gives_up_is_seen(output):
     said = f"{named['key']} stands and is not in the final manifest: its unit was given up there"
     assert faults(output) == [said]
     with pytest.raises(UnreconciledError, match="was given up there"):
-        finalize(output, stand(output, load_plan(output)))
+        finalize(output, read_job_state(output, load_plan(output)))
 
 
 def test_a_fragment_that_was_replaced_with_metadata_that_fit_is_seen(output):
@@ -242,7 +242,7 @@ def test_a_damaged_receipt_is_made_anew(output):
     before = {info.key: output.read(info.key) for info in output.list("_job/receipts/")}
     for key in before:
         output.put(key, b"")
-    made = stand(output, load_plan(output)).receipts
+    made = read_job_state(output, load_plan(output)).receipts
     assert {receipt.sha256 for receipt in made.values()} == {json.loads(body)["sha256"] for body in before.values()}
     assert faults(output) == []
 

@@ -175,15 +175,15 @@ def test_waiting_for_a_store_is_a_sign_of_life(no_pauses):
 
 def test_a_step_waits_for_its_stores_under_the_watch(tmp_path, monkeypatch):
     """A create and a head that each wait to the end of their patience are longer than the watch."""
-    from blocksight.jobs.work.attempts import open_desk
+    from blocksight.jobs.work.attempts import open_worker_stores
     from tests.jobs.jobs_of import config_of
 
     signs = []
-    monkeypatch.setattr("blocksight.jobs.work.attempts.alive", lambda: signs.append(1))
+    monkeypatch.setattr("blocksight.jobs.work.attempts.heartbeat", lambda: signs.append(1))
     (tmp_path / "in").mkdir()
     context = SimpleNamespace(config=config_of(tmp_path / "in", tmp_path / "out"), run_id="run", witnesses=())
-    desk = open_desk(context)
-    for store in (desk.source, desk.output):
+    stores = open_worker_stores(context)
+    for store in (stores.source, stores.output):
         assert store.head("a") is None
     assert len(signs) == 2
 
@@ -192,11 +192,11 @@ def test_the_watch_is_on_only_while_something_is_watched(monkeypatch):
     armed = []
     monkeypatch.setattr("faulthandler.dump_traceback_later", lambda *_, **__: armed.append(True))
     monkeypatch.setattr("faulthandler.cancel_dump_traceback_later", lambda: armed.append(False))
-    watchdog.alive()
+    watchdog.heartbeat()
     assert armed == []
-    with watchdog.watched():
-        watchdog.alive()
-    watchdog.alive()
+    with watchdog.watchdog():
+        watchdog.heartbeat()
+    watchdog.heartbeat()
     assert armed == [True, True, False]
 
 

@@ -170,12 +170,12 @@ def memory(base):
     held, store = LocalStore(base / "out"), MemoryStore()
     for info in held.list():
         store.create(info.key, held.read(info.key))
-    give_up(store)
+    give_up_a_unit(store)
     store.put(MANIFEST_KEY, held.read(MANIFEST_KEY))
     return store
 
 
-def give_up(store: ObjectStore) -> None:
+def give_up_a_unit(store: ObjectStore) -> None:
     """Puts a dead letter in the place of the last unit's fragment, and takes the manifest away."""
     unit = existing_plan(store).units[-1]
     for key in (unit.fragment_key, receipt_key(unit.unit_id), MANIFEST_KEY):
@@ -366,7 +366,7 @@ def test_no_shape_of_a_document_is_a_traceback(base, place, command):
             continue
         store = LocalStore(place)
         if kind == "letter":
-            give_up(store)
+            give_up_a_unit(store)
         key = KEYS[kind](store)
         body = (store if kind == "letter" else LocalStore(base / "out")).read(key)
         turn = 3 * list(COMMANDS).index(command) + list(KEYS).index(kind)

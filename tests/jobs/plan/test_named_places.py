@@ -75,7 +75,7 @@ def test_one_place_in_many_spellings_is_one_job(finished, monkeypatch):
     monkeypatch.chdir(finished)
     for data in (f"{finished}/in/", f"file://{finished}/in//", "in", "./in/", f"{finished}/out/../in"):
         outcome = run_here(data, f"file://{finished}/out/")
-        assert outcome.standing.plan.fingerprint == before.fingerprint
+        assert outcome.job_state.plan.fingerprint == before.fingerprint
     assert config_of("s3://bucket/d/", "s3://bucket/out//").data == "s3://bucket/d"
 
 

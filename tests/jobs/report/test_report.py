@@ -22,7 +22,7 @@ from blocksight.jobs.audit.result import Effect, write_audit
 from blocksight.jobs.cli.main import main
 from blocksight.jobs.evaluate.compare import Output, compare
 from blocksight.jobs.evaluate.evaluation import folders, values_of
-from blocksight.jobs.ledger.reconcile import MANIFEST_KEY, final_manifest, stand
+from blocksight.jobs.ledger.reconcile import MANIFEST_KEY, final_manifest, read_job_state
 from blocksight.jobs.plan.config import Execution
 from blocksight.jobs.plan.plan import existing_plan
 from blocksight.jobs.plan.text import plain
@@ -162,13 +162,13 @@ def test_records_are_those_of_status_and_of_the_manifest(output):
 
 
 def test_cost_is_what_the_receipts_say(output):
-    standing = stand(LocalStore(output), existing_plan(LocalStore(output)))
+    job_state = read_job_state(LocalStore(output), existing_plan(LocalStore(output)))
     facts = {fact.name: fact for fact in report_at(output).cost}
-    seconds = sum(receipt.explain_seconds or 0.0 for receipt in standing.receipts.values())
+    seconds = sum(receipt.explain_seconds or 0.0 for receipt in job_state.receipts.values())
     assert facts["worker time"].value == duration(seconds)
     assert facts["throughput"].value == f"{10 / seconds:,.3g} records/s"
-    assert facts["masked forwards"].value == f"{standing.total('num_forwards'):,}"
-    assert facts["output"].value == size(standing.total("num_bytes"))
+    assert facts["masked forwards"].value == f"{job_state.total('num_forwards'):,}"
+    assert facts["output"].value == size(job_state.total("num_bytes"))
 
 
 def test_provenance_changes_with_a_fragments_bytes_and_tells_no_place(output):

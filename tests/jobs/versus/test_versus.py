@@ -19,7 +19,7 @@ from blocksight.engine.metrics.similarity import iou_of_tops, pearson, spearman,
 from blocksight.jobs.cli.metric_tables import difference_table
 from blocksight.jobs.ledger.output import map_of
 from blocksight.jobs.plan.config import ConfigError
-from blocksight.jobs.plan.plan import load_plan, make_plan, settle_model, settle_plan
+from blocksight.jobs.plan.plan import ensure_model, ensure_plan, load_plan, make_plan
 from blocksight.jobs.plan.records import ModelFacts, Unit
 from blocksight.jobs.plan.units import Workforce
 from blocksight.jobs.versus.joining import Overlaps, Tally, joined
@@ -90,8 +90,8 @@ def output_of(data, place, rows, per_unit=4, **options):
         Unit(ordinal, f"{ordinal:020x}", Layout.IMAGES, own, 0, len(own), len(own)) for ordinal, own in enumerate(cut)
     ]
     store = LocalStore(place)
-    plan = settle_plan(store, replace(plan, units=tuple(units)))
-    settle_model(store, ModelFacts("w", len(CLASSES), (32, 32)))
+    plan = ensure_plan(store, replace(plan, units=tuple(units)))
+    ensure_model(store, ModelFacts("w", len(CLASSES), (32, 32)))
     for unit in plan.units:
         own = [row for info in unit.objects for row in rows.get(info.key, [rejected(info.key)])]
         store.create(unit.fragment_key, encode_fragment(own, {}))

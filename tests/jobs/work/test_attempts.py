@@ -14,19 +14,19 @@ import pytest
 from rich.console import Console
 
 from blocksight.jobs.ledger import attempt_markers
-from blocksight.jobs.ledger.dead_letters import bury, read_letters
-from blocksight.jobs.ledger.garbage import remove_leftovers
+from blocksight.jobs.ledger.dead_letters import give_up, read_letters
+from blocksight.jobs.ledger.garbage import collect_garbage
 from blocksight.jobs.ledger.receipts import receipt_of
-from blocksight.jobs.ledger.reconcile import MANIFEST_KEY, UnreconciledError, check, finalize, stand
+from blocksight.jobs.ledger.reconcile import MANIFEST_KEY, UnreconciledError, check, finalize, read_job_state
 from blocksight.jobs.ledger.retry import reopen
-from blocksight.jobs.ledger.stop_request import sign_key
+from blocksight.jobs.ledger.stop_request import stop_request_key
 from blocksight.jobs.plan.config import ConfigError, Execution
-from blocksight.jobs.plan.plan import Plan, load_plan, settle_plan
+from blocksight.jobs.plan.plan import Plan, ensure_plan, load_plan
 from blocksight.jobs.plan.records import Cause, DeadLetter, Receipt, UnitFailure, UnitSkipped
 from blocksight.jobs.run.budgets import FIRST_UNITS, Budget, Opening, excess
 from blocksight.jobs.run.job import plan_job, run_job
 from blocksight.jobs.work import attempts
-from blocksight.jobs.work.attempts import Desk, attempted
+from blocksight.jobs.work.attempts import WorkerStores, attempted
 from blocksight.jobs.work.isolation import Isolated, ProcessDiedError, ProcessStartError, free_bytes
 from blocksight.jobs.work.unit import commit_unit
 from blocksight.storage.rejects import Reject, RejectCode
@@ -45,8 +45,8 @@ from tests.jobs.work.test_commit import UNIT, result
 from tests.storage.memory import MemoryStore
 
 
-def desk(output=None):
-    return Desk(MemoryStore(), output or MemoryStore(), "run")
+def worker_stores(output=None):
+    return WorkerStores(MemoryStore(), output or MemoryStore(), "run")
 
 
 def raising(error):
@@ -64,7 +64,7 @@ def markers_in(store):
 
 
 def test_a_marker_stands_while_a_step_works_and_goes_with_it():
-    place = desk()
+    place = worker_stores()
     seen = attempted(UNIT, "explain", place, lambda careful: (careful, markers_in(place.output)))
     assert seen[0] is False
     (marker,) = seen[1]
@@ -76,7 +76,7 @@ def test_a_marker_stands_while_a_step_works_and_goes_with_it():
 
 @pytest.mark.parametrize(("deaths", "careful"), [(0, False), (1, False), (2, True), (11, True)])
 def test_deaths_in_one_step_make_its_next_attempt_careful(deaths, careful):
-    place = desk()
+    place = worker_stores()
     for number in range(deaths):
         place.output.put(f"_job/attempts/{UNIT.unit_id}/read-{number}.json", b"{}")
         place.output.put(f"_job/attempts/{'b' * 20}/explain-{number}.json", b"{}")
@@ -85,7 +85,7 @@ def test_deaths_in_one_step_make_its_next_attempt_careful(deaths, careful):
 
 
 def test_a_unit_that_kills_again_and_again_is_dead():
-    place = desk()
+    place = worker_stores()
     for number in range(attempts.MOST_DEATHS):
         place.output.put(f"_job/attempts/{UNIT.unit_id}/read-{number}.json", b"{}")
     letter = attempted(UNIT, "read", place, lambda _: "never called")
@@ -105,7 +105,7 @@ def test_a_unit_that_kills_again_and_again_is_dead():
     ],
 )
 def test_what_is_wrong_with_an_input_is_a_dead_letter_with_its_cause(error, cause):
-    letter = attempted(UNIT, "read", desk(), raising(error))
+    letter = attempted(UNIT, "read", worker_stores(), raising(error))
     assert isinstance(letter, DeadLetter)
     assert (letter.cause, letter.error) == (cause, str(error))
 
@@ -120,7 +120,7 @@ def test_what_is_wrong_with_an_input_is_a_dead_letter_with_its_cause(error, caus
     ],
 )
 def test_other_trouble_leaves_the_unit_open(stage, error, away):
-    place = desk()
+    place = worker_stores()
     failure = attempted(UNIT, stage, place, raising(error))
     assert isinstance(failure, UnitFailure)
     assert failure.store_is_away is away
@@ -128,17 +128,17 @@ def test_other_trouble_leaves_the_unit_open(stage, error, away):
 
 
 def test_a_run_that_was_asked_to_stop_takes_no_unit_and_keeps_what_is_explained():
-    place = desk()
-    place.output.put(sign_key("another"), b"")
+    place = worker_stores()
+    place.output.put(stop_request_key("another"), b"")
     assert attempted(UNIT, "read", place, lambda _: "worked") == "worked"
-    place.output.put(sign_key("run"), b"SIGTERM")
+    place.output.put(stop_request_key("run"), b"SIGTERM")
     for stage in ("read", "explain"):
         assert attempted(UNIT, stage, place, lambda _: "worked") == UnitSkipped(UNIT.unit_id)
     assert attempted(UNIT, "commit", place, lambda _: "worked") == "worked"
 
 
 def test_the_markers_of_an_interrupted_run_are_no_deaths():
-    place = desk()
+    place = worker_stores()
     with pytest.raises(KeyboardInterrupt):
         attempted(UNIT, "read", place, raising(KeyboardInterrupt()))
     for run in ("run", "another"):
@@ -216,13 +216,13 @@ def test_a_process_apart_that_does_not_start_blames_no_item(make, how):
 
 def test_the_first_letter_stands():
     store = MemoryStore()
-    bury(store, UNIT, "read", Cause.POISON, "the first")
-    bury(store, UNIT, "read", Cause.INPUT_MISSING, "the second")
+    give_up(store, UNIT, "read", Cause.POISON, "the first")
+    give_up(store, UNIT, "read", Cause.INPUT_MISSING, "the second")
     assert read_letters(store, [UNIT])[UNIT.unit_id].error == "the first"
 
 
 def test_a_retry_begins_without_the_deaths_before_it():
-    place = desk()
+    place = worker_stores()
     plan = SimpleNamespace(units=(UNIT,))
     for number in range(attempts.MOST_DEATHS):
         place.output.put(f"_job/attempts/{UNIT.unit_id}/read-{number}.json", b"{}")
@@ -233,13 +233,13 @@ def test_a_retry_begins_without_the_deaths_before_it():
 
 def test_a_fragment_outweighs_a_letter():
     store = MemoryStore()
-    assert isinstance(bury(store, UNIT, "read", Cause.POISON, "x"), DeadLetter)
+    assert isinstance(give_up(store, UNIT, "read", Cause.POISON, "x"), DeadLetter)
     receipt = commit_unit(result(), store, "job")
-    assert isinstance(bury(store, UNIT, "read", Cause.POISON, "x"), Receipt)
+    assert isinstance(give_up(store, UNIT, "read", Cause.POISON, "x"), Receipt)
     assert receipt_of(UNIT, store.read(UNIT.fragment_key)).sha256 == receipt.sha256
-    standing = stand(store, Plan({}, UNIT.layout, (UNIT,), 1, 9, 2, {}))
-    assert (standing.receipts.keys(), standing.dead, standing.outweighed) == ({UNIT.unit_id}, {}, [UNIT.unit_id])
-    assert finalize(store, standing)["dead"] == []
+    job_state = read_job_state(store, Plan({}, UNIT.layout, (UNIT,), 1, 9, 2, {}))
+    assert (job_state.receipts.keys(), job_state.dead, job_state.outweighed) == ({UNIT.unit_id}, {}, [UNIT.unit_id])
+    assert finalize(store, job_state)["dead"] == []
     assert read_letters(store, [UNIT]) == {}
 
 
@@ -250,7 +250,7 @@ def half_dead(tmp_path):
     whole = (data / "a.tar").read_bytes()
     times = (data / "a.tar").stat().st_mtime_ns
     output, plan = plan_job(config_of(data, tmp_path / "out"), Execution(runner="local"))
-    settle_plan(output, plan)
+    ensure_plan(output, plan)
     (data / "a.tar").unlink()
     outcome = run_here(data, tmp_path / "out")
 
@@ -264,8 +264,8 @@ def half_dead(tmp_path):
 def test_a_dead_unit_is_no_success_until_it_is_retried_or_done_without(half_dead, tmp_path):
     data, store, outcome, mend = half_dead
     assert outcome.manifest is None
-    assert outcome.excess[0] == f"{len(outcome.standing.dead)} dead units, and --max-dead-units allows 0"
-    letters = list(outcome.standing.dead.values())
+    assert outcome.excess[0] == f"{len(outcome.job_state.dead)} dead units, and --max-dead-units allows 0"
+    letters = list(outcome.job_state.dead.values())
     assert {(letter.cause, letter.inputs, letter.stage) for letter in letters} == {("input_missing", "a.tar", "read")}
     assert [row["shard"].endswith("b.tar") for row in rows_in(store)] == [True] * 4
     with pytest.raises(ConfigError, match="cause 'posion' is not known; known: input_missing"):
@@ -282,18 +282,18 @@ def test_a_dead_unit_is_no_success_until_it_is_retried_or_done_without(half_dead
 
 def test_a_manifest_names_the_dead_that_are_done_without(half_dead):
     _, store, outcome, _ = half_dead
-    manifest = finalize(store, outcome.standing)
+    manifest = finalize(store, outcome.job_state)
     assert {(dead["cause"], dead["inputs"]) for dead in manifest["dead"]} == {("input_missing", "a.tar")}
-    assert {dead["unit_id"] for dead in manifest["dead"]} == outcome.standing.dead.keys()
-    (share,) = excess(outcome.standing, Budget(0.5, len(outcome.standing.dead)))
-    lost = sum(letter.num_records for letter in outcome.standing.dead.values())
-    assert share.startswith(f"{lost + outcome.standing.total('num_rejected'):,} of")
-    assert excess(outcome.standing, Budget(1.0, len(outcome.standing.dead))) == []
+    assert {dead["unit_id"] for dead in manifest["dead"]} == outcome.job_state.dead.keys()
+    (share,) = excess(outcome.job_state, Budget(0.5, len(outcome.job_state.dead)))
+    lost = sum(letter.num_records for letter in outcome.job_state.dead.values())
+    assert share.startswith(f"{lost + outcome.job_state.total('num_rejected'):,} of")
+    assert excess(outcome.job_state, Budget(1.0, len(outcome.job_state.dead))) == []
 
 
 def test_a_job_that_was_finished_without_its_dead_is_complete(half_dead, tmp_path):
     data, _, outcome, _ = half_dead
-    out, dead = tmp_path / "out", len(outcome.standing.dead)
+    out, dead = tmp_path / "out", len(outcome.job_state.dead)
     assert blocksight("finalize", out).returncode == 3
     assert blocksight("finalize", out, "--max-dead-units", dead).returncode == 0
     for again in (["finalize", out], ["status", out], ["verify", out]):
@@ -304,12 +304,12 @@ def test_a_job_that_was_finished_without_its_dead_is_complete(half_dead, tmp_pat
 
 
 def excess_of_share(outcome):
-    return tuple(excess(outcome.standing, Budget(0.5, len(outcome.standing.dead))))
+    return tuple(excess(outcome.job_state, Budget(0.5, len(outcome.job_state.dead))))
 
 
 def test_open_units_come_before_dead_ones(half_dead, tmp_path):
     _, store, outcome, _ = half_dead
-    store.delete(next(iter(outcome.standing.receipts.values())).fragment)
+    store.delete(next(iter(outcome.job_state.receipts.values())).fragment)
     for name in ("finalize", "status", "verify"):
         assert blocksight(name, tmp_path / "out").returncode == 4, name
 
@@ -319,22 +319,22 @@ def test_a_retry_that_a_manifest_overtakes_opens_nothing(half_dead, monkeypatch)
     asked = iter([None, {"dead": []}])
     monkeypatch.setattr("blocksight.jobs.ledger.retry.final_manifest", lambda *_: next(asked))
     with pytest.raises(ConfigError, match="finished meanwhile"):
-        reopen(store, outcome.standing.plan)
-    assert read_letters(store, outcome.standing.plan.units) == outcome.standing.dead
+        reopen(store, outcome.job_state.plan)
+    assert read_letters(store, outcome.job_state.plan.units) == outcome.job_state.dead
 
 
 def test_finalize_compares_sets_and_metadata(tmp_path):
     run_here(folder_of_tables(tmp_path / "in"), tmp_path / "out")
     store = LocalStore(tmp_path / "out")
     store.delete(MANIFEST_KEY)
-    standing = stand(store, load_plan(store))
+    job_state = read_job_state(store, load_plan(store))
     store.put("data/999999-00.parquet", b"x")
     (fragment,) = (key for key in fragments_in(store) if key.startswith("data/000000"))
     body = store.read(fragment)
     store.delete(fragment)
     store.create(fragment, body, metadata={"sha256": "0" * 64})
     with pytest.raises(UnreconciledError, match=r"999999-00.parquet was not planned\n.*sha256 is .* and 0000"):
-        finalize(store, replace(standing, strangers=stand(store, standing.plan).strangers))
+        finalize(store, replace(job_state, strangers=read_job_state(store, job_state.plan).strangers))
     assert store.head(MANIFEST_KEY) is None
 
 
@@ -345,10 +345,10 @@ def test_a_job_of_which_nothing_is_explained_stops_early(tmp_path, monkeypatch):
         (tmp_path / "in" / f"{number}.png").write_bytes(b"no picture")
     outcome = run_here(tmp_path / "in", tmp_path / "out")
     patient = execute(tmp_path / "in", tmp_path / "patient", max_reject_fraction=1.0)
-    assert (patient.ran.stopped, patient.excess, patient.standing.open_units) == (None, (), [])
+    assert (patient.ran.stopped, patient.excess, patient.job_state.open_units) == (None, (), [])
     assert outcome.ran.is_hopeless
     assert outcome.ran.stopped == "no record of the first 5 units was explained (5 not_an_image)"
-    assert len(outcome.standing.open_units) == 4
+    assert len(outcome.job_state.open_units) == 4
     (tmp_path / "in" / "5.png").write_bytes(picture(1))
     assert run_here(tmp_path / "in", tmp_path / "other").manifest is None
     (tmp_path / "in" / "0.png").write_bytes(picture(1))
@@ -407,7 +407,7 @@ def test_a_careful_unit_has_the_same_bytes(tmp_path, monkeypatch, make):
         monkeypatch.setattr(f"{place}.LEAST_UNIT_SECONDS", 600.0)  # all records of a shard in one unit
     data = make(tmp_path / "in")
     output, plan = plan_job(config_of(data, tmp_path / "plain", target="top-2"), Execution(runner="local"))
-    settle_plan(output, plan)
+    ensure_plan(output, plan)
     if make is few_images:
         (data / plan.units[0].objects[0].key).unlink()
     run_here(data, tmp_path / "plain", target="top-2")
@@ -431,7 +431,7 @@ def test_leftovers_go_and_facts_stay(tmp_path):
     store = LocalStore(tmp_path / "out")
     facts = {info.key: info.etag for info in store.list()}
     plan = load_plan(store)
-    letter = asdict(bury(MemoryStore(), plan.units[0], "read", Cause.POISON, "x"))
+    letter = asdict(give_up(MemoryStore(), plan.units[0], "read", Cause.POISON, "x"))
     left = [
         f"_job/attempts/{plan.units[0].unit_id}/read-1.json",
         f"_job/dead/{plan.units[0].unit_id}.json",
@@ -450,16 +450,16 @@ def test_leftovers_go_and_facts_stay(tmp_path):
     (tmp_path / "out/data/.metadata+77-none.parquet.json").write_bytes(b"{}")
     os.utime(tmp_path / "out/data/.metadata+77-none.parquet.json", (0, 0))
     expected = sorted([*left, "data/.writing-00", "data/.metadata+77-none.parquet.json"])
-    standing = stand(store, plan)
-    assert standing.strangers == []
+    job_state = read_job_state(store, plan)
+    assert job_state.strangers == []
     assert [faults for _, faults in check(store, plan) if faults] == []
-    assert sorted(remove_leftovers(store, standing, dry_run=True)) == expected
+    assert sorted(collect_garbage(store, job_state, dry_run=True)) == expected
     assert old.exists()
-    assert sorted(remove_leftovers(store, standing)) == expected
+    assert sorted(collect_garbage(store, job_state)) == expected
     assert {info.key: info.etag for info in store.list()} == facts
     assert not old.exists()
     assert (tmp_path / "out/data/.writing-01").exists()
-    assert remove_leftovers(store, standing) == []
+    assert collect_garbage(store, job_state) == []
 
 
 def test_leftovers_of_a_job_that_may_be_at_work_stay(tmp_path):
@@ -469,4 +469,4 @@ def test_leftovers_of_a_job_that_may_be_at_work_stay(tmp_path):
     store.put("_job/probe-1-twice", b"x")
     store.put("_job/runs/r/stop", b"x")
     store.put(f"_job/attempts/{'c' * 20}/read-1.json", b"{}")
-    assert remove_leftovers(store, stand(store, load_plan(store))) == []
+    assert collect_garbage(store, read_job_state(store, load_plan(store))) == []

@@ -10,7 +10,7 @@ import pytest
 
 from blocksight.jobs.plan.plan import _unit
 from blocksight.jobs.plan.units import Workforce, pieces
-from blocksight.jobs.work.attempts import Desk, attempted
+from blocksight.jobs.work.attempts import WorkerStores, attempted
 from blocksight.jobs.work.unit import read_unit
 from blocksight.storage.inputs.survey import survey
 from blocksight.storage.stores.opening import probe_reads
@@ -66,12 +66,12 @@ def read_all(store, meanwhile: Callable[[], object] = nothing) -> list[list[str]
     config = config_of("in", "out", explainer="gradient")
     cut = list(pieces(patient, found, config, Workforce(1, on_gpu=False)))
     meanwhile()
-    desk = Desk(patient, MemoryStore(), "run")
-    return [became(_unit(number, "job", found.layout, piece), desk, config) for number, piece in enumerate(cut)]
+    stores = WorkerStores(patient, MemoryStore(), "run")
+    return [became(_unit(number, "job", found.layout, piece), stores, config) for number, piece in enumerate(cut)]
 
 
-def became(unit, desk, config) -> list[str] | str:
-    made = attempted(unit, "read", desk, lambda _: read_unit(unit, desk.source, config, (32, 32)))
+def became(unit, stores, config) -> list[str] | str:
+    made = attempted(unit, "read", stores, lambda _: read_unit(unit, stores.source, config, (32, 32)))
     return getattr(made, "cause", None) or [record.reject_code or "ok" for record in made.records]
 
 

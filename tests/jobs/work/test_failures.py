@@ -29,7 +29,7 @@ from blocksight.jobs.run import pipeline
 from blocksight.jobs.run.job import plan_job, workforce_of
 from blocksight.jobs.run.local import run_unit
 from blocksight.jobs.work import unit as steps
-from blocksight.jobs.work.attempts import CAREFUL_DEATHS, MOST_FAILURES, Desk, attempted
+from blocksight.jobs.work.attempts import CAREFUL_DEATHS, MOST_FAILURES, WorkerStores, attempted
 from blocksight.jobs.work.error_classes import AMPLE_BYTES, is_of_record, is_of_unit
 from blocksight.jobs.work.isolation import Isolated, ProcessDiedError, ProcessStartError
 from blocksight.jobs.work.unit import commit_unit, decoded_or_rejected
@@ -88,7 +88,7 @@ def test_memory_is_a_records_fault_where_there_is_plenty(monkeypatch, free, blam
 
 
 def place():
-    return Desk(MemoryStore(), MemoryStore(), "run")
+    return WorkerStores(MemoryStore(), MemoryStore(), "run")
 
 
 def failing(error, seen):
@@ -101,12 +101,12 @@ def failing(error, seen):
 
 @pytest.mark.parametrize("stage", ["read", "explain", "commit"])
 def test_a_unit_that_fails_each_time_is_given_up_within_one_run(stage):
-    desk, seen = place(), []
-    letter = attempted(UNIT, stage, desk, failing(ValueError("odd"), seen))
+    stores, seen = place(), []
+    letter = attempted(UNIT, stage, stores, failing(ValueError("odd"), seen))
     assert isinstance(letter, DeadLetter)
     assert (letter.cause, letter.stage, letter.error) == ("failed", stage, "ValueError: odd")
     assert seen == [False, True, True]
-    assert read_letters(desk.output, [UNIT]) == {UNIT.unit_id: letter}
+    assert read_letters(stores.output, [UNIT]) == {UNIT.unit_id: letter}
 
 
 def test_a_unit_that_fails_once_is_done():
@@ -124,20 +124,20 @@ def test_a_unit_that_fails_once_is_done():
 
 @pytest.mark.parametrize("error", [*OF_THE_MACHINE, *OF_THE_JOB], ids=repr)
 def test_the_machines_trouble_leaves_a_unit_open(error):
-    desk, seen = place(), []
-    assert isinstance(attempted(UNIT, "read", desk, failing(error, seen)), UnitFailure)
+    stores, seen = place(), []
+    assert isinstance(attempted(UNIT, "read", stores, failing(error, seen)), UnitFailure)
     assert len(seen) == (1 if type(error) in map(type, OF_THE_JOB) else MOST_FAILURES)
-    assert read_letters(desk.output, [UNIT]) == {}
+    assert read_letters(stores.output, [UNIT]) == {}
 
 
 @pytest.fixture
-def deadly_desk():
+def deadly_stores():
     """Two processes died in each step of the unit."""
-    desk = place()
+    stores = place()
     for stage in ("read", "explain", "commit"):
         for number in range(CAREFUL_DEATHS):
-            desk.output.put(f"_job/attempts/{UNIT.unit_id}/{stage}-{number}.json", b"{}")
-    return desk
+            stores.output.put(f"_job/attempts/{UNIT.unit_id}/{stage}-{number}.json", b"{}")
+    return stores
 
 
 TAKEN = UnitInput(UNIT, (), np.zeros((0, 2, 2, 3), np.uint8))
@@ -152,30 +152,30 @@ def noting(seen, made):
     return step
 
 
-def test_every_step_here_is_told_to_be_careful(deadly_desk, monkeypatch):
+def test_every_step_here_is_told_to_be_careful(deadly_stores, monkeypatch):
     seen = []
     monkeypatch.setattr("blocksight.jobs.run.local.take_unit", noting(seen, TAKEN))
     monkeypatch.setattr("blocksight.jobs.run.local.commit_unit", noting(seen, "committed"))
-    assert run_unit(UNIT, CONTEXT, deadly_desk, noting(seen, result())) == "committed"
+    assert run_unit(UNIT, CONTEXT, deadly_stores, noting(seen, result())) == "committed"
     assert seen == [True, True, True]
 
 
-def test_a_unit_that_is_taken_with_care_is_read_with_care(deadly_desk, monkeypatch):
+def test_a_unit_that_is_taken_with_care_is_read_with_care(deadly_stores, monkeypatch):
     seen = []
     monkeypatch.setattr(steps, "adopt", lambda *_: None)
     monkeypatch.setattr(steps, "read_unit", noting(seen, TAKEN))
     for careful in (True, False):
-        steps.take_unit(UNIT, deadly_desk, CONTEXT, careful=careful)
+        steps.take_unit(UNIT, deadly_stores, CONTEXT, careful=careful)
     assert seen == [True, False]
 
 
-def test_every_step_on_ray_is_told_to_be_careful(deadly_desk, monkeypatch):
+def test_every_step_on_ray_is_told_to_be_careful(deadly_stores, monkeypatch):
     seen = []
-    monkeypatch.setattr(pipeline, "open_desk", lambda _: deadly_desk)
+    monkeypatch.setattr(pipeline, "open_worker_stores", lambda _: deadly_stores)
     monkeypatch.setattr(pipeline, "take_unit", noting(seen, TAKEN))
     monkeypatch.setattr(pipeline, "commit_unit", noting(seen, DeadLetter("u", 0, "i", "failed", "s", "e", 1)))
     actor = pipeline._Explain.__new__(pipeline._Explain)
-    actor.input_size, actor.desk, actor.step = (2, 2), deadly_desk, noting(seen, result())
+    actor.input_size, actor.stores, actor.step = (2, 2), deadly_stores, noting(seen, result())
     read = pipeline._read(pa.table({"unit": [pipeline._json(UNIT)]}), CONTEXT)
     assert pipeline._outcome(pipeline._commit(actor(read), CONTEXT).to_pylist()[0]).cause == "failed"
     assert seen == [True, True, True]
@@ -343,7 +343,7 @@ def test_a_commit_on_ray_is_tried_again_with_the_same_rows(monkeypatch):
         return "committed"
 
     monkeypatch.setattr(pipeline, "commit_unit", commit)
-    monkeypatch.setattr(pipeline, "open_desk", lambda _: place())
+    monkeypatch.setattr(pipeline, "open_worker_stores", lambda _: place())
     monkeypatch.setattr(pipeline, "_row_of", lambda made: made)
     assert pipeline._commit(pipeline._result_table(result()), CONTEXT) == "committed"
     assert seen == [(UNIT, ["t/0", "t/1"], 2, False), (UNIT, ["t/0", "t/1"], 2, True)]
@@ -555,11 +555,11 @@ def test_a_fragment_that_cannot_be_written_is_a_dead_letter(tmp_path, monkeypatc
         return name in calls and key.startswith("data/000001-")
 
     outcome, store = run_where(tmp_path, monkeypatch, fails, error)
-    assert [(letter.ordinal, letter.cause) for letter in outcome.standing.dead.values()] == [(1, "output_unwritable")]
-    assert [unit.ordinal for unit in outcome.standing.open_units] == []
+    assert [(letter.ordinal, letter.cause) for letter in outcome.job_state.dead.values()] == [(1, "output_unwritable")]
+    assert [unit.ordinal for unit in outcome.job_state.open_units] == []
     assert outcome.ran.stopped is None
-    assert len(outcome.standing.receipts) == 2
-    (letter,) = reopen(store, outcome.standing.plan, "output_unwritable")
+    assert len(outcome.job_state.receipts) == 2
+    (letter,) = reopen(store, outcome.job_state.plan, "output_unwritable")
     assert "500; other objects beside it can be written" in letter.error
     assert run_where(tmp_path, monkeypatch, lambda _name, _key: False)[0].manifest["num_ok"] == 3
 
@@ -567,8 +567,8 @@ def test_a_fragment_that_cannot_be_written_is_a_dead_letter(tmp_path, monkeypatc
 @pytest.mark.parametrize("error", [UnavailableError, StoreError])
 def test_where_no_fragment_can_be_written_the_units_stay_open(tmp_path, monkeypatch, error):
     outcome, _ = run_where(tmp_path, monkeypatch, lambda name, key: name == "create" and key.startswith("data/"), error)
-    assert outcome.standing.dead == {}
-    assert len(outcome.standing.open_units) == 3
+    assert outcome.job_state.dead == {}
+    assert len(outcome.job_state.open_units) == 3
     assert outcome.ran.stopped == ("the store does not answer" if error is UnavailableError else None)
 
 
@@ -577,8 +577,8 @@ def test_a_unit_whose_letter_cannot_be_written_either_stays_open_alone(tmp_path,
         return name == "create" and (key.startswith("data/000001-") or ("/dead/" in key and "_probe-" not in key))
 
     outcome, _ = run_where(tmp_path, monkeypatch, fails)
-    assert [unit.ordinal for unit in outcome.standing.open_units] == [1]
-    assert len(outcome.standing.receipts) == 2
+    assert [unit.ordinal for unit in outcome.job_state.open_units] == [1]
+    assert len(outcome.job_state.receipts) == 2
     assert outcome.ran.stopped is None
 
 
@@ -589,7 +589,7 @@ def test_a_job_does_without_receipts_that_cannot_be_written_or_read(tmp_path, mo
 
     outcome, store = run_where(tmp_path, monkeypatch, fails)
     assert outcome.manifest["num_ok"] == 3
-    assert [faults for _, faults in check(store, outcome.standing.plan) if faults] == []
+    assert [faults for _, faults in check(store, outcome.job_state.plan) if faults] == []
     assert run_where(tmp_path, monkeypatch, fails)[0].manifest == outcome.manifest
 
 
@@ -608,13 +608,13 @@ def test_a_broken_table_among_sound_ones_is_one_dead_letter(tmp_path):
     Console(file=shown, width=200).print(plan_table(config, plan, workforce_of(execution)))
     assert "1.parquet: " in shown.getvalue()
     outcome = run_here(data, tmp_path / "out", explainer="gradient")
-    assert {(letter.inputs, letter.cause) for letter in outcome.standing.dead.values()} == {
+    assert {(letter.inputs, letter.cause) for letter in outcome.job_state.dead.values()} == {
         ("1.parquet", "container_corrupt"),
         ("2.parquet", "container_corrupt"),
     }
-    assert outcome.standing.total("num_ok") == 4
-    assert outcome.standing.open_units == []
-    assert not outcome.standing.plan.is_exact
+    assert outcome.job_state.total("num_ok") == 4
+    assert outcome.job_state.open_units == []
+    assert not outcome.job_state.plan.is_exact
     assert outcome.excess[0] == "2 dead units, and --max-dead-units allows 0"
 
 
@@ -634,4 +634,4 @@ def test_a_broken_table_that_was_mended_is_retried_and_verified(tmp_path):
     assert (letter.inputs, letter.num_records) == ("1.parquet", 0)
     outcome = run_here(data, out, explainer="gradient")
     assert outcome.manifest["num_ok"] == 4
-    assert [faults for _, faults in check(store, outcome.standing.plan) if faults] == []
+    assert [faults for _, faults in check(store, outcome.job_state.plan) if faults] == []
