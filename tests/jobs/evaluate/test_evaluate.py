@@ -3,8 +3,10 @@
 import inspect
 import json
 import os
+import shutil
 import signal
 from dataclasses import MISSING, fields
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -311,15 +313,28 @@ def test_a_class_map_that_is_none(tmp_path):
 # ---------------------------------------------------------------- compare
 
 
+@pytest.fixture(scope="module")
+def images_of_two(tmp_path_factory):
+    return folder_of_images(tmp_path_factory.mktemp("images") / "in", 9, bad=False)
+
+
+@pytest.fixture(scope="module")
+def two_as_made(images_of_two, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("blocksight.cluster.sizing.LEAST_UNIT_SECONDS", 0.3)
+        for name in ("gradcam", "layercam"):
+            run_here(images_of_two, folder / name, target="top-2", explainer=name)
+        evaluated(folder / "gradcam", metrics="entropy,deletion", controls=True)
+        evaluated(folder / "layercam", metrics="entropy")
+    return folder
+
+
 @pytest.fixture
-def two(tmp_path, monkeypatch):
+def two(two_as_made, tmp_path, monkeypatch):
+    """A copy of two outputs with evaluations, in units of a few records."""
     monkeypatch.setattr("blocksight.cluster.sizing.LEAST_UNIT_SECONDS", 0.3)
-    data = folder_of_images(tmp_path / "in", 9, bad=False)
-    for name in ("gradcam", "layercam"):
-        run_here(data, tmp_path / name, target="top-2", explainer=name)
-    evaluated(tmp_path / "gradcam", metrics="entropy,deletion", controls=True)
-    evaluated(tmp_path / "layercam", metrics="entropy")
-    return tmp_path
+    return Path(shutil.copytree(two_as_made, tmp_path / "two"))
 
 
 def outputs(*folders):
@@ -362,9 +377,9 @@ def test_the_table_is_made_of_the_rows_that_stand(two):
     )
 
 
-def test_values_of_two_protocols_never_meet(two):
+def test_values_of_two_protocols_never_meet(two, images_of_two):
     run_here(
-        two / "in",
+        images_of_two,
         two / "black",
         target="top-2",
         explainer="occlusion",
@@ -387,8 +402,8 @@ def test_the_table_does_not_depend_on_how_it_was_summed(two, monkeypatch):
             assert other[name] == (pytest.approx(value, rel=1e-9) if isinstance(value, float) else value)
 
 
-def test_two_outputs_of_one_method_keep_their_names_apart(two):
-    run_here(two / "in", two / "again", target="top-2", explainer="gradcam")
+def test_two_outputs_of_one_method_keep_their_names_apart(two, images_of_two):
+    run_here(images_of_two, two / "again", target="top-2", explainer="gradcam")
     table = compare(outputs(two / "gradcam", two / "again"))
     assert len(set(names_of(table))) == len(table.methods)
     same = compare(outputs(two / "gradcam", two / "gradcam"))
@@ -405,7 +420,7 @@ def called(monkeypatch, capsys, *arguments):
     return ended.value.code or 0, "".join(capsys.readouterr())
 
 
-def test_the_commands(two, monkeypatch, capsys):
+def test_the_commands(two, images_of_two, monkeypatch, capsys):
     code, said = called(monkeypatch, capsys, "compare", two / "gradcam", two / "layercam", "--store", two / "t.parquet")
     assert code == 0, said
     for word in ("gradcam", "layercam", "random", "drop", "lower is better", "entropy"):
@@ -421,8 +436,8 @@ def test_the_commands(two, monkeypatch, capsys):
     )
     assert code == 0, said
     assert "18 of this run" in said
-    code, said = called(monkeypatch, capsys, "evaluate", two / "in", "--runner", "local")
+    code, said = called(monkeypatch, capsys, "evaluate", images_of_two, "--runner", "local")
     assert code == 2
     assert "no blocksight output" in said
-    code, said = called(monkeypatch, capsys, "compare", two / "in")
+    code, said = called(monkeypatch, capsys, "compare", images_of_two)
     assert code == 2
