@@ -208,7 +208,7 @@ def test_every_interleaving_ends_with_every_record_once(tmp_path, monkeypatch):
     monkeypatch.setattr(attempts, "CAREFUL_DEATHS", 99)
     Protocol.world = World(tmp_path)
     quiet = settings(
-        max_examples=60,
+        max_examples=150,
         stateful_step_count=30,
         deadline=None,
         suppress_health_check=list(HealthCheck),
