@@ -1,1 +1,1 @@
-"""Inputs: records in loose images, tar shards and tables, their labels and their ground truth."""
+"""Inputs: records from loose images, tar shards and tables, with labels and ground truth."""

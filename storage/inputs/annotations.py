@@ -1,4 +1,4 @@
-"""Annotations: ground truth as it is read from Pascal VOC XML, COCO JSON or columns of a table."""
+"""Reads ground truth from Pascal VOC XML, COCO JSON or columns of a Parquet table."""
 
 import io
 import json
@@ -34,14 +34,14 @@ from blocksight.storage.stores.store import DamagedError, ObjectInfo, ObjectStor
 
 XML, JSON, TABLE = ".xml", ".json", ".parquet"
 MAX_BYTES = {XML: 1 << 20, JSON: 2 << 30, TABLE: 64 << 30}
-"""Of one file, by kind; a larger one is refused unread. A table is read a few rows at a time."""
+"""Largest file of each kind; a larger one is refused unread. A table is read a few rows at a time."""
 MAX_COORDINATE = 1e9
 MAX_POINTS = 100_000
-"""Of one polygon."""
+"""Points of one polygon."""
 MAX_DIGITS = 7
-"""Of one compressed run length: 35 bits, where 27 hold any that fits an image."""
-READERS = 16
-"""XML files that are fetched at once: they are many and small."""
+"""Characters of one compressed run length: 35 bits; 27 bits hold any length that fits an image."""
+NUM_READERS = 16
+"""XML files that are fetched in parallel: they are many and small."""
 BATCH_ROWS = 64
 
 BOXES, LABELS, MASK, LABEL, KEY = "boxes", "labels", "mask", "label", "key"
@@ -52,34 +52,34 @@ COLUMNS = {
     MASK: pa.binary(),
     LABEL: pa.string(),
 }
-"""What each column of a table is cast to."""
+"""The type that each column of a table is cast to."""
 
 
 def open_truth(uri: str, endpoint_url: str | None = None) -> Truth:
-    """The ground truth at a path or URI: one file, or all below a folder or a prefix. Raises StoreError."""
+    """The ground truth at a path or URI: one file, or all files below a folder or a prefix. Raises StoreError."""
     return read_truth(*open_named(uri, endpoint_url))
 
 
 def read_truth(store: ObjectStore, name: str = "") -> Truth:
-    """The ground truth in one file of a store, or in all of its files where no name is given.
+    """The ground truth in one file of a store, or in all of its files if no name is given.
 
     .xml is Pascal VOC, one file per image; .json is COCO, one file; .parquet is a table with `key` and either
-    `boxes` (lists of left, top, right, bottom; `labels` alongside if there are classes) or `mask` (PNG, not
-    zero where the object is; `label`), rows of one key together. Raises StoreError where there is no file or
-    more than one kind, and where one is malformed.
+    `boxes` (lists of left, top, right, bottom; with `labels` if there are classes) or `mask` (PNG, not zero on
+    the object; with `label`). Rows of one key belong together. Raises StoreError for no file, for more than one
+    kind of file, and for a malformed file.
     """
     infos = _files(store, name)
     kind = PurePosixPath(infos[0].key).suffix.lower()
     if kind == XML:
-        with ThreadPoolExecutor(READERS) as pool:
-            images = list(pool.map(lambda info: _voc(store, info), infos))
+        with ThreadPoolExecutor(NUM_READERS) as pool:
+            images = list(pool.map(lambda info: _read_voc(store, info), infos))
     else:
-        images = _coco(store, infos[0]) if kind == JSON else _tables(store, infos)
-    return Truth(_once_each(store, images))
+        images = _read_coco(store, infos[0]) if kind == JSON else _read_tables(store, infos)
+    return Truth(_without_duplicates(store, images))
 
 
 def _files(store: ObjectStore, name: str) -> list[ObjectInfo]:
-    """The annotation files, in order of key; all of one kind, none too large."""
+    """The annotation files, in order of key. Raises StoreError for more than one kind and for a large file."""
     head = store.head(name) if name else None
     listed = [head] if head is not None else [] if name else list(store.list())
     infos = [info for info in listed if name or not any(part.startswith(("_", ".")) for part in parts_of(info.key))]
@@ -101,19 +101,19 @@ def _files(store: ObjectStore, name: str) -> list[ObjectInfo]:
 
 
 @contextmanager
-def _placed(store: ObjectStore, info: ObjectInfo) -> Iterator[None]:
-    """Turns what parsers say about a file into a sentence that names it."""
+def _errors_naming(store: ObjectStore, info: ObjectInfo) -> Iterator[None]:
+    """Turns a parser's error into a StoreError that names the file."""
     try:
         yield
     except (ValueError, LookupError, RecursionError, SyntaxError, pa.ArrowException, OSError, DamagedError) as error:
         raise StoreError(f"{store.uri}/{info.key} cannot be read as ground truth: {error}") from error
 
 
-def _image(name: str, objects: Iterable[TruthObject], width: int | None, height: int | None) -> ImageTruth:
-    """The image with the size that its annotation and its masks agree on. Raises ValueError where they do not."""
+def _image_truth(name: str, objects: Iterable[TruthObject], width: int | None, height: int | None) -> ImageTruth:
+    """The image with the size from its annotation and its masks. Raises ValueError if they differ."""
     found = tuple(objects)
     if not parts_of(name):
-        raise ValueError(f"an image has the name {name!r}; wanted a file name or a key")
+        raise ValueError(f"an image is named {name!r}; wanted a file name or a key")
     sizes = {(one.mask.width, one.mask.height) for one in found if one.mask is not None}
     if width is not None and height is not None:
         sizes.add((width, height))
@@ -124,7 +124,7 @@ def _image(name: str, objects: Iterable[TruthObject], width: int | None, height:
     return ImageTruth(as_text(name), found, width, height)
 
 
-def _once_each(store: ObjectStore, images: Iterable[ImageTruth]) -> tuple[ImageTruth, ...]:
+def _without_duplicates(store: ObjectStore, images: Iterable[ImageTruth]) -> tuple[ImageTruth, ...]:
     named: dict[str, ImageTruth] = {}
     for image in images:
         if image.name in named:
@@ -134,25 +134,25 @@ def _once_each(store: ObjectStore, images: Iterable[ImageTruth]) -> tuple[ImageT
 
 
 class _NoDoctype(ElementTree.TreeBuilder):
-    """A tree without document types: what an entity expands to has no bound."""
+    """Refuses document types: an entity may expand without bound."""
 
     def doctype(self, name: str, *_: str | None) -> None:
         raise ValueError(f"it declares the document type {name!r}, which is refused; remove the <!DOCTYPE>")
 
 
-def _voc(store: ObjectStore, info: ObjectInfo) -> ImageTruth:
-    with _placed(store, info):
+def _read_voc(store: ObjectStore, info: ObjectInfo) -> ImageTruth:
+    with _errors_naming(store, info):
         parser = ElementTree.XMLParser(target=_NoDoctype())
         root = ElementTree.XML(store.read(info.key, etag=info.etag), parser)
         if root.tag != "annotation":
             raise ValueError(f"its root is <{root.tag}>; wanted VOC's <annotation>")
         name = root.findtext("filename", "").strip() or PurePosixPath(info.key).stem
         sides = [_side(root.findtext(f"size/{side}")) for side in ("width", "height")]
-        return _image(name, map(_voc_object, root.findall("object")), *sides)
+        return _image_truth(name, map(_voc_object, root.findall("object")), *sides)
 
 
 def _voc_object(one: ElementTree.Element) -> TruthObject:
-    """VOC counts pixels from 1 and names the last one inside."""
+    """One object. VOC counts pixels from 1, and its last pixel is inside the box."""
     label = one.findtext("name", "").strip()
     if not label:
         raise ValueError("an <object> has no <name>")
@@ -161,27 +161,27 @@ def _voc_object(one: ElementTree.Element) -> TruthObject:
 
 
 def _side(value: Any) -> int | None:
-    """A width or height in pixels; some programs write 0 for one that they do not know."""
+    """A width or height in pixels, or None: some programs write 0 for an unknown one."""
     return int(_floats([value or 0])[0]) or None
 
 
-def _coco(store: ObjectStore, info: ObjectInfo) -> list[ImageTruth]:
-    with _placed(store, info):
+def _read_coco(store: ObjectStore, info: ObjectInfo) -> list[ImageTruth]:
+    with _errors_naming(store, info):
         tree = json.loads(store.read(info.key, etag=info.etag))
         categories, images = _by_id(tree, "categories", "name"), _by_id(tree, "images", "file_name")
         objects: dict[Any, list[TruthObject]] = {name: [] for name in images}
         for index, one in enumerate(_entries(tree, "annotations", "image_id", "category_id")):
             if one["image_id"] not in images or one["category_id"] not in categories:
-                raise ValueError(f"annotation {index} names an image or a category that the file does not list")
+                raise ValueError(f"annotation {index} has an image or a category that the file does not list")
             objects[one["image_id"]].append(_coco_object(one, str(categories[one["category_id"]]["name"])))
         return [
-            _image(str(one["file_name"]), objects[name], _side(one.get("width")), _side(one.get("height")))
+            _image_truth(str(one["file_name"]), objects[name], _side(one.get("width")), _side(one.get("height")))
             for name, one in images.items()
         ]
 
 
 def _by_id(tree: Any, name: str, field: str) -> dict[int | str, dict[str, Any]]:
-    """One of COCO's lists by the entries' ids."""
+    """One of COCO's lists, as a mapping by id. Raises ValueError if an id is repeated."""
     entries = _entries(tree, name, "id", field)
     found = {one["id"]: one for one in entries}
     if len(found) < len(entries):
@@ -190,7 +190,7 @@ def _by_id(tree: Any, name: str, field: str) -> dict[int | str, dict[str, Any]]:
 
 
 def _entries(tree: Any, name: str, *fields: str) -> list[dict[str, Any]]:
-    """One of COCO's lists, whose entries have these fields, as numbers or text."""
+    """One of COCO's lists. Raises ValueError if an entry lacks one of these fields (number or text)."""
     entries = tree.get(name) if isinstance(tree, dict) else None
     if not isinstance(entries, list):
         wanted = "wanted COCO's images, annotations and categories"
@@ -209,7 +209,7 @@ def _coco_object(one: Mapping[str, Any], label: str) -> TruthObject:
         as_text(label),
         _coco_box(box) if box else None,
         tuple(map(_polygon, shape)) if shape and isinstance(shape, list) else None,
-        _rle(shape.get("size"), shape.get("counts")) if isinstance(shape, dict) else None,
+        _mask_from_rle(shape.get("size"), shape.get("counts")) if isinstance(shape, dict) else None,
         crowd=bool(one.get("iscrowd")),
     )
 
@@ -226,7 +226,7 @@ def _polygon(values: Any) -> Polygon:
     return tuple(zip(flat[::2], flat[1::2], strict=True))
 
 
-def _rle(size: Any, counts: Any) -> Mask:
+def _mask_from_rle(size: Any, counts: Any) -> Mask:
     if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
         raise ValueError(f"a mask has the size {size!r}; wanted [height, width]")
     lengths = _run_lengths(counts) if isinstance(counts, str) else counts
@@ -245,16 +245,16 @@ def _mask(height: int, width: int, lengths: NDArray[np.int64]) -> Mask:
 
 
 def _run_lengths(text: str) -> list[int]:
-    """COCO's compressed lengths: 5 bits a character from `0` on, low bits first, 32 says that more follow.
+    """COCO's compressed run lengths: 5 bits per character from `0` on, low bits first; bit 32: more follow.
 
-    The last 5 bits are signed; from the fourth length on, the difference to the last but one is written.
+    The last 5 bits are signed. From the fourth length on, the text holds the difference to the last but one.
     """
     lengths: list[int] = []
     value = digits = 0
     for code in text.encode():
         code -= 48
         if not 0 <= code < 64 or digits == MAX_DIGITS:
-            raise ValueError("a mask's `counts` are no compressed run lengths")
+            raise ValueError("a mask's `counts` are not compressed run lengths")
         value |= (code & 31) << 5 * digits
         digits += 1
         if code & 32 == 0:
@@ -266,29 +266,29 @@ def _run_lengths(text: str) -> list[int]:
     return lengths
 
 
-def _tables(store: ObjectStore, infos: Sequence[ObjectInfo]) -> list[ImageTruth]:
+def _read_tables(store: ObjectStore, infos: Sequence[ObjectInfo]) -> list[ImageTruth]:
     objects: dict[str, list[TruthObject]] = defaultdict(list)
     for info in infos:
-        with _placed(store, info):
-            for key, found in _rows(parquet_object(store, info)):
+        with _errors_naming(store, info):
+            for key, found in _table_rows(parquet_object(store, info)):
                 objects[key] += found
-    with _placed(store, infos[0]):
-        return [_image(key, found, None, None) for key, found in objects.items()]
+    with _errors_naming(store, infos[0]):
+        return [_image_truth(key, found, None, None) for key, found in objects.items()]
 
 
-def _rows(table: ParquetTable) -> Iterator[tuple[str, list[TruthObject]]]:
+def _table_rows(table: ParquetTable) -> Iterator[tuple[str, list[TruthObject]]]:
     """Key and objects of each row."""
-    names = _columns(table)
+    names = _read_columns(table)
     for _, batch in table.rows(names, BATCH_ROWS):
         cells = [batch.column(name).cast(COLUMNS[name]).to_pylist() for name in names]
         for row in (dict(zip(names, values, strict=True)) for values in zip(*cells, strict=True)):
             if row[KEY] is None:
                 raise ValueError(f"the column `{KEY}` is null in a row")
-            yield row[KEY], _masked(row) if MASK in row else _boxed(row)
+            yield row[KEY], _mask_objects(row) if MASK in row else _box_objects(row)
 
 
-def _columns(table: ParquetTable) -> list[str]:
-    """The columns that are read. Raises ValueError where there are none to read."""
+def _read_columns(table: ParquetTable) -> list[str]:
+    """The columns to read. Raises ValueError if `key`, or both `boxes` and `mask`, are missing."""
     names = table.names
     if KEY not in names or (BOXES in names) == (MASK in names):
         raise ValueError(f"its columns are {', '.join(names)}; wanted `{KEY}` and one of `{BOXES}`, `{MASK}`")
@@ -296,7 +296,7 @@ def _columns(table: ParquetTable) -> list[str]:
     return [name for name in wanted if name in names]
 
 
-def _boxed(row: Mapping[str, Any]) -> list[TruthObject]:
+def _box_objects(row: Mapping[str, Any]) -> list[TruthObject]:
     boxes = row[BOXES] or []
     labels = row[LABELS] or [] if LABELS in row else [EVERY_TARGET] * len(boxes)
     if len(labels) != len(boxes) or None in labels:
@@ -304,15 +304,15 @@ def _boxed(row: Mapping[str, Any]) -> list[TruthObject]:
     return [TruthObject(label, _box(box)) for label, box in zip(labels, boxes, strict=True)]
 
 
-def _masked(row: Mapping[str, Any]) -> list[TruthObject]:
+def _mask_objects(row: Mapping[str, Any]) -> list[TruthObject]:
     label = row.get(LABEL, EVERY_TARGET)
     if label is None:
         raise ValueError(f"key {row[KEY]!r} has no `{LABEL}`")
-    return [] if row[MASK] is None else [TruthObject(label, mask=_png(row[MASK]))]
+    return [] if row[MASK] is None else [TruthObject(label, mask=_mask_from_png(row[MASK]))]
 
 
-def _png(data: bytes) -> Mask:
-    """The non-zero pixels of a PNG, of a palette the non-zero indices."""
+def _mask_from_png(data: bytes) -> Mask:
+    """The non-zero pixels of a PNG; for a palette, the non-zero indices."""
     try:
         found = samples_of(data, MAX_IMAGE_PIXELS)
         width, height = found.width, found.height
@@ -334,13 +334,13 @@ def _box(values: Any) -> Box:
 
 
 def _floats(values: Any, number: int | None = None) -> list[float]:
-    """A flat list of so many finite numbers. Raises ValueError."""
+    """A flat list of `number` finite numbers (None: of any length). Raises ValueError."""
     try:
         array = np.asarray(values, np.float64)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{str(values)[:80]} are no numbers") from error
     if array.ndim != 1 or (number is not None and len(array) != number):
-        raise ValueError(f"{str(values)[:80]} is no list of {number or ''} numbers")
+        raise ValueError(f"{str(values)[:80]} is not a list of {number or ''} numbers")
     if not (np.abs(array) <= MAX_COORDINATE).all():
         raise ValueError(f"{str(values)[:80]} has a coordinate that is missing or beyond {MAX_COORDINATE:g}")
     return array.tolist()

@@ -1,4 +1,4 @@
-"""Ground truth: what objects an image shows, whose image it is, and where they lie in what the model sees."""
+"""Ground truth: the objects of each image, the record that they belong to, and their region in the model's input."""
 
 import hashlib
 import json
@@ -20,11 +20,11 @@ Polygon = tuple[tuple[float, float], ...]
 
 SHARD_SUFFIXES = (".tar", ".parquet")
 EVERY_TARGET = ""
-"""The label of an object that belongs to every target, where a table names none."""
+"""The label of an object that belongs to every target: a table's object without a label."""
 
 
 class AmbiguousTruthError(StoreError):
-    """More than one annotation could be the record's; none is chosen."""
+    """More than one annotation matches a record."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,21 @@ class Mask:
     """Little-endian uint32; they sum to height times width."""
 
     def at(self, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> NDArray[np.bool_]:
-        """Whether the object has pixel (row, column), as [rows, columns]."""
+        """True where pixel (row, column) is in the object, shape [rows, columns]."""
         ends = np.cumsum(np.frombuffer(self.counts, "<u4"), dtype=np.int64)
         return np.searchsorted(ends, columns * self.height + rows[:, None], side="right") % 2 == 1
 
 
 @dataclass(frozen=True)
 class TruthObject:
-    """One object of an image. Its shape is the mask, else the polygons, else the box."""
+    """One object of an image. Its shape is the mask, else the polygons, else the box. Not all are set."""
 
     label: str
-    """Class name as the data set writes it; `EVERY_TARGET` where a table has no labels."""
+    """Class name as the data set writes it; `EVERY_TARGET` if a table has no labels."""
     box: Box | None = None
-    """Left, top, right, bottom in pixels of the upright original; pixel 0 reaches from 0 to 1."""
+    """Left, top, right, bottom in pixels of the upright original; pixel 0 spans 0 to 1."""
     polygons: tuple[Polygon, ...] | None = None
-    """Outlines of its pieces, (x, y) in the same coordinates."""
+    """Outlines of its parts, (x, y) in the same coordinates."""
     mask: Mask | None = None
     difficult: bool = False
     """VOC's flag."""
@@ -61,19 +61,19 @@ class TruthObject:
 
 @dataclass(frozen=True)
 class ImageTruth:
-    """What one annotated image shows."""
+    """The annotation of one image."""
 
     name: str
-    """File name or key, as annotated."""
+    """File name or key, from the annotation."""
     objects: tuple[TruthObject, ...]
     width: int | None = None
-    """As annotated; None where the annotation does not say (nor does a mask)."""
+    """Pixels, from the annotation or a mask; None if neither states it."""
     height: int | None = None
 
     def fits(self, height: int, width: int) -> bool:
-        """Whether the annotation was made on an image of this size, as far as it says.
+        """True if the annotated size is this size or unknown.
 
-        A picture that EXIF turns has its sides swapped; `region` refuses what does not fit.
+        An annotation of an image before EXIF's rotation has its sides swapped; `region` refuses it.
         """
         return self.height in (None, height) and self.width in (None, width)
 
@@ -83,23 +83,22 @@ class Truth:
     """The ground truth of a data set."""
 
     images: tuple[ImageTruth, ...]
-    """In order of name; each name once."""
+    """Sorted by name; each name once."""
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the content in hex, whatever the order of images and of objects."""
+        """SHA-256 of the content in hex; the order of images and objects does not matter."""
         hashed = hashlib.sha256()
         for line in sorted(_canonical(image) for image in self.images):
             hashed.update(line.encode() + b"\n")
         return hashed.hexdigest()
 
     def find(self, record_key: str) -> ImageTruth | None:
-        """The annotation of a record, or None where it has none.
+        """The annotation of a record, or None if it has none.
 
-        One path must end in the other, shard names apart: `a.tar/cat/1.jpg` has the annotation `cat/1.jpg`,
-        `1.jpg` or `photos/cat/1.jpg`, and never `dog/1.jpg`. The longest agreement counts; where no name
-        agrees, names without their image suffix are compared. Raises AmbiguousTruthError where two agree
-        equally well.
+        One path must end in the other, without shard names: `a.tar/cat/1.jpg` matches `cat/1.jpg`, `1.jpg` or
+        `photos/cat/1.jpg`, and never `dog/1.jpg`. The longest match counts. If no name matches, names without
+        their image suffix are compared. Raises AmbiguousTruthError if two match equally well.
         """
         return self._find(parts_of(record_key), self._by_name) or self._find(_bare(record_key), self._by_stem)
 
@@ -109,22 +108,22 @@ class Truth:
         found = [image for overlap, image in overlaps if overlap == best]
         if best and len(found) > 1:
             raise AmbiguousTruthError(
-                f"record {'/'.join(key)} could be {found[0].name!r} or {found[1].name!r} of the ground truth; "
+                f"record {'/'.join(key)} matches {found[0].name!r} and {found[1].name!r} of the ground truth; "
                 "annotate with longer paths"
             )
         return found[0] if best else None
 
     @cached_property
     def _by_name(self) -> "_Index":
-        return _indexed((parts_of(image.name), image) for image in self.images)
+        return _index_by_last_part((parts_of(image.name), image) for image in self.images)
 
     @cached_property
     def _by_stem(self) -> "_Index":
-        return _indexed((_bare(image.name), image) for image in self.images)
+        return _index_by_last_part((_bare(image.name), image) for image in self.images)
 
 
 _Index = Mapping[tuple[str, ...], Sequence[tuple[tuple[str, ...], ImageTruth]]]
-"""Paths and their images by the path's last part."""
+"""Paths with their images, by the path's last part."""
 
 
 def region(
@@ -134,13 +133,13 @@ def region(
     size: tuple[int, int],
     how: Literal["squash", "crop"],
 ) -> NDArray[np.bool_] | None:
-    """Where the objects with one of the labels are (None: all), at the model's input size: bool [height, width].
+    """The pixels of all objects with one of the labels (None: all objects), in the model's input: bool [height, width].
 
-    The original (height, width) goes to `size` as `decode.fit` takes it. A pixel belongs to an object
-    whose shape holds its centre; of a polygon, by the even-odd rule; of a mask, the pixel it falls on. An
-    object whose box is too small to hold any centre has the pixel nearest to its middle. Crowds and difficult
-    objects count, as in TorchRay's `voc_as_mask`. None where no object has the label or the crop leaves
-    nothing of them. Raises StoreError where the annotation does not fit the original size.
+    The original (height, width) is resized to `size` as by `decode.fit`. A pixel belongs to an object if its
+    centre lies in the shape: in a polygon by the even-odd rule, in a mask by the pixel below it. An object whose
+    box holds no centre gets the pixel nearest to its middle. Crowds and difficult objects count, as in TorchRay's
+    `voc_as_mask`. Returns None if no object has the label or the crop removes all of them. Raises StoreError if
+    the annotation does not fit the original size.
     """
     if not image.fits(*original_size):
         raise StoreError(
@@ -151,13 +150,13 @@ def region(
     covered = np.zeros(size, np.bool_)
     for one in image.objects:
         if labels is None or one.label == EVERY_TARGET or one.label in labels:
-            covered |= view.of(one)
+            covered |= view.pixels_of(one)
     return covered if covered.any() else None
 
 
 @dataclass(frozen=True)
 class _View:
-    """The part of the original that the model sees, and its pixels' centres there."""
+    """The part of the original that the model sees, and the centres of the model's pixels in it."""
 
     left: float
     top: float
@@ -173,7 +172,7 @@ class _View:
     def ys(self) -> NDArray[np.float64]:
         return _centres(self.top, self.bottom, self.size[0])
 
-    def of(self, one: TruthObject) -> NDArray[np.bool_]:
+    def pixels_of(self, one: TruthObject) -> NDArray[np.bool_]:
         """The object's pixels."""
         covered = self._shape(one)
         if one.box is not None and not covered.any() and not self._inside(one.box).any():
@@ -192,7 +191,7 @@ class _View:
         return np.outer((top <= self.ys) & (self.ys < bottom), (left <= self.xs) & (self.xs < right))
 
     def _mark_middle(self, covered: NDArray[np.bool_], box: Box) -> None:
-        """Marks the pixel that holds the middle of a box, if the box has an area and the view holds it."""
+        """Marks the pixel at the middle of a box, if the box has an area and its middle is in the view."""
         left, top, right, bottom = box
         x, y = (left + right) / 2, (top + bottom) / 2
         if left < right and top < bottom and self.left <= x < self.right and self.top <= y < self.bottom:
@@ -200,7 +199,7 @@ class _View:
 
 
 def _centres(start: float, stop: float, number: int) -> NDArray[np.float64]:
-    """The middles of so many equal steps."""
+    """The centres of `number` equal steps from `start` to `stop`."""
     return start + (np.arange(number, dtype=np.float64) + 0.5) * (stop - start) / number
 
 
@@ -210,9 +209,9 @@ def _view(original: tuple[int, int], size: tuple[int, int], how: Literal["squash
 
 
 def _in_polygon(polygon: Polygon, ys: NDArray[np.float64], xs: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which of the points (ys, xs) lie inside by the even-odd rule, as [ys, xs].
+    """True where point (y, x) lies inside by the even-odd rule, shape [ys, xs].
 
-    Pillow's own polygons take in every pixel on the outline: 8 % too large at 30 pixels' width, double at 3.
+    Pillow's polygons include every pixel on the outline: 8 % too large at 30 pixels' width, double at 3.
     """
     points = np.asarray(polygon)
     (x0, y0), (x1, y1) = points.T, np.roll(points, -1, axis=0).T
@@ -224,12 +223,12 @@ def _in_polygon(polygon: Polygon, ys: NDArray[np.float64], xs: NDArray[np.float6
 
 
 def parts_of(path: str) -> tuple[str, ...]:
-    """The names along a path."""
+    """The parts of a path, without empty ones and `.`."""
     return tuple(part for part in path.replace("\\", "/").split("/") if part not in ("", "."))
 
 
 def _bare(path: str) -> tuple[str, ...]:
-    """The path's parts without the suffix of an image: a tar's records have none."""
+    """The path's parts without the image suffix: keys of a tar's records have none."""
     suffix = next((suffix for suffix in IMAGE_SUFFIXES if path.lower().endswith(suffix)), "")
     return parts_of(path[: len(path) - len(suffix)])
 
@@ -241,14 +240,14 @@ def _inner(parts: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _overlap(key: tuple[str, ...], name: tuple[str, ...]) -> int:
-    """How many parts agree from the end; 0 where neither path ends in the other."""
+    """How many parts agree from the end; 0 if neither path ends in the other."""
     pairs = enumerate(zip(reversed(key), reversed(name), strict=False))
     shared = next((index for index, (ours, theirs) in pairs if ours != theirs), min(len(key), len(name)))
     whole = {len(key), len(name)} if _inner(name) != name else {len(key), len(name), len(_inner(key))}
     return shared if shared in whole else 0
 
 
-def _indexed(named: Iterable[tuple[tuple[str, ...], ImageTruth]]) -> _Index:
+def _index_by_last_part(named: Iterable[tuple[tuple[str, ...], ImageTruth]]) -> _Index:
     index: dict[tuple[str, ...], list[tuple[tuple[str, ...], ImageTruth]]] = defaultdict(list)
     for path, image in named:
         index[path[-1:]].append((path, image))
@@ -256,7 +255,7 @@ def _indexed(named: Iterable[tuple[tuple[str, ...], ImageTruth]]) -> _Index:
 
 
 def _canonical(image: ImageTruth) -> str:
-    """The content as text, objects sorted."""
+    """The content as JSON text, with sorted objects."""
     objects = []
     for one in image.objects:
         mask = one.mask and [one.mask.height, one.mask.width, one.mask.counts.hex()]

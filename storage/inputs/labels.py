@@ -1,4 +1,4 @@
-"""The label of one record: how it is read, the same for tables, tar shards and folders."""
+"""Reads the label of one record, in the same way for tables, tar shards and folders."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ CUT = "…"
 
 
 def label_of(value: Any) -> str | int | None:
-    """What a data set writes as a label: a whole number as it is, anything else as text; None: there is none.
+    """The label that a data set writes: an integer stays one, all else becomes text. None: there is no label.
 
-    Text that is longer than `MAX_LABEL_BYTES` is cut, and ends with `…`. NaN is how tables write that there is none.
+    Text longer than `MAX_LABEL_BYTES` is cut and ends with `…`. Tables write NaN for no label.
     """
     if value in (None, "", b"") or value != value:  # NaN alone differs from itself
         return None
@@ -23,5 +23,5 @@ def label_of(value: Any) -> str | int | None:
 
 
 def as_bytes_text(data: bytes) -> str:
-    """Bytes as text: what of them is no UTF-8 becomes codes."""
+    """Bytes as text; bytes that are not UTF-8 become escape codes."""
     return data.decode("utf-8", "backslashreplace")

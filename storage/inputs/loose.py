@@ -1,4 +1,4 @@
-"""Loose images: one object is one record, and the folder it lies in is its label."""
+"""Reads loose images: one object is one record, and its folder's name is the label."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
@@ -18,10 +18,10 @@ CODES = {
 
 
 def read_images(store: ObjectStore, objects: Sequence[ObjectInfo]) -> Iterator[RawRecord]:
-    """The records in the given order, each read at the version that was planned.
+    """The records in the given order, each read at its planned version.
 
-    One that is gone, changed, refused or too large comes out with its reason; the store's own trouble goes
-    through (StoreError).
+    A missing, changed, refused or too large object becomes a rejected record. Errors of the store itself are
+    raised (StoreError).
     """
     for info in objects:
         label = label_of(PurePosixPath(info.key).parent.name)
@@ -30,7 +30,7 @@ def read_images(store: ObjectStore, objects: Sequence[ObjectInfo]) -> Iterator[R
 
 
 def _read(store: ObjectStore, info: ObjectInfo) -> tuple[bytes | None, Reject | None]:
-    """The image's bytes, or the reason why there are none."""
+    """The image's bytes or the reject."""
     if info.size > MAX_IMAGE_BYTES:
         return None, too_many_bytes(info.size)
     try:

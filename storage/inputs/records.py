@@ -1,4 +1,4 @@
-"""A record as it lies in its shard: its key, its label, and its bytes or the reason why there are none."""
+"""A record as read from its shard: key, label, and either the image's bytes or the reject."""
 
 from dataclasses import dataclass
 
@@ -23,15 +23,15 @@ class RawRecord:
 
 
 def too_many_bytes(size: int) -> Reject:
-    """The reason for an image over the byte cap."""
+    """The reject for an image over the byte limit."""
     return Reject(RejectCode.TOO_MANY_BYTES, f"{size} bytes, at most {MAX_IMAGE_BYTES} are read")
 
 
 def read_failed(error: Exception) -> Reject:
-    """The reason for a record that its reader fails on."""
+    """The reject for a record whose reader failed."""
     return Reject(RejectCode.READ_FAILED, f"{type(error).__name__}: {error}")
 
 
 def as_text(name: str) -> str:
-    """A name as valid Unicode: bytes that are no UTF-8 become codes, for Parquet stores nothing else."""
+    """A name as valid Unicode, as Parquet needs it; bytes that are not UTF-8 become escape codes."""
     return name.encode("utf-8", "backslashreplace").decode()

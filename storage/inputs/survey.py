@@ -1,4 +1,4 @@
-"""The survey of an input: which layout it has, and which objects hold its records."""
+"""Surveys an input: finds its layout and the objects that hold its records."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ from blocksight.storage.stores.store import ObjectInfo, ObjectStore, StoreError
 
 
 class Layout(StrEnum):
-    """How the records lie in their objects."""
+    """How the records are stored in objects."""
 
     IMAGES = "images"
     """Loose image files; a folder's name is the label."""
@@ -33,31 +33,31 @@ EXAMPLES = 3
 
 @dataclass(frozen=True)
 class Survey:
-    """What one listing found."""
+    """The result of one listing."""
 
     layout: Layout
     objects: tuple[ObjectInfo, ...]
     """In order of key."""
     ignored: Mapping[str, int]
-    """How many objects and other things are no input, by suffix or by kind; of names in no UTF-8 with the first."""
+    """Counts of what is not input, by suffix or kind. The kind of names that are not UTF-8 includes an example."""
 
 
 def survey(store: ObjectStore, key: str = "") -> Survey:
-    """Lists the store once and settles the layout by the names; `key` names a single object instead.
+    """Lists the store once and finds the layout from the names. `key`: look at this single object instead.
 
-    Names with a part that begins with `_` or `.` are skipped, as all readers of data folders do. Raises
-    StoreError where nothing is found, or records of two layouts.
+    Skips names with a part that begins with `_` or `.`, as other readers of data folders do. Raises StoreError
+    if no records or records of two layouts are found.
     """
     found: dict[Layout, list[ObjectInfo]] = {}
     ignored: Counter[str] = Counter()
     others: list[str] = []
-    no_text: list[str] = []
+    not_unicode: list[str] = []
     for info in _infos(store, key):
-        if as_text(info.key) != info.key:  # could neither be stored nor found again
-            no_text.append(as_text(info.key))
+        if as_text(info.key) != info.key:  # such a key can be neither stored nor read back
+            not_unicode.append(as_text(info.key))
             continue
         layout = LAYOUT_OF_SUFFIX.get(PurePosixPath(info.key).suffix.lower())
-        kind = None if key else _kept_apart(info.key)
+        kind = None if key else _skip_reason(info.key)
         if kind is not None:
             ignored[kind] += 1
         elif layout is None:
@@ -66,9 +66,9 @@ def survey(store: ObjectStore, key: str = "") -> Survey:
         else:
             found.setdefault(layout, []).append(info)
     if not key:
-        ignored.update(_kept_apart(other) or kind for other, kind in store.unlisted())
-    if no_text:
-        ignored[f"named in no UTF-8 ({min(no_text)})"] = len(no_text)
+        ignored.update(_skip_reason(other) or kind for other, kind in store.unlisted())
+    if not_unicode:
+        ignored[f"named in no UTF-8 ({min(not_unicode)})"] = len(not_unicode)
     if len(found) != 1:
         raise StoreError(_no_single_layout(store, key, found, others, ignored))
     ((layout, objects),) = found.items()
@@ -82,8 +82,8 @@ def _infos(store: ObjectStore, key: str) -> Iterable[ObjectInfo]:
     return [info] if info is not None else []
 
 
-def _kept_apart(key: str) -> str | None:
-    """Why the name alone keeps an object out; None: it does not."""
+def _skip_reason(key: str) -> str | None:
+    """Why an object is skipped because of its name; None: it is not skipped."""
     parts = key.split("/")
     if "\0" in key:
         return "names with a zero byte"
@@ -109,5 +109,5 @@ def _no_single_layout(
     kinds = (f"{count} {kind}" for kind, count in sorted(ignored.items()) if kind[0] not in ".(")
     seen = [*others[:EXAMPLES], *kinds]
     wanted = ", ".join(LAYOUT_OF_SUFFIX)
-    told = f"it holds {', '.join(seen)}" if seen else "nothing is there"
-    return f"{where} holds no images, tar shards or Parquet (by name: {wanted}); {told}"
+    contents = f"it holds {', '.join(seen)}" if seen else "nothing is there"
+    return f"{where} holds no images, tar shards or Parquet (by name: {wanted}); {contents}"

@@ -1,4 +1,4 @@
-"""Parquet tables with an image column: read by row range, a few rows at a time."""
+"""Reads records from Parquet tables with an image column, by row range, a few rows at a time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,25 +23,25 @@ from blocksight.storage.stores.store import DamagedError, ObjectInfo, ObjectStor
 IMAGE, LABEL, KEY, BYTES = "image", "label", "key", "bytes"
 USED = (IMAGE, LABEL, KEY)
 BATCH_ROWS = 16
-"""Rows that are in memory at once, where they are small enough."""
+"""Rows in memory at once; fewer if they are large."""
 MAX_NAMED = 16
-"""Columns of one table that are named as unread."""
-SHOWN = 64
-"""Characters of a refused key that are kept."""
+"""Unread columns of one table that are named."""
+NUM_SHOWN_CHARACTERS = 64
+"""Characters of a rejected key that are kept."""
 
 
 @dataclass(frozen=True)
 class TableFacts:
-    """What a table's footer says."""
+    """The facts in a table's footer."""
 
     num_rows: int
     unread: tuple[str, ...]
-    """Columns that are of no use and of a type that is never read, with the type."""
+    """Unused columns whose type is never read, with the type."""
 
 
 def table_facts(store: ObjectStore, info: ObjectInfo) -> TableFacts:
-    """What a table holds, from its footer. Raises DamagedError where it is no table with images, and StoreError."""
-    table, places = _open(store, info)
+    """A table's facts, from its footer. Raises DamagedError if it is not a table with images, and StoreError."""
+    table, places = _open_table(store, info)
     used = {place if isinstance(place, str) else place[0] for place in places}
     kinds = {name: kind for name, kind in table.extensions.items() if name not in used}
     if LABEL in table.names and LABEL not in used:
@@ -52,14 +52,14 @@ def table_facts(store: ObjectStore, info: ObjectInfo) -> TableFacts:
 
 
 def read_table(store: ObjectStore, info: ObjectInfo, start: int, stop: int) -> Iterator[RawRecord]:
-    """The records of rows [start, stop): column `image` (bytes, or a struct with `bytes`), and where they
-    stand `label` and `key`; without `key` the row's number is the key.
+    """The records of rows [start, stop). Columns: `image` (bytes, or a struct with `bytes`), and `label` and `key`
+    if present. Without `key`, the row's number is the key.
 
-    Of two rows with one key the later is rejected, wherever the range begins. Raises DamagedError where the table
-    cannot be read, MissingError, ChangedError and StoreError.
+    Of two rows with one key the later is rejected, also if the first lies before the range. Raises DamagedError if
+    the table cannot be read, MissingError, ChangedError and StoreError.
     """
-    table, places = _open(store, info)
-    seen = _keys(table, start) if KEY in places else set()
+    table, places = _open_table(store, info)
+    seen = _keys_before(table, start) if KEY in places else set()
     for first, batch in table.rows(places, BATCH_ROWS, start, stop):
         images = _images(batch.column(IMAGE))
         keys = _keys_of(batch, first)
@@ -69,7 +69,7 @@ def read_table(store: ObjectStore, info: ObjectInfo, start: int, stop: int) -> I
             if len(key.encode()) > MAX_KEY_BYTES:
                 yield _with_long_key(record, info, key)
             elif key in seen:
-                duplicate = Reject(RejectCode.DUPLICATE_KEY, f"key {key!r} stands earlier in the table")
+                duplicate = Reject(RejectCode.DUPLICATE_KEY, f"key {key!r} occurs earlier in the table")
                 yield replace(record, reject=duplicate)
             else:
                 seen.add(key)
@@ -78,7 +78,7 @@ def read_table(store: ObjectStore, info: ObjectInfo, start: int, stop: int) -> I
 
 def _with_long_key(record: RawRecord, info: ObjectInfo, key: str) -> RawRecord:
     reason = f"its key has {len(key.encode())} bytes, at most {MAX_KEY_BYTES} are kept"
-    name = f"{info.key}/{key[:SHOWN]}… (row {record.index})"
+    name = f"{info.key}/{key[:NUM_SHOWN_CHARACTERS]}… (row {record.index})"
     return replace(record, key=name, reject=Reject(RejectCode.KEY_REFUSED, reason))
 
 
@@ -93,19 +93,19 @@ def _with_image(record: RawRecord, images: pa.Array, offset: int) -> RawRecord:
 
 
 def _images(column: pa.Array) -> pa.Array:
-    """The images' bytes; null where there is no image."""
+    """The images' bytes; null if a row has no image."""
     plain = column.flatten()[0] if pa.types.is_struct(column.type) else column
     return plain if pa.types.is_fixed_size_binary(plain.type) else plain.cast(pa.binary())
 
 
-def _keys(table: ParquetTable, stop: int) -> set[str]:
+def _keys_before(table: ParquetTable, stop: int) -> set[str]:
     """The keys of the rows before the range."""
     batches = table.rows([KEY], BATCH_ROWS, 0, stop)
     return {key for first, batch in batches for key in _keys_of(batch, first)}
 
 
 def _keys_of(batch: pa.RecordBatch, first: int) -> list[str]:
-    """The rows' keys; a row without one has its number."""
+    """The rows' keys; a row without a key gets its number."""
     numbers = range(first, first + batch.num_rows)
     if KEY not in batch.schema.names:
         return list(map(str, numbers))
@@ -118,16 +118,16 @@ def _text(value: Any) -> str:
 
 
 def _values(column: pa.Array) -> list[Any]:
-    """A column's values: numbers as they are, text as its bytes, times and decimals as Arrow writes them."""
+    """A column's values: numbers unchanged, text as bytes, times and decimals as Arrow's text."""
     if is_temporal_or_decimal(column.type):
         return column.cast(pa.string()).to_pylist()
     if pa.types.is_string(column.type):
-        return column.cast(pa.binary()).to_pylist()  # it need not be UTF-8
+        return column.cast(pa.binary()).to_pylist()  # it may not be UTF-8
     return column.to_pylist()
 
 
-def _open(store: ObjectStore, info: ObjectInfo) -> tuple[ParquetTable, list[Place]]:
-    """The table, and where its image, label and key are."""
+def _open_table(store: ObjectStore, info: ObjectInfo) -> tuple[ParquetTable, list[Place]]:
+    """The table and the columns of image, label and key. Raises DamagedError."""
     table = parquet_object(store, info)
     if IMAGE not in table.names:
         raise DamagedError(f"{table.where} has no column `{IMAGE}`; its columns: {', '.join(table.names)}")

@@ -1,4 +1,4 @@
-"""Tar shards in WebDataset layout: streamed, never extracted, and cut into units by byte range."""
+"""Reads records from tar shards in WebDataset layout, by byte range, without extracting files."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -20,24 +20,24 @@ END = "(end of archive)"
 
 @dataclass
 class _Draft:
-    """A record whose members are still being met."""
+    """A record whose members are still being read."""
 
     key: str
     start: int
     """Offset of its first header."""
     stop: int
-    """Offset behind its last member."""
+    """Offset of the end of its last member."""
     members: dict[str, Member] = field(default_factory=dict)
-    """By suffix after the first dot, lower case."""
+    """By suffix: the name after its first dot, in lower case."""
     reject: Reject | None = None
 
 
 def read_tar(store: ObjectStore, info: ObjectInfo, start: int, stop: int) -> Iterator[RawRecord]:
-    """The records whose first header lies in [start, stop), with their bytes or their reasons.
+    """The records whose first header lies in [start, stop), with their bytes or their rejects.
 
-    Headers are walked from the beginning, so that positions and duplicates do not depend on how the shard
-    is cut: over any partition of [0, size) each record comes out once. A shard that ends early gives what
-    stands before the break, and one rejected record for the break. Raises MissingError and ChangedError.
+    Headers are read from the shard's beginning, so positions and duplicates do not depend on the ranges: over
+    any partition of [0, size) each record occurs once. A damaged shard yields the records before the damage,
+    and one rejected record for the damage. Raises MissingError and ChangedError.
     """
     file = WindowedFile(store, info)
     seen: set[str] = set()
@@ -45,14 +45,14 @@ def read_tar(store: ObjectStore, info: ObjectInfo, start: int, stop: int) -> Ite
         if draft.start >= stop and stop < info.size:
             return
         if draft.key in seen and draft.reject is None:
-            draft.reject = Reject(RejectCode.DUPLICATE_KEY, f"key {draft.key!r} stands earlier in the shard")
+            draft.reject = Reject(RejectCode.DUPLICATE_KEY, f"key {draft.key!r} occurs earlier in the shard")
         seen.add(draft.key)
         if start <= draft.start:
             yield _record(file, draft, index)
 
 
 def tar_offset_after(store: ObjectStore, info: ObjectInfo, num_records: int) -> tuple[int, int]:
-    """Where a range must stop to hold the first `num_records` records, and how many it then holds."""
+    """The offset after the first `num_records` records, and how many records lie before it."""
     count = 0
     for draft in _drafts(WindowedFile(store, info)):
         if count == num_records:
@@ -62,18 +62,18 @@ def tar_offset_after(store: ObjectStore, info: ObjectInfo, num_records: int) -> 
 
 
 def sample_tar(store: ObjectStore, info: ObjectInfo) -> float:
-    """About how many records the shard holds, from its first 4 MiB; 0 where no sound one is among them."""
-    count, reached, num_sound = 0, 0, 0
+    """Estimated number of records, from the shard's first 4 MiB; 0.0 if none of those can be read."""
+    count, reached, num_readable = 0, 0, 0
     for draft in _drafts(WindowedFile(store, info)):
         count, reached = count + 1, draft.stop
-        num_sound += draft.reject is None
+        num_readable += draft.reject is None
         if reached >= SAMPLE_BYTES:
             break
-    return count * info.size / max(1, reached) if num_sound else 0.0
+    return count * info.size / max(1, reached) if num_readable else 0.0
 
 
 def _record(file: WindowedFile, draft: _Draft, index: int) -> RawRecord:
-    """The draft as a record. One that cannot be read has a reason; what is the shard's or the store's is raised."""
+    """The draft as a record, rejected if it cannot be read. Errors of the shard or the store are raised."""
     shard = file.info.key
     bare = RawRecord(f"{shard}/{draft.key}", shard, index, None)
     if draft.reject is not None:
@@ -100,15 +100,17 @@ def _with_members(file: WindowedFile, draft: _Draft, bare: RawRecord) -> RawReco
 def _label(file: WindowedFile, member: Member | None) -> str | int | None:
     if member is None:
         return None
-    body = file.read_at(member.data_start, min(member.size, MAX_LABEL_BYTES + 1))  # a longer one is cut there
+    body = file.read_at(
+        member.data_start, min(member.size, MAX_LABEL_BYTES + 1)
+    )  # one byte more shows that it is too long
     return label_of(body.strip())
 
 
 def _drafts(file: WindowedFile) -> Iterator[_Draft]:
-    """Groups adjacent members of one key; a refused member and the fault that ends a shard stand alone."""
+    """Groups adjacent members of one key. A refused member, and the fault that ends a shard, get their own draft."""
     draft: _Draft | None = None
     for member in _members(file):
-        single = member if isinstance(member, _Draft) else _refused(member)
+        single = member if isinstance(member, _Draft) else _refused_draft(member)
         if single is not None:
             if draft is not None:
                 yield draft
@@ -116,7 +118,7 @@ def _drafts(file: WindowedFile) -> Iterator[_Draft]:
             yield single
             continue
         assert isinstance(member, Member)
-        key, suffix = _split(member.name)
+        key, suffix = _key_and_suffix(member.name)
         if draft is None or draft.key != key or suffix in draft.members:
             if draft is not None:
                 yield draft
@@ -128,7 +130,7 @@ def _drafts(file: WindowedFile) -> Iterator[_Draft]:
 
 
 def _members(file: WindowedFile) -> Iterator[Member | _Draft]:
-    """Files and odd members in order; last a draft with a reason, where the shard breaks off."""
+    """Members in order, without folders and hidden files. If the shard is damaged, a rejected draft comes last."""
     try:
         for count, member in enumerate(walk_members(file)):
             if count == MAX_SHARD_RECORDS:
@@ -137,14 +139,14 @@ def _members(file: WindowedFile) -> Iterator[Member | _Draft]:
             if not member.is_folder and not _is_hidden(member):
                 yield member
     except ShardFault as fault:
-        key = END if fault.name is None else _split(fault.name)[0]
+        key = END if fault.name is None else _key_and_suffix(fault.name)[0]
         start = max(0, min(fault.offset, file.info.size - 1))
         yield _Draft(key, start, file.info.size, reject=fault.reject)
 
 
-def _refused(member: Member) -> _Draft | None:
-    """The member as a rejected record, where it is no plain file or its name is none to keep."""
-    reason = _fault_of(member)
+def _refused_draft(member: Member) -> _Draft | None:
+    """The member as a rejected draft, if it is not a regular file or its name is refused; else None."""
+    reason = _refusal_reason(member)
     if reason is None:
         return None
     key = as_text(member.name)[:MAX_MEMBER_NAME_BYTES]
@@ -152,7 +154,7 @@ def _refused(member: Member) -> _Draft | None:
     return _Draft(key, member.start, member.stop, reject=reject)
 
 
-def _fault_of(member: Member) -> str | None:
+def _refusal_reason(member: Member) -> str | None:
     name = member.name
     if not member.is_plain:
         return "links, devices and sparse files are not read"
@@ -165,7 +167,7 @@ def _fault_of(member: Member) -> str | None:
     return None
 
 
-def _split(name: str) -> tuple[str, str]:
+def _key_and_suffix(name: str) -> tuple[str, str]:
     """Key and suffix: the base name is cut at its first dot."""
     folder, slash, base = as_text(name).rpartition("/")
     stem, _, suffix = base.partition(".")

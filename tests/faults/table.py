@@ -259,7 +259,7 @@ MUTATIONS = (
     Mutation(
         "what stands behind the end of a tar is not looked at",
         "storage/inputs/tar_headers.py",
-        "            offset = _behind_zeros(file, offset)",
+        "            offset = _end_of_zeros(file, offset)",
         "            offset = file.info.size",
         ("storage/inputs/test_tars.py::test_archives_that_were_joined_are_read_to_the_last",),
     ),
@@ -409,7 +409,7 @@ MUTATIONS = (
     Mutation(
         "a PNG chunk's checksum is not compared",
         "storage/images/png.py",
-        "    if found != named:",
+        "    if found != stated:",
         "    if False:",
         ("storage/images/test_golden_pixels.py::test_png_broken",),
     ),

@@ -447,7 +447,7 @@ def test_the_longest_agreement_counts():
 
 def test_what_could_be_two_is_never_guessed():
     truth = named("cat/1.jpg", "dog/1.jpg", "2.jpg", "2.png")
-    with pytest.raises(AmbiguousTruthError, match=r"'cat/1\.jpg' or 'dog/1\.jpg'"):
+    with pytest.raises(AmbiguousTruthError, match=r"'cat/1\.jpg' and 'dog/1\.jpg'"):
         truth.find("1.jpg")
     with pytest.raises(AmbiguousTruthError):
         truth.find("a.tar/1")

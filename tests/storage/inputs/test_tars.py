@@ -357,7 +357,7 @@ def test_archives_that_were_joined_are_read_to_the_last():
 def test_garbage_behind_the_end_is_said(garbage):
     found = read(picture(b"1.png") + ENDED + garbage)
     assert codes(found) == ["ok", "corrupt"]
-    assert "behind the end of the archive stands something that is no header" in found[1].reject.message
+    assert "the bytes after the end of the archive are no header" in found[1].reject.message
     assert f"at byte 2048; the last {len(garbage)} bytes were not read" in found[1].reject.message
 
 
