@@ -94,9 +94,8 @@ class State:
 def advance(
     lane: Lane, pieces: Sequence[str], state: State, path: Path, deadline: float, clock: Callable[[], float]
 ) -> None:
-    """Runs the pieces that have no verdict until all have one or the deadline is near; notes and prints each."""
+    """Runs the pieces that have no verdict until all have one or less time is left than the last one took."""
     before = clock()
-    longest = 0.0
     todo = [piece for piece in pieces if piece not in state.verdicts]
     if not todo or before >= deadline:
         return
@@ -104,13 +103,12 @@ def advance(
         for piece, verdict in found:
             now = clock()
             seconds, before = now - before, now
-            longest = max(longest, seconds)
             state.verdicts[piece] = verdict
             state.seconds += seconds
             state.write(path)
             is_failure = verdict in lane.failures
             print(progress(piece, verdict.upper() if is_failure else verdict, seconds, state, len(pieces)), flush=True)
-            if deadline - now < longest:
+            if deadline - now < seconds:
                 return
 
 
