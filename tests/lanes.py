@@ -44,6 +44,9 @@ NUM_ROUNDS, ROUND_MINUTES = 8, 6
 SOUND_TREE = "no fault"
 """The piece that runs the tests of all faults without one: only then does a red test mean something."""
 
+SOUND_VERDICTS = {"green": "sound", "red": "broken", "broken": "broken"}
+"""What the tests' verdict on that tree means."""
+
 Verdicts = Generator[tuple[str, str], None, None]
 """Pieces with their verdicts, each as soon as it is known."""
 SecondsLeft = Callable[[], float]
@@ -165,11 +168,11 @@ def _plant(pieces: Sequence[str], seconds_left: SecondsLeft) -> Verdicts:
     load_heavy()
     with copied(ROOT) as tree:
         for piece in pieces:
-            if piece == SOUND_TREE:
-                seen = run_tests(tree, tests_of(MUTATIONS)).seen
-                yield piece, "sound" if seen == "green" else "broken"
-            else:
-                yield piece, judge(tree, by_meaning[piece]).seen
+            is_sound = piece == SOUND_TREE
+            found = run_tests(tree, tests_of(MUTATIONS)) if is_sound else judge(tree, by_meaning[piece])
+            if found.seen != ("green" if is_sound else "red"):
+                print(f"{piece}: {found.seen} {found.said or 'no test noticed it'}")
+            yield piece, SOUND_VERDICTS[found.seen] if is_sound else found.seen
 
 
 PLANTED_FAULTS = Lane(
