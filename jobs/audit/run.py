@@ -31,7 +31,7 @@ from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.context import weights_bytes
 from blocksight.jobs.plan.plan import Plan, existing_plan
 from blocksight.jobs.plan.records import UnreconciledError
-from blocksight.jobs.plan.stored_config import NamedAgain, config_of
+from blocksight.jobs.plan.stored_config import NamedModel, config_of
 from blocksight.jobs.plan.text import counted
 from blocksight.jobs.work.progress import Tally, progress
 from blocksight.jobs.work.rows import images_of
@@ -118,7 +118,7 @@ def _scope(asked: AuditRequest) -> Asked:
 
 def _court(store: ObjectStore, plan: Plan, asked: AuditRequest) -> Court:
     """The job's model. Raises ModelError, and ConfigError where it is not the one that the maps are of."""
-    config = config_of(plan, asked.output, NamedAgain(asked.model, asked.weights, asked.endpoint_url))
+    config = config_of(plan, asked.output, NamedModel(asked.model, asked.weights, asked.endpoint_url))
     state = weights_bytes(config)
     adapter = load(config, state, "cuda" if torch.cuda.is_available() else "cpu", str(Path.cwd()))
     known = model_facts(store)["weights_sha256"]

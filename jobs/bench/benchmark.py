@@ -30,7 +30,7 @@ from blocksight.jobs.bench.peers import REPEATS, contenders, race
 from blocksight.jobs.bench.photographs import photographs
 from blocksight.jobs.evaluate.evaluation import read_class_map
 from blocksight.jobs.explain.forward_pass import wish_of
-from blocksight.jobs.explain.learned import wanted_images
+from blocksight.jobs.explain.learned import num_learning_images
 from blocksight.jobs.explain.step import load, make_explainer, model_facts
 from blocksight.jobs.plan.config import ConfigError, JobConfig
 from blocksight.jobs.plan.context import sha256_of, weights_bytes
@@ -210,7 +210,7 @@ def _learned(
     adapter: ModelAdapter, config: JobConfig, blocks: Sequence[str], inputs_nchw: torch.Tensor
 ) -> State | None:
     """What the method learns from the few images at hand: enough to measure what an image costs after that."""
-    if not wanted_images(config):
+    if not num_learning_images(config):
         return None
     with adapter.borrowed(), torch.inference_mode():
         target = ClassProbability(adapter.logits(inputs_nchw).argmax(1, keepdim=True))

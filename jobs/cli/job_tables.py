@@ -8,7 +8,7 @@ from rich.table import Table
 
 from blocksight.engine.catalog import entries
 from blocksight.jobs.cli.tables import facts_table, size_text
-from blocksight.jobs.explain.learned import wanted_images
+from blocksight.jobs.explain.learned import num_learning_images
 from blocksight.jobs.ledger.receipts import metric_means
 from blocksight.jobs.ledger.reconcile import JobState
 from blocksight.jobs.plan.config import JobConfig
@@ -53,7 +53,7 @@ def plan_table(job: JobConfig, plan: Plan, workforce: Workforce) -> Table:
 
 
 def _first_pass(job: JobConfig, num_records: int) -> list[tuple[str, str]]:
-    wanted = min(wanted_images(job), num_records)
+    wanted = min(num_learning_images(job), num_records)
     said = f"{job.explainer} learns from {counted(wanted, 'image')}, once, before the first unit"
     return [("first pass", said)] if wanted else []
 

@@ -13,7 +13,7 @@ from blocksight.engine.catalog.entries import EXPLAINERS
 from blocksight.engine.catalog.parameters import SiseParameters
 from blocksight.jobs.cli.record_tables import record_table
 from blocksight.jobs.plan.config import ConfigError
-from blocksight.jobs.plan.stored_config import NamedAgain
+from blocksight.jobs.plan.stored_config import NamedModel
 from blocksight.jobs.report.products import Sizes, parts_of, products_of
 from blocksight.jobs.work.rows import PICTURE_SIDE, Output, Shown, images_of, refuse_other_inputs, rows_of, shown
 from blocksight.storage.outputs.file_names import file_name
@@ -173,13 +173,13 @@ def _made_again(
     output: Output, rows: Sequence[Row], image: Pixels, endpoint_url: str | None, wanted: Wanted
 ) -> "Iterator[tuple[str | None, list[Explanation]]]":
     """The rows' explanations by each explainer that is named, and under None those that the job made."""
-    from blocksight.jobs.explain.replay import Again  # needs torch, which a stored map does not
+    from blocksight.jobs.explain.replay import Replay  # needs torch, which a stored map does not
 
-    named = NamedAgain(wanted.model, wanted.weights, endpoint_url)
-    again: Again = Again(output.store, output.plan, named)
-    ways = {name: again.other_way(name) for name in wanted.names}  # all are checked before the first runs
+    named = NamedModel(wanted.model, wanted.weights, endpoint_url)
+    again: Replay = Replay(output.store, output.plan, named)
+    ways = {name: again.config_of_explainer(name) for name in wanted.names}  # all are checked before the first runs
     if wanted.blocks:
-        yield None, again.explanations(again.stored_way(rows[0]), rows, image)
+        yield None, again.explanations(again.config_of_row(rows[0]), rows, image)
     for name, way in ways.items():
         yield name, again.explanations(way, rows, image)
 
@@ -215,9 +215,9 @@ def _over(pixels: Pixels, saliency_hw: "Map") -> Pixels:
 def _stored_tile(base: Shown, row: Row, output: Output, again: "Explanation | None") -> Tile:
     said = f"{one_line(row['target_name'])}, {row['score']:.3f}"
     if again is not None:
-        from blocksight.jobs.explain.replay import error_of
+        from blocksight.jobs.explain.replay import replay_error
 
-        error = error_of(again, row)
+        error = replay_error(again, row)
         said = "the fused map equals it" if error is None else f"the fused map differs by up to {error:.3f}"
     return Tile(overlay(base.pixels, base.saliency_hw), f"{output.plan.identity['explainer']}, as stored\n{said}")
 

@@ -1,4 +1,4 @@
-"""Comparing outputs: methods by metrics from the rows that stand, with intervals over images and corrected marks."""
+"""Compares outputs: a table of methods by metrics from stored rows, with bootstrap intervals and Holm's correction."""
 
 import io
 from collections import Counter
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from blocksight.engine.catalog.entries import METRICS
-from blocksight.jobs.evaluate.evaluation import folders, values_of
+from blocksight.jobs.evaluate.evaluation import evaluation_folders, value_tables
 from blocksight.jobs.ledger.output import fragment_of
 from blocksight.jobs.plan.bootstrap import (
     MethodEstimate,
@@ -31,22 +31,22 @@ from blocksight.storage.outputs.schema import METRICS as METRICS_STRUCT
 from blocksight.storage.outputs.schema import OK
 from blocksight.storage.stores.opening import open_file
 
-STORED = ["key", "target_index", "status", "explainer", "parameters", "metrics"]
-METHOD = ["explainer", "parameters"]
+STORED_COLUMNS = ["key", "target_index", "status", "explainer", "parameters", "metrics"]
+METHOD_COLUMNS = ["explainer", "parameters"]
 VALUE = np.dtype([("image", np.uint64), ("target", np.int32), ("value", np.float64)])
-VALUES_AT_ONCE = 20_000_000
-"""That are in memory together, 20 bytes each; more are worked on in passes over disjoint shares of the images."""
+MAX_VALUES_IN_MEMORY = 20_000_000
+"""20 bytes each. More are read in several passes, each over another share of the images."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way of explaining, in one output."""
+    """An explainer with its parameters, in one output."""
 
     name: str
-    """Like no other method's."""
+    """Unique in the table."""
     explainer: str
     parameters: str
-    """Digest of the parameters, the model and its blocks."""
+    """Digest of parameters, model and blocks."""
     output: str
     forward: str
     """Backend and precision of its forward passes."""
@@ -54,7 +54,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Column:
-    """One metric under one protocol: values of two protocols never meet."""
+    """One metric under one protocol: values of different protocols are never mixed."""
 
     metric: str
     protocol: str
@@ -62,33 +62,33 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A method's mean of a metric, and how it differs from the reference on the maps that both have."""
+    """A method's mean of a metric, and its difference to the reference on the maps that both have."""
 
     method: int
-    """Its place among the methods."""
+    """Index among the methods."""
     column: Column
     estimate: MethodEstimate
     difference: PairedDifference | None
     """None for the reference."""
     corrected_p: float | None
-    """Holm's, over all differences of the table; None where there is none."""
+    """Corrected by Holm's method over all differences of the table; None if there is no difference."""
 
 
 @dataclass(frozen=True)
 class Absence:
-    """A method of which no map has a value of a metric, as where that metric picked the maps."""
+    """A method without any value of a metric, such as the metric that picked its maps."""
 
     method: int
-    """Its place among the methods."""
+    """Index among the methods."""
     column: Column
-    """Which the table has where another method has values."""
+    """In the table only if another method has values."""
     reason: str
-    """Of the first such map."""
+    """The first map's reason."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The table."""
+    """The table of a comparison."""
 
     methods: tuple[Method, ...]
     """The first is the reference."""
@@ -97,19 +97,19 @@ class Comparison:
     """Method by method within each column."""
     absences: tuple[Absence, ...] = ()
     notes: tuple[str, ...] = ()
-    """What a reader must know beside the figures."""
+    """Warnings about the values."""
 
 
 def compare(outputs: Sequence[Output]) -> Comparison:
     """The table of all methods and metrics that the outputs hold.
 
-    Raises ConfigError where there is nothing, UnreconciledError where something is damaged, and StoreError.
+    Raises ConfigError if there are no values, UnreconciledError if an object is damaged, and StoreError.
     """
     refuse_other_inputs(outputs)
     methods, num_values, reasons = _methods(outputs)
     if not num_values:
-        raise ConfigError("no value of any metric stands in the outputs: run `blocksight explain` or `evaluate` first")
-    num_passes = -(-num_values // VALUES_AT_ONCE)
+        raise ConfigError("the outputs hold no value of any metric: run `blocksight explain` or `evaluate` first")
+    num_passes = -(-num_values // MAX_VALUES_IN_MEMORY)
     sums: dict[Column, MetricSums] = {}
     for which in range(num_passes):
         for column, own in _pass(outputs, methods, which, num_passes):
@@ -122,27 +122,27 @@ def compare(outputs: Sequence[Output]) -> Comparison:
 
 
 MethodKey = tuple[int, str, str]
-"""Number of the output, explainer, digest of its parameters."""
+"""Index of the output, explainer, digest of its parameters."""
 
 
 Reasons = Mapping[tuple[MethodKey, Column], str]
-"""Why a method has no value of a metric for some map."""
+"""Why a method lacks a value of a metric for some map."""
 
 
 def _methods(outputs: Sequence[Output]) -> tuple[dict[MethodKey, Method], int, Reasons]:
-    """The methods in order of appearance, controls last and each once, how many values there are, and which are not."""
+    """The methods (controls last and each once), the number of values, and the reasons for missing values."""
     found: Counter[MethodKey] = Counter()
     reasons: dict[tuple[MethodKey, Column], str] = {}
     for number, output in enumerate(outputs):
         for table in _tables(output):
-            counts = table.group_by(METHOD).aggregate([("value", "count")])  # of those that are
+            counts = table.group_by(METHOD_COLUMNS).aggregate([("value", "count")])  # counts no null
             for row in counts.to_pylist():
                 found[number, row["explainer"], row["parameters"]] += row["value_count"]
             reasons = {**_reasons(number, table), **reasons}
-    return _named(outputs, +found), found.total(), reasons
+    return _named_methods(outputs, +found), found.total(), reasons
 
 
-def _named(outputs: Sequence[Output], found: dict[MethodKey, int]) -> dict[MethodKey, Method]:
+def _named_methods(outputs: Sequence[Output], found: dict[MethodKey, int]) -> dict[MethodKey, Method]:
     own = [key for key in found if key[1] == outputs[key[0]].plan.identity["explainer"]]
     controls = {key[1]: key for key in reversed(found) if key not in own}  # the first output's
     ordered = [*own, *sorted(controls.values(), key=list(found).index)]
@@ -159,18 +159,18 @@ def _named(outputs: Sequence[Output], found: dict[MethodKey, int]) -> dict[Metho
 
 
 def _reasons(number: int, table: pa.Table) -> Reasons:
-    """Why values of a table are not there."""
-    missing = table.filter(pc.field("value").is_null()).group_by(["metric", "protocol", *METHOD])
+    """The reasons for the missing values of a table."""
+    missing = table.filter(pc.field("value").is_null()).group_by(["metric", "protocol", *METHOD_COLUMNS])
     return {
         ((number, row["explainer"], row["parameters"]), Column(row["metric"], row["protocol"])): (
-            row["reason_min"] or "no reason is given"
+            row["reason_min"] or "no reason is stored"
         )
         for row in missing.aggregate([("reason", "min")]).to_pylist()
     }
 
 
 def _absences(methods: Mapping[MethodKey, Method], cells: Sequence[Cell], reasons: Reasons) -> Iterator[Absence]:
-    """The methods that have no value at all of a metric that was measured of them."""
+    """The methods that were measured by a metric and have no value of it."""
     present = {(cell.method, cell.column) for cell in cells if cell.estimate.count}
     order = {key: place for place, key in enumerate(methods)}
     for (key, column), reason in reasons.items():
@@ -179,25 +179,25 @@ def _absences(methods: Mapping[MethodKey, Method], cells: Sequence[Cell], reason
 
 
 def _tables(output: Output) -> Iterator[pa.Table]:
-    """All values, fragment by fragment: of `explain`, then of each evaluation; the same columns in each."""
-    standing = {info.key for info in output.store.list("data/")}
+    """All values, one table per fragment: those of `explain`, then of each evaluation; all with equal columns."""
+    committed = {info.key for info in output.store.list("data/")}
     for unit in output.plan.units:
-        if unit.fragment_key in standing:
-            yield _explained(fragment_of(output.store, unit.fragment_key, STORED))
-    for folder in folders(output.store):
-        for table in values_of(output.store, folder):
-            yield table.select(["key", "target_index", *METHOD, "metric", "protocol", "value", "reason"])
+        if unit.fragment_key in committed:
+            yield _metric_rows(fragment_of(output.store, unit.fragment_key, STORED_COLUMNS))
+    for folder in evaluation_folders(output.store):
+        for table in value_tables(output.store, folder):
+            yield table.select(["key", "target_index", *METHOD_COLUMNS, "metric", "protocol", "value", "reason"])
 
 
-def _explained(rows: pa.Table) -> pa.Table:
-    """Drop and Increase of a fragment's explained rows, one value a row."""
+def _metric_rows(rows: pa.Table) -> pa.Table:
+    """Drop and Increase of a fragment's explained rows, one value per row."""
     sound = rows.filter(pc.field("status") == OK)
     metrics = sound["metrics"].combine_chunks().flatten()
     fields = dict(zip((field.name for field in METRICS_STRUCT), metrics, strict=True))
     values = {"drop": fields["drop"].to_numpy(), "increase": 100.0 * fields["increase"].to_numpy(zero_copy_only=False)}
     parts = []
     for name, own in values.items():
-        part = sound.select(["key", "target_index", *METHOD])
+        part = sound.select(["key", "target_index", *METHOD_COLUMNS])
         part = part.append_column("metric", pa.array([name] * len(sound), pa.string()))
         part = part.append_column("protocol", fields["protocol"])
         part = part.append_column("value", pa.array(own, pa.float64()))
@@ -208,7 +208,7 @@ def _explained(rows: pa.Table) -> pa.Table:
 def _pass(
     outputs: Sequence[Output], methods: Mapping[MethodKey, Method], which: int, num_passes: int
 ) -> Iterator[tuple[Column, MetricSums]]:
-    """The sums of every column over the images of one share; an image is never parted."""
+    """The sums of every column over one share of the images; a share holds whole images."""
     order = {key: place for place, key in enumerate(methods)}
     found: dict[Column, dict[int, list[NDArray[Any]]]] = {}
     for number, output in enumerate(outputs):
@@ -219,7 +219,7 @@ def _pass(
             hashes = hashes[hashes % np.uint64(num_passes) == which]
             for column, method, places in _groups(mine):
                 if (number, *method) not in order:
-                    continue  # a control that another output has as well
+                    continue  # a control that is counted in another output
                 values = mine["value"].to_numpy()[places]
                 targets = mine["target_index"].to_numpy()[places]
                 block = _block(hashes[places], targets, values)
@@ -235,8 +235,8 @@ def _block(images: NDArray[np.uint64], targets: NDArray[np.int32], values: NDArr
 
 
 def _groups(table: pa.Table) -> Iterator[tuple[Column, tuple[str, str], NDArray[np.intp]]]:
-    """Rows by metric, protocol and method."""
-    names = ["metric", "protocol", *METHOD]
+    """Row numbers by metric, protocol and method."""
+    names = ["metric", "protocol", *METHOD_COLUMNS]
     numbered = table.append_column("place", pa.array(np.arange(len(table))))
     for row in numbered.group_by(names).aggregate([("place", "list")]).to_pylist():
         column = Column(row["metric"], row["protocol"])
@@ -264,7 +264,7 @@ def _cells(columns: Sequence[Column], sums: Mapping[Column, MetricSums]) -> Iter
 
 
 def rows_of_table(table: Comparison) -> list[dict[str, Any]]:
-    """The cells as plain rows, to be stored."""
+    """The cells as plain rows for storage."""
     reasons = {(absence.method, absence.column): absence.reason for absence in table.absences}
     return [
         {
@@ -294,7 +294,7 @@ def rows_of_table(table: Comparison) -> list[dict[str, Any]]:
 
 
 def store_table(table: Comparison, uri: str, endpoint_url: str | None) -> None:
-    """Writes the cells as one Parquet file, in place of one that stands there. Raises StoreError."""
+    """Writes the cells as one Parquet file; replaces an existing one. Raises StoreError."""
     store, name = open_file(uri, endpoint_url)
     body = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows_of_table(table)), body)

@@ -1,4 +1,4 @@
-"""An evaluation: metrics of maps that stand already, in fragments beside them; what it is and where it stands."""
+"""An evaluation: metrics of stored maps; its settings, its folder and its fragments."""
 
 import hashlib
 import json
@@ -25,34 +25,34 @@ from blocksight.storage.stores.retrying import is_probe
 from blocksight.storage.stores.store import AlreadyExistsError, ObjectStore, StoreError
 
 FOLDER = "evaluations/"
-OF_TRUTH = ("ebpg", "miou", "bbox", "pointing")
-"""Metrics that need to be told where the objects are."""
-ASKED_FOR = ("sanity",)
-"""Metrics that explain again: never part of `all`."""
+NEEDS_TRUTH = ("ebpg", "miou", "bbox", "pointing")
+"""Metrics that need ground truth."""
+NEVER_IN_ALL = ("sanity",)
+"""Metrics that explain each record several times: not part of `all`."""
 
 
 ClassMap = tuple[tuple[str, tuple[int, ...]], ...]
-"""Labels of the ground truth and the model's classes they stand for; none: equal names."""
+"""Labels of the ground truth, each with the model's classes; empty: labels are class names."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is measured of which maps; every field changes the result."""
+    """Which metrics are measured of which maps; every field changes the result."""
 
     metrics: tuple[str, ...]
     """Sorted names."""
     share: float
     """Of the records, chosen by a hash of seed and key."""
     controls: bool
-    """The controls' maps are measured as well."""
+    """The controls' maps are measured too."""
     seed: int
     baseline: str = "zero"
-    """What stands where a pixel is removed: one for all methods, so that their values may be compared."""
+    """Replaces a removed pixel; the same for all methods, so that their values can be compared."""
     class_map: ClassMap = ()
     truth_digest: str | None = None
 
     def identity(self, plan: Plan) -> dict[str, Any]:
-        """Plain JSON values that name this evaluation of this job."""
+        """Plain JSON values that identify this evaluation of this job."""
         return {
             "job": plan.fingerprint,
             "metrics": list(self.metrics),
@@ -66,17 +66,17 @@ class Evaluation:
         }
 
     def folder(self, plan: Plan) -> str:
-        """Where it stands below the output's root."""
+        """Its folder below the output's root."""
         return f"{FOLDER}{digest_of(self.identity(plan))[:16]}/"
 
-    def holds(self, key: str) -> bool:
-        """Whether the record belongs to the share."""
+    def includes(self, key: str) -> bool:
+        """True if the record belongs to the share."""
         number = int.from_bytes(hashlib.sha256(f"{self.seed}/{key}".encode()).digest()[:8], "big")
         return number < self.share * 2**64
 
 
 def labels_of(class_map: ClassMap, target_index: int, target_name: str) -> set[str]:
-    """The ground truth's labels that mean the target."""
+    """The ground truth's labels of the target class."""
     if not class_map:
         return {target_name, *target_name.split(", "), str(target_index)}
     return {label for label, classes in class_map if target_index in classes}
@@ -90,28 +90,30 @@ def region_of(
     resize: Literal["squash", "crop"],
     input_size: tuple[int, int],
 ) -> NDArray[np.bool_] | str | None:
-    """Where a record's objects of these labels are in what the model sees, or why its annotation is of no use.
+    """The mask [H, W] of a record's objects of these labels in the model's input, or why its annotation is unusable.
 
-    None: nobody has said. `original` is the image's height and width, `resize` how it came to the input's size.
+    None if there is no annotation. `original` is the image's height and width, `resize` how it was fitted to the input.
     """
     try:
         image = truth.find(key) if truth is not None else None
         return image and region(image, labels, original, input_size, resize)
-    except StoreError as error:  # this record's annotation alone
+    except StoreError as error:  # only this record's annotation is affected
         return str(error)[:MAX_ERROR_LENGTH]
 
 
 def chosen_metrics(text: str, *, has_truth: bool) -> tuple[str, ...]:
-    """Metric names joined by commas, or `all`: every one that needs nothing that is not there. Raises ConfigError."""
+    """Metric names joined by commas, or `all`: every metric whose inputs are given. Raises ConfigError."""
     if text == "all":
-        return tuple(sorted(name for name in METRICS if name not in ASKED_FOR and (has_truth or name not in OF_TRUTH)))
+        return tuple(
+            sorted(name for name in METRICS if name not in NEVER_IN_ALL and (has_truth or name not in NEEDS_TRUTH))
+        )
     names = sorted({name.strip() for name in text.split(",") if name.strip()})
     for name in names:
         if name not in METRICS:
             near = get_close_matches(name, METRICS, n=1, cutoff=0.5)
             raise ConfigError(f"metric {name!r} is not known; known: {', '.join(near or METRICS)}")
-        if name in OF_TRUTH and not has_truth:
-            raise ConfigError(f"metric {name} needs --truth: where the objects are (VOC XML, COCO JSON or Parquet)")
+        if name in NEEDS_TRUTH and not has_truth:
+            raise ConfigError(f"metric {name} needs --truth: the objects' places (VOC XML, COCO JSON or Parquet)")
     if not names:
         raise ConfigError("--metrics names none; see `blocksight list metrics`")
     return tuple(names)
@@ -138,12 +140,12 @@ def _classes(label: str, given: Any, file: Path) -> tuple[int, ...]:
 
 
 def fragment_key(folder: str, unit: Unit) -> str:
-    """Where a unit's values stand below the output's root."""
+    """The key of a unit's values below the output's root."""
     return f"{folder}{unit.fragment_key}"
 
 
 def settle(store: ObjectStore, plan: Plan, evaluation: Evaluation) -> str:
-    """Writes what the evaluation is, once, and returns its folder."""
+    """Writes the evaluation's settings once and returns its folder."""
     folder = evaluation.folder(plan)
     with suppress(AlreadyExistsError):
         store.create(f"{folder}evaluation.json", json.dumps(evaluation.identity(plan), indent=1).encode())
@@ -151,7 +153,7 @@ def settle(store: ObjectStore, plan: Plan, evaluation: Evaluation) -> str:
 
 
 def open_units(store: ObjectStore, plan: Plan, folder: str) -> list[Unit]:
-    """The committed units of the job of which the values do not stand yet."""
+    """The committed units of the job that have no values yet."""
     explained = {info.key for info in store.list("data/")}
     measured = {info.key for info in store.list(folder)}
     return [
@@ -159,14 +161,16 @@ def open_units(store: ObjectStore, plan: Plan, folder: str) -> list[Unit]:
     ]
 
 
-def folders(store: ObjectStore) -> list[str]:
-    """The evaluations that stand in an output."""
+def evaluation_folders(store: ObjectStore) -> list[str]:
+    """The folders of an output's evaluations."""
     return sorted({"/".join(info.key.split("/")[:2]) + "/" for info in store.list(FOLDER)})
 
 
-def values_of(store: ObjectStore, folder: str) -> Iterator[pa.Table]:
-    """The rows of an evaluation, fragment by fragment, in order. Raises StoreError, and UnreconciledError where one is
-    damaged."""
+def value_tables(store: ObjectStore, folder: str) -> Iterator[pa.Table]:
+    """The rows of an evaluation, one table per fragment, in order.
+
+    Raises StoreError, and UnreconciledError if a fragment is damaged.
+    """
     for info in sorted(store.list(f"{folder}data/"), key=lambda info: info.key):
         if not is_probe(info.key):
             yield values_in(store, info.key)
@@ -174,17 +178,17 @@ def values_of(store: ObjectStore, folder: str) -> Iterator[pa.Table]:
 
 @dataclass(frozen=True)
 class EvaluationContext:
-    """What a worker needs beside its unit."""
+    """What a worker needs besides its unit."""
 
     job: JobContext
-    """Of the explanation."""
+    """The job that made the maps."""
     evaluation: Evaluation
     folder: str
     truth: Truth | None
 
 
-def regions_key(evaluation: Evaluation, job: JobContext) -> Mapping[str, Any]:
-    """What the localisation metrics' protocol says of the ground truth."""
+def ground_truth_protocol(evaluation: Evaluation, job: JobContext) -> Mapping[str, Any]:
+    """The ground truth's part of the localisation metrics' protocol."""
     return {
         "truth": evaluation.truth_digest,
         "class_map": digest_of(dict(evaluation.class_map))[:16],

@@ -1,4 +1,4 @@
-"""The evaluate step: one model in memory, an explained unit in, the values of its metrics out, committed once."""
+"""The evaluate step: takes an explained unit, commits the values of its metrics once; holds one model."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,13 +31,21 @@ from blocksight.jobs.evaluate.evaluation import (
     Evaluation,
     EvaluationContext,
     fragment_key,
+    ground_truth_protocol,
     labels_of,
     region_of,
-    regions_key,
 )
 from blocksight.jobs.explain.forward_pass import stored_forward
 from blocksight.jobs.explain.learned import stored_state
-from blocksight.jobs.explain.step import IMAGES_PER_CHUNK, lively, load, make_explainer, number_of, seed_of, stored
+from blocksight.jobs.explain.step import (
+    IMAGES_PER_CHUNK,
+    as_stored,
+    load,
+    make_explainer,
+    number_of,
+    seed_of,
+    with_heartbeat,
+)
 from blocksight.jobs.ledger.output import fragment_of, map_of
 from blocksight.jobs.ledger.stop_request import Stop
 from blocksight.jobs.plan.config import digest_of
@@ -61,7 +69,7 @@ from blocksight.storage.stores.store import (
     UnavailableError,
 )
 
-OF_THE_INPUT = (MissingError, ChangedError, ObjectError, DamagedError)
+INPUT_ERRORS = (MissingError, ChangedError, ObjectError, DamagedError)
 
 Row = dict[str, Any]
 Record = Sequence[Row]
@@ -76,11 +84,11 @@ def metrics_of(
     forward: Forward | None = None,
     learned: State | None = None,
 ) -> list[Metric]:
-    """The evaluations that give the wanted values, each once; `learned` is what the explainer learned, if it does."""
+    """The metrics that give the wanted values, each once; `learned` is the state of an explainer that learns."""
     scorer = Scorer(adapter, perturbation(adapter, evaluation.baseline), batch_size, forward)
     found: list[Metric] = [make(scorer, evaluation.baseline) for make in MASKED.values()]
     found += [make() for make in OF_MAPS.values()]
-    found.append(Localisation(regions_key(evaluation, context)))
+    found.append(Localisation(ground_truth_protocol(evaluation, context)))
     blocks = [block["name"] for block in context.facts.blocks]
     make = partial(make_explainer, config=context.config, blocks=blocks, batch_size=batch_size, state=learned)
     found.append(Sanity(adapter, make, evaluation.seed))
@@ -91,29 +99,30 @@ class EvaluateStep:
     """Measures whole units with one model."""
 
     def __init__(self, context: EvaluationContext, state: bytes | None) -> None:
-        """Loads the model and checks it against the plan's. Raises ModelError."""
+        """Loads the model and checks it against the plan. Raises ModelError."""
         job = context.job
         torch.set_num_threads(job.num_threads)
         self.context, self.evaluation, self.job = context, context.evaluation, job
         self.stores = open_worker_stores(job)
         self.adapter = load(job.config, state, job.device, job.import_path)
         if self.adapter.fingerprint != job.facts.weights_sha256:
-            raise ModelError("these are other weights than those that the maps were made with")
-        chosen = stored_forward(self.stores.output, self.adapter)
+            raise ModelError("the maps were made with other weights: name the same weights file")
+        planned = stored_forward(self.stores.output, self.adapter)
         self.adapter.module.register_forward_pre_hook(lambda *_: heartbeat())
-        forward, self.setting = chosen or (None, plain_setting(job.device, job.batch_size))
+        forward, self.setting = planned or (None, plain_setting(job.device, job.batch_size))
         learned, _ = stored_state(self.stores.output, job.config) or (None, None)
-        lively_forward = None if forward is None else lively(forward)
-        self.metrics = metrics_of(self.evaluation, self.adapter, job, self.setting.batch_size, lively_forward, learned)
+        forward = forward and with_heartbeat(forward)
+        self.metrics = metrics_of(self.evaluation, self.adapter, job, self.setting.batch_size, forward, learned)
         wanted = CONTROLS if self.evaluation.controls else ()
         self.controls = {name: EXPLAINERS[name](self.adapter, NoParameters()) for name in wanted}
 
     def __call__(self, unit: Unit) -> Evaluated:
-        """The unit's values, committed; those of another attempt count where they stand. Raises StoreError, and
-        UnreconciledError where what was explained is damaged.
+        """Commits the unit's values, unless another attempt already has.
+
+        Raises StoreError, and UnreconciledError if the unit's fragment is damaged.
         """
         rows = fragment_of(self.stores.output, unit.fragment_key).to_pylist()
-        chosen = [row for row in rows if row["status"] == OK and self.evaluation.holds(row["key"])]
+        chosen = [row for row in rows if row["status"] == OK and self.evaluation.includes(row["key"])]
         records = [list(own) for _, own in groupby(chosen, key=itemgetter("shard", "shard_index"))]
         values = list(self._values(unit, records)) if records else []
         provenance = {"blocksight.job": self.job.fingerprint, "blocksight.unit": unit.unit_id}
@@ -129,52 +138,52 @@ class EvaluateStep:
 
     def _values(self, unit: Unit, records: Sequence[Record]) -> Iterator[Row]:
         pixels = self._pixels(unit)
-        seen = [record for record in records if _place(record) in pixels]
-        for start in range(0, len(seen), IMAGES_PER_CHUNK):
-            chunk = seen[start : start + IMAGES_PER_CHUNK]
-            yield from self._of_chunk(chunk, np.stack([pixels[_place(record)] for record in chunk]))
+        readable = [record for record in records if _place(record) in pixels]
+        for start in range(0, len(readable), IMAGES_PER_CHUNK):
+            chunk = readable[start : start + IMAGES_PER_CHUNK]
+            yield from self._chunk_rows(chunk, np.stack([pixels[_place(record)] for record in chunk]))
         for record in records:
             if _place(record) not in pixels:
-                yield from self._without(record, "the image cannot be read any more, or changed")
+                yield from self._rows_without_values(record, "the image cannot be read any more, or changed")
 
-    def _of_chunk(self, chunk: Sequence[Record], pixels: NDArray[np.uint8]) -> list[Row]:
-        """The values of some records; where they fail together each is measured alone, and one that fails has none."""
+    def _chunk_rows(self, chunk: Sequence[Record], pixels: NDArray[np.uint8]) -> list[Row]:
+        """The rows of some records. If they fail together each is measured alone; one that fails gets no values."""
         try:
-            return list(self._rows_of(chunk, pixels))
+            return list(self._measured_rows(chunk, pixels))
         except Exception as error:
             if not is_of_unit(error):
                 raise
             if len(chunk) == 1:
-                return list(self._without(chunk[0], f"measuring failed: {type(error).__name__}: {error}"))
-        return [row for record, own in zip(chunk, pixels, strict=True) for row in self._of_chunk([record], own[None])]
+                return list(self._rows_without_values(chunk[0], f"measuring failed: {type(error).__name__}: {error}"))
+        return [row for record, own in zip(chunk, pixels, strict=True) for row in self._chunk_rows([record], own[None])]
 
-    def _rows_of(self, chunk: Sequence[Record], pixels: NDArray[np.uint8]) -> Iterator[Row]:
+    def _measured_rows(self, chunk: Sequence[Record], pixels: NDArray[np.uint8]) -> Iterator[Row]:
         maps = self._maps(chunk, pixels)
-        yield from self._measured(chunk, maps, {})
+        yield from self._rows_of_maps(chunk, maps, {})
         for name, explainer in self.controls.items():
             made = explainer.explain(maps.inputs_nchw, maps.target, maps.seeds)
-            saliency = [[stored(one.saliency_hw) for one in own] for own in made]
+            saliency = [[as_stored(one.saliency_hw) for one in own] for own in made]
             method = {"explainer": name, "parameters": digest_of({"control": name})[:16], "selected_by": None}
-            yield from self._measured(chunk, replace(maps, saliency=saliency), method)
+            yield from self._rows_of_maps(chunk, replace(maps, saliency=saliency), method)
 
     def _pixels(self, unit: Unit) -> Mapping[tuple[str, int], NDArray[np.uint8]]:
-        """The unit's images that can still be read, by shard and index; none where its shard is gone or broken."""
-        taken = self._taken(unit, careful=False)
-        if taken is None:
+        """The unit's readable images, by shard and index; empty if its shard is gone or damaged."""
+        unit_input = self._unit_input(unit, careful=False)
+        if unit_input is None:
             return {}
-        sound = [record for record in taken.records if record.reject_code is None]
-        return {(one.shard, one.shard_index): own for one, own in zip(sound, taken.pixels, strict=True)}
+        decoded = [record for record in unit_input.records if record.reject_code is None]
+        return {(one.shard, one.shard_index): own for one, own in zip(decoded, unit_input.pixels, strict=True)}
 
-    def _taken(self, unit: Unit, *, careful: bool) -> UnitInput | None:
-        """The unit, read again, carefully where it fails; None: it cannot be read any more."""
+    def _unit_input(self, unit: Unit, *, careful: bool) -> UnitInput | None:
+        """The unit's decoded records, read carefully if that fails; None if it cannot be read any more."""
         try:
             return read_unit(unit, self.stores.source, self.job.config, self.job.facts.input_size, careful=careful)
-        except (*OF_THE_INPUT, ProcessDiedError):
+        except (*INPUT_ERRORS, ProcessDiedError):
             return None
         except Exception as error:
             if not is_of_unit(error):
                 raise
-        return None if careful else self._taken(unit, careful=True)
+        return None if careful else self._unit_input(unit, careful=True)
 
     def _maps(self, records: Sequence[Record], pixels: NDArray[np.uint8]) -> Maps:
         inputs = self.adapter.normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2))
@@ -191,17 +200,17 @@ class EvaluateStep:
         )
 
     def _region(self, row: Row) -> Region | str | None:
-        """Where the row's target is, or in words why its annotation is of no use."""
+        """The region of the row's target, or why its annotation is unusable."""
         labels = labels_of(self.evaluation.class_map, row["target_index"], row["target_name"])
         original = (row["height"], row["width"])
         resize, input_size = self.job.config.resize, self.job.facts.input_size
         return region_of(self.context.truth, row["key"], labels, original, resize, input_size)
 
-    def _measured(self, records: Sequence[Record], maps: Maps, method: Mapping[str, str | None]) -> Iterator[Row]:
+    def _rows_of_maps(self, records: Sequence[Record], maps: Maps, method: Mapping[str, str | None]) -> Iterator[Row]:
         """The rows of some maps, record by record; `method` names a control."""
-        stands = None if method else records[0][0]["metrics"]["protocol"]  # what `explain` measured already
-        metrics = [metric for metric in self.metrics if metric.digest(self.setting) != stands]
-        if method:  # a control looks at no weights, so that random ones say nothing of it
+        explained = None if method else records[0][0]["metrics"]["protocol"]  # measured by `explain` already
+        metrics = [metric for metric in self.metrics if metric.digest(self.setting) != explained]
+        if method:  # a control uses no weights, so that random weights change nothing
             metrics = [metric for metric in metrics if not isinstance(metric, Sanity)]
         found = [(metric, metric.evaluate(maps)) for metric in metrics]
         for image, record in enumerate(records):
@@ -213,16 +222,15 @@ class EvaluateStep:
         flattered = flattered_by(row.get("selected_by"))
         for name, value in values.items():
             if name in self.evaluation.metrics:
-                told = (
-                    Value(None, f"{row['selected_by']} picked this map among several") if name in flattered else value
-                )
-                yield _row(row, name, metric.digest(self.setting), told)
+                if name in flattered:
+                    value = Value(None, f"{row['selected_by']} picked this map among several")
+                yield _row(row, name, metric.digest(self.setting), value)
 
-    def _without(self, record: Record, reason: str) -> Iterator[Row]:
-        gone = Value(None, as_text(reason)[:MAX_ERROR_LENGTH])
+    def _rows_without_values(self, record: Record, reason: str) -> Iterator[Row]:
+        missing = Value(None, as_text(reason)[:MAX_ERROR_LENGTH])
         for row in record:
             for metric in self.metrics:
-                yield from self._rows(row, metric, dict.fromkeys(metric.names, gone))
+                yield from self._rows(row, metric, dict.fromkeys(metric.names, missing))
 
 
 def _place(record: Record) -> tuple[str, int]:
@@ -244,24 +252,24 @@ def _row(row: Row, name: str, protocol: str, value: Value) -> Row:
     }
 
 
-def measured(step: EvaluateStep, unit: Unit) -> Evaluated | UnitFailure:
-    """What became of the unit; its trouble is its own, and the others go on."""
+def evaluated(step: EvaluateStep, unit: Unit) -> Evaluated | UnitFailure:
+    """Evaluates a unit; an error becomes a UnitFailure, so that the other units go on."""
     try:
         with watchdog():
             return step(unit)
-    except Exception as error:  # noqa: BLE001 - as the docstring says
+    except Exception as error:  # noqa: BLE001 - see the docstring
         text = str(error) if isinstance(error, StoreError | UnreconciledError) else f"{type(error).__name__}: {error}"
-        away = isinstance(error, UnavailableError)
+        is_away = isinstance(error, UnavailableError)
         inputs = unit.objects[0].key
-        return UnitFailure(unit.unit_id, unit.ordinal, inputs, "evaluate", text[:MAX_ERROR_LENGTH], away)
+        return UnitFailure(unit.unit_id, unit.ordinal, inputs, "evaluate", text[:MAX_ERROR_LENGTH], is_away)
 
 
 def run_units(
     units: Iterable[Unit], context: EvaluationContext, state: bytes | None, stop: Stop
 ) -> Iterator[Evaluated | UnitFailure]:
-    """In this process, one unit after the other, until `stop` is requested. Raises ModelError at once."""
+    """Evaluates the units in this process, one by one, until `stop` is requested. Raises ModelError at once."""
     step = EvaluateStep(context, state)
     for unit in units:
         if stop.reason is not None:
             return
-        yield measured(step, unit)
+        yield evaluated(step, unit)

@@ -1,4 +1,4 @@
-"""The first pass of a method that learns: over some images of the plan, before any unit, and kept beside the plan."""
+"""The first pass of a method that learns: it sees some images before the first unit, and stores the learned state."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,7 +13,7 @@ import safetensors.torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from blocksight.jobs.explain.learned import LEARNED_KEY, wanted_images
+from blocksight.jobs.explain.learned import LEARNED_KEY, num_learning_images
 from blocksight.jobs.explain.step import IMAGES_PER_CHUNK, ExplainStep
 from blocksight.jobs.ledger.attempt_markers import FOLDER
 from blocksight.jobs.plan.context import JobContext
@@ -29,39 +29,39 @@ from blocksight.storage.inputs.survey import Layout
 from blocksight.storage.stores.store import AlreadyExistsError, ObjectStore, StoreError
 
 STEP = "first-pass/learn"
-"""Where the markers of its attempts stand."""
+"""Names its attempt markers."""
 
 Image = tuple[RecordFacts, NDArray[np.uint8]]
 """A record and its pixels [H, W, 3]."""
 
-MOST_SOURCES = 16
-"""Shards over which the images are spread, where there are so many."""
+MAX_SOURCES = 16
+"""The images are taken from at most so many shards."""
 
 
 def learn(context: JobContext, units: Sequence[Unit], weights: bytes | None) -> Iterator[int | bytes]:
-    """Runs the first pass with one model; yields the number of images seen so far, and in the end the state's file.
+    """Runs the first pass with one model; yields the number of images seen so far, and last the state's file.
 
-    The images are chosen by the seed and their names alone, and seen in their order. After deaths in it each is tried
-    in a process apart first, and left out if that dies. Raises ModelError and StoreError.
+    Seed and names alone choose the images and their order. After several deaths each image is first tried in a child
+    process, and left out if that dies. Raises ModelError and StoreError.
     """
     with marked(open_worker_stores(context), STEP) as num_deaths, watchdog():
         step = ExplainStep(context, weights)
         learner = step.explainer.learner()
         images = _images(context, units)
         if num_deaths >= CAREFUL_DEATHS:
-            images = _survivors(images, context, weights)
-        images = islice(images, wanted_images(context.config))
+            images = _harmless_images(images, context, weights)
+        images = islice(images, num_learning_images(context.config))
         num_seen = 0
         while chunk := list(islice(images, IMAGES_PER_CHUNK)):
             records, pixels = zip(*chunk, strict=True)
             num_seen += step.teach(learner, records, np.stack(pixels))
             yield num_seen
-    if num_seen:  # of data without one sound image nothing is learned, and nothing is explained
+    if num_seen:  # without one readable image nothing is learned, and nothing is explained
         yield safetensors.torch.save({name: tensor.contiguous() for name, tensor in learner.state().items()})
 
 
 class _Trial:
-    """In a process apart: lets one image be learned from, and forgets it."""
+    """Runs in a child process: learns from one image and discards the result."""
 
     def __init__(self, context: JobContext, weights: bytes | None) -> None:
         self.step = ExplainStep(context, weights)
@@ -71,12 +71,12 @@ class _Trial:
         self.step.teach(self.step.explainer.learner(), [record], pixels[None])
 
 
-def _survivors(images: Iterable[Image], context: JobContext, weights: bytes | None) -> Iterator[Image]:
-    """The images over which a process does not die."""
-    with Isolated(partial(_Trial, context, weights)) as apart:
+def _harmless_images(images: Iterable[Image], context: JobContext, weights: bytes | None) -> Iterator[Image]:
+    """The images that kill no child process."""
+    with Isolated(partial(_Trial, context, weights)) as isolated:
         for image in images:
             try:
-                apart(image)
+                isolated(image)
             except ProcessDiedError:
                 continue
             yield image
@@ -89,40 +89,40 @@ def ensure_learned(
     run: Callable[[], Iterable[int | bytes]],
     console: Console,
 ) -> None:
-    """Has the job's method learn, where it does and nothing stands yet; `run` is `learn`, here or on a worker.
+    """Runs the first pass and stores its state, if the method learns and none is stored. `run` is `learn`.
 
-    What another driver wrote first counts. Raises as `learn`.
+    If another driver stored a state first, that one is used. Raises as `learn`.
     """
-    wanted = min(wanted_images(context.config), sum(unit.num_records for unit in units))
+    wanted = min(num_learning_images(context.config), sum(unit.num_records for unit in units))
     if not wanted or output.head(LEARNED_KEY) is not None:
         return
     with progress(console, Tally(wanted, None, verb="learn")) as update:
         num_seen = 0
-        for made in run():
-            if isinstance(made, bytes):
+        for yielded in run():
+            if isinstance(yielded, bytes):
                 with suppress(AlreadyExistsError):
-                    output.create(LEARNED_KEY, made)
+                    output.create(LEARNED_KEY, yielded)
                 for marker in list(output.list(f"{FOLDER}{STEP}-")):  # of passes that died
                     output.delete(marker.key)
             else:
-                update(made - num_seen)
-                num_seen = made
+                update(yielded - num_seen)
+                num_seen = yielded
 
 
 def _images(context: JobContext, units: Sequence[Unit]) -> Iterator[Image]:
-    """Decoded records, in an order that seed and names say, however the plan is cut; the unreadable are left out."""
+    """Readable records, decoded. Their order depends on seed and names alone, not on the plan's units."""
     config, source = context.config, open_worker_stores(context).source
     sources = list(_sources(units, config.seed))
-    share = ceil(wanted_images(config) / min(MOST_SOURCES, len(sources)))
+    share = ceil(num_learning_images(config) / min(MAX_SOURCES, len(sources)))
     decode = partial(decoded, config=config, input_size=context.facts.input_size)
-    with called(decode, careful=True) as decoding:  # a record that kills its process must not end the job here
+    with called(decode, careful=True) as decoding:  # a record that kills its process must not end the job
         for unit in sources:
             found = (decoded_or_rejected(decoding, raw, source) for raw in _records(unit, source))
             yield from islice(((facts, picture) for facts, picture in found if picture is not None), share)
 
 
 def _sources(units: Sequence[Unit], seed: int) -> Iterator[Unit]:
-    """All loose images as one, or each shard as one, in an order of its own."""
+    """One unit of all loose images, or one unit per shard, in the order of a seeded hash."""
 
     def place(key: str) -> bytes:
         return hashlib.sha256(f"{seed}/{key}".encode()).digest()
@@ -140,7 +140,7 @@ def _sources(units: Sequence[Unit], seed: int) -> Iterator[Unit]:
 
 
 def _records(unit: Unit, source: ObjectStore) -> Iterator[RawRecord]:
-    """The unit's records, as far as they can be read: the unit itself says later what is wrong with it."""
+    """The unit's records up to the first that cannot be read; the read step reports the error later."""
     try:
         yield from raw_records(unit, source)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Chooses how a job's masked forward passes run, writes it into the plan, and makes the pass for a worker."""
+"""Chooses a job's forward setting, writes it into the plan, and makes the forward pass of a worker."""
 
 import json
 from collections.abc import Iterator
@@ -18,39 +18,39 @@ from blocksight.storage.stores.store import AlreadyExistsError, ObjectStore
 
 
 def wish_of(config: JobConfig, batch_size: int | None, *, is_timed: bool) -> Wish:
-    """What a job asks of its forward passes: the papers' preset means float32."""
+    """What a job asks of its forward setting; the preset `paper` means float32."""
     precision = "float32" if config.preset == "paper" else config.precision
     return Wish(None if precision == "auto" else precision, batch_size, is_timed)
 
 
 def choose_forward(adapter: ModelAdapter, wish: Wish) -> PlannedForward:
-    """The setting for a job on this machine. Raises ModelError where a precision that is asked for is of no use."""
-    with _one_thread():  # as the workers, for eager scores differ in their last bits between one thread and two
+    """The forward setting for a job on this machine. Raises ModelError if the precision asked for is unusable."""
+    with _one_thread():  # as on the workers: eager scores' last bits depend on the number of threads
         _, found = choose(adapter, wish)
     return _planned(found, wish)
 
 
 def ensure_forward(output: ObjectStore, adapter: ModelAdapter, wish: Wish) -> tuple[Forward, ForwardSetting]:
-    """The plan's forward pass; chosen and written here where none is planned, as on a GPU of which the driver has none.
+    """The plan's forward pass and setting. If there is none, a worker with a GPU chooses and stores it here.
 
-    Another worker's choice counts where it was written first. Raises ModelError where this machine cannot run it.
+    If another worker stored one first, that one is used. Raises ModelError if this machine cannot run it.
     """
     planned = stored_forward(output, adapter)
     if planned is not None:
         return planned
     forward, found = choose(adapter, wish)
     chosen = write_forward(output, _planned(found, wish)).setting
-    return (forward if chosen == found[0].setting else _made(adapter, chosen)), chosen
+    return (forward if chosen == found[0].setting else _forward_with(adapter, chosen)), chosen
 
 
 def stored_forward(output: ObjectStore, adapter: ModelAdapter) -> tuple[Forward, ForwardSetting] | None:
-    """The plan's forward pass, if there is one. Raises ModelError where this machine cannot run it."""
+    """The plan's forward pass and setting, if any. Raises ModelError if this machine cannot run it."""
     planned = planned_forward(output)
-    return None if planned is None else (_made(adapter, planned.setting), planned.setting)
+    return None if planned is None else (_forward_with(adapter, planned.setting), planned.setting)
 
 
 def write_forward(output: ObjectStore, planned: PlannedForward) -> PlannedForward:
-    """Writes the setting into the plan, once; returns the one that stands, which may be another driver's."""
+    """Writes the setting into the plan once; returns the stored one, which may be another driver's."""
     try:
         output.create(FORWARD_KEY, json.dumps(asdict(planned), indent=1).encode())
     except AlreadyExistsError:
@@ -58,25 +58,25 @@ def write_forward(output: ObjectStore, planned: PlannedForward) -> PlannedForwar
     return planned
 
 
-def warning_of(planned: PlannedForward) -> str | None:
-    """What a user must know of a lower precision; None where the scores are near enough."""
+def precision_warning(planned: PlannedForward) -> str | None:
+    """A warning if a lower precision changes scores too much; None otherwise."""
     error = planned.score_error
     if planned.setting.precision == "float32" or error is None or error <= FAST_ERROR:
         return None
     return (
-        f"WARNING: {planned.setting.precision} moves this model's scores by {error:.1%} in the median (at most "
-        f"{FAST_ERROR:.1%} is taken unasked): maps will differ visibly from float32's"
+        f"WARNING: {planned.setting.precision} changes this model's scores by {error:.1%} in the median "
+        f"(`auto` allows {FAST_ERROR:.1%}): maps will differ visibly from float32's"
     )
 
 
 def _planned(found: list[Measured], wish: Wish) -> PlannedForward:
-    taken = found[0]
+    chosen = found[0]
     figures = tuple(one.figures() for one in found)
     return PlannedForward(
-        setting=taken.setting,
+        setting=chosen.setting,
         chosen="timing" if wish.is_timed else "rule",
         score_error=figures[0]["score_error"],
-        bound=bound_of(taken.setting, wish),
+        bound=bound_of(chosen.setting, wish),
         probe=figures,
     )
 
@@ -91,12 +91,12 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _made(adapter: ModelAdapter, setting: ForwardSetting) -> Forward:
+def _forward_with(adapter: ModelAdapter, setting: ForwardSetting) -> Forward:
     try:
         with adapter.borrowed():
             return make_forward(adapter, setting)
     except ModelError as error:
         raise ModelError(
-            f"this job's masks are scored by {setting}, and this machine cannot do that ({error}): run it on a machine "
-            "like the one that it began on, or into a new output"
+            f"this job scores masks by {setting}, and this machine cannot ({error}): run it on a machine like the "
+            "first one, or choose a new output"
         ) from error

@@ -1,4 +1,4 @@
-"""What a method learned in a first pass: a small file beside the plan, written once before the first unit."""
+"""The state that a method learned in its first pass: a small file beside the plan, written before the first unit."""
 
 import hashlib
 from typing import TYPE_CHECKING
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 LEARNED_KEY = f"{PLAN_FOLDER}learned.safetensors"
 
 
-def wanted_images(config: JobConfig) -> int:
-    """How many images the job's method learns from before it explains; 0: it learns nothing."""
+def num_learning_images(config: JobConfig) -> int:
+    """The number of images that the job's method learns from; 0 if it learns nothing."""
     return images_to_learn_from(config.method, config.explainer_parameters())
 
 
 def stored_state(output: ObjectStore, config: JobConfig) -> "tuple[State, str] | None":
-    """What the job's method learned, and the sha256 of its file; None: it learns nothing, or has not yet.
+    """The state that the job's method learned, and the sha256 of its file; None if nothing is learned or stored.
 
-    Raises StoreError, and UnreconciledError where the file is damaged.
+    Raises StoreError, and UnreconciledError if the file is damaged.
     """
-    if not wanted_images(config):
+    if not num_learning_images(config):
         return None
     from blocksight.engine.model.tensors import read_tensors
 
@@ -36,7 +36,7 @@ def stored_state(output: ObjectStore, config: JobConfig) -> "tuple[State, str] |
     except MissingError:
         return None
     if len(body) > MAX_LEARNED_BYTES:
-        raise damaged(output.uri, LEARNED_KEY, f"it has more than the {MAX_LEARNED_BYTES:,} bytes that are read")
+        raise damaged(output.uri, LEARNED_KEY, f"it is larger than {MAX_LEARNED_BYTES:,} bytes")
     try:
         return read_tensors(body), hashlib.sha256(body).hexdigest()
     except ModelError as error:

@@ -1,4 +1,4 @@
-"""Explains a record of an output again, with the model, and in the way, that the output was made with."""
+"""Replays a stored record: same model, same settings as the job."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,29 +16,29 @@ from blocksight.engine.saliency import Map, minmax
 from blocksight.engine.scoring.probe import plain_setting
 from blocksight.jobs.explain.fidelity import POOR_MAP
 from blocksight.jobs.explain.forward_pass import stored_forward
-from blocksight.jobs.explain.learned import stored_state, wanted_images
+from blocksight.jobs.explain.learned import num_learning_images, stored_state
 from blocksight.jobs.explain.step import load, make_explainer, model_facts, seed_of
 from blocksight.jobs.ledger.output import map_of
 from blocksight.jobs.plan.config import ConfigError, JobConfig, load_config
 from blocksight.jobs.plan.context import sha256_of, weights_bytes
 from blocksight.jobs.plan.plan import Plan, refuse_drift, refuse_other_model
-from blocksight.jobs.plan.stored_config import NamedAgain, config_of
+from blocksight.jobs.plan.stored_config import NamedModel, config_of
 from blocksight.storage.images.decode import fit
 from blocksight.storage.outputs.map_codec import MAX_ERROR
 from blocksight.storage.outputs.pictures import Pixels
 from blocksight.storage.stores.store import ObjectStore
 
 ROUNDING = 1e-6
-"""Of a map in [0, 1], beside the codec's error."""
+"""Of a map in [0, 1], in addition to the codec's error."""
 
 Row = Mapping[str, Any]
 
 
-class Again:
-    """The model of an output, on the CPU with one thread, as a job has it there."""
+class Replay:
+    """Holds the model of an output, on the CPU with one thread, as a worker does."""
 
-    def __init__(self, store: ObjectStore, plan: Plan, named: NamedAgain) -> None:
-        """Raises ConfigError where `named` is not what the output was made with, ModelError and StoreError."""
+    def __init__(self, store: ObjectStore, plan: Plan, named: NamedModel) -> None:
+        """Raises ConfigError if the output was made with another model or weights, ModelError and StoreError."""
         self.config = config_of(plan, store.uri, named)
         state = weights_bytes(self.config)
         refuse_drift(self.config.identity(sha256_of(state)), plan.identity, "configuration")
@@ -47,18 +47,18 @@ class Again:
         self.learned, _ = stored_state(store, self.config) or (None, None)
         refuse_other_model(store, model_facts(self.adapter, self.config))
         self.forward, self.setting = None, plain_setting("cpu")
-        with suppress(ModelError):  # the job ran on another kind of machine: its maps may differ, and that will show
+        with suppress(ModelError):  # the job ran on other hardware: `replay_error` shows how far its maps differ
             self.forward, self.setting = stored_forward(store, self.adapter) or (None, self.setting)
 
-    def stored_way(self, row: Row) -> JobConfig:
-        """The configuration that made the row's map: where the job chose by record, full SISE or its tenth."""
+    def config_of_row(self, row: Row) -> JobConfig:
+        """The configuration that made the row's map; with fidelity `auto` it is full or balanced, record by record."""
         in_doubt = row["fidelity"] == "full" and row["fidelity_reason"] != POOR_MAP
         return self.config.in_full() if self.config.level == "auto" and in_doubt else self.config
 
-    def other_way(self, explainer: str) -> JobConfig:
-        """The same job by another explainer with its defaults. Raises ConfigError for an unknown name."""
+    def config_of_explainer(self, explainer: str) -> JobConfig:
+        """The same job with another explainer and its defaults. Raises ConfigError for an unknown name."""
         try:
-            looks = blocks_of(method_of(explainer)) != "none"
+            uses_blocks = blocks_of(method_of(explainer)) != "none"
         except ValueError as error:
             raise ConfigError(str(error)) from error
         asked = {
@@ -66,18 +66,18 @@ class Again:
             "explainer": explainer,
             "parameters": {},
             "fidelity": "full",
-            "blocks": self.config.blocks if looks else (),
+            "blocks": self.config.blocks if uses_blocks else (),
         }
         config, _ = load_config(None, asked)
-        if wanted_images(config):
+        if num_learning_images(config):
             raise ConfigError(
-                f"{explainer} learns from many images before it explains one: explain the data by it, and name that "
-                "output with --beside"
+                f"{explainer} learns from many images first: explain the data with it, and name that output "
+                "with --beside"
             )
         return config
 
     def explanations(self, config: JobConfig, rows: Sequence[Row], pixels: Pixels) -> list[Explanation]:
-        """One per row, for the rows of one record; `pixels` is its upright original [H, W, 3]. Raises ModelError."""
+        """One Explanation per row of one record; `pixels` is its upright original [H, W, 3]. Raises ModelError."""
         blocks = [block["name"] for block in model_facts(self.adapter, config).blocks]
         explainer = make_explainer(
             self.adapter, config, blocks, self.setting.batch_size, self.forward, state=self.learned
@@ -89,15 +89,15 @@ class Again:
         return own
 
 
-def error_of(explanation: Explanation, row: Row) -> float | None:
-    """How far the map that was made again lies from the stored one, of maps in [0, 1]; None: as near as the codec.
+def replay_error(explanation: Explanation, row: Row) -> float | None:
+    """The largest difference of the replayed map to the stored one, both in [0, 1]; None within the codec's error.
 
-    Raises UnreconciledError where the stored map is damaged.
+    Raises UnreconciledError if the stored map is damaged.
     """
-    error = float(np.abs(in_unit(explanation.saliency_hw) - map_of(row)).max())
+    error = float(np.abs(in_unit_range(explanation.saliency_hw) - map_of(row)).max())
     return error if not error <= MAX_ERROR + ROUNDING else None
 
 
-def in_unit(saliency_hw: Map) -> Map:
-    """The map as it is drawn, scaled to [0, 1]."""
+def in_unit_range(saliency_hw: Map) -> Map:
+    """The map, scaled to [0, 1]."""
     return minmax(saliency_hw.astype(np.float32).astype(np.float64))

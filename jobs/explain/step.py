@@ -1,4 +1,4 @@
-"""The explain step: one model in memory, a decoded unit in, the fragment's rows out."""
+"""The explain step: takes a decoded unit, returns the fragment's rows; holds one model."""
 
 import hashlib
 import os
@@ -32,7 +32,7 @@ from blocksight.engine.scoring.forward import Forward, make_forward, use_ieee_fl
 from blocksight.engine.scoring.probe import plain_setting
 from blocksight.jobs.explain.fidelity import doubts_of, fidelity_columns
 from blocksight.jobs.explain.forward_pass import ensure_forward, wish_of
-from blocksight.jobs.explain.learned import LEARNED_KEY, stored_state, wanted_images
+from blocksight.jobs.explain.learned import LEARNED_KEY, num_learning_images, stored_state
 from blocksight.jobs.plan.config import ConfigError, JobConfig, TargetChoice, digest_of
 from blocksight.jobs.plan.context import JobContext, let_import_from
 from blocksight.jobs.plan.labels import Labels
@@ -54,10 +54,10 @@ from blocksight.storage.outputs.schema import OK, REJECTED
 from blocksight.storage.rejects import Reject, RejectCode
 
 IMAGES_PER_CHUNK = 32
-"""Records that are on the device together: bounds memory, changes no result."""
+"""Records on the device at once: bounds memory, changes no result."""
 
 CPU_IMAGES_PER_PASS, GPU_IMAGES_PER_PASS = 4, 32
-"""Images whose masks are packed together, and whose gradients are taken at once."""
+"""Images whose masks share forward passes, and whose gradients are computed at once."""
 
 SATURATED_SHARE = 0.5
 NEAR_TOP = 0.99
@@ -66,16 +66,16 @@ Row = dict[str, Any]
 
 
 def load(config: JobConfig, state: bytes | None, device: str, import_path: str) -> ModelAdapter:
-    """The configured model on a device, where float32 is IEEE float32. Raises ModelError."""
-    if factory_of(config.model) is not None:  # a folder is trusted for the user's factory, and for nothing else
+    """The configured model on a device, with IEEE float32. Raises ModelError."""
+    if factory_of(config.model) is not None:  # the folder is trusted for the user's factory only
         let_import_from(import_path)
     adapter = load_model(config.model, weights=config.weights, state=state, seed=config.seed)
-    use_ieee_float32()  # now, for a user's factory may have said otherwise
+    use_ieee_float32()  # now, because a user's factory may have changed it
     return adapter.to(device)
 
 
 def model_facts(adapter: ModelAdapter, config: JobConfig) -> ModelFacts:
-    """What the configuration means for this model. Raises ModelError or ConfigError before any work starts."""
+    """Facts of the model, checked against the configuration. Raises ModelError and ConfigError."""
     choice = config.target_choice
     beyond = [index for index in choice.classes if index >= adapter.num_classes]
     if beyond:
@@ -93,11 +93,11 @@ def model_facts(adapter: ModelAdapter, config: JobConfig) -> ModelFacts:
 
 
 def _blocks(adapter: ModelAdapter, config: JobConfig) -> Sequence[Place]:
-    """The blocks that the explainer looks at. Raises ModelError, and ConfigError for blocks that it would ignore."""
+    """The blocks that the explainer uses. Raises ModelError, and ConfigError for blocks that it would ignore."""
     used = blocks_of(config.method)
     if used == "none":
         if config.blocks:
-            raise ConfigError(f"explainer {config.explainer} looks at no blocks; leave --blocks out")
+            raise ConfigError(f"explainer {config.explainer} uses no blocks; leave --blocks out")
         return ()
     found = adapter.network.blocks(config.blocks)
     return found[-1:] if used == "last" else found
@@ -112,7 +112,7 @@ def make_explainer(
     images_per_pass: int | None = None,
     state: State | None = None,
 ) -> Explainer:
-    """The configured explainer around a model. Raises ModelError where the model lacks what it needs."""
+    """The configured explainer of a model. Raises ModelError if the model lacks what the explainer needs."""
     return explainers.make_explainer(
         config.explainer,
         adapter,
@@ -126,7 +126,7 @@ def make_explainer(
 
 
 def images_at_once(adapter: ModelAdapter) -> int:
-    """Images whose masks are packed together on the model's device."""
+    """The number of images whose masks share forward passes on the model's device."""
     return GPU_IMAGES_PER_PASS if adapter.device.type == "cuda" else CPU_IMAGES_PER_PASS
 
 
@@ -134,18 +134,18 @@ class ExplainStep:
     """Explains whole units with one model."""
 
     def __init__(self, context: JobContext, state: bytes | None) -> None:
-        """Loads the model and checks it against the plan's. `state` holds the weights file's bytes, if any."""
+        """Loads the model and checks it against the plan. `state` holds the weights file's bytes, if any."""
         torch.set_num_threads(context.num_threads)
         self.context, self.state = context, state
         config, facts = context.config, context.facts
         self.level: Fidelity | None = config.level
         self.adapter = load(config, state, context.device, context.import_path)
         if self.adapter.fingerprint != facts.weights_sha256:
-            raise ModelError("this worker loaded other weights than the driver: is the same file on every node?")
+            raise ModelError("this worker loaded other weights than the driver: put the same file on every node")
         self.adapter.module.register_forward_pre_hook(lambda *_: heartbeat())
-        standing = stored_state(open_worker_stores(context).output, config) if wanted_images(config) else None
-        self.learned, digest = standing or (None, None)
-        self.is_settled = False
+        learned = stored_state(open_worker_stores(context).output, config) if num_learning_images(config) else None
+        self.learned, digest = learned or (None, None)
+        self.has_forward_setting = False
         self.images_per_pass = images_at_once(self.adapter)
         self._set_up(plain_setting(context.device, context.batch_size))
         parameters = config.explainer_parameters()
@@ -157,7 +157,7 @@ class ExplainStep:
         }
 
     def _set_up(self, setting: ForwardSetting, forward: Forward | None = None) -> None:
-        """The explainer, that of records in doubt, and the metric, with forward passes in this setting."""
+        """Makes the explainer, the full explainer and the metric, with this forward setting."""
         config = self.context.config
         self.setting = setting
         make = partial(
@@ -165,62 +165,64 @@ class ExplainStep:
             self.adapter,
             blocks=[block["name"] for block in self.context.facts.blocks],
             batch_size=setting.batch_size,
-            forward=forward and lively(forward),
+            forward=forward and with_heartbeat(forward),
             images_per_pass=self.images_per_pass,
             state=self.learned,
         )
         self.explainer = make(config)
-        self.full = make(config.in_full()) if self.level == "auto" else self.explainer
+        self.full_explainer = make(config.in_full()) if self.level == "auto" else self.explainer
         self.metric = KeepTop(self.explainer.scorer, baseline_of(config.explainer_parameters()))
 
-    def _settle(self) -> None:
-        """Takes the plan's forward setting, or has a GPU choose it where none is planned yet.
+    def _use_planned_forward(self) -> None:
+        """Uses the plan's forward setting; if there is none, chooses and stores it.
 
-        Raises ModelError where this machine cannot run what is planned: the unit stays open for one that can.
+        Raises ModelError if this machine cannot run it; the unit then stays open for another machine.
         """
         wish = wish_of(self.context.config, self.context.batch_size, is_timed=self.context.is_timed)
         forward, setting = ensure_forward(open_worker_stores(self.context).output, self.adapter, wish)
         self._set_up(setting, forward)
-        self.is_settled = True
+        self.has_forward_setting = True
 
     def __call__(self, unit_input: UnitInput, *, careful: bool = False) -> UnitResult:
         """Every record's rows, in the records' order.
 
-        A unit that the model fails on is tried again record by record, so that one record's trouble is
-        its own; `careful`: in a process apart, which may die of it.
+        If the model fails on the unit, its records are explained one by one, and only those that fail are
+        rejected; `careful`: one by one in a child process, which may die.
         """
-        is_sound = any(record.reject_code is None for record in unit_input.records)
-        if is_sound and wanted_images(self.context.config) and self.learned is None:  # no fault of any record
-            raise UnreconciledError(f"what {self.context.config.explainer} learned is missing: {LEARNED_KEY}")
+        is_explainable = any(record.reject_code is None for record in unit_input.records)
+        if (
+            is_explainable and num_learning_images(self.context.config) and self.learned is None
+        ):  # an error of the job, not of a record
+            raise UnreconciledError(f"the state that {self.context.config.explainer} learned is missing: {LEARNED_KEY}")
         if careful:
-            with Isolated(partial(ExplainStep, self.context, self.state)) as apart:
-                return self._one_by_one(unit_input, apart)
-        if not self.is_settled:
-            self._settle()
+            with Isolated(partial(ExplainStep, self.context, self.state)) as isolated:
+                return self._explain_one_by_one(unit_input, isolated)
+        if not self.has_forward_setting:
+            self._use_planned_forward()
         try:
-            return self._whole(unit_input)
+            return self._explain_all(unit_input)
         except torch.OutOfMemoryError:
             if self.setting.batch_size == 1:
                 raise
         except torch.AcceleratorError:
             _end_process()
-        except Exception:  # noqa: BLE001 - whatever a user's model may raise; the records tell which is to blame
-            return self._one_by_one(unit_input, self._whole)
-        self._halve()  # only here, for the exception held what the failed pass had on the device
+        except Exception:  # noqa: BLE001 - a user's model may raise anything; one by one shows which record is to blame
+            return self._explain_one_by_one(unit_input, self._explain_all)
+        self._halve()  # outside `except`: the exception holds the failed pass's tensors
         return self(unit_input)
 
     def _halve(self) -> None:
-        """Half as many masked inputs and images at once, from now on."""
+        """Halves the number of masked inputs and of images at once, from now on."""
         smaller = replace(self.setting, batch_size=self.setting.batch_size // 2)
         self.images_per_pass = max(1, self.images_per_pass // 2)
-        del self.explainer, self.full, self.metric
+        del self.explainer, self.full_explainer, self.metric
         if self.adapter.device.type == "cuda":
             torch.cuda.empty_cache()
         with self.adapter.borrowed():
             self._set_up(smaller, make_forward(self.adapter, smaller))
 
-    def _one_by_one(self, unit_input: UnitInput, explain: Callable[[UnitInput], UnitResult]) -> UnitResult:
-        """Each record as a unit of its own; one over which `explain` fails or dies is rejected."""
+    def _explain_one_by_one(self, unit_input: UnitInput, explain: Callable[[UnitInput], UnitResult]) -> UnitResult:
+        """Explains each record as a unit; a record at which `explain` fails or dies is rejected."""
         start = time.perf_counter()
         pixels = iter(unit_input.pixels)
         rows: list[Row] = []
@@ -245,10 +247,10 @@ class ExplainStep:
         record = with_reject(alone.records[0], Reject(code, message), "explain")
         try:
             return self._rejected_row(alone, record)
-        except Exception:  # noqa: BLE001 - the label itself may be what is failed on
+        except Exception:  # noqa: BLE001 - the label itself may be the cause
             return self._rejected_row(alone, replace(record, label=None))
 
-    def _whole(self, unit_input: UnitInput) -> UnitResult:
+    def _explain_all(self, unit_input: UnitInput) -> UnitResult:
         start = time.perf_counter()
         decoded = [index for index, record in enumerate(unit_input.records) if record.reject_code is None]
         rows = [[self._rejected_row(unit_input, record)] for record in unit_input.records]
@@ -267,8 +269,8 @@ class ExplainStep:
         return UnitResult(unit_input.unit, flat, len(rows), time.perf_counter() - start, str(self.setting))
 
     def _explain(self, records: Sequence[RecordFacts], pixels: NDArray[np.uint8]) -> list[list[Row] | Reject]:
-        """Per record its targets' rows, or why it has none."""
-        inputs, logits, targets = self._seen(records, pixels)
+        """Per record the rows of its targets, or the reject."""
+        inputs, logits, targets = self._inputs_and_targets(records, pixels)
         usable = [index for index, own in enumerate(targets) if not isinstance(own, Reject)]
         outcome: list[list[Row] | Reject] = [own if isinstance(own, Reject) else [] for own in targets]
         if not usable:
@@ -278,28 +280,28 @@ class ExplainStep:
         doubts = [self._doubts(records[index], logits[index]) for index in usable]
         explanations = self._explanations(inputs[usable], target, seeds, doubts)
         ranks = [ranks_of(logits[index], target.classes[place].tolist()) for place, index in enumerate(usable)]
-        values = self.metric.evaluate(maps_of(inputs[usable], target, explanations, ranks, seeds))
+        values = self.metric.evaluate(as_maps(inputs[usable], target, explanations, ranks, seeds))
         for place, index in enumerate(usable):
             outcome[index] = self._outcome(
                 target.classes[place].tolist(), ranks[place], explanations[place], values[place], doubts[place]
             )
         return outcome
 
-    def _seen(
+    def _inputs_and_targets(
         self, records: Sequence[RecordFacts], pixels: NDArray[np.uint8]
     ) -> tuple[Tensor, Tensor, list[list[int] | Reject]]:
-        """The records' inputs, logits, and target classes or why they have none."""
+        """The records' inputs [N, C, H, W], logits [N, K], and target classes or reject."""
         inputs = self.adapter.normalise(torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2))
         logits = self._logits(inputs)
         return inputs, logits, [self._targets(record, own) for record, own in zip(records, logits, strict=True)]
 
     def teach(self, learner: Learner, records: Sequence[RecordFacts], pixels: NDArray[np.uint8]) -> int:
-        """Shows the learner the records and the first target of each; returns how many could be shown."""
+        """Shows the learner the first target of each record; returns the number of records shown."""
         try:
-            inputs, _, targets = self._seen(records, pixels)
+            inputs, _, targets = self._inputs_and_targets(records, pixels)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
-        except Exception:  # noqa: BLE001 - whatever a user's model may raise; the records tell which is to blame
+        except Exception:  # noqa: BLE001 - a user's model may raise anything; one by one shows which record is to blame
             alone = zip(records, pixels, strict=True) if len(records) > 1 else ()
             return sum(self.teach(learner, [record], own[None]) for record, own in alone)
         first = {index: own[0] for index, own in enumerate(targets) if not isinstance(own, Reject)}
@@ -311,7 +313,7 @@ class ExplainStep:
         return len(first)
 
     def _doubts(self, record: RecordFacts, logits: Tensor) -> tuple[str, ...]:
-        """What speaks for full SISE, where the job leaves that to the record."""
+        """The reasons for full SISE, if the fidelity is `auto`."""
         if self.level != "auto":
             return ()
         return doubts_of(
@@ -324,9 +326,9 @@ class ExplainStep:
     def _explanations(
         self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int], doubts: Sequence[Sequence[str]]
     ) -> list[list[Explanation]]:
-        """One Explanation per image and target, by full SISE where there is a doubt."""
+        """One Explanation per image and target, with full SISE where there is a doubt."""
         found: dict[int, list[Explanation]] = {}
-        for explainer, is_doubted in ((self.explainer, False), (self.full, True)):
+        for explainer, is_doubted in ((self.explainer, False), (self.full_explainer, True)):
             chosen = [image for image, own in enumerate(doubts) if bool(own) == is_doubted]
             images = torch.tensor(chosen, dtype=torch.int64)
             made = explainer.explain(inputs_nchw[images], target.of(images), [seeds[image] for image in chosen])
@@ -334,7 +336,7 @@ class ExplainStep:
         return [found[image] for image in range(len(doubts))]
 
     def _logits(self, inputs_nchw: Tensor) -> Tensor:
-        """The unmasked images' logits [N, K] on the CPU, from passes of one fixed shape."""
+        """The unmasked images' logits [N, K] on the CPU, from forward passes of one fixed shape."""
         size = self.explainer.images_per_pass
         filler = inputs_nchw[-1:].expand(-len(inputs_nchw) % size, -1, -1, -1)
         with self.adapter.borrowed(), torch.inference_mode():
@@ -405,19 +407,19 @@ class ExplainStep:
 
 
 def _end_process() -> NoReturn:
-    """For a device that is of no use to this process any more."""
+    """Kills this process, which cannot use its device any more."""
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("killed")
 
 
 def parameters_digest(parameters: Any, facts: ModelFacts, learned: str | None) -> str:
-    """What the column `parameters` holds; `learned` is the sha256 of what a method that learns has learned."""
+    """The value of the column `parameters`; `learned` is the sha256 of the learned state."""
     known = {"parameters": asdict(parameters), "model": asdict(facts)}
     return digest_of(known if learned is None else {**known, "learned": learned})[:16]
 
 
-def lively(forward: Forward) -> Forward:
-    """The forward pass as a sign of life: no hook on the module sees it."""
+def with_heartbeat(forward: Forward) -> Forward:
+    """The forward pass with a heartbeat: hooks on the module do not see compiled passes."""
 
     def run(inputs_nchw: Tensor) -> Tensor:
         heartbeat()
@@ -427,38 +429,38 @@ def lively(forward: Forward) -> Forward:
 
 
 def baseline_of(parameters: Any) -> str:
-    """What a metric puts where a pixel is removed: what the explainer does, or zero."""
+    """The baseline of a job's metric: the explainer's own, or zero."""
     return getattr(parameters, "baseline", "zero")
 
 
 def seed_of(config: JobConfig, key: str) -> int:
-    """The number from which all that is random about a record's map is drawn: by run seed, explainer and record."""
+    """The seed of a record's map, from run seed, explainer and record key."""
     return number_of(config.seed, config.explainer, key)
 
 
 def number_of(*parts: object) -> int:
-    """A number that only these parts decide."""
+    """A number in [0, 2^56), a hash of the parts."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:7], "big")
 
 
 def ranks_of(logits: Tensor, classes: Sequence[int]) -> list[int]:
-    """The places of the classes in the model's order for one image, 0 first (ties: the lower index)."""
+    """The rank of each class among one image's logits, 0 is the highest (ties: the lower index)."""
     places = logits.argsort(descending=True, stable=True).argsort()
     return [int(places[index]) for index in classes]
 
 
-def maps_of(
+def as_maps(
     inputs_nchw: Tensor,
     target: ClassProbability,
     explanations: Sequence[Sequence[Explanation]],
     ranks: Sequence[Sequence[int]],
     seeds: Sequence[int],
 ) -> Maps:
-    """What the metrics see of explanations: the maps as they are stored, so that they can be measured again."""
+    """The input of the metrics. The maps are quantised as stored, so that `evaluate` gives equal values."""
     return Maps(
         inputs_nchw,
         target,
-        saliency=[[stored(np.nan_to_num(one.saliency_hw)) for one in own] for own in explanations],
+        saliency=[[as_stored(np.nan_to_num(one.saliency_hw)) for one in own] for own in explanations],
         scores=[[one.score for one in own] for own in explanations],
         ranks=ranks,
         regions=[[None] * len(own) for own in explanations],
@@ -467,13 +469,13 @@ def maps_of(
     )
 
 
-def stored(saliency_hw: Map) -> Map:
-    """The map in [0, 1] as its stored form says it."""
+def as_stored(saliency_hw: Map) -> Map:
+    """The map in [0, 1], quantised as in its stored form."""
     return quantised(saliency_hw.astype(np.float32)) / 255.0
 
 
 def chosen_classes(choice: TargetChoice, logits: Tensor) -> list[int]:
-    """The given classes, or the first so many of the model's own order (ties: the lower index)."""
+    """The given classes, or the classes of highest logit (ties: the lower index)."""
     if choice.source == "given":
         return list(choice.classes)
     return logits.argsort(descending=True, stable=True)[: choice.count].tolist()

@@ -16,12 +16,12 @@ from blocksight.jobs.export.records import ExplainedRecord, ExplainedRecords
 from blocksight.jobs.ledger.output import map_of
 from blocksight.jobs.plan.context import sha256_of, weights_bytes
 from blocksight.jobs.plan.plan import Plan, refuse_drift
-from blocksight.jobs.plan.stored_config import NamedAgain, config_of
+from blocksight.jobs.plan.stored_config import NamedModel, config_of
 from blocksight.storage.images.decode import fit
 from blocksight.storage.outputs.pictures import resized
 
 
-def model_of(plan: Plan, output: str, named: NamedAgain) -> ModelAdapter:
+def model_of(plan: Plan, output: str, named: NamedModel) -> ModelAdapter:
     """The model that made the maps: only it knows its normalisation.
 
     Raises ConfigError where model or weights must be named again or are others, ModelError and StoreError.

@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from blocksight.jobs.audit.result import ROWS, ROWS_FOLDER, read_audit
-from blocksight.jobs.evaluate.evaluation import folders, fragment_key
+from blocksight.jobs.evaluate.evaluation import evaluation_folders, fragment_key
 from blocksight.jobs.export.sql import METHOD, MetricColumns
 from blocksight.jobs.ledger.output import fragment_of, table_of, values_in
 from blocksight.jobs.plan.plan import Plan, source_of
@@ -70,7 +70,7 @@ class ExplainedRecords:
         """
         self.store, self.plan, self.columns, self.limit = store, plan, columns, limit
         self.source = source_of(plan, endpoint_url)
-        self.evaluations = folders(store)
+        self.evaluations = evaluation_folders(store)
         self.keys = {info.key for prefix in ("data/", *self.evaluations) for info in store.list(prefix)}
         self.audit = read_audit(store)
         self.audited = {} if self.audit is None else _audited_units(store)

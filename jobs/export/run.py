@@ -14,7 +14,7 @@ from blocksight.jobs.export.records import ExplainedRecord, ExplainedRecords
 from blocksight.jobs.export.sql import connect, standing_columns
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.plan import Plan, check_place, existing_plan
-from blocksight.jobs.plan.stored_config import NamedAgain
+from blocksight.jobs.plan.stored_config import NamedModel
 from blocksight.jobs.plan.text import counted
 from blocksight.jobs.work.progress import Tally, progress
 from blocksight.storage.stores.opening import open_store
@@ -64,7 +64,7 @@ def _writer(asked: ExportRequest, plan: Plan) -> Writer:
     if asked.form == "quantus":
         from blocksight.jobs.export import quantus  # brings torch
 
-        adapter = quantus.model_of(plan, asked.output, NamedAgain(asked.model, asked.weights, asked.endpoint_url))
+        adapter = quantus.model_of(plan, asked.output, NamedModel(asked.model, asked.weights, asked.endpoint_url))
         return partial(quantus.write, adapter=adapter)
     for option, given in (("--model", asked.model), ("--weights", asked.weights)):
         if given is not None:

@@ -14,7 +14,7 @@ SHA256_LENGTH = hashlib.sha256().digest_size * 2
 
 
 @dataclass(frozen=True)
-class NamedAgain:
+class NamedModel:
     """What the user says once more of the model that made an output."""
 
     model: str | None = None
@@ -23,7 +23,7 @@ class NamedAgain:
     """Of the output's store, and of the data's and the weights' where these lie in a bucket. Never in a plan."""
 
 
-def config_of(plan: Plan, output: str, named: NamedAgain) -> JobConfig:
+def config_of(plan: Plan, output: str, named: NamedModel) -> JobConfig:
     """The configuration of the job that made an output.
 
     An output may be a stranger's. Its plan never chooses what is imported or which file is read: a model of the user's

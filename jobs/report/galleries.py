@@ -18,7 +18,7 @@ from PIL import Image
 from blocksight.engine.catalog.entries import METRICS
 from blocksight.jobs.audit.result import Audit, Shortcut
 from blocksight.jobs.evaluate.compare import Column
-from blocksight.jobs.evaluate.evaluation import folders, values_of
+from blocksight.jobs.evaluate.evaluation import evaluation_folders, value_tables
 from blocksight.jobs.ledger.output import fragment_of
 from blocksight.jobs.plan.bootstrap import key_hashes
 from blocksight.jobs.plan.plan import Plan
@@ -226,8 +226,8 @@ def select(store: ObjectStore, plan: Plan, ranked: Sequence[Column], update: Cal
             selection.add_rows(fragment_of(store, unit.fragment_key, LIGHT), drop)
         update()
     measured = [column for column in ranked if column.metric != "drop"]
-    for folder in folders(store) if measured else ():
-        for table in values_of(store, folder):
+    for folder in evaluation_folders(store) if measured else ():
+        for table in value_tables(store, folder):
             for column in measured:
                 _add_evaluated(selection, table, column, plan.identity["explainer"])
     return selection

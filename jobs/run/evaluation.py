@@ -22,7 +22,7 @@ from blocksight.jobs.plan.config import ConfigError, Execution
 from blocksight.jobs.plan.context import sha256_of, weights_bytes
 from blocksight.jobs.plan.plan import ensure_model, existing_plan, refuse_drift
 from blocksight.jobs.plan.records import Evaluated, UnfinishedError, Unit, UnitFailure
-from blocksight.jobs.plan.stored_config import NamedAgain, config_of
+from blocksight.jobs.plan.stored_config import NamedModel, config_of
 from blocksight.jobs.run.job import check_kept, check_model, context_of, session_of
 from blocksight.jobs.work.progress import Tally, progress
 from blocksight.storage.inputs.annotations import open_truth
@@ -75,7 +75,7 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
     output = PatientStore(open_store(asked.output, asked.endpoint_url))
     plan = existing_plan(output)
     truth = None if asked.truth is None else open_truth(asked.truth, asked.endpoint_url)
-    config = config_of(plan, asked.output, NamedAgain(asked.model, asked.weights, asked.endpoint_url))
+    config = config_of(plan, asked.output, NamedModel(asked.model, asked.weights, asked.endpoint_url))
     evaluation = _evaluation(asked, truth)
     if not any(True for _ in output.list("data/")):
         raise ConfigError(f"nothing is explained in {output.uri} yet: there is nothing to measure")

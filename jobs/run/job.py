@@ -17,7 +17,7 @@ from rich.console import Console
 
 from blocksight.cluster.sizing import Sizing
 from blocksight.jobs.explain.fidelity import rare_labels
-from blocksight.jobs.explain.learned import stored_state, wanted_images
+from blocksight.jobs.explain.learned import num_learning_images, stored_state
 from blocksight.jobs.ledger.attempt_markers import forget_interrupted
 from blocksight.jobs.ledger.garbage import PROBE_PREFIX, remove_committed_traces
 from blocksight.jobs.ledger.reconcile import JobState, Manifest, final_manifest, finalize, num_accepted, read_job_state
@@ -198,13 +198,13 @@ def _planned_forward(
 
 def _ensure_forward(output: ObjectStore, planned: PlannedForward | None, console: Console) -> None:
     """Writes the setting into the plan where it is known, and says it."""
-    from blocksight.jobs.explain.forward_pass import warning_of, write_forward
+    from blocksight.jobs.explain.forward_pass import precision_warning, write_forward
 
     if planned is None:
         return
     planned = write_forward(output, planned)
     console.print(f"masks are scored by {planned}")
-    warning = warning_of(planned)
+    warning = precision_warning(planned)
     if warning is not None:
         console.print(warning)
 
@@ -271,16 +271,16 @@ def _learn(
     console: Console,
 ) -> None:
     """The first pass of a method that learns, where its device is; others have none."""
-    if not wanted_images(context.config):
+    if not num_learning_images(context.config):
         return
     from blocksight.jobs.explain.first_pass import ensure_learned, learn
 
     def run() -> Iterator[int | bytes]:
         if sizing is None:
             return learn(context, units, state)
-        from blocksight.jobs.run.pipeline import learn_there
+        from blocksight.jobs.run.pipeline import learn_on_worker
 
-        return learn_there(context, units, state, sizing)
+        return learn_on_worker(context, units, state, sizing)
 
     ensure_learned(output, context, units, run, console)
 

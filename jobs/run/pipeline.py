@@ -81,7 +81,7 @@ def run_units(
     yield from _finished(units, lambda some: _wave(some, context, weights, sizing), stop, silence)
 
 
-def learn_there(
+def learn_on_worker(
     context: JobContext, units: Sequence[Unit], state: bytes | None, sizing: Sizing
 ) -> Iterator[int | bytes]:
     """As `first_pass.learn`, on one worker of the connected Ray session. Raises ClusterError."""
@@ -233,9 +233,9 @@ class _Evaluate:
         self.step = EvaluateStep(context, None if weights is None else ray.get(weights))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        from blocksight.jobs.evaluate.step import measured
+        from blocksight.jobs.evaluate.step import evaluated
 
-        return _row_of(measured(self.step, _unit(json.loads(batch["unit"][0].as_py()))))
+        return _row_of(evaluated(self.step, _unit(json.loads(batch["unit"][0].as_py()))))
 
 
 class _Explain:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from blocksight.jobs.evaluate.evaluation import folders, fragment_key
+from blocksight.jobs.evaluate.evaluation import evaluation_folders, fragment_key
 from blocksight.jobs.ledger.output import fragment_of, values_in
 from blocksight.jobs.plan.plan import Plan
 from blocksight.jobs.plan.records import Unit
@@ -102,7 +102,7 @@ class Fragments:
     def __init__(self, output: Output) -> None:
         self.output = output
         self.committed = {info.key for info in output.store.list("data/")}
-        self.folders = folders(output.store)
+        self.folders = evaluation_folders(output.store)
         self._last = lru_cache(maxsize=1)(self._read)
 
     def read(self, unit: Unit) -> FragmentRecords | None:

@@ -12,11 +12,11 @@ from blocksight.engine.explainers.fusion import GATES, stages
 from blocksight.engine.saliency import minmax
 from blocksight.jobs.cli import show
 from blocksight.jobs.cli.show import Wanted, render_record
-from blocksight.jobs.explain.replay import Again, error_of
+from blocksight.jobs.explain.replay import Replay, replay_error
 from blocksight.jobs.ledger.output import map_of
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.plan import MODEL_KEY, DriftError, load_plan
-from blocksight.jobs.plan.stored_config import NamedAgain
+from blocksight.jobs.plan.stored_config import NamedModel
 from blocksight.jobs.work.rows import Output, images_of, rows_of
 from blocksight.storage.outputs.pictures import Tile, contact_sheet, one_line, overlay
 from blocksight.storage.stores.local import LocalStore
@@ -100,8 +100,8 @@ def test_the_strip_shows_blocks_and_stages(data, tmp_path, drawn):
     output, key = output_of(tmp_path / "out"), "bee/001.png"
     (row,) = rows_of(output.store, output.plan, key)
     image = dict(images_of(output.plan, None, {key}))[key]
-    again = Again(output.store, output.plan, NamedAgain(MODEL))
-    (made,) = again.explanations(again.stored_way(row), [row], image)
+    again = Replay(output.store, output.plan, NamedModel(MODEL))
+    (made,) = again.explanations(again.config_of_row(row), [row], image)
     fused = stages([block.saliency_hw for block in made.blocks], GATES["soft"])
     assert np.abs(minmax(fused[-1]) - map_of(row)).max() <= 0.5 / 255 + 1e-6
     sheet(tmp_path / "out", key, tmp_path / "sheet.png", blocks=True)
@@ -130,13 +130,13 @@ def test_the_error_is_measured_against_the_codecs(data, tmp_path):
     run_here(data, tmp_path / "out")
     output, key = output_of(tmp_path / "out"), "ant/000.png"
     (row,) = rows_of(output.store, output.plan, key)
-    again = Again(output.store, output.plan, NamedAgain(MODEL))
+    again = Replay(output.store, output.plan, NamedModel(MODEL))
     (made,) = again.explanations(again.config, [row], dict(images_of(output.plan, None, {key}))[key])
-    assert error_of(made, row) is None
+    assert replay_error(made, row) is None
     made.saliency_hw[np.unravel_index(made.saliency_hw.argmin(), made.saliency_hw.shape)] += (
         0.01 * made.saliency_hw.max()
     )
-    assert error_of(made, row) == pytest.approx(0.01, abs=0.003)
+    assert replay_error(made, row) == pytest.approx(0.01, abs=0.003)
 
 
 def test_a_block_that_kept_nothing_is_left_out(data, tmp_path, drawn, monkeypatch):

@@ -1,4 +1,4 @@
-"""Evaluations beside an output, and tables made from what stands: values, resumption, sampling, ground truth."""
+"""Evaluations of an output, and comparison tables: values, resumption, sampling, ground truth."""
 
 import inspect
 import json
@@ -20,10 +20,10 @@ from blocksight.jobs.evaluate.evaluation import (
     FOLDER,
     Evaluation,
     chosen_metrics,
-    folders,
+    evaluation_folders,
     open_units,
     read_class_map,
-    values_of,
+    value_tables,
 )
 from blocksight.jobs.ledger.output import map_of
 from blocksight.jobs.plan.config import ConfigError
@@ -54,7 +54,7 @@ def output(tmp_path, monkeypatch):
 
 @pytest.fixture
 def boxes(tmp_path):
-    """An object in the left half of two of the pictures, for class c0 alone."""
+    """Ground truth: an object of class c0 in the left half of two pictures."""
     coco = {
         "images": [{"id": 1, "file_name": "000.png"}, {"id": 2, "file_name": "001.png"}],
         "categories": [{"id": 7, "name": "thing"}],
@@ -95,7 +95,7 @@ def test_every_map_has_every_value_once_and_nothing_is_rewritten(output):
 
 
 def test_the_stored_drop_is_the_one_that_would_be_measured_again(output):
-    """`explain` measures the map as it is stored: Drop from the fragment equals Drop of the decoded map."""
+    """`explain` measures the quantised map: Drop in the fragment equals Drop of the decoded map."""
     from blocksight.engine.metrics.faithfulness import KeepTop
     from blocksight.jobs.evaluate.step import EvaluateStep
 
@@ -126,19 +126,19 @@ def test_the_stored_drop_is_the_one_that_would_be_measured_again(output):
 def test_a_request_that_is_stopped_leaves_no_sign_and_goes_on(output, monkeypatch):
     from blocksight.jobs.evaluate import step as evaluate
 
-    original = evaluate.measured
+    original = evaluate.evaluated
 
     def interrupted(step, unit):
         os.kill(os.getpid(), signal.SIGTERM)
         return original(step, unit)
 
-    monkeypatch.setattr(evaluate, "measured", interrupted)
+    monkeypatch.setattr(evaluate, "evaluated", interrupted)
     first = evaluated(output)
     assert first.stopped == "SIGTERM"
     assert len(first.done) == 1
     assert first.num_open > 0
     assert not list((output / "_job" / "runs").glob("*/stop"))
-    monkeypatch.setattr(evaluate, "measured", original)
+    monkeypatch.setattr(evaluate, "evaluated", original)
     again = evaluated(output)
     assert again.num_open == 0
     assert len(again.done) == first.num_open
@@ -156,7 +156,7 @@ def test_the_same_request_goes_on_where_it_ended(output):
     assert fragments_in_evaluation(output, again) == whole
     other = evaluated(output, metrics="entropy")
     assert other.folder != outcome.folder
-    assert folders(LocalStore(output)) == sorted([outcome.folder, other.folder])
+    assert evaluation_folders(LocalStore(output)) == sorted([outcome.folder, other.folder])
 
 
 def fragments_in_evaluation(output, outcome):
@@ -166,7 +166,7 @@ def fragments_in_evaluation(output, outcome):
 def test_a_probe_of_what_can_be_written_is_no_fragment_of_an_evaluation():
     store = MemoryStore()
     store.put("evaluations/e/data/_probe-1", b"\0\0")
-    assert list(values_of(store, "evaluations/e/")) == []
+    assert list(value_tables(store, "evaluations/e/")) == []
 
 
 def test_a_sample_is_a_seeded_share_of_the_records(output):
@@ -395,7 +395,7 @@ def test_values_of_two_protocols_never_meet(two, images_of_two):
 
 def test_the_table_does_not_depend_on_how_it_was_summed(two, monkeypatch):
     once = rows_of_table(compare(outputs(two / "gradcam", two / "layercam")))
-    monkeypatch.setattr("blocksight.jobs.evaluate.compare.VALUES_AT_ONCE", 40)
+    monkeypatch.setattr("blocksight.jobs.evaluate.compare.MAX_VALUES_IN_MEMORY", 40)
     parts = rows_of_table(compare(outputs(two / "gradcam", two / "layercam")))
     for one, other in zip(once, parts, strict=True):
         for name, value in one.items():

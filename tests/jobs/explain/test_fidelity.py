@@ -6,7 +6,7 @@ from blocksight.engine.catalog.entries import FIDELITIES
 from blocksight.jobs.explain import fidelity
 from blocksight.jobs.explain.fidelity import doubts_of, fidelity_columns, rare_labels
 from blocksight.jobs.plan.plan import load_plan
-from blocksight.jobs.plan.stored_config import NamedAgain
+from blocksight.jobs.plan.stored_config import NamedModel
 from blocksight.jobs.plan.stored_config import config_of as config_again
 from blocksight.storage.stores.local import LocalStore
 from tests.jobs.jobs_of import blocksight, fragments_in, model_of, rows_in, run_here
@@ -31,7 +31,7 @@ REASONS = {
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     """Pictures, and bounds that part them whatever the job's own are."""
-    monkeypatch.setattr(fidelity, "UNCERTAIN", 0.5)  # 0.494 of number 8 and 0.523 of number 4 lie next to it
+    monkeypatch.setattr(fidelity, "UNCERTAIN_BELOW", 0.5)  # 0.494 of number 8 and 0.523 of number 4 lie next to it
     monkeypatch.setattr(fidelity, "RARE_SHARE", 0.5)  # of 13 records in four folders: fewer than 1.6
     monkeypatch.setitem(FIDELITIES, "balanced", {"budget": 0.1})
     monkeypatch.setitem(FIDELITIES, "auto", {"budget": 0.1, "complete_above": 0.057})  # number 7: 0.069, else 0.045
@@ -158,7 +158,7 @@ def test_a_rejected_record_has_no_level(tmp_path):
 def test_an_output_is_read_back_at_its_level(data, tmp_path):
     rows_of(data, tmp_path / "out", limit=1)
     plan = load_plan(LocalStore(tmp_path / "out"))
-    again = config_again(plan, str(tmp_path / "out"), NamedAgain(model_of(tmp_path / "out")))
+    again = config_again(plan, str(tmp_path / "out"), NamedModel(model_of(tmp_path / "out")))
     assert again.level == "auto"
     assert again.explainer_parameters().complete_above == 0.057
 

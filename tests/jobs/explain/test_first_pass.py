@@ -7,9 +7,9 @@ import pytest
 import safetensors.torch
 from rich.console import Console
 
-from blocksight.jobs.evaluate.evaluation import folders, values_of
+from blocksight.jobs.evaluate.evaluation import evaluation_folders, value_tables
 from blocksight.jobs.explain.first_pass import learn
-from blocksight.jobs.explain.learned import LEARNED_KEY, stored_state, wanted_images
+from blocksight.jobs.explain.learned import LEARNED_KEY, num_learning_images, stored_state
 from blocksight.jobs.plan.config import Execution
 from blocksight.jobs.plan.plan import load_plan
 from blocksight.jobs.run.job import check_model, context_of
@@ -90,7 +90,7 @@ def test_another_posterior_is_another_method(data, done, tmp_path):
 
 
 def test_nothing_is_explained_without_what_was_learned(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("blocksight.jobs.run.job.wanted_images", lambda _: 0)  # as if the file had been lost
+    monkeypatch.setattr("blocksight.jobs.run.job.num_learning_images", lambda _: 0)  # as if the file had been lost
     outcome = run_here(data, tmp_path / "out", **BEE)
     assert rows_in(LocalStore(tmp_path / "out")) == []
     assert outcome.ran.failures
@@ -119,7 +119,12 @@ def test_the_metric_that_picked_the_maps_is_not_measured(done):
     said = blocksight("evaluate", done, "--model", model_of(done), "--metrics", METRICS, "--runner", "local")
     assert said.returncode == 0, said.stderr
     store = LocalStore(done)
-    values = [row for folder in folders(store) for table in values_of(store, folder) for row in table.to_pylist()]
+    values = [
+        row
+        for folder in evaluation_folders(store)
+        for table in value_tables(store, folder)
+        for row in table.to_pylist()
+    ]
     own = [row for row in values if row["explainer"] == "bee"]
     flattered = [row for row in own if row["metric"] != "average_drop_50"]
     assert flattered
@@ -140,7 +145,7 @@ def test_methods_that_learn_nothing_leave_nothing(data, tmp_path):
     run_here(data, tmp_path / "out", explainer="gradcam")
     assert not (tmp_path / "out" / LEARNED_KEY).exists()
     job = config_of(data, tmp_path / "out", explainer="gradcam")
-    assert wanted_images(job) == 0
+    assert num_learning_images(job) == 0
     assert stored_state(LocalStore(tmp_path / "out"), job) is None
 
 

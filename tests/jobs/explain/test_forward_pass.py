@@ -174,7 +174,7 @@ def test_a_machine_that_cannot_leaves_the_units_open_and_rejects_nobody(tmp_path
     outcome = run_here(data, tmp_path / "maps")
     assert outcome.job_state.open_units
     assert not rows_in(store_of(tmp_path / "maps"))
-    assert "run it on a machine like the one" in outcome.ran.failures[0].error
+    assert "run it on a machine like the first one" in outcome.ran.failures[0].error
 
 
 # ---------------------------------------------------------------- what the user says
@@ -193,9 +193,9 @@ def test_a_lower_precision_is_the_users_word_and_the_plan_says_its_error(tmp_pat
 
 def test_a_lower_precision_that_is_far_off_is_told_loudly():
     far = PlannedForward(setting=BFLOAT, chosen="rule", score_error=0.046)
-    assert "bfloat16 moves this model's scores by 4.6%" in (forward_pass.warning_of(far) or "")
-    assert forward_pass.warning_of(replace(far, score_error=0.01)) is None
-    assert forward_pass.warning_of(PlannedForward(setting=ForwardSetting(), score_error=1e-5)) is None
+    assert "bfloat16 moves this model's scores by 4.6%" in (forward_pass.precision_warning(far) or "")
+    assert forward_pass.precision_warning(replace(far, score_error=0.01)) is None
+    assert forward_pass.precision_warning(PlannedForward(setting=ForwardSetting(), score_error=1e-5)) is None
 
 
 def test_a_precision_of_no_use_leaves_no_output_behind(tmp_path, data, monkeypatch):
@@ -306,7 +306,7 @@ def test_what_a_job_asks_for(tmp_path, options, precision):
 
 def test_out_of_memory_halves_and_remembers(tmp_path, monkeypatch):
     plan_setting(tmp_path / "maps", ForwardSetting(batch_size=3))
-    real, failed = step.ExplainStep._whole, []
+    real, failed = step.ExplainStep._explain_all, []
 
     def short(self, unit_input):
         if self.setting.batch_size > 1:
@@ -314,7 +314,7 @@ def test_out_of_memory_halves_and_remembers(tmp_path, monkeypatch):
             raise torch.OutOfMemoryError("no room")
         return real(self, unit_input)
 
-    monkeypatch.setattr(step.ExplainStep, "_whole", short)
+    monkeypatch.setattr(step.ExplainStep, "_explain_all", short)
     outcome = run_here(folder_of_images(tmp_path / "data", bad=False), tmp_path / "maps")
     assert outcome.manifest is not None
     assert failed == [(3, 4)]  # once, for all units

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from blocksight.jobs.cli.main import main
 from blocksight.jobs.evaluate.compare import Output, compare
-from blocksight.jobs.evaluate.evaluation import folders, values_of
+from blocksight.jobs.evaluate.evaluation import evaluation_folders, value_tables
 from blocksight.jobs.export.sql import (
     MAX_ROWS,
     _refused,
@@ -78,8 +78,8 @@ def test_values_are_all_rows_of_all_evaluations(output):
     store = LocalStore(output)
     values = dicts(connect(str(output)), "SELECT * FROM values")
     assert list(values[0]) == ["evaluation", *EVALUATION.names[:8], "value", "reason", "curve"]
-    for folder in folders(store):
-        stored = [row for table in values_of(store, folder) for row in table.to_pylist()]
+    for folder in evaluation_folders(store):
+        stored = [row for table in value_tables(store, folder) for row in table.to_pylist()]
         own = [row for row in values if row["evaluation"] == folder.split("/")[1]]
         assert len(own) == len(stored) > 0
         assert {tuple(map(str, row.values())) for row in stored} == {
@@ -105,8 +105,8 @@ def test_each_metric_and_protocol_has_a_column_of_numbers(output):
         for row in dicts(connection, "SELECT * FROM metrics")
     }
     assert len(found) == 4 * len(explained(store))  # the method and three controls, each map once
-    for folder in folders(store):
-        for row in (row for table in values_of(store, folder) for row in table.to_pylist()):
+    for folder in evaluation_folders(store):
+        for row in (row for table in value_tables(store, folder) for row in table.to_pylist()):
             method = (row["key"], row["target_index"], row["explainer"], row["parameters"])
             assert found[method][columns[row["metric"], row["protocol"]]] == row["value"]
     (black,) = [name for name in deletions.values() if found_nowhere(found.values(), name)]

@@ -207,7 +207,7 @@ def test_a_full_device_halves_the_batch(tmp_path, monkeypatch):
     from tests.jobs.jobs_of import rows_in, run_here
     from tests.jobs.tiny import folder_of_images
 
-    original, sizes = ExplainStep._whole, []
+    original, sizes = ExplainStep._explain_all, []
 
     def full(self, unit_input):
         sizes.append(self.explainer.scorer.batch_size)
@@ -215,7 +215,7 @@ def test_a_full_device_halves_the_batch(tmp_path, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, unit_input)
 
-    monkeypatch.setattr(ExplainStep, "_whole", full)
+    monkeypatch.setattr(ExplainStep, "_explain_all", full)
     run_here(folder_of_images(tmp_path / "in", 2, bad=False), tmp_path / "out")
     assert sizes[:3] == [4, 2, 1]
     assert {row["status"] for row in rows_in(LocalStore(tmp_path / "out"))} == {"ok"}

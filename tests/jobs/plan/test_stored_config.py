@@ -14,7 +14,7 @@ from blocksight.jobs.cli.main import app
 from blocksight.jobs.explain.step import load
 from blocksight.jobs.plan.config import ConfigError, digest_of
 from blocksight.jobs.plan.plan import PLAN_KEY, existing_plan
-from blocksight.jobs.plan.stored_config import NamedAgain, config_of
+from blocksight.jobs.plan.stored_config import NamedModel, config_of
 from blocksight.storage.stores.local import LocalStore
 from tests.jobs.jobs_of import ROOT, run_here
 from tests.jobs.jobs_of import config_of as job_of
@@ -120,28 +120,28 @@ def test_models_without_code_of_others_need_not_be_named(made):
     for model in ("efficientnet_lite0", "torchvision:resnet18", "no such model"):
         assert factory_of(model) is None
         changed = plan.__class__(**{**vars(plan), "identity": {**plan.identity, "model": model}})
-        assert config_of(changed, "out", NamedAgain()).model == model
+        assert config_of(changed, "out", NamedModel()).model == model
 
 
 @pytest.mark.parametrize("weights", ["/etc/passwd", "s3://strange/w.pt", "w.safetensors", "../w", "0" * 64])
 def test_no_file_is_read_because_an_output_names_it(made, tmp_path, weights):
     place = told(made, tmp_path / "out", model="torchvision:resnet18", weights=weights)
     with pytest.raises(ConfigError, match=r"name it with --weights|neither a name nor a hash"):
-        config_of(existing_plan(LocalStore(place)), str(place), NamedAgain())
+        config_of(existing_plan(LocalStore(place)), str(place), NamedModel())
 
 
 def test_a_name_of_weights_is_no_file_that_lies_here(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     place = told(made, tmp_path / "out", model="torchvision:resnet18", weights="random")
-    assert config_of(existing_plan(LocalStore(place)), str(place), NamedAgain()).weights == "random"
+    assert config_of(existing_plan(LocalStore(place)), str(place), NamedModel()).weights == "random"
     (tmp_path / "random").write_bytes(b"")
     with pytest.raises(ConfigError, match="a file of this name lies here"):
-        config_of(existing_plan(LocalStore(place)), str(place), NamedAgain())
+        config_of(existing_plan(LocalStore(place)), str(place), NamedModel())
 
 
 def test_an_output_names_no_endpoint(made, tmp_path):
     place = told(made, tmp_path / "out", endpoint_url="http://strange.example", output="/strange")
-    config = config_of(existing_plan(LocalStore(place)), str(place), NamedAgain(MODEL))
+    config = config_of(existing_plan(LocalStore(place)), str(place), NamedModel(MODEL))
     assert (config.endpoint_url, config.output) == (None, str(place))
 
 

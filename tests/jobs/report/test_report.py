@@ -21,7 +21,7 @@ from blocksight.engine.catalog.entries import METRICS
 from blocksight.jobs.audit.result import Effect, write_audit
 from blocksight.jobs.cli.main import main
 from blocksight.jobs.evaluate.compare import Output, compare
-from blocksight.jobs.evaluate.evaluation import folders, values_of
+from blocksight.jobs.evaluate.evaluation import evaluation_folders, value_tables
 from blocksight.jobs.ledger.reconcile import MANIFEST_KEY, final_manifest, read_job_state
 from blocksight.jobs.plan.config import Execution
 from blocksight.jobs.plan.plan import existing_plan
@@ -218,7 +218,7 @@ def test_what_ranks_a_map_stands_on_its_card_and_beside_it(evaluated, monkeypatc
     monkeypatch.setattr(galleries, "NUM_RANKED", 3)
     report, store = report_at(evaluated), LocalStore(evaluated)
     rows = {Ref(row["key"], row["target_index"]): row for row in rows_in(store) if row["status"] == "ok"}
-    tables = [table.to_pylist() for folder in folders(store) for table in values_of(store, folder)]
+    tables = [table.to_pylist() for folder in evaluation_folders(store) for table in value_tables(store, folder)]
     insertion = {
         Ref(row["key"], row["target_index"]): row["value"]
         for row in (row for table in tables for row in table)

@@ -287,7 +287,7 @@ class Step(ExplainStep):
 def explained_one_by_one(explain):
     facts = tuple(RecordFacts(f"k{number}", "s", number, label) for number, label in enumerate(["1", "2", "odd"]))
     taken = UnitInput(UNIT, facts, np.zeros((3, 4, 4, 3), np.uint8))
-    return Step()._one_by_one(taken, explain).rows
+    return Step()._explain_one_by_one(taken, explain).rows
 
 
 def test_a_record_that_the_model_fails_on_is_rejected_even_if_its_label_is_odd():
