@@ -24,7 +24,7 @@ from blocksight.jobs.plan.config import Execution, JobConfig
 from blocksight.jobs.plan.forward_setting import planned_forward
 from blocksight.jobs.plan.records import Cause
 from blocksight.jobs.plan.text import counted, printable
-from blocksight.jobs.run.budgets import Budget, excess
+from blocksight.jobs.run.budgets import Budget, exceeded_budgets
 from blocksight.storage.stores.store import ObjectStore
 
 commands = typer.Typer()
@@ -64,20 +64,20 @@ def explain(job: JobConfig, execution: Execution) -> None:
         console.print(f"Stopped: {printable(outcome.ran.stopped)}.")
     if outcome.ran.is_hopeless and outcome.job_state.open_units:
         raise typer.Exit(OVER_BUDGET)
-    _settled(outcome.job_state, outcome.excess, is_final=outcome.manifest is not None)
+    _settled(outcome.job_state, outcome.exceeded_budgets, is_final=outcome.manifest is not None)
 
 
-def _settled(job_state: JobState, excess: Sequence[str], *, is_final: bool) -> None:
+def _settled(job_state: JobState, exceeded_budgets: Sequence[str], *, is_final: bool) -> None:
     """Ends the command where the job is not the success that was asked for, and says the way out."""
     if job_state.open_units:
         still_open = counted(len(job_state.open_units), "unit")
         console.print(f"{still_open} still open: the same `explain` goes on from there.")
         raise typer.Exit(INCOMPLETE)
-    for sentence in excess:
+    for sentence in exceeded_budgets:
         console.print(f"Over budget: {sentence}.")
-    if job_state.dead and excess and not is_final:
+    if job_state.dead and exceeded_budgets and not is_final:
         console.print("`blocksight retry OUTPUT` opens dead units again, --max-dead-units does without them.")
-    if excess:
+    if exceeded_budgets:
         raise typer.Exit(OVER_BUDGET)
 
 
@@ -164,7 +164,7 @@ def finalize(
     console.print(job_state_table(output, job_state))
     accepted = num_accepted(final_manifest(store, made))
     budget = Budget(max_reject_fraction=1.0, max_dead_units=max(max_dead_units, accepted))
-    _settled(job_state, excess(job_state, budget), is_final=False)
+    _settled(job_state, exceeded_budgets(job_state, budget), is_final=False)
     write_manifest(store, job_state)
     console.print("The final manifest stands.")
 

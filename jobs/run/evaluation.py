@@ -1,4 +1,4 @@
-"""Runs an evaluation: settles what is measured, hands the units to a runner, and counts what stands."""
+"""Runs an evaluation: writes its settings, hands the units to a runner, and counts the open units."""
 
 import uuid
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ from blocksight.jobs.plan.context import sha256_of, weights_bytes
 from blocksight.jobs.plan.plan import ensure_model, existing_plan, refuse_drift
 from blocksight.jobs.plan.records import Evaluated, UnfinishedError, Unit, UnitFailure
 from blocksight.jobs.plan.stored_config import NamedModel, config_of
-from blocksight.jobs.run.job import check_kept, check_model, context_of, session_of
+from blocksight.jobs.run.job import check_model, check_stored_settings, context_of, session_of
 from blocksight.jobs.work.progress import Tally, progress
 from blocksight.storage.inputs.annotations import open_truth
 from blocksight.storage.inputs.ground_truth import Truth
@@ -34,32 +34,32 @@ from blocksight.storage.stores.store import StoreError
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What a user asks for, as it is typed."""
+    """A user's request, as typed."""
 
     output: str
     metrics: str = "all"
     share: float = 1.0
-    """Of the records that are measured."""
+    """Fraction of the records that are measured."""
     controls: bool = False
-    """Maps that know nothing of the model are measured too."""
+    """Also measures control maps, which do not depend on the model."""
     seed: int = 0
     baseline: Literal["zero", "black"] = "zero"
     truth: str | None = None
     class_map: Path | None = None
     model: str | None = None
-    """Named again, where it is code."""
+    """Must be named again if it is code."""
     weights: str | None = None
     endpoint_url: str | None = None
 
 
 @dataclass(frozen=True)
 class EvaluationOutcome:
-    """What a run left behind."""
+    """The result of a run."""
 
     folder: str
     """Below the output's root."""
     num_open: int
-    """Units of which no values stand yet."""
+    """Units without values."""
     done: Sequence[Evaluated]
     """By this run."""
     failures: Sequence[UnitFailure]
@@ -67,10 +67,10 @@ class EvaluationOutcome:
 
 
 def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Console) -> EvaluationOutcome:
-    """Measures every committed map that is not measured yet; the same request again goes on, or has nothing to do.
+    """Measures every committed map that is not measured yet; repeating a request resumes it.
 
-    Whatever is wrong with the request raises before any work: ConfigError, StoreError, ModelError, ClusterError.
-    UnfinishedError afterwards, where the work broke off.
+    A wrong request raises before any work: ConfigError, StoreError, ModelError, ClusterError. UnfinishedError is
+    raised if the work breaks off.
     """
     output = PatientStore(open_store(asked.output, asked.endpoint_url))
     plan = existing_plan(output)
@@ -78,7 +78,7 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
     config = config_of(plan, asked.output, NamedModel(asked.model, asked.weights, asked.endpoint_url))
     evaluation = _evaluation(asked, truth)
     if not any(True for _ in output.list("data/")):
-        raise ConfigError(f"nothing is explained in {output.uri} yet: there is nothing to measure")
+        raise ConfigError(f"nothing is explained in {output.uri} yet: run `blocksight explain` first")
     folder = settle(output, plan, evaluation)
     units = open_units(output, plan, folder)
     if not units:
@@ -86,8 +86,8 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
     state = weights_bytes(config)
     refuse_drift(config.identity(sha256_of(state)), plan.identity, "configuration")
     _, facts = check_model(config, state, console)
-    ensure_model(output, facts)  # refuses another model than the maps were made with
-    check_kept(output, config)
+    ensure_model(output, facts)  # raises if the maps were made with another model
+    check_stored_settings(output, config)
     stop = Stop(output, f"evaluate-{uuid.uuid4().hex[:8]}")
     with session_of(execution) as sizing, stopped_by_signals(stop, cuts_off=sizing is None):
         context = EvaluationContext(context_of(config, plan, facts, sizing, execution), evaluation, folder, truth)
@@ -102,7 +102,7 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
 
 def _evaluation(asked: EvaluationRequest, truth: Truth | None) -> Evaluation:
     if not 0 < asked.share <= 1:
-        raise ConfigError(f"--metrics-sample must be a share between 0 and 1, got {asked.share:g}")
+        raise ConfigError(f"--metrics-sample must be in (0, 1], got {asked.share:g}")
     if asked.class_map is not None and truth is None:
         raise ConfigError("--class-map says what the labels of --truth mean; give both")
     return Evaluation(
@@ -124,7 +124,7 @@ def _run(
     stop: Stop,
     console: Console,
 ) -> tuple[list[Evaluated], list[UnitFailure]]:
-    """Works through the units behind a progress line. Raises UnfinishedError where it breaks off."""
+    """Evaluates the units and shows the progress. Raises UnfinishedError if the work breaks off."""
     done: list[Evaluated] = []
     failures: list[UnitFailure] = []
     expected = round(sum(unit.num_records for unit in units) * context.evaluation.share)

@@ -1,4 +1,4 @@
-"""Runs a job: settles plan and model, hands the open units to a runner, reconciles, and writes the manifest."""
+"""Runs a job: writes plan and model facts, hands the open units to a runner, reconciles, and writes the manifest."""
 
 import json
 import os
@@ -38,7 +38,7 @@ from blocksight.jobs.plan.plan import (
 )
 from blocksight.jobs.plan.records import ModelFacts, Outcome, Receipt, UnfinishedError, Unit, UnitFailure
 from blocksight.jobs.plan.units import Workforce
-from blocksight.jobs.run.budgets import Budget, Opening, excess
+from blocksight.jobs.run.budgets import Budget, FirstUnits, exceeded_budgets
 from blocksight.jobs.work.progress import Tally, progress
 from blocksight.storage.stores.opening import probe
 from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore
@@ -48,52 +48,52 @@ if TYPE_CHECKING:
     from blocksight.engine.model.adapter import ModelAdapter  # which needs torch
 
 PROBE_FROM_SECONDS = 120.0
-"""Of a GPU: shorter jobs do not repay its start-up probe, for a compiler takes minutes there."""
+"""Shorter jobs on a GPU are not worth the probe, because compiling takes minutes."""
 
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
-"""Where the driver lists its GPUs: known without importing torch."""
+"""The NVIDIA driver lists its GPUs here; read without importing torch."""
 
 PACKAGES = ("ray", "torch", "torchvision", "pyarrow", "numpy", "s3fs", "pillow")
 
 
 def workforce_of(execution: Execution) -> Workforce:
-    """What the plan may expect before any session is there: a cluster is joined for its GPUs."""
+    """The workers that the plan expects, before a session starts; a cluster is expected to have GPUs."""
     on_gpu = execution.runner == "ray" and (execution.address is not None or NVIDIA_GPUS.exists())
     return Workforce(execution.workers or os.cpu_count() or 1, on_gpu)
 
 
 @dataclass(frozen=True)
-class Ran:
-    """What a run did."""
+class RunSummary:
+    """What one run did."""
 
     failures: tuple[UnitFailure, ...] = ()
-    """Units that were tried and are still open."""
+    """Units that failed and are still open."""
     seconds: float = 0.0
-    """Wall time of its units; 0 where nothing was to do."""
+    """Wall time of its units; 0 if there were none."""
     stopped: str | None = None
-    """Why it ended before its units did."""
+    """Why it stopped early; None if it did not."""
     is_hopeless: bool = False
-    """It was stopped because nothing was explained: going on would not help."""
+    """It was stopped because no record was explained."""
     busy: float = 0.0
-    """Share of the workers' time that went into explaining, 0 to 1; start-up and the last units' tail are the rest."""
+    """Fraction of the workers' time spent explaining, 0 to 1; the rest is start-up and waiting for the last units."""
 
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """What a run left behind."""
+    """The result of a run."""
 
     job_state: JobState
     manifest: Manifest | None
-    """The final manifest; None while units are open, or more of them dead than the budget allows."""
-    excess: tuple[str, ...]
-    """The budgets that are exceeded, once no unit is open."""
-    ran: Ran
+    """The final manifest; None if units are open, or more are dead than the budget allows."""
+    exceeded_budgets: tuple[str, ...]
+    """Sentences on the exceeded budgets; empty while units are open."""
+    ran: RunSummary
     forward: PlannedForward | None = None
-    """How masks were scored; None where no unit was begun."""
+    """How masks were scored; None if no unit was begun."""
 
 
 def plan_job(config: JobConfig, execution: Execution) -> tuple[ObjectStore, Plan]:
-    """The output's plan: the one that stands there, or one made now. Writes nothing; refuses drift."""
+    """The output and its plan, made now if none is stored. Writes nothing. Raises DriftError."""
     output = PatientStore(open_output(config), SHORT_PATIENCE_SECONDS)
     weights_sha256 = sha256_of(weights_bytes(config))
     stored = load_plan(output)
@@ -104,17 +104,16 @@ def plan_job(config: JobConfig, execution: Execution) -> tuple[ObjectStore, Plan
 
 
 def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOutcome:
-    """Explains everything that is not committed yet; a finished job is left as it is.
+    """Explains everything that is not committed yet; does nothing for a finished job.
 
-    Everything that can be wrong with the program (data, model, blocks, store, configuration) raises before
-    any unit is worked on: ConfigError, StoreError, ModelError, ClusterError. UnfinishedError afterwards, where
-    the store went away for good.
+    Wrong data, model, blocks, store or configuration raise before the first unit: ConfigError, StoreError,
+    ModelError, ClusterError. UnfinishedError is raised if the store fails for good afterwards.
     """
     output, plan = plan_job(config, execution)
     job_state = _read_job_state(output, plan)
     if not job_state.open_units:  # finished, or an input without a single record
         ensure_plan(output, plan)
-        return _outcome_of(output, job_state, execution, Ran())
+        return _outcome_of(output, job_state, execution, RunSummary())
     state = weights_bytes(config)
     adapter, facts = check_model(config, state, console)
     probe(output, PROBE_PREFIX)
@@ -123,7 +122,7 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
         del adapter  # the workers load their own
         plan = ensure_plan(output, plan)
         ensure_model(output, facts)
-        check_kept(output, config)
+        check_stored_settings(output, config)
         _ensure_forward(output, planned, console)
         job_state = _read_job_state(output, plan)
         context = context_of(config, plan, facts, sizing, execution)
@@ -133,7 +132,7 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
         stop = Stop(output, context.run_id)
         budget = Budget(execution.max_reject_fraction, execution.max_dead_units)
         with stopped_by_signals(stop, cuts_off=sizing is None):
-            ran = _run_units(job_state, context, state, sizing, console, stop, Opening.of(job_state, budget))
+            ran = _run_units(job_state, context, state, sizing, console, stop, FirstUnits.of(job_state, budget))
     try:
         stop.clear()
         if ran.stopped is not None:
@@ -144,18 +143,18 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
 
 
 def _read_job_state(output: ObjectStore, plan: Plan) -> JobState:
-    """How far the job is, also where single receipts cannot be read or written."""
+    """The job state, even if single receipts cannot be read or written."""
     return read_job_state(PatientStore(output, SHORT_PATIENCE_SECONDS, unit_folders=UNIT_FOLDERS), plan)
 
 
-def _outcome_of(output: ObjectStore, job_state: JobState, execution: Execution, ran: Ran) -> RunOutcome:
-    """What stands now, and the manifest if every unit is settled and the dead are within their budget."""
+def _outcome_of(output: ObjectStore, job_state: JobState, execution: Execution, ran: RunSummary) -> RunOutcome:
+    """The result of a run; writes the manifest if no unit is open and the dead units are within their budget."""
     planned = planned_forward(output)
     if job_state.open_units:
         return RunOutcome(job_state, None, (), ran, planned)
     manifest = final_manifest(output, job_state.plan)
     budget = Budget(execution.max_reject_fraction, max(execution.max_dead_units, num_accepted(manifest)))
-    beyond = excess(job_state, budget)
+    beyond = exceeded_budgets(job_state, budget)
     if len(job_state.dead) > budget.max_dead_units:
         return RunOutcome(job_state, None, tuple(beyond), ran, planned)
     if manifest is None:
@@ -164,7 +163,7 @@ def _outcome_of(output: ObjectStore, job_state: JobState, execution: Execution, 
 
 
 def check_model(config: JobConfig, state: bytes | None, console: Console) -> "tuple[ModelAdapter, ModelFacts]":
-    """Loads the model once in the driver, so that whatever is wrong with it is said before any work."""
+    """Loads the model once in the driver, so that its errors are raised before any work."""
     from blocksight.jobs.explain.step import load, model_facts
 
     adapter = load(config, state, "cpu", str(Path.cwd()))
@@ -179,10 +178,10 @@ def check_model(config: JobConfig, state: bytes | None, console: Console) -> "tu
 def _planned_forward(
     output: ObjectStore, adapter: "ModelAdapter", config: JobConfig, execution: Execution, *, on_gpu: bool
 ) -> PlannedForward | None:
-    """The forward setting that the output's plan holds, or one chosen for its CPUs; None: a GPU worker will choose.
+    """The plan's forward setting, or one chosen now for CPUs; None if a GPU worker will choose it.
 
-    Chosen before the plan is written, so that a precision of no use leaves no output behind. Raises ModelError, and
-    DriftError for another batch size than the plan's.
+    It is chosen before the plan is written, so that an unusable precision leaves no output. Raises ModelError, and
+    DriftError if the batch size is not the plan's.
     """
     from blocksight.jobs.explain.forward_pass import choose_forward, wish_of
 
@@ -197,7 +196,7 @@ def _planned_forward(
 
 
 def _ensure_forward(output: ObjectStore, planned: PlannedForward | None, console: Console) -> None:
-    """Writes the setting into the plan where it is known, and says it."""
+    """Writes the forward setting into the plan, if it is known, and prints it."""
     from blocksight.jobs.explain.forward_pass import precision_warning, write_forward
 
     if planned is None:
@@ -209,8 +208,8 @@ def _ensure_forward(output: ObjectStore, planned: PlannedForward | None, console
         console.print(warning)
 
 
-def check_kept(output: ObjectStore, config: JobConfig) -> None:
-    """Reads what the first workers of a job settled for all after them, so that damage is said before any work.
+def check_stored_settings(output: ObjectStore, config: JobConfig) -> None:
+    """Reads the stored forward setting and learned state, so that damage is found before any work.
 
     Raises UnreconciledError and StoreError.
     """
@@ -219,7 +218,7 @@ def check_kept(output: ObjectStore, config: JobConfig) -> None:
 
 
 def session_of(execution: Execution) -> AbstractContextManager[Sizing | None]:
-    """Starts or joins Ray and says how the job fits on it; None: in this process."""
+    """Starts or joins Ray and yields the job's sizing; None for a run in this process."""
     if execution.runner == "local":
         return nullcontext()
     from blocksight.cluster.session import ray_session
@@ -230,7 +229,7 @@ def session_of(execution: Execution) -> AbstractContextManager[Sizing | None]:
 def context_of(
     config: JobConfig, plan: Plan, facts: ModelFacts, sizing: Sizing | None, execution: Execution
 ) -> JobContext:
-    """What the workers of this run are told."""
+    """What every worker of this run needs to know."""
     on_gpu = _is_on_gpu(sizing)
     counts = plan.label_counts()
     return JobContext(
@@ -254,7 +253,7 @@ def _is_on_gpu(sizing: Sizing | None) -> bool:
 
 
 def _least_seconds(config: JobConfig, plan: Plan, facts: ModelFacts, *, on_gpu: bool) -> float:
-    """What the whole job takes one worker: a round guess of forwards is no more than the model has feature maps."""
+    """The time of the whole job on one worker. A guess of forwards is at most the number of feature maps."""
     guess = estimate(config, plan.num_records, on_gpu=on_gpu)
     forwards = guess.forwards_per_record
     if not guess.is_measured:
@@ -270,7 +269,7 @@ def _learn(
     sizing: Sizing | None,
     console: Console,
 ) -> None:
-    """The first pass of a method that learns, where its device is; others have none."""
+    """Runs the first pass of a method that learns, here or on a worker; other methods have none."""
     if not num_learning_images(context.config):
         return
     from blocksight.jobs.explain.first_pass import ensure_learned, learn
@@ -292,12 +291,12 @@ def _run_units(
     sizing: Sizing | None,
     console: Console,
     stop: Stop,
-    opening: Opening,
-) -> Ran:
-    """Works through the open units behind a progress line.
+    first_units: FirstUnits,
+) -> RunSummary:
+    """Explains the open units and shows the progress.
 
-    Asks for the end where the store is away for too long, or where nothing at all is explained. Raises
-    UnfinishedError where the job cannot go on after its first unit, and ClusterError or ModelError before it.
+    Requests a stop if the store does not answer, or if no record of the first units is explained. Raises
+    UnfinishedError if the job cannot go on after its first unit, and ClusterError or ModelError before it.
     """
     config, units = context.config, job_state.open_units
     num_records = sum(unit.num_records for unit in units)
@@ -305,30 +304,32 @@ def _run_units(
     num_workers = sizing.num_actors if sizing is not None else 1
     expected = guess.seconds(num_workers) if guess.is_measured else None
     failures: list[UnitFailure] = []
-    worked = 0.0
+    explain_seconds = 0.0
     begun = False
     start = time.monotonic()
     with unfinished_from(lambda: begun, stop), progress(console, Tally(num_records, expected)) as update:
         for outcome in _outcomes(units, context, state, sizing, stop):
             begun = True
             update(outcome)
-            opening.add(outcome)
+            first_units.add(outcome)
             if isinstance(outcome, Receipt):
-                worked += outcome.explain_seconds or 0.0
+                explain_seconds += outcome.explain_seconds or 0.0
             if isinstance(outcome, UnitFailure):
                 failures.append(outcome)
                 if outcome.store_is_away:
                     stop.request("the store does not answer")
-            if opening.is_hopeless:
-                stop.request(opening.verdict())
+            if first_units.is_hopeless:
+                stop.request(first_units.verdict())
     seconds = time.monotonic() - start
-    return Ran(tuple(failures), seconds, stop.reason, opening.is_hopeless, worked / (seconds * num_workers))
+    return RunSummary(
+        tuple(failures), seconds, stop.reason, first_units.is_hopeless, explain_seconds / (seconds * num_workers)
+    )
 
 
 def _outcomes(
     units: Sequence[Unit], context: JobContext, state: bytes | None, sizing: Sizing | None, stop: Stop
 ) -> Iterator[Outcome]:
-    """What becomes of each unit, from the in-process runner or from Ray; each is imported only when used."""
+    """The outcome of each unit, from the local runner or from Ray; each is imported only when used."""
     if sizing is None:
         from blocksight.jobs.run import local
 
@@ -339,7 +340,7 @@ def _outcomes(
 
 
 def _write_run(output: ObjectStore, context: JobContext, execution: Execution, sizing: Sizing | None) -> None:
-    """Notes where and with what this run works: everything that may differ from run to run."""
+    """Writes everything that may differ from run to run: host, packages, execution, sizing."""
     facts = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": platform.node(),

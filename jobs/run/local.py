@@ -1,4 +1,4 @@
-"""The in-process runner: the reference that Ray must equal, byte for byte on CPU."""
+"""The local runner: explains units in this process; on CPUs Ray must give the same bytes."""
 
 from collections.abc import Iterable, Iterator
 
@@ -11,7 +11,7 @@ from blocksight.jobs.work.unit import commit_unit, take_unit
 
 
 def run_units(units: Iterable[Unit], context: JobContext, state: bytes | None, stop: Stop) -> Iterator[Outcome]:
-    """Runs the units one after the other and yields what became of each, until `stop` is requested.
+    """Explains the units one by one and yields each outcome, until `stop` is requested.
 
     Raises ModelError at once.
     """
@@ -23,7 +23,7 @@ def run_units(units: Iterable[Unit], context: JobContext, state: bytes | None, s
 
 
 def run_unit(unit: Unit, context: JobContext, stores: WorkerStores, explain: ExplainStep) -> Outcome:
-    """One unit from its images to its receipt. Raises ModelError."""
+    """Reads, explains and commits one unit. Raises ModelError."""
 
     def read(careful: bool) -> UnitInput | Receipt:
         return take_unit(unit, stores, context, careful=careful)

@@ -1,7 +1,7 @@
-"""The Ray Data pipeline: the in-process runner's three steps on CPU tasks and GPU actors.
+"""The Ray Data pipeline: the local runner's three steps on CPU tasks and GPU actors.
 
-Each of Ray's processes imports this module: what loads torch is imported by the actors alone, so that the tasks which
-read and commit start sooner and are smaller.
+Every Ray process imports this module. Only the actors import torch, so that the tasks that read and commit start
+sooner and need less memory.
 """
 
 import json
@@ -48,21 +48,20 @@ from blocksight.storage.inputs.survey import Layout
 from blocksight.storage.stores.store import ObjectInfo, StoreError
 
 WAVE_UNITS = 2_000
-"""Units that one Ray Data execution holds: the driver's memory does not grow with the data set."""
+"""Units per Ray Data execution: the driver's memory does not grow with the data set."""
 
 NO_PROGRESS_SECONDS = 3_600.0
-"""Without any finished unit for so long the run ends: a silent hang is worse. A worker that hangs ends itself
-long before."""
+"""If no unit finishes for so long the run ends. The watchdog ends a worker that hangs long before."""
 NO_PROGRESS_FACTOR = 100
-"""Where a unit is expected to take long the guard waits so many times that: estimates are rough."""
+"""The run waits at least so many times the estimate of its longest unit, because estimates are rough."""
 
 POLL_SECONDS = 0.5
 
 ONE_UNIT: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
-"""What a step is called with."""
+"""The batch that a step is called with."""
 
 HEADER = pa.schema([("header", pa.string()), ("blob", pa.large_binary()), ("outcome", pa.string())])
-"""What passes between the steps: plain values as JSON, pixels or maps as raw bytes, or what became of the unit."""
+"""What passes between steps: plain values as JSON, pixels or maps as raw bytes, or the unit's outcome."""
 
 OUTCOMES = {kind.__name__: kind for kind in (Receipt, UnitFailure, DeadLetter, UnitSkipped, Evaluated)}
 
@@ -70,15 +69,17 @@ OUTCOMES = {kind.__name__: kind for kind in (Receipt, UnitFailure, DeadLetter, U
 def run_units(
     units: Sequence[Unit], context: JobContext, state: bytes | None, sizing: Sizing, stop: Stop
 ) -> Iterator[Outcome]:
-    """Runs the units on the connected Ray session and yields what became of each, as they finish.
+    """Explains the units on the connected Ray session and yields each outcome as it arrives.
 
-    Ends early where `stop` was requested and its grace is over. Raises ClusterError where the job itself
-    cannot go on (a model that does not load on the workers, no progress).
+    Ends early if `stop` was requested and its grace period is over. Raises ClusterError if the job cannot go on
+    (the model does not load on the workers, no progress).
     """
     _set_up_ray_data()
     weights = None if state is None else ray.put(state)
-    silence = max(NO_PROGRESS_SECONDS, NO_PROGRESS_FACTOR * _longest_seconds(units, context))
-    yield from _finished(units, lambda some: _wave(some, context, weights, sizing), stop, silence)
+    timeout_seconds = max(NO_PROGRESS_SECONDS, NO_PROGRESS_FACTOR * _longest_seconds(units, context))
+    yield from _wave_outcomes(
+        units, lambda some: _explain_dataset(some, context, weights, sizing), stop, timeout_seconds
+    )
 
 
 def learn_on_worker(
@@ -93,9 +94,9 @@ def learn_on_worker(
             yield ray.get(made)
     except RayTaskError as error:
         cause = error.cause
-        raise cause if isinstance(cause, ConfigError | ModelError | StoreError) else _given_up(error) from error
+        raise cause if isinstance(cause, ConfigError | ModelError | StoreError) else _cluster_error(error) from error
     except RayError as error:
-        raise _given_up(error) from error
+        raise _cluster_error(error) from error
 
 
 def _learn(context: JobContext, units: Sequence[Unit], weights: Any) -> Iterator[int | bytes]:
@@ -105,34 +106,34 @@ def _learn(context: JobContext, units: Sequence[Unit], weights: Any) -> Iterator
     yield from learn(context, units, None if weights is None else ray.get(weights))
 
 
-def _finished(
-    units: Sequence[Unit], wave_of: Callable[[Sequence[Unit]], Dataset], stop: Stop, silence: float
+def _wave_outcomes(
+    units: Sequence[Unit], wave_of: Callable[[Sequence[Unit]], Dataset], stop: Stop, timeout_seconds: float
 ) -> Iterator[Any]:
-    """What became of the units, wave by wave, until `stop` was requested. Raises ClusterError."""
+    """The units' outcomes, wave by wave, until `stop` is requested. Raises ClusterError."""
     for start in range(0, len(units), WAVE_UNITS):
         wave = wave_of(units[start : start + WAVE_UNITS])
         try:
-            for row in _arriving(wave.iter_rows(), stop, silence):
+            for row in _arriving_rows(wave.iter_rows(), stop, timeout_seconds):
                 yield _outcome(row)
         except RayError as error:
-            raise _given_up(error) from error
+            raise _cluster_error(error) from error
         if stop.reason is not None:
             return
 
 
-def _given_up(error: RayError) -> ClusterError:
+def _cluster_error(error: RayError) -> ClusterError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-    return ClusterError(f"Ray gave the job up: {reason}")
+    return ClusterError(f"Ray failed: {reason}")
 
 
 def _longest_seconds(units: Sequence[Unit], context: JobContext) -> float:
-    """What the largest unit is expected to take on one worker."""
+    """The estimated time of the largest unit on one worker."""
     most = max((unit.num_records for unit in units), default=0)
     return estimate(context.config, most, on_gpu=context.device != "cpu").seconds(1)
 
 
-def _arriving(rows: Iterable[dict[str, Any]], stop: Stop, silence: float) -> Iterator[dict[str, Any]]:
-    """The rows as they come, from a thread apart: this one must hear signals, and a silence of so many seconds."""
+def _arriving_rows(rows: Iterable[dict[str, Any]], stop: Stop, timeout_seconds: float) -> Iterator[dict[str, Any]]:
+    """The rows as they arrive, read in another thread, so that this one handles signals and the timeout."""
     arrived: SimpleQueue[Any] = SimpleQueue()
 
     def collect() -> None:
@@ -140,14 +141,14 @@ def _arriving(rows: Iterable[dict[str, Any]], stop: Stop, silence: float) -> Ite
             for row in rows:
                 arrived.put(row)
             arrived.put(None)
-        except BaseException as error:  # noqa: BLE001 - it is raised again where somebody hears it
+        except BaseException as error:  # noqa: BLE001 - the main thread raises it
             arrived.put(error)
 
     threading.Thread(target=collect, daemon=True).start()
-    silent_since = time.monotonic()
+    last_arrival = time.monotonic()
     while time.monotonic() < stop.deadline:
-        if time.monotonic() - silent_since > silence:
-            raise ClusterError(f"no unit has come to its end for {silence:,.0f} s")
+        if time.monotonic() - last_arrival > timeout_seconds:
+            raise ClusterError(f"no unit has finished for {timeout_seconds:,.0f} s")
         try:
             row = arrived.get(timeout=POLL_SECONDS)
         except Empty:
@@ -156,22 +157,22 @@ def _arriving(rows: Iterable[dict[str, Any]], stop: Stop, silence: float) -> Ite
             return
         if isinstance(row, BaseException):
             raise row
-        silent_since = time.monotonic()
+        last_arrival = time.monotonic()
         yield row
 
 
 def _set_up_ray_data() -> None:
-    """Settings that the job stands on; they count for data sets made afterwards."""
+    """Sets the options of Ray Data that the job needs, for data sets made afterwards."""
     settings = DataContext.get_current()
     settings.enable_progress_bars = False
     settings.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # the job shows its own progress
     settings.max_errored_blocks = 0
     settings.max_consecutive_actor_init_deaths = 3
-    settings.execution_no_progress_timeout_s = -1  # ours counts units; Ray's would end a job of slow ones
+    settings.execution_no_progress_timeout_s = -1  # ours counts units; Ray's would end a job of slow units
 
 
-def _wave(units: Sequence[Unit], context: JobContext, weights: Any, sizing: Sizing) -> Dataset:
+def _explain_dataset(units: Sequence[Unit], context: JobContext, weights: Any, sizing: Sizing) -> Dataset:
     rows = [{"unit": _json(unit)} for unit in units]
     tasks: dict[str, Any] = {**ONE_UNIT, "compute": TaskPoolStrategy(), "num_cpus": sizing.cpus_per_task}
     return (
@@ -183,7 +184,7 @@ def _wave(units: Sequence[Unit], context: JobContext, weights: Any, sizing: Sizi
 
 
 def _actors(context: JobContext | EvaluationContext, weights: Any, sizing: Sizing, num_units: int) -> dict[str, Any]:
-    """How a stage of actors runs, each with one model."""
+    """The arguments of a stage of actors, each with one model."""
     return {
         **ONE_UNIT,
         "fn_constructor_kwargs": {"context": context, "weights": weights},
@@ -210,21 +211,23 @@ def _read(batch: pa.Table, context: JobContext) -> pa.Table:
 def evaluate_units(
     units: Sequence[Unit], context: EvaluationContext, state: bytes | None, sizing: Sizing, stop: Stop
 ) -> Iterator[Evaluated | UnitFailure]:
-    """Evaluates the units on the connected Ray session and yields what became of each. Raises ClusterError."""
+    """Evaluates the units on the connected Ray session and yields each outcome. Raises ClusterError."""
     _set_up_ray_data()
     weights = None if state is None else ray.put(state)
-    yield from _finished(units, lambda some: _evaluating(some, context, weights, sizing), stop, NO_PROGRESS_SECONDS)
+    yield from _wave_outcomes(
+        units, lambda some: _evaluate_dataset(some, context, weights, sizing), stop, NO_PROGRESS_SECONDS
+    )
 
 
-def _evaluating(units: Sequence[Unit], context: EvaluationContext, weights: Any, sizing: Sizing) -> Dataset:
-    """One stage: whoever measures a unit commits it."""
+def _evaluate_dataset(units: Sequence[Unit], context: EvaluationContext, weights: Any, sizing: Sizing) -> Dataset:
+    """One stage: the actor that measures a unit commits it."""
     rows = [{"unit": _json(unit)} for unit in units]
     items = ray.data.from_items(rows, override_num_blocks=len(rows))
     return items.map_batches(_Evaluate, **_actors(context, weights, sizing, len(rows)))
 
 
 class _Evaluate:
-    """The actor that measures: holds one model."""
+    """The evaluate actor: holds one model."""
 
     def __init__(self, context: EvaluationContext, weights: Any) -> None:
         from blocksight.jobs.evaluate.step import EvaluateStep
@@ -239,7 +242,7 @@ class _Evaluate:
 
 
 class _Explain:
-    """The actor: holds one model."""
+    """The explain actor: holds one model."""
 
     def __init__(self, context: JobContext, weights: Any) -> None:
         from blocksight.jobs.explain.step import ExplainStep
@@ -295,7 +298,7 @@ def _result_table(result: UnitResult) -> pa.Table:
 
 
 def _row_of(made: pa.Table | Outcome | Evaluated) -> pa.Table:
-    """What goes to the next step: a table as it is, or what became of the unit, which passes through."""
+    """The input of the next step: a table unchanged, or the unit's outcome, which later steps pass on."""
     if isinstance(made, pa.Table):
         return made
     return _row("", b"", _json({"kind": type(made).__name__, "values": made}))

@@ -100,7 +100,7 @@ def test_the_stored_drop_is_the_one_that_would_be_measured_again(output):
     from blocksight.jobs.evaluate.step import EvaluateStep
 
     stored = {(row["key"], row["target_index"]): row["metrics"] for row in explained(output)}
-    original = EvaluateStep._measured
+    original = EvaluateStep._rows_of_maps
 
     def all_of_them(self, records, maps, method):
         metric = next(one for one in self.metrics if isinstance(one, KeepTop))
@@ -110,11 +110,11 @@ def test_the_stored_drop_is_the_one_that_would_be_measured_again(output):
         return original(self, records, maps, method)
 
     seen = []
-    EvaluateStep._measured = all_of_them
+    EvaluateStep._rows_of_maps = all_of_them
     try:
         evaluated(output)
     finally:
-        EvaluateStep._measured = original
+        EvaluateStep._rows_of_maps = original
     assert len(seen) == len(stored)
     for row, digest, own in seen:
         kept = stored[row["key"], row["target_index"]]
@@ -178,10 +178,10 @@ def test_a_sample_is_a_seeded_share_of_the_records(output):
     assert all(sample <= whole for sample in samples)
     assert len({frozenset(sample) for sample in samples}) > 1
     share = Evaluation((), 0.3, False, 1)
-    held = [share.holds(f"{number}.png") for number in range(4000)]
+    held = [share.includes(f"{number}.png") for number in range(4000)]
     assert 0.27 < np.mean(held) < 0.33
-    assert held == [Evaluation(("x",), 0.3, True, 1).holds(f"{number}.png") for number in range(4000)]
-    assert sum(Evaluation((), 1.0, False, 0).holds(str(number)) for number in range(100)) == 100
+    assert held == [Evaluation(("x",), 0.3, True, 1).includes(f"{number}.png") for number in range(4000)]
+    assert sum(Evaluation((), 1.0, False, 0).includes(str(number)) for number in range(100)) == 100
 
 
 def test_ground_truth_is_measured_where_it_is_and_null_elsewhere(output, boxes, tmp_path):
@@ -293,7 +293,7 @@ def test_the_sanity_check_runs_when_it_is_asked_for(output):
         ({"metrics": "insertoin"}, "metric 'insertoin' is not known; known: insertion"),
         ({"metrics": "ebpg"}, "ebpg needs --truth"),
         ({"metrics": ","}, "--metrics names none"),
-        ({"share": 0.0}, "must be a share between 0 and 1, got 0"),
+        ({"share": 0.0}, "must be in (0, 1], got 0"),
         ({"class_map": "x"}, "--class-map says what the labels of --truth mean"),
     ],
 )

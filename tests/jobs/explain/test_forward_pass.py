@@ -272,7 +272,7 @@ def test_without_a_planned_setting_a_worker_chooses_once_and_the_rest_follow(tmp
         return "forward", [Measured(BFLOAT, 0.01, 5.0)]
 
     monkeypatch.setattr(forward_pass, "choose", choose)
-    monkeypatch.setattr(forward_pass, "_made", lambda _, setting: setting)
+    monkeypatch.setattr(forward_pass, "_forward_with", lambda _, setting: setting)
     wish = probing.Wish(is_timed=True)
     assert forward_pass.ensure_forward(store, adapter, wish) == ("forward", BFLOAT)
     assert forward_pass.ensure_forward(store, adapter, wish) == (BFLOAT, BFLOAT)
@@ -290,7 +290,7 @@ def test_of_two_workers_that_choose_at_once_the_first_counts(tmp_path, monkeypat
         return "forward", [Measured(BFLOAT)]
 
     monkeypatch.setattr(forward_pass, "choose", choose)
-    monkeypatch.setattr(forward_pass, "_made", lambda _, setting: setting)
+    monkeypatch.setattr(forward_pass, "_forward_with", lambda _, setting: setting)
     assert forward_pass.ensure_forward(store, object(), probing.Wish()) == (first, first)
 
 

@@ -12,7 +12,7 @@ import torch
 from blocksight.cluster.errors import ClusterError
 from blocksight.jobs.ledger.stop_request import Stop, is_stopped, stopped_by_signals
 from blocksight.jobs.run import pipeline
-from blocksight.jobs.run.pipeline import _arriving
+from blocksight.jobs.run.pipeline import _arriving_rows
 from blocksight.jobs.work import watchdog
 from blocksight.storage.stores.retrying import PatientStore
 from blocksight.storage.stores.store import MissingError, UnavailableError
@@ -88,11 +88,11 @@ def test_rows_arrive_in_order_and_errors_with_them():
         yield {"n": 2}
         raise ZeroDivisionError("in the thread")
 
-    arriving = _arriving(rows(), stop(), 9)
+    arriving = _arriving_rows(rows(), stop(), 9)
     assert [next(arriving), next(arriving)] == [{"n": 1}, {"n": 2}]
     with pytest.raises(ZeroDivisionError, match="in the thread"):
         next(arriving)
-    assert list(_arriving(iter([{"n": 1}]), stop(), 9)) == [{"n": 1}]
+    assert list(_arriving_rows(iter([{"n": 1}]), stop(), 9)) == [{"n": 1}]
 
 
 def silent(release):
@@ -103,9 +103,9 @@ def silent(release):
 def test_a_silence_that_lasts_too_long_ends_the_run(monkeypatch):
     monkeypatch.setattr(pipeline, "POLL_SECONDS", 0.05)
     release = threading.Event()
-    arriving = _arriving(silent(release), stop(), 0.3)
+    arriving = _arriving_rows(silent(release), stop(), 0.3)
     assert next(arriving) == {"n": 1}
-    with pytest.raises(ClusterError, match="no unit has come to its end for 0 s"):
+    with pytest.raises(ClusterError, match="no unit has finished for 0 s"):
         next(arriving)
     release.set()
 
@@ -114,7 +114,7 @@ def test_the_grace_time_ends_the_waiting(monkeypatch):
     monkeypatch.setattr(pipeline, "POLL_SECONDS", 0.05)
     monkeypatch.setattr("blocksight.jobs.ledger.stop_request.GRACE_SECONDS", 0.3)
     release, asked = threading.Event(), stop()
-    arriving = _arriving(silent(release), asked, 9)
+    arriving = _arriving_rows(silent(release), asked, 9)
     next(arriving)
     asked.request("SIGTERM")
     assert list(arriving) == []

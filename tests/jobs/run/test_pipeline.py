@@ -114,7 +114,7 @@ def test_a_model_that_fails_on_the_workers_is_one_sentence(tmp_path):
     done = blocksight(*explain(data, tmp_path / "out"), "--model", "tests.jobs.tiny:make_fragile")
     assert done.returncode == 2
     assert "no such model on this node" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: Ray gave the job up:")
+    assert done.stderr.splitlines()[-1].startswith("error: Ray failed:")
 
 
 def test_an_evaluation_leaves_the_same_bytes(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from blocksight.jobs.ledger.stop_request import stop_request_key
 from blocksight.jobs.plan.config import ConfigError, Execution
 from blocksight.jobs.plan.plan import Plan, ensure_plan, load_plan
 from blocksight.jobs.plan.records import Cause, DeadLetter, Receipt, UnitFailure, UnitSkipped
-from blocksight.jobs.run.budgets import FIRST_UNITS, Budget, Opening, excess
+from blocksight.jobs.run.budgets import NUM_FIRST_UNITS, Budget, FirstUnits, exceeded_budgets
 from blocksight.jobs.run.job import plan_job, run_job
 from blocksight.jobs.work import attempts
 from blocksight.jobs.work.attempts import WorkerStores, attempted
@@ -264,7 +264,7 @@ def half_dead(tmp_path):
 def test_a_dead_unit_is_no_success_until_it_is_retried_or_done_without(half_dead, tmp_path):
     data, store, outcome, mend = half_dead
     assert outcome.manifest is None
-    assert outcome.excess[0] == f"{len(outcome.job_state.dead)} dead units, and --max-dead-units allows 0"
+    assert outcome.exceeded_budgets[0] == f"{len(outcome.job_state.dead)} dead units, and --max-dead-units allows 0"
     letters = list(outcome.job_state.dead.values())
     assert {(letter.cause, letter.inputs, letter.stage) for letter in letters} == {("input_missing", "a.tar", "read")}
     assert [row["shard"].endswith("b.tar") for row in rows_in(store)] == [True] * 4
@@ -285,10 +285,10 @@ def test_a_manifest_names_the_dead_that_are_done_without(half_dead):
     manifest = finalize(store, outcome.job_state)
     assert {(dead["cause"], dead["inputs"]) for dead in manifest["dead"]} == {("input_missing", "a.tar")}
     assert {dead["unit_id"] for dead in manifest["dead"]} == outcome.job_state.dead.keys()
-    (share,) = excess(outcome.job_state, Budget(0.5, len(outcome.job_state.dead)))
+    (share,) = exceeded_budgets(outcome.job_state, Budget(0.5, len(outcome.job_state.dead)))
     lost = sum(letter.num_records for letter in outcome.job_state.dead.values())
     assert share.startswith(f"{lost + outcome.job_state.total('num_rejected'):,} of")
-    assert excess(outcome.job_state, Budget(1.0, len(outcome.job_state.dead))) == []
+    assert exceeded_budgets(outcome.job_state, Budget(1.0, len(outcome.job_state.dead))) == []
 
 
 def test_a_job_that_was_finished_without_its_dead_is_complete(half_dead, tmp_path):
@@ -300,11 +300,11 @@ def test_a_job_that_was_finished_without_its_dead_is_complete(half_dead, tmp_pat
         done = blocksight(*again)
         assert done.returncode == 0, done.stdout
         assert "retry" not in done.stdout
-    assert run_here(data, out).excess == excess_of_share(outcome)
+    assert run_here(data, out).exceeded_budgets == excess_of_share(outcome)
 
 
 def excess_of_share(outcome):
-    return tuple(excess(outcome.job_state, Budget(0.5, len(outcome.job_state.dead))))
+    return tuple(exceeded_budgets(outcome.job_state, Budget(0.5, len(outcome.job_state.dead))))
 
 
 def test_open_units_come_before_dead_ones(half_dead, tmp_path):
@@ -341,11 +341,11 @@ def test_finalize_compares_sets_and_metadata(tmp_path):
 def test_a_job_of_which_nothing_is_explained_stops_early(tmp_path, monkeypatch):
     monkeypatch.setattr("blocksight.cluster.sizing.LEAST_UNIT_SECONDS", 1.0)
     (tmp_path / "in").mkdir()
-    for number in range(FIRST_UNITS + 4):
+    for number in range(NUM_FIRST_UNITS + 4):
         (tmp_path / "in" / f"{number}.png").write_bytes(b"no picture")
     outcome = run_here(tmp_path / "in", tmp_path / "out")
     patient = execute(tmp_path / "in", tmp_path / "patient", max_reject_fraction=1.0)
-    assert (patient.ran.stopped, patient.excess, patient.job_state.open_units) == (None, (), [])
+    assert (patient.ran.stopped, patient.exceeded_budgets, patient.job_state.open_units) == (None, (), [])
     assert outcome.ran.is_hopeless
     assert outcome.ran.stopped == "no record of the first 5 units was explained (5 not_an_image)"
     assert len(outcome.job_state.open_units) == 4
@@ -354,7 +354,9 @@ def test_a_job_of_which_nothing_is_explained_stops_early(tmp_path, monkeypatch):
     (tmp_path / "in" / "0.png").write_bytes(picture(1))
     done = run_here(tmp_path / "in", tmp_path / "third")
     assert done.manifest is not None
-    assert done.excess == ("7 of 9 records were rejected or are in dead units, and --max-reject-fraction allows 0.5",)
+    assert done.exceeded_budgets == (
+        "7 of 9 records were rejected or are in dead units, and --max-reject-fraction allows 0.5",
+    )
 
 
 def execute(data, output, **execution):
@@ -362,9 +364,9 @@ def execute(data, output, **execution):
 
 
 def test_the_opening_ends_with_the_first_explained_record():
-    opening = Opening(is_over=False)
+    opening = FirstUnits(is_over=False)
     bad = receipt(num_ok=0, rejects={"corrupt": 2})
-    for _ in range(FIRST_UNITS - 1):
+    for _ in range(NUM_FIRST_UNITS - 1):
         opening.add(bad)
     opening.add(UnitFailure("x", 0, "x", "read", "x"))
     opening.add(DeadLetter("x", 0, "x", "input_missing", "read", "x", 7))

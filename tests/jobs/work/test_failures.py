@@ -615,7 +615,7 @@ def test_a_broken_table_among_sound_ones_is_one_dead_letter(tmp_path):
     assert outcome.job_state.total("num_ok") == 4
     assert outcome.job_state.open_units == []
     assert not outcome.job_state.plan.is_exact
-    assert outcome.excess[0] == "2 dead units, and --max-dead-units allows 0"
+    assert outcome.exceeded_budgets[0] == "2 dead units, and --max-dead-units allows 0"
 
 
 def test_a_broken_table_that_was_mended_is_retried_and_verified(tmp_path):
