@@ -1,1 +1,1 @@
-"""Object stores: local folders and S3, with conditional creates and pinned reads."""
+"""Object stores: local folders and S3, with create-once writes and reads of a pinned version."""

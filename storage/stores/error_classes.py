@@ -1,4 +1,4 @@
-"""Tells whose trouble an exception is: the record's that was worked on, or the machine's or the store's."""
+"""Classifies an exception: caused by the record, or by the machine or the store."""
 
 import errno
 
@@ -19,23 +19,23 @@ MACHINE_ERRNOS = {
     errno.EPIPE,
     errno.ETIMEDOUT,
 }
-"""Of an OSError that a record's bytes cannot cause: disk, memory, handles, network."""
+"""errno of an OSError that a record's bytes cannot cause: disk, memory, handles, network."""
 MACHINE_TYPES = (StoreError, MemoryError, ImportError, ConnectionError, TimeoutError)
-MACHINE_SENTENCES = (
+MACHINE_MESSAGES = (
     *("can't allocate memory", "not enough memory", "out of memory", "can't start new thread"),
     *("cuda error", "cublas", "cudnn"),
 )
-"""In a RuntimeError: of torch's allocators and devices, and of the interpreter's threads."""
+"""Parts of a RuntimeError's message from torch's allocators and devices, and from starting threads."""
 
 
 def is_of_record(error: Exception) -> bool:
-    """True if working on the same record again, on any machine, would fail in the same way.
+    """True if the record caused the error: it would fail in the same way on any machine.
 
-    What a record's bytes cannot cause is the machine's or the store's: no sound record is rejected for it.
+    An error that a record's bytes cannot cause belongs to the machine or the store, and rejects no record.
     """
     if isinstance(error, MACHINE_TYPES):
         return False
     if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:
         return False
-    said = str(error).lower() if isinstance(error, RuntimeError) else ""  # other texts may come from a record
-    return not any(sentence in said for sentence in MACHINE_SENTENCES)
+    message = str(error).lower() if isinstance(error, RuntimeError) else ""  # other texts may come from a record
+    return not any(part in message for part in MACHINE_MESSAGES)

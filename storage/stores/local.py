@@ -1,4 +1,4 @@
-"""Local folders with the same promise as a bucket: an object appears whole, once, and stays as it is."""
+"""A local folder as an object store, with a bucket's promise: an object appears whole, once, and does not change."""
 
 import ctypes
 import errno
@@ -23,40 +23,48 @@ from blocksight.storage.stores.store import (
     checked_key,
 )
 
-ASIDE = ".writing-"
-"""Begins the name of a file that is not finished; readers and listings skip it."""
+UNFINISHED = ".writing-"
+"""Prefix of an unfinished file's name. Readers and listings skip it."""
 SIDECAR = ".metadata-"
-"""Begins the name of the file that holds an object's user metadata."""
+"""Prefix of the name of the file with an object's user metadata."""
 PENDING = ".metadata+"
-"""Begins the sidecar's name until its object stands."""
-OURS = (ASIDE, SIDECAR, PENDING)
+"""Prefix of the sidecar's name until its object exists."""
+RESERVED_PREFIXES = (UNFINISHED, SIDECAR, PENDING)
 
-NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
-"""What a file system without hard links says to one (FAT: EPERM)."""
-NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
-"""What a share says that syncs files and no folders (CIFS, FUSE): it has no way to make a name last."""
-NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
-"""What it says of a path that leads to no file."""
-ODD_KINDS = {stat.S_IFIFO: "pipes", stat.S_IFSOCK: "sockets", stat.S_IFCHR: "devices", stat.S_IFBLK: "devices"}
-ONE_FILE_ONLY = {errno.EACCES, errno.EPERM, errno.EIO, errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENAMETOOLONG}
-"""What the system says of one file that cannot be read."""
-PASSING = {errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-"""What it says of a share that is away for a while, or of a machine that is short of something."""
+NO_HARD_LINK_ERRNOS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
+"""errno of a file system without hard links (FAT: EPERM)."""
+NO_FOLDER_SYNC_ERRNOS = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
+"""errno of a share that cannot sync folders (CIFS, FUSE)."""
+NO_FILE_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
+"""errno of a path without a file."""
+SPECIAL_FILES = {stat.S_IFIFO: "pipes", stat.S_IFSOCK: "sockets", stat.S_IFCHR: "devices", stat.S_IFBLK: "devices"}
+ONE_FILE_ERRNOS = {errno.EACCES, errno.EPERM, errno.EIO, errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENAMETOOLONG}
+"""errno of one file that cannot be read, while others may be."""
+TRANSIENT_ERRNOS = {
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.ENOTCONN,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+}
+"""errno of a share that is away for a while, or of a machine that lacks memory or handles: a retry may succeed."""
 AT_FDCWD = -100
 MAX_METADATA_BYTES = 64 << 10
-"""Of one object; a bucket allows 2 KiB."""
+"""User metadata of one object; a bucket allows 2 KiB."""
 RENAME_NOREPLACE = 1
 
 
 class LocalStore:
     """A folder as an object store.
 
-    `create` writes aside, syncs, and hard-links to the final name, which fails if that stands: readers
-    see nothing or everything. Where there are no hard links, a rename that replaces nothing does the same;
-    `O_EXCL` would not, for readers would see half a file. The user metadata are written before, in a
-    dot-file whose name holds the inode number, so that the loser of a race cannot change the winner's; the
-    winner then takes the number off, so that a copy of the folder keeps them. That file's name ends in
-    .json, for a `*.parquet` pattern matches dot-files in some readers.
+    `create` writes an unfinished file, syncs it, and hard-links it to the final name, which fails if that exists:
+    readers see nothing or everything. Without hard links, a rename that replaces nothing does the same; `O_EXCL`
+    would show readers half a file. The user metadata are written first, in a dot-file whose name holds the inode
+    number, so the loser of a race cannot change the winner's. The winner then removes the number from the name, so
+    a copy of the folder keeps the metadata. The name ends in .json, as a `*.parquet` pattern matches dot-files in
+    some readers.
     """
 
     def __init__(self, root: Path | str) -> None:
@@ -71,65 +79,69 @@ class LocalStore:
 
     def read(self, key: str, *, etag: str | None = None, start: int = 0, length: int | None = None) -> bytes:
         path = self._path(key)
-        with _explained(path, reading=True), _regular_file(path) as file:
+        with _errors_naming(path, reading=True), _open_regular(path) as file:
             file.seek(start)
             data = file.read() if length is None else file.read(length)
-            found = _etag(os.fstat(file.fileno()))  # after the read: a change in its midst shows too
+            found = _etag(os.fstat(file.fileno()))  # after the read, to notice a change during it
         if etag is not None and found != etag:
             raise ChangedError(f"{path} has changed: version {found}, wanted {etag}")
         return data
 
     def head(self, key: str) -> ObjectInfo | None:
         path = self._path(key)
-        with _explained(path):
-            found = _regular(path)
+        with _errors_naming(path):
+            found = _file_stat(path)
             if found is None:
                 return None
             return ObjectInfo(key, found.st_size, _etag(found), _metadata(path, found.st_ino))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         folder = self.root.joinpath(checked_key(f"{prefix}x")).parent
-        with _explained(folder):
+        with _errors_naming(folder):
             for path in _files(folder):
                 key = path.relative_to(self.root).as_posix()
-                found = _regular(path) if key.startswith(prefix) else None
+                found = _file_stat(path) if key.startswith(prefix) else None
                 if found is not None:
                     yield ObjectInfo(key, found.st_size, _etag(found))
 
     def unlisted(self) -> Iterator[tuple[str, str]]:
-        """Links to folders are told and not followed: they may lead back, or out of the root."""
-        with _explained(self.root):
-            for parent, folders, files in os.walk(self.root, onerror=_unlisted):
-                for name in (*folders, *(name for name in files if not name.startswith(OURS))):
+        """Yields links to folders without following them: they may lead back, or out of the root."""
+        with _errors_naming(self.root):
+            for parent, folders, files in os.walk(self.root, onerror=_refuse_closed_folder):
+                for name in (*folders, *(name for name in files if not name.startswith(RESERVED_PREFIXES))):
                     path = Path(parent, name)
-                    kind = _odd_kind(path)
+                    kind = _special_kind(path)
                     if kind is not None:
                         yield path.relative_to(self.root).as_posix(), kind
 
     def create(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> None:
         path = self._own_path(key)
-        with _explained(path), _aside(path, data) as aside, _described(path, aside, metadata):
+        with (
+            _errors_naming(path),
+            _unfinished_file(path, data) as unfinished,
+            _with_metadata(path, unfinished, metadata),
+        ):
             try:
-                _name_once(aside, path)
+                _link_once(unfinished, path)
             except FileExistsError as error:
-                raise AlreadyExistsError(f"{path} stands already") from error
+                raise AlreadyExistsError(f"{path} already exists") from error
 
     def put(self, key: str, data: bytes) -> None:
         path = self._own_path(key)
-        with _explained(path), _aside(path, data) as aside:
-            _forget(path)
-            aside.replace(path)
+        with _errors_naming(path), _unfinished_file(path, data) as unfinished:
+            _remove_metadata(path)
+            unfinished.replace(path)
 
     def delete(self, key: str) -> None:
         path = self._own_path(key)
-        with _explained(path), suppress(FileNotFoundError, NotADirectoryError):
-            _forget(path)
+        with _errors_naming(path), suppress(FileNotFoundError, NotADirectoryError):
+            _remove_metadata(path)
             path.unlink()
 
     def sweep(self, older_than_seconds: float, *, dry_run: bool = False) -> Sequence[str]:
-        """Removes unfinished files and the metadata of objects that never stood; a young one may have a writer."""
+        """Removes old unfinished files and metadata without object; returns them. A newer one may have a writer."""
         swept = []
-        for path in _left_over(self.root, time.time() - older_than_seconds):
+        for path in _abandoned_files(self.root, time.time() - older_than_seconds):
             swept.append(path.relative_to(self.root).as_posix())
             if not dry_run:
                 path.unlink(missing_ok=True)
@@ -137,12 +149,12 @@ class LocalStore:
 
     def _path(self, key: str) -> Path:
         parts = PurePosixPath(checked_key(key)).parts
-        if parts[-1].startswith(OURS):
-            raise StoreError(f"key {key!r} has a name that is kept for unfinished files and metadata")
+        if parts[-1].startswith(RESERVED_PREFIXES):
+            raise StoreError(f"key {key!r} has a name that is reserved for unfinished files and metadata")
         return self.root.joinpath(*parts)
 
     def _own_path(self, key: str) -> Path:
-        """The path of what is to be written or removed. Raises StoreError where a link below the root leads to it."""
+        """The path of an object to write or remove. Raises StoreError if a folder of it below the root is a link."""
         path = self._path(key)
         for folder in path.relative_to(self.root).parents:
             if folder.parts and self.root.joinpath(folder).is_symlink():
@@ -153,16 +165,16 @@ class LocalStore:
         return path
 
 
-def _regular_file(path: Path) -> BinaryIO:
-    """The file, open for reading. Raises ObjectError for what is none: a pipe would wait, and a device never end."""
-    if ODD_KINDS.get(stat.S_IFMT(path.stat().st_mode)) is not None:
-        raise ObjectError(f"{path} is no regular file")
+def _open_regular(path: Path) -> BinaryIO:
+    """The file, open for reading. Raises ObjectError for a special file: a pipe would block, a device never end."""
+    if SPECIAL_FILES.get(stat.S_IFMT(path.stat().st_mode)) is not None:
+        raise ObjectError(f"{path} is not a regular file")
     return path.open("rb")
 
 
 @contextmanager
-def _explained(path: Path, *, reading: bool = False) -> Iterator[None]:
-    """Turns the system's errors into sentences that name the path."""
+def _errors_naming(path: Path, *, reading: bool = False) -> Iterator[None]:
+    """Turns the system's errors into StoreErrors that name the path."""
     try:
         yield
     except FileNotFoundError as error:
@@ -171,31 +183,31 @@ def _explained(path: Path, *, reading: bool = False) -> Iterator[None]:
         if reading and error.errno == errno.ENOTDIR:
             raise MissingError(f"there is no file {path}") from error
         kind = StoreError
-        if reading and error.errno in ONE_FILE_ONLY:
+        if reading and error.errno in ONE_FILE_ERRNOS:
             kind = ObjectError
-        elif error.errno in PASSING:
+        elif error.errno in TRANSIENT_ERRNOS:
             kind = UnavailableError
         raise kind(f"{path}: {error.strerror or error}") from error
 
 
 @contextmanager
-def _aside(path: Path, data: bytes) -> Iterator[Path]:
-    """A synced file beside the final one, gone afterwards; the folder is synced once it has its name."""
+def _unfinished_file(path: Path, data: bytes) -> Iterator[Path]:
+    """A synced file beside the final one, removed afterwards; the folder is synced after the body."""
     _make_folder(path.parent)
-    aside = path.with_name(f"{ASIDE}{uuid.uuid4().hex}")
+    unfinished = path.with_name(f"{UNFINISHED}{uuid.uuid4().hex}")
     try:
-        _write(aside, data)
-        yield aside
+        _write(unfinished, data)
+        yield unfinished
         _sync_folder(path.parent)
     finally:
-        aside.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 @contextmanager
-def _described(path: Path, aside: Path, metadata: Mapping[str, str] | None) -> Iterator[None]:
-    """The metadata stand before the object does and go with it where it fails: none ever lacks its own."""
-    pending = _pending(path, aside.stat().st_ino)
-    pending.unlink(missing_ok=True)  # a crashed writer's, whose inode number has come back
+def _with_metadata(path: Path, unfinished: Path, metadata: Mapping[str, str] | None) -> Iterator[None]:
+    """Writes the metadata before the object, and removes them if it fails: no object ever lacks its metadata."""
+    pending = _pending(path, unfinished.stat().st_ino)
+    pending.unlink(missing_ok=True)  # from a crashed writer, if the inode number was reused
     if metadata:
         _write(pending, json.dumps(dict(metadata)).encode())
     try:
@@ -206,26 +218,26 @@ def _described(path: Path, aside: Path, metadata: Mapping[str, str] | None) -> I
     if metadata:
         pending.replace(_sidecar(path))
     else:
-        _sidecar(path).unlink(missing_ok=True)  # of an object that was removed by hand
+        _sidecar(path).unlink(missing_ok=True)  # from an object that a user removed
 
 
-def _name_once(aside: Path, path: Path) -> None:
-    """Gives the finished file its name. Raises FileExistsError where that stands."""
+def _link_once(unfinished: Path, path: Path) -> None:
+    """Gives the finished file its final name. Raises FileExistsError if that exists."""
     try:
-        path.hardlink_to(aside)
+        path.hardlink_to(unfinished)
     except FileExistsError:
-        if aside.stat().st_nlink == 1:
+        if unfinished.stat().st_nlink == 1:
             raise
-        # two names: the link is ours, and the network file system asked twice because a reply was lost
+        # two names: the link is ours; the network file system repeated the call because a reply was lost
     except OSError as error:
-        if error.errno not in NO_HARD_LINKS:
+        if error.errno not in NO_HARD_LINK_ERRNOS:
             raise
-        _rename_once(aside, path)
+        _rename_once(unfinished, path)
 
 
-def _rename_once(aside: Path, path: Path) -> None:
+def _rename_once(unfinished: Path, path: Path) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(AT_FDCWD, os.fsencode(aside), AT_FDCWD, os.fsencode(path), RENAME_NOREPLACE) == 0:
+    if libc.renameat2(AT_FDCWD, os.fsencode(unfinished), AT_FDCWD, os.fsencode(path), RENAME_NOREPLACE) == 0:
         return
     code = ctypes.get_errno()
     if code in (errno.EINVAL, errno.ENOSYS):
@@ -236,15 +248,15 @@ def _rename_once(aside: Path, path: Path) -> None:
     raise OSError(code, os.strerror(code), str(path))
 
 
-def _forget(path: Path) -> None:
-    """Removes the metadata of what stands at the path, before the object itself goes: none outlives it."""
+def _remove_metadata(path: Path) -> None:
+    """Removes the metadata of the object at the path. Call it before the object is removed, so none outlive it."""
     with suppress(FileNotFoundError):
         _pending(path, path.stat().st_ino).unlink(missing_ok=True)
     _sidecar(path).unlink(missing_ok=True)
 
 
 def _metadata(path: Path, inode: int) -> dict[str, str]:
-    """What stands beside an object: a writer that died between link and rename left it pending."""
+    """The object's metadata; they are still pending if the writer died between link and rename."""
     for sidecar in (_pending(path, inode), _sidecar(path)):
         with suppress(FileNotFoundError):
             return _read_metadata(sidecar)
@@ -252,7 +264,7 @@ def _metadata(path: Path, inode: int) -> dict[str, str]:
 
 
 def _read_metadata(sidecar: Path) -> dict[str, str]:
-    """The names and values; none where the file is damaged: `verify` then says what is missing."""
+    """The names and values; {} if the file is damaged, and `verify` then says what is missing."""
     try:
         with sidecar.open("rb") as file:
             found = json.loads(file.read(MAX_METADATA_BYTES))
@@ -270,28 +282,28 @@ def _sidecar(path: Path) -> Path:
     return path.with_name(f"{SIDECAR}{path.name}.json")
 
 
-def _regular(path: Path) -> os.stat_result | None:
-    """The facts of a file; None where there is none, or something else."""
+def _file_stat(path: Path) -> os.stat_result | None:
+    """The file's status; None if there is not a regular file."""
     try:
         found = path.stat()
     except OSError as error:
-        if error.errno not in NO_FILE:
+        if error.errno not in NO_FILE_ERRNOS:
             raise
         return None
     return found if stat.S_ISREG(found.st_mode) else None
 
 
-def _odd_kind(path: Path) -> str | None:
-    """What a path is that is neither a file nor a folder; None: it is one of the two."""
+def _special_kind(path: Path) -> str | None:
+    """The kind of a path that is neither file nor folder; None for a file or folder."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        if error.errno not in NO_FILE:
+        if error.errno not in NO_FILE_ERRNOS:
             raise
         return "links to themselves" if error.errno == errno.ELOOP else "broken links"
     if stat.S_ISDIR(mode):
         return "links to folders (not followed)" if path.is_symlink() else None
-    return None if stat.S_ISREG(mode) else ODD_KINDS.get(stat.S_IFMT(mode), "special files")
+    return None if stat.S_ISREG(mode) else SPECIAL_FILES.get(stat.S_IFMT(mode), "special files")
 
 
 def _etag(found: os.stat_result) -> str:
@@ -299,31 +311,31 @@ def _etag(found: os.stat_result) -> str:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Every finished file below the folder. Raises StoreError where one cannot be looked into."""
-    for parent, _, names in os.walk(folder, onerror=_unlisted):
-        yield from (Path(parent, name) for name in names if not name.startswith(OURS))
+    """Every finished file below the folder. Raises StoreError if a folder cannot be read."""
+    for parent, _, names in os.walk(folder, onerror=_refuse_closed_folder):
+        yield from (Path(parent, name) for name in names if not name.startswith(RESERVED_PREFIXES))
 
 
-def _left_over(root: Path, before: float) -> Iterator[Path]:
-    """Files of writers that died: unfinished ones, and pending metadata whose object does not stand."""
+def _abandoned_files(root: Path, before: float) -> Iterator[Path]:
+    """Files of dead writers that are older than `before`: unfinished files, and pending metadata without an object."""
     for parent, _, names in os.walk(root):
         for name in names:
             path = Path(parent, name)
-            left = name.startswith(ASIDE) or (name.startswith(PENDING) and not _has_object(path))
+            left = name.startswith(UNFINISHED) or (name.startswith(PENDING) and not _has_object(path))
             with suppress(FileNotFoundError):
                 if left and path.stat().st_mtime < before:
                     yield path
 
 
 def _has_object(pending: Path) -> bool:
-    """Whether the pending metadata are those of the object that stands."""
+    """True if the pending metadata belong to the object of that name."""
     inode, _, name = pending.name.removeprefix(PENDING).removesuffix(".json").partition("-")
-    found = _regular(pending.with_name(name))
+    found = _file_stat(pending.with_name(name))
     return found is not None and str(found.st_ino) == inode
 
 
-def _unlisted(error: OSError) -> None:
-    """A folder that is not there holds nothing; one that is closed must not be left out in silence."""
+def _refuse_closed_folder(error: OSError) -> None:
+    """Raises StoreError for a folder that cannot be read; a missing folder holds nothing."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise StoreError(f"{error.filename}: {error.strerror}") from error
 
@@ -336,7 +348,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _make_folder(folder: Path) -> None:
-    """Makes the folder and what is missing above it, each synced into its parent."""
+    """Makes the folder and its missing parents, and syncs each into its parent."""
     try:
         folder.mkdir()
     except FileExistsError:
@@ -352,7 +364,7 @@ def _sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in NO_FOLDER_SYNC:
+        if error.errno not in NO_FOLDER_SYNC_ERRNOS:
             raise
     finally:
         os.close(descriptor)

@@ -1,4 +1,4 @@
-"""What a path or URI names: one spelling for each place, and whether two places contain each other."""
+"""Reads paths and URIs: gives each place one spelling, and tells whether one place contains another."""
 
 import re
 from pathlib import Path
@@ -15,10 +15,10 @@ CREDENTIALS_WANTED = (
 
 
 def normal_place(text: str) -> str:
-    """The one spelling of a place: an absolute path, or s3://BUCKET/PREFIX, without a slash at its end.
+    """The normal spelling of a place: an absolute path, or s3://BUCKET/PREFIX, without a slash at its end.
 
-    Raises StoreError for what names no place, and for a URI with user info or a query. It never repeats a URI
-    that may hold a secret.
+    Raises StoreError for text that is no path or known URI, and for a URI with user info or a query. The message
+    never repeats a URI that may hold a secret.
     """
     if "\0" in text:
         raise StoreError("a path or URI holds a zero byte")
@@ -33,7 +33,7 @@ def normal_place(text: str) -> str:
         raise StoreError("a URI begins with its scheme; wanted a local path, file:///PATH or s3://bucket/prefix")
     if scheme.lower() == "file":
         if not rest.startswith("/"):
-            raise StoreError("a file:// URI names no folder of this machine; wanted file:///PATH, or a plain path")
+            raise StoreError("a file:// URI has no path on this machine; wanted file:///PATH, or a plain path")
         return _normal_path(rest)
     if scheme.lower() == "s3":
         return _normal_bucket(rest)
@@ -41,7 +41,7 @@ def normal_place(text: str) -> str:
 
 
 def split_place(place: str) -> tuple[str, str]:
-    """The place that holds a normal one, and the name in it: "" for a whole bucket and for the root folder."""
+    """The parent of a normal place and its name there; the name is "" for a whole bucket and for the root folder."""
     bucket_end = place.find("/", len(S3)) if place.startswith(S3) else 0
     if bucket_end < 0 or place == "/":
         return place, ""
@@ -50,12 +50,12 @@ def split_place(place: str) -> tuple[str, str]:
 
 
 def is_whole_bucket(place: str) -> bool:
-    """Whether a normal place is a bucket without a prefix."""
+    """True if a normal place is a bucket without a prefix."""
     return place.startswith(S3) and "/" not in place.removeprefix(S3)
 
 
 def contain_each_other(first: str, second: str) -> bool:
-    """Whether one of two places lies in the other or is the other, through links and by whatever spelling."""
+    """True if one of two places is the other or lies in it, in any spelling and through links."""
     one, other = normal_place(first), normal_place(second)
     if one.startswith(S3) != other.startswith(S3):
         return False
@@ -68,7 +68,7 @@ def contain_each_other(first: str, second: str) -> bool:
 
 
 def _normal_path(text: str) -> str:
-    """The absolute path; `..` is followed as the system does, other links stay as they are."""
+    """The absolute path. `..` is resolved as the system does; other links are kept."""
     try:
         path = Path(text).expanduser().absolute()
     except RuntimeError as error:
@@ -86,12 +86,12 @@ def _normal_bucket(rest: str) -> str:
         raise StoreError("an s3:// URI names no bucket; wanted s3://bucket/prefix")
     if not BUCKET.fullmatch(bucket):
         raise StoreError(
-            "the bucket of an s3:// URI has letters, digits, dots, hyphens and underscores alone; user info does not "
-            f"belong there: {CREDENTIALS_WANTED}"
+            "the bucket of an s3:// URI may hold only letters, digits, dots, hyphens and underscores; user info does "
+            f"not belong there: {CREDENTIALS_WANTED}"
         )
     if "?" in prefix:
         raise StoreError(
-            f"an s3:// URI has no query (a signed link is none): name the prefix, and {CREDENTIALS_WANTED}"
+            f"an s3:// URI has no query (a signed link is not read): name the prefix, and {CREDENTIALS_WANTED}"
         )
     if {".", ".."} & set(prefix.split("/")):
         raise StoreError(
@@ -101,13 +101,13 @@ def _normal_bucket(rest: str) -> str:
 
 
 def _with_plain_bucket(place: str) -> str:
-    """With the bucket in small letters: servers that tell their case apart have no two that differ in it alone."""
+    """The place with its bucket in lower case: no server has two buckets that differ in case alone."""
     bucket, slash, prefix = place.removeprefix(S3).partition("/")
     return f"{S3}{bucket.lower()}{slash}{prefix}"
 
 
 def _is_inside(inner: Path, outer: Path) -> bool:
-    """By name, and by what the system says: one folder may be mounted twice, or have no case."""
+    """True by name, or if the system says so: a folder may be mounted twice, or ignore case."""
     return any(path == outer or _is_same(path, outer) for path in (inner, *inner.parents))
 
 

@@ -1,4 +1,4 @@
-"""A store that is away for a while: the same calls, asked again until it answers."""
+"""Wraps a store: repeats calls while it is unavailable, and tells errors of one object from errors of the store."""
 
 import errno
 import time
@@ -23,48 +23,46 @@ from blocksight.storage.stores.store import (
 )
 
 PATIENCE_SECONDS = 360.0
-"""A store may be away for five minutes and a job waits for it; beyond, the job ends and says how to go on."""
+"""How long a job waits for an unavailable store; then it ends and says how to resume."""
 SHORT_PATIENCE_SECONDS = 10.0
-"""Where a person waits, or no work is done yet: what is mistyped should show soon."""
+"""The same while a user waits or before any work is done: a typing error should show soon."""
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 20.0
-TRIES_OF_ONE_OBJECT = 6
-"""After so many failed reads of one object, with others that can be read between them, it is given up: about
-15 s of pauses."""
-SECONDS_OF_ONE_OBJECT = 150.0
-"""Failed reads of one object that took so long are enough, from the second on: it hangs, or comes too slowly."""
+MAX_TRIES_PER_OBJECT = 6
+"""Failed reads of one object, while others can be read, after which it is given up: about 15 s of pauses."""
+MAX_SECONDS_PER_OBJECT = 150.0
+"""Time in failed reads of one object, two or more, after which it is given up: it hangs or is too slow."""
 
 NUM_WITNESSES = 3
 PROBE_NAME = "_probe-"
-"""Begins the name of an object that is written beside one that cannot be, and removed at once."""
+"""Prefix of the name of a probe: an object that is written beside one that cannot be, and removed at once."""
 
 Result = TypeVar("Result")
 
 
 def witnesses_of(keys: Sequence[str]) -> tuple[str, ...]:
-    """A few of these objects, evenly spread."""
+    """A few of these keys, evenly spread: objects to read when another one fails."""
     chosen = sorted(set(keys))
     count = min(NUM_WITNESSES, len(chosen))
     return tuple(chosen[len(chosen) * place // count] for place in range(count))
 
 
 def is_probe(key: str) -> bool:
-    """Whether an object only tries what can be written beside it: left by a process that died, it means nothing."""
+    """True if the object is a probe, left by a process that died. It holds no data."""
     return key.rpartition("/")[2].startswith(PROBE_NAME)
 
 
 class PatientStore:
-    """Any store, whose calls are repeated while it is unavailable; every other error goes through at once.
+    """Wraps a store and repeats calls while it is unavailable. Raises every other error at once.
 
-    A read that fails is told from a store that is away by reading one byte of other objects, the witnesses: where
-    one of them can be read, the trouble is the object's own (ObjectError). Where none can, it is the store's
-    (StoreError, or UnavailableError after the patience).
+    After a failed read, it reads one byte of other objects, the witnesses. If one can be read, only this object
+    fails (ObjectError). If none can, the store fails (StoreError, or UnavailableError once the time is up).
 
-    In the folders of an output where each object is of one unit, any call that fails for good is judged by
-    writing as many bytes beside that object: where they can be written, the trouble is the object's (OutputError).
+    In folders of an output where each object belongs to one unit, a call that fails for good is checked by writing
+    as many bytes beside the object. If that succeeds, only this object fails (OutputError).
 
-    A `create` whose reply was lost may be refused when it is repeated: the caller settles by the metadata
-    whose object stands, as it must after any doubt.
+    A repeated `create` may be refused because only the first reply was lost. The caller compares the object's
+    metadata to find out who created it.
     """
 
     def __init__(
@@ -76,10 +74,10 @@ class PatientStore:
         witnesses: Sequence[str] = (),
         unit_folders: tuple[str, ...] = (),
     ) -> None:
-        """`seconds` of waiting per call, after which UnavailableError is raised; None: PATIENCE_SECONDS.
+        """`seconds`: the longest wait per call before UnavailableError; None: PATIENCE_SECONDS.
 
-        `waiting` is called before every try: to wait for a store is no hang. `witnesses` are keys of a few objects,
-        `unit_folders` begin the keys of objects that are of one unit each.
+        `waiting` is called before each try, for example to reset a watchdog. `witnesses`: keys of a few objects.
+        `unit_folders`: prefixes of the keys that belong to one unit each.
         """
         self.store, self.waiting, self.witnesses = store, waiting, tuple(witnesses)
         self.unit_folders = unit_folders
@@ -91,28 +89,28 @@ class PatientStore:
 
     def read(self, key: str, *, etag: str | None = None, start: int = 0, length: int | None = None) -> bytes:
         read = partial(self.store.read, key, etag=etag, start=start, length=length)
-        return self._told_apart(key, 0, lambda: self._judged(key, read))
+        return self._call_or_classify(key, 0, lambda: self._read_or_classify(key, read))
 
     def head(self, key: str) -> ObjectInfo | None:
-        return self._told_apart(key, 0, lambda: self.store.head(key))
+        return self._call_or_classify(key, 0, lambda: self.store.head(key))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """As the store lists; from the beginning again where it broke off."""
-        yield from self._patiently(lambda: [*self.store.list(prefix)])
+        """Lists as the store does; starts over if the listing breaks off."""
+        yield from self._retried(lambda: [*self.store.list(prefix)])
 
     def unlisted(self) -> Iterator[tuple[str, str]]:
-        yield from self._patiently(lambda: [*self.store.unlisted()])
+        yield from self._retried(lambda: [*self.store.unlisted()])
 
     def create(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> None:
-        self._told_apart(key, len(data), lambda: self._create(key, data, metadata))
+        self._call_or_classify(key, len(data), lambda: self._create(key, data, metadata))
 
     def put(self, key: str, data: bytes) -> None:
-        self._told_apart(key, len(data), lambda: self.store.put(key, data))
+        self._call_or_classify(key, len(data), lambda: self.store.put(key, data))
 
     def delete(self, key: str) -> None:
-        self._told_apart(key, 0, lambda: self.store.delete(key))
+        self._call_or_classify(key, 0, lambda: self.store.delete(key))
 
-    def _patiently(self, call: Callable[[], Result]) -> Result:
+    def _retried(self, call: Callable[[], Result]) -> Result:
         deadline = time.monotonic() + self.seconds
         pause = FIRST_PAUSE_SECONDS
         while True:
@@ -126,34 +124,34 @@ class PatientStore:
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     def _create(self, key: str, data: bytes, metadata: Mapping[str, str] | None) -> None:
-        """Creates the object. Raises UnavailableError where the store says that one stands and shows none."""
+        """Creates the object. Raises UnavailableError if the store says that it exists and does not show it."""
         try:
             self.store.create(key, data, metadata=metadata)
         except (AlreadyExistsError, MissingError) as error:
-            if not self._is_of_one_unit(key) or self.store.head(key) is not None:
+            if not self._belongs_to_one_unit(key) or self.store.head(key) is not None:
                 raise
-            raise UnavailableError(f"{error}, says the store, and has no such object") from error
+            raise UnavailableError(f"{error}, but the store has no such object") from error
 
-    def _is_of_one_unit(self, key: str) -> bool:
+    def _belongs_to_one_unit(self, key: str) -> bool:
         return key.startswith(self.unit_folders)
 
-    def _told_apart(self, key: str, num_bytes: int, call: Callable[[], Result]) -> Result:
-        """What the call gives in the end; an error says whether it is this object's alone."""
+    def _call_or_classify(self, key: str, num_bytes: int, call: Callable[[], Result]) -> Result:
+        """The call's result. Raises OutputError if only this object fails, else the store's error."""
         try:
-            return self._patiently(call)
+            return self._retried(call)
         except StoreError as error:
-            is_judged = self._is_of_one_unit(key) and _may_be_of_one_object(error)
-            if not is_judged or not self._takes_others(key, num_bytes):
+            may_be_its_own = self._belongs_to_one_unit(key) and _may_be_of_one_object(error)
+            if not may_be_its_own or not self._can_write_others(key, num_bytes):
                 raise
         try:
-            return call()  # the store may be back since
+            return call()  # the store may have recovered
         except StoreError as error:
             if not _may_be_of_one_object(error):
                 raise
             raise OutputError(f"{error}; other objects beside it can be written") from error
 
-    def _takes_others(self, key: str, num_bytes: int) -> bool:
-        """Whether so many bytes can be written beside the object: a full disk may still take a few."""
+    def _can_write_others(self, key: str, num_bytes: int) -> bool:
+        """True if `num_bytes` can be written beside the object; a full disk may still take a few bytes."""
         probe = f"{key.rpartition('/')[0]}/{PROBE_NAME}{uuid.uuid4().hex}"
         try:
             self.store.create(probe, bytes(num_bytes))
@@ -164,42 +162,42 @@ class PatientStore:
                 self.store.delete(probe)
         return True
 
-    def _judged(self, key: str, read: Callable[[], bytes]) -> bytes:
-        """The bytes, or an error that says whose trouble it is."""
+    def _read_or_classify(self, key: str, read: Callable[[], bytes]) -> bytes:
+        """The bytes. Raises ObjectError if only this object fails, else the store's error."""
         pause, tries, seconds = FIRST_PAUSE_SECONDS, 0, 0.0
         while True:
-            begun = time.monotonic()
+            started = time.monotonic()
             try:
-                return self._allowed(key, read)
+                return self._read_once(key, read)
             except UnavailableError as error:
-                tries, seconds = tries + 1, seconds + time.monotonic() - begun
-                if not self._serves_others(key):
+                tries, seconds = tries + 1, seconds + time.monotonic() - started
+                if not self._can_read_others(key):
                     raise
-                if tries == TRIES_OF_ONE_OBJECT or (tries > 1 and seconds >= SECONDS_OF_ONE_OBJECT):
+                if tries == MAX_TRIES_PER_OBJECT or (tries > 1 and seconds >= MAX_SECONDS_PER_OBJECT):
                     raise ObjectError(f"{error}; other objects of {self.uri} can be read") from error
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
             self.waiting()
 
-    def _allowed(self, key: str, read: Callable[[], bytes]) -> bytes:
-        """The bytes; a refusal is told to be of this object, or of all."""
+    def _read_once(self, key: str, read: Callable[[], bytes]) -> bytes:
+        """The bytes, from one try. If the store refuses, raises ObjectError or StoreError: this object, or all."""
         try:
             return read()
         except (MissingError, ChangedError, DamagedError, UnavailableError):
             raise
         except StoreError as error:
-            if self._serves_others(key):
+            if self._can_read_others(key):
                 raise ObjectError(str(error)) from error
-            if self._has_others(key):
+            if self._has_other_witnesses(key):
                 raise StoreError(f"{error}; nor can other objects of {self.uri} be read") from error
             raise
 
-    def _has_others(self, key: str) -> bool:
+    def _has_other_witnesses(self, key: str) -> bool:
         return any(witness != key for witness in self.witnesses)
 
-    def _serves_others(self, key: str) -> bool:
-        """Whether any other object can be read now; of a single object, whether the store still finds it."""
-        if self.witnesses and not self._has_others(key):
+    def _can_read_others(self, key: str) -> bool:
+        """True if another object can be read now. If there is no other: True if the store still finds this one."""
+        if self.witnesses and not self._has_other_witnesses(key):
             with suppress(StoreError):
                 return self.store.head(key) is not None
         for witness in self.witnesses:
@@ -211,7 +209,7 @@ class PatientStore:
 
 
 def _may_be_of_one_object(error: StoreError) -> bool:
-    """Whether an error leaves open whose trouble it is: not one that says more, nor what the machine lacks."""
+    """True if the error may be of one object alone: its class does not tell, and the machine lacks nothing."""
     if type(error) is StoreError and getattr(error.__cause__, "errno", None) in MACHINE_ERRNOS - {errno.EIO}:
         return False
     return type(error) in (StoreError, ObjectError, UnavailableError)

@@ -1,4 +1,4 @@
-"""S3 and what speaks like it, through s3fs: pinned reads, and one conditional PUT per object."""
+"""S3 and compatible servers as an object store, through s3fs: pinned reads, one conditional PUT per object."""
 
 import asyncio
 import logging
@@ -14,20 +14,20 @@ from s3fs import S3FileSystem
 from s3fs.core import S3_RETRYABLE_ERRORS
 
 from blocksight.storage.stores.locations import S3, normal_place
-from blocksight.storage.stores.s3_client import ATTEMPTS, connected
+from blocksight.storage.stores.s3_client import ATTEMPTS, connect
 from blocksight.storage.stores.s3_endpoints import check_endpoint
 from blocksight.storage.stores.s3_errors import (
     CONFLICT_CODES,
     MISSING_CODES,
     RANGE_CODES,
+    as_read_error,
+    as_store_error,
     code_of,
-    of_one_object,
-    sentence,
 )
 from blocksight.storage.stores.s3_replies import (
     ERROR_BYTES,
+    GetRequest,
     Listing,
-    Wanted,
     expected_length,
     refuse_error_body,
     stored_metadata,
@@ -43,14 +43,14 @@ from blocksight.storage.stores.store import (
 )
 
 CHUNK_BYTES = 1 << 20
-CREDIT_SECONDS = 90.0
-"""A read may be silent or too slow for so long: one silence of the client's, and an attempt after it."""
-SLOWEST_BYTES_PER_SECOND = 16 << 10
-"""What a link must bring: a window of 8 MiB then comes before the watchdog ends the process."""
+MAX_LAG_SECONDS = 90.0
+"""How far a read may fall behind the slowest link: time for one read timeout of the client and one more attempt."""
+MIN_BYTES_PER_SECOND = 16 << 10
+"""The slowest link: it reads a window of 8 MiB before the watchdog ends the process."""
 
 
 class S3Store:
-    """A bucket, or a prefix in one, as an object store. Credentials come from the environment alone."""
+    """A bucket, or a prefix in one, as an object store. Credentials come only from the environment."""
 
     def __init__(self, uri: str, endpoint_url: str | None = None) -> None:
         """`uri` is s3://bucket or s3://bucket/prefix. Connects on first use, once per process."""
@@ -69,7 +69,7 @@ class S3Store:
         return f"S3Store({self._uri!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Without the connection: another process makes its own, from its own environment."""
+        """Pickles no connection: another process makes its own, from its own environment."""
         return S3Store, (self._uri, self.endpoint_url)
 
     @property
@@ -79,9 +79,9 @@ class S3Store:
     def read(self, key: str, *, etag: str | None = None, start: int = 0, length: int | None = None) -> bytes:
         if length == 0 and etag is None:
             return b""
-        wanted = Wanted(etag, start, length)
+        wanted = GetRequest(etag, start, length)
         changed = ChangedError(f"{self._uri}/{key} has changed: it is not version {etag}")
-        with self._explained(key, conflict=changed, reading=True):
+        with self._errors_naming(key, conflict=changed, reading=True):
             try:
                 place = {"Bucket": self.bucket, "Key": self._key(key)}
                 s3 = self.filesystem
@@ -94,7 +94,7 @@ class S3Store:
                 return b""
 
     def head(self, key: str) -> ObjectInfo | None:
-        with self._explained(key):
+        with self._errors_naming(key):
             try:
                 found = self._call("head_object", Key=self._key(key))
             except OSError as error:
@@ -102,28 +102,28 @@ class S3Store:
                     return None
                 raise
         if "ContentLength" not in found or "ETag" not in found:
-            listed = self._listed(key)
+            listed = self._listed_entry(key)
             found = {**found, "ContentLength": listed["Size"], "ETag": listed["ETag"]}
         return ObjectInfo(key, found["ContentLength"], version(found["ETag"]), stored_metadata(found))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        for entry in self._entries(prefix):
+        for entry in self._listed_entries(prefix):
             key = entry["Key"].removeprefix(self._prefix)
             if "ETag" in entry and "Size" in entry:
                 yield ObjectInfo(key, entry["Size"], version(entry["ETag"]))
                 continue
-            found = self.head(key)  # slow, and right: the listings of some stores lack one of the two
+            found = self.head(key)  # slow, but needed: the listings of some stores lack one of the two
             if found is not None:
                 yield ObjectInfo(key, found.size, found.etag)
 
-    def _entries(self, prefix: str) -> Iterator[Mapping[str, Any]]:
-        """What the listing says of each object, once."""
+    def _listed_entries(self, prefix: str) -> Iterator[Mapping[str, Any]]:
+        """The listing's entry of each object, each once."""
         listing = Listing(f"{self._uri}/{prefix}", self._prefix + prefix)
         token: str | None = None
         while True:
-            going_on = {} if token is None else {"ContinuationToken": token}
-            with self._explained(prefix):
-                page = self._call("list_objects_v2", Prefix=self._prefix + prefix, **going_on)
+            continuation = {} if token is None else {"ContinuationToken": token}
+            with self._errors_naming(prefix):
+                page = self._call("list_objects_v2", Prefix=self._prefix + prefix, **continuation)
             yield from listing.new_entries(page)
             token = listing.next_token(page)
             if token is None:
@@ -134,38 +134,40 @@ class S3Store:
                 "%s: the store lists %d keys more than once; each is taken once", self._uri, listing.num_repeated
             )
 
-    def _listed(self, key: str) -> Mapping[str, Any]:
-        """The listing's entry of one object, for a HEAD that lacks its length or its version."""
-        for entry in self._entries(key):
+    def _listed_entry(self, key: str) -> Mapping[str, Any]:
+        """The listing's entry of one object, for a HEAD without length or version. Raises StoreError."""
+        for entry in self._listed_entries(key):
             if entry["Key"] == self._prefix + key and "ETag" in entry and "Size" in entry:
                 return entry
         raise StoreError(
-            f"{self._uri}/{key}: neither HEAD nor the listing tells the object's length and version (ETag); use "
+            f"{self._uri}/{key}: neither HEAD nor the listing has the object's length and version (ETag); use "
             "another store or another address of it"
         )
 
     def unlisted(self) -> Iterator[tuple[str, str]]:
-        yield from ()  # a bucket holds objects alone
+        yield from ()  # a bucket holds only objects
 
     def create(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> None:
-        with self._explained(key, conflict=AlreadyExistsError(f"{self._uri}/{key} stands already"), writes=True):
+        with self._errors_naming(key, conflict=AlreadyExistsError(f"{self._uri}/{key} already exists"), writes=True):
             self._call("put_object", Key=self._key(key), Body=data, IfNoneMatch="*", Metadata=dict(metadata or {}))
 
     def put(self, key: str, data: bytes) -> None:
-        kind = {"ContentType": "text/html; charset=utf-8"} if key.endswith(".html") else {}  # or a browser saves it
-        with self._explained(key, writes=True):
+        kind = (
+            {"ContentType": "text/html; charset=utf-8"} if key.endswith(".html") else {}
+        )  # else a browser downloads it
+        with self._errors_naming(key, writes=True):
             self._call("put_object", Key=self._key(key), Body=data, **kind)
 
     def delete(self, key: str) -> None:
-        with self._explained(key, writes=True):
+        with self._errors_naming(key, writes=True):
             self._call("delete_object", Key=self._key(key))
 
     @property
     def filesystem(self) -> S3FileSystem:
-        """The client of this process, for readers that take one of fsspec's: none survives a fork."""
+        """This process's client, for readers that take an fsspec file system. A forked process makes a new one."""
         with self._lock:
             if self._connection is None or self._connection[0] != os.getpid():
-                connection, self._endpoint = connected(self.endpoint_url)
+                connection, self._endpoint = connect(self.endpoint_url)
                 self._connection = (os.getpid(), connection)
             return self._connection[1]
 
@@ -177,40 +179,40 @@ class S3Store:
         return self.filesystem.call_s3(method, Bucket=self.bucket, **arguments)
 
     @contextmanager
-    def _explained(
+    def _errors_naming(
         self, key: str, conflict: StoreError | None = None, *, reading: bool = False, writes: bool = False
     ) -> Iterator[None]:
-        """Turns the client's errors into sentences that name the object and never a credential."""
+        """Turns the client's errors into StoreErrors that name the object and no credential."""
         try:
             yield
         except (*S3_RETRYABLE_ERRORS, OSError, ClientError, BotoCoreError, RecursionError, ValueError) as error:
             if conflict is not None and code_of(error) in CONFLICT_CODES:
                 raise conflict from error
             where = f"{self._uri}/{key}" if key else self._uri
-            said = sentence(error, where, f" at {self._endpoint}" if self._endpoint else "", writes=writes)
-            raise (of_one_object(error, said) if reading else said) from error
+            store_error = as_store_error(error, where, f" at {self._endpoint}" if self._endpoint else "", writes=writes)
+            raise (as_read_error(error, store_error) if reading else store_error) from error
 
 
-async def _download(s3: S3FileSystem, place: Mapping[str, str], wanted: Wanted, where: str) -> bytes:
-    """The bytes, in the time that a slow link takes for them. Raises UnavailableError where it runs out."""
-    deadline = asyncio.timeout(CREDIT_SECONDS)
+async def _download(s3: S3FileSystem, place: Mapping[str, str], wanted: GetRequest, where: str) -> bytes:
+    """The bytes. Raises UnavailableError if they take longer than on the slowest link."""
+    deadline = asyncio.timeout(MAX_LAG_SECONDS)
     try:
         async with deadline:
-            return await _whole(s3, place, wanted, where, deadline)
+            return await _complete_body(s3, place, wanted, where, deadline)
     except TimeoutError as error:
         if not deadline.expired():
             raise
-        slow = f"for {CREDIT_SECONDS:g} s it was silent or behind {SLOWEST_BYTES_PER_SECOND:,} bytes a second"
+        slow = f"for {MAX_LAG_SECONDS:g} s it was silent or behind {MIN_BYTES_PER_SECOND:,} bytes a second"
         raise UnavailableError(f"{where} comes too slowly: {slow}") from error
 
 
-async def _whole(
-    s3: S3FileSystem, place: Mapping[str, str], wanted: Wanted, where: str, deadline: asyncio.Timeout
+async def _complete_body(
+    s3: S3FileSystem, place: Mapping[str, str], wanted: GetRequest, where: str, deadline: asyncio.Timeout
 ) -> bytes:
-    """The bytes, asked for again where a body broke off or ended early: botocore's attempts end with the headers."""
+    """The bytes. Repeats the request if a body breaks off or ends early: botocore retries only until the headers."""
     found = ""
     for attempt in range(ATTEMPTS):
-        reply = await _reply(s3, place, wanted, where)
+        reply = await _checked_reply(s3, place, wanted, where)
         try:
             body = await _body(reply, wanted.length and max(wanted.length, ERROR_BYTES), deadline)
         except S3_RETRYABLE_ERRORS:
@@ -222,14 +224,16 @@ async def _whole(
         if expected is None or len(body) == expected:
             return body
         found = f"{len(body)} bytes in place of {expected}"
-    raise UnavailableError(f"{where} comes with {found}, {ATTEMPTS} times in a row")
+    raise UnavailableError(f"{where} was sent with {found}, {ATTEMPTS} times in a row")
 
 
-async def _reply(s3: S3FileSystem, place: Mapping[str, str], wanted: Wanted, where: str) -> Mapping[str, Any]:
-    """The store's reply, once it is of the version that is wanted. Raises ChangedError.
+async def _checked_reply(
+    s3: S3FileSystem, place: Mapping[str, str], wanted: GetRequest, where: str
+) -> Mapping[str, Any]:
+    """The store's reply in the wanted version. Raises ChangedError.
 
-    That is compared here as well, for some stores ignore If-Match, and some take it for no match where they
-    spell the version in two ways.
+    The version is compared here as well: some stores ignore If-Match, and some find no match because they spell
+    the version in two ways.
     """
     asked = {**place, **({"Range": wanted.range} if wanted.range else {})}
     if wanted.etag is None:
@@ -248,7 +252,7 @@ async def _reply(s3: S3FileSystem, place: Mapping[str, str], wanted: Wanted, whe
 
 
 async def _body(reply: Mapping[str, Any], most: int | None, deadline: asyncio.Timeout) -> bytes:
-    """The body; of one that is longer than what was asked for, a byte more than that."""
+    """The body; at most one byte more than `most`, which shows that it is too long."""
     async with reply["Body"] as body:
         parts, num_bytes = [], 0
         while most is None or num_bytes <= most:
@@ -257,14 +261,14 @@ async def _body(reply: Mapping[str, Any], most: int | None, deadline: asyncio.Ti
                 break
             parts.append(part)
             num_bytes += len(part)
-            deadline.reschedule(later(deadline.when(), asyncio.get_running_loop().time(), len(part)))
+            deadline.reschedule(extended_deadline(deadline.when(), asyncio.get_running_loop().time(), len(part)))
         return b"".join(parts)
 
 
-def later(deadline: float | None, now: float, num_bytes: int) -> float:
-    """When a read is given up that was to end by `deadline` and brings so many bytes now.
+def extended_deadline(deadline: float | None, now: float, num_bytes: int) -> float:
+    """The new deadline of a read after `num_bytes` arrived: later by their time on the slowest link.
 
-    It may fall `CREDIT_SECONDS` behind the slowest link at most, and what came fast before earns it no more.
+    It is at most `MAX_LAG_SECONDS` from `now`: bytes that came fast give no extra time.
     """
-    latest = now + CREDIT_SECONDS
-    return latest if deadline is None else min(deadline + num_bytes / SLOWEST_BYTES_PER_SECOND, latest)
+    latest = now + MAX_LAG_SECONDS
+    return latest if deadline is None else min(deadline + num_bytes / MIN_BYTES_PER_SECOND, latest)

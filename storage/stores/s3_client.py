@@ -1,4 +1,4 @@
-"""The client of an S3 server: bounded patience, a checked endpoint, and no redirect is followed."""
+"""Connects to an S3 server: bounded timeouts and retries, a checked endpoint, no redirects."""
 
 import os
 from typing import Any
@@ -10,15 +10,15 @@ from blocksight.storage.stores.s3_endpoints import check_resolved_endpoint
 from blocksight.storage.stores.store import StoreError
 
 CONNECT_SECONDS = 4
-"""Three attempts and the pauses between them end within 15 s at an endpoint that never answers."""
+"""Three attempts and their pauses end within 15 s if an endpoint never answers."""
 READ_SECONDS = 60
-"""Of silence, not of the whole transfer."""
+"""Limit for one silence, not for the whole transfer."""
 ATTEMPTS = 3
-"""Per request, by botocore; s3fs's own repetition is set to one, for the two would multiply."""
+"""Attempts per request, by botocore. s3fs's own retries are set to one, as the two would multiply."""
 
 
-class _Direct:
-    """A session of aiohttp, whose requests end at the server that they were sent to."""
+class _NoRedirects:
+    """A session of aiohttp that follows no redirect."""
 
     def __init__(self, session: Any) -> None:
         self.session = session
@@ -27,32 +27,32 @@ class _Direct:
         return self.session.request(method, allow_redirects=False, **options)
 
 
-class DirectSession(AIOHTTPSession):
-    """aiobotocore's session, which would follow a redirect to any host: a store could send us to one of its choice.
+class NoRedirectSession(AIOHTTPSession):
+    """aiobotocore's session without redirects: a store could redirect us to any host.
 
-    A bucket of another region is still found: botocore does that by its region, at an address of its own making.
+    A bucket of another region is still found: botocore builds that region's address itself.
     """
 
     async def _get_session(self, proxy_url: str | None) -> Any:
-        return _Direct(await super()._get_session(proxy_url))
+        return _NoRedirects(await super()._get_session(proxy_url))
 
 
-def connected(endpoint_url: str | None) -> tuple[S3FileSystem, str]:
-    """A client with bounded patience, and the endpoint that it found, in the environment where none is given.
+def connect(endpoint_url: str | None) -> tuple[S3FileSystem, str]:
+    """A connected client and its endpoint, which comes from the environment if none is given.
 
-    Raises StoreError where that is refused.
+    Raises StoreError if the endpoint is refused.
     """
     connection = S3FileSystem(
         endpoint_url=endpoint_url,
         use_listings_cache=False,
         skip_instance_cache=True,
         config_kwargs={
-            "http_session_cls": DirectSession,
+            "http_session_cls": NoRedirectSession,
             "connect_timeout": CONNECT_SECONDS,
             "read_timeout": READ_SECONDS,
             "retries": {"total_max_attempts": ATTEMPTS, "mode": "standard"},
-            # some stores do not know the checksums that newer clients add by default; a bucket with Object Lock wants
-            # them, and the user says so
+            # some stores do not know the checksums that newer clients add by default; a bucket with Object Lock needs
+            # them, and the user sets the variable
             "request_checksum_calculation": os.environ.get("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required"),
             "response_checksum_validation": "when_required",
         },

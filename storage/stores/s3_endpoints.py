@@ -1,4 +1,4 @@
-"""Which S3 endpoints are talked to: none with credentials in its URL, and none that is a cloud's metadata service."""
+"""Checks S3 endpoints: refuses credentials in the URL and the metadata services of clouds."""
 
 import ipaddress
 import socket
@@ -36,7 +36,7 @@ METADATA_ADDRESSES = {
         "192.0.0.192",
     )
 }
-"""Of clouds whose metadata service is not on a link-local address, or not on that alone."""
+"""Addresses of metadata services that are not link-local."""
 NAT64 = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "64:ff9b:1::/48", "::ffff:0:0:0/96", "::/96")))
 """Networks whose addresses hold an IPv4 address in their last 32 bits."""
 LOOPBACK = ipaddress.IPv6Address("::1")
@@ -45,7 +45,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def check_endpoint(endpoint_url: str) -> None:
-    """Refuses an endpoint with credentials in it, of another scheme, or on a metadata address (StoreError)."""
+    """Raises StoreError for an endpoint with credentials, another scheme, or a metadata address."""
     if set("@?#") & set(endpoint_url):
         raise StoreError(
             f"the endpoint URL holds user info, a query or a fragment; take it out and {CREDENTIALS_WANTED}"
@@ -59,13 +59,13 @@ def check_endpoint(endpoint_url: str) -> None:
 
 
 def check_resolved_endpoint(endpoint_url: str) -> None:
-    """Refuses, beside what `check_endpoint` does, a name that the resolver turns into such an address."""
+    """Checks as `check_endpoint`, and raises StoreError for a name that resolves to a metadata address."""
     check_endpoint(endpoint_url)
     _, host = _scheme_and_host(endpoint_url)
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
-        return  # the connection will say so
+        return  # the connection will fail and say why
     for *_, place in found:
         address = _address(str(place[0]))
         if address is not None and _is_metadata_address(address):
@@ -73,11 +73,11 @@ def check_resolved_endpoint(endpoint_url: str) -> None:
 
 
 def _scheme_and_host(url: str) -> tuple[str, str]:
-    with suppress(ValueError):  # brackets or a port that are none
+    with suppress(ValueError):  # malformed brackets or port
         parts = urlsplit(url)
         if parts.port != 0:
             host = unicodedata.normalize("NFKC", unquote(parts.hostname or "")).replace("。", ".")
-            seen = "".join(one for one in host if not stringprep.in_table_b1(one))  # a resolver leaves soft hyphens out
+            seen = "".join(one for one in host if not stringprep.in_table_b1(one))  # resolvers ignore soft hyphens
             return parts.scheme, seen.lower().rstrip(".")
     return "", ""
 
@@ -91,7 +91,7 @@ def _is_metadata_address(address: Address) -> bool:
 
 
 def _address(host: str) -> Address | None:
-    """The IP address in any spelling that the system's resolver takes (2852039166 is one); None: a name."""
+    """The IP address, in any spelling that the system's resolver accepts (such as 2852039166); None for a name."""
     with suppress(OSError, UnicodeError, ValueError):
         return ipaddress.IPv4Address(socket.inet_aton(host))
     with suppress(ValueError):
@@ -100,7 +100,7 @@ def _address(host: str) -> Address | None:
 
 
 def _inner(address: ipaddress.IPv6Address) -> Address:
-    """The IPv4 address that an IPv6 address stands for, or itself."""
+    """The IPv4 address inside an IPv6 address, or the IPv6 address itself."""
     for inner in (address.ipv4_mapped, address.sixtofour):
         if inner is not None:
             return inner

@@ -1,4 +1,4 @@
-"""What the errors of an S3 client mean: whose trouble it is, and a sentence that never holds a credential."""
+"""Turns an S3 client's errors into StoreErrors: the right class, and a message without credentials."""
 
 from typing import Any
 
@@ -17,12 +17,12 @@ MISSING_CODES = {"NoSuchKey", "404", "NotFound"}
 CONFLICT_CODES = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409", "OperationAborted"}
 RANGE_CODES = {"InvalidRange", "416"}
 BUSY_CODES = {"SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "Throttling"}
-"""Beside status 429 and every one of 500 and above: some stores say the same with a status of 400."""
-LACKING_STATUS = {501, 505}
-"""Of a server that does not know the request: it will not know it later."""
+"""Codes of a busy store, besides status 429 and 500 and above: some stores send them with status 400."""
+UNSUPPORTED_STATUS = {501, 505}
+"""Status codes of a server that does not support the request; a retry does not help."""
 ARCHIVED_CODE = "InvalidObjectState"
 FORBIDDEN_CODES = {"AccessDenied", "403", "Forbidden", "AllAccessDisabled"}
-"""What a store says of one object that may not be read, and of all where the credentials lack the right."""
+"""Codes for an object that may not be read, or for all objects if the credentials lack the right."""
 CREDENTIAL_CODES = {
     "InvalidAccessKeyId",
     "SignatureDoesNotMatch",
@@ -34,12 +34,12 @@ REDIRECT_STATUS = {301, 302, 303, 307, 308}
 
 
 def code_of(error: BaseException) -> str:
-    """The server's error code behind an exception of the client, or an empty text."""
+    """The server's error code in an exception of the client, or ""."""
     return str(_response(error).get("Error", {}).get("Code", ""))
 
 
-def sentence(error: Exception, where: str, at: str, *, writes: bool) -> StoreError:
-    """The error to raise for `where`, an object or a prefix; `at` names the endpoint, with a blank before it."""
+def as_store_error(error: Exception, where: str, at: str, *, writes: bool) -> StoreError:
+    """The error to raise for `where`, an object or a prefix. `at`: the endpoint's name with a leading space."""
     code, status = code_of(error), _status(error)
     if isinstance(error, NoCredentialsError | PartialCredentialsError | ProfileNotFound):
         return StoreError(f"no credentials for {where}{at}: {CREDENTIALS_WANTED}")
@@ -61,16 +61,16 @@ def sentence(error: Exception, where: str, at: str, *, writes: bool) -> StoreErr
     if isinstance(error, ParamValidationError):
         return StoreError(f"{where}{at} cannot be asked for: {error}")
     if isinstance(error, ResponseParserError | ValueError):
-        return UnavailableError(f"{where}{at} is answered with what is no S3 reply: {error}")
+        return UnavailableError(f"{where}{at}: the answer is no S3 reply: {error}")
     if not code:
         return UnavailableError(f"{where}{at} cannot be reached: {type(error).__name__}: {error}")
-    is_busy = code in BUSY_CODES or status == 429 or (status >= 500 and status not in LACKING_STATUS)
+    is_busy = code in BUSY_CODES or status == 429 or (status >= 500 and status not in UNSUPPORTED_STATUS)
     kind = UnavailableError if is_busy else StoreError
     return kind(f"{where}{at} failed with {code}: {error}")
 
 
-def of_one_object(error: Exception, said: StoreError) -> StoreError:
-    """What a failed read means: a refusal may be this object's alone."""
+def as_read_error(error: Exception, said: StoreError) -> StoreError:
+    """The error of a failed read: ObjectError for a refusal, which may be of this object alone."""
     return ObjectError(str(said)) if code_of(error) in FORBIDDEN_CODES | {ARCHIVED_CODE} else said
 
 
@@ -78,7 +78,7 @@ def _forbidden(where: str, at: str, code: str, *, writes: bool) -> str:
     if writes:
         return (
             f"writing {where}{at} was refused ({code}): these credentials lack s3:PutObject or s3:DeleteObject there, "
-            "or the bucket's policy asks for something of every write, such as encryption"
+            "or the bucket's policy has a condition for writes, such as encryption"
         )
     return f"reading {where}{at} was refused ({code}): these credentials lack s3:GetObject or s3:ListBucket there"
 

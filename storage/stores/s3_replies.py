@@ -1,4 +1,4 @@
-"""What an S3 server says of objects, checked where it comes in: versions, ranges, lengths and listings."""
+"""Checks the replies of an S3 server: versions, ranges, lengths and listings."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -10,16 +10,16 @@ from blocksight.storage.stores.store import StoreError, UnavailableError
 HEX_TAG = re.compile(r"[0-9A-Fa-f]{32}(-[0-9]+)?")
 CONTENT_RANGE = re.compile(r"bytes\s+(\d+)-(\d+)/(\d+|\*)")
 ERROR_CODE = re.compile(rb"<Code>([A-Za-z0-9]{1,64})</Code>")
-LISTING_FACTS = ("IsTruncated", "Contents", "KeyCount", "MaxKeys", "Name")
+LISTING_FIELDS = ("IsTruncated", "Contents", "KeyCount", "MaxKeys", "Name")
 ERROR_BYTES = 1000
-"""Of a body are looked at for an error."""
+"""Bytes of a body that are searched for an error."""
 MAX_IDLE_PAGES = 100
-"""Pages in a row without a new key, after which a listing is given up: AWS sends a few where much was deleted."""
+"""Pages in a row without a new key after which a listing is given up. AWS sends a few after many deletions."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What one GET asks for."""
+class GetRequest:
+    """One GET: the version and the range of bytes."""
 
     etag: str | None
     start: int
@@ -34,23 +34,23 @@ class Wanted:
 
 
 def version(etag: str) -> str:
-    """An ETag in its one spelling: quoted, not weak, hexadecimal digits in small letters."""
+    """An ETag in normal spelling: quoted, not weak, hexadecimal digits in lower case."""
     core = etag.strip().removeprefix("W/").removeprefix("w/").strip('"')
     return f'"{core.lower() if HEX_TAG.fullmatch(core) else core}"'
 
 
 def refuse_error_body(reply: Mapping[str, Any], body: bytes, where: str) -> None:
-    """Raises UnavailableError where a reply of status 200 holds an error: such a one has no ETag."""
+    """Raises UnavailableError if a reply of status 200 holds an error; it then has no ETag."""
     if "ETag" not in reply and b"<Error>" in body[:ERROR_BYTES]:
         code = ERROR_CODE.search(body[:ERROR_BYTES])
         said = code[1].decode() if code else "no code"
         raise UnavailableError(f"{where} is answered with status 200 and an error inside ({said})")
 
 
-def expected_length(reply: Mapping[str, Any], wanted: Wanted, where: str) -> int | None:
-    """Bytes that the body must have; None: the reply does not say.
+def expected_length(reply: Mapping[str, Any], wanted: GetRequest, where: str) -> int | None:
+    """Bytes that the body must have; None if the reply does not say.
 
-    Raises StoreError where the reply is not the range that was asked for.
+    Raises StoreError if the reply is not the requested range.
     """
     if wanted.range is None:
         return reply.get("ContentLength")
@@ -70,8 +70,8 @@ def expected_length(reply: Mapping[str, Any], wanted: Wanted, where: str) -> int
     return asked
 
 
-def _unranged_length(reply: Mapping[str, Any], wanted: Wanted, where: str) -> int | None:
-    """Of a reply that names no range: good where its body is what was asked for all the same."""
+def _unranged_length(reply: Mapping[str, Any], wanted: GetRequest, where: str) -> int | None:
+    """Expected bytes of a reply without a range. Raises StoreError if its body cannot be the requested bytes."""
     length = reply.get("ContentLength")
     is_partial = reply["ResponseMetadata"]["HTTPStatusCode"] == 206
     fits = length is None or wanted.length is None or length <= wanted.length
@@ -84,14 +84,14 @@ def _unranged_length(reply: Mapping[str, Any], wanted: Wanted, where: str) -> in
 
 
 def stored_metadata(reply: Mapping[str, Any]) -> dict[str, str]:
-    """User metadata with their names in small letters: some gateways capitalise them."""
+    """User metadata with names in lower case: some gateways capitalise them."""
     return {name.lower(): value for name, value in reply.get("Metadata", {}).items()}
 
 
 class Listing:
-    """One listing as it comes in, page by page.
+    """One listing, read page by page.
 
-    A key that is repeated is taken once, for the pages of some gateways overlap.
+    A repeated key is taken once: the pages of some gateways overlap.
     """
 
     def __init__(self, where: str, prefix: str) -> None:
@@ -102,12 +102,12 @@ class Listing:
         self._num_idle = 0
 
     def new_entries(self, page: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-        """The page's objects that were not listed before, without the markers of folders.
+        """The page's new objects, without folder markers.
 
-        Raises StoreError for a key outside the prefix, an impossible size and what is no listing at all.
+        Raises StoreError for a key outside the prefix, a negative size, and a reply that is no listing.
         """
-        if not any(name in page for name in LISTING_FACTS):
-            raise StoreError(f"{self.where}: what the store answers is no listing; is that its S3 address?")
+        if not any(name in page for name in LISTING_FIELDS):
+            raise StoreError(f"{self.where}: the store's answer is no listing; is that its S3 address?")
         before = len(self._keys)
         for entry in page.get("Contents", []):
             key = entry.get("Key")
@@ -121,19 +121,21 @@ class Listing:
                 self.num_repeated += 1
                 continue
             self._keys.add(key)
-            if not key.endswith("/"):  # a folder's marker is no object of ours
+            if not key.endswith("/"):  # a folder marker is not our object
                 yield entry
         self._num_idle = 0 if len(self._keys) > before else self._num_idle + 1
 
     def next_token(self, page: Mapping[str, Any]) -> str | None:
-        """Where the next page begins; None: this was the last. Raises StoreError where the listing does not end."""
+        """The next page's token; None after the last page. Raises StoreError if the listing does not end."""
         token = page.get("NextContinuationToken")
         if not token:
             if page.get("IsTruncated"):
-                raise StoreError(f"{self.where}: the store says that its listing goes on, and not where")
+                raise StoreError(f"{self.where}: the listing is truncated, and the store sends no continuation token")
             return None
         if token in self._tokens or self._num_idle >= MAX_IDLE_PAGES:
-            if page.get("IsTruncated") is False:  # some name a token to the end, and go on without end where asked
+            if (
+                page.get("IsTruncated") is False
+            ):  # some servers send a token on the last page, and repeat pages if it is used
                 return None
             raise StoreError(
                 f"{self.where}: the listing does not move on after {len(self._keys)} keys; the store ignores the "

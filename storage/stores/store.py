@@ -1,4 +1,4 @@
-"""What a store must do for exactly-once output, and the errors it may raise."""
+"""The interface of an object store for exactly-once output, and its errors."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -6,100 +6,100 @@ from typing import Protocol
 
 
 class StoreError(Exception):
-    """The store cannot do what was asked; the message is one sentence for the user, with the way out."""
+    """The store cannot do what was asked. The message is one sentence for the user, and says what to do."""
 
 
 class AlreadyExistsError(StoreError):
-    """A create-once write met an object that stands already."""
+    """A create-once write found an object with that key."""
 
 
 class MissingError(StoreError):
-    """The object is not there."""
+    """The object does not exist."""
 
 
 class ChangedError(StoreError):
-    """The object is there, but its version is not the one that was asked for."""
+    """The object exists in another version than the requested one."""
 
 
 class UnavailableError(StoreError):
-    """The store does not answer, or says that it cannot just now: the same call may succeed later."""
+    """The store does not answer or is busy: the same call may succeed later."""
 
 
 class DamagedError(StoreError):
-    """The object is there, and its bytes are not what its name says."""
+    """The object exists, and its bytes are not valid for its kind."""
 
 
 class ObjectError(StoreError):
-    """This one object cannot be read, and asking again does not help; the store serves others.
+    """This one object cannot be read, also after retries; the store serves others.
 
-    It is refused, archived, on a broken part of the disk, or its body stays short.
+    It is refused, archived, on a broken part of the disk, or its body is too short each time.
     """
 
 
 class OutputError(StoreError):
-    """This one object of an output cannot be written or read, however often it is asked for; others beside it can."""
+    """This one object of an output cannot be written or read, also after retries; others beside it can."""
 
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """What a listing or a HEAD says of one object."""
+    """One object's facts, from a listing or a HEAD."""
 
     key: str
     """Path below the store's root, with forward slashes."""
     size: int
     """Length in bytes."""
     etag: str
-    """Version: the server's ETag, or for a local file its size and modification time in nanoseconds."""
+    """Version: the server's ETag; for a local file, its size and modification time in nanoseconds."""
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """User metadata, filled by `head` alone."""
+    """User metadata; only `head` fills them."""
 
 
 def checked_key(key: str) -> str:
-    """The key, if it names something below a store's root. Raises StoreError for one that may lead out of it.
+    """The key, unchanged. Raises StoreError for a key that may lead out of the store's root.
 
-    Keys come from listings, but also from plans and receipts that a stranger may have written.
+    Keys come from listings, and from plans and receipts, which may be untrusted.
     """
     if not key or key.startswith("/") or "\0" in key or {".", ".."} & set(key.split("/")):
-        raise StoreError(f"{key!r} is no key of an object: wanted a path below the root, without `.` and `..`")
+        raise StoreError(f"{key!r} is not an object's key; wanted a path below the root, without `.` and `..`")
     return key
 
 
 class ObjectStore(Protocol):
-    """A root (folder, bucket or prefix) and the few operations that the commit protocol stands on."""
+    """A root (folder, bucket or prefix) and the operations that the commit protocol needs."""
 
     @property
     def uri(self) -> str:
-        """Where the root is, as a user would write it; never holds a credential."""
+        """The root's path or URI, without credentials."""
         ...
 
     def read(self, key: str, *, etag: str | None = None, start: int = 0, length: int | None = None) -> bytes:
         """The object's bytes, or `length` of them from `start`.
 
-        Raises `MissingError`, `ChangedError` where `etag` is given and the object has another, and `ObjectError`
-        where this object alone is refused.
+        Raises `MissingError`; `ChangedError` if `etag` is given and the object has another; `ObjectError` if only
+        this object is refused.
         """
         ...
 
     def head(self, key: str) -> ObjectInfo | None:
-        """The object's facts with its user metadata, or None where it is not there."""
+        """The object's facts with its user metadata, or None if it does not exist."""
         ...
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Every object whose key begins with `prefix`, in the store's own order (servers differ in theirs)."""
+        """Every object whose key begins with `prefix`, in the store's own order, which differs by server."""
         ...
 
     def unlisted(self) -> Iterator[tuple[str, str]]:
-        """Key and kind of what lies below the root and is no object, such as a link to a folder; none in a bucket."""
+        """Key and kind of entries below the root that are no objects, such as links to folders; none in a bucket."""
         ...
 
     def create(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> None:
-        """Writes the object whole, once: raises `AlreadyExistsError` where the key stands already."""
+        """Writes the whole object once. Raises `AlreadyExistsError` if the key exists."""
         ...
 
     def put(self, key: str, data: bytes) -> None:
-        """Writes the object whole, replacing what stands there."""
+        """Writes the whole object, and replaces an existing one."""
         ...
 
     def delete(self, key: str) -> None:
-        """Removes the object; nothing happens where it is not there."""
+        """Removes the object; does nothing if it does not exist."""
         ...

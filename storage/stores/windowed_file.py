@@ -42,7 +42,7 @@ class WindowedFile(io.RawIOBase):
         return len(data)
 
     def read_at(self, start: int, size: int) -> bytes:
-        """Bytes from anywhere, without moving; fewer at the end. Raises MissingError and ChangedError."""
+        """Bytes from `start`, without changing the position; fewer at the end. Raises MissingError and ChangedError."""
         size = min(size, self.info.size - start)
         if size <= 0:
             return b""

@@ -93,8 +93,8 @@ MUTATIONS = (
     Mutation(
         "a local file is written in place, not linked",
         "storage/stores/local.py",
-        "        path.hardlink_to(aside)",
-        "        os.replace(aside, path), aside.touch()",
+        "        path.hardlink_to(unfinished)",
+        "        os.replace(unfinished, path), unfinished.touch()",
         ("storage/stores/test_stores.py::test_a_second_create_changes_nothing",),
     ),
     Mutation(
@@ -114,7 +114,7 @@ MUTATIONS = (
     Mutation(
         "the probe lets nobody race",
         "storage/stores/opening.py",
-        "        _one_must_win(store, race)",
+        "        _check_one_writer_wins(store, race)",
         "        pass",
         ("storage/stores/test_stores.py::test_the_probe_refuses_a_store_that_looks_and_then_writes",),
     ),
@@ -221,28 +221,28 @@ MUTATIONS = (
     Mutation(
         "a refusal of all objects rejects each of them",
         "storage/stores/retrying.py",
-        "            if self._has_others(key):\n                raise StoreError(",
-        "            if self._has_others(key):\n                raise ObjectError(",
+        "            if self._has_other_witnesses(key):\n                raise StoreError(",
+        "            if self._has_other_witnesses(key):\n                raise ObjectError(",
         ("storage/stores/test_witnesses.py::test_a_refusal_of_all_objects_is_the_stores",),
     ),
     Mutation(
         "an object that fails is asked for as long as a store that is away",
         "storage/stores/retrying.py",
-        "                if tries == TRIES_OF_ONE_OBJECT or (tries > 1 and seconds >= SECONDS_OF_ONE_OBJECT):",
+        "                if tries == MAX_TRIES_PER_OBJECT or (tries > 1 and seconds >= MAX_SECONDS_PER_OBJECT):",
         "                if False:",
         ("storage/stores/test_witnesses.py::test_an_object_that_fails_while_others_are_served_is_given_up",),
     ),
     Mutation(
         "a body that drips is read for ever",
         "storage/stores/s3.py",
-        "later(deadline.when(), asyncio.get_running_loop().time(), len(part))",
-        "asyncio.get_running_loop().time() + CREDIT_SECONDS",
+        "extended_deadline(deadline.when(), asyncio.get_running_loop().time(), len(part))",
+        "asyncio.get_running_loop().time() + MAX_LAG_SECONDS",
         ("storage/stores/test_manners.py::test_a_body_that_drips_or_hangs_is_given_up",),
     ),
     Mutation(
         "a fragment that cannot be written ends the run",
         "storage/stores/retrying.py",
-        "            if not is_judged or not self._takes_others(key, num_bytes):",
+        "            if not may_be_its_own or not self._can_write_others(key, num_bytes):",
         "            if True:",
         (
             "storage/stores/test_witnesses.py::test_an_object_of_an_output_that_fails_alone_is_told",

@@ -46,7 +46,7 @@ class MemoryStore:
     def create(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> None:
         with self._lock:
             if key in self._objects:
-                raise AlreadyExistsError(f"{key} stands already")
+                raise AlreadyExistsError(f"{key} already exists")
             self._objects[key] = (bytes(data), dict(metadata or {}))
 
     def put(self, key: str, data: bytes) -> None:

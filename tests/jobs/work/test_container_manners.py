@@ -137,7 +137,7 @@ def test_a_shard_that_is_overwritten_after_the_plan_is_given_up_alone(bucket, co
 
 
 def test_a_shard_that_drips_is_given_up_alone(bucket, connected, monkeypatch):
-    monkeypatch.setattr("blocksight.storage.stores.s3.CREDIT_SECONDS", 0.3)
-    monkeypatch.setattr("blocksight.storage.stores.retrying.SECONDS_OF_ONE_OBJECT", 0.5)
+    monkeypatch.setattr("blocksight.storage.stores.s3.MAX_LAG_SECONDS", 0.3)
+    monkeypatch.setattr("blocksight.storage.stores.retrying.MAX_SECONDS_PER_OBJECT", 0.5)
     drip = of_the_second(lambda _asked, reply: replace(reply, pause=0.2))
     assert read_all(connected[1], lambda: setattr(bucket, "manners", drip)) == [READ, "input_unreadable", READ]

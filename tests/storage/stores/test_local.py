@@ -16,7 +16,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from blocksight.storage.stores.local import LocalStore, _left_over
+from blocksight.storage.stores.local import LocalStore, _abandoned_files
 from blocksight.storage.stores.store import AlreadyExistsError, ChangedError, ObjectError, StoreError, UnavailableError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -240,7 +240,7 @@ def test_folders_are_no_objects(tmp_path):
 
 @pytest.mark.parametrize("key", [".writing-1", "data/.metadata-x.json"])
 def test_names_of_its_own_are_kept(tmp_path, key):
-    with pytest.raises(StoreError, match="is kept for"):
+    with pytest.raises(StoreError, match="is reserved for"):
         LocalStore(tmp_path).create(key, b"1")
 
 
@@ -275,7 +275,7 @@ def test_a_link_to_itself_is_one_bad_file(tmp_path):
 def test_what_is_no_regular_file_is_not_read(tmp_path, target):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "x").symlink_to(target)
-    with pytest.raises(ObjectError, match="no regular file"):
+    with pytest.raises(ObjectError, match="not a regular file"):
         LocalStore(tmp_path).read("x", length=9)
 
 
@@ -319,5 +319,5 @@ def test_files_of_writers_that_died_are_found_once_they_are_old(tmp_path):
     (tmp_path / "data").mkdir()
     for name in (".writing-1", "a.png"):
         (tmp_path / "data" / name).write_bytes(b"x")
-    assert [*_left_over(tmp_path, time.time() - 60)] == []
-    assert [*_left_over(tmp_path, time.time() + 60)] == [tmp_path / "data" / ".writing-1"]
+    assert [*_abandoned_files(tmp_path, time.time() - 60)] == []
+    assert [*_abandoned_files(tmp_path, time.time() + 60)] == [tmp_path / "data" / ".writing-1"]

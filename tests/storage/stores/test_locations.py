@@ -86,7 +86,7 @@ def test_a_secret_in_a_uri_is_refused_and_not_repeated(uri):
         ("s3://b/../d", "write it out"),
         ("s3://b/./d", "write it out"),
         ("s3://", "no bucket"),
-        ("file://host/d", "no folder of this machine"),
+        ("file://host/d", "has no path on this machine"),
         ("gs://b/d", "gs:// is not known"),
         ("a\0b", "zero byte"),
     ],

@@ -16,7 +16,7 @@ import pytest
 
 from blocksight.storage.stores.opening import WeakStoreError, open_store, probe
 from blocksight.storage.stores.s3 import S3Store
-from blocksight.storage.stores.s3_client import ATTEMPTS, connected
+from blocksight.storage.stores.s3_client import ATTEMPTS, connect
 from blocksight.storage.stores.s3_endpoints import check_endpoint
 from blocksight.storage.stores.s3_replies import Listing, refuse_error_body
 from blocksight.storage.stores.store import AlreadyExistsError, ChangedError, ObjectError, StoreError, UnavailableError
@@ -92,8 +92,8 @@ def whole_text(error):
 @pytest.mark.parametrize(
     ("status", "call", "kind", "words"),
     [
-        (412, lambda store: store.create("x", b"1"), AlreadyExistsError, "stands already"),
-        (409, lambda store: store.create("x", b"1"), AlreadyExistsError, "stands already"),
+        (412, lambda store: store.create("x", b"1"), AlreadyExistsError, "already exists"),
+        (409, lambda store: store.create("x", b"1"), AlreadyExistsError, "already exists"),
         (412, lambda store: store.read("x", etag='"old"'), ChangedError, "has changed"),
         (403, lambda store: store.read("x"), ObjectError, r"reading .* was refused \(403\).*s3:GetObject"),
         (403, lambda store: store.head("x"), StoreError, r"reading .* was refused \(403\).*s3:GetObject"),
@@ -213,7 +213,7 @@ def test_ordinary_endpoints_are_taken(url):
 @pytest.mark.servers
 def test_a_bucket_with_object_lock_gets_its_checksums(credentials, monkeypatch):
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported")
-    connection, _ = connected("http://127.0.0.1:9")
+    connection, _ = connect("http://127.0.0.1:9")
     assert connection.config_kwargs["request_checksum_calculation"] == "when_supported"
 
 

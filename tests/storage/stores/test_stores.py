@@ -106,7 +106,7 @@ class Losing(MemoryStore):
 
     def create(self, key, data, *, metadata=None):
         super().create(key, data, metadata=metadata)
-        raise AlreadyExistsError(f"{key} stands already")
+        raise AlreadyExistsError(f"{key} already exists")
 
 
 def test_the_probe_is_not_deceived_by_lost_replies():
@@ -171,7 +171,7 @@ def test_keys_stay_below_the_root(tmp_path, monkeypatch, kind, key):
         lambda one: store.put(one, b"2"),
         lambda one: store.create(one, b"2"),
     ):
-        with pytest.raises(StoreError, match="is no key of an object"):
+        with pytest.raises(StoreError, match="is not an object's key"):
             ask(key)
     assert (tmp_path / "x").read_bytes() == b"not ours"
 

@@ -5,7 +5,7 @@ import errno
 import pytest
 
 from blocksight.storage.inputs.loose import read_images
-from blocksight.storage.stores.retrying import TRIES_OF_ONE_OBJECT, PatientStore, is_probe, witnesses_of
+from blocksight.storage.stores.retrying import MAX_TRIES_PER_OBJECT, PatientStore, is_probe, witnesses_of
 from blocksight.storage.stores.store import (
     AlreadyExistsError,
     ChangedError,
@@ -36,7 +36,7 @@ def test_the_place_beside_an_object_is_its_own_folder():
             asked.append(key)
             super().create(key, data, metadata=metadata)
 
-    assert PatientStore(Noting())._takes_others("_job/receipts/a.json", 9)
+    assert PatientStore(Noting())._can_write_others("_job/receipts/a.json", 9)
     assert [key.rpartition("/")[0] for key in asked] == ["_job/receipts"]
 
 
@@ -82,12 +82,12 @@ def test_an_object_that_fails_while_others_are_served_is_given_up():
     refusing = Refusing(UnavailableError("500"), "a.png")
     with pytest.raises(ObjectError, match="500; other objects of memory:// can be read"):
         store_of(refusing, seconds=1e9).read("a.png")
-    assert refusing.asked.count(("read", "a.png")) == TRIES_OF_ONE_OBJECT
+    assert refusing.asked.count(("read", "a.png")) == MAX_TRIES_PER_OBJECT
     assert store_of(refusing).read("b.png") == b"b.png"
 
 
 def test_an_object_that_takes_long_to_fail_is_given_up_at_the_second_time(monkeypatch):
-    monkeypatch.setattr("blocksight.storage.stores.retrying.SECONDS_OF_ONE_OBJECT", 0.0)
+    monkeypatch.setattr("blocksight.storage.stores.retrying.MAX_SECONDS_PER_OBJECT", 0.0)
     refusing = Refusing(UnavailableError("it hangs"), "a.png")
     with pytest.raises(ObjectError, match="it hangs; other objects"):
         store_of(refusing, seconds=1e9).read("a.png")
@@ -243,7 +243,7 @@ def test_an_object_that_stands_is_told_without_a_probe():
 @pytest.mark.parametrize("error", [AlreadyExistsError("it stands already"), MissingError("no such key")])
 def test_a_store_that_has_no_object_where_it_says_that_one_stands_cannot_write_it(error):
     output = Output(error, lambda name, key: (name, key) == ("create", "data/b"))
-    with pytest.raises(OutputError, match="and has no such object; other objects beside it"):
+    with pytest.raises(OutputError, match="but the store has no such object; other objects beside it"):
         CALLS["create"](output.store)
     outside = Output(error, lambda name, _key: name == "create")
     with pytest.raises(type(error)):
