@@ -1,1 +1,1 @@
-"""The audit: what the maps of a whole output say about the model, and which shortcuts it can be shown to take."""
+"""The audit: what all maps of an output say about the model, and which shortcuts it takes."""

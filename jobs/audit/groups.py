@@ -1,4 +1,4 @@
-"""What maps have in common, group by group: a census that says which groups are kept, and sums that add up."""
+"""Groups maps by label and prediction: a census that chooses the groups, and sums over each group's maps."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -16,77 +16,77 @@ from blocksight.storage.outputs.schema import OK, SCHEMA
 Integers = NDArray[np.int64]
 
 MAX_GROUPS = {"class": 2000, "predicted": 2000, "pair": 200}
-"""Of each kind; the most frequent are kept. A group takes 28 KiB of memory."""
+"""Most groups of each kind; the largest are kept. A group needs 28 KiB of memory."""
 BINS = 512
-"""Of a measure's range, [0, 1]."""
+"""Bins of a measure's range, [0, 1]."""
 QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
-LIGHT = ("status", "label", "label_name", "target_index", "target_name", "target_source", "target_rank")
-"""Columns of the output that a census reads."""
+CENSUS_COLUMNS = ("status", "label", "label_name", "target_index", "target_name", "target_source", "target_rank")
+"""Columns of an output's fragments that a census reads."""
 
 _PARTS = 2**32
-"""A measure is summed in whole parts of this size, so that sums are exact in any order."""
+"""Measures are summed as integer multiples of 1 / _PARTS, so that sums are exact in any order."""
 _PENDING_ROWS = 100_000
-_NO_ROWS = pa.schema([SCHEMA.field(name) for name in LIGHT]).empty_table()
+_NO_ROWS = pa.schema([SCHEMA.field(name) for name in CENSUS_COLUMNS]).empty_table()
 _PLURALS = {"class": "labels", "predicted": "predicted classes", "pair": "pairs of a label and a wrong prediction"}
 
 
 class GroupName(NamedTuple):
-    """What the maps of a group share; see `Group`."""
+    """What the maps of a group have in common; see `Group`."""
 
     kind: str
     label: str | None
     predicted: str | None
 
 
-# ---------------------------------------------------------------- which groups there are
+# ---------------------------------------------------------------- the choice of groups
 
 
 class Census:
-    """How many rows there are of each label, explained class and outcome; memory grows with these, not with rows."""
+    """Counts rows by label, explained class and outcome. Its memory grows with these, not with the rows."""
 
     def __init__(self) -> None:
         self._tables: list[pa.Table] = []
 
     def add(self, counts: pa.Table) -> None:
-        """Adds what `counted` found in some rows."""
+        """Adds a result of `counted`."""
         self._tables.append(counts)
         if sum(map(len, self._tables[1:])) > max(_PENDING_ROWS, len(self._tables[0])):
             self._tables = [self.table()]
 
     def table(self) -> pa.Table:
-        """As `counted`, of all rows."""
-        return _summed(pa.concat_tables(self._tables), list(LIGHT)) if self._tables else counted(_NO_ROWS)
+        """The counts of all rows, in the columns of `counted`."""
+        return _summed(pa.concat_tables(self._tables), list(CENSUS_COLUMNS)) if self._tables else counted(_NO_ROWS)
 
 
 def counted(rows: pa.Table) -> pa.Table:
-    """One line per combination of `LIGHT` in some rows, and `count_all`, how many have it."""
-    return rows.group_by(list(LIGHT)).aggregate([([], "count_all")]).select([*LIGHT, "count_all"])
+    """One line per combination of `CENSUS_COLUMNS` in the rows; `count_all` is the number of rows that have it."""
+    return rows.group_by(list(CENSUS_COLUMNS)).aggregate([([], "count_all")]).select([*CENSUS_COLUMNS, "count_all"])
 
 
 def num_maps(counts: pa.Table) -> int:
-    """Explained rows among those counted."""
+    """The number of explained rows in a result of `counted`."""
     return _total(counts.filter(pc.field("status") == OK))
 
 
 @dataclass(frozen=True, eq=False)
 class Roster:
-    """What a census found, and which groups are kept."""
+    """The totals of a census, and the groups that are kept."""
 
     num_rows: int
     num_maps: int
     """Explained rows."""
     num_right: int | None
-    """Maps whose target is both the prediction and the label; None where no map's label is known."""
+    """Maps whose target is both the prediction and the label; None if no label is known."""
     num_targets: int
-    """Classes that are explained, not counting further targets of a record."""
+    """Explained classes, without further targets of a record."""
     names: tuple[GroupName, ...]
-    """`all` first, then by kind, the largest first, equally large ones by name."""
+    """`all` first, then by kind, the largest first; equal sizes by name."""
     notes: tuple[str, ...]
-    """What was left out."""
+    """Sentences that say which groups were left out."""
 
     @classmethod
     def of(cls, table: pa.Table) -> "Roster":
-        """From the table of a census of all rows."""
+        """The roster of a census's table of all rows."""
         maps = table.filter(pc.field("status") == OK)
         top = maps.filter(pc.field("target_rank") == 0)
         is_same = pc.field("label") == pc.field("target_index")
@@ -94,7 +94,7 @@ class Roster:
         kinds = {
             "class": _ranked(maps.filter(is_own), ["label_name"]),
             "predicted": _ranked(top, ["target_name"]),
-            "pair": _ranked(top.filter(~is_same), ["label_name", "target_name"]),  # null, and no pair, without a label
+            "pair": _ranked(top.filter(~is_same), ["label_name", "target_name"]),  # without a label: null, no pair
         }
         has_labels = len(maps.filter(pc.field("label").is_valid())) > 0
         return cls(
@@ -114,23 +114,23 @@ class Roster:
         )
 
     def members(self, rows: pa.Table) -> NDArray[np.int32]:
-        """[N, 4]: the places in `names` of the groups that each explained row belongs to, by kind; -1 for none."""
-        columns = [rows[name].to_pylist() for name in LIGHT if name != "status"]
-        places = [[self._places.get(name, -1) for name in _groups_of(*row)] for row in zip(*columns, strict=True)]
-        return np.array(places, np.int32).reshape(-1, len(MAX_GROUPS) + 1)
+        """[N, 4]: indices into `names` of each explained row's groups, one per kind; -1 for none."""
+        columns = [rows[name].to_pylist() for name in CENSUS_COLUMNS if name != "status"]
+        indices = [[self._indices.get(name, -1) for name in _groups_of(*row)] for row in zip(*columns, strict=True)]
+        return np.array(indices, np.int32).reshape(-1, len(MAX_GROUPS) + 1)
 
     @cached_property
-    def _places(self) -> dict[GroupName | None, int]:
-        return {name: place for place, name in enumerate(self.names)}
+    def _indices(self) -> dict[GroupName | None, int]:
+        return {name: index for index, name in enumerate(self.names)}
 
 
 def is_own_class(target_source: str, target_rank: int) -> bool:
-    """Whether a map explains its record's own class, the prediction or the label, and not a further target."""
+    """Whether a map explains its record's prediction or label, and not a further target."""
     return target_rank == 0 or target_source == "label"
 
 
 def is_right(label: int | None, target_index: int, target_rank: int) -> bool | None:
-    """Whether the explained class is the prediction and the label; None where no label is known."""
+    """Whether the explained class is the prediction and the label; None if no label is known."""
     return None if label is None else target_rank == 0 and label == target_index
 
 
@@ -142,7 +142,7 @@ def _groups_of(
     target_source: str,
     target_rank: int,
 ) -> tuple[GroupName | None, ...]:
-    """The groups that a map belongs to; None where it has none of a kind."""
+    """The groups that a map belongs to, one per kind; None for a kind without one."""
     is_own = is_own_class(target_source, target_rank)
     is_pair = target_rank == 0 and label is not None and label != target_index
     return (
@@ -154,7 +154,7 @@ def _groups_of(
 
 
 def _ranked(rows: pa.Table, names: list[str]) -> pa.Table:
-    """The distinct values of some columns where all are known, the most frequent first."""
+    """The distinct combinations of some columns without nulls, the most frequent first."""
     counted = _summed(rows, names).drop_null()
     return counted.sort_by([("count_all", "descending"), *((name, "ascending") for name in names)])
 
@@ -173,30 +173,30 @@ def _total(rows: pa.Table) -> int:
     return int(rows["count_all"].to_numpy().sum())
 
 
-# ---------------------------------------------------------------- what groups have
+# ---------------------------------------------------------------- sums over groups
 
 
 @dataclass(frozen=True, eq=False)
 class GroupSums:
-    """Sums over the maps of G groups, in whole numbers: the same maps in any order and any parts give the same ones.
+    """Integer sums over the maps of G groups, which do not depend on the order of the maps.
 
-    Good for 2^31 maps.
+    They hold up to 2^31 maps.
     """
 
     counts: Integers
-    """[G] maps."""
+    """[G] numbers of maps."""
     pooled: Integers
-    """[G, GRID * GRID] sums of the cells, 0 to 255 each."""
+    """[G, GRID * GRID] sums of the cells, which are 0 to 255."""
     squares: Integers
-    """[G, GRID * GRID] sums of their squares."""
+    """[G, GRID * GRID] sums of the cells' squares."""
     totals: Integers
-    """[G, M] sums of the measures that are defined, in parts of 2^-32."""
+    """[G, M] sums of each measure where it is defined, in units of 2^-32."""
     bins: NDArray[np.uint32]
-    """[G, M, BINS] maps by value of each measure; the last bin holds 1 as well."""
+    """[G, M, BINS] histogram of each measure; the last bin includes 1."""
 
     @classmethod
     def zeros(cls, num_groups: int) -> "GroupSums":
-        """Of no map."""
+        """The sums of no map."""
         cells = (num_groups, GRID * GRID)
         return cls(
             np.zeros(num_groups, np.int64),
@@ -207,8 +207,8 @@ class GroupSums:
         )
 
     def add(self, members: NDArray[np.int32], pooled: NDArray[np.uint8], values: NDArray[np.float64]) -> None:
-        """Adds N maps in place: their groups [N, K] (-1: none), cells [N, GRID, GRID] and measures [N, M], NaN where
-        one is not defined."""
+        """Adds N maps in place: their groups [N, K] (-1: none), cells [N, GRID, GRID] and measures [N, M] (NaN: not
+        defined)."""
         cells = pooled.reshape(-1, GRID * GRID).astype(np.int64)
         is_defined = ~np.isnan(values)
         filled = np.where(is_defined, values, 0.0)
@@ -229,13 +229,13 @@ class GroupSums:
             np.add.at(flat, (groups[order][rows], places[order][rows, columns]), np.uint32(1))
 
     def __add__(self, other: "GroupSums") -> "GroupSums":
-        """Of the same groups. Raises ValueError where their numbers differ."""
+        """Adds the sums of the same groups. Raises ValueError if the numbers of groups differ."""
         if len(self.counts) != len(other.counts):
             raise ValueError(f"sums of {len(self.counts)} and {len(other.counts)} groups do not add up")
         return GroupSums(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
     def groups(self, names: Sequence[GroupName]) -> Iterator[Group]:
-        """The groups, named in their order."""
+        """Yields the groups; `names` are theirs, in order."""
         for place, name in enumerate(names):
             mean, variance = self._maps(place)
             yield Group(
@@ -262,15 +262,15 @@ class GroupSums:
 
 
 def _quantile(bins: Integers, share: float) -> float:
-    """As `np.quantile` has it, between two maps in proportion; the maps of a bin lie evenly in it."""
-    upto = np.cumsum(bins)
-    wanted = share * (upto[-1] - 1)
+    """The quantile, interpolated as by `np.quantile`; the maps of a bin count as evenly spaced in it."""
+    cumulative = np.cumsum(bins)
+    wanted = share * (cumulative[-1] - 1)
     below, above = int(np.floor(wanted)), int(np.ceil(wanted))
-    first, second = (_ordered(bins, upto, rank) for rank in (below, above))
+    first, second = (_value_at_rank(bins, cumulative, rank) for rank in (below, above))
     return first + (wanted - below) * (second - first)
 
 
-def _ordered(bins: Integers, upto: Integers, rank: int) -> float:
+def _value_at_rank(bins: Integers, cumulative: Integers, rank: int) -> float:
     """The value of the map with this rank, from 0."""
-    place = int(np.searchsorted(upto, rank, side="right"))
-    return (place + (rank - (upto[place] - bins[place]) + 0.5) / bins[place]) / BINS
+    index = int(np.searchsorted(cumulative, rank, side="right"))
+    return (index + (rank - (cumulative[index] - bins[index]) + 0.5) / bins[index]) / BINS

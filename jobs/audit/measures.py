@@ -1,4 +1,4 @@
-"""What is measured of saliency maps: how they are spread, where they lie, and whether they are of any use."""
+"""Measures saliency maps: how they are spread, where they lie, and whether they are usable."""
 
 import math
 from collections.abc import Sequence
@@ -14,64 +14,65 @@ from blocksight.storage.outputs.map_codec import level_counts
 
 Floats = NDArray[np.floating]
 Levels = NDArray[np.uint8]
-"""Maps [N, H, W] as they are stored: value / 255 in [0, 1], zeros where a map is constant."""
+"""Stored maps [N, H, W]: value / 255 is in [0, 1]; a constant map is all zeros."""
 Region = NDArray[np.bool_]
 
 BORDER, CORNER, CONTEXT = 0.1, 0.2, 0.1
-"""Shares of the picture's sides: of the border and the corners, and of the longer side around an object."""
+"""Widths of the border, the corners and the context around an object, as shares of the picture's sides (of the longer
+side for the context)."""
 MAX_BORDER_MASS = 0.8
-"""Above it a map is border only: an even map has 0.36, and the border is 0.36 of the picture."""
+"""A map with a higher `border_mass` is border only; an even map has 0.36."""
 MAX_CHECKERBOARD = 0.25
-"""Above it a map is a checkerboard: white noise has 0.04."""
+"""A map with a higher `checkerboard` is a checkerboard; white noise has 0.04."""
 PERIODS = (2, 4, 8)
-"""Pixels of one black and one white field: of the map itself, and of grids that were upsampled two and four times."""
+"""Periods of waves in pixels: of the map itself, and of grids that were upsampled two and four times."""
 WINDOW = 32
-"""Pixels over which an alternation must keep its beat to count."""
+"""Pixels over which a wave must keep its phase to count."""
 
 _GLOBAL = ("inside", "corners", "all", "place")
 _COUNTED = tuple(name for name in MEASURES if name in ("entropy", "gini", "effective_area"))
 _TRUTH = ("on_object", "on_context", "elsewhere")
 _SINGLE_THREADED = 2**18
-"""Multiply-adds of one matrix product. BLAS shares larger ones among threads of its own, and those of many
-workers that measure at once stand in each other's way: a hundred times slower than one thread, on two cores."""
+"""Multiply-adds of one matrix product. BLAS splits larger ones over its own threads, and those of many workers
+block each other: on two cores a hundred times slower than one thread."""
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """Of N maps."""
+    """The measures of N maps."""
 
     values: NDArray[np.float64]
-    """[N, len(MEASURES)]: in that order, each in [0, 1]; NaN where it is not defined."""
+    """[N, len(MEASURES)] in the order of `MEASURES`, each in [0, 1]; NaN if not defined."""
     pooled: NDArray[np.uint8]
-    """[N, GRID, GRID]: mean of each cell, a pixel that lies in several counts in each by its area."""
+    """[N, GRID, GRID] means of the cells; a pixel in several cells counts in each by its area."""
 
     @classmethod
     def joined(cls, parts: Sequence["Measured"]) -> "Measured":
-        """One after the other."""
+        """The parts' maps, one part after the other."""
         none = cls(np.zeros((0, len(MEASURES))), np.zeros((0, GRID, GRID), np.uint8))
         parts = [none, *parts]
         return cls(np.concatenate([part.values for part in parts]), np.concatenate([part.pooled for part in parts]))
 
     def of(self, name: str) -> NDArray[np.float64]:
-        """[N] values of one measure."""
+        """[N] values of the measure with this name."""
         return self.values[:, list(MEASURES).index(name)]
 
     @property
     def is_border_only(self) -> NDArray[np.bool_]:
-        """[N]: nearly all of the map lies at the border."""
+        """[N] whether nearly all of the map lies at the border."""
         return self.of("border_mass") > MAX_BORDER_MASS
 
     @property
     def is_checkerboard(self) -> NDArray[np.bool_]:
-        """[N]: much of the map alternates from pixel to pixel, or from cell to cell of a fine grid."""
+        """[N] whether much of the map alternates from pixel to pixel, or from cell to cell of a fine grid."""
         return self.of("checkerboard") > MAX_CHECKERBOARD
 
 
 def measured(maps: Levels, regions: Sequence[Region | None] | None = None) -> Measured:
-    """All measures of maps of one size; `regions`: where each map's object is, [H, W], None where nobody says.
+    """All measures of maps of one size. `regions`: each map's object, bool [H, W]; None without ground truth.
 
-    The same map has the same values whatever stands beside it. A constant map has none (NaN), and no map without a
-    region has those that need one. Beside N maps six times their bytes are in memory, twelve beyond 65,000 pixels.
+    A map's values do not depend on the other maps. A constant map has NaN for all; a map without a region has NaN for
+    the measures that need one. Needs six times the bytes of the maps, twelve times beyond 65,000 pixels.
     """
     num, height, width = maps.shape
     axes = _axis(height), _axis(width)
@@ -90,24 +91,24 @@ def measured(maps: Levels, regions: Sequence[Region | None] | None = None) -> Me
     return Measured(stacked, np.rint(cells).astype(np.uint8))
 
 
-# ---------------------------------------------------------------- by value
+# ---------------------------------------------------------------- measures of values
 
 
 def _spread_measures(counts: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-    """As `engine/metrics/complexity.py`, from counts [N, 256] of the levels: the same sums, level by level."""
+    """The measures of `engine/metrics/complexity.py`, from counts [N, 256] of the levels."""
     levels = np.arange(256.0)
     size, mass = counts.sum(1), _sums(counts, levels)
     with np.errstate(divide="ignore", invalid="ignore"):
         entropy = (np.log(mass) - _sums(counts, _times_log(levels)) / mass) / np.log(size)
         below = np.cumsum(counts, 1) - counts
-        ranks = counts * (size[:, None] - below - counts / 2)  # a level's ranks from the top, less a half each
+        ranks = counts * (size[:, None] - below - counts / 2)  # sums of a level's ranks from the top, minus 1/2 each
         gini = 1 - 2 * _sums(ranks, levels) / (mass * size)
         area = mass**2 / (size * _sums(counts, levels**2))
     return dict(zip(_COUNTED, (entropy, gini, area), strict=True))
 
 
 def _sums(counts: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[N] weighted sums; a matrix product would sum a row in another order as their number changes."""
+    """[N] weighted sums. A matrix product would add a row's values in an order that depends on N."""
     return (counts * weights).sum(1)
 
 
@@ -115,12 +116,12 @@ def _times_log(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return values * np.log(np.where(values > 0, values, 1))
 
 
-# ---------------------------------------------------------------- by place
+# ---------------------------------------------------------------- measures of places
 
 
 @dataclass(frozen=True, eq=False)
 class _Axis:
-    """Weights of the pixels along one side, [K, L]: cells, the four of `_GLOBAL`, smooth and alternating functions."""
+    """Weights [K, L] of the L pixels along one side: cells, those of `_GLOBAL`, smooth and alternating functions."""
 
     weights: NDArray[np.float64]
     num_smooth: int
@@ -146,13 +147,13 @@ def _axis(length: int) -> _Axis:
 
 
 def _overlap(length: int, start: float, stop: float) -> NDArray[np.float64]:
-    """[length]: how much of each pixel lies between two shares of the side."""
+    """[length] the part of each pixel that lies between two shares of the side."""
     pixels = np.arange(length)
     return np.clip(np.minimum(pixels + 1, stop * length) - np.maximum(pixels, start * length), 0, 1)
 
 
 def _products(maps: Floats, rows: Floats, columns: Floats) -> Floats:
-    """`rows @ map @ columns.T` of each map, [N, K, K], in strips that BLAS works on in this thread."""
+    """[N, K, K] `rows @ map @ columns.T` of each map, in strips small enough for one BLAS thread."""
     return _product(rows, _product(maps, columns.T))
 
 
@@ -183,14 +184,14 @@ def _place_measures(products: Floats) -> dict[str, NDArray[np.float64]]:
 
 
 def _checkerboard(products: Floats, axes: tuple[_Axis, _Axis], counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The share of the map's variance that alternates, 0 to 1.
+    """[N] the share of the map's variance that alternates, 0 to 1.
 
-    In windows of about 32 x 32 pixels the map is projected on products of a function of y and one of x, of which at
-    least one is a wave of period 2, 4 or 8 pixels, and the other one too or a straight line; waves are orthogonal to
-    straight lines. At 224 x 224 a checkerboard of single pixels or of 2 x 2 has 1, stripes too, one of 4 x 4 has 0.73
-    (0.97 where it was upsampled bilinearly), a blob times a checkerboard 0.5, white noise, which keeps no beat, 0.04,
-    a single pixel 0.07, a bell 0.04 to 0.00 as its standard deviation goes from 3 to 20 pixels. NaN for maps with a
-    side below 16 pixels, where a bell would be a wave.
+    In windows of about 32 x 32 pixels the map is projected on products f(y) g(x). At least one of f and g is a wave of
+    period 2, 4 or 8 pixels; the other is a wave or a straight line. Waves are orthogonal to straight lines.
+
+    Values at 224 x 224: checkerboards of 1 x 1 or 2 x 2 pixels and stripes 1; of 4 x 4 pixels 0.73 (0.97 if upsampled
+    bilinearly); a blob times a checkerboard 0.5; white noise 0.04; a single pixel 0.07; a bell 0.04 to 0.00 for
+    standard deviations of 3 to 20 pixels. NaN for maps with a side below 16 pixels, where a bell would be a wave.
     """
     if min(len(axis.weights[0]) for axis in axes) < GRID:
         return np.full(len(products), np.nan)
@@ -208,7 +209,7 @@ def _energy(coefficients: Floats) -> NDArray[np.float64]:
 
 
 def _bases(length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Orthonormal functions along a side: straight lines in each window, and waves, each [number, length]."""
+    """Orthonormal functions along a side: straight lines of all windows, and waves, each [number, length]."""
     edges = np.rint(np.linspace(0, length, max(1, length // WINDOW) + 1)).astype(int)
     made = [_window_bases(length, start, stop) for start, stop in pairwise(edges)]
     return np.vstack([smooth for smooth, _ in made]), np.vstack([waves for _, waves in made])
@@ -218,22 +219,22 @@ def _window_bases(length: int, start: int, stop: int) -> tuple[NDArray[np.float6
     pixels = np.arange(start, stop, dtype=np.float64)
     lines = [np.ones_like(pixels), pixels - pixels.mean()]
     angles = [2 * math.pi * pixels / period for period in PERIODS]
-    waves = [np.cos(angle) for angle in angles] + [np.sin(angle) for angle in angles[1:]]  # of period 2 it is 0
+    waves = [np.cos(angle) for angle in angles] + [np.sin(angle) for angle in angles[1:]]  # period 2 has no sine
     bases = np.zeros((2, len(lines) + len(waves), length))
     found = [0, 0]
     known: list[NDArray[np.float64]] = []
     for place, function in enumerate([*lines, *waves]):
-        left = function - sum((own * (own @ function) for own in known), np.zeros_like(function))
-        norm = np.linalg.norm(left)
-        if norm > 1e-6 * math.sqrt(len(pixels)):  # a window of few pixels has room for few functions
+        residual = function - sum((own * (own @ function) for own in known), np.zeros_like(function))
+        norm = np.linalg.norm(residual)
+        if norm > 1e-6 * math.sqrt(len(pixels)):  # a window of few pixels has few independent functions
             kind = int(place >= len(lines))
-            known.append(left / norm)
+            known.append(residual / norm)
             bases[kind, found[kind], start:stop] = known[-1]
             found[kind] += 1
     return bases[0, : found[0]], bases[1, : found[1]]
 
 
-# ---------------------------------------------------------------- by ground truth
+# ---------------------------------------------------------------- measures with ground truth
 
 
 def _truth_measures(maps: Levels, regions: Sequence[Region | None]) -> dict[str, NDArray[np.float64]]:
@@ -245,7 +246,7 @@ def _truth_measures(maps: Levels, regions: Sequence[Region | None]) -> dict[str,
 
 
 def _shares(one: NDArray[np.uint8], region: Region) -> tuple[float, float, float]:
-    """The map's shares on the region, within `CONTEXT` of it, and beyond."""
+    """The map's shares on the region, within `CONTEXT` around it, and elsewhere."""
     from scipy.ndimage import distance_transform_edt
 
     near = np.asarray(distance_transform_edt(~region)) <= CONTEXT * max(one.shape)

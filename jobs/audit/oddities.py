@@ -1,4 +1,4 @@
-"""Oddities: maps unlike those of their class, and images that the model gets right for a strange reason."""
+"""Finds oddities: maps unlike those of their class, and right predictions whose maps are off the object."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -14,19 +14,19 @@ from blocksight.jobs.audit.result import GRID, ROWS, Oddity
 
 OUTLIER, STRANGE = "outlier", "right for a strange reason"
 KEPT = 50
-"""Of each reason: the oddest."""
+"""Oddities that are kept of each reason: the oddest."""
 OFF_OBJECT = 1 / 3
-"""Of the share of a map on the object that is usual in its class: less is strange."""
-USUAL = 0.1
-"""A class whose maps have usually less on the object has no usual place there."""
+"""A map is off the object if its share there is below this part of its class's median."""
+MIN_TYPICAL = 0.1
+"""A class with a lower median share on the object has no map off the object."""
 
 Row = Mapping[str, Any]
 
 
-def placed(rows: pa.Table, models: Mapping[int, ClassModel]) -> pa.Table:
-    """Rows of `ROWS` with their cluster and their strangeness.
+def with_clusters(rows: pa.Table, models: Mapping[int, ClassModel]) -> pa.Table:
+    """Rows of `ROWS` with `cluster` and `strangeness` filled in.
 
-    Null for flat maps, for maps of a record's further targets, and for classes without a sample.
+    Both are null for flat maps, for maps of a record's further targets, and for classes without a sample.
     """
     clusters = np.full(len(rows), NO_CLUSTER, np.int16)
     strangeness = np.full(len(rows), np.nan, np.float32)
@@ -46,20 +46,20 @@ def placed(rows: pa.Table, models: Mapping[int, ClassModel]) -> pa.Table:
     return rows
 
 
-class Oddest:
-    """The oddest maps of any number, a bounded few of each reason, and how many maps each cluster has."""
+class OddestMaps:
+    """Keeps the oddest maps, at most `KEPT` of each reason, and counts the maps of each cluster."""
 
-    def __init__(self, models: Mapping[int, ClassModel], usual_on_object: Mapping[int, float]) -> None:
-        """`usual_on_object`: the median share of a class's maps that lies on the object, where it is known."""
-        self.models, self.usual = models, usual_on_object
+    def __init__(self, models: Mapping[int, ClassModel], typical_on_object: Mapping[int, float]) -> None:
+        """`typical_on_object`: by class the median share of its maps on the object, if known."""
+        self.models, self.typical_on_object = models, typical_on_object
         self.sizes: Counter[tuple[int, int]] = Counter()
-        """Maps by class and cluster; `NO_CLUSTER` too."""
+        """Number of maps by class and cluster, `NO_CLUSTER` included."""
         self.found: Counter[str] = Counter()
-        """Oddities by reason, also those that are not kept."""
+        """Number of oddities by reason, including those that are not kept."""
         self._held: dict[str, list[tuple[float, str, int, Oddity]]] = {OUTLIER: [], STRANGE: []}
 
     def add(self, rows: pa.Table) -> None:
-        """Rows that `placed` has filled."""
+        """Adds rows that `with_clusters` returned."""
         counted = rows.filter(rows["strangeness"].is_valid())
         clusters = counted["cluster"].fill_null(NO_CLUSTER).to_pylist()
         self.sizes.update(zip(counted["target_index"].to_pylist(), clusters, strict=True))
@@ -69,7 +69,7 @@ class Oddest:
                 self._keep(oddity)
 
     def oddities(self) -> tuple[Oddity, ...]:
-        """Those that were kept, the oddest of each reason first."""
+        """The kept oddities, the oddest of each reason first."""
         return tuple(one for own in self._held.values() for *_, one in sorted(own, reverse=True))
 
     def _may_be_odd(self, rows: pa.Table) -> NDArray[np.bool_]:
@@ -80,18 +80,22 @@ class Oddest:
         return (rows["strangeness"].to_numpy() > limits) | off
 
     def _least_on_object(self, target: int) -> float:
-        """Less of a map on the object is strange in this class; 0 where nothing is usual."""
-        usual = self.usual.get(target, 0.0)
-        return OFF_OBJECT * usual if usual >= USUAL else 0.0
+        """The share on the object below which a map of this class is off it; 0 if the class has no limit."""
+        typical = self.typical_on_object.get(target, 0.0)
+        return OFF_OBJECT * typical if typical >= MIN_TYPICAL else 0.0
 
     def _odd(self, row: Row) -> Iterator[Oddity]:
-        """What is odd about a row, once: right for a strange reason counts more than to lie far away."""
+        """Yields the row's oddity, if any: `STRANGE` if the prediction is right, else `OUTLIER`."""
         target, strangeness = row["target_index"], row["strangeness"]
         far = f"{strangeness:.1f} times as far from its class's maps as they are from each other"
         is_far = strangeness > self.models[target].limit
         on_object = row["on_object"]
         is_off = on_object is not None and on_object < self._least_on_object(target)
-        off = f"{on_object:.0%} of the map on the object, usual are {self.usual[target]:.0%}" if is_off else None
+        off = (
+            f"{on_object:.0%} of the map on the object, usual are {self.typical_on_object[target]:.0%}"
+            if is_off
+            else None
+        )
         if row["is_right"] and (is_far or is_off):
             yield _oddity(row, STRANGE, "; ".join(said for said in (off, far if is_far else None) if said))
         elif is_far:

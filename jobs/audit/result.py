@@ -1,4 +1,4 @@
-"""What an audit found, as it stands beside the output: one document, and tables for whoever wants the figures."""
+"""The result of an audit and its files in the output: one JSON document, and Parquet tables."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,8 +26,8 @@ GRID = 16
 """Cells along each side of a pooled map."""
 
 CERTAIN = 0.05
-LEAST_EFFECT = 1.0
-"""In log-odds, beyond that of random regions: the odds change by a factor e."""
+MIN_EFFECT = 1.0
+"""Least effect of a finding in log-odds, beyond that of random regions: the odds change by a factor e."""
 
 Grid = NDArray[np.float32]
 """[GRID, GRID]."""
@@ -45,7 +45,7 @@ MEASURES = {
     "on_context": "share within a tenth of the picture around the object, 0 to 1; needs ground truth",
     "elsewhere": "share beyond that, 0 to 1; needs ground truth",
 }
-"""What is measured of every map that is not flat, and what it means."""
+"""Measures of a map that is not flat, with their meanings."""
 
 GATES = {
     "flat": "the map is constant: it says nothing",
@@ -54,12 +54,12 @@ GATES = {
     "checkerboard": "the map alternates from pixel to pixel, as upsampling or strides leave it",
     "equal": "another image has the very same map",
 }
-"""Why a map may be of no use, by name."""
+"""Validity gates: reasons why a map may be unusable, by name."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How a measure is distributed over a group's maps; quantiles to 1/512 of the measure's range."""
+    """The distribution of a measure over a group's maps; quantiles are exact to 1/512 of the measure's range."""
 
     mean: float
     q05: float
@@ -68,12 +68,12 @@ class Spread:
     q75: float
     q95: float
     count: int
-    """Maps that have the measure."""
+    """Maps for which the measure is defined."""
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """The maps that have something in common."""
+    """Maps with a common label or prediction."""
 
     kind: str
     """`all`, `class` (one label), `predicted` (one prediction), or `pair` (one label taken for another class).
@@ -81,35 +81,35 @@ class Group:
     Maps of a record's further targets count in `all` alone.
     """
     label: str | None
-    """The label that they share, as the data set writes it."""
+    """The common label, as the data set writes it."""
     predicted: str | None
-    """The predicted class that they share."""
+    """The common predicted class."""
     count: int
     spreads: Mapping[str, Spread]
-    """By measure; one that no map of the group has is left out."""
+    """By measure, without measures that no map of the group has."""
     mean_map: Grid
-    """Mean of the maps, each in [0, 1]; zeros where all are flat."""
+    """Mean of the maps, which are in [0, 1]; zeros if all are flat."""
     variance_map: Grid
-    """Their variance, cell by cell."""
+    """Variance of the maps in each cell."""
 
 
 @dataclass(frozen=True, eq=False)
 class Cluster:
-    """Maps of one explained class that look at the picture alike."""
+    """Maps of one explained class that are alike."""
 
     target_index: int
     target_name: str
     number: int
-    """From 0, the largest first."""
+    """0 is the largest cluster of the class."""
     count: int
-    """Maps of the class that are nearest to it."""
+    """Maps of the class that belong to it."""
     share: float
-    """Of the class's maps."""
+    """Share of the class's maps that belong to it."""
     stability: float
     """Mean adjusted Rand index of clusterings of resampled maps, at most 1; the same for all clusters of a class."""
     mean_map: Grid
     examples: tuple[str, ...]
-    """Keys of the maps nearest to its middle."""
+    """Keys of the maps nearest to its centre."""
 
 
 @dataclass(frozen=True)
@@ -121,18 +121,18 @@ class Oddity:
     target_name: str
     label: str | None
     score: float
-    """Of the target."""
+    """Score of the target."""
     reason: str
-    """`outlier`, or `right for a strange reason`: the prediction is the label, and the map is not like it."""
+    """`outlier`, or `right for a strange reason`: the prediction is right, but the map is odd."""
     detail: str
-    """In words."""
+    """The reason in words, with figures."""
     strength: float
-    """Its distance from the fifth nearest of its class's sampled maps, in that class's median distances."""
+    """The map's strangeness; see `ROWS`."""
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What an intervention does to the target's log-odds, beyond the same with a random region of that size."""
+    """An intervention's change of the target's log-odds, minus that with random regions of the same size."""
 
     mean: float
     low: float
@@ -141,93 +141,93 @@ class Effect:
     p_value: float
     """Of the paired t test over images, Holm-corrected over all trials of the audit."""
     count: int
-    """Images."""
+    """Number of images."""
     probability: float
     """Mean change of the target's probability by the region alone, -1 to 1, not compared with random regions."""
 
     @property
     def is_certain(self) -> bool:
-        """There, in the direction that a shortcut has."""
+        """Whether the effect is significant and in a shortcut's direction."""
         return self.p_value < CERTAIN and self.low > 0
 
     @property
     def is_real(self) -> bool:
-        """Certain, and large enough for a finding."""
-        return self.is_certain and self.mean >= LEAST_EFFECT
+        """Whether the effect is certain and large enough for a finding."""
+        return self.is_certain and self.mean >= MIN_EFFECT
 
 
 @dataclass(frozen=True)
 class Shortcut:
-    """A region that a class's maps point at again and again: a finding if it is shown to matter, else a suspicion."""
+    """A region that a class's maps often point at: a finding if the trial confirms it, else a suspicion."""
 
     target_index: int
     target_name: str
     source: str
-    """Where the candidate came from: `class` (the class's mean map), or `cluster N`."""
+    """The mean map that the candidate was found in: `class`, or `cluster N`."""
     box: tuple[float, float, float, float]
     """Left, top, right, bottom as shares of the picture."""
     share: float
-    """Of the class's maps that look there."""
+    """Share of the class's maps that point there."""
     recurrence: float | None
     """How well its pixels alone tell members from other images, 0.5 to 1 (area under the ROC curve)."""
     density: float
-    """How much the class's maps look there (a cluster's, where it came from one), 1 for an even map."""
+    """Mean density in the region of the class's (or the cluster's) maps, 1 for an even map."""
     elsewhere_density: float
-    """How much other classes' maps look there, likewise."""
+    """Mean density in the region of other classes' maps."""
     on_object: float | None
     """Share of the region that the members' objects cover; None without ground truth."""
     blanked: Effect | None
-    """Inpainting it in members: by how much more their log-odds fall."""
+    """Effect of inpainting the region in members: how much more their log-odds fall."""
     pasted: Effect | None
-    """Pasting it into non-members: by how much more their log-odds rise."""
+    """Effect of pasting the region into other images: how much more their log-odds rise."""
     is_confirmed: bool
-    """A finding; else a suspicion."""
+    """Whether it is a finding; if not, it is a suspicion."""
     why: str
     """What confirms it, or what is missing, in words."""
     members: tuple[str, ...]
-    """Keys of records that look there, a fair draw."""
+    """Keys of a random sample of the records whose maps point there."""
 
 
 @dataclass(frozen=True, eq=False)
 class Audit:
-    """All that was found."""
+    """The result of an audit."""
 
     fragments: str
-    """Digest of the fragments that it was made from: another one says that it is out of date."""
+    """Digest of the fragments that were read; if the output's is another one, the audit is out of date."""
     settings: Mapping[str, Any]
-    """What was asked for: digest of the ground truth, seed, whether shortcuts were put to the test."""
+    """The request: digest of the ground truth, class map, seed, whether candidates were tried on the model."""
     num_rows: int
     num_maps: int
     """Explained rows."""
     num_rejected: int
     num_right: int | None
-    """Maps whose target is both the prediction and the label; None where no label is known."""
+    """Maps whose target is both the prediction and the label; None if no label is known."""
     gates: Mapping[str, int]
-    """Maps that each gate stops."""
+    """Number of maps that each gate stops."""
     groups: tuple[Group, ...]
     """`all` first; then by kind, the largest first."""
     clusters: tuple[Cluster, ...]
-    """Class by class; none for a class whose maps do not fall apart."""
+    """Class by class; a class may have none."""
     oddities: tuple[Oddity, ...]
     """The oddest first."""
     shortcuts: tuple[Shortcut, ...]
-    """Findings first, then suspicions, each by strength."""
+    """Findings first, then suspicions, the strongest first."""
     notes: tuple[str, ...]
-    """What was left out, and why."""
+    """Sentences that say what was left out, and why."""
 
     @property
     def findings(self) -> tuple[Shortcut, ...]:
-        """The shortcuts that were confirmed."""
+        """The confirmed shortcuts."""
         return tuple(one for one in self.shortcuts if one.is_confirmed)
 
     @property
     def suspicions(self) -> tuple[Shortcut, ...]:
-        """The candidates that were not."""
+        """The shortcuts that were not confirmed."""
         return tuple(one for one in self.shortcuts if not one.is_confirmed)
 
 
 class AuditDocument(TypedDict):
-    """What `audit.json` holds: an `Audit` without what its tables hold."""
+    """The content of `audit.json`: an `Audit` without groups and clusters, which are tables."""
 
     fragments: str
     settings: dict[str, Any]
@@ -242,7 +242,7 @@ class AuditDocument(TypedDict):
 
 
 def write_audit(store: ObjectStore, audit: Audit) -> None:
-    """Writes the document last: while it stands, the tables that it goes with stand too. Raises StoreError."""
+    """Writes the tables, then the document: if that exists, the tables do too. Raises StoreError."""
     store.put(GROUPS_KEY, _table(map(_group_row, audit.groups), GROUPS))
     store.put(CLUSTERS_KEY, _table(map(_cluster_row, audit.clusters), CLUSTERS))
     plain = {name: value for name, value in vars(audit).items() if name not in ("groups", "clusters")}
@@ -255,7 +255,7 @@ def write_audit(store: ObjectStore, audit: Audit) -> None:
 
 
 def read_audit(store: ObjectStore) -> Audit | None:
-    """The audit that stands in an output, or None. Raises StoreError, and UnreconciledError where it is damaged."""
+    """The output's audit, or None if there is none. Raises StoreError, and UnreconciledError if it is damaged."""
     try:
         body = read_document(store, AUDIT_KEY, AuditDocument)
     except MissingError:
@@ -290,7 +290,7 @@ GROUPS = pa.schema(
         ("variance_map", GRID_LIST),
     ]
 )
-"""One row per group: `MEASURES` as structs, maps row by row from the top left."""
+"""Schema of the groups: `MEASURES` are structs, grids are lists, row by row from the top left."""
 
 CLUSTERS = pa.schema(
     [
@@ -325,11 +325,11 @@ ROWS = pa.schema(
         ("pooled", pa.binary(GRID * GRID)),
     ]
 )
-"""One row per map: `audit/rows/` holds a file per fragment.
+"""Schema of the rows, one per map; `audit/rows/` holds a file per fragment.
 
-`is_own_class`: the explained class is the prediction, or was chosen by the label; clusters and strangeness are of these
-maps alone. `pooled` is the map in 16 x 16 cells of 0 to 255, `strangeness` its distance from the fifth nearest of its
-class's sampled maps in that class's median distances.
+`is_own_class`: the explained class is the prediction, or was chosen by the label; only these maps have `cluster` and
+`strangeness`. `pooled` is the map in 16 x 16 cells of 0 to 255. `strangeness` is the map's distance from the fifth
+nearest of its class's sampled maps, divided by the median of those maps' own distances.
 """
 
 
@@ -340,14 +340,14 @@ def _group_row(group: Group) -> dict[str, Any]:
 
 
 def _group(row: Mapping[str, Any]) -> Group:
-    spreads = {name: Spread(**_whole(row[name])) for name in MEASURES if row[name] is not None}
+    spreads = {name: Spread(**_without_nulls(row[name])) for name in MEASURES if row[name] is not None}
     named = {name: row[name] for name in ("kind", "label", "predicted", "count")}
-    _whole({name: row[name] for name in ("kind", "count", "mean_map", "variance_map")})
+    _without_nulls({name: row[name] for name in ("kind", "count", "mean_map", "variance_map")})
     return Group(**named, spreads=spreads, mean_map=_grid(row["mean_map"]), variance_map=_grid(row["variance_map"]))
 
 
-def _whole(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row, which lacks nothing. Raises ValueError."""
+def _without_nulls(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row. Raises ValueError if it has a null."""
     empty = [name for name, value in row.items() if value is None]
     if empty:
         raise ValueError(f"a row of its tables lacks {', '.join(empty)}")
@@ -359,7 +359,7 @@ def _cluster_row(cluster: Cluster) -> dict[str, Any]:
 
 
 def _cluster(row: Mapping[str, Any]) -> Cluster:
-    return Cluster(**{**_whole(row), "mean_map": _grid(row["mean_map"]), "examples": tuple(row["examples"])})
+    return Cluster(**{**_without_nulls(row), "mean_map": _grid(row["mean_map"]), "examples": tuple(row["examples"])})
 
 
 def _grids(group: Group) -> dict[str, Any]:

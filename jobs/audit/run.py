@@ -1,4 +1,4 @@
-"""Runs an audit: streams the maps, learns what is usual of each class, tries what looks wrong, writes what it found."""
+"""Runs an audit: reads all maps, clusters each class's maps, tries candidates for shortcuts, writes the result."""
 
 import io
 import tempfile
@@ -18,12 +18,12 @@ from blocksight.jobs.audit.candidates import MIN_MAPS as LEAST_OF_CLASS
 from blocksight.jobs.audit.candidates import candidates
 from blocksight.jobs.audit.clusters import MIN_MAPS as LEAST_OF_CLUSTERED
 from blocksight.jobs.audit.clusters import NO_CLUSTER, ClassModel, class_model, clusters_of
-from blocksight.jobs.audit.oddities import KEPT, Oddest, placed
+from blocksight.jobs.audit.oddities import KEPT, OddestMaps, with_clusters
 from blocksight.jobs.audit.result import AUDIT_KEY, ROWS_FOLDER, Audit, Shortcut, write_audit
 from blocksight.jobs.audit.samples import Sample
 from blocksight.jobs.audit.shortcuts import judged, suspects_of, tried
-from blocksight.jobs.audit.stream import Asked, Streamed, read_scratch, stream
-from blocksight.jobs.audit.trial import Court
+from blocksight.jobs.audit.stream import AuditScope, StreamResult, read_scratch, stream
+from blocksight.jobs.audit.trial import Trial
 from blocksight.jobs.evaluate.evaluation import labels_of, read_class_map, region_of
 from blocksight.jobs.explain.step import load
 from blocksight.jobs.ledger.output import model_facts
@@ -47,38 +47,38 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class AuditRequest:
-    """What a user asks for, as it is typed."""
+    """An audit's options as the user gives them."""
 
     output: str
     truth: str | None = None
     class_map: Path | None = None
     weights: str | None = None
     tries: bool = True
-    """Suspicions are put to the test on the model."""
+    """Whether candidates for shortcuts are tried on the model."""
     seed: int = 0
     endpoint_url: str | None = None
     model: str | None = None
-    """Named again, where it is code."""
+    """The model's name again; needed if it is the user's code."""
 
 
 def run_audit(asked: AuditRequest, console: Console) -> Audit:
-    """Audits what is explained so far, and replaces the audit that stands beside it.
+    """Audits the records explained so far, and replaces an earlier audit.
 
-    Whatever is wrong with the request raises before any work: ConfigError, StoreError, ModelError.
+    Raises ConfigError, StoreError or ModelError for a wrong request before any work.
     """
     store = PatientStore(open_store(asked.output, asked.endpoint_url))
     plan = existing_plan(store)
     scope = _scope(asked)
-    court = _court(store, plan, asked) if asked.tries else None
+    trial = _trial(store, plan, asked) if asked.tries else None
     with tempfile.TemporaryDirectory(prefix="blocksight-audit-") as folder:
         scratch = Path(folder)
         with progress(console, Tally(plan.num_records, None, verb="audit")) as update:
-            streamed = _streamed(store, plan, scope, scratch, update)
+            streamed = _stream_maps(store, plan, scope, scratch, update)
         models = _models(streamed.samples, asked.seed, console)
-        store.delete(AUDIT_KEY)  # what stands goes with rows that are about to be replaced
-        oddest = _write_rows(store, scratch, Oddest(models, _usual_on_object(streamed)), console)
+        store.delete(AUDIT_KEY)  # an earlier audit's rows are replaced next
+        oddest = _write_rows(store, scratch, OddestMaps(models, _typical_on_object(streamed)), console)
     input_size = tuple(model_facts(store)["input_size"])
-    shortcuts, notes = _shortcuts(models, court, _Gallery(plan, asked, scope, input_size), asked, console)
+    shortcuts, notes = _shortcuts(models, trial, _InputImages(plan, asked, scope, input_size), asked, console)
     audit = Audit(
         fragments=streamed.fragments,
         settings={
@@ -102,22 +102,24 @@ def run_audit(asked: AuditRequest, console: Console) -> Audit:
     return audit
 
 
-def _streamed(store: ObjectStore, plan: Plan, scope: Asked, scratch: Path, update: Callable[[int], object]) -> Streamed:
+def _stream_maps(
+    store: ObjectStore, plan: Plan, scope: AuditScope, scratch: Path, update: Callable[[int], object]
+) -> StreamResult:
     try:
         return stream(store, plan, scope, scratch, update)
     except DamagedError as error:
         raise UnreconciledError(str(error)) from error
 
 
-def _scope(asked: AuditRequest) -> Asked:
+def _scope(asked: AuditRequest) -> AuditScope:
     if asked.class_map is not None and asked.truth is None:
         raise ConfigError("--class-map says what the labels of --truth mean; give both")
     truth = None if asked.truth is None else open_truth(asked.truth, asked.endpoint_url)
-    return Asked(truth, read_class_map(asked.class_map), asked.seed)
+    return AuditScope(truth, read_class_map(asked.class_map), asked.seed)
 
 
-def _court(store: ObjectStore, plan: Plan, asked: AuditRequest) -> Court:
-    """The job's model. Raises ModelError, and ConfigError where it is not the one that the maps are of."""
+def _trial(store: ObjectStore, plan: Plan, asked: AuditRequest) -> Trial:
+    """A trial on the job's model. Raises ModelError, and ConfigError if its weights are not those of the maps."""
     config = config_of(plan, asked.output, NamedModel(asked.model, asked.weights, asked.endpoint_url))
     state = weights_bytes(config)
     adapter = load(config, state, "cuda" if torch.cuda.is_available() else "cpu", str(Path.cwd()))
@@ -127,22 +129,22 @@ def _court(store: ObjectStore, plan: Plan, asked: AuditRequest) -> Court:
             f"{config.model} has other weights now (sha256 {adapter.fingerprint[:16]}) than those that the maps are of "
             f"({known[:16]}); name those with --weights, or leave the trial out with --no-try"
         )
-    return Court(adapter, asked.seed)
+    return Trial(adapter, asked.seed)
 
 
 def _models(samples: Mapping[int, Sample], seed: int, console: Console) -> dict[int, ClassModel]:
-    """What is usual of each class that has a sample."""
+    """The clustered maps of each class that has a sample."""
     known = [sample for sample in samples.values() if len(sample.keys)]
     return {sample.target_index: class_model(sample, seed) for sample in _tracked(known, "clustering classes", console)}
 
 
 def _tracked(things: Sequence[T], what: str, console: Console) -> Iterable[T]:
-    """Behind a bar with the time left, on a terminal."""
+    """The things, with a progress bar on a terminal."""
     return track(things, what, console=console, transient=True, disable=not console.is_terminal)
 
 
-def _usual_on_object(streamed: Streamed) -> dict[int, float]:
-    """By class the median share of a map that lies on the object."""
+def _typical_on_object(streamed: StreamResult) -> dict[int, float]:
+    """By class the median share of its maps that lies on the object."""
     by_name = {
         group.predicted: group.spreads["on_object"].q50
         for group in streamed.groups
@@ -152,11 +154,11 @@ def _usual_on_object(streamed: Streamed) -> dict[int, float]:
     return {target: by_name[name] for target, name in named.items() if name in by_name}
 
 
-def _write_rows(store: ObjectStore, scratch: Path, oddest: Oddest, console: Console) -> Oddest:
-    """Writes every map's row with its cluster and strangeness; rows of another audit go."""
+def _write_rows(store: ObjectStore, scratch: Path, oddest: OddestMaps, console: Console) -> OddestMaps:
+    """Writes every map's row with its cluster and strangeness, and deletes rows of earlier audits."""
     files = sorted(scratch.glob("*.parquet"))
     for file in _tracked(files, "placing maps", console):
-        rows = placed(read_scratch(file), oddest.models)
+        rows = with_clusters(read_scratch(file), oddest.models)
         oddest.add(rows)
         body = io.BytesIO()
         pq.write_table(rows, body, compression="zstd")
@@ -169,13 +171,13 @@ def _write_rows(store: ObjectStore, scratch: Path, oddest: Oddest, console: Cons
 
 
 def _sizes(model: ClassModel, sizes: Mapping[tuple[int, int], int]) -> list[int]:
-    """Maps of the class in each cluster, and in none as the last."""
+    """The number of the class's maps in each cluster, then in none."""
     target = model.sample.target_index
     return [sizes.get((target, number), 0) for number in (*range(model.num_clusters), NO_CLUSTER)]
 
 
-def _missing(plan: Plan, streamed: Streamed) -> Iterator[str]:
-    """What the output did not hold when it was read."""
+def _missing(plan: Plan, streamed: StreamResult) -> Iterator[str]:
+    """A note on units without a fragment."""
     num_missing = len(plan.units) - streamed.num_fragments
     if num_missing:
         missing = f"{counted(num_missing, 'unit')} of {len(plan.units):,} without a fragment"
@@ -183,7 +185,7 @@ def _missing(plan: Plan, streamed: Streamed) -> Iterator[str]:
 
 
 def _few(models: Mapping[int, ClassModel]) -> Iterator[str]:
-    """Classes that have too few maps to say more of them."""
+    """Notes on classes that have too few maps for shortcuts or clusters."""
     sizes = [len(model.sample.keys) for model in models.values()]
     for least, what in ((LEAST_OF_CLASS, "shortcuts"), (LEAST_OF_CLUSTERED, "clusters")):
         few = sum(size < least for size in sizes)
@@ -191,7 +193,7 @@ def _few(models: Mapping[int, ClassModel]) -> Iterator[str]:
             yield f"no {what} are looked for in {few:,} of {len(sizes):,} classes: they have fewer than {least} maps"
 
 
-def _unkept(oddest: Oddest) -> list[str]:
+def _unkept(oddest: OddestMaps) -> list[str]:
     return [
         f"of {count:,} oddities ({reason}) the {KEPT} greatest are listed; all rows have their strangeness"
         for reason, count in oddest.found.items()
@@ -199,23 +201,23 @@ def _unkept(oddest: Oddest) -> list[str]:
     ]
 
 
-class _Gallery:
-    """The pictures of a data set as the model sees them, and where their objects are."""
+class _InputImages:
+    """Images of the data set at the model's input size, and the regions of their objects."""
 
-    def __init__(self, plan: Plan, asked: AuditRequest, scope: Asked, input_size: tuple[int, int]) -> None:
+    def __init__(self, plan: Plan, asked: AuditRequest, scope: AuditScope, input_size: tuple[int, int]) -> None:
         self.plan, self.asked, self.scope, self.input_size = plan, asked, scope, input_size
         self.seen: dict[str, Pixels] = {}
         self._sizes: dict[str, tuple[int, int]] = {}
 
     def fetch(self, keys: set[str]) -> None:
-        """Reads the records' pictures; one that is gone or unreadable is left out."""
+        """Reads the records' images; an image that is gone or unreadable is left out."""
         resize = self.plan.identity["resize"]
         for key, pixels in images_of(self.plan, self.asked.endpoint_url, keys):
             self.seen[key] = fit(pixels, self.input_size, resize)
             self._sizes[key] = pixels.shape[0], pixels.shape[1]
 
     def region(self, key: str, target_index: int, target_name: str) -> NDArray[np.bool_] | None:
-        """Where the target's objects are at the model's input size; None where nobody has said."""
+        """The region of the target's objects, bool [H, W] at the model's input size; None without ground truth."""
         labels = labels_of(self.scope.class_map, target_index, target_name)
         resize = self.plan.identity["resize"]
         found = region_of(self.scope.truth, key, labels, self._sizes[key], resize, self.input_size)
@@ -223,17 +225,15 @@ class _Gallery:
 
 
 def _shortcuts(
-    models: Mapping[int, ClassModel], court: Court | None, gallery: _Gallery, asked: AuditRequest, console: Console
+    models: Mapping[int, ClassModel], trial: Trial | None, images: _InputImages, asked: AuditRequest, console: Console
 ) -> tuple[tuple[Shortcut, ...], list[str]]:
-    """Findings and suspicions, and what was left out."""
+    """Findings and suspicions, and notes on what was left out."""
     if len(models) < 2:
         return (), ["shortcuts are looked for between classes, and the maps explain one class alone"]
     found, num_more = candidates(list(models.values()))
     suspects = suspects_of(found, [model.sample for model in models.values()], asked.seed)
-    if court is not None or gallery.scope.truth is not None:
-        gallery.fetch({key for one in suspects for key in (*one.members, *one.others)})
-    outcomes = [
-        tried(suspect, court, gallery.seen, gallery.region) for suspect in _tracked(suspects, "trying", console)
-    ]
+    if trial is not None or images.scope.truth is not None:
+        images.fetch({key for one in suspects for key in (*one.members, *one.others)})
+    outcomes = [tried(suspect, trial, images.seen, images.region) for suspect in _tracked(suspects, "trying", console)]
     notes = [f"{num_more:,} less certain candidates for shortcuts were left out"] if num_more else []
     return judged(outcomes), notes

@@ -1,4 +1,4 @@
-"""Some maps of each explained class: a fair sample that is the same however the maps come."""
+"""Draws a random sample of each explained class's maps, which does not depend on the order of the maps."""
 
 from bisect import insort
 from collections.abc import Mapping, Sequence
@@ -12,12 +12,12 @@ from blocksight.jobs.plan.bootstrap import key_hashes
 
 MAX_OF_CLASS = 256
 MAX_OF_ALL = 100_000
-"""Maps that are held at most, of a class and of all; of more than so many classes none has a sample."""
+"""Most maps in memory, of one class and of all; with more classes than `MAX_OF_ALL`, none has a sample."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """N maps of one explained class, in the order of their hashes; none of them is flat."""
+    """N maps of one explained class in the order of their hashes, without flat ones."""
 
     target_index: int
     target_name: str
@@ -25,16 +25,16 @@ class Sample:
     pooled: NDArray[np.uint8]
     """[N, GRID, GRID]."""
     scores: NDArray[np.float64]
-    """[N] of the target."""
+    """[N] scores of the target."""
     labels: tuple[str | None, ...]
-    """As the data set writes them."""
+    """Label names as the data set writes them."""
     is_right: NDArray[np.bool_]
-    """[N]: the target is the prediction and the label; false where no label is known."""
+    """[N]: the target is the prediction and the label; false if no label is known."""
 
 
 @dataclass(frozen=True, order=True)
 class Candidate:
-    """A map that may be part of its class's sample; the smallest come first."""
+    """A map that may be part of its class's sample, ordered by hash."""
 
     hashed: int
     key: str
@@ -46,7 +46,7 @@ class Candidate:
 
 
 class Sampler:
-    """Takes the maps with the smallest hashes of seed, key and class: no order and no parting changes them."""
+    """Samples the maps with the smallest hashes of seed, key and class, in any order and any parts."""
 
     def __init__(self, seed: int, num_classes: int) -> None:
         self.seed = seed
@@ -55,7 +55,7 @@ class Sampler:
         self._held: dict[int, list[Candidate]] = {}
 
     def hashes(self, keys: Sequence[str], targets: Sequence[int]) -> list[int]:
-        """Of maps, by the keys of their records and their classes."""
+        """The hashes of maps, given the keys of their records and their classes."""
         named = [f"{self.seed}/{target}/{key}" for key, target in zip(keys, targets, strict=True)]
         return key_hashes(named).tolist()
 
@@ -65,14 +65,14 @@ class Sampler:
         return len(held) < self.size or (self.size > 0 and hashed <= held[-1].hashed)
 
     def add(self, target_index: int, target_name: str, candidate: Candidate) -> None:
-        """Takes a map, and drops the largest of its class where there are too many."""
+        """Adds a map, and drops the one with the largest hash if its class has too many."""
         self._names[target_index] = target_name
         held = self._held.setdefault(target_index, [])
         insort(held, candidate)
         del held[self.size :]
 
     def samples(self) -> Mapping[int, Sample]:
-        """By class, in order."""
+        """The samples by class, in order."""
         return {target: _sample(target, self._names[target], held) for target, held in sorted(self._held.items())}
 
 

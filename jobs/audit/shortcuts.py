@@ -1,4 +1,4 @@
-"""Shortcuts: candidates with the pictures they are tried on, and the verdict, finding or suspicion, with its reason."""
+"""Turns candidates into shortcuts: chooses the images for the trial, and decides between finding and suspicion."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,32 +9,33 @@ from numpy.typing import NDArray
 from blocksight.jobs.audit.candidates import Candidate
 from blocksight.jobs.audit.result import Effect, Shortcut
 from blocksight.jobs.audit.samples import Sample
-from blocksight.jobs.audit.trial import Box, Court, Pictures
+from blocksight.jobs.audit.trial import Box, Pictures, Trial
 from blocksight.jobs.plan.bootstrap import holm, key_hashes
 from blocksight.storage.outputs.pictures import Pixels
 
 MEMBERS, OTHERS = 32, 32
-"""Images a region is taken out of, and put into."""
+"""Most images that a region is removed from, and pasted into."""
 POOL = 96
-"""Images of all classes from which the others are taken, so that the same serve all candidates."""
-FEWEST = 8
-"""Of either that can still be read, for a trial."""
-LEAST_RECURRENCE = 0.85
-MOST_ON_OBJECT = 0.25
-"""Share of the region that objects may cover, for it not to be the object."""
-ATTENDED, LEAST_CONTRAST = 1.5, 2.0
-"""Where other classes' maps lie more densely than this (1: an even map), the class's own must lie so many times as
-densely as they do, as long as no ground truth tells objects: objects stand where all classes look."""
+"""Images of all classes that the others are taken from, so that all candidates share them."""
+MIN_IMAGES = 8
+"""Fewest readable members, and others, for a trial."""
+MIN_RECURRENCE = 0.85
+"""Least recurrence of a finding without ground truth."""
+MAX_ON_OBJECT = 0.25
+"""Largest share of a finding's region that objects may cover."""
+ATTENDED, MIN_CONTRAST = 1.5, 2.0
+"""Without ground truth: if other classes' density in the region exceeds `ATTENDED` (1: an even map), the class's must
+be `MIN_CONTRAST` times theirs. Where all classes' maps point, there may be objects."""
 
 Seen = Mapping[str, Pixels]
-"""Pixels [H, W, 3] at the model's input size by record key."""
+"""Pixels [H, W, 3] at the model's input size, by record key."""
 RegionOf = Callable[[str, int, str], NDArray[np.bool_] | None]
-"""Where the objects of a target (index, name) are in a record, bool [H, W]; None where nobody has said."""
+"""Returns the region of a target's objects in a record (key, index, name), bool [H, W]; None without ground truth."""
 
 
 @dataclass(frozen=True, eq=False)
 class Suspect:
-    """A candidate and the records that it is to be tried on."""
+    """A candidate and the keys of the records for its trial."""
 
     candidate: Candidate
     members: tuple[str, ...]
@@ -42,13 +43,13 @@ class Suspect:
 
 
 def suspects_of(candidates: Sequence[Candidate], samples: Iterable[Sample], seed: int) -> list[Suspect]:
-    """The candidates with a fair draw of members, and of others that are explained for other classes alone."""
+    """The candidates, each with a random sample of members, and of records explained for other classes only."""
     pool = _pool(samples, seed)
     return [_suspect(one, pool) for one in candidates]
 
 
 def _pool(samples: Iterable[Sample], seed: int) -> list[tuple[str, int]]:
-    """Key and class of some records, class by class in turn, in an order that the seed decides."""
+    """Key and class of up to `POOL` records: one of each class in turn, in an order that `seed` decides."""
     turns = []
     for sample in samples:
         order = key_hashes([f"{seed}/{key}" for key in sample.keys]).argsort(kind="stable")[:POOL]
@@ -64,29 +65,29 @@ def _suspect(candidate: Candidate, pool: Sequence[tuple[str, int]]) -> Suspect:
     return Suspect(candidate, members, tuple(others)[:OTHERS])
 
 
-def tried(suspect: Suspect, court: Court | None, seen: Seen, region_of: RegionOf) -> Shortcut:
-    """The candidate after its trial, p-values not corrected yet; without a court it stays a suspicion."""
+def tried(suspect: Suspect, trial: Trial | None, seen: Seen, region_of: RegionOf) -> Shortcut:
+    """The shortcut after its trial, p-values not corrected yet. Without a trial it stays a suspicion."""
     candidate = suspect.candidate
     sample = candidate.model.sample
     members, others = (_pictures(keys, seen) for keys in (suspect.members, suspect.others))
-    verdicts = None
-    if court is not None and min(len(members.keys), len(others.keys)) >= FEWEST:
+    result = None
+    if trial is not None and min(len(members.keys), len(others.keys)) >= MIN_IMAGES:
         box = _pixels(candidate, members.pixels.shape[1:3])
-        verdicts = court.try_region(sample.target_index, box, members, others)
+        result = trial.try_region(sample.target_index, box, members, others)
     return Shortcut(
         target_index=sample.target_index,
         target_name=sample.target_name,
         source=candidate.source,
         box=candidate.shares,
         share=candidate.share,
-        recurrence=verdicts.recurrence if verdicts is not None else None,
+        recurrence=result.recurrence if result is not None else None,
         density=candidate.density,
         elsewhere_density=candidate.elsewhere_density,
         on_object=_on_object(candidate, members.keys, region_of),
-        blanked=verdicts and verdicts.blanked,
-        pasted=verdicts and verdicts.pasted,
+        blanked=result and result.blanked,
+        pasted=result and result.pasted,
         is_confirmed=False,
-        why=_untried(court, members, others),
+        why=_untried(trial, members, others),
         members=suspect.members,
     )
 
@@ -103,7 +104,7 @@ def _pixels(candidate: Candidate, size: Sequence[int]) -> Box:
 
 
 def _on_object(candidate: Candidate, keys: Sequence[str], region_of: RegionOf) -> float | None:
-    """The share of the box that the target's objects cover, on average over the members that are annotated."""
+    """The mean share of the box that the target's objects cover in annotated members; None without any."""
     sample = candidate.model.sample
     regions = [
         region for key in keys if (region := region_of(key, sample.target_index, sample.target_name)) is not None
@@ -115,16 +116,15 @@ def _on_object(candidate: Candidate, keys: Sequence[str], region_of: RegionOf) -
     return float(np.mean(shares)) if shares else None
 
 
-def _untried(court: Court | None, members: Pictures, others: Pictures) -> str:
-    if court is None:
+def _untried(trial: Trial | None, members: Pictures, others: Pictures) -> str:
+    if trial is None:
         return "not put to the test: the audit was told to do without"
-    return (
-        f"not put to the test: of {FEWEST} images of either kind {len(members.keys)} and {len(others.keys)} can be read"
-    )
+    readable = f"{len(members.keys)} and {len(others.keys)}"
+    return f"not put to the test: of {MIN_IMAGES} images of either kind {readable} can be read"
 
 
 def judged(shortcuts: Sequence[Shortcut]) -> tuple[Shortcut, ...]:
-    """All of them with p-values corrected over all trials, findings first, each with its reason."""
+    """The shortcuts with p-values corrected over all trials and their reasons, findings first."""
     values = [effect and effect.p_value for one in shortcuts for effect in (one.blanked, one.pasted)]
     corrected = iter(holm(values))
     found = []
@@ -139,7 +139,7 @@ def _corrected(effect: Effect | None, p_value: float | None) -> Effect | None:
 
 
 def _strength(one: Shortcut) -> float:
-    """The lesser of the two effects: both must be there."""
+    """The smaller of the two effects, because a finding needs both."""
     return min(one.blanked.mean, one.pasted.mean) if one.blanked is not None and one.pasted is not None else -np.inf
 
 
@@ -162,7 +162,7 @@ def _said(effect: Effect) -> str:
 
 
 def _doubt(one: Shortcut, blanked: Effect, pasted: Effect) -> str | None:
-    """What keeps a candidate from being a finding, the most telling first; None: nothing."""
+    """The first reason why a candidate is no finding; None if it is one."""
     if not blanked.is_real:
         return f"inpainted, its log-odds fall by {_said(blanked)} more than with a random region: not enough"
     if not pasted.is_real:
@@ -171,10 +171,10 @@ def _doubt(one: Shortcut, blanked: Effect, pasted: Effect) -> str | None:
         )
     if one.on_object is not None:
         return (
-            f"objects cover {one.on_object:.0%} of it: it may be the object" if one.on_object > MOST_ON_OBJECT else None
+            f"objects cover {one.on_object:.0%} of it: it may be the object" if one.on_object > MAX_ON_OBJECT else None
         )
-    if one.elsewhere_density > ATTENDED and one.density < LEAST_CONTRAST * one.elsewhere_density:
+    if one.elsewhere_density > ATTENDED and one.density < MIN_CONTRAST * one.elsewhere_density:
         return "other classes' maps look there too: it may be where objects stand; --truth would tell"
-    if one.recurrence is not None and one.recurrence < LEAST_RECURRENCE:
+    if one.recurrence is not None and one.recurrence < MIN_RECURRENCE:
         return "what stands there differs from member to member: it may be the object; --truth would tell"
     return None

@@ -1,4 +1,4 @@
-"""An output's maps, read once from end to end: measures, gates, groups and samples, in memory that stays as it is."""
+"""Reads all maps of an output once, in bounded memory: measures, gates, groups and samples."""
 
 import hashlib
 import json
@@ -18,8 +18,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from blocksight.jobs.audit.equals import EqualMaps, Words, contains, map_hashes
-from blocksight.jobs.audit.groups import LIGHT, Census, GroupSums, Roster, counted, is_own_class, is_right, num_maps
+from blocksight.jobs.audit.equal_maps import EqualMaps, Words, contains, map_hashes
+from blocksight.jobs.audit.groups import (
+    CENSUS_COLUMNS,
+    Census,
+    GroupSums,
+    Roster,
+    counted,
+    is_own_class,
+    is_right,
+    num_maps,
+)
 from blocksight.jobs.audit.measures import Measured, Region, measured
 from blocksight.jobs.audit.result import GATES, MEASURES, ROWS, Group
 from blocksight.jobs.audit.samples import Candidate, Sample, Sampler
@@ -35,78 +44,80 @@ from blocksight.storage.stores.store import DamagedError, ObjectInfo, ObjectStor
 from blocksight.storage.stores.windowed_file import WindowedFile
 
 BATCH_ROWS = 256
-"""Rows of a fragment that are in memory at once, in each thread."""
+"""Rows of a fragment in memory at once, in each thread."""
 PIXELS_AT_ONCE = 2**19
-"""Of decoded maps, in each thread: ten of 224 x 224, which stay in the processor's cache."""
-LIGHT_ROWS, LIGHT_WINDOW_BYTES = 2**15, 2**18
-"""Of the census, which leaves the maps between its columns unread."""
+"""Pixels of decoded maps in memory, in each thread: ten maps of 224 x 224, which fit into the processor's cache."""
+CENSUS_ROWS, CENSUS_WINDOW_BYTES = 2**15, 2**18
+"""Batch and window of the census: a small window skips the maps between its columns."""
 ROWS_AT_ONCE = 4096
-"""Rows of a file of `ROWS` that are written together."""
+"""Rows of `ROWS` that are written together."""
 
 COLUMNS = (
-    *LIGHT,
+    *CENSUS_COLUMNS,
     *("key", "sha256", "width", "height", "score"),
     *("map", "map_height", "map_width", "is_flat", "is_saturated"),
 )
-"""Of the output, that are read."""
+"""Columns of the fragments that are read."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What changes the result."""
+class AuditScope:
+    """The settings that change the result."""
 
     truth: Truth | None
-    """Where the objects are."""
+    """The ground truth: where the objects are."""
     class_map: ClassMap
-    """What the labels of the ground truth mean."""
+    """The classes that each label of the ground truth means."""
     seed: int
-    """Of the samples."""
+    """Seed of the samples."""
 
 
 @dataclass(frozen=True, eq=False)
-class Streamed:
-    """What one reading of all maps tells."""
+class StreamResult:
+    """The result of reading all maps once."""
 
     num_rows: int
-    """Rejected ones included."""
+    """All rows, rejected records included."""
     num_maps: int
     num_rejected: int
     num_right: int | None
-    """Maps whose target is both the prediction and the label; None where no label is known."""
+    """Maps whose target is both the prediction and the label; None if no label is known."""
     gates: Mapping[str, int]
-    """Maps that each gate stops."""
+    """Number of maps that each gate stops."""
     groups: tuple[Group, ...]
     """`all` first; then by kind, the largest first."""
     samples: Mapping[int, Sample]
     """By target index."""
     notes: tuple[str, ...]
-    """What was left out."""
+    """Sentences that say what was left out."""
     fragments: str
     """Digest of the fragments that were read."""
     num_fragments: int
 
 
-def stream(store: ObjectStore, plan: Plan, asked: Asked, scratch: Path, update: Callable[[int], object]) -> Streamed:
-    """Reads the committed fragments, one thread per CPU core, and leaves a file of `ROWS` for each in `scratch`.
+def stream(
+    store: ObjectStore, plan: Plan, scope: AuditScope, scratch: Path, update: Callable[[int], object]
+) -> StreamResult:
+    """Reads the committed fragments, one thread per CPU core, and writes a file of `ROWS` for each into `scratch`.
 
-    A file has its fragment's name and one row per map in the fragment's order, `equals_other` included; `cluster` and
-    `strangeness` are null, and so are measures that are not defined. `update` hears how many rows more are done.
-    Besides the groups and samples, which have their limits, 16 bytes a map stay in memory (32 in the end).
-    Raises ConfigError where there is no map, DamagedError for bytes that are no fragment or no map, and StoreError.
+    A file has its fragment's name and one row per map, in the fragment's order. `cluster` and `strangeness` are null,
+    and so are measures that are not defined. `update` is called with the number of rows just read. Besides the groups
+    and samples, which are bounded, memory holds 16 bytes per map (32 at the end).
+    Raises ConfigError if there is no map, DamagedError for a damaged fragment or map, and StoreError.
     """
     fragments = committed(store, plan)
     census, maps_of = _census(store, fragments)
     if not sum(maps_of):
         raise ConfigError(f"there is no map in {store.uri} to audit: run `blocksight explain` first")
     roster = Roster.of(census)
-    reading = _Reading(store, plan.identity["resize"], asked, scratch, roster)
+    reading = _Reading(store, plan.identity["resize"], scope, scratch, roster)
     starts = np.cumsum([0, *maps_of])[:-1].tolist()
     with _threads() as threads:
         for num_rows in threads.map(reading.audit, fragments, starts):
             update(num_rows)
     shared = reading.equals.shared()
     num_equal = sum(reading.mark_equals(info, start, shared) for info, start in zip(fragments, starts, strict=True))
-    return Streamed(
+    return StreamResult(
         num_rows=roster.num_rows,
         num_maps=roster.num_maps,
         num_rejected=roster.num_rows - roster.num_maps,
@@ -121,13 +132,13 @@ def stream(store: ObjectStore, plan: Plan, asked: Asked, scratch: Path, update: 
 
 
 def committed(store: ObjectStore, plan: Plan) -> list[ObjectInfo]:
-    """The fragments of the plan that stand, in its order."""
-    standing = {info.key: info for info in store.list("data/")}
-    return [standing[unit.fragment_key] for unit in plan.units if unit.fragment_key in standing]
+    """The committed fragments, in the plan's order."""
+    found = {info.key: info for info in store.list("data/")}
+    return [found[unit.fragment_key] for unit in plan.units if unit.fragment_key in found]
 
 
 def digest_of_fragments(fragments: Sequence[ObjectInfo]) -> str:
-    """SHA-256 in hex of their keys, sizes and versions, in whatever order they come."""
+    """SHA-256 in hex of the fragments' keys, sizes and versions, independent of their order."""
     facts = sorted((info.key, info.size, info.etag) for info in fragments)
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -141,7 +152,7 @@ def _census(store: ObjectStore, fragments: Sequence[ObjectInfo]) -> tuple[pa.Tab
 
     def of_fragment(info: ObjectInfo) -> pa.Table:
         own = Census()
-        for batch in fragment_batches(store, info, LIGHT, LIGHT_ROWS, LIGHT_WINDOW_BYTES):
+        for batch in fragment_batches(store, info, CENSUS_COLUMNS, CENSUS_ROWS, CENSUS_WINDOW_BYTES):
             own.add(counted(pa.Table.from_batches([batch])))
         return own.table()
 
@@ -154,19 +165,19 @@ def _census(store: ObjectStore, fragments: Sequence[ObjectInfo]) -> tuple[pa.Tab
 
 
 class _Reading:
-    """What the threads share."""
+    """Audits fragments; its state is shared by the threads."""
 
-    def __init__(self, store: ObjectStore, resize: Any, asked: Asked, scratch: Path, roster: Roster) -> None:
-        self.store, self.resize, self.asked, self.scratch, self.roster = store, resize, asked, scratch, roster
+    def __init__(self, store: ObjectStore, resize: Any, scope: AuditScope, scratch: Path, roster: Roster) -> None:
+        self.store, self.resize, self.scope, self.scratch, self.roster = store, resize, scope, scratch, roster
         self.lock = Lock()
-        """Held while one of the following changes."""
+        """Held while one of the attributes below changes."""
         self.sums = GroupSums.zeros(len(roster.names))
-        self.sampler = Sampler(asked.seed, roster.num_targets)
+        self.sampler = Sampler(scope.seed, roster.num_targets)
         self.equals = EqualMaps(roster.num_maps)
         self.gates = dict.fromkeys(GATES, 0)
 
     def audit(self, info: ObjectInfo, start: int) -> int:
-        """The number of rows of a fragment, whose maps are counted from `start` on and whose file is written."""
+        """Audits a fragment, writes its file and returns its number of rows. `start`: its first map's index."""
         num_rows, waiting = 0, []
         with pq.ParquetWriter(self._file(info), ROWS, compression="zstd") as file:
             for batch in fragment_batches(self.store, info, COLUMNS, BATCH_ROWS, WindowedFile.WINDOW):
@@ -182,7 +193,7 @@ class _Reading:
         return num_rows
 
     def _audited(self, maps: pa.Table, start: int, info: ObjectInfo) -> pa.Table:
-        """The lines of some explained rows; `start`: the place of the first among all maps."""
+        """Audits explained rows and returns their `ROWS`. `start`: the first one's index among all maps."""
         rows = maps.drop_columns(["map"]).to_pylist()
         bodies = maps["map"].to_pylist()
         made = self._measured(rows, bodies, info)
@@ -196,7 +207,7 @@ class _Reading:
                 self.gates[name] += int(own.sum())
             for target, name, candidate in candidates:
                 self.sampler.add(target, name, candidate)
-        return _lines(maps, rows, made, flags)
+        return _as_rows(maps, rows, made, flags)
 
     def _measured(self, rows: Sequence[Mapping[str, Any]], bodies: Sequence[bytes], info: ObjectInfo) -> Measured:
         parts = []
@@ -206,30 +217,30 @@ class _Reading:
         return Measured.joined(parts)
 
     def _levels(self, row: Mapping[str, Any], body: bytes | None, info: ObjectInfo) -> NDArray[np.uint8]:
-        """A row's map, of the size that the row says. Raises DamagedError."""
+        """A row's map [H, W], of the row's size. Raises DamagedError."""
         try:
             return decode_levels(body or b"", (row["map_height"], row["map_width"]))
         except MapError as error:
             raise DamagedError(
-                f"{self.store.uri}/{info.key} holds a map that is none (record {row['key']!r}), `blocksight verify` "
-                f"says more: {error}"
+                f"{self.store.uri}/{info.key} holds a damaged map (record {row['key']!r}), `blocksight verify` says "
+                f"more: {error}"
             ) from error
 
     def _region(self, row: Mapping[str, Any]) -> Region | None:
-        """Where the row's target is; None where nobody says, or the annotation is of no use."""
-        if self.asked.truth is None:
+        """The region of the row's target, bool [H, W]; None without a usable annotation."""
+        if self.scope.truth is None:
             return None
-        labels = labels_of(self.asked.class_map, row["target_index"], row["target_name"])
+        labels = labels_of(self.scope.class_map, row["target_index"], row["target_name"])
         original, size = (row["height"], row["width"]), (row["map_height"], row["map_width"])
-        found = region_of(self.asked.truth, row["key"], labels, original, self.resize, size)
+        found = region_of(self.scope.truth, row["key"], labels, original, self.resize, size)
         return None if isinstance(found, str) else found
 
     def _candidates(
         self, rows: Sequence[Mapping[str, Any]], made: Measured, is_flat: NDArray[np.bool_]
     ) -> list[tuple[int, str, Candidate]]:
-        """The maps that may be part of their class's sample, with the class's number and name.
+        """The maps that may be part of their class's sample, each with the class's index and name.
 
-        Asked without the lock: what other threads add meanwhile can only make the sampler want fewer.
+        Runs without the lock: what other threads add meanwhile can only make the sampler want fewer.
         """
         hashes = self.sampler.hashes([row["key"] for row in rows], [row["target_index"] for row in rows])
         return [
@@ -245,7 +256,7 @@ class _Reading:
         ]
 
     def mark_equals(self, info: ObjectInfo, start: int, shared: Words) -> int:
-        """How many maps of a fragment are shared by images, now that all are known; its file says which."""
+        """Marks a fragment's maps that several images share, in its file, and returns their number."""
         file = self._file(info)
         table = read_scratch(file)
         equals = contains(shared, self.equals.maps[start : start + len(table)])
@@ -259,12 +270,12 @@ class _Reading:
 
 
 def read_scratch(file: Path) -> pa.Table:
-    """The lines of one file in the scratch folder, as `stream` left them. Raises DamagedError."""
+    """The rows of a file that `stream` wrote into the scratch folder. Raises DamagedError."""
     return read_rows(file.read_bytes(), ROWS, str(file))
 
 
 def _parts(rows: Sequence[Mapping[str, Any]]) -> Iterator[slice]:
-    """Neighbours with maps of one size, few enough to be decoded at once."""
+    """Slices of consecutive rows with maps of one size, at most `PIXELS_AT_ONCE` pixels in each."""
     start = 0
     for (height, width), own in groupby(rows, key=itemgetter("map_height", "map_width")):
         stop, step = start + len(list(own)), max(1, PIXELS_AT_ONCE // max(1, (height or 0) * (width or 0)))
@@ -273,7 +284,7 @@ def _parts(rows: Sequence[Mapping[str, Any]]) -> Iterator[slice]:
 
 
 def _flags(rows: Sequence[Mapping[str, Any]], made: Measured) -> dict[str, NDArray[np.bool_]]:
-    """[N] by gate; `equal` needs all maps."""
+    """[N] by gate, without `equal`, which needs all maps."""
     return {
         "flat": np.array([bool(row["is_flat"]) for row in rows], np.bool_),
         "saturated": np.array([bool(row["is_saturated"]) for row in rows], np.bool_),
@@ -290,10 +301,10 @@ def _right(row: Mapping[str, Any]) -> bool | None:
     return is_right(row["label"], row["target_index"], row["target_rank"])
 
 
-def _lines(
+def _as_rows(
     maps: pa.Table, rows: Sequence[Mapping[str, Any]], made: Measured, flags: Mapping[str, NDArray[np.bool_]]
 ) -> pa.Table:
-    """In the columns of `ROWS`, as far as one batch can know them."""
+    """A batch in the columns of `ROWS`; columns that need all maps are null or false."""
     values = {name: made.of(name).astype(np.float32) for name in MEASURES}
     columns: dict[str, Any] = {
         **{name: maps[name] for name in ("key", "target_index", "target_name", "label_name", "score")},

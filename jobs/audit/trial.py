@@ -1,4 +1,4 @@
-"""The trial of a candidate: its region is taken out of members and put into others, and random regions likewise."""
+"""The trial of a candidate: its region is removed from members and pasted into others, and random regions likewise."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,25 +20,27 @@ Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels."""
 
 RANDOM_REGIONS = 4
-"""Of the same size, per image."""
-MOST_SHARED = 0.25
-"""Of its area that a random region may have in common with the candidate's."""
+"""Random regions per image, of the candidate's size."""
+MAX_SHARED = 0.25
+"""Largest part of its area that a random region shares with the candidate's."""
 TRIES = 50
+"""Draws of a random region at most."""
 RIM = 2
-"""Pixels around a region that inpainting looks at: its equation joins direct neighbours alone."""
+"""Pixels around a region that inpainting reads: its equation joins only direct neighbours."""
 IMAGES_PER_PASS = 8
 SPLITS = 10
+"""Random splits into halves, for the recurrence."""
 APART = 1.0
-"""Deviations between the means of members and others, from which on a pixel is part of what recurs."""
+"""A pixel is part of the template if members and others differ there by this many standard deviations."""
 AROUND = 5
-"""Pixels."""
+"""Side in pixels of the window whose mean `_details` subtracts."""
 NOISE_FLOOR = 10 / 255
-"""Deviation of a pixel that counts as none."""
+"""Standard deviation that is added to every pixel's, so that equal pixels do not dominate."""
 
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """Records as the model sees them."""
+    """Images at the model's input size, with their keys."""
 
     keys: Sequence[str]
     pixels: Pixels
@@ -46,29 +48,29 @@ class Pictures:
 
 
 @dataclass(frozen=True)
-class Verdicts:
-    """What a trial says of a region."""
+class TrialResult:
+    """The effects and the recurrence of a region."""
 
     blanked: Effect
     pasted: Effect
     recurrence: float
 
 
-class Court:
-    """Tries regions on one model."""
+class Trial:
+    """Tries candidates' regions on a model."""
 
     def __init__(self, adapter: ModelAdapter, seed: int) -> None:
-        """`seed` draws the random regions."""
+        """`seed` decides the random regions."""
         self.adapter, self.seed = adapter, seed
 
-    def try_region(self, target_index: int, box: Box, members: Pictures, others: Pictures) -> Verdicts:
-        """Effects on the target's log-odds, p-values not corrected yet, and how well the region is recognised.
+    def try_region(self, target_index: int, box: Box, members: Pictures, others: Pictures) -> TrialResult:
+        """The effects on the target's log-odds, p-values not corrected yet, and the region's recurrence.
 
-        Two members and two others at least. Inpainting solves ROAD's equation. A random region is drawn for each
-        image from its key, and pasted to where it lay.
+        Needs two members and two others or more. Inpainting solves ROAD's equation. Random regions are drawn from each
+        image's key, and pasted at their own places.
         """
         with self.adapter.borrowed(), torch.inference_mode():
-            return Verdicts(
+            return TrialResult(
                 self._blanked(target_index, box, members),
                 self._pasted(target_index, box, members, others),
                 max(
@@ -104,7 +106,7 @@ class Court:
         return self.adapter.normalise(torch.from_numpy(pictures.pixels).permute(0, 3, 1, 2))
 
     def _log_odds(self, inputs_nchw: Tensor, target: int) -> Tensor:
-        """log(p / (1 - p)) of the target's probability, [n], in double precision on the CPU."""
+        """[n] log(p / (1 - p)) of the target's probability p, in float64 on the CPU."""
         logits = torch.cat([self.adapter.logits(part) for part in inputs_nchw.split(IMAGES_PER_PASS)]).double().cpu()
         others = torch.cat([logits[:, :target], logits[:, target + 1 :]], 1)
         return logits[:, target] - others.logsumexp(1)
@@ -112,7 +114,7 @@ class Court:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For many small operations, which several threads only slow down: 20 ms become 80 where the cores are busy."""
+    """One torch thread inside. For many small operations more threads are slower: 80 ms, not 20, on busy cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -122,7 +124,7 @@ def one_thread() -> Iterator[None]:
 
 
 def inpainted(image_chw: Tensor, box: Box) -> Tensor:
-    """The image with the region as its surroundings suggest (see `blocksight.engine.metrics.road.imputed`)."""
+    """The image [C, H, W] with the region inpainted by `blocksight.engine.metrics.road.imputed`."""
     left, top, right, bottom = box
     above, before = max(0, top - RIM), max(0, left - RIM)
     crop = image_chw[:, above : bottom + RIM, before : right + RIM]
@@ -134,7 +136,7 @@ def inpainted(image_chw: Tensor, box: Box) -> Tensor:
 
 
 def pasted(image_chw: Tensor, donor_chw: Tensor, box: Box) -> Tensor:
-    """The image with the donor's pixels in the region."""
+    """The image [C, H, W] with the donor's pixels in the region."""
     left, top, right, bottom = box
     mixed = image_chw.clone()
     mixed[:, top:bottom, left:right] = donor_chw[:, top:bottom, left:right]
@@ -142,36 +144,36 @@ def pasted(image_chw: Tensor, donor_chw: Tensor, box: Box) -> Tensor:
 
 
 def random_boxes(box: Box, size: tuple[int, ...], seed: Sequence[object]) -> Iterator[Box]:
-    """So many boxes of the same size in a picture (height, width), that hardly meet the given one.
+    """Yields `RANDOM_REGIONS` boxes of the same size in a picture (height, width), with little overlap.
 
-    Where it is so large that every draw meets it, the draw that meets it least.
+    If all `TRIES` draws overlap too much, it is the draw that overlaps least.
     """
     rng = np.random.default_rng(int(key_hashes(["/".join(map(str, seed))])[0]))
     width, height = box[2] - box[0], box[3] - box[1]
     for _ in range(RANDOM_REGIONS):
         drawn: list[tuple[float, Box]] = []
-        while len(drawn) < TRIES and (not drawn or min(drawn)[0] > MOST_SHARED):
+        while len(drawn) < TRIES and (not drawn or min(drawn)[0] > MAX_SHARED):
             left, top = (int(rng.integers(0, free + 1)) for free in (size[1] - width, size[0] - height))
             one = (left, top, left + width, top + height)
-            drawn.append((_shared(one, box), one))
+            drawn.append((_shared_area(one, box), one))
         yield min(drawn)[1]
 
 
-def _shared(one: Box, other: Box) -> float:
-    """Of the area of either: they are of one size."""
+def _shared_area(one: Box, other: Box) -> float:
+    """The common part of two boxes of one size, 0 to 1."""
     width = max(0, min(one[2], other[2]) - max(one[0], other[0]))
     height = max(0, min(one[3], other[3]) - max(one[1], other[1]))
     return width * height / ((one[2] - one[0]) * (one[3] - one[1]))
 
 
 def _cut(pixels: Pixels, box: Box) -> NDArray[np.float64]:
-    """[n, pixels] in [0, 1]"""
+    """The region's pixels, [n, d] in [0, 1]."""
     left, top, right, bottom = box
     return pixels[:, top:bottom, left:right].reshape(len(pixels), -1) / 255.0
 
 
 def _details(pixels: Pixels, box: Box) -> NDArray[np.float64]:
-    """The same less the mean around each pixel: a faint mark shows where the picture under it varies slowly."""
+    """`_cut` minus the mean around each pixel, which shows a faint mark on a smooth background."""
     left, top, right, bottom = box
     cut = pixels[:, top:bottom, left:right] / 255.0
     around = np.asarray(uniform_filter(cut, (0, AROUND, AROUND, 0)))  # pyright: ignore[reportArgumentType]
@@ -179,11 +181,11 @@ def _details(pixels: Pixels, box: Box) -> NDArray[np.float64]:
 
 
 def recurrence(members: NDArray[np.float64], others: NDArray[np.float64], seed: int) -> float:
-    """How well the pixels [n, d] of a region tell members from others, as the area under the ROC curve, 0.5 to 1.
+    """How well the pixels [n, d] of a region tell members from others: area under the ROC curve, 0.5 to 1.
 
-    One half of each gives the template, by which the other half is judged: the difference of their means over their
-    variance, at the pixels where they are a deviation apart, for a mark may fill only a part of the region. The mean
-    over some splits. What looks the same in all members comes near 1, what differs from image to image near 0.5.
+    Half of the images give a template, which scores the other half; the mean over random splits is returned. The
+    template is the difference of the means over the variance, at pixels where the means are `APART` deviations apart:
+    a mark may fill only part of the region. If all members look the same there it is near 1, otherwise near 0.5.
     """
     rng = np.random.default_rng(seed)
     areas = []
@@ -203,12 +205,12 @@ def _halves(points: NDArray[np.float64], rng: np.random.Generator) -> tuple[NDAr
 
 
 def _change(after: Tensor, before: Tensor) -> float:
-    """Of the probability."""
+    """The change of the probability, given log-odds."""
     return float(after.sigmoid() - before.sigmoid())
 
 
 def _effect(keys: Sequence[str], changes: NDArray[np.float64]) -> Effect:
-    """From `[n, 3]`: the log-odds' change by random regions and by the region, and the probability's."""
+    """The effect from changes [n, 3]: log-odds by random regions, log-odds by the region, probability."""
     sums = MetricSums.of(key_hashes(keys), changes[:, :2])
     [own] = differences(sums)
     figures = (own.difference, own.low, own.high, own.p_value)

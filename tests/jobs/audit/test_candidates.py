@@ -5,9 +5,9 @@ import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
-from blocksight.jobs.audit.candidates import MOST_CANDIDATES, Candidate, candidates, densities
+from blocksight.jobs.audit.candidates import MAX_CANDIDATES, Candidate, candidates, densities
 from blocksight.jobs.audit.clusters import NO_CLUSTER, class_model
-from blocksight.jobs.audit.oddities import KEPT, OUTLIER, STRANGE, Oddest, placed
+from blocksight.jobs.audit.oddities import KEPT, OUTLIER, STRANGE, OddestMaps, with_clusters
 from blocksight.jobs.audit.result import MEASURES, ROWS
 from blocksight.jobs.audit.samples import Sample
 from blocksight.jobs.audit.shortcuts import MEMBERS, OTHERS, suspects_of
@@ -95,7 +95,7 @@ def test_no_more_than_can_be_tried_are_kept_the_surest_first() -> None:
     places = [(x, y) for x in (2, 5, 8, 11, 14) for y in range(1, 16, 2)] + [(3, 3), (9, 9), (12, 6)]
     classes = [np.stack([spot(x, y, rng) for _ in range(12)]) for x, y in places]
     found, num_more = candidates([class_model(sample_of(target, maps), 0) for target, maps in enumerate(classes)])
-    assert len(found) == MOST_CANDIDATES
+    assert len(found) == MAX_CANDIDATES
     assert num_more > 0
     assert [one.certainty for one in found] == sorted((one.certainty for one in found), reverse=True)
 
@@ -141,18 +141,22 @@ def test_strange_maps_are_told_and_further_targets_left_out() -> None:
     maps = np.concatenate([in_corner(3, 5), anywhere(1, 0), anywhere(2, 1)])
     table = rows_of(maps, is_own_class=[True] * 5 + [False], is_right=[True, True, True, True, False, False])
     models = corner_models()
-    rows = placed(table, models).to_pylist()
+    rows = with_clusters(table, models).to_pylist()
     assert [row["strangeness"] is None for row in rows] == [False] * 5 + [True]
     assert all(row["cluster"] is None for row in rows)
-    oddest = Oddest(models, {})
-    oddest.add(placed(table, models))
+    oddest = OddestMaps(models, {})
+    oddest.add(with_clusters(table, models))
     assert [(one.key, one.reason) for one in oddest.oddities()] == [("4.png", OUTLIER), ("3.png", STRANGE)]
     assert oddest.sizes == {(1, NO_CLUSTER): 5}
 
 
 def test_flat_maps_and_classes_without_a_sample_have_no_place() -> None:
     table = rows_of(in_corner(3, 5), is_flat=[True, False, False], target_index=[1, 1, 7])
-    assert [row["strangeness"] is None for row in placed(table, corner_models()).to_pylist()] == [True, False, True]
+    assert [row["strangeness"] is None for row in with_clusters(table, corner_models()).to_pylist()] == [
+        True,
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -162,18 +166,18 @@ def test_right_and_off_the_object_is_strange_against_what_is_usual(
     usual: float, on_object: float, is_odd: bool
 ) -> None:
     models = corner_models()
-    oddest = Oddest(models, {1: usual})
-    oddest.add(placed(rows_of(in_corner(1, 5), on_object=on_object), models))
+    oddest = OddestMaps(models, {1: usual})
+    oddest.add(with_clusters(rows_of(in_corner(1, 5), on_object=on_object), models))
     assert [one.reason for one in oddest.oddities()] == [STRANGE] * is_odd
-    wrong = Oddest(models, {1: usual})
-    wrong.add(placed(rows_of(in_corner(1, 5), on_object=on_object, is_right=False), models))
+    wrong = OddestMaps(models, {1: usual})
+    wrong.add(with_clusters(rows_of(in_corner(1, 5), on_object=on_object, is_right=False), models))
     assert wrong.oddities() == ()
 
 
 def test_only_the_oddest_are_kept_whatever_their_order() -> None:
     models, maps = corner_models(), anywhere(2 * KEPT, 3)
-    table = placed(rows_of(maps, is_right=None), models)
-    forwards, backwards = Oddest(models, {}), Oddest(models, {})
+    table = with_clusters(rows_of(maps, is_right=None), models)
+    forwards, backwards = OddestMaps(models, {}), OddestMaps(models, {})
     forwards.add(table)
     backwards.add(table.take(list(range(len(table)))[::-1]))
     assert len(forwards.oddities()) == KEPT

@@ -9,12 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blocksight.jobs.audit import groups as module
-from blocksight.jobs.audit.groups import BINS, LIGHT, Census, GroupName, GroupSums, Roster, counted, is_right, num_maps
+from blocksight.jobs.audit.groups import (
+    BINS,
+    CENSUS_COLUMNS,
+    Census,
+    GroupName,
+    GroupSums,
+    Roster,
+    counted,
+    is_right,
+    num_maps,
+)
 from blocksight.jobs.audit.result import GRID, MEASURES
 from blocksight.storage.outputs.schema import SCHEMA
 
 ALL = GroupName("all", None, None)
-TYPES = pa.schema([SCHEMA.field(name) for name in LIGHT])
+TYPES = pa.schema([SCHEMA.field(name) for name in CENSUS_COLUMNS])
 
 
 def row(label=None, target=0, rank=0, status="ok", label_name=None, source="top"):

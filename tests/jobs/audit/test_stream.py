@@ -10,11 +10,11 @@ import pytest
 
 from blocksight.jobs.audit import samples as samples_module
 from blocksight.jobs.audit import stream as module
-from blocksight.jobs.audit.equals import EqualMaps, contains
+from blocksight.jobs.audit.equal_maps import EqualMaps, contains
 from blocksight.jobs.audit.measures import measured
 from blocksight.jobs.audit.result import GATES, GRID, MEASURES, ROWS
 from blocksight.jobs.audit.samples import Candidate, Sampler
-from blocksight.jobs.audit.stream import Streamed, committed, digest_of_fragments, stream
+from blocksight.jobs.audit.stream import StreamResult, committed, digest_of_fragments, stream
 from blocksight.jobs.evaluate.evaluation import ClassMap
 from blocksight.jobs.ledger.output import map_of
 from blocksight.jobs.plan.bootstrap import byte_hashes, key_hashes
@@ -94,7 +94,7 @@ def written(store: LocalStore, parts) -> Plan:
     return Plan({"resize": "squash"}, Layout.PARQUET, tuple(units), 1, 1, 1, {})
 
 
-def streamed(store, plan, scratch, asked=None, updates=None) -> Streamed:
+def streamed(store, plan, scratch, asked=None, updates=None) -> StreamResult:
     scratch.mkdir()
     return stream(store, plan, asked or Asked(), scratch, (updates if updates is not None else []).append)
 
@@ -196,7 +196,7 @@ def test_gates_see_the_border_and_checkerboards(store, tmp_path):
     assert (found.gates["border only"], found.gates["checkerboard"]) == (1, 1)
 
 
-def assert_same(one: Streamed, other: Streamed) -> None:
+def assert_same(one: StreamResult, other: StreamResult) -> None:
     for name in ("num_rows", "num_maps", "num_rejected", "num_right", "gates", "notes"):
         assert getattr(one, name) == getattr(other, name), name
     for own, its in zip(one.groups, other.groups, strict=True):
@@ -457,7 +457,7 @@ def test_a_fragment_is_read_in_parts(tmp_path):
         assert max(len(batch) for batch in batches) == 7
         assert [row for batch in batches for row in batch.to_pylist()] == whole.to_pylist()
     store.num_bytes = 0
-    assert sum(len(batch) for batch in fragment_batches(store, info, module.LIGHT, 1000, 2**12)) == 100
+    assert sum(len(batch) for batch in fragment_batches(store, info, module.CENSUS_COLUMNS, 1000, 2**12)) == 100
     assert store.num_bytes < info.size / 4
 
 

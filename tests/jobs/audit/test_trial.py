@@ -11,7 +11,7 @@ from blocksight.engine.metrics.road import imputed
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.jobs.audit.result import Effect, Shortcut
 from blocksight.jobs.audit.shortcuts import judged
-from blocksight.jobs.audit.trial import Court, Pictures, inpainted, pasted, random_boxes, recurrence
+from blocksight.jobs.audit.trial import Pictures, Trial, inpainted, pasted, random_boxes, recurrence
 
 SIDE = 24
 BOX = (16, 16, 20, 20)
@@ -38,7 +38,7 @@ def pictures(num: int, level: int, prefix: str) -> Pictures:
 
 
 def test_effects_are_those_that_follow_from_the_model() -> None:
-    found = Court(adapter(), 0).try_region(1, BOX, pictures(10, 255, "m"), pictures(12, 51, "o"))
+    found = Trial(adapter(), 0).try_region(1, BOX, pictures(10, 255, "m"), pictures(12, 51, "o"))
     # members: logit 10, blanked 0; random regions may take up to a quarter of the box. Others: from 2 to 10.
     assert found.blanked.count == 10
     assert found.blanked.mean == pytest.approx(10, abs=2.6)
@@ -53,7 +53,7 @@ def test_effects_are_those_that_follow_from_the_model() -> None:
 
 
 def test_a_region_that_says_nothing_has_no_effect() -> None:
-    found = Court(adapter(), 0).try_region(1, (0, 0, 4, 4), pictures(10, 255, "m"), pictures(10, 255, "o"))
+    found = Trial(adapter(), 0).try_region(1, (0, 0, 4, 4), pictures(10, 255, "m"), pictures(10, 255, "o"))
     assert found.blanked.mean <= 0
     assert found.pasted.mean == pytest.approx(0, abs=1e-6)
     assert found.recurrence == 0.5
@@ -66,8 +66,8 @@ def test_log_odds_count_all_other_classes() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return logits[: len(x)]
 
-    court = Court(ModelAdapter(Fixed(), input_size=(8, 8)), 0)
-    odds = court._log_odds(torch.zeros(2, 3, 8, 8), 1)
+    trial = Trial(ModelAdapter(Fixed(), input_size=(8, 8)), 0)
+    odds = trial._log_odds(torch.zeros(2, 3, 8, 8), 1)
     shares = logits.double().softmax(1)[:, 1]
     assert odds.numpy() == pytest.approx((shares / (1 - shares)).log().numpy())
 
@@ -121,7 +121,7 @@ def test_a_faint_mark_is_recognised_where_the_picture_under_it_varies_slowly() -
     for added, least, most in ((mark, 0.95, 1.0), (0 * mark, 0.5, 0.75)):
         pixels = (slow[:32] + added).clip(0, 255).astype(np.uint8)
         members = Pictures([f"m{index}" for index in range(32)], pixels)
-        assert least <= Court(adapter(), 0).try_region(1, BOX, members, others).recurrence <= most
+        assert least <= Trial(adapter(), 0).try_region(1, BOX, members, others).recurrence <= most
 
 
 REAL = Effect(3.0, 2.5, 3.5, 1e-6, 32, 0.4)

@@ -1,4 +1,4 @@
-"""Which maps another image has as well: 16 bytes a map, whatever their order."""
+"""Finds maps that several images share, in 16 bytes of memory per map."""
 
 from collections.abc import Sequence
 
@@ -10,14 +10,14 @@ from blocksight.jobs.plan.bootstrap import byte_hashes
 Words = NDArray[np.uint64]
 
 NOTHING = 0
-"""Stands for a flat map, which equals none."""
+"""The hash of a flat map, which is equal to no other."""
 
 
 class EqualMaps:
-    """64-bit hashes of all maps and of the images they are of, in fixed places.
+    """64-bit hashes of all maps and of their images, each at a fixed index.
 
-    Two maps are taken as equal where their stored bytes have one hash: among a million different ones some two agree
-    by chance with a probability of 3e-8.
+    Two maps count as equal if their stored bytes have the same hash. Among a million different maps the probability
+    of an equal pair by chance is 3e-8.
     """
 
     def __init__(self, num_maps: int) -> None:
@@ -25,12 +25,12 @@ class EqualMaps:
         self.images = np.zeros(num_maps, np.uint64)
 
     def put(self, start: int, maps: Words, images: Words) -> None:
-        """Hashes of maps (`NOTHING`: flat) and of their images, from a place on."""
+        """Stores hashes of maps (`NOTHING`: flat) and of their images from index `start` on."""
         self.maps[start : start + len(maps)] = maps
         self.images[start : start + len(images)] = images
 
     def shared(self) -> Words:
-        """Sorted hashes of the maps that more than one image has. Takes up to another 16 bytes a map."""
+        """Sorted hashes of the maps that several images share. Needs up to 16 more bytes per map."""
         ordered = np.sort(self.maps)
         repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
         chosen = contains(repeated[repeated != NOTHING], self.maps)
@@ -40,13 +40,13 @@ class EqualMaps:
 
 
 def contains(ordered: Words, hashes: Words) -> NDArray[np.bool_]:
-    """Which hashes stand among sorted ones."""
+    """[N] whether each of `hashes` is in `ordered`, which is sorted."""
     if not len(ordered):
         return np.zeros(len(hashes), np.bool_)
-    places = np.minimum(np.searchsorted(ordered, hashes), len(ordered) - 1)
-    return ordered[places] == hashes
+    indices = np.minimum(np.searchsorted(ordered, hashes), len(ordered) - 1)
+    return ordered[indices] == hashes
 
 
 def map_hashes(maps: Sequence[bytes], is_flat: NDArray[np.bool_]) -> Words:
-    """[N] hashes of stored maps; `NOTHING` where flat."""
+    """[N] hashes of stored maps; `NOTHING` for flat ones."""
     return np.where(is_flat, np.uint64(NOTHING), byte_hashes(maps))
