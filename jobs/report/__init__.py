@@ -1,1 +1,1 @@
-"""The report: one page that says what was run, what the maps show, and how far they can be trusted."""
+"""The report: one HTML page that says what was run, what the maps show, and how far they can be trusted."""

@@ -1,4 +1,4 @@
-"""What a report says, as plain values: every figure is one that `status`, `compare` or the audit gives too."""
+"""The content of a report as plain values; its figures are those of `status`, `compare` and the audit."""
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,30 +29,30 @@ from blocksight.jobs.report.facts import (
     size,
 )
 from blocksight.jobs.report.findings import Findings, class_name, findings_of
-from blocksight.jobs.report.galleries import RANKING, Behind, Gallery, Picture, Ref, Rejected, drawn, galleries
+from blocksight.jobs.report.galleries import RANKING, Gallery, Picture, ProductPictures, Ref, Rejected, drawn, galleries
 from blocksight.jobs.report.galleries import select as select_maps
 from blocksight.jobs.report.products import products_of, said_of
 
 MAX_DEAD = 20
 MAX_REASON = 500
 MAX_SEARCHED = 300
-"""Characters of a name that a search looks through."""
+"""Characters of a name that the search covers."""
 RANGES = {"%": 100.0, "0 to 1": 1.0, "0 to 90": 90.0}
-"""Where the axis of a metric ends, by its unit; of other units, at the greatest value shown."""
+"""The end of a metric's axis by its unit; for other units it is the greatest value shown."""
 
 
 @dataclass(frozen=True)
 class Notice:
-    """A sentence that stands above everything else."""
+    """A sentence at the top of the page."""
 
     text: str
     command: str | None = None
-    """The way out."""
+    """The command to run, if any."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure that is worth a glance."""
+    """A key figure at the top of the page."""
 
     value: str
     name: str
@@ -61,13 +61,13 @@ class Tile:
 
 @dataclass(frozen=True)
 class Accounting:
-    """What became of every record."""
+    """Counts of records, rows and units."""
 
     num_planned: int
     is_exact: bool
     """Whether the planned number was counted, not estimated."""
     num_records: int
-    """That stand in the output: explained and rejected."""
+    """Committed records: explained and rejected."""
     num_ok: int
     num_rejected: int
     num_rows: int
@@ -75,7 +75,7 @@ class Accounting:
     num_committed: int
     num_open: int
     rejects: tuple[Share, ...]
-    """By code, the most frequent first, as shares of the rejected."""
+    """Reject codes, the most frequent first, as shares of all rejected records."""
     examples: tuple[Rejected, ...]
     dead: tuple[DeadLetter, ...]
     num_dead: int
@@ -92,7 +92,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Metric:
-    """What was measured by one metric under one protocol."""
+    """The estimates of one metric under one protocol."""
 
     name: str
     meaning: str
@@ -100,13 +100,13 @@ class Metric:
     unit: str
     protocol: str
     end: float
-    """Of the axis, which begins at 0."""
+    """The end of the axis, which begins at 0."""
     estimates: tuple[Estimate, ...]
     missing: tuple[Fact, ...]
     """Methods without a value, and why."""
 
     def place(self, value: float) -> float:
-        """A value's place on the axis in percent."""
+        """A value's position on the axis, in percent."""
         return 100 * min(1.0, max(0.0, value / self.end))
 
 
@@ -122,15 +122,15 @@ class Item:
     score: float
     galleries: tuple[str, ...]
     ranked: tuple[Fact, ...]
-    """The metrics by which it stands in a gallery."""
+    """Values of the metrics that put it into a gallery."""
     facts: tuple[Fact, ...]
     picture: Picture
-    behind: tuple[Behind, ...]
-    """What was found beside the map; of a few."""
+    products: tuple[ProductPictures, ...]
+    """Pictures of the map's side products, for the first maps only."""
 
     @property
     def words(self) -> tuple[str, ...]:
-        """What a search may find it by."""
+        """The words that the search covers."""
         return tuple(clipped(text, MAX_SEARCHED) for text in (self.key, self.class_name, self.label or ""))
 
 
@@ -142,18 +142,18 @@ class Report:
     """The data set's name."""
     subtitle: str
     made: str
-    """When."""
+    """The time at which it was made, UTC."""
     notices: tuple[Notice, ...]
     tiles: tuple[Tile, ...]
     run: tuple[Fact, ...]
     accounting: Accounting
     metrics: tuple[Metric, ...]
     missing: tuple[Fact, ...]
-    """Metrics of which no method has a value, and why."""
+    """Metrics for which no method has a value, and why."""
     galleries: tuple[Gallery, ...]
     items: tuple[Item, ...]
     num_gone: int
-    """Shown maps whose image cannot be read any more."""
+    """Shown maps whose image can no longer be read."""
     findings: Findings | None
     cost: tuple[Fact, ...]
     provenance: tuple[Fact, ...]
@@ -169,8 +169,8 @@ def report_of(
 ) -> Report:
     """Reads the output, fragment by fragment, and the images that are shown.
 
-    `progress` begins a step of so many parts and returns what is to be called after each. Raises StoreError, and
-    UnreconciledError where something is damaged.
+    `progress` takes a step's name and number of parts, and returns a function to call after each part. Raises
+    StoreError, and UnreconciledError if the output is damaged.
     """
     store, plan = output.store, output.plan
     job_state = read_job_state(store, plan)
@@ -212,25 +212,23 @@ def _notices(output: Output, job_state: JobState, audit: Audit | None, *, is_sta
         still = f"{counted(num_open, 'unit')} of {len(job_state.plan.units):,} still open"
         yield Notice(f"This output is not finished: {still}. The same `explain` goes on from there; then report again.")
     elif final_manifest(output.store, job_state.plan) is None:
-        way = f"blocksight retry {name}" if job_state.dead else f"blocksight finalize {name}"
-        yield Notice("This output is not finished: every unit is settled, and no final manifest stands.", way)
+        command = f"blocksight retry {name}" if job_state.dead else f"blocksight finalize {name}"
+        yield Notice("This output is not finished: no unit is open, but there is no final manifest.", command)
     if audit is None:
         yield Notice(
-            "These maps were not audited yet: findings, groups and clusters are missing below.", audit_command(name)
+            "These maps are not audited yet: findings, groups and clusters are missing below.", audit_command(name)
         )
     elif is_stale:
-        yield Notice(
-            "The audit below is out of date: it was made from other fragments than stand now.", audit_command(name)
-        )
+        yield Notice("The audit below is out of date: the output has other fragments now.", audit_command(name))
 
 
 def _tiles(accounting: Accounting, metrics: Sequence[Metric], audit: Audit | None) -> Iterator[Tile]:
-    yield Tile(f"{accounting.num_ok:,}", "explained", f"of {accounting.num_records:,} records that stand")
+    yield Tile(f"{accounting.num_ok:,}", "explained", f"of {accounting.num_records:,} committed records")
     yield Tile(f"{accounting.num_rejected:,}", "rejected", "each with its reason")
     if audit is not None:
         tried = counted(len(audit.suspicions), "suspicion")
         number, noun = counted(len(audit.findings), "finding").split()
-        yield Tile(number, noun, f"and {tried} that nothing confirms")
+        yield Tile(number, noun, f"and {tried} without confirmation")
         number, noun = counted(sum(audit.gates.values()), "alarm").split()
         yield Tile(number, noun, f"of validity gates, over {counted(audit.num_maps, 'map')}")
     for metric in metrics[:1]:
@@ -240,7 +238,7 @@ def _tiles(accounting: Accounting, metrics: Sequence[Metric], audit: Audit | Non
 
 
 def clipped(text: str, most: int) -> str:
-    """The text, or so much of it that it has `most` characters with a mark for the rest."""
+    """The text, cut to at most `most` characters; an ellipsis marks the cut."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
@@ -270,7 +268,7 @@ def _accounting(job_state: JobState, examples: Sequence[Rejected]) -> Accounting
 
 
 def _comparison(output: Output) -> Comparison | None:
-    """The methods and metrics that stand in the output, controls included; None: there is no value."""
+    """The comparison of the output's methods, controls included; None if it has no value."""
     try:
         return compare([output])
     except ConfigError:
@@ -308,7 +306,7 @@ def _absence(one: Absence, name: str) -> Fact:
 
 
 def _ranked(table: Comparison | None) -> list[Column]:
-    """The column of each ranking metric under which most maps of the output's own method were measured."""
+    """For each ranking metric, the column with the most values of the output's own method."""
     own = [cell for cell in table.cells if cell.method == 0] if table else []
     found: dict[str, Cell] = {}
     for cell in own:
@@ -325,7 +323,7 @@ def _items(
     audit: Audit | None,
     progress: Callable[[str, int], Callable[[], None]],
 ) -> Iterator[Item]:
-    """The maps of all galleries in the order in which they are first met."""
+    """The maps of all galleries, in the order of their first appearance."""
     reasons: dict[Ref, list[str]] = {}
     for gallery in shown:
         for ref in gallery.refs:
@@ -348,12 +346,12 @@ def _items(
             tuple(ranked.get(ref, {}).values()),
             (*_row_facts(row, ranked.get(ref, {})), *details.get(ref, ()), why),
             found[ref].picture,
-            found[ref].behind,
+            found[ref].products,
         )
 
 
 def _ranked_by(shown: Sequence[Gallery]) -> dict[Ref, dict[str, Fact]]:
-    """What the metrics that rank maps say of those that they rank, by name."""
+    """The values of the ranking metrics, by map and metric."""
     found: dict[Ref, dict[str, Fact]] = {}
     for gallery in shown:
         if gallery.metric is not None:
@@ -365,7 +363,7 @@ def _ranked_by(shown: Sequence[Gallery]) -> dict[Ref, dict[str, Fact]]:
 
 
 def _details(audit: Audit | None) -> dict[Ref, list[Fact]]:
-    """What the audit says of single maps."""
+    """The audit's oddities as facts, by map."""
     found: dict[Ref, list[Fact]] = {}
     for one in audit.oddities if audit else ():
         found.setdefault(Ref(one.key, one.target_index), []).append(Fact(one.reason, one.detail))

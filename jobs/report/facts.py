@@ -1,4 +1,4 @@
-"""Facts of an output as a report lists them: what was run, what it took, where it comes from, how to go on."""
+"""The facts that a report lists: the run, its cost, its provenance, and commands to go on with."""
 
 import hashlib
 import shlex
@@ -24,13 +24,13 @@ from blocksight.storage.stores.store import MissingError, ObjectStore
 
 MAX_RUNS = 10
 RUN_FACTS = ("started", "device", "python", "packages")
-"""What a page tells of a run; its host, address and process stay in the bucket."""
-NO_QUALITY = "this metric chose them, so that it says nothing of their quality and is not reported"
+"""Facts of a run that the page shows. Its host, address and process are not shown."""
+NO_QUALITY = "this metric chose them, so that it says nothing about their quality and is not reported"
 
 
 @dataclass(frozen=True)
 class Fact:
-    """A name and what it is."""
+    """A name, its value and a note."""
 
     name: str
     value: str
@@ -52,7 +52,7 @@ class Share:
 def run_facts(
     plan: Plan, model: Mapping[str, Any], selected_by: Mapping[str, int], forward: PlannedForward | None
 ) -> Iterator[Fact]:
-    """`selected_by`: maps by the metric that picked them among several."""
+    """Facts of what was run. `selected_by`: number of maps by the metric that chose them among several."""
     identity = plan.identity
     yield Fact(
         "data", identity["data"], f"{counted(plan.num_objects, 'object')}, {size(plan.num_bytes)}, as {plan.layout}"
@@ -87,7 +87,7 @@ def run_facts(
 
 
 def _parameters(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """`mu = 0.3` for each, those of what is wrapped as `base.mu = 0.3`."""
+    """`mu = 0.3` for each parameter; `base.mu = 0.3` for one of a wrapped explainer."""
     for name, value in sorted(values.items()):
         if isinstance(value, Mapping):
             yield from _parameters(value, f"{prefix}{name}.")
@@ -120,8 +120,8 @@ def cost_facts(job_state: JobState) -> Iterator[Fact]:
     if seconds:
         records = sum(receipt.num_records for receipt in timed)
         yield Fact("worker time", duration(seconds), f"over {counted(records, 'record')}, all workers together")
-        pace = f"of one worker; {duration(seconds / records)} a record"
-        yield Fact("throughput", f"{records / seconds:,.3g} records/s", pace)
+        note = f"of one worker; {duration(seconds / records)} a record"
+        yield Fact("throughput", f"{records / seconds:,.3g} records/s", note)
         rate = sum(receipt.num_forwards for receipt in timed) / seconds
         if rate:
             yield Fact("masked forwards/s", f"{rate:,.0f}", "of one worker")
@@ -137,7 +137,7 @@ def cost_facts(job_state: JobState) -> Iterator[Fact]:
 
 
 def model_of(store: ObjectStore) -> Mapping[str, Any]:
-    """What the model is; empty before it was loaded."""
+    """The stored facts of the model; empty before it was first loaded."""
     try:
         return model_facts(store)
     except MissingError:
@@ -158,7 +158,7 @@ def provenance_facts(job_state: JobState, model: Mapping[str, Any]) -> Iterator[
 
 
 class RunDocument(TypedDict):
-    """What a run noted of itself, in its `run.json`."""
+    """The content of a run's `run.json`."""
 
     started: str
     host: str
@@ -171,12 +171,12 @@ class RunDocument(TypedDict):
 
 
 def runs_of(store: ObjectStore) -> Iterator[tuple[Fact, ...]]:
-    """The latest runs, newest first; of each only what tells no place and no secret."""
+    """Yields `RUN_FACTS` of the latest runs, newest first."""
     keys = sorted((info.key for info in store.list(RUNS_FOLDER) if info.key.endswith("/run.json")), reverse=True)
     for key in keys[:MAX_RUNS]:
         try:
             facts = read_document(store, key, RunDocument)
-        except (UnreconciledError, MissingError):  # no run depends on what was noted of it
+        except (UnreconciledError, MissingError):  # the document is for information only
             continue
         packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
         yield tuple(Fact(name, packages if name == "packages" else facts[name]) for name in RUN_FACTS)
@@ -214,5 +214,5 @@ def _duckdb(sql: str) -> str:
 
 
 def audit_command(name: str) -> str:
-    """What is run where no audit stands; `name` is quoted for a shell."""
+    """The command that makes an audit; `name` is quoted for a shell."""
     return f"blocksight audit {name}"

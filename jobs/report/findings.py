@@ -1,4 +1,4 @@
-"""What an audit found, as a report shows it: shortcuts, gates, measures, groups, clusters and oddities."""
+"""The audit's part of a report: shortcuts, gates, measures, groups, clusters and oddities."""
 
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ MEAN_MAP_SIDE = 96
 
 @dataclass(frozen=True)
 class Pictured:
-    """Something of the audit, with its small picture and the places of its maps in the galleries."""
+    """An item of the audit with its small picture and the numbers of its maps in the galleries."""
 
     about: Any
     picture: str | None
@@ -31,31 +31,31 @@ class Pictured:
 
 @dataclass(frozen=True)
 class Findings:
-    """What the audit says."""
+    """The audit's results as the report shows them."""
 
     audit: Audit
     shortcuts: tuple[Pictured, ...]
-    """Of `Shortcut`."""
+    """Items are `Shortcut`."""
     reach: float
-    """The effects lie within this of 0, in log-odds."""
+    """The largest absolute effect, in log-odds: the end of the axis."""
     gates: tuple[Share, ...]
     measures: tuple[tuple[str, str, Spread], ...]
-    """Name, meaning and spread over all maps."""
+    """Name, meaning and spread over all maps, of each measure."""
     everything: tuple[Fact, ...]
     """Small pictures of all maps together: name, data: URI and meaning."""
     groups: tuple[Pictured, ...]
-    """Of `Group`: of classes and predictions."""
+    """Items are `Group`, of labels or predictions."""
     pairs: tuple[Pictured, ...]
-    """Of `Group`: of a label taken for another class."""
+    """Items are `Group`, of wrong predictions of a label."""
     clusters: tuple[tuple[str, tuple[Pictured, ...]], ...]
-    """Class by class, of `Cluster`."""
+    """Class names with items that are `Cluster`."""
     oddities: tuple[Pictured, ...]
-    """Of `Oddity`."""
+    """Items are `Oddity`."""
     notes: tuple[str, ...]
 
 
 def class_name(name: str | None, index: int) -> str:
-    """A class by its name, or by its number where the model knows none."""
+    """A class's name, or its index if the model knows no name."""
     return name or f"class {index}"
 
 
@@ -101,7 +101,7 @@ def _overall(group: Group) -> Iterator[Fact]:
 
 
 def _class_map(one: Shortcut, predicted: Mapping[str | None, Group], clusters: Sequence[Cluster]) -> str | None:
-    """The small picture of what the candidate came from."""
+    """The small picture of the mean map that the shortcut was found in."""
     for cluster in clusters:
         if cluster.target_index == one.target_index and one.source == f"cluster {cluster.number}":
             return map_picture(cluster.mean_map)
@@ -130,7 +130,7 @@ def _clusters(
 
 
 def map_picture(grid: Grid) -> str:
-    """A pooled map as a data: URI of a PNG of `MEAN_MAP_SIDE` pixels, from its own least to its greatest value."""
+    """A pooled map as a data: URI of a PNG of `MEAN_MAP_SIDE` pixels, scaled from its least to its greatest value."""
     low, high = float(grid.min()), float(grid.max())
     scaled: NDArray[np.floating] = (grid - low) / (high - low) if high > low else np.zeros_like(grid)
     buffer = io.BytesIO()
@@ -139,7 +139,7 @@ def map_picture(grid: Grid) -> str:
 
 
 def against_chance(effect: Effect, verb: str) -> str:
-    """What an effect comes to beside random regions, by the measure of the verdict; `verb`: it lowers, it raises."""
+    """Says how an effect compares with random regions; `verb` is "it lowers" or "it raises"."""
     if not effect.is_certain:
         return f"{verb} the class no more than a random region does, as far as can be told: by"
     if not effect.is_real:

@@ -1,4 +1,4 @@
-"""Which maps a report shows: best and worst by a metric, a fair sample, some of each class, what an audit names."""
+"""Selects and draws a report's maps: best and worst by a metric, a random sample, some of each class, the audit's."""
 
 import base64
 import heapq
@@ -32,32 +32,32 @@ NUM_RANKED, NUM_RANDOM, NUM_CLASSES, NUM_PER_CLASS = 8, 24, 12, 3
 NUM_SHORTCUTS, NUM_MEMBERS, NUM_ODDITIES, NUM_CLUSTERS, NUM_EXAMPLES = 12, 4, 24, 12, 3
 NUM_REJECTED = 12
 RANKING = ("drop", "insertion", "ebpg")
-"""The metrics that say which maps are best and worst, where they were measured."""
+"""The metrics that rank maps from best to worst, if they were measured."""
 
 MAX_PICTURES = 160
 SIDE = 224
 """Longer side of a picture in pixels."""
-MOST_BYTES = {"image": 14_000, "overlay": 14_000, "saliency": 4_000}
-"""Of each JPEG: with base64, `MAX_PICTURES` of them take less than 7 MB."""
+MAX_BYTES = {"image": 14_000, "overlay": 14_000, "saliency": 4_000}
+"""Most bytes of each JPEG: in base64, `MAX_PICTURES` of them take less than 7 MB."""
 QUALITIES = (80, 65, 45, 25, 8)
-"""Of a JPEG, tried until it is small enough; the last counts in any case."""
+"""Qualities of a JPEG, tried until it is small enough; the last one is taken at any size."""
 
-NUM_BEHIND, MOST_SINGLE_BYTES, MOST_FILM_BYTES = 6, 16_000, 4_000
-BEHIND = Sizes(film=144, single=288, most=12)
-"""Of the maps whose side products are drawn: how many there are, and how large."""
+NUM_WITH_PRODUCTS, MAX_SINGLE_BYTES, MAX_FILM_BYTES = 6, 16_000, 4_000
+PRODUCT_SIZES = Sizes(film=144, single=288, most=12)
+"""Maps whose side products are drawn, the most bytes of their JPEGs, and their sizes."""
 
-LIGHT = [
+SELECTED_COLUMNS = [
     *("key", "status", "reject_code", "reject_stage", "error", "target_index", "target_name", "metrics"),
     "selected_by",
 ]
 SALT = "report"
-"""Of the random order, so that it is not the one by which `evaluate` samples."""
+"""Part of the hashes for the random order, so that it differs from that of `evaluate`."""
 
 Value = TypeVar("Value")
 
 
 class Ref(NamedTuple):
-    """One map: a record and the class that is explained."""
+    """A reference to a map: a record's key and the explained class."""
 
     key: str
     target_index: int
@@ -72,16 +72,16 @@ class Gallery:
     title: str
     meaning: str
     refs: tuple[Ref, ...]
-    """The first matters most."""
+    """The most important first."""
     metric: str | None = None
-    """By which they are ranked."""
+    """The metric that ranks them, if any."""
     values: Mapping[Ref, float] = field(default_factory=dict)
-    """Of that metric."""
+    """Values of that metric."""
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A record that has no map."""
+    """A rejected record, which has no map."""
 
     key: str
     code: str
@@ -99,43 +99,43 @@ class Picture:
     width: int
     height: int
     is_gone: bool
-    """The image cannot be read any more; grey stands in its place."""
+    """Whether the image can no longer be read; it is drawn in grey."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A picture of what was found beside a map."""
+    """One picture of a map's side product."""
 
     picture: str
     """data: URI of a JPEG."""
     width: int
     height: int
     caption: tuple[str, ...]
-    """A line or two."""
+    """One or two lines."""
 
 
 @dataclass(frozen=True)
-class Behind:
-    """One kind of what was found beside a map."""
+class ProductPictures:
+    """The pictures of one kind of a map's side products."""
 
     title: str
     said: str
     meaning: str
     frames: tuple[Frame, ...]
     is_film: bool
-    """Several maps, not one picture."""
+    """Whether it is several maps, not one picture."""
 
 
 class Least(Generic[Value]):
-    """The few values with the least ranks of all that were offered, the same for any order of offers."""
+    """Keeps the values with the lowest ranks, at most `size`. The result does not depend on the order of offers."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._heap: list[tuple[float, int, Any]] = []
-        """The greatest first, by negated rank and tie."""
+        """A heap whose first entry has the highest rank: negated rank, negated tie, value."""
 
     def offer(self, ranks: NDArray[np.float64], ties: NDArray[np.uint64], value_at: Callable[[int], Value]) -> None:
-        """Takes in `[n]` values by rank and, where ranks are equal, by tie; a rank of NaN is no offer."""
+        """Offers n values with ranks [n] and, for equal ranks, ties [n]. A value with rank NaN is skipped."""
         order = np.lexsort((ties, ranks))[: self.size]  # NaN comes last
         for place in map(int, order):
             if not np.isnan(ranks[place]):
@@ -145,33 +145,33 @@ class Least(Generic[Value]):
 
     @property
     def values(self) -> tuple[Value, ...]:
-        """The least first."""
+        """The values, the lowest rank first."""
         return tuple(value for value, _ in self.ranked)
 
     @property
     def ranked(self) -> tuple[tuple[Value, float], ...]:
-        """The same, each with its rank."""
+        """The values with their ranks, the lowest first."""
         return tuple((value, -rank) for rank, _, value in sorted(self._heap, reverse=True))
 
 
 @dataclass
 class Selection:
-    """What one pass over an output picks; its size does not grow with the output, but with the model's classes."""
+    """The maps that one pass over an output selects. Its memory grows with the model's classes, not with the output."""
 
     random: Least[Ref] = field(default_factory=lambda: Least(NUM_RANDOM))
     best: dict[Column, Least[Ref]] = field(default_factory=dict)
     worst: dict[Column, Least[Ref]] = field(default_factory=dict)
     by_class: dict[int, Least[Ref]] = field(default_factory=dict)
     counts: Counter[int] = field(default_factory=Counter)
-    """Maps by explained class."""
+    """Number of maps by explained class."""
     names: dict[int, str] = field(default_factory=dict)
-    """Of the classes."""
+    """Names of the classes."""
     rejected: Least[Rejected] = field(default_factory=lambda: Least(NUM_REJECTED))
     selected_by: Counter[str] = field(default_factory=Counter)
-    """Maps by the metric that picked them among several."""
+    """Number of maps by the metric that chose them among several."""
 
     def add_rows(self, rows: pa.Table, drop: Column | None) -> None:
-        """Takes in a fragment; `drop` names the column of the metric that stands in it."""
+        """Adds a fragment's rows; `drop` is the column of the metric that `explain` measured."""
         explained = rows.filter(pc.field("status") == OK)
         refs = list(map(Ref, explained["key"].to_pylist(), explained["target_index"].to_pylist()))
         ties = _ties(refs)
@@ -186,7 +186,7 @@ class Selection:
     def add_values(
         self, column: Column, values: NDArray[np.float64], refs: Sequence[Ref], ties: NDArray[np.uint64]
     ) -> None:
-        """Takes in what a metric says of some maps."""
+        """Adds the values [n] of a metric for n maps."""
         sign = 1.0 if METRICS[column.metric].better == "lower" else -1.0
         for picks, direction in ((self.best, sign), (self.worst, -sign)):
             picks.setdefault(column, Least(NUM_RANKED)).offer(direction * values, ties, refs.__getitem__)
@@ -209,12 +209,12 @@ class Selection:
 
 
 def _ties(refs: Sequence[Ref]) -> NDArray[np.uint64]:
-    """`[n]` random words that depend on the maps alone."""
+    """[n] hashes of the maps, as a random order."""
     return key_hashes([f"{SALT} {ref.target_index} {ref.key}" for ref in refs])
 
 
 def select(store: ObjectStore, plan: Plan, ranked: Sequence[Column], update: Callable[[], None]) -> Selection:
-    """Goes once through the fragments and through the values of evaluations, one object in memory at a time.
+    """Reads the fragments and the evaluations' values once and selects maps; one object is in memory at a time.
 
     `ranked`: the metrics that rank maps. `update` is called after every planned unit.
     """
@@ -223,7 +223,7 @@ def select(store: ObjectStore, plan: Plan, ranked: Sequence[Column], update: Cal
     committed = {info.key for info in store.list("data/")}
     for unit in plan.units:
         if unit.fragment_key in committed:
-            selection.add_rows(fragment_of(store, unit.fragment_key, LIGHT), drop)
+            selection.add_rows(fragment_of(store, unit.fragment_key, SELECTED_COLUMNS), drop)
         update()
     measured = [column for column in ranked if column.metric != "drop"]
     for folder in evaluation_folders(store) if measured else ():
@@ -245,10 +245,10 @@ def _add_evaluated(selection: Selection, table: pa.Table, column: Column, explai
 
 
 def galleries(selection: Selection, audit: Audit | None) -> list[Gallery]:
-    """What is shown for which reason, at most `MAX_PICTURES` maps in all; empty galleries are left out."""
+    """The galleries, with at most `MAX_PICTURES` maps in all and without empty ones."""
     found = [
-        Gallery("random", "Random", "A fair sample: every map had the same chance.", selection.random.values),
-        *_named(audit),
+        Gallery("random", "Random", "A random sample: every map had the same chance.", selection.random.values),
+        *_of_audit(audit),
         *_ranked(selection),
         Gallery("class", "By class", "Some maps of each of the most frequent explained classes.", _classes(selection)),
     ]
@@ -283,8 +283,8 @@ def _classes(selection: Selection) -> tuple[Ref, ...]:
     return tuple(ref for target in frequent for ref in selection.by_class[target].values)
 
 
-def _named(audit: Audit | None) -> Iterator[Gallery]:
-    """What an audit points at."""
+def _of_audit(audit: Audit | None) -> Iterator[Gallery]:
+    """The galleries of an audit: findings, suspicions, oddities and clusters."""
     if audit is None:
         return
     for name, title, shortcuts in (
@@ -292,39 +292,39 @@ def _named(audit: Audit | None) -> Iterator[Gallery]:
         ("suspicions", "Suspicions", audit.suspicions),
     ):
         refs = tuple(ref for one in shortcuts[:NUM_SHORTCUTS] for ref in members(one))
-        yield Gallery(name, title, f"Maps that look where one of the {name} lies.", refs)
+        yield Gallery(name, title, f"Maps that point at the region of one of the {name}.", refs)
     odd = tuple(Ref(one.key, one.target_index) for one in audit.oddities[:NUM_ODDITIES])
     yield Gallery("oddities", "Oddities", "Maps that are unlike those of their class.", odd)
     typical = tuple(
         Ref(key, one.target_index) for one in audit.clusters[:NUM_CLUSTERS] for key in one.examples[:NUM_EXAMPLES]
     )
-    yield Gallery("clusters", "Clusters", "Typical maps of the ways in which a class is looked at.", typical)
+    yield Gallery("clusters", "Clusters", "Typical maps of each cluster of a class.", typical)
 
 
 def members(shortcut: Shortcut) -> tuple[Ref, ...]:
-    """The maps that are shown of a finding or a suspicion."""
+    """The maps that are shown for a finding or a suspicion."""
     return tuple(Ref(key, shortcut.target_index) for key in shortcut.members[:NUM_MEMBERS])
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A map that is shown."""
+    """A map's row and its pictures."""
 
     row: dict[str, Any]
     picture: Picture
-    behind: tuple[Behind, ...]
-    """What was found beside it, where that was asked for."""
+    products: tuple[ProductPictures, ...]
+    """Pictures of its side products, for the first maps only."""
 
 
 def drawn(
     output: Output, endpoint_url: str | None, refs: Sequence[Ref], update: Callable[[], None]
 ) -> Iterator[tuple[Ref, Drawn]]:
-    """Each map's row and pictures, in no particular order; a map that does not stand any more is left out.
+    """Yields each map's row and pictures, in any order; a map that is gone is left out.
 
-    Of the first `NUM_BEHIND` also what was found beside them. One image is in memory at a time, and the rows that are
-    wanted. `update` is called after every map.
+    The first `NUM_WITH_PRODUCTS` maps have pictures of their side products too. In memory are one image and the wanted
+    rows. `update` is called after every map.
     """
-    wanted, first = set(refs), set(refs[:NUM_BEHIND])
+    wanted, first = set(refs), set(refs[:NUM_WITH_PRODUCTS])
     rows: dict[str, list[dict[str, Any]]] = {}
     for row in rows_with(output.store, output.plan, {ref.key for ref in wanted}):
         if row["status"] == OK and Ref(row["key"], row["target_index"]) in wanted:
@@ -332,18 +332,18 @@ def drawn(
     for key, image in _images(output.plan, endpoint_url, rows):
         for row in rows[key]:
             ref = Ref(key, row["target_index"])
-            behind = tuple(_behind(output.plan, row, image)) if ref in first else ()
-            yield ref, Drawn(row, _picture(output.plan, row, image), behind)
+            products = tuple(_product_pictures(output.plan, row, image)) if ref in first else ()
+            yield ref, Drawn(row, _picture(output.plan, row, image), products)
             update()
 
 
 def _images(plan: Plan, endpoint_url: str | None, keys: Collection[str]) -> Iterator[tuple[str, Pixels | None]]:
-    """Each key with its image, those that cannot be read any more last."""
-    left = dict.fromkeys(keys)
+    """Yields each key with its image; keys whose image cannot be read come last, with None."""
+    missing = dict.fromkeys(keys)
     for key, image in images_of(plan, endpoint_url, set(keys)):
-        del left[key]
+        del missing[key]
         yield key, image
-    yield from left.items()
+    yield from missing.items()
 
 
 def _picture(plan: Plan, row: dict[str, Any], image: Pixels | None) -> Picture:
@@ -354,17 +354,17 @@ def _picture(plan: Plan, row: dict[str, Any], image: Pixels | None) -> Picture:
         "saliency": colours(own.saliency_hw),
     }
     height, width = own.saliency_hw.shape
-    jpegs = {name: data_uri(_jpeg(pixels, MOST_BYTES[name]), "image/jpeg") for name, pixels in sides.items()}
+    jpegs = {name: data_uri(_jpeg(pixels, MAX_BYTES[name]), "image/jpeg") for name, pixels in sides.items()}
     return Picture(**jpegs, width=width, height=height, is_gone=image is None)
 
 
-def _behind(plan: Plan, row: dict[str, Any], image: Pixels | None) -> Iterator[Behind]:
-    """What was found beside a map, drawn."""
+def _product_pictures(plan: Plan, row: dict[str, Any], image: Pixels | None) -> Iterator[ProductPictures]:
+    """Yields the pictures of each kind of side product of a map."""
     size = (row["map_height"], row["map_width"])
-    for part in parts_of(products_of(row), size, lambda side: shown(plan, row, image, side).pixels, BEHIND):
-        most_bytes = MOST_FILM_BYTES if part.is_film else MOST_SINGLE_BYTES
+    for part in parts_of(products_of(row), size, lambda side: shown(plan, row, image, side).pixels, PRODUCT_SIZES):
+        most_bytes = MAX_FILM_BYTES if part.is_film else MAX_SINGLE_BYTES
         frames = tuple(_frame(tile, most_bytes) for tile in part.tiles)
-        yield Behind(part.title, part.said, part.meaning, frames, part.is_film)
+        yield ProductPictures(part.title, part.said, part.meaning, frames, part.is_film)
 
 
 def _frame(tile: Tile, most_bytes: int) -> Frame:
@@ -374,7 +374,7 @@ def _frame(tile: Tile, most_bytes: int) -> Frame:
 
 
 def _jpeg(pixels: Pixels, most_bytes: int) -> bytes:
-    """The best of `QUALITIES` that is small enough."""
+    """A JPEG of at most `most_bytes`, with the best of `QUALITIES` that allows it."""
     body = b""
     for quality in QUALITIES:
         buffer = io.BytesIO()
@@ -386,5 +386,5 @@ def _jpeg(pixels: Pixels, most_bytes: int) -> bytes:
 
 
 def data_uri(body: bytes, kind: str) -> str:
-    """Bytes of this media type, as the address of a picture."""
+    """A data: URI of bytes of this media type."""
     return f"data:{kind};base64,{base64.b64encode(body).decode()}"

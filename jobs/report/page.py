@@ -1,4 +1,4 @@
-"""The page: a report's values in one HTML file that asks nothing of any network, and its place in the output."""
+"""Renders a report as one HTML file that loads nothing from any network, and writes it into the output."""
 
 import base64
 import hashlib
@@ -24,16 +24,16 @@ REPORT_KEY = "report/index.html"
 
 @dataclass(frozen=True)
 class Written:
-    """The page that stands."""
+    """The page that was written."""
 
     uri: str
     num_bytes: int
 
 
 def write_report(output: Output, endpoint_url: str | None, console: Console) -> Written:
-    """Reads the output and writes the page into it, in place of one that stands there.
+    """Reads the output and writes the page into it, over an earlier one.
 
-    Raises StoreError, and UnreconciledError where something of the output is damaged.
+    Raises StoreError, and UnreconciledError if part of the output is damaged.
     """
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
 
@@ -47,7 +47,7 @@ def write_report(output: Output, endpoint_url: str | None, console: Console) -> 
 
 
 def render(report: Report) -> bytes:
-    """The page in UTF-8. Every string of the report is text in it, with control characters shown as codes."""
+    """The page in UTF-8. Every string of the report is escaped; control characters are shown as codes."""
     style, script = _part("style.css"), _part("script.js")
     classes = sorted({(item.target_index, item.class_name) for item in report.items}, key=lambda own: own[1].lower())
     page = _environment().from_string(_part("template.html"))
@@ -60,7 +60,7 @@ def _part(name: str) -> str:
 
 
 def _policy(style: str, script: str) -> str:
-    """Nothing but the page's own style and script, by their hashes, and pictures that lie in it."""
+    """A content security policy that allows the page's own style and script (by hash) and data: pictures only."""
     return (
         f"default-src 'none'; img-src data:; style-src {_hashed(style)}; script-src {_hashed(script)}; "
         "base-uri 'none'; form-action 'none'"
@@ -96,10 +96,10 @@ def _environment() -> Environment:
 
 
 def _signed(value: float, digits: int) -> str:
-    """With a sign, and a minus that is as wide as a plus."""
+    """The value with a sign; the minus is as wide as the plus."""
     return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _harmless(value: Any) -> Any:
-    """Text as it may stand on a page before it is escaped; what the template made itself stays."""
+    """Text without control characters, to be escaped next; markup from the template is returned unchanged."""
     return plain(value) if isinstance(value, str) and not hasattr(value, "__html__") else value

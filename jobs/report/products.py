@@ -1,4 +1,4 @@
-"""What stands beside a row's map, read back: checked, said in a line each, and drawn as captioned tiles."""
+"""Reads the side products of a row's map: checks them, describes each in a line, and draws captioned tiles."""
 
 import re
 from collections import Counter
@@ -19,19 +19,19 @@ from blocksight.storage.outputs.drawings import Cell, bars, framed, with_cells, 
 from blocksight.storage.outputs.pictures import Pixels, Tile, one_line, overlay, resized
 
 MAX_BEST = 12
-"""Candidates that are drawn of a family."""
+"""Maps of a family that are drawn."""
 MAX_FIXATIONS = 50
 MAX_CROPS = 1024
 ROUNDING = 1e-6
-"""By which a probability may leave its range."""
+"""By how much a probability may exceed its range."""
 MAX_NAME = 60
 """Characters of a name in a line."""
 NUM_CHANNELS = 10
-"""Most important feature maps that are named."""
+"""Feature maps that are named, the most important ones."""
 CONTRAST = 5.0
-"""Of the display of accumulated maps: Liao et al. show sigmoid(5 z) - 0.5, so that early blocks are seen."""
+"""Contrast of accumulated maps: Liao et al. show sigmoid(5 z) - 0.5, so that early blocks are visible."""
 MAX_RATIO = 8.0
-"""Of a map to the last one's greatest value, where a display has long been at its end."""
+"""Largest ratio of a map to the last one's greatest value; the display saturates long before."""
 
 Row = Mapping[str, Any]
 Floats = NDArray[np.float64]
@@ -40,14 +40,14 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large and how many tiles are."""
+    """Sizes of tiles, and how many are drawn."""
 
     film: int
     """Longer side of a map among several, in pixels."""
     single: int
-    """Of a picture that stands for itself."""
+    """Longer side of a single picture, in pixels."""
     most: int
-    """Accumulated maps that are drawn."""
+    """Most accumulated maps that are drawn."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ class Part:
     said: str
     """How many there are, and which are drawn."""
     meaning: str
-    """Goes on after the title and a colon."""
+    """A sentence that follows the title and a colon."""
     tiles: tuple[Tile, ...]
     is_film: bool = False
-    """Several maps, not one picture."""
+    """Whether it is several maps, not one picture."""
 
 
 def products_of(row: Row) -> SideProducts:
-    """The side products of an explained row. Raises UnreconciledError where a column is damaged."""
+    """The side products of an explained row. Raises UnreconciledError if a column is damaged."""
 
     def read(name: str, check: Callable[[Any], Value]) -> Value | None:
         try:
@@ -145,7 +145,7 @@ def _metric(name: str) -> str:
 
 
 def said_of(products: SideProducts) -> Iterator[tuple[str, str]]:
-    """A name and a line for each side product that there is."""
+    """Yields a name and a line of text for each side product of the row."""
     if products.scan_path is not None:
         path = products.scan_path
         yield "scan path", f"{counted(len(path), 'fixation')}, {_losses(path)}"
@@ -183,7 +183,7 @@ def _ends(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _formation(maps: Sequence[GridMap]) -> str:
-    """Where half of the last map came from."""
+    """Names the block by which half of the last map's mass is there."""
     shares = _shares(maps)
     half = next((one.name for one, share in zip(maps, shares, strict=True) if share >= 0.5), None)
     where = "" if half is None else f"; half of the map's mass is there from {_brief(half)} on"
@@ -191,7 +191,7 @@ def _formation(maps: Sequence[GridMap]) -> str:
 
 
 def _shares(maps: Sequence[GridMap]) -> list[float]:
-    """Each map's mass, of the last one's; zeros where that has none."""
+    """Each map's mass as a share of the last one's; zeros if the last one has none."""
     masses = [float(one.values_hw.sum(dtype=np.float64)) for one in maps]
     return [mass / masses[-1] if masses[-1] > 0 else 0.0 for mass in masses]
 
@@ -203,7 +203,7 @@ def _percent(share: float) -> str:
 def _selection(products: SideProducts) -> str:
     family, metric = products.map_family, products.selected_by
     if family is None:
-        return f"{metric}, which therefore says nothing of its quality"
+        return f"{metric}, which therefore says nothing about its quality"
     names = Counter(_brief(one.name) for one in family)
     shown = ", ".join(f"{name} ({count:,})" for name, count in names.most_common(MAX_BEST))
     among = f"among {counted(len(family), 'map')}, of {shown}"
@@ -214,7 +214,7 @@ def _selection(products: SideProducts) -> str:
 
 
 def _ranked(family: Sequence[GridMap], metric: str | None) -> tuple[list[GridMap], bool]:
-    """The candidates, the best first, equal ones as they were drawn; and whether the first is the chosen one."""
+    """The maps, the best first (equal ones in the order drawn), and whether the first is the chosen one."""
     if metric is None:
         return list(family), False
     sign = 1.0 if METRICS[metric].better == "lower" else -1.0
@@ -223,38 +223,38 @@ def _ranked(family: Sequence[GridMap], metric: str | None) -> tuple[list[GridMap
 
 
 def _order(values: NDArray[np.float32]) -> NDArray[np.intp]:
-    """Places from the greatest value to the least."""
+    """Indices from the greatest value to the least."""
     return np.argsort(-values, kind="stable")
 
 
 # ---------------------------------------------------------------- as tiles
 
 OF_BLOCKS = (
-    "what was gathered up to each block, shallow to deep; the last is the map. Each is shown on a scale of its own "
-    "that lifts faint places; the percentages are of the last map's mass."
+    "the sum up to each block, shallow to deep; the last is the map. Each has a scale of its own that makes faint "
+    "places visible; percentages are of the last map's mass."
 )
 OF_PATH = (
-    "where the method looked, one place after the other; the first is the coloured one. The line below says the "
-    "model's loss with each place seen sharply, which may rise again: of what was seen before only a share stays."
+    "the places that the method looked at, in order; the first is coloured. The line below gives the model's loss with "
+    "each place seen sharply. It may rise: only part of the earlier places stays visible."
 )
 OF_CROPS = (
-    "the parts of the picture that were explained by themselves: at the middle of each, the class's score on it. The "
-    "frame is the best one's whole extent."
+    "the parts of the picture that were explained alone, each with the class's score at its middle. The frame shows "
+    "the best one's extent."
 )
 OF_FAMILY = (
-    "the candidates for the map, one for each baseline that was drawn, with the value of the metric that chose among "
-    "them: the framed one. That metric says nothing of its quality, therefore."
+    "the candidates for the map, one per baseline, with the value of the metric that chose the framed one. That metric "
+    "therefore says nothing about its quality."
 )
 OF_CHANNELS = (
-    "what each feature map of the last block brings the score, from the greatest to the least, with the numbers of "
-    "the most important ones."
+    "what each feature map of the last block adds to the score, the greatest first, with the numbers of the most "
+    "important ones."
 )
 
 
 def parts_of(
     products: SideProducts, map_size: tuple[int, int], picture_at: Callable[[int], Pixels], sizes: Sizes
 ) -> list[Part]:
-    """What can be drawn of a row's side products.
+    """The drawings of a row's side products.
 
     `map_size` is the height and width of the model's input; `picture_at` gives the image by its longer side.
     """
@@ -290,7 +290,7 @@ def _film(maps: Sequence[GridMap], pixels: Pixels, most: int) -> Part:
 
 
 def _short_names(names: Sequence[str]) -> Sequence[str]:
-    """Places in a network without the parts, between dots, with which all of them begin or end."""
+    """Names of places in a network without the dotted parts that all of them begin or end with."""
     parts = [name.split(".") for name in names]
     if len(names) < 2 or not all(re.fullmatch(r"[\w.]+", name) for name in names):
         return names
@@ -302,7 +302,7 @@ def _short_names(names: Sequence[str]) -> Sequence[str]:
 
 
 def _displayed(one: GridMap, last: GridMap) -> Floats:
-    """Of the spec's step 5: over the last map's greatest value, sigmoid(5 z) - 0.5, then from 0 to 1."""
+    """A map for display, 0 to 1: sigmoid(5 z) - 0.5 of its ratio z to the last map's greatest value (Liao et al.)."""
     top = float(last.values_hw.max())
     if top <= 0:
         return np.zeros(one.values_hw.shape)
@@ -342,13 +342,13 @@ def _middle(crop: Crop) -> tuple[float, float]:
 
 
 def _spacing(middles: Sequence[float]) -> float | None:
-    """From one middle to the next, along an axis; None: there is one alone."""
+    """The least distance of two middles along an axis; None if there is only one."""
     steps = np.diff(np.unique(np.round(middles, 3)))
     return float(steps.min()) if steps.size else None
 
 
 def _cell(crop: Crop, reach: Sequence[float | None], scales: Sequence[float], level: float) -> Cell:
-    """The crop's place on a grid without overlaps, in the picture's pixels."""
+    """The crop's cell on a grid without overlaps, in the picture's pixels."""
     (y, x), sides = _middle(crop), (crop.height, crop.width)
     tall, wide = (min(side, side if step is None else step) for side, step in zip(sides, reach, strict=True))
     box = (

@@ -154,7 +154,7 @@ def test_the_report_says_which_metric_picked_the_maps_and_shows_no_value_of_it(b
     assert not any(metric.name in PICKED for metric in report.metrics)
     page = Page(page_at(base / "bee"))
     assert page.text.count(REASON) == len(PICKED)
-    assert "it says nothing of their quality and is not reported" in page.text
+    assert "it says nothing about their quality and is not reported" in page.text
     assert not any(fact.name == "picked by" for fact in report_at(base / "plain").run)
 
 

@@ -160,7 +160,7 @@ def test_each_has_a_line():
         "channel importance": "2 of 4 channels above 0; the most important: 3 (2)"
     }
     assert said(edge_detector="hed") == {"edges": "by hed"}
-    assert said(selected_by="pos") == {"selected by": "pos, which therefore says nothing of its quality"}
+    assert said(selected_by="pos") == {"selected by": "pos, which therefore says nothing about its quality"}
 
 
 def test_where_half_of_the_mass_comes_from():

@@ -31,10 +31,10 @@ from blocksight.jobs.report.content import report_of
 from blocksight.jobs.report.facts import duration, run_facts, size
 from blocksight.jobs.report.findings import against_chance, place_of
 from blocksight.jobs.report.galleries import (
+    MAX_BYTES,
+    MAX_FILM_BYTES,
     MAX_PICTURES,
-    MOST_BYTES,
-    MOST_FILM_BYTES,
-    MOST_SINGLE_BYTES,
+    MAX_SINGLE_BYTES,
     SIDE,
     Least,
     Ref,
@@ -262,9 +262,9 @@ def test_no_more_maps_are_shown_than_there_is_room_for(output, monkeypatch):
 def test_a_picture_is_small_whatever_it_shows():
     noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     smooth = np.zeros((SIDE, SIDE, 3), np.uint8)
-    for most_bytes in MOST_BYTES.values():
+    for most_bytes in MAX_BYTES.values():
         assert len(galleries._jpeg(smooth, most_bytes)) <= len(galleries._jpeg(noise, most_bytes)) <= most_bytes
-    assert MAX_PICTURES * sum(MOST_BYTES.values()) * 4 / 3 < 7_000_000
+    assert MAX_PICTURES * sum(MAX_BYTES.values()) * 4 / 3 < 7_000_000
 
 
 def test_records_of_other_layouts_are_shown_too(tmp_path):
@@ -285,17 +285,17 @@ def test_images_that_are_gone_are_grey(output):
     assert f"{report.num_gone} images cannot be read any more" in Page(page_at(output)).text
 
 
-# ---------------------------------------------------------------- behind the maps
+# ---------------------------------------------------------------- side products
 
 
 def test_what_was_found_beside_the_maps_is_shown_for_a_few(output, monkeypatch):
-    monkeypatch.setattr(galleries, "NUM_BEHIND", 3)
+    monkeypatch.setattr(galleries, "NUM_WITH_PRODUCTS", 3)
     with_products(LocalStore(output), *OF_METHODS)
     report = report_at(output)
-    shown = [item for item in report.items if item.behind]
+    shown = [item for item in report.items if item.products]
     assert [Ref(item.key, item.target_index) for item in shown] == list(report.galleries[0].refs[:3])
     for item in shown:
-        assert {part.title: len(part.frames) for part in item.behind} == {
+        assert {part.title: len(part.frames) for part in item.products} == {
             "Accumulated maps": 5,
             "Scan path": 1,
             "Crops": 1,
@@ -303,7 +303,7 @@ def test_what_was_found_beside_the_maps_is_shown_for_a_few(output, monkeypatch):
             "Channel importance": 1,
         }
     page = Page(page_at(output))
-    assert "#behind" in page.values("href")
+    assert "#products" in page.values("href")
     alts = [alt for alt in page.values("alt") if alt.startswith("Accumulated maps: ")]
     masses = [sum(one["values"]) for one in blocks(5)]
     wanted = [f"block {place}, {100 * mass / masses[-1]:.1f} % of the mass" for place, mass in enumerate(masses)]
@@ -330,18 +330,18 @@ def test_every_shown_map_says_what_was_found_beside_it(output):
 
 def test_a_method_without_side_products_has_no_such_section(output):
     page = Page(page_at(output))
-    assert not {"#behind", "behind"} & {*page.values("href"), *page.values("id")}
+    assert not {"#products", "products"} & {*page.values("href"), *page.values("id")}
 
 
-def test_pictures_behind_maps_keep_the_page_small():
+def test_pictures_of_side_products_keep_the_page_small():
     num_films, num_singles = 2, 3
-    most = num_films * galleries.BEHIND.most * MOST_FILM_BYTES + num_singles * MOST_SINGLE_BYTES
+    most = num_films * galleries.BEHIND.most * MAX_FILM_BYTES + num_singles * MAX_SINGLE_BYTES
     assert galleries.BEHIND.most >= MAX_BEST
-    assert (galleries.NUM_BEHIND * most + MAX_PICTURES * sum(MOST_BYTES.values())) * 4 / 3 < 8_500_000
+    assert (galleries.NUM_WITH_PRODUCTS * most + MAX_PICTURES * sum(MAX_BYTES.values())) * 4 / 3 < 8_500_000
     noise = np.random.default_rng(0).integers(0, 256, (galleries.BEHIND.single,) * 2 + (3,), dtype=np.uint8)
-    assert len(galleries._jpeg(noise, MOST_SINGLE_BYTES)) <= MOST_SINGLE_BYTES
+    assert len(galleries._jpeg(noise, MAX_SINGLE_BYTES)) <= MAX_SINGLE_BYTES
     small = noise[: galleries.BEHIND.film, : galleries.BEHIND.film]
-    assert len(galleries._jpeg(small, MOST_FILM_BYTES)) <= MOST_FILM_BYTES
+    assert len(galleries._jpeg(small, MAX_FILM_BYTES)) <= MAX_FILM_BYTES
 
 
 def test_hostile_names_of_blocks_are_text(output):
@@ -411,8 +411,8 @@ def test_an_empty_output_gets_a_page(output):
     report = report_at(output)
     assert (report.items, report.metrics, report.accounting.num_records) == ((), (), 0)
     text = Page(page_at(output)).text
-    assert "No map stands in this output yet." in text
-    assert "No value of any metric stands in this output." in text
+    assert "This output has no map yet." in text
+    assert "This output has no value of any metric." in text
 
 
 def test_an_output_of_rejects_alone_gets_a_page(tmp_path):

@@ -246,13 +246,13 @@ def test_a_findings_maps_open_beside_each_other(watched, address):
 
 def test_what_was_found_beside_maps_is_seen_and_leads_to_them(watched, beside_address):
     page = watched.open(beside_address)
-    page.locator(".top nav a", has_text="Behind them").click()
-    assert page.locator("#behind .film").count() == 6 * 5
-    film = page.locator("#behind .film:not(.single)").first
+    page.locator(".top nav a", has_text="Side products").click()
+    assert page.locator("#products .film").count() == 6 * 5
+    film = page.locator("#products .film:not(.single)").first
     tops = film.locator("li").evaluate_all("all => all.map(own => own.offsetTop)")
     assert (len(tops), len(set(tops))) == (12, 1)  # twelve blocks fit abreast
-    assert page.locator("#behind img:not([alt])").count() == 0
-    peek = page.locator("#behind .peek").first
+    assert page.locator("#products img:not([alt])").count() == 0
+    peek = page.locator("#products .peek").first
     peek.focus()
     page.keyboard.press("Enter")
     assert page.locator(".zoom-facts dt", has_text="scan path").count() == 1
