@@ -1,1 +1,1 @@
-"""Exports: an output in the forms that other tools read, written without them."""
+"""Exports an output to the formats of other tools, which need not be installed, and queries it with SQL."""

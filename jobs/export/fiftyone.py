@@ -1,4 +1,4 @@
-"""A data set on disk as FiftyOne reads it: pictures, maps and one document per map."""
+"""Writes a data set on disk for FiftyOne: pictures, maps and one document per map."""
 
 import hashlib
 import json
@@ -7,24 +7,24 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from blocksight.jobs.export.pictures import as_jpeg, seen
+from blocksight.jobs.export.pictures import as_jpeg, fitted_image
 from blocksight.jobs.export.records import ExplainedMap, ExplainedRecord, ExplainedRecords, Row
 from blocksight.jobs.ledger.output import map_of
 
 LAYOUT_VERSION = "1.0.0"
-"""Of FiftyOne, whose documents these are; later ones migrate them when they are read."""
+"""The FiftyOne version of these documents; later versions migrate them on reading."""
 CREATED = {"$date": "2024-10-01T00:00:00Z"}
-"""Of every document; FiftyOne writes its own time over it when it reads them."""
+"""The creation time of every document; FiftyOne replaces it on reading."""
 MAP_RANGE = [0, 255]
 FIELDS = "fiftyone.core.fields"
 
 Document = dict[str, Any]
 Tags = Mapping[tuple[str, int], Sequence[str]]
-"""Key and target to what the audit finds odd about the map."""
+"""The audit's reasons why a map is odd, by key and target index."""
 
 
 def write(shown: Iterable[ExplainedRecord], records: ExplainedRecords, folder: Path) -> Sequence[str]:
-    """Writes the data set and returns how it is read. `shown` are the records with whatever watches them."""
+    """Writes the data set and returns the lines of Python that read it. `shown` yields the records with progress."""
     for name in ("data", "fields/heatmap"):
         (folder / name).mkdir(parents=True)
     tags: dict[tuple[str, int], list[str]] = {}
@@ -45,7 +45,7 @@ def write(shown: Iterable[ExplainedRecord], records: ExplainedRecords, folder: P
 
 
 class _Ids:
-    """Names of documents that no other export has, and that the same export has again."""
+    """Document ids that depend on the job: the same for the same export, different for another one."""
 
     def __init__(self, job: str) -> None:
         self.job, self.numbers = job, count()
@@ -63,9 +63,9 @@ def _samples(
     number = count()
     for place, record in enumerate(shown):
         picture = f"data/{place:08d}.jpg"
-        (folder / picture).write_bytes(as_jpeg(seen(records.plan, record, record.maps[0].row).pixels))
+        (folder / picture).write_bytes(as_jpeg(fitted_image(records.plan, record, record.maps[0].row).pixels))
         for one in record.maps:
-            map_of(one.row)  # a damaged map is named here, and not copied
+            map_of(one.row)  # raises for a damaged map before it is copied
             saliency = f"fields/heatmap/{next(number):08d}.png"
             (folder / saliency).write_bytes(one.row["map"])
             odd = tags.get((record.key, one.row["target_index"]), ())
@@ -115,11 +115,11 @@ PLAIN = {
     "is_flat": "BooleanField",
     "is_saturated": "BooleanField",
 }
-"""Columns that become fields as they are."""
+"""Columns that become fields unchanged, with their FiftyOne types."""
 
 
 def _metadata(ids: _Ids, records: ExplainedRecords) -> Document:
-    """The document of the data set: what fields its samples have."""
+    """The document of the data set, which lists the fields of its samples."""
     name = f"blocksight-{records.plan.fingerprint[:8]}"
     metrics = {column: "FloatField" for column in records.columns.values()}
     fields = [

@@ -1,4 +1,4 @@
-"""Pictures of an export: the image as the model saw it, undistorted, in the sizes that viewers like."""
+"""Makes the pictures of an export: undistorted images with their maps at the same size, and JPEG files."""
 
 import io
 from collections.abc import Mapping
@@ -14,13 +14,13 @@ from blocksight.storage.outputs.pictures import Pixels
 QUALITY = 90
 
 
-def seen(plan: Plan, record: ExplainedRecord, row: Mapping[str, Any]) -> Shown:
-    """A record's image with one of its maps at the same size."""
+def fitted_image(plan: Plan, record: ExplainedRecord, row: Mapping[str, Any]) -> Shown:
+    """A record's image and one of its maps, at the same size."""
     return shown(plan, dict(row), record.pixels)
 
 
 def as_jpeg(pixels: Pixels) -> bytes:
-    """The file of a picture [H, W, 3]."""
+    """A JPEG file of a picture [H, W, 3]."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=QUALITY)
     return buffer.getvalue()

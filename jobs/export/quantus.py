@@ -1,4 +1,4 @@
-"""Arrays as Quantus takes them: normalised model inputs, explained classes and maps, and the keys beside them."""
+"""Writes arrays for Quantus: normalised model inputs, explained classes, maps, and a list of keys."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -22,9 +22,9 @@ from blocksight.storage.outputs.pictures import resized
 
 
 def model_of(plan: Plan, output: str, named: NamedModel) -> ModelAdapter:
-    """The model that made the maps: only it knows its normalisation.
+    """The model that made the maps, which is needed for its normalisation.
 
-    Raises ConfigError where model or weights must be named again or are others, ModelError and StoreError.
+    Raises ConfigError if model or weights must be named again or are different ones, ModelError and StoreError.
     """
     config = config_of(plan, output, named)
     state = weights_bytes(config)
@@ -33,7 +33,7 @@ def model_of(plan: Plan, output: str, named: NamedModel) -> ModelAdapter:
 
 
 class ArrayFile:
-    """An .npy file that grows row by row; its header tells the number of rows once it is closed."""
+    """An .npy file that is written row by row; closing it writes the number of rows into the header."""
 
     def __init__(self, path: Path, row_shape: Sequence[int], kind: type[np.generic]) -> None:
         self.file = path.open("wb")
@@ -42,7 +42,7 @@ class ArrayFile:
         self._write_header()
 
     def append(self, row: NDArray[np.generic] | np.generic) -> None:
-        """Adds one row, which must have the shape of a row."""
+        """Adds one row, which has the row shape of the file."""
         added = np.asarray(row, self.rows.dtype).reshape(self.rows.shape[1:])
         self.file.write(added.tobytes())
         self.num_rows += 1
@@ -63,8 +63,8 @@ class ArrayFile:
 def write(
     shown: Iterable[ExplainedRecord], records: ExplainedRecords, folder: Path, *, adapter: ModelAdapter
 ) -> Sequence[str]:
-    """Writes the arrays, one row per map, and returns how they are read. `shown` are the records with whatever
-    watches them."""
+    """Writes the arrays, one row per map, and returns the lines of Python that read them. `shown` yields the records
+    with progress."""
     size, resize = adapter.input_size, records.plan.identity["resize"]
     with ExitStack() as files:
         images = files.enter_context(ArrayFile(folder / "x_batch.npy", (3, *size), np.float32))

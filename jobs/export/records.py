@@ -1,4 +1,4 @@
-"""What every export is made of: explained records, one after the other, each with all that stands about its maps."""
+"""Reads the explained records of an output for every export: images, maps, metrics and audit rows."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from blocksight.storage.stores.store import ObjectStore
 
 Row = Mapping[str, Any]
 Method = tuple[Any, ...]
-"""A map's values of `METHOD`."""
+"""A map's values of the columns `METHOD`."""
 
 COLUMNS = [name for name in SCHEMA.names if name not in PRODUCT_COLUMNS]
 VALUE_COLUMNS = [*METHOD, "metric", "protocol", "value"]
@@ -30,11 +30,11 @@ class ExplainedMap:
     """One map of a record."""
 
     row: Row
-    """In the columns of `blocksight.storage.outputs.schema.SCHEMA`, without what stands beside the map."""
+    """The columns of `blocksight.storage.outputs.schema.SCHEMA`, without side products."""
     metrics: Mapping[str, float]
-    """By column; a metric that is not defined for the map is left out."""
+    """Values by column, without metrics that are not defined for the map."""
     audited: Row | None
-    """In the columns of `blocksight.jobs.audit.result.ROWS`; None where no audit has looked at it."""
+    """The columns of `blocksight.jobs.audit.result.ROWS`; None if the map was not audited."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class ExplainedRecord:
 
     @property
     def prediction(self) -> Row | None:
-        """The row of the class that the model predicts, if that is among the explained ones."""
+        """The row of the predicted class; None if that class is not explained."""
         return next((one.row for one in self.maps if one.row["target_rank"] == 0), None)
 
 
 class ExplainedRecords:
-    """The explained records of an output in the plan's order; one unit's rows and one image are in memory."""
+    """The explained records of an output, in the plan's order. In memory are one unit's rows and one image."""
 
     def __init__(
         self,
@@ -64,9 +64,9 @@ class ExplainedRecords:
         endpoint_url: str | None = None,
         limit: int | None = None,
     ) -> None:
-        """`columns` names the metrics; `limit`: so many records at most.
+        """`columns`: the metrics' column names. `limit`: most records that are yielded.
 
-        Raises StoreError, and UnreconciledError where an audit is damaged.
+        Raises StoreError, and UnreconciledError if an audit is damaged.
         """
         self.store, self.plan, self.columns, self.limit = store, plan, columns, limit
         self.source = source_of(plan, endpoint_url)
@@ -75,19 +75,19 @@ class ExplainedRecords:
         self.audit = read_audit(store)
         self.audited = {} if self.audit is None else _audited_units(store)
         self.num_records = 0
-        """That came out."""
+        """Records that were yielded so far."""
         self.num_rejected = 0
-        """That were met and have no map."""
+        """Rejected records that were skipped so far."""
         self.num_gone = 0
-        """That were met and whose image is not there any more, or has changed."""
+        """Skipped records whose image is gone or has changed."""
 
     @property
     def has_audit(self) -> bool:
-        """Whether an audit stands."""
+        """Whether the output has an audit."""
         return self.audit is not None
 
     def __iter__(self) -> Iterator[ExplainedRecord]:
-        """Raises StoreError, and UnreconciledError where something of the output is damaged."""
+        """Yields the records. Raises StoreError, and UnreconciledError if part of the output is damaged."""
         for record in islice(self._all(), self.limit):
             self.num_records += 1
             yield record
@@ -106,30 +106,30 @@ class ExplainedRecords:
                 metrics = {**self._own_metrics(row), **values.get(_method(row), {})}
                 about = audited.get((row["key"], row["target_index"]))
                 maps.setdefault(row["key"], []).append(ExplainedMap(row, metrics, about))
-        met = dict.fromkeys(
+        ordered = dict.fromkeys(
             (row["shard"], row["shard_index"], row["key"] if row["status"] == OK else None) for row in rows
         )
-        ahead = (key for _, _, key in met)
+        remaining = (key for _, _, key in ordered)
         for key, pixels in images_in(unit, self.source, frozenset(maps)):
-            self._leave_out(takewhile(lambda own, key=key: own != key, ahead))
+            self._count_skipped(takewhile(lambda own, key=key: own != key, remaining))
             yield ExplainedRecord(key, pixels, tuple(maps[key]))
-        self._leave_out(ahead)
+        self._count_skipped(remaining)
 
-    def _leave_out(self, keys: Iterable[str | None]) -> None:
-        """Counts records that do not come out, None for a rejected one, once the next one does or there is none."""
+    def _count_skipped(self, keys: Iterable[str | None]) -> None:
+        """Counts records that are not yielded; the key None means a rejected one."""
         for key in keys:
             self.num_rejected += key is None
             self.num_gone += key is not None
 
     def _own_metrics(self, row: Row) -> Mapping[str, float]:
-        """Drop and Increase as `explain` measured them, both in percent."""
+        """Drop and Increase that `explain` measured, both in percent."""
         found = row["metrics"]
         own = {"drop": found["drop"], "increase": 100.0 * found["increase"]}
         named = {self.columns.get((metric, found["protocol"])): value for metric, value in own.items()}
         return {column: value for column, value in named.items() if column is not None and value is not None}
 
     def _values(self, unit: Unit) -> Mapping[Method, Mapping[str, float]]:
-        """What the evaluations say of the unit's maps; of two values the later evaluation's counts."""
+        """The evaluations' values of the unit's maps; a later evaluation's value replaces an earlier one's."""
         found: dict[Method, dict[str, float]] = {}
         for folder in self.evaluations:
             key = fragment_key(folder, unit)
@@ -153,10 +153,8 @@ def _method(row: Row) -> Method:
 
 
 def _audited_units(store: ObjectStore) -> Mapping[str, str]:
-    """The audit's file of each unit: it is named as the unit's fragment is. Raises UnreconciledError without any."""
+    """The keys of the audit's files by unit id, which their names hold. Raises UnreconciledError if there are none."""
     files = {PurePosixPath(info.key).stem.rpartition("-")[2]: info.key for info in store.list(ROWS_FOLDER)}
     if not files:
-        raise UnreconciledError(
-            f"an audit stands in {store.uri} without a row in {ROWS_FOLDER}, `blocksight audit` makes it again"
-        )
+        raise UnreconciledError(f"{store.uri} has an audit without rows in {ROWS_FOLDER}; run `blocksight audit` again")
     return files

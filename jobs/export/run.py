@@ -1,4 +1,4 @@
-"""Runs an export: a fresh folder, the records that can be shown, and what came of it in words."""
+"""Runs an export: prepares the folder, writes the records, and says what was left out."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from rich.console import Console
 
 from blocksight.jobs.export import fiftyone, spotlight, virelay
 from blocksight.jobs.export.records import ExplainedRecord, ExplainedRecords
-from blocksight.jobs.export.sql import connect, standing_columns
+from blocksight.jobs.export.sql import columns_in, connect
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.plan import Plan, check_place, existing_plan
 from blocksight.jobs.plan.stored_config import NamedModel
@@ -22,12 +22,12 @@ from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientSt
 
 Format = Literal["fiftyone", "virelay", "spotlight", "quantus"]
 Writer = Callable[[Iterable[ExplainedRecord], ExplainedRecords, Path], Sequence[str]]
-"""Takes the records with whatever watches them, the same without, and a fresh folder; returns lines for the user."""
+"""Takes the records with progress, their reader, and an empty folder; returns lines for the user."""
 
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What a user asks for, as it is typed."""
+    """An export's options as the user gives them."""
 
     output: str
     form: Format
@@ -36,18 +36,18 @@ class ExportRequest:
     weights: str | None = None
     endpoint_url: str | None = None
     model: str | None = None
-    """Named again, where it is code."""
+    """The model's name again; needed if it is the user's code."""
 
 
 def run_export(asked: ExportRequest, console: Console) -> Sequence[str]:
-    """Writes the export and returns lines for the user: what was left out, and how the tool is told to read it.
+    """Writes the export and returns lines for the user: what was left out, and how to open it in the tool.
 
-    Raises ConfigError, where nothing can be exported too, StoreError, UnreconciledError or ModelError.
+    Raises ConfigError (also if no record can be exported), StoreError, UnreconciledError or ModelError.
     """
     store = PatientStore(open_store(asked.output, asked.endpoint_url), SHORT_PATIENCE_SECONDS)
     plan = existing_plan(store)
     with connect(asked.output, asked.endpoint_url) as connection:
-        columns = standing_columns(connection)
+        columns = columns_in(connection)
     records = ExplainedRecords(store, plan, columns, asked.endpoint_url, asked.limit)
     write = _writer(asked, plan)
     folder = fresh_folder(asked.destination, {"data": plan.identity["data"], "output": store.uri})
@@ -60,7 +60,7 @@ def run_export(asked: ExportRequest, console: Console) -> Sequence[str]:
 
 
 def _writer(asked: ExportRequest, plan: Plan) -> Writer:
-    """What writes the form. Raises ConfigError, StoreError or ModelError where it lacks something."""
+    """The function that writes the format. Raises ConfigError, StoreError or ModelError if it lacks something."""
     if asked.form == "quantus":
         from blocksight.jobs.export import quantus  # brings torch
 
@@ -68,16 +68,19 @@ def _writer(asked: ExportRequest, plan: Plan) -> Writer:
         return partial(quantus.write, adapter=adapter)
     for option, given in (("--model", asked.model), ("--weights", asked.weights)):
         if given is not None:
-            raise ConfigError(f"{option} {given} is of use for quantus alone: {asked.form} shows no model input")
+            raise ConfigError(f"{option} {given} is for quantus only: {asked.form} shows no model input")
     if asked.form == "virelay":
         virelay.check_installed()
     return {"fiftyone": fiftyone.write, "virelay": virelay.write, "spotlight": spotlight.write}[asked.form]
 
 
 def fresh_folder(destination: str, taken: Mapping[str, str]) -> Path:
-    """The local folder, made. Raises ConfigError where it is none, holds anything, or meets what is taken (URIs)."""
+    """Makes the local folder and returns it.
+
+    Raises ConfigError if it is no local folder, is not empty, or overlaps a place in `taken` (URIs by name).
+    """
     if "://" in destination:
-        raise ConfigError("an export goes to a local folder and not to a URI: the tools read it from there")
+        raise ConfigError("an export goes to a local folder, not to a URI: the tools read it from there")
     folder = Path(destination).expanduser().absolute()
     check_place(str(folder), taken)
     try:
@@ -90,7 +93,7 @@ def fresh_folder(destination: str, taken: Mapping[str, str]) -> Path:
 
 
 def _shown(found: Iterable[ExplainedRecord], records: ExplainedRecords, console: Console) -> Iterator[ExplainedRecord]:
-    """What is found of the records, behind a progress line."""
+    """The records, with a progress line."""
     expected = min(records.plan.num_records, records.limit or records.plan.num_records)
     with progress(console, Tally(expected, None, verb="export")) as update:
         for record in found:
@@ -100,6 +103,6 @@ def _shown(found: Iterable[ExplainedRecord], records: ExplainedRecords, console:
 
 def _account(records: ExplainedRecords) -> str:
     exported = counted(records.num_records, "record")
-    until = "" if records.limit is None else " on the way"
+    until = "" if records.limit is None else " before the limit"
     left_out = f"{records.num_rejected:,} rejected, {records.num_gone:,} whose image is gone"
     return f"{exported} exported; left out{until}: {left_out}"

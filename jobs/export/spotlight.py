@@ -1,4 +1,4 @@
-"""One Parquet file as Spotlight shows it: pictures, labels, scores, metrics, and the pooled map as an embedding."""
+"""Writes a Parquet file for Spotlight: pictures, labels, scores, metrics, and the pooled map as an embedding."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -10,14 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from blocksight.jobs.audit.result import GRID
-from blocksight.jobs.export.pictures import as_jpeg, seen
+from blocksight.jobs.export.pictures import as_jpeg, fitted_image
 from blocksight.jobs.export.records import ExplainedMap, ExplainedRecord, ExplainedRecords
 from blocksight.jobs.plan.plan import Plan
 from blocksight.storage.outputs.pictures import overlay
 
 FILE = "maps.parquet"
 ROWS_AT_ONCE = 64
-"""Rows with two pictures each that are in memory together."""
+"""Rows in memory at once, each with two pictures."""
 
 STORED = {
     "key": pa.string(),
@@ -30,13 +30,13 @@ STORED = {
     "is_flat": pa.bool_(),
     "is_saturated": pa.bool_(),
 }
-"""Columns of the output that are shown as they are."""
+"""Columns of the output that are copied unchanged."""
 AUDITED = {"cluster": pa.int16(), "strangeness": pa.float32()}
-"""Columns of the audit that are shown as they are."""
+"""Columns of the audit that are copied unchanged."""
 
 
 def write(shown: Iterable[ExplainedRecord], records: ExplainedRecords, folder: Path) -> Sequence[str]:
-    """Writes the file and returns how it is read. `shown` are the records with whatever watches them."""
+    """Writes the file and returns the lines of Python that open it. `shown` yields the records with progress."""
     schema = _schema(records)
     rows = _rows(shown, records.plan)
     with pq.ParquetWriter(folder / FILE, schema, compression="zstd") as writer:
@@ -62,7 +62,7 @@ def _rows(shown: Iterable[ExplainedRecord], plan: Plan) -> Iterator[dict[str, An
     for record in shown:
         prediction = record.prediction
         for one in record.maps:
-            picture = seen(plan, record, one.row)
+            picture = fitted_image(plan, record, one.row)
             yield {
                 **{name: one.row[name] for name in STORED},
                 "prediction": prediction and prediction["target_name"],

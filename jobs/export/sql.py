@@ -1,4 +1,4 @@
-"""An output as tables for SQL: views in DuckDB over the Parquet that stands, and what a query gives as table or CSV."""
+"""Queries an output with SQL: DuckDB views over its Parquet files, and results as a table or CSV."""
 
 import csv
 import re
@@ -41,25 +41,25 @@ PROTOCOL_LENGTH = 8
 
 VIEW = "CREATE OR REPLACE VIEW"
 METHOD = ("key", "target_index", "explainer", "parameters")
-"""What names a map: a record's key, a class, and a way of explaining."""
+"""The columns that identify a map: record key, class, and explainer with parameters."""
 FORMULA_SIGNS = (
     "=+-@\N{FULLWIDTH EQUALS SIGN}\N{FULLWIDTH PLUS SIGN}\N{FULLWIDTH HYPHEN-MINUS}\N{FULLWIDTH COMMERCIAL AT}"
 )
-"""The first visible character of what a spreadsheet may run instead of showing it."""
+"""First visible characters of text that a spreadsheet may run as a formula."""
 
 TABLES = {"data/": SCHEMA, FOLDER: EVALUATION, ROWS_FOLDER: ROWS, GROUPS_KEY: GROUPS, CLUSTERS_KEY: CLUSTERS}
-"""What the views read, by where it stands."""
+"""Schemas of the tables that the views read, by prefix or key."""
 
 MetricColumns = Mapping[tuple[str, str], str]
-"""Metric and protocol to the name of their column."""
+"""Column names by metric and protocol."""
 
 
 def connect(output: str, endpoint_url: str | None = None) -> duckdb.DuckDBPyConnection:
-    """A connection of its own, in memory, with the views of an output: nothing is copied, queries read it in place.
+    """A new in-memory connection with the views of an output. Queries read its files in place; nothing is copied.
 
-    `maps` and `rejects` are the rows of `explain`; `values` has a row per map, metric and evaluation; `metrics` a row
-    per map and a column per metric and protocol; and where an audit stands, `audit_rows`, `audit_groups` and
-    `audit_clusters`. Raises ConfigError where no output stands or DuckDB cannot read it, UnreconciledError where some
+    `maps` and `rejects` are the rows of `explain`; `values` has a row per map, metric and evaluation; `metrics` has a
+    row per map and a column per metric and protocol. With an audit there are `audit_rows`, `audit_groups` and
+    `audit_clusters` too. Raises ConfigError if there is no output or DuckDB cannot read it, UnreconciledError if part
     of it is damaged, and StoreError.
     """
     connection, _ = _connected(output, endpoint_url)
@@ -67,7 +67,7 @@ def connect(output: str, endpoint_url: str | None = None) -> duckdb.DuckDBPyConn
 
 
 def script(output: str, endpoint_url: str | None = None) -> str:
-    """The same views as statements for a DuckDB of the user's own; without any credential."""
+    """The statements that make the same views in the user's own DuckDB, without credentials."""
     _, views = _connected(output, endpoint_url)
     head = "-- the views of a blocksight output, for the shell of DuckDB"
     if normal_place(output).startswith(S3):
@@ -76,19 +76,19 @@ def script(output: str, endpoint_url: str | None = None) -> str:
 
 
 def _secret(endpoint_url: str | None) -> str:
-    """The statement that lets a DuckDB find credentials where they stand; it names the endpoint and holds none."""
+    """The statement that lets DuckDB find the user's credentials; it names the endpoint and holds no secret."""
     parts = ["TYPE s3", "PROVIDER credential_chain"]
     if endpoint_url is not None:
         address = urlsplit(endpoint_url)
-        host = address.netloc.rpartition("@")[2]  # what stands before it is a user and a password
+        host = address.netloc.rpartition("@")[2]  # a user and a password may come before it
         parts += [f"ENDPOINT {_text(host)}", "URL_STYLE 'path'", f"USE_SSL {str(address.scheme == 'https').lower()}"]
     return f"CREATE SECRET ({', '.join(parts)});"
 
 
 def metric_columns(pairs: Iterable[tuple[str, str]]) -> MetricColumns:
-    """A column for each metric and protocol: the metric's name, and the protocol's beginning where it has several.
+    """A column for each metric and protocol: the metric's name, plus the protocol's first characters if it has several.
 
-    What is no metric of ours or no hash has no column. Ordered as `METRICS`, then by protocol.
+    Unknown metrics and protocols that are no hash have no column. Ordered as `METRICS`, then by protocol.
     """
     ours = {(metric, hashed) for metric, hashed in pairs if metric in METRICS and re.fullmatch("[0-9a-f]+", hashed)}
     ordered = sorted(ours, key=lambda pair: (list(METRICS).index(pair[0]), pair[1]))
@@ -99,8 +99,8 @@ def metric_columns(pairs: Iterable[tuple[str, str]]) -> MetricColumns:
     return {pair: pair[0] if protocols[pair[0]] == 1 else name for pair, name in long.items()}
 
 
-def standing_columns(connection: duckdb.DuckDBPyConnection) -> MetricColumns:
-    """The columns of the metrics that stand in the view `values`."""
+def columns_in(connection: duckdb.DuckDBPyConnection) -> MetricColumns:
+    """The columns of the metrics in the view `values`."""
     query = 'SELECT DISTINCT metric, protocol FROM "values" WHERE metric IS NOT NULL AND protocol IS NOT NULL'
     return metric_columns(ask(connection, query).fetchall())
 
@@ -111,7 +111,7 @@ def _connected(output: str, endpoint_url: str | None) -> tuple[duckdb.DuckDBPyCo
     existing_plan(store)
     if "\\" in store.uri:
         raise ConfigError(f"DuckDB's patterns cannot name a folder with a backslash, such as {store.uri}: rename it")
-    _refuse_what_is_no_file(store)
+    _refuse_special_files(store)
     connection = duckdb.connect()
     if store.uri.startswith(S3):
         from blocksight.storage.stores.s3 import S3Store  # slow to import, and local outputs need none
@@ -123,26 +123,26 @@ def _connected(output: str, endpoint_url: str | None) -> tuple[duckdb.DuckDBPyCo
             ask(connection, statement)
             statements.append(statement)
     except (ConfigError, UnreconciledError):
-        _name_damage(store)  # DuckDB does not always say which table it is
+        _raise_for_damage(store)  # DuckDB does not always name the damaged table
         raise
     return connection, statements
 
 
-def _refuse_what_is_no_file(store: ObjectStore) -> None:
-    """Raises UnreconciledError for a pipe or the like among the tables: DuckDB would wait for its writer."""
+def _refuse_special_files(store: ObjectStore) -> None:
+    """Raises UnreconciledError for a table that is no regular file: DuckDB would wait for a pipe's writer."""
     for key, kind in store.unlisted():
         if key.endswith(".parquet"):
             raise damaged(store.uri, key, f"it is no file, it counts as one of the {kind}")
 
 
 def _statements(connection: duckdb.DuckDBPyConnection, store: ObjectStore) -> Iterator[str]:
-    """The statements of the views; that of `metrics` is made once the others stand."""
+    """Yields the statements of the views; that of `metrics` needs the others to be run first."""
     yield from _views(store).values()
-    yield _view("metrics", _metrics(standing_columns(connection)))
+    yield _view("metrics", _metrics(columns_in(connection)))
 
 
-def _name_damage(store: ObjectStore) -> None:
-    """Reads table after table. Raises UnreconciledError for the first that is damaged."""
+def _raise_for_damage(store: ObjectStore) -> None:
+    """Reads all tables. Raises UnreconciledError for the first damaged one."""
     for prefix, schema in TABLES.items():
         for info in store.list(prefix):
             if info.key.endswith(".parquet"):
@@ -150,7 +150,7 @@ def _name_damage(store: ObjectStore) -> None:
 
 
 def _views(store: ObjectStore) -> dict[str, str]:
-    """Statements by the name of their view, all but `metrics`."""
+    """The statements of all views but `metrics`, by view."""
     data = _source(store, "data/", "data/*.parquet", SCHEMA)
     views = {
         "maps": f"SELECT * FROM {data} WHERE status = '{OK}'",
@@ -171,7 +171,7 @@ def _view(name: str, query: str) -> str:
 
 
 def _explained(data: str) -> str:
-    """Drop and Increase as `explain` measured them, in percent as all shares are."""
+    """The query of Drop and Increase that `explain` measured, both in percent."""
     columns = ", ".join(map(_name, EVALUATION.names[: EVALUATION.names.index("metric")]))
     parts = (
         f"SELECT NULL::VARCHAR AS evaluation, {columns}, '{metric}' AS metric, metrics.protocol AS protocol, "
@@ -182,14 +182,14 @@ def _explained(data: str) -> str:
 
 
 def _evaluated(store: ObjectStore) -> str:
-    """The rows of all evaluations, with the name of each."""
+    """The query of all evaluations' rows, with the evaluation's name."""
     source = _source(store, FOLDER, f"{FOLDER}*/data/*.parquet", EVALUATION, with_filename=True)
     name = "regexp_extract(filename, '/([^/]+)/data/[^/]+$', 1)"
     return f"SELECT {name} AS evaluation, {', '.join(map(_name, EVALUATION.names))} FROM {source}"
 
 
 def _metrics(columns: MetricColumns) -> str:
-    """One row per map; of a value that two evaluations have, that of the later one in their order counts."""
+    """The query of one row per map; if two evaluations have a value, the one with the later name counts."""
     named = ", ".join(map(_name, METHOD))
     values = "".join(
         f""",\n  arg_max("value", coalesce(evaluation, '')) """
@@ -200,7 +200,7 @@ def _metrics(columns: MetricColumns) -> str:
 
 
 def _source(store: ObjectStore, prefix: str, pattern: str, schema: pa.Schema, *, with_filename: bool = False) -> str:
-    """What a view reads: the files that match, or no row of the same columns where there is none."""
+    """The source of a view: the matching files, or an empty table with the same columns if there are none."""
     if any(info.key.endswith(".parquet") for info in store.list(prefix)):
         root = re.sub(r"([*?\[])", r"[\1]", store.uri)
         # a folder such as `run=7` above the files is no column of theirs
@@ -241,11 +241,11 @@ def _text(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-# ---------------------------------------------------------------- what a query gives
+# ---------------------------------------------------------------- queries and their results
 
 
 def ask(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.DuckDBPyConnection:
-    """Runs a query. Raises ConfigError with what DuckDB says of it, and UnreconciledError for damaged Parquet."""
+    """Runs a query. Raises ConfigError with DuckDB's message, and UnreconciledError for a damaged table."""
     try:
         if not connection.extract_statements(query):
             raise ConfigError(f'the query {query!r} asks nothing; try "SELECT * FROM metrics"')
@@ -255,7 +255,7 @@ def ask(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.DuckDBPyCon
 
 
 def as_table(found: duckdb.DuckDBPyConnection, width: int) -> RenderableType:
-    """The first rows, and how many there are: as a table, or where it is wider than `width`, one column a line."""
+    """The first rows and the number of rows: a table, or one column per line if it is wider than `width`."""
     header, rows = [printable(name) for name in _header(found)], _rows(found)
     shown = [list(map(_cell, row)) for row in islice(rows, MAX_ROWS)]
     count = len(shown) + sum(1 for _ in rows)
@@ -274,7 +274,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 
 def _records(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[RenderableType]:
-    """Each row as a list of its columns."""
+    """Yields each row as a list of its columns."""
     for number, row in enumerate(rows, 1):
         table = Table(title=f"row {number}", box=None, show_header=False, title_justify="left")
         for name, cell in zip(header, row, strict=True):
@@ -283,18 +283,18 @@ def _records(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[R
 
 
 def write_csv(found: duckdb.DuckDBPyConnection, file: Path) -> int:
-    """Writes all rows with a header and returns how many; no cell of text is one that a spreadsheet would run.
+    """Writes all rows with a header and returns their number. No spreadsheet runs a cell of text as a formula.
 
     A cell whose first visible character begins a formula gets an apostrophe. All text is quoted, so that a separator
-    in its midst begins no cell of its own, not even where a spreadsheet parts cells at `;` or tabs; one that does not
-    heed quotes is not provided for. Numbers are as they are. Raises ConfigError where the file cannot be written.
+    in it (`,`, `;` or a tab) begins no new cell; spreadsheets that ignore quotes are not covered. Numbers are
+    unchanged. Raises ConfigError if the file cannot be written.
     """
     count = 0
     try:
         with file.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream, quoting=csv.QUOTE_NONNUMERIC)
             writer.writerow(map(_guarded, _header(found)))
-            for count, row in enumerate(_rows(found), 1):  # noqa: B007 - the last number is the answer
+            for count, row in enumerate(_rows(found), 1):  # noqa: B007 - the last number is returned
                 writer.writerow(map(_guarded, row))
     except OSError as error:
         raise ConfigError(f"the CSV file {file} cannot be written: {error.strerror or error}") from error
@@ -309,7 +309,7 @@ def _rows(found: duckdb.DuckDBPyConnection) -> Iterator[Sequence[Any]]:
     try:
         while rows := found.fetchmany(ROWS_AT_ONCE):
             yield from rows
-    except duckdb.Error as error:  # rows are read as they are asked for
+    except duckdb.Error as error:  # DuckDB reads rows while they are fetched
         raise _refused(error) from error
 
 
@@ -317,34 +317,34 @@ OURS = re.compile(
     r"""['"](.*?)/((?:data|evaluations/[0-9a-f]+/data|audit/rows)/\d{6}-[0-9a-f]{20}\.parquet"""
     r"""|audit/(?:groups|clusters)\.parquet)['"]"""
 )
-"""A table of an output as DuckDB's messages name it: where the output is, and the table's key."""
+"""Matches a table of an output in DuckDB's messages: the output's place, and the table's key."""
 
 
 TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(?: .*\n)+")
-"""Of a store's error in the midst of a query."""
+"""Matches the traceback of a store's error during a query."""
 
 
 def _refused(error: duckdb.Error, query: str = "") -> ConfigError | UnreconciledError:
-    """What DuckDB says; of a store's error the sentence, and not where in the code it arose.
+    """The error to raise for DuckDB's: its message without a traceback.
 
-    Where it points at a place in SQL, that is kept if it is the user's, and not that of a view.
+    An excerpt of the SQL is kept if it is from the user's query, not from a view.
     """
-    said = TRACEBACK.sub("", str(error)).strip()
-    sentence, _, excerpt = said.partition("\n\nLINE ")
+    message = TRACEBACK.sub("", str(error)).strip()
+    sentence, _, excerpt = message.partition("\n\nLINE ")
     if (damage := _damage(error, sentence)) is not None:
         return damage
     pointed_at = excerpt.partition("\n")[0].partition(": ")[2].strip(".")
     is_theirs = bool(pointed_at) and pointed_at in query and not query.startswith(VIEW)
-    return ConfigError(f"DuckDB cannot run the query: {said if is_theirs else sentence}")
+    return ConfigError(f"DuckDB cannot run the query: {message if is_theirs else sentence}")
 
 
 def _damage(error: duckdb.Error, sentence: str) -> UnreconciledError | None:
-    """None where the query or the store is at fault, and not the bytes of a table."""
+    """The error for a damaged table; None if the query or the store is the cause."""
     named = OURS.search(sentence)
     if named is not None and sentence.startswith(("Invalid Input Error", "IO Error: Could not read")):
         return damaged(named[1], named[2], sentence.splitlines()[0])
-    if type(error) is duckdb.Error and not TRACEBACK.search(str(error)):  # what its reader of Parquet stumbles over
-        return UnreconciledError(f"DuckDB cannot read what stands, `blocksight verify` says more: {sentence}")
+    if type(error) is duckdb.Error and not TRACEBACK.search(str(error)):  # from DuckDB's Parquet reader
+        return UnreconciledError(f"DuckDB cannot read the output, `blocksight verify` says more: {sentence}")
     return None
 
 
@@ -356,7 +356,7 @@ def _cell(value: Any) -> str:
 
 
 def _guarded(value: Any) -> Any:
-    """A cell for CSV: numbers as they are, everything else as text that no spreadsheet runs."""
+    """A cell for CSV: numbers unchanged, everything else as text that no spreadsheet runs."""
     if value is None or isinstance(value, int | float | Decimal):
         return value
     text = value.hex() if isinstance(value, bytes) else str(value)

@@ -1,4 +1,4 @@
-"""A project as ViRelAy opens it: HDF5 databases of images, maps and the audit's clusters, with their label map."""
+"""Writes a ViRelAy project: HDF5 databases of images, maps and the audit's clusters, and a label map."""
 
 import json
 import math
@@ -23,21 +23,21 @@ from blocksight.storage.outputs.pictures import resized
 
 NUM_CELLS = GRID * GRID
 NUM_COMPONENTS = 8
-"""Of the embedding; the viewer draws any two of them."""
+"""Components of the embedding; the viewer draws any two of them."""
 ROWS_AT_ONCE = 4096
-"""Pooled maps that are in memory together: 8 MiB."""
+"""Pooled maps in memory at once: 8 MiB."""
 
 CHUNK_NUMBERS = 4096
-"""In a chunk of a database, or one row: it is packed again whenever a row joins it."""
+"""Numbers in a chunk of a database, if a row is not longer: adding a row compresses its chunk again."""
 
 DATASET, ATTRIBUTIONS, ANALYSIS = "dataset.h5", "attributions.h5", "analysis.h5"
 LABELS, PROJECT = "label-map.json", "project.yaml"
 CLUSTERING, EMBEDDING = "audit", "pca"
-NO_ANALYSIS = "no analysis is in it: no class has clusters of an audit (`blocksight audit` makes them)"
+NO_ANALYSIS = "it has no analysis: no class has clusters of an audit (`blocksight audit` makes them)"
 
 
 def check_installed() -> None:
-    """Raises ConfigError where h5py is not installed."""
+    """Raises ConfigError if h5py is not installed."""
     try:
         import h5py  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
@@ -47,9 +47,9 @@ def check_installed() -> None:
 
 
 def write(shown: Iterable[ExplainedRecord], records: ExplainedRecords, folder: Path) -> Sequence[str]:
-    """Writes the project and returns how it is opened. `shown` are the records with whatever watches them.
+    """Writes the project and returns the command that opens it. `shown` yields the records with progress.
 
-    ViRelAy has one map per image, so that an image with several targets is there several times.
+    ViRelAy has one map per image, so an image with several targets is stored several times.
     """
     import h5py
 
@@ -78,16 +78,16 @@ def write(shown: Iterable[ExplainedRecord], records: ExplainedRecords, folder: P
 
 
 class _Names:
-    """What the classes are called, as far as the rows tell."""
+    """Collects the names of the classes from the rows."""
 
     def __init__(self, num_classes: int) -> None:
         self.unknown = num_classes
-        """Stands for a ground truth that is not known, behind all classes."""
+        """The index of an unknown label, after all classes."""
         self.labels: dict[int, str] = {num_classes: "no known label"}
         self.targets: dict[int, str] = {}
 
     def add(self, row: Row) -> int:
-        """Takes note of a row's names, and returns the number of its ground truth."""
+        """Adds a row's names, and returns the index of its label."""
         self.targets[row["target_index"]] = row["target_name"]
         if row["label"] is None:
             return self.unknown
@@ -95,20 +95,20 @@ class _Names:
         return row["label"]
 
     def entries(self) -> list[Mapping[str, Any]]:
-        """The label map; a class's number is its WordNet id too, by which categories of an analysis are found."""
+        """The label map. A class's index is its WordNet id too, which finds the categories of an analysis."""
         named = {**self.labels, **self.targets}
         return [{"index": index, "word_net_id": str(index), "name": name} for index, name in sorted(named.items())]
 
 
 class _Classes:
-    """Which maps of a class the audit has clustered."""
+    """Collects the maps of each class that the audit has clustered."""
 
     def __init__(self) -> None:
         self.members: dict[int, tuple[array[int], array[int]]] = {}
-        """By class: places of maps, and their clusters."""
+        """Indices of maps and their clusters, by class."""
 
     def add(self, one: ExplainedMap, place: int) -> None:
-        """Takes note of the map that stands at a place."""
+        """Adds the map with the index `place`, if it has a cluster."""
         if one.audited is not None and one.audited["cluster"] is not None and one.audited["pooled"] is not None:
             places, clusters = self.members.setdefault(one.row["target_index"], (array("L"), array("l")))
             places.append(place)
@@ -116,15 +116,15 @@ class _Classes:
 
 
 def _pooled(one: ExplainedMap) -> bytes:
-    """A map's 256 cells, zeros where the audit has none, so that each map has its place."""
+    """A map's 256 cells; zeros without an audit, so that every map has a row."""
     pooled = None if one.audited is None else one.audited["pooled"]
     return bytes(NUM_CELLS) if pooled is None else pooled
 
 
 def _scores(record: ExplainedRecord, num_classes: int) -> NDArray[np.float32]:
-    """What is known of the model's output, [num_classes]: an output holds the scores of explained classes alone.
+    """The model's known scores, [num_classes]: an output holds those of explained classes only.
 
-    ViRelAy wants a number for every class; 0 stands for those that are not known, which are no prediction then.
+    ViRelAy needs a number for every class; 0 means unknown, so that the class is no prediction.
     """
     scores = np.zeros(num_classes, np.float32)
     for one in record.maps:
@@ -133,7 +133,7 @@ def _scores(record: ExplainedRecord, num_classes: int) -> NDArray[np.float32]:
 
 
 def _tables(images: Any, maps: Any, size: tuple[int, int], num_classes: int) -> Mapping[str, Any]:
-    """The databases' empty tables: `data` and `label` of the images; `index` to `prediction` of the maps."""
+    """Makes the databases' empty tables: `data` and `label` of the images; `index` to `prediction` of the maps."""
     return {
         "data": _table(images, "data", (3, *size), np.uint8),
         "label": _table(images, "label", (), np.uint32),
@@ -145,7 +145,7 @@ def _tables(images: Any, maps: Any, size: tuple[int, int], num_classes: int) -> 
 
 
 def _table(file: Any, name: str, shape: tuple[int, ...], kind: type[np.generic]) -> Any:
-    """A table that grows row by row."""
+    """Makes an empty table that is extended row by row."""
     chunk = (max(1, CHUNK_NUMBERS // math.prod(shape)), *shape)
     return file.create_dataset(name, (0, *shape), kind, maxshape=(None, *shape), chunks=chunk, compression="gzip")
 
@@ -153,9 +153,9 @@ def _table(file: Any, name: str, shape: tuple[int, ...], kind: type[np.generic])
 def _append(
     tables: Mapping[str, Any], pixels: NDArray[np.uint8], row: Row, scores: NDArray[np.float32], names: _Names
 ) -> None:
-    """One more image with its map.
+    """Adds an image with its map.
 
-    The viewer sums a map over colour channels, and fails on a map that has none: each gets a third.
+    The viewer sums a map over three colour channels, so each channel gets a third of it.
     """
     place, saliency = len(tables["index"]), resized(map_of(row), pixels.shape[:2])
     values = {
@@ -172,7 +172,7 @@ def _append(
 
 
 def _write_analysis(analysis: Any, classes: _Classes, pooled: IO[bytes]) -> None:
-    """A category per class: its maps, their clusters, and where they lie by their principal components."""
+    """Writes a category per class: indices of its maps, their clusters and their principal components."""
     pooled.flush()
     cells = np.memmap(pooled, np.uint8, "r").reshape(-1, NUM_CELLS)  # pyright: ignore[reportArgumentType, reportCallIssue]
     for target, (places, clusters) in classes.members.items():
@@ -188,23 +188,23 @@ def _write_analysis(analysis: Any, classes: _Classes, pooled: IO[bytes]) -> None
 def principal_components(
     cells: NDArray[np.uint8], places: NDArray[np.int64]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The rows at these places by their first components [n, k], and the components' variances [k], falling.
+    """The first principal components of the rows at `places`, [n, k], and their variances [k], in falling order.
 
-    Rows are bytes that stand for 0 to 1. Signs are such that each component's largest part is positive.
+    Rows are bytes that mean 0 to 1. Signs are such that each component's largest part is positive.
     """
     total, squares = np.zeros(cells.shape[1]), np.zeros((cells.shape[1],) * 2)
-    for rows in _some(cells, places):
+    for rows in _in_batches(cells, places):
         total += rows.sum(0)
         squares += rows.T @ rows
     mean = total / len(places)
     variances, axes = np.linalg.eigh(squares / len(places) - np.outer(mean, mean))
     variances, axes = variances[::-1][:NUM_COMPONENTS], axes[:, ::-1][:, :NUM_COMPONENTS]
     axes = axes * np.where(axes.max(0) >= -axes.min(0), 1, -1)
-    embedding = np.concatenate([(rows - mean) @ axes for rows in _some(cells, places)])
+    embedding = np.concatenate([(rows - mean) @ axes for rows in _in_batches(cells, places)])
     return embedding.astype(np.float32), variances.clip(0).astype(np.float32)
 
 
-def _some(cells: NDArray[np.uint8], places: NDArray[np.int64]) -> Iterator[NDArray[np.float64]]:
+def _in_batches(cells: NDArray[np.uint8], places: NDArray[np.int64]) -> Iterator[NDArray[np.float64]]:
     for start in range(0, len(places), ROWS_AT_ONCE):
         yield cells[places[start : start + ROWS_AT_ONCE]] / 255.0
 

@@ -193,7 +193,7 @@ def test_components_do_not_depend_on_how_many_rows_are_read_at_once(monkeypatch)
 
 def test_virelay_without_an_audit_says_so(hostile, tmp_path):
     folder, lines = exported(hostile, "virelay", tmp_path / "x")
-    assert "no analysis is in it" in lines[1]
+    assert "it has no analysis" in lines[1]
     assert not (folder / "analysis.h5").exists()
     assert "analyses" not in yaml.safe_load((folder / "project.yaml").read_text())["project"]
     names = {one["index"]: one["name"] for one in json.loads((folder / "label-map.json").read_text())}
@@ -389,7 +389,7 @@ def test_what_is_left_out_is_counted_as_far_as_was_looked(tmp_path):
         before = rows[: [row["key"] for row in rows].index(left[limit - 1])]
         num_rejected = sum(row["status"] == "rejected" for row in before)
         num_gone = sum(row["key"] == gone for row in before)
-        said = f"left out on the way: {num_rejected} rejected, {num_gone} whose image is gone"
+        said = f"left out before the limit: {num_rejected} rejected, {num_gone} whose image is gone"
         assert lines[0] == f"{limit} record{'s' if limit > 1 else ''} exported; {said}"
     _, lines = exported(tmp_path / "out", "spotlight", tmp_path / "all", limit=7)
     assert lines[0].endswith("3 rejected, 1 whose image is gone")

@@ -21,10 +21,10 @@ from blocksight.jobs.export.sql import (
     _secret,
     as_table,
     ask,
+    columns_in,
     connect,
     metric_columns,
     script,
-    standing_columns,
     write_csv,
 )
 from blocksight.jobs.plan.config import ConfigError
@@ -93,7 +93,7 @@ def test_values_are_all_rows_of_all_evaluations(output):
 
 def test_each_metric_and_protocol_has_a_column_of_numbers(output):
     connection, store = connect(str(output)), LocalStore(output)
-    columns = standing_columns(connection)
+    columns = columns_in(connection)
     deletions = {protocol: name for (metric, protocol), name in columns.items() if metric == "deletion"}
     assert len(deletions) == 2
     assert set(deletions.values()) == {f"deletion_{protocol[:8]}" for protocol in deletions}
@@ -120,7 +120,7 @@ def found_nowhere(rows, name):
 
 def test_means_are_those_of_compare(output):
     store, connection = LocalStore(output), connect(str(output))
-    table, columns = compare([Output("out", store, load_plan(store))]), standing_columns(connection)
+    table, columns = compare([Output("out", store, load_plan(store))]), columns_in(connection)
     seen = 0
     for cell in table.cells:
         column, explainer = columns[cell.column.metric, cell.column.protocol], table.methods[cell.method].explainer
