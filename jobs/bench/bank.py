@@ -1,4 +1,4 @@
-"""The memory bank: features of labelled images under a model, written as the weights file of `knn(MODEL)`."""
+"""Makes a memory bank: features of labelled images by a model, written as the weights file of `knn(MODEL)`."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,32 +27,32 @@ from blocksight.storage.inputs.survey import Layout
 from blocksight.storage.stores.opening import open_file
 
 MAX_NUMBERED = 100_000
-"""Where labels are numbers, the largest is one less than the number of classes."""
+"""Labels that are numbers are below this; the largest plus one is the number of classes."""
 
 
 @dataclass(frozen=True)
 class Bank:
-    """What a bank holds, once it is written."""
+    """The facts of a bank that was written."""
 
     model: str
-    """What to give `--model`."""
+    """The value for `--model`."""
     num_images: int
     num_left_out: int
-    """Images that were left out, for they have no label or no finite feature."""
+    """Images without a label or a finite feature."""
     class_names: tuple[str, ...]
     dimensions: int
 
 
 def make_bank(config: JobConfig, console: Console) -> Bank:
-    """Runs the model without its head over every labelled image and writes the bank to the configured output.
+    """Runs the model without its head on every labelled image and writes the bank to the configured output.
 
-    Raises ConfigError where labels are missing or all alike, ModelError and StoreError.
+    Raises ConfigError if labels are missing or all the same, ModelError and StoreError.
     """
     backbone = backbone_of(config.model)
     if backbone is not None:
         raise ConfigError(f"model {config.model} has a bank already; to make another name the model inside: {backbone}")
     check_place(config.output, {"data": config.data})
-    _refuse_taken(config)
+    _check_output(config)
     state = weights_bytes(config)
     adapter = without_head(load(config, state, device_of(None), str(Path.cwd())))
     plan = make_plan(config, weights_sha256=sha256_of(state), workforce=Workforce(1, on_gpu=False))
@@ -78,7 +78,7 @@ def make_bank(config: JobConfig, console: Console) -> Bank:
 
 
 def _features(some: Sequence[Picture], adapter: ModelAdapter) -> Iterator[Tensor]:
-    """Their features [D] on the CPU, from a pass of one fixed shape."""
+    """The pictures' features [D] on the CPU, from one forward pass of a fixed shape."""
     pixels = torch.from_numpy(np.stack([one.pixels for one in some])).permute(0, 3, 1, 2)
     inputs = pad(adapter.normalise(pixels), images_at_once(adapter))
     with adapter.borrowed(), torch.inference_mode():
@@ -87,9 +87,9 @@ def _features(some: Sequence[Picture], adapter: ModelAdapter) -> Iterator[Tensor
 
 
 def class_names_of(labels: Sequence[str], data: str) -> list[str]:
-    """The classes by index: names in sorted order; labels that are all numbers keep theirs, as everywhere.
+    """The classes by index: names in sorted order; labels that are all numbers are the indices themselves.
 
-    Raises ConfigError for labels that are missing, all alike, of both kinds, or too large a number.
+    Raises ConfigError if labels are missing, all the same, a mix of names and numbers, or too large.
     """
     known = sorted(set(labels))
     numbers = [int(label) for label in known if _is_number(label)]
@@ -113,7 +113,7 @@ def class_names_of(labels: Sequence[str], data: str) -> list[str]:
 
 
 def _as_text(label: str | int) -> str:
-    """007 is 7."""
+    """The label as text, numbers without leading zeros: 007 is 7."""
     text = str(label)
     return str(int(text)) if _is_number(text) else text
 
@@ -122,17 +122,17 @@ def _is_number(text: str) -> bool:
     return text.isdecimal() and text.isascii()
 
 
-def _refuse_taken(config: JobConfig) -> None:
-    """Raises ConfigError where the output is there already, and StoreError where it cannot be written: before work."""
+def _check_output(config: JobConfig) -> None:
+    """Raises ConfigError if the output exists, and StoreError if it cannot be written."""
     store, name = open_file(config.output, config.endpoint_url)
     if store.head(name) is not None or Path(config.output).is_dir():
-        raise ConfigError(f"{config.output} is there already; remove it, or name another file")
+        raise ConfigError(f"{config.output} exists already; remove it, or name another file")
     store.create(f"{name}.probe", b"")
     store.delete(f"{name}.probe")
 
 
 def _write(whole: NeighbourClassifier, config: JobConfig) -> None:
-    """The complete state dict."""
+    """Writes the complete state dict."""
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in whole.state_dict().items()}
     store, name = open_file(config.output, config.endpoint_url)
     store.put(name, safetensors.torch.save(tensors))

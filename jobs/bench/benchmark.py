@@ -1,4 +1,4 @@
-"""The benchmark: how near the forward passes come to the bare model's rate here, and what a data set will cost."""
+"""The benchmark: an explainer's rate on this machine compared with the bare model's, and the cost of a data set."""
 
 import json
 import os
@@ -47,48 +47,48 @@ TURNS = "bare model and explainer, in turns"
 CHART = "curve.png"
 
 RECORDS = 1_000_000
-"""That a cost is given for where no data set is named."""
+"""Records that the cost is given for if no data set is named."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a data set will take on some workers, all alike."""
+    """The cost of a data set on a number of equal workers."""
 
     records: int
     workers: int
     hours: float
-    """Wall time, at the measured rate and without start-up, reading and writing."""
+    """Wall time at the measured rate, without start-up, reading and writing."""
     worker_hours: float
     """Core-hours, or GPU-hours."""
     num_bytes: int
-    """Of the output."""
+    """Bytes of the output."""
     money: float | None
     """In the currency of the price."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What was measured of one model, explainer and device."""
+    """The figures of one model, explainer and device."""
 
     device: str
     hardware: str
     setting: ForwardSetting
-    """How masks are scored."""
+    """The forward setting by which masks are scored."""
     probed: tuple[Measured, ...]
     """All settings that were tried."""
     efficiency: Efficiency
     bytes_per_map: int
-    """Of the stored map alone."""
+    """Bytes of a stored map, without the rest of its row."""
     cost: Cost
     race: tuple[dict[str, str | float], ...] = ()
-    """What each implementation did, ours and the peers'; nothing where they were not raced."""
+    """The figures of each implementation, ours and the peers'; empty without a race."""
 
 
 def device_of(asked: str | None) -> str:
-    """`cpu` or `cuda`: as asked, or the GPU where there is one. Raises ConfigError."""
+    """`cpu` or `cuda`: the requested one, or the GPU if there is one. Raises ConfigError if there is no GPU."""
     has_gpu = torch.cuda.is_available()
     if asked == "cuda" and not has_gpu:
-        raise ConfigError("--device cuda is asked for, and torch sees no CUDA GPU here")
+        raise ConfigError("--device cuda needs a CUDA GPU, and torch finds none here")
     return asked or ("cuda" if has_gpu else "cpu")
 
 
@@ -103,12 +103,12 @@ def run_benchmark(
     with_peers: bool,
     console: Console,
 ) -> Benchmark:
-    """Probes, measures and reckons. Raises ConfigError, ModelError and StoreError.
+    """Chooses the forward setting, measures the rates and computes the cost.
 
-    The images are the first of the data set, or photographs that come with the demo.
+    The images are the first of the data set, or the demo's photographs. Raises ConfigError, ModelError and StoreError.
     """
     if device == "cpu":
-        torch.set_num_threads(1)  # as an actor has it
+        torch.set_num_threads(1)  # as in an actor
     weights = weights_bytes(config)
     adapter = load(config, weights, device, str(Path.cwd()))
     blocks = [block["name"] for block in model_facts(adapter, config).blocks]
@@ -148,7 +148,7 @@ def run_curve(
     class_map: Path | None,
     console: Console,
 ) -> list[dict[str, Any]]:
-    """Measures the fidelity curve and leaves its figures and its picture in the folder. Raises as `measure_curve`."""
+    """Measures the fidelity curve, and writes its figures and its chart into the folder. Raises as `measure_curve`."""
     annotations = None if truth is None else open_truth(truth, config.endpoint_url)
     asked = CurveRequest(config, device, batch_size, annotations, read_class_map(class_map))
     lines = measure_curve(asked, folder, console)
@@ -160,7 +160,7 @@ def run_curve(
 
 
 def facts(config: JobConfig, found: Benchmark) -> dict[str, Any]:
-    """All figures as plain values."""
+    """All figures of the benchmark as plain values."""
     return {
         "model": config.model,
         "explainer": config.explainer,
@@ -178,7 +178,7 @@ def _race(
     image: torch.Tensor,
     step: Callable[[str, float], None],
 ) -> tuple[dict[str, str | float], ...]:
-    """Ours as a job runs it and as plain as the peers' model runs, against each peer as shipped and helped."""
+    """Races ours, with the job's forward setting and with the plain model, against each peer as shipped and helped."""
     step("the peers' best batch sizes", 0.0)
     side = min(adapter.input_size)
     racing = contenders(
@@ -194,7 +194,7 @@ def _plan(config: JobConfig, state: bytes | None) -> Plan:
 
 
 def _inputs(adapter: ModelAdapter, plan: Plan | None, config: JobConfig, count: int) -> torch.Tensor:
-    """So many normalised images [N, 3, H, W]: the first that can be decoded, again and again where they are few."""
+    """`count` normalised images [N, 3, H, W]: the first that can be decoded, repeated if they are fewer."""
     if plan is None:
         files = photographs().values()
         found = [fit(decode(body).pixels, adapter.input_size, config.resize) for body in files]
@@ -209,7 +209,7 @@ def _inputs(adapter: ModelAdapter, plan: Plan | None, config: JobConfig, count: 
 def _learned(
     adapter: ModelAdapter, config: JobConfig, blocks: Sequence[str], inputs_nchw: torch.Tensor
 ) -> State | None:
-    """What the method learns from the few images at hand: enough to measure what an image costs after that."""
+    """The method's learned state from these few images, which is enough to measure its cost; None without learning."""
     if not num_learning_images(config):
         return None
     with adapter.borrowed(), torch.inference_mode():
@@ -252,7 +252,7 @@ def _cost(measured: Efficiency, num_bytes: int, records: int, workers: int, pric
 
 @contextmanager
 def _steps(console: Console, whole: float) -> Iterator[Callable[[str, float], None]]:
-    """Says what is being done and how much of the whole is done by then."""
+    """Yields a function that shows a step's name and advances the progress by a share of `whole`."""
     with Progress(
         TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console, transient=True
     ) as bar:

@@ -1,4 +1,4 @@
-"""Charts of measured figures, as PNG."""
+"""Draws the fidelity curve as a PNG."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ PANELS = (
 """Measure, title, and the margin within which nothing is lost."""
 
 LINES = {"budget": ("C0", "budget"), "selection": ("C1", "SISE at mu"), "random subset": ("C2", "random subset")}
-"""Kinds whose points are joined: colour and name."""
+"""Kinds whose points are joined by lines: colour and name."""
 POINTS = {"explainer": "C3", "control": "0.6"}
 NOISE = {"float16 scores": (":", "float16 scores"), "bfloat16 scores": ("--", "bfloat16 scores")}
 
@@ -66,7 +66,7 @@ def _panel(panel: Axes, rows: Sequence[Row], measure: str, margin: float | None)
     if margin is not None:
         joined = [row[measure] for row in shown if row["kind"] in LINES]
         reach = max([margin, *(abs(end) for own in joined for end in own if end is not None)])
-        panel.set_ylim(-1.2 * reach, 1.2 * reach)  # what lies far outside stands in the table
+        panel.set_ylim(-1.2 * reach, 1.2 * reach)  # points far outside are in the table only
         panel.axhspan(-margin, margin, color="C2", alpha=0.15)
         panel.axhline(0, color="0.3", lw=0.8)
 
@@ -78,7 +78,7 @@ def _dots(panel: Axes, rows: Sequence[Row], measure: str, **style: Any) -> None:
 
 
 def _arm(interval: Sequence[float | None], end: int) -> float:
-    """From the mean to an end of its interval; 0 where one image alone has none."""
+    """The distance from the mean to an end of its interval; 0 if there is no interval, as for a single image."""
     mean, reach = interval[0], interval[end]
     return 0.0 if mean is None or reach is None else abs(reach - mean)
 

@@ -1,4 +1,4 @@
-"""The fidelity curve of a data set: readings kept line by line, so that a run can be cut off, then the table."""
+"""Measures the fidelity curve of a data set: a line of readings per image, so that runs can resume, then a table."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,21 +33,21 @@ from blocksight.storage.stores.opening import open_named
 
 READINGS, CURVE = "readings.jsonl", "curve.json"
 CURVE_VERSION = 1
-"""Raised whenever the same images would give other readings."""
+"""Raised whenever the same images would give different readings."""
 
 AREA_MARGIN, DROP_MARGIN = 0.01, 1.0
-"""A method loses nothing where the paired 95 % intervals of its differences to full SISE, in insertion minus
-deletion and in points of Drop, lie inside plus and minus these."""
-LEAST_IMAGES = 200
-"""Fewer carry no such claim: an interval of a few images that happen to agree is narrow by chance."""
+"""A method loses nothing if the paired 95 % intervals of its differences to full SISE, in insertion minus deletion and
+in points of Drop, lie within plus and minus these margins."""
+MIN_IMAGES = 200
+"""Least images for that claim: with fewer, an interval may be narrow by chance."""
 
 Line = dict[str, Any]
-"""One image's readings: `image`, `key`, `sha256`, and `methods`, by name the forwards and values of each."""
+"""One image's readings: `image`, `key`, `sha256`, and `methods`, the forwards and values by method."""
 
 
 @dataclass(frozen=True)
 class CurveRequest:
-    """What is to be measured."""
+    """The options of a fidelity curve."""
 
     config: JobConfig
     device: str
@@ -58,7 +58,7 @@ class CurveRequest:
 
 @dataclass(frozen=True)
 class Picture:
-    """One image of the data set, as the model will see it."""
+    """One image of the data set at the model's input size."""
 
     number: int
     """Its place in the data set, from 0."""
@@ -67,26 +67,26 @@ class Picture:
 
 
 def measure_curve(asked: CurveRequest, folder: Path, console: Console) -> list[Line]:
-    """The readings of every image of the data set; those that stand in the folder are not made again.
+    """The readings of every image of the data set. Readings that the folder has already are not measured again.
 
-    Raises ConfigError where the folder holds another curve or there is no image, ModelError and StoreError.
+    Raises ConfigError if the folder holds another curve or there is no image, ModelError and StoreError.
     """
     state = weights_bytes(asked.config)
     adapter = load(asked.config, state, asked.device, str(Path.cwd()))
     plan = make_plan(asked.config, weights_sha256=sha256_of(state), workforce=Workforce(1, on_gpu=False))
-    known = {_name(line): line for line in _standing(folder, _identity(asked, adapter))}
+    known = {_name(line): line for line in _earlier_lines(folder, _identity(asked, adapter))}
     lines: list[Line] = []
 
-    def left() -> Iterator[Picture]:
+    def unmeasured() -> Iterator[Picture]:
         for one in pictures(plan, asked.config, adapter.input_size):
-            stands = known.get((one.number, one.facts.key, one.facts.sha256))
-            if stands is None:
+            line = known.get((one.number, one.facts.key, one.facts.sha256))
+            if line is None:
                 yield one
             else:
-                lines.append(stands)
+                lines.append(line)
 
     with (folder / READINGS).open("a") as file:
-        for made in _measured(left(), max(0, plan.num_records - len(known)), adapter, asked, console):
+        for made in _measured(unmeasured(), max(0, plan.num_records - len(known)), adapter, asked, console):
             file.write("".join(json.dumps(line) + "\n" for line in made))
             file.flush()
             lines += made
@@ -100,7 +100,7 @@ def _name(line: Line) -> tuple[int, str, str | None]:
 
 
 def _identity(asked: CurveRequest, adapter: ModelAdapter) -> dict[str, Any]:
-    """All that an image's readings depend on beside the image."""
+    """All settings that an image's readings depend on."""
     return {
         "curve": CURVE_VERSION,
         "model": adapter.name,
@@ -114,8 +114,8 @@ def _identity(asked: CurveRequest, adapter: ModelAdapter) -> dict[str, Any]:
     }
 
 
-def _standing(folder: Path, identity: Mapping[str, Any]) -> list[Line]:
-    """The lines that an earlier run of the same identity left, without one that was cut off."""
+def _earlier_lines(folder: Path, identity: Mapping[str, Any]) -> list[Line]:
+    """The complete lines of an earlier run with the same identity; an incomplete last line is removed."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / READINGS
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
@@ -133,7 +133,7 @@ def _standing(folder: Path, identity: Mapping[str, Any]) -> list[Line]:
 
 
 def pictures(plan: Plan, config: JobConfig, input_size: tuple[int, int]) -> Iterator[Picture]:
-    """The images that can be decoded, one unit of them in memory at a time."""
+    """Yields the images that can be decoded; one unit of them is in memory at a time."""
     source, _ = open_named(config.data, config.endpoint_url)
     number = 0
     for unit in plan.units:
@@ -146,13 +146,13 @@ def pictures(plan: Plan, config: JobConfig, input_size: tuple[int, int]) -> Iter
 
 
 def _measured(
-    left: Iterator[Picture], expected: int, adapter: ModelAdapter, asked: CurveRequest, console: Console
+    images: Iterator[Picture], expected: int, adapter: ModelAdapter, asked: CurveRequest, console: Console
 ) -> Iterator[list[Line]]:
-    """The lines of a few images at a time, behind a progress line."""
+    """Yields the lines of a few images at a time, with a progress line."""
     bench: FidelityBench | None = None
     size = images_at_once(adapter)
     with progress(console, Tally(expected, None, verb="measure")) as update:
-        for some in chunks(left, size):
+        for some in chunks(images, size):
             inputs = adapter.normalise(torch.from_numpy(np.stack([one.pixels for one in some])).permute(0, 3, 1, 2))
             if bench is None:
                 forward, found = choose(adapter, Wish("float32", asked.batch_size))
@@ -170,7 +170,7 @@ def _measured(
 
 
 def _region(asked: CurveRequest, adapter: ModelAdapter, one: Picture, index: int) -> Region | str | None:
-    """Where the predicted class is, or in words why its annotation is of no use."""
+    """The region of the predicted class, or a sentence that says why its annotation cannot be used."""
     assert one.facts.height is not None
     assert one.facts.width is not None
     labels = labels_of(asked.class_map, index, adapter.class_name(index))
@@ -185,7 +185,7 @@ def _line(one: Picture, readings: Sequence[Reading]) -> Line:
 
 
 def summarise(lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """One row per method: forwards, means with 95 % intervals, and paired differences to full SISE."""
+    """The table, one row per method: forwards, means with 95 % intervals, and paired differences to full SISE."""
     sound = [line for line in lines if FULL in line["methods"]]
     names = [method.name for method in METHODS if any(method.name in line["methods"] for line in sound)]
     hashes = key_hashes([f"{line['image']}/{line['key']}" for line in sound])
@@ -207,7 +207,7 @@ def summarise(lines: Sequence[Line]) -> list[dict[str, Any]]:
                 row[f"{measure}_difference"] = [paired.difference, paired.low, paired.high]
     for row in rows[1:]:
         inside = [_inside(row[f"{AREA}_difference"], AREA_MARGIN), _inside(row["drop_difference"], DROP_MARGIN)]
-        row["loses_nothing"] = row["images"] >= LEAST_IMAGES and all(inside)
+        row["loses_nothing"] = row["images"] >= MIN_IMAGES and all(inside)
     return rows
 
 

@@ -1,4 +1,4 @@
-"""The race: our Score-CAM and occlusion against the peers' on the same network, images and masks, in one run."""
+"""The race: our Score-CAM and occlusion against other libraries' on the same network, images and masks, in one run."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,21 +31,21 @@ Job = Literal["Score-CAM", "occlusion"]
 REPEATS = 5
 PACKAGES = ("pytorch_grad_cam", "torchcam", "captum")
 LAYER = "last_block"
-"""What the peers call the module that returns the last block."""
+"""Name of the module that returns the last block, for the peers."""
 CPU_BATCH_SIZES = (1, 4, 8, 16, 32, 64)
 GPU_BATCH_SIZES = (*CPU_BATCH_SIZES, 128, 256)
 NUM_PROBED = 64
-"""Masked inputs after which a probe of a batch size ends, or two batches if they are more."""
+"""Masked inputs after which a probe of a batch size ends; two batches, if that is more."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One implementation, set up in one way."""
+    """One implementation with one setup."""
 
     name: str
     job: Job
     how: str
-    """As shipped, or helped, and with what."""
+    """The setup in words: as shipped, or helped, and by what."""
     run: Callable[[Tensor], int]
     """Explains the predicted class of one normalised image [1, 3, H, W]; returns the masked forwards it made."""
     is_ours: bool = False
@@ -53,7 +53,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Row:
-    """What one contender did."""
+    """The figures of one contender."""
 
     contender: Contender
     num_forwards: int
@@ -61,16 +61,16 @@ class Row:
     best: float
     """Masked forwards per second in the fastest repeat: of CPU time on a CPU, of wall time on a GPU."""
     median: float
-    """The same in the middle one."""
+    """Masked forwards per second in the median repeat."""
     ahead: float
-    """Our best rate at the same job over `best`; 1 for our fastest, NaN where we do not take part."""
+    """Our best rate at the same job divided by `best`; 1 for our fastest, NaN without a contender of ours."""
 
     def figures(self) -> dict[str, str | float]:
-        """As plain values."""
+        """The figures as plain values."""
         own = self.contender
-        who: dict[str, str | float] = {"name": own.name, "job": own.job, "how": own.how}
+        names: dict[str, str | float] = {"name": own.name, "job": own.job, "how": own.how}
         return {
-            **who,
+            **names,
             "forwards": self.num_forwards,
             "forwards_per_second": self.best,
             "median_forwards_per_second": self.median,
@@ -80,13 +80,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Race:
-    """A race's rows, in the order of its contenders, and how it was run."""
+    """A race's rows, in the order of its contenders, and its settings."""
 
     rows: tuple[Row, ...]
     num_images: int
     repeats: int
     num_threads: int
-    """That torch had on the CPU."""
+    """Torch's threads on the CPU."""
 
 
 def contenders(
@@ -94,10 +94,10 @@ def contenders(
     forwards: Sequence[tuple[ForwardSetting, Forward]],
     windows: OcclusionParameters | None = None,
 ) -> list[Contender]:
-    """Ours with each of these forward passes, then each peer as shipped and helped; call it outside `borrowed()`.
+    """Ours with each of these forward passes, then each peer as shipped and helped. Call it outside `borrowed()`.
 
-    Helped is: channels last, the fastest of the batch sizes, which is probed here, and float16 on a GPU.
-    Raises ConfigError where a peer is not installed.
+    Helped means: channels last, the fastest batch size (probed here), and float16 on a GPU. Raises ConfigError if a
+    peer is not installed.
     """
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
@@ -115,10 +115,10 @@ def race(
     repeats: int = REPEATS,
     begin: Callable[[Contender], None] = lambda _: None,
 ) -> Race:
-    """All contenders over all images in turn, again and again: what else the machine does meets them alike.
+    """Runs all contenders on all images in turn, `repeats` times, so that other load on the machine affects all alike.
 
-    Nothing is warmed up: the first repeat may be slow, and best and median pass over it. `begin` hears whose
-    turn it is.
+    There is no warm-up: the first repeat may be slow, and best and median ignore it. `begin` is called with each
+    contender before its turn.
     """
     counts: list[list[int]] = [[] for _ in contenders]
     seconds: list[list[float]] = [[] for _ in contenders]
@@ -148,7 +148,7 @@ def _ours_at(job: Job, contenders: Sequence[Contender], rates: Sequence[Sequence
 
 
 def _now(device: torch.device) -> float:
-    """Seconds of this process's CPU time, or of wall time once a GPU has done all it was given."""
+    """Seconds of this process's CPU time; for a GPU, of wall time after its work is finished."""
     if device.type == "cpu":
         return time.process_time()
     torch.cuda.synchronize(device)
@@ -161,7 +161,7 @@ def _now(device: torch.device) -> float:
 def _ours(
     adapter: ModelAdapter, setting: ForwardSetting, forward: Forward, windows: OcclusionParameters
 ) -> list[Contender]:
-    """Both jobs, one image at a time as the peers take them."""
+    """Our contenders for both jobs, one image at a time as the peers do."""
     options = {"batch_size": setting.batch_size, "images_per_pass": 1, "forward": forward}
     explainers: dict[Job, Explainer] = {
         "Score-CAM": ScoreCam(adapter, ScoreCamParameters(), **options),
@@ -180,12 +180,12 @@ def _explain(explainer: Explainer, image: Tensor) -> int:
     return found.num_forwards
 
 
-# ---------------------------------------------------------------- what peers are given
+# ---------------------------------------------------------------- networks for the peers
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A network of the peers' own, which they may hang hooks on."""
+    """A copy of the network for a peer, which may add hooks to it."""
 
     module: nn.Module
     layer: str
@@ -201,12 +201,12 @@ class Subject:
 
     @property
     def reshape(self) -> Callable[[Tensor], Tensor] | None:
-        """What makes feature maps [N, C, h, w] of the layer's output; None: it is that already."""
+        """Turns the layer's output into feature maps [N, C, h, w]; None if it has that shape already."""
         layout = self.block.layout
         return None if layout is None or layout.kind == "channels first" else layout.maps
 
     def num_masks(self, job: Job, image: Tensor) -> int:
-        """How many masks the job has on this network, constant maps included."""
+        """The number of masks of the job on this network, constant maps included."""
         if job == "Score-CAM":
             return self.block.channels
         rows, columns = (len(window_starts(side, self.windows.window, self.windows.stride)) for side in image.shape[2:])
@@ -223,11 +223,11 @@ def _subject(
 
 
 def _with_layer(adapter: ModelAdapter, block: Place) -> tuple[nn.Module, str]:
-    """A copy of the network and the name of its sub-module that returns the block.
+    """A copy of the network, and the name of its sub-module that returns the block.
 
-    The copy of a traced network is its graph, the same operations, with an identity behind the block. The peers want
-    a module, and there may be none: an activation may be a function, or a module that serves many layers, of whose
-    outputs pytorch-grad-cam takes the first and torch-cam the last (EfficientNet-Lite0 has one for stem and head).
+    The copy of a traced network is its graph with an identity module after the block. The peers need a module, but the
+    block may have none: an activation may be a function, or a module that several layers share. Of a shared module's
+    outputs pytorch-grad-cam takes the first and torch-cam the last (EfficientNet-Lite0 shares one of stem and head).
     """
     graph = adapter.network.graph
     if graph is None:
@@ -254,16 +254,16 @@ class Peer:
     batch_size: int
     """Its default."""
     num_plain: int
-    """Forwards of the whole image that it makes, or its user for it, before those of masked ones."""
+    """Forwards of the whole image, by the library or its user, before the masked ones."""
     explain: Callable[[Subject, Tensor, int], Tensor]
-    """A map of the predicted class of an image [1, 3, H, W], with this batch size."""
+    """Returns a map of the predicted class of an image [1, 3, H, W], with this batch size."""
 
 
 def _by_grad_cam(subject: Subject, image: Tensor, batch_size: int) -> Tensor:
     from pytorch_grad_cam import ScoreCAM
 
     cam = ScoreCAM(subject.module, [subject.module.get_submodule(subject.layer)], subject.reshape)
-    cam.batch_size = batch_size  # pyright: ignore[reportAttributeAccessIssue] # its one way to say so
+    cam.batch_size = batch_size  # pyright: ignore[reportAttributeAccessIssue] # it has no parameter for it
     try:
         with redirect_stderr(StringIO()):  # it draws a progress bar
             return torch.from_numpy(cam(image, None))
@@ -318,29 +318,29 @@ def _helped(peer: Peer, adapter: ModelAdapter, windows: OcclusionParameters) -> 
 def _in_half_where_it_runs(
     peer: Peer, adapter: ModelAdapter, windows: OcclusionParameters, image: Tensor
 ) -> tuple[Subject, str]:
-    """The network in float16, or in float32 where the peer fails with that; and which it is, with the reason."""
+    """The network in float16, or in float32 if the peer fails with that, and the precision with the reason."""
     half, full = (_subject(adapter, windows, dtype, torch.channels_last) for dtype in (torch.float16, torch.float32))
     refused = _refusal(peer, half, image)
     return (half, "float16") if refused is None else (full, f"float32 ({refused})")
 
 
 def _example(adapter: ModelAdapter) -> Tensor:
-    """A picture of noise [1, 3, H, W]."""
+    """A normalised image of noise [1, 3, H, W]."""
     own = torch.Generator().manual_seed(0)
     return adapter.normalise(torch.randint(0, 256, (1, 3, *adapter.input_size), dtype=torch.uint8, generator=own))
 
 
 def _refusal(peer: Peer, half: Subject, image: Tensor) -> str | None:
-    """Why the peer does not run in float16; None: it does."""
+    """Says why the peer does not run in float16; None if it does."""
     try:
         found = peer.explain(half, half.as_input(image), peer.batch_size)
-    except Exception as error:  # noqa: BLE001 - a peer may say anything of a precision that it was not written for
+    except Exception as error:  # noqa: BLE001 - a peer may raise anything in an unsupported precision
         return f"float16 fails with {type(error).__name__}"
     return None if found.isfinite().all() else "float16 gives NaN"
 
 
 def _best_batch_size(peer: Peer, subject: Subject, image: Tensor, sizes: Sequence[int]) -> int:
-    """The size at which the peer itself is fastest, of those that fit."""
+    """The batch size at which the peer is fastest, of those that fit into memory."""
     rates: dict[int, float] = {}
     for size in sizes:
         try:
@@ -354,18 +354,18 @@ def _best_batch_size(peer: Peer, subject: Subject, image: Tensor, sizes: Sequenc
 
 
 class Enough(Exception):
-    """A probe has seen as many masked inputs as it wanted."""
+    """Ends a probe that has seen enough masked inputs."""
 
 
 class MaskedInputs:
-    """A hook that counts the masked inputs of a module, which come behind the plain ones, and can end the run."""
+    """A hook that counts a module's masked inputs, which follow the plain ones, and can end the run."""
 
     def __init__(self, num_plain: int, most: float = inf) -> None:
-        """The run ends at the first batch after `most` masked inputs, with Enough."""
+        """Raises Enough at the first batch after `most` masked inputs."""
         self.count = -num_plain
         self.most = most
         self.start = 0.0
-        """The time of the first masked batch."""
+        """Time of the first masked batch."""
 
     def __call__(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if self.count == 0:
@@ -385,21 +385,21 @@ def _counting(module: nn.Module, counter: MaskedInputs) -> Iterator[None]:
 
 
 def _masked_forwards(peer: Peer, subject: Subject, batch_size: int, image: Tensor) -> int:
-    """Has the peer explain an image, and counts; raises ConfigError where it did another job than ours."""
+    """Lets the peer explain an image and returns its masked forwards. Raises ConfigError for an unexpected number."""
     counter = MaskedInputs(peer.num_plain)
     with _counting(subject.module, counter):
         peer.explain(subject, subject.as_input(image), batch_size)
     wanted = subject.num_masks(peer.job, image)
     if counter.count != wanted:
         raise ConfigError(
-            f"{peer.name} scored {counter.count} masks where {wanted} were meant: its layer {subject.layer!r} does not "
+            f"{peer.name} scored {counter.count} masks, expected {wanted}: its layer {subject.layer!r} does not "
             f"return the last block's {subject.block.channels} maps alone; race a model that torch.fx can trace"
         )
     return counter.count
 
 
 def _probed_rate(peer: Peer, subject: Subject, batch_size: int, image: Tensor) -> float:
-    """Masked forwards per second of the peer's first batches, what it does before them left out."""
+    """Masked forwards per second of the peer's first batches, without what it does before them."""
     counter = MaskedInputs(peer.num_plain, max(NUM_PROBED, 2 * batch_size))
     with _counting(subject.module, counter), suppress(Enough):
         peer.explain(subject, subject.as_input(image), batch_size)

@@ -1,4 +1,4 @@
-"""Photographs from a package, for the demo, the benchmark and the notebooks."""
+"""Photographs from scikit-image, for the demo, the benchmark and the notebooks."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ PHOTOGRAPHS = ("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "moto
 
 
 def photographs() -> dict[str, bytes]:
-    """The photographs' bytes by name. Raises ConfigError where the demo extra is not installed."""
+    """The photographs' bytes by file name. Raises ConfigError if the demo extra is not installed."""
     try:
         import skimage
     except ImportError as error:

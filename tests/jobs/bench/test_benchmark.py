@@ -185,7 +185,7 @@ def test_the_summary_by_hand():
     """A budget 0.002 and 0.1 points away loses nothing over enough images; Ada at 0.1 does."""
     own = np.random.default_rng(0)
     lines = []
-    for number in range(curve.LEAST_IMAGES):
+    for number in range(curve.MIN_IMAGES):
         noise = own.normal(size=2)
         methods = {
             FULL: values(100, 20.0, 0.6, 0.2),
@@ -196,7 +196,7 @@ def test_the_summary_by_hand():
     lines.append(line(999))  # an image without a finite map
     rows = {row["method"]: row for row in summarise(lines)}
     assert list(rows) == [FULL, "Ada-SISE", "budget 0.1"]
-    assert rows[FULL]["images"] == curve.LEAST_IMAGES
+    assert rows[FULL]["images"] == curve.MIN_IMAGES
     assert rows[FULL][curve.AREA][0] == pytest.approx(0.4)
     assert "loses_nothing" not in rows[FULL]
     assert rows["Ada-SISE"]["forwards"] == 30.5

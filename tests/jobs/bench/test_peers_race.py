@@ -120,9 +120,7 @@ def test_a_layer_with_other_maps_is_refused():
     (one,) = [
         one for one in field_of(adapter_of(Untraceable)) if one.name == "pytorch-grad-cam" and "shipped" in one.how
     ]
-    with pytest.raises(
-        ConfigError, match=r"pytorch-grad-cam scored 6 masks where 9 were meant: its layer 'activation'"
-    ):
+    with pytest.raises(ConfigError, match=r"pytorch-grad-cam scored 6 masks, expected 9: its layer 'activation'"):
         one.run(image())
 
 
