@@ -335,12 +335,12 @@ def test_a_method_without_side_products_has_no_such_section(output):
 
 def test_pictures_of_side_products_keep_the_page_small():
     num_films, num_singles = 2, 3
-    most = num_films * galleries.BEHIND.most * MAX_FILM_BYTES + num_singles * MAX_SINGLE_BYTES
-    assert galleries.BEHIND.most >= MAX_BEST
+    most = num_films * galleries.PRODUCT_SIZES.most * MAX_FILM_BYTES + num_singles * MAX_SINGLE_BYTES
+    assert galleries.PRODUCT_SIZES.most >= MAX_BEST
     assert (galleries.NUM_WITH_PRODUCTS * most + MAX_PICTURES * sum(MAX_BYTES.values())) * 4 / 3 < 8_500_000
-    noise = np.random.default_rng(0).integers(0, 256, (galleries.BEHIND.single,) * 2 + (3,), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (galleries.PRODUCT_SIZES.single,) * 2 + (3,), dtype=np.uint8)
     assert len(galleries._jpeg(noise, MAX_SINGLE_BYTES)) <= MAX_SINGLE_BYTES
-    small = noise[: galleries.BEHIND.film, : galleries.BEHIND.film]
+    small = noise[: galleries.PRODUCT_SIZES.film, : galleries.PRODUCT_SIZES.film]
     assert len(galleries._jpeg(small, MAX_FILM_BYTES)) <= MAX_FILM_BYTES
 
 
