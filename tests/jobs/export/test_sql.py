@@ -354,7 +354,7 @@ def test_a_fragment_that_is_damaged_later_is_named_too(tmp_path):
 
 
 def test_bytes_that_its_reader_stumbles_over_are_damage():
-    with pytest.raises(UnreconciledError, match="what stands, `blocksight verify` says more: Out of buffer"):
+    with pytest.raises(UnreconciledError, match="the output, `blocksight verify` says more: Out of buffer"):
         raise _refused(duckdb.Error("Out of buffer"))
 
 
