@@ -25,7 +25,7 @@ from blocksight.jobs.plan.bootstrap import (
     key_hashes,
 )
 from blocksight.jobs.plan.config import ConfigError
-from blocksight.jobs.plan.forward_setting import mixture, planned_forward, protocol_of
+from blocksight.jobs.plan.forward_setting import planned_forward, protocol_of, setting_difference
 from blocksight.jobs.work.rows import Output, refuse_other_inputs
 from blocksight.storage.outputs.schema import METRICS as METRICS_STRUCT
 from blocksight.storage.outputs.schema import OK
@@ -116,7 +116,7 @@ def compare(outputs: Sequence[Output]) -> Comparison:
             sums[column] = sums[column] + own if column in sums else own
     columns = sorted(sums, key=lambda column: (list(METRICS).index(column.metric), column.protocol))
     cells = tuple(_cells(columns, sums))
-    note = mixture({output.name: planned_forward(output.store) for output in outputs})
+    note = setting_difference({output.name: planned_forward(output.store) for output in outputs})
     absences = tuple(_absences(methods, cells, reasons))
     return Comparison(tuple(methods.values()), tuple(columns), cells, absences, () if note is None else (note,))
 

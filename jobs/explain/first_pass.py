@@ -18,7 +18,7 @@ from blocksight.jobs.explain.step import IMAGES_PER_CHUNK, ExplainStep
 from blocksight.jobs.ledger.attempt_markers import FOLDER
 from blocksight.jobs.plan.context import JobContext
 from blocksight.jobs.plan.records import RecordFacts, Unit
-from blocksight.jobs.work.attempts import CAREFUL_DEATHS, marked, open_worker_stores
+from blocksight.jobs.work.attempts import CAREFUL_DEATHS, attempt_marker, open_worker_stores
 from blocksight.jobs.work.error_classes import is_of_unit
 from blocksight.jobs.work.isolation import Isolated, ProcessDiedError, called
 from blocksight.jobs.work.progress import Tally, progress
@@ -44,7 +44,7 @@ def learn(context: JobContext, units: Sequence[Unit], weights: bytes | None) -> 
     Seed and names alone choose the images and their order. After several deaths each image is first tried in a child
     process, and left out if that dies. Raises ModelError and StoreError.
     """
-    with marked(open_worker_stores(context), STEP) as num_deaths, watchdog():
+    with attempt_marker(open_worker_stores(context), STEP) as num_deaths, watchdog():
         step = ExplainStep(context, weights)
         learner = step.explainer.learner()
         images = _images(context, units)

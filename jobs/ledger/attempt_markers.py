@@ -1,4 +1,4 @@
-"""The markers of attempts: where they lie, and which of them are removed when a run stops."""
+"""Attempt markers: their folder, and removing those of a run that was stopped."""
 
 from blocksight.storage.stores.store import ObjectStore
 
@@ -6,7 +6,7 @@ FOLDER = "_job/attempts/"
 
 
 def forget_interrupted(output: ObjectStore, run_id: str) -> None:
-    """Removes the markers of a run that was asked to stop: its attempts were broken off, and died of no record."""
+    """Removes the markers of a run that was asked to stop: no record killed its attempts."""
     for info in output.list(FOLDER):
         if f"-{run_id}-" in info.key:
             output.delete(info.key)

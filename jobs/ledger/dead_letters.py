@@ -1,4 +1,4 @@
-"""Dead letters: units that are given up, each with its cause, until somebody retries them."""
+"""Dead letters: units that are given up, each with its cause, until a retry."""
 
 import json
 from collections.abc import Iterable
@@ -17,14 +17,14 @@ FOLDER = "_job/dead/"
 
 
 def letter_key(unit_id: str) -> str:
-    """Where a unit's dead letter stands below the output's root."""
+    """The key of a unit's dead letter below the output's root."""
     return f"{FOLDER}{unit_id}.json"
 
 
 def give_up(output: ObjectStore, unit: Unit, stage: str, cause: Cause, error: str) -> DeadLetter | Receipt:
-    """Writes the unit's dead letter, unless its fragment stands: then another attempt was luckier, and counts.
+    """Writes the unit's dead letter, or returns its receipt if another attempt has committed its fragment.
 
-    A fragment that can be neither written nor looked at is not looked for: should it stand, it outweighs the letter.
+    If the output is unwritable the fragment is not looked for; a fragment outweighs the dead letter anyway.
     """
     receipt = adopt(output, unit) if cause is not Cause.OUTPUT_UNWRITABLE else None
     if receipt is not None:
@@ -36,7 +36,7 @@ def give_up(output: ObjectStore, unit: Unit, stage: str, cause: Cause, error: st
 
 
 def write_letter(output: ObjectStore, letter: DeadLetter) -> None:
-    """Writes the letter, unless one of the unit stands already."""
+    """Writes the dead letter, unless the unit already has one."""
     with suppress(AlreadyExistsError):
         output.create(letter_key(letter.unit_id), json.dumps(asdict(letter), indent=1, sort_keys=True).encode())
 

@@ -1,4 +1,4 @@
-"""Leftovers: what runs that died left beside the truth, and what of it is safe to remove."""
+"""Garbage collection: finds and removes what dead runs left behind."""
 
 from collections.abc import Iterator
 
@@ -11,20 +11,20 @@ from blocksight.storage.stores.retrying import PatientStore, is_probe
 from blocksight.storage.stores.store import ObjectStore
 
 PROBE_PREFIX = "_job/probe-"
-"""Of the objects with which a run tries what the store can do."""
+"""Of the objects that test what the store can do."""
 
 YOUNG_SECONDS = 3_600.0
-"""An unfinished file of the last hour may still have its writer."""
+"""A process may still be writing an unfinished file of the last hour."""
 
 
 def collect_garbage(store: ObjectStore, job_state: JobState, *, dry_run: bool = False) -> list[str]:
     """Removes markers and letters of committed units, lost plans, unfinished files and, once the job is
     finished, probes and signs to stop; returns their names.
 
-    Nothing that carries a fact goes: no fragment, receipt, plan, manifest, or letter of a dead unit.
+    Never removes a fragment, receipt, plan, manifest, or dead letter of a dead unit.
     """
-    names = [*_settled(store, job_state), *_lost_plans(store)]
-    if final_manifest(store, job_state.plan) is not None:  # nobody is at work who might still need them
+    names = [*_markers_of_committed(store, job_state), *_lost_plans(store)]
+    if final_manifest(store, job_state.plan) is not None:  # no run needs them any more
         names += [info.key for info in store.list(PROBE_PREFIX)]
         names += [info.key for folder in UNIT_FOLDERS for info in store.list(folder) if is_probe(info.key)]
         names += [info.key for info in store.list(RUNS_FOLDER) if info.key.endswith(f"/{STOP_REQUEST_NAME}")]
@@ -32,19 +32,19 @@ def collect_garbage(store: ObjectStore, job_state: JobState, *, dry_run: bool = 
         for name in names:
             store.delete(name)
     plain = store.store if isinstance(store, PatientStore) else store
-    if isinstance(plain, LocalStore):  # in a bucket every write is whole or not at all
+    if isinstance(plain, LocalStore):  # a bucket has no unfinished objects
         names += plain.sweep(YOUNG_SECONDS, dry_run=dry_run)
     return names
 
 
 def remove_committed_traces(store: ObjectStore, job_state: JobState) -> None:
-    """Removes the markers and dead letters of units whose fragments stand."""
-    for name in list(_settled(store, job_state)):
+    """Removes the markers and dead letters of committed units."""
+    for name in list(_markers_of_committed(store, job_state)):
         store.delete(name)
 
 
-def _settled(store: ObjectStore, job_state: JobState) -> Iterator[str]:
-    """Markers and dead letters of units whose fragments stand."""
+def _markers_of_committed(store: ObjectStore, job_state: JobState) -> Iterator[str]:
+    """The keys of markers and dead letters of committed units."""
     for folder in (attempt_markers.FOLDER, dead_letters.FOLDER):
         for info in store.list(folder):
             unit_id = info.key.removeprefix(folder).partition("/")[0].removesuffix(".json")
@@ -53,7 +53,7 @@ def _settled(store: ObjectStore, job_state: JobState) -> Iterator[str]:
 
 
 def _lost_plans(store: ObjectStore) -> Iterator[str]:
-    """Lists of units that no plan names: of drivers that planned at once, or died before they were done."""
+    """The keys of unit lists that the plan does not name, of drivers that planned at the same time or died."""
     named = plan_document(store)
     for info in store.list(f"{PLAN_FOLDER}units-"):
         if named is not None and info.key != named["units"]:

@@ -1,4 +1,4 @@
-"""Reads the tables and the maps of an output for whoever shows them: what is damaged is named, with the way out."""
+"""Reads an output's tables and maps. A damaged object raises an error that names it and says how to repair it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -21,20 +21,20 @@ MAP_SIDES = ("map_height", "map_width")
 
 
 def fragment_of(store: ObjectStore, key: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows of a committed fragment. Raises StoreError, and UnreconciledError where it is damaged.
+    """The rows of a committed fragment. Raises StoreError, and UnreconciledError if it is damaged.
 
-    Maps are those of the plan's model: one of another size is damage before anything is allocated for it.
+    A map of another size than the model's input is damage, found before memory is allocated for it.
     """
     table = table_of(store, key, SCHEMA, columns)
     if set(MAP_SIDES) <= set(table.column_names):
-        odd = next(odd_sizes(table, model_facts(store)["input_size"]), None)
+        odd = next(map_size_faults(table, model_facts(store)["input_size"]), None)
         if odd is not None:
             raise damaged(store.uri, key, odd)
     return table
 
 
-def odd_sizes(table: pa.Table, input_size: tuple[int, int]) -> Iterator[str]:
-    """Says of each map that it has another size than the model's input (height, width), over which maps lie."""
+def map_size_faults(table: pa.Table, input_size: tuple[int, int]) -> Iterator[str]:
+    """One sentence per map whose size is not the model's input size (height, width)."""
     rows = table.select(["key", *MAP_SIDES])
     is_odd = [pc.field(name) != side for name, side in zip(MAP_SIDES, input_size, strict=True)]
     for row in rows.filter(is_odd[0] | is_odd[1]).to_pylist():
@@ -59,13 +59,13 @@ def table_of(store: ObjectStore, key: str, schema: pa.Schema, columns: Sequence[
 def model_facts(store: ObjectStore) -> Mapping[str, Any]:
     """The fields of `blocksight.jobs.plan.records.ModelFacts`, of the model that made the maps.
 
-    Raises MissingError before it was loaded, and UnreconciledError where the object is damaged.
+    Raises MissingError before it was loaded, and UnreconciledError if the object is damaged.
     """
     return vars(read_document(store, MODEL_KEY, ModelFacts))
 
 
 def map_of(row: Mapping[str, Any]) -> NDArray[np.float32]:
-    """The map [H, W] in [0, 1] of an explained row. Raises UnreconciledError where its bytes are damaged."""
+    """The map [H, W] in [0, 1] of an explained row. Raises UnreconciledError if its bytes are damaged."""
     try:
         return decode_map(row["map"] or b"", (row["map_height"], row["map_width"]))
     except MapError as error:

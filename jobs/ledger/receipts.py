@@ -1,4 +1,4 @@
-"""Receipts: what each committed unit holds, made from the fragment's own bytes so that any can be rebuilt."""
+"""Receipts: what each committed unit holds, computed from the fragment's bytes, so that each can be rebuilt."""
 
 import hashlib
 import json
@@ -21,11 +21,11 @@ from blocksight.storage.stores.store import AlreadyExistsError, DamagedError, Ob
 
 COLUMNS = ["shard", "shard_index", "status", "reject_code", "num_forwards", "metrics"]
 READERS = 16
-"""Small objects that are read at once."""
+"""Small objects read at the same time."""
 
 
 def receipt_of(unit: Unit, body: bytes) -> Receipt:
-    """The receipt of a fragment with these bytes. Raises UnreconciledError where they are no fragment."""
+    """The receipt of a fragment with these bytes. Raises UnreconciledError if they are no fragment."""
     try:
         rows = read_fragment(body, COLUMNS)
     except DamagedError as error:
@@ -49,7 +49,7 @@ def receipt_of(unit: Unit, body: bytes) -> Receipt:
 
 
 def commit_facts(receipt: Receipt) -> dict[str, str]:
-    """What the fragment's object metadata says of it, beside the attempt."""
+    """The fragment's object metadata, without the attempt id."""
     return {
         "sha256": receipt.sha256,
         "records": str(receipt.num_records),
@@ -64,7 +64,7 @@ def _one_row_per_record(rows: pa.Table) -> list[dict[str, Any]]:
 
 
 def _metric_sums(metrics: Iterable[Mapping[str, Any] | None]) -> dict[str, MetricSum]:
-    """Sum and count of every metric, apart by protocol: `drop@PROTOCOL` to {"sum", "count"}."""
+    """Sum and count of each metric and protocol: `drop@PROTOCOL` to {"sum", "count"}."""
     values: dict[str, list[float]] = {}
     for row in metrics:
         if row is None:
@@ -88,14 +88,14 @@ def metric_means(receipts: Iterable[Receipt]) -> dict[str, MetricMean]:
 
 
 def receipt_key(unit_id: str) -> str:
-    """Where a unit's receipt stands below the output's root."""
+    """The key of a unit's receipt below the output's root."""
     return f"_job/receipts/{unit_id}.json"
 
 
 def write_receipt(store: ObjectStore, receipt: Receipt) -> None:
-    """Writes the receipt once; one that stands already says the same of the same fragment.
+    """Writes the receipt once; an existing one has the same content.
 
-    Where this one object cannot be written, the job does without: the fragment says all that it must know.
+    A receipt that cannot be written is left out: it can be rebuilt from the fragment.
     """
     body = json.dumps(asdict(receipt), indent=1, sort_keys=True).encode()
     with suppress(AlreadyExistsError, OutputError):
@@ -103,7 +103,7 @@ def write_receipt(store: ObjectStore, receipt: Receipt) -> None:
 
 
 def adopt(store: ObjectStore, unit: Unit) -> Receipt | None:
-    """The receipt of the unit whose fragment stands already, whoever made it; None: none stands."""
+    """The receipt of a unit that is already committed, written if missing; None if it is not committed."""
     if store.head(unit.fragment_key) is None:
         return None
     receipt = receipt_of(unit, store.read(unit.fragment_key))
@@ -114,7 +114,7 @@ def adopt(store: ObjectStore, unit: Unit) -> Receipt | None:
 def read_receipts(store: ObjectStore, units: Iterable[Unit]) -> dict[str, Receipt]:
     """The receipts of committed units, by unit id; one that is missing is rebuilt from its fragment and written.
 
-    What is committed is what stands under `data/`: the listing decides, never a receipt.
+    A unit is committed if its fragment is under `data/`: the listing decides, never a receipt.
     """
     fragments = {info.key for info in store.list("data/")}
     written = {info.key for info in store.list("_job/receipts/")}
@@ -125,7 +125,7 @@ def read_receipts(store: ObjectStore, units: Iterable[Unit]) -> dict[str, Receip
 
 
 def written_receipt(store: ObjectStore, unit: Unit) -> Receipt:
-    """The receipt as it was written. Raises MissingError, and UnreconciledError where it is damaged or another's."""
+    """The stored receipt. Raises MissingError, and UnreconciledError if it is damaged or of another unit."""
     key = receipt_key(unit.unit_id)
     receipt = read_document(store, key, Receipt, MAX_RECEIPT_BYTES)
     found = (receipt.unit_id, receipt.ordinal, receipt.fragment)
@@ -139,7 +139,7 @@ def _receipt(store: ObjectStore, unit: Unit, is_written: bool) -> Receipt:
     if is_written:
         try:
             return written_receipt(store, unit)
-        except UnreconciledError:  # a damaged receipt says nothing that the fragment does not
+        except UnreconciledError:  # it is rebuilt from the fragment
             store.delete(receipt_key(unit.unit_id))
         except OutputError:
             return receipt_of(unit, store.read(unit.fragment_key))

@@ -1,4 +1,4 @@
-"""Reconciliation: what the bucket holds against what was planned, by sets of identities and never by counts."""
+"""Reconciliation: compares the bucket with the plan, by sets of identities and never by counts."""
 
 import json
 from collections import Counter
@@ -13,7 +13,7 @@ import pyarrow as pa
 from typing_extensions import TypedDict
 
 from blocksight.jobs.ledger.dead_letters import letter_key, read_letters
-from blocksight.jobs.ledger.output import MAP_SIDES, model_facts, odd_sizes
+from blocksight.jobs.ledger.output import MAP_SIDES, map_size_faults, model_facts
 from blocksight.jobs.ledger.receipts import (
     READERS,
     commit_facts,
@@ -35,7 +35,7 @@ from blocksight.storage.stores.store import AlreadyExistsError, DamagedError, Mi
 
 MANIFEST_KEY = "_job/final/manifest.json"
 OF_ATTEMPT = ("attempt", "explain_seconds", "forward", "worker")
-"""What a receipt says of the attempt: the fragment does not hold it."""
+"""The receipt's fields about the attempt, which the fragment does not hold."""
 MAX_NAMED = 3
 """Records that one fault names."""
 ROW_COLUMNS = ["key", "shard", "shard_index", "unit_id", "status", "target_index"]
@@ -60,7 +60,7 @@ class NamedFragment(TypedDict):
 
 
 class Manifest(TypedDict):
-    """What is written last, once: the whole of a finished job."""
+    """The summary of a finished job, written last and once."""
 
     fingerprint: str
     num_units: Count
@@ -86,9 +86,9 @@ class JobState:
     dead: Mapping[str, DeadLetter]
     """Of the units that are given up, by unit id."""
     outweighed: Sequence[str] = ()
-    """Units with a letter and a fragment, which a slower attempt committed after all: the fragment counts."""
+    """Units with a dead letter and a fragment, which a slower attempt committed later: the fragment counts."""
     strangers: Sequence[str] = ()
-    """What stands under `data/` and was not planned."""
+    """Keys under `data/` that were not planned."""
 
     @property
     def open_units(self) -> list[Unit]:
@@ -121,12 +121,12 @@ def read_job_state(store: ObjectStore, plan: Plan) -> JobState:
 
 
 def _listed_fragments(store: ObjectStore) -> set[str]:
-    """What stands under `data/`, without the probes of what can be written there."""
+    """The keys under `data/`, without probes."""
     return {info.key for info in store.list("data/") if not is_probe(info.key)}
 
 
 def final_manifest(store: ObjectStore, plan: Plan) -> Manifest | None:
-    """The manifest of a finished job; None: it is not finished. Raises UnreconciledError where it is damaged."""
+    """The manifest of a finished job; None if it is not finished. Raises UnreconciledError if it is damaged."""
     most = MAX_RECEIPT_BYTES + MAX_MANIFEST_BYTES_PER_UNIT * len(plan.units)
     try:
         return read_document(store, MANIFEST_KEY, Manifest, most)
@@ -135,7 +135,7 @@ def final_manifest(store: ObjectStore, plan: Plan) -> Manifest | None:
 
 
 def num_accepted(manifest: Manifest | None) -> int:
-    """The dead units that a job was finished without; 0 where it is not finished."""
+    """The number of dead units that a job was finished without; 0 if it is not finished."""
     return len(manifest["dead"]) if manifest is not None else 0
 
 
@@ -202,11 +202,11 @@ def _manifest(job_state: JobState) -> Manifest:
 
 @dataclass
 class _Shard:
-    """What was seen of the shard that is being checked, across its units."""
+    """The shard that is being checked, across its units."""
 
     name: str = ""
     next_index: int | None = 0
-    """Index that the next record must have; None where the unit before it is not committed."""
+    """Index that the next record must have; None if the unit before it is not committed."""
     keys: set[str] = field(default_factory=set)
     """Of explained records."""
 
@@ -267,15 +267,15 @@ def _differences(said: Mapping[str, Any], receipt: Receipt, key: str, where: str
 
 
 def _receipt_faults(store: ObjectStore, unit: Unit, receipt: Receipt) -> Iterator[str]:
-    """Where the fragment and the receipt that was written for it differ."""
-    with suppress(MissingError, UnreconciledError):  # a receipt that is lost or damaged is rebuilt
+    """The differences between a fragment and its stored receipt."""
+    with suppress(MissingError, UnreconciledError):  # a missing or damaged receipt is rebuilt
         written = asdict(written_receipt(store, unit))
         said = {name: value for name, value in written.items() if name not in OF_ATTEMPT}
         yield from _differences(said, receipt, receipt.fragment, "its receipt")
 
 
 def _unit_faults(store: ObjectStore, plan: Plan, unit: Unit, shard: _Shard, found: list[Receipt]) -> Iterator[str]:
-    """The unit's faults; its receipt, made anew, joins those that were found."""
+    """The unit's faults; appends its rebuilt receipt to `found`."""
     body = store.read(unit.fragment_key)
     try:
         receipt = receipt_of(unit, body)
@@ -297,13 +297,13 @@ def _unit_faults(store: ObjectStore, plan: Plan, unit: Unit, shard: _Shard, foun
 
 
 def _size_faults(store: ObjectStore, table: pa.Table) -> Iterator[str]:
-    """Maps of another size than the model's input, the first few."""
-    with suppress(MissingError):  # no model was loaded yet: no map stands
-        yield from islice(odd_sizes(table, model_facts(store)["input_size"]), MAX_NAMED)
+    """The first few maps of another size than the model's input."""
+    with suppress(MissingError):  # no model was loaded yet: there are no maps
+        yield from islice(map_size_faults(table, model_facts(store)["input_size"]), MAX_NAMED)
 
 
 def _metadata_faults(store: ObjectStore, receipt: Receipt) -> list[str]:
-    """Where a fragment's metadata and its receipt differ."""
+    """The differences between a fragment's metadata and its receipt."""
     head = store.head(receipt.fragment)
     if head is None:
         return [f"{receipt.fragment} has a receipt and does not stand"]
@@ -329,12 +329,12 @@ def _order_faults(unit: Unit, records: Sequence[Sequence[Mapping[str, Any]]], sh
         wanted = range(first, unit.stop if is_known else first + len(found))
         shard.next_index = first + len(found)
     if len(found) != len(wanted) or any(one != other for one, other in zip(found, wanted, strict=True)):
-        odd = [str(one) for one in islice(_odd(found, wanted), MAX_NAMED)] or ["the order"]
+        odd = [str(one) for one in islice(_only_in_one(found, wanted), MAX_NAMED)] or ["the order"]
         yield f"{len(wanted)} records were planned and {len(found)} stand; they differ in {', '.join(odd)}"
 
 
-def _odd(found: Sequence[Any], wanted: Sequence[Any]) -> Iterator[Any]:
-    """What is in one of the two alone, as it is met: a damaged plan may want more than memory holds."""
+def _only_in_one(found: Sequence[Any], wanted: Sequence[Any]) -> Iterator[Any]:
+    """The items in only one of the two; lazy, because a damaged plan may want more than memory holds."""
     known = set(found)
     yield from (one for one in wanted if one not in known)
     planned = wanted if isinstance(wanted, range) else set(wanted)

@@ -1,4 +1,4 @@
-"""Retry: dead units are opened again, for the next run to work on."""
+"""Retry: opens dead units again, for the next run."""
 
 from blocksight.jobs.ledger import attempt_markers, dead_letters
 from blocksight.jobs.ledger.reconcile import final_manifest
@@ -9,9 +9,9 @@ from blocksight.storage.stores.store import ObjectStore
 
 
 def reopen(output: ObjectStore, plan: Plan, cause: str | None = None) -> list[DeadLetter]:
-    """Removes the letters of dead units (of one cause alone) and the markers of their attempts; returns them.
+    """Removes the dead letters (of one cause, if given) and the markers of their attempts; returns the dead letters.
 
-    Raises ConfigError for an unknown cause, and for a finished job: its manifest names its dead for good.
+    Raises ConfigError for an unknown cause, and for a finished job, whose manifest is final.
     """
     if cause is not None and cause not in list(Cause):
         raise ConfigError(f"cause {cause!r} is not known; known: {', '.join(Cause)}")
@@ -24,7 +24,7 @@ def reopen(output: ObjectStore, plan: Plan, cause: str | None = None) -> list[De
         for marker in output.list(f"{attempt_markers.FOLDER}{letter.unit_id}/"):
             output.delete(marker.key)
         output.delete(dead_letters.letter_key(letter.unit_id))
-    if final_manifest(output, plan) is not None:  # written meanwhile, and it names them dead
+    if final_manifest(output, plan) is not None:  # written meanwhile, with these units as dead
         for letter in letters:
             dead_letters.write_letter(output, letter)
         raise ConfigError(f"{output.uri} was finished meanwhile, without these units: nothing was opened")

@@ -1,4 +1,4 @@
-"""Stopping: a run that is asked to end takes no further unit, and finishes what is under way."""
+"""Stop requests: a run that is asked to stop takes no further unit and finishes its current ones."""
 
 import signal
 import threading
@@ -12,7 +12,7 @@ from blocksight.jobs.plan.records import UnfinishedError
 from blocksight.storage.stores.store import ObjectStore, StoreError
 
 GRACE_SECONDS = 20.0
-"""Between the request and the end: a machine that is taken back gives 30 seconds."""
+"""Between the request and the end; a preempted machine gives 30 seconds."""
 
 GO_ON = "what is committed stays, and the same command goes on from there"
 
@@ -21,25 +21,25 @@ STOP_REQUEST_NAME = "stop"
 
 
 def stop_request_key(run_id: str) -> str:
-    """The object that tells all workers of a run to take no further unit."""
+    """The key of a run's stop request, which all its workers look for."""
     return f"{RUNS_FOLDER}{run_id}/{STOP_REQUEST_NAME}"
 
 
 def is_stopped(output: ObjectStore, run_id: str) -> bool:
-    """Whether the run was asked to stop, as a worker sees it."""
+    """True if the run's stop request exists; for workers."""
     return output.head(stop_request_key(run_id)) is not None
 
 
 class Stop:
-    """The driver's wish to end a run: set once, by a signal or by what the units said."""
+    """The driver's stop request: made once, by a signal or because of the units' outcomes."""
 
     def __init__(self, output: ObjectStore, run_id: str) -> None:
         self.output, self.run_id = output, run_id
         self.reason: str | None = None
-        """Why; None: nobody asked."""
+        """Why; None if no stop was requested."""
         self.deadline = float("inf")
         """When waiting for units under way ends, on the monotonic clock."""
-        self._sign: threading.Thread | None = None
+        self._writer: threading.Thread | None = None
 
     def request(self, reason: str) -> None:
         """Asks the workers to stop; the first reason counts. Does not wait for the store."""
@@ -47,26 +47,26 @@ class Stop:
             return
         self.reason = reason
         self.deadline = time.monotonic() + GRACE_SECONDS
-        sign = threading.Thread(target=self._put_sign, args=(reason,), daemon=True)
-        sign.start()
-        self._sign = sign  # once it runs: a second signal may end this line, and nobody joins what was not started
+        writer = threading.Thread(target=self._write_request, args=(reason,), daemon=True)
+        writer.start()
+        self._writer = writer  # after the start: a second signal may interrupt, and only a started thread can be joined
 
     def clear(self) -> None:
-        """Takes the sign away, once no worker of the run is left."""
-        if self._sign is not None:
-            self._sign.join(GRACE_SECONDS)
+        """Removes the stop request; called when no worker of the run is left."""
+        if self._writer is not None:
+            self._writer.join(GRACE_SECONDS)
         self.output.delete(stop_request_key(self.run_id))
 
-    def _put_sign(self, reason: str) -> None:
-        with suppress(StoreError):  # a store that is away stops the run as well
+    def _write_request(self, reason: str) -> None:
+        with suppress(StoreError):  # a store that does not answer stops the run too
             self.output.put(stop_request_key(self.run_id), reason.encode())
 
 
 @contextmanager
 def unfinished_from(begun: Callable[[], object], stop: Stop) -> Iterator[None]:
-    """What breaks the body off becomes UnfinishedError once the work has `begun`; the second signal just ends it.
+    """Turns errors of the body into UnfinishedError once the work has `begun`; a second signal just ends the body.
 
-    Before the first unit nothing is lost, and whatever is wrong is the request's.
+    Before the first unit an error is the request's, and is raised unchanged.
     """
     try:
         yield
@@ -74,17 +74,16 @@ def unfinished_from(begun: Callable[[], object], stop: Stop) -> Iterator[None]:
         if not begun():
             raise
         raise UnfinishedError(f"{error}; {GO_ON}") from error
-    except KeyboardInterrupt:  # a second signal, or the end of the grace
+    except KeyboardInterrupt:  # a second signal, or the end of the grace period
         if stop.reason is None:
             raise
 
 
 @contextmanager
 def stopped_by_signals(stop: Stop, *, cuts_off: bool) -> Iterator[None]:
-    """Turns the first SIGTERM or SIGINT of the body into a request to stop; the second raises KeyboardInterrupt.
+    """Turns the first SIGTERM or SIGINT of the body into a stop request; the second raises KeyboardInterrupt.
 
-    `cuts_off`: the body does the work itself and cannot look at the clock, so the end of the grace is a
-    second signal.
+    `cuts_off`: the body does the work itself and cannot check the time, so a second signal ends the grace period.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

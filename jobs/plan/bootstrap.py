@@ -1,4 +1,4 @@
-"""Comparing methods: mean, bootstrap interval, paired difference, Holm's correction; sums that merge in any order."""
+"""Compares methods: mean, bootstrap interval, paired difference, Holm's correction; sums merge in any order."""
 
 import hashlib
 import math
@@ -17,7 +17,7 @@ SEED = 20230
 REPLICATES = 1000
 LEVEL = 0.95
 ROUNDING = 1e-12
-"""Differences that vary by no more than this fraction of themselves are taken as constant."""
+"""Differences that vary by no more than this fraction of themselves count as constant."""
 
 _STEP = 0x9E3779B97F4A7C15
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))

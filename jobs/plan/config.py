@@ -38,13 +38,13 @@ CODE_VERSION = "4"
 
 MAX_TARGETS = 100
 MAX_SEED = 2**63 - 1
-"""Beyond, no generator of PyTorch's takes it."""
+"""PyTorch's generators take no larger seed."""
 MAX_SENTENCE = 500
-"""Characters of what is said of a stranger's values, and of a model's name."""
+"""Characters of a message on a stranger's values, and of a model's name."""
 
 
 class ConfigError(Exception):
-    """The configuration cannot be used; the message is one sentence for the user, with the way out."""
+    """The configuration cannot be used; the message is one sentence that says what to change."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class JobConfig(BaseModel):
     @field_validator("data", "output", "weights")
     @classmethod
     def _places_have_one_spelling(cls, value: str | None, info: ValidationInfo) -> str | None:
-        """And local paths are absolute, for a worker's folder need not be the driver's."""
+        """Normalises URIs; local paths become absolute, because workers may run in other folders."""
         if not value or (info.field_name == "weights" and is_weights_name(value)):
             return value
         return _as_value(normal_place, value)
@@ -178,17 +178,17 @@ class JobConfig(BaseModel):
 
     @property
     def target_choice(self) -> TargetChoice:
-        """The target in the form that the inside knows."""
+        """The target, parsed."""
         return TargetChoice.parse(self.target)
 
     @property
     def method(self) -> Method:
-        """The explainer, with what it wraps."""
+        """The explainer, with the one it wraps."""
         return method_of(self.explainer)
 
     @property
     def level(self) -> Fidelity | None:
-        """The fidelity that rows can tell; None for methods that have none, and for a budget of the user's own."""
+        """The fidelity that rows store; None for methods without one, and for a budget that the user set."""
         parameters = self.explainer_parameters()
         has_level = isinstance(parameters, SiseParameters) and (self.fidelity != "full" or parameters.budget is None)
         return self.fidelity if has_level else None
@@ -199,9 +199,9 @@ class JobConfig(BaseModel):
         return self.model_copy(update={"fidelity": "full", "parameters": kept})
 
     def explainer_parameters(self) -> Any:
-        """The explainer's parameters, defaults and what the fidelity sets filled in.
+        """The explainer's parameters, with defaults and the fidelity's values filled in.
 
-        Raises ConfigError for an unknown or bad one, and for a fidelity that says otherwise or means nothing.
+        Raises ConfigError for an unknown or bad one, and for a fidelity that contradicts them or has no meaning.
         """
         self._check_fidelity(self.method.own.parameters)
         values = {**self.parameters, **FIDELITIES[self.fidelity]}
@@ -213,9 +213,9 @@ class JobConfig(BaseModel):
             raise ConfigError(str(error)) from error
 
     def _check_fidelity(self, kind: type) -> None:
-        """Raises ConfigError where the fidelity means nothing, or parameters say otherwise.
+        """Raises ConfigError if the fidelity has no meaning or contradicts the parameters.
 
-        They may say the same, for a plan holds both.
+        Equal values are allowed, because a plan holds both.
         """
         if self.fidelity == "full":
             return
@@ -250,13 +250,13 @@ class JobConfig(BaseModel):
 
 IDENTITY = {"data", "model", "weights", "blocks", "explainer", "parameters", "fidelity", "preset", "target", "resize"}
 IDENTITY |= {"limit", "seed", "decoding", "codec", "schema", "code"}
-"""What every version's plan says of its configuration."""
+"""The keys of the configuration in the plan of every version."""
 
 
 def check_identity(identity: Mapping[str, Any]) -> None:
-    """Raises ValueError where the values are no `JobConfig.identity`, such as a plan may hold.
+    """Raises ValueError if the values are no `JobConfig.identity`.
 
-    What other versions add is left alone; the explainer's parameters are checked when they are used.
+    Keys that other versions add are ignored; the explainer's parameters are checked when they are used.
     """
     missing = sorted(IDENTITY - identity.keys())
     if missing:
@@ -277,7 +277,7 @@ def check_identity(identity: Mapping[str, Any]) -> None:
 
 
 class Execution(BaseModel):
-    """How a job runs and what it puts up with; changes no result, but for what `batch_size` and `tune` round."""
+    """How a job runs and which failures it allows; only `batch_size` and `tune` may change a result's last bits."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -303,13 +303,13 @@ class Execution(BaseModel):
 
 
 def _checked(kind: type, values: Mapping[str, Any]) -> Any:
-    """The dataclass of these values. TOML has no word for nothing: `none` is it, where a parameter may be nothing."""
+    """The dataclass of these values. TOML has no null, so the text `none` means None where that is allowed."""
     hints = get_type_hints(kind)
     return TypeAdapter(kind).validate_python({name: _plain(value, hints[name]) for name, value in values.items()})
 
 
 def _plain(value: Any, hint: Any) -> Any:
-    """A value as the parameter's type has it: `none`, and words joined by commas where it takes several."""
+    """Converts a text to the parameter's type: `none`, and words joined by commas for a tuple."""
     if not isinstance(value, str):
         return value
     if get_origin(hint) is tuple:
@@ -318,7 +318,7 @@ def _plain(value: Any, hint: Any) -> Any:
 
 
 def _as_value(check: Callable[[str], Any], text: str) -> Any:
-    """What the check makes of the text; its StoreError is a ValueError, which pydantic puts with its key."""
+    """The result of the check. A StoreError becomes a ValueError, to which pydantic adds the key."""
     try:
         return check(text)
     except StoreError as error:
@@ -326,7 +326,7 @@ def _as_value(check: Callable[[str], Any], text: str) -> Any:
 
 
 def is_weights_name(value: str) -> bool:
-    """Whether `weights` is one of the model's own names, such as IMAGENET1K_V1 or `random`, and no file."""
+    """True if `weights` is one of the model's own names, such as IMAGENET1K_V1 or `random`, and no file."""
     return value.isidentifier() and not Path(value).exists()
 
 
@@ -345,7 +345,7 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
 
 
 def load_config(file: Path | None, options: Mapping[str, Any]) -> tuple[JobConfig, Execution]:
-    """What is computed and how it runs, from a TOML file, with the given options in place of its keys.
+    """The configuration and execution from a TOML file; given options replace its keys.
 
     Options that are None were not given; `parameters` of both are joined. Raises ConfigError for an unreadable
     file, an unknown key (with the nearest known one) or a bad value.
@@ -363,33 +363,33 @@ def load_config(file: Path | None, options: Mapping[str, Any]) -> tuple[JobConfi
     try:
         config = JobConfig.model_validate(values)
         config.explainer_parameters()
-        config = config.model_copy(update={"parameters": _settled(config.method, config.parameters)})
+        config = config.model_copy(update={"parameters": _with_machine_defaults(config.method, config.parameters)})
         return config, Execution.model_validate(execution)
     except ValidationError as error:
         raise ConfigError(_sentence(error)) from error
 
 
 def checked_config(values: Mapping[str, Any]) -> JobConfig:
-    """The configuration of these values. Raises ConfigError in one sentence, which repeats no place that is refused."""
+    """The configuration of these values. Raises ConfigError in one sentence, which repeats no refused URI."""
     try:
         return JobConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_sentence(error)) from error
 
 
-def _settled(method: Method, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters, and what `auto` means on this machine where that depends on it: for all workers the same."""
+def _with_machine_defaults(method: Method, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters, with `auto` replaced by this machine's default, so that all workers use the same."""
     own = dict(values)
     if method.name == "feature-cam" and own.get("edges", "auto") == "auto":
         own["edges"] = installed_detector()
     if method.base is not None:
-        inner = _settled(method.base, own.get("base") or {})
+        inner = _with_machine_defaults(method.base, own.get("base") or {})
         own |= {"base": inner} if inner else {}
     return own
 
 
 def execution_of(options: Mapping[str, Any]) -> Execution:
-    """How a command runs, from its options; None was not given. Raises ConfigError."""
+    """The execution from a command's options; None means not given. Raises ConfigError."""
     try:
         return Execution.model_validate({key: value for key, value in options.items() if value is not None})
     except ValidationError as error:
@@ -401,7 +401,7 @@ def _joined(from_file: Mapping[str, Any], options: Mapping[str, Any]) -> dict[st
     tables = [values.get("parameters", {}) for values in (from_file, given)]
     if not all(isinstance(table, Mapping) for table in tables):
         raise ConfigError("parameters is a table in the configuration file, such as [parameters] with mu = 0.3 below")
-    beside = {"budget": from_file["budget"]} if "budget" in from_file else {}  # as its option stands by itself
+    beside = {"budget": from_file["budget"]} if "budget" in from_file else {}  # as its own option
     rest = {key: value for key, value in from_file.items() if key != "budget"}
     return {**rest, **given, "parameters": {**beside, **tables[0], **tables[1]}}
 
@@ -415,7 +415,7 @@ def parse_parameters(texts: Iterable[str]) -> dict[str, Any]:
         if not separator or not all([*outer, inner]):
             raise ConfigError(f"parameter {text!r} is not of the form name=value, such as mu=0.3")
         table = parameters
-        for part in outer:  # base.mu=0.3 is a parameter of what is wrapped
+        for part in outer:  # base.mu=0.3 is a parameter of the wrapped explainer
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
                 raise ConfigError(f"parameter {text!r}: {part} holds parameters, and a value is given for it as well")
@@ -442,7 +442,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 TYPES = ("float", "int", "str", "bool")
-"""What pydantic puts behind a name whose value may be of several types."""
+"""The words that pydantic adds to a field's path for a value of several types."""
 
 
 def _sentence(error: ValidationError) -> str:

@@ -1,4 +1,4 @@
-"""What a worker needs beside its unit: a plain value, sent once, from which each step builds its tools."""
+"""What a worker needs besides its unit: a plain value, sent once."""
 
 import hashlib
 import os
@@ -17,27 +17,27 @@ class JobContext:
     config: JobConfig
     fingerprint: str
     run_id: str
-    """Of this run: workers look there for the sign to stop."""
+    """Id of this run; names its stop request."""
     facts: ModelFacts
     label_names: tuple[str, ...]
     """Class folders of loose images, sorted."""
     batch_size: int | None
     """Masked inputs per forward pass that the user asked for."""
     is_timed: bool
-    """Timings may choose the forward setting: in long jobs on a GPU, and where the user says so."""
+    """Timings may choose the forward setting: in long jobs on a GPU, and with `--tune`."""
     num_threads: int
-    """Of the explain step, so that CPU results have the same bits everywhere."""
+    """Threads of the explain step; fixed, so that CPU results have the same bits everywhere."""
     device: str
     import_path: str
-    """The driver's working folder, where a model factory of the user's may lie."""
+    """The driver's working folder, which may hold the user's model factory."""
     rare_labels: frozenset[str] = frozenset()
-    """Class folders with few of the planned records; empty for other layouts, whose labels no plan counts."""
+    """Class folders with few planned records; empty for layouts without class folders."""
     witnesses: tuple[str, ...] = ()
-    """Keys of a few input objects: whether they can be read tells one object's trouble from the store's."""
+    """Keys of a few input objects: if they can be read, a failure is of one object and not of the store."""
 
 
 def weights_bytes(config: JobConfig) -> bytes | None:
-    """The bytes of the weights file; None where `weights` is a name or not given. Raises StoreError."""
+    """The bytes of the weights file; None if `weights` is a name or not given. Raises StoreError."""
     if config.weights is None or is_weights_name(config.weights):
         return None
     store, name = open_file(config.weights, config.endpoint_url)
@@ -50,7 +50,7 @@ def sha256_of(data: bytes | None) -> str | None:
 
 
 def let_import_from(folder: str) -> None:
-    """Lets a model factory be imported from the folder, behind everything that is installed."""
+    """Adds the folder to the end of `sys.path`, for a model factory."""
     if folder not in sys.path:
         sys.path.append(folder)
 

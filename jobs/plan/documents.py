@@ -1,4 +1,4 @@
-"""Reads the JSON documents of an output: bounded in bytes, of one known shape each, or refused in one sentence."""
+"""Reads an output's JSON documents; refuses one that is too large or has another shape, in one sentence."""
 
 import json
 from collections import Counter
@@ -17,22 +17,22 @@ T = TypeVar("T")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 MAX_PATH = 100
-"""Characters of a field's path in a message: its parts may be a stranger's."""
+"""Characters of a field's path in a message; the path may come from a stranger."""
 
-WAYS_OUT = {
+REPAIRS = {
     "data/": "`blocksight verify` says more",
     "evaluations/": "remove it, and the same `evaluate` makes it again",
     "audit/": "`blocksight audit` makes it again",
     "_job/final/": "delete it, and `blocksight finalize` writes it again",
     "_job/dead/": "delete it, and the next `explain` tries the unit again",
 }
-"""What helps where an object below one of these is damaged."""
+"""How to repair a damaged object, by its folder."""
 
 
 def read_document(store: ObjectStore, key: str, kind: type[T], max_bytes: int = MAX_DOCUMENT_BYTES) -> T:
-    """The JSON object at `key` as a dataclass or TypedDict of this kind; no more than `max_bytes` are read.
+    """The JSON object at `key` as a dataclass or TypedDict of this kind; reads at most `max_bytes`.
 
-    Raises MissingError where nothing is there, StoreError, and UnreconciledError where it is of another shape.
+    Raises MissingError if it does not exist, StoreError, and UnreconciledError if it has another shape.
     """
     body = store.read(key, length=max_bytes + 1)
     try:
@@ -42,14 +42,14 @@ def read_document(store: ObjectStore, key: str, kind: type[T], max_bytes: int = 
 
 
 def parsed(body: bytes, kind: type[T], max_bytes: int = MAX_DOCUMENT_BYTES) -> T:
-    """The bytes as a value of this kind: every field there, of its type, once, and no other.
+    """The bytes as a value of this kind: each field once, of its type, and no other field.
 
     Raises ValueError in one sentence.
     """
     if len(body) > max_bytes:
         raise ValueError(f"it is larger than {max_bytes:,} bytes")
     try:
-        found = json.loads(body.decode(), object_pairs_hook=_once)
+        found = json.loads(body.decode(), object_pairs_hook=_without_duplicates)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(found, dict):
@@ -62,9 +62,9 @@ def parsed(body: bytes, kind: type[T], max_bytes: int = MAX_DOCUMENT_BYTES) -> T
 
 
 def damaged(uri: str, key: str, reason: object) -> UnreconciledError:
-    """What is said of an object `key` below `uri` that cannot be read."""
-    way_out = next((way for folder, way in WAYS_OUT.items() if key.startswith(folder)), "put it back from a copy")
-    return UnreconciledError(f"{uri}/{key} is damaged, {way_out}: {reason}")
+    """The error for a damaged object `key` below `uri`."""
+    repair = next((way for folder, way in REPAIRS.items() if key.startswith(folder)), "put it back from a copy")
+    return UnreconciledError(f"{uri}/{key} is damaged, {repair}: {reason}")
 
 
 @cache
@@ -72,8 +72,8 @@ def _adapter(kind: type[T]) -> TypeAdapter[T]:
     return TypeAdapter(kind)
 
 
-def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """The object. Raises ValueError where a field stands twice: readers disagree on which of the two counts."""
+def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The object. Raises ValueError if a field occurs twice: JSON readers disagree on which one counts."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
@@ -87,7 +87,7 @@ def _name(value: Any) -> str:
 
 
 def _sentence(error: ValidationError) -> str:
-    """The first thing that is wrong, without the value: that may be long, and a stranger's."""
+    """The first error, without the value, which may be long and a stranger's."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     path = ".".join(map(str, first["loc"]))[:MAX_PATH]
     text = f"{first['msg'][0].lower()}{first['msg'][1:]}"

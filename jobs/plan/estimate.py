@@ -1,4 +1,4 @@
-"""A first estimate of forwards, time and bytes, before any model is loaded."""
+"""Estimates a job's forwards, time and bytes before a model is loaded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,22 +11,22 @@ from blocksight.engine.catalog.parameters import SiseParameters
 from blocksight.jobs.plan.config import JobConfig
 
 ROW_BYTES = 1_300
-"""Of a row beside its map."""
+"""Of a row without its map."""
 
 BYTES_PER_MAP = 5_700 + ROW_BYTES
 """A 224 x 224 SISE map as 8-bit PNG, measured on 24 photographs, with its row."""
 
 UNKNOWN_FORWARDS = 1_000
-"""Masked forwards of a record where nothing was measured for the model."""
+"""Masked forwards of a record, if nothing was measured for the model."""
 
 ADA_MU = 0.28
 """The mu at which plain selection keeps as many maps of EfficientNet-Lite0 as Ada-SISE does (230)."""
 
 AUTO_SHARE = 0.17
-"""Of the masks that a budget of `auto` scored of EfficientNet-Lite0's, on average (12 photographs)."""
+"""Fraction of EfficientNet-Lite0's masks that a budget of `auto` scored on average (12 photographs)."""
 
 AUTO_FULL_SHARE = 0.55
-"""Of the records, those whose masks are all scored at a fidelity of `auto`: of 200 labelled photographs 43 % were wrong
+"""Fraction of the records with all masks scored at a fidelity of `auto`: of 200 labelled photographs 43 % were wrong
 or uncertain for EfficientNet-Lite0, and a fifth of 24 others had a poor map."""
 
 CORE_FORWARDS_PER_SECOND = 35.0
@@ -38,13 +38,13 @@ GPU_FORWARDS_PER_SECOND = 2_000.0
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a job will cost, roughly."""
+    """The estimated cost of a job."""
 
     forwards_per_record: float
     is_measured: bool
-    """The forwards are known of the explainer, or were measured for this model; else they are a round guess."""
+    """The explainer's forwards are known, or were measured for this model; otherwise they are a guess."""
     basis: str
-    """Where they come from, for people."""
+    """Where the forwards come from, for people."""
     bytes_per_record: int
     num_records: int
 
@@ -70,10 +70,10 @@ class Estimate:
 
 
 def estimate(config: JobConfig, num_records: int, *, on_gpu: bool) -> Estimate:
-    """Forwards from what the explainer is known to cost, or was measured to for the model.
+    """Forwards from the explainer's known cost, or from measurements for the model.
 
-    Constants alone, no measurement of this machine: the plan's units, and so the fragments, are the same
-    wherever a job is planned for the same kind and number of workers.
+    Uses constants only, no measurement of this machine, so that the plan's units are the same on every machine for
+    the same kind and number of workers.
     """
     num_targets = config.target_choice.count
     measured = MODELS[config.model].forwards_by_mu if config.model in MODELS else ()
@@ -103,19 +103,19 @@ def _basis(*, is_known: bool, is_measured: bool) -> str:
 
 
 def _sise_forwards(parameters: SiseParameters, measured: Sequence[tuple[float, int]]) -> float:
-    """Masked forwards of a record at this mu; further targets double them at most."""
+    """Masked forwards of a record at this mu, for one target."""
     mus, counts = zip(*(measured or ((0.0, UNKNOWN_FORWARDS), (1.0, 0))), strict=True)
     return float(np.interp(parameters.mu if parameters.selection == "mu" else ADA_MU, mus, counts))
 
 
 def _completed(parameters: SiseParameters, forwards: float) -> float:
-    """What is left of the forwards on average, where some records get all of them."""
+    """The average forwards, if some records get all of them."""
     budgeted = _budgeted(parameters, forwards)
     return budgeted if parameters.complete_above is None else budgeted + AUTO_FULL_SHARE * (forwards - budgeted)
 
 
 def _budgeted(parameters: SiseParameters, forwards: float) -> float:
-    """What the budget leaves of the forwards; nothing comes free: the gradient pass is one at least."""
+    """The forwards within the budget; at least 1, the gradient pass."""
     budget = parameters.budget
     if budget is None:
         return forwards

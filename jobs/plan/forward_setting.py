@@ -1,4 +1,4 @@
-"""The forward setting as it stands in a job's plan: read and told without importing torch."""
+"""The forward setting in a job's plan, read without importing torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ FORWARD_KEY = f"{PLAN_FOLDER}forward.json"
 
 @dataclass(frozen=True)
 class PlannedForward:
-    """How all workers of a job run masked forward passes; written once, before the first unit."""
+    """The forward setting of all workers of a job; written once, before the first unit."""
 
     setting: ForwardSetting
     chosen: Literal["rule", "timing"] = "timing"
-    """`timing`: another run of the same job may have chosen otherwise. Outputs before code version 4 did so."""
+    """`timing`: another run of the same job may choose another setting. Always so before code version 4."""
     score_error: float | None = None
     """Median relative error of scores to eager float32, on drawn pictures; None: not finite, or not recorded."""
     bound: float | None = None
-    """The largest error that was let pass."""
+    """The largest error allowed."""
     probe: tuple[dict[str, Any], ...] = ()
-    """The settings that were tried, the one taken first; for people."""
+    """The settings that were tried, the chosen one first; for people."""
 
     def __str__(self) -> str:
         error = "" if self.score_error is None else f", score error {self.score_error:.2g}"
@@ -32,9 +32,9 @@ class PlannedForward:
 
 
 def planned_forward(output: ObjectStore) -> PlannedForward | None:
-    """What stands in an output; None: nothing yet, or a short job before code version 4 (eager float32).
+    """An output's forward setting; None if not chosen yet, or for a short job before code version 4 (eager float32).
 
-    Raises StoreError, and UnreconciledError where it is damaged.
+    Raises StoreError, and UnreconciledError if it is damaged.
     """
     try:
         planned = read_document(output, FORWARD_KEY, PlannedForward)
@@ -50,8 +50,8 @@ def protocol_of(planned: PlannedForward | None) -> str:
     return "not recorded" if planned is None else planned.setting.protocol
 
 
-def mixture(settings: Mapping[str, PlannedForward | None]) -> str | None:
-    """A sentence where outputs, by name, were made with different backends or precisions; None where all are alike."""
+def setting_difference(settings: Mapping[str, PlannedForward | None]) -> str | None:
+    """A sentence if outputs, by name, have different backends or precisions; None if all are alike."""
     known = {name: protocol_of(one) for name, one in settings.items()}
     if len(set(known.values())) < 2:
         return None

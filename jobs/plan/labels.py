@@ -1,17 +1,17 @@
-"""Ground-truth labels: from what a data set writes to the model's class index, and never by a guess."""
+"""Ground-truth labels: maps a data set's labels to the model's class indices, and never guesses."""
 
 from collections.abc import Sequence
 
 MAX_DIGITS = 18
-"""Of a class index that is written as text: it fits 64 bits."""
+"""Digits of a class index in text: it fits 64 bits."""
 
 
 class Labels:
-    """Knows what the labels of one data set mean for one model.
+    """Maps the labels of one data set to the classes of one model.
 
-    A number is a class index and a class's name is that class. Class folders that are as many as the
-    classes, and none of which is named after one, are the classes in sorted order. Everything else has no
-    index: a guess would label a whole class wrong.
+    A number is a class index, a class name is that class. If there are as many class folders as classes, and none
+    has a class's name or number, they are the classes in sorted order. Other labels have no index: a guess could
+    label a whole class wrong.
     """
 
     def __init__(self, folders: Sequence[str], class_names: Sequence[str] | None, num_classes: int) -> None:
@@ -23,7 +23,7 @@ class Labels:
         self.folders = {name: index for index, name in enumerate(sorted(folders))} if in_order else {}
 
     def index(self, label: str | int | None) -> int | None:
-        """The class index in [0, num_classes), or None where the label is absent or means no class."""
+        """The class index in [0, num_classes), or None if the label is absent or means no class."""
         if isinstance(label, str):
             label = self._index_of_name(label)
         return label if label is not None and 0 <= label < self.num_classes else None
@@ -35,7 +35,7 @@ class Labels:
 
 
 def is_class_number(label: str) -> bool:
-    """Whether a label is a number that Python can read, which takes neither `²` nor thousands of digits."""
+    """True if a label is at most 18 ASCII digits: `int` fails at `²` and at thousands of digits."""
     return label.isascii() and label.isdecimal() and len(label) <= MAX_DIGITS
 
 

@@ -1,4 +1,4 @@
-"""What `bench` measured on this machine, kept in the user's cache folder: `plan` says with it how long a job takes."""
+"""The measurements of `bench` on this machine, in the user's cache folder; `plan` estimates a job's time from them."""
 
 import json
 import os
@@ -13,10 +13,10 @@ from blocksight.jobs.plan.config import JobConfig, digest_of
 
 @dataclass(frozen=True)
 class MeasuredCost:
-    """What one record costs one worker of this machine."""
+    """The cost of one record on one worker of this machine."""
 
     seconds_per_record: float
-    """Of one core's time, or of one GPU's."""
+    """Time of one core, or of one GPU."""
     forwards_per_record: float
     bytes_per_record: int
     day: str
@@ -24,7 +24,7 @@ class MeasuredCost:
 
 
 def remember(config: JobConfig, device: str, cost: MeasuredCost) -> Path:
-    """Writes the measurement over an earlier one of the same."""
+    """Writes the measurement; replaces an earlier one of the same configuration and device."""
     file = _file(config, device)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(asdict(cost)))
@@ -32,7 +32,7 @@ def remember(config: JobConfig, device: str, cost: MeasuredCost) -> Path:
 
 
 def recall(config: JobConfig, device: str) -> MeasuredCost | None:
-    """The last measurement of the same model, explainer and preset on the same kind of device, if there is one."""
+    """The last measurement of the same configuration on the same device; None if there is none."""
     try:
         return TypeAdapter(MeasuredCost).validate_json(_file(config, device).read_bytes())
     except (OSError, ValidationError):

@@ -1,4 +1,4 @@
-"""The plan: what there is, cut into units once, written once, and the same for every resume."""
+"""The plan: the input cut into units, written once and used by every resume."""
 
 import hashlib
 import io
@@ -37,7 +37,7 @@ PLAN_FOLDER = "_job/plan/"
 PLAN_KEY = f"{PLAN_FOLDER}plan.json"
 MODEL_KEY = f"{PLAN_FOLDER}model.json"
 UNIT_FOLDERS = ("data/", "_job/receipts/", "_job/dead/", "evaluations/")
-"""Of an output: each object there is of one unit alone."""
+"""Folders of an output in which each object belongs to one unit."""
 OUR_FOLDERS = ("data/", "_job/", "report/", "evaluations/", "audit/")
 
 UNITS_SCHEMA = pa.schema(
@@ -76,7 +76,7 @@ class Plan:
     """Everything that a run needs to know before it starts."""
 
     identity: Mapping[str, Any]
-    """The resolved configuration: all that changes the result's bytes."""
+    """The resolved configuration: everything that changes the result's bytes."""
     layout: Layout
     units: tuple[Unit, ...]
     num_objects: int
@@ -85,9 +85,9 @@ class Plan:
     num_records: int
     """Exact for images and Parquet, an estimate for tar."""
     ignored: Mapping[str, int]
-    """Objects that are no input, by extension; and tables with a column that is left unread, by the column."""
+    """Numbers of objects that are no input, by extension, and of tables with an unread column, by column."""
     troubles: Mapping[str, str] = field(default_factory=dict)
-    """Why shards could not be read, by key: known where the plan was made, and not stored with it."""
+    """Why shards could not be read, by key; not stored."""
 
     @property
     def fingerprint(self) -> str:
@@ -96,13 +96,13 @@ class Plan:
 
     @property
     def is_exact(self) -> bool:
-        """Whether `num_records` was counted, not estimated."""
+        """True if `num_records` was counted, not estimated."""
         is_counted = all(unit.is_counted for unit in self.units)
         return is_counted and (self.layout is not Layout.TAR or self.identity["limit"] is not None)
 
     @property
     def witnesses(self) -> tuple[str, ...]:
-        """Keys of a few input objects: whether they can be read tells one object's trouble from the store's."""
+        """Keys of a few input objects: if they can be read, a failure is of one object and not of the store."""
         return witnesses_of([info.key for unit in self.units for info in unit.objects])
 
     def label_counts(self) -> Counter[str]:
@@ -114,19 +114,19 @@ class Plan:
 
 
 def source_of(plan: Plan, endpoint_url: str | None) -> ObjectStore:
-    """A plan's input, for a person who waits: one object's trouble is told from the store's."""
+    """The store of a plan's input, with short retries, which tells a bad object from a bad store."""
     source, _ = open_named(plan.identity["data"], endpoint_url)
     return PatientStore(source, SHORT_PATIENCE_SECONDS, witnesses=plan.witnesses)
 
 
 def open_output(config: JobConfig) -> ObjectStore:
-    """The store of the result. Refuses a bucket's root, and an output inside the input or around it."""
+    """The output's store. Raises ConfigError for a bucket's root, and for an output inside or around the input."""
     check_place(config.output, {"data": config.data})
     return open_store(config.output, config.endpoint_url)
 
 
 def check_place(output: str, taken: Mapping[str, str]) -> None:
-    """Raises ConfigError for a bucket's root, and for a place inside one that is taken (URIs by name), or around it."""
+    """Raises ConfigError for a bucket's root, and for a place inside or around a taken one (URIs by name)."""
     place = normal_place(output)
     if is_whole_bucket(place):
         raise ConfigError(f"output {place!r} is a whole bucket; name a prefix in it, such as {place}/maps")
@@ -136,7 +136,7 @@ def check_place(output: str, taken: Mapping[str, str]) -> None:
 
 
 def make_plan(config: JobConfig, *, weights_sha256: str | None, workforce: Workforce) -> Plan:
-    """Lists the input and cuts it into units; reads no image, but tries whether the store serves what it lists."""
+    """Lists the input and cuts it into units. Reads no image, but tests that listed objects can be read."""
     source, key = open_named(config.data, config.endpoint_url)
     identity = config.identity(weights_sha256)
     found = survey(source, key)
@@ -160,7 +160,7 @@ def make_plan(config: JobConfig, *, weights_sha256: str | None, workforce: Workf
 
 
 def _unread_columns(cut: Sequence[Piece]) -> Counter[str]:
-    """How many tables have a column that is left unread, by the column."""
+    """The number of tables with an unread column, by column."""
     shards = {piece.objects[0].key: piece.unread for piece in cut}
     return Counter(f"with an unread {column}" for unread in shards.values() for column in unread)
 
@@ -172,10 +172,10 @@ def _unit(ordinal: int, fingerprint: str, layout: Layout, piece: Piece) -> Unit:
 
 
 def ensure_plan(store: ObjectStore, plan: Plan) -> Plan:
-    """Writes the plan once; where one stands already, that one counts and must have the same configuration.
+    """Writes the plan once; returns the stored plan, which must have the same configuration.
 
-    The units lie in an object named by its content and `plan.json` names it, so that two drivers that
-    plan at once cannot mix their listings. Raises DriftError, and ConfigError for a folder of foreign files.
+    `plan.json` names the list of units by a hash of its bytes, so that two drivers that plan at the same time
+    cannot mix their lists. Raises DriftError, and ConfigError for a folder with other files.
     """
     standing = load_plan(store)
     if standing is None:
@@ -187,7 +187,7 @@ def ensure_plan(store: ObjectStore, plan: Plan) -> Plan:
             store.create(PLAN_KEY, _plan_json(plan, units_key))
         except AlreadyExistsError as error:
             standing = load_plan(store)
-            if standing is None:  # a link that leads nowhere, of a local output
+            if standing is None:  # a broken link in a local output
                 raise StoreError(f"{store.uri}/{PLAN_KEY} stands and cannot be read: remove it") from error
         else:
             return plan
@@ -196,7 +196,7 @@ def ensure_plan(store: ObjectStore, plan: Plan) -> Plan:
 
 
 def refuse_drift(ours: Mapping[str, Any], theirs: Mapping[str, Any], what: str) -> None:
-    """Raises DriftError, with a line per difference, where what is asked for is not what stands."""
+    """Raises DriftError, with a line per difference, if the request differs from the output."""
     lines = differences(ours, theirs)
     if lines:
         shown = "\n  ".join(lines)
@@ -206,7 +206,7 @@ def refuse_drift(ours: Mapping[str, Any], theirs: Mapping[str, Any], what: str) 
 
 
 def ensure_model(store: ObjectStore, facts: ModelFacts) -> None:
-    """Writes what the model is, once; raises DriftError where the output was begun with another one."""
+    """Writes the model's facts once; raises DriftError if the output was begun with another model."""
     try:
         store.create(MODEL_KEY, _json_bytes(_plain(facts)))
     except AlreadyExistsError:
@@ -214,17 +214,17 @@ def ensure_model(store: ObjectStore, facts: ModelFacts) -> None:
 
 
 def refuse_other_model(store: ObjectStore, facts: ModelFacts) -> None:
-    """Raises DriftError where the output was begun with another model, and MissingError where with none."""
+    """Raises DriftError if the output was begun with another model, and MissingError if with none."""
     refuse_drift(_plain(facts), _plain(read_document(store, MODEL_KEY, ModelFacts)), "model")
 
 
 def _plain(facts: ModelFacts) -> Mapping[str, Any]:
-    """As it is read back."""
+    """The facts as JSON gives them back."""
     return json.loads(json.dumps(asdict(facts)))
 
 
 def load_plan(store: ObjectStore) -> Plan | None:
-    """The plan that stands in an output, or None. Raises StoreError, and UnreconciledError where it is damaged."""
+    """An output's plan, or None. Raises StoreError, and UnreconciledError if it is damaged."""
     body = plan_document(store)
     if body is None:
         return None
@@ -238,7 +238,7 @@ def load_plan(store: ObjectStore) -> Plan | None:
 
 
 def plan_document(store: ObjectStore) -> PlanDocument | None:
-    """What `plan.json` says, or None where it is not there. Raises as `load_plan`."""
+    """The content of `plan.json`, or None if there is none. Raises as `load_plan`."""
     try:
         return read_document(store, PLAN_KEY, PlanDocument)
     except MissingError:
@@ -246,7 +246,7 @@ def plan_document(store: ObjectStore) -> PlanDocument | None:
 
 
 def existing_plan(store: ObjectStore) -> Plan:
-    """The plan of an output that must stand. Raises ConfigError, and UnreconciledError where it is damaged."""
+    """An output's plan. Raises ConfigError if there is none, and UnreconciledError if it is damaged."""
     made = load_plan(store)
     if made is None:
         raise ConfigError(f"there is no blocksight output in {store.uri}: no {PLAN_KEY} stands there")

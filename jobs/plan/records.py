@@ -18,7 +18,7 @@ from blocksight.storage.rejects import Reject
 from blocksight.storage.stores.store import ObjectInfo
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-"""What of a record is read back from JSON is checked by these."""
+"""Checks a count that is read back from JSON."""
 Side = Annotated[int, Field(ge=1, le=MAX_MAP_SIDE)]
 
 
@@ -42,25 +42,25 @@ class Unit:
 
     @property
     def is_counted(self) -> bool:
-        """False if the shard could not be read when the plan was made: the unit takes all that it holds."""
+        """False if the plan could not read the shard: the unit then takes all its records."""
         return self.num_records > 0
 
     @property
     def fragment_key(self) -> str:
-        """Where the fragment stands below the output's root."""
+        """The fragment's key below the output's root."""
         return f"data/{self.ordinal:06d}-{self.unit_id}.parquet"
 
 
 @dataclass(frozen=True)
 class RecordFacts:
-    """What is known of a record before it is explained."""
+    """The facts of a record before it is explained."""
 
     key: str
     shard: str
     """URI of the input object."""
     shard_index: int
     label: str | int | None
-    """As the data set writes it."""
+    """As in the data set."""
     sha256: str | None = None
     num_bytes: int | None = None
     format: str | None = None
@@ -90,7 +90,7 @@ class UnitInput:
 
 @dataclass(frozen=True)
 class UnitResult:
-    """A unit, explained: the fragment's rows, whose `map` is still an array."""
+    """A unit, explained: the fragment's rows before encoding."""
 
     unit: Unit
     rows: tuple[Mapping[str, Any], ...]
@@ -102,14 +102,14 @@ class UnitResult:
 
 
 class MetricSum(TypedDict):
-    """Of one metric under one protocol, over a fragment's rows."""
+    """One metric under one protocol, over a fragment's rows."""
 
     sum: float
     count: Count
 
 
 class MetricMean(TypedDict):
-    """Of one metric under one protocol, over a job's rows."""
+    """One metric under one protocol, over a job's rows."""
 
     mean: float
     count: Count
@@ -134,7 +134,7 @@ class Receipt:
     """Records by reject code."""
     num_forwards: Count
     metrics: Mapping[str, MetricSum]
-    """By name and protocol: sum and count over the fragment's rows, to be joined by `math.fsum`."""
+    """By name and protocol: sum and count over the fragment's rows, to be added by `math.fsum`."""
     attempt: str | None = None
     """Id of the attempt whose bytes were committed."""
     explain_seconds: float | None = None
@@ -146,7 +146,7 @@ class Receipt:
 
 @dataclass(frozen=True)
 class UnitFailure:
-    """A unit that could not be committed this time; running the job again tries it again."""
+    """A unit that failed and stays open; the next run tries it again."""
 
     unit_id: str
     ordinal: int
@@ -155,7 +155,7 @@ class UnitFailure:
     stage: str
     error: str
     store_is_away: bool = False
-    """The store did not answer for as long as a job waits for it."""
+    """The store did not answer for as long as the job waits."""
 
 
 class Cause(StrEnum):
@@ -164,10 +164,10 @@ class Cause(StrEnum):
     INPUT_MISSING = "input_missing"
     INPUT_CHANGED = "input_changed"
     INPUT_UNREADABLE = "input_unreadable"
-    """The store refuses this object alone, or fails at it each time."""
+    """The store refuses only this object, or fails at it each time."""
     CONTAINER_CORRUPT = "container_corrupt"
     OUTPUT_UNWRITABLE = "output_unwritable"
-    """The store takes no fragment of this unit, and others beside it."""
+    """The store refuses the fragment of this unit, and accepts others."""
     FAILED = "failed"
     """A step failed at it each time, and no single record could be blamed."""
     POISON = "poison"
@@ -176,7 +176,7 @@ class Cause(StrEnum):
 
 @dataclass(frozen=True)
 class DeadLetter:
-    """A unit that is given up until somebody retries it."""
+    """A unit that is given up until it is retried."""
 
     unit_id: str
     ordinal: Count
@@ -192,25 +192,25 @@ class DeadLetter:
 
 @dataclass(frozen=True)
 class UnitSkipped:
-    """A unit that was not taken, because the run was asked to stop."""
+    """A unit that was not begun, because a stop was requested."""
 
     unit_id: str
 
 
 Outcome = Receipt | UnitFailure | DeadLetter | UnitSkipped
-"""What becomes of a unit in one run."""
+"""The outcome of a unit in one run."""
 
 
 class UnreconciledError(Exception):
-    """What the bucket holds is not what was planned, or cannot be read; the message is a line per fault."""
+    """The bucket differs from the plan, or cannot be read; the message has a line per fault."""
 
 
 class UnfinishedError(Exception):
-    """The run is over and the store does not say how far it came; the message says the way on."""
+    """The run broke off and the job state is unknown; the message says how to go on."""
 
 
 class BlockFacts(TypedDict):
-    """A block of the model that is looked at."""
+    """A block of the model that the explainer uses."""
 
     name: str
     channels: Count
@@ -220,7 +220,7 @@ class BlockFacts(TypedDict):
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What loading the model told; the same on every resume, or the run is refused."""
+    """Facts of the loaded model; a resume with other facts is refused."""
 
     weights_sha256: str
     """Over all weights and buffers, by name."""
@@ -233,11 +233,11 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A unit of which the metrics stand."""
+    """A unit whose metrics are committed."""
 
     unit_id: str
     num_records: int
-    """That were measured."""
+    """Measured records."""
     num_values: int
     reasons: Mapping[str, int]
-    """Values that are not defined, by reason."""
+    """Numbers of undefined values, by reason."""

@@ -1,4 +1,4 @@
-"""The configuration of the job that made an output: what of it its plan may say, and what the user must name again."""
+"""The configuration of the job that made an output, from its plan and from what the user names again."""
 
 import hashlib
 import shlex
@@ -15,20 +15,20 @@ SHA256_LENGTH = hashlib.sha256().digest_size * 2
 
 @dataclass(frozen=True)
 class NamedModel:
-    """What the user says once more of the model that made an output."""
+    """The model that made an output, as the user names it again."""
 
     model: str | None = None
     weights: str | None = None
     endpoint_url: str | None = None
-    """Of the output's store, and of the data's and the weights' where these lie in a bucket. Never in a plan."""
+    """Of the stores of output, data and weights. Never in a plan."""
 
 
 def config_of(plan: Plan, output: str, named: NamedModel) -> JobConfig:
     """The configuration of the job that made an output.
 
-    An output may be a stranger's. Its plan never chooses what is imported or which file is read: a model of the user's
-    own (`package.module:factory`, also within `knn(...)`) and a weights file must be named again, and the model's name
-    must be that of the plan. Raises ConfigError with the line to type, or with both sides.
+    An output may come from a stranger. Its plan never chooses what is imported or which file is read: a model factory
+    (`package.module:factory`, also within `knn(...)`) and a weights file must be named again, and the model's name
+    must be that of the plan. Raises ConfigError with the option to type, or with both names.
     """
     known = {name: plan.identity[name] for name in JobConfig.model_fields if name in plan.identity}
     model = _model(plan.identity, named.model)
@@ -57,7 +57,7 @@ def _model(identity: Mapping[str, Any], named: str | None) -> str:
 
 
 def _weights(told: str | None, named: str | None) -> str | None:
-    """The weights file as the user names it, or a name of the model's own, which is no path."""
+    """The weights file as the user names it, or one of the model's own weight names, which is no path."""
     if named is not None or told is None:
         return named
     if len(told) == SHA256_LENGTH:

@@ -1,4 +1,4 @@
-"""Text for people: counts, durations, and strings from data made harmless for a terminal."""
+"""Text for people: counts, durations, and strings from data, made safe for a terminal."""
 
 from rich.markup import escape
 
@@ -16,10 +16,10 @@ def clock(seconds: float) -> str:
 
 
 def plain(text: object) -> str:
-    """Text that may come from a stranger, with control characters and those that turn its direction as codes."""
+    """Text that may come from a stranger; control and direction characters become codes."""
     return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in str(text))
 
 
 def printable(text: object) -> str:
-    """The same, safe on a terminal: markup is text too."""
+    """The same, with rich markup escaped."""
     return escape(plain(text))

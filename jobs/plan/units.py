@@ -15,12 +15,12 @@ from blocksight.storage.inputs.tars import sample_tar, tar_offset_after
 from blocksight.storage.stores.store import ObjectInfo, ObjectStore, StoreError, UnavailableError, checked_key
 
 WHOLE_SHARD = 2**63 - 1
-"""The end of a unit that takes all that its shard holds."""
+"""The end of a unit that takes all records of its shard."""
 
 SAMPLED_SHARDS = 8
-"""Tar shards that are tried before the number of records is guessed."""
+"""Tar shards that are sampled before the number of records is guessed."""
 GUESSED_RECORD_BYTES = 100_000
-"""Of a tar shard, where no sample tells."""
+"""Bytes per record of a tar shard, if no sample can be read."""
 
 UNIT_ID = re.compile("[0-9a-f]{20}")
 
@@ -29,32 +29,32 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Piece:
-    """A unit before it has its place and its name."""
+    """A unit before it has its ordinal and id."""
 
     objects: tuple[ObjectInfo, ...]
     start: int
     stop: int
     num_records: int
-    """0: the shard cannot be read."""
+    """0 if the shard cannot be read."""
     trouble: str | None = None
-    """Why not."""
+    """Why the shard cannot be read."""
     unread: tuple[str, ...] = ()
-    """Columns of a table that are of a type that is never read, with the type."""
+    """Columns of a table whose type is never read, with the type."""
 
 
 @dataclass(frozen=True)
 class Workforce:
-    """What a plan expects to run on; it shapes the units' sizes alone."""
+    """The workers that a plan expects; they decide the units' sizes only."""
 
     num_workers: int
     on_gpu: bool
 
 
 def pieces(source: ObjectStore, found: Survey, config: JobConfig, workforce: Workforce) -> Iterator[Piece]:
-    """The units of an input in order, before they have their names.
+    """The pieces of an input, in order.
 
-    A shard that cannot be read is one unit of no known records. Raises StoreError where none can be read, and
-    UnavailableError where the store is away.
+    A shard that cannot be read is one piece with 0 records. Raises StoreError if no shard can be read, and
+    UnavailableError if the store does not answer.
     """
     if found.layout is Layout.IMAGES:
         return _image_pieces(found.objects[: config.limit], config, workforce)
@@ -64,7 +64,7 @@ def pieces(source: ObjectStore, found: Survey, config: JobConfig, workforce: Wor
 
 
 def _sizes(config: JobConfig, num_records: int, workforce: Workforce) -> tuple[int, int]:
-    """Records of a full unit, and of the smallest one that is still worth its overhead."""
+    """Records of a full unit, and of the smallest unit that is worth its overhead."""
     guess = estimate(config, num_records, on_gpu=workforce.on_gpu)
     seconds = guess.seconds_per_record
     full = unit_records(seconds, guess.bytes_per_record, num_records, workforce.num_workers)
@@ -101,7 +101,7 @@ def _table_pieces(
 
 
 def _where_readable(objects: Sequence[ObjectInfo], look: Callable[[ObjectInfo], Found]) -> list[Found | StoreError]:
-    """What `look` finds in each shard, or why it finds nothing. Raises StoreError where it does in none."""
+    """The result or the StoreError of `look` for each shard. Raises StoreError if it fails for all."""
     found: list[Found | StoreError] = []
     for info in objects:
         try:
@@ -135,7 +135,7 @@ def _tar_pieces(
 
 
 def _guessed_shards(source: ObjectStore, objects: Sequence[ObjectInfo]) -> list[Piece]:
-    """The shards whole, each with as many records for its bytes as the first one that can be sampled."""
+    """The whole shards; the first one that can be sampled gives the records per byte of all."""
     sampled = objects[:SAMPLED_SHARDS]
     counts = _where_readable(sampled, lambda info: sample_tar(source, info))
     per_byte = next(
@@ -146,7 +146,7 @@ def _guessed_shards(source: ObjectStore, objects: Sequence[ObjectInfo]) -> list[
 
 
 def _limited_shards(source: ObjectStore, objects: Sequence[ObjectInfo], limit: int) -> list[Piece]:
-    """The shards, each up to the end of its used bytes, with its records counted."""
+    """The shards up to `limit` records, each with its used bytes and its counted records."""
     left, found = limit, []
     for info in objects:
         if left <= 0:
@@ -167,7 +167,7 @@ def _limited_shard(source: ObjectStore, info: ObjectInfo, limit: int) -> Piece:
 
 
 def check_units(units: Sequence[Unit], layout: Layout) -> None:
-    """Raises ValueError where units that were read back are not such as a plan is made of."""
+    """Raises ValueError if units that were read back are not valid units of a plan."""
     for place, unit in enumerate(units):
         fault = _fault(unit, place, layout)
         if fault is not None:
@@ -177,7 +177,7 @@ def check_units(units: Sequence[Unit], layout: Layout) -> None:
 
 
 def _fault(unit: Unit, place: int, layout: Layout) -> str | None:
-    """What is wrong with one unit. Its id becomes part of keys, and its objects are read."""
+    """The fault of one unit, if any: its id becomes part of keys, and its objects are read."""
     if None in (unit.ordinal, unit.unit_id, unit.start, unit.stop, unit.num_records):
         return "a value is missing"
     if unit.ordinal != place:

@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from blocksight.jobs.ledger.output import table_of
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.documents import read_document
-from blocksight.jobs.plan.forward_setting import mixture, planned_forward, protocol_of
+from blocksight.jobs.plan.forward_setting import planned_forward, protocol_of, setting_difference
 from blocksight.jobs.plan.plan import check_place
 from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.jobs.plan.text import counted
@@ -70,7 +70,7 @@ def write_difference(
     sheet = contact_sheet_of(a, b, endpoint_url, worst)
     if sheet is not None:
         store.put(PICTURE, sheet)
-    note = mixture({a.name: planned_forward(a.store), b.name: planned_forward(b.store)})
+    note = setting_difference({a.name: planned_forward(a.store), b.name: planned_forward(b.store)})
     said = {"a": _facts(a), "b": _facts(b), "note": note, "picture": worst.title, **summary(tally, typical, sums)}
     store.put(SUMMARY, (json.dumps(said, indent=1) + "\n").encode())
     return Difference(said, None if sheet is None else PICTURE)

@@ -1,1 +1,1 @@
-"""A unit's way on a worker: read, attempt, watch, encode, commit."""
+"""The steps of a unit on a worker: read, encode, commit, with attempts, isolation and watchdog."""

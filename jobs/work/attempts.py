@@ -1,4 +1,4 @@
-"""An attempt: one try of a step at a unit, with a marker that outlives a process that dies in it."""
+"""An attempt: one try of a step at a unit. Its marker remains if the process dies."""
 
 import json
 import uuid
@@ -31,13 +31,13 @@ from blocksight.storage.stores.store import (
 )
 
 CAREFUL_DEATHS = 2
-"""After so many deaths in a step its records are worked on one at a time, in a process apart."""
-MOST_DEATHS = 12
-"""After so many the unit is given up. Far above what a poisonous record needs (two deaths, and two of the
-process apart), for machines die of other things too."""
+"""After so many deaths in a step it works on its records one by one, in a child process."""
+MAX_DEATHS = 12
+"""After so many the unit is given up. A record that kills its process needs four at most (two here, two in the child
+process), but processes die of other causes too."""
 
-MOST_FAILURES = 3
-"""Tries of a step that fails: one as usual and two careful ones."""
+MAX_FAILURES = 3
+"""Tries of a step that fails: a normal one and two careful ones."""
 
 CAUSES = {
     MissingError: Cause.INPUT_MISSING,
@@ -51,7 +51,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class WorkerStores:
-    """What the steps of one job reach from a worker."""
+    """The stores that a worker's steps use, and the run."""
 
     source: ObjectStore
     output: ObjectStore
@@ -59,7 +59,7 @@ class WorkerStores:
 
 
 def open_worker_stores(context: JobContext) -> WorkerStores:
-    """Input and output, with patience for a store that is away."""
+    """Input and output, which retry while a store does not answer."""
     source, _ = open_named(context.config.data, context.config.endpoint_url, wait_seconds=PATIENCE_SECONDS)
     output = open_output(context.config)
     patient = PatientStore(source, waiting=heartbeat, witnesses=context.witnesses)
@@ -67,11 +67,11 @@ def open_worker_stores(context: JobContext) -> WorkerStores:
 
 
 def attempted(unit: Unit, stage: str, stores: WorkerStores, work: Callable[[bool], Result]) -> Result | Outcome:
-    """What the step makes of the unit, or what became of the unit instead; never raises an Exception.
+    """The step's result, or the unit's outcome if there is none; never raises an Exception.
 
-    `work` is told whether to be careful: to let no record take the whole unit down with it. A step that fails is
-    tried again at once, carefully. A unit at which it fails each time is given up, unless the machine or the store
-    is to blame: then it stays open.
+    `work` receives `careful`: if True, one record must not fail the whole unit. A step that fails is tried again at
+    once, carefully. If it fails each time the unit is given up, or stays open if the machine or the store is to
+    blame.
     """
     failures = 0
     while True:
@@ -79,30 +79,30 @@ def attempted(unit: Unit, stage: str, stores: WorkerStores, work: Callable[[bool
             return _once(unit, stage, stores, work, failures)
         except Exception as error:  # noqa: BLE001 - a unit's trouble is its own: the others go on
             failures += 1
-            if failures == MOST_FAILURES or not _may_change(error):
-                return _judged(unit, stage, stores, error)
+            if failures == MAX_FAILURES or not _is_worth_a_careful_try(error):
+                return _outcome_of_error(unit, stage, stores, error)
 
 
 def _once(
     unit: Unit, stage: str, stores: WorkerStores, work: Callable[[bool], Result], failures: int
 ) -> Result | Outcome:
-    """One attempt at the step. Raises what it raises."""
-    if stage != "commit" and is_stopped(stores.output, stores.run_id):  # what is explained is not thrown away
+    """One attempt at the step. Raises as `work`."""
+    if stage != "commit" and is_stopped(stores.output, stores.run_id):  # an explained unit is still committed
         return UnitSkipped(unit.unit_id)
-    with marked(stores, f"{unit.unit_id}/{stage}") as num_deaths, watchdog():
-        if num_deaths >= MOST_DEATHS:
+    with attempt_marker(stores, f"{unit.unit_id}/{stage}") as num_deaths, watchdog():
+        if num_deaths >= MAX_DEATHS:
             return give_up(stores.output, unit, stage, Cause.POISON, f"{num_deaths} processes died in it")
         return work(num_deaths >= CAREFUL_DEATHS or failures > 0)
 
 
-def _may_change(error: Exception) -> bool:
-    """Whether working carefully may help: the stores have been patient already, and some processes are of no use."""
+def _is_worth_a_careful_try(error: Exception) -> bool:
+    """True if a careful try may help; stores have retried already, and the job's errors repeat."""
     return not isinstance(error, (StoreError, ProcessDiedError, *OF_THE_JOB))
 
 
 @contextmanager
-def marked(stores: WorkerStores, step: str) -> Iterator[int]:
-    """The number of attempts at a step that left their marker; one of our own stands while the body runs."""
+def attempt_marker(stores: WorkerStores, step: str) -> Iterator[int]:
+    """Yields the number of attempts at a step that left a marker; writes its own marker while the body runs."""
     prefix = f"{FOLDER}{step}-"
     num_deaths = sum(1 for _ in stores.output.list(prefix))
     marker = f"{prefix}{stores.run_id}-{uuid.uuid4().hex}.json"
@@ -110,12 +110,12 @@ def marked(stores: WorkerStores, step: str) -> Iterator[int]:
     try:
         yield num_deaths
     finally:
-        with suppress(StoreError):  # one marker too many makes the next attempt careful at most
+        with suppress(StoreError):  # a marker that remains makes the next attempt careful, no more
             stores.output.delete(marker)
 
 
-def _judged(unit: Unit, stage: str, stores: WorkerStores, error: Exception) -> Outcome:
-    """The unit is dead where it is to blame itself, and stays open otherwise."""
+def _outcome_of_error(unit: Unit, stage: str, stores: WorkerStores, error: Exception) -> Outcome:
+    """Gives the unit up if it is to blame; otherwise it stays open."""
     cause = _cause(stage, error)
     text = str(error) if isinstance(error, StoreError | ProcessDiedError) else f"{type(error).__name__}: {error}"
     if cause is not None:

@@ -1,4 +1,4 @@
-"""Tells whose trouble an exception is in a step: the record's or unit's, or the job's, the machine's, the store's."""
+"""Tells who is to blame for an exception in a step: the record or unit, or the job, the machine, the store."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,21 +10,21 @@ from blocksight.jobs.work.isolation import Isolated, ProcessStartError, free_byt
 from blocksight.storage.stores import error_classes
 
 OF_THE_JOB = (ModelError, ConfigError, UnreconciledError, ProcessStartError)
-"""Any other unit would meet them as well."""
+"""Errors that every other unit would raise too."""
 
 AMPLE_BYTES = 4 << 30
-"""Of free memory: more than any record within the limits takes."""
+"""Free memory that is enough for any record within the limits."""
 
 
 def is_of_unit(error: Exception) -> bool:
-    """True if a step that raised this would fail over the same records again, on any machine."""
+    """True if the step would fail at the same records again, on any machine."""
     return not isinstance(error, OF_THE_JOB) and error_classes.is_of_record(error)
 
 
 def is_of_record(error: Exception, work: Callable[[Any], Any]) -> bool:
-    """True if the record that `work` was handed alone is to blame.
+    """True if the one record given to `work` is to blame.
 
-    Lack of memory is the machine's, unless it is raised in a process apart while there is plenty.
+    MemoryError is the machine's, unless a child process raises it while enough memory is free.
     """
     if isinstance(error, MemoryError):
         return isinstance(work, Isolated) and free_bytes() >= AMPLE_BYTES

@@ -1,4 +1,4 @@
-"""Isolation: a step's function in a child process, so that a record that kills its process is known by name."""
+"""Isolation: runs a step's function in a child process, to find the record that kills its process."""
 
 import ctypes
 import os
@@ -19,29 +19,29 @@ from blocksight.cluster.switches import refuse_unsafe_switches
 from blocksight.jobs.work.watchdog import heartbeat, watchdog
 
 DEATHS = 2
-"""After so many deaths of the child over one item that item is blamed; one may be bad luck."""
+"""After so many deaths of the child the item is blamed; one death may have another cause."""
 
 POLL_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1
 NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 MEMORY_SHARE = 0.8
-"""Of the memory that is free when the child starts: it fails there, before the machine picks whom to kill."""
+"""The child's limit, as a share of the memory free at its start: it fails before the kernel kills a process."""
 
 Work = Callable[[Any], Any]
 
 
 class ProcessDiedError(Exception):
-    """The child died over this item each time; the message says how."""
+    """The child died at this item each time; the message says how."""
 
 
 class ProcessStartError(Exception):
-    """The child cannot make its function: no item is to blame."""
+    """The child cannot make its function; no item is to blame."""
 
 
 class Isolated:
-    """`make()` is called in a child process and gives the function that each item is handed to.
+    """Calls `make()` in a child process, and then its result with each item.
 
-    Exceptions of the function are raised here. `make` and the items must be picklable.
+    Exceptions of that function are raised here. `make` and the items must be picklable.
     """
 
     def __init__(self, make: Callable[[], Work]) -> None:
@@ -70,7 +70,7 @@ class Isolated:
         raise ProcessDiedError(f"{DEATHS} processes that worked on it died: {how}")
 
     def _connection(self) -> Connection:
-        """To the child, which is started where there is none."""
+        """The connection to the child, which is started if there is none."""
         if self._child is None:
             self._child = _start()
             try:
@@ -97,29 +97,29 @@ class Isolated:
 
 
 def _asked(connection: Connection, item: Any) -> tuple[bool, Any]:
-    """Whether the child has a result, and that or the exception. Raises EOFError or ConnectionError where it died."""
+    """(True, result) or (False, exception) of the child. Raises EOFError or ConnectionError if it died."""
     connection.send_bytes(pickle.dumps(item))
     while not connection.poll(POLL_SECONDS):
-        heartbeat()  # the child has a watch of its own
+        heartbeat()  # the child has its own watchdog
     return connection.recv()
 
 
 @contextmanager
 def called(function: Work, careful: bool) -> Iterator[Work]:
-    """The function as it is, or `careful`: the same in a process apart."""
+    """The function itself or, if `careful`, the function in a child process."""
     if not careful:
         yield function
         return
-    with Isolated(partial(_itself, function)) as isolated:
+    with Isolated(partial(_returned, function)) as isolated:
         yield isolated
 
 
-def _itself(function: Work) -> Work:
+def _returned(function: Work) -> Work:
     return function
 
 
 def _start() -> tuple[subprocess.Popen[bytes], Connection]:
-    refuse_unsafe_switches()  # the child has the same, and nobody to tell
+    refuse_unsafe_switches()  # the child inherits them and cannot report them
     ours, theirs = Pipe()
     process = subprocess.Popen(
         [sys.executable, "-m", "blocksight.jobs.work.isolation", str(theirs.fileno()), str(os.getpid())],
@@ -134,7 +134,7 @@ def _start() -> tuple[subprocess.Popen[bytes], Connection]:
 
 
 def _serve(connection: Connection) -> None:
-    """The child: makes its function, then hands each item to it, until its parent is gone."""
+    """In the child: makes the function, then calls it with each item until the parent ends."""
     refuse_unsafe_switches()
     work: Work | None = None
     with suppress(EOFError):
@@ -145,7 +145,7 @@ def _serve(connection: Connection) -> None:
                     item = pickle.loads(sent)
                     result = item() if work is None else work(item)
                 answer = pickle.dumps((True, None if work is None else result))
-            except Exception as error:  # noqa: BLE001 - it is the parent's to judge
+            except Exception as error:  # noqa: BLE001 - the parent decides
                 answer = pickle.dumps((False, _portable(error)))
             else:
                 work = work or result
@@ -153,31 +153,31 @@ def _serve(connection: Connection) -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """The exception itself where it survives the way to the parent, else its text."""
+    """The exception, or a RuntimeError with its text if it cannot be pickled."""
     with suppress(Exception):
         if type(pickle.loads(pickle.dumps(error))) is type(error):
             return error
     return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def _live_and_die_with(parent: int) -> None:
-    """The child ends with its parent, and is the first to go where memory runs out."""
+def _bind_to_parent(parent: int) -> None:
+    """In the child: ends with its parent, and is killed first if memory runs out."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit(1)
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
-    if not NVIDIA_DRIVER.exists():  # CUDA reserves far more than it uses
+    if not NVIDIA_DRIVER.exists():  # CUDA reserves far more memory than it uses
         most = int(MEMORY_SHARE * free_bytes())
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
 def free_bytes() -> int:
-    """Memory that can be had without swapping, from the kernel's own estimate."""
+    """Bytes of memory available without swapping, by the kernel's estimate."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
 
 
 if __name__ == "__main__":
-    _live_and_die_with(int(sys.argv[2]))
+    _bind_to_parent(int(sys.argv[2]))
     _serve(Connection(int(sys.argv[1])))

@@ -1,4 +1,4 @@
-"""Progress: records, masked forwards per second and the time that is left, live on a terminal."""
+"""Progress: shows records, masked forwards per second and the time left, live on a terminal."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,27 +13,27 @@ from blocksight.jobs.plan.records import DeadLetter, Evaluated, Outcome, Receipt
 from blocksight.jobs.plan.text import clock, counted
 
 PLAIN_SECONDS = 10.0
-"""Between two lines where the output is no terminal."""
+"""Between two lines if the output is no terminal."""
 
 
 @dataclass
 class Tally:
-    """What this run has done so far."""
+    """The counts of this run so far."""
 
     total_records: int
-    """To do in this run."""
+    """Records of this run."""
     guess_seconds: float | None
-    """The plan's estimate for them, used until something is finished; None: nothing is known of the model."""
+    """The plan's estimate, used until the first unit is done; None if there is no estimate for the model."""
     records: int = 0
     forwards: int = 0
     failures: int = 0
     dead: int = 0
     verb: str = "explain"
-    """What is done to them."""
+    """What the run does to the records."""
 
     @property
     def stem(self) -> str:
-        """Of the verb, which takes -ing and -ed."""
+        """The verb without its final e, for -ing and -ed."""
         return self.verb.removesuffix("e")
 
     def add(self, outcome: Outcome | Evaluated | int) -> None:
@@ -48,7 +48,7 @@ class Tally:
         self.dead += isinstance(outcome, DeadLetter)
 
     def left(self, elapsed: float) -> str:
-        """The time left: from the pace so far, or from the estimate before anything is finished."""
+        """The time left, from the speed so far, or from the estimate before the first unit is done."""
         if self.records:
             return f"{clock(elapsed * (self.total_records - self.records) / self.records)} left"
         if self.guess_seconds is None:
@@ -60,12 +60,12 @@ class Tally:
         rate = self.forwards / elapsed if elapsed > 0 else 0.0
         trouble = f", {counted(self.failures, 'unit')} failed" if self.failures else ""
         trouble += f", {counted(self.dead, 'unit')} dead" if self.dead else ""
-        pace = f"{rate:,.0f} masked forwards/s, " if self.verb == "explain" else ""
-        return f"{self.records:,}/{counted(self.total_records, 'record')}, {pace}{self.left(elapsed)}{trouble}"
+        speed = f"{rate:,.0f} masked forwards/s, " if self.verb == "explain" else ""
+        return f"{self.records:,}/{counted(self.total_records, 'record')}, {speed}{self.left(elapsed)}{trouble}"
 
 
 class _TallyColumn(ProgressColumn):
-    """The tally's line, drawn anew at every refresh so that the time left runs down."""
+    """The tally's line, redrawn at every refresh so that the time left counts down."""
 
     def __init__(self, tally: Tally) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class _TallyColumn(ProgressColumn):
 
 @contextmanager
 def progress(console: Console, tally: Tally) -> Iterator[Callable[[Outcome | Evaluated | int], None]]:
-    """Shows the tally while the body runs; the body hands in what becomes of each unit."""
+    """Shows the tally while the body runs; the body passes each unit's outcome to the yielded function."""
     show = _live if console.is_terminal else _plain
     with show(console, tally) as update:
         yield update
@@ -97,7 +97,7 @@ def _live(console: Console, tally: Tally) -> Iterator[Callable[[Outcome | Evalua
 
         def update(outcome: Outcome | Evaluated | int) -> None:
             tally.add(outcome)
-            # a tar's record count is an estimate: the bar's end moves to what was really there
+            # a tar's record count is an estimate: the bar's end moves to the real count
             tally.total_records = max(tally.total_records, tally.records)
             bar.update(task, completed=tally.records, total=tally.total_records)
 

@@ -1,4 +1,4 @@
-"""Reading an output back: the rows of records, and their pictures."""
+"""Reads an output: the rows of records, and their pictures."""
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
@@ -28,7 +28,7 @@ PICTURE_SIDE = 448
 
 @dataclass(frozen=True)
 class Output:
-    """One output of `explain`, with the evaluations beside it."""
+    """One output of `explain`, with its evaluations."""
 
     name: str
     """As the user wrote it."""
@@ -41,19 +41,19 @@ class Shown:
     """A record's image and one of its maps, at one size."""
 
     pixels: Pixels
-    """[H, W, 3]; grey where the image cannot be read any more."""
+    """[H, W, 3]; grey if the image cannot be read any more."""
     saliency_hw: NDArray[np.float32]
     """[H, W] in [0, 1]."""
 
 
 def existing_output(name: str, endpoint_url: str | None = None) -> Output:
-    """What stands in a folder or below an s3:// prefix. Raises ConfigError where that is no output, and StoreError."""
+    """The output in a folder or below an s3:// prefix. Raises ConfigError if there is none, and StoreError."""
     store = PatientStore(open_store(name, endpoint_url), SHORT_PATIENCE_SECONDS)
     return Output(name, store, existing_plan(store))
 
 
 def refuse_other_inputs(outputs: Sequence[Output]) -> None:
-    """Maps are compared image by image, and a key names an image of one data set only. Raises ConfigError."""
+    """Raises ConfigError if the outputs have different inputs: a key names an image of one data set only."""
     for name in ("data", "resize"):
         first, *others = [output.plan.identity[name] for output in outputs]
         for output, other in zip(outputs[1:], others, strict=True):
@@ -68,14 +68,14 @@ def rows_of(store: ObjectStore, plan: Plan, key: str) -> list[dict[str, Any]]:
     """All rows of the record with this key, from the fragments that may hold it. Raises ConfigError."""
     found = list(rows_with(store, plan, {key}))
     if not found:
-        raise ConfigError(f"no record {key!r} in {store.uri}; keys stand in the column `key` of its data/ folder")
+        raise ConfigError(f"no record {key!r} in {store.uri}; the keys are in the column `key` of its data/ folder")
     return found
 
 
 def rows_with(store: ObjectStore, plan: Plan, keys: Collection[str]) -> Iterator[dict[str, Any]]:
     """All rows of the records with these keys, in the plan's order; only fragments that may hold one are read.
 
-    Raises StoreError, and UnreconciledError where one is damaged.
+    Raises StoreError, and UnreconciledError if one is damaged.
     """
     committed = {info.key for info in store.list("data/")}
     for unit, wanted in _units_with(plan, keys):
@@ -85,14 +85,14 @@ def rows_with(store: ObjectStore, plan: Plan, keys: Collection[str]) -> Iterator
 
 
 def images_of(plan: Plan, endpoint_url: str | None, keys: Collection[str]) -> Iterator[tuple[str, Pixels]]:
-    """Key and upright original [H, W, 3] of records, in the plan's order; what cannot be read any more is left out."""
+    """Key and upright original [H, W, 3] of records, in the plan's order; unreadable records are left out."""
     source = source_of(plan, endpoint_url)
     for unit, wanted in _units_with(plan, keys):
         yield from images_in(unit, source, wanted)
 
 
 def images_in(unit: Unit, source: ObjectStore, keys: Collection[str]) -> Iterator[tuple[str, Pixels]]:
-    """Key and upright original of the records of a unit that have these keys, in its order, as `images_of`."""
+    """Key and upright original of a unit's records that have these keys, in its order, as `images_of`."""
     with suppress(StoreError):  # the shard is gone or has changed
         for raw in raw_records(unit, source):
             if raw.key in keys and raw.reject is None and raw.data is not None:
@@ -128,9 +128,9 @@ def picture(plan: Plan, endpoint_url: str | None, row: dict[str, Any]) -> Shown:
 
 
 def shown(plan: Plan, row: dict[str, Any], image: Pixels | None, side: int = PICTURE_SIDE) -> Shown:
-    """A row's map with its image, which may be gone; `side`: the longer one, in pixels.
+    """A row's map with its image, which may be missing; `side` is the longer side in pixels.
 
-    Raises UnreconciledError where the stored map is damaged.
+    Raises UnreconciledError if the stored map is damaged.
     """
     if image is None:
         image = np.full((row["height"], row["width"], 3), 128, np.uint8)

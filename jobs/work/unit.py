@@ -1,4 +1,4 @@
-"""A unit's way but for the model: read and decode before it, encode and commit after it."""
+"""The steps of a unit around the model: reads and decodes before it, encodes and commits after it."""
 
 import hashlib
 import uuid
@@ -37,7 +37,7 @@ COLUMNS_OF_A_REJECT = {
     *("key", "shard", "shard_index", "unit_id", "status"),
     *("reject_code", "reject_stage", "error"),
 }
-"""Without these no rejected row says what it is of and why."""
+"""Every rejected row keeps these columns: they name the record and the reason."""
 
 Row = Mapping[str, Any]
 """In the columns of `blocksight.storage.outputs.schema.SCHEMA`; until it is encoded, `map` holds float32 [H, W]."""
@@ -47,7 +47,7 @@ Decoding = Callable[[RawRecord], tuple[RecordFacts, NDArray[np.uint8] | None]]
 
 
 def take_unit(unit: Unit, stores: WorkerStores, context: JobContext, *, careful: bool = False) -> UnitInput | Receipt:
-    """The unit, read and decoded, or the receipt of its fragment where that stands already."""
+    """Reads and decodes a unit. Returns its receipt instead if the fragment is already committed."""
     receipt = adopt(stores.output, unit)
     if receipt is not None:
         return receipt
@@ -57,11 +57,11 @@ def take_unit(unit: Unit, stores: WorkerStores, context: JobContext, *, careful:
 def read_unit(
     unit: Unit, source: ObjectStore, config: JobConfig, input_size: tuple[int, int], *, careful: bool = False
 ) -> UnitInput:
-    """Reads every record of the unit and decodes it to the model's input size; a bad one keeps its reason.
+    """Reads the unit's records and decodes them to the model's input size; a bad record keeps its reason.
 
-    `careful`: in processes apart, so that a record which kills its process is rejected alone. Raises
-    MissingError, ChangedError, ObjectError and DamagedError where the shard itself is gone, changed, refused or
-    unreadable, ProcessDiedError where reading it kills, and StoreError.
+    `careful`: in child processes, so that only a record that kills its process is rejected. Raises MissingError,
+    ChangedError, ObjectError and DamagedError if the shard itself is gone, changed, refused or unreadable,
+    ProcessDiedError if reading it kills the process, and StoreError.
     """
     records: list[RecordFacts] = []
     pixels: list[NDArray[np.uint8]] = []
@@ -80,7 +80,7 @@ def read_unit(
 
 
 def _all_raw_records(unit: Unit, source: ObjectStore) -> list[RawRecord]:
-    """The unit's records; where a table's rows cannot be read together, by halves, down to the row that fails."""
+    """The unit's records. If a table's rows cannot be read together it reads halves, down to the row that fails."""
     try:
         return list(raw_records(unit, source))
     except Exception as error:
@@ -95,18 +95,18 @@ def _all_raw_records(unit: Unit, source: ObjectStore) -> list[RawRecord]:
 
 
 def raw_records(unit: Unit, source: ObjectStore) -> Iterator[RawRecord]:
-    """The unit's records as they lie in its shard. Raises as `read_unit`."""
+    """The unit's records in the shard's order. Raises as `read_unit`."""
     if unit.layout is Layout.IMAGES:
         return read_images(source, unit.objects)
     if unit.layout is Layout.TAR:
         return read_tar(source, unit.objects[0], unit.start, unit.stop)
     if not unit.is_counted:
-        _refuse_many(source, unit.objects[0])
+        _refuse_too_many_rows(source, unit.objects[0])
     return read_table(source, unit.objects[0], unit.start, unit.stop)
 
 
-def _refuse_many(source: ObjectStore, info: ObjectInfo) -> None:
-    """Raises ObjectError where a table that could not be read for the plan is too large for one unit."""
+def _refuse_too_many_rows(source: ObjectStore, info: ObjectInfo) -> None:
+    """Raises ObjectError if a table that the plan could not read is too large for one unit."""
     count = table_facts(source, info).num_rows
     if count > MAX_UNPLANNED_RECORDS:
         raise ObjectError(
@@ -118,10 +118,10 @@ def _refuse_many(source: ObjectStore, info: ObjectInfo) -> None:
 def decoded_or_rejected(
     decoding: Decoding, raw: RawRecord, source: ObjectStore
 ) -> tuple[RecordFacts, NDArray[np.uint8] | None]:
-    """The record's facts and pixels by `decoding`; a record over which that dies, or fails twice, is rejected."""
+    """The record's facts and pixels by `decoding`; a record at which that dies, or fails twice, is rejected."""
     named = replace(raw, shard=f"{source.uri}/{raw.shard}")
     try:
-        return _at_most_twice(decoding, named)
+        return _tried_twice(decoding, named)
     except ProcessDiedError as error:
         reject = Reject(RejectCode.PROCESS_DIED, str(error))
     except Exception as error:
@@ -131,8 +131,8 @@ def decoded_or_rejected(
     return with_reject(_facts(named), reject, "decode"), None
 
 
-def _at_most_twice(decoding: Decoding, raw: RawRecord) -> tuple[RecordFacts, NDArray[np.uint8] | None]:
-    """What `decoding` gives, at the second try where the first one failed over the record."""
+def _tried_twice(decoding: Decoding, raw: RawRecord) -> tuple[RecordFacts, NDArray[np.uint8] | None]:
+    """The result of `decoding`, tried twice if the record is to blame."""
     try:
         return decoding(raw)
     except ProcessDiedError:
@@ -150,7 +150,7 @@ def _facts(raw: RawRecord) -> RecordFacts:
 def decoded(
     raw: RawRecord, config: JobConfig, input_size: tuple[int, int]
 ) -> tuple[RecordFacts, NDArray[np.uint8] | None]:
-    """The record's facts and its pixels [H, W, 3] at the model's input size; None: the facts say why not."""
+    """The record's facts and its pixels [H, W, 3] at the model's input size; None if the facts hold a reject."""
     facts = _facts(raw)
     if raw.reject is not None:
         return with_reject(facts, raw.reject, "read"), None
@@ -172,11 +172,11 @@ def commit_unit(
     attempt: str | None = None,
     careful: bool = False,
 ) -> Receipt:
-    """Writes the unit's fragment once, then its receipt; where another attempt was first, adopts that one.
+    """Writes the unit's fragment once, then its receipt; adopts the fragment of an attempt that was first.
 
-    The fragment's creation is the commit. A reply that was lost is settled by the attempt id in the
-    object's metadata. `careful`: maps are encoded in a process apart, and a record that fails is rejected alone.
-    Raises StoreError where nothing was committed, ValueError where rows went astray.
+    Creating the fragment is the commit. If the reply is lost, the attempt id in the object's metadata tells whose
+    it is. `careful`: maps are encoded in a child process, and only a record that fails is rejected. Raises
+    StoreError if nothing was committed, ValueError if records are missing.
     """
     attempt = attempt or uuid.uuid4().hex
     with called(_encoded_row, careful) as encoded:
@@ -201,7 +201,7 @@ def commit_unit(
 
 
 def _create_or_adopt(output: ObjectStore, unit: Unit, body: bytes, metadata: Mapping[str, str]) -> bool:
-    """Whether the committed object is ours; False: another attempt's stands and counts."""
+    """Returns True if our object was committed, False if another attempt was first."""
     try:
         output.create(unit.fragment_key, body, metadata=metadata)
     except StoreError as error:
@@ -231,7 +231,7 @@ def _provenance(unit: Unit, fingerprint: str) -> dict[str, str]:
 
 
 def _encoded_record(encoded: Callable[[Row], Row], rows: Sequence[Row], *, careful: bool) -> list[Row]:
-    """A record's rows, one per target, or the one that says why it has no map."""
+    """A record's encoded rows, one per target, or one rejected row."""
     try:
         made = [encoded(row) for row in rows]
         if careful:
@@ -247,12 +247,12 @@ def _encoded_record(encoded: Callable[[Row], Row], rows: Sequence[Row], *, caref
 
 
 def _storable(row: Row) -> Row:
-    """The rejected row, without the facts of the record that do not fit their columns."""
+    """The rejected row, without the values that do not fit their columns."""
     kept: dict[str, Any] = {**row, "key": as_text(row["key"]), "shard": as_text(row["shard"])}
     for name in row.keys() - COLUMNS_OF_A_REJECT:
         try:
             encode_fragment([{**dict.fromkeys(COLUMNS_OF_A_REJECT, ""), "shard_index": 0, name: row[name]}], {})
-        except Exception:  # noqa: BLE001 - whatever is wrong with it, it is left out
+        except Exception:  # noqa: BLE001 - a value that fails for any reason is left out
             del kept[name]
     return kept
 

@@ -437,7 +437,7 @@ MUTATIONS = (
     Mutation(
         "a stranger's document may hold a field twice",
         "jobs/plan/documents.py",
-        "object_pairs_hook=_once",
+        "object_pairs_hook=_without_duplicates",
         "object_pairs_hook=dict",
         ("jobs/plan/test_documents.py::test_every_damage_to_a_document_is_one_sentence",),
     ),

@@ -204,7 +204,7 @@ def replace_units(plan: Any) -> Any:
 
 def test_every_interleaving_ends_with_every_record_once(tmp_path, monkeypatch):
     monkeypatch.setattr(retrying, "FIRST_PAUSE_SECONDS", 0.0)
-    monkeypatch.setattr(attempts, "MOST_DEATHS", 2)  # units are given up while slow attempts still live
+    monkeypatch.setattr(attempts, "MAX_DEATHS", 2)  # units are given up while slow attempts still live
     monkeypatch.setattr(attempts, "CAREFUL_DEATHS", 99)
     Protocol.world = World(tmp_path)
     quiet = settings(

@@ -16,7 +16,7 @@ from blocksight.jobs.cli import job_tables, metric_tables
 from blocksight.jobs.evaluate.compare import compare, rows_of_table
 from blocksight.jobs.explain import forward_pass, step
 from blocksight.jobs.plan.config import Execution
-from blocksight.jobs.plan.forward_setting import FORWARD_KEY, PlannedForward, mixture, planned_forward
+from blocksight.jobs.plan.forward_setting import FORWARD_KEY, PlannedForward, planned_forward, setting_difference
 from blocksight.jobs.plan.plan import DriftError
 from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.jobs.report.facts import run_facts
@@ -245,9 +245,9 @@ def test_maps_of_two_precisions_share_no_column_and_the_table_says_so(tmp_path, 
 
 def test_an_output_of_which_no_setting_is_recorded_is_told_from_one_of_which_it_is():
     known = PlannedForward(setting=ForwardSetting())
-    assert mixture({"a": known, "b": PlannedForward(setting=ForwardSetting(batch_size=9))}) is None
-    assert mixture({"a": None, "b": None}) is None
-    assert "b: not recorded" in (mixture({"a": known, "b": None}) or "")
+    assert setting_difference({"a": known, "b": PlannedForward(setting=ForwardSetting(batch_size=9))}) is None
+    assert setting_difference({"a": None, "b": None}) is None
+    assert "b: not recorded" in (setting_difference({"a": known, "b": None}) or "")
 
 
 def test_status_and_report_say_how_masks_were_scored(tmp_path, data):

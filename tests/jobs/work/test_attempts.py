@@ -86,7 +86,7 @@ def test_deaths_in_one_step_make_its_next_attempt_careful(deaths, careful):
 
 def test_a_unit_that_kills_again_and_again_is_dead():
     place = worker_stores()
-    for number in range(attempts.MOST_DEATHS):
+    for number in range(attempts.MAX_DEATHS):
         place.output.put(f"_job/attempts/{UNIT.unit_id}/read-{number}.json", b"{}")
     letter = attempted(UNIT, "read", place, lambda _: "never called")
     assert isinstance(letter, DeadLetter)
@@ -224,7 +224,7 @@ def test_the_first_letter_stands():
 def test_a_retry_begins_without_the_deaths_before_it():
     place = worker_stores()
     plan = SimpleNamespace(units=(UNIT,))
-    for number in range(attempts.MOST_DEATHS):
+    for number in range(attempts.MAX_DEATHS):
         place.output.put(f"_job/attempts/{UNIT.unit_id}/read-{number}.json", b"{}")
     attempted(UNIT, "read", place, lambda _: "never called")
     assert [letter.cause for letter in reopen(place.output, plan)] == ["poison"]

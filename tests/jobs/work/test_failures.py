@@ -29,7 +29,7 @@ from blocksight.jobs.run import pipeline
 from blocksight.jobs.run.job import plan_job, workforce_of
 from blocksight.jobs.run.local import run_unit
 from blocksight.jobs.work import unit as steps
-from blocksight.jobs.work.attempts import CAREFUL_DEATHS, MOST_FAILURES, WorkerStores, attempted
+from blocksight.jobs.work.attempts import CAREFUL_DEATHS, MAX_FAILURES, WorkerStores, attempted
 from blocksight.jobs.work.error_classes import AMPLE_BYTES, is_of_record, is_of_unit
 from blocksight.jobs.work.isolation import Isolated, ProcessDiedError, ProcessStartError
 from blocksight.jobs.work.unit import commit_unit, decoded_or_rejected
@@ -126,7 +126,7 @@ def test_a_unit_that_fails_once_is_done():
 def test_the_machines_trouble_leaves_a_unit_open(error):
     stores, seen = place(), []
     assert isinstance(attempted(UNIT, "read", stores, failing(error, seen)), UnitFailure)
-    assert len(seen) == (1 if type(error) in map(type, OF_THE_JOB) else MOST_FAILURES)
+    assert len(seen) == (1 if type(error) in map(type, OF_THE_JOB) else MAX_FAILURES)
     assert read_letters(stores.output, [UNIT]) == {}
 
 
