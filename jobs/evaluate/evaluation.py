@@ -144,7 +144,7 @@ def fragment_key(folder: str, unit: Unit) -> str:
     return f"{folder}{unit.fragment_key}"
 
 
-def settle(store: ObjectStore, plan: Plan, evaluation: Evaluation) -> str:
+def ensure_evaluation(store: ObjectStore, plan: Plan, evaluation: Evaluation) -> str:
     """Writes the evaluation's settings once and returns its folder."""
     folder = evaluation.folder(plan)
     with suppress(AlreadyExistsError):

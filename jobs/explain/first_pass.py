@@ -20,7 +20,7 @@ from blocksight.jobs.plan.context import JobContext
 from blocksight.jobs.plan.records import RecordFacts, Unit
 from blocksight.jobs.work.attempts import CAREFUL_DEATHS, attempt_marker, open_worker_stores
 from blocksight.jobs.work.error_classes import is_of_unit
-from blocksight.jobs.work.isolation import Isolated, ProcessDiedError, called
+from blocksight.jobs.work.isolation import Isolated, ProcessDiedError, isolated_if
 from blocksight.jobs.work.progress import Tally, progress
 from blocksight.jobs.work.unit import decoded, decoded_or_rejected, raw_records
 from blocksight.jobs.work.watchdog import watchdog
@@ -115,7 +115,7 @@ def _images(context: JobContext, units: Sequence[Unit]) -> Iterator[Image]:
     sources = list(_sources(units, config.seed))
     share = ceil(num_learning_images(config) / min(MAX_SOURCES, len(sources)))
     decode = partial(decoded, config=config, input_size=context.facts.input_size)
-    with called(decode, careful=True) as decoding:  # a record that kills its process must not end the job
+    with isolated_if(decode, careful=True) as decoding:  # a record that kills its process must not end the job
         for unit in sources:
             found = (decoded_or_rejected(decoding, raw, source) for raw in _records(unit, source))
             yield from islice(((facts, picture) for facts, picture in found if picture is not None), share)

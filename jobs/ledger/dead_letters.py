@@ -43,8 +43,8 @@ def write_letter(output: ObjectStore, letter: DeadLetter) -> None:
 
 def read_letters(output: ObjectStore, units: Iterable[Unit]) -> dict[str, DeadLetter]:
     """The dead letters of these units, by unit id."""
-    standing = {info.key for info in output.list(FOLDER)}
-    keys = [key for key in (letter_key(unit.unit_id) for unit in units) if key in standing]
+    stored = {info.key for info in output.list(FOLDER)}
+    keys = [key for key in (letter_key(unit.unit_id) for unit in units) if key in stored]
     with ThreadPoolExecutor(READERS) as readers:
         letters = list(readers.map(lambda key: _letter(output, key), keys))
     return {letter.unit_id: letter for letter in letters}

@@ -93,8 +93,8 @@ class JobState:
     @property
     def open_units(self) -> list[Unit]:
         """Planned, neither committed nor dead, in order."""
-        settled = self.receipts.keys() | self.dead.keys()
-        return [unit for unit in self.plan.units if unit.unit_id not in settled]
+        done = self.receipts.keys() | self.dead.keys()
+        return [unit for unit in self.plan.units if unit.unit_id not in done]
 
     def total(self, field: str) -> int:
         """Sum of one of the receipts' counts."""
@@ -140,11 +140,11 @@ def num_accepted(manifest: Manifest | None) -> int:
 
 
 def finalize(store: ObjectStore, job_state: JobState) -> Manifest:
-    """Writes the manifest once, when every planned unit is committed or dead; returns the one that stands.
+    """Writes the manifest once, when every planned unit is committed or dead; returns the stored one.
 
     Compares sets of units, and each fragment's metadata with its receipt: equal counts prove nothing. The
-    letters of units that were committed after all are taken back. A manifest that stands already must say
-    what the receipts say. Raises UnreconciledError.
+    dead letters of committed units are removed. A manifest that exists already must agree with the
+    receipts. Raises UnreconciledError.
     """
     manifest = final_manifest(store, job_state.plan)
     if manifest is not None:
@@ -166,7 +166,7 @@ def finalize(store: ObjectStore, job_state: JobState) -> Manifest:
     manifest = final_manifest(store, job_state.plan)
     if manifest is None:
         raise UnreconciledError(
-            f"{store.uri}/{MANIFEST_KEY} was written and is gone: is somebody deleting this output?"
+            f"{store.uri}/{MANIFEST_KEY} was written and is gone: is another process deleting this output?"
         )
     return manifest
 
@@ -214,9 +214,9 @@ class _Shard:
 def check(store: ObjectStore, plan: Plan) -> Iterator[tuple[Unit | None, list[str]]]:
     """Re-reads every fragment and yields each committed unit with its faults; last None with the faults overall.
 
-    Proves from the bucket alone: nothing stands under `data/` that was not planned; the final manifest, if there
-    is one, names exactly what stands, by its bytes, and the rest as dead; each fragment's bytes are those that
-    its metadata and its receipt name; every record of the unit's range stands once, in order, explained for
+    Proves from the bucket alone: every object under `data/` was planned; the final manifest, if any, names
+    exactly the committed fragments, by their bytes, and the other units as dead; each fragment's bytes are those
+    that its metadata and its receipt name; every record of the unit's range is there once, in order, explained for
     every target or rejected with a reason; no key of a shard is explained twice.
     """
     planned = {unit.fragment_key for unit in plan.units}
@@ -242,16 +242,16 @@ def _final_faults(store: ObjectStore, plan: Plan, found: Sequence[Receipt]) -> l
 
 
 def _manifest_faults(manifest: Manifest, plan: Plan, receipts: Iterable[Receipt]) -> Iterator[str]:
-    """Where the final manifest and the receipts of what stands differ."""
+    """The differences between the final manifest and the receipts."""
     named = {fragment["key"]: fragment for fragment in manifest["fragments"]}
     committed = {receipt.fragment: receipt for receipt in receipts}
     dead = {letter["unit_id"] for letter in manifest["dead"]}
     if manifest["fingerprint"] != plan.fingerprint:
         yield f"the final manifest is of job {manifest['fingerprint'][:16]}, and the plan of {plan.fingerprint[:16]}"
     for key in sorted(named.keys() - committed.keys()):
-        yield f"{key} is in the final manifest and does not stand"
+        yield f"{key} is in the final manifest and does not exist"
     for key in sorted(committed.keys() - named.keys()):
-        yield f"{key} stands and is not in the final manifest: its unit was given up there"
+        yield f"{key} exists and is not in the final manifest: its unit was given up there"
     for unit in plan.units:
         if (unit.unit_id in dead) == (unit.fragment_key in named):
             said = "both committed and dead" if unit.unit_id in dead else "neither committed nor dead"
@@ -306,7 +306,7 @@ def _metadata_faults(store: ObjectStore, receipt: Receipt) -> list[str]:
     """The differences between a fragment's metadata and its receipt."""
     head = store.head(receipt.fragment)
     if head is None:
-        return [f"{receipt.fragment} has a receipt and does not stand"]
+        return [f"{receipt.fragment} has a receipt and does not exist"]
     return [
         f"{receipt.fragment}: {name} is {value} in the fragment and {head.metadata.get(name)} in its metadata"
         for name, value in commit_facts(receipt).items()
@@ -330,7 +330,7 @@ def _order_faults(unit: Unit, records: Sequence[Sequence[Mapping[str, Any]]], sh
         shard.next_index = first + len(found)
     if len(found) != len(wanted) or any(one != other for one, other in zip(found, wanted, strict=True)):
         odd = [str(one) for one in islice(_only_in_one(found, wanted), MAX_NAMED)] or ["the order"]
-        yield f"{len(wanted)} records were planned and {len(found)} stand; they differ in {', '.join(odd)}"
+        yield f"{len(wanted)} records were planned and {len(found)} are there; they differ in {', '.join(odd)}"
 
 
 def _only_in_one(found: Sequence[Any], wanted: Sequence[Any]) -> Iterator[Any]:

@@ -177,8 +177,8 @@ def ensure_plan(store: ObjectStore, plan: Plan) -> Plan:
     `plan.json` names the list of units by a hash of its bytes, so that two drivers that plan at the same time
     cannot mix their lists. Raises DriftError, and ConfigError for a folder with other files.
     """
-    standing = load_plan(store)
-    if standing is None:
+    stored = load_plan(store)
+    if stored is None:
         _refuse_foreign(store)
         body = _units_bytes(plan.units)
         units_key = _units_key(body)
@@ -186,13 +186,13 @@ def ensure_plan(store: ObjectStore, plan: Plan) -> Plan:
         try:
             store.create(PLAN_KEY, _plan_json(plan, units_key))
         except AlreadyExistsError as error:
-            standing = load_plan(store)
-            if standing is None:  # a broken link in a local output
-                raise StoreError(f"{store.uri}/{PLAN_KEY} stands and cannot be read: remove it") from error
+            stored = load_plan(store)
+            if stored is None:  # a broken link in a local output
+                raise StoreError(f"{store.uri}/{PLAN_KEY} exists and cannot be read: remove it") from error
         else:
             return plan
-    refuse_drift(plan.identity, standing.identity, "configuration")
-    return standing
+    refuse_drift(plan.identity, stored.identity, "configuration")
+    return stored
 
 
 def refuse_drift(ours: Mapping[str, Any], theirs: Mapping[str, Any], what: str) -> None:
@@ -249,7 +249,7 @@ def existing_plan(store: ObjectStore) -> Plan:
     """An output's plan. Raises ConfigError if there is none, and UnreconciledError if it is damaged."""
     made = load_plan(store)
     if made is None:
-        raise ConfigError(f"there is no blocksight output in {store.uri}: no {PLAN_KEY} stands there")
+        raise ConfigError(f"there is no blocksight output in {store.uri}: {PLAN_KEY} is missing")
     return made
 
 

@@ -13,9 +13,9 @@ from blocksight.jobs.evaluate.evaluation import (
     Evaluation,
     EvaluationContext,
     chosen_metrics,
+    ensure_evaluation,
     open_units,
     read_class_map,
-    settle,
 )
 from blocksight.jobs.ledger.stop_request import GO_ON, Stop, stopped_by_signals, unfinished_from
 from blocksight.jobs.plan.config import ConfigError, Execution
@@ -79,7 +79,7 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
     evaluation = _evaluation(asked, truth)
     if not any(True for _ in output.list("data/")):
         raise ConfigError(f"nothing is explained in {output.uri} yet: run `blocksight explain` first")
-    folder = settle(output, plan, evaluation)
+    folder = ensure_evaluation(output, plan, evaluation)
     units = open_units(output, plan, folder)
     if not units:
         return EvaluationOutcome(folder, 0, (), (), None)

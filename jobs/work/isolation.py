@@ -76,10 +76,10 @@ class Isolated:
             try:
                 is_made, trouble = _asked(self._child[1], self._make)
             except (EOFError, ConnectionError):
-                raise ProcessStartError(f"a process apart died before it had its function: {self._end()}") from None
+                raise ProcessStartError(f"a child process died before it had its function: {self._end()}") from None
             if not is_made:
                 self._end()
-                raise ProcessStartError(f"a process apart cannot make its function: {trouble}") from trouble
+                raise ProcessStartError(f"a child process cannot make its function: {trouble}") from trouble
         return self._child[1]
 
     def _end(self) -> str:
@@ -105,7 +105,7 @@ def _asked(connection: Connection, item: Any) -> tuple[bool, Any]:
 
 
 @contextmanager
-def called(function: Work, careful: bool) -> Iterator[Work]:
+def isolated_if(function: Work, careful: bool) -> Iterator[Work]:
     """The function itself or, if `careful`, the function in a child process."""
     if not careful:
         yield function

@@ -18,7 +18,7 @@ from blocksight.jobs.plan.context import JobContext, worker_name
 from blocksight.jobs.plan.records import Receipt, RecordFacts, Unit, UnitInput, UnitResult, with_reject
 from blocksight.jobs.work.attempts import WorkerStores
 from blocksight.jobs.work.error_classes import is_of_record, is_of_unit
-from blocksight.jobs.work.isolation import ProcessDiedError, called
+from blocksight.jobs.work.isolation import ProcessDiedError, isolated_if
 from blocksight.jobs.work.watchdog import heartbeat
 from blocksight.storage.images.decode import decode, fit
 from blocksight.storage.inputs.loose import read_images
@@ -66,8 +66,8 @@ def read_unit(
     records: list[RecordFacts] = []
     pixels: list[NDArray[np.uint8]] = []
     with (
-        called(partial(_all_raw_records, source=source), careful) as listed,
-        called(partial(decoded, config=config, input_size=input_size), careful) as decoding,
+        isolated_if(partial(_all_raw_records, source=source), careful) as listed,
+        isolated_if(partial(decoded, config=config, input_size=input_size), careful) as decoding,
     ):
         for raw in listed(unit) if careful else raw_records(unit, source):
             heartbeat()
@@ -179,7 +179,7 @@ def commit_unit(
     StoreError if nothing was committed, ValueError if records are missing.
     """
     attempt = attempt or uuid.uuid4().hex
-    with called(_encoded_row, careful) as encoded:
+    with isolated_if(_encoded_row, careful) as encoded:
         records = groupby(result.rows, key=itemgetter("shard", "shard_index"))
         rows = [row for _, own in records for row in _encoded_record(encoded, list(own), careful=careful)]
     _check_rows(rows, result.num_records)
@@ -205,10 +205,10 @@ def _create_or_adopt(output: ObjectStore, unit: Unit, body: bytes, metadata: Map
     try:
         output.create(unit.fragment_key, body, metadata=metadata)
     except StoreError as error:
-        standing = output.head(unit.fragment_key)
-        if standing is None:
+        committed = output.head(unit.fragment_key)
+        if committed is None:
             raise
-        ours = standing.metadata.get("attempt") == metadata["attempt"]
+        ours = committed.metadata.get("attempt") == metadata["attempt"]
         if not ours and not isinstance(error, AlreadyExistsError):
             raise
         return ours

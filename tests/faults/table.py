@@ -30,22 +30,22 @@ MUTATIONS = (
     Mutation(
         "412 always means that another attempt was first",
         "jobs/work/unit.py",
-        'ours = standing.metadata.get("attempt") == metadata["attempt"]',
+        'ours = committed.metadata.get("attempt") == metadata["attempt"]',
         "ours = False",
         ("jobs/work/test_commit.py::test_a_lost_reply_is_settled_by_the_attempt",),
     ),
     Mutation(
         "412 always means that it was ours",
         "jobs/work/unit.py",
-        'ours = standing.metadata.get("attempt") == metadata["attempt"]',
+        'ours = committed.metadata.get("attempt") == metadata["attempt"]',
         "ours = True",
         ("faults/test_protocol.py::test_every_interleaving_ends_with_every_record_once",),
     ),
     Mutation(
         "counts are compared instead of sets",
         "jobs/ledger/reconcile.py",
-        "        return [unit for unit in self.plan.units if unit.unit_id not in settled]",
-        "        return list(self.plan.units[len(settled) + len(self.strangers):])",
+        "        return [unit for unit in self.plan.units if unit.unit_id not in done]",
+        "        return list(self.plan.units[len(done) + len(self.strangers):])",
         ("faults/test_protocol.py::test_every_interleaving_ends_with_every_record_once",),
     ),
     Mutation(
@@ -402,8 +402,8 @@ MUTATIONS = (
     Mutation(
         "careful encoding is not careful",
         "jobs/work/unit.py",
-        "with called(_encoded_row, careful) as encoded:",
-        "with called(_encoded_row, False) as encoded:",
+        "with isolated_if(_encoded_row, careful) as encoded:",
+        "with isolated_if(_encoded_row, False) as encoded:",
         ("jobs/work/test_failures.py::test_a_careful_commit_has_the_same_bytes",),
     ),
     Mutation(

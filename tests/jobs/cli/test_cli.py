@@ -112,7 +112,7 @@ def test_status_and_verify_tell_open_from_wrong(finished, tmp_path):
     assert blocksight("status", tmp_path / "out").returncode == 4
     gone = blocksight("verify", tmp_path / "out")
     assert gone.returncode == 5
-    assert f"{first.name} is in the final manifest and does not stand" in gone.stdout
+    assert f"{first.name} is in the final manifest and does not exist" in gone.stdout
     (tmp_path / "out/_job/final/manifest.json").unlink()
     assert blocksight("verify", tmp_path / "out").returncode == 4
     second.write_bytes(second.read_bytes()[:-10] + b"x" * 10)

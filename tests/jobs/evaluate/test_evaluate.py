@@ -221,7 +221,7 @@ def test_controls_are_measured_as_methods_of_their_own(output):
     methods = {row["explainer"] for row in values}
     assert methods == {"gradcam", "random", "gaussian", "edges"}
     drops = {row["explainer"] for row in values if row["metric"] == "drop"}
-    assert drops == {"random", "gaussian", "edges"}  # that of the maps stands in the output already
+    assert drops == {"random", "gaussian", "edges"}  # the maps' own is stored by `explain`
     assert len({row["parameters"] for row in values}) == 4
 
 
@@ -293,7 +293,7 @@ def test_the_sanity_check_runs_when_it_is_asked_for(output):
         ({"metrics": "insertoin"}, "metric 'insertoin' is not known; known: insertion"),
         ({"metrics": "ebpg"}, "ebpg needs --truth"),
         ({"metrics": ","}, "--metrics names none"),
-        ({"share": 0.0}, "must be in (0, 1], got 0"),
+        ({"share": 0.0}, r"must be in \(0, 1\], got 0"),
         ({"class_map": "x"}, "--class-map says what the labels of --truth mean"),
     ],
 )

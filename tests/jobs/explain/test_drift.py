@@ -29,5 +29,5 @@ def test_a_plan_that_stands_and_cannot_be_read_is_no_traceback(tmp_path):
     (tmp_path / "out/_job/plan").mkdir(parents=True)
     (tmp_path / "out/_job/plan/plan.json").symlink_to(tmp_path / "nowhere")
     config = config_of(folder_of_images(tmp_path / "in", 1, bad=False), tmp_path / "out")
-    with pytest.raises(StoreError, match=r"plan\.json stands and cannot be read"):
+    with pytest.raises(StoreError, match=r"plan\.json exists and cannot be read"):
         ensure_plan(*plan_job(config, Execution(runner="local")))

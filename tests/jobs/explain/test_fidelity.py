@@ -25,7 +25,7 @@ REASONS = {
     "eel/15.png": "wrong, uncertain, rare",
     "unicorn/13.png": "rare",
 }
-"""Of the records that get full SISE; the model's word for them stands in `Keen`'s probabilities."""
+"""The records that get full SISE, by the probabilities of `Keen`."""
 
 
 @pytest.fixture

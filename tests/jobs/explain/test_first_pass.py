@@ -1,4 +1,4 @@
-"""The first pass of a method that learns: what it sees, where its result stands, and that nothing else shows in it."""
+"""The first pass of a method that learns: which images it sees, and where its state is stored."""
 
 import json
 from dataclasses import replace
@@ -154,7 +154,7 @@ def test_the_plan_holds_the_parameters_of_all_that_is_wrapped(data, tmp_path):
     identity = json.loads((tmp_path / "out" / "_job/plan/plan.json").read_bytes())["configuration"]
     assert identity["explainer"] == "feature-cam(smoothgrad(gradcam))"
     assert identity["parameters"]["base"] == {"samples": 2, "noise": 0.15, "base": {}}
-    assert identity["parameters"]["edges"] in ("hed", "scharr")  # settled, so that all workers do the same
+    assert identity["parameters"]["edges"] in ("hed", "scharr")  # one value, so that all workers use the same
     assert identity["parameters"]["origin"] == "reconstruction"
     assert {row["edge_detector"] for row in rows_in(LocalStore(tmp_path / "out")) if row["status"] == "ok"} == {
         identity["parameters"]["edges"]

@@ -193,7 +193,7 @@ def test_a_lower_precision_is_the_users_word_and_the_plan_says_its_error(tmp_pat
 
 def test_a_lower_precision_that_is_far_off_is_told_loudly():
     far = PlannedForward(setting=BFLOAT, chosen="rule", score_error=0.046)
-    assert "bfloat16 moves this model's scores by 4.6%" in (forward_pass.precision_warning(far) or "")
+    assert "bfloat16 changes this model's scores by 4.6%" in (forward_pass.precision_warning(far) or "")
     assert forward_pass.precision_warning(replace(far, score_error=0.01)) is None
     assert forward_pass.precision_warning(PlannedForward(setting=ForwardSetting(), score_error=1e-5)) is None
 

@@ -1,4 +1,4 @@
-"""Damaged tables and maps: whoever shows an output names what is damaged and the way out, and ends with exit code 5."""
+"""Damaged tables and maps: every command names the damaged object and its repair, and ends with exit code 5."""
 
 import io
 import re

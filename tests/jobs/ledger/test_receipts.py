@@ -15,7 +15,7 @@ from tests.storage.memory import MemoryStore
 
 
 def committed(*rows):
-    """The receipt of a fragment with these rows, as it is rebuilt from the fragment's bytes."""
+    """The receipt of a fragment with these rows, rebuilt from the fragment's bytes."""
     store = MemoryStore()
     num_records = len({row["shard_index"] for row in rows})
     commit_unit(UnitResult(UNIT, rows, num_records, explain_seconds=1.0), store, "job")

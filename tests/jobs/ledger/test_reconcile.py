@@ -190,7 +190,7 @@ def test_a_fragment_that_the_manifest_gives_up_is_seen(output):
     unit = next(unit for unit in load_plan(output).units if unit.fragment_key == named["key"])
     manifest["dead"].append({"unit_id": unit.unit_id, "ordinal": unit.ordinal, "cause": "poison", "inputs": "x"})
     output.put(MANIFEST_KEY, json.dumps(manifest).encode())
-    said = f"{named['key']} stands and is not in the final manifest: its unit was given up there"
+    said = f"{named['key']} exists and is not in the final manifest: its unit was given up there"
     assert faults(output) == [said]
     with pytest.raises(UnreconciledError, match="was given up there"):
         finalize(output, read_job_state(output, load_plan(output)))

@@ -1,4 +1,4 @@
-"""Stopping and waiting: signals, grace, silence, and rows that arrive from another thread."""
+"""Stop requests and waiting: signals, grace period, time limits, and rows from another thread."""
 
 import os
 import signal
@@ -121,7 +121,7 @@ def test_the_grace_time_ends_the_waiting(monkeypatch):
     release.set()
 
 
-# ---------------------------------------------------------------- patience, the watch, memory of the device
+# ---------------------------------------------------------------- patience, watchdog, device memory
 
 
 class Away:
@@ -174,7 +174,7 @@ def test_waiting_for_a_store_is_a_sign_of_life(no_pauses):
 
 
 def test_a_step_waits_for_its_stores_under_the_watch(tmp_path, monkeypatch):
-    """A create and a head that each wait to the end of their patience are longer than the watch."""
+    """A create and a head that both wait as long as they may take longer than the watchdog allows."""
     from blocksight.jobs.work.attempts import open_worker_stores
     from tests.jobs.jobs_of import config_of
 

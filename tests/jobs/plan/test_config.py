@@ -1,4 +1,4 @@
-"""The configuration: every key checked, and errors that show the way out."""
+"""The configuration: every key is checked, and errors say what to change."""
 
 import json
 from pathlib import Path

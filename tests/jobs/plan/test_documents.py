@@ -117,7 +117,7 @@ READERS: Mapping[str, Callable[[ObjectStore, Plan], object]] = {
     "letter": lambda store, plan: read_letters(store, plan.units),
     "receipt": lambda store, plan: written_receipt(store, plan.units[0]),
 }
-"""What reads them, where somebody does."""
+"""The functions that read them, if any."""
 NOTICED = {
     "status": {"plan", "manifest", "letter"},
     "verify": {"plan", "manifest", "letter"},
@@ -142,7 +142,7 @@ REBUILT = {"status", "verify", "report", "gc", "explain"}
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A finished output with all that may stand in one, and a second of the same data."""
+    """A finished output with every kind of object, and a second one of the same data."""
     folder = tmp_path_factory.mktemp("documents")
     data = folder_of_images(folder / "in", 2, bad=False)
     run_here(data, folder / "other", explainer="layercam")

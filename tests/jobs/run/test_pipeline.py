@@ -150,7 +150,7 @@ def test_a_first_pass_learns_the_same(tmp_path):
     "moment", [pytest.param(0.0, marks=pytest.mark.faults), 0.35, pytest.param(0.8, marks=pytest.mark.faults)]
 )
 def test_a_killed_process_group_changes_nothing_in_the_end(tmp_path, moment):
-    """`moment` is the share of fragments that stand when the whole process group is killed."""
+    """`moment` is the fraction of fragments that exist when the whole process group is killed."""
     data = folder_of_images(tmp_path / "in", 30)
     run_here(data, tmp_path / "whole")
     whole = fragments_in(LocalStore(tmp_path / "whole"))

@@ -16,8 +16,8 @@ PROCESSES = {
     "actor that explains": lambda: pipeline._Explain(ANY, ANY),
     "actor that measures": lambda: pipeline._Evaluate(ANY, ANY),
     "task that learns": lambda: list(pipeline._learn(ANY, [], ANY)),
-    "process apart": lambda: isolation._serve(ANY),
-    "parent of a process apart": lambda: isolation._start(),
+    "child process": lambda: isolation._serve(ANY),
+    "parent of a child process": lambda: isolation._start(),
 }
 
 

@@ -1,4 +1,4 @@
-"""Attempts, isolation, dead letters, retry, budgets and leftovers, without any process but this one and a child."""
+"""Attempts, isolation, dead letters, retry, budgets and garbage collection, in this process and one child."""
 
 import json
 import os
@@ -198,7 +198,7 @@ def test_a_process_apart_dies_alone_and_says_how():
     assert last != first[1]
     deadline = time.monotonic() + 5
     while Path(f"/proc/{last}").exists():
-        assert time.monotonic() < deadline, "the process apart lives on"
+        assert time.monotonic() < deadline, "the child process lives on"
 
 
 def cannot_be_made():
@@ -404,7 +404,7 @@ def few_images(root):
 
 @pytest.mark.parametrize("make", [few_images, folder_of_tars, folder_of_tables])
 def test_a_careful_unit_has_the_same_bytes(tmp_path, monkeypatch, make):
-    """Two earlier deaths in every step: all of it runs record by record, in processes apart, rejects of reading too."""
+    """After two deaths in every step, every step runs record by record, in child processes."""
     for place in ("blocksight.cluster.sizing", "blocksight.jobs.plan.units"):
         monkeypatch.setattr(f"{place}.LEAST_UNIT_SECONDS", 600.0)  # all records of a shard in one unit
     data = make(tmp_path / "in")
@@ -425,7 +425,7 @@ def test_a_careful_unit_has_the_same_bytes(tmp_path, monkeypatch, make):
     assert make is not few_images or "input_missing" in {row["reject_code"] for row in rows_in(store)}
 
 
-# ---------------------------------------------------------------- leftovers
+# ---------------------------------------------------------------- garbage collection
 
 
 def test_leftovers_go_and_facts_stay(tmp_path):

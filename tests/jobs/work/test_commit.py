@@ -1,4 +1,4 @@
-"""The commit of one unit: once, whole, and settled by the attempt id whatever the store replies."""
+"""The commit of a unit: once, whole, and decided by the attempt id whatever the store replies."""
 
 import hashlib
 import io
@@ -45,7 +45,7 @@ def test_a_record_of_two_targets_that_cannot_be_stored_is_one_rejected_row(monke
         raise ProcessDiedError("Aborted")
 
     monkeypatch.setattr("blocksight.jobs.work.unit._encoded_row", dies)
-    monkeypatch.setattr("blocksight.jobs.work.unit.called", lambda work, _careful: nullcontext(work))
+    monkeypatch.setattr("blocksight.jobs.work.unit.isolated_if", lambda work, _careful: nullcontext(work))
     rows = [{**OK_ROW, "map": np.zeros((2, 2), np.float32), "target_rank": rank} for rank in (0, 1)]
     store = MemoryStore()
     commit_unit(replace(result(), rows=(*rows, BAD_ROW)), store, "job", careful=True)

@@ -366,11 +366,11 @@ def apart_here(monkeypatch):
         def __exit__(self, *_):
             pass
 
-    def called(function, careful):
+    def isolated_if(function, careful):
         asked.append(careful)
         return Here(function)
 
-    monkeypatch.setattr(steps, "called", called)
+    monkeypatch.setattr(steps, "isolated_if", isolated_if)
     return asked
 
 

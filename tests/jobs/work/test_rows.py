@@ -1,4 +1,4 @@
-"""Opening what stands, for whoever reads it back."""
+"""Opening an output to read it back."""
 
 import pytest
 
