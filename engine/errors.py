@@ -1,5 +1,5 @@
-"""What the engine refuses, in a sentence for the user; importable without torch."""
+"""The engine's error for the user; imports no torch."""
 
 
 class ModelError(Exception):
-    """The model cannot be used as asked; the message is one sentence, with the way out."""
+    """The model cannot be used as asked. The message says why and what to do."""

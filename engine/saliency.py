@@ -7,7 +7,7 @@ Map = NDArray[np.float64]
 
 
 def minmax(values: Map) -> Map:
-    """The values mapped linearly onto [0, 1], exactly; a constant map becomes zeros."""
+    """Scales the values linearly to exactly [0, 1]; a constant map becomes zeros."""
     low, high = values.min(), values.max()
     if high == low:
         return np.zeros_like(values, dtype=np.float64)

@@ -1,1 +1,1 @@
-"""What the engine offers, as plain values: readable without torch."""
+"""Names, parameters, needs and costs of what the engine offers; imports no torch."""

@@ -1,4 +1,4 @@
-"""Methods that wrap others, as in `ucag(smoothgrad(gradcam))`: names, entries and parameters of what is composed."""
+"""Composed methods, such as `ucag(smoothgrad(gradcam))`: parses names, checks parameters and counts costs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -10,12 +10,12 @@ from blocksight.engine.catalog.entries import EXPLAINERS, ExplainerEntry
 Preset = Literal["paper", "fast"]
 
 MAX_DEPTH = 3
-"""Wrappers around one method."""
+"""Most wrappers around one method."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A registered explainer, and for a wrapper the method that it wraps."""
+    """An explainer's name and, for a wrapper, the wrapped method."""
 
     name: str
     """A key of `blocksight.engine.catalog.entries.EXPLAINERS`."""
@@ -25,63 +25,63 @@ class Method:
         return self.name if self.base is None else f"{self.name}({self.base})"
 
     @property
-    def own(self) -> ExplainerEntry:
-        """The catalogue's entry of the outermost name."""
+    def entry(self) -> ExplainerEntry:
+        """The catalogue's entry of `name`."""
         return EXPLAINERS[self.name]
 
     @property
     def names(self) -> list[str]:
-        """The wrappers from the outermost in, then what they wrap."""
+        """All names, the outermost wrapper first."""
         return [self.name, *(self.base.names if self.base is not None else [])]
 
     @property
     def innermost(self) -> "Method":
-        """What is wrapped in the end."""
+        """The method that wraps no other."""
         return self if self.base is None else self.base.innermost
 
 
-def method_of(text: str) -> Method:
-    """The method that a name means; a wrapper that names none wraps its usual method.
+def parse_method(text: str) -> Method:
+    """The method with this name; a wrapper without brackets wraps its default method.
 
-    Hyphens, underscores, spaces and capitals do not count (`Grad-CAM` is `gradcam`). Raises ValueError with the nearest
+    Hyphens, underscores, spaces and capitals are ignored (`Grad-CAM` is `gradcam`). Raises ValueError with the nearest
     known names.
     """
-    return _parsed(text.strip(), MAX_DEPTH)
+    return _parse(text.strip(), MAX_DEPTH)
 
 
-def _parsed(text: str, depth: int) -> Method:
+def _parse(text: str, depth: int) -> Method:
     outer, opened, inner = text.partition("(")
-    name = _known(outer.strip(), text)
+    name = _known_name(outer.strip(), text)
     wraps = EXPLAINERS[name].wraps
     if opened and not inner.endswith(")"):
-        raise ValueError(f"explainer {text!r} opens a bracket that it does not close; wanted such as ucag(gradcam)")
+        raise ValueError(f"explainer {text!r} does not close its bracket; write it like ucag(gradcam)")
     if opened and wraps is not None and not inner[:-1].strip():
-        raise ValueError(f"explainer {text!r} names nothing between its brackets; wanted such as {name}({wraps})")
+        raise ValueError(f"explainer {text!r} names no method in its brackets; write it like {name}({wraps})")
     if opened and wraps is None:
         wrappers = ", ".join(one for one, entry in EXPLAINERS.items() if entry.wraps is not None)
-        raise ValueError(f"explainer {name} wraps no other; those that do: {wrappers}")
+        raise ValueError(f"explainer {name} wraps no other method; wrappers are {wrappers}")
     if wraps is None:
         return Method(name)
     if depth == 0:
-        raise ValueError(f"at most {MAX_DEPTH} wrappers can be put around a method")
-    return Method(name, _parsed(inner[:-1].strip() if opened else wraps, depth - 1))
+        raise ValueError(f"at most {MAX_DEPTH} wrappers may wrap a method")
+    return Method(name, _parse(inner[:-1].strip() if opened else wraps, depth - 1))
 
 
-def _known(name: str, text: str) -> str:
+def _known_name(name: str, text: str) -> str:
     plain = {_plain(known): known for known in EXPLAINERS}
     if _plain(name) in plain:
         return plain[_plain(name)]
     near = get_close_matches(_plain(name), plain, n=1, cutoff=0.5)
-    way_out = f"did you mean {plain[near[0]]!r}?" if near else f"known: {', '.join(EXPLAINERS)}"
+    hint = f"did you mean {plain[near[0]]!r}?" if near else f"known: {', '.join(EXPLAINERS)}"
     within = f" in {text!r}" if name != text else ""
-    raise ValueError(f"explainer {name!r}{within} is not known; {way_out}")
+    raise ValueError(f"explainer {name!r}{within} is not known; {hint}")
 
 
 def _plain(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "").replace(" ", "")
 
 
-def _made(kind: type, values: Mapping[str, Any]) -> Any:
+def _construct(kind: type, values: Mapping[str, Any]) -> Any:
     return kind(**values)
 
 
@@ -89,24 +89,24 @@ def parameters_of(
     method: Method,
     values: Mapping[str, Any],
     preset: Preset = "paper",
-    make: Callable[[type, Mapping[str, Any]], Any] = _made,
+    make: Callable[[type, Mapping[str, Any]], Any] = _construct,
 ) -> Any:
-    """The method's parameters: given values over the preset's, and the base's likewise under `base`.
+    """The method's parameters: the preset's with the given values; those of the wrapped method are in `base`.
 
-    `make` builds a dataclass from values, and may check their types. Raises ValueError for an unknown name or a bad
+    `make` builds a dataclass from values and may check their types. Raises ValueError for an unknown name or a bad
     value.
     """
-    kind = method.own.parameters
+    kind = method.entry.parameters
     known = [field.name for field in fields(kind)]
     if values and not known:
         raise ValueError(f"explainer {method.name} has no parameters, got {', '.join(values)}")
     for name in values:
         if name not in known:
             near = get_close_matches(name, known, n=1, cutoff=0.5)
-            way_out = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise ValueError(f"explainer {method.name} has no parameter {name!r}; {way_out}")
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"explainer {method.name} has no parameter {name!r}; {hint}")
     given = {name: value for name, value in values.items() if name != "base"}
-    presets = method.own.fast if preset == "fast" else {}
+    presets = method.entry.fast if preset == "fast" else {}
     own = make(kind, {**presets, **given})
     if method.base is None:
         return own
@@ -117,22 +117,22 @@ def parameters_of(
 
 
 def blocks_of(method: Method) -> Literal["all", "last", "none"]:
-    """Which of the network's blocks the method looks at."""
-    return method.innermost.own.blocks
+    """The blocks of the network that the method reads."""
+    return method.innermost.entry.blocks
 
 
 def num_forwards(method: Method, parameters: Any, num_targets: int) -> float | None:
-    """What a record costs as forward passes; None: it depends on the model."""
+    """The cost of a record in forward passes; None: it depends on the model."""
     if method.base is None:
-        known = method.own.num_forwards
+        known = method.entry.num_forwards
         return None if known is None else float(known(parameters, num_targets))
     inner = num_forwards(method.base, parameters.base, num_targets)
-    assert method.own.num_views is not None
-    return None if inner is None else inner * method.own.num_views(parameters)
+    assert method.entry.num_views is not None
+    return None if inner is None else inner * method.entry.num_views(parameters)
 
 
-def images_to_learn_from(method: Method, parameters: Any) -> int:
-    """How many images of the data the method sees in a first pass; 0: it learns nothing."""
+def num_learning_images(method: Method, parameters: Any) -> int:
+    """Number of images that the method's first pass reads; 0: it learns nothing."""
     if method.base is not None:
-        return images_to_learn_from(method.base, parameters.base)
-    return method.own.images_to_learn_from(parameters)
+        return num_learning_images(method.base, parameters.base)
+    return method.entry.num_learning_images(parameters)

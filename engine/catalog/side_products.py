@@ -1,4 +1,4 @@
-"""Side products: what an explainer finds beside its map and is worth keeping, one field per column of the output."""
+"""Side products: what an explainer returns beside its map, one field per column of the output."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,29 +9,29 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Crop:
-    """A part of the input that was explained by itself (UCAG)."""
+    """A part of the input that UCAG explained alone."""
 
     top: int
-    """Pixels of the model's input, as the next three."""
+    """In pixels of the model's input, like the next three."""
     left: int
     height: int
     width: int
     score: float
     """The target's value on the crop."""
     weight: float
-    """What the crop's map counts, at most 1."""
+    """Weight of the crop's map, at most 1."""
 
 
 @dataclass(frozen=True)
 class Fixation:
-    """A place that was looked at (FovEx), in order."""
+    """A fixation of FovEx."""
 
     row: float
     """From -1 (top) to 1 (bottom)."""
     column: float
     """From -1 (left) to 1 (right)."""
     loss: float
-    """Cross entropy of the target when this place was seen sharply, from 0."""
+    """Cross entropy of the target with this place sharp, at least 0."""
 
 
 @dataclass(frozen=True)
@@ -39,31 +39,31 @@ class GridMap:
     """A map at its native grid, linear and unscaled."""
 
     name: str
-    """The block that it is of (DAAM), or the family of baselines that it came from (BEE)."""
+    """The map's block (DAAM), or its baseline's family (BEE)."""
     values_hw: NDArray[np.float32]
     """[h, w]."""
     value: float | None = None
-    """Of the metric that picked among the maps (BEE)."""
+    """Of the selection metric (BEE)."""
 
 
 @dataclass(frozen=True)
 class SideProducts:
-    """What stands beside a map; None where the method has no such thing."""
+    """Results beside a map; None if the method has none."""
 
     channel_importance: NDArray[np.float32] | None = None
     """A-FMI: the importance of every feature map of the block, [K]."""
     crops: tuple[Crop, ...] | None = None
     """UCAG: row by row."""
     scan_path: tuple[Fixation, ...] | None = None
-    """FovEx: in the order in which they were looked at."""
+    """FovEx: the fixations in order."""
     accumulated_maps: tuple[GridMap, ...] | None = None
     """DAAM: the sum of the blocks' maps up to each block, shallow to deep."""
     map_family: tuple[GridMap, ...] | None = None
     """BEE: all candidates, in the order of their draws."""
     selected_by: str | None = None
-    """The metric that picked the map among several, which says nothing of its quality therefore."""
+    """The metric that selected the map; it does not measure the map's quality."""
     edge_detector: str | None = None
-    """Feature CAM: hed or scharr, whichever made the edges."""
+    """Feature CAM: hed or scharr."""
 
     def as_columns(self) -> dict[str, Any]:
         """Plain values by column."""

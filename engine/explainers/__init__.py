@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from blocksight.engine.catalog.composition import Method, method_of, parameters_of
+from blocksight.engine.catalog.composition import Method, parameters_of, parse_method
 from blocksight.engine.explainers.ablationcam import AblationCam
 from blocksight.engine.explainers.afmi import AFmi
 from blocksight.engine.explainers.bee import Bee
@@ -39,7 +39,7 @@ def make_explainer(name: str, adapter: ModelAdapter, parameters: Any = None, **o
 
     Raises ValueError for a name that is not known, ModelError where the model lacks what the method needs.
     """
-    return _made(method_of(name), adapter, parameters, **options)
+    return _made(parse_method(name), adapter, parameters, **options)
 
 
 def _made(method: Method, adapter: ModelAdapter, parameters: Any, **options: Any) -> Explainer:

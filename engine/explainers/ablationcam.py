@@ -9,7 +9,7 @@ from blocksight.engine.explainers.cams import whole_block
 from blocksight.engine.explainers.explainer import Explainer, pad
 from blocksight.engine.explainers.explanation import Explanation, sound_explanation
 from blocksight.engine.model.resample import grid_of, upsampling
-from blocksight.engine.model.taps import replaced
+from blocksight.engine.model.taps import logits_with_replaced
 from blocksight.engine.model.targets import Target
 
 
@@ -45,6 +45,6 @@ class AblationCam(Explainer):
         """What the raw scores of one image lose [C, T] with each channel set to 0 in turn."""
         channels = range(len(maps_chw))
         nothing = torch.zeros_like(maps_chw)
-        logits = replaced(self.tail, image_chw, maps_chw, nothing, channels, self.scorer.batch_size)
+        logits = logits_with_replaced(self.tail, image_chw, maps_chw, nothing, channels, self.scorer.batch_size)
         scores = target.raw.score(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
         return scores[:1] - scores[1:]

@@ -15,7 +15,7 @@ from blocksight.engine.explainers.cams import whole_block
 from blocksight.engine.explainers.explainer import Attribution, SignedExplainer, pad
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.head import pooled_weights
-from blocksight.engine.model.taps import replaced
+from blocksight.engine.model.taps import logits_with_replaced
 from blocksight.engine.model.targets import Target
 from blocksight.engine.scoring.perturb import blurred
 
@@ -155,7 +155,7 @@ class AFmi(SignedExplainer):
         """What the score gains [n, T] where each of the chosen maps is one of `instead_khw` in turn."""
         if self.weights is None:
             size = self.scorer.batch_size
-            logits = replaced(self.tail, base.image_chw, base.maps_khw, instead_khw, chosen.tolist(), size)
+            logits = logits_with_replaced(self.tail, base.image_chw, base.maps_khw, instead_khw, chosen.tolist(), size)
         else:
             steps = (instead_khw[chosen].double() - base.maps_khw[chosen].double()).mean((1, 2))
             logits = base.logits.double() + functional.pad(steps[:, None] * self.weights.T[chosen], (0, 0, 1, 0))

@@ -19,12 +19,12 @@ from blocksight.engine.scoring.surrogate import (
     LEAST_PER_BLOCK,
     Imputed,
     Known,
+    design_order,
     distances,
     impute,
     median_distance,
     padded,
-    shares,
-    spread,
+    shares_by_block,
 )
 
 Budget = int | float | Literal["auto"]
@@ -137,10 +137,10 @@ class _Sampling:
     ) -> None:
         self.candidates, self.budget, self.complete_above = candidates, budget, complete_above
         num_masks = sum(candidates.sizes)
-        self.most = shares(candidates.sizes, _most(budget, num_masks))
+        self.most = shares_by_block(candidates.sizes, _most(budget, num_masks))
         least = LEAST_PER_BLOCK * len(candidates.sizes)
         first = max(least, ceil(AUTO_FIRST * num_masks)) if budget == "auto" else num_masks
-        self.wanted = [min(own) for own in zip(self.most, shares(candidates.sizes, first), strict=True)]
+        self.wanted = [min(own) for own in zip(self.most, shares_by_block(candidates.sizes, first), strict=True)]
         self.scored = [0] * len(self.most)
         self.order = candidates.every()
         empty = torch.full((num_masks, num_targets), torch.nan, dtype=torch.float64)
@@ -224,7 +224,7 @@ def _design(images: Sequence[_Sampling]) -> None:
         largest = max(len(own) for own in apart)
         square = torch.stack([functional.pad(own, (0, largest - len(own)) * 2) for own in apart])
         weights = padded([own[place] for own, place in zip(norms, places, strict=True)], value=-1)
-        order = spread(square, weights, max(one.most[block] for one in images), scales)
+        order = design_order(square, weights, max(one.most[block] for one in images), scales)
         for one, place, own in zip(images, places, order, strict=True):
             one.order[block] = place.start + own[: one.most[block]]
 

@@ -12,7 +12,7 @@ from blocksight.engine.catalog.side_products import GridMap, SideProducts
 from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers.explainer import Attribution, SignedExplainer, pad
 from blocksight.engine.model.attention import Attention, explicit_attention
-from blocksight.engine.model.features import entering, head_path
+from blocksight.engine.model.features import capture_input, head_path
 from blocksight.engine.model.layouts import Layout
 from blocksight.engine.model.neighbours import NeighbourClassifier
 from blocksight.engine.model.resample import scaled
@@ -80,7 +80,7 @@ class Daam(SignedExplainer):
         found: list[Attention] = []
         features: list[Tensor] = []
         module, path = self.adapter.module, self.feature_path
-        watched = nullcontext() if path is None else entering(module, path, features.append)
+        watched = nullcontext() if path is None else capture_input(module, path, features.append)
         with torch.enable_grad(), watched, explicit_attention(module, found.append):
             logits = self.adapter.logits(inputs_nchw.detach().requires_grad_(True))
         usable = tuple(

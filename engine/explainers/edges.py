@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from blocksight.engine.catalog.edge_detectors import HED_WAY_OUT, Detector, hed_weights
+from blocksight.engine.catalog.edge_detectors import HED_INSTALLATION, Detector, hed_weights
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.loading import load_state
 from blocksight.engine.model.resample import grid_of, scaled
@@ -83,18 +83,18 @@ def _hed_state() -> dict[str, Tensor]:
     """The state dict that the package's file holds."""
     file = hed_weights()
     if file is None:
-        raise ModelError(f"edges by HED need its weights: {HED_WAY_OUT}; edges=scharr needs none")
+        raise ModelError(f"edges by HED need its weights: {HED_INSTALLATION}; edges=scharr needs none")
     try:
         import h5py
     except ImportError as error:
-        raise ModelError(f"HED's weights are read by h5py: {HED_WAY_OUT}; edges=scharr needs none") from error
+        raise ModelError(f"HED's weights are read by h5py: {HED_INSTALLATION}; edges=scharr needs none") from error
     try:
         with h5py.File(file) as stored:
             return {
                 name: _as_torch(np.asarray(stored[place])) for name, place in _hed_places().items() if place in stored
             }
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise ModelError(f"HED's weights in {file} cannot be read: {error}; {HED_WAY_OUT}") from error
+        raise ModelError(f"HED's weights in {file} cannot be read: {error}; {HED_INSTALLATION}") from error
 
 
 def _hed_places() -> dict[str, str]:

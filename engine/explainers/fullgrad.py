@@ -9,7 +9,7 @@ from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers.explainer import Explainer, pad
 from blocksight.engine.explainers.explanation import Explanation, sound_explanation
 from blocksight.engine.model.resample import grid_of, upsampling
-from blocksight.engine.model.taps import Recorder, gradients, hooked
+from blocksight.engine.model.taps import Recorder, gradients, hook_outputs
 from blocksight.engine.model.targets import Target
 
 UNREAD = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.MultiheadAttention)
@@ -51,10 +51,10 @@ class FullGrad(Explainer):
     def _explain_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Explanation]]:
         padded = pad(inputs_nchw, self.images_per_pass)
         recorder = Recorder()
-        with torch.enable_grad(), hooked(self.adapter.module, self.biases, recorder):
+        with torch.enable_grad(), hook_outputs(self.adapter.module, self.biases, recorder):
             inputs = padded.detach().requires_grad_(True)
             logits = self.adapter.logits(inputs)
-        terms = {name: output for name, output in recorder.kept.items() if output.dim() == 4}
+        terms = {name: output for name, output in recorder.recorded.items() if output.dim() == 4}
         filled = target.of(torch.arange(self.images_per_pass).clamp(max=len(inputs_nchw) - 1))  # as `pad` fills
         found = []
         for index in range(target.num_targets):

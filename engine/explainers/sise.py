@@ -17,7 +17,7 @@ from blocksight.engine.explainers.budget import Candidates, Sampled, sample
 from blocksight.engine.explainers.explainer import Explainer, pad
 from blocksight.engine.explainers.explanation import BlockMap, Explanation, sound_explanation
 from blocksight.engine.explainers.fusion import GATES, cascade, otsu_foreground
-from blocksight.engine.model.head import head_of
+from blocksight.engine.model.head import cheap_head
 from blocksight.engine.model.resample import Grid, grid_of, pooled, upsampling
 from blocksight.engine.model.taps import gradients
 from blocksight.engine.model.targets import Target
@@ -77,7 +77,7 @@ class Sise(Explainer):
         self.blocks = self.adapter.network.blocks(blocks)
         self.taps = self.adapter.network.taps(self.blocks)
         budget = self.parameters.budget
-        self.head = head_of(self.adapter, self.blocks[-1]) if budget is not None else None
+        self.head = cheap_head(self.adapter, self.blocks[-1]) if budget is not None else None
         if budget == 0 and self.head is None:
             raise ModelError(
                 f"without any masked forward the head of {self.adapter.name} would have to score the masks, and it is "

@@ -14,7 +14,7 @@ from blocksight.engine.explainers.explanation import Explanation
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.targets import ClassProbability
 from blocksight.engine.scoring.forward import make_forward
-from blocksight.engine.scoring.probe import cycled, rate, seconds_of
+from blocksight.engine.scoring.probe import measured_seconds, rate, repeated_inputs
 
 CPU_SIZES, GPU_SIZES = (1, 2, 4, 8, 16, 32), (32, 64, 128, 256, 512, 1024)
 """Batch sizes that the bare model is tried at."""
@@ -74,7 +74,7 @@ def measure(
     with adapter.borrowed(), torch.inference_mode():
         bare = make_forward(adapter, replace(setting, batch_size=best))
         target = ClassProbability(_logits(explainer, inputs_nchw).argmax(1, keepdim=True))
-    batch = cycled(inputs_nchw, best).contiguous()
+    batch = repeated_inputs(inputs_nchw, best).contiguous()
     count = max(1, round(BARE_SECONDS * rates[best] / best))
     explained: list[list[Explanation]] = []
 
@@ -91,7 +91,9 @@ def measure(
         run_explainer()  # kernels are chosen and memory is taken
     turns = []
     for _ in range(ROUNDS):
-        turns.append((count * best / seconds_of(run_bare, on_gpu=on_gpu), seconds_of(run_explainer, on_gpu=on_gpu)))
+        turns.append(
+            (count * best / measured_seconds(run_bare, on_gpu=on_gpu), measured_seconds(run_explainer, on_gpu=on_gpu))
+        )
         update()
     num_forwards = sum(own[0].num_forwards for own in explained)
     found = Efficiency(

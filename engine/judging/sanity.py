@@ -67,10 +67,10 @@ class Sanity(Metric):
         return {"stages": STAGES, "similarity": "Spearman", "order": "output to input", "seed": self.seed}
 
     def evaluate(self, maps: Maps) -> list[list[Mapping[str, Value]]]:
-        curves: dict[tuple[int, int], list[float]] = {place: [] for place in maps.each()}
+        curves: dict[tuple[int, int], list[float]] = {place: [] for place in maps.positions()}
         for share in STAGES:
             module = randomised(self.adapter.module, share, self.seed)
-            explanations = self.make(self.adapter.of(module)).explain(
+            explanations = self.make(self.adapter.with_module(module)).explain(
                 maps.inputs_nchw, maps.target, maps.explainer_seeds
             )
             for image, index in curves:

@@ -1,4 +1,4 @@
-"""Metrics by name: each with its direction, its range and a protocol whose hash stands beside the value."""
+"""Metrics by name."""
 
 from collections.abc import Callable, Mapping
 
@@ -30,4 +30,4 @@ MASKED: Mapping[str, Callable[..., MaskedMetric]] = {
 """Metrics that call the model, through a scorer."""
 
 OF_MAPS: Mapping[str, Callable[[], MapMetric]] = {"complexity": Complexity}
-"""Metrics that look at the map alone."""
+"""Metrics that read the map alone."""

@@ -1,4 +1,4 @@
-"""How much of the picture a map needs: entropy, Gini index and effective area."""
+"""Complexity: how concentrated a map is, as entropy, Gini index and effective area."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from blocksight.engine.saliency import Map
 
 
 class Complexity(MapMetric):
-    """Entropy and area fall, and the Gini index grows, with concentration; a flat map has none of them."""
+    """Entropy and area fall, and the Gini index grows, with concentration; undefined for a flat map."""
 
     names = ("entropy", "gini", "effective_area")
 

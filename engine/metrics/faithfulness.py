@@ -1,4 +1,4 @@
-"""Faithfulness: what the score does when pixels go or stay in the order of the map."""
+"""Faithfulness: the score while pixels are removed or kept in the order of the map."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,18 +18,18 @@ from blocksight.engine.scoring.scorer import MaskSet, MaskSource, Scorer
 KEPT_FRACTION = 0.15
 LEVELS = (1.0, 0.5, 0.15)
 NUM_STEPS = 28
-"""Steps of a curve from nothing to everything; at 224 pixels a side that is 8 rows a step."""
+"""Steps of a curve from no pixel to all; at 224 pixels a side that is 8 rows per step."""
 BLUR_REACH, BLUR_SIGMA = 25 / 224, 50 / 224
-"""Of the picture that insertion starts from, as shares of the shorter side: 51 pixels wide at 224."""
+"""Blur of the picture that insertion starts from, as shares of the shorter side: 51 pixels wide at 224."""
 AGREEMENT_SHARES = tuple(share / 10 for share in range(10))
-"""Removed for POS and NEG."""
+"""Shares of pixels that POS and NEG remove."""
 
 Removed = Literal["top", "bottom"]
 
 
 @dataclass(frozen=True)
 class RankedMasks(MaskSource):
-    """Masks that remove a number of the first pixels of an order."""
+    """Masks that remove the first pixels of an order."""
 
     image: int
     ranks_hw: Tensor
@@ -37,9 +37,9 @@ class RankedMasks(MaskSource):
     counts: tuple[int, ...]
     """Pixels that each mask removes."""
     weights_hw: Tensor | None = None
-    """What the pixels that stay are multiplied by; None: 1."""
+    """Factors of the kept pixels; None: 1."""
     fill: Perturbation | None = None
-    """What stands in for removed pixels, where it is not the scorer's baseline."""
+    """Replaces removed pixels; None: the scorer's baseline."""
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -54,15 +54,15 @@ class RankedMasks(MaskSource):
 
 
 class MaskedMetric(Metric):
-    """A metric that is made of the scores of some masked inputs per map."""
+    """A metric of the scores of some masked inputs per map."""
 
     score = "softmax probability"
-    """What is read off the model."""
-    reads_flat = False
-    """Whether a map without any order still has a value."""
+    """The scalar that is read from the model."""
+    accepts_flat_maps = False
+    """True if a flat map, which has no order, has a value."""
 
     def __init__(self, scorer: Scorer, baseline: str) -> None:
-        """`baseline` names the scorer's."""
+        """`baseline` is the name of the scorer's baseline."""
         self.scorer, self.baseline = scorer, baseline
 
     def details(self) -> Mapping[str, Any]:
@@ -82,34 +82,34 @@ class MaskedMetric(Metric):
     def values(self, score: float, masked: Sequence[float], saliency_hw: Map) -> Mapping[str, Value]:
         """The values from the score of the whole image and those of the masked inputs."""
 
-    def asked(self, maps: Maps) -> Readout:
-        """Whose scores are read."""
+    def readout(self, maps: Maps) -> Readout:
+        """The target whose scores are read."""
         return maps.target
 
-    def refusal(self, maps: Maps, image: int, index: int) -> str | None:
-        """Why the metric is not defined for a map, if it is not."""
-        return "the map is flat" if is_flat(maps.saliency[image][index]) and not self.reads_flat else None
+    def undefined_reason(self, maps: Maps, image: int, index: int) -> str | None:
+        """The reason if the metric is undefined for a map."""
+        return "the map is flat" if is_flat(maps.saliency[image][index]) and not self.accepts_flat_maps else None
 
     def evaluate(self, maps: Maps) -> list[list[Mapping[str, Value]]]:
-        refusals = {place: self.refusal(maps, *place) for place in maps.each()}
-        usable = [place for place, refusal in refusals.items() if refusal is None]
+        undefined_reasons = {place: self.undefined_reason(maps, *place) for place in maps.positions()}
+        usable = [place for place, undefined_reason in undefined_reasons.items() if undefined_reason is None]
         with self.scorer.adapter.borrowed():
             found = self.scorer.scores(
-                maps.inputs_nchw, self.asked(maps), [self.source(maps, *place) for place in usable]
+                maps.inputs_nchw, self.readout(maps), [self.source(maps, *place) for place in usable]
             )
         masked = {place: scores[:, place[1]].tolist() for place, scores in zip(usable, found, strict=True)}
         result: list[list[Mapping[str, Value]]] = [[] for _ in maps.saliency]
-        for (image, index), refusal in refusals.items():
+        for (image, index), undefined_reason in undefined_reasons.items():
             result[image].append(
-                dict.fromkeys(self.names, undefined(refusal))
-                if refusal is not None
+                dict.fromkeys(self.names, undefined(undefined_reason))
+                if undefined_reason is not None
                 else self.values(maps.scores[image][index], masked[image, index], maps.saliency[image][index])
             )
         return result
 
 
 def _ranks(maps: Maps, image: int, index: int, removed: Removed) -> Tensor:
-    """The order in which pixels go."""
+    """The order in which pixels are removed, [H, W]."""
     ranks = ranks_of(maps.saliency[image][index])
     if removed == "bottom":
         ranks = ranks.size - 1 - ranks
@@ -117,14 +117,14 @@ def _ranks(maps: Maps, image: int, index: int, removed: Removed) -> Tensor:
 
 
 class KeepTop(MaskedMetric):
-    """Drop and Increase: only the top 15 % of pixels stay (SISE's paper, section 4).
+    """Drop and Increase: only the top 15 % of pixels are kept (SISE's paper, section 4).
 
     Drop is `100 max(0, o - q) / o` in percent, o the score of the image and q of its kept pixels; Increase
-    is 100 where `q > o`, strictly, else 0. A score of 0 cannot drop. A flat map keeps its first pixels.
+    is 100 if `q > o`, strictly, else 0. A score of 0 cannot drop. A flat map keeps its first pixels.
     """
 
     names = ("drop", "increase")
-    reads_flat = True
+    accepts_flat_maps = True
 
     def details(self) -> Mapping[str, Any]:
         return {**super().details(), "fraction": KEPT_FRACTION}
@@ -140,7 +140,7 @@ class KeepTop(MaskedMetric):
 
 
 def drop(score: float, kept: float) -> float:
-    """`100 max(0, score - kept) / score`; 0 where the score is 0, NaN where either is not finite."""
+    """`100 max(0, score - kept) / score`; 0 if the score is 0, NaN if either is not finite."""
     if not (isfinite(score) and isfinite(kept)):
         return float("nan")
     return 100 * max(0.0, score - kept) / score if score > 0 else 0.0
@@ -149,7 +149,7 @@ def drop(score: float, kept: float) -> float:
 class LevelDrop(MaskedMetric):
     """Average drop and increase at levels: the map itself is the mask, its lower pixels set to 0.
 
-    At level v the pixels below the (100 - v)-th percentile go and the others keep their value (T-TAME).
+    At level v the pixels below the (100 - v)-th percentile are removed; the others keep their value (T-TAME).
     """
 
     levels: tuple[float, ...] = LEVELS
@@ -170,14 +170,14 @@ class LevelDrop(MaskedMetric):
 
 
 class WholeDrop(LevelDrop):
-    """The level of 100 % alone: one forward pass."""
+    """Only the level of 100 %: one forward pass."""
 
     levels = LEVELS[:1]
     names = LevelDrop.names[:2]
 
 
 class Curve(MaskedMetric):
-    """A curve of scores over the share of removed pixels, and its area."""
+    """A curve of scores over the share of removed pixels, with its area."""
 
     shares: tuple[float, ...] = tuple(step / NUM_STEPS for step in range(NUM_STEPS + 1))
     removed: Removed = "top"
@@ -204,13 +204,13 @@ def trapezoid(values: Sequence[float]) -> float:
 
 
 class Deletion(Curve):
-    """The most salient pixels go first, to the baseline (Petsiuk et al., 2018, section 4.1; lower is better)."""
+    """The most salient pixels become the baseline first (Petsiuk et al., 2018, section 4.1; lower is better)."""
 
     names = ("deletion",)
 
 
 class Insertion(Curve):
-    """The most salient pixels come first, onto a blurred picture (Petsiuk et al., 2018; higher is better)."""
+    """The most salient pixels return first, to a blurred picture (Petsiuk et al., 2018; higher is better)."""
 
     names = ("insertion",)
     shares = Curve.shares[::-1]
@@ -228,32 +228,32 @@ class Insertion(Curve):
 
 
 class Agreement(Curve):
-    """The curve says whether the prediction stays what it was, 1 or 0; defined for the predicted class alone."""
+    """The curve is 1 where the prediction is unchanged, else 0; defined for the predicted class alone."""
 
     score = "prediction unchanged"
     shares = AGREEMENT_SHARES
 
-    def asked(self, maps: Maps) -> Readout:
+    def readout(self, maps: Maps) -> Readout:
         return TopClass(maps.target.classes)
 
-    def refusal(self, maps: Maps, image: int, index: int) -> str | None:
+    def undefined_reason(self, maps: Maps, image: int, index: int) -> str | None:
         if maps.ranks[image][index] != 0:
             return "the target is not the prediction"
-        return super().refusal(maps, image, index)
+        return super().undefined_reason(maps, image, index)
 
     def area(self, masked: Sequence[float]) -> float:
-        """In percent, over shares 0 to 0.9: 90 where the prediction never changes."""
+        """In percent, over shares 0 to 0.9: 90 if the prediction never changes."""
         return 100 * trapezoid(masked) / 10
 
 
 class Positive(Agreement):
-    """POS: the most salient pixels go first (Chefer et al., CVPR 2021; lower is better)."""
+    """POS: the most salient pixels are removed first (Chefer et al., CVPR 2021; lower is better)."""
 
     names = ("pos",)
 
 
 class Negative(Agreement):
-    """NEG: the least salient pixels go first (Chefer et al., CVPR 2021; higher is better)."""
+    """NEG: the least salient pixels are removed first (Chefer et al., CVPR 2021; higher is better)."""
 
     names = ("neg",)
     removed = "bottom"

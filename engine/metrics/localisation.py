@@ -1,4 +1,4 @@
-"""Whether a map lies where the object is: EBPG, mIoU, Bbox and the pointing game (SISE's paper, section 4)."""
+"""Localisation: does a map lie on the object? EBPG, mIoU, Bbox and the pointing game (SISE's paper, section 4)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,12 +14,12 @@ POINTING_TOLERANCE = 15 / 224
 
 
 class Localisation(MapMetric):
-    """All four: a flat map has 0 in each, for it points nowhere; a record without a region has none."""
+    """All four: 0 for a flat map, undefined for a record without a region."""
 
     names = ("ebpg", "miou", "bbox", "pointing")
 
     def __init__(self, truth: Mapping[str, Any]) -> None:
-        """`truth` says, as plain values, which ground truth the regions come from: part of the protocol."""
+        """`truth` describes, as plain values, the source of the regions; it is part of the protocol."""
         self.truth = truth
 
     def details(self) -> Mapping[str, Any]:
@@ -59,13 +59,13 @@ def iou_of_top(saliency_hw: Map, region: Region, fraction: float) -> float:
 
 
 def share_of_top(saliency_hw: Map, region: Region) -> float:
-    """The share inside the region of as many greatest pixels as it has, 0 to 1 (the paper's Bbox)."""
+    """Of the greatest pixels, as many as the region has, the share inside it, 0 to 1 (the paper's Bbox)."""
     count = int(region.sum())
     return float(region[ranks_of(saliency_hw) < count].sum() / count)
 
 
 def hits(saliency_hw: Map, region: Region, tolerance: float) -> bool:
-    """Whether the region comes within `tolerance` pixels of the greatest value's place."""
+    """True if the region comes within `tolerance` pixels of the greatest value's position."""
     row, column = np.unravel_index(int(saliency_hw.argmax()), saliency_hw.shape)
     rows, columns = np.nonzero(region)
     return bool((np.hypot(rows - row, columns - column) <= tolerance).any())

@@ -1,4 +1,4 @@
-"""What every metric is: names, a protocol whose hash stands beside each value, and a value or a reason per map."""
+"""The base of all metrics: names, a protocol with its digest, and per map a value or the reason for none."""
 
 import hashlib
 import json
@@ -22,17 +22,17 @@ Region = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Value:
-    """What one metric says of one map."""
+    """One metric's value for one map."""
 
     value: float | None
-    """None: it is not defined for this map, and `reason` says why."""
+    """None: undefined for this map; `reason` says why."""
     reason: str | None = None
     curve: tuple[float, ...] | None = None
-    """The points that the value sums up, where it sums up a curve."""
+    """The points of the curve, if the value is its area."""
 
 
 def undefined(reason: str) -> Value:
-    """No value, never zero: means leave it out."""
+    """No value; means leave it out."""
     return Value(None, reason)
 
 
@@ -50,19 +50,19 @@ class Maps:
     ranks: Sequence[Sequence[int]]
     """The targets' places among the model's classes; 0 is the prediction."""
     regions: Sequence[Sequence[Region | str | None]]
-    """Where the targets are; None where nobody has said, or in words why what was said is of no use."""
+    """The targets' regions; None if not given, or the reason as text if the given region cannot be used."""
     seeds: Sequence[int]
-    """One per image, for what is random about the metric: the same for every method."""
+    """One per image, for the metric's random numbers: the same for every method."""
     explainer_seeds: Sequence[int]
-    """One per image, from which the explainer drew."""
+    """One per image: the explainer's."""
 
-    def each(self) -> list[tuple[int, int]]:
+    def positions(self) -> list[tuple[int, int]]:
         """Image and target number of every map, in order."""
         return [(image, index) for image, own in enumerate(self.saliency) for index in range(len(own))]
 
 
 class Metric(ABC):
-    """One evaluation, which may give several named values."""
+    """One evaluation that gives one or more named values."""
 
     names: tuple[str, ...]
 
@@ -72,16 +72,16 @@ class Metric(ABC):
         return {"metric": "/".join(self.names), "map": "8 bit", **self.details()}
 
     def digest(self, setting: ForwardSetting) -> str:
-        """First 16 hex digits of the sha256 of the protocol's canonical JSON; values of two are never averaged.
+        """First 16 hex digits of the sha256 of the protocol's canonical JSON; different digests are never averaged.
 
-        `setting` is how the maps, and the metric's own masks, were scored.
+        `setting` is the forward setting of the maps and of the metric's own masks.
         """
         protocol = {**self.protocol, "forward": setting.protocol}
         return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
 
     @abstractmethod
     def details(self) -> Mapping[str, Any]:
-        """Space, baseline, steps, score, tie rule: whatever applies."""
+        """The metric's part of the protocol: space, baseline, steps, score, tie rule."""
 
     @abstractmethod
     def evaluate(self, maps: Maps) -> list[list[Mapping[str, Value]]]:
@@ -89,7 +89,7 @@ class Metric(ABC):
 
 
 class MapMetric(Metric):
-    """A metric that looks at one map at a time and asks no model."""
+    """A metric that reads one map at a time and no model."""
 
     def evaluate(self, maps: Maps) -> list[list[Mapping[str, Value]]]:
         return [
@@ -106,7 +106,7 @@ TIES = "value descending, then row-major position ascending"
 
 
 def ranks_of(saliency_hw: Map) -> NDArray[np.int64]:
-    """The place of every pixel in the order of falling value, 0 first, [H, W]; ties by `TIES`."""
+    """The rank of every pixel by falling value, from 0, [H, W]; ties by `TIES`."""
     order = np.argsort(-saliency_hw, axis=None, kind="stable")
     places = np.empty(order.size, dtype=np.int64)
     places[order] = np.arange(order.size)
@@ -114,5 +114,5 @@ def ranks_of(saliency_hw: Map) -> NDArray[np.int64]:
 
 
 def is_flat(saliency_hw: Map) -> bool:
-    """Whether the map is constant and so says nothing."""
+    """True if the map is constant."""
     return bool(saliency_hw.max() == saliency_hw.min())

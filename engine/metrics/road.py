@@ -1,4 +1,4 @@
-"""ROAD: pixels are removed by what their surroundings suggest, so that the mask's shape says nothing itself."""
+"""ROAD: removed pixels are imputed from their neighbours, so that the mask's shape gives no information."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ MAX_ITERATIONS = 2_000
 
 
 def imputed(image_chw: Tensor, kept_hw: Tensor) -> Tensor:
-    """The image [C, H, W] with each pixel that is not kept (bool [H, W]) the weighted mean of its eight neighbours.
+    """The image [C, H, W]; each pixel that is not kept (bool [H, W]) is the weighted mean of its eight neighbours.
 
-    Direct neighbours weigh 1/6 and diagonal ones 1/12, over those inside the image (Rong et al., ICML 2022,
-    section 4.3): a sparse linear system, solved by conjugate gradients. Nothing kept gives zeros.
+    Direct neighbours inside the image have weight 1/6 and diagonal ones 1/12 (Rong et al., ICML 2022, section 4.3):
+    a sparse linear system, solved by conjugate gradients. Zeros if no pixel is kept.
     """
     if not kept_hw.any():
         return torch.zeros_like(image_chw)
@@ -42,10 +42,10 @@ def imputed(image_chw: Tensor, kept_hw: Tensor) -> Tensor:
 
     known = image_chw * (1 - missing)
     start = missing * (known.sum((1, 2), keepdim=True) / kept_hw.sum())
-    return known + _solved(apply, missing * around(known), start)
+    return known + _conjugate_gradients(apply, missing * around(known), start)
 
 
-def _solved(apply: Any, wanted: Tensor, start: Tensor) -> Tensor:
+def _conjugate_gradients(apply: Any, wanted: Tensor, start: Tensor) -> Tensor:
     """x with apply(x) = wanted, by conjugate gradients per channel [C, H, W], from `start`."""
 
     def dot(one: Tensor, other: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def _solved(apply: Any, wanted: Tensor, start: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Imputed(RankedMasks):
-    """Removed pixels are imputed, with a little noise."""
+    """Masked inputs whose removed pixels are imputed, with a little noise."""
 
     seed: int = 0
 
@@ -81,7 +81,7 @@ class Imputed(RankedMasks):
 
 
 class Road(Agreement):
-    """The area under the share of unchanged predictions, with (0, 1) and (1, 0) as its ends."""
+    """The area under the share of unchanged predictions, from (0, 1) to (1, 0)."""
 
     shares = SHARES
 
@@ -101,13 +101,13 @@ class Road(Agreement):
 
 
 class MostRelevantFirst(Road):
-    """ROAD-MoRF: the most salient pixels go first (lower is better)."""
+    """ROAD-MoRF: the most salient pixels are removed first (lower is better)."""
 
     names = ("road_morf",)
 
 
 class LeastRelevantFirst(Road):
-    """ROAD-LeRF: the least salient pixels go first (higher is better)."""
+    """ROAD-LeRF: the least salient pixels are removed first (higher is better)."""
 
     names = ("road_lerf",)
     removed = "bottom"

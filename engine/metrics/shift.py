@@ -1,4 +1,4 @@
-"""How far saliency moves from one map to another: the mass that lies elsewhere, and the way of its centre."""
+"""How far saliency moves from one map to another: the share of moved mass, and the shift of the centre of mass."""
 
 from functools import cache
 from math import hypot
@@ -8,13 +8,13 @@ import numpy as np
 from blocksight.engine.saliency import Map
 
 CELLS = 16
-"""Along each side of the grid on which mass is compared: what moves by less than a cell hardly counts."""
+"""Along each side of the grid on which mass is compared: moves of less than a cell hardly count."""
 
 
 def cell_shares(saliency_hw: Map) -> Map:
-    """The map's mass in equal cells, [CELLS, CELLS], sum 1; a pixel that several cells share is parted by area.
+    """The map's mass in equal cells, [CELLS, CELLS], sum 1; cells share a pixel by area.
 
-    The map must hold some mass: a map of zeros gives NaN.
+    A map of zeros gives NaN.
     """
     down, across = (_overlaps(length) for length in saliency_hw.shape)
     mass: Map = down @ saliency_hw @ across.T
@@ -23,14 +23,14 @@ def cell_shares(saliency_hw: Map) -> Map:
 
 @cache
 def _overlaps(length: int) -> Map:
-    """The share of each pixel that lies in each cell, [CELLS, length]; every column sums to 1."""
+    """The share of each pixel in each cell, [CELLS, length]; every column sums to 1."""
     edges = np.linspace(0, length, CELLS + 1)[:, None]
     below: Map = np.clip(edges - np.arange(length), 0, 1)
     return np.diff(below, axis=0)
 
 
 def moved(one: Map, other: Map) -> float:
-    """The share of the mass that would have to move for one map to be the other, 0 to 1.
+    """The share of the mass that must move to turn one map into the other, 0 to 1.
 
     The total variation distance `sum |p - q| / 2` of the two maps' `cell_shares`; the maps' sizes may differ.
     """
@@ -47,7 +47,7 @@ def centre(saliency_hw: Map) -> tuple[float, float]:
 def focus_shift(one: Map, other: Map, picture: tuple[int, int]) -> float:
     """The distance between the maps' centres of mass as a share of the picture's diagonal, 0 to 1.
 
-    `picture` is the height and width, in any unit, of what the maps cover: their own pixels need not be square.
+    `picture` is the height and width, in any unit, of the picture that the maps cover; map pixels need not be square.
     """
     down, across = (
         side * (second - first) for side, first, second in zip(picture, centre(one), centre(other), strict=True)

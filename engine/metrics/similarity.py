@@ -8,7 +8,7 @@ from blocksight.engine.metrics.metric import is_flat, ranks_of
 from blocksight.engine.saliency import Map
 
 TOP_SHARE = 0.15
-"""Of the pixels: those that Drop and Increase keep."""
+"""Share of the pixels, as in Drop and Increase."""
 WINDOW = 7
 """Side of SSIM's window in pixels."""
 STABILISERS = (0.01**2, 0.03**2)

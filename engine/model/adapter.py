@@ -1,4 +1,4 @@
-"""Models: one adapter from uint8 pixels to logits, and the names under which models are loaded."""
+"""The adapter: a borrowed classifier, from uint8 pixels to logits."""
 
 import copy
 import hashlib
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from blocksight.engine.errors import ModelError
-from blocksight.engine.model.network import Network, survey
+from blocksight.engine.model.network import Network, trace_network
 from blocksight.engine.model.resample import Grid
 from blocksight.engine.model.taps import frozen
 
@@ -19,10 +19,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class ModelAdapter:
-    """A classifier from uint8 pixels to logits; the one place that knows its normalisation.
+    """A classifier from uint8 pixels to logits; it alone knows the normalisation.
 
-    The module is borrowed: every use happens inside `with adapter.borrowed():`, which freezes it and
-    gives it back as it was.
+    The module is borrowed: use it inside `with adapter.borrowed():`, which freezes it and then restores it.
     """
 
     def __init__(
@@ -53,8 +52,8 @@ class ModelAdapter:
             self.network.graph.to(self.device)  # a traced graph holds its own references to buffers
         return self
 
-    def of(self, module: nn.Module) -> "ModelAdapter":
-        """The same adapter around another module of the same kind."""
+    def with_module(self, module: nn.Module) -> "ModelAdapter":
+        """A copy of the adapter around another module."""
         adapter = copy.copy(self)
         adapter.module = module
         for known in ("network", "num_classes", "fingerprint"):
@@ -62,7 +61,7 @@ class ModelAdapter:
         return adapter
 
     def resized(self, input_size: Grid) -> "ModelAdapter":
-        """The same model for inputs of another size. Raises ModelError where the network does not take them."""
+        """The same model for inputs of another size. Raises ModelError if the network does not take them."""
         adapter = copy.copy(self)
         adapter.input_size = input_size
         for known in ("network", "num_classes"):
@@ -88,7 +87,7 @@ class ModelAdapter:
         return ((pixels_nchw - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
 
     def pixels_of(self, inputs_nchw: Tensor) -> Tensor:
-        """The RGB pixels in [0, 1] of model inputs, both [N, 3, H, W]; what lies beyond black or white is cut off."""
+        """The RGB pixels of model inputs, both [N, 3, H, W], clamped to [0, 1]."""
         return (inputs_nchw * self._std + self._mean).clamp(0, 1)
 
     def logits(self, inputs_nchw: Tensor) -> Tensor:
@@ -102,11 +101,11 @@ class ModelAdapter:
         pixels = torch.randint(0, 256, (2, 3, *self.input_size), dtype=torch.uint8, generator=own)
         example = self.normalise(pixels)
         with self.borrowed():
-            return survey(self.module, example)
+            return trace_network(self.module, example)
 
     @cached_property
     def num_classes(self) -> int:
-        """K. Raises ModelError where the module does not return logits [N, K]."""
+        """K. Raises ModelError if the module does not return logits [N, K]."""
         example = self.normalise(torch.zeros(2, 3, *self.input_size, dtype=torch.uint8))
         try:
             with self.borrowed(), torch.inference_mode():
@@ -134,5 +133,5 @@ class ModelAdapter:
         return digest.hexdigest()
 
     def class_name(self, index: int) -> str:
-        """The class's name, or `class 7` where the model has no names."""
+        """The class's name, or `class 7` if the model has no names."""
         return self.class_names[index] if self.class_names is not None else f"class {index}"

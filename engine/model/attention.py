@@ -1,7 +1,7 @@
-"""Attention in the open: a borrowed network's self-attentions, computed step by step and shown.
+"""Computes a borrowed network's self-attentions step by step and passes them to a callback.
 
-No module is swapped and no global name is changed: torch hands every call of its functions on this thread to a
-mode, which sees the three ways in which attention is written.
+No module is replaced and no global name is changed: torch passes every call of its functions on this thread to a
+mode, which sees the three ways of writing attention.
 """
 
 import inspect
@@ -23,14 +23,14 @@ class Attention:
     name: str
     """The dotted path of the innermost module that computes it."""
     weights: Tensor
-    """A [N, heads, T, T], softmax over the last: how much each token (row) takes of every other."""
+    """A [N, heads, T, T], softmax over the last: how much each token (row) takes from every other."""
     values: Tensor
     """V [N, heads, T, d]."""
     output: Tensor
-    """A V [N, heads, T, d], the very tensor that the network goes on with."""
+    """A V [N, heads, T, d], the tensor that the network continues with."""
 
 
-Show = Callable[[Attention], None]
+Receive = Callable[[Attention], None]
 
 _SOFTMAX = (torch.softmax, Tensor.softmax, functional.softmax)
 _PRODUCT = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
@@ -38,20 +38,20 @@ _MULTI_HEAD = inspect.signature(functional.multi_head_attention_forward)
 
 
 @contextmanager
-def explicit_attention(module: nn.Module, show: Show) -> Iterator[None]:
-    """Inside, every self-attention of the module is computed as softmax and product, and shown in order of execution.
+def explicit_attention(module: nn.Module, receive: Receive) -> Iterator[None]:
+    """Computes every self-attention of the module as softmax and product; calls `receive` in order of execution.
 
-    Seen are torch's fused attention, torch's multi-head attention (packed projections), and the product of a softmax
-    over [N, heads, T, T] with values, however the network writes them. Attention with a mask, dropout or fewer heads
-    for keys is computed as it was and not shown, nor is attention from some tokens to others of another number.
-    Of this thread alone; nothing is left on the module.
+    It finds torch's fused attention, torch's multi-head attention (packed projections), and any product of a softmax
+    over [N, heads, T, T] with values. Attention with a mask, dropout or fewer heads for keys is computed unchanged and
+    not passed on; nor is attention between different numbers of tokens. Affects this thread alone, and leaves nothing
+    on the module.
     """
-    where = _Where()
-    with where.following(module), _Seen(where, show):
+    running = _ModuleStack()
+    with running.tracking(module), _AttentionMode(running, receive):
         yield
 
 
-class _Where:
+class _ModuleStack:
     """The module whose forward is running."""
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class _Where:
         return self.stack[-1] if self.stack else ""
 
     @contextmanager
-    def following(self, module: nn.Module) -> Iterator[None]:
+    def tracking(self, module: nn.Module) -> Iterator[None]:
         handles = []
         try:
             for name, child in module.named_modules():
@@ -77,14 +77,14 @@ class _Where:
         self.stack.pop()  # a hook that returned the name would replace the module's output
 
 
-class _Seen(TorchFunctionMode):
-    """Sees the calls of torch's functions, and answers those that are attention."""
+class _AttentionMode(TorchFunctionMode):
+    """Intercepts the calls of torch's functions, and computes those that are attention."""
 
-    def __init__(self, where: _Where, show: Show) -> None:
+    def __init__(self, running: _ModuleStack, receive: Receive) -> None:
         super().__init__()
-        self.where, self.show = where, show
+        self.running, self.receive = running, receive
         self.softmax: Tensor | None = None
-        """The last one, which a product with values may follow."""
+        """The last square one; a product with values may follow."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -96,7 +96,7 @@ class _Seen(TorchFunctionMode):
         if func in _SOFTMAX and _is_square(result):
             self.softmax = result
         elif func in _PRODUCT and args[0] is self.softmax:
-            self._show(args[0], args[1], result)
+            self._pass_on(args[0], args[1], result)
         return result
 
     def _fused(
@@ -122,7 +122,7 @@ class _Seen(TorchFunctionMode):
         """The packed projection of tokens [T, N, C], attention, and the output projection."""
         call.apply_defaults()
         given = call.arguments
-        if not _is_plain(given):
+        if not _is_supported(given):
             return functional.multi_head_attention_forward(*call.args, **call.kwargs)
         weight, bias = given["in_proj_weight"], given["in_proj_bias"]
         weights = weight.chunk(3)
@@ -132,34 +132,34 @@ class _Seen(TorchFunctionMode):
             functional.linear(*one).unflatten(2, (given["num_heads"], -1)).permute(1, 2, 0, 3)
             for one in zip(tokens, weights, biases, strict=True)
         )
-        taken, output = self._attend(query, key, value)
+        attention, output = self._attend(query, key, value)
         joined = functional.linear(
             output.permute(2, 0, 1, 3).flatten(2), given["out_proj_weight"], given["out_proj_bias"]
         )
         if not given["need_weights"]:
             return joined, None
-        return joined, taken.mean(1) if given["average_attn_weights"] else taken
+        return joined, attention.mean(1) if given["average_attn_weights"] else attention
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
-        """A and A V of [N, heads, T, d] each; the usual scale is one over the root of d."""
-        by = query.shape[-1] ** -0.5 if scale is None else scale
-        taken = ((query * by) @ key.transpose(-2, -1)).softmax(-1)
-        output = taken @ value
-        if _is_square(taken):
-            self._show(taken, value, output)
-        return taken, output
+        """A and A V of [N, heads, T, d] each; the default scale is 1 / sqrt(d)."""
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        attention = ((query * factor) @ key.transpose(-2, -1)).softmax(-1)
+        output = attention @ value
+        if _is_square(attention):
+            self._pass_on(attention, value, output)
+        return attention, output
 
-    def _show(self, weights: Tensor, values: Tensor, output: Tensor) -> None:
+    def _pass_on(self, weights: Tensor, values: Tensor, output: Tensor) -> None:
         self.softmax = None
-        self.show(Attention(self.where.name, weights, values, output))
+        self.receive(Attention(self.running.name, weights, values, output))
 
 
 def _is_square(weights: Tensor) -> bool:
     return weights.dim() == 4 and weights.shape[2] == weights.shape[3]
 
 
-def _is_plain(given: Mapping[str, Any]) -> bool:
-    """Whether a multi-head attention of batched tokens has packed projections, and neither masks nor more keys."""
+def _is_supported(given: Mapping[str, Any]) -> bool:
+    """True for batched tokens with packed projections, without masks and without extra keys."""
     absent = ("bias_k", "bias_v", "static_k", "static_v", "key_padding_mask", "attn_mask")
     dropped = given["dropout_p"] > 0 and given["training"]
     is_special = given["add_zero_attn"] or given["use_separate_proj_weight"] or given["is_causal"] or dropped

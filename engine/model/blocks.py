@@ -1,7 +1,7 @@
-"""Block discovery: where in a traced network SISE reads its feature maps (the paper's phase 1).
+"""Block discovery: finds the tensors of a network where SISE reads feature maps (the paper's phase 1).
 
-A signal can bypass any layer inside a block, but not a tensor through which every path from input to
-output passes. At each spatial size the last such tensor carries the block's information.
+A signal can bypass any layer inside a block, but not a tensor that every path from input to output
+passes. At each spatial size the last of these tensors is the block's output.
 """
 
 from collections.abc import Sequence
@@ -12,20 +12,20 @@ from blocksight.engine.model.resample import Grid
 
 SHRINK = 0.75
 """A grid at most this fraction of the last one, along either axis, begins a new block. A strided layer at
-least halves a side; an unpadded convolution only trims it, and its stage goes on."""
+least halves a side; an unpadded convolution only trims it and begins none."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """One tensor of the network, in order of execution."""
+    """One tensor of the network."""
 
     name: str
-    """What `--blocks` calls it."""
+    """Its name for `--blocks`."""
     layout: Layout | None
-    """How feature maps lie in it; None where it holds none."""
-    unavoidable: bool
+    """The layout of its feature maps; None if it holds none."""
+    is_unavoidable: bool
     """Every path from input to output passes through it."""
-    learned: bool
+    has_weights: bool
     """It is computed with weights of its own."""
 
     @property
@@ -44,7 +44,7 @@ class _Stage:
     """The unavoidable tensors of one spatial size."""
 
     last: Place
-    learned: bool
+    has_weights: bool
 
 
 def _begins_stage(grid: Grid, before: Grid) -> bool:
@@ -59,9 +59,9 @@ def _stages(places: Sequence[Place]) -> list[_Stage]:
     stages: list[_Stage] = []
     learned = False
     for place in places:
-        learned |= place.learned
+        learned |= place.has_weights
         grid = place.grid
-        if not place.unavoidable or grid is None:
+        if not place.is_unavoidable or grid is None:
             continue
         before = stages[-1].last.grid if stages else None
         if before is None or _begins_stage(grid, before):
@@ -70,7 +70,7 @@ def _stages(places: Sequence[Place]) -> list[_Stage]:
             continue  # padding: the same features with a rim of zeros
         else:
             stages[-1].last = place
-            stages[-1].learned |= learned
+            stages[-1].has_weights |= learned
         learned = False
     return stages
 
@@ -78,7 +78,9 @@ def _stages(places: Sequence[Place]) -> list[_Stage]:
 def discover_blocks(places: Sequence[Place]) -> list[Place]:
     """The blocks' output tensors, shallow to deep.
 
-    Per spatial size the last unavoidable tensor, where some layer at that size has weights (a stage made
-    by pooling or padding alone adds no feature maps) and the grid has more than one row and column.
+    Per spatial size the last unavoidable tensor, if some layer at that size has weights (a stage of
+    pooling or padding alone adds no feature maps) and the grid has more than one row and column.
     """
-    return [stage.last for stage in _stages(places) if stage.learned and stage.last.grid and min(stage.last.grid) > 1]
+    return [
+        stage.last for stage in _stages(places) if stage.has_weights and stage.last.grid and min(stage.last.grid) > 1
+    ]

@@ -1,4 +1,4 @@
-"""Features: what a network knows of a picture before it names a class, as one vector per image."""
+"""Features: one vector per image, the input of a network's last linear layer."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 def head_path(adapter: "ModelAdapter") -> str | None:
     """The dotted path of the linear layer that gives the logits, whose input [N, D] is the feature.
 
-    None: there is none, and the output [N, D] is the feature itself. The layer is the last one that runs, sees one
-    vector per image, and gives as many numbers as the network. Raises ModelError for a network without such a
-    layer that is known to be a classifier, for it has class names, and one that does not return [N, D].
+    None: there is none, and the output [N, D] is the feature itself. The layer is the last one that runs, takes one
+    vector per image, and returns as many numbers as the network. Raises ModelError if a network with class names has
+    no such layer, or if a network does not return [N, D].
     """
-    ran: list[tuple[str, tuple[int, ...]]] = []
+    calls: list[tuple[str, tuple[int, ...]]] = []
     layers = [(name, layer) for name, layer in adapter.module.named_modules() if isinstance(layer, nn.Linear)]
-    handles = [layer.register_forward_hook(_noting(name, ran)) for name, layer in layers]
+    handles = [layer.register_forward_hook(_shape_recorder(name, calls)) for name, layer in layers]
     try:
-        num_outputs = _num_outputs(adapter)
+        num_outputs = _count_outputs(adapter)
     finally:
         for handle in handles:
             handle.remove()
-    if ran and ran[-1][1] == (2, num_outputs):
-        return ran[-1][0]
+    if calls and calls[-1][1] == (2, num_outputs):
+        return calls[-1][0]
     if adapter.class_names is not None:
         raise ModelError(
             f"model {adapter.name!r} has class names, and no linear layer over one vector per image gives its logits: "
@@ -38,11 +38,11 @@ def head_path(adapter: "ModelAdapter") -> str | None:
     return None
 
 
-def _noting(name: str, ran: list[tuple[str, tuple[int, ...]]]) -> Callable[[nn.Module, object, Tensor], None]:
-    return lambda _module, _given, out: ran.append((name, tuple(out.shape)))
+def _shape_recorder(name: str, calls: list[tuple[str, tuple[int, ...]]]) -> Callable[[nn.Module, object, Tensor], None]:
+    return lambda _module, _given, out: calls.append((name, tuple(out.shape)))
 
 
-def _num_outputs(adapter: "ModelAdapter") -> int:
+def _count_outputs(adapter: "ModelAdapter") -> int:
     example = adapter.normalise(torch.zeros(2, 3, *adapter.input_size, dtype=torch.uint8))
     with adapter.borrowed(), torch.inference_mode():
         output = adapter.logits(example)
@@ -52,22 +52,22 @@ def _num_outputs(adapter: "ModelAdapter") -> int:
 
 
 def without_head(adapter: "ModelAdapter") -> "ModelAdapter":
-    """The adapter around the network that returns features [N, D]; its module, which is changed, was its own."""
+    """The adapter of a network that returns features [N, D]; changes the given adapter's module."""
     path = head_path(adapter)
     if path is None:
         return adapter
     if not path:
         raise ModelError(f"model {adapter.name!r} is one linear layer, and has no feature before it")
     adapter.module.set_submodule(path, nn.Identity())
-    bare = adapter.of(adapter.module)
+    bare = adapter.with_module(adapter.module)
     bare.class_names = None
     return bare
 
 
 @contextmanager
-def entering(module: nn.Module, path: str, keep: Callable[[Tensor], None]) -> Iterator[None]:
-    """Shows what enters the sub-module at this path."""
-    handle = module.get_submodule(path).register_forward_pre_hook(lambda _module, given: keep(given[0]))
+def capture_input(module: nn.Module, path: str, receive: Callable[[Tensor], None]) -> Iterator[None]:
+    """Calls `receive` with each input of the sub-module at this path."""
+    handle = module.get_submodule(path).register_forward_pre_hook(lambda _module, given: receive(given[0]))
     try:
         yield
     finally:

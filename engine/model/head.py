@@ -1,4 +1,4 @@
-"""Scores without forward passes: what the network's head says of the last feature maps under a mask."""
+"""Scores without full forward passes: the network's head runs on masked last feature maps."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,25 +12,25 @@ from blocksight.engine.model.blocks import Place
 from blocksight.engine.model.taps import Tail, gradients
 from blocksight.engine.model.targets import Readout
 
-CHEAP = 0.01
-"""Of a forward pass: a head that costs more is not run on every mask."""
-SLACK = 1e-4
-"""How far, relative to its values, an affine head may be from its own sums."""
-TRIALS, SPREAD = 8, 10.0
-"""Pairs of random maps that the sums are tried on, and their deviation: of both signs, so that a ReLU shows."""
-POOLED_TRIALS = 2
-"""Random maps that a head of pooling and one linear layer is known by."""
+MAX_HEAD_COST = 0.01
+"""Share of a forward pass: a head that costs more is not run on every mask."""
+TOLERANCE = 1e-4
+"""How far, relative to its values, an affine head may be from its sums."""
+NUM_TRIALS, TRIAL_DEVIATION = 8, 10.0
+"""Pairs of random maps that test the sums, and their deviation: both signs occur, so that a ReLU shows."""
+NUM_POOLED_TRIALS = 2
+"""Random maps that test for a head of pooling and one linear layer."""
 MAPS_PER_PASS = 64
 
 
 @dataclass(frozen=True)
 class Head:
-    """What follows the last block, cheap enough to be run under every mask."""
+    """The layers behind the last block, cheap enough to run under every mask."""
 
     run: Callable[[Tensor], Tensor]
     """Logits [N, K] of last feature maps [N, C, h, w]."""
     is_affine: bool
-    """Logits of a sum of maps are sums of logits: one pass per cell serves all masks (pooling and a linear layer)."""
+    """Logits of a sum of maps are sums of logits: one pass per cell gives all masks (pooling and a linear layer)."""
 
     def scores(self, maps_chw: Tensor, masks_khw: Tensor, target: Readout, image: int) -> Tensor:
         """The target's scores [K, T] under masks [K, h, w] at the grid of the image's last maps [C, h, w]."""
@@ -50,10 +50,10 @@ class Head:
 
 
 @torch.no_grad()
-def head_of(adapter: ModelAdapter, block: Place) -> Head | None:
-    """The head behind the last block; None where all masks together would cost more than they are worth.
+def cheap_head(adapter: ModelAdapter, block: Place) -> Head | None:
+    """The head behind the last block; None if it costs too much to run under every mask.
 
-    Affine heads, run once per cell, may cost one forward pass; others `CHEAP` of one under each mask.
+    Affine heads, run once per cell, may cost one forward pass; others `MAX_HEAD_COST` of one under each mask.
     """
     tail = adapter.network.taps([block]).tail()
     inputs = torch.zeros(1, 3, *adapter.input_size, device=adapter.device)
@@ -63,26 +63,30 @@ def head_of(adapter: ModelAdapter, block: Place) -> Head | None:
 
     assert block.grid is not None
     own = torch.Generator().manual_seed(0)
-    one, other = SPREAD * torch.randn(2, TRIALS, block.channels, *block.grid, generator=own).to(adapter.device)
+    one, other = TRIAL_DEVIATION * torch.randn(2, NUM_TRIALS, block.channels, *block.grid, generator=own).to(
+        adapter.device
+    )
     with adapter.borrowed():
         cost, whole = _flops(lambda: run(one[:1])), _flops(lambda: adapter.logits(inputs))
         both, sums = run(one + other) + run(torch.zeros_like(one)), run(one) + run(other)
     is_affine = _are_near(sums, both)
     is_affine = is_affine and cost * block.grid[0] * block.grid[1] <= whole  # it is run once for every cell
-    return Head(run, is_affine) if is_affine or cost <= CHEAP * whole else None
+    return Head(run, is_affine) if is_affine or cost <= MAX_HEAD_COST * whole else None
 
 
 def pooled_weights(adapter: ModelAdapter, block: Place) -> Tensor | None:
-    """The weights [classes, C] (float64) of a linear layer on the maps' spatial means; None: something else follows.
+    """The weights [classes, C] (float64) of a linear layer on the maps' spatial means; None: the head is another.
 
-    Known by what the head does to random maps: theirs must be the logits of their means, whatever the image, and
-    the sums that the weights say. The weights are gradients, for which one pass of the network is enough.
+    Tested on random maps: their logits must equal those of their means, for any image, and the sums that the weights
+    give. The weights are gradients of one pass of the network.
     """
     tail = adapter.network.taps([block]).tail()
     assert block.grid is not None
     own = torch.Generator().manual_seed(0)
     shapes = ((block.channels, 1, 1), (block.channels, *block.grid), (3, *adapter.input_size), (3, *adapter.input_size))
-    drawn = [SPREAD * torch.randn(POOLED_TRIALS, *shape, generator=own).to(adapter.device) for shape in shapes]
+    drawn = [
+        TRIAL_DEVIATION * torch.randn(NUM_POOLED_TRIALS, *shape, generator=own).to(adapter.device) for shape in shapes
+    ]
     levels, spread, one, other = drawn
     maps = levels + spread
     means = maps.mean((2, 3), keepdim=True)
@@ -102,7 +106,7 @@ def pooled_weights(adapter: ModelAdapter, block: Place) -> Tensor | None:
 def _slopes(tail: Tail, inputs: Tensor, maps: Tensor) -> Tensor | None:
     """How much each logit grows with each channel's mean at these maps [1, C, h, w], float64 [classes, C].
 
-    None where the network computes without gradients.
+    None if the network computes without gradients.
     """
     with torch.enable_grad():
         own = maps.detach().requires_grad_(True)
@@ -114,7 +118,7 @@ def _slopes(tail: Tail, inputs: Tensor, maps: Tensor) -> Tensor | None:
 
 
 def _are_near(found: Tensor, wanted: Tensor) -> bool:
-    return bool((found - wanted).abs().max() <= SLACK * wanted.abs().max())
+    return bool((found - wanted).abs().max() <= TOLERANCE * wanted.abs().max())
 
 
 def _flops(run: Callable[[], Tensor]) -> int:

@@ -1,4 +1,4 @@
-"""How feature maps lie in a tensor: channels first, channels last, or as a transformer's tokens."""
+"""The layout of feature maps in a tensor: channels first, channels last, or a transformer's tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,22 +10,22 @@ from torch import Tensor
 from blocksight.engine.model.resample import Grid
 
 ASPECT_SLACK = 1.5
-"""How far a grid's height to width may be from the input's; odd sizes and padding stay well inside."""
+"""Largest factor between a grid's height to width and the input's; odd sizes and padding stay well inside."""
 
 MAX_PREFIX = 8
-"""Tokens that may stand before those of the picture: of the class, of distillation, registers."""
+"""Most tokens before those of the picture: class, distillation and register tokens."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where channels and places are in a tensor of one network."""
+    """The axes of channels and places in a tensor."""
 
     kind: Literal["channels first", "channels last", "tokens"]
     channels: int
     grid: Grid
     """Height and width."""
     prefix: int = 0
-    """Tokens before the picture's, which no map holds."""
+    """Tokens before the picture's; no map holds them."""
 
     def maps(self, tensor: Tensor) -> Tensor:
         """The feature maps [N, C, h, w] in the tensor."""
@@ -36,7 +36,7 @@ class Layout:
         return tensor[:, self.prefix :].transpose(1, 2).unflatten(2, self.grid)
 
     def tensor(self, maps: Tensor, like: Tensor) -> Tensor:
-        """A tensor in this layout with the given feature maps; all else is as in `like`."""
+        """A tensor in this layout with the given feature maps; the rest is from `like`."""
         if self.kind == "channels first":
             return maps.clone()
         if self.kind == "channels last":
@@ -47,8 +47,8 @@ class Layout:
 def layout_of(shape: Sequence[int], full: Grid, before: Grid | None) -> Layout | None:
     """The layout of a tensor of this shape, in a network whose inputs have the size `full`; None: it holds no maps.
 
-    A feature map keeps the input's aspect. Tokens are known by their number, which is that of the places of
-    the feature map `before`, and a few.
+    A feature map keeps the input's aspect. Tokens are recognised by their number: the places of the feature
+    map `before`, plus at most `MAX_PREFIX`.
     """
     if len(shape) == 4 and _is_picture_like((shape[2], shape[3]), full):
         return Layout("channels first", shape[1], (shape[2], shape[3]))

@@ -28,23 +28,23 @@ def load_model(name: str, *, weights: str | None = None, state: bytes | None = N
     nn.Module with ImageNet normalisation at 224 pixels, or a ModelAdapter), or `knn(NAME)`: the features of one of
     these, named by the memory bank in `state`. `weights` is one of torchvision's weight names or `random`
     (seeded by `seed`); `state` holds the bytes of a state dict (safetensors, or a torch file without code).
-    Raises ModelError with what is known.
+    Raises ModelError with the known names.
     """
     backbone = backbone_of(name)
     if backbone == "":
-        raise ModelError("knn() names no model of features between its brackets")
+        raise ModelError("knn() names no model in its brackets")
     if backbone is not None:
-        adapter = _neighbours(backbone, state, seed)
+        adapter = _load_neighbours(backbone, state, seed)
         adapter.name = name
         return adapter
     if not name.startswith("torchvision:") and weights is not None and state is None:
-        raise ModelError(f"model {name!r} knows no weights by name, and there is no file {weights!r}")
+        raise ModelError(f"model {name!r} has no weights with a name, and there is no file {weights!r}")
     if name in PACKAGED:
         adapter = _with_state(PACKAGED[name](), state)
     elif name.startswith("torchvision:"):
-        adapter = _torchvision(name.removeprefix("torchvision:"), weights, state, seed)
+        adapter = _load_torchvision(name.removeprefix("torchvision:"), weights, state, seed)
     elif ":" in name:
-        adapter = _with_state(_factory(name, seed), state)
+        adapter = _with_state(_call_factory(name, seed), state)
     else:
         known = ", ".join([*PACKAGED, "torchvision:NAME", "package.module:factory", "knn(NAME)"])
         raise ModelError(f"unknown model {name!r}; known: {known}")
@@ -52,17 +52,17 @@ def load_model(name: str, *, weights: str | None = None, state: bytes | None = N
     return adapter
 
 
-def _neighbours(backbone: str, state: bytes | None, seed: int) -> ModelAdapter:
+def _load_neighbours(backbone: str, state: bytes | None, seed: int) -> ModelAdapter:
     if state is None:
         raise ModelError(
             f"knn({backbone}) needs --weights: a memory bank, as `blocksight bank --model {backbone}` makes it"
         )
     tensors = read_state(state)
-    weights = RANDOM_WEIGHTS if backbone.startswith("torchvision:") else None  # those of the file take their place
+    weights = RANDOM_WEIGHTS if backbone.startswith("torchvision:") else None  # the file's weights replace them
     bare = without_head(load_model(backbone, weights=weights, seed=seed))
     module, class_names = from_state(bare.module, tensors)
     load_state(module, tensors)
-    adapter = bare.of(module)
+    adapter = bare.with_module(module)
     adapter.class_names = class_names
     return adapter
 
@@ -70,7 +70,7 @@ def _neighbours(backbone: str, state: bytes | None, seed: int) -> ModelAdapter:
 def read_state(state: bytes) -> dict[str, Tensor]:
     """The tensors of a state dict file. Never runs code: safetensors, or torch with `weights_only`.
 
-    A checkpoint's `state_dict` or `model` entry and a `module.` prefix are taken off.
+    Unpacks a checkpoint's `state_dict` or `model` entry and removes a `module.` prefix.
     """
     tensors = read_weights(state)
     for wrapper in ("state_dict", "model"):
@@ -89,7 +89,7 @@ def _with_state(adapter: ModelAdapter, state: bytes | None) -> ModelAdapter:
 
 
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Puts a state dict into a module. Raises ModelError with both sides where a name or a shape differs."""
+    """Loads a state dict into a module. Raises ModelError with both shapes if a name or a shape differs."""
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     odd = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
@@ -99,26 +99,26 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     module.load_state_dict(tensors)
 
 
-def _torchvision(architecture: str, weights: str | None, state: bytes | None, seed: int) -> ModelAdapter:
+def _load_torchvision(architecture: str, weights: str | None, state: bytes | None, seed: int) -> ModelAdapter:
     import torchvision.models as zoo
 
     if architecture not in zoo.list_models(module=zoo):
         known = zoo.list_models(module=zoo)
         near = get_close_matches(architecture, known, n=3, cutoff=0.4)
-        way_out = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(known)}"
-        raise ModelError(f"torchvision has no classifier {architecture!r}; {way_out}")
+        hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(known)}"
+        raise ModelError(f"torchvision has no classifier {architecture!r}; {hint}")
     known = zoo.get_model_weights(architecture)
     published = weights is not None and weights in known.__members__
     chosen: Any = known[weights] if published else known["DEFAULT"]  # pyright: ignore[reportArgumentType]
     if state is not None:
         tensors = read_state(state)
         num_classes = _count_classes(architecture, tensors)
-        module = _random_model(lambda: zoo.get_model(architecture, num_classes=num_classes), seed)
+        module = _make_random(lambda: zoo.get_model(architecture, num_classes=num_classes), seed)
         load_state(module, tensors)
     elif weights == RANDOM_WEIGHTS:
-        module = _random_model(lambda: zoo.get_model(architecture), seed)
+        module = _make_random(lambda: zoo.get_model(architecture), seed)
     elif published:
-        module = _downloaded(architecture, chosen)
+        module = _download(architecture, chosen)
     else:
         raise ModelError(
             f"torchvision:{architecture} needs --weights: a file or URI of a state dict, one of "
@@ -131,7 +131,7 @@ def _torchvision(architecture: str, weights: str | None, state: bytes | None, se
     return adapter
 
 
-def _random_model(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+def _make_random(make: Callable[[], nn.Module], seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()
@@ -140,7 +140,7 @@ def _random_model(make: Callable[[], nn.Module], seed: int) -> nn.Module:
 def _count_classes(architecture: str, tensors: Mapping[str, Tensor]) -> int:
     """The length of the classifier's bias: the last one that the architecture registers.
 
-    The order in the file says nothing: safetensors sorts by name.
+    The file's order does not help: safetensors sorts by name.
     """
     import torchvision.models as zoo
 
@@ -152,7 +152,7 @@ def _count_classes(architecture: str, tensors: Mapping[str, Tensor]) -> int:
     return len(head)
 
 
-def _downloaded(architecture: str, weights: Any) -> nn.Module:
+def _download(architecture: str, weights: Any) -> nn.Module:
     import torchvision.models as zoo
 
     try:
@@ -163,7 +163,7 @@ def _downloaded(architecture: str, weights: Any) -> nn.Module:
         ) from error
 
 
-def _factory(path: str, seed: int) -> ModelAdapter:
+def _call_factory(path: str, seed: int) -> ModelAdapter:
     module_name, _, attribute = path.partition(":")
     try:
         make = getattr(importlib.import_module(module_name), attribute)
@@ -184,7 +184,7 @@ def _factory(path: str, seed: int) -> ModelAdapter:
 
 
 def _new_name(error: Exception) -> str | None:
-    """Where a module is now that was once installed by a bare name; None for other errors."""
+    """The new name of a module that was once installed by a bare name; None for other errors."""
     top = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
     if top not in ("engine", "storage", "jobs", "cluster"):
         return None

@@ -12,17 +12,17 @@ from blocksight.engine.errors import ModelError
 from blocksight.engine.model.resample import scaled
 
 NUM_NEIGHBOURS, TEMPERATURE = 20, 0.07
-"""Of the vote, as self-supervised networks are usually measured."""
-ITSELF = 1e-6
-"""An image whose cosine to a row of the bank is above 1 minus this is that row."""
-FLOOR = log(1e-6)
-"""Of a class's vote relative to what its mean feature would give, so that every class has a logit and a gradient."""
-BELOW_ALL = -2.0
-"""Stands for the cosine of a row that must not vote; its vote is nothing beside any other."""
+"""Usual values of the vote for self-supervised networks."""
+SELF_MARGIN = 1e-6
+"""An image whose cosine to a row of the bank is above 1 minus this counts as that row."""
+LOG_FLOOR = log(1e-6)
+"""Log of a class's least vote, relative to its mean feature's: every class has a logit and a gradient."""
+NO_VOTE = -2.0
+"""The cosine of a row that must not vote; its vote is negligible."""
 
 
 class MemoryBank(nn.Module):
-    """Features of labelled images, and the vote of those that are nearest to a new one."""
+    """Features of labelled images; the nearest to a new image vote."""
 
     features: Tensor
     labels: Tensor
@@ -41,7 +41,7 @@ class MemoryBank(nn.Module):
         self.register_buffer("centres", self._centres(), persistent=False)
 
     def _centres(self) -> Tensor:
-        """The mean feature of each class [K, D], zeros for a class without one."""
+        """The mean feature of each class [K, D]; zeros for a class without features."""
         counts = torch.bincount(self.labels, minlength=self.num_classes).clamp(min=1)
         sums = torch.zeros(self.num_classes, self.features.shape[1], dtype=torch.float64, device=self.labels.device)
         sums.index_add_(0, self.labels, self.features.double())
@@ -50,48 +50,48 @@ class MemoryBank(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Logits [N, K] of features [N, D]: the logarithms of the votes, whose softmax is the normalised vote.
 
-        A neighbour votes with exp(cosine / temperature). A class's vote is never below the millionth of that of its
-        mean feature, or of the last neighbour where that is farther.
+        A neighbour votes with exp(cosine / temperature). A class's vote is at least a millionth of its mean feature's,
+        or of the last neighbour's if that is less.
         """
         unit, cosines = self._cosines(features)
         nearest, rows = cosines.topk(self.num_neighbours, 1)
         is_class = functional.one_hot(self.labels.take(rows), self.num_classes).bool()
         votes = torch.where(is_class, nearest[:, :, None], float("-inf"))
         floor = torch.minimum(unit @ self._wide(self.centres).T, nearest[:, -1:])
-        floored = torch.cat([votes / self.temperature, (floor / self.temperature + FLOOR)[:, None]], 1)
+        floored = torch.cat([votes / self.temperature, (floor / self.temperature + LOG_FLOOR)[:, None]], 1)
         return floored.logsumexp(1)
 
     def agreement(self, features: Tensor, classes: Tensor) -> Tensor:
         """How much each dimension of features [N, D] agrees with the neighbours of classes [N]: omega, in [0, 1].
 
-        `f z` scaled to [0, 1] per image, which undoes the paper's division by |sum f z|; f has length 1, and z is the
-        mean of those of the nearest neighbours that have the class; where none has it, of as many nearest of the
-        class. Zeros where all dimensions agree alike, as where the bank holds no other image of the class.
+        `f z` scaled to [0, 1] per image, which cancels the paper's division by |sum f z|. f has length 1; z is the
+        mean of the nearest neighbours that have the class. If none has it, z is the mean of as many nearest rows of
+        the class. Zeros if all dimensions agree equally, for example if the bank has no other image of the class.
         """
         unit, cosines = self._cosines(features)
         is_class = self.labels == classes[:, None]
-        of_class = cosines.masked_fill(~is_class, BELOW_ALL)
+        of_class = cosines.masked_fill(~is_class, NO_VOTE)
         last = cosines.topk(self.num_neighbours, 1).values[:, -1:]
-        among = of_class.masked_fill(cosines < last, BELOW_ALL)
-        has_some = (among > BELOW_ALL).any(1, keepdim=True)
+        among = of_class.masked_fill(cosines < last, NO_VOTE)
+        has_some = (among > NO_VOTE).any(1, keepdim=True)
         chosen, rows = torch.where(has_some, among, of_class).topk(self.num_neighbours, 1)
-        counts = (chosen > BELOW_ALL).to(unit.dtype)
+        counts = (chosen > NO_VOTE).to(unit.dtype)
         mean = (self._wide(self.features)[rows] * counts[:, :, None]).sum(1) / counts.sum(1, keepdim=True).clamp(min=1)
         return scaled((unit * mean)[:, None])[:, 0]
 
     def _cosines(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """The features at length 1 [N, D], and their cosines to the bank's rows [N, M]; an image is not its own."""
+        """The features at length 1 [N, D], and their cosines to the bank's rows [N, M]; an image skips its own row."""
         unit = functional.normalize(self._wide(features), dim=1)
         cosines = unit @ self._wide(self.features).T
-        return unit, torch.where(cosines > 1 - ITSELF, BELOW_ALL, cosines)
+        return unit, torch.where(cosines > 1 - SELF_MARGIN, NO_VOTE, cosines)
 
     def _wide(self, values: Tensor) -> Tensor:
-        """In float32 at least: what tells an image from its twin is lost in half precision."""
+        """At least float32: half precision cannot tell an image from a near copy."""
         return values.to(torch.promote_types(self.features.dtype, torch.float32))
 
 
 class NeighbourClassifier(nn.Module):
-    """A network that returns features [N, D], and the bank that names them; its state dict is a whole model."""
+    """A network that returns features [N, D], with a memory bank; its state dict holds both."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class NeighbourClassifier(nn.Module):
 def from_state(backbone: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[NeighbourClassifier, list[str]]:
     """The classifier with the bank of a state dict, and its class names; the backbone's weights are not read.
 
-    Raises ModelError where the bank is missing or damaged.
+    Raises ModelError if the bank is missing or damaged.
     """
     features, labels, names = (tensors.get(f"bank.{name}") for name in ("features", "labels", "names"))
     if features is None or labels is None or names is None:

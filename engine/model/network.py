@@ -12,14 +12,14 @@ from blocksight.engine.errors import ModelError
 from blocksight.engine.model.blocks import Place, discover_blocks
 from blocksight.engine.model.layouts import Layout, layout_of
 from blocksight.engine.model.resample import Grid
-from blocksight.engine.model.taps import GraphRunner, Recorder, Taps, gradients, hooked
+from blocksight.engine.model.taps import GraphRunner, Recorder, Taps, gradients, hook_outputs
 
 Node = TypeVar("Node")
 
 
 @dataclass(frozen=True)
 class Network:
-    """A module with the list of its tensors, and its graph where it could be traced."""
+    """A module with the list of its tensors, and its graph if it could be traced."""
 
     module: nn.Module
     graph: fx.GraphModule | None
@@ -28,11 +28,11 @@ class Network:
     """In order of execution."""
 
     def blocks(self, names: Sequence[str] = ()) -> tuple[Place, ...]:
-        """The blocks found by the rule, or the named places (they win), shallow to deep.
+        """The named places or, without names, the blocks that the rule finds, shallow to deep.
 
-        A name is a place of the traced graph or the dotted path of a sub-module, whose last tensor is
-        meant. Raises ModelError for an unknown name (with the nearest ones), for a place without a
-        grid, and where the rule finds nothing.
+        A name is a place of the traced graph, or the dotted path of a sub-module and means its last
+        tensor. Raises ModelError for an unknown name (with the nearest ones), for a place without a
+        grid, and if the rule finds nothing.
         """
         if names:
             return tuple(sorted({self._named(name) for name in names}, key=self.places.index))
@@ -69,26 +69,26 @@ class Network:
         return [place for place in self.places if place.name in inside]
 
 
-def survey(module: nn.Module, example: Tensor) -> Network:
+def trace_network(module: nn.Module, example: Tensor) -> Network:
     """Traces a frozen module on an example input [2, 3, H, W] and lists its tensors.
 
-    A network that cannot be traced, or whose trace computes something else, is listed by the outputs of
-    its modules in order of execution instead.
+    If the trace fails or computes something else, the list holds the outputs of the modules in order of
+    execution.
     """
     with torch.no_grad():
         graph = _trace(module, example)
         places = _module_places(module, example) if graph is None else _traced_places(graph, example)
-    heard = _heard(Network(module, graph, tuple(places)), example)
+    used_places = _used_places(Network(module, graph, tuple(places)), example)
     return Network(
-        module, graph, tuple(place if place.name in heard else replace(place, layout=None) for place in places)
+        module, graph, tuple(place if place.name in used_places else replace(place, layout=None) for place in places)
     )
 
 
-def _heard(network: Network, example: Tensor) -> set[str]:
-    """The places whose feature maps the output depends on, or that are no tokens.
+def _used_places(network: Network, example: Tensor) -> set[str]:
+    """Names of the places that are no tokens, or whose tokens the output depends on.
 
-    Behind its last attention a transformer goes on with the picture's tokens, and reads the class token alone.
-    The gradient is one of NaN, which no weight silences: torchvision's transformers begin with a head of zeros.
+    Behind its last attention a transformer still computes the picture's tokens, but reads the class token alone.
+    The gradient is of NaN, which no weight cancels: torchvision's transformers begin with a head of zeros.
     """
     tokens = [place for place in network.places if place.layout is not None and place.layout.kind == "tokens"]
     others = {place.name for place in network.places} - {place.name for place in tokens}
@@ -111,22 +111,22 @@ def _trace(module: nn.Module, example: Tensor) -> fx.GraphModule | None:
 def _traced_places(graph: fx.GraphModule, example: Tensor) -> list[Place]:
     recorder = Recorder()
     GraphRunner(graph, recorder).run(example)
-    signal = [node for node in graph.graph.nodes if _carries_signal(recorder.kept.get(node.name))]
+    signal = [node for node in graph.graph.nodes if _carries_signal(recorder.recorded.get(node.name))]
     signal = [node for node in signal if node.op != "get_attr"]
     unavoidable = unavoidable_nodes({node: node.all_input_nodes for node in signal})
     inner = [node for node in signal if node.op not in ("placeholder", "output")]
-    layouts = _layouts([recorder.kept[node.name] for node in inner], example)
+    layouts = _layouts([recorder.recorded[node.name] for node in inner], example)
     return [
-        Place(node.name, layout, node in unavoidable, _learned(node, graph))
+        Place(node.name, layout, node in unavoidable, _has_weights(node, graph))
         for node, layout in zip(inner, layouts, strict=True)
     ]
 
 
 def _module_places(module: nn.Module, example: Tensor) -> list[Place]:
     recorder = Recorder()
-    with hooked(module, [name for name, _ in module.named_modules() if name], recorder):
+    with hook_outputs(module, [name for name, _ in module.named_modules() if name], recorder):
         module(example)
-    tensors = {name: value for name, value in recorder.kept.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in recorder.recorded.items() if isinstance(value, Tensor)}
     layouts = _layouts(list(tensors.values()), example)
     return [
         Place(name, layout, True, any(True for _ in module.get_submodule(name).parameters()))
@@ -135,7 +135,7 @@ def _module_places(module: nn.Module, example: Tensor) -> list[Place]:
 
 
 def _layouts(values: Sequence[Any], example: Tensor) -> list[Layout | None]:
-    """How feature maps lie in each of the values, in order of execution."""
+    """The layout of each value, in order of execution."""
     full = (example.shape[2], example.shape[3])
     layouts: list[Layout | None] = []
     last: Grid | None = None
@@ -147,32 +147,32 @@ def _layouts(values: Sequence[Any], example: Tensor) -> list[Layout | None]:
 
 
 def _carries_signal(value: Any) -> bool:
-    """Float tensors, also in tuples (a split); never the sizes that a `view` reads off its input."""
+    """True for float tensors, also in tuples (a split); False for the sizes that a `view` reads."""
     if isinstance(value, tuple | list):
         return any(_carries_signal(item) for item in value)
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def unavoidable_nodes(feeds: Mapping[Node, Sequence[Node]]) -> set[Node]:
+def unavoidable_nodes(predecessors: Mapping[Node, Sequence[Node]]) -> set[Node]:
     """The nodes through which every path from the first to the last one passes.
 
-    `feeds` names each node's predecessors, in topological order; predecessors that are not keys do not
-    count. The number of paths through a node is the ways to it times the ways from it; on an
-    unavoidable node that is all of them.
+    `predecessors` lists them for each node, in topological order; predecessors that are not keys do not
+    count. The number of paths through a node is the paths to it times the paths from it; through an
+    unavoidable node go all of them.
     """
-    nodes = list(feeds)
-    ways_to = {nodes[0]: 1}
+    nodes = list(predecessors)
+    paths_to = {nodes[0]: 1}
     for node in nodes[1:]:
-        ways_to[node] = sum(ways_to.get(before, 0) for before in feeds[node])
-    ways_from = dict.fromkeys(nodes, 0) | {nodes[-1]: 1}
+        paths_to[node] = sum(paths_to.get(before, 0) for before in predecessors[node])
+    paths_from = dict.fromkeys(nodes, 0) | {nodes[-1]: 1}
     for node in reversed(nodes):
-        for before in feeds[node]:
-            if before in ways_from:
-                ways_from[before] += ways_from[node]
-    return {node for node in nodes if ways_to[node] * ways_from[node] == ways_to[nodes[-1]]}
+        for before in predecessors[node]:
+            if before in paths_from:
+                paths_from[before] += paths_from[node]
+    return {node for node in nodes if paths_to[node] * paths_from[node] == paths_to[nodes[-1]]}
 
 
-def _learned(node: fx.Node, graph: fx.GraphModule) -> bool:
+def _has_weights(node: fx.Node, graph: fx.GraphModule) -> bool:
     if node.op == "call_module":
         return any(True for _ in graph.get_submodule(str(node.target)).parameters())
     attributes = [before for before in node.all_input_nodes if before.op == "get_attr"]
@@ -181,5 +181,5 @@ def _learned(node: fx.Node, graph: fx.GraphModule) -> bool:
 
 
 def _module_paths(node: fx.Node) -> set[str]:
-    """The dotted paths of the sub-modules in whose forward this node stands."""
+    """The dotted paths of the sub-modules whose forward computes this node."""
     return {str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()}

@@ -1,4 +1,4 @@
-"""Bilinear upsampling written as two small matrices, so that work on masks can stay at their native grid.
+"""Bilinear upsampling as two small matrices, so that masks can stay at their native grid.
 
 With `U A = R_h A R_w^T` (half-pixel centres, rows of R sum to 1) three things follow exactly: min-max
 commutes with U once the extremes are those of U A, those extremes need only the samples next to each
@@ -38,8 +38,8 @@ def bilinear_matrix(native: int, full: int) -> Tensor:
 def corner_samples(native: int, full: int) -> list[int]:
     """Output positions of one axis that can hold an extreme of the upsampled map.
 
-    Between two native centres a bilinear patch is monotone along each axis, so it takes its extremes
-    over the samples inside at the first or the last of them: at most 2 * native + 2 positions.
+    Between two native centres a bilinear patch is monotone along each axis, so its extremes are at the
+    first or the last sample inside: at most 2 * native + 2 positions.
     """
     centres = [(index + 0.5) * full / native - 0.5 for index in range(native)]
     near = {step(centre) for centre in centres for step in (floor, ceil)}
@@ -76,11 +76,11 @@ class Upsampling:
     def normalise(self, maps_khw: Tensor) -> tuple[Tensor, Tensor]:
         """Masks at the native grid whose upsampled values span [0, 1], float64 [K, h, w].
 
-        The second tensor says which maps are not constant; a constant one has no mask and comes back
-        as zeros (SISE section 3: it would contribute nothing).
+        The second tensor says which maps are not constant; a constant one has no mask and becomes
+        zeros (SISE section 3: it would contribute nothing).
         """
         low, high = self.extremes(maps_khw)
-        # the weights of a sample need not sum to exactly 1: what varies is decided on the map itself
+        # a sample's weights may not sum to exactly 1: the map itself decides what varies
         varied = (high > low) & (maps_khw.amax((-2, -1), keepdim=True) > maps_khw.amin((-2, -1), keepdim=True))
         masks = torch.where(varied, (maps_khw.double() - low) / torch.where(varied, high - low, 1.0), 0.0)
         return masks, varied.flatten()
@@ -88,14 +88,14 @@ class Upsampling:
 
 @lru_cache(maxsize=64)
 def upsampling(native: Grid, full: Grid, device: torch.device) -> Upsampling:
-    """U from `native` to `full` (both height, width) on a device; made once and kept."""
+    """U from `native` to `full` (both height, width) on a device; cached."""
     rows, columns = (bilinear_matrix(*axis).to(device) for axis in zip(native, full, strict=True))
     row_picks, column_picks = (corner_samples(*axis) for axis in zip(native, full, strict=True))
     return Upsampling(rows, columns, rows[row_picks], columns[column_picks])
 
 
 def scaled(maps: Tensor) -> Tensor:
-    """Each map [..., h, w] mapped linearly onto [0, 1]; a constant one becomes zeros, one with NaN NaN."""
+    """Each map [..., h, w] scaled linearly to [0, 1]; a constant map becomes zeros, a map with NaN all NaN."""
     low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
     return torch.where(high == low, 0.0, (maps - low) / torch.where(high == low, 1.0, high - low))
 

@@ -1,4 +1,4 @@
-"""Taps: run a borrowed network as a fixed function and record what named places compute."""
+"""Taps: run a borrowed network as a fixed function and record the tensors at named places."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from blocksight.engine.model.blocks import Place
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Borrows a module as a fixed function and gives it back as it was.
+    """Borrows a module as a fixed function and restores it at the end.
 
     Inside: eval mode, no parameter needs a gradient, no layer works in place (an in-place activation
     would overwrite the tensor that a tap has recorded), and convolutions on a GPU keep all of float32
@@ -43,60 +43,60 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 Tail = Callable[[Tensor, Tensor], Tensor]
-"""What follows a place: from inputs [N, 3, H, W] and its feature maps [N, C, h, w] to logits [N, K]."""
+"""The network behind a place: from inputs [N, 3, H, W] and its feature maps [N, C, h, w] to logits [N, K]."""
 
-Keep = Callable[[str, Any], Any]
-"""Sees what a named place computed, and returns what the network goes on with."""
+Hook = Callable[[str, Any], Any]
+"""A hook: receives a place's name and output, and returns the output's replacement."""
 
 
 class Recorder:
-    """Keeps what places compute, and goes on with copies, so that no operation in place overwrites what was kept."""
+    """Records outputs and returns copies, so that no in-place operation overwrites the record."""
 
     def __init__(self) -> None:
-        self.kept: dict[str, Any] = {}
+        self.recorded: dict[str, Any] = {}
 
     def __call__(self, name: str, value: Any) -> Any:
-        self.kept.pop(name, None)  # the last call of a module wins, also in the order
-        self.kept[name] = value
+        self.recorded.pop(name, None)  # the last call of a module wins, also in the order
+        self.recorded[name] = value
         return value.clone() if isinstance(value, Tensor) else value
 
 
 class MapRecorder(Recorder):
-    """Keeps the feature maps of places as [N, C, h, w], part of the graph; `instead` takes the place of one's maps."""
+    """Records feature maps [N, C, h, w], joined to autograd; `replacements` holds other maps by place."""
 
-    def __init__(self, places: Sequence[Place], instead: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+    def __init__(self, places: Sequence[Place], replacements: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         super().__init__()
         self.layouts = {place.name: place.layout for place in places}
-        self.instead = instead
+        self.replacements = replacements
 
     def __call__(self, name: str, value: Any) -> Any:
         layout = self.layouts[name]
         assert layout is not None
-        maps = self.instead.get(name, layout.maps(value))
+        maps = self.replacements.get(name, layout.maps(value))
         super().__call__(name, maps)
         return layout.tensor(maps, value)
 
 
 class GraphRunner(fx.Interpreter):
-    """Runs a traced graph, and shows what the named nodes compute (every node, if names is None)."""
+    """Runs a traced graph, and calls the hook on the named nodes (on every node, if names is None)."""
 
-    def __init__(self, graph: fx.GraphModule, keep: Keep, names: Collection[str] | None = None) -> None:
+    def __init__(self, graph: fx.GraphModule, hook: Hook, names: Collection[str] | None = None) -> None:
         super().__init__(graph)
-        self.keep, self.names = keep, names
+        self.hook, self.names = hook, names
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        return self.keep(n.name, value) if self.names is None or n.name in self.names else value
+        return self.hook(n.name, value) if self.names is None or n.name in self.names else value
 
 
 @contextmanager
-def hooked(module: nn.Module, names: Collection[str], keep: Keep) -> Iterator[None]:
-    """Shows what the named sub-modules return, in order of completion."""
+def hook_outputs(module: nn.Module, names: Collection[str], hook: Hook) -> Iterator[None]:
+    """Calls the hook on the outputs of the named sub-modules, in order of completion."""
     handles = []
     try:
         for name in names:
-            hook = module.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: keep(name, out))
-            handles.append(hook)
+            handle = module.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: hook(name, out))
+            handles.append(handle)
         yield
     finally:
         for handle in handles:
@@ -118,35 +118,35 @@ class Taps:
         recorder = MapRecorder(self.places)
         with torch.enable_grad():
             logits = self._run(inputs_nchw.detach().requires_grad_(True), recorder)
-        return logits, [recorder.kept[place.name] for place in self.places]
+        return logits, [recorder.recorded[place.name] for place in self.places]
 
     def _run(self, inputs: Tensor, recorder: MapRecorder) -> Tensor:
         if self.graph is None:
-            with hooked(self.module, list(recorder.layouts), recorder):
+            with hook_outputs(self.module, list(recorder.layouts), recorder):
                 return self.module(inputs)
         return GraphRunner(self.graph, recorder, recorder.layouts.keys()).run(inputs)
 
     def tail(self) -> Tail:
-        """What follows the one place, as a function of the inputs and of other feature maps.
+        """The network behind the one place, as a function of the inputs and of other feature maps.
 
-        Where all that follows depends on the maps alone, only that part of the network runs. The logits have a
-        gradient by the maps where autograd is on, and the maps are left as they were.
+        If that part depends on the maps alone, only it runs. With autograd on, the logits have a gradient by the maps.
+        The maps are not changed.
         """
         (place,) = self.places
         is_plain = place.layout is not None and place.layout.kind == "channels first"
-        cut = _cut(self.graph, place.name) if self.graph is not None and is_plain else None
+        cut = _cut_behind(self.graph, place.name) if self.graph is not None and is_plain else None
         if cut is not None:
             return lambda _, maps: cut(maps.clone())  # what follows may work in place
         return lambda inputs, maps: self._run(inputs, MapRecorder(self.places, {place.name: maps}))
 
 
 @torch.no_grad()
-def replaced(
-    tail: Tail, image_chw: Tensor, maps_chw: Tensor, instead_chw: Tensor, channels: Sequence[int], batch_size: int
+def logits_with_replaced(
+    tail: Tail, image_chw: Tensor, maps_chw: Tensor, replacement_chw: Tensor, channels: Sequence[int], batch_size: int
 ) -> Tensor:
-    """Logits [1 + n, K] of an image's maps [C, h, w], and with each of n channels replaced by that of others.
+    """Logits [1 + n, K] of an image's maps [C, h, w]: unchanged, then with each of n channels replaced alone.
 
-    In batches of one shape.
+    Runs in batches of one shape.
     """
     found = []
     variants: list[int | None] = [None, *channels]
@@ -155,13 +155,13 @@ def replaced(
         values = maps_chw.expand(batch_size, *maps_chw.shape).clone()
         for slot, channel in enumerate(some):
             if channel is not None:
-                values[slot, channel] = instead_chw[channel]
+                values[slot, channel] = replacement_chw[channel]
         found.append(tail(image_chw.expand(batch_size, *image_chw.shape), values)[: len(some)])
     return torch.cat(found)
 
 
-def _cut(graph: fx.GraphModule, name: str) -> fx.GraphModule | None:
-    """The part of a traced network behind the node, as a function of what it computes; None: it needs more."""
+def _cut_behind(graph: fx.GraphModule, name: str) -> fx.GraphModule | None:
+    """The part of a traced network behind the node, as a function of its output; None: it needs other tensors."""
     behind = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
     for node in graph.graph.nodes:
@@ -177,8 +177,8 @@ def _cut(graph: fx.GraphModule, name: str) -> fx.GraphModule | None:
 def gradients(logits: Tensor, direction: Tensor, activations: Sequence[Tensor]) -> list[Tensor]:
     """The vector-Jacobian product of `direction` [N, K] at every activation, each shaped like it.
 
-    One backward pass serves all places; the graph is kept for the next target. A place that the output
-    does not depend on gets zeros.
+    One backward pass gives all places; the graph is kept for the next target. A place that does not
+    affect the output gets zeros.
     """
     return list(
         torch.autograd.grad(logits, activations, direction.to(logits.dtype), retain_graph=True, materialize_grads=True)

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 
 class Readout(Protocol):
-    """T scalars of the output for each of N images: all that the scorer sees."""
+    """T scalars of the output for each of N images, as the scorer needs them."""
 
     @property
     def num_targets(self) -> int:
@@ -22,10 +22,10 @@ class Readout(Protocol):
 
 
 class Target(Readout, Protocol):
-    """Scalars that have a gradient: all that explainers see."""
+    """Scalars that have a gradient, as explainers need them."""
 
     def of(self, images: slice | Tensor) -> "Target":
-        """The same target for some of the images, or for their numbers [M] (int64) in any order."""
+        """The same target for a slice of the images, or for image numbers [M] (int64) in any order."""
         ...
 
     def direction(self, logits: Tensor, index: int) -> Tensor:
@@ -34,13 +34,13 @@ class Target(Readout, Protocol):
 
     @property
     def raw(self) -> "Target":
-        """The same scalars before they are squashed: a class's logit, for its probability."""
+        """The same scalars before the softmax: for a class's probability, its logit."""
         ...
 
 
 @dataclass(frozen=True)
 class _OfClasses:
-    """A scalar for each class that is named."""
+    """A scalar for each of some classes."""
 
     classes: Tensor
     """T class indices of each of N images, [N, T] int64."""
@@ -95,7 +95,7 @@ class ClassLogit(_OfClasses):
 
 @dataclass(frozen=True)
 class TopClass(_OfClasses):
-    """1 where the prediction is the class, else 0: nothing that a gradient could follow."""
+    """1 if the class is the prediction, else 0; it has no gradient."""
 
     def score(self, logits: Tensor, images: Tensor) -> Tensor:
         """1 or 0; ties go to the lower class number, as everywhere."""

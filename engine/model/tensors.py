@@ -1,4 +1,4 @@
-"""The one door to stored tensors: safetensors, or a torch file of plain tensors; neither runs code."""
+"""Reads stored tensors, safetensors or a torch file of plain tensors; never runs code."""
 
 import io
 import warnings
@@ -17,11 +17,11 @@ def read_tensors(data: bytes) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"these are no tensors in the format safetensors: {error}") from error
+        raise ModelError(f"the file is not safetensors: {error}") from error
 
 
 def read_weights(data: bytes) -> dict[str, Any]:
-    """What a weights file holds by name: safetensors, or torch read with `weights_only`. Raises ModelError."""
+    """The contents of a weights file by name: safetensors, or torch with `weights_only`. Raises ModelError."""
     try:
         return dict(read_tensors(data))
     except ModelError:
@@ -30,7 +30,7 @@ def read_weights(data: bytes) -> dict[str, Any]:
 
 def _read_torch(data: bytes) -> dict[str, Any]:
     try:
-        _refuse_packed(data)
+        _refuse_compressed(data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice to load TorchScript in another way, which is refused
             loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -44,11 +44,11 @@ def _read_torch(data: bytes) -> dict[str, Any]:
     return loaded
 
 
-def _refuse_packed(data: bytes) -> None:
-    """Raises ValueError for an archive that unfolds: torch writes tensors as they are, and would unpack any size."""
+def _refuse_compressed(data: bytes) -> None:
+    """Raises ValueError for a compressed archive: torch writes none, and would unpack one of any size."""
     if not zipfile.is_zipfile(io.BytesIO(data)):
         return  # the older format
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        unfolded = sum(member.file_size for member in archive.infolist())
-    if unfolded > len(data):
-        raise ValueError(f"an archive of {len(data)} bytes unfolds to {unfolded}, at most its own length is read")
+        unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > len(data):
+        raise ValueError(f"an archive of {len(data)} bytes unpacks to {unpacked}: compressed archives are refused")

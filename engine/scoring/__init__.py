@@ -1,1 +1,1 @@
-"""Masked forward passes: how masks perturb inputs, and how their scores are computed or predicted."""
+"""Masked forward passes: masks perturb inputs, and the scores are computed or predicted."""

@@ -1,4 +1,4 @@
-"""The forward pass that masks are scored with: one function of one fixed shape, as fast as the machine allows."""
+"""Makes the forward pass that scores masks: one function of one fixed shape, for each backend and precision."""
 
 import copy
 import sys
@@ -20,7 +20,7 @@ Forward = Callable[[Tensor], Tensor]
 
 
 def _eager(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
-    """PyTorch as it is."""
+    """Plain PyTorch."""
     if setting.precision == "float32":
         return adapter.logits
     return _in_precision(_own_copy(adapter, setting), setting)
@@ -32,7 +32,7 @@ def _compiled(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
 
 
 def _graphed(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
-    """The same, and its kernels launched as one CUDA graph."""
+    """The same, with its kernels launched as one CUDA graph."""
     if adapter.device.type != "cuda":
         raise ModelError("CUDA graphs need a CUDA device")
     run = _inductor(_own_copy(adapter, setting), **{"freezing": True, "triton.cudagraphs": True})
@@ -45,7 +45,7 @@ def _inductor(module: torch.nn.Module, **options: Any) -> Callable[[Tensor], Ten
 
 
 def frozen_copy(adapter: "ModelAdapter") -> torch.nn.Module:
-    """The module once more, for inference alone, without the hooks that somebody hung on it."""
+    """A copy of the module for inference, without hooks."""
     module = copy.deepcopy(adapter.module).eval().requires_grad_(False)
     for child in module.modules():
         child._forward_pre_hooks.clear()
@@ -54,7 +54,7 @@ def frozen_copy(adapter: "ModelAdapter") -> torch.nn.Module:
 
 
 def _own_copy(adapter: "ModelAdapter", setting: ForwardSetting) -> torch.nn.Module:
-    """A copy in a precision of its own."""
+    """A copy in the setting's precision."""
     dtype = getattr(torch, setting.precision)
     return frozen_copy(adapter).to(dtype=dtype, memory_format=torch.channels_last)  # pyright: ignore
 
@@ -69,19 +69,19 @@ def _in_precision(run: Callable[[Tensor], Tensor], setting: ForwardSetting) -> F
     return forward
 
 
-_KEPT: list[Any] = []
-"""OpenVINO's compiled models, kept for as long as the process lives: in a process that has freed one (2026.4.1), the
-next signal is a segmentation fault, and a job must be stoppable."""
+_KEPT_MODELS: list[Any] = []
+"""OpenVINO's compiled models, kept until the process ends: after one is freed (2026.4.1), the next signal is a
+segmentation fault, and a job must be stoppable."""
 
 
 def _openvino(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
-    """OpenVINO's CPU plugin, with as many threads as torch has here.
+    """OpenVINO's CPU plugin, with as many threads as torch has.
 
-    Threads are not pinned to cores: every actor of a machine would pin to the same ones.
+    Threads are not pinned to cores: every actor of a host would pin to the same ones.
     """
     if adapter.device.type != "cpu" or find_spec("openvino") is None:
-        raise ModelError("OpenVINO runs on the CPU, and comes with pip install 'blocksight[cpu]'")
-    sys.modules.setdefault("openvino_telemetry", None)  # pyright: ignore # its import would report itself to its makers
+        raise ModelError("OpenVINO runs on the CPU; install it with pip install 'blocksight[cpu]'")
+    sys.modules.setdefault("openvino_telemetry", None)  # pyright: ignore # its import sends usage data
     import openvino
 
     example = torch.zeros(setting.batch_size, 3, *adapter.input_size)
@@ -94,7 +94,7 @@ def _openvino(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
         "INFERENCE_PRECISION_HINT": {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[setting.precision],
     }
     request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
-    _KEPT.append(request)
+    _KEPT_MODELS.append(request)
 
     def forward(inputs_nchw: Tensor) -> Tensor:
         logits = request.infer([inputs_nchw.contiguous().numpy()], share_inputs=True)[0]
@@ -104,7 +104,7 @@ def _openvino(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
 
 
 COMPILED_SETTINGS = 64
-"""Of one architecture in one process: beyond its own limit, 8, torch would run further ones uncompiled, in silence."""
+"""Settings of one architecture in one process. Beyond its default, 8, torch runs uncompiled without a warning."""
 
 BACKENDS: Mapping[Backend, Callable[["ModelAdapter", ForwardSetting], Forward]] = {
     "eager": _eager,
@@ -117,32 +117,32 @@ BACKENDS: Mapping[Backend, Callable[["ModelAdapter", ForwardSetting], Forward]] 
 def make_forward(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
     """The adapter's forward pass in this setting; call it inside `adapter.borrowed()`.
 
-    Raises ModelError where the backend cannot run this model here.
+    Raises ModelError if the backend cannot run this model here.
     """
     example = torch.zeros(setting.batch_size, 3, *adapter.input_size, device=adapter.device)
     try:
         forward = BACKENDS[setting.backend](adapter, setting)
         with torch.inference_mode():
-            forward(example)  # compilers work at the first call, and fail there
+            forward(example)  # compilers run, and fail, at the first call
     except (torch.OutOfMemoryError, ModelError):
         raise
-    except Exception as error:  # whatever a compiler may say of a stranger's model
-        raise ModelError(f"{setting.backend} cannot run {adapter.name}: {first_line(error)}") from error
+    except Exception as error:  # a compiler may raise anything for a user's model
+        raise ModelError(f"{setting.backend} cannot run {adapter.name}: {first_line_of(error)}") from error
     return forward
 
 
 def use_ieee_float32() -> None:
-    """Has float32 mean IEEE float32 in this process: no TF32 or bfloat16 products inside, on any device.
+    """Sets float32 to IEEE float32 in this process: no TF32 or bfloat16 products, on any device.
 
     torch allows TF32 in cuDNN's convolutions by default, and a user's model factory may allow more.
     """
-    torch.set_float32_matmul_precision("highest")  # the older settings too, or torch refuses to read them
+    torch.set_float32_matmul_precision("highest")  # the old settings too, or torch fails to read them
     torch.backends.cudnn.allow_tf32 = False
     cuda, cpu = torch.backends.cudnn, torch.backends.mkldnn
     for products in (torch.backends.cuda.matmul, cuda.conv, cuda.rnn, cpu.matmul, cpu.conv, cpu.rnn):
         products.fp32_precision = "ieee"  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def first_line(error: Exception) -> str:
-    """What an exception says in one line, or its kind where it says nothing."""
+def first_line_of(error: Exception) -> str:
+    """The first line of an exception's message, or its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""Perturbations: what a mask does to an input, decided in one place."""
+"""Perturbations: applies a mask and a baseline to an input."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 
 BLUR_REACH = 3
-"""Deviations after which a Gaussian is cut off."""
+"""Radius of a Gaussian in deviations."""
 
 
 def blurred(
     images: Tensor, sigma: float, *, reach: int | None = None, rim: Literal["replicate", "reflect"] = "replicate"
 ) -> Tensor:
-    """Images [..., C, H, W] under a Gaussian of this deviation in pixels, cut off after `reach`.
+    """Images [..., C, H, W] blurred by a Gaussian of this deviation in pixels, cut off after `reach`.
 
-    Beyond the rim its pixels go on, or the picture is mirrored (`reach` is then less than its sides).
+    Outside, the rim is repeated or the picture is mirrored (`reach` is then less than its sides).
     """
     reach = reach or max(1, round(BLUR_REACH * sigma))
     offsets = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
@@ -36,10 +36,10 @@ def blurred(
 
 @dataclass(frozen=True)
 class Perturbation:
-    """`x' = m x + (1 - m) b` in the model's input space (the paper's `I * m` where b is 0)."""
+    """`x' = m x + (1 - m) b` in the model's input space (the paper's `I * m` for b = 0)."""
 
     baseline: Tensor
-    """What stands where a pixel was removed, broadcastable to [B, 3, H, W]."""
+    """The value of removed pixels, broadcastable to [B, 3, H, W]."""
 
     @cached_property
     def _is_zero(self) -> bool:
@@ -60,8 +60,8 @@ def _black(adapter: "ModelAdapter") -> Tensor:
 
 
 BASELINES: Mapping[str, Callable[["ModelAdapter"], Tensor]] = {"zero": _zero, "black": _black}
-"""By name: `zero` is 0 in model-input space (the data set's mean colour, as all known code does); `black`
-is a black pixel of the picture, as the paper's formula reads. They differ where a mean is subtracted."""
+"""By name: `zero` is 0 in model-input space (the data set's mean colour, as in all known code); `black`
+is a black pixel of the picture, as in the paper's formula. They differ if a mean is subtracted."""
 
 
 def perturbation(adapter: "ModelAdapter", baseline: str) -> Perturbation:

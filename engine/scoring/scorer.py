@@ -18,7 +18,7 @@ class MaskSource(ABC):
     """A lazy stream of masks of one image."""
 
     image: int
-    """Which of the inputs they are for."""
+    """Index of their input."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -51,7 +51,7 @@ class MaskSet(MaskSource):
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of masks of one source that goes into one batch."""
+    """Consecutive masks of one source that go into one batch."""
 
     which: int
     """Index of the mask source."""
@@ -60,7 +60,7 @@ class Piece:
 
 
 def pack(counts: Sequence[int], batch_size: int) -> list[list[Piece]]:
-    """Fills batches of `batch_size` with the masks of sources of these sizes, in order; only the last is short."""
+    """Fills batches of `batch_size` with masks from sources of these sizes, in order; only the last is short."""
     batches: list[list[Piece]] = []
     room = 0
     for which, count in enumerate(counts):
@@ -108,7 +108,7 @@ class Scorer:
     def _batch(
         self, inputs_nchw: Tensor, sources: Sequence[MaskSource], batch: Sequence[Piece]
     ) -> tuple[Tensor, Tensor]:
-        """Image index [B] and masked input [B, 3, H, W] of every slot; slots that nothing fills hold zeros."""
+        """Image index [B] and masked input [B, 3, H, W] of every slot; empty slots hold zeros."""
         perturbed = inputs_nchw.new_zeros(self.batch_size, *inputs_nchw.shape[1:])
         images: list[int] = []
         for piece in batch:

@@ -1,9 +1,9 @@
-"""Scores of masks that were not run: a Gaussian process over masks, fitted to the scores of a well-spread few.
+"""Predicts the scores of masks that were not run: a Gaussian process over masks, fitted to the scores of some.
 
-A block map is `V_b = sum_k q_k C_k`, in which every C_k is known and only the scalars q_k cost forward passes.
-Nothing about the masks is approximated; the missing q_k are. Rows are the masks of one image, block after block;
-everything is float64, on the masks' device, and decided by the image alone. Several images are worked on together
-(G of them, padded to one size), for on a GPU it is the number of steps that costs.
+A block map is `V_b = sum_k q_k C_k`: every C_k is known, and only the scalars q_k cost forward passes. The masks
+are exact; the missing q_k are predicted. Rows are the masks of one image, block after block; everything is float64,
+on the masks' device, and depends on the image alone. Several images (G, padded to one size) are computed together,
+because on a GPU the number of steps costs most.
 """
 
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 SCALES = (0.7, 1.4, 2.8, 5.6)
-"""Length scales that are tried, in median distances between masks."""
+"""Length scales to try, in median distances between masks."""
 NOISES = (1e-3, 1e-2, 1e-1, 1.0)
-"""Noise variances that are tried, where the process has variance 1."""
+"""Noise variances to try; the process has variance 1."""
 DESIGN_SCALE = 4.0
-"""Length scale of the design, likewise."""
+"""Length scale of the design, in the same unit."""
 TREND = 0.3
 """Prior deviation of the trend's two coefficients: a constant, and the head's score."""
-FAITH = 2.0
-"""Scores that the process's own word on its errors counts for, against those that each block has."""
-TIED = 1e-3
-"""Leave-one-out errors nearer than this count as equal: rounding must not choose."""
+PRIOR_WEIGHT = 2.0
+"""Weight of the process's own error estimate, in scores of a block."""
+TIE_TOLERANCE = 1e-3
+"""Leave-one-out errors within this share count as equal: rounding must not choose."""
 LEAST_PER_BLOCK = 4
 
 
@@ -36,7 +36,7 @@ def padded(tensors: Sequence[Tensor], value: float = 0) -> Tensor:
 
 
 def distances(rows: Tensor, others: Tensor) -> Tensor:
-    """Between points [..., n, D] and [..., m, D], [..., n, m]."""
+    """Distances [..., n, m] between points [..., n, D] and [..., m, D]."""
     return torch.cdist(rows, others, compute_mode="use_mm_for_euclid_dist")
 
 
@@ -47,17 +47,17 @@ def matern(distance: Tensor, scale: Tensor | float) -> Tensor:
 
 
 def median_distance(rows: Tensor) -> Tensor:
-    """The median distance of points [n, D] to the one half the list away: above zero."""
+    """The median distance of points [n, D] to the point half the list away: above zero."""
     apart = (rows - rows.roll(len(rows) // 2, 0)).norm(dim=1)
     return apart.median().clamp(min=1e-9)
 
 
-def spread(distance: Tensor, weights: Tensor, count: int, scale: Tensor) -> Tensor:
-    """The order [G, count] in which masks of one block, at these distances [G, n, n], are best scored.
+def design_order(distance: Tensor, weights: Tensor, count: int, scale: Tensor) -> Tensor:
+    """The order [G, count] in which to score masks of one block, at these distances [G, n, n].
 
-    Pivoted Cholesky: each step takes the row whose score the ones before leave most uncertain, posterior variance
-    times its weight [G, n], of which a negative one marks padding; `scale` is [G]. A longer order begins with the
-    shorter one. Ties go to the first row. What follows an image's last row means nothing.
+    Pivoted Cholesky: each step takes the row whose score is most uncertain, by posterior variance times weight
+    [G, n]; a negative weight marks padding; `scale` is [G]. A longer order begins with the shorter one. Ties go to
+    the first row. Entries after an image's last row have no meaning.
     """
     images = torch.arange(len(weights), device=weights.device)
     factor = weights.new_zeros(len(weights), count, weights.shape[1])
@@ -75,34 +75,34 @@ def spread(distance: Tensor, weights: Tensor, count: int, scale: Tensor) -> Tens
     return order
 
 
-def root(scores: Tensor) -> Tensor:
-    """The scale on which scores are predicted: the square root, with the sign kept."""
+def signed_root(scores: Tensor) -> Tensor:
+    """The scale on which scores are predicted: the square signed_root, with the sign kept."""
     return scores.sign() * scores.abs().sqrt()
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of one image's masks, for one target."""
+    """The known scores of one image's masks, for one target."""
 
     rows: Tensor
     """The masks as points, [N, D]."""
     anchors: Tensor
-    """Numbers of those that were run, [m], at least one."""
+    """Row numbers of the masks that were run, [m], at least one."""
     scores: Tensor
-    """Of those, [m]."""
+    """Their scores, [m]."""
     guess: Tensor | None
-    """A first idea of every score, [N]."""
+    """A first estimate of every score, [N]."""
 
     @cached_property
     def mean(self) -> Tensor:
         """The process's mean, on the scale of roots, [N]."""
         if self.guess is not None:
-            return root(self.guess)
-        return root(self.scores).mean().expand(len(self.rows))
+            return signed_root(self.guess)
+        return signed_root(self.scores).mean().expand(len(self.rows))
 
     @cached_property
     def trend(self) -> Tensor:
-        """The columns [N, 2] of what may differ from the mean throughout: a constant, and the guess's scale."""
+        """The columns [N, 2] of the trend beside the mean: a constant, and the guess's scale."""
         constant = torch.full_like(self.mean, TREND)
         if self.guess is None:
             return torch.stack([constant, torch.zeros_like(constant)], 1)
@@ -111,8 +111,8 @@ class Known:
 
     @cached_property
     def wanted(self) -> Tensor:
-        """What the process is to explain, [m]."""
-        return root(self.scores) - self.mean[self.anchors]
+        """What the process is fitted to, [m]."""
+        return signed_root(self.scores) - self.mean[self.anchors]
 
 
 @dataclass(frozen=True)
@@ -121,27 +121,26 @@ class Imputed:
 
     known: Known
     scores: Tensor
-    """[N]; those that were run are exact."""
+    """[N]; exact for masks that were run."""
     r2: float
-    """Of the roots of the scores that were run, each predicted from the others (leave-one-out): at most 1."""
+    """R squared of leave-one-out predictions of the roots of the scores that were run: at most 1."""
     cross: Tensor
     """The masks' kernel with those that were run, whitened: [m, N]."""
     scale: Tensor
     noise: Tensor
-    """Its variance, where the process has 1."""
+    """Its variance; the process has 1."""
     variance: Tensor
     """Of the process."""
-    surprises: Tensor
-    """By how much each score that was run missed its leave-one-out prediction: squared, over the variance that was
-    predicted for it, [m]."""
+    squared_errors: Tensor
+    """Squared error of each score's leave-one-out prediction, over its predicted variance, [m]."""
 
     def map_error(self, block: slice, maps_nd: Tensor, distance: Tensor) -> Tensor:
         """The predicted relative error of `V = sum_k q_k C_k` over one block: its deviation over that of the map.
 
-        `maps_nd` holds the block's C_k on a coarse grid [n, cells], `distance` [n, n] how far its masks are apart.
-        To first order `dV = sum_k 2 sqrt(q_k) ds_k C_k` over the masks that were not run; what adds a constant to V
-        or stretches it is no error, for the block map is min-maxed. One process serves all blocks: how far the
-        block's own scores missed puts it right for each.
+        `maps_nd` holds the block's C_k on a coarse grid [n, cells], `distance` [n, n] the distances of its masks.
+        To first order `dV = sum_k 2 sqrt(q_k) ds_k C_k` over the masks that were not run. Adding a constant to V or
+        scaling it is no error, because the block map is min-maxed. All blocks share one process; the errors of the
+        block's own scores correct it for each.
         """
         whole = self.scores[block] @ maps_nd
         shape = whole - whole.mean()
@@ -155,7 +154,7 @@ class Imputed:
         prior = matern(distance, self.scale) + trend @ trend.T
         uncertain = (slopes * (prior @ slopes)).sum() - (self.cross[:, block] @ slopes).square().sum()
         uncertain = uncertain.clamp(min=0) + self.noise * slopes.square().sum()
-        missed = (self.surprises[own].sum() + FAITH) / (own.sum() + FAITH)
+        missed = (self.squared_errors[own].sum() + PRIOR_WEIGHT) / (own.sum() + PRIOR_WEIGHT)
         return (self.variance * missed * uncertain / strength).sqrt()
 
 
@@ -163,8 +162,8 @@ class Imputed:
 class _Anchors:
     """The masks that were run, of G images, padded to m."""
 
-    used: Tensor
-    """Which are no padding, [G, m]."""
+    is_used: Tensor
+    """False for padding, [G, m]."""
     rows: Tensor
     """As points, [G, m, D]."""
     distance: Tensor
@@ -186,18 +185,18 @@ class _Anchors:
         )
 
     def kernel(self, scale: Tensor, noise: Tensor | float) -> Tensor:
-        """With noise on the diagonal, [G, m, m]; padding is coupled to nothing. `scale` is [G, 1, 1]."""
-        pairs = self.used[:, :, None] & self.used[:, None]
+        """The kernel with noise on the diagonal, [G, m, m]; 0 between padding and others. `scale` is [G, 1, 1]."""
+        pairs = self.is_used[:, :, None] & self.is_used[:, None]
         smooth = torch.where(pairs, matern(self.distance, scale) + self.trend @ self.trend.mT, 0.0)
         return smooth + noise * torch.eye(smooth.shape[1], dtype=smooth.dtype, device=smooth.device)
 
     def solved(self, kernel: Tensor) -> tuple[Tensor, Tensor]:
-        """`K^-1 y` and the diagonal of `K^-1`, [G, m] each; their ratio is what leave-one-out predictions miss by."""
+        """`K^-1 y` and the diagonal of `K^-1`, [G, m] each; their ratio is the leave-one-out errors."""
         inverse = torch.linalg.inv(kernel)
         return (inverse @ self.wanted[..., None])[..., 0], inverse.diagonal(dim1=1, dim2=2)
 
     def fitted(self, middle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The length scale and the noise, [G, 1, 1], of least mean squared leave-one-out error, and that, [G].
+        """The length scale and the noise, [G, 1, 1], of least mean squared leave-one-out error, and the error, [G].
 
         In closed form (Rasmussen and Williams 2006, section 5.4.2). `middle` [G, 1, 1] is the unit of length.
         """
@@ -205,8 +204,8 @@ class _Anchors:
         least = torch.full_like(middle[:, 0, 0], torch.inf)
         for own_scale, own_noise in product(SCALES, NOISES):
             weights, diagonal = self.solved(self.kernel(own_scale * middle, own_noise))
-            missed = (weights / diagonal).square().sum(1) / self.used.sum(1)
-            better = missed < (1 - TIED) * least
+            missed = (weights / diagonal).square().sum(1) / self.is_used.sum(1)
+            better = missed < (1 - TIE_TOLERANCE) * least
             least = torch.where(better, missed, least)
             scale = torch.where(better[:, None, None], own_scale * middle, scale)
             noise = torch.where(better[:, None, None], own_noise, noise)
@@ -221,44 +220,44 @@ def impute(known: Sequence[Known]) -> list[Imputed]:
     cross = matern(distances(anchors.rows, rows), scale) + anchors.trend @ trend.mT
     kernel = anchors.kernel(scale, noise)
     lower = torch.linalg.cholesky(kernel)
-    whitened = torch.linalg.solve_triangular(lower, torch.where(anchors.used[..., None], cross, 0.0), upper=False)
+    whitened = torch.linalg.solve_triangular(lower, torch.where(anchors.is_used[..., None], cross, 0.0), upper=False)
     solved = torch.linalg.solve_triangular(lower, anchors.wanted[..., None], upper=False)
     shift = (whitened.mT @ solved)[..., 0]
-    variance = solved.square().sum((1, 2)) / anchors.used.sum(1)
+    variance = solved.square().sum((1, 2)) / anchors.is_used.sum(1)
     weights, diagonal = anchors.solved(kernel)
-    surprises = weights.square() / diagonal / variance[:, None].clamp(min=1e-300)
+    squared_errors = weights.square() / diagonal / variance[:, None].clamp(min=1e-300)
     return [
         Imputed(
             one,
-            _predicted(one, shift[image]),
-            _explained(one, least[image]),
+            _predicted_scores(one, shift[image]),
+            _r_squared(one, least[image]),
             whitened[image, : len(one.anchors), : len(one.rows)],
             scale[image, 0, 0],
             noise[image, 0, 0],
             variance[image],
-            surprises[image, : len(one.anchors)],
+            squared_errors[image, : len(one.anchors)],
         )
         for image, one in enumerate(known)
     ]
 
 
-def _predicted(known: Known, shift: Tensor) -> Tensor:
-    """The scores [N], of what the process adds to its mean on the scale of roots."""
+def _predicted_scores(known: Known, shift: Tensor) -> Tensor:
+    """The scores [N]; the process adds `shift` to its mean on the scale of roots."""
     roots = known.mean + shift[: len(known.rows)]
     found = (roots.sign() * roots.square()).clamp(min=known.scores.min().clamp(max=0))
     found[known.anchors] = known.scores
     return found
 
 
-def _explained(known: Known, missed: Tensor) -> float:
+def _r_squared(known: Known, missed: Tensor) -> float:
     """The share of the variance of the roots that leave-one-out predictions explain."""
-    roots = root(known.scores)
+    roots = signed_root(known.scores)
     total = (roots - roots.mean()).square().mean()
     return float(1 - missed / total) if total > 0 else 0.0
 
 
-def shares(sizes: Sequence[int], count: int) -> list[int]:
-    """How many of `count` scores each block of so many masks gets: as the square root of its size, a few at least.
+def shares_by_block(sizes: Sequence[int], count: int) -> list[int]:
+    """How many of `count` scores each block gets: by the square signed_root of its number of masks, and a few at least.
 
     Highest averages: the shares add up exactly, and none falls when `count` grows.
     """

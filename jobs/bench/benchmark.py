@@ -23,7 +23,7 @@ from blocksight.engine.judging.efficiency import ROUNDS, Efficiency, bare_rates,
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.targets import ClassProbability
 from blocksight.engine.scoring.forward import Forward
-from blocksight.engine.scoring.probe import Measured, choose, cycled, plain_setting
+from blocksight.engine.scoring.probe import MeasuredSetting, choose, eager_setting, repeated_inputs
 from blocksight.jobs.bench.charts import curve_chart
 from blocksight.jobs.bench.curve import CURVE, CurveRequest, measure_curve, pictures, summarise
 from blocksight.jobs.bench.peers import REPEATS, contenders, race
@@ -74,7 +74,7 @@ class Benchmark:
     hardware: str
     setting: ForwardSetting
     """The forward setting by which masks are scored."""
-    probed: tuple[Measured, ...]
+    probed: tuple[MeasuredSetting, ...]
     """All settings that were tried."""
     efficiency: Efficiency
     bytes_per_map: int
@@ -126,7 +126,7 @@ def run_benchmark(
         step(f"{TURNS}, {ROUNDS} times", 0.2)
         measured, explained = measure(explainer, inputs, setting, rates, lambda: step(TURNS, 0.7 / ROUNDS))
         if with_peers:
-            plain = plain_setting(device, batch_size)
+            plain = eager_setting(device, batch_size)
             raced = _race(adapter, {setting: forward, plain: adapter.logits}, inputs[:1], step)
     maps = [encode_map(one.saliency_hw.astype(np.float32)) for own in explained for one in own]
     num_bytes = round(sum(len(one.data) for one in maps) / len(maps))
@@ -203,7 +203,7 @@ def _inputs(adapter: ModelAdapter, plan: Plan | None, config: JobConfig, count: 
     if not found:
         raise ConfigError(f"no image of {config.data} can be decoded")
     pixels = torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2)
-    return cycled(adapter.normalise(pixels), count)
+    return repeated_inputs(adapter.normalise(pixels), count)
 
 
 def _learned(

@@ -16,7 +16,7 @@ from blocksight.engine.explainers.explainer import chunks
 from blocksight.engine.judging.fidelity import FAITHFULNESS, FULL, METHODS, SIMILARITIES, FidelityBench, Reading
 from blocksight.engine.metrics.metric import Region
 from blocksight.engine.model.adapter import ModelAdapter
-from blocksight.engine.scoring.probe import Wish, choose
+from blocksight.engine.scoring.probe import ForwardRequest, choose
 from blocksight.jobs.evaluate.evaluation import ClassMap, labels_of, region_of
 from blocksight.jobs.explain.step import images_at_once, load, number_of
 from blocksight.jobs.plan.bootstrap import MetricSums, differences, estimate, key_hashes
@@ -155,7 +155,7 @@ def _measured(
         for some in chunks(images, size):
             inputs = adapter.normalise(torch.from_numpy(np.stack([one.pixels for one in some])).permute(0, 3, 1, 2))
             if bench is None:
-                forward, found = choose(adapter, Wish("float32", asked.batch_size))
+                forward, found = choose(adapter, ForwardRequest("float32", asked.batch_size))
                 console.print(f"masks are scored by {found[0].setting}")
                 bench = FidelityBench(
                     adapter, batch_size=found[0].setting.batch_size, images_per_pass=size, forward=forward

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from rich.console import RenderableType
 
-from blocksight.engine.catalog.composition import method_of
+from blocksight.engine.catalog.composition import parse_method
 from blocksight.engine.catalog.entries import EXPLAINERS
 from blocksight.engine.catalog.parameters import SiseParameters
 from blocksight.jobs.cli.record_tables import record_table
@@ -125,7 +125,7 @@ def _check(output: Output, wanted: Wanted) -> None:
     """Raises ConfigError for what can never be drawn."""
     refuse_other_inputs([output, *wanted.beside])
     explainer = output.plan.identity["explainer"]
-    if wanted.blocks and not issubclass(method_of(explainer).own.parameters, SiseParameters):
+    if wanted.blocks and not issubclass(parse_method(explainer).entry.parameters, SiseParameters):
         family = " and ".join(name for name, one in EXPLAINERS.items() if issubclass(one.parameters, SiseParameters))
         raise ConfigError(
             f"--blocks draws the block maps that {family} fuse, and {output.name} was made by {explainer}, which has "

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from blocksight.engine.catalog.entries import CONTROLS, flattered_by
+from blocksight.engine.catalog.entries import CONTROLS, metrics_biased_by
 from blocksight.engine.catalog.parameters import NoParameters
 from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers import EXPLAINERS
@@ -25,7 +25,7 @@ from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.targets import ClassProbability
 from blocksight.engine.scoring.forward import Forward
 from blocksight.engine.scoring.perturb import perturbation
-from blocksight.engine.scoring.probe import plain_setting
+from blocksight.engine.scoring.probe import eager_setting
 from blocksight.engine.scoring.scorer import Scorer
 from blocksight.jobs.evaluate.evaluation import (
     Evaluation,
@@ -109,7 +109,7 @@ class EvaluateStep:
             raise ModelError("the maps were made with other weights: name the same weights file")
         planned = stored_forward(self.stores.output, self.adapter)
         self.adapter.module.register_forward_pre_hook(lambda *_: heartbeat())
-        forward, self.setting = planned or (None, plain_setting(job.device, job.batch_size))
+        forward, self.setting = planned or (None, eager_setting(job.device, job.batch_size))
         learned, _ = stored_state(self.stores.output, job.config) or (None, None)
         forward = forward and with_heartbeat(forward)
         self.metrics = metrics_of(self.evaluation, self.adapter, job, self.setting.batch_size, forward, learned)
@@ -219,7 +219,7 @@ class EvaluateStep:
                     yield from self._rows({**row, **method}, metric, values[image][index])
 
     def _rows(self, row: Row, metric: Metric, values: Mapping[str, Value]) -> Iterator[Row]:
-        flattered = flattered_by(row.get("selected_by"))
+        flattered = metrics_biased_by(row.get("selected_by"))
         for name, value in values.items():
             if name in self.evaluation.metrics:
                 if name in flattered:

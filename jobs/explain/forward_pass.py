@@ -11,26 +11,26 @@ from blocksight.engine.catalog.forward_setting import ForwardSetting
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.scoring.forward import Forward, make_forward
-from blocksight.engine.scoring.probe import FAST_ERROR, Measured, Wish, bound_of, choose
+from blocksight.engine.scoring.probe import MAX_FAST_ERROR, ForwardRequest, MeasuredSetting, choose, max_score_error
 from blocksight.jobs.plan.config import JobConfig
 from blocksight.jobs.plan.forward_setting import FORWARD_KEY, PlannedForward, planned_forward
 from blocksight.storage.stores.store import AlreadyExistsError, ObjectStore
 
 
-def wish_of(config: JobConfig, batch_size: int | None, *, is_timed: bool) -> Wish:
+def wish_of(config: JobConfig, batch_size: int | None, *, is_timed: bool) -> ForwardRequest:
     """What a job asks of its forward setting; the preset `paper` means float32."""
     precision = "float32" if config.preset == "paper" else config.precision
-    return Wish(None if precision == "auto" else precision, batch_size, is_timed)
+    return ForwardRequest(None if precision == "auto" else precision, batch_size, is_timed)
 
 
-def choose_forward(adapter: ModelAdapter, wish: Wish) -> PlannedForward:
+def choose_forward(adapter: ModelAdapter, wish: ForwardRequest) -> PlannedForward:
     """The forward setting for a job on this machine. Raises ModelError if the precision asked for is unusable."""
     with _one_thread():  # as on the workers: eager scores' last bits depend on the number of threads
         _, found = choose(adapter, wish)
     return _planned(found, wish)
 
 
-def ensure_forward(output: ObjectStore, adapter: ModelAdapter, wish: Wish) -> tuple[Forward, ForwardSetting]:
+def ensure_forward(output: ObjectStore, adapter: ModelAdapter, wish: ForwardRequest) -> tuple[Forward, ForwardSetting]:
     """The plan's forward pass and setting. If there is none, a worker with a GPU chooses and stores it here.
 
     If another worker stored one first, that one is used. Raises ModelError if this machine cannot run it.
@@ -61,22 +61,22 @@ def write_forward(output: ObjectStore, planned: PlannedForward) -> PlannedForwar
 def precision_warning(planned: PlannedForward) -> str | None:
     """A warning if a lower precision changes scores too much; None otherwise."""
     error = planned.score_error
-    if planned.setting.precision == "float32" or error is None or error <= FAST_ERROR:
+    if planned.setting.precision == "float32" or error is None or error <= MAX_FAST_ERROR:
         return None
     return (
         f"WARNING: {planned.setting.precision} changes this model's scores by {error:.1%} in the median "
-        f"(`auto` allows {FAST_ERROR:.1%}): maps will differ visibly from float32's"
+        f"(`auto` allows {MAX_FAST_ERROR:.1%}): maps will differ visibly from float32's"
     )
 
 
-def _planned(found: list[Measured], wish: Wish) -> PlannedForward:
+def _planned(found: list[MeasuredSetting], wish: ForwardRequest) -> PlannedForward:
     chosen = found[0]
     figures = tuple(one.figures() for one in found)
     return PlannedForward(
         setting=chosen.setting,
         chosen="timing" if wish.is_timed else "rule",
         score_error=figures[0]["score_error"],
-        bound=bound_of(chosen.setting, wish),
+        bound=max_score_error(chosen.setting, wish),
         probe=figures,
     )
 

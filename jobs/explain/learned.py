@@ -3,7 +3,7 @@
 import hashlib
 from typing import TYPE_CHECKING
 
-from blocksight.engine.catalog.composition import images_to_learn_from
+from blocksight.engine.catalog import composition
 from blocksight.engine.errors import ModelError
 from blocksight.jobs.plan.config import JobConfig
 from blocksight.jobs.plan.documents import damaged
@@ -19,7 +19,7 @@ LEARNED_KEY = f"{PLAN_FOLDER}learned.safetensors"
 
 def num_learning_images(config: JobConfig) -> int:
     """The number of images that the job's method learns from; 0 if it learns nothing."""
-    return images_to_learn_from(config.method, config.explainer_parameters())
+    return composition.num_learning_images(config.method, config.explainer_parameters())
 
 
 def stored_state(output: ObjectStore, config: JobConfig) -> "tuple[State, str] | None":

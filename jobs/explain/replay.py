@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from blocksight.engine.catalog.composition import blocks_of, method_of
+from blocksight.engine.catalog.composition import blocks_of, parse_method
 from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers.explanation import Explanation
 from blocksight.engine.model.targets import ClassProbability
 from blocksight.engine.saliency import Map, minmax
-from blocksight.engine.scoring.probe import plain_setting
+from blocksight.engine.scoring.probe import eager_setting
 from blocksight.jobs.explain.fidelity import POOR_MAP
 from blocksight.jobs.explain.forward_pass import stored_forward
 from blocksight.jobs.explain.learned import num_learning_images, stored_state
@@ -46,7 +46,7 @@ class Replay:
         self.adapter = load(self.config, state, "cpu", str(Path.cwd()))
         self.learned, _ = stored_state(store, self.config) or (None, None)
         refuse_other_model(store, model_facts(self.adapter, self.config))
-        self.forward, self.setting = None, plain_setting("cpu")
+        self.forward, self.setting = None, eager_setting("cpu")
         with suppress(ModelError):  # the job ran on other hardware: `replay_error` shows how far its maps differ
             self.forward, self.setting = stored_forward(store, self.adapter) or (None, self.setting)
 
@@ -58,7 +58,7 @@ class Replay:
     def config_of_explainer(self, explainer: str) -> JobConfig:
         """The same job with another explainer and its defaults. Raises ConfigError for an unknown name."""
         try:
-            uses_blocks = blocks_of(method_of(explainer)) != "none"
+            uses_blocks = blocks_of(parse_method(explainer)) != "none"
         except ValueError as error:
             raise ConfigError(str(error)) from error
         asked = {

@@ -29,7 +29,7 @@ from blocksight.engine.model.loading import load_model
 from blocksight.engine.model.targets import ClassProbability, Target
 from blocksight.engine.saliency import Map
 from blocksight.engine.scoring.forward import Forward, make_forward, use_ieee_float32
-from blocksight.engine.scoring.probe import plain_setting
+from blocksight.engine.scoring.probe import eager_setting
 from blocksight.jobs.explain.fidelity import doubts_of, fidelity_columns
 from blocksight.jobs.explain.forward_pass import ensure_forward, wish_of
 from blocksight.jobs.explain.learned import LEARNED_KEY, num_learning_images, stored_state
@@ -147,7 +147,7 @@ class ExplainStep:
         self.learned, digest = learned or (None, None)
         self.has_forward_setting = False
         self.images_per_pass = images_at_once(self.adapter)
-        self._set_up(plain_setting(context.device, context.batch_size))
+        self._set_up(eager_setting(context.device, context.batch_size))
         parameters = config.explainer_parameters()
         self.labels = Labels(context.label_names, self.adapter.class_names, facts.num_classes)
         self.choice = config.target_choice

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from blocksight.engine.catalog.composition import Method, Preset, method_of, parameters_of
+from blocksight.engine.catalog.composition import Method, Preset, parameters_of, parse_method
 from blocksight.engine.catalog.edge_detectors import installed_detector
 from blocksight.engine.catalog.entries import EXPLAINERS, FIDELITIES, Fidelity
 from blocksight.engine.catalog.forward_setting import MAX_BATCH_SIZE
@@ -161,7 +161,7 @@ class JobConfig(BaseModel):
     @field_validator("explainer")
     @classmethod
     def _explainer_is_known(cls, value: str) -> str:
-        return str(method_of(value))
+        return str(parse_method(value))
 
     @model_validator(mode="after")
     def _endpoint_has_a_use(self) -> "JobConfig":
@@ -184,7 +184,7 @@ class JobConfig(BaseModel):
     @property
     def method(self) -> Method:
         """The explainer, with the one it wraps."""
-        return method_of(self.explainer)
+        return parse_method(self.explainer)
 
     @property
     def level(self) -> Fidelity | None:
@@ -203,7 +203,7 @@ class JobConfig(BaseModel):
 
         Raises ConfigError for an unknown or bad one, and for a fidelity that contradicts them or has no meaning.
         """
-        self._check_fidelity(self.method.own.parameters)
+        self._check_fidelity(self.method.entry.parameters)
         values = {**self.parameters, **FIDELITIES[self.fidelity]}
         try:
             return parameters_of(self.method, values, self.preset, _checked)

@@ -9,7 +9,7 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from blocksight.engine.catalog.composition import method_of
+from blocksight.engine.catalog.composition import parse_method
 from blocksight.engine.catalog.entries import EXPLAINERS, MODELS, RECONSTRUCTED
 from blocksight.jobs.evaluate.compare import Output
 from blocksight.jobs.ledger.output import model_facts
@@ -74,7 +74,7 @@ def run_facts(
     if forward is not None:
         error = "not recorded" if forward.score_error is None else f"{forward.score_error:.2g}"
         yield Fact("masks scored by", str(forward.setting), f"chosen by {forward.chosen}; median score error {error}")
-    reconstructed = [name for name in method_of(identity["explainer"]).names if EXPLAINERS[name].is_reconstruction]
+    reconstructed = [name for name in parse_method(identity["explainer"]).names if EXPLAINERS[name].is_reconstruction]
     if reconstructed:
         yield Fact("origin", f"{', '.join(reconstructed)}: {RECONSTRUCTED}")
     yield Fact("parameters", ", ".join(_parameters(identity["parameters"])) or "none")

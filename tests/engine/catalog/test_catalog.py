@@ -6,7 +6,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 from blocksight.engine.catalog import entries
-from blocksight.engine.catalog.composition import method_of
+from blocksight.engine.catalog.composition import parse_method
 from blocksight.engine.explainers import EXPLAINERS
 from blocksight.engine.explainers.fusion import GATES
 from blocksight.engine.explainers.sise import Sise
@@ -48,5 +48,5 @@ def test_reconstructions_are_marked_and_say_so_in_their_parameters():
 
 
 def test_a_method_names_its_wrappers_from_the_outermost_in():
-    assert method_of("ucag(smoothgrad(gradcam))").names == ["ucag", "smoothgrad", "gradcam"]
-    assert method_of("sise").names == ["sise"]
+    assert parse_method("ucag(smoothgrad(gradcam))").names == ["ucag", "smoothgrad", "gradcam"]
+    assert parse_method("sise").names == ["sise"]

@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
-from blocksight.engine.catalog.composition import images_to_learn_from, method_of
+from blocksight.engine.catalog.composition import num_learning_images, parse_method
 from blocksight.engine.catalog.entries import FORWARDS_TO_SELECT, METRICS
 from blocksight.engine.catalog.parameters import BeeParameters, SmoothGradParameters
 from blocksight.engine.catalog.side_products import GridMap
@@ -386,10 +386,10 @@ def state(net):
 
 def test_how_many_images_the_first_pass_sees():
     asked = (BeeParameters(families=FREE), LEARNING, even(), even(families=("train", "blur"), pool=9))
-    assert [images_to_learn_from(method_of("bee"), own) for own in asked] == [5000, 6, 0, 9]
-    assert images_to_learn_from(method_of("bee"), BeeParameters(families=("blur",))) == 0
+    assert [num_learning_images(parse_method("bee"), own) for own in asked] == [5000, 6, 0, 9]
+    assert num_learning_images(parse_method("bee"), BeeParameters(families=("blur",))) == 0
     wrapped = SmoothGradParameters(base=LEARNING)
-    assert images_to_learn_from(method_of("smoothgrad(bee)"), wrapped) == 6
+    assert num_learning_images(parse_method("smoothgrad(bee)"), wrapped) == 6
 
 
 def test_the_state_can_be_stored_and_says_what_it_is_of(net, state):

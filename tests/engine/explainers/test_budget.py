@@ -10,7 +10,7 @@ from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers.budget import Candidates, sample
 from blocksight.engine.explainers.sise import Sise
 from blocksight.engine.model.adapter import ModelAdapter
-from blocksight.engine.model.head import head_of
+from blocksight.engine.model.head import cheap_head
 from blocksight.engine.model.resample import upsampling
 from blocksight.engine.model.targets import ClassProbability
 from tests.engine.comparing import assert_close, assert_same_bits, explained
@@ -56,7 +56,7 @@ class Deep(Pooled):
 def test_the_heads_scores_are_those_of_the_masked_maps(net, is_affine):
     adapter, inputs = adapter_of(net), smooth(2, 32, 32)
     blocks = adapter.network.blocks()
-    head = head_of(adapter, blocks[-1])
+    head = cheap_head(adapter, blocks[-1])
     assert head is not None
     assert head.is_affine == is_affine
     maps = adapter.module.stem(inputs)[1].detach()
@@ -76,7 +76,7 @@ def transformer():
 
 def test_a_dear_head_is_not_run():
     adapter = transformer()
-    assert head_of(adapter, adapter.network.blocks()[-1]) is None
+    assert cheap_head(adapter, adapter.network.blocks()[-1]) is None
 
 
 def test_without_forwards_and_without_a_head_there_is_no_map():
@@ -220,7 +220,7 @@ def test_completion_needs_a_figure_to_go_by(budget):
 
 @pytest.mark.parametrize("above", [-0.1, float("nan")])
 def test_a_bound_is_an_error(above):
-    with pytest.raises(ValueError, match="complete_above is a relative error, got"):
+    with pytest.raises(ValueError, match="complete_above must be at least 0, got"):
         SiseParameters(budget=0.1, complete_above=above)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from blocksight.engine.catalog import entries
-from blocksight.engine.catalog.composition import images_to_learn_from, method_of, parameters_of
+from blocksight.engine.catalog.composition import num_learning_images, parameters_of, parse_method
 from blocksight.engine.catalog.parameters import (
     AdaSiseParameters,
     AFmiParameters,
@@ -52,8 +52,8 @@ def adapter_of(net, size=32):
 def explainer(name, adapter, parameters=None, **options):
     """The explainer, after its first pass where it has one."""
     make = partial(make_explainer, name, adapter, parameters, **options)
-    method = method_of(name)
-    count = images_to_learn_from(method, parameters or parameters_of(method, {}))
+    method = parse_method(name)
+    count = num_learning_images(method, parameters or parameters_of(method, {}))
     if count == 0:
         return make()
     learner, classes = make().learner(), ClassProbability(torch.zeros(count, 1, dtype=torch.int64))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from blocksight.engine.catalog import edge_detectors
-from blocksight.engine.catalog.composition import method_of, num_forwards, parameters_of
+from blocksight.engine.catalog.composition import num_forwards, parameters_of, parse_method
 from blocksight.engine.catalog.entries import FeatureCamParameters, NoParameters, UcagParameters
 from blocksight.engine.catalog.side_products import Crop, SideProducts
 from blocksight.engine.errors import ModelError
@@ -34,7 +34,7 @@ def adapter_of(net, size=(SIDE, SIDE)):
 
 
 def made(name, net, values=None, size=(SIDE, SIDE), **options):
-    method = method_of(name)
+    method = parse_method(name)
     return make_explainer(name, adapter_of(net, size), parameters_of(method, values or {}), **options)
 
 
@@ -234,7 +234,7 @@ def test_ucag_of_gradcam_equals_its_twin(make, values):
 @pytest.mark.parametrize("values", [TWINS["exact"], TWINS["native"]], ids=["exact", "native"])
 def test_ucag_of_sise_equals_its_twin(values):
     """In double, where rounding turns no hard threshold over."""
-    net, inputs, sise = seeded(Residual), smooth(1, SIDE, SIDE).double(), parameters_of(method_of("sise"), {})
+    net, inputs, sise = seeded(Residual), smooth(1, SIDE, SIDE).double(), parameters_of(parse_method("sise"), {})
 
     def attribute(own, crop, target):
         return torch.from_numpy(comparing.slowly(own, comparing.written_out, crop, target, sise).fused)
@@ -657,7 +657,7 @@ def cheap(method):
 
 
 def composed(name, inputs, classes, seeds, **options):
-    return explained(name, seeded(Residual), inputs, classes, cheap(method_of(name)), seeds, **options)
+    return explained(name, seeded(Residual), inputs, classes, cheap(parse_method(name)), seeds, **options)
 
 
 def same(one, other, tolerance):
@@ -728,7 +728,7 @@ def pictures_seen(name, net, values, num_targets):
 @pytest.mark.parametrize("preset", ["paper", "fast"])
 def test_the_catalogue_says_what_ucag_costs(preset):
     """A pass for the maps and one for the score of each crop, and one for the picture's score."""
-    method = method_of("ucag(gradcam)")
+    method = parse_method("ucag(gradcam)")
     parameters = parameters_of(method, {}, preset)
     side = 33 if preset == "paper" else SIDE
     views = 36 if preset == "paper" else 9
@@ -741,6 +741,6 @@ def test_the_catalogue_says_what_ucag_costs(preset):
 
 @pytest.mark.parametrize(("recompute", "passes"), [(False, 1), (True, 3)])
 def test_the_catalogue_says_what_feature_cam_costs(recompute, passes):
-    method, values = method_of("feature-cam(gradcam)"), {"edges": "scharr", "recompute": recompute}
+    method, values = parse_method("feature-cam(gradcam)"), {"edges": "scharr", "recompute": recompute}
     assert len(pictures_seen("feature-cam(gradcam)", seeded(Untraceable), values, 1)) == 2 * passes + 1
     assert num_forwards(method, parameters_of(method, values), 1) == 4 * passes

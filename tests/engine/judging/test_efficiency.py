@@ -29,7 +29,7 @@ def test_the_ratio_is_of_bare_time_to_all_time(monkeypatch):
         work()
         return next(script)
 
-    monkeypatch.setattr(efficiency, "seconds_of", timed)
+    monkeypatch.setattr(efficiency, "measured_seconds", timed)
     explainer = explainer_of("sise")
     found, explained = measure(
         explainer, smooth(2, 32, 32), ForwardSetting(batch_size=4), RATES, lambda: done.append(1)

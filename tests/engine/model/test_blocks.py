@@ -197,10 +197,10 @@ def test_a_network_without_feature_maps_says_so():
 # ---------------------------------------------------------------- places by hand
 
 
-def place(name, grid, *, learned=True, unavoidable=True):
+def place(name, grid, *, learned=True, is_unavoidable=True):
     if isinstance(grid, int):
         grid = (grid, grid)
-    return Place(name, grid and Layout("channels first", 8, grid), unavoidable, learned)
+    return Place(name, grid and Layout("channels first", 8, grid), is_unavoidable, learned)
 
 
 def names(*places):
@@ -214,8 +214,8 @@ def test_the_last_unavoidable_tensor_of_each_size_wins():
 
 
 def test_tensors_inside_a_residual_branch_do_not_count():
-    stem, inner, total = place("stem", 32), place("inner", 32, unavoidable=False), place("sum", 32, learned=False)
-    branch, shortcut = place("branch", 16, unavoidable=False), place("shortcut", 16, unavoidable=False)
+    stem, inner, total = place("stem", 32), place("inner", 32, is_unavoidable=False), place("sum", 32, learned=False)
+    branch, shortcut = place("branch", 16, is_unavoidable=False), place("shortcut", 16, is_unavoidable=False)
     after = place("after", 16, learned=False)
     assert names(stem, inner, total, branch, shortcut, after) == ["sum", "after"]
     assert names(stem, inner) == ["stem"]
@@ -224,7 +224,7 @@ def test_tensors_inside_a_residual_branch_do_not_count():
 def test_a_branch_with_weights_makes_its_sum_a_block():
     """All that has weights at 16 is avoidable; the sum of the branches is not."""
     assert names(
-        place("stem", 32), place("left", 16, unavoidable=False), place("right", 16, unavoidable=False),
+        place("stem", 32), place("left", 16, is_unavoidable=False), place("right", 16, is_unavoidable=False),
         place("sum", 16, learned=False),
     ) == ["stem", "sum"]  # fmt: skip
 

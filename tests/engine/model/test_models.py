@@ -90,7 +90,7 @@ def test_rubbish_is_refused(body):
         read_state(body)
 
 
-def test_an_archive_that_unfolds_is_refused_before_it_does():
+def test_a_compressed_archive_is_refused_before_it_is_unpacked():
     plain, packed = io.BytesIO(), io.BytesIO()
     torch.save({"weight": torch.zeros(100_000)}, plain)
     assert read_state(plain.getvalue())["weight"].numel() == 100_000
@@ -99,7 +99,7 @@ def test_an_archive_that_unfolds_is_refused_before_it_does():
             other.writestr(name, stored.read(name))
     with pytest.raises(ModelError, match="neither safetensors nor a torch state dict") as caught:
         read_state(packed.getvalue())
-    assert "at most its own length is read" in str(caught.value.__cause__)
+    assert "compressed archives are refused" in str(caught.value.__cause__)
 
 
 # ---------------------------------------------------------------- state dicts
@@ -197,7 +197,7 @@ def test_a_wrong_class_count_shows_both_sides(my_models):
     [
         ("resnet50", {}, "unknown model 'resnet50'; known: efficientnet_lite0, torchvision:NAME, package.module:fact"),
         ("", {}, "unknown model ''; known: "),
-        ("efficientnet_lite0", {"weights": "nofile"}, "knows no weights by name, and there is no file 'nofile'"),
+        ("efficientnet_lite0", {"weights": "nofile"}, "has no weights with a name, and there is no file 'nofile'"),
         ("torchvision:resnet18", {"weights": "nofile"}, "IMAGENET1K_V1.* there is no file 'nofile'"),
         ("torchvision:qqqqqqqq", {}, "has no classifier 'qqqqqqqq'; known: alexnet, "),
         ("torchvision:resnet5o", {"weights": "random"}, "no classifier 'resnet5o'; nearest: .*resnet50"),

@@ -139,12 +139,12 @@ def test_the_nearest_names_of_an_untraced_network():
 
 def test_a_shortcuts_inside_is_avoidable():
     places = {place.name: place for place in ModelAdapter(seeded(Residual), input_size=(24, 24)).network.places}
-    assert not places["inner"].unavoidable
-    assert not places["down"].unavoidable
-    assert not places["project"].unavoidable
-    assert places["stem"].unavoidable
-    assert places["stem"].learned
-    assert not places["relu"].learned
+    assert not places["inner"].is_unavoidable
+    assert not places["down"].is_unavoidable
+    assert not places["project"].is_unavoidable
+    assert places["stem"].is_unavoidable
+    assert places["stem"].has_weights
+    assert not places["relu"].has_weights
 
 
 def test_what_cannot_be_traced_is_read_by_its_modules():

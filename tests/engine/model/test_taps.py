@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from blocksight.engine.model.adapter import ModelAdapter
-from blocksight.engine.model.taps import Recorder, frozen, gradients, hooked
+from blocksight.engine.model.taps import Recorder, frozen, gradients, hook_outputs
 from tests.engine import oracles
 from tests.engine.comparing import written_out
 from tests.engine.nets import Depthwise, InPlace, Plain, Residual, Untraceable, seeded, smooth
@@ -94,7 +94,7 @@ def test_frozen_leaves_the_users_other_gpu_settings_alone(monkeypatch):
 def test_no_hook_stays_when_the_forward_fails():
     net = seeded(Untraceable)
     before = state(net)
-    with pytest.raises(RuntimeError, match="channels"), hooked(net, ["first", "second"], Recorder()):
+    with pytest.raises(RuntimeError, match="channels"), hook_outputs(net, ["first", "second"], Recorder()):
         net(torch.rand(1, 7, 24, 24))
     assert state(net) == before
 
@@ -102,7 +102,7 @@ def test_no_hook_stays_when_the_forward_fails():
 def test_no_hook_stays_when_a_name_is_unknown():
     net = seeded(Untraceable)
     before = state(net)
-    with pytest.raises(AttributeError, match="third"), hooked(net, ["first", "third"], Recorder()):
+    with pytest.raises(AttributeError, match="third"), hook_outputs(net, ["first", "third"], Recorder()):
         pass
     assert state(net) == before
 
@@ -131,9 +131,9 @@ class Twice(nn.Module):
 def test_the_last_call_of_a_module_wins():
     net, inputs = seeded(Twice), torch.rand(1, 3, 4, 4)
     recorder = Recorder()
-    with hooked(net, ["again"], recorder):
+    with hook_outputs(net, ["again"], recorder):
         result = net(inputs)
-    assert torch.equal(recorder.kept["again"], result)
+    assert torch.equal(recorder.recorded["again"], result)
 
 
 # ---------------------------------------------------------------- what is recorded

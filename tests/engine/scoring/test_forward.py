@@ -17,7 +17,7 @@ from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.targets import ClassProbability
 from blocksight.engine.scoring import probe as probing
 from blocksight.engine.scoring.forward import make_forward, use_ieee_float32
-from blocksight.engine.scoring.probe import Measured, Wish, choose
+from blocksight.engine.scoring.probe import ForwardRequest, MeasuredSetting, choose
 from tests.engine.comparing import assert_close
 from tests.engine.nets import Depthwise, InPlace, Plain, Residual, seeded, smooth
 
@@ -120,14 +120,14 @@ def test_a_compiler_that_fails_at_the_first_call_is_one_sentence(monkeypatch):
 
 FREED_AND_SIGNALLED = """
 import gc, os, signal, torch
-from blocksight.engine.scoring.probe import Wish, choose
+from blocksight.engine.scoring.probe import ForwardRequest, choose
 from tests.engine.scoring.test_forward import adapter_of
 from tests.engine.nets import smooth
 torch.set_num_threads(1)
 heard = []
 signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
 adapter = adapter_of()
-forward, _ = choose(adapter, Wish())
+forward, _ = choose(adapter, ForwardRequest())
 del forward
 gc.collect()
 os.kill(os.getpid(), signal.SIGTERM)
@@ -165,7 +165,7 @@ def stub(monkeypatch, table):
     monkeypatch.setattr(probing, "make_forward", make)
     monkeypatch.setattr(probing, "rate", lambda setting, *_: 1 / table[setting].seconds)
     monkeypatch.setattr(probing, "_scores", lambda forward, *_: forward)
-    monkeypatch.setattr(probing, "_error", lambda setting, _: table[setting].error)
+    monkeypatch.setattr(probing, "_score_error", lambda setting, _: table[setting].error)
 
 
 EAGER, FAST, HALF, BFLOAT = (
@@ -174,7 +174,7 @@ EAGER, FAST, HALF, BFLOAT = (
     ForwardSetting("compiled", "float16"),
     ForwardSetting("compiled", "bfloat16"),
 )
-TIMED = Wish(is_timed=True)
+TIMED = ForwardRequest(is_timed=True)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_where_passes_are_timed_the_fastest_sound_setting_is_taken(monkeypatch, 
 def test_by_rule_the_first_sound_setting_is_taken_and_no_clock_is_read(monkeypatch, table, taken):
     stub(monkeypatch, table)
     monkeypatch.setattr(probing, "rate", lambda *_: pytest.fail("a timing was taken"))
-    _, found = choose(adapter_of(), Wish())
+    _, found = choose(adapter_of(), ForwardRequest())
     assert found[0].setting == taken
     assert all(one.forwards_per_second is None for one in found)
 
@@ -216,10 +216,13 @@ def test_by_rule_the_first_sound_setting_is_taken_and_no_clock_is_read(monkeypat
 @pytest.mark.parametrize(
     ("wish", "settings"),
     [
-        (Wish(), [ForwardSetting("openvino", batch_size=8), EAGER]),
-        (Wish(batch_size=3), [ForwardSetting("openvino", batch_size=3), ForwardSetting(batch_size=3)]),
-        (Wish("bfloat16"), [ForwardSetting("openvino", "bfloat16", 8), ForwardSetting("eager", "bfloat16")]),
-        (Wish("float16"), [ForwardSetting("eager", "float16")]),  # OpenVINO would compute in float32, and not say so
+        (ForwardRequest(), [ForwardSetting("openvino", batch_size=8), EAGER]),
+        (ForwardRequest(batch_size=3), [ForwardSetting("openvino", batch_size=3), ForwardSetting(batch_size=3)]),
+        (ForwardRequest("bfloat16"), [ForwardSetting("openvino", "bfloat16", 8), ForwardSetting("eager", "bfloat16")]),
+        (
+            ForwardRequest("float16"),
+            [ForwardSetting("eager", "float16")],
+        ),  # OpenVINO would silently compute in float32
         (TIMED, [EAGER, *(ForwardSetting("openvino", batch_size=size) for size in (8, 4, 16))]),
     ],
 )
@@ -231,7 +234,7 @@ def test_the_rule_on_a_cpu(monkeypatch, wish, settings):
 def test_the_rule_on_a_cpu_without_openvino(monkeypatch):
     monkeypatch.setattr(probing, "find_spec", lambda _: None)
     adapter = adapter_of()
-    assert list(probing._candidates(adapter, torch.empty(0), Wish())) == [EAGER]
+    assert list(probing._candidates(adapter, torch.empty(0), ForwardRequest())) == [EAGER]
     timed = probing._candidates(adapter, torch.empty(0), TIMED)
     assert list(timed) == [EAGER, ForwardSetting("compiled", batch_size=8)]
 
@@ -239,10 +242,10 @@ def test_the_rule_on_a_cpu_without_openvino(monkeypatch):
 @pytest.mark.parametrize(
     ("wish", "settings"),
     [
-        (Wish(), [ForwardSetting(batch_size=256)]),
-        (Wish("float16"), [ForwardSetting("eager", "float16", 256)]),
+        (ForwardRequest(), [ForwardSetting(batch_size=256)]),
+        (ForwardRequest("float16"), [ForwardSetting("eager", "float16", 256)]),
         (
-            Wish("float32", is_timed=True),  # preset paper
+            ForwardRequest("float32", is_timed=True),  # preset paper
             [ForwardSetting(backend, batch_size=128) for backend in ("eager", "compiled", "graphed")],
         ),
         (
@@ -274,7 +277,7 @@ def test_what_does_not_fit_is_passed_over(monkeypatch):
         return real(adapter, setting)
 
     monkeypatch.setattr(probing, "make_forward", short)
-    _, found = choose(adapter_of(), Wish())
+    _, found = choose(adapter_of(), ForwardRequest())
     assert found[0].setting.backend == "eager"
     assert {one.refused for one in found[1:]} == {"no room"}
 
@@ -291,17 +294,17 @@ def test_where_nothing_is_sound_the_plain_model_is_taken(monkeypatch):
 @pytest.mark.parametrize("error", [0.3, math.inf])
 def test_a_precision_that_is_asked_for_and_of_no_use_is_refused_with_its_error(monkeypatch, error):
     stub(monkeypatch, {HALF: Clock(1.0, error), BFLOAT: Clock(1.0, refused="no such unit")})
-    with pytest.raises(ModelError, match=rf"a score error of {error}.*no such unit.*at most 0.25.*--precision"):
-        choose(adapter_of(), Wish("float16"))
+    with pytest.raises(ModelError, match=rf"a score error of {error}.*no such unit.*the limit is 0.25.*--precision"):
+        choose(adapter_of(), ForwardRequest("float16"))
 
 
 def test_a_precision_that_is_asked_for_may_be_less_exact_than_one_that_is_not(monkeypatch):
     stub(monkeypatch, {BFLOAT: Clock(1.0, 0.05)})
-    _, (taken,) = choose(adapter_of(), Wish("bfloat16"))
+    _, (taken,) = choose(adapter_of(), ForwardRequest("bfloat16"))
     assert (taken.setting, taken.score_error) == (BFLOAT, 0.05)
 
 
-@pytest.mark.parametrize("wish", [Wish(), Wish("bfloat16"), Wish(batch_size=3), TIMED])
+@pytest.mark.parametrize("wish", [ForwardRequest(), ForwardRequest("bfloat16"), ForwardRequest(batch_size=3), TIMED])
 def test_what_is_taken_scores_like_the_model(monkeypatch, wish):
     adapter = adapter_of()
     forward, found = choose(adapter, wish)
@@ -315,7 +318,7 @@ def test_what_is_taken_scores_like_the_model(monkeypatch, wish):
 
 
 def test_the_choice_is_the_same_each_time_to_the_last_digit():
-    first, second = ([one.figures() for one in choose(adapter_of(), Wish("bfloat16"))[1]] for _ in range(2))
+    first, second = ([one.figures() for one in choose(adapter_of(), ForwardRequest("bfloat16"))[1]] for _ in range(2))
     assert first == second
     assert first[0]["score_error"] > 0
 
@@ -324,7 +327,7 @@ def test_errors_are_measured_on_masked_pictures_that_no_data_changes():
     adapter = adapter_of()
     pictures = probing._pictures(adapter)
     assert torch.equal(pictures, probing._pictures(adapter))
-    masked = probing._masked(pictures)
+    masked = probing._masked_pictures(pictures)
     assert masked.shape == (32, 3, 32, 32)
     shares = masked / pictures[torch.arange(32) % 8]
     shares = shares[pictures[torch.arange(32) % 8].abs() > 0.01]
@@ -349,9 +352,9 @@ def test_float32_is_ieee_float32_whatever_a_factory_allowed():
 def test_an_error_by_hand():
     wanted = torch.tensor([[0.8, 0.2], [0.5, 0.5], [0.1, 0.9]]).double()
     scores = torch.tensor([[0.88, 0.12], [0.5, 0.5], [0.1, 0.9]]).double()
-    assert probing._error(scores, wanted) == 0.0  # the median
+    assert probing._score_error(scores, wanted) == 0.0  # the median
     scores[2, 1] = 0.45
-    assert probing._error(scores, wanted) == pytest.approx(0.1)
+    assert probing._score_error(scores, wanted) == pytest.approx(0.1)
     scores[2, 1] = torch.nan
-    assert probing._error(scores, wanted) == math.inf
-    assert not Measured(EAGER, score_error=math.inf).is_sound(Wish())
+    assert probing._score_error(scores, wanted) == math.inf
+    assert not MeasuredSetting(EAGER, score_error=math.inf).is_sound(ForwardRequest())

@@ -11,7 +11,15 @@ from torch.nn import functional
 
 from blocksight.engine.model.resample import pooled, upsampling
 from blocksight.engine.scoring import surrogate
-from blocksight.engine.scoring.surrogate import Known, distances, matern, median_distance, padded, root, shares
+from blocksight.engine.scoring.surrogate import (
+    Known,
+    distances,
+    matern,
+    median_distance,
+    padded,
+    shares_by_block,
+    signed_root,
+)
 
 
 def points(count, dimensions=5, seed=0):
@@ -24,7 +32,7 @@ def impute(rows, anchors, scores, guess):
 
 
 def spread(rows, weights, count, scale):
-    return surrogate.spread(distances(rows, rows)[None], weights[None], count, torch.tensor([scale]))[0]
+    return surrogate.design_order(distances(rows, rows)[None], weights[None], count, torch.tensor([scale]))[0]
 
 
 def slow_matern(one, other, scale):
@@ -46,17 +54,17 @@ def test_the_kernel_equals_its_formula():
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=6), st.integers(0, 250))
 def test_shares_add_up_and_never_fall(sizes, count):
-    given_now, given_next = shares(sizes, count), shares(sizes, count + 1)
+    given_now, given_next = shares_by_block(sizes, count), shares_by_block(sizes, count + 1)
     assert sum(given_now) == min(count, sum(sizes))
     assert all(0 <= own <= size for own, size in zip(given_now, sizes, strict=True))
     assert all(one <= other for one, other in zip(given_now, given_next, strict=True)) or count + 1 < 5 * len(sizes)
 
 
 def test_shares_by_hand():
-    assert shares([100, 400], 30) == [10, 20]
-    assert shares([2, 400], 30) == [2, 28]
-    assert shares([1, 100, 100], 6) == [1, 3, 2]
-    assert shares([0, 9], 4) == [0, 4]
+    assert shares_by_block([100, 400], 30) == [10, 20]
+    assert shares_by_block([2, 400], 30) == [2, 28]
+    assert shares_by_block([1, 100, 100], 6) == [1, 3, 2]
+    assert shares_by_block([0, 9], 4) == [0, 4]
 
 
 # ---------------------------------------------------------------- design
@@ -103,7 +111,7 @@ def test_designs_of_several_images_are_those_of_each():
     together = torch.zeros(3, 20, 20, dtype=torch.float64)
     for place, own in enumerate(rows):
         together[place, : len(own), : len(own)] = distances(own, own)
-    found = surrogate.spread(together, padded(weights, value=-1), 9, scales)
+    found = surrogate.design_order(together, padded(weights, value=-1), 9, scales)
     for own, weight, scale, order in zip(rows, weights, scales.tolist(), found, strict=True):
         assert order.tolist() == spread(own, weight, 9, scale).tolist()
 
@@ -139,14 +147,14 @@ def slow_impute(rows, anchors, scores, guess):
     variance = residual @ inverse @ residual / len(anchors)
     posterior = kernel - kernel[:, anchors] @ inverse @ kernel[anchors] + noise * np.eye(len(rows))
     posterior[anchors] = posterior[:, anchors] = 0  # what was run is known
-    surprises = {}
+    squared_errors = {}
     for place, anchor in enumerate(anchors):
         others = [one for one in anchors if one != anchor]
         own = np.linalg.inv(kernel[np.ix_(others, others)] + noise * np.eye(len(others)))
         missing = residual[place] - kernel[anchor, others] @ own @ np.delete(residual, place)
         foreseen = kernel[anchor, anchor] + noise - kernel[anchor, others] @ own @ kernel[others, anchor]
-        surprises[anchor] = missing**2 / (variance * foreseen)
-    return found, 1 - missed / known.var(), variance * posterior, surprises
+        squared_errors[anchor] = missing**2 / (variance * foreseen)
+    return found, 1 - missed / known.var(), variance * posterior, squared_errors
 
 
 def example(seed=0, count=24, run=9):
@@ -193,7 +201,7 @@ def test_a_score_below_zero_keeps_its_sign():
     rows, anchors, truth, _ = example(count=40, run=15)
     found = impute(rows, anchors, (truth - 0.5)[anchors], None)
     assert (found.scores - (truth - 0.5)).abs().max() < 0.1
-    assert root(torch.tensor([-4.0, 0.0, 9.0])).tolist() == [-2.0, 0.0, 3.0]
+    assert signed_root(torch.tensor([-4.0, 0.0, 9.0])).tolist() == [-2.0, 0.0, 3.0]
 
 
 def test_scores_of_nothing_but_noise_say_so():
@@ -209,7 +217,9 @@ def test_the_maps_error_equals_its_twin():
     rows, anchors, truth, guess = example(count=24, run=8)
     maps = points(24, 6, seed=5)
     found = impute(rows, anchors, truth[anchors], guess)
-    scores, _, posterior, surprises = slow_impute(rows.numpy(), anchors.tolist(), truth[anchors].numpy(), guess.numpy())
+    scores, _, posterior, squared_errors = slow_impute(
+        rows.numpy(), anchors.tolist(), truth[anchors].numpy(), guess.numpy()
+    )
     block = slice(4, 20)
     whole = scores[block] @ maps.numpy()[block]
     shape = whole - whole.mean()
@@ -217,8 +227,8 @@ def test_the_maps_error_equals_its_twin():
     project = np.eye(6) - np.ones((6, 6)) / 6 - np.outer(unit, unit)
     slopes = 2 * np.sqrt(scores[block])[:, None] * maps.numpy()[block] @ project
     covariance = slopes.T @ posterior[block, block] @ slopes
-    own = [missed for anchor, missed in surprises.items() if 4 <= anchor < 20]
-    missed = (sum(own) + surrogate.FAITH) / (len(own) + surrogate.FAITH)
+    own = [missed for anchor, missed in squared_errors.items() if 4 <= anchor < 20]
+    missed = (sum(own) + surrogate.PRIOR_WEIGHT) / (len(own) + surrogate.PRIOR_WEIGHT)
     wanted = math.sqrt(missed * np.trace(covariance)) / np.linalg.norm(shape)
     apart = distances(rows[block], rows[block])
     assert found.map_error(block, maps[block], apart).item() == pytest.approx(wanted, rel=1e-4)

@@ -78,7 +78,7 @@ def test_plan_computes_and_writes_nothing(finished, tmp_path):
         (["show", "{out}", "unknown-key"], "no record 'unknown-key'"),
         (["plan", "--data", "gs://b/x", "--output", "{new}"], "gs:// is not known"),
         (["explain", "--data", "{in}", "--output", "{new}", "--weights", "no/where.pt"], "there is no file"),
-        (["explain", "--data", "{in}", "--output", "{new}", "--weights", "nofile"], "knows no weights by name"),
+        (["explain", "--data", "{in}", "--output", "{new}", "--weights", "nofile"], "has no weights with a name"),
         (["show", "{out}", "ant/000.png", "--picture", "/nowhere/a.png"], "/nowhere/a.png cannot be written"),
         (["show", "{out}", "ant/000.png", "--picture", "{in}"], "cannot be written: Is a directory"),
     ],

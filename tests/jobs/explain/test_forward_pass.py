@@ -11,7 +11,7 @@ from rich.console import Console
 from blocksight.engine.catalog.forward_setting import ForwardSetting
 from blocksight.engine.errors import ModelError
 from blocksight.engine.scoring import probe as probing
-from blocksight.engine.scoring.probe import Measured
+from blocksight.engine.scoring.probe import MeasuredSetting
 from blocksight.jobs.cli import job_tables, metric_tables
 from blocksight.jobs.evaluate.compare import compare, rows_of_table
 from blocksight.jobs.explain import forward_pass, step
@@ -60,7 +60,7 @@ def data(tmp_path):
 @pytest.mark.chooses
 def test_two_fresh_outputs_are_the_same_whatever_the_clock_says(tmp_path, data, monkeypatch):
     """The fault that this was: a timing chose precision and backend, and the first images their error."""
-    monkeypatch.setattr(probing, "seconds_of", lambda *_, **__: random.uniform(1e-6, 10))
+    monkeypatch.setattr(probing, "measured_seconds", lambda *_, **__: random.uniform(1e-6, 10))
     outputs = [tmp_path / name for name in ("one", "two")]
     for output in outputs:
         assert run_here(data, output, preset="fast").manifest is not None
@@ -199,15 +199,15 @@ def test_a_lower_precision_that_is_far_off_is_told_loudly():
 
 
 def test_a_precision_of_no_use_leaves_no_output_behind(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(probing, "ASKED_ERROR", 1e-9)
-    with pytest.raises(ModelError, match="of no use in bfloat16"):
+    monkeypatch.setattr(probing, "MAX_REQUESTED_ERROR", 1e-9)
+    with pytest.raises(ModelError, match="does not work in bfloat16"):
         run_here(data, tmp_path / "maps", precision="bfloat16")
     run_here(data, tmp_path / "maps")  # the same place, without it
 
 
 def test_tune_lets_a_timing_choose_and_a_rerun_keeps_it(tmp_path, data, monkeypatch):
     fast = ForwardSetting(batch_size=7)
-    measured = (None, [Measured(fast, 0.0, 9.0)])
+    measured = (None, [MeasuredSetting(fast, 0.0, 9.0)])
     monkeypatch.setattr(forward_pass, "choose", lambda _, wish: measured if wish.is_timed else None)
     run_with(data, tmp_path / "maps", tune=True)
     planned = planned_forward(store_of(tmp_path / "maps"))
@@ -269,17 +269,17 @@ def test_without_a_planned_setting_a_worker_chooses_once_and_the_rest_follow(tmp
 
     def choose(_, wish):
         chosen.append(wish)
-        return "forward", [Measured(BFLOAT, 0.01, 5.0)]
+        return "forward", [MeasuredSetting(BFLOAT, 0.01, 5.0)]
 
     monkeypatch.setattr(forward_pass, "choose", choose)
     monkeypatch.setattr(forward_pass, "_forward_with", lambda _, setting: setting)
-    wish = probing.Wish(is_timed=True)
+    wish = probing.ForwardRequest(is_timed=True)
     assert forward_pass.ensure_forward(store, adapter, wish) == ("forward", BFLOAT)
     assert forward_pass.ensure_forward(store, adapter, wish) == (BFLOAT, BFLOAT)
     assert len(chosen) == 1
     planned = planned_forward(store)
     assert planned is not None
-    assert (planned.chosen, planned.score_error, planned.bound) == ("timing", 0.01, probing.FAST_ERROR)
+    assert (planned.chosen, planned.score_error, planned.bound) == ("timing", 0.01, probing.MAX_FAST_ERROR)
 
 
 def test_of_two_workers_that_choose_at_once_the_first_counts(tmp_path, monkeypatch):
@@ -287,11 +287,11 @@ def test_of_two_workers_that_choose_at_once_the_first_counts(tmp_path, monkeypat
 
     def choose(*_):
         plan_setting(tmp_path, first)
-        return "forward", [Measured(BFLOAT)]
+        return "forward", [MeasuredSetting(BFLOAT)]
 
     monkeypatch.setattr(forward_pass, "choose", choose)
     monkeypatch.setattr(forward_pass, "_forward_with", lambda _, setting: setting)
-    assert forward_pass.ensure_forward(store, object(), probing.Wish()) == (first, first)
+    assert forward_pass.ensure_forward(store, object(), probing.ForwardRequest()) == (first, first)
 
 
 @pytest.mark.parametrize(
@@ -299,9 +299,9 @@ def test_of_two_workers_that_choose_at_once_the_first_counts(tmp_path, monkeypat
     [({}, None), ({"preset": "paper"}, "float32"), ({"precision": "float16"}, "float16")],
 )
 def test_what_a_job_asks_for(tmp_path, options, precision):
-    assert forward_pass.wish_of(config_of(tmp_path, tmp_path / "out", **options), 3, is_timed=True) == probing.Wish(
-        precision, 3, is_timed=True
-    )
+    config = config_of(tmp_path, tmp_path / "out", **options)
+    wanted = probing.ForwardRequest(precision, 3, is_timed=True)
+    assert forward_pass.wish_of(config, 3, is_timed=True) == wanted
 
 
 def test_out_of_memory_halves_and_remembers(tmp_path, monkeypatch):

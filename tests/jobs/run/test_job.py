@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from blocksight.engine.catalog.composition import method_of
+from blocksight.engine.catalog.composition import parse_method
 from blocksight.engine.catalog.entries import EXPLAINERS
 from blocksight.engine.errors import ModelError
 from blocksight.jobs.ledger.output import map_of
@@ -57,7 +57,7 @@ def test_every_other_explainer_leaves_sound_rows_too(tmp_path, name):
     assert outcome.manifest["num_ok"] == 7
     assert run_here(data, tmp_path / "out", **asked).ran.seconds == 0  # the same again has nothing to do
     rows = [row for row in rows_in(LocalStore(tmp_path / "out")) if row["status"] == "ok"]
-    assert {row["explainer"] for row in rows} == {str(method_of(name))}
+    assert {row["explainer"] for row in rows} == {str(parse_method(name))}
     assert len(rows) == 14
     for row in rows:
         assert map_of(row).shape == (32, 32)
