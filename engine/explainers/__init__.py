@@ -31,13 +31,13 @@ WRAPPERS: Mapping[str, type[Wrapper]] = {
     "ucag": Ucag,
     "feature-cam": FeatureCam,
 }
-"""What can be put around another method, as in `smoothgrad(gradcam)`."""
+"""Methods that wrap another, as in `smoothgrad(gradcam)`."""
 
 
 def make_explainer(name: str, adapter: ModelAdapter, parameters: Any = None, **options: Any) -> Explainer:
-    """The explainer of this name, wrapped as it says; `parameters` None: the paper's. Options as `Explainer` takes.
+    """The explainer of this name, with its wrappers; `parameters` None: the paper's. Options as in `Explainer`.
 
-    Raises ValueError for a name that is not known, ModelError where the model lacks what the method needs.
+    Raises ValueError for an unknown name, ModelError if the model lacks what the method needs.
     """
     return _made(parse_method(name), adapter, parameters, **options)
 
@@ -71,4 +71,4 @@ EXPLAINERS: Mapping[str, Callable[..., Explainer]] = {
     "edges": Edges,
     **{name: partial(make_explainer, name) for name in WRAPPERS},
 }
-"""What `--explainer` may name; the wrappers around their usual method."""
+"""The names for `--explainer`; wrappers wrap their default method."""

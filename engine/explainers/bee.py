@@ -36,7 +36,7 @@ CHOOSERS: Mapping[SelectionMetric, type[MaskedMetric]] = {
     "pos": Positive,
     "neg": Negative,
 }
-"""What gives the value that a map is picked by."""
+"""The metrics that may select a map."""
 
 MAPS_AT_ONCE = 256
 """Maps at full size that are judged together: bounds memory, changes no result."""
@@ -45,7 +45,7 @@ LEARNING_BATCH = 8
 """Inputs per forward in the first pass, at most: its images come one by one, and no setting shows in its state."""
 
 IMAGES_TO_CENTRE = 32
-"""How many images, at least, say what is usual before the first is learned from."""
+"""Least number of images that centre the features before the first is learned from."""
 
 STATE_VERSION = 1
 
@@ -92,7 +92,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one forward pass says of some images."""
+    """The results of one forward pass over some images."""
 
     inputs_nchw: Tensor
     maps_nkhw: Tensor
@@ -111,10 +111,10 @@ class Seen:
 
 @dataclass(frozen=True)
 class Learned:
-    """What the first pass left."""
+    """The state that the first pass learned."""
 
     bandit: Bandit | None
-    """None: every family has its turn."""
+    """None: the families take turns."""
     pool: tuple[Tensor, ...] = ()
     """Feature maps [K, h, w] of other images."""
     pool_seeds: tuple[int, ...] = ()
@@ -181,7 +181,7 @@ class Bee(SignedExplainer):
 
     @property
     def about(self) -> dict[str, Any]:
-        """What a state is of, and must be of where it is used."""
+        """The header of a state; it must equal that of the explainer that uses it."""
         about = {
             "version": STATE_VERSION,
             "block": self.block.name,
@@ -193,7 +193,7 @@ class Bee(SignedExplainer):
         return {**about, "metric": self.parameters.metric} if self.parameters.has_bandit else about
 
     def _read(self, state: State) -> Learned:
-        """What a state says. Raises ModelError where it is of something else, or of other types and shapes."""
+        """Parses a state. Raises ModelError if its header, types or shapes are others."""
         try:
             return self._checked(state)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -409,7 +409,7 @@ class FirstPass:
                 self._begin()
 
     def _begin(self) -> None:
-        """Ends the waiting: those that waited are the first to be learned from."""
+        """Centres the features and learns from the images that waited."""
         if not self.waiting and self.bandit is None and (self.bee.parameters.has_bandit or not self.pool):
             raise ModelError("bee found finite feature maps in none of the images of its first pass")
         if not self.bee.parameters.has_bandit or self.bandit is not None:
@@ -469,5 +469,5 @@ def _ranks(logits: Tensor, classes: Tensor) -> Tensor:
 
 
 def _as_bytes(about: Mapping[str, Any]) -> Tensor:
-    """A few words as a tensor, for tensors are all that a state holds."""
+    """Plain values as a tensor, because a state holds tensors alone."""
     return torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)

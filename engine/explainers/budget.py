@@ -1,4 +1,4 @@
-"""A budget of masks: scores a well-spread few of every image's, and predicts the others' scores."""
+"""A budget of masks: scores some of each image's masks, spread well, and predicts the other scores."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ LEAST_WEIGHT, CAM_WEIGHT = 0.3, 1.4
 """Squared weight of a mean: where the class activation map is 0, and what is added where it is at its top."""
 
 AUTO_FIRST, AUTO_GROWTH = 0.03, 1.5
-"""`auto`: the share of the masks that is scored first, and how a block's part grows while its map is not sure."""
+"""`auto`: the share of masks scored first, and the growth of a block's part while its map's error is too large."""
 AUTO_MOST = 0.5
 """`auto` scores no larger share than this."""
 MAP_ERROR = 0.25
@@ -117,20 +117,20 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What is known of one image's masks in the end."""
+    """The final scores of one image's masks."""
 
     scores: Tensor
     """Of every mask, run or predicted, [N, T]."""
     qualities: tuple[Quality | None, ...]
-    """Per target; None where nothing was predicted from scores that were run."""
+    """Per target; None if nothing was predicted from scores that were run."""
     num_scored: int
     """Masks that were run."""
     was_completed: bool = False
-    """All were run after all, for the budget's map was too poor."""
+    """All masks were run because the budget's map was too poor."""
 
 
 class _Sampling:
-    """One image on its way: what was scored so far, and what that says of the rest."""
+    """The sampling of one image: its scores so far, and the predictions of the others."""
 
     def __init__(
         self, candidates: Candidates, num_targets: int, budget: Budget | None, complete_above: float | None
@@ -173,7 +173,7 @@ class _Sampling:
         return [order[:count] for order, count in zip(self.order, self.scored, strict=True)]
 
     def learn(self, imputed: list[Imputed]) -> None:
-        """Takes the predictions, and says which blocks want more."""
+        """Stores the predictions, and raises the parts of blocks that need more scores."""
         self.imputed, self.errors = imputed, self._errors(imputed)
         errors = self.errors.amax(0).tolist()
         if self.budget == "auto":
@@ -182,7 +182,7 @@ class _Sampling:
             self._want_all()
 
     def _want_more(self, errors: Sequence[float]) -> None:
-        """Raises the parts of the blocks that are not sure, as far as the budget goes."""
+        """Raises the parts of blocks whose error is too large, within the budget."""
         for block, error in enumerate(errors):
             if error > MAP_ERROR:
                 self.wanted[block] = min(self.most[block], ceil(AUTO_GROWTH * self.scored[block]))
@@ -203,7 +203,7 @@ class _Sampling:
         )
 
     def sampled(self) -> Sampled:
-        """What came of it."""
+        """The final scores, with their quality."""
         scores, qualities = self.scores, (None,) * self.scores.shape[1]
         if self.imputed:
             scores = torch.stack([one.scores for one in self.imputed], 1)
@@ -215,7 +215,7 @@ class _Sampling:
 
 
 def _design(images: Sequence[_Sampling]) -> None:
-    """Settles in which order each block's masks are scored: those well spread first."""
+    """Sets the order in which each block's masks are scored: well-spread masks first."""
     scales = DESIGN_SCALE * torch.stack([median_distance(one.candidates.rows) for one in images])
     norms = [one.candidates.maps.norm(dim=1) for one in images]
     for block in range(len(images[0].most)):

@@ -1,4 +1,4 @@
-"""Controls: maps that know nothing of the model. A method that does not beat them has explained nothing."""
+"""Controls: maps that do not use the model. A method must beat them to explain anything."""
 
 from abc import abstractmethod
 from collections.abc import Sequence

@@ -22,12 +22,12 @@ from blocksight.engine.model.targets import Target
 
 @dataclass(frozen=True)
 class _Pass:
-    """One forward pass whose attentions were watched, joined to autograd."""
+    """One forward pass with its attentions, joined to autograd."""
 
     logits: Tensor
     """[N, K]."""
     feature: Tensor
-    """[N, D]; the logits where nothing else was asked for."""
+    """[N, D]; the logits if no feature was asked for."""
     attentions: tuple[Attention, ...]
     """Those over the picture's tokens, in order of execution."""
 

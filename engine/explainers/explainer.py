@@ -21,7 +21,7 @@ from blocksight.engine.scoring.scorer import Scorer
 Item = TypeVar("Item")
 
 BATCH_SIZE, IMAGES_PER_PASS = 8, 4
-"""Of an explainer that is not told; runs take what suits their device."""
+"""Defaults; runs choose values for their device."""
 
 State = Mapping[str, Tensor]
 """What a method learned in a first pass, as named tensors on the CPU."""
@@ -29,7 +29,7 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Attribution:
-    """What one image's target gets of a method before it becomes a map: wrappers join these."""
+    """A method's result for one target of an image before it becomes a map: wrappers join these."""
 
     values: Tensor
     """Float64, with sign where the method has one: [h, w], or [3, H, W] where sums over channels come last."""
@@ -42,7 +42,7 @@ class Attribution:
 
 
 class Explainer(ABC):
-    """Explains images of one model; `explain` is the door, `_explain_pass` the method."""
+    """Explains images of one model; users call `explain`, methods implement `_explain_pass`."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Explainer(ABC):
         self._prepare(blocks)
 
     def _prepare(self, blocks: Sequence[str]) -> None:  # noqa: B027 - not every method has something to do
-        """What the method makes ready once, before any image."""
+        """Prepares the method once, before any image."""
 
     def explain(
         self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int] | None = None
@@ -137,7 +137,7 @@ class Explainer(ABC):
 
 
 class Learner(Protocol):
-    """A first pass: what it leaves depends on the images and their order alone."""
+    """A first pass: its state depends on the images and their order alone."""
 
     def see(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> None:
         """Learns from some images, as `Explainer.explain` takes them."""

@@ -1,4 +1,4 @@
-"""What every explainer returns: the saliency map of one target, and what it was made of."""
+"""The result of every explainer: the saliency map of one target, and its blocks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from blocksight.engine.saliency import Map
 
 @dataclass(frozen=True)
 class BlockMap:
-    """What one block says of one target."""
+    """One block's map for one target."""
 
     name: str
     """The block's place in the network."""
@@ -49,7 +49,7 @@ class Explanation:
     quality: Quality | None = None
     """None where nothing was predicted from forwards that were made."""
     was_completed: bool = False
-    """All masks were scored after all, for what a budget of them gave was too poor."""
+    """All masks were scored because the budget's map was too poor."""
     products: SideProducts = field(default_factory=SideProducts)
     """What the method found beside the map."""
 

@@ -66,7 +66,7 @@ class Wrapper(SignedExplainer):
         return base(adapter, **options)
 
     def look(self, image_chw: Tensor) -> Any:
-        """What the views and the joined values need of an image beside itself; found once, whatever the targets."""
+        """Data that the views and the joined values need beside the image; computed once for all targets."""
 
     @abstractmethod
     def views(self, image_chw: Tensor, looked: Any, generator: torch.Generator) -> Iterator[Tensor]:

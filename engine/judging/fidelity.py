@@ -1,4 +1,4 @@
-"""The fidelity curve: how near cheaper maps come to full SISE, and what they lose, by forwards.
+"""The fidelity curve: how near cheaper maps are to full SISE, by number of forwards.
 
 Every mask of an image is scored once. Subsets, thresholds and budgets then read their scores from there, so that
 they cost no forward of their own and differ from full SISE by their method alone.
@@ -57,7 +57,7 @@ class Method:
     setting: Any = None
     """Of its kind: SISE's parameters, a share, a budget, an explainer's name and parameters, a precision."""
     every: int = 1
-    """It is run on every so-manyth image alone."""
+    """Run on every n-th image alone."""
 
 
 METHODS: tuple[Method, ...] = (
@@ -80,7 +80,7 @@ METHODS: tuple[Method, ...] = (
 
 @dataclass(frozen=True)
 class Reading:
-    """What one method's map of one image is worth."""
+    """The measurements of one method's map of one image."""
 
     image: int
     """Its number in the data set."""
@@ -97,7 +97,7 @@ class _Insertion(Insertion):
 
 
 class _Deletion(Deletion):
-    """Likewise."""
+    """In 14 steps, as `_Insertion`."""
 
     shares = Deletion.shares[::2]
 

@@ -19,9 +19,9 @@ STAGES = (0.25, 0.5, 0.75, 1.0)
 
 
 def randomised(module: nn.Module, share: float, seed: int) -> nn.Module:
-    """A copy in which the last `share` of the layers with weights of their own begins anew, as before training.
+    """A copy in which the last `share` of the layers with weights is reset, as before training.
 
-    Layers that cannot begin anew get their own weights in a random order.
+    Layers without a reset get their own weights in a random order.
     """
     fresh = copy.deepcopy(module)
     layers = [layer for layer in fresh.modules() if any(True for _ in layer.parameters(recurse=False))]
