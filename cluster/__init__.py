@@ -1,1 +1,1 @@
-"""Where it runs: the Ray session, its sizing, the embedded bucket, the pins."""
+"""Where a job runs: the Ray session, its sizing, the embedded bucket and the pinned versions."""

@@ -26,7 +26,7 @@ HOST = "127.0.0.1"
 REGION = "us-east-1"
 READY_SECONDS = 60.0
 STOP_SECONDS = 3.0
-"""The server lingers after SIGTERM; what it has written lies with the system, and a kill loses none of it."""
+"""Time between SIGTERM and SIGKILL. The server is slow to end; a kill loses no written data."""
 LOG_LINES = 15
 PORTS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
 S3_PORTS = ("s3.port", "s3.port.grpc")
@@ -58,7 +58,7 @@ class EmbeddedBucket:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a client finds its way and its rights by."""
+        """The environment variables with endpoint and credentials that an S3 client reads."""
         return {
             "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
@@ -82,7 +82,7 @@ class EmbeddedBucket:
         self._cleanup.close()
 
     def _start(self) -> None:
-        binary = _weed()
+        binary = _seaweedfs_binary()
         scratch = Path(self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="blocksight-bucket-")))
         data = self.folder or scratch / "data"
         data.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ class EmbeddedBucket:
         """Waits until the server answers and the bucket takes objects."""
         deadline = time.monotonic() + READY_SECONDS
         with closing(self._client()) as client:
-            while (error := _refusal(client, self.name)) is not None:
+            while (error := _bucket_error(client, self.name)) is not None:
                 if server.poll() is not None or time.monotonic() > deadline:
                     tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
                     raise ClusterError(f"the embedded bucket did not start ({error}); its log ends:\n{tail}") from error
@@ -150,13 +150,13 @@ class EmbeddedBucket:
         )
 
 
-def _refusal(client: Any, bucket: str) -> Exception | None:
-    """What stands between the client and a bucket that takes objects; None: nothing, and it is there now."""
-    standing = (client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists)
+def _bucket_error(client: Any, bucket: str) -> Exception | None:
+    """Makes the bucket and writes a test object. Returns the error, or None once the bucket takes objects."""
+    exists = (client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists)
     try:
-        with suppress(*standing):  # from an earlier start on the same folder
+        with suppress(*exists):  # made by an earlier start on the same folder
             client.create_bucket(Bucket=bucket)
-        # an object with bytes in it needs a volume too, and volumes come after the bucket
+        # an object with bytes needs a volume, and volumes are ready after the bucket
         client.put_object(Bucket=bucket, Key=".ready", Body=b"ready")
         client.delete_object(Bucket=bucket, Key=".ready")
     except (BotoCoreError, ClientError) as error:
@@ -165,11 +165,11 @@ def _refusal(client: Any, bucket: str) -> Exception | None:
 
 
 def _die_with_parent() -> None:
-    """Runs in the child: whatever ends the parent's thread, a kill included, ends the server too."""
+    """Runs in the child: the server is killed when the parent's thread ends, also by a kill."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _weed() -> str:
+def _seaweedfs_binary() -> str:
     beside = Path(sys.executable).parent / "weed"
     found = str(beside) if beside.exists() else shutil.which("weed")
     if found is None:
@@ -178,7 +178,7 @@ def _weed() -> str:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that are free now, all different: held open together, then let go."""
+    """Different ports that are free now: all are bound together, then released."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -187,7 +187,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _stop(server: "subprocess.Popen[bytes]") -> None:
-    """Ends the server that was started here, and waits until it is gone."""
+    """Ends the server that was started here, and waits for its end."""
     if server.poll() is not None:
         return
     os.killpg(server.pid, signal.SIGTERM)

@@ -1,5 +1,5 @@
-"""What the cluster refuses, in a sentence for the user."""
+"""The error of the cluster room."""
 
 
 class ClusterError(Exception):
-    """The job cannot run where it was asked to; the message is one sentence, with the way out."""
+    """The job cannot run here. The message is one sentence for the user, and says what to do."""

@@ -1,4 +1,4 @@
-"""The Ray session: started for one job and stopped after it, or joined and left as it was."""
+"""The Ray session: starts Ray for one job and stops it afterwards, or joins a running cluster."""
 
 import logging
 import os
@@ -15,34 +15,34 @@ from blocksight.cluster.sizing import Sizing, local_cpus, size_for
 from blocksight.cluster.switches import refuse_unsafe_switches
 
 OBJECT_STORE_BYTES = 1 << 30
-"""Of a session on this machine: a few units of pixels per actor."""
+"""Object store of a session on this machine: a few units of pixels per actor."""
 CONNECT_SECONDS = 5.0
-QUIET = "fatal"
-"""Below that Ray's core writes advice to its developers on our users' screens."""
+LOG_LEVEL = "fatal"
+"""At a lower level, Ray's core prints messages for its developers to the terminal."""
 
 
 @contextmanager
 def ray_session(address: str | None = None, num_actors: int | None = None) -> Iterator[Sizing]:
     """Starts Ray on this machine (token, no dashboard), or joins the cluster at `address` (host:port, auto).
 
-    Yields how the job fits on it. What was started is stopped afterwards; a joined cluster goes on. Ray
-    listens on every interface of the machine: the token is what keeps strangers out. Raises ClusterError
-    where the session cannot be had or is too small.
+    Yields the job's sizing. A started session is stopped afterwards; a joined cluster keeps running. Ray listens
+    on every interface of the machine, so only the token keeps others out. Raises ClusterError if the session
+    does not start, cannot be joined or is too small.
     """
     refuse_unsafe_switches()
     if ray.is_initialized():
         raise ClusterError("this process has a Ray session already; end it with ray.shutdown() first")
     try:
         if address is None:
-            _start(num_actors)
+            _start_ray(num_actors)
         else:
-            _join(address)
+            _join_ray(address)
         yield size_for(ray.cluster_resources(), num_actors)
     finally:
         ray.shutdown()
 
 
-def _start(num_actors: int | None) -> None:
+def _start_ray(num_actors: int | None) -> None:
     _set_up_environment()
     try:
         with _silent_standard_error():
@@ -58,22 +58,22 @@ def _start(num_actors: int | None) -> None:
         raise ClusterError(f"Ray does not start on this machine: {error}") from error
 
 
-def _join(address: str) -> None:
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", QUIET)
-    _refuse_silence(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
+def _join_ray(address: str) -> None:
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", LOG_LEVEL)
+    _check_answers(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         raise ClusterError(f"the Ray cluster at {address!r} cannot be joined: {error}") from error
 
 
-def _refuse_silence(address: str) -> None:
-    """Says at once that nobody is there; Ray itself tries for more than four minutes."""
+def _check_answers(address: str) -> None:
+    """Raises ClusterError if nothing answers at the address. Ray itself would try for more than four minutes."""
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
-        raise ClusterError(f"{address!r} is no address of a Ray cluster; wanted host:port, or auto")
+        raise ClusterError(f"{address!r} is not the address of a Ray cluster; wanted host:port, or auto")
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
@@ -81,18 +81,18 @@ def _refuse_silence(address: str) -> None:
 
 
 def _set_up_environment() -> None:
-    """A token of this process's own, in no file, and no usage report, unless the user says otherwise.
+    """Sets a new token, in no file, and turns usage reports off, unless the user has set the variables.
 
-    Ray itself turns token authentication on for a session that it starts here.
+    Ray itself enables token authentication for a session that it starts here.
     """
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", QUIET)
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", LOG_LEVEL)
 
 
 @contextmanager
 def _silent_standard_error() -> Iterator[None]:
-    """Ray's core reports its own log level there when it starts; what goes wrong is raised all the same."""
+    """Silences standard error: Ray's core prints its log level there at its start. Errors are raised all the same."""
     kept = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:

@@ -1,4 +1,4 @@
-"""How a job fits on what there is: actors, their shares, and the sizes of units. Arithmetic alone."""
+"""Computes a job's sizing: actors, their CPU and GPU shares, and the sizes of units. Arithmetic alone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ from math import ceil
 from blocksight.cluster.errors import ClusterError
 
 LEAST_UNIT_SECONDS = 10.0
-"""Below that a unit's overhead (about 50 ms) shows."""
+"""In a shorter unit the overhead (about 50 ms) is noticeable."""
 MOST_UNIT_SECONDS = 300.0
 MOST_UNIT_SHARE = 1 / 20
-"""Of one worker's whole share: a longer last unit keeps the others waiting."""
+"""Longest unit as a part of one worker's share of the work: workers wait for the last unit."""
 MOST_UNIT_BYTES = 64 << 20
 
 TASK_CPUS = 0.5
-"""Share of a read or commit task. It must differ from an actor's, or Ray would fuse the steps into one."""
+"""CPUs of a read or commit task. It must differ from an actor's, or Ray fuses the steps into one."""
 ACTOR_CPUS = 1.0
 
 
@@ -27,14 +27,14 @@ class Sizing:
     cpus_per_actor: float
     cpus_per_task: float
     threads_per_actor: int
-    """CPU threads of the model; one gives the same bits on every machine of a kind."""
+    """CPU threads of the model. One thread gives the same bits on every machine of one type."""
 
 
 def size_for(resources: Mapping[str, float], num_actors: int | None = None) -> Sizing:
-    """The sizing for a session with these resources (`CPU`, `GPU`), or for so many actors on it.
+    """The sizing for a session with these resources (`CPU`, `GPU`), with `num_actors` actors or as many as fit.
 
-    One actor per GPU; without any, one per CPU that leaves room for a read or commit task. Raises
-    ClusterError where the actors asked for do not fit: Ray itself would wait for ever, in silence.
+    One actor per GPU; without GPUs, one per CPU, with room for a read or commit task. Raises ClusterError if
+    the actors do not fit: Ray itself would wait for ever without a message.
     """
     gpus, cpus = int(resources.get("GPU", 0)), resources.get("CPU", 0.0)
     fitting = int((cpus - TASK_CPUS) // ACTOR_CPUS)
@@ -50,18 +50,18 @@ def size_for(resources: Mapping[str, float], num_actors: int | None = None) -> S
 
 
 def local_cpus(num_cores: int, num_actors: int | None) -> int:
-    """Logical CPUs of a session that is started for the job: an actor per core, and room for the tasks.
+    """Logical CPUs of a session that is started for the job: one actor per core, and room for tasks.
 
-    Reading and committing take a few percent of a core, so the tasks share the cores with the actors.
+    Read and commit tasks need a few percent of a core, so they share the cores with the actors.
     """
     return ceil(max(num_cores, num_actors or 0) * ACTOR_CPUS) + 1
 
 
 def unit_records(seconds_per_record: float, bytes_per_record: float, num_records: int, num_workers: int) -> int:
-    """Records of a full unit: 10 s of work at least, 5 minutes and 1/20 of a worker's share at most.
+    """Records of a full unit, at least 1: 10 s of work or more, at most 5 minutes and 1/20 of a worker's share.
 
-    The floor wins over the share, and the cap of 64 MiB of output over everything. At least one. Seconds
-    and bytes per record are greater than zero.
+    The minimum wins over the share, and the limit of 64 MiB of output over both. Seconds and bytes per record
+    must be greater than zero.
     """
     share = num_records / max(1, num_workers) * seconds_per_record * MOST_UNIT_SHARE
     seconds = max(LEAST_UNIT_SECONDS, min(MOST_UNIT_SECONDS, share))
@@ -69,11 +69,11 @@ def unit_records(seconds_per_record: float, bytes_per_record: float, num_records
     return max(1, min(by_time, int(MOST_UNIT_BYTES // bytes_per_record)))
 
 
-def shrinking(num_records: int, first: int, floor: int, num_workers: int) -> list[int]:
-    """Unit sizes that add up to the records and shrink towards the end (guided self-scheduling).
+def shrinking_sizes(num_records: int, first: int, floor: int, num_workers: int) -> list[int]:
+    """Unit sizes that sum to `num_records` and shrink towards the end (guided self-scheduling).
 
-    Each takes half of a worker's share of what is left, within [floor, first]; `first` wins over `floor`,
-    and only the last may be smaller.
+    Each unit is half of a worker's share of the remaining records, within [floor, first]. `first` wins over
+    `floor`; only the last unit may be smaller.
     """
     sizes = []
     left = num_records

@@ -1,4 +1,4 @@
-"""Switches of Ray that make it unpickle what it reads: files of strangers are read, so none of them may be on."""
+"""Refuses switches that make Ray unpickle files: a job reads untrusted files."""
 
 import os
 import re
@@ -12,16 +12,16 @@ UNSAFE_SWITCHES = (
     "RAY_DATA_ARROW_EXTENSION_SERIALIZATION_CLOUDPICKLE",
     "RAY_DATA_WEBDATASET_ALLOW_UNSAFE_DESERIALIZATION",
 )
-"""Those of Ray 2.60."""
+"""The switches of Ray 2.60."""
 
 UNSAFE = re.compile(r"RAY_\w*(AUTOLOAD|UNSAFE|CLOUDPICKLE)\w*")
-"""How Ray names them; a later version may have more."""
+"""The pattern of their names; a later version of Ray may have more."""
 
 OFF = ("", "0", "false")
 
 
 def refuse_unsafe_switches() -> None:
-    """Raises ClusterError where one is set in this process. Each process that reads files asks."""
+    """Raises ClusterError if a switch is on in this process. Call it in each process that reads files."""
     unsafe = sorted(name for name, value in os.environ.items() if UNSAFE.fullmatch(name) and value.lower() not in OFF)
     if unsafe:
-        raise ClusterError(f"{', '.join(unsafe)} lets files run code when they are read; unset it")
+        raise ClusterError(f"{', '.join(unsafe)} lets input files run code; unset it")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from blocksight.cluster.sizing import LEAST_UNIT_SECONDS, shrinking, unit_records
+from blocksight.cluster.sizing import LEAST_UNIT_SECONDS, shrinking_sizes, unit_records
 from blocksight.jobs.plan.config import JobConfig
 from blocksight.jobs.plan.estimate import estimate
 from blocksight.jobs.plan.records import Unit
@@ -74,7 +74,7 @@ def _sizes(config: JobConfig, num_records: int, workforce: Workforce) -> tuple[i
 def _image_pieces(objects: Sequence[ObjectInfo], config: JobConfig, workforce: Workforce) -> Iterator[Piece]:
     full, floor = _sizes(config, len(objects), workforce)
     start = 0
-    for size in shrinking(len(objects), full, floor, workforce.num_workers):
+    for size in shrinking_sizes(len(objects), full, floor, workforce.num_workers):
         chosen = tuple(objects[start : start + size])
         yield Piece(chosen, 0, len(chosen), len(chosen))
         start += size

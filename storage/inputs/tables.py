@@ -10,8 +10,8 @@ from blocksight.storage.inputs.labels import as_bytes_text, label_of
 from blocksight.storage.inputs.records import RawRecord, as_text, too_many_bytes
 from blocksight.storage.limits import MAX_IMAGE_BYTES, MAX_KEY_BYTES
 from blocksight.storage.parquet.reader import (
+    ColumnPath,
     ParquetTable,
-    Place,
     is_bytes,
     is_number,
     is_temporal_or_decimal,
@@ -41,8 +41,8 @@ class TableFacts:
 
 def table_facts(store: ObjectStore, info: ObjectInfo) -> TableFacts:
     """A table's facts, from its footer. Raises DamagedError if it is not a table with images, and StoreError."""
-    table, places = _open_table(store, info)
-    used = {place if isinstance(place, str) else place[0] for place in places}
+    table, paths = _open_table(store, info)
+    used = {path if isinstance(path, str) else path[0] for path in paths}
     kinds = {name: kind for name, kind in table.extensions.items() if name not in used}
     if LABEL in table.names and LABEL not in used:
         kinds[LABEL] = str(table.schema.field(LABEL).type)
@@ -58,12 +58,12 @@ def read_table(store: ObjectStore, info: ObjectInfo, start: int, stop: int) -> I
     Of two rows with one key the later is rejected, also if the first lies before the range. Raises DamagedError if
     the table cannot be read, MissingError, ChangedError and StoreError.
     """
-    table, places = _open_table(store, info)
-    seen = _keys_before(table, start) if KEY in places else set()
-    for first, batch in table.rows(places, BATCH_ROWS, start, stop):
+    table, paths = _open_table(store, info)
+    seen = _keys_before(table, start) if KEY in paths else set()
+    for first, batch in table.rows(paths, BATCH_ROWS, start, stop):
         images = _images(batch.column(IMAGE))
         keys = _keys_of(batch, first)
-        labels = _values(batch.column(LABEL)) if LABEL in places else [None] * batch.num_rows
+        labels = _values(batch.column(LABEL)) if LABEL in paths else [None] * batch.num_rows
         for offset, (key, label) in enumerate(zip(keys, labels, strict=True)):
             record = RawRecord(f"{info.key}/{key}", info.key, first + offset, label_of(label))
             if len(key.encode()) > MAX_KEY_BYTES:
@@ -126,7 +126,7 @@ def _values(column: pa.Array) -> list[Any]:
     return column.to_pylist()
 
 
-def _open_table(store: ObjectStore, info: ObjectInfo) -> tuple[ParquetTable, list[Place]]:
+def _open_table(store: ObjectStore, info: ObjectInfo) -> tuple[ParquetTable, list[ColumnPath]]:
     """The table and the columns of image, label and key. Raises DamagedError."""
     table = parquet_object(store, info)
     if IMAGE not in table.names:
@@ -134,18 +134,18 @@ def _open_table(store: ObjectStore, info: ObjectInfo) -> tuple[ParquetTable, lis
     used = [name for name in USED if name in table.names]
     table.refuse_ambiguous(used)
     table.refuse_extensions(used)
-    places: list[Place] = [_image_place(table)]
+    paths: list[ColumnPath] = [_image_path(table)]
     if LABEL in used and _is_value(table.schema.field(LABEL).type):
-        places.append(LABEL)
+        paths.append(LABEL)
     if KEY in used:
         kind = table.schema.field(KEY).type
         if not _is_value(kind):
             raise DamagedError(f"{table.where}: column `{KEY}` is {kind}; wanted numbers or text")
-        places.append(KEY)
-    return table, places
+        paths.append(KEY)
+    return table, paths
 
 
-def _image_place(table: ParquetTable) -> Place:
+def _image_path(table: ParquetTable) -> ColumnPath:
     kind = table.schema.field(IMAGE).type
     inner = [one for one in kind if one.name == BYTES] if pa.types.is_struct(kind) else []
     if is_bytes(kind) or pa.types.is_null(kind):

@@ -1,1 +1,1 @@
-"""Outputs: schema, fragments, encoded maps, and pictures for people."""
+"""Outputs: schema, fragments, encoded maps, and pictures for readers."""

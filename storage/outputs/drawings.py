@@ -1,4 +1,4 @@
-"""Drawings for people: a path over a picture, scored boxes on it, sorted bars; and nothing of what they stand for."""
+"""Draws a path over a picture, scored boxes on it, and sorted bars. Knows no explainer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ Box = tuple[float, float, float, float]
 """Left, top, right and bottom edge in pixels of the picture."""
 Colour = tuple[int, int, int]
 
-LIGHT, DARK, FIRST = (255, 255, 255), (20, 20, 25), (222, 73, 104)
-LEAST_FONT, MOST_FONT = 8, 14
-DIM = 0.55
-"""What stays of the picture's brightness below a path or boxes."""
+LIGHT, DARK, FIRST_COLOUR = (255, 255, 255), (20, 20, 25), (222, 73, 104)
+MIN_FONT, MAX_FONT = 8, 14
+DIMMED_BRIGHTNESS = 0.55
+"""Factor for the picture's brightness below a path or boxes."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A box that is filled by its level."""
+    """A box that is filled with the colour of its level."""
 
     box: Box
     level: float
@@ -31,7 +31,7 @@ class Cell:
 
 
 def with_path(pixels: Pixels, points: Sequence[tuple[float, float]]) -> Pixels:
-    """The picture [H, W, 3], dimmed, with a path through points (x, y): numbered from 1, the first marked."""
+    """The picture [H, W, 3], dimmed, with a path through points (x, y), numbered from 1. The first is marked."""
     image = _dimmed(pixels)
     draw = ImageDraw.Draw(image)
     radius = max(9.0, min(pixels.shape[:2]) / 36)
@@ -48,15 +48,15 @@ def with_path(pixels: Pixels, points: Sequence[tuple[float, float]]) -> Pixels:
 def _mark(draw: ImageDraw.ImageDraw, point: tuple[float, float], radius: float, text: str, *, is_first: bool) -> None:
     x, y = point
     reach = 1.35 * radius if is_first else radius
-    fill, ink = (FIRST, LIGHT) if is_first else (LIGHT, DARK)
+    fill, ink = (FIRST_COLOUR, LIGHT) if is_first else (LIGHT, DARK)
     draw.ellipse((x - reach, y - reach, x + reach, y + reach), fill=fill, outline=ink, width=2)
     _write(draw, (x - reach, y - reach, x + reach, y + reach), text, ink)
 
 
 def with_cells(pixels: Pixels, cells: Sequence[Cell], frame: Box) -> Pixels:
-    """The picture [H, W, 3], dimmed, with cells in the map's colours and their texts where they fit.
+    """The picture [H, W, 3], dimmed, with cells in the map's colours, and their texts if they fit.
 
-    The first cell is marked; the frame lies below them all.
+    The first cell is marked; the frame is drawn below all cells.
     """
     image = _dimmed(pixels)
     draw = ImageDraw.Draw(image)
@@ -70,28 +70,28 @@ def with_cells(pixels: Pixels, cells: Sequence[Cell], frame: Box) -> Pixels:
 
 
 def _outline(draw: ImageDraw.ImageDraw, box: Box) -> None:
-    """A line that is seen on light and on dark."""
+    """Draws an outline that is visible on light and dark."""
     for width, colour in ((4, DARK), (2, LIGHT)):
         draw.rectangle(box, outline=colour, width=width)
 
 
 def framed(pixels: Pixels) -> Pixels:
-    """The picture [H, W, 3] in a frame of the first's colour."""
+    """The picture [H, W, 3] in a frame of the first item's colour."""
     image = Image.fromarray(pixels)
     size = (image.width - 1, image.height - 1)
-    ImageDraw.Draw(image).rectangle((0, 0, *size), outline=FIRST, width=max(3, min(size) // 40))
+    ImageDraw.Draw(image).rectangle((0, 0, *size), outline=FIRST_COLOUR, width=max(3, min(size) // 40))
     return np.asarray(image)
 
 
 def bars(values: NDArray[np.float64], lines: Sequence[str], size: tuple[int, int]) -> Pixels:
-    """Bars of values in their order, as many as there are columns of pixels at most, above lines of text.
+    """Bars of values in their order, at most one per column of pixels, above lines of text.
 
-    The axis holds 0; `size` is height and width.
+    The axis includes 0. `size`: height and width in pixels.
     """
     height, width = size
     image = Image.new("RGB", (width, height), BACKGROUND)
     draw = ImageDraw.Draw(image)
-    text_top = height - (MOST_FONT + 3) * -(-len(lines) // 2) - 4
+    text_top = height - (MAX_FONT + 3) * -(-len(lines) // 2) - 4
     low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
     reach = (high - low) or 1.0
     zero = 8 + (high / reach) * (text_top - 16)
@@ -101,15 +101,15 @@ def bars(values: NDArray[np.float64], lines: Sequence[str], size: tuple[int, int
         top, bottom = sorted((zero, zero - value / reach * (text_top - 16)))
         draw.rectangle((left, top, max(left, right - 1), bottom), fill=_colour(0.55) if value > 0 else (150, 150, 155))
     draw.line((0, zero, width, zero), fill=INK)
-    font = _font(MOST_FONT - 1)
+    font = _font(MAX_FONT - 1)
     for place, line in enumerate(lines):
         column, row = divmod(place, -(-len(lines) // 2))
-        draw.text((4 + column * width / 2, text_top + row * (MOST_FONT + 3)), line, fill=INK, font=font)
+        draw.text((4 + column * width / 2, text_top + row * (MAX_FONT + 3)), line, fill=INK, font=font)
     return np.asarray(image)
 
 
 def _dimmed(pixels: Pixels) -> Image.Image:
-    return Image.fromarray(np.rint(DIM * pixels).astype(np.uint8))
+    return Image.fromarray(np.rint(DIMMED_BRIGHTNESS * pixels).astype(np.uint8))
 
 
 def _colour(level: float) -> Colour:
@@ -123,9 +123,9 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _write(draw: ImageDraw.ImageDraw, box: Box, text: str, ink: Colour) -> None:
-    """The text in the middle of the box, as large as it fits; nothing where it would not be read."""
+    """Writes the text in the middle of the box, as large as it fits; nothing if it would be too small to read."""
     left, top, right, bottom = box
-    for size in range(min(MOST_FONT, int(bottom - top)), LEAST_FONT - 1, -1):
+    for size in range(min(MAX_FONT, int(bottom - top)), MIN_FONT - 1, -1):
         font = _font(size)
         if font.getlength(text) <= right - left - 1:
             draw.text(((left + right) / 2, (top + bottom) / 2), text, fill=ink, font=font, anchor="mm")

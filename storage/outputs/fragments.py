@@ -1,4 +1,4 @@
-"""Fragments: rows to the bytes of one Parquet object and back, the same bytes for the same rows."""
+"""Encodes a fragment's rows as the bytes of one Parquet object, always the same bytes, and reads them back."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,16 +12,16 @@ from blocksight.storage.parquet.reader import checked_columns, parquet_bytes, pa
 from blocksight.storage.stores.store import DamagedError, ObjectInfo, ObjectStore
 
 ROW_GROUP_ROWS = 1024
-"""Rows per row group: about 6 MB of maps, so that a reader may take a few columns of a few records."""
+"""Rows per row group: about 6 MB of maps, so a reader can load a few columns of a few records."""
 
 
 def encode_fragment(
     rows: Sequence[Mapping[str, Any]], provenance: Mapping[str, str], columns: pa.Schema = SCHEMA
 ) -> bytes:
-    """The Parquet bytes of rows in these columns; `provenance` joins the footer's key-value metadata.
+    """The Parquet bytes of rows in these columns; `provenance` is added to the footer's key-value metadata.
 
-    Only deterministic facts belong in `provenance`: the same rows must give the same bytes.
-    Raises pyarrow.ArrowInvalid or ArrowTypeError where a row does not fit the schema.
+    `provenance` may hold only deterministic facts: the same rows must give the same bytes.
+    Raises pyarrow.ArrowInvalid or ArrowTypeError if a row does not fit the schema.
     """
     schema = columns.with_metadata({**(columns.metadata or {}), **provenance})
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
@@ -38,13 +38,13 @@ def encode_fragment(
 
 
 def read_fragment(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows of a fragment, all columns or some. Raises DamagedError where its bytes are no fragment of ours, or
-    unfold to more than `MAX_FRAGMENT_BYTES`."""
+    """The rows of a fragment, all columns or some. Raises DamagedError if the bytes are not a fragment of ours, or
+    decompress to more than `MAX_FRAGMENT_BYTES`."""
     return read_rows(data, SCHEMA, "the fragment", columns)
 
 
 def read_rows(data: bytes, schema: pa.Schema, where: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows of a table of an output that has the columns of `schema`, all of them or some; `where` names it.
+    """The rows of an output's table with the columns of `schema`, all columns or some. `where` names it in messages.
 
     Raises DamagedError as `read_fragment`.
     """
@@ -57,10 +57,10 @@ def read_rows(data: bytes, schema: pa.Schema, where: str, columns: Sequence[str]
 def fragment_batches(
     store: ObjectStore, info: ObjectInfo, columns: Sequence[str], batch_rows: int, window_bytes: int
 ) -> Iterator[pa.RecordBatch]:
-    """The rows of a fragment in order, at most `batch_rows` at once, without ever holding the whole object.
+    """The rows of a fragment in order, at most `batch_rows` at once, without loading the whole object.
 
-    It is read in windows of so many bytes: small ones leave out what lies between the columns. Raises DamagedError
-    where it is no fragment of ours, and StoreError.
+    It is read in windows of `window_bytes`: small windows skip unused columns. Raises DamagedError if it is not a
+    fragment of ours, and StoreError.
     """
     wanted = pa.schema([SCHEMA.field(name) for name in columns])
     try:

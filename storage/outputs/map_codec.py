@@ -1,4 +1,4 @@
-"""The map codec: saliency maps as 8-bit PNG in a binary column, decodable by anything that reads PNG."""
+"""The map codec: stores saliency maps as 8-bit PNG in a binary column. Any PNG reader can decode them."""
 
 import io
 import zlib
@@ -12,26 +12,26 @@ from blocksight.storage.images.png import PngError, chunks, header_of
 from blocksight.storage.limits import MAX_MAP_SIDE
 
 CODEC = "png-u8"
-"""The name that stands beside every stored map."""
+"""The codec's name, stored beside every map."""
 
 MAX_ERROR = 0.5 / 255
 """Greatest absolute error of a decoded map in [0, 1]: half a grey level."""
 
 CODED_BYTES_PER_PIXEL = 2
-CODED_BYTES_BESIDE = 4096
-"""A stored map has at most so many bytes for each pixel, and so many more."""
+CODED_BYTES_FIXED = 4096
+"""Upper bound of a stored map's bytes: per pixel, and a fixed part."""
 
 DECODING_BYTES_PER_PIXEL = 8
-"""Memory that decoding one map takes at most, beside the stored bytes."""
+"""Upper bound of the memory for decoding one map, besides the stored bytes."""
 
 
 class MapError(Exception):
-    """The bytes are no map that this codec wrote."""
+    """The bytes are not a map that this codec wrote."""
 
 
 @dataclass(frozen=True)
 class EncodedMap:
-    """A saliency map as it is stored."""
+    """One stored saliency map."""
 
     data: bytes
     """PNG, 8-bit grey: grey = round(255 (value - low) / (high - low)); 0 everywhere where high = low."""
@@ -44,14 +44,14 @@ class EncodedMap:
 
 
 def quantised(saliency_hw: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """The finite map [H, W] in 255 steps from its least to its greatest value; zeros where it is constant."""
+    """The finite map [H, W] in grey levels: 0 for its least value, 255 for its greatest; zeros if it is constant."""
     low, high = float(saliency_hw.min()), float(saliency_hw.max())
     scaled = (saliency_hw - low) / (high - low) if high > low else np.zeros_like(saliency_hw)
     return np.rint(255 * scaled).astype(np.uint8)
 
 
 def encode_map(saliency_hw: NDArray[np.floating]) -> EncodedMap:
-    """Stores a finite map [H, W] of any range; raises ValueError where a value is not finite."""
+    """A finite map [H, W] of any range, encoded. Raises ValueError if a value is not finite."""
     if not np.isfinite(saliency_hw).all():
         raise ValueError("a map with NaN or infinity cannot be stored; reject the record instead")
     buffer = io.BytesIO()
@@ -61,24 +61,24 @@ def encode_map(saliency_hw: NDArray[np.floating]) -> EncodedMap:
 
 
 def decode_map(data: bytes, size: tuple[int, int]) -> NDArray[np.float32]:
-    """The map [H, W] in [0, 1], within `MAX_ERROR` of what was stored after scaling.
+    """The map [H, W] in [0, 1], within `MAX_ERROR` of the scaled map before encoding.
 
-    Arguments, errors and bound are those of `decode_levels`.
+    Arguments, errors and memory are those of `decode_levels`.
     """
     return np.divide(decode_levels(data, size), np.float32(255), dtype=np.float32)
 
 
 def decode_levels(data: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """The map [H, W] in grey levels of 0 to 255, as it is stored; read-only.
+    """The stored map [H, W] in grey levels, 0 to 255; read-only.
 
-    `size` is the (height, width) that the row names. It is compared with the PNG's header before anything is
-    allocated: decoding needs at most `DECODING_BYTES_PER_PIXEL` for each pixel of `size`, whatever the bytes say.
-    Raises MapError for bytes that `encode_map` does not write.
+    `size`: the row's (height, width). It is compared with the PNG's header before memory is allocated, so decoding
+    needs at most `DECODING_BYTES_PER_PIXEL` per pixel of `size` for any bytes. Raises MapError for bytes that
+    `encode_map` does not write.
     """
     height, width = _checked_size(size)
-    most = CODED_BYTES_PER_PIXEL * height * width + CODED_BYTES_BESIDE
-    if len(data) > most:
-        raise MapError(f"a stored map of {height} x {width} pixels has at most {most} bytes; got {len(data)}")
+    max_bytes = CODED_BYTES_PER_PIXEL * height * width + CODED_BYTES_FIXED
+    if len(data) > max_bytes:
+        raise MapError(f"a stored map of {height} x {width} pixels has at most {max_bytes} bytes; got {len(data)}")
     try:
         stream = _pixel_stream(data, height, width)
         _check_length(stream, height * (width + 1))
@@ -88,7 +88,7 @@ def decode_levels(data: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
 
 
 def level_counts(levels: NDArray[np.uint8]) -> list[int]:
-    """How many pixels of a map [H, W] have each of the 256 grey levels."""
+    """Number of pixels of a map [H, W] for each of the 256 grey levels."""
     return Image.fromarray(levels).histogram()
 
 
@@ -99,7 +99,7 @@ def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _pixel_stream(data: bytes, height: int, width: int) -> bytearray:
-    """The compressed pixels of an 8-bit grey PNG of this size that holds nothing else. Raises MapError, PngError."""
+    """The compressed pixels of an 8-bit grey PNG of this size without other chunks. Raises MapError, PngError."""
     stream = bytearray()
     for kind, body in chunks(data):
         if kind == b"IHDR":
@@ -120,9 +120,9 @@ def _check_header(body: memoryview, height: int, width: int) -> None:
 
 
 def _check_length(stream: bytearray, wanted: int) -> None:
-    """Raises MapError unless the compressed stream unfolds to exactly so many bytes; never unfolds more."""
-    unfolding = zlib.decompressobj()
-    length = len(unfolding.decompress(stream, wanted + 1))
-    if length != wanted or not unfolding.eof or unfolding.unused_data:
+    """Raises MapError unless the stream decompresses to exactly `wanted` bytes; decompresses at most one more."""
+    decompressor = zlib.decompressobj()
+    length = len(decompressor.decompress(stream, wanted + 1))
+    if length != wanted or not decompressor.eof or decompressor.unused_data:
         found = f"more than {wanted}" if length > wanted else str(length)
-        raise MapError(f"the map's pixels unfold to {found} bytes, or do not end there; wanted {wanted}")
+        raise MapError(f"the map's pixels decompress to {found} bytes, or do not end there; wanted {wanted}")

@@ -1,4 +1,4 @@
-"""Pictures for people: a saliency map laid over its image, side by side, and contact sheets."""
+"""Makes pictures: a saliency map over its image, both side by side, and contact sheets."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ Pixels = NDArray[np.uint8]
 COLOUR_STOPS = np.array(
     [(0, 0, 4), (60, 15, 110), (140, 41, 129), (222, 73, 104), (254, 159, 109), (252, 253, 191)], dtype=np.float64
 )
-"""A ramp from dark to light through purple and orange: equal steps look equal, also in grey."""
+"""A colour ramp from dark to light through purple and orange. Equal steps look equal, also in grey."""
 
-LEAST_OPACITY = 0.25
-MOST_OPACITY = 0.75
+MIN_OPACITY = 0.25
+MAX_OPACITY = 0.75
 CAPTION_HEIGHT, CAPTION_LINES = 40, 2
 FONT_SIZE = 13
 CUT = "..."
@@ -43,8 +43,8 @@ def colours(saliency_hw: NDArray[np.floating]) -> Pixels:
 
 
 def overlay(pixels: Pixels, saliency_hw: NDArray[np.floating]) -> Pixels:
-    """The map over the image [H, W, 3] of its own size: stronger where it is higher."""
-    opacity = (LEAST_OPACITY + (MOST_OPACITY - LEAST_OPACITY) * saliency_hw)[..., None]
+    """The map [H, W] over the image [H, W, 3]; higher values are more opaque."""
+    opacity = (MIN_OPACITY + (MAX_OPACITY - MIN_OPACITY) * saliency_hw)[..., None]
     return np.rint((1 - opacity) * pixels + opacity * colours(saliency_hw)).astype(np.uint8)
 
 
@@ -55,7 +55,7 @@ def side_by_side(pixels: Pixels, saliency_hw: NDArray[np.floating]) -> Pixels:
 
 
 def contact_sheet(tiles: Sequence[Tile], columns: int) -> Image.Image:
-    """All tiles in rows with their captions below; raises ValueError for none."""
+    """All tiles in rows, with captions below. Raises ValueError if there are no tiles."""
     if not tiles:
         raise ValueError("a contact sheet needs at least one tile")
     rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
@@ -78,14 +78,14 @@ def _paste(sheet: Image.Image, tile: Tile, corner: tuple[int, int]) -> None:
 
 
 def one_line(text: object) -> str:
-    """Text that may come from a stranger as one line of a caption: characters that do not print are question marks."""
+    """Untrusted text as one line of a caption: characters that do not print become question marks."""
     return "".join(char if char.isprintable() else "?" for char in str(text))
 
 
 def _cut(line: str, width: int) -> str:
-    """What of a line fits into so many pixels."""
+    """The part of a line that fits into `width` pixels."""
     font = ImageFont.load_default(FONT_SIZE)
-    plain = one_line(line[:width])  # a character has a pixel at least
+    plain = one_line(line[:width])  # a character is at least one pixel wide
     if font.getlength(plain) <= width:
         return plain
     fits = bisect_right(range(len(plain)), width, key=lambda count: font.getlength(f"{plain[:count]}{CUT}"))

@@ -3,7 +3,7 @@
 import pyarrow as pa
 
 SCHEMA_VERSION = "3"
-"""Raised whenever a column changes its name, type or meaning."""
+"""Increase it whenever a column changes its name, type or meaning."""
 
 
 def _field(name: str, kind: pa.DataType, meaning: str, *, nullable: bool = True) -> pa.Field:
@@ -143,7 +143,7 @@ SCHEMA = pa.schema(
     ],
     metadata={"blocksight.schema": SCHEMA_VERSION},
 )
-"""Columns in order. Whatever differs from run to run (host, times, attempt) stands in the receipt instead."""
+"""Columns in order. Facts that differ from run to run (host, times, attempt) are in the receipt instead."""
 
 EVALUATION = pa.schema(
     [
@@ -166,10 +166,10 @@ EVALUATION = pa.schema(
 """Rows of an evaluation: one per map and metric."""
 
 RECORD_COLUMNS = SCHEMA.names[: SCHEMA.names.index("label_name") + 1]
-"""The columns that a record has whether it is explained or not."""
+"""The columns of every record, explained or not."""
 
 PRODUCT_COLUMNS = SCHEMA.names[SCHEMA.names.index("channel_importance") :]
-"""What stands beside a map: lists that may hold thousands of numbers a row, and what is told of them."""
+"""Columns with a method's other results: lists that may hold thousands of numbers per row, and facts about them."""
 
 REJECTED = "rejected"
 OK = "ok"

@@ -1,1 +1,1 @@
-"""Parquet from strangers: page headers are checked, then Arrow reads in bounded memory."""
+"""Untrusted Parquet files: checks page headers, then lets Arrow read in bounded memory."""

@@ -1,20 +1,20 @@
-"""Delta-encoded pages of a Parquet file: they say how many values they hold, and Arrow allocates as many unasked."""
+"""Checks delta-encoded Parquet pages: they state a number of values, and Arrow allocates memory for it unchecked."""
 
 import pyarrow as pa
 
 from blocksight.storage.parquet.thrift import number_at
 
-BINARY_PACKED, LENGTHS, PREFIXES = 5, 6, 7
-"""Encodings: numbers, texts with their lengths, and texts that share a beginning with the last."""
-DELTAS = (BINARY_PACKED, LENGTHS, PREFIXES)
+BINARY_PACKED, LENGTHS, SHARED_PREFIXES = 5, 6, 7
+"""Encodings: numbers, texts with their lengths, and texts that share a prefix with the one before."""
+DELTAS = (BINARY_PACKED, LENGTHS, SHARED_PREFIXES)
 MAX_MINIBLOCKS = 4096
-"""Of one block; writers have 4."""
+"""Miniblocks of one block; writers use 4."""
 CODECS = {"SNAPPY": "snappy", "GZIP": "gzip", "BROTLI": "brotli", "ZSTD": "zstd", "LZ4": "lz4_raw"}
-"""By the name that the footer has."""
+"""Arrow's codec by the footer's name."""
 
 
-def unfolded_page(body: bytes, compression: str, num_bytes: int) -> bytes:
-    """A page after decompression, of so many bytes. Raises ValueError."""
+def decompressed_page(body: bytes, compression: str, num_bytes: int) -> bytes:
+    """A page's `num_bytes` bytes after decompression. Raises ValueError."""
     if compression == "UNCOMPRESSED":
         return body
     codec = CODECS.get(compression)
@@ -23,29 +23,29 @@ def unfolded_page(body: bytes, compression: str, num_bytes: int) -> bytes:
     try:
         return pa.Codec(codec).decompress(body, decompressed_size=num_bytes, asbytes=True) if num_bytes else b""
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"a page is no {compression}: {error}") from error
+        raise ValueError(f"a page is not valid {compression}: {error}") from error
 
 
 def check_deltas(body: bytes, encoding: int, num_levels: int, num_values: int) -> None:
-    """Raises ValueError where a page says that it holds more than `num_values`.
+    """Raises ValueError if a page states more than `num_values` values.
 
-    `body` is the page after decompression; `num_levels` lists of levels with a length of their own come first.
+    `body`: the page after decompression. It begins with `num_levels` lists of levels, each with its length.
     """
     try:
         at = 0
         for _ in range(num_levels):
             at += 4 + int.from_bytes(body[at : at + 4], "little")
         if at >= len(body):
-            return  # nulls alone
-        if encoding == PREFIXES:
-            at = _behind_numbers(body, at, num_values)
-        _counts(body, at, num_values)
+            return  # only nulls
+        if encoding == SHARED_PREFIXES:
+            at = _end_of_numbers(body, at, num_values)
+        _numbers_header(body, at, num_values)
     except IndexError:
         raise ValueError("a delta-encoded page ends early") from None
 
 
-def _counts(body: bytes, at: int, num_values: int) -> tuple[int, int, int, int]:
-    """Values per block, miniblocks per block, number of values, and where the header of packed numbers ends."""
+def _numbers_header(body: bytes, at: int, num_values: int) -> tuple[int, int, int, int]:
+    """Values per block, miniblocks per block, number of values, and the offset after the header of packed numbers."""
     per_block, at = number_at(body, at)
     num_minis, at = number_at(body, at)
     total, at = number_at(body, at)
@@ -58,9 +58,9 @@ def _counts(body: bytes, at: int, num_values: int) -> tuple[int, int, int, int]:
     return per_block, num_minis, total, at
 
 
-def _behind_numbers(body: bytes, at: int, num_values: int) -> int:
-    """Where packed numbers end."""
-    per_block, num_minis, total, at = _counts(body, at, num_values)
+def _end_of_numbers(body: bytes, at: int, num_values: int) -> int:
+    """Offset after the packed numbers."""
+    per_block, num_minis, total, at = _numbers_header(body, at, num_values)
     per_mini = per_block // num_minis
     left = total - 1
     while left > 0:

@@ -1,4 +1,4 @@
-"""Page headers of a Parquet file: each is checked before Arrow sees it, so that no page unfolds beyond its bound."""
+"""Checks each page header of a Parquet file before Arrow reads it, so no page decompresses beyond its bound."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -6,146 +6,148 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from blocksight.storage.limits import MAX_PAGES_BYTES
-from blocksight.storage.parquet.delta_encoding import DELTAS, check_deltas, unfolded_page
+from blocksight.storage.parquet.delta_encoding import DELTAS, check_deltas, decompressed_page
 from blocksight.storage.parquet.thrift import struct_at
 
 ReadAt = Callable[[int, int], bytes]
-"""Bytes from a position; fewer at the end of the file."""
+"""Reads (start, size): the bytes from a position; fewer at the end of the file."""
 
 HEADER_BYTES = (1 << 12, 1 << 16, 1 << 20)
-"""How much is read of a header that reaches beyond the bytes at hand: each next step only if the last was too short."""
+"""Bytes that are read for a header beyond the given data; the next size only if the last was too short."""
 UNREPEATED = (0, 6)
-"""Encodings in which each byte of a value is written where it belongs: PLAIN and DELTA_LENGTH_BYTE_ARRAY."""
+"""Encodings that write each byte of a value: PLAIN and DELTA_LENGTH_BYTE_ARRAY."""
 DATA, DICTIONARY, DATA_2 = 0, 2, 3
-"""Kinds of pages, and where their headers keep what follows: fields 5, 7 and 8."""
+"""Kinds of pages. Their own headers are in fields 5, 7 and 8."""
 SLACK_BYTES = 1 << 16
-"""By which, and by an eighth, compression may make a page longer."""
+"""Compression may make a page longer by this and by an eighth."""
 BYTES_PER_ENTRY = 16
-"""What Arrow keeps of each entry of a dictionary, besides its bytes."""
+"""Memory of Arrow for each entry of a dictionary, besides its bytes."""
 
 
 @dataclass
 class Chunk:
-    """One column of one row group, and how far its pages are checked."""
+    """One column chunk: a column of one row group, and how many of its pages are checked."""
 
     where: str
     """The column, for messages."""
     start: int
     """Offset of its first page in the file."""
     num_bytes: int
-    """Of all its pages as they are stored, with their headers."""
-    unfolded_bytes: int
-    """Of all its pages after decompression, as the footer says; no page may go beyond it."""
+    """Stored bytes of all its pages, with their headers."""
+    uncompressed_bytes: int
+    """Bytes of all its pages after decompression, from the footer; the pages may not exceed it."""
     num_values: int
     num_levels: int
-    """Lists of levels that precede the values of a page: none, of nulls, of nulls and of lists."""
+    """Lists of levels before the values of a page: 0; 1 with nulls; 2 with nulls and lists."""
     compression: str
-    """As the footer names it."""
+    """The footer's name of it."""
     is_unrepeated: bool
-    """The footer says that there is neither a dictionary nor another encoding that repeats bytes."""
-    _next: int = field(init=False)
-    _unfolded: int = field(default=0, init=False)
-    _values: int = field(default=0, init=False)
+    """True if the footer names neither a dictionary nor another encoding that repeats bytes."""
+    _next_page: int = field(init=False)
+    _uncompressed: int = field(default=0, init=False)
+    _num_values: int = field(default=0, init=False)
     dictionary_bytes: int = field(default=0, init=False)
     page_bytes: int = field(default=0, init=False)
-    """Of the largest page so far."""
+    """Bytes of the largest page so far."""
 
     def __post_init__(self) -> None:
-        self._next = self.start
+        self._next_page = self.start
 
     def check(self, start: int, data: memoryview, read_at: ReadAt) -> None:
-        """Checks the headers that begin in `data`, the file's bytes from `start` on. Raises ValueError."""
+        """Checks the headers that begin in `data`, which are the file's bytes from `start` on. Raises ValueError."""
         stop = min(start + len(data), self.start + self.num_bytes)
-        while start <= self._next < stop and self._values < self.num_values:
+        while start <= self._next_page < stop and self._num_values < self.num_values:
             header, size = self._header(start, data, read_at)
-            self._take(header)
-            self._check_deltas(header, self._next + size, read_at)
-            self._next += size + _count(header, 3)
+            self._count_page(header)
+            self._check_deltas(header, self._next_page + size, read_at)
+            self._next_page += size + _field(header, 3)
 
     def _header(self, start: int, data: memoryview, read_at: ReadAt) -> tuple[dict[int, Any], int]:
         """The next header and its length."""
-        offset = self._next - start
+        offset = self._next_page - start
         for more in (0, *HEADER_BYTES):
             try:
                 if more:
-                    data, offset = memoryview(read_at(self._next, more)), 0
+                    data, offset = memoryview(read_at(self._next_page, more)), 0
                 header, stop = struct_at(data, offset)
             except IndexError:
                 continue
             if stop <= len(data):
                 return header, stop - offset
-        raise ValueError(f"{self.where}: the page at byte {self._next} has no readable header")
+        raise ValueError(f"{self.where}: the page at byte {self._next_page} has no readable header")
 
-    def _take(self, header: dict[int, Any]) -> None:
-        unfolded, stored = _count(header, 2), _count(header, 3)
-        self._unfolded += unfolded
-        if unfolded > MAX_PAGES_BYTES:
-            raise ValueError(f"{self.where}: a page unfolds to {unfolded} bytes, at most {MAX_PAGES_BYTES} are read")
-        if stored > unfolded + unfolded // 8 + SLACK_BYTES:
-            raise ValueError(f"{self.where}: a page of {unfolded} bytes is stored in {stored}")
-        if self._unfolded > self.unfolded_bytes:
+    def _count_page(self, header: dict[int, Any]) -> None:
+        uncompressed, stored = _field(header, 2), _field(header, 3)
+        self._uncompressed += uncompressed
+        if uncompressed > MAX_PAGES_BYTES:
             raise ValueError(
-                f"{self.where}: its pages unfold to {self._unfolded} bytes or more; the footer says "
-                f"{self.unfolded_bytes}"
+                f"{self.where}: a page decompresses to {uncompressed} bytes, at most {MAX_PAGES_BYTES} are read"
             )
-        if _count(header, 1) == DICTIONARY:
-            self._take_dictionary(unfolded, _count(header.get(7), 1))
-        else:
-            self._take_page(unfolded, header)
-
-    def _take_dictionary(self, unfolded: int, num_entries: int) -> None:
-        if self.is_unrepeated or num_entries > unfolded:
-            raise ValueError(f"{self.where}: a dictionary of {num_entries} entries in {unfolded} bytes")
-        self.dictionary_bytes += unfolded + BYTES_PER_ENTRY * num_entries
-
-    def _take_page(self, unfolded: int, header: dict[int, Any]) -> None:
-        self.page_bytes = max(self.page_bytes, unfolded)
-        values = _values_of(header)
-        if values is None:
-            return  # an index, which Arrow leaves out
-        num_values, encoding = values
-        self._values += num_values
-        if self._values > self.num_values or (self.is_unrepeated and encoding not in UNREPEATED):
+        if stored > uncompressed + uncompressed // 8 + SLACK_BYTES:
+            raise ValueError(f"{self.where}: a page of {uncompressed} bytes is stored in {stored}")
+        if self._uncompressed > self.uncompressed_bytes:
             raise ValueError(
-                f"{self.where}: its pages have {self._values} values in encoding {encoding}; the footer says "
+                f"{self.where}: its pages decompress to {self._uncompressed} bytes or more; the footer says "
+                f"{self.uncompressed_bytes}"
+            )
+        if _field(header, 1) == DICTIONARY:
+            self._count_dictionary(uncompressed, _field(header.get(7), 1))
+        else:
+            self._count_data_page(uncompressed, header)
+
+    def _count_dictionary(self, uncompressed: int, num_entries: int) -> None:
+        if self.is_unrepeated or num_entries > uncompressed:
+            raise ValueError(f"{self.where}: a dictionary of {num_entries} entries in {uncompressed} bytes")
+        self.dictionary_bytes += uncompressed + BYTES_PER_ENTRY * num_entries
+
+    def _count_data_page(self, uncompressed: int, header: dict[int, Any]) -> None:
+        self.page_bytes = max(self.page_bytes, uncompressed)
+        values = _data_page_values(header)
+        if values is None:
+            return  # an index page, which Arrow skips
+        num_values, encoding = values
+        self._num_values += num_values
+        if self._num_values > self.num_values or (self.is_unrepeated and encoding not in UNREPEATED):
+            raise ValueError(
+                f"{self.where}: its pages have {self._num_values} values in encoding {encoding}; the footer says "
                 f"{self.num_values}{', each written out' if self.is_unrepeated else ''}"
             )
 
     def _check_deltas(self, header: dict[int, Any], start: int, read_at: ReadAt) -> None:
-        """Looks into a page that says once more how many values it has."""
-        values = _values_of(header)
+        """Checks a delta-encoded page, which states its number of values once more."""
+        values = _data_page_values(header)
         if values is None or values[1] not in DELTAS:
             return
-        unfolded, second = _count(header, 2), header[8] if _count(header, 1) == DATA_2 else None
-        body = read_at(start, _count(header, 3))
+        uncompressed, second = _field(header, 2), header[8] if _field(header, 1) == DATA_2 else None
+        body = read_at(start, _field(header, 3))
         if second is None:
-            page, num_levels = unfolded_page(body, self.compression, unfolded), self.num_levels
-        else:  # levels are not compressed, and have no length of their own
-            levels = _count(second, 5) + _count(second, 6)
+            page, num_levels = decompressed_page(body, self.compression, uncompressed), self.num_levels
+        else:  # levels are not compressed, and their lengths are in the header
+            levels = _field(second, 5) + _field(second, 6)
             is_compressed = second.get(7, True)
-            body, unfolded = body[levels:], unfolded - levels
-            page = unfolded_page(body, self.compression, unfolded) if is_compressed else body
+            body, uncompressed = body[levels:], uncompressed - levels
+            page = decompressed_page(body, self.compression, uncompressed) if is_compressed else body
             num_levels = 0
         check_deltas(page, values[1], num_levels, values[0])
 
 
-def _values_of(header: dict[int, Any]) -> tuple[int, int] | None:
-    """Number and encoding of a data page's values; None: it is of another kind."""
-    kind = _count(header, 1)
+def _data_page_values(header: dict[int, Any]) -> tuple[int, int] | None:
+    """Number and encoding of a data page's values; None for another kind of page."""
+    kind = _field(header, 1)
     if kind == DATA:
-        return _count(header.get(5), 1), _count(header.get(5), 2)
-    return (_count(header.get(8), 1), _count(header.get(8), 4)) if kind == DATA_2 else None
+        return _field(header.get(5), 1), _field(header.get(5), 2)
+    return (_field(header.get(8), 1), _field(header.get(8), 4)) if kind == DATA_2 else None
 
 
 class ClosedPagesError(ValueError):
-    """Pages are asked for before they are expected."""
+    """Raised if Arrow reads pages before `expect` allows it."""
 
 
 class GuardedFile(io.RawIOBase):
-    """A Parquet file for Arrow to read: whole, but for its end, which is given; headers of pages are checked first.
+    """A Parquet file for Arrow, with a given tail in place of its own; checks page headers before Arrow reads them.
 
-    `read` raises ValueError where the pages of the expected chunks would take more than `MAX_PAGES_BYTES` together,
-    and ClosedPagesError while nothing is expected.
+    `read` raises ValueError if the pages of the expected chunks would take more than `MAX_PAGES_BYTES` together,
+    and ClosedPagesError if no chunks are expected.
     """
 
     def __init__(self, size: int, read_at: ReadAt, tail: bytes) -> None:
@@ -155,7 +157,7 @@ class GuardedFile(io.RawIOBase):
         self._chunks: Sequence[Chunk] | None = ()
 
     def expect(self, chunks: Sequence[Chunk] | None) -> None:
-        """From here on these are read; None: nothing is."""
+        """Sets the chunks that Arrow may read from now on; None: none."""
         self._chunks = chunks
 
     def readable(self) -> bool:
@@ -190,7 +192,7 @@ class GuardedFile(io.RawIOBase):
         return data
 
     def _bytes(self, start: int, size: int) -> bytes:
-        """From the end that was given, or from the file."""
+        """Bytes from the file, or from the given tail."""
         border = self.size - len(self.tail)
         if start >= border:
             return self.tail[start - border : start - border + size]
@@ -198,8 +200,8 @@ class GuardedFile(io.RawIOBase):
         return head if start + size <= border else head + self.tail[: start + size - border]
 
 
-def _count(header: Any, number: int) -> int:
-    """A field that counts something. Raises ValueError where it is none."""
+def _field(header: Any, number: int) -> int:
+    """A field's value. Raises ValueError if it is not a number from 0 on."""
     value = header.get(number) if isinstance(header, dict) else None
     if not isinstance(value, int) or value < 0:
         raise ValueError(f"a page's header has {value} for field {number}; wanted a number from 0")

@@ -1,21 +1,21 @@
-"""Thrift's compact protocol, in which the headers of Parquet's pages are written: as much of it as they need."""
+"""Reads Thrift's compact protocol, as far as the headers of Parquet's pages need it."""
 
 from typing import Any
 
 Bytes = bytes | memoryview
 
 MAX_DEPTH = 8
-"""Structs in structs of one header; the format has three."""
+"""Nested structs of one header; the format has three levels."""
 
 _BOOLS, _BYTE, _INTS, _DOUBLE, _BINARY, _LISTS, _MAP, _STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, (9, 10), 11, 12
 _INT32 = 5
-"""Types of Thrift's compact protocol, in which the headers are written."""
+"""Type numbers of Thrift's compact protocol."""
 
 
 def struct_at(data: Bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
-    """A struct's 32-bit numbers, truth values and structs by field, and where it ends.
+    """A struct's 32-bit numbers, booleans and structs by field number, and the offset after it.
 
-    Raises IndexError where the data ends before it.
+    Raises IndexError if the data ends too early, and ValueError for other types of fields.
     """
     fields: dict[int, Any] = {}
     number = 0
@@ -33,12 +33,12 @@ def struct_at(data: Bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], int
         elif kind == _INT32:
             fields[number], at = _signed(data, at)
         else:
-            at = _behind(data, at, kind, depth)
+            at = _end_of_value(data, at, kind, depth)
     return fields, at + 1
 
 
-def _behind(data: Bytes, at: int, kind: int, depth: int) -> int:
-    """Where a field's value ends that is of no interest."""
+def _end_of_value(data: Bytes, at: int, kind: int, depth: int) -> int:
+    """Offset after a field's value that is not used."""
     if kind == _BYTE:
         return at + 1
     if kind in _INTS:
@@ -57,7 +57,7 @@ def _signed(data: Bytes, at: int) -> tuple[int, int]:
 
 
 def number_at(data: Bytes, at: int) -> tuple[int, int]:
-    """A number of 7 bits a byte, low bits first, and where it ends."""
+    """A number with 7 bits per byte, low bits first, and the offset after it."""
     value = shift = 0
     while shift < 70:
         byte = data[at]

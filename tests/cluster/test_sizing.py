@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blocksight.cluster.errors import ClusterError
-from blocksight.cluster.sizing import MOST_UNIT_BYTES, local_cpus, shrinking, size_for, unit_records
+from blocksight.cluster.sizing import MOST_UNIT_BYTES, local_cpus, shrinking_sizes, size_for, unit_records
 
 
 @pytest.mark.parametrize(
@@ -63,14 +63,14 @@ def test_a_full_unit_never_outgrows_one_put(seconds, size, num_records, workers)
 
 
 def test_units_shrink_by_hand():
-    assert shrinking(100, 20, 5, 2) == [20, 20, 15, 11, 8, 6, 5, 5, 5, 5]
-    assert shrinking(7, 20, 5, 2) == [5, 2]
-    assert shrinking(9, 3, 5, 2) == [3, 3, 3]
+    assert shrinking_sizes(100, 20, 5, 2) == [20, 20, 15, 11, 8, 6, 5, 5, 5, 5]
+    assert shrinking_sizes(7, 20, 5, 2) == [5, 2]
+    assert shrinking_sizes(9, 3, 5, 2) == [3, 3, 3]
 
 
 @given(st.integers(0, 5000), st.integers(1, 500), st.integers(1, 500), st.integers(1, 64))
 def test_units_add_up_and_never_grow(num_records, first, floor, workers):
-    sizes = shrinking(num_records, first, floor, workers)
+    sizes = shrinking_sizes(num_records, first, floor, workers)
     assert sum(sizes) == num_records
     assert sizes == sorted(sizes, reverse=True)
     assert all(min(first, floor) <= size <= first for size in sizes[:-1])

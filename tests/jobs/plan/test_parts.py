@@ -3,7 +3,7 @@
 import pytest
 
 from blocksight.cluster.errors import ClusterError
-from blocksight.cluster.sizing import LEAST_UNIT_SECONDS, local_cpus, shrinking, size_for, unit_records
+from blocksight.cluster.sizing import LEAST_UNIT_SECONDS, local_cpus, shrinking_sizes, size_for, unit_records
 from blocksight.engine.catalog.entries import BALANCED_BUDGET
 from blocksight.jobs.plan.config import load_config
 from blocksight.jobs.plan.estimate import AUTO_FULL_SHARE, estimate
@@ -118,13 +118,13 @@ def test_unit_sizes(seconds, size, records, workers, wanted):
 
 
 def test_units_shrink_towards_the_end():
-    sizes = shrinking(1000, 100, 5, 4)
+    sizes = shrinking_sizes(1000, 100, 5, 4)
     assert sum(sizes) == 1000
     assert sizes[0] == 100
     assert sizes == sorted(sizes, reverse=True)
     assert min(sizes[:-1]) >= 5
-    assert shrinking(0, 10, 1, 2) == []
-    assert shrinking(3, 10, 1, 8) == [1, 1, 1]
+    assert shrinking_sizes(0, 10, 1, 2) == []
+    assert shrinking_sizes(3, 10, 1, 8) == [1, 1, 1]
     assert LEAST_UNIT_SECONDS == 10
 
 

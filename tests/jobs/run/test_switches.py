@@ -24,7 +24,7 @@ PROCESSES = {
 @pytest.mark.parametrize("switch", [*UNSAFE_SWITCHES, "RAY_DATA_AUTOLOAD_OF_A_LATER_VERSION"])
 def test_each_switch_is_refused_by_name(monkeypatch, switch):
     monkeypatch.setenv(switch, "1")
-    with pytest.raises(ClusterError, match=f"{switch} lets files run code when they are read; unset it"):
+    with pytest.raises(ClusterError, match=f"{switch} lets input files run code; unset it"):
         refuse_unsafe_switches()
 
 
@@ -46,4 +46,4 @@ def test_the_command_asks_first(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["blocksight", "list", "models"])
     with pytest.raises(SystemExit, match="2"):
         main.main()
-    assert f"error: {UNSAFE_SWITCHES[0]} lets files run code" in capsys.readouterr().err
+    assert f"error: {UNSAFE_SWITCHES[0]} lets input files run code" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from blocksight.storage.inputs.tables import read_table, table_facts
 from blocksight.storage.outputs.fragments import encode_fragment, read_fragment
 from blocksight.storage.outputs.schema import SCHEMA
 from blocksight.storage.parquet.reader import parquet_bytes
-from blocksight.storage.parquet.thrift import _BYTE, _DOUBLE, _behind, number_at
+from blocksight.storage.parquet.thrift import _BYTE, _DOUBLE, _end_of_value, number_at
 from blocksight.storage.rejects import RejectCode
 from blocksight.storage.stores.store import DamagedError, StoreError
 from tests.storage.crafted import (
@@ -168,7 +168,7 @@ def test_types_that_cannot_be_known_are_damage():
     body = written(image=IMAGES)
     good = pq.ParquetFile(io.BytesIO(body)).metadata.metadata[b"ARROW:schema"]
     bad = base64.b64encode(b"x" * len(base64.b64decode(good)))
-    with pytest.raises(DamagedError, match="in no readable way"):
+    with pytest.raises(DamagedError, match="has an unreadable Arrow schema"):
         records(body.replace(good, bad))
 
 
@@ -289,7 +289,7 @@ def test_a_number_of_a_page_header_has_ten_bytes_at_most():
 
 
 def test_a_field_that_is_passed_by_has_its_length():
-    assert [_behind(b"\x85\x01", at, kind, 0) for at, kind in ((0, _BYTE), (0, _DOUBLE), (0, 5))] == [1, 8, 2]
+    assert [_end_of_value(b"\x85\x01", at, kind, 0) for at, kind in ((0, _BYTE), (0, _DOUBLE), (0, 5))] == [1, 8, 2]
 
 
 def test_values_that_share_their_beginnings_are_read():
@@ -311,10 +311,13 @@ LIES = {
     "fewer values than rows": (lambda: parquet(Column([GOOD], 1, num_values=2)), "the group has 1 rows"),
     "fewer rows than said": (lambda: parquet(Column([GOOD], 2)), "has 1 rows in row group 0; the footer says 2"),
     "more values than said": (lambda: parquet(Column([page(cell(b"a") * 2, 2)], 1)), "the footer says 1"),
-    "pages beyond the footer's sizes": (lambda: parquet(Column([GOOD], 1, unfolded=6)), "unfold to 7 bytes or more"),
+    "pages beyond the footer's sizes": (
+        lambda: parquet(Column([GOOD], 1, unfolded=6)),
+        "to 7 bytes or more",
+    ),
     "a page of the largest size": (
         lambda: parquet(Column([page(cell(b"abc"), 1, unfolded=2**31 - 1)], 1, codec=ZSTD, unfolded=2**40)),
-        "unfolds to 2147483647 bytes",
+        "decompresses to 2147483647 bytes",
     ),
     "a negative page": (lambda: parquet(Column([page(cell(b"abc"), 1, unfolded=-1)], 1)), "wanted a number from 0"),
     "stored larger than unfolded": (
@@ -556,11 +559,11 @@ def test_bombs_stay_within_eight_times_the_cap():
     )
     found = dict(line.split(" | ", 1) for line in done.stdout.splitlines())
     assert set(found) == set(BOMBS), done.stdout + done.stderr
-    assert found["one cell"].endswith(f"unfolds to {40 * CAP + 4} bytes, at most {3 * CAP // 2} are read")
+    assert found["one cell"].endswith(f"decompresses to {40 * CAP + 4} bytes, at most {3 * CAP // 2} are read")
     assert found["a cell that is barely too large"] == "1 rows"
-    assert f"unfolds to {40 * CAP + 4} bytes" in found["a cell behind a footer that lies"]
+    assert f"decompresses to {40 * CAP + 4} bytes" in found["a cell behind a footer that lies"]
     assert found["many groups"] == "40 rows"
     assert found["a dictionary"] == "200 rows"
     assert found["a dictionary at its bound"] == "5 rows"
-    assert f"unfolds to {40 * CAP + 4}" in found["a dictionary that is too large"]
+    assert f"decompresses to {40 * CAP + 4}" in found["a dictionary that is too large"]
     assert "holds 400000000 values" in found["lengths"]
