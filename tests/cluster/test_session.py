@@ -63,7 +63,7 @@ def test_a_session_is_started_with_a_token_and_stopped():
 @pytest.mark.parametrize("switch", UNSAFE_SWITCHES)
 def test_switches_that_let_files_run_code_are_refused(monkeypatch, switch):
     monkeypatch.setenv(switch, "1")
-    with pytest.raises(ClusterError, match=f"{switch} lets files run code"), ray_session():
+    with pytest.raises(ClusterError, match=f"{switch} lets input files run code"), ray_session():
         pass
 
 
