@@ -5,6 +5,7 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import pytest
@@ -12,11 +13,18 @@ import pytest
 from blocksight.jobs.cli.main import main
 
 
+@contextmanager
+def without_openvino() -> Iterator[None]:
+    """While the body runs, a driver finds no OpenVINO; it writes that into the plan, and all workers follow it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("blocksight.engine.scoring.setting_choice.find_spec", lambda _: None)
+        yield
+
+
 @pytest.fixture(scope="package", autouse=True)
 def plain_forwards() -> Iterator[None]:
-    """The driver writes that into the plan, and all workers follow it. Holds for fixtures of every scope."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("blocksight.engine.scoring.probe.find_spec", lambda _: None)
+    """For a folder's conftest.py: holds for its fixtures of every scope, and ends with the folder."""
+    with without_openvino():
         yield
 
 
@@ -24,7 +32,7 @@ def plain_forwards() -> Iterator[None]:
 def chosen_forwards(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """A test of how the setting is chosen sees what is installed."""
     if request.node.get_closest_marker("chooses") is not None:
-        monkeypatch.setattr("blocksight.engine.scoring.probe.find_spec", find_spec)
+        monkeypatch.setattr("blocksight.engine.scoring.setting_choice.find_spec", find_spec)
 
 
 if __name__ == "__main__":

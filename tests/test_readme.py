@@ -30,7 +30,7 @@ from blocksight.storage.outputs.schema import PRODUCT_COLUMNS
 from blocksight.storage.rejects import RejectCode
 from tests.jobs.jobs_of import blocksight
 from tests.jobs.tiny import MODEL, folder_of_images, picture
-from tests.plain import plain_forwards
+from tests.plain import without_openvino
 from tests.readmes import (
     INLINE,
     LINK,
@@ -45,13 +45,18 @@ from tests.readmes import (
     without_blocks,
 )
 
-__all__ = ["plain_forwards"]
-
 COMMANDS: dict[str, Any] = get_command(main.app).commands  # pyright: ignore[reportAttributeAccessIssue]
 OPTIONS = {
     name: {one for own in command.params for one in (*own.opts, *own.secondary_opts)}
     for name, command in COMMANDS.items()
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _plain_forwards() -> Iterator[None]:
+    with without_openvino():
+        yield
+
 
 # ---------------------------------------------------------------- what a reader does, from top to bottom
 

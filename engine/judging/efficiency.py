@@ -14,7 +14,7 @@ from blocksight.engine.explainers.explanation import Explanation
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.targets import ClassProbability
 from blocksight.engine.scoring.forward import make_forward
-from blocksight.engine.scoring.probe import measured_seconds, rate, repeated_inputs
+from blocksight.engine.scoring.setting_choice import measured_seconds, rate, repeated_inputs
 
 CPU_SIZES, GPU_SIZES = (1, 2, 4, 8, 16, 32), (32, 64, 128, 256, 512, 1024)
 """Batch sizes that the bare model is tried at."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from blocksight.jobs.plan.bootstrap import byte_hashes
+from blocksight.jobs.evaluate.bootstrap import byte_hashes
 
 Words = NDArray[np.uint64]
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blocksight.jobs.audit.result import GRID
-from blocksight.jobs.plan.bootstrap import key_hashes
+from blocksight.jobs.evaluate.bootstrap import key_hashes
 
 MAX_OF_CLASS = 256
 MAX_OF_ALL = 100_000

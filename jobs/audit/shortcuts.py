@@ -10,7 +10,7 @@ from blocksight.jobs.audit.candidates import Candidate
 from blocksight.jobs.audit.result import Effect, Shortcut
 from blocksight.jobs.audit.samples import Sample
 from blocksight.jobs.audit.trial import Box, Pictures, Trial
-from blocksight.jobs.plan.bootstrap import holm, key_hashes
+from blocksight.jobs.evaluate.bootstrap import holm, key_hashes
 from blocksight.storage.outputs.pictures import Pixels
 
 MEMBERS, OTHERS = 32, 32

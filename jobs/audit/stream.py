@@ -32,8 +32,8 @@ from blocksight.jobs.audit.groups import (
 from blocksight.jobs.audit.measures import Measured, Region, measured
 from blocksight.jobs.audit.result import GATES, MEASURES, ROWS, Group
 from blocksight.jobs.audit.samples import Candidate, Sample, Sampler
+from blocksight.jobs.evaluate.bootstrap import key_hashes
 from blocksight.jobs.evaluate.evaluation import ClassMap, labels_of, region_of
-from blocksight.jobs.plan.bootstrap import key_hashes
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.plan import Plan
 from blocksight.storage.inputs.ground_truth import Truth

@@ -13,7 +13,7 @@ from torch import Tensor
 from blocksight.engine.metrics.road import imputed
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.jobs.audit.result import Effect
-from blocksight.jobs.plan.bootstrap import MetricSums, differences, key_hashes
+from blocksight.jobs.evaluate.bootstrap import MetricSums, differences, key_hashes
 from blocksight.storage.outputs.pictures import Pixels
 
 Box = tuple[int, int, int, int]

@@ -23,7 +23,7 @@ from blocksight.engine.judging.efficiency import ROUNDS, Efficiency, bare_rates,
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.targets import ClassProbability
 from blocksight.engine.scoring.forward import Forward
-from blocksight.engine.scoring.probe import MeasuredSetting, choose, eager_setting, repeated_inputs
+from blocksight.engine.scoring.setting_choice import MeasuredSetting, choose, eager_setting, repeated_inputs
 from blocksight.jobs.bench.charts import curve_chart
 from blocksight.jobs.bench.curve import CURVE, CurveRequest, measure_curve, pictures, summarise
 from blocksight.jobs.bench.peers import REPEATS, contenders, race

@@ -16,10 +16,10 @@ from blocksight.engine.explainers.explainer import chunks
 from blocksight.engine.judging.fidelity import FAITHFULNESS, FULL, METHODS, SIMILARITIES, FidelityBench, Reading
 from blocksight.engine.metrics.metric import Region
 from blocksight.engine.model.adapter import ModelAdapter
-from blocksight.engine.scoring.probe import ForwardRequest, choose
+from blocksight.engine.scoring.setting_choice import ForwardRequest, choose
+from blocksight.jobs.evaluate.bootstrap import MetricSums, differences, estimate, key_hashes
 from blocksight.jobs.evaluate.evaluation import ClassMap, labels_of, region_of
 from blocksight.jobs.explain.step import images_at_once, load, number_of
-from blocksight.jobs.plan.bootstrap import MetricSums, differences, estimate, key_hashes
 from blocksight.jobs.plan.config import ConfigError, JobConfig
 from blocksight.jobs.plan.context import sha256_of, weights_bytes
 from blocksight.jobs.plan.plan import Plan, make_plan

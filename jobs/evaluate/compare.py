@@ -13,9 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from blocksight.engine.catalog.entries import METRICS
-from blocksight.jobs.evaluate.evaluation import evaluation_folders, value_tables
-from blocksight.jobs.ledger.output import fragment_of
-from blocksight.jobs.plan.bootstrap import (
+from blocksight.jobs.evaluate.bootstrap import (
     MethodEstimate,
     MetricSums,
     PairedDifference,
@@ -24,6 +22,8 @@ from blocksight.jobs.plan.bootstrap import (
     holm,
     key_hashes,
 )
+from blocksight.jobs.evaluate.evaluation import evaluation_folders, value_tables
+from blocksight.jobs.ledger.output import fragment_of
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.forward_setting import planned_forward, protocol_of, setting_difference
 from blocksight.jobs.work.rows import Output, refuse_other_inputs

@@ -25,8 +25,8 @@ from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.targets import ClassProbability
 from blocksight.engine.scoring.forward import Forward
 from blocksight.engine.scoring.perturb import perturbation
-from blocksight.engine.scoring.probe import eager_setting
 from blocksight.engine.scoring.scorer import Scorer
+from blocksight.engine.scoring.setting_choice import eager_setting
 from blocksight.jobs.evaluate.evaluation import (
     Evaluation,
     EvaluationContext,

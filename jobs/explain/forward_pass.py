@@ -11,7 +11,13 @@ from blocksight.engine.catalog.forward_setting import ForwardSetting
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.scoring.forward import Forward, make_forward
-from blocksight.engine.scoring.probe import MAX_FAST_ERROR, ForwardRequest, MeasuredSetting, choose, max_score_error
+from blocksight.engine.scoring.setting_choice import (
+    MAX_FAST_ERROR,
+    ForwardRequest,
+    MeasuredSetting,
+    choose,
+    max_score_error,
+)
 from blocksight.jobs.plan.config import JobConfig
 from blocksight.jobs.plan.forward_setting import FORWARD_KEY, PlannedForward, planned_forward
 from blocksight.storage.stores.store import AlreadyExistsError, ObjectStore

@@ -13,7 +13,7 @@ from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers.explanation import Explanation
 from blocksight.engine.model.targets import ClassProbability
 from blocksight.engine.saliency import Map, minmax
-from blocksight.engine.scoring.probe import eager_setting
+from blocksight.engine.scoring.setting_choice import eager_setting
 from blocksight.jobs.explain.fidelity import POOR_MAP
 from blocksight.jobs.explain.forward_pass import stored_forward
 from blocksight.jobs.explain.learned import num_learning_images, stored_state

@@ -29,7 +29,7 @@ from blocksight.engine.model.loading import load_model
 from blocksight.engine.model.targets import ClassProbability, Target
 from blocksight.engine.saliency import Map
 from blocksight.engine.scoring.forward import Forward, make_forward, use_ieee_float32
-from blocksight.engine.scoring.probe import eager_setting
+from blocksight.engine.scoring.setting_choice import eager_setting
 from blocksight.jobs.explain.fidelity import doubts_of, fidelity_columns
 from blocksight.jobs.explain.forward_pass import ensure_forward, wish_of
 from blocksight.jobs.explain.learned import LEARNED_KEY, num_learning_images, stored_state

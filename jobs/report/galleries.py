@@ -17,10 +17,10 @@ from PIL import Image
 
 from blocksight.engine.catalog.entries import METRICS
 from blocksight.jobs.audit.result import Audit, Shortcut
+from blocksight.jobs.evaluate.bootstrap import key_hashes
 from blocksight.jobs.evaluate.compare import Column
 from blocksight.jobs.evaluate.evaluation import evaluation_folders, value_tables
 from blocksight.jobs.ledger.output import fragment_of
-from blocksight.jobs.plan.bootstrap import key_hashes
 from blocksight.jobs.plan.plan import Plan
 from blocksight.jobs.report.products import Sizes, parts_of, products_of
 from blocksight.jobs.work.rows import Output, images_of, rows_with, shown

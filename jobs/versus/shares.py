@@ -4,7 +4,7 @@ import math
 
 from scipy import stats
 
-from blocksight.jobs.plan.bootstrap import LEVEL, MethodEstimate
+from blocksight.jobs.evaluate.bootstrap import LEVEL, MethodEstimate
 
 SHARES_BY = (
     "95 % by Wilson's score; an image counts once, however many rows it has: rows of one image are no further evidence"

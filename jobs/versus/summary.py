@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from blocksight.jobs.plan.bootstrap import MethodEstimate, MetricSums, estimate, key_hashes
+from blocksight.jobs.evaluate.bootstrap import MethodEstimate, MetricSums, estimate, key_hashes
 from blocksight.jobs.versus.joining import Tally
 from blocksight.jobs.versus.rows import JUDGEMENTS, MEASURES
 from blocksight.jobs.versus.shares import GAP_BY, SHARES_BY, newcombe, wilson

@@ -19,9 +19,9 @@ from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
 from blocksight.storage.images import bmp, gif, jpeg, png, tiff, webp
+from blocksight.storage.images.formats import DECISIONS
 from blocksight.storage.images.headers import Samples
 from blocksight.storage.images.libtiff import libtiff_messages
-from blocksight.storage.images.policy import DECISIONS
 from blocksight.storage.images.rgb import DEEP_MODES, as_rgb
 from blocksight.storage.images.tiff import orientation_of
 from blocksight.storage.limits import MAX_DECODE_SECONDS, MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS

@@ -15,9 +15,9 @@ from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers.sise import Sise
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.targets import ClassProbability
-from blocksight.engine.scoring import probe as probing
+from blocksight.engine.scoring import setting_choice
 from blocksight.engine.scoring.forward import make_forward, use_ieee_float32
-from blocksight.engine.scoring.probe import ForwardRequest, MeasuredSetting, choose
+from blocksight.engine.scoring.setting_choice import ForwardRequest, MeasuredSetting, choose
 from tests.engine.comparing import assert_close
 from tests.engine.nets import Depthwise, InPlace, Plain, Residual, seeded, smooth
 
@@ -120,7 +120,7 @@ def test_a_compiler_that_fails_at_the_first_call_is_one_sentence(monkeypatch):
 
 FREED_AND_SIGNALLED = """
 import gc, os, signal, torch
-from blocksight.engine.scoring.probe import ForwardRequest, choose
+from blocksight.engine.scoring.setting_choice import ForwardRequest, choose
 from tests.engine.scoring.test_forward import adapter_of
 from tests.engine.nets import smooth
 torch.set_num_threads(1)
@@ -155,17 +155,17 @@ class Clock:
 
 def stub(monkeypatch, table):
     """Lets settings have these rates and errors instead of measured ones."""
-    monkeypatch.setattr(probing, "_candidates", lambda *_: iter(table))
+    monkeypatch.setattr(setting_choice, "_candidates", lambda *_: iter(table))
 
     def make(_, setting):
         if table[setting].refused is not None:
             raise ModelError(table[setting].refused)
         return setting
 
-    monkeypatch.setattr(probing, "make_forward", make)
-    monkeypatch.setattr(probing, "rate", lambda setting, *_: 1 / table[setting].seconds)
-    monkeypatch.setattr(probing, "_scores", lambda forward, *_: forward)
-    monkeypatch.setattr(probing, "_score_error", lambda setting, _: table[setting].error)
+    monkeypatch.setattr(setting_choice, "make_forward", make)
+    monkeypatch.setattr(setting_choice, "rate", lambda setting, *_: 1 / table[setting].seconds)
+    monkeypatch.setattr(setting_choice, "_scores", lambda forward, *_: forward)
+    monkeypatch.setattr(setting_choice, "_score_error", lambda setting, _: table[setting].error)
 
 
 EAGER, FAST, HALF, BFLOAT = (
@@ -207,7 +207,7 @@ def test_where_passes_are_timed_the_fastest_sound_setting_is_taken(monkeypatch, 
 )
 def test_by_rule_the_first_sound_setting_is_taken_and_no_clock_is_read(monkeypatch, table, taken):
     stub(monkeypatch, table)
-    monkeypatch.setattr(probing, "rate", lambda *_: pytest.fail("a timing was taken"))
+    monkeypatch.setattr(setting_choice, "rate", lambda *_: pytest.fail("a timing was taken"))
     _, found = choose(adapter_of(), ForwardRequest())
     assert found[0].setting == taken
     assert all(one.forwards_per_second is None for one in found)
@@ -228,14 +228,14 @@ def test_by_rule_the_first_sound_setting_is_taken_and_no_clock_is_read(monkeypat
 )
 def test_the_rule_on_a_cpu(monkeypatch, wish, settings):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
-    assert list(probing._candidates(adapter_of(), torch.empty(0), wish)) == settings
+    assert list(setting_choice._candidates(adapter_of(), torch.empty(0), wish)) == settings
 
 
 def test_the_rule_on_a_cpu_without_openvino(monkeypatch):
-    monkeypatch.setattr(probing, "find_spec", lambda _: None)
+    monkeypatch.setattr(setting_choice, "find_spec", lambda _: None)
     adapter = adapter_of()
-    assert list(probing._candidates(adapter, torch.empty(0), ForwardRequest())) == [EAGER]
-    timed = probing._candidates(adapter, torch.empty(0), TIMED)
+    assert list(setting_choice._candidates(adapter, torch.empty(0), ForwardRequest())) == [EAGER]
+    timed = setting_choice._candidates(adapter, torch.empty(0), TIMED)
     assert list(timed) == [EAGER, ForwardSetting("compiled", batch_size=8)]
 
 
@@ -262,21 +262,21 @@ def test_the_rule_on_a_cpu_without_openvino(monkeypatch):
     ],
 )
 def test_the_rule_on_a_gpu(monkeypatch, wish, settings):
-    monkeypatch.setattr(probing, "_best_batch_size", lambda *_: 128)
+    monkeypatch.setattr(setting_choice, "_best_batch_size", lambda *_: 128)
     adapter = adapter_of()
     adapter.device = torch.device("cuda")
-    assert list(probing._candidates(adapter, torch.empty(0), wish)) == settings
+    assert list(setting_choice._candidates(adapter, torch.empty(0), wish)) == settings
 
 
 def test_what_does_not_fit_is_passed_over(monkeypatch):
-    real = probing.make_forward
+    real = setting_choice.make_forward
 
     def short(adapter, setting):
         if setting.backend != "eager":
             raise torch.OutOfMemoryError("no room")
         return real(adapter, setting)
 
-    monkeypatch.setattr(probing, "make_forward", short)
+    monkeypatch.setattr(setting_choice, "make_forward", short)
     _, found = choose(adapter_of(), ForwardRequest())
     assert found[0].setting.backend == "eager"
     assert {one.refused for one in found[1:]} == {"no room"}
@@ -325,9 +325,9 @@ def test_the_choice_is_the_same_each_time_to_the_last_digit():
 
 def test_errors_are_measured_on_masked_pictures_that_no_data_changes():
     adapter = adapter_of()
-    pictures = probing._pictures(adapter)
-    assert torch.equal(pictures, probing._pictures(adapter))
-    masked = probing._masked_pictures(pictures)
+    pictures = setting_choice._pictures(adapter)
+    assert torch.equal(pictures, setting_choice._pictures(adapter))
+    masked = setting_choice._masked_pictures(pictures)
     assert masked.shape == (32, 3, 32, 32)
     shares = masked / pictures[torch.arange(32) % 8]
     shares = shares[pictures[torch.arange(32) % 8].abs() > 0.01]
@@ -352,9 +352,9 @@ def test_float32_is_ieee_float32_whatever_a_factory_allowed():
 def test_an_error_by_hand():
     wanted = torch.tensor([[0.8, 0.2], [0.5, 0.5], [0.1, 0.9]]).double()
     scores = torch.tensor([[0.88, 0.12], [0.5, 0.5], [0.1, 0.9]]).double()
-    assert probing._score_error(scores, wanted) == 0.0  # the median
+    assert setting_choice._score_error(scores, wanted) == 0.0  # the median
     scores[2, 1] = 0.45
-    assert probing._score_error(scores, wanted) == pytest.approx(0.1)
+    assert setting_choice._score_error(scores, wanted) == pytest.approx(0.1)
     scores[2, 1] = torch.nan
-    assert probing._score_error(scores, wanted) == math.inf
+    assert setting_choice._score_error(scores, wanted) == math.inf
     assert not MeasuredSetting(EAGER, score_error=math.inf).is_sound(ForwardRequest())

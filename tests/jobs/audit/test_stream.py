@@ -15,9 +15,9 @@ from blocksight.jobs.audit.measures import measured
 from blocksight.jobs.audit.result import GATES, GRID, MEASURES, ROWS
 from blocksight.jobs.audit.samples import Candidate, Sampler
 from blocksight.jobs.audit.stream import StreamResult, committed, digest_of_fragments, stream
+from blocksight.jobs.evaluate.bootstrap import byte_hashes, key_hashes
 from blocksight.jobs.evaluate.evaluation import ClassMap
 from blocksight.jobs.ledger.output import map_of
-from blocksight.jobs.plan.bootstrap import byte_hashes, key_hashes
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.plan import Plan, load_plan
 from blocksight.jobs.plan.records import Unit

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from blocksight.engine.catalog.forward_setting import ForwardSetting
 from blocksight.engine.errors import ModelError
-from blocksight.engine.scoring import probe as probing
-from blocksight.engine.scoring.probe import MeasuredSetting
+from blocksight.engine.scoring import setting_choice
+from blocksight.engine.scoring.setting_choice import MeasuredSetting
 from blocksight.jobs.cli import job_tables, metric_tables
 from blocksight.jobs.evaluate.compare import compare, rows_of_table
 from blocksight.jobs.explain import forward_pass, step
@@ -60,7 +60,7 @@ def data(tmp_path):
 @pytest.mark.chooses
 def test_two_fresh_outputs_are_the_same_whatever_the_clock_says(tmp_path, data, monkeypatch):
     """The fault that this was: a timing chose precision and backend, and the first images their error."""
-    monkeypatch.setattr(probing, "measured_seconds", lambda *_, **__: random.uniform(1e-6, 10))
+    monkeypatch.setattr(setting_choice, "measured_seconds", lambda *_, **__: random.uniform(1e-6, 10))
     outputs = [tmp_path / name for name in ("one", "two")]
     for output in outputs:
         assert run_here(data, output, preset="fast").manifest is not None
@@ -199,7 +199,7 @@ def test_a_lower_precision_that_is_far_off_is_told_loudly():
 
 
 def test_a_precision_of_no_use_leaves_no_output_behind(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(probing, "MAX_REQUESTED_ERROR", 1e-9)
+    monkeypatch.setattr(setting_choice, "MAX_REQUESTED_ERROR", 1e-9)
     with pytest.raises(ModelError, match="does not work in bfloat16"):
         run_here(data, tmp_path / "maps", precision="bfloat16")
     run_here(data, tmp_path / "maps")  # the same place, without it
@@ -273,13 +273,13 @@ def test_without_a_planned_setting_a_worker_chooses_once_and_the_rest_follow(tmp
 
     monkeypatch.setattr(forward_pass, "choose", choose)
     monkeypatch.setattr(forward_pass, "_forward_with", lambda _, setting: setting)
-    wish = probing.ForwardRequest(is_timed=True)
+    wish = setting_choice.ForwardRequest(is_timed=True)
     assert forward_pass.ensure_forward(store, adapter, wish) == ("forward", BFLOAT)
     assert forward_pass.ensure_forward(store, adapter, wish) == (BFLOAT, BFLOAT)
     assert len(chosen) == 1
     planned = planned_forward(store)
     assert planned is not None
-    assert (planned.chosen, planned.score_error, planned.bound) == ("timing", 0.01, probing.MAX_FAST_ERROR)
+    assert (planned.chosen, planned.score_error, planned.bound) == ("timing", 0.01, setting_choice.MAX_FAST_ERROR)
 
 
 def test_of_two_workers_that_choose_at_once_the_first_counts(tmp_path, monkeypatch):
@@ -291,7 +291,7 @@ def test_of_two_workers_that_choose_at_once_the_first_counts(tmp_path, monkeypat
 
     monkeypatch.setattr(forward_pass, "choose", choose)
     monkeypatch.setattr(forward_pass, "_forward_with", lambda _, setting: setting)
-    assert forward_pass.ensure_forward(store, object(), probing.ForwardRequest()) == (first, first)
+    assert forward_pass.ensure_forward(store, object(), setting_choice.ForwardRequest()) == (first, first)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_of_two_workers_that_choose_at_once_the_first_counts(tmp_path, monkeypat
 )
 def test_what_a_job_asks_for(tmp_path, options, precision):
     config = config_of(tmp_path, tmp_path / "out", **options)
-    wanted = probing.ForwardRequest(precision, 3, is_timed=True)
+    wanted = setting_choice.ForwardRequest(precision, 3, is_timed=True)
     assert forward_pass.wish_of(config, 3, is_timed=True) == wanted
 
 

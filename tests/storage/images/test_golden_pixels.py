@@ -12,9 +12,9 @@ import tifffile
 from PIL import Image
 
 from blocksight.storage.images.decode import decode
+from blocksight.storage.images.formats import as_markdown
 from blocksight.storage.images.jpeg import _segments
 from blocksight.storage.images.png import MAX_RAW_PROFILE_BYTES
-from blocksight.storage.images.policy import as_markdown
 from blocksight.storage.rejects import Reject, RejectCode
 from tests.storage.by_hand import bmp, chunk, png, png_of, tiff
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from blocksight.jobs.plan.bootstrap import MetricSums, differences, estimate, holm, key_hashes, weights
+from blocksight.jobs.evaluate.bootstrap import MetricSums, differences, estimate, holm, key_hashes, weights
 
 NAN = float("nan")
 SEED = 20230
@@ -99,7 +99,7 @@ def test_weights_leave_the_hashes_as_they_were() -> None:
 
 
 def test_another_process_draws_the_same_weights() -> None:
-    code = "from blocksight.jobs.plan.bootstrap import *; print(weights(key_hashes(['x', 'y']), 30).tolist())"
+    code = "from blocksight.jobs.evaluate.bootstrap import *; print(weights(key_hashes(['x', 'y']), 30).tolist())"
     root = Path(__file__).parents[3]
     said = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True)
     assert said.stdout.strip() == str(weights(key_hashes(["x", "y"]), 30).tolist())
