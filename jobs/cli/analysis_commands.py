@@ -27,11 +27,11 @@ def evaluate(
         str | None, typer.Option(help="Where the objects are: VOC XML, COCO JSON or Parquet (file, folder, s3://).")
     ] = None,
     class_map: Annotated[
-        Path | None, typer.Option(help='JSON: which classes a label stands for, such as {"dog": [151, 152]}.')
+        Path | None, typer.Option(help='JSON: the classes that a label means, such as {"dog": [151, 152]}.')
     ] = None,
     controls: Annotated[bool, typer.Option("--controls", help="Measure a random map, a bell and edges too.")] = False,
     baseline: Annotated[
-        Literal["zero", "black"], typer.Option(help="What stands where a metric removes a pixel, for every method.")
+        Literal["zero", "black"], typer.Option(help="Value of a pixel that a metric removes, for every method.")
     ] = "zero",
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the sample and of all that is random.")] = 0,
     model: Model = None,
@@ -42,7 +42,7 @@ def evaluate(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Masked inputs per forward.")] = None,
     endpoint_url: Endpoint = None,
 ) -> None:
-    """Measure the maps of an output: values in fragments beside them, nothing is rewritten. Resumes like explain.
+    """Measure the maps of an output. Values are stored beside them; nothing is rewritten. Resumes like explain.
 
     Example: blocksight evaluate maps/ --metrics insertion,deletion,ebpg --truth boxes/ --metrics-sample 0.1
     """
@@ -80,11 +80,10 @@ def compare_outputs(
     store: Annotated[str | None, typer.Option(help="Parquet file for the table: a path or s3:// URI.")] = None,
     endpoint_url: Endpoint = None,
 ) -> None:
-    """Compare methods: means with 95 % intervals by bootstrap over images, and marks where they differ for sure.
+    """Compare methods: means with 95 % intervals by bootstrap over images, and marks of significant differences.
 
-    Every number comes from the rows that stand in the outputs; run `evaluate` on each first, for more than
-    Drop and Increase. A star marks a paired difference to the first method with p below 0.05 after Holm's
-    correction over the whole table.
+    Every number comes from stored rows of the outputs. For more than Drop and Increase, run `evaluate` on each first.
+    A star marks a paired difference to the first method with p below 0.05 after Holm's correction over the whole table.
     """
     from blocksight.jobs.evaluate.compare import Output, compare, store_table
 
@@ -102,7 +101,7 @@ def versus(
     output: Annotated[str, typer.Option(help="Folder or s3:// prefix for the difference, rewritten if it is ours.")],
     endpoint_url: Endpoint = None,
 ) -> None:
-    """Compare two outputs record by record: what regressed, how far the maps moved, and whether both go together.
+    """Compare two outputs record by record: what regressed, how far the maps moved, and whether both are related.
 
     Two models are compared best with --target label in both: predicted targets differ where it matters most.
 
@@ -126,18 +125,16 @@ def audit(
         str | None, typer.Option(help="Where the objects are, as in `evaluate`: tells shortcuts from objects.")
     ] = None,
     class_map: Annotated[Path | None, typer.Option(help="JSON, as in `evaluate`.")] = None,
-    tries: Annotated[
-        bool, typer.Option("--try/--no-try", help="Put suspected shortcuts to the test on the model.")
-    ] = True,
+    tries: Annotated[bool, typer.Option("--try/--no-try", help="Test suspected shortcuts on the model.")] = True,
     model: Model = None,
     weights: Weights = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of samples and random regions.")] = 0,
     endpoint_url: Endpoint = None,
 ) -> None:
-    """Find what is wrong with a model: how its maps lie, class by class, which are odd, which shortcuts it takes.
+    """Find what is wrong with a model: where its maps lie by class, which maps are odd, which shortcuts it takes.
 
-    A region that one class's maps point at is blanked in members and pasted into other images, beside random
-    regions of its size. Only what stands that test is called a finding; the rest are suspicions.
+    A region that one class's maps point at is blanked in members and pasted into other images, and random regions of
+    its size too. A region that passes this test is a finding; the others are suspicions.
 
     Example: blocksight audit s3://bucket/maps --truth boxes/
     """

@@ -1,4 +1,4 @@
-"""The application that all commands share: its options, exit codes and console."""
+"""The command line application: shared options, exit codes and the console."""
 
 import inspect
 import sys
@@ -30,7 +30,7 @@ app = typer.Typer(
 )
 LOG_WIDTH = 140
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH)
-"""As wide as the terminal; a log or a pipe gets whole lines."""
+"""As wide as the terminal; in a log or a pipe lines are not wrapped."""
 
 JOB_OPTIONS: dict[str, Any] = {
     "data": Annotated[str | None, typer.Option(help="Folder, file or s3:// prefix of images, tar shards or Parquet.")],
@@ -105,7 +105,7 @@ JOB_OPTIONS: dict[str, Any] = {
     ],
     "max_dead_units": Annotated[int | None, typer.Option(help="More dead units are no success: exit 3.  [default: 0]")],
 }
-"""What `plan` and `explain` share: what is computed, and how it runs."""
+"""Options of `plan` and `explain`: what is computed, and how it runs."""
 
 Existing = Annotated[str, typer.Argument(help="The output: folder or s3:// prefix.")]
 Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint, for stores other than AWS.")]
@@ -116,7 +116,7 @@ Weights = Annotated[str | None, typer.Option(help="The weights file again, if th
 
 
 def takes_job(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command the options of a job, and hands it the checked configuration and execution."""
+    """Gives a command the options of a job, and calls it with the checked configuration and execution."""
 
     def run(**given: Any) -> None:
         command(*job_of(given))
@@ -134,14 +134,14 @@ def takes_job(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def job_of(given: dict[str, Any]) -> tuple[JobConfig, Execution]:
-    """What the shared options and their TOML file say."""
+    """The configuration and execution from the shared options and their TOML file."""
     options = {name: given[name] for name in JOB_OPTIONS if name not in ("config", "param", "budget")}
     asked = [*(given["param"] or []), *([f"budget={given['budget']}"] if given["budget"] is not None else [])]
     return load_config(given["config"], {**options, "parameters": parse_parameters(asked)})
 
 
 def existing(output: str, endpoint_url: str | None) -> tuple[ObjectStore, Plan]:
-    """The output's store and the plan that stands in it."""
+    """The output's store and its plan."""
     from blocksight.jobs.work.rows import existing_output
 
     standing = existing_output(output, endpoint_url)

@@ -1,4 +1,4 @@
-"""What `blocksight audit` prints: what was found, and what to do next."""
+"""The tables that `blocksight audit` prints."""
 
 from typing import TYPE_CHECKING
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from blocksight.jobs.audit.result import Audit, Shortcut  # which needs pyarrow
 
 SHOWN = 10
-"""Of a long list; all stands in the files."""
+"""Entries of a long list that are printed; the files hold all."""
 
 
 def audit_table(audit: "Audit", place: str) -> RenderableType:
-    """What an audit found: counts, gates, then what is wrong, the surest first."""
+    """The result of an audit: counts, gates, findings, suspicions and oddities."""
     right = "" if audit.num_right is None else f", {audit.num_right:,} of them right predictions"
     gates = ", ".join(f"{count:,} {name}" for name, count in audit.gates.items() if count)
     split = {cluster.target_name for cluster in audit.clusters}

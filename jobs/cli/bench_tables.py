@@ -1,4 +1,4 @@
-"""What `blocksight bench` prints: rates, costs, the race and the fidelity curve."""
+"""The tables that `blocksight bench` prints: rates, costs, the race and the fidelity curve."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ EFFICIENCY = "the time that the bare model would need for as many forwards, over
 
 
 def benchmark_table(job: JobConfig, found: "Benchmark") -> RenderableType:
-    """The rate of the bare model, what the explainer makes of it, and what a data set costs."""
+    """The rates of the bare model and the explainer, and the cost of a data set."""
     own, cost = found.efficiency, found.cost
     worker = "core" if found.device == "cpu" else "GPU"
     money = f", {cost.money:,.2f} at the given price" if cost.money is not None else ""
@@ -72,7 +72,7 @@ def _race_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def curve_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """The fidelity curve: to full SISE, then what is lost against it."""
+    """The fidelity curve: likeness to full SISE's maps, then differences to its metrics."""
     shown = grid_table(
         ["method", "forwards", "images", "blocks", "Spearman", "SSIM", "IoU 15 %", "ins - del", "Drop", "EBPG", ""],
         [

@@ -1,4 +1,4 @@
-"""What `blocksight list` prints: explainers with their parameters, metrics and models."""
+"""The tables that `blocksight list` prints: explainers with their parameters, metrics and models."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from blocksight.jobs.cli.tables import grid_table
 
 
 def catalog_table(what: str) -> RenderableType:
-    """One of the engine's lists."""
+    """The table of `explainers`, `metrics` or `models`."""
     if what == "metrics":
         return grid_table(
             ["metric", "meaning", "unit", "better", "cost"],
@@ -35,22 +35,22 @@ def catalog_table(what: str) -> RenderableType:
 
 
 def _listed(name: str, entry: entries.ExplainerEntry) -> str:
-    """A name as the list shows it."""
+    """The explainer's name with its marks."""
     return f"{name}{'(...)' if entry.wraps else ''}{' *' if entry.is_reconstruction else ''}"
 
 
 def _legend() -> Iterator[str]:
-    """What the marks in the list of explainers mean."""
-    usual = ", ".join(f"{name}({own.wraps})" for name, own in entries.EXPLAINERS.items() if own.wraps)
+    """The meanings of the marks in the list of explainers."""
+    defaults = ", ".join(f"{name}({own.wraps})" for name, own in entries.EXPLAINERS.items() if own.wraps)
     yield "(...) wraps another explainer, such as ucag(sise) or ucag(smoothgrad(gradcam)); where none is named:"
-    yield f"    {usual}"
+    yield f"    {defaults}"
     yield f"* {RECONSTRUCTED}"
     yield "-p NAME=VALUE sets a parameter, -p base.NAME=VALUE one of what is wrapped; --preset sets the others"
     yield "    as below: where fast says nothing, as in paper"
 
 
 def _parameters(explainer: str, entry: entries.ExplainerEntry) -> Table:
-    """Parameters with what each preset makes of them; one column where the presets are the same."""
+    """Parameters with their values by preset; one column if the presets are the same."""
     rows, hints = [], get_type_hints(entry.parameters)
     for field in fields(entry.parameters):
         paper = "" if field.default is MISSING else _value(field.default)
@@ -61,14 +61,14 @@ def _parameters(explainer: str, entry: entries.ExplainerEntry) -> Table:
 
 
 def _meaning(field: Field[Any], hint: Any) -> str:
-    """The help of a parameter, and the words that it may be where the help does not name them."""
+    """The help of a parameter, with its allowed words if the help does not name them."""
     said, words = str(field.metadata["help"]), list(_words(hint))
     missing = [word for word in words if not re.search(rf"\b{re.escape(word)}\b", said) and word != field.default]
     return f"{said} ({', '.join(words)})" if missing else said
 
 
 def _words(hint: Any) -> Iterator[str]:
-    """The literal words of a type."""
+    """The literal strings of a type."""
     if get_origin(hint) is Literal:
         yield from (word for word in get_args(hint) if isinstance(word, str))
     else:

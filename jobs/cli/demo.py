@@ -1,4 +1,4 @@
-"""The demo: real photographs from a package, explained end to end, with pictures to look at."""
+"""The demo: explains photographs that come with a package, and draws the maps."""
 
 import io
 import os
@@ -29,8 +29,8 @@ SHEET_COLUMNS = 3
 def run_demo(folder: Path, *, through_bucket: bool, console: Console) -> None:
     """Explains the photographs into `folder` and writes overlays and a contact sheet there.
 
-    Through the bucket, an S3 server on loopback holds photographs and result while the demo runs; its data
-    lie in the folder too. Run again, it finds the finished work and only draws the pictures.
+    With `through_bucket`, an S3 server on loopback holds photographs and result while the demo runs; its data are in
+    the folder too. A second run finds the finished work and only draws the pictures.
     """
     files = photographs()
     with _root(folder, through_bucket, console) as (root, endpoint_url):
@@ -59,7 +59,7 @@ def run_demo(folder: Path, *, through_bucket: bool, console: Console) -> None:
 
 @contextmanager
 def _root(folder: Path, through_bucket: bool, console: Console) -> Iterator[tuple[str, str | None]]:
-    """Where photographs and maps go, and the endpoint: the folder, or a bucket that stands while the body runs."""
+    """Yields the place of photographs and maps, and the endpoint: the folder, or a bucket that runs inside."""
     if not through_bucket:
         yield str(folder), None
         return
@@ -75,7 +75,7 @@ def _root(folder: Path, through_bucket: bool, console: Console) -> Iterator[tupl
 
 
 def _upload(photographs: dict[str, bytes], store: ObjectStore) -> None:
-    """Puts the photographs that are not there yet: a version once planned is not touched again."""
+    """Uploads the photographs that are missing. Existing ones stay, because the plan holds their versions."""
     for name, body in photographs.items():
         try:
             store.create(name, body)

@@ -64,11 +64,11 @@ def explain(job: JobConfig, execution: Execution) -> None:
         console.print(f"Stopped: {printable(outcome.ran.stopped)}.")
     if outcome.ran.is_hopeless and outcome.job_state.open_units:
         raise typer.Exit(OVER_BUDGET)
-    _settled(outcome.job_state, outcome.exceeded_budgets, is_final=outcome.manifest is not None)
+    _exit_unless_complete(outcome.job_state, outcome.exceeded_budgets, is_final=outcome.manifest is not None)
 
 
-def _settled(job_state: JobState, exceeded_budgets: Sequence[str], *, is_final: bool) -> None:
-    """Ends the command where the job is not the success that was asked for, and says the way out."""
+def _exit_unless_complete(job_state: JobState, exceeded_budgets: Sequence[str], *, is_final: bool) -> None:
+    """Ends the command with an exit code if the job is not complete or over budget, and says what to do."""
     if job_state.open_units:
         still_open = counted(len(job_state.open_units), "unit")
         console.print(f"{still_open} still open: the same `explain` goes on from there.")
@@ -76,7 +76,7 @@ def _settled(job_state: JobState, exceeded_budgets: Sequence[str], *, is_final: 
     for sentence in exceeded_budgets:
         console.print(f"Over budget: {sentence}.")
     if job_state.dead and exceeded_budgets and not is_final:
-        console.print("`blocksight retry OUTPUT` opens dead units again, --max-dead-units does without them.")
+        console.print("`blocksight retry OUTPUT` opens dead units again; --max-dead-units accepts them.")
     if exceeded_budgets:
         raise typer.Exit(OVER_BUDGET)
 
@@ -95,14 +95,14 @@ def status(output: Existing, endpoint_url: Endpoint = None) -> None:
 
 
 def _finished(store: ObjectStore, job_state: JobState) -> None:
-    """Ends the command where every unit is settled and the final manifest is not written."""
+    """Ends the command with an exit code if no unit is open but there is no final manifest."""
     if final_manifest(store, job_state.plan) is not None:
         return
     if job_state.dead:
         dead = counted(len(job_state.dead), "dead unit")
         console.print(f"{dead}: `retry` opens them again, `finalize --max-dead-units` does without.")
         raise typer.Exit(OVER_BUDGET)
-    console.print("Every unit is settled, and the final manifest is not written: `blocksight finalize` writes it.")
+    console.print("No unit is open, but the final manifest is missing: `blocksight finalize` writes it.")
     raise typer.Exit(INCOMPLETE)
 
 
@@ -164,7 +164,7 @@ def finalize(
     console.print(job_state_table(output, job_state))
     accepted = num_accepted(final_manifest(store, made))
     budget = Budget(max_reject_fraction=1.0, max_dead_units=max(max_dead_units, accepted))
-    _settled(job_state, exceeded_budgets(job_state, budget), is_final=False)
+    _exit_unless_complete(job_state, exceeded_budgets(job_state, budget), is_final=False)
     write_manifest(store, job_state)
     console.print("The final manifest stands.")
 

@@ -1,4 +1,4 @@
-"""What the commands of a job print: its plan, its state, its outcome."""
+"""The tables that the commands of a job print: its plan, its state, its outcome."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -98,7 +98,7 @@ def letter_line(letter: DeadLetter) -> str:
 
 
 def outcome_table(job: JobConfig, outcome: RunOutcome) -> Table:
-    """What a run left behind."""
+    """The job's state after a run."""
     table = job_state_table(job.output, outcome.job_state, outcome.forward)
     if outcome.ran.seconds:
         table.add_row("this run", f"{clock(outcome.ran.seconds)}, workers busy {outcome.ran.busy:.0%} of it")

@@ -121,7 +121,7 @@ def bench(
 
 
 def _refuse_idle(asked: str, idle: dict[str, Any], output: Path) -> None:
-    """Raises ConfigError for options that would be ignored, and for a folder that is none."""
+    """Raises ConfigError for options that would be ignored, and for an `output` that is no local folder."""
     given = [name for name, value in idle.items() if value]
     if given:
         raise ConfigError(f"{asked} measures all methods alike: leave {', '.join(given)} out")
@@ -132,14 +132,14 @@ def _refuse_idle(asked: str, idle: dict[str, Any], output: Path) -> None:
 @commands.command()
 def bank(
     data: Annotated[str, typer.Option(help="Labelled images: folder, file or s3:// prefix, as for `explain`.")],
-    model: Annotated[str, typer.Option(help="Whose features are taken; of a classifier, what enters its last layer.")],
+    model: Annotated[str, typer.Option(help="Model of the features; of a classifier, the input of its last layer.")],
     output: Annotated[str, typer.Option(help="Weights file to write: a path or s3:// URI, such as bank.safetensors.")],
     weights: Annotated[str | None, typer.Option(help="State dict: file or s3:// URI; a weight name; `random`.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records.")] = None,
     resize: Annotated[Literal["squash", "crop"], typer.Option(help="Whole image, or its centre.")] = "squash",
     endpoint_url: Endpoint = None,
 ) -> None:
-    """Make a classifier without training: features of labelled images, whose nearest vote for a new image's class.
+    """Make a classifier without training from features of labelled images; the nearest vote for a new image's class.
 
     The file is the weights of the model knn(MODEL), which every other command takes.
 
@@ -163,5 +163,5 @@ def bank(
 def list_entries(
     what: Annotated[Literal["explainers", "metrics", "models"], typer.Argument(help="What to list.")],
 ) -> None:
-    """List what there is, with what it needs and what it costs."""
+    """List explainers, metrics or models, with what they need and cost."""
     console.print(catalog_table(what))

@@ -1,4 +1,4 @@
-"""The command line: runs a command, and turns errors that the user can mend into one sentence and an exit code."""
+"""Runs the command line: an error that the user can mend becomes one sentence and an exit code."""
 
 import sys
 
@@ -20,7 +20,7 @@ for module in (job_commands, analysis_commands, reading_commands, machine_comman
 
 
 def main() -> None:
-    """Runs the command line; whatever the user can mend is one sentence on standard error, never a traceback."""
+    """Runs the command line. An error that the user can mend is one sentence on standard error, not a traceback."""
     stderr = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         refuse_unsafe_switches()

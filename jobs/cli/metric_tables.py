@@ -1,4 +1,4 @@
-"""What `evaluate`, `compare` and `versus` print: metrics with their intervals."""
+"""The tables that `evaluate`, `compare` and `versus` print: metrics with their intervals."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,16 +17,13 @@ if TYPE_CHECKING:
     from blocksight.jobs.plan.records import Evaluated
 
 CELL_WIDTH = 25
-
-
 MAX_REASON = 500
-
-
 CERTAIN = 0.05
+"""Largest corrected p-value that is marked."""
 
 
 def evaluation_table(done: "Sequence[Evaluated]", place: str) -> RenderableType:
-    """What a run of `evaluate` measured, and why some values are not defined."""
+    """The number of measured values, and why some values are not defined."""
     reasons = sum((Counter(own.reasons) for own in done), Counter())
     num_values = sum(own.num_values for own in done)
     rows = [("values", f"{num_values - sum(reasons.values()):,} of this run")]
@@ -37,7 +34,7 @@ def evaluation_table(done: "Sequence[Evaluated]", place: str) -> RenderableType:
 
 
 def comparison_table(table: "Comparison", width: int) -> RenderableType:
-    """Methods by metrics, as many abreast as the width allows: means, then differences; the best mean is bold."""
+    """Methods by metrics, in tables that fit the width: means (the best is bold), then differences."""
     cells = {(cell.column, cell.method): cell for cell in table.cells}
     longest = max(len(method.name) for method in table.methods)
     abreast = max(1, (width - longest - 4) // (CELL_WIDTH + 3))
@@ -54,14 +51,14 @@ def comparison_table(table: "Comparison", width: int) -> RenderableType:
 
 
 def _footnotes(table: "Comparison") -> Iterator[str]:
-    """Why methods have no value of some metrics: a line for each method and reason."""
+    """Says why methods have no value of some metrics: a line for each method and reason."""
     for number, ((method, reason), metrics) in enumerate(_missing(table).items(), 1):
         names = ", ".join(dict.fromkeys(metrics))
         yield f"({number}) {printable(table.methods[method].name)} has no {names}: {printable(reason[:MAX_REASON])}"
 
 
 def _missing(table: "Comparison") -> dict[tuple[int, str], list[str]]:
-    """The metrics of which a method has no value, by method and reason."""
+    """The metrics without a value, by method and reason."""
     found: dict[tuple[int, str], list[str]] = {}
     for one in table.absences:
         found.setdefault((one.method, one.reason), []).append(one.column.metric)
@@ -108,7 +105,7 @@ def _difference_cell(cell: "Cell", is_best: bool) -> str:  # noqa: ARG001 - as `
 
 
 def difference_table(said: "Mapping[str, Any]", place: str) -> RenderableType:
-    """What a difference says: how much two outputs share, who is right, how far maps moved, and what goes with it."""
+    """The summary of a difference: shared records, right and wrong predictions, and how far the maps moved."""
     counts, shares, rule = said["counts"], said["shares"], said["looks_elsewhere"]
     rows = [
         *((name.upper(), f"{said[name]['output']}: {said[name]['model']}, {said[name]['explainer']}") for name in "ab"),
@@ -141,7 +138,7 @@ def _share(own: "Mapping[str, Any]", sign: str = "") -> str:
 
 
 def _left_out(counts: "Mapping[str, Any]", targets: Sequence[str]) -> list[tuple[str, str]]:
-    """What could not be compared, and what to do."""
+    """Says what could not be compared, and what to do."""
     go_on = "still open: the same `explain` goes on from there"
     said = {
         "records_with_other_targets": (

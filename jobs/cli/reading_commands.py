@@ -32,8 +32,8 @@ def show(
 ) -> None:
     """Show one record: its facts, and a picture of image, overlay and map for every target.
 
-    What the explainer found beside the map (a scan path, crops, accumulated maps and the like) is drawn on a second
-    picture, named *.products.png.
+    Side products of the explainer (a scan path, crops, accumulated maps and the like) are drawn on a second picture,
+    named *.products.png.
 
     With --blocks, --explainers or --beside the picture is a sheet of captioned overlays instead.
     """
@@ -71,9 +71,9 @@ def ask_output(
     csv: Annotated[Path | None, typer.Option(help="CSV file for all rows, instead of a table of the first.")] = None,
     endpoint_url: Endpoint = None,
 ) -> None:
-    """Query an output where it stands: views maps, rejects, values, metrics, and audit_... where an audit stands.
+    """Query an output in place: views maps, rejects, values, metrics, and audit_... if there is an audit.
 
-    Without a query: the statements that make the views, for a DuckDB of your own (`blocksight sql maps/ | duckdb`).
+    Without a query: the statements that make the views, for your own DuckDB (`blocksight sql maps/ | duckdb`).
 
     Example: blocksight sql maps/ "SELECT explainer, avg(drop) FROM metrics GROUP BY explainer"
     """
@@ -105,7 +105,7 @@ def export_output(
     weights: Annotated[str | None, typer.Option(help="Quantus: the weights file again, if there was one.")] = None,
     endpoint_url: Endpoint = None,
 ) -> None:
-    """Write an output in the form that another tool reads: images, maps, labels, scores, metrics.
+    """Write an output in the format of another tool: images, maps, labels, scores, metrics.
 
     Example: blocksight export maps/ fiftyone for-fiftyone/
     """

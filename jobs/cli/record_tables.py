@@ -1,4 +1,4 @@
-"""What is printed of one record: its facts, and a line per target."""
+"""The tables of one record: its facts, and a line per target."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,13 +11,13 @@ from blocksight.jobs.plan.text import printable
 from blocksight.jobs.report.products import products_of, said_of
 
 FIGURES = ("score", "rank", "Drop", "grew", "forwards", "fidelity", "map bytes")
-"""What is shown of a target beside its name."""
+"""Columns of a target after its name."""
 
 
 def record_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """One record's rows: its facts, a line per target, and a line for each thing that was found beside its map.
+    """One record's rows: its facts, a line per target, and a line for each side product.
 
-    Raises UnreconciledError where such a thing is damaged.
+    Raises UnreconciledError if a side product is damaged.
     """
     first = rows[0]
     table = Table(title=printable(first["key"]), title_justify="left", title_style="bold")
@@ -32,7 +32,7 @@ def record_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 
 def _beside_maps(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
-    """What was found beside the maps, target by target where there are several."""
+    """The side products, by target if there are several."""
     for row in rows:
         found = [(name, printable(text)) for name, text in said_of(products_of(row))]
         if found:
@@ -40,7 +40,7 @@ def _beside_maps(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
 
 
 def target_cells(row: Mapping[str, Any]) -> list[str]:
-    """The target by name, and its FIGURES."""
+    """The target's name, and its values of FIGURES."""
     return [
         printable(row["target_name"]),
         f"{row['score']:.3f}",

@@ -35,22 +35,22 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a sheet shows beside the stored map."""
+    """The maps that a sheet shows in addition to the stored one."""
 
     blocks: bool = False
-    """The block maps and their fusion, made again."""
+    """Whether to show the block maps and their fusion, by a replay."""
     explainers: str | None = None
-    """Names joined by commas, whose maps are made now."""
+    """Names joined by commas of explainers whose maps are computed now."""
     beside: tuple[Output, ...] = ()
     """Other outputs of the same data."""
     weights: str | None = None
-    """The weights file again."""
+    """The weights file's name again."""
     model: str | None = None
-    """The model again, where it is code."""
+    """The model's name again; needed if it is the user's code."""
 
     @property
     def names(self) -> list[str]:
-        """The explainers, each once. Raises ConfigError where none is named."""
+        """The explainers, each once. Raises ConfigError if none is named."""
         if self.explainers is None:
             return []
         names = list(dict.fromkeys(name.strip() for name in self.explainers.split(",") if name.strip()))
@@ -60,19 +60,18 @@ class Wanted:
 
     @property
     def is_sheet(self) -> bool:
-        """Whether anything is wanted beside the usual picture."""
+        """Whether the picture is a sheet, with more than the stored map."""
         return self.blocks or self.explainers is not None or bool(self.beside)
 
 
 def render_record(
     output: Output, key: str, endpoint_url: str | None, path: Path | None, wanted: Wanted
 ) -> tuple[RenderableType, list[Path]]:
-    """The record's table, and the pictures written, one per target: image, overlay and map side by side, or a sheet.
+    """Writes a picture per target and returns the record's table and the pictures' paths.
 
-    A second one shows what the explainer found beside the map, where there is such a thing.
-
-    Raises ConfigError where no record has the key, the picture cannot be written, or what is wanted cannot be made;
-    ModelError. A rejected record has no picture.
+    A picture is image, overlay and map side by side, or a sheet. A second picture shows the side products, if there
+    are any. A rejected record has no picture. Raises ConfigError if no record has the key, a picture cannot be
+    written, or a wanted map cannot be computed; ModelError.
     """
     _check(output, wanted)
     rows = rows_of(output.store, output.plan, key)
@@ -103,7 +102,7 @@ def render_record(
 
 
 def _products(output: Output, row: Row, image: Pixels | None) -> Image.Image | None:
-    """The sheet of what was found beside the map, the map first; None where nothing of it can be drawn."""
+    """The sheet of the side products, with the map first; None if nothing can be drawn."""
     sizes = Sizes(film=SHEET_SIDE, single=PICTURE_SIDE, most=MAX_FILM)
     parts = parts_of(
         products_of(row),
@@ -122,7 +121,7 @@ def _products(output: Output, row: Row, image: Pixels | None) -> Image.Image | N
 
 
 def _check(output: Output, wanted: Wanted) -> None:
-    """Raises ConfigError for what can never be drawn."""
+    """Raises ConfigError if the sheet can never be drawn."""
     refuse_other_inputs([output, *wanted.beside])
     explainer = output.plan.identity["explainer"]
     if wanted.blocks and not issubclass(parse_method(explainer).entry.parameters, SiseParameters):
@@ -142,7 +141,7 @@ def _plain(output: Output, rows: Sequence[Row], image: Pixels | None) -> Iterato
 def _sheets(
     output: Output, rows: Sequence[Row], image: Pixels | None, endpoint_url: str | None, wanted: Wanted
 ) -> Iterator[Image.Image]:
-    """One sheet per row: the image, its blocks, the stored map, other explainers', other outputs'."""
+    """Yields a sheet per row: the image, its blocks, the stored map, other explainers' maps, other outputs' maps."""
     key, names = rows[0]["key"], wanted.names
     others = [(one, _by_target(one, key)) for one in wanted.beside]
     made: dict[str | None, list[Explanation]] = {}
@@ -189,7 +188,7 @@ def _label(row: Row) -> str:
 
 
 def _block_tiles(pixels: Pixels, again: "Explanation", gate: str) -> Iterator[Tile]:
-    """Each block's map as it joins, and what of the fused map is left behind it."""
+    """Yields each block's map and the fused map up to that block."""
     from blocksight.engine.explainers.fusion import GATES, stages
 
     present = [block.saliency_hw for block in again.blocks if block.saliency_hw is not None]
@@ -237,7 +236,7 @@ def _beside_tile(pixels: Pixels, output: Output, own: Row | None, row: Row, imag
 
 
 def _path(path: Path | None, key: str, row: Row, *, alone: bool, kind: str) -> Path:
-    """The asked-for file, or one in the current folder that is named after the key."""
+    """The requested file, or one in the current folder that is named after the key."""
     base = path or Path(f"{file_name(key)}.{kind}.png")  # never the name of the image itself
     return base if alone else base.with_name(f"{base.stem}-{row['target_index']}{base.suffix}")
 

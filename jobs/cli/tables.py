@@ -1,4 +1,4 @@
-"""What the command line prints: tables for people, with every string from data made harmless."""
+"""Tables for the command line; strings from data are printed without control characters."""
 
 from collections.abc import Sequence
 
