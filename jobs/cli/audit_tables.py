@@ -29,7 +29,7 @@ def audit_table(audit: "Audit", place: str) -> RenderableType:
         ("findings", f"{len(audit.findings)}" if audit.findings else "none"),
         ("suspicions", f"{len(audit.suspicions)}" if audit.suspicions else "none"),
         *(("note", printable(note)) for note in audit.notes),
-        ("stands in", printable(place)),
+        ("files", printable(place)),
     ]
     odd = [[one.key, one.target_name, one.label or "-", one.reason, one.detail] for one in audit.oddities[:SHOWN]]
     shown: list[RenderableType] = [facts_table(rows, "audit")]

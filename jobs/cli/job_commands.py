@@ -135,7 +135,7 @@ def verify(output: Existing, endpoint_url: Endpoint = None) -> None:
         raise typer.Exit(INCOMPLETE)
     _finished(store, job_state)
     without = f" but those of {counted(len(job_state.dead), 'dead unit')}" if job_state.dead else ""
-    console.print(f"Reconciled: {counted(checked, 'fragment')}, every planned record{without} stands once.")
+    console.print(f"Reconciled: {counted(checked, 'fragment')}, every planned record{without} is stored once.")
 
 
 @commands.command()
@@ -166,7 +166,7 @@ def finalize(
     budget = Budget(max_reject_fraction=1.0, max_dead_units=max(max_dead_units, accepted))
     _exit_unless_complete(job_state, exceeded_budgets(job_state, budget), is_final=False)
     write_manifest(store, job_state)
-    console.print("The final manifest stands.")
+    console.print("The final manifest is written.")
 
 
 @commands.command()

@@ -30,7 +30,7 @@ def evaluation_table(done: "Sequence[Evaluated]", place: str) -> RenderableType:
     rows += [("not defined", f"{count:,}: {printable(reason)}") for reason, count in reasons.most_common(5)]
     if done and not num_values:
         rows.append(("", "`explain` measured all of it already, or no record is in the sample"))
-    return facts_table([*rows, ("all stand in", printable(f"{place}data"))])
+    return facts_table([*rows, ("files", printable(f"{place}data"))])
 
 
 def comparison_table(table: "Comparison", width: int) -> RenderableType:
@@ -126,7 +126,7 @@ def difference_table(said: "Mapping[str, Any]", place: str) -> RenderableType:
     ]
     means_table = grid_table(["measure", "mean [95 % interval over records]", "meaning"], means)
     facts = facts_table([(name, printable(text)) for name, text in rows], "A against B")
-    return Group(facts, means_table, facts_table([("rows stand in", printable(f"{place.rstrip('/')}/data"))]))
+    return Group(facts, means_table, facts_table([("files", printable(f"{place.rstrip('/')}/data"))]))
 
 
 def _share(own: "Mapping[str, Any]", sign: str = "") -> str:
