@@ -22,7 +22,7 @@ from blocksight.engine.scoring.perturb import blurred
 BLUR = 10 / 224
 """Deviation of the blurred reference, as a share of the shorter side."""
 CANCELLED = 1e-6
-"""A map whose sum is less than this share of its absolute values' has none, but for rounding."""
+"""A map whose sum is below this share of the sum of its absolute values counts as having none."""
 
 
 def _black(adapter: ModelAdapter, image_chw: Tensor, _seed: int) -> Tensor:
@@ -48,12 +48,12 @@ REFERENCES: Mapping[str, Callable[[ModelAdapter, Tensor, int], Tensor]] = {
     "blur": _blur,
     "noise": _noise,
 }
-"""What an image [3, H, W] is held against, by name; `mean` is 0 in model-input space, the data set's mean colour."""
+"""The references of an image [3, H, W] by name; `mean` is 0 in model-input space, the data set's mean colour."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """An image, or what it is held against."""
+    """An image or its reference."""
 
     image_chw: Tensor
     maps_khw: Tensor
@@ -99,7 +99,7 @@ class AFmi(SignedExplainer):
     def _attributions(
         self, side: Side, others: Sequence[Side], target: Target, scores: Sequence[float]
     ) -> list[Attribution]:
-        """Of one image's targets."""
+        """The attributions of one image's targets."""
         importance = torch.stack([self._importance(side, other, target) for other in others])
         signed = sum(
             self._map(own, side.maps_khw, other.maps_khw) for own, other in zip(importance, others, strict=True)
@@ -112,7 +112,7 @@ class AFmi(SignedExplainer):
         ]
 
     def _num_passes(self) -> int:
-        """Of the network behind the block, per image and reference."""
+        """Passes of the network behind the block, per image and reference."""
         each = min(self.parameters.channels or self.block.channels, self.block.channels)
         ways = 2 if self.parameters.removal == "two_sided" else 1
         return each * ways if self.weights is None else 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 CONTEXT = 100
-"""Numbers that an image's context has."""
+"""Length of an image's context."""
 
 MOST_STEPS, FLAT = 100, 1e-5
 """Of the optimiser, for one update; and the change of the loss at which it stops."""
@@ -68,7 +68,7 @@ class Bandit:
 
     @classmethod
     def of_state(cls, state: Mapping[str, Tensor]) -> "Bandit":
-        """What `state` returned."""
+        """The bandit whose `state` this is."""
         own = {name: state[f"bandit.{name}"] for name in cls.__dataclass_fields__}
         return cls(**{name: tensor if name == "counts" else tensor.double() for name, tensor in own.items()})
 
@@ -135,7 +135,7 @@ def sigmoid(odds: float) -> float:
 
 @dataclass
 class History:
-    """Values of one metric so far, against which a new one is a reward."""
+    """The values of one metric so far; a new value's reward is its rank among them."""
 
     is_higher_better: bool
     counts_rises: bool = False

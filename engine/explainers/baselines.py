@@ -17,7 +17,7 @@ KEPT = prod(
 LEAST_BLUR, MOST_BLUR = 3, 50
 """Deviations of the blur, in places of the feature map."""
 BLUR_REACH = 4
-"""Deviations after which it is cut off."""
+"""Radius of the blur in deviations."""
 
 Baseline = Callable[[Tensor, torch.Generator, Sequence[Tensor]], Tensor]
 """From an image's maps [K, h, w] and the pool's to a baseline [K, h, w] like them; numbers are drawn on the CPU."""
@@ -69,7 +69,7 @@ def blur_matrix(side: int, sigma: float) -> Tensor:
 
 
 def const(maps_khw: Tensor, generator: torch.Generator, _pool: Sequence[Tensor]) -> Tensor:
-    """In each channel one value, even from its least to its greatest over both axes."""
+    """One value per channel, uniform from its least to its greatest over both axes."""
     low, high = _range(maps_khw)
     share = torch.rand(len(maps_khw), 1, 1, generator=generator).to(maps_khw)
     return (low + (high - low) * share).expand_as(maps_khw)

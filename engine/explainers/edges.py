@@ -98,7 +98,7 @@ def _hed_state() -> dict[str, Tensor]:
 
 
 def _hed_places() -> dict[str, str]:
-    """Where the file keeps each of the module's tensors."""
+    """The path in the file of each of the module's tensors."""
     layers = {"fuse": "fuse"}
     for block, widths in enumerate(HED_WIDTHS):
         layers[f"sides.{block}"] = f"dsn{block + 1}"
@@ -125,7 +125,7 @@ DETECTORS: Mapping[Detector, Callable[[torch.device], EdgeDetector]] = {
 
 @torch.no_grad()
 def edges_of(pixels_chw: Tensor, detector: EdgeDetector, scale: float = 1.0) -> Tensor:
-    """The edges [H, W] of one picture [3, H, W] in [0, 1], sought at a share of its side and resized back.
+    """The edges [H, W] of one picture [3, H, W] in [0, 1], found at a share of its side and resized back.
 
     One picture per pass: its edges then depend on nothing else.
     """

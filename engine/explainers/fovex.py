@@ -1,4 +1,4 @@
-"""FovEx: the places where a blurred picture must be seen sharply for the model to know the class again."""
+"""FovEx: the places of a blurred picture that must be sharp for the model to recognise the class."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ USUAL_VIEWS_PER_PASS = 4
 BLUR_REACH = 2
 """Deviations after which the blur is cut off: 41 x 41 pixels for a deviation of 10."""
 JITTER = 0.05
-"""How far a place that did not help is moved where nothing begins anew, at most."""
+"""Largest move of a place without progress, if there are no restarts."""
 
 
 def fovea(places_n2: Tensor, squared_reach: float, size: Grid) -> Tensor:
@@ -46,7 +46,7 @@ def seen(sharp: Tensor, dim: Tensor, seen_before: Tensor, looked_at: Tensor) -> 
 
 @dataclass(frozen=True)
 class Views:
-    """Images that are looked at together, each for one of its targets: one full batch."""
+    """One full batch of images, each for one of its targets."""
 
     logits: Callable[[Tensor], Tensor]
     sharp: Tensor
@@ -55,7 +55,7 @@ class Views:
     """The same, blurred."""
     target: Target
     indices: Tensor
-    """Which target each is looked at for, [B]."""
+    """The target number of each, [B]."""
 
     def look(self, places: Tensor, squared_reach: float, seen_before: Tensor) -> tuple[Tensor, Tensor]:
         """The cross entropies [B] of the targets, looking at places [B, 2], and their gradients by these."""
@@ -102,7 +102,7 @@ class FovEx(Explainer):
         ]
 
     def _blurred(self, image_chw: Tensor) -> Tensor:
-        """The image in float64, as it is seen from the corner of an eye; at the rim stands a mirror."""
+        """The blurred image in float64; the rim is mirrored."""
         reach = min(round(BLUR_REACH * self.parameters.blur), *(side - 1 for side in grid_of(image_chw)))
         return blurred(image_chw.double(), self.parameters.blur, reach=max(1, reach), rim="reflect")
 

@@ -1,4 +1,4 @@
-"""UCAG: overlapping crops of the image, each enlarged and explained by itself, and laid over one another again."""
+"""UCAG: overlapping crops of the image, each enlarged and explained alone, and added up in place."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from blocksight.engine.model.targets import Target
 from blocksight.engine.scoring.perturb import blurred
 
 PUBLISHED_SIDE = 224
-"""The input of which the authors' constants are."""
+"""The input's side for the authors' constants."""
 BLUR_SIGMA, BLUR_REACH = 3.0, 2
 """Of the finished map: a Gaussian of 5 x 5 pixels."""
 
