@@ -416,7 +416,7 @@ def test_a_damaged_fragment_is_named(store, tmp_path, body):
 )
 def test_a_damaged_map_is_named(store, tmp_path, damage):
     plan = written(store, [[row_of(0, noise(0)), damage(row_of(1, noise(1)))]])
-    with pytest.raises(DamagedError, match=r"holds a map that is none \(record '0001.png'\), `blocksight verify`"):
+    with pytest.raises(DamagedError, match=r"holds a damaged map \(record '0001.png'\), `blocksight verify`"):
         streamed(store, plan, tmp_path / "scratch")
 
 

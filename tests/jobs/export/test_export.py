@@ -284,7 +284,7 @@ def test_quantus_asks_for_the_weights_file_again(tmp_path):
     other = weights_file(tmp_path / "other.safetensors", 4)
     with pytest.raises(ConfigError, match="another configuration"):
         exported(tmp_path / "out", "quantus", tmp_path / "x", weights=str(other))
-    with pytest.raises(ConfigError, match="of use for quantus alone"):
+    with pytest.raises(ConfigError, match="is for quantus only"):
         exported(tmp_path / "out", "spotlight", tmp_path / "x", weights=str(weights))
     assert not (tmp_path / "x").exists()
     exported(tmp_path / "out", "quantus", tmp_path / "x", weights=str(weights))

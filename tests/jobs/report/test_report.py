@@ -312,7 +312,7 @@ def test_what_was_found_beside_the_maps_is_shown_for_a_few(output, monkeypatch):
     assert sum(alt.startswith("Map family: chosen: ") for alt in page.values("alt")) == 3
     for said in (
         "5 fixations, loss 2.31 at the first, 0.46 at the last",
-        "what was gathered up to each block",
+        "the sum up to each block",
         "by hed",
     ):
         assert said in page.text
