@@ -129,16 +129,16 @@ class Chaos:
             yield "its rows are not those of an undisturbed run"
 
     def left_in(self, name: str) -> Iterator[str]:
-        """What stays of a job that nobody works at any more, once its leftovers are removed."""
+        """What stays of a job that nobody works at any more, once its garbage is collected."""
         output = self.judged(name)
         plan = load_plan(output)
         if plan is None:
             return
         removed = collect_garbage(output, read_job_state(output, plan))
-        say(f"{name}: {len(removed)} leftovers removed")
+        say(f"{name}: {len(removed)} objects removed")
         for prefix in ("_job/attempts/", "_job/probe-", "_job/dead/"):
             yield from (f"{name}: {info.key} is left" for info in output.list(prefix))
-        yield from (f"{name}, its leftovers removed: {fault}" for fault in self.unsound(name))
+        yield from (f"{name}, garbage collected: {fault}" for fault in self.unsound(name))
 
     def open_uploads(self) -> list[str]:
         endpoint_url = self.bucket.bucket.endpoint_url

@@ -19,23 +19,40 @@ from blocksight.engine.errors import ModelError
 from blocksight.engine.model.loading import load_model
 from tests.installed import package_folders
 from tests.jobs.tiny import picture
+from tests.readmes import READMES, blocks_of
 
 ROOT = Path(__file__).resolve().parent.parent
 BARE = ("engine", "jobs", "storage", "cluster")
 """Folders at the top of the checkout: from there they could be imported a second time, as other modules."""
 
 
+BARE_MODULE = re.compile(rf"(?:{'|'.join(BARE)})(?:\.(?!(?:py|md|json|toml|html)$)\w+)*")
+FROM = re.compile(r"\bfrom (\S+) import\b")
+IMPORT = re.compile(r"(?:^|[;:\n\"'])\s*import ([\w., ]+)")
+
+
+def imported(node: ast.AST) -> list[str]:
+    """Modules that a node names: an import, or a string that holds a program or a module's dotted name."""
+    match node:
+        case ast.Import():
+            return [alias.name for alias in node.names]
+        case ast.ImportFrom():
+            return [node.module or ""]
+        case ast.Constant(value=str(text)):
+            return [*named_in(text), *([text] if "." in text else [])]
+    return []
+
+
+def named_in(program: str) -> list[str]:
+    """Modules that a program imports which stands in a string or in a block of shell."""
+    plain = [name.split(" as ")[0].strip() for names in IMPORT.findall(program) for name in names.split(",")]
+    return [*FROM.findall(program), *plain]
+
+
 def bare_imports(text: str) -> list[str]:
-    """Modules that Python code imports by a name of BARE, also in programs that it holds as strings."""
-    found = []
-    for node in ast.walk(ast.parse(text)):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            names = re.findall(rf"\b(?:from|import) ((?:{'|'.join(BARE)})(?:\.\w+)*)\b(?= import |$|\n|;)", node.value)
-        found += [name for name in names if name.partition(".")[0] in BARE]
-    return found
+    """Modules that Python code names by a name of BARE."""
+    found = [name for node in ast.walk(ast.parse(text)) for name in imported(node)]
+    return [name for name in found if BARE_MODULE.fullmatch(name)]
 
 
 def sources() -> Iterator[tuple[str, str]]:
@@ -64,6 +81,11 @@ def test_nothing_is_imported_by_a_bare_name():
         "from jobs.plan import config",
         "def f():\n    import storage.limits as limits",
         'code = "import sys; from cluster import sizing; print(1)"',
+        'code = "import engine as e"',
+        'code = "import sys, engine"',
+        'importlib.import_module("engine.model.taps")',
+        '__import__("jobs.plan.text")',
+        'monkeypatch.setattr("jobs.plan.text.counted", None)',
     ],
 )
 def test_a_bare_import_is_seen(text):
@@ -73,6 +95,31 @@ def test_a_bare_import_is_seen(text):
 @pytest.mark.parametrize("text", ["from blocksight.engine import errors", "import blocksight", "'jobs import slowly'"])
 def test_and_other_imports_are_not(text):
     assert not bare_imports(text)
+
+
+def test_no_block_of_shell_imports_a_bare_name():
+    for readme in READMES:
+        for block in blocks_of(readme):
+            if block.language == "bash":
+                assert not [name for name in named_in(block.code) if BARE_MODULE.fullmatch(name)], block.place
+
+
+def imports_of_the_top(text: str) -> list[str]:
+    """Imports of `blocksight` itself, or of its folder: it is the highest room, and no other may import it."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        found += [name for name in names if name == "blocksight" or name.startswith("blocksight.jobs.api")]
+    return found
+
+
+def test_no_module_imports_the_public_names():
+    """The layers of import-linter do not see the package's own file."""
+    files = [file for folder in BARE for file in (ROOT / folder).rglob("*.py") if file.parent != ROOT / "jobs/api"]
+    assert {str(file): found for file in files if (found := imports_of_the_top(file.read_text()))} == {}
+    assert imports_of_the_top("def f():\n    from blocksight import explain")
+    assert imports_of_the_top("import blocksight.jobs.api")
 
 
 def test_every_folder_of_modules_is_installed():

@@ -181,7 +181,7 @@ def _missing(plan: Plan, streamed: StreamResult) -> Iterator[str]:
     num_missing = len(plan.units) - streamed.num_fragments
     if num_missing:
         missing = f"{counted(num_missing, 'unit')} of {len(plan.units):,} without a fragment"
-        yield f"{missing}: these are the {streamed.num_rows:,} rows that stand"
+        yield f"{missing}: these are the {streamed.num_rows:,} rows of the committed units"
 
 
 def _few(models: Mapping[int, ClassModel]) -> Iterator[str]:

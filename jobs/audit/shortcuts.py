@@ -174,7 +174,7 @@ def _doubt(one: Shortcut, blanked: Effect, pasted: Effect) -> str | None:
             f"objects cover {one.on_object:.0%} of it: it may be the object" if one.on_object > MAX_ON_OBJECT else None
         )
     if one.elsewhere_density > ATTENDED and one.density < MIN_CONTRAST * one.elsewhere_density:
-        return "other classes' maps look there too: it may be where objects stand; --truth would tell"
+        return "other classes' maps look there too: objects may lie there; --truth decides"
     if one.recurrence is not None and one.recurrence < MIN_RECURRENCE:
-        return "what stands there differs from member to member: it may be the object; --truth would tell"
+        return "its pixels differ from member to member: it may be the object; --truth decides"
     return None

@@ -144,5 +144,5 @@ def existing(output: str, endpoint_url: str | None) -> tuple[ObjectStore, Plan]:
     """The output's store and its plan."""
     from blocksight.jobs.work.rows import existing_output
 
-    standing = existing_output(output, endpoint_url)
-    return standing.store, standing.plan
+    found = existing_output(output, endpoint_url)
+    return found.store, found.plan

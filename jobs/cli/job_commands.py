@@ -182,4 +182,4 @@ def gc(
     names = collect_garbage(store, read_job_state(store, made), dry_run=dry_run)
     for name in names:
         console.print(printable(name))
-    console.print(f"{counted(len(names), 'leftover')}{' found' if dry_run else ' removed'}.")
+    console.print(f"{counted(len(names), 'object')}{' found' if dry_run else ' removed'}.")

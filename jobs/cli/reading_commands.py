@@ -59,8 +59,7 @@ def report(output: Existing, endpoint_url: Endpoint = None) -> None:
     from blocksight.jobs.evaluate.compare import Output
     from blocksight.jobs.report.page import write_report
 
-    standing = Output(output, *existing(output, endpoint_url))
-    written = write_report(standing, endpoint_url, console)
+    written = write_report(Output(output, *existing(output, endpoint_url)), endpoint_url, console)
     console.print(f"report: {printable(written.uri)} ({written.num_bytes / MEBIBYTE:,.1f} MiB)")
 
 

@@ -158,7 +158,7 @@ MUTATIONS = (
         "jobs/ledger/garbage.py",
         "*_lost_plans(store)]",
         "*_lost_plans(store), *(receipt.fragment for receipt in job_state.receipts.values())]",
-        ("jobs/work/test_attempts.py::test_leftovers_go_and_facts_stay",),
+        ("jobs/work/test_attempts.py::test_garbage_is_removed_and_results_stay",),
     ),
     Mutation(
         "retry opens nothing",

@@ -45,8 +45,8 @@ def tree(tmp_path):
     folder = tmp_path / "mutants" / "storage"
     folder.mkdir(parents=True)
     (folder / "half.py").write_text(MUTATED)
-    names = [f"storage.half.x_half__mutmut_{number}" for number in (1, 2, 3)]
-    names += ["storage.half.x_sent__mutmut_1", "storage.half.xǁPairǁfirst__mutmut_1"]
+    names = [f"blocksight.storage.half.x_half__mutmut_{number}" for number in (1, 2, 3)]
+    names += ["blocksight.storage.half.x_sent__mutmut_1", "blocksight.storage.half.xǁPairǁfirst__mutmut_1"]
     codes = dict.fromkeys(names)
     (folder / "half.py.meta").write_text(json.dumps({"exit_code_by_key": codes}))
     return tmp_path

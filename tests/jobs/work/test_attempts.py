@@ -428,7 +428,7 @@ def test_a_careful_unit_has_the_same_bytes(tmp_path, monkeypatch, make):
 # ---------------------------------------------------------------- garbage collection
 
 
-def test_leftovers_go_and_facts_stay(tmp_path):
+def test_garbage_is_removed_and_results_stay(tmp_path):
     run_here(folder_of_images(tmp_path / "in", 3), tmp_path / "out")
     store = LocalStore(tmp_path / "out")
     facts = {info.key: info.etag for info in store.list()}
@@ -464,7 +464,7 @@ def test_leftovers_go_and_facts_stay(tmp_path):
     assert collect_garbage(store, job_state) == []
 
 
-def test_leftovers_of_a_job_that_may_be_at_work_stay(tmp_path):
+def test_garbage_of_a_job_that_may_run_stays(tmp_path):
     run_here(folder_of_images(tmp_path / "in", 3), tmp_path / "out")
     store = LocalStore(tmp_path / "out")
     store.delete(MANIFEST_KEY)
