@@ -60,7 +60,7 @@ def test_a_server_that_does_not_start_shows_its_log(monkeypatch, tmp_path):
     fake = tmp_path / "weed"
     fake.write_text("#!/bin/sh\necho no more disk\nexit 1\n")
     fake.chmod(0o755)
-    monkeypatch.setattr("blocksight.cluster.bucket._weed", lambda: str(fake))
+    monkeypatch.setattr("blocksight.cluster.bucket._seaweedfs_binary", lambda: str(fake))
     with pytest.raises(ClusterError, match=r"did not start[\s\S]*no more disk"):
         EmbeddedBucket("blocksight-none").__enter__()
 

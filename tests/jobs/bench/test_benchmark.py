@@ -107,7 +107,7 @@ def test_a_measurement_is_recalled_for_the_same_work_alone(data):
 
 def test_without_a_gpu_cuda_is_refused(data, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ConfigError, match="no CUDA GPU"):
+    with pytest.raises(ConfigError, match="torch finds none here"):
         typed("bench", "--model", MODEL, "--data", data, "--device", "cuda")
 
 

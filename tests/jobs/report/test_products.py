@@ -19,7 +19,7 @@ from blocksight.jobs.report.products import (
     products_of,
     said_of,
 )
-from blocksight.storage.outputs.drawings import FIRST, Cell, bars, framed, with_cells, with_path
+from blocksight.storage.outputs.drawings import FIRST_COLOUR, Cell, bars, framed, with_cells, with_path
 from blocksight.storage.outputs.pictures import colours, overlay
 from blocksight.storage.outputs.schema import PRODUCT_COLUMNS, SCHEMA
 from blocksight.storage.stores.local import LocalStore
@@ -245,18 +245,18 @@ def test_a_path_goes_from_place_to_place_and_the_first_is_marked():
     assert tile.caption == "loss 2.00 at the first, 1.00 at the last\n2.00 1.00"
     assert (tile.pixels[47, 63] == 255).all()  # the line, through the middle
     assert (tile.pixels[10, 100] == tile.pixels[90, 20]).all()  # and nothing beside it
-    red = (tile.pixels == FIRST).all(-1)
+    red = (tile.pixels == FIRST_COLOUR).all(-1)
     rows, columns = np.nonzero(red)
     assert abs(rows.mean() - 0.25 * 95) < 1.5
     assert abs(columns.mean() - 0.25 * 127) < 1.5
     turned = with_path(grey(128), [(95.0, 71.0), (31.0, 24.0)])
-    assert np.nonzero((turned == FIRST).all(-1))[1].mean() > 80
+    assert np.nonzero((turned == FIRST_COLOUR).all(-1))[1].mean() > 80
 
 
 def test_marks_at_the_edge_are_seen_whole():
     corner = with_path(np.zeros((96, 128, 3), np.uint8), [(127.0, 95.0)])
     middle = with_path(np.zeros((96, 128, 3), np.uint8), [(60.0, 40.0)])
-    assert (corner == FIRST).all(-1).sum() == pytest.approx((middle == FIRST).all(-1).sum(), rel=0.1)
+    assert (corner == FIRST_COLOUR).all(-1).sum() == pytest.approx((middle == FIRST_COLOUR).all(-1).sum(), rel=0.1)
 
 
 def test_crops_are_coloured_by_their_scores_and_stand_at_their_middles():
@@ -302,8 +302,8 @@ def test_the_best_candidates_are_drawn_and_the_chosen_one_is_framed():
     positive = np.array(best["values"]).reshape(4, 4) / max(best["values"])
     large = Image.fromarray(positive.astype(np.float32)).resize((64, 48), Image.Resampling.BILINEAR)
     assert np.array_equal(part.tiles[0].pixels, framed(overlay(grey(64), np.asarray(large).clip(0, 1))))
-    assert (part.tiles[0].pixels[0] == FIRST).all()
-    assert not (part.tiles[1].pixels == FIRST).all(-1).any()
+    assert (part.tiles[0].pixels[0] == FIRST_COLOUR).all()
+    assert not (part.tiles[1].pixels == FIRST_COLOUR).all(-1).any()
 
 
 def test_equal_candidates_stay_in_the_order_of_their_draws_and_those_without_a_value_come_last():
