@@ -152,7 +152,7 @@ SHORTCUT = Shortcut(
         ({"pasted": replace(REAL, p_value=0.2)}, "its log-odds rise by 3.0"),
         ({"on_object": 0.5}, "objects cover 50% of it"),
         ({"elsewhere_density": 1.6}, "other classes' maps look there too"),
-        ({"recurrence": 0.7}, "differs from member to member"),
+        ({"recurrence": 0.7}, "pixels differ from member to member"),
         ({"blanked": None, "pasted": None, "why": "not put to the test"}, "not put to the test"),
     ],
 )
