@@ -6,7 +6,7 @@
 import sys
 from pathlib import Path
 
-from blocksight.jobs.work.rows import all_rows, existing_output, images_of, shown
+from blocksight.jobs.worker.rows import all_rows, existing_output, images_of, shown
 from blocksight.storage.outputs.pictures import Tile, contact_sheet, overlay
 
 PHOTOGRAPHS = ("chelsea.png", "coffee.png", "camera.png")

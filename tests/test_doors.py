@@ -17,7 +17,7 @@ DOORS = {
     ("storage/parquet/reader.py", "pyarrow.ipc.read_schema"),  # of bytes in which no extension type is named any more
     ("engine/model/tensors.py", "safetensors.torch.load"),
     ("engine/model/tensors.py", "torch.load"),  # with weights_only, see below
-    ("jobs/work/isolation.py", "pickle.loads"),  # from its own child's pipe
+    ("jobs/worker/isolation.py", "pickle.loads"),  # from its own child's pipe
     ("jobs/export/sql.py", "duckdb.connect"),  # DuckDB reads Parquet by itself: it knows no Python types
     ("jobs/export/sql.py", "duckdb.DuckDBPyConnection"),
     ("engine/explainers/edges.py", "h5py.File"),  # of an installed package

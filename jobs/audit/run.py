@@ -33,8 +33,8 @@ from blocksight.jobs.plan.plan import Plan, existing_plan
 from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.jobs.plan.stored_config import NamedModel, config_of
 from blocksight.jobs.plan.text import counted
-from blocksight.jobs.work.progress import Tally, progress
-from blocksight.jobs.work.rows import images_of
+from blocksight.jobs.worker.progress import Tally, progress
+from blocksight.jobs.worker.rows import images_of
 from blocksight.storage.images.decode import fit
 from blocksight.storage.inputs.annotations import open_truth
 from blocksight.storage.outputs.pictures import Pixels

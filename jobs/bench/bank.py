@@ -22,7 +22,7 @@ from blocksight.jobs.plan.config import ConfigError, JobConfig
 from blocksight.jobs.plan.context import sha256_of, weights_bytes
 from blocksight.jobs.plan.plan import check_place, make_plan
 from blocksight.jobs.plan.units import Workforce
-from blocksight.jobs.work.progress import Tally, progress
+from blocksight.jobs.worker.progress import Tally, progress
 from blocksight.storage.inputs.survey import Layout
 from blocksight.storage.stores.opening import open_file
 

@@ -25,8 +25,8 @@ from blocksight.jobs.plan.context import sha256_of, weights_bytes
 from blocksight.jobs.plan.plan import Plan, make_plan
 from blocksight.jobs.plan.records import RecordFacts
 from blocksight.jobs.plan.units import Workforce
-from blocksight.jobs.work.progress import Tally, progress
-from blocksight.jobs.work.unit import read_unit
+from blocksight.jobs.worker.progress import Tally, progress
+from blocksight.jobs.worker.unit import read_unit
 from blocksight.storage.images.decode import DECODE_POLICY
 from blocksight.storage.inputs.ground_truth import Truth
 from blocksight.storage.stores.opening import open_named

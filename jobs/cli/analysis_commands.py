@@ -108,7 +108,7 @@ def versus(
     Example: blocksight versus maps-old/ maps-new/ --output old-against-new/
     """
     from blocksight.jobs.versus.run import write_difference
-    from blocksight.jobs.work.rows import Output
+    from blocksight.jobs.worker.rows import Output
 
     outputs = [Output(name, *existing(name, endpoint_url)) for name in (a, b)]
     store = PatientStore(open_store(output, endpoint_url), SHORT_PATIENCE_SECONDS)

@@ -142,7 +142,7 @@ def job_of(given: dict[str, Any]) -> tuple[JobConfig, Execution]:
 
 def existing(output: str, endpoint_url: str | None) -> tuple[ObjectStore, Plan]:
     """The output's store and its plan."""
-    from blocksight.jobs.work.rows import existing_output
+    from blocksight.jobs.worker.rows import existing_output
 
     found = existing_output(output, endpoint_url)
     return found.store, found.plan

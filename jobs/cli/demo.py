@@ -17,7 +17,7 @@ from blocksight.jobs.cli.record_tables import FIGURES, target_cells
 from blocksight.jobs.plan.config import Execution, JobConfig
 from blocksight.jobs.plan.text import printable
 from blocksight.jobs.run.job import run_job
-from blocksight.jobs.work.rows import all_rows, picture
+from blocksight.jobs.worker.rows import all_rows, picture
 from blocksight.storage.outputs.file_names import file_name
 from blocksight.storage.outputs.pictures import Tile, contact_sheet, overlay, side_by_side
 from blocksight.storage.stores.opening import open_store

@@ -38,7 +38,7 @@ def show(
     With --blocks, --explainers or --beside the picture is a sheet of captioned overlays instead.
     """
     from blocksight.jobs.cli.show import Wanted, render_record
-    from blocksight.jobs.work.rows import Output
+    from blocksight.jobs.worker.rows import Output
 
     store, made = existing(output, endpoint_url)
     others = tuple(Output(name, *existing(name, endpoint_url)) for name in beside or ())

@@ -15,7 +15,7 @@ from blocksight.jobs.cli.record_tables import record_table
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.stored_config import NamedModel
 from blocksight.jobs.report.products import Sizes, parts_of, products_of
-from blocksight.jobs.work.rows import PICTURE_SIDE, Output, Shown, images_of, refuse_other_inputs, rows_of, shown
+from blocksight.jobs.worker.rows import PICTURE_SIDE, Output, Shown, images_of, refuse_other_inputs, rows_of, shown
 from blocksight.storage.outputs.file_names import file_name
 from blocksight.storage.outputs.pictures import Pixels, Tile, contact_sheet, one_line, overlay, resized, side_by_side
 from blocksight.storage.outputs.schema import OK

@@ -26,7 +26,7 @@ from blocksight.jobs.evaluate.evaluation import evaluation_folders, value_tables
 from blocksight.jobs.ledger.output import fragment_of
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.forward_setting import planned_forward, protocol_of, setting_difference
-from blocksight.jobs.work.rows import Output, refuse_other_inputs
+from blocksight.jobs.worker.rows import Output, refuse_other_inputs
 from blocksight.storage.outputs.schema import METRICS as METRICS_STRUCT
 from blocksight.storage.outputs.schema import OK
 from blocksight.storage.stores.opening import open_file

@@ -51,11 +51,11 @@ from blocksight.jobs.ledger.stop_request import Stop
 from blocksight.jobs.plan.config import digest_of
 from blocksight.jobs.plan.context import JobContext
 from blocksight.jobs.plan.records import Evaluated, Unit, UnitFailure, UnitInput, UnreconciledError
-from blocksight.jobs.work.attempts import open_worker_stores
-from blocksight.jobs.work.error_classes import is_of_unit
-from blocksight.jobs.work.isolation import ProcessDiedError
-from blocksight.jobs.work.unit import read_unit
-from blocksight.jobs.work.watchdog import heartbeat, watchdog
+from blocksight.jobs.worker.attempts import open_worker_stores
+from blocksight.jobs.worker.error_classes import is_of_unit
+from blocksight.jobs.worker.isolation import ProcessDiedError
+from blocksight.jobs.worker.unit import read_unit
+from blocksight.jobs.worker.watchdog import heartbeat, watchdog
 from blocksight.storage.inputs.records import as_text
 from blocksight.storage.outputs.fragments import encode_fragment
 from blocksight.storage.outputs.schema import EVALUATION, MAX_ERROR_LENGTH, OK

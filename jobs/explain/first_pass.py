@@ -18,12 +18,12 @@ from blocksight.jobs.explain.step import IMAGES_PER_CHUNK, ExplainStep
 from blocksight.jobs.ledger.attempt_markers import FOLDER
 from blocksight.jobs.plan.context import JobContext
 from blocksight.jobs.plan.records import RecordFacts, Unit
-from blocksight.jobs.work.attempts import CAREFUL_DEATHS, attempt_marker, open_worker_stores
-from blocksight.jobs.work.error_classes import is_of_unit
-from blocksight.jobs.work.isolation import Isolated, ProcessDiedError, isolated_if
-from blocksight.jobs.work.progress import Tally, progress
-from blocksight.jobs.work.unit import decoded, decoded_or_rejected, raw_records
-from blocksight.jobs.work.watchdog import watchdog
+from blocksight.jobs.worker.attempts import CAREFUL_DEATHS, attempt_marker, open_worker_stores
+from blocksight.jobs.worker.error_classes import is_of_unit
+from blocksight.jobs.worker.isolation import Isolated, ProcessDiedError, isolated_if
+from blocksight.jobs.worker.progress import Tally, progress
+from blocksight.jobs.worker.unit import decoded, decoded_or_rejected, raw_records
+from blocksight.jobs.worker.watchdog import watchdog
 from blocksight.storage.inputs.records import RawRecord
 from blocksight.storage.inputs.survey import Layout
 from blocksight.storage.stores.store import AlreadyExistsError, ObjectStore, StoreError

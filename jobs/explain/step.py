@@ -45,10 +45,10 @@ from blocksight.jobs.plan.records import (
     UnreconciledError,
     with_reject,
 )
-from blocksight.jobs.work.attempts import open_worker_stores
-from blocksight.jobs.work.error_classes import is_of_record
-from blocksight.jobs.work.isolation import Isolated, ProcessDiedError
-from blocksight.jobs.work.watchdog import heartbeat
+from blocksight.jobs.worker.attempts import open_worker_stores
+from blocksight.jobs.worker.error_classes import is_of_record
+from blocksight.jobs.worker.isolation import Isolated, ProcessDiedError
+from blocksight.jobs.worker.watchdog import heartbeat
 from blocksight.storage.outputs.map_codec import quantised
 from blocksight.storage.outputs.schema import OK, REJECTED
 from blocksight.storage.rejects import Reject, RejectCode

@@ -8,7 +8,7 @@ from PIL import Image
 
 from blocksight.jobs.export.records import ExplainedRecord
 from blocksight.jobs.plan.plan import Plan
-from blocksight.jobs.work.rows import Shown, shown
+from blocksight.jobs.worker.rows import Shown, shown
 from blocksight.storage.outputs.pictures import Pixels
 
 QUALITY = 90

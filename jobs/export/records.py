@@ -12,7 +12,7 @@ from blocksight.jobs.export.sql import METHOD, MetricColumns
 from blocksight.jobs.ledger.output import fragment_of, table_of, values_in
 from blocksight.jobs.plan.plan import Plan, source_of
 from blocksight.jobs.plan.records import Unit, UnreconciledError
-from blocksight.jobs.work.rows import images_in
+from blocksight.jobs.worker.rows import images_in
 from blocksight.storage.outputs.pictures import Pixels
 from blocksight.storage.outputs.schema import OK, PRODUCT_COLUMNS, SCHEMA
 from blocksight.storage.stores.store import ObjectStore

@@ -16,7 +16,7 @@ from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.plan import Plan, check_place, existing_plan
 from blocksight.jobs.plan.stored_config import NamedModel
 from blocksight.jobs.plan.text import counted
-from blocksight.jobs.work.progress import Tally, progress
+from blocksight.jobs.worker.progress import Tally, progress
 from blocksight.storage.stores.opening import open_store
 from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore
 

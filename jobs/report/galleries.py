@@ -23,7 +23,7 @@ from blocksight.jobs.evaluate.evaluation import evaluation_folders, value_tables
 from blocksight.jobs.ledger.output import fragment_of
 from blocksight.jobs.plan.plan import Plan
 from blocksight.jobs.report.products import Sizes, parts_of, products_of
-from blocksight.jobs.work.rows import Output, images_of, rows_with, shown
+from blocksight.jobs.worker.rows import Output, images_of, rows_with, shown
 from blocksight.storage.outputs.pictures import Pixels, Tile, colours, overlay
 from blocksight.storage.outputs.schema import OK, REJECTED
 from blocksight.storage.stores.store import ObjectStore

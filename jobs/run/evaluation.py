@@ -24,7 +24,7 @@ from blocksight.jobs.plan.plan import ensure_model, existing_plan, refuse_drift
 from blocksight.jobs.plan.records import Evaluated, UnfinishedError, Unit, UnitFailure
 from blocksight.jobs.plan.stored_config import NamedModel, config_of
 from blocksight.jobs.run.job import check_model, check_stored_settings, context_of, session_of
-from blocksight.jobs.work.progress import Tally, progress
+from blocksight.jobs.worker.progress import Tally, progress
 from blocksight.storage.inputs.annotations import open_truth
 from blocksight.storage.inputs.ground_truth import Truth
 from blocksight.storage.stores.opening import open_store

@@ -39,7 +39,7 @@ from blocksight.jobs.plan.plan import (
 from blocksight.jobs.plan.records import ModelFacts, Outcome, Receipt, UnfinishedError, Unit, UnitFailure
 from blocksight.jobs.plan.units import Workforce
 from blocksight.jobs.run.budgets import Budget, FirstUnits, exceeded_budgets
-from blocksight.jobs.work.progress import Tally, progress
+from blocksight.jobs.worker.progress import Tally, progress
 from blocksight.storage.stores.opening import probe
 from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore
 from blocksight.storage.stores.store import ObjectStore, StoreError

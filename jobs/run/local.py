@@ -6,8 +6,8 @@ from blocksight.jobs.explain.step import ExplainStep
 from blocksight.jobs.ledger.stop_request import Stop
 from blocksight.jobs.plan.context import JobContext
 from blocksight.jobs.plan.records import Outcome, Receipt, Unit, UnitInput, UnitResult
-from blocksight.jobs.work.attempts import WorkerStores, attempted, open_worker_stores
-from blocksight.jobs.work.unit import commit_unit, take_unit
+from blocksight.jobs.worker.attempts import WorkerStores, attempted, open_worker_stores
+from blocksight.jobs.worker.unit import commit_unit, take_unit
 
 
 def run_units(units: Iterable[Unit], context: JobContext, state: bytes | None, stop: Stop) -> Iterator[Outcome]:

@@ -42,8 +42,8 @@ from blocksight.jobs.plan.records import (
     UnitResult,
     UnitSkipped,
 )
-from blocksight.jobs.work.attempts import attempted, open_worker_stores
-from blocksight.jobs.work.unit import commit_unit, take_unit
+from blocksight.jobs.worker.attempts import attempted, open_worker_stores
+from blocksight.jobs.worker.unit import commit_unit, take_unit
 from blocksight.storage.inputs.survey import Layout
 from blocksight.storage.stores.store import ObjectInfo, StoreError
 

@@ -14,7 +14,7 @@ from blocksight.jobs.evaluate.evaluation import evaluation_folders, fragment_key
 from blocksight.jobs.ledger.output import fragment_of, values_in
 from blocksight.jobs.plan.plan import Plan
 from blocksight.jobs.plan.records import Unit
-from blocksight.jobs.work.rows import Output
+from blocksight.jobs.worker.rows import Output
 from blocksight.storage.inputs.survey import Layout
 from blocksight.storage.outputs.schema import OK
 from blocksight.storage.stores.store import MissingError

@@ -5,7 +5,7 @@ import io
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from blocksight.jobs.work.rows import Output, Shown, images_of, rows_with, shown
+from blocksight.jobs.worker.rows import Output, Shown, images_of, rows_with, shown
 from blocksight.storage.outputs.pictures import Pixels, Tile, contact_sheet, one_line, overlay
 from blocksight.storage.outputs.schema import OK
 

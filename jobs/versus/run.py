@@ -25,7 +25,7 @@ from blocksight.jobs.versus.pictures import Worst, contact_sheet_of
 from blocksight.jobs.versus.rows import DIFFERENCE, MEASURED, measured
 from blocksight.jobs.versus.summary import Sums, summary
 from blocksight.jobs.versus.typical_range import TypicalRange, judged
-from blocksight.jobs.work.rows import Output, refuse_other_inputs
+from blocksight.jobs.worker.rows import Output, refuse_other_inputs
 from blocksight.storage.stores.store import MissingError, ObjectStore
 
 MARK = "_difference.json"

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load
 
 from blocksight.jobs.explain.learned import LEARNED_KEY
-from blocksight.jobs.work.attempts import CAREFUL_DEATHS
+from blocksight.jobs.worker.attempts import CAREFUL_DEATHS
 from blocksight.storage.stores.local import LocalStore
 from tests.faults.processes import ended, environment, started
 from tests.faults.startup.sitecustomize import POISON

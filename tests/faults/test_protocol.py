@@ -23,8 +23,8 @@ from blocksight.jobs.plan.plan import ensure_plan, make_plan
 from blocksight.jobs.plan.records import DeadLetter, ModelFacts, Receipt, Unit, UnitResult, UnreconciledError
 from blocksight.jobs.plan.units import Workforce
 from blocksight.jobs.run import local
-from blocksight.jobs.work import attempts
-from blocksight.jobs.work.attempts import WorkerStores
+from blocksight.jobs.worker import attempts
+from blocksight.jobs.worker.attempts import WorkerStores
 from blocksight.storage.stores import retrying
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.retrying import PatientStore

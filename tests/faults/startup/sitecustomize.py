@@ -16,9 +16,9 @@ POISON = b"this picture kills"
 
 
 def hang(seconds):
-    import blocksight.jobs.work.watchdog
+    import blocksight.jobs.worker.watchdog
 
-    blocksight.jobs.work.watchdog.HANG_SECONDS = float(seconds)
+    blocksight.jobs.worker.watchdog.HANG_SECONDS = float(seconds)
 
 
 def unit(seconds):

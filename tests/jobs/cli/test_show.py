@@ -17,7 +17,7 @@ from blocksight.jobs.ledger.output import map_of
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.plan import MODEL_KEY, DriftError, load_plan
 from blocksight.jobs.plan.stored_config import NamedModel
-from blocksight.jobs.work.rows import Output, images_of, rows_of
+from blocksight.jobs.worker.rows import Output, images_of, rows_of
 from blocksight.storage.outputs.pictures import Tile, contact_sheet, one_line, overlay
 from blocksight.storage.stores.local import LocalStore
 from tests.jobs.jobs_of import blocksight, model_of, run_here

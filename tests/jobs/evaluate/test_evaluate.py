@@ -29,7 +29,7 @@ from blocksight.jobs.ledger.output import map_of
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.plan import load_plan
 from blocksight.jobs.run.evaluation import EvaluationRequest
-from blocksight.jobs.work.isolation import ProcessDiedError
+from blocksight.jobs.worker.isolation import ProcessDiedError
 from blocksight.storage.inputs.annotations import open_truth
 from blocksight.storage.inputs.ground_truth import region
 from blocksight.storage.stores.local import LocalStore

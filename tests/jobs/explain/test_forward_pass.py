@@ -22,7 +22,7 @@ from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.jobs.report.facts import run_facts
 from blocksight.jobs.run.job import run_job
 from blocksight.jobs.versus.run import write_difference
-from blocksight.jobs.work.rows import existing_output
+from blocksight.jobs.worker.rows import existing_output
 from blocksight.storage.stores.opening import open_store
 from tests.jobs.jobs_of import config_of, fragments_in, rows_in, run_here
 from tests.jobs.tiny import folder_of_images, red

@@ -9,8 +9,8 @@ from blocksight.jobs.ledger.dead_letters import write_letter
 from blocksight.jobs.ledger.receipts import metric_means, receipt_of
 from blocksight.jobs.ledger.retry import reopen
 from blocksight.jobs.plan.records import Cause, DeadLetter, UnitResult
-from blocksight.jobs.work.unit import commit_unit
-from tests.jobs.work.test_commit import BAD_ROW, OK_ROW, UNIT
+from blocksight.jobs.worker.unit import commit_unit
+from tests.jobs.worker.test_commit import BAD_ROW, OK_ROW, UNIT
 from tests.storage.memory import MemoryStore
 
 

@@ -13,7 +13,7 @@ from blocksight.cluster.errors import ClusterError
 from blocksight.jobs.ledger.stop_request import Stop, is_stopped, stopped_by_signals
 from blocksight.jobs.run import pipeline
 from blocksight.jobs.run.pipeline import _arriving_rows
-from blocksight.jobs.work import watchdog
+from blocksight.jobs.worker import watchdog
 from blocksight.storage.stores.retrying import PatientStore
 from blocksight.storage.stores.store import MissingError, UnavailableError
 from tests.faults.stores import InterceptedStore
@@ -175,11 +175,11 @@ def test_waiting_for_a_store_is_a_sign_of_life(no_pauses):
 
 def test_a_step_waits_for_its_stores_under_the_watch(tmp_path, monkeypatch):
     """A create and a head that both wait as long as they may take longer than the watchdog allows."""
-    from blocksight.jobs.work.attempts import open_worker_stores
+    from blocksight.jobs.worker.attempts import open_worker_stores
     from tests.jobs.jobs_of import config_of
 
     signs = []
-    monkeypatch.setattr("blocksight.jobs.work.attempts.heartbeat", lambda: signs.append(1))
+    monkeypatch.setattr("blocksight.jobs.worker.attempts.heartbeat", lambda: signs.append(1))
     (tmp_path / "in").mkdir()
     context = SimpleNamespace(config=config_of(tmp_path / "in", tmp_path / "out"), run_id="run", witnesses=())
     stores = open_worker_stores(context)

@@ -12,7 +12,7 @@ from blocksight.jobs.plan.plan import Plan
 from blocksight.jobs.plan.records import Receipt, Unit, UnitFailure
 from blocksight.jobs.plan.text import clock, printable
 from blocksight.jobs.plan.units import Workforce, check_units, pieces
-from blocksight.jobs.work.progress import Tally
+from blocksight.jobs.worker.progress import Tally
 from blocksight.storage.inputs.survey import Layout, Survey
 from blocksight.storage.stores.store import ObjectInfo, StoreError
 from tests.jobs.tiny import tar_bytes

@@ -6,7 +6,7 @@ from blocksight.cluster.errors import ClusterError
 from blocksight.cluster.switches import UNSAFE_SWITCHES, refuse_unsafe_switches
 from blocksight.jobs.cli import main
 from blocksight.jobs.run import pipeline
-from blocksight.jobs.work import isolation
+from blocksight.jobs.worker import isolation
 
 ANY: object = None
 

@@ -28,7 +28,7 @@ from blocksight.jobs.versus.run import PICTURE, SUMMARY, write_difference
 from blocksight.jobs.versus.shares import newcombe, wilson
 from blocksight.jobs.versus.summary import AMONG, COLUMNS, Sums
 from blocksight.jobs.versus.typical_range import MIN_STAYED, TypicalRange, judged
-from blocksight.jobs.work.rows import Output
+from blocksight.jobs.worker.rows import Output
 from blocksight.storage.inputs.survey import Layout
 from blocksight.storage.outputs.fragments import encode_fragment
 from blocksight.storage.outputs.map_codec import encode_map

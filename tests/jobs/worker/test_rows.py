@@ -4,7 +4,7 @@ import pytest
 
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.plan import load_plan
-from blocksight.jobs.work.rows import all_rows, existing_output
+from blocksight.jobs.worker.rows import all_rows, existing_output
 from blocksight.storage.stores.local import LocalStore
 from tests.jobs.jobs_of import rows_in, run_here
 from tests.jobs.tiny import folder_of_images

@@ -12,8 +12,8 @@ from PIL import Image
 
 from blocksight.jobs.ledger.receipts import read_receipts
 from blocksight.jobs.plan.records import Unit, UnitResult
-from blocksight.jobs.work.isolation import ProcessDiedError
-from blocksight.jobs.work.unit import commit_unit, decoded
+from blocksight.jobs.worker.isolation import ProcessDiedError
+from blocksight.jobs.worker.unit import commit_unit, decoded
 from blocksight.storage.inputs.records import RawRecord
 from blocksight.storage.inputs.survey import Layout
 from blocksight.storage.outputs.fragments import read_fragment
@@ -44,8 +44,8 @@ def test_a_record_of_two_targets_that_cannot_be_stored_is_one_rejected_row(monke
     def dies(row):
         raise ProcessDiedError("Aborted")
 
-    monkeypatch.setattr("blocksight.jobs.work.unit._encoded_row", dies)
-    monkeypatch.setattr("blocksight.jobs.work.unit.isolated_if", lambda work, _careful: nullcontext(work))
+    monkeypatch.setattr("blocksight.jobs.worker.unit._encoded_row", dies)
+    monkeypatch.setattr("blocksight.jobs.worker.unit.isolated_if", lambda work, _careful: nullcontext(work))
     rows = [{**OK_ROW, "map": np.zeros((2, 2), np.float32), "target_rank": rank} for rank in (0, 1)]
     store = MemoryStore()
     commit_unit(replace(result(), rows=(*rows, BAD_ROW)), store, "job", careful=True)

@@ -25,10 +25,10 @@ from blocksight.jobs.plan.plan import Plan, ensure_plan, load_plan
 from blocksight.jobs.plan.records import Cause, DeadLetter, Receipt, UnitFailure, UnitSkipped
 from blocksight.jobs.run.budgets import NUM_FIRST_UNITS, Budget, FirstUnits, exceeded_budgets
 from blocksight.jobs.run.job import plan_job, run_job
-from blocksight.jobs.work import attempts
-from blocksight.jobs.work.attempts import WorkerStores, attempted
-from blocksight.jobs.work.isolation import Isolated, ProcessDiedError, ProcessStartError, free_bytes
-from blocksight.jobs.work.unit import commit_unit
+from blocksight.jobs.worker import attempts
+from blocksight.jobs.worker.attempts import WorkerStores, attempted
+from blocksight.jobs.worker.isolation import Isolated, ProcessDiedError, ProcessStartError, free_bytes
+from blocksight.jobs.worker.unit import commit_unit
 from blocksight.storage.rejects import Reject, RejectCode
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.store import (
@@ -41,7 +41,7 @@ from blocksight.storage.stores.store import (
 )
 from tests.jobs.jobs_of import blocksight, config_of, fragments_in, rows_in, run_here
 from tests.jobs.tiny import folder_of_images, folder_of_tables, folder_of_tars, picture, red
-from tests.jobs.work.test_commit import UNIT, result
+from tests.jobs.worker.test_commit import UNIT, result
 from tests.storage.memory import MemoryStore
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from blocksight.jobs.plan.plan import _unit
 from blocksight.jobs.plan.units import Workforce, pieces
-from blocksight.jobs.work.attempts import WorkerStores, attempted
-from blocksight.jobs.work.unit import read_unit
+from blocksight.jobs.worker.attempts import WorkerStores, attempted
+from blocksight.jobs.worker.unit import read_unit
 from blocksight.storage.inputs.survey import survey
 from blocksight.storage.stores.opening import probe_reads
 from blocksight.storage.stores.retrying import PatientStore, witnesses_of

@@ -13,7 +13,7 @@ from blocksight.jobs.ledger.output import fragment_of, map_of
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.plan import Plan, existing_plan, source_of
 from blocksight.jobs.plan.records import Unit
-from blocksight.jobs.work.unit import raw_records
+from blocksight.jobs.worker.unit import raw_records
 from blocksight.storage.images.decode import decode, fit
 from blocksight.storage.inputs.survey import Layout
 from blocksight.storage.outputs.pictures import Pixels, resized

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from blocksight.cluster.switches import refuse_unsafe_switches
-from blocksight.jobs.work.watchdog import heartbeat, watchdog
+from blocksight.jobs.worker.watchdog import heartbeat, watchdog
 
 DEATHS = 2
 """After so many deaths of the child the item is blamed; one death may have another cause."""
@@ -122,7 +122,7 @@ def _start() -> tuple[subprocess.Popen[bytes], Connection]:
     refuse_unsafe_switches()  # the child inherits them and cannot report them
     ours, theirs = Pipe()
     process = subprocess.Popen(
-        [sys.executable, "-m", "blocksight.jobs.work.isolation", str(theirs.fileno()), str(os.getpid())],
+        [sys.executable, "-m", "blocksight.jobs.worker.isolation", str(theirs.fileno()), str(os.getpid())],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         pass_fds=(theirs.fileno(),),
         stdin=subprocess.DEVNULL,

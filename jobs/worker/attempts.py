@@ -13,9 +13,9 @@ from blocksight.jobs.ledger.stop_request import is_stopped
 from blocksight.jobs.plan.context import JobContext, worker_name
 from blocksight.jobs.plan.plan import UNIT_FOLDERS, open_output
 from blocksight.jobs.plan.records import Cause, Outcome, Unit, UnitFailure, UnitSkipped
-from blocksight.jobs.work.error_classes import OF_THE_JOB, is_of_unit
-from blocksight.jobs.work.isolation import ProcessDiedError
-from blocksight.jobs.work.watchdog import heartbeat, watchdog
+from blocksight.jobs.worker.error_classes import OF_THE_JOB, is_of_unit
+from blocksight.jobs.worker.isolation import ProcessDiedError
+from blocksight.jobs.worker.watchdog import heartbeat, watchdog
 from blocksight.storage.outputs.schema import MAX_ERROR_LENGTH
 from blocksight.storage.stores.opening import open_named
 from blocksight.storage.stores.retrying import PATIENCE_SECONDS, PatientStore

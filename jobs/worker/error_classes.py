@@ -6,7 +6,7 @@ from typing import Any
 from blocksight.engine.errors import ModelError
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.records import UnreconciledError
-from blocksight.jobs.work.isolation import Isolated, ProcessStartError, free_bytes
+from blocksight.jobs.worker.isolation import Isolated, ProcessStartError, free_bytes
 from blocksight.storage.stores import error_classes
 
 OF_THE_JOB = (ModelError, ConfigError, UnreconciledError, ProcessStartError)

@@ -16,10 +16,10 @@ from blocksight.jobs.ledger.receipts import adopt, commit_facts, receipt_of, wri
 from blocksight.jobs.plan.config import JobConfig
 from blocksight.jobs.plan.context import JobContext, worker_name
 from blocksight.jobs.plan.records import Receipt, RecordFacts, Unit, UnitInput, UnitResult, with_reject
-from blocksight.jobs.work.attempts import WorkerStores
-from blocksight.jobs.work.error_classes import is_of_record, is_of_unit
-from blocksight.jobs.work.isolation import ProcessDiedError, isolated_if
-from blocksight.jobs.work.watchdog import heartbeat
+from blocksight.jobs.worker.attempts import WorkerStores
+from blocksight.jobs.worker.error_classes import is_of_record, is_of_unit
+from blocksight.jobs.worker.isolation import ProcessDiedError, isolated_if
+from blocksight.jobs.worker.watchdog import heartbeat
 from blocksight.storage.images.decode import decode, fit
 from blocksight.storage.inputs.loose import read_images
 from blocksight.storage.inputs.records import RawRecord, as_text, read_failed

@@ -28,11 +28,11 @@ from blocksight.jobs.plan.units import WHOLE_SHARD, Workforce, pieces
 from blocksight.jobs.run import pipeline
 from blocksight.jobs.run.job import plan_job, workforce_of
 from blocksight.jobs.run.local import run_unit
-from blocksight.jobs.work import unit as steps
-from blocksight.jobs.work.attempts import CAREFUL_DEATHS, MAX_FAILURES, WorkerStores, attempted
-from blocksight.jobs.work.error_classes import AMPLE_BYTES, is_of_record, is_of_unit
-from blocksight.jobs.work.isolation import Isolated, ProcessDiedError, ProcessStartError
-from blocksight.jobs.work.unit import commit_unit, decoded_or_rejected
+from blocksight.jobs.worker import unit as steps
+from blocksight.jobs.worker.attempts import CAREFUL_DEATHS, MAX_FAILURES, WorkerStores, attempted
+from blocksight.jobs.worker.error_classes import AMPLE_BYTES, is_of_record, is_of_unit
+from blocksight.jobs.worker.isolation import Isolated, ProcessDiedError, ProcessStartError
+from blocksight.jobs.worker.unit import commit_unit, decoded_or_rejected
 from blocksight.storage.inputs.records import RawRecord
 from blocksight.storage.inputs.survey import Layout, Survey
 from blocksight.storage.inputs.tars import read_tar, sample_tar
@@ -42,7 +42,7 @@ from blocksight.storage.stores.store import DamagedError, MissingError, ObjectEr
 from tests.faults.stores import InterceptedStore
 from tests.jobs.jobs_of import config_of, run_here
 from tests.jobs.tiny import picture, tar_bytes
-from tests.jobs.work.test_commit import UNIT, result
+from tests.jobs.worker.test_commit import UNIT, result
 from tests.storage.memory import MemoryStore
 
 OF_A_RECORD = [
@@ -79,7 +79,7 @@ def test_what_no_record_can_cause_is_not_its_own(error):
 
 @pytest.mark.parametrize(("free", "blamed"), [(AMPLE_BYTES, True), (AMPLE_BYTES - 1, False)])
 def test_memory_is_a_records_fault_where_there_is_plenty(monkeypatch, free, blamed):
-    monkeypatch.setattr("blocksight.jobs.work.error_classes.free_bytes", lambda: free)
+    monkeypatch.setattr("blocksight.jobs.worker.error_classes.free_bytes", lambda: free)
     assert is_of_record(MemoryError(), Isolated(dict)) is blamed
     assert not is_of_record(MemoryError(), dict)
 
