@@ -214,7 +214,6 @@ def test_a_factory_finds_the_users_own_modules(their_folder, runner):
     command = [sys.executable, "-m", "blocksight", "explain", *JOB, "--output", "maps", "--runner", runner]
     done = subprocess.run(command, cwd=their_folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 of 2" in done.stdout or "explained" in done.stdout
     assert pq.read_table(their_folder / "maps/data").column("status").to_pylist() == ["ok", "ok"]
 
 
