@@ -252,7 +252,7 @@ def test_a_command_that_cannot_run_is_seen(line):
 
 
 @pytest.mark.parametrize("language", ["", "sh", "yaml"])
-def test_a_block_that_nobody_runs_is_seen(language):
+def test_a_block_that_is_not_run_is_seen(language):
     with pytest.raises(pytest.fail.Exception, match="nobody runs"):
         follow(Block("README.md", 1, None, language, "something\n"))
 

@@ -73,7 +73,7 @@ def test_addresses_that_are_none_are_refused(address):
         pass
 
 
-def test_an_address_where_nobody_answers_is_named_at_once(monkeypatch):
+def test_an_address_without_an_answer_is_named_at_once(monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -83,7 +83,7 @@ def test_an_address_where_nobody_answers_is_named_at_once(monkeypatch):
             pass
 
 
-def test_a_session_of_someone_else_is_left_alone(monkeypatch):
+def test_a_session_that_was_already_running_is_left_alone(monkeypatch):
     ended = []
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("ray.shutdown", lambda: ended.append(True))

@@ -32,7 +32,7 @@ MUTATIONS = (
         "jobs/worker/unit.py",
         'ours = committed.metadata.get("attempt") == metadata["attempt"]',
         "ours = False",
-        ("jobs/worker/test_commit.py::test_a_lost_reply_is_settled_by_the_attempt",),
+        ("jobs/worker/test_commit.py::test_a_lost_reply_is_decided_by_the_attempt_id",),
     ),
     Mutation(
         "412 always means that it was ours",
@@ -74,14 +74,14 @@ MUTATIONS = (
         "jobs/ledger/reconcile.py",
         "{unit_id: letter for unit_id, letter in letters.items() if unit_id not in receipts}",
         "letters",
-        ("jobs/worker/test_attempts.py::test_a_fragment_outweighs_a_letter",),
+        ("jobs/worker/test_attempts.py::test_a_fragment_outweighs_a_dead_letter",),
     ),
     Mutation(
         "a unit is buried although its fragment stands, and the letter stays",
         "jobs/ledger/reconcile.py",
         "        store.delete(letter_key(unit_id))",
         "        pass",
-        ("jobs/worker/test_attempts.py::test_a_fragment_outweighs_a_letter",),
+        ("jobs/worker/test_attempts.py::test_a_fragment_outweighs_a_dead_letter",),
     ),
     Mutation(
         "the manifest is replaced",
@@ -123,7 +123,7 @@ MUTATIONS = (
         "jobs/worker/attempts.py",
         'output.put(marker, json.dumps({"worker": worker_name()}).encode())',
         "output.uri",
-        ("jobs/worker/test_attempts.py::test_a_marker_stands_while_a_step_works_and_goes_with_it",),
+        ("jobs/worker/test_attempts.py::test_a_marker_exists_only_while_its_step_works",),
     ),
     Mutation(
         "no number of deaths makes a step careful",
@@ -137,7 +137,7 @@ MUTATIONS = (
         "jobs/ledger/dead_letters.py",
         "output.create(letter_key(",
         "output.put(letter_key(",
-        ("jobs/worker/test_attempts.py::test_the_first_letter_stands",),
+        ("jobs/worker/test_attempts.py::test_the_first_dead_letter_is_kept",),
     ),
     Mutation(
         "patience gives up at once",
@@ -165,7 +165,7 @@ MUTATIONS = (
         "jobs/ledger/retry.py",
         "        output.delete(dead_letters.letter_key(letter.unit_id))\n",
         "",
-        ("jobs/worker/test_attempts.py::test_a_dead_unit_is_no_success_until_it_is_retried_or_done_without",),
+        ("jobs/worker/test_attempts.py::test_a_dead_unit_is_a_failure_until_it_is_retried_or_allowed",),
     ),
     Mutation(
         "retry leaves the markers of the attempts that died",
@@ -209,7 +209,7 @@ MUTATIONS = (
         "storage/stores/error_classes.py",
         "MACHINE_TYPES = (StoreError, MemoryError, ImportError, ConnectionError, TimeoutError)",
         "MACHINE_TYPES = (StoreError,)",
-        ("jobs/worker/test_failures.py::test_the_machines_trouble_leaves_a_unit_open",),
+        ("jobs/worker/test_failures.py::test_an_error_of_the_machine_leaves_a_unit_open",),
     ),
     Mutation(
         "a record over which encoding fails takes its unit down",
@@ -223,7 +223,7 @@ MUTATIONS = (
         "storage/stores/retrying.py",
         "            if self._has_other_witnesses(key):\n                raise StoreError(",
         "            if self._has_other_witnesses(key):\n                raise ObjectError(",
-        ("storage/stores/test_witnesses.py::test_a_refusal_of_all_objects_is_the_stores",),
+        ("storage/stores/test_witnesses.py::test_a_refusal_of_all_objects_is_a_store_error",),
     ),
     Mutation(
         "an object that fails is asked for as long as a store that is away",
@@ -245,7 +245,7 @@ MUTATIONS = (
         "            if not may_be_its_own or not self._can_write_others(key, num_bytes):",
         "            if True:",
         (
-            "storage/stores/test_witnesses.py::test_an_object_of_an_output_that_fails_alone_is_told",
+            "storage/stores/test_witnesses.py::test_an_object_of_an_output_that_fails_alone_is_an_output_error",
             "jobs/worker/test_failures.py::test_a_fragment_that_cannot_be_written_is_a_dead_letter",
         ),
     ),
@@ -304,7 +304,7 @@ MUTATIONS = (
         "        output.delete(dead_letters.letter_key(letter.unit_id))\n",
         "        output.delete(dead_letters.letter_key(letter.unit_id))\n"
         '        [output.delete(info.key) for info in output.list("data/")]\n',
-        ("jobs/ledger/test_receipts.py::test_a_retry_takes_back_letters_and_nothing_else",),
+        ("jobs/ledger/test_receipts.py::test_a_retry_removes_dead_letters_and_nothing_else",),
     ),
     Mutation(
         "verify is blind to a key that is explained twice",
@@ -418,7 +418,7 @@ MUTATIONS = (
         "jobs/plan/stored_config.py",
         "    if named is None and factory_of(told) is not None:",
         "    if False:",
-        ("jobs/plan/test_stored_config.py::test_a_bank_of_strange_features_is_no_way_around",),
+        ("jobs/plan/test_stored_config.py::test_a_bank_does_not_bypass_the_check_of_the_factory",),
     ),
     Mutation(
         "a stranger's plan chooses the weights file",
@@ -463,7 +463,7 @@ MUTATIONS = (
         "jobs/plan/plan.py",
         '    check_units(units, body["layout"])\n',
         "",
-        ("jobs/plan/test_documents.py::test_units_that_are_none_are_refused",),
+        ("jobs/plan/test_documents.py::test_malformed_units_are_refused",),
     ),
     Mutation(
         "a stranger's receipt is of another unit",
@@ -480,7 +480,7 @@ MUTATIONS = (
         (
             "storage/outputs/test_file_names.py::test_a_name_is_sound_in_every_file_system",
             "storage/outputs/test_file_names.py::test_all_odd_keys_have_names_of_their_own",
-            "storage/outputs/test_file_names.py::test_nobody_can_take_the_name_of_another_key",
+            "storage/outputs/test_file_names.py::test_no_key_can_take_the_file_name_of_another",
         ),
     ),
 )

@@ -82,7 +82,7 @@ def test_a_store_that_dies_and_comes_back_is_waited_for(bucket, place, tmp_path)
     assert_sound(output)
 
 
-def test_a_store_that_stays_away_ends_the_run_with_the_way_on(bucket, place, tmp_path, monkeypatch):
+def test_a_store_that_stays_away_ends_the_run_which_can_be_resumed(bucket, place, tmp_path, monkeypatch):
     monkeypatch.setattr(retrying, "PATIENCE_SECONDS", 2.0)
     monkeypatch.setattr("blocksight.cluster.sizing.LEAST_UNIT_SECONDS", 20.0)
     fill(place, bucket, folder_of_images(tmp_path / "in", 6, bad=False))

@@ -72,7 +72,7 @@ def stop_a_raylet(cluster, store, process):
 
 
 @pytest.mark.parametrize("fault", [kill_workers, kill_a_node, stop_a_raylet])
-def test_what_dies_in_a_cluster_costs_work_and_no_truth(data, whole, tmp_path, fault):
+def test_a_death_in_a_cluster_costs_work_and_no_result(data, whole, tmp_path, fault):
     store = LocalStore(tmp_path / "out")
     with RayCluster() as cluster, Watcher(LocalStore(tmp_path / "out")) as watcher:
         job = explain(data, tmp_path / "out", "make_slow", "--address", cluster.address)

@@ -79,7 +79,7 @@ def chosen(calls, every):
     return [place for place, kind in enumerate(kinds) if place % every == 0 or kinds.index(kind) == place]
 
 
-def test_a_crash_again_and_again_at_the_same_call_ends_too(job, whole):
+def test_repeated_crashes_at_the_same_call_end_too(job, whole):
     """Each run dies a little later than the one before."""
     expected, calls = whole
     store = MemoryStore()

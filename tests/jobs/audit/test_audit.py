@@ -226,7 +226,7 @@ def test_the_finding_is_said_in_words(marked: Path) -> None:
     assert "FINDING: disc looks at the region" in console.export_text()
 
 
-def test_the_command_audits_what_stands(marked: Path) -> None:
+def test_the_command_audits_and_prints_the_suspicion(marked: Path) -> None:
     made = blocksight("audit", marked, "--no-try")
     assert made.returncode == 0, made.stderr
     assert "suspicion: disc looks at the region" in made.stdout

@@ -63,7 +63,7 @@ def test_a_continuum_has_no_groups(kind: str, seed: int) -> None:
     assert clusters_of(model, [150]) == []
 
 
-def test_new_maps_go_to_their_cluster_and_strangers_to_none() -> None:
+def test_new_maps_go_to_their_cluster_and_odd_ones_to_none() -> None:
     model = class_model(sample_of(in_corners(120, 0)), seed=0)
     rng = np.random.default_rng(9)
     labels, strangeness = model.place(np.stack([spot(8, 8, rng), spot(2, 2, rng), spot(13, 2, rng), spot(2, 14, rng)]))
@@ -71,7 +71,7 @@ def test_new_maps_go_to_their_cluster_and_strangers_to_none() -> None:
     assert strangeness[:3].max() < model.limit < strangeness[3]
 
 
-def test_strangeness_is_the_fifth_neighbours_distance_over_the_usual() -> None:
+def test_oddity_is_the_fifth_neighbours_distance_over_the_usual() -> None:
     sample = sample_of(in_corners(40, 1))
     model = class_model(sample, seed=0)
     points = as_points(sample.pooled)

@@ -184,7 +184,7 @@ def test_shipped_batch_sizes_are_the_libraries_defaults():
     assert f"BATCH_SIZE = {grad_cam.batch_size}\n" in source
 
 
-def test_each_peer_stands_twice_and_says_how():
+def test_each_peer_is_listed_twice_with_its_setting():
     field = field_of(adapter_of(Shared))
     assert [(one.name, one.job, one.how) for one in field if one.is_ours] == [
         ("blocksight", job, str(setting)) for setting in SETTINGS for job in ("Score-CAM", "occlusion")

@@ -119,7 +119,7 @@ def test_the_strip_shows_blocks_and_stages(data, tmp_path, drawn):
         assert tile.caption == f"{block.name}\nkept {stored['kept']} of {stored['candidates']} maps"
 
 
-def test_a_map_that_is_not_as_stored_is_said_to_differ(data, tmp_path, drawn, monkeypatch):
+def test_a_replayed_map_that_differs_is_reported(data, tmp_path, drawn, monkeypatch):
     run_here(data, tmp_path / "out")
     monkeypatch.setattr("blocksight.jobs.explain.replay.map_of", lambda row: np.float32(0.25) * map_of(row))
     sheet(tmp_path / "out", "ant/000.png", tmp_path / "sheet.png", blocks=True)
@@ -156,7 +156,7 @@ def test_a_block_that_kept_nothing_is_left_out(data, tmp_path, drawn, monkeypatc
     assert len(drawn[0]) == 1 + 1 + 2 + 1
 
 
-def test_other_explainers_and_other_outputs_stand_beside(data, tmp_path, drawn):
+def test_other_explainers_and_other_outputs_are_shown_beside_it(data, tmp_path, drawn):
     run_here(data, tmp_path / "out", target="0,1")
     for name, target in (("gradcam", "1,2"), ("layercam", "0,1")):
         run_here(data, tmp_path / name, target=target, explainer=name)

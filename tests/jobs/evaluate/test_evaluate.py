@@ -94,7 +94,7 @@ def test_every_map_has_every_value_once_and_nothing_is_rewritten(output):
     assert not {"ebpg", "sanity"} & {row["metric"] for row in values}
 
 
-def test_the_stored_drop_is_the_one_that_would_be_measured_again(output):
+def test_the_stored_drop_equals_the_drop_of_the_decoded_map(output):
     """`explain` measures the quantised map: Drop in the fragment equals Drop of the decoded map."""
     from blocksight.engine.metrics.faithfulness import KeepTop
     from blocksight.jobs.evaluate.step import EvaluateStep
@@ -123,7 +123,7 @@ def test_the_stored_drop_is_the_one_that_would_be_measured_again(output):
         assert own["increase"].value == 100 * kept["increase"]
 
 
-def test_a_request_that_is_stopped_leaves_no_sign_and_goes_on(output, monkeypatch):
+def test_a_stopped_evaluation_leaves_no_stop_request_and_resumes(output, monkeypatch):
     from blocksight.jobs.evaluate import step as evaluate
 
     original = evaluate.evaluated
@@ -144,7 +144,7 @@ def test_a_request_that_is_stopped_leaves_no_sign_and_goes_on(output, monkeypatc
     assert len(again.done) == first.num_open
 
 
-def test_the_same_request_goes_on_where_it_ended(output):
+def test_the_same_evaluation_resumes(output):
     outcome = evaluated(output)
     whole = fragments_in_evaluation(output, outcome)
     assert evaluated(output).done == ()
@@ -303,7 +303,7 @@ def test_what_cannot_be_meant_is_refused_before_any_work(output, asked, sentence
     assert not (output / FOLDER).exists()
 
 
-def test_a_class_map_that_is_none(tmp_path):
+def test_a_file_that_is_no_class_map_is_refused(tmp_path):
     for text in ("[1]", '{"a": "b"}', '{"a": [true]}', "{"):
         (tmp_path / "map.json").write_text(text)
         with pytest.raises(ConfigError, match="class map"):
@@ -352,7 +352,7 @@ def test_outputs_of_other_inputs_are_refused(two):
         compare(outputs(two / "gradcam", two / "elsewhere"))
 
 
-def test_the_table_is_made_of_the_rows_that_stand(two):
+def test_the_table_is_made_of_the_stored_rows(two):
     table = compare(outputs(two / "gradcam", two / "layercam"))
     assert names_of(table) == ["gradcam", "layercam", "random", "gaussian", "edges"]
     assert [column.metric for column in table.columns] == ["drop", "increase", "deletion", "entropy"]

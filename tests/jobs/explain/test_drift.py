@@ -24,7 +24,7 @@ def test_weights_that_change_under_one_name_are_refused(tmp_path):
     assert plan_job(config, execution)[1].fingerprint == plan.fingerprint
 
 
-def test_a_plan_that_stands_and_cannot_be_read_is_no_traceback(tmp_path):
+def test_a_plan_that_exists_and_cannot_be_read_is_no_traceback(tmp_path):
     """A link that leads nowhere: nothing is read there, and nothing can be created."""
     (tmp_path / "out/_job/plan").mkdir(parents=True)
     (tmp_path / "out/_job/plan/plan.json").symlink_to(tmp_path / "nowhere")

@@ -97,7 +97,7 @@ def test_what_a_row_says():
 # ---------------------------------------------------------------- whole jobs
 
 
-def test_every_reason_stands_in_its_row(data, tmp_path):
+def test_every_reason_is_in_its_row(data, tmp_path):
     rows = rows_of(data, tmp_path / "out")
     assert {key: row["fidelity_reason"] for key, row in rows.items() if row["fidelity"] == "full"} == REASONS
     others = [row for row in rows.values() if row["key"] not in REASONS]
@@ -116,7 +116,7 @@ def test_a_row_is_that_of_a_job_at_its_level(data, tmp_path):
         assert at_level["balanced"][key]["num_forwards"] < at_level["full"][key]["num_forwards"]
 
 
-def test_the_cut_and_a_second_start_do_not_show(data, tmp_path, monkeypatch):
+def test_units_and_a_restart_do_not_change_the_rows(data, tmp_path, monkeypatch):
     parts = rows_of(data, tmp_path / "parts")
     store = LocalStore(tmp_path / "parts")
     before = fragments_in(store)

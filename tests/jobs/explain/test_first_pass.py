@@ -40,7 +40,7 @@ def done(data, tmp_path_factory):
     return output
 
 
-def test_what_was_learned_stands_beside_the_plan(done):
+def test_the_learned_state_is_stored_beside_the_plan(done):
     state = learned_in(done)
     assert int(state["bandit.counts"].sum()) == 6
     assert len(state["pool.seeds"]) == 3
@@ -51,7 +51,7 @@ def test_what_was_learned_stands_beside_the_plan(done):
         assert len(row["map_family"]) == 3
 
 
-def test_neither_the_cut_of_the_plan_nor_its_order_shows_in_it(data, done):
+def test_the_learned_state_depends_on_no_units_and_no_order(data, done):
     job = config_of(data, done, **BEE)
     plan = load_plan(LocalStore(done))
     _, facts = check_model(job, None, Console(quiet=True))
@@ -68,7 +68,7 @@ def test_shards_are_learned_from(make, tmp_path):
     assert len(learned_in(tmp_path / "out")["pool.seeds"]) == 3
 
 
-def test_a_run_that_goes_on_keeps_what_was_learned(data, tmp_path):
+def test_a_resumed_run_keeps_the_learned_state(data, tmp_path):
     run_here(data, tmp_path / "out", **BEE)
     store = LocalStore(tmp_path / "out")
     before, fragments = store.read(LEARNED_KEY), fragments_in(store)
@@ -89,7 +89,7 @@ def test_another_posterior_is_another_method(data, done, tmp_path):
     assert len(digests - {None}) == 2
 
 
-def test_nothing_is_explained_without_what_was_learned(data, tmp_path, monkeypatch):
+def test_nothing_is_explained_without_the_learned_state(data, tmp_path, monkeypatch):
     monkeypatch.setattr("blocksight.jobs.run.job.num_learning_images", lambda _: 0)  # as if the file had been lost
     outcome = run_here(data, tmp_path / "out", **BEE)
     assert rows_in(LocalStore(tmp_path / "out")) == []

@@ -108,7 +108,7 @@ def test_a_model_is_loaded_with_ieee_float32_whatever_its_factory_allows(tmp_pat
 # ---------------------------------------------------------------- the plan
 
 
-def test_the_setting_stands_in_the_plan_before_the_first_unit(tmp_path, data, monkeypatch):
+def test_the_setting_is_in_the_plan_before_the_first_unit(tmp_path, data, monkeypatch):
     seen = []
 
     def explained(self, unit_input, *, careful=False):
@@ -124,7 +124,7 @@ def test_the_setting_stands_in_the_plan_before_the_first_unit(tmp_path, data, mo
     assert {one["forward"] for one in receipts(tmp_path / "maps")} == {str(ForwardSetting())}
 
 
-def test_what_is_planned_is_kept_to(tmp_path, data, monkeypatch):
+def test_the_planned_setting_is_used(tmp_path, data, monkeypatch):
     kept = ForwardSetting(batch_size=5)
     plan_setting(tmp_path / "maps", kept)
     monkeypatch.setattr(forward_pass, "choose", lambda *_: pytest.fail("nothing is to be chosen"))
@@ -169,7 +169,7 @@ def test_the_setting_of_an_older_output_is_read(tmp_path):
     assert (planned.setting.precision, planned.chosen, planned.score_error) == ("bfloat16", "timing", None)
 
 
-def test_a_machine_that_cannot_leaves_the_units_open_and_rejects_nobody(tmp_path, data):
+def test_a_machine_that_cannot_run_the_setting_leaves_units_open_and_rejects_no_record(tmp_path, data):
     plan_setting(tmp_path / "maps", ForwardSetting("graphed"))
     outcome = run_here(data, tmp_path / "maps")
     assert outcome.job_state.open_units
@@ -180,7 +180,7 @@ def test_a_machine_that_cannot_leaves_the_units_open_and_rejects_nobody(tmp_path
 # ---------------------------------------------------------------- what the user says
 
 
-def test_a_lower_precision_is_the_users_word_and_the_plan_says_its_error(tmp_path, data):
+def test_a_lower_precision_needs_the_users_option_and_the_plan_holds_its_error(tmp_path, data):
     console = Console(record=True, width=200)
     run_with(data, tmp_path / "maps", console, precision="bfloat16")
     planned = planned_forward(store_of(tmp_path / "maps"))
@@ -282,7 +282,7 @@ def test_without_a_planned_setting_a_worker_chooses_once_and_the_rest_follow(tmp
     assert (planned.chosen, planned.score_error, planned.bound) == ("timing", 0.01, setting_choice.MAX_FAST_ERROR)
 
 
-def test_of_two_workers_that_choose_at_once_the_first_counts(tmp_path, monkeypatch):
+def test_of_two_workers_that_choose_at_once_the_first_wins(tmp_path, monkeypatch):
     store, first = store_of(tmp_path), ForwardSetting(batch_size=9)
 
     def choose(*_):
@@ -304,7 +304,7 @@ def test_what_a_job_asks_for(tmp_path, options, precision):
     assert forward_pass.wish_of(config, 3, is_timed=True) == wanted
 
 
-def test_out_of_memory_halves_and_remembers(tmp_path, monkeypatch):
+def test_out_of_memory_halves_the_batch_for_all_units(tmp_path, monkeypatch):
     plan_setting(tmp_path / "maps", ForwardSetting(batch_size=3))
     real, failed = step.ExplainStep._explain_all, []
 

@@ -178,7 +178,7 @@ def test_a_damaged_fragment_is_a_failure_of_its_unit_in_an_evaluation(base):
     assert failure.error.startswith(f"{base / 'a' / key} is damaged")
 
 
-def test_text_that_is_none_shows_where_it_is_read(base):
+def test_invalid_text_is_named_where_it_is_read(base):
     key = spoil(base, "data/*.parquet", with_bad_text)
     with pytest.raises(UnreconciledError, match="UTF8"):
         fragment_of(LocalStore(base / "a"), key)
@@ -195,7 +195,7 @@ def test_a_map_of_another_size_than_the_models_input_is_damage_before_it_is_deco
     assert [fault for fault in faults if re.fullmatch(f"{key}: {said}", fault)]
 
 
-def test_what_is_read_is_what_stands(base):
+def test_reading_returns_the_stored_tables_and_maps(base):
     store = LocalStore(base / "a")
     (fragment,) = [info.key for info in store.list("data/")]
     (values,) = [info.key for info in store.list("evaluations/") if info.key.endswith(".parquet")]

@@ -60,7 +60,7 @@ PLAN = SimpleNamespace(units=(UNIT,), fingerprint="job")
 
 
 @pytest.mark.parametrize("cause", [None, "poison"])
-def test_a_retry_takes_back_letters_and_nothing_else(cause):
+def test_a_retry_removes_dead_letters_and_nothing_else(cause):
     store = MemoryStore()
     keys = ["data/other.parquet", UNIT.fragment_key, "_job/plan.json", "_job/receipts/x.json", "_job/attempts/x/read-1"]
     for key in keys:

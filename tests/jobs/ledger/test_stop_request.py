@@ -167,13 +167,13 @@ def test_patience_ends_and_other_errors_go_through_at_once(no_pauses):
     assert away.left == 4
 
 
-def test_waiting_for_a_store_is_a_sign_of_life(no_pauses):
+def test_waiting_for_a_store_sends_heartbeats(no_pauses):
     signs = []
     PatientStore(InterceptedStore(MemoryStore(), Away(3)), seconds=5, waiting=lambda: signs.append(1)).head("a")
     assert len(signs) == 4
 
 
-def test_a_step_waits_for_its_stores_under_the_watch(tmp_path, monkeypatch):
+def test_a_step_may_wait_for_its_stores_longer_than_the_watchdog_allows(tmp_path, monkeypatch):
     """A create and a head that both wait as long as they may take longer than the watchdog allows."""
     from blocksight.jobs.worker.attempts import open_worker_stores
     from tests.jobs.jobs_of import config_of
@@ -188,7 +188,7 @@ def test_a_step_waits_for_its_stores_under_the_watch(tmp_path, monkeypatch):
     assert len(signs) == 2
 
 
-def test_the_watch_is_on_only_while_something_is_watched(monkeypatch):
+def test_the_watchdog_is_armed_only_within_its_context(monkeypatch):
     armed = []
     monkeypatch.setattr("faulthandler.dump_traceback_later", lambda *_, **__: armed.append(True))
     monkeypatch.setattr("faulthandler.cancel_dump_traceback_later", lambda: armed.append(False))

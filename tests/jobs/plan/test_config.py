@@ -70,7 +70,7 @@ def test_what_is_wrong_is_one_sentence(values, sentence):
         load_config(None, {**BASE, **values})
 
 
-def test_everything_can_stand_in_the_file(tmp_path):
+def test_every_option_can_be_given_in_the_file(tmp_path):
     file = tmp_path / "job.toml"
     file.write_text('data = "a"\noutput = "b"\nblocks = "one, two"\ntarget = [281, 7]\nworkers = 2\nrunner = "local"\n')
     config, execution = load_config(file, {"workers": 3})
@@ -145,7 +145,7 @@ def test_a_fidelity_sets_parameters(tmp_path):
 
 
 @pytest.mark.parametrize("level", FIDELITIES)
-def test_what_a_plan_says_twice_is_no_contradiction(level):
+def test_a_parameter_that_repeats_its_fidelitys_value_is_no_conflict(level):
     config = config_of({**BASE, "fidelity": level})
     read_back = config_of({**BASE, "fidelity": level, "parameters": config.identity(None)["parameters"]})
     assert read_back.identity(None) == config.identity(None)

@@ -277,7 +277,7 @@ def rows_of(store: ObjectStore) -> list[dict]:
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_units_that_are_none_are_refused(memory, row):
+def test_malformed_units_are_refused(memory, row):
     first, *others = rows_of(memory)
     planned(memory, [first, *others])
     assert load_plan(memory) is not None
@@ -286,7 +286,7 @@ def test_units_that_are_none_are_refused(memory, row):
         load_plan(memory)
 
 
-def test_units_that_are_there_twice_are_refused(memory):
+def test_duplicate_units_are_refused(memory):
     first, *_ = rows_of(memory)
     planned(memory, [first, first | {"ordinal": 1}])
     with pytest.raises(UnreconciledError, match="the same id"):

@@ -128,7 +128,7 @@ def test_units_shrink_towards_the_end():
     assert LEAST_UNIT_SECONDS == 10
 
 
-def test_text_of_strangers_cannot_move_the_cursor():
+def test_untrusted_text_cannot_move_the_cursor():
     assert printable("a\x1b[31mb\n[bold]") == "a\\x1b[31mb\\x0a\\[bold]"
 
 

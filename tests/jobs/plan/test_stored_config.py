@@ -94,14 +94,14 @@ def test_other_commands_import_nothing(trap, command):
 
 
 @pytest.mark.parametrize("model", ["knn(strange_module:make)", "knn( knn(strange_module:make))", "knn(:)"])
-def test_a_bank_of_strange_features_is_no_way_around(trap, made, tmp_path, model):
+def test_a_bank_does_not_bypass_the_check_of_the_factory(trap, made, tmp_path, model):
     found = ran(WITH_A_MODEL["audit"], told(made, tmp_path / "bank", model=model))
     assert isinstance(found.exception, ConfigError)
     assert "--model 'knn(" in str(found.exception)
 
 
 @pytest.mark.parametrize("command", WITH_A_MODEL)
-def test_what_is_named_must_be_what_the_output_names(trap, command):
+def test_the_named_model_must_be_the_outputs_model(trap, command):
     found = ran((*WITH_A_MODEL[command], "--model", MODEL), trap)
     assert isinstance(found.exception, ConfigError)
     assert "'strange_module:make'" in str(found.exception)
@@ -109,7 +109,7 @@ def test_what_is_named_must_be_what_the_output_names(trap, command):
 
 
 @pytest.mark.parametrize("command", WITH_A_MODEL)
-def test_named_again_it_works(made, tmp_path, monkeypatch, command):
+def test_a_command_runs_if_the_model_is_named(made, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     found = ran((*WITH_A_MODEL[command], "--model", MODEL), made)
     assert found.exception is None, found.exception

@@ -231,7 +231,7 @@ def test_blocks_are_named_shortly_where_that_is_clear():
     assert names("a\nb\x1b") == ["a?b?"]
 
 
-def test_all_blocks_stand_for_themselves_up_to_so_many_then_evenly():
+def test_of_many_blocks_evenly_spaced_ones_are_drawn():
     (part,) = parts(accumulated_maps=blocks(11))
     assert [tile.caption.partition("\n")[0] for tile in part.tiles] == [
         f"block {place}" for place in (0, 2, 4, 6, 8, 10)

@@ -143,7 +143,7 @@ def test_metrics_are_those_of_compare_with_direction_and_unit(evaluated):
     assert f"{own.mean:.3f} {own.low:.3f} to {own.high:.3f}, {own.count} maps" in page
 
 
-def test_a_mean_stands_at_its_place_on_its_axis(evaluated):
+def test_a_mean_is_drawn_at_its_value_on_its_axis(evaluated):
     metric = next(metric for metric in report_at(evaluated).metrics if metric.name == "drop")
     assert metric.end == 100.0
     assert [metric.place(value) for value in (-1.0, 0.0, 25.0, 100.0, 120.0)] == [0.0, 0.0, 25.0, 100.0, 100.0]
@@ -214,7 +214,7 @@ def test_best_and_worst_are_those_of_all_rows(evaluated, monkeypatch):
     assert set(shown["best-insertion"]) != set(shown["worst-insertion"])
 
 
-def test_what_ranks_a_map_stands_on_its_card_and_beside_it(evaluated, monkeypatch):
+def test_a_ranked_map_shows_its_values_on_its_card_and_beside_it(evaluated, monkeypatch):
     monkeypatch.setattr(galleries, "NUM_RANKED", 3)
     report, store = report_at(evaluated), LocalStore(evaluated)
     rows = {Ref(row["key"], row["target_index"]): row for row in rows_in(store) if row["status"] == "ok"}
@@ -361,7 +361,7 @@ def test_hostile_names_of_blocks_are_text(output):
         ("ucag(gradcam)", None),
     ],
 )
-def test_reconstructions_are_said_to_be_some(output, explainer, said):
+def test_the_page_says_which_methods_are_reconstructions(output, explainer, said):
     plan = existing_plan(LocalStore(output))
     values = {"b": 1, "base": {"mu": 0.3, "base": {"a": None}}}
     named = replace(plan, identity={**plan.identity, "explainer": explainer, "parameters": values})
@@ -401,7 +401,7 @@ def test_an_unfinished_output_says_so(output):
     assert "not finished" in Page(page_at(output)).text
 
 
-def test_a_settled_output_without_a_manifest_says_so(output):
+def test_an_output_without_open_units_and_manifest_names_finalize(output):
     (output / MANIFEST_KEY).unlink()
     assert report_at(output).notices[0].command == f"blocksight finalize {output}"
 
@@ -472,7 +472,7 @@ def test_what_the_audit_names_leads_to_a_map(output):
         (0.99, 0.5, 0.001, "a little more than a random region does, too little for a finding: by"),
     ],
 )
-def test_an_effect_is_said_as_the_verdict_judges_it(mean, low, p_value, said):
+def test_an_effect_is_worded_as_the_verdict_judges_it(mean, low, p_value, said):
     effect = Effect(mean, low, 2 * abs(mean), p_value, 40, 0.1)
     assert against_chance(effect, "it raises") == f"it raises the class {said}"
     assert effect.is_real == (said == "more than a random region does: by")
@@ -535,7 +535,7 @@ TAGS = set(
 """All that the template writes."""
 
 
-def test_names_that_no_page_shows_are_found_by_what_they_are(hostile):
+def test_unprintable_names_are_kept_raw_for_the_search(hostile):
     page = Page(page_at(hostile))
     raw = [unquote(value) for value in page.values("data-raw")]
     assert all(value.isascii() and value.isprintable() for value in page.values("data-raw"))
@@ -546,7 +546,7 @@ def test_names_that_no_page_shows_are_found_by_what_they_are(hostile):
     assert page.values("data-text") == [plain(text) for text in wanted]
 
 
-def test_weights_are_said_to_come_from_where_they_do(output):
+def test_the_page_names_the_source_of_the_weights(output):
     facts = {fact.name: fact for fact in report_at(output).run}
     assert facts["model"].note == "weights: from the factory"
     plan = existing_plan(LocalStore(output))

@@ -107,7 +107,7 @@ def zoomed(page):
 @pytest.mark.parametrize("size", WIDTHS)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("which", ["address", "hostile_address", "beside_address"])
-def test_it_opens_without_a_word_and_nothing_overflows(watched, request, which, size, scheme):
+def test_it_opens_without_console_messages_and_nothing_overflows(watched, request, which, size, scheme):
     width, height = WIDTHS[size]
     watched.page.set_viewport_size({"width": width, "height": height})
     watched.page.emulate_media(color_scheme=scheme)

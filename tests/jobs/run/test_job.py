@@ -195,7 +195,7 @@ def test_other_weights_under_the_same_name_are_refused(tmp_path, monkeypatch):
         run_here(data, tmp_path / "out")
 
 
-def test_a_program_that_is_wrong_writes_nothing(tmp_path):
+def test_a_wrong_model_block_or_target_writes_nothing(tmp_path):
     data = folder_of_images(tmp_path / "in", 2, bad=False)
     for options, error in (
         ({"model": "torchvision:resnet50"}, ModelError),

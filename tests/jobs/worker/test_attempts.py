@@ -63,7 +63,7 @@ def markers_in(store):
 # ---------------------------------------------------------------- attempts
 
 
-def test_a_marker_stands_while_a_step_works_and_goes_with_it():
+def test_a_marker_exists_only_while_its_step_works():
     place = worker_stores()
     seen = attempted(UNIT, "explain", place, lambda careful: (careful, markers_in(place.output)))
     assert seen[0] is False
@@ -84,7 +84,7 @@ def test_deaths_in_one_step_make_its_next_attempt_careful(deaths, careful):
     assert attempted(UNIT, "explain", place, lambda careful: careful) is False
 
 
-def test_a_unit_that_kills_again_and_again_is_dead():
+def test_a_unit_that_keeps_killing_its_process_is_a_dead_letter():
     place = worker_stores()
     for number in range(attempts.MAX_DEATHS):
         place.output.put(f"_job/attempts/{UNIT.unit_id}/read-{number}.json", b"{}")
@@ -175,7 +175,7 @@ def fatal(item):
     return item, os.getpid()
 
 
-def test_a_process_apart_dies_alone_and_says_how():
+def test_a_child_process_dies_alone_and_its_end_is_reported():
     with Isolated(partial(itself, fatal)) as apart:
         first = apart("fine")
         assert first[0] == "fine"
@@ -206,7 +206,7 @@ def cannot_be_made():
 
 
 @pytest.mark.parametrize(("make", "how"), [(cannot_be_made, "OSError|no such weights"), (os.abort, "Aborted")])
-def test_a_process_apart_that_does_not_start_blames_no_item(make, how):
+def test_a_child_process_that_does_not_start_blames_no_item(make, how):
     with Isolated(make) as apart, pytest.raises(ProcessStartError, match=how):
         apart("innocent")
 
@@ -214,7 +214,7 @@ def test_a_process_apart_that_does_not_start_blames_no_item(make, how):
 # ---------------------------------------------------------------- dead letters, retry, budgets
 
 
-def test_the_first_letter_stands():
+def test_the_first_dead_letter_is_kept():
     store = MemoryStore()
     give_up(store, UNIT, "read", Cause.POISON, "the first")
     give_up(store, UNIT, "read", Cause.INPUT_MISSING, "the second")
@@ -231,7 +231,7 @@ def test_a_retry_begins_without_the_deaths_before_it():
     assert attempted(UNIT, "read", place, lambda careful: careful) is False
 
 
-def test_a_fragment_outweighs_a_letter():
+def test_a_fragment_outweighs_a_dead_letter():
     store = MemoryStore()
     assert isinstance(give_up(store, UNIT, "read", Cause.POISON, "x"), DeadLetter)
     receipt = commit_unit(result(), store, "job")
@@ -261,7 +261,7 @@ def half_dead(tmp_path):
     return data, LocalStore(tmp_path / "out"), outcome, mend
 
 
-def test_a_dead_unit_is_no_success_until_it_is_retried_or_done_without(half_dead, tmp_path):
+def test_a_dead_unit_is_a_failure_until_it_is_retried_or_allowed(half_dead, tmp_path):
     data, store, outcome, mend = half_dead
     assert outcome.manifest is None
     assert outcome.exceeded_budgets[0] == f"{len(outcome.job_state.dead)} dead units, and --max-dead-units allows 0"
@@ -280,7 +280,7 @@ def test_a_dead_unit_is_no_success_until_it_is_retried_or_done_without(half_dead
         reopen(store, load_plan(store))
 
 
-def test_a_manifest_names_the_dead_that_are_done_without(half_dead):
+def test_a_manifest_names_the_dead_units_that_were_allowed(half_dead):
     _, store, outcome, _ = half_dead
     manifest = finalize(store, outcome.job_state)
     assert {(dead["cause"], dead["inputs"]) for dead in manifest["dead"]} == {("input_missing", "a.tar")}
@@ -291,7 +291,7 @@ def test_a_manifest_names_the_dead_that_are_done_without(half_dead):
     assert exceeded_budgets(outcome.job_state, Budget(1.0, len(outcome.job_state.dead))) == []
 
 
-def test_a_job_that_was_finished_without_its_dead_is_complete(half_dead, tmp_path):
+def test_a_job_that_was_finished_without_its_dead_units_is_complete(half_dead, tmp_path):
     data, _, outcome, _ = half_dead
     out, dead = tmp_path / "out", len(outcome.job_state.dead)
     assert blocksight("finalize", out).returncode == 3
@@ -363,7 +363,7 @@ def execute(data, output, **execution):
     return run_job(config_of(data, output), Execution(runner="local", **execution), Console(quiet=True))
 
 
-def test_the_opening_ends_with_the_first_explained_record():
+def test_first_units_are_not_hopeless_once_a_record_is_explained():
     opening = FirstUnits(is_over=False)
     bad = receipt(num_ok=0, rejects={"corrupt": 2})
     for _ in range(NUM_FIRST_UNITS - 1):

@@ -94,7 +94,7 @@ class LostReply(MemoryStore):
 
 
 @pytest.mark.parametrize("retried", [False, True], ids=["timeout", "retried by the client, and refused"])
-def test_a_lost_reply_is_settled_by_the_attempt(retried):
+def test_a_lost_reply_is_decided_by_the_attempt_id(retried):
     from blocksight.storage.stores.store import AlreadyExistsError
 
     store = LostReply(AlreadyExistsError if retried else StoreError)
@@ -115,7 +115,7 @@ def test_a_store_that_writes_nothing_is_a_failure_and_leaves_nothing():
     assert list(store.list()) == []
 
 
-def test_a_crash_before_the_receipt_costs_no_truth():
+def test_a_crash_before_the_receipt_loses_no_result():
     store = MemoryStore()
     receipt = commit_unit(result(), store, "job", attempt="one")
     store.delete(f"_job/receipts/{UNIT.unit_id}.json")

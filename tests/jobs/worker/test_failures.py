@@ -68,12 +68,12 @@ OF_THE_JOB = [ModelError("x"), ConfigError("x"), UnreconciledError("x"), Process
 
 
 @pytest.mark.parametrize("error", OF_A_RECORD, ids=str)
-def test_what_the_same_record_would_raise_anywhere_is_its_own(error):
+def test_an_error_that_a_record_raises_anywhere_is_of_the_record(error):
     assert is_of_unit(error)
 
 
 @pytest.mark.parametrize("error", [*OF_THE_MACHINE, *OF_THE_JOB, StoreError("x"), UnavailableError("x")], ids=repr)
-def test_what_no_record_can_cause_is_not_its_own(error):
+def test_an_error_that_no_record_can_cause_is_not_of_the_record(error):
     assert not is_of_unit(error)
 
 
@@ -123,7 +123,7 @@ def test_a_unit_that_fails_once_is_done():
 
 
 @pytest.mark.parametrize("error", [*OF_THE_MACHINE, *OF_THE_JOB], ids=repr)
-def test_the_machines_trouble_leaves_a_unit_open(error):
+def test_an_error_of_the_machine_leaves_a_unit_open(error):
     stores, seen = place(), []
     assert isinstance(attempted(UNIT, "read", stores, failing(error, seen)), UnitFailure)
     assert len(seen) == (1 if type(error) in map(type, OF_THE_JOB) else MAX_FAILURES)
@@ -217,7 +217,7 @@ def test_a_record_that_decoding_fails_on_once_is_decoded():
 
 
 @pytest.mark.parametrize("error", [*OF_THE_MACHINE, ProcessStartError("x")], ids=repr)
-def test_no_record_is_rejected_for_the_machine(error):
+def test_no_record_is_rejected_for_an_error_of_the_machine(error):
     with pytest.raises(type(error)):
         decoded_or_rejected(failing_over("k", error=error), RawRecord("k", "s", 4, 7, b"x"), MemoryStore())
 
@@ -421,7 +421,7 @@ def test_a_record_that_does_not_fit_its_columns_is_rejected_alone(apart_here, sp
 
 
 @pytest.mark.parametrize("error", OF_THE_MACHINE, ids=repr)
-def test_encoding_rejects_no_record_for_the_machine(apart_here, monkeypatch, error):
+def test_encoding_rejects_no_record_for_an_error_of_the_machine(apart_here, monkeypatch, error):
     def fails(row):
         raise error
 
@@ -504,7 +504,7 @@ def test_a_set_of_which_nothing_can_be_read_is_refused(layout):
 
 
 @pytest.mark.parametrize("layout", [Layout.PARQUET, Layout.TAR])
-def test_a_store_that_is_away_is_no_trouble_of_a_shard(layout):
+def test_a_store_that_is_away_is_no_error_of_a_shard(layout):
     with pytest.raises(UnavailableError):
         cut(Spoiled(**{f"1_{layout}": UnavailableError("503")}), layout)
 

@@ -373,7 +373,7 @@ def test_malformed_tables_are_refused(columns, reason):
         read_truth(stored(a__parquet=table(**columns)))
 
 
-def test_a_table_that_is_none():
+def test_a_file_that_is_no_table_is_refused():
     with pytest.raises(StoreError, match=r"memory:///a\.parquet"):
         read_truth(stored(a__parquet=b"PAR1 and so on"))
 

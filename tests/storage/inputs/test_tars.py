@@ -310,7 +310,7 @@ def test_what_a_pax_header_says_is_taken():
     assert codes(read(both)) == ["ok", "duplicate_key"]
 
 
-def test_a_long_name_stands_while_a_long_link_name_follows():
+def test_a_long_name_is_kept_when_a_long_link_name_follows():
     body = block(b"L", 9, b"long.png\0", b"L") + block(b"K", 2, b"n\0", b"K") + picture(b"short.png") + ENDED
     assert [record.key for record in read(body)] == ["s.tar/long"]
 
@@ -375,7 +375,7 @@ def test_a_key_is_cut_at_the_first_dot_of_the_base_name():
     assert codes(found) == ["ok", "missing_image"]
 
 
-def test_labels_of_strangers_are_only_text():
+def test_untrusted_labels_are_only_text():
     found = read(archive([("1.jpg", b"x"), ("1.cls", b"\xff\xfe"), ("2.jpg", b"x"), ("2.cls", b"9" * 2000)]))
     assert found[0].label == r"\xff\xfe"
     assert found[1].label == "9" * MAX_LABEL_BYTES + "…"

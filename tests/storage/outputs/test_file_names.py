@@ -53,7 +53,7 @@ def test_all_odd_keys_have_names_of_their_own():
 
 
 @pytest.mark.parametrize("key", ["a+b", "a/b", "x" * 200, "A", ".."])
-def test_nobody_can_take_the_name_of_another_key(key):
+def test_no_key_can_take_the_file_name_of_another(key):
     assert file_name(file_name(key)) != file_name(key)
 
 

@@ -119,7 +119,7 @@ def test_a_file_system_with_neither_is_refused(tmp_path, without_hard_links, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_link_whose_reply_was_lost_is_ours(tmp_path, monkeypatch):
+def test_a_link_whose_reply_was_lost_counts_as_created(tmp_path, monkeypatch):
     link = Path.hardlink_to
 
     def twice(path, target):
@@ -254,7 +254,7 @@ def test_names_of_its_own_are_kept(tmp_path, key):
         (errno.EINVAL, StoreError),
     ],
 )
-def test_one_file_that_cannot_be_read_is_no_trouble_of_the_folder(tmp_path, monkeypatch, code, kind):
+def test_one_file_that_cannot_be_read_is_no_error_of_the_folder(tmp_path, monkeypatch, code, kind):
     def refused(*_arguments):
         raise OSError(code, os.strerror(code))
 

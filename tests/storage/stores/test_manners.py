@@ -390,7 +390,7 @@ def test_metadata_come_back_whatever_the_case_of_their_names(bucket, store):
         (501, "NotImplemented", StoreError),
     ],
 )
-def test_whose_trouble_it_is(bucket, store, status, code, kind):
+def test_a_status_is_an_error_of_the_object_or_of_the_store(bucket, store, status, code, kind):
     bucket.manners = lambda _asked, _reply: refused(status, code)
     with pytest.raises(StoreError, match=code) as caught:
         store.read("3.png")
@@ -510,7 +510,7 @@ def test_the_probe_finds_what_a_store_cannot_do(bucket, store, spoil, words):
     assert str(caught.value).startswith("s3://b/d cannot hold exactly-once output: ")
 
 
-def test_the_probe_takes_a_store_of_good_manners(bucket, store):
+def test_the_probe_accepts_a_store_that_keeps_the_contract(bucket, store):
     before = dict(bucket.objects)
     probe(store, "_job/probe-")
     assert bucket.objects == before

@@ -21,7 +21,7 @@ from tests.storage.memory import MemoryStore
 KEYS = ("a.png", "b.png", "c.png", "d.png")
 
 
-def test_what_a_store_does_not_list_is_told_on():
+def test_unlisted_entries_of_the_inner_store_are_passed_on():
     inner = MemoryStore()
     inner.unlisted = lambda: iter([("a pipe", "p")])
     assert [*PatientStore(inner).unlisted()] == [("a pipe", "p")]
@@ -66,13 +66,13 @@ def no_pauses(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [ObjectError("403"), StoreError("400, made with another key")])
-def test_a_refusal_of_one_object_is_its_own(error):
+def test_a_refusal_of_one_object_is_an_object_error(error):
     with pytest.raises(ObjectError, match="40"):
         store_of(Refusing(error, "a.png")).read("a.png")
 
 
 @pytest.mark.parametrize("error", [ObjectError("403"), StoreError("no credentials")])
-def test_a_refusal_of_all_objects_is_the_stores(error):
+def test_a_refusal_of_all_objects_is_a_store_error(error):
     with pytest.raises(StoreError, match="nor can other objects") as caught:
         store_of(Refusing(error, *KEYS)).read("a.png")
     assert type(caught.value) is StoreError
@@ -111,7 +111,7 @@ def test_a_busy_object_is_asked_for_again():
 
 
 @pytest.mark.parametrize("error", [MissingError("gone"), ChangedError("other")])
-def test_what_says_enough_asks_for_no_witness(error):
+def test_an_error_that_says_enough_asks_for_no_witness(error):
     refusing = Refusing(error, "a.png")
     with pytest.raises(type(error)):
         store_of(refusing).read("a.png")
@@ -184,7 +184,7 @@ def of_one_object(_name, key):
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("error", [StoreError("403"), ObjectError("403"), UnavailableError("500")], ids=repr)
-def test_an_object_of_an_output_that_fails_alone_is_told(name, error):
+def test_an_object_of_an_output_that_fails_alone_is_an_output_error(name, error):
     output = Output(error, of_one_object)
     with pytest.raises(OutputError, match="other objects beside it can be written"):
         CALLS[name](output.store)
@@ -196,14 +196,14 @@ def test_an_object_of_an_output_that_fails_alone_is_told(name, error):
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("error", [StoreError("403"), UnavailableError("500")], ids=repr)
-def test_where_nothing_can_be_written_beside_it_the_trouble_is_the_stores(name, error):
+def test_where_nothing_can_be_written_beside_it_it_is_a_store_error(name, error):
     output = Output(error, lambda _name, key: key.startswith("data/"))
     with pytest.raises(type(error)) as caught:
         CALLS[name](output.store)
     assert caught.value is error
 
 
-def test_what_takes_small_objects_alone_is_full():
+def test_a_store_that_takes_only_small_objects_is_full():
     class Small(MemoryStore):
         def create(self, key, data, *, metadata=None):
             if len(data) >= 5:
@@ -216,7 +216,7 @@ def test_what_takes_small_objects_alone_is_full():
 
 
 @pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, StoreError), (errno.EACCES, OutputError)])
-def test_what_the_machine_lacks_is_no_objects_trouble(number, kind):
+def test_an_error_of_the_machine_is_no_error_of_an_object(number, kind):
     error = StoreError("no")
     error.__cause__ = OSError(number, "no")
     with pytest.raises(StoreError) as caught:
@@ -225,14 +225,14 @@ def test_what_the_machine_lacks_is_no_objects_trouble(number, kind):
 
 
 @pytest.mark.parametrize("error", [MissingError("gone"), ChangedError("other")])
-def test_what_says_enough_writes_no_probe(error):
+def test_an_error_that_says_enough_writes_no_probe(error):
     output = Output(error, of_one_object)
     with pytest.raises(type(error)):
         CALLS["read"](output.store)
     assert output.asked == [("read", "data/b")]
 
 
-def test_an_object_that_stands_is_told_without_a_probe():
+def test_an_object_that_exists_is_reported_without_a_probe():
     output = Output(AlreadyExistsError("there"), lambda _name, _key: False)
     output.inner.put("data/b", b"of another attempt")
     with pytest.raises(AlreadyExistsError):
@@ -241,7 +241,7 @@ def test_an_object_that_stands_is_told_without_a_probe():
 
 
 @pytest.mark.parametrize("error", [AlreadyExistsError("it stands already"), MissingError("no such key")])
-def test_a_store_that_has_no_object_where_it_says_that_one_stands_cannot_write_it(error):
+def test_a_store_that_reports_an_object_it_lacks_cannot_write_it(error):
     output = Output(error, lambda name, key: (name, key) == ("create", "data/b"))
     with pytest.raises(OutputError, match="but the store has no such object; other objects beside it"):
         CALLS["create"](output.store)
