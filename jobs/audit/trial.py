@@ -1,7 +1,6 @@
 """The trial of a candidate: its region is removed from members and pasted into others, and random regions likewise."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from blocksight.engine.metrics.road import imputed
 from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.threads import one_thread
 from blocksight.jobs.audit.result import Effect
 from blocksight.jobs.evaluate.bootstrap import MetricSums, differences, key_hashes
 from blocksight.storage.outputs.pictures import Pixels
@@ -85,7 +85,7 @@ class Trial:
         falls = []
         for key, image, start in zip(members.keys, inputs, before, strict=True):
             boxes = [box, *random_boxes(box, tuple(image.shape[1:]), (self.seed, "blank", key))]
-            with one_thread():
+            with one_thread():  # its operations are small: 20 ms, with two threads 80 ms on busy cores
                 blanked = torch.stack([inpainted(image.cpu(), one) for one in boxes])
             after = self._log_odds(blanked.to(inputs.device), target)
             falls.append([(start - after[1:]).mean().item(), (start - after[0]).item(), _change(after[0], start)])
@@ -110,17 +110,6 @@ class Trial:
         logits = torch.cat([self.adapter.logits(part) for part in inputs_nchw.split(IMAGES_PER_PASS)]).double().cpu()
         others = torch.cat([logits[:, :target], logits[:, target + 1 :]], 1)
         return logits[:, target] - others.logsumexp(1)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One torch thread inside. For many small operations more threads are slower: 80 ms, not 20, on busy cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def inpainted(image_chw: Tensor, box: Box) -> Tensor:

@@ -1,15 +1,12 @@
 """Chooses a job's forward setting, writes it into the plan, and makes the forward pass of a worker."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-
-import torch
 
 from blocksight.engine.catalog.forward_setting import ForwardSetting
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.threads import one_thread
 from blocksight.engine.scoring.forward import Forward, make_forward
 from blocksight.engine.scoring.setting_choice import (
     MAX_FAST_ERROR,
@@ -31,7 +28,7 @@ def wish_of(config: JobConfig, batch_size: int | None, *, is_timed: bool) -> For
 
 def choose_forward(adapter: ModelAdapter, wish: ForwardRequest) -> PlannedForward:
     """The forward setting for a job on this machine. Raises ModelError if the precision asked for is unusable."""
-    with _one_thread():  # as on the workers: eager scores' last bits depend on the number of threads
+    with one_thread():  # as on the workers: eager scores' last bits depend on the number of threads
         _, found = choose(adapter, wish)
     return _planned(found, wish)
 
@@ -85,16 +82,6 @@ def _planned(found: list[MeasuredSetting], wish: ForwardRequest) -> PlannedForwa
         bound=max_score_error(chosen.setting, wish),
         probe=figures,
     )
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _forward_with(adapter: ModelAdapter, setting: ForwardSetting) -> Forward:

@@ -4,8 +4,7 @@ Grey noise holds objects of five classes. All five consist of as many bright as 
 tones, as bright on average as the noise, so that neither colour nor brightness tells a class: its shape does.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.threads import one_thread
 
 CLASS_NAMES = ("horizontal stripes", "vertical stripes", "checkerboard", "disc", "cross")
 NUM_CLASSES = len(CLASS_NAMES)
@@ -167,7 +167,7 @@ def train(
     object: evidence raises its class, wherever it lies and whatever stands beside it, and no class is the
     default.
     """
-    with torch.random.fork_rng(devices=[]), _one_thread():
+    with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(seed)
         adapter = ModelAdapter(
             make(), name=name, input_size=(SIDE, SIDE), mean=(0.5,) * 3, std=(0.25,) * 3, class_names=CLASS_NAMES
@@ -198,16 +198,6 @@ def _lesson(rng: torch.Generator, wanted: Lesson) -> tuple[Tensor, Tensor]:
         torch.full((num_empty, NUM_CLASSES), 1 / NUM_CLASSES),
     ]
     return torch.cat([single, double, empty]), torch.cat(softmax)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 train_cnn = partial(train, small_cnn, "planted CNN", peak_rate=1e-2, lesson=Lesson(32, 24, 8))
