@@ -29,7 +29,7 @@ from blocksight.jobs.bench.curve import CURVE, CurveRequest, measure_curve, pict
 from blocksight.jobs.bench.peers import REPEATS, contenders, race
 from blocksight.jobs.bench.photographs import photographs
 from blocksight.jobs.evaluate.evaluation import read_class_map
-from blocksight.jobs.explain.forward_pass import wish_of
+from blocksight.jobs.explain.forward_pass import forward_request
 from blocksight.jobs.explain.learned import num_learning_images
 from blocksight.jobs.explain.step import load, make_explainer, model_facts
 from blocksight.jobs.plan.config import ConfigError, JobConfig
@@ -117,7 +117,7 @@ def run_benchmark(
     raced: tuple[dict[str, str | float], ...] = ()
     with _steps(console, 2.0 if with_peers else 1.0) as step:
         step("choosing the forward setting", 0.0)
-        forward, probed = choose(adapter, wish_of(config, batch_size, is_timed=device == "cuda"))
+        forward, probed = choose(adapter, forward_request(config, batch_size, is_timed=device == "cuda"))
         setting = probed[0].setting
         state = _learned(adapter, config, blocks, inputs)
         explainer = make_explainer(adapter, config, blocks, setting.batch_size, forward, state=state)

@@ -20,20 +20,22 @@ from blocksight.jobs.plan.forward_setting import FORWARD_KEY, PlannedForward, pl
 from blocksight.storage.stores.store import AlreadyExistsError, ObjectStore
 
 
-def wish_of(config: JobConfig, batch_size: int | None, *, is_timed: bool) -> ForwardRequest:
+def forward_request(config: JobConfig, batch_size: int | None, *, is_timed: bool) -> ForwardRequest:
     """What a job asks of its forward setting; the preset `paper` means float32."""
     precision = "float32" if config.preset == "paper" else config.precision
     return ForwardRequest(None if precision == "auto" else precision, batch_size, is_timed)
 
 
-def choose_forward(adapter: ModelAdapter, wish: ForwardRequest) -> PlannedForward:
+def choose_forward(adapter: ModelAdapter, request: ForwardRequest) -> PlannedForward:
     """The forward setting for a job on this machine. Raises ModelError if the precision asked for is unusable."""
     with one_thread():  # as on the workers: eager scores' last bits depend on the number of threads
-        _, found = choose(adapter, wish)
-    return _planned(found, wish)
+        _, found = choose(adapter, request)
+    return _planned(found, request)
 
 
-def ensure_forward(output: ObjectStore, adapter: ModelAdapter, wish: ForwardRequest) -> tuple[Forward, ForwardSetting]:
+def ensure_forward(
+    output: ObjectStore, adapter: ModelAdapter, request: ForwardRequest
+) -> tuple[Forward, ForwardSetting]:
     """The plan's forward pass and setting. If there is none, a worker with a GPU chooses and stores it here.
 
     If another worker stored one first, that one is used. Raises ModelError if this machine cannot run it.
@@ -41,8 +43,8 @@ def ensure_forward(output: ObjectStore, adapter: ModelAdapter, wish: ForwardRequ
     planned = stored_forward(output, adapter)
     if planned is not None:
         return planned
-    forward, found = choose(adapter, wish)
-    chosen = write_forward(output, _planned(found, wish)).setting
+    forward, found = choose(adapter, request)
+    chosen = write_forward(output, _planned(found, request)).setting
     return (forward if chosen == found[0].setting else _forward_with(adapter, chosen)), chosen
 
 
@@ -72,14 +74,14 @@ def precision_warning(planned: PlannedForward) -> str | None:
     )
 
 
-def _planned(found: list[MeasuredSetting], wish: ForwardRequest) -> PlannedForward:
+def _planned(found: list[MeasuredSetting], request: ForwardRequest) -> PlannedForward:
     chosen = found[0]
     figures = tuple(one.figures() for one in found)
     return PlannedForward(
         setting=chosen.setting,
-        chosen="timing" if wish.is_timed else "rule",
+        chosen="timing" if request.is_timed else "rule",
         score_error=figures[0]["score_error"],
-        bound=max_score_error(chosen.setting, wish),
+        bound=max_score_error(chosen.setting, request),
         probe=figures,
     )
 

@@ -31,7 +31,7 @@ from blocksight.engine.saliency import Map
 from blocksight.engine.scoring.forward import Forward, make_forward, use_ieee_float32
 from blocksight.engine.scoring.setting_choice import eager_setting
 from blocksight.jobs.explain.fidelity import doubts_of, fidelity_columns
-from blocksight.jobs.explain.forward_pass import ensure_forward, wish_of
+from blocksight.jobs.explain.forward_pass import ensure_forward, forward_request
 from blocksight.jobs.explain.learned import LEARNED_KEY, num_learning_images, stored_state
 from blocksight.jobs.plan.config import ConfigError, JobConfig, TargetChoice, digest_of
 from blocksight.jobs.plan.context import JobContext, let_import_from
@@ -178,8 +178,8 @@ class ExplainStep:
 
         Raises ModelError if this machine cannot run it; the unit then stays open for another machine.
         """
-        wish = wish_of(self.context.config, self.context.batch_size, is_timed=self.context.is_timed)
-        forward, setting = ensure_forward(open_worker_stores(self.context).output, self.adapter, wish)
+        request = forward_request(self.context.config, self.context.batch_size, is_timed=self.context.is_timed)
+        forward, setting = ensure_forward(open_worker_stores(self.context).output, self.adapter, request)
         self._set_up(setting, forward)
         self.has_forward_setting = True
 

@@ -183,12 +183,12 @@ def _planned_forward(
     It is chosen before the plan is written, so that an unusable precision leaves no output. Raises ModelError, and
     DriftError if the batch size is not the plan's.
     """
-    from blocksight.jobs.explain.forward_pass import choose_forward, wish_of
+    from blocksight.jobs.explain.forward_pass import choose_forward, forward_request
 
     planned = planned_forward(output)
     if planned is None:
-        wish = wish_of(config, execution.batch_size, is_timed=execution.tune)
-        return None if on_gpu else choose_forward(adapter, wish)
+        request = forward_request(config, execution.batch_size, is_timed=execution.tune)
+        return None if on_gpu else choose_forward(adapter, request)
     if execution.batch_size is not None:
         ours, theirs = ({"batch_size": size} for size in (execution.batch_size, planned.setting.batch_size))
         refuse_drift(ours, theirs, "forward setting")

@@ -214,7 +214,7 @@ def test_by_rule_the_first_sound_setting_is_taken_and_no_clock_is_read(monkeypat
 
 
 @pytest.mark.parametrize(
-    ("wish", "settings"),
+    ("forward_request", "settings"),
     [
         (ForwardRequest(), [ForwardSetting("openvino", batch_size=8), EAGER]),
         (ForwardRequest(batch_size=3), [ForwardSetting("openvino", batch_size=3), ForwardSetting(batch_size=3)]),
@@ -226,9 +226,9 @@ def test_by_rule_the_first_sound_setting_is_taken_and_no_clock_is_read(monkeypat
         (TIMED, [EAGER, *(ForwardSetting("openvino", batch_size=size) for size in (8, 4, 16))]),
     ],
 )
-def test_the_rule_on_a_cpu(monkeypatch, wish, settings):
+def test_the_rule_on_a_cpu(monkeypatch, forward_request, settings):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
-    assert list(setting_choice._candidates(adapter_of(), torch.empty(0), wish)) == settings
+    assert list(setting_choice._candidates(adapter_of(), torch.empty(0), forward_request)) == settings
 
 
 def test_the_rule_on_a_cpu_without_openvino(monkeypatch):
@@ -240,7 +240,7 @@ def test_the_rule_on_a_cpu_without_openvino(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("wish", "settings"),
+    ("forward_request", "settings"),
     [
         (ForwardRequest(), [ForwardSetting(batch_size=256)]),
         (ForwardRequest("float16"), [ForwardSetting("eager", "float16", 256)]),
@@ -261,11 +261,11 @@ def test_the_rule_on_a_cpu_without_openvino(monkeypatch):
         ),
     ],
 )
-def test_the_rule_on_a_gpu(monkeypatch, wish, settings):
+def test_the_rule_on_a_gpu(monkeypatch, forward_request, settings):
     monkeypatch.setattr(setting_choice, "_best_batch_size", lambda *_: 128)
     adapter = adapter_of()
     adapter.device = torch.device("cuda")
-    assert list(setting_choice._candidates(adapter, torch.empty(0), wish)) == settings
+    assert list(setting_choice._candidates(adapter, torch.empty(0), forward_request)) == settings
 
 
 def test_what_does_not_fit_is_passed_over(monkeypatch):
@@ -304,17 +304,21 @@ def test_a_precision_that_is_asked_for_may_be_less_exact_than_one_that_is_not(mo
     assert (taken.setting, taken.score_error) == (BFLOAT, 0.05)
 
 
-@pytest.mark.parametrize("wish", [ForwardRequest(), ForwardRequest("bfloat16"), ForwardRequest(batch_size=3), TIMED])
-def test_what_is_taken_scores_like_the_model(monkeypatch, wish):
+@pytest.mark.parametrize(
+    "forward_request", [ForwardRequest(), ForwardRequest("bfloat16"), ForwardRequest(batch_size=3), TIMED]
+)
+def test_what_is_taken_scores_like_the_model(monkeypatch, forward_request):
     adapter = adapter_of()
-    forward, found = choose(adapter, wish)
+    forward, found = choose(adapter, forward_request)
     bound = 1e-5 if found[0].setting.precision == "float32" else 0.05
     batch = smooth(found[0].setting.batch_size, 32, 32)
     with adapter.borrowed(), torch.inference_mode():
         wanted = adapter.logits(batch)
         assert (forward(batch) - wanted).abs().max() <= bound * wanted.abs().max()
-    assert wish.batch_size in (None, found[0].setting.batch_size)
-    assert all((one.forwards_per_second is None) == (not wish.is_timed) for one in found if one.refused is None)
+    assert forward_request.batch_size in (None, found[0].setting.batch_size)
+    assert all(
+        (one.forwards_per_second is None) == (not forward_request.is_timed) for one in found if one.refused is None
+    )
 
 
 def test_the_choice_is_the_same_each_time_to_the_last_digit():

@@ -84,9 +84,9 @@ def test_the_setting_is_chosen_on_one_thread_as_the_workers_have(tmp_path, data,
     """Eager scores differ in their last bits between one thread and two."""
     before, seen = torch.get_num_threads(), []
 
-    def choose(adapter, wish):
+    def choose(adapter, request):
         seen.append(torch.get_num_threads())
-        return real(adapter, wish)
+        return real(adapter, request)
 
     real = forward_pass.choose
     monkeypatch.setattr(forward_pass, "choose", choose)
@@ -208,7 +208,7 @@ def test_a_precision_of_no_use_leaves_no_output_behind(tmp_path, data, monkeypat
 def test_tune_lets_a_timing_choose_and_a_rerun_keeps_it(tmp_path, data, monkeypatch):
     fast = ForwardSetting(batch_size=7)
     measured = (None, [MeasuredSetting(fast, 0.0, 9.0)])
-    monkeypatch.setattr(forward_pass, "choose", lambda _, wish: measured if wish.is_timed else None)
+    monkeypatch.setattr(forward_pass, "choose", lambda _, request: measured if request.is_timed else None)
     run_with(data, tmp_path / "maps", tune=True)
     planned = planned_forward(store_of(tmp_path / "maps"))
     assert planned is not None
@@ -267,15 +267,15 @@ def test_without_a_planned_setting_a_worker_chooses_once_and_the_rest_follow(tmp
     store, adapter = store_of(tmp_path), object()
     chosen = []
 
-    def choose(_, wish):
-        chosen.append(wish)
+    def choose(_, request):
+        chosen.append(request)
         return "forward", [MeasuredSetting(BFLOAT, 0.01, 5.0)]
 
     monkeypatch.setattr(forward_pass, "choose", choose)
     monkeypatch.setattr(forward_pass, "_forward_with", lambda _, setting: setting)
-    wish = setting_choice.ForwardRequest(is_timed=True)
-    assert forward_pass.ensure_forward(store, adapter, wish) == ("forward", BFLOAT)
-    assert forward_pass.ensure_forward(store, adapter, wish) == (BFLOAT, BFLOAT)
+    request = setting_choice.ForwardRequest(is_timed=True)
+    assert forward_pass.ensure_forward(store, adapter, request) == ("forward", BFLOAT)
+    assert forward_pass.ensure_forward(store, adapter, request) == (BFLOAT, BFLOAT)
     assert len(chosen) == 1
     planned = planned_forward(store)
     assert planned is not None
@@ -301,7 +301,7 @@ def test_of_two_workers_that_choose_at_once_the_first_wins(tmp_path, monkeypatch
 def test_what_a_job_asks_for(tmp_path, options, precision):
     config = config_of(tmp_path, tmp_path / "out", **options)
     wanted = setting_choice.ForwardRequest(precision, 3, is_timed=True)
-    assert forward_pass.wish_of(config, 3, is_timed=True) == wanted
+    assert forward_pass.forward_request(config, 3, is_timed=True) == wanted
 
 
 def test_out_of_memory_halves_the_batch_for_all_units(tmp_path, monkeypatch):
