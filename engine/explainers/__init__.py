@@ -1,4 +1,4 @@
-"""Explainers by name: each is one file, built on the engine's parts."""
+"""All explainers by name. Each is one file."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -35,18 +35,18 @@ WRAPPERS: Mapping[str, type[Wrapper]] = {
 
 
 def make_explainer(name: str, adapter: ModelAdapter, parameters: Any = None, **options: Any) -> Explainer:
-    """The explainer of this name, with its wrappers; `parameters` None: the paper's. Options as in `Explainer`.
+    """The explainer of this name, with its wrappers; `parameters` None: the paper's. Options are those of `Explainer`.
 
     Raises ValueError for an unknown name, ModelError if the model lacks what the method needs.
     """
-    return _made(parse_method(name), adapter, parameters, **options)
+    return _make(parse_method(name), adapter, parameters, **options)
 
 
-def _made(method: Method, adapter: ModelAdapter, parameters: Any, **options: Any) -> Explainer:
+def _make(method: Method, adapter: ModelAdapter, parameters: Any, **options: Any) -> Explainer:
     chosen = parameters if parameters is not None else parameters_of(method, {})
     if method.base is None:
         return EXPLAINERS[method.name](adapter, chosen, **options)
-    base = partial(_made, method.base, parameters=chosen.base)
+    base = partial(_make, method.base, parameters=chosen.base)
     return WRAPPERS[method.name](adapter, chosen, base=base, **options)
 
 

@@ -1,4 +1,4 @@
-"""What all explainers share: a few images per pass, of one fixed shape, through a borrowed model."""
+"""The base class of explainers: explains a few images per pass, always in batches of one fixed shape."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,19 +24,19 @@ BATCH_SIZE, IMAGES_PER_PASS = 8, 4
 """Defaults; runs choose values for their device."""
 
 State = Mapping[str, Tensor]
-"""What a method learned in a first pass, as named tensors on the CPU."""
+"""What a method learned in its first pass, as named tensors on the CPU."""
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """A method's result for one target of an image before it becomes a map: wrappers join these."""
+    """A method's result for one target of an image, before it becomes a map. Wrappers join these."""
 
     values: Tensor
-    """Float64, with sign where the method has one: [h, w], or [3, H, W] where sums over channels come last."""
+    """Float64, signed if the method is: [h, w], or [3, H, W] if `flat` still has to sum over channels."""
     score: float
     """The target's value on the image."""
     num_forwards: int = 0
-    """As an Explanation's."""
+    """As in `Explanation`."""
     blocks: tuple[BlockMap, ...] = ()
     products: SideProducts = field(default_factory=SideProducts)
 
@@ -55,12 +55,12 @@ class Explainer(ABC):
         forward: Forward | None = None,
         state: State | None = None,
     ) -> None:
-        """`parameters` are of the catalogue's kind; `blocks` are places named by hand (none: the rule finds them).
+        """`parameters` are the method's, of the catalogue; `blocks` names the blocks (empty: the rule finds them).
 
-        `batch_size` perturbed inputs go into one forward, and those of `images_per_pass` images are packed
-        together: both set memory and speed alone. `forward` scores masks in place of the adapter's own pass, for
-        batches of this size. `state` is what a `learner` leaves, of methods that learn. Raises ModelError where the
-        model lacks what the method needs, or a block that is named.
+        One forward takes `batch_size` perturbed inputs, packed from `images_per_pass` images. Both change memory and
+        speed, never results. `forward` scores masks in place of the adapter, in batches of `batch_size`. `state` is
+        that of the method's `learner`, if it learns. Raises ModelError if the model lacks a named block, or something
+        that the method needs.
         """
         self.adapter = adapter
         self.parameters = parameters
@@ -76,9 +76,9 @@ class Explainer(ABC):
     def explain(
         self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int] | None = None
     ) -> list[list[Explanation]]:
-        """One Explanation per image and target, for inputs [N, 3, H, W] as `adapter.normalise` gives them.
+        """One Explanation per image and target, for inputs [N, 3, H, W] made by `adapter.normalise`.
 
-        `seeds` holds a number per image, from which all that is random about its maps is drawn; None: 0.
+        `seeds` holds one seed per image, for everything that is random in its maps; None: 0.
         """
         drawn = [0] * len(inputs_nchw) if seeds is None else seeds
         explanations = []
@@ -88,7 +88,7 @@ class Explainer(ABC):
         return explanations
 
     def attribute(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Attribution]]:
-        """As `explain`, but before signs and grids are lost: what wrappers join."""
+        """As `explain`, but returns the attributions that wrappers join: signed, on their own grid."""
         attributions = []
         with self.adapter.borrowed():
             for images in self._passes(len(inputs_nchw)):
@@ -104,7 +104,7 @@ class Explainer(ABC):
         """As `explain`, for at most `images_per_pass` images."""
 
     def _attribute_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Attribution]]:
-        """As `attribute`, for at most `images_per_pass` images; of a method without signs: its maps."""
+        """As `attribute`, for at most `images_per_pass` images. An unsigned method returns its maps."""
         return [
             [
                 Attribution(torch.from_numpy(one.saliency_hw), one.score, one.num_forwards, one.blocks, one.products)
@@ -118,18 +118,18 @@ class Explainer(ABC):
         return values
 
     def finish(self, flat_hw: Tensor) -> Tensor:
-        """The saliency map [H, W], at least 0, of a signed one [h, w]."""
+        """The saliency map [H, W], at least 0, of a signed map [h, w]."""
         positive = flat_hw.relu()
         if grid_of(positive) == self.adapter.input_size:
             return positive
         return upsampling(grid_of(positive), self.adapter.input_size, positive.device)(positive)
 
     def learner(self) -> "Learner":
-        """A first pass over images of the data, of methods that learn."""
+        """The method's first pass. Raises NotImplementedError if the method learns nothing."""
         raise NotImplementedError(f"{type(self).__name__} learns nothing")
 
     def _scores(self, inputs_nchw: Tensor, target: Target) -> list[list[float]]:
-        """The target's values [N][T] on the whole images."""
+        """The target's values [N][T] on the unmasked images."""
         padded = pad(inputs_nchw, self.images_per_pass)
         with torch.inference_mode():
             logits = self.adapter.logits(padded)[: len(inputs_nchw)]
@@ -137,19 +137,19 @@ class Explainer(ABC):
 
 
 class Learner(Protocol):
-    """A first pass: its state depends on the images and their order alone."""
+    """A first pass. Its state depends on the images and their order alone."""
 
     def see(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> None:
         """Learns from some images, as `Explainer.explain` takes them."""
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """What was learned so far, as the explainer's constructor takes it."""
+        """The state learned so far, for the explainer's constructor."""
         ...
 
 
 class SignedExplainer(Explainer):
-    """A method whose maps are the positive part of signed attributions, which `_attribute_pass` gives."""
+    """A method whose maps are the positive part of the signed attributions of `_attribute_pass`."""
 
     def _explain_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Explanation]]:
         return [[self._explanation(one) for one in own] for own in self._attribute_pass(inputs_nchw, target, seeds)]
@@ -164,7 +164,7 @@ class SignedExplainer(Explainer):
 
 
 def pad(inputs_nchw: Tensor, size: int) -> Tensor:
-    """The inputs, filled up to a fixed number with copies of the last: rounding must not depend on how many."""
+    """The inputs, padded to `size` with copies of the last, because rounding depends on the batch size."""
     return torch.cat([inputs_nchw, inputs_nchw[-1:].expand(size - len(inputs_nchw), -1, -1, -1)])
 
 

@@ -16,21 +16,21 @@ class BlockMap:
     name: str
     """The block's place in the network."""
     candidates: int
-    """Feature maps of the block."""
+    """Number of feature maps of the block."""
     kept: tuple[int, ...]
-    """Channels that the map is made of, in order."""
+    """Channels of the feature maps that were used, ascending."""
     saliency_hw: Map | None
-    """U_b in [0, 1] at the input's size; None where the block has no map of its own."""
+    """U_b in [0, 1] at the input's size; None if the block has no map of its own."""
 
 
 @dataclass(frozen=True)
 class Quality:
-    """How far a map that is partly predicted may be trusted."""
+    """The quality of a map whose scores are partly predicted."""
 
     r2: float
-    """Of the mask scores that were run, each predicted from the others (on the scale of their roots); at most 1."""
+    """R^2 of the measured scores, each predicted from the others (on a square-root scale); at most 1."""
     map_error: float
-    """The largest predicted relative error of a block map, from 0."""
+    """The largest predicted relative error of a block map, at least 0."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Explanation:
     """The saliency map of one target of one image."""
 
     saliency_hw: Map
-    """The map before any display scaling, float64 [H, W], at least 0 (SISE: E_B in [0, B]); zeros where the
-    method found nothing, NaN where a gradient, a feature map or a score was not finite."""
+    """The map before any display scaling, float64 [H, W], at least 0 (SISE: E_B in [0, B]); zeros if the
+    method found nothing, NaN if a gradient, a feature map or a score was not finite."""
     score: float
     """The target's value on the unmasked image."""
     blocks: tuple[BlockMap, ...]
@@ -47,11 +47,11 @@ class Explanation:
     num_forwards: int
     """Masked forwards made for the image; its targets share them."""
     quality: Quality | None = None
-    """None where nothing was predicted from forwards that were made."""
+    """None if no score was predicted from measured ones."""
     was_completed: bool = False
-    """All masks were scored because the budget's map was too poor."""
+    """All masks were scored because the predicted error exceeded `complete_above`."""
     products: SideProducts = field(default_factory=SideProducts)
-    """What the method found beside the map."""
+    """The method's other results."""
 
 
 def sound_explanation(
@@ -64,7 +64,7 @@ def sound_explanation(
     was_completed: bool = False,
     products: SideProducts | None = None,
 ) -> Explanation:
-    """The explanation; its map is NaN as a whole where any part of it, or the score, is not finite."""
-    sound = np.isfinite(saliency_hw).all() and np.isfinite(score)
-    saliency = saliency_hw if sound else np.full_like(saliency_hw, np.nan)
+    """The explanation. Its whole map is NaN if any of its values, or the score, is not finite."""
+    is_finite = np.isfinite(saliency_hw).all() and np.isfinite(score)
+    saliency = saliency_hw if is_finite else np.full_like(saliency_hw, np.nan)
     return Explanation(saliency, score, tuple(blocks), num_forwards, quality, was_completed, products or SideProducts())

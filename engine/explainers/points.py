@@ -1,7 +1,7 @@
-"""Explainers that look at points: the image itself, a path to it, noisy copies of it.
+"""The base class of explainers that sum attributions at points: the image itself, or places on a path to it.
 
-A method names the points of an image and what each one's attribution is multiplied by; a batch of points
-costs one forward pass, and one backward pass per target.
+A method yields an image's points, each with the factor of its attribution. A batch of points costs one forward
+pass, and one backward pass per target.
 """
 
 from abc import abstractmethod
@@ -15,7 +15,7 @@ from blocksight.engine.explainers.explanation import BlockMap
 from blocksight.engine.model.targets import Target
 
 MAX_POINTS_PER_PASS = 32
-"""A backward pass keeps all activations, and more points than this would not make it faster."""
+"""A backward pass keeps all activations, and more points per pass would not be faster."""
 
 Point = tuple[Tensor, Tensor | float]
 """An input [3, H, W], and the factor of its attribution, broadcastable to it."""
@@ -26,7 +26,7 @@ class PointExplainer(SignedExplainer):
 
     blocks: tuple[BlockMap, ...] = ()
     num_forwards: int = 0
-    """Passes of variants of the image, per image; the image itself does not count."""
+    """Forward passes per image; the pass of the image itself does not count."""
 
     @abstractmethod
     def points(self, image_chw: Tensor, generator: torch.Generator) -> Iterator[Point]:

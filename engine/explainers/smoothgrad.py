@@ -11,12 +11,12 @@ from blocksight.engine.explainers.wrapper import Joined, Wrapper
 
 
 class SmoothGrad(Wrapper):
-    """The mean over copies with Gaussian noise, whose deviation is a share of the image's range in input space.
+    """The mean over copies with Gaussian noise; its deviation is a share of the image's range in input space.
 
     Smilkov et al., arXiv 1706.03825, equation 1 and section 3.1.
     """
 
-    def views(self, image_chw: Tensor, looked: Any, generator: torch.Generator) -> Iterator[Tensor]:
+    def views(self, image_chw: Tensor, data: Any, generator: torch.Generator) -> Iterator[Tensor]:
         deviation = self.parameters.noise * (image_chw.amax() - image_chw.amin())
         for _ in range(self.parameters.samples):
             noise = torch.randn(image_chw.shape, generator=generator).to(image_chw.device)

@@ -1,4 +1,4 @@
-"""UCAG: overlapping crops of the image, each enlarged and explained alone, and added up in place."""
+"""UCAG: explains overlapping, enlarged crops of the image, and adds up their maps in place."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,13 +19,13 @@ from blocksight.engine.model.targets import Target
 from blocksight.engine.scoring.perturb import blurred
 
 PUBLISHED_SIDE = 224
-"""The input's side for the authors' constants."""
+"""The input's side, in pixels, of the authors' constants."""
 BLUR_SIGMA, BLUR_REACH = 3.0, 2
-"""Of the finished map: a Gaussian of 5 x 5 pixels."""
+"""The blur of the finished map: a Gaussian of 5 x 5 pixels."""
 
 
 def starts(side: int, crop: int, count: int) -> list[int]:
-    """Where `count` crops begin along one axis, from rim to rim; one alone lies in the middle."""
+    """First pixels of `count` crops along one axis, from border to border; a single crop is centred."""
     if count == 1:
         return [round((side - crop) / 2)]
     return [round(number * (side - crop) / (count - 1)) for number in range(count)]
@@ -34,15 +34,15 @@ def starts(side: int, crop: int, count: int) -> list[int]:
 class Ucag(Wrapper):
     """`S = sum_i w_i a_i / (1 + overlaps)`, a_i the base's signed map of crop i, `w_i = exp(q_i) / max_j exp(q_j)`.
 
-    Hong et al., Unfold and Conquer Attribution Guidance, AAAI 2023; q_i is the target's value on the crop, and the
-    one in the divider is the authors' code's. Crops begin at `round(i (H - C) / (n - 1))`, which is their stride at
-    224 pixels and leaves no gap at other sizes.
+    Hong et al., Unfold and Conquer Attribution Guidance, AAAI 2023; q_i is the target's value on the crop. The
+    1 in the divisor is that of the authors' code. Crops begin at `round(i (H - C) / (n - 1))`: this is their stride
+    at 224 pixels, and leaves no gap at other sizes.
     """
 
     def _base(self, adapter: ModelAdapter, parameters: Any, base: MakeBase, options: dict[str, Any]) -> Explainer:
-        """The wrapped method for enlarged crops: as many pixels per pass as the model's own inputs would be.
+        """The wrapped method for enlarged crops, with at most as many pixels per pass as at the model's input size.
 
-        A forward that was made for one shape is of use at the model's own size alone.
+        `forward` works only at the model's input size, so other sizes do without it.
         """
         height, width = (max(1, parameters.side * side // PUBLISHED_SIDE) for side in adapter.input_size)
         self.crop: Grid = (height, width)
@@ -64,24 +64,24 @@ class Ucag(Wrapper):
             overlaps[window] += 1
         self.divisor = overlaps + 1 if self.parameters.divider == "official" else overlaps.clamp(min=1)
 
-    def views(self, image_chw: Tensor, looked: Any, generator: torch.Generator) -> Iterator[Tensor]:
+    def views(self, image_chw: Tensor, data: Any, generator: torch.Generator) -> Iterator[Tensor]:
         for rows, columns in self.windows:
-            yield self._seen(image_chw[None, :, rows, columns])[0]
+            yield self._enlarged(image_chw[None, :, rows, columns])[0]
 
-    def _seen(self, inputs_nchw: Tensor) -> Tensor:
-        """Pictures of any size at the one that the base takes."""
+    def _enlarged(self, inputs_nchw: Tensor) -> Tensor:
+        """Images of any size, resized to the base's input size."""
         size = self.base.adapter.input_size
         return functional.interpolate(inputs_nchw, size=size, mode="bicubic", align_corners=False)
 
     def add(self, joined: Joined, number: int, one: Attribution) -> Tensor:
-        """The canvas with one more crop's map; weights are relative to the first crop's until all are known."""
+        """The canvas with one more crop's map added; its weight is relative to that of the first crop."""
         flat = self.base.flat(one.values).double()
         canvas = flat.new_zeros(self.adapter.input_size) if joined.total is None else joined.total
         weight = _exponential(one.score - joined.scores[0]) if self.parameters.weighted and joined.scores else 1.0
         canvas[self.windows[number]] += weight * upsampling(grid_of(flat), self.crop, flat.device)(flat)
         return canvas
 
-    def close(self, joined: Joined, looked: Any) -> Tensor:
+    def joined_values(self, joined: Joined, data: Any) -> Tensor:
         assert joined.total is not None
         return joined.total * self._weights(joined.scores)[0] / self.divisor.to(joined.total.device)
 
@@ -90,7 +90,7 @@ class Ucag(Wrapper):
         return [_exponential(score - greatest) if self.parameters.weighted else 1.0 for score in scores]
 
     def finish(self, flat_hw: Tensor) -> Tensor:
-        """The positive part, scaled to [0, 1], and blurred where that was asked."""
+        """The positive part, scaled to [0, 1], and blurred if `blur` is set."""
         positive = scaled(flat_hw.relu())
         if not self.parameters.blur:
             return positive
@@ -106,18 +106,18 @@ class Ucag(Wrapper):
         return replace(super().products(joined), crops=crops)
 
     def learner(self) -> Learner:
-        return _Enlarging(self.base.learner(), self._seen)
+        return _EnlargingLearner(self.base.learner(), self._enlarged)
 
 
 @dataclass(frozen=True)
-class _Enlarging:
-    """The base's first pass, over whole images at the size of its crops."""
+class _EnlargingLearner:
+    """The base's first pass, over whole images at the base's input size."""
 
     base: Learner
-    seen: Callable[[Tensor], Tensor]
+    enlarged: Callable[[Tensor], Tensor]
 
     def see(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> None:
-        self.base.see(self.seen(inputs_nchw), target, seeds)
+        self.base.see(self.enlarged(inputs_nchw), target, seeds)
 
     def state(self) -> dict[str, Tensor]:
         return self.base.state()
@@ -134,5 +134,5 @@ def _resized(adapter: ModelAdapter, size: Grid) -> ModelAdapter:
 
 
 def _exponential(difference: float) -> float:
-    """e to its power; beyond the largest number infinity."""
+    """`exp(difference)`; infinity on overflow."""
     return float(torch.tensor(difference, dtype=torch.float64).exp())

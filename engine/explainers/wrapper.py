@@ -1,4 +1,4 @@
-"""What all wrappers share: variants of the image, explained by another method, and joined."""
+"""The base class of wrappers: explain variants of the image by another method, and join the results."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -23,26 +23,26 @@ from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.targets import Target
 
 MakeBase = Callable[..., Explainer]
-"""The wrapped method around an adapter, given what `Explainer` takes beside it."""
+"""Makes the wrapped method from an adapter and the options of `Explainer`."""
 
 
 class Joined:
-    """One target's attributions of an image's views, joined one by one."""
+    """The attributions of one target over an image's views, joined one by one."""
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
         self.scores: list[float] = []
-        """Of the views that are joined, in order."""
+        """Scores of the joined views, in order."""
         self.num_forwards = 0
         self.last: Attribution | None = None
-        """Of the last view, without its values."""
+        """The last view's attribution, without its values."""
 
 
 class Wrapper(SignedExplainer):
-    """Explains views of each image by its base, and joins what that attributes, before signs and grids are lost.
+    """Explains views of each image by the base method, and joins the signed attributions.
 
-    The views of several images go through the base together, in passes of one fixed size, and are made as they are
-    needed; what is random about a view's map is drawn from its image's seed and its number.
+    A pass of the base has one fixed size and may hold views of several images; each view is made when it is needed.
+    A view's seed comes from its image's seed and its number.
     """
 
     def __init__(
@@ -62,27 +62,27 @@ class Wrapper(SignedExplainer):
         super().__init__(adapter, parameters, batch_size=batch_size, images_per_pass=images_per_pass, **options)
 
     def _base(self, adapter: ModelAdapter, parameters: Any, base: MakeBase, options: dict[str, Any]) -> Explainer:
-        """The wrapped method, for inputs of the views' size."""
+        """The wrapped method, made for the size of the views."""
         return base(adapter, **options)
 
-    def look(self, image_chw: Tensor) -> Any:
-        """Data that the views and the joined values need beside the image; computed once for all targets."""
+    def image_data(self, image_chw: Tensor) -> Any:
+        """Other data that `views` and `joined_values` need; computed once per image, for all targets."""
 
     @abstractmethod
-    def views(self, image_chw: Tensor, looked: Any, generator: torch.Generator) -> Iterator[Tensor]:
+    def views(self, image_chw: Tensor, data: Any, generator: torch.Generator) -> Iterator[Tensor]:
         """The variants of one image that the base explains."""
 
     @abstractmethod
     def add(self, joined: Joined, number: int, one: Attribution) -> Tensor:
-        """The total with the values of view `number`, which is not among `joined` yet."""
+        """The new total: that of `joined` with the values of view `number`."""
 
-    def close(self, joined: Joined, looked: Any) -> Tensor:
-        """The values, once all views are joined."""
+    def joined_values(self, joined: Joined, data: Any) -> Tensor:
+        """The wrapper's attribution values, once all views are joined."""
         assert joined.total is not None
         return joined.total
 
     def products(self, joined: Joined) -> SideProducts:
-        """What is worth keeping beside the map: at least how the base made what was joined."""
+        """The side products to keep; by default the base's selection metric and edge detector."""
         assert joined.last is not None
         own = joined.last.products
         return SideProducts(selected_by=own.selected_by, edge_detector=own.edge_detector)
@@ -92,8 +92,8 @@ class Wrapper(SignedExplainer):
 
     def _attribute_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Attribution]]:
         joined = [[Joined() for _ in range(target.num_targets)] for _ in inputs_nchw]
-        looked = [self.look(image) for image in inputs_nchw]
-        for batch in chunks(self._all_views(inputs_nchw, looked, seeds), self.base.images_per_pass):
+        data = [self.image_data(image) for image in inputs_nchw]
+        for batch in chunks(self._all_views(inputs_nchw, data, seeds), self.base.images_per_pass):
             images, numbers, views, own_seeds = zip(*batch, strict=True)
             chosen = torch.tensor(images, device=inputs_nchw.device)
             found = self.base.attribute(torch.stack(views), target.of(chosen), own_seeds)
@@ -101,14 +101,14 @@ class Wrapper(SignedExplainer):
                 for into, one in zip(joined[image], own, strict=True):
                     self._join(into, number, one)
         return [
-            [self._closed(into, known, score) for into, score in zip(own, row, strict=True)]
-            for own, known, row in zip(joined, looked, self._scores(inputs_nchw, target), strict=True)
+            [self._joined_attribution(into, known, score) for into, score in zip(own, row, strict=True)]
+            for own, known, row in zip(joined, data, self._scores(inputs_nchw, target), strict=True)
         ]
 
     def _all_views(
-        self, inputs_nchw: Tensor, looked: Sequence[Any], seeds: Sequence[int]
+        self, inputs_nchw: Tensor, data: Sequence[Any], seeds: Sequence[int]
     ) -> Iterator[tuple[int, int, Tensor, int]]:
-        for image, (own, known, seed) in enumerate(zip(inputs_nchw, looked, seeds, strict=True)):
+        for image, (own, known, seed) in enumerate(zip(inputs_nchw, data, seeds, strict=True)):
             for number, view in enumerate(self.views(own, known, torch.Generator().manual_seed(seed))):
                 yield image, number, view, seed_of_view(seed, number)
 
@@ -118,9 +118,9 @@ class Wrapper(SignedExplainer):
         into.num_forwards += max(1, one.num_forwards)
         into.last = replace(one, values=one.values[:0])
 
-    def _closed(self, joined: Joined, looked: Any, score: float) -> Attribution:
+    def _joined_attribution(self, joined: Joined, data: Any, score: float) -> Attribution:
         assert joined.last is not None
-        values, products = self.close(joined, looked), self.products(joined)
+        values, products = self.joined_values(joined, data), self.products(joined)
         return Attribution(values, score, joined.num_forwards, joined.last.blocks, products)
 
 
