@@ -37,14 +37,14 @@ def show(
 
     With --blocks, --explainers or --beside the picture is a sheet of captioned overlays instead.
     """
-    from blocksight.jobs.cli.show import Wanted, render_record
+    from blocksight.jobs.cli.show import SheetRequest, render_record
     from blocksight.jobs.worker.rows import Output
 
     store, made = existing(output, endpoint_url)
     others = tuple(Output(name, *existing(name, endpoint_url)) for name in beside or ())
-    wanted = Wanted(blocks, explainers, others, weights, model)
+    request = SheetRequest(blocks, explainers, others, weights, model)
     with console.status("drawing"):
-        facts, written = render_record(Output(output, store, made), key, endpoint_url, picture, wanted)
+        facts, written = render_record(Output(output, store, made), key, endpoint_url, picture, request)
     console.print(facts)
     for path in written:
         console.print(f"picture: {printable(path)}")

@@ -34,7 +34,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SheetRequest:
     """The maps that a sheet shows in addition to the stored one."""
 
     blocks: bool = False
@@ -44,9 +44,9 @@ class Wanted:
     beside: tuple[Output, ...] = ()
     """Other outputs of the same data."""
     weights: str | None = None
-    """The weights file's name again."""
+    """The weights file, if the model came from one."""
     model: str | None = None
-    """The model's name again; needed if it is the user's code."""
+    """The model; needed if it is the user's code."""
 
     @property
     def names(self) -> list[str]:
@@ -65,28 +65,30 @@ class Wanted:
 
 
 def render_record(
-    output: Output, key: str, endpoint_url: str | None, path: Path | None, wanted: Wanted
+    output: Output, key: str, endpoint_url: str | None, path: Path | None, request: SheetRequest
 ) -> tuple[RenderableType, list[Path]]:
     """Writes a picture per target and returns the record's table and the pictures' paths.
 
     A picture is image, overlay and map side by side, or a sheet. A second picture shows the side products, if there
     are any. A rejected record has no picture. Raises ConfigError if no record has the key, a picture cannot be
-    written, or a wanted map cannot be computed; ModelError.
+    written, or a requested map cannot be computed; ModelError.
     """
-    _check(output, wanted)
+    _check(output, request)
     rows = rows_of(output.store, output.plan, key)
     explained = [row for row in rows if row["status"] == OK]
     if not explained:
         return record_table(rows), []
     image = dict(images_of(output.plan, endpoint_url, {key})).get(key)
     pictures = (
-        _sheets(output, explained, image, endpoint_url, wanted) if wanted.is_sheet else _plain(output, explained, image)
+        _sheets(output, explained, image, endpoint_url, request)
+        if request.is_sheet
+        else _plain(output, explained, image)
     )
     table, written, alone = record_table(rows), [], len(explained) == 1
     named = path and path.with_name(f"{path.stem}.products{path.suffix}")
     for row, picture in zip(explained, pictures, strict=True):
         beside = _products(output, row, image)
-        own = _path(path, key, row, alone=alone, kind="sheet" if wanted.is_sheet else "map")
+        own = _path(path, key, row, alone=alone, kind="sheet" if request.is_sheet else "map")
         drawn = (
             {own: picture}
             if beside is None
@@ -114,17 +116,19 @@ def _products(output: Output, row: Row, image: Pixels | None) -> Image.Image | N
     if not tiles:
         return None
     base = shown(output.plan, row, image, sizes.film if all(part.is_film for part in parts) else sizes.single)
-    said = "; ".join(part.said for part in parts)
-    first = Tile(overlay(base.pixels, base.saliency_hw), f"{one_line(row['target_name'])}, {row['score']:.3f}\n{said}")
+    summary = "; ".join(part.summary for part in parts)
+    first = Tile(
+        overlay(base.pixels, base.saliency_hw), f"{one_line(row['target_name'])}, {row['score']:.3f}\n{summary}"
+    )
     num_rows = -(-(1 + len(tiles)) // MAX_COLUMNS)
     return contact_sheet([first, *tiles], -(-(1 + len(tiles)) // num_rows))
 
 
-def _check(output: Output, wanted: Wanted) -> None:
+def _check(output: Output, request: SheetRequest) -> None:
     """Raises ConfigError if the sheet can never be drawn."""
-    refuse_other_inputs([output, *wanted.beside])
+    refuse_other_inputs([output, *request.beside])
     explainer = output.plan.identity["explainer"]
-    if wanted.blocks and not issubclass(parse_method(explainer).entry.parameters, SiseParameters):
+    if request.blocks and not issubclass(parse_method(explainer).entry.parameters, SiseParameters):
         family = " and ".join(name for name, one in EXPLAINERS.items() if issubclass(one.parameters, SiseParameters))
         raise ConfigError(
             f"--blocks draws the block maps that {family} fuse, and {output.name} was made by {explainer}, which has "
@@ -139,27 +143,25 @@ def _plain(output: Output, rows: Sequence[Row], image: Pixels | None) -> Iterato
 
 
 def _sheets(
-    output: Output, rows: Sequence[Row], image: Pixels | None, endpoint_url: str | None, wanted: Wanted
+    output: Output, rows: Sequence[Row], image: Pixels | None, endpoint_url: str | None, request: SheetRequest
 ) -> Iterator[Image.Image]:
     """Yields a sheet per row: the image, its blocks, the stored map, other explainers' maps, other outputs' maps."""
-    key, names = rows[0]["key"], wanted.names
-    others = [(one, _by_target(one, key)) for one in wanted.beside]
-    made: dict[str | None, list[Explanation]] = {}
-    if wanted.blocks or names:
+    key, names = rows[0]["key"], request.names
+    others = [(one, _by_target(one, key)) for one in request.beside]
+    explanations: dict[str | None, list[Explanation]] = {}
+    if request.blocks or names:
         if image is None:
-            raise ConfigError(
-                f"the image of {key!r} cannot be read any more, or changed: no map of it can be made again"
-            )
-        made = dict(_made_again(output, rows, image, endpoint_url, wanted))
+            raise ConfigError(f"the image of {key!r} cannot be read any more, or changed: no map of it can be computed")
+        explanations = dict(_replayed(output, rows, image, endpoint_url, request))
     for place, row in enumerate(rows):
         base = shown(output.plan, row, image, SHEET_SIDE)
-        again = made[None][place] if wanted.blocks else None
+        of_job = explanations[None][place] if request.blocks else None
         tiles = [Tile(base.pixels, f"{one_line(key)}\n{_label(row)}")]
-        if again is not None:
+        if of_job is not None:
             gate = output.plan.identity["parameters"].get("gate", SiseParameters.gate)
-            tiles += _block_tiles(base.pixels, again, gate)
-        tiles.append(_stored_tile(base, row, output, again))
-        tiles += [_made_tile(base.pixels, name, made[name][place], row) for name in names]
+            tiles += _block_tiles(base.pixels, of_job, gate)
+        tiles.append(_stored_tile(base, row, output, of_job))
+        tiles += [_made_tile(base.pixels, name, explanations[name][place], row) for name in names]
         tiles += [_beside_tile(base.pixels, one, own.get(row["target_index"]), row, image) for one, own in others]
         yield contact_sheet(tiles, min(SHEET_COLUMNS, len(tiles)))
 
@@ -168,32 +170,34 @@ def _by_target(output: Output, key: str) -> Mapping[int, Row]:
     return {row["target_index"]: row for row in rows_of(output.store, output.plan, key) if row["status"] == OK}
 
 
-def _made_again(
-    output: Output, rows: Sequence[Row], image: Pixels, endpoint_url: str | None, wanted: Wanted
+def _replayed(
+    output: Output, rows: Sequence[Row], image: Pixels, endpoint_url: str | None, request: SheetRequest
 ) -> "Iterator[tuple[str | None, list[Explanation]]]":
-    """The rows' explanations by each explainer that is named, and under None those that the job made."""
+    """Replays the rows with each named explainer, and under None with the job's own if its blocks are shown."""
     from blocksight.jobs.explain.replay import Replay  # needs torch, which a stored map does not
 
-    named = NamedModel(wanted.model, wanted.weights, endpoint_url)
-    again: Replay = Replay(output.store, output.plan, named)
-    ways = {name: again.config_of_explainer(name) for name in wanted.names}  # all are checked before the first runs
-    if wanted.blocks:
-        yield None, again.explanations(again.config_of_row(rows[0]), rows, image)
-    for name, way in ways.items():
-        yield name, again.explanations(way, rows, image)
+    named = NamedModel(request.model, request.weights, endpoint_url)
+    replay = Replay(output.store, output.plan, named)
+    configs = {
+        name: replay.config_of_explainer(name) for name in request.names
+    }  # all are checked before the first runs
+    if request.blocks:
+        yield None, replay.explanations(replay.config_of_row(rows[0]), rows, image)
+    for name, config in configs.items():
+        yield name, replay.explanations(config, rows, image)
 
 
 def _label(row: Row) -> str:
     return "no label" if row["label_name"] is None else f"label {one_line(row['label_name'])}"
 
 
-def _block_tiles(pixels: Pixels, again: "Explanation", gate: str) -> Iterator[Tile]:
+def _block_tiles(pixels: Pixels, explanation: "Explanation", gate: str) -> Iterator[Tile]:
     """Yields each block's map and the fused map up to that block."""
     from blocksight.engine.explainers.fusion import GATES, stages
 
-    present = [block.saliency_hw for block in again.blocks if block.saliency_hw is not None]
+    present = [block.saliency_hw for block in explanation.blocks if block.saliency_hw is not None]
     fused = iter(stages(present, GATES[gate]) if present else ())
-    for block in again.blocks:
+    for block in explanation.blocks:
         facts = f"{block.name}\nkept {len(block.kept):,} of {block.candidates:,} maps"
         if block.saliency_hw is None:
             yield Tile(pixels, f"{facts}: left out")
@@ -211,19 +215,19 @@ def _over(pixels: Pixels, saliency_hw: "Map") -> Pixels:
     return overlay(pixels, resized(minmax(saliency_hw), pixels.shape[:2]))
 
 
-def _stored_tile(base: Shown, row: Row, output: Output, again: "Explanation | None") -> Tile:
-    said = f"{one_line(row['target_name'])}, {row['score']:.3f}"
-    if again is not None:
+def _stored_tile(base: Shown, row: Row, output: Output, explanation: "Explanation | None") -> Tile:
+    fact = f"{one_line(row['target_name'])}, {row['score']:.3f}"
+    if explanation is not None:
         from blocksight.jobs.explain.replay import replay_error
 
-        error = replay_error(again, row)
-        said = "the fused map equals it" if error is None else f"the fused map differs by up to {error:.3f}"
-    return Tile(overlay(base.pixels, base.saliency_hw), f"{output.plan.identity['explainer']}, as stored\n{said}")
+        error = replay_error(explanation, row)
+        fact = "the fused map equals it" if error is None else f"the fused map differs by up to {error:.3f}"
+    return Tile(overlay(base.pixels, base.saliency_hw), f"{output.plan.identity['explainer']}, as stored\n{fact}")
 
 
-def _made_tile(pixels: Pixels, name: str, made: "Explanation", row: Row) -> Tile:
-    forwards = f"{made.num_forwards:,} masked forwards"
-    return Tile(_over(pixels, made.saliency_hw), f"{name}, made now\n{one_line(row['target_name'])}, {forwards}")
+def _made_tile(pixels: Pixels, name: str, explanation: "Explanation", row: Row) -> Tile:
+    forwards = f"{explanation.num_forwards:,} masked forwards"
+    return Tile(_over(pixels, explanation.saliency_hw), f"{name}, made now\n{one_line(row['target_name'])}, {forwards}")
 
 
 def _beside_tile(pixels: Pixels, output: Output, own: Row | None, row: Row, image: Pixels | None) -> Tile:
@@ -231,8 +235,8 @@ def _beside_tile(pixels: Pixels, output: Output, own: Row | None, row: Row, imag
     if own is None:
         return Tile(pixels, f"{output.name}\nholds no map of {one_line(row['target_name'])}")
     other = shown(output.plan, own, image, SHEET_SIDE)
-    said = f"{one_line(own['target_name'])}, {own['score']:.3f}; {head}"
-    return Tile(overlay(other.pixels, other.saliency_hw), f"{output.name}\n{said}")
+    fact = f"{one_line(own['target_name'])}, {own['score']:.3f}; {head}"
+    return Tile(overlay(other.pixels, other.saliency_hw), f"{output.name}\n{fact}")
 
 
 def _path(path: Path | None, key: str, row: Row, *, alone: bool, kind: str) -> Path:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from blocksight.engine.explainers.fusion import GATES, stages
 from blocksight.engine.saliency import minmax
 from blocksight.jobs.cli import show
-from blocksight.jobs.cli.show import Wanted, render_record
+from blocksight.jobs.cli.show import SheetRequest, render_record
 from blocksight.jobs.explain.replay import Replay, replay_error
 from blocksight.jobs.ledger.output import map_of
 from blocksight.jobs.plan.config import ConfigError
@@ -54,7 +54,7 @@ def captions(tiles):
 
 
 def sheet(place, key, path, **wanted):
-    _, written = render_record(output_of(place), key, None, path, Wanted(**{"model": model_of(place), **wanted}))
+    _, written = render_record(output_of(place), key, None, path, SheetRequest(**{"model": model_of(place), **wanted}))
     return written
 
 
