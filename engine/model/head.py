@@ -99,8 +99,8 @@ def pooled_weights(adapter: ModelAdapter, block: Place) -> Tensor | None:
         weights = _slopes(tail, one[:1], maps[:1])
     if weights is None:
         return None
-    said = means.flatten(1).double() @ weights.T + nothing.double()
-    return weights if _are_near(said, wanted.double()) else None
+    predicted = means.flatten(1).double() @ weights.T + nothing.double()
+    return weights if _are_near(predicted, wanted.double()) else None
 
 
 def _slopes(tail: Tail, inputs: Tensor, maps: Tensor) -> Tensor | None:

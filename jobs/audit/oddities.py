@@ -97,7 +97,7 @@ class OddestMaps:
             else None
         )
         if row["is_right"] and (is_far or is_off):
-            yield _oddity(row, STRANGE, "; ".join(said for said in (off, far if is_far else None) if said))
+            yield _oddity(row, STRANGE, "; ".join(reason for reason in (off, far if is_far else None) if reason))
         elif is_far:
             yield _oddity(row, OUTLIER, far)
 

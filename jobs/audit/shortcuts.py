@@ -151,24 +151,23 @@ def _verdict(one: Shortcut) -> Shortcut:
         return replace(one, why=doubt)
     alike = "it looks alike in all members; other classes look elsewhere"
     off = "objects lie elsewhere" if one.on_object is not None else alike
-    why = f"inpainted, its log-odds fall by {_said(one.blanked)} more than with a random region; " + (
-        f"pasted into other images, they rise by {_said(one.pasted)} more than with one; {off}"
+    why = f"inpainted, its log-odds fall by {_effect_text(one.blanked)} more than with a random region; " + (
+        f"pasted into other images, they rise by {_effect_text(one.pasted)} more than with one; {off}"
     )
     return replace(one, is_confirmed=True, why=why)
 
 
-def _said(effect: Effect) -> str:
+def _effect_text(effect: Effect) -> str:
     return f"{effect.mean:.1f} [{effect.low:.1f}, {effect.high:.1f}]"
 
 
 def _doubt(one: Shortcut, blanked: Effect, pasted: Effect) -> str | None:
     """The first reason why a candidate is no finding; None if it is one."""
     if not blanked.is_real:
-        return f"inpainted, its log-odds fall by {_said(blanked)} more than with a random region: not enough"
+        return f"inpainted, its log-odds fall by {_effect_text(blanked)} more than with a random region: not enough"
     if not pasted.is_real:
-        return (
-            f"pasted into other images, its log-odds rise by {_said(pasted)} more than with a random region: not enough"
-        )
+        rise = _effect_text(pasted)
+        return f"pasted into other images, its log-odds rise by {rise} more than with a random region: not enough"
     if one.on_object is not None:
         return (
             f"objects cover {one.on_object:.0%} of it: it may be the object" if one.on_object > MAX_ON_OBJECT else None

@@ -62,9 +62,9 @@ def _parameters(explainer: str, entry: entries.ExplainerEntry) -> Table:
 
 def _meaning(field: Field[Any], hint: Any) -> str:
     """The help of a parameter, with its allowed words if the help does not name them."""
-    said, words = str(field.metadata["help"]), list(_words(hint))
-    missing = [word for word in words if not re.search(rf"\b{re.escape(word)}\b", said) and word != field.default]
-    return f"{said} ({', '.join(words)})" if missing else said
+    help_text, words = str(field.metadata["help"]), list(_words(hint))
+    missing = [word for word in words if not re.search(rf"\b{re.escape(word)}\b", help_text) and word != field.default]
+    return f"{help_text} ({', '.join(words)})" if missing else help_text
 
 
 def _words(hint: Any) -> Iterator[str]:

@@ -54,8 +54,8 @@ def plan_table(job: JobConfig, plan: Plan, workforce: Workforce) -> Table:
 
 def _first_pass(job: JobConfig, num_records: int) -> list[tuple[str, str]]:
     wanted = min(num_learning_images(job), num_records)
-    said = f"{job.explainer} learns from {counted(wanted, 'image')}, once, before the first unit"
-    return [("first pass", said)] if wanted else []
+    text = f"{job.explainer} learns from {counted(wanted, 'image')}, once, before the first unit"
+    return [("first pass", text)] if wanted else []
 
 
 def job_state_table(output: str, job_state: JobState, forward: PlannedForward | None = None) -> Table:
@@ -122,8 +122,8 @@ def _metric_rows(means: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]
     for name, value in means.items():
         metric, _, protocol = name.partition("@")
         better = entries.METRICS[metric].better
-        said = f"{value['mean']:.2f} % over {value['count']:,} maps ({better} is better, protocol {protocol})"
-        rows.append((metric, said))
+        text = f"{value['mean']:.2f} % over {value['count']:,} maps ({better} is better, protocol {protocol})"
+        rows.append((metric, text))
     return rows
 
 

@@ -77,8 +77,10 @@ def _comparison_block(
         shown.add_column(f"{column.metric}\n{better} is better\n{column.protocol[:8]}", min_width=CELL_WIDTH)
     for number, method in enumerate(table.methods):
         own = [cells[column, number] for column in columns]
-        said = (marks.get((cell.column, number)) or say(cell, cell.estimate.mean == _best(cell, cells)) for cell in own)
-        shown.add_row(printable(method.name), *said)
+        texts = (
+            marks.get((cell.column, number)) or say(cell, cell.estimate.mean == _best(cell, cells)) for cell in own
+        )
+        shown.add_row(printable(method.name), *texts)
     return shown
 
 
@@ -104,25 +106,28 @@ def _difference_cell(cell: "Cell", is_best: bool) -> str:  # noqa: ARG001 - as `
     return escape(f"{own.difference:+.4g}{mark}{interval_text(own.low, own.high)}")
 
 
-def difference_table(said: "Mapping[str, Any]", place: str) -> RenderableType:
+def difference_table(summary: "Mapping[str, Any]", place: str) -> RenderableType:
     """The summary of a difference: shared records, right and wrong predictions, and how far the maps moved."""
-    counts, shares, rule = said["counts"], said["shares"], said["looks_elsewhere"]
+    counts, shares, rule = summary["counts"], summary["shares"], summary["looks_elsewhere"]
     rows = [
-        *((name.upper(), f"{said[name]['output']}: {said[name]['model']}, {said[name]['explainer']}") for name in "ab"),
+        *(
+            (name.upper(), f"{summary[name]['output']}: {summary[name]['model']}, {summary[name]['explainer']}")
+            for name in "ab"
+        ),
         ("compared", f"{counted(counts['records_compared'], 'record')}, {counted(counts['rows'], 'row')}"),
-        *([("note", said["note"])] if said["note"] else []),
-        *_left_out(counts, [said[name]["target"] for name in ("a", "b")]),
-        ("A to B", ", ".join(f"{count:,} {name}" for name, count in said["confusion"].items() if count)),
+        *([("note", summary["note"])] if summary["note"] else []),
+        *_left_out(counts, [summary[name]["target"] for name in ("a", "b")]),
+        ("A to B", ", ".join(f"{count:,} {name}" for name, count in summary["confusion"].items() if count)),
         *((name, _share(shares[name])) for name in ("regressed", "improved")),
         ("looks elsewhere", f"{_share(shares['looks_elsewhere'])}: {rule['rule']} ({rule['threshold']:.3f})"),
         ("regressed: elsewhere", _share(shares["elsewhere_of_regressed"])),
         ("others: elsewhere", _share(shares["elsewhere_of_others"])),
-        ("difference", _share(said["elsewhere_gap"], sign="+")),
+        ("difference", _share(summary["elsewhere_gap"], sign="+")),
     ]
     means = [
         [name, "-" if own["mean"] is None else f"{own['mean']:.4g}{interval_text(own['low'], own['high'])}", meaning]
-        for name, meaning in said["meanings"].items()
-        if (own := said["means"].get(name)) is not None
+        for name, meaning in summary["meanings"].items()
+        if (own := summary["means"].get(name)) is not None
     ]
     means_table = grid_table(["measure", "mean [95 % interval over records]", "meaning"], means)
     facts = facts_table([(name, printable(text)) for name, text in rows], "A against B")
@@ -140,7 +145,7 @@ def _share(own: "Mapping[str, Any]", sign: str = "") -> str:
 def _left_out(counts: "Mapping[str, Any]", targets: Sequence[str]) -> list[tuple[str, str]]:
     """Says what could not be compared, and what to do."""
     go_on = "still open: the same `explain` goes on from there"
-    said = {
+    reasons = {
         "records_with_other_targets": (
             "record",
             f"with no common target (A: {targets[0]}, B: {targets[1]}): explain "
@@ -157,5 +162,5 @@ def _left_out(counts: "Mapping[str, Any]", targets: Sequence[str]) -> list[tuple
         "rows_with_other_target_name": ("row", "whose target has another name in B: are the classes the same?"),
     }
     return [
-        ("left out", f"{counted(counts[name], noun)} {text}") for name, (noun, text) in said.items() if counts[name]
+        ("left out", f"{counted(counts[name], noun)} {text}") for name, (noun, text) in reasons.items() if counts[name]
     ]

@@ -79,8 +79,8 @@ def write(
                 images.append(image)
                 maps.append(resized(map_of(one.row), size)[None])
                 classes.append(np.int64(one.row["target_index"]))
-                said = {name: one.row[name] for name in ("key", "target_index", "target_name", "label_name")}
-                keys.write((",\n" if classes.num_rows > 1 else "\n") + json.dumps(said))
+                facts = {name: one.row[name] for name in ("key", "target_index", "target_name", "label_name")}
+                keys.write((",\n" if classes.num_rows > 1 else "\n") + json.dumps(facts))
         keys.write("\n]\n")
     return [
         f"import numpy as np; folder = {str(folder)!r}",

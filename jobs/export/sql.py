@@ -259,11 +259,10 @@ def as_table(found: duckdb.DuckDBPyConnection, width: int) -> RenderableType:
     header, rows = [printable(name) for name in _header(found)], _rows(found)
     shown = [list(map(_cell, row)) for row in islice(rows, MAX_ROWS)]
     count = len(shown) + sum(1 for _ in rows)
-    said = counted(count, "row")
-    said = said if count <= MAX_ROWS else f"{said}; the first {MAX_ROWS} are shown, --csv writes all"
+    cut = f"; the first {MAX_ROWS} are shown, --csv writes all" if count > MAX_ROWS else ""
     widest = [max(map(cell_len, column)) for column in zip(header, *shown, strict=True)]
     is_wide = sum(widest) + 3 * len(widest) + 1 > width
-    return Group(*(_records(header, shown) if is_wide else [_table(header, shown)]), said)
+    return Group(*(_records(header, shown) if is_wide else [_table(header, shown)]), f"{counted(count, 'row')}{cut}")
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -351,8 +350,8 @@ def _damage(error: duckdb.Error, sentence: str) -> UnreconciledError | None:
 def _cell(value: Any) -> str:
     if isinstance(value, bytes):
         return f"<{len(value):,} bytes>"
-    said = "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
-    return printable(said if len(said) <= MAX_CELL else f"{said[: MAX_CELL - 1]}…")
+    text = "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    return printable(text if len(text) <= MAX_CELL else f"{text[: MAX_CELL - 1]}…")
 
 
 def _guarded(value: Any) -> Any:

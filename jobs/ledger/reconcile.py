@@ -254,14 +254,14 @@ def _manifest_faults(manifest: Manifest, plan: Plan, receipts: Iterable[Receipt]
         yield f"{key} exists and is not in the final manifest: its unit was given up there"
     for unit in plan.units:
         if (unit.unit_id in dead) == (unit.fragment_key in named):
-            said = "both committed and dead" if unit.unit_id in dead else "neither committed nor dead"
-            yield f"unit {unit.ordinal} is {said} in the final manifest"
+            state = "both committed and dead" if unit.unit_id in dead else "neither committed nor dead"
+            yield f"unit {unit.ordinal} is {state} in the final manifest"
     for key in sorted(named.keys() & committed.keys()):
         yield from _differences(named[key], committed[key], key, "the final manifest")
 
 
-def _differences(said: Mapping[str, Any], receipt: Receipt, key: str, where: str) -> Iterator[str]:
-    for name, value in said.items():
+def _differences(recorded: Mapping[str, Any], receipt: Receipt, key: str, where: str) -> Iterator[str]:
+    for name, value in recorded.items():
         if name != "key" and getattr(receipt, name) != value:
             yield f"{key}: {name} is {getattr(receipt, name)} in the fragment and {value} in {where}"
 
@@ -270,8 +270,8 @@ def _receipt_faults(store: ObjectStore, unit: Unit, receipt: Receipt) -> Iterato
     """The differences between a fragment and its stored receipt."""
     with suppress(MissingError, UnreconciledError):  # a missing or damaged receipt is rebuilt
         written = asdict(written_receipt(store, unit))
-        said = {name: value for name, value in written.items() if name not in OF_ATTEMPT}
-        yield from _differences(said, receipt, receipt.fragment, "its receipt")
+        recorded = {name: value for name, value in written.items() if name not in OF_ATTEMPT}
+        yield from _differences(recorded, receipt, receipt.fragment, "its receipt")
 
 
 def _unit_faults(store: ObjectStore, plan: Plan, unit: Unit, shard: _Shard, found: list[Receipt]) -> Iterator[str]:
@@ -281,8 +281,8 @@ def _unit_faults(store: ObjectStore, plan: Plan, unit: Unit, shard: _Shard, foun
         receipt = receipt_of(unit, body)
         table = read_fragment(body, [*ROW_COLUMNS, *MAP_SIDES])
     except (UnreconciledError, DamagedError) as error:
-        said = str(error)
-        yield said if isinstance(error, UnreconciledError) else f"{unit.fragment_key} cannot be read: {said}"
+        message = str(error)
+        yield message if isinstance(error, UnreconciledError) else f"{unit.fragment_key} cannot be read: {message}"
         return
     found.append(receipt)
     records: dict[tuple[str, int], list[dict[str, Any]]] = {}

@@ -55,5 +55,7 @@ def setting_difference(settings: Mapping[str, PlannedForward | None]) -> str | N
     known = {name: protocol_of(one) for name, one in settings.items()}
     if len(set(known.values())) < 2:
         return None
-    said = ", ".join(f"{name}: {how}" for name, how in known.items())
-    return f"forward passes were run differently ({said}): differences may come from that, and not from the methods"
+    protocols = ", ".join(f"{name}: {how}" for name, how in known.items())
+    return (
+        f"forward passes were run differently ({protocols}): differences may come from that, and not from the methods"
+    )

@@ -45,23 +45,23 @@ def config_of(plan: Plan, output: str, named: NamedModel) -> JobConfig:
 
 
 def _model(identity: Mapping[str, Any], named: str | None) -> str:
-    told = identity["model"]
-    if named is not None and named != told:
-        raise ConfigError(f"the output was made with model {told!r}, and --model names {named!r}: they must be equal")
-    if named is None and factory_of(told) is not None:
+    stored = identity["model"]
+    if named is not None and named != stored:
+        raise ConfigError(f"the output was made with model {stored!r}, and --model names {named!r}: they must be equal")
+    if named is None and factory_of(stored) is not None:
         raise ConfigError(
-            f"the output says that it was made with a model that is code, {told!r}; nothing is imported because an "
-            f"output says so. If you trust this code, name it again: --model {shlex.quote(told)}"
+            f"the output says that it was made with a model that is code, {stored!r}; nothing is imported because an "
+            f"output says so. If you trust this code, name it again: --model {shlex.quote(stored)}"
         )
-    return told
+    return stored
 
 
-def _weights(told: str | None, named: str | None) -> str | None:
+def _weights(stored: str | None, named: str | None) -> str | None:
     """The weights file as the user names it, or one of the model's own weight names, which is no path."""
-    if named is not None or told is None:
+    if named is not None or stored is None:
         return named
-    if len(told) == SHA256_LENGTH:
-        raise ConfigError(f"the model's weights came from a file (sha256 {told[:16]}); name it with --weights")
-    if not told.isidentifier():
-        raise ConfigError(f"the output names {told!r} for weights, which is neither a name nor a hash of a file")
-    return told
+    if len(stored) == SHA256_LENGTH:
+        raise ConfigError(f"the model's weights came from a file (sha256 {stored[:16]}); name it with --weights")
+    if not stored.isidentifier():
+        raise ConfigError(f"the output names {stored!r} for weights, which is neither a name nor a hash of a file")
+    return stored

@@ -234,7 +234,7 @@ def _tiles(accounting: Accounting, metrics: Sequence[Metric], audit: Audit | Non
     for metric in metrics[:1]:
         own = metric.estimates[0].cell.estimate
         if own.mean is not None:
-            yield Tile(said(own.mean, metric.unit), f"mean {metric.name}", f"{metric.better} is better")
+            yield Tile(with_unit(own.mean, metric.unit), f"mean {metric.name}", f"{metric.better} is better")
 
 
 def clipped(text: str, most: int) -> str:
@@ -242,7 +242,7 @@ def clipped(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def said(value: float, unit: str) -> str:
+def with_unit(value: float, unit: str) -> str:
     """A value of a metric with its unit: `57.62 %`, `0.512`."""
     return f"{value:.2f} %" if unit == "%" else f"{value:.3f}"
 
@@ -357,7 +357,7 @@ def _ranked_by(shown: Sequence[Gallery]) -> dict[Ref, dict[str, Fact]]:
         if gallery.metric is not None:
             metric = METRICS[gallery.metric]
             for ref, value in gallery.values.items():
-                fact = Fact(gallery.metric, said(value, metric.unit), f"{metric.better} is better")
+                fact = Fact(gallery.metric, with_unit(value, metric.unit), f"{metric.better} is better")
                 found.setdefault(ref, {})[gallery.metric] = fact
     return found
 
@@ -378,7 +378,7 @@ def _row_facts(row: Mapping[str, Any], ranked: Mapping[str, Fact]) -> Iterator[F
     metrics = row["metrics"] or {}
     if metrics.get("drop") is not None:
         grew = "; the score grew" if metrics["increase"] else ""
-        yield Fact("drop", said(metrics["drop"], "%"), f"lower is better{grew}")
+        yield Fact("drop", with_unit(metrics["drop"], "%"), f"lower is better{grew}")
     yield from (fact for name, fact in ranked.items() if name != "drop")
     yield Fact("image", f"{row['width']} x {row['height']} pixels", f"{row['format']}, {size(row['num_bytes'])}")
     flags = [name for name in ("flat", "saturated") if row[f"is_{name}"]]

@@ -151,8 +151,8 @@ def provenance_facts(job_state: JobState, model: Mapping[str, Any]) -> Iterator[
         yield Fact("weights sha256", model["weights_sha256"], "over all weights and buffers", is_code=True)
     hashes = [receipt.sha256 for receipt in sorted(job_state.receipts.values(), key=lambda own: own.ordinal)]
     digest = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-    said = f"sha256 over the sha256 of {counted(len(hashes), 'fragment')}, in the plan's order"
-    yield Fact("fragments", digest, said, is_code=True)
+    meaning = f"sha256 over the sha256 of {counted(len(hashes), 'fragment')}, in the plan's order"
+    yield Fact("fragments", digest, meaning, is_code=True)
     yield Fact("code version", str(identity["code"]), "raised whenever the same input would give other bytes")
     yield Fact("schema version", str(identity["schema"]), f"map codec {identity['codec']}")
 

@@ -119,7 +119,7 @@ class ProductPictures:
     """The pictures of one kind of a map's side products."""
 
     title: str
-    said: str
+    summary: str
     meaning: str
     frames: tuple[Frame, ...]
     is_film: bool
@@ -268,10 +268,10 @@ def _ranked(selection: Selection) -> Iterator[Gallery]:
     for column in selection.best:
         metric, better = column.metric, METRICS[column.metric].better
         for word, picks, side in (("Best", selection.best, better), ("Worst", selection.worst, _other(better))):
-            said = f"The maps with the {side[:-2]}est {metric}: {METRICS[metric].meaning}."
+            meaning = f"The maps with the {side[:-2]}est {metric}: {METRICS[metric].meaning}."
             sign = 1.0 if side == "lower" else -1.0
             values = {ref: sign * rank for ref, rank in picks[column].ranked}
-            yield Gallery(f"{word.lower()}-{metric}", f"{word} by {metric}", said, tuple(values), metric, values)
+            yield Gallery(f"{word.lower()}-{metric}", f"{word} by {metric}", meaning, tuple(values), metric, values)
 
 
 def _other(better: str) -> str:
@@ -364,7 +364,7 @@ def _product_pictures(plan: Plan, row: dict[str, Any], image: Pixels | None) -> 
     for part in parts_of(products_of(row), size, lambda side: shown(plan, row, image, side).pixels, PRODUCT_SIZES):
         most_bytes = MAX_FILM_BYTES if part.is_film else MAX_SINGLE_BYTES
         frames = tuple(_frame(tile, most_bytes) for tile in part.tiles)
-        yield ProductPictures(part.title, part.said, part.meaning, frames, part.is_film)
+        yield ProductPictures(part.title, part.summary, part.meaning, frames, part.is_film)
 
 
 def _frame(tile: Tile, most_bytes: int) -> Frame:

@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from blocksight.jobs.evaluate.compare import Output
 from blocksight.jobs.plan.text import counted, plain
-from blocksight.jobs.report.content import Report, clipped, report_of, said
+from blocksight.jobs.report.content import Report, clipped, report_of, with_unit
 from blocksight.jobs.report.findings import against_chance, place_of
 
 REPORT_KEY = "report/index.html"
@@ -84,7 +84,7 @@ def _environment() -> Environment:
         "basename": lambda key: PurePosixPath(key).name,
         "axis": lambda share: round(100 * min(1.0, max(0.0, share)), 2),
         "around": lambda value, reach: round(50 + 48 * value / reach, 2),
-        "said": said,
+        "with_unit": with_unit,
         "place": place_of,
         "clip": clipped,
         "is_changed": lambda text: plain(text) != text,

@@ -55,7 +55,7 @@ class Part:
     """One kind of side product of a row, drawn."""
 
     title: str
-    said: str
+    summary: str
     """How many there are, and which are drawn."""
     meaning: str
     """A sentence that follows the title and a colon."""
@@ -285,8 +285,8 @@ def _film(maps: Sequence[GridMap], pixels: Pixels, most: int) -> Part:
         Tile(_over(pixels, _displayed(maps[place], maps[-1])), f"{names[place]}\n{_percent(shares[place])} of the mass")
         for place in places
     )
-    said = _some(len(maps), most, "block", "evenly spaced")
-    return Part("Accumulated maps", said, OF_BLOCKS, tuple(tiles), is_film=True)
+    summary = _some(len(maps), most, "block", "evenly spaced")
+    return Part("Accumulated maps", summary, OF_BLOCKS, tuple(tiles), is_film=True)
 
 
 def _short_names(names: Sequence[str]) -> Sequence[str]:
@@ -318,9 +318,9 @@ def _path(path: Sequence[Fixation], pixels: Pixels) -> Part:
     shown = path[:MAX_FIXATIONS]
     height, width = pixels.shape[:2]
     points = [((one.column + 1) / 2 * (width - 1), (one.row + 1) / 2 * (height - 1)) for one in shown]
-    said = _some(len(path), MAX_FIXATIONS, "fixation", "the first ones")
+    summary = _some(len(path), MAX_FIXATIONS, "fixation", "the first ones")
     caption = f"{_losses(path)}\n{' '.join(figure(one.loss) for one in shown)}"
-    return Part("Scan path", said, OF_PATH, (Tile(with_path(pixels, points), caption),))
+    return Part("Scan path", summary, OF_PATH, (Tile(with_path(pixels, points), caption),))
 
 
 def _crops(crops: Sequence[Crop], map_size: tuple[int, int], pixels: Pixels) -> Part:
@@ -331,10 +331,10 @@ def _crops(crops: Sequence[Crop], map_size: tuple[int, int], pixels: Pixels) -> 
     cells = [_cell(crop, reach, scales, (crop.score - worst) / ((best - worst) or 1.0)) for crop in shown]
     first = shown[0]
     frame = (first.left, first.top, first.left + first.width - 1, first.top + first.height - 1)
-    said = _some(len(crops), MAX_CROPS, "crop", "the best")
+    summary = _some(len(crops), MAX_CROPS, "crop", "the best")
     left, top, right, bottom = (edge * scales[1 - place % 2] for place, edge in enumerate(frame))
-    caption = f"{said}: each one's score at its middle\nbest {figure(best)} (framed), worst {figure(worst)}"
-    return Part("Crops", said, OF_CROPS, (Tile(with_cells(pixels, cells, (left, top, right, bottom)), caption),))
+    caption = f"{summary}: each one's score at its middle\nbest {figure(best)} (framed), worst {figure(worst)}"
+    return Part("Crops", summary, OF_CROPS, (Tile(with_cells(pixels, cells, (left, top, right, bottom)), caption),))
 
 
 def _middle(crop: Crop) -> tuple[float, float]:
@@ -364,8 +364,8 @@ def _family(family: Sequence[GridMap], metric: str | None, pixels: Pixels) -> Pa
     ordered, is_chosen = _ranked(family, metric)
     which = "the first ones drawn" if metric is None else f"the best by {metric}"
     tiles = [_candidate(one, pixels, is_chosen=is_chosen and not place) for place, one in enumerate(ordered[:MAX_BEST])]
-    said = _some(len(family), MAX_BEST, "map", which)
-    return Part("Map family", said, OF_FAMILY, tuple(tiles), is_film=True)
+    summary = _some(len(family), MAX_BEST, "map", which)
+    return Part("Map family", summary, OF_FAMILY, tuple(tiles), is_film=True)
 
 
 def _candidate(one: GridMap, pixels: Pixels, *, is_chosen: bool) -> Tile:
@@ -381,6 +381,6 @@ def _importance(values: NDArray[np.float32], pixels: Pixels) -> Part:
     order = _order(values)
     lines = [f"channel {place}: {values[place]:.3g}" for place in order[:NUM_CHANNELS].tolist()]
     picture = bars(values[order].astype(np.float64), lines, (pixels.shape[0], pixels.shape[1]))
-    said = counted(values.size, "channel")
-    caption = f"{(values > 0).sum():,} of {said} above 0\nall, sorted; below, the most important"
-    return Part("Channel importance", said, OF_CHANNELS, (Tile(picture, caption),))
+    summary = counted(values.size, "channel")
+    caption = f"{(values > 0).sum():,} of {summary} above 0\nall, sorted; below, the most important"
+    return Part("Channel importance", summary, OF_CHANNELS, (Tile(picture, caption),))

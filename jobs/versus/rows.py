@@ -68,7 +68,7 @@ KINDS: dict[str, tuple[pa.DataType, str]] = {
 
 
 def _schema(kinds: dict[str, tuple[pa.DataType, str]]) -> pa.Schema:
-    return pa.schema([pa.field(name, kind, metadata={"meaning": said}) for name, (kind, said) in kinds.items()])
+    return pa.schema([pa.field(name, kind, metadata={"meaning": meaning}) for name, (kind, meaning) in kinds.items()])
 
 
 MEASURED = _schema(KINDS)

@@ -71,9 +71,9 @@ def write_difference(
     if sheet is not None:
         store.put(PICTURE, sheet)
     note = setting_difference({a.name: planned_forward(a.store), b.name: planned_forward(b.store)})
-    said = {"a": _facts(a), "b": _facts(b), "note": note, "picture": worst.title, **summary(tally, typical, sums)}
-    store.put(SUMMARY, (json.dumps(said, indent=1) + "\n").encode())
-    return Difference(said, None if sheet is None else PICTURE)
+    document = {"a": _facts(a), "b": _facts(b), "note": note, "picture": worst.title, **summary(tally, typical, sums)}
+    store.put(SUMMARY, (json.dumps(document, indent=1) + "\n").encode())
+    return Difference(document, None if sheet is None else PICTURE)
 
 
 def _facts(output: Output) -> dict[str, Any]:

@@ -69,9 +69,9 @@ def as_store_error(error: Exception, where: str, at: str, *, writes: bool) -> St
     return kind(f"{where}{at} failed with {code}: {error}")
 
 
-def as_read_error(error: Exception, said: StoreError) -> StoreError:
+def as_read_error(error: Exception, store_error: StoreError) -> StoreError:
     """The error of a failed read: ObjectError for a refusal, which may be of this object alone."""
-    return ObjectError(str(said)) if code_of(error) in FORBIDDEN_CODES | {ARCHIVED_CODE} else said
+    return ObjectError(str(store_error)) if code_of(error) in FORBIDDEN_CODES | {ARCHIVED_CODE} else store_error
 
 
 def _forbidden(where: str, at: str, code: str, *, writes: bool) -> str:

@@ -43,8 +43,8 @@ def refuse_error_body(reply: Mapping[str, Any], body: bytes, where: str) -> None
     """Raises UnavailableError if a reply of status 200 holds an error; it then has no ETag."""
     if "ETag" not in reply and b"<Error>" in body[:ERROR_BYTES]:
         code = ERROR_CODE.search(body[:ERROR_BYTES])
-        said = code[1].decode() if code else "no code"
-        raise UnavailableError(f"{where} is answered with status 200 and an error inside ({said})")
+        code_text = code[1].decode() if code else "no code"
+        raise UnavailableError(f"{where} is answered with status 200 and an error inside ({code_text})")
 
 
 def expected_length(reply: Mapping[str, Any], wanted: GetRequest, where: str) -> int | None:

@@ -416,14 +416,14 @@ MUTATIONS = (
     Mutation(
         "a stranger's plan chooses what is imported",
         "jobs/plan/stored_config.py",
-        "    if named is None and factory_of(told) is not None:",
+        "    if named is None and factory_of(stored) is not None:",
         "    if False:",
         ("jobs/plan/test_stored_config.py::test_a_bank_does_not_bypass_the_check_of_the_factory",),
     ),
     Mutation(
         "a stranger's plan chooses the weights file",
         "jobs/plan/stored_config.py",
-        "    if not told.isidentifier():",
+        "    if not stored.isidentifier():",
         "    if False:",
         ("jobs/plan/test_stored_config.py::test_no_file_is_read_because_an_output_names_it",),
     ),

@@ -140,10 +140,10 @@ def test_thousands_of_entries_are_bounded():
         "Map family": MAX_BEST,
         "Channel importance": 1,
     }
-    assert drawn["Accumulated maps"].said == "6 of 2,000 blocks, evenly spaced"
-    assert drawn["Scan path"].said == f"{MAX_FIXATIONS} of 3,000 fixations, the first ones"
-    assert drawn["Crops"].said == f"{MAX_CROPS:,} of 5,200 crops, the best"
-    assert drawn["Map family"].said == "12 of 3,000 maps, the best by insertion"
+    assert drawn["Accumulated maps"].summary == "6 of 2,000 blocks, evenly spaced"
+    assert drawn["Scan path"].summary == f"{MAX_FIXATIONS} of 3,000 fixations, the first ones"
+    assert drawn["Crops"].summary == f"{MAX_CROPS:,} of 5,200 crops, the best"
+    assert drawn["Map family"].summary == "12 of 3,000 maps, the best by insertion"
     assert all(len(text) < 1200 for text in said(**many).values())
     for part in drawn.values():
         assert all(tile.pixels.shape[1] in (SIZES.film, SIZES.single) for tile in part.tiles)
@@ -278,7 +278,7 @@ def test_one_crop_is_its_own_cell():
     (part,) = parts(crops=crops(1, 32, 1))
     assert (part.tiles[0].pixels[40, 20] == colours(np.zeros((1, 1)))[0, 0]).all()
     (part,) = parts(crops=crops(30, 2, 1))
-    assert part.said == "900 crops"
+    assert part.summary == "900 crops"
 
 
 def test_texts_that_do_not_fit_are_left_out():
@@ -293,7 +293,7 @@ def test_texts_that_do_not_fit_are_left_out():
 def test_the_best_candidates_are_drawn_and_the_chosen_one_is_framed():
     made = family(15)
     (part,) = parts(map_family=made, selected_by="average_drop_100")
-    assert (len(part.tiles), part.said) == (12, "12 of 15 maps, the best by average_drop_100")
+    assert (len(part.tiles), part.summary) == (12, "12 of 15 maps, the best by average_drop_100")
     values = sorted(one["value"] for one in made)
     assert [tile.caption.partition("\n")[2] for tile in part.tiles] == [figure(value) for value in values[:12]]
     assert part.tiles[0].caption == "chosen: blur\n0.10"
