@@ -1,4 +1,4 @@
-"""Ablation-CAM: the last block's feature maps, each weighted by what the logit loses without it."""
+"""Ablation-CAM: the last block's feature maps, each weighted by the loss of the logit without it."""
 
 from collections.abc import Sequence
 
@@ -16,8 +16,8 @@ from blocksight.engine.model.targets import Target
 class AblationCam(Explainer):
     """`relu(sum_k w_k A_k)`, `w_k = z_c - z_c(A_k set to 0)` (Desai and Ramaswamy, WACV 2020, equation 4).
 
-    The paper divides by z_c, one number per image and target, which would turn the map over where it is
-    negative; it is left out. Only the network behind the block runs again.
+    The paper's division by z_c is left out. It only scales the map, and would invert it where z_c is negative.
+    Only the network behind the block runs again.
     """
 
     def _prepare(self, blocks: Sequence[str]) -> None:
@@ -42,9 +42,9 @@ class AblationCam(Explainer):
         return explanations
 
     def _losses(self, image_chw: Tensor, maps_chw: Tensor, target: Target) -> Tensor:
-        """What the raw scores of one image lose [C, T] with each channel set to 0 in turn."""
+        """The loss of one image's raw scores [C, T] with each channel set to 0 in turn."""
         channels = range(len(maps_chw))
-        nothing = torch.zeros_like(maps_chw)
-        logits = logits_with_replaced(self.tail, image_chw, maps_chw, nothing, channels, self.scorer.batch_size)
+        zeros = torch.zeros_like(maps_chw)
+        logits = logits_with_replaced(self.tail, image_chw, maps_chw, zeros, channels, self.scorer.batch_size)
         scores = target.raw.score(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
         return scores[:1] - scores[1:]

@@ -1,6 +1,6 @@
-"""A-FMI: how the last block's feature maps differ from a reference's, each weighted by what the model loses without it.
+"""A-FMI: differences of the last block's feature maps from a reference's, each weighted by its importance.
 
-A reconstruction from the abstract ("Attribution by feature-map importance"): no code and no full text was at hand.
+A reconstruction from the abstract ("Attribution by feature-map importance"): no code and no full text was available.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +20,9 @@ from blocksight.engine.model.targets import Target
 from blocksight.engine.scoring.perturb import blurred
 
 BLUR = 10 / 224
-"""Deviation of the blurred reference, as a share of the shorter side."""
-CANCELLED = 1e-6
-"""A map whose sum is below this share of the sum of its absolute values counts as having none."""
+"""Standard deviation of the blurred reference's Gaussian, as a share of the shorter side."""
+MIN_NET_SHARE = 1e-6
+"""A sum below this share of the sum of absolute values counts as 0."""
 
 
 def _black(adapter: ModelAdapter, image_chw: Tensor, _seed: int) -> Tensor:
@@ -52,12 +52,12 @@ REFERENCES: Mapping[str, Callable[[ModelAdapter, Tensor, int], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class Side:
-    """An image or its reference."""
+class Captured:
+    """What the network computes for an image or for its reference."""
 
     image_chw: Tensor
     maps_khw: Tensor
-    """The block's."""
+    """The block's feature maps."""
     logits: Tensor
     """[classes]."""
 
@@ -65,10 +65,9 @@ class Side:
 class AFmi(SignedExplainer):
     """`sum_k w_k D_k`, D_k the difference of map k to the reference's, w_k its importance where that is relevant.
 
-    A map's importance is `s - s(map k replaced)`. Where the head is pooling and one linear layer the logits under
-    a replacement are known (`z + W_k mean(difference)`) and no pass is made; else only the network behind the block
-    runs again. Of several references the mean counts. What is not rectified has a map all the same, which is
-    at least 0: the size of the signed one.
+    A map's importance is `s - s(map k replaced)`. If the head is pooling and one linear layer, the logits under a
+    replacement are `z + W_k mean(difference)`, without a pass; else only the network behind the block runs again.
+    Several references are averaged. Without `rectify` the saliency map is the absolute value of the signed one.
     """
 
     def _prepare(self, blocks: Sequence[str]) -> None:
@@ -78,86 +77,87 @@ class AFmi(SignedExplainer):
         self.weights = pooled_weights(self.adapter, self.block) if self.parameters.tail == "auto" else None
 
     def _attribute_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Attribution]]:
-        sides = self._sides(inputs_nchw)
-        others = [
-            self._sides(torch.stack([make(self.adapter, *of) for of in zip(inputs_nchw, seeds, strict=True)]))
+        images = self._captured(inputs_nchw)
+        references = [
+            self._captured(torch.stack([make(self.adapter, *of) for of in zip(inputs_nchw, seeds, strict=True)]))
             for make in map(REFERENCES.__getitem__, self.parameters.references)
         ]
         return [
-            self._attributions(side, [own[image] for own in others], target.of(slice(image, image + 1)), row)
-            for image, (side, row) in enumerate(zip(sides, self._scores(inputs_nchw, target), strict=True))
+            self._attributions(image, [own[place] for own in references], target.of(slice(place, place + 1)), row)
+            for place, (image, row) in enumerate(zip(images, self._scores(inputs_nchw, target), strict=True))
         ]
 
     def finish(self, flat_hw: Tensor) -> Tensor:
         return super().finish(flat_hw if self.parameters.rectify else flat_hw.abs())
 
-    def _sides(self, inputs_nchw: Tensor) -> list[Side]:
+    def _captured(self, inputs_nchw: Tensor) -> list[Captured]:
         logits, (maps,) = self.taps(pad(inputs_nchw, self.images_per_pass))
-        return [Side(*one) for one in zip(inputs_nchw, maps.detach(), logits.detach(), strict=False)]
+        return [Captured(*one) for one in zip(inputs_nchw, maps.detach(), logits.detach(), strict=False)]
 
     @torch.no_grad()
     def _attributions(
-        self, side: Side, others: Sequence[Side], target: Target, scores: Sequence[float]
+        self, image: Captured, references: Sequence[Captured], target: Target, scores: Sequence[float]
     ) -> list[Attribution]:
         """The attributions of one image's targets."""
-        importance = torch.stack([self._importance(side, other, target) for other in others])
+        importance = torch.stack([self._importance(image, reference, target) for reference in references])
         signed = sum(
-            self._map(own, side.maps_khw, other.maps_khw) for own, other in zip(importance, others, strict=True)
+            self._map(own, image.maps_khw, reference.maps_khw)
+            for own, reference in zip(importance, references, strict=True)
         )
         products = [SideProducts(channel_importance=own.float().cpu().numpy()) for own in importance.mean(0).unbind(1)]
-        forwards = len(others) * (1 + self._num_passes())
+        forwards = len(references) * (1 + self._num_passes())
         return [
-            Attribution(values / len(others), score, forwards, (whole_block(self.block),), own)
+            Attribution(values / len(references), score, forwards, (whole_block(self.block),), own)
             for values, score, own in zip(torch.as_tensor(signed), scores, products, strict=True)
         ]
 
     def _num_passes(self) -> int:
         """Passes of the network behind the block, per image and reference."""
         each = min(self.parameters.channels or self.block.channels, self.block.channels)
-        ways = 2 if self.parameters.removal == "two_sided" else 1
-        return each * ways if self.weights is None else 0
+        num_directions = 2 if self.parameters.removal == "two_sided" else 1
+        return each * num_directions if self.weights is None else 0
 
-    def _map(self, importance: Tensor, maps_khw: Tensor, other_khw: Tensor) -> Tensor:
+    def _map(self, importance: Tensor, maps_khw: Tensor, reference_khw: Tensor) -> Tensor:
         """The signed maps [T, h, w] of importance [K, T]."""
-        differences = maps_khw.double() - other_khw.double()
+        differences = maps_khw.double() - reference_khw.double()
         factors = importance
         if self.parameters.keep == "relevant":
             factors = importance.masked_fill(importance <= self.parameters.threshold, 0.0)
         if self.parameters.conserve:
-            mass, size = differences.sum((1, 2)), differences.abs().sum((1, 2))
-            has_none = mass.abs() <= CANCELLED * size
-            factors = factors.masked_fill(has_none[:, None], 0.0) / mass.masked_fill(has_none, 1.0)[:, None]
+            total, size = differences.sum((1, 2)), differences.abs().sum((1, 2))
+            is_zero = total.abs() <= MIN_NET_SHARE * size
+            factors = factors.masked_fill(is_zero[:, None], 0.0) / total.masked_fill(is_zero, 1.0)[:, None]
         return torch.einsum("kt,khw->thw", factors, differences)
 
-    def _importance(self, side: Side, other: Side, target: Target) -> Tensor:
-        """[K, T], float64; 0 of maps that are left out."""
-        removal, chosen = self.parameters.removal, self._chosen(side, other)
-        ways = []
+    def _importance(self, image: Captured, reference: Captured, target: Target) -> Tensor:
+        """The importances [K, T], float64; 0 for maps that are left out."""
+        removal, chosen = self.parameters.removal, self._chosen(image, reference)
+        gains = []
         if removal in ("reference", "two_sided"):
-            ways.append(-self._gains(side, other.maps_khw, chosen, target))
+            gains.append(-self._gains(image, reference.maps_khw, chosen, target))
         if removal in ("insert", "two_sided"):
-            ways.append(self._gains(other, side.maps_khw, chosen, target))
+            gains.append(self._gains(reference, image.maps_khw, chosen, target))
         if removal == "zero":
-            ways.append(-self._gains(side, torch.zeros_like(side.maps_khw), chosen, target))
-        found = ways[0].new_zeros(self.block.channels, target.num_targets)
-        found[chosen] = torch.stack(ways).mean(0)
+            gains.append(-self._gains(image, torch.zeros_like(image.maps_khw), chosen, target))
+        found = gains[0].new_zeros(self.block.channels, target.num_targets)
+        found[chosen] = torch.stack(gains).mean(0)
         return found
 
-    def _chosen(self, side: Side, other: Side) -> Tensor:
-        """The channels whose removal is tried, ascending."""
+    def _chosen(self, image: Captured, reference: Captured) -> Tensor:
+        """The channels whose importance is computed, ascending."""
         limit = self.parameters.channels
         if self.weights is not None or limit is None:
-            return torch.arange(self.block.channels, device=side.maps_khw.device)
-        sizes = (side.maps_khw.double() - other.maps_khw.double()).abs().sum((1, 2))
+            return torch.arange(self.block.channels, device=image.maps_khw.device)
+        sizes = (image.maps_khw.double() - reference.maps_khw.double()).abs().sum((1, 2))
         return sizes.argsort(descending=True, stable=True)[:limit].sort().values
 
-    def _gains(self, base: Side, instead_khw: Tensor, chosen: Tensor, target: Target) -> Tensor:
-        """What the score gains [n, T] where each of the chosen maps is one of `instead_khw` in turn."""
+    def _gains(self, base: Captured, others_khw: Tensor, chosen: Tensor, target: Target) -> Tensor:
+        """The gain of the score [n, T] as each chosen map in turn is replaced by that of `others_khw`."""
         if self.weights is None:
             size = self.scorer.batch_size
-            logits = logits_with_replaced(self.tail, base.image_chw, base.maps_khw, instead_khw, chosen.tolist(), size)
+            logits = logits_with_replaced(self.tail, base.image_chw, base.maps_khw, others_khw, chosen.tolist(), size)
         else:
-            steps = (instead_khw[chosen].double() - base.maps_khw[chosen].double()).mean((1, 2))
+            steps = (others_khw[chosen].double() - base.maps_khw[chosen].double()).mean((1, 2))
             logits = base.logits.double() + functional.pad(steps[:, None] * self.weights.T[chosen], (0, 0, 1, 0))
         readout = target.raw if self.parameters.score == "logit" else target
         scores = readout.score(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device))

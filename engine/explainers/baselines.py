@@ -9,33 +9,33 @@ from torch import Tensor
 from blocksight.engine.catalog.parameters import Family
 
 NUM_NOISE_STEPS, FIRST_NOISE, LAST_NOISE = 500, 1e-4, 0.02
-KEPT = prod(
+SIGNAL_SHARE = prod(
     1 - FIRST_NOISE - (LAST_NOISE - FIRST_NOISE) * step / NUM_NOISE_STEPS for step in range(1, NUM_NOISE_STEPS + 1)
 )
-"""The share of the signal's variance that a linear diffusion schedule of so many steps leaves, 0.00629."""
+"""The share of the signal's variance that is left after a linear diffusion schedule of these steps, 0.00629."""
 
-LEAST_BLUR, MOST_BLUR = 3, 50
-"""Deviations of the blur, in places of the feature map."""
+MIN_BLUR, MAX_BLUR = 3, 50
+"""Deviations of the blur, in cells of the feature map."""
 BLUR_REACH = 4
 """Radius of the blur in deviations."""
 
 Baseline = Callable[[Tensor, torch.Generator, Sequence[Tensor]], Tensor]
-"""From an image's maps [K, h, w] and the pool's to a baseline [K, h, w] like them; numbers are drawn on the CPU."""
+"""Makes a baseline [K, h, w] from an image's maps [K, h, w] and the pool's; it draws numbers on the CPU."""
 
 
 def normal(maps_khw: Tensor, generator: torch.Generator, _pool: Sequence[Tensor]) -> Tensor:
-    """The maps at the end of a diffusion, all but Gaussian noise, in each channel's own range."""
+    """The maps at the end of a diffusion, almost pure Gaussian noise, in each channel's own range."""
     return _diffused(maps_khw, torch.randn(maps_khw.shape, generator=generator))
 
 
 def uniform(maps_khw: Tensor, generator: torch.Generator, _pool: Sequence[Tensor]) -> Tensor:
-    """As `normal`, with even noise from 0 to 1."""
+    """As `normal`, with uniform noise from 0 to 1."""
     return _diffused(maps_khw, torch.rand(maps_khw.shape, generator=generator))
 
 
 def _diffused(maps: Tensor, noise: Tensor) -> Tensor:
     """`sqrt(a) h + (1 - a) e`, stretched to the least and the greatest value of each channel of h."""
-    mixed = sqrt(KEPT) * maps + (1 - KEPT) * noise.to(maps)
+    mixed = sqrt(SIGNAL_SHARE) * maps + (1 - SIGNAL_SHARE) * noise.to(maps)
     low, high = mixed.amin((1, 2), keepdim=True), mixed.amax((1, 2), keepdim=True)
     own_low, own_high = _range(maps)
     share = (mixed - low) / torch.where(high > low, high - low, 1.0)
@@ -48,16 +48,16 @@ def _range(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def blur(maps_khw: Tensor, generator: torch.Generator, _pool: Sequence[Tensor]) -> Tensor:
-    """The maps under a Gaussian whose deviation is a whole number of places, from 3 to 50."""
-    sigma = int(torch.randint(LEAST_BLUR, MOST_BLUR + 1, (), generator=generator))
+    """The maps under a Gaussian whose deviation is a whole number of cells, from 3 to 50."""
+    sigma = int(torch.randint(MIN_BLUR, MAX_BLUR + 1, (), generator=generator))
     rows, columns = (blur_matrix(side, sigma).to(maps_khw) for side in maps_khw.shape[1:])
     return rows @ maps_khw @ columns.T
 
 
 def blur_matrix(side: int, sigma: float) -> Tensor:
-    """The matrix [side, side] (float64) of one axis under a Gaussian; beyond the rim the axis is mirrored.
+    """The matrix [side, side] (float64) of one axis under a Gaussian; the axis is mirrored at its ends.
 
-    Mirrored, a wide blur tends to the mean of the axis; with its rim going on it would tend to the rim.
+    So a wide blur tends to the mean of the axis; with the ends repeated it would tend to the ends.
     """
     reach = round(BLUR_REACH * sigma)
     offsets = torch.arange(-reach, reach + 1)
@@ -76,7 +76,7 @@ def const(maps_khw: Tensor, generator: torch.Generator, _pool: Sequence[Tensor])
 
 
 def train(maps_khw: Tensor, generator: torch.Generator, pool: Sequence[Tensor]) -> Tensor:
-    """The maps of another image of the data set; where the pool has none, the image's own, of which no map is made."""
+    """The maps of another image of the data set; the image's own, whose path has no length, if the pool is empty."""
     if not pool:
         return maps_khw
     return pool[int(torch.randint(len(pool), (), generator=generator))].to(maps_khw)
@@ -91,4 +91,4 @@ FAMILIES: Mapping[Family, Baseline] = {
 }
 
 NOISY: tuple[Family, ...] = ("normal", "uniform")
-"""Families with a path of their own length."""
+"""Families whose paths have their own number of steps."""

@@ -1,7 +1,7 @@
 """Class activation maps: the last block's feature maps, weighted by the gradient of a class's logit.
 
 Each method is one function from feature maps A [N, C, h, w] and gradients G of the logit by them to a map
-[N, h, w]; its positive part, upsampled, is the saliency map.
+[N, h, w]. The saliency map is its positive part, upsampled.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ def gradcam(maps: Tensor, slopes: Tensor) -> Tensor:
 
 
 def gradcam_plus_plus(maps: Tensor, slopes: Tensor) -> Tensor:
-    """`w_k = sum_ij alpha_kij relu(G_kij)`, `alpha = G^2 / (2 G^2 + sum_ab(A_kab) G^3)`, 0 where G is.
+    """`w_k = sum_ij alpha_kij relu(G_kij)`, `alpha = G^2 / (2 G^2 + sum_ab(A_kab) G^3)`, 0 where G = 0.
 
     Chattopadhay et al., WACV 2018, equations 5 and 19, for Y = exp(logit): the factor exp(logit) is one
     per image and is left out.
@@ -38,7 +38,7 @@ def gradcam_plus_plus(maps: Tensor, slopes: Tensor) -> Tensor:
 
 
 def xgradcam(maps: Tensor, slopes: Tensor) -> Tensor:
-    """`w_k = sum_ij G_kij A_kij / sum_ij A_kij` (Fu et al., BMVC 2020, equation 9); an empty map weighs 0."""
+    """`w_k = sum_ij G_kij A_kij / sum_ij A_kij` (Fu et al., BMVC 2020, equation 9); weight 0 if the sum is 0."""
     weights = _ratio((slopes * maps).sum((2, 3), keepdim=True), maps.sum((2, 3), keepdim=True))
     return (weights * maps).sum(1)
 
@@ -69,10 +69,10 @@ WEIGHINGS: Mapping[str, Weigh] = {
 
 
 class Cam(PointExplainer):
-    """One of the weighings at the deepest of the blocks: one forward pass, and a backward pass per target."""
+    """One of `WEIGHINGS` at the deepest block: one forward pass, and one backward pass per target."""
 
     def __init__(self, adapter: ModelAdapter, parameters: NoParameters, *, weigh: Weigh, **options: Any) -> None:
-        """`weigh` is one of `WEIGHINGS`; of blocks named by hand the deepest counts."""
+        """`weigh` is one of `WEIGHINGS`; the deepest of the named blocks is used."""
         self.weigh = weigh
         super().__init__(adapter, parameters, **options)
 
@@ -85,7 +85,7 @@ class Cam(PointExplainer):
         yield image_chw, 1.0
 
     def attributions(self, points_nchw: Tensor, target: Target) -> list[Tensor]:
-        """The weighed maps with their signs, at the block's grid, [N, h, w]."""
+        """The signed weighted maps at the block's grid, [N, h, w]."""
         logits, (maps,) = self.taps(points_nchw)
         found = []
         for index in range(target.num_targets):
@@ -95,5 +95,5 @@ class Cam(PointExplainer):
 
 
 def whole_block(block: Place) -> BlockMap:
-    """The record of a block of which every feature map was used."""
+    """The `BlockMap` of a block whose feature maps were all used."""
     return BlockMap(block.name, block.channels, tuple(range(block.channels)), None)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from blocksight.engine.explainers.edges import SOBEL, steepness
+from blocksight.engine.explainers.edges import SOBEL, gradient_magnitude
 from blocksight.engine.explainers.explainer import Explainer
 from blocksight.engine.explainers.explanation import Explanation, sound_explanation
 from blocksight.engine.model.resample import grid_of
@@ -39,7 +39,7 @@ class RandomMap(Control):
 
 
 class CentredGaussian(Control):
-    """A bell in the middle of the picture, whose deviation is a quarter of each side: where objects mostly are."""
+    """A Gaussian at the centre, where most objects are; its standard deviation is a quarter of each side."""
 
     def draw(self, image_chw: Tensor, generator: torch.Generator) -> Tensor:
         down, across = (
@@ -50,7 +50,7 @@ class CentredGaussian(Control):
 
 
 class Edges(Control):
-    """The length of the Sobel gradient of the image's mean over channels: an edge detector."""
+    """An edge detector: the Sobel gradient magnitude of the image's mean over channels."""
 
     def draw(self, image_chw: Tensor, generator: torch.Generator) -> Tensor:
-        return steepness(image_chw[None].double(), SOBEL)[0]
+        return gradient_magnitude(image_chw[None].double(), SOBEL)[0]

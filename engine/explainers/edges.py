@@ -17,11 +17,11 @@ from blocksight.engine.model.resample import grid_of, scaled
 EdgeDetector = Callable[[Tensor], Tensor]
 
 SOBEL, SCHARR = (1.0, 2.0, 1.0), (3.0, 10.0, 3.0)
-"""How much each of three lines counts in a gradient along them."""
+"""Weights of the three lines that a gradient sums."""
 
 
-def steepness(images_nchw: Tensor, lines: Sequence[float]) -> Tensor:
-    """The length of the gradient of the mean over channels, by SOBEL or SCHARR, [N, H, W]; the rim goes on."""
+def gradient_magnitude(images_nchw: Tensor, lines: Sequence[float]) -> Tensor:
+    """The gradient magnitude of the mean over channels, by SOBEL or SCHARR, [N, H, W]; the border is replicated."""
     grey = functional.pad(images_nchw.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     weights = torch.tensor(lines, dtype=grey.dtype, device=grey.device)
     across = weights[:, None] * weights.new_tensor([-1.0, 0.0, 1.0])
@@ -30,14 +30,14 @@ def steepness(images_nchw: Tensor, lines: Sequence[float]) -> Tensor:
 
 
 def scharr(pixels_nchw: Tensor) -> Tensor:
-    """The length of Scharr's gradient, scaled to [0, 1] picture by picture; an even one has no edges."""
-    return scaled(steepness(pixels_nchw, SCHARR))
+    """Scharr's gradient magnitude, scaled to [0, 1] per picture; zeros for a constant picture."""
+    return scaled(gradient_magnitude(pixels_nchw, SCHARR))
 
 
 HED_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Channels of the convolutions of each block: VGG16's."""
 HED_MEAN = (104.00699, 116.66877, 122.67892)
-"""Of blue, green and red in [0, 255]."""
+"""Means of blue, green and red, in [0, 255]."""
 
 
 class Hed(nn.Module):
@@ -46,7 +46,7 @@ class Hed(nn.Module):
     mean: Tensor
 
     def __init__(self) -> None:
-        """With random weights; `hed` gives them those of the package."""
+        """With random weights; `hed` loads those of the package."""
         super().__init__()
         before = [3, *(widths[-1] for widths in HED_WIDTHS)]
         self.blocks = nn.ModuleList(map(_block, before, HED_WIDTHS))
@@ -80,7 +80,7 @@ def hed() -> Hed:
 
 
 def _hed_state() -> dict[str, Tensor]:
-    """The state dict that the package's file holds."""
+    """The state dict in the package's file."""
     file = hed_weights()
     if file is None:
         raise ModelError(f"edges by HED need its weights: {HED_INSTALLATION}; edges=scharr needs none")
@@ -98,7 +98,7 @@ def _hed_state() -> dict[str, Tensor]:
 
 
 def _hed_places() -> dict[str, str]:
-    """The path in the file of each of the module's tensors."""
+    """For each of the module's tensors, its path in the file."""
     layers = {"fuse": "fuse"}
     for block, widths in enumerate(HED_WIDTHS):
         layers[f"sides.{block}"] = f"dsn{block + 1}"
@@ -111,7 +111,7 @@ def _hed_places() -> dict[str, str]:
 
 
 def _as_torch(values: NDArray[Any]) -> Tensor:
-    """Kernels of height, width, channels in and out turned into torch's order; biases as they are."""
+    """Kernels [height, width, in, out] in torch's order; biases unchanged."""
     tensor = torch.as_tensor(values, dtype=torch.float32)
     return tensor.permute(3, 2, 0, 1) if tensor.dim() == 4 else tensor
 
@@ -120,14 +120,14 @@ DETECTORS: Mapping[Detector, Callable[[torch.device], EdgeDetector]] = {
     "hed": lambda device: hed().to(device),
     "scharr": lambda _: scharr,
 }
-"""By name: the detector on a device."""
+"""Detectors by name; each is made for a device."""
 
 
 @torch.no_grad()
 def edges_of(pixels_chw: Tensor, detector: EdgeDetector, scale: float = 1.0) -> Tensor:
-    """The edges [H, W] of one picture [3, H, W] in [0, 1], found at a share of its side and resized back.
+    """The edges [H, W] of one picture [3, H, W] in [0, 1], detected at `scale` times its size and resized back.
 
-    One picture per pass: its edges then depend on nothing else.
+    One picture per pass, so that its edges depend on no other picture.
     """
     full = grid_of(pixels_chw)
     size = [max(1, round(scale * side)) for side in full]

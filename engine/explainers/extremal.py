@@ -16,19 +16,19 @@ from blocksight.engine.scoring.perturb import blurred
 STEP = 7
 """Pixels between the mask's parameters."""
 SMOOTHNESS = 21 / STEP
-"""The bell that every parameter spreads, in parameters."""
+"""Deviation of each parameter's bell, in cells of the grid."""
 SHARPNESS = 20.0
-"""Of the softmax that stands for the maximum over bells."""
-NUM_LEVELS, MOST_BLUR = 8, 20.0
-"""The pyramid that hides: level 0 is blurred by 20 pixels, the last one is the image."""
+"""Of the softmax that approximates the maximum over bells."""
+NUM_LEVELS, MAX_BLUR = 8, 20.0
+"""The pyramid of blurs: level 0 is blurred by 20 pixels, the last level is the image."""
 AREA_WEIGHT, AREA_GROWTH = 300.0, 1.0035
-"""Of the area's term against the score's, and its growth per iteration."""
-START = 0.9
-"""Of every parameter: nearly the whole picture. The authors begin at 1, where the first step could only lower a
-parameter, and which pixels rank first would be up to rounding."""
+"""The weight of the area's term, and its growth per iteration."""
+FIRST_VALUE = 0.9
+"""Every parameter's first value: nearly the whole picture is kept. The authors begin at 1: there the first step can
+only lower a parameter, and rounding decides which pixels rank first."""
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
 FINAL_BLUR = 0.09
-"""Of the finished map, as a share of the shorter side."""
+"""Blur of the finished map, as a share of the shorter side."""
 MAX_MASKS_PER_PASS = 32
 
 
@@ -36,7 +36,7 @@ def max_convolved(parameters: Tensor) -> Tensor:
     """The smooth maximum over bells of height `parameters` [n, g, g], on their own grid.
 
     The bell is flat to half its deviation: `exp(-2 max(0, d - 1/2)^2)`, d in deviations (Fong et al., section 3.2).
-    Beyond the rim there is nothing, so that a mask does not gather there.
+    Beyond the border heights are 0, so that a mask does not gather there.
     """
     reach = 1 + ceil(SMOOTHNESS)
     offsets = torch.arange(-reach, reach + 1, device=parameters.device, dtype=parameters.dtype)
@@ -49,13 +49,13 @@ def max_convolved(parameters: Tensor) -> Tensor:
 
 
 def pyramid(image_chw: Tensor) -> Tensor:
-    """The image at falling blur, [L, 3, H, W]."""
-    levels = [MOST_BLUR * (1 - level / (NUM_LEVELS - 1)) for level in range(NUM_LEVELS)]
+    """The image at decreasing blur, [L, 3, H, W]."""
+    levels = [MAX_BLUR * (1 - level / (NUM_LEVELS - 1)) for level in range(NUM_LEVELS)]
     return torch.stack([blurred(image_chw, sigma) if sigma > 0 else image_chw for sigma in levels])
 
 
 def between_levels(levels: Tensor, masks_nhw: Tensor) -> Tensor:
-    """Pixels of the pyramids [n, L, 3, H, W] at the heights that the masks [n, H, W] in [0, 1] say: [n, 3, H, W]."""
+    """Pixels of the pyramids [n, L, 3, H, W] at the heights in the masks [n, H, W], in [0, 1]: [n, 3, H, W]."""
     height = masks_nhw * (NUM_LEVELS - 1)
     lower = height.detach().floor().clamp(max=NUM_LEVELS - 2).nan_to_num()  # an index; the share stays NaN
     share = (height - lower)[:, None]
@@ -68,8 +68,8 @@ class ExtremalPerturbation(Explainer):
     """The sum of the best masks over the areas, blurred (Fong, Patrick and Vedaldi, ICCV 2019, arXiv 1910.08485).
 
     Equations 4 to 8 in the preserving form, with the constants of the authors' benchmark; every second step
-    sees the picture mirrored, as theirs. The maximum over bells is taken on the parameters' grid, and the
-    result is upsampled bilinearly; areas are of the picture alone.
+    sees the picture mirrored, as in their code. The maximum over bells is taken on the parameters' grid, and the
+    result is upsampled bilinearly; areas are shares of the picture, without padding.
     """
 
     def _prepare(self, blocks: Sequence[str]) -> None:
@@ -100,18 +100,18 @@ class ExtremalPerturbation(Explainer):
         ]
 
     def _optimised(self, inputs_nchw: Tensor, target: Target, batch: list[tuple[int, int, float]]) -> Tensor:
-        """The finished masks [n, H, W] on the CPU for images, targets and areas; each is optimised for itself."""
+        """The finished masks [n, H, W] on the CPU for images, targets and areas, each optimised alone."""
         size = min(self.scorer.batch_size, MAX_MASKS_PER_PASS)
         filled = [*batch, *batch[-1:] * (size - len(batch))]
         images = torch.tensor([image for image, _, _ in filled], device=inputs_nchw.device)
         pyramids = {image: pyramid(inputs_nchw[image]) for image in {image for image, _, _ in filled}}
         levels = torch.stack([pyramids[image] for image, _, _ in filled])
-        wanted = self._wanted([area for _, _, area in filled], inputs_nchw)
+        wanted = self._ideal([area for _, _, area in filled], inputs_nchw)
         indices = [index for _, index, _ in filled]
-        weights = inputs_nchw.new_full((size, *self.grid), START).requires_grad_(True)
+        weights = inputs_nchw.new_full((size, *self.grid), FIRST_VALUE).requires_grad_(True)
         optimiser = torch.optim.SGD([weights], lr=LEARNING_RATE, momentum=MOMENTUM, dampening=MOMENTUM)
         for iteration in range(self.parameters.iterations):
-            # the mask starts even: there ranks mean nothing, and rounding would say where it grows
+            # the first mask is constant: its ranks mean nothing, and rounding would decide where it grows
             area_weight = AREA_WEIGHT * AREA_GROWTH**iteration if iteration else 0.0
             with torch.enable_grad():
                 masks = self._masks(weights, inputs_nchw)
@@ -134,8 +134,8 @@ class ExtremalPerturbation(Explainer):
         smooth = max_convolved(weights)
         return upsampling(self.grid, grid_of(inputs_nchw), smooth.device)(smooth).clamp(0, 1)
 
-    def _wanted(self, areas: Sequence[float], inputs_nchw: Tensor) -> Tensor:
-        """Per mask the sorted values that one of this area has: zeros, then ones, [n, H W]."""
+    def _ideal(self, areas: Sequence[float], inputs_nchw: Tensor) -> Tensor:
+        """The sorted values of an ideal mask of each area: zeros, then ones, [n, H W]."""
         size = grid_of(inputs_nchw)[0] * grid_of(inputs_nchw)[1]
         wanted = inputs_nchw.new_zeros(len(areas), size)
         for row, area in zip(wanted, areas, strict=True):

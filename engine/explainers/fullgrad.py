@@ -1,4 +1,4 @@
-"""FullGrad: the input's gradient term and those of every bias, each made positive and put on the image's grid."""
+"""FullGrad: the gradient terms of the input and of every bias, each made positive and upsampled."""
 
 from collections.abc import Sequence
 
@@ -12,12 +12,12 @@ from blocksight.engine.model.resample import grid_of, upsampling
 from blocksight.engine.model.taps import Recorder, gradients, hook_outputs
 from blocksight.engine.model.targets import Target
 
-UNREAD = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.MultiheadAttention)
-"""Layers that add something inside the network which `bias_of` does not know."""
+UNSUPPORTED = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.MultiheadAttention)
+"""Layers whose biases `bias_of` cannot read."""
 
 
 def bias_of(layer: nn.Module) -> Tensor | None:
-    """What an image-shaped layer adds to each channel [C]: a convolution's bias, or what a frozen batch norm adds.
+    """The bias of an image-shaped layer for each channel [C]: a convolution's, or that of a frozen batch norm.
 
     None for a layer without one. Batch norm computes `g (x - m) / s + b`, so it adds `b - g m / s`.
     """
@@ -40,11 +40,11 @@ class FullGrad(Explainer):
     def _prepare(self, blocks: Sequence[str]) -> None:
         layers = {name: bias_of(layer) for name, layer in self.adapter.module.named_modules()}
         self.biases = {name: bias.detach() for name, bias in layers.items() if bias is not None}
-        norms = [name for name, layer in self.adapter.module.named_modules() if isinstance(layer, UNREAD)]
+        norms = [name for name, layer in self.adapter.module.named_modules() if isinstance(layer, UNSUPPORTED)]
         if norms or not self.biases:
-            met = f"the biases of {norms[0]} are not of that kind" if norms else "there is none"
+            found = f"has others, in {norms[0]}" if norms else "has none"
             raise ModelError(
-                f"fullgrad reads the biases of convolutions and batch norms, and in {self.adapter.name} {met}: "
+                f"fullgrad reads the biases of convolutions and batch norms alone, and {self.adapter.name} {found}: "
                 "take smoothgrad or integrated_gradients"
             )
 
@@ -55,7 +55,7 @@ class FullGrad(Explainer):
             inputs = padded.detach().requires_grad_(True)
             logits = self.adapter.logits(inputs)
         terms = {name: output for name, output in recorder.recorded.items() if output.dim() == 4}
-        filled = target.of(torch.arange(self.images_per_pass).clamp(max=len(inputs_nchw) - 1))  # as `pad` fills
+        filled = target.of(torch.arange(self.images_per_pass).clamp(max=len(inputs_nchw) - 1))  # padded as by `pad`
         found = []
         for index in range(target.num_targets):
             slopes = gradients(logits, filled.raw.direction(logits.detach(), index), [inputs, *terms.values()])
@@ -69,7 +69,7 @@ class FullGrad(Explainer):
         ]
 
     def _positive(self, product: Tensor) -> Tensor:
-        """psi, summed over channels: [N, C, h, w] to float64 [N, H, W]."""
+        """psi of a product [N, C, h, w], summed over channels and upsampled: float64 [N, H, W]."""
         sizes = product.double().abs()
         low, high = sizes.amin((1, 2, 3), keepdim=True), sizes.amax((1, 2, 3), keepdim=True)
         scaled = torch.where(high > low, (sizes - low) / torch.where(high > low, high - low, 1.0), 0.0)

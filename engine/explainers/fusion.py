@@ -9,8 +9,8 @@ from blocksight.engine.saliency import Map
 
 NUM_BINS = 256
 SOFT_SLOPE = 100.0
-SOFT_RAISE = 1.5
-SOFT_LEAST_SHARE = 0.1
+SOFT_RAISE_FACTOR = 1.5
+SOFT_MIN_SHARE = 0.1
 
 
 def _between_class_variance(bins: NDArray[np.int64], values: Map) -> Map:
@@ -34,10 +34,10 @@ def otsu_foreground(values: Map) -> NDArray[np.bool_]:
     """
     bins = np.minimum(np.floor(NUM_BINS * values).astype(np.int64), NUM_BINS - 1)
     variance = _between_class_variance(bins.ravel(), values.ravel())
-    best = int(variance.argmax())
-    if variance[best] < 0:
+    split = int(variance.argmax())
+    if variance[split] < 0:
         return np.zeros(values.shape, dtype=np.bool_)
-    return bins > best
+    return bins > split
 
 
 def hard_gate(values: Map) -> Map:
@@ -46,7 +46,7 @@ def hard_gate(values: Map) -> Map:
 
 
 def soft_gate(values: Map) -> Map:
-    """The authors' laboratory's smooth mask: sigmoid(100 (v - t)), t raised by half where that leaves enough.
+    """The authors' laboratory's smooth mask: sigmoid(100 (v - t)), t raised by half for small foregrounds.
 
     t = j / 256 with j the first foreground bin of round(256 v); it becomes 1.5 t where fewer than 10 % of
     the pixels lie at or above 1.5 t. A constant map has no foreground.
@@ -56,13 +56,13 @@ def soft_gate(values: Map) -> Map:
     if variance.max() < 0:
         return np.zeros(values.shape, dtype=np.float64)
     threshold = float(variance.argmax() + 1)
-    if (bins >= SOFT_RAISE * threshold).mean() < SOFT_LEAST_SHARE:
-        threshold *= SOFT_RAISE
+    if (bins >= SOFT_RAISE_FACTOR * threshold).mean() < SOFT_MIN_SHARE:
+        threshold *= SOFT_RAISE_FACTOR
     return 1.0 / (1.0 + np.exp(-SOFT_SLOPE * (values - threshold / NUM_BINS)))
 
 
 GATES: Mapping[str, Callable[[Map], Map]] = {"hard": hard_gate, "soft": soft_gate}
-"""By name: what the deeper map of a pair is turned into before it multiplies the sum."""
+"""Gates by name. A gate turns the deeper map of a pair into the factor of their sum."""
 
 
 def cascade(block_maps: Sequence[Map], gate: Callable[[Map], Map] = hard_gate) -> Map:

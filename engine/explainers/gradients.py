@@ -1,4 +1,4 @@
-"""Input gradients: the plain one, and integrated along a straight path from a baseline."""
+"""Input gradients: plain, and integrated along a straight path from a baseline."""
 
 from collections.abc import Iterator, Sequence
 
@@ -43,9 +43,9 @@ class IntegratedGradients(Gradient):
     def points(self, image_chw: Tensor, generator: torch.Generator) -> Iterator[Point]:
         nodes, weights = np.polynomial.legendre.leggauss(self.num_forwards)
         baseline = self.scorer.perturbation.baseline[0]
-        way = image_chw - baseline
+        path = image_chw - baseline
         for place, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
-            yield baseline + float(place) * way, float(weight) * way
+            yield baseline + float(place) * path, float(weight) * path
 
     def flat(self, values: Tensor) -> Tensor:
         return values.sum(0)

@@ -1,4 +1,4 @@
-"""Occlusion: what the score loses where a window hides the image."""
+"""Occlusion: the loss of the score when a window hides a part of the image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from blocksight.engine.scoring.scorer import MaskSource
 
 
 def window_starts(side: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along one axis, so that every pixel is hidden by one; the last may reach over the rim."""
+    """First pixels of the windows along one axis, which cover every pixel; the last may cross the border."""
     return list(range(0, max(1, side - window + stride), stride))
 
 
 @dataclass(frozen=True)
 class Windows(MaskSource):
-    """One mask per place of the window: 0 inside it, 1 elsewhere."""
+    """One mask per position of the window: 0 inside it, 1 elsewhere."""
 
     image: int
     corners: tuple[tuple[int, int], ...]
@@ -39,7 +39,7 @@ class Windows(MaskSource):
 
 
 class Occlusion(Explainer):
-    """The mean of `s - s(window hidden)` over the windows that hide a pixel; its positive part.
+    """The positive part of the mean of `s - s(window hidden)` over the windows that hide a pixel.
 
     Zeiler and Fergus, ECCV 2014, section 4.2.
     """
@@ -59,14 +59,16 @@ class Occlusion(Explainer):
         whole = self._scores(inputs_nchw, target)
         return [
             [
-                sound_explanation(self._spread(score - own, full).relu().numpy(), score, num_forwards=len(self.corners))
+                sound_explanation(
+                    self._mean_loss(score - own, full).relu().numpy(), score, num_forwards=len(self.corners)
+                )
                 for score, own in zip(row, scores.T.cpu(), strict=True)
             ]
             for row, scores in zip(whole, hidden, strict=True)
         ]
 
-    def _spread(self, losses: Tensor, full: Grid) -> Tensor:
-        """The mean loss over the windows of every pixel, [H, W]."""
+    def _mean_loss(self, losses: Tensor, full: Grid) -> Tensor:
+        """For every pixel, the mean loss over its windows, [H, W]."""
         total, count = torch.zeros(2, *full, dtype=torch.float64)
         for loss, (top, left) in zip(losses, self.corners, strict=True):
             place = slice(top, top + self.window), slice(left, left + self.window)

@@ -15,18 +15,18 @@ from blocksight.engine.saliency import Map
 from blocksight.engine.scoring.scorer import MaskSource
 
 MASKS_PER_SUM = 64
-"""Masks that are on the device together when they are summed."""
+"""Masks on the device at once while they are summed."""
 
 
 @dataclass(frozen=True)
 class RandomGrids(MaskSource):
-    """Random cells on a coarse grid, upsampled to one cell more than the image and cropped at a random shift."""
+    """Random cells of a coarse grid, upsampled to one cell more than the image and cropped at a random shift."""
 
     image: int
     cells_kgg: Tensor
     """0 or 1, float32 [K, g, g]."""
     shifts: Tensor
-    """Rows and columns by which the crop is moved, [K, 2], each less than a cell's side."""
+    """Rows and columns that each crop is moved by, [K, 2], each less than a cell's side."""
 
     def __len__(self) -> int:
         return len(self.cells_kgg)
@@ -39,7 +39,7 @@ class RandomGrids(MaskSource):
         return rows @ cells @ columns.transpose(1, 2)
 
     def _cropped(self, side: int, shifts: Tensor) -> Tensor:
-        """Per mask the rows [side, g] of the upsampling that its crop keeps."""
+        """For each mask, the rows [side, g] of the upsampling matrix inside its crop."""
         grid = self.cells_kgg.shape[-1]
         matrix = bilinear_matrix(grid, (grid + 1) * cell_side(side, grid))
         return matrix[shifts[:, None] + torch.arange(side)]

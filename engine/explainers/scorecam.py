@@ -16,8 +16,8 @@ from blocksight.engine.scoring.scorer import MaskSet
 class ScoreCam(Explainer):
     """`relu(sum_k w_k A_k)`, w the softmax over maps of the logits under their masks (Wang et al., CVPRW 2020).
 
-    Algorithm 1 of arXiv 1910.01279; subtracting the baseline's logit changes no softmax and is left out. A
-    constant map says nothing about places and has no mask.
+    Algorithm 1 of arXiv 1910.01279; the baseline's logit is not subtracted, for this changes no softmax. A
+    constant map gives no mask.
     """
 
     def _prepare(self, blocks: Sequence[str]) -> None:
@@ -34,7 +34,7 @@ class ScoreCam(Explainer):
         explanations = []
         for image, scores in enumerate(found):
             weights = scores.softmax(0) if self.parameters.weights == "softmax" else scores
-            if not maps[image].isfinite().all():  # a channel of NaN has no mask, and must not go unseen
+            if not maps[image].isfinite().all():  # a channel of NaN has no mask, so it is marked here
                 weights = torch.full_like(weights, torch.nan)
             native = torch.einsum("kt,khw->thw", weights, maps[image][varied[image]]).relu()
             explanations.append(upsample(native).cpu().numpy())

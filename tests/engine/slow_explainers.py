@@ -256,7 +256,7 @@ def looked_up(levels: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return found
 
 
-def steepness(image: np.ndarray, beside: float, middle: float) -> np.ndarray:
+def gradient_magnitude(image: np.ndarray, beside: float, middle: float) -> np.ndarray:
     """The length of the gradient of the mean over channels, its three lines weighted; the rim goes on."""
     grey = image.mean(0)
     height, width = grey.shape
@@ -370,7 +370,7 @@ def ucag(net: nn.Module, image: Tensor, target: int, attribute, *, crops, side, 
 
 
 def scharr(pixels: np.ndarray) -> np.ndarray:
-    return minmax(steepness(pixels, 3, 10))
+    return minmax(gradient_magnitude(pixels, 3, 10))
 
 
 def feature_cam(net, image, target, mean, std, *, interior, threshold, recompute, variant):

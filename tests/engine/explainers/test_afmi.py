@@ -1,4 +1,4 @@
-"""A-FMI: its slow twin, the closed form against passes, and what an importance by removal must say of copies."""
+"""A-FMI: its slow twin, the closed form against passes, and the importance of duplicate maps."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -81,7 +81,7 @@ def test_afmi_equals_its_twin(make, options):
 
 
 def through_the_tokens(net: nn.Module, image: Tensor, maps: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Logits [1, K], the picture's tokens behind the second layer being `maps`, and these tokens [C, 4, 4]."""
+    """Logits [1, K] with `maps` as the picture's tokens behind the second layer; and these tokens [C, 4, 4]."""
     kept = {}
 
     def put(_module, _given, out):
@@ -99,7 +99,7 @@ def through_the_tokens(net: nn.Module, image: Tensor, maps: Tensor | None = None
 
 @pytest.mark.parametrize("removal", REMOVALS)
 def test_tokens_are_replaced_in_the_whole_network(removal):
-    """The class token stays that of the picture into which tokens are put."""
+    """The class token of the picture is kept; its other tokens are replaced."""
     net, inputs = seeded(small_vit), smooth(1, 32, 32)
     ((one,),) = explained(net, inputs, [[1]], removal=removal, rectify=False)
     double = oracles.double_copy(net)
@@ -137,8 +137,8 @@ def test_the_closed_form_equals_passes(make, removal, score):
             assert other.num_forwards == 1 + num_maps * (2 if removal == "two_sided" else 1)
 
 
-def test_passes_behind_the_block_are_as_many_as_are_said():
-    """In batches of 5: nothing replaced, and each of 12 maps; the network itself runs for the score alone."""
+def test_the_stated_number_of_passes_behind_the_block_is_made():
+    """In batches of 5: one with nothing replaced, one per map of 12. The whole network runs only for the score."""
     net, inputs = seeded(Residual), smooth(1, 24, 24)
     counts = {"head": 0, "network": 0}
     own = afmi(net, inputs, **PASSES)
@@ -149,7 +149,7 @@ def test_passes_behind_the_block_are_as_many_as_are_said():
 
 
 class Behind(nn.Module):
-    """One stage, and what is given behind it."""
+    """One stage, followed by the given layers."""
 
     def __init__(self, head: Callable[["Behind", Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -172,13 +172,13 @@ NOT_POOLED = {
 
 
 @pytest.mark.parametrize("head", NOT_POOLED)
-def test_a_head_that_is_more_than_pooling_and_a_linear_layer_is_known(head):
+def test_a_head_with_more_than_pooling_and_a_linear_layer_is_detected(head):
     adapter = adapter_of(seeded(lambda: Behind(NOT_POOLED[head])), 16)
     assert pooled_weights(adapter, adapter.network.blocks(["features"])[-1]) is None
 
 
 @pytest.mark.parametrize("make", [Plain, small_vit])
-def test_heads_of_places_and_of_tokens_are_no_pooled_ones(make):
+def test_heads_without_pooling_have_no_pooled_weights(make):
     adapter = adapter_of(seeded(make), 32)
     assert pooled_weights(adapter, adapter.network.blocks()[-1]) is None
 
@@ -193,11 +193,11 @@ def test_a_pooled_heads_weights_are_read_off(make):
     assert net.training
 
 
-# ---------------------------------------------------------------- what an importance must say
+# ---------------------------------------------------------------- properties of an importance
 
 
 @pytest.mark.parametrize("tail", ["auto", "passes"])
-def test_all_importances_sum_to_what_the_logit_gains(tail):
+def test_all_importances_sum_to_the_gain_of_the_logit(tail):
     net, inputs = seeded(Residual), smooth(1, 24, 24)
     ((one,),) = explained(net, inputs, [[2]], keep="all", tail=tail)
     with torch.no_grad():
@@ -206,7 +206,7 @@ def test_all_importances_sum_to_what_the_logit_gains(tail):
 
 
 def test_conserved_importance_is_the_difference_of_two_class_activation_maps():
-    """`(CAM(x) - CAM(x')) / (h w)`, place by place; and its sum is what the logit gains."""
+    """`(CAM(x) - CAM(x')) / (h w)`, place by place; its sum is the gain of the logit."""
     net, inputs = seeded(Pooled), smooth(1, 16, 16)
     ((found,),) = signed(net, inputs, [[2]], keep="all", conserve=True)
     double = oracles.double_copy(net)
@@ -246,11 +246,11 @@ def test_two_copies_that_share_a_weight_have_half_the_importance_each():
     assert importance(both) == pytest.approx(np.tile(importance(single) / 2, 2), rel=1e-4, abs=1e-7)
 
 
-def test_two_copies_of_which_the_greater_counts_have_none():
-    """Redundant feature maps are not relevant: none alone is missed."""
+def test_two_copies_under_a_maximum_have_no_importance():
+    """Redundant feature maps are not relevant: removing one alone changes nothing."""
     net, inputs = seeded(Pooled), smooth(1, 16, 16)
     with torch.no_grad():
-        net.features[0].bias.fill_(2)  # every map of the picture's is above the black one's or below, by its kernel
+        net.features[0].bias.fill_(2)  # by its kernel, each map of the picture is above or below that of the black one
         net.features[0].weight.copy_(net.features[0].weight.abs())
     ((single,),), ((both,),) = (explained(own, inputs, [[2]], keep="all") for own in (net, Copies(net, torch.maximum)))
     assert np.abs(importance(single)).max() > 0.01
@@ -282,7 +282,7 @@ def test_several_references_have_the_mean_of_their_signed_maps():
         ("blur", lambda image: torch.stack([torch.from_numpy(slow.blurred(one.numpy(), 10 / 7)) for one in image])),
     ],
 )
-def test_references_are_what_they_are_called(name, reference):
+def test_references_match_their_names(name, reference):
     net, inputs = seeded(Residual), smooth(1, 32, 32)
     ((one,),) = explained(net, inputs, [[0]], references=(name,))
     double = oracles.double_copy(net)
@@ -297,7 +297,7 @@ def test_references_are_what_they_are_called(name, reference):
     assert np.abs(importance(one) - wanted).max() <= 1e-4 * np.abs(wanted).max()
 
 
-def test_noise_is_the_seeds_own():
+def test_noise_depends_on_the_seed_alone():
     net, inputs = seeded(Residual), smooth(2, 24, 24)
     one, same, other = (
         explained(net, inputs, [[0], [0]], seeds, references=("noise",)) for seeds in ([3, 4], [3, 4], [3, 5])
@@ -307,7 +307,7 @@ def test_noise_is_the_seeds_own():
     assert not np.array_equal(one[1][0].saliency_hw, other[1][0].saliency_hw)
 
 
-def test_what_is_not_rectified_is_the_size_of_the_signed_map():
+def test_without_rectify_the_map_is_the_absolute_value():
     net, inputs = seeded(Residual), smooth(1, 24, 24)
     ((native,),) = signed(net, inputs, [[0]], keep="all")
     assert native.min() < 0 < native.max()
@@ -317,7 +317,7 @@ def test_what_is_not_rectified_is_the_size_of_the_signed_map():
 
 
 @pytest.mark.parametrize("removal", ["reference", "two_sided"])
-def test_of_limited_channels_those_that_differ_most_are_tried(removal):
+def test_a_limit_keeps_the_channels_that_differ_most(removal):
     net, inputs = seeded(Plain), smooth(1, 32, 32)
     ((whole,),), ((some,),), ((more,),) = (
         explained(net, inputs, [[0]], removal=removal, channels=number) for number in (None, 4, 99)
@@ -332,15 +332,15 @@ def test_of_limited_channels_those_that_differ_most_are_tried(removal):
     assert np.array_equal(more.saliency_hw, whole.saliency_hw)
 
 
-def test_where_no_pass_is_made_channels_limits_nothing():
+def test_the_closed_form_ignores_the_limit_of_channels():
     net, inputs = seeded(Residual), smooth(1, 24, 24)
     (one,), (other,) = (explained(net, inputs, [[0]], channels=number)[0] for number in (None, 2))
     assert np.array_equal(one.saliency_hw, other.saliency_hw)
     assert np.array_equal(importance(one), importance(other))
 
 
-def test_an_adapter_may_see_pictures_of_another_size():
-    """As wrappers that enlarge crops make them."""
+def test_an_adapter_may_take_pictures_of_another_size():
+    """As for wrappers that enlarge crops."""
     net = seeded(Residual)
     small = adapter_of(net, 24)
     large = ModelAdapter(

@@ -17,7 +17,7 @@ from blocksight.engine.catalog.parameters import BeeParameters, SmoothGradParame
 from blocksight.engine.catalog.side_products import GridMap
 from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers import EXPLAINERS
-from blocksight.engine.explainers.baselines import FAMILIES, KEPT
+from blocksight.engine.explainers.baselines import FAMILIES, SIGNAL_SHARE
 from blocksight.engine.explainers.bee import CHOOSERS
 from blocksight.engine.metrics.faithfulness import WholeDrop
 from blocksight.engine.model.adapter import ModelAdapter
@@ -80,7 +80,7 @@ def moments(values):
 
 @pytest.mark.parametrize(("family", "fourth"), [("normal", 3.0), ("uniform", 1.8)])
 def test_noise_lies_in_each_channels_range_and_knows_little_of_it(maps, family, fourth):
-    assert pytest.approx(0.00629, abs=5e-6) == KEPT
+    assert pytest.approx(0.00629, abs=5e-6) == SIGNAL_SHARE
     found = FAMILIES[family](maps, seed(1), [])
     assert found.shape == maps.shape
     for own, wanted in zip(found[:5], maps[:5], strict=True):

@@ -229,7 +229,7 @@ def test_a_bound_is_an_error(above):
 
 @pytest.mark.parametrize("budget", [9, "auto"])
 @pytest.mark.parametrize(("batch_size", "images_per_pass"), [(1, 1), (3, 2), (64, 4)])
-def test_the_packing_does_not_show(budget, batch_size, images_per_pass):
+def test_a_map_does_not_depend_on_the_packing(budget, batch_size, images_per_pass):
     wanted = budgeted(budget)
     found = budgeted(budget, batch_size=batch_size, images_per_pass=images_per_pass)
     for one, other in zip(found, wanted, strict=True):

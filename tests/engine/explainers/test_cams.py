@@ -1,4 +1,4 @@
-"""The class activation maps: against slow twins in plain loops, closed forms, and what must not matter."""
+"""Class activation maps: slow twins in plain loops, closed forms, and invariances."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def slow_map(name: str, maps: np.ndarray, slopes: np.ndarray) -> np.ndarray:
 
 
 def slowly(net: nn.Module, image: Tensor, target: int, name: str) -> np.ndarray:
-    """The saliency map by the network's second writing, torch's own interpolation, and float64 throughout."""
+    """The saliency map by the network's plain copy, torch's interpolation, and float64 throughout."""
     twin = type(net)().double().eval()
     twin.load_state_dict(net.state_dict())
     logits, blocks = twin.written_out(image[None].double())
@@ -108,11 +108,11 @@ def test_maps_and_gradients_of_zero_give_zero_and_no_nan(name):
         assert torch.equal(WEIGHINGS[name](maps, slopes), torch.zeros(1, 3, 3).double())
 
 
-# ---------------------------------------------------------------- what must not matter, and what must
+# ---------------------------------------------------------------- invariances
 
 
 @pytest.mark.parametrize("name", WEIGHINGS)
-def test_the_company_does_not_show(name):
+def test_a_map_does_not_depend_on_other_images(name):
     adapter, inputs = adapter_of(seeded(Residual)), smooth(5, 32, 32)
     together = explained(adapter, inputs, [[own] for own in range(5)], name)
     for image in range(5):
@@ -157,7 +157,7 @@ def test_another_class_and_other_weights_change_the_map(name):
 
 
 @pytest.mark.parametrize("name", WEIGHINGS)
-def test_it_looks_at_the_last_block_or_the_deepest_that_is_named(name):
+def test_it_explains_the_last_block_or_the_deepest_named_one(name):
     adapter = ModelAdapter(from_zoo("resnet18"), input_size=(64, 64))
     one = explained(adapter, smooth(1, 64, 64), [[1]], name)[0][0]
     assert (one.blocks[0].candidates, len(one.blocks)) == (512, 1)
@@ -166,7 +166,7 @@ def test_it_looks_at_the_last_block_or_the_deepest_that_is_named(name):
 
 
 @pytest.mark.parametrize("name", WEIGHINGS)
-def test_a_gradient_that_is_not_finite_leaves_no_map(name):
+def test_a_non_finite_gradient_gives_a_map_of_nan(name):
     net = seeded(Pooled)
     with torch.no_grad():
         net.head.weight[1, 0] = float("inf")

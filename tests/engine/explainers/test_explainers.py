@@ -1,4 +1,4 @@
-"""The explainers beside SISE and the CAMs: slow twins and closed forms; and what must hold for every explainer."""
+"""Explainers other than SISE and the CAMs: slow twins and closed forms; and properties of every explainer."""
 
 import random
 from functools import partial
@@ -62,7 +62,7 @@ def explainer(name, adapter, parameters=None, **options):
 
 
 def maps(name, net, inputs, classes, parameters=None, *, seeds=None, target=ClassProbability, **options):
-    """The maps [H, W] of each image, for one class each."""
+    """The map [H, W] of each image, for one class each."""
     adapter = adapter_of(net, tuple(inputs.shape[2:]))
     found = explainer(name, adapter, parameters, **options).explain(
         inputs, target(torch.tensor(classes)[:, None]), seeds
@@ -71,7 +71,7 @@ def maps(name, net, inputs, classes, parameters=None, *, seeds=None, target=Clas
 
 
 def assert_near(found, wanted, tolerance=1e-4):
-    """Relative to the greatest value, which must not vanish."""
+    """Relative to the greatest value, which must not be 0."""
     wanted = np.asarray(wanted)
     assert wanted.max() > 1e-6
     assert np.abs(found - wanted).max() <= tolerance * wanted.max()
@@ -112,7 +112,7 @@ def test_scorecam_equals_its_twin(make, weights, baseline):
 
 @pytest.mark.parametrize("make", [Plain, Residual, Depthwise, Untraceable])
 def test_ablationcam_equals_its_twin(make):
-    """With the network cut behind the block, and for the one that cannot be traced with the whole network."""
+    """With the network cut behind the block, and with the whole network if it cannot be traced."""
     against_twin(
         "ablationcam",
         seeded(make),
@@ -123,7 +123,7 @@ def test_ablationcam_equals_its_twin(make):
 
 @pytest.mark.parametrize(("size", "grid", "keep"), [((32, 32), 7, 0.5), ((24, 40), 4, 0.3)])
 def test_rise_equals_its_twin(size, grid, keep):
-    options = {"num_masks": 70, "grid": grid, "keep": keep}  # more than are summed at once
+    options = {"num_masks": 70, "grid": grid, "keep": keep}  # more masks than are summed at once
     against_twin(
         "rise",
         seeded(Residual),
@@ -163,7 +163,7 @@ def test_integrated_gradients_equal_their_twin(make, baseline):
         smooth(2, 32, 32),
         lambda net, image, target, _: slow.integrated(net, image, target, 9, BASELINES[baseline]).sum(0).clamp(min=0),
         IntegratedGradientsParameters(steps=9, baseline=baseline),
-        tolerance=1e-3,  # a kink may lie on either side of a point in float32
+        tolerance=1e-3,  # in float32 a kink may move to the other side of a point
     )
 
 
@@ -268,7 +268,7 @@ def test_a_linear_models_occlusion_is_the_mean_of_the_windows_sums():
     assert_near(each, (net.weights(1) * inputs[0].double()).sum(0).clamp(min=0), 1e-4)
 
 
-def test_rises_expectation_on_a_linear_model():
+def test_rise_on_a_linear_model_has_its_expected_value():
     """`E[s(M) M_p] / P = P sum_q v_q + (1 - P) sum_q v_q K_pq`, v = w x + b, K the masks' mean overlap."""
     net, inputs, side, grid, keep = seeded(Linear), smooth(1, 16, 16), 16, 4, 0.4
     with torch.no_grad():
@@ -301,7 +301,7 @@ def small_vit():
 
 
 def test_ablation_of_tokens_is_ablation_in_the_whole_network():
-    """The picture's tokens lose a channel, the class token keeps it."""
+    """A channel of the picture's tokens is set to 0; the class token keeps it."""
     net, inputs = seeded(small_vit), smooth(1, 32, 32)
     (found,) = maps("ablationcam", net, inputs, [1])
     double, image = oracles.double_copy(net), inputs.double()
@@ -389,7 +389,7 @@ def test_a_layer_without_a_bias_for_pictures(layer):
 
 
 def test_a_network_without_biases_says_so():
-    with pytest.raises(ModelError, match=r"fullgrad reads .* in model there is none: take smoothgrad"):
+    with pytest.raises(ModelError, match=r"fullgrad reads .* model has none: take smoothgrad"):
         explainer("fullgrad", adapter_of(seeded(Linear), 16))
 
 
@@ -439,7 +439,7 @@ def test_the_lookups_slope_is_the_difference_of_two_levels():
 
 
 class Spots(nn.Module):
-    """Looks for contrast in one corner per class: the more of it the better."""
+    """The logit of a class grows with the contrast in its corner."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -529,7 +529,7 @@ def test_the_gaussian_is_a_bell_in_the_middle():
 def test_edges_equal_their_twin_and_an_even_picture_has_none():
     inputs = smooth(1, 20, 14)
     (found,) = maps("edges", seeded(Pooled), inputs, [0])
-    assert_near(found, slow.steepness(inputs[0].double().numpy(), 1, 2), 1e-9)
+    assert_near(found, slow.gradient_magnitude(inputs[0].double().numpy(), 1, 2), 1e-9)
     (even,) = maps("edges", seeded(Pooled), torch.ones(1, 3, 16, 16), [0])
     assert not even.any()
 
@@ -560,7 +560,7 @@ SIDE = 24
 
 
 def net_for(name, make=Residual, seed=0):
-    """The network, or a transformer where the explainer takes no other."""
+    """The network, or a transformer if the explainer needs one."""
     return seeded(Transformer if name in TRANSFORMERS_ONLY else make, seed)
 
 
@@ -573,18 +573,18 @@ def explained(name, net, inputs, classes, seeds=None, **options):
 
 
 def assert_same_map(one, other, tolerance=1e-4):
-    """But for the few pixels that SISE's hard thresholds may turn over by rounding."""
+    """Except for the few pixels that rounding may move over SISE's hard thresholds."""
     scale = max(np.abs(one).max(), 1e-9)
     assert (np.abs(one - other) > tolerance * scale).mean() <= 0.002
 
 
-def test_every_explainer_of_the_catalogue_is_here():
+def test_every_explainer_of_the_catalogue_is_made():
     assert EXPLAINERS.keys() == entries.EXPLAINERS.keys()
 
 
 @pytest.mark.parametrize("name", EXPLAINERS)
 def test_a_map_is_finite_not_negative_and_has_the_inputs_size(name):
-    """Also where the picture is not square; the score is the class's probability."""
+    """Also for a picture that is not square; the score is the class's probability."""
     net, inputs = net_for(name), smooth(2, 24, 36)
     adapter = adapter_of(net, (24, 36))
     found = explainer(name, adapter, CHEAP.get(name, NoParameters())).explain(
@@ -603,7 +603,7 @@ def test_a_map_is_finite_not_negative_and_has_the_inputs_size(name):
 
 
 @pytest.mark.parametrize("name", EXPLAINERS)
-def test_the_company_does_not_show(name):
+def test_a_map_does_not_depend_on_other_images(name):
     net, inputs, seeds = net_for(name), smooth(5, SIDE, SIDE), [7, 8, 9, 10, 11]
     together = explained(name, net, inputs, [[own] for own in range(5)], seeds)
     for image in (0, 4):
@@ -627,7 +627,7 @@ def test_batches_set_memory_and_speed_alone(name):
 
 
 @pytest.mark.parametrize("name", EXPLAINERS)
-def test_several_targets_at_once_are_each_target_alone(name):
+def test_several_targets_at_once_equal_each_target_alone(name):
     net, inputs = net_for(name), smooth(2, SIDE, SIDE)
     together = explained(name, net, inputs, [[0, 3], [1, 2]], [3, 4])
     for index, classes in enumerate(([[0], [1]], [[3], [2]])):
@@ -672,11 +672,11 @@ class Mirrored(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-# FullGrad needs layers that are called as modules, and these are called as functions
+# FullGrad needs layers that are modules; here they are called as functions
 @pytest.mark.parametrize("name", [name for name in EXPLAINERS if name not in STOCHASTIC and name != "fullgrad"])
 def test_a_mirrored_picture_has_the_mirrored_map(name):
     net, inputs = net_for(name, Mirrored), smooth(1, SIDE, SIDE)
-    if name == "extremal_perturbation":  # it ranks values that lie close together: rounding grows with each step
+    if name == "extremal_perturbation":  # it ranks values that are close together: rounding errors grow with each step
         net, inputs = net.double(), inputs.double()
     net.mirrored = True
     one = explained(name, net, inputs, [[2]])[0][0].saliency_hw
@@ -700,7 +700,7 @@ class Sick(nn.Module):
 
 @pytest.mark.parametrize("illness", ["logit", "picture"])
 @pytest.mark.parametrize("name", EXPLAINERS)
-def test_a_sick_image_has_no_map_and_its_neighbours_keep_theirs(name, illness):
+def test_a_non_finite_image_spoils_only_its_own_map(name, illness):
     net, inputs = Sick(net_for(name)).eval(), smooth(3, SIDE, SIDE)
     healthy = explained(name, net, inputs, [[0], [0], [0]], [1, 2, 3])
     if illness == "logit":
@@ -748,7 +748,7 @@ def state_of(net):
 
 @pytest.mark.parametrize("name", EXPLAINERS)
 def test_the_model_is_given_back_as_it_was(name):
-    """In training mode, with one frozen parameter; also where the network fails half way."""
+    """In training mode, with one frozen parameter; also when the network fails half way."""
     net, inputs = net_for(name, Depthwise).train(), smooth(1, SIDE, SIDE)
     net.project.weight.requires_grad_(False)
     before = state_of(net)

@@ -47,11 +47,11 @@ def test_hand_vector_v5c_a_constant_map_has_no_foreground(foreground, value):
 
 
 @BOTH_OTSU
-def test_otsu_at_its_edges(foreground):
+def test_otsu_in_edge_cases(foreground):
     assert foreground(np.array([0.0, 1.0])).tolist() == [False, True]
     assert foreground(np.array([0.0, 0.5, 1.0])).tolist() == [False, True, True]  # a tie: the first split wins
     assert foreground(np.array([0.5, 0.5 + 1 / 512])).tolist() == [False, False]  # one bin
-    assert foreground(np.array([127.9 / 256, 128 / 256])).tolist() == [False, True]  # a bin's edge belongs above
+    assert foreground(np.array([127.9 / 256, 128 / 256])).tolist() == [False, True]  # an edge is in the bin above
     assert foreground(np.array([255 / 256, 1.0])).tolist() == [False, False]  # 1 shares the last bin
 
 
@@ -123,7 +123,7 @@ coarse = arrays(np.float64, st.integers(2, 40), elements=st.sampled_from([k / 16
 
 
 def assert_same_split(values, fast, slow):
-    """Two splits may tie within rounding; then their criterion must be the same."""
+    """Two splits may tie within rounding error; then their criteria must be equal."""
     if (fast != slow).any():
         wanted = oracles.between_class_variance(values, slow)
         assert oracles.between_class_variance(values, fast) == pytest.approx(wanted, rel=1e-9)
@@ -146,7 +146,7 @@ def test_the_soft_gate_equals_the_slow_twin(values):
 
 
 def is_tied(grey, threshold):
-    """Another split is as good within rounding."""
+    """Another split is as good within rounding error."""
     best = oracles.between_class_variance(grey, grey > threshold)
     others = {value for value in grey if (grey > value).any() and ((grey > value) != (grey > threshold)).any()}
     return any(oracles.between_class_variance(grey, grey > value) >= best * (1 - 1e-9) for value in others)

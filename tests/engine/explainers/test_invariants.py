@@ -1,4 +1,4 @@
-"""What an explanation must not depend on, and what must change it."""
+"""What must not change an explanation, and what must."""
 
 from itertools import pairwise
 
@@ -22,7 +22,7 @@ from tests.engine.nets import Depthwise, Plain, Residual, from_zoo, seeded, smoo
 
 SOME = SiseParameters(mu=0.5)
 FEW = SiseParameters(mu=0.8)
-"""What larger networks are asked for: the same code, fewer forwards."""
+"""The parameters for larger networks: the same code, fewer forwards."""
 
 
 def zoo(architecture, seed=0):
@@ -55,7 +55,7 @@ def unpacked():
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 64])
 @pytest.mark.parametrize("images_per_pass", [1, 2, 4])
-def test_the_packing_does_not_show(unpacked, batch_size, images_per_pass):
+def test_a_map_does_not_depend_on_the_packing(unpacked, batch_size, images_per_pass):
     options = {"batch_size": batch_size, "images_per_pass": images_per_pass}
     found = explained(small_adapter(), smooth(5, 32, 32), [[own] for own in (0, 1, 2, 3, 4)], **options)
     for one, other in zip(found, unpacked, strict=True):
@@ -64,7 +64,7 @@ def test_the_packing_does_not_show(unpacked, batch_size, images_per_pass):
 
 
 @pytest.mark.parametrize(("batch_size", "images_per_pass"), [(3, 1), (64, 4)])
-def test_the_packing_does_not_show_in_a_resnet(resnet, batch_size, images_per_pass):
+def test_a_map_of_a_resnet_does_not_depend_on_the_packing(resnet, batch_size, images_per_pass):
     inputs, classes = smooth(3, 64, 64), [[0], [1], [2]]
     wanted = explained(resnet, inputs, classes, FEW)
     found = explained(resnet, inputs, classes, FEW, batch_size=batch_size, images_per_pass=images_per_pass)
@@ -75,7 +75,7 @@ def test_the_packing_does_not_show_in_a_resnet(resnet, batch_size, images_per_pa
 COMPANY = ([2, 0, 1], [0, 1, 3, 4, 2], [4, 2, 0], [2, 2])
 
 
-def assert_same_in_any_company(adapter, inputs, parameters=SOME, **options):
+def assert_same_beside_any_others(adapter, inputs, parameters=SOME, **options):
     alone = explained(adapter, inputs[2:3], [[1]], parameters, **options)[0][0]
     assert all(block.kept for block in alone.blocks)
     for order in COMPANY:
@@ -85,19 +85,19 @@ def assert_same_in_any_company(adapter, inputs, parameters=SOME, **options):
 
 @pytest.mark.parametrize("make", [Plain, Residual, Depthwise])
 @pytest.mark.parametrize("options", [{}, {"batch_size": 3, "images_per_pass": 2}], ids=["default", "small"])
-def test_an_image_has_the_same_bits_in_any_company(make, options):
-    assert_same_in_any_company(ModelAdapter(seeded(make), input_size=(32, 32)), smooth(5, 32, 32), **options)
+def test_an_image_has_the_same_bits_beside_any_others(make, options):
+    assert_same_beside_any_others(ModelAdapter(seeded(make), input_size=(32, 32)), smooth(5, 32, 32), **options)
 
 
-def test_an_image_has_the_same_bits_in_any_company_of_a_resnet(resnet):
-    assert_same_in_any_company(resnet, smooth(5, 64, 64), FEW)
+def test_an_image_has_the_same_bits_beside_any_others_in_a_resnet(resnet):
+    assert_same_beside_any_others(resnet, smooth(5, 64, 64), FEW)
 
 
-def test_an_image_has_the_same_bits_in_any_company_of_a_mobilenet(mobilenet):
-    assert_same_in_any_company(mobilenet, smooth(5, 64, 64), FEW)
+def test_an_image_has_the_same_bits_beside_any_others_in_a_mobilenet(mobilenet):
+    assert_same_beside_any_others(mobilenet, smooth(5, 64, 64), FEW)
 
 
-def test_the_neighbours_class_does_not_show():
+def test_a_map_does_not_depend_on_another_images_class():
     adapter, inputs = small_adapter(), smooth(3, 32, 32)
     one = explained(adapter, inputs, [[0], [1], [2]])[1][0]
     assert_same_bits(explained(adapter, inputs, [[4], [1], [3]])[1][0], one)
@@ -109,14 +109,14 @@ def test_a_second_run_has_the_same_bits(mobilenet):
         assert_same_bits(one[0], other[0])
 
 
-def test_the_global_random_numbers_do_not_show():
+def test_a_map_does_not_depend_on_global_random_numbers():
     torch.manual_seed(1)
     one = explained(small_adapter(), smooth(1, 32, 32), [[0]])[0][0]
     torch.manual_seed(2)
     assert_same_bits(explained(small_adapter(), smooth(1, 32, 32), [[0]])[0][0], one)
 
 
-def test_the_memory_layout_does_not_show():
+def test_a_map_does_not_depend_on_the_memory_layout():
     adapter, inputs = small_adapter(), smooth(2, 32, 32)
     one, other = (
         explained(adapter, inputs.contiguous(memory_format=layout), [[0], [3]])
@@ -177,7 +177,7 @@ def kept_sets(adapter, inputs, target, parameters):
 
 @pytest.mark.parametrize("make", [Plain, Residual, Depthwise])
 def test_a_larger_mu_keeps_less(make):
-    """(b), and what holds of Ada-SISE: a subset of mu 0 with the largest gradient in it."""
+    """(b), and for Ada-SISE: a subset of the channels of mu 0, with the largest gradient in it."""
     adapter, inputs = ModelAdapter(seeded(make), input_size=(32, 32)), smooth(1, 32, 32)
     sets = [kept_sets(adapter, inputs, 2, SiseParameters(mu=mu)) for mu in (0.0, 0.2, 0.6, 0.999)]
     for wider, narrower in pairwise(sets):
@@ -269,7 +269,7 @@ def test_a_positive_factor_of_the_confidence_does_not_matter():
 
 
 def test_about_half_of_the_maps_are_kept(resnet):
-    """(e): the counts of candidates stand with the blocks; random weights give gradients of either sign."""
+    """(e): each block has its count of candidates; random weights give gradients of both signs."""
     found = explained(resnet, smooth(1, 64, 64), [[0]])[0][0]
     candidates = sum(block.candidates for block in found.blocks)
     kept = sum(len(block.kept) for block in found.blocks)
@@ -286,14 +286,14 @@ def two_things():
     return (torch.stack([left, right, left * 0.5 + right * 0.2]) * 4 - 2)[None]
 
 
-def test_another_class_another_map(resnet):
+def test_another_class_changes_the_map(resnet):
     """(f)."""
     maps = explained(resnet, two_things(), [[0, 1]], SOME)[0]
     assert np.abs(maps[0].saliency_hw - maps[1].saliency_hw).max() > 0.1
     assert maps[0].blocks[-1].kept != maps[1].blocks[-1].kept
 
 
-def test_other_weights_another_map(resnet):
+def test_other_weights_change_the_map(resnet):
     """(g)."""
     one, other = (explained(adapter, two_things(), [[0]], SOME)[0][0] for adapter in (resnet, zoo("resnet18", seed=9)))
     assert np.abs(one.saliency_hw - other.saliency_hw).max() > 0.1

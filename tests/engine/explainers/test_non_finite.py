@@ -1,4 +1,4 @@
-"""Numbers that are no numbers: one sick image spoils its own map and nobody else's."""
+"""Non-finite values: an image that causes them spoils its own map and no other."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from tests.engine.comparing import assert_same_bits, explained
 from tests.engine.nets import Plain, seeded, smooth
 
 SICK = 1
-"""The image that is sick, of three."""
+"""The number of the non-finite image, of three."""
 
 
 def is_sick(x: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def is_sick(x: Tensor) -> Tensor:
 
 
 class Backwards(torch.autograd.Function):
-    """The identity, whose gradient is not finite for sick images."""
+    """The identity; its gradient is not finite for these images."""
 
     @staticmethod
     def forward(ctx, x, sick):
@@ -37,7 +37,7 @@ def sick_input(net, x, sick):
 
 
 def sick_activation(net, x, sick):
-    """The first block's maps, and all that follows."""
+    """The first block's maps, and everything after them."""
     maps = net.features[1](net.features[0](x)) / (1 - sick)
     return net.head(net.features[2:](maps).flatten(1))
 
@@ -73,7 +73,7 @@ KINDS = {
 
 
 class Sick(nn.Module):
-    """The plain network with an illness. It cannot be traced, so that the illness stays where it is put."""
+    """The plain network with a fault. It cannot be traced, so that the fault stays in its place."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def maps_of(kind, inputs):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_sick_image_has_no_map_and_its_neighbours_keep_theirs(kind):
+def test_a_non_finite_image_spoils_only_its_own_map(kind):
     inputs = smooth(3, 32, 32)
     healthy = maps_of(kind, inputs)
     inputs[SICK, 0, 0, 0] = 9
@@ -104,7 +104,7 @@ def test_a_sick_image_has_no_map_and_its_neighbours_keep_theirs(kind):
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_a_picture_of_nan_wherever_it_stands(place):
+def test_a_picture_of_nan_at_any_place(place):
     adapter = ModelAdapter(seeded(Plain), input_size=(32, 32))
     inputs = smooth(3, 32, 32)
     healthy = explained(adapter, inputs, [[0], [1], [2]])
@@ -118,7 +118,7 @@ def test_a_picture_of_nan_wherever_it_stands(place):
 
 
 class FailsUnderMasks(nn.Module):
-    """NaN for any picture but the whole one, whose first pixel is 9; the network itself is well."""
+    """NaN for every masked picture; the whole one, whose first pixel is 9, has finite logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class FailsUnderMasks(nn.Module):
         return self.net(x) + torch.where(masked, float("nan"), 0.0)[:, None]
 
 
-def test_a_score_under_a_mask_that_is_no_number_spoils_the_map():
+def test_a_non_finite_score_under_a_mask_spoils_the_map():
     adapter = ModelAdapter(seeded(FailsUnderMasks), input_size=(32, 32))
     inputs = smooth(2, 32, 32)
     inputs[:, 1, 0, 0] = -1

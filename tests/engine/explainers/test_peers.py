@@ -1,8 +1,8 @@
 """The explainers against captum, grad-cam and torchcam: the same network, images and classes, by their code.
 
-Maps are compared after a min-max, as grad-cam scales its own. A peer gets a deep copy of the network and is
-told its layer by name; ours finds the last block itself, except where a test names it. Where a peer departs
-from the paper, the case is one in which both agree, and a comment says what the departure is.
+Maps are compared after a min-max, as grad-cam scales its own. A peer gets a deep copy of the network and the
+name of its layer; ours finds the last block itself, unless a test names it. If a peer departs from the paper,
+the test uses a case in which both agree, and a comment names the departure.
 """
 
 from collections.abc import Callable
@@ -59,7 +59,7 @@ Maps = np.ndarray
 
 
 class Pooling(nn.Module):
-    """One picture-sized stage, another behind a pooling by `stride`, and a linear layer on the means."""
+    """A stage at the picture's size, a second one after a pooling by `stride`, and a linear layer on the means."""
 
     def __init__(self, stride: int, channels: int = 9) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Amplified(nn.Module):
 
 
 class Monochrome(nn.Module):
-    """Every layer has one channel, and the first one reads the three of the picture alike."""
+    """Every layer has one channel; the first one weights the three of the picture equally."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def swin() -> nn.Module:
 def zoo(architecture: str) -> nn.Module:
     """A random torchvision network whose batch norms know the statistics of pictures, as trained ones do.
 
-    Without, activations hardly vary from place to place, and a min-max shows the rounding of float32.
+    Otherwise activations hardly vary over the picture, and a min-max shows the rounding of float32.
     """
     net = seeded(lambda: get_model(architecture, num_classes=7))
     if architecture.startswith("vgg"):
@@ -157,14 +157,14 @@ TRANSFORMERS = {
     "swin_t": Case(lambda: zoo("swin_t"), 112, "features.5"),
 }
 ILL_CONDITIONED = {("mobilenet_v3_small", "gradcam++"), ("efficientnet_b0", "gradcam++")}
-"""Maps of both signs, whose sums may cancel in alpha's denominator: there the formula itself, on the network in
-float32 and in float64, differs by 1e-4 and by 1e-2."""
+"""Maps of both signs, whose sums may cancel in alpha's denominator. There the formula itself differs between float32
+and float64, by 1e-4 and by 1e-2."""
 
 made = cache(lambda name: (CNNS | TRANSFORMERS)[name].make())
 """One of the networks by name, made once."""
 
 
-# ---------------------------------------------------------------- both sides, and how they are compared
+# ---------------------------------------------------------------- ours, the peers, and how they are compared
 
 
 @cache
@@ -234,7 +234,7 @@ def assert_same(found: Maps, wanted: Maps) -> None:
 
 @cache
 def amplified(name: str) -> Amplified:
-    """grad-cam adds 1e-6 to Grad-CAM++'s denominator and 1e-7 to XGrad-CAM's: logits that are large drown it."""
+    """grad-cam adds 1e-6 to Grad-CAM++'s denominator and 1e-7 to XGrad-CAM's: with large logits it is negligible."""
     return Amplified(made(name), 1e4)
 
 
@@ -289,7 +289,7 @@ def test_cams_of_transformers_equal_grad_cam_and_torchcam(case, name):
         assert_same(found, by_torchcam(TORCHCAM[name], net, layer, inputs, reshape_transform=RESHAPES[case]))
 
 
-# ---------------------------------------------------------------- maps as masks, and maps taken away
+# ---------------------------------------------------------------- feature maps as masks, and feature maps removed
 
 
 def test_scorecam_equals_grad_cam():
@@ -301,8 +301,8 @@ def test_scorecam_equals_grad_cam():
 
 @pytest.mark.parametrize("stride", [1, 3, 5])
 def test_scorecam_equals_torchcam(stride):
-    # it scales a map before it is upsampled, the paper after: the same where each of its places is a pixel's
-    # centre, which is where a side is upsampled by an odd number
+    # it scales a map before the upsampling, the paper after it: both agree if each of its places is a pixel's
+    # centre, which is so for an odd factor of upsampling
     net, inputs = Amplified(seeded(lambda: Pooling(stride)), 10.0), smooth(3, 30, 30)
     peer = by_torchcam(_scorecam, net, "net.last", inputs)
     assert_same(ours(net, inputs, "scorecam", ScoreCamParameters()), peer)
@@ -366,7 +366,7 @@ class Shifted(nn.Module):
 
 @pytest.mark.parametrize("case", ["plain", "squeezenet1_1"])
 def test_ablationcam_equals_grad_cam_behind_a_relu_and_where_logits_are_positive(case):
-    # it puts 0 in a map's place only where the least value of all maps is 0 (else -1e7), and divides by the logit
+    # it replaces a map by 0 only if the least value of all maps is 0 (else by -1e7), and divides by the logit
     inputs = smooth(2, CNNS[case].side, CNNS[case].side)
     net = Shifted(made(case), 2.0)
     assert (net(inputs) > 0).all()
@@ -406,7 +406,7 @@ def _black() -> Tensor:
 
 
 def noisy_copies(image: Tensor, samples: int, noise: float) -> Tensor:
-    """The copies that ours draws for seed 0; captum's NoiseTunnel cannot be handed a generator."""
+    """The copies that ours draws for seed 0; captum's NoiseTunnel takes no generator."""
     own = torch.Generator().manual_seed(0)
     draws = torch.stack([torch.randn(image.shape, generator=own) for _ in range(samples)])
     return image + noise * (image.max() - image.min()) * draws
@@ -470,7 +470,7 @@ def test_occlusion_equals_captum(case, window, stride):
 
 
 def test_fullgrad_equals_grad_cam_where_a_layer_has_one_channel():
-    # it scales each channel by itself, the authors' code (idiap/fullgrad-saliency) and ours each layer
+    # it scales each channel alone; the authors' code (idiap/fullgrad-saliency) and ours scale each layer
     net, inputs = seeded(Monochrome), smooth(3, 32, 32).mean(1, keepdim=True).expand(-1, 3, -1, -1).contiguous()
     assert_same(ours(net, inputs, "fullgrad"), by_grad_cam(_fullgrad, net, "first", inputs))
 
@@ -480,7 +480,7 @@ def _fullgrad(net: nn.Module, _: list[nn.Module], reshape_transform: None) -> py
 
 
 class ScaledByLayer(pytorch_grad_cam.FullGrad):
-    """grad-cam's input gradient, biases and their gradients, put together as the authors' code does."""
+    """grad-cam's input gradient, biases and their gradients, joined as in the authors' code."""
 
     def __init__(self, net: nn.Module, _: list[nn.Module], reshape_transform: None) -> None:
         super().__init__(net, [])
@@ -508,11 +508,11 @@ def test_fullgrad_has_the_terms_of_grad_cam(case):
     assert_same(ours(net, inputs, "fullgrad"), by_grad_cam(ScaledByLayer, net, CNNS[case].layer, inputs))
 
 
-# ---------------------------------------------------------------- what peers get wrong, and ours does not
+# ---------------------------------------------------------------- errors of the peers that ours does not have
 
 
 def small_densenet() -> nn.Module:
-    """Its forward overwrites what its `features` return with a ReLU in place."""
+    """Its forward overwrites the output of `features` by an in-place ReLU."""
     return DenseNet(growth_rate=8, block_config=(2, 2), num_init_features=16, num_classes=7)
 
 
@@ -521,8 +521,8 @@ def small_densenet() -> nn.Module:
     [(by_grad_cam, GRAD_CAM["gradcam"]), (by_torchcam, TORCHCAM["gradcam"])],
     ids=["grad-cam", "torchcam"],
 )
-def test_a_layer_that_is_overwritten_in_place_is_read_before_that(by, make):
-    """Both peers keep a reference to the layer's output, and weigh what a later operation has made of it."""
+def test_a_layer_is_read_before_it_is_overwritten_in_place(by, make):
+    """Both peers keep a reference to the layer's output, and so read it after a later operation changed it."""
     net, inputs = seeded(small_densenet), smooth(3, 64, 64)
     found = ours(net, inputs, "gradcam", blocks=["features.norm5"])
     assert differences(found, by(make, net, "features.norm5", inputs)).max() > 0.05
@@ -530,7 +530,7 @@ def test_a_layer_that_is_overwritten_in_place_is_read_before_that(by, make):
 
 
 def _shielded(make: Callable) -> Callable:
-    """The peer, on a network that goes on with a copy of what the peer has kept."""
+    """The peer on a network that continues with a copy of the tensor that the peer keeps."""
 
     def shielded(net: nn.Module, layers: object, **options):
         peer = make(net, layers, **options)
@@ -555,7 +555,7 @@ def grad_cam_plus_plus_of_means(net: Pooling, inputs: Tensor, factor: float) -> 
 
 @pytest.mark.parametrize("factor", [1e-3, 1.0, 1e3])
 def test_gradcam_plus_plus_holds_for_logits_of_any_size(factor):
-    """grad-cam's 1e-6 outweighs the squares of small gradients; torchcam's division is of a copy and lost."""
+    """grad-cam's 1e-6 outweighs the squares of small gradients; torchcam divides a copy, without effect."""
     net, inputs = seeded(lambda: Pooling(3)), smooth(3, 30, 30)
     loud = Amplified(net, factor)
     found, wanted = ours(loud, inputs, "gradcam++"), grad_cam_plus_plus_of_means(net, inputs, factor)
@@ -567,7 +567,7 @@ def test_gradcam_plus_plus_holds_for_logits_of_any_size(factor):
 
 
 def test_ablationcam_does_not_turn_over_where_a_logit_is_negative():
-    """The paper's division by the logit, which grad-cam has, hides what speaks for a class and shows the rest."""
+    """The paper's division by a negative logit, which grad-cam has, hides evidence for a class and shows the rest."""
     inputs = smooth(2, 32, 32)
     above, below = Shifted(made("plain"), 2.0), Shifted(made("plain"), -2.0)
     assert_same(ours(above, inputs, "ablationcam"), ours(below, inputs, "ablationcam"))

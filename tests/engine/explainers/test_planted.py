@@ -1,22 +1,22 @@
-"""Explainers on planted evidence: energy must lie where the object is, and in the right one of two objects.
+"""Explainers on planted evidence: the energy must lie in the object, and in the right one of two objects.
 
-The thresholds stand a margin under what was measured; a box is 9.8 % of a picture. What is not listed does
+The thresholds lie a margin below the measured values; a box is 9.8 % of a picture. Methods that are not listed do
 not find the evidence of these networks, as measured on the same pictures:
 
 * RISE's map is the mean mask plus a small difference: its energy can hardly leave the area's share (0.107), and
-  reaches 0.19 with its least value taken off. Which of two objects is meant it always tells.
+  reaches 0.19 with its least value subtracted. It always finds the right one of two objects.
 * On the ViT CAMs, Ablation-CAM and SISE reach 0.10 to 0.23 after any of its first three layers, perhaps because
-  attention has mixed its tokens. Score-CAM reaches 0.33, 0.35 and 0.30: the second layer was chosen by that.
-* FullGrad reaches 0.09 on the ViT, of whose biases it reads the first convolution's alone.
-* SmoothGrad reaches 0.19 on the CNN with its default noise of 0.15, and 0.40 with 0.02, chosen by that; on the
+  attention has mixed its tokens. Score-CAM reaches 0.33, 0.35 and 0.30: the second layer was chosen for this.
+* FullGrad reaches 0.09 on the ViT. Of its biases it reads only the first convolution's.
+* SmoothGrad reaches 0.19 on the CNN with its default noise of 0.15, and 0.40 with 0.02, chosen for this; on the
   ViT 0.15 and 0.09.
-* A-FMI against a black picture finds nothing on the CNN, which has never seen one; against the mean colour it reaches
-  0.57.
-* UCAG with crops enlarged by 1.8 as by default at the input's own size reaches 0.24, and chooses no better than
-  chance: the CNN knows objects of one size. With 1.2 it reaches 0.65, chosen by that. Grad-CAM alone is as good.
+* A-FMI with a black reference finds nothing on the CNN, which was not trained on black pictures; with the mean colour
+  it reaches 0.57.
+* UCAG reaches 0.24 with crops enlarged by 1.8, the default at the input's own size, and chooses no better than
+  chance: the CNN knows objects of one size. With 1.2 it reaches 0.65, chosen for this. Grad-CAM alone is as good.
 * Feature CAM reaches 0.85, for the objects' edges are the picture's; FovEx with a quarter of its steps 0.48, BEE 0.50.
-* Extremal perturbation reaches 0.46 on the CNN; on the ViT it was not measured as it is now.
-* Edges are where objects are (0.38): that control is caught by the pairs alone.
+* Extremal perturbation reaches 0.46 on the CNN; the present version was not measured on the ViT.
+* Edges lie where objects are (0.38): only the pairs tell this control from a method.
 """
 
 from functools import partial
@@ -85,7 +85,7 @@ ENERGIES = {
     ("vit", "integrated_gradients"): 0.28,
     ("vit", "daam"): 0.3,
 }
-"""What the mean energy in the box must exceed."""
+"""Least mean energy in the box."""
 
 CHOICES = {
     **{key: 0.95 for key in ENERGIES if key[0] == "cnn" and key[1] != "fullgrad"},  # which sums absolute values
@@ -99,11 +99,11 @@ CHOICES = {
     ("vit", "integrated_gradients"): 0.8,
     ("vit", "daam"): 0.9,
 }
-"""The share of objects in pairs whose own box must hold more of their class's map than the other one."""
+"""Least share of objects in pairs whose box holds more of the map of their class than the other box."""
 
 
 def maps(model, name, pixels, classes):
-    """Per image the maps of its classes, [T, H, W]."""
+    """The maps of each image's classes, [T, H, W]."""
     adapter = MODELS[model]()
     parameters = PARAMETERS.get(name) or entries.EXPLAINERS[name].parameters()
     make = partial(make_explainer, name, adapter, parameters, blocks=BLOCKS.get((model, name), ()), batch_size=32)
@@ -113,7 +113,7 @@ def maps(model, name, pixels, classes):
 
 
 def learned(explainer, adapter):
-    """What the method learns from other pictures."""
+    """The state that the method learns from other pictures."""
     pixels, classes, _ = planted.batch(32, HELD_OUT + 2)
     learner = explainer.learner()
     learner.see(adapter.normalise(pixels), ClassProbability(classes[:, None]), range(1000, 1032))
@@ -121,7 +121,7 @@ def learned(explainer, adapter):
 
 
 def off_centre(count):
-    """Pictures of one object whose middle is at least a quarter of a side away from the picture's."""
+    """Pictures of one object whose centre is at least a quarter of a side away from the picture's."""
     pixels, classes, boxes = planted.batch(200, HELD_OUT)
     away = (boxes[:, :2] + planted.OBJECT_SIDE / 2 - planted.SIDE / 2).abs().amax(1) >= planted.SIDE / 4
     return pixels[away][:count], classes[away][:count], boxes[away][:count]
@@ -146,7 +146,7 @@ def test_every_threshold_is_twice_the_area_or_more():
     assert min(ENERGIES.values()) >= 2 * AREA
 
 
-# the dearest method is tried on pairs, and here in the long lane
+# the slowest method is tested on pairs, and here in the long lane
 SWEPT = {("cnn", "extremal_perturbation")}
 
 
@@ -162,7 +162,7 @@ def test_of_two_objects_the_class_has_its_own(model, name):
     assert share_of_right_choices(model, name) >= CHOICES[model, name]
 
 
-def test_rise_stands_out_above_its_least_value():
+def test_rise_shows_the_evidence_above_its_least_value():
     pixels, classes, boxes = off_centre(16)
     found = maps("cnn", "rise", pixels, classes[:, None])
     energies = [planted.energy_inside(own[0] - own.min(), box) for own, box in zip(found, boxes, strict=True)]
@@ -176,7 +176,7 @@ def test_a_control_does_not_find_the_evidence(name):
 
 @pytest.mark.parametrize("name", ["random", "gaussian", "edges"])
 def test_a_control_cannot_tell_two_objects_apart(name):
-    """Its two maps are one, which can be right about one object at most."""
+    """Both its maps are the same, so at most one of them can be right."""
     assert share_of_right_choices("cnn", name) <= 0.5
 
 

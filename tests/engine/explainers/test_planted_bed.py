@@ -1,4 +1,4 @@
-"""The planted-evidence bed itself: its boxes, its two networks, and that it touches no one's random numbers."""
+"""The planted-evidence bed: its boxes, its two networks, and that it leaves global random numbers alone."""
 
 import random
 
@@ -13,7 +13,7 @@ from tests.engine import planted
 MODELS = {"cnn": planted.trained_cnn, "vit": planted.trained_vit}
 BRIEF = {"cnn": planted.train_cnn, "vit": planted.train_vit}
 HELD_OUT = 1_000_000
-"""A seed far from training's, whose one stream begins at seed 0."""
+"""A seed far from those of training, which begin at seed 0."""
 
 
 def logits(adapter: ModelAdapter, pixels_nchw: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def logits(adapter: ModelAdapter, pixels_nchw: Tensor) -> Tensor:
 
 
 def alone(pixels_nchw: Tensor, boxes_n4: Tensor) -> Tensor:
-    """What lies in the boxes, with even grey around it."""
+    """The contents of the boxes, with constant grey around them."""
     kept = torch.full_like(pixels_nchw, planted.MIDDLE)
     for image, source, (left, top, right, bottom) in zip(kept, pixels_nchw, boxes_n4.tolist(), strict=True):
         image[:, top:bottom, left:right] = source[:, top:bottom, left:right]
@@ -104,7 +104,7 @@ def test_both_objects_of_a_pair_are_the_top_two(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_evidence_lies_in_the_box(name):
-    """One box of a pair makes its class the prediction; with its object gone the class falls below chance."""
+    """One box of a pair makes its class the prediction; without its object the class falls below chance."""
     adapter = MODELS[name]()
     pixels, classes, boxes = planted.pairs(200, HELD_OUT)
     with_first = logits(adapter, alone(pixels, boxes[:, 0]))

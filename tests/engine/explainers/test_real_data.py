@@ -1,4 +1,4 @@
-"""Real photographs under real weights, where they are at hand: the fast path against the slow twin."""
+"""Real photographs with real weights, if they are available: the fast path against the slow twin."""
 
 import importlib
 import sys
@@ -19,7 +19,7 @@ from tests.engine.comparing import assert_equals_slow, by_modules, explained, sl
 
 @pytest.fixture
 def weights(shared_data, monkeypatch):
-    """The loaders that lie beside the weights."""
+    """The loaders in the folder of the weights."""
     monkeypatch.syspath_prepend(str(shared_data))
     monkeypatch.delitem(sys.modules, "load_models", raising=False)
     yield importlib.import_module("load_models")
@@ -64,7 +64,7 @@ def cifar(shared_data, weights):
 
 
 def test_the_scan_paths_of_photographs_are_their_own(cifar):
-    """To the last bit, whatever the batch size, the company and the place in it."""
+    """Bit for bit, for every batch size, other images, and any place among them."""
     adapter, inputs = cifar
     seeds, parameters = list(range(6)), FovExParameters(fixations=4, steps=12)
 
@@ -111,11 +111,11 @@ def test_imagenet_photographs(shared_data, weights):
 
 
 STRIDED = [f"_blocks.{number}._depthwise_conv" for number in (1, 3, 5, 11)]
-"""EfficientNet-Lite0's strided layers; what enters them, and what enters the pooling, are its blocks."""
+"""EfficientNet-Lite0's strided layers. Its blocks are the inputs of these and of the pooling."""
 
 
 def entering(model, image):
-    """A capture of what enters the named modules, as activations are one shared module there."""
+    """Captures the inputs of the named modules, because there all activations are one shared module."""
     names, kept = [*STRIDED, "_avg_pooling"], {}
     handles = [
         model.get_submodule(name).register_forward_pre_hook(lambda _m, given, name=name: kept.update({name: given[0]}))
@@ -128,7 +128,7 @@ def entering(model, image):
 
 
 def test_the_packaged_model_on_a_cat():
-    """In double: one activation within rounding of ReLU6's corner moves the early gradients of float32 by percents."""
+    """In float64: one activation at ReLU6's corner moves the early gradients of float32 by percents."""
     pytest.importorskip("efficientnet_lite_pytorch", reason="the demo extra is not installed")
     data = pytest.importorskip("skimage.data", reason="the demo extra is not installed")
     adapter, parameters = load_model("efficientnet_lite0"), SiseParameters(mu=0.85)

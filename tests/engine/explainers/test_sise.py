@@ -1,4 +1,4 @@
-"""SISE against hand numbers: selection, one layer's map, and a whole explanation small enough to do by hand."""
+"""SISE against numbers computed by hand: selection, one layer's map, and a whole small explanation."""
 
 from dataclasses import replace
 
@@ -93,7 +93,7 @@ TRUTH = np.array([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
 
 
 class HandNet(nn.Module):
-    """Two channels, a picture and its mirror image; pooled; a linear stand-in for the confidence."""
+    """Two channels, a picture and its mirror image; pooled; a linear layer in place of the confidence."""
 
     def __init__(self, weight_b: float = -0.25) -> None:
         super().__init__()
@@ -211,7 +211,7 @@ def test_no_images_are_no_explanations():
     )
 
 
-def test_where_every_block_is_empty_the_map_is_flat():
+def test_if_every_block_is_empty_the_map_is_flat():
     net = seeded(Plain)
     with torch.no_grad():
         net.head.weight.zero_()
@@ -223,7 +223,7 @@ def test_where_every_block_is_empty_the_map_is_flat():
 
 
 class SecondBlind(nn.Module):
-    """Its deeper block cannot help class 0: every gradient there is negative."""
+    """Its deeper block only lowers class 0: every gradient there is negative."""
 
     def __init__(self) -> None:
         super().__init__()

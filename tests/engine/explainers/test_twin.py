@@ -1,4 +1,4 @@
-"""The fast path against the slow twin: small networks with awkward traits, and torchvision's own."""
+"""The fast path against the slow twin: small networks with unusual traits, and torchvision's."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ CLASSES = [0, 3, 4]
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_the_second_writing_is_the_same_network(name):
+def test_the_plain_copy_is_the_same_network(name):
     make, size = SMALL[name]
     net, inputs = seeded(make), smooth(2, *size)
     logits, maps = net.written_out(inputs)
@@ -49,8 +49,8 @@ def test_small_networks_equal_the_slow_twin(name, kind):
 
 @pytest.mark.parametrize("kind", PARAMETERS)
 @pytest.mark.parametrize("name", SMALL)
-def test_in_double_nothing_but_the_last_digits_differ(name, kind):
-    """Rounding aside the two are the same numbers: what is left in double would be another method."""
+def test_in_float64_only_the_last_digits_differ(name, kind):
+    """Both give the same numbers but for rounding; a difference in float64 would mean another method."""
     make, size = SMALL[name]
     net, inputs, parameters = seeded(make, seed=2), smooth(1, *size, seed=2).double(), PARAMETERS[kind]
     adapter = ModelAdapter(net, input_size=size)
@@ -103,7 +103,7 @@ def test_torchvisions_networks_equal_the_slow_twin(architecture, kind):
 
 
 def scaled_case(factor, place):
-    """A network, an image and its class at this place of the order."""
+    """A network, an image and the class at this place in the order of logits."""
     net, inputs = seeded(lambda: Scaled(factor)), smooth(1, 32, 32)
     logits = net(inputs).detach()[0]
     target = int(logits.argsort(descending=True)[place])
@@ -111,7 +111,7 @@ def scaled_case(factor, place):
 
 
 @pytest.mark.parametrize("factor", [100.0, 600.0])
-def test_where_the_probability_rounds_to_one_selection_is_exact(factor):
+def test_selection_is_exact_if_the_probability_rounds_to_one(factor):
     net, inputs, target, single = scaled_case(factor, 0)
     assert single == 1.0
     found = explained(ModelAdapter(net, input_size=(32, 32)), inputs, [[target]])[0][0]
@@ -122,7 +122,7 @@ def test_where_the_probability_rounds_to_one_selection_is_exact(factor):
 
 @pytest.mark.parametrize(("factor", "below"), [(100.0, 1e-8), (600.0, 1e-48)])
 @pytest.mark.parametrize("place", [1, -1], ids=["second", "last"])
-def test_a_class_with_next_to_no_probability_is_explained(factor, below, place):
+def test_a_class_of_almost_no_probability_is_explained(factor, below, place):
     net, inputs, target, single = scaled_case(factor, place)
     found = explained(ModelAdapter(net, input_size=(32, 32)), inputs, [[target]])[0][0]
     slow = slowly(net, written_out, inputs[0], target, SiseParameters())
@@ -132,7 +132,7 @@ def test_a_class_with_next_to_no_probability_is_explained(factor, below, place):
 
 
 @pytest.mark.parametrize("place", [0, 1, -1], ids=["first", "second", "last"])
-def test_in_double_a_saturated_softmax_equals_the_slow_twin(place):
+def test_in_float64_a_saturated_softmax_equals_the_slow_twin(place):
     net, inputs, target, _ = scaled_case(600.0, place)
     adapter = ModelAdapter(net, input_size=(32, 32))
     assert adapter.network.places
