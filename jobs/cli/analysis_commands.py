@@ -1,12 +1,22 @@
 """The commands that measure and compare outputs: evaluate, compare, versus and audit."""
 
 import shlex
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from blocksight.jobs.cli.app import INCOMPLETE, Endpoint, Existing, Model, Weights, console, existing
+from blocksight.jobs.cli.app import (
+    INCOMPLETE,
+    Address,
+    BatchSize,
+    ClassMap,
+    Endpoint,
+    Existing,
+    OutputModel,
+    OutputWeights,
+    console,
+    existing,
+)
 from blocksight.jobs.cli.audit_tables import audit_table
 from blocksight.jobs.cli.job_tables import failure_line
 from blocksight.jobs.cli.metric_tables import comparison_table, difference_table, evaluation_table
@@ -26,20 +36,18 @@ def evaluate(
     truth: Annotated[
         str | None, typer.Option(help="Where the objects are: VOC XML, COCO JSON or Parquet (file, folder, s3://).")
     ] = None,
-    class_map: Annotated[
-        Path | None, typer.Option(help='JSON: the classes that a label means, such as {"dog": [151, 152]}.')
-    ] = None,
+    class_map: ClassMap = None,
     controls: Annotated[bool, typer.Option("--controls", help="Measure a random map, a bell and edges too.")] = False,
     baseline: Annotated[
         Literal["zero", "black"], typer.Option(help="Value of a pixel that a metric removes, for every method.")
     ] = "zero",
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the sample and of all that is random.")] = 0,
-    model: Model = None,
-    weights: Weights = None,
+    model: OutputModel = None,
+    weights: OutputWeights = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Actors.  [default: one per GPU, or CPU core]")] = None,
     runner: Annotated[str, typer.Option(help="ray, or local: this process alone.")] = "ray",
-    address: Annotated[str | None, typer.Option(help="Ray cluster to join.  [default: one is started]")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Masked inputs per forward.")] = None,
+    address: Address = None,
+    batch_size: BatchSize = None,
     endpoint_url: Endpoint = None,
 ) -> None:
     """Measure the maps of an output. Values are stored beside them; nothing is rewritten. Resumes like explain.
@@ -124,10 +132,10 @@ def audit(
     truth: Annotated[
         str | None, typer.Option(help="Where the objects are, as in `evaluate`: tells shortcuts from objects.")
     ] = None,
-    class_map: Annotated[Path | None, typer.Option(help="JSON, as in `evaluate`.")] = None,
+    class_map: ClassMap = None,
     tries: Annotated[bool, typer.Option("--try/--no-try", help="Test suspected shortcuts on the model.")] = True,
-    model: Model = None,
-    weights: Weights = None,
+    model: OutputModel = None,
+    weights: OutputWeights = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of samples and random regions.")] = 0,
     endpoint_url: Endpoint = None,
 ) -> None:

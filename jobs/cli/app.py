@@ -32,22 +32,39 @@ LOG_WIDTH = 140
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH)
 """As wide as the terminal; in a log or a pipe lines are not wrapped."""
 
+Existing = Annotated[str, typer.Argument(help="The output: folder or s3:// prefix.")]
+Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint, for stores other than AWS.")]
+Weights = Annotated[str | None, typer.Option(help="State dict: file or s3:// URI; a weight name; or `random`.")]
+Blocks = Annotated[str | None, typer.Option(help="Blocks by hand, comma-separated, shallow to deep.")]
+Parameters = Annotated[
+    list[str] | None,
+    typer.Option("-p", "--param", help="Of the explainer, such as mu=0.3; of what it wraps: base.mu=0.3."),
+]
+Address = Annotated[str | None, typer.Option(help="Ray cluster to join.  [default: one is started]")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Masked inputs per forward.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many records.")]
+ClassMap = Annotated[
+    Path | None, typer.Option(help='JSON: the classes that a label means, such as {"dog": [151, 152]}.')
+]
+OutputModel = Annotated[
+    str | None, typer.Option(help="The model again, if it is code of yours: an output alone never has code imported.")
+]
+OutputWeights = Annotated[str | None, typer.Option(help="The weights file again, if the model came from one.")]
+"""Options that commands share. `OutputModel` and `OutputWeights` name what an output was made with."""
+
 JOB_OPTIONS: dict[str, Any] = {
     "data": Annotated[str | None, typer.Option(help="Folder, file or s3:// prefix of images, tar shards or Parquet.")],
     "output": Annotated[str | None, typer.Option(help="Folder or s3:// prefix for the result.")],
     "config": Annotated[Path | None, typer.Option(help="TOML file with these options as keys; options win.")],
-    "endpoint_url": Annotated[str | None, typer.Option(help="S3 endpoint, for stores other than AWS.")],
+    "endpoint_url": Endpoint,
     "model": Annotated[str | None, typer.Option(help="See `list models`.  [default: efficientnet_lite0]")],
-    "weights": Annotated[str | None, typer.Option(help="State dict: file or s3:// URI; a weight name; or `random`.")],
-    "blocks": Annotated[str | None, typer.Option(help="Blocks by hand, comma-separated, shallow to deep.")],
+    "weights": Weights,
+    "blocks": Blocks,
     "explainer": Annotated[
         str | None,
         typer.Option(help="See `list explainers`; some wrap another, as in ucag(gradcam).  [default: sise]"),
     ],
-    "param": Annotated[
-        list[str] | None,
-        typer.Option("-p", "--param", help="Of the explainer, such as mu=0.3; of what it wraps: base.mu=0.3."),
-    ],
+    "param": Parameters,
     "preset": Annotated[
         str | None,
         typer.Option(
@@ -85,7 +102,7 @@ JOB_OPTIONS: dict[str, Any] = {
     "runner": Annotated[
         str | None, typer.Option(help="ray, or local: this process alone, same bytes.  [default: ray]")
     ],
-    "address": Annotated[str | None, typer.Option(help="Ray cluster to join.  [default: one is started]")],
+    "address": Address,
     "batch_size": Annotated[
         int | None,
         typer.Option(
@@ -106,13 +123,6 @@ JOB_OPTIONS: dict[str, Any] = {
     "max_dead_units": Annotated[int | None, typer.Option(help="More dead units are no success: exit 3.  [default: 0]")],
 }
 """Options of `plan` and `explain`: what is computed, and how it runs."""
-
-Existing = Annotated[str, typer.Argument(help="The output: folder or s3:// prefix.")]
-Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint, for stores other than AWS.")]
-Model = Annotated[
-    str | None, typer.Option(help="The model again, if it is code of yours: an output alone never has code imported.")
-]
-Weights = Annotated[str | None, typer.Option(help="The weights file again, if the model came from one.")]
 
 
 def takes_job(command: Callable[..., None]) -> Callable[..., None]:

@@ -32,7 +32,7 @@ def benchmark_table(job: JobConfig, found: "Benchmark") -> RenderableType:
         (
             f"{cost.records:,} images",
             f"{_hours(cost.hours)} hours on {counted(cost.workers, worker)}, {_hours(cost.worker_hours)} "
-            f"{worker}-hours, {size_text(cost.num_bytes)}{money} (reckoned from the rate)",
+            f"{worker}-hours, {size_text(cost.num_bytes)}{money} (computed from the rate)",
         ),
     ]
     probed = grid_table(

@@ -83,7 +83,7 @@ def _exit_unless_complete(job_state: JobState, exceeded_budgets: Sequence[str], 
 
 @commands.command()
 def status(output: Existing, endpoint_url: Endpoint = None) -> None:
-    """Say how far a job is, from the output alone; works while it runs and when its driver is gone."""
+    """Show how far a job is, from the output alone: while it runs, when it has ended, or after its driver died."""
     store, made = existing(output, endpoint_url)
     job_state = read_job_state(store, made)
     console.print(job_state_table(output, job_state, planned_forward(store)))

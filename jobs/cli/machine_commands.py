@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
-from blocksight.jobs.cli.app import Endpoint, console
+from blocksight.jobs.cli.app import BatchSize, Blocks, ClassMap, Endpoint, Limit, Parameters, Weights, console
 from blocksight.jobs.cli.bench_tables import benchmark_table, curve_table
 from blocksight.jobs.cli.catalog_tables import catalog_table
 from blocksight.jobs.plan.config import ConfigError, load_config, parse_parameters
@@ -32,7 +32,7 @@ def demo(
 @commands.command()
 def bench(
     data: Annotated[
-        str | None, typer.Option(help="The data set whose cost is reckoned.  [default: photographs, a million images]")
+        str | None, typer.Option(help="The data set whose cost is computed.  [default: photographs, a million images]")
     ] = None,
     fidelity: Annotated[
         str | None,
@@ -40,13 +40,10 @@ def bench(
     ] = None,
     peers: Annotated[bool, typer.Option("--peers", help="Race other libraries on the same job, in turns.")] = False,
     model: Annotated[str, typer.Option(help="See `list models`.")] = "efficientnet_lite0",
-    weights: Annotated[str | None, typer.Option(help="State dict: file or s3:// URI; a weight name; `random`.")] = None,
-    blocks: Annotated[str | None, typer.Option(help="Blocks by hand, comma-separated, shallow to deep.")] = None,
+    weights: Weights = None,
+    blocks: Blocks = None,
     explainer: Annotated[str, typer.Option(help="See `list explainers`; some wrap another: ucag(gradcam).")] = "sise",
-    param: Annotated[
-        list[str] | None,
-        typer.Option("-p", "--param", help="Of the explainer, such as mu=0.3; of what it wraps: base.mu=0.3."),
-    ] = None,
+    param: Parameters = None,
     preset: Annotated[
         Literal["paper", "fast"], typer.Option(help="fast may take fewer steps and half precision; as in `explain`.")
     ] = "fast",
@@ -56,13 +53,13 @@ def bench(
     device: Annotated[
         Literal["cpu", "cuda"] | None, typer.Option(help="[default: the GPU, or one core where there is none]")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Masked inputs per forward.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="That the data set is reckoned for.")] = None,
+    batch_size: BatchSize = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Workers that the cost is computed for.")] = None,
     price: Annotated[float | None, typer.Option(min=0, help="Of an hour of one worker: a core, or a GPU.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records.")] = None,
+    limit: Limit = None,
     output: Annotated[Path, typer.Option(help="Folder of the fidelity curve.")] = Path("blocksight-curve"),
     truth: Annotated[str | None, typer.Option(help="Where the objects are, for EBPG; as in `evaluate`.")] = None,
-    class_map: Annotated[Path | None, typer.Option(help="JSON, as in `evaluate`.")] = None,
+    class_map: ClassMap = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON alone.")] = False,
     endpoint_url: Endpoint = None,
 ) -> None:
@@ -72,61 +69,48 @@ def bench(
 
     Example: blocksight bench --data s3://bucket/images --price 2.50
     """
-    from blocksight.jobs.bench import benchmark as benchmark
+    from blocksight.jobs.bench import benchmark
 
-    asked = {
-        "data": fidelity or data or str(output),
-        "output": str(output),
-        "endpoint_url": endpoint_url,
-        "model": model,
-        "weights": weights,
-        "blocks": blocks,
-        "explainer": explainer,
-        "parameters": parse_parameters(param or []),
-        "preset": preset,
-        "precision": precision,
-        "limit": limit,
-    }
-    job, _ = load_config(None, asked)
-    said = Console(stderr=True, highlight=False, soft_wrap=True) if as_json else console
+    places = {"data": fidelity or data or str(output), "output": str(output), "endpoint_url": endpoint_url}
+    network = {"model": model, "weights": weights, "blocks": blocks, "precision": precision}
+    method = {"explainer": explainer, "parameters": parse_parameters(param or []), "preset": preset}
+    job, _ = load_config(None, {**places, **network, **method, "limit": limit})
+    progress = Console(stderr=True, highlight=False, soft_wrap=True) if as_json else console
     where = benchmark.device_of(device)
     if fidelity is not None:
-        idle = {
-            "--data": data,
-            "--peers": peers,
-            "--blocks": blocks,
-            "-p": param,
-            "--price": price,
-            "--workers": workers,
-        }
-        _refuse_idle("--fidelity", {**idle, "--explainer": explainer if explainer != "sise" else None}, output)
-        rows = benchmark.run_curve(job, output, where, batch_size, truth, class_map, said)
-        found, shown = {"curve": rows}, curve_table(rows)
-    else:
-        made = benchmark.run_benchmark(
-            job,
-            has_data=data is not None,
-            device=where,
-            batch_size=batch_size,
-            workers=workers,
-            price=price,
-            with_peers=peers,
-            console=said,
-        )
-        found, shown = benchmark.facts(job, made), benchmark_table(job, made)
-    if as_json:
-        sys.stdout.write(json.dumps(found, indent=1) + "\n")
-    else:
-        console.print(shown)
+        other = explainer if explainer != "sise" else None
+        ignored = {"--data": data, "--peers": peers, "--blocks": blocks, "-p": param, "--price": price}
+        _refuse_ignored({**ignored, "--workers": workers, "--explainer": other}, output)
+        rows = benchmark.run_curve(job, output, where, batch_size, truth, class_map, progress)
+        _print_figures({"curve": rows}, curve_table(rows), as_json=as_json)
+        return
+    made = benchmark.run_benchmark(
+        job,
+        has_data=data is not None,
+        device=where,
+        batch_size=batch_size,
+        workers=workers,
+        price=price,
+        with_peers=peers,
+        console=progress,
+    )
+    _print_figures(benchmark.facts(job, made), benchmark_table(job, made), as_json=as_json)
 
 
-def _refuse_idle(asked: str, idle: dict[str, Any], output: Path) -> None:
-    """Raises ConfigError for options that would be ignored, and for an `output` that is no local folder."""
-    given = [name for name, value in idle.items() if value]
+def _refuse_ignored(options: dict[str, Any], output: Path) -> None:
+    """Raises ConfigError for options that --fidelity ignores, and for an `output` that is no local folder."""
+    given = [name for name, value in options.items() if value]
     if given:
-        raise ConfigError(f"{asked} measures all methods alike: leave {', '.join(given)} out")
+        raise ConfigError(f"--fidelity measures all methods alike: leave {', '.join(given)} out")
     if str(output).startswith("s3:"):
         raise ConfigError(f"the figures of a benchmark go to a local folder, got --output {output}")
+
+
+def _print_figures(figures: dict[str, Any], table: RenderableType, *, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(figures, indent=1) + "\n")
+    else:
+        console.print(table)
 
 
 @commands.command()
@@ -134,8 +118,8 @@ def bank(
     data: Annotated[str, typer.Option(help="Labelled images: folder, file or s3:// prefix, as for `explain`.")],
     model: Annotated[str, typer.Option(help="Model of the features; of a classifier, the input of its last layer.")],
     output: Annotated[str, typer.Option(help="Weights file to write: a path or s3:// URI, such as bank.safetensors.")],
-    weights: Annotated[str | None, typer.Option(help="State dict: file or s3:// URI; a weight name; `random`.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records.")] = None,
+    weights: Weights = None,
+    limit: Limit = None,
     resize: Annotated[Literal["squash", "crop"], typer.Option(help="Whole image, or its centre.")] = "squash",
     endpoint_url: Endpoint = None,
 ) -> None:

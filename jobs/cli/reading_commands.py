@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from blocksight.jobs.cli.app import Endpoint, Existing, Model, Weights, console, existing
+from blocksight.jobs.cli.app import Endpoint, Existing, OutputModel, OutputWeights, console, existing
 from blocksight.jobs.cli.tables import MEBIBYTE
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.text import counted, printable
@@ -26,8 +26,8 @@ def show(
     beside: Annotated[
         list[str] | None, typer.Option(help="Draw the map of another output of the same data too; repeatable.")
     ] = None,
-    model: Model = None,
-    weights: Weights = None,
+    model: OutputModel = None,
+    weights: OutputWeights = None,
     endpoint_url: Endpoint = None,
 ) -> None:
     """Show one record: its facts, and a picture of image, overlay and map for every target.
