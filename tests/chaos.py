@@ -152,12 +152,12 @@ class Chaos:
         while not self.is_late():
             num_runs = self.num_runs(name)
             self.driver, self.driver_start = self.start_driver(name), time.monotonic()
-            said, code = self.strike_until_it_ends(), self.driver.returncode
+            printed, code = self.strike_until_it_ends(), self.driver.returncode
             say(f"driver of {name} ended with {code} after {time.monotonic() - self.driver_start:.0f} s")
             if code == DONE:
                 return []
             if not self.is_resumable(code, has_begun=self.num_runs(name) > num_runs):
-                return [f"the driver ended with {code}: {said[-2000:]}"]
+                return [f"the driver ended with {code}: {printed[-2000:]}"]
         return ["it did not come to its end"]
 
     def num_runs(self, name: str) -> int:

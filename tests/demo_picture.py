@@ -27,8 +27,8 @@ def main(demo: str) -> None:
         side = HEIGHT * max(row["height"], row["width"]) // row["height"]
         tile = shown(output.plan, row, images[key], side)
         above.append(Tile(tile.pixels, key))
-        said = f"{row['target_name']}, probability {row['score']:.2f}"
-        below.append(Tile(overlay(tile.pixels, tile.saliency_hw), said))
+        caption = f"{row['target_name']}, probability {row['score']:.2f}"
+        below.append(Tile(overlay(tile.pixels, tile.saliency_hw), caption))
     contact_sheet([*above, *below], len(PHOTOGRAPHS)).save(FIGURE, quality=QUALITY, optimize=True)
 
 

@@ -171,7 +171,7 @@ def _plant(pieces: Sequence[str], seconds_left: SecondsLeft) -> Verdicts:
             is_sound = piece == SOUND_TREE
             found = run_tests(tree, tests_of(MUTATIONS)) if is_sound else judge(tree, by_meaning[piece])
             if found.seen != ("green" if is_sound else "red"):
-                print(f"{piece}: {found.seen} {found.said or 'no test noticed it'}")
+                print(f"{piece}: {found.seen} {found.detail or 'no test noticed it'}")
             yield piece, SOUND_VERDICTS[found.seen] if is_sound else found.seen
 
 
@@ -216,12 +216,12 @@ def _mutate(group: str, pieces: Sequence[str], seconds_left: SecondsLeft) -> Ver
     known = mutants.judged()
     todo = list(pieces)
     while todo:
-        said = mutants.run(tree, todo, min(seconds_left() / 60, MUTMUT_MINUTES))
+        printed = mutants.run(tree, todo, min(seconds_left() / 60, MUTMUT_MINUTES))
         codes = mutants.codes_of(tree)
         tested = [name for name in todo if codes[name] is not None]
         yield from ((name, mutants.verdict_of(by_name[name], codes[name], known)) for name in tested)
         if not tested:
-            print(f"mutmut tested no mutant:\n{said}")
+            print(f"mutmut tested no mutant:\n{printed}")
             return
         todo = [name for name in todo if codes[name] is None]
 
@@ -264,12 +264,12 @@ def _marked_pieces(marker: str, seed: str, fresh: bool) -> list[str]:
 
 def _run_marked(marker: str, pieces: Sequence[str], seconds_left: SecondsLeft) -> Verdicts:
     for piece in pieces:
-        code, said = run_for(_pytest(marker, piece), seconds_left())
+        code, printed = run_for(_pytest(marker, piece), seconds_left())
         if code is None:
             return
         if code != 0:
-            print(said[-3000:])
-        passed = "skipped" if " passed" not in said else "passed"
+            print(printed[-3000:])
+        passed = "skipped" if " passed" not in printed else "passed"
         yield piece, passed if code == 0 else "failed"
 
 
@@ -286,10 +286,10 @@ def _chaos_pieces(seed: str, fresh: bool) -> list[str]:
 
 def _strike(pieces: Sequence[str], seconds_left: SecondsLeft) -> Verdicts:
     for piece in pieces:
-        code, said = run_for([sys.executable, "-m", "tests.chaos", *piece.split()], seconds_left())
+        code, printed = run_for([sys.executable, "-m", "tests.chaos", *piece.split()], seconds_left())
         if code is None:
             return
-        print(said[-3000:] if code else said.splitlines()[-1])
+        print(printed[-3000:] if code else printed.splitlines()[-1])
         yield piece, {0: "sound", 1: "faulty"}.get(code, "broken off")
 
 
@@ -327,10 +327,10 @@ def run_for(command: Sequence[str], seconds: float) -> tuple[int | None, str]:
     """The command's exit code and what it printed; None as the code: it was asked to stop after so many seconds."""
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        said, _ = process.communicate(timeout=max(0.0, seconds))
+        printed, _ = process.communicate(timeout=max(0.0, seconds))
     except subprocess.TimeoutExpired:
         return None, _stopped(process)
-    return process.returncode, said
+    return process.returncode, printed
 
 
 def _stopped(process: subprocess.Popen[str]) -> str:

@@ -85,8 +85,8 @@ def test_a_fresh_whole_result_is_as_it_should_be(root):
 def test_a_result_that_is_older_than_the_code_is_named_with_commit_date_and_command(root):
     record = result(root)
     (root / "b.py").write_text("b = 3\n")
-    said = out_of_date(record, digests(FILES, root))
-    assert said == (
+    reason = out_of_date(record, digests(FILES, root))
+    assert reason == (
         "chaos, at 0123456789ab of 2026-11-30: 1 of 2 files have changed since: b.py. "
         "Run `python -m tests.lanes chaos` and commit tests/figures/lane-chaos.json."
     )
@@ -100,8 +100,8 @@ def test_a_file_that_is_new_since_counts_as_changed(root):
 
 def test_many_changed_files_are_counted(root):
     now = {f"{number}.py": 16 * "0" for number in range(5)}
-    said = out_of_date(result(root, files={}), now)
-    assert "5 of 5 files have changed since: 0.py, 1.py, 2.py and 2 more." in (said or "")
+    reason = out_of_date(result(root, files={}), now)
+    assert "5 of 5 files have changed since: 0.py, 1.py, 2.py and 2 more." in (reason or "")
 
 
 def test_a_result_that_was_cut_short_says_its_share(root):
@@ -111,7 +111,7 @@ def test_a_result_that_was_cut_short_says_its_share(root):
 
 
 @pytest.mark.parametrize(
-    ("differs", "said"),
+    ("differs", "expected"),
     [
         ({"failed": ["--seed 1"]}, "these pieces failed: --seed 1"),
         ({"done": 2}, "2 of 3 pieces are done, and 3 have a verdict"),
@@ -119,8 +119,8 @@ def test_a_result_that_was_cut_short_says_its_share(root):
         ({"files": {"gone.py": 16 * "0"}}, "it names files that do not exist: gone.py"),
     ],
 )
-def test_a_result_with_a_problem_names_it(root, differs, said):
-    assert list(problems(result(root, **differs), root)) == [said]
+def test_a_result_with_a_problem_names_it(root, differs, expected):
+    assert list(problems(result(root, **differs), root)) == [expected]
 
 
 @pytest.mark.parametrize(
@@ -186,9 +186,9 @@ def test_a_lane_stops_in_time_and_goes_on_where_it_stopped(root, capsys):
         assert (record.done, record.total, record.verdicts) == (done, 4, {"passed": done})
         assert (record.minutes, record.failed, record.files) == (done, [], files)
     assert ran == PIECES
-    said = capsys.readouterr().out.splitlines()
-    assert said[1] == "   2 of 4  passed      60 s  about 2 min left  two"
-    assert len(said) == 4
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "   2 of 4  passed      60 s  about 2 min left  two"
+    assert len(lines) == 4
 
 
 def test_a_lane_takes_no_piece_that_may_not_end_in_time(root, capsys):

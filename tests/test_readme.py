@@ -148,8 +148,8 @@ def check_module(module: str, arguments: list[str], place: str) -> None:
     assert find_spec(module) is not None, f"{place}: no module {module}"
     options = [word for word in arguments if word.startswith("--")]
     if options:
-        said = help_of(module)
-        assert all(option in said for option in options), f"{place}: {options}\n{said}"
+        help_text = help_of(module)
+        assert all(option in help_text for option in options), f"{place}: {options}\n{help_text}"
 
 
 def help_of(module: str) -> str:
@@ -170,16 +170,16 @@ def follow_python(block: Block) -> None:
         command = [sys.executable, "-c", block.code]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{block.place}\n{done.stderr}"
-        said = done.stdout
+        printed = done.stdout
     else:
         names: dict[str, Any] = {"__name__": "snippet"}
-        said = io.StringIO()
-        with redirect_stdout(said):
+        printed = io.StringIO()
+        with redirect_stdout(printed):
             exec(compile(block.code, block.place, "exec"), names)
-        said = said.getvalue()
+        printed = printed.getvalue()
         CHECKS.get(block.mark or "", lambda _: None)(names)
-    assert said.strip() or "print(" not in block.code, block.place
-    assert EXPECTED.get(block.mark or "", "") in said
+    assert printed.strip() or "print(" not in block.code, block.place
+    assert EXPECTED.get(block.mark or "", "") in printed
 
 
 def check_rows(names: dict[str, Any]) -> None:
@@ -402,10 +402,10 @@ def curve_lines(rows) -> list[str]:
 
 def _curve_line(row) -> str:
     similar = [row[name][0] for name in ("block_correlation", "ssim", "iou_15")]
-    said = ["-" if mean is None else f"{mean:.3f}" for mean in similar]
-    said += [_difference(row, "insertion_minus_deletion", 3), _difference(row, "drop", 1)]
+    cells = ["-" if mean is None else f"{mean:.3f}" for mean in similar]
+    cells += [_difference(row, "insertion_minus_deletion", 3), _difference(row, "drop", 1)]
     verdict = "no loss" if row.get("loses_nothing") else ""
-    return f"| {row['method']} | {row['forwards']:.0f} | {row['images']} | {' | '.join(said)} | {verdict} |"
+    return f"| {row['method']} | {row['forwards']:.0f} | {row['images']} | {' | '.join(cells)} | {verdict} |"
 
 
 def _difference(row, measure, digits) -> str:

@@ -1,4 +1,4 @@
-"""A Ray cluster of several raylets and a bucket behind the fault proxy, with handles on everything that can die."""
+"""A Ray cluster of several raylets and a bucket behind the fault proxy, whose processes a test can kill."""
 
 import os
 import signal
@@ -21,10 +21,10 @@ SETTINGS = {
 
 
 class RayCluster:
-    """A head and further raylets, each with two logical CPUs; everything ends with the `with` body."""
+    """A head and further raylets, each with two logical CPUs. All of them end with the `with` body."""
 
     def __init__(self, num_nodes: int = 2, **head: Any) -> None:
-        """`num_nodes` beside the head; `head` changes its options."""
+        """`num_nodes` raylets beside the head; `head` changes the head's options."""
         self.num_nodes, self.head = num_nodes, {**NODE, "include_dashboard": False, **head}
         self.nodes: list[Any] = []
 
@@ -54,20 +54,20 @@ class RayCluster:
         return self.cluster.address
 
     def logs(self) -> str:
-        """What the raylets have written down so far."""
+        """The raylets' logs so far."""
         folder = Path(self.cluster.head_node.get_session_dir_path(), "logs")
         return "".join(path.read_text(errors="replace") for path in folder.glob("raylet*"))
 
     @property
     def raylets(self) -> list[int]:
-        """Process ids: of the head's raylet, then of the others'."""
+        """Process ids of the raylets, the head's first."""
         return [_raylet(node) for node in (self.cluster.head_node, *self.nodes)]
 
     def add_node(self) -> None:
         self.nodes.append(self.cluster.add_node(**NODE))
 
     def kill_node(self, number: int) -> None:
-        """The raylet and all its workers are gone at once; the head has number -1 and is spared."""
+        """Kills a raylet and all its workers at once. `number` counts the nodes beside the head."""
         node = self.nodes.pop(number)
         for pid in (_raylet(node), *children(_raylet(node))):
             with suppress(ProcessLookupError):
@@ -75,7 +75,7 @@ class RayCluster:
         self.cluster.remove_node(node, allow_graceful=False)
 
     def workers(self, title: str = "Map") -> list[int]:
-        """Process ids of workers that are at a task or actor whose name holds this."""
+        """Process ids of the workers that run a task or actor whose name contains `title`."""
         found = [pid for raylet in self.raylets for pid in children(raylet)]
         return [pid for pid in found if title in command_line(pid) and "ray::IDLE" not in command_line(pid)]
 
@@ -94,7 +94,7 @@ def children(pid: int) -> list[int]:
 
 
 def command_line(pid: int) -> str:
-    """As the process shows itself; empty when it is gone."""
+    """The process's command line; empty if the process is gone."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
@@ -102,7 +102,7 @@ def command_line(pid: int) -> str:
 
 
 class FragileBucket:
-    """SeaweedFS behind a fault proxy, at one address however often the server dies and comes back."""
+    """SeaweedFS behind a fault proxy. Its address stays the same when the server dies and comes back."""
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
         self.bucket = EmbeddedBucket("blocksight-faults", folder)
@@ -132,7 +132,7 @@ class FragileBucket:
 
     @contextmanager
     def killed(self) -> Iterator[None]:
-        """The server dies by SIGKILL before the body, and comes back on its folder after it."""
+        """Kills the server with SIGKILL before the body, and restarts it on the same folder after it."""
         for pid in children(os.getpid()):
             if "weed" in command_line(pid).split(" ")[0]:
                 os.killpg(pid, signal.SIGKILL)

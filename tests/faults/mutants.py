@@ -3,10 +3,10 @@
 `python -m tests.faults.mutants storage --sample 60 --seed 1` draws 60 mutants of one group of modules, runs the
 tests that reach each, and lists those that no test noticed. Groups and their tests are in pyproject.toml below
 `[tool.mutants]`; without a name, all groups are worked on, and `--one` draws one of them. `survivors.toml` holds
-the judgement of each survivor that a person looked at. Results stay in `.mutants/`: the same command goes on where
-it was broken off or ran out of `--minutes`, and `--fresh` begins anew.
+the judgement of each survivor that a person looked at. Results stay in `.mutants/`: the same command resumes after
+an interruption or the end of `--minutes`, and `--fresh` begins anew.
 
-Mutants inside a `raise` are not drawn: they change what an error says, and not what is true. Decorated functions
+Mutants inside a `raise` are not drawn: they change only an error's message. Decorated functions
 and module constants are not mutated by mutmut.
 """
 
@@ -34,11 +34,11 @@ SURVIVORS = Path(__file__).with_name("survivors.toml")
 KILLED = {1: "killed", 3: "killed", 24: "timed out", -24: "timed out", 36: "timed out", 152: "timed out"}
 """mutmut's exit codes of a mutant that a test noticed. A mutant that hangs is noticed, by its time limit."""
 NOT_TRIED = 255
-"""mutmut's exit code where pytest itself failed, as for a test whose name it does not find again."""
+"""mutmut's exit code if pytest itself failed, for example because it did not find a test."""
 UNTRIED = "not tried"
-"""The verdict of a mutant with that code: neither noticed nor survived."""
+"""The verdict of a mutant with that code: it was neither noticed, nor did it survive."""
 OPERATORS = (ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context)
-"""Nodes that say nothing without their operands."""
+"""Nodes that have no meaning without their operands."""
 SLICE = 0.6
 """Share of the drawn mutants that must be noticed or judged equivalent; a small draw may be unlucky."""
 
@@ -52,7 +52,7 @@ class Mutant:
     function: str
     """`Class.method` or `function`, without its module: code that moves keeps its judgements."""
     sound: str
-    """The statement that differs, as it is; of a statement with a body, the part of its head."""
+    """The original statement; of a statement with a body, the part of its head."""
     broken: str
     """The same, as changed."""
     is_message: bool
@@ -60,23 +60,23 @@ class Mutant:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What its judgement is filed under."""
+        """The key of its judgement in `survivors.toml`."""
         return self.function, self.sound, self.broken
 
 
 def groups() -> dict[str, dict[str, list[str]]]:
-    """What is mutated together: `only_mutate` and `tests` by name."""
+    """The groups by name, with their `only_mutate` and `tests`."""
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutants"]
 
 
 def judged() -> dict[tuple[str, str, str], dict[str, str]]:
-    """The survivors that were looked at, by key."""
+    """The judged survivors, by key."""
     entries = tomllib.loads(SURVIVORS.read_text())["survivor"]
     return {(entry["function"], entry["sound"], entry["broken"]): entry for entry in entries}
 
 
 def prepare(group: str, fresh: bool) -> Path:
-    """A copy of the tree whose configuration mutates this group alone; one that stands is gone on with."""
+    """A copy of the tree whose configuration mutates only this group. An existing copy is reused unless `fresh`."""
     tree = WORK / group
     if fresh:
         shutil.rmtree(tree, ignore_errors=True)
@@ -101,10 +101,10 @@ def prepare(group: str, fresh: bool) -> Path:
 
 
 def generate(tree: Path) -> None:
-    """Writes all mutants and notes which test reaches which function. Raises RuntimeError where mutmut fails."""
+    """Writes all mutants, and which test reaches which function. Raises RuntimeError if mutmut fails."""
     if (tree / "mutants" / "mutmut-stats.json").exists():
         return
-    # no mutant has this name: mutmut stops when the mutants and the stats stand, before it tests any
+    # no mutant has this name: mutmut writes the mutants and the stats, and tests none
     done = _mutmut(tree, ["none"], None)
     if not (tree / "mutants" / "mutmut-stats.json").exists():
         raise RuntimeError(f"mutmut made no mutants in {tree}:\n{done}")
@@ -164,7 +164,7 @@ def codes_of(tree: Path) -> dict[str, int | None]:
 
 
 def _mutmut(tree: Path, names: Sequence[str], minutes: float | None) -> str:
-    """Runs mutmut on the named mutants; what it said. After so many minutes it is asked to stop."""
+    """Runs mutmut on the named mutants and returns its output. Stops it after `minutes`."""
     command = [str(Path(sys.executable).with_name("mutmut")), "run", "--max-children", "1", *names]
     environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
     log = tree / "mutmut.log"
@@ -179,21 +179,21 @@ def _mutmut(tree: Path, names: Sequence[str], minutes: float | None) -> str:
 
 
 def work_on(group: str, sample: int, seed: str, minutes: float | None, fresh: bool) -> bool:
-    """Tests the drawn mutants of a group that were not tested yet, and prints its figures; whether they are good."""
+    """Tests the drawn mutants that have no result yet, and prints the figures. Returns True if they are good."""
     tree = prepare(group, fresh)
     generate(tree)
     mutants = drawn(tree, sample, seed)
-    said = run(tree, [mutant.name for mutant in mutants], minutes)
+    printed = run(tree, [mutant.name for mutant in mutants], minutes)
     after = codes_of(tree)
     tested = [mutant for mutant in mutants if after[mutant.name] is not None]
     if not tested:
-        print(f"{group}: no mutant was tested:\n{said}")
+        print(f"{group}: no mutant was tested:\n{printed}")
         return False
     return report(group, tested, after, len(mutants))
 
 
 def run(tree: Path, names: Sequence[str], minutes: float | None) -> str:
-    """Tests those of the named mutants that were not tested yet; what mutmut said."""
+    """Tests the named mutants that have no result yet. Returns mutmut's output."""
     before = codes_of(tree)
     open_names = [name for name in names if before[name] is None]
     return _mutmut(tree, open_names, minutes) if open_names else ""
@@ -215,7 +215,7 @@ def share_noticed(verdicts: Mapping[str, int]) -> float:
 
 
 def report(group: str, tested: Sequence[Mutant], codes: dict[str, int | None], num_drawn: int) -> bool:
-    """Prints each survivor and the group's figures; whether enough of the mutants were noticed."""
+    """Prints each survivor and the group's figures. Returns True if enough mutants were noticed."""
     known = judged()
     verdicts = {mutant: verdict_of(mutant, codes[mutant.name], known) for mutant in tested}
     untried = sorted(mutant.name for mutant, verdict in verdicts.items() if verdict == UNTRIED)

@@ -1,8 +1,8 @@
-"""Breaks the code on purpose, one fault at a time, and shows that the tests go red for each.
+"""Plants the faults of the table, one at a time, and shows that the tests go red for each.
 
 `python -m tests.faults.mutations` plants every fault of the table in a copy of the tree and prints a line for
-each; its exit code is 0 where every fault was seen and the sound tree passes the same tests. With words, it
-plants the faults alone whose meaning holds one of them; `--sample 8 --seed WORD` draws eight of them.
+each; its exit code is 0 if every fault was seen and the sound tree passes the same tests. With words, it plants
+only the faults whose meaning contains one of them; `--sample 8 --seed WORD` draws eight of them.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     load_heavy()
     with copied(ROOT) as tree:
         sound = run_tests(tree, tests_of(chosen))
-        print(f"{sound.seen} the sound tree {sound.said}", flush=True)
+        print(f"{sound.seen} the sound tree {sound.detail}", flush=True)
         odd = sound.seen != "green"
         for mutation in chosen:
             odd += not _is_seen(tree, mutation)
@@ -58,7 +58,7 @@ def _is_seen(tree: Path, mutation: Mutation) -> bool:
     is_red = verdict.seen == "red"
     seen = verdict.seen if is_red else verdict.seen.upper()
     print(
-        f"{seen:6} {time.monotonic() - started:4.0f} s  {mutation.meaning}: {verdict.said or 'NO TEST SAW IT'}",
+        f"{seen:6} {time.monotonic() - started:4.0f} s  {mutation.meaning}: {verdict.detail or 'NO TEST SAW IT'}",
         flush=True,
     )
     return is_red

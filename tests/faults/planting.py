@@ -1,4 +1,4 @@
-"""Plants faults in a copy of the tree, one at a time, and says whether the tests that guard the place go red.
+"""Plants faults in a copy of the tree, one at a time, and reports whether their tests go red.
 
 The tree is copied once. Each fault is judged in a fork of this process, which has loaded the heavy libraries
 and nothing of the project: the fork imports the project from the copy, and proves it (an installed project
@@ -24,7 +24,7 @@ from tests.installed import put_together
 
 PACKAGES = ("cluster", "engine", "jobs", "storage", "tests")
 SITE = "build/site"
-"""Of the tree, what stands on the import path."""
+"""The folder of the tree that is on the import path."""
 FILES = ("pyproject.toml", "README.md")
 HEAVY = ("torch", "torchvision", "pyarrow.parquet", "pyarrow.dataset", "ray.data", "s3fs", "sklearn", "scipy.stats")
 """Libraries that take seconds to import, and that no fault is planted in."""
@@ -34,12 +34,12 @@ OPTIONS = (
     "-p", "no:cacheprovider", "-p", "no:nbmake", "-p", "no:xdist",
 )  # fmt: skip
 SEED = "--hypothesis-seed=1"
-"""One seed for all: what the sound tree passes with it, a broken one does not fail by bad luck."""
+"""One seed for all runs: the sound tree passes with it, so a failure comes from the fault."""
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """One fault: a piece of one file, what is put in its place, and who must notice."""
+    """One fault: a piece of one file, its replacement, and the tests that must go red."""
 
     meaning: str
     file: str
@@ -49,7 +49,7 @@ class Mutation:
     """Below `tests/`, the cheapest first: node ids without parameters, of tests that run in seconds."""
 
     def plant(self, text: str) -> str:
-        """The file's text with the fault. Raises ValueError where the sound text is not there exactly once."""
+        """The file's text with the fault. Raises ValueError if the sound text is not there exactly once."""
         if text.count(self.sound) != 1:
             raise ValueError(f"{self.file} holds this {text.count(self.sound)} times, wanted once: {self.sound!r}")
         return text.replace(self.sound, self.broken)
@@ -57,17 +57,17 @@ class Mutation:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the tests made of a tree."""
+    """The result of the tests of a tree."""
 
     seen: str
     """`red`: a test failed; `green`: all passed; `broken`: no verdict."""
-    said: str
+    detail: str
     """The first test that failed, or why there is no verdict."""
 
 
 @contextmanager
 def copied(root: Path) -> Iterator[Path]:
-    """A copy of what the tests need of the tree, for as long as the body runs."""
+    """A copy of what the tests need of the tree, while the body runs."""
     with tempfile.TemporaryDirectory(prefix="blocksight-faults-") as folder:
         tree = Path(folder).resolve() / "tree"
         for name in PACKAGES:
@@ -87,7 +87,7 @@ def load_heavy() -> None:
 
 
 def judge(tree: Path, mutation: Mutation) -> Verdict:
-    """What the fault's own tests make of the tree with the fault, which is taken out again."""
+    """Runs the fault's tests on the tree with the fault, then removes the fault."""
     file = tree / mutation.file
     text = file.read_text()
     try:
@@ -103,7 +103,7 @@ def judge(tree: Path, mutation: Mutation) -> Verdict:
 
 
 def run_tests(tree: Path, tests: Sequence[str], file: str | None = None) -> Verdict:
-    """Runs the tests of the tree in a fork; `file` is what they must have imported from it."""
+    """Runs the tests of the tree in a fork; they must have imported `file` from the tree."""
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -113,20 +113,20 @@ def run_tests(tree: Path, tests: Sequence[str], file: str | None = None) -> Verd
         os._exit(0)
     os.close(write_end)
     with os.fdopen(read_end, "rb") as pipe:
-        said = pipe.read()
+        answer = pipe.read()
     os.waitpid(pid, 0)
-    shutil.rmtree(tree / ".hypothesis", ignore_errors=True)  # examples of one fault are no business of the next
-    return Verdict(*json.loads(said)) if said else Verdict("broken", "the process died without a word")
+    shutil.rmtree(tree / ".hypothesis", ignore_errors=True)  # no examples of one fault for the next
+    return Verdict(*json.loads(answer)) if answer else Verdict("broken", "the process died without output")
 
 
 def _write(file: Path, text: str) -> None:
-    """Writes a source file; bytecode of the same second and size would be taken for its own."""
+    """Writes a source file and removes its bytecode: Python would reuse one of the same second and size."""
     file.write_text(text)
     for cached in (file.parent / "__pycache__").glob(f"{file.stem}.*"):
         cached.unlink()
 
 
-class _Witness:
+class _Failures:
     """A plugin that notes the tests that fail while they run."""
 
     def __init__(self) -> None:
@@ -143,14 +143,14 @@ def _in_fork(tree: Path, tests: Sequence[str], file: str | None) -> tuple[str, s
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     _import_from(tree)
-    witness = _Witness()
-    code = pytest.main([*OPTIONS, SEED, *(f"tests/{test}" for test in tests)], plugins=[witness])
+    failures = _Failures()
+    code = pytest.main([*OPTIONS, SEED, *(f"tests/{test}" for test in tests)], plugins=[failures])
     sys.stdout.flush()
-    stranger = file and _stranger(tree, file)
-    if stranger:
-        return "broken", stranger
-    if code == pytest.ExitCode.TESTS_FAILED and witness.failed:
-        return "red", witness.failed[0].removeprefix("tests/")
+    problem = file and _import_problem(tree, file)
+    if problem:
+        return "broken", problem
+    if code == pytest.ExitCode.TESTS_FAILED and failures.failed:
+        return "red", failures.failed[0].removeprefix("tests/")
     if code == pytest.ExitCode.OK:
         return "green", ""
     return "broken", f"the tests did not run: {' | '.join(log.read_text().splitlines()[-5:])}"
@@ -169,8 +169,8 @@ def _import_from(tree: Path) -> None:
     importlib.invalidate_caches()
 
 
-def _stranger(tree: Path, file: str) -> str | None:
-    """Says where the file's module was imported from, if that was not the tree."""
+def _import_problem(tree: Path, file: str) -> str | None:
+    """Says where the file's module was imported from, if it was not the tree."""
     name = f"blocksight.{file}".removesuffix(".py").replace("/", ".").removesuffix(".__init__")
     name = name.replace("blocksight.jobs.api", "blocksight")
     module = sys.modules.get(name)

@@ -1,4 +1,4 @@
-"""Whole processes for the failure tests: started with a fault, killed, and run again."""
+"""Processes for the failure tests: starts the command line with an injected fault."""
 
 import os
 import subprocess
@@ -10,13 +10,13 @@ STARTUP = Path(__file__).parent / "startup"
 
 
 def environment(fault: str = "") -> dict[str, str]:
-    """This process's environment, with a fault for every interpreter that starts in it."""
+    """This process's environment, with a fault for every interpreter that starts with it."""
     path = os.pathsep.join([str(STARTUP), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path, "BLOCKSIGHT_FAULT": fault}
 
 
 def started(*arguments: object, fault: str = "") -> subprocess.Popen[str]:
-    """The command line in a process group of its own, so that a kill can take all of it."""
+    """Starts the command line in its own process group, so that a test can kill all of it."""
     return subprocess.Popen(
         command(*arguments),
         cwd=ROOT,
@@ -29,7 +29,7 @@ def started(*arguments: object, fault: str = "") -> subprocess.Popen[str]:
 
 
 def ended(*arguments: object, fault: str = "") -> tuple[int, str]:
-    """Exit code and output of the command line, run to its end."""
+    """Runs the command line; returns its exit code and output."""
     process = started(*arguments, fault=fault)
-    said, _ = process.communicate(timeout=240)
-    return process.returncode, said
+    printed, _ = process.communicate(timeout=240)
+    return process.returncode, printed

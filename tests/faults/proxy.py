@@ -1,4 +1,4 @@
-"""Stands before an S3 server on loopback and spoils its connections as often as a test asks."""
+"""A proxy before an S3 server on loopback: it injects faults into connections at the rates that a test sets."""
 
 import asyncio
 import random
@@ -15,11 +15,11 @@ SLOW_DOWN = (
     b"<Message>Please reduce your request rate.</Message><RequestId>fault-proxy</RequestId></Error>"
 )
 BROKEN = (OSError, EOFError, asyncio.LimitOverrunError, ValueError)
-"""What a connection ends with that a peer broke off, or filled with something else."""
+"""Exceptions of a connection that a peer closed early, or on which it sent something else than HTTP."""
 
 
 class Head:
-    """A start line with its headers: the bytes as they came, and what they say about the body behind them."""
+    """A start line with its headers: the raw bytes, and the length of the body that follows."""
 
     def __init__(self, raw: bytes) -> None:
         first, *lines = raw.decode("latin-1").lower().split("\r\n")
@@ -34,7 +34,7 @@ class Head:
         return cls(await reader.readuntil(b"\r\n\r\n"))
 
     async def body(self, reader: StreamReader) -> AsyncIterator[bytes]:
-        """The bytes behind this head, framing included, as they come. Raises EOFError where they break off."""
+        """Yields the raw bytes of the body, framing included. Raises EOFError if they end early."""
         left = 0 if self.is_chunked else self.length
         while left:
             piece = await reader.read(min(left, PIECE_BYTES))
@@ -54,26 +54,26 @@ class Head:
 
 
 class FaultProxy:
-    """An HTTP/1.1 proxy on a free loopback port while a `with` body runs. Rates are probabilities per request;
-    they and the switches may be set at any time, and each fault throws its own seeded dice.
+    """An HTTP/1.1 proxy on a free loopback port while a `with` body runs. Rates are probabilities per request and
+    may be set at any time. Each fault has its own seeded random numbers.
 
-    Requests and replies pass unchanged, so signatures hold. A request streams through: a client that dies in
-    its midst leaves the server with half of it.
+    Requests and replies pass unchanged, so signatures hold. A request is streamed: if the client dies within
+    it, the server gets half of it.
     """
 
     def __init__(self, upstream_port: int, seed: int = 0) -> None:
         self.upstream_port, self.port = upstream_port, 0
         self.lose_reply = 0.0
-        """The request is done, its reply swallowed and the connection closed."""
+        """Rate: the request is forwarded, its reply is dropped and the connection closed."""
         self.lose_methods = {"PUT"}
         self.refuse = 0.0
-        """Answered with 503 SlowDown, not forwarded."""
+        """Rate: the request is answered with 503 SlowDown and not forwarded."""
         self.cut = 0.0
-        """The reply's body ends in its middle, and the connection with it."""
+        """Rate: the reply's body is cut in its middle, and the connection closed."""
         self.delay: float | Callable[[], float] = 0.0
         """Seconds before a request is forwarded."""
         self.counts: Counter[str] = Counter()
-        """How often each fault bit."""
+        """How often each fault was injected."""
         self.num_requests = 0
         self._down = False
         self._dice = {name: random.Random(f"{seed} {name}") for name in ("lose_reply", "refuse", "cut")}
@@ -87,7 +87,7 @@ class FaultProxy:
 
     @property
     def down(self) -> bool:
-        """Every connection is closed at once, those that stand already included."""
+        """If true, every connection is closed at once, open ones included."""
         return self._down
 
     @down.setter
@@ -130,9 +130,9 @@ class FaultProxy:
         self._clients.discard(writer)
 
     async def _exchange(self, request: Head, reader: StreamReader, writer: StreamWriter) -> bool:
-        """One request and its reply; says whether the connection can carry another."""
+        """Forwards one request and its reply. Returns True if the connection can carry another."""
         self.num_requests += 1
-        if self._bites("refuse"):
+        if self._is_drawn("refuse"):
             return await self._refuse(request, reader, writer)
         seconds = self.delay() if callable(self.delay) else self.delay
         if seconds > 0:
@@ -142,7 +142,7 @@ class FaultProxy:
         with closing(up_writer):
             sending = asyncio.create_task(_send(request, reader, up_writer))
             reply, body = await _receive(request, up_reader, writer)
-            is_sent = sending.done()  # a server may answer before it was told everything
+            is_sent = sending.done()  # a server may answer before it has the whole request
             sending.cancel()
         return await self._answer(request, reply, body, writer) and is_sent
 
@@ -157,22 +157,22 @@ class FaultProxy:
         return False
 
     async def _answer(self, request: Head, reply: Head, body: bytes, writer: StreamWriter) -> bool:
-        """Passes the reply on, or what a fault leaves of it; False: the connection must end with it."""
-        if request.words[0].upper() in self.lose_methods and self._bites("lose_reply"):
+        """Passes the reply on, or what a fault leaves of it. Returns False if the connection must end."""
+        if request.words[0].upper() in self.lose_methods and self._is_drawn("lose_reply"):
             self.counts["lose_reply"] += 1
             return False
-        is_cut = len(body) > 1 and self._bites("cut")
+        is_cut = len(body) > 1 and self._is_drawn("cut")
         self.counts["cut"] += is_cut
         writer.write(reply.raw + (body[: len(body) // 2] if is_cut else body))
         await writer.drain()
         return not is_cut
 
-    def _bites(self, fault: str) -> bool:
+    def _is_drawn(self, fault: str) -> bool:
         return self._dice[fault].random() < getattr(self, fault)
 
 
 async def _send(request: Head, reader: StreamReader, upstream: StreamWriter) -> None:
-    """Streams the request on; where the client breaks off, so does the server's connection."""
+    """Streams the request to the server. If the client breaks off, the server's connection is closed too."""
     try:
         upstream.write(request.raw)
         async for piece in request.body(reader):
@@ -183,7 +183,7 @@ async def _send(request: Head, reader: StreamReader, upstream: StreamWriter) -> 
 
 
 async def _receive(request: Head, upstream: StreamReader, writer: StreamWriter) -> tuple[Head, bytes]:
-    """The final reply, whole; a 100 Continue on the way is passed on at once."""
+    """Reads the final reply, whole. A 100 Continue before it is passed on at once."""
     reply = await Head.read(upstream)
     while reply.words[1].startswith("1"):
         writer.write(reply.raw)

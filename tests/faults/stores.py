@@ -1,4 +1,4 @@
-"""Stores that fail on purpose: wrappers through which a test decides what becomes of each call."""
+"""Stores that fail on purpose: wrappers in which a test decides the result of each call."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -7,11 +7,11 @@ from blocksight.storage.stores.store import ObjectInfo, ObjectStore
 
 
 class Crash(BaseException):
-    """The process is dead: no `except Exception` hears it, and the store is out of its reach from then on."""
+    """Raised where a process dies: no `except Exception` catches it."""
 
 
 class InterceptedStore:
-    """Any store; `intercept(name, key, call)` decides when, whether and with what end `call()` is made."""
+    """A store around another one; `intercept(name, key, call)` makes `call()`, delays it, skips it or raises."""
 
     def __init__(self, store: ObjectStore, intercept: Callable[[str, str, Callable[[], Any]], Any]) -> None:
         self.store, self.intercept = store, intercept
@@ -43,7 +43,7 @@ class InterceptedStore:
 
 
 class MortalCalls:
-    """An interceptor whose process dies at its n-th call, before or after the store has done it."""
+    """An interceptor that raises Crash at the call with index `deadly`, before or after the store's work."""
 
     def __init__(self, deadly: int, *, after: bool) -> None:
         self.deadly, self.after = deadly, after
@@ -52,7 +52,7 @@ class MortalCalls:
     def __call__(self, name: str, key: str, call: Callable[[], Any]) -> Any:
         self.made.append(f"{name} {key}")
         if len(self.made) > self.deadly + 1:
-            raise Crash  # the dead do nothing
+            raise Crash  # a dead process makes no calls
         is_deadly = len(self.made) == self.deadly + 1
         if is_deadly and not self.after:
             raise Crash

@@ -1,4 +1,4 @@
-"""The faults that are planted: what each means, where it is put, and which test must go red.
+"""The table of planted faults: what each means, where it is put, and which test must go red.
 
 A text that is no longer in its file, or a test that is gone, fails `test_mutations.py`.
 """
@@ -77,7 +77,7 @@ MUTATIONS = (
         ("jobs/worker/test_attempts.py::test_a_fragment_outweighs_a_dead_letter",),
     ),
     Mutation(
-        "a unit is buried although its fragment stands, and the letter stays",
+        "the dead letter of a committed unit is not removed",
         "jobs/ledger/reconcile.py",
         "        store.delete(letter_key(unit_id))",
         "        pass",
@@ -112,7 +112,7 @@ MUTATIONS = (
         ("storage/stores/test_stores.py::test_the_probe_refuses_a_store_that_overwrites",),
     ),
     Mutation(
-        "the probe lets nobody race",
+        "the probe lets no writers race",
         "storage/stores/opening.py",
         "        _check_one_writer_wins(store, race)",
         "        pass",
@@ -147,7 +147,7 @@ MUTATIONS = (
         ("jobs/ledger/test_stop_request.py::test_a_patient_store_asks_again_until_it_answers",),
     ),
     Mutation(
-        "the sign to stop is not looked at",
+        "the stop request is not read",
         "jobs/worker/attempts.py",
         "is_stopped(stores.output, stores.run_id)",
         "False",
@@ -179,8 +179,8 @@ MUTATIONS = (
         "jobs/ledger/reconcile.py",
         '    faults = [f"{key} was not planned" for key in job_state.strangers]\n'
         '    faults += [f"unit {unit.ordinal} is neither committed nor dead" for unit in job_state.open_units]\n',
-        "    settled = len(job_state.receipts) + len(job_state.dead) + len(job_state.strangers)\n"
-        '    faults = ["units are open"] if settled < len(job_state.plan.units) else []\n',
+        "    num_done = len(job_state.receipts) + len(job_state.dead) + len(job_state.strangers)\n"
+        '    faults = ["units are open"] if num_done < len(job_state.plan.units) else []\n',
         ("jobs/worker/test_attempts.py::test_finalize_compares_sets_and_metadata",),
     ),
     Mutation(
@@ -257,7 +257,7 @@ MUTATIONS = (
         ("jobs/worker/test_failures.py::test_a_broken_table_among_sound_ones_is_one_dead_letter",),
     ),
     Mutation(
-        "what stands behind the end of a tar is not looked at",
+        "what follows the end of a tar is not read",
         "storage/inputs/tar_headers.py",
         "            offset = _end_of_zeros(file, offset)",
         "            offset = file.info.size",
@@ -414,42 +414,42 @@ MUTATIONS = (
         ("storage/images/test_golden_pixels.py::test_png_broken",),
     ),
     Mutation(
-        "a stranger's plan chooses what is imported",
+        "an untrusted plan chooses what is imported",
         "jobs/plan/stored_config.py",
         "    if named is None and factory_of(stored) is not None:",
         "    if False:",
         ("jobs/plan/test_stored_config.py::test_a_bank_does_not_bypass_the_check_of_the_factory",),
     ),
     Mutation(
-        "a stranger's plan chooses the weights file",
+        "an untrusted plan chooses the weights file",
         "jobs/plan/stored_config.py",
         "    if not stored.isidentifier():",
         "    if False:",
         ("jobs/plan/test_stored_config.py::test_no_file_is_read_because_an_output_names_it",),
     ),
     Mutation(
-        "a stranger's key leads out of the root",
+        "an untrusted key leads out of the root",
         "storage/stores/store.py",
         '{".", ".."} & set(key.split("/"))',
         "False",
         ("storage/stores/test_stores.py::test_keys_stay_below_the_root",),
     ),
     Mutation(
-        "a stranger's document may hold a field twice",
+        "an untrusted document may hold a field twice",
         "jobs/plan/documents.py",
         "object_pairs_hook=_without_duplicates",
         "object_pairs_hook=dict",
         ("jobs/plan/test_documents.py::test_every_damage_to_a_document_is_one_sentence",),
     ),
     Mutation(
-        "a stranger's document is read whole",
+        "an untrusted document is read whole",
         "jobs/plan/documents.py",
         "store.read(key, length=max_bytes + 1)",
         "store.read(key)",
         ("jobs/plan/test_documents.py::test_no_more_of_a_document_is_read_than_the_bound",),
     ),
     Mutation(
-        "a stranger's document may say more or hold other types",
+        "an untrusted document may say more or hold other types",
         "jobs/plan/documents.py",
         'strict=True, extra="forbid"',
         "strict=False",
@@ -459,21 +459,21 @@ MUTATIONS = (
         ),
     ),
     Mutation(
-        "a stranger's units are believed",
+        "untrusted units are not checked",
         "jobs/plan/plan.py",
         '    check_units(units, body["layout"])\n',
         "",
         ("jobs/plan/test_documents.py::test_malformed_units_are_refused",),
     ),
     Mutation(
-        "a stranger's receipt is of another unit",
+        "an untrusted receipt is of another unit",
         "jobs/ledger/receipts.py",
         "    if found != wanted:",
         "    if False:",
         ("jobs/plan/test_documents.py::test_a_receipt_of_another_unit_is_damaged_and_made_again",),
     ),
     Mutation(
-        "a stranger's keys share a file",
+        "untrusted keys share a file",
         "storage/outputs/file_names.py",
         "    if PLAIN.fullmatch(key) and not _is_device(key):",
         "    if PLAIN.fullmatch(key.lower()):",

@@ -1,4 +1,4 @@
-"""A store that loses replies, refuses, cuts and delays; one that dies and comes back; one that stays away."""
+"""Jobs on a store that loses replies, refuses, cuts and delays, dies and comes back, or stays away."""
 
 import os
 
@@ -36,7 +36,7 @@ def bucket(tmp_path_factory):
 
 @pytest.fixture
 def place(bucket):
-    """A prefix of its own, with images to explain, and a store for everything in it."""
+    """A new prefix of the bucket; the proxy injects no fault yet."""
     bucket.proxy.lose_reply = bucket.proxy.refuse = bucket.proxy.cut = bucket.proxy.delay = 0.0
     return f"{bucket.uri}/{os.urandom(4).hex()}"
 
@@ -62,7 +62,7 @@ def test_a_bad_connection_costs_time_and_nothing_else(bucket, place, tmp_path, m
         outcome = run_here(f"{place}/in", f"{place}/out", endpoint_url=bucket.endpoint_url)
         bucket.proxy.lose_reply = bucket.proxy.refuse = bucket.proxy.cut = bucket.proxy.delay = 0.0
     assert outcome.manifest is not None
-    assert fault == "a slow store" or bucket.proxy.counts.total() > before, "the fault did not bite"
+    assert fault == "a slow store" or bucket.proxy.counts.total() > before, "the fault had no effect"
     assert_sound(output, watcher.faults)
     assert row_hashes(output) == row_hashes(open_store(f"{place}/undisturbed", bucket.endpoint_url))
     assert contents(output) == contents(open_store(f"{place}/undisturbed", bucket.endpoint_url))
@@ -77,8 +77,8 @@ def test_a_store_that_dies_and_comes_back_is_waited_for(bucket, place, tmp_path)
         assert process.poll() is None, process.communicate()
     with bucket.killed():
         assert process.poll() is None, process.communicate()
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
     assert_sound(output)
 
 
@@ -110,23 +110,23 @@ def test_a_shard_that_changes_after_the_plan_is_a_dead_letter(bucket, place, tmp
     source = open_store(f"{place}/in", bucket.endpoint_url)
     job = ["--output", f"{place}/out", "--endpoint-url", bucket.endpoint_url]
     explain = ["explain", "--data", f"{place}/in", "--model", "tests.jobs.tiny:make", "--runner", "local", *job]
-    code, said = ended(*explain)
-    assert code == 0, said
+    code, printed = ended(*explain)
+    assert code == 0, printed
     output = open_store(f"{place}/out", bucket.endpoint_url)
     for info in [*output.list("data/"), *output.list("_job/receipts/"), *output.list("_job/final/")]:
         output.delete(info.key)
     whole = source.read("a.tar")
     source.put("a.tar", whole + bytes(512))
-    code, said = ended(*explain)
-    assert code == 3, said
-    assert "input_changed" in said
-    assert "retry" in said
+    code, printed = ended(*explain)
+    assert code == 3, printed
+    assert "input_changed" in printed
+    assert "retry" in printed
     assert_sound(output)
     assert all(row["shard"].endswith("b.tar") for row in rows_in(output))
     source.put("a.tar", whole)
-    code, said = ended("retry", f"{place}/out", "--endpoint-url", bucket.endpoint_url)
+    code, printed = ended("retry", f"{place}/out", "--endpoint-url", bucket.endpoint_url)
     assert code == 0
-    assert "open again" in said
-    code, said = ended(*explain)
-    assert code == 0, said
+    assert "open again" in printed
+    code, printed = ended(*explain)
+    assert code == 0, printed
     assert_sound(output)

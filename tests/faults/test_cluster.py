@@ -1,4 +1,4 @@
-"""Ray under fire: workers, nodes and raylets that die or stand still, poison, pressure, actors that do not start."""
+"""Ray with faults: workers, nodes and raylets that die or hang, poison, full memory, actors that do not start."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
-    """The rows of an undisturbed run, whatever units they lie in."""
+    """The hashes of the rows of a run without faults."""
     output = tmp_path_factory.mktemp("whole") / "out"
     run_here(data, output, model="tests.jobs.tiny:make_slow")
     return row_hashes(LocalStore(output))
@@ -40,31 +40,31 @@ def wait_until(holds, process, seconds=120):
     deadline = time.monotonic() + seconds
     while not holds():
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "it never came so far"
+        assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.05)
 
 
-def at_work(cluster, store, process, committed=2):
-    """Waits until some fragments stand and actors explain."""
+def wait_until_at_work(cluster, store, process, committed=2):
+    """Waits until some fragments are committed and actors explain."""
     wait_until(lambda: len(contents(store)) >= committed and cluster.workers("_Explain"), process)
 
 
 def kill_workers(cluster, store, process):
     for title in ("_Explain", "_Explain", "Map"):
-        at_work(cluster, store, process)
+        wait_until_at_work(cluster, store, process)
         os.kill(cluster.workers(title)[0], signal.SIGKILL)
         time.sleep(2)
 
 
 def kill_a_node(cluster, store, process):
-    at_work(cluster, store, process)
+    wait_until_at_work(cluster, store, process)
     cluster.kill_node(0)
     cluster.add_node()
 
 
 def stop_a_raylet(cluster, store, process):
-    """Long enough for the head to take it for dead; when it wakes it is told so."""
-    at_work(cluster, store, process)
+    """Stops a raylet so long that the head declares it dead. It learns this when it continues."""
+    wait_until_at_work(cluster, store, process)
     raylet = cluster.raylets[-1]
     os.kill(raylet, signal.SIGSTOP)
     time.sleep(25)
@@ -79,8 +79,8 @@ def test_a_death_in_a_cluster_costs_work_and_no_result(data, whole, tmp_path, fa
         process = started(*job, fault=SMALL_UNITS)
         fault(cluster, store, process)
         still_open = len(contents(store)) < len(list(store.list("_job/receipts/"))) or process.poll() is None
-        said, _ = process.communicate(timeout=200)
-        assert process.returncode == 0, said
+        printed, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, printed
     assert still_open, "the fault came too late to matter"
     assert_sound(store, watcher.faults)
     assert row_hashes(store) == whole
@@ -89,8 +89,8 @@ def test_a_death_in_a_cluster_costs_work_and_no_result(data, whole, tmp_path, fa
 def test_a_poisonous_record_is_rejected_alone_and_the_run_goes_on(tmp_path):
     data = folder_of_images(tmp_path / "in", 10, bad=False)
     (data / "cat" / "poison.png").write_bytes(red())
-    code, said = ended(*explain(data, tmp_path / "out", "make_deadly"), fault=SMALL_UNITS)
-    assert code == 0, said
+    code, printed = ended(*explain(data, tmp_path / "out", "make_deadly"), fault=SMALL_UNITS)
+    assert code == 0, printed
     store = LocalStore(tmp_path / "out")
     assert {row["key"]: row["reject_code"] for row in rows_in(store) if row["reject_code"]} == {
         "cat/poison.png": "process_died"
@@ -102,20 +102,20 @@ def test_a_poisonous_record_is_rejected_alone_and_the_run_goes_on(tmp_path):
 def test_an_actor_that_fails_to_start_once_is_started_again(tmp_path, monkeypatch):
     monkeypatch.setenv("BLOCKSIGHT_TEST_FLAG", str(tmp_path / "flag"))
     data = folder_of_images(tmp_path / "in", 6, bad=False)
-    code, said = ended(*explain(data, tmp_path / "out", "make_late"))
-    assert code == 0, said
+    code, printed = ended(*explain(data, tmp_path / "out", "make_late"))
+    assert code == 0, printed
     assert (tmp_path / "flag").exists()
     assert_sound(LocalStore(tmp_path / "out"))
 
 
 def test_a_small_object_store_spills_and_nothing_is_lost(tmp_path):
-    """Pixels and maps of some units at once are more than the 80 MB that the session has."""
+    """The pixels and maps of a few units need more than the session's 80 MB."""
     data = folder_of_images(tmp_path / "in", 600, bad=False)
     with RayCluster(0, num_cpus=3, object_store_memory=80 << 20) as cluster:
         arguments = explain(data, tmp_path / "out", "make_wide", "--address", cluster.address, "--workers", "1")
-        code, said = ended(*arguments, "-p", "mu=0.95", fault="unit=100")
+        code, printed = ended(*arguments, "-p", "mu=0.95", fault="unit=100")
         logs = cluster.logs()
-    assert code == 0, said
+    assert code == 0, printed
     assert "Spilled" in logs, "the pressure did not bite"
     store = LocalStore(tmp_path / "out")
     assert len(rows_in(store)) == 600
@@ -128,14 +128,14 @@ def test_sigterm_ends_a_ray_run_within_the_grace_time(data, tmp_path):
     wait_until(lambda: len(contents(store)) >= 2, process)
     process.send_signal(signal.SIGTERM)
     start = time.monotonic()
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 4, said
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 4, printed
     assert time.monotonic() - start < 30
-    assert "Stopped: SIGTERM" in said
+    assert "Stopped: SIGTERM" in printed
     assert list(store.list("_job/attempts/")) == []
     before = contents(store)
-    code, said = ended(*explain(data, tmp_path / "out", "make_slow"), fault=SMALL_UNITS)
-    assert code == 0, said
+    code, printed = ended(*explain(data, tmp_path / "out", "make_slow"), fault=SMALL_UNITS)
+    assert code == 0, printed
     assert before.items() < contents(store).items()
     assert_sound(store)
 
@@ -146,7 +146,7 @@ def test_two_drivers_at_once_do_the_work_once(data, whole, tmp_path):
     with Watcher(LocalStore(tmp_path / "out")) as watcher:
         drivers = [started(*job, fault=SMALL_UNITS) for _ in range(2)]
         for driver in drivers:
-            said, _ = driver.communicate(timeout=200)
-            assert driver.returncode == 0, said
+            printed, _ = driver.communicate(timeout=200)
+            assert driver.returncode == 0, printed
     assert_sound(store, watcher.faults)
     assert row_hashes(store) == whole

@@ -1,4 +1,4 @@
-"""A crash at every single call to the store, before and after it, and then the same command again."""
+"""A crash before and after each single call to the store; then the same command resumes the job."""
 
 import re
 
@@ -23,9 +23,9 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def job(data, tmp_path, monkeypatch):
-    """Runs the job on a store in memory, through an interceptor; small units, so that several are under way."""
+    """Runs the job on a store in memory, through an interceptor; the units are small, so that there are several."""
     monkeypatch.setattr("blocksight.cluster.sizing.LEAST_UNIT_SECONDS", 60.0)
-    monkeypatch.setattr(run, "probe", lambda *_: None)  # its threads are tested where it stands
+    monkeypatch.setattr(run, "probe", lambda *_: None)  # it uses threads; `test_stores.py` tests it
 
     def go(store, interceptor):
         def opened(uri, endpoint_url=None):
@@ -39,14 +39,14 @@ def job(data, tmp_path, monkeypatch):
 
 @pytest.fixture
 def whole(job):
-    """What an undisturbed run leaves, and the calls that it makes."""
+    """The contents that a run without a crash leaves, and the calls that it makes."""
     store, calls = MemoryStore(), MortalCalls(ALWAYS, after=False)
     assert job(store, calls).manifest is not None
     assert verify(store) == []
     return contents(store), calls.made
 
 
-# a death before a call leaves the store as one after the call before it does, but for calls that threads make at once
+# a death before a call equals a death after the previous call, except for calls that threads make at the same time
 @pytest.mark.parametrize(
     ("after", "every"),
     [
@@ -57,7 +57,7 @@ def whole(job):
     ids=["before", "after", "after some"],
 )
 def test_a_crash_at_any_call_changes_nothing_in_the_end(job, whole, after, every):
-    """With `every` calls as 4: every fourth one, and the first of each method in each folder."""
+    """`every` is 4: every fourth call, and the first call of each method in each folder."""
     expected, calls = whole
     assert len(expected) >= 2
     assert {call.split()[0] for call in calls} == {"read", "head", "list", "create", "put", "delete"}
@@ -65,8 +65,8 @@ def test_a_crash_at_any_call_changes_nothing_in_the_end(job, whole, after, every
         store = MemoryStore()
         with pytest.raises(Crash):
             job(store, MortalCalls(deadly, after=after))
-        standing = contents(store)
-        assert standing.items() <= expected.items(), f"died at {calls[deadly]}"
+        committed = contents(store)
+        assert committed.items() <= expected.items(), f"died at {calls[deadly]}"
         outcome = job(store, MortalCalls(ALWAYS, after=False))
         assert outcome.manifest is not None, f"died at {calls[deadly]}"
         assert verify(store) == [], f"died at {calls[deadly]}"
@@ -80,7 +80,7 @@ def chosen(calls, every):
 
 
 def test_repeated_crashes_at_the_same_call_end_too(job, whole):
-    """Each run dies a little later than the one before."""
+    """Each run dies at a later call than the one before."""
     expected, calls = whole
     store = MemoryStore()
     for deadly in range(0, len(calls), 4):

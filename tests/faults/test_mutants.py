@@ -1,4 +1,4 @@
-"""The draw of mutants and the file of judged survivors."""
+"""Mutants are drawn and counted correctly, and each judged survivor still has its code."""
 
 import ast
 import json
@@ -41,7 +41,7 @@ SOUND, BROKEN = "value > 0", "value >= 0"
 
 @pytest.fixture
 def tree(tmp_path):
-    """What mutmut leaves of a module with two functions."""
+    """The files that mutmut leaves for a module with two functions."""
     folder = tmp_path / "mutants" / "storage"
     folder.mkdir(parents=True)
     (folder / "half.py").write_text(MUTATED)
@@ -73,10 +73,10 @@ def test_a_report_counts_what_was_noticed_and_lists_what_was_not(monkeypatch, ca
     entry = {"function": "half", "sound": "2", "broken": "other", "equivalent": "why"}
     monkeypatch.setattr("tests.faults.mutants.judged", lambda: {("half", "2", "other"): entry})
     assert report("storage", mutants, codes, 5) is True
-    said = capsys.readouterr().out
-    assert "75.0% of 5 mutants noticed (5 drawn): 1 equivalent, 2 killed, 1 survived, 1 timed out" in said
-    assert "half: 3" in said
-    assert "half: 2" not in said
+    printed = capsys.readouterr().out
+    assert "75.0% of 5 mutants noticed (5 drawn): 1 equivalent, 2 killed, 1 survived, 1 timed out" in printed
+    assert "half: 3" in printed
+    assert "half: 2" not in printed
     assert report("storage", mutants, codes | {"0": 0}, 5) is False
     assert 0 not in KILLED
 

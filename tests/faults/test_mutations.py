@@ -1,4 +1,4 @@
-"""The table of faults fits the tree, and the tool that plants them is honest."""
+"""The table of faults fits the tree, and the tool that plants them gives the right verdicts."""
 
 import ast
 import subprocess
@@ -61,12 +61,12 @@ with copied(Path(sys.argv[1])) as tree:
     import importlib.util
     Elsewhere.find_spec = lambda name, path=None, target=None: importlib.util.spec_from_file_location(
         name, Path(sys.argv[1]) / "storage" / "sums.py") if name == "blocksight.storage.sums" else None
-    print(judge(tree, Mutation("", "storage/sums.py", "a + b", "a - b", ["test_sums.py::test_sum"])).said)
+    print(judge(tree, Mutation("", "storage/sums.py", "a + b", "a - b", ["test_sums.py::test_sum"])).detail)
 """
 
 
 def test_a_verdict_is_red_green_or_broken(tmp_path):
-    """On a small project: only a test that fails while it runs has seen a fault, and only in the copy's own code."""
+    """On a small project: only a test that fails while it runs has seen a fault, and only in the copy's code."""
     for name, text in {
         "pyproject.toml": "[tool.pytest.ini_options]\naddopts = '-n 2'\n"
         "markers = ['servers: ', 'faults: ', 'sweep: ']\n"
@@ -86,9 +86,9 @@ def test_a_verdict_is_red_green_or_broken(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    *verdicts, stranger = done.stdout.splitlines() or [done.stderr]
+    *verdicts, other = done.stdout.splitlines() or [done.stderr]
     assert verdicts == ["green", "red", "green", "broken", "broken", "broken", "broken", "green"], done.stderr
     assert (
-        stranger
+        other
         == f"blocksight.storage.sums was imported from {Path(tmp_path) / 'storage/sums.py'}, and not from the copy"
     )

@@ -1,4 +1,4 @@
-"""Real processes that die at each step of the protocol, wait for each other, hang, or meet poison."""
+"""Real processes that die at each step of the protocol, race for one fragment, hang, or read a poisonous record."""
 
 import os
 import signal
@@ -32,7 +32,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
-    """The fragments of an undisturbed run."""
+    """The fragments of a run without faults."""
     output = tmp_path_factory.mktemp("whole") / "out"
     run_here(data, output)
     return contents(LocalStore(output))
@@ -84,10 +84,10 @@ def test_an_image_that_kills_the_first_pass_is_left_out(tmp_path):
     (data / "cat" / "poison.png").write_bytes(red())
     arguments = explain(data, tmp_path / "out", *OPTIONS, model="tests.jobs.tiny:make_deadly")
     for _ in range(2 * CAREFUL_DEATHS):  # in the first pass, and then in the unit
-        code, said = ended(*arguments)
-        assert code == -signal.SIGABRT, said
-    code, said = ended(*arguments)
-    assert code == 0, said
+        code, printed = ended(*arguments)
+        assert code == -signal.SIGABRT, printed
+    code, printed = ended(*arguments)
+    assert code == 0, printed
     store = LocalStore(tmp_path / "out")
     assert int(load(store.read(LEARNED_KEY))["bandit.counts"].sum()) == 3
     assert statuses(store)["cat/poison.png"] == "process_died"
@@ -102,13 +102,13 @@ def wait_for(path, process):
 
 
 def assert_complete(process):
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, said
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, printed
 
 
 @pytest.mark.parametrize("order", ["together", "a zombie comes late"])
 def test_two_processes_at_one_fragment(data, whole, tmp_path, order):
-    """Both have computed the first unit; they are let go at once, or one long after the other has finished."""
+    """Both have computed the first unit. They commit at the same time, or one long after the other has finished."""
     store = LocalStore(tmp_path / "out")
     first, second = (started(*explain(data, tmp_path / "out"), fault=f"hold={tmp_path / name}") for name in "ab")
     with Watcher(LocalStore(tmp_path / "out")) as watcher:
@@ -134,10 +134,10 @@ def test_sigterm_ends_cleanly_and_loses_no_finished_unit(tmp_path):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=30)
-    assert process.returncode == 4, said
-    assert "SIGTERM" in said
-    assert "goes on from there" in said
+    printed, _ = process.communicate(timeout=30)
+    assert process.returncode == 4, printed
+    assert "SIGTERM" in printed
+    assert "goes on from there" in printed
     assert 0 < len(contents(store)) < 40
     assert list(store.list("_job/attempts/")) == []
     run_here(data, tmp_path / "out")
@@ -150,7 +150,7 @@ def statuses(store):
 
 @pytest.mark.parametrize("stage", ["decode", "explain", "encode", "hang"])
 def test_a_poisonous_record_is_rejected_alone(tmp_path, stage):
-    """In this process's own way of a unit it takes the whole program down; a run is an attempt, then."""
+    """With the local runner, poison ends the whole program: each run is one attempt."""
     data = folder_of_images(tmp_path / "in", 3, bad=False)
     (data / "cat" / "poison.png").write_bytes(red() + (POISON if stage == "decode" else b""))
     fault, model = {
@@ -161,10 +161,10 @@ def test_a_poisonous_record_is_rejected_alone(tmp_path, stage):
     }[stage]
     arguments = explain(data, tmp_path / "out", model=model)
     for _ in range(CAREFUL_DEATHS):
-        code, said = ended(*arguments, fault=fault)
-        assert code == (1 if stage == "hang" else -signal.SIGABRT), said
-    code, said = ended(*arguments, fault=fault)
-    assert code == 0, said
+        code, printed = ended(*arguments, fault=fault)
+        assert code == (1 if stage == "hang" else -signal.SIGABRT), printed
+    code, printed = ended(*arguments, fault=fault)
+    assert code == 0, printed
     store = LocalStore(tmp_path / "out")
     assert statuses(store) == {"ant/000.png": None, "bee/001.png": None, "cat/002.png": None} | {
         "cat/poison.png": "process_died"
@@ -182,7 +182,7 @@ def digest_of_poison(data, tmp_path):
 
 
 def test_a_full_disk_names_the_path_and_leaves_nothing_half_written(data, whole, tmp_path):
-    """In a file system of 400 kB of its own, which no other process sees."""
+    """Mounts a file system of 64 kB, which no other process sees."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
     (tmp_path / "disk").mkdir()
@@ -199,11 +199,11 @@ def test_a_full_disk_names_the_path_and_leaves_nothing_half_written(data, whole,
         text=True,
         check=False,
     )
-    said = done.stdout + done.stderr
-    assert "No space left on device" in said, said
-    assert str(tmp_path / "disk" / "out") in said
-    assert "Traceback" not in said
-    assert done.returncode == 0, said
+    printed = done.stdout + done.stderr
+    assert "No space left on device" in printed, printed
+    assert str(tmp_path / "disk" / "out") in printed
+    assert "Traceback" not in printed
+    assert done.returncode == 0, printed
     store = LocalStore(tmp_path / "out")
     assert_sound(store)
     assert contents(store) == whole

@@ -1,4 +1,4 @@
-"""Each fault of the proxy bites, and the S3 store answers it as it promises."""
+"""Each fault of the proxy has its effect, and the S3 store handles it as documented."""
 
 import http.client
 import os
@@ -27,28 +27,28 @@ def proxy(bucket):
 
 @pytest.fixture
 def store(bucket, proxy, monkeypatch):
-    """A store behind the proxy, with an object in it; the client's pauses between attempts are made short."""
+    """A store behind the proxy with one object in it; the client's pauses between attempts are short."""
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.02)
     behind = open_store(f"{bucket.uri}/{os.urandom(4).hex()}", proxy.endpoint_url)
-    behind.create("standing", BODY, metadata={"attempt": "first"})
+    behind.create("first", BODY, metadata={"attempt": "first"})
     return behind
 
 
 def test_without_faults_it_is_not_there(proxy, store):
-    assert store.read("standing") == BODY
-    assert store.read("standing", start=5, length=7) == BODY[5:12]
-    assert store.head("standing").metadata == {"attempt": "first"}
-    assert [info.key for info in store.list()] == ["standing"]
+    assert store.read("first") == BODY
+    assert store.read("first", start=5, length=7) == BODY[5:12]
+    assert store.head("first").metadata == {"attempt": "first"}
+    assert [info.key for info in store.list()] == ["first"]
     with pytest.raises(AlreadyExistsError):
-        store.create("standing", b"other")
-    store.delete("standing")
-    assert store.head("standing") is None
+        store.create("first", b"other")
+    store.delete("first")
+    assert store.head("first") is None
     assert proxy.counts == Counter()
     assert proxy.num_requests >= 7
 
 
 def created(store, key):
-    """How a creation ended."""
+    """Creates an object; returns how that ended."""
     try:
         store.create(key, BODY, metadata={"attempt": key})
     except AlreadyExistsError:
@@ -70,15 +70,15 @@ def test_a_lost_reply_leaves_our_object_behind_an_error(proxy, store):
         assert store.head(key).metadata == {"attempt": key}
         assert store.read(key) == BODY
     assert proxy.counts["lose_reply"] > 6
-    assert store.read("standing") == BODY
+    assert store.read("first") == BODY
 
 
 def test_reads_are_not_lost_unless_asked_for(proxy, store):
     proxy.lose_reply = 1.0
-    assert store.read("standing") == BODY
+    assert store.read("first") == BODY
     proxy.lose_methods = {"GET"}
     with pytest.raises(StoreError):
-        store.read("standing")
+        store.read("first")
 
 
 def test_refused_requests_are_asked_again(proxy, store):
@@ -98,29 +98,29 @@ def test_refused_requests_are_asked_again(proxy, store):
 def test_cut_bodies_are_read_again_whole(proxy, store):
     proxy.cut = 0.2
     for _ in range(12):
-        assert store.read("standing") == BODY
+        assert store.read("first") == BODY
     assert proxy.counts["cut"] > 0
     proxy.cut = 1.0
     with pytest.raises(StoreError):
-        store.read("standing")
+        store.read("first")
 
 
 def test_delays(proxy, store):
     proxy.delay = lambda: 0.3
     start = time.monotonic()
-    store.head("standing")
+    store.head("first")
     assert time.monotonic() - start >= 0.3
     proxy.delay = 0.1
-    store.head("standing")
+    store.head("first")
     assert proxy.counts["delay"] == 2
 
 
 def test_down_and_up_again(proxy, store):
     proxy.down = True
     with pytest.raises(StoreError, match="cannot be reached"):
-        store.read("standing")
+        store.read("first")
     proxy.down = False
-    assert store.read("standing") == BODY
+    assert store.read("first") == BODY
     assert proxy.counts["down"] >= ATTEMPTS
 
 
@@ -130,11 +130,11 @@ def test_down_ends_a_request_that_is_under_way(proxy, store):
     timer.start()
     start = time.monotonic()
     with pytest.raises(StoreError, match="cannot be reached"):
-        store.put("standing", b"other")
+        store.put("first", b"other")
     assert time.monotonic() - start < 20
     timer.join()
     proxy.down, proxy.delay = False, 0.0
-    assert store.read("standing") == BODY
+    assert store.read("first") == BODY
 
 
 def test_the_server_may_move(proxy, store, bucket):
@@ -142,25 +142,25 @@ def test_the_server_may_move(proxy, store, bucket):
         closed.bind(("127.0.0.1", 0))
         proxy.upstream_port = closed.getsockname()[1]
         with pytest.raises(StoreError, match="cannot be reached"):
-            store.head("standing")
+            store.head("first")
     proxy.upstream_port = bucket.port
-    assert store.head("standing").size == len(BODY)
+    assert store.head("first").size == len(BODY)
 
 
 def answers(listener, conversation):
-    """Takes requests off one connection each: what must come, and what goes back."""
+    """A server: reads the expected parts of each request and sends the replies, one connection for each."""
     for wanted, reply in conversation:
         connection, _ = listener.accept()
         with connection:
-            heard = b""
+            data = b""
             for part, answer in zip(wanted, reply, strict=True):
-                while not heard.endswith(part):
-                    heard += connection.recv(1 << 16)
+                while not data.endswith(part):
+                    data += connection.recv(1 << 16)
                 connection.sendall(answer)
 
 
 def test_chunked_bodies_and_continue_pass_as_they_are():
-    """Against a server that speaks word by word; one connection of the client carries all of it."""
+    """The server answers part by part; the client uses one connection."""
     chunks = b"5;chunk-signature=ab\r\nhello\r\n0;chunk-signature=cd\r\nx-trailer: 1\r\n\r\n"
     listing = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"
     go_on, done = b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -179,18 +179,18 @@ def test_chunked_bodies_and_continue_pass_as_they_are():
 
 
 def received(connection, end):
-    heard = b""
-    while not heard.endswith(end):
-        heard += connection.recv(1 << 16)
-    return heard
+    data = b""
+    while not data.endswith(end):
+        data += connection.recv(1 << 16)
+    return data
 
 
 def test_a_client_that_dies_leaves_nothing(proxy, store, bucket):
-    """Half a body reaches the server, which makes no object of it."""
+    """Half a body reaches the server, which creates no object from it."""
     dying = http.client.HTTPConnection("127.0.0.1", proxy.port)
     dying.putrequest("PUT", f"/{bucket.name}/half")
     dying.putheader("Content-Length", str(len(BODY)))
     dying.endheaders(BODY[: len(BODY) // 2])
     dying.close()
-    assert store.read("standing") == BODY
+    assert store.read("first") == BODY
     assert open_store(bucket.uri, bucket.endpoint_url).head("half") is None

@@ -1,4 +1,4 @@
-"""The verifier and the watcher go red: a sound output is spoilt in one way at a time."""
+"""The verifier and the watcher find each fault: a sound output is damaged in one way at a time."""
 
 import hashlib
 import io
@@ -34,7 +34,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def output(finished, tmp_path):
-    """A copy to be spoilt."""
+    """A copy to damage."""
     return LocalStore(shutil.copytree(finished / "out", tmp_path / "out"))
 
 
@@ -75,7 +75,7 @@ def rows_of(store, *keys):
 
 
 def a_fragment(store, status="ok", records=2):
-    """A fragment with at least so many records, the first of them of this status."""
+    """The key of a fragment with at least `records` records, the first of them with this status."""
     for key in sorted(contents(store)):
         rows = rows_of(store, key)
         if rows[0]["status"] == status and len({row["shard"] for row in rows}) >= records:
@@ -98,15 +98,15 @@ def edit(store, key, change):
     store.put(key, json.dumps(body).encode())
 
 
-def rewrite(store, key, body, **said):
-    """Writes a fragment anew, with the metadata that it had but for what is `said`."""
-    metadata = {**store.head(key).metadata, **said}
+def rewrite(store, key, body, **changes):
+    """Replaces a fragment's bytes; keeps its metadata, but for `changes`."""
+    metadata = {**store.head(key).metadata, **changes}
     store.delete(key)
     store.create(key, body, metadata=metadata)
 
 
 def forge(store, key, rows):
-    """Writes other rows, with metadata, receipt and manifest that agree: nothing but the rows gives it away."""
+    """Writes other rows, and makes metadata, receipt and manifest agree: only the rows are wrong."""
     schema = pq.read_schema(io.BytesIO(store.read(key)))
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink)
@@ -114,8 +114,8 @@ def forge(store, key, rows):
     facts = {"sha256": hashlib.sha256(body).hexdigest(), "num_bytes": len(body), "num_rows": len(rows)}
     counts = {"num_records": len(records)}
     counts |= {f"num_{status}": [*records.values()].count(status) for status in ("ok", "rejected")}
-    said = {name.removeprefix("num_"): str(count) for name, count in counts.items()}
-    rewrite(store, key, body, sha256=facts["sha256"], **said)
+    metadata = {name.removeprefix("num_"): str(count) for name, count in counts.items()}
+    rewrite(store, key, body, sha256=facts["sha256"], **metadata)
     before = json.loads(store.read(receipt_of(key)))
     edit(store, receipt_of(key), lambda receipt: receipt.update(facts | counts))
     edit(store, MANIFEST, lambda manifest: agree(manifest, key, before, facts | counts))
@@ -129,7 +129,7 @@ def agree(manifest, key, before, after):
 
 
 def spoil_rows(change, **which) -> Callable:
-    """A forgery that changes one fragment's rows, and names the fragment."""
+    """A function that forges the rows of one fragment and returns its key."""
 
     def spoil(store):
         key = a_fragment(store, **which)
@@ -153,8 +153,8 @@ def lose_a_fragment(store):
     return key
 
 
-def lose_a_unit_without_a_trace(store):
-    """Manifest and receipt forget it too: the plan alone remembers."""
+def lose_a_whole_unit(store):
+    """Removes a unit from manifest and receipts too: only the plan lists it."""
     key = lose_a_fragment(store)
     lost = json.loads(store.read(receipt_of(key)))
     edit(store, MANIFEST, lambda manifest: forget(manifest, key, lost))
@@ -167,7 +167,7 @@ def forget(manifest, key, lost):
     manifest["fragments"] = [entry for entry in manifest["fragments"] if entry["key"] != key]
 
 
-def put_a_stranger(store):
+def add_an_unplanned_object(store):
     store.create("data/notes.txt", b"mine")
     return "data/notes.txt"
 
@@ -180,7 +180,7 @@ def commit_twice(store):
 
 
 def move_a_record(store):
-    """The first record of one fragment stands in another too."""
+    """Adds the first record of one fragment to another too."""
     first, second = sorted(contents(store))[:2]
     row = next(row for row in rows_of(store, first))
     forge(store, second, [*rows_of(store, second), {**row, "unit_id": unit_of(second)}])
@@ -210,7 +210,7 @@ def lose_the_metadata(store):
 
 
 def falsify(of_key, **values) -> Callable:
-    """Changes one JSON object that speaks of a fragment."""
+    """A function that changes one JSON object about a fragment and returns its key."""
 
     def spoil(store):
         key = a_fragment(store)
@@ -220,13 +220,13 @@ def falsify(of_key, **values) -> Callable:
     return spoil
 
 
-def strange_receipt(store):
+def add_an_unplanned_receipt(store):
     store.create("_job/receipts/0123456789.json", b"{}")
     return "_job/receipts/0123456789.json"
 
 
-def orphan_receipt(store):
-    """A receipt before its fragment, in a job that is not final."""
+def leave_a_receipt_alone(store):
+    """Leaves a receipt without its fragment, in a job that is not final."""
     key = lose_a_fragment(store)
     store.delete(MANIFEST)
     return receipt_of(key)
@@ -240,18 +240,18 @@ def wrong_manifest_entry(store):
     return sorted(contents(store))[0]
 
 
-def manifest_forgets(store):
+def drop_a_manifest_entry(store):
     edit(store, MANIFEST, lambda manifest: manifest["fragments"].pop(0))
     return sorted(contents(store))[0]
 
 
-def kill_a_living_unit(store):
+def give_up_a_committed_unit(store):
     unit_id = unit_of(a_fragment(store))
     store.create(f"_job/dead/{unit_id}.json", json.dumps({"unit_id": unit_id}).encode())
     return unit_id
 
 
-def kill_a_stranger(store):
+def give_up_an_unplanned_unit(store):
     store.create("_job/dead/0123456789.json", b"{}")
     return "0123456789"
 
@@ -262,11 +262,11 @@ def lose_the_plan(store):
 
 
 CASES = {
-    "a fragment is gone": (lose_a_fragment, "does not stand"),
-    "a unit is gone": (lose_a_unit_without_a_trace, "is open"),
-    "a foreign object": (put_a_stranger, "was not planned"),
+    "a fragment is gone": (lose_a_fragment, "does not exist"),
+    "a unit is gone": (lose_a_whole_unit, "is open"),
+    "a foreign object": (add_an_unplanned_object, "was not planned"),
     "a unit under another ordinal": (commit_twice, "is committed 2 times"),
-    "a record in two units": (move_a_record, "stands in the units"),
+    "a record in two units": (move_a_record, "is in the units"),
     "a row twice": (spoil_rows(lambda rows: [*rows, rows[0]]), "3 rows for 2 targets"),
     "a target is missing": (spoil_rows(lambda rows: rows[1:]), "1 rows for 2 targets"),
     "a record is missing": (spoil_rows(without_first_record), "lacks records"),
@@ -292,15 +292,15 @@ CASES = {
     "no metadata": (lose_the_metadata, "its metadata say records None"),
     "a receipt that counts otherwise": (falsify(receipt_of, num_ok=77), "says num_ok 77"),
     "a receipt of other bytes": (falsify(receipt_of, sha256="0"), "says sha256 0"),
-    "a receipt of nothing": (strange_receipt, "belongs to no planned unit"),
-    "a receipt without its fragment": (orphan_receipt, "stands without its fragment"),
+    "a receipt of nothing": (add_an_unplanned_receipt, "belongs to no planned unit"),
+    "a receipt without its fragment": (leave_a_receipt_alone, "exists without its fragment"),
     "a manifest of other bytes": (wrong_manifest_entry, "says sha256 000"),
-    "a manifest that forgets": (manifest_forgets, "lacks fragments"),
+    "a manifest that forgets": (drop_a_manifest_entry, "lacks fragments"),
     "a manifest that miscounts": (falsify(lambda _: MANIFEST, num_records=77), "says num_records 77"),
     "a manifest of another job": (falsify(lambda _: MANIFEST, fingerprint="0"), "says fingerprint 0"),
     "a manifest that kills": (falsify(lambda _: MANIFEST, dead=[{"unit_id": "0"}]), "has too many dead units: 0"),
-    "dead and committed": (kill_a_living_unit, "is dead and committed"),
-    "dead and never planned": (kill_a_stranger, "belongs to no planned unit"),
+    "dead and committed": (give_up_a_committed_unit, "is dead and committed"),
+    "dead and never planned": (give_up_an_unplanned_unit, "belongs to no planned unit"),
     "no plan": (lose_the_plan, "cannot be read"),
 }
 
@@ -313,7 +313,7 @@ def test_one_fault_is_found_and_named(output, spoil, words):
 
 
 def test_a_dead_unit_is_no_fault(finished, output):
-    key = lose_a_unit_without_a_trace(output)
+    key = lose_a_whole_unit(output)
     letter = {"unit_id": unit_of(key), "cause": "poison"}
     output.create(f"_job/dead/{unit_of(key)}.json", json.dumps(letter).encode())
     assert any("lacks dead units" in fault for fault in verify(output))
@@ -334,7 +334,7 @@ def test_keys_are_the_sources(finished, output):
 
 
 def fragment() -> bytes:
-    """The least that parses."""
+    """The smallest fragment that can be read."""
     columns = ["key", "shard", "shard_index", "unit_id", "status", "reject_code", "target_index", "score", "map"]
     sink = io.BytesIO()
     pq.write_table(pa.table({name: ["x"] * 50 for name in columns}), sink)
@@ -349,7 +349,7 @@ def wait_for(holds):
 
 
 def watched(store, after, **objects):
-    """A watcher that saw objects appear, and then what happens to them."""
+    """A watcher that has seen some objects before `after` is called."""
     with Watcher(store, interval=0.005) as watcher:
         for key, body in {"data/a": fragment(), "_job/receipts/r.json": b"{}", **objects}.items():
             store.create(key, body)
@@ -409,8 +409,8 @@ def test_the_same_bytes_again_are_a_replacement_on_a_folder(tmp_path, key, is_fa
     assert all(f"{key} was replaced" in fault for fault in watcher.faults)
 
 
-class Shaky(MemoryStore):
-    """Answers when it is up."""
+class UnreliableStore(MemoryStore):
+    """Answers only while `is_up`."""
 
     is_up = True
 
@@ -421,7 +421,7 @@ class Shaky(MemoryStore):
 
 
 def test_a_store_that_is_away_is_no_fault():
-    store = Shaky()
+    store = UnreliableStore()
     with Watcher(store, interval=0.005) as watcher:
         store.is_up = False
         wait_for(lambda: watcher.missed > 2)

@@ -1,4 +1,4 @@
-"""Judges an output from its objects alone; shares no code with what wrote them."""
+"""Checks an output from its objects alone; shares no code with what wrote them."""
 
 import hashlib
 import io
@@ -19,20 +19,20 @@ from blocksight.storage.stores.store import ChangedError, MissingError, ObjectSt
 PLAN = "_job/plan/plan.json"
 MANIFEST = "_job/final/manifest.json"
 COMMITTED = ("data/", "_job/receipts/", "_job/plan/", "_job/final/")
-"""What never changes once it stands."""
+"""Prefixes of objects that never change after their commit."""
 UNITS = "_job/plan/units-"
-"""Named by their content: drivers that plan at once may each write the same bytes."""
+"""Named by content: two drivers that plan at the same time may write the same bytes twice."""
 COLUMNS = {"key", "shard", "shard_index", "unit_id", "status", "reject_code", "target_index", "score", "map"}
 SIDES = ("map_width", "map_height")
 NAMES_REPEAT = {"duplicate_key", "member_refused", "shard_truncated"}
-"""Rejected for what they are in their container, where another record may bear the same name."""
+"""Reject codes of records whose key another record of the container may have too."""
 UNREADABLE = (pa.ArrowException, ValueError, OSError)
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A unit as the plan's table has it."""
+    """A unit, as the plan's table lists it."""
 
     ordinal: int
     unit_id: str
@@ -40,29 +40,29 @@ class Planned:
     start: int
     stop: int
     keys: tuple[str, ...]
-    """Of its input objects."""
+    """Keys of its input objects."""
 
     @property
     def fragment(self) -> str:
-        """Where its one object must stand."""
+        """The key of its one fragment."""
         return f"data/{self.ordinal:06d}-{self.unit_id}.parquet"
 
 
 @dataclass
 class Found:
-    """A fragment that was read, and what its bytes say."""
+    """A fragment that was read, and what its bytes hold."""
 
     sha256: str
     num_bytes: int
     rows: list[dict[str, Any]]
     records: dict[tuple[str, int], list[Row]]
-    """Rows by shard and position in it."""
+    """The rows of each record, by shard and position in the shard."""
     statuses: Counter[str]
-    """Of records."""
+    """Number of records by status."""
 
     @property
     def facts(self) -> dict[str, int | str]:
-        """In the words of receipts."""
+        """The counts, with the names that receipts use."""
         return {
             "sha256": self.sha256,
             "num_bytes": self.num_bytes,
@@ -75,21 +75,21 @@ class Found:
 
 @dataclass
 class Output:
-    """Everything that is judged."""
+    """An output's plan, fragments and dead letters."""
 
     store: ObjectStore
     plan: dict[str, Any]
     units: list[Planned]
-    standing: set[str]
+    fragments: set[str]
     """Keys under data/."""
     dead: set[str]
     """Unit ids of the dead letters."""
     found: dict[str, Found] = field(default_factory=dict)
-    """Readable fragments, by unit id."""
+    """The fragments that could be read, by unit id."""
 
 
 def verify(output: ObjectStore, *, source_keys: Sequence[str] | None = None) -> list[str]:
-    """A sentence for every invariant that the output breaks; none: it is sound.
+    """Returns a sentence for every invariant that the output breaks. No sentence: the output is sound.
 
     `source_keys` are the names of all records of the input; for loose images the objects' keys.
     """
@@ -114,7 +114,7 @@ def contents(output: ObjectStore) -> dict[str, str]:
 
 
 def row_hashes(output: ObjectStore) -> list[str]:
-    """A hash of each row under data/, sorted; without the unit, which differs where the plan was cut otherwise."""
+    """A hash of each row under data/, sorted. The unit id is left out: it depends on how the plan was cut."""
     rows = (row for info in output.list("data/") for row in _rows(output.read(info.key)))
     return sorted(_sha256(repr(sorted({**row, "unit_id": None}.items())).encode()) for row in rows)
 
@@ -124,7 +124,7 @@ def _sha256(body: bytes) -> str:
 
 
 def _rows(body: bytes) -> list[dict[str, Any]]:
-    """Every row, footer and pages read. Raises one of UNREADABLE."""
+    """All rows of a fragment. Reads footer and pages. Raises one of UNREADABLE."""
     file = pq.ParquetFile(io.BytesIO(body))
     rows = file.read().to_pylist()
     if len(rows) != file.metadata.num_rows:
@@ -151,7 +151,7 @@ def _keys(row: Row) -> tuple[str, ...]:
 
 
 def _json(store: ObjectStore, key: str) -> dict[str, Any]:
-    """What stands there; empty where it is no JSON object."""
+    """The JSON object under the key; empty if it is none."""
     try:
         body = json.loads(store.read(key))
     except ValueError:
@@ -160,31 +160,31 @@ def _json(store: ObjectStore, key: str) -> dict[str, Any]:
 
 
 def _name_faults(judged: Output) -> Iterator[str]:
-    """I1: nothing but what was planned, each unit once, as a fragment or as a dead letter."""
+    """I1: every object is planned, and each unit is there once, as a fragment or as a dead letter."""
     counts = {judged.plan.get("num_units"), len(judged.units), len({unit.unit_id for unit in judged.units})}
     if len(counts) > 1:
         yield f"the plan names {judged.plan.get('num_units')} units, its table {len(judged.units)}, or one twice"
     planned = {unit.fragment for unit in judged.units}
-    yield from (f"{key} was not planned" for key in sorted(judged.standing - planned))
+    yield from (f"{key} was not planned" for key in sorted(judged.fragments - planned))
     for unit in judged.units:
-        twins = [key for key in judged.standing if unit.unit_id in key]
+        twins = [key for key in judged.fragments if unit.unit_id in key]
         if len(twins) > 1:
             yield f"unit {unit.unit_id} is committed {len(twins)} times: {', '.join(sorted(twins))}"
         if twins and unit.unit_id in judged.dead:
             yield f"unit {unit.unit_id} is dead and committed: {twins[0]}"
-    strangers = judged.dead - {unit.unit_id for unit in judged.units}
-    yield from (f"the dead letter of {unit_id} belongs to no planned unit" for unit_id in sorted(strangers))
-    for unit_id in sorted(judged.dead - strangers):
-        said = _json(judged.store, f"_job/dead/{unit_id}.json").get("unit_id")
-        if said != unit_id:
-            yield f"the dead letter of {unit_id} speaks of unit {said}"
+    unplanned = judged.dead - {unit.unit_id for unit in judged.units}
+    yield from (f"the dead letter of {unit_id} belongs to no planned unit" for unit_id in sorted(unplanned))
+    for unit_id in sorted(judged.dead - unplanned):
+        recorded = _json(judged.store, f"_job/dead/{unit_id}.json").get("unit_id")
+        if recorded != unit_id:
+            yield f"the dead letter of {unit_id} names unit {recorded}"
 
 
 def _fragment_faults(judged: Output) -> Iterator[str]:
-    """I2, and fills in what was found."""
+    """I2: each fragment agrees with its metadata and its unit. Fills `judged.found`."""
     num_targets = _num_targets(str(judged.plan.get("configuration", {}).get("target", "predicted")))
     for unit in judged.units:
-        if unit.fragment not in judged.standing:
+        if unit.fragment not in judged.fragments:
             continue
         try:
             found = _found(judged.store.read(unit.fragment))
@@ -217,11 +217,11 @@ def _num_targets(target: str) -> int:
 
 def _metadata_faults(store: ObjectStore, unit: Planned, found: Found) -> Iterator[str]:
     head = store.head(unit.fragment)
-    said = head.metadata if head is not None else {}
+    recorded = head.metadata if head is not None else {}
     names = {"sha256": "sha256", "records": "num_records", "ok": "num_ok", "rejected": "num_rejected"}
     for name, fact in names.items():
-        if said.get(name) != str(found.facts[fact]):
-            yield f"its metadata say {name} {said.get(name)}, its bytes {found.facts[fact]}"
+        if recorded.get(name) != str(found.facts[fact]):
+            yield f"its metadata say {name} {recorded.get(name)}, its bytes {found.facts[fact]}"
 
 
 def _record_faults(unit: Planned, found: Found, num_targets: int) -> Iterator[str]:
@@ -269,67 +269,67 @@ def _map_fault(row: Row) -> str | None:
 
 
 def _range_faults(unit: Planned, found: Found) -> Iterator[str]:
-    """Rows in against rows out, by identity; what a tar holds is not in the plan."""
+    """Compares planned and written records by identity; the plan does not list the records of a tar."""
     if unit.layout == "images":
         own = Counter(rows[0]["key"] for rows in found.records.values())
         yield from _difference("records", set(own), set(unit.keys))
         if len(found.records) != len(unit.keys):
-            yield f"{len(unit.keys)} records were planned and {len(found.records)} stand"
+            yield f"{len(unit.keys)} records were planned and {len(found.records)} written"
     elif unit.layout == "parquet":
         yield from _difference("rows", {index for _, index in found.records}, set(range(unit.start, unit.stop)))
     shards = {shard for shard, _ in found.records}
-    strange = sorted(shard for shard in shards if not any(shard.endswith(f"/{key}") for key in unit.keys))
-    if strange or (unit.layout != "images" and len(shards) > 1):
-        yield f"records of other shards than its own: {', '.join(strange or sorted(shards))}"
+    foreign = sorted(shard for shard in shards if not any(shard.endswith(f"/{key}") for key in unit.keys))
+    if foreign or (unit.layout != "images" and len(shards) > 1):
+        yield f"records of other shards than its own: {', '.join(foreign or sorted(shards))}"
 
 
 def _difference(what: str, found: set[Any], wanted: set[Any]) -> Iterator[str]:
-    for words, odd in (("lacks", wanted - found), ("has too many", found - wanted)):
-        if odd:
-            yield f"{words} {what}: {', '.join(sorted(map(str, odd))[:5])}"
+    for words, keys in (("lacks", wanted - found), ("has too many", found - wanted)):
+        if keys:
+            yield f"{words} {what}: {', '.join(sorted(map(str, keys))[:5])}"
 
 
 def _receipt_faults(judged: Output) -> Iterator[str]:
-    """I2: a receipt says what the fragment says, and never stands without it."""
+    """I2: a receipt agrees with its fragment, and never exists without it."""
     units = {f"_job/receipts/{unit.unit_id}.json": unit for unit in judged.units}
     for key in sorted(info.key for info in judged.store.list("_job/receipts/")):
         unit = units.get(key)
         if unit is None:
             yield f"{key} belongs to no planned unit"
-        elif unit.fragment not in judged.standing:
-            yield f"{key} stands without its fragment"
+        elif unit.fragment not in judged.fragments:
+            yield f"{key} exists without its fragment"
         elif unit.unit_id in judged.found:
-            said = _json(judged.store, key)
+            recorded = _json(judged.store, key)
             facts = {**judged.found[unit.unit_id].facts, "unit_id": unit.unit_id, "fragment": unit.fragment}
-            yield from _disagreements(key, said, facts)
+            yield from _disagreements(key, recorded, facts)
 
 
-def _disagreements(where: str, said: Row, facts: Row) -> Iterator[str]:
+def _disagreements(where: str, recorded: Row, facts: Row) -> Iterator[str]:
     for name, value in facts.items():
-        if said.get(name) != value:
-            yield f"{where} says {name} {said.get(name)}, the bytes {value}"
+        if recorded.get(name) != value:
+            yield f"{where} says {name} {recorded.get(name)}, the bytes {value}"
 
 
 def _manifest_faults(judged: Output) -> Iterator[str]:
-    """I1: a final job has no open unit, and its manifest says what stands."""
+    """I1: a final job has no open unit, and its manifest lists what is committed."""
     if judged.store.head(MANIFEST) is None:
         return
-    said = _json(judged.store, MANIFEST)
+    recorded = _json(judged.store, MANIFEST)
     for unit in judged.units:
-        if unit.fragment not in judged.standing and unit.unit_id not in judged.dead:
-            yield f"the job is final and unit {unit.unit_id} is open: {unit.fragment} does not stand"
-    entries = {entry["key"]: entry for entry in said.get("fragments", [])}
-    if len(entries) != len(said.get("fragments", [])):
+        if unit.fragment not in judged.fragments and unit.unit_id not in judged.dead:
+            yield f"the job is final and unit {unit.unit_id} is open: {unit.fragment} does not exist"
+    entries = {entry["key"]: entry for entry in recorded.get("fragments", [])}
+    if len(entries) != len(recorded.get("fragments", [])):
         yield f"{MANIFEST} names a fragment twice"
-    yield from (f"{MANIFEST}: {fault}" for fault in _difference("fragments", set(entries), judged.standing))
-    letters = {entry["unit_id"] for entry in said.get("dead", [])}
+    yield from (f"{MANIFEST}: {fault}" for fault in _difference("fragments", set(entries), judged.fragments))
+    letters = {entry["unit_id"] for entry in recorded.get("dead", [])}
     yield from (f"{MANIFEST}: {fault}" for fault in _difference("dead units", letters, judged.dead))
     for unit in judged.units:
         if unit.fragment in entries and unit.unit_id in judged.found:
             facts = judged.found[unit.unit_id].facts
             named = {name: facts[name] for name in ("sha256", "num_bytes", "num_rows")}
             yield from _disagreements(f"{MANIFEST} on {unit.fragment}", entries[unit.fragment], named)
-    yield from _disagreements(MANIFEST, said, _totals(judged))
+    yield from _disagreements(MANIFEST, recorded, _totals(judged))
 
 
 def _totals(judged: Output) -> dict[str, Any]:
@@ -340,25 +340,25 @@ def _totals(judged: Output) -> dict[str, Any]:
 
 
 def _uniqueness_faults(judged: Output) -> Iterator[str]:
-    """I3: over the whole output a record stands in one unit, and a name once per target."""
+    """I3: in the whole output, a record is in one unit, and a key is there once per target."""
     units: dict[tuple[str, int], str] = {}
     names: set[tuple[str, int | None]] = set()
     for unit_id, found in judged.found.items():
         for shard, index in found.records:
             other = units.setdefault((shard, index), unit_id)
             if other != unit_id:
-                yield f"record {index} of {shard} stands in the units {other} and {unit_id}"
+                yield f"record {index} of {shard} is in the units {other} and {unit_id}"
         for row in found.rows:
             name = (row["key"], row["target_index"])
             if row["reject_code"] in NAMES_REPEAT:
                 continue
             if name in names:
-                yield f"key {name[0]} stands twice with target {name[1]}"
+                yield f"key {name[0]} is there twice with target {name[1]}"
             names.add(name)
 
 
 def _position_faults(judged: Output) -> Iterator[str]:
-    """I3 for tars, once all units of one are committed: the positions run from 0 without a gap."""
+    """I3 for a tar whose units are all committed: the positions run from 0 without a gap."""
     shards: dict[str, list[Planned]] = {}
     for unit in judged.units:
         if unit.layout == "tar":
@@ -371,18 +371,18 @@ def _position_faults(judged: Output) -> Iterator[str]:
 
 
 def _source_faults(judged: Output, source: set[str]) -> Iterator[str]:
-    """I3: the names that stand are the input's, but for those of units that are open or dead."""
+    """I3: the keys of the output are those of the input, without those of open and dead units."""
     found = {row["key"] for own in judged.found.values() for row in own.rows}
     left = [unit for unit in judged.units if unit.unit_id not in judged.found]
     wanted = source - {key for unit in left for key in unit.keys}
-    if any(unit.layout != "images" for unit in left):  # which names lie in it, the plan does not say
+    if any(unit.layout != "images" for unit in left):  # the plan does not list their records
         wanted &= found
     yield from (f"the output {fault}" for fault in _difference("keys", found, wanted))
 
 
 @dataclass
 class _Seen:
-    """An object as it was first seen."""
+    """An object at its first sight."""
 
     etag: str
     sha256: str | None = None
@@ -390,21 +390,21 @@ class _Seen:
 
 
 class Watcher:
-    """Looks at an output while it grows, and says which committed object was partial, changed or vanished."""
+    """Reads an output while it grows, and notes each committed object that is partial, changes or vanishes."""
 
     def __init__(self, store: ObjectStore, interval: float = 0.05) -> None:
-        """`store` is the watcher's own, used from its thread; `interval` is in seconds."""
+        """`store` is used from the watcher's thread alone; `interval` is in seconds."""
         self.faults: list[str] = []
         self.missed = 0
-        """Looks that the store refused."""
+        """Number of reads that the store refused."""
         self._store, self._interval = store, interval
         self._objects: dict[str, _Seen] = {}
-        self._over = threading.Event()
+        self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     @property
     def seen(self) -> int:
-        """Committed objects that were met and read."""
+        """Number of committed objects that were read."""
         return sum(seen.sha256 is not None for seen in list(self._objects.values()))
 
     def __enter__(self) -> "Watcher":
@@ -414,14 +414,14 @@ class Watcher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._over.set()
+        self._is_over.set()
         self._thread.join()
         self._look()
         for key, seen in self._objects.items():
-            self._look_again(key, seen)
+            self._compare_at_the_end(key, seen)
 
     def _watch(self) -> None:
-        while not self._over.wait(self._interval):
+        while not self._is_over.wait(self._interval):
             self._look()
 
     def _look(self) -> None:
@@ -444,7 +444,7 @@ class Watcher:
         except ChangedError as error:
             self._note_replaced(key, str(error))
         except MissingError:
-            self.missed += 1  # the last look decides whether it is gone
+            self.missed += 1  # the last read decides whether it is gone
         else:
             seen.sha256 = _sha256(body)
             self._judge(key, body)
@@ -458,7 +458,7 @@ class Watcher:
         except UNREADABLE as error:
             self._note(f"{key} was seen in part: {len(body)} bytes, {error}")
 
-    def _look_again(self, key: str, seen: _Seen) -> None:
+    def _compare_at_the_end(self, key: str, seen: _Seen) -> None:
         try:
             body = self._store.read(key)
         except MissingError:
@@ -479,6 +479,6 @@ class Watcher:
 
 
 def assert_sound(output: ObjectStore, faults: Iterable[str] = (), source_keys: Sequence[str] | None = None) -> None:
-    """Fails with every fault, those of a watcher included."""
+    """Fails if the output breaks an invariant, or a watcher noted `faults`; lists all of them."""
     every = [*verify(output, source_keys=source_keys), *faults]
     assert not every, "\n".join(every)

@@ -23,7 +23,7 @@ from blocksight.storage.stores.store import ObjectStore
 from tests.jobs.jobs_of import rows_in
 
 
-def audited(store: ObjectStore, fragments: str | None = None, said: str = "in words") -> Audit:
+def audited(store: ObjectStore, fragments: str | None = None, text: str = "in words") -> Audit:
     """Writes an audit of the output's rows; `said` stands wherever it says something in words."""
     rows = [row for row in rows_in(store) if row["status"] == "ok"]
     audit = Audit(
@@ -34,24 +34,24 @@ def audited(store: ObjectStore, fragments: str | None = None, said: str = "in wo
         num_rejected=0,
         num_right=None,
         gates={name: number for number, name in enumerate(GATES)},
-        groups=tuple(_groups(rows, said)),
+        groups=tuple(_groups(rows, text)),
         clusters=tuple(_cluster(rows, number) for number in range(2)),
-        oddities=tuple(_oddity(row, said) for row in rows[:3]),
-        shortcuts=(_shortcut(rows[0], True, said), _shortcut(rows[-1], False, said)),
-        notes=(f"left out: {said}",),
+        oddities=tuple(_oddity(row, text) for row in rows[:3]),
+        shortcuts=(_shortcut(rows[0], True, text), _shortcut(rows[-1], False, text)),
+        notes=(f"left out: {text}",),
     )
     write_audit(store, audit)
     return audit
 
 
-def _groups(rows: list[dict[str, Any]], said: str) -> list[Group]:
+def _groups(rows: list[dict[str, Any]], text: str) -> list[Group]:
     grid = np.linspace(0, 1, GRID * GRID, dtype=np.float32).reshape(GRID, GRID)
     spreads = {name: Spread(0.5, 0.1, 0.3, 0.5, 0.7, 0.9, len(rows)) for name in list(MEASURES)[:8]}
     kinds = [
         ("all", None, None),
         ("class", rows[0]["label_name"], None),
         ("predicted", None, rows[0]["target_name"]),
-        ("pair", said, rows[0]["target_name"]),
+        ("pair", text, rows[0]["target_name"]),
     ]
     return [Group(*kind, len(rows), spreads, grid, np.zeros_like(grid)) for kind in kinds]
 
@@ -61,13 +61,13 @@ def _cluster(rows: list[dict[str, Any]], number: int) -> Cluster:
     return Cluster(rows[0]["target_index"], rows[0]["target_name"], number, 1, 0.5, 0.9, grid, (own["key"],))
 
 
-def _oddity(row: dict[str, Any], said: str) -> Oddity:
+def _oddity(row: dict[str, Any], text: str) -> Oddity:
     return Oddity(
-        row["key"], row["target_index"], row["target_name"], row["label_name"], row["score"], "outlier", said, 3.5
+        row["key"], row["target_index"], row["target_name"], row["label_name"], row["score"], "outlier", text, 3.5
     )
 
 
-def _shortcut(row: dict[str, Any], is_confirmed: bool, said: str) -> Shortcut:
+def _shortcut(row: dict[str, Any], is_confirmed: bool, text: str) -> Shortcut:
     effect = Effect(1.25, 0.75, 1.5, 0.004, 40, -0.125)
     return Shortcut(
         row["target_index"],
@@ -82,6 +82,6 @@ def _shortcut(row: dict[str, Any], is_confirmed: bool, said: str) -> Shortcut:
         effect,
         effect if is_confirmed else None,
         is_confirmed,
-        said,
+        text,
         (row["key"],),
     )

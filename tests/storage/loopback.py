@@ -116,8 +116,8 @@ class Bucket:
         start, stop = int(first), min(int(last or len(held)) + 1, len(held))
         if start >= len(held):
             return refused(416, "InvalidRange")
-        said = f"bytes {start}-{stop - 1}/{len(held)}"
-        return Reply(206, {**headers, "Content-Range": said}, held[start:stop])
+        content_range = f"bytes {start}-{stop - 1}/{len(held)}"
+        return Reply(206, {**headers, "Content-Range": content_range}, held[start:stop])
 
     def _listing(self, asked: Asked) -> Reply:
         keys = sorted(key for key in self.objects if key.startswith(asked.query.get("prefix", "")))
@@ -128,8 +128,8 @@ class Bucket:
         token = f"<NextContinuationToken>{stop - self.overlap}</NextContinuationToken>" if more else ""
         encoding = asked.query.get("encoding-type")
         entries = "".join(self._entry(key, encoding) for key in shown)
-        said = f"<EncodingType>{encoding}</EncodingType>" if encoding else ""
-        facts = f"<IsTruncated>{str(more).lower()}</IsTruncated>{said}{token}"
+        encoding_type = f"<EncodingType>{encoding}</EncodingType>" if encoding else ""
+        facts = f"<IsTruncated>{str(more).lower()}</IsTruncated>{encoding_type}{token}"
         body = f"<ListBucketResult>{facts}{entries}</ListBucketResult>"
         return Reply(200, {"Content-Type": "application/xml"}, body.encode())
 

@@ -1,8 +1,8 @@
-"""Faults for whole processes: with this folder on PYTHONPATH, `BLOCKSIGHT_FAULT` breaks every interpreter that starts.
+"""Injects faults into processes: with this folder on PYTHONPATH, every interpreter obeys `BLOCKSIGHT_FAULT`.
 
-`hang=SECONDS` shortens the watch, `unit=SECONDS` the units; `decode` and `encode=SHA256` abort over a marked image
-or map; `die=PATTERN` kills the process before a matching call to a local store, `die-after=PATTERN` after it;
-`hold=FILE` lets no fragment be created before that file is there.
+`hang=SECONDS` shortens the watchdog's time, `unit=SECONDS` the units; `decode` and `encode=SHA256` abort at a marked
+image or map; `die=PATTERN` kills the process before a matching call to a local store, `die-after=PATTERN` after it;
+`hold=FILE` delays the creation of fragments until that file exists.
 """
 
 import os
@@ -22,7 +22,7 @@ def hang(seconds):
 
 
 def unit(seconds):
-    """Smaller units: as if so many seconds of work were enough for one."""
+    """Makes units smaller: this many seconds of work are enough for one."""
     import blocksight.cluster.sizing
 
     blocksight.cluster.sizing.LEAST_UNIT_SECONDS = float(seconds)
@@ -56,7 +56,7 @@ def encode(digest):
 
 
 def intercept(before, after):
-    """Calls `before` and `after` with each call's name and key on any local store."""
+    """Calls `before` and `after` around each call on a local store, with the call's name and key."""
     from blocksight.storage.stores.local import LocalStore
 
     def wrapped(name, original):

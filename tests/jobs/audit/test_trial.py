@@ -144,7 +144,7 @@ SHORTCUT = Shortcut(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "reason"),
     [
         ({"blanked": replace(REAL, mean=0.5, low=0.4)}, "log-odds fall by 0.5 [0.4, 3.5]"),
         ({"blanked": replace(REAL, low=-0.1)}, "log-odds fall by 3.0 [-0.1, 3.5]"),
@@ -156,10 +156,10 @@ SHORTCUT = Shortcut(
         ({"blanked": None, "pasted": None, "why": "not put to the test"}, "not put to the test"),
     ],
 )
-def test_one_doubt_is_enough_for_a_suspicion(change: dict[str, object], said: str) -> None:
+def test_one_doubt_is_enough_for_a_suspicion(change: dict[str, object], reason: str) -> None:
     [one] = judged([replace(SHORTCUT, **change)])
     assert not one.is_confirmed
-    assert said in one.why
+    assert reason in one.why
 
 
 @pytest.mark.parametrize("change", [{}, {"on_object": 0.0, "recurrence": 0.5, "elsewhere_density": 2.0}])

@@ -59,8 +59,8 @@ def test_tasks_that_read_and_commit_load_no_torch():
 def test_plan_computes_and_writes_nothing(finished, tmp_path):
     done = blocksight("plan", "--data", finished / "in", "--output", tmp_path / "out", "--limit", "4")
     assert done.returncode == 0
-    for said in ("records", "units", "forwards", "about", "nothing was computed or written"):
-        assert said in done.stdout
+    for words in ("records", "units", "forwards", "about", "nothing was computed or written"):
+        assert words in done.stdout
     assert not (tmp_path / "out").exists()
 
 
@@ -105,8 +105,8 @@ def test_status_and_verify_tell_open_from_wrong(finished, tmp_path):
 
     shutil.copytree(finished / "out", tmp_path / "out")
     assert blocksight("verify", tmp_path / "out").returncode == 0
-    said = "".join(blocksight("status", tmp_path / "out").stdout.split())  # a long path is folded
-    assert f"data{finished / 'in'}" in said  # where images will be read
+    printed = "".join(blocksight("status", tmp_path / "out").stdout.split())  # a long path is folded
+    assert f"data{finished / 'in'}" in printed  # where images will be read
     first, second = sorted((tmp_path / "out" / "data").glob("[0-9]*.parquet"))[:2]
     first.unlink()
     assert blocksight("status", tmp_path / "out").returncode == 4
@@ -142,8 +142,8 @@ def test_show_writes_a_picture_and_lists_say_what_there_is(finished, tmp_path):
     )
     assert f"{file_name('ant/000.png')}.map.png".encode() in unnamed.stdout
     assert (tmp_path / f"{file_name('ant/000.png')}.map.png").exists()
-    for what, said in (("explainers", "sise"), ("metrics", "drop"), ("models", "efficientnet_lite0")):
-        assert said in blocksight("list", what).stdout
+    for what, name in (("explainers", "sise"), ("metrics", "drop"), ("models", "efficientnet_lite0")):
+        assert name in blocksight("list", what).stdout
 
 
 def test_a_resumed_command_line_is_a_no_op(finished):
@@ -206,16 +206,16 @@ def test_each_parameter_has_the_default_of_both_presets():
 @pytest.mark.parametrize("explainer", [name for name, entry in EXPLAINERS.items() if fields(entry.parameters)])
 def test_what_the_list_says_of_a_preset_can_be_given(explainer, preset):
     rows = {name: row for name, row in rows_of(explainer).items() if name != "base"}
-    said = [f"{name}={row.get(preset) or row.get('paper') or row['default']}" for name, row in rows.items()]
+    options = [f"{name}={row.get(preset) or row.get('paper') or row['default']}" for name, row in rows.items()]
     job = {"data": "in", "output": "out", "explainer": explainer}
-    given, _ = load_config(None, {**job, "preset": "paper", "parameters": parse_parameters(said)})
+    given, _ = load_config(None, {**job, "preset": "paper", "parameters": parse_parameters(options)})
     usual, _ = load_config(None, {**job, "preset": preset})
     ours, theirs = given.explainer_parameters(), usual.explainer_parameters()
     assert {name: getattr(ours, name) for name in rows} == {name: getattr(theirs, name) for name in rows}
 
 
 def test_help_teaches_wrappers_their_parameters_and_the_preset():
-    said = " ".join(blocksight("explain", "--help").stdout.split())
+    help_text = " ".join(blocksight("explain", "--help").stdout.split())
     for sentence in (
         "some wrap another, as in ucag(gradcam)",
         "of what it wraps: base.mu=0.3",
@@ -223,4 +223,4 @@ def test_help_teaches_wrappers_their_parameters_and_the_preset():
         "paper: the papers' constants in float32",
         '--explainer "ucag(sise)" -p crops=4 -p base.mu=0.3',
     ):
-        assert sentence in said
+        assert sentence in help_text

@@ -43,8 +43,14 @@ def test_the_demo_through_a_bucket(tmp_path, monkeypatch):
 
 def assert_shown(done, folder, num_units):
     assert done.returncode == 0, done.stderr
-    for said in ("Egyptian cat", "espresso", f"{num_units} of {num_units} committed", "masked forwards/s", "SeaweedFS"):
-        assert said in done.stdout
+    for word in (
+        "Egyptian cat",
+        "espresso",
+        f"{num_units} of {num_units} committed",
+        "masked forwards/s",
+        "SeaweedFS",
+    ):
+        assert word in done.stdout
     assert "Traceback" not in done.stderr
     pictures = {path.stem for path in (folder / "pictures").glob("*.png")}
     assert pictures == {Path(name).stem for name in SOME} | {"contact-sheet"}

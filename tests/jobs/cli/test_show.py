@@ -151,7 +151,7 @@ def test_a_block_that_kept_nothing_is_left_out(data, tmp_path, drawn, monkeypatc
     monkeypatch.setattr(sise, "select", first_is_empty)
     run_here(data, tmp_path / "out")
     sheet(tmp_path / "out", "ant/000.png", tmp_path / "sheet.png", blocks=True)
-    assert [said.partition("\n")[2] for said in captions(drawn[0])[1:2]] == ["kept 0 of 6 maps: left out"]
+    assert [caption.partition("\n")[2] for caption in captions(drawn[0])[1:2]] == ["kept 0 of 6 maps: left out"]
     assert captions(drawn[0])[-1].endswith("the fused map equals it")
     assert len(drawn[0]) == 1 + 1 + 2 + 1
 
@@ -165,7 +165,7 @@ def test_other_explainers_and_other_outputs_are_shown_beside_it(data, tmp_path, 
         tmp_path / "out", "cat/002.png", tmp_path / "sheet.png", explainers="layercam, gradcam,gradcam", beside=beside
     )
     first, second = drawn
-    assert [said.partition("\n")[0] for said in captions(first)] == [
+    assert [caption.partition("\n")[0] for caption in captions(first)] == [
         "cat/002.png",
         "sise, as stored",
         "layercam, made now",

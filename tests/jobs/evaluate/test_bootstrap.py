@@ -101,8 +101,8 @@ def test_weights_leave_the_hashes_as_they_were() -> None:
 def test_another_process_draws_the_same_weights() -> None:
     code = "from blocksight.jobs.evaluate.bootstrap import *; print(weights(key_hashes(['x', 'y']), 30).tolist())"
     root = Path(__file__).parents[3]
-    said = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True)
-    assert said.stdout.strip() == str(weights(key_hashes(["x", "y"]), 30).tolist())
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == str(weights(key_hashes(["x", "y"]), 30).tolist())
 
 
 # Sums, means and intervals

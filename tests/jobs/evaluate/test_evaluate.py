@@ -211,8 +211,8 @@ def test_an_annotation_that_is_of_no_use_is_null_with_its_reason(output, boxes):
     outcome = evaluated(output, metrics="ebpg,entropy", truth=str(boxes))
     assert outcome.failures == []
     rows = [row for row in values_in(output, outcome) if row["metric"] == "ebpg"]
-    said = {row["key"]: row["reason"] for row in rows}
-    assert "was annotated at 7 x 9 pixels" in said["ant/000.png"]
+    reasons = {row["key"]: row["reason"] for row in rows}
+    assert "was annotated at 7 x 9 pixels" in reasons["ant/000.png"]
     assert {row["value"] for row in rows} == {None}
 
 
@@ -250,8 +250,8 @@ def test_a_record_that_measuring_fails_on_has_a_reason_and_the_others_their_valu
     outcome = evaluated(output, metrics="entropy")
     assert (outcome.num_open, outcome.failures) == (0, [])
     values = values_in(output, outcome)
-    said = {row["reason"] for row in values if row["key"] == chosen}
-    assert said == {"measuring failed: ZeroDivisionError: by nothing"}
+    reasons = {row["reason"] for row in values if row["key"] == chosen}
+    assert reasons == {"measuring failed: ZeroDivisionError: by nothing"}
     assert all(row["value"] is not None for row in values if row["key"] != chosen)
 
 
@@ -421,23 +421,25 @@ def called(monkeypatch, capsys, *arguments):
 
 
 def test_the_commands(two, images_of_two, monkeypatch, capsys):
-    code, said = called(monkeypatch, capsys, "compare", two / "gradcam", two / "layercam", "--store", two / "t.parquet")
-    assert code == 0, said
+    code, printed = called(
+        monkeypatch, capsys, "compare", two / "gradcam", two / "layercam", "--store", two / "t.parquet"
+    )
+    assert code == 0, printed
     for word in ("gradcam", "layercam", "random", "drop", "lower is better", "entropy"):
-        assert word in said
+        assert word in printed
     stored = pq.read_table(two / "t.parquet").to_pylist()
     assert {row["metric"] for row in stored} <= set(METRICS)
     assert len(stored) == 5 * 4
-    code, said = called(
+    code, printed = called(
         monkeypatch,
         capsys,
         *("evaluate", two / "gradcam", "--model", model_of(two / "gradcam")),
         *("--metrics", "gini", "--runner", "local"),
     )
-    assert code == 0, said
-    assert "18 of this run" in said
-    code, said = called(monkeypatch, capsys, "evaluate", images_of_two, "--runner", "local")
+    assert code == 0, printed
+    assert "18 of this run" in printed
+    code, printed = called(monkeypatch, capsys, "evaluate", images_of_two, "--runner", "local")
     assert code == 2
-    assert "no blocksight output" in said
-    code, said = called(monkeypatch, capsys, "compare", images_of_two)
+    assert "no blocksight output" in printed
+    code, printed = called(monkeypatch, capsys, "compare", images_of_two)
     assert code == 2

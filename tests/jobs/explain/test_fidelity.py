@@ -75,7 +75,7 @@ def test_rare_is_less_than_a_quarter_of_an_even_share():
 
 
 def test_what_a_row_says():
-    said = [
+    levels = [
         fidelity_columns(level, doubts, was_completed=completed)
         for level, doubts, completed in (
             (None, (), True),
@@ -85,7 +85,7 @@ def test_what_a_row_says():
             ("auto", (), False),
         )
     ]
-    assert [tuple(columns.values()) for columns in said] == [
+    assert [tuple(columns.values()) for columns in levels] == [
         (None, None),
         ("preview", "as asked"),
         ("full", "wrong, rare"),

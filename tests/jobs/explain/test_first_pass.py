@@ -116,8 +116,8 @@ def test_an_image_on_which_the_model_fails_teaches_nothing(tmp_path):
 
 
 def test_the_metric_that_picked_the_maps_is_not_measured(done):
-    said = blocksight("evaluate", done, "--model", model_of(done), "--metrics", METRICS, "--runner", "local")
-    assert said.returncode == 0, said.stderr
+    command = blocksight("evaluate", done, "--model", model_of(done), "--metrics", METRICS, "--runner", "local")
+    assert command.returncode == 0, command.stderr
     store = LocalStore(done)
     values = [
         row
@@ -135,10 +135,10 @@ def test_the_metric_that_picked_the_maps_is_not_measured(done):
 
 
 def test_plan_says_how_many_images_are_learned_from(data, tmp_path):
-    said = blocksight(
+    command = blocksight(
         "plan", "--data", data, "--output", tmp_path / "out", "--explainer", "ucag(bee)", "--preset", "paper"
     )
-    assert "learns from 12 images" in said.stdout.replace("\n", " ")
+    assert "learns from 12 images" in command.stdout.replace("\n", " ")
 
 
 def test_methods_that_learn_nothing_leave_nothing(data, tmp_path):

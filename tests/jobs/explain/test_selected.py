@@ -68,9 +68,9 @@ def called(monkeypatch, capsys, *arguments):
     monkeypatch.setattr("sys.argv", ["blocksight", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         main()
-    heard = capsys.readouterr()
-    assert not ended.value.code, heard.err
-    return " ".join(heard.out.split())
+    captured = capsys.readouterr()
+    assert not ended.value.code, captured.err
+    return " ".join(captured.out.split())
 
 
 # ---------------------------------------------------------------- compare
@@ -196,8 +196,8 @@ def test_sql_has_a_column_of_nulls_and_lists_in_their_types(base, monkeypatch, c
     mass = connection.execute("SELECT list_sum(accumulated_maps[-1].values) FROM maps LIMIT 1").fetchone()[0]
     (row, *_) = explained(LocalStore(base / "bee"))
     assert mass == pytest.approx(sum(row["accumulated_maps"][-1]["values"]), rel=1e-5)
-    heard = called(monkeypatch, capsys, "sql", base / "bee", "SELECT * FROM maps")
-    assert "4 rows" in heard
+    output = called(monkeypatch, capsys, "sql", base / "bee", "SELECT * FROM maps")
+    assert "4 rows" in output
     called(monkeypatch, capsys, "sql", base / "bee", "SELECT * FROM maps", "--csv", base / "m.csv")
     table = pd.read_csv(base / "m.csv")
     assert list(table.columns) == SCHEMA.names
@@ -216,8 +216,8 @@ def test_an_output_without_a_fragment_has_the_lists_columns_too(base):
 @pytest.mark.parametrize("form", ["fiftyone", "virelay", "spotlight", "quantus"])
 def test_exports_hold_no_value_of_it(base, monkeypatch, capsys, form):
     named = ("--model", model_of(base / "bee")) if form == "quantus" else ()
-    heard = called(monkeypatch, capsys, "export", base / "bee", form, base / form, *named)
-    assert "4 records exported" in heard
+    output = called(monkeypatch, capsys, "export", base / "bee", form, base / form, *named)
+    assert "4 records exported" in output
     if form == "spotlight":
         table = pq.read_table(next((base / form).glob("*.parquet")))
         assert table["average_drop_100"].null_count == 4

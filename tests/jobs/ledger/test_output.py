@@ -122,10 +122,10 @@ DRAWN = ("report", "versus", "show", "fiftyone", "virelay", "spotlight", "quantu
 @pytest.mark.parametrize("command", ["report", "versus", "compare", "show", "sql", "spotlight"])
 def test_a_damaged_fragment_is_named(base, monkeypatch, capsys, command, damage):
     key = spoil(base, "data/*.parquet", DAMAGE[damage])
-    code, said = called(monkeypatch, capsys, commands(base)[command])
-    assert code == 5, said
-    assert f"{base / 'a' / key} is damaged, `blocksight verify` says more" in said
-    assert "CREATE OR REPLACE" not in said
+    code, printed = called(monkeypatch, capsys, commands(base)[command])
+    assert code == 5, printed
+    assert f"{base / 'a' / key} is damaged, `blocksight verify` says more" in printed
+    assert "CREATE OR REPLACE" not in printed
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -134,42 +134,42 @@ def test_damaged_values_are_named(base, monkeypatch, capsys, command, damage):
     if command == "report":  # reads them once more for its galleries
         evaluated(base / "a", metrics="insertion")
     key = spoil(base, "evaluations/*/data/*.parquet", DAMAGE[damage])
-    code, said = called(monkeypatch, capsys, commands(base)[command])
-    assert code == 5, said
-    assert f"{base / 'a' / key} is damaged, remove it, and the same `evaluate` makes it again" in said
+    code, printed = called(monkeypatch, capsys, commands(base)[command])
+    assert code == 5, printed
+    assert f"{base / 'a' / key} is damaged, remove it, and the same `evaluate` makes it again" in printed
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_is_whole_is_read(base, monkeypatch, capsys, command):
-    code, said = called(monkeypatch, capsys, commands(base)[command])
-    assert code == 0, said
+    code, printed = called(monkeypatch, capsys, commands(base)[command])
+    assert code == 0, printed
 
 
 @pytest.mark.parametrize("command", DRAWN)
 def test_a_damaged_map_is_named(base, monkeypatch, capsys, command):
     spoil(base, "data/*.parquet", with_bad_maps)
-    code, said = called(monkeypatch, capsys, commands(base)[command])
-    assert code == 5, said
+    code, printed = called(monkeypatch, capsys, commands(base)[command])
+    assert code == 5, printed
     key = explained(LocalStore(base / "a"))[0]["key"].rpartition("/")[2]
-    assert "the map of '" in said
-    assert key.rpartition(".")[2] in said
-    assert "is damaged, `blocksight verify` names its fragment" in said
+    assert "the map of '" in printed
+    assert key.rpartition(".")[2] in printed
+    assert "is damaged, `blocksight verify` names its fragment" in printed
 
 
 @pytest.mark.parametrize("form", ["fiftyone", "virelay", "spotlight"])
 @pytest.mark.parametrize("pattern", ["audit/audit.json", "audit/clusters.parquet", "audit/rows/*.parquet"])
 def test_an_export_says_that_the_audit_is_damaged(base, monkeypatch, capsys, form, pattern):
     spoil(base, pattern, lambda _: b"{")
-    code, said = called(monkeypatch, capsys, commands(base)[form])
-    assert code == 5, said
-    assert "audit" in said
+    code, printed = called(monkeypatch, capsys, commands(base)[form])
+    assert code == 5, printed
+    assert "audit" in printed
     assert not (base / f"for-{form}" / "maps.parquet").exists()
 
 
 def test_an_export_of_an_audit_without_its_rows_says_so(base, monkeypatch, capsys):
     shutil.rmtree(base / "a" / "audit" / "rows")
-    code, said = called(monkeypatch, capsys, commands(base)["spotlight"])
-    assert (code, "without rows in audit/rows/" in said) == (5, True)
+    code, printed = called(monkeypatch, capsys, commands(base)["spotlight"])
+    assert (code, "without rows in audit/rows/" in printed) == (5, True)
 
 
 def test_a_damaged_fragment_is_a_failure_of_its_unit_in_an_evaluation(base):
@@ -187,12 +187,12 @@ def test_invalid_text_is_named_where_it_is_read(base):
 def test_a_map_of_another_size_than_the_models_input_is_damage_before_it_is_decoded(base):
     key = spoil(base, "data/*.parquet", with_a_large_map)
     store = LocalStore(base / "a")
-    said = r"the map of '.*' has 4096 x 32 pixels, the input of the plan's model 32 x 32"
-    with pytest.raises(UnreconciledError, match=f"is damaged, `blocksight verify` says more: {said}"):
+    expected = r"the map of '.*' has 4096 x 32 pixels, the input of the plan's model 32 x 32"
+    with pytest.raises(UnreconciledError, match=f"is damaged, `blocksight verify` says more: {expected}"):
         fragment_of(store, key)
     assert fragment_of(store, key, ["key", "status"]).num_rows > 0
     faults = [fault for _, found in check(store, existing_plan(store)) for fault in found]
-    assert [fault for fault in faults if re.fullmatch(f"{key}: {said}", fault)]
+    assert [fault for fault in faults if re.fullmatch(f"{key}: {expected}", fault)]
 
 
 def test_reading_returns_the_stored_tables_and_maps(base):

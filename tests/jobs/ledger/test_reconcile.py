@@ -190,8 +190,8 @@ def test_a_fragment_that_the_manifest_gives_up_is_seen(output):
     unit = next(unit for unit in load_plan(output).units if unit.fragment_key == named["key"])
     manifest["dead"].append({"unit_id": unit.unit_id, "ordinal": unit.ordinal, "cause": "poison", "inputs": "x"})
     output.put(MANIFEST_KEY, json.dumps(manifest).encode())
-    said = f"{named['key']} exists and is not in the final manifest: its unit was given up there"
-    assert faults(output) == [said]
+    expected = f"{named['key']} exists and is not in the final manifest: its unit was given up there"
+    assert faults(output) == [expected]
     with pytest.raises(UnreconciledError, match="was given up there"):
         finalize(output, read_job_state(output, load_plan(output)))
 
@@ -233,9 +233,9 @@ def test_a_damaged_object_is_exit_5_and_named(output, capsys, monkeypatch, name,
     monkeypatch.setattr("sys.argv", ["blocksight", *arguments])
     with pytest.raises(SystemExit) as ended:
         main()
-    said = "".join(capsys.readouterr())
-    assert ended.value.code == 5, said
-    assert damaged.removeprefix("_job/plan/units") in said or "_job/plan/plan.json" in said
+    printed = "".join(capsys.readouterr())
+    assert ended.value.code == 5, printed
+    assert damaged.removeprefix("_job/plan/units") in printed or "_job/plan/plan.json" in printed
 
 
 def test_a_damaged_receipt_is_made_anew(output):

@@ -193,10 +193,10 @@ def test_every_damage_to_a_document_is_one_sentence(memory, kind, damage):
     memory.put(key, DAMAGE[damage](body))
     with pytest.raises(UnreconciledError) as raised:
         READERS[kind](memory, plan)
-    said = str(raised.value)
-    assert said.startswith(f"memory:///{key} is damaged, ")
-    assert len(said) < 600
-    assert "\n" not in said
+    message = str(raised.value)
+    assert message.startswith(f"memory:///{key} is damaged, ")
+    assert len(message) < 600
+    assert "\n" not in message
 
 
 def test_no_more_of_a_document_is_read_than_the_bound(monkeypatch):
@@ -223,18 +223,18 @@ def test_a_count_is_a_whole_number(kind, name, value):
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "expected"),
     [
         ({"unit_id": "../../x"}, "is of"),
         ({"ordinal": 7}, "is of"),
         ({"fragment": "../../../etc/passwd"}, "is of"),
     ],
 )
-def test_a_receipt_of_another_unit_is_damaged_and_made_again(memory, fields, said):
+def test_a_receipt_of_another_unit_is_damaged_and_made_again(memory, fields, expected):
     unit = existing_plan(memory).units[0]
     key, sound = receipt_key(unit.unit_id), memory.read(receipt_key(unit.unit_id))
     memory.put(key, changed(sound, lambda own: own | fields))
-    with pytest.raises(UnreconciledError, match=said):
+    with pytest.raises(UnreconciledError, match=expected):
         written_receipt(memory, unit)
     assert read_receipts(memory, [unit])[unit.unit_id].fragment == unit.fragment_key
     assert written_receipt(memory, unit).fragment == unit.fragment_key
@@ -294,7 +294,7 @@ def test_duplicate_units_are_refused(memory):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
         ({"fingerprint": "0" * 64}, "fingerprint is not that of its configuration"),
         ({"num_units": 9}, "9 units are named"),
@@ -304,9 +304,9 @@ def test_duplicate_units_are_refused(memory):
         ({"ignored": {".txt": -1}}, "ignored"),
     ],
 )
-def test_a_plan_is_consistent_or_damaged(memory, change, said):
+def test_a_plan_is_consistent_or_damaged(memory, change, expected):
     memory.put(PLAN_KEY, changed(memory.read(PLAN_KEY), lambda own: own | change))
-    with pytest.raises(UnreconciledError, match=said):
+    with pytest.raises(UnreconciledError, match=expected):
         load_plan(memory)
 
 
@@ -336,8 +336,8 @@ CONFIGURATIONS = {
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, own in CONFIGURATIONS.items() for value in own])
 def test_a_configuration_of_another_shape_is_damaged(memory, name, value):
     configuration = json.loads(memory.read(PLAN_KEY))["configuration"] | {name: value}
-    told = {"configuration": configuration, "fingerprint": digest_of(configuration)}
-    memory.put(PLAN_KEY, changed(memory.read(PLAN_KEY), lambda own: own | told))
+    stored = {"configuration": configuration, "fingerprint": digest_of(configuration)}
+    memory.put(PLAN_KEY, changed(memory.read(PLAN_KEY), lambda own: own | stored))
     with pytest.raises(UnreconciledError, match="configuration: "):
         load_plan(memory)
 

@@ -65,9 +65,9 @@ def test_the_plan_tells_of_links_and_pipes(finished, tmp_path):
     os.mkfifo(data / "pipe.png")
     done = blocksight("plan", "--data", data, "--output", tmp_path / "out")
     assert done.returncode == 0
-    told = " ".join(done.stdout.split())
-    assert "1 links to folders (not followed)" in told
-    assert "1 pipes" in told
+    printed = " ".join(done.stdout.split())
+    assert "1 links to folders (not followed)" in printed
+    assert "1 pipes" in printed
 
 
 def test_one_place_in_many_spellings_is_one_job(finished, monkeypatch):

@@ -58,12 +58,12 @@ def trap(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "strange_module.py").write_text("import pathlib\npathlib.Path('ran').touch()\n")
-    yield told(made, tmp_path / "out", model="strange_module:make")
+    yield with_configuration(made, tmp_path / "out", model="strange_module:make")
     assert not (tmp_path / "ran").exists()
     sys.modules.pop("strange_module", None)
 
 
-def told(made, place, **changes):
+def with_configuration(made, place, **changes):
     """A copy of an output whose plan says something else of its configuration, consistently."""
     shutil.copytree(made, place)
     plan = json.loads((place / PLAN_KEY).read_text())
@@ -95,7 +95,7 @@ def test_other_commands_import_nothing(trap, command):
 
 @pytest.mark.parametrize("model", ["knn(strange_module:make)", "knn( knn(strange_module:make))", "knn(:)"])
 def test_a_bank_does_not_bypass_the_check_of_the_factory(trap, made, tmp_path, model):
-    found = ran(WITH_A_MODEL["audit"], told(made, tmp_path / "bank", model=model))
+    found = ran(WITH_A_MODEL["audit"], with_configuration(made, tmp_path / "bank", model=model))
     assert isinstance(found.exception, ConfigError)
     assert "--model 'knn(" in str(found.exception)
 
@@ -125,14 +125,14 @@ def test_models_without_code_of_others_need_not_be_named(made):
 
 @pytest.mark.parametrize("weights", ["/etc/passwd", "s3://strange/w.pt", "w.safetensors", "../w", "0" * 64])
 def test_no_file_is_read_because_an_output_names_it(made, tmp_path, weights):
-    place = told(made, tmp_path / "out", model="torchvision:resnet18", weights=weights)
+    place = with_configuration(made, tmp_path / "out", model="torchvision:resnet18", weights=weights)
     with pytest.raises(ConfigError, match=r"name it with --weights|neither a name nor a hash"):
         config_of(existing_plan(LocalStore(place)), str(place), NamedModel())
 
 
 def test_a_name_of_weights_is_no_file_that_lies_here(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    place = told(made, tmp_path / "out", model="torchvision:resnet18", weights="random")
+    place = with_configuration(made, tmp_path / "out", model="torchvision:resnet18", weights="random")
     assert config_of(existing_plan(LocalStore(place)), str(place), NamedModel()).weights == "random"
     (tmp_path / "random").write_bytes(b"")
     with pytest.raises(ConfigError, match="a file of this name lies here"):
@@ -140,7 +140,7 @@ def test_a_name_of_weights_is_no_file_that_lies_here(made, tmp_path, monkeypatch
 
 
 def test_an_output_names_no_endpoint(made, tmp_path):
-    place = told(made, tmp_path / "out", endpoint_url="http://strange.example", output="/strange")
+    place = with_configuration(made, tmp_path / "out", endpoint_url="http://strange.example", output="/strange")
     config = config_of(existing_plan(LocalStore(place)), str(place), NamedModel(MODEL))
     assert (config.endpoint_url, config.output) == (None, str(place))
 

@@ -45,7 +45,7 @@ def parts(**columns):
     return parts_of(products_of(row), (row["map_height"], row["map_width"]), grey, SIZES)
 
 
-def said(**columns):
+def lines_of(**columns):
     return dict(said_of(products_of(row_with(**columns))))
 
 
@@ -144,7 +144,7 @@ def test_thousands_of_entries_are_bounded():
     assert drawn["Scan path"].summary == f"{MAX_FIXATIONS} of 3,000 fixations, the first ones"
     assert drawn["Crops"].summary == f"{MAX_CROPS:,} of 5,200 crops, the best"
     assert drawn["Map family"].summary == "12 of 3,000 maps, the best by insertion"
-    assert all(len(text) < 1200 for text in said(**many).values())
+    assert all(len(text) < 1200 for text in lines_of(**many).values())
     for part in drawn.values():
         assert all(tile.pixels.shape[1] in (SIZES.film, SIZES.single) for tile in part.tiles)
 
@@ -153,14 +153,14 @@ def test_thousands_of_entries_are_bounded():
 
 
 def test_each_has_a_line():
-    assert said(scan_path=path(5)) == {"scan path": "5 fixations, loss 2.31 at the first, 0.46 at the last"}
-    assert said(scan_path=path(1)) == {"scan path": "1 fixation, loss 2.31 at the first, 2.31 at the last"}
-    assert said(crops=crops(3, 16, 8)) == {"crops": "9 crops, score 0.90 at best, 0.10 at worst"}
-    assert said(channel_importance=[0.5, -0.25, 0.0, 2.0]) == {
+    assert lines_of(scan_path=path(5)) == {"scan path": "5 fixations, loss 2.31 at the first, 0.46 at the last"}
+    assert lines_of(scan_path=path(1)) == {"scan path": "1 fixation, loss 2.31 at the first, 2.31 at the last"}
+    assert lines_of(crops=crops(3, 16, 8)) == {"crops": "9 crops, score 0.90 at best, 0.10 at worst"}
+    assert lines_of(channel_importance=[0.5, -0.25, 0.0, 2.0]) == {
         "channel importance": "2 of 4 channels above 0; the most important: 3 (2)"
     }
-    assert said(edge_detector="hed") == {"edges": "by hed"}
-    assert said(selected_by="pos") == {"selected by": "pos, which therefore says nothing about its quality"}
+    assert lines_of(edge_detector="hed") == {"edges": "by hed"}
+    assert lines_of(selected_by="pos") == {"selected by": "pos, which therefore says nothing about its quality"}
 
 
 def test_where_half_of_the_mass_comes_from():
@@ -171,17 +171,17 @@ def test_where_half_of_the_mass_comes_from():
         ]
 
     line = "of 3 blocks; half of the map's mass is there from b1 on"
-    assert said(accumulated_maps=maps(1.0, 2.0, 4.0)) == {"accumulated maps": line}
-    assert said(accumulated_maps=maps(0.0, 0.0)) == {"accumulated maps": "of 2 blocks"}
+    assert lines_of(accumulated_maps=maps(1.0, 2.0, 4.0)) == {"accumulated maps": line}
+    assert lines_of(accumulated_maps=maps(0.0, 0.0)) == {"accumulated maps": "of 2 blocks"}
 
 
 def test_the_chosen_map_is_the_best_by_the_metrics_direction():
     def line(metric):
-        return said(map_family=family(8), selected_by=metric)["selected by"]
+        return lines_of(map_family=family(8), selected_by=metric)["selected by"]
 
     assert line("average_drop_100") == "average_drop_100 among 8 maps, of normal (4), blur (4); chosen: blur (0.10)"
     assert line("insertion") == "insertion among 8 maps, of normal (4), blur (4); chosen: normal (7.10)"
-    assert said(map_family=family(8))["selected by"] == "no metric among 8 maps, of normal (4), blur (4)"
+    assert lines_of(map_family=family(8))["selected by"] == "no metric among 8 maps, of normal (4), blur (4)"
 
 
 @pytest.mark.parametrize(
@@ -351,8 +351,8 @@ def called(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr("sys.argv", ["blocksight", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             main()
-        heard = capsys.readouterr()
-        return ended.value.code or 0, " ".join((heard.out + heard.err).split())
+        printed = capsys.readouterr()
+        return ended.value.code or 0, " ".join((printed.out + printed.err).split())
 
     return run
 
@@ -360,21 +360,21 @@ def called(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("method", OF_METHODS)
 def test_show_draws_what_there_is_beside_the_usual_picture(output, called, tmp_path, method):
     with_products(LocalStore(output), method)
-    code, heard = called("show", output, "ant/000.png")
-    assert code == 0, heard
+    code, printed = called("show", output, "ant/000.png")
+    assert code == 0, printed
     made = sorted(file.name for file in tmp_path.glob("*.png"))
     kinds = {name.split(".")[-2].partition("-")[0] for name in made}
     assert kinds == ({"map"} if method == "feature-cam" else {"map", "products"})
     assert len(made) == 2 * len(kinds)
-    for name, text in said(**OF_METHODS[method]).items():
-        assert heard.count(f"{name} {text}") == 2  # once for each target
+    for name, text in lines_of(**OF_METHODS[method]).items():
+        assert printed.count(f"{name} {text}") == 2  # once for each target
     targets = {re.search(r"-(\d+)\.png$", name)[1] for name in made}
     assert len(targets) == 2
 
 
 def test_a_picture_that_is_named_has_its_products_beside_it(output, called, tmp_path):
     with_products(LocalStore(output), "daam", "bee")
-    code, heard = called(
+    code, printed = called(
         "show",
         output,
         "ant/000.png",
@@ -385,7 +385,7 @@ def test_a_picture_that_is_named_has_its_products_beside_it(output, called, tmp_
         "--picture",
         tmp_path / "x.png",
     )
-    assert code == 0, heard
+    assert code == 0, printed
     targets = [row["target_index"] for row in rows_in(LocalStore(output)) if row["key"] == "ant/000.png"]
     wanted = {f"{name}-{target}.png" for name in ("x", "x.products") for target in targets}
     assert {file.name for file in tmp_path.glob("*.png")} == wanted
@@ -396,17 +396,17 @@ def test_a_picture_that_is_named_has_its_products_beside_it(output, called, tmp_
 @pytest.mark.parametrize("command", ["show", "report"])
 def test_a_damaged_side_product_is_named_by_who_shows_it(output, called, command):
     rewrite(LocalStore(output), lambda _: {"scan_path": [{"row": NAN, "column": 0.0, "loss": 1.0}]})
-    code, heard = called(*{"show": ("show", output, "ant/000.png"), "report": ("report", output)}[command])
+    code, printed = called(*{"show": ("show", output, "ant/000.png"), "report": ("report", output)}[command])
     assert code == 5
-    assert "NOT RECONCILED: the column scan_path of '" in heard
-    assert "is damaged, `blocksight verify` names its fragment" in heard
+    assert "NOT RECONCILED: the column scan_path of '" in printed
+    assert "is damaged, `blocksight verify` names its fragment" in printed
 
 
 def test_hostile_names_are_one_harmless_line(output, called):
     hostile = "[red]\x1b[31m\n\u202e" + "x" * 500
     with_products(LocalStore(output), accumulated_maps=grids([hostile], [None]), edge_detector=hostile)
-    code, heard = called("show", output, "ant/000.png")
-    assert code == 0, heard
-    assert "from [red]?[31m??xxx" in heard
-    assert "\x1b" not in heard
-    assert "x" * 100 not in heard
+    code, printed = called("show", output, "ant/000.png")
+    assert code == 0, printed
+    assert "from [red]?[31m??xxx" in printed
+    assert "\x1b" not in printed
+    assert "x" * 100 not in printed

@@ -180,11 +180,11 @@ def test_provenance_changes_with_a_fragments_bytes_and_tells_no_place(output):
     second = {fact.name: fact.value for fact in report_at(output).provenance}
     assert {name for name in first if first[name] != second[name]} == {"fragments"}
     run = next((output / "_job/runs").glob("*/run.json"))
-    said = json.loads(run.read_text())
-    said["execution"]["address"], said["host"] = "ray://user:secret-word@head", "secret-host"
-    run.write_text(json.dumps(said))
+    document = json.loads(run.read_text())
+    document["execution"]["address"], document["host"] = "ray://user:secret-word@head", "secret-host"
+    run.write_text(json.dumps(document))
     page = page_at(output)
-    assert said["packages"]["pyarrow"] in page
+    assert document["packages"]["pyarrow"] in page
     assert "secret" not in page
 
 
@@ -207,9 +207,9 @@ def test_best_and_worst_are_those_of_all_rows(evaluated, monkeypatch):
     shown = {gallery.name: gallery.refs for gallery in report_at(evaluated).galleries}
     rows = [row for row in rows_in(LocalStore(evaluated)) if row["status"] == "ok"]
     drops = sorted((row["metrics"]["drop"], row["key"], row["target_index"]) for row in rows)
-    said = {Ref(key, target): drop for drop, key, target in drops}
-    assert [said[ref] for ref in shown["best-drop"]] == [drop for drop, *_ in drops[:3]]
-    assert [said[ref] for ref in shown["worst-drop"]] == [drop for drop, *_ in drops[::-1][:3]]
+    drop_of = {Ref(key, target): drop for drop, key, target in drops}
+    assert [drop_of[ref] for ref in shown["best-drop"]] == [drop for drop, *_ in drops[:3]]
+    assert [drop_of[ref] for ref in shown["worst-drop"]] == [drop for drop, *_ in drops[::-1][:3]]
     assert len(shown["best-insertion"]) == len(shown["worst-insertion"]) == 3
     assert set(shown["best-insertion"]) != set(shown["worst-insertion"])
 
@@ -310,12 +310,12 @@ def test_what_was_found_beside_the_maps_is_shown_for_a_few(output, monkeypatch):
     assert alts[:5] == [f"Accumulated maps: {own}" for own in wanted]
     assert len(alts) == 3 * 5
     assert sum(alt.startswith("Map family: chosen: ") for alt in page.values("alt")) == 3
-    for said in (
+    for words in (
         "5 fixations, loss 2.31 at the first, 0.46 at the last",
         "the sum up to each block",
         "by hed",
     ):
-        assert said in page.text
+        assert words in page.text
 
 
 def test_every_shown_map_says_what_was_found_beside_it(output):
@@ -353,7 +353,7 @@ def test_hostile_names_of_blocks_are_text(output):
 
 
 @pytest.mark.parametrize(
-    ("explainer", "said"),
+    ("explainer", "expected"),
     [
         ("a-fmi", "a-fmi: a reconstruction from the abstract"),
         ("feature-cam(gradcam)", "feature-cam: a reconstruction from the abstract"),
@@ -361,13 +361,13 @@ def test_hostile_names_of_blocks_are_text(output):
         ("ucag(gradcam)", None),
     ],
 )
-def test_the_page_says_which_methods_are_reconstructions(output, explainer, said):
+def test_the_page_says_which_methods_are_reconstructions(output, explainer, expected):
     plan = existing_plan(LocalStore(output))
     values = {"b": 1, "base": {"mu": 0.3, "base": {"a": None}}}
     named = replace(plan, identity={**plan.identity, "explainer": explainer, "parameters": values})
     facts = {fact.name: fact.value for fact in run_facts(named, {}, {}, None)}
-    assert facts.get("origin", "").startswith(said or "")
-    assert ("origin" in facts) == (said is not None)
+    assert facts.get("origin", "").startswith(expected or "")
+    assert ("origin" in facts) == (expected is not None)
     assert facts["parameters"] == "b = 1, base.base.a = None, base.mu = 0.3"
 
 
@@ -432,7 +432,7 @@ def test_an_output_of_rejects_alone_gets_a_page(tmp_path):
 def test_the_audits_figures_are_on_the_page(output):
     audit = audited(LocalStore(output))
     page = Page(page_at(output))
-    for said in (
+    for words in (
         "Finding",
         "Suspicion",
         "bottom right",
@@ -441,7 +441,7 @@ def test_the_audits_figures_are_on_the_page(output):
         "\N{MINUS SIGN}12.5 points",
         "62.5 %",
     ):
-        assert said in page.text
+        assert words in page.text
     found = report_at(output).findings
     assert found is not None
     assert [(gate.name, gate.count) for gate in found.gates] == list(audit.gates.items())
@@ -463,7 +463,7 @@ def test_what_the_audit_names_leads_to_a_map(output):
 
 
 @pytest.mark.parametrize(
-    ("mean", "low", "p_value", "said"),
+    ("mean", "low", "p_value", "expected"),
     [
         (1.0, 0.01, 0.049, "more than a random region does: by"),
         (5.0, 0.5, 0.05, "no more than a random region does, as far as can be told: by"),
@@ -472,10 +472,10 @@ def test_what_the_audit_names_leads_to_a_map(output):
         (0.99, 0.5, 0.001, "a little more than a random region does, too little for a finding: by"),
     ],
 )
-def test_an_effect_is_worded_as_the_verdict_judges_it(mean, low, p_value, said):
+def test_an_effect_is_worded_as_the_verdict_judges_it(mean, low, p_value, expected):
     effect = Effect(mean, low, 2 * abs(mean), p_value, 40, 0.1)
-    assert against_chance(effect, "it raises") == f"it raises the class {said}"
-    assert effect.is_real == (said == "more than a random region does: by")
+    assert against_chance(effect, "it raises") == f"it raises the class {expected}"
+    assert effect.is_real == (expected == "more than a random region does: by")
 
 
 def test_the_page_says_of_each_effect_whether_it_is_one(output):
@@ -489,7 +489,7 @@ def test_the_page_says_of_each_effect_whether_it_is_one(output):
 
 
 @pytest.mark.parametrize(
-    ("box", "said"),
+    ("box", "expected"),
     [
         ((0, 0, 0.3, 0.3), "top left"),
         ((0.35, 0.35, 0.65, 0.65), "middle"),
@@ -498,8 +498,8 @@ def test_the_page_says_of_each_effect_whether_it_is_one(output):
         ((0, 0, 1, 0.9), "most of the picture"),
     ],
 )
-def test_a_region_in_words(box, said):
-    assert place_of(box) == said
+def test_a_region_in_words(box, expected):
+    assert place_of(box) == expected
 
 
 # ---------------------------------------------------------------- harmless
@@ -511,7 +511,7 @@ def hostile(tmp_path):
     run_here(
         hostile_table(tmp_path / "in"), tmp_path / "out", explainer="gradcam", model="tests.jobs.tiny:make_hostile"
     )
-    audited(LocalStore(tmp_path / "out"), said=" ".join(HOSTILE))
+    audited(LocalStore(tmp_path / "out"), text=" ".join(HOSTILE))
     return tmp_path / "out"
 
 

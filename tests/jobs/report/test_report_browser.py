@@ -30,9 +30,9 @@ def browser():
         started.close()
 
 
-def written(folder, said):
+def written(folder, text):
     store = LocalStore(folder)
-    audited(store, said=said)
+    audited(store, text=text)
     write_report(Output(str(folder), store, existing_plan(store)), None, Console(quiet=True))
     return f"file://{folder / REPORT_KEY}"
 

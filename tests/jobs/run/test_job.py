@@ -246,9 +246,9 @@ def test_the_plan_covers_every_record_once(tmp_path):
 
 
 def test_the_plan_names_columns_that_are_left_unread(tmp_path):
-    said = {"ARROW:extension:name": "somebody.objects", "ARROW:extension:metadata": ""}
+    metadata = {"ARROW:extension:name": "somebody.objects", "ARROW:extension:metadata": ""}
     schema = pa.schema(
-        [("image", pa.binary()), pa.field("extra", pa.binary(), metadata=said), ("label", pa.list_(pa.int8()))]
+        [("image", pa.binary()), pa.field("extra", pa.binary(), metadata=metadata), ("label", pa.list_(pa.int8()))]
     )
     (tmp_path / "in").mkdir()
     for name in ("a", "b"):

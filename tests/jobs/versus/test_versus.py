@@ -426,29 +426,29 @@ def planted(data, tmp_path):
 
 def test_planted_regressions_are_found(planted, tmp_path):
     a, b, keys = planted
-    said = written(a, b, tmp_path / "d")
+    document = written(a, b, tmp_path / "d")
     rows = rows_in(tmp_path / "d")
     assert {key for (key, _), row in rows.items() if row["regressed"]} == set(keys[:10])
     assert {key for (key, _), row in rows.items() if row["regressed_and_looks_elsewhere"]} == set(keys[:9])
     assert {key for (key, _), row in rows.items() if row["looks_elsewhere"]} == {*keys[:9], keys[29]}
-    assert said["confusion"] == {
+    assert document["confusion"] == {
         "right to right": 20,
         "right to wrong": 10,
         "wrong to right": 0,
         "wrong to wrong": 0,
     }
-    shares = said["shares"]
+    shares = document["shares"]
     assert shares["elsewhere_of_regressed"]["mean"] == pytest.approx(0.9)
     assert shares["elsewhere_of_others"]["mean"] == pytest.approx(1 / 20)
-    assert said["elsewhere_gap"]["mean"] == pytest.approx(0.85)
+    assert document["elsewhere_gap"]["mean"] == pytest.approx(0.85)
     for name, count, of in (("elsewhere_of_regressed", 9, 10), ("elsewhere_of_others", 1, 20), ("improved", 0, 30)):
         wanted = binomtest(count, of).proportion_ci(method="wilson")
         assert (shares[name]["low"], shares[name]["high"]) == pytest.approx((wanted.low, wanted.high), abs=1e-12)
-    assert 0 < said["elsewhere_gap"]["low"] < 0.85 < said["elsewhere_gap"]["high"] <= 1
-    assert set(said["intervals"]) == {"means", "shares", "elsewhere_gap"}
-    assert said["means"]["score_change"]["mean"] == pytest.approx(-0.5 / 3)
-    assert said["means"]["moved"]["mean"] == pytest.approx(np.mean([row["moved"] for row in rows.values()]))
-    assert json.loads((tmp_path / "d" / SUMMARY).read_text()) == said
+    assert 0 < document["elsewhere_gap"]["low"] < 0.85 < document["elsewhere_gap"]["high"] <= 1
+    assert set(document["intervals"]) == {"means", "shares", "elsewhere_gap"}
+    assert document["means"]["score_change"]["mean"] == pytest.approx(-0.5 / 3)
+    assert document["means"]["moved"]["mean"] == pytest.approx(np.mean([row["moved"] for row in rows.values()]))
+    assert json.loads((tmp_path / "d" / SUMMARY).read_text()) == document
     with Image.open(tmp_path / "d" / PICTURE) as picture:
         assert picture.width == 3 * (320 + 8) + 8
         assert picture.height == 9 * (240 + 48) + 8
@@ -464,13 +464,13 @@ def test_a_model_that_is_lured_away_regresses_and_looks_elsewhere(tmp_path, expl
     outputs = [
         Output(name, LocalStore(tmp_path / name), load_plan(LocalStore(tmp_path / name))) for name in ("sided", "lured")
     ]
-    said = written(*outputs, tmp_path / "d")
+    document = written(*outputs, tmp_path / "d")
     rows = rows_in(tmp_path / "d")
     lured = {key for key, _ in rows if int(key[4:7]) < 8}
     assert len(rows) == 32
     assert {key for (key, _), row in rows.items() if row["regressed_and_looks_elsewhere"]} == lured
     assert {key for (key, _), row in rows.items() if row["looks_elsewhere"] or row["regressed"]} == lured
-    assert said["elsewhere_gap"]["mean"] == 1
+    assert document["elsewhere_gap"]["mean"] == 1
     if explainer == "gradcam":  # whose maps lie on the seen half alone
         shifts = [row["focus_shift"] for (key, _), row in rows.items() if key in lured]
         assert np.mean(shifts) == pytest.approx(0.5 / np.sqrt(2), abs=0.05)
@@ -479,11 +479,11 @@ def test_a_model_that_is_lured_away_regresses_and_looks_elsewhere(tmp_path, expl
 
 def test_without_a_regression_the_sheet_shows_what_is_least_alike(planted, tmp_path):
     a, _, _ = planted
-    said = written(a, a, tmp_path / "same")
-    assert said["picture"].startswith("the least alike maps")
-    assert said["means"]["moved"]["mean"] == 0
-    assert said["means"]["ssim"]["mean"] == pytest.approx(1)
-    assert said["shares"]["looks_elsewhere"]["mean"] == 0
+    document = written(a, a, tmp_path / "same")
+    assert document["picture"].startswith("the least alike maps")
+    assert document["means"]["moved"]["mean"] == 0
+    assert document["means"]["ssim"]["mean"] == pytest.approx(1)
+    assert document["shares"]["looks_elsewhere"]["mean"] == 0
     assert (tmp_path / "same" / PICTURE).exists()
 
 
@@ -551,9 +551,9 @@ def test_counts_of_one_are_singular(data, tmp_path):
     b = output_of(data, tmp_path / "b", {key: rows[key] for key in keys[1:3]}, per_unit=29)
     console = Console(file=io.StringIO(), width=200)
     console.print(difference_table(written(a, b, tmp_path / "d"), "d"))
-    said = " ".join(console.file.getvalue().split())
+    printed = " ".join(console.file.getvalue().split())
     for words in ("1 record, 1 row", "1 record explained in A alone", "28 records rejected in B"):
-        assert words in said
+        assert words in printed
 
 
 def test_two_models_on_the_command_line(tmp_path):
@@ -565,9 +565,9 @@ def test_two_models_on_the_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "8 records, 8 rows" in done.stdout
     assert "3 records rejected in A" in done.stdout
-    said = json.loads((tmp_path / "d" / SUMMARY).read_text())
-    assert sum(said["confusion"].values()) == 8
-    assert "unknown to unknown" not in said["confusion"]
+    document = json.loads((tmp_path / "d" / SUMMARY).read_text())
+    assert sum(document["confusion"].values()) == 8
+    assert "unknown to unknown" not in document["confusion"]
     seen = blocksight("versus", tmp_path / "old-seen", tmp_path / "new-seen", "--output", tmp_path / "e")
     assert seen.returncode in (0, 2)
     assert "with --target label" in seen.stdout + seen.stderr

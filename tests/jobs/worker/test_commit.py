@@ -156,6 +156,6 @@ def test_a_fragment_names_its_job_and_the_version_of_its_shard(layout, etag):
     store = MemoryStore()
     unit = replace(UNIT, layout=layout)
     commit_unit(replace(result(), unit=unit), store, "job")
-    said = pq.read_schema(io.BytesIO(store.read(unit.fragment_key))).metadata
+    metadata = pq.read_schema(io.BytesIO(store.read(unit.fragment_key))).metadata
     wanted = {b"blocksight.job": b"job", b"blocksight.unit": unit.unit_id.encode(), b"blocksight.input_etag": etag}
-    assert {name: value for name, value in said.items() if name in wanted} == wanted
+    assert {name: value for name, value in metadata.items() if name in wanted} == wanted

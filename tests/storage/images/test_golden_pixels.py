@@ -49,8 +49,8 @@ def found(data: bytes) -> np.ndarray:
     return decode(data).pixels.astype(float)
 
 
-def code(data: bytes, said: str = "") -> RejectCode:
-    with pytest.raises(Reject, match=said) as caught:
+def code(data: bytes, reason: str = "") -> RejectCode:
+    with pytest.raises(Reject, match=reason) as caught:
         decode(data)
     return caught.value.code
 
@@ -132,7 +132,7 @@ HEADER = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "reason"),
     [
         (png_of(HEADER, HEADER, PIXELS), "IHDR comes first and once"),
         (png(BLACK, 8, 3), "no palette"),
@@ -150,8 +150,8 @@ HEADER = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
         (png(BLACK, 8, 0, chunk(b"tEXt", b"k\0text")[:-1] + b"\0"), "checksum"),
     ],
 )
-def test_png_broken(data, said):
-    assert code(data, said) == RejectCode.CORRUPT
+def test_png_broken(data, reason):
+    assert code(data, reason) == RejectCode.CORRUPT
 
 
 @pytest.mark.parametrize("interlaced", [False, True])
@@ -298,7 +298,7 @@ def test_tiff_bigtiff_and_further_frames():
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "reason"),
     [
         (tiff(noise(16, 3), 16, 2, planar=True), "16 bits .* in separate planes"),
         (tiff(noise(8, 4), 8, 2), "4 samples, of which 0 are named"),
@@ -330,12 +330,12 @@ def test_tiff_bigtiff_and_further_frames():
         (written(np.zeros((4, 4, 3), np.uint8), photometric="rgb", bigtiff=True, byteorder=">"), "big-endian BigTIFF"),
     ],
 )
-def test_tiff_refused(data, said):
-    assert code(data, said) == RejectCode.MODE_REFUSED
+def test_tiff_refused(data, reason):
+    assert code(data, reason) == RejectCode.MODE_REFUSED
 
 
 @pytest.mark.parametrize(
-    ("data", "said", "wanted"),
+    ("data", "reason", "wanted"),
     [
         (tiff(noise(8, 3), 8, 2, tags={273: [8, 8]}), "tag 273 has 2 values", RejectCode.CORRUPT),
         (tiff(noise(8, 3), 8, 2, tags={258: [8] * 9}), "tag 258 has 9 values", RejectCode.CORRUPT),
@@ -350,8 +350,8 @@ def test_tiff_refused(data, said):
         ),
     ],
 )
-def test_tiff_pieces_that_do_not_fit(data, said, wanted):
-    assert code(data, said) == wanted
+def test_tiff_pieces_that_do_not_fit(data, reason, wanted):
+    assert code(data, reason) == wanted
 
 
 def test_tiff_jpeg_without_its_end():
@@ -526,7 +526,7 @@ def test_bmp_runs_that_leave_the_picture(runs, bits):
 
 
 @pytest.mark.parametrize(
-    ("data", "wanted", "said"),
+    ("data", "wanted", "reason"),
     [
         (bmp(bytes(8), 8, 1, 8, palette=bytes(4) + b"\xff" * 4), RejectCode.MODE_REFUSED, "8 bits with a palette"),
         (bmp(bytes(4), 8, 1, 4, palette=RAMP[:64]), RejectCode.MODE_REFUSED, "4 bits with a palette"),
@@ -544,8 +544,8 @@ def test_bmp_runs_that_leave_the_picture(runs, bits):
         (bmp(b"\x04\x01\x00\x01", 4, -1, 8, compression=1, palette=RAMP), RejectCode.CORRUPT, "4 x -1"),
     ],
 )
-def test_bmp_refused(data, wanted, said):
-    assert code(data, said) == wanted
+def test_bmp_refused(data, wanted, reason):
+    assert code(data, reason) == wanted
 
 
 # ---------------------------------------------------------------- JPEG
@@ -571,8 +571,8 @@ def test_jpeg_cmyk_is_inverted_where_adobe_says_so():
 def test_jpeg_kinds_that_are_not_read():
     data = encoded(Image.fromarray(SMOOTH), "JPEG")
     frame = data.index(b"\xff\xc0")
-    for marker, said in ((0xC3, "lossless"), (0xC6, "hierarchical"), (0xC9, "arithmetic")):
-        assert code(data[: frame + 1] + bytes([marker]) + data[frame + 2 :], said) == RejectCode.MODE_REFUSED
+    for marker, reason in ((0xC3, "lossless"), (0xC6, "hierarchical"), (0xC9, "arithmetic")):
+        assert code(data[: frame + 1] + bytes([marker]) + data[frame + 2 :], reason) == RejectCode.MODE_REFUSED
     assert code(data[: frame + 4] + b"\x0c" + data[frame + 5 :], "3 layers of 12 bits") == RejectCode.MODE_REFUSED
     assert code(data[: frame + 9] + b"\x02" + data[frame + 10 :], "2 layers of 8 bits") == RejectCode.MODE_REFUSED
     assert code(data[:2] + b"\xff\xfe\0\2" * 16_385 + data[2:], "more than 16384 segments") == RejectCode.CORRUPT

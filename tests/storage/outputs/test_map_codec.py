@@ -111,9 +111,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("data", "said"), REFUSED.values(), ids=REFUSED)
-def test_bytes_that_are_no_map_are_refused(data, said):
-    with pytest.raises(MapError, match=said):
+@pytest.mark.parametrize(("data", "reason"), REFUSED.values(), ids=REFUSED)
+def test_bytes_that_are_no_map_are_refused(data, reason):
+    with pytest.raises(MapError, match=reason):
         decode_map(data, (4, 4))
 
 

@@ -75,8 +75,8 @@ def written(schema: pa.Schema | None = None, **columns) -> bytes:
 
 
 def evil(name: str, kind: pa.DataType) -> pa.Field:
-    said = {"ARROW:extension:name": NAME, "ARROW:extension:metadata": "payload"}
-    return pa.field(name, kind, metadata=said)
+    metadata = {"ARROW:extension:name": NAME, "ARROW:extension:metadata": "payload"}
+    return pa.field(name, kind, metadata=metadata)
 
 
 def stored(body: bytes):
@@ -408,11 +408,11 @@ def with_short_statistics(**columns) -> bytes:
     return footer.replace(two, one) + length.to_bytes(4, "little") + tail[4:]
 
 
-@pytest.mark.parametrize(("make", "said"), [(encrypted, "decrypt"), (with_short_statistics, "size mismatch")])
-def test_a_column_that_arrow_cannot_take_is_damage_and_ends_no_process(make, said):
+@pytest.mark.parametrize(("make", "reason"), [(encrypted, "decrypt"), (with_short_statistics, "size mismatch")])
+def test_a_column_that_arrow_cannot_take_is_damage_and_ends_no_process(make, reason):
     body = make(image=[b"one", None])
     assert table_facts(*stored(body)).num_rows == 2
-    with pytest.raises(DamagedError, match=said):
+    with pytest.raises(DamagedError, match=reason):
         records(body)
 
 

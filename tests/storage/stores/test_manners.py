@@ -90,8 +90,8 @@ def test_odd_keys_are_listed_and_read(bucket, store):
 
 def page(*, token, names, truncated="true"):
     entries = "".join(f"<Contents><Key>{n}</Key><Size>1</Size><ETag>x</ETag></Contents>" for n in names)
-    said = f"<NextContinuationToken>{token}</NextContinuationToken>" if token else ""
-    body = f"<ListBucketResult><IsTruncated>{truncated}</IsTruncated>{said}{entries}</ListBucketResult>"
+    next_token = f"<NextContinuationToken>{token}</NextContinuationToken>" if token else ""
+    body = f"<ListBucketResult><IsTruncated>{truncated}</IsTruncated>{next_token}{entries}</ListBucketResult>"
     return Reply(200, {"Content-Type": "application/xml"}, body.encode())
 
 
