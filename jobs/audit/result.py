@@ -1,19 +1,19 @@
 """The result of an audit and its files in the output: one JSON document, and Parquet tables."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from typing_extensions import TypedDict
 
 from blocksight.jobs.ledger.output import table_of
 from blocksight.jobs.plan.documents import damaged, read_document
 from blocksight.jobs.plan.records import Count
+from blocksight.storage.parquet.rows import parquet_of_rows
 from blocksight.storage.stores.store import MissingError, ObjectStore
 
 FOLDER = "audit/"
@@ -243,8 +243,8 @@ class AuditDocument(TypedDict):
 
 def write_audit(store: ObjectStore, audit: Audit) -> None:
     """Writes the tables, then the document: if that exists, the tables do too. Raises StoreError."""
-    store.put(GROUPS_KEY, _table(map(_group_row, audit.groups), GROUPS))
-    store.put(CLUSTERS_KEY, _table(map(_cluster_row, audit.clusters), CLUSTERS))
+    store.put(GROUPS_KEY, parquet_of_rows(map(_group_row, audit.groups), GROUPS))
+    store.put(CLUSTERS_KEY, parquet_of_rows(map(_cluster_row, audit.clusters), CLUSTERS))
     plain = {name: value for name, value in vars(audit).items() if name not in ("groups", "clusters")}
     body = {
         **plain,
@@ -368,9 +368,3 @@ def _grids(group: Group) -> dict[str, Any]:
 
 def _grid(values: Sequence[float]) -> Grid:
     return np.array(values, np.float32).reshape(GRID, GRID)
-
-
-def _table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), sink, compression="zstd")
-    return sink.getvalue().to_pybytes()

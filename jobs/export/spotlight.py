@@ -14,6 +14,7 @@ from blocksight.jobs.export.pictures import as_jpeg, fitted_image
 from blocksight.jobs.export.records import ExplainedMap, ExplainedRecord, ExplainedRecords
 from blocksight.jobs.plan.plan import Plan
 from blocksight.storage.outputs.pictures import overlay
+from blocksight.storage.parquet.rows import table_of_rows
 
 FILE = "maps.parquet"
 ROWS_AT_ONCE = 64
@@ -41,7 +42,7 @@ def write(shown: Iterable[ExplainedRecord], records: ExplainedRecords, folder: P
     rows = _rows(shown, records.plan)
     with pq.ParquetWriter(folder / FILE, schema, compression="zstd") as writer:
         while batch := list(islice(rows, ROWS_AT_ONCE)):
-            writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+            writer.write_table(table_of_rows(batch, schema))
     kinds = '"image": spotlight.Image, "overlay": spotlight.Image'
     kinds += ', "embedding": spotlight.Embedding' if records.has_audit else ""
     return [

@@ -1,7 +1,6 @@
 """The plan: the input cut into units, written once and used by every resume."""
 
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,6 @@ from pathlib import PurePosixPath
 from typing import Annotated, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 from typing_extensions import TypedDict
 
@@ -21,6 +19,7 @@ from blocksight.jobs.plan.units import Piece, Workforce, check_units, pieces
 from blocksight.storage.inputs.survey import Layout, survey
 from blocksight.storage.limits import MAX_BATCH_BYTES, MAX_UNFOLDING
 from blocksight.storage.parquet.reader import checked_columns, parquet_bytes
+from blocksight.storage.parquet.rows import parquet_of_rows
 from blocksight.storage.stores.locations import contain_each_other, is_whole_bucket, normal_place
 from blocksight.storage.stores.opening import open_named, open_store, probe_reads
 from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore, witnesses_of
@@ -313,9 +312,7 @@ def _units_bytes(units: Sequence[Unit]) -> bytes:
         }
         for unit in units
     ]
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=UNITS_SCHEMA), sink, compression="zstd")
-    return sink.getvalue()
+    return parquet_of_rows(rows, UNITS_SCHEMA)
 
 
 def _units_key(body: bytes) -> str:

@@ -45,6 +45,7 @@ from blocksight.jobs.plan.records import (
 from blocksight.jobs.worker.attempts import attempted, open_worker_stores
 from blocksight.jobs.worker.unit import commit_unit, take_unit
 from blocksight.storage.inputs.survey import Layout
+from blocksight.storage.parquet.rows import table_of_rows
 from blocksight.storage.stores.store import ObjectInfo, StoreError
 
 WAVE_UNITS = 2_000
@@ -309,7 +310,7 @@ def _table(header: str, blob: np.ndarray | None) -> pa.Table:
 
 
 def _row(header: str, blob: bytes, outcome: str | None) -> pa.Table:
-    return pa.Table.from_pylist([{"header": header, "blob": blob, "outcome": outcome}], schema=HEADER)
+    return table_of_rows([{"header": header, "blob": blob, "outcome": outcome}], HEADER)
 
 
 def _outcome(row: Mapping[str, Any]) -> Any:

@@ -1,6 +1,5 @@
 """Writes the difference of two outputs: measures shared rows, finds their typical range, judges, sums up, draws."""
 
-import io
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -8,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
 from typing_extensions import TypedDict
@@ -26,6 +24,7 @@ from blocksight.jobs.versus.rows import DIFFERENCE, MEASURED, measured
 from blocksight.jobs.versus.summary import Sums, summary
 from blocksight.jobs.versus.typical_range import TypicalRange, judged
 from blocksight.jobs.worker.rows import Output, refuse_other_inputs
+from blocksight.storage.parquet.rows import parquet_of_rows
 from blocksight.storage.stores.store import MissingError, ObjectStore
 
 MARK = "_difference.json"
@@ -144,9 +143,7 @@ def _judge(store: ObjectStore, name: str, threshold: float) -> list[dict[str, An
 
 
 def _put(store: ObjectStore, key: str, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
-    body = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), body, compression="zstd")
-    store.put(key, body.getvalue())
+    store.put(key, parquet_of_rows(rows, schema))
 
 
 def _nothing_shared(a: Output, b: Output, tally: Tally) -> str:

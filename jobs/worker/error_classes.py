@@ -7,9 +7,10 @@ from blocksight.engine.errors import ModelError
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.jobs.worker.isolation import Isolated, ProcessStartError, free_bytes
+from blocksight.storage.parquet.rows import UnknownColumnsError
 from blocksight.storage.stores import error_classes
 
-OF_THE_JOB = (ModelError, ConfigError, UnreconciledError, ProcessStartError)
+OF_THE_JOB = (ModelError, ConfigError, UnreconciledError, ProcessStartError, UnknownColumnsError)
 """Errors that every other unit would raise too."""
 
 AMPLE_BYTES = 4 << 30

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 from blocksight.storage.limits import MAX_FRAGMENT_BYTES
 from blocksight.storage.outputs.schema import SCHEMA
 from blocksight.storage.parquet.reader import checked_columns, parquet_bytes, parquet_object
+from blocksight.storage.parquet.rows import table_of_rows
 from blocksight.storage.stores.store import DamagedError, ObjectInfo, ObjectStore
 
 ROW_GROUP_ROWS = 1024
@@ -21,10 +22,10 @@ def encode_fragment(
     """The Parquet bytes of rows in these columns; `provenance` is added to the footer's key-value metadata.
 
     `provenance` may hold only deterministic facts: the same rows must give the same bytes.
-    Raises pyarrow.ArrowInvalid or ArrowTypeError if a row does not fit the schema.
+    Raises as `table_of_rows`.
     """
     schema = columns.with_metadata({**(columns.metadata or {}), **provenance})
-    table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    table = table_of_rows(rows, schema)
     sink = pa.BufferOutputStream()
     pq.write_table(
         table,

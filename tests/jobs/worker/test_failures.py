@@ -37,6 +37,7 @@ from blocksight.storage.inputs.records import RawRecord
 from blocksight.storage.inputs.survey import Layout, Survey
 from blocksight.storage.inputs.tars import read_tar, sample_tar
 from blocksight.storage.outputs.fragments import read_fragment
+from blocksight.storage.parquet.rows import UnknownColumnsError
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.store import DamagedError, MissingError, ObjectError, StoreError, UnavailableError
 from tests.faults.stores import InterceptedStore
@@ -64,7 +65,10 @@ OF_THE_MACHINE = [
     torch.OutOfMemoryError("CUDA out of memory"),
     torch.AcceleratorError("CUDA error: device-side assert triggered"),
 ]
-OF_THE_JOB = [ModelError("x"), ConfigError("x"), UnreconciledError("x"), ProcessStartError("x")]
+OF_THE_JOB = [
+    *(ModelError("x"), ConfigError("x"), UnreconciledError("x"), ProcessStartError("x")),
+    UnknownColumnsError("x"),
+]
 
 
 @pytest.mark.parametrize("error", OF_A_RECORD, ids=str)
