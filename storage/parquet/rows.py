@@ -6,6 +6,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+Fields = Mapping[str, "Fields"]
+"""Names of fields, each with those inside it; empty if it is no struct."""
+
 
 class UnknownColumnsError(Exception):
     """Raised if a row has a key that its table has no column for. The program is wrong, not the record."""
@@ -17,8 +20,8 @@ def table_of_rows(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Ta
     Raises UnknownColumnsError for a key without a column, or without a field in a struct; pyarrow.ArrowInvalid or
     ArrowTypeError if a value does not fit.
     """
-    kept, kind = [dict(row) for row in rows], pa.struct(list(schema))
-    unknown = sorted({name for row in kept for name in _unknown(row, kind)})
+    kept, fields = [dict(row) for row in rows], _field_names(pa.struct(list(schema)))
+    unknown = sorted({name for row in kept for name in _unknown(row, fields)})
     if unknown:
         raise UnknownColumnsError(
             f"a row has {', '.join(unknown)}, and the table's columns are {', '.join(schema.names)}: add the column "
@@ -34,15 +37,21 @@ def parquet_of_rows(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> byt
     return sink.getvalue().to_pybytes()
 
 
-def _unknown(value: Any, kind: pa.DataType, place: str = "") -> Iterator[str]:
-    """Yields the keys of a dict, and of the dicts inside, that the type has no field for: `metrics.drop`."""
-    if pa.types.is_struct(kind) and isinstance(value, Mapping):
-        fields = {field.name: field.type for field in kind}
+def _field_names(kind: pa.DataType) -> Fields:
+    """The fields of a struct, or of a list of structs, with those inside them; empty for another type."""
+    while pa.types.is_list(kind):
+        kind = kind.value_type
+    return {field.name: _field_names(field.type) for field in kind} if pa.types.is_struct(kind) else {}
+
+
+def _unknown(value: Any, fields: Fields, place: str = "") -> Iterator[str]:
+    """Yields the keys of a dict, or of a list of dicts, that are no field: `metrics.drop`."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _unknown(item, fields, place)
+    elif isinstance(value, dict):
         for name, own in value.items():
             if name not in fields:
                 yield f"{place}{name}"
-            elif pa.types.is_nested(fields[name]):
+            elif own is not None and fields[name]:
                 yield from _unknown(own, fields[name], f"{place}{name}.")
-    elif pa.types.is_list(kind) and pa.types.is_nested(kind.value_type) and isinstance(value, list | tuple):
-        for item in value:
-            yield from _unknown(item, kind.value_type, place)
