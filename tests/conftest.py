@@ -1,4 +1,4 @@
-"""What several tests need: real data where it lies beside the checkout, and one S3 server for the session."""
+"""Shared fixtures and options: real data if they are beside the checkout, one S3 server, and `--sample`."""
 
 import os
 import random
@@ -10,7 +10,7 @@ import pytest
 
 from blocksight.cluster.bucket import EmbeddedBucket
 
-# before anything loads Ray, which reads them once: clusters of the tests answer nobody else
+# before anything loads Ray, which reads them once: the tests' clusters refuse connections of others
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class PlainNotebooks:
-    """Notebooks score masks with eager PyTorch: they convert a real network eight times otherwise, for few images."""
+    """Notebooks score masks with eager PyTorch. OpenVINO would convert a real network eight times, for few images."""
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
@@ -43,7 +43,7 @@ class PlainNotebooks:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Draws a sample of what `-m` and `-k` left; the tests keep their order."""
+    """Draws a sample of the tests that `-m` and `-k` select; the tests keep their order."""
     sample = config.getoption("--sample")
     if sample is None or sample >= len(items):
         return
@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real images and weights; users have none."""
+    """Real images and weights, if they are beside the checkout; users have none."""
     if not SHARED.exists():
         pytest.skip("the shared test data (real images and weights) are not beside this checkout")
     return SHARED

@@ -1,6 +1,6 @@
 """Draws README's picture from a finished demo: three photographs, and below each its map laid over it.
 
-`blocksight demo`, then `python -m tests.demo_picture blocksight-demo` writes `tests/figures/demo.jpg` again.
+`blocksight demo`, then `python -m tests.demo_picture blocksight-demo` writes `tests/figures/demo.jpg`.
 """
 
 import sys
@@ -10,9 +10,9 @@ from blocksight.jobs.worker.rows import all_rows, existing_output, images_of, sh
 from blocksight.storage.outputs.pictures import Tile, contact_sheet, overlay
 
 PHOTOGRAPHS = ("chelsea.png", "coffee.png", "camera.png")
-"""Of the demo's photographs those that are in the public domain (CC0)."""
+"""Photographs of the demo that are in the public domain (CC0)."""
 HEIGHT, QUALITY = 220, 85
-"""Of a tile in pixels, and of the JPEG."""
+"""The side of a tile in pixels, and the quality of the JPEG."""
 FIGURE = Path(__file__).parent / "figures" / "demo.jpg"
 
 

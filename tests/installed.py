@@ -1,4 +1,4 @@
-"""The tree as it is installed: one package `blocksight`, put together from the folders that pyproject.toml names."""
+"""Puts the installed package `blocksight` together from the folders that pyproject.toml names."""
 
 import shutil
 import tomllib
@@ -13,7 +13,7 @@ def package_folders(root: Path) -> dict[str, Path]:
 
 
 def copy(source: Path, target: Path) -> None:
-    """A file, or a folder with all that it holds."""
+    """Copies a file, or a folder with its contents."""
     if source.is_dir():
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
     else:
@@ -21,7 +21,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """A symbolic link to a file or folder."""
+    """Makes a symbolic link to a file or folder."""
     target.symlink_to(source)
 
 

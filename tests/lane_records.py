@@ -16,7 +16,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class Record(BaseModel):
-    """What a lane found, and in which code."""
+    """The result of a lane, and the version of the code it belongs to."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -26,9 +26,9 @@ class Record(BaseModel):
     """The commit that was checked out when the result was stored."""
     date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
     seed: str
-    """What the draw and the order of the pieces depend on."""
+    """The seed of the draw and of the order of the pieces."""
     minutes: Annotated[float, Field(ge=0)]
-    """All calls together."""
+    """The time of all calls together."""
     done: Count
     """Pieces that have a verdict."""
     total: Count
@@ -76,7 +76,7 @@ def problems(record: Record, root: Path = ROOT) -> Iterator[str]:
 
 
 def out_of_date(record: Record, now: dict[str, str]) -> str | None:
-    """Says what of the lane is not proved for the code that is here; None: all of it is. `now` holds its digests."""
+    """Says what the lane does not prove for the present code; None: nothing. `now` holds the present digests."""
     changed = sorted(name for name in now.keys() | record.files.keys() if now.get(name) != record.files.get(name))
     lacks = [f"{record.done} of {record.total} pieces were run"] if record.done < record.total else []
     if changed:

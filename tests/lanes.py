@@ -1,4 +1,4 @@
-"""Runs a long lane of the suite in pieces, goes on where the last call stopped, and stores the result.
+"""Runs a long lane of the suite in pieces, resumes where the last call stopped, and stores the result.
 
 `python -m tests.lanes` lists the lanes with their stored results. `python -m tests.lanes chaos` runs one: it prints
 a line for each piece (a planted fault, a mutant, a test, a round of chaos) with an estimate of the time that is
@@ -9,7 +9,8 @@ At its end each call writes `tests/figures/lane-NAME.json`: commit, date, how ma
 found, and the digests of the files. `--minutes 0` runs nothing and only writes it. Commit this file:
 `tests/test_lanes.py` names every result that is cut short or older than the code.
 
-Exit code 0: every piece is done, and none failed. 1: a piece failed. 2: the lane could not begin. 3: pieces are left.
+Exit code 0: every piece is done, and none failed. 1: a piece failed. 2: the lane could not begin. 3: pieces
+without a verdict are left.
 """
 
 import argparse
@@ -34,18 +35,18 @@ from tests.lane_records import ROOT, Record, digests, store, stored
 
 STATES = ROOT / ".lanes"
 GRACE_SECONDS = 60.0
-"""For a process that was asked to stop: servers and Ray sessions end with it."""
+"""The time that a process has to stop, with its servers and Ray sessions."""
 NUM_MUTANTS = 400
-"""Drawn of each group."""
+"""Number of mutants drawn of each group."""
 MUTMUT_MINUTES = 10.0
-"""mutmut starts anew after so long, and what it found until then is noted. A start takes up to a minute."""
+"""mutmut is restarted after this time, so that its results are stored. A start takes up to a minute."""
 NUM_ROUNDS, ROUND_MINUTES = 8, 6
-"""Of chaos. A round takes up to twice its minutes, because the last job is then left to finish."""
+"""Minutes of a round of chaos. It takes up to twice as long, because the last job then finishes."""
 SOUND_TREE = "no fault"
-"""The piece that runs the tests of all faults without one: only then does a red test mean something."""
+"""The piece that runs the tests of all faults on the sound tree. A red test means something only if these pass."""
 
 SOUND_VERDICTS = {"green": "sound", "red": "broken", "broken": "broken"}
-"""What the tests' verdict on that tree means."""
+"""The piece's verdict, by the tests' verdict on the sound tree."""
 
 Verdicts = Generator[tuple[str, str], None, None]
 """Pieces with their verdicts, each as soon as it is known."""
@@ -58,28 +59,28 @@ class Lane:
 
     meaning: str
     files: Callable[[], Sequence[str]]
-    """What it tests or runs, below the root: if one of these changes, earlier verdicts say nothing."""
+    """Files that it tests or runs, by their path below the root. If one of them changes, earlier verdicts are void."""
     pieces: Callable[[str, bool], list[str]]
-    """All its pieces in the order of a seed. True: forget what earlier runs left."""
+    """All its pieces in the order of a seed. True: removes what earlier runs left."""
     run: Callable[[Sequence[str], SecondsLeft], Verdicts]
     """Runs these pieces, and ends early rather than late."""
     failures: frozenset[str]
-    """Verdicts that are not as they should be."""
+    """Verdicts that are failures."""
 
 
 @dataclass
 class State:
-    """What was done of a lane, over all calls, for one seed and one version of its files."""
+    """The finished pieces of a lane, over all calls, for one seed and one version of its files."""
 
     seed: str
     files: dict[str, str]
     seconds: float = 0.0
     verdicts: dict[str, str] = field(default_factory=dict)
-    """By piece."""
+    """Verdict of each finished piece."""
 
     @classmethod
     def read(cls, path: Path, seed: str, files: dict[str, str]) -> "State":
-        """The state to go on with; an empty one if the file is of another seed or of other code."""
+        """The stored state; an empty one if the file is of another seed or of other code."""
         if path.exists():
             state = cls(**json.loads(path.read_text()))
             if (state.seed, state.files) == (seed, files):
@@ -87,7 +88,7 @@ class State:
         return cls(seed, files)
 
     def write(self, path: Path) -> None:
-        """Replaces the file at once, so that a call that is killed leaves a whole one."""
+        """Replaces the file in one step, so that a killed call leaves a whole file."""
         path.parent.mkdir(exist_ok=True)
         aside = path.with_suffix(".new")
         aside.write_text(json.dumps(asdict(self)))
@@ -97,7 +98,7 @@ class State:
 def advance(
     lane: Lane, pieces: Sequence[str], state: State, path: Path, deadline: float, clock: Callable[[], float]
 ) -> None:
-    """Runs the pieces that have no verdict until all have one or less time is left than the last one took."""
+    """Runs pieces without a verdict. Stops if less time is left than the last piece took."""
     before = clock()
     todo = [piece for piece in pieces if piece not in state.verdicts]
     if not todo or before >= deadline:
@@ -123,7 +124,7 @@ def progress(piece: str, verdict: str, seconds: float, state: State, total: int)
 
 
 def record_of(name: str, lane: Lane, pieces: Sequence[str], state: State, commit: str) -> Record:
-    """What is to be stored of the lane as it is now."""
+    """The record to store for the lane's present state."""
     verdicts = {piece: state.verdicts[piece] for piece in pieces if piece in state.verdicts}
     return Record(
         lane=name,
@@ -317,14 +318,14 @@ def _product() -> list[str]:
 
 
 def _helpers(*tests: str) -> list[str]:
-    """What failure tests and chaos are built of, and the modules without tests beside and above these tests."""
+    """Helpers of the failure tests and of chaos, and the modules without tests beside and above these tests."""
     folders = {"tests/faults", "tests/faults/startup", "tests/jobs"}
     folders |= {parent.as_posix() for test in tests for parent in Path(test).parents} - {"tests", "."}
     return [name for name in _found(*(f"{folder}/*.py" for folder in folders)) if "/test_" not in name]
 
 
 def run_for(command: Sequence[str], seconds: float) -> tuple[int | None, str]:
-    """The command's exit code and what it printed; None as the code: it was asked to stop after so many seconds."""
+    """The command's exit code and output. The code is None if it was stopped after `seconds`."""
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         printed, _ = process.communicate(timeout=max(0.0, seconds))
@@ -334,7 +335,7 @@ def run_for(command: Sequence[str], seconds: float) -> tuple[int | None, str]:
 
 
 def _stopped(process: subprocess.Popen[str]) -> str:
-    """Interrupts a process so that it ends what it started; kills it if that takes too long. What it printed."""
+    """Interrupts a process, and kills it if it does not end in time. Returns its output."""
     process.send_signal(signal.SIGINT)
     try:
         return process.communicate(timeout=GRACE_SECONDS)[0]
@@ -361,7 +362,7 @@ def listing() -> str:
 
 
 def run_lane(name: str, minutes: float, seed: str, fresh: bool) -> int:
-    """Goes on with a lane and stores its result; the command's exit code."""
+    """Resumes a lane and stores its result. Returns the command's exit code."""
     deadline = time.monotonic() + 60 * minutes
     lane, path = lanes()[name], STATES / f"{name}.json"
     files = digests(lane.files())

@@ -1,4 +1,4 @@
-"""Jobs of tests score masks by PyTorch as it is: OpenVINO's conversion takes longer than a tiny model's whole job.
+"""Makes jobs in tests score masks with eager PyTorch: OpenVINO's conversion takes longer than a tiny model's job.
 
 `python -m tests.plain` is the command line without OpenVINO, for tests that start a process.
 """
@@ -15,7 +15,7 @@ from blocksight.jobs.cli.main import main
 
 @contextmanager
 def without_openvino() -> Iterator[None]:
-    """While the body runs, a driver finds no OpenVINO; it writes that into the plan, and all workers follow it."""
+    """While the body runs, a driver finds no OpenVINO. It stores eager PyTorch in the plan, and all workers use it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("blocksight.engine.scoring.setting_choice.find_spec", lambda _: None)
         yield
@@ -23,14 +23,14 @@ def without_openvino() -> Iterator[None]:
 
 @pytest.fixture(scope="package", autouse=True)
 def plain_forwards() -> Iterator[None]:
-    """For a folder's conftest.py: holds for its fixtures of every scope, and ends with the folder."""
+    """A fixture for a folder's conftest.py: holds for all tests and fixtures of the folder."""
     with without_openvino():
         yield
 
 
 @pytest.fixture(autouse=True)
 def chosen_forwards(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """A test of how the setting is chosen sees what is installed."""
+    """A test marked `chooses` sees the backends that are installed."""
     if request.node.get_closest_marker("chooses") is not None:
         monkeypatch.setattr("blocksight.engine.scoring.setting_choice.find_spec", find_spec)
 

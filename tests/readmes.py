@@ -1,4 +1,4 @@
-"""Reads every README: its blocks of code, its tables, its links and what it writes as code within a line."""
+"""Reads every README: its blocks of code, its tables, its links and the code within its lines."""
 
 import re
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ READMES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
     for path in (ROOT / "README.md", *(found for folder in FOLDERS for found in (ROOT / folder).rglob("README.md")))
 }
-"""Text by path from the root."""
+"""The text of each README, by path from the root."""
 
 FENCED = re.compile(
     r"^(?:<!-- (?P<mark>[^\n]*) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
@@ -27,15 +27,15 @@ class Block:
 
     readme: str
     line: int
-    """Of its first line of code, from 1."""
+    """Number of its first line of code, from 1."""
     mark: str | None
-    """What a comment right above it says, such as `python: duckdb`."""
+    """The text of a comment right above it, such as `python: duckdb`."""
     language: str
     code: str
 
     @property
     def place(self) -> str:
-        """Where a failure is to be looked for."""
+        """File and line, for messages."""
         return f"{self.readme}:{self.line}"
 
 
@@ -54,14 +54,14 @@ def without_blocks(readme: str) -> str:
 
 
 def commands_of(block: Block) -> Iterator[str]:
-    """The commands of a block of shell: continued lines joined, chained ones apart, comments left out."""
+    """The commands of a shell block: continued lines are joined, chained commands split, comments removed."""
     for line in block.code.replace("\\\n", " ").splitlines():
         if line.strip() and not line.lstrip().startswith("#"):
             yield from (part.strip() for part in line.split(" && "))
 
 
 def tables(head: str) -> list[list[list[str]]]:
-    """Every table, of any README, whose header begins with this: rows of cells."""
+    """The rows of cells of every table, in any README, whose header begins with `head`."""
     return [
         [[cell.strip() for cell in row.strip("|").split(" | ")] for row in found["body"].splitlines()]
         for text in READMES.values()
@@ -71,5 +71,5 @@ def tables(head: str) -> list[list[list[str]]]:
 
 
 def names_in(cell: str) -> list[str]:
-    """What a cell writes as code."""
+    """The names that a cell shows as code."""
     return INLINE.findall(cell)

@@ -1,4 +1,4 @@
-"""Every place that opens a file which may run code or unfold is one of the doors."""
+"""Files that may run code, or grow when they are decompressed, are opened in listed modules only."""
 
 import ast
 import re
@@ -14,19 +14,19 @@ DOORS = {
     ("storage/parquet/reader.py", "pyarrow.parquet.ParquetFile"),
     ("storage/parquet/reader.py", "pyarrow.parquet.FileMetaData"),
     ("storage/parquet/reader.py", "pyarrow.PythonFile"),
-    ("storage/parquet/reader.py", "pyarrow.ipc.read_schema"),  # of bytes in which no extension type is named any more
+    ("storage/parquet/reader.py", "pyarrow.ipc.read_schema"),  # its bytes name no extension type any more
     ("engine/model/tensors.py", "safetensors.torch.load"),
     ("engine/model/tensors.py", "torch.load"),  # with weights_only, see below
     ("jobs/worker/isolation.py", "pickle.loads"),  # from its own child's pipe
     ("jobs/export/sql.py", "duckdb.connect"),  # DuckDB reads Parquet by itself: it knows no Python types
     ("jobs/export/sql.py", "duckdb.DuckDBPyConnection"),
-    ("engine/explainers/edges.py", "h5py.File"),  # of an installed package
-    ("jobs/export/virelay.py", "h5py.File"),  # which writes
+    ("engine/explainers/edges.py", "h5py.File"),  # a file of an installed package
+    ("jobs/export/virelay.py", "h5py.File"),  # it writes
     ("jobs/export/virelay.py", "numpy.memmap"),  # numbers of our own, in a scratch file
-    ("jobs/export/quantus.py", "numpy.lib.format.header_data_from_array_1_0"),  # which write
+    ("jobs/export/quantus.py", "numpy.lib.format.header_data_from_array_1_0"),  # they write
     ("jobs/export/quantus.py", "numpy.lib.format.write_array_header_1_0"),
 }
-"""File and what it uses."""
+"""Allowed pairs of a file and a function that it uses."""
 
 OPENERS = re.compile(
     r"pyarrow\.parquet(?!\.(write_table|ParquetWriter)$).*"
@@ -39,11 +39,11 @@ OPENERS = re.compile(
     r"|(pandas|polars)\.(read|scan).*|ray\.data\.read.*|ray\.cloudpickle.*"
     r"|duckdb(?!$|\.Error$).*|h5py(?!$).*|yaml\..*load.*"
 )
-"""Whatever reads files that may hold code or unfold."""
+"""Functions that read files which may hold code or grow when they are decompressed."""
 
 
 def used(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
-    """What a module uses, by its full dotted name, whatever it calls it."""
+    """The full dotted names that a module uses, whatever their names in the module."""
     names: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""The stored results of the long lanes are sound and name what they do not prove; a lane that stops goes on."""
+"""The stored results of the long lanes are sound and up to date, and a lane that was stopped resumes."""
 
 import subprocess
 import sys
@@ -51,7 +51,7 @@ FILES = {"a.py": "a = 1\n", "b.py": "b = 2\n"}
 
 @pytest.fixture
 def root(tmp_path):
-    """A small tree that a lane speaks of."""
+    """A small tree with the files of a lane."""
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
     return tmp_path
@@ -154,7 +154,7 @@ def all_pieces(seed, fresh):
 
 
 class Clock:
-    """Says that a minute has passed each time that it is moved."""
+    """A clock that a test moves by minutes."""
 
     def __init__(self):
         self.seconds = 0.0

@@ -1,4 +1,4 @@
-"""The notebooks as they are kept: stripped, built on public names, and without a place of anybody's machine."""
+"""The notebooks are stripped, use public names only, and hold no path of a machine."""
 
 import ast
 import json

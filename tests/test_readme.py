@@ -1,4 +1,4 @@
-"""Every README says what is true: its commands and snippets run, its tables, links and figures are the code's."""
+"""Every README is correct: its commands and snippets run, its tables, links and figures agree with the code."""
 
 import io
 import json
@@ -61,21 +61,21 @@ def _plain_forwards() -> Iterator[None]:
 # ---------------------------------------------------------------- what a reader does, from top to bottom
 
 PARSED_ALONE = ("bench", "demo")
-"""They take minutes and have tests of their own."""
+"""Commands that are not run here: they take minutes and have their own tests."""
 IN_A_PROCESS = re.compile(r"^(import|from) .*\bray\b|^from .*\bcluster\.bucket", re.MULTILINE)
-"""Snippets that leave a session or a server behind."""
+"""Snippets that leave a session or a server running."""
 WRITTEN = re.compile(r"# ([\w./-]+\.(?:toml|py|json))$")
-"""The first line of a block that a reader stores under this name."""
+"""First lines of blocks that a reader stores as a file, with the file's name."""
 
 
 def follow(block: Block) -> None:
-    """Does what the block tells its reader to do, in the current folder."""
+    """Does what the block asks its reader to do, in the current folder."""
     if (named := WRITTEN.match(block.code.splitlines()[0])) is not None:
         Path(named[1]).parent.mkdir(parents=True, exist_ok=True)
         Path(named[1]).write_text(block.code)
     match block.language:
         case "python" | "diff" if block.readme == "tests/README.md" and re.match("(new|change): ", block.mark or ""):
-            pass  # `test_worked_example.py` puts it in its place
+            pass  # `test_worked_example.py` applies it
         case "bash" if (block.mark or "").startswith("command: "):
             pass  # `.ci/run` runs it, see test_ci_runs_the_marked_commands
         case "bash":
@@ -88,7 +88,7 @@ def follow(block: Block) -> None:
         case "text":
             pass  # what is printed, or a tree of files
         case _:
-            pytest.fail(f"{block.place}: nobody runs a block of {block.language or 'no language'}")
+            pytest.fail(f"{block.place}: no test runs a block of {block.language or 'no language'}")
 
 
 def follow_command(line: str, place: str) -> None:
@@ -106,7 +106,7 @@ def follow_command(line: str, place: str) -> None:
         case ["ruff" | "lint-imports" | "pyright" as tool, *_]:
             assert (Path(sys.executable).parent / tool).exists(), f"{place}: {tool} is not installed"
         case _:
-            pytest.fail(f"{place}: nobody runs `{line}`")
+            pytest.fail(f"{place}: no test runs `{line}`")
 
 
 def follow_blocksight(arguments: list[str], place: str) -> None:
@@ -164,9 +164,9 @@ def help_of(module: str) -> str:
 
 
 def follow_python(block: Block) -> None:
-    """Runs a snippet; one that prints says something."""
+    """Runs a snippet; one with `print(` must print something."""
     if IN_A_PROCESS.search(block.code):
-        environment = {**os.environ, "RAY_ADDRESS": "local"}  # no cluster that is here already
+        environment = {**os.environ, "RAY_ADDRESS": "local"}  # use no cluster that is already running
         command = [sys.executable, "-c", block.code]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{block.place}\n{done.stderr}"
@@ -190,7 +190,7 @@ def check_rows(names: dict[str, Any]) -> None:
 
 CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {"python: pyarrow": check_rows}
 EXPECTED = {"python: duckdb": "mean_drop", "python: pandas": "truncated"}
-"""What some snippets leave or print."""
+"""Files that some snippets leave, or text that they print."""
 
 NUM_PHOTOS = 6
 
@@ -214,7 +214,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def boxes_of(photos: Path) -> dict[str, Any]:
-    """COCO: in each picture one object, of the class that its folder is named after."""
+    """COCO annotations: in each picture one object, of the class that its folder is named after."""
     files = sorted(path for path in photos.rglob("*.*") if "bad" not in path.name)
     names = sorted({path.parent.name for path in files})
     return {
@@ -253,7 +253,7 @@ def test_a_command_that_cannot_run_is_seen(line):
 
 @pytest.mark.parametrize("language", ["", "sh", "yaml"])
 def test_a_block_that_is_not_run_is_seen(language):
-    with pytest.raises(pytest.fail.Exception, match="nobody runs"):
+    with pytest.raises(pytest.fail.Exception, match="no test runs"):
         follow(Block("README.md", 1, None, language, "something\n"))
 
 
@@ -264,7 +264,7 @@ def test_ci_runs_the_marked_commands():
     assert "for name in demo test; do" in (ROOT / ".ci/run").read_text()
 
 
-# ---------------------------------------------------------------- what stands within a line
+# ---------------------------------------------------------------- code within a line
 
 
 def links() -> Iterator[Any]:
@@ -341,7 +341,7 @@ NAMED: dict[str, list[str]] = {
     "`FORMAT`": list(FORMATS),
     "parameter of `sise`": [own.name for own in fields(SiseParameters)],
 }
-"""Headers of tables, and the names that their first column has, each once."""
+"""Headers of tables, and the names that their first column must list, each once."""
 
 
 @pytest.mark.parametrize(("head", "known"), NAMED.items(), ids=NAMED)

@@ -1,4 +1,4 @@
-"""The READMEs' tables that follow from the code: columns of an output, keys of a configuration, public names."""
+"""The READMEs' generated tables agree with the code: columns, configuration keys, public names."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Each test that needs data beside the checkout has a twin that does not, for users have none."""
+"""Each test that needs data beside the checkout has a twin that does not need them: users have none."""
 
 import ast
 from pathlib import Path

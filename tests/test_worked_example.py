@@ -1,4 +1,4 @@
-"""The worked example of this folder's README: its changes, made in a copy of the repository, end green."""
+"""The worked example of this folder's README passes its tests in a copy of the repository."""
 
 import os
 import re
@@ -15,11 +15,11 @@ BLOCKS = blocks_of("tests/README.md")
 CHANGES = [block for block in BLOCKS if (block.mark or "").startswith(("new: ", "change: "))]
 (GREEN,) = (block for block in BLOCKS if block.mark == "green")
 UNIVERSAL = 12
-"""At least so many tests take every explainer."""
+"""The least number of tests that have every explainer as a parameter."""
 
 
 def changed(text: str, diff: str) -> str:
-    """The text after a diff of whole lines, in hunks that `@@` parts. Raises ValueError where a hunk does not fit."""
+    """Applies a diff of whole lines, in hunks separated by `@@`. Raises ValueError if a hunk does not fit."""
     for hunk in diff.split("@@\n"):
         lines = hunk.splitlines(keepends=True)
         before = "".join(line[1:] for line in lines if not line.startswith("+"))

@@ -1,4 +1,4 @@
-"""The embedded bucket: loopback alone, its own processes alone, no secret shown."""
+"""The embedded bucket listens on loopback only, ends only its own processes, and shows no secret."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.servers
 
 
 def listening(pid: int) -> set[str]:
-    """Local addresses on which a process listens, from the kernel's own tables."""
+    """Local addresses on which a process listens, from the kernel's tables."""
     sockets = set()
     for descriptor in Path(f"/proc/{pid}/fd").iterdir():
         try:

@@ -1,4 +1,4 @@
-"""The Ray session: token, its own processes alone."""
+"""The Ray session starts with a token, refuses unsafe switches, and ends only its own processes."""
 
 import os
 import socket

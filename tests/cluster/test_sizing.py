@@ -1,4 +1,4 @@
-"""Sizing by numbers: what fits, what is refused, and units that shrink towards the end."""
+"""Sizing: what fits a machine, what is refused, and unit sizes that shrink towards the end of a job."""
 
 import pytest
 from hypothesis import given
@@ -45,8 +45,8 @@ def test_a_session_of_its_own_always_fits(num_cores, wanted, actors):
         (0.1, 1000, 10**6, 1, 3000),  # five minutes
         (0.1, 1000, 40_000, 1, 2000),  # a twentieth of the share
         (0.1, 1000, 40_000, 4, 500),
-        (0.1, 1000, 500, 4, 100),  # ten seconds win over the twentieth
-        (0.001, 65536, 10**6, 1, 1024),  # and 64 MiB over everything
+        (0.1, 1000, 500, 4, 100),  # at least ten seconds
+        (0.001, 65536, 10**6, 1, 1024),  # at most 64 MiB
         (0.001, 1 << 30, 10**6, 1, 1),
         (40.0, 1000, 10, 2, 1),
     ],

@@ -1,4 +1,4 @@
-"""Python starts as where OpenVINO is not installed; put this folder on PYTHONPATH."""
+"""With this folder on PYTHONPATH, Python does not find OpenVINO."""
 
 import sys
 
