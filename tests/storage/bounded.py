@@ -1,4 +1,4 @@
-"""Runs a few lines of Python in a process whose memory cannot grow by more than so many bytes."""
+"""Runs a few lines of Python in a process whose memory is limited to a number of bytes."""
 
 import os
 import subprocess
@@ -18,11 +18,11 @@ resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + allowed
 """
 
 ROOM = 8 << 20
-"""Bytes beside the bound under test: the allocator's arenas, and the interpreter's own objects."""
+"""Bytes allowed beside the bound under test: the allocator's arenas and the interpreter's objects."""
 
 
 def printed(code: str, body: Path, allowed: int) -> str:
-    """What `code` prints, which sees the bytes of `body` and the package; it fails if it needs more memory."""
+    """Runs `code` with the bytes of `body` and returns its output. The process fails if it needs more memory."""
     command = [sys.executable, "-c", _BEFORE + code, str(allowed + ROOM), str(body)]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)

@@ -1,4 +1,4 @@
-"""Image files written byte by byte, in kinds that no library writes: what they hold is known without a decoder."""
+"""Writes image files byte by byte, in kinds that no library writes: their pixels are known without a decoder."""
 
 import struct
 import zlib
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
-"""Row, column and their steps, of each pass."""
+"""First row, first column and their steps, for each pass of interlacing."""
 
 
 def chunk(kind: bytes, body: bytes) -> bytes:
@@ -21,7 +21,7 @@ def png_of(*chunks: bytes) -> bytes:
 
 
 def packed(values: np.ndarray, depth: int, order: str = ">") -> bytes:
-    """Samples [H, W, C] of so many bits as rows of whole bytes."""
+    """Packs samples [H, W, C] of `depth` bits into rows of whole bytes."""
     rows = values.reshape(len(values), -1)
     if depth in (8, 16):
         return rows.astype(f"{order}u{depth // 8}").tobytes()
@@ -48,7 +48,7 @@ def tiff(
     *,
     planar: bool = False,
 ) -> bytes:
-    """An uncompressed TIFF of samples [H, W, C] in one strip, or one for each plane; `tags` replace and add some."""
+    """An uncompressed TIFF of samples [H, W, C] in one strip, or one strip for each plane; `tags` adds or replaces."""
     height, width, num_samples = values.shape
     planes = [values[..., place : place + 1] for place in range(num_samples)] if planar else [values]
     strips = [packed(plane, depth, order) for plane in planes]
@@ -83,7 +83,7 @@ def bmp(
     palette: bytes = b"",
     masks: Sequence[int] = (),
 ) -> bytes:
-    """A BMP with a header of Windows 3, or of Windows 5 where it has four masks."""
+    """A BMP with a header of Windows 3, or of Windows 5 if it has four masks."""
     named = len(palette) // 4 if bits <= 8 else 0
     size = 108 if len(masks) == 4 else 40
     header = struct.pack("<IiiHHIIiiII", size, width, height, 1, bits, compression, len(rows), 0, 0, named, 0)

@@ -1,4 +1,4 @@
-"""Parquet files written by hand, byte by byte, so that they may say what no writer says."""
+"""Writes Parquet files byte by byte, so that they can hold what no library writes."""
 
 import struct
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ UNCOMPRESSED, ZSTD = 0, 6
 
 
 def number(value: int) -> bytes:
-    """7 bits a byte, low bits first."""
+    """A number as Thrift's varint: 7 bits in each byte, low bits first."""
     out = b""
     while value > 127:
         out += bytes([value & 127 | 128])
@@ -54,18 +54,18 @@ class Struct:
 
 
 def cell(data: bytes) -> bytes:
-    """A value in PLAIN."""
+    """A value in the encoding PLAIN."""
     return struct.pack("<I", len(data)) + data
 
 
 def page(body: bytes, num_values: int, encoding: int = PLAIN, unfolded: int | None = None) -> bytes:
-    """A data page of required values: no levels; `unfolded`: how long it says that it is after decompression."""
+    """A data page of required values, without levels. `unfolded` is the length after decompression that it declares."""
     head = Struct().i32(1, 0).i32(2, len(body) if unfolded is None else unfolded).i32(3, len(body))
     return head.struct(5, Struct().i32(1, num_values).i32(2, encoding).i32(3, 3).i32(4, 3)).done() + body
 
 
 def page_2(body: bytes, num_values: int, encoding: int, unfolded: int) -> bytes:
-    """The same of the second kind."""
+    """A data page of version 2."""
     values = Struct().i32(1, num_values).i32(2, 0).i32(3, num_values).i32(4, encoding).i32(5, 0).i32(6, 0)
     return Struct().i32(1, 3).i32(2, unfolded).i32(3, len(body)).struct(8, values).done() + body
 
@@ -78,21 +78,21 @@ def dictionary(body: bytes, num_entries: int, unfolded: int | None = None) -> by
 
 @dataclass
 class Column:
-    """A row group's only column, `image`, and what the footer says of it."""
+    """A row group's only column, `image`, with the values that the footer declares."""
 
     pages: Sequence[bytes]
     num_rows: int
     encodings: Sequence[int] = (PLAIN,)
     codec: int = UNCOMPRESSED
     unfolded: int | None = None
-    """None: as long as the pages are."""
+    """None: the length of the pages."""
     dictionary_bytes: int = 0
-    """Length of the first page, where it is a dictionary."""
+    """Length of the first page if it is a dictionary."""
     num_values: int | None = None
 
 
 def parquet(*groups: Column, num_rows: int | None = None) -> bytes:
-    """The file's bytes; `num_rows`: how many the footer says that there are."""
+    """The file's bytes; `num_rows` is the count that the footer declares."""
     body, chunks = b"PAR1", []
     for group in groups:
         start, stored = len(body), b"".join(group.pages)
@@ -114,12 +114,12 @@ def parquet(*groups: Column, num_rows: int | None = None) -> bytes:
 
 
 def cell_name(name: bytes) -> bytes:
-    """Text in a list."""
+    """A text as an element of a list."""
     return number(len(name)) + name
 
 
 def delta_bomb(num_values: int) -> bytes:
-    """Lengths of so many texts, all zero: a block of them takes two bytes."""
+    """The delta-encoded lengths of `num_values` empty texts: a whole block takes two bytes."""
     block = 1 << 27
     blocks = (signed(0) + b"\0") * (num_values // block + 1)
     return number(block) + number(1) + number(num_values) + signed(0) + blocks

@@ -1,4 +1,4 @@
-"""A bucket on loopback, in this process, whose manners a test may spoil: what real gateways were seen to do."""
+"""A bucket on loopback, in this process, whose replies a test can change as real gateways do."""
 
 import hashlib
 import html
@@ -25,23 +25,23 @@ class Asked:
     """Empty for a listing."""
     query: dict[str, str]
     headers: dict[str, str]
-    """With their names in small letters."""
+    """Headers, with names in lower case."""
     body: bytes
 
 
 @dataclass
 class Reply:
-    """One answer; a header that is None is not sent, and without a length the connection ends the body."""
+    """One reply. A header that is None is not sent. Without a length, the end of the connection ends the body."""
 
     status: int = 200
     headers: dict[str, str | None] = field(default_factory=dict)
     body: bytes = b""
     pause: float = 0.0
-    """Seconds before each of the body's bytes."""
+    """Seconds of pause before each byte of the body."""
 
 
 def refused(status: int, code: str) -> Reply:
-    """An error as S3 words it."""
+    """An error reply in S3's XML."""
     return Reply(status, {"Content-Type": "application/xml"}, f"<Error><Code>{code}</Code></Error>".encode())
 
 
@@ -50,10 +50,10 @@ def etag_of(body: bytes) -> str:
 
 
 class Bucket:
-    """Objects by key, and the requests so far.
+    """Holds objects by key, and the requests so far.
 
-    `manners(asked, reply)` may change a reply or return another one; `listed(key, entry)` may change what the
-    listing says of an object, given and returned as a dict of its XML elements.
+    `manners(asked, reply)` may change a reply or return another one; `listed(key, entry)` may change an
+    object's entry in the listing, a dict of its XML elements.
     """
 
     def __init__(self, objects: dict[str, bytes] | None = None) -> None:
@@ -65,7 +65,7 @@ class Bucket:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def reset(self, objects: dict[str, bytes]) -> None:
-        """Good manners again, these objects alone, and no request so far."""
+        """Resets the bucket: only these objects, no changed replies and no requests."""
         self.objects = dict(objects)
         self.metadata: dict[str, dict[str, str]] = {}
         self.page_size = 1000
@@ -182,7 +182,7 @@ def _handler_of(bucket: Bucket) -> type[BaseHTTPRequestHandler]:
             if not reply.pause:
                 self.wfile.write(reply.body)
                 return
-            with suppress(OSError):  # the client has hung up
+            with suppress(OSError):  # the client has closed the connection
                 for number in range(len(reply.body)):
                     time.sleep(reply.pause)
                     self.wfile.write(reply.body[number : number + 1])
@@ -190,6 +190,6 @@ def _handler_of(bucket: Bucket) -> type[BaseHTTPRequestHandler]:
         do_GET = do_PUT = do_HEAD = do_DELETE = handle_any
 
         def log_message(self, *_arguments: object) -> None:
-            """In silence."""
+            """Prints nothing."""
 
     return Handler

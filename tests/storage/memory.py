@@ -8,7 +8,7 @@ from blocksight.storage.stores.store import AlreadyExistsError, ChangedError, Mi
 
 
 class MemoryStore:
-    """A dict behind a lock; the version is a digest of the bytes, as a bucket's ETag is."""
+    """Objects in a dict behind a lock. The version is a digest of the bytes, like a bucket's ETag."""
 
     def __init__(self) -> None:
         self._objects: dict[str, tuple[bytes, Mapping[str, str]]] = {}

@@ -1,4 +1,4 @@
-"""Every kind of picture that Pillow opens in the six formats: pixels by hand or by another decoder, or a reason."""
+"""Every kind of picture in the six formats: its pixels are known by hand or from another decoder, or it is rejected."""
 
 import io
 import struct
@@ -28,7 +28,7 @@ def noise(depth: int, num_samples: int) -> np.ndarray:
 
 
 def eight(values: np.ndarray, depth: int) -> np.ndarray:
-    """Samples of `depth` bits in 8."""
+    """Samples of `depth` bits, scaled to 8 bits."""
     return np.rint(values * (255 / (2**depth - 1)))
 
 
@@ -37,7 +37,7 @@ def grey(values: np.ndarray) -> np.ndarray:
 
 
 def on_white(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Colours of 0 to 255 and alpha of 0 to 1, exactly."""
+    """Colours from 0 to 255 on white, with alpha from 0 to 1; exact."""
     return colours * alpha + 255 * (1 - alpha)
 
 
@@ -410,7 +410,7 @@ def test_gif(palette, interlace, transparent):
 
 
 def on_canvas(data: bytes, width: int, height: int, left: int, top: int) -> bytes:
-    """A GIF with its only frame at a place of another canvas."""
+    """The GIF with a larger canvas, its only frame at `left` and `top`."""
     frame = data.index(b"\x2c\0\0\0\0", 13 + 768)
     moved = data[: frame + 1] + struct.pack("<HH", left, top) + data[frame + 5 :]
     return moved[:6] + struct.pack("<HH", width, height) + moved[10:]
@@ -447,7 +447,7 @@ def test_gif_a_colour_that_no_table_has():
 
 
 def lines(values: np.ndarray, depth: int) -> bytes:
-    """Rows from the bottom, each of whole words."""
+    """Rows from the bottom up, each padded to words of 4 bytes."""
     rows = [np.packbits((row.ravel()[:, None] >> np.arange(depth - 1, -1, -1) & 1).ravel()).tobytes() for row in values]
     return b"".join(row + bytes(-len(row) % 4) for row in rows[::-1])
 
@@ -489,7 +489,7 @@ def test_bmp_sixteen_bits(masks, greens):
 
 
 def test_bmp_of_the_first_kind():
-    """A header of 12 bytes, whose sides are of two bytes and whose palette has three a colour."""
+    """A header of 12 bytes: sides of two bytes, and a palette of three bytes for each colour."""
     values, palette = noise(4, 1), RANDOM.integers(0, 256, (16, 3))
     header = struct.pack("<IHHHH", 12, WIDTH, HEIGHT, 1, 4) + bytes(palette.ravel().tolist())
     data = b"BM" + struct.pack("<IHHI", 0, 0, 0, 14 + len(header)) + header + lines(values, 4)
@@ -603,7 +603,7 @@ def test_webp_that_is_too_large_is_refused_before_its_canvas_is_made():
 
 
 def turned(values: np.ndarray, orientation: int) -> np.ndarray:
-    """What EXIF 2.3 says of each orientation: which side of the picture the first row and the first column are."""
+    """The stored pixels for an orientation. EXIF 2.3 defines it by the sides that row 0 and column 0 are."""
     sides = {1: "tl", 2: "tr", 3: "br", 4: "bl", 5: "lt", 6: "rt", 7: "rb", 8: "lb"}[orientation]
     upright = values.swapaxes(0, 1) if sides[0] in "lr" else values
     if "b" in sides:

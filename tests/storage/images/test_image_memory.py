@@ -1,4 +1,4 @@
-"""Decoding keeps to its bound, of bytes for each pixel, row and byte of the file, in a process that has no more."""
+"""Decoding keeps to its memory bound: bytes for each pixel, row and byte of the file."""
 
 import io
 import struct

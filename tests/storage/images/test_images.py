@@ -1,4 +1,4 @@
-"""Hostile images: golden pixels, real corpora, and a reason from the closed list for everything else."""
+"""Images: sound ones have the right pixels, and every bad one has a reject code of the closed list."""
 
 import io
 import signal
@@ -159,7 +159,7 @@ def test_a_slow_decoder_is_stopped(monkeypatch):
 
 
 def test_time_that_a_decoder_does_not_run_is_not_its_own(monkeypatch):
-    """As where the machine is busy, or the process was stopped."""
+    """For example on a busy machine, or while the process is stopped."""
     load = JpegImageFile.load
     monkeypatch.setattr(JpegImageFile, "load", lambda self: [time.sleep(0.3), load(self)][1])
     assert decode(JPEG, DecodeLimits(seconds=0.1)).width == 60

@@ -1,4 +1,4 @@
-"""Ground truth: three formats read, records matched, regions by hand and against slow twins; strangers refused."""
+"""Ground truth: three formats are read, records matched and regions computed; malformed files are refused."""
 
 import io
 import json
@@ -39,7 +39,7 @@ KNOWN_TEXT = (
     "mb0]1?00000000000000000000000000000000000000ROK55KK55KK55KK55KK55KK55KK55KK55KK55KK55i0000"
     "0000000000000000000000000000000000000000000000000000000cb0"
 )
-"""What pycocotools 2.0 makes of the picture frame in the test."""
+"""The run lengths by pycocotools 2.0 of the picture frame in the test."""
 
 PIXELS = np.zeros((4, 8), bool)
 PIXELS[1:3, 2:5] = True
@@ -90,7 +90,7 @@ def boxed(*boxes, width=8, height=4) -> ImageTruth:
 
 
 def whole(image, labels=None, how: Any = "squash", original=(4, 8), size=None) -> np.ndarray:
-    """The region, at the original size unless told."""
+    """The region, at the original size by default."""
     covered = region(image, labels, original, size or original, how)
     assert covered is not None
     return covered
@@ -128,7 +128,7 @@ def slow_text(lengths) -> str:
 
 
 def slow_inside(polygon, x, y) -> bool:
-    """Even-odd: how many edges a ray to the left crosses."""
+    """The even-odd rule: counts the edges that a ray to the left crosses."""
     crossed = 0
     for (x0, y0), (x1, y1) in zip(polygon, polygon[1:] + polygon[:1], strict=True):
         if min(y0, y1) <= y < max(y0, y1):
@@ -526,7 +526,7 @@ def test_a_small_box_has_its_nearest_pixel():
 
 
 def test_a_bent_object_that_misses_every_centre_is_not_given_one():
-    """Its box is large, so its middle may be anything but the object."""
+    """Its box is large, so the middle of the box may lie outside the object."""
     ring = TruthObject("cat", (0, 0, 8, 4), (((0, 0), (8, 0), (8, 0.2), (0.2, 0.2), (0.2, 4), (0, 4)),))
     assert not drawn(ImageTruth("a", (ring,)), (4, 4))
 

@@ -1,4 +1,4 @@
-"""The survey, loose images and Parquet tables."""
+"""Inputs: the survey of a place, loose images and Parquet tables."""
 
 import io
 import os
@@ -113,7 +113,7 @@ def test_names_that_are_no_paths_are_counted():
 
 
 def test_a_name_with_a_zero_byte_is_counted():
-    """No plan could be read back that holds such a key."""
+    """A plan with this key could not be read back."""
     assert survey(filled(**{"a.png": b"", "b\0.png": b""})).ignored == {"names with a zero byte": 1}
 
 
@@ -224,7 +224,7 @@ def test_bytes_that_are_no_table():
 
 
 def test_a_column_of_pickled_objects_is_refused_and_does_not_run(tmp_path):
-    """In a process that has Ray Data, Arrow knows a type whose values are unpickled when they are read."""
+    """After an import of Ray Data, Arrow knows a type whose values are unpickled when they are read."""
     import ray.data  # noqa: F401  (registers the type)
 
     trap = tmp_path / "ran"

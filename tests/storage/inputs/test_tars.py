@@ -1,4 +1,4 @@
-"""Tar shards: records, hostile members, breaks, and byte ranges that add up."""
+"""Tar shards: records, hostile members, damage, and byte ranges that cover each record once."""
 
 import io
 import os
@@ -17,7 +17,7 @@ from tests.storage.memory import MemoryStore
 
 
 def archive(members, *, kind=tarfile.PAX_FORMAT, end=True) -> bytes:
-    """A tar of (name, bytes) members, or of ready TarInfo objects."""
+    """A tar of (name, bytes) members, or of TarInfo objects."""
     buffer = io.BytesIO()
     tar = tarfile.TarFile(fileobj=buffer, mode="w", format=kind)
     for name, body in members:
@@ -97,7 +97,7 @@ def test_odd_members_are_records_with_a_reason(member):
 
 @pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
 def test_a_name_in_no_utf_8_is_a_record_with_a_reason(kind):
-    """Names that differ in such bytes alone are told apart."""
+    """Names that differ only in these bytes stay different."""
     names = [os.fsdecode(name) for name in (b"a/1.jpg", b"caf\xe9.jpg", b"caf\xe8.jpg", b"a/2.jpg")]
     found = read(archive([(name, b"x") for name in names], kind=kind))
     assert codes(found) == ["ok", "member_refused", "member_refused", "ok"]
@@ -212,7 +212,7 @@ def test_the_sample_guesses_the_count():
 
 
 def block(name, size=0, body=b"", kind=b"0", link=b""):
-    """A member by hand: its size field holds the number, or these bytes as they are."""
+    """A member by hand; its size field holds a number, or the given bytes."""
     header = bytearray(512)
     header[: len(name)] = name
     header[100:124] = b"0000644\0" * 3
@@ -226,7 +226,7 @@ def block(name, size=0, body=b"", kind=b"0", link=b""):
 
 
 def sparse(num_blocks):
-    """An old GNU sparse member, whose map goes on in so many blocks of its own."""
+    """An old GNU sparse member whose map continues in `num_blocks` further blocks."""
     header = bytearray(block(b"s.png", 3, kind=b"S")[:512])
     header[345:500], header[482] = bytes(155), num_blocks > 0
     header[148:156] = b" " * 8
@@ -240,7 +240,7 @@ def picture(name):
 
 
 def extended(kind=b"x", **fields):
-    """A PAX header, with dots in a key for `__`."""
+    """A PAX header; `__` in a field's name means a dot."""
     records = b""
     for key, value in fields.items():
         record = b" " + key.replace("__", ".").encode() + b"=" + value + b"\n"
@@ -328,7 +328,7 @@ def test_of_a_chain_of_pax_headers_only_what_is_used_is_kept():
 
 
 def test_a_name_is_kept_no_longer_than_it_takes_to_refuse_it():
-    """A global header names every member: its text would be gone through as often as there are any."""
+    """A global header names every member, so a long name would be processed for each of them."""
     assert len(_pax_fields(extended(path=b"x" * 100_000)[512:])["path"]) == 513
     slashes = b"a" + b"/" * 600
     found = read(extended(path=slashes + b"b.png") + picture(b"1.png") + extended(path=slashes) + picture(b"2") + ENDED)
@@ -337,7 +337,7 @@ def test_a_name_is_kept_no_longer_than_it_takes_to_refuse_it():
 
 
 def test_the_work_is_bounded_by_the_bytes():
-    """A size that leads back would be walked for ever."""
+    """A size that leads backwards would be followed for ever."""
     for back in (512, 1024, 8192):
         body = picture(b"1.png") + block(b"neg.png", base_256(-back)) + picture(b"2.png") + ENDED
         assert len(read(body)) <= len(body) // 512

@@ -1,4 +1,4 @@
-"""File names of records: different for different keys, sound everywhere."""
+"""File names of records: different keys have different names, and each name is valid in every file system."""
 
 import re
 import unicodedata

@@ -1,4 +1,4 @@
-"""The map codec: what it writes it reads, and whatever else stands in a cell is refused in bounded memory."""
+"""The map codec: it reads what it writes, and refuses any other bytes in bounded memory."""
 
 import io
 import struct
@@ -55,7 +55,7 @@ def header(height: int, width: int, depth: int = 8, colour: int = 0, interlace: 
 
 
 def pixels(num_rows: int, row_bytes: int, kind: bytes = b"IDAT") -> bytes:
-    """Zeros, compressed in pieces: gigabytes of them are a few KB here."""
+    """Zeros, compressed in pieces: gigabytes become a few KB."""
     packer = zlib.compressobj(9)
     return chunk(kind, b"".join(packer.compress(bytes(row_bytes)) for _ in range(num_rows)) + packer.flush())
 

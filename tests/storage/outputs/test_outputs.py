@@ -1,4 +1,4 @@
-"""The map codec, fragments, and pictures."""
+"""Fragments and pictures: their columns, bytes, batches and sizes."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""The door to Parquet: nothing runs, nothing unfolds beyond its bound, and what a footer says is checked."""
+"""Parquet files are read without running code, within bounded memory, and only if their footer agrees with them."""
 
 import base64
 import io
@@ -43,7 +43,7 @@ IMAGES = [b"one", b"two", b"three", b"four"]
 
 
 class Trap(pa.ExtensionType):
-    """As Ray's types: Arrow calls it with what a file says."""
+    """An extension type like Ray's: Arrow calls it with bytes of the file."""
 
     calls: list[bytes] = []  # noqa: RUF012 - shared by all, as the type is
 
@@ -91,7 +91,7 @@ def records(body: bytes):
 
 
 def count(body: bytes) -> int:
-    """Of the records, none of which is kept."""
+    """The number of records; none of them is kept."""
     store, info = stored(body)
     return sum(1 for _ in read_table(store, info, 0, table_facts(store, info).num_rows))
 
@@ -380,7 +380,7 @@ def test_what_a_footer_or_a_page_says_is_checked(lie):
 
 
 class Keys(encryption.KmsClient):
-    """Wraps nothing: whoever has the file has the key."""
+    """Does not encrypt the key: it is stored in the file."""
 
     def wrap_key(self, key_bytes: bytes, master_key_identifier: str) -> bytes:
         return base64.b64encode(key_bytes)
@@ -399,7 +399,7 @@ def encrypted(**columns) -> bytes:
 
 
 def with_short_statistics(**columns) -> bytes:
-    """A file whose first column counts its levels in a list of one number, where two are wanted."""
+    """A file whose first column has a list of one count of levels instead of two."""
     body = written(**columns)
     footer, tail = body[:-8], body[-8:]
     two, one = bytes.fromhex("192602"), bytes.fromhex("1916")  # a list of two 64-bit numbers, and one of the second
@@ -490,7 +490,7 @@ def test_a_table_is_read_up_to_its_bound(monkeypatch):
 # ---------------------------------------------------------------- memory
 
 CAP = 8 << 20
-"""Of an image, for the process below: bounds are multiples of it, and small bombs are quick."""
+"""Bytes of an image in the process below. Bounds are multiples of it; it is small, so that bombs are quick."""
 
 MEASURE = """
 import resource, sys
@@ -532,7 +532,7 @@ def zstd(*bodies: bytes, unfolded: int | None = None) -> bytes:
 
 
 def repeated(body: bytes, num_rows: int) -> bytes:
-    """One entry of a dictionary in all rows."""
+    """All rows refer to one entry of a dictionary."""
     value = cell(body)
     entries = dictionary(packed(value), 1, len(value))
     indices = b"\1" + number(num_rows << 1) + b"\0"
@@ -553,7 +553,7 @@ BOMBS = {
 
 
 def test_bombs_stay_within_eight_times_the_cap():
-    """In a process that may not allocate more; without a check it dies of it, or says that memory is short."""
+    """The process may not allocate more. Without a check it dies, or reports that memory is short."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURE.format(cap=CAP)], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""The local folder under crashes, odd file systems and hostile timing: what the common contract cannot see."""
+"""The local store under crashes, on odd file systems and with hostile timing."""
 
 import errno
 import io
@@ -184,7 +184,7 @@ def test_a_change_in_the_midst_of_a_read_shows(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_version_is_that_of_the_bytes_that_were_read(tmp_path, monkeypatch, moment):
-    """A change between looking at the version and reading, in either order, is no body of the planned version."""
+    """A file that changes between the check of its version and the read is refused, in either order."""
     store = LocalStore(tmp_path)
     store.put("x", b"one")
     etag = store.head("x").etag
@@ -281,7 +281,7 @@ def test_what_is_no_regular_file_is_not_read(tmp_path, target):
 
 @pytest.mark.parametrize("link", ["report", "report/deep"])
 def test_nothing_is_written_or_removed_through_a_link_below_the_root(tmp_path, link):
-    """A copied output may hold links of a stranger's choice."""
+    """A copied output may hold links that an attacker chose."""
     elsewhere, root = tmp_path / "elsewhere", tmp_path / "link" / "out"
     (elsewhere / "deep").mkdir(parents=True)
     (elsewhere / "deep" / "index.html").write_bytes(b"mine")

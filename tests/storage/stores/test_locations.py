@@ -1,4 +1,4 @@
-"""What a path or URI names: one spelling for a place, no secret repeated, and places that contain each other."""
+"""Paths and URIs: one spelling for a place, no secret is repeated, and places that contain each other are seen."""
 
 from pathlib import Path
 
@@ -124,7 +124,7 @@ def test_places_that_contain_each_other_are_seen(tmp_path, first, second, meet):
 
 
 def test_one_folder_of_two_names_is_one(tmp_path, monkeypatch):
-    """As where it is mounted twice, or where the file system knows no case."""
+    """For example a folder that is mounted twice, or a file system that ignores case."""
     monkeypatch.setattr(Path, "samefile", lambda path, other: str(path).lower() == str(other).lower())
     assert contain_each_other(f"{tmp_path}/in", f"{tmp_path}/IN/out")
 

@@ -1,4 +1,4 @@
-"""The S3 store against the manners of real gateways: nothing that a server says is believed unseen."""
+"""The S3 store checks each reply, for real gateways deviate from S3 in many ways."""
 
 import os
 from dataclasses import replace
@@ -19,7 +19,7 @@ from tests.storage.loopback import Bucket, Reply, etag_of, refused, served
 
 @pytest.fixture(scope="module")
 def connect():
-    """One bucket and one store for all tests."""
+    """One bucket and one store for all tests of the file."""
     with served() as both:
         yield both
 
@@ -79,7 +79,7 @@ ODD_KEYS = (
 
 
 def test_odd_keys_are_listed_and_read(bucket, store):
-    """All of them are legal, up to 1,024 bytes with the prefix."""
+    """All of these keys are legal; a key has up to 1,024 bytes, prefix included."""
     bucket.reset({f"d/{key}": key.encode() for key in ODD_KEYS})
     found = survey(store)
     assert [info.key for info in found.objects] == sorted(ODD_KEYS)
@@ -126,7 +126,7 @@ def test_a_token_counts_where_the_listing_forgets_to_say_that_it_goes_on(bucket,
 
 
 def test_a_listing_that_says_it_ends_may_name_a_token_all_the_same(bucket, store):
-    """Some gateways answer the token of the end with itself."""
+    """Some gateways return the last token again at the end."""
     bucket.manners = lambda asked, _reply: page(
         token="end", names=[] if "continuation-token" in asked.query else ["d/1.png"], truncated="false"
     )
@@ -263,7 +263,7 @@ def test_an_error_inside_a_reply_of_status_200_is_no_object(bucket, store):
 
 
 def cut(bucket, times):
-    """Bodies that end early, without a length that would show it."""
+    """Cuts the next `times` bodies, without a length that would show it."""
     left = [times]
 
     def manners(asked, reply):
@@ -315,7 +315,7 @@ def test_a_body_that_drips_or_hangs_is_given_up(bucket, store, monkeypatch, paus
 
 
 def test_a_slow_link_is_lived_with():
-    """A read may be 90 s behind 16 KiB a second; what comes faster earns it no more."""
+    """A read may be 90 s behind 16 KiB/s; a faster start does not give it more time."""
     assert extended_deadline(100.0, 50.0, 0) == 100.0
     assert extended_deadline(100.0, 50.0, 20 * 16 << 10) == 120.0
     assert extended_deadline(139.5, 50.0, 16 << 10) == 140.0
@@ -338,7 +338,7 @@ def test_ranges_are_those_that_were_asked_for(bucket, store):
         "bytes=6-6",
         "bytes=7-7",
     ]
-    with pytest.raises(ChangedError):  # a pinned range lies inside the object
+    with pytest.raises(ChangedError):  # a range of a pinned object lies inside it
         store.read("3.png", etag=etag, start=7, length=1)
 
 
@@ -565,7 +565,7 @@ def test_an_input_whose_listing_says_too_few_bytes_is_refused(bucket, store):
 
 @pytest.mark.parametrize("beyond", [refused(416, "InvalidRange"), refused(400, "InvalidArgument"), Reply(206), None])
 def test_a_range_behind_the_end_may_be_refused_in_any_way(bucket, store, beyond):
-    """Some answer it with the whole object."""
+    """Some gateways return the whole object."""
 
     def manners(asked, reply):
         whole = Reply(200, {"ETag": etag_of(bucket.objects[asked.key])}, bucket.objects[asked.key])

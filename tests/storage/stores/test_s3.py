@@ -1,4 +1,4 @@
-"""The S3 store against servers that misbehave, and against what a real one does that others do not."""
+"""The S3 store on servers that misbehave, and its special cases on a real server."""
 
 import os
 import shutil
@@ -62,12 +62,12 @@ class Answer(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_HEAD = do_DELETE = handle_any
 
     def log_message(self, *_arguments):
-        """In silence."""
+        """Prints nothing."""
 
 
 @pytest.fixture
 def credentials(monkeypatch):
-    """Canaries for credentials, and nothing else of the environment."""
+    """Credentials that a test can search for; no other variable of AWS is in the environment."""
     for name in list(os.environ):
         if name.startswith("AWS_"):
             monkeypatch.delenv(name)
@@ -152,7 +152,7 @@ def test_an_endpoint_that_never_answers_is_given_up(credentials, monkeypatch):
         deaf = stack.enter_context(socket.socket())
         deaf.bind(("127.0.0.1", 0))
         deaf.listen(0)
-        # the queue of a listener that accepts nobody fills up, and then no connection comes about
+        # the queue of a listener that never accepts fills up, and further connections wait
         for _ in range(4):
             waiting = stack.enter_context(socket.socket())
             waiting.setblocking(False)

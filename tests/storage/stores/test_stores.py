@@ -1,4 +1,4 @@
-"""One contract for every store: whole, once, pinned; and the probe that refuses what breaks it."""
+"""One contract for every store: objects are whole, created once and pinned; the probe refuses others."""
 
 import os
 import pickle
@@ -102,7 +102,7 @@ def test_the_probe_passes_and_leaves_nothing(store):
 
 
 class Losing(MemoryStore):
-    """Loses the reply of each write, and refuses the one that the client then makes."""
+    """Loses the reply of each write, and refuses the client's second try."""
 
     def create(self, key, data, *, metadata=None):
         super().create(key, data, metadata=metadata)
@@ -126,7 +126,7 @@ def test_the_probe_refuses_a_store_that_overwrites():
 
 
 class Racy(MemoryStore):
-    """A store that looks and then writes: one writer after the other is refused, two at once are not."""
+    """A store that checks and then writes: it refuses a later writer, but not one at the same time."""
 
     def create(self, key, data, *, metadata=None):
         is_there = self.head(key) is not None

@@ -1,4 +1,4 @@
-"""A pinned object as a file: the same bytes as a file in memory, wherever and however much is read."""
+"""A pinned object as a file: every read returns the same bytes as from a file in memory."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Calls that fail: one object's trouble is told from the store's by reading others, or by writing beside it."""
+"""Calls that fail: reading other objects, or writing beside one, tells an object's error from the store's."""
 
 import errno
 
@@ -28,7 +28,7 @@ def test_unlisted_entries_of_the_inner_store_are_passed_on():
 
 
 def test_the_place_beside_an_object_is_its_own_folder():
-    """A store may refuse one folder alone."""
+    """A store may refuse a single folder."""
     asked = []
 
     class Noting(MemoryStore):
@@ -41,7 +41,7 @@ def test_the_place_beside_an_object_is_its_own_folder():
 
 
 class Refusing:
-    """Raises for reads of some keys, and counts the calls."""
+    """An interceptor that raises when some keys are read, and counts the calls."""
 
     def __init__(self, error, *keys):
         self.error, self.keys, self.asked = error, keys, []
@@ -240,7 +240,7 @@ def test_an_object_that_exists_is_reported_without_a_probe():
     assert output.asked == [("create", "data/b"), ("head", "data/b")]
 
 
-@pytest.mark.parametrize("error", [AlreadyExistsError("it stands already"), MissingError("no such key")])
+@pytest.mark.parametrize("error", [AlreadyExistsError("it exists already"), MissingError("no such key")])
 def test_a_store_that_reports_an_object_it_lacks_cannot_write_it(error):
     output = Output(error, lambda name, key: (name, key) == ("create", "data/b"))
     with pytest.raises(OutputError, match="but the store has no such object; other objects beside it"):
