@@ -1,4 +1,4 @@
-"""A contextual bandit: which of a few arms serves an image best, learned from a reward per image."""
+"""A contextual bandit: learns from one reward per image which of a few arms suits an image best."""
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Mapping
@@ -8,15 +8,15 @@ from math import exp, log1p, sqrt, tanh
 import torch
 from torch import Tensor
 
-CONTEXT = 100
+CONTEXT_LENGTH = 100
 """Length of an image's context."""
 
-MOST_STEPS, FLAT = 100, 1e-5
-"""Of the optimiser, for one update; and the change of the loss at which it stops."""
-RATE, THETA_RATE = 3e-3, 1e-5
-"""Of the optimiser: for the arm's weights; for the layer that makes contexts, shared among its K features."""
-SCALE = 0.3
-"""The length of either part of a context at first, which sets how much one reward teaches and how far draws stray."""
+MAX_STEPS, MIN_LOSS_CHANGE = 100, 1e-5
+"""Limits of one update: the optimiser's steps, and the change of the loss below which it stops."""
+LEARNING_RATE, LAYER_LEARNING_RATE = 3e-3, 1e-5
+"""For the arm's weights; and for the layer that makes contexts, divided by its K features."""
+FIRST_LENGTH = 0.3
+"""The first length of each part of a context: it sets the effect of one reward, and the spread of draws."""
 
 
 @dataclass
@@ -29,63 +29,63 @@ class Bandit:
     """
 
     weight: Tensor
-    """Of the layer, [100, K]."""
+    """The layer's weight, [100, K]."""
     bias: Tensor
-    """Of the layer, [100]."""
+    """The layer's bias, [100]."""
     centre: Tensor
-    """Mean of the features over the images that were learned from, [K]."""
+    """Mean of the features over the first images, [K]."""
     spread: Tensor
-    """Their deviation, [K]; 1 where there was none."""
+    """Their standard deviation, [K]; 1 where it is 0."""
     means: Tensor
-    """Of the weights, by arm, [Z, 100]."""
+    """Means of the weights of each arm, [Z, 100]."""
     precisions: Tensor
-    """Of the weights, by arm, [Z, 100]; at least 1, and never falling."""
+    """Precisions of the weights of each arm, [Z, 100]; at least 1, and never falling."""
     counts: Tensor
-    """How often each arm was learned from, int64 [Z]."""
+    """Number of updates of each arm, int64 [Z]."""
 
     @classmethod
     def untrained(cls, features: Tensor, num_arms: int) -> "Bandit":
-        """The bandit before any reward, for features [N, K] of the images that it will see.
+        """The bandit before any reward, for features [N, K] of the first images.
 
-        Every arm's weights have mean 0 and precision 1. The layer begins at random (always the same numbers), so
-        that a context's share that is common to all images and the share that is its own are about as long.
+        Every arm's weights have mean 0 and precision 1. The layer starts with fixed random numbers. They make the part
+        of a context that is common to all images about as long as the part that is the image's own.
         """
         features = features.double()
         own = torch.Generator().manual_seed(0)
         num_features = features.shape[1]
-        weight = torch.randn(CONTEXT, num_features, generator=own, dtype=torch.float64)
-        bias = torch.randn(CONTEXT, generator=own, dtype=torch.float64)
+        weight = torch.randn(CONTEXT_LENGTH, num_features, generator=own, dtype=torch.float64)
+        bias = torch.randn(CONTEXT_LENGTH, generator=own, dtype=torch.float64)
         spread = features.std(0, correction=0)
         return cls(
-            weight=SCALE * weight / sqrt(CONTEXT * num_features),
-            bias=SCALE * bias / sqrt(CONTEXT),
+            weight=FIRST_LENGTH * weight / sqrt(CONTEXT_LENGTH * num_features),
+            bias=FIRST_LENGTH * bias / sqrt(CONTEXT_LENGTH),
             centre=features.mean(0),
             spread=torch.where(spread > 0, spread, 1.0),
-            means=torch.zeros(num_arms, CONTEXT, dtype=torch.float64),
-            precisions=torch.ones(num_arms, CONTEXT, dtype=torch.float64),
+            means=torch.zeros(num_arms, CONTEXT_LENGTH, dtype=torch.float64),
+            precisions=torch.ones(num_arms, CONTEXT_LENGTH, dtype=torch.float64),
             counts=torch.zeros(num_arms, dtype=torch.int64),
         )
 
     @classmethod
     def of_state(cls, state: Mapping[str, Tensor]) -> "Bandit":
-        """The bandit whose `state` this is."""
+        """The bandit that a state holds."""
         own = {name: state[f"bandit.{name}"] for name in cls.__dataclass_fields__}
         return cls(**{name: tensor if name == "counts" else tensor.double() for name, tensor in own.items()})
 
     def state(self) -> dict[str, Tensor]:
-        """Everything as named tensors, to be stored; floats in single precision."""
+        """All fields as named tensors, to be stored; floats in single precision."""
         own = {f"bandit.{name}": getattr(self, name) for name in self.__dataclass_fields__}
         return {name: one.float() if one.is_floating_point() else one for name, one in own.items()}
 
     def context(self, features: Tensor) -> Tensor:
-        """u [100] of an image's features [K]."""
+        """The context u [100] of an image's features [K]."""
         return self.weight @ self._standard(features) + self.bias
 
     def _standard(self, features: Tensor) -> Tensor:
         return (features.double() - self.centre) / self.spread
 
     def choice(self, context: Tensor, generator: torch.Generator) -> int:
-        """The arm whose weights, drawn from what is known of them, promise most."""
+        """The arm with the largest `w u`, w drawn from the arm's Gaussian."""
         noise = torch.randn(self.means.shape, generator=generator, dtype=torch.float64)
         return int(((self.means + noise / self.precisions.sqrt()) @ context).argmax())
 
@@ -99,16 +99,16 @@ class Bandit:
         own, mean, precision = self._standard(features), self.means[arm], self.precisions[arm]
         weights, weight, bias = mean.clone(), self.weight.clone(), self.bias.clone()
         groups = [
-            {"params": [weights], "lr": RATE, "weight_decay": 0.0},  # the precisions hold them already
-            {"params": [weight, bias], "lr": THETA_RATE / len(own)},
+            {"params": [weights], "lr": LEARNING_RATE, "weight_decay": 0.0},  # the precisions regularise them already
+            {"params": [weight, bias], "lr": LAYER_LEARNING_RATE / len(own)},
         ]
         optimiser = torch.optim.AdamW(groups, fused=True)
         before = float("inf")
-        for _ in range(MOST_STEPS):
+        for _ in range(MAX_STEPS):
             context = weight @ own + bias
             odds = sign * float(weights @ context)
             loss = float(precision @ (weights - mean) ** 2) / 2 + softplus(-odds)
-            if abs(before - loss) < FLAT:
+            if abs(before - loss) < MIN_LOSS_CHANGE:
                 break
             before = loss
             slope = -sign * sigmoid(-odds)
@@ -135,18 +135,18 @@ def sigmoid(odds: float) -> float:
 
 @dataclass
 class History:
-    """The values of one metric so far; a new value's reward is its rank among them."""
+    """The earlier values of one metric. The reward of a new value is its rank among them."""
 
     is_higher_better: bool
     counts_rises: bool = False
-    """The reward is whether the value is above 0, not its rank."""
+    """The reward is 1 for a value above 0, else 0, not the rank."""
     values: list[float] = field(default_factory=list)
     """Ascending."""
 
     def reward(self, value: float | None) -> float:
-        """The share of earlier values that this one beats, ties half, in [0, 1]; it then is one of them.
+        """The share of earlier values that this one beats, in [0, 1]; ties count half. Then stores the value.
 
-        The first is 1/2; None, which says that there is no value, is 0.
+        The first reward is 1/2. The reward of None, for no value, is 0.
         """
         if value is None:
             return 0.0

@@ -36,7 +36,7 @@ class _Masks:
     """Per target the channels that passed the selection."""
     mass: Tensor
     """The masks' sums over the full grid, float64 [K]."""
-    finite: bool
+    is_finite: bool
     """No feature map and no gradient held NaN or infinity."""
 
 
@@ -49,15 +49,15 @@ class Captured:
     blocks: Sequence[_Masks]
     """Shallow to deep."""
     candidates: Candidates
-    """The same masks, to choose from."""
+    """The same masks, for the sampling."""
 
 
 def select(alphas: Tensor, parameters: SiseParameters) -> Tensor:
     """The kept channels of one block, ascending, given alpha [C] (the paper's equations 6 to 8).
 
-    alpha_k is the gradient of the score summed over map k; k is kept where alpha_k > mu max(alpha), and
-    nothing is kept where no alpha is positive. Ada-SISE puts Otsu's threshold on the positive alpha in
-    place of mu and always keeps the largest.
+    alpha_k is the gradient of the score summed over map k. k is kept if alpha_k > mu max(alpha); nothing is
+    kept if no alpha is positive. Ada-SISE uses Otsu's threshold of the positive alphas in place of mu, and
+    always keeps the largest.
     """
     largest = alphas.max()
     if largest <= 0:
@@ -71,7 +71,7 @@ def select(alphas: Tensor, parameters: SiseParameters) -> Tensor:
 
 
 class Sise(Explainer):
-    """The four phases; `explain` takes normalised inputs and gives one Explanation per image and target."""
+    """The four phases of the paper, for normalised inputs; one Explanation per image and target."""
 
     def _prepare(self, blocks: Sequence[str]) -> None:
         self.blocks = self.adapter.network.blocks(blocks)
@@ -107,20 +107,20 @@ class Sise(Explainer):
             places = zip(activations, alphas, strict=True)
             blocks = [self._select(maps[image], alpha[:, image], full) for maps, alpha in places]
             masks, masses = [block.masks_khw for block in blocks], [block.mass for block in blocks]
-            guess = self._guess(image, masks, last[image], target, full)
-            captured.append(Captured(score, blocks, Candidates(image, masks, masses, cams[image], full, guess)))
+            head_scores = self._head_scores(image, masks, last[image], target, full)
+            captured.append(Captured(score, blocks, Candidates(image, masks, masses, cams[image], full, head_scores)))
         return captured
 
-    def _guess(
+    def _head_scores(
         self, image: int, masks: Sequence[Tensor], maps_chw: Tensor, target: Target, full: Grid
     ) -> Tensor | None:
-        """What the head says of the image's last feature maps under each mask, [N, T]."""
+        """The head's scores of the image's last feature maps under each mask, [N, T]; None without finite ones."""
         if self.head is None:
             return None
         native = torch.cat([pooled(own, full, grid_of(maps_chw)) for own in masks])
         with torch.no_grad():
-            guess = self.head.scores(maps_chw, native, target, image)
-        return guess if guess.isfinite().all() else None
+            scores = self.head.scores(maps_chw, native, target, image)
+        return scores if scores.isfinite().all() else None
 
     def _record(self, inputs_nchw: Tensor, target: Target) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Scores [N, T], and per block the feature maps [N, C, h, w] and alpha [T, N, C] (float64, CPU)."""
@@ -142,12 +142,12 @@ class Sise(Explainer):
 
     def _select(self, maps_chw: Tensor, alphas: Tensor, full: Grid) -> _Masks:
         """The masks of one block and image; `alphas` is [T, C]. Targets share the masks they both keep."""
-        finite = bool(alphas.isfinite().all()) and bool(maps_chw.isfinite().all())
-        kept = tuple(select(alpha if finite else torch.zeros_like(alpha), self.parameters) for alpha in alphas)
+        is_finite = bool(alphas.isfinite().all()) and bool(maps_chw.isfinite().all())
+        kept = tuple(select(alpha if is_finite else torch.zeros_like(alpha), self.parameters) for alpha in alphas)
         union = torch.cat(kept).unique()
         upsample = upsampling(grid_of(maps_chw), full, maps_chw.device)
         masks, varied = upsample.normalise(maps_chw[union.to(maps_chw.device)])
-        return _Masks(masks[varied], union[varied.cpu()], kept, upsample.mass(masks[varied]), finite)
+        return _Masks(masks[varied], union[varied.cpu()], kept, upsample.mass(masks[varied]), is_finite)
 
     def fuse(self, image: Captured, sampled: Sampled, index: int) -> Explanation:
         """Phases 3 and 4: weighs, upsamples and fuses the blocks of one image for its target number `index`."""
@@ -155,7 +155,7 @@ class Sise(Explainer):
         scores = sampled.scores[:, index].split([len(block.channels) for block in blocks])
         maps = [_block_map(block, own, index, full) for block, own in zip(blocks, scores, strict=True)]
         present = [saliency for saliency in maps if saliency is not None]
-        if not all(block.finite for block in blocks) or not all(np.isfinite(one).all() for one in present):
+        if not all(block.is_finite for block in blocks) or not all(np.isfinite(one).all() for one in present):
             saliency = np.full(full, np.nan)
         else:
             saliency = cascade(present, GATES[self.parameters.gate]) if present else np.zeros(full)
@@ -180,7 +180,7 @@ def _class_activation(maps: Tensor, alphas: Tensor) -> Tensor:
 
 
 def _block_map(block: _Masks, scores: Tensor, index: int, full: Grid) -> Map | None:
-    """`U_b = minmax(U(sum_k q_k / mass_k A~_k))` over the maps kept for the target; None where there is none."""
+    """`U_b = minmax(U(sum_k q_k / mass_k A~_k))` over the maps kept for the target; None if none is kept."""
     chosen = torch.isin(block.channels, block.kept[index]).to(scores.device)
     if not chosen.any():
         return None

@@ -1,17 +1,17 @@
-"""The contextual bandit on rewards that are known."""
+"""The contextual bandit with known rewards."""
 
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
 
-from blocksight.engine.explainers.bandit import CONTEXT, Bandit, History
+from blocksight.engine.explainers.bandit import CONTEXT_LENGTH, Bandit, History
 
 PULLS = 250
 
 
 def taught(chance, num_arms, num_features, pulls=PULLS):
-    """A bandit after pulls whose reward has `chance(arm, features)`, the arms that it pulled, and a generator."""
+    """A bandit after pulls that are good with `chance(arm, features)`, the arms it pulled, and a generator."""
     own = torch.Generator().manual_seed(3)
     images = 2 * torch.randn(pulls, num_features, generator=own) + 3
     bandit, pulled = Bandit.untrained(images, num_arms), []
@@ -22,8 +22,8 @@ def taught(chance, num_arms, num_features, pulls=PULLS):
     return bandit, pulled, own
 
 
-def test_the_best_arm_is_chosen_in_the_end():
-    """An arm that is good nine times of ten, among four that are good three times."""
+def test_the_best_arm_is_learned():
+    """One arm is good nine times of ten, four others three times."""
     bandit, pulled, own = taught(lambda arm, _: 0.9 if arm == 3 else 0.3, 5, 30)
     assert pulled[-100:].count(3) > 90
     assert (
@@ -60,11 +60,11 @@ def test_precisions_begin_at_one_and_never_fall():
 
 @pytest.mark.parametrize("is_good", [True, False])
 def test_an_update_is_the_minimum_that_scipy_finds(is_good):
-    """Of the weights, at the layer that the update leaves; then `q + u^2 p (1 - p)`."""
+    """The minimum over the weights, for the updated layer; then `q + u^2 p (1 - p)`."""
     images = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
     bandit = Bandit.untrained(images, 2)
     bandit.means[1] += 0.1
-    bandit.precisions[1] += torch.arange(CONTEXT) / 50
+    bandit.precisions[1] += torch.arange(CONTEXT_LENGTH) / 50
     mean, precision = bandit.means[1].numpy().copy(), bandit.precisions[1].numpy().copy()
     bandit.update(1, images[4], is_good)
     context, sign = bandit.context(images[4]).numpy(), 1 if is_good else -1
@@ -91,7 +91,7 @@ def test_the_layer_that_makes_contexts_learns_too():
     assert held @ bandit.context(features) > odds
 
 
-def test_a_feature_that_does_not_vary_is_no_division_by_zero():
+def test_a_constant_feature_is_not_divided_by_zero():
     images = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     images[:, 1] = 7
     bandit = Bandit.untrained(images, 2)
@@ -99,7 +99,7 @@ def test_a_feature_that_does_not_vary_is_no_division_by_zero():
     assert bandit.centre[1] == 7
 
 
-def test_a_bandit_is_what_its_state_says():
+def test_a_bandit_equals_the_one_of_its_state():
     bandit, _, own = taught(lambda arm, _: 0.9 if arm else 0.1, 2, 4, pulls=10)
     again, features = Bandit.of_state(bandit.state()), torch.randn(4, generator=own)
     assert torch.allclose(again.context(features), bandit.context(features), atol=1e-6)
@@ -112,7 +112,7 @@ def test_a_bandit_is_what_its_state_says():
     assert choices[0] == choices[1]
 
 
-def test_rewards_are_places_among_earlier_values():
+def test_rewards_are_ranks_among_earlier_values():
     higher, lower = History(True), History(False)
     values = [5.0, 7.0, 6.0, 1.0, 6.0, None, 9.0]
     assert [higher.reward(value) for value in values] == [0.5, 1.0, 0.5, 0.0, 2.5 / 4, 0.0, 1.0]

@@ -1,4 +1,4 @@
-"""BEE: its baselines, the path from one, the choice of a map, and the state of its first pass."""
+"""BEE: its baselines, the path from one, the selection of a map, and the state of its first pass."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -18,7 +18,7 @@ from blocksight.engine.catalog.side_products import GridMap
 from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers import EXPLAINERS
 from blocksight.engine.explainers.baselines import FAMILIES, SIGNAL_SHARE
-from blocksight.engine.explainers.bee import CHOOSERS
+from blocksight.engine.explainers.bee import SELECTION_METRICS
 from blocksight.engine.metrics.faithfulness import WholeDrop
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.targets import ClassLogit, ClassProbability
@@ -29,7 +29,7 @@ from tests.engine.nets import Depthwise, InPlace, Plain, Residual, Untraceable, 
 
 SIDE = 24
 FREE = ("normal", "uniform", "blur", "const")
-"""Families that need no other image."""
+"""The families that need no other image."""
 
 
 def seed(number):
@@ -41,7 +41,7 @@ def bee(net, parameters, *, side=SIDE, **options):
 
 
 def learned(explainer, inputs, target, seeds):
-    """What a first pass over the images leaves."""
+    """The state of a first pass over the images."""
     learner = explainer.learner()
     learner.see(inputs, target, seeds)
     return learner.state()
@@ -73,13 +73,13 @@ def maps():
 
 
 def moments(values):
-    """Mean, and the fourth moment of standardised values: 3 for a bell, 1.8 for an even spread."""
+    """Mean, and the fourth moment of standardised values: 3 for a Gaussian, 1.8 for a uniform distribution."""
     values = values.double()
     return float(values.mean()), float((((values - values.mean()) / values.std()) ** 4).mean())
 
 
 @pytest.mark.parametrize(("family", "fourth"), [("normal", 3.0), ("uniform", 1.8)])
-def test_noise_lies_in_each_channels_range_and_knows_little_of_it(maps, family, fourth):
+def test_noise_lies_in_each_channels_range_and_hardly_correlates_with_it(maps, family, fourth):
     assert pytest.approx(0.00629, abs=5e-6) == SIGNAL_SHARE
     found = FAMILIES[family](maps, seed(1), [])
     assert found.shape == maps.shape
@@ -119,7 +119,7 @@ def test_a_constant_is_one_value_per_channel_from_its_range_over_both_axes():
     assert torch.equal(upright[:, 0, 0], found[:, 0, 0])
 
 
-def test_train_is_any_of_the_pool(maps):
+def test_train_draws_any_image_of_the_pool(maps):
     pool = [maps + one for one in range(3)]
     found = [FAMILIES["train"](maps, seed(number), pool) for number in range(30)]
     counts = [sum(torch.equal(own, one) for own in found) for one in pool]
@@ -132,7 +132,7 @@ def test_train_is_any_of_the_pool(maps):
 
 
 class Tailed(nn.Module):
-    """One block of feature maps, and behind it a linear layer, or one of a function of all places."""
+    """One block of feature maps, then a linear layer, or one over a function of all places."""
 
     def __init__(self, bend=None) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class Tailed(nn.Module):
 
 
 def signed(net, image, baseline_seed, parameters, target=1):
-    """The signed map of the only draw, and the baseline that was drawn, in float64."""
+    """The signed map of the only draw, and its baseline, in float64."""
     one = bee(net, parameters)
     found = one.explain(image, classes(target), [baseline_seed])[0][0]
     (own,) = family_of(found)
@@ -183,7 +183,7 @@ def test_behind_a_smooth_tail_the_error_falls_with_the_steps():
 
 
 def test_a_baseline_that_is_the_picture_gives_zeros_and_no_value():
-    """The pool holds the image alone, which is no baseline of itself."""
+    """The pool holds only the image, which is no baseline of itself."""
     net, parameters = seeded(Tailed), even(2, ("train",), pool=1)
     inputs = smooth(1, SIDE, SIDE)
     state = learned(bee(net, parameters), inputs, classes(1), [7])
@@ -222,10 +222,10 @@ def test_a_map_is_captums_integrated_gradients_of_the_tail(make, steps):
 
 @pytest.mark.parametrize("integrand", ["path", "relu_grad_act"])
 @pytest.mark.parametrize("make", [Plain, Residual, Depthwise, InPlace, Untraceable])
-def test_the_maps_and_the_choice_equal_their_twin(make, integrand):
-    """The network cut behind the block, one that goes on in place, and one that cannot be traced."""
+def test_the_maps_and_the_selection_equal_their_twin(make, integrand):
+    """A network cut behind the block, one with in-place operations, and one that cannot be traced."""
     net, image, target = seeded(make), smooth(2, 32, 32)[1:], 3
-    families = ("normal", "uniform", "const") if make is Plain else FREE  # a blur leaves its max pooling near ties
+    families = ("normal", "uniform", "const") if make is Plain else FREE  # a blur brings its max pooling near ties
     parameters = even(6, families, steps=4, noise_steps=3, integrand=integrand)
     one = bee(net, parameters, side=32)
     found = one.explain(image, classes(target), [5])[0][0]
@@ -253,8 +253,8 @@ def test_the_maps_and_the_choice_equal_their_twin(make, integrand):
     assert np.abs(found.saliency_hw - large).max() <= 1e-3 * large.max()
 
 
-def test_the_picked_map_of_a_transformer():
-    """Its class token stays, and the points are the picture's tokens alone."""
+def test_the_selected_map_of_a_transformer():
+    """Its class token is kept; the points are the picture's tokens alone."""
     net, inputs = seeded(small_vit), smooth(2, 32, 32)
     found = bee(net, even(3, ("normal", "blur", "const")), side=32).explain(inputs, classes(0, 3), [1, 2])
     for own in found:
@@ -264,7 +264,7 @@ def test_the_picked_map_of_a_transformer():
 
 
 @pytest.mark.parametrize("make", [Plain, InPlace, Untraceable, small_vit])
-def test_a_tail_has_gradients_by_the_maps_and_leaves_them(make):
+def test_a_tail_has_gradients_by_the_maps_and_does_not_change_them(make):
     adapter = ModelAdapter(seeded(make), input_size=(32, 32))
     taps = adapter.network.taps(adapter.network.blocks()[-1:])
     with adapter.borrowed():
@@ -279,12 +279,12 @@ def test_a_tail_has_gradients_by_the_maps_and_leaves_them(make):
     assert torch.allclose(slopes, wanted, atol=1e-6)
 
 
-# ---------------------------------------------------------------- the choice
+# ---------------------------------------------------------------- the selection
 
 
 @pytest.mark.parametrize("metric", ["average_drop_100", "average_increase_100", "insertion", "deletion", "pos", "neg"])
 def test_more_draws_never_make_the_best_worse(metric):
-    """The first draws are the same, and the map is that of the best value, the first of several."""
+    """The first draws are kept, and the map is the first one with the best value."""
     net, inputs = seeded(Depthwise), smooth(1, SIDE, SIDE)
     target = int(net(inputs).argmax())
     few, many = (bee(net, even(draws, metric=metric)).explain(inputs, classes(target), [5])[0][0] for draws in (3, 9))
@@ -310,7 +310,7 @@ def test_a_map_without_a_value_loses_to_any_other():
     assert found.saliency_hw.any()
 
 
-def test_where_no_map_has_a_value_the_first_stands():
+def test_if_no_map_has_a_value_the_first_is_kept():
     net, inputs = seeded(Residual), smooth(1, SIDE, SIDE)
     other = int(net(inputs).argmin())
     found = bee(net, even(3, metric="pos")).explain(inputs, classes(other), [7])[0][0]
@@ -328,7 +328,7 @@ def test_the_mean_of_all_maps_is_one_more_candidate():
         assert np.allclose(mean.values_hw, np.mean([own.values_hw for own in drawn], 0), atol=1e-7)
 
 
-def test_a_metric_is_of_the_probability_whatever_is_explained():
+def test_a_metric_measures_the_probability_for_every_target():
     net, inputs = seeded(Residual), smooth(1, SIDE, SIDE)
     one, other = (
         bee(net, even(3)).explain(inputs, kind(torch.tensor([[1]])), [5])[0][0]
@@ -350,7 +350,7 @@ def test_a_target_of_no_class_is_refused():
 
 
 @pytest.mark.parametrize(("metric", "masks"), [("average_drop_100", 1), ("insertion", 29), ("neg", 10)])
-def test_the_passes_are_those_that_are_run(metric, masks):
+def test_num_forwards_counts_the_passes_that_are_run(metric, masks):
     net, inputs = seeded(Residual), smooth(1, SIDE, SIDE)
     target, rows = int(net(inputs).argmax()), {"tail": 0, "module": 0}
     one = bee(net, even(4, metric=metric, steps=5, noise_steps=2), batch_size=1, images_per_pass=1)
@@ -364,7 +364,7 @@ def test_the_passes_are_those_that_are_run(metric, masks):
     handle = net.register_forward_pre_hook(lambda _, given: rows.update(module=rows["module"] + len(given[0])))
     found = one.explain(inputs, classes(target), [5])[0][0]
     handle.remove()
-    assert rows == {"tail": 2 * 3 + 2 * 6, "module": 1 + 4 * masks}  # and 1 for the score of the whole picture
+    assert rows == {"tail": 2 * 3 + 2 * 6, "module": 1 + 4 * masks}  # and 1 for the score of the unmasked picture
     assert found.num_forwards == 18 + 4 * masks
 
 
@@ -392,7 +392,7 @@ def test_how_many_images_the_first_pass_sees():
     assert num_learning_images(parse_method("smoothgrad(bee)"), wrapped) == 6
 
 
-def test_the_state_can_be_stored_and_says_what_it_is_of(net, state):
+def test_the_state_can_be_stored_and_read_back(net, state):
     again = load(save(state))
     assert again.keys() == state.keys()
     assert all(torch.equal(again[name], own) and own.device.type == "cpu" for name, own in state.items())
@@ -405,13 +405,13 @@ def test_the_state_can_be_stored_and_says_what_it_is_of(net, state):
         assert np.array_equal(own[0].saliency_hw, same[0].saliency_hw)
 
 
-def test_the_pool_are_the_first_images(net, state):
+def test_the_pool_holds_the_first_images(net, state):
     assert state["pool.seeds"].tolist() == SEEDS[:3]
     _, (maps,) = bee(net, LEARNING).taps(smooth(6, SIDE, SIDE))
     assert torch.allclose(state["pool.maps"].float(), maps[:3].detach(), atol=1e-2)
 
 
-def test_what_is_learned_does_not_depend_on_how_images_arrive(net, state):
+def test_the_state_does_not_depend_on_how_images_arrive(net, state):
     learner, inputs = bee(net, LEARNING).learner(), smooth(6, SIDE, SIDE)
     for start, stop in ((0, 1), (1, 5), (5, 6)):
         learner.see(inputs[start:stop], classes(*[0, 1, 2, 3, 4, 0][start:stop]), SEEDS[start:stop])
@@ -420,20 +420,20 @@ def test_what_is_learned_does_not_depend_on_how_images_arrive(net, state):
 
 
 @pytest.mark.parametrize(("size", "images"), [(1, 1), (3, 2), (64, 32)])
-def test_no_batch_shows_in_what_is_learned(net, state, size, images):
+def test_the_state_does_not_depend_on_batches(net, state, size, images):
     one = bee(net, LEARNING, batch_size=size, images_per_pass=images)
     again = learned(one, smooth(6, SIDE, SIDE), classes(0, 1, 2, 3, 4, 0), SEEDS)
     assert all(torch.equal(again[name], own) for name, own in state.items())
 
 
-def test_each_image_is_tried_once_with_the_first_of_its_targets(net, state):
+def test_each_image_is_used_once_with_its_first_target(net, state):
     targets = ClassProbability(torch.tensor([[0, 4], [1, 4], [2, 1], [3, 1], [4, 1], [0, 1]]))
     again = learned(bee(net, LEARNING), smooth(6, SIDE, SIDE), targets, SEEDS)
     assert all(torch.equal(again[name], own) for name, own in state.items())
 
 
 def test_an_image_is_no_baseline_of_itself(net):
-    """With the others' maps, which differ from its own, its map is not empty."""
+    """With the maps of others as baselines, its map is not empty."""
     parameters = even(8, ("train",), pool=3)
     inputs, targets = smooth(3, SIDE, SIDE), classes(0, 1, 2)
     known = learned(bee(net, parameters), inputs, targets, [1, 2, 3])
@@ -444,7 +444,7 @@ def test_an_image_is_no_baseline_of_itself(net):
 
 
 def test_the_main_pass_draws_what_the_posterior_prefers(net, state):
-    """An arm that is known to be good is always drawn, and its image's seed alone decides about the rest."""
+    """An arm that is known to be good is always drawn; otherwise the image's seed alone decides."""
     sure = {**state, "bandit.means": torch.zeros(5, 100), "bandit.precisions": torch.full((5, 100), 1e6)}
     with_images = bee(net, LEARNING, state=state)
     inputs, targets = smooth(2, SIDE, SIDE, seed=4), classes(0, 3)
@@ -459,7 +459,7 @@ def test_the_main_pass_draws_what_the_posterior_prefers(net, state):
     assert len({own.name for own in family_of(free[0][0])}) == 5
 
 
-def test_without_its_state_it_learns_but_does_not_explain(net):
+def test_without_a_state_it_learns_but_does_not_explain(net):
     with pytest.raises(ModelError, match="needs the state of its first pass"):
         bee(net, LEARNING).explain(smooth(1, SIDE, SIDE), classes(1), [1])
 
@@ -486,7 +486,7 @@ def test_a_state_of_another_network_is_refused(state):
         bee(seeded(Residual), LEARNING, state={"weight": torch.zeros(1)})
 
 
-def test_a_sick_image_teaches_nothing(net):
+def test_a_non_finite_image_is_not_learned_from(net):
     inputs, targets = smooth(6, SIDE, SIDE), classes(0, 1, 2, 3, 4, 0)
     inputs[3] = float("nan")
     found = learned(bee(net, LEARNING), inputs, targets, SEEDS)
@@ -499,7 +499,7 @@ def test_a_sick_image_teaches_nothing(net):
         learned(bee(net, replace(LEARNING, families=FREE)), torch.full_like(inputs, float("nan")), targets, SEEDS)
 
 
-def test_a_wrapper_hands_on_what_is_learned(net):
+def test_a_wrapper_passes_the_state_to_its_base(net):
     adapter = ModelAdapter(net, input_size=(SIDE, SIDE))
     parameters = SmoothGradParameters(samples=2, base=LEARNING)
     make = EXPLAINERS["smoothgrad"].func
@@ -511,6 +511,9 @@ def test_a_wrapper_hands_on_what_is_learned(net):
     assert found[0][0].products.selected_by == "average_drop_100"
 
 
-def test_what_a_metric_costs_is_what_the_catalogue_says():
-    masks = {name: len(kind.levels if issubclass(kind, WholeDrop) else kind.shares) for name, kind in CHOOSERS.items()}
+def test_a_metric_costs_what_the_catalogue_states():
+    masks = {
+        name: len(kind.levels if issubclass(kind, WholeDrop) else kind.shares)
+        for name, kind in SELECTION_METRICS.items()
+    }
     assert masks == FORWARDS_TO_SELECT

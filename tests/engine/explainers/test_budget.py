@@ -1,4 +1,4 @@
-"""SISE with a budget: which masks are run, what is predicted for the rest, and what must not show."""
+"""SISE with a budget: which masks are measured, what is predicted for the rest, and invariances."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def budgeted(budget, classes=None, net=Depthwise, images=4, **options):
 
 
 class Pooled(nn.Module):
-    """Convolutions behind the last block's maps would not be affine; pooling and a linear layer are."""
+    """Pooling and a linear layer behind the last block's maps: an affine head, unlike convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Pooled(nn.Module):
 
 
 class Deep(Pooled):
-    """A head that is no sum of its cells."""
+    """A head that is not a sum over its cells."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def transformer():
     return ModelAdapter(net, input_size=(SIDE, SIDE))
 
 
-def test_a_dear_head_is_not_run():
+def test_a_slow_head_is_not_run():
     adapter = transformer()
     assert cheap_head(adapter, adapter.network.blocks()[-1]) is None
 
@@ -89,7 +89,7 @@ def test_without_forwards_and_without_a_head_there_is_no_map():
 
 
 @pytest.mark.parametrize("budget", [1, 2, 5])
-def test_a_number_is_kept_to(budget):
+def test_a_number_of_masks_is_kept(budget):
     for own in budgeted(budget):
         assert own[0].num_forwards == budget
         assert own[0].quality is not None
@@ -110,7 +110,7 @@ def test_a_budget_for_everything_is_sise():
         assert np.array_equal(own[0].saliency_hw, full[0].saliency_hw)
 
 
-def test_a_budget_of_nothing_is_the_heads_word():
+def test_a_budget_of_zero_gives_the_heads_scores():
     adapter, inputs = adapter_of(Pooled), smooth(1, 32, 32)
     ((found,),) = explained(adapter, inputs, [[2]], SiseParameters(budget=0))
     assert found.num_forwards == 0
@@ -129,7 +129,7 @@ def test_a_budget_of_nothing_is_the_heads_word():
     assert np.abs(found.saliency_hw - wanted.detach().numpy()).max() <= 1e-5
 
 
-def test_auto_runs_more_masks_where_the_map_is_less_sure(monkeypatch):
+def test_auto_measures_more_masks_for_a_larger_error(monkeypatch):
     adapter = ModelAdapter(from_zoo("resnet18", 0), input_size=(64, 64))
 
     def forwards(budget):
@@ -165,7 +165,7 @@ def test_a_completed_image_is_sise_bit_for_bit(budget):
         assert_same_bits(own[0], full[0])
 
 
-def test_an_image_that_is_sure_enough_is_left_alone():
+def test_an_image_below_the_bound_is_not_completed():
     for own, cheap in zip(completed(1e9), budgeted(0.4), strict=True):
         assert not own[0].was_completed
         assert own[0].quality == cheap[0].quality
@@ -213,18 +213,18 @@ def test_one_poor_target_completes_the_image_for_all():
 
 
 @pytest.mark.parametrize("budget", [None, 0])
-def test_completion_needs_a_figure_to_go_by(budget):
+def test_completion_needs_a_budget_above_zero(budget):
     with pytest.raises(ValueError, match=r"complete_above 0.5 needs a budget above 0, got (none|0)"):
         SiseParameters(budget=budget, complete_above=0.5)
 
 
 @pytest.mark.parametrize("above", [-0.1, float("nan")])
-def test_a_bound_is_an_error(above):
+def test_a_bound_is_at_least_zero(above):
     with pytest.raises(ValueError, match="complete_above must be at least 0, got"):
         SiseParameters(budget=0.1, complete_above=above)
 
 
-# ---------------------------------------------------------------- what must not show
+# ---------------------------------------------------------------- invariances
 
 
 @pytest.mark.parametrize("budget", [9, "auto"])
@@ -237,7 +237,7 @@ def test_a_map_does_not_depend_on_the_packing(budget, batch_size, images_per_pas
         assert_close(one[0], other[0])
 
 
-def test_the_company_does_not_show_in_a_single_bit():
+def test_not_a_single_bit_depends_on_other_images():
     adapter, inputs, parameters = adapter_of(Depthwise), smooth(4, 32, 32), SiseParameters(budget=9)
     together = explained(adapter, inputs, CLASSES, parameters)
     for image, wanted in enumerate(together):
@@ -247,9 +247,9 @@ def test_the_company_does_not_show_in_a_single_bit():
 
 
 @pytest.mark.parametrize("budget", [9, 0.4, "auto"])
-def test_images_that_are_worked_on_together_as_on_a_gpu_come_out_as_alone(budget, monkeypatch):
+def test_images_computed_together_as_on_a_gpu_equal_those_computed_alone(budget, monkeypatch):
     wanted = budgeted(budget)
-    monkeypatch.setattr("blocksight.engine.explainers.budget._together", lambda images: [images] if images else [])
+    monkeypatch.setattr("blocksight.engine.explainers.budget._groups", lambda images: [images] if images else [])
     for one, other in zip(budgeted(budget), wanted, strict=True):
         assert one[0].num_forwards == other[0].num_forwards
         assert (one[0].quality is None) == (other[0].quality is None)
@@ -258,7 +258,7 @@ def test_images_that_are_worked_on_together_as_on_a_gpu_come_out_as_alone(budget
         assert_close(one[0], other[0])
 
 
-def test_several_targets_share_the_masks_that_are_run():
+def test_several_targets_share_the_measured_masks():
     both = budgeted(9, [[0, 3]] * 2, images=2)
     for first, second in both:
         assert first.num_forwards == second.num_forwards == 9
@@ -267,7 +267,7 @@ def test_several_targets_share_the_masks_that_are_run():
 
 
 @pytest.mark.parametrize("net", [Plain, Residual, Depthwise])
-def test_more_forwards_come_nearer_to_sise(net):
+def test_more_forwards_are_closer_to_sise(net):
     full = budgeted(None, net=net)
 
     def distance(budget):
@@ -286,7 +286,7 @@ def test_more_forwards_come_nearer_to_sise(net):
 
 
 @pytest.mark.parametrize("spoilt", ["image", "weights"])
-def test_a_value_that_is_not_finite_reaches_the_map(spoilt):
+def test_a_non_finite_value_reaches_the_map(spoilt):
     adapter, inputs = adapter_of(Depthwise), smooth(2, 32, 32)
     if spoilt == "image":
         inputs[1, 0, 3, 3] = torch.nan
@@ -297,7 +297,7 @@ def test_a_value_that_is_not_finite_reaches_the_map(spoilt):
     assert np.isfinite(found[0][0].saliency_hw).all() == (spoilt == "image")
 
 
-def test_an_image_without_masks_is_an_empty_map():
+def test_an_image_without_masks_has_an_empty_map():
     candidates = Candidates(0, [torch.zeros(0, 4, 4).double()], [torch.zeros(0).double()], torch.zeros(4, 4), (32, 32))
     assert candidates.sizes == [0]
     net = seeded(Depthwise)
