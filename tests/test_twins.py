@@ -13,7 +13,7 @@ TWINS = {
         "engine/explainers/test_twin.py::test_torchvisions_networks_equal_the_slow_twin"
     ),
     "engine/explainers/test_real_data.py::test_the_scan_paths_of_photographs_are_their_own": (
-        "engine/explainers/test_fovex.py::test_a_path_is_the_records_own_to_the_last_bit"
+        "engine/explainers/test_fovex.py::test_a_path_depends_on_its_image_alone_bit_for_bit"
     ),
     "engine/explainers/test_real_data.py::test_the_closed_form_of_photographs_equals_passes": (
         "engine/explainers/test_afmi.py::test_the_closed_form_equals_passes"

@@ -1,4 +1,4 @@
-"""DAAM: what each patch put into a transformer's class token, block by block, and what the target wants of it."""
+"""DAAM: each patch's contribution to a transformer's class token, block by block, weighted by the target's gradient."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -27,22 +27,22 @@ class _Pass:
     logits: Tensor
     """[N, K]."""
     feature: Tensor
-    """[N, D]; the logits if no feature was asked for."""
+    """[N, D]; the logits if no feature is needed."""
     attentions: tuple[Attention, ...]
-    """Those over the picture's tokens, in order of execution."""
+    """The attentions over the picture's tokens, in order of execution."""
 
 
 class Daam(SignedExplainer):
     """`D_b = sum_{j <= b} L_j`, `L_j[i] = relu(sum_d relu(C_j)_d S_j[i]_d)`; the last D is the map.
 
-    Liao et al., arXiv 2503.14640: `S_j[i] = A_j[0, i] V_j[i]` is what patch i puts into the class token, for every
-    head, and C_j the gradient of the target by the class token's row of `A_j V_j`. Of a class the target is its logit.
-    Of a feature f of length |f|, the gradient that is propagated is `(f / |f|)^2`; under a memory bank it is the
-    agreement with the neighbours of the class, and in both cases C_j keeps its sign.
+    Liao et al., arXiv 2503.14640: `S_j[i] = A_j[0, i] V_j[i]` is patch i's contribution to the class token, for
+    every head, and C_j the gradient of the target by the class token's row of `A_j V_j`. For a class the target is its
+    logit. For a feature f of length |f|, the propagated gradient is `(f / |f|)^2`; with a memory bank it is the
+    agreement with the neighbours of the class. In both cases C_j keeps its sign.
 
-    Where no token stands for all, every token is a query, to first order:
-    `L_j[i] = relu(sum_q sum_d relu(C_j[q])_d A_j[q, i] V_j[i]_d)`, an extension. A class token that the target does not
-    hear behind the last attention, as where the patches are averaged, stands for nothing.
+    Without a class token every token is a query, to first order:
+    `L_j[i] = relu(sum_q sum_d relu(C_j[q])_d A_j[q, i] V_j[i]_d)`, an extension. So it is if the target's gradient by
+    the class token is zero after the last attention, for example if the patches are averaged.
     """
 
     def _prepare(self, blocks: Sequence[str]) -> None:
@@ -60,15 +60,15 @@ class Daam(SignedExplainer):
         has_prefix = all(self._layout(one).prefix for one in found)
         if self.parameters.query == "class" and not has_prefix:
             raise ModelError(f"{self.adapter.name} has no class token whose attention could count: take query=mean")
-        self.may_be_class = self.parameters.query != "mean" and has_prefix
+        self.may_use_class_token = self.parameters.query != "mean" and has_prefix
 
     def _token_layouts(self) -> list[Layout]:
-        """Those of the network's tensors that hold tokens; the first of a number of tokens comes last, and counts."""
+        """The layouts of tensors that hold tokens, last to first: so the first of each number of tokens is used."""
         layouts = [place.layout for place in self.adapter.network.places if place.layout is not None]
         return [layout for layout in reversed(layouts) if layout.kind == "tokens"]
 
     def _feature_path(self) -> str | None:
-        """The sub-module that the feature enters; None: the feature is the output, or is not asked for."""
+        """The sub-module that takes the feature as input; None if the feature is the output, or is not needed."""
         if self.bank is not None:
             return "bank"
         return head_path(self.adapter) if self.parameters.of == "feature" else None
@@ -80,8 +80,8 @@ class Daam(SignedExplainer):
         found: list[Attention] = []
         features: list[Tensor] = []
         module, path = self.adapter.module, self.feature_path
-        watched = nullcontext() if path is None else capture_input(module, path, features.append)
-        with torch.enable_grad(), watched, explicit_attention(module, found.append):
+        capture = nullcontext() if path is None else capture_input(module, path, features.append)
+        with torch.enable_grad(), capture, explicit_attention(module, found.append):
             logits = self.adapter.logits(inputs_nchw.detach().requires_grad_(True))
         usable = tuple(
             one
@@ -113,8 +113,8 @@ class Daam(SignedExplainer):
         """D_b [N, h, w] in float64 for every block."""
         wanted, direction = self._direction(made, target, index)
         slopes = gradients(wanted, direction, [one.output for one in made.attentions])
-        is_heard = slopes[-1][:, :, :1].flatten(1).any(1) | (self.parameters.query == "class")
-        is_class = is_heard & self.may_be_class
+        has_gradient = slopes[-1][:, :, :1].flatten(1).any(1) | (self.parameters.query == "class")
+        is_class = has_gradient & self.may_use_class_token
         total, steps = torch.zeros(()), []
         for one, slope in zip(made.attentions, slopes, strict=True):
             total = self._spatial(one, slope, is_class) + total.to(slope.device)
@@ -122,12 +122,12 @@ class Daam(SignedExplainer):
         return steps
 
     def _direction(self, made: _Pass, target: Target, index: int) -> tuple[Tensor, Tensor]:
-        """What is explained, and the gradient by it that is propagated."""
+        """The explained tensor, and the gradient by it that is propagated."""
         if self.parameters.of == "feature":
             return made.feature, functional.normalize(made.feature.detach(), dim=1) ** 2
         if self.bank is None:
             return made.logits, target.raw.direction(made.logits.detach(), index)
-        classes = target.raw.direction(made.logits.detach(), index).argmax(1)  # the one whose logit it raises
+        classes = target.raw.direction(made.logits.detach(), index).argmax(1)  # the class whose logit it raises
         return made.feature, self.bank.agreement(made.feature.detach(), classes)
 
     @property
@@ -140,16 +140,16 @@ class Daam(SignedExplainer):
     def _spatial(self, one: Attention, slope: Tensor, is_class: Tensor) -> Tensor:
         """L [N, h, w] of one attention and the target's gradient by its output [N, heads, T, d].
 
-        `is_class` [N]: the first token's row counts alone.
+        `is_class` [N]: only the row of the first token counts.
         """
         queries = slice(0, 1) if is_class.all() else slice(None)
         wanted = slope[:, :, queries].double()
         wanted[is_class, :, 1:] = 0
         coefficients = wanted.relu() if self.is_rectified else wanted
         taken = one.weights[:, :, queries].detach().double().transpose(2, 3)
-        every = ((taken @ coefficients) * one.values.detach().double()).sum((1, 3)).relu()
+        summed = ((taken @ coefficients) * one.values.detach().double()).sum((1, 3)).relu()
         layout = self._layout(one)
-        own = every[:, layout.prefix :].unflatten(1, layout.grid)
+        own = summed[:, layout.prefix :].unflatten(1, layout.grid)
         return scaled(own) if self.parameters.normalise else own
 
 
@@ -158,6 +158,6 @@ def _num_tokens(layout: Layout) -> int:
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """The names; the second and later of a module that runs again are numbered, `blocks.0#2`."""
+    """The names. If a module runs more than once, the later ones are numbered: `blocks.0#2`."""
     counts = [names[: index + 1].count(name) for index, name in enumerate(names)]
     return [name if count == 1 else f"{name}#{count}" for name, count in zip(names, counts, strict=True)]

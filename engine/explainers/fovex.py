@@ -14,14 +14,14 @@ from blocksight.engine.model.targets import Target
 from blocksight.engine.scoring.perturb import blurred
 
 VIEWS_PER_PASS = {"cuda": 32}
-"""By kind of device: every forward has this many views, whatever batch size is asked for. A step goes by the sign of a
-gradient, so that rounding, which differs between batch sizes, could turn a path."""
-USUAL_VIEWS_PER_PASS = 4
-"""On other devices."""
+"""Views per forward by kind of device, for every `batch_size`. A step follows the sign of a gradient, so rounding,
+which differs between batch sizes, could change a path."""
+DEFAULT_VIEWS_PER_PASS = 4
+"""Views per forward on other devices."""
 BLUR_REACH = 2
-"""Deviations after which the blur is cut off: 41 x 41 pixels for a deviation of 10."""
+"""Radius of the blur in deviations: 41 x 41 pixels for a deviation of 10."""
 JITTER = 0.05
-"""Largest move of a place without progress, if there are no restarts."""
+"""Largest random move of a place without progress, if there are no restarts."""
 
 
 def fovea(places_n2: Tensor, squared_reach: float, size: Grid) -> Tensor:
@@ -39,9 +39,9 @@ def fovea(places_n2: Tensor, squared_reach: float, size: Grid) -> Tensor:
     return down[:, :, None] * across[:, None, :]
 
 
-def seen(sharp: Tensor, dim: Tensor, seen_before: Tensor, looked_at: Tensor) -> Tensor:
+def foveated(sharp: Tensor, blurry: Tensor, earlier: Tensor, current: Tensor) -> Tensor:
     """`x + (x_b - x) clip(1 - R - G_p, 0, 1)`: images [N, 3, H, W] under R and G_p [N, H, W]."""
-    return sharp + (dim - sharp) * (1 - seen_before - looked_at).clamp(0, 1)[:, None]
+    return sharp + (blurry - sharp) * (1 - earlier - current).clamp(0, 1)[:, None]
 
 
 @dataclass(frozen=True)
@@ -51,24 +51,24 @@ class Views:
     logits: Callable[[Tensor], Tensor]
     sharp: Tensor
     """[B, 3, H, W], in the model's precision; places and views are float64."""
-    dim: Tensor
+    blurry: Tensor
     """The same, blurred."""
     target: Target
     indices: Tensor
     """The target number of each, [B]."""
 
-    def look(self, places: Tensor, squared_reach: float, seen_before: Tensor) -> tuple[Tensor, Tensor]:
-        """The cross entropies [B] of the targets, looking at places [B, 2], and their gradients by these."""
+    def losses(self, places: Tensor, squared_reach: float, earlier: Tensor) -> tuple[Tensor, Tensor]:
+        """The cross entropies [B] of the targets under foveas at places [B, 2], and their gradients by the places."""
         with torch.enable_grad():
             own = places.detach().requires_grad_(True)
-            looked_at = fovea(own, squared_reach, grid_of(self.sharp))
-            views = seen(self.sharp.double(), self.dim, seen_before, looked_at)
+            current = fovea(own, squared_reach, grid_of(self.sharp))
+            views = foveated(self.sharp.double(), self.blurry, earlier, current)
             losses = self._cross_entropy(self.logits(views.to(self.sharp.dtype)))
         (slopes,) = torch.autograd.grad(losses.sum(), own)
         return losses.detach(), slopes
 
     def _cross_entropy(self, logits: Tensor) -> Tensor:
-        """`log sum exp z - z_c`, z_c the target before it is squashed: minus the logarithm of a class's probability."""
+        """`log sum exp z - z_c`, z_c the target's raw score: minus the logarithm of a class's probability."""
         every = torch.arange(len(logits), device=logits.device)
         return logits.double().logsumexp(1) - self.target.raw.score(logits, every)[every, self.indices]
 
@@ -76,9 +76,9 @@ class Views:
 class FovEx(Explainer):
     """`M <- decay M + G_p` over the fixations (Panda et al., arXiv 2408.02123), with the constants of their code.
 
-    For each fixation, K steps from the middle of the picture go down the class's cross entropy by the sign of its
-    gradient, and stay within the picture. The place where it was least is kept, and what was sharp there stays so
-    in part for the next one. The blur is of the model's inputs, which is that of pixels, for both are linear.
+    Each fixation takes K steps down the class's cross entropy, by the sign of its gradient, from the centre of the
+    picture and within it. The place of the least loss is kept; the next fixation sees it partly sharp. Blurring the
+    model's inputs equals blurring pixels, for both are linear.
     """
 
     def _explain_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Explanation]]:
@@ -86,14 +86,14 @@ class FovEx(Explainer):
         blurs = [self._blurred(one) for one in inputs_nchw]
         draws = [self._draws(seed) for seed in seeds]
         paths: list[list[list[Fixation]]] = [[] for _ in inputs_nchw]
-        size = VIEWS_PER_PASS.get(self.adapter.device.type, USUAL_VIEWS_PER_PASS)
+        size = VIEWS_PER_PASS.get(self.adapter.device.type, DEFAULT_VIEWS_PER_PASS)
         for batch in chunks(jobs, size):
             images, indices = zip(*batch, *batch[-1:] * (size - len(batch)), strict=True)
             chosen = torch.tensor(images, device=inputs_nchw.device)
-            dim = torch.stack([blurs[image] for image in images])
+            blurry = torch.stack([blurs[image] for image in images])
             which = torch.tensor(indices, device=inputs_nchw.device)
-            views = Views(self.adapter.logits, inputs_nchw[chosen], dim, target.of(chosen), which)
-            found = self._fixations(views, torch.stack([draws[image] for image in images], 2).to(dim.device))
+            views = Views(self.adapter.logits, inputs_nchw[chosen], blurry, target.of(chosen), which)
+            found = self._fixations(views, torch.stack([draws[image] for image in images], 2).to(blurry.device))
             for (image, _), path in zip(batch, found, strict=False):
                 paths[image].append([Fixation(*one) for one in path])
         return [
@@ -102,40 +102,40 @@ class FovEx(Explainer):
         ]
 
     def _blurred(self, image_chw: Tensor) -> Tensor:
-        """The blurred image in float64; the rim is mirrored."""
+        """The blurred image in float64; it is mirrored at its border."""
         reach = min(round(BLUR_REACH * self.parameters.blur), *(side - 1 for side in grid_of(image_chw)))
         return blurred(image_chw.double(), self.parameters.blur, reach=max(1, reach), rim="reflect")
 
     def _draws(self, seed: int) -> Tensor:
-        """An image's random places [S, K, 2] in [-1, 1], drawn whether or not they are needed."""
+        """An image's random places [S, K, 2] in [-1, 1], always drawn, needed or not."""
         shape = (self.parameters.fixations, self.parameters.steps, 2)
         return 2 * torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 1
 
     def _fixations(self, views: Views, draws: Tensor) -> list[list[list[float]]]:
         """For each of B views the row, column and loss of every fixation; `draws` are [S, K, B, 2]."""
-        seen_before = views.dim.new_zeros(len(views.dim), *grid_of(views.dim))
+        earlier = views.blurry.new_zeros(len(views.blurry), *grid_of(views.blurry))
         found = []
-        for fresh in draws:
-            places, losses = self._best_place(views, seen_before, fresh)
-            looked_at = fovea(places, self.parameters.fovea, grid_of(seen_before))
-            seen_before = self.parameters.memory * seen_before + looked_at
+        for random_places in draws:
+            places, losses = self._best_place(views, earlier, random_places)
+            current = fovea(places, self.parameters.fovea, grid_of(earlier))
+            earlier = self.parameters.memory * earlier + current
             found.append(torch.cat([places, losses[:, None]], 1))
         return torch.stack(found, 1).tolist()
 
-    def _best_place(self, views: Views, seen_before: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
-        """The place [B, 2] where a view's loss was least of K steps, and that loss [B]; NaN where none was a number."""
+    def _best_place(self, views: Views, earlier: Tensor, random_places: Tensor) -> tuple[Tensor, Tensor]:
+        """The place [B, 2] of each view's least loss in K steps, and that loss [B]; NaN if no loss was a number."""
         parameters = self.parameters
-        places = torch.zeros_like(fresh[0])
+        places = torch.zeros_like(random_places[0])
         best_places, best_losses = torch.full_like(places, float("nan")), places.new_full((len(places),), float("inf"))
-        for drawn in fresh:
-            losses, slopes = views.look(places, parameters.fovea, seen_before)
+        for drawn in random_places:
+            losses, slopes = views.losses(places, parameters.fovea, earlier)
             stepped = (places - parameters.rate * slopes.sign()).clamp(-1, 1)
-            helped = losses < best_losses
+            is_better = losses < best_losses
             kept = stepped if parameters.best == "official" else places
-            best_places = torch.where(helped[:, None], kept, best_places)
-            best_losses = torch.where(helped, losses, best_losses)
+            best_places = torch.where(is_better[:, None], kept, best_places)
+            best_losses = torch.where(is_better, losses, best_losses)
             other = drawn if parameters.restarts else (stepped + JITTER * drawn).clamp(-1, 1)
-            places = torch.where(helped[:, None], stepped, other)
+            places = torch.where(is_better[:, None], stepped, other)
         return best_places, best_losses
 
     def _explanation(self, path: list[Fixation], score: float, size: Grid, num_targets: int) -> Explanation:

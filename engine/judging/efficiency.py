@@ -1,4 +1,4 @@
-"""Efficiency: the time a bare model would need for as many forward passes, over the time an explainer takes."""
+"""Efficiency: the bare model's time for as many forward passes, divided by the explainer's time."""
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -17,11 +17,11 @@ from blocksight.engine.scoring.forward import make_forward
 from blocksight.engine.scoring.setting_choice import measured_seconds, rate, repeated_inputs
 
 CPU_SIZES, GPU_SIZES = (1, 2, 4, 8, 16, 32), (32, 64, 128, 256, 512, 1024)
-"""Batch sizes that the bare model is tried at."""
+"""Batch sizes at which the bare model is timed."""
 ROUNDS = 3
-"""Bare model and explainer take turns, so that what else the machine does meets both."""
+"""Bare model and explainer take turns, so that other work of the machine slows both."""
 BARE_SECONDS = 1.0
-"""Of the bare model in each turn, at least."""
+"""Least time of the bare model in each turn."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Efficiency:
     bare_rates: dict[int, float]
     """Forward passes of the bare model by batch size, in the explainer's precision and compile mode."""
     best_bare_rate: float
-    """At the best of these sizes, in turns with the explainer."""
+    """The rate at the best of these sizes, in turns with the explainer."""
     images: int
     forwards_per_image: float
     """Masked forwards."""
@@ -45,7 +45,7 @@ class Efficiency:
 
     @property
     def forward_rate(self) -> float:
-        """Masked forwards per second, all else included."""
+        """Masked forwards per second of the explainer's whole time."""
         return self.forwards_per_image / self.seconds_per_image if self.forwards_per_image else 0.0
 
 
@@ -65,9 +65,9 @@ def measure(
     rates: dict[int, float],
     update: Callable[[], None],
 ) -> tuple[Efficiency, list[list[Explanation]]]:
-    """The explainer on some images, in turns with the bare model at the best of the sizes; `update` after each turn.
+    """Times the explainer in turns with the bare model at the best size; calls `update` after each turn.
 
-    `setting` is how the explainer scores masks. Its explanations come too.
+    `setting` is the explainer's forward setting. Also returns the explanations.
     """
     adapter = explainer.adapter
     best = max(rates, key=rates.__getitem__)
@@ -88,7 +88,7 @@ def measure(
 
     on_gpu = adapter.device.type == "cuda"
     if on_gpu:
-        run_explainer()  # kernels are chosen and memory is taken
+        run_explainer()  # chooses kernels and takes memory
     turns = []
     for _ in range(ROUNDS):
         turns.append(

@@ -1,7 +1,7 @@
-"""The fidelity curve: how near cheaper maps are to full SISE, by number of forwards.
+"""The fidelity curve: how similar cheaper maps are to full SISE, by number of forwards.
 
-Every mask of an image is scored once. Subsets, thresholds and budgets then read their scores from there, so that
-they cost no forward of their own and differ from full SISE by their method alone.
+Every mask of an image is scored once. Subsets, thresholds and budgets then read these scores: they cost no further
+forwards, and differ from full SISE by their method alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,12 +38,12 @@ SUBSETS = (0.1, 0.3)
 """Shares of the masks that the random subsets score."""
 BUDGETS: tuple[Budget, ...] = (0, 0.03, 0.05, 0.1, 0.2, 0.4, "auto")
 RISE_MASKS = 1000
-DEAR_EVERY, PRECISION_EVERY = 8, 32
+SLOW_EVERY, PRECISION_EVERY = 8, 32
 """Score-CAM and RISE are run on every eighth image, and each half precision on every thirty-second."""
 
 SIMILARITIES = ("block_correlation", "worst_block_correlation", "spearman", "ssim", "iou_15")
 FAITHFULNESS = ("drop", "increase", "insertion", "deletion", "ebpg")
-READ = (*SIMILARITIES, *FAITHFULNESS, "map_error")
+MEASURES = (*SIMILARITIES, *FAITHFULNESS, "map_error")
 
 Kind = Literal["reference", "selection", "random subset", "budget", "explainer", "control", "precision"]
 
@@ -55,9 +55,9 @@ class Method:
     name: str
     kind: Kind
     setting: Any = None
-    """Of its kind: SISE's parameters, a share, a budget, an explainer's name and parameters, a precision."""
+    """By kind: SISE's parameters, a share, a budget, an explainer's name and parameters, a precision."""
     every: int = 1
-    """Run on every n-th image alone."""
+    """Run on every n-th image only."""
 
 
 METHODS: tuple[Method, ...] = (
@@ -67,8 +67,8 @@ METHODS: tuple[Method, ...] = (
     *(Method(f"random {share:.0%} of the masks", "random subset", share) for share in SUBSETS),
     *(Method(f"budget {budget}", "budget", budget) for budget in BUDGETS),
     Method("Grad-CAM", "explainer", ("gradcam", {})),
-    Method("Score-CAM", "explainer", ("scorecam", {}), every=DEAR_EVERY),
-    Method(f"RISE, {RISE_MASKS} masks", "explainer", ("rise", {"num_masks": RISE_MASKS}), every=DEAR_EVERY),
+    Method("Score-CAM", "explainer", ("scorecam", {}), every=SLOW_EVERY),
+    Method(f"RISE, {RISE_MASKS} masks", "explainer", ("rise", {"num_masks": RISE_MASKS}), every=SLOW_EVERY),
     *(Method(f"control: {name}", "control", (name, {})) for name in CONTROLS),
     *(
         Method(f"{precision} scores", "precision", precision, every=PRECISION_EVERY)
@@ -87,11 +87,11 @@ class Reading:
     method: str
     num_forwards: int
     values: Mapping[str, float]
-    """By SIMILARITIES (to full SISE), FAITHFULNESS where it is defined, and `map_error` as a budget predicted it."""
+    """By name: SIMILARITIES to full SISE, FAITHFULNESS if defined, and the `map_error` that a budget predicted."""
 
 
 class _Insertion(Insertion):
-    """In 14 steps, for a map is measured by as many methods as the curve has points."""
+    """In 14 steps, for the curve measures many maps of each image."""
 
     shares = Insertion.shares[::2]
 
@@ -120,13 +120,13 @@ class _Pass:
     """The images with the masks that each selection keeps."""
 
     def captured_by(self, sise: Sise) -> Sequence[Captured]:
-        """As this one sees them, once."""
+        """The images as this selection captures them; computed once."""
         if sise not in self.captured:
             self.captured[sise] = sise.capture(self.inputs_nchw, self.target)
         return self.captured[sise]
 
-    def known(self, captured: Captured, block: int, rows: Tensor) -> Tensor:
-        """The scores [K, 1] of some of an image's masks, whatever selection they passed."""
+    def known_scores(self, captured: Captured, block: int, rows: Tensor) -> Tensor:
+        """The scores [K, 1] of some of an image's masks, for any selection."""
         candidates = captured.candidates
         scores = self.scores[candidates.image][block]
         places = (rows - candidates.places[block].start).cpu()
@@ -141,7 +141,7 @@ class FidelityBench:
     ) -> None:
         """`forward` scores masks in batches of `batch_size`. Raises ModelError where the model cannot be explained."""
         self.adapter, self.images_per_pass = adapter, images_per_pass
-        self.tools = {"batch_size": batch_size, "images_per_pass": images_per_pass, "forward": forward}
+        self.options = {"batch_size": batch_size, "images_per_pass": images_per_pass, "forward": forward}
         self.full = self._sise(SiseParameters())
         self.budgeted = self._sise(SiseParameters(budget="auto"))
         self.scorer = self.full.scorer
@@ -153,7 +153,7 @@ class FidelityBench:
         ]
 
     def _sise(self, parameters: SiseParameters) -> Sise:
-        return Sise(self.adapter, parameters, **self.tools)
+        return Sise(self.adapter, parameters, **self.options)
 
     def readings(
         self,
@@ -166,7 +166,7 @@ class FidelityBench:
         """Every method's readings of some images, for a class of each.
 
         Inputs [N, 3, H, W] as `adapter.normalise` gives them, `images_per_pass` at most; `numbers` are their places
-        in the data set; `regions` are where the class is, if anybody has said. An image without a finite full map
+        in the data set; `regions` are those of the class, if they are annotated. An image without a finite full map
         has no reading.
         """
         target = ClassProbability(torch.tensor(classes, device=inputs_nchw.device)[:, None])
@@ -201,7 +201,9 @@ class FidelityBench:
     ) -> dict[int, list[Tensor]]:
         """The scores of every mask, as in `_Pass`."""
         blocks = range(len(self.full.blocks))
-        sources = [one.candidates.source(one.candidates.every()[block], block) for one in captured for block in blocks]
+        sources = [
+            one.candidates.source(one.candidates.all_rows()[block], block) for one in captured for block in blocks
+        ]
         found = iter(scorer.scores(inputs_nchw, target, sources))
         scores: dict[int, list[Tensor]] = {}
         for one in captured:
@@ -214,7 +216,7 @@ class FidelityBench:
         return scores
 
     def _run(self, method: Method) -> Run:
-        """How the method makes its maps."""
+        """The function that makes the method's maps."""
         setting = method.setting
         if method.kind in ("explainer", "control"):
             return self._explained(*setting)
@@ -228,7 +230,7 @@ class FidelityBench:
         return lambda images, chosen: _fused(images, chosen, sise, _sampled)
 
     def _explained(self, name: str, parameters: Mapping[str, Any]) -> Run:
-        explainer = EXPLAINERS[name](self.adapter, ENTRIES[name].parameters(**parameters), **self.tools)
+        explainer = EXPLAINERS[name](self.adapter, ENTRIES[name].parameters(**parameters), **self.options)
 
         def run(images: _Pass, chosen: Sequence[int]) -> list[Explanation]:
             inputs, target = images.inputs_nchw[chosen], images.target.of(torch.tensor(chosen))
@@ -248,7 +250,7 @@ class FidelityBench:
     def _values(
         self, images: _Pass, chosen: Sequence[int], own: Sequence[Explanation], full: Sequence[Explanation]
     ) -> list[dict[str, float]]:
-        """What each map of a method is worth, as in `Reading`."""
+        """The values of each map of a method, as in `Reading`."""
         maps = Maps(
             images.inputs_nchw[chosen],
             images.target.of(torch.tensor(chosen)),
@@ -265,7 +267,7 @@ class FidelityBench:
             found = {name: value.value for metric in measured for name, value in metric[index][0].items()}
             found |= similarities(one, other)
             found["map_error"] = None if one.quality is None else one.quality.map_error
-            values.append({name: float(found[name]) for name in READ if found.get(name) is not None})
+            values.append({name: float(found[name]) for name in MEASURES if found.get(name) is not None})
         return values
 
 
@@ -277,7 +279,7 @@ def _fused(
 
 
 def similarities(explanation: Explanation, reference: Explanation) -> dict[str, float]:
-    """By SIMILARITIES. A block that the one has a map of and the other has not counts as correlation 0."""
+    """The SIMILARITIES. A block without a map, of which the reference has one, counts as correlation 0."""
     pairs = zip(explanation.blocks, reference.blocks, strict=False)  # another method's blocks are its own
     maps = [(one.saliency_hw, other.saliency_hw) for one, other in pairs if other.saliency_hw is not None]
     ours, theirs = stored(explanation.saliency_hw), stored(reference.saliency_hw)
@@ -289,15 +291,15 @@ def similarities(explanation: Explanation, reference: Explanation) -> dict[str, 
 
 
 def stored(saliency_hw: Map) -> Map:
-    """The map in [0, 1] in steps of 1/255, as it is kept; zeros where it is constant or not finite."""
+    """The map as it is stored: in [0, 1], in steps of 1/255; zeros where it is constant or not finite."""
     return np.rint(minmax(np.nan_to_num(saliency_hw)) * 255) / 255
 
 
 def _sampled(images: _Pass, captured: Captured, budget: Budget | None = None) -> Sampled:
-    """The scores that the budget gives, those that it runs being known."""
+    """The scores under the budget. Measured ones are read from the known scores."""
 
     def run(wanted: Sequence[tuple[Candidates, int, Tensor]]) -> list[Tensor]:
-        return [images.known(captured, block, rows) for _, block, rows in wanted]
+        return [images.known_scores(captured, block, rows) for _, block, rows in wanted]
 
     (found,) = sample(run, [captured.candidates], 1, budget)
     return found
@@ -317,9 +319,9 @@ def _subset(images: _Pass, captured: Captured, share: float) -> Sampled:
 
 
 def rounded(adapter: ModelAdapter, precision: Precision) -> Forward:
-    """The forward pass as if weights and every layer's output were kept in this precision, and sums in float32.
+    """The forward pass with weights and every layer's output rounded to this precision, and sums in float32.
 
-    What hardware with that precision computes, but for the order of its sums; slow.
+    Slow. Hardware with that precision computes the same, but for the order of its sums.
     """
     dtype = getattr(torch, precision)
     module = frozen_copy(adapter)

@@ -21,7 +21,7 @@ STAGES = (0.25, 0.5, 0.75, 1.0)
 def randomised(module: nn.Module, share: float, seed: int) -> nn.Module:
     """A copy in which the last `share` of the layers with weights is reset, as before training.
 
-    Layers without a reset get their own weights in a random order.
+    Layers without a method to reset them get their own weights in a random order.
     """
     fresh = copy.deepcopy(module)
     layers = [layer for layer in fresh.modules() if any(True for _ in layer.parameters(recurse=False))]
@@ -52,9 +52,9 @@ def _mean_ranks(values: Map) -> Map:
 
 
 class Sanity(Metric):
-    """The size of the rank correlation with the map under random weights (Adebayo et al., NeurIPS 2018): 0 to 1.
+    """The absolute rank correlation with the map under random weights (Adebayo et al., NeurIPS 2018): 0 to 1.
 
-    The curve goes down the layers; the value is its end, where all weights are random.
+    The curve has one point per share of random layers. The value is its last one, where all weights are random.
     """
 
     names = ("sanity",)

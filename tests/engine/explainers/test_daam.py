@@ -1,4 +1,4 @@
-"""DAAM: attention that is computed in the open, identities that hold exactly, a slow twin, and its targets."""
+"""DAAM: explicit attention, identities that hold exactly, a slow twin, and its targets."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ from tests.engine.nets import Plain, Transformer, seeded, smooth
 
 
 def vision_transformer() -> nn.Module:
-    """Torchvision's, with a head that is not of zeros."""
+    """Torchvision's, with a head of random weights."""
     net = torchvision.models.VisionTransformer(
         image_size=32, patch_size=8, num_layers=3, num_heads=2, hidden_dim=12, mlp_dim=16, num_classes=5
     )
@@ -33,7 +33,7 @@ def vision_transformer() -> nn.Module:
 
 
 class TokensFirst(nn.Module):
-    """Torch's multi-head attention with the batch in the second place, and weights that are asked for."""
+    """Torch's multi-head attention with the batch as second dimension, and returned weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class TokensFirst(nn.Module):
 
 
 class Layers(nn.Module):
-    """Torch's own transformer layer, which has a fast path for all of it."""
+    """Torch's transformer layer, which has one fast path for the whole layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,13 +92,13 @@ def steps_of(explanation):
     return np.stack([one.values_hw for one in explanation.products.accumulated_maps])
 
 
-# ---------------------------------------------------------------- attention in the open
+# ---------------------------------------------------------------- explicit attention
 
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("make", ATTENTIONS)
 def test_explicit_attention_gives_the_fused_ones_logits(make, grad):
-    """With gradients and without, where torch would take other paths; parts have the shapes that they should."""
+    """With gradients and without, for which torch has different paths; all parts have the right shapes."""
     net, inputs = seeded(make), smooth(2, 32, 32)
     with torch.set_grad_enabled(grad):
         wanted = net(inputs)
@@ -114,8 +114,8 @@ def test_explicit_attention_gives_the_fused_ones_logits(make, grad):
 
 
 @pytest.mark.parametrize("make", ATTENTIONS)
-def test_what_tokens_give_to_one_sums_to_its_output(make):
-    """`sum_i S[i] = T[0]`, the class token's own share among them."""
+def test_the_contributions_to_a_token_sum_to_its_output(make):
+    """`sum_i S[i] = T[0]`, the class token's own share included."""
     _, found = watched(oracles.double_copy(seeded(make)), smooth(2, 32, 32).double())
     for one in found:
         given = one.weights[:, :, 0, :, None] * one.values
@@ -123,7 +123,7 @@ def test_what_tokens_give_to_one_sums_to_its_output(make):
 
 
 @pytest.mark.parametrize("make", ATTENTIONS)
-def test_the_output_that_is_shown_is_the_one_that_the_network_goes_on_with(make):
+def test_the_captured_output_is_the_one_that_the_network_uses(make):
     logits, found = watched(seeded(make), smooth(2, 32, 32))
     for slope in gradients(logits, torch.eye(2, 5), [one.output for one in found]):
         assert slope.abs().max() > 0
@@ -163,7 +163,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_other_attention_is_computed_as_it_was_and_not_shown(name):
+def test_other_attention_is_unchanged_and_not_captured(name):
     net, x = seeded(lambda: Calls(ODD[name])), torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = net(x)
@@ -180,7 +180,7 @@ def test_weights_that_the_module_returns_are_its_own(mean):
     assert torch.allclose(watched(net, x)[0], net(x), atol=1e-6)
 
 
-def test_nothing_stays_behind_when_the_network_fails():
+def test_attention_is_restored_when_the_network_fails():
     def fail(_):
         raise RuntimeError("half way")
 
@@ -198,7 +198,7 @@ def test_nothing_stays_behind_when_the_network_fails():
 @pytest.mark.parametrize("rectify", [None, False])
 @pytest.mark.parametrize("use_fused", [True, False])
 def test_daam_equals_its_twin(use_fused, rectify):
-    """Block by block; of a class coefficients are rectified unless it is said otherwise."""
+    """Block by block; for a class, coefficients are rectified by default."""
     net, inputs = seeded(lambda: Transformer(fused=use_fused, prefix=3)), smooth(2, 16, 16)
     found = explained(net, inputs, [1, 3], DaamParameters(rectify=rectify))
     double = oracles.double_copy(net)
@@ -219,7 +219,7 @@ def test_every_token_may_be_a_query(prefix, query):
 
 
 class Deaf(Transformer):
-    """With a class token that the head does not hear: it reads the patches' mean."""
+    """With a class token that the head does not use: it takes the patches' mean."""
 
     def forward(self, x):
         x = self.tokens(x)
@@ -228,7 +228,7 @@ class Deaf(Transformer):
         return self.head(self.norm(x)[:, 1:].mean(1))
 
 
-def test_a_class_token_that_nobody_hears_does_not_count():
+def test_a_class_token_without_a_gradient_does_not_count():
     inputs = smooth(1, 16, 16)
     auto, mean = (
         steps_of(explained(seeded(Deaf), inputs, [2], DaamParameters(query=query))[0][0]) for query in ("auto", "mean")
@@ -251,7 +251,7 @@ def test_blocks_maps_are_sums_that_never_fall(make):
     assert np.abs(upsample(torch.from_numpy(steps[-1]).double()).numpy() - own.saliency_hw).max() <= 1e-6
 
 
-def test_each_blocks_map_may_count_alike():
+def test_each_blocks_map_may_have_equal_weight():
     (own,) = explained(seeded(Transformer), smooth(1, 32, 32), [1], DaamParameters(normalise=True))[0]
     (plain,) = explained(seeded(Transformer), smooth(1, 32, 32), [1])[0]
     each, wanted = (np.diff(steps_of(one), axis=0, prepend=0) for one in (own, plain))
@@ -260,7 +260,7 @@ def test_each_blocks_map_may_count_alike():
 
 
 class Linear(nn.Module):
-    """One attention, no projection, norm or layer behind it: the logit is linear in what the class token is given."""
+    """One attention, then no projection, norm or layer: the logit is linear in the class token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -288,7 +288,7 @@ def test_of_one_linear_block_the_shares_sum_to_the_logit_and_the_map_is_their_po
 
 
 def test_a_patch_whose_value_is_zero_has_no_share():
-    """A patch without colour is a token of zeros in a network without biases."""
+    """In a network without biases a black patch is a token of zeros."""
     inputs = smooth(1, 16, 16)
     inputs[:, :, 4:8, 8:12] = 0
     (own,) = explained(seeded(Linear), inputs, [2], DaamParameters(rectify=False, query="mean"))[0]
@@ -298,7 +298,7 @@ def test_a_patch_whose_value_is_zero_has_no_share():
 
 
 def test_patches_in_another_order_have_their_map_in_that_order():
-    """The network knows no positions."""
+    """The network has no position embedding."""
     net, inputs = seeded(Transformer), smooth(1, 16, 16)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
     patches = functional.unfold(inputs, 4, stride=4)[:, :, order]
@@ -318,7 +318,7 @@ def test_a_module_that_runs_twice_has_two_maps():
     assert [one.name for one in own.products.accumulated_maps] == ["blocks.0.attention", "blocks.0.attention#2"]
 
 
-def test_wrappers_see_what_daam_attributes():
+def test_wrappers_join_the_attributions_of_daam():
     net, inputs = seeded(Transformer), smooth(1, 16, 16)
     one = EXPLAINERS["daam"](adapter_of(net, 16), DaamParameters())
     ((own,),) = one.attribute(inputs, ClassProbability(torch.tensor([[1]])), [0])
@@ -345,7 +345,7 @@ class Windows(nn.Module):
 
 
 class Doubled(Transformer):
-    """Sees every picture a second time, in another order: no attention is one picture's."""
+    """Appends every picture a second time, in another order: no attention belongs to one picture."""
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.tokens(x)
@@ -354,12 +354,12 @@ class Doubled(Transformer):
 
 
 @pytest.mark.parametrize("make", [Plain, Windows, Doubled])
-def test_without_attention_over_the_patches_it_says_what_to_take(make):
+def test_without_attention_over_the_patches_the_error_names_other_methods(make):
     with pytest.raises(ModelError, match=r"daam needs self-attention over tokens .* take gradcam, layercam or rise"):
         explained(seeded(make), smooth(1, 32, 32), [1])
 
 
-def test_a_class_token_that_is_not_there_cannot_be_the_query():
+def test_a_missing_class_token_cannot_be_the_query():
     with pytest.raises(ModelError, match="model has no class token whose attention could count: take query=mean"):
         explained(seeded(lambda: Transformer(prefix=0)), smooth(1, 16, 16), [1], DaamParameters(query="class"))
 
@@ -368,7 +368,7 @@ def test_a_class_token_that_is_not_there_cannot_be_the_query():
 
 
 def by_hand(net, path, inputs, direction, *, rectify=False):
-    """Native D of the last block [N, h, w] where `direction(f)` [N, D] is propagated from what enters a module."""
+    """Native D of the last block [N, h, w], with `direction(f)` [N, D] propagated from a module's input."""
     kept = []
     handle = net.get_submodule(path).register_forward_pre_hook(lambda _, given: kept.append(given[0]))
     _, found = watched(net, inputs)
@@ -387,7 +387,7 @@ def squares(features):
 
 @pytest.mark.parametrize("rectify", [None, True])
 def test_the_feature_is_what_enters_the_last_linear_layer(rectify):
-    """Its squares are propagated, and coefficients keep their sign unless it is said otherwise."""
+    """Its squares are propagated, and coefficients keep their sign by default."""
     net, inputs = seeded(Transformer), smooth(2, 16, 16)
     found = explained(net, inputs, [0, 3], DaamParameters(of="feature", rectify=rectify))
     wanted = by_hand(net, "head", inputs, squares, rectify=bool(rectify))
@@ -397,7 +397,7 @@ def test_the_feature_is_what_enters_the_last_linear_layer(rectify):
 
 
 def test_a_network_without_a_head_is_its_own_feature():
-    """The same network without its head says the same of a picture, whatever the class."""
+    """The same network without its head gives the same map of a picture, for every class."""
     inputs = smooth(2, 16, 16)
     asked = DaamParameters(of="feature")
     wanted = explained(seeded(Transformer), inputs, [0, 3], asked)
@@ -436,14 +436,14 @@ def test_a_classifier_without_a_linear_head_has_no_feature():
 
 
 class OneLayer(nn.Linear):
-    """All of a classifier."""
+    """A whole classifier."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(1))
 
 
 def banked(inputs, classes):
-    """The transformer without its head, and a bank of other pictures."""
+    """The transformer without its head, with a bank of other pictures."""
     backbone = seeded(Transformer)
     backbone.head = nn.Identity()
     with torch.no_grad():
@@ -452,7 +452,7 @@ def banked(inputs, classes):
 
 
 def test_under_a_bank_the_agreement_with_the_class_is_propagated():
-    """Of a class that a neighbour has, and of one that none has; the coefficients keep their sign."""
+    """For a class of a neighbour, and for one of none; the coefficients keep their sign."""
     inputs = smooth(2, 16, 16, seed=5)
     net = banked(smooth(9, 16, 16, seed=6), [0, 0, 0, 1, 1, 1, 1, 2, 2])
     found = explained(net, inputs, [0, 2])
@@ -464,7 +464,7 @@ def test_under_a_bank_the_agreement_with_the_class_is_propagated():
     assert np.abs(other[0][0].saliency_hw - found[0][0].saliency_hw).max() > 1e-3 * found[0][0].saliency_hw.max()
 
 
-def test_under_a_bank_the_feature_alone_can_be_asked_for():
+def test_under_a_bank_only_the_feature_can_be_a_target():
     inputs = smooth(1, 16, 16, seed=5)
     net = banked(smooth(6, 16, 16, seed=6), [0, 0, 1, 1, 2, 2])
     (own,) = explained(net, inputs, [0], DaamParameters(of="feature"))[0]

@@ -1,4 +1,4 @@
-"""FovEx: its slow twin, the fovea and the view by hand, a model that sees texture alone, and the same path always."""
+"""FovEx: its slow twin, the fovea and the view by hand, a model of texture alone, and paths that always repeat."""
 
 from itertools import pairwise
 
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from blocksight.engine.catalog.parameters import FovExParameters
 from blocksight.engine.explainers import EXPLAINERS
-from blocksight.engine.explainers.fovex import fovea, seen
+from blocksight.engine.explainers.fovex import fovea, foveated
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.targets import ClassLogit, ClassProbability
 from blocksight.engine.scoring.perturb import blurred
@@ -43,7 +43,7 @@ def path_of(explanation):
 )
 @pytest.mark.parametrize("make", [Residual, Depthwise])
 def test_fovex_equals_its_twin(make, options):
-    """In double on both sides, where no rounding turns a step; two images that are not square, two classes each."""
+    """In float64 on both sides, where rounding changes no step; two images that are not square, two classes each."""
     net, inputs, shape = oracles.double_copy(seeded(make)), smooth(2, 24, 30).double(), {"fixations": 3, "steps": 9}
     classes = [[0, 3], [4, 1]]
     found = explained(net, inputs, classes, FovExParameters(**shape, **options), [5, 6])
@@ -64,8 +64,8 @@ def test_the_options_are_different_paths():
     assert all(one != other for one, other in pairwise([*paths, paths[0]]))
 
 
-def test_both_targets_go_by_the_cross_entropy():
-    """Whether the probability or the logit of a class is explained: the path is the same."""
+def test_both_targets_follow_the_cross_entropy():
+    """The path is the same for the probability and for the logit of a class."""
     net, inputs = seeded(Residual), smooth(1, 24, 24)
     own, other = (
         explained(net, inputs, [[1]], FovExParameters(2, 6), [5], target=target)[0][0]
@@ -78,7 +78,7 @@ def test_both_targets_go_by_the_cross_entropy():
 # ---------------------------------------------------------------- the parts by hand
 
 
-def test_the_fovea_is_1_where_one_looks_and_a_half_36_pixels_away():
+def test_the_fovea_is_1_at_its_place_and_a_half_36_pixels_away():
     places = torch.tensor([[0.0, 0.0], [-1.0, 1.0], [0.5, -0.25]]).double()
     found = fovea(places, 0.15, (9, 17))
     for own, (row, column) in zip(found, ((4, 8), (0, 16), (6, 6)), strict=True):
@@ -95,19 +95,19 @@ def test_the_first_coordinate_is_the_row():
     assert found[0].sum() > found[:, 0].sum()
 
 
-def test_a_view_is_the_image_where_all_was_seen_and_the_blur_where_nothing_is():
-    sharp, dim = torch.rand(2, 1, 3, 41, 41, generator=torch.Generator().manual_seed(0))
-    nothing, looked_at = torch.zeros(1, 41, 41), fovea(torch.tensor([[-1.0, -1.0]]), 0.02, (41, 41))
-    assert torch.allclose(seen(sharp, dim, 5 + nothing, looked_at), sharp, atol=1e-6)
-    view = seen(sharp, dim, nothing, looked_at)
-    assert torch.equal(view[:, :, 20:, 20:], dim[:, :, 20:, 20:])
+def test_a_view_is_the_image_under_a_fovea_and_the_blur_elsewhere():
+    sharp, blurry = torch.rand(2, 1, 3, 41, 41, generator=torch.Generator().manual_seed(0))
+    nothing, current = torch.zeros(1, 41, 41), fovea(torch.tensor([[-1.0, -1.0]]), 0.02, (41, 41))
+    assert torch.allclose(foveated(sharp, blurry, 5 + nothing, current), sharp, atol=1e-6)
+    view = foveated(sharp, blurry, nothing, current)
+    assert torch.equal(view[:, :, 20:, 20:], blurry[:, :, 20:, 20:])
     assert torch.allclose(view[:, :, 0, 0], sharp[:, :, 0, 0])
-    half = seen(sharp, dim, nothing + 0.25, nothing)
-    assert torch.allclose(half, 0.25 * sharp + 0.75 * dim, atol=1e-6)
+    half = foveated(sharp, blurry, nothing + 0.25, nothing)
+    assert torch.allclose(half, 0.25 * sharp + 0.75 * blurry, atol=1e-6)
 
 
 @pytest.mark.parametrize(("sigma", "reach"), [(1.5, 3), (10.0, 6)])
-def test_the_blur_has_a_mirror_at_the_rim(sigma, reach):
+def test_the_blur_mirrors_the_border(sigma, reach):
     image = smooth(1, 9, 7)[0].double()
     wanted = slow.mirror_blurred(image.numpy(), sigma, reach)
     assert np.abs(blurred(image, sigma, reach=reach, rim="reflect").numpy() - wanted).max() <= 1e-12
@@ -119,8 +119,8 @@ def test_a_picture_smaller_than_the_blur_has_a_path():
     assert np.isfinite(path_of(own[0])).all()
 
 
-def test_an_even_picture_is_seen_as_well_everywhere():
-    """Every loss is the image's own, and the first place looked at, the middle, is kept."""
+def test_a_constant_picture_has_the_same_loss_everywhere():
+    """Every loss is that of the image, and the first place, the middle, is kept."""
     net, inputs = seeded(Residual), torch.full((1, 3, 24, 24), 0.5)
     with torch.no_grad():
         wanted = float(functional.cross_entropy(net(inputs).double(), torch.tensor([2])))
@@ -135,7 +135,7 @@ SIDE, BOX = 64, 16
 
 
 class Texture(nn.Module):
-    """The logit of class 0 is the energy of Laplace's operator in one box; that of class 1 is a number."""
+    """The logit of class 0 is the energy of Laplace's operator in one box; that of class 1 is constant."""
 
     def __init__(self, top: int, left: int) -> None:
         super().__init__()
@@ -157,8 +157,8 @@ def noise():
 
 
 @pytest.mark.parametrize("box", BOXES)
-def test_texture_is_looked_at_wherever_it_is(noise, box):
-    """One picture; the model's box moves, and the first fixation goes with it."""
+def test_the_first_fixation_is_at_the_texture(noise, box):
+    """One picture; the model's box moves, and the first fixation follows it."""
     net = Texture(*box)
     ((own,),) = explained(net, noise, [[0]], FovExParameters(fixations=4), [5])
     middle = [2 * (first + (BOX - 1) / 2) / (SIDE - 1) - 1 for first in box]
@@ -166,8 +166,8 @@ def test_texture_is_looked_at_wherever_it_is(noise, box):
     assert np.hypot(first.row - middle[0], first.column - middle[1]) <= 0.3
     inside = own.saliency_hw[box[0] : box[0] + BOX, box[1] : box[1] + BOX].sum()
     assert inside / own.saliency_hw.sum() > 2 * BOX**2 / SIDE**2
-    dim = torch.from_numpy(slow.mirror_blurred(noise[0].double().numpy(), 10.0, 20)).float()
-    unseen = float(functional.cross_entropy(net(dim[None]), torch.tensor([0])))
+    blurry = torch.from_numpy(slow.mirror_blurred(noise[0].double().numpy(), 10.0, 20)).float()
+    unseen = float(functional.cross_entropy(net(blurry[None]), torch.tensor([0])))
     assert all(loss < unseen for _, _, loss in path_of(own))
 
 
@@ -186,11 +186,11 @@ def test_a_step_costs_one_forward_and_one_gradient(noise, steps, monkeypatch):
     assert own.num_forwards == 3 * steps
 
 
-# ---------------------------------------------------------------- the same path always
+# ---------------------------------------------------------------- paths that always repeat
 
 
-def test_a_path_is_the_records_own_to_the_last_bit():
-    """Whatever the batch size, the images per pass, the company, and the place in it."""
+def test_a_path_depends_on_its_image_alone_bit_for_bit():
+    """For every batch size, images per pass, other images and place among them."""
     net, inputs, seeds = seeded(Residual), smooth(5, 24, 24), [5, 6, 7, 8, 9]
     parameters, classes = FovExParameters(3, 12), [[image] for image in range(5)]
     found = explained(net, inputs, classes, parameters, seeds)

@@ -1,4 +1,4 @@
-"""Efficiency: what is made of the times, with the times scripted."""
+"""Efficiency: the figures for scripted times."""
 
 import pytest
 import torch

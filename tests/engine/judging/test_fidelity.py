@@ -1,4 +1,4 @@
-"""The fidelity curve: what is read from known scores must be what the methods themselves make."""
+"""The fidelity curve: maps from known scores must equal those that the methods make themselves."""
 
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ def bench(adapter):
 def readings(bench):
     region = np.zeros((32, 32), bool)
     region[:16] = True
-    return bench.readings(smooth(3, 32, 32), CLASSES, [0, 1, 2], [5, 6, 7], [region, None, "nobody knows"])
+    return bench.readings(smooth(3, 32, 32), CLASSES, [0, 1, 2], [5, 6, 7], [region, None, "not annotated"])
 
 
 def of(readings, method):
@@ -76,23 +76,23 @@ def test_every_method_reads_every_image_or_its_share_of_them(readings):
         assert sorted(of(readings, method.name)) == [number for number in (0, 1, 2) if number % method.every == 0]
 
 
-def test_the_control_is_far_and_a_budget_is_near(readings):
+def test_a_budget_is_nearer_than_a_control(readings):
     worst = min(one.values["ssim"] for one in of(readings, "budget 0.4").values())
     assert worst > max(one.values["ssim"] for one in of(readings, "control: random").values())
 
 
-def test_energy_is_read_where_the_truth_is_known(readings):
+def test_energy_is_measured_for_annotated_images(readings):
     assert "ebpg" in of(readings, FULL)[0].values
     assert "ebpg" not in of(readings, FULL)[1].values
     assert "ebpg" not in of(readings, FULL)[2].values
 
 
-def test_a_budget_tells_its_predicted_error_and_the_others_have_none(readings):
+def test_only_a_budget_has_a_predicted_error(readings):
     assert of(readings, "budget 0.1")[0].values["map_error"] > 0
     assert "map_error" not in of(readings, FULL)[0].values
 
 
-def test_readings_do_not_depend_on_the_company(bench, readings):
+def test_readings_do_not_depend_on_other_images(bench, readings):
     (alone,) = of(bench.readings(smooth(3, 32, 32)[1:2], [1], [1], [6], [None]), "Ada-SISE").values()
     together = of(readings, "Ada-SISE")[1]
     assert alone.num_forwards == together.num_forwards
@@ -114,7 +114,7 @@ def test_an_image_without_a_finite_map_has_no_reading(adapter):
     assert {one.image for one in found} == {0}
 
 
-def test_a_block_without_a_map_counts_as_no_likeness(adapter):
+def test_a_block_without_a_map_counts_as_correlation_zero(adapter):
     (full, *_) = directly(adapter, SiseParameters())
     blind = replace(full, blocks=(replace(full.blocks[0], saliency_hw=None), *full.blocks[1:]))
     found = similarities(blind, full)
@@ -123,7 +123,7 @@ def test_a_block_without_a_map_counts_as_no_likeness(adapter):
 
 
 @pytest.mark.parametrize(("precision", "step"), [("float16", 2**-10), ("bfloat16", 2**-7)])
-def test_rounding_is_of_the_precisions_step(adapter, precision, step):
+def test_rounding_errors_match_the_precisions_step(adapter, precision, step):
     inputs = smooth(3, 32, 32)
     with adapter.borrowed(), torch.inference_mode():
         wanted, found = adapter.logits(inputs), rounded(adapter, precision)(inputs)
