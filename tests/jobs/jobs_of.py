@@ -67,6 +67,12 @@ def blocksight(*arguments: object) -> subprocess.CompletedProcess[str]:
     raise AssertionError("the command line ends with an exit code")
 
 
+def called(*arguments: object) -> tuple[int, str]:
+    """The exit code of a command line in this process, and all that it prints."""
+    done = blocksight(*arguments)
+    return done.returncode, done.stdout + done.stderr
+
+
 def started(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Runs the command line to its end in a process of its own, where Ray or the process is what is tested."""
     return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, check=False)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from rich.console import Console
 
 from blocksight.jobs.audit.result import (
@@ -25,8 +26,8 @@ from blocksight.jobs.plan.plan import load_plan
 from blocksight.jobs.run.evaluation import EvaluationOutcome, EvaluationRequest, run_evaluation
 from blocksight.storage.outputs.fragments import read_fragment
 from blocksight.storage.stores.store import ObjectStore
-from tests.jobs.jobs_of import model_of, rows_in
-from tests.jobs.tiny import picture
+from tests.jobs.jobs_of import model_of, rows_in, run_here
+from tests.jobs.tiny import folder_of_images, picture
 
 HOSTILE = ("../../x", "=cmd|' /C calc'!A0", "'; DROP VIEW maps; --", 'a"b\nc\x1b[31m', "/etc/passwd", "[red]<script>")
 """Keys and labels that a stranger may have chosen."""
@@ -47,6 +48,13 @@ def evaluated(
 def measured(output: object, endpoint_url: str | None = None, **asked) -> None:
     """An evaluation that leaves no unit open."""
     assert evaluated(output, endpoint_url=endpoint_url, **asked).num_open == 0
+
+
+def output_of_small_units(base: Path, patch: pytest.MonkeyPatch) -> Path:
+    """An output in units of a few records: seven records with two targets each by Grad-CAM, three rejected."""
+    patch.setattr("blocksight.cluster.sizing.LEAST_UNIT_SECONDS", 0.3)
+    run_here(folder_of_images(base / "in"), base / "out", target="top-2", explainer="gradcam")
+    return base / "out"
 
 
 def hostile_table(folder: Path) -> Path:

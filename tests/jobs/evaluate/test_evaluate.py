@@ -14,7 +14,6 @@ import pytest
 
 from blocksight.engine.catalog.entries import METRICS
 from blocksight.jobs.cli.analysis_commands import evaluate
-from blocksight.jobs.cli.main import main
 from blocksight.jobs.evaluate.compare import Output, compare, rows_of_table
 from blocksight.jobs.evaluate.evaluation import (
     FOLDER,
@@ -34,8 +33,8 @@ from blocksight.storage.inputs.annotations import open_truth
 from blocksight.storage.inputs.ground_truth import region
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.store import MissingError
-from tests.jobs.jobs_of import fragments_in, model_of, rows_in, run_here
-from tests.jobs.outputs import evaluated
+from tests.jobs.jobs_of import called, fragments_in, model_of, rows_in, run_here
+from tests.jobs.outputs import evaluated, output_of_small_units
 from tests.jobs.tiny import folder_of_images, folder_of_tables, folder_of_tars
 from tests.storage.memory import MemoryStore
 
@@ -47,9 +46,7 @@ def values_in(output, outcome):
 
 @pytest.fixture
 def output(tmp_path, monkeypatch):
-    monkeypatch.setattr("blocksight.cluster.sizing.LEAST_UNIT_SECONDS", 0.3)  # a few records a unit
-    run_here(folder_of_images(tmp_path / "in"), tmp_path / "out", target="top-2", explainer="gradcam")
-    return tmp_path / "out"
+    return output_of_small_units(tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -413,17 +410,8 @@ def test_two_outputs_of_one_method_keep_their_names_apart(two, images_of_two):
     assert own[0].difference.p_value == 1
 
 
-def called(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr("sys.argv", ["blocksight", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return ended.value.code or 0, "".join(capsys.readouterr())
-
-
-def test_the_commands(two, images_of_two, monkeypatch, capsys):
-    code, printed = called(
-        monkeypatch, capsys, "compare", two / "gradcam", two / "layercam", "--store", two / "t.parquet"
-    )
+def test_the_commands(two, images_of_two):
+    code, printed = called("compare", two / "gradcam", two / "layercam", "--store", two / "t.parquet")
     assert code == 0, printed
     for word in ("gradcam", "layercam", "random", "drop", "lower is better", "entropy"):
         assert word in printed
@@ -431,15 +419,13 @@ def test_the_commands(two, images_of_two, monkeypatch, capsys):
     assert {row["metric"] for row in stored} <= set(METRICS)
     assert len(stored) == 5 * 4
     code, printed = called(
-        monkeypatch,
-        capsys,
         *("evaluate", two / "gradcam", "--model", model_of(two / "gradcam")),
         *("--metrics", "gini", "--runner", "local"),
     )
     assert code == 0, printed
     assert "18 of this run" in printed
-    code, printed = called(monkeypatch, capsys, "evaluate", images_of_two, "--runner", "local")
+    code, printed = called("evaluate", images_of_two, "--runner", "local")
     assert code == 2
     assert "no blocksight output" in printed
-    code, printed = called(monkeypatch, capsys, "compare", images_of_two)
+    code, printed = called("compare", images_of_two)
     assert code == 2

@@ -11,7 +11,6 @@ import pytest
 from rich.console import Console
 
 from blocksight.jobs.audit.run import AuditRequest, run_audit
-from blocksight.jobs.cli.main import main
 from blocksight.jobs.cli.metric_tables import comparison_table
 from blocksight.jobs.evaluate.compare import Output, compare, rows_of_table
 from blocksight.jobs.evaluate.evaluation import FOLDER
@@ -21,7 +20,7 @@ from blocksight.storage.outputs.fragments import encode_fragment
 from blocksight.storage.outputs.schema import EVALUATION, SCHEMA
 from blocksight.storage.stores.local import LocalStore
 from tests.jobs.beside import with_products
-from tests.jobs.jobs_of import model_of, run_here
+from tests.jobs.jobs_of import blocksight, model_of, run_here
 from tests.jobs.outputs import explained, measured
 from tests.jobs.report.test_report import Page, page_at, report_at
 from tests.jobs.tiny import folder_of_images
@@ -64,13 +63,11 @@ def printed(table, width=140):
     return console.file.getvalue()
 
 
-def called(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr("sys.argv", ["blocksight", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    captured = capsys.readouterr()
-    assert not ended.value.code, captured.err
-    return " ".join(captured.out.split())
+def words_of(*arguments):
+    """What a command prints, with single spaces."""
+    done = blocksight(*arguments)
+    assert done.returncode == 0, done.stderr
+    return " ".join(done.stdout.split())
 
 
 # ---------------------------------------------------------------- compare
@@ -130,8 +127,8 @@ def test_reasons_are_harmless_and_bounded(base):
     assert text.count("x") < 700
 
 
-def test_a_stored_table_holds_the_reason(base, monkeypatch, capsys):
-    called(monkeypatch, capsys, "compare", base / "plain", base / "bee", "--store", base / "t.parquet")
+def test_a_stored_table_holds_the_reason(base):
+    words_of("compare", base / "plain", base / "bee", "--store", base / "t.parquet")
     rows = pq.read_table(base / "t.parquet").to_pylist()
     assert {(row["method"], row["metric"]): row["reason"] for row in rows if row["reason"] is not None} == {
         ("gradcam", metric): REASON for metric in PICKED
@@ -182,7 +179,7 @@ def test_a_ranking_metric_that_picked_the_maps_ranks_none(base):
     assert not any(fact.name == "insertion" for item in report.items for fact in item.facts)
 
 
-def test_sql_has_a_column_of_nulls_and_lists_in_their_types(base, monkeypatch, capsys):
+def test_sql_has_a_column_of_nulls_and_lists_in_their_types(base):
     connection = connect(str(base / "bee"))
     found = connection.execute(
         "SELECT count(*), count(average_drop_100), count(entropy), count(drop) FROM metrics"
@@ -196,9 +193,9 @@ def test_sql_has_a_column_of_nulls_and_lists_in_their_types(base, monkeypatch, c
     mass = connection.execute("SELECT list_sum(accumulated_maps[-1].values) FROM maps LIMIT 1").fetchone()[0]
     (row, *_) = explained(LocalStore(base / "bee"))
     assert mass == pytest.approx(sum(row["accumulated_maps"][-1]["values"]), rel=1e-5)
-    output = called(monkeypatch, capsys, "sql", base / "bee", "SELECT * FROM maps")
+    output = words_of("sql", base / "bee", "SELECT * FROM maps")
     assert "4 rows" in output
-    called(monkeypatch, capsys, "sql", base / "bee", "SELECT * FROM maps", "--csv", base / "m.csv")
+    words_of("sql", base / "bee", "SELECT * FROM maps", "--csv", base / "m.csv")
     table = pd.read_csv(base / "m.csv")
     assert list(table.columns) == SCHEMA.names
     assert table["selected_by"].tolist() == ["average_drop_100"] * 4
@@ -214,9 +211,9 @@ def test_an_output_without_a_fragment_has_the_lists_columns_too(base):
 
 
 @pytest.mark.parametrize("form", ["fiftyone", "virelay", "spotlight", "quantus"])
-def test_exports_hold_no_value_of_it(base, monkeypatch, capsys, form):
+def test_exports_hold_no_value_of_it(base, form):
     named = ("--model", model_of(base / "bee")) if form == "quantus" else ()
-    output = called(monkeypatch, capsys, "export", base / "bee", form, base / form, *named)
+    output = words_of("export", base / "bee", form, base / form, *named)
     assert "4 records exported" in output
     if form == "spotlight":
         table = pq.read_table(next((base / form).glob("*.parquet")))
@@ -228,8 +225,8 @@ def test_exports_hold_no_value_of_it(base, monkeypatch, capsys, form):
         assert "average_drop_100" not in samples
 
 
-def test_versus_has_no_value_of_it(base, monkeypatch, capsys):
-    called(monkeypatch, capsys, "versus", base / "plain", base / "bee", "--output", base / "difference")
+def test_versus_has_no_value_of_it(base):
+    words_of("versus", base / "plain", base / "bee", "--output", base / "difference")
     (file,) = (base / "difference" / "data").glob("*.parquet")
     for row in pq.read_table(file).to_pylist():
         assert {one["metric"] for one in row["metrics"]} == {"entropy"}

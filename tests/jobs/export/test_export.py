@@ -17,7 +17,6 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from blocksight.jobs.audit.result import GRID
-from blocksight.jobs.cli.main import main
 from blocksight.jobs.export.quantus import ArrayFile
 from blocksight.jobs.export.run import ExportRequest, fresh_folder, run_export
 from blocksight.jobs.export.sql import connect
@@ -28,8 +27,8 @@ from blocksight.storage.images.decode import decode, fit
 from blocksight.storage.outputs.pictures import overlay, resized
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.opening import open_store
-from tests.jobs.jobs_of import model_of, rows_in, run_here
-from tests.jobs.outputs import HOSTILE, audit, explained, hostile_table, measured, pooled
+from tests.jobs.jobs_of import called, model_of, rows_in, run_here
+from tests.jobs.outputs import HOSTILE, audit, explained, hostile_table, measured, output_of_small_units, pooled
 from tests.jobs.tiny import CLASSES, folder_of_images, folder_of_tars, make, picture
 
 FORMS = ("fiftyone", "virelay", "spotlight", "quantus")
@@ -40,12 +39,11 @@ def output(tmp_path_factory):
     """Seven records with two targets each, three rejected; deletion under two protocols; an audit."""
     base = tmp_path_factory.mktemp("export")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("blocksight.cluster.sizing.LEAST_UNIT_SECONDS", 0.3)
-        run_here(folder_of_images(base / "in"), base / "out", target="top-2", explainer="gradcam")
-    measured(base / "out", metrics="deletion,entropy", controls=True)
-    measured(base / "out", metrics="deletion", baseline="black")
-    audit(LocalStore(base / "out"))
-    return base / "out"
+        output = output_of_small_units(base, patch)
+    measured(output, metrics="deletion,entropy", controls=True)
+    measured(output, metrics="deletion", baseline="black")
+    audit(LocalStore(output))
+    return output
 
 
 @pytest.fixture(scope="module")
@@ -424,22 +422,16 @@ def test_no_export_goes_into_the_output_or_the_data(output, place):
     assert not (output.parent / place).exists()
 
 
-def test_the_command(output, tmp_path, monkeypatch, capsys):
-    def called(*arguments):
-        monkeypatch.setattr("sys.argv", ["blocksight", "export", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code or 0, "".join(capsys.readouterr())
-
-    code, said = called(output, "spotlight", tmp_path / "x", "--limit", 2)
+def test_the_command(output, tmp_path):
+    code, said = called("export", output, "spotlight", tmp_path / "x", "--limit", 2)
     assert code == 0, said
     assert "2 records exported" in said
     assert 'dtype={"image": spotlight.Image' in said
-    code, said = called(output, "spotlight", tmp_path / "x")
+    code, said = called("export", output, "spotlight", tmp_path / "x")
     assert (code, "holds files already" in said) == (2, True)
-    code, said = called(tmp_path, "spotlight", tmp_path / "y")
+    code, said = called("export", tmp_path, "spotlight", tmp_path / "y")
     assert (code, "no blocksight output" in said) == (2, True)
-    code, said = called(output, "excel", tmp_path / "y")
+    code, said = called("export", output, "excel", tmp_path / "y")
     assert (code, "fiftyone" in said) == (2, True)
 
 

@@ -12,7 +12,6 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from rich.console import Console
 
-from blocksight.jobs.cli.main import main
 from blocksight.jobs.evaluate.compare import Output, compare
 from blocksight.jobs.evaluate.evaluation import evaluation_folders, value_tables
 from blocksight.jobs.export.sql import (
@@ -33,8 +32,8 @@ from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.storage.outputs.schema import EVALUATION, RECORD_COLUMNS, SCHEMA
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.opening import open_store
-from tests.jobs.jobs_of import rows_in, run_here
-from tests.jobs.outputs import HOSTILE, audit, explained, hostile_table, measured
+from tests.jobs.jobs_of import called, rows_in, run_here
+from tests.jobs.outputs import HOSTILE, audit, explained, hostile_table, measured, output_of_small_units
 from tests.jobs.tiny import folder_of_images, picture
 
 VIEWS = ("maps", "rejects", "values", "metrics")
@@ -45,11 +44,10 @@ def output(tmp_path_factory):
     """Seven records with two targets each, three rejected; deletion under two protocols, entropy measured twice."""
     base = tmp_path_factory.mktemp("sql")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("blocksight.cluster.sizing.LEAST_UNIT_SECONDS", 0.3)
-        run_here(folder_of_images(base / "in"), base / "out", target="top-2", explainer="gradcam")
-    measured(base / "out", metrics="deletion,entropy", controls=True)
-    measured(base / "out", metrics="deletion,entropy", baseline="black")
-    return base / "out"
+        output = output_of_small_units(base, patch)
+    measured(output, metrics="deletion,entropy", controls=True)
+    measured(output, metrics="deletion,entropy", baseline="black")
+    return output
 
 
 def dicts(connection, query):
@@ -296,21 +294,14 @@ def test_a_table_says_how_many_rows_there_are_and_cannot_move_the_cursor(hostile
     assert max(map(len, wide.splitlines())) <= 100
 
 
-def called(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr("sys.argv", ["blocksight", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return ended.value.code or 0, "".join(capsys.readouterr())
-
-
-def test_the_command(output, monkeypatch, capsys, tmp_path):
-    code, said = called(monkeypatch, capsys, "sql", output)
+def test_the_command(output, tmp_path):
+    code, said = called("sql", output)
     assert (code, said) == (0, script(str(output)))
-    code, said = called(monkeypatch, capsys, "sql", output, "SELECT count(*) AS how_many FROM maps")
+    code, said = called("sql", output, "SELECT count(*) AS how_many FROM maps")
     assert code == 0
     assert "how_many" in said
     assert "14" in said
-    code, said = called(monkeypatch, capsys, "sql", output, "SELECT key FROM maps", "--csv", tmp_path / "x.csv")
+    code, said = called("sql", output, "SELECT key FROM maps", "--csv", tmp_path / "x.csv")
     assert code == 0, said
     assert "(14 rows)" in said
     for wrong, sentence in (
@@ -322,11 +313,11 @@ def test_the_command(output, monkeypatch, capsys, tmp_path):
         (("sql", output, "SELECT 1", "--csv", tmp_path / "no" / "y.csv"), "cannot be written: No such file"),
         (("sql", tmp_path, "SELECT 1"), "no blocksight output"),
     ):
-        code, said = called(monkeypatch, capsys, *wrong)
+        code, said = called(*wrong)
         assert (code, sentence in said) == (2, True), said
         assert "read_parquet" not in said
         assert "Traceback" not in said
-    _, said = called(monkeypatch, capsys, "sql", output, "SELECT 1,\n  nope FROM maps")
+    _, said = called("sql", output, "SELECT 1,\n  nope FROM maps")
     assert said.splitlines()[-2:] == ["LINE 2:   nope FROM maps", "          ^^^^"]
 
 

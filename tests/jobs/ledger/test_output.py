@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from blocksight.jobs.cli.main import main
 from blocksight.jobs.ledger.output import fragment_of, map_of, model_facts, table_of, values_in
 from blocksight.jobs.ledger.reconcile import check
 from blocksight.jobs.plan.plan import MODEL_KEY, existing_plan
@@ -19,7 +18,7 @@ from blocksight.storage.outputs.map_codec import decode_map, encode_map
 from blocksight.storage.outputs.schema import SCHEMA
 from blocksight.storage.stores.local import LocalStore
 from tests.jobs.evaluate.test_evaluate import evaluated
-from tests.jobs.jobs_of import model_of, run_here
+from tests.jobs.jobs_of import called, model_of, run_here
 from tests.jobs.outputs import audit, explained, measured
 from tests.jobs.tiny import folder_of_images
 
@@ -106,13 +105,6 @@ def commands(base):
     }
 
 
-def called(monkeypatch, capsys, arguments):
-    monkeypatch.setattr("sys.argv", ["blocksight", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return ended.value.code or 0, capsys.readouterr().err
-
-
 COMMANDS = ("report", "versus", "compare", "show", "sql", "fiftyone", "virelay", "spotlight", "quantus")
 MEASURED = ("report", "versus", "compare", "sql", "fiftyone")
 DRAWN = ("report", "versus", "show", "fiftyone", "virelay", "spotlight", "quantus")
@@ -120,9 +112,9 @@ DRAWN = ("report", "versus", "show", "fiftyone", "virelay", "spotlight", "quantu
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("command", ["report", "versus", "compare", "show", "sql", "spotlight"])
-def test_a_damaged_fragment_is_named(base, monkeypatch, capsys, command, damage):
+def test_a_damaged_fragment_is_named(base, command, damage):
     key = spoil(base, "data/*.parquet", DAMAGE[damage])
-    code, printed = called(monkeypatch, capsys, commands(base)[command])
+    code, printed = called(*commands(base)[command])
     assert code == 5, printed
     assert f"{base / 'a' / key} is damaged, `blocksight verify` says more" in printed
     assert "CREATE OR REPLACE" not in printed
@@ -130,25 +122,25 @@ def test_a_damaged_fragment_is_named(base, monkeypatch, capsys, command, damage)
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("command", MEASURED)
-def test_damaged_values_are_named(base, monkeypatch, capsys, command, damage):
+def test_damaged_values_are_named(base, command, damage):
     if command == "report":  # reads them once more for its galleries
         evaluated(base / "a", metrics="insertion")
     key = spoil(base, "evaluations/*/data/*.parquet", DAMAGE[damage])
-    code, printed = called(monkeypatch, capsys, commands(base)[command])
+    code, printed = called(*commands(base)[command])
     assert code == 5, printed
     assert f"{base / 'a' / key} is damaged, remove it, and the same `evaluate` makes it again" in printed
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_is_whole_is_read(base, monkeypatch, capsys, command):
-    code, printed = called(monkeypatch, capsys, commands(base)[command])
+def test_what_is_whole_is_read(base, command):
+    code, printed = called(*commands(base)[command])
     assert code == 0, printed
 
 
 @pytest.mark.parametrize("command", DRAWN)
-def test_a_damaged_map_is_named(base, monkeypatch, capsys, command):
+def test_a_damaged_map_is_named(base, command):
     spoil(base, "data/*.parquet", with_bad_maps)
-    code, printed = called(monkeypatch, capsys, commands(base)[command])
+    code, printed = called(*commands(base)[command])
     assert code == 5, printed
     key = explained(LocalStore(base / "a"))[0]["key"].rpartition("/")[2]
     assert "the map of '" in printed
@@ -158,17 +150,17 @@ def test_a_damaged_map_is_named(base, monkeypatch, capsys, command):
 
 @pytest.mark.parametrize("form", ["fiftyone", "virelay", "spotlight"])
 @pytest.mark.parametrize("pattern", ["audit/audit.json", "audit/clusters.parquet", "audit/rows/*.parquet"])
-def test_an_export_says_that_the_audit_is_damaged(base, monkeypatch, capsys, form, pattern):
+def test_an_export_says_that_the_audit_is_damaged(base, form, pattern):
     spoil(base, pattern, lambda _: b"{")
-    code, printed = called(monkeypatch, capsys, commands(base)[form])
+    code, printed = called(*commands(base)[form])
     assert code == 5, printed
     assert "audit" in printed
     assert not (base / f"for-{form}" / "maps.parquet").exists()
 
 
-def test_an_export_of_an_audit_without_its_rows_says_so(base, monkeypatch, capsys):
+def test_an_export_of_an_audit_without_its_rows_says_so(base):
     shutil.rmtree(base / "a" / "audit" / "rows")
-    code, printed = called(monkeypatch, capsys, commands(base)["spotlight"])
+    code, printed = called(*commands(base)["spotlight"])
     assert (code, "without rows in audit/rows/" in printed) == (5, True)
 
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pyarrow.parquet as pq
 import pytest
 
-from blocksight.jobs.cli.main import main
 from blocksight.jobs.ledger.receipts import metric_means, read_receipts, receipt_key, receipt_of, write_receipt
 from blocksight.jobs.ledger.reconcile import MANIFEST_KEY, check, finalize, read_job_state
 from blocksight.jobs.plan.config import Execution
@@ -16,7 +15,7 @@ from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.jobs.run.job import plan_job
 from blocksight.storage.outputs.fragments import encode_fragment, read_fragment
 from blocksight.storage.stores.local import LocalStore
-from tests.jobs.jobs_of import config_of, fragments_in, run_here
+from tests.jobs.jobs_of import called, config_of, fragments_in, run_here
 from tests.jobs.tiny import MODEL, folder_of_images, folder_of_tables, folder_of_tars
 
 
@@ -221,7 +220,7 @@ def test_a_manifest_that_lists_a_unit_twice_or_never(output):
 @pytest.mark.parametrize(
     "key", ["data/", "_job/final/manifest.json", "_job/plan/plan.json", "_job/plan/units-"], ids=lambda key: key
 )
-def test_a_damaged_object_is_exit_5_and_named(output, capsys, monkeypatch, name, key):
+def test_a_damaged_object_is_exit_5_and_named(output, name, key):
     (damaged, *_) = sorted(info.key for info in output.list(key))
     output.put(damaged, b"PAR1 {")
     for receipt in output.list("_job/receipts/"):
@@ -230,11 +229,8 @@ def test_a_damaged_object_is_exit_5_and_named(output, capsys, monkeypatch, name,
     if name == "explain":
         arguments = [name, "--data", str(output.root.parent / "in"), "--output", str(output.root), "--model", MODEL]
         arguments += ["--runner", "local"]
-    monkeypatch.setattr("sys.argv", ["blocksight", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    printed = "".join(capsys.readouterr())
-    assert ended.value.code == 5, printed
+    code, printed = called(*arguments)
+    assert code == 5, printed
     assert damaged.removeprefix("_job/plan/units") in printed or "_job/plan/plan.json" in printed
 
 
@@ -247,10 +243,7 @@ def test_a_damaged_receipt_is_made_anew(output):
     assert faults(output) == []
 
 
-def test_a_job_without_its_manifest_is_not_complete(output, capsys, monkeypatch):
+def test_a_job_without_its_manifest_is_not_complete(output):
     output.delete(MANIFEST_KEY)
     for name, code in (("status", 4), ("verify", 4), ("finalize", 0), ("status", 0), ("verify", 0)):
-        monkeypatch.setattr("sys.argv", ["blocksight", name, str(output.root)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert (ended.value.code or 0) == code, name
+        assert called(name, output.root)[0] == code, name

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from blocksight.engine.catalog.side_products import Crop, Fixation, GridMap, SideProducts
-from blocksight.jobs.cli.main import main
 from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.jobs.report.products import (
     MAX_BEST,
@@ -23,6 +22,7 @@ from blocksight.storage.outputs.drawings import FIRST_COLOUR, Cell, bars, framed
 from blocksight.storage.outputs.pictures import colours, overlay
 from blocksight.storage.outputs.schema import PRODUCT_COLUMNS, SCHEMA
 from blocksight.storage.stores.local import LocalStore
+from tests.jobs import jobs_of
 from tests.jobs.beside import OF_METHODS, blocks, crops, family, grids, path, rewrite, with_products
 from tests.jobs.jobs_of import model_of, rows_in, run_here
 from tests.jobs.tiny import folder_of_images
@@ -343,16 +343,13 @@ def output(tmp_path):
 
 
 @pytest.fixture
-def called(monkeypatch, capsys, tmp_path):
+def called(monkeypatch, tmp_path):
     """Runs a command in this process, and gives its exit code and what it said."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["blocksight", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        return ended.value.code or 0, " ".join((printed.out + printed.err).split())
+        code, printed = jobs_of.called(*arguments)
+        return code, " ".join(printed.split())
 
     return run
 

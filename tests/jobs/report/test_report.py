@@ -19,7 +19,6 @@ from rich.console import Console
 
 from blocksight.engine.catalog.entries import METRICS
 from blocksight.jobs.audit.result import Effect, write_audit
-from blocksight.jobs.cli.main import main
 from blocksight.jobs.evaluate.compare import Output, compare
 from blocksight.jobs.evaluate.evaluation import evaluation_folders, value_tables
 from blocksight.jobs.ledger.reconcile import MANIFEST_KEY, final_manifest, read_job_state
@@ -46,7 +45,8 @@ from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.opening import open_store
 from tests.jobs.audits import audited
 from tests.jobs.beside import OF_METHODS, blocks, grids, with_products
-from tests.jobs.jobs_of import blocksight, model_of, rows_in, run_here
+from tests.jobs.jobs_of import blocksight, called, model_of, rows_in, run_here
+from tests.jobs.outputs import output_of_small_units
 from tests.jobs.tiny import HOSTILE, bad_bodies, folder_of_images, folder_of_tars, hostile_table
 
 LOSSES = "loss 2.31 at the first, 0.46 at the last"
@@ -69,9 +69,7 @@ def page_at(where):
 
 @pytest.fixture
 def output(tmp_path, monkeypatch):
-    monkeypatch.setattr("blocksight.cluster.sizing.LEAST_UNIT_SECONDS", 0.3)  # a few records a unit
-    run_here(folder_of_images(tmp_path / "in"), tmp_path / "out", target="top-2", explainer="gradcam")
-    return tmp_path / "out"
+    return output_of_small_units(tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -600,29 +598,18 @@ def _duckdb():
 # ---------------------------------------------------------------- the page in its place
 
 
-@pytest.fixture
-def report_command(monkeypatch):
-    """Runs `blocksight report` in this process, and gives its exit code."""
-
-    def run(output):
-        monkeypatch.setattr("sys.argv", ["blocksight", "report", str(output)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code
-
-    return run
-
-
-def test_the_command_says_where_the_page_is_and_how_large(output, report_command, capsys):
-    assert report_command(output) == 0
+def test_the_command_says_where_the_page_is_and_how_large(output):
+    code, printed = called("report", output)
+    assert code == 0, printed
     num_bytes = len((output / REPORT_KEY).read_bytes())
-    assert f"report: {output}/{REPORT_KEY} ({num_bytes / 2**20:,.1f} MiB)" in capsys.readouterr().out
+    assert f"report: {output}/{REPORT_KEY} ({num_bytes / 2**20:,.1f} MiB)" in printed
     assert blocksight("verify", output).returncode == 0
 
 
-def test_a_place_that_holds_no_output_is_refused(tmp_path, report_command, capsys):
-    assert report_command(tmp_path) == 2
-    assert "there is no blocksight output" in capsys.readouterr().err
+def test_a_place_that_holds_no_output_is_refused(tmp_path):
+    code, printed = called("report", tmp_path)
+    assert code == 2
+    assert "there is no blocksight output" in printed
 
 
 def test_the_page_is_rewritten_and_the_same_for_the_same_output(output):
