@@ -104,6 +104,11 @@ FORWARDS_TO_SELECT: Mapping[SelectionMetric, int] = {
 """Forward passes per map that a metric judges."""
 
 
+def _backward_per_target(_: Any, targets: int) -> float:
+    """Cost of one backward pass per target, besides the forward passes of every record."""
+    return 2 + BACKWARD * targets
+
+
 def _cam(source: str) -> ExplainerEntry:
     return ExplainerEntry(
         NoParameters,
@@ -111,7 +116,7 @@ def _cam(source: str) -> ExplainerEntry:
         cost="1 F + 1 B per target",
         source=source,
         blocks="last",
-        num_forwards=lambda _, targets: 2 + BACKWARD * targets,
+        num_forwards=_backward_per_target,
     )
 
 
@@ -196,7 +201,7 @@ EXPLAINERS: Mapping[str, ExplainerEntry] = {
         cost="1 F + 1 B per target",
         source="Srinivas and Fleuret, NeurIPS 2019 (arXiv 1905.00780)",
         blocks="none",
-        num_forwards=lambda _, targets: 2 + BACKWARD * targets,
+        num_forwards=_backward_per_target,
     ),
     "extremal_perturbation": ExplainerEntry(
         ExtremalParameters,
@@ -214,7 +219,7 @@ EXPLAINERS: Mapping[str, ExplainerEntry] = {
         cost="1 F + 1 B per target",
         source="Simonyan et al. (arXiv 1312.6034)",
         blocks="none",
-        num_forwards=lambda _, targets: 2 + BACKWARD * targets,
+        num_forwards=_backward_per_target,
     ),
     "ucag": ExplainerEntry(
         UcagParameters,
@@ -260,7 +265,7 @@ EXPLAINERS: Mapping[str, ExplainerEntry] = {
         cost="1 F + 1 B per target, in both presets",
         source="Liao et al., Pattern Recognition 2025 (arXiv 2503.14640)",
         blocks="none",
-        num_forwards=lambda _, targets: 2 + BACKWARD * targets,
+        num_forwards=_backward_per_target,
     ),
     "bee": ExplainerEntry(
         BeeParameters,
