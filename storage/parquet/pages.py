@@ -1,6 +1,5 @@
 """Checks each page header of a Parquet file before Arrow reads it, so no page decompresses beyond its bound."""
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from blocksight.storage.limits import MAX_PAGES_BYTES
 from blocksight.storage.parquet.delta_encoding import DELTAS, check_deltas, decompressed_page
 from blocksight.storage.parquet.thrift import struct_at
+from blocksight.storage.stores.seekable_file import SeekableFile
 
 ReadAt = Callable[[int, int], bytes]
 """Reads (start, size): the bytes from a position; fewer at the end of the file."""
@@ -143,7 +143,7 @@ class ClosedPagesError(ValueError):
     """Raised if Arrow reads pages before `expect` allows it."""
 
 
-class GuardedFile(io.RawIOBase):
+class GuardedFile(SeekableFile):
     """A Parquet file for Arrow, with a given tail in place of its own; checks page headers before Arrow reads them.
 
     `read` raises ValueError if the pages of the expected chunks would take more than `MAX_PAGES_BYTES` together,
@@ -151,34 +151,20 @@ class GuardedFile(io.RawIOBase):
     """
 
     def __init__(self, size: int, read_at: ReadAt, tail: bytes) -> None:
-        self.size, self.tail = size, tail
+        super().__init__(size)
+        self.tail = tail
         self._read_at = read_at
-        self._position = 0
         self._chunks: Sequence[Chunk] | None = ()
 
     def expect(self, chunks: Sequence[Chunk] | None) -> None:
         """Sets the chunks that Arrow may read from now on; None: none."""
         self._chunks = chunks
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
     def read(self, size: int | None = -1) -> bytes:
         if self._chunks is None:
             raise ClosedPagesError
-        start, left = self._position, max(0, self.size - self._position)
-        data = self._bytes(start, left if size is None or size < 0 else min(size, left))
+        start = self.position
+        data = self._bytes(start, self.num_wanted(size))
         for chunk in self._chunks:
             chunk.check(start, memoryview(data), self._read_at)
         held = sum(chunk.dictionary_bytes + chunk.page_bytes for chunk in self._chunks)
@@ -188,7 +174,7 @@ class GuardedFile(io.RawIOBase):
                 f"{names}: pages of {held} bytes must be in memory at once, at most {MAX_PAGES_BYTES} may; write it "
                 f"with fewer rows per row group"
             )
-        self._position += len(data)
+        self.position += len(data)
         return data
 
     def _bytes(self, start: int, size: int) -> bytes:

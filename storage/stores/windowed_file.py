@@ -1,38 +1,21 @@
 """A pinned object as a seekable file, read through one window of bounded size."""
 
-import io
-
+from blocksight.storage.stores.seekable_file import SeekableFile
 from blocksight.storage.stores.store import ObjectInfo, ObjectStore
 
 
-class WindowedFile(io.RawIOBase):
+class WindowedFile(SeekableFile):
     """A pinned object as a seekable file, read through one window of bounded size."""
 
     WINDOW = 8 << 20
 
     def __init__(self, store: ObjectStore, info: ObjectInfo, window_bytes: int = WINDOW) -> None:
+        super().__init__(info.size)
         self.store, self.info, self.window_bytes = store, info, window_bytes
-        self.position = 0
         self.window, self.window_start = b"", 0
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.info.size}[whence]
-        self.position = max(0, base + offset)
-        return self.position
-
     def read(self, size: int | None = -1) -> bytes:
-        left = max(0, self.info.size - self.position)
-        wanted = left if size is None or size < 0 else min(size, left)
-        data = self.read_at(self.position, wanted)
+        data = self.read_at(self.position, self.num_wanted(size))
         self.position += len(data)
         return data
 
