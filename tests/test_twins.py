@@ -12,7 +12,7 @@ TWINS = {
     "engine/explainers/test_real_data.py::test_imagenet_photographs": (
         "engine/explainers/test_twin.py::test_torchvisions_networks_equal_the_slow_twin"
     ),
-    "engine/explainers/test_real_data.py::test_the_scan_paths_of_photographs_are_their_own": (
+    "engine/explainers/test_real_data.py::test_a_scan_path_depends_on_its_photograph_alone": (
         "engine/explainers/test_fovex.py::test_a_path_depends_on_its_image_alone_bit_for_bit"
     ),
     "engine/explainers/test_real_data.py::test_the_closed_form_of_photographs_equals_passes": (

@@ -184,7 +184,7 @@ def test_heads_without_pooling_have_no_pooled_weights(make):
 
 
 @pytest.mark.parametrize("make", [Pooled, Residual, Depthwise, InPlace, Untraceable])
-def test_a_pooled_heads_weights_are_read_off(make):
+def test_a_pooled_heads_weights_are_read(make):
     net = seeded(make).train()
     adapter = adapter_of(net, 32)
     found = pooled_weights(adapter, adapter.network.blocks()[-1])

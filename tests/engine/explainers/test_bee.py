@@ -384,7 +384,7 @@ def state(net):
     return learned(bee(net, LEARNING), smooth(6, SIDE, SIDE), classes(0, 1, 2, 3, 4, 0), SEEDS)
 
 
-def test_how_many_images_the_first_pass_sees():
+def test_the_number_of_images_of_the_first_pass():
     asked = (BeeParameters(families=FREE), LEARNING, even(), even(families=("train", "blur"), pool=9))
     assert [num_learning_images(parse_method("bee"), own) for own in asked] == [5000, 6, 0, 9]
     assert num_learning_images(parse_method("bee"), BeeParameters(families=("blur",))) == 0

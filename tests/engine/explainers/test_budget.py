@@ -97,13 +97,13 @@ def test_a_number_of_masks_is_kept(budget):
         assert own[0].quality.map_error >= 0
 
 
-def test_a_share_is_of_the_images_own_masks():
+def test_a_share_counts_the_images_own_masks():
     for own, full in zip(budgeted(0.4), budgeted(None), strict=True):
         assert own[0].num_forwards == np.ceil(0.4 * full[0].num_forwards)
         assert [block.kept for block in own[0].blocks] == [block.kept for block in full[0].blocks]
 
 
-def test_a_budget_for_everything_is_sise():
+def test_a_budget_of_all_masks_equals_sise():
     for own, full in zip(budgeted(10_000), budgeted(None), strict=True):
         assert own[0].num_forwards == full[0].num_forwards
         assert own[0].quality is None

@@ -218,7 +218,7 @@ def test_every_token_may_be_a_query(prefix, query):
     assert np.abs(steps_of(own) - torch.stack(wanted).numpy()).max() <= 1e-5 * float(wanted[-1].max())
 
 
-class Deaf(Transformer):
+class PatchMean(Transformer):
     """With a class token that the head does not use: it takes the patches' mean."""
 
     def forward(self, x):
@@ -231,7 +231,8 @@ class Deaf(Transformer):
 def test_a_class_token_without_a_gradient_does_not_count():
     inputs = smooth(1, 16, 16)
     auto, mean = (
-        steps_of(explained(seeded(Deaf), inputs, [2], DaamParameters(query=query))[0][0]) for query in ("auto", "mean")
+        steps_of(explained(seeded(PatchMean), inputs, [2], DaamParameters(query=query))[0][0])
+        for query in ("auto", "mean")
     )
     assert np.array_equal(auto, mean)
     assert auto[-1].max() > auto[0].max() > 0

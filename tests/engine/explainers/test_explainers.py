@@ -388,7 +388,7 @@ def test_a_layer_without_a_bias_for_pictures(layer):
     assert bias_of(layer) is None
 
 
-def test_a_network_without_biases_says_so():
+def test_a_network_without_biases_is_refused():
     with pytest.raises(ModelError, match=r"fullgrad reads .* model has none: take smoothgrad"):
         explainer("fullgrad", adapter_of(seeded(Linear), 16))
 
@@ -511,7 +511,7 @@ def test_the_areas_masks_are_summed():
 # ---------------------------------------------------------------- controls
 
 
-def test_the_random_map_is_uniform_and_the_seeds_own():
+def test_the_random_map_is_uniform_and_depends_on_the_seed():
     one, other = maps("random", seeded(Pooled), smooth(2, 64, 64), [0, 1], seeds=[1, 2])
     for own in (one, other):
         assert own.min() >= 0
@@ -520,13 +520,13 @@ def test_the_random_map_is_uniform_and_the_seeds_own():
     assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.08
 
 
-def test_the_gaussian_is_a_bell_in_the_middle():
+def test_the_gaussian_is_centred():
     (found,) = maps("gaussian", seeded(Pooled), smooth(1, 20, 30), [0])
     wanted = [[np.exp(-0.5 * (((i - 9.5) / 5) ** 2 + ((j - 14.5) / 7.5) ** 2)) for j in range(30)] for i in range(20)]
     assert np.abs(found - wanted).max() <= 1e-12
 
 
-def test_edges_equal_their_twin_and_an_even_picture_has_none():
+def test_edges_equal_their_twin_and_a_constant_picture_has_none():
     inputs = smooth(1, 20, 14)
     (found,) = maps("edges", seeded(Pooled), inputs, [0])
     assert_near(found, slow.gradient_magnitude(inputs[0].double().numpy(), 1, 2), 1e-9)
@@ -614,7 +614,7 @@ def test_a_map_does_not_depend_on_other_images(name):
 
 
 @pytest.mark.parametrize("name", EXPLAINERS)
-def test_batches_set_memory_and_speed_alone(name):
+def test_batches_do_not_change_a_map(name):
     net, inputs = net_for(name), smooth(2, SIDE, SIDE)
     found = [
         explained(name, net, inputs, [[0, 3], [1, 2]], [3, 4], batch_size=size, images_per_pass=images)
@@ -648,7 +648,7 @@ def test_another_class_and_other_weights_change_the_map(name):
 
 
 @pytest.mark.parametrize("name", sorted(CONTROLS))
-def test_a_control_knows_no_class_and_no_weights(name):
+def test_a_control_depends_on_no_class_and_no_weights(name):
     inputs = smooth(1, SIDE, SIDE)
     first, second = explained(name, net_for(name), inputs, [[0, 1]])[0]
     other = explained(name, net_for(name, seed=1), inputs, [[0]])[0][0]
@@ -685,7 +685,7 @@ def test_a_mirrored_picture_has_the_mirrored_map(name):
     assert_same_map(one, other[:, ::-1])
 
 
-class Sick(nn.Module):
+class Faulty(nn.Module):
     """Pictures whose first pixel is above 5 have an infinite logit for class 0."""
 
     def __init__(self, net: nn.Module) -> None:
@@ -698,12 +698,12 @@ class Sick(nn.Module):
         return self.net(x) + torch.where(x[:, :1, 0, 0] > 5, self.huge, self.none)
 
 
-@pytest.mark.parametrize("illness", ["logit", "picture"])
+@pytest.mark.parametrize("fault", ["logit", "picture"])
 @pytest.mark.parametrize("name", EXPLAINERS)
-def test_a_non_finite_image_spoils_only_its_own_map(name, illness):
-    net, inputs = Sick(net_for(name)).eval(), smooth(3, SIDE, SIDE)
+def test_a_non_finite_image_spoils_only_its_own_map(name, fault):
+    net, inputs = Faulty(net_for(name)).eval(), smooth(3, SIDE, SIDE)
     healthy = explained(name, net, inputs, [[0], [0], [0]], [1, 2, 3])
-    if illness == "logit":
+    if fault == "logit":
         inputs[1, 0, 0, 0] = 9
     else:
         inputs[1] = float("nan")
@@ -722,7 +722,7 @@ def global_states():
 
 
 @pytest.mark.parametrize("name", EXPLAINERS)
-def test_seeds_alone_decide_and_no_global_random_numbers_are_used(name):
+def test_a_map_depends_on_its_seed_and_not_on_global_random_numbers(name):
     net, inputs = net_for(name), smooth(2, SIDE, SIDE)
     before = global_states()
     one = explained(name, net, inputs, [[0], [1]], [3, 4])
@@ -747,7 +747,7 @@ def state_of(net):
 
 
 @pytest.mark.parametrize("name", EXPLAINERS)
-def test_the_model_is_given_back_as_it_was(name):
+def test_the_model_is_given_back_unchanged(name):
     """In training mode, with one frozen parameter; also when the network fails half way."""
     net, inputs = net_for(name, Depthwise).train(), smooth(1, SIDE, SIDE)
     net.project.weight.requires_grad_(False)

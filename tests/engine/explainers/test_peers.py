@@ -566,7 +566,7 @@ def test_gradcam_plus_plus_holds_for_logits_of_any_size(factor):
     assert differences(undivided, wanted).max() > 0.01
 
 
-def test_ablationcam_does_not_turn_over_where_a_logit_is_negative():
+def test_ablationcam_is_not_inverted_by_a_negative_logit():
     """The paper's division by a negative logit, which grad-cam has, hides evidence for a class and shows the rest."""
     inputs = smooth(2, 32, 32)
     above, below = Shifted(made("plain"), 2.0), Shifted(made("plain"), -2.0)

@@ -158,7 +158,7 @@ def test_the_energy_lies_where_the_evidence_is(model, name):
 
 
 @pytest.mark.parametrize(("model", "name"), CHOICES)
-def test_of_two_objects_the_class_has_its_own(model, name):
+def test_the_map_of_a_class_lies_in_its_own_object_of_two(model, name):
     assert share_of_right_choices(model, name) >= CHOICES[model, name]
 
 

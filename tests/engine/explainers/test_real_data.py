@@ -63,7 +63,7 @@ def cifar(shared_data, weights):
     return adapter, adapter.normalise(pixels_of(files, 32))
 
 
-def test_the_scan_paths_of_photographs_are_their_own(cifar):
+def test_a_scan_path_depends_on_its_photograph_alone(cifar):
     """Bit for bit, for every batch size, other images, and any place among them."""
     adapter, inputs = cifar
     seeds, parameters = list(range(6)), FovExParameters(fixations=4, steps=12)

@@ -181,7 +181,7 @@ def test_hand_vector_v8_masks_and_scores():
         assert net(image * mask).item() == score
 
 
-def test_a_negative_score_turns_the_map_over():
+def test_a_negative_score_inverts_the_map():
     upright, turned = hand_case(), hand_case(weight_b=-1.0)
     assert upright.blocks[1].saliency_hw[0, 0] == 1
     assert turned.blocks[1].saliency_hw[0, 0] == 0

@@ -62,7 +62,7 @@ def test_in_float64_only_the_last_digits_differ(name, kind):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_more_weights_and_images(seed):
+def test_more_weights_and_images_equal_the_slow_twin(seed):
     size = (20, 36)
     net, inputs = seeded(Residual, seed=10 + seed), smooth(2, *size, seed=20 + seed)
     found = explained(ModelAdapter(net, input_size=size), inputs, [[seed], [4]])

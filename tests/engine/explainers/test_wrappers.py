@@ -68,7 +68,7 @@ class Toy(SignedExplainer):
         ]
 
 
-def even(image):
+def constant(image):
     return torch.ones(3, 3, dtype=torch.float64)
 
 
@@ -85,7 +85,7 @@ def signed(explainer, inputs, classes, target=ClassProbability):
     return explainer.attribute(inputs, target(torch.tensor(classes)), [0] * len(inputs))
 
 
-class Anywhere(nn.Module):
+class ConstantLogits(nn.Module):
     """Two logits that are the same for every picture."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class Anywhere(nn.Module):
 
 
 def test_the_authors_windows_at_224_pixels():
-    own = crops_of(even, Anywhere(), UcagParameters(divider="exact"), (224, 224))
+    own = crops_of(constant, ConstantLogits(), UcagParameters(divider="exact"), (224, 224))
     assert starts(224, 124, 6) == [0, 20, 40, 60, 80, 100]
     assert own.crop == (124, 124)
     assert own.base.adapter.input_size == (322, 322)
@@ -122,8 +122,8 @@ def test_one_crop_lies_in_the_middle():
 
 def test_a_constant_base_shows_the_overlaps_or_nothing():
     parameters = UcagParameters(crops=3, enlarge=1.0)
-    official = crops_of(even, Anywhere(), parameters, (20, 30))
-    exact = crops_of(even, Anywhere(), replace(parameters, divider="exact"), (20, 30))
+    official = crops_of(constant, ConstantLogits(), parameters, (20, 30))
+    exact = crops_of(constant, ConstantLogits(), replace(parameters, divider="exact"), (20, 30))
     inputs = smooth(1, 20, 30)
     count = exact.divisor
     assert torch.allclose(signed(official, inputs, [[0]])[0][0].values, count / (count + 1), atol=1e-12)
@@ -134,7 +134,9 @@ def test_a_constant_base_shows_the_overlaps_or_nothing():
 def test_a_base_of_brightness_gives_local_means():
     """Means of the crops over a pixel. Each is enlarged by a whole factor, which keeps its mean."""
     inputs = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    own = crops_of(brightness, Anywhere(), UcagParameters(crops=3, side=112, enlarge=1.0, divider="exact"), (16, 16))
+    own = crops_of(
+        brightness, ConstantLogits(), UcagParameters(crops=3, side=112, enlarge=1.0, divider="exact"), (16, 16)
+    )
     (found,) = signed(own, inputs, [[1]])[0]
     grey = inputs[0].double().mean(0)
     for i, j in ((0, 0), (5, 9), (8, 8), (15, 2)):
@@ -172,7 +174,7 @@ def test_crops_are_weighted_by_their_scores():
     inputs = torch.zeros(1, 3, 16, 16)
     inputs[..., 8:] = 2
     parameters = UcagParameters(crops=2, side=112, enlarge=1.0, divider="exact")
-    (found,) = signed(crops_of(even, Level(), parameters, (16, 16)), inputs, [[0]])[0]
+    (found,) = signed(crops_of(constant, Level(), parameters, (16, 16)), inputs, [[0]])[0]
     low, high = 0.5, 1 / (1 + math.exp(-2))
     assert found.products.crops is not None
     wanted = [
@@ -189,7 +191,7 @@ def test_crops_are_weighted_by_their_scores():
 
 @pytest.mark.parametrize("weighted", [True, False])
 def test_equal_scores_have_weight_one(weighted):
-    own = crops_of(even, Anywhere(), UcagParameters(crops=2, enlarge=1.0, weighted=weighted))
+    own = crops_of(constant, ConstantLogits(), UcagParameters(crops=2, enlarge=1.0, weighted=weighted))
     crops = signed(own, smooth(1, SIDE, SIDE), [[0]])[0][0].products.crops
     assert crops is not None
     assert [crop.weight for crop in crops] == [1.0] * 4
@@ -200,7 +202,7 @@ def test_distant_scores_do_not_overflow():
     """A logit has no bounds, unlike a probability."""
     inputs = torch.zeros(1, 3, 16, 16)
     inputs[..., :8] = -600
-    own = crops_of(even, Level(), UcagParameters(crops=2, side=112, enlarge=1.0, divider="exact"), (16, 16))
+    own = crops_of(constant, Level(), UcagParameters(crops=2, side=112, enlarge=1.0, divider="exact"), (16, 16))
     (found,) = signed(own, inputs, [[0]], ClassLogit)[0]
     assert float(found.values[3, 3]) == pytest.approx(math.exp(-600), rel=1e-6)
     assert float(found.values[3, 12]) == pytest.approx(1)
@@ -247,7 +249,7 @@ def test_ucag_of_sise_equals_its_twin(values):
     assert found.num_forwards > 5 * values["crops"] ** 2
 
 
-class Louder(nn.Module):
+class SoftMaximum(nn.Module):
     """Two features, and a head that follows the larger: `log(e^r + e^g)`, r and g the maxima of red and green."""
 
     def __init__(self) -> None:
@@ -269,7 +271,9 @@ def test_a_faint_object_beside_a_strong_one_gains_energy():
     inputs[0, 0, 6:18, 6:18], inputs[0, 1, 46:58, 46:58] = 2, 1
     faint = np.zeros((64, 64))
     faint[40:, 40:] = 1
-    base, found = (explained(name, Louder(), inputs, [[0]])[0][0].saliency_hw for name in ("gradcam", "ucag(gradcam)"))
+    base, found = (
+        explained(name, SoftMaximum(), inputs, [[0]])[0][0].saliency_hw for name in ("gradcam", "ucag(gradcam)")
+    )
     shares = [float((own * faint).sum() / own.sum()) for own in (base, found)]
     assert shares[0] < 0.05
     assert shares[1] > 4 * shares[0]
@@ -280,7 +284,7 @@ def test_a_faint_object_beside_a_strong_one_gains_energy():
 
 def test_the_base_explains_the_same_model_at_the_crops_size():
     adapter = adapter_of(seeded(Residual))
-    own = Ucag(adapter, UcagParameters(enlarge=2.5), base=partial(Toy, map_of=even))
+    own = Ucag(adapter, UcagParameters(enlarge=2.5), base=partial(Toy, map_of=constant))
     assert own.base.adapter.module is adapter.module
     assert own.base.adapter.input_size == (32, 32)
     assert own.base.adapter.network is not adapter.network
@@ -332,7 +336,7 @@ def test_a_model_whose_classes_depend_on_the_size_is_refused():
 )
 def test_a_forward_is_used_only_at_its_own_shape(parameters, is_own_size):
     adapter = adapter_of(Level())
-    own = crops_of(even, Level(), parameters, forward=adapter.logits, batch_size=64, images_per_pass=9)
+    own = crops_of(constant, Level(), parameters, forward=adapter.logits, batch_size=64, images_per_pass=9)
     assert own.base.received["forward"] == (adapter.logits if is_own_size else None)
     assert own.base.received["batch_size"] == (64 if is_own_size else 36)  # of 24 x 24 and of 32 x 32 pixels
     assert own.base.received["images_per_pass"] == (32 if is_own_size else 18)
@@ -355,7 +359,7 @@ class Learning(Toy):
 
 @pytest.mark.parametrize(("name", "wanted"), [("ucag", (32, 32)), ("feature-cam", (SIDE, SIDE))])
 def test_a_base_learns_from_whole_pictures_of_its_own_size(name, wanted):
-    base = partial(Learning, map_of=even)
+    base = partial(Learning, map_of=constant)
     own = (
         Ucag(adapter_of(Level()), UcagParameters(enlarge=2.5), base=base)
         if name == "ucag"
@@ -389,7 +393,7 @@ def test_impossible_windows_are_refused(values, sentence):
 def test_side_products_of_the_whole_picture_are_kept():
     """How a map was selected and made holds for every view; results of one view alone are dropped."""
     products = SideProducts(channel_importance=np.ones(2, np.float32), selected_by="deletion", edge_detector="hed")
-    base = partial(Toy, map_of=even, products=products)
+    base = partial(Toy, map_of=constant, products=products)
     ucag = signed(Ucag(adapter_of(Level()), UcagParameters(crops=2), base=base), smooth(1, SIDE, SIDE), [[0]])
     assert ucag[0][0].products.crops is not None
     assert replace(ucag[0][0].products, crops=None) == SideProducts(selected_by="deletion", edge_detector="hed")
@@ -403,7 +407,7 @@ def test_side_products_of_the_whole_picture_are_kept():
 # ---------------------------------------------------------------- edges
 
 
-def test_scharr_equals_its_twin_and_an_even_picture_has_no_edges():
+def test_scharr_equals_its_twin_and_a_constant_picture_has_no_edges():
     pixels = torch.rand(2, 3, 9, 14, generator=torch.Generator().manual_seed(0)).double()
     pixels[1] = 0.3
     found = edges.scharr(pixels)
@@ -710,7 +714,7 @@ def test_no_more_views_exist_than_a_pass_takes():
             most.append(len(alive))
             return super()._attribute_pass(inputs_nchw, target, seeds)
 
-    own = Counting(adapter_of(Level()), UcagParameters(enlarge="native"), base=partial(Watching, map_of=even))
+    own = Counting(adapter_of(Level()), UcagParameters(enlarge="native"), base=partial(Watching, map_of=constant))
     signed(own, smooth(2, SIDE, SIDE), [[0], [0]])
     assert most == [min(8 * (number + 1), 72) for number in range(9)]
 

@@ -19,7 +19,7 @@ def explainer_of(name):
     return EXPLAINERS[name](adapter, ENTRIES[name].parameters(), batch_size=4, images_per_pass=2)
 
 
-def test_the_ratio_is_of_bare_time_to_all_time(monkeypatch):
+def test_the_efficiency_is_bare_time_over_total_time(monkeypatch):
     """Ten batches of four take 1, 2 and 1 s bare: 40, 20 and 40 forwards a second; the explainer takes 2, 3 and 8 s."""
     script = iter([1.0, 2.0, 2.0, 3.0, 1.0, 8.0])
     done = []
@@ -51,7 +51,7 @@ def test_a_method_without_masks_has_no_efficiency():
     assert found.seconds_per_image > 0
 
 
-def test_the_bare_model_is_tried_at_every_size_that_fits(monkeypatch):
+def test_the_bare_model_is_timed_at_every_size_that_fits(monkeypatch):
     seen = []
 
     def rated(forward, inputs, size):

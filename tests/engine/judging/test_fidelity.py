@@ -57,7 +57,7 @@ SISE |= {method.name: SiseParameters(budget=method.setting) for method in METHOD
 
 
 @pytest.mark.parametrize("name", [FULL, *SISE])
-def test_a_map_from_known_scores_is_the_methods_own(bench, adapter, name):
+def test_a_map_from_known_scores_equals_the_methods_map(bench, adapter, name):
     for found, wanted in zip(made(bench, name), directly(adapter, SISE.get(name, SiseParameters())), strict=True):
         assert found.num_forwards == wanted.num_forwards
         assert [block.kept for block in found.blocks] == [block.kept for block in wanted.blocks]
@@ -71,7 +71,7 @@ def test_full_sise_is_its_own_reference(readings):
         assert one.num_forwards > 0
 
 
-def test_every_method_reads_every_image_or_its_share_of_them(readings):
+def test_every_method_explains_every_image_or_every_nth(readings):
     for method in METHODS:
         assert sorted(of(readings, method.name)) == [number for number in (0, 1, 2) if number % method.every == 0]
 
