@@ -11,14 +11,14 @@ MUTATIONS = (
         "jobs/worker/unit.py",
         "output.create(unit.fragment_key, body, metadata=metadata)",
         "output.delete(unit.fragment_key), output.create(unit.fragment_key, body, metadata=metadata)",
-        ("faults/test_protocol.py::test_every_interleaving_ends_with_every_record_once",),
+        ("jobs/worker/test_commit.py::test_the_second_of_two_attempts_adopts_the_first",),
     ),
     Mutation(
         "the receipt is written before the fragment",
         "jobs/worker/unit.py",
         "    if _create_or_adopt(",
         "    write_receipt(output, receipt)\n    if _create_or_adopt(",
-        ("faults/test_protocol.py::test_every_interleaving_ends_with_every_record_once",),
+        ("jobs/worker/test_commit.py::test_a_store_that_writes_nothing_is_a_failure_and_leaves_nothing",),
     ),
     Mutation(
         "412 is taken for a failure",
@@ -39,14 +39,14 @@ MUTATIONS = (
         "jobs/worker/unit.py",
         'ours = committed.metadata.get("attempt") == metadata["attempt"]',
         "ours = True",
-        ("faults/test_protocol.py::test_every_interleaving_ends_with_every_record_once",),
+        ("jobs/worker/test_commit.py::test_the_second_of_two_attempts_adopts_the_first",),
     ),
     Mutation(
         "counts are compared instead of sets",
         "jobs/ledger/reconcile.py",
         "        return [unit for unit in self.plan.units if unit.unit_id not in done]",
         "        return list(self.plan.units[len(done) + len(self.strangers):])",
-        ("faults/test_protocol.py::test_every_interleaving_ends_with_every_record_once",),
+        ("jobs/ledger/test_reconcile.py::test_a_lost_fragment_is_an_open_unit",),
     ),
     Mutation(
         "a receipt alone makes a unit committed",

@@ -202,13 +202,14 @@ def replace_units(plan: Any) -> Any:
     return replace(plan, units=units)
 
 
-def test_every_interleaving_ends_with_every_record_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize("num_interleavings", [60, pytest.param(400, marks=pytest.mark.sweep)])
+def test_every_interleaving_ends_with_every_record_once(tmp_path, monkeypatch, num_interleavings):
     monkeypatch.setattr(retrying, "FIRST_PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(attempts, "MAX_DEATHS", 2)  # units are given up while slow attempts still live
     monkeypatch.setattr(attempts, "CAREFUL_DEATHS", 99)
     Protocol.world = World(tmp_path)
     quiet = settings(
-        max_examples=150,
+        max_examples=num_interleavings,
         stateful_step_count=30,
         deadline=None,
         suppress_health_check=list(HealthCheck),

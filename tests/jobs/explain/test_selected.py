@@ -3,6 +3,7 @@
 import io
 import re
 from dataclasses import replace
+from shutil import copytree
 
 import duckdb
 import pandas as pd
@@ -30,16 +31,23 @@ REASON = "average_drop_100 picked this map among 8"
 BESIDE = ("daam", "fovex", "ucag", "bee", "a-fmi", "feature-cam")
 
 
-@pytest.fixture
-def base(tmp_path):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
     """Two outputs of one data set, measured; a metric picked the maps of `bee`, and has no value there."""
-    folder_of_images(tmp_path / "in", 4)
+    root = tmp_path_factory.mktemp("finished")
+    folder_of_images(root / "in", 4)
     for name, explainer in (("plain", "layercam"), ("bee", "gradcam")):
-        run_here(tmp_path / "in", tmp_path / name, explainer=explainer)
-        measured(tmp_path / name, metrics=",".join([*PICKED, "entropy"]))
-    with_products(LocalStore(tmp_path / "bee"), *BESIDE)
-    withheld(LocalStore(tmp_path / "bee"), PICKED)
-    return tmp_path
+        run_here(root / "in", root / name, explainer=explainer)
+        measured(root / name, metrics=",".join([*PICKED, "entropy"]))
+    with_products(LocalStore(root / "bee"), *BESIDE)
+    withheld(LocalStore(root / "bee"), PICKED)
+    return root
+
+
+@pytest.fixture
+def base(finished, tmp_path):
+    """A copy of both, which a test may change."""
+    return copytree(finished, tmp_path, dirs_exist_ok=True)
 
 
 def withheld(store, metrics, reason=REASON):

@@ -67,13 +67,15 @@ def page_at(where):
     return (where / REPORT_KEY).read_text()
 
 
-@pytest.fixture
-def output(tmp_path, monkeypatch):
-    return output_of_small_units(tmp_path, monkeypatch)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        return output_of_small_units(tmp_path_factory.mktemp("finished"), patch)
 
 
-@pytest.fixture
-def evaluated(output):
+@pytest.fixture(scope="module")
+def finished_and_evaluated(finished, tmp_path_factory):
+    output = shutil.copytree(finished, tmp_path_factory.mktemp("evaluated") / "out")
     asked = EvaluationRequest(
         output=str(output),
         model=model_of(output),
@@ -89,6 +91,17 @@ def evaluated(output):
     )
     run_evaluation(asked, Execution(runner="local"), Console(quiet=True))
     return output
+
+
+@pytest.fixture
+def output(finished, tmp_path):
+    """A copy of a finished output, which a test may change; its images are those of all tests."""
+    return shutil.copytree(finished, tmp_path / "out")
+
+
+@pytest.fixture
+def evaluated(finished_and_evaluated, tmp_path):
+    return shutil.copytree(finished_and_evaluated, tmp_path / "out")
 
 
 class Page(HTMLParser):
@@ -272,10 +285,11 @@ def test_records_of_other_layouts_are_shown_too(tmp_path):
     assert not any(item.picture.is_gone for item in items)
 
 
-def test_images_that_are_gone_are_grey(output):
+def test_images_that_are_gone_are_grey(tmp_path, monkeypatch):
+    output = output_of_small_units(tmp_path, monkeypatch)
     assert report_at(output).num_gone == 0
     with_images = {item.key: item.picture for item in report_at(output).items}
-    shutil.rmtree(output.parent / "in")
+    shutil.rmtree(tmp_path / "in")
     report = report_at(output)
     assert report.num_gone == len(report.items) > 0
     for item in report.items:
