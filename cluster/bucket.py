@@ -25,7 +25,7 @@ from blocksight.cluster.errors import ClusterError
 HOST = "127.0.0.1"
 REGION = "us-east-1"
 READY_SECONDS = 60.0
-STOP_SECONDS = 3.0
+STOP_SECONDS = 1.0
 """Time between SIGTERM and SIGKILL. The server is slow to end; a kill loses no written data."""
 LOG_LINES = 15
 PORTS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")

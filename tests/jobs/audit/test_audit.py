@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -38,6 +39,14 @@ def marked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("marked")
     write(root / "in", 200, seed=50_000, marked=True)
     return explained(root / "in", root / "out", MODEL)
+
+
+@pytest.fixture(scope="module")
+def in_many_units(marked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same maps in units of a few records."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("blocksight.cluster.sizing.LEAST_UNIT_SECONDS", 0.05)
+        return explained(marked.parent / "in", tmp_path_factory.mktemp("many") / "out", MODEL)
 
 
 def boxes_of_objects(folder: Path, box: tuple[int, int, int, int], file: Path) -> str:
@@ -167,11 +176,9 @@ def test_every_map_has_one_row(marked: Path) -> None:
     assert sum(row["strangeness"] is not None for row in rows) == 200
 
 
-def test_the_parting_into_units_changes_nothing(marked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("blocksight.cluster.sizing.LEAST_UNIT_SECONDS", 0.05)
-    output = explained(marked.parent / "in", tmp_path / "out", MODEL)
-    assert len(list((output / "data").iterdir())) > len(list((marked / "data").iterdir()))
-    one, other = audited(marked), audited(output)
+def test_the_parting_into_units_changes_nothing(marked: Path, in_many_units: Path) -> None:
+    assert len(list((in_many_units / "data").iterdir())) > len(list((marked / "data").iterdir()))
+    one, other = audited(marked), audited(in_many_units)
     assert one.shortcuts == other.shortcuts
     assert one.oddities == other.oddities
     assert [vars(group).keys() for group in one.groups] == [vars(group).keys() for group in other.groups]
@@ -189,11 +196,8 @@ def test_further_targets_change_no_finding(marked: Path, tmp_path: Path) -> None
     assert sum(group.count for group in found.groups if group.kind == "class") == 200
 
 
-def test_an_unfinished_output_says_so_and_a_damaged_one_is_refused(
-    marked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("blocksight.cluster.sizing.LEAST_UNIT_SECONDS", 0.05)
-    output = explained(marked.parent / "in", tmp_path / "out", MODEL)
+def test_an_unfinished_output_says_so_and_a_damaged_one_is_refused(in_many_units: Path, tmp_path: Path) -> None:
+    output = copytree(in_many_units, tmp_path / "out")
     first, second, *_ = sorted((output / "data").glob("*.parquet"))
     first.unlink()
     found = audited(output, tries=False)

@@ -104,8 +104,15 @@ def zoomed(page):
     return page.locator("#zoom-title").inner_text(), side.get_attribute("data-side")
 
 
-@pytest.mark.parametrize("size", WIDTHS)
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("scheme", "size"),
+    [
+        ("light", "phone"),
+        ("dark", "desktop"),
+        pytest.param("light", "desktop", marks=pytest.mark.sweep),
+        pytest.param("dark", "phone", marks=pytest.mark.sweep),
+    ],
+)
 @pytest.mark.parametrize("which", ["address", "hostile_address", "beside_address"])
 def test_it_opens_without_console_messages_and_nothing_overflows(watched, request, which, size, scheme):
     width, height = WIDTHS[size]

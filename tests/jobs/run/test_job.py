@@ -50,7 +50,11 @@ def test_loose_images_good_and_bad(tmp_path):
 @pytest.mark.parametrize("name", [name for name in EXPLAINERS if name != "sise"])
 def test_every_other_explainer_leaves_sound_rows_too(tmp_path, name):
     data = folder_of_images(tmp_path / "in")
-    small = {"occlusion": {"window": 8, "stride": 8}, "extremal_perturbation": {"areas": [0.2], "iterations": 20}}
+    small = {
+        "occlusion": {"window": 8, "stride": 8},
+        "extremal_perturbation": {"areas": [0.2], "iterations": 20},
+        "rise": {"num_masks": 400},
+    }
     model = VIT if name == "daam" else MODEL
     asked = {"explainer": name, "target": "top-2", "parameters": small.get(name, {}), "model": model}
     outcome = run_here(data, tmp_path / "out", **asked)
