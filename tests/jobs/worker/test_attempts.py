@@ -402,9 +402,7 @@ def few_images(root):
     return folder_of_images(root, 3)
 
 
-@pytest.mark.parametrize(
-    "make", [few_images, folder_of_tables, pytest.param(folder_of_tars, marks=pytest.mark.sweep)]
-)
+@pytest.mark.parametrize("make", [few_images, folder_of_tables, pytest.param(folder_of_tars, marks=pytest.mark.sweep)])
 def test_a_careful_unit_has_the_same_bytes(tmp_path, monkeypatch, make):
     """After two deaths in every step, every step runs record by record, in child processes."""
     for place in ("blocksight.cluster.sizing", "blocksight.jobs.plan.units"):
