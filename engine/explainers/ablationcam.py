@@ -7,7 +7,7 @@ from torch import Tensor
 
 from blocksight.engine.explainers.cams import whole_block
 from blocksight.engine.explainers.explainer import Explainer, pad
-from blocksight.engine.explainers.explanation import Explanation, sound_explanation
+from blocksight.engine.explainers.explanation import Explanation, checked_explanation
 from blocksight.engine.model.resample import grid_of, upsampling
 from blocksight.engine.model.taps import logits_with_replaced
 from blocksight.engine.model.targets import Target
@@ -35,7 +35,7 @@ class AblationCam(Explainer):
             native = torch.einsum("kt,khw->thw", losses, own.double()).relu()
             explanations.append(
                 [
-                    sound_explanation(one, score, (whole_block(self.block),), num_forwards=self.block.channels)
+                    checked_explanation(one, score, (whole_block(self.block),), num_forwards=self.block.channels)
                     for one, score in zip(upsample(native).cpu().numpy(), row, strict=True)
                 ]
             )

@@ -87,8 +87,8 @@ class AFmi(SignedExplainer):
             for place, (image, row) in enumerate(zip(images, self._scores(inputs_nchw, target), strict=True))
         ]
 
-    def finish(self, flat_hw: Tensor) -> Tensor:
-        return super().finish(flat_hw if self.parameters.rectify else flat_hw.abs())
+    def saliency_map(self, signed_hw: Tensor) -> Tensor:
+        return super().saliency_map(signed_hw if self.parameters.rectify else signed_hw.abs())
 
     def _captured(self, inputs_nchw: Tensor) -> list[Captured]:
         logits, (maps,) = self.taps(pad(inputs_nchw, self.images_per_pass))

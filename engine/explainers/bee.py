@@ -296,12 +296,12 @@ class Bee(SignedExplainer):
                 else:
                     yield Point(candidate, values, (values if is_noisy else values.relu()) / (steps + 1), not is_noisy)
 
-    def finish(self, flat_hw: Tensor) -> Tensor:
+    def saliency_map(self, signed_hw: Tensor) -> Tensor:
         """The positive part of the map, at the input's size by bicubic interpolation."""
-        if grid_of(flat_hw) == self.adapter.input_size:
-            return flat_hw.relu()
+        if grid_of(signed_hw) == self.adapter.input_size:
+            return signed_hw.relu()
         large = functional.interpolate(
-            flat_hw[None, None], self.adapter.input_size, mode="bicubic", align_corners=False
+            signed_hw[None, None], self.adapter.input_size, mode="bicubic", align_corners=False
         )
         return large[0, 0].relu()
 
@@ -325,7 +325,7 @@ class Bee(SignedExplainer):
         return Maps(
             inputs_nchw=result.inputs_nchw[chosen],
             target=result.target.of(chosen),
-            saliency=[[minmax(self.finish(own).cpu().numpy()) for own in one.signed_thw] for one in some],
+            saliency=[[minmax(self.saliency_map(own).cpu().numpy()) for own in one.signed_thw] for one in some],
             scores=[result.scores[image] for image in images],
             ranks=[result.ranks[image] for image in images],
             regions=[[None] * result.target.num_targets for _ in some],

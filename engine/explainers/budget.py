@@ -140,8 +140,10 @@ class _Sampling:
         self.limits = shares_by_block(candidates.sizes, _limit(budget, num_masks))
         least = LEAST_PER_BLOCK * len(candidates.sizes)
         first = max(least, ceil(AUTO_FIRST * num_masks)) if budget == "auto" else num_masks
-        self.wanted = [min(own) for own in zip(self.limits, shares_by_block(candidates.sizes, first), strict=True)]
-        self.scored = [0] * len(self.limits)
+        firsts = shares_by_block(candidates.sizes, first)
+        self.num_wanted = [min(own) for own in zip(self.limits, firsts, strict=True)]
+        self.num_scored = [0] * len(self.limits)
+        """Counts per block, like `num_wanted` and `limits`."""
         self.order = candidates.all_rows()
         empty = torch.full((num_masks, num_targets), torch.nan, dtype=torch.float64)
         self.scores = empty.to(candidates.blocks[0].device)
@@ -153,11 +155,11 @@ class _Sampling:
     @property
     def is_partial(self) -> bool:
         """Some of its masks are to be scored, but not all."""
-        return 0 < sum(self.wanted) < len(self.scores)
+        return 0 < sum(self.num_wanted) < len(self.scores)
 
     def next_rows(self) -> list[tuple[int, Tensor]]:
         """The masks to score now, as block and row numbers."""
-        spans = enumerate(zip(self.order, self.scored, self.wanted, strict=True))
+        spans = enumerate(zip(self.order, self.num_scored, self.num_wanted, strict=True))
         return [(block, order[done:wanted]) for block, (order, done, wanted) in spans if done < wanted]
 
     def known(self) -> list[Known]:
@@ -170,7 +172,7 @@ class _Sampling:
 
     def _anchors(self) -> list[Tensor]:
         """The row numbers of each block's measured masks."""
-        return [order[:count] for order, count in zip(self.order, self.scored, strict=True)]
+        return [order[:count] for order, count in zip(self.order, self.num_scored, strict=True)]
 
     def store_predictions(self, imputed: list[Imputed]) -> None:
         """Stores the predictions, and asks for more scores of blocks that need them."""
@@ -178,20 +180,20 @@ class _Sampling:
         errors = self.errors.amax(0).tolist()
         if self.budget == "auto":
             self._want_more(errors)
-        if self.wanted == self.scored and self.complete_above is not None and max(errors) > self.complete_above:
+        if self.num_wanted == self.num_scored and self.complete_above is not None and max(errors) > self.complete_above:
             self._want_all()
 
     def _want_more(self, errors: Sequence[float]) -> None:
         """Asks for more scores of blocks whose error is too large, within the budget."""
         for block, error in enumerate(errors):
             if error > MAP_ERROR:
-                self.wanted[block] = min(self.limits[block], ceil(AUTO_GROWTH * self.scored[block]))
+                self.num_wanted[block] = min(self.limits[block], ceil(AUTO_GROWTH * self.num_scored[block]))
 
     def _want_all(self) -> None:
         """Asks for all scores. Measured masks stay first, so that none is measured twice."""
         pairs = zip(self._anchors(), self.candidates.all_rows(), strict=True)
         self.order = [torch.cat([done, every[~torch.isin(every, done)]]) for done, every in pairs]
-        self.wanted = list(self.candidates.sizes)
+        self.num_wanted = list(self.candidates.sizes)
         self.was_completed, self.imputed = True, []
 
     def _errors(self, imputed: Sequence[Imputed]) -> Tensor:
@@ -209,9 +211,9 @@ class _Sampling:
             scores = torch.stack([one.scores for one in self.imputed], 1)
             errors = self.errors.amax(1).tolist()
             qualities = tuple(Quality(one.r2, error) for one, error in zip(self.imputed, errors, strict=True))
-        elif sum(self.scored) == 0 and self.candidates.head_scores is not None:
+        elif sum(self.num_scored) == 0 and self.candidates.head_scores is not None:
             scores = self.candidates.head_scores
-        return Sampled(scores, qualities, sum(self.scored), self.was_completed)
+        return Sampled(scores, qualities, sum(self.num_scored), self.was_completed)
 
 
 def _design(images: Sequence[_Sampling]) -> None:
@@ -260,7 +262,7 @@ def sample(
         found = run([(one.candidates, block, rows) for one, block, rows in wanted])
         for (one, block, rows), scores in zip(wanted, found, strict=True):
             one.scores[rows] = scores
-            one.scored[block] += len(rows)
+            one.num_scored[block] += len(rows)
         asked = {id(one) for one, _, _ in wanted}
         for some in _groups([one for one in images if id(one) in asked and one.is_partial]):
             _predict(some)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from blocksight.engine.explainers.edges import SOBEL, gradient_magnitude
 from blocksight.engine.explainers.explainer import Explainer
-from blocksight.engine.explainers.explanation import Explanation, sound_explanation
+from blocksight.engine.explainers.explanation import Explanation, checked_explanation
 from blocksight.engine.model.resample import grid_of
 from blocksight.engine.model.targets import Target
 
@@ -26,7 +26,7 @@ class Control(Explainer):
             for image, seed in zip(inputs_nchw.cpu(), seeds, strict=True)
         ]
         return [
-            [sound_explanation(own, score, num_forwards=0) for score in row]
+            [checked_explanation(own, score, num_forwards=0) for score in row]
             for own, row in zip(maps, self._scores(inputs_nchw, target), strict=True)
         ]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from blocksight.engine.catalog.side_products import SideProducts
-from blocksight.engine.explainers.explanation import BlockMap, Explanation, sound_explanation
+from blocksight.engine.explainers.explanation import BlockMap, Explanation, checked_explanation
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.resample import grid_of, upsampling
 from blocksight.engine.model.targets import Target
@@ -32,7 +32,7 @@ class Attribution:
     """A method's result for one target of an image, before it becomes a map. Wrappers join these."""
 
     values: Tensor
-    """Float64, signed if the method is: [h, w], or [3, H, W] if `flat` still has to sum over channels."""
+    """Float64, signed if the method is: [h, w], or [3, H, W] if `signed_map` still has to sum over channels."""
     score: float
     """The target's value on the image."""
     num_forwards: int = 0
@@ -113,13 +113,13 @@ class Explainer(ABC):
             for own in self._explain_pass(inputs_nchw, target, seeds)
         ]
 
-    def flat(self, values: Tensor) -> Tensor:
+    def signed_map(self, values: Tensor) -> Tensor:
         """The signed map [h, w] of an attribution's values."""
         return values
 
-    def finish(self, flat_hw: Tensor) -> Tensor:
+    def saliency_map(self, signed_hw: Tensor) -> Tensor:
         """The saliency map [H, W], at least 0, of a signed map [h, w]."""
-        positive = flat_hw.relu()
+        positive = signed_hw.relu()
         if grid_of(positive) == self.adapter.input_size:
             return positive
         return upsampling(grid_of(positive), self.adapter.input_size, positive.device)(positive)
@@ -159,8 +159,10 @@ class SignedExplainer(Explainer):
         """As `attribute`, for at most `images_per_pass` images."""
 
     def _explanation(self, one: Attribution) -> Explanation:
-        saliency = self.finish(self.flat(one.values)).double().cpu().numpy()
-        return sound_explanation(saliency, one.score, one.blocks, num_forwards=one.num_forwards, products=one.products)
+        saliency = self.saliency_map(self.signed_map(one.values)).double().cpu().numpy()
+        return checked_explanation(
+            saliency, one.score, one.blocks, num_forwards=one.num_forwards, products=one.products
+        )
 
 
 def pad(inputs_nchw: Tensor, size: int) -> Tensor:

@@ -54,7 +54,7 @@ class Explanation:
     """The method's other results."""
 
 
-def sound_explanation(
+def checked_explanation(
     saliency_hw: Map,
     score: float,
     blocks: Sequence[BlockMap] = (),

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from blocksight.engine.explainers.explainer import Explainer, chunks
-from blocksight.engine.explainers.explanation import Explanation, sound_explanation
+from blocksight.engine.explainers.explanation import Explanation, checked_explanation
 from blocksight.engine.model.resample import Grid, grid_of, upsampling
 from blocksight.engine.model.targets import Target
 from blocksight.engine.scoring.perturb import blurred
@@ -93,7 +93,7 @@ class ExtremalPerturbation(Explainer):
         forwards = self.parameters.iterations * len(areas) * target.num_targets
         return [
             [
-                sound_explanation(blurred(total[None], sigma)[0].numpy(), score, num_forwards=forwards)
+                checked_explanation(blurred(total[None], sigma)[0].numpy(), score, num_forwards=forwards)
                 for total, score in zip(own, row, strict=True)
             ]
             for own, row in zip(totals, self._scores(inputs_nchw, target), strict=True)

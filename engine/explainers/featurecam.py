@@ -49,7 +49,7 @@ class FeatureCam(Wrapper):
                 yield self.adapter.normalise_shares(variant[None])[0]
 
     def add(self, joined: Joined, number: int, one: Attribution) -> Tensor:
-        own = scaled(self.base.finish(self.base.flat(one.values)).double())
+        own = scaled(self.base.saliency_map(self.base.signed_map(one.values)).double())
         return own if joined.total is None else joined.total + own
 
     def joined_values(self, joined: Joined, data: Any) -> Tensor:

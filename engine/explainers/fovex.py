@@ -8,7 +8,7 @@ from torch import Tensor
 
 from blocksight.engine.catalog.side_products import Fixation, SideProducts
 from blocksight.engine.explainers.explainer import Explainer, chunks
-from blocksight.engine.explainers.explanation import Explanation, sound_explanation
+from blocksight.engine.explainers.explanation import Explanation, checked_explanation
 from blocksight.engine.model.resample import Grid, grid_of
 from blocksight.engine.model.targets import Target
 from blocksight.engine.scoring.perturb import blurred
@@ -146,4 +146,4 @@ class FovEx(Explainer):
             total = parameters.decay * total + heat
         forwards = parameters.fixations * parameters.steps * num_targets
         products = SideProducts(scan_path=tuple(path))
-        return sound_explanation(total.numpy(), score, num_forwards=forwards, products=products)
+        return checked_explanation(total.numpy(), score, num_forwards=forwards, products=products)

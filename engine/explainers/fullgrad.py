@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers.explainer import Explainer, pad
-from blocksight.engine.explainers.explanation import Explanation, sound_explanation
+from blocksight.engine.explainers.explanation import Explanation, checked_explanation
 from blocksight.engine.model.resample import grid_of, upsampling
 from blocksight.engine.model.taps import Recorder, gradients, hook_outputs
 from blocksight.engine.model.targets import Target
@@ -64,7 +64,7 @@ class FullGrad(Explainer):
             ]
             found.append(torch.stack([self._positive(product) for product in products]).sum(0).cpu().numpy())
         return [
-            [sound_explanation(found[index][image], score, num_forwards=0) for index, score in enumerate(row)]
+            [checked_explanation(found[index][image], score, num_forwards=0) for index, score in enumerate(row)]
             for image, row in enumerate(self._scores(inputs_nchw, target))
         ]
 

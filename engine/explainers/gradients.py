@@ -27,7 +27,7 @@ class Gradient(PointExplainer):
             for index in range(target.num_targets)
         ]
 
-    def flat(self, values: Tensor) -> Tensor:
+    def signed_map(self, values: Tensor) -> Tensor:
         return values.abs().amax(0)
 
 
@@ -47,5 +47,5 @@ class IntegratedGradients(Gradient):
         for place, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
             yield baseline + float(place) * path, float(weight) * path
 
-    def flat(self, values: Tensor) -> Tensor:
+    def signed_map(self, values: Tensor) -> Tensor:
         return values.sum(0)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers.explainer import Explainer
-from blocksight.engine.explainers.explanation import Explanation, sound_explanation
+from blocksight.engine.explainers.explanation import Explanation, checked_explanation
 from blocksight.engine.model.resample import Grid, grid_of
 from blocksight.engine.model.targets import Target
 from blocksight.engine.scoring.scorer import MaskSource
@@ -59,7 +59,7 @@ class Occlusion(Explainer):
         whole = self._scores(inputs_nchw, target)
         return [
             [
-                sound_explanation(
+                checked_explanation(
                     self._mean_loss(score - own, full).relu().numpy(), score, num_forwards=len(self.corners)
                 )
                 for score, own in zip(row, scores.T.cpu(), strict=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from blocksight.engine.explainers.explainer import Explainer
-from blocksight.engine.explainers.explanation import Explanation, sound_explanation
+from blocksight.engine.explainers.explanation import Explanation, checked_explanation
 from blocksight.engine.model.resample import Grid, bilinear_matrix, grid_of
 from blocksight.engine.model.targets import Target
 from blocksight.engine.saliency import Map
@@ -58,7 +58,7 @@ class Rise(Explainer):
         found = self.scorer.scores(inputs_nchw, target, sources)
         return [
             [
-                sound_explanation(one, score, num_forwards=len(source))
+                checked_explanation(one, score, num_forwards=len(source))
                 for one, score in zip(self._weighed(source, scores, inputs_nchw[source.image]), row, strict=True)
             ]
             for source, scores, row in zip(sources, found, self._scores(inputs_nchw, target), strict=True)

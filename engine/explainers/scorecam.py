@@ -7,7 +7,7 @@ from torch import Tensor
 
 from blocksight.engine.explainers.cams import whole_block
 from blocksight.engine.explainers.explainer import Explainer, pad
-from blocksight.engine.explainers.explanation import Explanation, sound_explanation
+from blocksight.engine.explainers.explanation import Explanation, checked_explanation
 from blocksight.engine.model.resample import grid_of, upsampling
 from blocksight.engine.model.targets import Target
 from blocksight.engine.scoring.scorer import MaskSet
@@ -40,7 +40,7 @@ class ScoreCam(Explainer):
             explanations.append(upsample(native).cpu().numpy())
         return [
             [
-                sound_explanation(one, score, (whole_block(self.block),), num_forwards=len(source))
+                checked_explanation(one, score, (whole_block(self.block),), num_forwards=len(source))
                 for one, score in zip(own, row, strict=True)
             ]
             for own, row, source in zip(explanations, self._scores(inputs_nchw, target), sources, strict=True)

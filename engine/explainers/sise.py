@@ -15,7 +15,7 @@ from blocksight.engine.catalog.parameters import SiseParameters
 from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers.budget import Candidates, Sampled, sample
 from blocksight.engine.explainers.explainer import Explainer, pad
-from blocksight.engine.explainers.explanation import BlockMap, Explanation, sound_explanation
+from blocksight.engine.explainers.explanation import BlockMap, Explanation, checked_explanation
 from blocksight.engine.explainers.fusion import GATES, cascade, otsu_foreground
 from blocksight.engine.model.head import cheap_head
 from blocksight.engine.model.resample import Grid, grid_of, pooled, upsampling
@@ -163,7 +163,7 @@ class Sise(Explainer):
             BlockMap(place.name, place.channels, tuple(block.kept[index].tolist()), block_map)
             for place, block, block_map in zip(self.blocks, blocks, maps, strict=True)
         )
-        return sound_explanation(
+        return checked_explanation(
             saliency,
             image.scores[index],
             facts,

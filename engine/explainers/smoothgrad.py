@@ -26,8 +26,8 @@ class SmoothGrad(Wrapper):
         own = one.values / self.parameters.samples
         return own if joined.total is None else joined.total + own
 
-    def flat(self, values: Tensor) -> Tensor:
-        return self.base.flat(values)
+    def signed_map(self, values: Tensor) -> Tensor:
+        return self.base.signed_map(values)
 
-    def finish(self, flat_hw: Tensor) -> Tensor:
-        return self.base.finish(flat_hw)
+    def saliency_map(self, signed_hw: Tensor) -> Tensor:
+        return self.base.saliency_map(signed_hw)

@@ -75,7 +75,7 @@ class Ucag(Wrapper):
 
     def add(self, joined: Joined, number: int, one: Attribution) -> Tensor:
         """The canvas with one more crop's map added; its weight is relative to that of the first crop."""
-        flat = self.base.flat(one.values).double()
+        flat = self.base.signed_map(one.values).double()
         canvas = flat.new_zeros(self.adapter.input_size) if joined.total is None else joined.total
         weight = _exponential(one.score - joined.scores[0]) if self.parameters.weighted and joined.scores else 1.0
         canvas[self.windows[number]] += weight * upsampling(grid_of(flat), self.crop, flat.device)(flat)
@@ -89,9 +89,9 @@ class Ucag(Wrapper):
         greatest = max(scores)
         return [_exponential(score - greatest) if self.parameters.weighted else 1.0 for score in scores]
 
-    def finish(self, flat_hw: Tensor) -> Tensor:
+    def saliency_map(self, signed_hw: Tensor) -> Tensor:
         """The positive part, scaled to [0, 1], and blurred if `blur` is set."""
-        positive = scaled(flat_hw.relu())
+        positive = scaled(signed_hw.relu())
         if not self.parameters.blur:
             return positive
         return blurred(positive[None], BLUR_SIGMA, reach=BLUR_REACH, rim="reflect")[0]

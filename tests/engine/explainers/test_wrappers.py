@@ -156,7 +156,7 @@ def test_one_crop_that_is_the_whole_picture_is_the_base(base, enlarge):
     alone = made(base, net, window)
     for own, others in zip(found, signed(alone, inputs, [[1, 3], [2, 1]]), strict=True):
         for one, other in zip(own, others, strict=True):
-            full = oracles.upsample(alone.flat(other.values)[None], (SIDE, SIDE))[0]
+            full = oracles.upsample(alone.signed_map(other.values)[None], (SIDE, SIDE))[0]
             near(one.saliency_hw, oracles.minmax(full.clamp(min=0)), 1e-6)
             assert one.score == other.score
 
