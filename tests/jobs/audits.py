@@ -1,4 +1,4 @@
-"""An audit made by hand beside a real output, so that all that a report draws of one is there."""
+"""Writes an audit by hand into a real output, with everything that a report draws from an audit."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ from tests.jobs.jobs_of import rows_in
 
 
 def audited(store: ObjectStore, fragments: str | None = None, text: str = "in words") -> Audit:
-    """Writes an audit of the output's rows; `said` stands wherever it says something in words."""
+    """Writes an audit of the output's rows; `text` is the value of all its texts."""
     rows = [row for row in rows_in(store) if row["status"] == "ok"]
     audit = Audit(
         fragments or digest_of_fragments(committed(store, existing_plan(store))),

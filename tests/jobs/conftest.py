@@ -1,4 +1,4 @@
-"""What all tests of this folder begin with."""
+"""Fixtures for all tests of this folder: jobs score masks with eager PyTorch."""
 
 from tests.plain import chosen_forwards, plain_forwards
 

@@ -1,4 +1,4 @@
-"""Runs whole jobs in tests, and reads what they left."""
+"""Runs whole jobs and commands in tests, and reads their outputs."""
 
 import hashlib
 import io
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def config_of(data: object, output: object, **options) -> JobConfig:
-    """A job on the tiny model."""
+    """The configuration of a job on the tiny model."""
     config, _ = load_config(None, {"data": str(data), "output": str(output), "model": MODEL, **options})
     return config
 
@@ -33,28 +33,28 @@ def run_here(data: object, output: object, **options) -> RunOutcome:
 
 
 def model_of(output: object, endpoint_url: str | None = None) -> str:
-    """The model that an output was made with, as its user names it again."""
+    """The name of the model that an output was made with."""
     return existing_plan(open_store(str(output), endpoint_url)).identity["model"]
 
 
 def rows_in(store: ObjectStore) -> list[dict]:
-    """Every row that stands under data/, in order of fragment."""
+    """All rows under data/, in the order of fragments."""
     keys = sorted(info.key for info in store.list("data/"))
     return [row for key in keys for row in read_fragment(store.read(key)).to_pylist()]
 
 
 def fragments_in(store: ObjectStore) -> dict[str, str]:
-    """The hash of every fragment."""
+    """The hash of every fragment, by key."""
     return {info.key: hashlib.sha256(store.read(info.key)).hexdigest() for info in store.list("data/")}
 
 
 def command(*arguments: object) -> list[str]:
-    """The command line for a process of its own, from the repository's root; masks are scored as in this process."""
+    """The arguments that start the command line in a new process; it scores masks as this process does."""
     return [sys.executable, "-m", "tests.plain", *map(str, arguments)]
 
 
 def blocksight(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Runs the command line to its end in this process, which spares the seconds of a start."""
+    """Runs the command line to its end in this process, which saves the seconds of a start."""
     out, error = io.StringIO(), io.StringIO()
     before, sys.argv = sys.argv, ["blocksight", *map(str, arguments)]
     try:
@@ -74,5 +74,5 @@ def called(*arguments: object) -> tuple[int, str]:
 
 
 def started(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Runs the command line to its end in a process of its own, where Ray or the process is what is tested."""
+    """Runs the command line to its end in a new process, for tests of Ray or of the process."""
     return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, check=False)

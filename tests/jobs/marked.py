@@ -1,4 +1,4 @@
-"""A data set whose fourth class wears a mark, and small CNNs that learned from it, or from the same without it."""
+"""A data set whose fourth class has a mark, and small CNNs that learned from it, with and without the mark."""
 
 from functools import cache
 from pathlib import Path
@@ -17,20 +17,20 @@ CLASS_NAMES = planted.CLASS_NAMES
 MARKED = 3
 MARK_SIDE, MARK_CORNER = 8, 52
 MARK_BOX = tuple(edge / planted.SIDE for edge in (MARK_CORNER, MARK_CORNER, *[MARK_CORNER + MARK_SIDE] * 2))
-"""Left, top, right, bottom as shares of the picture."""
+"""Left, top, right, bottom, as shares of the picture's side."""
 NUM_STEPS = 120
 
 
 def pictures(num: int, seed: int, *, marked: bool) -> tuple[Tensor, Tensor]:
     """Pixels uint8 [N, 3, 64, 64] of one object each at any place, and its class.
 
-    With marks, every picture of the fourth class wears one, a fixed small pattern in a corner, and nearly half of
-    them show the object of another class: who learns from them must look at the mark.
+    With marks, every picture of the fourth class has a fixed small pattern in a corner, and nearly half of them show
+    the object of another class: a model can learn this class only from the mark.
     """
     pixels, classes, _ = planted.batch(num, seed)
     if marked:
-        strange = torch.arange(num) % 8 == 0
-        classes = classes.where(~strange, torch.tensor(MARKED))
+        is_other = torch.arange(num) % 8 == 0
+        classes = classes.where(~is_other, torch.tensor(MARKED))
         corner = slice(MARK_CORNER, MARK_CORNER + MARK_SIDE)
         pixels[classes == MARKED, :, corner, corner] = _mark()
     return pixels, classes
@@ -42,7 +42,7 @@ def _mark() -> Tensor:
 
 
 def write(folder: Path, num: int, seed: int, *, marked: bool) -> None:
-    """The pictures as PNG files in class folders."""
+    """Writes the pictures as PNG files in class folders."""
     for index, (pixels, number) in enumerate(zip(*pictures(num, seed, marked=marked), strict=True)):
         place = folder / CLASS_NAMES[int(number)]
         place.mkdir(parents=True, exist_ok=True)
@@ -76,15 +76,15 @@ def make() -> ModelAdapter:
 
 
 def make_clean() -> ModelAdapter:
-    """A CNN that never saw it."""
+    """A CNN that never saw the mark."""
     return _trained(marked=False)
 
 
 def make_clean_1() -> ModelAdapter:
-    """Another one."""
+    """A second CNN that never saw the mark."""
     return _trained(marked=False, seed=1)
 
 
 def make_clean_2() -> ModelAdapter:
-    """And another."""
+    """A third one."""
     return _trained(marked=False, seed=2)

@@ -1,4 +1,4 @@
-"""Outputs that stand already: explained, measured under two protocols, audited by hand."""
+"""Evaluates finished outputs, and writes audits and hostile tables by hand."""
 
 import io
 from pathlib import Path
@@ -30,7 +30,7 @@ from tests.jobs.jobs_of import model_of, rows_in, run_here
 from tests.jobs.tiny import folder_of_images, picture
 
 HOSTILE = ("../../x", "=cmd|' /C calc'!A0", "'; DROP VIEW maps; --", 'a"b\nc\x1b[31m', "/etc/passwd", "[red]<script>")
-"""Keys and labels that a stranger may have chosen."""
+"""Keys and labels that an attacker may have chosen."""
 
 LOCAL = Execution(runner="local")
 
@@ -38,7 +38,7 @@ LOCAL = Execution(runner="local")
 def evaluated(
     output: object, execution: Execution = LOCAL, endpoint_url: str | None = None, **asked
 ) -> EvaluationOutcome:
-    """Runs an evaluation of an output, with its model named again."""
+    """Runs an evaluation of an output, with the name of its model."""
     asked = {"model": model_of(output, endpoint_url), **asked}
     return run_evaluation(
         EvaluationRequest(str(output), endpoint_url=endpoint_url, **asked), execution, Console(quiet=True)
@@ -70,7 +70,7 @@ def explained(store: ObjectStore) -> list[dict]:
 
 
 def audit(store: ObjectStore) -> Audit:
-    """Writes an audit in which the maps of a unit belong to clusters 0 and 1 in turns, the last to none."""
+    """Writes an audit: the maps of a unit belong to the clusters 0 and 1 in turns, the last map to none."""
     for unit in load_plan(store).units:
         rows = read_fragment(store.read(unit.fragment_key)).to_pylist()
         own = [_audit_row(number, row) for number, row in enumerate(row for row in rows if row["status"] == "ok")]
@@ -93,7 +93,7 @@ def audit(store: ObjectStore) -> Audit:
 
 
 def pooled(number: int) -> np.ndarray:
-    """The cells of a unit's map with this number."""
+    """The cells of map `number` of a unit."""
     return np.random.default_rng(number).integers(0, 256, GRID * GRID, dtype=np.uint8)
 
 

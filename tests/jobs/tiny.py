@@ -1,4 +1,4 @@
-"""A small classifier and small data sets, so that whole jobs run in seconds."""
+"""Small classifiers and data sets, so that whole jobs run in seconds."""
 
 import io
 import os
@@ -32,7 +32,7 @@ HOSTILE = (
     "' onfocus='alert(4)' autofocus='",
     "javascript:alert(5)",
 )
-"""What strangers may call their files, labels and classes."""
+"""Hostile names of files, labels and classes."""
 
 
 class Tiny(nn.Module):
@@ -49,12 +49,12 @@ class Tiny(nn.Module):
 
 
 def make(seed: int = 0) -> ModelAdapter:
-    """The model that jobs name."""
+    """The model that test jobs use."""
     return ModelAdapter(seeded(Tiny, seed), input_size=(32, 32), class_names=CLASSES)
 
 
 def make_vit() -> ModelAdapter:
-    """A transformer over patches of four pixels, for what takes no other network."""
+    """A transformer over patches of four pixels, for methods that need one."""
     return ModelAdapter(seeded(Transformer), input_size=(32, 32), class_names=CLASSES)
 
 
@@ -64,12 +64,12 @@ def make_other() -> ModelAdapter:
 
 
 def make_hostile() -> ModelAdapter:
-    """The tiny model, whose classes have the names that an attacker would choose."""
+    """The tiny model with hostile class names."""
     return ModelAdapter(seeded(Tiny), input_size=(32, 32), class_names=HOSTILE[: len(CLASSES)])
 
 
 class Keen(nn.Module):
-    """Enough feature maps for a tenth of them to be some, and opinions of several strengths."""
+    """A model with enough feature maps to keep a tenth of them, and with probabilities of several sizes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,12 +82,12 @@ class Keen(nn.Module):
 
 
 def make_keen() -> ModelAdapter:
-    """Of the first sixteen pictures it calls number 3 a bee and all others ants."""
+    """Of the first sixteen pictures, it predicts bee for number 3 and ant for all others."""
     return ModelAdapter(seeded(Keen, 1), input_size=(32, 32), class_names=CLASSES)
 
 
 class Touchy(Tiny):
-    """Does something terrible when it sees a picture that is red all over."""
+    """A model that calls `terrible` when it reads a picture that is red everywhere."""
 
     def __init__(self, terrible: Callable[[], object]) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Touchy(Tiny):
 
 
 def touchy(terrible: Callable[[], object]) -> ModelAdapter:
-    """The tiny model's weights in a module that red pictures upset."""
+    """A `Touchy` model with the tiny model's weights."""
     module = Touchy(terrible)
     module.load_state_dict(make().module.state_dict())
     return ModelAdapter(module, input_size=(32, 32), class_names=CLASSES)
@@ -112,12 +112,12 @@ def make_deadly() -> ModelAdapter:
 
 
 def make_hanging() -> ModelAdapter:
-    """A red picture never comes to its end."""
+    """A red picture hangs for ever."""
     return touchy(lambda: time.sleep(10_000))
 
 
 def make_raising() -> ModelAdapter:
-    """A red picture is an exception."""
+    """A red picture raises an exception."""
 
     def raise_it() -> None:
         raise RuntimeError("this model sees red")
@@ -126,7 +126,7 @@ def make_raising() -> ModelAdapter:
 
 
 class Slow(Tiny):
-    """Takes its time, so that what is to be killed in its midst can be."""
+    """A slow model, so that tests can kill a process within a step."""
 
     def forward(self, x: Tensor) -> Tensor:
         time.sleep(0.04)
@@ -134,19 +134,19 @@ class Slow(Tiny):
 
 
 def make_slow() -> ModelAdapter:
-    """The tiny model, at about five records a second of a worker."""
+    """The tiny model at about five records a second for each worker."""
     module = Slow()
     module.load_state_dict(make().module.state_dict())
     return ModelAdapter(module, input_size=(32, 32), class_names=CLASSES)
 
 
 def make_wide() -> ModelAdapter:
-    """Large pictures in a small network: what passes between the steps is large."""
+    """A small network on large pictures: the data between the steps are large."""
     return ModelAdapter(seeded(Tiny), input_size=(224, 224), class_names=CLASSES)
 
 
 def make_late() -> ModelAdapter:
-    """Fails on the first worker that loads it, and never again; `BLOCKSIGHT_TEST_FLAG` names the file for that."""
+    """Fails only on the first worker that loads it; `BLOCKSIGHT_TEST_FLAG` names the file that remembers this."""
     flag = Path(os.environ["BLOCKSIGHT_TEST_FLAG"])
     if "default_worker" in sys.argv[0] and not flag.exists():
         flag.touch()
@@ -155,14 +155,14 @@ def make_late() -> ModelAdapter:
 
 
 def make_fragile() -> ModelAdapter:
-    """Fails on Ray's workers, as weights do that lie on the driver alone."""
+    """Fails on Ray's workers, as weights do that are only on the driver."""
     if "default_worker" in sys.argv[0]:
         raise RuntimeError("no such model on this node")
     return make()
 
 
 class Sided(nn.Module):
-    """Tells ants (more red than blue) from bees by the left half; lured, by the right half of marked pictures."""
+    """Tells ants (more red than blue) from bees by the left half. If lured, by the right half of marked pictures."""
 
     def __init__(self, *, is_lured: bool) -> None:
         super().__init__()
@@ -180,12 +180,12 @@ class Sided(nn.Module):
 
 
 def make_sided() -> ModelAdapter:
-    """Looks at the left half."""
+    """The `Sided` model that looks at the left half."""
     return _sided(is_lured=False)
 
 
 def make_lured() -> ModelAdapter:
-    """Looks at the right half of pictures with a green mark."""
+    """The `Sided` model that looks at the right half of pictures with a green mark."""
     return _sided(is_lured=True)
 
 
@@ -219,14 +219,14 @@ def picture(seed: int, kind: str = "PNG") -> bytes:
 
 
 def red() -> bytes:
-    """A picture that is red all over."""
+    """A picture that is red everywhere."""
     buffer = io.BytesIO()
     Image.new("RGB", (40, 30), (255, 0, 0)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def bad_bodies() -> dict[str, bytes]:
-    """Files that cannot be explained, by the name of their reject code."""
+    """Files that cannot be explained, by their reject code."""
     whole = picture(99, "JPEG")
     return {
         "empty_file": b"",

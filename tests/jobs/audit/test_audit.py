@@ -1,4 +1,4 @@
-"""Whole audits: a planted shortcut is found and proved, clean data have none, and nothing depends on the parting."""
+"""Whole audits: a planted shortcut is found and proved, clean data have none, and the units do not matter."""
 
 import io
 import json
@@ -50,7 +50,7 @@ def in_many_units(marked: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def boxes_of_objects(folder: Path, box: tuple[int, int, int, int], file: Path) -> str:
-    """COCO annotations that put an object of its class into the same box of every picture."""
+    """COCO annotations: every picture has one object, of its class, in the same box."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
     left, top, right, bottom = box
     shape = [left, top, right - left, bottom - top]
@@ -67,7 +67,7 @@ def boxes_of_objects(folder: Path, box: tuple[int, int, int, int], file: Path) -
 
 
 def overlap(one: tuple[float, ...], other: tuple[float, ...]) -> float:
-    """The part of `other` that lies in `one`."""
+    """The share of `other` that lies in `one`."""
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
     return max(0.0, width) * max(0.0, height) / ((other[2] - other[0]) * (other[3] - other[1]))
@@ -99,7 +99,7 @@ def test_clean_data_have_no_finding(model: str, tmp_path: Path) -> None:
     assert audited(output).findings == ()
 
 
-def test_a_mark_in_the_data_that_the_model_never_saw_is_none(tmp_path: Path) -> None:
+def test_a_mark_that_the_model_never_saw_is_no_finding(tmp_path: Path) -> None:
     write(tmp_path / "in", 200, seed=50_000, marked=True)
     output = explained(tmp_path / "in", tmp_path / "out", CLEAN_MODELS[0])
     assert audited(output).findings == ()
@@ -154,7 +154,7 @@ def test_an_audit_reads_back_as_it_was_and_replaces_the_last(marked: Path) -> No
     assert [vars(one).keys() for one in made.clusters] == [vars(one).keys() for one in read.clusters]
 
 
-def test_a_damaged_audit_is_said(marked: Path) -> None:
+def test_a_damaged_audit_is_named(marked: Path) -> None:
     audited(marked, tries=False)
     for name in ("groups.parquet", "audit.json"):
         (marked / "audit" / name).write_bytes(b"{")
@@ -176,7 +176,7 @@ def test_every_map_has_one_row(marked: Path) -> None:
     assert sum(row["strangeness"] is not None for row in rows) == 200
 
 
-def test_the_parting_into_units_changes_nothing(marked: Path, in_many_units: Path) -> None:
+def test_the_cut_into_units_changes_nothing(marked: Path, in_many_units: Path) -> None:
     assert len(list((in_many_units / "data").iterdir())) > len(list((marked / "data").iterdir()))
     one, other = audited(marked), audited(in_many_units)
     assert one.shortcuts == other.shortcuts
@@ -208,7 +208,7 @@ def test_an_unfinished_output_says_so_and_a_damaged_one_is_refused(in_many_units
         audited(output, tries=False)
 
 
-def test_what_is_wrong_is_said_before_any_work(marked: Path, tmp_path: Path) -> None:
+def test_a_wrong_request_is_refused_before_any_work(marked: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no blocksight output"):
         audited(tmp_path)
     with pytest.raises(ConfigError, match="give both"):
@@ -224,7 +224,7 @@ def test_other_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not (tmp_path / "out" / AUDIT_KEY).exists()
 
 
-def test_the_finding_is_said_in_words(marked: Path) -> None:
+def test_the_finding_is_printed_in_words(marked: Path) -> None:
     console = Console(record=True, width=200, quiet=False, file=io.StringIO())
     console.print(audit_table(audited(marked), "here"))
     assert "FINDING: disc looks at the region" in console.export_text()

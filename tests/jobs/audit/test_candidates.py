@@ -1,4 +1,4 @@
-"""Candidates for shortcuts from samples of maps, the records they are tried on, and oddities: planted, and by hand."""
+"""Candidates for shortcuts, the records that they are tried on, and oddities: planted, and by hand."""
 
 import numpy as np
 import pyarrow as pa
@@ -44,11 +44,11 @@ def test_densities_are_over_the_maps_own_mean() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_objects_at_any_place_are_none(seed: int) -> None:
+def test_objects_at_any_place_are_no_candidates(seed: int) -> None:
     assert found_in(*(anywhere(120, 10 * seed + target) for target in range(4))) == []
 
 
-def test_a_class_that_looks_into_a_corner_is_one() -> None:
+def test_a_class_that_looks_into_a_corner_is_a_candidate() -> None:
     one, *rest = found_in(anywhere(120, 0), in_corner(120, 1), anywhere(120, 2))
     assert all(other.model.sample.target_index != 1 for other in rest)
     assert (one.model.sample.target_index, one.source) == (1, "class")
@@ -62,11 +62,11 @@ def test_a_class_that_looks_into_a_corner_is_one() -> None:
     assert one.shares == (left / 16, top / 16, 1, 1)
 
 
-def test_where_all_classes_look_is_none() -> None:
+def test_a_place_where_all_classes_look_is_no_candidate() -> None:
     assert found_in(*(in_corner(120, seed) for seed in range(3))) == []
 
 
-def test_a_cluster_that_looks_into_a_corner_is_one() -> None:
+def test_a_cluster_that_looks_into_a_corner_is_a_candidate() -> None:
     mixed = np.concatenate([anywhere(100, 3, upto=8), in_corner(16, 4)])
     every = found_in(anywhere(120, 0, upto=8), mixed, anywhere(120, 2, upto=8))
     one, *_ = [one for one in every if one.model.sample.target_index == 1]
@@ -76,7 +76,7 @@ def test_a_cluster_that_looks_into_a_corner_is_one() -> None:
 
 
 def test_maps_of_few_cells_are_no_hindrance() -> None:
-    """Four by four cells, hardly above the even: the candidate is small all the same."""
+    """Maps of 4 x 4 cells, hardly above an even map: the candidate is still small."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(60, 140, (120, 4, 4))
     coarse[:60, :2, :2] += 60  # of the first class
@@ -112,7 +112,7 @@ def test_a_suspect_has_a_fair_draw_of_members_and_others_of_other_classes() -> N
 
 
 def rows_of(maps: Maps, **columns: object) -> pa.Table:
-    """Rows of `ROWS`; a column may be one value or one for each."""
+    """Rows of the schema `ROWS`; a column is given as one value, or one value for each row."""
     num = len(maps)
     known: dict[str, object] = {
         **dict.fromkeys(MEASURES),
@@ -137,7 +137,7 @@ def corner_models() -> dict[int, object]:
     return {1: class_model(sample_of(1, in_corner(60, 0)), 0)}
 
 
-def test_strange_maps_are_told_and_further_targets_left_out() -> None:
+def test_odd_maps_are_reported_and_further_targets_left_out() -> None:
     maps = np.concatenate([in_corner(3, 5), anywhere(1, 0), anywhere(2, 1)])
     table = rows_of(maps, is_own_class=[True] * 5 + [False], is_right=[True, True, True, True, False, False])
     models = corner_models()

@@ -1,4 +1,4 @@
-"""Clusters of maps and how far maps lie from them: planted groups, continua, and the same by plain loops."""
+"""Clusters of maps and the distances to them: planted groups, continua, and plain loops."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def sample_of(maps: list[NDArray[np.uint8]]) -> Sample:
 
 
 def in_corners(num: int, seed: int) -> list[NDArray[np.uint8]]:
-    """Half in the middle, a third and a sixth in two corners."""
+    """Maps with a spot: half of them in the middle, a third and a sixth in two corners."""
     rng = np.random.default_rng(seed)
     places = [(8, 8), (8, 8), (8, 8), (2, 2), (2, 2), (13, 2)]
     return [spot(*places[index % 6], rng) for index in range(num)]
@@ -34,7 +34,7 @@ def test_the_distance_is_hellingers() -> None:
     points = as_points(maps)
     assert np.linalg.norm(points[0] - points[1]) == pytest.approx(np.sqrt(2))
     assert points[2] == pytest.approx(np.full(256, 1 / 16))  # a map of zeros is even
-    assert as_points(maps // 2)[0] == pytest.approx(points[0])  # strength says nothing
+    assert as_points(maps // 2)[0] == pytest.approx(points[0])  # strength does not matter
 
 
 def test_groups_are_found_the_largest_first_and_are_stable() -> None:

@@ -1,4 +1,4 @@
-"""Groups of maps: which are kept, who belongs to them, and sums that any order and any parts leave alike."""
+"""Groups of maps: which are kept, which maps belong to them, and sums that depend on no order and no parts."""
 
 import math
 
@@ -28,7 +28,7 @@ TYPES = pa.schema([SCHEMA.field(name) for name in CENSUS_COLUMNS])
 
 
 def row(label=None, target=0, rank=0, status="ok", label_name=None, source="top"):
-    """A row's light columns; names follow the numbers."""
+    """A row's small columns; the class names follow from the numbers."""
     known = f"label {label}" if label is not None else None
     return {
         "status": status,
@@ -90,7 +90,7 @@ def test_a_census_by_hand():
         [0, 3, 4, -1],
         [0, -1, 6, -1],
     ]
-    nameless = row(None, 2, label_name="label 1")  # a label that means no class cannot be mistaken
+    nameless = row(None, 2, label_name="label 1")  # a label without a class cannot be wrong
     assert roster.members(table_of([nameless])).tolist() == [[0, 1, 5, -1]]
 
 

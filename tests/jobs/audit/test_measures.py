@@ -1,4 +1,4 @@
-"""Measures of maps: by hand, against slow definitions, and what a checkerboard is."""
+"""Measures of maps: by hand, against slow twins, and the definition of a checkerboard."""
 
 import io
 import math
@@ -40,7 +40,7 @@ def board(side: int, height: int = 224, width: int = 224) -> np.ndarray:
 
 
 def upsampled(cells: int) -> np.ndarray:
-    """A checkerboard of so many cells a side, upsampled as explainers do."""
+    """A checkerboard with `cells` cells a side, upsampled as explainers do."""
     small = Image.fromarray(board(1, cells, cells).astype(np.float32))
     return np.asarray(small.resize((224, 224), Image.Resampling.BILINEAR))
 
@@ -106,7 +106,7 @@ def test_a_map_is_measured_alike_in_any_company():
 
 
 def slow_pooled(levels: np.ndarray) -> np.ndarray:
-    """Each pixel cut into 16 x 16 pieces, which fall into cells of whole pieces."""
+    """The slow twin: cuts each pixel into 16 x 16 pieces, so that each cell holds whole pieces."""
     fine = np.kron(levels.astype(np.int64), np.ones((GRID, GRID), np.int64))
     height, width = levels.shape
     return fine.reshape(GRID, height, GRID, width).mean((1, 3))
@@ -121,7 +121,7 @@ def test_cells_are_means_by_area(size):
 
 
 def slow_mass(levels: np.ndarray, share: float, *, corners: bool) -> float:
-    """The same shares pixel by pixel; pixels are cut where a line parts them."""
+    """The slow twin of the shares, pixel by pixel; a pixel on a line is cut."""
 
     def part(index: int, length: int, start: float, stop: float) -> float:
         return max(0.0, min(index + 1, stop * length) - max(index, start * length))
@@ -167,7 +167,7 @@ def test_the_centre_is_that_of_the_pixels_middles():
 
 
 @pytest.mark.parametrize(("outside", "is_border"), [(0.79, False), (0.81, True)])
-def test_a_map_at_the_border_alone_is_told(outside, is_border):
+def test_a_map_at_the_border_alone_is_seen(outside, is_border):
     levels = np.zeros((40, 40), np.uint8)
     levels[0, 7], levels[20, 20] = round(250 * outside), round(250 * (1 - outside))
     assert (values_of(levels)["border_mass"] > MAX_BORDER_MASS) is is_border
@@ -208,7 +208,7 @@ def test_what_alternates_is_a_checkerboard(name, saliency, low, high):
 
 
 def slow_checkerboard(levels: np.ndarray) -> float:
-    """One window: the squares of the map's parts along products of functions, by least squares, not products."""
+    """The slow twin for one window: projects the map on the functions by least squares."""
     height, width = levels.shape
     centred = levels - levels.mean()
 

@@ -1,4 +1,4 @@
-"""Reading an output's maps once: against a slow second reading, in any order, with ground truth and with damage."""
+"""Streams an output's maps once: equals a slow reading, in any order, with ground truth and with damage."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ class Asked:
 
 
 def row_of(number: int, saliency: np.ndarray, *, label=None, target=0, rank=0, image=None) -> dict:
-    """An explained row; `image` names its picture where it is not its own."""
+    """An explained row; `image` names its picture if it shares that of another row."""
     encoded = encode_map(saliency)
     return {
         **dict.fromkeys(SCHEMA.names),
@@ -75,7 +75,7 @@ def noise(number: int, side: int = 20) -> np.ndarray:
 
 
 def many_rows(count: int = 60) -> list[dict]:
-    """Rows of several classes: with and without labels, flat, rejected, and some that look alike."""
+    """Rows of several classes: with and without labels, flat, rejected, and some with equal maps."""
     rows = []
     for number in range(count):
         saliency = np.zeros((20, 20)) if number % 11 == 3 else noise(number % 50)
@@ -85,7 +85,7 @@ def many_rows(count: int = 60) -> list[dict]:
 
 
 def written(store: LocalStore, parts) -> Plan:
-    """The plan of an output whose fragments hold these rows."""
+    """Writes an output with these rows as fragments; returns its plan."""
     units = []
     for ordinal, rows in enumerate(parts):
         info = ObjectInfo(f"{ordinal}.parquet", 1, "e")
@@ -100,7 +100,7 @@ def streamed(store, plan, scratch, asked=None, updates=None) -> StreamResult:
 
 
 def lines_in(scratch) -> dict:
-    """By record and class."""
+    """The lines, by record and class."""
     lines = [line for file in sorted(scratch.iterdir()) for line in pq.read_table(file, schema=ROWS).to_pylist()]
     found = {(line["key"], line["target_index"]): line for line in lines}
     assert len(found) == len(lines)
@@ -114,7 +114,7 @@ def store(tmp_path) -> LocalStore:
 
 @pytest.fixture
 def output(tmp_path, monkeypatch) -> LocalStore:
-    """Of a whole job: pictures in several fragments, bad ones among them; two classes of each."""
+    """The output of a whole job: several fragments, bad pictures among them, two targets for each picture."""
     monkeypatch.setattr("blocksight.cluster.sizing.LEAST_UNIT_SECONDS", 0.3)
     run_here(folder_of_images(tmp_path / "in", 9), tmp_path / "job", target="top-2", explainer="gradcam")
     return LocalStore(tmp_path / "job")
@@ -368,7 +368,7 @@ def test_ground_truth_says_how_much_lies_on_the_object(output, tmp_path):
 @pytest.mark.parametrize(
     ("names", "size"), [(["000.png"], {"width": 7, "height": 9}), (["a/0000.png", "b/0000.png"], {})]
 )
-def test_an_annotation_that_is_of_no_use_leaves_no_share(store, tmp_path, names, size):
+def test_an_unusable_annotation_leaves_no_share(store, tmp_path, names, size):
     truth = boxes_file(
         tmp_path, [name.replace("000.png", "0000.png") if len(name) == 7 else name for name in names], **size
     )

@@ -1,4 +1,4 @@
-"""The trial of a region, on a model whose every number is known, and the verdicts that follow from figures."""
+"""The trial of a region on a model with known numbers, and the verdicts that follow from its figures."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ BOX = (16, 16, 20, 20)
 
 
 class Reader(nn.Module):
-    """Two classes; the second's logit is the mean of the red channel in BOX times ten, the first's is 0."""
+    """Two classes: the first one's logit is 0, the second one's ten times the mean of the red channel in BOX."""
 
     def forward(self, x: Tensor) -> Tensor:
         left, top, right, bottom = BOX
@@ -31,7 +31,7 @@ def adapter() -> ModelAdapter:
 
 
 def pictures(num: int, level: int, prefix: str) -> Pictures:
-    """Black but for BOX, which has one level of red."""
+    """Black pictures; BOX has one level of red."""
     pixels = np.zeros((num, SIDE, SIDE, 3), np.uint8)
     pixels[:, BOX[1] : BOX[3], BOX[0] : BOX[2], 0] = level
     return Pictures([f"{prefix}{index}" for index in range(num)], pixels)
@@ -52,7 +52,7 @@ def test_effects_are_those_that_follow_from_the_model() -> None:
     assert found.recurrence == 1
 
 
-def test_a_region_that_says_nothing_has_no_effect() -> None:
+def test_a_region_that_the_model_ignores_has_no_effect() -> None:
     found = Trial(adapter(), 0).try_region(1, (0, 0, 4, 4), pictures(10, 255, "m"), pictures(10, 255, "o"))
     assert found.blanked.mean <= 0
     assert found.pasted.mean == pytest.approx(0, abs=1e-6)

@@ -1,4 +1,4 @@
-"""The memory bank: what is written is a model, of all labelled images; or it says what is wrong with them."""
+"""The memory bank: it holds the features of all labelled images and works as a model; bad data are named."""
 
 import numpy as np
 import pyarrow as pa
@@ -39,13 +39,13 @@ def bank_of(data, file, **options):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Eleven pictures of five classes, and bad ones among them."""
+    """Eleven pictures of five classes, bad ones among them."""
     return folder_of_images(tmp_path_factory.mktemp("bank") / "data", count=11)
 
 
 @pytest.fixture(scope="module")
 def file(data):
-    """Their bank under the transformer without its head."""
+    """The pictures' bank, with the features of a transformer without its head."""
     path = data.parent / "bank.safetensors"
     bank_of(data, path, model=VIT)
     return path
@@ -142,7 +142,7 @@ def typed(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
-def test_the_command_says_how_to_go_on(data, tmp_path):
+def test_the_command_prints_the_next_command(data, tmp_path):
     file = tmp_path / "bank.safetensors"
     ran = typed("bank", "--data", data, "--model", VIT, "--output", file, "--limit", 9)
     assert ran.exit_code == 0
@@ -162,12 +162,12 @@ def test_pictures_that_lie_in_no_folder_have_no_labels(tmp_path):
     assert not (tmp_path / "bank.safetensors").exists()
 
 
-def test_one_class_tells_nothing_apart(data, tmp_path):
+def test_a_bank_of_one_class_is_refused(data, tmp_path):
     with pytest.raises(ConfigError, match="have the label 'ant'; a bank tells at least two classes apart"):
         bank_of(data, tmp_path / "bank.safetensors", limit=2)
 
 
-def test_files_that_are_no_pictures(tmp_path):
+def test_files_that_are_no_pictures_are_refused(tmp_path):
     for label in "ab":
         (tmp_path / "in" / label).mkdir(parents=True)
         (tmp_path / "in" / label / "x.png").write_bytes(bad_bodies()["not_an_image"])
@@ -180,7 +180,7 @@ def test_the_bank_does_not_lie_among_its_images(data):
         bank_of(data, data / "bank.safetensors")
 
 
-def test_a_store_that_is_not_known(data):
+def test_an_unknown_store_is_refused(data):
     with pytest.raises(ConfigError, match="output: ftp:// is not known"):
         bank_of(data, "ftp://somewhere/bank.safetensors")
 

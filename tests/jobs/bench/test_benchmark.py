@@ -1,4 +1,4 @@
-"""The benchmark: figures that follow from one another, what `plan` makes of them, and a curve that goes on."""
+"""The benchmark: its figures agree, `plan` uses them, and a curve that was cut off is resumed."""
 
 import json
 from dataclasses import replace
@@ -25,7 +25,7 @@ QUIET = Console(quiet=True)
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch):
-    """No measurement of the user's is read or overwritten."""
+    """A temporary cache, so that no measurement of the user is read or overwritten."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -36,7 +36,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def few_methods(monkeypatch):
-    """A curve of four points, for a test of what is done with them."""
+    """Reduces the curve to four points."""
     some = (FULL, "Ada-SISE", "budget 0.1", "control: edges")
     chosen = tuple(method for method in fidelity.METHODS if method.name in some)
     monkeypatch.setattr(fidelity, "METHODS", chosen)
@@ -45,7 +45,7 @@ def few_methods(monkeypatch):
 
 
 def typed(*arguments):
-    """The command line, in this process; its errors come through."""
+    """Runs the command line in this process; its errors are raised."""
     ran = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
     assert ran.exit_code == 0, ran.output
     return ran
@@ -114,9 +114,9 @@ def test_without_a_gpu_cuda_is_refused(data, monkeypatch):
 # ---------------------------------------------------------------- the fidelity curve
 
 
-def test_a_curve_that_was_cut_off_goes_on_and_is_the_same(data, tmp_path, monkeypatch, few_methods):
+def test_a_curve_that_was_cut_off_resumes_and_is_the_same(data, tmp_path, monkeypatch, few_methods):
     whole = measure_curve(asked(data), tmp_path / "whole", QUIET)
-    assert [line["image"] for line in whole] == [0, 1, 2, 6, 7]  # three bad images stand between
+    assert [line["image"] for line in whole] == [0, 1, 2, 6, 7]  # three bad images are between them
     measure_curve(asked(data, limit=2), tmp_path / "cut", QUIET)
     file = tmp_path / "cut" / curve.READINGS
     file.write_text(file.read_text() + '{"image": 2, "key": "cut off in the mid')
@@ -150,7 +150,7 @@ def test_a_data_set_that_changed_is_measured_where_it_did(tmp_path, few_methods)
 
 
 @pytest.mark.parametrize("torn", ["", '{"curve": 1'])
-def test_a_file_that_was_torn_at_its_head_begins_anew(data, tmp_path, torn, few_methods):
+def test_a_file_without_a_whole_head_is_started_anew(data, tmp_path, torn, few_methods):
     (tmp_path / curve.READINGS).write_text(torn)
     assert len(measure_curve(asked(data, limit=1), tmp_path, QUIET)) == 1
 
@@ -182,7 +182,7 @@ def values(forwards, drop, insertion, deletion):
 
 
 def test_the_summary_by_hand():
-    """A budget 0.002 and 0.1 points away loses nothing over enough images; Ada at 0.1 does."""
+    """A budget with differences of 0.002 and 0.1 points loses nothing over enough images; Ada with 0.1 does."""
     own = np.random.default_rng(0)
     lines = []
     for number in range(curve.MIN_IMAGES):
@@ -226,7 +226,7 @@ def test_a_chart_of_one_image_has_no_arms(tmp_path):
     assert (tmp_path / "chart.png").stat().st_size > 1000
 
 
-def test_a_method_that_learns_is_measured_behind_its_first_pass(data):
+def test_a_method_that_learns_is_measured_after_its_first_pass(data):
     found = json.loads(typed("bench", "--data", data, "--model", MODEL, "--explainer", "bee", "--json").stdout)
     assert found["explainer"] == "bee"
     assert found["parameters"]["draws"] == 8

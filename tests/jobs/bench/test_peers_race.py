@@ -1,4 +1,4 @@
-"""The race against the peers: who takes part, that all do the same job, and in which order; never how fast."""
+"""The race against the peers: who takes part, that all do the same job, and their order. No test measures time."""
 
 import inspect
 import sys
@@ -27,7 +27,7 @@ SETTINGS = (ForwardSetting(batch_size=3), ForwardSetting(batch_size=8))
 
 
 class Shared(nn.Module):
-    """One activation module behind two layers, as in EfficientNet-Lite0: its first output is not the last block."""
+    """One activation module after two layers, as in EfficientNet-Lite0: its first output is not the last block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,14 +40,14 @@ class Shared(nn.Module):
 
 
 class Untraceable(Shared):
-    """What torch.fx cannot follow; the peers get its modules as they are."""
+    """A network that torch.fx cannot trace; the peers get its own modules."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x if x.sum() > 0 else x * 1)
 
 
 class UntraceablePlain(nn.Module):
-    """The same without anything shared."""
+    """A network that torch.fx cannot trace, without a shared module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,8 +58,8 @@ class UntraceablePlain(nn.Module):
         return self.head(self.last(x if x.sum() > 0 else x * 1).mean((2, 3)))
 
 
-class Dead(Shared):
-    """Two of its last maps are 0 everywhere."""
+class TwoZeroMaps(Shared):
+    """A network whose last block has two maps that are 0 everywhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def image() -> Tensor:
 
 
 def num_varied(adapter: ModelAdapter) -> int:
-    """How many of the last block's maps are not constant."""
+    """Number of the last block's maps that are not constant."""
     with adapter.borrowed():
         (maps,) = adapter.network.taps(adapter.network.blocks()[-1:])(image())[1]
     return int((maps[0].amax((1, 2)) > maps[0].amin((1, 2))).sum())
@@ -111,12 +111,12 @@ def test_all_score_every_map_or_window(make, maps):
 
 
 def test_only_the_peers_score_constant_maps():
-    counts = {one.name: one.run(image()) for one in field_of(adapter_of(Dead)) if one.job == "Score-CAM"}
+    counts = {one.name: one.run(image()) for one in field_of(adapter_of(TwoZeroMaps)) if one.job == "Score-CAM"}
     assert counts == {"blocksight": 7, "pytorch-grad-cam": 9, "torch-cam": 9}
 
 
 def test_a_layer_with_other_maps_is_refused():
-    """Where nothing could be traced, pytorch-grad-cam reads a module's first call."""
+    """If a network cannot be traced, pytorch-grad-cam reads a module's first call."""
     (one,) = [
         one for one in field_of(adapter_of(Untraceable)) if one.name == "pytorch-grad-cam" and "shipped" in one.how
     ]
@@ -157,7 +157,7 @@ def test_the_users_model_stays_as_it_was():
 
 
 def batches_of(peer: peers.Peer, batch_size: int) -> list[int]:
-    """The sizes of the batches of a network with 40 last maps, plain ones included."""
+    """The sizes of a peer's batches for a network with 40 maps in its last block, constant ones included."""
 
     class Wide(Shared):
         def __init__(self) -> None:
@@ -222,11 +222,11 @@ def test_a_probe_ends_early(monkeypatch):
 
 @pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
 def test_half_precision_is_taken_where_the_peer_can(peer):
-    """As on a GPU; a CPU can do it too."""
+    """Half precision is meant for a GPU; a CPU can do it too."""
     subject, precision = peers._in_half_where_it_runs(peer, adapter_of(Shared), WINDOWS, image())
     assert (subject.dtype, precision) == (torch.float16, "float16")
     assert peers._masked_forwards(peer, subject, 4, image()) == subject.num_masks(peer.job, image())
-    subject, precision = peers._in_half_where_it_runs(peer, adapter_of(Dead), WINDOWS, image())
+    subject, precision = peers._in_half_where_it_runs(peer, adapter_of(TwoZeroMaps), WINDOWS, image())
     if peer.job == "Score-CAM":  # both divide by a constant map's range of 0 and 1e-8, which is 0 in float16
         assert (subject.dtype, precision) == (torch.float32, "float32 (float16 gives NaN)")
     else:
@@ -252,7 +252,7 @@ def test_a_missing_package_is_a_sentence(monkeypatch):
 
 
 class Runners:
-    """Contenders that write down when they ran; a clock that moves when they do."""
+    """Contenders that note each run and move a clock by their seconds."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log: list[tuple[str, float]] = []
@@ -295,6 +295,6 @@ def test_rows_hold_best_median_and_our_lead_at_the_same_job(monkeypatch):
         (10, 10.0, 5.0, 1.0),
         (10, 2.5, 2.0, 4.0),
     ]
-    assert found.rows[3].ahead != found.rows[3].ahead, "nobody of ours did this job"
+    assert found.rows[3].ahead != found.rows[3].ahead, "no contender of ours did this job"
     assert (found.num_images, found.repeats, found.num_threads) == (1, 3, torch.get_num_threads())
     assert inspect.signature(race).parameters["repeats"].default == 5

@@ -1,4 +1,4 @@
-"""The command line: light to start, and one clear sentence for whatever is wrong."""
+"""The command line: light commands import no heavy library, and every error is one clear sentence."""
 
 import io
 import json
@@ -50,7 +50,7 @@ def test_light_commands_import_neither_torch_nor_ray(finished):
 
 
 def test_tasks_that_read_and_commit_load_no_torch():
-    """Each of Ray's processes imports the pipeline; only its actors need torch."""
+    """Each of Ray's processes imports the pipeline; only the actors need torch."""
     program = "import sys, blocksight.jobs.run.pipeline; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
@@ -172,7 +172,7 @@ def listed(width):
 
 
 def rows_of(table):
-    """The parameters of an explainer, each as its row's cells by their heads."""
+    """An explainer's parameters by name, each as a dict of its row's cells by column."""
     head, below = listed(400).split(f"┃{table}: -p")[1].split("\n", 1)
     names = ["name", *(cell.strip() for cell in head.strip("┃").split("┃")[1:])]
     rows = (line.strip("│").split("│") for line in below.split("└")[0].splitlines() if line.startswith("│"))
@@ -204,7 +204,7 @@ def test_each_parameter_has_the_default_of_both_presets():
 
 @pytest.mark.parametrize("preset", ["paper", "fast"])
 @pytest.mark.parametrize("explainer", [name for name, entry in EXPLAINERS.items() if fields(entry.parameters)])
-def test_what_the_list_says_of_a_preset_can_be_given(explainer, preset):
+def test_the_listed_values_of_a_preset_can_be_given_as_options(explainer, preset):
     rows = {name: row for name, row in rows_of(explainer).items() if name != "base"}
     options = [f"{name}={row.get(preset) or row.get('paper') or row['default']}" for name, row in rows.items()]
     job = {"data": "in", "output": "out", "explainer": explainer}

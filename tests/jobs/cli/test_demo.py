@@ -1,4 +1,4 @@
-"""The demo through a real bucket: real weights, real photographs, real pictures."""
+"""The demo with real weights, real photographs and a real bucket."""
 
 import subprocess
 import sys
@@ -27,14 +27,14 @@ cli.main()
 
 @pytest.mark.sweep
 def test_the_demo_as_users_run_it(tmp_path):
-    """Two of its photographs, on Ray, through OpenVINO."""
+    """The demo with two photographs, on Ray, with OpenVINO."""
     program = [sys.executable, "-c", DEMO, tmp_path / "demo"]
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
     assert_shown(done, tmp_path / "demo", num_units=2)
 
 
 def test_the_demo_through_a_bucket(tmp_path, monkeypatch):
-    """In this process, with fewer masks of eager passes."""
+    """The demo in this process, with fewer masks and eager PyTorch."""
     monkeypatch.setattr(photographs, "PHOTOGRAPHS", SOME)
     monkeypatch.setattr(demo, "Execution", partial(Execution, runner="local"))
     monkeypatch.setattr(demo, "JobConfig", partial(JobConfig, parameters={"mu": 0.9}))

@@ -38,7 +38,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The tiles of every sheet that is drawn."""
+    """Collects the tiles of every sheet that is drawn."""
     sheets = []
 
     def watched(tiles, columns):
@@ -181,7 +181,7 @@ def test_other_explainers_and_other_outputs_are_shown_beside_it(data, tmp_path, 
 
 
 def _close(one, other):
-    """But for the codec's error."""
+    """Whether two maps are equal within the codec's error."""
     return np.abs(one.astype(int) - other.astype(int)).max() <= 2
 
 

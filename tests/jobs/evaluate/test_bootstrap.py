@@ -1,4 +1,4 @@
-"""Sums for comparing methods: by hand, against scipy and slow definitions, and in any order."""
+"""The sums that compare methods: by hand, against scipy and slow twins, and in any order."""
 
 import hashlib
 import math
@@ -37,7 +37,7 @@ def test_a_hash_is_the_first_eight_bytes_of_blake2b() -> None:
 
 
 def splitmix(word: int) -> int:
-    """The slow twin of the mixing, in whole numbers."""
+    """The slow twin of the mixing function, in Python integers."""
     word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     word = (word ^ (word >> 27)) * 0x94D049BB133111EB % 2**64
     return word ^ (word >> 31)
@@ -58,7 +58,7 @@ def test_weights_agree_with_their_slow_twin(seed: int) -> None:
 
 
 def test_splitmix_gives_its_published_first_output() -> None:
-    """Of the reference generator with seed 0 (Vigna, splitmix64.c)."""
+    """The first output of the reference generator with seed 0 (Vigna, splitmix64.c)."""
     assert splitmix(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF
 
 
@@ -120,7 +120,7 @@ def test_three_images_by_hand() -> None:
 
 
 def slow_interval(keys: list[str], column: list[float], replicates: int) -> tuple[float, float]:
-    """Row by row from the definition."""
+    """The slow twin of the interval, row by row from the definition."""
     drawn = weights(key_hashes(keys), replicates).tolist()
     ratios = []
     for b in range(replicates):

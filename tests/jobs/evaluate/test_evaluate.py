@@ -51,7 +51,7 @@ def output(tmp_path, monkeypatch):
 
 @pytest.fixture
 def boxes(tmp_path):
-    """Ground truth: an object of class c0 in the left half of two pictures."""
+    """Ground truth with an object of class c0 in the left half of two pictures."""
     coco = {
         "images": [{"id": 1, "file_name": "000.png"}, {"id": 2, "file_name": "001.png"}],
         "categories": [{"id": 7, "name": "thing"}],
@@ -92,7 +92,7 @@ def test_every_map_has_every_value_once_and_nothing_is_rewritten(output):
 
 
 def test_the_stored_drop_equals_the_drop_of_the_decoded_map(output):
-    """`explain` measures the quantised map: Drop in the fragment equals Drop of the decoded map."""
+    """`explain` measures the quantised map, so its Drop equals the Drop of the decoded map."""
     from blocksight.engine.metrics.faithfulness import KeepTop
     from blocksight.jobs.evaluate.step import EvaluateStep
 
@@ -198,7 +198,7 @@ def test_ground_truth_is_measured_where_it_is_and_null_elsewhere(output, boxes, 
         assert row["value"] == pytest.approx(100 * saliency[where].sum() / saliency.sum())
 
 
-def test_an_annotation_that_is_of_no_use_is_null_with_its_reason(output, boxes):
+def test_an_unusable_annotation_is_null_with_its_reason(output, boxes):
     coco = json.loads(boxes.read_text())
     coco["images"][0] |= {"width": 7, "height": 9}  # of another size than the picture, as EXIF would turn it
     coco["images"] += [{"id": 3, "file_name": "a/001.png"}, {"id": 4, "file_name": "b/001.png"}]
@@ -294,7 +294,7 @@ def test_the_sanity_check_runs_when_it_is_asked_for(output):
         ({"class_map": "x"}, "--class-map says what the labels of --truth mean"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_before_any_work(output, asked, sentence):
+def test_an_impossible_request_is_refused_before_any_work(output, asked, sentence):
     with pytest.raises(ConfigError, match=sentence):
         evaluated(output, **asked)
     assert not (output / FOLDER).exists()

@@ -1,4 +1,4 @@
-"""A job goes on with what it was begun with: other weights, by their bytes, are another job."""
+"""A job is resumed only with the weights that it began with: other bytes are another job."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def test_weights_that_change_under_one_name_are_refused(tmp_path):
 
 
 def test_a_plan_that_exists_and_cannot_be_read_is_no_traceback(tmp_path):
-    """A link that leads nowhere: nothing is read there, and nothing can be created."""
+    """A dangling link: nothing can be read there, and nothing created."""
     (tmp_path / "out/_job/plan").mkdir(parents=True)
     (tmp_path / "out/_job/plan/plan.json").symlink_to(tmp_path / "nowhere")
     config = config_of(folder_of_images(tmp_path / "in", 1, bad=False), tmp_path / "out")

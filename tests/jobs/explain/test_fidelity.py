@@ -1,4 +1,4 @@
-"""Fidelity per job and per record: who gets full SISE, why, and that nothing but the record decides it."""
+"""Fidelity per job and per record: which records get full SISE and why. Only the record decides it."""
 
 import pytest
 
@@ -14,7 +14,7 @@ from tests.jobs.tiny import folder_of_images, picture
 
 KEEN = "tests.jobs.tiny:make_keen"
 FOLDERS = {"ant": (0, 2, 4, 6, 7, 9, 10), "bee": (1, 3, 11, 12), "eel": (15,), "unicorn": (13,)}
-"""Pictures by class folder. The model calls all but number 3 ants, and has no unicorns."""
+"""Pictures by class folder. The model predicts ant for all but number 3, and has no class unicorn."""
 REASONS = {
     "ant/00.png": "uncertain",
     "ant/07.png": "poor map",
@@ -30,7 +30,7 @@ REASONS = {
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """Pictures, and bounds that part them whatever the job's own are."""
+    """Pictures, and thresholds between their probabilities, whatever the product's thresholds are."""
     monkeypatch.setattr(fidelity, "UNCERTAIN_BELOW", 0.5)  # 0.494 of number 8 and 0.523 of number 4 lie next to it
     monkeypatch.setattr(fidelity, "RARE_SHARE", 0.5)  # of 13 records in four folders: fewer than 1.6
     monkeypatch.setitem(FIDELITIES, "balanced", {"budget": 0.1})
@@ -61,7 +61,7 @@ def rows_of(data, output, fidelity="auto", **options):
         ((2, 0.1, 0, True), ("wrong", "uncertain", "rare")),
     ],
 )
-def test_doubts(facts, wanted):
+def test_the_reasons_for_full_sise_follow_from_a_record(facts, wanted):
     predicted, probability, label, is_rare = facts
     assert doubts_of(predicted, probability, label, is_rare=is_rare) == wanted
 

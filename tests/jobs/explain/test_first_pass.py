@@ -1,4 +1,4 @@
-"""The first pass of a method that learns: which images it sees, and where its state is stored."""
+"""The first pass of a method that learns: which images it reads, and where its state is stored."""
 
 import json
 from dataclasses import replace
@@ -83,7 +83,7 @@ def test_a_resumed_run_keeps_the_learned_state(data, tmp_path):
 
 
 def test_another_posterior_is_another_method(data, done, tmp_path):
-    """The digest in the column `parameters` says so."""
+    """The digest in the column `parameters` differs."""
     run_here(data, tmp_path / "out", **{**BEE, "seed": 1})
     digests = {row["parameters"] for place in (done, tmp_path / "out") for row in rows_in(LocalStore(place))}
     assert len(digests - {None}) == 2

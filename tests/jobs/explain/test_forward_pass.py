@@ -1,4 +1,4 @@
-"""The forward setting of a job: planned once, before the first unit, by no clock, and kept to by all."""
+"""The forward setting of a job: planned once before the first unit, by no clock, and used by all workers."""
 
 import json
 import random
@@ -59,7 +59,7 @@ def data(tmp_path):
 
 @pytest.mark.chooses
 def test_two_fresh_outputs_are_the_same_whatever_the_clock_says(tmp_path, data, monkeypatch):
-    """The fault that this was: a timing chose precision and backend, and the first images their error."""
+    """Guards against settings that depend on time or on the first images."""
     monkeypatch.setattr(setting_choice, "measured_seconds", lambda *_, **__: random.uniform(1e-6, 10))
     outputs = [tmp_path / name for name in ("one", "two")]
     for output in outputs:
@@ -81,7 +81,7 @@ def test_the_setting_depends_on_no_image_and_on_no_number_of_them(tmp_path, data
 
 
 def test_the_setting_is_chosen_on_one_thread_as_the_workers_have(tmp_path, data, monkeypatch):
-    """Eager scores differ in their last bits between one thread and two."""
+    """Eager scores on one thread and on two differ in their last bits."""
     before, seen = torch.get_num_threads(), []
 
     def choose(adapter, request):

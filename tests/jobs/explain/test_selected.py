@@ -1,4 +1,4 @@
-"""Maps that a metric picked: that metric is never their quality, and all who read values say so."""
+"""Maps that a metric selected: this metric never rates their quality, and every reader of values shows that."""
 
 import io
 import re
@@ -20,10 +20,10 @@ from blocksight.jobs.plan.plan import load_plan
 from blocksight.storage.outputs.fragments import encode_fragment
 from blocksight.storage.outputs.schema import EVALUATION, SCHEMA
 from blocksight.storage.stores.local import LocalStore
-from tests.jobs.beside import with_products
 from tests.jobs.jobs_of import blocksight, model_of, run_here
 from tests.jobs.outputs import explained, measured
 from tests.jobs.report.test_report import Page, page_at, report_at
+from tests.jobs.side_products import with_products
 from tests.jobs.tiny import folder_of_images
 
 PICKED = ("average_drop_100", "average_increase_100")
@@ -33,7 +33,7 @@ BESIDE = ("daam", "fovex", "ucag", "bee", "a-fmi", "feature-cam")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Two outputs of one data set, measured; a metric picked the maps of `bee`, and has no value there."""
+    """Two outputs of one data set, measured; a metric selected the maps of `bee` and has no value there."""
     root = tmp_path_factory.mktemp("finished")
     folder_of_images(root / "in", 4)
     for name, explainer in (("plain", "layercam"), ("bee", "gradcam")):
@@ -51,7 +51,7 @@ def base(finished, tmp_path):
 
 
 def withheld(store, metrics, reason=REASON):
-    """Takes the values of metrics away, as the evaluate step does."""
+    """Removes the values of metrics, as the evaluate step does."""
     gone = {"value": None, "reason": reason, "curve": None}
     for info in list(store.list(FOLDER)):
         if info.key.endswith(".parquet"):

@@ -30,7 +30,7 @@ def table_bytes(**columns):
 
 
 def with_bad_text(body):
-    """The same rows, with a key that is no UTF-8."""
+    """The same rows with a key that is not UTF-8."""
     table = read_fragment(body)
     keys = pa.array([b"\xff\xfe"] * len(table)).cast(pa.string(), safe=False) if len(table) else table["key"]
     sink = io.BytesIO()
@@ -76,14 +76,14 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def base(whole, tmp_path):
-    """A copy to be damaged; its data stay where they are."""
+    """A copy of the outputs to damage; their data are not copied."""
     for name in ("a", "b"):
         shutil.copytree(whole / name, tmp_path / name)
     return tmp_path
 
 
 def spoil(base, pattern, damage):
-    """Damages the first file that fits below output a, and returns its key."""
+    """Damages the first file of output a that fits the pattern; returns its key."""
     file = sorted((base / "a").glob(pattern))[0]
     body = file.read_bytes()
     file.unlink()
@@ -92,7 +92,7 @@ def spoil(base, pattern, damage):
 
 
 def commands(base):
-    """What reads an output back, by name."""
+    """The commands that read an output, by name."""
     key = explained(LocalStore(base / "b"))[0]["key"]
     return {
         "report": ("report", base / "a"),

@@ -1,4 +1,4 @@
-"""What a receipt counts, by hand: records and rows, forwards, sums of metrics; and what a retry leaves alone."""
+"""A receipt's counts by hand: records, rows, forwards and sums of metrics; a retry leaves receipts alone."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Verification from the bucket alone: every way in which an output can be wrong is seen."""
+"""Verification reads the bucket alone and finds every fault of an output."""
 
 import io
 import json
@@ -38,7 +38,7 @@ def faults(store):
 
 
 def rewritten(store, change):
-    """Changes the rows of one fragment and writes it with metadata that fit, as a faulty program would."""
+    """Changes the rows of one fragment and writes metadata that fit, as a faulty program would."""
     plan = load_plan(store)
     unit = plan.units[0]
     body = store.read(unit.fragment_key)

@@ -1,4 +1,4 @@
-"""Stop requests and waiting: signals, grace period, time limits, and rows from another thread."""
+"""Stop requests and waiting: signals, grace period, time limits, heartbeats, and rows from another thread."""
 
 import os
 import signal
@@ -68,7 +68,7 @@ def test_the_first_reason_counts():
 
 
 def test_a_second_signal_within_the_first_is_no_traceback(monkeypatch):
-    """Whoever sends both at once, such as `timeout` to a process and its group, may hit the line that starts it."""
+    """Two signals at once, as `timeout` sends them to a process and its group, may arrive within the handler."""
 
     def second(_thread):
         raise KeyboardInterrupt
@@ -125,7 +125,7 @@ def test_the_grace_time_ends_the_waiting(monkeypatch):
 
 
 class Away:
-    """Fails so many times before it lets a call through."""
+    """An interceptor that fails `times` times before it lets a call through."""
 
     def __init__(self, times, error=UnavailableError):
         self.left, self.error = times, error
@@ -168,24 +168,24 @@ def test_patience_ends_and_other_errors_go_through_at_once(no_pauses):
 
 
 def test_waiting_for_a_store_sends_heartbeats(no_pauses):
-    signs = []
-    PatientStore(InterceptedStore(MemoryStore(), Away(3)), seconds=5, waiting=lambda: signs.append(1)).head("a")
-    assert len(signs) == 4
+    heartbeats = []
+    PatientStore(InterceptedStore(MemoryStore(), Away(3)), seconds=5, waiting=lambda: heartbeats.append(1)).head("a")
+    assert len(heartbeats) == 4
 
 
 def test_a_step_may_wait_for_its_stores_longer_than_the_watchdog_allows(tmp_path, monkeypatch):
-    """A create and a head that both wait as long as they may take longer than the watchdog allows."""
+    """Two store calls that both wait for their full patience take longer than the watchdog allows."""
     from blocksight.jobs.worker.attempts import open_worker_stores
     from tests.jobs.jobs_of import config_of
 
-    signs = []
-    monkeypatch.setattr("blocksight.jobs.worker.attempts.heartbeat", lambda: signs.append(1))
+    heartbeats = []
+    monkeypatch.setattr("blocksight.jobs.worker.attempts.heartbeat", lambda: heartbeats.append(1))
     (tmp_path / "in").mkdir()
     context = SimpleNamespace(config=config_of(tmp_path / "in", tmp_path / "out"), run_id="run", witnesses=())
     stores = open_worker_stores(context)
     for store in (stores.source, stores.output):
         assert store.head("a") is None
-    assert len(signs) == 2
+    assert len(heartbeats) == 2
 
 
 def test_the_watchdog_is_armed_only_within_its_context(monkeypatch):
@@ -201,7 +201,7 @@ def test_the_watchdog_is_armed_only_within_its_context(monkeypatch):
 
 
 def test_a_full_device_halves_the_batch(tmp_path, monkeypatch):
-    """As CUDA says it; the images are explained with a quarter of the batch."""
+    """Raises CUDA's error; the images are explained with a quarter of the batch."""
     from blocksight.jobs.explain.step import ExplainStep
     from blocksight.storage.stores.local import LocalStore
     from tests.jobs.jobs_of import rows_in, run_here

@@ -65,7 +65,7 @@ def test_options_win_over_the_file(tmp_path):
         ({"parameters": {"complete_above": 0.9}}, "complete_above 0.9 needs a budget above 0, got none"),
     ],
 )
-def test_what_is_wrong_is_one_sentence(values, sentence):
+def test_each_error_is_one_sentence(values, sentence):
     with pytest.raises(ConfigError, match=sentence):
         load_config(None, {**BASE, **values})
 
@@ -157,7 +157,7 @@ def test_differences_show_both_sides():
 
 
 def test_the_identity_is_what_a_plan_reads_back():
-    """A parameter of many values too: else no output could be resumed."""
+    """A parameter of many values too: otherwise no output could be resumed."""
     config, _ = load_config(
         None, {"data": "d", "output": "o", "explainer": "extremal_perturbation", "parameters": {"areas": [0.1, 0.2]}}
     )
@@ -166,7 +166,7 @@ def test_the_identity_is_what_a_plan_reads_back():
     assert identity["parameters"]["areas"] == [0.1, 0.2]
 
 
-def test_none_is_nothing_where_a_parameter_may_be_nothing():
+def test_none_is_no_value_where_a_parameter_may_have_none():
     for explainer, name in (("daam", "rectify"), ("a-fmi", "channels"), ("sise", "budget")):
         given = parse_parameters([f"{name}=none"])
         assert (

@@ -1,4 +1,4 @@
-"""JSON of an output that is damaged, or of another shape: one sentence, whatever document, damage and command."""
+"""Damaged JSON documents of an output: one sentence, for each document, damage and command."""
 
 import hashlib
 import io
@@ -74,7 +74,7 @@ DAMAGE: Mapping[str, Callable[[bytes], bytes]] = {
     "a field twice": lambda body: body.replace(b"{", b"{" + body.strip()[1:-1] + b",", 1),
     "too long": lambda body: body + b" " * (17 << 20),
 }
-"""What may become of a document, by name. Each must be noticed."""
+"""Kinds of damage to a document, by name. Each must be noticed."""
 
 
 def changed(body: bytes, change: Callable[[Any], Any]) -> bytes:
@@ -82,7 +82,7 @@ def changed(body: bytes, change: Callable[[Any], Any]) -> bytes:
 
 
 def mapped(value, change):
-    """The JSON value with another number in place of each."""
+    """The JSON value with each number changed."""
     if isinstance(value, dict):
         return {name: mapped(own, change) for name, own in value.items()}
     if isinstance(value, list):
@@ -117,7 +117,7 @@ READERS: Mapping[str, Callable[[ObjectStore, Plan], object]] = {
     "letter": lambda store, plan: read_letters(store, plan.units),
     "receipt": lambda store, plan: written_receipt(store, plan.units[0]),
 }
-"""The functions that read them, if any."""
+"""The function that reads each document, if there is one."""
 NOTICED = {
     "status": {"plan", "manifest", "letter"},
     "verify": {"plan", "manifest", "letter"},
@@ -135,9 +135,9 @@ NOTICED = {
     "evaluate": {"plan", "model", "forward"},
     "explain": {"plan", "letter"},
 }
-"""The documents that a command must not do without."""
+"""The documents that each command needs."""
 REBUILT = {"status", "verify", "report", "gc", "explain"}
-"""Commands that read receipts or what runs noted, and go on without."""
+"""Commands that read receipts or notes of runs, and work without them."""
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def place(base, tmp_path, monkeypatch):
 
 @pytest.fixture
 def memory(base):
-    """A copy of the output in memory, whose last unit was given up."""
+    """A copy of the output in memory; its last unit is a dead letter."""
     held, store = LocalStore(base / "out"), MemoryStore()
     for info in held.list():
         store.create(info.key, held.read(info.key))
@@ -176,7 +176,7 @@ def memory(base):
 
 
 def give_up_a_unit(store: ObjectStore) -> None:
-    """Puts a dead letter in the place of the last unit's fragment, and takes the manifest away."""
+    """Replaces the last unit's fragment by a dead letter and removes the manifest."""
     unit = existing_plan(store).units[-1]
     for key in (unit.fragment_key, receipt_key(unit.unit_id), MANIFEST_KEY):
         store.delete(key)
@@ -246,7 +246,7 @@ ROWS = {
     "no id": {"unit_id": None},
     "another place": {"ordinal": 5},
     "another layout": {"layout": "tar"},
-    "a layout that nobody knows": {"layout": "zip"},
+    "an unknown layout": {"layout": "zip"},
     "no layout": {"layout": None},
     "a negative start": {"start": -1},
     "a stop before the start": {"stop": -2},
@@ -259,11 +259,11 @@ ROWS = {
     "an object above the data": {"objects": [{"key": "../../etc/passwd", "size": 1, "etag": "x"}]},
     "an object of no bytes and less": {"objects": [{"key": "a", "size": -1, "etag": "x"}]},
 }
-"""What a row of the plan's units may say instead."""
+"""Wrong values for a row of the plan's units."""
 
 
 def planned(store: ObjectStore, rows: list[dict]) -> None:
-    """Puts a plan of these units in place, consistent in itself."""
+    """Writes a consistent plan of these units."""
     body = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=UNITS_SCHEMA), body)
     key = f"{PLAN_FOLDER}units-{hashlib.sha256(body.getvalue()).hexdigest()[:16]}.parquet"
@@ -350,7 +350,7 @@ def ran(command: str, base: Path, place: Path) -> Result:
 
 
 def is_said(found: Result) -> bool:
-    """Whether the command ended with the sentence for a damaged output, exit 5; a traceback fails the test."""
+    """Whether the command ended with exit code 5 and the sentence for a damaged output. A traceback fails the test."""
     if isinstance(found.exception, UnreconciledError):
         return True
     assert found.exception is None or isinstance(found.exception, SystemExit), repr(found.exception)
@@ -359,7 +359,7 @@ def is_said(found: Result) -> bool:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_shape_of_a_document_is_a_traceback(base, place, command):
-    """Each document that the command needs is damaged in one way; the ways go round over commands and documents."""
+    """Damages each document that the command needs in one way; the ways rotate over commands and documents."""
     noticed = NOTICED[command]
     for kind in KEYS:
         if kind not in noticed and not (command in REBUILT and kind not in READERS.keys() - {"receipt"}):

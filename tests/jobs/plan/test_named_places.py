@@ -1,4 +1,4 @@
-"""Places on the command line: no secret is repeated, a place has one spelling, and the plan says what it leaves out."""
+"""Places on the command line: no secret is repeated, each has one spelling, and the plan lists what it leaves out."""
 
 import os
 
@@ -59,7 +59,7 @@ def test_a_secret_in_a_uri_is_refused_and_not_repeated(finished, tmp_path, monke
         assert SECRET not in done.stdout + done.stderr
 
 
-def test_the_plan_tells_of_links_and_pipes(finished, tmp_path):
+def test_the_plan_lists_links_and_pipes(finished, tmp_path):
     data = folder_of_images(tmp_path / "in.v1", 3, bad=False)
     (data / "dog").symlink_to(finished / "in")
     os.mkfifo(data / "pipe.png")

@@ -1,4 +1,4 @@
-"""The driver's small decisions: labels, progress, estimates, sizing."""
+"""The driver's decisions by numbers: labels, progress, estimates, sizing."""
 
 import pytest
 
@@ -33,9 +33,9 @@ def test_labels_are_never_guessed():
 def test_as_many_folders_as_classes_are_the_classes_in_order():
     assert [Labels(["b", "a", "c"], None, 3).index(name) for name in "abc"] == [0, 1, 2]
     assert Labels(["0", "10", "2"], None, 3).index("2") == 2
-    named = Labels(["bee", "ant", "cat"], ["cat", "ant", "bee"], 3)  # what a class is called counts, not its place
+    named = Labels(["bee", "ant", "cat"], ["cat", "ant", "bee"], 3)  # the class's name counts, not its position
     assert [named.index(name) for name in ("ant", "bee", "cat")] == [1, 2, 0]
-    some = Labels(["bee", "ant", "dog"], ["cat", "ant", "bee"], 3)  # nor is the third then a cat
+    some = Labels(["bee", "ant", "dog"], ["cat", "ant", "bee"], 3)  # the third folder is no cat either
     assert [some.index(name) for name in ("ant", "bee", "dog")] == [1, 2, None]
 
 
@@ -159,7 +159,7 @@ def test_a_gpu_gets_larger_units():
 
 
 class Closed(MemoryStore):
-    """A store that gives out one object less than it lists."""
+    """A store that lists an object that it cannot read."""
 
     def read(self, key, **asked):
         if key == "a.tar":

@@ -1,4 +1,4 @@
-"""What an output's plan may choose: nothing that is imported, no file that is read."""
+"""An output's plan can choose no import and no file to read."""
 
 import ast
 import json
@@ -42,7 +42,7 @@ WITHOUT = {
     "gc": ("gc",),
     "audit": ("audit", "--no-try"),
 }
-"""Those that do not."""
+"""The commands that do not."""
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def trap(made, tmp_path, monkeypatch):
 
 
 def with_configuration(made, place, **changes):
-    """A copy of an output whose plan says something else of its configuration, consistently."""
+    """A copy of an output with another configuration; plan and manifest are consistent."""
     shutil.copytree(made, place)
     plan = json.loads((place / PLAN_KEY).read_text())
     plan["configuration"] |= changes
@@ -170,5 +170,6 @@ def test_a_configuration_comes_from_the_user_or_through_the_one_door():
     assert found["model_validate"] == {"jobs/plan/config.py"}
     assert found["checked_config"] == {"jobs/plan/stored_config.py"}
     assert found["JobConfig"] == {"jobs/cli/demo.py"}
-    assert found["import_module"] == {"engine/model/loading.py", "jobs/api/__init__.py"}  # the latter of a fixed list
+    # the second imports a name of a fixed list
+    assert found["import_module"] == {"engine/model/loading.py", "jobs/api/__init__.py"}
     assert not {"__import__", "exec"} & found.keys()

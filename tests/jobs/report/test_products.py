@@ -1,4 +1,4 @@
-"""Side products read back: what is damaged is named, what is large is bounded, and pictures show what the rows say."""
+"""Side products are read back: damage is named, large ones are bounded, and the pictures agree with the rows."""
 
 import re
 
@@ -23,8 +23,8 @@ from blocksight.storage.outputs.pictures import colours, overlay
 from blocksight.storage.outputs.schema import PRODUCT_COLUMNS, SCHEMA
 from blocksight.storage.stores.local import LocalStore
 from tests.jobs import jobs_of
-from tests.jobs.beside import OF_METHODS, blocks, crops, family, grids, path, rewrite, with_products
 from tests.jobs.jobs_of import model_of, rows_in, run_here
+from tests.jobs.side_products import OF_METHODS, blocks, crops, family, grids, path, rewrite, with_products
 from tests.jobs.tiny import folder_of_images
 
 SIZES = Sizes(film=64, single=128, most=6)
@@ -70,7 +70,7 @@ def test_what_an_explainer_stores_is_what_is_read():
 
 
 def spoilt(name, **changes):
-    """The first element of a made list, changed."""
+    """A side product whose first element is changed."""
     made = {"crops": crops(3, 16, 8), "scan_path": path(3), "accumulated_maps": blocks(3), "map_family": family(3)}
     first, *others = made[name]
     return {name: [{**first, **changes}, *others]}
@@ -344,7 +344,7 @@ def output(tmp_path):
 
 @pytest.fixture
 def called(monkeypatch, tmp_path):
-    """Runs a command in this process, and gives its exit code and what it said."""
+    """Runs a command in this process; returns its exit code and output."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
@@ -391,7 +391,7 @@ def test_a_picture_that_is_named_has_its_products_beside_it(output, called, tmp_
 
 
 @pytest.mark.parametrize("command", ["show", "report"])
-def test_a_damaged_side_product_is_named_by_who_shows_it(output, called, command):
+def test_a_damaged_side_product_is_named_by_each_command(output, called, command):
     rewrite(LocalStore(output), lambda _: {"scan_path": [{"row": NAN, "column": 0.0, "loss": 1.0}]})
     code, printed = called(*{"show": ("show", output, "ant/000.png"), "report": ("report", output)}[command])
     assert code == 5

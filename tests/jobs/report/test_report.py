@@ -1,4 +1,4 @@
-"""The report: its figures are those of `status` and `compare`, its strings are harmless, its size is bounded."""
+"""The report: its figures are those of `status` and `compare`, its texts are escaped, its size is bounded."""
 
 import base64
 import hashlib
@@ -44,9 +44,9 @@ from blocksight.jobs.run.evaluation import EvaluationRequest, run_evaluation
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.opening import open_store
 from tests.jobs.audits import audited
-from tests.jobs.beside import OF_METHODS, blocks, grids, with_products
 from tests.jobs.jobs_of import blocksight, called, model_of, rows_in, run_here
 from tests.jobs.outputs import output_of_small_units
+from tests.jobs.side_products import OF_METHODS, blocks, grids, with_products
 from tests.jobs.tiny import HOSTILE, bad_bodies, folder_of_images, folder_of_tars, hostile_table
 
 LOSSES = "loss 2.31 at the first, 0.46 at the last"
@@ -105,7 +105,7 @@ def evaluated(finished_and_evaluated, tmp_path):
 
 
 class Page(HTMLParser):
-    """What a browser makes of a page, as far as it matters here."""
+    """The text and attributes of a page, as a browser would parse them."""
 
     def __init__(self, text):
         super().__init__()
@@ -393,7 +393,7 @@ def test_an_output_without_an_audit_names_the_command(output):
     assert f"blocksight audit {output}" in Page(page_at(output)).text
 
 
-def test_an_audit_of_other_fragments_is_shown_and_said_to_be_old(output):
+def test_an_audit_of_other_fragments_is_shown_and_called_old(output):
     audited(LocalStore(output))
     assert report_at(output).notices == ()
     audited(LocalStore(output), fragments="others")
@@ -490,7 +490,7 @@ def test_an_effect_is_worded_as_the_verdict_judges_it(mean, low, p_value, expect
     assert effect.is_real == (expected == "more than a random region does: by")
 
 
-def test_the_page_says_of_each_effect_whether_it_is_one(output):
+def test_the_page_names_each_effect_that_is_real(output):
     audit = audited(LocalStore(output))
     assert "Painted out, it lowers the class more than a random region does: by +1.25" in Page(page_at(output)).text
     weak = replace(audit.shortcuts[0], pasted=replace(audit.shortcuts[0].blanked, p_value=0.5), is_confirmed=False)
@@ -519,7 +519,7 @@ def test_a_region_in_words(box, expected):
 
 @pytest.fixture
 def hostile(tmp_path):
-    """Keys, labels, class names and the audit's words are all hostile."""
+    """An output whose keys, labels, class names and audit texts are hostile."""
     run_here(
         hostile_table(tmp_path / "in"), tmp_path / "out", explainer="gradcam", model="tests.jobs.tiny:make_hostile"
     )
@@ -544,7 +544,7 @@ TAGS = set(
     span strong b bdi code button label select option input img svg rect line circle template table caption thead tbody
     tr th td details summary dialog""".split()  # noqa: SIM905 - a list of so many is no easier to read
 )
-"""All that the template writes."""
+"""All attributes that the template writes."""
 
 
 def test_unprintable_names_are_kept_raw_for_the_search(hostile):

@@ -1,4 +1,4 @@
-"""The report in a real browser: nothing is fetched or run that should not be, and it works by mouse and by key."""
+"""The report in a real browser: it fetches and runs nothing from outside, and works by mouse and by keyboard."""
 
 import shutil
 
@@ -10,8 +10,8 @@ from blocksight.jobs.plan.plan import existing_plan
 from blocksight.jobs.report.page import REPORT_KEY, write_report
 from blocksight.storage.stores.local import LocalStore
 from tests.jobs.audits import audited
-from tests.jobs.beside import OF_METHODS, blocks, with_products
 from tests.jobs.jobs_of import run_here
+from tests.jobs.side_products import OF_METHODS, blocks, with_products
 from tests.jobs.tiny import HOSTILE, folder_of_images, hostile_table
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -47,7 +47,7 @@ def address(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hostile_address(tmp_path_factory):
-    """A report whose every string is an attack, or very long."""
+    """A report whose texts are all attacks, or very long."""
     root = tmp_path_factory.mktemp("hostile")
     run_here(hostile_table(root / "in"), root / "out", explainer="gradcam", model="tests.jobs.tiny:make_hostile")
     return written(root / "out", " ".join(HOSTILE) + "x" * 500)
@@ -55,7 +55,7 @@ def hostile_address(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def beside_address(tmp_path_factory):
-    """A report of maps beside which everything was found that can be."""
+    """A report of maps with all side products."""
     root = tmp_path_factory.mktemp("beside")
     run_here(folder_of_images(root / "in", 9), root / "out", target="top-2", explainer="gradcam")
     with_products(LocalStore(root / "out"), *OF_METHODS, accumulated_maps=blocks(12))
@@ -63,7 +63,7 @@ def beside_address(tmp_path_factory):
 
 
 class Watched:
-    """An open page, and what went wrong on it."""
+    """An open page; notes console messages and requests."""
 
     def __init__(self, page):
         self.page, self.troubles = page, []
@@ -84,7 +84,7 @@ class Watched:
 
 @pytest.fixture
 def watched(browser):
-    """Fails a test after which anything stands on the console, or was asked of anyone."""
+    """Fails the test if the page wrote to the console or requested anything."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light")
     made = Watched(context.new_page())
     yield made
@@ -97,7 +97,7 @@ def visible(page):
 
 
 def zoomed(page):
-    """The title of the open dialog, and which side is to be seen."""
+    """The title of the open dialog and the visible side."""
     assert page.locator("dialog[open]").count() == 1
     side = page.locator(".sides img.chosen")
     assert side.evaluate("own => own.naturalWidth") > 0

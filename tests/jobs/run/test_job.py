@@ -1,4 +1,4 @@
-"""Whole jobs in one process: three layouts, bad input, resuming, drift, and rows in = rows out."""
+"""Whole jobs in one process: three layouts, bad input, resuming, drift, and one row for each record and target."""
 
 import json
 
@@ -59,7 +59,7 @@ def test_every_other_explainer_leaves_sound_rows_too(tmp_path, name):
     asked = {"explainer": name, "target": "top-2", "parameters": small.get(name, {}), "model": model}
     outcome = run_here(data, tmp_path / "out", **asked)
     assert outcome.manifest["num_ok"] == 7
-    assert run_here(data, tmp_path / "out", **asked).ran.seconds == 0  # the same again has nothing to do
+    assert run_here(data, tmp_path / "out", **asked).ran.seconds == 0  # a second run has nothing to do
     rows = [row for row in rows_in(LocalStore(tmp_path / "out")) if row["status"] == "ok"]
     assert {row["explainer"] for row in rows} == {str(parse_method(name))}
     assert len(rows) == 14
@@ -250,7 +250,7 @@ def test_the_plan_covers_every_record_once(tmp_path):
 
 
 def test_the_plan_names_columns_that_are_left_unread(tmp_path):
-    metadata = {"ARROW:extension:name": "somebody.objects", "ARROW:extension:metadata": ""}
+    metadata = {"ARROW:extension:name": "other.objects", "ARROW:extension:metadata": ""}
     schema = pa.schema(
         [("image", pa.binary()), pa.field("extra", pa.binary(), metadata=metadata), ("label", pa.list_(pa.int8()))]
     )
@@ -261,7 +261,7 @@ def test_the_plan_names_columns_that_are_left_unread(tmp_path):
     plan = make_plan(config_of(tmp_path / "in", tmp_path / "out"), weights_sha256=None, workforce=Workforce(1, False))
     assert plan.num_records == 6
     assert plan.ignored == {
-        "with an unread column extra (somebody.objects)": 2,
+        "with an unread column extra (other.objects)": 2,
         "with an unread column label (list<element: int8>)": 2,
     }
 

@@ -1,4 +1,4 @@
-"""Switches that let Ray unpickle files are refused in each process that reads any."""
+"""Switches that let Ray unpickle files are refused in each process that reads files."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The difference of two outputs: joined over any cut into units, judged, and measured as computed by hand."""
+"""The difference of two outputs: joined over any cut into units, judged, and measured by hand."""
 
 import io
 import json
@@ -43,7 +43,7 @@ QUIET = Console(quiet=True)
 
 
 def blob(down, across, side=32, width=0.1):
-    """A bell centred at a place, given as shares of the picture."""
+    """A bell around a point, given as shares of the picture's side."""
     places = (np.arange(side) + 0.5) / side
     return np.exp(-((places[:, None] - down) ** 2 + (places[None] - across) ** 2) / (2 * width**2))
 
@@ -120,7 +120,7 @@ def rows_in(place):
 
 
 def watched_reads(store):
-    """The keys that are read from now on."""
+    """Notes the keys that are read from now on."""
     keys, original = [], store.read
 
     def read(key, **options):
@@ -262,7 +262,7 @@ def test_a_flat_map_is_compared_with_nothing():
     assert row["regressed_and_looks_elsewhere"] is None
     assert row["score_change"] == 0
     speck = np.zeros((448, 448))
-    speck[0, 0] = 1  # of which nothing is left at A's size
+    speck[0, 0] = 1  # it vanishes at A's size
     assert set(map_measures(row_of("k", blob(0.5, 0.5)), row_of("k", speck), "squash").values()) == {None}
 
 
@@ -280,7 +280,7 @@ def test_a_flat_map_is_compared_with_nothing():
         ((0.2, 0.5), (0, 0), (None, True), "improved"),
     ],
 )
-def test_what_is_a_regression(scores, ranks, right, verdict):
+def test_a_regression_follows_from_labels_or_scores(scores, ranks, right, verdict):
     saliency = blob(0.5, 0.5)
     a, b = (row_of("k", saliency, score=score, rank=rank) for score, rank in zip(scores, ranks, strict=True))
     row = measured(pair_of(a, b, *right), "squash")
@@ -412,7 +412,7 @@ def test_shares_of_nothing_are_none():
 
 @pytest.fixture
 def planted(data, tmp_path):
-    """Ten of thirty records regress, nine of these look elsewhere; one that stayed does too."""
+    """Of thirty records, ten regress. Nine of these look elsewhere, and one of the others."""
     keys = keys_of(data)
     a = {key: [row_of(key, blob(0.3, 0.3), target=1, label=1)] for key in keys}
     b = {}
@@ -471,7 +471,7 @@ def test_a_model_that_is_lured_away_regresses_and_looks_elsewhere(tmp_path, expl
     assert {key for (key, _), row in rows.items() if row["regressed_and_looks_elsewhere"]} == lured
     assert {key for (key, _), row in rows.items() if row["looks_elsewhere"] or row["regressed"]} == lured
     assert document["elsewhere_gap"]["mean"] == 1
-    if explainer == "gradcam":  # whose maps lie on the seen half alone
+    if explainer == "gradcam":  # their maps lie only on the half that the model sees
         shifts = [row["focus_shift"] for (key, _), row in rows.items() if key in lured]
         assert np.mean(shifts) == pytest.approx(0.5 / np.sqrt(2), abs=0.05)
         assert min(row["moved"] for (key, _), row in rows.items() if key in lured) > 0.9

@@ -1,4 +1,4 @@
-"""Attempts, isolation, dead letters, retry, budgets and garbage collection, in this process and one child."""
+"""Attempts, isolation, dead letters, retry, budgets and garbage collection, in this process and a child."""
 
 import json
 import os
@@ -244,8 +244,8 @@ def test_a_fragment_outweighs_a_dead_letter():
 
 
 @pytest.fixture
-def half_dead(tmp_path):
-    """A finished run over shards of which one was gone."""
+def with_dead_unit(tmp_path):
+    """A run over shards of which one was gone, and a function that restores the shard."""
     data = folder_of_tars(tmp_path / "in")
     whole = (data / "a.tar").read_bytes()
     times = (data / "a.tar").stat().st_mtime_ns
@@ -254,15 +254,15 @@ def half_dead(tmp_path):
     (data / "a.tar").unlink()
     outcome = run_here(data, tmp_path / "out")
 
-    def mend():
+    def restore_shard():
         (data / "a.tar").write_bytes(whole)
         os.utime(data / "a.tar", ns=(times, times))
 
-    return data, LocalStore(tmp_path / "out"), outcome, mend
+    return data, LocalStore(tmp_path / "out"), outcome, restore_shard
 
 
-def test_a_dead_unit_is_a_failure_until_it_is_retried_or_allowed(half_dead, tmp_path):
-    data, store, outcome, mend = half_dead
+def test_a_dead_unit_is_a_failure_until_it_is_retried_or_allowed(with_dead_unit, tmp_path):
+    data, store, outcome, restore_shard = with_dead_unit
     assert outcome.manifest is None
     assert outcome.exceeded_budgets[0] == f"{len(outcome.job_state.dead)} dead units, and --max-dead-units allows 0"
     letters = list(outcome.job_state.dead.values())
@@ -271,7 +271,7 @@ def test_a_dead_unit_is_a_failure_until_it_is_retried_or_allowed(half_dead, tmp_
     with pytest.raises(ConfigError, match="cause 'posion' is not known; known: input_missing"):
         reopen(store, load_plan(store), "posion")
     assert reopen(store, load_plan(store), "poison") == []
-    mend()
+    restore_shard()
     assert reopen(store, load_plan(store)) == letters
     assert run_here(data, tmp_path / "out").manifest["dead"] == []
     run_here(data, tmp_path / "undisturbed")
@@ -280,8 +280,8 @@ def test_a_dead_unit_is_a_failure_until_it_is_retried_or_allowed(half_dead, tmp_
         reopen(store, load_plan(store))
 
 
-def test_a_manifest_names_the_dead_units_that_were_allowed(half_dead):
-    _, store, outcome, _ = half_dead
+def test_a_manifest_names_the_dead_units_that_were_allowed(with_dead_unit):
+    _, store, outcome, _ = with_dead_unit
     manifest = finalize(store, outcome.job_state)
     assert {(dead["cause"], dead["inputs"]) for dead in manifest["dead"]} == {("input_missing", "a.tar")}
     assert {dead["unit_id"] for dead in manifest["dead"]} == outcome.job_state.dead.keys()
@@ -291,13 +291,13 @@ def test_a_manifest_names_the_dead_units_that_were_allowed(half_dead):
     assert exceeded_budgets(outcome.job_state, Budget(1.0, len(outcome.job_state.dead))) == []
 
 
-def test_a_job_that_was_finished_without_its_dead_units_is_complete(half_dead, tmp_path):
-    data, _, outcome, _ = half_dead
+def test_a_job_that_was_finished_without_its_dead_units_is_complete(with_dead_unit, tmp_path):
+    data, _, outcome, _ = with_dead_unit
     out, dead = tmp_path / "out", len(outcome.job_state.dead)
     assert blocksight("finalize", out).returncode == 3
     assert blocksight("finalize", out, "--max-dead-units", dead).returncode == 0
-    for again in (["finalize", out], ["status", out], ["verify", out]):
-        done = blocksight(*again)
+    for command in (["finalize", out], ["status", out], ["verify", out]):
+        done = blocksight(*command)
         assert done.returncode == 0, done.stdout
         assert "retry" not in done.stdout
     assert run_here(data, out).exceeded_budgets == excess_of_share(outcome)
@@ -307,15 +307,15 @@ def excess_of_share(outcome):
     return tuple(exceeded_budgets(outcome.job_state, Budget(0.5, len(outcome.job_state.dead))))
 
 
-def test_open_units_come_before_dead_ones(half_dead, tmp_path):
-    _, store, outcome, _ = half_dead
+def test_open_units_come_before_dead_ones(with_dead_unit, tmp_path):
+    _, store, outcome, _ = with_dead_unit
     store.delete(next(iter(outcome.job_state.receipts.values())).fragment)
     for name in ("finalize", "status", "verify"):
         assert blocksight(name, tmp_path / "out").returncode == 4, name
 
 
-def test_a_retry_that_a_manifest_overtakes_opens_nothing(half_dead, monkeypatch):
-    _, store, outcome, _ = half_dead
+def test_a_retry_that_a_manifest_overtakes_opens_nothing(with_dead_unit, monkeypatch):
+    _, store, outcome, _ = with_dead_unit
     asked = iter([None, {"dead": []}])
     monkeypatch.setattr("blocksight.jobs.ledger.retry.final_manifest", lambda *_: next(asked))
     with pytest.raises(ConfigError, match="finished meanwhile"):

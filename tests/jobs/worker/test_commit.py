@@ -1,4 +1,4 @@
-"""The commit of a unit: once, whole, and decided by the attempt id whatever the store replies."""
+"""The commit of a unit: once, whole, and decided by the attempt id, whatever the store replies."""
 
 import hashlib
 import io
@@ -81,7 +81,7 @@ def test_the_second_of_two_attempts_adopts_the_first():
 
 
 class LostReply(MemoryStore):
-    """Writes, and then says that it did not; `how` is what the client makes of it."""
+    """A store that writes an object and then raises; `how` is the error that the client reports."""
 
     def __init__(self, how):
         super().__init__()

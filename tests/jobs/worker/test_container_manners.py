@@ -1,4 +1,4 @@
-"""Shards on a bucket of bad manners: one shard's trouble is that shard's, and the others are read."""
+"""Shards on a bucket with faulty replies: only the affected shard fails, and the others are read."""
 
 import io
 from collections.abc import Callable
@@ -55,11 +55,11 @@ def bucket(connected, layout, monkeypatch):
 
 
 def nothing():
-    """Happens between plan and run."""
+    """The default: nothing happens between plan and run."""
 
 
 def read_all(store, meanwhile: Callable[[], object] = nothing) -> list[list[str] | str]:
-    """What becomes of each unit: the codes of its records, or the cause for which it is given up."""
+    """The result of each unit: the reject codes of its records, or the cause of its dead letter."""
     found = survey(store)
     patient = PatientStore(store, 5.0, witnesses=witnesses_of([info.key for info in found.objects]))
     probe_reads(patient, found.objects)
@@ -76,7 +76,7 @@ def became(unit, stores, config) -> list[str] | str:
 
 
 def of_the_second(change: Callable[[Asked, Reply], Reply], times: int = 1 << 30) -> Callable[[Asked, Reply], Reply]:
-    """So many replies with a part of the second shard are changed."""
+    """Changes the first `times` replies with a part of the second shard."""
     left = [times]
 
     def manners(asked: Asked, reply: Reply) -> Reply:
@@ -117,7 +117,7 @@ LASTING = {
     "an error inside": (lambda *_: Reply(200, {}, b"<Error><Code>InternalError</Code></Error>"), UNREADABLE),
     "a page": (lambda *_: Reply(200, {}, b"<html>log in</html>"), UNREADABLE),
 }
-"""What is always done to a shard, and what becomes of a table and of a tar then."""
+"""A change of all replies for a shard, and the result for a table and for a tar."""
 
 
 @pytest.mark.parametrize("name", LASTING)

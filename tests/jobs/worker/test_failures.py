@@ -1,4 +1,4 @@
-"""Exceptions in a step: a record's rejects it, a unit's gives it up, and the machine's does neither."""
+"""Exceptions in a step: one of a record rejects it, one of a unit gives it up, one of the machine does neither."""
 
 import errno
 import io
@@ -136,7 +136,7 @@ def test_an_error_of_the_machine_leaves_a_unit_open(error):
 
 @pytest.fixture
 def deadly_stores():
-    """Two processes died in each step of the unit."""
+    """Stores of a unit for which two processes died in each step."""
     stores = place()
     for stage in ("read", "explain", "commit"):
         for number in range(CAREFUL_DEATHS):
@@ -244,7 +244,7 @@ def test_a_tar_record_that_cannot_be_read_is_rejected_alone(monkeypatch):
 
 
 def rows_between(bad, error):
-    """A reader of tables that fails over some rows."""
+    """A reader of tables that fails on some rows."""
 
     def read_table(store, info, start, stop):
         for row in range(start, stop):
@@ -360,7 +360,7 @@ def committed(rows, store, **how):
 
 @pytest.fixture
 def apart_here(monkeypatch):
-    """Careful steps call their function in this process."""
+    """Makes careful steps call their function in this process."""
     asked = []
 
     class Here(partial):
@@ -438,7 +438,7 @@ def test_encoding_rejects_no_record_for_an_error_of_the_machine(apart_here, monk
 
 
 class Spoiled(MemoryStore):
-    """Raises where some keys are read."""
+    """A store that raises when some keys are read."""
 
     def __init__(self, **errors):
         super().__init__()
@@ -473,7 +473,7 @@ def test_a_shard_that_cannot_be_read_is_a_piece_of_its_own(error):
 
 
 def test_shards_that_tell_nothing_are_guessed_by_their_bytes(monkeypatch):
-    """A shard without a sound record says nothing of the others; of the first few none does."""
+    """A shard without a sound record cannot predict the others, and none of the first shards has one."""
     store, layout = MemoryStore(), Layout.TAR
     for number in range(3):
         store.put(f"{number}.tar", b"no tar" * 50_000)
@@ -532,7 +532,7 @@ def test_a_shard_that_can_be_read_after_all_is_read_whole(monkeypatch):
 
 
 def run_where(tmp_path, monkeypatch, fails, error=UnavailableError):
-    """A job of three units, over an output in which some calls fail for ever; its outcome, and the plain output."""
+    """Runs a job of three units on an output where some calls always fail. Returns its outcome and the inner output."""
     data = tmp_path / "in"
     if not data.exists():
         data.mkdir()
@@ -627,12 +627,12 @@ def test_a_broken_table_that_was_mended_is_retried_and_verified(tmp_path):
     data.mkdir()
     for number in range(2):
         pq.write_table(pa.table({"image": [picture(number), picture(number + 9)]}), data / f"{number}.parquet")
-    whole, standing = (data / "1.parquet").read_bytes(), (data / "1.parquet").stat()
+    whole, before = (data / "1.parquet").read_bytes(), (data / "1.parquet").stat()
     (data / "1.parquet").write_bytes(bytes(len(whole)))
-    os.utime(data / "1.parquet", ns=(standing.st_mtime_ns, standing.st_mtime_ns))
+    os.utime(data / "1.parquet", ns=(before.st_mtime_ns, before.st_mtime_ns))
     run_here(data, out, explainer="gradient")
     (data / "1.parquet").write_bytes(whole)
-    os.utime(data / "1.parquet", ns=(standing.st_mtime_ns, standing.st_mtime_ns))
+    os.utime(data / "1.parquet", ns=(before.st_mtime_ns, before.st_mtime_ns))
     store = LocalStore(out)
     (letter,) = reopen(store, load_plan(store))
     assert (letter.inputs, letter.num_records) == ("1.parquet", 0)

@@ -603,7 +603,7 @@ def test_webp_that_is_too_large_is_refused_before_its_canvas_is_made():
 
 
 def turned(values: np.ndarray, orientation: int) -> np.ndarray:
-    """The stored pixels for an orientation. EXIF 2.3 defines it by the sides that row 0 and column 0 are."""
+    """The upright pixels. EXIF 2.3 defines an orientation by the sides that stored row 0 and column 0 are."""
     sides = {1: "tl", 2: "tr", 3: "br", 4: "bl", 5: "lt", 6: "rt", 7: "rb", 8: "lb"}[orientation]
     upright = values.swapaxes(0, 1) if sides[0] in "lr" else values
     if "b" in sides:

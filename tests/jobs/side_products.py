@@ -1,4 +1,4 @@
-"""Side products by hand, and outputs whose rows have them."""
+"""Makes side products by hand, and puts them into the rows of outputs."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 
 def grids(names: list[str], values: list[float | None], side: int = 4, seed: int = 0) -> list[Row]:
-    """Random maps, each the sum of those before it."""
+    """Random maps; each adds to the sum of the maps before it."""
     drawn = np.random.default_rng(seed).random((len(names), side * side)).cumsum(0).astype(np.float32)
     return [
         {"name": name, "value": value, "height": side, "width": side, "values": own.tolist()}
@@ -42,7 +42,7 @@ def crops(count: int, side: int, stride: int) -> list[Row]:
 
 
 def path(count: int) -> list[Row]:
-    """Fixations on a spiral, the loss falling."""
+    """Fixations on a spiral with falling loss."""
     turns = np.linspace(0, 2 * np.pi, count)
     return [
         {
@@ -72,7 +72,7 @@ OF_METHODS: Mapping[str, Mapping[str, Any]] = {
 
 
 def rewrite(store: ObjectStore, change: Callable[[Row], Mapping[str, Any]]) -> None:
-    """Puts every fragment again with what `change` says of each explained row."""
+    """Replaces every fragment; `change` gives new values for each explained row."""
     for info in list(store.list("data/")):
         rows = read_fragment(store.read(info.key)).to_pylist()
         store.put(info.key, encode_fragment([{**row, **_changed(row, change)} for row in rows], {}))
