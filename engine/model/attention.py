@@ -6,7 +6,7 @@ mode, which sees the three ways of writing attention.
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,15 +63,11 @@ class _ModuleStack:
 
     @contextmanager
     def tracking(self, module: nn.Module) -> Iterator[None]:
-        handles = []
-        try:
+        with ExitStack() as hooks:
             for name, child in module.named_modules():
-                handles.append(child.register_forward_pre_hook(lambda *_, name=name: self.stack.append(name)))
-                handles.append(child.register_forward_hook(lambda *_: self._leave()))
+                hooks.enter_context(child.register_forward_pre_hook(lambda *_, name=name: self.stack.append(name)))
+                hooks.enter_context(child.register_forward_hook(lambda *_: self._leave()))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _leave(self) -> None:
         self.stack.pop()  # a hook that returned the name would replace the module's output

@@ -1,7 +1,7 @@
 """Features: one vector per image, the input of a network's last linear layer."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,12 +22,10 @@ def head_path(adapter: "ModelAdapter") -> str | None:
     """
     calls: list[tuple[str, tuple[int, ...]]] = []
     layers = [(name, layer) for name, layer in adapter.module.named_modules() if isinstance(layer, nn.Linear)]
-    handles = [layer.register_forward_hook(_shape_recorder(name, calls)) for name, layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for name, layer in layers:
+            hooks.enter_context(layer.register_forward_hook(_shape_recorder(name, calls)))
         num_outputs = _count_outputs(adapter)
-    finally:
-        for handle in handles:
-            handle.remove()
     if calls and calls[-1][1] == (2, num_outputs):
         return calls[-1][0]
     if adapter.class_names is not None:
@@ -67,8 +65,5 @@ def without_head(adapter: "ModelAdapter") -> "ModelAdapter":
 @contextmanager
 def capture_input(module: nn.Module, path: str, receive: Callable[[Tensor], None]) -> Iterator[None]:
     """Calls `receive` with each input of the sub-module at this path."""
-    handle = module.get_submodule(path).register_forward_pre_hook(lambda _module, given: receive(given[0]))
-    try:
+    with module.get_submodule(path).register_forward_pre_hook(lambda _module, given: receive(given[0])):
         yield
-    finally:
-        handle.remove()

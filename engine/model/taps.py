@@ -1,7 +1,7 @@
 """Taps: run a borrowed network as a fixed function and record the tensors at named places."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -92,15 +92,11 @@ class GraphRunner(fx.Interpreter):
 @contextmanager
 def hook_outputs(module: nn.Module, names: Collection[str], hook: Hook) -> Iterator[None]:
     """Calls the hook on the outputs of the named sub-modules, in order of completion."""
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for name in names:
             handle = module.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: hook(name, out))
-            handles.append(handle)
+            hooks.enter_context(handle)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(frozen=True)

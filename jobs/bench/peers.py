@@ -1,8 +1,8 @@
 """The race: our Score-CAM and occlusion against other libraries' on the same network, images and masks, in one run."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, suppress
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -375,19 +375,10 @@ class MaskedInputs:
         self.count += len(inputs[0])
 
 
-@contextmanager
-def _counting(module: nn.Module, counter: MaskedInputs) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(counter)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def _masked_forwards(peer: Peer, subject: Subject, batch_size: int, image: Tensor) -> int:
     """Lets the peer explain an image and returns its masked forwards. Raises ConfigError for an unexpected number."""
     counter = MaskedInputs(peer.num_plain)
-    with _counting(subject.module, counter):
+    with subject.module.register_forward_pre_hook(counter):
         peer.explain(subject, subject.as_input(image), batch_size)
     wanted = subject.num_masks(peer.job, image)
     if counter.count != wanted:
@@ -401,6 +392,6 @@ def _masked_forwards(peer: Peer, subject: Subject, batch_size: int, image: Tenso
 def _probed_rate(peer: Peer, subject: Subject, batch_size: int, image: Tensor) -> float:
     """Masked forwards per second of the peer's first batches, without what it does before them."""
     counter = MaskedInputs(peer.num_plain, max(NUM_PROBED, 2 * batch_size))
-    with _counting(subject.module, counter), suppress(Enough):
+    with subject.module.register_forward_pre_hook(counter), suppress(Enough):
         peer.explain(subject, subject.as_input(image), batch_size)
     return counter.count / max(_now(image.device) - counter.start, 1e-9)
