@@ -387,8 +387,8 @@ def test_what_is_left_out_is_counted_as_far_as_was_looked(tmp_path):
         before = rows[: [row["key"] for row in rows].index(left[limit - 1])]
         num_rejected = sum(row["status"] == "rejected" for row in before)
         num_gone = sum(row["key"] == gone for row in before)
-        said = f"left out before the limit: {num_rejected} rejected, {num_gone} whose image is gone"
-        assert lines[0] == f"{limit} record{'s' if limit > 1 else ''} exported; {said}"
+        left_out = f"left out before the limit: {num_rejected} rejected, {num_gone} whose image is gone"
+        assert lines[0] == f"{limit} record{'s' if limit > 1 else ''} exported; {left_out}"
     _, lines = exported(tmp_path / "out", "spotlight", tmp_path / "all", limit=7)
     assert lines[0].endswith("3 rejected, 1 whose image is gone")
 
@@ -423,16 +423,16 @@ def test_no_export_goes_into_the_output_or_the_data(output, place):
 
 
 def test_the_command(output, tmp_path):
-    code, said = called("export", output, "spotlight", tmp_path / "x", "--limit", 2)
-    assert code == 0, said
-    assert "2 records exported" in said
-    assert 'dtype={"image": spotlight.Image' in said
-    code, said = called("export", output, "spotlight", tmp_path / "x")
-    assert (code, "holds files already" in said) == (2, True)
-    code, said = called("export", tmp_path, "spotlight", tmp_path / "y")
-    assert (code, "no blocksight output" in said) == (2, True)
-    code, said = called("export", output, "excel", tmp_path / "y")
-    assert (code, "fiftyone" in said) == (2, True)
+    code, printed = called("export", output, "spotlight", tmp_path / "x", "--limit", 2)
+    assert code == 0, printed
+    assert "2 records exported" in printed
+    assert 'dtype={"image": spotlight.Image' in printed
+    code, printed = called("export", output, "spotlight", tmp_path / "x")
+    assert (code, "holds files already" in printed) == (2, True)
+    code, printed = called("export", tmp_path, "spotlight", tmp_path / "y")
+    assert (code, "no blocksight output" in printed) == (2, True)
+    code, printed = called("export", output, "excel", tmp_path / "y")
+    assert (code, "fiftyone" in printed) == (2, True)
 
 
 def test_other_forms_need_no_model():

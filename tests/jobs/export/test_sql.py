@@ -270,12 +270,12 @@ def test_a_table_says_how_many_rows_there_are_and_cannot_move_the_cursor(hostile
         console.print(as_table(ask(connect(str(hostile)), query), width))
         return console.file.getvalue()
 
-    said = shown("SELECT label_name, map, score FROM maps")
-    assert "row 1" not in said
-    assert "\x1b" not in said
-    assert "[red]<script>" in said
-    assert " bytes" in said
-    assert f"{len(HOSTILE)} rows" in said
+    printed = shown("SELECT label_name, map, score FROM maps")
+    assert "row 1" not in printed
+    assert "\x1b" not in printed
+    assert "[red]<script>" in printed
+    assert " bytes" in printed
+    assert f"{len(HOSTILE)} rows" in printed
     many = shown("SELECT range FROM range(3000)")
     assert f"3,000 rows; the first {MAX_ROWS} are shown" in many
     assert f" {MAX_ROWS - 1} " in many
@@ -295,15 +295,15 @@ def test_a_table_says_how_many_rows_there_are_and_cannot_move_the_cursor(hostile
 
 
 def test_the_command(output, tmp_path):
-    code, said = called("sql", output)
-    assert (code, said) == (0, script(str(output)))
-    code, said = called("sql", output, "SELECT count(*) AS how_many FROM maps")
+    code, printed = called("sql", output)
+    assert (code, printed) == (0, script(str(output)))
+    code, printed = called("sql", output, "SELECT count(*) AS how_many FROM maps")
     assert code == 0
-    assert "how_many" in said
-    assert "14" in said
-    code, said = called("sql", output, "SELECT key FROM maps", "--csv", tmp_path / "x.csv")
-    assert code == 0, said
-    assert "(14 rows)" in said
+    assert "how_many" in printed
+    assert "14" in printed
+    code, printed = called("sql", output, "SELECT key FROM maps", "--csv", tmp_path / "x.csv")
+    assert code == 0, printed
+    assert "(14 rows)" in printed
     for wrong, sentence in (
         (("sql", output, "SELECT nope FROM maps"), "DuckDB cannot run the query"),
         (("sql", output, "SELECT error('at row ' || key) FROM maps"), "DuckDB cannot run the query"),
@@ -313,12 +313,12 @@ def test_the_command(output, tmp_path):
         (("sql", output, "SELECT 1", "--csv", tmp_path / "no" / "y.csv"), "cannot be written: No such file"),
         (("sql", tmp_path, "SELECT 1"), "no blocksight output"),
     ):
-        code, said = called(*wrong)
-        assert (code, sentence in said) == (2, True), said
-        assert "read_parquet" not in said
-        assert "Traceback" not in said
-    _, said = called("sql", output, "SELECT 1,\n  nope FROM maps")
-    assert said.splitlines()[-2:] == ["LINE 2:   nope FROM maps", "          ^^^^"]
+        code, printed = called(*wrong)
+        assert (code, sentence in printed) == (2, True), printed
+        assert "read_parquet" not in printed
+        assert "Traceback" not in printed
+    _, printed = called("sql", output, "SELECT 1,\n  nope FROM maps")
+    assert printed.splitlines()[-2:] == ["LINE 2:   nope FROM maps", "          ^^^^"]
 
 
 def test_a_damaged_fragment_is_a_sentence(tmp_path):
@@ -351,9 +351,9 @@ def test_bytes_that_its_reader_stumbles_over_are_damage():
 
 def test_a_script_names_the_endpoint_and_no_credential():
     assert _secret(None) == "CREATE SECRET (TYPE s3, PROVIDER credential_chain);"
-    said = _secret("http://user:pass'word@127.0.0.1:8333/x?key=secret")
+    statement = _secret("http://user:pass'word@127.0.0.1:8333/x?key=secret")
     wanted = "ENDPOINT '127.0.0.1:8333', URL_STYLE 'path', USE_SSL false);"
-    assert said == f"CREATE SECRET (TYPE s3, PROVIDER credential_chain, {wanted}"
+    assert statement == f"CREATE SECRET (TYPE s3, PROVIDER credential_chain, {wanted}"
     assert "USE_SSL true" in _secret("https://s3.example.org")
     assert "ENDPOINT 'a''b'" in _secret("https://a'b\n")
 
@@ -398,9 +398,9 @@ def test_through_a_bucket(tmp_path, bucket):
     connection = connect(f"{prefix}/out", bucket.endpoint_url)
     assert connection.execute("SELECT count(drop), count(entropy) FROM metrics").fetchone() == (3, 3)
     assert connection.execute("SELECT count(map), min(octet_length(map)) > 50 FROM maps").fetchone() == (3, True)
-    said = script(f"{prefix}/out", bucket.endpoint_url)
-    assert f"ENDPOINT '{bucket.endpoint_url.removeprefix('http://')}'" in said
-    assert not any(secret in said for secret in (bucket.access_key, bucket.secret_key))
+    statements = script(f"{prefix}/out", bucket.endpoint_url)
+    assert f"ENDPOINT '{bucket.endpoint_url.removeprefix('http://')}'" in statements
+    assert not any(secret in statements for secret in (bucket.access_key, bucket.secret_key))
     stored = [row for row in rows_in(open_store(f"{prefix}/out", bucket.endpoint_url)) if row["status"] == "ok"]
     assert sorted(connection.execute("SELECT key, score FROM maps").fetchall()) == sorted(
         (row["key"], row["score"]) for row in stored

@@ -309,8 +309,11 @@ LIES = {
     "rows of the groups": (lambda: parquet(Column([GOOD], 1), num_rows=2), "2 rows, and its row groups 1"),
     "negative rows": (lambda: parquet(Column([GOOD], -1), Column([GOOD, GOOD], 2)), "1 rows, and its row groups 1"),
     "fewer values than rows": (lambda: parquet(Column([GOOD], 1, num_values=2)), "the group has 1 rows"),
-    "fewer rows than said": (lambda: parquet(Column([GOOD], 2)), "has 1 rows in row group 0; the footer says 2"),
-    "more values than said": (lambda: parquet(Column([page(cell(b"a") * 2, 2)], 1)), "the footer says 1"),
+    "fewer rows than the footer has": (
+        lambda: parquet(Column([GOOD], 2)),
+        "has 1 rows in row group 0; the footer says 2",
+    ),
+    "more values than the footer has": (lambda: parquet(Column([page(cell(b"a") * 2, 2)], 1)), "the footer says 1"),
     "pages beyond the footer's sizes": (
         lambda: parquet(Column([GOOD], 1, unfolded=6)),
         "to 7 bytes or more",
