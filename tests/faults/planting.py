@@ -2,7 +2,7 @@
 
 The tree is copied once. Each fault is judged in a fork of this process, which has loaded the heavy libraries
 and nothing of the project: the fork imports the project from the copy, and proves it (an installed project
-could stand before it). Only a test that fails while it runs has seen a fault. One that cannot be collected or
+could be found first). Only a test that fails while it runs has seen a fault. One that cannot be collected or
 set up has not, and the verdict is then `broken`, as for a text that is not in its file.
 """
 

@@ -369,7 +369,7 @@ MUTATIONS = (
         "storage/stores/s3_replies.py",
         "if key in self._keys:",
         "if False:",
-        ("storage/stores/test_manners.py::test_repeated_keys_are_taken_once_and_told",),
+        ("storage/stores/test_manners.py::test_repeated_keys_are_taken_once_and_reported",),
     ),
     Mutation(
         "a range ends a byte late",

@@ -116,7 +116,7 @@ def test_a_small_object_store_spills_and_nothing_is_lost(tmp_path):
         code, printed = ended(*arguments, "-p", "mu=0.95", fault="unit=100")
         logs = cluster.logs()
     assert code == 0, printed
-    assert "Spilled" in logs, "the pressure did not bite"
+    assert "Spilled" in logs, "the pressure had no effect"
     store = LocalStore(tmp_path / "out")
     assert len(rows_in(store)) == 600
     assert_sound(store)

@@ -133,13 +133,13 @@ def test_without_a_trial_nothing_is_a_finding_and_no_model_is_needed(
 
 
 def test_an_audit_reads_back_as_it_was_and_replaces_the_last(marked: Path) -> None:
-    stranger = marked / "audit" / "rows" / "old.parquet"
-    stranger.parent.mkdir(parents=True, exist_ok=True)
-    stranger.write_bytes(b"of another audit")
+    old_rows = marked / "audit" / "rows" / "old.parquet"
+    old_rows.parent.mkdir(parents=True, exist_ok=True)
+    old_rows.write_bytes(b"of another audit")
     made = audited(marked)
     read = read_audit(LocalStore(marked))
     assert read is not None
-    assert not stranger.exists()
+    assert not old_rows.exists()
     plain = ("fragments", "num_maps", "gates", "oddities", "shortcuts", "notes", "num_right")
     assert [getattr(read, name) for name in plain] == [getattr(made, name) for name in plain]
     for ours, theirs in zip(made.groups, read.groups, strict=True):

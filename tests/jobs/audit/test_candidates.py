@@ -162,9 +162,7 @@ def test_flat_maps_and_classes_without_a_sample_have_no_place() -> None:
 @pytest.mark.parametrize(
     ("usual", "on_object", "is_odd"), [(0.3, 0.09, True), (0.3, 0.11, False), (0.08, 0.0, False), (0.9, 0.2, True)]
 )
-def test_right_and_off_the_object_is_strange_against_what_is_usual(
-    usual: float, on_object: float, is_odd: bool
-) -> None:
+def test_right_and_off_the_object_is_odd_against_the_usual_range(usual: float, on_object: float, is_odd: bool) -> None:
     models = corner_models()
     oddest = OddestMaps(models, {1: usual})
     oddest.add(with_clusters(rows_of(in_corner(1, 5), on_object=on_object), models))

@@ -114,7 +114,7 @@ def test_right_is_the_prediction_that_is_the_label(label, target, rank, wanted):
     assert is_right(label, target, rank) is wanted
 
 
-def test_only_the_most_frequent_groups_are_kept_and_it_is_said(monkeypatch):
+def test_only_the_most_frequent_groups_are_kept_with_a_note(monkeypatch):
     monkeypatch.setattr(module, "MAX_GROUPS", {"class": 2, "predicted": 1, "pair": 1})
     rows = [row(label, label % 4 + 5) for label in range(6) for _ in range(label + 1)]
     roster = roster_of(rows)

@@ -389,7 +389,7 @@ def test_an_output_without_maps_is_refused(store, tmp_path):
 
 def test_fragments_of_no_unit_are_not_read(store, tmp_path):
     plan = written(store, [[row_of(0, noise(0))], [row_of(1, noise(1))]])
-    store.put("data/000009-stranger.parquet", b"whatever")
+    store.put("data/000009-unplanned.parquet", b"whatever")
     store.delete(plan.units[1].fragment_key)
     assert streamed(store, plan, tmp_path / "scratch").num_rows == 1
 

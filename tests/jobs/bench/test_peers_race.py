@@ -233,7 +233,7 @@ def test_half_precision_is_taken_where_the_peer_can(peer):
         assert (subject.dtype, precision) == (torch.float16, "float16")
 
 
-def test_what_a_peer_raises_in_half_precision_is_told():
+def test_an_error_of_a_peer_in_half_precision_is_reported():
     def fails(*_: object) -> Tensor:
         raise RuntimeError("not implemented for 'Half'")
 

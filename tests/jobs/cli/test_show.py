@@ -126,7 +126,7 @@ def test_a_replayed_map_that_differs_is_reported(data, tmp_path, drawn, monkeypa
     assert captions(drawn[0])[-1].endswith("the fused map differs by up to 0.750")
 
 
-def test_the_error_is_measured_against_the_codecs(data, tmp_path):
+def test_the_error_is_compared_with_the_codecs_error(data, tmp_path):
     run_here(data, tmp_path / "out")
     output, key = output_of(tmp_path / "out"), "ant/000.png"
     (row,) = rows_of(output.store, output.plan, key)
@@ -185,7 +185,7 @@ def _close(one, other):
     return np.abs(one.astype(int) - other.astype(int)).max() <= 2
 
 
-def test_what_cannot_be_drawn_is_said(data, tmp_path):
+def test_a_picture_that_cannot_be_drawn_is_refused(data, tmp_path):
     for name in ("sise", "gradcam"):
         run_here(data, tmp_path / name, explainer=name)
     path = tmp_path / "sheet.png"

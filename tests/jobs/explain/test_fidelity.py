@@ -133,7 +133,7 @@ def test_units_and_a_restart_do_not_change_the_rows(data, tmp_path, monkeypatch)
         assert {**row, "unit_id": ""} == {**parts[key], "unit_id": ""}
 
 
-def test_levels_are_told_apart_by_the_digest_of_their_parameters(data, tmp_path):
+def test_levels_have_different_digests_of_their_parameters(data, tmp_path):
     rows = [rows_of(data, tmp_path / level, level, limit=1)["ant/00.png"] for level in FIDELITIES]
     assert len({row["parameters"] for row in rows}) == len(FIDELITIES) == 4
     assert [row["fidelity_reason"] for row in rows] == ["as asked", "as asked", "as asked", "uncertain"]

@@ -191,7 +191,7 @@ def test_a_lower_precision_needs_the_users_option_and_the_plan_holds_its_error(t
     assert f"score error {planned.score_error:.2g}" in console.export_text()
 
 
-def test_a_lower_precision_that_is_far_off_is_told_loudly():
+def test_a_lower_precision_with_a_large_error_is_warned_of():
     far = PlannedForward(setting=BFLOAT, chosen="rule", score_error=0.046)
     assert "bfloat16 changes this model's scores by 4.6%" in (forward_pass.precision_warning(far) or "")
     assert forward_pass.precision_warning(replace(far, score_error=0.01)) is None
@@ -243,7 +243,7 @@ def test_maps_of_two_precisions_share_no_column_and_the_table_says_so(tmp_path, 
     assert len({row["metrics"]["protocol"] for row in rows}) == 2
 
 
-def test_an_output_of_which_no_setting_is_recorded_is_told_from_one_of_which_it_is():
+def test_the_table_separates_outputs_with_and_without_a_recorded_setting():
     known = PlannedForward(setting=ForwardSetting())
     assert setting_difference({"a": known, "b": PlannedForward(setting=ForwardSetting(batch_size=9))}) is None
     assert setting_difference({"a": None, "b": None}) is None

@@ -101,7 +101,7 @@ def test_a_method_without_a_value_gets_a_dash_and_the_reason(base):
     assert len(re.findall(r"- \(1\)", text)) == 2 * len(PICKED)  # among the means and among the differences
 
 
-def test_what_no_method_has_is_said_below_the_table(base):
+def test_a_metric_that_no_method_has_is_named_below_the_table(base):
     table = compare(outputs(base, "bee"))
     assert {column.metric for column in table.columns} == {"drop", "increase", "entropy"}
     assert f"(1) gradcam has no {', '.join(PICKED)}: {REASON}" in printed(table)

@@ -259,7 +259,7 @@ def test_marks_at_the_edge_are_seen_whole():
     assert (corner == FIRST_COLOUR).all(-1).sum() == pytest.approx((middle == FIRST_COLOUR).all(-1).sum(), rel=0.1)
 
 
-def test_crops_are_coloured_by_their_scores_and_stand_at_their_middles():
+def test_crops_are_coloured_by_their_scores_and_drawn_at_their_middles():
     (part,) = parts(crops=crops(3, 16, 8))
     (tile,) = part.tiles
     assert tile.caption == "9 crops: each one's score at its middle\nbest 0.90 (framed), worst 0.10"

@@ -288,7 +288,7 @@ def test_a_regression_follows_from_labels_or_scores(scores, ranks, right, verdic
     assert row["judged_by"] == ("label" if None not in right else "score")
 
 
-def test_right_is_told_by_any_row_that_tells_the_prediction(data, tmp_path):
+def test_any_row_with_the_prediction_decides_whether_it_is_right(data, tmp_path):
     saliency = blob(0.5, 0.5)
     cases = {  # rows of (target, rank), label, is right
         0: ([(1, 0)], 1, True),

@@ -119,7 +119,7 @@ def test_what_is_wrong_with_an_input_is_a_dead_letter_with_its_cause(error, caus
         ("commit", UnavailableError("503"), True),
     ],
 )
-def test_other_trouble_leaves_the_unit_open(stage, error, away):
+def test_other_errors_leave_the_unit_open(stage, error, away):
     place = worker_stores()
     failure = attempted(UNIT, stage, place, raising(error))
     assert isinstance(failure, UnitFailure)
@@ -307,7 +307,7 @@ def excess_of_share(outcome):
     return tuple(exceeded_budgets(outcome.job_state, Budget(0.5, len(outcome.job_state.dead))))
 
 
-def test_open_units_come_before_dead_ones(with_dead_unit, tmp_path):
+def test_open_units_decide_the_exit_code_before_dead_units(with_dead_unit, tmp_path):
     _, store, outcome, _ = with_dead_unit
     store.delete(next(iter(outcome.job_state.receipts.values())).fragment)
     for name in ("finalize", "status", "verify"):

@@ -156,7 +156,7 @@ def noting(seen, made):
     return step
 
 
-def test_every_step_here_is_told_to_be_careful(deadly_stores, monkeypatch):
+def test_every_local_step_is_made_careful(deadly_stores, monkeypatch):
     seen = []
     monkeypatch.setattr("blocksight.jobs.run.local.take_unit", noting(seen, TAKEN))
     monkeypatch.setattr("blocksight.jobs.run.local.commit_unit", noting(seen, "committed"))
@@ -173,7 +173,7 @@ def test_a_unit_that_is_taken_with_care_is_read_with_care(deadly_stores, monkeyp
     assert seen == [True, False]
 
 
-def test_every_step_on_ray_is_told_to_be_careful(deadly_stores, monkeypatch):
+def test_every_step_on_ray_is_made_careful(deadly_stores, monkeypatch):
     seen = []
     monkeypatch.setattr(pipeline, "open_worker_stores", lambda _: deadly_stores)
     monkeypatch.setattr(pipeline, "take_unit", noting(seen, TAKEN))

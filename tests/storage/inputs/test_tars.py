@@ -140,7 +140,7 @@ def test_a_tar_that_ends_in_a_header_or_without_its_end():
     assert codes(read(archive([("1.jpg", b"x"), ("2.jpg", b"y")], end=False)[:2048])) == ["ok", "ok", "shard_truncated"]
 
 
-def test_a_broken_header_inside_is_said():
+def test_a_broken_header_inside_is_reported():
     body = bytearray(archive([("1.jpg", b"x"), ("2.jpg", b"y"), ("3.jpg", b"z")]))
     body[1024:1100] = b"\xff" * 76
     found = read(bytes(body))
@@ -354,14 +354,14 @@ def test_archives_that_were_joined_are_read_to_the_last():
 
 
 @pytest.mark.parametrize("garbage", [b"x", b"x" * 512, b"\x1f\x8b" + b"z" * 5000])
-def test_garbage_behind_the_end_is_said(garbage):
+def test_garbage_behind_the_end_is_reported(garbage):
     found = read(picture(b"1.png") + ENDED + garbage)
     assert codes(found) == ["ok", "corrupt"]
     assert "the bytes after the end of the archive are no header" in found[1].reject.message
     assert f"at byte 2048; the last {len(garbage)} bytes were not read" in found[1].reject.message
 
 
-def test_more_members_than_a_shard_may_hold_are_said(monkeypatch):
+def test_more_members_than_a_shard_may_hold_are_reported(monkeypatch):
     monkeypatch.setattr("blocksight.storage.inputs.tars.MAX_SHARD_RECORDS", 2)
     found = read(b"".join(picture(b"%d.png" % number) for number in range(4)) + ENDED)
     assert codes(found) == ["ok", "ok", "member_refused"]

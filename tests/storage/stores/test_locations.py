@@ -130,5 +130,5 @@ def test_one_folder_of_two_names_is_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("place", "wanted"), [("s3://b", True), ("s3://b/d", False), ("/b", False), ("b", False)])
-def test_a_whole_bucket_is_told_from_a_prefix(place, wanted):
+def test_a_whole_bucket_differs_from_a_prefix(place, wanted):
     assert is_whole_bucket(place) is wanted

@@ -55,7 +55,7 @@ def test_pages_are_followed_to_the_end_and_folder_markers_left_out(bucket, store
     assert [asked.query["prefix"] for asked in bucket.asked] == ["d/"] * 3
 
 
-def test_repeated_keys_are_taken_once_and_told(bucket, store, caplog):
+def test_repeated_keys_are_taken_once_and_reported(bucket, store, caplog):
     bucket.page_size, bucket.overlap = 3, 1
     assert keys(store) == KEYS
     assert "lists 2 keys more than once" in caplog.text

@@ -238,7 +238,7 @@ def test_a_bucket_with_object_lock_gets_its_checksums(credentials, monkeypatch):
     assert connection.config_kwargs["request_checksum_calculation"] == "when_supported"
 
 
-def test_an_error_with_status_200_is_told_from_an_object_that_looks_like_one():
+def test_an_error_with_status_200_differs_from_an_object_that_looks_like_one():
     body = b"<Error><Code>SlowDown</Code></Error>"
     refuse_error_body({"ETag": '"1"'}, body, "s3://b/a")
     with pytest.raises(UnavailableError, match=r"an error inside \(SlowDown\)"):

@@ -251,7 +251,7 @@ def test_a_store_that_reports_an_object_it_lacks_cannot_write_it(error):
     assert outside.asked == [("create", "_job/plan")]
 
 
-def test_objects_of_the_whole_job_are_not_told_apart():
+def test_an_error_of_an_object_of_the_whole_job_is_passed_on():
     output = Output(UnavailableError("500"), lambda _name, key: key == "_job/stop")
     with pytest.raises(UnavailableError):
         output.store.head("_job/stop")
