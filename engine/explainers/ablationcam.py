@@ -21,8 +21,7 @@ class AblationCam(Explainer):
     """
 
     def _prepare(self, blocks: Sequence[str]) -> None:
-        (self.block,) = self.adapter.network.blocks(blocks)[-1:]
-        self.taps = self.adapter.network.taps([self.block])
+        self.block, self.taps = self.adapter.network.last_block(blocks)
         self.tail = self.taps.tail()
 
     def _explain_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Explanation]]:

@@ -71,8 +71,7 @@ class AFmi(SignedExplainer):
     """
 
     def _prepare(self, blocks: Sequence[str]) -> None:
-        (self.block,) = self.adapter.network.blocks(blocks)[-1:]
-        self.taps = self.adapter.network.taps([self.block])
+        self.block, self.taps = self.adapter.network.last_block(blocks)
         self.tail = self.taps.tail()
         self.weights = pooled_weights(self.adapter, self.block) if self.parameters.tail == "auto" else None
 

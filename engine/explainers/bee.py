@@ -148,8 +148,7 @@ class Bee(SignedExplainer):
     parameters: Any
 
     def _prepare(self, blocks: Sequence[str]) -> None:
-        (self.block,) = self.adapter.network.blocks(blocks)[-1:]
-        self.taps = self.adapter.network.taps([self.block])
+        self.block, self.taps = self.adapter.network.last_block(blocks)
         self.tail = self.taps.tail()
         learns = self.parameters.num_images > 0
         self.learned = self._read(self.state) if self.state is not None and learns else None

@@ -77,8 +77,7 @@ class Cam(PointExplainer):
         super().__init__(adapter, parameters, **options)
 
     def _prepare(self, blocks: Sequence[str]) -> None:
-        (self.block,) = self.adapter.network.blocks(blocks)[-1:]
-        self.taps = self.adapter.network.taps([self.block])
+        self.block, self.taps = self.adapter.network.last_block(blocks)
         self.blocks = (whole_block(self.block),)
 
     def points(self, image_chw: Tensor, generator: torch.Generator) -> Iterator[Point]:

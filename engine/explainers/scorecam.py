@@ -21,8 +21,7 @@ class ScoreCam(Explainer):
     """
 
     def _prepare(self, blocks: Sequence[str]) -> None:
-        (self.block,) = self.adapter.network.blocks(blocks)[-1:]
-        self.taps = self.adapter.network.taps([self.block])
+        self.block, self.taps = self.adapter.network.last_block(blocks)
 
     def _explain_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Explanation]]:
         (maps,) = self.taps(pad(inputs_nchw, self.images_per_pass))[1]

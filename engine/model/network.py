@@ -44,6 +44,11 @@ class Network:
             )
         return found
 
+    def last_block(self, names: Sequence[str] = ()) -> tuple[Place, Taps]:
+        """The deepest of the blocks, and the taps that record it alone. Raises as `blocks`."""
+        block = self.blocks(names)[-1]
+        return block, self.taps([block])
+
     def taps(self, blocks: Sequence[Place]) -> Taps:
         """Taps at the given places."""
         return Taps(self.module, self.graph, tuple(blocks))
