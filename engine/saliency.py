@@ -1,4 +1,6 @@
-"""Saliency maps as arrays: their type, and min-max scaling."""
+"""Saliency maps as arrays: their type, min-max scaling, and what makes a map flat."""
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,3 +14,8 @@ def minmax(values: Map) -> Map:
     if high == low:
         return np.zeros_like(values, dtype=np.float64)
     return (values - low) / (high - low)
+
+
+def is_flat(values: NDArray[np.floating[Any]]) -> bool:
+    """True if the map [H, W] is constant: it has no order and, after `minmax`, no mass."""
+    return bool(values.max() == values.min())

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from blocksight.engine.explainers.explainer import Explainer
-from blocksight.engine.metrics.metric import Maps, Metric, Value, is_flat, undefined
+from blocksight.engine.metrics.metric import Maps, Metric, Value, undefined
 from blocksight.engine.model.adapter import ModelAdapter
-from blocksight.engine.saliency import Map, minmax
+from blocksight.engine.saliency import Map, is_flat, minmax
 
 STAGES = (0.25, 0.5, 0.75, 1.0)
 """Shares of the layers, from the output down, whose weights are random."""

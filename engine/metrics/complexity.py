@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from blocksight.engine.metrics.metric import MapMetric, Region, Value, is_flat, undefined
-from blocksight.engine.saliency import Map
+from blocksight.engine.metrics.metric import MapMetric, Region, Value, undefined
+from blocksight.engine.saliency import Map, is_flat
 
 
 class Complexity(MapMetric):

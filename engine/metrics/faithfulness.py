@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from blocksight.engine.metrics.metric import TIES, Maps, Metric, Value, is_flat, ranks_of, undefined
+from blocksight.engine.metrics.metric import TIES, Maps, Metric, Value, ranks_of, undefined
 from blocksight.engine.model.targets import Readout, TopClass
-from blocksight.engine.saliency import Map
+from blocksight.engine.saliency import Map, is_flat
 from blocksight.engine.scoring.perturb import Perturbation, blurred
 from blocksight.engine.scoring.scorer import MaskSet, MaskSource, Scorer
 

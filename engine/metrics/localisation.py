@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from blocksight.engine.metrics.metric import TIES, MapMetric, Region, Value, is_flat, ranks_of, undefined
-from blocksight.engine.saliency import Map
+from blocksight.engine.metrics.metric import TIES, MapMetric, Region, Value, ranks_of, undefined
+from blocksight.engine.saliency import Map, is_flat
 
 IOU_FRACTION = 0.2
 POINTING_TOLERANCE = 15 / 224

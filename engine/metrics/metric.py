@@ -111,8 +111,3 @@ def ranks_of(saliency_hw: Map) -> NDArray[np.int64]:
     places = np.empty(order.size, dtype=np.int64)
     places[order] = np.arange(order.size)
     return places.reshape(saliency_hw.shape)
-
-
-def is_flat(saliency_hw: Map) -> bool:
-    """True if the map is constant."""
-    return bool(saliency_hw.max() == saliency_hw.min())

@@ -4,8 +4,8 @@ import numpy as np
 from scipy.ndimage import uniform_filter
 from scipy.stats import rankdata
 
-from blocksight.engine.metrics.metric import is_flat, ranks_of
-from blocksight.engine.saliency import Map
+from blocksight.engine.metrics.metric import ranks_of
+from blocksight.engine.saliency import Map, is_flat
 
 TOP_SHARE = 0.15
 """Share of the pixels, as in Drop and Increase."""

@@ -27,7 +27,7 @@ from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.blocks import Place
 from blocksight.engine.model.loading import load_model
 from blocksight.engine.model.targets import ClassProbability, Target
-from blocksight.engine.saliency import Map
+from blocksight.engine.saliency import Map, is_flat
 from blocksight.engine.scoring.forward import Forward, make_forward, use_ieee_float32
 from blocksight.engine.scoring.setting_choice import eager_setting
 from blocksight.jobs.explain.fidelity import doubts_of, fidelity_columns
@@ -488,7 +488,7 @@ def _map_columns(explanation: Explanation) -> Mapping[str, Any]:
     return {
         "score": explanation.score,
         "map": saliency,
-        "is_flat": bool(high == low),
+        "is_flat": is_flat(saliency),
         "is_saturated": bool(high > low and (saliency >= low + NEAR_TOP * (high - low)).mean() > SATURATED_SHARE),
         "blocks": [
             {"name": block.name, "candidates": block.candidates, "kept": len(block.kept)}

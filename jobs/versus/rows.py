@@ -7,10 +7,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from blocksight.engine.metrics.complexity import effective_area
-from blocksight.engine.metrics.metric import is_flat
 from blocksight.engine.metrics.shift import focus_shift, moved
 from blocksight.engine.metrics.similarity import iou_of_tops, pearson, spearman, ssim
-from blocksight.engine.saliency import Map
+from blocksight.engine.saliency import Map, is_flat
 from blocksight.jobs.ledger.output import map_of
 from blocksight.jobs.versus.joining import Pair, Row
 from blocksight.storage.outputs.pictures import resized
