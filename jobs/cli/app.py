@@ -33,7 +33,9 @@ console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isat
 """As wide as the terminal; in a log or a pipe lines are not wrapped."""
 
 Existing = Annotated[str, typer.Argument(help="The output: folder or s3:// prefix.")]
-Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint, for stores other than AWS.")]
+Endpoint = Annotated[
+    str | None, typer.Option(help="S3 endpoint, for stores other than AWS; BUCKET=URL,BUCKET=URL where they differ.")
+]
 Weights = Annotated[str | None, typer.Option(help="State dict: file or s3:// URI; a weight name; or `random`.")]
 Blocks = Annotated[str | None, typer.Option(help="Blocks by hand, comma-separated, shallow to deep.")]
 Parameters = Annotated[

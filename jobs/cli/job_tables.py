@@ -20,6 +20,7 @@ from blocksight.jobs.plan.records import DeadLetter, UnitFailure
 from blocksight.jobs.plan.text import clock, counted, printable
 from blocksight.jobs.plan.units import Workforce
 from blocksight.jobs.run.job import RunOutcome
+from blocksight.storage.stores.s3_endpoints import endpoint_for
 
 
 def plan_table(job: JobConfig, plan: Plan, workforce: Workforce) -> Table:
@@ -112,9 +113,10 @@ def outcome_table(job: JobConfig, outcome: RunOutcome) -> Table:
 def _reading(job: JobConfig) -> str:
     """The line of Python that reads the output."""
     data = f"{job.output.rstrip('/')}/data"
-    if job.endpoint_url is None or not data.startswith("s3://"):
+    endpoint = endpoint_for(data, job.endpoint_url) if data.startswith("s3://") else None
+    if endpoint is None:
         return f"pyarrow.parquet.read_table({data!r})"
-    return f"pandas.read_parquet({data!r}, storage_options={{'endpoint_url': {job.endpoint_url!r}}})"
+    return f"pandas.read_parquet({data!r}, storage_options={{'endpoint_url': {endpoint!r}}})"
 
 
 def _metric_rows(means: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:

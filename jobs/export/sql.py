@@ -29,6 +29,7 @@ from blocksight.storage.outputs.schema import EVALUATION, OK, RECORD_COLUMNS, RE
 from blocksight.storage.stores.locations import S3, normal_place
 from blocksight.storage.stores.opening import open_store
 from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore
+from blocksight.storage.stores.s3_endpoints import endpoint_for
 from blocksight.storage.stores.store import ObjectStore
 
 MAX_ROWS = 40
@@ -70,7 +71,9 @@ def script(output: str, endpoint_url: str | None = None) -> str:
     """The statements that make the same views in the user's own DuckDB, without credentials."""
     _, views = _connected(output, endpoint_url)
     head = "-- the views of a blocksight output, for the shell of DuckDB"
-    if normal_place(output).startswith(S3):
+    place = normal_place(output)
+    if place.startswith(S3):
+        endpoint_url = endpoint_for(place, endpoint_url)
         head += f"\n-- s3:// needs `INSTALL httpfs; LOAD httpfs;` and `{_secret(endpoint_url)}`"
     return "\n".join([head, *(f"{statement};" for statement in views), ""])
 

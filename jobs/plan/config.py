@@ -30,7 +30,8 @@ from blocksight.storage.images.decode import DECODE_POLICY
 from blocksight.storage.outputs.map_codec import CODEC
 from blocksight.storage.outputs.schema import SCHEMA_VERSION
 from blocksight.storage.stores.locations import normal_place
-from blocksight.storage.stores.s3_endpoints import check_endpoint
+from blocksight.storage.stores.s3_access import values_by_place
+from blocksight.storage.stores.s3_endpoints import check_endpoints
 from blocksight.storage.stores.store import StoreError
 
 CODE_VERSION = "4"
@@ -83,7 +84,9 @@ class JobConfig(BaseModel):
 
     data: str = Field(description="folder, file or s3:// prefix of images, tar shards or Parquet")
     output: str = Field(description="folder or s3:// prefix for the result")
-    endpoint_url: str | None = Field(default=None, description="S3 endpoint, for stores other than AWS")
+    endpoint_url: str | None = Field(
+        default=None, description="S3 endpoint, for stores other than AWS; BUCKET=URL,BUCKET=URL where they differ"
+    )
     model: str = Field(default="efficientnet_lite0", description="see `blocksight list models`")
     weights: str | None = Field(
         default=None, description="file or s3:// URI of a state dict, a weight name, or `random`"
@@ -149,7 +152,7 @@ class JobConfig(BaseModel):
     @classmethod
     def _endpoint_is_a_store(cls, value: str | None) -> str | None:
         if value is not None:
-            _as_value(check_endpoint, value)
+            _as_value(check_endpoints, value)
         return value
 
     @field_validator("target")
@@ -168,6 +171,9 @@ class JobConfig(BaseModel):
         places = (self.data, self.output, self.weights or "")
         if self.endpoint_url is not None and not any(place.startswith("s3://") for place in places):
             raise ValueError("an endpoint URL is given, and neither data nor output nor weights is an s3:// URI")
+        for named in filter(None, values_by_place(self.endpoint_url or "")):
+            if not any(f"{place}/".startswith(f"{named}/") for place in places):
+                raise ValueError(f"an endpoint URL is given for {named}, and neither data, output nor weights is there")
         return self
 
     @model_validator(mode="after")

@@ -1,6 +1,8 @@
 """S3 and compatible servers as an object store, through s3fs: pinned reads, one conditional PUT per object."""
 
 import asyncio
+import base64
+import hashlib
 import logging
 import os
 import threading
@@ -14,12 +16,18 @@ from s3fs import S3FileSystem
 from s3fs.core import S3_RETRYABLE_ERRORS
 
 from blocksight.storage.stores.locations import S3, normal_place
-from blocksight.storage.stores.s3_client import ATTEMPTS, connect
-from blocksight.storage.stores.s3_endpoints import check_endpoint
+from blocksight.storage.stores.s3_client import ATTEMPTS, Connection, connect
+from blocksight.storage.stores.s3_endpoints import endpoint_for
 from blocksight.storage.stores.s3_errors import (
     CONFLICT_CODES,
+    DELETE,
+    HEAD,
+    LIST,
     MISSING_CODES,
     RANGE_CODES,
+    READ,
+    WRITE,
+    Action,
     as_read_error,
     as_store_error,
     code_of,
@@ -53,15 +61,17 @@ class S3Store:
     """A bucket, or a prefix in one, as an object store. Credentials come only from the environment."""
 
     def __init__(self, uri: str, endpoint_url: str | None = None) -> None:
-        """`uri` is s3://bucket or s3://bucket/prefix. Connects on first use, once per process."""
-        if endpoint_url is not None:
-            check_endpoint(endpoint_url)
+        """`uri` is s3://bucket or s3://bucket/prefix, `endpoint_url` is URL or BUCKET=URL,BUCKET=URL.
+
+        Connects on first use, once per process.
+        """
         self._uri = normal_place(uri)
         self.bucket, _, prefix = self._uri.removeprefix(S3).partition("/")
-        self.endpoint_url = endpoint_url
+        self.endpoint_url = endpoint_for(self._uri, endpoint_url)
         self._prefix = f"{prefix}/" if prefix else ""
-        self._connection: tuple[int, S3FileSystem] | None = None
-        self._endpoint = endpoint_url
+        self._connection: Connection | None = None
+        self._process = 0
+        """The process that connected."""
         self._lock = threading.Lock()
         self._has_warned = False
 
@@ -81,7 +91,7 @@ class S3Store:
             return b""
         wanted = GetRequest(etag, start, length)
         changed = ChangedError(f"{self._uri}/{key} has changed: it is not version {etag}")
-        with self._errors_naming(key, conflict=changed, reading=True):
+        with self._errors_naming(key, READ, conflict=changed):
             try:
                 place = {"Bucket": self.bucket, "Key": self._key(key)}
                 s3 = self.filesystem
@@ -94,7 +104,7 @@ class S3Store:
                 return b""
 
     def head(self, key: str) -> ObjectInfo | None:
-        with self._errors_naming(key):
+        with self._errors_naming(key, HEAD):
             try:
                 found = self._call("head_object", Key=self._key(key))
             except OSError as error:
@@ -122,7 +132,7 @@ class S3Store:
         token: str | None = None
         while True:
             continuation = {} if token is None else {"ContinuationToken": token}
-            with self._errors_naming(prefix):
+            with self._errors_naming(prefix, LIST):
                 page = self._call("list_objects_v2", Prefix=self._prefix + prefix, **continuation)
             yield from listing.new_entries(page)
             token = listing.next_token(page)
@@ -148,49 +158,51 @@ class S3Store:
         yield from ()  # a bucket holds only objects
 
     def create(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> None:
-        with self._errors_naming(key, conflict=AlreadyExistsError(f"{self._uri}/{key} already exists"), writes=True):
-            self._call("put_object", Key=self._key(key), Body=data, IfNoneMatch="*", Metadata=dict(metadata or {}))
+        with self._errors_naming(key, WRITE, conflict=AlreadyExistsError(f"{self._uri}/{key} already exists")):
+            self._write(key, data, IfNoneMatch="*", Metadata=dict(metadata or {}))
 
     def put(self, key: str, data: bytes) -> None:
         kind = (
             {"ContentType": "text/html; charset=utf-8"} if key.endswith(".html") else {}
         )  # else a browser downloads it
-        with self._errors_naming(key, writes=True):
-            self._call("put_object", Key=self._key(key), Body=data, **kind)
+        with self._errors_naming(key, WRITE):
+            self._write(key, data, **kind)
 
     def delete(self, key: str) -> None:
-        with self._errors_naming(key, writes=True):
+        with self._errors_naming(key, DELETE):
             self._call("delete_object", Key=self._key(key))
 
     @property
     def filesystem(self) -> S3FileSystem:
         """This process's client, for readers that take an fsspec file system. A forked process makes a new one."""
         with self._lock:
-            if self._connection is None or self._connection[0] != os.getpid():
-                connection, self._endpoint = connect(self.endpoint_url)
-                self._connection = (os.getpid(), connection)
-            return self._connection[1]
+            if self._connection is None or self._process != os.getpid():
+                self._connection, self._process = connect(self._uri, self.endpoint_url), os.getpid()
+            return self._connection.filesystem
 
     def _key(self, key: str) -> str:
         """The key in the bucket."""
         return self._prefix + checked_key(key)
 
+    def _write(self, key: str, data: bytes, **arguments: Any) -> None:
+        """One PUT with its checksum, which a bucket with Object Lock demands, and every store knows."""
+        checksum = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+        self._call("put_object", Key=self._key(key), Body=data, ContentMD5=checksum, **arguments)
+
     def _call(self, method: str, **arguments: Any) -> Any:
         return self.filesystem.call_s3(method, Bucket=self.bucket, **arguments)
 
     @contextmanager
-    def _errors_naming(
-        self, key: str, conflict: StoreError | None = None, *, reading: bool = False, writes: bool = False
-    ) -> Iterator[None]:
-        """Turns the client's errors into StoreErrors that name the object and no credential."""
+    def _errors_naming(self, key: str, action: Action, conflict: StoreError | None = None) -> Iterator[None]:
+        """Turns the client's errors into StoreErrors that name the action and the object, and no credential."""
         try:
             yield
         except (*S3_RETRYABLE_ERRORS, OSError, ClientError, BotoCoreError, RecursionError, ValueError) as error:
             if conflict is not None and code_of(error) in CONFLICT_CODES:
                 raise conflict from error
             where = f"{self._uri}/{key}" if key else self._uri
-            store_error = as_store_error(error, where, f" at {self._endpoint}" if self._endpoint else "", writes=writes)
-            raise (as_read_error(error, store_error) if reading else store_error) from error
+            store_error = as_store_error(error, where, action, self._connection)
+            raise (as_read_error(error, store_error) if action is READ else store_error) from error
 
 
 async def _download(s3: S3FileSystem, place: Mapping[str, str], wanted: GetRequest, where: str) -> bytes:

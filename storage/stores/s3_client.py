@@ -1,11 +1,15 @@
 """Connects to an S3 server: bounded timeouts and retries, a checked endpoint, no redirects."""
 
+import logging
 import os
+from dataclasses import dataclass
 from typing import Any
 
 from aiobotocore.httpsession import AIOHTTPSession
+from fsspec.asyn import sync
 from s3fs import S3FileSystem
 
+from blocksight.storage.stores.s3_access import client_options
 from blocksight.storage.stores.s3_endpoints import check_resolved_endpoint
 from blocksight.storage.stores.store import StoreError
 
@@ -37,12 +41,24 @@ class NoRedirectSession(AIOHTTPSession):
         return _NoRedirects(await super()._get_session(proxy_url))
 
 
-def connect(endpoint_url: str | None) -> tuple[S3FileSystem, str]:
-    """A connected client and its endpoint, which comes from the environment if none is given.
+@dataclass(frozen=True)
+class Connection:
+    """A connected client, and what its errors tell the user."""
 
-    Raises StoreError if the endpoint is refused.
+    filesystem: S3FileSystem
+    endpoint: str
+    region: str
+    credentials: str | None
+    """Where they were found, such as `env`; None: requests are not signed."""
+
+
+def connect(place: str, endpoint_url: str | None) -> Connection:
+    """A connected client for a normal place; its endpoint comes from the environment if none is given.
+
+    Requests are not signed if no credentials are found, which a warning says. Raises StoreError if the endpoint is
+    refused, or a variable of `s3_access` has no sense.
     """
-    connection = S3FileSystem(
+    filesystem = S3FileSystem(
         endpoint_url=endpoint_url,
         use_listings_cache=False,
         skip_instance_cache=True,
@@ -51,19 +67,31 @@ def connect(endpoint_url: str | None) -> tuple[S3FileSystem, str]:
             "connect_timeout": CONNECT_SECONDS,
             "read_timeout": READ_SECONDS,
             "retries": {"total_max_attempts": ATTEMPTS, "mode": "standard"},
-            # some stores do not know the checksums that newer clients add by default; a bucket with Object Lock needs
-            # them, and the user sets the variable
+            # some stores do not know the checksums that newer clients add by default; every write has its Content-MD5
             "request_checksum_calculation": os.environ.get("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required"),
             "response_checksum_validation": "when_required",
         },
+        **client_options(place),
     )
-    connection.retries = 1
+    filesystem.retries = 1
     try:
-        client: Any = connection.connect()
+        client: Any = filesystem.connect()
     except ValueError:  # its text may hold credentials
         raise StoreError(
             "the endpoint in the environment (AWS_ENDPOINT_URL) is not of the form https://host:port"
         ) from None
     found = str(client.meta.endpoint_url)
     check_resolved_endpoint(found)
-    return connection, found
+    source = None if filesystem.anon else _credentials_source(filesystem)
+    if source is None and not filesystem.anon:
+        filesystem.anon = True
+        filesystem.connect(refresh=True)
+        logging.getLogger(__name__).warning("no credentials were found: %s is asked without them (unsigned)", place)
+    return Connection(filesystem, found, str(client.meta.region_name), source)
+
+
+def _credentials_source(filesystem: S3FileSystem) -> str | None:
+    """Where the client finds credentials; None if it finds none. Raises BotoCoreError if they are incomplete."""
+    session: Any = filesystem.session
+    found = sync(filesystem.loop, session.get_credentials)
+    return None if found is None else str(found.method)

@@ -8,6 +8,7 @@ from contextlib import suppress
 from urllib.parse import unquote, urlsplit
 
 from blocksight.storage.stores.locations import CREDENTIALS_WANTED
+from blocksight.storage.stores.s3_access import value_for, values_by_place
 from blocksight.storage.stores.store import StoreError
 
 METADATA_HOSTS = (
@@ -42,6 +43,23 @@ NAT64 = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "64:ff9b:1::/48", "::f
 LOOPBACK = ipaddress.IPv6Address("::1")
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def check_endpoints(text: str) -> None:
+    """Checks every endpoint of `URL,BUCKET=URL,…` as `check_endpoint`. Raises StoreError."""
+    for endpoint_url in values_by_place(text).values() or [text]:
+        check_endpoint(endpoint_url)
+
+
+def endpoint_for(place: str, text: str | None) -> str | None:
+    """The endpoint of a normal place, from `URL,BUCKET=URL,…`; None: the environment's, or AWS.
+
+    Raises StoreError as `check_endpoint`.
+    """
+    if text is None:
+        return None
+    check_endpoints(text)
+    return value_for(place, text)
 
 
 def check_endpoint(endpoint_url: str) -> None:

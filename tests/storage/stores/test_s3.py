@@ -16,7 +16,7 @@ import pytest
 
 from blocksight.storage.stores.opening import WeakStoreError, open_store, probe
 from blocksight.storage.stores.s3 import S3Store
-from blocksight.storage.stores.s3_client import ATTEMPTS, connect
+from blocksight.storage.stores.s3_client import ATTEMPTS
 from blocksight.storage.stores.s3_endpoints import check_endpoint
 from blocksight.storage.stores.s3_replies import Listing, refuse_error_body
 from blocksight.storage.stores.store import AlreadyExistsError, ChangedError, ObjectError, StoreError, UnavailableError
@@ -96,7 +96,10 @@ def whole_text(error):
         (409, lambda store: store.create("x", b"1"), AlreadyExistsError, "already exists"),
         (412, lambda store: store.read("x", etag='"old"'), ChangedError, "has changed"),
         (403, lambda store: store.read("x"), ObjectError, r"reading .* was refused \(403\).*s3:GetObject"),
-        (403, lambda store: store.head("x"), StoreError, r"reading .* was refused \(403\).*s3:GetObject"),
+        (403, lambda store: store.head("x"), StoreError, r"looking up .* was refused \(403\).*s3:GetObject"),
+        (403, lambda store: store.delete("x"), StoreError, r"deleting .*/x .* was refused \(403\).*s3:DeleteObject"),
+        (403, lambda store: list(store.list("y/")), StoreError, r"listing .*/y/ .* was refused \(403\).*s3:ListBucket"),
+        (400, lambda store: store.head("x"), StoreError, r"looking up .*no reason.*may have expired.*AWS_REGION"),
         (403, lambda store: store.create("x", b"1"), StoreError, r"writing .* was refused \(403\).*s3:PutObject"),
         (301, lambda store: store.put("x", b"1"), StoreError, "redirected to another address"),
         (501, lambda store: store.delete("x"), StoreError, "failed with 501"),
@@ -229,13 +232,6 @@ def test_disguised_and_broken_endpoints_are_refused(url):
 @pytest.mark.parametrize("url", ["http://localhost:8333", "https://s3.eu-west-1.amazonaws.com", "http://[::1]:9000"])
 def test_ordinary_endpoints_are_taken(url):
     check_endpoint(url)
-
-
-@pytest.mark.servers
-def test_a_bucket_with_object_lock_gets_its_checksums(credentials, monkeypatch):
-    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported")
-    connection, _ = connect("http://127.0.0.1:9")
-    assert connection.config_kwargs["request_checksum_calculation"] == "when_supported"
 
 
 def test_an_error_with_status_200_differs_from_an_object_that_looks_like_one():
