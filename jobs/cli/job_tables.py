@@ -20,6 +20,7 @@ from blocksight.jobs.plan.records import DeadLetter, UnitFailure
 from blocksight.jobs.plan.text import clock, counted, printable
 from blocksight.jobs.plan.units import Workforce
 from blocksight.jobs.run.job import RunOutcome
+from blocksight.storage.images.decode import NEARLY_BLACK
 from blocksight.storage.stores.s3_endpoints import endpoint_for
 
 
@@ -77,12 +78,22 @@ def job_state_table(output: str, job_state: JobState, forward: PlannedForward | 
         ("records", f"{job_state.total('num_records'):,}{of_all}"),
         ("explained", f"{job_state.total('num_ok'):,}"),
         ("rejected", f"{job_state.total('num_rejected'):,}" + (f" ({rejects})" if rejects else "")),
+        *_odd_formats(job_state.counts("odd_formats")),
         ("forwards", f"{job_state.total('num_forwards'):,}{rate}"),
         *([("masks", f"scored by {forward}")] if forward is not None else []),
         ("size", size_text(job_state.total("num_bytes"))),
         *_metric_rows(metric_means(job_state.receipts.values())),
     ]
     return facts_table(rows)
+
+
+def _odd_formats(counts: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Images whose pixels use a small part of the range, by `DecodedImage.kind`."""
+    stretched = ", ".join(f"{count:,} {kind}" for kind, count in sorted(counts.items()) if "bits" in kind)
+    num_dark = sum(count for kind, count in counts.items() if "bits" not in kind)
+    rows = [("stretched", f"{printable(stretched)}: their greatest sample needs no more; scaled to the full range")]
+    dark = f"{counted(num_dark, 'image')}: no sample above {NEARLY_BLACK - 1} of 255, the model sees almost nothing"
+    return (rows if stretched else []) + ([("nearly black", dark)] if num_dark else [])
 
 
 def _dead(job_state: JobState) -> str:

@@ -19,7 +19,9 @@ from blocksight.storage.outputs.fragments import read_fragment
 from blocksight.storage.outputs.schema import OK, REJECTED
 from blocksight.storage.stores.store import AlreadyExistsError, DamagedError, ObjectStore, OutputError
 
-COLUMNS = ["shard", "shard_index", "status", "reject_code", "num_forwards", "metrics"]
+OF_RECORD = ["shard", "shard_index", "status", "reject_code", "num_forwards", "format"]
+"""Columns that all rows of a record share."""
+COLUMNS = [*OF_RECORD, "metrics"]
 READERS = 16
 """Small objects read at the same time."""
 
@@ -42,10 +44,15 @@ def receipt_of(unit: Unit, body: bytes) -> Receipt:
         num_records=len(records),
         num_ok=statuses[OK],
         num_rejected=statuses[REJECTED],
-        rejects=dict(sorted(Counter(row["reject_code"] for row in records if row["reject_code"]).items())),
+        rejects=_counts(row["reject_code"] for row in records if row["reject_code"]),
         num_forwards=sum(row["num_forwards"] or 0 for row in records),
         metrics=_metric_sums(rows["metrics"].to_pylist()),
+        odd_formats=_counts(row["format"] for row in records if "," in (row["format"] or "")),
     )
+
+
+def _counts(names: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(names).items()))
 
 
 def commit_facts(receipt: Receipt) -> dict[str, str]:
@@ -59,8 +66,7 @@ def commit_facts(receipt: Receipt) -> dict[str, str]:
 
 
 def _one_row_per_record(rows: pa.Table) -> list[dict[str, Any]]:
-    columns = ["shard", "shard_index", "status", "reject_code", "num_forwards"]
-    return list({(row["shard"], row["shard_index"]): row for row in rows.select(columns).to_pylist()}.values())
+    return list({(row["shard"], row["shard_index"]): row for row in rows.select(OF_RECORD).to_pylist()}.values())
 
 
 def _metric_sums(metrics: Iterable[Mapping[str, Any] | None]) -> dict[str, MetricSum]:

@@ -103,7 +103,11 @@ class JobState:
     @property
     def rejects(self) -> Counter[str]:
         """Rejected records by code."""
-        return sum((Counter(receipt.rejects) for receipt in self.receipts.values()), Counter())
+        return self.counts("rejects")
+
+    def counts(self, field: str) -> Counter[str]:
+        """Sum of one of the receipts' mappings to counts; receipts of an older version may lack it."""
+        return sum((Counter(getattr(receipt, field) or {}) for receipt in self.receipts.values()), Counter())
 
 
 def read_job_state(store: ObjectStore, plan: Plan) -> JobState:
@@ -270,7 +274,7 @@ def _receipt_faults(store: ObjectStore, unit: Unit, receipt: Receipt) -> Iterato
     """The differences between a fragment and its stored receipt."""
     with suppress(MissingError, UnreconciledError):  # a missing or damaged receipt is rebuilt
         written = asdict(written_receipt(store, unit))
-        recorded = {name: value for name, value in written.items() if name not in OF_ATTEMPT}
+        recorded = {name: value for name, value in written.items() if name not in OF_ATTEMPT and value is not None}
         yield from _differences(recorded, receipt, receipt.fragment, "its receipt")
 
 

@@ -34,7 +34,7 @@ from blocksight.storage.stores.s3_access import values_by_place
 from blocksight.storage.stores.s3_endpoints import check_endpoints
 from blocksight.storage.stores.store import StoreError
 
-CODE_VERSION = "4"
+CODE_VERSION = "5"
 """Raised whenever the same configuration and input would give other bytes."""
 
 MAX_TARGETS = 100

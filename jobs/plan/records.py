@@ -135,6 +135,8 @@ class Receipt:
     num_forwards: Count
     metrics: Mapping[str, MetricSum]
     """By name and protocol: sum and count over the fragment's rows, to be added by `math.fsum`."""
+    odd_formats: Mapping[str, Count] | None = None
+    """Records by an odd `DecodedImage.kind`: stretched, or nearly black. None in a receipt of an older version."""
     attempt: str | None = None
     """Id of the attempt whose bytes were committed."""
     explain_seconds: float | None = None

@@ -161,7 +161,7 @@ def decoded(
         picture = fit(image.pixels, input_size, config.resize)
     except Reject as reject:
         return with_reject(facts, reject, "decode"), None
-    return replace(facts, format=image.format, width=image.width, height=image.height), picture
+    return replace(facts, format=image.kind, width=image.width, height=image.height), picture
 
 
 def commit_unit(

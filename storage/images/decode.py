@@ -35,7 +35,8 @@ DECODE_POLICY = {
     "orientation": "EXIF transpose; XMP turns nothing",
     "alpha": "composited on white",
     "cmyk": "converted, Adobe inversion undone; without Adobe's marker refused",
-    "sixteen_bit": "scaled to 8 bits, rounded; alpha and a transparent colour before that",
+    "sixteen_bit": "scaled to 8 bits, rounded; alpha and a transparent colour before that; an image whose greatest "
+    "sample fits 8, 10, 12 or 14 bits is stretched from those",
     "kinds": {one.format: one.explained for one in DECISIONS},
     "icc": "ignored",
     "resampling": "bilinear, antialiased",
@@ -78,6 +79,9 @@ SAMPLES_OF: dict[str, Callable[[bytes, int], Samples]] = {
 }
 """Each format's header reader: it rejects what Pillow would read wrongly."""
 
+NEARLY_BLACK = 32
+"""An image is nearly black if no sample reaches this level of 255: an eighth of the full range."""
+
 DECODE_BYTES_PER_PIXEL = 16
 DECODE_BYTES_PER_ROW = 64
 DECODE_BYTES_PER_BYTE = 4
@@ -107,6 +111,17 @@ class DecodedImage:
     height: int
     format: str
     """One of `FORMATS`, by the file's first bytes."""
+    depth: int = 8
+    """Bits of a sample."""
+    used_depth: int = 8
+    """Bits of a sample that the image uses; fewer than `depth`: its pixels were stretched to the full range."""
+
+    @property
+    def kind(self) -> str:
+        """The format, with what is odd about its range: `PNG, 12 of 16 bits` or `PNG, nearly black`."""
+        if self.used_depth < self.depth:
+            return f"{self.format}, {self.used_depth} of {self.depth} bits"
+        return f"{self.format}, nearly black" if self.pixels.max() < NEARLY_BLACK else self.format
 
 
 DEFAULT_LIMITS = DecodeLimits()
@@ -156,14 +171,14 @@ def _decode(data: bytes, limits: DecodeLimits) -> DecodedImage:
     samples = _samples(data, limits)
     with libtiff_messages() as messages:
         try:
-            pixels = _pixels(samples)
+            pixels, used_depth = _pixels(samples)
         except OSError as error:
             if messages.count and not isinstance(error, TimeoutError):
                 raise OSError(f"{error}; {messages}") from error
             raise
     if messages.count:
         raise Reject(RejectCode.CORRUPT, str(messages))
-    return DecodedImage(pixels, pixels.shape[1], pixels.shape[0], samples.format)
+    return DecodedImage(pixels, pixels.shape[1], pixels.shape[0], samples.format, samples.depth, used_depth)
 
 
 def _samples(data: bytes, limits: DecodeLimits) -> Samples:
@@ -174,8 +189,8 @@ def _samples(data: bytes, limits: DecodeLimits) -> Samples:
     return SAMPLES_OF[name](data, limits.num_pixels)
 
 
-def _pixels(samples: Samples) -> NDArray[np.uint8]:
-    """Upright RGB [H, W, 3]."""
+def _pixels(samples: Samples) -> tuple[NDArray[np.uint8], int]:
+    """Upright RGB [H, W, 3], and the bits of a sample that the image uses."""
     picture, is_half = _load(samples)
     pictures = [picture, _load(samples, low=True)[0]] if is_half else [picture]
     orientation = samples.orientation or orientation_of(picture.info.get("exif", b""))

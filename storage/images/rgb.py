@@ -20,11 +20,21 @@ TILE_PIXELS = 1 << 16
 DIRECT_MODES = {"1", "L", "RGB", "CMYK", "YCbCr"}
 ALPHA_MODES = {"LA", "RGBA"}
 DEEP_MODES = {"I;16", "I;16B", "I;16L", "I;16N"}
+NARROW_DEPTHS = (8, 10, 12, 14)
+"""Bits that cameras and scanners store in wider samples."""
 MODES_NEED = "8-bit, 16-bit grey, palette or CMYK"
 
 
-def as_rgb(pictures: Sequence[Image.Image], samples: Samples, orientation: int) -> Pixels:
-    """Upright RGB [H, W, 3], composited on white.
+def used_depth(brightest: int, depth: int) -> int:
+    """The bits that samples of `depth` bits use, if the greatest is `brightest`: one of `NARROW_DEPTHS`, or all.
+
+    Cameras write 12 bits into samples of 16. Scaled by the full range such an image is nearly black.
+    """
+    return next((bits for bits in NARROW_DEPTHS if bits < depth and 0 < brightest < 1 << bits), depth)
+
+
+def as_rgb(pictures: Sequence[Image.Image], samples: Samples, orientation: int) -> tuple[Pixels, int]:
+    """Upright RGB [H, W, 3], composited on white, and the bits of a sample that the image uses.
 
     `pictures`: the loaded picture, or its high and its low bytes if Pillow has no 16-bit mode for it. Raises Reject
     if a pixel has no colour or the mode is not read.
@@ -32,11 +42,17 @@ def as_rgb(pictures: Sequence[Image.Image], samples: Samples, orientation: int) 
     first = pictures[0]
     upright = np.empty((*_upright_size(first.size, orientation), 3), np.uint8)
     stored = _as_stored(upright, orientation)
-    reader = _PaletteReader(first, samples) if first.mode == "P" else _Reader(samples)
+    reader = _reader_of(pictures, samples)
     for box in _boxes(first.size):
         left, top, right, bottom = box
         stored[top:bottom, left:right] = reader.rgb([picture.crop(box) for picture in pictures])
-    return upright
+    return upright, reader.used_depth
+
+
+def _reader_of(pictures: Sequence[Image.Image], samples: Samples) -> "_Reader | _DeepReader | _PaletteReader":
+    if pictures[0].mode == "P":
+        return _PaletteReader(pictures[0], samples)
+    return _DeepReader(pictures, samples) if samples.depth > 8 else _Reader(samples)
 
 
 def _boxes(size: tuple[int, int]) -> Iterator[Box]:
@@ -64,20 +80,13 @@ def _as_stored(upright: Pixels, orientation: int) -> Pixels:
 
 
 class _Reader:
-    """Converts tiles of a picture that has no palette."""
+    """Converts tiles of a picture of at most 8 bits that has no palette."""
 
     def __init__(self, samples: Samples) -> None:
-        self.samples = samples
-        max_value = 2**samples.depth - 1
-        self.max_value = max_value
-        self.levels = (
-            np.rint(np.arange(max_value + 1) * (255 / max_value)).astype(np.uint8) if samples.depth > 8 else None
-        )
+        self.samples, self.used_depth = samples, samples.depth
 
     def rgb(self, tiles: Sequence[Image.Image]) -> Pixels:
         mode = tiles[0].mode
-        if self.levels is not None:
-            return self._from_deep(self._deep_values(tiles), self.levels, mode)
         if mode in ALPHA_MODES:
             return on_white(tiles[0], self.samples.is_premultiplied)
         if mode not in DIRECT_MODES:
@@ -101,39 +110,62 @@ class _Reader:
             values = values * np.uint8(255)
         return values == key[0] if values.ndim == 2 else (values == key).all(-1)
 
-    def _deep_values(self, tiles: Sequence[Image.Image]) -> NDArray[np.uint16]:
+
+class _DeepReader:
+    """Converts tiles of a picture of more than 8 bits. Samples that use fewer bits than they have are stretched."""
+
+    def __init__(self, pictures: Sequence[Image.Image], samples: Samples) -> None:
+        self.samples = samples
+        self.mode = pictures[0].mode
+        self.has_alpha = self.mode == "RGBA"
+        colours, alpha = self._brightest(pictures)
+        self.used_depth = samples.depth if self.mode == "CMYK" else used_depth(colours, samples.depth)
+        self.max_value = 2**self.used_depth - 1
+        """Of the colours; that of alpha is greater where alpha uses the full range."""
+        self.max_alpha = self.max_value if alpha <= self.max_value else 2**samples.depth - 1
+        self.levels = np.rint(np.arange(self.max_value + 1) * (255 / self.max_value)).astype(np.uint8)
+
+    def _brightest(self, pictures: Sequence[Image.Image]) -> tuple[int, int]:
+        """The greatest sample of the colours, and of alpha (0: there is none)."""
+        colours = alpha = 0
+        for box in _boxes(pictures[0].size):
+            values = self._values([picture.crop(box) for picture in pictures])
+            colours = max(colours, int((values[..., :-1] if self.has_alpha else values).max()))
+            alpha = max(alpha, int(values[..., -1].max())) if self.has_alpha else 0
+        return colours, alpha
+
+    def rgb(self, tiles: Sequence[Image.Image]) -> Pixels:
+        values = self._values(tiles)
+        if self.samples.is_white_zero:
+            values = self.max_value - values
+        if self.has_alpha:
+            return self._on_white(values.astype(np.float64))
+        eight = self.levels[values]
+        if self.samples.key is not None:
+            key = np.array(self.samples.key)
+            eight[values == key[0] if values.ndim == 2 else (values == key).all(-1)] = WHITE
+        if values.ndim == 2:
+            return np.repeat(eight[..., None], 3, axis=-1)
+        if self.mode == "CMYK":
+            return np.asarray(Image.frombytes("CMYK", eight.shape[1::-1], eight.tobytes()).convert("RGB"))
+        return eight
+
+    def _values(self, tiles: Sequence[Image.Image]) -> NDArray[np.uint16]:
         """Grey [H, W] or colours [H, W, C] in the file's own depth."""
-        if tiles[0].mode in DEEP_MODES:
+        if self.mode in DEEP_MODES:
             return np.asarray(tiles[0]).astype(np.uint16)
         first = np.asarray(tiles[0])
         if len(tiles) == 2:
             return _as_sixteen_bit(first, np.asarray(tiles[1]))
         return _as_sixteen_bit(first[..., ::2], first[..., 1::2])  # grey and alpha, each in two bytes
 
-    def _from_deep(self, values: NDArray[np.uint16], levels: Pixels, mode: str) -> Pixels:
-        if self.samples.is_white_zero:
-            values = self.max_value - values
-        if mode == "RGBA":
-            return self._deep_on_white(values.astype(np.float64))
-        eight = levels[values]
-        if self.samples.key is not None:
-            key = np.array(self.samples.key)
-            eight[values == key[0] if values.ndim == 2 else (values == key).all(-1)] = WHITE
-        if values.ndim == 2:
-            return np.repeat(eight[..., None], 3, axis=-1)
-        if mode == "CMYK":
-            return np.asarray(Image.frombytes("CMYK", eight.shape[1::-1], eight.tobytes()).convert("RGB"))
-        return eight
-
-    def _deep_on_white(self, values: NDArray[np.float64]) -> Pixels:
+    def _on_white(self, values: NDArray[np.float64]) -> Pixels:
         """RGB of grey or RGB with alpha, in the file's own depth."""
-        colours, alpha = values[..., :-1], values[..., -1:]
+        colours, alpha = values[..., :-1] / self.max_value, values[..., -1:] / self.max_alpha
         if not self.samples.is_premultiplied:
-            colours = colours * (alpha / self.max_value)
-        on_background = np.minimum(colours + self.max_value - alpha, self.max_value)
-        return np.broadcast_to(
-            np.rint(on_background * (255 / self.max_value)).astype(np.uint8), (*on_background.shape[:2], 3)
-        )
+            colours = colours * alpha
+        on_background = np.minimum(colours + 1 - alpha, 1)
+        return np.broadcast_to(np.rint(on_background * 255).astype(np.uint8), (*on_background.shape[:2], 3))
 
 
 def _as_sixteen_bit(high: Pixels, low: Pixels) -> NDArray[np.uint16]:
@@ -144,7 +176,7 @@ class _PaletteReader:
     """Converts tiles of palette indices with one table of colours, composited on white."""
 
     def __init__(self, picture: Image.Image, samples: Samples) -> None:
-        self.samples = samples
+        self.samples, self.used_depth = samples, samples.depth
         every = picture.crop((0, 0, 256, 1))
         every.putdata(range(256))
         self.table = (

@@ -79,7 +79,12 @@ SCHEMA = pa.schema(
         _field("error", pa.string(), "one sentence, at most 500 characters"),
         _field("sha256", pa.string(), "of the image's bytes, hex; null where there are none"),
         _field("num_bytes", pa.int64(), "length of the image's bytes"),
-        _field("format", pa.string(), "of the image, by content"),
+        _field(
+            "format",
+            pa.string(),
+            "of the image, by content; with a comma and what is odd: 12 of 16 bits (stretched to the full range), or "
+            "nearly black",
+        ),
         _field("width", pa.int32(), "pixels, upright"),
         _field("height", pa.int32(), "pixels, upright"),
         _field("label", pa.int32(), "ground-truth class index; null where unknown"),

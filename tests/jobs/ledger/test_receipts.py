@@ -36,6 +36,12 @@ def test_a_record_with_two_targets_counts_once_and_each_of_its_rows_is_measured(
     assert receipt.metrics == {"drop@p": {"sum": 30.0, "count": 2}, "increase@p": {"sum": 100.0, "count": 2}}
 
 
+def test_images_of_an_odd_range_are_counted_once_per_record():
+    kinds = ("PNG", "PNG, nearly black", "PNG, 12 of 16 bits")
+    rows = [{**row(index, target, 1.0, True), "format": kind} for index, kind in enumerate(kinds) for target in (0, 1)]
+    assert committed(*rows).odd_formats == {"PNG, 12 of 16 bits": 1, "PNG, nearly black": 1}
+
+
 def test_values_of_two_protocols_are_summed_apart():
     receipt = committed(row(0, 1, 10.0, True), row(1, 1, 20.0, True, protocol="q"))
     assert {name: own["sum"] for name, own in receipt.metrics.items()} == {

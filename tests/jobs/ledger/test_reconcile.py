@@ -2,7 +2,7 @@
 
 import io
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from shutil import copytree
 
 import pyarrow.parquet as pq
@@ -173,6 +173,15 @@ def test_a_receipt_that_says_something_else_is_seen(output, name):
     output.delete(receipt_key(unit.unit_id))
     write_receipt(output, replace(receipt, **{name: other.get(name, 999)}))
     assert [fault for fault in faults(output) if f": {name} is " in fault and "in its receipt" in fault]
+
+
+def test_a_receipt_of_an_older_version_lacks_counts_and_is_sound(output):
+    unit = existing_plan(output).units[0]
+    receipt = read_receipts(output, [unit])[unit.unit_id]
+    older = {name: value for name, value in asdict(receipt).items() if name != "odd_formats"}
+    output.put(receipt_key(unit.unit_id), json.dumps(older).encode())
+    assert faults(output) == []
+    assert read_job_state(output, load_plan(output)).counts("odd_formats") == {}
 
 
 def test_metric_means_do_not_depend_on_order(output):

@@ -211,8 +211,54 @@ def test_tiff_twelve_bits():
 
 
 def test_tiff_a_greatest_value_is_a_statistic_and_scales_nothing():
-    values = noise(12, 1)
+    values = noise(16, 1)
     assert np.array_equal(found(tiff(values, 16, 1, tags={281: [4095]})), grey(eight(values, 16)))
+
+
+def narrow(bits: int, num_samples: int) -> np.ndarray:
+    """Samples of which the greatest needs all of these bits."""
+    values = noise(bits, num_samples)
+    values[0, 0] = 2**bits - 1
+    return values
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14])
+def test_fewer_bits_in_samples_of_sixteen_are_stretched(bits):
+    values, colours, both = narrow(bits, 1), narrow(bits, 3), narrow(bits, 2)
+    wanted = grey(eight(values, bits))
+    for data in (png(values, 16, 0), tiff(values, 16, 1), tiff(values, 16, 1, ">")):
+        assert np.array_equal(found(data), wanted)
+        assert decode(data).kind.endswith(f", {bits} of 16 bits")
+    assert np.array_equal(found(tiff(values, 16, 0)), 255 - wanted)
+    for data in (png(colours, 16, 2), tiff(colours, 16, 2)):
+        assert np.array_equal(found(data), eight(colours, bits))
+    scaled = both / (2**bits - 1)
+    assert np.abs(found(png(both, 16, 4)) - grey(on_white(255 * scaled[..., :1], scaled[..., 1:]))).max() <= 0.501
+    opaque = np.concatenate([colours, np.full((HEIGHT, WIDTH, 1), 65535)], -1)
+    assert np.array_equal(found(png(opaque, 16, 6)), eight(colours, bits))
+
+
+def test_the_transparent_level_of_a_stretched_image_is_the_one_in_the_file():
+    values = narrow(12, 1)
+    key = chunk(b"tRNS", struct.pack(">H", int(values[3, 3, 0])))
+    wanted = np.where(grey(values) == values[3, 3, 0], 255, grey(eight(values, 12)))
+    assert np.array_equal(found(png(values, 16, 0, key)), wanted)
+
+
+@pytest.mark.parametrize("greatest", [0, 1 << 14, 1 << 15, 65535])
+def test_the_full_range_of_sixteen_bits_is_kept(greatest):
+    values = np.minimum(noise(16, 1), greatest)
+    values[0, 0] = greatest
+    for data in (png(values, 16, 0), tiff(values, 16, 1)):
+        assert np.array_equal(found(data), grey(eight(values, 16)))
+        assert "bits" not in decode(data).kind
+    inks = np.minimum(noise(12, 4), 4095)  # little ink is a bright picture, of any depth
+    assert np.abs(found(tiff(inks, 16, 5)) - inked(eight(inks, 16))).max() <= 1
+
+
+@pytest.mark.parametrize(("greatest", "kind"), [(31, "PNG, nearly black"), (32, "PNG")])
+def test_a_nearly_black_image_is_named(greatest, kind):
+    assert decode(png(np.minimum(noise(8, 3), greatest), 8, 2)).kind == kind
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
