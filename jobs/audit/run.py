@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
+from blocksight.jobs.audit.candidates import MAX_CANDIDATES, candidates
 from blocksight.jobs.audit.candidates import MIN_MAPS as LEAST_OF_CLASS
-from blocksight.jobs.audit.candidates import candidates
 from blocksight.jobs.audit.clusters import MIN_MAPS as LEAST_OF_CLUSTERED
 from blocksight.jobs.audit.clusters import NO_CLUSTER, ClassModel, class_model, clusters_of
 from blocksight.jobs.audit.oddities import KEPT, OddestMaps, with_clusters
 from blocksight.jobs.audit.result import AUDIT_KEY, ROWS_FOLDER, Audit, Shortcut, write_audit
 from blocksight.jobs.audit.samples import Sample
-from blocksight.jobs.audit.shortcuts import judged, suspects_of, tried
+from blocksight.jobs.audit.shortcuts import MEMBERS, OTHERS, judged, suspects_of, tried
 from blocksight.jobs.audit.stream import AuditScope, StreamResult, read_scratch, stream
-from blocksight.jobs.audit.trial import Trial
+from blocksight.jobs.audit.trial import RANDOM_REGIONS, Trial
 from blocksight.jobs.evaluate.evaluation import labels_of, read_class_map, region_of
 from blocksight.jobs.explain.step import load
 from blocksight.jobs.ledger.output import model_facts
@@ -70,6 +70,7 @@ def run_audit(asked: AuditRequest, console: Console) -> Audit:
     plan = existing_plan(store)
     scope = _scope(asked)
     trial = _trial(store, plan, asked) if asked.tries else None
+    console.print(_cost(plan, asked))
     with tempfile.TemporaryDirectory(prefix="blocksight-audit-") as folder:
         scratch = Path(folder)
         with progress(console, Tally(plan.num_records, None, verb="audit")) as update:
@@ -100,6 +101,15 @@ def run_audit(asked: AuditRequest, console: Console) -> Audit:
     )
     write_audit(store, audit)
     return audit
+
+
+def _cost(plan: Plan, asked: AuditRequest) -> str:
+    """What the audit will take, in a sentence."""
+    reads = f"cost: reads the maps of about {counted(plan.num_records, 'record')}"
+    if not asked.tries:
+        return reads
+    forwards = MAX_CANDIDATES * (MEMBERS + OTHERS) * (2 + RANDOM_REGIONS)  # each image as it is, changed, and by chance
+    return f"{reads}, then tries at most {MAX_CANDIDATES} regions on the model: at most {forwards:,} forwards"
 
 
 def _stream_maps(

@@ -101,7 +101,7 @@ def contenders(
     """
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
-        raise ConfigError(f"{', '.join(missing)} cannot be imported: pip install 'blocksight[peers]'")
+        raise ConfigError(f"{', '.join(missing)} cannot be imported: pip install '.[peers]'")
     same = windows or OcclusionParameters()
     found = [own for setting, forward in forwards for own in _ours(adapter, setting, forward, same)]
     for peer in PEERS:

@@ -13,6 +13,6 @@ def photographs() -> dict[str, bytes]:
     try:
         import skimage
     except ImportError as error:
-        raise ConfigError("the demo's photographs come with its extra: pip install 'blocksight[demo]'") from error
+        raise ConfigError("the demo's photographs come with its extra: pip install '.[demo]'") from error
     data = Path(str(skimage.__file__)).parent / "data"
     return {name: (data / name).read_bytes() for name in PHOTOGRAPHS}

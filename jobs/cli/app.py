@@ -1,8 +1,10 @@
 """The command line application: shared options, exit codes and the console."""
 
 import inspect
+import platform
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,11 +25,30 @@ app = typer.Typer(
     "dead units than the budget allows; 4 units are still open; "
     "5 the output is not what was planned; 6 the store cannot create an object once.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+VERSIONED = ("ray", "torch", "torchvision", "pyarrow", "numpy")
+"""Packages whose versions `--version` prints: a report of a fault needs them."""
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        packages = ", ".join(f"{name} {version(name)}" for name in VERSIONED)
+        sys.stdout.write(f"blocksight {version('blocksight')} (Python {platform.python_version()}, {packages})\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the versions and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 LOG_WIDTH = 140
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH)
 """As wide as the terminal; in a log or a pipe lines are not wrapped."""
@@ -128,16 +149,21 @@ JOB_OPTIONS: dict[str, Any] = {
 
 
 def takes_job(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command the options of a job, and calls it with the checked configuration and execution."""
+    """Gives a command the options of a job, and calls it with the checked configuration and execution.
+
+    Its keyword-only parameters are options of its own.
+    """
+    parameters = inspect.signature(command).parameters.values()
+    own = [parameter for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
 
     def run(**given: Any) -> None:
-        command(*job_of(given))
+        command(*job_of(given), **{parameter.name: given[parameter.name] for parameter in own})
 
     shared = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
         for name, kind in JOB_OPTIONS.items()
     ]
-    signature = inspect.Signature(shared)
+    signature = inspect.Signature([*shared, *own])
     run.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
     run.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
     run.__doc__ = command.__doc__

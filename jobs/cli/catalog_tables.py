@@ -2,8 +2,9 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields
+from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rich.console import Group, RenderableType
@@ -11,7 +12,8 @@ from rich.table import Table
 
 from blocksight.engine.catalog import entries
 from blocksight.engine.catalog.entries import RECONSTRUCTED
-from blocksight.jobs.cli.tables import grid_table
+from blocksight.jobs.cli.tables import facts_table, grid_table
+from blocksight.jobs.plan.config import ConfigError
 
 
 def catalog_table(what: str) -> RenderableType:
@@ -32,6 +34,22 @@ def catalog_table(what: str) -> RenderableType:
     )
     chosen = {name: own for name, own in entries.EXPLAINERS.items() if fields(own.parameters)}
     return Group(explainers, *_legend(), *(_parameters(name, own) for name, own in chosen.items()))
+
+
+def entry_table(what: str, name: str) -> RenderableType:
+    """One explainer with its parameters, one metric or one model. Raises ConfigError with the nearest names."""
+    known: Mapping[str, Any] = {"explainers": entries.EXPLAINERS, "metrics": entries.METRICS, "models": entries.MODELS}[
+        what
+    ]
+    if name not in known:
+        near = get_close_matches(name, known, n=3, cutoff=0.4) or list(known)
+        raise ConfigError(f"there is no {what[:-1]} {name!r}; nearest: {', '.join(near)}")
+    entry = known[name]
+    texts = [(field.name, getattr(entry, field.name)) for field in fields(entry)]
+    facts = facts_table([(field, text) for field, text in texts if isinstance(text, str) and text], name)
+    if what != "explainers" or not fields(entry.parameters):
+        return facts
+    return Group(facts, _parameters(name, entry))
 
 
 def _listed(name: str, entry: entries.ExplainerEntry) -> str:

@@ -16,7 +16,7 @@ from blocksight.jobs.cli.app import (
     existing,
     takes_job,
 )
-from blocksight.jobs.cli.job_tables import failure_line, job_state_table, letter_line, outcome_table, plan_table
+from blocksight.jobs.cli.job_tables import failure_line, job_state_table, letter_lines, outcome_table, plan_table
 from blocksight.jobs.ledger.reconcile import JobState, check, final_manifest, num_accepted, read_job_state
 from blocksight.jobs.ledger.reconcile import finalize as write_manifest
 from blocksight.jobs.ledger.retry import reopen
@@ -32,15 +32,28 @@ commands = typer.Typer()
 
 @commands.command()
 @takes_job
-def plan(job: JobConfig, execution: Execution) -> None:
-    """List the input, cut it into units, estimate the cost. Reads no image and writes nothing.
+def plan(
+    job: JobConfig,
+    execution: Execution,
+    *,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Explain a few images for about ten seconds, to say the time and the size.")
+    ] = False,
+) -> None:
+    """List the input, cut it into units, estimate the cost. Reads no image without --probe, and writes nothing.
 
-    Example: blocksight plan --data s3://bucket/images --output s3://bucket/maps
+    Example: blocksight plan --data s3://bucket/images --output s3://bucket/maps --probe
     """
     from blocksight.jobs.run.job import plan_job, workforce_of
 
     _, made = plan_job(job, execution)
-    console.print(plan_table(job, made, workforce_of(execution)))
+    workforce = workforce_of(execution)
+    if probe:
+        from blocksight.jobs.bench.benchmark import device_of
+        from blocksight.jobs.bench.quick import probe_cost
+
+        probe_cost(job, made, device_of("cuda" if workforce.on_gpu else "cpu"), console)
+    console.print(plan_table(job, made, workforce))
 
 
 @commands.command()
@@ -58,8 +71,8 @@ def explain(job: JobConfig, execution: Execution) -> None:
     console.print(outcome_table(job, outcome))
     for failure in outcome.ran.failures:
         console.print(failure_line(failure))
-    for letter in outcome.job_state.dead.values():
-        console.print(letter_line(letter))
+    for line in letter_lines(outcome.job_state.dead.values()):
+        console.print(line)
     if outcome.ran.stopped is not None:
         console.print(f"Stopped: {printable(outcome.ran.stopped)}.")
     if outcome.ran.is_hopeless and outcome.job_state.open_units:
@@ -87,8 +100,8 @@ def status(output: Existing, endpoint_url: Endpoint = None) -> None:
     store, made = existing(output, endpoint_url)
     job_state = read_job_state(store, made)
     console.print(job_state_table(output, job_state, planned_forward(store)))
-    for letter in job_state.dead.values():
-        console.print(letter_line(letter))
+    for line in letter_lines(job_state.dead.values()):
+        console.print(line)
     if job_state.open_units:
         raise typer.Exit(INCOMPLETE)
     _finished(store, job_state)
@@ -147,8 +160,8 @@ def retry(
     """Open dead units again, so that the next `explain` works on them."""
     store, made = existing(output, endpoint_url)
     reopened = reopen(store, made, cause)
-    for letter in reopened:
-        console.print(letter_line(letter))
+    for line in letter_lines(reopened):
+        console.print(line)
     console.print(f"{counted(len(reopened), 'unit')} open again." if reopened else "No dead unit to open.")
 
 

@@ -1,7 +1,7 @@
 """The tables that the commands of a job print: its plan, its state, its outcome."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -28,15 +28,15 @@ def plan_table(job: JobConfig, plan: Plan, workforce: Workforce) -> Table:
     """Units, records and the first estimate."""
     num_workers = workforce.num_workers
     cost = estimate(job, plan.num_records, on_gpu=workforce.on_gpu)
-    forwards, num_bytes, seconds = cost.forwards_per_record, cost.num_bytes, cost.seconds(num_workers)
-    basis = cost.basis
-    timing = "a guess: `blocksight bench` measures it"
+    forwards, num_bytes, basis = cost.forwards_per_record, cost.num_bytes, cost.basis
+    time = "not measured for this model here: `plan --probe` takes about ten seconds"
     measured = recall(job, "cuda" if workforce.on_gpu else "cpu")
     if measured is not None:
         forwards, num_bytes = measured.forwards_per_record, measured.bytes_per_record * plan.num_records
+        basis = f"measured here on {measured.day}"
         seconds = measured.seconds_per_record * plan.num_records / num_workers
-        basis = timing = f"measured by `bench` here on {measured.day}"
-    workers = counted(num_workers, "GPU" if workforce.on_gpu else "CPU core")
+        workers = counted(num_workers, "GPU" if workforce.on_gpu else "CPU core")
+        time = f"about {clock(seconds)} on {workers} ({basis})"
     about = "" if plan.is_exact else "about "
     ignored = ", ".join(f"{count} {printable(kind)}" for kind, count in sorted(plan.ignored.items()))
     rows = [
@@ -47,8 +47,8 @@ def plan_table(job: JobConfig, plan: Plan, workforce: Workforce) -> Table:
         ("units", f"{len(plan.units):,}"),
         *_first_pass(job, plan.num_records),
         ("forwards", f"about {forwards * plan.num_records:,.0f} ({forwards:,.0f} a record, {basis})"),
-        ("time", f"about {clock(seconds)} on {workers} ({timing})"),
-        ("output", f"about {size_text(num_bytes)}"),
+        ("time", time),
+        ("output", f"about {size_text(num_bytes)}" + ("" if measured is not None else " if the maps are smooth")),
         ("fingerprint", plan.fingerprint[:16]),
     ]
     return facts_table(rows, "plan (nothing was computed or written)")
@@ -103,10 +103,21 @@ def _dead(job_state: JobState) -> str:
     return f", {len(job_state.dead)} dead ({', '.join(f'{count} {cause}' for cause, count in causes.most_common())})"
 
 
-def letter_line(letter: DeadLetter) -> str:
-    """One line for a unit that was given up."""
-    where = f"unit {letter.ordinal} ({printable(letter.inputs)})"
-    return f"{where} is dead, {letter.cause} at {letter.stage}: {printable(letter.error)}"
+def letter_lines(letters: Iterable[DeadLetter]) -> Iterator[str]:
+    """A line for the units of one shard that were given up at the same step for the same cause; the first error."""
+    alike: dict[tuple[str, ...], list[DeadLetter]] = {}
+    for letter in letters:
+        alike.setdefault((letter.inputs, letter.cause, letter.stage), []).append(letter)
+    for own in alike.values():
+        units, verb = ("unit", "is") if len(own) == 1 else ("units", "are")
+        where = f"{units} {_ordinals(own)} ({printable(own[0].inputs)})"
+        yield f"{where} {verb} dead, {own[0].cause} at {own[0].stage}: {printable(own[0].error)}"
+
+
+def _ordinals(letters: Sequence[DeadLetter]) -> str:
+    """`1, 2, 3`, or `1, 2, 3 and 40 more`."""
+    shown = ", ".join(str(letter.ordinal) for letter in letters[:3])
+    return shown if len(letters) <= 3 else f"{shown} and {len(letters) - 3} more"
 
 
 def outcome_table(job: JobConfig, outcome: RunOutcome) -> Table:

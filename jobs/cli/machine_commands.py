@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 
 from blocksight.jobs.cli.app import BatchSize, Blocks, ClassMap, Endpoint, Limit, Parameters, Weights, console
 from blocksight.jobs.cli.bench_tables import benchmark_table, curve_table
-from blocksight.jobs.cli.catalog_tables import catalog_table
+from blocksight.jobs.cli.catalog_tables import catalog_table, entry_table
 from blocksight.jobs.plan.config import ConfigError, load_config, parse_parameters
 from blocksight.jobs.plan.text import counted, printable
 
@@ -146,6 +146,10 @@ def bank(
 @commands.command("list")
 def list_entries(
     what: Annotated[Literal["explainers", "metrics", "models"], typer.Argument(help="What to list.")],
+    name: Annotated[str | None, typer.Argument(help="One of them alone, with its parameters.")] = None,
 ) -> None:
-    """List explainers, metrics or models, with what they need and cost."""
-    console.print(catalog_table(what))
+    """List explainers, metrics or models, with what they need and cost.
+
+    Example: blocksight list explainers sise
+    """
+    console.print(catalog_table(what) if name is None else entry_table(what, name))

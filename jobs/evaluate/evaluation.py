@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -27,6 +28,8 @@ from blocksight.storage.stores.store import AlreadyExistsError, ObjectStore, Sto
 FOLDER = "evaluations/"
 NEEDS_TRUTH = ("ebpg", "miou", "bbox", "pointing")
 """Metrics that need ground truth."""
+COST = re.compile(r"(\d+) F(, shared)?")
+"""The beginning of a metric's cost in the catalogue, if it runs the model."""
 NEVER_IN_ALL = ("sanity",)
 """Metrics that explain each record several times: not part of `all`."""
 
@@ -73,6 +76,14 @@ class Evaluation:
         """True if the record belongs to the share."""
         number = int.from_bytes(hashlib.sha256(f"{self.seed}/{key}".encode()).digest()[:8], "big")
         return number < self.share * 2**64
+
+
+def forwards_per_map(metrics: Iterable[str]) -> int:
+    """Forward passes for one map at most; those that metrics share count once."""
+    costs = [COST.match(METRICS[name].cost) for name in metrics]
+    own = [int(cost[1]) for cost in costs if cost is not None and not cost[2]]
+    shared = {int(cost[1]) for cost in costs if cost is not None and cost[2]}
+    return sum(own) + sum(shared)
 
 
 def labels_of(class_map: ClassMap, target_index: int, target_name: str) -> set[str]:

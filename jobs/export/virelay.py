@@ -41,9 +41,7 @@ def check_installed() -> None:
     try:
         import h5py  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
-        raise ConfigError(
-            "a ViRelAy project is HDF5, and h5py is not installed: pip install 'blocksight[export]'"
-        ) from error
+        raise ConfigError("a ViRelAy project is HDF5, and h5py is not installed: pip install '.[export]'") from error
 
 
 def write(shown: Iterable[ExplainedRecord], records: ExplainedRecords, folder: Path) -> Sequence[str]:

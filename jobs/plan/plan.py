@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 import pyarrow as pa
 from pydantic import Field
@@ -64,6 +64,7 @@ class PlanDocument(TypedDict):
     num_bytes: Count
     num_records: Count
     ignored: dict[str, Count]
+    weights: NotRequired[str | None]
 
 
 class DriftError(ConfigError):
@@ -85,6 +86,8 @@ class Plan:
     """Exact for images and Parquet, an estimate for tar."""
     ignored: Mapping[str, int]
     """Numbers of objects that are no input, by extension, and of tables with an unread column, by column."""
+    weights: str | None = None
+    """Path or URI of the weights file that the job was planned with; its hash is in the identity."""
     troubles: Mapping[str, str] = field(default_factory=dict)
     """Why shards could not be read, by key; not stored."""
 
@@ -154,6 +157,7 @@ def make_plan(config: JobConfig, *, weights_sha256: str | None, workforce: Workf
         num_bytes=sum(info.size for info in used.values()),
         num_records=sum(piece.num_records for piece in cut),
         ignored={**found.ignored, **_unread_columns(cut)},
+        weights=None if weights_sha256 is None or config.weights is None else normal_place(config.weights),
         troubles={piece.objects[0].key: piece.trouble for piece in cut if piece.trouble is not None},
     )
 
@@ -273,6 +277,7 @@ def _plan_of(body: PlanDocument, units: tuple[Unit, ...]) -> Plan:
         body["num_bytes"],
         body["num_records"],
         body["ignored"],
+        body.get("weights"),
     )
 
 
@@ -296,6 +301,7 @@ def _plan_json(plan: Plan, units_key: str) -> bytes:
             "num_bytes": plan.num_bytes,
             "num_records": plan.num_records,
             "ignored": plan.ignored,
+            "weights": plan.weights,
         }
     )
 

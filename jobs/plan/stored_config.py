@@ -4,12 +4,19 @@ import hashlib
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from blocksight.engine.catalog.entries import factory_of
 from blocksight.jobs.plan.config import ConfigError, JobConfig, checked_config
+from blocksight.jobs.plan.context import sha256_of
 from blocksight.jobs.plan.plan import Plan
+from blocksight.storage.stores.locations import normal_place
+from blocksight.storage.stores.opening import open_file
+from blocksight.storage.stores.store import StoreError
 
+WEIGHTS_SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".tar"})
+"""An output's plan cannot have other files read."""
 SHA256_LENGTH = hashlib.sha256().digest_size * 2
 
 
@@ -26,13 +33,14 @@ class NamedModel:
 def config_of(plan: Plan, output: str, named: NamedModel) -> JobConfig:
     """The configuration of the job that made an output.
 
-    An output may come from a stranger. Its plan never chooses what is imported or which file is read: a model factory
-    (`package.module:factory`, also within `knn(...)`) and a weights file must be named again, and the model's name
-    must be that of the plan. Raises ConfigError with the option to type, or with both names.
+    An output may come from a stranger. Its plan never chooses what is imported: a model factory
+    (`package.module:factory`, also within `knn(...)`) must be named again, and the model's name must be that of the
+    plan. Weights are data: the file that the plan names is read if it has the plan's hash, and lies on this machine
+    or in the output's bucket. Raises ConfigError with the option to type, or with both names.
     """
     known = {name: plan.identity[name] for name in JobConfig.model_fields if name in plan.identity}
     model = _model(plan.identity, named.model)
-    weights = _weights(plan.identity["weights"], named.weights)
+    weights = _weights(plan, output, named)
     config = checked_config(
         {**known, "output": output, "endpoint_url": named.endpoint_url, "model": model, "weights": weights}
     )
@@ -56,12 +64,44 @@ def _model(identity: Mapping[str, Any], named: str | None) -> str:
     return stored
 
 
-def _weights(stored: str | None, named: str | None) -> str | None:
-    """The weights file as the user names it, or one of the model's own weight names, which is no path."""
-    if named is not None or stored is None:
-        return named
+def _weights(plan: Plan, output: str, named: NamedModel) -> str | None:
+    """The weights file as the user or the plan names it, or one of the model's own weight names, which is no path."""
+    stored = plan.identity["weights"]
+    if named.weights is not None or stored is None:
+        return named.weights
     if len(stored) == SHA256_LENGTH:
-        raise ConfigError(f"the model's weights came from a file (sha256 {stored[:16]}); name it with --weights")
+        missing = f"the model's weights came from a file (sha256 {stored[:16]})"
+        if plan.weights is None:
+            raise ConfigError(f"{missing}; name it with --weights")
+        if _sha256_at(plan.weights, output, named.endpoint_url) != stored:
+            raise ConfigError(f"{missing}, {plan.weights!r}, which is not there now; name it with --weights")
+        return plan.weights
     if not stored.isidentifier():
         raise ConfigError(f"the output names {stored!r} for weights, which is neither a name nor a hash of a file")
     return stored
+
+
+def _sha256_at(place: str, output: str, endpoint_url: str | None) -> str | None:
+    """The hash of a weights file on this machine or in the output's bucket; None if it cannot be read."""
+    if PurePosixPath(place).suffix.lower() not in WEIGHTS_SUFFIXES:
+        return None
+    if not place.startswith("s3://"):
+        return _local_sha256(Path(place))
+    if _bucket(place) != _bucket(normal_place(output)):
+        return None
+    store, name = open_file(place, endpoint_url)
+    try:
+        return sha256_of(store.read(name))
+    except StoreError:
+        return None
+
+
+def _local_sha256(file: Path) -> str | None:
+    if not file.is_file():  # a pipe or a device would never end
+        return None
+    with file.open("rb") as body:
+        return hashlib.file_digest(body, "sha256").hexdigest()
+
+
+def _bucket(place: str) -> str:
+    return place.removeprefix("s3://").partition("/")[0]

@@ -9,21 +9,25 @@ from typing import Literal
 from rich.console import Console
 
 from blocksight.cluster.sizing import Sizing
+from blocksight.engine.catalog.entries import CONTROLS
 from blocksight.jobs.evaluate.evaluation import (
     Evaluation,
     EvaluationContext,
     chosen_metrics,
     ensure_evaluation,
+    forwards_per_map,
     open_units,
     read_class_map,
 )
 from blocksight.jobs.ledger.stop_request import GO_ON, Stop, stopped_by_signals, unfinished_from
-from blocksight.jobs.plan.config import ConfigError, Execution
+from blocksight.jobs.plan.config import ConfigError, Execution, JobConfig
 from blocksight.jobs.plan.context import sha256_of, weights_bytes
+from blocksight.jobs.plan.machine_rates import recall
 from blocksight.jobs.plan.plan import ensure_model, existing_plan, refuse_drift
 from blocksight.jobs.plan.records import Evaluated, UnfinishedError, Unit, UnitFailure
 from blocksight.jobs.plan.stored_config import NamedModel, config_of
-from blocksight.jobs.run.job import check_model, check_stored_settings, context_of, session_of
+from blocksight.jobs.plan.text import clock, counted
+from blocksight.jobs.run.job import check_model, check_stored_settings, context_of, session_of, workforce_of
 from blocksight.jobs.worker.progress import Tally, progress
 from blocksight.storage.inputs.annotations import open_truth
 from blocksight.storage.inputs.ground_truth import Truth
@@ -88,6 +92,7 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
     _, facts = check_model(config, state, console)
     ensure_model(output, facts)  # raises if the maps were made with another model
     check_stored_settings(output, config)
+    console.print(_cost(evaluation, config, units, execution))
     stop = Stop(output, f"evaluate-{uuid.uuid4().hex[:8]}")
     with session_of(execution) as sizing, stopped_by_signals(stop, cuts_off=sizing is None):
         context = EvaluationContext(context_of(config, plan, facts, sizing, execution), evaluation, folder, truth)
@@ -98,6 +103,21 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
     except StoreError as error:
         raise UnfinishedError(f"{error}; {GO_ON}") from error
     return EvaluationOutcome(folder, num_open, done, failures, stop.reason)
+
+
+def _cost(evaluation: Evaluation, config: JobConfig, units: Sequence[Unit], execution: Execution) -> str:
+    """What the open units of an evaluation will take, in a sentence."""
+    num_maps = round(sum(unit.num_records for unit in units) * evaluation.share) * config.target_choice.count
+    num_maps *= 1 + len(CONTROLS) * evaluation.controls
+    per_map = forwards_per_map(evaluation.metrics)
+    text = f"cost: about {num_maps:,} maps, at most {counted(per_map, 'forward')} each"
+    workforce = workforce_of(execution)
+    measured = recall(config, "cuda" if workforce.on_gpu else "cpu")
+    if measured is None or not measured.forwards_per_record:
+        return f"{text}; the time is not measured for this model here (`blocksight plan --probe`)"
+    seconds = num_maps * per_map * measured.seconds_per_record / measured.forwards_per_record / workforce.num_workers
+    workers = counted(workforce.num_workers, "GPU" if workforce.on_gpu else "CPU core")
+    return f"{text}: about {clock(seconds)} on {workers} (measured here on {measured.day})"
 
 
 def _evaluation(asked: EvaluationRequest, truth: Truth | None) -> Evaluation:

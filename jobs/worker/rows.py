@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from blocksight.storage.stores.store import ObjectStore, StoreError
 
 PICTURE_SIDE = 448
 """Longer side of a rendered picture, in pixels."""
+NEAREST, MAX_COMPARED = 3, 20_000
+"""Keys that are suggested for one that is not there, and keys that are compared with it: about a second."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,25 @@ def refuse_other_inputs(outputs: Sequence[Output]) -> None:
 
 
 def rows_of(store: ObjectStore, plan: Plan, key: str) -> list[dict[str, Any]]:
-    """All rows of the record with this key, from the fragments that may hold it. Raises ConfigError."""
+    """All rows of the record with this key, from the fragments that may hold it.
+
+    Raises ConfigError with the nearest keys.
+    """
     found = list(rows_with(store, plan, {key}))
     if not found:
-        raise ConfigError(f"no record {key!r} in {store.uri}; the keys are in the column `key` of its data/ folder")
+        nearest = ", ".join(map(repr, nearest_keys(store, key))) or "none"
+        raise ConfigError(f"no record {key!r} in {store.uri}; nearest: {nearest} (the column `key` has them all)")
     return found
+
+
+def nearest_keys(store: ObjectStore, key: str) -> list[str]:
+    """The stored keys that are most like this one, at most `NEAREST`, of the first `MAX_COMPARED`."""
+    keys: list[str] = []
+    for info in store.list("data/"):
+        keys += fragment_of(store, info.key).column("key").to_pylist()
+        if len(keys) > MAX_COMPARED:
+            break
+    return get_close_matches(key, dict.fromkeys(keys[:MAX_COMPARED]), n=NEAREST, cutoff=0.5)
 
 
 def rows_with(store: ObjectStore, plan: Plan, keys: Collection[str]) -> Iterator[dict[str, Any]]:

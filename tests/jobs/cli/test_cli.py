@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from functools import cache
+from importlib.metadata import version
 
 import pytest
 from rich.console import Console
@@ -64,6 +65,30 @@ def test_plan_computes_and_writes_nothing(finished, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_plan_says_what_is_not_measured_until_it_is_probed(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("blocksight.jobs.bench.quick.PROBE_SECONDS", 0.0)
+    asked = ("plan", "--data", finished / "in", "--output", tmp_path / "out", "--model", MODEL)
+    assert "not measured for this model here" in blocksight(*asked).stdout
+    probed = blocksight(*asked, "--probe").stdout
+    assert "not measured" not in probed
+    assert "measured here on" in probed
+    assert blocksight(*asked).stdout == probed
+    assert "ten seconds" not in probed
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_versions_are_those_of_the_packages():
+    done = blocksight("--version")
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"blocksight {version('blocksight')} (Python ")
+    assert f"torch {version('torch')}" in done.stdout
+
+
+def test_a_shell_can_complete_commands_and_options():
+    assert "--show-completion" in blocksight("--help").stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -76,6 +101,7 @@ def test_plan_computes_and_writes_nothing(finished, tmp_path):
         (["plan", "--data", "{in}"], "--output must be given"),
         (["status", "{in}"], "there is no blocksight output"),
         (["show", "{out}", "unknown-key"], "no record 'unknown-key'"),
+        (["show", "{out}", "ant/00.png"], "'ant/000.png', "),
         (["plan", "--data", "gs://b/x", "--output", "{new}"], "gs:// is not known"),
         (["explain", "--data", "{in}", "--output", "{new}", "--weights", "no/where.pt"], "there is no file"),
         (["explain", "--data", "{in}", "--output", "{new}", "--weights", "nofile"], "has no weights with a name"),
@@ -144,6 +170,11 @@ def test_show_writes_a_picture_and_lists_say_what_there_is(finished, tmp_path):
     assert (tmp_path / f"{file_name('ant/000.png')}.map.png").exists()
     for what, name in (("explainers", "sise"), ("metrics", "drop"), ("models", "efficientnet_lite0")):
         assert name in blocksight("list", what).stdout
+        assert name in blocksight("list", what, name).stdout
+        near = blocksight("list", what, name[:-1])
+        assert (near.returncode, name in near.stderr) == (2, True)
+    assert "mu" in blocksight("list", "explainers", "sise").stdout
+    assert "num_masks" not in blocksight("list", "explainers", "sise").stdout
 
 
 def test_a_resumed_command_line_is_a_no_op(finished):

@@ -209,12 +209,13 @@ def test_a_picture_that_cannot_be_drawn_is_refused(data, tmp_path):
         sheet(tmp_path / "sise", "bee/001.png", path, blocks=True)
 
 
-def test_a_weights_file_must_be_named_again(data, tmp_path, drawn):
+def test_a_weights_file_that_has_moved_must_be_named_again(data, tmp_path, drawn):
     state = {name: tensor.contiguous() for name, tensor in make(seed=3).module.state_dict().items()}
     save_file(state, tmp_path / "right.safetensors")
     save_file({name: 2 * tensor for name, tensor in state.items()}, tmp_path / "wrong.safetensors")
     factory = {"model": MODEL, "weights": str(tmp_path / "right.safetensors")}
     run_here(data, tmp_path / "out", **factory)
+    (tmp_path / "right.safetensors").rename(tmp_path / "moved.safetensors")
     with pytest.raises(ConfigError, match=r"came from a file.*name it with --weights"):
         sheet(tmp_path / "out", "ant/000.png", tmp_path / "sheet.png", blocks=True)
     with pytest.raises(DriftError, match="weights"):
@@ -225,8 +226,16 @@ def test_a_weights_file_must_be_named_again(data, tmp_path, drawn):
             blocks=True,
             weights=str(tmp_path / "wrong.safetensors"),
         )
-    sheet(tmp_path / "out", "ant/000.png", tmp_path / "sheet.png", blocks=True, weights=factory["weights"])
+    sheet(
+        tmp_path / "out",
+        "ant/000.png",
+        tmp_path / "sheet.png",
+        blocks=True,
+        weights=str(tmp_path / "moved.safetensors"),
+    )
     assert captions(drawn[-1])[-1].endswith("the fused map equals it")
+    (tmp_path / "moved.safetensors").rename(tmp_path / "right.safetensors")
+    sheet(tmp_path / "out", "ant/000.png", tmp_path / "sheet.png", blocks=True)
 
 
 def test_a_rejected_record_has_no_sheet(data, tmp_path):

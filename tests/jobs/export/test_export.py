@@ -273,10 +273,11 @@ def weights_file(path, seed):
     return path
 
 
-def test_quantus_asks_for_the_weights_file_again(tmp_path):
+def test_quantus_asks_for_a_weights_file_that_has_moved(tmp_path):
     weights = weights_file(tmp_path / "w.safetensors", 3)
     data = folder_of_images(tmp_path / "in", 2, bad=False)
     run_here(data, tmp_path / "out", explainer="gradcam", weights=str(weights))
+    weights = weights.rename(tmp_path / "moved.safetensors")
     with pytest.raises(ConfigError, match="name it with --weights"):
         exported(tmp_path / "out", "quantus", tmp_path / "x")
     other = weights_file(tmp_path / "other.safetensors", 4)

@@ -1,7 +1,9 @@
 """An output's plan can choose no import and no file to read."""
 
 import ast
+import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -128,6 +130,52 @@ def test_no_file_is_read_because_an_output_names_it(made, tmp_path, weights):
     place = with_configuration(made, tmp_path / "out", model="torchvision:resnet18", weights=weights)
     with pytest.raises(ConfigError, match=r"name it with --weights|neither a name nor a hash"):
         config_of(existing_plan(LocalStore(place)), str(place), NamedModel())
+
+
+@pytest.fixture
+def with_weights(made, tmp_path):
+    """Makes an output whose weights came from a file of this body, and whose plan names a place for it."""
+
+    def make(place, body):
+        out = with_configuration(
+            made, tmp_path / "out", model="torchvision:resnet18", weights=hashlib.sha256(body).hexdigest()
+        )
+        plan = json.loads((out / PLAN_KEY).read_text())
+        (out / PLAN_KEY).write_text(json.dumps({**plan, "weights": str(place)}))
+        return lambda: config_of(existing_plan(LocalStore(out)), str(out), NamedModel()).weights
+
+    return make
+
+
+def test_the_weights_that_a_plan_names_are_read_if_their_hash_is_the_plans(with_weights, tmp_path):
+    file = tmp_path / "w.pt"
+    weights = with_weights(file, b"weights")
+    file.write_bytes(b"weights")
+    assert weights() == str(file)
+    file.write_bytes(b"others")
+    with pytest.raises(ConfigError, match=r"w\.pt', which is not there now; name it with --weights"):
+        weights()
+    file.unlink()
+    with pytest.raises(ConfigError, match="name it with --weights"):
+        weights()
+
+
+def test_a_plan_names_no_other_file(with_weights, tmp_path, monkeypatch):
+    (tmp_path / "secret.txt").write_bytes(b"weights")
+    with pytest.raises(ConfigError, match="name it with --weights"):
+        with_weights(tmp_path / "secret.txt", b"weights")()
+
+
+def test_a_plan_names_no_pipe_that_is_waited_for(with_weights, tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.raises(ConfigError, match="name it with --weights"):
+        with_weights(tmp_path / "pipe.pt", b"weights")()
+
+
+def test_a_plan_names_no_other_bucket(with_weights, monkeypatch):
+    monkeypatch.setattr("blocksight.jobs.plan.stored_config.open_file", None)
+    with pytest.raises(ConfigError, match="name it with --weights"):
+        with_weights("s3://other/w.pt", b"weights")()
 
 
 def test_a_name_of_weights_is_no_file_that_lies_here(made, tmp_path, monkeypatch):
