@@ -466,8 +466,8 @@ def _classes(target: Target) -> Tensor:
 
 
 def _ranks(logits: Tensor, classes: Tensor) -> Tensor:
-    """The classes' ranks [N, T] by descending logits; of equal logits the lower class number is first."""
-    return logits.argsort(dim=1, descending=True, stable=True).argsort(dim=1).gather(1, classes)
+    """The classes' ranks [N, T] by descending logits, from 1; of equal logits the lower class number is first."""
+    return logits.argsort(dim=1, descending=True, stable=True).argsort(dim=1).gather(1, classes) + 1
 
 
 def _as_bytes(header: Mapping[str, Any]) -> Tensor:

@@ -256,7 +256,7 @@ class FidelityBench:
             images.target.of(torch.tensor(chosen)),
             saliency=[[stored(one.saliency_hw)] for one in own],
             scores=[[one.score] for one in own],
-            ranks=[[0]] * len(chosen),
+            ranks=[[1]] * len(chosen),
             regions=[[images.regions[place]] for place in chosen],
             seeds=[images.seeds[place] for place in chosen],
             explainer_seeds=[images.seeds[place] for place in chosen],

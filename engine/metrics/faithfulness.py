@@ -237,7 +237,7 @@ class Agreement(Curve):
         return TopClass(maps.target.classes)
 
     def undefined_reason(self, maps: Maps, image: int, index: int) -> str | None:
-        if maps.ranks[image][index] != 0:
+        if maps.ranks[image][index] != 1:
             return "the target is not the prediction"
         return super().undefined_reason(maps, image, index)
 

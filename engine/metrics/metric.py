@@ -48,7 +48,7 @@ class Maps:
     scores: Sequence[Sequence[float]]
     """The targets' scores on the whole images."""
     ranks: Sequence[Sequence[int]]
-    """The targets' places among the model's classes; 0 is the prediction."""
+    """The targets' places among the model's classes; 1 is the prediction."""
     regions: Sequence[Sequence[Region | str | None]]
     """The targets' regions; None if not given, or the reason as text if the given region cannot be used."""
     seeds: Sequence[int]

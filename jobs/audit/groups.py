@@ -88,9 +88,9 @@ class Roster:
     def of(cls, table: pa.Table) -> "Roster":
         """The roster of a census's table of all rows."""
         maps = table.filter(pc.field("status") == OK)
-        top = maps.filter(pc.field("target_rank") == 0)
+        top = maps.filter(pc.field("target_rank") == 1)
         is_same = pc.field("label") == pc.field("target_index")
-        is_own = (pc.field("target_rank") == 0) | (pc.field("target_source") == "label")
+        is_own = (pc.field("target_rank") == 1) | (pc.field("target_source") == "label")
         kinds = {
             "class": _ranked(maps.filter(is_own), ["label_name"]),
             "predicted": _ranked(top, ["target_name"]),
@@ -126,12 +126,12 @@ class Roster:
 
 def is_own_class(target_source: str, target_rank: int) -> bool:
     """Whether a map explains its record's prediction or label, and not a further target."""
-    return target_rank == 0 or target_source == "label"
+    return target_rank == 1 or target_source == "label"
 
 
 def is_right(label: int | None, target_index: int, target_rank: int) -> bool | None:
     """Whether the explained class is the prediction and the label; None if no label is known."""
-    return None if label is None else target_rank == 0 and label == target_index
+    return None if label is None else target_rank == 1 and label == target_index
 
 
 def _groups_of(
@@ -144,11 +144,11 @@ def _groups_of(
 ) -> tuple[GroupName | None, ...]:
     """The groups that a map belongs to, one per kind; None for a kind without one."""
     is_own = is_own_class(target_source, target_rank)
-    is_pair = target_rank == 0 and label is not None and label != target_index
+    is_pair = target_rank == 1 and label is not None and label != target_index
     return (
         GroupName("all", None, None),
         GroupName("class", label_name, None) if label_name is not None and is_own else None,
-        GroupName("predicted", None, target_name) if target_rank == 0 else None,
+        GroupName("predicted", None, target_name) if target_rank == 1 else None,
         GroupName("pair", label_name, target_name) if is_pair else None,
     )
 

@@ -282,9 +282,11 @@ class ExplainStep:
         ranks = [ranks_of(logits[index], target.classes[place].tolist()) for place, index in enumerate(usable)]
         values = self.metric.evaluate(as_maps(inputs[usable], target, explanations, ranks, seeds))
         for place, index in enumerate(usable):
-            outcome[index] = self._outcome(
+            own = self._outcome(
                 target.classes[place].tolist(), ranks[place], explanations[place], values[place], doubts[place]
             )
+            label_rank = self._label_rank(records[index], logits[index])
+            outcome[index] = own if isinstance(own, Reject) else [{**row, "label_rank": label_rank} for row in own]
         return outcome
 
     def _inputs_and_targets(
@@ -311,6 +313,11 @@ class ExplainStep:
             seeds = [seed_of(self.context.config, records[index].key) for index in first]
             learner.see(inputs[chosen.to(inputs.device)], target, seeds)
         return len(first)
+
+    def _label_rank(self, record: RecordFacts, logits: Tensor) -> int | None:
+        """The label's place among the classes, from 1; None if the label is unknown."""
+        label = self.labels.index(record.label)
+        return None if label is None else ranks_of(logits, [label])[0]
 
     def _doubts(self, record: RecordFacts, logits: Tensor) -> tuple[str, ...]:
         """The reasons for full SISE, if the fidelity is `auto`."""
@@ -444,9 +451,9 @@ def number_of(*parts: object) -> int:
 
 
 def ranks_of(logits: Tensor, classes: Sequence[int]) -> list[int]:
-    """The rank of each class among one image's logits, 0 is the highest (ties: the lower index)."""
+    """The rank of each class among one image's logits, 1 is the highest (ties: the lower index)."""
     places = logits.argsort(descending=True, stable=True).argsort()
-    return [int(places[index]) for index in classes]
+    return [int(places[index]) + 1 for index in classes]
 
 
 def as_maps(

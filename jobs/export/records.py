@@ -50,7 +50,7 @@ class ExplainedRecord:
     @property
     def prediction(self) -> Row | None:
         """The row of the predicted class; None if that class is not explained."""
-        return next((one.row for one in self.maps if one.row["target_rank"] == 0), None)
+        return next((one.row for one in self.maps if one.row["target_rank"] == 1), None)
 
 
 class ExplainedRecords:

@@ -25,7 +25,7 @@ from blocksight.jobs.plan.documents import damaged
 from blocksight.jobs.plan.plan import existing_plan
 from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.jobs.plan.text import counted, printable
-from blocksight.storage.outputs.schema import EVALUATION, OK, RECORD_COLUMNS, REJECTED, SCHEMA
+from blocksight.storage.outputs.schema import EVALUATION, OK, RANKS_FROM_0, RECORD_COLUMNS, REJECTED, SCHEMA
 from blocksight.storage.stores.locations import S3, normal_place
 from blocksight.storage.stores.opening import open_store
 from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore
@@ -156,7 +156,7 @@ def _views(store: ObjectStore) -> dict[str, str]:
     """The statements of all views but `metrics`, by view."""
     data = _source(store, "data/", "data/*.parquet", SCHEMA)
     views = {
-        "maps": f"SELECT * FROM {data} WHERE status = '{OK}'",
+        "maps": f"SELECT {_columns_now(store)} FROM {data} WHERE status = '{OK}'",
         "rejects": f"SELECT {', '.join(map(_name, RECORD_COLUMNS))} FROM {data} WHERE status = '{REJECTED}'",
         "values": f"{_explained(data)}\nUNION ALL BY NAME\n{_evaluated(store)}",
     }
@@ -167,6 +167,12 @@ def _views(store: ObjectStore) -> dict[str, str]:
             "audit_clusters": f"SELECT * FROM {_source(store, CLUSTERS_KEY, CLUSTERS_KEY, CLUSTERS)}",
         }
     return {name: _view(name, query) for name, query in views.items()}
+
+
+def _columns_now(store: ObjectStore) -> str:
+    """The columns of the rows as they are named and counted today, also of an older output: ranks from 1."""
+    has_old_ranks = existing_plan(store).identity["schema"] == RANKS_FROM_0
+    return "* REPLACE (target_rank + 1 AS target_rank), NULL::INTEGER AS label_rank" if has_old_ranks else "*"
 
 
 def _view(name: str, query: str) -> str:

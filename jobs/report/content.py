@@ -373,7 +373,7 @@ def _details(audit: Audit | None) -> dict[Ref, list[Fact]]:
 def _row_facts(row: Mapping[str, Any], ranked: Mapping[str, Fact]) -> Iterator[Fact]:
     yield Fact("record", row["key"])
     yield Fact("explained class", class_name(row["target_name"], row["target_index"]), f"number {row['target_index']}")
-    yield Fact("score", f"{row['score']:.3f}", f"probability, rank {row['target_rank'] + 1} of the model's classes")
+    yield Fact("score", f"{row['score']:.3f}", f"probability, rank {row['target_rank']} of the model's classes")
     yield Fact("label", row["label_name"] or "not known")
     metrics = row["metrics"] or {}
     if metrics.get("drop") is not None:

@@ -43,8 +43,8 @@ class Record:
     def is_right(self) -> bool | None:
         """Whether the prediction is the label; None if the label is unknown, or no row shows the prediction."""
         for row in self.rows.values():
-            if row["label"] is not None and (row["target_rank"] == 0 or row["target_index"] == row["label"]):
-                return row["target_rank"] == 0 and row["target_index"] == row["label"]
+            if row["label"] is not None and (row["target_rank"] == 1 or row["target_index"] == row["label"]):
+                return row["target_rank"] == 1 and row["target_index"] == row["label"]
         return None
 
 

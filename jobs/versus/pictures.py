@@ -92,4 +92,4 @@ def _tiles(row: Mapping[str, Any], a: Shown, b: Shown) -> list[Tile]:
 
 def _score_text(row: Mapping[str, Any], which: str) -> str:
     verdict = {True: ", right", False: ", wrong", None: ""}[row[f"is_right_{which}"]]
-    return f"score {row[f'score_{which}']:.3f}, place {row[f'rank_{which}'] + 1}{verdict}"
+    return f"score {row[f'score_{which}']:.3f}, rank {row[f'rank_{which}']}{verdict}"

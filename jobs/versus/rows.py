@@ -16,8 +16,8 @@ from blocksight.storage.outputs.pictures import resized
 
 SCORE_FELL = 0.2
 """Without a label, a record regressed if its target's probability falls by this much or more."""
-RANK_FELL = 5
-"""Without a label, a record also regressed if A's prediction falls to this rank (from 0) or below."""
+RANK_FELL = 6
+"""Without a label, a record also regressed if A's prediction falls to this rank or below."""
 LEVELS = 255
 
 MEASURES = {
@@ -35,7 +35,7 @@ MEASURES = {
 
 JUDGEMENTS = {
     "regressed": f"judged by label: A is right and B is wrong; by score: it fell by {SCORE_FELL} or more, or A's "
-    f"prediction has place {RANK_FELL} or worse, from 0, under B",
+    f"prediction has rank {RANK_FELL} or worse under B",
     "improved": "the reverse",
     "looks_elsewhere": "`spearman` is unusually low, by the rule that stands in `summary.json`; null: a flat map",
     "regressed_and_looks_elsewhere": "both; null: a flat map",
@@ -52,7 +52,7 @@ KINDS: dict[str, tuple[pa.DataType, str]] = {
     "target_name": (pa.string(), "its name under A"),
     "score_a": (pa.float64(), "softmax probability of the target under A, 0 to 1"),
     "score_b": (pa.float64(), "and under B"),
-    "rank_a": (pa.int32(), "place of the target among A's classes, 0 is the prediction"),
+    "rank_a": (pa.int32(), "place of the target among A's classes, 1 is the prediction"),
     "rank_b": (pa.int32(), "and among B's"),
     "is_right_a": (pa.bool_(), "A's prediction is the label; null where nothing tells"),
     "is_right_b": (pa.bool_(), "B's prediction is"),
@@ -107,7 +107,7 @@ def _fell(before: Row, after: Row, was_right: bool | None, is_right: bool | None
     """Whether the record regressed: judged by the label, or without one by the target's score and rank."""
     if was_right is not None and is_right is not None:
         return was_right and not is_right
-    rank_fell = before["target_rank"] == 0 and after["target_rank"] >= RANK_FELL
+    rank_fell = before["target_rank"] == 1 and after["target_rank"] >= RANK_FELL
     return before["score"] - after["score"] >= SCORE_FELL or rank_fell
 
 

@@ -1,9 +1,10 @@
 """Encodes a fragment's rows as the bytes of one Parquet object, always the same bytes, and reads them back."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from blocksight.storage.limits import MAX_FRAGMENT_BYTES
@@ -11,6 +12,12 @@ from blocksight.storage.outputs.schema import SCHEMA
 from blocksight.storage.parquet.reader import checked_columns, parquet_bytes, parquet_object
 from blocksight.storage.parquet.rows import table_of_rows
 from blocksight.storage.stores.store import DamagedError, ObjectInfo, ObjectStore
+
+Rows = TypeVar("Rows", pa.Table, pa.RecordBatch)
+
+LABEL_RANK = "label_rank"
+SCHEMA_3 = pa.schema([field for field in SCHEMA if field.name != LABEL_RANK])
+"""The columns of outputs from before the schema's version 4: no rank of the label, and ranks from 0."""
 
 ROW_GROUP_ROWS = 1024
 """Rows per row group: about 6 MB of maps, so a reader can load a few columns of a few records."""
@@ -51,8 +58,11 @@ def read_rows(data: bytes, schema: pa.Schema, where: str, columns: Sequence[str]
     """
     if len(data) > MAX_FRAGMENT_BYTES:
         raise DamagedError(f"{where} has {len(data)} bytes or more, at most {MAX_FRAGMENT_BYTES} are read")
-    table = checked_columns(parquet_bytes(data, where), schema)
-    return table.table(schema.names if columns is None else columns, schema)
+    table = parquet_bytes(data, where)
+    wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns], schema.metadata)
+    if schema is not SCHEMA or LABEL_RANK in table.names:
+        return checked_columns(table, schema).table(wanted.names, schema)
+    return _upgraded(checked_columns(table, SCHEMA_3).table(_stored_names(wanted), schema), wanted)
 
 
 def fragment_batches(
@@ -65,10 +75,31 @@ def fragment_batches(
     """
     wanted = pa.schema([SCHEMA.field(name) for name in columns])
     try:
-        table = checked_columns(parquet_object(store, info, window_bytes), SCHEMA)
-        for _, batch in table.rows(columns, batch_rows):
-            yield batch.select(list(columns)).cast(wanted)
+        table = parquet_object(store, info, window_bytes)
+        is_now = LABEL_RANK in table.names
+        checked_columns(table, SCHEMA if is_now else SCHEMA_3)
+        stored = list(wanted.names if is_now else _stored_names(wanted))
+        for _, batch in table.rows(stored, batch_rows):
+            found = batch.select(stored).cast(pa.schema([SCHEMA.field(name) for name in stored]))
+            yield found if is_now else _upgraded(found, wanted)
     except (DamagedError, pa.ArrowException) as error:
         raise DamagedError(
             f"{store.uri}/{info.key} is no readable fragment, `blocksight verify` says more: {error}"
         ) from error
+
+
+def _stored_names(wanted: pa.Schema) -> list[str]:
+    """Those of the wanted columns that a fragment of `SCHEMA_3` has."""
+    return [name for name in wanted.names if name != LABEL_RANK]
+
+
+def _upgraded(rows: Rows, wanted: pa.Schema) -> Rows:
+    """Rows of a fragment of `SCHEMA_3` in today's columns: ranks from 1, the label's rank unknown."""
+
+    def column(name: str) -> pa.Array | pa.ChunkedArray:
+        if name == LABEL_RANK:
+            return pa.nulls(rows.num_rows, pa.int32())
+        own = rows.column(name)
+        return pc.add(own, pa.scalar(1, pa.int32())) if name == "target_rank" else own
+
+    return type(rows).from_arrays([column(name) for name in wanted.names], schema=wanted)

@@ -2,8 +2,10 @@
 
 import pyarrow as pa
 
-SCHEMA_VERSION = "3"
+SCHEMA_VERSION = "4"
 """Increase it whenever a column changes its name, type or meaning."""
+RANKS_FROM_0 = "3"
+"""The version whose `target_rank` begins at 0, and that has no `label_rank`. Readers add both."""
 
 
 def _field(name: str, kind: pa.DataType, meaning: str, *, nullable: bool = True) -> pa.Field:
@@ -92,7 +94,8 @@ SCHEMA = pa.schema(
         _field("target_index", pa.int32(), "class that is explained"),
         _field("target_name", pa.string(), "its name"),
         _field("target_source", pa.string(), "how it was chosen: predicted, label, top or given"),
-        _field("target_rank", pa.int32(), "place of the target among the model's classes, 0 is the prediction"),
+        _field("target_rank", pa.int32(), "place of the target among the model's classes, 1 is the prediction"),
+        _field("label_rank", pa.int32(), "place of the label among them; null where the label is unknown"),
         _field("score", pa.float64(), "softmax probability of the target on the whole image, 0 to 1"),
         _field("explainer", pa.string(), "registered name"),
         _field("parameters", pa.string(), "hash of the explainer's parameters, the model and its blocks"),

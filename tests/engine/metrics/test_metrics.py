@@ -52,7 +52,7 @@ def maps_of(adapter, inputs, classes, saliency, *, regions=None, seeds=None):
         ClassProbability(torch.tensor(classes)),
         saliency,
         [[float(chances[image, index]) for index in own] for image, own in enumerate(classes)],
-        [[int((logits[image] > logits[image, index]).sum()) for index in own] for image, own in enumerate(classes)],
+        [[1 + int((logits[image] > logits[image, index]).sum()) for index in own] for image, own in enumerate(classes)],
         regions or [[None] * len(own) for own in classes],
         seeds or [0] * len(inputs),
         [0] * len(inputs),

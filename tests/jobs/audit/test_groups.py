@@ -27,7 +27,7 @@ ALL = GroupName("all", None, None)
 TYPES = pa.schema([SCHEMA.field(name) for name in CENSUS_COLUMNS])
 
 
-def row(label=None, target=0, rank=0, status="ok", label_name=None, source="top"):
+def row(label=None, target=0, rank=1, status="ok", label_name=None, source="top"):
     """A row's small columns; the class names follow from the numbers."""
     known = f"label {label}" if label is not None else None
     return {
@@ -56,8 +56,8 @@ ROWS = [
     row(1, 1),
     row(1, 1),
     row(1, 2),
-    row(1, 2, rank=1),  # a further target: of no group but `all`
-    row(1, 1, rank=3, source="label"),
+    row(1, 2, rank=2),  # a further target: of no group but `all`
+    row(1, 1, rank=4, source="label"),
     row(2, 1),
     row(None, 1, label_name="unheard of"),
     row(None, 3),
@@ -108,7 +108,7 @@ def test_nothing_at_all():
 
 
 @pytest.mark.parametrize(
-    ("label", "target", "rank", "wanted"), [(None, 3, 0, None), (3, 3, 0, True), (3, 3, 1, False), (3, 4, 0, False)]
+    ("label", "target", "rank", "wanted"), [(None, 3, 1, None), (3, 3, 1, True), (3, 3, 2, False), (3, 4, 1, False)]
 )
 def test_right_is_the_prediction_that_is_the_label(label, target, rank, wanted):
     assert is_right(label, target, rank) is wanted
@@ -133,7 +133,7 @@ light_rows = st.builds(
     row,
     label=st.none() | st.integers(0, 3),
     target=st.integers(0, 3),
-    rank=st.integers(0, 1),
+    rank=st.integers(1, 2),
     status=st.sampled_from(["ok", "rejected"]),
 )
 

@@ -41,7 +41,7 @@ class Asked:
     seed: int = 0
 
 
-def row_of(number: int, saliency: np.ndarray, *, label=None, target=0, rank=0, image=None) -> dict:
+def row_of(number: int, saliency: np.ndarray, *, label=None, target=0, rank=1, image=None) -> dict:
     """An explained row; `image` names its picture if it shares that of another row."""
     encoded = encode_map(saliency)
     return {
@@ -80,7 +80,7 @@ def many_rows(count: int = 60) -> list[dict]:
     for number in range(count):
         saliency = np.zeros((20, 20)) if number % 11 == 3 else noise(number % 50)
         label = None if number % 7 == 0 else number % 4
-        rows.append(row_of(number, saliency, label=label, target=number % 3, rank=number % 2))
+        rows.append(row_of(number, saliency, label=label, target=number % 3, rank=1 + number % 2))
     return rows + [rejected(number) for number in range(count, count + 3)]
 
 
@@ -145,8 +145,8 @@ def test_every_map_of_a_job_has_its_line(output, tmp_path):
         assert line["pooled"] == made.pooled.tobytes()
         for name in ("target_name", "label_name", "score", "is_flat", "is_saturated"):
             assert line[name] == row[name]
-        assert line["is_right"] == (row["target_rank"] == 0 and row["label"] == row["target_index"])
-        assert line["is_own_class"] == (row["target_rank"] == 0)
+        assert line["is_right"] == (row["target_rank"] == 1 and row["label"] == row["target_index"])
+        assert line["is_own_class"] == (row["target_rank"] == 1)
         assert (line["cluster"], line["strangeness"]) == (None, None)
     assert found.num_right == sum(line["is_right"] for line in lines.values())
 
@@ -155,13 +155,13 @@ def test_figures_agree_with_a_slow_reading(store, tmp_path):
     rows = many_rows()
     found = streamed(store, written(store, [rows[:25], rows[25:]]), tmp_path / "scratch")
     sound, lines = rows[:-3], lines_in(tmp_path / "scratch")
-    top = [row for row in sound if row["target_rank"] == 0]
+    top = [row for row in sound if row["target_rank"] == 1]
     known = [row for row in top if row["label"] is not None]
     assert found.num_right == sum(row["label"] == row["target_index"] for row in known) > 0
     assert {line["is_right"] for line in lines.values()} == {True, False, None}
     wanted = {("all", None, None): len(sound)}
     for row in sound:
-        if row["label_name"] is not None and row["target_rank"] == 0:
+        if row["label_name"] is not None and row["target_rank"] == 1:
             wanted["class", row["label_name"], None] = wanted.get(("class", row["label_name"], None), 0) + 1
     for row in top:
         name = ("predicted", None, row["target_name"])
@@ -294,7 +294,7 @@ def test_a_sample_holds_the_smallest_hashes_of_its_class(store, tmp_path, monkey
     lines = lines_in(tmp_path / "scratch")
     assert list(found) == [0, 1, 2]
     for target, sample in found.items():
-        own = [row for row in rows[:-3] if row["target_index"] == target and row["target_rank"] == 0]
+        own = [row for row in rows[:-3] if row["target_index"] == target and row["target_rank"] == 1]
         able = [row for row in own if not row["is_flat"]]
         able.sort(key=lambda row: int(key_hashes([f"7/{row['target_index']}/{row['key']}"])[0]))
         assert sample.keys == tuple(row["key"] for row in able[:6])

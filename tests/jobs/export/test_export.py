@@ -93,7 +93,7 @@ def test_fiftyone_has_a_sample_per_map_with_its_numbers(output, tmp_path):
         assert {name: sample[name] for name in wanted} == wanted
         unknown = {name for name in sample if name not in named and name != "_id"}
         assert not unknown
-    first = [sample for sample, row in zip(samples, rows, strict=True) if row["target_rank"] == 0]
+    first = [sample for sample, row in zip(samples, rows, strict=True) if row["target_rank"] == 1]
     for sample in samples:
         own = next(one for one in first if one["key"] == sample["key"])
         assert sample["prediction"]["label"] == own["target"]["label"]

@@ -29,7 +29,8 @@ from blocksight.jobs.export.sql import (
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.plan import load_plan
 from blocksight.jobs.plan.records import UnreconciledError
-from blocksight.storage.outputs.schema import EVALUATION, RECORD_COLUMNS, SCHEMA
+from blocksight.storage.outputs.fragments import SCHEMA_3, encode_fragment
+from blocksight.storage.outputs.schema import EVALUATION, RANKS_FROM_0, RECORD_COLUMNS, SCHEMA
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.opening import open_store
 from tests.jobs.jobs_of import called, rows_in, run_here
@@ -70,6 +71,19 @@ def test_maps_and_rejects_are_the_rows_that_stand(output):
     wanted = {row["key"]: row["reject_code"] for row in rows_in(store) if row["status"] == "rejected"}
     assert {row["key"]: row["reject_code"] for row in rejects} == wanted
     assert len(rejects) == len(wanted) == 3
+
+
+def test_ranks_of_an_older_output_begin_at_1_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("blocksight.jobs.plan.config.SCHEMA_VERSION", RANKS_FROM_0)
+    run_here(folder_of_images(tmp_path / "in"), tmp_path / "out", target="top-2", explainer="gradcam")
+    for file in (tmp_path / "out/data").glob("*.parquet"):
+        rows = [{name: row[name] for name in SCHEMA_3.names} for row in pq.read_table(file).to_pylist()]
+        file.write_bytes(
+            encode_fragment([{**row, "target_rank": (row["target_rank"] or 1) - 1} for row in rows], {}, SCHEMA_3)
+        )
+    maps = dicts(connect(str(tmp_path / "out")), "SELECT * FROM maps")
+    assert list(maps[0]) == [*SCHEMA_3.names, "label_rank"]
+    assert {(row["target_rank"], row["label_rank"]) for row in maps} == {(1, None), (2, None)}
 
 
 def test_values_are_all_rows_of_all_evaluations(output):

@@ -78,7 +78,7 @@ def check_explained(row):
     assert (row["width"], row["height"], row["format"]) == (40, 30, "PNG")
     assert row["label"] == CLASSES.index(row["label_name"])
     assert row["target_name"] == CLASSES[row["target_index"]]
-    assert row["target_rank"] == 0
+    assert row["target_rank"] == 1
     assert 0.2 < row["score"] <= 1
     assert row["num_forwards"] <= sum(block["kept"] for block in row["blocks"]) <= 14
     assert 0 <= row["metrics"]["drop"] <= 100
@@ -94,6 +94,7 @@ def test_shards(tmp_path, kind, make):
     assert len(explained) == 6
     for row in explained:
         assert row["target_index"] == row["label"]
+        assert row["target_rank"] == row["label_rank"] >= 1
         assert row["target_source"] == "label"
     assert faults(tmp_path / "out") == []
 
@@ -121,7 +122,7 @@ def test_an_input_without_records_is_complete(tmp_path):
 def test_top_targets_are_rows_in_order(tmp_path):
     run_here(folder_of_images(tmp_path / "in", 2, bad=False), tmp_path / "out", target="top-3")
     rows = rows_in(LocalStore(tmp_path / "out"))
-    assert [row["target_rank"] for row in rows] == [0, 1, 2, 0, 1, 2]
+    assert [row["target_rank"] for row in rows] == [1, 2, 3, 1, 2, 3]
     assert np.all(np.diff([row["score"] for row in rows[:3]]) <= 0)
     assert faults(tmp_path / "out") == []
 

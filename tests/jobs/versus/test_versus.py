@@ -48,7 +48,7 @@ def blob(down, across, side=32, width=0.1):
     return np.exp(-((places[:, None] - down) ** 2 + (places[None] - across) ** 2) / (2 * width**2))
 
 
-def row_of(key, saliency, target=0, score=0.8, rank=0, label=None, **more):
+def row_of(key, saliency, target=0, score=0.8, rank=1, label=None, **more):
     """An explained row with given values."""
     encoded = encode_map(saliency)
     return {
@@ -269,15 +269,15 @@ def test_a_flat_map_is_compared_with_nothing():
 @pytest.mark.parametrize(
     ("scores", "ranks", "right", "verdict"),
     [
-        ((0.9, 0.1), (0, 3), (True, True), "same"),  # where a label judges, scores do not
-        ((0.5, 0.5), (0, 1), (True, False), "regressed"),
-        ((0.5, 0.5), (1, 0), (False, True), "improved"),
-        ((0.9, 0.7), (0, 0), (None, None), "regressed"),
-        ((0.9, 0.71), (0, 4), (True, None), "same"),
-        ((0.1, 0.05), (0, 5), (None, None), "regressed"),
-        ((0.1, 0.05), (1, 500), (None, None), "same"),  # it was no prediction
-        ((0.05, 0.1), (5, 0), (None, None), "improved"),
-        ((0.2, 0.5), (0, 0), (None, True), "improved"),
+        ((0.9, 0.1), (1, 4), (True, True), "same"),  # where a label judges, scores do not
+        ((0.5, 0.5), (1, 2), (True, False), "regressed"),
+        ((0.5, 0.5), (2, 1), (False, True), "improved"),
+        ((0.9, 0.7), (1, 1), (None, None), "regressed"),
+        ((0.9, 0.71), (1, 5), (True, None), "same"),
+        ((0.1, 0.05), (1, 6), (None, None), "regressed"),
+        ((0.1, 0.05), (2, 501), (None, None), "same"),  # it was no prediction
+        ((0.05, 0.1), (6, 1), (None, None), "improved"),
+        ((0.2, 0.5), (1, 1), (None, True), "improved"),
     ],
 )
 def test_a_regression_follows_from_labels_or_scores(scores, ranks, right, verdict):
@@ -291,12 +291,12 @@ def test_a_regression_follows_from_labels_or_scores(scores, ranks, right, verdic
 def test_any_row_with_the_prediction_decides_whether_it_is_right(data, tmp_path):
     saliency = blob(0.5, 0.5)
     cases = {  # rows of (target, rank), label, is right
-        0: ([(1, 0)], 1, True),
-        1: ([(1, 2)], 1, False),
-        2: ([(2, 1), (3, 0)], 1, False),
-        3: ([(2, 1), (1, 0)], 1, True),
-        4: ([(2, 3)], 1, None),
-        5: ([(2, 0)], None, None),
+        0: ([(1, 1)], 1, True),
+        1: ([(1, 3)], 1, False),
+        2: ([(2, 2), (3, 1)], 1, False),
+        3: ([(2, 2), (1, 1)], 1, True),
+        4: ([(2, 4)], 1, None),
+        5: ([(2, 1)], None, None),
     }
     keys = keys_of(data)
     rows = {
@@ -420,7 +420,7 @@ def planted(data, tmp_path):
         is_wrong, is_away = number < 10, number < 9 or number == 29
         near = 0.3 + number / 2000
         saliency = blob(0.75, 0.75) if is_away else blob(0.3, near)
-        b[key] = [row_of(key, saliency, target=1, label=1, rank=int(is_wrong), score=0.3 if is_wrong else 0.8)]
+        b[key] = [row_of(key, saliency, target=1, label=1, rank=1 + is_wrong, score=0.3 if is_wrong else 0.8)]
     return output_of(data, tmp_path / "a", a), output_of(data, tmp_path / "b", b, 7), keys
 
 

@@ -46,7 +46,7 @@ def test_a_record_of_two_targets_that_cannot_be_stored_is_one_rejected_row(monke
 
     monkeypatch.setattr("blocksight.jobs.worker.unit._encoded_row", dies)
     monkeypatch.setattr("blocksight.jobs.worker.unit.isolated_if", lambda work, _careful: nullcontext(work))
-    rows = [{**OK_ROW, "map": np.zeros((2, 2), np.float32), "target_rank": rank} for rank in (0, 1)]
+    rows = [{**OK_ROW, "map": np.zeros((2, 2), np.float32), "target_rank": rank} for rank in (1, 2)]
     store = MemoryStore()
     commit_unit(replace(result(), rows=(*rows, BAD_ROW)), store, "job", careful=True)
     assert [row["status"] for row in read_fragment(store.read(UNIT.fragment_key)).to_pylist()] == ["rejected"] * 2

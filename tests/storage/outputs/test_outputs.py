@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from blocksight.storage.outputs.drawings import Cell, with_cells, with_path
-from blocksight.storage.outputs.fragments import encode_fragment, fragment_batches, read_fragment
+from blocksight.storage.outputs.fragments import SCHEMA_3, encode_fragment, fragment_batches, read_fragment
 from blocksight.storage.outputs.pictures import Tile, colours, contact_sheet, overlay, resized, side_by_side
-from blocksight.storage.outputs.schema import SCHEMA
+from blocksight.storage.outputs.schema import RANKS_FROM_0, SCHEMA
 from blocksight.storage.stores.store import DamagedError
 from tests.storage.memory import MemoryStore
 
@@ -97,3 +97,23 @@ def test_pictures_have_their_sizes():
     assert sheet.size == (2 * 38 + 8, 2 * 68 + 8)
     with pytest.raises(ValueError, match="at least one tile"):
         contact_sheet([], 2)
+
+
+def test_an_older_fragment_is_read_with_ranks_from_1_and_no_rank_of_the_label():
+    """Version 3 of the schema counted `target_rank` from 0 and had no `label_rank`."""
+    rows = [row(target_rank=0), row(shard_index=1, target_rank=4), row(shard_index=2, status="rejected")]
+    body = encode_fragment(rows, {}, SCHEMA_3.with_metadata({"blocksight.schema": RANKS_FROM_0}))
+    found = read_fragment(body)
+    assert found.schema.equals(SCHEMA)
+    assert found["target_rank"].to_pylist() == [1, 5, None]
+    assert found["label_rank"].to_pylist() == [None] * 3
+    assert read_fragment(body, ["label_rank", "key", "target_rank"]).column_names == [
+        "label_rank",
+        "key",
+        "target_rank",
+    ]
+    store = MemoryStore()
+    store.put("f", body)
+    batches = [*fragment_batches(store, store.head("f"), ["label_rank", "target_rank"], 2, 64)]
+    assert [one for batch in batches for one in batch["target_rank"].to_pylist()] == [1, 5, None]
+    assert {batch["label_rank"].null_count for batch in batches} <= {1, 2}
