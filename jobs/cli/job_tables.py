@@ -79,6 +79,7 @@ def job_state_table(output: str, job_state: JobState, forward: PlannedForward | 
         ("explained", f"{job_state.total('num_ok'):,}"),
         ("rejected", f"{job_state.total('num_rejected'):,}" + (f" ({rejects})" if rejects else "")),
         *_odd_formats(job_state.counts("odd_formats")),
+        *quality_rows(job_state),
         ("forwards", f"{job_state.total('num_forwards'):,}{rate}"),
         *([("masks", f"scored by {forward}")] if forward is not None else []),
         ("size", size_text(job_state.total("num_bytes"))),
@@ -94,6 +95,15 @@ def _odd_formats(counts: Mapping[str, int]) -> list[tuple[str, str]]:
     rows = [("stretched", f"{printable(stretched)}: their greatest sample needs no more; scaled to the full range")]
     dark = f"{counted(num_dark, 'image')}: no sample above {NEARLY_BLACK - 1} of 255, the model sees almost nothing"
     return (rows if stretched else []) + ([("nearly black", dark)] if num_dark else [])
+
+
+def quality_rows(job_state: JobState) -> list[tuple[str, str]]:
+    """How often the model is right, how many maps are flat, and loud sentences about both."""
+    accuracy = job_state.accuracy
+    rows = [] if accuracy is None else list(zip(("accuracy", ""), accuracy.facts, strict=False))
+    flat = [("flat maps", job_state.flat_fact)] if job_state.num_maps else []
+    loud = [("[bold red]warning[/]", f"[bold red]{sentence}[/]") for sentence in job_state.warnings]
+    return [*rows, *flat, *loud]
 
 
 def _dead(job_state: JobState) -> str:

@@ -11,7 +11,9 @@ from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from blocksight.jobs.ledger.accuracy import label_counts
 from blocksight.jobs.plan.documents import damaged, read_document
 from blocksight.jobs.plan.records import MetricMean, MetricSum, Receipt, Unit, UnreconciledError
 from blocksight.storage.limits import MAX_RECEIPT_BYTES
@@ -21,7 +23,8 @@ from blocksight.storage.stores.store import AlreadyExistsError, DamagedError, Ob
 
 OF_RECORD = ["shard", "shard_index", "status", "reject_code", "num_forwards", "format"]
 """Columns that all rows of a record share."""
-COLUMNS = [*OF_RECORD, "metrics"]
+OF_LABELS = ["shard", "shard_index", "status", "label", "label_name", "label_rank", "target_index", "target_rank"]
+COLUMNS = [*dict.fromkeys((*OF_RECORD, *OF_LABELS)), "metrics", "is_flat"]
 READERS = 16
 """Small objects read at the same time."""
 
@@ -48,6 +51,8 @@ def receipt_of(unit: Unit, body: bytes) -> Receipt:
         num_forwards=sum(row["num_forwards"] or 0 for row in records),
         metrics=_metric_sums(rows["metrics"].to_pylist()),
         odd_formats=_counts(row["format"] for row in records if "," in (row["format"] or "")),
+        num_flat=pc.sum(rows["is_flat"], min_count=0).as_py(),
+        labels=label_counts(rows.select(OF_LABELS).to_pylist()),
     )
 
 

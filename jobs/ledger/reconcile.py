@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 from typing_extensions import TypedDict
 
+from blocksight.jobs.ledger.accuracy import Accuracy, accuracy_of
 from blocksight.jobs.ledger.dead_letters import letter_key, read_letters
 from blocksight.jobs.ledger.output import MAP_SIDES, map_size_faults, model_facts
 from blocksight.jobs.ledger.receipts import (
@@ -26,6 +27,7 @@ from blocksight.jobs.plan.config import TargetChoice
 from blocksight.jobs.plan.documents import read_document
 from blocksight.jobs.plan.plan import Plan
 from blocksight.jobs.plan.records import Count, DeadLetter, MetricMean, Receipt, Unit, UnreconciledError
+from blocksight.jobs.plan.text import counted
 from blocksight.storage.inputs.survey import Layout
 from blocksight.storage.limits import MAX_MANIFEST_BYTES_PER_UNIT, MAX_RECEIPT_BYTES
 from blocksight.storage.outputs.fragments import read_fragment
@@ -89,6 +91,8 @@ class JobState:
     """Units with a dead letter and a fragment, which a slower attempt committed later: the fragment counts."""
     strangers: Sequence[str] = ()
     """Keys under `data/` that were not planned."""
+    num_classes: int | None = None
+    """Of the model; None before it was loaded."""
 
     @property
     def open_units(self) -> list[Unit]:
@@ -99,6 +103,39 @@ class JobState:
     def total(self, field: str) -> int:
         """Sum of one of the receipts' counts."""
         return sum(getattr(receipt, field) for receipt in self.receipts.values())
+
+    @property
+    def num_maps(self) -> int:
+        """Maps that are committed: a rejected record has one row, and no map."""
+        return self.total("num_rows") - self.total("num_rejected")
+
+    @property
+    def num_flat(self) -> int | None:
+        """Flat maps; None if receipts of an older version do not count them."""
+        counts = [receipt.num_flat for receipt in self.receipts.values()]
+        return None if None in counts else sum(count or 0 for count in counts)
+
+    @property
+    def accuracy(self) -> Accuracy | None:
+        """How often the model is right; None where no label is known."""
+        return accuracy_of(tuple(self.receipts.values()), self.num_classes)
+
+    @property
+    def flat_fact(self) -> str:
+        """How many of the maps are flat, as the summaries say it."""
+        if self.num_flat is None:
+            return "not counted by the version that made this output"
+        what = " is flat" if self.num_flat == 1 else " are flat"
+        return f"{self.num_flat or 'none'} of {counted(self.num_maps, 'map')}{what}"
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Loud sentences about a model that knows little, and about maps that say nothing."""
+        found = () if self.accuracy is None else self.accuracy.warnings
+        if self.num_flat and 2 * self.num_flat >= self.num_maps:
+            say = "it says" if self.num_maps == 1 else "they say"
+            found = (*found, f"MAPS ARE FLAT: {self.flat_fact}; {say} nothing about the model.")
+        return found
 
     @property
     def rejects(self) -> Counter[str]:
@@ -121,7 +158,15 @@ def read_job_state(store: ObjectStore, plan: Plan) -> JobState:
         {unit_id: letter for unit_id, letter in letters.items() if unit_id not in receipts},
         sorted(letters.keys() & receipts.keys()),
         sorted(key for key in _listed_fragments(store) if key not in planned),
+        _num_classes(store),
     )
+
+
+def _num_classes(store: ObjectStore) -> int | None:
+    """Of the stored model; None before it was loaded, and where the object is damaged: `verify` names it."""
+    with suppress(MissingError, UnreconciledError):
+        return model_facts(store)["num_classes"]
+    return None
 
 
 def _listed_fragments(store: ObjectStore) -> set[str]:

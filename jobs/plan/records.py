@@ -115,6 +115,19 @@ class MetricMean(TypedDict):
     count: Count
 
 
+class LabelCounts(TypedDict):
+    """How often the model is right, over a fragment's explained records."""
+
+    right: Count
+    """Records whose label is the prediction."""
+    in_first_5: Count | None
+    """Records whose label is among the five highest scores; None for an older fragment that does not say it."""
+    no_class: Count
+    """Records whose label means no class of the model."""
+    classes: Annotated[str, Field(pattern=r"^(\d{1,7}:\d{1,18}( \d{1,7}:\d{1,18})*)?$")]
+    """Records with a known label, as `class:records` joined by spaces: a dictionary would need 20 times the memory."""
+
+
 @dataclass(frozen=True)
 class Receipt:
     """What a committed unit holds. All but the last four fields can be rebuilt from the fragment."""
@@ -137,6 +150,10 @@ class Receipt:
     """By name and protocol: sum and count over the fragment's rows, to be added by `math.fsum`."""
     odd_formats: Mapping[str, Count] | None = None
     """Records by an odd `DecodedImage.kind`: stretched, or nearly black. None in a receipt of an older version."""
+    num_flat: Count | None = None
+    """Maps that are flat; None in a receipt of an older version."""
+    labels: LabelCounts | None = None
+    """None in a receipt of an older version, and where there are too many classes."""
     attempt: str | None = None
     """Id of the attempt whose bytes were committed."""
     explain_seconds: float | None = None

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from blocksight.jobs.evaluate.evaluation import evaluation_folders, fragment_key
+from blocksight.jobs.ledger.accuracy import is_right
 from blocksight.jobs.ledger.output import fragment_of, values_in
 from blocksight.jobs.plan.plan import Plan
 from blocksight.jobs.plan.records import Unit
@@ -24,7 +25,7 @@ Value = tuple[int, str, str]
 """Target index, metric and protocol of a value."""
 
 COLUMNS = [
-    *("key", "shard", "shard_index", "status", "sha256", "width", "height", "label", "label_name"),
+    *("key", "shard", "shard_index", "status", "sha256", "width", "height", "label", "label_name", "label_rank"),
     *("target_index", "target_name", "target_rank", "score", "explainer", "parameters", "metrics"),
     *("map", "map_height", "map_width"),
 ]
@@ -42,10 +43,7 @@ class Record:
     @property
     def is_right(self) -> bool | None:
         """Whether the prediction is the label; None if the label is unknown, or no row shows the prediction."""
-        for row in self.rows.values():
-            if row["label"] is not None and (row["target_rank"] == 1 or row["target_index"] == row["label"]):
-                return row["target_rank"] == 1 and row["target_index"] == row["label"]
-        return None
+        return is_right(self.rows.values())
 
 
 @dataclass(frozen=True)
