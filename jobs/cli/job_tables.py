@@ -42,6 +42,7 @@ def plan_table(job: JobConfig, plan: Plan, workforce: Workforce) -> Table:
     rows = [
         ("input", f"{plan.num_objects:,} objects, {size_text(plan.num_bytes)}, as {plan.layout}"),
         ("ignored", ignored or "nothing"),
+        *(("note", printable(note)) for note in plan.notes),
         *(("unreadable", f"{printable(key)}: {printable(why)}") for key, why in plan.troubles.items()),
         ("records", f"{about}{plan.num_records:,}"),
         ("units", f"{len(plan.units):,}"),

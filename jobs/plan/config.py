@@ -82,7 +82,7 @@ class JobConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    data: str = Field(description="folder, file or s3:// prefix of images, tar shards or Parquet")
+    data: str = Field(description="folder, file, s3:// prefix or 'pattern/*.tar' of images, tar shards or Parquet")
     output: str = Field(description="folder or s3:// prefix for the result")
     endpoint_url: str | None = Field(
         default=None, description="S3 endpoint, for stores other than AWS; BUCKET=URL,BUCKET=URL where they differ"

@@ -65,6 +65,7 @@ class PlanDocument(TypedDict):
     num_records: Count
     ignored: dict[str, Count]
     weights: NotRequired[str | None]
+    notes: NotRequired[list[str]]
 
 
 class DriftError(ConfigError):
@@ -88,6 +89,8 @@ class Plan:
     """Numbers of objects that are no input, by extension, and of tables with an unread column, by column."""
     weights: str | None = None
     """Path or URI of the weights file that the job was planned with; its hash is in the identity."""
+    notes: tuple[str, ...] = ()
+    """Sentences on what of the input was followed, joined or left out."""
     troubles: Mapping[str, str] = field(default_factory=dict)
     """Why shards could not be read, by key; not stored."""
 
@@ -158,6 +161,7 @@ def make_plan(config: JobConfig, *, weights_sha256: str | None, workforce: Workf
         num_records=sum(piece.num_records for piece in cut),
         ignored={**found.ignored, **_unread_columns(cut)},
         weights=None if weights_sha256 is None or config.weights is None else normal_place(config.weights),
+        notes=found.notes,
         troubles={piece.objects[0].key: piece.trouble for piece in cut if piece.trouble is not None},
     )
 
@@ -278,6 +282,7 @@ def _plan_of(body: PlanDocument, units: tuple[Unit, ...]) -> Plan:
         body["num_records"],
         body["ignored"],
         body.get("weights"),
+        tuple(body.get("notes", ())),
     )
 
 
@@ -302,6 +307,7 @@ def _plan_json(plan: Plan, units_key: str) -> bytes:
             "num_records": plan.num_records,
             "ignored": plan.ignored,
             "weights": plan.weights,
+            "notes": list(plan.notes),
         }
     )
 

@@ -37,6 +37,7 @@ from blocksight.jobs.plan.plan import (
     refuse_drift,
 )
 from blocksight.jobs.plan.records import ModelFacts, Outcome, Receipt, UnfinishedError, Unit, UnitFailure
+from blocksight.jobs.plan.text import printable
 from blocksight.jobs.plan.units import Workforce
 from blocksight.jobs.run.budgets import Budget, FirstUnits, exceeded_budgets
 from blocksight.jobs.worker.progress import Tally, progress
@@ -110,6 +111,8 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
     ModelError, ClusterError. UnfinishedError is raised if the store fails for good afterwards.
     """
     output, plan = plan_job(config, execution)
+    for note in plan.notes:
+        console.print(f"data: {printable(note)}")
     job_state = _read_job_state(output, plan)
     if not job_state.open_units:  # finished, or an input without a single record
         ensure_plan(output, plan)

@@ -29,6 +29,7 @@ from blocksight.storage.inputs.ground_truth import (
 from blocksight.storage.inputs.records import as_text
 from blocksight.storage.limits import MAX_IMAGE_PIXELS
 from blocksight.storage.parquet.reader import ParquetTable, parquet_object
+from blocksight.storage.stores.locations import matches
 from blocksight.storage.stores.opening import open_named
 from blocksight.storage.stores.store import DamagedError, ObjectInfo, ObjectStore, StoreError
 
@@ -81,7 +82,7 @@ def read_truth(store: ObjectStore, name: str = "") -> Truth:
 def _files(store: ObjectStore, name: str) -> list[ObjectInfo]:
     """The annotation files, in order of key. Raises StoreError for more than one kind and for a large file."""
     head = store.head(name) if name else None
-    listed = [head] if head is not None else [] if name else list(store.list())
+    listed = [head] if head is not None else [info for info in store.list() if not name or matches(info.key, name)]
     infos = [info for info in listed if name or not any(part.startswith(("_", ".")) for part in parts_of(info.key))]
     kinds: dict[str, list[ObjectInfo]] = defaultdict(list)
     for info in sorted(infos, key=lambda info: info.key):

@@ -2,12 +2,15 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import PurePosixPath
 
 from blocksight.storage.inputs.records import as_text
-from blocksight.storage.stores.store import ObjectInfo, ObjectStore, StoreError
+from blocksight.storage.inputs.table_formats import refuse_table_formats
+from blocksight.storage.inputs.tables import IMAGE, has_image_column
+from blocksight.storage.stores.locations import matches
+from blocksight.storage.stores.store import FOLLOWED_LINKS, ObjectInfo, ObjectStore, StoreError, is_hidden
 
 
 class Layout(StrEnum):
@@ -21,14 +24,18 @@ class Layout(StrEnum):
     """Tables with an image column."""
 
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LAYOUT_OF_SUFFIX = {
     **dict.fromkeys(IMAGE_SUFFIXES, Layout.IMAGES),
     ".tar": Layout.TAR,
     ".parquet": Layout.PARQUET,
 }
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
+FOREIGN_IMAGE_SUFFIXES = frozenset({".heic", ".heif", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".svg", ".exr"})
+"""Suffixes of images that Pillow does not know."""
 EXAMPLES = 3
+LOOKED_AT = 8
+"""Tables whose columns are read to tell whether they hold images."""
 
 
 @dataclass(frozen=True)
@@ -40,74 +47,159 @@ class Survey:
     """In order of key."""
     ignored: Mapping[str, int]
     """Counts of what is not input, by suffix or kind. The kind of names that are not UTF-8 includes an example."""
+    notes: tuple[str, ...] = ()
+    """One sentence for each thing that was followed, joined or left out, and that a user may not expect."""
+
+
+@dataclass
+class _Findings:
+    """What a listing holds."""
+
+    by_layout: dict[Layout, list[ObjectInfo]] = field(default_factory=dict)
+    ignored: Counter[str] = field(default_factory=Counter)
+    others: list[str] = field(default_factory=list)
+    """Keys of objects whose suffix is of no layout."""
+    followed: list[str] = field(default_factory=list)
+    """Links to folders whose files are read."""
+    left_out: list[str] = field(default_factory=list)
+    """Links to folders whose files are not read under the link's name."""
+    notes: list[str] = field(default_factory=list)
 
 
 def survey(store: ObjectStore, key: str = "") -> Survey:
-    """Lists the store once and finds the layout from the names. `key`: look at this single object instead.
+    """Lists the store once and finds the layout from the names.
 
-    Skips names with a part that begins with `_` or `.`, as other readers of data folders do. Raises StoreError
-    if no records or records of two layouts are found.
+    `key`: look at this single object instead or, if it has a wildcard and is no object, at those that match it.
+    Skips names with a part that begins with `_` or `.`, as other readers of data folders do. Tables without an image
+    column beside records of another layout are left out. Raises StoreError if no records or records of two layouts
+    are found, and for a Delta, Iceberg or Hudi table; a single object is not listed, and may be of such a table.
     """
-    found: dict[Layout, list[ObjectInfo]] = {}
-    ignored: Counter[str] = Counter()
-    others: list[str] = []
+    single = store.head(key) if key else None
+    pattern = key if single is None else ""
+    listed = [single] if single is not None else list(store.list())
+    found = _sorted_out((info for info in listed if not pattern or matches(info.key, pattern)), is_named=bool(single))
+    if single is None:
+        _add_unlisted(store, found)
+    if Layout.PARQUET in found.by_layout:
+        refuse_table_formats(store.uri, (info.key for info in listed))
+    _leave_out_tables_without_images(store, found)
+    if len(found.by_layout) != 1:
+        raise StoreError(_no_single_layout(store, key, found))
+    _add_notes(found)
+    ((layout, objects),) = found.by_layout.items()
+    in_order = tuple(sorted(objects, key=lambda info: info.key))
+    return Survey(layout, in_order, dict(found.ignored), tuple(found.notes))
+
+
+def _sorted_out(infos: Iterable[ObjectInfo], *, is_named: bool) -> _Findings:
+    """The objects by layout, and counts of those that are no input. `is_named`: a user named the object itself."""
+    found = _Findings()
     not_unicode: list[str] = []
-    for info in _infos(store, key):
+    for info in infos:
         if as_text(info.key) != info.key:  # such a key can be neither stored nor read back
             not_unicode.append(as_text(info.key))
             continue
-        layout = LAYOUT_OF_SUFFIX.get(PurePosixPath(info.key).suffix.lower())
-        kind = None if key else _skip_reason(info.key)
+        suffix = PurePosixPath(info.key).suffix.lower()
+        layout = LAYOUT_OF_SUFFIX.get(suffix)
+        kind = None if is_named else _skip_reason(info.key)
         if kind is not None:
-            ignored[kind] += 1
+            found.ignored[kind] += 1
         elif layout is None:
-            ignored[PurePosixPath(info.key).suffix.lower() or "(no suffix)"] += 1
-            others.append(info.key)
+            found.ignored[suffix or "(no suffix)"] += 1
+            found.others.append(info.key)
         else:
-            found.setdefault(layout, []).append(info)
-    if not key:
-        ignored.update(_skip_reason(other) or kind for other, kind in store.unlisted())
+            found.by_layout.setdefault(layout, []).append(info)
     if not_unicode:
-        ignored[f"named in no UTF-8 ({min(not_unicode)})"] = len(not_unicode)
-    if len(found) != 1:
-        raise StoreError(_no_single_layout(store, key, found, others, ignored))
-    ((layout, objects),) = found.items()
-    return Survey(layout, tuple(sorted(objects, key=lambda info: info.key)), dict(ignored))
+        found.ignored[f"named in no UTF-8 ({min(not_unicode)})"] = len(not_unicode)
+    return found
 
 
-def _infos(store: ObjectStore, key: str) -> Iterable[ObjectInfo]:
-    if not key:
-        return store.list()
-    info = store.head(key)
-    return [info] if info is not None else []
+def _add_unlisted(store: ObjectStore, found: _Findings) -> None:
+    """Adds what the listing does not hold: pipes, broken links, and links to folders."""
+    for key, kind in store.unlisted():
+        if kind == FOLLOWED_LINKS:
+            found.followed.append(as_text(key))
+            continue
+        skipped = _skip_reason(key)
+        found.ignored[skipped or kind] += 1
+        if skipped is None and kind.startswith("links to folders"):
+            found.left_out.append(as_text(key))
+
+
+def _leave_out_tables_without_images(store: ObjectStore, found: _Findings) -> None:
+    """Leaves tables without images out if there are records of another layout: img2dataset writes such tables."""
+    tables = found.by_layout.get(Layout.PARQUET, [])
+    if len(found.by_layout) < 2:
+        return
+    chosen = tables[:: max(1, len(tables) // LOOKED_AT)][:LOOKED_AT]
+    if not chosen or any(has_image_column(store, info) for info in chosen):
+        return
+    del found.by_layout[Layout.PARQUET]
+    found.ignored[f".parquet without a column `{IMAGE}`"] = len(tables)
+    seen = f", as {len(chosen)} that were looked at" if len(chosen) < len(tables) else ""
+    keys = _examples([info.key for info in tables])
+    found.notes.append(f"tables without a column `{IMAGE}`{seen}, left out ({len(tables)}): {keys}")
+
+
+def _add_notes(found: _Findings) -> None:
+    """Adds a sentence on the links that were followed or not, and on images in formats that are not read."""
+    if found.followed:
+        found.notes.append(f"links to folders, followed ({len(found.followed)}): {_examples(found.followed)}")
+    if found.left_out:
+        found.notes.append(f"links to folders, not followed ({len(found.left_out)}): {_examples(found.left_out)}")
+    images = _unread_images(found.others)
+    if images:
+        found.notes.append(
+            f"images in formats that are not read, left out ({len(images)}): {_examples(images)}; convert them to PNG"
+        )
+
+
+def _unread_images(keys: Sequence[str]) -> list[str]:
+    """The keys that name an image in a format that is not read."""
+    if not keys:
+        return []
+    from PIL import Image  # slow to import, and few data sets hold other files
+
+    kinds = Image.registered_extensions().items()
+    known = {suffix for suffix, kind in kinds if Image.MIME.get(kind, "").startswith("image/")}
+    return [key for key in keys if PurePosixPath(key).suffix.lower() in known | FOREIGN_IMAGE_SUFFIXES]
+
+
+def _examples(names: Sequence[str]) -> str:
+    more = f" and {len(names) - EXAMPLES} more" if len(names) > EXAMPLES else ""
+    return ", ".join(sorted(names)[:EXAMPLES]) + more
 
 
 def _skip_reason(key: str) -> str | None:
     """Why an object is skipped because of its name; None: it is not skipped."""
-    parts = key.split("/")
     if "\0" in key:
         return "names with a zero byte"
-    if {"", ".", ".."} & set(parts):
+    if {"", ".", ".."} & set(key.split("/")):
         return "names with an empty part, `.` or `..`"
-    return "hidden (_ or .)" if any(part.startswith(("_", ".")) for part in parts) else None
+    return "hidden (_ or .)" if is_hidden(key) else None
 
 
-def _no_single_layout(
-    store: ObjectStore,
-    key: str,
-    found: Mapping[Layout, Sequence[ObjectInfo]],
-    others: Sequence[str],
-    ignored: Mapping[str, int],
-) -> str:
+def _no_single_layout(store: ObjectStore, key: str, found: _Findings) -> str:
     where = f"{store.uri}/{as_text(key)}" if key else store.uri
-    if found:
-        kinds = ", ".join(f"{len(infos)} of {layout} ({infos[0].key})" for layout, infos in found.items())
-        return f"{where} holds more than one layout: {kinds}; point --data at one of them"
-    compressed = [key for key in others if key.lower().endswith(COMPRESSED_TARS)]
+    if found.by_layout:
+        kinds = ", ".join(f"{len(infos)} of {kind} ({infos[0].key})" for kind, infos in found.by_layout.items())
+        return (
+            f"{where} holds more than one layout: {kinds}; name one of them by a pattern in quotes, such as "
+            f"--data '{store.uri}/{_pattern_of(found.by_layout)}'"
+        )
+    compressed = [key for key in found.others if key.lower().endswith(COMPRESSED_TARS)]
     if compressed:
         return f"{where} holds compressed tar files ({compressed[0]}), which are not read; unpack them to .tar"
-    kinds = (f"{count} {kind}" for kind, count in sorted(ignored.items()) if kind[0] not in ".(")
-    seen = [*others[:EXAMPLES], *kinds]
+    kinds = (f"{count} {kind}" for kind, count in sorted(found.ignored.items()) if kind[0] not in ".(")
+    seen = [*found.others[:EXAMPLES], *kinds]
     wanted = ", ".join(LAYOUT_OF_SUFFIX)
     contents = f"it holds {', '.join(seen)}" if seen else "nothing is there"
     return f"{where} holds no images, tar shards or Parquet (by name: {wanted}); {contents}"
+
+
+def _pattern_of(by_layout: Mapping[Layout, Sequence[ObjectInfo]]) -> str:
+    """A pattern for the shards of one layout, else for one kind of image."""
+    layout = next(one for one in (Layout.TAR, Layout.PARQUET, Layout.IMAGES) if one in by_layout)
+    keys = [info.key for info in by_layout[layout]]
+    folders = "**/" if any("/" in key for key in keys) else ""
+    return f"{folders}*{PurePosixPath(keys[0]).suffix}"

@@ -51,6 +51,14 @@ def table_facts(store: ObjectStore, info: ObjectInfo) -> TableFacts:
     return TableFacts(table.num_rows, (*unread[:MAX_NAMED], *more))
 
 
+def has_image_column(store: ObjectStore, info: ObjectInfo) -> bool:
+    """True if a table has the column `image`, or cannot be read: what it holds is then unknown. Raises StoreError."""
+    try:
+        return IMAGE in parquet_object(store, info).names
+    except DamagedError:
+        return True
+
+
 def read_table(store: ObjectStore, info: ObjectInfo, start: int, stop: int) -> Iterator[RawRecord]:
     """The records of rows [start, stop). Columns: `image` (bytes, or a struct with `bytes`), and `label` and `key`
     if present. Without `key`, the row's number is the key.

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from blocksight.storage.stores.folder_walk import FolderWalk
 from blocksight.storage.stores.store import (
     AlreadyExistsError,
     ChangedError,
@@ -67,8 +68,10 @@ class LocalStore:
     some readers.
     """
 
-    def __init__(self, root: Path | str) -> None:
+    def __init__(self, root: Path | str, *, follows_links: bool = False) -> None:
+        """`follows_links`: listings hold the files behind links to folders too. Only for a store that is read."""
         self.root = Path(root).expanduser().absolute()
+        self.follows_links = follows_links
 
     def __repr__(self) -> str:
         return f"LocalStore({str(self.root)!r})"
@@ -98,21 +101,27 @@ class LocalStore:
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         folder = self.root.joinpath(checked_key(f"{prefix}x")).parent
         with _errors_naming(folder):
-            for path in _files(folder):
+            for path in self._files(folder):
                 key = path.relative_to(self.root).as_posix()
                 found = _file_stat(path) if key.startswith(prefix) else None
                 if found is not None:
                     yield ObjectInfo(key, found.st_size, _etag(found))
 
     def unlisted(self) -> Iterator[tuple[str, str]]:
-        """Yields links to folders without following them: they may lead back, or out of the root."""
+        walk = FolderWalk(self.root, self.follows_links, _refuse_closed_folder)
         with _errors_naming(self.root):
-            for parent, folders, files in os.walk(self.root, onerror=_refuse_closed_folder):
-                for name in (*folders, *(name for name in files if not name.startswith(RESERVED_PREFIXES))):
-                    path = Path(parent, name)
-                    kind = _special_kind(path)
+            for parent, files in walk.folders():
+                for name in (name for name in files if not name.startswith(RESERVED_PREFIXES)):
+                    kind = _special_kind(parent / name)
                     if kind is not None:
-                        yield path.relative_to(self.root).as_posix(), kind
+                        yield parent.joinpath(name).relative_to(self.root).as_posix(), kind
+            yield from ((link.relative_to(self.root).as_posix(), kind) for link, kind in walk.links)
+
+    def _files(self, folder: Path) -> Iterator[Path]:
+        """Every finished file below the folder. Raises StoreError if a folder cannot be read."""
+        top = self.root if self.follows_links else folder  # a link's kind depends on all folders
+        for parent, names in FolderWalk(top, self.follows_links, _refuse_closed_folder).folders():
+            yield from (parent / name for name in names if not name.startswith(RESERVED_PREFIXES))
 
     def create(self, key: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> None:
         path = self._own_path(key)
@@ -294,26 +303,18 @@ def _file_stat(path: Path) -> os.stat_result | None:
 
 
 def _special_kind(path: Path) -> str | None:
-    """The kind of a path that is neither file nor folder; None for a file or folder."""
+    """The kind of a path that is neither file nor folder; None for a file."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
         if error.errno not in NO_FILE_ERRNOS:
             raise
         return "links to themselves" if error.errno == errno.ELOOP else "broken links"
-    if stat.S_ISDIR(mode):
-        return "links to folders (not followed)" if path.is_symlink() else None
     return None if stat.S_ISREG(mode) else SPECIAL_FILES.get(stat.S_IFMT(mode), "special files")
 
 
 def _etag(found: os.stat_result) -> str:
     return f"{found.st_size}-{found.st_mtime_ns}"
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """Every finished file below the folder. Raises StoreError if a folder cannot be read."""
-    for parent, _, names in os.walk(folder, onerror=_refuse_closed_folder):
-        yield from (Path(parent, name) for name in names if not name.startswith(RESERVED_PREFIXES))
 
 
 def _abandoned_files(root: Path, before: float) -> Iterator[Path]:

@@ -1,11 +1,14 @@
 """Reads paths and URIs: gives each place one spelling, and tells whether one place contains another."""
 
 import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from blocksight.storage.stores.store import StoreError
 
 S3 = "s3://"
+WILDCARD, ANY_FOLDERS = "*", "**"
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 NO_TWO_SLASHES = re.compile(r"(s3|file):(?!//)", re.IGNORECASE)
@@ -49,14 +52,44 @@ def split_place(place: str) -> tuple[str, str]:
     return folder or "/", name
 
 
+def split_pattern(place: str) -> tuple[str, str]:
+    """The folder of a normal place with a wildcard, and the pattern below it; the pattern is "" without a wildcard.
+
+    The folder ends before the first part with `*`.
+    """
+    parts = place.split("/")
+    first = next((number for number, part in enumerate(parts) if WILDCARD in part), len(parts))
+    return "/".join(parts[:first]) or "/", "/".join(parts[first:])
+
+
+def matches(key: str, pattern: str) -> bool:
+    """True if the key has the pattern's form: `*`, `?` and `[…]` stand for parts of a name, `**` for any folders."""
+    return _parts_match(key.split("/"), pattern.split("/"))
+
+
+def _parts_match(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    if not patterns:
+        return not names
+    if patterns[0] == ANY_FOLDERS and _parts_match(names, patterns[1:]):
+        return True
+    if not names:
+        return False
+    if patterns[0] == ANY_FOLDERS:
+        return _parts_match(names[1:], patterns)
+    return fnmatchcase(names[0], patterns[0]) and _parts_match(names[1:], patterns[1:])
+
+
 def is_whole_bucket(place: str) -> bool:
     """True if a normal place is a bucket without a prefix."""
     return place.startswith(S3) and "/" not in place.removeprefix(S3)
 
 
 def contain_each_other(first: str, second: str) -> bool:
-    """True if one of two places is the other or lies in it, in any spelling and through links."""
-    one, other = normal_place(first), normal_place(second)
+    """True if one of two places is the other or lies in it, in any spelling and through links.
+
+    A place with a wildcard counts as its folder.
+    """
+    one, other = (split_pattern(normal_place(place))[0] for place in (first, second))
     if one.startswith(S3) != other.startswith(S3):
         return False
     if not one.startswith(S3):

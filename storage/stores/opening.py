@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from blocksight.storage.stores.local import LocalStore
-from blocksight.storage.stores.locations import S3, normal_place, split_place
+from blocksight.storage.stores.locations import S3, normal_place, split_pattern, split_place
 from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore
 from blocksight.storage.stores.store import (
     AlreadyExistsError,
@@ -30,8 +30,11 @@ class WeakStoreError(StoreError):
     """The store breaks a condition of exactly-once output, for example: a second writer can replace an object."""
 
 
-def open_store(uri: str, endpoint_url: str | None = None) -> ObjectStore:
-    """The store with this root: a local path, file://PATH or s3://BUCKET/PREFIX. Raises StoreError for other text."""
+def open_store(uri: str, endpoint_url: str | None = None, *, follows_links: bool = False) -> ObjectStore:
+    """The store with this root: a local path, file://PATH or s3://BUCKET/PREFIX. Raises StoreError for other text.
+
+    `follows_links`: see `LocalStore`.
+    """
     place = normal_place(uri)
     if place.startswith(S3):
         from blocksight.storage.stores.s3 import (
@@ -39,7 +42,7 @@ def open_store(uri: str, endpoint_url: str | None = None) -> ObjectStore:
         )
 
         return S3Store(place, endpoint_url)
-    return LocalStore(Path(place))
+    return LocalStore(Path(place), follows_links=follows_links)
 
 
 def open_file(uri: str, endpoint_url: str | None = None) -> tuple[ObjectStore, str]:
@@ -55,15 +58,21 @@ def open_named(
 ) -> tuple[ObjectStore, str]:
     """The store of a folder or prefix and "", or the store that holds a single object and the object's key.
 
-    The store decides which of the two it is, never the spelling: a prefix may be called data.v1. `wait_seconds`: how
-    long to wait for the store. A name that is both an object and a prefix is the object, unless that is empty.
+    The store decides which of the two it is, never the spelling: a prefix may be called data.v1. A name with `*` that
+    is neither gives the store of the folder before it, and the pattern in place of a key. `wait_seconds`: how long to
+    wait for the store. A name that is both an object and a prefix is the object, unless that is empty.
     """
-    folder, name = split_place(normal_place(uri))
+    place = normal_place(uri)
+    folder, name = split_place(place)
     if name:
-        store = open_store(folder, endpoint_url)
+        store = open_store(folder, endpoint_url, follows_links=True)
         if _is_object(PatientStore(store, wait_seconds), name):
             return store, name
-    return open_store(uri, endpoint_url), ""
+    store = open_store(uri, endpoint_url, follows_links=True)
+    root, pattern = split_pattern(place)
+    if pattern and next(iter(PatientStore(store, wait_seconds).list()), None) is None:
+        return open_store(root, endpoint_url, follows_links=True), pattern
+    return store, ""
 
 
 def _is_object(store: ObjectStore, name: str) -> bool:

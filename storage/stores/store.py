@@ -54,6 +54,15 @@ class ObjectInfo:
     """User metadata; only `head` fills them."""
 
 
+FOLLOWED_LINKS = "links to folders (followed)"
+"""Kind of the unlisted entries whose files are listed under the link's name."""
+
+
+def is_hidden(key: str) -> bool:
+    """True if a part of the key begins with `_` or `.`: readers of data folders skip it."""
+    return any(part.startswith(("_", ".")) for part in key.split("/"))
+
+
 def checked_key(key: str) -> str:
     """The key, unchanged. Raises StoreError for a key that may lead out of the store's root.
 

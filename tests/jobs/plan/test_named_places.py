@@ -62,11 +62,13 @@ def test_a_secret_in_a_uri_is_refused_and_not_repeated(finished, tmp_path, monke
 def test_the_plan_lists_links_and_pipes(finished, tmp_path):
     data = folder_of_images(tmp_path / "in.v1", 3, bad=False)
     (data / "dog").symlink_to(finished / "in")
+    (data / "back").symlink_to(data)
     os.mkfifo(data / "pipe.png")
     done = blocksight("plan", "--data", data, "--output", tmp_path / "out")
     assert done.returncode == 0
     printed = " ".join(done.stdout.split())
-    assert "1 links to folders (not followed)" in printed
+    assert "links to folders, followed (1): dog" in printed
+    assert "links to folders, not followed (1): back" in printed
     assert "1 pipes" in printed
 
 

@@ -138,7 +138,7 @@ def test_a_single_file_is_an_input():
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
-        (["a.png", "b.tar"], "more than one layout: 1 of images .a.png., 1 of tar .b.tar."),
+        (["a.png", "b.tar"], "more than one layout: 1 of images .a.png., 1 of tar .b.tar.*--data 'memory:///[*].tar'"),
         ([], "nothing is there"),
         (["read.me", "x.csv"], "no images, tar shards or Parquet .* it holds read.me, x.csv"),
         (["x.tar.gz"], "compressed tar files .x.tar.gz."),
