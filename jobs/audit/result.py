@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +31,10 @@ MIN_EFFECT = 1.0
 
 Grid = NDArray[np.float32]
 """[GRID, GRID]."""
+
+Standing = Literal["finding", "suspicion", "not confirmed"]
+"""A finding passed its trial and is not the object. A suspicion was not tried, or may be the object. The trial of a
+region that is not confirmed showed no effect, or too small a one."""
 
 MEASURES = {
     "entropy": "how evenly the map is spread, 0 one pixel, 1 even",
@@ -146,19 +150,26 @@ class Effect:
     """Mean change of the target's probability by the region alone, -1 to 1, not compared with random regions."""
 
     @property
-    def is_certain(self) -> bool:
-        """Whether the effect is significant and in a shortcut's direction."""
-        return self.p_value < CERTAIN and self.low > 0
+    def direction(self) -> Literal["more", "less", "unclear"]:
+        """Whether the effect is more or less than that of random regions.
+
+        It is unclear unless mean, interval and p-value all agree.
+        """
+        if self.p_value < CERTAIN and min(self.low, self.mean) > 0:
+            return "more"
+        if self.p_value < CERTAIN and max(self.high, self.mean) < 0:
+            return "less"
+        return "unclear"
 
     @property
     def is_real(self) -> bool:
-        """Whether the effect is certain and large enough for a finding."""
-        return self.is_certain and self.mean >= MIN_EFFECT
+        """Whether the effect is certain, in a shortcut's direction, and large enough for a finding."""
+        return self.direction == "more" and self.mean >= MIN_EFFECT
 
 
 @dataclass(frozen=True)
 class Shortcut:
-    """A region that a class's maps often point at: a finding if the trial confirms it, else a suspicion."""
+    """A region that a class's maps often point at, with its standing."""
 
     target_index: int
     target_name: str
@@ -181,11 +192,21 @@ class Shortcut:
     pasted: Effect | None
     """Effect of pasting the region into other images: how much more their log-odds rise."""
     is_confirmed: bool
-    """Whether it is a finding; if not, it is a suspicion."""
+    """Whether it is a finding."""
     why: str
     """What confirms it, or what is missing, in words."""
     members: tuple[str, ...]
     """Keys of a random sample of the records whose maps point there."""
+    other_classes: tuple[str, ...] = ()
+    """Names of the classes that the images with the pasted region were explained for; empty in older audits."""
+
+    @property
+    def standing(self) -> Standing:
+        """What the trial says of it."""
+        if self.is_confirmed:
+            return "finding"
+        tried = [effect for effect in (self.blanked, self.pasted) if effect is not None]
+        return "suspicion" if all(effect.is_real for effect in tried) else "not confirmed"
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +232,7 @@ class Audit:
     oddities: tuple[Oddity, ...]
     """The oddest first."""
     shortcuts: tuple[Shortcut, ...]
-    """Findings first, then suspicions, the strongest first."""
+    """Findings first, then suspicions, then what was not confirmed; in each the strongest first."""
     notes: tuple[str, ...]
     """Sentences that say what was left out, and why."""
 
@@ -222,8 +243,13 @@ class Audit:
 
     @property
     def suspicions(self) -> tuple[Shortcut, ...]:
-        """The shortcuts that were not confirmed."""
-        return tuple(one for one in self.shortcuts if not one.is_confirmed)
+        """The shortcuts that were not tried, or passed their trial but may be the object."""
+        return tuple(one for one in self.shortcuts if one.standing == "suspicion")
+
+    @property
+    def not_confirmed(self) -> tuple[Shortcut, ...]:
+        """The regions whose trial showed no effect, or too small a one."""
+        return tuple(one for one in self.shortcuts if one.standing == "not confirmed")
 
 
 class AuditDocument(TypedDict):

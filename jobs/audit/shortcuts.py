@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blocksight.jobs.audit.candidates import Candidate
-from blocksight.jobs.audit.result import Effect, Shortcut
+from blocksight.jobs.audit.result import Effect, Shortcut, Standing
 from blocksight.jobs.audit.samples import Sample
 from blocksight.jobs.audit.trial import Box, Pictures, Trial
+from blocksight.jobs.audit.words import comparison
 from blocksight.jobs.evaluate.bootstrap import holm, key_hashes
 from blocksight.storage.outputs.pictures import Pixels
 
@@ -40,12 +42,15 @@ class Suspect:
     candidate: Candidate
     members: tuple[str, ...]
     others: tuple[str, ...]
+    other_classes: Mapping[str, str]
+    """Name of the class that each of the others was explained for."""
 
 
 def suspects_of(candidates: Sequence[Candidate], samples: Iterable[Sample], seed: int) -> list[Suspect]:
     """The candidates, each with a random sample of members, and of records explained for other classes only."""
-    pool = _pool(samples, seed)
-    return [_suspect(one, pool) for one in candidates]
+    drawn = list(samples)
+    pool, names = _pool(drawn, seed), {sample.target_index: sample.target_name for sample in drawn}
+    return [_suspect(one, pool, names) for one in candidates]
 
 
 def _pool(samples: Iterable[Sample], seed: int) -> list[tuple[str, int]]:
@@ -57,12 +62,15 @@ def _pool(samples: Iterable[Sample], seed: int) -> list[tuple[str, int]]:
     return [(key, target) for _, target, key in sorted(turns)[:POOL]]
 
 
-def _suspect(candidate: Candidate, pool: Sequence[tuple[str, int]]) -> Suspect:
+def _suspect(candidate: Candidate, pool: Sequence[tuple[str, int]], names: Mapping[int, str]) -> Suspect:
     sample = candidate.model.sample
     members = tuple(sample.keys[place] for place in candidate.members[:MEMBERS])  # in random order
     own = set(sample.keys)
-    others = dict.fromkeys(key for key, target in pool if target != sample.target_index and key not in own)
-    return Suspect(candidate, members, tuple(others)[:OTHERS])
+    others: dict[str, str] = {}
+    for key, target in pool:
+        if target != sample.target_index and key not in own and len(others) < OTHERS:
+            others.setdefault(key, names[target] or f"class {target}")
+    return Suspect(candidate, members, tuple(others), others)
 
 
 def tried(suspect: Suspect, trial: Trial | None, seen: Seen, region_of: RegionOf) -> Shortcut:
@@ -89,6 +97,7 @@ def tried(suspect: Suspect, trial: Trial | None, seen: Seen, region_of: RegionOf
         is_confirmed=False,
         why=_untried(trial, members, others),
         members=suspect.members,
+        other_classes=tuple(dict.fromkeys(suspect.other_classes[key] for key in others.keys)) if result else (),
     )
 
 
@@ -124,14 +133,15 @@ def _untried(trial: Trial | None, members: Pictures, others: Pictures) -> str:
 
 
 def judged(shortcuts: Sequence[Shortcut]) -> tuple[Shortcut, ...]:
-    """The shortcuts with p-values corrected over all trials and their reasons, findings first."""
+    """The shortcuts with p-values corrected over all trials and their reasons, in the order of `Standing`."""
     values = [effect and effect.p_value for one in shortcuts for effect in (one.blanked, one.pasted)]
     corrected = iter(holm(values))
     found = []
     for one in shortcuts:
         effects = {name: _corrected(getattr(one, name), next(corrected)) for name in ("blanked", "pasted")}
         found.append(_verdict(replace(one, **effects)))
-    return tuple(sorted(found, key=lambda one: (not one.is_confirmed, -_strength(one), one.target_index, one.box)))
+    order = get_args(Standing)
+    return tuple(sorted(found, key=lambda one: (order.index(one.standing), -_strength(one), one.target_index, one.box)))
 
 
 def _corrected(effect: Effect | None, p_value: float | None) -> Effect | None:
@@ -151,23 +161,23 @@ def _verdict(one: Shortcut) -> Shortcut:
         return replace(one, why=doubt)
     alike = "it looks alike in all members; other classes look elsewhere"
     off = "objects lie elsewhere" if one.on_object is not None else alike
-    why = f"inpainted, its log-odds fall by {_effect_text(one.blanked)} more than with a random region; " + (
-        f"pasted into other images, they rise by {_effect_text(one.pasted)} more than with one; {off}"
-    )
-    return replace(one, is_confirmed=True, why=why)
+    return replace(one, is_confirmed=True, why=f"{_removed(one.blanked)}; {_pasted(one.pasted)}; {off}")
 
 
-def _effect_text(effect: Effect) -> str:
-    return f"{effect.mean:.1f} [{effect.low:.1f}, {effect.high:.1f}]"
+def _removed(effect: Effect) -> str:
+    return f"inpainted, {comparison(effect, 'fall')}"
+
+
+def _pasted(effect: Effect) -> str:
+    return f"pasted into other images, {comparison(effect, 'rise')}"
 
 
 def _doubt(one: Shortcut, blanked: Effect, pasted: Effect) -> str | None:
     """The first reason why a candidate is no finding; None if it is one."""
     if not blanked.is_real:
-        return f"inpainted, its log-odds fall by {_effect_text(blanked)} more than with a random region: not enough"
+        return _removed(blanked)
     if not pasted.is_real:
-        rise = _effect_text(pasted)
-        return f"pasted into other images, its log-odds rise by {rise} more than with a random region: not enough"
+        return _pasted(pasted)
     if one.on_object is not None:
         return (
             f"objects cover {one.on_object:.0%} of it: it may be the object" if one.on_object > MAX_ON_OBJECT else None

@@ -1,5 +1,6 @@
 """The trial of a candidate: its region is removed from members and pasted into others, and random regions likewise."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,10 @@ AROUND = 5
 """Side in pixels of the window whose mean `_details` subtracts."""
 NOISE_FLOOR = 10 / 255
 """Standard deviation that is added to every pixel's, so that equal pixels do not dominate."""
+LEAST_PROBABILITY = 1e-6
+"""Log-odds are those of a probability held between this and 1 minus this, so within 13.8: beyond, a model's answer is
+the same answer, and one image with a logit of 60 would outweigh all others."""
+MAX_LOG_ODDS = math.log((1 - LEAST_PROBABILITY) / LEAST_PROBABILITY)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,10 +111,10 @@ class Trial:
         return self.adapter.normalise(torch.from_numpy(pictures.pixels).permute(0, 3, 1, 2))
 
     def _log_odds(self, inputs_nchw: Tensor, target: int) -> Tensor:
-        """[n] log(p / (1 - p)) of the target's probability p, in float64 on the CPU."""
+        """[n] log(p / (1 - p)) of the target's probability p, within `MAX_LOG_ODDS`, in float64 on the CPU."""
         logits = torch.cat([self.adapter.logits(part) for part in inputs_nchw.split(IMAGES_PER_PASS)]).double().cpu()
         others = torch.cat([logits[:, :target], logits[:, target + 1 :]], 1)
-        return logits[:, target] - others.logsumexp(1)
+        return (logits[:, target] - others.logsumexp(1)).clamp(-MAX_LOG_ODDS, MAX_LOG_ODDS)
 
 
 def inpainted(image_chw: Tensor, box: Box) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from blocksight.jobs.cli.app import (
+    FINDING,
     INCOMPLETE,
     Address,
     BatchSize,
@@ -20,7 +21,7 @@ from blocksight.jobs.cli.app import (
 from blocksight.jobs.cli.audit_tables import audit_table
 from blocksight.jobs.cli.job_tables import failure_line
 from blocksight.jobs.cli.metric_tables import comparison_table, difference_table, evaluation_table
-from blocksight.jobs.plan.config import MAX_SEED, execution_of
+from blocksight.jobs.plan.config import MAX_SEED, ConfigError, execution_of
 from blocksight.jobs.plan.text import counted, printable
 from blocksight.storage.stores.opening import open_store
 from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore
@@ -137,18 +138,27 @@ def audit(
     model: OutputModel = None,
     weights: OutputWeights = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of samples and random regions.")] = 0,
+    fail_on: Annotated[
+        Literal["finding"] | None,
+        typer.Option(help="For CI: `finding` ends with exit code 7 if there is one.  [default: never]"),
+    ] = None,
     endpoint_url: Endpoint = None,
 ) -> None:
     """Find what is wrong with a model: where its maps lie by class, which maps are odd, which shortcuts it takes.
 
     A region that one class's maps point at is blanked in members and pasted into other images, and random regions of
-    its size too. A region that passes this test is a finding; the others are suspicions.
+    its size too. A region that passes this test and is not the object is a finding. One that was not tested, or may be
+    the object, is a suspicion. One whose test shows no effect is listed as tested, not confirmed.
 
     Example: blocksight audit s3://bucket/maps --truth boxes/
     """
     from blocksight.jobs.audit.run import AuditRequest, run_audit
 
+    if fail_on is not None and not tries:
+        raise ConfigError("--fail-on finding needs the test on the model, and --no-try leaves it out: give one of them")
     asked = AuditRequest(output, truth, class_map, weights, tries, seed, endpoint_url, model)
     found = run_audit(asked, console)
     console.print(audit_table(found, f"{output.rstrip('/')}/audit/"))
     console.print(f"to look at it: blocksight report {printable(shlex.quote(output))}")
+    if fail_on is not None and found.findings:
+        raise typer.Exit(FINDING)

@@ -15,7 +15,7 @@ from blocksight.jobs.plan.config import Execution, JobConfig, load_config, parse
 from blocksight.jobs.plan.plan import Plan
 from blocksight.storage.stores.store import ObjectStore
 
-COMPLETE, USAGE, OVER_BUDGET, INCOMPLETE, UNRECONCILED, WEAK_STORE = 0, 2, 3, 4, 5, 6
+COMPLETE, USAGE, OVER_BUDGET, INCOMPLETE, UNRECONCILED, WEAK_STORE, FINDING = 0, 2, 3, 4, 5, 6, 7
 
 app = typer.Typer(
     name="blocksight",
@@ -23,7 +23,8 @@ app = typer.Typer(
     "Begin with `blocksight demo`.\n\n"
     "Exit codes: 0 complete; 2 usage, configuration, data or model; 3 complete, with more rejected records or "
     "dead units than the budget allows; 4 units are still open; "
-    "5 the output is not what was planned; 6 the store cannot create an object once.",
+    "5 the output is not what was planned; 6 the store cannot create an object once; "
+    "7 `audit --fail-on finding` has a finding.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

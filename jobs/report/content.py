@@ -226,9 +226,9 @@ def _tiles(accounting: Accounting, metrics: Sequence[Metric], audit: Audit | Non
     yield Tile(f"{accounting.num_ok:,}", "explained", f"of {accounting.num_records:,} committed records")
     yield Tile(f"{accounting.num_rejected:,}", "rejected", "each with its reason")
     if audit is not None:
-        tried = counted(len(audit.suspicions), "suspicion")
         number, noun = counted(len(audit.findings), "finding").split()
-        yield Tile(number, noun, f"and {tried} without confirmation")
+        suspicions, rest = counted(len(audit.suspicions), "suspicion"), len(audit.not_confirmed)
+        yield Tile(number, noun, f"and {suspicions}; {rest:,} tested, not confirmed")
         number, noun = counted(sum(audit.gates.values()), "alarm").split()
         yield Tile(number, noun, f"of validity gates, over {counted(audit.num_maps, 'map')}")
     for metric in metrics[:1]:

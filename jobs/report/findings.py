@@ -4,13 +4,24 @@ import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from blocksight.jobs.audit.result import GATES, MEASURES, Audit, Cluster, Effect, Grid, Group, Shortcut, Spread
+from blocksight.jobs.audit.result import (
+    GATES,
+    MEASURES,
+    Audit,
+    Cluster,
+    Effect,
+    Grid,
+    Group,
+    Shortcut,
+    Spread,
+    Standing,
+)
 from blocksight.jobs.report.facts import Fact, Share
 from blocksight.jobs.report.galleries import Ref, data_uri, members
 from blocksight.storage.outputs.pictures import colours, resized
@@ -34,8 +45,8 @@ class Findings:
     """The audit's results as the report shows them."""
 
     audit: Audit
-    shortcuts: tuple[Pictured, ...]
-    """Items are `Shortcut`."""
+    shortcuts: Mapping[Standing, tuple[Pictured, ...]]
+    """By standing, at most `MAX_SHORTCUTS` each; items are `Shortcut`."""
     reach: float
     """The largest absolute effect, in log-odds: the end of the axis."""
     gates: tuple[Share, ...]
@@ -67,13 +78,16 @@ def findings_of(audit: Audit, places: Mapping[Ref, int]) -> Findings:
     everything = by_kind.get("all", [])[:1]
     predicted = {group.predicted: group for group in by_kind.get("predicted", [])}
     classes = (by_kind.get("class") or by_kind.get("predicted") or [])[:MAX_GROUPS]
-    shortcuts = audit.shortcuts[:MAX_SHORTCUTS]
+    shortcuts = {standing: shortcuts_of(audit, standing)[:MAX_SHORTCUTS] for standing in get_args(Standing)}
     return Findings(
         audit=audit,
-        shortcuts=tuple(
-            Pictured(one, _class_map(one, predicted, audit.clusters), items_of(members(one))) for one in shortcuts
-        ),
-        reach=_reach(shortcuts),
+        shortcuts={
+            standing: tuple(
+                Pictured(one, _class_map(one, predicted, audit.clusters), items_of(members(one))) for one in own
+            )
+            for standing, own in shortcuts.items()
+        },
+        reach=_reach([one for own in shortcuts.values() for one in own]),
         gates=tuple(
             Share(name, audit.gates[name], audit.gates[name] / max(1, audit.num_maps), meaning)
             for name, meaning in GATES.items()
@@ -93,6 +107,11 @@ def findings_of(audit: Audit, places: Mapping[Ref, int]) -> Findings:
         ),
         notes=audit.notes[:MAX_NOTES],
     )
+
+
+def shortcuts_of(audit: Audit, standing: Standing) -> tuple[Shortcut, ...]:
+    """The audit's shortcuts of one standing, the strongest first."""
+    return tuple(one for one in audit.shortcuts if one.standing == standing)
 
 
 def _overall(group: Group) -> Iterator[Fact]:
@@ -136,15 +155,6 @@ def map_picture(grid: Grid) -> str:
     buffer = io.BytesIO()
     Image.fromarray(colours(resized(scaled, (MEAN_MAP_SIDE, MEAN_MAP_SIDE)))).quantize(64).save(buffer, "PNG")
     return data_uri(buffer.getvalue(), "image/png")
-
-
-def against_chance(effect: Effect, verb: str) -> str:
-    """Says how an effect compares with random regions; `verb` is "it lowers" or "it raises"."""
-    if not effect.is_certain:
-        return f"{verb} the class no more than a random region does, as far as can be told: by"
-    if not effect.is_real:
-        return f"{verb} the class a little more than a random region does, too little for a finding: by"
-    return f"{verb} the class more than a random region does: by"
 
 
 def place_of(box: Sequence[float]) -> str:

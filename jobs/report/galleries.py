@@ -284,25 +284,28 @@ def _classes(selection: Selection) -> tuple[Ref, ...]:
 
 
 def _of_audit(audit: Audit | None) -> Iterator[Gallery]:
-    """The galleries of an audit: findings, suspicions, oddities and clusters."""
+    """The galleries of an audit: findings, suspicions, oddities, clusters, and what was not confirmed."""
     if audit is None:
         return
-    for name, title, shortcuts in (
-        ("findings", "Findings", audit.findings),
-        ("suspicions", "Suspicions", audit.suspicions),
-    ):
-        refs = tuple(ref for one in shortcuts[:NUM_SHORTCUTS] for ref in members(one))
-        yield Gallery(name, title, f"Maps that point at the region of one of the {name}.", refs)
+    yield _of_shortcuts("findings", "Findings", "a finding", audit.findings)
+    yield _of_shortcuts("suspicions", "Suspicions", "a suspicion", audit.suspicions)
     odd = tuple(Ref(one.key, one.target_index) for one in audit.oddities[:NUM_ODDITIES])
     yield Gallery("oddities", "Oddities", "Maps that are unlike those of their class.", odd)
     typical = tuple(
         Ref(key, one.target_index) for one in audit.clusters[:NUM_CLUSTERS] for key in one.examples[:NUM_EXAMPLES]
     )
     yield Gallery("clusters", "Clusters", "Typical maps of each cluster of a class.", typical)
+    one = "a region that was tested and not confirmed"
+    yield _of_shortcuts("not-confirmed", "Not confirmed", one, audit.not_confirmed)
+
+
+def _of_shortcuts(name: str, title: str, one: str, shortcuts: Sequence[Shortcut]) -> Gallery:
+    refs = tuple(ref for own in shortcuts[:NUM_SHORTCUTS] for ref in members(own))
+    return Gallery(name, title, f"Maps that point at {one}.", refs)
 
 
 def members(shortcut: Shortcut) -> tuple[Ref, ...]:
-    """The maps that are shown for a finding or a suspicion."""
+    """The maps that are shown for a shortcut."""
     return tuple(Ref(key, shortcut.target_index) for key in shortcut.members[:NUM_MEMBERS])
 
 

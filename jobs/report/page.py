@@ -14,10 +14,11 @@ from jinja2 import Environment, StrictUndefined
 from rich.console import Console
 from rich.progress import Progress
 
+from blocksight.jobs.audit.words import comparison, p_text, scope
 from blocksight.jobs.evaluate.compare import Output
 from blocksight.jobs.plan.text import counted, plain
 from blocksight.jobs.report.content import Report, clipped, report_of, with_unit
-from blocksight.jobs.report.findings import against_chance, place_of
+from blocksight.jobs.report.findings import place_of
 
 REPORT_KEY = "report/index.html"
 
@@ -89,7 +90,9 @@ def _environment() -> Environment:
         "clip": clipped,
         "is_changed": lambda text: plain(text) != text,
         "encoded": lambda text: quote(text, safe="", errors="replace"),
-        "against_chance": against_chance,
+        "compared": comparison,
+        "p_value": p_text,
+        "scope": scope,
         "tail": lambda text, most: text if len(text) <= most else f"…{text[1 - most :]}",
     }
     return made

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from blocksight.jobs.audit.result import AUDIT_KEY, Audit, read_audit
 from blocksight.jobs.audit.run import AuditRequest, run_audit
+from blocksight.jobs.cli.app import FINDING
 from blocksight.jobs.cli.audit_tables import audit_table
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.records import UnreconciledError
@@ -71,6 +73,13 @@ def overlap(one: tuple[float, ...], other: tuple[float, ...]) -> float:
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
     return max(0.0, width) * max(0.0, height) / ((other[2] - other[0]) * (other[3] - other[1]))
+
+
+def console_text(found: Audit) -> str:
+    """What the command prints of an audit."""
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(audit_table(found, "here"), soft_wrap=True)
+    return console.export_text()
 
 
 def test_the_planted_shortcut_is_the_one_finding(marked: Path) -> None:
@@ -225,9 +234,7 @@ def test_other_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_finding_is_printed_in_words(marked: Path) -> None:
-    console = Console(record=True, width=200, quiet=False, file=io.StringIO())
-    console.print(audit_table(audited(marked), "here"))
-    assert "FINDING: disc looks at the region" in console.export_text()
+    assert "FINDING: disc looks at the region" in console_text(audited(marked))
 
 
 def test_the_command_audits_and_prints_the_suspicion(marked: Path) -> None:
@@ -236,6 +243,39 @@ def test_the_command_audits_and_prints_the_suspicion(marked: Path) -> None:
     assert "suspicion: disc looks at the region" in made.stdout
     assert "not put to the test" in made.stdout
     assert f"blocksight report {marked}" in made.stdout
+
+
+def test_a_finding_says_where_it_was_tried_and_suspicions_come_after(marked: Path) -> None:
+    found = audited(marked)
+    [finding] = found.findings
+    assert CLASS_NAMES[MARKED] not in finding.other_classes
+    assert set(finding.other_classes) <= set(CLASS_NAMES)
+    assert finding.blanked is not None
+    printed = console_text(found)
+    assert f"inpainted in {finding.blanked.count} records of disc" in printed
+    assert "Nothing is claimed of other records, classes or regions." in printed
+    assert [one.standing for one in found.shortcuts] == sorted(
+        (one.standing for one in found.shortcuts), key=["finding", "suspicion", "not confirmed"].index
+    )
+
+
+def test_what_was_tried_without_effect_is_one_line(marked: Path) -> None:
+    found = audited(marked)
+    none = replace(found.findings[0], blanked=replace(found.findings[0].blanked, p_value=0.5), is_confirmed=False)
+    printed = console_text(replace(found, shortcuts=(none, none)))
+    assert "suspicion:" not in printed
+    assert "tested, not confirmed: 2 regions of disc; audit.json has the figures" in printed
+
+
+def test_an_audit_can_fail_a_pipeline(marked: Path) -> None:
+    made = blocksight("audit", marked, "--fail-on", "finding", "--model", MODEL)
+    assert made.returncode == FINDING == 7, made.stderr
+    assert "FINDING: disc" in made.stdout
+    assert read_audit(LocalStore(marked)) is not None
+    assert blocksight("audit", marked, "--model", MODEL).returncode == 0
+    refused = blocksight("audit", marked, "--fail-on", "finding", "--no-try")
+    assert refused.returncode == 2
+    assert "give one of them" in refused.stderr
 
 
 def test_an_output_of_one_class_and_rejects_is_audited_all_the_same(tmp_path: Path) -> None:

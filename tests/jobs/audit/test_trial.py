@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from blocksight.engine.metrics.road import imputed
@@ -59,17 +60,32 @@ def test_a_region_that_the_model_ignores_has_no_effect() -> None:
     assert found.recurrence == 0.5
 
 
+class Fixed(nn.Module):
+    """Returns the same logits for any input."""
+
+    def __init__(self, logits: list[list[float]]) -> None:
+        super().__init__()
+        self.logits = torch.tensor(logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits[: len(x)]
+
+
+def log_odds(logits: list[list[float]]) -> NDArray[np.float64]:
+    """The trial's log-odds of class 1."""
+    trial = Trial(ModelAdapter(Fixed(logits), input_size=(8, 8)), 0)
+    return trial._log_odds(torch.zeros(len(logits), 3, 8, 8), 1).numpy()
+
+
 def test_log_odds_count_all_other_classes() -> None:
-    logits = torch.tensor([[1.0, 2.0, 3.0], [0.5, -1.0, 40.0]])
+    logits = [[1.0, 2.0, 3.0], [0.5, -1.0, 9.0]]
+    shares = torch.tensor(logits).double().softmax(1)[:, 1]
+    assert log_odds(logits) == pytest.approx((shares / (1 - shares)).log().numpy())
 
-    class Fixed(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return logits[: len(x)]
 
-    trial = Trial(ModelAdapter(Fixed(), input_size=(8, 8)), 0)
-    odds = trial._log_odds(torch.zeros(2, 3, 8, 8), 1)
-    shares = logits.double().softmax(1)[:, 1]
-    assert odds.numpy() == pytest.approx((shares / (1 - shares)).log().numpy())
+def test_log_odds_of_saturated_probabilities_are_bounded() -> None:
+    most = np.log((1 - 1e-6) / 1e-6)
+    assert log_odds([[0.0, 60.0], [0.0, -60.0], [0.0, 1e30], [0.0, 5.0]]) == pytest.approx([most, -most, most, 5.0])
 
 
 def test_inpainting_a_part_is_inpainting_the_whole() -> None:
@@ -146,17 +162,17 @@ SHORTCUT = Shortcut(
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"blanked": replace(REAL, mean=0.5, low=0.4)}, "log-odds fall by 0.5 [0.4, 3.5]"),
-        ({"blanked": replace(REAL, low=-0.1)}, "log-odds fall by 3.0 [-0.1, 3.5]"),
-        ({"blanked": replace(REAL, mean=-3.0, low=-4.0)}, "log-odds fall by -3.0"),
-        ({"pasted": replace(REAL, p_value=0.2)}, "its log-odds rise by 3.0"),
+        ({"blanked": replace(REAL, mean=0.5, low=0.4)}, "inpainted, its log-odds fall by 0.50 [0.40, 3.50] more"),
+        ({"blanked": replace(REAL, low=-0.1)}, "inpainted, its log-odds fall no differently than with a random"),
+        ({"blanked": replace(REAL, mean=-3.0, low=-4.0, high=-2.0)}, "log-odds fall by 3.00 [2.00, 4.00] less than"),
+        ({"pasted": replace(REAL, p_value=0.2)}, "pasted into other images, its log-odds rise no differently than"),
         ({"on_object": 0.5}, "objects cover 50% of it"),
         ({"elsewhere_density": 1.6}, "other classes' maps look there too"),
         ({"recurrence": 0.7}, "pixels differ from member to member"),
         ({"blanked": None, "pasted": None, "why": "not put to the test"}, "not put to the test"),
     ],
 )
-def test_one_doubt_is_enough_for_a_suspicion(change: dict[str, object], reason: str) -> None:
+def test_one_doubt_is_enough_for_no_finding(change: dict[str, object], reason: str) -> None:
     [one] = judged([replace(SHORTCUT, **change)])
     assert not one.is_confirmed
     assert reason in one.why
@@ -166,7 +182,7 @@ def test_one_doubt_is_enough_for_a_suspicion(change: dict[str, object], reason: 
 def test_without_doubt_it_is_a_finding(change: dict[str, object]) -> None:
     [one] = judged([replace(SHORTCUT, **change)])
     assert one.is_confirmed
-    assert "fall by 3.0 [2.5, 3.5]" in one.why
+    assert "fall by 3.00 [2.50, 3.50] more than" in one.why
 
 
 def test_p_values_are_corrected_over_all_trials() -> None:

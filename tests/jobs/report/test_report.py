@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from blocksight.engine.catalog.entries import METRICS
-from blocksight.jobs.audit.result import Effect, write_audit
+from blocksight.jobs.audit.result import write_audit
 from blocksight.jobs.evaluate.compare import Output, compare
 from blocksight.jobs.evaluate.evaluation import evaluation_folders, value_tables
 from blocksight.jobs.ledger.reconcile import MANIFEST_KEY, final_manifest, read_job_state
@@ -28,7 +28,7 @@ from blocksight.jobs.plan.text import plain
 from blocksight.jobs.report import galleries
 from blocksight.jobs.report.content import report_of
 from blocksight.jobs.report.facts import duration, run_facts, size
-from blocksight.jobs.report.findings import against_chance, place_of
+from blocksight.jobs.report.findings import place_of
 from blocksight.jobs.report.galleries import (
     MAX_BYTES,
     MAX_FILM_BYTES,
@@ -448,8 +448,8 @@ def test_the_audits_figures_are_on_the_page(output):
         "Finding",
         "Suspicion",
         "bottom right",
-        "+1.25 log-odds",
-        "+0.75 to +1.50",
+        "by 1.25 [0.75, 1.50] more than with a random region",
+        "p = 0.004",
         "\N{MINUS SIGN}12.5 points",
         "62.5 %",
     ):
@@ -466,7 +466,7 @@ def test_what_the_audit_names_leads_to_a_map(output):
     audit = audited(LocalStore(output))
     report, page = report_at(output), Page(page_at(output))
     assert report.findings is not None
-    finding = report.items[report.findings.shortcuts[0].items[0]]
+    finding = report.items[report.findings.shortcuts["finding"][0].items[0]]
     assert (finding.key, finding.target_index) == (audit.shortcuts[0].members[0], audit.shortcuts[0].target_index)
     assert {gallery.name for gallery in report.galleries} >= {"findings", "suspicions", "oddities", "clusters"}
     places = [value for value in page.values("href") if value.startswith("#map-")]
@@ -474,30 +474,32 @@ def test_what_the_audit_names_leads_to_a_map(output):
     assert {value.removeprefix("#") for value in places} <= set(page.values("id"))
 
 
-@pytest.mark.parametrize(
-    ("mean", "low", "p_value", "expected"),
-    [
-        (1.0, 0.01, 0.049, "more than a random region does: by"),
-        (5.0, 0.5, 0.05, "no more than a random region does, as far as can be told: by"),
-        (5.0, 0.0, 0.01, "no more than a random region does, as far as can be told: by"),
-        (-5.0, -6.0, 0.001, "no more than a random region does, as far as can be told: by"),
-        (0.99, 0.5, 0.001, "a little more than a random region does, too little for a finding: by"),
-    ],
-)
-def test_an_effect_is_worded_as_the_verdict_judges_it(mean, low, p_value, expected):
-    effect = Effect(mean, low, 2 * abs(mean), p_value, 40, 0.1)
-    assert against_chance(effect, "it raises") == f"it raises the class {expected}"
-    assert effect.is_real == (expected == "more than a random region does: by")
-
-
 def test_the_page_names_each_effect_that_is_real(output):
     audit = audited(LocalStore(output))
-    assert "Painted out, it lowers the class more than a random region does: by +1.25" in Page(page_at(output)).text
+    removed = "Painted out, its log-odds fall by 1.25 [0.75, 1.50] more than with a random region"
+    assert removed in Page(page_at(output)).text
     weak = replace(audit.shortcuts[0], pasted=replace(audit.shortcuts[0].blanked, p_value=0.5), is_confirmed=False)
     write_audit(LocalStore(output), replace(audit, shortcuts=(weak,)))
     text = Page(page_at(output)).text
-    assert "Painted out, it lowers the class more than a random region does: by +1.25" in text
-    assert "Pasted elsewhere, it raises the class no more than a random region does, as far as can be told: by" in text
+    assert removed in text
+    assert "Pasted into other images, its log-odds rise no differently than with a random region" in text
+
+
+def test_findings_come_before_maps_suspicions_after_and_what_was_not_confirmed_is_folded(output):
+    audit = audited(LocalStore(output))
+    none = replace(audit.shortcuts[0].blanked, p_value=0.5)
+    tested = replace(audit.shortcuts[0], blanked=none, pasted=none, is_confirmed=False)
+    write_audit(LocalStore(output), replace(audit, shortcuts=(*audit.shortcuts, tested)))
+    page = page_at(output)
+    order = [
+        '<p class="tag">Finding',
+        'id="maps-title"',
+        '<p class="tag">Suspicion',
+        "<details><summary>Tested, not con",
+    ]
+    places = [page.index(part) for part in order]
+    assert places == sorted(places)
+    assert page.index('<p class="tag">Tested, not confirmed') > places[-1]
 
 
 @pytest.mark.parametrize(
