@@ -9,6 +9,7 @@ from blocksight.jobs.cli.app import (
     FINDING,
     INCOMPLETE,
     Address,
+    AsJson,
     BatchSize,
     ClassMap,
     Endpoint,
@@ -19,6 +20,7 @@ from blocksight.jobs.cli.app import (
     existing,
 )
 from blocksight.jobs.cli.audit_tables import audit_table
+from blocksight.jobs.cli.figures import evaluation_figures, print_json, progress_console
 from blocksight.jobs.cli.job_tables import failure_line
 from blocksight.jobs.cli.metric_tables import comparison_table, difference_table, evaluation_table
 from blocksight.jobs.plan.config import MAX_SEED, ConfigError, execution_of
@@ -49,6 +51,7 @@ def evaluate(
     runner: Annotated[str, typer.Option(help="ray, or local: this process alone.")] = "ray",
     address: Address = None,
     batch_size: BatchSize = None,
+    as_json: AsJson = False,
     endpoint_url: Endpoint = None,
 ) -> None:
     """Measure the maps of an output. Values are stored beside them; nothing is rewritten. Resumes like explain.
@@ -71,13 +74,17 @@ def evaluate(
         endpoint_url=endpoint_url,
     )
     execution = execution_of({"workers": workers, "runner": runner, "address": address, "batch_size": batch_size})
+    console = progress_console(as_json)
     outcome = run_evaluation(asked, execution, console)
     for failure in outcome.failures:
         console.print(failure_line(failure))
     if outcome.stopped is not None:
         console.print(f"Stopped: {printable(outcome.stopped)}.")
     place = f"{output.rstrip('/')}/{outcome.folder}"
-    console.print(evaluation_table(outcome.done, place))
+    if as_json:
+        print_json(evaluation_figures(outcome.done, place, outcome.num_open))
+    else:
+        console.print(evaluation_table(outcome.done, place))
     if outcome.num_open:
         console.print(f"{counted(outcome.num_open, 'unit')} still open: the same command goes on from there.")
         raise typer.Exit(INCOMPLETE)
@@ -87,6 +94,7 @@ def evaluate(
 def compare_outputs(
     outputs: Annotated[list[str], typer.Argument(help="Outputs of explain; the first one's method is the reference.")],
     store: Annotated[str | None, typer.Option(help="Parquet file for the table: a path or s3:// URI.")] = None,
+    as_json: AsJson = False,
     endpoint_url: Endpoint = None,
 ) -> None:
     """Compare methods: means with 95 % intervals by bootstrap over images, and marks of significant differences.
@@ -94,13 +102,16 @@ def compare_outputs(
     Every number comes from stored rows of the outputs. For more than Drop and Increase, run `evaluate` on each first.
     A star marks a paired difference to the first method with p below 0.05 after Holm's correction over the whole table.
     """
-    from blocksight.jobs.evaluate.compare import Output, compare, store_table
+    from blocksight.jobs.evaluate.compare import Output, compare, rows_of_table, store_table
 
     table = compare([Output(name, *existing(name, endpoint_url)) for name in outputs])
-    console.print(comparison_table(table, console.width))
+    if as_json:
+        print_json({"cells": rows_of_table(table), "notes": table.notes})
+    else:
+        console.print(comparison_table(table, console.width))
     if store is not None:
         store_table(table, store, endpoint_url)
-        console.print(f"table: {printable(store)}")
+        progress_console(as_json).print(f"table: {printable(store)}")
 
 
 @commands.command()
@@ -108,6 +119,7 @@ def versus(
     a: Annotated[str, typer.Argument(help="The output that is the reference, such as the old model's.")],
     b: Annotated[str, typer.Argument(help="The output that is compared with it, of the same data.")],
     output: Annotated[str, typer.Option(help="Folder or s3:// prefix for the difference, rewritten if it is ours.")],
+    as_json: AsJson = False,
     endpoint_url: Endpoint = None,
 ) -> None:
     """Compare two outputs record by record: what regressed, how far the maps moved, and whether both are related.
@@ -121,8 +133,12 @@ def versus(
 
     outputs = [Output(name, *existing(name, endpoint_url)) for name in (a, b)]
     store = PatientStore(open_store(output, endpoint_url), SHORT_PATIENCE_SECONDS)
+    console = progress_console(as_json)
     found = write_difference(outputs[0], outputs[1], store, endpoint_url, console)
-    console.print(difference_table(found.summary, output))
+    if as_json:
+        print_json(found)
+    else:
+        console.print(difference_table(found.summary, output))
     if found.picture is not None:
         console.print(f"picture: {printable(output.rstrip('/'))}/{found.picture} ({found.summary['picture']})")
 
@@ -142,6 +158,7 @@ def audit(
         Literal["finding"] | None,
         typer.Option(help="For CI: `finding` ends with exit code 7 if there is one.  [default: never]"),
     ] = None,
+    as_json: AsJson = False,
     endpoint_url: Endpoint = None,
 ) -> None:
     """Find what is wrong with a model: where its maps lie by class, which maps are odd, which shortcuts it takes.
@@ -157,8 +174,12 @@ def audit(
     if fail_on is not None and not tries:
         raise ConfigError("--fail-on finding needs the test on the model, and --no-try leaves it out: give one of them")
     asked = AuditRequest(output, truth, class_map, weights, tries, seed, endpoint_url, model)
+    console = progress_console(as_json)
     found = run_audit(asked, console)
-    console.print(audit_table(found, f"{output.rstrip('/')}/audit/"))
+    if as_json:
+        print_json(found)
+    else:
+        console.print(audit_table(found, f"{output.rstrip('/')}/audit/"))
     console.print(f"to look at it: blocksight report {printable(shlex.quote(output))}")
     if fail_on is not None and found.findings:
         raise typer.Exit(FINDING)

@@ -70,6 +70,9 @@ Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many r
 ClassMap = Annotated[
     Path | None, typer.Option(help='JSON: the classes that a label means, such as {"dog": [151, 152]}.')
 ]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print figures as JSON alone; notes and progress go to standard error.")
+]
 OutputModel = Annotated[
     str | None, typer.Option(help="The model again, if it is code of yours: an output alone never has code imported.")
 ]

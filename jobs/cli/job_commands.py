@@ -4,18 +4,21 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.progress import track
 
 from blocksight.jobs.cli.app import (
     INCOMPLETE,
     OVER_BUDGET,
     UNRECONCILED,
+    AsJson,
     Endpoint,
     Existing,
     console,
     existing,
     takes_job,
 )
+from blocksight.jobs.cli.figures import job_figures, plan_figures, print_json, progress_console
 from blocksight.jobs.cli.job_tables import failure_line, job_state_table, letter_lines, outcome_table, plan_table
 from blocksight.jobs.ledger.reconcile import JobState, check, final_manifest, num_accepted, read_job_state
 from blocksight.jobs.ledger.reconcile import finalize as write_manifest
@@ -39,6 +42,7 @@ def plan(
     probe: Annotated[
         bool, typer.Option("--probe", help="Explain a few images for about ten seconds, to say the time and the size.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the input, cut it into units, estimate the cost. Reads no image without --probe, and writes nothing.
 
@@ -52,13 +56,16 @@ def plan(
         from blocksight.jobs.bench.benchmark import device_of
         from blocksight.jobs.bench.quick import probe_cost
 
-        probe_cost(job, made, device_of("cuda" if workforce.on_gpu else "cpu"), console)
-    console.print(plan_table(job, made, workforce))
+        probe_cost(job, made, device_of("cuda" if workforce.on_gpu else "cpu"), progress_console(as_json))
+    if as_json:
+        print_json(plan_figures(job, made, workforce))
+    else:
+        console.print(plan_table(job, made, workforce))
 
 
 @commands.command()
 @takes_job
-def explain(job: JobConfig, execution: Execution) -> None:
+def explain(job: JobConfig, execution: Execution, *, as_json: AsJson = False) -> None:
     """Explain every record that is not explained yet. The same command again resumes, or has nothing to do.
 
     Example: blocksight explain --data photos/ --output maps/ --target top-3 -p mu=0.3
@@ -67,8 +74,12 @@ def explain(job: JobConfig, execution: Execution) -> None:
     """
     from blocksight.jobs.run.job import run_job
 
+    console = progress_console(as_json)
     outcome = run_job(job, execution, console)
-    console.print(outcome_table(job, outcome))
+    if as_json:
+        print_json({**job_figures(job.output, outcome.job_state), "run": outcome.ran})
+    else:
+        console.print(outcome_table(job, outcome))
     for failure in outcome.ran.failures:
         console.print(failure_line(failure))
     for line in letter_lines(outcome.job_state.dead.values()):
@@ -77,10 +88,12 @@ def explain(job: JobConfig, execution: Execution) -> None:
         console.print(f"Stopped: {printable(outcome.ran.stopped)}.")
     if outcome.ran.is_hopeless and outcome.job_state.open_units:
         raise typer.Exit(OVER_BUDGET)
-    _exit_unless_complete(outcome.job_state, outcome.exceeded_budgets, is_final=outcome.manifest is not None)
+    _exit_unless_complete(outcome.job_state, outcome.exceeded_budgets, console, is_final=outcome.manifest is not None)
 
 
-def _exit_unless_complete(job_state: JobState, exceeded_budgets: Sequence[str], *, is_final: bool) -> None:
+def _exit_unless_complete(
+    job_state: JobState, exceeded_budgets: Sequence[str], console: Console, *, is_final: bool
+) -> None:
     """Ends the command with an exit code if the job is not complete or over budget, and says what to do."""
     if job_state.open_units:
         still_open = counted(len(job_state.open_units), "unit")
@@ -95,19 +108,22 @@ def _exit_unless_complete(job_state: JobState, exceeded_budgets: Sequence[str], 
 
 
 @commands.command()
-def status(output: Existing, endpoint_url: Endpoint = None) -> None:
+def status(output: Existing, as_json: AsJson = False, endpoint_url: Endpoint = None) -> None:
     """Show how far a job is, from the output alone: while it runs, when it has ended, or after its driver died."""
     store, made = existing(output, endpoint_url)
-    job_state = read_job_state(store, made)
-    console.print(job_state_table(output, job_state, planned_forward(store)))
-    for line in letter_lines(job_state.dead.values()):
-        console.print(line)
+    job_state, forward = read_job_state(store, made), planned_forward(store)
+    if as_json:
+        print_json({**job_figures(output, job_state), "masks": forward and str(forward)})
+    else:
+        console.print(job_state_table(output, job_state, forward))
+        for line in letter_lines(job_state.dead.values()):
+            console.print(line)
     if job_state.open_units:
         raise typer.Exit(INCOMPLETE)
-    _finished(store, job_state)
+    _finished(store, job_state, progress_console(as_json))
 
 
-def _finished(store: ObjectStore, job_state: JobState) -> None:
+def _finished(store: ObjectStore, job_state: JobState, console: Console) -> None:
     """Ends the command with an exit code if no unit is open but there is no final manifest."""
     if final_manifest(store, job_state.plan) is not None:
         return
@@ -120,8 +136,9 @@ def _finished(store: ObjectStore, job_state: JobState) -> None:
 
 
 @commands.command()
-def verify(output: Existing, endpoint_url: Endpoint = None) -> None:
+def verify(output: Existing, as_json: AsJson = False, endpoint_url: Endpoint = None) -> None:
     """Prove from the output alone that rows in = explained + rejected, every record once, no byte changed."""
+    console = progress_console(as_json)
     store, made = existing(output, endpoint_url)
     faults, checked = [], 0
     fragments = track(
@@ -137,16 +154,20 @@ def verify(output: Existing, endpoint_url: Endpoint = None) -> None:
         checked += unit is not None
     for fault in faults:
         console.print(printable(fault))
+    if as_json:
+        state = {} if faults else job_figures(output, read_job_state(store, made))
+        print_json({"faults": faults, "fragments": checked, **state})
     if faults:
         console.print(f"NOT RECONCILED: {counted(len(faults), 'fault')} in {counted(checked, 'fragment')}.")
         raise typer.Exit(UNRECONCILED)
     job_state = read_job_state(store, made)
-    console.print(job_state_table(output, job_state))
+    if not as_json:
+        console.print(job_state_table(output, job_state))
     if job_state.open_units:
         sound, still_open = counted(checked, "sound fragment"), counted(len(job_state.open_units), "open unit")
         console.print(f"{sound}, {still_open}.")
         raise typer.Exit(INCOMPLETE)
-    _finished(store, job_state)
+    _finished(store, job_state, console)
     without = f" but those of {counted(len(job_state.dead), 'dead unit')}" if job_state.dead else ""
     console.print(f"Reconciled: {counted(checked, 'fragment')}, every planned record{without} is stored once.")
 
@@ -169,17 +190,21 @@ def retry(
 def finalize(
     output: Existing,
     max_dead_units: Annotated[int, typer.Option(min=0, help="Do without so many dead units.")] = 0,
+    as_json: AsJson = False,
     endpoint_url: Endpoint = None,
 ) -> None:
     """Write the final manifest of an output whose units are all committed or dead; computes nothing."""
     store, made = existing(output, endpoint_url)
     job_state = read_job_state(store, made)
-    console.print(job_state_table(output, job_state))
+    if as_json:
+        print_json(job_figures(output, job_state))
+    else:
+        console.print(job_state_table(output, job_state))
     accepted = num_accepted(final_manifest(store, made))
     budget = Budget(max_reject_fraction=1.0, max_dead_units=max(max_dead_units, accepted))
-    _exit_unless_complete(job_state, exceeded_budgets(job_state, budget), is_final=False)
+    _exit_unless_complete(job_state, exceeded_budgets(job_state, budget), progress_console(as_json), is_final=False)
     write_manifest(store, job_state)
-    console.print("The final manifest is written.")
+    progress_console(as_json).print("The final manifest is written.")
 
 
 @commands.command()

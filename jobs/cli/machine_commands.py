@@ -1,17 +1,16 @@
 """The commands that need no output: demo, bench, bank and list."""
 
-import json
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 
-from blocksight.jobs.cli.app import BatchSize, Blocks, ClassMap, Endpoint, Limit, Parameters, Weights, console
+from blocksight.jobs.cli.app import AsJson, BatchSize, Blocks, ClassMap, Endpoint, Limit, Parameters, Weights, console
 from blocksight.jobs.cli.bench_tables import benchmark_table, curve_table
 from blocksight.jobs.cli.catalog_tables import catalog_table, entry_table
+from blocksight.jobs.cli.figures import catalog_figures, print_json, progress_console
 from blocksight.jobs.plan.config import ConfigError, load_config, parse_parameters
 from blocksight.jobs.plan.text import counted, printable
 
@@ -60,7 +59,7 @@ def bench(
     output: Annotated[Path, typer.Option(help="Folder of the fidelity curve.")] = Path("blocksight-curve"),
     truth: Annotated[str | None, typer.Option(help="Where the objects are, for EBPG; as in `evaluate`.")] = None,
     class_map: ClassMap = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON alone.")] = False,
+    as_json: AsJson = False,
     endpoint_url: Endpoint = None,
 ) -> None:
     """Measure on this machine: the bare model's best rate, the explainer's, and the cost of a data set.
@@ -75,7 +74,7 @@ def bench(
     network = {"model": model, "weights": weights, "blocks": blocks, "precision": precision}
     method = {"explainer": explainer, "parameters": parse_parameters(param or []), "preset": preset}
     job, _ = load_config(None, {**places, **network, **method, "limit": limit})
-    progress = Console(stderr=True, highlight=False, soft_wrap=True) if as_json else console
+    progress = progress_console(as_json)
     where = benchmark.device_of(device)
     if fidelity is not None:
         other = explainer if explainer != "sise" else None
@@ -108,7 +107,7 @@ def _refuse_ignored(options: dict[str, Any], output: Path) -> None:
 
 def _print_figures(figures: dict[str, Any], table: RenderableType, *, as_json: bool) -> None:
     if as_json:
-        sys.stdout.write(json.dumps(figures, indent=1) + "\n")
+        print_json(figures)
     else:
         console.print(table)
 
@@ -147,9 +146,14 @@ def bank(
 def list_entries(
     what: Annotated[Literal["explainers", "metrics", "models"], typer.Argument(help="What to list.")],
     name: Annotated[str | None, typer.Argument(help="One of them alone, with its parameters.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """List explainers, metrics or models, with what they need and cost.
 
     Example: blocksight list explainers sise
     """
-    console.print(catalog_table(what) if name is None else entry_table(what, name))
+    table = catalog_table(what) if name is None else entry_table(what, name)
+    if as_json:
+        print_json(catalog_figures(what, name))
+    else:
+        console.print(table)

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from blocksight.jobs.cli.app import Endpoint, Existing, OutputModel, OutputWeights, console, existing
+from blocksight.jobs.cli.app import AsJson, Endpoint, Existing, OutputModel, OutputWeights, console, existing
+from blocksight.jobs.cli.figures import print_json, progress_console
 from blocksight.jobs.cli.tables import MEBIBYTE
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.text import counted, printable
@@ -28,6 +29,7 @@ def show(
     ] = None,
     model: OutputModel = None,
     weights: OutputWeights = None,
+    as_json: AsJson = False,
     endpoint_url: Endpoint = None,
 ) -> None:
     """Show one record: its facts, and a picture of image, overlay and map for every target.
@@ -38,13 +40,17 @@ def show(
     With --blocks, --explainers or --beside the picture is a sheet of captioned overlays instead.
     """
     from blocksight.jobs.cli.show import SheetRequest, render_record
-    from blocksight.jobs.worker.rows import Output
+    from blocksight.jobs.worker.rows import Output, rows_of
 
     store, made = existing(output, endpoint_url)
     others = tuple(Output(name, *existing(name, endpoint_url)) for name in beside or ())
     request = SheetRequest(blocks, explainers, others, weights, model)
-    with console.status("drawing"):
+    notes = progress_console(as_json)
+    with notes.status("drawing"):
         facts, written = render_record(Output(output, store, made), key, endpoint_url, picture, request)
+    if as_json:
+        print_json({"rows": rows_of(store, made, key), "pictures": written})
+        return
     console.print(facts)
     for path in written:
         console.print(f"picture: {printable(path)}")
@@ -68,6 +74,7 @@ def ask_output(
     output: Existing,
     query: Annotated[str | None, typer.Argument(help="SQL over the views; without it they are printed.")] = None,
     csv: Annotated[Path | None, typer.Option(help="CSV file for all rows, instead of a table of the first.")] = None,
+    as_json: AsJson = False,
     endpoint_url: Endpoint = None,
 ) -> None:
     """Query an output in place: views maps, rejects, values, metrics, and audit_... if there is an audit.
@@ -84,7 +91,9 @@ def ask_output(
         sys.stdout.write(sql.script(output, endpoint_url))
         return
     found = sql.ask(sql.connect(output, endpoint_url), query)
-    if csv is None:
+    if as_json:
+        print_json(sql.as_rows(found))
+    elif csv is None:
         console.print(sql.as_table(found, console.width))
     else:
         count = sql.write_csv(found, csv)

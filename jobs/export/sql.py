@@ -263,6 +263,12 @@ def ask(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.DuckDBPyCon
         raise _refused(error, query) from error
 
 
+def as_rows(found: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:
+    """All rows, each a value by column."""
+    header = _header(found)
+    return [dict(zip(header, row, strict=True)) for row in _rows(found)]
+
+
 def as_table(found: duckdb.DuckDBPyConnection, width: int) -> RenderableType:
     """The first rows and the number of rows: a table, or one column per line if it is wider than `width`."""
     header, rows = [printable(name) for name in _header(found)], _rows(found)
