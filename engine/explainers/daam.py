@@ -57,6 +57,13 @@ class Daam(SignedExplainer):
                 f"daam needs self-attention over tokens of the picture's patches, and in {self.adapter.name} none was "
                 "seen (with masks, in windows or in a kernel of its own it cannot be): take gradcam, layercam or rise"
             )
+        grids = sorted({self._layout(one).grid for one in found})
+        if len(grids) > 1:
+            sizes = ", ".join(f"{height} x {width}" for height, width in grids)
+            raise ModelError(
+                f"daam adds the maps of all attentions, and those of {self.adapter.name} have several sizes ({sizes}): "
+                "take gradcam, layercam or rise"
+            )
         has_prefix = all(self._layout(one).prefix for one in found)
         if self.parameters.query == "class" and not has_prefix:
             raise ModelError(f"{self.adapter.name} has no class token whose attention could count: take query=mean")

@@ -2,9 +2,10 @@
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,11 @@ class ModelAdapter:
         std: Sequence[float] = IMAGENET_STD,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        """`mean` and `std` are of RGB in [0, 1]; `input_size` is height and width in pixels."""
-        self.module = module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        """`mean` and `std` are of RGB in [0, 1]; `input_size` is height and width in pixels.
+
+        Of a module under `torch.compile` the one inside is taken: a compiled graph has no gradient for every target.
+        """
+        self.module = uncompiled(module).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.name = name
         self.input_size = input_size
         self.class_names = list(class_names) if class_names is not None else None
@@ -125,13 +129,70 @@ class ModelAdapter:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the names, types, shapes and bytes of all weights and buffers, as hex."""
+        """sha256 over the names, types, shapes and bytes of all weights and buffers, as hex. Raises ModelError."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.module.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        for name, value in sorted(self.module.state_dict().items()):
+            try:
+                for part in _parts(name, value):
+                    digest.update(part)
+            except (TypeError, RuntimeError, NotImplementedError) as error:
+                raise ModelError(
+                    f"the weight {name!r} of {self.name} cannot be hashed, and without its hash a resumed job could "
+                    f"not tell that it is the same model: {error}"
+                ) from error
         return digest.hexdigest()
 
     def class_name(self, index: int) -> str:
         """The class's name, or `class 7` if the model has no names."""
         return self.class_names[index] if self.class_names is not None else f"class {index}"
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module without `torch.compile`, around it or around its sub-modules."""
+    inner = getattr(module, "_orig_mod", None)
+    if isinstance(inner, nn.Module):
+        return uncompiled(inner)
+    if module._compiled_call_impl is not None:  # of `module.compile()`
+        module._compiled_call_impl = None
+    for name, child in module.named_children():
+        plain = uncompiled(child)
+        if plain is not child:
+            setattr(module, name, plain)
+    return module
+
+
+def _parts(name: str, value: Any) -> Iterator[bytes]:
+    """A weight as bytes: name, type and shape, then the numbers. Packed weights are tuples of other values.
+
+    Raises TypeError for a value that has no fixed bytes.
+    """
+    if isinstance(value, tuple | list):
+        for index, part in enumerate(value):
+            yield from _parts(f"{name}.{index}", part)
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            yield from _parts(f"{name}.{key}", value[key])
+    elif isinstance(value, Tensor):
+        yield from _tensor_parts(name, value.detach().cpu())
+    elif value is None or isinstance(value, str | bytes | int | float | torch.dtype):
+        yield f"{name} {value!r}\n".encode()
+    else:
+        raise TypeError(f"it is a {type(value).__name__}")
+
+
+def _tensor_parts(name: str, tensor: Tensor) -> Iterator[bytes]:
+    yield f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
+    if tensor.is_quantized:
+        yield f"{tensor.qscheme()} {_scales(tensor)}\n".encode()
+        tensor = tensor.int_repr()
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    plain = tensor.resolve_conj().resolve_neg().contiguous()
+    yield plain.flatten().view(torch.uint8).numpy().tobytes()  # numpy has no bfloat16 and no float8
+
+
+def _scales(tensor: Tensor) -> str:
+    """Scales and zero points of a quantised tensor."""
+    if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return f"{tensor.q_scale()!r} {tensor.q_zero_point()}"
+    return f"{tensor.q_per_channel_scales().tolist()} {tensor.q_per_channel_zero_points().tolist()}"

@@ -1,5 +1,6 @@
 """The network as a list of tensors: traced once, so that blocks can be found and tapped by name."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -12,7 +13,7 @@ from blocksight.engine.errors import ModelError
 from blocksight.engine.model.blocks import Place, discover_blocks
 from blocksight.engine.model.layouts import Layout, layout_of
 from blocksight.engine.model.resample import Grid
-from blocksight.engine.model.taps import GraphRunner, Recorder, Taps, gradients, hook_outputs
+from blocksight.engine.model.taps import GraphRunner, Recorder, Taps, gradients, hook_outputs, path_and_call
 
 Node = TypeVar("Node")
 
@@ -23,7 +24,7 @@ class Network:
 
     module: nn.Module
     graph: fx.GraphModule | None
-    """None: the module could not be traced, and the places are module outputs."""
+    """None: the module could not be traced, and the places are outputs of modules, numbered by call: `relu#2`."""
     places: tuple[Place, ...]
     """In order of execution."""
 
@@ -37,6 +38,11 @@ class Network:
         if names:
             return tuple(sorted({self._named(name) for name in names}, key=self.places.index))
         found = tuple(discover_blocks(self.places))
+        if not found and isinstance(self.module, torch.jit.ScriptModule):
+            raise ModelError(
+                "the model is TorchScript, whose layers cannot be read: make it from its Python class and a state "
+                "dict, or take an explainer without blocks, such as rise or occlusion"
+            )
         if not found:
             raise ModelError(
                 f"no block was found in {type(self.module).__name__}: none of its {len(self.places)} tensors is "
@@ -69,7 +75,7 @@ class Network:
     def _inside(self, path: str) -> list[Place]:
         """The places that the sub-module at this dotted path computes."""
         if self.graph is None:
-            return []
+            return [place for place in self.places if path_and_call(place.name)[0] == path]
         inside = {node.name for node in self.graph.graph.nodes if path in _module_paths(node)}
         return [place for place in self.places if place.name in inside]
 
@@ -100,8 +106,11 @@ def _used_places(network: Network, example: Tensor) -> set[str]:
     if not tokens:
         return others
     logits, maps = network.taps(tokens)(example)
-    slopes = gradients(logits, torch.full_like(logits, float("nan")), maps)
-    return others | {place.name for place, slope in zip(tokens, slopes, strict=True) if slope.any()}
+    if not logits.requires_grad:  # a forward without gradients does not show what it depends on
+        return others | {place.name for place in tokens}
+    live = {place.name: own for place, own in zip(tokens, maps, strict=True) if own.requires_grad}  # no embeddings
+    slopes = gradients(logits, torch.full_like(logits, float("nan")), list(live.values())) if live else []
+    return others | {name for name, slope in zip(live, slopes, strict=True) if slope.any()}
 
 
 def _trace(module: nn.Module, example: Tensor) -> fx.GraphModule | None:
@@ -129,23 +138,43 @@ def _traced_places(graph: fx.GraphModule, example: Tensor) -> list[Place]:
 
 def _module_places(module: nn.Module, example: Tensor) -> list[Place]:
     recorder = Recorder()
-    with hook_outputs(module, [name for name, _ in module.named_modules() if name], recorder):
+    num_calls = Counter[str]()
+
+    def record(path: str, value: Any) -> Any:
+        num_calls[path] += 1
+        return recorder(f"{path}#{num_calls[path]}", value)
+
+    with hook_outputs(module, _readable_paths(module), record):
         module(example)
     tensors = {name: value for name, value in recorder.recorded.items() if isinstance(value, Tensor)}
     layouts = _layouts(list(tensors.values()), example)
+    paths = [path_and_call(name)[0] for name in tensors]
     return [
-        Place(name, layout, True, any(True for _ in module.get_submodule(name).parameters()))
-        for name, layout in zip(tensors, layouts, strict=True)
+        Place(
+            name if num_calls[path] > 1 else path,
+            layout,
+            True,
+            any(True for _ in module.get_submodule(path).parameters()),
+        )
+        for name, path, layout in zip(tensors, paths, layouts, strict=True)
     ]
 
 
+def _readable_paths(module: nn.Module) -> list[str]:
+    """The dotted paths of the sub-modules that call hooks: of TorchScript none inside."""
+    scripts = [path for path, child in module.named_modules() if isinstance(child, torch.jit.ScriptModule)]
+    inside = tuple(f"{path}." if path else "" for path in scripts)
+    return [path for path, _ in module.named_modules() if path and not path.startswith(inside)]
+
+
 def _layouts(values: Sequence[Any], example: Tensor) -> list[Layout | None]:
-    """The layout of each value, in order of execution."""
+    """The layout of each value, in order of execution; None for a value that is not one of each image."""
     full = (example.shape[2], example.shape[3])
     layouts: list[Layout | None] = []
     last: Grid | None = None
     for value in values:
-        layouts.append(layout_of(value.shape, full, last) if isinstance(value, Tensor) else None)
+        is_of_images = isinstance(value, Tensor) and value.shape[:1] == example.shape[:1]
+        layouts.append(layout_of(value.shape, full, last) if is_of_images else None)
         if layouts[-1] is not None:
             last = layouts[-1].grid
     return layouts

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from types import MappingProxyType
 from typing import Any
 
@@ -21,7 +22,8 @@ def frozen(module: nn.Module) -> Iterator[None]:
     (torch would allow them TF32, whose 10-bit mantissa moves scores by more than 1e-4).
     """
     modes = {child: child.training for child in module.modules()}
-    in_place = {child: child.inplace for child in module.modules() if hasattr(child, "inplace")}
+    plain = [child for child in module.modules() if not isinstance(child, torch.jit.ScriptModule)]  # that is fixed
+    in_place = {child: child.inplace for child in plain if hasattr(child, "inplace")}
     needs = {parameter: parameter.requires_grad for parameter in module.parameters()}
     allows_tf32 = torch.backends.cudnn.allow_tf32
     try:
@@ -91,12 +93,35 @@ class GraphRunner(fx.Interpreter):
 
 @contextmanager
 def hook_outputs(module: nn.Module, names: Collection[str], hook: Hook) -> Iterator[None]:
-    """Calls the hook on the outputs of the named sub-modules, in order of completion."""
+    """Calls the hook on the outputs of the named sub-modules, in order of completion.
+
+    `relu` means every call of the sub-module, `relu#2` the second one since this context began.
+    """
+    wanted: dict[str, dict[int | None, str]] = {}
+    for name in names:
+        path, call = path_and_call(name)
+        wanted.setdefault(path, {})[call] = name
     with ExitStack() as hooks:
-        for name in names:
-            handle = module.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: hook(name, out))
-            hooks.enter_context(handle)
+        for path, calls in wanted.items():
+            hooks.enter_context(module.get_submodule(path).register_forward_hook(_of_calls(calls, hook)))
         yield
+
+
+def _of_calls(names: Mapping[int | None, str], hook: Hook) -> Callable[[nn.Module, Any, Any], Any]:
+    """A forward hook for some calls of one sub-module, by number; None: for all others."""
+    numbers = count(1)
+
+    def called(_module: nn.Module, _given: Any, output: Any) -> Any:
+        name = names.get(next(numbers), names.get(None))
+        return None if name is None else hook(name, output)
+
+    return called
+
+
+def path_and_call(name: str) -> tuple[str, int | None]:
+    """The sub-module's dotted path and the number of its call in a name such as `relu#2`; None: it names no call."""
+    path, _, number = name.rpartition("#")
+    return (path, int(number)) if path and number.isdecimal() else (name, None)
 
 
 @dataclass(frozen=True)

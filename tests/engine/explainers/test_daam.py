@@ -360,6 +360,28 @@ def test_without_attention_over_the_patches_the_error_names_other_methods(make):
         explained(seeded(make), smooth(1, 32, 32), [1])
 
 
+class TwoSizes(Transformer):
+    """Attention over all patches, and again over a quarter of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.coarse, self.fine = nn.Conv2d(3, 12, 8, stride=8), nn.Conv2d(3, 12, 4, stride=4)
+        self.attend, self.head = nn.MultiheadAttention(12, 3, batch_first=True), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = 0
+        for project in (self.fine, self.coarse):
+            tokens = project(x).flatten(2).transpose(1, 2)
+            found = found + self.attend(tokens, tokens, tokens, need_weights=False)[0].mean(1)
+        return self.head(found)
+
+
+def test_attention_at_several_sizes_is_refused_before_any_image():
+    adapter = ModelAdapter(seeded(TwoSizes), input_size=(32, 32))
+    with pytest.raises(ModelError, match=r"several sizes \(4 x 4, 8 x 8\): take gradcam"):
+        EXPLAINERS["daam"](adapter, DaamParameters())
+
+
 def test_a_missing_class_token_cannot_be_the_query():
     with pytest.raises(ModelError, match="model has no class token whose attention could count: take query=mean"):
         explained(seeded(lambda: Transformer(prefix=0)), smooth(1, 16, 16), [1], DaamParameters(query="class"))

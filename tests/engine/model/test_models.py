@@ -398,6 +398,52 @@ def test_the_fingerprint_tells_names_shapes_and_types_apart():
     assert len(prints) == 5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.bool])
+def test_weights_of_every_type_have_a_fingerprint(dtype):
+    net = nn.Module()
+    for name, values in {"matrix": torch.eye(3), "number": torch.tensor(1.0)}.items():
+        net.register_buffer(name, values.to(dtype))
+    one = ModelAdapter(net).fingerprint
+    net.number.zero_()
+    assert ModelAdapter(net).fingerprint != one
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_weights_have_a_fingerprint():
+    def quantised(factor):
+        net = seeded(lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)))
+        net[0].weight.data *= factor
+        return ModelAdapter(torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8))
+
+    assert quantised(1).fingerprint == quantised(1).fingerprint
+    assert quantised(1).fingerprint != quantised(2).fingerprint  # the same integers at another scale
+
+
+def test_a_weight_without_fixed_bytes_is_one_sentence():
+    net = nn.Linear(3, 3, device="meta")
+    with pytest.raises(ModelError, match="weight 'bias' of model cannot be hashed"):
+        _ = ModelAdapter(net).fingerprint
+
+
+class Compiled(nn.Module):
+    """What `torch.compile` returns, as far as it can be seen; the import of its compiler takes seconds."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._orig_mod = module
+
+
+def test_a_compiled_model_is_the_model_inside():
+    net = seeded(Plain)
+    before = ModelAdapter(net).fingerprint
+    assert ModelAdapter(Compiled(net)).module is net
+    (inside,) = ModelAdapter(nn.Sequential(Compiled(net))).module
+    assert inside is net
+    net._compiled_call_impl = net.forward  # as `net.compile()` does
+    assert ModelAdapter(net).module._compiled_call_impl is None
+    assert ModelAdapter(net).fingerprint == before
+
+
 def test_normalisation_is_the_usual_formula():
     adapter = ModelAdapter(nn.Identity(), mean=(0.5, 0.25, 0.0), std=(0.5, 1.0, 2.0))
     inputs = adapter.normalise(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))

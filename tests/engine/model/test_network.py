@@ -1,5 +1,6 @@
 """The traced network: which tensors every path passes, names by hand, and what cannot be traced."""
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -8,9 +9,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
+from blocksight.engine.catalog.parameters import RiseParameters
 from blocksight.engine.errors import ModelError
+from blocksight.engine.explainers import make_explainer
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.network import unavoidable_nodes
+from blocksight.engine.model.targets import ClassProbability
 from tests.engine.nets import Plain, Residual, Untraceable, seeded, smooth
 
 # ---------------------------------------------------------------- unavoidable nodes
@@ -237,3 +241,86 @@ def test_the_trace_moves_with_the_model():
     adapter.to("meta")
     tensors = {**dict(adapter.network.graph.named_parameters()), **dict(adapter.network.graph.named_buffers())}
     assert {name: tensor.device.type for name, tensor in tensors.items()} == dict.fromkeys(tensors, "meta")
+
+
+# ---------------------------------------------------------------- a module that runs several times
+
+
+class OneRelu(nn.Module):
+    """One ReLU behind each of two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3, stride=2)
+        self.relu, self.head = nn.ReLU(), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.head(self.relu(self.second(self.relu(self.first(x)))).mean((2, 3)))
+
+
+class OneReluUntraced(OneRelu):
+    """The same, in a forward that looks at its input, which cannot be traced."""
+
+    def forward(self, x):
+        assert bool(x.isfinite().all())
+        return super().forward(x)
+
+
+def both_of_one_relu():
+    return [ModelAdapter(seeded(make), input_size=(24, 24)) for make in (OneRelu, OneReluUntraced)]
+
+
+@pytest.mark.parametrize("explainer", ["sise", "ablationcam", "gradcam", "scorecam"])
+def test_each_call_of_a_module_is_a_place_of_its_own(explainer):
+    traced, untraced = both_of_one_relu()
+    assert traced.network.graph is not None
+    assert untraced.network.graph is None
+    assert [place.name for place in untraced.network.blocks()] == ["relu#1", "relu#2"]
+    target = ClassProbability(torch.tensor([[1], [2]]))
+    one, other = (
+        [own[0].saliency_hw for own in make_explainer(explainer, adapter).explain(smooth(2, 24, 24), target)]
+        for adapter in (traced, untraced)
+    )
+    assert np.array_equal(one, other)
+
+
+def test_a_module_without_a_number_means_its_last_call():
+    _, untraced = both_of_one_relu()
+    assert [place.name for place in untraced.network.blocks(["relu"])] == ["relu#2"]
+    assert [place.name for place in untraced.network.blocks(["relu#1"])] == ["relu#1"]
+
+
+# ---------------------------------------------------------------- tensors that hold no feature maps
+
+
+class EmbeddedPlaces(nn.Module):
+    """A transformer whose places are an embedding, of one picture or repeated for every picture."""
+
+    def __init__(self, *, repeats: bool) -> None:
+        super().__init__()
+        self.repeats, self.patches, self.places = repeats, nn.Conv2d(3, 8, 4, 4), nn.Embedding(36, 8)
+        self.layer, self.head = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 5)
+
+    def forward(self, x):
+        numbers = torch.arange(36, device=x.device)[None]
+        places = self.places(numbers.expand(len(x), -1) if self.repeats else numbers)
+        return self.head(self.layer(self.patches(x).flatten(2).transpose(1, 2) + places).mean(1))
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+def test_an_embedding_of_places_holds_no_feature_maps(repeats):
+    adapter = ModelAdapter(seeded(lambda: EmbeddedPlaces(repeats=repeats)), input_size=(24, 24))
+    (places,) = [place for place in adapter.network.places if place.name == "places"]
+    assert places.layout is None
+    ((one,),) = make_explainer("gradcam", adapter).explain(smooth(1, 24, 24), ClassProbability(torch.tensor([[1]])))
+    assert one.saliency_hw.shape == (24, 24)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_the_layers_of_torchscript_cannot_be_read_and_rise_needs_none():
+    adapter = ModelAdapter(torch.jit.script(seeded(OneRelu)), input_size=(24, 24))
+    with pytest.raises(ModelError, match=r"TorchScript, whose layers cannot be read: .* rise or occlusion"):
+        adapter.network.blocks()
+    rise = make_explainer("rise", adapter, RiseParameters(num_masks=8))
+    ((one,),) = rise.explain(smooth(1, 24, 24), ClassProbability(torch.tensor([[1]])))
+    assert one.saliency_hw.shape == (24, 24)

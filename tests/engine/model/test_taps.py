@@ -136,6 +136,14 @@ def test_the_last_call_of_a_module_wins():
     assert torch.equal(recorder.recorded["again"], result)
 
 
+def test_a_number_means_one_call_of_a_module():
+    net, inputs = seeded(Twice), torch.rand(1, 3, 4, 4)
+    recorder = Recorder()
+    with hook_outputs(net, ["again#1"], recorder):
+        net(inputs)
+    assert torch.equal(recorder.recorded["again#1"], net.again(inputs))
+
+
 # ---------------------------------------------------------------- what is recorded
 
 
