@@ -22,6 +22,7 @@ def audit_table(audit: "Audit", place: str) -> RenderableType:
     split = {cluster.target_name for cluster in audit.clusters}
     rows = [
         ("maps", f"{audit.num_maps:,} of {audit.num_rows:,} rows{right}"),
+        ("flat maps", f"{audit.gates.get('flat', 0) or 'none'} of {counted(audit.num_maps, 'map')}"),
         ("of no use", gates or "none: no gate stops a map"),
         (
             "clusters",

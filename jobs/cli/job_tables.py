@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from blocksight.engine.catalog import entries
-from blocksight.jobs.cli.tables import facts_table, size_text
+from blocksight.jobs.cli.tables import facts_table, quality_rows, size_text
 from blocksight.jobs.explain.learned import num_learning_images
 from blocksight.jobs.ledger.receipts import metric_means
 from blocksight.jobs.ledger.reconcile import JobState
@@ -80,7 +80,7 @@ def job_state_table(output: str, job_state: JobState, forward: PlannedForward | 
         ("explained", f"{job_state.total('num_ok'):,}"),
         ("rejected", f"{job_state.total('num_rejected'):,}" + (f" ({rejects})" if rejects else "")),
         *_odd_formats(job_state.counts("odd_formats")),
-        *quality_rows(job_state),
+        *_quality(job_state),
         ("forwards", f"{job_state.total('num_forwards'):,}{rate}"),
         *([("masks", f"scored by {forward}")] if forward is not None else []),
         ("size", size_text(job_state.total("num_bytes"))),
@@ -98,13 +98,11 @@ def _odd_formats(counts: Mapping[str, int]) -> list[tuple[str, str]]:
     return (rows if stretched else []) + ([("nearly black", dark)] if num_dark else [])
 
 
-def quality_rows(job_state: JobState) -> list[tuple[str, str]]:
-    """How often the model is right, how many maps are flat, and loud sentences about both."""
-    accuracy = job_state.accuracy
-    rows = [] if accuracy is None else list(zip(("accuracy", ""), accuracy.facts, strict=False))
-    flat = [("flat maps", job_state.flat_fact)] if job_state.num_maps else []
-    loud = [("[bold red]warning[/]", f"[bold red]{sentence}[/]") for sentence in job_state.warnings]
-    return [*rows, *flat, *loud]
+def _quality(job_state: JobState) -> list[tuple[str, str]]:
+    if not job_state.num_maps:
+        return []
+    accuracy = () if job_state.accuracy is None else job_state.accuracy.facts
+    return quality_rows(accuracy, job_state.flat_fact, job_state.warnings)
 
 
 def _dead(job_state: JobState) -> str:

@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from blocksight.engine.catalog import entries
-from blocksight.jobs.cli.tables import facts_table, grid_table, interval_text
+from blocksight.jobs.cli.tables import facts_table, grid_table, interval_text, quality_rows
+from blocksight.jobs.evaluate.verdict import verdicts
 from blocksight.jobs.plan.text import counted, printable
 
 if TYPE_CHECKING:
@@ -39,7 +40,10 @@ def comparison_table(table: "Comparison", width: int) -> RenderableType:
     longest = max(len(method.name) for method in table.methods)
     abreast = max(1, (width - longest - 4) // (CELL_WIDTH + 3))
     blocks = [table.columns[start : start + abreast] for start in range(0, len(table.columns), abreast)]
-    shown: list[RenderableType] = [_comparison_block(table, block, cells, _mean_cell) for block in blocks]
+    shown: list[RenderableType] = [
+        facts_table(quality_rows(own.accuracy, own.flat, own.warnings), printable(own.output)) for own in table.outputs
+    ]
+    shown += [_comparison_block(table, block, cells, _mean_cell) for block in blocks]
     shown.append("mean [95 % interval over images] maps; the best mean is bold")
     shown += _footnotes(table)
     shown += [printable(note) for note in table.notes]
@@ -47,6 +51,7 @@ def comparison_table(table: "Comparison", width: int) -> RenderableType:
         first = printable(table.methods[0].name)
         shown += [_comparison_block(table, block, cells, _difference_cell) for block in blocks]
         shown.append(f"difference to {first} [95 % interval] on the maps that both have; * p < 0.05 after Holm")
+    shown.append(facts_table([("verdict", printable(sentence)) for sentence in verdicts(table)]))
     return Group(*shown)
 
 

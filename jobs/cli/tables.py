@@ -18,6 +18,13 @@ def facts_table(rows: Sequence[tuple[str, str]], title: str | None = None) -> Ta
     return table
 
 
+def quality_rows(accuracy: Sequence[str], flat: str, warnings: Sequence[str]) -> list[tuple[str, str]]:
+    """How often the model is right, how many maps are flat, and loud sentences about both."""
+    right = list(zip(("accuracy", ""), accuracy, strict=False))
+    loud = [("[bold red]warning[/]", f"[bold red]{printable(sentence)}[/]") for sentence in warnings]
+    return [*right, ("flat maps", flat), *loud]
+
+
 def size_text(num_bytes: float) -> str:
     return f"{num_bytes / MEBIBYTE:,.1f} MiB"
 

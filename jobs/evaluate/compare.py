@@ -24,6 +24,7 @@ from blocksight.jobs.evaluate.bootstrap import (
 )
 from blocksight.jobs.evaluate.evaluation import evaluation_folders, value_tables
 from blocksight.jobs.ledger.output import fragment_of
+from blocksight.jobs.ledger.reconcile import read_job_state
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.forward_setting import planned_forward, protocol_of, setting_difference
 from blocksight.jobs.worker.rows import Output, refuse_other_inputs
@@ -87,6 +88,20 @@ class Absence:
 
 
 @dataclass(frozen=True)
+class OutputQuality:
+    """What to know of an output before its metrics are read."""
+
+    output: str
+    """As the user wrote it."""
+    accuracy: tuple[str, ...]
+    """How often its model is right; empty where no label is known."""
+    flat: str
+    """How many of its maps are flat."""
+    warnings: tuple[str, ...]
+    """Loud sentences about the model and the maps."""
+
+
+@dataclass(frozen=True)
 class Comparison:
     """The table of a comparison."""
 
@@ -98,6 +113,7 @@ class Comparison:
     absences: tuple[Absence, ...] = ()
     notes: tuple[str, ...] = ()
     """Warnings about the values."""
+    outputs: tuple[OutputQuality, ...] = ()
 
 
 def compare(outputs: Sequence[Output]) -> Comparison:
@@ -118,7 +134,14 @@ def compare(outputs: Sequence[Output]) -> Comparison:
     cells = tuple(_cells(columns, sums))
     note = setting_difference({output.name: planned_forward(output.store) for output in outputs})
     absences = tuple(_absences(methods, cells, reasons))
-    return Comparison(tuple(methods.values()), tuple(columns), cells, absences, () if note is None else (note,))
+    notes, outputs_quality = () if note is None else (note,), tuple(map(_quality, outputs))
+    return Comparison(tuple(methods.values()), tuple(columns), cells, absences, notes, outputs_quality)
+
+
+def _quality(output: Output) -> OutputQuality:
+    state = read_job_state(output.store, output.plan)
+    accuracy = () if state.accuracy is None else state.accuracy.facts
+    return OutputQuality(output.name, accuracy, state.flat_fact, state.warnings)
 
 
 MethodKey = tuple[int, str, str]

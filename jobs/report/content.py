@@ -11,11 +11,12 @@ from blocksight.engine.catalog.entries import CONTROLS, METRICS
 from blocksight.jobs.audit.result import GATES, Audit, read_audit
 from blocksight.jobs.audit.stream import committed, digest_of_fragments
 from blocksight.jobs.evaluate.compare import Absence, Cell, Column, Comparison, Output, compare
+from blocksight.jobs.evaluate.verdict import verdicts
 from blocksight.jobs.ledger.reconcile import JobState, final_manifest, read_job_state
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.forward_setting import planned_forward
 from blocksight.jobs.plan.records import DeadLetter
-from blocksight.jobs.plan.text import counted
+from blocksight.jobs.plan.text import counted, percent
 from blocksight.jobs.report.facts import (
     Fact,
     Share,
@@ -147,7 +148,11 @@ class Report:
     tiles: tuple[Tile, ...]
     run: tuple[Fact, ...]
     accounting: Accounting
+    quality: tuple[Fact, ...]
+    """How often the model is right, and how many maps are flat."""
     metrics: tuple[Metric, ...]
+    verdicts: tuple[str, ...]
+    """On how many metrics the method beats the controls, and where one is better."""
     missing: tuple[Fact, ...]
     """Metrics for which no method has a value, and why."""
     galleries: tuple[Gallery, ...]
@@ -189,10 +194,12 @@ def report_of(
         subtitle=f"{plan.identity['explainer']} maps of {plan.identity['model']}",
         made=f"{made:%Y-%m-%d %H:%M} UTC",
         notices=tuple(_notices(output, job_state, audit, is_stale=is_stale)),
-        tiles=tuple(_tiles(accounting, metrics, audit)),
+        tiles=tuple(_tiles(accounting, job_state, metrics, audit)),
         run=tuple(run_facts(plan, model_of(store), selection.selected_by, planned_forward(store))),
         accounting=accounting,
+        quality=tuple(_quality(job_state)),
         metrics=metrics,
+        verdicts=verdicts(table) if table else (),
         missing=tuple(_missing(table)) if table else (),
         galleries=tuple(shown),
         items=items,
@@ -205,7 +212,16 @@ def report_of(
     )
 
 
+def _quality(job_state: JobState) -> Iterator[Fact]:
+    if job_state.accuracy is not None:
+        right, *guesses = job_state.accuracy.facts
+        yield Fact("accuracy", right, "; ".join(guesses))
+    if job_state.num_maps:
+        yield Fact("flat maps", job_state.flat_fact, "a flat map has one value everywhere: it says nothing")
+
+
 def _notices(output: Output, job_state: JobState, audit: Audit | None, *, is_stale: bool) -> Iterator[Notice]:
+    yield from map(Notice, job_state.warnings)
     name = shlex.quote(output.name)
     num_open = len(job_state.open_units)
     if num_open:
@@ -222,9 +238,19 @@ def _notices(output: Output, job_state: JobState, audit: Audit | None, *, is_sta
         yield Notice("The audit below is out of date: the output has other fragments now.", audit_command(name))
 
 
-def _tiles(accounting: Accounting, metrics: Sequence[Metric], audit: Audit | None) -> Iterator[Tile]:
+def _tiles(
+    accounting: Accounting, job_state: JobState, metrics: Sequence[Metric], audit: Audit | None
+) -> Iterator[Tile]:
     yield Tile(f"{accounting.num_ok:,}", "explained", f"of {accounting.num_records:,} committed records")
     yield Tile(f"{accounting.num_rejected:,}", "rejected", "each with its reason")
+    accuracy = job_state.accuracy
+    if accuracy is not None and accuracy.num_records:
+        of = f"{accuracy.num_right:,} of {counted(accuracy.num_records, 'record')}"
+        yield Tile(percent(accuracy.share), "right", f"{of}; chance is {percent(accuracy.chance)}")
+    if job_state.num_flat:
+        yield Tile(
+            f"{job_state.num_flat:,}", "flat maps" if job_state.num_flat > 1 else "flat map", job_state.flat_fact
+        )
     if audit is not None:
         number, noun = counted(len(audit.findings), "finding").split()
         suspicions, rest = counted(len(audit.suspicions), "suspicion"), len(audit.not_confirmed)

@@ -21,10 +21,11 @@ from blocksight.engine.catalog.entries import METRICS
 from blocksight.jobs.audit.result import write_audit
 from blocksight.jobs.evaluate.compare import Output, compare
 from blocksight.jobs.evaluate.evaluation import evaluation_folders, value_tables
+from blocksight.jobs.evaluate.verdict import verdicts
 from blocksight.jobs.ledger.reconcile import MANIFEST_KEY, final_manifest, read_job_state
 from blocksight.jobs.plan.config import Execution
 from blocksight.jobs.plan.plan import existing_plan
-from blocksight.jobs.plan.text import plain
+from blocksight.jobs.plan.text import percent, plain
 from blocksight.jobs.report import galleries
 from blocksight.jobs.report.content import report_of
 from blocksight.jobs.report.facts import duration, run_facts, size
@@ -60,6 +61,11 @@ def output_at(where, endpoint_url=None):
 
 def report_at(where):
     return report_of(output_at(where), None, NOW, lambda *_: lambda: None)
+
+
+def about_the_job(report):
+    """The notices, without those about the tiny model, which is right by chance."""
+    return [notice for notice in report.notices if "THE MODEL IS" not in notice.text]
 
 
 def page_at(where):
@@ -152,6 +158,15 @@ def test_metrics_are_those_of_compare_with_direction_and_unit(evaluated):
     page = Page(page_at(evaluated)).text
     own = next(cell for cell in table.cells if cell.column.metric == "insertion").estimate
     assert f"{own.mean:.3f} {own.low:.3f} to {own.high:.3f}, {own.count} maps" in page
+
+
+def test_accuracy_flat_maps_and_the_verdict_are_those_of_status_and_compare(evaluated):
+    page = Page(page_at(evaluated)).text
+    output = output_at(evaluated)
+    state = read_job_state(output.store, output.plan)
+    for sentence in (*state.accuracy.facts, state.flat_fact, *state.warnings, *verdicts(compare([output]))):
+        assert sentence in page
+    assert f"{percent(state.accuracy.share)} right" in page  # a tile
 
 
 def test_a_mean_is_drawn_at_its_value_on_its_axis(evaluated):
@@ -389,17 +404,17 @@ def test_the_page_says_which_methods_are_reconstructions(output, explainer, expe
 def test_an_output_without_an_audit_names_the_command(output):
     report = report_at(output)
     assert report.findings is None
-    assert [notice.command for notice in report.notices] == [f"blocksight audit {output}"]
+    assert [notice.command for notice in about_the_job(report)] == [f"blocksight audit {output}"]
     assert f"blocksight audit {output}" in Page(page_at(output)).text
 
 
 def test_an_audit_of_other_fragments_is_shown_and_called_old(output):
     audited(LocalStore(output))
-    assert report_at(output).notices == ()
+    assert about_the_job(report_at(output)) == []
     audited(LocalStore(output), fragments="others")
     report = report_at(output)
-    assert ["out of date" in notice.text for notice in report.notices] == [True]
-    assert report.notices[0].command == f"blocksight audit {output}"
+    assert ["out of date" in notice.text for notice in about_the_job(report)] == [True]
+    assert about_the_job(report)[0].command == f"blocksight audit {output}"
     assert report.findings is not None
 
 
@@ -409,13 +424,13 @@ def test_an_unfinished_output_says_so(output):
     (output / MANIFEST_KEY).unlink()
     report = report_at(output)
     assert report.accounting.num_open > 0
-    assert f"{report.accounting.num_open} unit" in report.notices[0].text
+    assert f"{report.accounting.num_open} unit" in about_the_job(report)[0].text
     assert "not finished" in Page(page_at(output)).text
 
 
 def test_an_output_without_open_units_and_manifest_names_finalize(output):
     (output / MANIFEST_KEY).unlink()
-    assert report_at(output).notices[0].command == f"blocksight finalize {output}"
+    assert about_the_job(report_at(output))[0].command == f"blocksight finalize {output}"
 
 
 def test_an_empty_output_gets_a_page(output):
