@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Annotated, Any, NotRequired
@@ -161,7 +161,7 @@ def make_plan(config: JobConfig, *, weights_sha256: str | None, workforce: Workf
         num_records=sum(piece.num_records for piece in cut),
         ignored={**found.ignored, **_unread_columns(cut)},
         weights=None if weights_sha256 is None or config.weights is None else normal_place(config.weights),
-        notes=found.notes,
+        notes=(*found.notes, *_notes_of(cut)),
         troubles={piece.objects[0].key: piece.trouble for piece in cut if piece.trouble is not None},
     )
 
@@ -170,6 +170,11 @@ def _unread_columns(cut: Sequence[Piece]) -> Counter[str]:
     """The number of tables with an unread column, by column."""
     shards = {piece.objects[0].key: piece.unread for piece in cut}
     return Counter(f"with an unread {column}" for unread in shards.values() for column in unread)
+
+
+def _notes_of(cut: Sequence[Piece]) -> Iterable[str]:
+    """The first sentence of each kind on the shards."""
+    return {kind: note for piece in reversed(cut) for kind, note in piece.notes.items()}.values()
 
 
 def _unit(ordinal: int, fingerprint: str, layout: Layout, piece: Piece) -> Unit:

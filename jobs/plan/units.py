@@ -1,8 +1,9 @@
 """Cuts an input into units: by records for loose images, by rows for tables, by bytes for tar shards."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import TypeVar
 
 from blocksight.cluster.sizing import LEAST_UNIT_SECONDS, shrinking_sizes, unit_records
@@ -11,8 +12,15 @@ from blocksight.jobs.plan.estimate import estimate
 from blocksight.jobs.plan.records import Unit
 from blocksight.storage.inputs.survey import Layout, Survey
 from blocksight.storage.inputs.tables import TableFacts, table_facts
-from blocksight.storage.inputs.tars import sample_tar, tar_offset_after
-from blocksight.storage.stores.store import ObjectInfo, ObjectStore, StoreError, UnavailableError, checked_key
+from blocksight.storage.inputs.tars import TarSample, sample_tar, tar_offset_after
+from blocksight.storage.stores.store import (
+    DamagedError,
+    ObjectInfo,
+    ObjectStore,
+    StoreError,
+    UnavailableError,
+    checked_key,
+)
 
 WHOLE_SHARD = 2**63 - 1
 """The end of a unit that takes all records of its shard."""
@@ -40,6 +48,8 @@ class Piece:
     """Why the shard cannot be read."""
     unread: tuple[str, ...] = ()
     """Columns of a table whose type is never read, with the type."""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """Sentences on what of a shard was joined, split or left out, by kind."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,7 @@ def _table_pieces(
     source: ObjectStore, objects: Sequence[ObjectInfo], config: JobConfig, workforce: Workforce
 ) -> Iterator[Piece]:
     tables = _where_readable(objects, lambda info: table_facts(source, info))
+    _refuse_unreadable(tables)
     left = WHOLE_SHARD if config.limit is None else config.limit
     num_rows = sum(table.num_rows for table in tables if isinstance(table, TableFacts))
     full, _ = _sizes(config, min(num_rows, left), workforce)
@@ -101,7 +112,7 @@ def _table_pieces(
 
 
 def _where_readable(objects: Sequence[ObjectInfo], look: Callable[[ObjectInfo], Found]) -> list[Found | StoreError]:
-    """The result or the StoreError of `look` for each shard. Raises StoreError if it fails for all."""
+    """The result or the StoreError of `look` for each shard. Raises UnavailableError."""
     found: list[Found | StoreError] = []
     for info in objects:
         try:
@@ -110,10 +121,14 @@ def _where_readable(objects: Sequence[ObjectInfo], look: Callable[[ObjectInfo], 
             raise
         except StoreError as error:
             found.append(error)
+    return found
+
+
+def _refuse_unreadable(found: Sequence[object]) -> None:
+    """Raises the first StoreError if no shard can be read."""
     first = found[0]
     if isinstance(first, StoreError) and all(isinstance(one, StoreError) for one in found):
         raise first
-    return found
 
 
 def _tar_pieces(
@@ -131,18 +146,28 @@ def _tar_pieces(
         edges = [round(stop * part / parts) for part in range(parts + 1)]
         shares = [count * (part + 1) // parts - count * part // parts for part in range(parts)]
         for start, end, share in zip(edges, edges[1:], shares, strict=False):
-            yield Piece(shard.objects, start, end, share, shard.trouble)
+            yield Piece(shard.objects, start, end, share, shard.trouble, notes=shard.notes)
 
 
 def _guessed_shards(source: ObjectStore, objects: Sequence[ObjectInfo]) -> list[Piece]:
     """The whole shards; the first one that can be sampled gives the records per byte of all."""
-    sampled = objects[:SAMPLED_SHARDS]
-    counts = _where_readable(sampled, lambda info: sample_tar(source, info))
+    samples = _where_readable(objects[:SAMPLED_SHARDS], lambda info: sample_tar(source, info))
+    if len(samples) == len(objects):
+        _refuse_unreadable(samples)
+    sampled = [*zip(objects, samples, strict=False)]
     per_byte = next(
-        (count / info.size for info, count in zip(sampled, counts, strict=True) if isinstance(count, float) and count),
+        (one.num_records / info.size for info, one in sampled if isinstance(one, TarSample) and one.num_records),
         1 / GUESSED_RECORD_BYTES,
     )
-    return [Piece((info,), 0, info.size, max(1, round(info.size * per_byte))) for info in objects]
+    return [_guessed_shard(info, sample, per_byte) for info, sample in zip_longest(objects, samples)]
+
+
+def _guessed_shard(info: ObjectInfo, sample: TarSample | StoreError | None, per_byte: float) -> Piece:
+    if isinstance(sample, DamagedError):
+        return Piece((info,), 0, info.size, 0, str(sample))
+    trouble = str(sample) if isinstance(sample, StoreError) else None
+    notes = sample.notes if isinstance(sample, TarSample) else {}
+    return Piece((info,), 0, info.size, max(1, round(info.size * per_byte)), trouble, notes=notes)
 
 
 def _limited_shards(source: ObjectStore, objects: Sequence[ObjectInfo], limit: int) -> list[Piece]:

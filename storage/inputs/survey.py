@@ -33,6 +33,11 @@ LAYOUT_OF_SUFFIX = {
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
 FOREIGN_IMAGE_SUFFIXES = frozenset({".heic", ".heif", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".svg", ".exr"})
 """Suffixes of images that Pillow does not know."""
+CONTAINER_SUFFIXES = frozenset(
+    {".gz", ".tgz", ".xz", ".bz2", ".zst", ".zip", ".7z", ".rar", ".h5", ".hdf5", ".mdb", ".tfrecord", ".arrow"}
+    | {".feather", ".orc", ".avro", ".mds", ".rec", ".npy", ".npz", ".lance", ".beton"}
+)
+"""Suffixes of archives and of data formats that may hold images."""
 EXAMPLES = 3
 LOOKED_AT = 8
 """Tables whose columns are read to tell whether they hold images."""
@@ -147,6 +152,11 @@ def _add_notes(found: _Findings) -> None:
         found.notes.append(f"links to folders, followed ({len(found.followed)}): {_examples(found.followed)}")
     if found.left_out:
         found.notes.append(f"links to folders, not followed ({len(found.left_out)}): {_examples(found.left_out)}")
+    containers = [key for key in found.others if PurePosixPath(key).suffix.lower() in CONTAINER_SUFFIXES]
+    if containers:
+        found.notes.append(
+            f"archives and containers that are not read, left out ({len(containers)}): {_examples(containers)}"
+        )
     images = _unread_images(found.others)
     if images:
         found.notes.append(

@@ -1,17 +1,18 @@
 """Reads records from tar shards in WebDataset layout, by byte range, without extracting files."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
+from blocksight.storage.inputs.compression import compression_of
 from blocksight.storage.inputs.labels import label_of
 from blocksight.storage.inputs.records import RawRecord, as_text, read_failed, too_many_bytes
 from blocksight.storage.inputs.survey import IMAGE_SUFFIXES
-from blocksight.storage.inputs.tar_headers import Member, ShardFault, walk_members
+from blocksight.storage.inputs.tar_headers import BLOCK, Member, ShardFault, walk_members
 from blocksight.storage.limits import MAX_IMAGE_BYTES, MAX_LABEL_BYTES, MAX_MEMBER_NAME_BYTES, MAX_SHARD_RECORDS
 from blocksight.storage.rejects import Reject, RejectCode
 from blocksight.storage.stores.error_classes import is_of_record
-from blocksight.storage.stores.store import ObjectInfo, ObjectStore
+from blocksight.storage.stores.store import DamagedError, ObjectInfo, ObjectStore
 from blocksight.storage.stores.windowed_file import WindowedFile
 
 SAMPLE_BYTES = 4 << 20
@@ -30,6 +31,14 @@ class _Draft:
     members: dict[str, Member] = field(default_factory=dict)
     """By suffix: the name after its first dot, in lower case."""
     reject: Reject | None = None
+    is_split: bool = False
+    """It is one of several images with one name up to the first dot."""
+
+    @property
+    def images(self) -> list[str]:
+        """The suffixes of its images, the explained one first."""
+        found = [suffix for suffix in self.members if _is_image(suffix)]
+        return sorted(found, key=lambda suffix: "." in suffix)
 
 
 def read_tar(store: ObjectStore, info: ObjectInfo, start: int, stop: int) -> Iterator[RawRecord]:
@@ -37,7 +46,8 @@ def read_tar(store: ObjectStore, info: ObjectInfo, start: int, stop: int) -> Ite
 
     Headers are read from the shard's beginning, so positions and duplicates do not depend on the ranges: over
     any partition of [0, size) each record occurs once. A damaged shard yields the records before the damage,
-    and one rejected record for the damage. Raises MissingError and ChangedError.
+    and one rejected record for the damage. Raises DamagedError if there is no member before it, MissingError and
+    ChangedError.
     """
     file = WindowedFile(store, info)
     seen: set[str] = set()
@@ -45,7 +55,7 @@ def read_tar(store: ObjectStore, info: ObjectInfo, start: int, stop: int) -> Ite
         if draft.start >= stop and stop < info.size:
             return
         if draft.key in seen and draft.reject is None:
-            draft.reject = Reject(RejectCode.DUPLICATE_KEY, f"key {draft.key!r} occurs earlier in the shard")
+            draft.reject = Reject(RejectCode.DUPLICATE_KEY, _why_twice(draft))
         seen.add(draft.key)
         if start <= draft.start:
             yield _record(file, draft, index)
@@ -61,15 +71,54 @@ def tar_offset_after(store: ObjectStore, info: ObjectInfo, num_records: int) -> 
     return info.size, count
 
 
-def sample_tar(store: ObjectStore, info: ObjectInfo) -> float:
-    """Estimated number of records, from the shard's first 4 MiB; 0.0 if none of those can be read."""
+@dataclass(frozen=True)
+class TarSample:
+    """What the beginning of a shard tells."""
+
+    num_records: float
+    """Estimate for the whole shard; 0.0 if no record of the sample can be read."""
+    notes: Mapping[str, str]
+    """Sentences on what was joined, split or left out, by kind."""
+
+
+def sample_tar(store: ObjectStore, info: ObjectInfo) -> TarSample:
+    """Estimates the records from the shard's first 4 MiB. Raises as `read_tar`."""
     count, reached, num_readable = 0, 0, 0
+    notes: dict[str, str] = {}
+    seen: set[str] = set()
     for draft in _drafts(WindowedFile(store, info)):
-        count, reached = count + 1, draft.stop
+        count, reached = count + 1, max(reached, draft.stop)
         num_readable += draft.reject is None
+        notes = {**_notes_on(draft, info.key, is_twice=draft.key in seen), **notes}
+        seen.add(draft.key)
         if reached >= SAMPLE_BYTES:
             break
-    return count * info.size / max(1, reached) if num_readable else 0.0
+    return TarSample(count * info.size / max(1, reached) if num_readable else 0.0, notes)
+
+
+def _notes_on(draft: _Draft, shard: str, *, is_twice: bool) -> dict[str, str]:
+    images = draft.images
+    notes = {}
+    if draft.is_split:
+        notes["dots"] = (
+            f"{shard}: images whose names agree up to the first dot only are records of their own ({draft.key})"
+        )
+    if len(images) > 1:
+        left = ", ".join(images[1:])
+        notes["images"] = f"{shard}: records hold several images; {images[0]} is explained, {left} is not ({draft.key})"
+    if is_twice and not images and draft.reject is None:
+        notes["order"] = f"{shard}: {_why_twice(draft)}"
+    return notes
+
+
+def _why_twice(draft: _Draft) -> str:
+    """Why a draft is rejected whose key occurs earlier in the shard."""
+    if draft.images:
+        return f"key {draft.key!r} occurs earlier in the shard"
+    return (
+        f"the members of key {draft.key!r} are not adjacent: {', '.join(draft.members)} comes apart from those earlier "
+        "in the shard and is not read; write the shard in order of names (tar --sort=name)"
+    )
 
 
 def _record(file: WindowedFile, draft: _Draft, index: int) -> RawRecord:
@@ -88,10 +137,11 @@ def _record(file: WindowedFile, draft: _Draft, index: int) -> RawRecord:
 
 def _with_members(file: WindowedFile, draft: _Draft, bare: RawRecord) -> RawRecord:
     labelled = replace(bare, label=_label(file, draft.members.get("cls")))
-    image = next((draft.members[suffix] for suffix in draft.members if f".{suffix}" in IMAGE_SUFFIXES), None)
-    if image is None:
+    images = draft.images
+    if not images:
         found = ", ".join(sorted(draft.members)) or "none"
         return replace(labelled, reject=Reject(RejectCode.MISSING_IMAGE, f"no image member; suffixes: {found}"))
+    image = draft.members[images[0]]
     if image.size > MAX_IMAGE_BYTES:
         return replace(labelled, reject=too_many_bytes(image.size))
     return replace(labelled, data=file.read_at(image.data_start, image.size))
@@ -107,6 +157,50 @@ def _label(file: WindowedFile, member: Member | None) -> str | int | None:
 
 
 def _drafts(file: WindowedFile) -> Iterator[_Draft]:
+    """The shard's records. Images that share a name up to its first dot only are records of their own.
+
+    `22.00.png` and `22.01.png` are two records, as are `x.left.jpg` and `x.right.jpg`. Beside `x.jpg`, `x.1.jpg` is a
+    record and `x.mask.png` a part of `x`.
+    """
+    for draft in _joined(file):
+        yield from _split(draft)
+
+
+def _split(draft: _Draft) -> Iterator[_Draft]:
+    """The draft, or a draft for each image that is a record of its own, with the members of its longer name."""
+    images = draft.images
+    is_plain = bool(images) and "." not in images[0]
+    stems = {suffix: suffix.rpartition(".")[0] for suffix in images if "." in suffix}
+    own = {suffix: stem for suffix, stem in stems.items() if not is_plain or stem.replace(".", "").isdecimal()}
+    if not own:
+        yield draft
+        return
+    parts = [_renamed(draft, suffix, stem) for suffix, stem in own.items()]
+    if is_plain:
+        rest = {name: one for name, one in draft.members.items() if not _is_of(name, own.values())}
+        parts.append(replace(draft, start=rest[images[0]].start, members=rest))
+    yield from sorted(parts, key=lambda part: part.start)
+
+
+def _renamed(draft: _Draft, image: str, stem: str) -> _Draft:
+    """The draft with one image, its own members and the common label, under the image's name up to its last dot."""
+    members = {name.removeprefix(f"{stem}."): one for name, one in draft.members.items() if _is_of(name, [stem])}
+    if "cls" in draft.members:
+        members.setdefault("cls", draft.members["cls"])
+    key = as_text(draft.members[image].name).rpartition(".")[0]
+    is_split = len(draft.images) > 1
+    return replace(draft, key=key, start=draft.members[image].start, members=members, is_split=is_split)
+
+
+def _is_of(suffix: str, stems: Iterable[str]) -> bool:
+    return suffix.rpartition(".")[0] in stems
+
+
+def _is_image(suffix: str) -> bool:
+    return PurePosixPath(f"x.{suffix}").suffix in IMAGE_SUFFIXES
+
+
+def _joined(file: WindowedFile) -> Iterator[_Draft]:
     """Groups adjacent members of one key. A refused member, and the fault that ends a shard, get their own draft."""
     draft: _Draft | None = None
     for member in _members(file):
@@ -130,7 +224,11 @@ def _drafts(file: WindowedFile) -> Iterator[_Draft]:
 
 
 def _members(file: WindowedFile) -> Iterator[Member | _Draft]:
-    """Members in order, without folders and hidden files. If the shard is damaged, a rejected draft comes last."""
+    """Members in order, without folders and hidden files. If the shard is damaged, a rejected draft comes last.
+
+    Raises DamagedError if the damage comes before the first member.
+    """
+    count = -1
     try:
         for count, member in enumerate(walk_members(file)):
             if count == MAX_SHARD_RECORDS:
@@ -139,9 +237,19 @@ def _members(file: WindowedFile) -> Iterator[Member | _Draft]:
             if not member.is_folder and not _is_hidden(member):
                 yield member
     except ShardFault as fault:
+        if count < 0:
+            raise DamagedError(_why_damaged(file, fault)) from fault
         key = END if fault.name is None else _key_and_suffix(fault.name)[0]
         start = max(0, min(fault.offset, file.info.size - 1))
         yield _Draft(key, start, file.info.size, reject=fault.reject)
+
+
+def _why_damaged(file: WindowedFile, fault: ShardFault) -> str:
+    where = f"{file.store.uri}/{file.info.key}"
+    kind = compression_of(file.read_at(0, BLOCK))
+    if kind is None:
+        return f"{where} holds no readable tar member: {fault.reject.message}"
+    return f"{where} is {kind} inside, which is not read: unpack it to a plain .tar"
 
 
 def _refused_draft(member: Member) -> _Draft | None:

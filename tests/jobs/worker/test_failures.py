@@ -1,6 +1,7 @@
 """Exceptions in a step: one of a record rejects it, one of a unit gives it up, one of the machine does neither."""
 
 import errno
+import gzip
 import io
 import os
 from dataclasses import replace
@@ -41,8 +42,8 @@ from blocksight.storage.parquet.rows import UnknownColumnsError
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.store import DamagedError, MissingError, ObjectError, StoreError, UnavailableError
 from tests.faults.stores import InterceptedStore
-from tests.jobs.jobs_of import config_of, run_here
-from tests.jobs.tiny import picture, tar_bytes
+from tests.jobs.jobs_of import called, config_of, run_here
+from tests.jobs.tiny import MODEL, picture, tar_bytes
 from tests.jobs.worker.test_commit import UNIT, result
 from tests.storage.memory import MemoryStore
 
@@ -467,9 +468,9 @@ def test_a_shard_that_cannot_be_read_is_a_piece_of_its_own(error):
     first, bad, last = cut(Spoiled(**{"1_parquet": error}), Layout.PARQUET)
     assert [first.num_records, bad.num_records, last.num_records] == [2, 0, 2]
     assert (bad.start, bad.stop, bad.trouble) == (0, WHOLE_SHARD, str(error))
-    assert [piece.num_records for piece in cut(Spoiled(**{"0_tar": error}), Layout.TAR)] == [
-        piece.num_records for piece in cut(MemoryStore(), Layout.TAR)
-    ]
+    tars = cut(Spoiled(**{"0_tar": error}), Layout.TAR)
+    assert [piece.num_records for piece in tars] == [piece.num_records for piece in cut(MemoryStore(), Layout.TAR)]
+    assert [piece.trouble for piece in tars] == [str(error), None, None]
 
 
 def test_shards_that_tell_nothing_are_guessed_by_their_bytes(monkeypatch):
@@ -479,17 +480,19 @@ def test_shards_that_tell_nothing_are_guessed_by_their_bytes(monkeypatch):
         store.put(f"{number}.tar", b"no tar" * 50_000)
     objects = tuple(sorted(store.list(), key=lambda info: info.key))
     config = config_of("in", "out", explainer="gradient")
-    found = list(pieces(store, Survey(layout, objects, {}), config, Workforce(1, on_gpu=False)))
-    assert [(piece.start, piece.stop, piece.num_records) for piece in found] == [(0, 300_000, 3)] * 3
+    with pytest.raises(StoreError, match=r"0\.tar holds no readable tar member"):
+        list(pieces(store, Survey(layout, objects, {}), config, Workforce(1, on_gpu=False)))
     store.put("1.tar", tar_bytes(0, 2))
     sound = store.head("1.tar")
     mixed = list(pieces(store, Survey(layout, (objects[0], sound), {}), config, Workforce(1, on_gpu=False)))
-    sampled = sample_tar(store, sound)
-    wanted = round(300_000 * sampled / sound.size) + round(sampled)
-    assert sum(piece.num_records for piece in mixed) == wanted > 50
+    assert [(piece.start, piece.stop, piece.num_records) for piece in mixed] == [
+        (0, 300_000, 0),
+        (0, sound.size, round(sample_tar(store, sound).num_records)),
+    ]
+    assert [piece.trouble is None for piece in mixed] == [False, True]
     monkeypatch.setattr("blocksight.jobs.plan.units.SAMPLED_SHARDS", 1)
     blind = list(pieces(store, Survey(layout, (objects[0], sound), {}), config, Workforce(1, on_gpu=False)))
-    assert [piece.num_records for piece in blind] == [3, 1]
+    assert [piece.num_records for piece in blind] == [0, 1]
 
 
 def test_a_limit_ends_behind_a_shard_that_cannot_be_read():
@@ -620,6 +623,22 @@ def test_a_broken_table_among_sound_ones_is_one_dead_letter(tmp_path):
     assert outcome.job_state.open_units == []
     assert not outcome.job_state.plan.is_exact
     assert outcome.exceeded_budgets[0] == "2 dead units, and --max-dead-units allows 0"
+
+
+def test_a_compressed_shard_among_sound_ones_is_one_dead_letter(tmp_path):
+    data = tmp_path / "in"
+    data.mkdir()
+    for number in range(3):
+        (data / f"{number}.tar").write_bytes(tar_bytes(2 * number, 2))
+    (data / "1.tar").write_bytes(gzip.compress((data / "1.tar").read_bytes()))
+    code, printed = called("plan", "--data", data, "--output", tmp_path / "out", "--model", MODEL)
+    assert code == 0
+    assert "1.tar is gzip inside" in " ".join(printed.split())
+    outcome = run_here(data, tmp_path / "out", explainer="gradient")
+    (letter,) = outcome.job_state.dead.values()
+    assert (letter.inputs, letter.cause) == ("1.tar", "container_corrupt")
+    assert outcome.job_state.total("num_ok") == 4
+    assert outcome.manifest is None
 
 
 def test_a_broken_table_that_was_mended_is_retried_and_verified(tmp_path):

@@ -188,11 +188,16 @@ def test_a_folder_of_metadata_is_no_iceberg_table():
 
 
 def test_images_in_formats_that_are_not_read_are_named():
-    names = ["a.png", "b.AVIF", "c.heic", "d.jp2", "e.txt", "f.h5"]
+    names = ["a.png", "b.AVIF", "c.heic", "d.jp2", "e.txt", "f.mpg"]
     found = survey(filled(**dict.fromkeys(names, b"")))
     assert found.notes == (
         "images in formats that are not read, left out (3): b.AVIF, c.heic, d.jp2; convert them to PNG",
     )
+
+
+def test_archives_beside_what_is_read_are_named():
+    found = survey(filled(**dict.fromkeys(["0.tar", "1.tar.gz", "2.zip", "0.tar.idx"], b"")))
+    assert found.notes == ("archives and containers that are not read, left out (2): 1.tar.gz, 2.zip",)
 
 
 def test_all_suffixes_of_jpeg_are_read():
