@@ -16,6 +16,10 @@ def minmax(values: Map) -> Map:
     return (values - low) / (high - low)
 
 
+FLAT = "the map is flat"
+"""Why a metric that needs an order or mass has no value."""
+
+
 def is_flat(values: NDArray[np.floating[Any]]) -> bool:
     """True if the map [H, W] is constant: it has no order and, after `minmax`, no mass."""
     return bool(values.max() == values.min())

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from blocksight.engine.metrics.metric import MapMetric, Region, Value, undefined
-from blocksight.engine.saliency import Map, is_flat
+from blocksight.engine.saliency import FLAT, Map, is_flat
 
 
 class Complexity(MapMetric):
@@ -19,7 +19,7 @@ class Complexity(MapMetric):
 
     def of(self, saliency_hw: Map, region: Region | str | None) -> Mapping[str, Value]:
         if is_flat(saliency_hw):
-            return dict.fromkeys(self.names, undefined("the map is flat"))
+            return dict.fromkeys(self.names, undefined(FLAT))
         return {
             "entropy": Value(entropy(saliency_hw)),
             "gini": Value(gini(saliency_hw)),

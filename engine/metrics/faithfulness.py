@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blocksight.engine.metrics.metric import TIES, Maps, Metric, Value, ranks_of, undefined
 from blocksight.engine.model.targets import Readout, TopClass
-from blocksight.engine.saliency import Map, is_flat
+from blocksight.engine.saliency import FLAT, Map, is_flat
 from blocksight.engine.scoring.perturb import Perturbation, blurred
 from blocksight.engine.scoring.scorer import MaskSet, MaskSource, Scorer
 
@@ -58,8 +58,6 @@ class MaskedMetric(Metric):
 
     score = "softmax probability"
     """The scalar that is read from the model."""
-    accepts_flat_maps = False
-    """True if a flat map, which has no order, has a value."""
 
     def __init__(self, scorer: Scorer, baseline: str) -> None:
         """`baseline` is the name of the scorer's baseline."""
@@ -88,7 +86,7 @@ class MaskedMetric(Metric):
 
     def undefined_reason(self, maps: Maps, image: int, index: int) -> str | None:
         """The reason if the metric is undefined for a map."""
-        return "the map is flat" if is_flat(maps.saliency[image][index]) and not self.accepts_flat_maps else None
+        return FLAT if is_flat(maps.saliency[image][index]) else None
 
     def evaluate(self, maps: Maps) -> list[list[Mapping[str, Value]]]:
         undefined_reasons = {place: self.undefined_reason(maps, *place) for place in maps.positions()}
@@ -120,11 +118,10 @@ class KeepTop(MaskedMetric):
     """Drop and Increase: only the top 15 % of pixels are kept (SISE's paper, section 4).
 
     Drop is `100 max(0, o - q) / o` in percent, o the score of the image and q of its kept pixels; Increase
-    is 100 if `q > o`, strictly, else 0. A score of 0 cannot drop. A flat map keeps its first pixels.
+    is 100 if `q > o`, strictly, else 0. A score of 0 cannot drop. A flat map has no top: both are undefined.
     """
 
     names = ("drop", "increase")
-    accepts_flat_maps = True
 
     def details(self) -> Mapping[str, Any]:
         return {**super().details(), "fraction": KEPT_FRACTION}

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from blocksight.engine.metrics.metric import TIES, MapMetric, Region, Value, ranks_of, undefined
-from blocksight.engine.saliency import Map, is_flat
+from blocksight.engine.saliency import FLAT, Map, is_flat
 
 IOU_FRACTION = 0.2
 POINTING_TOLERANCE = 15 / 224
@@ -14,7 +14,7 @@ POINTING_TOLERANCE = 15 / 224
 
 
 class Localisation(MapMetric):
-    """All four: 0 for a flat map, undefined for a record without a region."""
+    """All four: undefined for a flat map, and for a record without a region."""
 
     names = ("ebpg", "miou", "bbox", "pointing")
 
@@ -28,7 +28,6 @@ class Localisation(MapMetric):
             "region": "union of the target's objects at the map's size",
             "miou_fraction": IOU_FRACTION,
             "pointing_tolerance": POINTING_TOLERANCE,
-            "flat": "0",
             "ties": TIES,
         }
 
@@ -38,7 +37,7 @@ class Localisation(MapMetric):
         if region is None or not region.any():
             return dict.fromkeys(self.names, undefined("no ground truth for the target"))
         if is_flat(saliency_hw):
-            return dict.fromkeys(self.names, Value(0.0))
+            return dict.fromkeys(self.names, undefined(FLAT))
         return {
             "ebpg": Value(100 * ebpg(saliency_hw, region)),
             "miou": Value(100 * iou_of_top(saliency_hw, region, IOU_FRACTION)),
@@ -65,7 +64,7 @@ def share_of_top(saliency_hw: Map, region: Region) -> float:
 
 
 def hits(saliency_hw: Map, region: Region, tolerance: float) -> bool:
-    """True if the region comes within `tolerance` pixels of the greatest value's position."""
-    row, column = np.unravel_index(int(saliency_hw.argmax()), saliency_hw.shape)
+    """True if the region comes within `tolerance` pixels of the greatest value's position; ties by `TIES`."""
+    row, column = np.argwhere(ranks_of(saliency_hw) == 0)[0]
     rows, columns = np.nonzero(region)
     return bool((np.hypot(rows - row, columns - column) <= tolerance).any())

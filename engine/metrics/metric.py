@@ -5,7 +5,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -102,12 +102,27 @@ class MapMetric(Metric):
         """The values of one map."""
 
 
-TIES = "value descending, then row-major position ascending"
+TIE_SEED = 17
+TIES = f"value descending, then splitmix64({TIE_SEED} + row-major position) ascending"
+"""A sparse map has few pixels with a value. In row-major order the top of the picture would be taken for the rest."""
 
 
 def ranks_of(saliency_hw: Map) -> NDArray[np.int64]:
     """The rank of every pixel by falling value, from 0, [H, W]; ties by `TIES`."""
-    order = np.argsort(-saliency_hw, axis=None, kind="stable")
+    scattered = scattered_places(saliency_hw.size)
+    order = scattered[np.argsort(-saliency_hw.ravel()[scattered], kind="stable")]
     places = np.empty(order.size, dtype=np.int64)
     places[order] = np.arange(order.size)
     return places.reshape(saliency_hw.shape)
+
+
+@lru_cache(maxsize=8)
+def scattered_places(size: int) -> NDArray[np.intp]:
+    """The row-major positions in the order of a hash, [size]: the same on every machine, for every map and method.
+
+    The hash is the finaliser of splitmix64 (Steele, Lea and Flood 2014), a bijection: no two positions tie.
+    """
+    words = np.arange(size, dtype=np.uint64) + np.uint64(TIE_SEED)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        words = (words ^ (words >> np.uint64(shift))) * np.uint64(factor)
+    return np.argsort(words ^ (words >> np.uint64(31)))

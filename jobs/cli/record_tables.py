@@ -41,12 +41,13 @@ def _beside_maps(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
 
 def target_cells(row: Mapping[str, Any]) -> list[str]:
     """The target's name, and its values of FIGURES."""
+    drop, increase = row["metrics"]["drop"], row["metrics"]["increase"]
     return [
         printable(row["target_name"]),
         f"{row['score']:.3f}",
         str(row["target_rank"]),
-        f"{row['metrics']['drop']:.1f} %",
-        "yes" if row["metrics"]["increase"] else "no",
+        "map is flat" if drop is None else f"{drop:.1f} %",
+        "-" if increase is None else "yes" if increase else "no",
         f"{row['num_forwards']:,}",
         "-" if row["fidelity"] is None else f"{row['fidelity']}: {row['fidelity_reason']}",
         f"{len(row['map']):,}",

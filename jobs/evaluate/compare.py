@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from blocksight.engine.catalog.entries import METRICS
+from blocksight.engine.saliency import FLAT
 from blocksight.jobs.evaluate.bootstrap import (
     MethodEstimate,
     MetricSums,
@@ -124,7 +125,8 @@ def compare(outputs: Sequence[Output]) -> Comparison:
     refuse_other_inputs(outputs)
     methods, num_values, reasons = _methods(outputs)
     if not num_values:
-        raise ConfigError("the outputs hold no value of any metric: run `blocksight explain` or `evaluate` first")
+        why = f"every value is undefined ({min(reasons.values())})" if reasons else "run `blocksight explain` first"
+        raise ConfigError(f"the outputs hold no value of any metric: {why}")
     num_passes = -(-num_values // MAX_VALUES_IN_MEMORY)
     sums: dict[Column, MetricSums] = {}
     for which in range(num_passes):
@@ -162,7 +164,7 @@ def _methods(outputs: Sequence[Output]) -> tuple[dict[MethodKey, Method], int, R
             for row in counts.to_pylist():
                 found[number, row["explainer"], row["parameters"]] += row["value_count"]
             reasons = {**_reasons(number, table), **reasons}
-    return _named_methods(outputs, +found), found.total(), reasons
+    return _named_methods(outputs, found), found.total(), reasons
 
 
 def _named_methods(outputs: Sequence[Output], found: dict[MethodKey, int]) -> dict[MethodKey, Method]:
@@ -217,14 +219,15 @@ def _metric_rows(rows: pa.Table) -> pa.Table:
     sound = rows.filter(pc.field("status") == OK)
     metrics = sound["metrics"].combine_chunks().flatten()
     fields = dict(zip((field.name for field in METRICS_STRUCT), metrics, strict=True))
-    values = {"drop": fields["drop"].to_numpy(), "increase": 100.0 * fields["increase"].to_numpy(zero_copy_only=False)}
+    values = {"drop": fields["drop"], "increase": pc.multiply(fields["increase"].cast(pa.float64()), 100.0)}
+    reasons = pc.if_else(fields["drop"].is_null(), FLAT, pa.scalar(None, pa.string()))
     parts = []
     for name, own in values.items():
         part = sound.select(["key", "target_index", *METHOD_COLUMNS])
         part = part.append_column("metric", pa.array([name] * len(sound), pa.string()))
         part = part.append_column("protocol", fields["protocol"])
-        part = part.append_column("value", pa.array(own, pa.float64()))
-        parts.append(part.append_column("reason", pa.nulls(len(sound), pa.string())))
+        part = part.append_column("value", own)
+        parts.append(part.append_column("reason", reasons))
     return pa.concat_tables(parts)
 
 

@@ -369,7 +369,8 @@ class ExplainStep:
         values: Sequence[Mapping[str, Value]],
         doubts: Sequence[str],
     ) -> list[Row] | Reject:
-        figures = [*(one.score for one in explanations), *(own["drop"].value for own in values)]
+        drops = [own["drop"].value for own in values]
+        figures = [*(one.score for one in explanations), *(drop for drop in drops if drop is not None)]
         if not np.isfinite(figures).all() or not all(np.isfinite(one.saliency_hw).all() for one in explanations):
             return Reject(RejectCode.NON_FINITE, "a score, a gradient or a feature map holds NaN or infinity")
         rows = []
@@ -385,9 +386,10 @@ class ExplainStep:
         return rows
 
     def _metrics(self, values: Mapping[str, Value]) -> Row:
+        increase = values["increase"].value
         return {
             "drop": values["drop"].value,
-            "increase": bool(values["increase"].value),
+            "increase": None if increase is None else bool(increase),
             "protocol": self.metric.digest(self.setting),
         }
 

@@ -124,9 +124,11 @@ class ExplainedRecords:
     def _own_metrics(self, row: Row) -> Mapping[str, float]:
         """Drop and Increase that `explain` measured, both in percent."""
         found = row["metrics"]
+        if found["drop"] is None:  # the map is flat
+            return {}
         own = {"drop": found["drop"], "increase": 100.0 * found["increase"]}
         named = {self.columns.get((metric, found["protocol"])): value for metric, value in own.items()}
-        return {column: value for column, value in named.items() if column is not None and value is not None}
+        return {column: value for column, value in named.items() if column is not None}
 
     def _values(self, unit: Unit) -> Mapping[Method, Mapping[str, float]]:
         """The evaluations' values of the unit's maps; a later evaluation's value replaces an earlier one's."""

@@ -17,6 +17,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from blocksight.engine.catalog.entries import METRICS
+from blocksight.engine.saliency import FLAT
 from blocksight.jobs.audit.result import AUDIT_KEY, CLUSTERS, CLUSTERS_KEY, GROUPS, GROUPS_KEY, ROWS, ROWS_FOLDER
 from blocksight.jobs.evaluate.evaluation import FOLDER
 from blocksight.jobs.ledger.output import table_of
@@ -184,7 +185,8 @@ def _explained(data: str) -> str:
     columns = ", ".join(map(_name, EVALUATION.names[: EVALUATION.names.index("metric")]))
     parts = (
         f"SELECT NULL::VARCHAR AS evaluation, {columns}, '{metric}' AS metric, metrics.protocol AS protocol, "
-        f"{value} AS \"value\" FROM {data} WHERE status = '{OK}'"
+        f"{value} AS \"value\", CASE WHEN {value} IS NULL THEN '{FLAT}' END AS reason FROM {data} "
+        f"WHERE status = '{OK}'"
         for metric, value in (("drop", "metrics.drop"), ("increase", "100.0 * metrics.increase::DOUBLE"))
     )
     return "\nUNION ALL BY NAME\n".join(parts)

@@ -75,10 +75,10 @@ def _one_row_per_record(rows: pa.Table) -> list[dict[str, Any]]:
 
 
 def _metric_sums(metrics: Iterable[Mapping[str, Any] | None]) -> dict[str, MetricSum]:
-    """Sum and count of each metric and protocol: `drop@PROTOCOL` to {"sum", "count"}."""
+    """Sum and count of each metric and protocol, over maps that have a value: `drop@PROTOCOL` to {"sum", "count"}."""
     values: dict[str, list[float]] = {}
     for row in metrics:
-        if row is None:
+        if row is None or row["drop"] is None:  # rejected, or the map is flat
             continue
         values.setdefault(f"drop@{row['protocol']}", []).append(row["drop"])
         values.setdefault(f"increase@{row['protocol']}", []).append(100.0 * row["increase"])

@@ -94,7 +94,7 @@ def measured(pair: Pair, resize: str) -> dict[str, Any]:
         "drop_a": one_drop,
         "drop_b": other_drop,
         "score_change": b["score"] - a["score"],
-        "drop_change": other_drop - one_drop if is_same else None,
+        "drop_change": other_drop - one_drop if is_same and None not in (one_drop, other_drop) else None,
         **map_measures(a, b, resize),
         "metrics": [dict(zip(("metric", "protocol", "a", "b"), own, strict=True)) for own in pair.metrics],
         "judged_by": "label" if has_labels else "score",

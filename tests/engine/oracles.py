@@ -178,9 +178,16 @@ def _masks_and_scores(twin, maps, channels, image, target, baseline, psi):
 # ---------------------------------------------------------------- metrics
 
 
+def splitmix64(word: int) -> int:
+    """The finaliser of splitmix64, in Python's own integers."""
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    word = (word ^ word >> 27) * 0x94D049BB133111EB % 2**64
+    return word ^ word >> 31
+
+
 def top_pixels(values: np.ndarray, count: int) -> np.ndarray:
-    """The `count` greatest: value descending, then the earlier place."""
-    order = sorted(range(values.size), key=lambda place: (-values.ravel()[place], place))
+    """The `count` greatest: value descending, then the place with the lower hash."""
+    order = sorted(range(values.size), key=lambda place: (-values.ravel()[place], splitmix64(17 + place)))
     kept = np.zeros(values.size, bool)
     kept[order[:count]] = True
     return kept.reshape(values.shape)

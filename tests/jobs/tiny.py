@@ -86,6 +86,23 @@ def make_keen() -> ModelAdapter:
     return ModelAdapter(seeded(Keen, 1), input_size=(32, 32), class_names=CLASSES)
 
 
+class Against(nn.Module):
+    """The last block speaks against ant: Grad-CAM of it is 0 everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tiny = seeded(Tiny)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.tiny.second(self.tiny.first(x))
+        return torch.cat([-maps.mean((1, 2, 3))[:, None], self.tiny.head(maps.mean((2, 3)) * 4)[:, 1:]], 1)
+
+
+def make_against() -> ModelAdapter:
+    """The `Against` model."""
+    return ModelAdapter(seeded(Against), input_size=(32, 32), class_names=CLASSES)
+
+
 class Touchy(Tiny):
     """A model that calls `terrible` when it reads a picture that is red everywhere."""
 
