@@ -7,9 +7,14 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# Ray reads this when it is imported. Without it, a call after the end of a session starts another one, or joins any
+# cluster that RAY_ADDRESS or a file names.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+
 import ray
 from ray.exceptions import RayError
 
+from blocksight.cluster.cores import usable_cores
 from blocksight.cluster.errors import ClusterError
 from blocksight.cluster.sizing import Sizing, local_cpus, size_for
 from blocksight.cluster.switches import refuse_unsafe_switches
@@ -17,6 +22,9 @@ from blocksight.cluster.switches import refuse_unsafe_switches
 OBJECT_STORE_BYTES = 1 << 30
 """Object store of a session on this machine: a few units of pixels per actor."""
 CONNECT_SECONDS = 5.0
+MAX_FOLDER_BYTES = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.10")
+"""Longest folder for Ray's session: a socket's path may have 107 bytes."""
+SHORT_FOLDER = "/tmp"
 LOG_LEVEL = "fatal"
 """At a lower level, Ray's core prints messages for its developers to the terminal."""
 
@@ -48,7 +56,7 @@ def _start_ray(num_actors: int | None) -> None:
         with _silent_standard_error():
             ray.init(
                 address="local",
-                num_cpus=local_cpus(os.cpu_count() or 1, num_actors),
+                num_cpus=local_cpus(usable_cores(), num_actors),
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 log_to_driver=False,
@@ -59,6 +67,11 @@ def _start_ray(num_actors: int | None) -> None:
 
 
 def _join_ray(address: str) -> None:
+    if address.startswith("ray://"):
+        raise ClusterError(
+            f"{address!r} is an address of Ray Client, through which no job runs: start the command on a machine of "
+            "the cluster, with --address auto, or HOST:PORT of its head as `ray start` printed it"
+        )
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", LOG_LEVEL)
     _check_answers(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
     try:
@@ -85,9 +98,30 @@ def _set_up_environment() -> None:
 
     Ray itself enables token authentication for a session that it starts here.
     """
+    _shorten_folder()
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", LOG_LEVEL)
+
+
+def _shorten_folder() -> None:
+    """Puts Ray's session into /tmp, with a warning, if the paths of its sockets in TMPDIR would be too long.
+
+    Raises ClusterError if the user's RAY_TMPDIR is too long.
+    """
+    name = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
+    num_bytes = len(os.fsencode(os.environ.get(name, "")))
+    if num_bytes <= MAX_FOLDER_BYTES:
+        return
+    if name == "RAY_TMPDIR":
+        raise ClusterError(
+            f"RAY_TMPDIR has {num_bytes} bytes, and the paths of Ray's sockets there would be too long: name a folder "
+            f"of at most {MAX_FOLDER_BYTES} bytes"
+        )
+    os.environ["RAY_TMPDIR"] = SHORT_FOLDER
+    logging.getLogger(__name__).warning(
+        "TMPDIR is too long for Ray's sockets: Ray's session is in %s; RAY_TMPDIR names another folder", SHORT_FOLDER
+    )
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from blocksight.cluster.cores import usable_cores
 from blocksight.jobs.audit.equal_maps import EqualMaps, Words, contains, map_hashes
 from blocksight.jobs.audit.groups import (
     CENSUS_COLUMNS,
@@ -144,7 +144,7 @@ def digest_of_fragments(fragments: Sequence[ObjectInfo]) -> str:
 
 
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count() or 1)
+    return ThreadPoolExecutor(usable_cores())
 
 
 def _census(store: ObjectStore, fragments: Sequence[ObjectInfo]) -> tuple[pa.Table, list[int]]:

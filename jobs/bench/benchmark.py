@@ -1,7 +1,6 @@
 """The benchmark: an explainer's rate on this machine compared with the bare model's, and the cost of a data set."""
 
 import json
-import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from blocksight.cluster.cores import usable_cores
 from blocksight.engine.catalog.forward_setting import ForwardSetting
 from blocksight.engine.catalog.parameters import OcclusionParameters
 from blocksight.engine.explainers.explainer import State
@@ -222,7 +222,7 @@ def _learned(
 def _workers(device: str, asked: int | None) -> int:
     if asked is not None:
         return asked
-    return (os.cpu_count() or 1) if device == "cpu" else torch.cuda.device_count()
+    return usable_cores() if device == "cpu" else torch.cuda.device_count()
 
 
 def _hardware(device: str) -> str:

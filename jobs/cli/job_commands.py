@@ -50,8 +50,8 @@ def plan(
     """
     from blocksight.jobs.run.job import plan_job, workforce_of
 
-    _, made = plan_job(job, execution)
     workforce = workforce_of(execution)
+    _, made = plan_job(job, execution, workforce)
     if probe:
         from blocksight.jobs.bench.benchmark import device_of
         from blocksight.jobs.bench.quick import probe_cost

@@ -1,7 +1,7 @@
 """The evaluate step: takes an explained unit, commits the values of its metrics once; holds one model."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -266,7 +266,7 @@ def evaluated(step: EvaluateStep, unit: Unit) -> Evaluated | UnitFailure:
 
 def run_units(
     units: Iterable[Unit], context: EvaluationContext, state: bytes | None, stop: Stop
-) -> Iterator[Evaluated | UnitFailure]:
+) -> Generator[Evaluated | UnitFailure, None, None]:
     """Evaluates the units in this process, one by one, until `stop` is requested. Raises ModelError at once."""
     step = EvaluateStep(context, state)
     for unit in units:

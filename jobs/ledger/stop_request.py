@@ -1,5 +1,6 @@
 """Stop requests: a run that is asked to stop takes no further unit and finishes its current ones."""
 
+import os
 import signal
 import threading
 import time
@@ -13,6 +14,10 @@ from blocksight.storage.stores.store import ObjectStore, StoreError
 
 GRACE_SECONDS = 20.0
 """Between the request and the end; a preempted machine gives 30 seconds."""
+
+FINISHING = "finishing what is under way; press again to stop now"
+"""Printed at the first signal."""
+STANDARD_ERROR = 2
 
 GO_ON = "what is committed stays, and the same command goes on from there"
 
@@ -95,6 +100,7 @@ def stopped_by_signals(stop: Stop, *, cuts_off: bool) -> Iterator[None]:
     def handle(number: int, _frame: FrameType | None) -> None:
         if stop.reason is not None:
             raise KeyboardInterrupt
+        os.write(STANDARD_ERROR, f"\n{FINISHING}\n".encode())  # unbuffered: a signal may interrupt another write
         stop.request(signal.Signals(number).name)
         if cuts_off:
             end_of_grace.start()

@@ -1,7 +1,8 @@
 """Runs an evaluation: writes its settings, hands the units to a runner, and counts the open units."""
 
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -149,8 +150,9 @@ def _run(
     failures: list[UnitFailure] = []
     expected = round(sum(unit.num_records for unit in units) * context.evaluation.share)
     progressing = progress(console, Tally(expected, None, verb="evaluate"))
-    with unfinished_from(lambda: done, stop), progressing as update:
-        for outcome in _outcomes(units, context, state, sizing, stop):
+    outcomes = closing(_outcomes(units, context, state, sizing, stop))  # nothing of it may outlive the Ray session
+    with unfinished_from(lambda: done, stop), progressing as update, outcomes as arriving:
+        for outcome in arriving:
             update(outcome)
             if isinstance(outcome, UnitFailure):
                 failures.append(outcome)
@@ -163,7 +165,7 @@ def _run(
 
 def _outcomes(
     units: Sequence[Unit], context: EvaluationContext, state: bytes | None, sizing: Sizing | None, stop: Stop
-) -> Iterator[Evaluated | UnitFailure]:
+) -> Generator[Evaluated | UnitFailure, None, None]:
     if sizing is None:
         from blocksight.jobs.evaluate import step
 

@@ -1,12 +1,11 @@
 """Runs a job: writes plan and model facts, hands the open units to a runner, reconciles, and writes the manifest."""
 
 import json
-import os
 import platform
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from blocksight.cluster.cores import usable_cores, usable_gpus
 from blocksight.cluster.sizing import Sizing
 from blocksight.jobs.explain.fidelity import rare_labels
 from blocksight.jobs.explain.learned import num_learning_images, stored_state
@@ -51,16 +51,20 @@ if TYPE_CHECKING:
 PROBE_FROM_SECONDS = 120.0
 """Shorter jobs on a GPU are not worth the probe, because compiling takes minutes."""
 
-NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
-"""The NVIDIA driver lists its GPUs here; read without importing torch."""
-
 PACKAGES = ("ray", "torch", "torchvision", "pyarrow", "numpy", "s3fs", "pillow")
 
 
 def workforce_of(execution: Execution) -> Workforce:
-    """The workers that the plan expects, before a session starts; a cluster is expected to have GPUs."""
-    on_gpu = execution.runner == "ray" and (execution.address is not None or NVIDIA_GPUS.exists())
-    return Workforce(execution.workers or os.cpu_count() or 1, on_gpu)
+    """The workers that a new plan expects: those of the cluster, which is joined to ask it, or of this machine.
+
+    Raises ClusterError.
+    """
+    if execution.runner == "ray" and execution.address is not None:
+        with session_of(execution) as sizing:
+            assert sizing is not None  # of Ray
+            return Workforce(sizing.num_actors, _is_on_gpu(sizing))
+    gpus = usable_gpus() if execution.runner == "ray" else 0
+    return Workforce(execution.workers or gpus or usable_cores(), on_gpu=gpus > 0)
 
 
 @dataclass(frozen=True)
@@ -93,13 +97,16 @@ class RunOutcome:
     """How masks were scored; None if no unit was begun."""
 
 
-def plan_job(config: JobConfig, execution: Execution) -> tuple[ObjectStore, Plan]:
-    """The output and its plan, made now if none is stored. Writes nothing. Raises DriftError."""
+def plan_job(config: JobConfig, execution: Execution, workforce: Workforce | None = None) -> tuple[ObjectStore, Plan]:
+    """The output and its plan, made now if none is stored. Writes nothing. Raises DriftError.
+
+    `workforce`: the workers of a new plan; None: `workforce_of(execution)`, which is asked for only if one is made.
+    """
     output = PatientStore(open_output(config), SHORT_PATIENCE_SECONDS)
     weights_sha256 = sha256_of(weights_bytes(config))
     stored = load_plan(output)
     if stored is None:
-        return output, make_plan(config, weights_sha256=weights_sha256, workforce=workforce_of(execution))
+        return output, make_plan(config, weights_sha256=weights_sha256, workforce=workforce or workforce_of(execution))
     refuse_drift(config.identity(weights_sha256), stored.identity, "configuration")
     return output, stored
 
@@ -310,8 +317,10 @@ def _run_units(
     explain_seconds = 0.0
     begun = False
     start = time.monotonic()
-    with unfinished_from(lambda: begun, stop), progress(console, Tally(num_records, expected)) as update:
-        for outcome in _outcomes(units, context, state, sizing, stop):
+    progressing = progress(console, Tally(num_records, expected))
+    outcomes = closing(_outcomes(units, context, state, sizing, stop))  # nothing of it may outlive the Ray session
+    with unfinished_from(lambda: begun, stop), progressing as update, outcomes as arriving:
+        for outcome in arriving:
             begun = True
             update(outcome)
             first_units.add(outcome)
@@ -331,7 +340,7 @@ def _run_units(
 
 def _outcomes(
     units: Sequence[Unit], context: JobContext, state: bytes | None, sizing: Sizing | None, stop: Stop
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """The outcome of each unit, from the local runner or from Ray; each is imported only when used."""
     if sizing is None:
         from blocksight.jobs.run import local

@@ -1,6 +1,6 @@
 """The local runner: explains units in this process; on CPUs Ray must give the same bytes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 
 from blocksight.jobs.explain.step import ExplainStep
 from blocksight.jobs.ledger.stop_request import Stop
@@ -10,7 +10,9 @@ from blocksight.jobs.worker.attempts import WorkerStores, attempted, open_worker
 from blocksight.jobs.worker.unit import commit_unit, take_unit
 
 
-def run_units(units: Iterable[Unit], context: JobContext, state: bytes | None, stop: Stop) -> Iterator[Outcome]:
+def run_units(
+    units: Iterable[Unit], context: JobContext, state: bytes | None, stop: Stop
+) -> Generator[Outcome, None, None]:
     """Explains the units one by one and yields each outcome, until `stop` is requested.
 
     Raises ModelError at once.

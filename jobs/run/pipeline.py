@@ -8,7 +8,8 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import asdict
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -57,6 +58,10 @@ NO_PROGRESS_FACTOR = 100
 """The run waits at least so many times the estimate of its longest unit, because estimates are rough."""
 
 POLL_SECONDS = 0.5
+READER = "blocksight-rows"
+"""The name of the thread that reads the rows of Ray Data."""
+END_SECONDS = 15.0
+"""How long a run that is left early waits for the thread that reads its rows."""
 
 ONE_UNIT: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
 """The batch that a step is called with."""
@@ -69,7 +74,7 @@ OUTCOMES = {kind.__name__: kind for kind in (Receipt, UnitFailure, DeadLetter, U
 
 def run_units(
     units: Sequence[Unit], context: JobContext, state: bytes | None, sizing: Sizing, stop: Stop
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """Explains the units on the connected Ray session and yields each outcome as it arrives.
 
     Ends early if `stop` was requested and its grace period is over. Raises ClusterError if the job cannot go on
@@ -109,13 +114,15 @@ def _learn(context: JobContext, units: Sequence[Unit], weights: Any) -> Iterator
 
 def _wave_outcomes(
     units: Sequence[Unit], wave_of: Callable[[Sequence[Unit]], Dataset], stop: Stop, timeout_seconds: float
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """The units' outcomes, wave by wave, until `stop` is requested. Raises ClusterError."""
     for start in range(0, len(units), WAVE_UNITS):
         wave = wave_of(units[start : start + WAVE_UNITS])
+        executor = wave._create_executor()  # `iter_rows` keeps its own out of reach, so that nobody could end it
+        rows = _arriving_rows(_rows_of(wave, executor), stop, timeout_seconds, partial(executor.shutdown, force=True))
         try:
-            for row in _arriving_rows(wave.iter_rows(), stop, timeout_seconds):
-                yield _outcome(row)
+            with closing(rows):
+                yield from map(_outcome, rows)
         except RayError as error:
             raise _cluster_error(error) from error
         if stop.reason is not None:
@@ -133,8 +140,21 @@ def _longest_seconds(units: Sequence[Unit], context: JobContext) -> float:
     return estimate(context.config, most, on_gpu=context.device != "cpu").seconds(1)
 
 
-def _arriving_rows(rows: Iterable[dict[str, Any]], stop: Stop, timeout_seconds: float) -> Iterator[dict[str, Any]]:
-    """The rows as they arrive, read in another thread, so that this one handles signals and the timeout."""
+def _rows_of(wave: Dataset, executor: Any) -> Iterator[dict[str, Any]]:
+    """The rows as Ray Data makes them, in any order; blocks until the next one is there."""
+    for bundle in wave._build_bundle_iterator(executor):
+        for block in ray.get(bundle.block_refs):
+            yield from block.to_pylist()
+
+
+def _arriving_rows(
+    rows: Iterable[dict[str, Any]], stop: Stop, timeout_seconds: float, end: Callable[[], None]
+) -> Generator[dict[str, Any], None, None]:
+    """The rows as they arrive, read in another thread, so that this one handles signals and the timeout.
+
+    `end` makes `rows` stop. The thread has ended when this generator is closed: it must not call Ray after the end of
+    the session.
+    """
     arrived: SimpleQueue[Any] = SimpleQueue()
 
     def collect() -> None:
@@ -145,7 +165,25 @@ def _arriving_rows(rows: Iterable[dict[str, Any]], stop: Stop, timeout_seconds: 
         except BaseException as error:  # noqa: BLE001 - the main thread raises it
             arrived.put(error)
 
-    threading.Thread(target=collect, daemon=True).start()
+    thread = threading.Thread(target=collect, name=READER, daemon=True)
+    thread.start()
+    try:
+        yield from _until_deadline(arrived, stop, timeout_seconds)
+    finally:
+        _end_thread(thread, end)
+
+
+def _end_thread(thread: threading.Thread, end: Callable[[], None]) -> None:
+    """Ends the thread and waits for it; asks again, for it may have been about to begin."""
+    deadline = time.monotonic() + END_SECONDS
+    while thread.is_alive() and time.monotonic() < deadline:
+        with suppress(RayError):
+            end()
+        thread.join(POLL_SECONDS)
+
+
+def _until_deadline(arrived: SimpleQueue[Any], stop: Stop, timeout_seconds: float) -> Iterator[dict[str, Any]]:
+    """The rows of the queue, to its end or the end of the grace time. Raises ClusterError, and what is in the queue."""
     last_arrival = time.monotonic()
     while time.monotonic() < stop.deadline:
         if time.monotonic() - last_arrival > timeout_seconds:
@@ -211,7 +249,7 @@ def _read(batch: pa.Table, context: JobContext) -> pa.Table:
 
 def evaluate_units(
     units: Sequence[Unit], context: EvaluationContext, state: bytes | None, sizing: Sizing, stop: Stop
-) -> Iterator[Evaluated | UnitFailure]:
+) -> Generator[Evaluated | UnitFailure, None, None]:
     """Evaluates the units on the connected Ray session and yields each outcome. Raises ClusterError."""
     _set_up_ray_data()
     weights = None if state is None else ray.put(state)

@@ -9,7 +9,7 @@ import tempfile
 import pytest
 
 from blocksight.cluster.errors import ClusterError
-from blocksight.cluster.session import ray_session
+from blocksight.cluster.session import _shorten_folder, ray_session
 from blocksight.cluster.switches import UNSAFE_SWITCHES
 from tests.jobs.jobs_of import ROOT
 
@@ -35,6 +35,8 @@ with ray_session(num_actors=2) as sizing:
     import ray
     from ray._private.authentication.authentication_utils import is_token_auth_enabled
     print("actors", sizing.num_actors, "threads", sizing.threads_per_actor, "token", is_token_auth_enabled())
+    from ray._private.auto_init_hook import enable_auto_connect
+    print("connects by itself", enable_auto_connect)
     print("running", len(mine()) > 0, "dashboard", repr(ray.get_runtime_context().gcs_address)[:11])
 import time
 for _ in range(100):
@@ -56,7 +58,8 @@ def test_a_session_is_started_with_a_token_and_stopped():
             check=False,
         )
     assert "actors 2 threads 1 token True" in done.stdout, done.stdout + done.stderr
-    assert "running True" in done.stdout
+    assert "running True" in done.stdout, done.stderr
+    assert "connects by itself False" in done.stdout
     assert "left 0" in done.stdout
 
 
@@ -71,6 +74,25 @@ def test_switches_that_let_files_run_code_are_refused(monkeypatch, switch):
 def test_addresses_that_are_none_are_refused(address):
     with pytest.raises(ClusterError, match=f"'{address}'"), ray_session(address):
         pass
+
+
+def test_an_address_of_ray_client_is_refused_with_what_to_give_instead():
+    with pytest.raises(ClusterError, match=r"Ray Client.*--address auto"), ray_session("ray://head:10001"):
+        pass
+
+
+def test_a_temporary_folder_that_is_too_long_for_sockets_is_left(monkeypatch, caplog):
+    monkeypatch.setenv("TMPDIR", f"/tmp/{'x' * 40}")
+    monkeypatch.setenv("RAY_TMPDIR", "/short")
+    _shorten_folder()
+    assert os.environ["RAY_TMPDIR"] == "/short"
+    monkeypatch.delenv("RAY_TMPDIR")
+    _shorten_folder()
+    assert os.environ["RAY_TMPDIR"] == "/tmp"
+    assert "TMPDIR is too long for Ray's sockets: Ray's session is in /tmp" in caplog.text
+    monkeypatch.setenv("RAY_TMPDIR", f"/tmp/{'x' * 40}")
+    with pytest.raises(ClusterError, match="RAY_TMPDIR has 45 bytes"):
+        _shorten_folder()
 
 
 def test_an_address_without_an_answer_is_named_at_once(monkeypatch):

@@ -222,7 +222,7 @@ def test_nothing_depends_on_order_fragments_batches_or_threads(store, tmp_path, 
     wanted = lines_in(tmp_path / "one")
     for name, value in {"BATCH_ROWS": 3, "PIXELS_AT_ONCE": 900, "ROWS_AT_ONCE": 7, "CENSUS_ROWS": 4}.items():
         monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr("os.cpu_count", lambda: 5)
+    monkeypatch.setattr("blocksight.jobs.audit.stream.usable_cores", lambda: 5)
     shuffled = [rows[place] for place in np.random.default_rng(0).permutation(len(rows))]
     other = LocalStore(tmp_path / "other")
     parts = [shuffled[:1], [], shuffled[1:20], shuffled[20:40], rejecting(shuffled[40:]), *accepting(shuffled[40:])]

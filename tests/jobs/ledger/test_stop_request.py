@@ -31,7 +31,7 @@ def wait_until(holds):
         time.sleep(0.01)
 
 
-def test_the_first_signal_asks_and_the_second_ends():
+def test_the_first_signal_asks_and_the_second_ends(capfd):
     output = MemoryStore()
     asked = stop(output)
     before = signal.getsignal(signal.SIGTERM)
@@ -39,6 +39,7 @@ def test_the_first_signal_asks_and_the_second_ends():
         assert asked.deadline == float("inf")
         os.kill(os.getpid(), signal.SIGTERM)
         wait_until(lambda: asked.reason == "SIGTERM")
+        assert capfd.readouterr().err == "\nfinishing what is under way; press again to stop now\n"
         assert asked.deadline < time.monotonic() + 30
         wait_until(lambda: is_stopped(output, "run"))
         assert not is_stopped(output, "another")
@@ -82,17 +83,26 @@ def test_a_second_signal_within_the_first_is_no_traceback(monkeypatch):
     assert ours.reason == "SIGTERM"
 
 
+def nothing():
+    """An end for rows that end by themselves."""
+
+
+def readers():
+    """The threads that read rows."""
+    return [thread for thread in threading.enumerate() if thread.name == pipeline.READER]
+
+
 def test_rows_arrive_in_order_and_errors_with_them():
     def rows():
         yield {"n": 1}
         yield {"n": 2}
         raise ZeroDivisionError("in the thread")
 
-    arriving = _arriving_rows(rows(), stop(), 9)
+    arriving = _arriving_rows(rows(), stop(), 9, nothing)
     assert [next(arriving), next(arriving)] == [{"n": 1}, {"n": 2}]
     with pytest.raises(ZeroDivisionError, match="in the thread"):
         next(arriving)
-    assert list(_arriving_rows(iter([{"n": 1}]), stop(), 9)) == [{"n": 1}]
+    assert list(_arriving_rows(iter([{"n": 1}]), stop(), 9, nothing)) == [{"n": 1}]
 
 
 def silent(release):
@@ -103,22 +113,40 @@ def silent(release):
 def test_a_silence_that_lasts_too_long_ends_the_run(monkeypatch):
     monkeypatch.setattr(pipeline, "POLL_SECONDS", 0.05)
     release = threading.Event()
-    arriving = _arriving_rows(silent(release), stop(), 0.3)
+    arriving = _arriving_rows(silent(release), stop(), 0.3, release.set)
     assert next(arriving) == {"n": 1}
     with pytest.raises(ClusterError, match="no unit has finished for 0 s"):
         next(arriving)
-    release.set()
+    assert readers() == []
 
 
 def test_the_grace_time_ends_the_waiting(monkeypatch):
     monkeypatch.setattr(pipeline, "POLL_SECONDS", 0.05)
     monkeypatch.setattr("blocksight.jobs.ledger.stop_request.GRACE_SECONDS", 0.3)
     release, asked = threading.Event(), stop()
-    arriving = _arriving_rows(silent(release), asked, 9)
+    arriving = _arriving_rows(silent(release), asked, 9, release.set)
     next(arriving)
     asked.request("SIGTERM")
     assert list(arriving) == []
-    release.set()
+    assert readers() == []
+
+
+def test_rows_that_are_left_early_are_read_by_no_thread(monkeypatch):
+    """The thread may be about to begin when it is asked to end: it is asked until it has ended."""
+    monkeypatch.setattr(pipeline, "POLL_SECONDS", 0.05)
+    release, asked = threading.Event(), []
+
+    def end():
+        asked.append(True)
+        if len(asked) == 3:
+            release.set()
+
+    arriving = _arriving_rows(silent(release), stop(), 9, end)
+    assert next(arriving) == {"n": 1}
+    assert len(readers()) == 1
+    arriving.close()
+    assert readers() == []
+    assert len(asked) == 3
 
 
 # ---------------------------------------------------------------- patience, watchdog, device memory

@@ -1,23 +1,26 @@
 """Whole jobs in one process: three layouts, bad input, resuming, drift, and one row for each record and target."""
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from blocksight.cluster.sizing import size_for
 from blocksight.engine.catalog.composition import parse_method
 from blocksight.engine.catalog.entries import EXPLAINERS
 from blocksight.engine.errors import ModelError
 from blocksight.jobs.ledger.output import map_of
 from blocksight.jobs.ledger.reconcile import MANIFEST_KEY, check
-from blocksight.jobs.plan.config import ConfigError
+from blocksight.jobs.plan.config import ConfigError, Execution
 from blocksight.jobs.plan.plan import MODEL_KEY, PLAN_KEY, DriftError, load_plan, make_plan
 from blocksight.jobs.plan.units import Workforce
+from blocksight.jobs.run.job import workforce_of
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.store import StoreError
-from tests.jobs.jobs_of import config_of, fragments_in, rows_in, run_here
+from tests.jobs.jobs_of import blocksight, config_of, fragments_in, rows_in, run_here
 from tests.jobs.tiny import CLASSES, MODEL, VIT, folder_of_images, folder_of_tables, folder_of_tars, picture
 
 SHARD_FAULTS = {"tar": {"label_missing": 1, "shard_truncated": 1}, "tables": {"missing_image": 1, "not_an_image": 1}}
@@ -248,6 +251,25 @@ def test_the_plan_covers_every_record_once(tmp_path):
         assert keys == sorted(keys)
         assert len(keys) == len(set(keys)) == plan.num_records == 26
     assert len({unit.unit_id for unit in plan.units}) == len(plan.units)
+
+
+@pytest.mark.parametrize("gpus", [0, 16])
+def test_units_are_cut_for_the_cluster_that_is_joined(tmp_path, monkeypatch, gpus):
+    """16 workers on CPUs are planned as such: an address does not mean GPUs, whose units are longer by far."""
+    joined = size_for({"CPU": 17, "GPU": gpus})
+    monkeypatch.setattr("blocksight.jobs.run.job.session_of", lambda _execution: nullcontext(joined))
+    assert workforce_of(Execution(address="auto")) == Workforce(16, on_gpu=gpus > 0)
+    said = blocksight("plan", "--data", folder_of_images(tmp_path / "in"), "--output", "out", "--address", "auto")
+    assert f"on 16 {'GPUs' if gpus else 'CPU cores'}" in said.stdout
+
+
+@pytest.mark.parametrize(("gpus", "wanted"), [(0, Workforce(3, False)), (2, Workforce(2, True))])
+def test_units_are_cut_for_the_part_of_this_machine_that_may_be_used(monkeypatch, gpus, wanted):
+    monkeypatch.setattr("blocksight.jobs.run.job.usable_cores", lambda: 3)
+    monkeypatch.setattr("blocksight.jobs.run.job.usable_gpus", lambda: gpus)
+    assert workforce_of(Execution()) == wanted
+    assert workforce_of(Execution(runner="local", address="auto")) == Workforce(3, False)
+    assert workforce_of(Execution(workers=1)).num_workers == 1
 
 
 def test_the_plan_names_columns_that_are_left_unread(tmp_path):

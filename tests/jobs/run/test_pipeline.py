@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from blocksight.cluster.session import ray_session
 from blocksight.cluster.sizing import Sizing, size_for
 from blocksight.jobs.explain.learned import LEARNED_KEY
 from blocksight.jobs.ledger.reconcile import check
+from blocksight.jobs.ledger.stop_request import Stop
 from blocksight.jobs.plan.plan import load_plan
 from blocksight.jobs.run import pipeline
 from blocksight.storage.stores.local import LocalStore
@@ -27,6 +29,7 @@ from blocksight.storage.stores.opening import open_store
 from tests.jobs.jobs_of import ROOT, blocksight, command, fragments_in, rows_in, run_here
 from tests.jobs.outputs import evaluated
 from tests.jobs.tiny import MODEL, folder_of_images, folder_of_tars
+from tests.storage.memory import MemoryStore
 
 pytestmark = [
     pytest.mark.servers,
@@ -106,6 +109,25 @@ def test_waves_leave_the_same_bytes(tmp_path, monkeypatch):
     rows = {row["key"]: {**row, "unit_id": ""} for row in rows_in(LocalStore(tmp_path / "here"))}
     assert {row["key"]: {**row, "unit_id": ""} for row in rows_in(LocalStore(tmp_path / "waves"))} == rows
     assert len(fragments_in(LocalStore(tmp_path / "waves"))) > 4
+
+
+def sleeping(batch):
+    time.sleep(60)
+    return batch
+
+
+def test_a_run_that_is_left_early_leaves_no_thread_and_no_work(monkeypatch):
+    """After the end of the session a thread that still iterates would start or join another one."""
+    monkeypatch.setattr("blocksight.jobs.ledger.stop_request.GRACE_SECONDS", 2.0)
+    asked = Stop(MemoryStore(), "run")
+    wave = ray.data.from_items([{"n": 1}, {"n": 2}]).map_batches(sleeping, batch_format="pyarrow")
+    outcomes = pipeline._wave_outcomes([None], lambda _units: wave, asked, 60)
+    asked.request("SIGINT")
+    began = time.monotonic()
+    assert list(outcomes) == []
+    assert time.monotonic() < began + 30
+    left = [thread.name for thread in threading.enumerate()]
+    assert not [name for name in left if name == pipeline.READER or name.startswith("StreamingExecutor")]
 
 
 def test_a_model_that_fails_on_the_workers_is_one_sentence(tmp_path):
