@@ -29,13 +29,13 @@ def plan_table(job: JobConfig, plan: Plan, workforce: Workforce) -> Table:
     num_workers = workforce.num_workers
     cost = estimate(job, plan.num_records, on_gpu=workforce.on_gpu)
     forwards, num_bytes, basis = cost.forwards_per_record, cost.num_bytes, cost.basis
-    time = "not measured for this model here: `plan --probe` takes about ten seconds"
+    workers = counted(num_workers, "GPU" if workforce.on_gpu else "CPU core")
+    time = f"not measured for this model here, on {workers}: `plan --probe` takes about ten seconds"
     measured = recall(job, "cuda" if workforce.on_gpu else "cpu")
     if measured is not None:
         forwards, num_bytes = measured.forwards_per_record, measured.bytes_per_record * plan.num_records
         basis = f"measured here on {measured.day}"
         seconds = measured.seconds_per_record * plan.num_records / num_workers
-        workers = counted(num_workers, "GPU" if workforce.on_gpu else "CPU core")
         time = f"about {clock(seconds)} on {workers} ({basis})"
     about = "" if plan.is_exact else "about "
     ignored = ", ".join(f"{count} {printable(kind)}" for kind, count in sorted(plan.ignored.items()))
