@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from blocksight.engine.catalog.edge_detectors import HED_INSTALLATION, Detector, hed_weights
 from blocksight.engine.errors import ModelError
-from blocksight.engine.model.loading import load_state
 from blocksight.engine.model.resample import grid_of, scaled
+from blocksight.engine.model.state_dicts import load_state
 
 EdgeDetector = Callable[[Tensor], Tensor]
 

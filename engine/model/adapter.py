@@ -43,6 +43,8 @@ class ModelAdapter:
         self.name = name
         self.input_size = input_size
         self.class_names = list(class_names) if class_names is not None else None
+        self.notes: tuple[str, ...] = ()
+        """What was assumed when the weights were loaded, one sentence each."""
         self.device = torch.device("cpu")
         self._mean = torch.tensor(mean).view(1, 3, 1, 1)
         self._std = torch.tensor(std).view(1, 3, 1, 1)

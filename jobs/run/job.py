@@ -182,6 +182,8 @@ def check_model(config: JobConfig, state: bytes | None, console: Console) -> "tu
     places = ", ".join(f"{b['name']} {b['channels']}@{b['height']}x{b['width']}" for b in facts.blocks)
     seen = f", {candidates:,} candidate maps in {places}" if places else ""
     console.print(f"model: {config.model}, {facts.num_classes} classes{seen}")
+    for note in adapter.notes:
+        console.print(f"weights: {printable(note)}")
     return adapter, facts
 
 

@@ -5,6 +5,7 @@ import pickle
 import sys
 import warnings
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -14,7 +15,9 @@ from torch import nn
 
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.adapter import IMAGENET_MEAN, IMAGENET_STD, ModelAdapter
-from blocksight.engine.model.loading import load_model, read_state
+from blocksight.engine.model.loading import load_model
+from blocksight.engine.model.state_dicts import StateDict, read_state
+from blocksight.engine.model.torchvision_models import _image_size, _published_as, _skeleton
 from tests.engine.nets import Plain, seeded
 
 
@@ -93,7 +96,7 @@ def test_rubbish_is_refused(body):
 def test_a_compressed_archive_is_refused_before_it_is_unpacked():
     plain, packed = io.BytesIO(), io.BytesIO()
     torch.save({"weight": torch.zeros(100_000)}, plain)
-    assert read_state(plain.getvalue())["weight"].numel() == 100_000
+    assert read_state(plain.getvalue()).tensors["weight"].numel() == 100_000
     with zipfile.ZipFile(plain) as stored, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as other:
         for name in stored.namelist():
             other.writestr(name, stored.read(name))
@@ -103,45 +106,6 @@ def test_a_compressed_archive_is_refused_before_it_is_unpacked():
 
 
 # ---------------------------------------------------------------- state dicts
-
-
-STATE = {"a": torch.arange(3.0), "b.weight": torch.ones(2, 2, dtype=torch.float16)}
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        saved(STATE),
-        legacy(STATE),
-        saved({"state_dict": STATE, "epoch": 3}),
-        saved({"model": STATE, "optimizer": {"lr": 0.1}}),
-        saved({f"module.{name}": tensor for name, tensor in STATE.items()}),
-        saved({"state_dict": {f"module.{name}": tensor for name, tensor in STATE.items()}}),
-        safetensors.torch.save(STATE),
-        safetensors.torch.save({f"module.{name}": tensor for name, tensor in STATE.items()}),
-    ],
-    ids=["torch", "legacy", "state_dict", "model", "module", "state_dict-module", "safetensors", "safetensors-module"],
-)
-def test_state_dicts_in_their_usual_wrappings(body):
-    found = read_state(body)
-    assert found.keys() == STATE.keys()
-    assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in STATE.items())
-
-
-@pytest.mark.parametrize(
-    ("state", "sentence"),
-    [
-        ({**STATE, "epoch": 3}, r"holds more than tensors \(epoch\); wanted a state dict"),
-        ({"weights": STATE}, r"holds more than tensors \(weights\)"),
-        ([torch.ones(2)], "holds a list, not a state dict"),
-        (torch.ones(2), "holds a Tensor, not a state dict"),
-        ({1: 2}, "holds more than tensors"),
-        ({1: torch.ones(2)}, "weights file"),
-    ],
-)
-def test_what_is_no_state_dict_is_one_sentence(state, sentence):
-    with pytest.raises(ModelError, match=sentence):
-        read_state(saved(state))
 
 
 @pytest.mark.parametrize("write", [saved, safetensors.torch.save], ids=["torch", "safetensors"])
@@ -155,6 +119,54 @@ def test_torchvision_takes_the_class_count_from_the_weights(architecture, write)
     assert adapter.fingerprint == ModelAdapter(net).fingerprint
 
 
+@pytest.mark.parametrize(
+    ("architecture", "layer"),
+    [
+        ("maxvit_t", {"classifier.5.weight": 0}),  # without a bias, behind a layer that has one
+        ("regnet_x_400mf", {"fc.weight": 0, "fc.bias": 0}),  # computes with numbers while it is made
+        ("googlenet", {"fc.weight": 0, "fc.bias": 0}),  # not one of its auxiliary heads
+        ("squeezenet1_1", {"classifier.1.weight": 0, "classifier.1.bias": 0}),
+    ],
+)
+def test_classes_are_counted_in_the_last_layer(architecture, layer):
+    axes, names = _skeleton(architecture)
+    assert axes == layer
+    assert set(layer) < set(names)
+
+
+@pytest.mark.parametrize("has_auxiliary", [True, False])
+def test_googlenet_is_made_as_its_file_is_and_switched_as_torchvision_does(has_auxiliary):
+    net = torchvision.models.googlenet(num_classes=6, init_weights=False, aux_logits=has_auxiliary)
+    adapter = load_model("torchvision:googlenet", state=saved({f"model.{k}": v for k, v in net.state_dict().items()}))
+    assert adapter.num_classes == 6
+    assert adapter.fingerprint == ModelAdapter(net).fingerprint
+    assert adapter.module.transform_input is True
+    assert "transform_input) was switched on" in adapter.notes[-1]
+
+
+def test_the_image_size_of_a_vision_transformer_is_that_of_its_positions():
+    def stored(tokens):
+        return StateDict(
+            {"encoder.pos_embedding": torch.zeros(1, tokens, 8), "conv_proj.weight": torch.zeros(8, 3, 16, 16)}
+        )
+
+    assert _image_size("vit_b_16", stored(1 + 24 * 24)) == {"image_size": 384}
+    assert _image_size("vit_b_16", stored(1 + 24 * 23)) == {}
+    assert _image_size("resnet18", stored(1 + 24 * 24)) == {}
+
+
+def test_a_published_file_is_known_by_its_hash():
+    known = [SimpleNamespace(url="https://x/net-12345678.pth"), SimpleNamespace(url="https://x/net-2c26b46b.pth")]
+    assert _published_as(known, b"foo") is known[1]  # sha256 of foo
+    assert _published_as(known, b"bar") is None
+
+
+def test_a_class_count_beyond_all_bounds_is_refused_before_it_is_allocated():
+    head = {"fc.weight": torch.zeros(1, 1).expand(1 << 30, 512), "fc.bias": torch.zeros(1).expand(1 << 30)}
+    with pytest.raises(ModelError, match=r"has 1073741824 classes in fc.weight; wanted 1 to"):
+        load_model("torchvision:resnet18", state=saved(head))
+
+
 def test_weights_for_all_of_imagenet_bring_its_names():
     net = seeded(torchvision.models.squeezenet1_1)
     adapter = load_model("torchvision:squeezenet1_1", state=saved(net.state_dict()))
@@ -165,26 +177,32 @@ def test_weights_for_all_of_imagenet_bring_its_names():
 def test_a_wrong_shape_shows_both_sides():
     state = torchvision.models.resnet18(num_classes=7).state_dict()
     state["conv1.weight"] = torch.zeros(64, 1, 7, 7)
-    sentence = r"do not fit the model in 1 tensors: conv1.weight: \(64, 3, 7, 7\) wanted, \(64, 1, 7, 7\) given"
+    sentence = (
+        r"do not fit the model in 1 tensors: conv1.weight: \(64, 3, 7, 7\) wanted, \(64, 1, 7, 7\) given. "
+        "Likely cause: another width"
+    )
     with pytest.raises(ModelError, match=sentence):
         load_model("torchvision:resnet18", state=saved(state))
 
 
 def test_another_architectures_weights_show_both_sides():
     body = saved(torchvision.models.squeezenet1_1(num_classes=7).state_dict())
-    with pytest.raises(ModelError, match=r"do not fit resnet18: they hold no classifier bias 'fc.bias'"):
+    with pytest.raises(ModelError, match=r"Likely cause: another architecture; the model's names are conv1\.weight"):
         load_model("torchvision:resnet18", state=body)
 
 
 def test_weights_without_a_classifier_say_so():
-    with pytest.raises(ModelError, match=r"no classifier bias 'fc.bias'"):
+    with pytest.raises(ModelError, match="Likely cause: another architecture"):
         load_model("torchvision:resnet18", state=saved({"conv1.weight": torch.zeros(64, 3, 7, 7)}))
 
 
 def test_a_wrong_class_count_shows_both_sides(my_models):
     net = Plain()
     net.head = nn.Linear(160, 9)
-    sentence = r"head.bias: \(5,\) wanted, \(9,\) given; head.weight: \(5, 160\) wanted, \(9, 160\) given"
+    sentence = (
+        r"head.bias: \(5,\) wanted, \(9,\) given; head.weight: \(5, 160\) wanted, \(9, 160\) given. "
+        "Likely cause: another number of classes; the file has 9, the model 5"
+    )
     with pytest.raises(ModelError, match=sentence):
         load_model("my_models:make", state=saved(net.state_dict()))
 
