@@ -82,7 +82,9 @@ OutputWeights = Annotated[str | None, typer.Option(help="The weights file again,
 JOB_OPTIONS: dict[str, Any] = {
     "data": Annotated[str | None, typer.Option(help="Folder, file or s3:// prefix of images, tar shards or Parquet.")],
     "output": Annotated[str | None, typer.Option(help="Folder or s3:// prefix for the result.")],
-    "config": Annotated[Path | None, typer.Option(help="TOML file with these options as keys; options win.")],
+    "config": Annotated[
+        str | None, typer.Option(help="TOML file, or s3:// URI of one, with these options as keys; options win.")
+    ],
     "endpoint_url": Endpoint,
     "model": Annotated[str | None, typer.Option(help="See `list models`.  [default: efficientnet_lite0]")],
     "weights": Weights,

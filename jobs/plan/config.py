@@ -27,12 +27,14 @@ from blocksight.engine.catalog.forward_setting import MAX_BATCH_SIZE
 from blocksight.engine.catalog.parameters import SiseParameters
 from blocksight.jobs.plan.labels import is_class_number
 from blocksight.storage.images.decode import DECODE_POLICY
+from blocksight.storage.limits import MAX_DOCUMENT_BYTES
 from blocksight.storage.outputs.map_codec import CODEC
 from blocksight.storage.outputs.schema import SCHEMA_VERSION
 from blocksight.storage.stores.locations import normal_place
+from blocksight.storage.stores.opening import open_file
 from blocksight.storage.stores.s3_access import values_by_place
 from blocksight.storage.stores.s3_endpoints import check_endpoints
-from blocksight.storage.stores.store import StoreError
+from blocksight.storage.stores.store import MissingError, StoreError
 
 CODE_VERSION = "5"
 """Raised whenever the same configuration and input would give other bytes."""
@@ -350,13 +352,13 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
     ]
 
 
-def load_config(file: Path | None, options: Mapping[str, Any]) -> tuple[JobConfig, Execution]:
-    """The configuration and execution from a TOML file; given options replace its keys.
+def load_config(file: str | Path | None, options: Mapping[str, Any]) -> tuple[JobConfig, Execution]:
+    """The configuration and execution from a TOML file or object; given options replace its keys.
 
     Options that are None were not given; `parameters` of both are joined. Raises ConfigError for an unreadable
     file, an unknown key (with the nearest known one) or a bad value.
     """
-    values = _joined(_read_toml(file) if file is not None else {}, options)
+    values = _joined({} if file is None else _read_toml(str(file), options.get("endpoint_url")), options)
     known = JobConfig.model_fields | Execution.model_fields
     for key in values:
         if key not in known:
@@ -432,12 +434,13 @@ def parse_parameters(texts: Iterable[str]) -> dict[str, Any]:
     return parameters
 
 
-def _read_toml(file: Path) -> dict[str, Any]:
+def _read_toml(file: str, endpoint_url: str | None) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text())
-    except FileNotFoundError as error:
+        store, name = open_file(file, endpoint_url)
+        return tomllib.loads(store.read(name, length=MAX_DOCUMENT_BYTES).decode())
+    except MissingError as error:
         raise ConfigError(f"there is no configuration file {file}") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (StoreError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"the configuration file {file} cannot be read: {error}") from error
 
 

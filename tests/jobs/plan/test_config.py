@@ -8,6 +8,7 @@ import pytest
 from blocksight.engine.catalog.entries import BALANCED_BUDGET, FIDELITIES, POOR_MAP_ERROR
 from blocksight.engine.catalog.parameters import SiseParameters
 from blocksight.jobs.plan.config import ConfigError, TargetChoice, differences, digest_of, load_config, parse_parameters
+from tests.storage.loopback import served
 
 BASE = {"data": "in", "output": "out"}
 
@@ -89,6 +90,17 @@ def test_a_file_that_is_not_there_or_broken(tmp_path):
     broken.write_text("data = ")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(broken, {})
+
+
+def test_a_configuration_in_a_bucket_is_read():
+    with served() as (bucket, _):
+        bucket.objects["jobs/job.toml"] = b'data = "a"\noutput = "b"\nworkers = 2\n'
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", bucket.url)
+            config, execution = load_config("s3://b/jobs/job.toml", {"output": "c"})
+            with pytest.raises(ConfigError, match="there is no configuration file s3://b/none"):
+                load_config("s3://b/none.toml", {})
+    assert (config.output.rpartition("/")[2], execution.workers) == ("c", 2)
 
 
 def test_targets():
