@@ -197,7 +197,7 @@ EXPLAINERS: Mapping[str, ExplainerEntry] = {
     ),
     "fullgrad": ExplainerEntry(
         NoParameters,
-        needs="a CNN whose layers have biases or batch norms; gradients",
+        needs="a CNN whose layers have biases or batch norms, and whose terms sum to the logit; gradients",
         cost="1 F + 1 B per target",
         source="Srinivas and Fleuret, NeurIPS 2019 (arXiv 1905.00780)",
         blocks="none",

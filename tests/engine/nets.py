@@ -90,6 +90,19 @@ class Depthwise(nn.Module):
         return self.head(last.mean((2, 3))), [first, last]
 
 
+class Curved(nn.Module):
+    """Activations that are bent elsewhere than in 0, as modules; their inputs lie on both sides of the bends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU6(inplace=True))
+        self.last = nn.Sequential(nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False), nn.SiLU(inplace=True))
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.last(8 * self.stem(8 * x)).mean((2, 3)))
+
+
 class Pooled(nn.Module):
     """Feature maps, their means, one linear layer: there CAM is `sum_k W_ck A_k` (Zhou et al., 2016)."""
 

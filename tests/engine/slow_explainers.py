@@ -183,14 +183,17 @@ def smoothgrad(net: nn.Module, image: Tensor, target: int, seed: int, *, base: s
 def bias_terms(net: nn.Module, image: Tensor, target: int, kinds: tuple[type, ...]) -> tuple[Tensor, list[Tensor]]:
     """`dz/dx x`, and per layer of these kinds, in order of execution, `dz/d(output) b`; also the logit's own value.
 
-    Zeros are added to what each layer computes, to take gradients by; b is what the layer makes of zeros.
+    Zeros are added to what each layer computes, to take gradients by; b is what the layer makes of zeros, and of an
+    activation f(x) - f'(x) x, f' by central differences.
     """
     added, biases = [], []
 
     def add(layer, given, out):
         added.append(torch.zeros_like(out).requires_grad_(True))
         with torch.no_grad():
-            biases.append(layer.forward(torch.zeros_like(given[0])))
+            slope = (layer.forward(given[0] + 1e-6) - layer.forward(given[0] - 1e-6)) / 2e-6
+            has_weights = any(True for _ in layer.buffers()) or any(True for _ in layer.parameters())
+            biases.append(layer.forward(torch.zeros_like(given[0])) if has_weights else out - slope * given[0])
         return out + added[-1]
 
     handles = [layer.register_forward_hook(add) for layer in net.modules() if isinstance(layer, kinds)]
@@ -205,7 +208,7 @@ def bias_terms(net: nn.Module, image: Tensor, target: int, kinds: tuple[type, ..
 
 def fullgrad(net: nn.Module, image: Tensor, target: int) -> Tensor:
     """`sum psi`, psi = absolute value, min-max over the layer, enlarged, and summed over channels."""
-    _, terms = bias_terms(net, image, target, (nn.Conv2d, nn.BatchNorm2d))
+    _, terms = bias_terms(net, image, target, (nn.Conv2d, nn.BatchNorm2d, nn.ReLU6, nn.SiLU))
     return sum(one for term in terms for one in upsample(minmax(term[0].abs()), tuple(image.shape[1:])))
 
 

@@ -37,7 +37,18 @@ from blocksight.engine.model.targets import ClassLogit, ClassProbability
 from blocksight.engine.scoring.perturb import blurred
 from tests.engine import comparing, oracles
 from tests.engine import slow_explainers as slow
-from tests.engine.nets import Depthwise, InPlace, Plain, Pooled, Residual, Transformer, Untraceable, seeded, smooth
+from tests.engine.nets import (
+    Curved,
+    Depthwise,
+    InPlace,
+    Plain,
+    Pooled,
+    Residual,
+    Transformer,
+    Untraceable,
+    seeded,
+    smooth,
+)
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 BLACK = -(torch.tensor(MEAN) / torch.tensor(STD)).double().view(3, 1, 1)
@@ -181,7 +192,7 @@ def test_smoothgrad_equals_its_twin(base):
     )
 
 
-@pytest.mark.parametrize("make", [Plain, Residual, Depthwise])
+@pytest.mark.parametrize("make", [Plain, Residual, Curved])
 def test_fullgrad_equals_its_twin(make):
     against_twin(
         "fullgrad",
@@ -380,12 +391,66 @@ def test_a_bias_is_what_a_layer_makes_of_zeros(layer):
     [
         nn.Conv2d(3, 4, 3, bias=False),
         nn.BatchNorm2d(3, track_running_stats=False),
-        nn.Linear(3, 4),
+        nn.Linear(3, 4, bias=False),
         nn.ReLU(),
     ],
 )
-def test_a_layer_without_a_bias_for_pictures(layer):
+def test_a_layer_without_a_bias(layer):
     assert bias_of(layer) is None
+
+
+class NormThenActivation(nn.BatchNorm2d):
+    """A batch norm whose output has already passed its activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (super().forward(x) - 0.3).relu()
+
+
+class Twice(nn.Module):
+    """One convolution that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.again(self.again(self.first(x).relu()).relu()).relu().mean((2, 3)))
+
+
+class Functional(Twice):
+    """Its second convolution is a function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.conv2d(self.first(x).relu(), self.again.weight, self.again.bias).relu()
+        return self.head(x.mean((2, 3)))
+
+
+class Fused(Twice):
+    """A batch norm with an activation inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = NormThenActivation(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.first(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("make", [Functional, Fused, Depthwise, Transformer])
+def test_fullgrad_refuses_a_network_whose_terms_do_not_sum_to_the_logit(make):
+    sentence = r"terms sum to -?[\d.e-]+, and the logit is -?[\d.e-]+\. .* take smoothgrad or integrated_gradients"
+    with pytest.raises(ModelError, match=sentence):
+        explainer("fullgrad", adapter_of(seeded(make), 32))
+
+
+@pytest.mark.parametrize("make", [Plain, Residual, Curved, Twice])
+def test_the_terms_that_fullgrad_sees_sum_to_the_logit(make):
+    one = explainer("fullgrad", adapter_of(seeded(make), 32))
+    inputs = smooth(1, 32, 32)
+    with one.adapter.borrowed():
+        logits, terms_of = one._terms(inputs)
+        direction = functional.one_hot(torch.tensor([2]), 5).float()
+        assert float(sum(term.sum() for term in terms_of(direction))) == pytest.approx(float(logits[0, 2]), abs=1e-4)
 
 
 def test_a_network_without_biases_is_refused():
@@ -749,7 +814,8 @@ def state_of(net):
 @pytest.mark.parametrize("name", EXPLAINERS)
 def test_the_model_is_given_back_unchanged(name):
     """In training mode, with one frozen parameter; also when the network fails half way."""
-    net, inputs = net_for(name, Depthwise).train(), smooth(1, SIDE, SIDE)
+    make = Residual if name == "fullgrad" else Depthwise  # it refuses networks with squeeze-and-excitation
+    net, inputs = net_for(name, make).train(), smooth(1, SIDE, SIDE)
     net.project.weight.requires_grad_(False)
     before = state_of(net)
     own = cheap(name, net)
