@@ -18,6 +18,7 @@ from blocksight.jobs.audit.candidates import MAX_CANDIDATES, candidates
 from blocksight.jobs.audit.candidates import MIN_MAPS as LEAST_OF_CLASS
 from blocksight.jobs.audit.clusters import MIN_MAPS as LEAST_OF_CLUSTERED
 from blocksight.jobs.audit.clusters import NO_CLUSTER, ClassModel, class_model, clusters_of
+from blocksight.jobs.audit.examples import Example, Place, place_of, write_examples
 from blocksight.jobs.audit.oddities import KEPT, OddestMaps, with_clusters
 from blocksight.jobs.audit.result import AUDIT_KEY, ROWS_FOLDER, Audit, Shortcut, write_audit
 from blocksight.jobs.audit.samples import Sample
@@ -79,7 +80,7 @@ def run_audit(asked: AuditRequest, console: Console) -> Audit:
         store.delete(AUDIT_KEY)  # an earlier audit's rows are replaced next
         oddest = _write_rows(store, scratch, OddestMaps(models, _typical_on_object(streamed)), console)
     input_size = tuple(model_facts(store)["input_size"])
-    shortcuts, notes = _shortcuts(models, trial, _InputImages(plan, asked, scope, input_size), asked, console)
+    shortcuts, examples, notes = _shortcuts(models, trial, _InputImages(plan, asked, scope, input_size), asked, console)
     audit = Audit(
         fragments=streamed.fragments,
         settings={
@@ -99,6 +100,7 @@ def run_audit(asked: AuditRequest, console: Console) -> Audit:
         shortcuts=shortcuts,
         notes=(*_missing(plan, streamed), *streamed.notes, *_few(models), *notes, *_unkept(oddest)),
     )
+    write_examples(store, {place_of(one): examples.get(place_of(one), ()) for one in audit.findings})
     write_audit(store, audit)
     return audit
 
@@ -236,14 +238,15 @@ class _InputImages:
 
 def _shortcuts(
     models: Mapping[int, ClassModel], trial: Trial | None, images: _InputImages, asked: AuditRequest, console: Console
-) -> tuple[tuple[Shortcut, ...], list[str]]:
-    """Findings and suspicions, and notes on what was left out."""
+) -> tuple[tuple[Shortcut, ...], Mapping[Place, Sequence[Example]], list[str]]:
+    """The shortcuts, examples of their trials, and notes on what was left out."""
     if len(models) < 2:
-        return (), ["shortcuts are looked for between classes, and the maps explain one class alone"]
+        return (), {}, ["shortcuts are looked for between classes, and the maps explain one class alone"]
     found, num_more = candidates(list(models.values()))
     suspects = suspects_of(found, [model.sample for model in models.values()], asked.seed)
     if trial is not None or images.scope.truth is not None:
         images.fetch({key for one in suspects for key in (*one.members, *one.others)})
     outcomes = [tried(suspect, trial, images.seen, images.region) for suspect in _tracked(suspects, "trying", console)]
     notes = [f"{num_more:,} less certain candidates for shortcuts were left out"] if num_more else []
-    return judged(outcomes), notes
+    examples = {place_of(shortcut): own for shortcut, own in outcomes}
+    return judged([shortcut for shortcut, _ in outcomes]), examples, notes

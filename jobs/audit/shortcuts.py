@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blocksight.jobs.audit.candidates import Candidate
+from blocksight.jobs.audit.examples import Example
 from blocksight.jobs.audit.result import Effect, Shortcut, Standing
 from blocksight.jobs.audit.samples import Sample
 from blocksight.jobs.audit.trial import Box, Pictures, Trial
@@ -73,8 +74,10 @@ def _suspect(candidate: Candidate, pool: Sequence[tuple[str, int]], names: Mappi
     return Suspect(candidate, members, tuple(others), others)
 
 
-def tried(suspect: Suspect, trial: Trial | None, seen: Seen, region_of: RegionOf) -> Shortcut:
-    """The shortcut after its trial, p-values not corrected yet. Without a trial it stays a suspicion."""
+def tried(
+    suspect: Suspect, trial: Trial | None, seen: Seen, region_of: RegionOf
+) -> tuple[Shortcut, tuple[Example, ...]]:
+    """The shortcut after its trial, p-values not corrected yet, and examples. Without a trial it stays a suspicion."""
     candidate = suspect.candidate
     sample = candidate.model.sample
     members, others = (_pictures(keys, seen) for keys in (suspect.members, suspect.others))
@@ -82,7 +85,7 @@ def tried(suspect: Suspect, trial: Trial | None, seen: Seen, region_of: RegionOf
     if trial is not None and min(len(members.keys), len(others.keys)) >= MIN_IMAGES:
         box = _pixels(candidate, members.pixels.shape[1:3])
         result = trial.try_region(sample.target_index, box, members, others)
-    return Shortcut(
+    shortcut = Shortcut(
         target_index=sample.target_index,
         target_name=sample.target_name,
         source=candidate.source,
@@ -99,6 +102,7 @@ def tried(suspect: Suspect, trial: Trial | None, seen: Seen, region_of: RegionOf
         members=suspect.members,
         other_classes=tuple(dict.fromkeys(suspect.other_classes[key] for key in others.keys)) if result else (),
     )
+    return shortcut, result.examples if result else ()
 
 
 def _pictures(keys: Sequence[str], seen: Seen) -> Pictures:

@@ -13,6 +13,7 @@ from torch import Tensor
 from blocksight.engine.metrics.road import imputed
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.threads import one_thread
+from blocksight.jobs.audit.examples import NUM_EXAMPLES, Example
 from blocksight.jobs.audit.result import Effect
 from blocksight.jobs.evaluate.bootstrap import MetricSums, differences, key_hashes
 from blocksight.storage.outputs.pictures import Pixels
@@ -28,6 +29,8 @@ TRIES = 50
 """Draws of a random region at most."""
 RIM = 2
 """Pixels around a region that inpainting reads: its equation joins only direct neighbours."""
+MARGIN = 0.5
+"""Part of a region's sides that an example shows around it."""
 IMAGES_PER_PASS = 8
 SPLITS = 10
 """Random splits into halves, for the recurrence."""
@@ -59,6 +62,8 @@ class TrialResult:
     blanked: Effect
     pasted: Effect
     recurrence: float
+    examples: tuple[Example, ...]
+    """Some of the images before and after: inpainted members, then others with the pasted region."""
 
 
 class Trial:
@@ -75,37 +80,54 @@ class Trial:
         image's key, and pasted at their own places.
         """
         with self.adapter.borrowed(), torch.inference_mode():
+            examples: list[Example] = []
             return TrialResult(
-                self._blanked(target_index, box, members),
-                self._pasted(target_index, box, members, others),
+                self._blanked(target_index, box, members, examples),
+                self._pasted(target_index, box, members, others, examples),
                 max(
                     recurrence(look(members.pixels, box), look(others.pixels, box), self.seed)
                     for look in (_cut, _details)
                 ),
+                tuple(examples),
             )
 
-    def _blanked(self, target: int, box: Box, members: Pictures) -> Effect:
+    def _blanked(self, target: int, box: Box, members: Pictures, examples: list[Example]) -> Effect:
+        """The effect of inpainting the region; appends the first images to `examples`, as `_pasted` does."""
         inputs = self._inputs(members)
         before = self._log_odds(inputs, target)
         falls = []
-        for key, image, start in zip(members.keys, inputs, before, strict=True):
+        for place, (key, image, start) in enumerate(zip(members.keys, inputs, before, strict=True)):
             boxes = [box, *random_boxes(box, tuple(image.shape[1:]), (self.seed, "blank", key))]
             with one_thread():  # its operations are small: 20 ms, with two threads 80 ms on busy cores
                 blanked = torch.stack([inpainted(image.cpu(), one) for one in boxes])
             after = self._log_odds(blanked.to(inputs.device), target)
             falls.append([(start - after[1:]).mean().item(), (start - after[0]).item(), _change(after[0], start)])
+            if place < NUM_EXAMPLES:
+                crops = self._crops(image, blanked[0].to(image.device), box)
+                examples.append(Example("inpainted", key, None, *crops, *_probabilities(start, after[0])))
         return _effect(members.keys, np.array(falls))
 
-    def _pasted(self, target: int, box: Box, members: Pictures, others: Pictures) -> Effect:
+    def _pasted(self, target: int, box: Box, members: Pictures, others: Pictures, examples: list[Example]) -> Effect:
         given, taken = self._inputs(members), self._inputs(others)
         before = self._log_odds(taken, target)
         rises = []
         for place, (key, image, start) in enumerate(zip(others.keys, taken, before, strict=True)):
             boxes = [box, *random_boxes(box, tuple(image.shape[1:]), (self.seed, "paste", key))]
-            donor = given[place % len(given)]
-            after = self._log_odds(torch.stack([pasted(image, donor, one) for one in boxes]), target)
+            donor = place % len(given)
+            mixed = torch.stack([pasted(image, given[donor], one) for one in boxes])
+            after = self._log_odds(mixed, target)
             rises.append([(after[1:] - start).mean().item(), (after[0] - start).item(), _change(after[0], start)])
+            if place < NUM_EXAMPLES:
+                crops = self._crops(image, mixed[0], box)
+                examples.append(Example("pasted", key, members.keys[donor], *crops, *_probabilities(start, after[0])))
         return _effect(others.keys, np.array(rises))
+
+    def _crops(self, before_chw: Tensor, after_chw: Tensor, box: Box) -> tuple[Pixels, Pixels]:
+        """The region with a margin in both inputs, as pixels."""
+        left, top, right, bottom = with_margin(box, before_chw.shape[1:])
+        pixels = self.adapter.pixels_of(torch.stack([before_chw, after_chw]))[..., top:bottom, left:right]
+        before, after = (255 * pixels).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return before, after
 
     def _inputs(self, pictures: Pictures) -> Tensor:
         return self.adapter.normalise(torch.from_numpy(pictures.pixels).permute(0, 3, 1, 2))
@@ -115,6 +137,13 @@ class Trial:
         logits = torch.cat([self.adapter.logits(part) for part in inputs_nchw.split(IMAGES_PER_PASS)]).double().cpu()
         others = torch.cat([logits[:, :target], logits[:, target + 1 :]], 1)
         return (logits[:, target] - others.logsumexp(1)).clamp(-MAX_LOG_ODDS, MAX_LOG_ODDS)
+
+
+def with_margin(box: Box, size: Sequence[int]) -> Box:
+    """The box with `MARGIN` of its sides added on each side, within a picture of this size (height, width)."""
+    left, top, right, bottom = box
+    across, down = round(MARGIN * (right - left)), round(MARGIN * (bottom - top))
+    return max(0, left - across), max(0, top - down), min(size[1], right + across), min(size[0], bottom + down)
 
 
 def inpainted(image_chw: Tensor, box: Box) -> Tensor:
@@ -196,6 +225,10 @@ def recurrence(members: NDArray[np.float64], others: NDArray[np.float64], seed: 
 def _halves(points: NDArray[np.float64], rng: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     order = rng.permutation(len(points))
     return points[order[: len(points) // 2]], points[order[len(points) // 2 :]]
+
+
+def _probabilities(*log_odds: Tensor) -> tuple[float, ...]:
+    return tuple(float(one.sigmoid()) for one in log_odds)
 
 
 def _change(after: Tensor, before: Tensor) -> float:

@@ -8,10 +8,12 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from blocksight.engine.catalog.entries import CONTROLS, METRICS
+from blocksight.jobs.audit.examples import read_examples
 from blocksight.jobs.audit.result import GATES, Audit, read_audit
 from blocksight.jobs.audit.stream import committed, digest_of_fragments
 from blocksight.jobs.evaluate.compare import Absence, Cell, Column, Comparison, Output, compare
 from blocksight.jobs.evaluate.verdict import verdicts
+from blocksight.jobs.ledger.accuracy import is_right
 from blocksight.jobs.ledger.reconcile import JobState, final_manifest, read_job_state
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.forward_setting import planned_forward
@@ -28,6 +30,7 @@ from blocksight.jobs.report.facts import (
     run_facts,
     runs_of,
     size,
+    workers_of,
 )
 from blocksight.jobs.report.findings import Findings, class_name, findings_of
 from blocksight.jobs.report.galleries import RANKING, Gallery, Picture, ProductPictures, Ref, Rejected, drawn, galleries
@@ -106,6 +109,11 @@ class Metric:
     missing: tuple[Fact, ...]
     """Methods without a value, and why."""
 
+    @property
+    def by_method(self) -> Mapping[str, Estimate]:
+        """The estimates by their methods' names."""
+        return {estimate.method: estimate for estimate in self.estimates}
+
     def place(self, value: float) -> float:
         """A value's position on the axis, in percent."""
         return 100 * min(1.0, max(0.0, value / self.end))
@@ -120,6 +128,8 @@ class Item:
     class_name: str
     target_index: int
     label: str | None
+    is_right: bool | None
+    """Whether the record's prediction is its label; None if that is not known."""
     score: float
     galleries: tuple[str, ...]
     ranked: tuple[Fact, ...]
@@ -128,6 +138,11 @@ class Item:
     picture: Picture
     products: tuple[ProductPictures, ...]
     """Pictures of the map's side products, for the first maps only."""
+
+    @property
+    def verdict(self) -> str:
+        """Whether the record's prediction is its label: `right`, `wrong` or `unknown`."""
+        return {True: "right", False: "wrong", None: "unknown"}[self.is_right]
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -187,7 +202,7 @@ def report_of(
     shown = galleries(selection, audit)
     items = tuple(_items(output, endpoint_url, shown, audit, progress))
     places = {Ref(item.key, item.target_index): item.number for item in items}
-    findings = findings_of(audit, places) if audit else None
+    findings = findings_of(audit, places, read_examples(store, audit.findings)) if audit else None
     accounting = _accounting(job_state, selection.rejected.values)
     return Report(
         title=PurePosixPath(plan.identity["data"]).name or plan.identity["data"],
@@ -205,7 +220,7 @@ def report_of(
         items=items,
         num_gone=sum(item.picture.is_gone for item in items),
         findings=findings,
-        cost=tuple(cost_facts(job_state)),
+        cost=tuple(cost_facts(job_state, workers_of(store))),
         provenance=tuple(provenance_facts(job_state, model_of(store))),
         runs=tuple(runs_of(store)),
         commands=tuple(commands(output, has_audit=audit is not None, has_values=len(metrics) > 2)),
@@ -367,6 +382,7 @@ def _items(
             class_name(row["target_name"], ref.target_index),
             ref.target_index,
             row["label_name"],
+            is_right([row]),
             row["score"],
             tuple(reasons[ref]),
             tuple(ranked.get(ref, {}).values()),
@@ -400,7 +416,8 @@ def _row_facts(row: Mapping[str, Any], ranked: Mapping[str, Fact]) -> Iterator[F
     yield Fact("record", row["key"])
     yield Fact("explained class", class_name(row["target_name"], row["target_index"]), f"number {row['target_index']}")
     yield Fact("score", f"{row['score']:.3f}", f"probability, rank {row['target_rank']} of the model's classes")
-    yield Fact("label", row["label_name"] or "not known")
+    verdict = {True: "the prediction is right", False: "the prediction is wrong", None: ""}[is_right([row])]
+    yield Fact("label", row["label_name"] or "not known", verdict)
     metrics = row["metrics"] or {}
     if metrics.get("drop") is not None:
         grew = "; the score grew" if metrics["increase"] else ""

@@ -4,6 +4,7 @@ import hashlib
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from blocksight.jobs.plan.text import counted
 from blocksight.storage.stores.store import MissingError, ObjectStore
 
 MAX_RUNS = 10
-RUN_FACTS = ("started", "device", "python", "packages")
+RUN_FACTS = ("started", "workers", "device", "python", "packages")
 """Facts of a run that the page shows. Its host, address and process are not shown."""
 NO_QUALITY = "this metric chose them, so that it says nothing about their quality and is not reported"
 
@@ -111,7 +112,8 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
-def cost_facts(job_state: JobState) -> Iterator[Fact]:
+def cost_facts(job_state: JobState, workers: Counter[str]) -> Iterator[Fact]:
+    """Facts of what the maps cost. `workers`: the runs' workers, as of `workers_of`."""
     timed = [receipt for receipt in job_state.receipts.values() if receipt.explain_seconds]  # a rebuilt one is not
     seconds = sum(receipt.explain_seconds or 0.0 for receipt in timed)
     forwards, num_ok = job_state.total("num_forwards"), job_state.total("num_ok")
@@ -125,9 +127,8 @@ def cost_facts(job_state: JobState) -> Iterator[Fact]:
         rate = sum(receipt.num_forwards for receipt in timed) / seconds
         if rate:
             yield Fact("masked forwards/s", f"{rate:,.0f}", "of one worker")
-    workers = {receipt.worker for receipt in timed if receipt.worker}
-    if workers:
-        yield Fact("workers", f"{len(workers):,}", "processes that committed fragments")
+    for text, count in workers.most_common():
+        yield Fact("workers", text, f"in {counted(count, 'run')}, as the run wrote them down when it began")
     ways = Counter(receipt.forward for receipt in timed if receipt.forward)
     for way, count in ways.most_common():
         yield Fact("forward pass", way, counted(count, "unit"))
@@ -172,14 +173,35 @@ class RunDocument(TypedDict):
 
 def runs_of(store: ObjectStore) -> Iterator[tuple[Fact, ...]]:
     """Yields `RUN_FACTS` of the latest runs, newest first."""
+    for run in _run_documents(store):
+        packages = ", ".join(f"{name} {version}" for name, version in run["packages"].items())
+        texts = {**run, "packages": packages, "workers": _workers(run)}
+        yield tuple(Fact(name, texts[name]) for name in RUN_FACTS)
+
+
+def workers_of(store: ObjectStore) -> Counter[str]:
+    """The workers that explained, in words, with the number of the latest runs that had them."""
+    return Counter(map(_workers, _run_documents(store)))
+
+
+def _run_documents(store: ObjectStore) -> Iterator[RunDocument]:
+    """Yields what the latest runs wrote when they began, newest first; a damaged document is left out."""
     keys = sorted((info.key for info in store.list(RUNS_FOLDER) if info.key.endswith("/run.json")), reverse=True)
     for key in keys[:MAX_RUNS]:
-        try:
-            facts = read_document(store, key, RunDocument)
-        except (UnreconciledError, MissingError):  # the document is for information only
-            continue
-        packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
-        yield tuple(Fact(name, packages if name == "packages" else facts[name]) for name in RUN_FACTS)
+        with suppress(UnreconciledError, MissingError):  # the document is for information only
+            yield read_document(store, key, RunDocument)
+
+
+def _workers(run: RunDocument) -> str:
+    """`2 explain actors with 1 CPU thread each`."""
+    sizing = run["sizing"]
+    if sizing is None:
+        return "the command's own process"
+    if not {"num_actors", "threads_per_actor", "gpus_per_actor"} <= sizing.keys():
+        return "not recorded"
+    gpu = " and a GPU" if sizing["gpus_per_actor"] else ""
+    threads = counted(sizing["threads_per_actor"], "CPU thread")
+    return f"{counted(sizing['num_actors'], 'explain actor')} with {threads}{gpu} each"
 
 
 def commands(output: Output, *, has_audit: bool, has_values: bool) -> Iterator[Fact]:

@@ -4,12 +4,15 @@ import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import PurePosixPath
 from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from blocksight.jobs.audit.examples import Example, Place
+from blocksight.jobs.audit.examples import place_of as shortcut_place
 from blocksight.jobs.audit.result import (
     GATES,
     MEASURES,
@@ -23,12 +26,29 @@ from blocksight.jobs.audit.result import (
     Standing,
 )
 from blocksight.jobs.report.facts import Fact, Share
-from blocksight.jobs.report.galleries import Ref, data_uri, members
+from blocksight.jobs.report.galleries import Ref, data_uri, jpeg, members
 from blocksight.storage.outputs.pictures import colours, resized
 
 MAX_GROUPS, MAX_PAIRS, MAX_CLUSTERED, MAX_SHORTCUTS, MAX_ODDITIES, MAX_NOTES = 12, 8, 8, 12, 8, 20
+CHANGE_SIDE, MAX_CHANGE_BYTES = 128, 3_000
+"""Longer side of a crop in pixels, and the most bytes of its JPEG."""
 MEAN_MAP_SIDE = 96
 """Pixels of a group's small picture."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """The crop of an image before and after a trial changed it, without a map over it."""
+
+    text: str
+    """What was done to which record."""
+    before: str
+    """data: URI of a JPEG, as `after`."""
+    after: str
+    width: int
+    height: int
+    score_before: float
+    score_after: float
 
 
 @dataclass(frozen=True)
@@ -38,6 +58,8 @@ class Pictured:
     about: Any
     picture: str | None
     items: tuple[int, ...] = ()
+    changes: tuple[Change, ...] = ()
+    """Of a finding: crops of some images before and after its trial changed them."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +92,9 @@ def class_name(name: str | None, index: int) -> str:
     return name or f"class {index}"
 
 
-def findings_of(audit: Audit, places: Mapping[Ref, int]) -> Findings:
+def findings_of(audit: Audit, places: Mapping[Ref, int], examples: Mapping[Place, Sequence[Example]]) -> Findings:
+    """The audit's part of the page. `places`: numbers of the maps on it. `examples`: as of `read_examples`."""
+
     def items_of(refs: Sequence[Ref]) -> tuple[int, ...]:
         return tuple(places[ref] for ref in refs if ref in places)
 
@@ -83,7 +107,13 @@ def findings_of(audit: Audit, places: Mapping[Ref, int]) -> Findings:
         audit=audit,
         shortcuts={
             standing: tuple(
-                Pictured(one, _class_map(one, predicted, audit.clusters), items_of(members(one))) for one in own
+                Pictured(
+                    one,
+                    _class_map(one, predicted, audit.clusters),
+                    items_of(members(one)),
+                    tuple(map(_change, examples.get(shortcut_place(one), ()))),
+                )
+                for one in own
             )
             for standing, own in shortcuts.items()
         },
@@ -107,6 +137,19 @@ def findings_of(audit: Audit, places: Mapping[Ref, int]) -> Findings:
         ),
         notes=audit.notes[:MAX_NOTES],
     )
+
+
+def _change(one: Example) -> Change:
+    height, width = one.before.shape[:2]
+    scale = CHANGE_SIDE / max(height, width)
+    size = (max(1, round(scale * width)), max(1, round(scale * height)))
+    before, after = (
+        data_uri(jpeg(np.asarray(Image.fromarray(own).resize(size)), MAX_CHANGE_BYTES), "image/jpeg")
+        for own in (one.before, one.after)
+    )
+    name, donor = PurePosixPath(one.key).name, one.donor and PurePosixPath(one.donor).name
+    text = f"painted out in {name}" if donor is None else f"pasted from {donor} into {name}"
+    return Change(text, before, after, *size, one.probability_before, one.probability_after)
 
 
 def shortcuts_of(audit: Audit, standing: Standing) -> tuple[Shortcut, ...]:
@@ -146,6 +189,13 @@ def _clusters(
             for one in found
         )
         yield class_name(found[0].target_name, target), tuple(drawn)
+
+
+def colour_scale() -> str:
+    """The colours of a map from 0 on the left to 1 on the right, as a data: URI of a PNG of 256 x 1 pixels."""
+    buffer = io.BytesIO()
+    Image.fromarray(colours(np.linspace(0, 1, 256)[None])).save(buffer, "PNG")
+    return data_uri(buffer.getvalue(), "image/png")
 
 
 def map_picture(grid: Grid) -> str:

@@ -20,6 +20,7 @@ from blocksight.jobs.audit.result import Audit, Shortcut
 from blocksight.jobs.evaluate.bootstrap import key_hashes
 from blocksight.jobs.evaluate.compare import Column
 from blocksight.jobs.evaluate.evaluation import evaluation_folders, value_tables
+from blocksight.jobs.ledger.accuracy import is_right
 from blocksight.jobs.ledger.output import fragment_of
 from blocksight.jobs.plan.plan import Plan
 from blocksight.jobs.report.products import Sizes, parts_of, products_of
@@ -30,7 +31,7 @@ from blocksight.storage.stores.store import ObjectStore
 
 NUM_RANKED, NUM_RANDOM, NUM_CLASSES, NUM_PER_CLASS = 8, 24, 12, 3
 NUM_SHORTCUTS, NUM_MEMBERS, NUM_ODDITIES, NUM_CLUSTERS, NUM_EXAMPLES = 12, 4, 24, 12, 3
-NUM_REJECTED = 12
+NUM_REJECTED, NUM_WRONG = 12, 24
 RANKING = ("drop", "insertion", "ebpg")
 """The metrics that rank maps from best to worst, if they were measured."""
 
@@ -48,8 +49,13 @@ PRODUCT_SIZES = Sizes(film=144, single=288, most=12)
 
 SELECTED_COLUMNS = [
     *("key", "status", "reject_code", "reject_stage", "error", "target_index", "target_name", "metrics"),
-    "selected_by",
+    *("label", "label_rank", "target_rank", "score", "selected_by"),
 ]
+JUDGED_COLUMNS = ["label", "label_rank", "target_index", "target_rank", "score"]
+WRONG = (
+    "Maps of records whose prediction is not the label, the most confident first; a map of the label shows what the "
+    "model saw of it."
+)
 SALT = "report"
 """Part of the hashes for the random order, so that it differs from that of `evaluate`."""
 
@@ -159,6 +165,8 @@ class Selection:
     """The maps that one pass over an output selects. Its memory grows with the model's classes, not with the output."""
 
     random: Least[Ref] = field(default_factory=lambda: Least(NUM_RANDOM))
+    wrong: Least[Ref] = field(default_factory=lambda: Least(NUM_WRONG))
+    """Maps of wrong predictions, the most confident first; then maps of labels that were not predicted."""
     best: dict[Column, Least[Ref]] = field(default_factory=dict)
     worst: dict[Column, Least[Ref]] = field(default_factory=dict)
     by_class: dict[int, Least[Ref]] = field(default_factory=dict)
@@ -176,6 +184,7 @@ class Selection:
         refs = list(map(Ref, explained["key"].to_pylist(), explained["target_index"].to_pylist()))
         ties = _ties(refs)
         self.random.offer(np.zeros(len(refs)), ties, refs.__getitem__)
+        self.wrong.offer(_how_wrong(explained.select(JUDGED_COLUMNS).to_pylist()), ties, refs.__getitem__)
         if drop is not None and refs:
             values = explained["metrics"].combine_chunks().field("drop")
             self.add_values(drop, values.to_numpy(zero_copy_only=False), refs, ties)
@@ -206,6 +215,19 @@ class Selection:
         found = [Rejected(row["key"], row["reject_code"], row["reject_stage"], row["error"]) for row in rows]
         ties = key_hashes([f"{SALT} {own.code} {own.key}" for own in found])
         self.rejected.offer(np.zeros(len(found)), ties, found.__getitem__)
+
+
+def _how_wrong(rows: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
+    """[n] ranks of maps by confidence in a wrong answer, the most confident least; NaN where the answer is right.
+
+    A wrong prediction comes before every label that another class was predicted for. NaN also for unknown labels and
+    for further targets.
+    """
+    ranks = np.full(len(rows), np.nan)
+    for place, row in enumerate(rows):
+        if is_right([row]) is False and 1 in (row["target_rank"], row["target_index"] == row["label"]):
+            ranks[place] = -row["score"] if row["target_rank"] == 1 else row["score"]
+    return ranks
 
 
 def _ties(refs: Sequence[Ref]) -> NDArray[np.uint64]:
@@ -248,6 +270,7 @@ def galleries(selection: Selection, audit: Audit | None) -> list[Gallery]:
     """The galleries, with at most `MAX_PICTURES` maps in all and without empty ones."""
     found = [
         Gallery("random", "Random", "A random sample: every map had the same chance.", selection.random.values),
+        Gallery("wrong", "Wrong", WRONG, selection.wrong.values),
         *_of_audit(audit),
         *_ranked(selection),
         Gallery("class", "By class", "Some maps of each of the most frequent explained classes.", _classes(selection)),
@@ -357,7 +380,7 @@ def _picture(plan: Plan, row: dict[str, Any], image: Pixels | None) -> Picture:
         "saliency": colours(own.saliency_hw),
     }
     height, width = own.saliency_hw.shape
-    jpegs = {name: data_uri(_jpeg(pixels, MAX_BYTES[name]), "image/jpeg") for name, pixels in sides.items()}
+    jpegs = {name: data_uri(jpeg(pixels, MAX_BYTES[name]), "image/jpeg") for name, pixels in sides.items()}
     return Picture(**jpegs, width=width, height=height, is_gone=image is None)
 
 
@@ -372,11 +395,11 @@ def _product_pictures(plan: Plan, row: dict[str, Any], image: Pixels | None) -> 
 
 def _frame(tile: Tile, most_bytes: int) -> Frame:
     height, width = tile.pixels.shape[:2]
-    address = data_uri(_jpeg(tile.pixels, most_bytes), "image/jpeg")
+    address = data_uri(jpeg(tile.pixels, most_bytes), "image/jpeg")
     return Frame(address, width, height, tuple(tile.caption.split("\n")))
 
 
-def _jpeg(pixels: Pixels, most_bytes: int) -> bytes:
+def jpeg(pixels: Pixels, most_bytes: int) -> bytes:
     """A JPEG of at most `most_bytes`, with the best of `QUALITIES` that allows it."""
     body = b""
     for quality in QUALITIES:

@@ -18,7 +18,7 @@ from blocksight.jobs.audit.words import comparison, p_text, scope
 from blocksight.jobs.evaluate.compare import Output
 from blocksight.jobs.plan.text import counted, plain
 from blocksight.jobs.report.content import Report, clipped, report_of, with_unit
-from blocksight.jobs.report.findings import place_of
+from blocksight.jobs.report.findings import colour_scale, place_of
 
 REPORT_KEY = "report/index.html"
 
@@ -51,9 +51,21 @@ def render(report: Report) -> bytes:
     """The page in UTF-8. Every string of the report is escaped; control characters are shown as codes."""
     style, script = _part("style.css"), _part("script.js")
     classes = sorted({(item.target_index, item.class_name) for item in report.items}, key=lambda own: own[1].lower())
-    page = _environment().from_string(_part("template.html"))
-    policy = _policy(style, script)
-    return page.render(report=report, classes=classes, style=style, script=script, policy=policy).encode()
+    methods = list(dict.fromkeys(estimate.method for metric in report.metrics for estimate in metric.estimates))
+    return (
+        _environment()
+        .from_string(_part("template.html"))
+        .render(
+            report=report,
+            classes=classes,
+            methods=methods,
+            scale=colour_scale(),
+            style=style,
+            script=script,
+            policy=_policy(style, script),
+        )
+        .encode()
+    )
 
 
 def _part(name: str) -> str:

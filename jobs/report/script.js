@@ -6,10 +6,11 @@ function pressOne(buttons, chosen) {
   for (const button of buttons) button.setAttribute("aria-pressed", String(button === chosen));
 }
 
+/** The button names the theme that it gives, not the one that is shown. */
 function themeButton(button) {
   const system = matchMedia("(prefers-color-scheme: dark)");
   const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : system.matches);
-  const show = () => button.setAttribute("aria-pressed", String(isDark()));
+  const show = () => { button.textContent = isDark() ? "Light theme" : "Dark theme"; };
   button.addEventListener("click", () => {
     root.dataset.theme = isDark() ? "light" : "dark";
     show();
@@ -22,6 +23,7 @@ function themeButton(button) {
 function filteredGallery(items) {
   const chips = [...document.querySelectorAll(".chip")];
   const ofClass = document.getElementById("class-filter");
+  const verdict = document.getElementById("verdict-filter"); // null if no label is known
   const text = document.getElementById("text-filter");
   let gallery = chips[0].dataset.gallery;
 
@@ -33,7 +35,8 @@ function filteredGallery(items) {
   function fits(item) {
     const inGallery = !gallery || item.dataset.galleries.split(" ").includes(gallery);
     const inClass = !ofClass.value || item.dataset.class === ofClass.value;
-    return inGallery && inClass && names.get(item).includes(text.value.trim().toLowerCase());
+    const inVerdict = !verdict?.value || item.dataset.verdict === verdict.value;
+    return inGallery && inClass && inVerdict && names.get(item).includes(text.value.trim().toLowerCase());
   }
 
   function show() {
@@ -54,6 +57,7 @@ function filteredGallery(items) {
     });
   }
   ofClass.addEventListener("change", show);
+  verdict?.addEventListener("change", show);
   text.addEventListener("input", show);
   show();
   return () => items.filter((item) => !item.hidden);

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from blocksight.jobs.audit.examples import Example, place_of, write_examples
 from blocksight.jobs.audit.result import (
     GATES,
     GRID,
@@ -40,8 +41,13 @@ def audited(store: ObjectStore, fragments: str | None = None, text: str = "in wo
         shortcuts=(_shortcut(rows[0], True, text), _shortcut(rows[-1], False, text)),
         notes=(f"left out: {text}",),
     )
+    write_examples(store, {place_of(one): (_example(one.members[0], text),) for one in audit.findings})
     write_audit(store, audit)
     return audit
+
+
+def _example(key: str, donor: str) -> Example:
+    return Example("pasted", key, donor, np.zeros((6, 8, 3), np.uint8), np.ones((6, 8, 3), np.uint8), 0.25, 0.75)
 
 
 def _groups(rows: list[dict[str, Any]], text: str) -> list[Group]:

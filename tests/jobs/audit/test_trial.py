@@ -12,7 +12,7 @@ from blocksight.engine.metrics.road import imputed
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.jobs.audit.result import Effect, Shortcut
 from blocksight.jobs.audit.shortcuts import judged
-from blocksight.jobs.audit.trial import Pictures, Trial, inpainted, pasted, random_boxes, recurrence
+from blocksight.jobs.audit.trial import Pictures, Trial, inpainted, pasted, random_boxes, recurrence, with_margin
 
 SIDE = 24
 BOX = (16, 16, 20, 20)
@@ -51,6 +51,30 @@ def test_effects_are_those_that_follow_from_the_model() -> None:
         (torch.tensor(10.0).sigmoid() - torch.tensor(2.0).sigmoid()).item(), abs=1e-3
     )
     assert found.recurrence == 1
+
+
+def test_examples_show_the_crop_before_and_after_without_a_map() -> None:
+    found = Trial(adapter(), 0).try_region(1, BOX, pictures(10, 255, "m"), pictures(12, 51, "o"))
+    assert [(one.what, one.key, one.donor) for one in found.examples] == [
+        ("inpainted", "m0", None),
+        ("inpainted", "m1", None),
+        ("pasted", "o0", "m0"),
+        ("pasted", "o1", "m1"),
+    ]
+    assert with_margin(BOX, (SIDE, SIDE)) == (14, 14, 22, 22)
+    inside = slice(2, 6)
+    for one in found.examples:
+        assert one.before.shape == one.after.shape == (8, 8, 3)
+        changed = (one.before != one.after).any(-1)
+        assert changed[inside, inside].all()
+        assert changed.sum() == 16
+    removed, pasted_in = found.examples[0], found.examples[2]
+    assert (removed.before[inside, inside, 0] == 255).all()
+    assert (pasted_in.before[inside, inside, 0] == 51).all()
+    assert (pasted_in.after[inside, inside, 0] == 255).all()
+    assert removed.probability_before == pytest.approx(torch.tensor(10.0).sigmoid().item())
+    assert removed.probability_after < 0.6
+    assert with_margin((0, 20, 8, 24), (SIDE, SIDE)) == (0, 18, 12, 24)
 
 
 def test_a_region_that_the_model_ignores_has_no_effect() -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from blocksight.engine.catalog.entries import METRICS
+from blocksight.jobs.audit.examples import NUM_EXAMPLES
 from blocksight.jobs.audit.result import write_audit
 from blocksight.jobs.evaluate.compare import Output, compare
 from blocksight.jobs.evaluate.evaluation import evaluation_folders, value_tables
@@ -25,11 +26,12 @@ from blocksight.jobs.evaluate.verdict import verdicts
 from blocksight.jobs.ledger.reconcile import MANIFEST_KEY, final_manifest, read_job_state
 from blocksight.jobs.plan.config import Execution
 from blocksight.jobs.plan.plan import existing_plan
+from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.jobs.plan.text import percent, plain
 from blocksight.jobs.report import galleries
 from blocksight.jobs.report.content import report_of
-from blocksight.jobs.report.facts import duration, run_facts, size
-from blocksight.jobs.report.findings import place_of
+from blocksight.jobs.report.facts import Fact, duration, run_facts, size
+from blocksight.jobs.report.findings import MAX_CHANGE_BYTES, MAX_SHORTCUTS, place_of
 from blocksight.jobs.report.galleries import (
     MAX_BYTES,
     MAX_FILM_BYTES,
@@ -289,7 +291,7 @@ def test_a_picture_is_small_whatever_it_shows():
     noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     smooth = np.zeros((SIDE, SIDE, 3), np.uint8)
     for most_bytes in MAX_BYTES.values():
-        assert len(galleries._jpeg(smooth, most_bytes)) <= len(galleries._jpeg(noise, most_bytes)) <= most_bytes
+        assert len(galleries.jpeg(smooth, most_bytes)) <= len(galleries.jpeg(noise, most_bytes)) <= most_bytes
     assert MAX_PICTURES * sum(MAX_BYTES.values()) * 4 / 3 < 7_000_000
 
 
@@ -364,11 +366,13 @@ def test_pictures_of_side_products_keep_the_page_small():
     num_films, num_singles = 2, 3
     most = num_films * galleries.PRODUCT_SIZES.most * MAX_FILM_BYTES + num_singles * MAX_SINGLE_BYTES
     assert galleries.PRODUCT_SIZES.most >= MAX_BEST
-    assert (galleries.NUM_WITH_PRODUCTS * most + MAX_PICTURES * sum(MAX_BYTES.values())) * 4 / 3 < 8_500_000
+    crops = MAX_SHORTCUTS * 2 * NUM_EXAMPLES * 2 * MAX_CHANGE_BYTES
+    maps = galleries.NUM_WITH_PRODUCTS * most + MAX_PICTURES * sum(MAX_BYTES.values())
+    assert (crops + maps) * 4 / 3 < 8_500_000
     noise = np.random.default_rng(0).integers(0, 256, (galleries.PRODUCT_SIZES.single,) * 2 + (3,), dtype=np.uint8)
-    assert len(galleries._jpeg(noise, MAX_SINGLE_BYTES)) <= MAX_SINGLE_BYTES
+    assert len(galleries.jpeg(noise, MAX_SINGLE_BYTES)) <= MAX_SINGLE_BYTES
     small = noise[: galleries.PRODUCT_SIZES.film, : galleries.PRODUCT_SIZES.film]
-    assert len(galleries._jpeg(small, MAX_FILM_BYTES)) <= MAX_FILM_BYTES
+    assert len(galleries.jpeg(small, MAX_FILM_BYTES)) <= MAX_FILM_BYTES
 
 
 def test_hostile_names_of_blocks_are_text(output):
@@ -498,6 +502,57 @@ def test_the_page_names_each_effect_that_is_real(output):
     text = Page(page_at(output)).text
     assert removed in text
     assert "Pasted into other images, its log-odds rise no differently than with a random region" in text
+
+
+def test_a_finding_shows_its_crop_before_and_after(output):
+    audited(LocalStore(output))
+    page = page_at(output)
+    assert "probability 25.0 % before, 75.0 % after" in Page(page).text
+    assert page.count('alt="Before"') == page.count('alt="After"') == 1
+    (output / "audit" / "examples.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UnreconciledError, match=r"examples\.parquet is damaged, `blocksight audit` makes it again"):
+        page_at(output)
+    (output / "audit" / "examples.parquet").unlink()  # as an older audit leaves it
+    assert 'alt="Before"' not in page_at(output)
+
+
+def test_wrong_predictions_are_marked_and_have_a_gallery(output):
+    report, rows = report_at(output), [row for row in rows_in(LocalStore(output)) if row["status"] == "ok"]
+    known = {(row["key"], row["target_index"]): row["label_rank"] == 1 for row in rows if row["label"] is not None}
+    assert {True, False} <= set(known.values())
+    for item in report.items:
+        assert item.is_right == known.get((item.key, item.target_index))
+    [gallery] = [own for own in report.galleries if own.name == "wrong"]
+    assert all(not known[ref] for ref in gallery.refs)
+    predicted = {(row["key"], row["target_index"]): row["score"] for row in rows if row["target_rank"] == 1}
+    scores = [predicted[ref] for ref in gallery.refs if ref in predicted]
+    assert scores == sorted(scores, reverse=True)
+    assert len(scores) == min(24, sum(not known[ref] for ref in predicted if ref in known))
+    page = page_at(output)
+    assert page.count('<span class="wrong">') == sum(item.is_right is False for item in report.items)
+
+
+def test_workers_are_those_that_the_runs_wrote_down(output):
+    def workers():
+        return [(fact.value, fact.note[:9]) for fact in report_at(output).cost if fact.name == "workers"]
+
+    assert workers() == [("the command's own process", "in 1 run,")]
+    [file] = (output / "_job" / "runs").glob("*/run.json")
+    run = json.loads(file.read_text())
+    sizing = {"num_actors": 2, "gpus_per_actor": 0.0, "cpus_per_actor": 0.9, "cpus_per_task": 0.1}
+    file.write_text(json.dumps({**run, "sizing": {**sizing, "threads_per_actor": 1}}))
+    assert workers() == [("2 explain actors with 1 CPU thread each", "in 1 run,")]
+    assert Fact("workers", "2 explain actors with 1 CPU thread each") in report_at(output).runs[0]
+    file.write_text(json.dumps({**run, "sizing": sizing}))
+    assert workers() == [("not recorded", "in 1 run,")]
+
+
+def test_the_page_has_the_maps_colours_and_one_table_of_metrics(output):
+    page = page_at(output)
+    assert 'alt="The colours of a map' in page
+    report = report_at(output)
+    table = page[page.index('<table class="metric-table">') :].split("</table>")[0]
+    assert table.count('<th scope="row">') == len(report.metrics) > 0
 
 
 def test_findings_come_before_maps_suspicions_after_and_what_was_not_confirmed_is_folded(output):

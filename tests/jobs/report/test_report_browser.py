@@ -273,12 +273,40 @@ def test_the_theme_is_toggled(watched, address):
     button = page.locator("#theme")
     colour = "getComputedStyle(document.body).backgroundColor"
     light = page.evaluate(colour)
-    assert button.get_attribute("aria-pressed") == "false"
+    assert button.inner_text() == "Dark theme"  # what the button gives, not what is shown
     button.click()
-    assert button.get_attribute("aria-pressed") == "true"
+    assert button.inner_text() == "Light theme"
     assert page.evaluate(colour) != light
     button.press("Enter")
     assert page.evaluate(colour) == light
+    page.emulate_media(color_scheme="dark")
+    watched.open(address)
+    assert button.inner_text() in ("Light theme", "Dark theme")
+    assert (button.inner_text() == "Light theme") == (page.evaluate(colour) != light)
+
+
+def test_wrong_predictions_are_marked_and_filtered(watched, address):
+    page = watched.open(address)
+    page.locator(".chip", has_text="All").click()
+    verdicts = {item.get_attribute("data-verdict") for item in page.locator(".item").all()}
+    assert verdicts >= {"right", "wrong"}
+    for verdict in ("right", "wrong"):
+        page.locator("#verdict-filter").select_option(verdict)
+        shown = visible(page)
+        assert {item.get_attribute("data-verdict") for item in shown.all()} == {verdict}
+        assert shown.locator(".wrong").count() == (shown.count() if verdict == "wrong" else 0)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_metrics_are_one_table_on_a_phone(watched, address, width):
+    watched.page.set_viewport_size(dict(zip(("width", "height"), WIDTHS[width], strict=True)))
+    page = watched.open(address)
+    is_phone = width == "phone"
+    assert page.locator(".metric-table").is_visible() == is_phone
+    assert page.locator("article.metric").first.is_visible() != is_phone
+    rows = page.locator(".metric-table tbody tr")
+    assert rows.count() == page.locator("article.metric").count() > 0
+    assert all(row.locator("td").count() == page.locator(".metric-table thead th").count() - 1 for row in rows.all())
 
 
 def test_nothing_moves_while_it_loads(watched, address):
