@@ -43,7 +43,7 @@ from blocksight.jobs.plan.records import (
     UnitResult,
     UnitSkipped,
 )
-from blocksight.jobs.worker.attempts import attempted, open_worker_stores
+from blocksight.jobs.worker.attempts import WorkerStores, attempted, open_worker_stores
 from blocksight.jobs.worker.unit import commit_unit, take_unit
 from blocksight.storage.inputs.survey import Layout
 from blocksight.storage.parquet.rows import table_of_rows
@@ -243,8 +243,19 @@ def _read(batch: pa.Table, context: JobContext) -> pa.Table:
             return taken
         return _table(_json({"unit": unit, "records": taken.records}), taken.pixels)
 
-    stores = open_worker_stores(context)
+    stores = _stores_of(context)
     return _row_of(attempted(unit, "read", stores, read))
+
+
+_STORES: dict[str, WorkerStores] = {}
+"""The stores of the run that this process reads for: with them a shard's reader rests between two units."""
+
+
+def _stores_of(context: JobContext) -> WorkerStores:
+    if context.run_id not in _STORES:
+        _STORES.clear()
+        _STORES[context.run_id] = open_worker_stores(context)
+    return _STORES[context.run_id]
 
 
 def evaluate_units(

@@ -1,12 +1,14 @@
 """Reads records from Parquet tables with an image column, by row range, a few rows at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate, islice
 from typing import Any
 
 import pyarrow as pa
 
 from blocksight.storage.inputs.labels import as_bytes_text, label_of
+from blocksight.storage.inputs.paused import PausedReader
 from blocksight.storage.inputs.records import RawRecord, as_text, too_many_bytes
 from blocksight.storage.limits import MAX_IMAGE_BYTES, MAX_KEY_BYTES
 from blocksight.storage.parquet.reader import (
@@ -24,6 +26,7 @@ IMAGE, LABEL, KEY, BYTES = "image", "label", "key", "bytes"
 USED = (IMAGE, LABEL, KEY)
 BATCH_ROWS = 16
 """Rows in memory at once; fewer if they are large."""
+KEY_WINDOW_BYTES = 64 << 10
 MAX_NAMED = 16
 """Unread columns of one table that are named."""
 NUM_SHOWN_CHARACTERS = 64
@@ -63,30 +66,67 @@ def read_table(store: ObjectStore, info: ObjectInfo, start: int, stop: int) -> I
     """The records of rows [start, stop). Columns: `image` (bytes, or a struct with `bytes`), and `label` and `key`
     if present. Without `key`, the row's number is the key.
 
-    Of two rows with one key the later is rejected, also if the first lies before the range. Raises DamagedError if
+    Of two rows with one key the later is rejected, also if the first lies before the range. A range that follows the
+    last one goes on from there: its row group is not read again. Raises DamagedError if
     the table cannot be read, MissingError, ChangedError and StoreError.
     """
-    table, paths = _open_table(store, info)
-    seen = _keys_before(table, start) if KEY in paths else set()
-    for first, batch in table.rows(paths, BATCH_ROWS, start, stop):
-        images = _images(batch.column(IMAGE))
-        keys = _keys_of(batch, first)
-        labels = _values(batch.column(LABEL)) if LABEL in paths else [None] * batch.num_rows
-        for offset, (key, label) in enumerate(zip(keys, labels, strict=True)):
-            record = RawRecord(f"{info.key}/{key}", info.key, first + offset, label_of(label))
-            if len(key.encode()) > MAX_KEY_BYTES:
-                yield _with_long_key(record, info, key)
-            elif key in seen:
-                duplicate = Reject(RejectCode.DUPLICATE_KEY, f"key {key!r} occurs earlier in the table")
-                yield replace(record, reject=duplicate)
-            else:
+    rows = PAUSED.take(store, info, start)
+    if rows is None or not rows.is_near(start):
+        rows = _Rows(store, info, start)
+    yield from rows.until(start, stop)
+    if stop < rows.num_rows:
+        PAUSED.keep(store, info, stop, rows)
+
+
+class _Rows:
+    """The records of a table from one row on, which may rest between two ranges."""
+
+    def __init__(self, store: ObjectStore, info: ObjectInfo, start: int) -> None:
+        self._store, self._info, self._position = store, info, start
+        self._table, self._paths = _open_table(store, info)
+        self.num_rows = self._table.num_rows
+        self._records = self._all_records()
+
+    def is_near(self, start: int) -> bool:
+        """True if `start` is the next row, or a later one of its row group: that is decoded from its beginning."""
+        ends = accumulate(self._table.row_counts)
+        return start == self._position or start < next(end for end in ends if end > self._position)
+
+    def until(self, start: int, stop: int) -> Iterator[RawRecord]:
+        """The records of rows [start, stop). Behind the last row the table's end is checked."""
+        yield from islice(self._records, start - self._position, stop - self._position)
+        self._position = stop
+        if stop >= self.num_rows:
+            yield from self._records
+
+    def _all_records(self) -> Iterator[RawRecord]:
+        info, table, paths = self._info, self._table, self._paths
+        seen = _keys_before(self._store, info, self._position) if KEY in paths else set()
+        for first, batch in table.rows(paths, BATCH_ROWS, self._position):
+            images = _images(batch.column(IMAGE))
+            keys = _keys_of(batch, first)
+            labels = _values(batch.column(LABEL)) if LABEL in paths else [None] * batch.num_rows
+            for offset, (key, label) in enumerate(zip(keys, labels, strict=True)):
+                record = RawRecord(f"{info.key}/{key}", info.key, first + offset, label_of(label))
+                yield _checked(record, key, seen, images, offset)
                 seen.add(key)
-                yield _with_image(record, images, offset)
 
 
-def _with_long_key(record: RawRecord, info: ObjectInfo, key: str) -> RawRecord:
+PAUSED = PausedReader[_Rows]()
+
+
+def _checked(record: RawRecord, key: str, seen: Collection[str], images: pa.Array, offset: int) -> RawRecord:
+    """The record with its image, or with the reject of its key. `seen`: the keys of earlier rows."""
+    if len(key.encode()) > MAX_KEY_BYTES:
+        return _with_long_key(record, key)
+    if key in seen:
+        return replace(record, reject=Reject(RejectCode.DUPLICATE_KEY, f"key {key!r} occurs earlier in the table"))
+    return _with_image(record, images, offset)
+
+
+def _with_long_key(record: RawRecord, key: str) -> RawRecord:
     reason = f"its key has {len(key.encode())} bytes, at most {MAX_KEY_BYTES} are kept"
-    name = f"{info.key}/{key[:NUM_SHOWN_CHARACTERS]}… (row {record.index})"
+    name = f"{record.shard}/{key[:NUM_SHOWN_CHARACTERS]}… (row {record.index})"
     return replace(record, key=name, reject=Reject(RejectCode.KEY_REFUSED, reason))
 
 
@@ -106,9 +146,9 @@ def _images(column: pa.Array) -> pa.Array:
     return plain if pa.types.is_fixed_size_binary(plain.type) else plain.cast(pa.binary())
 
 
-def _keys_before(table: ParquetTable, stop: int) -> set[str]:
-    """The keys of the rows before the range."""
-    batches = table.rows([KEY], BATCH_ROWS, 0, stop)
+def _keys_before(store: ObjectStore, info: ObjectInfo, stop: int) -> set[str]:
+    """The keys of the rows before the range, read in windows that pass the images over."""
+    batches = parquet_object(store, info, KEY_WINDOW_BYTES).rows([KEY], BATCH_ROWS, 0, stop) if stop else ()
     return {key for first, batch in batches for key in _keys_of(batch, first)}
 
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import PurePosixPath
 
 from blocksight.storage.inputs.compression import compression_of
 from blocksight.storage.inputs.labels import label_of
+from blocksight.storage.inputs.paused import PausedReader
 from blocksight.storage.inputs.records import RawRecord, as_text, read_failed, too_many_bytes
 from blocksight.storage.inputs.survey import IMAGE_SUFFIXES
 from blocksight.storage.inputs.tar_headers import BLOCK, Member, ShardFault, walk_members
@@ -13,6 +15,7 @@ from blocksight.storage.limits import MAX_IMAGE_BYTES, MAX_LABEL_BYTES, MAX_MEMB
 from blocksight.storage.rejects import Reject, RejectCode
 from blocksight.storage.stores.error_classes import is_of_record
 from blocksight.storage.stores.store import DamagedError, ObjectInfo, ObjectStore
+from blocksight.storage.stores.streamed_file import StreamedFile
 from blocksight.storage.stores.windowed_file import WindowedFile
 
 SAMPLE_BYTES = 4 << 20
@@ -45,20 +48,44 @@ def read_tar(store: ObjectStore, info: ObjectInfo, start: int, stop: int) -> Ite
     """The records whose first header lies in [start, stop), with their bytes or their rejects.
 
     Headers are read from the shard's beginning, so positions and duplicates do not depend on the ranges: over
-    any partition of [0, size) each record occurs once. A damaged shard yields the records before the damage,
-    and one rejected record for the damage. Raises DamagedError if there is no member before it, MissingError and
-    ChangedError.
+    any partition of [0, size) each record occurs once. A range that follows the last one goes on from there. A
+    damaged shard yields the records before the damage, and one rejected record for the damage. Raises DamagedError if
+    there is no member before it, MissingError and ChangedError.
     """
-    file = WindowedFile(store, info)
-    seen: set[str] = set()
-    for index, draft in enumerate(_drafts(file)):
-        if draft.start >= stop and stop < info.size:
-            return
-        if draft.key in seen and draft.reject is None:
-            draft.reject = Reject(RejectCode.DUPLICATE_KEY, _why_twice(draft))
-        seen.add(draft.key)
+    walk = PAUSED.take(store, info, start) or _Walk(store, info)
+    is_last = stop >= info.size
+    for index, draft in walk.until(None if is_last else stop):
         if start <= draft.start:
-            yield _record(file, draft, index)
+            yield _record(walk.file, draft, index)
+    if not is_last:
+        PAUSED.keep(store, info, stop, walk)
+
+
+class _Walk:
+    """A walk through the records of a shard, which may rest between two ranges."""
+
+    def __init__(self, store: ObjectStore, info: ObjectInfo) -> None:
+        self.file = StreamedFile(store, info)
+        self._coming = enumerate(_drafts(self.file))
+        self._ahead: tuple[int, _Draft] | None = None
+        """The first record behind the range."""
+        self._seen: set[str] = set()
+
+    def until(self, stop: int | None) -> Iterator[tuple[int, _Draft]]:
+        """The next records whose first header lies before `stop`, each with its position in the shard. None: all."""
+        first = [] if self._ahead is None else [self._ahead]
+        for index, draft in chain(first, self._coming):
+            self._ahead = (index, draft)
+            if stop is not None and draft.start >= stop:
+                return
+            if draft.key in self._seen and draft.reject is None:
+                draft.reject = Reject(RejectCode.DUPLICATE_KEY, _why_twice(draft))
+            self._seen.add(draft.key)
+            yield index, draft
+        self._ahead = None
+
+
+PAUSED = PausedReader[_Walk]()
 
 
 def tar_offset_after(store: ObjectStore, info: ObjectInfo, num_records: int) -> tuple[int, int]:

@@ -146,7 +146,7 @@ def deadly_stores():
 
 
 TAKEN = UnitInput(UNIT, (), np.zeros((0, 2, 2, 3), np.uint8))
-CONTEXT = SimpleNamespace(config=None, facts=SimpleNamespace(input_size=(2, 2)), fingerprint="job")
+CONTEXT = SimpleNamespace(run_id="run", config=None, facts=SimpleNamespace(input_size=(2, 2)), fingerprint="job")
 
 
 def noting(seen, made):
@@ -177,6 +177,7 @@ def test_a_unit_that_is_taken_with_care_is_read_with_care(deadly_stores, monkeyp
 def test_every_step_on_ray_is_made_careful(deadly_stores, monkeypatch):
     seen = []
     monkeypatch.setattr(pipeline, "open_worker_stores", lambda _: deadly_stores)
+    monkeypatch.setattr(pipeline, "_STORES", {})
     monkeypatch.setattr(pipeline, "take_unit", noting(seen, TAKEN))
     monkeypatch.setattr(pipeline, "commit_unit", noting(seen, DeadLetter("u", 0, "i", "failed", "s", "e", 1)))
     actor = pipeline._Explain.__new__(pipeline._Explain)
