@@ -5,7 +5,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import PurePosixPath
 from typing import Annotated, Any, NotRequired
 
 import pyarrow as pa
@@ -16,6 +15,7 @@ from blocksight.jobs.plan.config import ConfigError, JobConfig, check_identity, 
 from blocksight.jobs.plan.documents import Sha256, damaged, read_document
 from blocksight.jobs.plan.records import Count, ModelFacts, Unit
 from blocksight.jobs.plan.units import Piece, Workforce, check_units, pieces
+from blocksight.storage.inputs.labels import folder_label
 from blocksight.storage.inputs.survey import Layout, survey
 from blocksight.storage.limits import MAX_BATCH_BYTES, MAX_UNFOLDING
 from blocksight.storage.parquet.reader import checked_columns, parquet_bytes
@@ -114,8 +114,8 @@ class Plan:
         """How many records each class folder of loose images holds; empty for other layouts."""
         if self.layout is not Layout.IMAGES:
             return Counter()
-        folders = (PurePosixPath(info.key).parent.name for unit in self.units for info in unit.objects)
-        return Counter(folder for folder in folders if folder)
+        labels = (folder_label(info.key) for unit in self.units for info in unit.objects)
+        return Counter(str(label) for label in labels if label is not None)
 
 
 def source_of(plan: Plan, endpoint_url: str | None) -> ObjectStore:

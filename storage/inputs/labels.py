@@ -1,11 +1,16 @@
 """Reads the label of one record, in the same way for tables, tar shards and folders."""
 
+from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 from blocksight.storage.inputs.records import as_text
 from blocksight.storage.limits import MAX_LABEL_BYTES
 
 CUT = "…"
+LABEL_FOLDER = "label="
+NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
+"""What such a folder is called for rows without a label."""
 
 
 def label_of(value: Any) -> str | int | None:
@@ -20,6 +25,19 @@ def label_of(value: Any) -> str | int | None:
     text = as_bytes_text(value) if isinstance(value, bytes) else as_text(str(value))
     body = text.encode()
     return text if len(body) <= MAX_LABEL_BYTES else body[:MAX_LABEL_BYTES].decode("utf-8", "ignore") + CUT
+
+
+def partition_label(key: str) -> str | int | None:
+    """The label in a folder `label=VALUE` of a key, as Hive, Spark and pyarrow write it; None: there is none."""
+    values = [part.removeprefix(LABEL_FOLDER) for part in key.split("/")[:-1] if part.startswith(LABEL_FOLDER)]
+    return label_of(unquote(values[-1])) if values and values[-1] != NO_VALUE else None
+
+
+def folder_label(key: str) -> str | int | None:
+    """The label of a loose image: that of a folder `label=VALUE`, else its folder's name."""
+    if f"/{LABEL_FOLDER}" in f"/{key}":
+        return partition_label(key)
+    return label_of(PurePosixPath(key).parent.name)
 
 
 def as_bytes_text(data: bytes) -> str:

@@ -1,9 +1,8 @@
 """Reads loose images: one object is one record, and its folder's name is the label."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import PurePosixPath
 
-from blocksight.storage.inputs.labels import label_of
+from blocksight.storage.inputs.labels import folder_label
 from blocksight.storage.inputs.records import RawRecord, read_failed, too_many_bytes
 from blocksight.storage.limits import MAX_IMAGE_BYTES
 from blocksight.storage.rejects import Reject, RejectCode
@@ -24,9 +23,8 @@ def read_images(store: ObjectStore, objects: Sequence[ObjectInfo]) -> Iterator[R
     raised (StoreError).
     """
     for info in objects:
-        label = label_of(PurePosixPath(info.key).parent.name)
         data, reject = _read(store, info)
-        yield RawRecord(info.key, info.key, 0, label, data, reject)
+        yield RawRecord(info.key, info.key, 0, folder_label(info.key), data, reject)
 
 
 def _read(store: ObjectStore, info: ObjectInfo) -> tuple[bytes | None, Reject | None]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from blocksight.storage.inputs.labels import as_bytes_text, label_of
+from blocksight.storage.inputs.labels import as_bytes_text, label_of, partition_label
 from blocksight.storage.inputs.paused import PausedReader
 from blocksight.storage.inputs.records import RawRecord, as_text, too_many_bytes
 from blocksight.storage.limits import MAX_IMAGE_BYTES, MAX_KEY_BYTES
@@ -64,7 +64,7 @@ def has_image_column(store: ObjectStore, info: ObjectInfo) -> bool:
 
 def read_table(store: ObjectStore, info: ObjectInfo, start: int, stop: int) -> Iterator[RawRecord]:
     """The records of rows [start, stop). Columns: `image` (bytes, or a struct with `bytes`), and `label` and `key`
-    if present. Without `key`, the row's number is the key.
+    if present. Without `key`, the row's number is the key; without `label`, a folder `label=VALUE` gives the label.
 
     Of two rows with one key the later is rejected, also if the first lies before the range. A range that follows the
     last one goes on from there: its row group is not read again. Raises DamagedError if
@@ -101,11 +101,12 @@ class _Rows:
 
     def _all_records(self) -> Iterator[RawRecord]:
         info, table, paths = self._info, self._table, self._paths
+        partition = None if LABEL in table.names else partition_label(info.key)
         seen = _keys_before(self._store, info, self._position) if KEY in paths else set()
         for first, batch in table.rows(paths, BATCH_ROWS, self._position):
             images = _images(batch.column(IMAGE))
             keys = _keys_of(batch, first)
-            labels = _values(batch.column(LABEL)) if LABEL in paths else [None] * batch.num_rows
+            labels = _values(batch.column(LABEL)) if LABEL in paths else [partition] * batch.num_rows
             for offset, (key, label) in enumerate(zip(keys, labels, strict=True)):
                 record = RawRecord(f"{info.key}/{key}", info.key, first + offset, label_of(label))
                 yield _checked(record, key, seen, images, offset)

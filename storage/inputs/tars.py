@@ -6,7 +6,7 @@ from itertools import chain
 from pathlib import PurePosixPath
 
 from blocksight.storage.inputs.compression import compression_of
-from blocksight.storage.inputs.labels import label_of
+from blocksight.storage.inputs.labels import label_of, partition_label
 from blocksight.storage.inputs.paused import PausedReader
 from blocksight.storage.inputs.records import RawRecord, as_text, read_failed, too_many_bytes
 from blocksight.storage.inputs.survey import IMAGE_SUFFIXES
@@ -163,7 +163,9 @@ def _record(file: WindowedFile, draft: _Draft, index: int) -> RawRecord:
 
 
 def _with_members(file: WindowedFile, draft: _Draft, bare: RawRecord) -> RawRecord:
-    labelled = replace(bare, label=_label(file, draft.members.get("cls")))
+    member = draft.members.get("cls")
+    label = partition_label(file.info.key) if member is None else _label(file, member)
+    labelled = replace(bare, label=label)
     images = draft.images
     if not images:
         found = ", ".join(sorted(draft.members)) or "none"
@@ -174,9 +176,7 @@ def _with_members(file: WindowedFile, draft: _Draft, bare: RawRecord) -> RawReco
     return replace(labelled, data=file.read_at(image.data_start, image.size))
 
 
-def _label(file: WindowedFile, member: Member | None) -> str | int | None:
-    if member is None:
-        return None
+def _label(file: WindowedFile, member: Member) -> str | int | None:
     body = file.read_at(
         member.data_start, min(member.size, MAX_LABEL_BYTES + 1)
     )  # one byte more shows that it is too long

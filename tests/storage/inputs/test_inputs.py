@@ -13,10 +13,12 @@ import pytest
 from blocksight.storage.inputs.loose import read_images
 from blocksight.storage.inputs.survey import Layout, survey
 from blocksight.storage.inputs.tables import read_table, table_facts
+from blocksight.storage.inputs.tars import read_tar
 from blocksight.storage.limits import MAX_IMAGE_BYTES
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.opening import open_named
 from blocksight.storage.stores.store import ObjectInfo, StoreError
+from tests.storage.inputs.test_tars import archive
 from tests.storage.memory import MemoryStore
 
 
@@ -189,6 +191,42 @@ def test_rows_and_ranges_across_row_groups():
     parts = [record for start in range(0, 50, 9) for record in rows(body, start, min(50, start + 9))]
     assert [record.data for record in parts] == IMAGES
     assert [record.index for record in parts] == list(range(50))
+
+
+@pytest.mark.parametrize(
+    ("folder", "label"),
+    [
+        ("label=cat/", "cat"),
+        ("label=cat%2Fbig/split=train/", "cat/big"),
+        ("split=train/label=3/", "3"),
+        ("label=__HIVE_DEFAULT_PARTITION__/", None),
+        ("label=/", None),
+        ("mylabel=cat/", None),
+        ("", None),
+    ],
+)
+def test_a_partition_folder_is_the_label_where_the_data_have_none(folder, label):
+    store = filled(
+        **{
+            f"{folder}a.parquet": table_bytes({"image": [b"x"]}),
+            f"{folder}b.parquet": table_bytes({"image": [b"x"], "label": ["own"]}),
+            f"{folder}c.tar": archive([("1.png", b"x"), ("2.png", b"x"), ("2.cls", b"own")]),
+        }
+    )
+    a, b, c = sorted(store.list(), key=lambda info: info.key)
+    assert [record.label for record in read_table(store, a, 0, 1)] == [label]
+    assert [record.label for record in read_table(store, b, 0, 1)] == ["own"]
+    assert [record.label for record in read_tar(store, c, 0, c.size)] == [label, "own"]
+
+
+def test_a_partition_folder_names_the_class_of_loose_images():
+    store = filled(**dict.fromkeys(["label=cat/split=a/1.png", "label=dog/2.png", "label=/3.png", "eel/4.png"], b"x"))
+    assert [(record.key, record.label) for record in read_images(store, [*store.list()])] == [
+        ("label=cat/split=a/1.png", "cat"),
+        ("label=dog/2.png", "dog"),
+        ("label=/3.png", None),
+        ("eel/4.png", "eel"),
+    ]
 
 
 def test_structs_keys_nulls_and_duplicates():
