@@ -1,21 +1,20 @@
 """The demo: explains photographs that come with a package, and draws the maps."""
 
-import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from blocksight.cluster.bucket import EmbeddedBucket
 from blocksight.jobs.bench.photographs import photographs
 from blocksight.jobs.cli.job_tables import outcome_table
-from blocksight.jobs.cli.record_tables import FIGURES, target_cells
+from blocksight.jobs.cli.record_tables import MEANINGS, kept_text
 from blocksight.jobs.plan.config import Execution, JobConfig
-from blocksight.jobs.plan.text import printable
+from blocksight.jobs.plan.text import percent, printable
 from blocksight.jobs.run.job import run_job
 from blocksight.jobs.worker.rows import all_rows, picture
 from blocksight.storage.outputs.file_names import file_name
@@ -24,6 +23,7 @@ from blocksight.storage.stores.opening import open_store
 from blocksight.storage.stores.store import AlreadyExistsError, ObjectStore
 
 SHEET_COLUMNS = 3
+COLUMNS = ("image", "the model sees", "probability", "with the top 15 %", "model runs")
 
 
 def run_demo(folder: Path, *, through_bucket: bool, console: Console) -> None:
@@ -43,16 +43,18 @@ def run_demo(folder: Path, *, through_bucket: bool, console: Console) -> None:
         pictures.mkdir(parents=True, exist_ok=True)
         tiles = []
         table = Table()
-        for name in ("image", "predicted", *FIGURES):
+        for name in COLUMNS:
             table.add_column(name, overflow="fold")
         for row in rows:
             shown = picture(plan, endpoint_url, row)
-            _save(side_by_side(shown.pixels, shown.saliency_hw), pictures / f"{file_name(Path(row['key']).stem)}.png")
-            caption = f"{row['target_name']}, {row['score']:.2f}\n{row['key']}"
+            side_by_side(shown.pixels, shown.saliency_hw).save(pictures / f"{file_name(Path(row['key']).stem)}.png")
+            caption = f"{row['target_name']}, {percent(row['score'])} sure\n{row['key']}"
             tiles.append(Tile(overlay(shown.pixels, shown.saliency_hw), caption))
-            table.add_row(printable(row["key"]), *target_cells(row))
+            table.add_row(printable(row["key"]), *_cells(row))
     contact_sheet(tiles, SHEET_COLUMNS).save(pictures / "contact-sheet.png")
     console.print(table)
+    for meaning in MEANINGS:
+        console.print(meaning)
     console.print(outcome_table(job, outcome))
     console.print(f"pictures: {printable(pictures)}/ (begin with contact-sheet.png)")
 
@@ -83,7 +85,6 @@ def _upload(photographs: dict[str, bytes], store: ObjectStore) -> None:
             continue
 
 
-def _save(pixels: object, path: Path) -> None:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")  # pyright: ignore[reportArgumentType]
-    path.write_bytes(buffer.getvalue())
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    """The values of `COLUMNS` after the image."""
+    return [printable(row["target_name"]), percent(row["score"]), kept_text(row), f"{row['num_forwards']:,}"]

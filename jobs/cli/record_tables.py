@@ -7,11 +7,20 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from blocksight.jobs.cli.tables import facts_table
-from blocksight.jobs.plan.text import printable
+from blocksight.jobs.plan.text import counted, percent, printable
 from blocksight.jobs.report.products import products_of, said_of
 
-FIGURES = ("score", "rank", "Drop", "grew", "forwards", "fidelity", "map bytes")
+FIGURES = ("probability", "rank", "with the top 15 %", "model runs", "masks scored", "stored map")
 """Columns of a target after its name."""
+MEANINGS = (
+    "probability: how sure the model is of this class; rank 1 is its prediction",
+    "with the top 15 %: what becomes of the score if only the 15 % of the picture that matter most to the map stay "
+    "visible; the less it falls, the better the map",
+    "model runs: how often the model looked at a masked copy of the picture to make the map",
+)
+"""What the columns mean, for readers who see them for the first time."""
+SHARES = {"full": "all", "balanced": "a tenth", "preview": "none"}
+"""Masks that a fidelity scores."""
 
 
 def record_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
@@ -28,7 +37,7 @@ def record_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
             table.add_row(*target_cells(row))
     if first["map"] is None:
         return facts_table([(f"rejected ({first['reject_code']})", printable(first["error"]))], printable(first["key"]))
-    return Group(table, *_beside_maps([row for row in rows if row["map"] is not None]))
+    return Group(table, *MEANINGS, *_beside_maps([row for row in rows if row["map"] is not None]))
 
 
 def _beside_maps(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
@@ -41,14 +50,25 @@ def _beside_maps(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
 
 def target_cells(row: Mapping[str, Any]) -> list[str]:
     """The target's name, and its values of FIGURES."""
-    drop, increase = row["metrics"]["drop"], row["metrics"]["increase"]
     return [
         printable(row["target_name"]),
-        f"{row['score']:.3f}",
+        percent(row["score"]),
         str(row["target_rank"]),
-        "map is flat" if drop is None else f"{drop:.1f} %",
-        "-" if increase is None else "yes" if increase else "no",
+        kept_text(row),
         f"{row['num_forwards']:,}",
-        "-" if row["fidelity"] is None else f"{row['fidelity']}: {row['fidelity_reason']}",
-        f"{len(row['map']):,}",
+        "-" if row["fidelity"] is None else _masks_text(row["fidelity"], row["fidelity_reason"]),
+        counted(len(row["map"]), "byte"),
     ]
+
+
+def kept_text(row: Mapping[str, Any]) -> str:
+    """What becomes of the score if only the map's top 15 % stay: `rises`, or `falls by 12.3 %`."""
+    if row["metrics"] is None or row["metrics"]["drop"] is None:
+        return "not defined: the map is flat" if row["is_flat"] else "not defined"
+    return "rises" if row["metrics"]["increase"] else f"falls by {row['metrics']['drop']:.1f} %"
+
+
+def _masks_text(fidelity: str, reason: str | None) -> str:
+    """`all`, or `a tenth: sound` where the job chose."""
+    share = SHARES.get(fidelity, fidelity)
+    return share if reason in (None, "as asked") else f"{share}: {reason}"

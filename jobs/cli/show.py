@@ -14,6 +14,7 @@ from blocksight.engine.catalog.parameters import SiseParameters
 from blocksight.jobs.cli.record_tables import record_table
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.stored_config import NamedModel
+from blocksight.jobs.plan.text import counted
 from blocksight.jobs.report.products import Sizes, parts_of, products_of
 from blocksight.jobs.worker.rows import PICTURE_SIDE, Output, Shown, images_of, refuse_other_inputs, rows_of, shown
 from blocksight.storage.outputs.file_names import file_name
@@ -139,7 +140,7 @@ def _check(output: Output, request: SheetRequest) -> None:
 def _plain(output: Output, rows: Sequence[Row], image: Pixels | None) -> Iterator[Image.Image]:
     for row in rows:
         own = shown(output.plan, row, image)
-        yield Image.fromarray(side_by_side(own.pixels, own.saliency_hw))
+        yield side_by_side(own.pixels, own.saliency_hw)
 
 
 def _sheets(
@@ -198,7 +199,7 @@ def _block_tiles(pixels: Pixels, explanation: "Explanation", gate: str) -> Itera
     present = [block.saliency_hw for block in explanation.blocks if block.saliency_hw is not None]
     fused = iter(stages(present, GATES[gate]) if present else ())
     for block in explanation.blocks:
-        facts = f"{block.name}\nkept {len(block.kept):,} of {block.candidates:,} maps"
+        facts = f"{block.name}\nkept {len(block.kept):,} of {counted(block.candidates, 'map')}"
         if block.saliency_hw is None:
             yield Tile(pixels, f"{facts}: left out")
             continue
@@ -226,7 +227,7 @@ def _stored_tile(base: Shown, row: Row, output: Output, explanation: "Explanatio
 
 
 def _made_tile(pixels: Pixels, name: str, explanation: "Explanation", row: Row) -> Tile:
-    forwards = f"{explanation.num_forwards:,} masked forwards"
+    forwards = counted(explanation.num_forwards, "masked forward")
     return Tile(_over(pixels, explanation.saliency_hw), f"{name}, made now\n{one_line(row['target_name'])}, {forwards}")
 
 

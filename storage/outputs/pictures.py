@@ -15,6 +15,11 @@ COLOUR_STOPS = np.array(
 )
 """A colour ramp from dark to light through purple and orange. Equal steps look equal, also in grey."""
 
+LUMINANCE = np.array([0.299, 0.587, 0.114])
+"""Weights of red, green and blue in a grey picture (ITU-R BT.601)."""
+PANELS = ("the image", "the map in colour, over the image in grey", "the map alone")
+LEGEND = ("matters least", "matters most to the class")
+BAR_WIDTH, BAR_HEIGHT = 160, 16
 MIN_OPACITY = 0.25
 MAX_OPACITY = 0.75
 CAPTION_HEIGHT, CAPTION_LINES = 40, 2
@@ -43,31 +48,55 @@ def colours(saliency_hw: NDArray[np.floating]) -> Pixels:
 
 
 def overlay(pixels: Pixels, saliency_hw: NDArray[np.floating]) -> Pixels:
-    """The map [H, W] over the image [H, W, 3]; higher values are more opaque."""
+    """The map [H, W] over the image [H, W, 3] in grey; higher values are more opaque.
+
+    All colour is the map's: over a colour image a red object could not be told from a salient one.
+    """
     opacity = (MIN_OPACITY + (MAX_OPACITY - MIN_OPACITY) * saliency_hw)[..., None]
-    return np.rint((1 - opacity) * pixels + opacity * colours(saliency_hw)).astype(np.uint8)
+    grey = (pixels @ LUMINANCE)[..., None]
+    return np.rint((1 - opacity) * grey + opacity * colours(saliency_hw)).astype(np.uint8)
 
 
-def side_by_side(pixels: Pixels, saliency_hw: NDArray[np.floating]) -> Pixels:
-    """Image, overlay and map in a row: [H, 3 W + 2 margins, 3]."""
-    gap = np.full((len(pixels), MARGIN, 3), 255, np.uint8)
-    return np.concatenate([pixels, gap, overlay(pixels, saliency_hw), gap, colours(saliency_hw)], axis=1)
+def side_by_side(pixels: Pixels, saliency_hw: NDArray[np.floating]) -> Image.Image:
+    """Image, overlay and map in a row, with their names and the legend of colours below."""
+    shown = (pixels, overlay(pixels, saliency_hw), colours(saliency_hw))
+    return contact_sheet([Tile(own, name) for own, name in zip(shown, PANELS, strict=True)], len(PANELS))
 
 
 def contact_sheet(tiles: Sequence[Tile], columns: int) -> Image.Image:
-    """All tiles in rows, with captions below. Raises ValueError if there are no tiles."""
+    """All tiles in rows, with captions below, and the legend of the map's colours at the foot.
+
+    Raises ValueError if there are no tiles.
+    """
     if not tiles:
         raise ValueError("a contact sheet needs at least one tile")
     rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
     heights = [max(len(tile.pixels) for tile in row) + CAPTION_HEIGHT + MARGIN for row in rows]
     width = max(tile.pixels.shape[1] for tile in tiles) + MARGIN
-    sheet = Image.new("RGB", (min(columns, len(tiles)) * width + MARGIN, sum(heights) + MARGIN), BACKGROUND)
+    foot = _legend()
+    wide = max(min(columns, len(tiles)) * width, foot.width + MARGIN) + MARGIN
+    sheet = Image.new("RGB", (wide, sum(heights) + foot.height + 2 * MARGIN), BACKGROUND)
     top = MARGIN
     for row, height in zip(rows, heights, strict=True):
         for column, tile in enumerate(row):
             _paste(sheet, tile, (MARGIN + column * width, top))
         top += height
+    sheet.paste(foot, (MARGIN, top))
     return sheet
+
+
+def _legend() -> Image.Image:
+    """A bar of the map's colours between what its ends mean."""
+    font = ImageFont.load_default(FONT_SIZE)
+    least, most = (round(font.getlength(text)) for text in LEGEND)
+    left, right = least + MARGIN, least + MARGIN + BAR_WIDTH
+    image = Image.new("RGB", (right + MARGIN + most, BAR_HEIGHT), BACKGROUND)
+    draw = ImageDraw.Draw(image)
+    for start, text in zip((0, right + MARGIN), LEGEND, strict=True):
+        draw.text((start, BAR_HEIGHT / 2), text, fill=INK, font=font, anchor="lm")
+    bar = np.broadcast_to(np.linspace(0, 1, BAR_WIDTH), (BAR_HEIGHT, BAR_WIDTH))
+    image.paste(Image.fromarray(colours(bar)), (left, 0))
+    return image
 
 
 def _paste(sheet: Image.Image, tile: Tile, corner: tuple[int, int]) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from blocksight.storage.outputs.drawings import Cell, with_cells, with_path
 from blocksight.storage.outputs.fragments import SCHEMA_3, encode_fragment, fragment_batches, read_fragment
-from blocksight.storage.outputs.pictures import Tile, colours, contact_sheet, overlay, resized, side_by_side
+from blocksight.storage.outputs.pictures import Tile, colours, contact_sheet, overlay, resized
 from blocksight.storage.outputs.schema import RANKS_FROM_0, SCHEMA
 from blocksight.storage.stores.store import DamagedError
 from tests.storage.memory import MemoryStore
@@ -91,10 +91,10 @@ def test_pictures_have_their_sizes():
     saliency[5, 5] = 1
     assert overlay(pixels, saliency).shape == (20, 30, 3)
     assert overlay(pixels, saliency)[5, 5].sum() > overlay(pixels, saliency)[0, 0].sum()
-    assert side_by_side(pixels, saliency).shape == (20, 3 * 30 + 16, 3)
     assert resized(saliency, (40, 60)).shape == (40, 60)
     sheet = contact_sheet([Tile(pixels, "one"), Tile(pixels, "two"), Tile(pixels, "three")], columns=2)
-    assert sheet.size == (2 * 38 + 8, 2 * 68 + 8)
+    legend = 16 + 8
+    assert sheet.size == (max(2 * 38, sheet.width - 8) + 8, 2 * 68 + 8 + legend)
     with pytest.raises(ValueError, match="at least one tile"):
         contact_sheet([], 2)
 
@@ -117,3 +117,23 @@ def test_an_older_fragment_is_read_with_ranks_from_1_and_no_rank_of_the_label():
     batches = [*fragment_batches(store, store.head("f"), ["label_rank", "target_rank"], 2, 64)]
     assert [one for batch in batches for one in batch["target_rank"].to_pylist()] == [1, 5, None]
     assert {batch["label_rank"].null_count for batch in batches} <= {1, 2}
+
+
+def test_all_colour_of_an_overlay_is_the_maps():
+    """A red object below a map of one value looks like a grey object of the same brightness."""
+    red = np.zeros((1, 2, 3), np.uint8)
+    red[0, 0] = (255, 0, 0)
+    red[0, 1] = round(0.299 * 255)
+    for value in (0.0, 0.5, 1.0):
+        first, second = overlay(red, np.full((1, 2), value))[0].astype(int)
+        assert np.abs(first - second).max() <= 1
+
+
+def test_a_legend_shows_every_colour_from_least_to_most():
+    sheet = np.asarray(contact_sheet([Tile(np.full((20, 30, 3), 100, np.uint8), "one")], 1))
+    bar = sheet[-8 - 8]
+    wanted = colours(np.linspace(0, 1, 160)[None])[0]
+    starts = [start for start in range(sheet.shape[1] - 160) if np.array_equal(bar[start : start + 160], wanted)]
+    assert len(starts) == 1  # a narrow sheet is as wide as the legend
+    assert (sheet[-24:-8, : starts[0]] < 128).any()  # the word before it
+    assert (sheet[-24:-8, starts[0] + 160 :] < 128).any()  # and after it
