@@ -193,7 +193,7 @@ def _missing(plan: Plan, streamed: StreamResult) -> Iterator[str]:
     num_missing = len(plan.units) - streamed.num_fragments
     if num_missing:
         missing = f"{counted(num_missing, 'unit')} of {len(plan.units):,} without a fragment"
-        yield f"{missing}: these are the {streamed.num_rows:,} rows of the committed units"
+        yield f"{missing}: read: {counted(streamed.num_rows, 'row')} of the committed units"
 
 
 def _few(models: Mapping[int, ClassModel]) -> Iterator[str]:
@@ -202,7 +202,7 @@ def _few(models: Mapping[int, ClassModel]) -> Iterator[str]:
     for least, what in ((LEAST_OF_CLASS, "shortcuts"), (LEAST_OF_CLUSTERED, "clusters")):
         few = sum(size < least for size in sizes)
         if few:
-            yield f"no {what} are looked for in {few:,} of {len(sizes):,} classes: they have fewer than {least} maps"
+            yield f"no {what} are looked for in {few:,} of {counted(len(sizes), 'class')}: than {least} maps each"
 
 
 def _unkept(oddest: OddestMaps) -> list[str]:

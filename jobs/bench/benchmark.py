@@ -37,7 +37,7 @@ from blocksight.jobs.plan.context import sha256_of, weights_bytes
 from blocksight.jobs.plan.estimate import ROW_BYTES
 from blocksight.jobs.plan.machine_rates import MeasuredCost, remember
 from blocksight.jobs.plan.plan import Plan, make_plan
-from blocksight.jobs.plan.text import printable
+from blocksight.jobs.plan.text import counted, printable
 from blocksight.jobs.plan.units import Workforce
 from blocksight.storage.images.decode import decode, fit
 from blocksight.storage.inputs.annotations import open_truth
@@ -154,7 +154,7 @@ def run_curve(
     lines = measure_curve(asked, folder, console)
     rows = summarise(lines)
     (folder / CURVE).write_text(json.dumps(rows, indent=1))
-    curve_chart(rows, f"{config.model}, {rows[0]['images']} images", folder / CHART)
+    curve_chart(rows, f"{config.model}, {counted(rows[0]['images'], 'image')}", folder / CHART)
     console.print(f"figures: {printable(folder / CURVE)}, picture: {printable(folder / CHART)}")
     return rows
 

@@ -21,7 +21,7 @@ def audit_table(audit: "Audit", place: str) -> RenderableType:
     gates = ", ".join(f"{count:,} {name}" for name, count in audit.gates.items() if count)
     split = {cluster.target_name for cluster in audit.clusters}
     rows = [
-        ("maps", f"{audit.num_maps:,} of {audit.num_rows:,} rows{right}"),
+        ("maps", f"{audit.num_maps:,} of {counted(audit.num_rows, 'row')}{right}"),
         ("flat maps", f"{audit.gates.get('flat', 0) or 'none'} of {counted(audit.num_maps, 'map')}"),
         ("of no use", gates or "none: no gate stops a map"),
         (

@@ -21,6 +21,7 @@ def benchmark_table(job: JobConfig, found: "Benchmark") -> RenderableType:
     own, cost = found.efficiency, found.cost
     worker = "core" if found.device == "cpu" else "GPU"
     money = f", {cost.money:,.2f} at the given price" if cost.money is not None else ""
+    size = counted(found.bytes_per_map, "byte")
     rows = [
         ("model", f"{printable(job.model)}, {job.explainer} on {printable(found.hardware)}"),
         ("masks are scored by", str(found.setting)),
@@ -28,9 +29,12 @@ def benchmark_table(job: JobConfig, found: "Benchmark") -> RenderableType:
         ("bare, in turns", f"{own.best_bare_rate:,.1f} forwards/s of a {worker}"),
         ("explainer", f"{own.forward_rate:,.1f} masked forwards/s, {own.forwards_per_image:,.0f} an image"),
         ("efficiency", "no masked forwards" if own.efficiency is None else f"{own.efficiency:.3f}: {EFFICIENCY}"),
-        ("images", f"{1 / own.seconds_per_image:,.3g} a second of a {worker}, {found.bytes_per_map:,} bytes a map"),
         (
-            f"{cost.records:,} images",
+            "images",
+            f"{1 / own.seconds_per_image:,.3g} a second of a {worker}, {size} a map",
+        ),
+        (
+            counted(cost.records, "image"),
             f"{_hours(cost.hours)} hours on {counted(cost.workers, worker)}, {_hours(cost.worker_hours)} "
             f"{worker}-hours, {size_text(cost.num_bytes)}{money} (computed from the rate)",
         ),

@@ -40,7 +40,7 @@ def plan_table(job: JobConfig, plan: Plan, workforce: Workforce) -> Table:
     about = "" if plan.is_exact else "about "
     ignored = ", ".join(f"{count} {printable(kind)}" for kind, count in sorted(plan.ignored.items()))
     rows = [
-        ("input", f"{plan.num_objects:,} objects, {size_text(plan.num_bytes)}, as {plan.layout}"),
+        ("input", f"{counted(plan.num_objects, 'object')}, {size_text(plan.num_bytes)}, as {plan.layout}"),
         ("ignored", ignored or "nothing"),
         *(("note", printable(note)) for note in plan.notes),
         *(("unreadable", f"{printable(key)}: {printable(why)}") for key, why in plan.troubles.items()),
@@ -155,7 +155,7 @@ def _metric_rows(means: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]
     for name, value in means.items():
         metric, _, protocol = name.partition("@")
         better = entries.METRICS[metric].better
-        text = f"{value['mean']:.2f} % over {value['count']:,} maps ({better} is better, protocol {protocol})"
+        text = f"{value['mean']:.2f} % over {counted(value['count'], 'map')} ({better} is better, protocol {protocol})"
         rows.append((metric, text))
     return rows
 

@@ -135,7 +135,7 @@ def bank(
     made = make_bank(job, console)
     left_out = f", {counted(made.num_left_out, 'image')} left out" if made.num_left_out else ""
     console.print(
-        f"bank: {counted(made.num_images, 'image')} of {len(made.class_names)} classes, "
+        f"bank: {counted(made.num_images, 'image')} of {counted(len(made.class_names), 'class')}, "
         f"{made.dimensions} dimensions{left_out}"
     )
     use = f"--model {shlex.quote(made.model)} --weights {shlex.quote(output)}"

@@ -45,6 +45,7 @@ from blocksight.jobs.plan.records import (
     UnreconciledError,
     with_reject,
 )
+from blocksight.jobs.plan.text import counted
 from blocksight.jobs.worker.attempts import open_worker_stores
 from blocksight.jobs.worker.error_classes import is_of_record
 from blocksight.jobs.worker.isolation import Isolated, ProcessDiedError
@@ -81,7 +82,7 @@ def model_facts(adapter: ModelAdapter, config: JobConfig) -> ModelFacts:
     if beyond:
         raise ConfigError(f"target {beyond[0]} is no class of {adapter.name}: it has {adapter.num_classes}, from 0")
     if choice.count > adapter.num_classes:
-        raise ConfigError(f"target {config.target} asks for more than the {adapter.num_classes} classes there are")
+        raise ConfigError(f"target {config.target} asks for more than {counted(adapter.num_classes, 'class')}")
     blocks = _blocks(adapter, config)
     make_explainer(adapter, config, [block.name for block in blocks])
     places = tuple(

@@ -366,7 +366,7 @@ def _damage(error: duckdb.Error, sentence: str) -> UnreconciledError | None:
 
 def _cell(value: Any) -> str:
     if isinstance(value, bytes):
-        return f"<{len(value):,} bytes>"
+        return f"<{counted(len(value), 'byte')}>"
     text = "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
     return printable(text if len(text) <= MAX_CELL else f"{text[: MAX_CELL - 1]}…")
 

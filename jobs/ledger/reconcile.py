@@ -379,7 +379,7 @@ def _order_faults(unit: Unit, records: Sequence[Sequence[Mapping[str, Any]]], sh
         shard.next_index = first + len(found)
     if len(found) != len(wanted) or any(one != other for one, other in zip(found, wanted, strict=True)):
         odd = [str(one) for one in islice(_only_in_one(found, wanted), MAX_NAMED)] or ["the order"]
-        yield f"{len(wanted)} records were planned and {len(found)} are there; they differ in {', '.join(odd)}"
+        yield f"planned: {counted(len(wanted), 'record')}, found: {len(found)}; they differ in {', '.join(odd)}"
 
 
 def _only_in_one(found: Sequence[Any], wanted: Sequence[Any]) -> Iterator[Any]:
@@ -395,7 +395,7 @@ def _target_faults(plan: Plan, records: Sequence[Sequence[Mapping[str, Any]]]) -
     for rows in records:
         wanted = count if rows[0]["status"] == OK else 1
         if len({row["target_index"] for row in rows}) != wanted or len(rows) != wanted:
-            yield f"record {rows[0]['key']} has {len(rows)} rows; wanted {wanted}, one per target"
+            yield f"record {rows[0]['key']} has {counted(len(rows), 'row')}; wanted {wanted}, one per target"
 
 
 def _duplicate_faults(records: Iterable[Sequence[Mapping[str, Any]]], shard: _Shard) -> Iterator[str]:

@@ -14,6 +14,7 @@ from typing_extensions import TypedDict
 from blocksight.jobs.plan.config import ConfigError, JobConfig, check_identity, differences, digest_of
 from blocksight.jobs.plan.documents import Sha256, damaged, read_document
 from blocksight.jobs.plan.records import Count, ModelFacts, Unit
+from blocksight.jobs.plan.text import counted
 from blocksight.jobs.plan.units import Piece, Workforce, check_units, pieces
 from blocksight.storage.inputs.labels import folder_label
 from blocksight.storage.inputs.survey import Layout, survey
@@ -273,7 +274,7 @@ def _named_units(store: ObjectStore, body: PlanDocument) -> tuple[Unit, ...]:
     units = _read_units(units_body)
     check_units(units, body["layout"])
     if len(units) != body["num_units"]:
-        raise ValueError(f"{body['num_units']} units are named, and {len(units)} are there")
+        raise ValueError(f"{counted(body['num_units'], 'unit')} should be there, and {len(units)} can be read")
     return units
 
 

@@ -10,6 +10,7 @@ from blocksight.cluster.sizing import LEAST_UNIT_SECONDS, shrinking_sizes, unit_
 from blocksight.jobs.plan.config import JobConfig
 from blocksight.jobs.plan.estimate import estimate
 from blocksight.jobs.plan.records import Unit
+from blocksight.jobs.plan.text import counted
 from blocksight.storage.inputs.survey import Layout, Survey
 from blocksight.storage.inputs.tables import TableFacts, table_facts
 from blocksight.storage.inputs.tars import TarSample, sample_tar, tar_offset_after
@@ -212,12 +213,14 @@ def _fault(unit: Unit, place: int, layout: Layout) -> str | None:
     if unit.layout != layout:
         return f"it holds {unit.layout}, and the plan {layout}"
     if not 0 <= unit.start <= unit.stop or unit.num_records < 0:
-        return f"{unit.num_records} records from {unit.start} to {unit.stop} are no range"
+        return f"{counted(unit.num_records, 'record')} from {unit.start} to {unit.stop} are no range"
     count = len(unit.objects)
     if layout is Layout.IMAGES and not (unit.start == 0 < count == unit.stop == unit.num_records):
-        return f"{unit.num_records} images from {unit.start} to {unit.stop} are no {count} objects"
+        return (
+            f"{counted(unit.num_records, 'image')} from {unit.start} to {unit.stop} are no {counted(count, 'object')}"
+        )
     if layout is not Layout.IMAGES and count != 1:
-        return f"{count} shards, wanted one"
+        return f"{counted(count, 'shard')}, wanted one"
     return next((fault for info in unit.objects if (fault := _object_fault(info)) is not None), None)
 
 

@@ -256,7 +256,7 @@ def _notices(output: Output, job_state: JobState, audit: Audit | None, *, is_sta
 def _tiles(
     accounting: Accounting, job_state: JobState, metrics: Sequence[Metric], audit: Audit | None
 ) -> Iterator[Tile]:
-    yield Tile(f"{accounting.num_ok:,}", "explained", f"of {accounting.num_records:,} committed records")
+    yield Tile(f"{accounting.num_ok:,}", "explained", f"of {counted(accounting.num_records, 'committed record')}")
     yield Tile(f"{accounting.num_rejected:,}", "rejected", "each with its reason")
     accuracy = job_state.accuracy
     if accuracy is not None and accuracy.num_records:

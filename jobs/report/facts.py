@@ -63,8 +63,11 @@ def run_facts(
     yield Fact("model", identity["model"], f"weights: {weights}")
     if model:
         height, width = model["input_size"]
+        classes = counted(model["num_classes"], "class")
         yield Fact(
-            "input", f"{height} x {width} pixels", f"{_resize(identity['resize'])}; {model['num_classes']} classes"
+            "input",
+            f"{height} x {width} pixels",
+            f"{_resize(identity['resize'])}; {classes}",
         )
         places = ", ".join(
             f"{own['name']} ({own['channels']} at {own['height']} x {own['width']})" for own in model["blocks"]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from blocksight.jobs.ledger.reconcile import JobState
 from blocksight.jobs.plan.records import Outcome, Receipt
+from blocksight.jobs.plan.text import counted
 
 NUM_FIRST_UNITS = 5
 """If so many units are done and no record is explained, the run stops."""
@@ -23,12 +24,13 @@ def exceeded_budgets(job_state: JobState, budget: Budget) -> list[str]:
     """One sentence per exceeded budget, with the count and the limit."""
     sentences = []
     if len(job_state.dead) > budget.max_dead_units:
-        sentences.append(f"{len(job_state.dead)} dead units, and --max-dead-units allows {budget.max_dead_units}")
+        dead = counted(len(job_state.dead), "dead unit")
+        sentences.append(f"{dead}, and --max-dead-units allows {budget.max_dead_units}")
     lost = sum(letter.num_records for letter in job_state.dead.values())
     rejected, records = job_state.total("num_rejected") + lost, job_state.total("num_records") + lost
     if records and rejected / records > budget.max_reject_fraction:
         allowed = f"--max-reject-fraction allows {budget.max_reject_fraction:g}"
-        sentences.append(f"{rejected:,} of {records:,} records were rejected or are in dead units, and {allowed}")
+        sentences.append(f"{rejected:,} of {counted(records, 'record')} rejected or in dead units, and {allowed}")
     return sentences
 
 
@@ -60,4 +62,4 @@ class FirstUnits:
     def verdict(self) -> str:
         """The result of the first units, in a sentence."""
         reasons = ", ".join(f"{count} {code}" for code, count in sum(self.reasons, Counter()).most_common(3))
-        return f"no record of the first {len(self.reasons)} units was explained ({reasons})"
+        return f"no record of the first {counted(len(self.reasons), 'unit')} was explained ({reasons})"

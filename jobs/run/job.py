@@ -37,7 +37,7 @@ from blocksight.jobs.plan.plan import (
     refuse_drift,
 )
 from blocksight.jobs.plan.records import ModelFacts, Outcome, Receipt, UnfinishedError, Unit, UnitFailure
-from blocksight.jobs.plan.text import printable
+from blocksight.jobs.plan.text import counted, printable
 from blocksight.jobs.plan.units import Workforce
 from blocksight.jobs.run.budgets import Budget, FirstUnits, exceeded_budgets
 from blocksight.jobs.worker.progress import Tally, progress
@@ -180,8 +180,8 @@ def check_model(config: JobConfig, state: bytes | None, console: Console) -> "tu
     facts = model_facts(adapter, config)
     candidates = sum(block["channels"] for block in facts.blocks)
     places = ", ".join(f"{b['name']} {b['channels']}@{b['height']}x{b['width']}" for b in facts.blocks)
-    seen = f", {candidates:,} candidate maps in {places}" if places else ""
-    console.print(f"model: {config.model}, {facts.num_classes} classes{seen}")
+    seen = f", {counted(candidates, 'candidate map')} in {places}" if places else ""
+    console.print(f"model: {config.model}, {counted(facts.num_classes, 'class')}{seen}")
     for note in adapter.notes:
         console.print(f"weights: {printable(note)}")
     return adapter, facts

@@ -157,7 +157,8 @@ def _nothing_shared(a: Output, b: Output, tally: Tally) -> str:
         )
     if tally.other_image:
         return f"{start}: {counted(tally.other_image, 'image')} changed between the two; explain again"
+    still_open = counted(tally.a.open_units, "unit")
     return (
-        f"{start}: {counted(tally.a.explained, 'record')} explained in the one ({tally.a.open_units} units open) and "
+        f"{start}: {counted(tally.a.explained, 'record')} explained in the one ({still_open} open) and "
         f"{tally.b.explained} in the other ({tally.b.open_units} open)"
     )

@@ -53,7 +53,7 @@ class TypicalRange:
             return (
                 f"spearman below {DEFAULT_THRESHOLD:g}, for fewer than {MIN_STAYED} rows neither regressed nor improved"
             )
-        quantile = f"the {UNUSUAL_SHARE:.0%} quantile of the {self.num_stayed:,} rows that stayed"
+        quantile = f"the {UNUSUAL_SHARE:.0%} quantile of the rows that stayed ({self.num_stayed:,})"
         return f"spearman below {quantile} (neither regressed nor improved), and below {MAX_THRESHOLD:g}"
 
 

@@ -16,6 +16,7 @@ from blocksight.jobs.ledger.receipts import adopt, commit_facts, receipt_of, wri
 from blocksight.jobs.plan.config import JobConfig
 from blocksight.jobs.plan.context import JobContext, worker_name
 from blocksight.jobs.plan.records import Receipt, RecordFacts, Unit, UnitInput, UnitResult, with_reject
+from blocksight.jobs.plan.text import counted
 from blocksight.jobs.worker.attempts import WorkerStores
 from blocksight.jobs.worker.error_classes import is_of_record, is_of_unit
 from blocksight.jobs.worker.isolation import ProcessDiedError, isolated_if
@@ -110,7 +111,7 @@ def _refuse_too_many_rows(source: ObjectStore, info: ObjectInfo) -> None:
     count = table_facts(source, info).num_rows
     if count > MAX_UNPLANNED_RECORDS:
         raise ObjectError(
-            f"{source.uri}/{info.key} could not be read when the plan was made and has {count} rows now, "
+            f"{source.uri}/{info.key} could not be read when the plan was made and has {counted(count, 'row')} now, "
             f"at most {MAX_UNPLANNED_RECORDS} are taken as one unit: explain it into another output"
         )
 
@@ -218,7 +219,7 @@ def _create_or_adopt(output: ObjectStore, unit: Unit, body: bytes, metadata: Map
 def _check_rows(rows: Sequence[Mapping[str, Any]], num_records: int) -> None:
     seen = {(row["shard"], row["shard_index"]) for row in rows}
     if len(seen) != num_records:
-        raise ValueError(f"{num_records} records came in and {len(seen)} would go out: nothing was committed")
+        raise ValueError(f"{counted(num_records, 'record')} came in and {len(seen)} would go out: nothing is committed")
 
 
 def _provenance(unit: Unit, fingerprint: str) -> dict[str, str]:

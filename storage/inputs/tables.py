@@ -50,7 +50,7 @@ def table_facts(store: ObjectStore, info: ObjectInfo) -> TableFacts:
     if LABEL in table.names and LABEL not in used:
         kinds[LABEL] = str(table.schema.field(LABEL).type)
     unread = [as_text(f"column {name} ({kind})") for name, kind in kinds.items()]
-    more = [f"{len(unread) - MAX_NAMED} columns more"] if len(unread) > MAX_NAMED else []
+    more = [f"more columns: {len(unread) - MAX_NAMED}"] if len(unread) > MAX_NAMED else []
     return TableFacts(table.num_rows, (*unread[:MAX_NAMED], *more))
 
 

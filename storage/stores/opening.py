@@ -122,9 +122,7 @@ def probe_reads(store: ObjectStore, objects: Sequence[ObjectInfo]) -> None:
         except (MissingError, ChangedError, ObjectError) as error:
             errors.append(error)
     if errors:
-        raise StoreError(
-            f"none of the {len(errors)} objects that were tried can be read as {store.uri} lists them: {errors[0]}"
-        )
+        raise StoreError(f"no object that was tried ({len(errors)}) can be read as {store.uri} lists it: {errors[0]}")
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def test_bytes_that_changed_after_the_commit(output):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda rows: rows[1:], "records were planned and"),
+        (lambda rows: rows[1:], "planned: "),
         (lambda rows: [rows[0], *rows], "has 2 rows; wanted 1"),
         (lambda rows: [{**rows[0], "key": "other"}, *rows[1:]], "they differ in"),
         (lambda rows: [{**rows[0], "unit_id": "u"}, *rows[1:]], "rows of another unit"),

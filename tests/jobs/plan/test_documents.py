@@ -297,7 +297,7 @@ def test_duplicate_units_are_refused(memory):
     ("change", "expected"),
     [
         ({"fingerprint": "0" * 64}, "fingerprint is not that of its configuration"),
-        ({"num_units": 9}, "9 units are named"),
+        ({"num_units": 9}, "9 units should be there"),
         ({"units": f"{PLAN_FOLDER}units-{'0' * 16}.parquet"}, "there is no"),
         ({"units": "../../../etc/passwd"}, "units: "),
         ({"layout": "zip"}, "layout: "),

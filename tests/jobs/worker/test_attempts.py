@@ -354,9 +354,7 @@ def test_a_job_of_which_nothing_is_explained_stops_early(tmp_path, monkeypatch):
     (tmp_path / "in" / "0.png").write_bytes(picture(1))
     done = run_here(tmp_path / "in", tmp_path / "third")
     assert done.manifest is not None
-    assert done.exceeded_budgets == (
-        "7 of 9 records were rejected or are in dead units, and --max-reject-fraction allows 0.5",
-    )
+    assert done.exceeded_budgets == ("7 of 9 records rejected or in dead units, and --max-reject-fraction allows 0.5",)
 
 
 def execute(data, output, **execution):
