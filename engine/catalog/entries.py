@@ -78,6 +78,13 @@ class MetricEntry:
     better: Literal["lower", "higher"]
     unit: str
     cost: str
+    is_share: bool = False
+    """True if a map has the lowest or the highest value and none between, so that a mean is a share of maps."""
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The lowest and the highest value; None if there is no highest."""
+        return {"%": (0.0, 100.0), "0 to 1": (0.0, 1.0), "0 to 90": (0.0, 90.0)}.get(self.unit)
 
 
 @dataclass(frozen=True)
@@ -289,7 +296,8 @@ _ONE, _CURVE = "1 F, shared", "29 F"
 
 def _level_metric(share: int, better: Literal["lower", "higher"]) -> MetricEntry:
     meaning = "score lost" if better == "lower" else "share of maps whose score grows"
-    return MetricEntry(f"{meaning} when the {share} % most salient pixels stay, dimmed by the map", better, "%", _ONE)
+    text = f"{meaning} when the {share} % most salient pixels stay, dimmed by the map"
+    return MetricEntry(text, better, "%", _ONE, is_share=better == "higher")
 
 
 METRICS: Mapping[str, MetricEntry] = {
@@ -297,7 +305,11 @@ METRICS: Mapping[str, MetricEntry] = {
         "score lost when only the top 15 % of pixels are kept, relative to the score", "lower", "%", _ONE
     ),
     "increase": MetricEntry(
-        "share of records whose score grows when only the top 15 % of pixels are kept", "higher", "%", _ONE
+        "share of records whose score grows when only the top 15 % of pixels are kept",
+        "higher",
+        "%",
+        _ONE,
+        is_share=True,
     ),
     "insertion": MetricEntry(
         "mean score while pixels return to a blurred picture, salient first", "higher", "0 to 1", _CURVE
@@ -318,7 +330,9 @@ METRICS: Mapping[str, MetricEntry] = {
     "ebpg": MetricEntry("share of the map's energy inside the object (needs --truth)", "higher", "%", "none"),
     "miou": MetricEntry("overlap of the top 20 % of pixels with the object (needs --truth)", "higher", "%", "none"),
     "bbox": MetricEntry("share of the object's area hit by as many top pixels (needs --truth)", "higher", "%", "none"),
-    "pointing": MetricEntry("whether the greatest value hits the object (needs --truth)", "higher", "%", "none"),
+    "pointing": MetricEntry(
+        "whether the greatest value hits the object (needs --truth)", "higher", "%", "none", is_share=True
+    ),
     "entropy": MetricEntry("of the map, relative to an even map", "lower", "0 to 1", "none"),
     "gini": MetricEntry("Gini index of the map", "higher", "0 to 1", "none"),
     "effective_area": MetricEntry("share of the picture that the map covers", "lower", "%", "none"),

@@ -17,8 +17,9 @@ from blocksight.engine.judging.fidelity import FAITHFULNESS, FULL, METHODS, SIMI
 from blocksight.engine.metrics.metric import Region
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.scoring.setting_choice import ForwardRequest, choose
-from blocksight.jobs.evaluate.bootstrap import MetricSums, differences, estimate, key_hashes
+from blocksight.jobs.evaluate.bootstrap import MetricSums, key_hashes
 from blocksight.jobs.evaluate.evaluation import ClassMap, labels_of, region_of
+from blocksight.jobs.evaluate.shares import differences_of, estimates_of
 from blocksight.jobs.explain.step import images_at_once, load, number_of
 from blocksight.jobs.plan.config import ConfigError, JobConfig
 from blocksight.jobs.plan.context import sha256_of, weights_bytes
@@ -201,7 +202,9 @@ def summarise(lines: Sequence[Line]) -> list[dict[str, Any]]:
     for measure in (*SIMILARITIES, *FAITHFULNESS, AREA):
         values = np.array([[_value(line, name, measure) for name in names] for line in sound])
         sums = MetricSums.of(hashes, values)
-        for row, own, paired in zip(rows, estimate(sums), [None, *differences(sums)], strict=True):
+        for row, own, paired in zip(
+            rows, estimates_of(measure, sums), [None, *differences_of(measure, sums)], strict=True
+        ):
             row[measure] = [own.mean, own.low, own.high]
             if paired is not None and measure not in SIMILARITIES:
                 row[f"{measure}_difference"] = [paired.difference, paired.low, paired.high]

@@ -214,15 +214,18 @@ def _mean(sums: MetricSums, column: int) -> float | None:
 
 
 def _interval(sums: MetricSums, column: int) -> tuple[float, float] | tuple[None, None]:
-    """Percentile bootstrap interval of the mean over rows."""
+    """Percentile bootstrap interval of the mean over rows, widened for few images."""
     weight = sums.drawn_rows[:, column]
     if sums.images[column] < 2 or not weight.any():
         return None, None
-    return _percentiles(sums.drawn_total[weight > 0, column] / weight[weight > 0])
+    return _percentiles(sums.drawn_total[weight > 0, column] / weight[weight > 0], int(sums.images[column]))
 
 
-def _percentiles(replicates: Floats) -> tuple[float, float]:
-    low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+def _percentiles(replicates: Floats, num_images: int) -> tuple[float, float]:
+    """The replicates' interval: the tails are those of Student's t and of the variance with n - 1 (Hesterberg 2015)."""
+    reach = math.sqrt(num_images / (num_images - 1)) * stats.t.ppf((1 + LEVEL) / 2, num_images - 1)
+    tail = stats.norm.sf(reach)
+    low, high = np.quantile(replicates, [tail, 1 - tail])
     return float(low), float(high)
 
 

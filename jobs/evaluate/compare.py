@@ -18,12 +18,11 @@ from blocksight.jobs.evaluate.bootstrap import (
     MethodEstimate,
     MetricSums,
     PairedDifference,
-    differences,
-    estimate,
     holm,
     key_hashes,
 )
 from blocksight.jobs.evaluate.evaluation import evaluation_folders, value_tables
+from blocksight.jobs.evaluate.shares import differences_of, estimates_of
 from blocksight.jobs.ledger.output import fragment_of
 from blocksight.jobs.ledger.reconcile import read_job_state
 from blocksight.jobs.plan.config import ConfigError
@@ -282,7 +281,10 @@ def _sums(blocks: Mapping[int, NDArray[Any]], num_methods: int) -> MetricSums:
 
 
 def _cells(columns: Sequence[Column], sums: Mapping[Column, MetricSums]) -> Iterator[Cell]:
-    made = {column: (estimate(sums[column]), [None, *differences(sums[column])]) for column in columns}
+    made = {
+        column: (estimates_of(column.metric, sums[column]), [None, *differences_of(column.metric, sums[column])])
+        for column in columns
+    }
     corrected = iter(holm([d and d.p_value for column in columns for d in made[column][1]]))
     for column in columns:
         for method, (own, difference) in enumerate(zip(*made[column], strict=True)):

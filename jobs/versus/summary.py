@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from blocksight.jobs.evaluate.bootstrap import MethodEstimate, MetricSums, estimate, key_hashes
+from blocksight.jobs.evaluate.shares import GAP_BY, SHARES_BY, newcombe, wilson
 from blocksight.jobs.versus.joining import Tally
 from blocksight.jobs.versus.rows import JUDGEMENTS, MEASURES
-from blocksight.jobs.versus.shares import GAP_BY, SHARES_BY, newcombe, wilson
 from blocksight.jobs.versus.typical_range import TypicalRange
 
 AMONG = ("elsewhere_of_regressed", "elsewhere_of_others")

@@ -127,7 +127,9 @@ def slow_interval(keys: list[str], column: list[float], replicates: int) -> tupl
         kept = [(row[b], v) for row, v in zip(drawn, column, strict=True) if not math.isnan(v)]
         if sum(w for w, _ in kept):
             ratios.append(sum(w * v for w, v in kept) / sum(w for w, _ in kept))
-    low, high = np.percentile(ratios, [2.5, 97.5])
+    images = len({key for key, v in zip(keys, column, strict=True) if not math.isnan(v)})
+    reach = stats.t.isf(0.025, images - 1) * math.sqrt(images / (images - 1))
+    low, high = np.percentile(ratios, [100 * stats.norm.cdf(-reach), 100 * stats.norm.cdf(reach)])
     return low, high
 
 
@@ -201,6 +203,17 @@ def test_the_interval_covers_the_truth_nineteen_times_in_twenty() -> None:
         assert paired.low is not None
         covered += paired.low <= 0 <= paired.high
     assert 0.90 <= covered / 300 <= 0.99
+
+
+@pytest.mark.parametrize("num", [8, 12])
+def test_the_interval_covers_the_truth_for_few_images_too(num: int) -> None:
+    """Without the widening it covers .91 of the trials at 8 images and .925 at 12; with it .96 at both."""
+    rng, covered = np.random.default_rng(num), 0
+    for trial in range(400):
+        (own,) = estimate(MetricSums.of(key_hashes(keys_of(num, str(trial))), rng.normal(0.5, 1, (num, 1)), 400))
+        assert own.low is not None
+        covered += own.low <= 0.5 <= own.high
+    assert 0.94 <= covered / 400 <= 0.99
 
 
 # The t test

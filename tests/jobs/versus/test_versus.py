@@ -17,6 +17,7 @@ from blocksight.cluster.bucket import EmbeddedBucket
 from blocksight.engine.metrics.complexity import effective_area
 from blocksight.engine.metrics.similarity import iou_of_tops, pearson, spearman, ssim
 from blocksight.jobs.cli.metric_tables import difference_table
+from blocksight.jobs.evaluate.shares import newcombe, wilson
 from blocksight.jobs.ledger.output import map_of
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.plan import ensure_model, ensure_plan, load_plan, make_plan
@@ -25,7 +26,6 @@ from blocksight.jobs.plan.units import Workforce
 from blocksight.jobs.versus.joining import Overlaps, Tally, joined
 from blocksight.jobs.versus.rows import DIFFERENCE, MEASURED, map_measures, measured
 from blocksight.jobs.versus.run import PICTURE, SUMMARY, write_difference
-from blocksight.jobs.versus.shares import newcombe, wilson
 from blocksight.jobs.versus.summary import AMONG, COLUMNS, Sums
 from blocksight.jobs.versus.typical_range import MIN_STAYED, TypicalRange, judged
 from blocksight.jobs.worker.rows import Output
