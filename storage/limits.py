@@ -30,6 +30,12 @@ MAX_LABEL_BYTES = 1024
 MAX_SHARD_RECORDS = 1_000_000
 """Records of one tar shard. Their keys are held in memory to find duplicates."""
 
+MAX_SIDECARS = 10_000
+"""JSON files beside tar shards that are read for the number of records."""
+
+MAX_SIDECAR_BYTES = 4 << 20
+"""One such file. A larger one is not read."""
+
 MAX_KEY_BYTES = 4096
 """The key of one row of a table."""
 

@@ -11,6 +11,7 @@ from blocksight.jobs.cli.tables import facts_table, quality_rows, size_text
 from blocksight.jobs.explain.learned import num_learning_images
 from blocksight.jobs.ledger.receipts import metric_means
 from blocksight.jobs.ledger.reconcile import JobState
+from blocksight.jobs.ledger.shard_counts import other_counts, sentence_on
 from blocksight.jobs.plan.config import JobConfig
 from blocksight.jobs.plan.estimate import estimate
 from blocksight.jobs.plan.forward_setting import PlannedForward
@@ -79,6 +80,7 @@ def job_state_table(output: str, job_state: JobState, forward: PlannedForward | 
         ("records", f"{job_state.total('num_records'):,}{of_all}"),
         ("explained", f"{job_state.total('num_ok'):,}"),
         ("rejected", f"{job_state.total('num_rejected'):,}" + (f" ({rejects})" if rejects else "")),
+        *_other_counts(job_state),
         *_odd_formats(job_state.counts("odd_formats")),
         *_quality(job_state),
         ("forwards", f"{job_state.total('num_forwards'):,}{rate}"),
@@ -87,6 +89,11 @@ def job_state_table(output: str, job_state: JobState, forward: PlannedForward | 
         *_metric_rows(metric_means(job_state.receipts.values())),
     ]
     return facts_table(rows)
+
+
+def _other_counts(job_state: JobState) -> list[tuple[str, str]]:
+    counts = other_counts(job_state)
+    return [("expected", printable(sentence_on(counts)))] if counts else []
 
 
 def _odd_formats(counts: Mapping[str, int]) -> list[tuple[str, str]]:

@@ -67,6 +67,7 @@ class PlanDocument(TypedDict):
     ignored: dict[str, Count]
     weights: NotRequired[str | None]
     notes: NotRequired[list[str]]
+    expected: NotRequired[dict[str, Count]]
 
 
 class DriftError(ConfigError):
@@ -92,6 +93,8 @@ class Plan:
     """Path or URI of the weights file that the job was planned with; its hash is in the identity."""
     notes: tuple[str, ...] = ()
     """Sentences on what of the input was followed, joined or left out."""
+    expected: Mapping[str, int] = field(default_factory=dict)
+    """Records by key of a tar shard, as its sidecar says; empty if a limit may end before."""
     troubles: Mapping[str, str] = field(default_factory=dict)
     """Why shards could not be read, by key; not stored."""
 
@@ -163,6 +166,7 @@ def make_plan(config: JobConfig, *, weights_sha256: str | None, workforce: Workf
         ignored={**found.ignored, **_unread_columns(cut)},
         weights=None if weights_sha256 is None or config.weights is None else normal_place(config.weights),
         notes=(*found.notes, *_notes_of(cut)),
+        expected=found.expected if config.limit is None else {},
         troubles={piece.objects[0].key: piece.trouble for piece in cut if piece.trouble is not None},
     )
 
@@ -289,6 +293,7 @@ def _plan_of(body: PlanDocument, units: tuple[Unit, ...]) -> Plan:
         body["ignored"],
         body.get("weights"),
         tuple(body.get("notes", ())),
+        body.get("expected", {}),
     )
 
 
@@ -314,6 +319,7 @@ def _plan_json(plan: Plan, units_key: str) -> bytes:
             "ignored": plan.ignored,
             "weights": plan.weights,
             "notes": list(plan.notes),
+            "expected": dict(plan.expected),
         }
     )
 

@@ -7,6 +7,7 @@ from enum import StrEnum
 from pathlib import PurePosixPath
 
 from blocksight.storage.inputs.records import as_text
+from blocksight.storage.inputs.sidecars import expected_counts
 from blocksight.storage.inputs.table_formats import refuse_table_formats
 from blocksight.storage.inputs.tables import IMAGE, has_image_column
 from blocksight.storage.stores.locations import matches
@@ -52,6 +53,8 @@ class Survey:
     """In order of key."""
     ignored: Mapping[str, int]
     """Counts of what is not input, by suffix or kind. The kind of names that are not UTF-8 includes an example."""
+    expected: Mapping[str, int] = field(default_factory=dict)
+    """Records by key of a tar shard, as a sidecar says."""
     notes: tuple[str, ...] = ()
     """One sentence for each thing that was followed, joined or left out, and that a user may not expect."""
 
@@ -93,7 +96,12 @@ def survey(store: ObjectStore, key: str = "") -> Survey:
     _add_notes(found)
     ((layout, objects),) = found.by_layout.items()
     in_order = tuple(sorted(objects, key=lambda info: info.key))
-    return Survey(layout, in_order, dict(found.ignored), tuple(found.notes))
+    expected = {}
+    if layout is Layout.TAR:
+        expected = expected_counts(store, [info.key for info in in_order], found.others)
+    if expected:
+        found.notes.append(f"sidecars say {sum(expected.values()):,} records in {len(expected):,} shards")
+    return Survey(layout, in_order, dict(found.ignored), expected, tuple(found.notes))
 
 
 def _sorted_out(infos: Iterable[ObjectInfo], *, is_named: bool) -> _Findings:

@@ -21,6 +21,7 @@ from blocksight.jobs.explain.step import ExplainStep
 from blocksight.jobs.ledger.dead_letters import read_letters
 from blocksight.jobs.ledger.reconcile import check
 from blocksight.jobs.ledger.retry import reopen
+from blocksight.jobs.ledger.shard_counts import other_counts
 from blocksight.jobs.plan import plan
 from blocksight.jobs.plan.config import ConfigError, Execution
 from blocksight.jobs.plan.plan import load_plan
@@ -640,6 +641,22 @@ def test_a_compressed_shard_among_sound_ones_is_one_dead_letter(tmp_path):
     assert (letter.inputs, letter.cause) == ("1.tar", "container_corrupt")
     assert outcome.job_state.total("num_ok") == 4
     assert outcome.manifest is None
+
+
+def test_a_shard_with_fewer_records_than_its_sidecar_says_is_named(tmp_path):
+    data, out = tmp_path / "in", tmp_path / "out"
+    data.mkdir()
+    for number, said in enumerate((2, 3, 2)):
+        (data / f"{number}.tar").write_bytes(tar_bytes(2 * number, 2))
+        (data / f"{number}_stats.json").write_text(f'{{"successes": {said}}}')
+    outcome = run_here(data, out, explainer="gradient")
+    assert other_counts(outcome.job_state) == {"1.tar": (3, 2)}
+    assert outcome.job_state.plan == load_plan(LocalStore(out))
+    code, printed = called("status", out)
+    assert code == 0
+    assert "than their sidecars say (said and found): 1.tar 3 and 2" in " ".join(printed.split())
+    some = replace(outcome.job_state, receipts={})
+    assert other_counts(some) == {}
 
 
 def test_a_broken_table_that_was_mended_is_retried_and_verified(tmp_path):

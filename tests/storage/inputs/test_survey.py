@@ -149,6 +149,27 @@ def test_tables_without_images_beside_shards_are_left_out_and_named():
     assert found.notes == ("tables without a column `image`, left out (1): 0.parquet",)
 
 
+def test_the_numbers_of_records_that_sidecars_say_are_read():
+    index = b'{"shardlist": [{"url": "s3://b/deep/2.tar", "nsamples": 7}, {"url": 3}, 4]}'
+    found = survey(
+        filled(
+            **{
+                "0.tar": b"",
+                "0_stats.json": b'{"count": 9, "successes": 5}',
+                "1.tar": b"",
+                "1_stats.json": b"{",
+                "deep/2.tar": b"",
+                "deep/index.json": index,
+                "sizes.json": b'{"1.tar": 6, "0.tar": "many", "gone.tar": 1}',
+                "notes.json": b"[1, 2]",
+                "odd.json": b'{"1.tar": true}',
+            }
+        )
+    )
+    assert found.expected == {"0.tar": 5, "1.tar": 6, "deep/2.tar": 7}
+    assert found.notes == ("sidecars say 18 records in 3 shards",)
+
+
 def test_a_table_of_names_beside_loose_images_is_left_out():
     found = survey(filled(**{"a/1.png": b"", "metadata.parquet": table(file_name=["a/1.png"])}))
     assert (found.layout, keys_of(found)) == (Layout.IMAGES, ["a/1.png"])
