@@ -2,17 +2,15 @@
 
 import io
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import track
 
 from blocksight.jobs.audit.candidates import MAX_CANDIDATES, candidates
 from blocksight.jobs.audit.candidates import MIN_MAPS as LEAST_OF_CLASS
@@ -34,7 +32,7 @@ from blocksight.jobs.plan.plan import Plan, existing_plan
 from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.jobs.plan.stored_config import NamedModel, config_of
 from blocksight.jobs.plan.text import counted
-from blocksight.jobs.worker.progress import Tally, progress
+from blocksight.jobs.worker.progress import Tally, progress, tracked
 from blocksight.jobs.worker.rows import images_of
 from blocksight.storage.images.decode import fit
 from blocksight.storage.inputs.annotations import open_truth
@@ -42,8 +40,6 @@ from blocksight.storage.outputs.pictures import Pixels
 from blocksight.storage.stores.opening import open_store
 from blocksight.storage.stores.retrying import PatientStore
 from blocksight.storage.stores.store import DamagedError, ObjectStore
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -147,12 +143,10 @@ def _trial(store: ObjectStore, plan: Plan, asked: AuditRequest) -> Trial:
 def _models(samples: Mapping[int, Sample], seed: int, console: Console) -> dict[int, ClassModel]:
     """The clustered maps of each class that has a sample."""
     known = [sample for sample in samples.values() if len(sample.keys)]
-    return {sample.target_index: class_model(sample, seed) for sample in _tracked(known, "clustering classes", console)}
-
-
-def _tracked(things: Sequence[T], what: str, console: Console) -> Iterable[T]:
-    """The things, with a progress bar on a terminal."""
-    return track(things, what, console=console, transient=True, disable=not console.is_terminal)
+    return {
+        sample.target_index: class_model(sample, seed)
+        for sample in tracked(console, known, len(known), "cluster", "class")
+    }
 
 
 def _typical_on_object(streamed: StreamResult) -> dict[int, float]:
@@ -169,7 +163,7 @@ def _typical_on_object(streamed: StreamResult) -> dict[int, float]:
 def _write_rows(store: ObjectStore, scratch: Path, oddest: OddestMaps, console: Console) -> OddestMaps:
     """Writes every map's row with its cluster and strangeness, and deletes rows of earlier audits."""
     files = sorted(scratch.glob("*.parquet"))
-    for file in _tracked(files, "placing maps", console):
+    for file in tracked(console, files, len(files), "place", "map"):
         rows = with_clusters(read_scratch(file), oddest.models)
         oddest.add(rows)
         body = io.BytesIO()
@@ -246,7 +240,10 @@ def _shortcuts(
     suspects = suspects_of(found, [model.sample for model in models.values()], asked.seed)
     if trial is not None or images.scope.truth is not None:
         images.fetch({key for one in suspects for key in (*one.members, *one.others)})
-    outcomes = [tried(suspect, trial, images.seen, images.region) for suspect in _tracked(suspects, "trying", console)]
+    outcomes = [
+        tried(suspect, trial, images.seen, images.region)
+        for suspect in tracked(console, suspects, len(suspects), "test", "region")
+    ]
     notes = [f"{num_more:,} less certain candidates for shortcuts were left out"] if num_more else []
     examples = {place_of(shortcut): own for shortcut, own in outcomes}
     return judged([shortcut for shortcut, _ in outcomes]), examples, notes

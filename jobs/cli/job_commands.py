@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import track
 
 from blocksight.jobs.cli.app import (
     INCOMPLETE,
@@ -28,6 +27,7 @@ from blocksight.jobs.plan.forward_setting import planned_forward
 from blocksight.jobs.plan.records import Cause
 from blocksight.jobs.plan.text import counted, printable
 from blocksight.jobs.run.budgets import Budget, exceeded_budgets
+from blocksight.jobs.worker.progress import tracked
 from blocksight.storage.stores.store import ObjectStore
 
 commands = typer.Typer()
@@ -141,15 +141,7 @@ def verify(output: Existing, as_json: AsJson = False, endpoint_url: Endpoint = N
     console = progress_console(as_json)
     store, made = existing(output, endpoint_url)
     faults, checked = [], 0
-    fragments = track(
-        check(store, made),
-        "verifying",
-        total=len(made.units) + 1,
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    for unit, found in fragments:
+    for unit, found in tracked(console, check(store, made), len(made.units), "verify", "unit"):
         faults += found
         checked += unit is not None
     for fault in faults:

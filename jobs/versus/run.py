@@ -8,7 +8,6 @@ from typing import Any
 
 import pyarrow as pa
 from rich.console import Console
-from rich.progress import track
 from typing_extensions import TypedDict
 
 from blocksight.jobs.ledger.output import table_of
@@ -23,6 +22,7 @@ from blocksight.jobs.versus.pictures import Worst, contact_sheet_of
 from blocksight.jobs.versus.rows import DIFFERENCE, MEASURED, measured
 from blocksight.jobs.versus.summary import Sums, summary
 from blocksight.jobs.versus.typical_range import TypicalRange, judged
+from blocksight.jobs.worker.progress import tracked
 from blocksight.jobs.worker.rows import Output, refuse_other_inputs
 from blocksight.storage.parquet.rows import parquet_of_rows
 from blocksight.storage.stores.store import MissingError, ObjectStore
@@ -116,15 +116,7 @@ def _measure(
     a: Output, b: Output, store: ObjectStore, tally: Tally, typical: TypicalRange, console: Console
 ) -> Iterator[str]:
     """Writes the measured rows, one file per fragment of A that shares any, and yields the files' names."""
-    units = track(
-        joined(a, b, tally),
-        "comparing",
-        total=len(a.plan.units),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    for unit, pairs in units:
+    for unit, pairs in tracked(console, joined(a, b, tally), len(a.plan.units), "compare", "unit"):
         if pairs:
             rows = [measured(pair, a.plan.identity["resize"]) for pair in pairs]
             typical.add(rows)

@@ -1,19 +1,31 @@
-"""Progress: shows records, masked forwards per second and the time left, live on a terminal."""
+"""Progress: counts images and says the time left, as a bar on a terminal and as a line now and then elsewhere."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Event, Thread
+from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task
 from rich.text import Text
 
 from blocksight.jobs.plan.records import DeadLetter, Evaluated, Outcome, Receipt, UnitFailure
-from blocksight.jobs.plan.text import clock, counted
+from blocksight.jobs.plan.text import clock, counted, plural
 
+LINE_WIDTH = 80
+"""Columns that a line has on any terminal."""
+BAR_WIDTH = 10
+BESIDE_LINE = BAR_WIDTH + 3
+"""Columns of spinner, bar and the blanks between."""
 PLAIN_SECONDS = 10.0
-"""Between two lines if the output is no terminal."""
+"""Before the first line if the output is no terminal, and at least between two."""
+PLAIN_SHARE = 0.05
+"""A line comes after this share more of the time so far: a log of a day has some hundred lines."""
+
+T = TypeVar("T")
+Update = Callable[[Outcome | Evaluated | int], None]
 
 
 @dataclass
@@ -30,6 +42,8 @@ class Tally:
     dead: int = 0
     verb: str = "explain"
     """What the run does to the records."""
+    noun: str = "image"
+    """What is counted."""
 
     @property
     def stem(self) -> str:
@@ -46,6 +60,8 @@ class Tally:
             self.forwards += outcome.num_forwards
         self.failures += isinstance(outcome, UnitFailure)
         self.dead += isinstance(outcome, DeadLetter)
+        # a tar's record count is an estimate: the end moves to the real count
+        self.total_records = max(self.total_records, self.records)
 
     def left(self, elapsed: float) -> str:
         """The time left, from the speed so far, or from the estimate before the first unit is done."""
@@ -55,66 +71,102 @@ class Tally:
             return "time left is known after the first unit"
         return f"about {clock(max(0.0, self.guess_seconds - elapsed))} left"
 
-    def line(self, elapsed: float) -> str:
-        """`3/6 records, 84 masked forwards/s, 1:02 left`."""
-        rate = self.forwards / elapsed if elapsed > 0 else 0.0
-        trouble = f", {counted(self.failures, 'unit')} failed" if self.failures else ""
-        trouble += f", {counted(self.dead, 'unit')} dead" if self.dead else ""
-        speed = f"{rate:,.0f} masked forwards/s, " if self.verb == "explain" else ""
-        return f"{self.records:,}/{counted(self.total_records, 'record')}, {speed}{self.left(elapsed)}{trouble}"
+    def speed(self, elapsed: float) -> str:
+        """What the method does in a second: masked forward passes, or images. Empty before the first unit is done."""
+        if elapsed <= 0 or not self.records:
+            return ""
+        if self.forwards:
+            return f"{self.forwards / elapsed:,.0f} masked forwards/s"
+        rate = self.records / elapsed
+        return f"{rate:,.3g} {plural(self.noun)}/s" if rate >= 1 else f"{1 / rate:,.2g} s each"
+
+    def line(self, elapsed: float, most: int = LINE_WIDTH) -> str:
+        """`explaining: 3/6 images, 84 masked forwards/s, 1:02 left`, in at most so many columns.
+
+        What does not fit is left out: first the speed, then the time left.
+        """
+        return self._fitting(f"{self.stem}ing", self.speed(elapsed), self.left(elapsed), most)
+
+    def last_line(self, elapsed: float) -> str:
+        """`explained: 6/6 images, 84 masked forwards/s, in 2:30`."""
+        return self._fitting(f"{self.stem}ed", self.speed(elapsed), f"in {clock(elapsed)}", LINE_WIDTH)
+
+    def _fitting(self, what: str, speed: str, duration: str, most: int) -> str:
+        counts = f"{what}: {self.records:,}/{counted(self.total_records, self.noun)}"
+        failed = f"{counted(self.failures, 'unit')} failed" if self.failures else ""
+        dead = f"{counted(self.dead, 'unit')} dead" if self.dead else ""
+        found = ""
+        for parts in ((speed, duration), (duration,), ()):
+            found = ", ".join(part for part in (counts, *parts, failed, dead) if part)
+            if len(found) <= most:
+                return found
+        return found[:most]
 
 
 class _TallyColumn(ProgressColumn):
     """The tally's line, redrawn at every refresh so that the time left counts down."""
 
-    def __init__(self, tally: Tally) -> None:
+    def __init__(self, tally: Tally, width: int) -> None:
         super().__init__()
-        self.tally = tally
+        self.tally, self.width = tally, width
 
     def render(self, task: Task) -> Text:
-        return Text(self.tally.line(task.elapsed or 0.0))
+        return Text(self.tally.line(task.elapsed or 0.0, self.width), no_wrap=True)
 
 
 @contextmanager
-def progress(console: Console, tally: Tally) -> Iterator[Callable[[Outcome | Evaluated | int], None]]:
+def progress(console: Console, tally: Tally) -> Iterator[Update]:
     """Shows the tally while the body runs; the body passes each unit's outcome to the yielded function."""
-    show = _live if console.is_terminal else _plain
-    with show(console, tally) as update:
-        yield update
+    if console.is_terminal:
+        with _live(console, tally) as update:
+            yield update
+        return
+    start = time.monotonic()
+    with _plain(console, tally, start):
+        yield tally.add
+    console.print(tally.last_line(time.monotonic() - start), highlight=False)
+
+
+def tracked(console: Console, things: Iterable[T], total: int, verb: str, noun: str) -> Iterator[T]:
+    """The things, with progress while they are taken, and nothing that is left of it at the end."""
+    tally = Tally(total, None, verb=verb, noun=noun)
+    shown = _live(console, tally, is_kept=False) if console.is_terminal else _plain(console, tally, time.monotonic())
+    with shown as update:
+        for thing in things:
+            yield thing
+            update(1)
 
 
 @contextmanager
-def _live(console: Console, tally: Tally) -> Iterator[Callable[[Outcome | Evaluated | int], None]]:
-    columns = (
-        SpinnerColumn(),
-        TextColumn(f"{tally.stem}ing"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        _TallyColumn(tally),
-    )
-    with Progress(*columns, console=console) as bar:
+def _live(console: Console, tally: Tally, *, is_kept: bool = True) -> Iterator[Update]:
+    width = min(LINE_WIDTH, console.width) - BESIDE_LINE
+    columns = (SpinnerColumn(), BarColumn(BAR_WIDTH), _TallyColumn(tally, width))
+    with Progress(*columns, console=console, transient=not is_kept) as bar:
         task = bar.add_task("", total=tally.total_records)
 
         def update(outcome: Outcome | Evaluated | int) -> None:
             tally.add(outcome)
-            # a tar's record count is an estimate: the bar's end moves to the real count
-            tally.total_records = max(tally.total_records, tally.records)
             bar.update(task, completed=tally.records, total=tally.total_records)
 
         yield update
 
 
 @contextmanager
-def _plain(console: Console, tally: Tally) -> Iterator[Callable[[Outcome | Evaluated | int], None]]:
-    start = shown = time.monotonic()
+def _plain(console: Console, tally: Tally, start: float) -> Iterator[Update]:
+    """Prints a line now and then, also while no unit ends."""
+    is_over = Event()
 
-    def update(outcome: Outcome | Evaluated | int) -> None:
-        nonlocal shown
-        tally.add(outcome)
-        tally.total_records = max(tally.total_records, tally.records)
-        if time.monotonic() - shown >= PLAIN_SECONDS:
-            shown = time.monotonic()
-            console.print(f"{tally.stem}ing: {tally.line(shown - start)}", highlight=False)
+    def report() -> None:
+        pause = PLAIN_SECONDS
+        while not is_over.wait(pause):
+            elapsed = time.monotonic() - start
+            console.print(tally.line(elapsed), highlight=False)
+            pause = max(PLAIN_SECONDS, PLAIN_SHARE * elapsed)
 
-    yield update
-    console.print(f"{tally.stem}ed: {tally.line(time.monotonic() - start)}", highlight=False)
+    reporter = Thread(target=report, name="progress", daemon=True)
+    reporter.start()
+    try:
+        yield tally.add
+    finally:
+        is_over.set()
+        reporter.join()

@@ -51,11 +51,11 @@ def receipt(records, forwards):
 
 def test_progress_in_numbers():
     tally = Tally(total_records=10, guess_seconds=100)
-    assert tally.line(0) == "0/10 records, 0 masked forwards/s, about 1:40 left"
+    assert tally.line(0) == "explaining: 0/10 images, about 1:40 left"
     assert tally.line(30).endswith("about 1:10 left")
     assert Tally(10, None).line(30).endswith("time left is known after the first unit")
     tally.add(receipt(4, 800))
-    assert tally.line(20) == "4/10 records, 40 masked forwards/s, 0:30 left"
+    assert tally.line(20) == "explaining: 4/10 images, 40 masked forwards/s, 0:30 left"
     tally.add(UnitFailure("u", 1, "x", "read", "gone"))
     assert tally.line(20).endswith("0:30 left, 1 unit failed")
     assert clock(3725) == "1:02:05"
