@@ -1,13 +1,16 @@
 """The sanity check: a map must change when the model's weights become random, layer by layer from the top."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from math import ceil
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from blocksight.engine.explainers.explainer import Explainer
 from blocksight.engine.metrics.metric import Maps, Metric, Value, undefined
@@ -16,18 +19,60 @@ from blocksight.engine.saliency import Map, is_flat, minmax
 
 STAGES = (0.25, 0.5, 0.75, 1.0)
 """Shares of the layers, from the output down, whose weights are random."""
+NUM_PICTURES = 16
+"""Random pictures that batch norms' statistics are estimated from: the same for every record and batch."""
+CELLS = (2, 4, 8, 16, 32)
+"""Details of the random pictures, along each side."""
+MIN_SPREAD = 1e-4
+"""Least deviation of a random network's logits over pictures, as a share of the largest: less is near rounding."""
+DEAD = "with random weights the model's output hardly depends on the image"
 
 
-def randomised(module: nn.Module, share: float, seed: int) -> nn.Module:
-    """A copy in which the last `share` of the layers with weights is reset, as before training.
+def random_pictures(adapter: ModelAdapter, seed: int) -> Tensor:
+    """Model inputs [NUM_PICTURES, 3, H, W] with details of all sizes, as photographs have; by the seed."""
+    own = torch.Generator().manual_seed(seed)
+    pixels = torch.zeros(NUM_PICTURES, 3, *adapter.input_size)
+    for cells in CELLS:
+        coarse = torch.randn(NUM_PICTURES, 3, cells, cells, generator=own)
+        pixels += functional.interpolate(coarse, adapter.input_size, mode="bilinear")
+    low, high = pixels.amin((1, 2, 3), keepdim=True), pixels.amax((1, 2, 3), keepdim=True)
+    return adapter.normalise((255 * (pixels - low) / (high - low)).byte())
 
-    Layers without a method to reset them get their own weights in a random order.
+
+def layers_by_execution(module: nn.Module, inputs: Tensor) -> list[nn.Module]:
+    """The layers with weights of their own in the order of their first call; one that is not called is with its parent.
+
+    The order of registration is another one: many networks register their head, or a shortcut, before other layers.
     """
-    fresh = copy.deepcopy(module)
-    layers = [layer for layer in fresh.modules() if any(True for _ in layer.parameters(recurse=False))]
+    calls: list[str] = []
+    with ExitStack() as hooks, torch.no_grad():
+        for name, layer in module.named_modules():
+            hooks.enter_context(layer.register_forward_pre_hook(lambda *_, name=name: calls.append(name)))
+        module(inputs)
+    first = {name: place for place, name in reversed(list(enumerate(calls)))}
+
+    def place(name: str) -> int:
+        while name not in first:
+            name = name.rpartition(".")[0]
+        return first[name]
+
+    layers = {name: own for name, own in module.named_modules() if any(True for _ in own.parameters(recurse=False))}
+    return [layers[name] for name in sorted(layers, key=place)]
+
+
+def randomised(module: nn.Module, share: float, seed: int, inputs: Tensor) -> nn.Module:
+    """A copy in which the last `share` of the executed layers with weights is reset, as before training.
+
+    Layers without a method to reset them get their own weights in a random order. The statistics of batch norms that
+    were reset are estimated anew from the inputs: with mean 0 and variance 1 a deep network's signal dies out, and
+    its logits are the same for every picture.
+    """
+    fresh = copy.deepcopy(module).eval()
+    layers = layers_by_execution(fresh, inputs[:1])
+    chosen = layers[len(layers) - ceil(share * len(layers)) :]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        for layer in layers[len(layers) - ceil(share * len(layers)) :]:
+        for layer in chosen:
             reset = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
             if callable(reset):
                 reset()
@@ -35,7 +80,27 @@ def randomised(module: nn.Module, share: float, seed: int) -> nn.Module:
                 for parameter in layer.parameters(recurse=False):
                     order = torch.randperm(parameter.numel()).to(parameter.device)
                     parameter.copy_(parameter.flatten()[order].view_as(parameter))
+        _estimate_statistics(fresh, [layer for layer in chosen if isinstance(layer, BatchNorm)], inputs)
     return fresh
+
+
+def _estimate_statistics(module: nn.Module, norms: Sequence[BatchNorm], inputs: Tensor) -> None:
+    """Sets the running statistics of the batch norms to those of one pass of the inputs."""
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean of all passes, of which there is one
+        norm.train()
+    if norms:
+        module(inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
+def tells_apart(logits: Tensor) -> bool:
+    """True if the logits [N, K] of different pictures differ by more than rounding."""
+    return bool(logits.std(0).max() > MIN_SPREAD * logits.abs().max())
 
 
 def rank_correlation(one: Map, other: Map) -> float:
@@ -64,12 +129,21 @@ class Sanity(Metric):
         self.adapter, self.make, self.seed = adapter, make, seed
 
     def details(self) -> Mapping[str, Any]:
-        return {"stages": STAGES, "similarity": "Spearman", "order": "output to input", "seed": self.seed}
+        return {
+            "stages": STAGES,
+            "similarity": "Spearman",
+            "order": "execution, output to input",
+            "batch norm": f"statistics of {NUM_PICTURES} random pictures",
+            "seed": self.seed,
+        }
 
     def evaluate(self, maps: Maps) -> list[list[Mapping[str, Value]]]:
         curves: dict[tuple[int, int], list[float]] = {place: [] for place in maps.positions()}
+        pictures, is_alive = random_pictures(self.adapter, self.seed), True
         for share in STAGES:
-            module = randomised(self.adapter.module, share, self.seed)
+            module = randomised(self.adapter.module, share, self.seed, pictures)
+            with torch.no_grad():
+                is_alive = tells_apart(module(pictures))
             explanations = self.make(self.adapter.with_module(module)).explain(
                 maps.inputs_nchw, maps.target, maps.explainer_seeds
             )
@@ -78,9 +152,11 @@ class Sanity(Metric):
                 curves[image, index].append(abs(rank_correlation(maps.saliency[image][index], minmax(other))))
         result: list[list[Mapping[str, Value]]] = [[] for _ in maps.saliency]
         for (image, _), curve in curves.items():
-            is_known = np.isfinite(curve[-1])
-            value = (
-                Value(curve[-1], curve=tuple(curve)) if is_known else undefined("the map is flat, or the random one")
-            )
-            result[image].append({"sanity": value})
+            result[image].append({"sanity": _value(curve) if is_alive else undefined(DEAD)})
         return result
+
+
+def _value(curve: Sequence[float]) -> Value:
+    if np.isfinite(curve[-1]):
+        return Value(curve[-1], curve=tuple(curve))
+    return undefined("the map is flat, or the random one")

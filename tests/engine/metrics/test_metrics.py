@@ -1,5 +1,7 @@
 """The metrics: cases done by hand, slow twins, edges (flat maps, no region, ties), and protocols told apart."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,15 @@ from blocksight.engine.catalog import entries
 from blocksight.engine.catalog.forward_setting import ForwardSetting
 from blocksight.engine.catalog.parameters import NoParameters
 from blocksight.engine.explainers import EXPLAINERS
-from blocksight.engine.judging.sanity import STAGES, Sanity, randomised, rank_correlation
+from blocksight.engine.judging.sanity import (
+    STAGES,
+    Sanity,
+    layers_by_execution,
+    random_pictures,
+    randomised,
+    rank_correlation,
+    tells_apart,
+)
 from blocksight.engine.metrics import MASKED, OF_MAPS
 from blocksight.engine.metrics.complexity import Complexity, effective_area, entropy, gini
 from blocksight.engine.metrics.faithfulness import (
@@ -440,11 +450,77 @@ def test_weights_become_random_from_the_output_down():
     net = seeded(Plain)
     names = [name for name, layer in net.named_modules() if list(layer.parameters(recurse=False))]
     for share in STAGES:
-        fresh = randomised(net, share, seed=3)
+        fresh = randomised(net, share, 3, smooth(2, 32, 32))
         changed = [not torch.equal(net.get_submodule(name).weight, fresh.get_submodule(name).weight) for name in names]
         assert sum(changed) == -(-share * len(names) // 1)
         assert changed == sorted(changed)
-    assert torch.equal(randomised(net, 1.0, 3).head.weight, randomised(net, 1.0, 3).head.weight)
+    first, second = (randomised(net, 1.0, 3, smooth(2, 32, 32)) for _ in range(2))
+    assert torch.equal(first.head.weight, second.head.weight)
+
+
+class HeadFirst(nn.Module):
+    """Registered in another order than executed; the attention's own projection is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.mixed = nn.Linear(8, 5), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm, self.stem = nn.BatchNorm2d(8), nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        tokens = self.norm(self.stem(x)).flatten(2).transpose(1, 2)
+        return self.head(self.mixed(tokens, tokens, tokens)[0].mean(1))
+
+
+def test_layers_come_in_the_order_in_which_they_are_executed():
+    net = HeadFirst().eval()
+    order = [net.stem, net.norm, net.mixed, net.mixed.out_proj, net.head]
+    assert layers_by_execution(net, smooth(1, 8, 8)) == order
+    fresh = randomised(net, 0.2, 0, smooth(2, 8, 8))
+    assert torch.equal(fresh.stem.weight, net.stem.weight)
+    assert not torch.equal(fresh.head.weight, net.head.weight)
+
+
+def deep(*, has_norms):
+    layers = [nn.Conv2d(3, 8, 3, padding=1)]
+    for _ in range(24):
+        layers += [*([nn.BatchNorm2d(8)] if has_norms else []), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+
+
+def test_a_random_network_still_tells_pictures_apart():
+    """With batch norms at mean 0 and variance 1 the logits of two pictures differ by less than 1e-6."""
+    net, pictures = deep(has_norms=True).eval(), random_pictures(ModelAdapter(nn.Identity(), input_size=(32, 32)), 0)
+    others = smooth(2, 32, 32)
+    fresh = randomised(net, 1.0, 0, pictures)
+    dead = deepcopy(fresh)
+    for layer in dead.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.reset_running_stats()
+    with torch.no_grad():
+        assert not tells_apart(dead(others))
+        assert tells_apart(fresh(others))
+        assert float(fresh(others).std(0).max()) > 0.01
+    assert not any(layer.training for layer in fresh.modules())
+
+
+def test_statistics_in_front_of_the_random_layers_stay():
+    net = seeded(Residual)
+    fresh = randomised(net, 0.2, 0, smooth(4, 32, 32))
+    assert torch.equal(fresh.norm.running_var, net.norm.running_var)
+    assert fresh.norm.momentum == net.norm.momentum
+    assert not torch.equal(randomised(net, 1.0, 0, smooth(4, 32, 32)).norm.running_var, net.norm.running_var)
+
+
+def test_a_dead_random_network_gives_no_value():
+    torch.manual_seed(0)
+    adapter, inputs = ModelAdapter(deep(has_norms=False).eval(), input_size=(32, 32)), smooth(1, 32, 32)
+    maps = maps_of(adapter, inputs, [[0]], [[RANDOM.random((32, 32))]])
+    own = Sanity(adapter, edges, 0).evaluate(maps)[0][0]["sanity"]
+    assert (own.value, own.reason) == (None, "with random weights the model's output hardly depends on the image")
+
+
+def edges(adapter):
+    return EXPLAINERS["edges"](adapter, NoParameters())
 
 
 def test_a_map_that_ignores_the_model_fails_the_sanity_check():
