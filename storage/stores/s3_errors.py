@@ -1,6 +1,7 @@
 """Turns an S3 client's errors into StoreErrors: the right class, and a message without credentials."""
 
 import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,13 @@ from blocksight.storage.stores.store import MissingError, ObjectError, StoreErro
 MISSING_CODES = {"NoSuchKey", "404", "NotFound"}
 CONFLICT_CODES = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409", "OperationAborted"}
 RANGE_CODES = {"InvalidRange", "416"}
-BUSY_CODES = {"SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "Throttling"}
-"""Codes of a busy store, besides status 429 and 500 and above: some stores send them with status 400."""
+BUSY = re.compile(
+    "SlowDown.*|.*Throttl.*|TooManyRequests.*|RequestTimeout|RequestLimitExceeded|BandwidthLimitExceeded|"
+    "ServiceUnavailable|InternalError"
+)
+"""Codes of a busy store, in the words of several makers; some are sent with status 400 or 403."""
+BUSY_STATUS = {408, 425, 429}
+"""Status codes of a busy store, besides 500 and above."""
 UNSUPPORTED_STATUS = {501, 505}
 """Status codes of a server that does not support the request; a retry does not help."""
 ARCHIVED_CODE = "InvalidObjectState"
@@ -100,7 +106,7 @@ def as_store_error(error: Exception, where: str, action: Action, connection: Con
         return UnavailableError(f"{where}{at}: the answer is no S3 reply: {error}")
     if not code:
         return UnavailableError(f"{where}{at} cannot be reached: {type(error).__name__}: {error}")
-    is_busy = code in BUSY_CODES or status == 429 or (status >= 500 and status not in UNSUPPORTED_STATUS)
+    is_busy = BUSY.fullmatch(code) or status in BUSY_STATUS or (status >= 500 and status not in UNSUPPORTED_STATUS)
     kind = UnavailableError if is_busy else StoreError
     return kind(f"{action.verb} {where}{at} failed with {code}: {error}")
 

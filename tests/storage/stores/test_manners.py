@@ -386,6 +386,9 @@ def test_metadata_come_back_whatever_the_case_of_their_names(bucket, store):
         (403, "ExpiredToken", StoreError),
         (503, "SlowDownRead", UnavailableError),
         (429, "TooManyRequests", UnavailableError),
+        (403, "RequestLimitExceeded", UnavailableError),
+        (400, "ThrottlingException", UnavailableError),
+        (408, "Anything", UnavailableError),
         (500, "Anything", UnavailableError),
         (501, "NotImplemented", StoreError),
     ],
@@ -521,6 +524,12 @@ def test_a_store_that_may_not_be_written_says_so(bucket, store):
     with pytest.raises(StoreError, match=r"writing .* was refused") as caught:
         probe(store, "_job/probe-")
     assert type(caught.value) is StoreError
+
+
+def test_a_store_that_deletes_nothing_says_so(bucket, store):
+    bucket.manners = lambda asked, reply: refused(403, "AccessDenied") if asked.method == "DELETE" else reply
+    with pytest.raises(StoreError, match=r"deleting s3://b/d/_job/probe-\S+ at .* was refused .*s3:DeleteObject"):
+        probe(store, "_job/probe-")
 
 
 def refuses(*names):
