@@ -14,6 +14,7 @@ def machine(monkeypatch, tmp_path):
     gpus = tmp_path / "gpus"
     for number in range(8):
         (gpus / f"0000:{number}").mkdir(parents=True)
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(128)))
     monkeypatch.setattr(cores, "QUOTAS", ((tmp_path / "v2",), (tmp_path / "quota", tmp_path / "period")))
     monkeypatch.setattr(cores, "NVIDIA_GPUS", gpus)
@@ -40,8 +41,8 @@ def test_a_containers_quota_counts(machine, files, wanted):
 
 
 def test_the_cores_of_a_batch_job_count(machine, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: {3, 7})
-    assert usable_cores() == 2
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: {3, 5, 7})
+    assert usable_cores() == 3
 
 
 @pytest.mark.parametrize(("visible", "wanted"), [(None, 8), ("", 0), ("2", 1), ("0,3", 2)])

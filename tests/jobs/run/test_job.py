@@ -22,6 +22,7 @@ from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.store import StoreError
 from tests.jobs.jobs_of import blocksight, config_of, fragments_in, rows_in, run_here
 from tests.jobs.tiny import CLASSES, MODEL, VIT, folder_of_images, folder_of_tables, folder_of_tars, picture
+from tests.storage.loopback import Bucket, served
 
 SHARD_FAULTS = {"tar": {"label_missing": 1, "shard_truncated": 1}, "tables": {"missing_image": 1, "not_an_image": 1}}
 
@@ -251,6 +252,18 @@ def test_the_plan_covers_every_record_once(tmp_path):
         assert keys == sorted(keys)
         assert len(keys) == len(set(keys)) == plan.num_records == 26
     assert len({unit.unit_id for unit in plan.units}) == len(plan.units)
+
+
+def test_data_and_output_may_lie_in_two_stores(tmp_path):
+    """Both buckets have one name here: a prefix says which is meant."""
+    images = folder_of_images(tmp_path / "in", 2, bad=False)
+    with served() as (source, _), Bucket() as target:
+        source.objects = {f"photos/{path.relative_to(images)}": path.read_bytes() for path in images.glob("*/*")}
+        endpoints = f"{target.url},s3://b/photos={source.url}"
+        run_here("s3://b/photos", "s3://b/maps", endpoint_url=endpoints)
+        assert {asked.method for asked in source.asked} == {"GET", "HEAD"}
+        assert len([key for key in target.objects if key.startswith("maps/data/")]) == 1
+        assert blocksight("verify", "s3://b/maps", "--endpoint-url", endpoints).returncode == 0
 
 
 @pytest.mark.parametrize("gpus", [0, 16])
