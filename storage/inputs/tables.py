@@ -54,12 +54,12 @@ def table_facts(store: ObjectStore, info: ObjectInfo) -> TableFacts:
     return TableFacts(table.num_rows, (*unread[:MAX_NAMED], *more))
 
 
-def has_image_column(store: ObjectStore, info: ObjectInfo) -> bool:
-    """True if a table has the column `image`, or cannot be read: what it holds is then unknown. Raises StoreError."""
+def has_image_column(store: ObjectStore, info: ObjectInfo) -> bool | None:
+    """True if a table has the column `image`; None if it cannot be read. Raises StoreError."""
     try:
         return IMAGE in parquet_object(store, info).names
     except DamagedError:
-        return True
+        return None
 
 
 def read_table(store: ObjectStore, info: ObjectInfo, start: int, stop: int) -> Iterator[RawRecord]:

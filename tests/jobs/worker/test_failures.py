@@ -28,7 +28,7 @@ from blocksight.jobs.plan.plan import load_plan
 from blocksight.jobs.plan.records import DeadLetter, RecordFacts, UnitFailure, UnitInput, UnreconciledError
 from blocksight.jobs.plan.units import WHOLE_SHARD, Workforce, pieces
 from blocksight.jobs.run import pipeline
-from blocksight.jobs.run.job import plan_job, workforce_of
+from blocksight.jobs.run.job import plan_job, run_job, workforce_of
 from blocksight.jobs.run.local import run_unit
 from blocksight.jobs.worker import unit as steps
 from blocksight.jobs.worker.attempts import CAREFUL_DEATHS, MAX_FAILURES, WorkerStores, attempted
@@ -649,7 +649,12 @@ def test_a_shard_with_fewer_records_than_its_sidecar_says_is_named(tmp_path):
     for number, said in enumerate((2, 3, 2)):
         (data / f"{number}.tar").write_bytes(tar_bytes(2 * number, 2))
         (data / f"{number}_stats.json").write_text(f'{{"successes": {said}}}')
-    outcome = run_here(data, out, explainer="gradient")
+    (data / "left.avif").write_bytes(b"")
+    shown = io.StringIO()
+    outcome = run_job(config_of(data, out, explainer="gradient"), Execution(runner="local"), Console(file=shown))
+    said = " ".join(shown.getvalue().split())
+    assert "data: sidecars say 7 records in 3 shards" in said
+    assert "images in formats that are not read, left out (1): left.avif" in said
     assert other_counts(outcome.job_state) == {"1.tar": (3, 2)}
     assert outcome.job_state.plan == load_plan(LocalStore(out))
     code, printed = called("status", out)

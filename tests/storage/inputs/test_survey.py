@@ -181,6 +181,11 @@ def test_a_table_that_may_hold_images_is_not_left_out(body: bytes):
         survey(filled(**{"0.tar": b"", "0.parquet": body}))
 
 
+def test_a_broken_table_among_tables_without_images_is_left_out_with_them():
+    found = survey(filled(**{"0.tar": b"", "0.parquet": b"cut", "1.parquet": table(url=["u"])}))
+    assert found.ignored == {".parquet without a column `image`": 2}
+
+
 def test_a_table_alone_needs_no_look():
     assert survey(filled(**{"0.parquet": b"cut"})).layout is Layout.PARQUET
 

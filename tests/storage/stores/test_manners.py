@@ -601,6 +601,15 @@ def test_a_prefix_may_have_a_dot(bucket, place):
     assert [info.key for info in survey(store, key).objects] == [f"{place}.png".rpartition("/")[2]]
 
 
+def test_a_pattern_chooses_objects_of_a_bucket(bucket):
+    bucket.reset({"p/0.tar": b"", "p/1.tar": b"", "p/deep/2.tar": b"", "p/0.parquet": b"", "q/a*b/1.png": b"one"})
+    for pattern, wanted in (("p/*.tar", ["0.tar", "1.tar"]), ("p/**/2*", ["deep/2.tar"]), ("*/0.tar", ["p/0.tar"])):
+        store, key = open_named(f"s3://b/{pattern}", bucket.url)
+        assert [info.key for info in survey(store, key).objects] == wanted
+    store, key = open_named("s3://b/q/a*b", bucket.url)
+    assert [info.key for info in survey(store, key).objects] == ["1.png"]
+
+
 def test_a_bucket_may_have_a_dot(bucket):
     bucket.reset({"1.png": b"one"})
     store, key = open_named("s3://my.images/", bucket.url)
