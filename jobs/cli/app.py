@@ -124,6 +124,7 @@ JOB_OPTIONS: dict[str, Any] = {
     "target": Annotated[
         str | None, typer.Option(help="predicted, label, top-3, 281 or 281,282.  [default: predicted]")
     ],
+    "class_map": ClassMap,
     "resize": Annotated[str | None, typer.Option(help="squash (whole image) or crop (its centre).  [default: squash]")],
     "limit": Annotated[int | None, typer.Option(help="Only the first so many records.")],
     "seed": Annotated[int | None, typer.Option(help="Of everything random.  [default: 0]")],

@@ -24,6 +24,7 @@ from blocksight.jobs.ledger.reconcile import finalize as write_manifest
 from blocksight.jobs.ledger.retry import reopen
 from blocksight.jobs.plan.config import Execution, JobConfig
 from blocksight.jobs.plan.forward_setting import planned_forward
+from blocksight.jobs.plan.plan import planned_labels
 from blocksight.jobs.plan.records import Cause
 from blocksight.jobs.plan.text import counted, printable
 from blocksight.jobs.run.budgets import Budget, exceeded_budgets
@@ -49,18 +50,20 @@ def plan(
     Example: blocksight plan --data s3://bucket/images --output s3://bucket/maps --probe
     """
     from blocksight.jobs.run.job import plan_job, workforce_of
+    from blocksight.jobs.run.labels import preview_labels
 
     workforce = workforce_of(execution)
     _, made = plan_job(job, execution, workforce)
+    labels = preview_labels(job, made)
     if probe:
         from blocksight.jobs.bench.benchmark import device_of
         from blocksight.jobs.bench.quick import probe_cost
 
         probe_cost(job, made, device_of("cuda" if workforce.on_gpu else "cpu"), progress_console(as_json))
     if as_json:
-        print_json(plan_figures(job, made, workforce))
+        print_json({**plan_figures(job, made, workforce), "labels": labels})
     else:
-        console.print(plan_table(job, made, workforce))
+        console.print(plan_table(job, made, workforce, labels))
 
 
 @commands.command()
@@ -111,11 +114,11 @@ def _exit_unless_complete(
 def status(output: Existing, as_json: AsJson = False, endpoint_url: Endpoint = None) -> None:
     """Show how far a job is, from the output alone: while it runs, when it has ended, or after its driver died."""
     store, made = existing(output, endpoint_url)
-    job_state, forward = read_job_state(store, made), planned_forward(store)
+    job_state, forward, labels = read_job_state(store, made), planned_forward(store), planned_labels(store)
     if as_json:
-        print_json({**job_figures(output, job_state), "masks": forward and str(forward)})
+        print_json({**job_figures(output, job_state), "masks": forward and str(forward), "labels": labels})
     else:
-        console.print(job_state_table(output, job_state, forward))
+        console.print(job_state_table(output, job_state, forward, labels))
         for line in letter_lines(job_state.dead.values()):
             console.print(line)
     if job_state.open_units:

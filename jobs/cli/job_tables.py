@@ -25,8 +25,8 @@ from blocksight.storage.images.decode import NEARLY_BLACK
 from blocksight.storage.stores.s3_endpoints import endpoint_for
 
 
-def plan_table(job: JobConfig, plan: Plan, workforce: Workforce) -> Table:
-    """Units, records and the first estimate."""
+def plan_table(job: JobConfig, plan: Plan, workforce: Workforce, labels: str) -> Table:
+    """Units, records, how labels are read, and the first estimate."""
     num_workers = workforce.num_workers
     cost = estimate(job, plan.num_records, on_gpu=workforce.on_gpu)
     forwards, num_bytes, basis = cost.forwards_per_record, cost.num_bytes, cost.basis
@@ -46,6 +46,7 @@ def plan_table(job: JobConfig, plan: Plan, workforce: Workforce) -> Table:
         *(("note", printable(note)) for note in plan.notes),
         *(("unreadable", f"{printable(key)}: {printable(why)}") for key, why in plan.troubles.items()),
         ("records", f"{about}{plan.num_records:,}"),
+        ("labels", labels),
         ("units", f"{len(plan.units):,}"),
         *_first_pass(job, plan.num_records),
         ("forwards", f"about {forwards * plan.num_records:,.0f} ({forwards:,.0f} a record, {basis})"),
@@ -62,8 +63,10 @@ def _first_pass(job: JobConfig, num_records: int) -> list[tuple[str, str]]:
     return [("first pass", text)] if wanted else []
 
 
-def job_state_table(output: str, job_state: JobState, forward: PlannedForward | None = None) -> Table:
-    """How far a job is."""
+def job_state_table(
+    output: str, job_state: JobState, forward: PlannedForward | None = None, labels: str | None = None
+) -> Table:
+    """How far a job is; `labels` says how its labels were read."""
     units = len(job_state.plan.units)
     rejects = ", ".join(f"{count} {code}" for code, count in sorted(job_state.rejects.items()))
     timed = [receipt for receipt in job_state.receipts.values() if receipt.explain_seconds]  # a rebuilt one is not
@@ -82,6 +85,7 @@ def job_state_table(output: str, job_state: JobState, forward: PlannedForward | 
         ("rejected", f"{job_state.total('num_rejected'):,}" + (f" ({rejects})" if rejects else "")),
         *_other_counts(job_state),
         *_odd_formats(job_state.counts("odd_formats")),
+        *([("labels", labels)] if labels is not None else []),
         *_quality(job_state),
         ("forwards", f"{job_state.total('num_forwards'):,}{rate}"),
         *([("masks", f"scored by {forward}")] if forward is not None else []),

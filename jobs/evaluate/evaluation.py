@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from blocksight.engine.catalog.entries import METRICS
 from blocksight.jobs.ledger.output import values_in
+from blocksight.jobs.plan.class_map import ClassMap, class_map_file, class_map_of
 from blocksight.jobs.plan.config import CODE_VERSION, ConfigError, digest_of
 from blocksight.jobs.plan.context import JobContext
 from blocksight.jobs.plan.plan import Plan
@@ -32,10 +33,6 @@ COST = re.compile(r"(\d+) F(, shared)?")
 """The beginning of a metric's cost in the catalogue, if it runs the model."""
 NEVER_IN_ALL = ("sanity",)
 """Metrics that explain each record several times: not part of `all`."""
-
-
-ClassMap = tuple[tuple[str, tuple[int, ...]], ...]
-"""Labels of the ground truth, each with the model's classes; empty: labels are class names."""
 
 
 @dataclass(frozen=True)
@@ -131,23 +128,11 @@ def chosen_metrics(text: str, *, has_truth: bool) -> tuple[str, ...]:
 
 
 def read_class_map(file: Path | None) -> ClassMap:
-    """A JSON file of the form {"dog": [151, 152], "cat": 281}. Raises ConfigError."""
-    if file is None:
-        return ()
+    """The class map of a JSON file, empty for None. Raises ConfigError."""
     try:
-        read = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the class map {file} cannot be read: {error}") from error
-    if not isinstance(read, dict):
-        raise ConfigError(f'the class map {file} must be an object such as {{"dog": [151, 152]}}')
-    return tuple(sorted((label, _classes(label, given, file)) for label, given in read.items()))
-
-
-def _classes(label: str, given: Any, file: Path) -> tuple[int, ...]:
-    numbers = given if isinstance(given, list) else [given]
-    if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
-        raise ConfigError(f"the class map {file} gives {label!r} {given!r}; wanted class numbers")
-    return tuple(sorted(set(numbers)))
+        return () if file is None else class_map_of(class_map_file(file), f"the class map {file}")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def fragment_key(folder: str, unit: Unit) -> str:

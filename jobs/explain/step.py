@@ -150,7 +150,7 @@ class ExplainStep:
         self.images_per_pass = images_at_once(self.adapter)
         self._set_up(eager_setting(context.device, context.batch_size))
         parameters = config.explainer_parameters()
-        self.labels = Labels(context.label_names, self.adapter.class_names, facts.num_classes)
+        self.labels = Labels(context.label_names, self.adapter.class_names, facts.num_classes, config.label_classes)
         self.choice = config.target_choice
         self.method = {
             "explainer": config.explainer,

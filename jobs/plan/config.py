@@ -25,6 +25,7 @@ from blocksight.engine.catalog.edge_detectors import installed_detector
 from blocksight.engine.catalog.entries import EXPLAINERS, FIDELITIES, Fidelity
 from blocksight.engine.catalog.forward_setting import MAX_BATCH_SIZE
 from blocksight.engine.catalog.parameters import SiseParameters
+from blocksight.jobs.plan.class_map import ClassMap, class_map_file, class_map_of
 from blocksight.jobs.plan.labels import is_class_number
 from blocksight.storage.images.decode import DECODE_POLICY
 from blocksight.storage.limits import MAX_DOCUMENT_BYTES
@@ -117,6 +118,9 @@ class JobConfig(BaseModel):
         description="of masked forward passes; auto: float32 on a CPU, on a GPU what the preset says",
     )
     target: str = Field(default="predicted", description="predicted, label, top-K, or class numbers")
+    class_map: dict[str, tuple[int, ...]] | None = Field(
+        default=None, description="JSON file or table: the model's classes that a label means; none: found by name"
+    )
     resize: Literal["squash", "crop"] = Field(
         default="squash", description="whole image, or its centre at the short side"
     )
@@ -133,6 +137,12 @@ class JobConfig(BaseModel):
         if not all(names):
             raise ValueError(f"{value!r} names no blocks; wanted names joined by commas, such as layer2,layer3")
         return names
+
+    @field_validator("class_map", mode="before")
+    @classmethod
+    def _class_map_may_be_a_file(cls, value: Any) -> Any:
+        table = class_map_file(Path(value)) if isinstance(value, str | Path) else value
+        return dict(class_map_of(table, "the class map")) if isinstance(table, dict) else table
 
     @field_validator("target", mode="before")
     @classmethod
@@ -188,6 +198,11 @@ class JobConfig(BaseModel):
     def target_choice(self) -> TargetChoice:
         """The target, parsed."""
         return TargetChoice.parse(self.target)
+
+    @property
+    def label_classes(self) -> ClassMap:
+        """The class map, as `Labels` takes it."""
+        return tuple(sorted((self.class_map or {}).items()))
 
     @property
     def method(self) -> Method:

@@ -1,37 +1,262 @@
-"""Ground-truth labels: maps a data set's labels to the model's class indices, and never guesses."""
+"""Ground-truth labels: maps a data set's labels to the model's class indices, and says by which rule."""
 
-from collections.abc import Sequence
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from enum import StrEnum
+from functools import cache
+from importlib.resources import files
+
+from blocksight.jobs.plan.class_map import ClassMap
+from blocksight.jobs.plan.text import counted, printable
+from blocksight.storage.inputs.labels import is_several
 
 MAX_DIGITS = 18
 """Digits of a class index in text: it fits 64 bits."""
+NUM_IMAGENET_CLASSES = 1000
+IMAGENET_ANCHORS = {0: "tench", 1: "goldfish", 217: "english springer", 497: "church", 999: "toilet"}
+"""What the names of some of ImageNet's classes begin with: a model with other names has other classes."""
+NUM_SHOWN = 3
+"""Labels that a message names."""
+
+
+class Rule(StrEnum):
+    """How a label's class was found, or why none was."""
+
+    CLASS_MAP = "by the class map"
+    NUMBER = "as class numbers"
+    NAME = "by class name"
+    SPELLING = "by class name in another spelling (case, spaces, accents)"
+    SYNONYM = "by one of the names of a class"
+    WORDNET = "by ImageNet's WordNet numbers"
+    TRUTH_VALUE = "as false = 0 and true = 1"
+    SORTED = "GUESSED from the sorted order of the class folders"
+    NO_CLASS = "means no class of the model"
+    OUT_OF_RANGE = "is no class number of the model"
+    AMBIGUOUS = "means more than one class"
+    SEVERAL = "holds several labels or fields"
+    MISSING = "no label"
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a label means."""
+
+    index: int | None
+    """The class index in [0, num_classes); None: it means no class, or more than one."""
+    rule: Rule
 
 
 class Labels:
     """Maps the labels of one data set to the classes of one model.
 
-    A number is a class index, a class name is that class. If there are as many class folders as classes, and none
-    has a class's name or number, they are the classes in sorted order. Other labels have no index: a guess could
-    label a whole class wrong.
+    In this order: the user's class map; class numbers; class names, also in another spelling and also one of several
+    names that commas separate; ImageNet's WordNet numbers. If a model has no class names, and there are as many class
+    folders as classes, and none has a meaning yet, they are the classes in sorted order, as training tools number
+    them. Other labels have no index, and neither has a name that two classes share.
     """
 
-    def __init__(self, folders: Sequence[str], class_names: Sequence[str] | None, num_classes: int) -> None:
+    def __init__(
+        self,
+        folders: Sequence[str],
+        class_names: Sequence[str] | None,
+        num_classes: int,
+        class_map: ClassMap = (),
+    ) -> None:
         """`folders` are the data set's class folders, if it has any."""
         self.num_classes = num_classes
-        self.named = {_plain(name): index for index, name in enumerate(class_names or ())}
-        says_itself = all(map(is_class_number, folders)) or any(_plain(name) in self.named for name in folders)
-        in_order = len(folders) == num_classes and not says_itself
-        self.folders = {name: index for index, name in enumerate(sorted(folders))} if in_order else {}
+        self.class_names = list(class_names or ())
+        self.class_map = {_plain(label): classes for label, classes in class_map}
+        self.exact = _index_of(self.class_names, str)
+        self.plain = _index_of(self.class_names, _plain)
+        self.synonyms = _synonyms(self.class_names)
+        self.wordnet = _wordnet_numbers() if _has_imagenet_classes(self.class_names, num_classes) else {}
+        self.folders: Mapping[str, int] = {}
+        self.is_guessable = not self.class_names and not class_map and len(folders) > 1
+        """The folders may be the classes in sorted order: nothing else says which class is which."""
+        self.is_guessable &= not any(self.read(name).rule is not Rule.NO_CLASS for name in folders)
+        if self.is_guessable and len(folders) == num_classes:
+            self.folders = {name: index for index, name in enumerate(sorted(folders))}
 
     def index(self, label: str | int | None) -> int | None:
-        """The class index in [0, num_classes), or None if the label is absent or means no class."""
-        if isinstance(label, str):
-            label = self._index_of_name(label)
-        return label if label is not None and 0 <= label < self.num_classes else None
+        """The class index in [0, num_classes), or None if the label is absent, means no class or more than one."""
+        return self.read(label).index
 
-    def _index_of_name(self, label: str) -> int | None:
+    def read(self, label: str | int | None) -> Meaning:
+        """What a label means, and by which rule."""
+        if label is None:
+            return Meaning(None, Rule.MISSING)
+        if (classes := self.class_map.get(_plain(str(label)))) is not None:
+            return self._one_of(classes, Rule.CLASS_MAP)
+        number = _as_number(label)
+        if number is not None:
+            is_class = 0 <= number < self.num_classes
+            return Meaning(number, Rule.NUMBER) if is_class else Meaning(None, Rule.OUT_OF_RANGE)
+        return self._read_name(str(label))
+
+    def _read_name(self, label: str) -> Meaning:
         if label in self.folders:
-            return self.folders[label]
-        return int(label) if is_class_number(label) else self.named.get(_plain(label))
+            return Meaning(self.folders[label], Rule.SORTED)
+        ways = ((self.exact, label, Rule.NAME), (self.plain, _plain(label), Rule.SPELLING))
+        for known, name, rule in (*ways, (self.synonyms, _plain(label), Rule.SYNONYM)):
+            if name in known:
+                return self._one_of(known[name], rule)
+        if label in self.wordnet:
+            return Meaning(self.wordnet[label], Rule.WORDNET)
+        if self.num_classes == 2 and label.casefold() in ("true", "false"):
+            return Meaning(int(label.casefold() == "true"), Rule.TRUTH_VALUE)
+        return Meaning(None, Rule.SEVERAL if is_several(label) else Rule.NO_CLASS)
+
+    def _one_of(self, classes: Sequence[int], rule: Rule) -> Meaning:
+        if len(classes) != 1:
+            return Meaning(None, Rule.AMBIGUOUS)
+        return Meaning(classes[0], rule) if 0 <= classes[0] < self.num_classes else Meaning(None, Rule.OUT_OF_RANGE)
+
+    def nearest(self, label: str) -> list[str]:
+        """The class names that are spelled most like a label; for an ambiguous one the classes that it means."""
+        for known in (self.exact, self.plain, self.synonyms):
+            classes = known.get(label, ()) or known.get(_plain(label), ())
+            if len(classes) > 1:
+                return [f"{self.class_names[index]} (class {index})" for index in classes[:NUM_SHOWN]]
+        names = {_plain(name): name for name in self.class_names}
+        return [names[near] for near in get_close_matches(_plain(label), names, n=NUM_SHOWN, cutoff=0.7)]
+
+
+@dataclass(frozen=True)
+class FoundLabels:
+    """The labels of a data set as far as they were looked at."""
+
+    counts: Mapping[str | int | None, int]
+    """Records by label; None: without a label."""
+    num_records: int | None = None
+    """Records of the whole data set, if these are only the first of it."""
+    what: str = "label"
+    """`class folder` or `label`."""
+
+
+@dataclass(frozen=True)
+class LabelReading:
+    """How a data set's labels are read by one model."""
+
+    rules: Mapping[Rule, int]
+    """Records by rule."""
+    text: str
+    """One line: known, unknown and ambiguous labels, by which rules."""
+
+    @property
+    def num_known(self) -> int:
+        """Records whose label means a class."""
+        return sum(count for rule, count in self.rules.items() if rule not in UNKNOWN)
+
+
+UNKNOWN = (Rule.NO_CLASS, Rule.OUT_OF_RANGE, Rule.AMBIGUOUS, Rule.SEVERAL, Rule.MISSING)
+"""The rules that give no class."""
+
+
+def reading_of(labels: Labels, found: FoundLabels) -> LabelReading:
+    """How the labels are read."""
+    rules: Counter[Rule] = Counter()
+    examples: dict[Rule, list[str | int]] = defaultdict(list)
+    for label, count in sorted(found.counts.items(), key=lambda item: str(item[0])):
+        rule = labels.read(label).rule
+        rules[rule] += count
+        if label is not None:
+            examples[rule].append(label)
+    return LabelReading(rules, _sentence(labels, found, rules, examples))
+
+
+def _sentence(
+    labels: Labels, found: FoundLabels, rules: Mapping[Rule, int], examples: Mapping[Rule, Sequence[str | int]]
+) -> str:
+    num_labels = sum(map(len, examples.values()))
+    if not num_labels:
+        return "none in the data"
+    total = sum(found.counts.values())
+    first = f" (the first {total:,} of {found.num_records:,})" if found.num_records not in (None, total) else ""
+    parts = [
+        f"{rules[rule]:,} known {_with_examples(labels, rule, examples[rule])}"
+        for rule in Rule
+        if rule in examples and rule not in UNKNOWN
+    ]
+    parts += [
+        f"{rules[rule]:,} unknown: {_unknown(labels, rule, examples[rule])}"
+        for rule in Rule
+        if rule in examples and rule in UNKNOWN
+    ]
+    if not any(rule not in UNKNOWN for rule in examples):
+        parts.append("--class-map says which class a label means")
+    missing = rules.get(Rule.MISSING, 0)
+    parts += [f"{missing:,} without a label"] if missing else []
+    return f"{counted(num_labels, found.what)} of {counted(total, 'record')}{first}: {'; '.join(parts)}"
+
+
+def _with_examples(labels: Labels, rule: Rule, names: Sequence[str | int]) -> str:
+    if rule not in (Rule.SORTED, Rule.WORDNET, Rule.TRUTH_VALUE, Rule.SPELLING, Rule.SYNONYM):
+        return rule
+    shown = [names[0], names[-1]] if len(names) > 1 else names
+    meant = " … ".join(f"{printable(str(name))} = {_class_text(labels, labels.index(name))}" for name in shown)
+    sure = "; --class-map or --class-names says it for sure" if rule is Rule.SORTED else ""
+    return f"{rule} ({meant}{sure})"
+
+
+def _class_text(labels: Labels, index: int | None) -> str:
+    name = f" {labels.class_names[index]}" if index is not None and labels.class_names else ""
+    return f"{index}{printable(name)}"
+
+
+def _unknown(labels: Labels, rule: Rule, names: Sequence[str | int]) -> str:
+    shown = ", ".join(repr(printable(str(name))) for name in names[:NUM_SHOWN])
+    more = f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else ""
+    near = labels.nearest(str(names[0])) if rule in (Rule.NO_CLASS, Rule.AMBIGUOUS) else []
+    hint = f"; {'it is' if rule is Rule.AMBIGUOUS else 'nearest'}: {printable(', '.join(near))}" if near else ""
+    verb = rule if len(names) == 1 else PLURAL[rule]
+    return f"{shown}{more} {verb}{hint}"
+
+
+PLURAL = {
+    Rule.NO_CLASS: "mean no class of the model",
+    Rule.OUT_OF_RANGE: "are no class numbers of the model",
+    Rule.AMBIGUOUS: "mean more than one class",
+    Rule.SEVERAL: "hold several labels or fields",
+}
+
+
+def label_fault(labels: Labels, found: FoundLabels, folders: Sequence[str], *, is_target: bool) -> str | None:
+    """Why the labels cannot be meant as they are: one sentence with what to do, or None.
+
+    `is_target`: the label is the class that is explained, so at least one must be known.
+    """
+    reading = reading_of(labels, found)
+    what = "--class-map says which class a label means"
+    if labels.is_guessable and abs(len(folders) - labels.num_classes) == 1:
+        side = "too few" if len(folders) < labels.num_classes else "too many"
+        return (
+            f"the model has {labels.num_classes} classes without names, and the data {len(folders)} class folders, one "
+            f"{side}: their order does not say which class is which. {what}, and --labels none that they are no labels"
+        )
+    numbers = {number for label in found.counts if label is not None and (number := _as_number(label)) is not None}
+    if numbers and min(numbers) == 1 and max(numbers) == labels.num_classes:
+        return (
+            f"the labels are numbers from 1 to {labels.num_classes}, and the model's classes are numbered from 0 to "
+            f"{labels.num_classes - 1}: {what}"
+        )
+    if is_target and not reading.num_known and sum(found.counts.values()):
+        return f"the target is the label, and no label means a class ({reading.text}). {what}"
+    return None
+
+
+def _as_number(label: str | int) -> int | None:
+    """The class number that a label is, also as text and as 3.0; None for other text."""
+    if isinstance(label, int):
+        return label
+    text = label.strip()
+    whole, dot, rest = text.partition(".")
+    if dot and rest and not rest.strip("0"):
+        text = whole
+    sign = -1 if text.startswith("-") else 1
+    return sign * int(text.removeprefix("-")) if is_class_number(text.removeprefix("-")) else None
 
 
 def is_class_number(label: str) -> bool:
@@ -40,4 +265,36 @@ def is_class_number(label: str) -> bool:
 
 
 def _plain(name: str) -> str:
-    return name.casefold().replace("_", " ").replace("-", " ").strip()
+    """A name without what spelling leaves open. A Mac writes accents as characters of their own."""
+    return unicodedata.normalize("NFC", name).casefold().replace("_", " ").replace("-", " ").strip()
+
+
+def _index_of(names: Iterable[str], form: Callable[[str], str]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = defaultdict(list)
+    for index, name in enumerate(names):
+        found[form(name)].append(index)
+    return dict(found)
+
+
+def _synonyms(names: Sequence[str]) -> dict[str, list[int]]:
+    """The classes of each of the names in `tench, Tinca tinca`."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for index, name in enumerate(names):
+        for part in {_plain(part) for part in name.split(",")} if "," in name else ():
+            found[part].append(index)
+    return dict(found)
+
+
+def _has_imagenet_classes(class_names: Sequence[str], num_classes: int) -> bool:
+    if num_classes != NUM_IMAGENET_CLASSES:
+        return False
+    return not class_names or all(
+        _plain(class_names[index]).startswith(start) for index, start in IMAGENET_ANCHORS.items()
+    )
+
+
+@cache
+def _wordnet_numbers() -> Mapping[str, int]:
+    """The classes of ImageNet's challenge of 2012 by WordNet number: they are numbered in sorted order."""
+    lines = files("blocksight.jobs.plan").joinpath("imagenet.txt").read_text().split()
+    return {number: index for index, number in enumerate(lines)}

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, NotRequired
 
@@ -36,9 +37,13 @@ from blocksight.storage.stores.store import (
 PLAN_FOLDER = "_job/plan/"
 PLAN_KEY = f"{PLAN_FOLDER}plan.json"
 MODEL_KEY = f"{PLAN_FOLDER}model.json"
+LABELS_KEY = f"{PLAN_FOLDER}labels.json"
 UNIT_FOLDERS = ("data/", "_job/receipts/", "_job/dead/", "evaluations/")
 """Folders of an output in which each object belongs to one unit."""
 OUR_FOLDERS = ("data/", "_job/", "report/", "evaluations/", "audit/")
+
+MAX_CLASS_FOLDERS = 30_000
+"""Class folders that a plan names: more are no classes but a folder for each image."""
 
 UNITS_SCHEMA = pa.schema(
     [
@@ -68,6 +73,14 @@ class PlanDocument(TypedDict):
     weights: NotRequired[str | None]
     notes: NotRequired[list[str]]
     expected: NotRequired[dict[str, Count]]
+    class_folders: NotRequired[list[str]]
+
+
+class LabelsDocument(TypedDict):
+    """What `labels.json` holds."""
+
+    text: str
+    """How the data set's labels were read, in one line."""
 
 
 class DriftError(ConfigError):
@@ -95,6 +108,8 @@ class Plan:
     """Sentences on what of the input was followed, joined or left out."""
     expected: Mapping[str, int] = field(default_factory=dict)
     """Records by key of a tar shard, as its sidecar says; empty if a limit may end before."""
+    class_folders: tuple[str, ...] = ()
+    """Class folders of loose images, sorted: of the whole input, also if a limit leaves some out."""
     troubles: Mapping[str, str] = field(default_factory=dict)
     """Why shards could not be read, by key; not stored."""
 
@@ -118,8 +133,18 @@ class Plan:
         """How many records each class folder of loose images holds; empty for other layouts."""
         if self.layout is not Layout.IMAGES:
             return Counter()
-        labels = (folder_label(info.key) for unit in self.units for info in unit.objects)
-        return Counter(str(label) for label in labels if label is not None)
+        return _class_folders(info for unit in self.units for info in unit.objects)
+
+
+def _class_folders(objects: Iterable[ObjectInfo]) -> Counter[str]:
+    """How many of the objects each folder holds; those without a folder do not count."""
+    labels = (folder_label(info.key) for info in objects)
+    return Counter(str(label) for label in labels if label is not None)
+
+
+def _folder_names(objects: Iterable[ObjectInfo]) -> tuple[str, ...]:
+    names = sorted(_class_folders(objects))
+    return tuple(names) if len(names) <= MAX_CLASS_FOLDERS else ()
 
 
 def source_of(plan: Plan, endpoint_url: str | None) -> ObjectStore:
@@ -167,6 +192,7 @@ def make_plan(config: JobConfig, *, weights_sha256: str | None, workforce: Workf
         weights=None if weights_sha256 is None or config.weights is None else normal_place(config.weights),
         notes=(*found.notes, *_notes_of(cut)),
         expected=found.expected if config.limit is None else {},
+        class_folders=_folder_names(found.objects) if found.layout is Layout.IMAGES else (),
         troubles={piece.objects[0].key: piece.trouble for piece in cut if piece.trouble is not None},
     )
 
@@ -228,6 +254,23 @@ def ensure_model(store: ObjectStore, facts: ModelFacts) -> None:
         store.create(MODEL_KEY, _json_bytes(_plain(facts)))
     except AlreadyExistsError:
         refuse_other_model(store, facts)
+
+
+def ensure_labels(store: ObjectStore, text: str) -> None:
+    """Writes once how the labels were read."""
+    with suppress(AlreadyExistsError):
+        store.create(LABELS_KEY, _json_bytes({"text": text}))
+
+
+def planned_labels(store: ObjectStore) -> str | None:
+    """How the labels were read, in one line; None in an output of an older version, or before the model was loaded.
+
+    Raises StoreError, and UnreconciledError if it is damaged.
+    """
+    try:
+        return read_document(store, LABELS_KEY, LabelsDocument)["text"]
+    except MissingError:
+        return None
 
 
 def refuse_other_model(store: ObjectStore, facts: ModelFacts) -> None:
@@ -294,6 +337,7 @@ def _plan_of(body: PlanDocument, units: tuple[Unit, ...]) -> Plan:
         body.get("weights"),
         tuple(body.get("notes", ())),
         body.get("expected", {}),
+        tuple(body.get("class_folders", ())),
     )
 
 
@@ -320,6 +364,7 @@ def _plan_json(plan: Plan, units_key: str) -> bytes:
             "weights": plan.weights,
             "notes": list(plan.notes),
             "expected": dict(plan.expected),
+            "class_folders": list(plan.class_folders),
         }
     )
 

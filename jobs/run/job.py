@@ -29,6 +29,7 @@ from blocksight.jobs.plan.forward_setting import PlannedForward, planned_forward
 from blocksight.jobs.plan.plan import (
     UNIT_FOLDERS,
     Plan,
+    ensure_labels,
     ensure_model,
     ensure_plan,
     load_plan,
@@ -40,6 +41,7 @@ from blocksight.jobs.plan.records import ModelFacts, Outcome, Receipt, Unfinishe
 from blocksight.jobs.plan.text import counted, printable
 from blocksight.jobs.plan.units import Workforce
 from blocksight.jobs.run.budgets import Budget, FirstUnits, exceeded_budgets
+from blocksight.jobs.run.labels import read_labels
 from blocksight.jobs.worker.progress import Tally, progress
 from blocksight.storage.stores.opening import probe
 from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore
@@ -126,12 +128,15 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
         return _outcome_of(output, job_state, execution, RunSummary())
     state = weights_bytes(config)
     adapter, facts = check_model(config, state, console)
+    labels = read_labels(config, plan, adapter)
+    console.print(f"labels: {labels}")
     probe(output, PROBE_PREFIX)
     with session_of(execution) as sizing:
         planned = _planned_forward(output, adapter, config, execution, on_gpu=_is_on_gpu(sizing))
         del adapter  # the workers load their own
         plan = ensure_plan(output, plan)
         ensure_model(output, facts)
+        ensure_labels(output, labels)
         check_stored_settings(output, config)
         _ensure_forward(output, planned, console)
         job_state = _read_job_state(output, plan)
@@ -249,7 +254,7 @@ def context_of(
         plan.fingerprint,
         f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}",
         facts,
-        tuple(sorted(counts)),
+        plan.class_folders or tuple(sorted(counts)),
         batch_size=execution.batch_size,
         is_timed=execution.tune or (on_gpu and _least_seconds(config, plan, facts, on_gpu=True) >= PROBE_FROM_SECONDS),
         num_threads=sizing.threads_per_actor if sizing is not None else 1,

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from itertools import accumulate, islice
+from itertools import accumulate, islice, repeat
 from typing import Any
 
 import pyarrow as pa
@@ -27,6 +27,7 @@ USED = (IMAGE, LABEL, KEY)
 BATCH_ROWS = 16
 """Rows in memory at once; fewer if they are large."""
 KEY_WINDOW_BYTES = 64 << 10
+LABEL_BATCH_ROWS = 4096
 MAX_NAMED = 16
 """Unread columns of one table that are named."""
 NUM_SHOWN_CHARACTERS = 64
@@ -116,6 +117,16 @@ class _Rows:
 PAUSED = PausedReader[_Rows]()
 
 
+def table_labels(store: ObjectStore, info: ObjectInfo, stop: int) -> Iterator[str | int | None]:
+    """The labels of the first `stop` rows. Raises as `read_table`."""
+    table, paths = _open_table(store, info)
+    if LABEL in paths:
+        for _, batch in table.rows([LABEL], LABEL_BATCH_ROWS, 0, stop):
+            yield from map(label_of, _values(batch.column(LABEL)))
+    elif LABEL not in table.names:
+        yield from repeat(partition_label(info.key), min(stop, table.num_rows))
+
+
 def _checked(record: RawRecord, key: str, seen: Collection[str], images: pa.Array, offset: int) -> RawRecord:
     """The record with its image, or with the reject of its key. `seen`: the keys of earlier rows."""
     if len(key.encode()) > MAX_KEY_BYTES:
@@ -168,11 +179,20 @@ def _text(value: Any) -> str:
 
 def _values(column: pa.Array) -> list[Any]:
     """A column's values: numbers unchanged, text as bytes, times and decimals as Arrow's text."""
-    if is_temporal_or_decimal(column.type):
-        return column.cast(pa.string()).to_pylist()
-    if pa.types.is_string(column.type):
-        return column.cast(pa.binary()).to_pylist()  # it may not be UTF-8
-    return column.to_pylist()
+    return column.cast(_readable(column.type)).to_pylist()
+
+
+def _readable(kind: pa.DataType) -> pa.DataType:
+    """The type whose values are as `_values` says; text may not be UTF-8."""
+    if is_temporal_or_decimal(kind):
+        return pa.string()
+    if pa.types.is_string(kind):
+        return pa.binary()
+    if pa.types.is_list(kind):
+        return pa.list_(kind.field(0).with_type(_readable(kind.value_type)))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_readable(field.type)) for field in kind])
+    return kind
 
 
 def _open_table(store: ObjectStore, info: ObjectInfo) -> tuple[ParquetTable, list[ColumnPath]]:
@@ -184,7 +204,7 @@ def _open_table(store: ObjectStore, info: ObjectInfo) -> tuple[ParquetTable, lis
     table.refuse_ambiguous(used)
     table.refuse_extensions(used)
     paths: list[ColumnPath] = [_image_path(table)]
-    if LABEL in used and _is_value(table.schema.field(LABEL).type):
+    if LABEL in used and _is_label(table.schema.field(LABEL).type):
         paths.append(LABEL)
     if KEY in used:
         kind = table.schema.field(KEY).type
@@ -204,6 +224,13 @@ def _image_path(table: ParquetTable) -> ColumnPath:
     raise DamagedError(
         f"{table.where}: column `{IMAGE}` is {kind}; wanted binary, or a struct with a binary field `{BYTES}`"
     )
+
+
+def _is_label(kind: pa.DataType) -> bool:
+    """True for a value, and for lists and structs of them."""
+    if pa.types.is_list(kind) or pa.types.is_struct(kind):
+        return all(_is_label(kind.field(number).type) for number in range(kind.num_fields))
+    return _is_value(kind)
 
 
 def _is_value(kind: pa.DataType) -> bool:

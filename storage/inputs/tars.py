@@ -148,6 +148,16 @@ def _why_twice(draft: _Draft) -> str:
     )
 
 
+def tar_labels(store: ObjectStore, info: ObjectInfo) -> Iterator[str | int | None]:
+    """The labels of the records in the shard's first 4 MiB. Raises StoreError."""
+    file = WindowedFile(store, info)
+    for draft in _drafts(file):
+        if draft.reject is None:
+            yield _label(file, draft)
+        if draft.stop >= SAMPLE_BYTES:
+            return
+
+
 def _record(file: WindowedFile, draft: _Draft, index: int) -> RawRecord:
     """The draft as a record, rejected if it cannot be read. Errors of the shard or the store are raised."""
     shard = file.info.key
@@ -163,9 +173,7 @@ def _record(file: WindowedFile, draft: _Draft, index: int) -> RawRecord:
 
 
 def _with_members(file: WindowedFile, draft: _Draft, bare: RawRecord) -> RawRecord:
-    member = draft.members.get("cls")
-    label = partition_label(file.info.key) if member is None else _label(file, member)
-    labelled = replace(bare, label=label)
+    labelled = replace(bare, label=_label(file, draft))
     images = draft.images
     if not images:
         found = ", ".join(sorted(draft.members)) or "none"
@@ -176,7 +184,11 @@ def _with_members(file: WindowedFile, draft: _Draft, bare: RawRecord) -> RawReco
     return replace(labelled, data=file.read_at(image.data_start, image.size))
 
 
-def _label(file: WindowedFile, member: Member) -> str | int | None:
+def _label(file: WindowedFile, draft: _Draft) -> str | int | None:
+    """The label of the record's own member, else that of a folder `label=VALUE`."""
+    member = draft.members.get("cls")
+    if member is None:
+        return partition_label(file.info.key)
     body = file.read_at(
         member.data_start, min(member.size, MAX_LABEL_BYTES + 1)
     )  # one byte more shows that it is too long

@@ -298,3 +298,8 @@ def folder_of_tables(root: Path) -> Path:
     table = pa.table({"image": [*images, None, b"text"], "label": [*[number % 5 for number in range(6)], 0, 9]})
     pq.write_table(table, root / "t.parquet", row_group_size=3)
     return root
+
+
+def make_nameless() -> ModelAdapter:
+    """The tiny model without names for its classes."""
+    return ModelAdapter(seeded(Tiny), input_size=(32, 32))

@@ -40,7 +40,7 @@ def test_light_commands_import_neither_torch_nor_ray(finished):
     )
     for arguments in (
         ["--help"],
-        ["plan", "--data", str(finished / "in"), "--output", str(finished / "new")],
+        ["plan", "--data", str(finished / "in" / "ant"), "--output", str(finished / "new")],  # without labels
         ["status", str(finished / "out")],
         ["verify", str(finished / "out")],
     ):

@@ -7,7 +7,6 @@ from blocksight.cluster.sizing import LEAST_UNIT_SECONDS, local_cpus, shrinking_
 from blocksight.engine.catalog.entries import BALANCED_BUDGET
 from blocksight.jobs.plan.config import load_config
 from blocksight.jobs.plan.estimate import AUTO_FULL_SHARE, estimate
-from blocksight.jobs.plan.labels import Labels
 from blocksight.jobs.plan.plan import Plan
 from blocksight.jobs.plan.records import Receipt, Unit, UnitFailure
 from blocksight.jobs.plan.text import clock, printable
@@ -17,32 +16,6 @@ from blocksight.storage.inputs.survey import Layout, Survey
 from blocksight.storage.stores.store import ObjectInfo, StoreError
 from tests.jobs.tiny import tar_bytes
 from tests.storage.memory import MemoryStore
-
-
-def test_labels_are_never_guessed():
-    labels = Labels(["n01", "n02"], ["tench", "great white shark", "hen"], 3)
-    assert labels.index("great_white-Shark") == 1
-    assert labels.index("2") == 2
-    assert labels.index(2) == 2
-    assert labels.index("n01") is None
-    assert labels.index(3) is None
-    assert labels.index(-1) is None
-    assert labels.index(None) is None
-
-
-def test_as_many_folders_as_classes_are_the_classes_in_order():
-    assert [Labels(["b", "a", "c"], None, 3).index(name) for name in "abc"] == [0, 1, 2]
-    assert Labels(["0", "10", "2"], None, 3).index("2") == 2
-    named = Labels(["bee", "ant", "cat"], ["cat", "ant", "bee"], 3)  # the class's name counts, not its position
-    assert [named.index(name) for name in ("ant", "bee", "cat")] == [1, 2, 0]
-    some = Labels(["bee", "ant", "dog"], ["cat", "ant", "bee"], 3)  # the third folder is no cat either
-    assert [some.index(name) for name in ("ant", "bee", "dog")] == [1, 2, None]
-
-
-@pytest.mark.parametrize("label", ["²", "٣", "9" * 5000, "1.0", "-1", "3", ""])
-def test_a_label_that_is_no_class_number_means_no_class(label):
-    assert Labels([], ["ant", "bee", "cat"], 3).index(label) is None
-    assert Labels([label, "a", "b", "c"], ["ant", "bee", "cat"], 3).index(label) is None
 
 
 def receipt(records, forwards):

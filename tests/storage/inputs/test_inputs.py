@@ -12,7 +12,7 @@ import pytest
 
 from blocksight.storage.inputs.loose import read_images
 from blocksight.storage.inputs.survey import Layout, survey
-from blocksight.storage.inputs.tables import read_table, table_facts
+from blocksight.storage.inputs.tables import read_table, table_facts, table_labels
 from blocksight.storage.inputs.tars import read_tar
 from blocksight.storage.limits import MAX_IMAGE_BYTES
 from blocksight.storage.stores.local import LocalStore
@@ -227,6 +227,31 @@ def test_a_partition_folder_names_the_class_of_loose_images():
         ("label=/3.png", None),
         ("eel/4.png", "eel"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("column", "labels"),
+    [
+        (pa.array([1.0, 2.5, float("nan"), None]), [1, "2.5", None, None]),
+        (pa.array(["red", "blue", None, "red"]).dictionary_encode(), ["red", "blue", None, "red"]),
+        (pa.array([[0, 1], [2], [], None]), ["[0, 1]", 2, None, None]),
+        (pa.array([["a", "ü"], ["b"], [None], None]), ['["a", "ü"]', "b", None, None]),
+        (pa.array([[b"\xff", b"c"], [b"d"], None, None], pa.list_(pa.binary())), ['["\\\\xff", "c"]', "d", None, None]),
+        (pa.array([{"id": 3, "name": "cat"}, None, None, None]), ['{"id": 3, "name": "cat"}', None, None, None]),
+        (pa.array([b"cat", b"\xff", b"", None]), ["cat", "\\xff", None, None]),
+        (pa.array(["1", "2.0", "", None]), ["1", "2.0", None, None]),
+        (pa.array([True, False, None, None]), ["True", "False", None, None]),
+        (pa.array([1, -1, None, 2**40]), [1, -1, None, 2**40]),
+        (pa.array(["1", "2", None, "3"]).cast(pa.decimal128(5, 2)), ["1.00", "2.00", None, "3.00"]),
+    ],
+    ids=str,
+)
+def test_each_type_of_label_column_is_read(column, labels):
+    body = table_bytes({"image": [b"a", b"b", b"c", b"d"], "label": column})
+    assert [record.label for record in rows(body)] == labels
+    store = filled(**{"t.parquet": body})
+    assert list(table_labels(store, store.head("t.parquet"), 3)) == labels[:3]
+    assert table_facts(store, store.head("t.parquet")).unread == ()
 
 
 def test_structs_keys_nulls_and_duplicates():

@@ -1,0 +1,49 @@
+"""Says before any work how a data set's labels are read, and refuses labels that cannot be meant as they are."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from blocksight.jobs.plan.config import ConfigError, JobConfig
+from blocksight.jobs.plan.context import weights_bytes
+from blocksight.jobs.plan.label_counts import counted_labels
+from blocksight.jobs.plan.labels import FoundLabels, Labels, label_fault, reading_of
+from blocksight.jobs.plan.plan import Plan, source_of
+
+if TYPE_CHECKING:
+    from blocksight.engine.model.adapter import ModelAdapter  # which needs torch
+
+NO_LABELS = "none in the data"
+
+
+def read_labels(config: JobConfig, plan: Plan, adapter: "ModelAdapter") -> str:
+    """One line on how the labels are read. Raises ConfigError with what to do."""
+    return _read(config, plan, counted_labels(source_of(plan, config.endpoint_url), plan), adapter)
+
+
+def preview_labels(config: JobConfig, plan: Plan) -> str:
+    """The same for a plan, which loads no trained weights: a model's own names and number of classes are enough.
+
+    A model that cannot be loaded is no error yet: the line says so. Raises ConfigError as `read_labels`.
+    """
+    found = counted_labels(source_of(plan, config.endpoint_url), plan)
+    if not any(label is not None for label in found.counts):
+        return NO_LABELS
+    from blocksight.engine.errors import ModelError
+    from blocksight.jobs.explain.step import load
+
+    state = weights_bytes(config)
+    is_named = state is None and config.weights is not None  # such weights would be downloaded
+    named = config.model_copy(update={"weights": "random"}) if is_named else config
+    try:
+        return _read(config, plan, found, load(named, state, "cpu", str(Path.cwd())))
+    except ModelError as error:
+        return f"not compared with the model's classes, because it cannot be loaded: {error}"
+
+
+def _read(config: JobConfig, plan: Plan, found: FoundLabels, adapter: "ModelAdapter") -> str:
+    folders = plan.class_folders or tuple(sorted(plan.label_counts()))
+    labels = Labels(folders, adapter.class_names, adapter.num_classes, config.label_classes)
+    fault = label_fault(labels, found, folders, is_target=config.target_choice.source == "label")
+    if fault is not None:
+        raise ConfigError(fault)
+    return reading_of(labels, found).text

@@ -1,0 +1,76 @@
+"""How a job reads labels: what plan, explain and status say, and what is refused before any work."""
+
+import json
+
+import pytest
+
+from blocksight.jobs.plan.config import ConfigError
+from blocksight.storage.stores.local import LocalStore
+from tests.jobs.jobs_of import called, rows_in, run_here
+from tests.jobs.tiny import MODEL, picture
+
+NAMELESS = "tests.jobs.tiny:make_nameless"
+
+
+def folders(root, *names):
+    """One picture in each class folder."""
+    for number, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        (root / name / f"{number}.png").write_bytes(picture(number))
+    return root
+
+
+def labels_in(output):
+    return {row["label_name"]: row["label"] for row in rows_in(LocalStore(output))}
+
+
+def line_of(text, start):
+    return next(line.partition(start)[2].strip() for line in text.splitlines() if line.strip().startswith(start))
+
+
+def test_plan_explain_and_status_say_the_same_of_the_labels(tmp_path):
+    data, out = folders(tmp_path / "in", "ant", "Bee", "unicorn"), tmp_path / "out"
+    job = ("--data", data, "--output", out, "--model", MODEL)
+    said = line_of(called("plan", *job)[1], "labels")
+    assert said.startswith("3 class folders of 3 records: 1 known by class name; 1 known by class name in another")
+    assert not out.exists()
+    code, text = called("explain", *job, "--explainer", "gradcam", "--runner", "local")
+    assert code == 0
+    assert said.split()[:12] == line_of(text, "labels:").split()[:12]
+    assert "'unicorn' means no class of the model" in " ".join(text.split())
+    assert said.split()[:12] == line_of(called("status", out)[1], "labels").split()[:12]
+    assert labels_in(out) == {"ant": 0, "Bee": 1, "unicorn": None}
+
+
+def test_explain_takes_a_class_map_and_another_one_is_another_job(tmp_path):
+    data, out = folders(tmp_path / "in", "ape", "bear"), tmp_path / "out"
+    (tmp_path / "map.json").write_text(json.dumps({"ape": 4, "bear": [2]}))
+    job = ("--data", data, "--output", out, "--model", MODEL, "--explainer", "gradcam", "--runner", "local")
+    code, text = called("explain", *job, "--class-map", tmp_path / "map.json", "--target", "label")
+    assert (code, labels_in(out)) == (0, {"ape": 4, "bear": 2})
+    assert "2 known by the class map" in " ".join(text.split())
+    assert called("explain", *job, "--target", "label")[0] == 2
+    (tmp_path / "map.json").write_text(json.dumps({"ape": "cat"}))
+    assert (
+        "gives 'ape' 'cat'; wanted class numbers" in called("plan", *job[:6], "--class-map", tmp_path / "map.json")[1]
+    )
+
+
+def test_a_limit_leaves_the_order_of_all_class_folders(tmp_path):
+    run_here(folders(tmp_path / "in", *"abcde"), tmp_path / "out", model=NAMELESS, explainer="gradcam", limit=2)
+    assert labels_in(tmp_path / "out") == {"a": 0, "b": 1}
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "fault"),
+    [
+        ("abcd", {}, "4 class folders, one too few"),
+        ("12345", {}, "numbers from 1 to 5"),
+        ("ab", {"target": "label"}, "no label means a class"),
+    ],
+)
+def test_labels_that_cannot_be_meant_are_refused_before_any_work(tmp_path, names, options, fault):
+    data = folders(tmp_path / "in", *names)
+    with pytest.raises(ConfigError, match=fault):
+        run_here(data, tmp_path / "out", model=NAMELESS, explainer="gradcam", **options)
+    assert not (tmp_path / "out").exists()
