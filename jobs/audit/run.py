@@ -24,6 +24,7 @@ from blocksight.jobs.audit.shortcuts import MEMBERS, OTHERS, judged, suspects_of
 from blocksight.jobs.audit.stream import AuditScope, StreamResult, read_scratch, stream
 from blocksight.jobs.audit.trial import RANDOM_REGIONS, Trial
 from blocksight.jobs.evaluate.evaluation import labels_of, read_class_map, region_of
+from blocksight.jobs.evaluate.known_truth import remember_truth
 from blocksight.jobs.explain.step import load
 from blocksight.jobs.ledger.output import model_facts
 from blocksight.jobs.plan.config import ConfigError
@@ -67,6 +68,8 @@ def run_audit(asked: AuditRequest, console: Console) -> Audit:
     plan = existing_plan(store)
     scope = _scope(asked)
     trial = _trial(store, plan, asked) if asked.tries else None
+    if asked.truth is not None and scope.truth is not None:
+        remember_truth(store, asked.truth, scope.truth)
     console.print(_cost(plan, asked))
     with tempfile.TemporaryDirectory(prefix="blocksight-audit-") as folder:
         scratch = Path(folder)

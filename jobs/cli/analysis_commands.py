@@ -16,6 +16,7 @@ from blocksight.jobs.cli.app import (
     Existing,
     OutputModel,
     OutputWeights,
+    ShownTruth,
     console,
     existing,
 )
@@ -120,6 +121,7 @@ def versus(
     b: Annotated[str, typer.Argument(help="The output that is compared with it, of the same data.")],
     output: Annotated[str, typer.Option(help="Folder or s3:// prefix for the difference, rewritten if it is ours.")],
     as_json: AsJson = False,
+    truth: ShownTruth = None,
     endpoint_url: Endpoint = None,
 ) -> None:
     """Compare two outputs record by record: what regressed, how far the maps moved, and whether both are related.
@@ -128,13 +130,19 @@ def versus(
 
     Example: blocksight versus maps-old/ maps-new/ --output old-against-new/
     """
+    from blocksight.jobs.evaluate.known_truth import KnownTruth, known_truth
     from blocksight.jobs.versus.run import write_difference
     from blocksight.jobs.worker.rows import Output
 
     outputs = [Output(name, *existing(name, endpoint_url)) for name in (a, b)]
     store = PatientStore(open_store(output, endpoint_url), SHORT_PATIENCE_SECONDS)
     console = progress_console(as_json)
-    found = write_difference(outputs[0], outputs[1], store, endpoint_url, console)
+    known = known_truth(outputs[0].store, truth, endpoint_url)
+    if known == KnownTruth():
+        known = known_truth(outputs[1].store, None, endpoint_url)
+    found = write_difference(outputs[0], outputs[1], store, endpoint_url, console, known.truth)
+    if known.note is not None:
+        console.print(printable(known.note))
     if as_json:
         print_json(found)
     else:

@@ -73,6 +73,13 @@ ClassMap = Annotated[
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print figures as JSON alone; notes and progress go to standard error.")
 ]
+ShownTruth = Annotated[
+    str | None,
+    typer.Option(
+        "--truth",
+        help="Ground truth whose boxes are drawn, as in `evaluate`.  [default: what `evaluate` or `audit` was given]",
+    ),
+]
 OutputModel = Annotated[
     str | None, typer.Option(help="The model again, if it is code of yours: an output alone never has code imported.")
 ]

@@ -6,7 +6,16 @@ from typing import Annotated, Literal
 
 import typer
 
-from blocksight.jobs.cli.app import AsJson, Endpoint, Existing, OutputModel, OutputWeights, console, existing
+from blocksight.jobs.cli.app import (
+    AsJson,
+    Endpoint,
+    Existing,
+    OutputModel,
+    OutputWeights,
+    ShownTruth,
+    console,
+    existing,
+)
 from blocksight.jobs.cli.figures import print_json, progress_console
 from blocksight.jobs.cli.tables import MEBIBYTE
 from blocksight.jobs.plan.config import ConfigError
@@ -29,6 +38,7 @@ def show(
     ] = None,
     model: OutputModel = None,
     weights: OutputWeights = None,
+    truth: ShownTruth = None,
     as_json: AsJson = False,
     endpoint_url: Endpoint = None,
 ) -> None:
@@ -40,14 +50,18 @@ def show(
     With --blocks, --explainers or --beside the picture is a sheet of captioned overlays instead.
     """
     from blocksight.jobs.cli.show import SheetRequest, render_record
+    from blocksight.jobs.evaluate.known_truth import known_truth
     from blocksight.jobs.worker.rows import Output, rows_of
 
     store, made = existing(output, endpoint_url)
     others = tuple(Output(name, *existing(name, endpoint_url)) for name in beside or ())
-    request = SheetRequest(blocks, explainers, others, weights, model)
+    known = known_truth(store, truth, endpoint_url)
+    request = SheetRequest(blocks, explainers, others, weights, model, known.truth)
     notes = progress_console(as_json)
     with notes.status("drawing"):
         facts, written = render_record(Output(output, store, made), key, endpoint_url, picture, request)
+    if known.note is not None:
+        notes.print(printable(known.note))
     if as_json:
         print_json({"rows": rows_of(store, made, key), "pictures": written})
         return
@@ -57,7 +71,7 @@ def show(
 
 
 @commands.command()
-def report(output: Existing, endpoint_url: Endpoint = None) -> None:
+def report(output: Existing, truth: ShownTruth = None, endpoint_url: Endpoint = None) -> None:
     """Write one page that says what was run, what the maps show and how far to trust them: OUTPUT/report/index.html.
 
     It is one file that needs no server and no network, and is rewritten by every call; run `audit` first for findings.
@@ -65,7 +79,7 @@ def report(output: Existing, endpoint_url: Endpoint = None) -> None:
     from blocksight.jobs.evaluate.compare import Output
     from blocksight.jobs.report.page import write_report
 
-    written = write_report(Output(output, *existing(output, endpoint_url)), endpoint_url, console)
+    written = write_report(Output(output, *existing(output, endpoint_url)), endpoint_url, console, truth)
     console.print(f"report: {printable(written.uri)} ({written.num_bytes / MEBIBYTE:,.1f} MiB)")
 
 
@@ -111,6 +125,7 @@ def export_output(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many explained records.")] = None,
     model: Annotated[str | None, typer.Option(help="Quantus: the model again, if it is code of yours.")] = None,
     weights: Annotated[str | None, typer.Option(help="Quantus: the weights file again, if there was one.")] = None,
+    truth: ShownTruth = None,
     endpoint_url: Endpoint = None,
 ) -> None:
     """Write an output in the format of another tool: images, maps, labels, scores, metrics.
@@ -119,5 +134,6 @@ def export_output(
     """
     from blocksight.jobs.export.run import ExportRequest, run_export
 
-    for line in run_export(ExportRequest(output, form, destination, limit, weights, endpoint_url, model), console):
+    asked = ExportRequest(output, form, destination, limit, weights, endpoint_url, model, truth)
+    for line in run_export(asked, console):
         console.print(printable(line))

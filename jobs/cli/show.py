@@ -17,8 +17,18 @@ from blocksight.jobs.plan.stored_config import NamedModel
 from blocksight.jobs.plan.text import counted
 from blocksight.jobs.report.products import Sizes, parts_of, products_of
 from blocksight.jobs.worker.rows import PICTURE_SIDE, Output, Shown, images_of, refuse_other_inputs, rows_of, shown
+from blocksight.storage.inputs.ground_truth import Truth
 from blocksight.storage.outputs.file_names import file_name
-from blocksight.storage.outputs.pictures import Pixels, Tile, contact_sheet, one_line, overlay, resized, side_by_side
+from blocksight.storage.outputs.pictures import (
+    Pixels,
+    Tile,
+    colours,
+    contact_sheet,
+    in_panels,
+    one_line,
+    overlay,
+    resized,
+)
 from blocksight.storage.outputs.schema import OK
 
 if TYPE_CHECKING:
@@ -48,6 +58,8 @@ class SheetRequest:
     """The weights file, if the model came from one."""
     model: str | None = None
     """The model; needed if it is the user's code."""
+    truth: Truth | None = None
+    """Ground truth whose boxes are drawn."""
 
     @property
     def names(self) -> list[str]:
@@ -83,7 +95,7 @@ def render_record(
     pictures = (
         _sheets(output, explained, image, endpoint_url, request)
         if request.is_sheet
-        else _plain(output, explained, image)
+        else _plain(output, explained, image, request.truth)
     )
     table, written, alone = record_table(rows), [], len(explained) == 1
     named = path and path.with_name(f"{path.stem}.products{path.suffix}")
@@ -137,10 +149,10 @@ def _check(output: Output, request: SheetRequest) -> None:
         )
 
 
-def _plain(output: Output, rows: Sequence[Row], image: Pixels | None) -> Iterator[Image.Image]:
+def _plain(output: Output, rows: Sequence[Row], image: Pixels | None, truth: Truth | None) -> Iterator[Image.Image]:
     for row in rows:
-        own = shown(output.plan, row, image)
-        yield side_by_side(own.pixels, own.saliency_hw)
+        own = shown(output.plan, row, image, truth=truth)
+        yield in_panels((own.image, own.overlay, colours(own.saliency_hw)))
 
 
 def _sheets(
@@ -155,9 +167,9 @@ def _sheets(
             raise ConfigError(f"the image of {key!r} cannot be read any more, or changed: no map of it can be computed")
         explanations = dict(_replayed(output, rows, image, endpoint_url, request))
     for place, row in enumerate(rows):
-        base = shown(output.plan, row, image, SHEET_SIDE)
+        base = shown(output.plan, row, image, SHEET_SIDE, request.truth)
         of_job = explanations[None][place] if request.blocks else None
-        tiles = [Tile(base.pixels, f"{one_line(key)}\n{_label(row)}")]
+        tiles = [Tile(base.image, f"{one_line(key)}\n{_label(row)}")]
         if of_job is not None:
             gate = output.plan.identity["parameters"].get("gate", SiseParameters.gate)
             tiles += _block_tiles(base.pixels, of_job, gate)
@@ -223,7 +235,7 @@ def _stored_tile(base: Shown, row: Row, output: Output, explanation: "Explanatio
 
         error = replay_error(explanation, row)
         fact = "the fused map equals it" if error is None else f"the fused map differs by up to {error:.3f}"
-    return Tile(overlay(base.pixels, base.saliency_hw), f"{output.plan.identity['explainer']}, as stored\n{fact}")
+    return Tile(base.overlay, f"{output.plan.identity['explainer']}, as stored\n{fact}")
 
 
 def _made_tile(pixels: Pixels, name: str, explanation: "Explanation", row: Row) -> Tile:

@@ -10,6 +10,8 @@ from typing import Any
 from blocksight.jobs.export.pictures import as_jpeg, fitted_image
 from blocksight.jobs.export.records import ExplainedMap, ExplainedRecord, ExplainedRecords, Row
 from blocksight.jobs.ledger.output import map_of
+from blocksight.jobs.worker.rows import Shown
+from blocksight.storage.inputs.ground_truth import Truth
 
 LAYOUT_VERSION = "1.0.0"
 """The FiftyOne version of these documents; later versions migrate them on reading."""
@@ -17,14 +19,21 @@ CREATED = {"$date": "2024-10-01T00:00:00Z"}
 """The creation time of every document; FiftyOne replaces it on reading."""
 MAP_RANGE = [0, 255]
 FIELDS = "fiftyone.core.fields"
+OBJECTS = "ground_truth_objects"
+"""The field of the ground truth's boxes."""
 
 Document = dict[str, Any]
 Tags = Mapping[tuple[str, int], Sequence[str]]
 """The audit's reasons why a map is odd, by key and target index."""
 
 
-def write(shown: Iterable[ExplainedRecord], records: ExplainedRecords, folder: Path) -> Sequence[str]:
-    """Writes the data set and returns the lines of Python that read it. `shown` yields the records with progress."""
+def write(
+    shown: Iterable[ExplainedRecord], records: ExplainedRecords, folder: Path, truth: Truth | None = None
+) -> Sequence[str]:
+    """Writes the data set and returns the lines of Python that read it. `shown` yields the records with progress.
+
+    The objects of `truth` become detections.
+    """
     for name in ("data", "fields/heatmap"):
         (folder / name).mkdir(parents=True)
     tags: dict[tuple[str, int], list[str]] = {}
@@ -33,7 +42,7 @@ def write(shown: Iterable[ExplainedRecord], records: ExplainedRecords, folder: P
     ids = _Ids(records.plan.fingerprint)
     with (folder / "samples.json").open("w", encoding="utf-8") as file:
         file.write('{"samples": [')
-        for number, sample in enumerate(_samples(shown, records, folder, tags, ids)):
+        for number, sample in enumerate(_samples(shown, records, folder, tags, ids, truth)):
             file.write((",\n" if number else "\n") + json.dumps(sample))
         file.write("\n]}\n")
     metadata = _metadata(ids, records)
@@ -58,18 +67,24 @@ class _Ids:
 
 
 def _samples(
-    shown: Iterable[ExplainedRecord], records: ExplainedRecords, folder: Path, tags: Tags, ids: _Ids
+    shown: Iterable[ExplainedRecord],
+    records: ExplainedRecords,
+    folder: Path,
+    tags: Tags,
+    ids: _Ids,
+    truth: Truth | None,
 ) -> Iterator[Document]:
     number = count()
     for place, record in enumerate(shown):
         picture = f"data/{place:08d}.jpg"
-        (folder / picture).write_bytes(as_jpeg(fitted_image(records.plan, record, record.maps[0].row).pixels))
+        image = fitted_image(records.plan, record, record.maps[0].row, truth)
+        (folder / picture).write_bytes(as_jpeg(image.pixels))
         for one in record.maps:
             map_of(one.row)  # raises for a damaged map before it is copied
             saliency = f"fields/heatmap/{next(number):08d}.png"
             (folder / saliency).write_bytes(one.row["map"])
             odd = tags.get((record.key, one.row["target_index"]), ())
-            yield _sample(record, one, picture, saliency, list(odd), ids)
+            yield {**_sample(record, one, picture, saliency, list(odd), ids), **_detections(image, ids)}
 
 
 def _sample(
@@ -94,6 +109,23 @@ def _sample(
         **{name: label for name, label in labels.items() if label is not None},
         **one.metrics,
     }
+
+
+def _detections(image: Shown, ids: _Ids) -> Document:
+    """The objects of the picture; nothing if it has none. Boxes are left, top, width and height as shares of it."""
+    height, width = image.pixels.shape[:2]
+    found = [
+        {
+            "_id": ids.make(),
+            "_cls": "Detection",
+            "attributes": {},
+            "tags": [],
+            "label": label or "object",
+            "bounding_box": [left / width, top / height, (right - left) / width, (bottom - top) / height],
+        }
+        for label, (left, top, right, bottom) in image.boxes
+    ]
+    return {OBJECTS: {"_cls": "Detections", "detections": found}} if found else {}
 
 
 def _label(name: str | None, score: float | None, ids: _Ids) -> Document | None:
@@ -134,6 +166,7 @@ def _metadata(ids: _Ids, records: ExplainedRecords) -> Document:
         _field("last_modified_at", "DateTimeField", read_only=True),
         *(_classification(field) for field in ("ground_truth", "prediction", "target")),
         _heatmap(),
+        _detections_field(),
         *(_field(field, kind) for field, kind in {**PLAIN, **metrics}.items()),
     ]
     return {
@@ -183,6 +216,20 @@ def _heatmap() -> Document:
         _field("range", "HeatmapRangeField", subfield=f"{FIELDS}.FloatField"),
     ]
     return _document("heatmap", "fiftyone.core.labels.Heatmap", [*_label_fields(), *own])
+
+
+def _detections_field() -> Document:
+    own = [
+        *_label_fields(),
+        _field("attributes", "DictField"),
+        _field("label", "StringField"),
+        _field("bounding_box", "ListField", subfield=f"{FIELDS}.FloatField"),
+        _field("confidence", "FloatField"),
+        _field("index", "IntField"),
+    ]
+    listed = _field("detections", "ListField", subfield=f"{FIELDS}.EmbeddedDocumentField")
+    listed |= {"embedded_doc_type": "fiftyone.core.labels.Detection", "fields": own}
+    return _document(OBJECTS, "fiftyone.core.labels.Detections", [listed])
 
 
 def _label_fields() -> list[Document]:

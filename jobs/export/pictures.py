@@ -9,14 +9,15 @@ from PIL import Image
 from blocksight.jobs.export.records import ExplainedRecord
 from blocksight.jobs.plan.plan import Plan
 from blocksight.jobs.worker.rows import Shown, shown
+from blocksight.storage.inputs.ground_truth import Truth
 from blocksight.storage.outputs.pictures import Pixels
 
 QUALITY = 90
 
 
-def fitted_image(plan: Plan, record: ExplainedRecord, row: Mapping[str, Any]) -> Shown:
-    """A record's image and one of its maps, at the same size."""
-    return shown(plan, dict(row), record.pixels)
+def fitted_image(plan: Plan, record: ExplainedRecord, row: Mapping[str, Any], truth: Truth | None = None) -> Shown:
+    """A record's image and one of its maps, at the same size, with the boxes of `truth`."""
+    return shown(plan, dict(row), record.pixels, truth=truth)
 
 
 def as_jpeg(pixels: Pixels) -> bytes:

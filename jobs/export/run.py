@@ -9,6 +9,7 @@ from typing import Literal
 
 from rich.console import Console
 
+from blocksight.jobs.evaluate.known_truth import KnownTruth, known_truth
 from blocksight.jobs.export import fiftyone, spotlight, virelay
 from blocksight.jobs.export.records import ExplainedRecord, ExplainedRecords
 from blocksight.jobs.export.sql import columns_in, connect
@@ -17,8 +18,10 @@ from blocksight.jobs.plan.plan import Plan, check_place, existing_plan
 from blocksight.jobs.plan.stored_config import NamedModel
 from blocksight.jobs.plan.text import counted
 from blocksight.jobs.worker.progress import Tally, progress
+from blocksight.storage.inputs.ground_truth import Truth
 from blocksight.storage.stores.opening import open_store
 from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore
+from blocksight.storage.stores.store import ObjectStore
 
 Format = Literal["fiftyone", "virelay", "spotlight", "quantus"]
 Writer = Callable[[Iterable[ExplainedRecord], ExplainedRecords, Path], Sequence[str]]
@@ -37,6 +40,8 @@ class ExportRequest:
     endpoint_url: str | None = None
     model: str | None = None
     """The model's name again; needed if it is the user's code."""
+    truth: str | None = None
+    """Ground truth for FiftyOne's detections; by default what `evaluate` or `audit` was given."""
 
 
 def run_export(asked: ExportRequest, console: Console) -> Sequence[str]:
@@ -49,17 +54,27 @@ def run_export(asked: ExportRequest, console: Console) -> Sequence[str]:
     with connect(asked.output, asked.endpoint_url) as connection:
         columns = columns_in(connection)
     records = ExplainedRecords(store, plan, columns, asked.endpoint_url, asked.limit)
-    write = _writer(asked, plan)
+    known = _known_truth(asked, store)
+    write = _writer(asked, plan, known.truth)
     folder = fresh_folder(asked.destination, {"data": plan.identity["data"], "output": store.uri})
     found = iter(records)
     first = next(found, None)
     if first is None:
         raise ConfigError(f"nothing of {asked.output} can be exported: {_account(records)}")
     lines = write(_shown(chain([first], found), records, console), records, folder)
-    return [_account(records), *lines]
+    return [_account(records), *([] if known.note is None else [known.note]), *lines]
 
 
-def _writer(asked: ExportRequest, plan: Plan) -> Writer:
+def _known_truth(asked: ExportRequest, store: ObjectStore) -> KnownTruth:
+    """The ground truth for FiftyOne, which alone shows objects. Raises ConfigError for another format, StoreError."""
+    if asked.form == "fiftyone":
+        return known_truth(store, asked.truth, asked.endpoint_url)
+    if asked.truth is not None:
+        raise ConfigError(f"--truth {asked.truth} is for fiftyone only: {asked.form} shows no objects")
+    return KnownTruth()
+
+
+def _writer(asked: ExportRequest, plan: Plan, truth: Truth | None) -> Writer:
     """The function that writes the format. Raises ConfigError, StoreError or ModelError if it lacks something."""
     if asked.form == "quantus":
         from blocksight.jobs.export import quantus  # brings torch
@@ -71,7 +86,9 @@ def _writer(asked: ExportRequest, plan: Plan) -> Writer:
             raise ConfigError(f"{option} {given} is for quantus only: {asked.form} shows no model input")
     if asked.form == "virelay":
         virelay.check_installed()
-    return {"fiftyone": fiftyone.write, "virelay": virelay.write, "spotlight": spotlight.write}[asked.form]
+    if asked.form == "fiftyone":
+        return partial(fiftyone.write, truth=truth)
+    return {"virelay": virelay.write, "spotlight": spotlight.write}[asked.form]
 
 
 def fresh_folder(destination: str, taken: Mapping[str, str]) -> Path:

@@ -12,6 +12,7 @@ from blocksight.jobs.audit.examples import read_examples
 from blocksight.jobs.audit.result import GATES, Audit, read_audit
 from blocksight.jobs.audit.stream import committed, digest_of_fragments
 from blocksight.jobs.evaluate.compare import Absence, Cell, Column, Comparison, Output, compare
+from blocksight.jobs.evaluate.known_truth import KnownTruth
 from blocksight.jobs.evaluate.verdict import verdicts
 from blocksight.jobs.ledger.accuracy import is_right
 from blocksight.jobs.ledger.reconcile import JobState, final_manifest, read_job_state
@@ -36,7 +37,9 @@ from blocksight.jobs.report.findings import Findings, class_name, findings_of
 from blocksight.jobs.report.galleries import RANKING, Gallery, Picture, ProductPictures, Ref, Rejected, drawn, galleries
 from blocksight.jobs.report.galleries import select as select_maps
 from blocksight.jobs.report.products import products_of, said_of
+from blocksight.storage.inputs.ground_truth import Truth
 
+NO_TRUTH = KnownTruth()
 MAX_DEAD = 20
 MAX_REASON = 500
 MAX_SEARCHED = 300
@@ -172,6 +175,8 @@ class Report:
     """Metrics for which no method has a value, and why."""
     galleries: tuple[Gallery, ...]
     items: tuple[Item, ...]
+    has_boxes: bool
+    """Whether the objects' boxes are drawn."""
     num_gone: int
     """Shown maps whose image can no longer be read."""
     findings: Findings | None
@@ -186,11 +191,12 @@ def report_of(
     endpoint_url: str | None,
     made: datetime,
     progress: Callable[[str, int], Callable[[], None]],
+    known: KnownTruth = NO_TRUTH,
 ) -> Report:
     """Reads the output, fragment by fragment, and the images that are shown.
 
-    `progress` takes a step's name and number of parts, and returns a function to call after each part. Raises
-    StoreError, and UnreconciledError if the output is damaged.
+    `known`: the ground truth whose boxes are drawn. `progress` takes a step's name and number of parts, and returns a
+    function to call after each part. Raises StoreError, and UnreconciledError if the output is damaged.
     """
     store, plan = output.store, output.plan
     job_state = read_job_state(store, plan)
@@ -200,7 +206,7 @@ def report_of(
     metrics = tuple(_metrics(table)) if table else ()
     selection = select_maps(store, plan, _ranked(table), progress("reading rows", len(plan.units)))
     shown = galleries(selection, audit)
-    items = tuple(_items(output, endpoint_url, shown, audit, progress))
+    items = tuple(_items(output, endpoint_url, shown, audit, progress, known.truth))
     places = {Ref(item.key, item.target_index): item.number for item in items}
     findings = findings_of(audit, places, read_examples(store, audit.findings)) if audit else None
     accounting = _accounting(job_state, selection.rejected.values)
@@ -208,7 +214,11 @@ def report_of(
         title=PurePosixPath(plan.identity["data"]).name or plan.identity["data"],
         subtitle=f"{plan.identity['explainer']} maps of {plan.identity['model']}",
         made=f"{made:%Y-%m-%d %H:%M} UTC",
-        notices=tuple(_notices(output, job_state, audit, is_stale=is_stale)),
+        notices=(
+            *_notices(output, job_state, audit, is_stale=is_stale),
+            *([] if known.note is None else [Notice(f"{known.note[0].upper()}{known.note[1:]}.")]),
+        ),
+        has_boxes=known.truth is not None,
         tiles=tuple(_tiles(accounting, job_state, metrics, audit)),
         run=tuple(run_facts(plan, model_of(store), selection.selected_by, planned_forward(store))),
         accounting=accounting,
@@ -363,6 +373,7 @@ def _items(
     shown: Sequence[Gallery],
     audit: Audit | None,
     progress: Callable[[str, int], Callable[[], None]],
+    truth: Truth | None,
 ) -> Iterator[Item]:
     """The maps of all galleries, in the order of their first appearance."""
     reasons: dict[Ref, list[str]] = {}
@@ -370,7 +381,7 @@ def _items(
         for ref in gallery.refs:
             reasons.setdefault(ref, []).append(gallery.name)
     update = progress("drawing maps", len(reasons))
-    found = dict(drawn(output, endpoint_url, tuple(reasons), update))
+    found = dict(drawn(output, endpoint_url, tuple(reasons), update, truth))
     details, ranked = _details(audit), _ranked_by(shown)
     titles = {gallery.name: gallery.title for gallery in shown}
     for number, ref in enumerate(ref for ref in reasons if ref in found):

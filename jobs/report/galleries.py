@@ -25,7 +25,8 @@ from blocksight.jobs.ledger.output import fragment_of
 from blocksight.jobs.plan.plan import Plan
 from blocksight.jobs.report.products import Sizes, parts_of, products_of
 from blocksight.jobs.worker.rows import Output, images_of, rows_with, shown
-from blocksight.storage.outputs.pictures import Pixels, Tile, colours, overlay
+from blocksight.storage.inputs.ground_truth import Truth
+from blocksight.storage.outputs.pictures import Pixels, Tile, colours
 from blocksight.storage.outputs.schema import OK, REJECTED
 from blocksight.storage.stores.store import ObjectStore
 
@@ -343,12 +344,16 @@ class Drawn:
 
 
 def drawn(
-    output: Output, endpoint_url: str | None, refs: Sequence[Ref], update: Callable[[], None]
+    output: Output,
+    endpoint_url: str | None,
+    refs: Sequence[Ref],
+    update: Callable[[], None],
+    truth: Truth | None = None,
 ) -> Iterator[tuple[Ref, Drawn]]:
     """Yields each map's row and pictures, in any order; a map that is gone is left out.
 
     The first `NUM_WITH_PRODUCTS` maps have pictures of their side products too. In memory are one image and the wanted
-    rows. `update` is called after every map.
+    rows. Boxes of `truth` are drawn. `update` is called after every map.
     """
     wanted, first = set(refs), set(refs[:NUM_WITH_PRODUCTS])
     rows: dict[str, list[dict[str, Any]]] = {}
@@ -359,7 +364,7 @@ def drawn(
         for row in rows[key]:
             ref = Ref(key, row["target_index"])
             products = tuple(_product_pictures(output.plan, row, image)) if ref in first else ()
-            yield ref, Drawn(row, _picture(output.plan, row, image), products)
+            yield ref, Drawn(row, _picture(output.plan, row, image, truth), products)
             update()
 
 
@@ -372,13 +377,9 @@ def _images(plan: Plan, endpoint_url: str | None, keys: Collection[str]) -> Iter
     yield from missing.items()
 
 
-def _picture(plan: Plan, row: dict[str, Any], image: Pixels | None) -> Picture:
-    own = shown(plan, row, image, SIDE)
-    sides = {
-        "image": own.pixels,
-        "overlay": overlay(own.pixels, own.saliency_hw),
-        "saliency": colours(own.saliency_hw),
-    }
+def _picture(plan: Plan, row: dict[str, Any], image: Pixels | None, truth: Truth | None) -> Picture:
+    own = shown(plan, row, image, SIDE, truth)
+    sides = {"image": own.image, "overlay": own.overlay, "saliency": colours(own.saliency_hw)}
     height, width = own.saliency_hw.shape
     jpegs = {name: data_uri(jpeg(pixels, MAX_BYTES[name]), "image/jpeg") for name, pixels in sides.items()}
     return Picture(**jpegs, width=width, height=height, is_gone=image is None)

@@ -16,6 +16,7 @@ from rich.progress import Progress
 
 from blocksight.jobs.audit.words import comparison, p_text, scope
 from blocksight.jobs.evaluate.compare import Output
+from blocksight.jobs.evaluate.known_truth import known_truth
 from blocksight.jobs.plan.text import counted, plain
 from blocksight.jobs.report.content import Report, clipped, report_of, with_unit
 from blocksight.jobs.report.findings import colour_scale, place_of
@@ -31,18 +32,21 @@ class Written:
     num_bytes: int
 
 
-def write_report(output: Output, endpoint_url: str | None, console: Console) -> Written:
+def write_report(output: Output, endpoint_url: str | None, console: Console, truth: str | None = None) -> Written:
     """Reads the output and writes the page into it, over an earlier one.
+
+    `truth`: where the ground truth is whose boxes are drawn; by default where `evaluate` or `audit` found it.
 
     Raises StoreError, and UnreconciledError if part of the output is damaged.
     """
+    known = known_truth(output.store, truth, endpoint_url)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
 
         def begin(what: str, total: int) -> Callable[[], None]:
             task = bars.add_task(what, total=total)
             return lambda: bars.advance(task)
 
-        body = render(report_of(output, endpoint_url, datetime.now(UTC), begin))
+        body = render(report_of(output, endpoint_url, datetime.now(UTC), begin, known))
     output.store.put(REPORT_KEY, body)
     return Written(f"{output.store.uri}/{REPORT_KEY}", len(body))
 

@@ -20,6 +20,7 @@ from blocksight.jobs.evaluate.evaluation import (
     open_units,
     read_class_map,
 )
+from blocksight.jobs.evaluate.known_truth import remember_truth
 from blocksight.jobs.ledger.stop_request import GO_ON, Stop, stopped_by_signals, unfinished_from
 from blocksight.jobs.plan.config import ConfigError, Execution, JobConfig
 from blocksight.jobs.plan.context import sha256_of, weights_bytes
@@ -85,6 +86,8 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
     if not any(True for _ in output.list("data/")):
         raise ConfigError(f"nothing is explained in {output.uri} yet: run `blocksight explain` first")
     folder = ensure_evaluation(output, plan, evaluation)
+    if asked.truth is not None and truth is not None:
+        remember_truth(output, asked.truth, truth)
     units = open_units(output, plan, folder)
     if not units:
         return EvaluationOutcome(folder, 0, (), (), None)

@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from blocksight.jobs.worker.rows import Output, Shown, images_of, rows_with, shown
-from blocksight.storage.outputs.pictures import Pixels, Tile, contact_sheet, one_line, overlay
+from blocksight.storage.inputs.ground_truth import Truth
+from blocksight.storage.outputs.pictures import Pixels, Tile, contact_sheet, one_line
 from blocksight.storage.outputs.schema import OK
 
 NUM_SHOWN = 12
@@ -47,8 +48,10 @@ def _strength(row: Mapping[str, Any]) -> tuple[bool, float, str, int]:
     return row["regressed_and_looks_elsewhere"], -row["spearman"], row["key"], row["target_index"]
 
 
-def contact_sheet_of(a: Output, b: Output, endpoint_url: str | None, worst: Worst) -> bytes | None:
-    """A PNG with a line of three tiles per chosen row; None if no row has two maps to show."""
+def contact_sheet_of(
+    a: Output, b: Output, endpoint_url: str | None, worst: Worst, truth: Truth | None = None
+) -> bytes | None:
+    """A PNG with a line of three tiles per chosen row, with boxes of `truth`; None if no row has two maps to show."""
     if not worst.chosen:
         return None
     places = {(row["key"], row["target_index"]): row for row in worst.chosen}
@@ -57,8 +60,9 @@ def contact_sheet_of(a: Output, b: Output, endpoint_url: str | None, worst: Wors
     for key, image in _images(a, endpoint_url, {key for key, _ in places}):
         for place in places:
             if place[0] == key:
-                both = (shown(a.plan, ours[place], image, SIDE), shown(b.plan, theirs[place], image, SIDE))
-                tiles[place] = _tiles(places[place], *both)
+                one = shown(a.plan, ours[place], image, SIDE, truth)
+                other = shown(b.plan, theirs[place], image, SIDE, truth)
+                tiles[place] = _tiles(places[place], one, other)
     body = io.BytesIO()
     contact_sheet([tile for place in places for tile in tiles[place]], columns=3).save(body, "PNG")
     return body.getvalue()
@@ -84,9 +88,9 @@ def _tiles(row: Mapping[str, Any], a: Shown, b: Shown) -> list[Tile]:
     facts = f"{label}spearman {row['spearman']:.2f}, moved {row['moved']:.2f}"
     target = one_line(row["target_name"])
     return [
-        Tile(a.pixels, f"{one_line(row['key'])}\n{facts}"),
-        Tile(overlay(a.pixels, a.saliency_hw), f"A: {target}\n{_score_text(row, 'a')}"),
-        Tile(overlay(b.pixels, b.saliency_hw), f"B: {target}\n{_score_text(row, 'b')}"),
+        Tile(a.image, f"{one_line(row['key'])}\n{facts}"),
+        Tile(a.overlay, f"A: {target}\n{_score_text(row, 'a')}"),
+        Tile(b.overlay, f"B: {target}\n{_score_text(row, 'b')}"),
     ]
 
 

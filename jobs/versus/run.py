@@ -24,6 +24,7 @@ from blocksight.jobs.versus.summary import Sums, summary
 from blocksight.jobs.versus.typical_range import TypicalRange, judged
 from blocksight.jobs.worker.progress import tracked
 from blocksight.jobs.worker.rows import Output, refuse_other_inputs
+from blocksight.storage.inputs.ground_truth import Truth
 from blocksight.storage.parquet.rows import parquet_of_rows
 from blocksight.storage.stores.store import MissingError, ObjectStore
 
@@ -45,9 +46,16 @@ class Difference:
 
 
 def write_difference(
-    a: Output, b: Output, store: ObjectStore, endpoint_url: str | None, console: Console
+    a: Output,
+    b: Output,
+    store: ObjectStore,
+    endpoint_url: str | None,
+    console: Console,
+    truth: Truth | None = None,
 ) -> Difference:
     """Compares two outputs by record and target, and writes their difference over an older one.
+
+    Boxes of `truth` are drawn in its picture.
 
     Raises ConfigError if the outputs explain different data, share nothing, or `store` holds other files;
     UnreconciledError if an output is damaged; StoreError.
@@ -66,7 +74,7 @@ def write_difference(
         rows = _judge(store, name, typical.threshold)
         sums.add(rows)
         worst.add(rows)
-    sheet = contact_sheet_of(a, b, endpoint_url, worst)
+    sheet = contact_sheet_of(a, b, endpoint_url, worst, truth)
     if sheet is not None:
         store.put(PICTURE, sheet)
     note = setting_difference({a.name: planned_forward(a.store), b.name: planned_forward(b.store)})

@@ -1,10 +1,10 @@
 """Reads an output: the rows of records, and their pictures."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.compute as pc
@@ -16,8 +16,10 @@ from blocksight.jobs.plan.plan import Plan, existing_plan, source_of
 from blocksight.jobs.plan.records import Unit
 from blocksight.jobs.worker.unit import raw_records
 from blocksight.storage.images.decode import decode, fit
+from blocksight.storage.inputs.ground_truth import Truth, boxes_in
 from blocksight.storage.inputs.survey import Layout
-from blocksight.storage.outputs.pictures import Pixels, resized
+from blocksight.storage.outputs.drawings import Box, with_boxes
+from blocksight.storage.outputs.pictures import Pixels, overlay, resized
 from blocksight.storage.rejects import Reject
 from blocksight.storage.stores.opening import open_store
 from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore
@@ -47,6 +49,18 @@ class Shown:
     """[H, W, 3]; grey if the image cannot be read any more."""
     saliency_hw: NDArray[np.float32]
     """[H, W] in [0, 1]."""
+    boxes: tuple[tuple[str, Box], ...] = ()
+    """Label and box of each object of the ground truth, in pixels of the picture."""
+
+    @property
+    def image(self) -> Pixels:
+        """The image with its objects' boxes, [H, W, 3]."""
+        return with_boxes(self.pixels, self.boxes)
+
+    @property
+    def overlay(self) -> Pixels:
+        """The map over the image, with the objects' boxes on top, [H, W, 3]."""
+        return with_boxes(overlay(self.pixels, self.saliency_hw), self.boxes)
 
 
 def existing_output(name: str, endpoint_url: str | None = None) -> Output:
@@ -144,8 +158,10 @@ def picture(plan: Plan, endpoint_url: str | None, row: dict[str, Any]) -> Shown:
     return shown(plan, row, dict(images_of(plan, endpoint_url, {row["key"]})).get(row["key"]))
 
 
-def shown(plan: Plan, row: dict[str, Any], image: Pixels | None, side: int = PICTURE_SIDE) -> Shown:
-    """A row's map with its image, which may be missing; `side` is the longer side in pixels.
+def shown(
+    plan: Plan, row: dict[str, Any], image: Pixels | None, side: int = PICTURE_SIDE, truth: Truth | None = None
+) -> Shown:
+    """A row's map with its image, which may be missing, and its objects' boxes; `side` is the longer side in pixels.
 
     Raises UnreconciledError if the stored map is damaged.
     """
@@ -153,7 +169,20 @@ def shown(plan: Plan, row: dict[str, Any], image: Pixels | None, side: int = PIC
         image = np.full((row["height"], row["width"], 3), 128, np.uint8)
     how = plan.identity["resize"]
     size = _picture_size(row["height"], row["width"], how, side)
-    return Shown(fit(image, size, how), resized(map_of(row), size))
+    return Shown(fit(image, size, how), resized(map_of(row), size), _boxes(truth, row, size, how))
+
+
+def _boxes(
+    truth: Truth | None, row: Mapping[str, Any], size: tuple[int, int], how: Literal["squash", "crop"]
+) -> tuple[tuple[str, Box], ...]:
+    """The boxes of a record's objects in its picture; none if its annotation is missing, ambiguous or does not fit."""
+    if truth is None:
+        return ()
+    try:
+        image = truth.find(row["key"])
+        return () if image is None else boxes_in(image, (row["height"], row["width"]), size, how)
+    except StoreError:  # only this record's annotation is affected
+        return ()
 
 
 def _picture_size(height: int, width: int, resize: str, side: int) -> tuple[int, int]:

@@ -141,17 +141,51 @@ def region(
     `voc_as_mask`. Returns None if no object has the label or the crop removes all of them. Raises StoreError if
     the annotation does not fit the original size.
     """
-    if not image.fits(*original_size):
-        raise StoreError(
-            f"{image.name!r} was annotated at {image.width} x {image.height} pixels, and the upright image has "
-            f"{original_size[1]} x {original_size[0]}; annotate it upright, as EXIF turns it, or at its own size"
-        )
+    _refuse_other_size(image, original_size)
     view = _view(original_size, size, how)
     covered = np.zeros(size, np.bool_)
     for one in image.objects:
         if labels is None or one.label == EVERY_TARGET or one.label in labels:
             covered |= view.pixels_of(one)
     return covered if covered.any() else None
+
+
+def boxes_in(
+    image: ImageTruth, original_size: tuple[int, int], size: tuple[int, int], how: Literal["squash", "crop"]
+) -> tuple[tuple[str, Box], ...]:
+    """Label and box of each object, in pixels of the original (height, width) resized to `size` as by `decode.fit`.
+
+    An object without a box has that of its polygons or mask. Boxes are cut at the picture's edges; objects beyond them
+    are left out. Raises StoreError if the annotation does not fit the original size.
+    """
+    _refuse_other_size(image, original_size)
+    view = _view(original_size, size, how)
+    boxes = [(one.label, one.box or _bounds(one)) for one in image.objects]
+    placed = [(label, view.placed(box)) for label, box in boxes if box is not None]
+    return tuple((label, box) for label, box in placed if box[0] < box[2] and box[1] < box[3])
+
+
+def _bounds(one: TruthObject) -> Box | None:
+    """The smallest box around the object's polygons or mask; None if it has neither, or no pixel."""
+    if one.polygons:
+        points = np.concatenate([np.asarray(polygon) for polygon in one.polygons])
+        return *points.min(0).tolist(), *points.max(0).tolist()
+    if one.mask is None:
+        return None
+    inside = one.mask.at(np.arange(one.mask.height), np.arange(one.mask.width))
+    rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+    if not rows.size:
+        return None
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+
+
+def _refuse_other_size(image: ImageTruth, original_size: tuple[int, int]) -> None:
+    """Raises StoreError if the annotation does not fit the original size."""
+    if not image.fits(*original_size):
+        raise StoreError(
+            f"{image.name!r} was annotated at {image.width} x {image.height} pixels, and the upright image has "
+            f"{original_size[1]} x {original_size[0]}; annotate it upright, as EXIF turns it, or at its own size"
+        )
 
 
 @dataclass(frozen=True)
@@ -171,6 +205,15 @@ class _View:
     @cached_property
     def ys(self) -> NDArray[np.float64]:
         return _centres(self.top, self.bottom, self.size[0])
+
+    def placed(self, box: Box) -> Box:
+        """The box in pixels of the view, cut at its edges."""
+        height, width = self.size
+        xs = [width * (x - self.left) / (self.right - self.left) for x in (box[0], box[2])]
+        ys = [height * (y - self.top) / (self.bottom - self.top) for y in (box[1], box[3])]
+        left, right = (min(max(x, 0.0), float(width)) for x in xs)
+        top, bottom = (min(max(y, 0.0), float(height)) for y in ys)
+        return left, top, right, bottom
 
     def pixels_of(self, one: TruthObject) -> NDArray[np.bool_]:
         """The object's pixels."""

@@ -8,13 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from blocksight.storage.outputs.pictures import BACKGROUND, INK, Pixels, colours
+from blocksight.storage.outputs.pictures import BACKGROUND, INK, Pixels, colours, one_line
 
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom edge in pixels of the picture."""
 Colour = tuple[int, int, int]
 
 LIGHT, DARK, FIRST_COLOUR = (255, 255, 255), (20, 20, 25), (222, 73, 104)
+TRUTH_COLOUR = (90, 230, 255)
 MIN_FONT, MAX_FONT = 8, 14
 DIMMED_BRIGHTNESS = 0.55
 """Factor for the picture's brightness below a path or boxes."""
@@ -73,6 +74,34 @@ def _outline(draw: ImageDraw.ImageDraw, box: Box) -> None:
     """Draws an outline that is visible on light and dark."""
     for width, colour in ((4, DARK), (2, LIGHT)):
         draw.rectangle(box, outline=colour, width=width)
+
+
+def with_boxes(pixels: Pixels, boxes: Sequence[tuple[str, Box]]) -> Pixels:
+    """The picture [H, W, 3] with an outline around each box, and its label where there is room above or in it.
+
+    The outline's colour is in no map.
+    """
+    if not boxes:
+        return pixels
+    image = Image.fromarray(pixels)
+    draw = ImageDraw.Draw(image)
+    for _, (left, top, right, bottom) in boxes:
+        edges = (left, top, max(left, right - 1), max(top, bottom - 1))
+        for width, colour in ((4, DARK), (2, TRUTH_COLOUR)):
+            draw.rectangle(edges, outline=colour, width=width)
+    for label, box in boxes:
+        _name_box(draw, one_line(label), box, image.width)
+    return np.asarray(image)
+
+
+def _name_box(draw: ImageDraw.ImageDraw, text: str, box: Box, width: int) -> None:
+    """Writes a label at the box's top left corner, on a dark ground; nothing if it is wider than the picture."""
+    font = _font(MAX_FONT - 2)
+    reach, tall = font.getlength(text) + 4, MAX_FONT + 2
+    left, top = min(box[0], width - reach), max(0.0, box[1] - tall)
+    if text and left >= 0:
+        draw.rectangle((left, top, left + reach, top + tall), fill=DARK)
+        draw.text((left + 2, top + 1), text, fill=TRUTH_COLOUR, font=font)
 
 
 def framed(pixels: Pixels) -> Pixels:

@@ -59,8 +59,12 @@ def overlay(pixels: Pixels, saliency_hw: NDArray[np.floating]) -> Pixels:
 
 def side_by_side(pixels: Pixels, saliency_hw: NDArray[np.floating]) -> Image.Image:
     """Image, overlay and map in a row, with their names and the legend of colours below."""
-    shown = (pixels, overlay(pixels, saliency_hw), colours(saliency_hw))
-    return contact_sheet([Tile(own, name) for own, name in zip(shown, PANELS, strict=True)], len(PANELS))
+    return in_panels((pixels, overlay(pixels, saliency_hw), colours(saliency_hw)))
+
+
+def in_panels(pictures: Sequence[Pixels]) -> Image.Image:
+    """A record's image, overlay and map, each [H, W, 3], as `side_by_side`."""
+    return contact_sheet([Tile(own, name) for own, name in zip(pictures, PANELS, strict=True)], len(PANELS))
 
 
 def contact_sheet(tiles: Sequence[Tile], columns: int) -> Image.Image:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from blocksight.storage.images.decode import fit
 from blocksight.storage.inputs.annotations import _mask, open_truth, read_truth
-from blocksight.storage.inputs.ground_truth import AmbiguousTruthError, ImageTruth, Truth, TruthObject, region
+from blocksight.storage.inputs.ground_truth import AmbiguousTruthError, ImageTruth, Truth, TruthObject, boxes_in, region
 from blocksight.storage.stores.store import StoreError
 from tests.storage.by_hand import chunk, png_of
 from tests.storage.memory import MemoryStore
@@ -585,3 +585,30 @@ def test_an_image_that_exif_turns_is_refused():
     with pytest.raises(StoreError, match=r"8 x 4 pixels.* 4 x 8; annotate it upright"):
         region(image, None, (8, 4), (4, 4), "squash")
     assert ImageTruth("a", (), width=8).fits(3, 8)
+
+
+@pytest.mark.parametrize(
+    ("one", "how", "size", "expected"),
+    [
+        (TruthObject("a", box=(10, 20, 30, 40)), "squash", (50, 50), (5, 20, 15, 40)),
+        (TruthObject("a", box=(-5, 20, 300, 40)), "squash", (50, 50), (0, 20, 50, 40)),
+        (TruthObject("a", box=(10, 20, 30, 40)), "crop", (50, 50), (0, 20, 5, 40)),  # the centre: columns 25 to 75
+        (TruthObject("a", box=(0, 20, 20, 40)), "crop", (50, 50), None),
+        (TruthObject("a", box=(10, 20, 10, 40)), "squash", (50, 50), None),
+        (TruthObject("a", polygons=(((10, 20), (30, 40), (20, 20)),)), "squash", (50, 100), (10, 20, 30, 40)),
+        (TruthObject("a", mask=_mask(50, 100, np.array([60, 3, 4937]))), "squash", (50, 100), (1, 10, 2, 13)),
+        (TruthObject("a", mask=_mask(50, 100, np.array([5000]))), "squash", (50, 100), None),
+        (TruthObject("a"), "squash", (50, 100), None),
+    ],
+)
+def test_boxes_lie_where_the_picture_shows_the_object(one, how, size, expected):
+    found = boxes_in(ImageTruth("x", (one,)), (50, 100), size, how)
+    assert [label for label, _ in found] == ([] if expected is None else ["a"])
+    if expected is not None:
+        assert found[0][1] == pytest.approx(expected)
+
+
+def test_boxes_of_an_annotation_at_another_size_are_refused():
+    image = ImageTruth("x", (TruthObject("a", box=(0, 0, 1, 1)),), width=50, height=100)
+    with pytest.raises(StoreError, match="annotate it upright"):
+        boxes_in(image, (50, 100), (50, 50), "squash")
