@@ -10,6 +10,7 @@ from pathlib import Path
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.locations import S3, normal_place, split_pattern, split_place
 from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore
+from blocksight.storage.stores.s3_endpoints import endpoint_for
 from blocksight.storage.stores.store import (
     AlreadyExistsError,
     ChangedError,
@@ -47,10 +48,11 @@ def open_store(uri: str, endpoint_url: str | None = None, *, follows_links: bool
 
 def open_file(uri: str, endpoint_url: str | None = None) -> tuple[ObjectStore, str]:
     """The store that holds one file, and the file's key there. Raises StoreError if the URI cannot be a file's."""
-    folder, name = split_place(normal_place(uri))
+    place = normal_place(uri)
+    folder, name = split_place(place)
     if not name:
         raise StoreError(f"{folder} names no file; wanted a path, file:///PATH or s3://bucket/key")
-    return open_store(folder, endpoint_url), name
+    return open_store(folder, endpoint_for(place, endpoint_url)), name
 
 
 def open_named(
@@ -64,6 +66,7 @@ def open_named(
     """
     place = normal_place(uri)
     folder, name = split_place(place)
+    endpoint_url = endpoint_for(place, endpoint_url)  # of the place; its parent may have another
     if name:
         store = open_store(folder, endpoint_url, follows_links=True)
         if _is_object(PatientStore(store, wait_seconds), name):

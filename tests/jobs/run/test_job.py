@@ -262,7 +262,7 @@ def test_data_and_output_may_lie_in_two_stores(tmp_path):
         endpoints = f"{target.url},s3://b/photos={source.url}"
         run_here("s3://b/photos", "s3://b/maps", endpoint_url=endpoints)
         assert {asked.method for asked in source.asked} == {"GET", "HEAD"}
-        assert len([key for key in target.objects if key.startswith("maps/data/")]) == 1
+        assert any(key.startswith("maps/data/") for key in target.objects)
         assert blocksight("verify", "s3://b/maps", "--endpoint-url", endpoints).returncode == 0
 
 
