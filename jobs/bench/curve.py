@@ -33,7 +33,7 @@ from blocksight.storage.inputs.ground_truth import Truth
 from blocksight.storage.stores.opening import open_named
 
 READINGS, CURVE = "readings.jsonl", "curve.json"
-CURVE_VERSION = 1
+CURVE_VERSION = 2
 """Raised whenever the same images would give different readings."""
 
 AREA_MARGIN, DROP_MARGIN = 0.01, 1.0
