@@ -1,6 +1,7 @@
 """How alike two saliency maps are: Pearson, Spearman, SSIM, and the overlap of their greatest pixels."""
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter
 from scipy.stats import rankdata
 
@@ -46,7 +47,16 @@ def ssim(one: Map, other: Map) -> float:
 
 
 def iou_of_tops(one: Map, other: Map) -> float:
-    """Intersection over union of the two maps' greatest `TOP_SHARE` of pixels, 0 to 1; ties as in `ranks_of`."""
-    count = int(TOP_SHARE * one.size)
-    first, second = ranks_of(one) < count, ranks_of(other) < count
+    """Intersection over union of the two maps' greatest `TOP_SHARE` of pixels, 0 to 1; 0 where either is constant.
+
+    Pixels with a map's least value are in no top: they are ordered by place alone, the same in both maps, and two
+    sparse maps without a common pixel would seem alike. Other ties as in `ranks_of`.
+    """
+    if is_flat(one) or is_flat(other):
+        return 0.0
+    first, second = _top(one), _top(other)
     return float((first & second).sum() / (first | second).sum())
+
+
+def _top(values: Map) -> NDArray[np.bool_]:
+    return (ranks_of(values) < int(TOP_SHARE * values.size)) & (values > values.min())

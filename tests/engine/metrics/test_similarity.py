@@ -44,3 +44,12 @@ def test_tops_overlap_by_hand():
     other[0, 1:4] = [3, 2, 1]
     assert iou_of_tops(one, other) == 2 / 4
     assert iou_of_tops(one, one) == 1
+
+
+def test_sparse_maps_without_a_common_pixel_are_not_alike():
+    one, other = np.zeros((20, 20)), np.zeros((20, 20))
+    one[2, 3:9], other[15, 3:9] = 1, 1
+    assert iou_of_tops(one, other) == 0
+    other[2, 3:6] = 1
+    assert iou_of_tops(one, other) == 3 / 12
+    assert iou_of_tops(one, np.zeros((20, 20))) == 0
