@@ -69,6 +69,9 @@ MAX_UNPLANNED_RECORDS = 4096
 MAX_DOCUMENT_BYTES = 16 << 20
 """One JSON document of an output: plan, model or audit. Parsed, it needs up to 25 times as much memory."""
 
+MAX_MODEL_FILE_BYTES = 2 << 20
+"""`model.toml` beside the weights, or a file of class names."""
+
 MAX_RECEIPT_BYTES = 1 << 20
 """A receipt or a dead letter. Many are read at once."""
 

@@ -46,8 +46,34 @@ class ModelAdapter:
         self.notes: tuple[str, ...] = ()
         """What was assumed when the weights were loaded, one sentence each."""
         self.device = torch.device("cpu")
-        self._mean = torch.tensor(mean).view(1, 3, 1, 1)
-        self._std = torch.tensor(std).view(1, 3, 1, 1)
+        self._normalise_by(mean, std)
+
+    def _normalise_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.mean, self.std = tuple(mean), tuple(std)
+        self._mean, self._std = (torch.tensor(values).view(1, 3, 1, 1).to(self.device) for values in (mean, std))
+
+    def fed(
+        self,
+        *,
+        input_size: Grid | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> "ModelAdapter":
+        """The same model with another input; None keeps its own. Raises ModelError for too few or too many names."""
+        adapter = copy.copy(self)
+        adapter.input_size = input_size or self.input_size
+        adapter._normalise_by(mean or self.mean, std or self.std)
+        for known in ("network", "num_classes"):
+            adapter.__dict__.pop(known, None)
+        if class_names is not None:
+            adapter.class_names = list(class_names)
+            if len(class_names) != adapter.num_classes:
+                raise ModelError(
+                    f"{len(class_names)} class names are given, and model {self.name!r} has {adapter.num_classes} "
+                    "outputs: wanted one name for each, in their order"
+                )
+        return adapter
 
     def to(self, device: torch.device | str) -> "ModelAdapter":
         """Moves the model to a device and returns the adapter."""

@@ -20,6 +20,7 @@ from blocksight.jobs.bench.curve import Picture, pictures
 from blocksight.jobs.explain.step import images_at_once, load
 from blocksight.jobs.plan.config import ConfigError, JobConfig
 from blocksight.jobs.plan.context import sha256_of, weights_bytes
+from blocksight.jobs.plan.model_input import with_model_file
 from blocksight.jobs.plan.plan import check_place, make_plan
 from blocksight.jobs.plan.units import Workforce
 from blocksight.jobs.worker.progress import Tally, progress
@@ -51,6 +52,7 @@ def make_bank(config: JobConfig, console: Console) -> Bank:
     backbone = backbone_of(config.model)
     if backbone is not None:
         raise ConfigError(f"model {config.model} has a bank already; to make another name the model inside: {backbone}")
+    config = with_model_file(config)
     check_place(config.output, {"data": config.data})
     _check_output(config)
     state = weights_bytes(config)

@@ -36,6 +36,7 @@ from blocksight.jobs.plan.config import ConfigError, JobConfig
 from blocksight.jobs.plan.context import sha256_of, weights_bytes
 from blocksight.jobs.plan.estimate import ROW_BYTES
 from blocksight.jobs.plan.machine_rates import MeasuredCost, remember
+from blocksight.jobs.plan.model_input import with_model_file
 from blocksight.jobs.plan.plan import Plan, make_plan
 from blocksight.jobs.plan.text import counted, printable
 from blocksight.jobs.plan.units import Workforce
@@ -109,6 +110,7 @@ def run_benchmark(
     """
     if device == "cpu":
         torch.set_num_threads(1)  # as in an actor
+    config = with_model_file(config)
     weights = weights_bytes(config)
     adapter = load(config, weights, device, str(Path.cwd()))
     blocks = [block["name"] for block in model_facts(adapter, config).blocks]
@@ -150,7 +152,7 @@ def run_curve(
 ) -> list[dict[str, Any]]:
     """Measures the fidelity curve, and writes its figures and its chart into the folder. Raises as `measure_curve`."""
     annotations = None if truth is None else open_truth(truth, config.endpoint_url)
-    asked = CurveRequest(config, device, batch_size, annotations, read_class_map(class_map))
+    asked = CurveRequest(with_model_file(config), device, batch_size, annotations, read_class_map(class_map))
     lines = measure_curve(asked, folder, console)
     rows = summarise(lines)
     (folder / CURVE).write_text(json.dumps(rows, indent=1))

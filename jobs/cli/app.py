@@ -59,6 +59,16 @@ Endpoint = Annotated[
     str | None, typer.Option(help="S3 endpoint, for stores other than AWS; BUCKET=URL,BUCKET=URL where they differ.")
 ]
 Weights = Annotated[str | None, typer.Option(help="State dict: file or s3:// URI; a weight name; or `random`.")]
+InputSize = Annotated[
+    str | None, typer.Option(help="Pixels that the model takes: 224, or 192x256 (height, width).  [default: its own]")
+]
+Mean = Annotated[
+    str | None, typer.Option(help="Subtracted from RGB in 0..1, such as 0.485,0.456,0.406.  [default: the model's]")
+]
+Std = Annotated[str | None, typer.Option(help="What the difference is divided by.  [default: the model's]")]
+ClassNames = Annotated[
+    str | None, typer.Option(help="File: names of the model's outputs, one a line or JSON.  [default: the model's]")
+]
 Blocks = Annotated[str | None, typer.Option(help="Blocks by hand, comma-separated, shallow to deep.")]
 Parameters = Annotated[
     list[str] | None,
@@ -95,6 +105,10 @@ JOB_OPTIONS: dict[str, Any] = {
     "endpoint_url": Endpoint,
     "model": Annotated[str | None, typer.Option(help="See `list models`.  [default: efficientnet_lite0]")],
     "weights": Weights,
+    "input_size": InputSize,
+    "mean": Mean,
+    "std": Std,
+    "class_names": ClassNames,
     "blocks": Blocks,
     "explainer": Annotated[
         str | None,

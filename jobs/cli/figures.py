@@ -14,7 +14,7 @@ from blocksight.jobs.cli.app import console
 from blocksight.jobs.ledger.accuracy import Accuracy
 from blocksight.jobs.ledger.receipts import metric_means
 from blocksight.jobs.ledger.reconcile import JobState
-from blocksight.jobs.plan.config import JobConfig
+from blocksight.jobs.plan.config import MODEL_INPUT, JobConfig
 from blocksight.jobs.plan.estimate import estimate
 from blocksight.jobs.plan.machine_rates import recall
 from blocksight.jobs.plan.plan import Plan
@@ -63,6 +63,7 @@ def plan_figures(job: JobConfig, plan: Plan, workforce: Workforce) -> dict[str, 
         "records": plan.num_records,
         "records_are_exact": plan.is_exact,
         "units": len(plan.units),
+        "model_input": {name: plan.identity[name] for name in MODEL_INPUT if name in plan.identity},
         "ignored": plan.ignored,
         "unreadable": plan.troubles,
         "forwards_per_record": per_record,

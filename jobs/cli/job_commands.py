@@ -24,6 +24,7 @@ from blocksight.jobs.ledger.reconcile import finalize as write_manifest
 from blocksight.jobs.ledger.retry import reopen
 from blocksight.jobs.plan.config import Execution, JobConfig
 from blocksight.jobs.plan.forward_setting import planned_forward
+from blocksight.jobs.plan.model_input import with_model_file
 from blocksight.jobs.plan.plan import planned_labels
 from blocksight.jobs.plan.records import Cause
 from blocksight.jobs.plan.text import counted, printable
@@ -53,6 +54,7 @@ def plan(
     from blocksight.jobs.run.labels import preview_labels
 
     workforce = workforce_of(execution)
+    asked, job = job, with_model_file(job)
     _, made = plan_job(job, execution, workforce)
     labels = preview_labels(job, made)
     if probe:
@@ -63,7 +65,7 @@ def plan(
     if as_json:
         print_json({**plan_figures(job, made, workforce), "labels": labels})
     else:
-        console.print(plan_table(job, made, workforce, labels))
+        console.print(plan_table(job, made, workforce, labels, asked))
 
 
 @commands.command()

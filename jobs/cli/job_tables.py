@@ -16,6 +16,7 @@ from blocksight.jobs.plan.config import JobConfig
 from blocksight.jobs.plan.estimate import estimate
 from blocksight.jobs.plan.forward_setting import PlannedForward
 from blocksight.jobs.plan.machine_rates import recall
+from blocksight.jobs.plan.model_input import input_text
 from blocksight.jobs.plan.plan import Plan
 from blocksight.jobs.plan.records import DeadLetter, UnitFailure
 from blocksight.jobs.plan.text import clock, counted, printable
@@ -25,8 +26,8 @@ from blocksight.storage.images.decode import NEARLY_BLACK
 from blocksight.storage.stores.s3_endpoints import endpoint_for
 
 
-def plan_table(job: JobConfig, plan: Plan, workforce: Workforce, labels: str) -> Table:
-    """Units, records, how labels are read, and the first estimate."""
+def plan_table(job: JobConfig, plan: Plan, workforce: Workforce, labels: str, asked: JobConfig) -> Table:
+    """Units, records, how labels are read, and the first estimate. `asked`: the job without `model.toml`."""
     num_workers = workforce.num_workers
     cost = estimate(job, plan.num_records, on_gpu=workforce.on_gpu)
     forwards, num_bytes, basis = cost.forwards_per_record, cost.num_bytes, cost.basis
@@ -48,6 +49,7 @@ def plan_table(job: JobConfig, plan: Plan, workforce: Workforce, labels: str) ->
         ("records", f"{about}{plan.num_records:,}"),
         ("labels", labels),
         ("units", f"{len(plan.units):,}"),
+        ("model is fed", input_text(asked, plan.identity)),
         *_first_pass(job, plan.num_records),
         ("forwards", f"about {forwards * plan.num_records:,.0f} ({forwards:,.0f} a record, {basis})"),
         ("time", time),

@@ -33,7 +33,7 @@ from blocksight.engine.scoring.setting_choice import eager_setting
 from blocksight.jobs.explain.fidelity import doubts_of, fidelity_columns
 from blocksight.jobs.explain.forward_pass import ensure_forward, forward_request
 from blocksight.jobs.explain.learned import LEARNED_KEY, num_learning_images, stored_state
-from blocksight.jobs.plan.config import ConfigError, JobConfig, TargetChoice, digest_of
+from blocksight.jobs.plan.config import MODEL_INPUT, ConfigError, JobConfig, TargetChoice, digest_of
 from blocksight.jobs.plan.context import JobContext, let_import_from
 from blocksight.jobs.plan.labels import Labels
 from blocksight.jobs.plan.records import (
@@ -72,7 +72,8 @@ def load(config: JobConfig, state: bytes | None, device: str, import_path: str) 
         let_import_from(import_path)
     adapter = load_model(config.model, weights=config.weights, state=state, seed=config.seed)
     use_ieee_float32()  # now, because a user's factory may have changed it
-    return adapter.to(device)
+    asked = {name: getattr(config, name) for name in MODEL_INPUT}
+    return adapter.fed(**asked).to(device)
 
 
 def model_facts(adapter: ModelAdapter, config: JobConfig) -> ModelFacts:
@@ -90,7 +91,15 @@ def model_facts(adapter: ModelAdapter, config: JobConfig) -> ModelFacts:
         for block in blocks
         if block.grid is not None
     )
-    return ModelFacts(adapter.fingerprint, adapter.num_classes, adapter.input_size, places)
+    return ModelFacts(
+        adapter.fingerprint,
+        adapter.num_classes,
+        adapter.input_size,
+        places,
+        mean=adapter.mean,
+        std=adapter.std,
+        notes=adapter.notes,
+    )
 
 
 def _blocks(adapter: ModelAdapter, config: JobConfig) -> Sequence[Place]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -26,6 +26,7 @@ from blocksight.engine.catalog.entries import EXPLAINERS, FIDELITIES, Fidelity
 from blocksight.engine.catalog.forward_setting import MAX_BATCH_SIZE
 from blocksight.engine.catalog.parameters import SiseParameters
 from blocksight.jobs.plan.class_map import ClassMap, class_map_file, class_map_of
+from blocksight.jobs.plan.input_values import ClassNames, InputSize, Mean, Std, read_class_names
 from blocksight.jobs.plan.labels import is_class_number
 from blocksight.storage.images.decode import DECODE_POLICY
 from blocksight.storage.limits import MAX_DOCUMENT_BYTES
@@ -45,6 +46,10 @@ MAX_SEED = 2**63 - 1
 """PyTorch's generators take no larger seed."""
 MAX_SENTENCE = 500
 """Characters of a message on a stranger's values, and of a model's name."""
+
+
+MODEL_INPUT = ("input_size", "mean", "std", "class_names")
+"""Keys that say how a model is fed; in a plan's configuration only where they were set."""
 
 
 class ConfigError(Exception):
@@ -93,6 +98,14 @@ class JobConfig(BaseModel):
     model: str = Field(default="efficientnet_lite0", description="see `blocksight list models`")
     weights: str | None = Field(
         default=None, description="file or s3:// URI of a state dict, a weight name, or `random`"
+    )
+    input_size: InputSize | None = Field(
+        default=None, description="height and width that the model takes; none: as it says itself"
+    )
+    mean: Mean | None = Field(default=None, description="of RGB in 0..1, subtracted from it; none: as the model says")
+    std: Std | None = Field(default=None, description="of RGB in 0..1, that it is divided by; none: as the model says")
+    class_names: ClassNames | None = Field(
+        default=None, description="of the model's outputs, in their order; a list, or a file of names"
     )
     blocks: tuple[str, ...] = Field(
         default=(), description="blocks named by hand, shallow to deep; none: found by the rule"
@@ -259,8 +272,9 @@ class JobConfig(BaseModel):
     def identity(self, weights_sha256: str | None) -> dict[str, Any]:
         """Everything that changes the result's bytes, as plain JSON values, defaults filled in."""
         chosen = self.model_dump(mode="json", exclude={"output", "endpoint_url", "parameters", "weights"})
+        unsaid = {name for name in MODEL_INPUT if chosen[name] is None}  # plans of earlier versions have none of them
         identity = {
-            **chosen,
+            **{name: value for name, value in chosen.items() if name not in unsaid},
             "parameters": asdict(self.explainer_parameters()),
             "weights": weights_sha256 or self.weights,
             "decoding": DECODE_POLICY,
@@ -361,10 +375,15 @@ def digest_of(values: Mapping[str, Any]) -> str:
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """One line per key in which two configurations differ: `key: THEIRS in the output, OURS asked for`."""
     return [
-        f"{key}: {json.dumps(theirs.get(key))} in the output, {json.dumps(ours.get(key))} asked for"
+        f"{key}: {_short(theirs.get(key))} in the output, {_short(ours.get(key))} asked for"
         for key in sorted(ours.keys() | theirs.keys())
         if ours.get(key) != theirs.get(key)
     ]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= MAX_SENTENCE else f"{text[:MAX_SENTENCE]} ..."
 
 
 def load_config(file: str | Path | None, options: Mapping[str, Any]) -> tuple[JobConfig, Execution]:
@@ -377,17 +396,37 @@ def load_config(file: str | Path | None, options: Mapping[str, Any]) -> tuple[Jo
     known = JobConfig.model_fields | Execution.model_fields
     for key in values:
         if key not in known:
-            raise ConfigError(f"unknown key {key!r} in the configuration; {_nearest(key, known)}")
+            raise ConfigError(f"unknown key {key!r} in the configuration; {nearest(key, known)}")
     missing = [key for key in ("data", "output") if not values.get(key)]
     if missing:
         flags = " and ".join(f"--{key}" for key in missing)
         raise ConfigError(f"{flags} must be given, as an option or in the --config file")
     execution = {key: values.pop(key) for key in Execution.model_fields if key in values}
+    if isinstance(values.get("class_names"), str):
+        values["class_names"] = _names_in(values["class_names"], values.get("endpoint_url"))
     try:
         config = JobConfig.model_validate(values)
         config.explainer_parameters()
         config = config.model_copy(update={"parameters": _with_machine_defaults(config.method, config.parameters)})
         return config, Execution.model_validate(execution)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from error
+
+
+def _names_in(file: str, endpoint_url: str | None) -> Sequence[str]:
+    try:
+        return read_class_names(file, endpoint_url)
+    except (ValueError, StoreError) as error:
+        raise ConfigError(f"class_names: {error}") from error
+
+
+def with_input(config: JobConfig, values: Mapping[str, Any]) -> JobConfig:
+    """The same job whose model is fed by these values, of which all names are in `MODEL_INPUT`. Raises ConfigError."""
+    for name in values:
+        if name not in MODEL_INPUT:
+            raise ConfigError(f"unknown key {name!r}; {nearest(name, MODEL_INPUT)}")
+    try:
+        return JobConfig.model_validate({**config.model_dump(), **values})
     except ValidationError as error:
         raise ConfigError(_sentence(error)) from error
 
@@ -459,7 +498,8 @@ def _read_toml(file: str, endpoint_url: str | None) -> dict[str, Any]:
         raise ConfigError(f"the configuration file {file} cannot be read: {error}") from error
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence on an unknown name: the nearest known one, or all of them."""
     names = list(known)
     near = get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"

@@ -44,6 +44,7 @@ def _file(config: JobConfig, device: str) -> Path:
         "model": config.model,
         "weights": config.weights,
         "blocks": list(config.blocks),
+        **({"input_size": config.input_size} if config.input_size is not None else {}),
         "explainer": config.explainer,
         "parameters": asdict(config.explainer_parameters()),
         "preset": config.preset,

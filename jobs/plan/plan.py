@@ -275,7 +275,9 @@ def planned_labels(store: ObjectStore) -> str | None:
 
 def refuse_other_model(store: ObjectStore, facts: ModelFacts) -> None:
     """Raises DriftError if the output was begun with another model, and MissingError if with none."""
-    refuse_drift(_plain(facts), _plain(read_document(store, MODEL_KEY, ModelFacts)), "model")
+    stored = _plain(read_document(store, MODEL_KEY, ModelFacts))
+    known = {name for name, value in stored.items() if value is not None} - {"notes"}
+    refuse_drift(*({name: of[name] for name in known} for of in (_plain(facts), stored)), "model")
 
 
 def _plain(facts: ModelFacts) -> Mapping[str, Any]:

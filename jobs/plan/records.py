@@ -248,6 +248,12 @@ class ModelFacts:
     """Height and width in pixels."""
     blocks: tuple[BlockFacts, ...] = ()
     """Shallow to deep."""
+    mean: tuple[float, ...] | None = None
+    """Subtracted from RGB in [0, 1]; None in outputs of earlier versions."""
+    std: tuple[float, ...] | None = None
+    """What the difference is divided by; None in outputs of earlier versions."""
+    notes: tuple[str, ...] = ()
+    """What was assumed when the weights were loaded, one sentence each; may differ in a resume."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from blocksight.jobs.ledger.reconcile import JobState
 from blocksight.jobs.ledger.stop_request import RUNS_FOLDER
 from blocksight.jobs.plan.documents import read_document
 from blocksight.jobs.plan.forward_setting import PlannedForward
+from blocksight.jobs.plan.model_input import fed_text
 from blocksight.jobs.plan.plan import Plan
 from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.jobs.plan.text import counted
@@ -62,16 +63,16 @@ def run_facts(
     weights = identity["weights"] or made
     yield Fact("model", identity["model"], f"weights: {weights}")
     if model:
-        height, width = model["input_size"]
-        classes = counted(model["num_classes"], "class")
         yield Fact(
             "input",
-            f"{height} x {width} pixels",
-            f"{_resize(identity['resize'])}; {classes}",
+            fed_text(model["input_size"], model["mean"], model["std"]),
+            f"{_resize(identity['resize'])}; {counted(model['num_classes'], 'class')}",
         )
         places = ", ".join(
             f"{own['name']} ({own['channels']} at {own['height']} x {own['width']})" for own in model["blocks"]
         )
+        for note in model["notes"]:
+            yield Fact("weights", note)
         if places:
             yield Fact("blocks", places, "feature maps that the explainer looks at")
     yield Fact("explainer", identity["explainer"], f"fidelity {identity['fidelity']}, preset {identity['preset']}")

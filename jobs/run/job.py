@@ -26,6 +26,7 @@ from blocksight.jobs.plan.config import Execution, JobConfig
 from blocksight.jobs.plan.context import JobContext, sha256_of, weights_bytes
 from blocksight.jobs.plan.estimate import estimate
 from blocksight.jobs.plan.forward_setting import PlannedForward, planned_forward
+from blocksight.jobs.plan.model_input import fed_text, with_model_file
 from blocksight.jobs.plan.plan import (
     UNIT_FOLDERS,
     Plan,
@@ -104,6 +105,7 @@ def plan_job(config: JobConfig, execution: Execution, workforce: Workforce | Non
 
     `workforce`: the workers of a new plan; None: `workforce_of(execution)`, which is asked for only if one is made.
     """
+    config = with_model_file(config)
     output = PatientStore(open_output(config), SHORT_PATIENCE_SECONDS)
     weights_sha256 = sha256_of(weights_bytes(config))
     stored = load_plan(output)
@@ -119,6 +121,7 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
     Wrong data, model, blocks, store or configuration raise before the first unit: ConfigError, StoreError,
     ModelError, ClusterError. UnfinishedError is raised if the store fails for good afterwards.
     """
+    config = with_model_file(config)
     output, plan = plan_job(config, execution)
     for note in plan.notes:
         console.print(f"data: {printable(note)}")
@@ -187,6 +190,7 @@ def check_model(config: JobConfig, state: bytes | None, console: Console) -> "tu
     places = ", ".join(f"{b['name']} {b['channels']}@{b['height']}x{b['width']}" for b in facts.blocks)
     seen = f", {counted(candidates, 'candidate map')} in {places}" if places else ""
     console.print(f"model: {config.model}, {counted(facts.num_classes, 'class')}{seen}")
+    console.print(f"fed: {fed_text(facts.input_size, facts.mean, facts.std)}")
     for note in adapter.notes:
         console.print(f"weights: {printable(note)}")
     return adapter, facts

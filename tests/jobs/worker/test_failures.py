@@ -614,7 +614,7 @@ def test_a_broken_table_among_sound_ones_is_one_dead_letter(tmp_path):
     _, plan = plan_job(config, execution)
     assert plan.troubles.keys() == {"1.parquet", "2.parquet"}
     shown = io.StringIO()
-    Console(file=shown, width=200).print(plan_table(config, plan, workforce_of(execution), "none in the data"))
+    Console(file=shown, width=200).print(plan_table(config, plan, workforce_of(execution), "none in the data", config))
     assert "1.parquet: " in shown.getvalue()
     outcome = run_here(data, tmp_path / "out", explainer="gradient")
     assert {(letter.inputs, letter.cause) for letter in outcome.job_state.dead.values()} == {
