@@ -10,7 +10,7 @@ from functools import cache
 from importlib.resources import files
 
 from blocksight.jobs.plan.class_map import ClassMap
-from blocksight.jobs.plan.text import counted, printable
+from blocksight.jobs.plan.text import counted, plain
 from blocksight.storage.inputs.labels import is_several
 
 MAX_DIGITS = 18
@@ -196,21 +196,21 @@ def _with_examples(labels: Labels, rule: Rule, names: Sequence[str | int]) -> st
     if rule not in (Rule.SORTED, Rule.WORDNET, Rule.TRUTH_VALUE, Rule.SPELLING, Rule.SYNONYM):
         return rule
     shown = [names[0], names[-1]] if len(names) > 1 else names
-    meant = " … ".join(f"{printable(str(name))} = {_class_text(labels, labels.index(name))}" for name in shown)
+    meant = " … ".join(f"{plain(str(name))} = {_class_text(labels, labels.index(name))}" for name in shown)
     sure = "; --class-map or --class-names says it for sure" if rule is Rule.SORTED else ""
     return f"{rule} ({meant}{sure})"
 
 
 def _class_text(labels: Labels, index: int | None) -> str:
     name = f" {labels.class_names[index]}" if index is not None and labels.class_names else ""
-    return f"{index}{printable(name)}"
+    return f"{index}{plain(name)}"
 
 
 def _unknown(labels: Labels, rule: Rule, names: Sequence[str | int]) -> str:
-    shown = ", ".join(repr(printable(str(name))) for name in names[:NUM_SHOWN])
+    shown = ", ".join(repr(plain(str(name))) for name in names[:NUM_SHOWN])
     more = f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else ""
     near = labels.nearest(str(names[0])) if rule in (Rule.NO_CLASS, Rule.AMBIGUOUS) else []
-    hint = f"; {'it is' if rule is Rule.AMBIGUOUS else 'nearest'}: {printable(', '.join(near))}" if near else ""
+    hint = f"; {'it is' if rule is Rule.AMBIGUOUS else 'nearest'}: {plain(', '.join(near))}" if near else ""
     verb = rule if len(names) == 1 else PLURAL[rule]
     return f"{shown}{more} {verb}{hint}"
 

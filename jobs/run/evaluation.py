@@ -21,6 +21,7 @@ from blocksight.jobs.evaluate.evaluation import (
     read_class_map,
 )
 from blocksight.jobs.evaluate.known_truth import remember_truth
+from blocksight.jobs.evaluate.truth_counts import truth_line
 from blocksight.jobs.ledger.stop_request import GO_ON, Stop, stopped_by_signals, unfinished_from
 from blocksight.jobs.plan.config import ConfigError, Execution, JobConfig
 from blocksight.jobs.plan.context import sha256_of, weights_bytes
@@ -28,7 +29,7 @@ from blocksight.jobs.plan.machine_rates import recall
 from blocksight.jobs.plan.plan import ensure_model, existing_plan, refuse_drift
 from blocksight.jobs.plan.records import Evaluated, UnfinishedError, Unit, UnitFailure
 from blocksight.jobs.plan.stored_config import NamedModel, config_of
-from blocksight.jobs.plan.text import clock, counted
+from blocksight.jobs.plan.text import clock, counted, printable
 from blocksight.jobs.run.job import check_model, check_stored_settings, context_of, session_of, workforce_of
 from blocksight.jobs.worker.progress import Tally, progress
 from blocksight.storage.inputs.annotations import open_truth
@@ -85,6 +86,9 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
     evaluation = _evaluation(asked, truth)
     if not any(True for _ in output.list("data/")):
         raise ConfigError(f"nothing is explained in {output.uri} yet: run `blocksight explain` first")
+    line = None if truth is None else truth_line(output, plan, truth)
+    if line is not None:
+        console.print(printable(line))
     folder = ensure_evaluation(output, plan, evaluation)
     if asked.truth is not None and truth is not None:
         remember_truth(output, asked.truth, truth)

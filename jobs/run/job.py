@@ -132,7 +132,7 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
     state = weights_bytes(config)
     adapter, facts = check_model(config, state, console)
     labels = read_labels(config, plan, adapter)
-    console.print(f"labels: {labels}")
+    console.print(f"labels: {printable(labels)}")
     probe(output, PROBE_PREFIX)
     with session_of(execution) as sizing:
         planned = _planned_forward(output, adapter, config, execution, on_gpu=_is_on_gpu(sizing))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,8 +99,14 @@ class Truth:
 
         One path must end in the other, without shard names: `a.tar/cat/1.jpg` matches `cat/1.jpg`, `1.jpg` or
         `photos/cat/1.jpg`, and never `dog/1.jpg`. The longest match counts. If no name matches, names without
-        their image suffix are compared. Raises AmbiguousTruthError if two match equally well.
+        their image suffix are compared, and at last both without what spelling leaves open: case, `_` for a space,
+        and accents, which a Mac writes as characters of their own. Raises AmbiguousTruthError if two match equally
+        well.
         """
+        return self.find_exactly(record_key) or self._find(_bare(_loose(record_key)), self._by_spelling)
+
+    def find_exactly(self, record_key: str) -> ImageTruth | None:
+        """The same, without names in another spelling."""
         return self._find(parts_of(record_key), self._by_name) or self._find(_bare(record_key), self._by_stem)
 
     def _find(self, key: tuple[str, ...], index: "_Index") -> ImageTruth | None:
@@ -120,6 +127,10 @@ class Truth:
     @cached_property
     def _by_stem(self) -> "_Index":
         return _index_by_last_part((_bare(image.name), image) for image in self.images)
+
+    @cached_property
+    def _by_spelling(self) -> "_Index":
+        return _index_by_last_part((_bare(_loose(image.name)), image) for image in self.images)
 
 
 _Index = Mapping[tuple[str, ...], Sequence[tuple[tuple[str, ...], ImageTruth]]]
@@ -144,8 +155,9 @@ def region(
     _refuse_other_size(image, original_size)
     view = _view(original_size, size, how)
     covered = np.zeros(size, np.bool_)
+    composed = None if labels is None else {_composed(label) for label in labels}
     for one in image.objects:
-        if labels is None or one.label == EVERY_TARGET or one.label in labels:
+        if composed is None or one.label == EVERY_TARGET or _composed(one.label) in composed:
             covered |= view.pixels_of(one)
     return covered if covered.any() else None
 
@@ -274,6 +286,16 @@ def _bare(path: str) -> tuple[str, ...]:
     """The path's parts without the image suffix: keys of a tar's records have none."""
     suffix = next((suffix for suffix in IMAGE_SUFFIXES if path.lower().endswith(suffix)), "")
     return parts_of(path[: len(path) - len(suffix)])
+
+
+def _composed(text: str) -> str:
+    """The text with each accent in its letter: a Mac writes the two apart."""
+    return unicodedata.normalize("NFC", text)
+
+
+def _loose(path: str) -> str:
+    """The path without what spelling leaves open."""
+    return _composed(path).casefold().replace("_", " ")
 
 
 def _inner(parts: tuple[str, ...]) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import io
 import json
 import struct
+import unicodedata
 from typing import Any
 
 import numpy as np
@@ -454,6 +455,26 @@ def test_what_could_be_two_is_never_guessed():
     with pytest.raises(AmbiguousTruthError):
         truth.find("a.tar/2")
     assert found(truth, "2.png") == "2.png"
+
+
+@pytest.mark.parametrize(("key", "name"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_names_from_a_mac_find_each_other(key, name):
+    key, name = (unicodedata.normalize(form, "Müller 1.png") for form in (key, name))
+    assert key != name
+    truth = named(name, "Muller 1.png")
+    assert found(truth, f"red/{key}") == name
+    assert truth.find_exactly(f"red/{key}") is None
+    label = unicodedata.normalize("NFD", "Tür")
+    image = ImageTruth("a", (TruthObject(label, (0, 0, 4, 4)),), 8, 4)
+    assert region(image, {unicodedata.normalize("NFC", "Tür")}, (4, 8), (4, 8), "squash").sum() == 16
+
+
+def test_another_spelling_counts_only_where_nothing_else_matches_and_it_is_one():
+    truth = named("cat_1.JPG", "Cat 2.jpg", "cat_2.jpg", "x/CAT 3.jpg", "x/cat_3.jpg")
+    assert found(truth, "in/Cat 1.jpg") == "cat_1.JPG"
+    assert found(truth, "in/cat_2.jpg") == "cat_2.jpg"
+    with pytest.raises(AmbiguousTruthError):
+        truth.find("x/Cat_3.jpg")
 
 
 def test_the_digest_knows_content_and_no_order():
