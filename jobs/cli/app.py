@@ -143,7 +143,7 @@ JOB_OPTIONS: dict[str, Any] = {
         ),
     ],
     "target": Annotated[
-        str | None, typer.Option(help="predicted, label, top-3, 281 or 281,282.  [default: predicted]")
+        str | None, typer.Option(help="predicted, label, top-3, 281, 281,282 or 'tabby'.  [default: predicted]")
     ],
     "class_map": ClassMap,
     "resize": Annotated[str | None, typer.Option(help="squash (whole image) or crop (its centre).  [default: squash]")],

@@ -33,6 +33,7 @@ from blocksight.engine.scoring.setting_choice import eager_setting
 from blocksight.jobs.explain.fidelity import doubts_of, fidelity_columns
 from blocksight.jobs.explain.forward_pass import ensure_forward, forward_request
 from blocksight.jobs.explain.learned import LEARNED_KEY, num_learning_images, stored_state
+from blocksight.jobs.explain.target_names import resolved_target
 from blocksight.jobs.plan.config import MODEL_INPUT, ConfigError, JobConfig, TargetChoice, digest_of
 from blocksight.jobs.plan.context import JobContext, let_import_from
 from blocksight.jobs.plan.labels import Labels
@@ -78,7 +79,7 @@ def load(config: JobConfig, state: bytes | None, device: str, import_path: str) 
 
 def model_facts(adapter: ModelAdapter, config: JobConfig) -> ModelFacts:
     """Facts of the model, checked against the configuration. Raises ModelError and ConfigError."""
-    choice = config.target_choice
+    choice = resolved_target(config, adapter)
     beyond = [index for index in choice.classes if index >= adapter.num_classes]
     if beyond:
         raise ConfigError(f"target {beyond[0]} is no class of {adapter.name}: it has {adapter.num_classes}, from 0")
@@ -160,7 +161,7 @@ class ExplainStep:
         self._set_up(eager_setting(context.device, context.batch_size))
         parameters = config.explainer_parameters()
         self.labels = Labels(context.label_names, self.adapter.class_names, facts.num_classes, config.label_classes)
-        self.choice = config.target_choice
+        self.choice = resolved_target(config, self.adapter)
         self.method = {
             "explainer": config.explainer,
             "parameters": parameters_digest(parameters, facts, digest),

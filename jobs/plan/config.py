@@ -52,19 +52,24 @@ MODEL_INPUT = ("input_size", "mean", "std", "class_names")
 """Keys that say how a model is fed; in a plan's configuration only where they were set."""
 
 
+TARGET_FORMS = f"predicted, label, top-K (K up to {MAX_TARGETS}), a class number, or class numbers joined by commas"
+
+
 class ConfigError(Exception):
     """The configuration cannot be used; the message is one sentence that says what to change."""
 
 
 @dataclass(frozen=True)
 class TargetChoice:
-    """Which classes of a record are explained; made from `predicted`, `label`, `top-3`, `281` or `281,282`."""
+    """Which classes of a record are explained; made from `predicted`, `label`, `top-3`, `281,282` or a class name."""
 
     source: Literal["predicted", "label", "top", "given"]
     count: int = 1
     """How many targets every record has."""
     classes: tuple[int, ...] = ()
     """The class indices, where they are given."""
+    name: str | None = None
+    """The class's name, where it is given and its index is not known yet."""
 
     @classmethod
     def parse(cls, text: str) -> "TargetChoice":
@@ -79,10 +84,9 @@ class TargetChoice:
         if all(is_class_number(part.strip()) for part in parts) and len(parts) <= MAX_TARGETS:
             classes = tuple(dict.fromkeys(int(part) for part in parts))
             return cls("given", len(classes), classes)
-        raise ValueError(
-            f"target {text!r} is not known; known: predicted, label, top-K (K up to {MAX_TARGETS}), "
-            "a class number, or class numbers joined by commas"
-        )
+        if any(char.isalpha() for char in text) and not text.startswith("top-") and len(text) <= MAX_SENTENCE:
+            return cls("given", name=text)
+        raise ValueError(f"target {text!r} is not known; known: {TARGET_FORMS}, or a class name")
 
 
 class JobConfig(BaseModel):
@@ -130,7 +134,7 @@ class JobConfig(BaseModel):
         default="auto",
         description="of masked forward passes; auto: float32 on a CPU, on a GPU what the preset says",
     )
-    target: str = Field(default="predicted", description="predicted, label, top-K, or class numbers")
+    target: str = Field(default="predicted", description="predicted, label, top-K, class numbers, or a class name")
     class_map: dict[str, tuple[int, ...]] | None = Field(
         default=None, description="JSON file or table: the model's classes that a label means; none: found by name"
     )

@@ -26,16 +26,19 @@ def preview_labels(config: JobConfig, plan: Plan) -> str:
     A model that cannot be loaded is no error yet: the line says so. Raises ConfigError as `read_labels`.
     """
     found = counted_labels(source_of(plan, config.endpoint_url), plan)
-    if not any(label is not None for label in found.counts):
+    if not any(label is not None for label in found.counts) and config.target_choice.name is None:
         return NO_LABELS
     from blocksight.engine.errors import ModelError
     from blocksight.jobs.explain.step import load
+    from blocksight.jobs.explain.target_names import resolved_target
 
     state = weights_bytes(config)
     is_named = state is None and config.weights is not None  # such weights would be downloaded
     named = config.model_copy(update={"weights": "random"}) if is_named else config
     try:
-        return _read(config, plan, found, load(named, state, "cpu", str(Path.cwd())))
+        adapter = load(named, state, "cpu", str(Path.cwd()))
+        resolved_target(config, adapter)
+        return _read(config, plan, found, adapter)
     except ModelError as error:
         return f"not compared with the model's classes, because it cannot be loaded: {error}"
 

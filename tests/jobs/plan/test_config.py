@@ -35,7 +35,7 @@ def test_options_win_over_the_file(tmp_path):
         ({"parameters": {"mu": 1.5}}, r"mu must lie in \[0, 1\), got 1.5"),
         ({"parameters": {"gate": "wide"}}, "gate: .*hard.*soft"),
         ({"explainer": "sies"}, "explainer 'sies' is not known; did you mean 'sise'"),
-        ({"target": "best"}, "target 'best' is not known; known: predicted, label, top-K"),
+        ({"target": "top-0"}, "target 'top-0' is not known; known: predicted, label, top-K"),
         ({"target": "top-0"}, "target 'top-0' is not known"),
         ({"resize": "stretch"}, "resize: .*squash.*crop"),
         ({"limit": 0}, "limit: .*greater than or equal to 1"),
@@ -107,6 +107,7 @@ def test_targets():
     assert TargetChoice.parse("top-3") == TargetChoice("top", 3)
     assert TargetChoice.parse("281, 7,281") == TargetChoice("given", 2, (281, 7))
     assert TargetChoice.parse("label") == TargetChoice("label")
+    assert TargetChoice.parse("tench, Tinca tinca") == TargetChoice("given", name="tench, Tinca tinca")
 
 
 def test_parameters_are_read_as_toml():

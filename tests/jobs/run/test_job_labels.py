@@ -1,6 +1,7 @@
 """How a job reads labels: what plan, explain and status say, and what is refused before any work."""
 
 import json
+import re
 
 import pytest
 
@@ -74,3 +75,29 @@ def test_labels_that_cannot_be_meant_are_refused_before_any_work(tmp_path, names
     with pytest.raises(ConfigError, match=fault):
         run_here(data, tmp_path / "out", model=NAMELESS, explainer="gradcam", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_target_may_be_a_class_name(tmp_path):
+    data = folders(tmp_path / "in", "ant", "bee")
+    run_here(data, tmp_path / "out", explainer="gradcam", target="Dog")
+    rows = rows_in(LocalStore(tmp_path / "out"))
+    assert [(row["target_name"], row["target_source"]) for row in rows] == [("dog", "given")] * 2
+    assert called("verify", tmp_path / "out")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "target", "fault"),
+    [
+        (MODEL, "bees", "'bees' is no class of the model; nearest: 'bee'; known: predicted, label"),
+        (MODEL, "predict", "'predict' is no class of the model; known: predicted, label"),
+        (NAMELESS, "bee", "has no class names"),
+        ("tests.jobs.tiny:make_twins", "bee", r"more than one class: bee \(class 1\), bee \(class 3\); name one by"),
+    ],
+)
+def test_a_target_of_no_class_or_of_two_is_refused(tmp_path, model, target, fault):
+    data = folders(tmp_path / "in", "x")
+    with pytest.raises(ConfigError, match=fault):
+        run_here(data, tmp_path / "out", model=model, explainer="gradcam", target=target)
+    code, text = called("plan", "--data", data, "--output", tmp_path / "out", "--model", model, "--target", target)
+    assert code == 2
+    assert re.search(fault, text)
