@@ -24,7 +24,7 @@ from blocksight.engine.metrics.faithfulness import Deletion, Insertion, MaskedMe
 from blocksight.engine.metrics.metric import Maps, Value
 from blocksight.engine.model.resample import grid_of
 from blocksight.engine.model.taps import gradients
-from blocksight.engine.model.targets import ClassLogit, ClassProbability, Target
+from blocksight.engine.model.targets import ClassTarget, Target
 from blocksight.engine.saliency import minmax
 from blocksight.engine.scoring.scorer import Scorer
 
@@ -97,7 +97,7 @@ class PassResult:
     inputs_nchw: Tensor
     maps_nkhw: Tensor
     """The last feature maps."""
-    target: ClassProbability
+    target: ClassTarget
     ranks: list[list[int]]
     """The targets' ranks among the model's classes, [N][T]."""
     scores: list[list[float]]
@@ -174,7 +174,7 @@ class Bee(SignedExplainer):
         """The result for each image and its first target, from forwards of one fixed shape."""
         for start in range(0, len(inputs_nchw), FIRST_PASS_BATCH):
             images = slice(start, start + FIRST_PASS_BATCH)
-            first = ClassProbability(_classes(target.of(images))[:, :1])
+            first = self.adapter.target(_classes(target.of(images))[:, :1])
             batch = self._forward(inputs_nchw[images], first, FIRST_PASS_BATCH)
             for image in range(len(batch.maps_nkhw)):
                 yield batch.of_image(image)
@@ -220,7 +220,7 @@ class Bee(SignedExplainer):
                 "bee needs the state of its first pass: give the learner's state, or take choice even and families "
                 "without train, which need none"
             )
-        result = self._forward(inputs_nchw, ClassProbability(_classes(target)), self.images_per_pass)
+        result = self._forward(inputs_nchw, self.adapter.target(_classes(target)), self.images_per_pass)
         size = min(self.scorer.batch_size, MAX_POINTS_PER_PASS)
         candidates = self._integrated(result, self._draws(result.maps_nkhw, seeds), size)
         if self.parameters.with_mean:
@@ -233,7 +233,7 @@ class Bee(SignedExplainer):
             found.append(self._best([candidates[number] for number in own], [values[number] for number in own], row))
         return found
 
-    def _forward(self, inputs_nchw: Tensor, target: ClassProbability, size: int) -> PassResult:
+    def _forward(self, inputs_nchw: Tensor, target: ClassTarget, size: int) -> PassResult:
         """The result of one forward pass over the images, padded to `size`."""
         logits, (maps,) = self.taps(pad(inputs_nchw, size))
         logits, maps = logits.detach()[: len(inputs_nchw)], maps.detach()[: len(inputs_nchw)]
@@ -459,10 +459,9 @@ def _features(maps_khw: Tensor) -> Tensor:
 
 def _classes(target: Target) -> Tensor:
     """The classes [N, T] of a target. Raises ModelError if it is of something else."""
-    raw = target.raw
-    if not isinstance(raw, ClassLogit):
+    if not isinstance(target, ClassTarget):
         raise ModelError(f"bee picks a map by the probability of a class, and {type(target).__name__} is of none")
-    return raw.classes
+    return target.classes
 
 
 def _ranks(logits: Tensor, classes: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from blocksight.engine.catalog.forward_setting import ForwardSetting
 from blocksight.engine.explainers import Explainer
 from blocksight.engine.explainers.explanation import Explanation
 from blocksight.engine.model.adapter import ModelAdapter
-from blocksight.engine.model.targets import ClassProbability
 from blocksight.engine.scoring.forward import make_forward
 from blocksight.engine.scoring.setting_choice import measured_seconds, rate, repeated_inputs
 
@@ -73,7 +72,7 @@ def measure(
     best = max(rates, key=rates.__getitem__)
     with adapter.borrowed(), torch.inference_mode():
         bare = make_forward(adapter, replace(setting, batch_size=best))
-        target = ClassProbability(_logits(explainer, inputs_nchw).argmax(1, keepdim=True))
+        target = adapter.target(_logits(explainer, inputs_nchw).argmax(1, keepdim=True))
     batch = repeated_inputs(inputs_nchw, best).contiguous()
     count = max(1, round(BARE_SECONDS * rates[best] / best))
     explained: list[list[Explanation]] = []

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from blocksight.engine.catalog.readouts import READOUTS
 from blocksight.engine.metrics.metric import TIES, Maps, Metric, Value, ranks_of, undefined
 from blocksight.engine.model.targets import Readout, TopClass
 from blocksight.engine.saliency import FLAT, Map, is_flat
@@ -56,8 +57,8 @@ class RankedMasks(MaskSource):
 class MaskedMetric(Metric):
     """A metric of the scores of some masked inputs per map."""
 
-    score = "softmax probability"
-    """The scalar that is read from the model."""
+    score: str | None = None
+    """The scalar that is read from the model; None: the target's score."""
 
     def __init__(self, scorer: Scorer, baseline: str) -> None:
         """`baseline` is the name of the scorer's baseline."""
@@ -68,7 +69,7 @@ class MaskedMetric(Metric):
             "space": "model input",
             "input": self.scorer.adapter.input_size,
             "baseline": self.baseline,
-            "score": self.score,
+            "score": self.score or READOUTS[self.scorer.adapter.readout],
             "ties": TIES,
         }
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blocksight.engine.catalog.forward_setting import ForwardSetting
-from blocksight.engine.model.targets import ClassProbability
+from blocksight.engine.model.targets import ClassTarget
 from blocksight.engine.saliency import Map
 
 Region = NDArray[np.bool_]
@@ -42,7 +42,7 @@ class Maps:
 
     inputs_nchw: Tensor
     """As `adapter.normalise` gives them."""
-    target: ClassProbability
+    target: ClassTarget
     saliency: Sequence[Sequence[Map]]
     """Per image and target the map [H, W], min-maxed to [0, 1]; zeros where it was constant."""
     scores: Sequence[Sequence[float]]

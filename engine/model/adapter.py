@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blocksight.engine.catalog.readouts import ReadoutName
 from blocksight.engine.errors import ModelError
+from blocksight.engine.model.failures import failure_of, shape_of
 from blocksight.engine.model.network import Network, trace_network
 from blocksight.engine.model.resample import Grid
 from blocksight.engine.model.taps import frozen
+from blocksight.engine.model.targets import TARGETS, ClassTarget
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -45,6 +48,8 @@ class ModelAdapter:
         self.class_names = list(class_names) if class_names is not None else None
         self.notes: tuple[str, ...] = ()
         """What was assumed when the weights were loaded, one sentence each."""
+        self.readout: ReadoutName = "softmax"
+        """How a score is read from the output."""
         self.device = torch.device("cpu")
         self._normalise_by(mean, std)
 
@@ -126,6 +131,14 @@ class ModelAdapter:
         """The module's output [N, K] for normalised inputs."""
         return self.module(inputs_nchw.contiguous(memory_format=torch.channels_last))
 
+    def target(self, classes: Tensor) -> ClassTarget:
+        """The scores of these classes, [N, T] int64, by the adapter's readout."""
+        return TARGETS[self.readout](classes)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """The scores [N, K] (float64) of all classes, by the adapter's readout."""
+        return TARGETS[self.readout].values(logits)
+
     @cached_property
     def network(self) -> Network:
         """The traced network at the model's input size."""
@@ -143,15 +156,16 @@ class ModelAdapter:
             with self.borrowed(), torch.inference_mode():
                 logits = self.module(example)
         except Exception as error:
-            size = " x ".join(map(str, self.input_size))
-            raise ModelError(f"model {self.name!r} fails on RGB images of {size} pixels: {error}") from error
+            raise ModelError(f"model {self.name!r} {failure_of(self.module, error, self.input_size)}") from error
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 2:
-            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ModelError(f"model {self.name!r} must return logits [N, classes]; for 2 images it returned {shape}")
-        if logits.shape[1] < 2:
             raise ModelError(
-                f"model {self.name!r} has one output, whose softmax is always 1: nothing can be explained; wrap it "
-                "to return two logits, such as [0, z] for a sigmoid's z"
+                f"model {self.name!r} must return logits [N, classes]; for 2 images it returned {shape_of(logits)}"
+            )
+        if logits.shape[1] < 2 and self.readout == "softmax":
+            raise ModelError(
+                f"model {self.name!r} has one output, whose softmax is always 1: nothing can be explained; say what it "
+                "is with --readout sigmoid or probabilities, or wrap it to return two logits, such as [0, z] for a "
+                "sigmoid's z"
             )
         return logits.shape[1]
 

@@ -1,11 +1,15 @@
 """Targets: the scalar of a model's output that is explained."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from blocksight.engine.catalog.readouts import ReadoutName
 
 
 class Readout(Protocol):
@@ -54,12 +58,35 @@ class _OfClasses:
 
 
 @dataclass(frozen=True)
-class ClassProbability(_OfClasses):
-    """Psi of SISE: the softmax probability of a class (the paper's confidence score)."""
+class ClassTarget(_OfClasses, ABC):
+    """The score of a class, by one of `TARGETS`."""
+
+    @staticmethod
+    @abstractmethod
+    def values(logits: Tensor) -> Tensor:
+        """The scores [B, K] (float64) of all classes."""
 
     def score(self, logits: Tensor, images: Tensor) -> Tensor:
+        """Scores [B, T] (float64)."""
+        return self.values(logits).gather(1, self.classes[images])
+
+    def direction(self, logits: Tensor, index: int) -> Tensor:
+        """`e_c`, a positive multiple of the gradient of any increasing function of z_c."""
+        return functional.one_hot(self.classes[:, index], logits.shape[1]).double()
+
+    @property
+    def raw(self) -> "ClassTarget":
+        return ClassLogit(self.classes)
+
+
+@dataclass(frozen=True)
+class ClassProbability(ClassTarget):
+    """Psi of SISE: the softmax probability of a class (the paper's confidence score)."""
+
+    @staticmethod
+    def values(logits: Tensor) -> Tensor:
         """Probabilities in [0, 1]; the softmax is taken in float64 so that 1e-7 and 1 - 1e-12 survive."""
-        return logits.double().softmax(1).gather(1, self.classes[images])
+        return logits.double().softmax(1)
 
     def direction(self, logits: Tensor, index: int) -> Tensor:
         """`e_c - softmax(z without c)`, which is dp_c/dz divided by the positive number p_c (1 - p_c).
@@ -71,26 +98,62 @@ class ClassProbability(_OfClasses):
         others = logits.double().masked_fill(chosen, float("-inf")).softmax(1)
         return torch.where(chosen, 1.0, -others)
 
-    @property
-    def raw(self) -> "ClassLogit":
-        return ClassLogit(self.classes)
+
+@dataclass(frozen=True)
+class LabelProbability(ClassTarget):
+    """The sigmoid of a label's own output: the labels are independent, and several may hold at once."""
+
+    @staticmethod
+    def values(logits: Tensor) -> Tensor:
+        """Probabilities in [0, 1]."""
+        return logits.double().sigmoid()
 
 
 @dataclass(frozen=True)
-class ClassLogit(_OfClasses):
+class ClassLogit(ClassTarget):
     """The class's logit z_c, which no saturation flattens."""
 
-    def score(self, logits: Tensor, images: Tensor) -> Tensor:
+    @staticmethod
+    def values(logits: Tensor) -> Tensor:
         """Logits, unbounded."""
-        return logits.double().gather(1, self.classes[images])
+        return logits.double()
 
-    def direction(self, logits: Tensor, index: int) -> Tensor:
-        """`e_c`, exactly the gradient."""
-        return functional.one_hot(self.classes[:, index], logits.shape[1]).double()
+
+@dataclass(frozen=True)
+class GivenProbability(ClassTarget):
+    """The output itself, where the model returns probabilities."""
+
+    @staticmethod
+    def values(logits: Tensor) -> Tensor:
+        """The outputs; in [0, 1] if the model keeps its word."""
+        return logits.double()
 
     @property
-    def raw(self) -> "ClassLogit":
+    def raw(self) -> "LogProbability":
+        return LogProbability(self.classes)
+
+
+@dataclass(frozen=True)
+class LogProbability(ClassTarget):
+    """The logarithm of the output, which takes the place of a logit where the model returns probabilities."""
+
+    @staticmethod
+    def values(logits: Tensor) -> Tensor:
+        """At most 0; that of the smallest float32 where the probability is 0."""
+        return logits.double().clamp(min=torch.finfo(torch.float32).tiny).log()
+
+    @property
+    def raw(self) -> "LogProbability":
         return self
+
+
+TARGETS: Mapping[ReadoutName, type[ClassTarget]] = {
+    "softmax": ClassProbability,
+    "sigmoid": LabelProbability,
+    "probabilities": GivenProbability,
+    "identity": ClassLogit,
+}
+"""The target of each readout."""
 
 
 @dataclass(frozen=True)

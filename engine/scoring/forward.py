@@ -11,6 +11,7 @@ from torch import Tensor
 
 from blocksight.engine.catalog.forward_setting import Backend, ForwardSetting
 from blocksight.engine.errors import ModelError
+from blocksight.engine.model.failures import first_line_of
 
 if TYPE_CHECKING:
     from blocksight.engine.model.adapter import ModelAdapter
@@ -141,8 +142,3 @@ def use_ieee_float32() -> None:
     cuda, cpu = torch.backends.cudnn, torch.backends.mkldnn
     for products in (torch.backends.cuda.matmul, cuda.conv, cuda.rnn, cpu.matmul, cpu.conv, cpu.rnn):
         products.fp32_precision = "ieee"  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def first_line_of(error: Exception) -> str:
-    """The first line of an exception's message, or its type if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

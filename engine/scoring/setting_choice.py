@@ -14,8 +14,9 @@ from torch.nn.functional import interpolate
 from blocksight.engine.catalog.forward_setting import Backend, ForwardSetting, Precision
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.failures import first_line_of
 from blocksight.engine.model.resample import grid_of, upsampling
-from blocksight.engine.scoring.forward import Forward, first_line_of, make_forward
+from blocksight.engine.scoring.forward import Forward, make_forward
 
 NUM_PICTURES = 8
 """Random pictures that the error is measured on: from a fixed seed, so that it depends on no data."""
@@ -99,7 +100,7 @@ def choose(adapter: ModelAdapter, request: ForwardRequest) -> tuple[Forward, lis
     here, or if its error is above `MAX_REQUESTED_ERROR`.
     """
     with adapter.borrowed(), torch.inference_mode():
-        masked = _masked_pictures(_pictures(adapter))
+        masked = _masked_pictures(drawn_pictures(adapter))
         found: list[MeasuredSetting] = []
         best, forward = None, None
         for measured, tried in _measured_candidates(adapter, masked, request):
@@ -125,10 +126,10 @@ def _measured_candidates(
             yield MeasuredSetting(setting), adapter.logits  # the reference of the errors
             continue
         if wanted is None:
-            wanted = _scores(adapter.logits, masked, EAGER_BATCH_SIZES["cpu"])
+            wanted = _scores(adapter, adapter.logits, masked, EAGER_BATCH_SIZES["cpu"])
         try:
             tried = make_forward(adapter, setting)
-            error = _score_error(_scores(tried, masked, setting.batch_size), wanted)
+            error = _score_error(_scores(adapter, tried, masked, setting.batch_size), wanted)
             speed = (
                 rate(tried, repeated_inputs(masked, setting.batch_size), setting.batch_size)
                 if request.is_timed
@@ -229,7 +230,7 @@ def _best_batch_size(adapter: ModelAdapter, masked: Tensor, precision: Precision
     return max(rates, key=rates.__getitem__, default=GPU_BATCH_SIZES[0])
 
 
-def _pictures(adapter: ModelAdapter) -> Tensor:
+def drawn_pictures(adapter: ModelAdapter) -> Tensor:
     """Random pictures as model inputs [NUM_PICTURES, 3, H, W]: smooth colours, the same for every job."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.zeros(NUM_PICTURES, 3, *adapter.input_size)
@@ -254,12 +255,12 @@ def repeated_inputs(inputs_nchw: Tensor, count: int) -> Tensor:
     return inputs_nchw[torch.arange(count, device=inputs_nchw.device) % len(inputs_nchw)]
 
 
-def _scores(forward: Forward, inputs_nchw: Tensor, batch_size: int) -> Tensor:
-    """Probabilities [N, K] (float64), in full batches."""
+def _scores(adapter: ModelAdapter, forward: Forward, inputs_nchw: Tensor, batch_size: int) -> Tensor:
+    """Scores [N, K] (float64), in full batches."""
     count = len(inputs_nchw)
     filled = repeated_inputs(inputs_nchw, count + -count % batch_size)
     logits = torch.cat([forward(batch) for batch in filled.split(batch_size)])
-    return logits[:count].double().softmax(1)
+    return adapter.scores(logits[:count])
 
 
 def _score_error(scores: Tensor, wanted: Tensor) -> float:

@@ -25,11 +25,12 @@ from blocksight.jobs.audit.stream import AuditScope, StreamResult, read_scratch,
 from blocksight.jobs.audit.trial import RANDOM_REGIONS, Trial
 from blocksight.jobs.evaluate.evaluation import labels_of, read_class_map, region_of
 from blocksight.jobs.evaluate.known_truth import remember_truth
-from blocksight.jobs.explain.step import load
+from blocksight.jobs.explain.preflight import load_examined
 from blocksight.jobs.ledger.output import model_facts
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.context import weights_bytes
 from blocksight.jobs.plan.plan import Plan, existing_plan
+from blocksight.jobs.plan.preflight import Preflight, stored_preflight
 from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.jobs.plan.stored_config import NamedModel, config_of
 from blocksight.jobs.plan.text import counted
@@ -67,7 +68,7 @@ def run_audit(asked: AuditRequest, console: Console) -> Audit:
     store = PatientStore(open_store(asked.output, asked.endpoint_url))
     plan = existing_plan(store)
     scope = _scope(asked)
-    trial = _trial(store, plan, asked) if asked.tries else None
+    trial = _trial(store, plan, asked, console) if asked.tries else None
     if asked.truth is not None and scope.truth is not None:
         remember_truth(store, asked.truth, scope.truth)
     console.print(_cost(plan, asked))
@@ -129,11 +130,12 @@ def _scope(asked: AuditRequest) -> AuditScope:
     return AuditScope(truth, read_class_map(asked.class_map), asked.seed)
 
 
-def _trial(store: ObjectStore, plan: Plan, asked: AuditRequest) -> Trial:
+def _trial(store: ObjectStore, plan: Plan, asked: AuditRequest, console: Console) -> Trial:
     """A trial on the job's model. Raises ModelError, and ConfigError if its weights are not those of the maps."""
     config = config_of(plan, asked.output, NamedModel(asked.model, asked.weights, asked.endpoint_url))
     state = weights_bytes(config)
-    adapter = load(config, state, "cuda" if torch.cuda.is_available() else "cpu", str(Path.cwd()))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    adapter = load_examined(config, state, device, console, (stored_preflight(store) or Preflight()).readout)
     known = model_facts(store)["weights_sha256"]
     if adapter.fingerprint != known:
         raise ConfigError(

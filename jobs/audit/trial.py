@@ -133,8 +133,15 @@ class Trial:
         return self.adapter.normalise(torch.from_numpy(pictures.pixels).permute(0, 3, 1, 2))
 
     def _log_odds(self, inputs_nchw: Tensor, target: int) -> Tensor:
-        """[n] log(p / (1 - p)) of the target's probability p, within `MAX_LOG_ODDS`, in float64 on the CPU."""
+        """[n] log(p / (1 - p)) of the target's probability p, within `MAX_LOG_ODDS`, in float64 on the CPU.
+
+        Of a raw output, which is no probability, the output itself.
+        """
         logits = torch.cat([self.adapter.logits(part) for part in inputs_nchw.split(IMAGES_PER_PASS)]).double().cpu()
+        if self.adapter.readout == "probabilities":
+            return logits[:, target].logit().clamp(-MAX_LOG_ODDS, MAX_LOG_ODDS)
+        if self.adapter.readout != "softmax":
+            return logits[:, target].clamp(-MAX_LOG_ODDS, MAX_LOG_ODDS)
         others = torch.cat([logits[:, :target], logits[:, target + 1 :]], 1)
         return (logits[:, target] - others.logsumexp(1)).clamp(-MAX_LOG_ODDS, MAX_LOG_ODDS)
 

@@ -21,7 +21,6 @@ from blocksight.engine.catalog.parameters import OcclusionParameters
 from blocksight.engine.explainers.explainer import State
 from blocksight.engine.judging.efficiency import ROUNDS, Efficiency, bare_rates, measure
 from blocksight.engine.model.adapter import ModelAdapter
-from blocksight.engine.model.targets import ClassProbability
 from blocksight.engine.scoring.forward import Forward
 from blocksight.engine.scoring.setting_choice import MeasuredSetting, choose, eager_setting, repeated_inputs
 from blocksight.jobs.bench.charts import curve_chart
@@ -31,7 +30,8 @@ from blocksight.jobs.bench.photographs import photographs
 from blocksight.jobs.evaluate.evaluation import read_class_map
 from blocksight.jobs.explain.forward_pass import forward_request
 from blocksight.jobs.explain.learned import num_learning_images
-from blocksight.jobs.explain.step import load, make_explainer, model_facts
+from blocksight.jobs.explain.preflight import load_examined
+from blocksight.jobs.explain.step import make_explainer, model_facts
 from blocksight.jobs.plan.config import ConfigError, JobConfig
 from blocksight.jobs.plan.context import sha256_of, weights_bytes
 from blocksight.jobs.plan.estimate import ROW_BYTES
@@ -112,7 +112,7 @@ def run_benchmark(
         torch.set_num_threads(1)  # as in an actor
     config = with_model_file(config)
     weights = weights_bytes(config)
-    adapter = load(config, weights, device, str(Path.cwd()))
+    adapter = load_examined(config, weights, device, console)
     blocks = [block["name"] for block in model_facts(adapter, config).blocks]
     plan = _plan(config, weights) if has_data else None
     inputs = _inputs(adapter, plan, config, make_explainer(adapter, config, blocks).images_per_pass)
@@ -215,7 +215,7 @@ def _learned(
     if not num_learning_images(config):
         return None
     with adapter.borrowed(), torch.inference_mode():
-        target = ClassProbability(adapter.logits(inputs_nchw).argmax(1, keepdim=True))
+        target = adapter.target(adapter.logits(inputs_nchw).argmax(1, keepdim=True))
     learner = make_explainer(adapter, config, blocks).learner()
     learner.see(inputs_nchw, target, range(len(inputs_nchw)))
     return learner.state()

@@ -20,7 +20,8 @@ from blocksight.engine.scoring.setting_choice import ForwardRequest, choose
 from blocksight.jobs.evaluate.bootstrap import MetricSums, key_hashes
 from blocksight.jobs.evaluate.evaluation import ClassMap, labels_of, region_of
 from blocksight.jobs.evaluate.shares import differences_of, estimates_of
-from blocksight.jobs.explain.step import images_at_once, load, number_of
+from blocksight.jobs.explain.preflight import load_examined
+from blocksight.jobs.explain.step import images_at_once, number_of
 from blocksight.jobs.plan.config import ConfigError, JobConfig
 from blocksight.jobs.plan.context import sha256_of, weights_bytes
 from blocksight.jobs.plan.plan import Plan, make_plan
@@ -73,7 +74,7 @@ def measure_curve(asked: CurveRequest, folder: Path, console: Console) -> list[L
     Raises ConfigError if the folder holds another curve or there is no image, ModelError and StoreError.
     """
     state = weights_bytes(asked.config)
-    adapter = load(asked.config, state, asked.device, str(Path.cwd()))
+    adapter = load_examined(asked.config, state, asked.device, console)
     plan = make_plan(asked.config, weights_sha256=sha256_of(state), workforce=Workforce(1, on_gpu=False))
     known = {_name(line): line for line in _earlier_lines(folder, _identity(asked, adapter))}
     lines: list[Line] = []

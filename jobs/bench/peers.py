@@ -22,7 +22,6 @@ from blocksight.engine.explainers.occlusion import Occlusion, window_starts
 from blocksight.engine.explainers.scorecam import ScoreCam
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.blocks import Place
-from blocksight.engine.model.targets import ClassProbability
 from blocksight.engine.scoring.forward import Forward
 from blocksight.jobs.plan.config import ConfigError
 
@@ -176,7 +175,7 @@ def _ours(
 def _explain(explainer: Explainer, image: Tensor) -> int:
     with explainer.adapter.borrowed(), torch.no_grad():
         predicted = explainer.adapter.logits(image).argmax(1, keepdim=True)
-    ((found,),) = explainer.explain(image, ClassProbability(predicted))
+    ((found,),) = explainer.explain(image, explainer.adapter.target(predicted))
     return found.num_forwards
 
 

@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,12 +11,12 @@ from rich.console import Console
 
 from blocksight.engine.explainers.explanation import Explanation
 from blocksight.engine.model.adapter import ModelAdapter
-from blocksight.engine.model.targets import ClassProbability
 from blocksight.engine.scoring.setting_choice import choose
 from blocksight.jobs.bench.curve import pictures
 from blocksight.jobs.explain.forward_pass import forward_request
 from blocksight.jobs.explain.learned import num_learning_images
-from blocksight.jobs.explain.step import load, make_explainer, model_facts
+from blocksight.jobs.explain.preflight import load_examined
+from blocksight.jobs.explain.step import make_explainer, model_facts
 from blocksight.jobs.plan.config import ConfigError, JobConfig
 from blocksight.jobs.plan.context import weights_bytes
 from blocksight.jobs.plan.estimate import ROW_BYTES
@@ -39,7 +38,7 @@ def probe_cost(config: JobConfig, plan: Plan, device: str, console: Console) -> 
         raise ConfigError(f"{config.explainer} learns before it explains: `blocksight bench` measures it")
     if device == "cpu":
         torch.set_num_threads(1)  # as in an actor
-    adapter = load(config, weights_bytes(config), device, str(Path.cwd()))
+    adapter = load_examined(config, weights_bytes(config), device, console)
     with console.status("probing this model on this machine"):
         found = list(_explained(config, plan, adapter))
     if not found:
@@ -68,7 +67,7 @@ def _explained(config: JobConfig, plan: Plan, adapter: ModelAdapter) -> Iterator
         inputs = adapter.normalise(torch.from_numpy(np.array(picture.pixels[None])).permute(0, 3, 1, 2))
         with adapter.borrowed(), torch.inference_mode():
             top = adapter.logits(inputs).topk(config.target_choice.count).indices
-        (own,) = explainer.explain(inputs, ClassProbability(top), [number])
+        (own,) = explainer.explain(inputs, adapter.target(top), [number])
         yield time.monotonic() - start, own
         if time.monotonic() > end:
             return

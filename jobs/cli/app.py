@@ -142,6 +142,14 @@ JOB_OPTIONS: dict[str, Any] = {
             "are wrong, uncertain, rare among the class folders, or poorly mapped by a tenth.  [default: full]"
         ),
     ],
+    "readout": Annotated[
+        str | None,
+        typer.Option(
+            help="How a score is read from the model's output: softmax (classes exclude each other), sigmoid "
+            "(independent labels), probabilities (it is one already) or identity (the raw output).  [default: the "
+            "output is examined on a few images; softmax unless it looks otherwise, which is said]"
+        ),
+    ],
     "target": Annotated[
         str | None, typer.Option(help="predicted, label, top-3, 281, 281,282 or 'tabby'.  [default: predicted]")
     ],

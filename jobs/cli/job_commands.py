@@ -1,6 +1,7 @@
 """The commands of a job: plan, explain, status, verify, retry, finalize and gc."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -26,6 +27,7 @@ from blocksight.jobs.plan.config import Execution, JobConfig
 from blocksight.jobs.plan.forward_setting import planned_forward
 from blocksight.jobs.plan.model_input import with_model_file
 from blocksight.jobs.plan.plan import planned_labels
+from blocksight.jobs.plan.preflight import stored_preflight
 from blocksight.jobs.plan.records import Cause
 from blocksight.jobs.plan.text import counted, printable
 from blocksight.jobs.run.budgets import Budget, exceeded_budgets
@@ -55,7 +57,7 @@ def plan(
 
     workforce = workforce_of(execution)
     asked, job = job, with_model_file(job)
-    _, made = plan_job(job, execution, workforce)
+    output, made = plan_job(job, execution, workforce)
     labels = preview_labels(job, made)
     if probe:
         from blocksight.jobs.bench.benchmark import device_of
@@ -65,7 +67,7 @@ def plan(
     if as_json:
         print_json({**plan_figures(job, made, workforce), "labels": labels})
     else:
-        console.print(plan_table(job, made, workforce, labels, asked))
+        console.print(plan_table(job, made, workforce, labels, asked, stored_preflight(output)))
 
 
 @commands.command()
@@ -117,10 +119,12 @@ def status(output: Existing, as_json: AsJson = False, endpoint_url: Endpoint = N
     """Show how far a job is, from the output alone: while it runs, when it has ended, or after its driver died."""
     store, made = existing(output, endpoint_url)
     job_state, forward, labels = read_job_state(store, made), planned_forward(store), planned_labels(store)
+    preflight = stored_preflight(store)
     if as_json:
-        print_json({**job_figures(output, job_state), "masks": forward and str(forward), "labels": labels})
+        known = {"masks": forward and str(forward), "labels": labels, "preflight": preflight and asdict(preflight)}
+        print_json({**job_figures(output, job_state), **known})
     else:
-        console.print(job_state_table(output, job_state, forward, labels))
+        console.print(job_state_table(output, job_state, forward, labels, preflight))
         for line in letter_lines(job_state.dead.values()):
             console.print(line)
     if job_state.open_units:

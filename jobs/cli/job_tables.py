@@ -18,6 +18,7 @@ from blocksight.jobs.plan.forward_setting import PlannedForward
 from blocksight.jobs.plan.machine_rates import recall
 from blocksight.jobs.plan.model_input import input_text
 from blocksight.jobs.plan.plan import Plan
+from blocksight.jobs.plan.preflight import Preflight
 from blocksight.jobs.plan.records import DeadLetter, UnitFailure
 from blocksight.jobs.plan.text import clock, counted, printable
 from blocksight.jobs.plan.units import Workforce
@@ -26,7 +27,14 @@ from blocksight.storage.images.decode import NEARLY_BLACK
 from blocksight.storage.stores.s3_endpoints import endpoint_for
 
 
-def plan_table(job: JobConfig, plan: Plan, workforce: Workforce, labels: str, asked: JobConfig) -> Table:
+def plan_table(
+    job: JobConfig,
+    plan: Plan,
+    workforce: Workforce,
+    labels: str,
+    asked: JobConfig,
+    preflight: Preflight | None = None,
+) -> Table:
     """Units, records, how labels are read, and the first estimate. `asked`: the job without `model.toml`."""
     num_workers = workforce.num_workers
     cost = estimate(job, plan.num_records, on_gpu=workforce.on_gpu)
@@ -51,6 +59,7 @@ def plan_table(job: JobConfig, plan: Plan, workforce: Workforce, labels: str, as
         ("units", f"{len(plan.units):,}"),
         ("model is fed", input_text(asked, plan.identity)),
         *_first_pass(job, plan.num_records),
+        *(_preflight(preflight) or [("model check", "`explain` examines the model on a few images before any work")]),
         ("forwards", f"about {forwards * plan.num_records:,.0f} ({forwards:,.0f} a record, {basis})"),
         ("time", time),
         ("output", f"about {size_text(num_bytes)}" + ("" if measured is not None else " if the maps are smooth")),
@@ -66,7 +75,11 @@ def _first_pass(job: JobConfig, num_records: int) -> list[tuple[str, str]]:
 
 
 def job_state_table(
-    output: str, job_state: JobState, forward: PlannedForward | None = None, labels: str | None = None
+    output: str,
+    job_state: JobState,
+    forward: PlannedForward | None = None,
+    labels: str | None = None,
+    preflight: Preflight | None = None,
 ) -> Table:
     """How far a job is; `labels` says how its labels were read."""
     units = len(job_state.plan.units)
@@ -81,6 +94,7 @@ def job_state_table(
     rows = [
         ("output", printable(output)),
         *((name, printable(job_state.plan.identity[name])) for name in ("data", "model")),
+        *_preflight(preflight),
         ("units", f"{len(job_state.receipts):,} of {units:,} committed" + _dead(job_state)),
         ("records", f"{job_state.total('num_records'):,}{of_all}"),
         ("explained", f"{job_state.total('num_ok'):,}"),
@@ -100,6 +114,14 @@ def job_state_table(
 def _other_counts(job_state: JobState) -> list[tuple[str, str]]:
     counts = other_counts(job_state)
     return [("expected", printable(sentence_on(counts)))] if counts else []
+
+
+def _preflight(preflight: Preflight | None) -> list[tuple[str, str]]:
+    """How the model was examined, and what is odd about it."""
+    if preflight is None:
+        return []
+    loud = [("[bold red]warning[/]", f"[bold red]{printable(sentence)}[/]") for sentence in preflight.findings]
+    return [("model check", printable(preflight)), *loud]
 
 
 def _odd_formats(counts: Mapping[str, int]) -> list[tuple[str, str]]:

@@ -22,7 +22,6 @@ from blocksight.engine.metrics import MASKED, OF_MAPS
 from blocksight.engine.metrics.localisation import Localisation
 from blocksight.engine.metrics.metric import Maps, Metric, Region, Value
 from blocksight.engine.model.adapter import ModelAdapter
-from blocksight.engine.model.targets import ClassProbability
 from blocksight.engine.scoring.forward import Forward
 from blocksight.engine.scoring.perturb import perturbation
 from blocksight.engine.scoring.scorer import Scorer
@@ -104,7 +103,7 @@ class EvaluateStep:
         torch.set_num_threads(job.num_threads)
         self.context, self.evaluation, self.job = context, context.evaluation, job
         self.stores = open_worker_stores(job)
-        self.adapter = load(job.config, state, job.device, job.import_path)
+        self.adapter = load(job.config, state, job.device, job.import_path, job.readout)
         if self.adapter.fingerprint != job.facts.weights_sha256:
             raise ModelError("the maps were made with other weights: name the same weights file")
         planned = stored_forward(self.stores.output, self.adapter)
@@ -190,7 +189,7 @@ class EvaluateStep:
         classes = torch.tensor([[row["target_index"] for row in record] for record in records])
         return Maps(
             inputs,
-            ClassProbability(classes.to(self.adapter.device)),
+            self.adapter.target(classes.to(self.adapter.device)),
             saliency=[[map_of(row).astype(np.float64) for row in record] for record in records],
             scores=[[row["score"] for row in record] for record in records],
             ranks=[[row["target_rank"] for row in record] for record in records],

@@ -11,7 +11,6 @@ import torch
 from blocksight.engine.catalog.composition import blocks_of, parse_method
 from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers.explanation import Explanation
-from blocksight.engine.model.targets import ClassProbability
 from blocksight.engine.saliency import Map, minmax
 from blocksight.engine.scoring.setting_choice import eager_setting
 from blocksight.jobs.explain.fidelity import POOR_MAP
@@ -22,6 +21,7 @@ from blocksight.jobs.ledger.output import map_of
 from blocksight.jobs.plan.config import ConfigError, JobConfig, load_config
 from blocksight.jobs.plan.context import sha256_of, weights_bytes
 from blocksight.jobs.plan.plan import Plan, refuse_drift, refuse_other_model
+from blocksight.jobs.plan.preflight import Preflight, stored_preflight
 from blocksight.jobs.plan.stored_config import NamedModel, config_of
 from blocksight.storage.images.decode import fit
 from blocksight.storage.outputs.map_codec import MAX_ERROR
@@ -43,7 +43,9 @@ class Replay:
         state = weights_bytes(self.config)
         refuse_drift(self.config.identity(sha256_of(state)), plan.identity, "configuration")
         torch.set_num_threads(1)
-        self.adapter = load(self.config, state, "cpu", str(Path.cwd()))
+        self.adapter = load(
+            self.config, state, "cpu", str(Path.cwd()), (stored_preflight(store) or Preflight()).readout
+        )
         self.learned, _ = stored_state(store, self.config) or (None, None)
         refuse_other_model(store, model_facts(self.adapter, self.config))
         self.forward, self.setting = None, eager_setting("cpu")
@@ -84,7 +86,7 @@ class Replay:
         )
         seen = np.array(fit(pixels, self.adapter.input_size, config.resize))
         inputs = self.adapter.normalise(torch.from_numpy(seen[None]).permute(0, 3, 1, 2))
-        target = ClassProbability(torch.tensor([[row["target_index"] for row in rows]]))
+        target = self.adapter.target(torch.tensor([[row["target_index"] for row in rows]]))
         (own,) = explainer.explain(inputs, target, [seed_of(config, rows[0]["key"])])
         return own
 

@@ -18,6 +18,7 @@ from blocksight.engine import explainers
 from blocksight.engine.catalog.composition import blocks_of
 from blocksight.engine.catalog.entries import Fidelity, factory_of
 from blocksight.engine.catalog.forward_setting import ForwardSetting
+from blocksight.engine.catalog.readouts import ReadoutName
 from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers.explainer import Explainer, Learner, State
 from blocksight.engine.explainers.explanation import Explanation
@@ -26,7 +27,7 @@ from blocksight.engine.metrics.metric import Maps, Value
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.blocks import Place
 from blocksight.engine.model.loading import load_model
-from blocksight.engine.model.targets import ClassProbability, Target
+from blocksight.engine.model.targets import ClassTarget, Target
 from blocksight.engine.saliency import Map, is_flat
 from blocksight.engine.scoring.forward import Forward, make_forward, use_ieee_float32
 from blocksight.engine.scoring.setting_choice import eager_setting
@@ -67,11 +68,17 @@ NEAR_TOP = 0.99
 Row = dict[str, Any]
 
 
-def load(config: JobConfig, state: bytes | None, device: str, import_path: str) -> ModelAdapter:
-    """The configured model on a device, with IEEE float32. Raises ModelError."""
+def load(
+    config: JobConfig, state: bytes | None, device: str, import_path: str, readout: ReadoutName | None = None
+) -> ModelAdapter:
+    """The configured model on a device, with IEEE float32. Raises ModelError.
+
+    Its scores are read by `readout`, or as the configuration says; without both by a softmax.
+    """
     if factory_of(config.model) is not None:  # the folder is trusted for the user's factory only
         let_import_from(import_path)
     adapter = load_model(config.model, weights=config.weights, state=state, seed=config.seed)
+    adapter.readout = readout or config.asked_readout or adapter.readout
     use_ieee_float32()  # now, because a user's factory may have changed it
     asked = {name: getattr(config, name) for name in MODEL_INPUT}
     return adapter.fed(**asked).to(device)
@@ -150,7 +157,7 @@ class ExplainStep:
         self.context, self.state = context, state
         config, facts = context.config, context.facts
         self.level: Fidelity | None = config.level
-        self.adapter = load(config, state, context.device, context.import_path)
+        self.adapter = load(config, state, context.device, context.import_path, context.readout)
         if self.adapter.fingerprint != facts.weights_sha256:
             raise ModelError("this worker loaded other weights than the driver: put the same file on every node")
         self.adapter.module.register_forward_pre_hook(lambda *_: heartbeat())
@@ -286,7 +293,7 @@ class ExplainStep:
         outcome: list[list[Row] | Reject] = [own if isinstance(own, Reject) else [] for own in targets]
         if not usable:
             return outcome
-        target = ClassProbability(torch.tensor([targets[index] for index in usable], device=self.adapter.device))
+        target = self.adapter.target(torch.tensor([targets[index] for index in usable], device=self.adapter.device))
         seeds = [seed_of(self.context.config, records[index].key) for index in usable]
         doubts = [self._doubts(records[index], logits[index]) for index in usable]
         explanations = self._explanations(inputs[usable], target, seeds, doubts)
@@ -320,7 +327,7 @@ class ExplainStep:
         first = {index: own[0] for index, own in enumerate(targets) if not isinstance(own, Reject)}
         if first:
             chosen, classes = (torch.tensor(list(one)) for one in (first, first.values()))
-            target = ClassProbability(classes[:, None].to(self.adapter.device))
+            target = self.adapter.target(classes[:, None].to(self.adapter.device))
             seeds = [seed_of(self.context.config, records[index].key) for index in first]
             learner.see(inputs[chosen.to(inputs.device)], target, seeds)
         return len(first)
@@ -336,7 +343,7 @@ class ExplainStep:
             return ()
         return doubts_of(
             int(logits.argmax()),
-            float(logits.double().softmax(0).max()),
+            1.0 if self.adapter.readout == "identity" else float(self.adapter.scores(logits[None]).max()),
             self.labels.index(record.label),
             is_rare=record.label in self.context.rare_labels,
         )
@@ -471,7 +478,7 @@ def ranks_of(logits: Tensor, classes: Sequence[int]) -> list[int]:
 
 def as_maps(
     inputs_nchw: Tensor,
-    target: ClassProbability,
+    target: ClassTarget,
     explanations: Sequence[Sequence[Explanation]],
     ranks: Sequence[Sequence[int]],
     seeds: Sequence[int],

@@ -25,6 +25,7 @@ from blocksight.engine.catalog.edge_detectors import installed_detector
 from blocksight.engine.catalog.entries import EXPLAINERS, FIDELITIES, Fidelity
 from blocksight.engine.catalog.forward_setting import MAX_BATCH_SIZE
 from blocksight.engine.catalog.parameters import SiseParameters
+from blocksight.engine.catalog.readouts import ReadoutName
 from blocksight.jobs.plan.class_map import ClassMap, class_map_file, class_map_of
 from blocksight.jobs.plan.input_values import ClassNames, InputSize, Mean, Std, read_class_names
 from blocksight.jobs.plan.labels import is_class_number
@@ -134,6 +135,11 @@ class JobConfig(BaseModel):
         default="auto",
         description="of masked forward passes; auto: float32 on a CPU, on a GPU what the preset says",
     )
+    readout: Literal["auto", ReadoutName] = Field(
+        default="auto",
+        description="how a score is read from the model's output: softmax (classes exclude each other), sigmoid "
+        "(independent labels), probabilities (it is one already), identity (the raw output); auto: examined",
+    )
     target: str = Field(default="predicted", description="predicted, label, top-K, class numbers, or a class name")
     class_map: dict[str, tuple[int, ...]] | None = Field(
         default=None, description="JSON file or table: the model's classes that a label means; none: found by name"
@@ -222,6 +228,11 @@ class JobConfig(BaseModel):
         return tuple(sorted((self.class_map or {}).items()))
 
     @property
+    def asked_readout(self) -> ReadoutName | None:
+        """The readout that the user names; None: the model's output is examined."""
+        return None if self.readout == "auto" else self.readout
+
+    @property
     def method(self) -> Method:
         """The explainer, with the one it wraps."""
         return parse_method(self.explainer)
@@ -277,6 +288,8 @@ class JobConfig(BaseModel):
         """Everything that changes the result's bytes, as plain JSON values, defaults filled in."""
         chosen = self.model_dump(mode="json", exclude={"output", "endpoint_url", "parameters", "weights"})
         unsaid = {name for name in MODEL_INPUT if chosen[name] is None}  # plans of earlier versions have none of them
+        if self.asked_readout is None:
+            unsaid.add("readout")
         identity = {
             **{name: value for name, value in chosen.items() if name not in unsaid},
             "parameters": asdict(self.explainer_parameters()),

@@ -5,6 +5,7 @@ import os
 import sys
 from dataclasses import dataclass
 
+from blocksight.engine.catalog.readouts import ReadoutName
 from blocksight.jobs.plan.config import JobConfig, is_weights_name
 from blocksight.jobs.plan.records import ModelFacts
 from blocksight.storage.stores.opening import open_file
@@ -32,6 +33,8 @@ class JobContext:
     """The driver's working folder, which may hold the user's model factory."""
     rare_labels: frozenset[str] = frozenset()
     """Class folders with few planned records; empty for layouts without class folders."""
+    readout: ReadoutName = "softmax"
+    """How scores are read from the model's output."""
     witnesses: tuple[str, ...] = ()
     """Keys of a few input objects: if they can be read, a failure is of one object and not of the store."""
 

@@ -20,6 +20,7 @@ from blocksight.jobs.plan.documents import read_document
 from blocksight.jobs.plan.forward_setting import PlannedForward
 from blocksight.jobs.plan.model_input import fed_text
 from blocksight.jobs.plan.plan import Plan
+from blocksight.jobs.plan.preflight import Preflight
 from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.jobs.plan.text import counted
 from blocksight.storage.stores.store import MissingError, ObjectStore
@@ -52,7 +53,11 @@ class Share:
 
 
 def run_facts(
-    plan: Plan, model: Mapping[str, Any], selected_by: Mapping[str, int], forward: PlannedForward | None
+    plan: Plan,
+    model: Mapping[str, Any],
+    selected_by: Mapping[str, int],
+    forward: PlannedForward | None,
+    preflight: Preflight | None = None,
 ) -> Iterator[Fact]:
     """Facts of what was run. `selected_by`: number of maps by the metric that chose them among several."""
     identity = plan.identity
@@ -75,6 +80,8 @@ def run_facts(
             yield Fact("weights", note)
         if places:
             yield Fact("blocks", places, "feature maps that the explainer looks at")
+    if preflight is not None:
+        yield Fact("model check", str(preflight), "; ".join(preflight.findings))
     yield Fact("explainer", identity["explainer"], f"fidelity {identity['fidelity']}, preset {identity['preset']}")
     if forward is not None:
         error = "not recorded" if forward.score_error is None else f"{forward.score_error:.2g}"

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from blocksight.cluster.cores import usable_cores, usable_gpus
 from blocksight.cluster.sizing import Sizing
+from blocksight.engine.catalog.readouts import ReadoutName
 from blocksight.jobs.explain.fidelity import rare_labels
 from blocksight.jobs.explain.learned import num_learning_images, stored_state
 from blocksight.jobs.ledger.attempt_markers import forget_interrupted
@@ -38,6 +39,7 @@ from blocksight.jobs.plan.plan import (
     open_output,
     refuse_drift,
 )
+from blocksight.jobs.plan.preflight import Preflight, ensure_preflight, stored_preflight
 from blocksight.jobs.plan.records import ModelFacts, Outcome, Receipt, UnfinishedError, Unit, UnitFailure
 from blocksight.jobs.plan.text import counted, printable
 from blocksight.jobs.plan.units import Workforce
@@ -130,20 +132,24 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
         ensure_plan(output, plan)
         return _outcome_of(output, job_state, execution, RunSummary())
     state = weights_bytes(config)
-    adapter, facts = check_model(config, state, console)
+    stored = stored_preflight(output)
+    adapter, facts = check_model(config, state, console, stored and stored.readout)
     labels = read_labels(config, plan, adapter)
     console.print(f"labels: {printable(labels)}")
     probe(output, PROBE_PREFIX)
+    preflight = stored or _preflight(adapter, config, facts, plan, output)
+    _print_preflight(preflight, console)
     with session_of(execution) as sizing:
         planned = _planned_forward(output, adapter, config, execution, on_gpu=_is_on_gpu(sizing))
         del adapter  # the workers load their own
         plan = ensure_plan(output, plan)
+        preflight = ensure_preflight(output, preflight)
         ensure_model(output, facts)
         ensure_labels(output, labels)
         check_stored_settings(output, config)
         _ensure_forward(output, planned, console)
         job_state = _read_job_state(output, plan)
-        context = context_of(config, plan, facts, sizing, execution)
+        context = context_of(config, plan, facts, sizing, execution, preflight.readout)
         _write_run(output, context, execution, sizing)
         output = PatientStore(output, unit_folders=UNIT_FOLDERS)
         _learn(output, context, plan.units, state, sizing, console)
@@ -180,12 +186,19 @@ def _outcome_of(output: ObjectStore, job_state: JobState, execution: Execution, 
     return RunOutcome(job_state, finalize(output, job_state), tuple(beyond), ran, planned)
 
 
-def check_model(config: JobConfig, state: bytes | None, console: Console) -> "tuple[ModelAdapter, ModelFacts]":
-    """Loads the model once in the driver, so that its errors are raised before any work."""
+def check_model(
+    config: JobConfig, state: bytes | None, console: Console, readout: ReadoutName | None = None
+) -> "tuple[ModelAdapter, ModelFacts]":
+    """Loads the model once in the driver, so that its errors are raised before any work.
+
+    `readout` is that of the output, if it was begun. Raises ModelError and ConfigError.
+    """
+    from blocksight.jobs.explain.preflight import in_a_sentence
     from blocksight.jobs.explain.step import load, model_facts
 
-    adapter = load(config, state, "cpu", str(Path.cwd()))
-    facts = model_facts(adapter, config)
+    with in_a_sentence(config.model):
+        adapter = load(config, state, "cpu", str(Path.cwd()), readout)
+        facts = model_facts(adapter, config)
     candidates = sum(block["channels"] for block in facts.blocks)
     places = ", ".join(f"{b['name']} {b['channels']}@{b['height']}x{b['width']}" for b in facts.blocks)
     seen = f", {counted(candidates, 'candidate map')} in {places}" if places else ""
@@ -194,6 +207,22 @@ def check_model(config: JobConfig, state: bytes | None, console: Console) -> "tu
     for note in adapter.notes:
         console.print(f"weights: {printable(note)}")
     return adapter, facts
+
+
+def _preflight(
+    adapter: "ModelAdapter", config: JobConfig, facts: ModelFacts, plan: Plan, output: ObjectStore
+) -> Preflight:
+    """Examines the model and tries the explainer. Raises ModelError."""
+    from blocksight.jobs.explain.preflight import examined_for
+
+    return examined_for(adapter, config, facts, plan, output)
+
+
+def _print_preflight(preflight: Preflight, console: Console) -> None:
+    from blocksight.jobs.explain.preflight import print_findings
+
+    console.print(f"model check: {preflight}")
+    print_findings(preflight.findings, console)
 
 
 def _planned_forward(
@@ -248,7 +277,12 @@ def session_of(execution: Execution) -> AbstractContextManager[Sizing | None]:
 
 
 def context_of(
-    config: JobConfig, plan: Plan, facts: ModelFacts, sizing: Sizing | None, execution: Execution
+    config: JobConfig,
+    plan: Plan,
+    facts: ModelFacts,
+    sizing: Sizing | None,
+    execution: Execution,
+    readout: ReadoutName = "softmax",
 ) -> JobContext:
     """What every worker of this run needs to know."""
     on_gpu = _is_on_gpu(sizing)
@@ -265,6 +299,7 @@ def context_of(
         device="cuda" if on_gpu else "cpu",
         import_path=str(Path.cwd()),
         rare_labels=rare_labels(counts),
+        readout=readout,
         witnesses=plan.witnesses,
     )
 

@@ -27,6 +27,7 @@ from blocksight.jobs.plan.config import digest_of
 from blocksight.jobs.plan.documents import parsed, read_document
 from blocksight.jobs.plan.forward_setting import FORWARD_KEY, planned_forward
 from blocksight.jobs.plan.plan import MODEL_KEY, PLAN_FOLDER, PLAN_KEY, UNITS_SCHEMA, Plan, existing_plan, load_plan
+from blocksight.jobs.plan.preflight import PREFLIGHT_KEY, stored_preflight
 from blocksight.jobs.plan.records import Cause, DeadLetter, ModelFacts, Receipt, UnreconciledError
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.store import ObjectStore
@@ -99,6 +100,7 @@ KEYS: Mapping[str, Callable[[ObjectStore], str]] = {
     "plan": lambda _: PLAN_KEY,
     "model": lambda _: MODEL_KEY,
     "forward": lambda _: FORWARD_KEY,
+    "preflight": lambda _: PREFLIGHT_KEY,
     "manifest": lambda _: MANIFEST_KEY,
     "audit": lambda _: AUDIT_KEY,
     "letter": lambda store: letter_key(unit_ids(store)[-1]),
@@ -112,6 +114,7 @@ READERS: Mapping[str, Callable[[ObjectStore, Plan], object]] = {
     "plan": lambda store, _: load_plan(store),
     "model": lambda store, _: model_facts(store),
     "forward": lambda store, _: planned_forward(store),
+    "preflight": lambda store, _: stored_preflight(store),
     "manifest": final_manifest,
     "audit": lambda store, _: read_audit(store),
     "letter": lambda store, plan: read_letters(store, plan.units),
@@ -119,11 +122,11 @@ READERS: Mapping[str, Callable[[ObjectStore, Plan], object]] = {
 }
 """The function that reads each document, if there is one."""
 NOTICED = {
-    "status": {"plan", "manifest", "letter"},
+    "status": {"plan", "preflight", "manifest", "letter"},
     "verify": {"plan", "manifest", "letter"},
-    "show": {"plan", "model", "forward"},
-    "report": {"plan", "model", "manifest", "audit", "letter"},
-    "audit": {"plan", "model"},
+    "show": {"plan", "model", "preflight", "forward"},
+    "report": {"plan", "model", "preflight", "manifest", "audit", "letter"},
+    "audit": {"plan", "model", "preflight"},
     "compare": {"plan"},
     "versus": {"plan"},
     "spotlight": {"plan", "audit"},
@@ -132,7 +135,7 @@ NOTICED = {
     "retry": {"plan", "manifest", "letter"},
     "finalize": {"plan", "manifest", "letter"},
     "gc": {"plan", "manifest", "letter"},
-    "evaluate": {"plan", "model", "forward"},
+    "evaluate": {"plan", "model", "preflight", "forward"},
     "explain": {"plan", "letter"},
 }
 """The documents that each command needs."""

@@ -1,0 +1,250 @@
+"""Examines a loaded model on a few images before any work: what is odd about it is said, or refused in a sentence."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from blocksight.engine.catalog.readouts import ReadoutName
+from blocksight.engine.errors import ModelError
+from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.failures import first_line_of, name_of
+
+ROUNDING = 1e-4
+"""Differences up to this, relative to the range of the outputs, are float32's rounding."""
+MAX_DIFFERENCE = 0.02
+"""A model whose output for one image differs by more is refused; int8 and bfloat16 stay below."""
+NEAR_ONE = 1e-3
+"""How far the sum of an image's probabilities may be from 1."""
+SURE = 0.8
+"""Two labels whose sigmoids are both above this hold at once, if the softmax of both is below it."""
+LEAST_DRIFT = 0.25
+"""Deviation of the mean logit over images, relative to that of all logits. Training by cross entropy keeps the sum of
+the logits where it began: its gradient has the sum 0."""
+NUM_ALONE = 2
+"""Images that are also passed alone."""
+
+_SQUASHING = (
+    *(torch.sigmoid, Tensor.sigmoid, functional.sigmoid, Tensor.sigmoid_, functional.hardsigmoid),
+    *(torch.softmax, Tensor.softmax, functional.softmax),
+)
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What was found out about a model's output."""
+
+    readout: ReadoutName
+    findings: tuple[str, ...]
+    """A sentence for each oddity; empty for a sound softmax classifier in float32."""
+
+
+@dataclass(frozen=True)
+class _Output:
+    """The outputs [N, K] of some images in float64."""
+
+    together: Tensor
+    again: Tensor
+    """Of the same pass once more."""
+    alone: Tensor
+    """Of the first images, each in a pass of its own."""
+    dtype: torch.dtype
+    is_squashed: bool
+    """The last function that ran was a sigmoid or a softmax, as far as it can be seen."""
+    num_real: int
+    """The first so many images are of the data set."""
+
+    @property
+    def range(self) -> float:
+        """The largest difference of two outputs."""
+        return float(self.together.max() - self.together.min())
+
+    def difference(self, other: Tensor) -> float:
+        """The largest difference to another pass of the first images, relative to the range."""
+        apart = float((self.together[: len(other)] - other).abs().max())
+        return apart / self.range if self.range else (torch.inf if apart else 0.0)
+
+
+def examine(
+    adapter: ModelAdapter, inputs_nchw: Tensor, asked: ReadoutName | None = None, num_real: int = 0
+) -> Examination:
+    """Runs the model on normalised inputs [N, 3, H, W], of which the first `num_real` are images of the data set.
+
+    `asked` is the user's readout; None: it is told from the outputs, a softmax unless they look otherwise. Raises
+    ModelError if the model fails, if its output holds no finite number, or if the output of an image depends on the
+    call or on the other images of its pass: no map could be made twice.
+    """
+    output = _run(adapter, inputs_nchw, num_real)
+    _refuse_non_finite(adapter, output)
+    _refuse_changing(adapter, output)
+    finite = output.together[output.together.isfinite().all(1)]
+    readout, told = _readout(output, finite) if asked is None else (asked, _contradiction(adapter, asked, finite))
+    return Examination(readout, (*told, *_oddities(adapter, output)))
+
+
+class _LastFunction(TorchFunctionMode):
+    """Remembers the last result of a sigmoid or softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squashed: Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _SQUASHING:
+            self.squashed = result
+        return result
+
+
+def _run(adapter: ModelAdapter, inputs: Tensor, num_real: int) -> _Output:
+    try:
+        with adapter.borrowed(), torch.inference_mode():
+            with _LastFunction() as last:
+                together = adapter.logits(inputs)
+            again = adapter.logits(inputs)
+            alone = torch.cat([adapter.logits(one) for one in inputs[:NUM_ALONE].split(1)])
+    except (ModelError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a user's model may raise anything
+        joining = _batch_statistics(adapter)
+        if joining:  # torch refuses one image alone
+            raise ModelError(_joins_images(adapter, f"depends on the other images of the pass: {joining}")) from error
+        raise ModelError(
+            f"model {adapter.name!r} fails on {len(inputs)} images together or on one alone: {first_line_of(error)}"
+        ) from error
+    doubles = [one.detach().double().cpu() for one in (together, again, alone)]
+    return _Output(*doubles, together.dtype, is_squashed=last.squashed is together, num_real=num_real)
+
+
+def _refuse_non_finite(adapter: ModelAdapter, output: _Output) -> None:
+    if not output.together.isfinite().all(1).any():
+        raise ModelError(
+            f"the output of {adapter.name} holds NaN or infinity for each of {len(output.together)} images: check its "
+            "weights and its normalisation (mean and std), and return model.float() if it computes in half precision"
+        )
+
+
+def _refuse_changing(adapter: ModelAdapter, output: _Output) -> None:
+    if output.difference(output.again.nan_to_num()) > ROUNDING and output.together.isfinite().all():
+        raise ModelError(
+            f"the output of {adapter.name} changes from call to call, by {output.difference(output.again):.0%} of its "
+            "range for the same images: something in it is random in eval mode, such as F.dropout without "
+            "training=self.training; no map of it could be made twice, so make it a fixed function"
+        )
+    if output.difference(output.alone) > MAX_DIFFERENCE:
+        by = f"changes by {output.difference(output.alone):.0%} of its range with the other images of the pass"
+        cause = _batch_statistics(adapter) or "something in it joins the images of a pass"
+        raise ModelError(_joins_images(adapter, f"{by}: {cause}"))
+
+
+def _batch_statistics(adapter: ModelAdapter) -> str | None:
+    """A clause that names a batch norm without running statistics, if there is one."""
+    layers = ((name, one) for name, one in adapter.module.named_modules() if isinstance(one, _BatchNorm))
+    name = next((name for name, one in layers if one.running_mean is None), None)
+    return None if name is None else f"{name} has no running statistics"
+
+
+def _joins_images(adapter: ModelAdapter, how: str) -> str:
+    return (
+        f"the output of {adapter.name} for an image {how}; its maps would depend on how images are packed. Train it "
+        "with running statistics, or replace such layers by GroupNorm"
+    )
+
+
+def _readout(output: _Output, finite: Tensor) -> tuple[ReadoutName, tuple[str, ...]]:
+    """The readout that the outputs look like, and sentences if it is not a softmax."""
+    if _is_in_unit_range(finite) and (finite.sum(1) - 1).abs().max() <= NEAR_ONE:
+        return "probabilities", (
+            "the outputs are probabilities already (in [0, 1], sum 1: a softmax is inside): a score is the output "
+            "itself, no second softmax is taken; without the last softmax gradients are sharper (--readout softmax "
+            "takes it twice)",
+        )
+    if _is_in_unit_range(finite) and (output.is_squashed or _is_decided(finite)):
+        return "probabilities", (
+            "the outputs are probabilities of independent labels already (in [0, 1], sums other than 1: a sigmoid is "
+            "inside): a score is the output itself (--readout softmax for classes that exclude each other)",
+        )
+    if _are_independent(output):
+        return "sigmoid", (
+            f"several labels hold at once on images of the data set (two sigmoids above {SURE:g}), so the outputs are "
+            "taken for independent labels: a score is the sigmoid of the label's own output. This is a guess: if the "
+            "classes exclude each other say --readout softmax",
+        )
+    if _is_in_unit_range(finite):
+        return "softmax", (
+            "all outputs lie in [0, 1] and a softmax is taken of them: if they are probabilities already say "
+            "--readout probabilities",
+        )
+    return "softmax", ()
+
+
+def _is_in_unit_range(values: Tensor) -> bool:
+    return bool(values.min() >= 0) and bool(values.max() <= 1 + NEAR_ONE)
+
+
+def _is_decided(values: Tensor) -> bool:
+    """True if outputs in [0, 1] come near both ends, as sigmoids do."""
+    return bool(values.min() < 1 - SURE) and bool(values.max() > SURE)
+
+
+def _are_independent(output: _Output) -> bool:
+    """True if on half of the data set's images two labels are sure at once, which a softmax could not say.
+
+    Uncertain softmax classifiers also have two large logits; `LEAST_DRIFT` tells them apart.
+    """
+    real = output.together[: output.num_real]
+    real = real[real.isfinite().all(1)]
+    if not len(real) or real.shape[1] < 2:
+        return False
+    second = real.sigmoid().topk(2, 1).values[:, 1]
+    several = (second > SURE) & (real.softmax(1).amax(1) < SURE)
+    finite = output.together[output.together.isfinite().all(1)]
+    drift = finite.mean(1).std(correction=0) / finite.std(correction=0).clamp(min=1e-12)
+    return bool(several.double().mean() >= 0.5) and float(drift) >= LEAST_DRIFT
+
+
+def _contradiction(adapter: ModelAdapter, asked: ReadoutName, finite: Tensor) -> tuple[str, ...]:
+    """Sentences if the outputs do not look like the readout asked for. Raises ModelError if they cannot be it."""
+    is_probability = _is_in_unit_range(finite)
+    if asked == "probabilities" and not is_probability:
+        low, high = float(finite.min()), float(finite.max())
+        raise ModelError(
+            f"--readout probabilities, and the outputs of {adapter.name} lie in [{low:.3g}, {high:.3g}] and not in "
+            "[0, 1]: say softmax, sigmoid or identity"
+        )
+    if asked in ("softmax", "sigmoid") and is_probability:
+        return (f"all outputs lie in [0, 1] already, and a {asked} is taken of them because --readout says so",)
+    return ()
+
+
+def _oddities(adapter: ModelAdapter, output: _Output) -> Iterator[str]:
+    """Sentences on what does not stop a job."""
+    num_odd = int((~output.together.isfinite().all(1)).sum())
+    if num_odd:
+        yield f"the output holds NaN or infinity for {num_odd} of {len(output.together)} images: those are rejected"
+    finite = output.together[output.together.isfinite().all(1)]
+    if len(finite) > 1 and bool((finite - finite[:1]).abs().max() <= 1e-6 * finite.abs().max()):
+        yield (
+            f"the output is the same for all {len(finite)} images it was tried on: the model does not look at them, "
+            "and its maps will show nothing"
+        )
+    difference = output.difference(output.alone) if not num_odd else 0.0
+    if difference > ROUNDING:
+        yield f"the output for an image changes by {difference:.1%} of its range with the other images of its pass"
+    if output.dtype != torch.float32:
+        yield f"the outputs are {name_of(output.dtype)}"
+    weights = _types(adapter.module)
+    if weights:
+        yield f"weights are {', '.join(weights)}: scores have fewer digits than in float32"
+
+
+def _types(module: nn.Module) -> list[str]:
+    """The types of weights of fewer bits than float32, and int8 for packed weights."""
+    kinds = {one.dtype for one in module.parameters() if one.is_floating_point() and one.element_size() < 4}
+    quantised = any("quantized" in type(one).__module__ for one in module.modules())
+    return sorted(map(name_of, kinds)) + (["int8"] if quantised else [])

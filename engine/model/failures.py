@@ -1,0 +1,49 @@
+"""Sentences for a model that fails on images, or returns something else than logits."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def first_line_of(error: BaseException) -> str:
+    """The first line of an exception's message, or its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def failure_of(module: nn.Module, error: Exception, size: Sequence[int]) -> str:
+    """Why a module fails on RGB images in float32, in a sentence that says what to do."""
+    pixels = " x ".join(map(str, size))
+    dtypes = {one.dtype for one in module.parameters() if one.is_floating_point()}
+    if len(dtypes) == 1 and dtypes != {torch.float32}:
+        name = name_of(dtypes.pop())
+        return f"fails: its weights are {name} and images are float32; return model.float() from the factory"
+    convolutions = ((path, one) for path, one in module.named_modules() if isinstance(one, nn.Conv2d))
+    path, first = next(convolutions, ("", None))
+    if first is not None and first.in_channels != 3:
+        way = "x.mean(1, keepdim=True)" if first.in_channels == 1 else "the channels that it needs"
+        return (
+            f"fails on RGB images: its first convolution {path} takes {first.in_channels} channels; wrap it in a "
+            f"module that gives it {way}"
+        )
+    return f"fails on RGB images of {pixels} pixels: {first_line_of(error)}"
+
+
+def shape_of(output: object) -> str:
+    """What a module returned, for people, with a way to wrap it if the logits may be inside."""
+    if isinstance(output, Tensor):
+        return str(tuple(output.shape))
+    kind = type(output).__name__
+    if isinstance(output, dict):
+        keys = ", ".join(map(str, list(output)[:6]))
+        one = next((key for key in output if "logit" in str(key)), next(iter(output), ""))
+        return f"a {kind} with {keys}: wrap it in a module that returns the logits, such as output[{one!r}]"
+    if isinstance(output, tuple | list):
+        inside = ", ".join(str(tuple(one.shape)) if isinstance(one, Tensor) else type(one).__name__ for one in output)
+        return f"a {kind} of {inside}: wrap it in a module that returns the logits, such as output[0]"
+    return kind
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """`float16` for `torch.float16`."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,160 @@
+"""The preflight: examines a job's model, and tries its explainer, on a few images before the first unit."""
+
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from torch import Tensor
+
+from blocksight.engine.catalog.readouts import ReadoutName
+from blocksight.engine.errors import ModelError
+from blocksight.engine.explainers import make_explainer
+from blocksight.engine.judging.preflight import quick, scored_once, try_explainer
+from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.examination import examine
+from blocksight.engine.model.failures import first_line_of
+from blocksight.engine.scoring.setting_choice import drawn_pictures
+from blocksight.jobs.explain.step import load
+from blocksight.jobs.ledger.attempt_markers import FOLDER
+from blocksight.jobs.plan.config import ConfigError, JobConfig
+from blocksight.jobs.plan.plan import Plan, source_of
+from blocksight.jobs.plan.preflight import Preflight
+from blocksight.jobs.plan.records import ModelFacts, UnreconciledError
+from blocksight.jobs.plan.text import counted, printable
+from blocksight.jobs.worker.attempts import WorkerStores, attempt_marker
+from blocksight.jobs.worker.unit import decoded, decoded_or_rejected
+from blocksight.jobs.worker.watchdog import watchdog
+from blocksight.storage.inputs.loose import read_images
+from blocksight.storage.inputs.records import RawRecord
+from blocksight.storage.inputs.survey import Layout
+from blocksight.storage.stores.store import ObjectInfo, ObjectStore, StoreError
+
+NUM_REAL, NUM_DRAWN = 4, 4
+"""Images of the data set and random pictures that the model is examined on."""
+CHEAP_BYTES = 16 << 20
+"""Larger images are not read for the preflight; shards are not either."""
+STEP = "preflight/try"
+"""Names its attempt markers."""
+
+OF_THE_USER = (ModelError, ConfigError, StoreError, UnreconciledError, torch.OutOfMemoryError)
+"""Errors that are sentences already."""
+
+
+@contextmanager
+def in_a_sentence(name: str) -> Iterator[None]:
+    """Raises any exception of the body as a ModelError, because a user's model may raise anything."""
+    try:
+        yield
+    except OF_THE_USER:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"model {name!r} cannot be used: {type(error).__name__} while it was examined: {first_line_of(error)}"
+        ) from error
+
+
+def load_examined(
+    config: JobConfig, state: bytes | None, device: str, console: Console, readout: ReadoutName | None = None
+) -> ModelAdapter:
+    """The configured model on a device, examined on random pictures; prints what is odd about it.
+
+    `readout` is that of an output; None: the configuration's, or what the outputs look like. Raises ModelError.
+    """
+    with in_a_sentence(config.model):
+        adapter = load(config, state, device, str(Path.cwd()), readout)
+        found = examine(adapter, drawn_pictures(adapter)[:NUM_DRAWN], readout or config.asked_readout)
+        adapter.readout = found.readout
+    print_findings(found.findings, console)
+    return adapter
+
+
+def print_findings(findings: Sequence[str], console: Console) -> None:
+    """Prints a warning for each."""
+    for sentence in findings:
+        console.print(f"[bold red]WARNING[/] {printable(sentence)}")
+
+
+def examined_for(
+    adapter: ModelAdapter, config: JobConfig, facts: ModelFacts, plan: Plan, output: ObjectStore
+) -> Preflight:
+    """Examines the model and tries the explainer; the adapter reads scores as found. Raises ModelError.
+
+    If a process died in the preflight of this output before, no image of the data set is read.
+    """
+    stores = WorkerStores(source_of(plan, config.endpoint_url), output, uuid.uuid4().hex)
+    with attempt_marker(stores, STEP) as num_deaths, watchdog(), in_a_sentence(config.model):
+        real = [] if num_deaths else list(_sample(plan, config, adapter.input_size, stores.source))
+        found = _examined(adapter, config, facts, real)
+    for marker in list(output.list(f"{FOLDER}{STEP}-")):  # of processes that died
+        output.delete(marker.key)
+    return found
+
+
+def _examined(
+    adapter: ModelAdapter, config: JobConfig, facts: ModelFacts, real: Sequence[NDArray[np.uint8]]
+) -> Preflight:
+    drawn = drawn_pictures(adapter)[:NUM_DRAWN]
+    inputs = [adapter.normalise(torch.from_numpy(one.copy()).permute(2, 0, 1)[None]) for one in real]
+    shown = [one for one in inputs if _passes(adapter, one)]
+    found = examine(adapter, torch.cat([*shown, drawn]), config.asked_readout, len(shown))
+    adapter.readout = found.readout
+    findings = (*found.findings, *_tried(adapter, config, facts, torch.cat(shown) if shown else drawn))
+    images = f"{counted(len(shown), 'image')} of the data set" if shown else "random pictures"
+    return Preflight(found.readout, images, findings)
+
+
+def _passes(adapter: ModelAdapter, image_nchw: Tensor) -> bool:
+    """False if the model fails on this image, which its unit will tell of."""
+    try:
+        with adapter.borrowed(), torch.inference_mode():
+            adapter.logits(image_nchw)
+    except Exception:  # noqa: BLE001 - a user's model may raise anything
+        return False
+    return True
+
+
+def _tried(adapter: ModelAdapter, config: JobConfig, facts: ModelFacts, inputs_nchw: Tensor) -> tuple[str, ...]:
+    """Tries the configured explainer, made short by `quick`."""
+    method, blocks = config.method, [block["name"] for block in facts.blocks]
+    parameters = quick(method, config.explainer_parameters())
+    explainer = make_explainer(config.explainer, adapter, parameters, blocks=blocks, forward=scored_once(adapter))
+    return try_explainer(explainer, method, blocks, inputs_nchw, _classes(adapter, config, inputs_nchw))
+
+
+def _classes(adapter: ModelAdapter, config: JobConfig, inputs_nchw: Tensor) -> Tensor:
+    """The class [N, 1] that is explained of each image: the first given one, or the prediction."""
+    given = config.target_choice.classes
+    if given:
+        return torch.tensor([[given[0]]]).expand(len(inputs_nchw), 1)
+    with adapter.borrowed(), torch.inference_mode():
+        return adapter.logits(inputs_nchw).argmax(1, keepdim=True)
+
+
+def _sample(
+    plan: Plan, config: JobConfig, input_size: tuple[int, int], source: ObjectStore
+) -> Iterator[NDArray[np.uint8]]:
+    """Yields the pixels [H, W, 3] of a few loose images, spread over the data set; unreadable ones are left out."""
+    if plan.layout is not Layout.IMAGES:
+        return
+    objects = [info for unit in plan.units for info in unit.objects if info.size <= CHEAP_BYTES]
+    count = min(NUM_REAL, len(objects))
+    spread = [objects[index * len(objects) // count] for index in range(count)]
+    decode = partial(decoded, config=config, input_size=input_size)
+    for raw in _raw(source, spread):
+        _, pixels = decoded_or_rejected(decode, raw, source)
+        if pixels is not None:
+            yield pixels
+
+
+def _raw(source: ObjectStore, objects: Sequence[ObjectInfo]) -> Iterator[RawRecord]:
+    """The images that can be read; the read step reports the others later."""
+    for info in objects:
+        with suppress(StoreError):
+            yield from islice(read_images(source, [info]), 1)

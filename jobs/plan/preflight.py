@@ -1,0 +1,50 @@
+"""What was found out about a job's model before its first unit, stored beside the plan; read without torch."""
+
+import json
+from dataclasses import asdict, dataclass
+
+from blocksight.engine.catalog.readouts import READOUTS, ReadoutName
+from blocksight.jobs.plan.documents import read_document
+from blocksight.jobs.plan.plan import MODEL_KEY, PLAN_FOLDER
+from blocksight.storage.stores.store import AlreadyExistsError, MissingError, ObjectStore
+
+PREFLIGHT_KEY = f"{PLAN_FOLDER}preflight.json"
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """How the model's scores are read in all units of a job, and what is odd about the model."""
+
+    readout: ReadoutName = "softmax"
+    images: str = ""
+    """What it was tried on, for people; empty: it was not examined."""
+    findings: tuple[str, ...] = ()
+    """A sentence for each oddity."""
+
+    def __str__(self) -> str:
+        examined = f"examined on {self.images}" if self.images else "not examined"
+        odd = "" if self.findings or not self.images else ", nothing odd"
+        return f"{examined}{odd}; a score is the {READOUTS[self.readout]}"
+
+
+def stored_preflight(output: ObjectStore) -> Preflight | None:
+    """An output's preflight; None before the first. For an output of an earlier version scores are softmaxes.
+
+    Raises StoreError, and UnreconciledError if it is damaged.
+    """
+    try:
+        return read_document(output, PREFLIGHT_KEY, Preflight)
+    except MissingError:
+        return Preflight() if output.head(MODEL_KEY) is not None else None
+
+
+def ensure_preflight(output: ObjectStore, preflight: Preflight) -> Preflight:
+    """Writes it once; returns the stored one, which may be another driver's."""
+    if stored_preflight(output) is None:
+        try:
+            output.create(PREFLIGHT_KEY, json.dumps(asdict(preflight), indent=1).encode())
+        except AlreadyExistsError:
+            pass
+        else:
+            return preflight
+    return stored_preflight(output) or preflight

@@ -1,0 +1,168 @@
+"""The examination of a model's output: what is recognised, what is said, and what is refused."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from blocksight.engine.errors import ModelError
+from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.examination import examine
+from blocksight.engine.scoring.setting_choice import drawn_pictures
+from tests.engine.nets import Plain, seeded
+
+SIDE = 16
+
+
+class Wrapped(nn.Module):
+    """A small network, with something done to its logits."""
+
+    def __init__(self, change, factor=40.0):
+        super().__init__()
+        self.net, self.change, self.factor = nn.Conv2d(3, 5, 8, 8), change, factor
+
+    def forward(self, x):
+        return self.change(self.factor * self.net(x).mean((2, 3)))
+
+
+def adapter_of(change, **options):
+    return ModelAdapter(seeded(lambda: Wrapped(change, **options)), name="net", input_size=(SIDE, SIDE))
+
+
+def examined(change, asked=None, **options):
+    adapter = adapter_of(change, **options)
+    return examine(adapter, drawn_pictures(adapter), asked)
+
+
+def test_a_sound_classifier_gets_a_softmax_and_no_word():
+    found = examined(lambda z: z)
+    assert (found.readout, found.findings) == ("softmax", ())
+
+
+@pytest.mark.parametrize(
+    ("change", "readout", "sentence"),
+    [
+        (lambda z: z.softmax(1), "probabilities", "probabilities already .* a softmax is inside"),
+        (lambda z: z.sigmoid(), "probabilities", "independent labels already .* a sigmoid is inside"),
+        (lambda z: (z * 1e-3).sigmoid(), "probabilities", "a sigmoid is inside"),
+        (lambda z: 1 / (1 + (-z).exp()), "probabilities", "a sigmoid is inside"),
+        (lambda z: z.sigmoid() * 0.2 + 0.3, "softmax", "--readout probabilities"),
+        (lambda z: z.log_softmax(1), "softmax", None),
+        (lambda z: z.double(), "softmax", "the outputs are float64"),
+        (lambda z: z * 0 + 1.5, "softmax", "the same for all 8 images"),
+    ],
+)
+def test_an_output_is_recognised(change, readout, sentence):
+    found = examined(change)
+    assert found.readout == readout
+    assert len(found.findings) == (sentence is not None)
+    assert all(re.search(sentence or "", one) for one in found.findings)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda z: functional.dropout(z), "changes from call to call"),
+        (lambda z: z + torch.rand(1), "changes from call to call"),
+        (lambda z: z - z.mean(0), "with the other images of the pass: something in it joins"),
+        (lambda z: z * torch.nan, "NaN or infinity for each of 8 images"),
+        (lambda z: z if len(z) > 1 else z.view(3, 2), "model 'net' fails on 8 images together or on one alone"),
+    ],
+)
+def test_what_gives_no_map_twice_is_refused(change, sentence):
+    with pytest.raises(ModelError, match=sentence):
+        examined(change)
+
+
+def test_batch_norm_without_running_statistics_is_named():
+    adapter = adapter_of(nn.BatchNorm1d(5, track_running_stats=False))
+    with pytest.raises(ModelError, match=r"change has no running statistics.* GroupNorm"):
+        examine(adapter, drawn_pictures(adapter))
+
+
+def test_what_an_image_makes_infinite_is_said():
+    found = examined(lambda z: torch.cat([z[:1] * torch.inf, z[1:]]) if len(z) > 1 else z * torch.inf)
+    assert found.findings == ("the output holds NaN or infinity for 1 of 8 images: those are rejected",)
+
+
+class Labels(nn.Module):
+    """A label per channel, absent unless the channel is bright somewhere."""
+
+    def forward(self, x):
+        return 8 * x.amax((2, 3)) - 6
+
+
+def labelled(*present):
+    pixels = torch.full((3, 3, SIDE, SIDE), 40, dtype=torch.uint8)
+    for channel in present:
+        pixels[:, channel, 4:8, 4:8] = 255
+    return pixels
+
+
+def of_labels(module, pixels):
+    adapter = ModelAdapter(module, input_size=(SIDE, SIDE), mean=(0, 0, 0), std=(1, 1, 1))
+    dark = adapter.normalise(torch.zeros(3, 3, SIDE, SIDE, dtype=torch.uint8))
+    return examine(adapter, torch.cat([adapter.normalise(pixels), dark]), num_real=len(pixels))
+
+
+def test_several_labels_at_once_are_taken_for_independent_and_the_guess_is_said():
+    found = of_labels(Labels(), labelled(0, 1))
+    assert found.readout == "sigmoid"
+    assert "This is a guess: if the classes exclude each other say --readout softmax" in found.findings[0]
+
+
+def test_one_label_at_a_time_is_no_sign_of_independent_labels():
+    assert of_labels(Labels(), labelled(1)).readout == "softmax"
+
+
+class Exclusive(Labels):
+    """The same logits as a training by cross entropy leaves them: their sum is fixed."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits - logits.mean(1, keepdim=True) + 3
+
+
+def test_an_uncertain_classifier_is_not_taken_for_independent_labels():
+    assert of_labels(Exclusive(), labelled(0, 1)).readout == "softmax"
+
+
+def test_what_the_user_says_is_taken_unless_it_cannot_be():
+    assert examined(lambda z: z.sigmoid(), "softmax").readout == "softmax"
+    (sentence,) = examined(lambda z: z.softmax(1), "softmax").findings
+    assert sentence.startswith("all outputs lie in [0, 1] already, and a softmax is taken of them")
+    assert examined(lambda z: z, "identity").findings == ()
+    with pytest.raises(ModelError, match=r"--readout probabilities, and the outputs of net lie in \[-.*: say softmax"):
+        examined(lambda z: z, "probabilities")
+
+
+def test_few_digits_are_said():
+    net = seeded(lambda: Wrapped(lambda z: z.float())).bfloat16()
+    net.register_forward_pre_hook(lambda _, given: (given[0].bfloat16(),))
+    adapter = ModelAdapter(net, input_size=(SIDE, SIDE))
+    found = examine(adapter, drawn_pictures(adapter))
+    assert "weights are bfloat16: scores have fewer digits than in float32" in found.findings
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: nn.Sequential(nn.Conv2d(1, 5, 16), nn.Flatten()), "takes 1 channels; wrap it .* keepdim=True"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 5, 16), nn.Flatten()).half(), "weights are float16 .* model.float()"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 5, 16), nn.Flatten()).double(), "weights are float64 .* model.float()"),
+        (lambda: nn.Linear(3, 5), "fails on RGB images of 16 x 16 pixels"),
+    ],
+)
+def test_a_model_that_cannot_take_the_images_says_what_to_do(make, sentence):
+    with pytest.raises(ModelError, match=sentence):
+        _ = ModelAdapter(make(), input_size=(SIDE, SIDE)).num_classes
+
+
+def test_one_output_is_explained_with_a_sigmoid():
+    net = seeded(Plain)
+    net.head = nn.Linear(160, 1)
+    adapter = ModelAdapter(net, input_size=(32, 32))
+    adapter.readout = "sigmoid"
+    assert adapter.num_classes == 1

@@ -1,0 +1,256 @@
+"""The preflight of a job: what would fail every record fails before the first, and what is odd is stored and shown."""
+
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from blocksight.engine.catalog.entries import EXPLAINERS
+from blocksight.engine.errors import ModelError
+from blocksight.jobs.explain import preflight
+from blocksight.jobs.explain.step import load, model_facts
+from blocksight.jobs.ledger.attempt_markers import FOLDER
+from blocksight.jobs.plan.config import ConfigError
+from blocksight.jobs.plan.preflight import PREFLIGHT_KEY, Preflight, stored_preflight
+from blocksight.storage.stores.opening import open_store
+from tests.jobs.jobs_of import called, config_of, rows_in, run_here
+from tests.jobs.tiny import folder_of_images, make, make_vit
+
+MODELS = """
+import torch
+from torch import nn
+from blocksight.engine.model.adapter import ModelAdapter
+from tests.engine.nets import seeded
+from tests.jobs.tiny import Tiny
+
+class Soft(Tiny):
+    def forward(self, x):
+        return (4 * super().forward(x)).softmax(1)
+
+class Frozen(Tiny):
+    def forward(self, x):
+        assert bool(x.isfinite().all())  # a trace would leave the next line out
+        with torch.no_grad():
+            maps = self.second(self.first(x))
+        return self.head(maps.mean((2, 3)))
+
+class Cut(Tiny):
+    def forward(self, x):
+        assert bool(x.isfinite().all())
+        maps = self.second(self.first(x))
+        return self.head(maps.detach().mean((2, 3)) + x.mean((1, 2, 3))[:, None])
+
+class Failing(Tiny):
+    def forward(self, x):
+        if torch.is_grad_enabled():
+            raise ZeroDivisionError("no gradients here")
+        return super().forward(x)
+
+class Picky(Tiny):
+    def forward(self, x):
+        assert bool(x.isfinite().all())
+        if torch.is_grad_enabled() and bool((x[:, 0, 0, 0] == 0).any()):
+            raise ZeroDivisionError("no black corner")
+        return super().forward(x)
+
+class Unlisted(Tiny):
+    def state_dict(self, *_, **__):
+        raise KeyError("weights")
+
+class Labels(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.relu = nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()
+        self.stem.weight.data.zero_()
+        self.stem.bias.data.zero_()
+        for channel in range(3):
+            self.stem.weight.data[channel, channel, 1, 1] = 1
+    def forward(self, x):
+        return 160 * self.relu(self.stem(x) - 0.5).mean((2, 3)) - 4
+
+def of(kind):
+    def make():
+        return ModelAdapter(seeded(kind), input_size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
+    return make
+
+kinds = (Soft, Frozen, Cut, Failing, Picky, Unlisted, Labels)
+soft, frozen, cut, failing, picky, unlisted, labels = map(of, kinds)
+"""
+
+
+@pytest.fixture
+def my_models(tmp_path, monkeypatch):
+    (tmp_path / "odd_models.py").write_text(MODELS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    sys.modules.pop("odd_models", None)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """The tiny model's usual pictures."""
+    return folder_of_images(tmp_path_factory.mktemp("shapes"), bad=False)
+
+
+@pytest.fixture
+def red_and_green(tmp_path):
+    """Two pictures with a red and a green square."""
+    for number in range(2):
+        pixels = np.full((32, 32, 3), 10 * number, np.uint8)
+        pixels[2:14, 2:14, 0] = 255
+        pixels[18:30, 18:30, 1] = 255
+        (tmp_path / "data").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "data" / f"{number}.png")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize(
+    ("model", "explainer", "sentence"),
+    [
+        ("frozen", "gradcam", "gradcam needs gradients, and none reaches the output of odd_models:frozen"),
+        ("frozen", "sise", "sise needs gradients, and none reaches the output"),
+        ("frozen", "smoothgrad(gradcam)", "needs gradients, and none reaches the output"),
+        ("frozen", "gradient", "gradient needs gradients, and none reaches the output"),
+        ("failing", "fullgrad", "no gradients here"),
+        ("daam", "daam", "daam needs self-attention"),
+    ],
+)
+def test_what_would_fail_every_record_fails_before_the_first(
+    my_models, red_and_green, tmp_path, model, explainer, sentence
+):
+    name = "tests.jobs.tiny:make" if model == "daam" else f"odd_models:{model}"
+    with pytest.raises(ModelError, match=sentence):
+        run_here(red_and_green, tmp_path / "out", model=name, explainer=explainer)
+    assert not (tmp_path / "out" / "_job" / "plan").exists()
+
+
+def test_a_block_that_no_gradient_reaches_is_named(my_models, red_and_green, tmp_path):
+    with pytest.raises(ModelError, match="none reaches block 'second' of odd_models:cut"):
+        run_here(red_and_green, tmp_path / "out", model="odd_models:cut", explainer="layercam", blocks=["second"])
+
+
+def test_an_explainer_that_fails_on_one_image_is_tried_on_the_next(my_models, red_and_green, tmp_path):
+    outcome = run_here(red_and_green, tmp_path / "out", model="odd_models:picky", explainer="gradcam")
+    assert (outcome.job_state.total("num_ok"), outcome.job_state.total("num_rejected")) == (1, 1)
+
+
+def test_any_exception_of_a_model_is_a_sentence(my_models, red_and_green, tmp_path):
+    code, text = called(
+        *("explain", "--data", red_and_green, "--output", tmp_path / "out", "--runner", "local"),
+        *("--model", "odd_models:unlisted", "--explainer", "gradcam"),
+    )
+    assert code == 2
+    assert "cannot be used: KeyError while it was examined" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("explainer", sorted(EXPLAINERS))
+def test_every_explainer_is_tried_in_a_few_passes(explainer, tmp_path, shapes):
+    adapter = (make_vit if explainer == "daam" else make)()
+    model = f"tests.jobs.tiny:{'make_vit' if explainer == 'daam' else 'make'}"
+    parameters = {"window": 8, "stride": 8} if explainer == "occlusion" else {}
+    config = config_of(shapes, tmp_path / "out", model=model, explainer=explainer, parameters=parameters)
+    facts = model_facts(adapter, config)
+    passes = []
+    with adapter.module.register_forward_pre_hook(lambda _, given: passes.append(len(given[0]))):
+        found = preflight._examined(adapter, config, facts, [])
+    assert found.findings == ()
+    assert sum(passes) < 90
+
+
+# ---------------------------------------------------------------- the readout
+
+
+def scores_of(output):
+    rows = rows_in(open_store(str(output)))
+    return [row["score"] for row in rows], [row["metrics"] for row in rows]
+
+
+def test_probabilities_are_recognised_stored_and_shown(my_models, red_and_green, tmp_path):
+    code, text = called(
+        *("explain", "--data", red_and_green, "--output", tmp_path / "out", "--runner", "local"),
+        *("--model", "odd_models:soft", "--explainer", "gradcam"),
+    )
+    assert code == 0
+    assert "WARNING the outputs are probabilities already" in " ".join(text.split())
+    store = open_store(str(tmp_path / "out"))
+    stored = stored_preflight(store)
+    assert stored.readout == "probabilities"
+    assert stored.images == "2 images of the data set"
+    adapter = load(config_of(red_and_green, tmp_path / "out", model="odd_models:soft"), None, "cpu", ".")
+    best = [row["score"] for row in rows_in(store)]
+    pixels = np.stack([np.array(Image.open(red_and_green / f"{number}.png")) for number in range(2)])
+    with adapter.borrowed(), torch.no_grad():
+        wanted = adapter.logits(adapter.normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2))).amax(1)
+    assert best == pytest.approx(wanted.tolist(), rel=1e-5)
+    for command in ("status", "plan"):
+        given = [tmp_path / "out"] if command == "status" else ["--data", red_and_green, "--output", tmp_path / "out"]
+        rest = [] if command == "status" else ["--model", "odd_models:soft", "--explainer", "gradcam"]
+        shown = " ".join(called(command, *given, *rest)[1].split())
+        assert "model check" in shown
+        assert "the outputs are probabilities already" in shown
+
+
+def test_independent_labels_are_scored_by_their_own_sigmoid(my_models, red_and_green, tmp_path):
+    run_here(red_and_green, tmp_path / "out", model="odd_models:labels", explainer="gradcam", target="0")
+    run_here(
+        red_and_green, tmp_path / "soft", model="odd_models:labels", explainer="gradcam", target="0", readout="softmax"
+    )
+    (one, _), (metrics, _) = scores_of(tmp_path / "out")
+    assert one == pytest.approx(torch.tensor(logit_of_red()).sigmoid().item(), rel=1e-5)
+    assert not metrics["increase"]
+    (softmax, _), (old, _) = scores_of(tmp_path / "soft")
+    assert softmax < 0.6 < one
+    assert old["protocol"] != metrics["protocol"]  # never averaged with the others
+
+
+def logit_of_red():
+    return 160 * 0.5 * (12 * 12) / (32 * 32) - 4
+
+
+def test_a_readout_belongs_to_the_configuration_and_a_sound_one_changes_nothing(shapes, tmp_path):
+    auto, said = (config_of(shapes, tmp_path / "out", readout=readout) for readout in ("auto", "sigmoid"))
+    assert "readout" not in auto.identity(None)
+    assert said.identity(None)["readout"] == "sigmoid"
+    run_here(shapes, tmp_path / "out", explainer="gradcam")
+    store = open_store(str(tmp_path / "out"))
+    assert stored_preflight(store).readout == "softmax"
+    with pytest.raises(ConfigError, match="readout"):
+        run_here(shapes, tmp_path / "out", explainer="gradcam", readout="sigmoid")
+    with pytest.raises(ConfigError, match="readout"):
+        config_of(shapes, tmp_path / "out", readout="logits")
+
+
+def test_an_output_of_an_earlier_version_keeps_its_softmax(my_models, red_and_green, tmp_path):
+    run_here(red_and_green, tmp_path / "out", model="odd_models:soft", explainer="gradcam", readout="softmax")
+    store = open_store(str(tmp_path / "out"))
+    store.delete(PREFLIGHT_KEY)
+    assert stored_preflight(store) == Preflight()
+    assert stored_preflight(open_store(str(tmp_path / "none"))) is None
+
+
+def test_evaluate_reads_scores_as_the_job_did(my_models, red_and_green, tmp_path):
+    run_here(red_and_green, tmp_path / "out", model="odd_models:soft", explainer="gradcam")
+    code, text = called(
+        *("evaluate", tmp_path / "out", "--model", "odd_models:soft", "--metrics", "drop,increase,insertion"),
+        *("--runner", "local"),
+    )
+    assert code == 0, text
+    scores = {row["key"]: row["score"] for row in rows_in(open_store(str(tmp_path / "out")))}
+    (values,) = (tmp_path / "out" / "evaluations").rglob("*.parquet")
+    curves = {row["key"]: row["curve"] for row in pq.read_table(values).to_pylist() if row["metric"] == "insertion"}
+    assert {key: curve[-1] for key, curve in curves.items()} == pytest.approx(scores, rel=1e-5)
+
+
+# ---------------------------------------------------------------- the images of the data set
+
+
+def test_a_process_that_died_in_the_preflight_is_not_tried_on_the_data_again(shapes, tmp_path):
+    store = open_store(str(tmp_path / "out"))
+    store.put(f"{FOLDER}{preflight.STEP}-x.json", b"{}")
+    run_here(shapes, tmp_path / "out", explainer="gradcam")
+    assert stored_preflight(store).images == "random pictures"
+    assert not list(store.list(FOLDER))
