@@ -22,6 +22,7 @@ from blocksight.engine.model.examination import examine
 from blocksight.engine.model.failures import first_line_of
 from blocksight.engine.scoring.setting_choice import drawn_pictures
 from blocksight.jobs.explain.step import load
+from blocksight.jobs.explain.target_names import resolved_target
 from blocksight.jobs.ledger.attempt_markers import FOLDER
 from blocksight.jobs.plan.config import ConfigError, JobConfig
 from blocksight.jobs.plan.plan import Plan, source_of
@@ -130,7 +131,7 @@ def _tried(adapter: ModelAdapter, config: JobConfig, facts: ModelFacts, inputs_n
 
 def _classes(adapter: ModelAdapter, config: JobConfig, inputs_nchw: Tensor) -> Tensor:
     """The class [N, 1] that is explained of each image: the first given one, or the prediction."""
-    given = config.target_choice.classes
+    given = resolved_target(config, adapter).classes
     if given:
         return torch.tensor([[given[0]]]).expand(len(inputs_nchw), 1)
     with adapter.borrowed(), torch.inference_mode():
