@@ -24,6 +24,7 @@ from blocksight.jobs.cli.audit_tables import audit_table
 from blocksight.jobs.cli.figures import evaluation_figures, print_json, progress_console
 from blocksight.jobs.cli.job_tables import failure_line
 from blocksight.jobs.cli.metric_tables import comparison_table, difference_table, evaluation_table
+from blocksight.jobs.evaluate.verdict import verdicts
 from blocksight.jobs.plan.config import MAX_SEED, ConfigError, execution_of
 from blocksight.jobs.plan.text import counted, printable
 from blocksight.storage.stores.opening import open_store
@@ -107,7 +108,8 @@ def compare_outputs(
 
     table = compare([Output(name, *existing(name, endpoint_url)) for name in outputs])
     if as_json:
-        print_json({"cells": rows_of_table(table), "notes": table.notes})
+        facts = {"notes": table.notes, "verdicts": verdicts(table), "outputs": table.outputs}
+        print_json({"cells": rows_of_table(table), **facts})
     else:
         console.print(comparison_table(table, console.width))
     if store is not None:

@@ -95,6 +95,7 @@ def job_figures(output: str, job_state: JobState) -> dict[str, Any]:
         "maps": job_state.num_maps,
         "flat_maps": job_state.num_flat,
         "accuracy": job_state.accuracy and _accuracy(job_state.accuracy),
+        "warnings": job_state.warnings,
         "metrics": metric_means(job_state.receipts.values()),
     }
 

@@ -89,6 +89,7 @@ def job_state_table(
     forwards = sum(receipt.num_forwards for receipt in timed)
     ways = "; ".join(sorted({receipt.forward for receipt in timed if receipt.forward and receipt.num_forwards}))
     rate = f", {forwards / seconds:,.0f} a second of a worker" + (f" ({ways})" if ways else "") if seconds else ""
+    done = sum(receipt.num_records for receipt in timed)
     about = "" if job_state.plan.is_exact else "about "
     of_all = f" of {about}{job_state.plan.num_records:,}" if job_state.open_units else ""
     rows = [
@@ -103,7 +104,8 @@ def job_state_table(
         *_odd_formats(job_state.counts("odd_formats")),
         *([("labels", printable(labels))] if labels is not None else []),
         *_quality(job_state),
-        ("forwards", f"{job_state.total('num_forwards'):,}{rate}"),
+        *([("forwards", f"{job_state.total('num_forwards'):,}{rate}")] if job_state.total("num_forwards") else []),
+        *([("speed", f"{done / seconds:,.3g} images a second of a worker")] if done and seconds else []),
         *([("masks", f"scored by {forward}")] if forward is not None else []),
         ("size", size_text(job_state.total("num_bytes"))),
         *_metric_rows(metric_means(job_state.receipts.values())),

@@ -129,7 +129,8 @@ def cost_facts(job_state: JobState, workers: Counter[str]) -> Iterator[Fact]:
     seconds = sum(receipt.explain_seconds or 0.0 for receipt in timed)
     forwards, num_ok = job_state.total("num_forwards"), job_state.total("num_ok")
     each = f"{forwards / num_ok:,.0f} a record" if forwards and num_ok else ""
-    yield Fact("masked forwards", f"{forwards:,}", each)
+    if forwards:
+        yield Fact("masked forwards", f"{forwards:,}", each)
     if seconds:
         records = sum(receipt.num_records for receipt in timed)
         yield Fact("worker time", duration(seconds), f"over {counted(records, 'record')}, all workers together")
