@@ -138,12 +138,15 @@ class Trial:
         Of a raw output, which is no probability, the output itself.
         """
         logits = torch.cat([self.adapter.logits(part) for part in inputs_nchw.split(IMAGES_PER_PASS)]).double().cpu()
-        if self.adapter.readout == "probabilities":
-            return logits[:, target].logit().clamp(-MAX_LOG_ODDS, MAX_LOG_ODDS)
-        if self.adapter.readout != "softmax":
-            return logits[:, target].clamp(-MAX_LOG_ODDS, MAX_LOG_ODDS)
+        own, readout = logits[:, target], self.adapter.readout
+        if readout == "identity":
+            return own
+        if readout == "probabilities":  # a rounded one may exceed 1
+            return own.clamp(LEAST_PROBABILITY, 1 - LEAST_PROBABILITY).logit()
+        if readout == "sigmoid":
+            return own.clamp(-MAX_LOG_ODDS, MAX_LOG_ODDS)
         others = torch.cat([logits[:, :target], logits[:, target + 1 :]], 1)
-        return (logits[:, target] - others.logsumexp(1)).clamp(-MAX_LOG_ODDS, MAX_LOG_ODDS)
+        return (own - others.logsumexp(1)).clamp(-MAX_LOG_ODDS, MAX_LOG_ODDS)
 
 
 def with_margin(box: Box, size: Sequence[int]) -> Box:

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from blocksight.engine.catalog.readouts import ReadoutName
 from blocksight.engine.metrics.road import imputed
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.jobs.audit.result import Effect, Shortcut
@@ -95,9 +96,10 @@ class Fixed(nn.Module):
         return self.logits[: len(x)]
 
 
-def log_odds(logits: list[list[float]]) -> NDArray[np.float64]:
+def log_odds(logits: list[list[float]], readout: ReadoutName = "softmax") -> NDArray[np.float64]:
     """The trial's log-odds of class 1."""
     trial = Trial(ModelAdapter(Fixed(logits), input_size=(8, 8)), 0)
+    trial.adapter.readout = readout
     return trial._log_odds(torch.zeros(len(logits), 3, 8, 8), 1).numpy()
 
 
@@ -110,6 +112,21 @@ def test_log_odds_count_all_other_classes() -> None:
 def test_log_odds_of_saturated_probabilities_are_bounded() -> None:
     most = np.log((1 - 1e-6) / 1e-6)
     assert log_odds([[0.0, 60.0], [0.0, -60.0], [0.0, 1e30], [0.0, 5.0]]) == pytest.approx([most, -most, most, 5.0])
+
+
+@pytest.mark.parametrize(
+    ("readout", "values", "expected"),
+    [
+        ("sigmoid", [60.0, -60.0, 2.0], [13.8155, -13.8155, 2.0]),
+        ("probabilities", [1.0, 1.0000002, 0.0, 0.75], [13.8155, 13.8155, -13.8155, 1.0986]),
+        ("identity", [60.0, -60.0, 2.0], [60.0, -60.0, 2.0]),
+    ],
+)
+def test_log_odds_are_those_of_the_readouts_probability(
+    readout: ReadoutName, values: list[float], expected: list[float]
+) -> None:
+    found = log_odds([[9.0, value] for value in values], readout)
+    assert found == pytest.approx(expected, abs=1e-3)
 
 
 def test_inpainting_a_part_is_inpainting_the_whole() -> None:

@@ -18,7 +18,7 @@ from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.plan import MODEL_KEY, DriftError, load_plan
 from blocksight.jobs.plan.stored_config import NamedModel
 from blocksight.jobs.worker.rows import Output, images_of, rows_of
-from blocksight.storage.outputs.pictures import Tile, contact_sheet, one_line, overlay
+from blocksight.storage.outputs.pictures import BAR_HEIGHT, Tile, contact_sheet, one_line, overlay
 from blocksight.storage.stores.local import LocalStore
 from tests.jobs.jobs_of import blocksight, model_of, run_here
 from tests.jobs.tiny import MODEL, folder_of_images, make
@@ -267,7 +267,7 @@ def test_the_command(data, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "sheet.png" in done.stdout
     with Image.open(tmp_path / "sheet.png") as picture:
-        assert picture.size == (6 * (288 + 8) + 8, 2 * (216 + 48) + 8)
+        assert picture.size == (6 * (288 + 8) + 8, 2 * (216 + 48) + BAR_HEIGHT + 16)
     refused = blocksight("show", tmp_path / "gc", "ant/000.png", "--blocks")
     assert refused.returncode == 2
     assert "--blocks draws the block maps that sise and ada-sise fuse" in refused.stderr

@@ -202,7 +202,7 @@ def test_virelay_without_an_audit_says_so(hostile, tmp_path):
 
 def test_virelay_needs_h5py(output, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(ConfigError, match=r"pip install 'blocksight\[export\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[export\]'"):
         exported(output, "virelay", tmp_path / "x")
     assert not (tmp_path / "x").exists()
 

@@ -32,7 +32,7 @@ from blocksight.jobs.worker.rows import Output
 from blocksight.storage.inputs.survey import Layout
 from blocksight.storage.outputs.fragments import encode_fragment
 from blocksight.storage.outputs.map_codec import encode_map
-from blocksight.storage.outputs.pictures import resized
+from blocksight.storage.outputs.pictures import BAR_HEIGHT, resized
 from blocksight.storage.outputs.schema import OK, REJECTED
 from blocksight.storage.stores.local import LocalStore
 from tests.jobs.evaluate.test_evaluate import evaluated
@@ -451,7 +451,7 @@ def test_planted_regressions_are_found(planted, tmp_path):
     assert json.loads((tmp_path / "d" / SUMMARY).read_text()) == document
     with Image.open(tmp_path / "d" / PICTURE) as picture:
         assert picture.width == 3 * (320 + 8) + 8
-        assert picture.height == 9 * (240 + 48) + 8
+        assert picture.height == 9 * (240 + 48) + BAR_HEIGHT + 16
     for file in (tmp_path / "d" / "data").iterdir():
         assert pq.read_schema(file).equals(DIFFERENCE)
 
