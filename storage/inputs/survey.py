@@ -70,7 +70,7 @@ class _Findings:
     followed: list[str] = field(default_factory=list)
     """Links to folders whose files are read."""
     left_out: list[str] = field(default_factory=list)
-    """Links to folders whose files are not read under the link's name."""
+    """Broken links, and links to folders whose files are not read under the link's name."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -135,7 +135,7 @@ def _add_unlisted(store: ObjectStore, found: _Findings) -> None:
             continue
         skipped = _skip_reason(key)
         found.ignored[skipped or kind] += 1
-        if skipped is None and kind.startswith("links to folders"):
+        if skipped is None and "links" in kind:
             found.left_out.append(as_text(key))
 
 
@@ -160,7 +160,7 @@ def _add_notes(found: _Findings) -> None:
     if found.followed:
         found.notes.append(f"links to folders, followed ({len(found.followed)}): {_examples(found.followed)}")
     if found.left_out:
-        found.notes.append(f"links to folders, not followed ({len(found.left_out)}): {_examples(found.left_out)}")
+        found.notes.append(f"links, broken or not followed ({len(found.left_out)}): {_examples(found.left_out)}")
     containers = [key for key in found.others if PurePosixPath(key).suffix.lower() in CONTAINER_SUFFIXES]
     if containers:
         found.notes.append(

@@ -68,7 +68,7 @@ def test_the_plan_lists_links_and_pipes(finished, tmp_path):
     assert done.returncode == 0
     printed = " ".join(done.stdout.split())
     assert "links to folders, followed (1): dog" in printed
-    assert "links to folders, not followed (1): back" in printed
+    assert "links, broken or not followed (1): back" in printed
     assert "1 pipes" in printed
 
 

@@ -63,7 +63,7 @@ def test_a_link_back_or_to_a_folder_around_the_data_is_not_followed_and_named(da
     (data / "up").symlink_to(data.parent)
     found = survey_of(data)
     assert keys_of(found) == ["red/1.png"]
-    assert found.notes == ("links to folders, not followed (2): red/back, up",)
+    assert found.notes == ("links, broken or not followed (2): red/back, up",)
     assert found.ignored == {"links to folders that hold the data themselves (not followed)": 2}
 
 
@@ -77,7 +77,7 @@ def test_no_image_is_read_twice_through_a_link(data: Path, tmp_path: Path):
     assert keys_of(found) == ["a/1.png", "red/1.png"]
     assert found.notes == (
         "links to folders, followed (1): a",
-        "links to folders, not followed (3): a/loop, again, b",
+        "links, broken or not followed (3): a/loop, again, b",
     )
 
 
@@ -88,6 +88,13 @@ def test_a_link_to_a_hidden_folder_of_the_data_gives_it_a_name(data: Path):
     found = survey_of(data)
     assert keys_of(found) == ["green/1.png", "red/1.png"]
     assert found.ignored == {"hidden (_ or .)": 2}
+
+
+def test_a_broken_link_is_named(data: Path):
+    (data / "green").symlink_to(data / "gone")
+    found = survey_of(data)
+    assert found.ignored == {"broken links": 1}
+    assert found.notes == ("links, broken or not followed (1): green",)
 
 
 def test_the_root_itself_may_be_a_link(data: Path):
