@@ -11,7 +11,6 @@ from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from blocksight.jobs.ledger.accuracy import label_counts
 from blocksight.jobs.plan.documents import damaged, read_document
@@ -51,7 +50,7 @@ def receipt_of(unit: Unit, body: bytes) -> Receipt:
         num_forwards=sum(row["num_forwards"] or 0 for row in records),
         metrics=_metric_sums(rows["metrics"].to_pylist()),
         odd_formats=_counts(row["format"] for row in records if "," in (row["format"] or "")),
-        num_flat=pc.sum(rows["is_flat"], min_count=0).as_py(),
+        num_flat=sum(map(bool, rows["is_flat"].to_pylist())),
         labels=label_counts(rows.select(OF_LABELS).to_pylist()),
     )
 

@@ -196,7 +196,7 @@ def report_of(
 ) -> Report:
     """Reads the output, fragment by fragment, and the images that are shown.
 
-    `known`: the ground truth whose boxes are drawn. `progress` takes a step's name and number of parts, and returns a
+    `known`: the ground truth whose boxes are drawn. `progress` takes a step's verb and number of parts, and returns a
     function to call after each part. Raises StoreError, and UnreconciledError if the output is damaged.
     """
     store, plan = output.store, output.plan
@@ -205,7 +205,7 @@ def report_of(
     is_stale = audit is not None and audit.fragments != digest_of_fragments(committed(store, plan))
     table = _comparison(output)
     metrics = tuple(_metrics(table)) if table else ()
-    selection = select_maps(store, plan, _ranked(table), progress("reading rows", len(plan.units)))
+    selection = select_maps(store, plan, _ranked(table), progress("read", len(plan.units)))
     shown = galleries(selection, audit)
     items = tuple(_items(output, endpoint_url, shown, audit, progress, known.truth))
     places = {Ref(item.key, item.target_index): item.number for item in items}
@@ -383,7 +383,7 @@ def _items(
     for gallery in shown:
         for ref in gallery.refs:
             reasons.setdefault(ref, []).append(gallery.name)
-    update = progress("drawing maps", len(reasons))
+    update = progress("draw", len(reasons))
     found = dict(drawn(output, endpoint_url, tuple(reasons), update, truth))
     details, ranked = _details(audit), _ranked_by(shown)
     titles = {gallery.name: gallery.title for gallery in shown}

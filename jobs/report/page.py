@@ -3,6 +3,7 @@
 import base64
 import hashlib
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
@@ -12,7 +13,6 @@ from urllib.parse import quote
 
 from jinja2 import Environment, StrictUndefined
 from rich.console import Console
-from rich.progress import Progress
 
 from blocksight.jobs.audit.words import comparison, p_text, scope
 from blocksight.jobs.evaluate.compare import Output
@@ -20,8 +20,13 @@ from blocksight.jobs.evaluate.known_truth import known_truth
 from blocksight.jobs.plan.text import counted, plain
 from blocksight.jobs.report.content import Report, clipped, report_of, with_unit
 from blocksight.jobs.report.findings import colour_scale, place_of
+from blocksight.jobs.worker.progress import Tally, passing
 
 REPORT_KEY = "report/index.html"
+
+
+PARTS = {"read": "unit", "draw": "map"}
+"""The steps of a report, and what each counts."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,12 @@ def write_report(output: Output, endpoint_url: str | None, console: Console, tru
     Raises StoreError, and UnreconciledError if part of the output is damaged.
     """
     known = known_truth(output.store, truth, endpoint_url)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+    with ExitStack() as steps:
 
-        def begin(what: str, total: int) -> Callable[[], None]:
-            task = bars.add_task(what, total=total)
-            return lambda: bars.advance(task)
+        def begin(verb: str, total: int) -> Callable[[], None]:
+            steps.close()  # one step at a time
+            update = steps.enter_context(passing(console, Tally(total, None, verb=verb, noun=PARTS[verb])))
+            return lambda: update(1)
 
         body = render(report_of(output, endpoint_url, datetime.now(UTC), begin, known))
     output.store.put(REPORT_KEY, body)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from threading import Event, Thread
 from typing import TypeVar
@@ -128,13 +128,16 @@ def progress(console: Console, tally: Tally) -> Iterator[Update]:
 
 
 def tracked(console: Console, things: Iterable[T], total: int, verb: str, noun: str) -> Iterator[T]:
-    """The things, with progress while they are taken, and nothing that is left of it at the end."""
-    tally = Tally(total, None, verb=verb, noun=noun)
-    shown = _live(console, tally, is_kept=False) if console.is_terminal else _plain(console, tally, time.monotonic())
-    with shown as update:
+    """The things, with progress while they are taken."""
+    with passing(console, Tally(total, None, verb=verb, noun=noun)) as update:
         for thing in things:
             yield thing
             update(1)
+
+
+def passing(console: Console, tally: Tally) -> AbstractContextManager[Update]:
+    """Progress of which nothing is left at the end, for a step that is no result by itself."""
+    return _live(console, tally, is_kept=False) if console.is_terminal else _plain(console, tally, time.monotonic())
 
 
 @contextmanager

@@ -100,6 +100,8 @@ def _upgraded(rows: Rows, wanted: pa.Schema) -> Rows:
         if name == LABEL_RANK:
             return pa.nulls(rows.num_rows, pa.int32())
         own = rows.column(name)
-        return pc.add(own, pa.scalar(1, pa.int32())) if name == "target_rank" else own
+        if name != "target_rank":
+            return own
+        return pc.add(own, pa.scalar(1, pa.int32()))  # pyright: ignore[reportAttributeAccessIssue]
 
     return type(rows).from_arrays([column(name) for name in wanted.names], schema=wanted)
