@@ -4,14 +4,16 @@ import importlib
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from blocksight.engine.catalog.entries import backbone_of
+from blocksight.engine.catalog.entries import backbone_of, factory_of
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.features import without_head
 from blocksight.engine.model.neighbours import from_state
+from blocksight.engine.model.random_weights import random_sentence, weights_parameter
 from blocksight.engine.model.seeding import seeded
 from blocksight.engine.model.state_dicts import load_state, read_state
 from blocksight.engine.model.torchvision_models import RANDOM_WEIGHTS, load_torchvision
@@ -20,10 +22,11 @@ from blocksight.engine.model.torchvision_models import RANDOM_WEIGHTS, load_torc
 def load_model(name: str, *, weights: str | None = None, state: bytes | None = None, seed: int = 0) -> ModelAdapter:
     """The model of this name, on the CPU.
 
-    `name` is a packaged model, `torchvision:NAME`, `package.module:factory` (which returns an
-    nn.Module with ImageNet normalisation at 224 pixels, or a ModelAdapter), or `knn(NAME)`: the features of one of
-    these, named by the memory bank in `state`. `weights` is one of torchvision's weight names or `random`
-    (seeded by `seed`); `state` holds the bytes of a state dict (safetensors, or a torch file without code).
+    `name` is a packaged model, `torchvision:NAME`, `package.module:factory` (which returns an nn.Module with ImageNet
+    normalisation at 224 pixels, or a ModelAdapter), or `knn(NAME)`: the features of one of these, named by the memory
+    bank in `state`. `weights` is one of torchvision's weight names, or `random`: seeded by `seed`, and for a factory
+    the word that random weights are meant. `state` holds the bytes of a state dict (safetensors, or a torch file
+    without code).
     Raises ModelError with the known names.
     """
     backbone = backbone_of(name)
@@ -33,13 +36,16 @@ def load_model(name: str, *, weights: str | None = None, state: bytes | None = N
         adapter = _load_neighbours(backbone, state, seed)
         adapter.name = name
         return adapter
-    if not name.startswith("torchvision:") and weights is not None and state is None:
+    is_named = weights is not None and not (weights == RANDOM_WEIGHTS and factory_of(name))
+    if not name.startswith("torchvision:") and is_named and state is None:
         raise ModelError(f"model {name!r} has no weights with a name, and there is no file {weights!r}")
     if name in PACKAGED:
         adapter = _with_state(PACKAGED[name](), state)
     elif name.startswith("torchvision:"):
         adapter = load_torchvision(name.removeprefix("torchvision:"), weights, state, seed)
     elif ":" in name:
+        if weights is None and state is None:
+            _refuse_unnamed_weights(name, seed)
         adapter = _with_state(_call_factory(name, seed), state)
     else:
         known = ", ".join([*PACKAGED, "torchvision:NAME", "package.module:factory", "knn(NAME)"])
@@ -54,7 +60,7 @@ def _load_neighbours(backbone: str, state: bytes | None, seed: int) -> ModelAdap
             f"knn({backbone}) needs --weights: a memory bank, as `blocksight bank --model {backbone}` makes it"
         )
     stored = read_state(state)
-    weights = RANDOM_WEIGHTS if backbone.startswith("torchvision:") else None  # the file's weights replace them
+    weights = None if backbone in PACKAGED else RANDOM_WEIGHTS  # the file's weights replace them
     bare = without_head(load_model(backbone, weights=weights, seed=seed))
     module, class_names = from_state(bare.module, stored.tensors)
     adapter = bare.with_module(module)
@@ -69,13 +75,42 @@ def _with_state(adapter: ModelAdapter, state: bytes | None) -> ModelAdapter:
     return adapter
 
 
-def _call_factory(path: str, seed: int) -> ModelAdapter:
+def random_weights_of(name: str, adapter: ModelAdapter, seed: int) -> str | None:
+    """A loud sentence if weights of a factory's model are random; makes the model a second time. None: they are not."""
+    if factory_of(name) != name:
+        return None
+    try:
+        other = _call_factory(name, seed + 1 if seed == 0 else seed - 1)
+    except ModelError:
+        return None  # made once is enough for the job
+    return random_sentence(name, adapter.module.state_dict(), other.module.state_dict())
+
+
+def _refuse_unnamed_weights(name: str, seed: int) -> None:
+    """Raises ModelError for a library's own function whose weights nobody named, if they are random then."""
+    parameter = weights_parameter(_imported(name))
+    if parameter is None or random_weights_of(name, _call_factory(name, seed), seed) is None:
+        return
+    library, _, architecture = name.partition(":")
+    instead = f"--model torchvision:{architecture}" if library == "torchvision.models" else "a factory of yours"
+    raise ModelError(
+        f"model {name!r} takes `{parameter}`, and nobody named any: its weights would be RANDOM. Name a file with "
+        f"--weights, or take {instead} that names its trained weights; --weights {RANDOM_WEIGHTS} if they are meant "
+        "to be random"
+    )
+
+
+def _imported(path: str) -> Callable[[], Any]:
     module_name, _, attribute = path.partition(":")
     try:
-        make = getattr(importlib.import_module(module_name), attribute)
+        return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         hint = _new_name(error) or "it is read as package.module:factory"
         raise ModelError(f"model {path!r} cannot be imported: {error}; {hint}") from error
+
+
+def _call_factory(path: str, seed: int) -> ModelAdapter:
+    make = _imported(path)
     try:
         made = seeded(make, seed)
     except (Exception, SystemExit) as error:

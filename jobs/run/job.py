@@ -186,6 +186,15 @@ def _outcome_of(output: ObjectStore, job_state: JobState, execution: Execution, 
     return RunOutcome(job_state, finalize(output, job_state), tuple(beyond), ran, planned)
 
 
+def _note_random_weights(adapter: "ModelAdapter", config: JobConfig) -> None:
+    """Adds a loud note to a factory's model if nobody named its weights and they are random."""
+    from blocksight.engine.model.loading import random_weights_of
+
+    loud = random_weights_of(config.model, adapter, config.seed) if config.weights is None else None
+    if loud is not None:
+        adapter.notes = (*adapter.notes, loud)
+
+
 def check_model(
     config: JobConfig, state: bytes | None, console: Console, readout: ReadoutName | None = None
 ) -> "tuple[ModelAdapter, ModelFacts]":
@@ -198,6 +207,7 @@ def check_model(
 
     with in_a_sentence(config.model):
         adapter = load(config, state, "cpu", str(Path.cwd()), readout)
+        _note_random_weights(adapter, config)
         facts = model_facts(adapter, config)
     candidates = sum(block["channels"] for block in facts.blocks)
     places = ", ".join(f"{b['name']} {b['channels']}@{b['height']}x{b['width']}" for b in facts.blocks)

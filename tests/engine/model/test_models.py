@@ -15,7 +15,7 @@ from torch import nn
 
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.adapter import IMAGENET_MEAN, IMAGENET_STD, ModelAdapter
-from blocksight.engine.model.loading import load_model
+from blocksight.engine.model.loading import load_model, random_weights_of
 from blocksight.engine.model.state_dicts import StateDict, read_state
 from blocksight.engine.model.torchvision_models import _image_size, _published_as, _skeleton
 from tests.engine.nets import Plain, seeded
@@ -303,6 +303,22 @@ def pair():
 def one():
     return ModelAdapter(Maps("one"), input_size=(8, 8))
 
+def built(*, weights=None, progress=True):
+    net = Plain()
+    if weights is not None:
+        torch.nn.init.ones_(net.head.weight)
+    return net
+
+def trained(pretrained=False):
+    with torch.random.fork_rng():
+        torch.manual_seed(5)  # as if it read a file
+        return Plain()
+
+def headless():
+    net = trained()
+    torch.nn.init.normal_(net.head.weight)
+    return net
+
 def mapping():
     return ModelAdapter(Maps("dict"), input_size=(8, 8))
 """
@@ -372,6 +388,31 @@ def test_a_model_that_cannot_take_its_input_size_says_so():
     adapter = ModelAdapter(seeded(Plain), name="plain", input_size=(40, 32))
     with pytest.raises(ModelError, match="model 'plain' fails on RGB images of 40 x 32 pixels"):
         _ = adapter.num_classes
+
+
+@pytest.mark.parametrize("name", ["my_models:built", "torchvision.models:squeezenet1_1"])
+def test_a_librarys_function_without_weights_is_refused(my_models, name):
+    with pytest.raises(
+        ModelError, match=rf"'{name}' takes `weights`, and nobody named any: .*RANDOM.* --weights rando"
+    ):
+        load_model(name)
+    assert load_model(name, weights="random").name == name
+
+
+def test_a_librarys_function_with_a_file_or_weights_of_its_own_loads(my_models):
+    net = seeded(Plain, seed=8)
+    assert load_model("my_models:built", state=saved(net.state_dict())).fingerprint == ModelAdapter(net).fingerprint
+    assert load_model("my_models:trained").fingerprint == load_model("my_models:trained", seed=3).fingerprint
+
+
+def test_random_weights_of_a_factory_are_said_loudly(my_models):
+    def sentence(name):
+        return random_weights_of(name, load_model(name), 0)
+
+    assert sentence("my_models:bare").startswith("THE WEIGHTS ARE RANDOM: ")
+    assert sentence("my_models:headless").startswith("PART OF THE WEIGHTS IS RANDOM: 1 of 8 tensors of my_models:headl")
+    assert sentence("my_models:trained") is None
+    assert random_weights_of("torchvision:resnet18", load_model("my_models:bare"), 0) is None
 
 
 # ---------------------------------------------------------------- the adapter
