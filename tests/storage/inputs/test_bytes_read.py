@@ -10,8 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blocksight.storage.inputs import tables
 from blocksight.storage.inputs.tables import read_table
 from blocksight.storage.inputs.tars import read_tar
+from blocksight.storage.parquet.reader import ParquetTable
+from blocksight.storage.stores.store import DamagedError
 from blocksight.storage.stores.streamed_file import StreamedFile
 from tests.storage.inputs.test_tars import archive
 from tests.storage.memory import MemoryStore
@@ -82,6 +85,23 @@ def test_a_unit_that_broke_off_or_is_read_again_is_read_from_its_beginning(is_ta
     assert [one.data for one in reader(store, info, *second)] == wanted
     before = [one.data for one in reader(store, info, *first)]
     assert before + wanted == IMAGES[: len(before + wanted)]
+
+
+def test_the_unit_of_the_last_rows_checks_the_end_of_the_table(monkeypatch: pytest.MonkeyPatch):
+    """A row group with more rows than the footer says raises behind its last batch."""
+    whole = ParquetTable.rows
+
+    def rows(*arguments):
+        yield from whole(*arguments)
+        raise DamagedError("has 101 rows")
+
+    store = table_store()
+    info = store.head("s")
+    monkeypatch.setattr(ParquetTable, "rows", rows)
+    monkeypatch.setattr(tables, "_keys_before", lambda *_: set())
+    assert len([*read_table(store, info, 0, 60)]) == 60
+    with pytest.raises(DamagedError, match="101 rows"):
+        list(read_table(store, info, 60, NUM_RECORDS))
 
 
 def test_another_version_of_a_shard_gets_its_own_reader():
