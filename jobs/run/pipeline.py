@@ -143,8 +143,9 @@ def _longest_seconds(units: Sequence[Unit], context: JobContext) -> float:
 def _rows_of(wave: Dataset, executor: Any) -> Iterator[dict[str, Any]]:
     """The rows as Ray Data makes them, in any order; blocks until the next one is there."""
     for bundle in wave._build_bundle_iterator(executor):
-        for block in ray.get(bundle.block_refs):
-            yield from block.to_pylist()
+        tables: Any = bundle.block_refs  # Ray's types of a list of references do not fit its own `get`
+        for table in ray.get(tables):
+            yield from table.to_pylist()
 
 
 def _arriving_rows(
