@@ -27,6 +27,12 @@ MAX_MEMBER_NAME_BYTES = 512
 MAX_LABEL_BYTES = 1024
 """The label of one record."""
 
+MAX_LABEL_FILE_BYTES = 256 << 20
+"""A file of labels. It is read whole."""
+
+MAX_LABEL_ROWS = 1_000_000
+"""Rows of a file of labels. Each worker holds them, with an index, in about a kilobyte each."""
+
 MAX_SHARD_RECORDS = 1_000_000
 """Records of one tar shard. Their keys are held in memory to find duplicates."""
 

@@ -153,6 +153,13 @@ JOB_OPTIONS: dict[str, Any] = {
     "target": Annotated[
         str | None, typer.Option(help="predicted, label, top-3, 281, 281,282 or 'tabby'.  [default: predicted]")
     ],
+    "labels": Annotated[
+        str | None,
+        typer.Option(
+            help="CSV or Parquet file with the columns key (file name or path) and label, for any layout; `none`: the "
+            "data's labels do not count.  [default: the data's labels]"
+        ),
+    ],
     "class_map": ClassMap,
     "resize": Annotated[str | None, typer.Option(help="squash (whole image) or crop (its centre).  [default: squash]")],
     "limit": Annotated[int | None, typer.Option(help="Only the first so many records.")],

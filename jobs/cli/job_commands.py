@@ -25,6 +25,7 @@ from blocksight.jobs.ledger.reconcile import finalize as write_manifest
 from blocksight.jobs.ledger.retry import reopen
 from blocksight.jobs.plan.config import Execution, JobConfig
 from blocksight.jobs.plan.forward_setting import planned_forward
+from blocksight.jobs.plan.label_files import with_label_file
 from blocksight.jobs.plan.model_input import with_model_file
 from blocksight.jobs.plan.plan import planned_labels
 from blocksight.jobs.plan.preflight import stored_preflight
@@ -57,8 +58,9 @@ def plan(
 
     workforce = workforce_of(execution)
     asked, job = job, with_model_file(job)
+    job, label_file = with_label_file(job)
     output, made = plan_job(job, execution, workforce)
-    labels = preview_labels(job, made)
+    labels = preview_labels(job, made, label_file)
     if probe:
         from blocksight.jobs.bench.benchmark import device_of
         from blocksight.jobs.bench.quick import probe_cost

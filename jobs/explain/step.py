@@ -37,6 +37,7 @@ from blocksight.jobs.explain.learned import LEARNED_KEY, num_learning_images, st
 from blocksight.jobs.explain.target_names import resolved_target
 from blocksight.jobs.plan.config import MODEL_INPUT, ConfigError, JobConfig, TargetChoice, digest_of
 from blocksight.jobs.plan.context import JobContext, let_import_from
+from blocksight.jobs.plan.label_files import stored_label_file
 from blocksight.jobs.plan.labels import Labels
 from blocksight.jobs.plan.records import (
     BlockFacts,
@@ -168,6 +169,7 @@ class ExplainStep:
         self._set_up(eager_setting(context.device, context.batch_size))
         parameters = config.explainer_parameters()
         self.labels = Labels(context.label_names, self.adapter.class_names, facts.num_classes, config.label_classes)
+        self.label_file = stored_label_file(open_worker_stores(context).output, config)
         self.choice = resolved_target(config, self.adapter)
         self.method = {
             "explainer": config.explainer,
@@ -207,6 +209,7 @@ class ExplainStep:
         If the model fails on the unit, its records are explained one by one, and only those that fail are
         rejected; `careful`: one by one in a child process, which may die.
         """
+        unit_input = replace(unit_input, records=self._with_labels(unit_input.records))
         is_explainable = any(record.reject_code is None for record in unit_input.records)
         if (
             is_explainable and num_learning_images(self.context.config) and self.learned is None
@@ -228,6 +231,13 @@ class ExplainStep:
             return self._explain_one_by_one(unit_input, self._explain_all)
         self._halve()  # outside `except`: the exception holds the failed pass's tensors
         return self(unit_input)
+
+    def _with_labels(self, records: Sequence[RecordFacts]) -> tuple[RecordFacts, ...]:
+        """The records with the labels of the user's file, or without labels, if the job says so."""
+        if self.context.config.labels is None:
+            return tuple(records)
+        file = self.label_file
+        return tuple(replace(one, label=None if file is None else file.label_of(one.key)) for one in records)
 
     def _halve(self) -> None:
         """Halves the number of masked inputs and of images at once, from now on."""
@@ -318,7 +328,7 @@ class ExplainStep:
     def teach(self, learner: Learner, records: Sequence[RecordFacts], pixels: NDArray[np.uint8]) -> int:
         """Shows the learner the first target of each record; returns the number of records shown."""
         try:
-            inputs, _, targets = self._inputs_and_targets(records, pixels)
+            inputs, _, targets = self._inputs_and_targets(self._with_labels(records), pixels)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception:  # noqa: BLE001 - a user's model may raise anything; one by one shows which record is to blame

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -42,6 +43,10 @@ from blocksight.storage.stores.store import MissingError, StoreError
 CODE_VERSION = "5"
 """Raised whenever the same configuration and input would give other bytes."""
 
+NO_LABELS = "none"
+"""The value of `labels` that leaves the data's own labels out."""
+DIGEST = re.compile("[0-9a-f]{64}")
+"""The value of `labels` once the file was read: the sha256 of its content, as a plan holds it."""
 MAX_TARGETS = 100
 MAX_SEED = 2**63 - 1
 """PyTorch's generators take no larger seed."""
@@ -141,6 +146,9 @@ class JobConfig(BaseModel):
         "(independent labels), probabilities (it is one already), identity (the raw output); auto: examined",
     )
     target: str = Field(default="predicted", description="predicted, label, top-K, class numbers, or a class name")
+    labels: str | None = Field(
+        default=None, description="CSV or Parquet with columns key and label, or `none`: the data's own do not count"
+    )
     class_map: dict[str, tuple[int, ...]] | None = Field(
         default=None, description="JSON file or table: the model's classes that a label means; none: found by name"
     )
@@ -175,11 +183,13 @@ class JobConfig(BaseModel):
         plain = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
         return ",".join(map(str, numbers)) if plain else value
 
-    @field_validator("data", "output", "weights")
+    @field_validator("data", "output", "weights", "labels")
     @classmethod
     def _places_have_one_spelling(cls, value: str | None, info: ValidationInfo) -> str | None:
         """Normalises URIs; local paths become absolute, because workers may run in other folders."""
         if not value or (info.field_name == "weights" and is_weights_name(value)):
+            return value
+        if info.field_name == "labels" and (value == NO_LABELS or DIGEST.fullmatch(value)):
             return value
         return _as_value(normal_place, value)
 
@@ -287,7 +297,8 @@ class JobConfig(BaseModel):
     def identity(self, weights_sha256: str | None) -> dict[str, Any]:
         """Everything that changes the result's bytes, as plain JSON values, defaults filled in."""
         chosen = self.model_dump(mode="json", exclude={"output", "endpoint_url", "parameters", "weights"})
-        unsaid = {name for name in MODEL_INPUT if chosen[name] is None}  # plans of earlier versions have none of them
+        named = (*MODEL_INPUT, "class_map", "labels")  # plans of earlier versions have none of them
+        unsaid = {name for name in named if chosen[name] is None}
         if self.asked_readout is None:
             unsaid.add("readout")
         identity = {

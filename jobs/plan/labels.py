@@ -134,6 +134,8 @@ class FoundLabels:
     """Records of the whole data set, if these are only the first of it."""
     what: str = "label"
     """`class folder` or `label`."""
+    note: str = ""
+    """What else is to be said of them."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,7 @@ def _sentence(
         parts.append("--class-map says which class a label means")
     missing = rules.get(Rule.MISSING, 0)
     parts += [f"{missing:,} without a label"] if missing else []
+    parts += [plain(found.note)] if found.note else []
     return f"{counted(num_labels, found.what)} of {counted(total, 'record')}{first}: {'; '.join(parts)}"
 
 
@@ -232,8 +235,9 @@ def label_fault(labels: Labels, found: FoundLabels, folders: Sequence[str], *, i
     what = "--class-map says which class a label means"
     if labels.is_guessable and abs(len(folders) - labels.num_classes) == 1:
         side = "too few" if len(folders) < labels.num_classes else "too many"
+        classes = counted(labels.num_classes, "class")
         return (
-            f"the model has {labels.num_classes} classes without names, and the data {len(folders)} class folders, one "
+            f"the model has {classes} without names, and the data {counted(len(folders), 'class folder')}, one "
             f"{side}: their order does not say which class is which. {what}, and --labels none that they are no labels"
         )
     numbers = {number for label in found.counts if label is not None and (number := _as_number(label)) is not None}

@@ -27,6 +27,7 @@ from blocksight.jobs.plan.config import Execution, JobConfig
 from blocksight.jobs.plan.context import JobContext, sha256_of, weights_bytes
 from blocksight.jobs.plan.estimate import estimate
 from blocksight.jobs.plan.forward_setting import PlannedForward, planned_forward
+from blocksight.jobs.plan.label_files import ensure_label_file, with_label_file
 from blocksight.jobs.plan.model_input import fed_text, with_model_file
 from blocksight.jobs.plan.plan import (
     UNIT_FOLDERS,
@@ -123,7 +124,7 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
     Wrong data, model, blocks, store or configuration raise before the first unit: ConfigError, StoreError,
     ModelError, ClusterError. UnfinishedError is raised if the store fails for good afterwards.
     """
-    config = with_model_file(config)
+    config, label_file = with_label_file(with_model_file(config))
     output, plan = plan_job(config, execution)
     for note in plan.notes:
         console.print(f"data: {printable(note)}")
@@ -134,7 +135,7 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
     state = weights_bytes(config)
     stored = stored_preflight(output)
     adapter, facts = check_model(config, state, console, stored and stored.readout)
-    labels = read_labels(config, plan, adapter)
+    labels = read_labels(config, plan, adapter, label_file)
     console.print(f"labels: {printable(labels)}")
     probe(output, PROBE_PREFIX)
     preflight = stored or _preflight(adapter, config, facts, plan, output)
@@ -146,6 +147,8 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
         preflight = ensure_preflight(output, preflight)
         ensure_model(output, facts)
         ensure_labels(output, labels)
+        if label_file is not None:
+            ensure_label_file(output, label_file)
         check_stored_settings(output, config)
         _ensure_forward(output, planned, console)
         job_state = _read_job_state(output, plan)
@@ -302,13 +305,13 @@ def context_of(
         plan.fingerprint,
         f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}",
         facts,
-        plan.class_folders or tuple(sorted(counts)),
+        () if config.labels is not None else plan.class_folders or tuple(sorted(counts)),
         batch_size=execution.batch_size,
         is_timed=execution.tune or (on_gpu and _least_seconds(config, plan, facts, on_gpu=True) >= PROBE_FROM_SECONDS),
         num_threads=sizing.threads_per_actor if sizing is not None else 1,
         device="cuda" if on_gpu else "cpu",
         import_path=str(Path.cwd()),
-        rare_labels=rare_labels(counts),
+        rare_labels=rare_labels(counts if config.labels is None else {}),
         readout=readout,
         witnesses=plan.witnesses,
     )

@@ -3,31 +3,37 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blocksight.jobs.plan.config import ConfigError, JobConfig
+from blocksight.jobs.plan.config import NO_LABELS, ConfigError, JobConfig
 from blocksight.jobs.plan.context import weights_bytes
 from blocksight.jobs.plan.label_counts import counted_labels
 from blocksight.jobs.plan.labels import FoundLabels, Labels, label_fault, reading_of
 from blocksight.jobs.plan.plan import Plan, source_of
+from blocksight.storage.inputs.label_file import LabelFile
 
 if TYPE_CHECKING:
     from blocksight.engine.model.adapter import ModelAdapter  # which needs torch
 
-NO_LABELS = "none in the data"
+NOTHING = "none in the data"
+LEFT_OUT = "left out, as asked"
 
 
-def read_labels(config: JobConfig, plan: Plan, adapter: "ModelAdapter") -> str:
-    """One line on how the labels are read. Raises ConfigError with what to do."""
-    return _read(config, plan, counted_labels(source_of(plan, config.endpoint_url), plan), adapter)
+def read_labels(config: JobConfig, plan: Plan, adapter: "ModelAdapter", file: LabelFile | None = None) -> str:
+    """One line on how the labels are read, of the data or of the user's file. Raises ConfigError with what to do."""
+    if config.labels == NO_LABELS:
+        return LEFT_OUT
+    return _read(config, plan, counted_labels(source_of(plan, config.endpoint_url), plan, file), adapter)
 
 
-def preview_labels(config: JobConfig, plan: Plan) -> str:
+def preview_labels(config: JobConfig, plan: Plan, file: LabelFile | None = None) -> str:
     """The same for a plan, which loads no trained weights: a model's own names and number of classes are enough.
 
     A model that cannot be loaded is no error yet: the line says so. Raises ConfigError as `read_labels`.
     """
-    found = counted_labels(source_of(plan, config.endpoint_url), plan)
+    if config.labels == NO_LABELS:
+        return LEFT_OUT
+    found = counted_labels(source_of(plan, config.endpoint_url), plan, file)
     if not any(label is not None for label in found.counts) and config.target_choice.name is None:
-        return NO_LABELS
+        return NOTHING
     from blocksight.engine.errors import ModelError
     from blocksight.jobs.explain.step import load
     from blocksight.jobs.explain.target_names import resolved_target
@@ -44,7 +50,8 @@ def preview_labels(config: JobConfig, plan: Plan) -> str:
 
 
 def _read(config: JobConfig, plan: Plan, found: FoundLabels, adapter: "ModelAdapter") -> str:
-    folders = plan.class_folders or tuple(sorted(plan.label_counts()))
+    is_named = config.labels is not None
+    folders = () if is_named else plan.class_folders or tuple(sorted(plan.label_counts()))
     labels = Labels(folders, adapter.class_names, adapter.num_classes, config.label_classes)
     fault = label_fault(labels, found, folders, is_target=config.target_choice.source == "label")
     if fault is not None:

@@ -107,7 +107,7 @@ class _Rows:
         for first, batch in table.rows(paths, BATCH_ROWS, self._position):
             images = _images(batch.column(IMAGE))
             keys = _keys_of(batch, first)
-            labels = _values(batch.column(LABEL)) if LABEL in paths else [partition] * batch.num_rows
+            labels = column_values(batch.column(LABEL)) if LABEL in paths else [partition] * batch.num_rows
             for offset, (key, label) in enumerate(zip(keys, labels, strict=True)):
                 record = RawRecord(f"{info.key}/{key}", info.key, first + offset, label_of(label))
                 yield _checked(record, key, seen, images, offset)
@@ -122,7 +122,7 @@ def table_labels(store: ObjectStore, info: ObjectInfo, stop: int) -> Iterator[st
     table, paths = _open_table(store, info)
     if LABEL in paths:
         for _, batch in table.rows([LABEL], LABEL_BATCH_ROWS, 0, stop):
-            yield from map(label_of, _values(batch.column(LABEL)))
+            yield from map(label_of, column_values(batch.column(LABEL)))
     elif LABEL not in table.names:
         yield from repeat(partition_label(info.key), min(stop, table.num_rows))
 
@@ -169,7 +169,7 @@ def _keys_of(batch: pa.RecordBatch, first: int) -> list[str]:
     numbers = range(first, first + batch.num_rows)
     if KEY not in batch.schema.names:
         return list(map(str, numbers))
-    values = _values(batch.column(KEY))
+    values = column_values(batch.column(KEY))
     return [str(number) if value is None else _text(value) for number, value in zip(numbers, values, strict=True)]
 
 
@@ -177,13 +177,13 @@ def _text(value: Any) -> str:
     return as_bytes_text(value) if isinstance(value, bytes) else as_text(str(value))
 
 
-def _values(column: pa.Array) -> list[Any]:
+def column_values(column: pa.Array) -> list[Any]:
     """A column's values: numbers unchanged, text as bytes, times and decimals as Arrow's text."""
     return column.cast(_readable(column.type)).to_pylist()
 
 
 def _readable(kind: pa.DataType) -> pa.DataType:
-    """The type whose values are as `_values` says; text may not be UTF-8."""
+    """The type whose values are as `column_values` says; text may not be UTF-8."""
     if is_temporal_or_decimal(kind):
         return pa.string()
     if pa.types.is_string(kind):

@@ -326,7 +326,7 @@ CONFIGURATIONS = {
     "model": [None, 7, "x" * 600],
     "weights": [7, ["a"]],
     "data": [None, "relative", "~nobody-of-this-name/x"],
-    "target": ["best", None, "top-9999999"],
+    "target": ["top-0", None, "top-9999999"],
     "explainer": ["unknown", None, "ucag(" * 9],
     "parameters": [None, [], "mu"],
     "resize": ["stretch", None],

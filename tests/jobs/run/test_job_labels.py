@@ -8,7 +8,7 @@ import pytest
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.storage.stores.local import LocalStore
 from tests.jobs.jobs_of import called, rows_in, run_here
-from tests.jobs.tiny import MODEL, picture
+from tests.jobs.tiny import CLASSES, MODEL, folder_of_images, folder_of_tables, folder_of_tars, picture
 
 NAMELESS = "tests.jobs.tiny:make_nameless"
 
@@ -101,3 +101,41 @@ def test_a_target_of_no_class_or_of_two_is_refused(tmp_path, model, target, faul
     code, text = called("plan", "--data", data, "--output", tmp_path / "out", "--model", model, "--target", target)
     assert code == 2
     assert re.search(fault, text)
+
+
+@pytest.mark.parametrize("make", [folder_of_images, folder_of_tars, folder_of_tables])
+def test_a_file_gives_the_labels_of_any_layout(tmp_path, make):
+    data, out = make(tmp_path / "in"), tmp_path / "out"
+    run_here(data, out, explainer="gradcam")
+    keys = sorted(row["key"] for row in rows_in(LocalStore(out)) if row["status"] == "ok")
+    wanted = {key: CLASSES[number % 3] for number, key in enumerate(keys)}
+    lines = [f"{key},{name}" for key, name in wanted.items() if key != keys[0]]
+    (tmp_path / "l.csv").write_text("\n".join(["key,label", *lines]))
+    run_here(data, tmp_path / "own", explainer="gradcam", labels=str(tmp_path / "l.csv"), target="label")
+    rows = [row for row in rows_in(LocalStore(tmp_path / "own")) if row["status"] == "ok"]
+    assert {row["key"]: row["label_name"] for row in rows} == {key: wanted[key] for key in keys[1:]}
+    assert all(row["label"] == row["target_index"] == CLASSES.index(row["label_name"]) for row in rows)
+
+
+def test_keys_without_an_image_and_images_without_a_label_are_counted(tmp_path):
+    data = folders(tmp_path / "in", "ant", "bee", "cat")
+    (tmp_path / "l.csv").write_text("key,label\n0.png,dog\nbee/1.png,4\n9.png,ant\n")
+    job = ("--data", data, "--output", tmp_path / "out", "--model", MODEL, "--labels", tmp_path / "l.csv")
+    text = " ".join(called("plan", *job)[1].split())
+    assert (
+        "2 labels of 3 records: 1 known as class numbers; 1 known by class name; 1 without a label; 1 key of " in text
+    )
+    assert "without an image: '9.png'" in text
+    run = (*job, "--explainer", "gradcam", "--runner", "local")
+    assert called("explain", *run)[0] == 0
+    assert "without an image: '9.png'" in " ".join(called("status", tmp_path / "out")[1].split())
+    (tmp_path / "l.csv").write_text("key,label\n0.png,ant\n")
+    code, text = called("explain", *run)
+    assert code == 2
+    assert "labels: " in text
+
+
+def test_labels_may_be_left_out(tmp_path):
+    data = folders(tmp_path / "in", *"abcd")
+    run_here(data, tmp_path / "out", model=NAMELESS, explainer="gradcam", labels="none")
+    assert labels_in(tmp_path / "out") == {None: None}
