@@ -10,7 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from blocksight.engine.errors import ModelError
-from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.adapter import IMAGENET_MEAN, IMAGENET_STD, ModelAdapter
 from blocksight.engine.model.seeding import seeded
 from blocksight.engine.model.state_dicts import AUXILIARY, StateDict, fitted, load_state, read_state
 
@@ -104,16 +104,28 @@ def _from_file(architecture: str, state: bytes) -> ModelAdapter:
         module = _network(architecture, **options)
     notes = load_state(module, stored)
     if architecture in WITH_SWITCHES and published is None:
-        notes = (*notes, _SWITCHED_ON.format(architecture))
+        notes = (*notes, _switched_on(architecture))
     adapter = _fed(module, published or known["DEFAULT"], options.get("image_size"))
     adapter.notes = notes
     return adapter
 
 
-_SWITCHED_ON = (
-    "{}'s second normalisation (transform_input) was switched on, as torchvision does with its own weights; no file "
-    "says whether it was on in training: if it was off, give --mean and --std, which switch it off"
-)
+def _switched_on(architecture: str) -> str:
+    """The note on `transform_input`, with the options that give what the network takes without it."""
+    mean, std = (",".join(f"{value:.6g}" for value in values) for values in without_transform())
+    return (
+        f"{architecture}'s second normalisation (transform_input) was switched on, as torchvision does with its own "
+        f"weights; no file says whether it was on in training. If it was off: --mean {mean} --std {std}"
+    )
+
+
+def without_transform() -> tuple[list[float], list[float]]:
+    """Mean and std that `transform_input`, which maps ImageNet's normalisation to [-1, 1], turns into ImageNet's own.
+
+    With mean m and std s of ImageNet it computes (x s + m - 0.5) / 0.5 of its input x.
+    """
+    pairs = list(zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
+    return [mean + 2 * std * (mean - 0.5) for mean, std in pairs], [2 * std * std for _, std in pairs]
 
 
 def _published_as(known: Any, state: bytes) -> Any:

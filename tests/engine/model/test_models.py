@@ -17,7 +17,7 @@ from blocksight.engine.errors import ModelError
 from blocksight.engine.model.adapter import IMAGENET_MEAN, IMAGENET_STD, ModelAdapter
 from blocksight.engine.model.loading import load_model, random_weights_of
 from blocksight.engine.model.state_dicts import StateDict, read_state
-from blocksight.engine.model.torchvision_models import _image_size, _published_as, _skeleton
+from blocksight.engine.model.torchvision_models import _image_size, _published_as, _skeleton, without_transform
 from tests.engine.nets import Plain, seeded
 
 
@@ -142,6 +142,11 @@ def test_googlenet_is_made_as_its_file_is_and_switched_as_torchvision_does(has_a
     assert adapter.fingerprint == ModelAdapter(net).fingerprint
     assert adapter.module.transform_input is True
     assert "transform_input) was switched on" in adapter.notes[-1]
+    assert "If it was off: --mean 0.47813," in adapter.notes[-1]
+    mean, std = without_transform()
+    pixels = torch.randint(0, 256, (1, 3, 4, 4), dtype=torch.uint8)
+    undone = adapter.module._transform_input(adapter.fed(mean=mean, std=std).normalise(pixels))
+    assert torch.allclose(undone, adapter.normalise(pixels), atol=1e-5)
 
 
 def test_the_image_size_of_a_vision_transformer_is_that_of_its_positions():
