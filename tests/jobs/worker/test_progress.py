@@ -19,6 +19,14 @@ def receipt(records, forwards=0):
     return Receipt("u", 0, "f", 1, "s", records, records, records, 0, {}, forwards, {})
 
 
+def printed(console, text, times=1):
+    """Waits until another thread has printed the text; False if it does not within ten seconds."""
+    end = time.monotonic() + 10
+    while console.file.getvalue().count(text) < times and time.monotonic() < end:
+        time.sleep(0.001)
+    return console.file.getvalue().count(text) >= times
+
+
 @pytest.mark.parametrize(
     ("records", "forwards", "seconds", "wanted"),
     [
@@ -66,8 +74,7 @@ def test_lines_come_without_a_terminal_also_while_no_unit_ends(monkeypatch):
     monkeypatch.setattr(module, "PLAIN_SECONDS", 0.01)
     console = Console(file=io.StringIO(), width=200)
     with progress(console, Tally(10, None)) as update:
-        while console.file.getvalue().count("explaining: 0/10 images") < 2:
-            time.sleep(0.001)
+        assert printed(console, "explaining: 0/10 images", times=2)
         update(receipt(10))
     assert console.file.getvalue().splitlines()[-1].startswith("explained: 10/10 images")
 
@@ -82,5 +89,4 @@ def test_a_long_step_says_how_far_it_is(monkeypatch):
     monkeypatch.setattr(module, "PLAIN_SECONDS", 0.01)
     console = Console(file=io.StringIO())
     for number, _ in enumerate(tracked(console, "abc", 3, "verify", "unit")):
-        while number == 1 and "verifying: 1/3 units" not in console.file.getvalue():
-            time.sleep(0.001)
+        assert number != 1 or printed(console, "verifying: 1/3 units")
