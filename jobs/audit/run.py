@@ -30,7 +30,7 @@ from blocksight.jobs.ledger.output import model_facts
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.context import weights_bytes
 from blocksight.jobs.plan.plan import Plan, existing_plan
-from blocksight.jobs.plan.preflight import Preflight, stored_preflight
+from blocksight.jobs.plan.preflight import readout_of
 from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.jobs.plan.stored_config import NamedModel, config_of
 from blocksight.jobs.plan.text import counted
@@ -135,7 +135,7 @@ def _trial(store: ObjectStore, plan: Plan, asked: AuditRequest, console: Console
     config = config_of(plan, asked.output, NamedModel(asked.model, asked.weights, asked.endpoint_url))
     state = weights_bytes(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    adapter = load_examined(config, state, device, console, (stored_preflight(store) or Preflight()).readout)
+    adapter = load_examined(config, state, device, console, readout_of(store))
     known = model_facts(store)["weights_sha256"]
     if adapter.fingerprint != known:
         raise ConfigError(

@@ -21,7 +21,7 @@ from blocksight.jobs.ledger.output import map_of
 from blocksight.jobs.plan.config import ConfigError, JobConfig, load_config
 from blocksight.jobs.plan.context import sha256_of, weights_bytes
 from blocksight.jobs.plan.plan import Plan, refuse_drift, refuse_other_model
-from blocksight.jobs.plan.preflight import Preflight, stored_preflight
+from blocksight.jobs.plan.preflight import readout_of
 from blocksight.jobs.plan.stored_config import NamedModel, config_of
 from blocksight.storage.images.decode import fit
 from blocksight.storage.outputs.map_codec import MAX_ERROR
@@ -43,9 +43,7 @@ class Replay:
         state = weights_bytes(self.config)
         refuse_drift(self.config.identity(sha256_of(state)), plan.identity, "configuration")
         torch.set_num_threads(1)
-        self.adapter = load(
-            self.config, state, "cpu", str(Path.cwd()), (stored_preflight(store) or Preflight()).readout
-        )
+        self.adapter = load(self.config, state, "cpu", str(Path.cwd()), readout_of(store))
         self.learned, _ = stored_state(store, self.config) or (None, None)
         refuse_other_model(store, model_facts(self.adapter, self.config))
         self.forward, self.setting = None, eager_setting("cpu")

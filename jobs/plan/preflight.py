@@ -15,16 +15,25 @@ PREFLIGHT_KEY = f"{PLAN_FOLDER}preflight.json"
 class Preflight:
     """How the model's scores are read in all units of a job, and what is odd about the model."""
 
-    readout: ReadoutName = "softmax"
-    images: str = ""
+    readout: ReadoutName
+    images: str
     """What it was tried on, for people; empty: it was not examined."""
-    findings: tuple[str, ...] = ()
+    findings: tuple[str, ...]
     """A sentence for each oddity."""
 
     def __str__(self) -> str:
         examined = f"examined on {self.images}" if self.images else "not examined"
         odd = "" if self.findings or not self.images else ", nothing odd"
         return f"{examined}{odd}; a score is the {READOUTS[self.readout]}"
+
+
+UNEXAMINED = Preflight("softmax", "", ())
+"""Of outputs of earlier versions."""
+
+
+def readout_of(output: ObjectStore) -> ReadoutName:
+    """How the scores of an output were read. Raises as `stored_preflight`."""
+    return (stored_preflight(output) or UNEXAMINED).readout
 
 
 def stored_preflight(output: ObjectStore) -> Preflight | None:
@@ -35,7 +44,7 @@ def stored_preflight(output: ObjectStore) -> Preflight | None:
     try:
         return read_document(output, PREFLIGHT_KEY, Preflight)
     except MissingError:
-        return Preflight() if output.head(MODEL_KEY) is not None else None
+        return UNEXAMINED if output.head(MODEL_KEY) is not None else None
 
 
 def ensure_preflight(output: ObjectStore, preflight: Preflight) -> Preflight:

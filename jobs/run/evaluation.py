@@ -27,7 +27,7 @@ from blocksight.jobs.plan.config import ConfigError, Execution, JobConfig
 from blocksight.jobs.plan.context import sha256_of, weights_bytes
 from blocksight.jobs.plan.machine_rates import recall
 from blocksight.jobs.plan.plan import ensure_model, existing_plan, refuse_drift
-from blocksight.jobs.plan.preflight import Preflight, stored_preflight
+from blocksight.jobs.plan.preflight import readout_of
 from blocksight.jobs.plan.records import Evaluated, UnfinishedError, Unit, UnitFailure
 from blocksight.jobs.plan.stored_config import NamedModel, config_of
 from blocksight.jobs.plan.text import clock, counted, printable
@@ -98,7 +98,7 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
         return EvaluationOutcome(folder, 0, (), (), None)
     state = weights_bytes(config)
     refuse_drift(config.identity(sha256_of(state)), plan.identity, "configuration")
-    readout = (stored_preflight(output) or Preflight()).readout
+    readout = readout_of(output)
     _, facts = check_model(config, state, console, readout)
     ensure_model(output, facts)  # raises if the maps were made with another model
     check_stored_settings(output, config)

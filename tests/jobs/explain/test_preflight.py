@@ -14,7 +14,7 @@ from blocksight.jobs.explain import preflight
 from blocksight.jobs.explain.step import load, model_facts
 from blocksight.jobs.ledger.attempt_markers import FOLDER
 from blocksight.jobs.plan.config import ConfigError
-from blocksight.jobs.plan.preflight import PREFLIGHT_KEY, Preflight, stored_preflight
+from blocksight.jobs.plan.preflight import PREFLIGHT_KEY, UNEXAMINED, stored_preflight
 from blocksight.storage.stores.opening import open_store
 from tests.jobs.jobs_of import called, config_of, rows_in, run_here
 from tests.jobs.tiny import folder_of_images, make, make_vit
@@ -228,7 +228,7 @@ def test_an_output_of_an_earlier_version_keeps_its_softmax(my_models, red_and_gr
     run_here(red_and_green, tmp_path / "out", model="odd_models:soft", explainer="gradcam", readout="softmax")
     store = open_store(str(tmp_path / "out"))
     store.delete(PREFLIGHT_KEY)
-    assert stored_preflight(store) == Preflight()
+    assert stored_preflight(store) == UNEXAMINED
     assert stored_preflight(open_store(str(tmp_path / "none"))) is None
 
 
