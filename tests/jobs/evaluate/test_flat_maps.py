@@ -61,7 +61,7 @@ def test_a_comparison_of_flat_maps_alone_is_refused(outputs):
 
 def test_tables_of_single_maps_say_flat_and_other_commands_go_on(outputs, tmp_path):
     flat, sound = map(str, outputs)
-    assert "flat" in called("show", flat, "ant/000.png")[1]
+    assert "flat" in called("show", flat, "ant/000.png", "--picture", tmp_path / "map.png")[1]
     assert "the map is flat" in called("sql", flat, 'SELECT DISTINCT "value", reason FROM "values"')[1]
     for words in (("versus", sound, flat, "--output", tmp_path / "difference"), ("status", flat), ("report", flat)):
         code, text = called(*words)
