@@ -147,7 +147,7 @@ def test_a_stored_map_has_its_own_ends_and_sides():
 
 def test_a_record_says_which_bytes_it_was_decoded_from():
     sink = io.BytesIO()
-    Image.new("RGB", (5, 3)).save(sink, "BMP")
+    Image.new("RGB", (5, 3), "white").save(sink, "BMP")
     body = sink.getvalue()
     facts, pixels = decoded(RawRecord("k", "s", 0, None, body), config_of("in", "out"), (8, 8))
     assert (facts.sha256, facts.num_bytes) == (hashlib.sha256(body).hexdigest(), len(body))
