@@ -27,7 +27,7 @@ def counted_labels(source: ObjectStore, plan: Plan, file: LabelFile | None = Non
     if file is not None:
         return _from_file(plan, file)
     if plan.layout is Layout.IMAGES:
-        counts: Counter[str | int | None] = Counter(dict(plan.label_counts()))
+        counts: Counter[str | int | None] = Counter({**plan.label_counts()})
         counts[None] += plan.num_records - counts.total()
         return FoundLabels(+counts, what="class folder")
     counts = Counter(islice(_labels(source, plan), MAX_COUNTED_ROWS))
@@ -37,10 +37,10 @@ def counted_labels(source: ObjectStore, plan: Plan, file: LabelFile | None = Non
 def _from_file(plan: Plan, file: LabelFile) -> FoundLabels:
     if plan.layout is not Layout.IMAGES:
         note = "rows of the file; they are joined with the records while these are read"
-        return FoundLabels(Counter(file.labels.values()), note=note)
+        return FoundLabels({**Counter(file.labels.values())}, note=note)
     keys = [file.key_of(info.key) for unit in plan.units for info in unit.objects]
     unused = sorted(file.labels.keys() - set(keys))
-    counts = Counter(None if key is None else file.labels[key] for key in keys)
+    counts: Counter[str | int | None] = Counter(None if key is None else file.labels[key] for key in keys)
     shown = ", ".join(map(repr, unused[:NUM_SHOWN])) + (", …" if len(unused) > NUM_SHOWN else "")
     note = f"{counted(len(unused), 'key')} of the file without an image: {shown}" if unused else ""
     return FoundLabels(counts, note=note)
