@@ -73,8 +73,8 @@ def _fed(module: nn.Module, weights: Any, side: int | None = None) -> ModelAdapt
     A `side` is the network's own, in pixels.
     """
     preset, names = weights.transforms(), weights.meta["categories"]
-    side = side or preset.crop_size[0]
-    adapter = ModelAdapter(module, input_size=(side, side), mean=preset.mean, std=preset.std)
+    pixels: int = side or preset.crop_size[0]
+    adapter = ModelAdapter(module, input_size=(pixels, pixels), mean=preset.mean, std=preset.std)
     adapter.class_names = names if adapter.num_classes == len(names) else None
     return adapter
 

@@ -277,7 +277,8 @@ def refuse_other_model(store: ObjectStore, facts: ModelFacts) -> None:
     """Raises DriftError if the output was begun with another model, and MissingError if with none."""
     stored = _plain(read_document(store, MODEL_KEY, ModelFacts))
     known = {name for name, value in stored.items() if value is not None} - {"notes"}
-    refuse_drift(*({name: of[name] for name in known} for of in (_plain(facts), stored)), "model")
+    ours = _plain(facts)
+    refuse_drift({name: ours[name] for name in known}, {name: stored[name] for name in known}, "model")
 
 
 def _plain(facts: ModelFacts) -> Mapping[str, Any]:
