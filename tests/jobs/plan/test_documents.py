@@ -187,12 +187,19 @@ def give_up_a_unit(store: ObjectStore) -> None:
     store.create(letter_key(unit.unit_id), json.dumps(asdict(letter)).encode())
 
 
+def is_harmless(kind: str, damage: str) -> bool:
+    """True for a change of numbers in a document that holds none."""
+    return kind == "preflight" and damage in ("negative numbers", "huge numbers")
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("kind", READERS)
 def test_every_damage_to_a_document_is_one_sentence(memory, kind, damage):
     plan, key = existing_plan(memory), KEYS[kind](memory)
     READERS[kind](memory, plan)
     body = memory.read(key)
+    if is_harmless(kind, damage):
+        pytest.skip("the document holds no number")
     memory.put(key, DAMAGE[damage](body))
     with pytest.raises(UnreconciledError) as raised:
         READERS[kind](memory, plan)
@@ -374,6 +381,8 @@ def test_no_shape_of_a_document_is_a_traceback(base, place, command):
         body = (store if kind == "letter" else LocalStore(base / "out")).read(key)
         turn = 3 * list(COMMANDS).index(command) + list(KEYS).index(kind)
         name = list(DAMAGE)[turn % len(DAMAGE)]
+        if is_harmless(kind, name):
+            continue
         store.put(key, DAMAGE[name](body))
         assert is_said(ran(command, base, place)) == (kind in noticed), (kind, name)
         store.put(key, body)
