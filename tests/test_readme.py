@@ -169,6 +169,7 @@ def follow_python(block: Block) -> None:
     """Runs a snippet; one with `print(` must print something."""
     if IN_A_PROCESS.search(block.code):
         environment = {**os.environ, "RAY_ADDRESS": "local"}  # use no cluster that is already running
+        environment.pop("RAY_ENABLE_AUTO_CONNECT", None)  # `cluster.session` sets it where another test imports it
         command = [sys.executable, "-c", block.code]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{block.place}\n{done.stderr}"
