@@ -164,7 +164,7 @@ def stub(monkeypatch, table):
 
     monkeypatch.setattr(setting_choice, "make_forward", make)
     monkeypatch.setattr(setting_choice, "rate", lambda setting, *_: 1 / table[setting].seconds)
-    monkeypatch.setattr(setting_choice, "_scores", lambda forward, *_: forward)
+    monkeypatch.setattr(setting_choice, "_scores", lambda _adapter, forward, *_: forward)
     monkeypatch.setattr(setting_choice, "_score_error", lambda setting, _: table[setting].error)
 
 
@@ -329,8 +329,8 @@ def test_the_choice_is_the_same_each_time_to_the_last_digit():
 
 def test_errors_are_measured_on_masked_pictures_that_no_data_changes():
     adapter = adapter_of()
-    pictures = setting_choice._pictures(adapter)
-    assert torch.equal(pictures, setting_choice._pictures(adapter))
+    pictures = setting_choice.drawn_pictures(adapter)
+    assert torch.equal(pictures, setting_choice.drawn_pictures(adapter))
     masked = setting_choice._masked_pictures(pictures)
     assert masked.shape == (32, 3, 32, 32)
     shares = masked / pictures[torch.arange(32) % 8]

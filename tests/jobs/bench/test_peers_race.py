@@ -244,7 +244,7 @@ def test_an_error_of_a_peer_in_half_precision_is_reported():
 
 def test_a_missing_package_is_a_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchcam", None)
-    with pytest.raises(ConfigError, match=r"^torchcam cannot be imported: pip install 'blocksight\[peers\]'$"):
+    with pytest.raises(ConfigError, match=r"^torchcam cannot be imported: pip install '\.\[peers\]'$"):
         contenders(adapter_of(Shared), [])
 
 
