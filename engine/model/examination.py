@@ -117,8 +117,14 @@ def _run(adapter: ModelAdapter, inputs: Tensor, num_real: int) -> _Output:
         raise ModelError(
             f"model {adapter.name!r} fails on {len(inputs)} images together or on one alone: {first_line_of(error)}"
         ) from error
-    doubles = [one.detach().double().cpu() for one in (together, again, alone)]
-    return _Output(*doubles, together.dtype, is_squashed=last.squashed is together, num_real=num_real)
+    return _Output(
+        together=together.detach().double().cpu(),
+        again=again.detach().double().cpu(),
+        alone=alone.detach().double().cpu(),
+        dtype=together.dtype,
+        is_squashed=last.squashed is together,
+        num_real=num_real,
+    )
 
 
 def _refuse_non_finite(adapter: ModelAdapter, output: _Output) -> None:

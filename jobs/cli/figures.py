@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from blocksight.engine.catalog import entries
@@ -43,7 +44,7 @@ def _plain(value: Any) -> Any:
         return {"bytes": len(value)}
     if isinstance(value, Iterable):
         return [_plain(own) for own in value]
-    value = value.item() if hasattr(value, "item") else value
+    value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, bool | int | float) else str(value)
@@ -126,7 +127,7 @@ def catalog_figures(what: str, name: str | None) -> dict[str, Any]:
 
 def _entry(entry: Any) -> dict[str, Any]:
     texts = {field.name: getattr(entry, field.name) for field in fields(entry)}
-    facts = {name: text for name, text in texts.items() if isinstance(text, str)}
+    facts: dict[str, Any] = {name: text for name, text in texts.items() if isinstance(text, str)}
     if "parameters" in texts:
         facts["parameters"] = {
             field.name: {"default": _plain(getattr(texts["parameters"], field.name, None)), **field.metadata}

@@ -218,8 +218,10 @@ def _metric_rows(rows: pa.Table) -> pa.Table:
     sound = rows.filter(pc.field("status") == OK)
     metrics = sound["metrics"].combine_chunks().flatten()
     fields = dict(zip((field.name for field in METRICS_STRUCT), metrics, strict=True))
-    values = {"drop": fields["drop"], "increase": pc.multiply(fields["increase"].cast(pa.float64()), 100.0)}
-    reasons = pc.if_else(fields["drop"].is_null(), FLAT, pa.scalar(None, pa.string()))
+    increase = pc.multiply(fields["increase"].cast(pa.float64()), 100.0)  # pyright: ignore[reportAttributeAccessIssue]
+    values = {"drop": fields["drop"], "increase": increase}
+    flat, nothing = fields["drop"].is_null(), pa.scalar(None, pa.string())
+    reasons = pc.if_else(flat, FLAT, nothing)  # pyright: ignore[reportAttributeAccessIssue]
     parts = []
     for name, own in values.items():
         part = sound.select(["key", "target_index", *METHOD_COLUMNS])

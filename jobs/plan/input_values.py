@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+from blocksight.jobs.plan.text import counted
 from blocksight.storage.limits import MAX_CLASSES, MAX_MAP_SIDE, MAX_MODEL_FILE_BYTES
 from blocksight.storage.stores.opening import open_file
 
@@ -99,7 +100,7 @@ def _listed(found: Any) -> Sequence[str]:
         return found
     names = dict(_numbered(key, value) for key, value in found.items())
     if sorted(names) != list(range(len(found))):
-        raise ValueError(f"its {len(found)} classes are not numbered 0 to {len(found) - 1}, each once")
+        raise ValueError(f"its {counted(len(found), 'class')} are not numbered 0 to {len(found) - 1}, each once")
     return [names[number] for number in range(len(found))]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from blocksight.jobs.plan.config import MODEL_INPUT, ConfigError, JobConfig, is_weights_name, with_input
+from blocksight.jobs.plan.text import counted
 from blocksight.storage.limits import MAX_MODEL_FILE_BYTES
 from blocksight.storage.stores.opening import open_file
 from blocksight.storage.stores.store import MissingError, StoreError, UnavailableError
@@ -74,5 +75,5 @@ def fed_text(input_size: Sequence[int], mean: Sequence[float] | None, std: Seque
 def _shown(name: str, value: Any) -> str:
     """`64 x 64`, `0.5 0.5 0.5`, or the number of names."""
     if name == "class_names":
-        return f"for {len(value)} classes"
+        return f"for {counted(len(value), 'class')}"
     return (" x " if name == "input_size" else " ").join(f"{number:g}" for number in value)

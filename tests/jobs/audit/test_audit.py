@@ -134,7 +134,7 @@ def test_ground_truth_tells_shortcuts_from_objects(marked: Path, tmp_path: Path)
 def test_without_a_trial_nothing_is_a_finding_and_no_model_is_needed(
     marked: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("blocksight.jobs.audit.run.load", None)
+    monkeypatch.setattr("blocksight.jobs.audit.run.load_examined", None)
     found = audited(marked, tries=False)
     assert found.findings == ()
     assert found.suspicions[0].target_index == MARKED

@@ -97,7 +97,7 @@ def test_a_shell_can_complete_commands_and_options():
         (["explain", "--data", "{in}", "--output", "{new}", "--model", MODEL, "--blocks", "frist"], "nearest: first"),
         (["explain", "--data", "{in}", "--output", "{out}", "--model", MODEL, "-p", "mu=0.5"], '"mu": 0.0'),
         (["plan", "--data", "{in}", "--output", "{new}", "-p", "mo=1"], "did you mean 'mu'"),
-        (["plan", "--data", "{in}", "--output", "{new}", "--target", "bset"], "is not known; known: predicted"),
+        (["plan", "--data", "{in}", "--output", "{new}", "--target", "bset"], "is no class of the model; nearest"),
         (["plan", "--data", "{in}"], "--output must be given"),
         (["status", "{in}"], "there is no blocksight output"),
         (["show", "{out}", "unknown-key"], "no record 'unknown-key'"),
@@ -154,7 +154,7 @@ def test_show_writes_a_picture_and_lists_say_what_there_is(finished, tmp_path):
     done = blocksight("show", finished / "out", "ant/000.png", "--picture", tmp_path / "a.png")
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "a.png") as image:
-        assert image.size == (3 * 448 + 16, 336)
+        assert image.size == (3 * 448 + 32, 416)
     rejected = blocksight("show", finished / "out", "cat/bad-empty_file.jpg", "--picture", tmp_path / "b.png")
     assert rejected.returncode == 0
     assert "empty_file" in rejected.stdout

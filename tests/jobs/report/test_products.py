@@ -387,7 +387,10 @@ def test_a_picture_that_is_named_has_its_products_beside_it(output, called, tmp_
     wanted = {f"{name}-{target}.png" for name in ("x", "x.products") for target in targets}
     assert {file.name for file in tmp_path.glob("*.png")} == wanted
     with Image.open(tmp_path / f"x.products-{targets[0]}.png") as sheet:
-        assert sheet.size == (7 * (288 + 8) + 8, 2 * (216 + 48) + 8)  # the map, 5 blocks and 8 candidates
+        assert sheet.size == (
+            7 * (288 + 8) + 8,
+            2 * (216 + 48) + 8 + 24,
+        )  # a legend below; the map, 5 blocks and 8 candidates
 
 
 @pytest.mark.parametrize("command", ["show", "report"])

@@ -549,8 +549,8 @@ def test_an_input_that_is_served_as_it_is_listed_may_be_read(bucket, store):
 @pytest.mark.parametrize(
     ("manners", "words"),
     [
-        (refuses(*(f"d/{number}.png" for number in range(7))), "none of the 7 objects .* is archived"),
-        (lambda _asked, _reply: refused(404, "NoSuchKey"), "none of the 7 objects .* no object"),
+        (refuses(*(f"d/{number}.png" for number in range(7))), r"no object that was tried \(7\) .* is archived"),
+        (lambda _asked, _reply: refused(404, "NoSuchKey"), r"no object that was tried \(7\) .* there is no object"),
     ],
 )
 def test_an_input_of_which_nothing_can_be_read_is_refused(bucket, store, manners, words):
@@ -562,7 +562,7 @@ def test_an_input_of_which_nothing_can_be_read_is_refused(bucket, store, manners
 
 def test_an_input_whose_versions_differ_between_listing_and_reading_is_refused(bucket, store):
     bucket.listed = lambda _key, entry: {**entry, "ETag": '"other"'}
-    with pytest.raises(StoreError, match=r"as s3://b/d lists them: .* has changed"):
+    with pytest.raises(StoreError, match=r"as s3://b/d lists it: .* has changed"):
         probe_reads(store, list(store.list()))
 
 
