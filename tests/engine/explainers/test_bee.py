@@ -338,7 +338,20 @@ def test_a_metric_measures_the_probability_for_every_target():
     assert one.score != other.score
 
 
-class OfNoClass(ClassProbability):
+class OfNoClass:
+    """The sum of all logits."""
+
+    num_targets = 1
+
+    def of(self, images):
+        return self
+
+    def score(self, logits, images):
+        return logits.double().sum(1, keepdim=True)
+
+    def direction(self, logits, index):
+        return torch.ones_like(logits)
+
     @property
     def raw(self):
         return self
@@ -346,7 +359,7 @@ class OfNoClass(ClassProbability):
 
 def test_a_target_of_no_class_is_refused():
     with pytest.raises(ModelError, match="probability of a class, and OfNoClass is of none"):
-        bee(seeded(Residual), even()).explain(smooth(1, SIDE, SIDE), OfNoClass(torch.tensor([[1]])), [5])
+        bee(seeded(Residual), even()).explain(smooth(1, SIDE, SIDE), OfNoClass(), [5])
 
 
 @pytest.mark.parametrize(("metric", "masks"), [("average_drop_100", 1), ("insertion", 29), ("neg", 10)])
