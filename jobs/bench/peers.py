@@ -22,6 +22,7 @@ from blocksight.engine.explainers.occlusion import Occlusion, window_starts
 from blocksight.engine.explainers.scorecam import ScoreCam
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.blocks import Place
+from blocksight.engine.model.taps import hook_outputs
 from blocksight.engine.scoring.forward import Forward
 from blocksight.jobs.plan.config import ConfigError
 
@@ -224,13 +225,13 @@ def _subject(
 def _with_layer(adapter: ModelAdapter, block: Place) -> tuple[nn.Module, str]:
     """A copy of the network, and the name of its sub-module that returns the block.
 
-    The copy of a traced network is its graph with an identity module after the block. The peers need a module, but the
-    block may have none: an activation may be a function, or a module that several layers share. Of a shared module's
-    outputs pytorch-grad-cam takes the first and torch-cam the last (EfficientNet-Lite0 shares one of stem and head).
+    The copy has an identity module after the block. The peers need a module, but the block may have none: an activation
+    may be a function, or a module that several layers share. Of a shared module's outputs pytorch-grad-cam takes the
+    first and torch-cam the last (EfficientNet-Lite0 shares one of stem and head).
     """
     graph = adapter.network.graph
     if graph is None:
-        return deepcopy(adapter.module), block.name
+        return UntracedWithLayer(deepcopy(adapter.module), block.name), LAYER
     own = deepcopy(graph)
     own.add_submodule(LAYER, nn.Identity())
     (node,) = [node for node in own.graph.nodes if node.name == block.name]
@@ -239,6 +240,21 @@ def _with_layer(adapter: ModelAdapter, block: Place) -> tuple[nn.Module, str]:
     node.replace_all_uses_with(behind, lambda user: user is not behind)
     own.recompile()
     return own, LAYER
+
+
+class UntracedWithLayer(nn.Module):
+    """A network without a graph, with an identity module after one call of a sub-module."""
+
+    def __init__(self, network: nn.Module, block: str) -> None:
+        super().__init__()
+        self.network = network
+        self.block = block
+        self.add_module(LAYER, nn.Identity())
+
+    def forward(self, inputs_nchw: Tensor) -> Tensor:
+        layer = self.get_submodule(LAYER)
+        with hook_outputs(self.network, [self.block], lambda _, maps: layer(maps)):
+            return self.network(inputs_nchw)
 
 
 # ---------------------------------------------------------------- the peers
@@ -383,7 +399,8 @@ def _masked_forwards(peer: Peer, subject: Subject, batch_size: int, image: Tenso
     if counter.count != wanted:
         raise ConfigError(
             f"{peer.name} scored {counter.count} masks, expected {wanted}: its layer {subject.layer!r} does not "
-            f"return the last block's {subject.block.channels} maps alone; race a model that torch.fx can trace"
+            f"return the last block's {subject.block.channels} maps alone; install the peers that were "
+            "tried: pip install -c cluster/constraints.txt '.[peers]'"
         )
     return counter.count
 

@@ -40,7 +40,7 @@ class Shared(nn.Module):
 
 
 class Untraceable(Shared):
-    """A network that torch.fx cannot trace; the peers get its own modules."""
+    """A network that torch.fx cannot trace."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x if x.sum() > 0 else x * 1)
@@ -98,7 +98,9 @@ def num_varied(adapter: ModelAdapter) -> int:
 # ---------------------------------------------------------------- the same job for all
 
 
-@pytest.mark.parametrize(("make", "maps"), [(Shared, 9), (Residual, 12), (UntraceablePlain, 7), (transformer, 12)])
+@pytest.mark.parametrize(
+    ("make", "maps"), [(Shared, 9), (Residual, 12), (UntraceablePlain, 7), (Untraceable, 9), (transformer, 12)]
+)
 def test_all_score_every_map_or_window(make, maps):
     adapter = adapter_of(make)
     assert {(one.name, one.job, one.run(image())) for one in field_of(adapter)} == {
@@ -116,16 +118,16 @@ def test_only_the_peers_score_constant_maps():
 
 
 def test_a_layer_with_other_maps_is_refused():
-    """If a network cannot be traced, pytorch-grad-cam reads a module's first call."""
-    (one,) = [
-        one for one in field_of(adapter_of(Untraceable)) if one.name == "pytorch-grad-cam" and "shipped" in one.how
-    ]
-    with pytest.raises(ConfigError, match=r"pytorch-grad-cam scored 6 masks, expected 9: its layer 'activation'"):
-        one.run(image())
+    """pytorch-grad-cam reads a shared module's first call."""
+    own = peers._subject(adapter_of(Untraceable), WINDOWS, torch.float32, torch.contiguous_format)
+    subject = replace(own, layer="network.activation")
+    with pytest.raises(ConfigError, match=r"grad-cam scored 6 masks, expected 9: its layer 'network.activation'"):
+        peers._masked_forwards(PEERS[0], subject, 16, image())
 
 
-def test_the_peers_network_computes_the_same():
-    adapter = adapter_of(Shared)
+@pytest.mark.parametrize("make", [Shared, Untraceable])
+def test_the_peers_network_computes_the_same(make):
+    adapter = adapter_of(make)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         subject = peers._subject(adapter, WINDOWS, torch.float32, memory_format)
         with torch.no_grad():
