@@ -60,7 +60,7 @@ def _load_neighbours(backbone: str, state: bytes | None, seed: int) -> ModelAdap
             f"knn({backbone}) needs --weights: a memory bank, as `blocksight bank --model {backbone}` makes it"
         )
     stored = read_state(state)
-    weights = None if backbone in PACKAGED else RANDOM_WEIGHTS  # the file's weights replace them
+    weights = RANDOM_WEIGHTS if ":" in backbone else None  # the file replaces them
     bare = without_head(load_model(backbone, weights=weights, seed=seed))
     module, class_names = from_state(bare.module, stored.tensors)
     adapter = bare.with_module(module)
