@@ -30,6 +30,7 @@ from blocksight.jobs.plan.preflight import Preflight
 from blocksight.jobs.plan.records import ModelFacts, UnreconciledError
 from blocksight.jobs.plan.text import counted, printable
 from blocksight.jobs.worker.attempts import WorkerStores, attempt_marker
+from blocksight.jobs.worker.isolation import isolated_if
 from blocksight.jobs.worker.unit import decoded, decoded_or_rejected
 from blocksight.jobs.worker.watchdog import watchdog
 from blocksight.storage.inputs.loose import read_images
@@ -83,15 +84,16 @@ def print_findings(findings: Sequence[str], console: Console) -> None:
 
 
 def examined_for(
-    adapter: ModelAdapter, config: JobConfig, facts: ModelFacts, plan: Plan, output: ObjectStore
+    adapter: ModelAdapter, config: JobConfig, facts: ModelFacts, plan: Plan, output: ObjectStore, *, careful: bool
 ) -> Preflight:
     """Examines the model and tries the explainer; the adapter reads scores as found. Raises ModelError.
 
-    If a process died in the preflight of this output before, no image of the data set is read.
+    `careful`: images are decoded in a child process, so that one that kills it does not end the driver. If a process
+    died in the preflight of this output before, no image of the data set is read.
     """
     stores = WorkerStores(source_of(plan, config.endpoint_url), output, uuid.uuid4().hex)
     with attempt_marker(stores, STEP) as num_deaths, watchdog(), in_a_sentence(config.model):
-        real = [] if num_deaths else list(_sample(plan, config, adapter.input_size, stores.source))
+        real = [] if num_deaths else list(_sample(plan, config, adapter.input_size, stores.source, careful))
         found = _examined(adapter, config, facts, real)
     for marker in list(output.list(f"{FOLDER}{STEP}-")):  # of processes that died
         output.delete(marker.key)
@@ -139,7 +141,7 @@ def _classes(adapter: ModelAdapter, config: JobConfig, inputs_nchw: Tensor) -> T
 
 
 def _sample(
-    plan: Plan, config: JobConfig, input_size: tuple[int, int], source: ObjectStore
+    plan: Plan, config: JobConfig, input_size: tuple[int, int], source: ObjectStore, careful: bool
 ) -> Iterator[NDArray[np.uint8]]:
     """Yields the pixels [H, W, 3] of a few loose images, spread over the data set; unreadable ones are left out."""
     if plan.layout is not Layout.IMAGES:
@@ -148,10 +150,11 @@ def _sample(
     count = min(NUM_REAL, len(objects))
     spread = [objects[index * len(objects) // count] for index in range(count)]
     decode = partial(decoded, config=config, input_size=input_size)
-    for raw in _raw(source, spread):
-        _, pixels = decoded_or_rejected(decode, raw, source)
-        if pixels is not None:
-            yield pixels
+    with isolated_if(decode, careful) as decoding:
+        for raw in _raw(source, spread):
+            _, pixels = decoded_or_rejected(decoding, raw, source)
+            if pixels is not None:
+                yield pixels
 
 
 def _raw(source: ObjectStore, objects: Sequence[ObjectInfo]) -> Iterator[RawRecord]:

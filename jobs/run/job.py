@@ -138,7 +138,7 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
     labels = read_labels(config, plan, adapter, label_file)
     console.print(f"labels: {printable(labels)}")
     probe(output, PROBE_PREFIX)
-    preflight = stored or _preflight(adapter, config, facts, plan, output)
+    preflight = stored or _preflight(adapter, config, facts, plan, output, careful=execution.runner == "ray")
     _print_preflight(preflight, console)
     with session_of(execution) as sizing:
         planned = _planned_forward(output, adapter, config, execution, on_gpu=_is_on_gpu(sizing))
@@ -223,12 +223,12 @@ def check_model(
 
 
 def _preflight(
-    adapter: "ModelAdapter", config: JobConfig, facts: ModelFacts, plan: Plan, output: ObjectStore
+    adapter: "ModelAdapter", config: JobConfig, facts: ModelFacts, plan: Plan, output: ObjectStore, *, careful: bool
 ) -> Preflight:
     """Examines the model and tries the explainer. Raises ModelError."""
     from blocksight.jobs.explain.preflight import examined_for
 
-    return examined_for(adapter, config, facts, plan, output)
+    return examined_for(adapter, config, facts, plan, output, careful=careful)
 
 
 def _print_preflight(preflight: Preflight, console: Console) -> None:

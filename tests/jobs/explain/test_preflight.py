@@ -1,5 +1,6 @@
 """The preflight of a job: what would fail every record fails before the first, and what is odd is stored and shown."""
 
+import os
 import sys
 
 import numpy as np
@@ -7,14 +8,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from blocksight.engine.catalog.entries import EXPLAINERS
 from blocksight.engine.errors import ModelError
 from blocksight.jobs.explain import preflight
 from blocksight.jobs.explain.step import load, model_facts
 from blocksight.jobs.ledger.attempt_markers import FOLDER
-from blocksight.jobs.plan.config import ConfigError
+from blocksight.jobs.plan.config import ConfigError, Execution
+from blocksight.jobs.plan.plan import source_of
 from blocksight.jobs.plan.preflight import PREFLIGHT_KEY, UNEXAMINED, stored_preflight
+from blocksight.jobs.run.job import plan_job, run_job
 from blocksight.storage.stores.opening import open_store
 from tests.jobs.jobs_of import called, config_of, rows_in, run_here
 from tests.jobs.tiny import folder_of_images, make, make_vit
@@ -254,3 +258,25 @@ def test_a_process_that_died_in_the_preflight_is_not_tried_on_the_data_again(sha
     run_here(shapes, tmp_path / "out", explainer="gradcam")
     assert stored_preflight(store).images == "random pictures"
     assert not list(store.list(FOLDER))
+
+
+def dies(*_, **__):
+    os.abort()
+
+
+def test_an_image_that_kills_its_decoder_does_not_end_a_careful_driver(tmp_path, monkeypatch):
+    monkeypatch.setattr("blocksight.jobs.explain.preflight.decoded", dies)
+    config = config_of(folder_of_images(tmp_path / "in", 1, bad=False), tmp_path / "out")
+    _, plan = plan_job(config, Execution(runner="local"))
+    assert list(preflight._sample(plan, config, (32, 32), source_of(plan, None), careful=True)) == []
+
+
+@pytest.mark.parametrize("runner", ["local", "ray"])
+def test_the_driver_of_ray_is_careful(tmp_path, monkeypatch, runner):
+    def stop(*_, careful):
+        raise ModelError(f"careful: {careful}")
+
+    monkeypatch.setattr(preflight, "examined_for", stop)
+    config = config_of(folder_of_images(tmp_path / "in", 1, bad=False), tmp_path / "out")
+    with pytest.raises(ModelError, match=f"careful: {runner == 'ray'}"):
+        run_job(config, Execution(runner=runner), Console(quiet=True))
