@@ -450,6 +450,8 @@ def test_a_key_is_cut_at_the_first_dot_of_the_base_name():
     assert [record.key for record in found] == ["s.tar/a.b/c", "s.tar/a.c/c.seg"]
     assert found[0].label == "1"
     assert codes(found) == ["ok", "ok"]
+    found = read(archive([("a.jpg", b"x"), ("a.b/c.jpg", b"y")]))  # a folder's dot joins nothing
+    assert [record.key for record in found] == ["s.tar/a", "s.tar/a.b/c"]
 
 
 def test_untrusted_labels_are_only_text():
