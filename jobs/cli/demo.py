@@ -20,6 +20,7 @@ from blocksight.jobs.worker.rows import all_rows, picture
 from blocksight.storage.outputs.file_names import file_name
 from blocksight.storage.outputs.pictures import Tile, contact_sheet, overlay, side_by_side
 from blocksight.storage.stores.opening import open_store
+from blocksight.storage.stores.retrying import PatientStore
 from blocksight.storage.stores.store import AlreadyExistsError, ObjectStore
 
 SHEET_COLUMNS = 3
@@ -35,9 +36,9 @@ def run_demo(folder: Path, *, through_bucket: bool, console: Console) -> None:
     files = photographs()
     with _root(folder, through_bucket, console) as (root, endpoint_url):
         job = JobConfig(data=f"{root}/photographs", output=f"{root}/maps", endpoint_url=endpoint_url)
-        _upload(files, open_store(job.data, endpoint_url))
+        _upload(files, PatientStore(open_store(job.data, endpoint_url)))
         outcome = run_job(job, Execution(), console)
-        store, plan = open_store(job.output, endpoint_url), outcome.job_state.plan
+        store, plan = PatientStore(open_store(job.output, endpoint_url)), outcome.job_state.plan
         rows = [row for row in all_rows(store, plan) if row["map"] is not None]
         pictures = folder / "pictures"
         pictures.mkdir(parents=True, exist_ok=True)

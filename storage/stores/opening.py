@@ -47,12 +47,15 @@ def open_store(uri: str, endpoint_url: str | None = None, *, follows_links: bool
 
 
 def open_file(uri: str, endpoint_url: str | None = None) -> tuple[ObjectStore, str]:
-    """The store that holds one file, and the file's key there. Raises StoreError if the URI cannot be a file's."""
+    """The store that holds one file, with short retries, and the file's key there.
+
+    Raises StoreError if the URI cannot be a file's.
+    """
     place = normal_place(uri)
     folder, name = split_place(place)
     if not name:
         raise StoreError(f"{folder} names no file; wanted a path, file:///PATH or s3://bucket/key")
-    return open_store(folder, endpoint_for(place, endpoint_url)), name
+    return PatientStore(open_store(folder, endpoint_for(place, endpoint_url)), SHORT_PATIENCE_SECONDS), name
 
 
 def open_named(
@@ -62,19 +65,22 @@ def open_named(
 
     The store decides which of the two it is, never the spelling: a prefix may be called data.v1. A name with `*` that
     is neither gives the store of the folder before it, and the pattern in place of a key. `wait_seconds`: how long to
-    wait for the store. A name that is both an object and a prefix is the object, unless that is empty.
+    wait for the store, here and in each call of the store that is returned. A name that is both an object and a prefix
+    is the object, unless that is empty.
     """
     place = normal_place(uri)
     folder, name = split_place(place)
     endpoint_url = endpoint_for(place, endpoint_url)  # of the place; its parent may have another
-    if name:
-        store = open_store(folder, endpoint_url, follows_links=True)
-        if _is_object(PatientStore(store, wait_seconds), name):
-            return store, name
-    store = open_store(uri, endpoint_url, follows_links=True)
+
+    def opened(root: str) -> PatientStore:
+        return PatientStore(open_store(root, endpoint_url, follows_links=True), wait_seconds)
+
+    if name and _is_object(opened(folder), name):
+        return opened(folder), name
+    store = opened(uri)
     root, pattern = split_pattern(place)
-    if pattern and next(iter(PatientStore(store, wait_seconds).list()), None) is None:
-        return open_store(root, endpoint_url, follows_links=True), pattern
+    if pattern and next(iter(store.list()), None) is None:
+        return opened(root), pattern
     return store, ""
 
 

@@ -77,9 +77,11 @@ class PatientStore:
         """`seconds`: the longest wait per call before UnavailableError; None: PATIENCE_SECONDS.
 
         `waiting` is called before each try, for example to reset a watchdog. `witnesses`: keys of a few objects.
-        `unit_folders`: prefixes of the keys that belong to one unit each.
+        `unit_folders`: prefixes of the keys that belong to one unit each. A patient store is taken out of its wrap, for
+        two patiences would multiply.
         """
-        self.store, self.waiting, self.witnesses = store, waiting, tuple(witnesses)
+        self.store: ObjectStore = store.store if isinstance(store, PatientStore) else store
+        self.waiting, self.witnesses = waiting, tuple(witnesses)
         self.unit_folders = unit_folders
         self.seconds = PATIENCE_SECONDS if seconds is None else seconds
 

@@ -7,7 +7,9 @@ import pytest
 
 from blocksight.storage.inputs.loose import read_images
 from blocksight.storage.inputs.survey import survey
-from blocksight.storage.stores.opening import WeakStoreError, open_named, probe, probe_reads
+from blocksight.storage.stores import retrying
+from blocksight.storage.stores.opening import WeakStoreError, open_file, open_named, probe, probe_reads
+from blocksight.storage.stores.retrying import PatientStore
 from blocksight.storage.stores.s3 import S3Store, extended_deadline
 from blocksight.storage.stores.s3_client import ATTEMPTS
 from blocksight.storage.stores.s3_endpoints import check_resolved_endpoint
@@ -15,6 +17,7 @@ from blocksight.storage.stores.s3_replies import version
 from blocksight.storage.stores.store import ChangedError, ObjectError, StoreError, UnavailableError
 from blocksight.storage.stores.windowed_file import WindowedFile
 from tests.storage.loopback import Bucket, Reply, etag_of, refused, served
+from tests.storage.memory import MemoryStore
 
 
 @pytest.fixture(scope="module")
@@ -628,6 +631,20 @@ def test_who_may_list_a_prefix_alone_may_use_it(bucket):
     bucket.manners = lambda asked, reply: refused(403, "AccessDenied") if asked.method == "HEAD" else reply
     store, key = open_named("s3://b/d", bucket.url)
     assert len(survey(store, key).objects) == 7
+
+
+@pytest.mark.parametrize("opened", [open_named, open_file], ids=["open_named", "open_file"])
+def test_what_a_user_names_is_asked_for_again_while_the_store_is_away(bucket, monkeypatch, opened):
+    monkeypatch.setattr(retrying, "FIRST_PAUSE_SECONDS", 0.001)
+    store, key = opened("s3://b/d/1.png", bucket.url)
+    refusals = iter(range(2 * ATTEMPTS))
+    bucket.manners = lambda _asked, reply: reply if next(refusals, None) is None else refused(503, "SlowDown")
+    assert store.read(key) == b"image 1"
+
+
+def test_patience_does_not_multiply():
+    inner = MemoryStore()
+    assert PatientStore(PatientStore(inner, 5), 5).store is inner
 
 
 def test_a_store_that_is_away_is_not_taken_for_a_prefix(bucket):
