@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 from scipy import stats
 
-from blocksight.engine.catalog.entries import METRICS
+from blocksight.engine.catalog.entries import METRICS, MetricEntry
 from blocksight.jobs.evaluate.bootstrap import (
     LEVEL,
+    ROUNDING,
     MethodEstimate,
     MetricSums,
     PairedDifference,
@@ -37,19 +38,41 @@ def wilson(share: float | None, num_images: int, num_rows: int) -> MethodEstimat
     return MethodEstimate(share, max(0.0, low), min(1.0, high), num_rows)
 
 
-def bounded(own: MethodEstimate, bounds: tuple[float, float], num_images: int, *, is_share: bool) -> MethodEstimate:
-    """The estimate of a mean between bounds, with Wilson's interval where the bootstrap's does not hold.
+def bounded(own: MethodEstimate, bounds: tuple[float, float], num_images: int) -> MethodEstimate:
+    """The estimate of a mean between bounds, with Wilson's interval in place of its own.
 
-    It does not hold for a share of maps, nor where all values are equal: its interval is one point then. No mean
-    between the bounds has more variance than a share, so that Wilson's interval is wide enough for both.
+    No mean between the bounds has more variance than a share, so that Wilson's interval is wide enough.
     """
-    if own.mean is None or own.low is None or own.high is None or (not is_share and own.low < own.high):
+    if own.mean is None:
         return own
     least, width = bounds[0], bounds[1] - bounds[0]
-    share = wilson((own.mean - least) / width, num_images, own.count)
+    share = wilson(min(1.0, max(0.0, (own.mean - least) / width)), num_images, own.count)  # without rounding
     assert share.low is not None
     assert share.high is not None
     return MethodEstimate(own.mean, least + width * share.low, least + width * share.high, own.count)
+
+
+def _estimate(
+    own: MethodEstimate, entry: MetricEntry, lowest: float, highest: float, num_images: int
+) -> MethodEstimate:
+    """The estimate with an interval that holds, from the least and greatest value of an image.
+
+    The bootstrap's does not hold for a share of maps, nor where all values are equal: its interval is one point then.
+    A value outside the bounds (a logit is the score with `--readout identity`) has no bounds, and no interval if all
+    are equal.
+    """
+    if own.low is None:
+        return own
+    is_constant = highest - lowest <= ROUNDING * max(abs(lowest), abs(highest))
+    if entry.bounds is not None and _is_inside(lowest, highest, entry.bounds):
+        return bounded(own, entry.bounds, num_images) if is_constant or entry.is_share else own
+    return replace(own, low=None, high=None) if is_constant else own
+
+
+def _is_inside(lowest: float, highest: float, bounds: tuple[float, float]) -> bool:
+    """True if both values lie between the bounds, up to rounding."""
+    margin = ROUNDING * (bounds[1] - bounds[0])
+    return bounds[0] - margin <= lowest and highest <= bounds[1] + margin
 
 
 def paired(own: PairedDifference, changed: float, num_images: int) -> PairedDifference:
@@ -68,12 +91,12 @@ def paired(own: PairedDifference, changed: float, num_images: int) -> PairedDiff
 
 
 def estimates_of(metric: str, sums: MetricSums) -> list[MethodEstimate]:
-    """The methods' means of a metric, or of another measure that has no bounds, with their intervals."""
+    """The methods' means of a metric, or of a measure that is none, with their intervals."""
     found, entry = estimate(sums), METRICS.get(metric)
-    if entry is None or entry.bounds is None:
+    if entry is None:
         return found
-    images = sums.images.tolist()
-    return [bounded(own, entry.bounds, images[m], is_share=entry.is_share) for m, own in enumerate(found)]
+    ends = zip(sums.lowest.tolist(), sums.highest.tolist(), sums.images.tolist(), strict=True)
+    return [_estimate(own, entry, *of) for own, of in zip(found, ends, strict=False)]  # differences follow
 
 
 def differences_of(metric: str, sums: MetricSums) -> list[PairedDifference]:

@@ -61,7 +61,27 @@ def test_a_mean_with_spread_keeps_its_bootstrap_interval():
     values = np.random.default_rng(1).uniform(0, 100, 30).tolist()
     own = estimate(sums_of(values))[0]
     assert interval("drop", values) == (own.low, own.high)
-    assert interval("positive_density", [3.0] * 5) == (3.0, 3.0)  # it has no highest value
+
+
+@pytest.mark.parametrize(("metric", "value"), [("deletion", 0.4), ("sanity", 0.3), ("effective_area", 31.4)])
+def test_values_that_differ_by_rounding_are_equal(metric, value):
+    """Sums of a replicate and of all rows round differently, so that its interval is narrow and not one point."""
+    low, high = interval(metric, [value, value * (1 + 1e-15)] * 2)
+    assert low < 0.7 * value
+    assert high > 1.3 * value
+
+
+@pytest.mark.parametrize(
+    ("metric", "values"), [("positive_density", [3.0] * 5), ("insertion", [5.0, 5.0]), ("drop", [640.0] * 3)]
+)
+def test_equal_values_without_bounds_have_no_interval(metric, values):
+    """A density has no highest value; a logit is the score with another readout, and leaves a probability's bounds."""
+    assert interval(metric, values) == (None, None)
+    assert interval(metric, [*values, -7.0]) != (None, None)
+
+
+def test_a_bound_may_be_exceeded_by_rounding():
+    assert interval("insertion", [1 + 1e-15] * 20) == (pytest.approx(0.839, abs=1e-3), 1)
 
 
 def difference(one, other):
