@@ -125,7 +125,7 @@ def make_forward(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
         forward = BACKENDS[setting.backend](adapter, setting)
         with torch.inference_mode():
             forward(example)  # compilers run, and fail, at the first call
-    except (torch.OutOfMemoryError, ModelError):
+    except (torch.OutOfMemoryError, torch.AcceleratorError, ModelError):
         raise
     except Exception as error:  # a compiler may raise anything for a user's model
         raise ModelError(f"{setting.backend} cannot run {adapter.name}: {first_line_of(error)}") from error

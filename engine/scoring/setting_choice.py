@@ -1,8 +1,8 @@
 """Chooses a forward setting, by rule or as the fastest valid one, and measures the score error of each."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from math import inf, isfinite
 from typing import Any
@@ -43,6 +43,8 @@ TUNED_CPU_BATCH_SIZES = (8, 4, 16)
 """Tried with the compiler, the most likely first."""
 GPU_BATCH_SIZES = (64, 128, 256, 512)
 """Tried with eager PyTorch; the compilers get the fastest."""
+GPU_COMPILERS: tuple[Backend, ...] = ("compiled", "graphed")
+"""Tried at the end."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,7 @@ def choose(adapter: ModelAdapter, request: ForwardRequest) -> tuple[Forward, lis
         masked = _masked_pictures(drawn_pictures(adapter))
         found: list[MeasuredSetting] = []
         best, forward = None, None
-        for measured, tried in _measured_candidates(adapter, masked, request):
-            found.append(measured)
+        for measured, tried in _measured_candidates(adapter, masked, request, found):
             if measured.is_sound(request) and (best is None or _is_faster(measured, best)):
                 best, forward = measured, tried
             if best is not None and not request.is_timed:
@@ -117,28 +118,47 @@ def choose(adapter: ModelAdapter, request: ForwardRequest) -> tuple[Forward, lis
 
 
 def _measured_candidates(
-    adapter: ModelAdapter, masked: Tensor, request: ForwardRequest
+    adapter: ModelAdapter, masked: Tensor, request: ForwardRequest, found: list[MeasuredSetting]
 ) -> Iterator[tuple[MeasuredSetting, Forward | None]]:
-    """Every candidate setting with its forward pass; None if it does not run here."""
+    """Every candidate setting with its forward pass, None if it does not run here; extends `found`."""
     wanted = None
-    for setting in _candidates(adapter, masked, request):
+    for setting in _candidates(adapter.device.type, request, found):
         if setting == eager_setting(adapter.device.type, setting.batch_size) and not request.is_timed:
-            yield MeasuredSetting(setting), adapter.logits  # the reference of the errors
-            continue
-        if wanted is None:
-            wanted = _scores(adapter, adapter.logits, masked, EAGER_BATCH_SIZES["cpu"])
-        try:
-            tried = make_forward(adapter, setting)
-            error = _score_error(_scores(adapter, tried, masked, setting.batch_size), wanted)
-            speed = (
-                rate(tried, repeated_inputs(masked, setting.batch_size), setting.batch_size)
-                if request.is_timed
-                else None
-            )
-        except (ModelError, torch.OutOfMemoryError) as failure:
-            yield MeasuredSetting(setting, refused=first_line_of(failure)), None
+            measured, forward = MeasuredSetting(setting), adapter.logits  # the reference of the errors
         else:
-            yield MeasuredSetting(setting, error, speed), tried
+            wanted = _reference_scores(adapter, masked) if wanted is None else wanted
+            measured, forward = _measured(adapter, setting, masked, wanted, request)
+        found.append(measured)
+        yield measured, forward
+
+
+def _measured(
+    adapter: ModelAdapter, setting: ForwardSetting, masked: Tensor, wanted: Tensor, request: ForwardRequest
+) -> tuple[MeasuredSetting, Forward | None]:
+    """One setting's error and speed, with its forward pass. Whatever fails refuses this setting alone."""
+    try:
+        forward = make_forward(adapter, setting)
+        error = _score_error(_scores(adapter, forward, masked, setting.batch_size), wanted)
+        speed = rate(forward, masked, setting.batch_size) if request.is_timed else None
+    except torch.AcceleratorError:  # the device is lost for this process: no other setting can be measured
+        raise
+    except Exception as failure:  # noqa: BLE001 - a compiler, a driver or a user's model may raise anything
+        return MeasuredSetting(setting, refused=first_line_of(failure)), None
+    return MeasuredSetting(setting, error, speed), forward
+
+
+def _reference_scores(adapter: ModelAdapter, masked: Tensor) -> Tensor:
+    """The scores in eager float32, in the largest small batches that fit.
+
+    Raises torch.OutOfMemoryError if not even one image fits, and ModelError if the model fails.
+    """
+    size = EAGER_BATCH_SIZES["cpu"]
+    while size > 1:
+        try:
+            return _scores(adapter, make_forward(adapter, eager_setting("cpu", size)), masked, size)
+        except torch.OutOfMemoryError:
+            size //= 2
+    return _scores(adapter, make_forward(adapter, eager_setting("cpu", 1)), masked, 1)
 
 
 def _is_faster(measured: MeasuredSetting, best: MeasuredSetting) -> bool:
@@ -159,9 +179,9 @@ def _refuse_requested(adapter: ModelAdapter, request: ForwardRequest, found: lis
 def rate(forward: Forward, inputs_nchw: Tensor, batch_size: int, repeats: int = NUM_REPEATS) -> float:
     """Forward passes per second, the best of some repeats: of CPU time on a CPU, which a busy machine affects less.
 
-    `inputs_nchw` holds at least `batch_size` inputs. The first call is not timed: it may compile.
+    Every pass takes a full batch; the inputs are repeated if they are fewer. The first is not timed: it may compile.
     """
-    batch = inputs_nchw[:batch_size].contiguous()
+    batch = repeated_inputs(inputs_nchw, batch_size).contiguous()
     forward(batch)
     on_gpu = batch.device.type == "cuda"
     seconds = [measured_seconds(lambda: forward(batch), on_gpu=on_gpu) for _ in range(repeats)]
@@ -183,23 +203,27 @@ def _wait(on_gpu: bool) -> None:
         torch.cuda.synchronize()
 
 
-def _candidates(adapter: ModelAdapter, masked: Tensor, request: ForwardRequest) -> Iterator[ForwardSetting]:
-    """The settings to try: by rule the preferred first, with timing the simplest first."""
-    device, precision = adapter.device.type, request.precision or "float32"
-    plain = eager_setting(device, request.batch_size, precision)
+def _candidates(device: str, request: ForwardRequest, found: Sequence[MeasuredSetting]) -> Iterator[ForwardSetting]:
+    """The settings to try: by rule the preferred first, with timing the simplest first.
+
+    `found` holds the measurements of those before: a setting that cannot win is not tried.
+    """
+    plain = eager_setting(device, request.batch_size, request.precision or "float32")
     if device == "cuda":
-        yield from _gpu_candidates(adapter, masked, request) if request.is_timed else (plain,)
+        yield from _gpu_candidates(request, found) if request.is_timed else (plain,)
         return
-    compiler = _cpu_compiler(precision)
+    compiler = _cpu_compiler(plain.precision)
     if not request.is_timed:
         if compiler is not None:
-            yield ForwardSetting(compiler, precision, request.batch_size or OPENVINO_BATCH_SIZE)
+            yield ForwardSetting(compiler, plain.precision, request.batch_size or OPENVINO_BATCH_SIZE)
         yield plain
         return
     yield plain
     sizes = TUNED_CPU_BATCH_SIZES if compiler else TUNED_CPU_BATCH_SIZES[:1]  # torch.compile takes half a minute each
     for size in (request.batch_size,) if request.batch_size else sizes:
-        yield ForwardSetting(compiler or "compiled", precision, size)
+        yield ForwardSetting(compiler or "compiled", plain.precision, size)
+        if not found[-1].is_sound(request):
+            return  # the other sizes would not be either
 
 
 def _cpu_compiler(precision: Precision) -> Backend | None:
@@ -208,26 +232,34 @@ def _cpu_compiler(precision: Precision) -> Backend | None:
     return "openvino" if is_native and find_spec("openvino") is not None else None
 
 
-def _gpu_candidates(adapter: ModelAdapter, masked: Tensor, request: ForwardRequest) -> Iterator[ForwardSetting]:
-    """Eager, then compiled in each allowed precision."""
-    precisions: tuple[Precision, ...] = (request.precision,) if request.precision else ("float16", "bfloat16")
-    size = request.batch_size or _best_batch_size(adapter, masked, precisions[0])
-    yield eager_setting("cuda", size, request.precision or "float32")
-    for precision in precisions:
-        yield ForwardSetting("compiled", precision, size)
-        yield ForwardSetting("graphed", precision, size)
+def _gpu_candidates(request: ForwardRequest, found: Sequence[MeasuredSetting]) -> Iterator[ForwardSetting]:
+    """Eager at each batch size that fits, then the compilers at the fastest.
+
+    They take a minute each, so that they get a precision only if eager PyTorch is sound in it. bfloat16 is less exact
+    than float16 and no faster, so that it comes second.
+    """
+    if request.precision is None:
+        yield eager_setting("cuda", request.batch_size)
+    precisions: tuple[Precision, ...] = ("float16", "bfloat16", "float32")
+    for precision in (request.precision,) if request.precision else precisions:
+        yield from _eager_candidates(precision, request, found)
+        eager = [one for one in found if one.setting.precision == precision and one.is_sound(request)]
+        if eager:
+            fastest = max(eager, key=lambda one: one.forwards_per_second or 0.0).setting
+            yield from (replace(fastest, backend=backend) for backend in GPU_COMPILERS)
+            return
 
 
-def _best_batch_size(adapter: ModelAdapter, masked: Tensor, precision: Precision) -> int:
-    """The size at which eager PyTorch is fastest on the GPU, of those that fit."""
-    rates: dict[int, float] = {}
-    for size in GPU_BATCH_SIZES:
-        try:
-            forward = make_forward(adapter, ForwardSetting("eager", precision, size))
-            rates[size] = rate(forward, repeated_inputs(masked, size), size)
-        except torch.OutOfMemoryError:
-            break
-    return max(rates, key=rates.__getitem__, default=GPU_BATCH_SIZES[0])
+def _eager_candidates(
+    precision: Precision, request: ForwardRequest, found: Sequence[MeasuredSetting]
+) -> Iterator[ForwardSetting]:
+    """Eager PyTorch on a GPU at growing batch sizes, until one does not fit or is not sound."""
+    for size in (request.batch_size,) if request.batch_size else GPU_BATCH_SIZES:
+        setting = eager_setting("cuda", size, precision)
+        if setting not in [one.setting for one in found]:
+            yield setting
+        if not next(one for one in found if one.setting == setting).is_sound(request):
+            return
 
 
 def drawn_pictures(adapter: ModelAdapter) -> Tensor:

@@ -158,7 +158,7 @@ def stub(monkeypatch, table):
     monkeypatch.setattr(setting_choice, "_candidates", lambda *_: iter(table))
 
     def make(_, setting):
-        if table[setting].refused is not None:
+        if setting in table and table[setting].refused is not None:
             raise ModelError(table[setting].refused)
         return setting
 
@@ -228,44 +228,74 @@ def test_by_rule_the_first_sound_setting_is_taken_and_no_clock_is_read(monkeypat
 )
 def test_the_rule_on_a_cpu(monkeypatch, forward_request, settings):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
-    assert list(setting_choice._candidates(adapter_of(), torch.empty(0), forward_request)) == settings
+    assert tried("cpu", forward_request) == settings
 
 
 def test_the_rule_on_a_cpu_without_openvino(monkeypatch):
     monkeypatch.setattr(setting_choice, "find_spec", lambda _: None)
-    adapter = adapter_of()
-    assert list(setting_choice._candidates(adapter, torch.empty(0), ForwardRequest())) == [EAGER]
-    timed = setting_choice._candidates(adapter, torch.empty(0), TIMED)
-    assert list(timed) == [EAGER, ForwardSetting("compiled", batch_size=8)]
+    assert tried("cpu", ForwardRequest()) == [EAGER]
+    assert tried("cpu", TIMED) == [EAGER, ForwardSetting("compiled", batch_size=8)]
+
+
+def test_a_compiler_that_refuses_is_not_asked_again_at_other_sizes():
+    assert tried("cpu", TIMED, refused=["openvino"]) == [EAGER, ForwardSetting("openvino", batch_size=8)]
+
+
+def tried(device, forward_request, refused=(), error=0.0):
+    """The candidates, where settings are refused whose words hold one of these; eager is faster in larger batches."""
+    found, settings = [], []
+    for setting in setting_choice._candidates(device, forward_request, found):
+        no = "no" if any(words in str(setting) for words in refused) else None
+        found.append(MeasuredSetting(setting, 0.0 if setting.precision == "float32" else error, setting.batch_size, no))
+        settings.append(setting)
+    return settings
+
+
+def ladder(precision, sizes, *backends):
+    """Eager at these sizes, then the compilers at the last one that runs."""
+    eager = [ForwardSetting("eager", precision, size) for size in sizes]
+    return [*eager, *(ForwardSetting(backend, precision, sizes[-1]) for backend in backends)]
+
+
+COMPILERS = ("compiled", "graphed")
+SIZES = (64, 128, 256, 512)
+EXACT = ForwardSetting(batch_size=256)
 
 
 @pytest.mark.parametrize(
-    ("forward_request", "settings"),
+    ("forward_request", "refused", "settings"),
     [
-        (ForwardRequest(), [ForwardSetting(batch_size=256)]),
-        (ForwardRequest("float16"), [ForwardSetting("eager", "float16", 256)]),
+        (ForwardRequest(), (), [EXACT]),
+        (ForwardRequest("float16"), (), [ForwardSetting("eager", "float16", 256)]),
+        (ForwardRequest("float32", is_timed=True), (), ladder("float32", SIZES, *COMPILERS)),  # preset paper
+        (ForwardRequest("float16", 32, is_timed=True), (), ladder("float16", (32,), *COMPILERS)),
+        (TIMED, (), [EXACT, *ladder("float16", SIZES, *COMPILERS)]),
         (
-            ForwardRequest("float32", is_timed=True),  # preset paper
-            [ForwardSetting(backend, batch_size=128) for backend in ("eager", "compiled", "graphed")],
+            TIMED,
+            [" float16"],  # its compilers are not asked
+            [EXACT, *ladder("float16", (64,)), *ladder("bfloat16", SIZES, *COMPILERS)],
         ),
         (
             TIMED,
-            [
-                ForwardSetting(batch_size=128),
-                *(
-                    ForwardSetting(backend, precision, 128)
-                    for precision in ("float16", "bfloat16")
-                    for backend in ("compiled", "graphed")
-                ),
-            ],
+            ["float16"],
+            [EXACT, *ladder("float16", (64,)), *ladder("bfloat16", (64,)), *ladder("float32", (64, 128, 512))]
+            + [ForwardSetting(backend, batch_size=512) for backend in COMPILERS],
         ),
     ],
 )
-def test_the_rule_on_a_gpu(monkeypatch, forward_request, settings):
-    monkeypatch.setattr(setting_choice, "_best_batch_size", lambda *_: 128)
-    adapter = adapter_of()
-    adapter.device = torch.device("cuda")
-    assert list(setting_choice._candidates(adapter, torch.empty(0), forward_request)) == settings
+def test_the_rule_on_a_gpu(forward_request, refused, settings):
+    assert tried("cuda", forward_request, refused) == settings
+
+
+def test_on_a_gpu_sizes_end_where_one_does_not_fit():
+    found = tried("cuda", TIMED, refused=["eager float16, 256"])
+    sizes = [ForwardSetting("eager", "float16", size) for size in (64, 128, 256)]
+    assert found == [EXACT, *sizes, *(ForwardSetting(backend, "float16", 128) for backend in COMPILERS)]
+
+
+def test_on_a_gpu_no_compiler_is_asked_for_a_precision_that_is_not_sound():
+    found = tried("cuda", TIMED, error=0.1)
+    assert {one.precision for one in found if one.backend != "eager"} == {"float32"}
 
 
 def test_what_does_not_fit_is_passed_over(monkeypatch):
@@ -280,6 +310,87 @@ def test_what_does_not_fit_is_passed_over(monkeypatch):
     _, found = choose(adapter_of(), ForwardRequest())
     assert found[0].setting.backend == "eager"
     assert {one.refused for one in found[1:]} == {"no room"}
+
+
+class OfFloat32(nn.Module):
+    """Normalises with float32 constants, so that it does not run with half weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head, self.sizes = nn.Conv2d(3, 8, 3), nn.Linear(8, 5), []
+
+    def forward(self, x):
+        self.sizes.append(len(x))
+        x = x - torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1)
+        return self.head(self.stem(x).relu().mean((2, 3)))
+
+
+def test_a_setting_in_which_the_model_does_not_run_is_refused_and_ends_nothing(monkeypatch):
+    settings = (EAGER, ForwardSetting("eager", "float16"), ForwardSetting("eager", batch_size=8))
+    monkeypatch.setattr(setting_choice, "_candidates", lambda *_: iter(settings))
+    _, found = choose(adapter_of(OfFloat32), TIMED)
+    reasons = {one.setting: one.refused for one in found}
+    assert reasons.pop(settings[1]).startswith("eager cannot run model: ")
+    assert list(reasons.values()) == [None, None]
+
+
+@pytest.mark.parametrize("place", ["make_forward", "_score_error", "rate"])
+@pytest.mark.parametrize("error", [RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), torch.OutOfMemoryError("no room")])
+def test_any_failure_while_a_setting_is_measured_refuses_that_setting_alone(monkeypatch, place, error):
+    stub(monkeypatch, {EAGER: Clock(1.0), FAST: Clock(0.5)})
+    real = getattr(setting_choice, place)
+
+    def failing(first, *rest):
+        if FAST in (first, *rest):
+            raise error
+        return real(first, *rest)
+
+    monkeypatch.setattr(setting_choice, place, failing)
+    _, found = choose(adapter_of(), TIMED)
+    assert [(one.setting, one.refused) for one in found] == [(EAGER, None), (FAST, str(error))]
+
+
+def test_a_lost_device_is_no_refusal(monkeypatch):
+    stub(monkeypatch, {EAGER: Clock(1.0), FAST: Clock(0.5)})
+
+    def lost(*_):
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(setting_choice, "rate", lost)
+    with pytest.raises(torch.AcceleratorError):
+        choose(adapter_of(), TIMED)
+
+
+@pytest.mark.parametrize("fits", [2, 1])
+def test_the_reference_of_errors_takes_smaller_batches_where_memory_is_short(monkeypatch, fits):
+    adapter, sizes = adapter_of(), []
+
+    def short(inputs_nchw):
+        if len(inputs_nchw) > fits:
+            raise torch.OutOfMemoryError("no room")
+        sizes.append(len(inputs_nchw))
+        return adapter.module(inputs_nchw)
+
+    monkeypatch.setattr(adapter, "logits", short)
+    _, found = choose(adapter, ForwardRequest())
+    assert found[0].setting.backend == "openvino"
+    assert set(sizes) == {fits}
+
+
+@pytest.mark.parametrize("size", [2, 16, 64])
+def test_a_setting_is_measured_in_batches_of_its_own_size(monkeypatch, size):
+    net = seeded(OfFloat32)
+    monkeypatch.setattr(setting_choice, "_candidates", lambda *_: iter([ForwardSetting(batch_size=size)]))
+    choose(ModelAdapter(net, input_size=(32, 32)), TIMED)
+    reference = 1 + setting_choice.NUM_MASKED_PICTURES // 4
+    assert set(net.sizes[reference:]) == {size}
+    assert len(net.sizes) > reference + setting_choice.NUM_REPEATS
+
+
+def test_a_rate_is_that_of_a_full_batch():
+    sizes = []
+    setting_choice.rate(lambda batch: sizes.append(len(batch)), torch.zeros(3, 1, 1, 1), 8)
+    assert set(sizes) == {8}
 
 
 def test_where_nothing_is_sound_the_plain_model_is_taken(monkeypatch):
