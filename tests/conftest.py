@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from blocksight.cluster.bucket import EmbeddedBucket
 
@@ -16,6 +17,10 @@ os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 # before anything loads torch: the workers of pytest-xdist share the cores, and each takes one
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# no property is a matter of time: a busy machine makes a first example slow, and that is no failure of what is tested
+settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("no clock")
 
 PLAIN_STARTUP = Path(__file__).parent / "plain_startup"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -129,13 +129,13 @@ def assert_same_split(values, fast, slow):
         assert oracles.between_class_variance(values, fast) == pytest.approx(wanted, rel=1e-9)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.one_of(maps, coarse))
 def test_otsu_equals_the_slow_twin(values):
     assert_same_split(values, otsu_foreground(values), oracles.otsu_foreground(values))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.one_of(maps, coarse))
 def test_the_soft_gate_equals_the_slow_twin(values):
     slow, fast = oracles.soft_gate(values), soft_gate(values)
@@ -152,7 +152,7 @@ def is_tied(grey, threshold):
     return any(oracles.between_class_variance(grey, grey > value) >= best * (1 - 1e-9) for value in others)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(maps)
 def test_the_cascade_stays_inside_the_last_foreground(values):
     last = minmax(values)

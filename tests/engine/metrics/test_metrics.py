@@ -102,7 +102,7 @@ def test_hand_vector_v7_of_the_localisation_metrics():
     assert values["pointing"] == 0  # at a side of 1 pixel the tolerance is less than a pixel
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.floats(1e-9, 1), st.floats(0, 1)), min_size=1, max_size=8))
 def test_drops_add_up_to_the_slow_twins(pairs):
     wanted, _ = oracles.drop_and_increase(*zip(*pairs, strict=True))

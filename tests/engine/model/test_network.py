@@ -65,7 +65,7 @@ def paths_to(feeds, node):
     return [[*path, node] for before in feeds.get(node, []) for path in paths_to(feeds, before)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(graphs())
 def test_unavoidable_nodes_lie_on_every_path(feeds):
     paths = paths_to(feeds, len(feeds) - 1)

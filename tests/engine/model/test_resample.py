@@ -123,7 +123,7 @@ sides = st.integers(1, 20)
 fulls = st.integers(1, 60)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sides, sides, fulls, fulls, st.integers(0, 2**31))
 def test_the_identities_hold_for_any_sizes(height, width, full_h, full_w, seed):
     native, full = (height, width), (full_h, full_w)
@@ -136,7 +136,7 @@ def test_the_identities_hold_for_any_sizes(height, width, full_h, full_w, seed):
     assert torch.allclose(high.flatten(), whole.amax((1, 2)), rtol=0, atol=5e-14)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(2, 20), sides, st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**31))
 def test_masks_of_enlarged_maps_are_the_minmaxed_upsampled_ones(height, width, by_h, by_w, seed):
     native, full = (height, width), (height * by_h, width * by_w)
@@ -148,7 +148,7 @@ def test_masks_of_enlarged_maps_are_the_minmaxed_upsampled_ones(height, width, b
     assert mask.max() <= 1 + 1e-12
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 40), st.integers(1, 300))
 def test_the_matrix_averages(native, full):
     matrix = bilinear_matrix(native, full)

@@ -44,7 +44,7 @@ def test_of_takes_some_images():
     assert ClassProbability(torch.tensor([[2, 1]])).num_targets == 2
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.floats(-40, 40), min_size=2, max_size=6), st.data())
 def test_the_direction_is_the_gradient_up_to_a_positive_factor(values, data):
     logits = torch.tensor(values, dtype=torch.float64)

@@ -138,7 +138,7 @@ light_rows = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(light_rows, max_size=30), st.randoms(use_true_random=False))
 def test_a_census_does_not_depend_on_order_or_parts(rows, random):
     shuffled = random.sample(rows, len(rows))
@@ -181,7 +181,7 @@ def assert_same(one, other):
         assert np.array_equal(own, getattr(other, name)), name
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 40), st.integers(1, 6), st.integers(0, 99), st.integers(0, 40), st.integers(0, 40))
 def test_sums_merge_in_any_order_and_any_parts(number, num_groups, seed, first, second):
     maps = some_maps(number, num_groups, seed)

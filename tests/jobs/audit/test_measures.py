@@ -84,7 +84,7 @@ def test_no_maps_have_no_rows():
     assert made.pooled.shape == (0, GRID, GRID)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(maps_of_any_size)
 def test_every_measure_lies_in_its_range_whatever_the_map(levels):
     region = levels > 100

@@ -256,7 +256,7 @@ ROWS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=ROWS, parts=st.lists(st.integers(0, 3), min_size=13, max_size=13), shuffle=st.randoms())
 def test_any_partition_by_image_and_any_order_give_the_same_sums(rows: list, parts: list[int], shuffle) -> None:
     whole = sums_of([str(key) for key, _ in rows], [list(values) for _, values in rows])

@@ -55,7 +55,7 @@ def test_a_record_is_right_if_its_label_is_the_prediction(rows, wanted):
     assert is_right(rows) is wanted
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     records=st.lists(st.tuples(st.none() | st.integers(0, 6), st.integers(1, 7)), max_size=25),
     size=st.integers(1, 9),

@@ -42,7 +42,7 @@ def test_a_line_counts_what_the_method_does(records, forwards, seconds, wanted):
     assert tally.line(seconds) == wanted
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(records=COUNTS, more=COUNTS, forwards=COUNTS, failures=COUNTS, dead=COUNTS, seconds=st.floats(0, 1e7))
 def test_every_line_fits_and_keeps_what_matters_most(records, more, forwards, failures, dead, seconds):
     tally = Tally(records + more, 1e6, records, forwards, failures, dead)

@@ -114,7 +114,7 @@ def test_another_version_of_a_shard_gets_its_own_reader():
     assert next(read_table(store, store.head("s"), 10, 20)).data == b"new"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.binary(max_size=40), st.integers(1, 8), st.lists(st.tuples(st.integers(0, 40), st.integers(0, 12))))
 def test_a_streamed_file_reads_as_one_in_memory(data: bytes, window_bytes: int, steps: list[tuple[int, int]]):
     store = MemoryStore()

@@ -195,7 +195,7 @@ members = st.lists(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(members, st.lists(st.floats(0, 1), max_size=4), st.booleans())
 def test_any_partition_of_the_bytes_gives_the_same_records(contents, cuts, cut_short):
     body = archive([(f"{key}.{suffix}", data) for key, suffix, data in contents])

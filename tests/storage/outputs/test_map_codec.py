@@ -25,7 +25,7 @@ from tests.storage.bounded import printed
 maps = arrays(np.float32, array_shapes(min_dims=2, max_dims=2, max_side=20), elements=st.floats(-5, 5, width=32))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(maps)
 def test_a_decoded_map_is_within_the_stated_error(saliency):
     stored = encode_map(saliency)

@@ -11,7 +11,7 @@ from tests.storage.memory import MemoryStore
 STEPS = st.tuples(st.sampled_from([io.SEEK_SET, io.SEEK_CUR, io.SEEK_END]), st.integers(0, 24), st.integers(0, 24))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.binary(max_size=20), st.integers(1, 8), st.lists(STEPS, max_size=6))
 def test_a_file_in_windows_reads_as_one_in_memory(data, window_bytes, steps):
     store = MemoryStore()
