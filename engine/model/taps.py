@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from blocksight.engine.errors import ModelError
 from blocksight.engine.model.blocks import Place
 
 
@@ -199,8 +200,14 @@ def gradients(logits: Tensor, direction: Tensor, activations: Sequence[Tensor]) 
     """The vector-Jacobian product of `direction` [N, K] at every activation, each shaped like it.
 
     One backward pass gives all places; the graph is kept for the next target. A place that does not
-    affect the output gets zeros.
+    affect the output gets zeros. Raises ModelError if the output has no gradient at all.
     """
+    if not logits.requires_grad:
+        raise ModelError(
+            "no gradient reaches the output: the model's forward runs under torch.no_grad or inference_mode, detaches "
+            "its maps, leaves torch, or is quantised; let gradients flow, or take scorecam, rise or occlusion, which "
+            "need none"
+        )
     return list(
         torch.autograd.grad(logits, activations, direction.to(logits.dtype), retain_graph=True, materialize_grads=True)
     )

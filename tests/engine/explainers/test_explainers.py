@@ -55,6 +55,9 @@ BLACK = -(torch.tensor(MEAN) / torch.tensor(STD)).double().view(3, 1, 1)
 BASELINES = {"zero": torch.zeros(3, 1, 1).double(), "black": BLACK}
 
 
+CLASS_2 = ClassProbability(torch.tensor([[2]]))
+
+
 def adapter_of(net, size=32):
     side = (size, size) if isinstance(size, int) else size
     return ModelAdapter(net, input_size=side, mean=MEAN, std=STD)
@@ -178,7 +181,7 @@ def test_integrated_gradients_equal_their_twin(make, baseline):
     )
 
 
-@pytest.mark.parametrize("base", ["gradient", "integrated_gradients", "gradcam"])
+@pytest.mark.parametrize("base", ["gradient", "integrated_gradients"])
 def test_smoothgrad_equals_its_twin(base):
     options = {"samples": 3, "noise": 0.2}
     against_twin(
@@ -449,8 +452,94 @@ def test_the_terms_that_fullgrad_sees_sum_to_the_logit(make):
     inputs = smooth(1, 32, 32)
     with one.adapter.borrowed():
         logits, terms_of = one._terms(inputs)
-        direction = functional.one_hot(torch.tensor([2]), 5).float()
-        assert float(sum(term.sum() for term in terms_of(direction))) == pytest.approx(float(logits[0, 2]), abs=1e-4)
+        terms = terms_of(functional.one_hot(torch.tensor([2]), 5).float())
+        total = sum(term.sum() for term in terms.values)
+        assert float(total) == pytest.approx(float(logits[0, 2]), abs=1e-4)
+        assert terms.gap() is None
+
+
+class OneOddClass(Twice):
+    """Class 2 alone has a bias that no layer owns: neither the greatest nor the least logit."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return logits + functional.one_hot(torch.tensor(2), 5) * (logits[:, [0]] - logits[:, [1]]).detach() / 9
+
+
+class Clipped(Twice):
+    """A function that clips large values, which smooth pictures reach and noise does not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.avg_pool2d(self.first(x).relu(), 8)
+        return self.head(functional.pad(x, (3, 3, 3, 3)).clamp(max=1.0).mean((2, 3)))
+
+
+def test_fullgrad_refuses_a_class_or_an_image_whose_terms_do_not_sum():
+    """The check before the job sees one picture and two classes; each map is checked as well."""
+    one = explainer("fullgrad", adapter_of(seeded(OneOddClass), 32))
+    assert one.explain(smooth(1, 32, 32), ClassProbability(torch.tensor([[0]])))
+    with pytest.raises(ModelError, match="terms sum to"):
+        one.explain(smooth(1, 32, 32), ClassProbability(torch.tensor([[0, 2]])))
+    clipped = explainer("fullgrad", adapter_of(seeded(Clipped), 32))
+    inputs = 5 * smooth(3, 32, 32)
+    inputs[0] = inputs[2] = 0.1
+    assert clipped.explain(inputs[:1], ClassProbability(torch.tensor([[0]])))
+    with pytest.raises(ModelError, match="terms sum to"):
+        clipped.explain(inputs, ClassProbability(torch.tensor([[0], [0], [0]])))
+
+
+class ByName(Twice):
+    """Its layers take their inputs by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act(input=self.again(input=self.first(input=x))).mean((2, 3)))
+
+
+class ChannelsLast(nn.Module):
+    """Linear layers and an activation between two permutations; 4 x 4 places of 24 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.wide, self.act = nn.Conv2d(3, 6, 8, stride=8), nn.Linear(6, 24), nn.GELU()
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act(self.wide(self.first(x).permute(0, 2, 3, 1))).mean((1, 2)))
+
+
+def test_fullgrad_takes_layers_that_are_called_by_name():
+    assert explainer("fullgrad", adapter_of(seeded(ByName), 32)).explain(smooth(1, 32, 32), CLASS_2)
+
+
+def test_fullgrad_tells_channels_last():
+    """A 1 x 1 convolution gives the same map as the linear layer that it equals."""
+    last, first = seeded(ChannelsLast), seeded(ChannelsLast)
+    wide = nn.Conv2d(6, 24, 1)
+    wide.load_state_dict({"weight": first.wide.weight[:, :, None, None], "bias": first.wide.bias})
+    twin = nn.Sequential(first.first, wide, first.act, nn.AdaptiveAvgPool2d(1), nn.Flatten(), first.head)
+    maps = [
+        explainer("fullgrad", adapter_of(net, 32)).explain(smooth(1, 32, 32), CLASS_2)[0][0].saliency_hw
+        for net in (last, twin)
+    ]
+    np.testing.assert_allclose(*maps, rtol=1e-4, atol=1e-4)
+
+
+class Frozen(Twice):
+    """Its forward records no gradient."""
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("name", ["fullgrad", "gradient", "integrated_gradients"])
+def test_a_forward_without_gradients_is_told(name):
+    with pytest.raises(ModelError, match="no gradient reaches the output"):
+        explainer(name, adapter_of(seeded(Frozen), 32)).explain(smooth(1, 32, 32), CLASS_2)
 
 
 def test_a_network_without_biases_is_refused():
