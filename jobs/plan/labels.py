@@ -20,6 +20,8 @@ IMAGENET_ANCHORS = {0: "tench", 1: "goldfish", 217: "english springer", 497: "ch
 """What the names of some of ImageNet's classes begin with: a model with other names has other classes."""
 NUM_SHOWN = 3
 """Labels that a message names."""
+MAX_SHOWN = 80
+"""Characters of one of them."""
 
 
 class Rule(StrEnum):
@@ -73,8 +75,9 @@ class Labels:
         self.plain = _index_of(self.class_names, _plain)
         self.synonyms = _synonyms(self.class_names)
         self.wordnet = _wordnet_numbers() if _has_imagenet_classes(self.class_names, num_classes) else {}
+        self.folder_names = frozenset(folders)
         self.folders: Mapping[str, int] = {}
-        self.is_guessable = not self.class_names and not class_map and len(folders) > 1
+        self.is_guessable = not self.class_names and not class_map and len(folders) > 1 and _are_classes(folders)
         """The folders may be the classes in sorted order: nothing else says which class is which."""
         self.is_guessable &= not any(self.read(name).rule is not Rule.NO_CLASS for name in folders)
         if self.is_guessable and len(folders) == num_classes:
@@ -91,10 +94,17 @@ class Labels:
         if (classes := self.class_map.get(_plain(str(label)))) is not None:
             return self._one_of(classes, Rule.CLASS_MAP)
         number = _as_number(label)
-        if number is not None:
-            is_class = 0 <= number < self.num_classes
-            return Meaning(number, Rule.NUMBER) if is_class else Meaning(None, Rule.OUT_OF_RANGE)
-        return self._read_name(str(label))
+        return self._read_name(str(label)) if number is None else self._read_number(str(label), number)
+
+    def _read_number(self, label: str, number: int) -> Meaning:
+        """A class number; or the class whose name it is, where names are numbers (`10` may be the second class)."""
+        named = self.exact.get(label, ())
+        if label in self.folder_names and len(named) == 1:
+            return Meaning(named[0], Rule.NAME)
+        if named and list(named) != [number]:
+            return Meaning(None, Rule.AMBIGUOUS)
+        is_class = 0 <= number < self.num_classes
+        return Meaning(number, Rule.NUMBER) if is_class else Meaning(None, Rule.OUT_OF_RANGE)
 
     def _read_name(self, label: str) -> Meaning:
         if label in self.folders:
@@ -116,6 +126,10 @@ class Labels:
 
     def nearest(self, label: str) -> list[str]:
         """The class names that are spelled most like a label; for an ambiguous one the classes that it means."""
+        number = _as_number(label)
+        if number is not None:
+            indices = [number] if 0 <= number < self.num_classes else []
+            return [f"{self.class_names[index]} (class {index})" for index in (*indices, *self.exact.get(label, ()))]
         for known in (self.exact, self.plain, self.synonyms):
             classes = known.get(label, ()) or known.get(_plain(label), ())
             if len(classes) > 1:
@@ -174,7 +188,7 @@ def _sentence(
 ) -> str:
     num_labels = sum(map(len, examples.values()))
     if not num_labels:
-        return "none in the data"
+        return f"none in the data{found.note and '; '}{plain(found.note)}"
     total = sum(found.counts.values())
     first = f" (the first {total:,} of {found.num_records:,})" if found.num_records not in (None, total) else ""
     parts = [
@@ -191,8 +205,25 @@ def _sentence(
         parts.append("--class-map says which class a label means")
     missing = rules.get(Rule.MISSING, 0)
     parts += [f"{missing:,} without a label"] if missing else []
+    parts += [_other_order(labels)] if Rule.NUMBER in rules else []
     parts += [plain(found.note)] if found.note else []
+    parts = [part for part in parts if part]
     return f"{counted(num_labels, found.what)} of {counted(total, 'record')}{first}: {'; '.join(parts)}"
+
+
+def _other_order(labels: Labels) -> str:
+    """A sentence if the class folders are numbers whose sorted order, by which training tools number, is another."""
+    folders = sorted(labels.folder_names)
+    if labels.class_names or len(folders) != labels.num_classes or labels.class_map:
+        return ""
+    others = [(name, index) for index, name in enumerate(folders) if _as_number(name) not in (None, index)]
+    if not others:
+        return ""
+    name, index = others[0]
+    return (
+        f"GUESSED: a tool that numbers the class folders in sorted order takes {plain(name)} for class {index}; "
+        "--class-map or --class-names says it for sure"
+    )
 
 
 def _with_examples(labels: Labels, rule: Rule, names: Sequence[str | int]) -> str:
@@ -210,12 +241,16 @@ def _class_text(labels: Labels, index: int | None) -> str:
 
 
 def _unknown(labels: Labels, rule: Rule, names: Sequence[str | int]) -> str:
-    shown = ", ".join(repr(plain(str(name))) for name in names[:NUM_SHOWN])
+    shown = ", ".join(repr(plain(_short(str(name)))) for name in names[:NUM_SHOWN])
     more = f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else ""
     near = labels.nearest(str(names[0])) if rule in (Rule.NO_CLASS, Rule.AMBIGUOUS) else []
     hint = f"; {'it is' if rule is Rule.AMBIGUOUS else 'nearest'}: {plain(', '.join(near))}" if near else ""
     verb = rule if len(names) == 1 else PLURAL[rule]
     return f"{shown}{more} {verb}{hint}"
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= MAX_SHOWN else f"{label[:MAX_SHOWN]}…"
 
 
 PLURAL = {
@@ -240,7 +275,11 @@ def label_fault(labels: Labels, found: FoundLabels, folders: Sequence[str], *, i
             f"the model has {classes} without names, and the data {counted(len(folders), 'class folder')}, one "
             f"{side}: their order does not say which class is which. {what}, and --labels none that they are no labels"
         )
-    numbers = {number for label in found.counts if label is not None and (number := _as_number(label)) is not None}
+    by_number = (Rule.NUMBER, Rule.OUT_OF_RANGE)
+    numbers = {
+        _as_number(label) for label in found.counts if label is not None and labels.read(label).rule in by_number
+    }
+    numbers -= {None}
     if numbers and min(numbers) == 1 and max(numbers) == labels.num_classes:
         return (
             f"the labels are numbers from 1 to {labels.num_classes}, and the model's classes are numbered from 0 to "
@@ -249,6 +288,13 @@ def label_fault(labels: Labels, found: FoundLabels, folders: Sequence[str], *, i
     if is_target and not reading.num_known and sum(found.counts.values()):
         return f"the target is the label, and no label means a class ({reading.text}). {what}"
     return None
+
+
+def _are_classes(folders: Sequence[str]) -> bool:
+    """False for folders that are partitions (`date=2020`), and for one name in two spellings."""
+    heads = {name.partition("=")[0] for name in folders if "=" in name}
+    is_partition = len(heads) == 1 and all("=" in name for name in folders)
+    return not is_partition and len({_plain(name) for name in folders}) == len(folders)
 
 
 def _as_number(label: str | int) -> int | None:

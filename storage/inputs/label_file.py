@@ -44,16 +44,19 @@ class LabelFile:
         return Truth(tuple(ImageTruth(key, ()) for key in sorted(self.labels)))
 
     def key_of(self, record_key: str) -> str | None:
-        """The key that belongs to a record, found as `Truth.find`; None if there is none or more than one."""
-        try:
-            image = self._names.find(record_key)
-        except AmbiguousTruthError:
-            return None
+        """The key that belongs to a record, found as `Truth.find`; None if there is none.
+
+        Raises AmbiguousTruthError if there is more than one.
+        """
+        image = self._names.find(record_key)
         return image and image.name
 
     def label_of(self, record_key: str) -> str | None:
-        """The record's label; None if it has none."""
-        key = self.key_of(record_key)
+        """The record's label; None if no key belongs to it, or more than one."""
+        try:
+            key = self.key_of(record_key)
+        except AmbiguousTruthError:
+            return None
         return None if key is None else self.labels[key]
 
     def as_parquet(self) -> bytes:
@@ -82,24 +85,47 @@ def read_label_file(store: ObjectStore, name: str) -> LabelFile:
 
 def _checked(rows: Iterable[tuple[object, object]]) -> dict[str, str]:
     labels: dict[str, str] = {}
+    names: dict[tuple[str, ...], str] = {}  # `./1.png` and `1.png` are one key
     for number, (key, label) in enumerate(rows):
         if number == MAX_LABEL_ROWS:
             raise ValueError(f"it has more than {MAX_LABEL_ROWS:,} rows")
-        name, text = as_bytes_text(key) if isinstance(key, bytes) else as_text(str(key or "")), label_of(label)
+        name, text = _key_text(key, number), label_of(label)
         if not parts_of(name):
             raise ValueError(f"row {number + 1} has no key")
         if text is None:
             continue
-        if labels.setdefault(name, str(text)) != str(text):
-            raise ValueError(f"key {name!r} has two labels, {labels[name]!r} and {str(text)!r}")
+        first = labels.setdefault(names.setdefault(parts_of(name), name), str(text))
+        if first != str(text):
+            raise ValueError(f"key {name!r} has two labels, {first!r} and {str(text)!r}")
     return labels
 
 
+def _key_text(key: object, number: int) -> str:
+    """The key as text; a column of numbers with gaps is floating-point in pandas."""
+    if isinstance(key, list | dict | tuple):
+        raise ValueError(f"row {number + 1}: its key is no text and no number")  # noqa: TRY004
+    if isinstance(key, bytes):
+        return as_bytes_text(key)
+    whole = int(key) if isinstance(key, float) and key.is_integer() else key
+    return "" if whole is None else as_text(str(whole))
+
+
 def _csv_rows(body: bytes) -> Iterator[tuple[str | None, str | None]]:
-    reader = csv.DictReader(io.StringIO(body.decode("utf-8-sig"), newline=""))
+    reader = csv.DictReader(io.StringIO(_text(body), newline=""))
     _check_columns(reader.fieldnames or ())
-    for row in reader:
+    for number, row in enumerate(reader):
+        if None in row:
+            raise ValueError(
+                f"row {number + 1} has more cells than there are columns: write a label that holds a comma in quotes"
+            )
         yield row[KEY], row[LABEL]
+
+
+def _text(body: bytes) -> str:
+    try:
+        return body.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is no UTF-8: save it as UTF-8") from error
 
 
 def _table_rows(table: ParquetTable) -> Iterator[tuple[object, object]]:
@@ -111,4 +137,5 @@ def _table_rows(table: ParquetTable) -> Iterator[tuple[object, object]]:
 def _check_columns(names: Iterable[str]) -> None:
     known = list(names)
     if not {KEY, LABEL} <= set(known):
-        raise ValueError(f"its columns are {', '.join(known) or 'none'}; wanted `{KEY}` and `{LABEL}`")
+        commas = ", separated by a comma" if len(known) == 1 else ""
+        raise ValueError(f"its columns are {', '.join(known) or 'none'}; wanted `{KEY}` and `{LABEL}`{commas}")

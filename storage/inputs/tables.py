@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from itertools import accumulate, islice, repeat
+from itertools import accumulate, islice
 from typing import Any
 
 import pyarrow as pa
@@ -117,14 +117,18 @@ class _Rows:
 PAUSED = PausedReader[_Rows]()
 
 
-def table_labels(store: ObjectStore, info: ObjectInfo, stop: int) -> Iterator[str | int | None]:
-    """The labels of the first `stop` rows. Raises as `read_table`."""
+def table_labels(store: ObjectStore, info: ObjectInfo, stop: int) -> Iterator[tuple[str, str | int | None]]:
+    """Key and label of the records of the first `stop` rows. Raises as `read_table`."""
     table, paths = _open_table(store, info)
-    if LABEL in paths:
-        for _, batch in table.rows([LABEL], LABEL_BATCH_ROWS, 0, stop):
-            yield from map(label_of, column_values(batch.column(LABEL)))
-    elif LABEL not in table.names:
-        yield from repeat(partition_label(info.key), min(stop, table.num_rows))
+    partition = None if LABEL in table.names else partition_label(info.key)
+    columns = [name for name in (KEY, LABEL) if name in paths]
+    if not columns:
+        yield from ((f"{info.key}/{row}", partition) for row in range(min(stop, table.num_rows)))
+        return
+    for first, batch in table.rows(columns, LABEL_BATCH_ROWS, 0, stop):
+        labels = column_values(batch.column(LABEL)) if LABEL in columns else [partition] * batch.num_rows
+        for key, label in zip(_keys_of(batch, first), labels, strict=True):
+            yield f"{info.key}/{key}", label_of(label)
 
 
 def _checked(record: RawRecord, key: str, seen: Collection[str], images: pa.Array, offset: int) -> RawRecord:

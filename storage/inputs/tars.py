@@ -148,12 +148,12 @@ def _why_twice(draft: _Draft) -> str:
     )
 
 
-def tar_labels(store: ObjectStore, info: ObjectInfo) -> Iterator[str | int | None]:
-    """The labels of the records in the shard's first 4 MiB. Raises StoreError."""
+def tar_labels(store: ObjectStore, info: ObjectInfo) -> Iterator[tuple[str, str | int | None]]:
+    """Key and label of the records in the shard's first 4 MiB. Raises StoreError."""
     file = WindowedFile(store, info)
     for draft in _drafts(file):
         if draft.reject is None:
-            yield _label(file, draft)
+            yield f"{info.key}/{draft.key}", _label(file, draft)
         if draft.stop >= SAMPLE_BYTES:
             return
 

@@ -59,6 +59,41 @@ def test_a_number_as_text_is_a_class_number(label):
     assert Labels([], None, 3).index(label) == (None if label == "1." else 1)
 
 
+def test_a_number_that_is_a_class_name_is_never_another_class_in_silence():
+    names = ["1", "10", "2"]  # as a training tool sorts the folders 1, 2 and 10
+    folders = Labels(["10", "1", "2"], names, 3)
+    assert [rule_of(folders, name) for name in names] == [(index, Rule.NAME) for index in range(3)]
+    assert rule_of(folders, "0") == (0, Rule.NUMBER)
+    counts = FoundLabels(dict.fromkeys(names, 1))
+    assert label_fault(folders, counts, names, is_target=False) is None
+    for label in ("1", 1):  # of a column: it may be the number or the name
+        assert rule_of(Labels([], names, 3), label) == (None, Rule.AMBIGUOUS)
+    assert "it is: 10 (class 1), 1 (class 0)" in reading_of(Labels([], names, 3), counts).text
+    assert rule_of(Labels([], ["0", "1", "2"], 3), "2") == (2, Rule.NUMBER)
+
+
+def test_numbers_whose_sorted_order_is_another_are_said_loudly():
+    folders = [str(number) for number in range(11)]
+    text = reading_of(Labels(folders, None, 11), FoundLabels(dict.fromkeys(folders, 1))).text
+    assert "GUESSED: a tool that numbers the class folders in sorted order takes 10 for class 2" in text
+    for names, num_classes in ((folders, 11), (None, 12)):
+        assert "GUESSED" not in reading_of(Labels(folders, names, num_classes), FoundLabels({"3": 1})).text
+    assert "GUESSED" not in reading_of(Labels(folders[:10], None, 10), FoundLabels({"3": 1})).text
+
+
+@pytest.mark.parametrize(
+    "folders", [["day=1", "day=2", "day=3"], ["é", unicodedata.normalize("NFD", "é"), "b"], ["Cat", "cat", "dog"]]
+)
+def test_partitions_and_one_name_in_two_spellings_are_no_classes_in_sorted_order(folders):
+    labels = Labels(folders, None, 3)
+    assert [rule_of(labels, name) for name in folders] == [(None, Rule.NO_CLASS)] * 3
+    assert Labels(["a=b", "c", "d"], None, 3).index("a=b") == 0
+
+
+def test_a_long_label_is_cut_where_it_is_shown():
+    assert "'" + "x" * 80 + "…'" in reading_of(Labels([], NAMES, 3), FoundLabels({"x" * 1000: 1})).text
+
+
 def test_a_name_of_two_classes_means_neither():
     labels = Labels([], ["crane", "hen", "crane", "Hen"], 4)
     assert rule_of(labels, "crane") == (None, Rule.AMBIGUOUS)
@@ -113,6 +148,7 @@ def test_one_folder_too_few_or_too_many_is_no_column_of_null(num_folders, fault)
     found = label_fault(Labels(folders, None, 3), FoundLabels(dict.fromkeys(folders, 2)), folders, is_target=False)
     assert (found is None) == (fault is None)
     assert fault is None or (fault in found and "--class-map" in found)
+    assert Labels(folders, None, 3).index("b") == (1 if num_folders == 3 else None)
 
 
 def test_a_guess_is_said_loudly():

@@ -3,6 +3,8 @@
 import json
 import re
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from blocksight.jobs.plan.config import ConfigError
@@ -133,6 +135,40 @@ def test_keys_without_an_image_and_images_without_a_label_are_counted(tmp_path):
     code, text = called("explain", *run)
     assert code == 2
     assert "labels: " in text
+
+
+@pytest.mark.parametrize("make", [folder_of_images, folder_of_tables])
+def test_a_file_of_labels_for_other_data_is_refused_before_any_work(tmp_path, make):
+    (tmp_path / "l.csv").write_text("key,label\nother,ant\n")
+    with pytest.raises(ConfigError, match=r"none of the data's records has a key in the file of --labels: .*'other'"):
+        run_here(make(tmp_path / "in"), tmp_path / "out", labels=str(tmp_path / "l.csv"))
+    job = ("--data", tmp_path / "in", "--output", tmp_path / "out", "--labels", tmp_path / "l.csv")
+    assert called("plan", *job, "--model", MODEL)[0] == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_labels_for_other_shards_is_refused_after_a_look_at_their_beginning(tmp_path):
+    (tmp_path / "l.csv").write_text("key,label\nother,ant\n")
+    with pytest.raises(ConfigError, match="none of the first 7 records has a key in the file"):
+        run_here(folder_of_tars(tmp_path / "in"), tmp_path / "out", labels=str(tmp_path / "l.csv"))
+
+
+def test_a_record_that_two_keys_of_the_file_may_mean_is_named(tmp_path):
+    data = folders(tmp_path / "in", "ant", "bee")
+    (tmp_path / "l.csv").write_text("key,label\nx/0.png,dog\ny/0.png,eel\n1.png,cat\n")
+    (data / "0.png").write_bytes(picture(5))
+    job = ("--data", data, "--output", tmp_path / "out", "--model", MODEL, "--labels", tmp_path / "l.csv")
+    code, text = called("plan", *job)
+    assert code == 0
+    assert "record 0.png matches 'x/0.png' and 'y/0.png'" in " ".join(text.split())
+
+
+def test_a_label_column_that_is_never_read_is_no_target(tmp_path):
+    column = pa.array([[("a", 1)]] * 2, pa.map_(pa.string(), pa.int64()))
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"image": [picture(0), picture(1)], "label": column}), tmp_path / "in" / "t.parquet")
+    with pytest.raises(ConfigError, match="the target is the label, and no label means a class"):
+        run_here(tmp_path / "in", tmp_path / "out", target="label")
 
 
 def test_labels_may_be_left_out(tmp_path):

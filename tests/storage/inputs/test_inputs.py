@@ -250,7 +250,8 @@ def test_each_type_of_label_column_is_read(column, labels):
     body = table_bytes({"image": [b"a", b"b", b"c", b"d"], "label": column})
     assert [record.label for record in rows(body)] == labels
     store = filled(**{"t.parquet": body})
-    assert list(table_labels(store, store.head("t.parquet"), 3)) == labels[:3]
+    keys = [f"t.parquet/{row}" for row in range(3)]
+    assert list(table_labels(store, store.head("t.parquet"), 3)) == [*zip(keys, labels[:3], strict=True)]
     assert table_facts(store, store.head("t.parquet")).unread == ()
 
 

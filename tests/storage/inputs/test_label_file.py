@@ -31,7 +31,9 @@ def test_both_forms_hold_the_same_labels():
     assert from_csv.labels == from_table.labels == {"1.png": "cat", "a, b.png": "3"}
     assert from_csv.digest == from_table.digest != LabelFile({"1.png": "cat"}).digest
     assert read("l.parquet", from_csv.as_parquet()).labels == from_csv.labels
-    assert read("n.parquet", parquet(key=[7, 8], label=[1.0, float("nan")])).labels == {"7": "1"}
+    assert read("n.parquet", parquet(key=[0, 8], label=[1.0, float("nan")])).labels == {"0": "1"}
+    assert read("n.parquet", parquet(key=[0.0, 8.5], label=[1, 2])).labels == {"0": "1", "8.5": "2"}
+    assert read("l.csv", b"key,label\n1.png,cat\n./1.png,cat\n").labels == {"1.png": "cat"}
 
 
 def test_a_record_finds_its_label_by_the_end_of_its_path():
@@ -51,7 +53,12 @@ def test_a_record_finds_its_label_by_the_end_of_its_path():
         ("l.csv", b"", "its columns are none"),
         ("l.csv", b"key,label\n1.png,cat\n1.png,dog", "'1.png' has two labels, 'cat' and 'dog'"),
         ("l.csv", b"key,label\n,dog", "row 1 has no key"),
-        ("l.csv", b"key,label\n\xff,dog", "cannot be read as labels"),
+        ("l.csv", b"key,label\n./1.png,cat\n1.png,dog", "'1.png' has two labels, 'cat' and 'dog'"),
+        ("l.csv", b"key,label\n1.png,tench, Tinca tinca", "row 1 has more cells than there are columns"),
+        ("l.csv", b"key;label\n1.png;cat", "separated by a comma"),
+        ("l.csv", b"key,label\n\xff,dog", "byte 10 is no UTF-8: save it as UTF-8"),
+        ("l.csv", "key,label\n1.png,dog".encode("utf-16"), "no UTF-8"),
+        ("l.parquet", parquet(key=[["1.png"]], label=[1]), "its key is no text and no number"),
         ("l.parquet", b"key,label", "cannot be read as labels"),
     ],
 )
