@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from blocksight.engine.catalog.readouts import READOUTS
-from blocksight.engine.metrics.metric import TIES, Maps, Metric, Value, ranks_of, undefined
+from blocksight.engine.metrics.metric import TIES, Maps, Metric, Value, first_pixels, ranks_of, undefined
 from blocksight.engine.model.targets import Readout, TopClass
 from blocksight.engine.saliency import FLAT, Map, is_flat
 from blocksight.engine.scoring.perturb import Perturbation, blurred
@@ -52,6 +53,21 @@ class RankedMasks(MaskSource):
 
     def perturbed(self, image_chw: Tensor, start: int, stop: int, perturbation: Perturbation) -> Tensor:
         return super().perturbed(image_chw, start, stop, self.fill or perturbation)
+
+
+@dataclass(frozen=True)
+class KeptPixels(MaskSource):
+    """One mask, which keeps some pixels."""
+
+    image: int
+    kept_hw: Tensor
+    """True where a pixel is kept, [H, W]."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def masks(self, start: int, stop: int, image_chw: Tensor) -> Tensor:
+        return self.kept_hw[None].to(image_chw)
 
 
 class MaskedMetric(Metric):
@@ -128,9 +144,10 @@ class KeepTop(MaskedMetric):
         return {**super().details(), "fraction": KEPT_FRACTION}
 
     def source(self, maps: Maps, image: int, index: int) -> MaskSource:
-        size = maps.saliency[image][index].size
-        removed = size - int(KEPT_FRACTION * size)
-        return RankedMasks(image, _ranks(maps, image, index, "bottom"), (removed,))
+        saliency = maps.saliency[image][index]
+        count = int(KEPT_FRACTION * saliency.size)
+        kept = first_pixels(saliency, count) if count else np.zeros(saliency.shape, dtype=bool)
+        return KeptPixels(image, torch.from_numpy(kept).to(maps.inputs_nchw.device))
 
     def values(self, score: float, masked: Sequence[float], saliency_hw: Map) -> Mapping[str, Value]:
         (kept,) = masked

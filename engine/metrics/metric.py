@@ -116,6 +116,24 @@ def ranks_of(saliency_hw: Map) -> NDArray[np.int64]:
     return places.reshape(saliency_hw.shape)
 
 
+def first_pixels(saliency_hw: Map, count: int) -> NDArray[np.bool_]:
+    """Where `ranks_of` is less than `count`, [H, W]: the same pixels, without sorting them. `count` is at least 1."""
+    values = saliency_hw.ravel()
+    least = np.partition(values, values.size - count)[values.size - count]
+    first = values > least
+    tied = np.flatnonzero(values == least)
+    num_wanted = count - int(first.sum())
+    by_hash = np.argpartition(_scattered_ranks(values.size)[tied], num_wanted - 1)
+    first[tied[by_hash[:num_wanted]]] = True
+    return first.reshape(saliency_hw.shape)
+
+
+@lru_cache(maxsize=8)
+def _scattered_ranks(size: int) -> NDArray[np.intp]:
+    """The place of every row-major position in the order of the hash, [size]."""
+    return np.argsort(scattered_places(size))
+
+
 @lru_cache(maxsize=8)
 def scattered_places(size: int) -> NDArray[np.intp]:
     """The row-major positions in the order of a hash, [size]: the same on every machine, for every map and method.

@@ -308,10 +308,16 @@ class ExplainStep:
         doubts = [self._doubts(records[index], logits[index]) for index in usable]
         explanations = self._explanations(inputs[usable], target, seeds, doubts)
         ranks = [ranks_of(logits[index], target.classes[place].tolist()) for place, index in enumerate(usable)]
-        values = self.metric.evaluate(as_maps(inputs[usable], target, explanations, ranks, seeds))
+        levels = [[grey_levels(one.saliency_hw) for one in own] for own in explanations]
+        values = self.metric.evaluate(as_maps(inputs[usable], target, explanations, levels, ranks, seeds))
         for place, index in enumerate(usable):
             own = self._outcome(
-                target.classes[place].tolist(), ranks[place], explanations[place], values[place], doubts[place]
+                target.classes[place].tolist(),
+                ranks[place],
+                explanations[place],
+                levels[place],
+                values[place],
+                doubts[place],
             )
             label_rank = self._label_rank(records[index], logits[index])
             outcome[index] = own if isinstance(own, Reject) else [{**row, "label_rank": label_rank} for row in own]
@@ -373,9 +379,10 @@ class ExplainStep:
     def _logits(self, inputs_nchw: Tensor) -> Tensor:
         """The unmasked images' logits [N, K] on the CPU, from forward passes of one fixed shape."""
         size = self.explainer.images_per_pass
-        filler = inputs_nchw[-1:].expand(-len(inputs_nchw) % size, -1, -1, -1)
+        *full, last = inputs_nchw.split(size)
+        filler = last[-1:].expand(size - len(last), -1, -1, -1)
         with self.adapter.borrowed(), torch.inference_mode():
-            passes = torch.cat([inputs_nchw, filler]).split(size)
+            passes = [*full, torch.cat([last, filler]) if len(filler) else last]
             return torch.cat([self.adapter.logits(one) for one in passes])[: len(inputs_nchw)].cpu()
 
     def _targets(self, record: RecordFacts, logits: Tensor) -> list[int] | Reject:
@@ -394,6 +401,7 @@ class ExplainStep:
         classes: Sequence[int],
         ranks: Sequence[int],
         explanations: Sequence[Explanation],
+        levels: Sequence[NDArray[np.uint8]],
         values: Sequence[Mapping[str, Value]],
         doubts: Sequence[str],
     ) -> list[Row] | Reject:
@@ -402,7 +410,7 @@ class ExplainStep:
         if not np.isfinite(figures).all() or not all(np.isfinite(one.saliency_hw).all() for one in explanations):
             return Reject(RejectCode.NON_FINITE, "a score, a gradient or a feature map holds NaN or infinity")
         rows = []
-        for index, rank, explanation, value in zip(classes, ranks, explanations, values, strict=True):
+        for index, rank, explanation, own, value in zip(classes, ranks, explanations, levels, values, strict=True):
             chosen = {
                 "target_index": index,
                 "target_name": self.adapter.class_name(index),
@@ -410,7 +418,7 @@ class ExplainStep:
                 "target_rank": rank,
             }
             fidelity = fidelity_columns(self.level, doubts, was_completed=explanation.was_completed)
-            rows.append({**chosen, **_map_columns(explanation), **fidelity, "metrics": self._metrics(value)})
+            rows.append({**chosen, **_map_columns(explanation, own), **fidelity, "metrics": self._metrics(value)})
         return rows
 
     def _metrics(self, values: Mapping[str, Value]) -> Row:
@@ -490,14 +498,15 @@ def as_maps(
     inputs_nchw: Tensor,
     target: ClassTarget,
     explanations: Sequence[Sequence[Explanation]],
+    levels: Sequence[Sequence[NDArray[np.uint8]]],
     ranks: Sequence[Sequence[int]],
     seeds: Sequence[int],
 ) -> Maps:
-    """The input of the metrics. The maps are quantised as stored, so that `evaluate` gives equal values."""
+    """The input of the metrics. The maps are those of the stored grey levels, so that `evaluate` gives equal values."""
     return Maps(
         inputs_nchw,
         target,
-        saliency=[[as_stored(np.nan_to_num(one.saliency_hw)) for one in own] for own in explanations],
+        saliency=[[one / 255.0 for one in own] for own in levels],
         scores=[[one.score for one in own] for own in explanations],
         ranks=ranks,
         regions=[[None] * len(own) for own in explanations],
@@ -506,9 +515,14 @@ def as_maps(
     )
 
 
+def grey_levels(saliency_hw: Map) -> NDArray[np.uint8]:
+    """The map in its stored form, in grey levels [H, W]; NaN counts as 0."""
+    return quantised(np.nan_to_num(saliency_hw).astype(np.float32))
+
+
 def as_stored(saliency_hw: Map) -> Map:
     """The map in [0, 1], quantised as in its stored form."""
-    return quantised(saliency_hw.astype(np.float32)) / 255.0
+    return grey_levels(saliency_hw) / 255.0
 
 
 def chosen_classes(choice: TargetChoice, logits: Tensor) -> list[int]:
@@ -518,13 +532,15 @@ def chosen_classes(choice: TargetChoice, logits: Tensor) -> list[int]:
     return logits.argsort(descending=True, stable=True)[: choice.count].tolist()
 
 
-def _map_columns(explanation: Explanation) -> Mapping[str, Any]:
+def _map_columns(explanation: Explanation, levels: NDArray[np.uint8]) -> Mapping[str, Any]:
     saliency = explanation.saliency_hw.astype(np.float32)
     low, high = saliency.min(), saliency.max()
     quality = explanation.quality
     return {
         "score": explanation.score,
-        "map": saliency,
+        "map": levels,
+        "map_low": float(low),
+        "map_high": float(high),
         "is_flat": is_flat(saliency),
         "is_saturated": bool(high > low and (saliency >= low + NEAR_TOP * (high - low)).mean() > SATURATED_SHARE),
         "blocks": [

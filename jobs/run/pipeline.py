@@ -326,7 +326,7 @@ def _commit(batch: pa.Table, context: JobContext) -> pa.Table:
     stores = open_worker_stores(context)
 
     def commit(careful: bool) -> Receipt:
-        maps = np.frombuffer(batch["blob"][0].as_buffer(), np.float32).reshape(-1, *context.facts.input_size)
+        maps = np.frombuffer(batch["blob"][0].as_buffer(), np.uint8).reshape(-1, *context.facts.input_size)
         remaining = iter(maps)
         rows = tuple({**row, "map": next(remaining) if "map" in row else None} for row in header["rows"])
         result = UnitResult(**{**header, "unit": unit, "rows": rows})

@@ -29,7 +29,7 @@ from blocksight.storage.inputs.tables import read_table, table_facts
 from blocksight.storage.inputs.tars import read_tar
 from blocksight.storage.limits import MAX_UNPLANNED_RECORDS
 from blocksight.storage.outputs.fragments import encode_fragment
-from blocksight.storage.outputs.map_codec import CODEC, encode_map
+from blocksight.storage.outputs.map_codec import CODEC, encode_levels
 from blocksight.storage.outputs.schema import MAX_ERROR_LENGTH, RECORD_COLUMNS, REJECTED
 from blocksight.storage.rejects import Reject, RejectCode
 from blocksight.storage.stores.store import AlreadyExistsError, ObjectError, ObjectInfo, ObjectStore, StoreError
@@ -41,7 +41,7 @@ COLUMNS_OF_A_REJECT = {
 """Every rejected row keeps these columns: they name the record and the reason."""
 
 Row = Mapping[str, Any]
-"""In the columns of `blocksight.storage.outputs.schema.SCHEMA`; until it is encoded, `map` holds float32 [H, W]."""
+"""In the columns of `blocksight.storage.outputs.schema.SCHEMA`; until it is encoded, `map` holds grey levels [H, W]."""
 
 Decoding = Callable[[RawRecord], tuple[RecordFacts, NDArray[np.uint8] | None]]
 """A record's facts and its pixels, if it has any."""
@@ -274,13 +274,11 @@ def _rejected_row(row: Row, reject: Reject, stage: str) -> Row:
 def _encoded_row(row: Row) -> Row:
     if row["status"] == REJECTED:
         return dict(row)
-    encoded = encode_map(row["map"])
+    height, width = row["map"].shape
     return {
         **row,
-        "map": encoded.data,
+        "map": encode_levels(row["map"]),
         "map_codec": CODEC,
-        "map_height": encoded.height,
-        "map_width": encoded.width,
-        "map_low": encoded.low,
-        "map_high": encoded.high,
+        "map_height": height,
+        "map_width": width,
     }

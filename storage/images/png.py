@@ -1,4 +1,4 @@
-"""Reads a PNG file's chunks: checks lengths, order and checksums, and collects the facts about the pixels."""
+"""Reads a PNG file's chunks and collects the facts about its pixels; writes grey PNG files."""
 
 import struct
 import zlib
@@ -102,6 +102,16 @@ def _chunk(view: memoryview, offset: int) -> tuple[bytes, memoryview]:
     if found != stated:
         raise PngError(f"chunk {kind!r} has checksum {found:08x}, and says {stated:08x}")
     return kind, view[start:stop]
+
+
+def grey_png(height: int, width: int, stream: bytes) -> bytes:
+    """An 8-bit grey PNG, from its filtered rows as a zlib stream."""
+    header = _HEADER.pack(width, height, 8, 0, 0, 0, 0)
+    return SIGNATURE + b"".join(_packed(*one) for one in ((b"IHDR", header), (b"IDAT", stream), (b"IEND", b"")))
+
+
+def _packed(kind: bytes, body: bytes) -> bytes:
+    return _START.pack(len(body), kind) + body + _SUM.pack(zlib.crc32(kind + body))
 
 
 def samples_of(data: bytes, max_pixels: int) -> Samples:

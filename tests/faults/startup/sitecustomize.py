@@ -44,15 +44,15 @@ def decode(_):
 def encode(digest):
     import blocksight.storage.outputs.map_codec
 
-    original = blocksight.storage.outputs.map_codec.encode_map
+    original = blocksight.storage.outputs.map_codec.encode_levels
 
-    def deadly(saliency):
-        encoded = original(saliency)
-        if sha256(encoded.data).hexdigest() == digest:
+    def deadly(levels):
+        encoded = original(levels)
+        if sha256(encoded).hexdigest() == digest:
             os.abort()
         return encoded
 
-    blocksight.storage.outputs.map_codec.encode_map = deadly
+    blocksight.storage.outputs.map_codec.encode_levels = deadly
 
 
 def intercept(before, after):

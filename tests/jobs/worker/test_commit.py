@@ -17,7 +17,7 @@ from blocksight.jobs.worker.unit import commit_unit, decoded
 from blocksight.storage.inputs.records import RawRecord
 from blocksight.storage.inputs.survey import Layout
 from blocksight.storage.outputs.fragments import read_fragment
-from blocksight.storage.outputs.map_codec import CODEC, decode_levels
+from blocksight.storage.outputs.map_codec import CODEC, decode_levels, quantised
 from blocksight.storage.stores.store import ObjectInfo, StoreError
 from tests.jobs.jobs_of import config_of
 from tests.storage.memory import MemoryStore
@@ -34,10 +34,15 @@ BAD_ROW = {
 }
 
 
+def columns_of(saliency):
+    """A map's columns, as the explain step gives them to the commit step."""
+    return {"map": quantised(saliency), "map_low": float(saliency.min()), "map_high": float(saliency.max())}
+
+
 def result(level: float = 1.0) -> UnitResult:
     saliency = np.array([[0.0, level], [0.5, 0.25]], np.float32)
     metrics = {"drop": 10.0, "increase": False, "protocol": "p"}
-    return UnitResult(UNIT, ({**OK_ROW, "map": saliency, "metrics": metrics}, BAD_ROW), 2, explain_seconds=1.5)
+    return UnitResult(UNIT, ({**OK_ROW, **columns_of(saliency), "metrics": metrics}, BAD_ROW), 2, explain_seconds=1.5)
 
 
 def test_a_record_of_two_targets_that_cannot_be_stored_is_one_rejected_row(monkeypatch):
@@ -46,7 +51,7 @@ def test_a_record_of_two_targets_that_cannot_be_stored_is_one_rejected_row(monke
 
     monkeypatch.setattr("blocksight.jobs.worker.unit._encoded_row", dies)
     monkeypatch.setattr("blocksight.jobs.worker.unit.isolated_if", lambda work, _careful: nullcontext(work))
-    rows = [{**OK_ROW, "map": np.zeros((2, 2), np.float32), "target_rank": rank} for rank in (1, 2)]
+    rows = [{**OK_ROW, **columns_of(np.zeros((2, 2))), "target_rank": rank} for rank in (1, 2)]
     store = MemoryStore()
     commit_unit(replace(result(), rows=(*rows, BAD_ROW)), store, "job", careful=True)
     assert [row["status"] for row in read_fragment(store.read(UNIT.fragment_key)).to_pylist()] == ["rejected"] * 2
@@ -137,7 +142,7 @@ def test_a_unit_whose_rows_went_astray_is_not_committed():
 def test_a_stored_map_has_its_own_ends_and_sides():
     store = MemoryStore()
     map_hw = np.array([[0.25, 0.5, 0.75]], np.float32)
-    commit_unit(replace(result(), rows=({**OK_ROW, "map": map_hw, "metrics": None}, BAD_ROW)), store, "job")
+    commit_unit(replace(result(), rows=({**OK_ROW, **columns_of(map_hw), "metrics": None}, BAD_ROW)), store, "job")
     row, rejected = read_fragment(store.read(UNIT.fragment_key)).to_pylist()
     assert (row["map_low"], row["map_high"]) == (0.25, 0.75)
     assert (row["map_height"], row["map_width"], row["map_codec"]) == (1, 3, CODEC)
