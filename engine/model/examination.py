@@ -1,6 +1,6 @@
 """Examines a loaded model on a few images before any work: what is odd about it is said, or refused in a sentence."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ LEAST_DRIFT = 0.25
 the logits where it began: its gradient has the sum 0."""
 NUM_ALONE = 2
 """Images that are also passed alone."""
+MAX_KNOWN = 16
+"""Classes whose outputs are kept of each random picture."""
 
 _SQUASHING = (
     *(torch.sigmoid, Tensor.sigmoid, functional.sigmoid, Tensor.sigmoid_, functional.hardsigmoid),
@@ -42,6 +44,8 @@ class Examination:
     readout: ReadoutName
     findings: tuple[str, ...]
     """A sentence for each oddity; empty for a sound softmax classifier in float32."""
+    outputs: tuple[tuple[float, ...], ...] = ()
+    """Of each random picture, of some classes; empty where one is not finite. They tell the model again."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,10 @@ class _Output:
 
 
 def examine(
-    adapter: ModelAdapter, inputs_nchw: Tensor, asked: ReadoutName | None = None, num_real: int = 0
+    adapter: ModelAdapter,
+    inputs_nchw: Tensor,
+    asked: ReadoutName | None = None,
+    num_real: int = 0,
 ) -> Examination:
     """Runs the model on normalised inputs [N, 3, H, W], of which the first `num_real` are images of the data set.
 
@@ -84,7 +91,33 @@ def examine(
     _refuse_changing(adapter, output)
     finite = output.together[output.together.isfinite().all(1)]
     readout, told = _readout(output, finite) if asked is None else (asked, _contradiction(adapter, asked, finite))
-    return Examination(readout, (*told, *_oddities(adapter, output)))
+    return Examination(readout, (*told, *_oddities(adapter, output)), _some_outputs(output.together[num_real:]))
+
+
+def refuse_other_function(
+    adapter: ModelAdapter, outputs: Sequence[Sequence[float]], known: Sequence[Sequence[float]]
+) -> None:
+    """Raises ModelError if outputs are not those that the model gave on the same pictures before.
+
+    Both are `Examination.outputs`; without known ones nothing is compared.
+    """
+    pairs = [(mine, theirs) for mine, theirs in zip(outputs, known, strict=False) if theirs]
+    if not pairs:
+        return
+    if any(len(mine) != len(theirs) for mine, theirs in pairs):
+        apart = "in their number or because they are not finite"
+    else:
+        ours, theirs = (torch.tensor(side, dtype=torch.float64) for side in zip(*pairs, strict=True))
+        scale = theirs.max() - theirs.min() or theirs.abs().max()
+        difference = float((ours - theirs).abs().max() / scale) if scale else float((ours - theirs).abs().max())
+        if difference <= MAX_DIFFERENCE:
+            return
+        apart = f"by {difference:.0%} of their range"
+    raise ModelError(
+        f"the outputs of {adapter.name} on the same pictures differ from those of the time when the output was begun, "
+        f"{apart}: its weights are the same, so the code of its forward, or of a library in it, was changed; take the "
+        "code of then, or a new output"
+    )
 
 
 class _LastFunction(TorchFunctionMode):
@@ -146,6 +179,17 @@ def _refuse_changing(adapter: ModelAdapter, output: _Output) -> None:
         by = f"changes by {output.difference(output.alone):.0%} of its range with the other images of the pass"
         cause = _batch_statistics(adapter) or "something in it joins the images of a pass"
         raise ModelError(_joins_images(adapter, f"{by}: {cause}"))
+
+
+def _some_outputs(outputs: Tensor) -> tuple[tuple[float, ...], ...]:
+    """Six digits of the outputs [N, K] of at most `MAX_KNOWN` classes, spread over all."""
+    step = -(-outputs.shape[1] // MAX_KNOWN)
+    rows = outputs[:, ::step].tolist()
+    finite = outputs[:, ::step].isfinite().all(1).tolist()
+    return tuple(
+        tuple(float(f"{value:.6g}") for value in row) if is_finite else ()
+        for row, is_finite in zip(rows, finite, strict=True)
+    )
 
 
 def _batch_statistics(adapter: ModelAdapter) -> str | None:
@@ -224,7 +268,7 @@ def _contradiction(adapter: ModelAdapter, asked: ReadoutName, finite: Tensor) ->
             "[0, 1]: say softmax, sigmoid or identity"
         )
     if asked in ("softmax", "sigmoid") and is_probability:
-        return (f"all outputs lie in [0, 1] already, and a {asked} is taken of them because --readout says so",)
+        return (f"all outputs lie in [0, 1] already, and a {asked} is taken of them, as it was asked",)
     return ()
 
 

@@ -25,14 +25,12 @@ from blocksight.jobs.audit.stream import AuditScope, StreamResult, read_scratch,
 from blocksight.jobs.audit.trial import RANDOM_REGIONS, Trial
 from blocksight.jobs.evaluate.evaluation import labels_of, read_class_map, region_of
 from blocksight.jobs.evaluate.known_truth import remember_truth
-from blocksight.jobs.explain.preflight import load_examined
+from blocksight.jobs.explain.stored_model import model_of_output
 from blocksight.jobs.ledger.output import model_facts
 from blocksight.jobs.plan.config import ConfigError
-from blocksight.jobs.plan.context import weights_bytes
-from blocksight.jobs.plan.plan import Plan, existing_plan
-from blocksight.jobs.plan.preflight import readout_of
+from blocksight.jobs.plan.plan import DriftError, Plan, existing_plan
 from blocksight.jobs.plan.records import UnreconciledError
-from blocksight.jobs.plan.stored_config import NamedModel, config_of
+from blocksight.jobs.plan.stored_config import NamedModel
 from blocksight.jobs.plan.text import counted
 from blocksight.jobs.worker.progress import Tally, progress, tracked
 from blocksight.jobs.worker.rows import images_of
@@ -132,16 +130,14 @@ def _scope(asked: AuditRequest) -> AuditScope:
 
 def _trial(store: ObjectStore, plan: Plan, asked: AuditRequest, console: Console) -> Trial:
     """A trial on the job's model. Raises ModelError, and ConfigError if its weights are not those of the maps."""
-    config = config_of(plan, asked.output, NamedModel(asked.model, asked.weights, asked.endpoint_url))
-    state = weights_bytes(config)
+    named = NamedModel(asked.model, asked.weights, asked.endpoint_url)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    adapter = load_examined(config, state, device, console, readout_of(store))
-    known = model_facts(store)["weights_sha256"]
-    if adapter.fingerprint != known:
+    try:
+        _, adapter = model_of_output(store, plan, named, console, device)
+    except DriftError as error:
         raise ConfigError(
-            f"{config.model} has other weights now (sha256 {adapter.fingerprint[:16]}) than those that the maps are of "
-            f"({known[:16]}); name those with --weights, or leave the trial out with --no-try"
-        )
+            f"{error}\nname the model and the weights that the maps are of, or leave the trial out with --no-try"
+        ) from error
     return Trial(adapter, asked.seed)
 
 

@@ -17,6 +17,7 @@ from blocksight.engine.model.features import without_head
 from blocksight.engine.model.neighbours import NeighbourClassifier
 from blocksight.jobs.bench.benchmark import device_of
 from blocksight.jobs.bench.curve import Picture, pictures
+from blocksight.jobs.explain.preflight import check_output, in_a_sentence, print_findings
 from blocksight.jobs.explain.step import images_at_once, load
 from blocksight.jobs.plan.config import ConfigError, JobConfig
 from blocksight.jobs.plan.context import sha256_of, weights_bytes
@@ -56,7 +57,9 @@ def make_bank(config: JobConfig, console: Console) -> Bank:
     check_place(config.output, {"data": config.data})
     _check_output(config)
     state = weights_bytes(config)
-    adapter = without_head(load(config, state, device_of(None), str(Path.cwd())))
+    with in_a_sentence(config.model):
+        adapter = without_head(load(config, state, device_of(None), str(Path.cwd())))
+    print_findings(check_output(adapter, "identity").findings, console)  # features are no scores
     plan = make_plan(config, weights_sha256=sha256_of(state), workforce=Workforce(1, on_gpu=False))
     if plan.layout is Layout.IMAGES:
         class_names_of([_as_text(folder) for folder in plan.label_counts()], config.data)  # before any work

@@ -59,7 +59,7 @@ def show(
     request = SheetRequest(blocks, explainers, others, weights, model, known.truth)
     notes = progress_console(as_json)
     with notes.status("drawing"):
-        facts, written = render_record(Output(output, store, made), key, endpoint_url, picture, request)
+        facts, written = render_record(Output(output, store, made), key, endpoint_url, picture, request, notes)
     if known.note is not None:
         notes.print(printable(known.note))
     if as_json:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
 
 from blocksight.engine.catalog.composition import parse_method
 from blocksight.engine.catalog.entries import EXPLAINERS
@@ -78,7 +78,7 @@ class SheetRequest:
 
 
 def render_record(
-    output: Output, key: str, endpoint_url: str | None, path: Path | None, request: SheetRequest
+    output: Output, key: str, endpoint_url: str | None, path: Path | None, request: SheetRequest, notes: Console
 ) -> tuple[RenderableType, list[Path]]:
     """Writes a picture per target and returns the record's table and the pictures' paths.
 
@@ -93,7 +93,7 @@ def render_record(
         return record_table(rows), []
     image = dict(images_of(output.plan, endpoint_url, {key})).get(key)
     pictures = (
-        _sheets(output, explained, image, endpoint_url, request)
+        _sheets(output, explained, image, endpoint_url, request, notes)
         if request.is_sheet
         else _plain(output, explained, image, request.truth)
     )
@@ -156,7 +156,12 @@ def _plain(output: Output, rows: Sequence[Row], image: Pixels | None, truth: Tru
 
 
 def _sheets(
-    output: Output, rows: Sequence[Row], image: Pixels | None, endpoint_url: str | None, request: SheetRequest
+    output: Output,
+    rows: Sequence[Row],
+    image: Pixels | None,
+    endpoint_url: str | None,
+    request: SheetRequest,
+    notes: Console,
 ) -> Iterator[Image.Image]:
     """Yields a sheet per row: the image, its blocks, the stored map, other explainers' maps, other outputs' maps."""
     key, names = rows[0]["key"], request.names
@@ -165,7 +170,7 @@ def _sheets(
     if request.blocks or names:
         if image is None:
             raise ConfigError(f"the image of {key!r} cannot be read any more, or changed: no map of it can be computed")
-        explanations = dict(_replayed(output, rows, image, endpoint_url, request))
+        explanations = dict(_replayed(output, rows, image, endpoint_url, request, notes))
     for place, row in enumerate(rows):
         base = shown(output.plan, row, image, SHEET_SIDE, request.truth)
         of_job = explanations[None][place] if request.blocks else None
@@ -184,13 +189,18 @@ def _by_target(output: Output, key: str) -> Mapping[int, Row]:
 
 
 def _replayed(
-    output: Output, rows: Sequence[Row], image: Pixels, endpoint_url: str | None, request: SheetRequest
+    output: Output,
+    rows: Sequence[Row],
+    image: Pixels,
+    endpoint_url: str | None,
+    request: SheetRequest,
+    notes: Console,
 ) -> "Iterator[tuple[str | None, list[Explanation]]]":
     """Replays the rows with each named explainer, and under None with the job's own if its blocks are shown."""
     from blocksight.jobs.explain.replay import Replay  # needs torch, which a stored map does not
 
     named = NamedModel(request.model, request.weights, endpoint_url)
-    replay = Replay(output.store, output.plan, named)
+    replay = Replay(output.store, output.plan, named, notes)
     configs = {
         name: replay.config_of_explainer(name) for name in request.names
     }  # all are checked before the first runs

@@ -18,7 +18,7 @@ from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers import make_explainer
 from blocksight.engine.judging.preflight import quick, scored_once, try_explainer
 from blocksight.engine.model.adapter import ModelAdapter
-from blocksight.engine.model.examination import examine
+from blocksight.engine.model.examination import Examination, examine
 from blocksight.engine.model.failures import first_line_of
 from blocksight.engine.scoring.setting_choice import drawn_pictures
 from blocksight.jobs.explain.step import load
@@ -62,19 +62,20 @@ def in_a_sentence(name: str) -> Iterator[None]:
         ) from error
 
 
-def load_examined(
-    config: JobConfig, state: bytes | None, device: str, console: Console, readout: ReadoutName | None = None
-) -> ModelAdapter:
-    """The configured model on a device, examined on random pictures; prints what is odd about it.
-
-    `readout` is that of an output; None: the configuration's, or what the outputs look like. Raises ModelError.
-    """
+def load_examined(config: JobConfig, state: bytes | None, device: str, console: Console) -> ModelAdapter:
+    """The configured model on a device, examined on random pictures; prints what is odd about it. Raises ModelError."""
     with in_a_sentence(config.model):
-        adapter = load(config, state, device, str(Path.cwd()), readout)
-        found = examine(adapter, drawn_pictures(adapter)[:NUM_DRAWN], readout or config.asked_readout)
-        adapter.readout = found.readout
-    print_findings(found.findings, console)
+        adapter = load(config, state, device, str(Path.cwd()))
+    print_findings(check_output(adapter, config.asked_readout).findings, console)
     return adapter
+
+
+def check_output(adapter: ModelAdapter, asked: ReadoutName | None) -> Examination:
+    """Examines a loaded model on random pictures; the adapter reads scores as found. Raises ModelError."""
+    with in_a_sentence(adapter.name):
+        found = examine(adapter, drawn_pictures(adapter)[:NUM_DRAWN], asked)
+    adapter.readout = found.readout
+    return found
 
 
 def print_findings(findings: Sequence[str], console: Console) -> None:
@@ -110,7 +111,7 @@ def _examined(
     adapter.readout = found.readout
     findings = (*found.findings, *_tried(adapter, config, facts, torch.cat(shown) if shown else drawn))
     images = f"{counted(len(shown), 'image')} of the data set" if shown else "random pictures"
-    return Preflight(found.readout, images, findings)
+    return Preflight(found.readout, images, findings, found.outputs)
 
 
 def _passes(adapter: ModelAdapter, image_nchw: Tensor) -> bool:

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 
 from blocksight.engine.catalog.composition import blocks_of, parse_method
 from blocksight.engine.errors import ModelError
@@ -16,13 +16,12 @@ from blocksight.engine.scoring.setting_choice import eager_setting
 from blocksight.jobs.explain.fidelity import POOR_MAP
 from blocksight.jobs.explain.forward_pass import stored_forward
 from blocksight.jobs.explain.learned import num_learning_images, stored_state
-from blocksight.jobs.explain.step import load, make_explainer, model_facts, seed_of
+from blocksight.jobs.explain.step import make_explainer, model_facts, seed_of
+from blocksight.jobs.explain.stored_model import model_of_output
 from blocksight.jobs.ledger.output import map_of
 from blocksight.jobs.plan.config import ConfigError, JobConfig, load_config
-from blocksight.jobs.plan.context import sha256_of, weights_bytes
-from blocksight.jobs.plan.plan import Plan, refuse_drift, refuse_other_model
-from blocksight.jobs.plan.preflight import readout_of
-from blocksight.jobs.plan.stored_config import NamedModel, config_of
+from blocksight.jobs.plan.plan import Plan
+from blocksight.jobs.plan.stored_config import NamedModel
 from blocksight.storage.images.decode import fit
 from blocksight.storage.outputs.map_codec import MAX_ERROR
 from blocksight.storage.outputs.pictures import Pixels
@@ -37,15 +36,11 @@ Row = Mapping[str, Any]
 class Replay:
     """Holds the model of an output, on the CPU with one thread, as a worker does."""
 
-    def __init__(self, store: ObjectStore, plan: Plan, named: NamedModel) -> None:
+    def __init__(self, store: ObjectStore, plan: Plan, named: NamedModel, console: Console) -> None:
         """Raises ConfigError if the output was made with another model or weights, ModelError and StoreError."""
-        self.config = config_of(plan, store.uri, named)
-        state = weights_bytes(self.config)
-        refuse_drift(self.config.identity(sha256_of(state)), plan.identity, "configuration")
         torch.set_num_threads(1)
-        self.adapter = load(self.config, state, "cpu", str(Path.cwd()), readout_of(store))
+        self.config, self.adapter = model_of_output(store, plan, named, console)
         self.learned, _ = stored_state(store, self.config) or (None, None)
-        refuse_other_model(store, model_facts(self.adapter, self.config))
         self.forward, self.setting = None, eager_setting("cpu")
         with suppress(ModelError):  # the job ran on other hardware: `replay_error` shows how far its maps differ
             self.forward, self.setting = stored_forward(store, self.adapter) or (None, self.setting)

@@ -11,25 +11,10 @@ from numpy.lib.format import header_data_from_array_1_0, write_array_header_1_0
 from numpy.typing import NDArray
 
 from blocksight.engine.model.adapter import ModelAdapter
-from blocksight.jobs.explain.step import load
 from blocksight.jobs.export.records import ExplainedRecord, ExplainedRecords
 from blocksight.jobs.ledger.output import map_of
-from blocksight.jobs.plan.context import sha256_of, weights_bytes
-from blocksight.jobs.plan.plan import Plan, refuse_drift
-from blocksight.jobs.plan.stored_config import NamedModel, config_of
 from blocksight.storage.images.decode import fit
 from blocksight.storage.outputs.pictures import resized
-
-
-def model_of(plan: Plan, output: str, named: NamedModel) -> ModelAdapter:
-    """The model that made the maps, which is needed for its normalisation.
-
-    Raises ConfigError if model or weights must be named again or are different ones, ModelError and StoreError.
-    """
-    config = config_of(plan, output, named)
-    state = weights_bytes(config)
-    refuse_drift(config.identity(sha256_of(state)), plan.identity, "configuration")
-    return load(config, state, "cpu", str(Path.cwd()))
 
 
 class ArrayFile:

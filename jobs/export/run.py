@@ -55,7 +55,7 @@ def run_export(asked: ExportRequest, console: Console) -> Sequence[str]:
         columns = columns_in(connection)
     records = ExplainedRecords(store, plan, columns, asked.endpoint_url, asked.limit)
     known = _known_truth(asked, store)
-    write = _writer(asked, plan, known.truth)
+    write = _writer(asked, store, plan, known.truth, console)
     folder = fresh_folder(asked.destination, {"data": plan.identity["data"], "output": store.uri})
     found = iter(records)
     first = next(found, None)
@@ -74,12 +74,14 @@ def _known_truth(asked: ExportRequest, store: ObjectStore) -> KnownTruth:
     return KnownTruth()
 
 
-def _writer(asked: ExportRequest, plan: Plan, truth: Truth | None) -> Writer:
+def _writer(asked: ExportRequest, store: ObjectStore, plan: Plan, truth: Truth | None, console: Console) -> Writer:
     """The function that writes the format. Raises ConfigError, StoreError or ModelError if it lacks something."""
     if asked.form == "quantus":
-        from blocksight.jobs.export import quantus  # brings torch
+        from blocksight.jobs.explain.stored_model import model_of_output  # brings torch
+        from blocksight.jobs.export import quantus
 
-        adapter = quantus.model_of(plan, asked.output, NamedModel(asked.model, asked.weights, asked.endpoint_url))
+        named = NamedModel(asked.model, asked.weights, asked.endpoint_url)
+        _, adapter = model_of_output(store, plan, named, console)
         return partial(quantus.write, adapter=adapter)
     for option, given in (("--model", asked.model), ("--weights", asked.weights)):
         if given is not None:

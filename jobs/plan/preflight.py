@@ -20,6 +20,8 @@ class Preflight:
     """What it was tried on, for people; empty: it was not examined."""
     findings: tuple[str, ...]
     """A sentence for each oddity."""
+    outputs: tuple[tuple[float, ...], ...] = ()
+    """Of random pictures; every later command compares its model's outputs with them. Empty: of an earlier version."""
 
     def __str__(self) -> str:
         examined = f"examined on {self.images}" if self.images else "not examined"
@@ -29,11 +31,6 @@ class Preflight:
 
 UNEXAMINED = Preflight("softmax", "", ())
 """Of outputs of earlier versions."""
-
-
-def readout_of(output: ObjectStore) -> ReadoutName:
-    """How the scores of an output were read. Raises as `stored_preflight`."""
-    return (stored_preflight(output) or UNEXAMINED).readout
 
 
 def stored_preflight(output: ObjectStore) -> Preflight | None:

@@ -27,11 +27,18 @@ from blocksight.jobs.plan.config import ConfigError, Execution, JobConfig
 from blocksight.jobs.plan.context import sha256_of, weights_bytes
 from blocksight.jobs.plan.machine_rates import recall
 from blocksight.jobs.plan.plan import ensure_model, existing_plan, refuse_drift
-from blocksight.jobs.plan.preflight import readout_of
+from blocksight.jobs.plan.preflight import UNEXAMINED, stored_preflight
 from blocksight.jobs.plan.records import Evaluated, UnfinishedError, Unit, UnitFailure
 from blocksight.jobs.plan.stored_config import NamedModel, config_of
 from blocksight.jobs.plan.text import clock, counted, printable
-from blocksight.jobs.run.job import check_model, check_stored_settings, context_of, session_of, workforce_of
+from blocksight.jobs.run.job import (
+    check_as_stored,
+    check_model,
+    check_stored_settings,
+    context_of,
+    session_of,
+    workforce_of,
+)
 from blocksight.jobs.worker.progress import Tally, progress
 from blocksight.storage.inputs.annotations import open_truth
 from blocksight.storage.inputs.ground_truth import Truth
@@ -98,15 +105,17 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
         return EvaluationOutcome(folder, 0, (), (), None)
     state = weights_bytes(config)
     refuse_drift(config.identity(sha256_of(state)), plan.identity, "configuration")
-    readout = readout_of(output)
-    _, facts = check_model(config, state, console, readout)
-    ensure_model(output, facts)  # raises if the maps were made with another model
+    preflight = stored_preflight(output) or UNEXAMINED
+    adapter, facts = check_model(config, state, console, preflight.readout)
+    check_as_stored(output, adapter, facts, preflight, console)
+    ensure_model(output, facts)
+    del adapter  # the workers load their own
     check_stored_settings(output, config)
     console.print(_cost(evaluation, config, units, execution))
     stop = Stop(output, f"evaluate-{uuid.uuid4().hex[:8]}")
     with session_of(execution) as sizing, stopped_by_signals(stop, cuts_off=sizing is None):
         context = EvaluationContext(
-            context_of(config, plan, facts, sizing, execution, readout), evaluation, folder, truth
+            context_of(config, plan, facts, sizing, execution, preflight.readout), evaluation, folder, truth
         )
         done, failures = _run(units, context, state, sizing, stop, console)
     try:

@@ -138,6 +138,8 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
     labels = read_labels(config, plan, adapter, label_file)
     console.print(f"labels: {printable(labels)}")
     probe(output, PROBE_PREFIX)
+    if stored is not None:
+        check_as_stored(output, adapter, facts, stored, console)
     preflight = stored or _preflight(adapter, config, facts, plan, output, careful=execution.runner == "ray")
     _print_preflight(preflight, console)
     with session_of(execution) as sizing:
@@ -220,6 +222,16 @@ def check_model(
     for note in adapter.notes:
         console.print(f"weights: {printable(note)}")
     return adapter, facts
+
+
+def check_as_stored(
+    output: ObjectStore, adapter: "ModelAdapter", facts: ModelFacts, stored: Preflight, console: Console
+) -> None:
+    """Proves that the model is the one that the output was begun with. Raises DriftError and ModelError."""
+    from blocksight.jobs.explain.preflight import print_findings
+    from blocksight.jobs.explain.stored_model import refuse_changed
+
+    print_findings(refuse_changed(output, adapter, facts, stored), console)
 
 
 def _preflight(

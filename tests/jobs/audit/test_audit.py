@@ -134,7 +134,7 @@ def test_ground_truth_tells_shortcuts_from_objects(marked: Path, tmp_path: Path)
 def test_without_a_trial_nothing_is_a_finding_and_no_model_is_needed(
     marked: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("blocksight.jobs.audit.run.load_examined", None)
+    monkeypatch.setattr("blocksight.jobs.audit.run.model_of_output", None)
     found = audited(marked, tries=False)
     assert found.findings == ()
     assert found.suspicions[0].target_index == MARKED
@@ -228,7 +228,7 @@ def test_other_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     run_here(folder_of_images(tmp_path / "in"), tmp_path / "out", explainer="gradcam")
     other = tiny.make_other()
     monkeypatch.setattr(tiny, "make", lambda: other)
-    with pytest.raises(ConfigError, match="other weights now"):
+    with pytest.raises(ConfigError, match=r"(?s)weights_sha256.*--no-try"):
         audited(tmp_path / "out")
     assert not (tmp_path / "out" / AUDIT_KEY).exists()
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import save_file
 
 from blocksight.engine.explainers.fusion import GATES, stages
@@ -54,7 +55,8 @@ def captions(tiles):
 
 
 def sheet(place, key, path, **wanted):
-    _, written = render_record(output_of(place), key, None, path, SheetRequest(**{"model": model_of(place), **wanted}))
+    request = SheetRequest(**{"model": model_of(place), **wanted})
+    _, written = render_record(output_of(place), key, None, path, request, Console(quiet=True))
     return written
 
 
@@ -100,7 +102,7 @@ def test_the_strip_shows_blocks_and_stages(data, tmp_path, drawn):
     output, key = output_of(tmp_path / "out"), "bee/001.png"
     (row,) = rows_of(output.store, output.plan, key)
     image = dict(images_of(output.plan, None, {key}))[key]
-    again = Replay(output.store, output.plan, NamedModel(MODEL))
+    again = Replay(output.store, output.plan, NamedModel(MODEL), Console(quiet=True))
     (made,) = again.explanations(again.config_of_row(row), [row], image)
     fused = stages([block.saliency_hw for block in made.blocks], GATES["soft"])
     assert np.abs(minmax(fused[-1]) - map_of(row)).max() <= 0.5 / 255 + 1e-6
@@ -130,7 +132,7 @@ def test_the_error_is_compared_with_the_codecs_error(data, tmp_path):
     run_here(data, tmp_path / "out")
     output, key = output_of(tmp_path / "out"), "ant/000.png"
     (row,) = rows_of(output.store, output.plan, key)
-    again = Replay(output.store, output.plan, NamedModel(MODEL))
+    again = Replay(output.store, output.plan, NamedModel(MODEL), Console(quiet=True))
     (made,) = again.explanations(again.config, [row], dict(images_of(output.plan, None, {key}))[key])
     assert replay_error(made, row) is None
     made.saliency_hw[np.unravel_index(made.saliency_hw.argmin(), made.saliency_hw.shape)] += (
