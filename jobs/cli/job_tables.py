@@ -48,10 +48,9 @@ def plan_table(
         seconds = measured.seconds_per_record * plan.num_records / num_workers
         time = f"about {clock(seconds)} on {workers} ({basis})"
     about = "" if plan.is_exact else "about "
-    ignored = ", ".join(f"{count} {printable(kind)}" for kind, count in sorted(plan.ignored.items()))
     rows = [
         ("input", f"{counted(plan.num_objects, 'object')}, {size_text(plan.num_bytes)}, as {plan.layout}"),
-        ("ignored", ignored or "nothing"),
+        ("ignored", printable(plan.ignored_text) or "nothing"),
         *(("note", printable(note)) for note in plan.notes),
         *(("unreadable", f"{printable(key)}: {printable(why)}") for key, why in plan.troubles.items()),
         ("records", f"{about}{plan.num_records:,}"),

@@ -118,7 +118,8 @@ class Accuracy:
         if self.num_in_first_5 is not None and self.num_classes > FIRST:
             right += f", {self.num_in_first_5:,} in the top 5 ({percent(self.num_in_first_5 / self.num_records)})"
         if self.no_class:
-            right += f"; {counted(self.no_class, 'other label')} mean no class of the model"
+            verb = "means" if self.no_class == 1 else "mean"
+            right += f"; {counted(self.no_class, 'other label')} {verb} no class of the model"
         guess = f"chance is {percent(self.chance)} ({counted(self.num_classes, 'class')})"
         return right, f"{guess}, the most frequent class alone {percent(self.majority)}"
 

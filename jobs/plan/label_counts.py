@@ -93,4 +93,4 @@ def _shard_labels(source: ObjectStore, plan: Plan) -> Iterator[tuple[str, str | 
             if plan.layout is Layout.PARQUET:
                 yield from table_labels(source, unit.objects[0], unit.stop)
             else:
-                yield from tar_labels(source, unit.objects[0])
+                yield from tar_labels(source, unit.objects[0], unit.stop)

@@ -125,6 +125,11 @@ class Plan:
         return is_counted and (self.layout is not Layout.TAR or self.identity["limit"] is not None)
 
     @property
+    def ignored_text(self) -> str:
+        """What is no input, by kind; empty if all is."""
+        return ", ".join(f"{count} {kind}" for kind, count in sorted(self.ignored.items()))
+
+    @property
     def witnesses(self) -> tuple[str, ...]:
         """Keys of a few input objects: if they can be read, a failure is of one object and not of the store."""
         return witnesses_of([info.key for unit in self.units for info in unit.objects])

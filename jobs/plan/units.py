@@ -105,11 +105,12 @@ def _table_pieces(
         if isinstance(table, StoreError):
             yield Piece((info,), 0, WHOLE_SHARD if config.limit is None else left, 0, str(table))
             continue
+        notes = {} if table.note is None else {"columns": table.note}
         used = min(table.num_rows, left)
         left -= used
         for start in range(0, used, full):
             stop = min(start + full, used)
-            yield Piece((info,), start, stop, stop - start, unread=table.unread)
+            yield Piece((info,), start, stop, stop - start, unread=table.unread, notes=notes)
 
 
 def _where_readable(objects: Sequence[ObjectInfo], look: Callable[[ObjectInfo], Found]) -> list[Found | StoreError]:
@@ -177,19 +178,20 @@ def _limited_shards(source: ObjectStore, objects: Sequence[ObjectInfo], limit: i
     for info in objects:
         if left <= 0:
             break
-        found.append(_limited_shard(source, info, left))
+        found.append(_limited_shard(source, info, left, is_sampled=len(found) < SAMPLED_SHARDS))
         left -= found[-1].num_records
     return found
 
 
-def _limited_shard(source: ObjectStore, info: ObjectInfo, limit: int) -> Piece:
+def _limited_shard(source: ObjectStore, info: ObjectInfo, limit: int, *, is_sampled: bool) -> Piece:
     try:
         stop, count = tar_offset_after(source, info, limit)
+        notes = sample_tar(source, info).notes if is_sampled else {}
     except UnavailableError:
         raise
     except StoreError as error:
         return Piece((info,), 0, info.size, 0, str(error))
-    return Piece((info,), 0, stop, count)
+    return Piece((info,), 0, stop, count, notes=notes)
 
 
 def check_units(units: Sequence[Unit], layout: Layout) -> None:

@@ -126,7 +126,7 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
     """
     config, label_file = with_label_file(with_model_file(config))
     output, plan = plan_job(config, execution)
-    for note in plan.notes:
+    for note in (f"no input: {plan.ignored_text}", *plan.notes) if plan.ignored else plan.notes:
         console.print(f"data: {printable(note)}")
     job_state = _read_job_state(output, plan)
     if not job_state.open_units:  # finished, or an input without a single record

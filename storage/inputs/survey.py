@@ -32,7 +32,10 @@ LAYOUT_OF_SUFFIX = {
     ".parquet": Layout.PARQUET,
 }
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
-FOREIGN_IMAGE_SUFFIXES = frozenset({".heic", ".heif", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".svg", ".exr"})
+FOREIGN_IMAGE_SUFFIXES = frozenset(
+    {".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".svg", ".exr"}
+    | {".dcm", ".dicom", ".svs", ".ndpi", ".czi", ".fits", ".hdr", ".bpg", ".jls", ".xcf", ".jpf", ".jpm"}
+)
 """Suffixes of images that Pillow does not know."""
 CONTAINER_SUFFIXES = frozenset(
     {".gz", ".tgz", ".xz", ".bz2", ".zst", ".zip", ".7z", ".rar", ".h5", ".hdf5", ".mdb", ".tfrecord", ".arrow"}
@@ -91,9 +94,9 @@ def survey(store: ObjectStore, key: str = "") -> Survey:
     if Layout.PARQUET in found.by_layout:
         refuse_table_formats(store.uri, (info.key for info in listed))
     _leave_out_tables_without_images(store, found)
+    _add_notes(found)
     if len(found.by_layout) != 1:
         raise StoreError(_no_single_layout(store, key, found))
-    _add_notes(found)
     ((layout, objects),) = found.by_layout.items()
     in_order = tuple(sorted(objects, key=lambda info: info.key))
     expected = {}
@@ -164,7 +167,8 @@ def _add_notes(found: _Findings) -> None:
     containers = [key for key in found.others if PurePosixPath(key).suffix.lower() in CONTAINER_SUFFIXES]
     if containers:
         found.notes.append(
-            f"archives and containers that are not read, left out ({len(containers)}): {_examples(containers)}"
+            f"archives and containers that are not read, left out ({len(containers)}): {_examples(containers)}; unpack "
+            "them"
         )
     images = _unread_images(found.others)
     if images:
@@ -213,7 +217,7 @@ def _no_single_layout(store: ObjectStore, key: str, found: _Findings) -> str:
     seen = [*found.others[:EXAMPLES], *kinds]
     wanted = ", ".join(LAYOUT_OF_SUFFIX)
     contents = f"it holds {', '.join(seen)}" if seen else "nothing is there"
-    return f"{where} holds no images, tar shards or Parquet (by name: {wanted}); {contents}"
+    return "; ".join([f"{where} holds no images, tar shards or Parquet (by name: {wanted})", contents, *found.notes])
 
 
 def _pattern_of(by_layout: Mapping[Layout, Sequence[ObjectInfo]]) -> str:

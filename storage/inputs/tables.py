@@ -1,6 +1,6 @@
 """Reads records from Parquet tables with an image column, by row range, a few rows at a time."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from typing import Any
@@ -30,6 +30,7 @@ KEY_WINDOW_BYTES = 64 << 10
 LABEL_BATCH_ROWS = 4096
 MAX_NAMED = 16
 """Unread columns of one table that are named."""
+NUM_SHOWN_COLUMNS = 8
 NUM_SHOWN_CHARACTERS = 64
 """Characters of a rejected key that are kept."""
 
@@ -41,6 +42,8 @@ class TableFacts:
     num_rows: int
     unread: tuple[str, ...]
     """Unused columns whose type is never read, with the type."""
+    note: str | None = None
+    """A sentence on the columns that are not used."""
 
 
 def table_facts(store: ObjectStore, info: ObjectInfo) -> TableFacts:
@@ -52,7 +55,17 @@ def table_facts(store: ObjectStore, info: ObjectInfo) -> TableFacts:
         kinds[LABEL] = str(table.schema.field(LABEL).type)
     unread = [as_text(f"column {name} ({kind})") for name, kind in kinds.items()]
     more = [f"more columns: {len(unread) - MAX_NAMED}"] if len(unread) > MAX_NAMED else []
-    return TableFacts(table.num_rows, (*unread[:MAX_NAMED], *more))
+    return TableFacts(table.num_rows, (*unread[:MAX_NAMED], *more), _note_on(info.key, table.names, used))
+
+
+def _note_on(key: str, names: Sequence[str], used: Collection[str]) -> str | None:
+    """A sentence on the columns that are not used; None: all are."""
+    others = [as_text(name) for name in names if name not in used]
+    if not others:
+        return None
+    more = f" and {len(others) - NUM_SHOWN_COLUMNS} more" if len(others) > NUM_SHOWN_COLUMNS else ""
+    label = "" if LABEL in names else f"; the label is read of a column `{LABEL}`, or of --labels"
+    return f"{key}: columns that are not read: {', '.join(others[:NUM_SHOWN_COLUMNS])}{more}{label}"
 
 
 def has_image_column(store: ObjectStore, info: ObjectInfo) -> bool | None:
@@ -203,7 +216,8 @@ def _open_table(store: ObjectStore, info: ObjectInfo) -> tuple[ParquetTable, lis
     """The table and the columns of image, label and key. Raises DamagedError."""
     table = parquet_object(store, info)
     if IMAGE not in table.names:
-        raise DamagedError(f"{table.where} has no column `{IMAGE}`; its columns: {', '.join(table.names)}")
+        names = ", ".join(map(as_text, table.names))
+        raise DamagedError(f"{table.where} has no column `{IMAGE}`; its columns: {names}; rename the one with images")
     used = [name for name in USED if name in table.names]
     table.refuse_ambiguous(used)
     table.refuse_extensions(used)

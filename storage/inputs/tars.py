@@ -20,6 +20,8 @@ from blocksight.storage.stores.windowed_file import WindowedFile
 
 SAMPLE_BYTES = 4 << 20
 END = "(end of archive)"
+CLASS = "cls"
+"""The suffix of the member that holds a record's label."""
 
 
 @dataclass
@@ -69,7 +71,8 @@ class _Walk:
         self._coming = enumerate(_drafts(self.file))
         self._ahead: tuple[int, _Draft] | None = None
         """The first record behind the range."""
-        self._seen: set[str] = set()
+        self._seen: dict[str, bool] = {}
+        """Keys of earlier records, and whether they have an image."""
 
     def until(self, stop: int | None) -> Iterator[tuple[int, _Draft]]:
         """The next records whose first header lies before `stop`, each with its position in the shard. None: all."""
@@ -79,8 +82,8 @@ class _Walk:
             if stop is not None and draft.start >= stop:
                 return
             if draft.key in self._seen and draft.reject is None:
-                draft.reject = Reject(RejectCode.DUPLICATE_KEY, _why_twice(draft))
-            self._seen.add(draft.key)
+                draft.reject = Reject(RejectCode.DUPLICATE_KEY, _why_twice(draft, self._seen[draft.key]))
+            self._seen.setdefault(draft.key, bool(draft.images))
             yield index, draft
         self._ahead = None
 
@@ -112,19 +115,22 @@ def sample_tar(store: ObjectStore, info: ObjectInfo) -> TarSample:
     """Estimates the records from the shard's first 4 MiB. Raises as `read_tar`."""
     count, reached, num_readable = 0, 0, 0
     notes: dict[str, str] = {}
-    seen: set[str] = set()
+    seen: dict[str, bool] = {}
     for draft in _drafts(WindowedFile(store, info)):
         count, reached = count + 1, max(reached, draft.stop)
         num_readable += draft.reject is None
-        notes = {**_notes_on(draft, info.key, is_twice=draft.key in seen), **notes}
-        seen.add(draft.key)
+        if draft.reject is None:
+            notes = {**_notes_on(draft, info.key, seen.get(draft.key)), **notes}
+        seen.setdefault(draft.key, bool(draft.images))
         if reached >= SAMPLE_BYTES:
             break
     return TarSample(count * info.size / max(1, reached) if num_readable else 0.0, notes)
 
 
-def _notes_on(draft: _Draft, shard: str, *, is_twice: bool) -> dict[str, str]:
-    images = draft.images
+def _notes_on(draft: _Draft, shard: str, had_image: bool | None) -> dict[str, str]:
+    """What a user may not expect of a record, by kind. `had_image`: of an earlier record with this key, if any."""
+    images, members = draft.images, ", ".join(draft.members)
+    unread = [suffix for suffix in draft.members if suffix != CLASS and suffix not in images]
     notes = {}
     if draft.is_split:
         notes["dots"] = (
@@ -133,14 +139,25 @@ def _notes_on(draft: _Draft, shard: str, *, is_twice: bool) -> dict[str, str]:
     if len(images) > 1:
         left = ", ".join(images[1:])
         notes["images"] = f"{shard}: records hold several images; {images[0]} is explained, {left} is not ({draft.key})"
-    if is_twice and not images and draft.reject is None:
-        notes["order"] = f"{shard}: {_why_twice(draft)}"
+    if had_image is not None and not (images and had_image):
+        notes["order"] = f"{shard}: {_why_twice(draft, had_image)}"
+    elif not images:
+        notes["no image"] = (
+            f"{shard}: a record without an image that is read: {draft.key} holds {members} alone; the members of a "
+            "record have one name, folders included"
+        )
+    elif unread:
+        notes["unread"] = f"{shard}: members that are not read: {', '.join(unread)} ({draft.key})"
+    if images and CLASS not in draft.members and _own_label(draft, shard) is None and "/" in draft.key:
+        notes["folders"] = (
+            f"{shard}: folders in a shard are no labels ({draft.key}): those are members .cls, or --labels"
+        )
     return notes
 
 
-def _why_twice(draft: _Draft) -> str:
-    """Why a draft is rejected whose key occurs earlier in the shard."""
-    if draft.images:
+def _why_twice(draft: _Draft, had_image: bool) -> str:
+    """Why a draft is rejected whose key occurs earlier in the shard, there with an image or without."""
+    if draft.images and had_image:
         return f"key {draft.key!r} occurs earlier in the shard"
     return (
         f"the members of key {draft.key!r} are not adjacent: {', '.join(draft.members)} comes apart from those earlier "
@@ -148,10 +165,12 @@ def _why_twice(draft: _Draft) -> str:
     )
 
 
-def tar_labels(store: ObjectStore, info: ObjectInfo) -> Iterator[tuple[str, str | int | None]]:
-    """Key and label of the records in the shard's first 4 MiB. Raises StoreError."""
+def tar_labels(store: ObjectStore, info: ObjectInfo, stop: int) -> Iterator[tuple[str, str | int | None]]:
+    """Key and label of the records that begin before byte `stop`, in the shard's first 4 MiB. Raises StoreError."""
     file = WindowedFile(store, info)
     for draft in _drafts(file):
+        if draft.start >= stop:
+            return
         if draft.reject is None:
             yield f"{info.key}/{draft.key}", _label(file, draft)
         if draft.stop >= SAMPLE_BYTES:
@@ -186,13 +205,18 @@ def _with_members(file: WindowedFile, draft: _Draft, bare: RawRecord) -> RawReco
 
 def _label(file: WindowedFile, draft: _Draft) -> str | int | None:
     """The label of the record's own member, else that of a folder `label=VALUE`."""
-    member = draft.members.get("cls")
+    member = draft.members.get(CLASS)
     if member is None:
-        return partition_label(file.info.key)
+        return _own_label(draft, file.info.key)
     body = file.read_at(
         member.data_start, min(member.size, MAX_LABEL_BYTES + 1)
     )  # one byte more shows that it is too long
     return label_of(body.strip())
+
+
+def _own_label(draft: _Draft, shard: str) -> str | int | None:
+    """The label in a folder `label=VALUE`, in the shard or around it."""
+    return partition_label(f"{shard}/{draft.key}")
 
 
 def _drafts(file: WindowedFile) -> Iterator[_Draft]:
@@ -224,8 +248,8 @@ def _split(draft: _Draft) -> Iterator[_Draft]:
 def _renamed(draft: _Draft, image: str, stem: str) -> _Draft:
     """The draft with one image, its own members and the common label, under the image's name up to its last dot."""
     members = {name.removeprefix(f"{stem}."): one for name, one in draft.members.items() if _is_of(name, [stem])}
-    if "cls" in draft.members:
-        members.setdefault("cls", draft.members["cls"])
+    if CLASS in draft.members:
+        members.setdefault(CLASS, draft.members[CLASS])
     key = as_text(draft.members[image].name).rpartition(".")[0]
     is_split = len(draft.images) > 1
     return replace(draft, key=key, start=draft.members[image].start, members=members, is_split=is_split)

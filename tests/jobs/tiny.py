@@ -263,12 +263,13 @@ def folder_of_images(root: Path, count: int = 7, *, bad: bool = True) -> Path:
     return root
 
 
-def tar_bytes(first: int, count: int, *, cut: bool = False) -> bytes:
-    """A shard in WebDataset layout; `cut`: its last body ends early."""
+def tar_bytes(first: int, count: int, *, cut: bool = False, extra: str = "") -> bytes:
+    """A shard in WebDataset layout; `cut`: its last body ends early; `extra`: suffix of a third member."""
     buffer = io.BytesIO()
     with tarfile.TarFile(fileobj=buffer, mode="w") as tar:
         for number in range(first, first + count):
-            for suffix, body in (("png", picture(number)), ("cls", str(number % 5).encode())):
+            members = [("png", picture(number)), ("cls", str(number % 5).encode()), (extra, b"{}")]
+            for suffix, body in members if extra else members[:2]:
                 info = tarfile.TarInfo(f"{number:03}.{suffix}")
                 info.size = len(body)
                 tar.addfile(info, io.BytesIO(body))

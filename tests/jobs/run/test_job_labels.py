@@ -10,7 +10,7 @@ import pytest
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.storage.stores.local import LocalStore
 from tests.jobs.jobs_of import called, rows_in, run_here
-from tests.jobs.tiny import CLASSES, MODEL, folder_of_images, folder_of_tables, folder_of_tars, picture
+from tests.jobs.tiny import CLASSES, MODEL, folder_of_images, folder_of_tables, folder_of_tars, picture, tar_bytes
 
 NAMELESS = "tests.jobs.tiny:make_nameless"
 
@@ -169,6 +169,24 @@ def test_a_label_column_that_is_never_read_is_no_target(tmp_path):
     pq.write_table(pa.table({"image": [picture(0), picture(1)], "label": column}), tmp_path / "in" / "t.parquet")
     with pytest.raises(ConfigError, match="the target is the label, and no label means a class"):
         run_here(tmp_path / "in", tmp_path / "out", target="label")
+
+
+def test_explain_says_what_of_the_data_it_leaves_out(tmp_path):
+    data = folders(tmp_path / "in", "ant")
+    for name in ("ant/noname", "ant/x.jpg.bak", "_old.png"):
+        (data / name).write_bytes(picture(1))
+    job = ("--data", data, "--output", tmp_path / "out", "--model", MODEL)
+    text = called("explain", *job, "--explainer", "gradcam", "--runner", "local")[1]
+    assert line_of(text, "data:") == "no input: 1 (no suffix), 1 .bak, 1 hidden (_ or .)"
+
+
+def test_a_limit_hides_nothing_of_a_shard(tmp_path):
+    folder_of_tars(tmp_path / "in")
+    (tmp_path / "in" / "a.tar").write_bytes(tar_bytes(0, 4, extra="json"))
+    job = ("--data", tmp_path / "in", "--output", tmp_path / "out", "--model", MODEL, "--limit", "2")
+    text = " ".join(called("plan", *job)[1].split())
+    assert "note a.tar: members that are not read: json (000)" in text
+    assert "2 labels of 2 records: 2 known as class numbers" in text
 
 
 def test_labels_may_be_left_out(tmp_path):

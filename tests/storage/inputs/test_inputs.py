@@ -255,6 +255,20 @@ def test_each_type_of_label_column_is_read(column, labels):
     assert table_facts(store, store.head("t.parquet")).unread == ()
 
 
+def test_columns_that_are_not_read_are_named():
+    def note(**columns):
+        store = filled(**{"t.parquet": table_bytes({"image": IMAGES, **columns})})
+        return table_facts(store, store.head("t.parquet")).note
+
+    ones = [1] * 50
+    assert note(label=ones, key=[str(number) for number in range(50)]) is None
+    assert note(label=ones, mask=IMAGES) == "t.parquet: columns that are not read: mask"
+    assert note(Label=ones) == (
+        "t.parquet: columns that are not read: Label; the label is read of a column `label`, or of --labels"
+    )
+    assert "c7 and 2 more" in note(label=ones, **{f"c{number}": ones for number in range(10)})
+
+
 def test_structs_keys_nulls_and_duplicates():
     images = pa.array([{"bytes": b"a", "path": "x"}, None, {"bytes": None, "path": "y"}, {"bytes": b"d", "path": "z"}])
     body = table_bytes({"image": images, "key": ["k1", "k2", "k3", "k1"], "label": ["cat", None, "dog", "cat"]})

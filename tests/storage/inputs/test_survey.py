@@ -230,7 +230,7 @@ def test_images_in_formats_that_are_not_read_are_named():
 
 def test_archives_beside_what_is_read_are_named():
     found = survey(filled(**dict.fromkeys(["0.tar", "1.tar.gz", "2.zip", "0.tar.idx"], b"")))
-    assert found.notes == ("archives and containers that are not read, left out (2): 1.tar.gz, 2.zip",)
+    assert found.notes == ("archives and containers that are not read, left out (2): 1.tar.gz, 2.zip; unpack them",)
 
 
 def test_all_suffixes_of_jpeg_are_read():
@@ -238,3 +238,12 @@ def test_all_suffixes_of_jpeg_are_read():
     found = survey(filled(**dict.fromkeys(names, b"")))
     assert keys_of(found) == names
     assert found.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("a.zip", r"left out \(1\): a.zip; unpack them"), ("a.heic", r"left out \(1\): a.heic; convert them to PNG")],
+)
+def test_a_folder_of_what_is_not_read_alone_says_what_to_do(name: str, advice: str):
+    with pytest.raises(StoreError, match=advice):
+        survey(filled(**{name: b""}))

@@ -282,7 +282,34 @@ def test_a_sample_says_what_is_split_left_out_or_not_adjacent():
         "order": "s.tar: the members of key '2' are not adjacent: cls comes apart from those earlier in the shard and "
         "is not read; write the shard in order of names (tar --sort=name)",
     }
-    assert sample(archive(GOOD)).notes == {}
+    assert sample(archive([("1.jpg", b"a"), ("1.cls", b"7")])).notes == {}
+
+
+def test_a_sample_says_which_members_folders_and_records_give_nothing():
+    assert dict(sample(archive(GOOD)).notes) == {
+        "unread": "s.tar: members that are not read: json (a/2)",
+        "folders": "s.tar: folders in a shard are no labels (a/2): those are members .cls, or --labels",
+    }
+    for other in ("labels/1.cls", "1.avif"):
+        (note,) = sample(archive([("1.jpg", b"a"), (other, b"b"), ("2.jpg", b"c")])).notes.values()
+        assert ("a record without an image" in note) == ("/" in other)
+    (note,) = sample(archive([("1.avif", b"a"), ("2.jpg", b"c")])).notes.values()
+    assert "a record without an image that is read: 1 holds avif alone" in note
+
+
+def test_labels_before_their_images_are_named_as_members_that_come_apart():
+    body = archive([("a.cls", b"cat"), ("b.cls", b"dog"), ("a.jpg", b"1"), ("b.jpg", b"2")])
+    assert "the members of key 'a' are not adjacent: jpg comes apart" in sample(body).notes["order"]
+    found = read(body)
+    assert codes(found) == ["missing_image"] * 2 + ["duplicate_key"] * 2
+    assert "tar --sort=name" in found[2].reject.message
+    twice = read(archive([("a.jpg", b"1"), ("b.jpg", b"2"), ("a.jpg", b"1")]))[2]
+    assert twice.reject.message == "key 'a' occurs earlier in the shard"
+
+
+def test_a_partition_folder_within_a_shard_is_a_label():
+    found = read(archive([("x/label=cat/1.jpg", b"a"), ("label=cat/2.jpg", b"b"), ("label=cat/2.cls", b"dog")]))
+    assert [record.label for record in found] == ["cat", "dog"]
 
 
 # ---------------------------------------------------------------- crafted headers
