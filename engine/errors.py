@@ -1,5 +1,9 @@
-"""The engine's error for the user; imports no torch."""
+"""The engine's errors for the user; imports no torch."""
 
 
 class ModelError(Exception):
     """The model cannot be used as asked. The message says why and what to do."""
+
+
+class ImageError(Exception):
+    """The method cannot explain one image. The message says why and what to do."""

@@ -20,7 +20,7 @@ DOORS = {
     ("jobs/worker/isolation.py", "pickle.loads"),  # from its own child's pipe
     ("jobs/export/sql.py", "duckdb.connect"),  # DuckDB reads Parquet by itself: it knows no Python types
     ("jobs/export/sql.py", "duckdb.DuckDBPyConnection"),
-    ("engine/model/network.py", "torch.jit.ScriptModule"),  # a type that modules are compared with: it opens nothing
+    ("engine/model/adapter.py", "torch.jit.ScriptModule"),  # a type that modules are compared with: it opens nothing
     ("engine/model/taps.py", "torch.jit.ScriptModule"),
     ("engine/explainers/edges.py", "h5py.File"),  # a file of an installed package
     ("jobs/export/virelay.py", "h5py.File"),  # it writes

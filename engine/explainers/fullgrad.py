@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from blocksight.engine.errors import ModelError
+from blocksight.engine.errors import ImageError, ModelError
 from blocksight.engine.explainers.explainer import Explainer, pad
 from blocksight.engine.explainers.explanation import Explanation, checked_explanation
 from blocksight.engine.model.layouts import layout_of
@@ -146,18 +146,21 @@ class FullGrad(Explainer):
         with self.adapter.borrowed():
             logits, terms_of = self._terms(self.adapter.normalise(pixels))
             for index in {int(logits.argmax()), int(logits.argmin())}:
-                self._refuse_gap(terms_of(functional.one_hot(torch.tensor([index]), logits.shape[1]).to(logits)))
+                direction = functional.one_hot(torch.tensor([index]), logits.shape[1]).to(logits)
+                if gap := self._gap(terms_of(direction)):
+                    raise ModelError(gap)
 
-    def _refuse_gap(self, terms: Terms) -> None:
-        """Raises ModelError if the terms of an image do not sum to its logit."""
+    def _gap(self, terms: Terms) -> str | None:
+        """A sentence if the terms of an image do not sum to its logit."""
         gap = terms.gap()
-        if gap is not None:
-            raise ModelError(
-                f"fullgrad is incomplete for {self.adapter.name}: its terms sum to {gap[0]:.5g}, and the logit is "
-                f"{gap[1]:.5g}. It sees the biases of torch's own convolutions, linear layers, batch norms and "
-                "activations, and not those of other layers, of products (squeeze-and-excitation) or of functions: "
-                "take smoothgrad or integrated_gradients"
-            )
+        if gap is None:
+            return None
+        return (
+            f"fullgrad is incomplete for {self.adapter.name}: its terms sum to {gap[0]:.5g}, and the logit is "
+            f"{gap[1]:.5g}. It sees the biases of torch's own convolutions, linear layers, batch norms and "
+            "activations, and not those of other layers, of products (squeeze-and-excitation) or of functions: "
+            "take smoothgrad or integrated_gradients"
+        )
 
     def _terms(self, inputs_nchw: Tensor) -> tuple[Tensor, Callable[[Tensor], Terms]]:
         """The logits [N, K], and a function from a direction [N, K] to its terms."""
@@ -180,7 +183,8 @@ class FullGrad(Explainer):
         found = []
         for index in range(target.num_targets):
             terms = terms_of(filled.raw.direction(logits, index))
-            self._refuse_gap(terms)
+            if gap := self._gap(terms):
+                raise ImageError(gap)  # another class, or a picture without large values, showed none
             found.append(
                 torch.stack([self._positive(term) for term in terms.maps(self.adapter.input_size)]).sum(0).cpu().numpy()
             )

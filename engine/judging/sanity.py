@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
+from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers.explainer import Explainer
 from blocksight.engine.metrics.metric import Maps, Metric, Value, undefined
 from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.taps import plain_modules
 from blocksight.engine.saliency import Map, is_flat, minmax
 
 STAGES = (0.25, 0.5, 0.75, 1.0)
@@ -63,25 +65,47 @@ def layers_by_execution(module: nn.Module, inputs: Tensor) -> list[nn.Module]:
 def randomised(module: nn.Module, share: float, seed: int, inputs: Tensor) -> nn.Module:
     """A copy in which the last `share` of the executed layers with weights is reset, as before training.
 
-    Layers without a method to reset them get their own weights in a random order. The statistics of batch norms that
-    were reset are estimated anew from the inputs: with mean 0 and variance 1 a deep network's signal dies out, and
-    its logits are the same for every picture.
+    Weights that no method of their layer resets are put in a random order. The statistics of batch norms that were
+    reset are estimated anew from the inputs: with mean 0 and variance 1 a deep network's signal dies out, and its
+    logits are the same for every picture.
     """
+    with torch.no_grad():
+        module(inputs[:1])  # torch's older weight_norm then holds a plain weight, which can be copied
     fresh = copy.deepcopy(module).eval()
     layers = layers_by_execution(fresh, inputs[:1])
     chosen = layers[len(layers) - ceil(share * len(layers)) :]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         for layer in chosen:
-            reset = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
-            if callable(reset):
-                reset()
-            else:
-                for parameter in layer.parameters(recurse=False):
-                    order = torch.randperm(parameter.numel()).to(parameter.device)
-                    parameter.copy_(parameter.flatten()[order].view_as(parameter))
+            _reset(layer)
         _estimate_statistics(fresh, [layer for layer in chosen if isinstance(layer, BatchNorm)], inputs)
     return fresh
+
+
+def _refuse_hidden_weights(module: nn.Module) -> None:
+    """Raises ModelError for TorchScript and for quantised weights: they would stay as they were trained."""
+    is_script = len(plain_modules(module)) < len(list(module.modules()))
+    packed = [name for name, own in module.state_dict().items() if not isinstance(own, Tensor) or own.is_quantized]
+    if is_script or packed:
+        what = "the layers of TorchScript cannot be reached" if is_script else f"{packed[0]} is quantised"
+        raise ModelError(
+            f"sanity makes all weights random, and {what}: take the model's Python class with weights in float32"
+        )
+
+
+def _reset(layer: nn.Module) -> None:
+    """Draws a layer's own weights anew.
+
+    A layer's method may leave some as they are, such as those from which `spectral_norm` computes the weight.
+    """
+    before = [own.clone() for own in layer.parameters(recurse=False)]
+    reset = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
+    if callable(reset):
+        reset()
+    for own, old in zip(layer.parameters(recurse=False), before, strict=True):
+        if torch.equal(own, old) and own.min() < own.max():
+            order = torch.randperm(own.numel()).to(own.device)
+            own.copy_(own.flatten()[order].view_as(own))
 
 
 def _estimate_statistics(module: nn.Module, norms: Sequence[BatchNorm], inputs: Tensor) -> None:
@@ -125,7 +149,11 @@ class Sanity(Metric):
     names = ("sanity",)
 
     def __init__(self, adapter: ModelAdapter, make: Callable[[ModelAdapter], Explainer], seed: int) -> None:
-        """`make` builds the explainer that made the maps, for any model; `seed` draws the weights."""
+        """`make` builds the explainer that made the maps, for any model; `seed` draws the weights.
+
+        Raises ModelError if the module holds weights that cannot be reached.
+        """
+        _refuse_hidden_weights(adapter.module)
         self.adapter, self.make, self.seed = adapter, make, seed
 
     def details(self) -> Mapping[str, Any]:
@@ -133,6 +161,7 @@ class Sanity(Metric):
             "stages": STAGES,
             "similarity": "Spearman",
             "order": "execution, output to input",
+            "weights": "reset, or in a random order where that leaves them",
             "batch norm": f"statistics of {NUM_PICTURES} random pictures",
             "seed": self.seed,
         }

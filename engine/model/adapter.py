@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from blocksight.engine.catalog.readouts import ReadoutName
 from blocksight.engine.errors import ModelError
@@ -41,8 +42,14 @@ class ModelAdapter:
         """`mean` and `std` are of RGB in [0, 1]; `input_size` is height and width in pixels.
 
         Of a module under `torch.compile` the one inside is taken: a compiled graph has no gradient for every target.
+        Raises ModelError for a module whose weights have no shape yet.
         """
-        self.module = uncompiled(module).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if lazy := [path for path, own in module.named_parameters() if isinstance(own, UninitializedParameter)]:
+            raise ModelError(
+                f"the weight {lazy[0]} of model {name!r} has no shape yet, because its layer is lazy: call the "
+                "model on a picture before it is returned"
+            )
+        self.module = _channels_last(_with_hooks(uncompiled(module)))
         self.name = name
         self.input_size = input_size
         self.class_names = list(class_names) if class_names is not None else None
@@ -172,6 +179,11 @@ class ModelAdapter:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the names, types, shapes and bytes of all weights and buffers, as hex. Raises ModelError."""
+        if isinstance(self.module, Script) and not self.module.state_dict():
+            raise ModelError(
+                f"{self.name} is TorchScript without weights that can be read, so that a resumed job could not tell "
+                "that it is the same model: return it as it was before torch.jit.freeze or optimize_for_inference"
+            )
         digest = hashlib.sha256()
         for name, value in sorted(self.module.state_dict().items()):
             try:
@@ -187,6 +199,30 @@ class ModelAdapter:
     def class_name(self, index: int) -> str:
         """The class's name, or `class 7` if the model has no names."""
         return self.class_names[index] if self.class_names is not None else f"class {index}"
+
+
+class Script(nn.Module):
+    """TorchScript within a plain module, because it calls no hooks itself."""
+
+    def __init__(self, script: torch.jit.ScriptModule) -> None:
+        super().__init__()
+        self.script = script
+
+    def forward(self, inputs_nchw: Tensor) -> Any:
+        """What the script returns."""
+        return self.script(inputs_nchw)
+
+
+def _with_hooks(module: nn.Module) -> nn.Module:
+    return Script(module) if isinstance(module, torch.jit.ScriptModule) else module
+
+
+def _channels_last(module: nn.Module) -> nn.Module:
+    """The module, its weights [a, b, h, w] in the format in which convolutions run fastest; others stay."""
+    for own in (*module.parameters(), *module.buffers()):
+        if own.dim() == 4:
+            own.data = own.data.contiguous(memory_format=torch.channels_last)
+    return module
 
 
 def uncompiled(module: nn.Module) -> nn.Module:

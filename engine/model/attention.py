@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from blocksight.engine.model.taps import plain_modules
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -64,7 +66,7 @@ class _ModuleStack:
     @contextmanager
     def tracking(self, module: nn.Module) -> Iterator[None]:
         with ExitStack() as hooks:
-            for name, child in module.named_modules():
+            for name, child in plain_modules(module):
                 hooks.enter_context(child.register_forward_pre_hook(lambda *_, name=name: self.stack.append(name)))
                 hooks.enter_context(child.register_forward_hook(lambda *_: self._leave()))
             yield

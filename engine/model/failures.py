@@ -13,6 +13,8 @@ def first_line_of(error: BaseException) -> str:
 
 def failure_of(module: nn.Module, error: Exception, size: Sequence[int]) -> str:
     """Why a module fails on RGB images in float32, in a sentence that says what to do."""
+    if not _has_modes(module):
+        return "fails: it is a program of torch.export, which has no eval mode; return the module that it was made from"
     pixels = " x ".join(map(str, size))
     dtypes = {one.dtype for one in module.parameters() if one.is_floating_point()}
     if len(dtypes) == 1 and dtypes != {torch.float32}:
@@ -27,6 +29,14 @@ def failure_of(module: nn.Module, error: Exception, size: Sequence[int]) -> str:
             f"module that gives it {way}"
         )
     return f"fails on RGB images of {pixels} pixels: {first_line_of(error)}"
+
+
+def _has_modes(module: nn.Module) -> bool:
+    try:
+        module.train(module.training)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def shape_of(output: object) -> str:

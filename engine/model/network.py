@@ -13,7 +13,15 @@ from blocksight.engine.errors import ModelError
 from blocksight.engine.model.blocks import Place, discover_blocks
 from blocksight.engine.model.layouts import Layout, layout_of
 from blocksight.engine.model.resample import Grid
-from blocksight.engine.model.taps import GraphRunner, Recorder, Taps, gradients, hook_outputs, path_and_call
+from blocksight.engine.model.taps import (
+    GraphRunner,
+    Recorder,
+    Taps,
+    gradients,
+    hook_outputs,
+    path_and_call,
+    plain_modules,
+)
 
 Node = TypeVar("Node")
 
@@ -38,9 +46,9 @@ class Network:
         if names:
             return tuple(sorted({self._named(name) for name in names}, key=self.places.index))
         found = tuple(discover_blocks(self.places))
-        if not found and isinstance(self.module, torch.jit.ScriptModule):
+        if not found and len(plain_modules(self.module)) < len(list(self.module.modules())):
             raise ModelError(
-                "the model is TorchScript, whose layers cannot be read: make it from its Python class and a state "
+                "the model holds TorchScript, whose layers cannot be read: make it from its Python class and a state "
                 "dict, or take an explainer without blocks, such as rise or occlusion"
             )
         if not found:
@@ -144,7 +152,7 @@ def _module_places(module: nn.Module, example: Tensor) -> list[Place]:
         num_calls[path] += 1
         return recorder(f"{path}#{num_calls[path]}", value)
 
-    with hook_outputs(module, _readable_paths(module), record):
+    with hook_outputs(module, [path for path, _ in plain_modules(module) if path], record):
         module(example)
     tensors = {name: value for name, value in recorder.recorded.items() if isinstance(value, Tensor)}
     layouts = _layouts(list(tensors.values()), example)
@@ -158,13 +166,6 @@ def _module_places(module: nn.Module, example: Tensor) -> list[Place]:
         )
         for name, path, layout in zip(tensors, paths, layouts, strict=True)
     ]
-
-
-def _readable_paths(module: nn.Module) -> list[str]:
-    """The dotted paths of the sub-modules that call hooks: of TorchScript none inside."""
-    scripts = [path for path, child in module.named_modules() if isinstance(child, torch.jit.ScriptModule)]
-    inside = tuple(f"{path}." if path else "" for path in scripts)
-    return [path for path, _ in module.named_modules() if path and not path.startswith(inside)]
 
 
 def _layouts(values: Sequence[Any], example: Tensor) -> list[Layout | None]:

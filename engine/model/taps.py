@@ -22,9 +22,8 @@ def frozen(module: nn.Module) -> Iterator[None]:
     would overwrite the tensor that a tap has recorded), and convolutions on a GPU keep all of float32
     (torch would allow them TF32, whose 10-bit mantissa moves scores by more than 1e-4).
     """
-    modes = {child: child.training for child in module.modules()}
-    plain = [child for child in module.modules() if not isinstance(child, torch.jit.ScriptModule)]  # that is fixed
-    in_place = {child: child.inplace for child in plain if hasattr(child, "inplace")}
+    modes = {child: child.training for child in module.modules() if hasattr(child, "training")}  # not if `jit.freeze`d
+    in_place = {child: child.inplace for _, child in plain_modules(module) if hasattr(child, "inplace")}
     needs = {parameter: parameter.requires_grad for parameter in module.parameters()}
     allows_tf32 = torch.backends.cudnn.allow_tf32
     try:
@@ -43,6 +42,11 @@ def frozen(module: nn.Module) -> Iterator[None]:
             child.inplace = flag
         for parameter, flag in needs.items():
             parameter.requires_grad_(flag)
+
+
+def plain_modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The paths and modules, in order of registration, without TorchScript: that is fixed, and calls no hooks."""
+    return [(path, own) for path, own in module.named_modules() if not isinstance(own, torch.jit.ScriptModule)]
 
 
 Tail = Callable[[Tensor, Tensor], Tensor]

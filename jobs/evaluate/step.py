@@ -83,14 +83,18 @@ def metrics_of(
     forward: Forward | None = None,
     learned: State | None = None,
 ) -> list[Metric]:
-    """The metrics that give the wanted values, each once; `learned` is the state of an explainer that learns."""
+    """The metrics that give the wanted values, each once; `learned` is the state of an explainer that learns.
+
+    Raises ModelError if the model cannot be measured by one of them.
+    """
     scorer = Scorer(adapter, perturbation(adapter, evaluation.baseline), batch_size, forward)
     found: list[Metric] = [make(scorer, evaluation.baseline) for make in MASKED.values()]
     found += [make() for make in OF_MAPS.values()]
     found.append(Localisation(ground_truth_protocol(evaluation, context)))
-    blocks = [block["name"] for block in context.facts.blocks]
-    make = partial(make_explainer, config=context.config, blocks=blocks, batch_size=batch_size, state=learned)
-    found.append(Sanity(adapter, make, evaluation.seed))
+    if set(Sanity.names) & set(evaluation.metrics):
+        blocks = [block["name"] for block in context.facts.blocks]
+        make = partial(make_explainer, config=context.config, blocks=blocks, batch_size=batch_size, state=learned)
+        found.append(Sanity(adapter, make, evaluation.seed))
     return [metric for metric in found if set(metric.names) & set(evaluation.metrics)]
 
 

@@ -29,7 +29,7 @@ from blocksight.engine.catalog.parameters import (
     SmoothGradParameters,
     UcagParameters,
 )
-from blocksight.engine.errors import ModelError
+from blocksight.engine.errors import ImageError, ModelError
 from blocksight.engine.explainers import EXPLAINERS, extremal, make_explainer
 from blocksight.engine.explainers.fullgrad import bias_of
 from blocksight.engine.model.adapter import ModelAdapter
@@ -478,13 +478,13 @@ def test_fullgrad_refuses_a_class_or_an_image_whose_terms_do_not_sum():
     """The check before the job sees one picture and two classes; each map is checked as well."""
     one = explainer("fullgrad", adapter_of(seeded(OneOddClass), 32))
     assert one.explain(smooth(1, 32, 32), ClassProbability(torch.tensor([[0]])))
-    with pytest.raises(ModelError, match="terms sum to"):
+    with pytest.raises(ImageError, match="terms sum to"):
         one.explain(smooth(1, 32, 32), ClassProbability(torch.tensor([[0, 2]])))
     clipped = explainer("fullgrad", adapter_of(seeded(Clipped), 32))
     inputs = 5 * smooth(3, 32, 32)
     inputs[0] = inputs[2] = 0.1
     assert clipped.explain(inputs[:1], ClassProbability(torch.tensor([[0]])))
-    with pytest.raises(ModelError, match="terms sum to"):
+    with pytest.raises(ImageError, match="terms sum to"):
         clipped.explain(inputs, ClassProbability(torch.tensor([[0], [0], [0]])))
 
 

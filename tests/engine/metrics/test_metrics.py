@@ -1,5 +1,6 @@
 """The metrics: cases done by hand, slow twins, edges (flat maps, no region, ties), and protocols told apart."""
 
+import warnings
 from copy import deepcopy
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 from blocksight.engine.catalog import entries
 from blocksight.engine.catalog.forward_setting import ForwardSetting
 from blocksight.engine.catalog.parameters import NoParameters
+from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers import EXPLAINERS
 from blocksight.engine.judging.sanity import (
     STAGES,
@@ -482,6 +484,18 @@ def test_layers_come_in_the_order_in_which_they_are_executed():
     assert not torch.equal(fresh.head.weight, net.head.weight)
 
 
+def traced(net):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(net, smooth(1, 8, 8))
+
+
+def quantised(net):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces its successor
+        return torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8)
+
+
 def deep(*, has_norms):
     layers = [nn.Conv2d(3, 8, 3, padding=1)]
     for _ in range(24):
@@ -511,6 +525,64 @@ def test_statistics_in_front_of_the_random_layers_stay():
     assert torch.equal(fresh.norm.running_var, net.norm.running_var)
     assert fresh.norm.momentum == net.norm.momentum
     assert not torch.equal(randomised(net, 1.0, 0, smooth(4, 32, 32)).norm.running_var, net.norm.running_var)
+
+
+class Untouched(nn.Linear):
+    """Its method to begin anew forgets a weight."""
+
+    def __init__(self):
+        super().__init__(8, 5)
+        nn.init.normal_(self.weight)
+
+    def reset_parameters(self):
+        nn.init.normal_(self.bias)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Untouched(),
+        torch.nn.utils.spectral_norm(nn.Linear(8, 5)),
+        torch.nn.utils.parametrizations.spectral_norm(nn.Linear(8, 5)),
+        torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 5)),
+        torch.nn.utils.parametrizations.orthogonal(nn.Linear(8, 5)),
+    ],
+)
+def test_weights_that_a_layer_does_not_reset_are_random_too(layer):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), layer).eval()
+    fresh = randomised(net, 0.5, 0, smooth(4, 16, 16))
+    pairs = zip(net[4].named_parameters(), fresh[4].parameters(), strict=True)
+    assert [name for (name, own), other in pairs if torch.equal(own, other)] == []
+
+
+def test_a_weight_that_a_hook_computes_can_be_copied():
+    net = nn.Sequential(Hooked(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
+    fresh = randomised(net, 1.0, 0, smooth(4, 16, 16))
+    assert not torch.equal(net[0].direction, fresh[0].direction)
+
+
+class Hooked(nn.Conv2d):
+    """As under torch's older `weight_norm`: the weight is no parameter, and is computed before each call."""
+
+    def __init__(self):
+        super().__init__(3, 8, 3)
+        self.direction = nn.Parameter(self.weight.detach().clone())
+        del self.weight
+        self.weight = 2 * self.direction
+        self.register_forward_pre_hook(lambda own, _: setattr(own, "weight", 2 * own.direction))
+
+
+@pytest.mark.parametrize(
+    ("made", "what"),
+    [
+        (traced, "TorchScript cannot be reached"),
+        (quantised, "is quantised"),
+    ],
+)
+def test_weights_that_cannot_be_reached_are_refused(made, what):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
+    with pytest.raises(ModelError, match=what):
+        Sanity(ModelAdapter(made(net), input_size=(8, 8)), edges, 0)
 
 
 def test_a_dead_random_network_gives_no_value():

@@ -316,11 +316,62 @@ def test_an_embedding_of_places_holds_no_feature_maps(repeats):
     assert one.saliency_hw.shape == (24, 24)
 
 
+class Within(nn.Module):
+    """TorchScript behind a layer that can be read; torch cannot trace it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Conv2d(3, 3, 1), torch.jit.script(seeded(OneRelu))
+
+    def forward(self, x):
+        return self.inner(self.first(x)) if x.sum() < 1e9 else x
+
+
+def scripted():
+    return torch.jit.script(seeded(OneRelu))
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
-def test_the_layers_of_torchscript_cannot_be_read_and_rise_needs_none():
-    adapter = ModelAdapter(torch.jit.script(seeded(OneRelu)), input_size=(24, 24))
+@pytest.mark.parametrize("make", [scripted, lambda: torch.jit.freeze(scripted().eval())])
+def test_the_layers_of_torchscript_cannot_be_read_and_rise_needs_none(make):
+    adapter = ModelAdapter(make(), input_size=(24, 24))
+    calls = []
+    adapter.module.register_forward_pre_hook(lambda *_: calls.append(1))  # as workers count their heartbeats
     with pytest.raises(ModelError, match=r"TorchScript, whose layers cannot be read: .* rise or occlusion"):
         adapter.network.blocks()
     rise = make_explainer("rise", adapter, RiseParameters(num_masks=8))
+    calls.clear()
     ((one,),) = rise.explain(smooth(1, 24, 24), ClassProbability(torch.tensor([[1]])))
     assert one.saliency_hw.shape == (24, 24)
+    assert calls
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_torchscript_within_a_model_is_one_place():
+    adapter = ModelAdapter(Within(), input_size=(24, 24))
+    assert [place.name for place in adapter.network.places] == ["first"]
+    assert make_explainer("gradcam", adapter).explain(smooth(1, 24, 24), ClassProbability(torch.tensor([[1]])))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_torchscript_whose_weights_are_constants_cannot_be_told_apart():
+    assert ModelAdapter(scripted(), input_size=(24, 24)).fingerprint
+    with pytest.raises(ModelError, match=r"before torch\.jit\.freeze"):
+        _ = ModelAdapter(torch.jit.freeze(scripted().eval()), input_size=(24, 24)).fingerprint
+
+
+def test_an_exported_program_is_told():
+    exported = torch.export.export(seeded(OneRelu).eval(), (smooth(2, 24, 24),)).module()
+    with pytest.raises(ModelError, match=r"program of torch\.export, .* return the module that it was made from"):
+        _ = ModelAdapter(exported, input_size=(24, 24)).num_classes
+
+
+def test_a_model_of_volumes_and_one_without_shapes():
+    """Only weights of four dimensions have channels last; torch raises for others, and for lazy layers."""
+    volumes = nn.Sequential(
+        nn.Unflatten(1, (1, 3)), nn.Conv3d(1, 4, 3), nn.Flatten(1, 2), nn.Flatten(1), nn.Linear(16, 5)
+    )
+    assert ModelAdapter(volumes, input_size=(4, 4)).num_classes == 5
+    lazy = nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.Linear(16, 5))
+    with pytest.raises(ModelError, match=r"0\.weight of model 'model' has no shape yet"):
+        ModelAdapter(lazy, input_size=(4, 4))
