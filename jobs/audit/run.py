@@ -29,6 +29,7 @@ from blocksight.jobs.explain.stored_model import model_of_output
 from blocksight.jobs.ledger.output import model_facts
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.plan import DriftError, Plan, existing_plan
+from blocksight.jobs.plan.preflight import readout_of
 from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.jobs.plan.stored_config import NamedModel
 from blocksight.jobs.plan.text import counted
@@ -96,7 +97,7 @@ def run_audit(asked: AuditRequest, console: Console) -> Audit:
         clusters=tuple(one for model in models.values() for one in clusters_of(model, _sizes(model, oddest.sizes))),
         oddities=oddest.oddities(),
         shortcuts=shortcuts,
-        notes=(*_missing(plan, streamed), *streamed.notes, *_few(models), *notes, *_unkept(oddest)),
+        notes=(*_missing(plan, streamed), *_raw(store), *streamed.notes, *_few(models), *notes, *_unkept(oddest)),
     )
     write_examples(store, {place_of(one): examples.get(place_of(one), ()) for one in audit.findings})
     write_audit(store, audit)
@@ -108,7 +109,8 @@ def _cost(plan: Plan, asked: AuditRequest) -> str:
     reads = f"cost: reads the maps of about {counted(plan.num_records, 'record')}"
     if not asked.tries:
         return reads
-    forwards = MAX_CANDIDATES * (MEMBERS + OTHERS) * (2 + RANDOM_REGIONS)  # each image as it is, changed, and by chance
+    images = min(MEMBERS + OTHERS, plan.num_records)
+    forwards = MAX_CANDIDATES * images * (2 + RANDOM_REGIONS)  # each image as it is, changed, and by chance
     return f"{reads}, then tries at most {MAX_CANDIDATES} regions on the model: at most {forwards:,} forwards"
 
 
@@ -164,7 +166,7 @@ def _typical_on_object(streamed: StreamResult) -> dict[int, float]:
 def _write_rows(store: ObjectStore, scratch: Path, oddest: OddestMaps, console: Console) -> OddestMaps:
     """Writes every map's row with its cluster and strangeness, and deletes rows of earlier audits."""
     files = sorted(scratch.glob("*.parquet"))
-    for file in tracked(console, files, len(files), "place", "map"):
+    for file in tracked(console, files, len(files), "place", "file"):
         rows = with_clusters(read_scratch(file), oddest.models)
         oddest.add(rows)
         body = io.BytesIO()
@@ -191,13 +193,19 @@ def _missing(plan: Plan, streamed: StreamResult) -> Iterator[str]:
         yield f"{missing}: read: {counted(streamed.num_rows, 'row')} of the committed units"
 
 
+def _raw(store: ObjectStore) -> Iterator[str]:
+    """A note on scores that are no probabilities."""
+    if readout_of(store) == "identity":
+        yield "scores are the model's outputs themselves: log-odds are differences of them"
+
+
 def _few(models: Mapping[int, ClassModel]) -> Iterator[str]:
     """Notes on classes that have too few maps for shortcuts or clusters."""
     sizes = [len(model.sample.keys) for model in models.values()]
     for least, what in ((LEAST_OF_CLASS, "shortcuts"), (LEAST_OF_CLUSTERED, "clusters")):
         few = sum(size < least for size in sizes)
         if few:
-            yield f"no {what} are looked for in {few:,} of {counted(len(sizes), 'class')}: than {least} maps each"
+            yield f"no {what} are looked for in {few:,} of {counted(len(sizes), 'class')}: fewer than {least} maps each"
 
 
 def _unkept(oddest: OddestMaps) -> list[str]:

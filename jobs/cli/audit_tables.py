@@ -23,7 +23,7 @@ def audit_table(audit: "Audit", place: str) -> RenderableType:
     rows = [
         ("maps", f"{audit.num_maps:,} of {counted(audit.num_rows, 'row')}{right}"),
         ("flat maps", f"{audit.gates.get('flat', 0) or 'none'} of {counted(audit.num_maps, 'map')}"),
-        ("of no use", gates or "none: no gate stops a map"),
+        ("maps of no use", gates or "none"),
         (
             "clusters",
             f"{len(audit.clusters)} in {len(split)} of the classes" if split else "none",

@@ -12,7 +12,7 @@ from rich.table import Table
 from blocksight.cluster.bucket import EmbeddedBucket
 from blocksight.jobs.bench.photographs import photographs
 from blocksight.jobs.cli.job_tables import outcome_table
-from blocksight.jobs.cli.record_tables import MEANINGS, kept_text
+from blocksight.jobs.cli.record_tables import kept_text, meanings
 from blocksight.jobs.plan.config import Execution, JobConfig
 from blocksight.jobs.plan.text import percent, printable
 from blocksight.jobs.run.job import run_job
@@ -54,8 +54,7 @@ def run_demo(folder: Path, *, through_bucket: bool, console: Console) -> None:
             table.add_row(printable(row["key"]), *_cells(row))
     contact_sheet(tiles, SHEET_COLUMNS).save(pictures / "contact-sheet.png")
     console.print(table)
-    for meaning in MEANINGS:
-        console.print(meaning)
+    console.print(meanings(COLUMNS))
     console.print(outcome_table(job, outcome))
     console.print(f"pictures: {printable(pictures)}/ (begin with contact-sheet.png)")
 

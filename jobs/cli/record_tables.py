@@ -6,38 +6,49 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from blocksight.engine.catalog.readouts import ReadoutName
 from blocksight.jobs.cli.tables import facts_table
-from blocksight.jobs.plan.text import counted, percent, printable
+from blocksight.jobs.plan.preflight import score_name, score_text
+from blocksight.jobs.plan.text import counted, printable
 from blocksight.jobs.report.products import products_of, said_of
 
-FIGURES = ("probability", "rank", "with the top 15 %", "model runs", "masks scored", "stored map")
-"""Columns of a target after its name."""
-MEANINGS = (
-    "probability: how sure the model is of this class; rank 1 is its prediction",
-    "with the top 15 %: what becomes of the score if only the 15 % of the picture that matter most to the map stay "
+FIGURES = ("rank", "with the top 15 %", "model runs", "masks scored", "stored map")
+"""Columns of a target after its name and score."""
+MEANINGS = {
+    "probability": "how sure the model is of this class",
+    "score": "the model's output for this class: the job took it as it is, and it is no probability",
+    "rank": "place of this class among all; 1 is the model's prediction",
+    "with the top 15 %": "what becomes of the score if only the 15 % of the picture that matter most to the map stay "
     "visible; the less it falls, the better the map",
-    "model runs: how often the model looked at a masked copy of the picture to make the map",
-)
-"""What the columns mean, for readers who see them for the first time."""
+    "model runs": "how often the model looked at a masked copy of the picture to make the map",
+}
+"""What columns mean, for readers who see them for the first time."""
 SHARES = {"full": "all", "balanced": "a tenth", "preview": "none"}
 """Masks that a fidelity scores."""
 
 
-def record_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+def record_table(rows: Sequence[Mapping[str, Any]], readout: ReadoutName) -> RenderableType:
     """One record's rows: its facts, a line per target, and a line for each side product.
 
+    `readout`: how the output's scores were read.
     Raises UnreconciledError if a side product is damaged.
     """
     first = rows[0]
     table = Table(title=printable(first["key"]), title_justify="left", title_style="bold")
-    for name in ("target", *FIGURES):
-        table.add_column(name)
+    columns = (score_name(readout), *FIGURES)
+    for name in ("target", *columns):
+        table.add_column(name, min_width=max(map(len, name.split())))
     for row in rows:
         if row["map"] is not None:
-            table.add_row(*target_cells(row))
+            table.add_row(*target_cells(row, readout))
     if first["map"] is None:
         return facts_table([(f"rejected ({first['reject_code']})", printable(first["error"]))], printable(first["key"]))
-    return Group(table, *MEANINGS, *_beside_maps([row for row in rows if row["map"] is not None]))
+    return Group(table, meanings(columns), *_beside_maps([row for row in rows if row["map"] is not None]))
+
+
+def meanings(columns: Sequence[str]) -> Table:
+    """What the columns of a table mean, those that have a line in `MEANINGS`."""
+    return facts_table([(name, MEANINGS[name]) for name in columns if name in MEANINGS])
 
 
 def _beside_maps(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
@@ -48,11 +59,11 @@ def _beside_maps(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
             yield facts_table(found, printable(row["target_name"]) if len(rows) > 1 else None)
 
 
-def target_cells(row: Mapping[str, Any]) -> list[str]:
-    """The target's name, and its values of FIGURES."""
+def target_cells(row: Mapping[str, Any], readout: ReadoutName) -> list[str]:
+    """The target's name and score, and its values of FIGURES."""
     return [
         printable(row["target_name"]),
-        percent(row["score"]),
+        score_text(row["score"], readout),
         str(row["target_rank"]),
         kept_text(row),
         f"{row['num_forwards']:,}",

@@ -13,6 +13,7 @@ from blocksight.engine.catalog.entries import EXPLAINERS
 from blocksight.engine.catalog.parameters import SiseParameters
 from blocksight.jobs.cli.record_tables import record_table
 from blocksight.jobs.plan.config import ConfigError
+from blocksight.jobs.plan.preflight import readout_of
 from blocksight.jobs.plan.stored_config import NamedModel
 from blocksight.jobs.plan.text import counted
 from blocksight.jobs.report.products import Sizes, parts_of, products_of
@@ -90,14 +91,14 @@ def render_record(
     rows = rows_of(output.store, output.plan, key)
     explained = [row for row in rows if row["status"] == OK]
     if not explained:
-        return record_table(rows), []
+        return record_table(rows, readout_of(output.store)), []
     image = dict(images_of(output.plan, endpoint_url, {key})).get(key)
     pictures = (
         _sheets(output, explained, image, endpoint_url, request, notes)
         if request.is_sheet
         else _plain(output, explained, image, request.truth)
     )
-    table, written, alone = record_table(rows), [], len(explained) == 1
+    table, written, alone = record_table(rows, readout_of(output.store)), [], len(explained) == 1
     named = path and path.with_name(f"{path.stem}.products{path.suffix}")
     for row, picture in zip(explained, pictures, strict=True):
         beside = _products(output, row, image)

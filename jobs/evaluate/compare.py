@@ -27,6 +27,7 @@ from blocksight.jobs.ledger.output import fragment_of
 from blocksight.jobs.ledger.reconcile import read_job_state
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.forward_setting import planned_forward, protocol_of, setting_difference
+from blocksight.jobs.plan.preflight import readout_difference
 from blocksight.jobs.worker.rows import Output, refuse_other_inputs
 from blocksight.storage.outputs.schema import METRICS as METRICS_STRUCT
 from blocksight.storage.outputs.schema import OK
@@ -133,9 +134,12 @@ def compare(outputs: Sequence[Output]) -> Comparison:
             sums[column] = sums[column] + own if column in sums else own
     columns = sorted(sums, key=lambda column: (list(METRICS).index(column.metric), column.protocol))
     cells = tuple(_cells(columns, sums))
-    note = setting_difference({output.name: planned_forward(output.store) for output in outputs})
+    found = (
+        setting_difference({output.name: planned_forward(output.store) for output in outputs}),
+        readout_difference({output.name: output.store for output in outputs}),
+    )
     absences = tuple(_absences(methods, cells, reasons))
-    notes, outputs_quality = () if note is None else (note,), tuple(map(_quality, outputs))
+    notes, outputs_quality = tuple(note for note in found if note is not None), tuple(map(_quality, outputs))
     return Comparison(tuple(methods.values()), tuple(columns), cells, absences, notes, outputs_quality)
 
 

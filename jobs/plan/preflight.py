@@ -1,11 +1,13 @@
 """What was found out about a job's model before its first unit, stored beside the plan; read without torch."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from blocksight.engine.catalog.readouts import READOUTS, ReadoutName
 from blocksight.jobs.plan.documents import read_document
 from blocksight.jobs.plan.plan import MODEL_KEY, PLAN_FOLDER
+from blocksight.jobs.plan.text import percent
 from blocksight.storage.stores.store import AlreadyExistsError, MissingError, ObjectStore
 
 PREFLIGHT_KEY = f"{PLAN_FOLDER}preflight.json"
@@ -26,11 +28,38 @@ class Preflight:
     def __str__(self) -> str:
         examined = f"examined on {self.images}" if self.images else "not examined"
         odd = "" if self.findings or not self.images else ", nothing odd"
-        return f"{examined}{odd}; a score is the {READOUTS[self.readout]}"
+        return f"{examined}{odd}; a score is the {READOUTS[self.readout].removeprefix('the ')}"
 
 
 UNEXAMINED = Preflight("softmax", "", ())
 """Of outputs of earlier versions."""
+
+
+def readout_of(output: ObjectStore) -> ReadoutName:
+    """How the scores of an output were read. Raises as `stored_preflight`."""
+    return (stored_preflight(output) or UNEXAMINED).readout
+
+
+def score_name(readout: ReadoutName) -> str:
+    """What a score is called: a model's output itself is no probability."""
+    return "score" if readout == "identity" else "probability"
+
+
+def score_text(score: float, readout: ReadoutName) -> str:
+    """`79.1 %` for a probability, and the figure for a model's output itself."""
+    return f"{score:.4g}" if readout == "identity" else percent(score)
+
+
+def readout_difference(outputs: Mapping[str, ObjectStore]) -> str | None:
+    """A sentence if the scores of outputs, by name, were read in different ways; None if all are alike.
+
+    Raises as `stored_preflight`.
+    """
+    readouts = {name: readout_of(output) for name, output in outputs.items()}
+    if len(set(readouts.values())) < 2:
+        return None
+    ways = ", ".join(f"{name}: {READOUTS[readout]}" for name, readout in readouts.items())
+    return f"scores are read in different ways ({ways}): their values cannot be compared, nor what is judged by them"
 
 
 def stored_preflight(output: ObjectStore) -> Preflight | None:

@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from blocksight.engine.catalog.entries import CONTROLS, METRICS
+from blocksight.engine.catalog.readouts import ReadoutName
 from blocksight.jobs.audit.examples import read_examples
 from blocksight.jobs.audit.result import GATES, Audit, read_audit
 from blocksight.jobs.audit.stream import committed, digest_of_fragments
@@ -18,7 +19,7 @@ from blocksight.jobs.ledger.accuracy import is_right
 from blocksight.jobs.ledger.reconcile import JobState, final_manifest, read_job_state
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.forward_setting import planned_forward
-from blocksight.jobs.plan.preflight import stored_preflight
+from blocksight.jobs.plan.preflight import readout_of, score_text, stored_preflight
 from blocksight.jobs.plan.records import DeadLetter
 from blocksight.jobs.plan.text import counted, percent
 from blocksight.jobs.report.facts import (
@@ -134,7 +135,8 @@ class Item:
     label: str | None
     is_right: bool | None
     """Whether the record's prediction is its label; None if that is not known."""
-    score: float
+    score: str
+    """As `score_text` writes it."""
     galleries: tuple[str, ...]
     ranked: tuple[Fact, ...]
     """Values of the metrics that put it into a gallery."""
@@ -385,7 +387,7 @@ def _items(
             reasons.setdefault(ref, []).append(gallery.name)
     update = progress("draw", len(reasons))
     found = dict(drawn(output, endpoint_url, tuple(reasons), update, truth))
-    details, ranked = _details(audit), _ranked_by(shown)
+    details, ranked, readout = _details(audit), _ranked_by(shown), readout_of(output.store)
     titles = {gallery.name: gallery.title for gallery in shown}
     for number, ref in enumerate(ref for ref in reasons if ref in found):
         row = found[ref].row
@@ -397,10 +399,10 @@ def _items(
             ref.target_index,
             row["label_name"],
             is_right([row]),
-            row["score"],
+            score_text(row["score"], readout),
             tuple(reasons[ref]),
             tuple(ranked.get(ref, {}).values()),
-            (*_row_facts(row, ranked.get(ref, {})), *details.get(ref, ()), why),
+            (*_row_facts(row, ranked.get(ref, {}), readout), *details.get(ref, ()), why),
             found[ref].picture,
             found[ref].products,
         )
@@ -426,10 +428,11 @@ def _details(audit: Audit | None) -> dict[Ref, list[Fact]]:
     return found
 
 
-def _row_facts(row: Mapping[str, Any], ranked: Mapping[str, Fact]) -> Iterator[Fact]:
+def _row_facts(row: Mapping[str, Any], ranked: Mapping[str, Fact], readout: ReadoutName) -> Iterator[Fact]:
     yield Fact("record", row["key"])
     yield Fact("explained class", class_name(row["target_name"], row["target_index"]), f"number {row['target_index']}")
-    yield Fact("score", f"{row['score']:.3f}", f"probability, rank {row['target_rank']} of the model's classes")
+    kind = "the model's output itself" if readout == "identity" else "probability"
+    yield Fact("score", f"{row['score']:.3f}", f"{kind}, rank {row['target_rank']} of the model's classes")
     verdict = {True: "the prediction is right", False: "the prediction is wrong", None: ""}[is_right([row])]
     yield Fact("label", row["label_name"] or "not known", verdict)
     metrics = row["metrics"] or {}

@@ -22,8 +22,8 @@ MAX_BEST = 12
 """Maps of a family that are drawn."""
 MAX_FIXATIONS = 50
 MAX_CROPS = 1024
-ROUNDING = 1e-6
-"""By how much a probability may exceed its range."""
+MAX_SCORE = 1e6
+"""Largest amount of a crop's score: with `--readout identity` it is no probability."""
 MAX_NAME = 60
 """Characters of a name in a line."""
 NUM_CHANNELS = 10
@@ -111,8 +111,8 @@ def _importances(found: Sequence[float]) -> NDArray[np.float32]:
 def _crop(one: Row, height: int, width: int) -> Crop:
     crop = Crop(**one)
     _finite(crop.score, crop.weight)
-    if not -ROUNDING <= crop.score <= 1 + ROUNDING:
-        raise ValueError(f"a score of {crop.score:g} is no probability")
+    if abs(crop.score) > MAX_SCORE:
+        raise ValueError(f"a score of {crop.score:g} is out of range")
     inside = 0 <= crop.top < crop.top + crop.height <= height and 0 <= crop.left < crop.left + crop.width <= width
     if not inside:
         raise ValueError(f"a crop of {crop.height} x {crop.width} pixels does not lie in the input")

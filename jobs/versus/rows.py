@@ -50,7 +50,10 @@ KINDS: dict[str, tuple[pa.DataType, str]] = {
     "label_name": (pa.string(), "as the data set writes it"),
     "target_index": (pa.int32(), "class that is explained"),
     "target_name": (pa.string(), "its name under A"),
-    "score_a": (pa.float64(), "softmax probability of the target under A, 0 to 1"),
+    "score_a": (
+        pa.float64(),
+        "score of the target under A, as A's job read it: a probability, 0 to 1, unless the model's output itself",
+    ),
     "score_b": (pa.float64(), "and under B"),
     "rank_a": (pa.int32(), "place of the target among A's classes, 1 is the prediction"),
     "rank_b": (pa.int32(), "and among B's"),

@@ -15,6 +15,7 @@ from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.documents import read_document
 from blocksight.jobs.plan.forward_setting import planned_forward, protocol_of, setting_difference
 from blocksight.jobs.plan.plan import check_place
+from blocksight.jobs.plan.preflight import readout_difference
 from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.jobs.plan.text import counted
 from blocksight.jobs.versus.joining import Tally, joined
@@ -77,7 +78,11 @@ def write_difference(
     sheet = contact_sheet_of(a, b, endpoint_url, worst, truth)
     if sheet is not None:
         store.put(PICTURE, sheet)
-    note = setting_difference({a.name: planned_forward(a.store), b.name: planned_forward(b.store)})
+    notes = (
+        setting_difference({a.name: planned_forward(a.store), b.name: planned_forward(b.store)}),
+        readout_difference({a.name: a.store, b.name: b.store}),
+    )
+    note = "; ".join(own for own in notes if own is not None) or None
     document = {"a": _facts(a), "b": _facts(b), "note": note, "picture": worst.title, **summary(tally, typical, sums)}
     store.put(SUMMARY, (json.dumps(document, indent=1) + "\n").encode())
     return Difference(document, None if sheet is None else PICTURE)

@@ -96,7 +96,11 @@ SCHEMA = pa.schema(
         _field("target_source", pa.string(), "how it was chosen: predicted, label, top or given"),
         _field("target_rank", pa.int32(), "place of the target among the model's classes, 1 is the prediction"),
         _field("label_rank", pa.int32(), "place of the label among them; null where the label is unknown"),
-        _field("score", pa.float64(), "softmax probability of the target on the whole image, 0 to 1"),
+        _field(
+            "score",
+            pa.float64(),
+            "probability of the target on the whole image, 0 to 1; with `--readout identity` the output itself",
+        ),
         _field("explainer", pa.string(), "registered name"),
         _field("parameters", pa.string(), "hash of the explainer's parameters, the model and its blocks"),
         _field("map", pa.binary(), "saliency map over the model's input, codec below"),

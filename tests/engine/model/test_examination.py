@@ -132,7 +132,7 @@ def test_an_uncertain_classifier_is_not_taken_for_independent_labels():
 def test_what_the_user_says_is_taken_unless_it_cannot_be():
     assert examined(lambda z: z.sigmoid(), "softmax").readout == "softmax"
     (sentence,) = examined(lambda z: z.softmax(1), "softmax").findings
-    assert sentence.startswith("all outputs lie in [0, 1] already, and a softmax is taken of them")
+    assert sentence == "all outputs lie in [0, 1] already, and a softmax is taken of them, as it was asked"
     assert examined(lambda z: z, "identity").findings == ()
     with pytest.raises(ModelError, match=r"--readout probabilities, and the outputs of net lie in \[-.*: say softmax"):
         examined(lambda z: z, "probabilities")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
@@ -20,7 +21,7 @@ from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.storage.stores.local import LocalStore
 from tests.jobs import tiny
-from tests.jobs.jobs_of import blocksight, model_of, rows_in, run_here
+from tests.jobs.jobs_of import blocksight, called, model_of, rows_in, run_here
 from tests.jobs.marked import CLASS_NAMES, CLEAN_MODELS, MARK_BOX, MARKED, MODEL, write
 from tests.jobs.tiny import folder_of_images
 
@@ -283,3 +284,12 @@ def test_an_output_of_one_class_and_rejects_is_audited_all_the_same(tmp_path: Pa
     found = audited(tmp_path / "out")
     assert found.num_rejected > 0
     assert "explain one class alone" in " ".join(found.notes)
+
+
+def test_what_a_small_output_costs_and_lacks_is_said_in_its_own_figures(tmp_path: Path) -> None:
+    run_here(folder_of_images(tmp_path / "in"), tmp_path / "out", explainer="gradcam")
+    code, printed = called("audit", tmp_path / "out", "--model", model_of(tmp_path / "out"))
+    assert code == 0
+    images, passes = len(rows_in(LocalStore(tmp_path / "out"))), 6  # as it is, changed, and with four random regions
+    assert f"tries at most 40 regions on the model: at most {40 * images * passes:,} forwards" in printed
+    assert re.search(r"no clusters are looked for in (\d) of \1 class(es)?: fewer than 30 maps each", printed)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,13 +12,14 @@ from PIL import Image
 from rich.console import Console
 
 from blocksight.engine.catalog.entries import EXPLAINERS
+from blocksight.engine.catalog.readouts import READOUTS, ReadoutName
 from blocksight.engine.errors import ModelError
 from blocksight.jobs.explain import preflight
 from blocksight.jobs.explain.step import load, model_facts
 from blocksight.jobs.ledger.attempt_markers import FOLDER
 from blocksight.jobs.plan.config import ConfigError, Execution
 from blocksight.jobs.plan.plan import source_of
-from blocksight.jobs.plan.preflight import PREFLIGHT_KEY, UNEXAMINED, stored_preflight
+from blocksight.jobs.plan.preflight import PREFLIGHT_KEY, UNEXAMINED, Preflight, stored_preflight
 from blocksight.jobs.run.job import plan_job, run_job
 from blocksight.storage.stores.opening import open_store
 from tests.jobs.jobs_of import called, config_of, rows_in, run_here
@@ -280,3 +282,34 @@ def test_the_driver_of_ray_is_careful(tmp_path, monkeypatch, runner):
     config = config_of(folder_of_images(tmp_path / "in", 1, bad=False), tmp_path / "out")
     with pytest.raises(ModelError, match=f"careful: {runner == 'ray'}"):
         run_job(config, Execution(runner=runner), Console(quiet=True))
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+def test_what_a_score_is_reads_as_a_sentence(readout: ReadoutName) -> None:
+    said = str(Preflight(readout, "4 images", ()))
+    assert said.startswith("examined on 4 images, nothing odd; a score is the ")
+    assert "the the" not in said
+
+
+def test_raw_outputs_are_called_no_probability_and_are_compared_with_none(tmp_path: Path) -> None:
+    data = folder_of_images(tmp_path / "in")
+    run_here(data, tmp_path / "soft", explainer="gradcam")
+    run_here(data, tmp_path / "raw", explainer="gradcam", readout="identity")
+    row = next(row for row in rows_in(open_store(str(tmp_path / "raw"))) if row["status"] == "ok")
+    _, printed = called("show", tmp_path / "raw", row["key"], "--picture", tmp_path / "one.png")
+    assert f"{row['score']:.4g}" in printed
+    assert "score" in printed
+    assert f"{100 * row['score']:.1f} %" not in printed
+    assert "probability:" not in printed
+    assert called("report", tmp_path / "raw")[0] == 0
+    page = (tmp_path / "raw/report/index.html").read_text()
+    assert f"{row['score']:.4g} <bdi>" in page
+    assert "the model&#39;s output itself, rank 1" in page
+    for words in (("versus", tmp_path / "soft", tmp_path / "raw", "--output", tmp_path / "difference"),
+                  ("compare", tmp_path / "soft", tmp_path / "raw")):  # fmt: skip
+        _, printed = called(*words)
+        assert "scores are read in different ways" in " ".join(printed.split())
+    assert "different ways" not in called("compare", tmp_path / "soft", tmp_path / "soft")[1]
+    _, printed = called("audit", tmp_path / "raw", "--no-try")
+    assert "scores are the model's outputs themselves" in " ".join(printed.split())
+    assert "themselves" not in called("audit", tmp_path / "soft", "--no-try")[1]

@@ -103,7 +103,6 @@ DAMAGE = {
     ],
     "out of range": [
         spoilt("scan_path", column=1.5),
-        spoilt("crops", score=1.5),
         spoilt("crops", score=-1e300),
         {"selected_by": "no metric \x1b[31m"},
         {"crops": [None]},
