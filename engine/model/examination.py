@@ -26,8 +26,8 @@ SURE = 0.8
 LEAST_DRIFT = 0.25
 """Deviation of the mean logit over images, relative to that of all logits. Training by cross entropy keeps the sum of
 the logits where it began: its gradient has the sum 0."""
-NUM_ALONE = 2
-"""Images that are also passed alone."""
+MAX_SHOWN = 5
+RANDOM = "something in it is random in eval mode, such as F.dropout without training=self.training"
 MAX_KNOWN = 16
 """Classes whose outputs are kept of each random picture."""
 
@@ -56,21 +56,33 @@ class _Output:
     again: Tensor
     """Of the same pass once more."""
     alone: Tensor
-    """Of the first images, each in a pass of its own."""
+    """Of the same images, each in a pass of its own."""
     dtype: torch.dtype
     is_squashed: bool
-    """The last function that ran was a sigmoid or a softmax, as far as it can be seen."""
+    """A sigmoid or a softmax gave a result of the output's shape, as far as it can be seen."""
+    is_logarithm: bool
+    """The last function was a log-sigmoid, as far as it can be seen."""
     num_real: int
     """The first so many images are of the data set."""
 
+    mode: str | None
+    """A clause, if the forward put a layer into training mode."""
+
+    @property
+    def finite(self) -> Tensor:
+        """The outputs [M, K] of the images whose outputs are all finite."""
+        return self.together[self.together.isfinite().all(1)]
+
     @property
     def range(self) -> float:
-        """The largest difference of two outputs."""
-        return float(self.together.max() - self.together.min())
+        """The largest difference of two finite outputs."""
+        return float(self.finite.max() - self.finite.min())
 
     def difference(self, other: Tensor) -> float:
-        """The largest difference to another pass of the first images, relative to the range."""
-        apart = float((self.together[: len(other)] - other).abs().max())
+        """The largest difference to other passes of the images, relative to the range."""
+        if not torch.equal(self.together.isfinite(), other.isfinite()):
+            return torch.inf
+        apart = float((self.finite - other[other.isfinite().all(1)]).abs().max())
         return apart / self.range if self.range else (torch.inf if apart else 0.0)
 
 
@@ -89,7 +101,7 @@ def examine(
     output = _run(adapter, inputs_nchw, num_real)
     _refuse_non_finite(adapter, output)
     _refuse_changing(adapter, output)
-    finite = output.together[output.together.isfinite().all(1)]
+    finite = output.finite
     readout, told = _readout(output, finite) if asked is None else (asked, _contradiction(adapter, asked, finite))
     return Examination(readout, (*told, *_oddities(adapter, output)), _some_outputs(output.together[num_real:]))
 
@@ -112,7 +124,7 @@ def refuse_other_function(
         difference = float((ours - theirs).abs().max() / scale) if scale else float((ours - theirs).abs().max())
         if difference <= MAX_DIFFERENCE:
             return
-        apart = f"by {difference:.0%} of their range"
+        apart = f"by {percent(difference)} of their range"
     raise ModelError(
         f"the outputs of {adapter.name} on the same pictures differ from those of the time when the output was begun, "
         f"{apart}: its weights are the same, so the code of its forward, or of a library in it, was changed; take the "
@@ -120,27 +132,33 @@ def refuse_other_function(
     )
 
 
-class _LastFunction(TorchFunctionMode):
-    """Remembers the last result of a sigmoid or softmax."""
+class _Squashed(TorchFunctionMode):
+    """Remembers the shapes of all results of a sigmoid or softmax, and the last result of a log-sigmoid."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.squashed: Tensor | None = None
+        self.shapes: set[torch.Size] = set()
+        self.last: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in _SQUASHING:
-            self.squashed = result
+            self.shapes.add(result.shape)
+        if func is functional.logsigmoid:
+            self.last = result
         return result
 
 
 def _run(adapter: ModelAdapter, inputs: Tensor, num_real: int) -> _Output:
+    given = inputs.clone()
     try:
         with adapter.borrowed(), torch.inference_mode():
-            with _LastFunction() as last:
+            with _Squashed() as squashed:
                 together = adapter.logits(inputs)
+            _refuse_other_input(adapter, inputs, given)
+            mode = _training_mode(adapter)
             again = adapter.logits(inputs)
-            alone = torch.cat([adapter.logits(one) for one in inputs[:NUM_ALONE].split(1)])
+            alone = torch.cat([adapter.logits(one) for one in inputs.split(1)])
     except (ModelError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a user's model may raise anything
@@ -155,29 +173,56 @@ def _run(adapter: ModelAdapter, inputs: Tensor, num_real: int) -> _Output:
         again=again.detach().double().cpu(),
         alone=alone.detach().double().cpu(),
         dtype=together.dtype,
-        is_squashed=last.squashed is together,
+        is_squashed=together.shape in squashed.shapes,
+        is_logarithm=squashed.last is together,
         num_real=num_real,
+        mode=mode,
     )
+
+
+def _refuse_other_input(adapter: ModelAdapter, inputs: Tensor, given: Tensor) -> None:
+    """Raises ModelError if the forward changed its input."""
+    if not torch.equal(inputs, given):
+        raise ModelError(
+            f"the forward of {adapter.name} changes its input in place, so that a second pass sees other images: begin "
+            "it with x = x.clone(), or write x = x - 1 for x -= 1"
+        )
+
+
+def _training_mode(adapter: ModelAdapter) -> str | None:
+    """A clause that names a layer that the forward put into training mode, although it was called in eval mode."""
+    name = next((name or "the model" for name, one in adapter.module.named_modules() if one.training), None)
+    return None if name is None else f"its forward puts {name} into training mode"
 
 
 def _refuse_non_finite(adapter: ModelAdapter, output: _Output) -> None:
     if not output.together.isfinite().all(1).any():
         raise ModelError(
-            f"the output of {adapter.name} holds NaN or infinity for each of {len(output.together)} images: check its "
-            "weights and its normalisation (mean and std), and return model.float() if it computes in half precision"
+            f"the output of {adapter.name} holds NaN or infinity for each of {len(output.together)} images"
+            f"{_at_classes(output.together)}: check its weights and its normalisation (mean and std), and return "
+            "model.float() if it computes in half precision"
         )
+
+
+def _at_classes(outputs: Tensor) -> str:
+    """A clause that names the classes, if others have finite outputs [N, K]; a class that is ruled out is -infinity."""
+    never = (~outputs.isfinite()).all(0).nonzero().flatten().tolist()
+    if not never or len(never) == outputs.shape[1]:
+        return ""
+    shown = ", ".join(map(str, never[:MAX_SHOWN]))
+    return f", always at the classes {shown}{' ...' if len(never) > MAX_SHOWN else ''} (leave them out of the output)"
 
 
 def _refuse_changing(adapter: ModelAdapter, output: _Output) -> None:
-    if output.difference(output.again.nan_to_num()) > ROUNDING and output.together.isfinite().all():
+    if output.difference(output.again) > ROUNDING:
         raise ModelError(
-            f"the output of {adapter.name} changes from call to call, by {output.difference(output.again):.0%} of its "
-            "range for the same images: something in it is random in eval mode, such as F.dropout without "
-            "training=self.training; no map of it could be made twice, so make it a fixed function"
+            f"the output of {adapter.name} changes from call to call, by {percent(output.difference(output.again))} of "
+            f"its range for the same images: {output.mode or RANDOM}; no map of it could be made twice, so make it a "
+            "fixed function"
         )
     if output.difference(output.alone) > MAX_DIFFERENCE:
-        by = f"changes by {output.difference(output.alone):.0%} of its range with the other images of the pass"
-        cause = _batch_statistics(adapter) or "something in it joins the images of a pass"
+        by = f"changes by {percent(output.difference(output.alone))} of its range with the other images of the pass"
+        cause = _batch_statistics(adapter) or output.mode or "something in it joins the images of a pass"
         raise ModelError(_joins_images(adapter, f"{by}: {cause}"))
 
 
@@ -190,6 +235,11 @@ def _some_outputs(outputs: Tensor) -> tuple[tuple[float, ...], ...]:
         tuple(float(f"{value:.6g}") for value in row) if is_finite else ()
         for row, is_finite in zip(rows, finite, strict=True)
     )
+
+
+def percent(share: float) -> str:
+    """A share with two digits: 0.012 %, 4 %, 120 %."""
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
 
 
 def _batch_statistics(adapter: ModelAdapter) -> str | None:
@@ -217,7 +267,8 @@ def _readout(output: _Output, finite: Tensor) -> tuple[ReadoutName, tuple[str, .
     if _is_in_unit_range(finite) and (output.is_squashed or _is_decided(finite)):
         return "probabilities", (
             "the outputs are probabilities of independent labels already (in [0, 1], sums other than 1: a sigmoid is "
-            "inside): a score is the output itself (--readout softmax for classes that exclude each other)",
+            "inside, or a softmax that was changed): a score is the output itself (--readout softmax for classes that "
+            "exclude each other)",
         )
     if _are_independent(output):
         return "sigmoid", (
@@ -225,12 +276,40 @@ def _readout(output: _Output, finite: Tensor) -> tuple[ReadoutName, tuple[str, .
             "taken for independent labels: a score is the sigmoid of the label's own output. This is a guess: if the "
             "classes exclude each other say --readout softmax",
         )
+    _refuse_negative_logarithms(finite)
+    if output.is_logarithm:
+        return "softmax", (
+            "a log-sigmoid gives the outputs, and a softmax is taken of them: for independent labels leave it out of "
+            "the model and say --readout sigmoid",
+        )
+    if _are_shares(finite):
+        return "softmax", (
+            f"the outputs are never negative and sum to {finite.sum(1).mean():.4g} for every image, as percentages do, "
+            "and a softmax is taken of them: divide them by their sum in the model, and they are probabilities",
+        )
     if _is_in_unit_range(finite):
         return "softmax", (
             "all outputs lie in [0, 1] and a softmax is taken of them: if they are probabilities already say "
             "--readout probabilities",
         )
     return "softmax", ()
+
+
+def _refuse_negative_logarithms(finite: Tensor) -> None:
+    """Raises ModelError for outputs whose smallest is the prediction."""
+    if finite.min() >= 0 and finite.shape[1] > 1 and (finite.neg().exp().sum(1) - 1).abs().max() <= NEAR_ONE:
+        raise ModelError(
+            "the outputs are negative logarithms of probabilities, of which the smallest is the prediction: every map "
+            "would be of the wrong class; return them with the other sign (--readout identity takes them as they are)"
+        )
+
+
+def _are_shares(values: Tensor) -> bool:
+    """True for outputs above 1 that are not negative and sum to the same number for every image."""
+    sums = values.sum(1)
+    is_same = (sums - sums.mean()).abs().max() <= NEAR_ONE * sums.mean()
+    varies = values.std(0, correction=0).max() > NEAR_ONE * sums.mean()  # else it is constant, which is told
+    return bool(values.min() >= 0) and values.shape[1] > 1 and bool(is_same) and bool(varies)
 
 
 def _is_in_unit_range(values: Tensor) -> bool:
@@ -253,7 +332,7 @@ def _are_independent(output: _Output) -> bool:
         return False
     second = real.sigmoid().topk(2, 1).values[:, 1]
     several = (second > SURE) & (real.softmax(1).amax(1) < SURE)
-    finite = output.together[output.together.isfinite().all(1)]
+    finite = output.finite
     drift = finite.mean(1).std(correction=0) / finite.std(correction=0).clamp(min=1e-12)
     return bool(several.double().mean() >= 0.5) and float(drift) >= LEAST_DRIFT
 
@@ -277,15 +356,15 @@ def _oddities(adapter: ModelAdapter, output: _Output) -> Iterator[str]:
     num_odd = int((~output.together.isfinite().all(1)).sum())
     if num_odd:
         yield f"the output holds NaN or infinity for {num_odd} of {len(output.together)} images: those are rejected"
-    finite = output.together[output.together.isfinite().all(1)]
+    finite = output.finite
     if len(finite) > 1 and bool((finite - finite[:1]).abs().max() <= 1e-6 * finite.abs().max()):
         yield (
             f"the output is the same for all {len(finite)} images it was tried on: the model does not look at them, "
             "and its maps will show nothing"
         )
-    difference = output.difference(output.alone) if not num_odd else 0.0
+    difference = output.difference(output.alone)
     if difference > ROUNDING:
-        yield f"the output for an image changes by {difference:.1%} of its range with the other images of its pass"
+        yield f"the output for an image changes by {percent(difference)} of its range with the other images of its pass"
     if output.dtype != torch.float32:
         yield f"the outputs are {name_of(output.dtype)}"
     weights = _types(adapter.module)

@@ -1,6 +1,6 @@
 """Sentences for a model that fails on images, or returns something else than logits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,18 +40,37 @@ def _has_modes(module: nn.Module) -> bool:
 
 
 def shape_of(output: object) -> str:
-    """What a module returned, for people, with a way to wrap it if the logits may be inside."""
+    """What a module returned for two images, for people, with a way to wrap it if the logits may be inside."""
     if isinstance(output, Tensor):
-        return str(tuple(output.shape))
+        return f"{tuple(output.shape)}{_way_from(output)}"
     kind = type(output).__name__
     if isinstance(output, dict):
         keys = ", ".join(map(str, list(output)[:6]))
-        one = next((key for key in output if "logit" in str(key)), next(iter(output), ""))
-        return f"a {kind} with {keys}: wrap it in a module that returns the logits, such as output[{one!r}]"
+        return f"a {kind} with {keys}{_wrapped(output.items(), 'output[{!r}]')}"
     if isinstance(output, tuple | list):
         inside = ", ".join(str(tuple(one.shape)) if isinstance(one, Tensor) else type(one).__name__ for one in output)
-        return f"a {kind} of {inside}: wrap it in a module that returns the logits, such as output[0]"
-    return kind
+        return f"a {kind} of {inside}{_wrapped(enumerate(output), 'output[{!r}]')}"
+    return f"a {kind}{_wrapped(getattr(output, '__dict__', {}).items(), 'output.{}')}"
+
+
+def _way_from(output: Tensor) -> str:
+    """How logits are made of a tensor that is not [N, K], as a clause; empty: unknown."""
+    if output.dim() == 1:
+        return ": wrap it in a module that returns output[:, None], and say --readout sigmoid or probabilities"
+    if output.dim() > 2 and output[0].numel() == max(output.shape[1:]):
+        return ": wrap it in a module that returns output.flatten(1)"
+    if output.dim() == 4:
+        return ": a map for each class; wrap it in a module that returns their means, output.mean((2, 3))"
+    return ""
+
+
+def _wrapped(parts: Iterable[tuple[object, object]], path: str) -> str:
+    """How to take the logits out of several values, as a clause; empty: no value can be logits."""
+    found = {name: one for name, one in parts if isinstance(one, Tensor)}
+    named = [name for name in found if "logit" in str(name)]
+    flat = [name for name, one in found.items() if one.dim() == 2]
+    one = next(iter([*named, *flat, *found]), None)
+    return "" if one is None else f": wrap it in a module that returns the logits, such as {path.format(one)}"
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -56,7 +56,7 @@ def in_a_sentence(name: str) -> Iterator[None]:
         yield
     except OF_THE_USER:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(
             f"model {name!r} cannot be used: {type(error).__name__} while it was examined: {first_line_of(error)}"
         ) from error

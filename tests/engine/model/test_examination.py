@@ -48,7 +48,11 @@ def test_a_sound_classifier_gets_a_softmax_and_no_word():
         (lambda z: z.sigmoid(), "probabilities", "independent labels already .* a sigmoid is inside"),
         (lambda z: (z * 1e-3).sigmoid(), "probabilities", "a sigmoid is inside"),
         (lambda z: 1 / (1 + (-z).exp()), "probabilities", "a sigmoid is inside"),
-        (lambda z: z.sigmoid() * 0.2 + 0.3, "softmax", "--readout probabilities"),
+        (lambda z: 0.3 + 0.2 / (1 + (-z).exp()), "softmax", "--readout probabilities"),
+        (lambda z: z.sigmoid().clamp(0.01, 0.99) * 0.2 + 0.3, "probabilities", "a sigmoid is inside"),
+        (lambda z: z.softmax(1) * (z > 0), "probabilities", "or a softmax that was changed"),
+        (lambda z: z.softmax(1) * 100, "softmax", "sum to 100 for every image, as percentages do"),
+        (lambda z: functional.logsigmoid(z), "softmax", "a log-sigmoid gives the outputs"),
         (lambda z: z.log_softmax(1), "softmax", None),
         (lambda z: z.double(), "softmax", "the outputs are float64"),
         (lambda z: z * 0 + 1.5, "softmax", "the same for all 8 images"),
@@ -67,7 +71,9 @@ def test_an_output_is_recognised(change, readout, sentence):
         (lambda z: functional.dropout(z), "changes from call to call"),
         (lambda z: z + torch.rand(1), "changes from call to call"),
         (lambda z: z - z.mean(0), "with the other images of the pass: something in it joins"),
-        (lambda z: z * torch.nan, "NaN or infinity for each of 8 images"),
+        (lambda z: z * torch.nan, "NaN or infinity for each of 8 images: check"),
+        (lambda z: z.index_fill(1, torch.tensor([2]), -torch.inf), "always at the classes 2 .leave them out"),
+        (lambda z: -z.log_softmax(1), "negative logarithms .* every map would be of the wrong class"),
         (lambda z: z if len(z) > 1 else z.view(3, 2), "model 'net' fails on 8 images together or on one alone"),
     ],
 )
@@ -83,8 +89,84 @@ def test_batch_norm_without_running_statistics_is_named():
 
 
 def test_what_an_image_makes_infinite_is_said():
-    found = examined(lambda z: torch.cat([z[:1] * torch.inf, z[1:]]) if len(z) > 1 else z * torch.inf)
-    assert found.findings == ("the output holds NaN or infinity for 1 of 8 images: those are rejected",)
+    found = examined(spoiled)
+    assert found.findings == ("the output holds NaN or infinity for 3 of 8 images: those are rejected",)
+
+
+def spoiled(logits):
+    """NaN for the images whose class 1 is likely."""
+    return torch.where(logits[:, 1:2] > 10, torch.nan, logits)
+
+
+def test_an_image_without_a_finite_output_hides_no_randomness():
+    with pytest.raises(ModelError, match="changes from call to call"):
+        examined(lambda z: functional.dropout(spoiled(z)))
+    with pytest.raises(ModelError, match="changes from call to call"):
+        examined(lambda z: torch.where(torch.rand(len(z), 1) < 0.5, torch.nan, z))
+
+
+def test_every_image_is_tried_alone():
+    with pytest.raises(ModelError, match="with the other images of the pass"):
+        examined(lambda z: z - z[-1:])  # the first images alone would show it too, but not by how much
+    with pytest.raises(ModelError, match="with the other images of the pass"):
+        examined(lambda z: torch.cat([z[:-1], z[-1:] + 10 * (len(z) > 1)]))
+
+
+class Woken(Wrapped):
+    """A network whose forward puts a part of it into training mode."""
+
+    def __init__(self):
+        super().__init__(nn.Dropout(0.5))
+
+    def forward(self, x):
+        self.change.train()
+        return super().forward(x)
+
+
+def test_a_forward_that_calls_train_is_the_cause():
+    adapter = ModelAdapter(seeded(Woken), name="net", input_size=(SIDE, SIDE))
+    with pytest.raises(ModelError, match=r"call to call, by .* its forward puts change into training mode"):
+        examine(adapter, drawn_pictures(adapter))
+
+
+class InPlace(Wrapped):
+    """A network that normalises its input in place."""
+
+    def __init__(self):
+        super().__init__(lambda z: z)
+
+    def forward(self, x):
+        return super().forward(x.sub_(0.1))
+
+
+def test_an_input_that_is_changed_in_place_is_refused():
+    adapter = ModelAdapter(seeded(InPlace), name="net", input_size=(SIDE, SIDE))
+    with pytest.raises(ModelError, match=r"changes its input in place.* x = x.clone\(\)"):
+        examine(adapter, drawn_pictures(adapter))
+
+
+class Parts:
+    """What some libraries return."""
+
+    def __init__(self, logits):
+        self.hidden, self.logits = logits[:, None], logits
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda z: z[:, 0], r"\(2,\): wrap .* output\[:, None\], and say --readout sigmoid"),
+        (lambda z: z[:, :, None, None], r"output.flatten\(1\)"),
+        (lambda z: z[:, :, None, None].expand(-1, -1, 3, 3), r"output.mean\(\(2, 3\)\)"),
+        (lambda z: (z[:, None], z), r"a tuple of \(2, 1, 5\), \(2, 5\): .* such as output\[1\]"),
+        (lambda z: {"hidden": z, "logits": z}, r"a dict with hidden, logits: .* output\['logits'\]"),
+        (Parts, "a Parts: wrap .* such as output.logits"),
+        (lambda _: None, "it returned a NoneType$"),
+    ],
+)
+def test_an_output_that_is_no_logits_says_how_to_wrap_it(change, sentence):
+    with pytest.raises(ModelError, match=sentence):
+        _ = adapter_of(change).num_classes
 
 
 class Labels(nn.Module):

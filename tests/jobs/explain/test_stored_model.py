@@ -83,7 +83,7 @@ def again(command, output, folder):
         (functional.dropout, "changes from call to call"),
         (lambda z: z - z.mean(0), "with the other images of the pass"),
         (lambda z: z * torch.nan, "NaN or infinity for each"),
-        (lambda z: 1.1 * z, "on the same pictures differ from those of the time when the output was begun, by 6%"),
+        (lambda z: 1.1 * z, "on the same pictures differ from those of the time when the output was begun, by 6"),
     ],
 )
 def test_a_model_whose_code_was_changed_is_refused_by(command, function, sentence, output, change, tmp_path):
