@@ -7,3 +7,7 @@ class ModelError(Exception):
 
 class ImageError(Exception):
     """The method cannot explain one image. The message says why and what to do."""
+
+
+class RandomWeightsError(ModelError):
+    """The model's weights would be random, and nobody asked for that."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from blocksight.engine.catalog.entries import backbone_of, factory_of
-from blocksight.engine.errors import ModelError
+from blocksight.engine.errors import ModelError, RandomWeightsError
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.features import without_head
 from blocksight.engine.model.neighbours import from_state
@@ -45,7 +45,7 @@ def load_model(name: str, *, weights: str | None = None, state: bytes | None = N
         adapter = load_torchvision(name.removeprefix("torchvision:"), weights, state, seed)
     elif ":" in name:
         if weights is None and state is None:
-            _refuse_unnamed_weights(name, seed)
+            refuse_unnamed_weights(name, seed)
         adapter = _with_state(_call_factory(name, seed), state)
     else:
         known = ", ".join([*PACKAGED, "torchvision:NAME", "package.module:factory", "knn(NAME)"])
@@ -86,14 +86,17 @@ def random_weights_of(name: str, adapter: ModelAdapter, seed: int) -> str | None
     return random_sentence(name, adapter.module.state_dict(), other.module.state_dict())
 
 
-def _refuse_unnamed_weights(name: str, seed: int) -> None:
-    """Raises ModelError for a library's own function whose weights nobody named, if they are random then."""
+def refuse_unnamed_weights(name: str, seed: int) -> None:
+    """Raises RandomWeightsError for a library's own function whose weights nobody named, if they are random then.
+
+    Raises ModelError if it cannot be imported or called.
+    """
     parameter = weights_parameter(_imported(name))
     if parameter is None or random_weights_of(name, _call_factory(name, seed), seed) is None:
         return
     library, _, architecture = name.partition(":")
     instead = f"--model torchvision:{architecture}" if library == "torchvision.models" else "a factory of yours"
-    raise ModelError(
+    raise RandomWeightsError(
         f"model {name!r} takes `{parameter}`, and nobody named any: its weights would be RANDOM. Name a file with "
         f"--weights, or take {instead} that names its trained weights; --weights {RANDOM_WEIGHTS} if they are meant "
         "to be random"

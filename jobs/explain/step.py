@@ -168,7 +168,8 @@ class ExplainStep:
         self.images_per_pass = images_at_once(self.adapter)
         self._set_up(eager_setting(context.device, context.batch_size))
         parameters = config.explainer_parameters()
-        self.labels = Labels(context.label_names, self.adapter.class_names, facts.num_classes, config.label_classes)
+        names, num_classes = self.adapter.class_names, facts.num_classes
+        self.labels = Labels(context.label_names, names, num_classes, config.label_classes, context.number_names)
         self.label_file = stored_label_file(open_worker_stores(context).output, config)
         self.choice = resolved_target(config, self.adapter)
         self.method = {

@@ -35,6 +35,8 @@ class JobContext:
     """Class folders with few planned records; empty for layouts without class folders."""
     readout: ReadoutName = "softmax"
     """How scores are read from the model's output."""
+    number_names: tuple[str, ...] = ()
+    """What a table calls the numbers of its labels."""
     witnesses: tuple[str, ...] = ()
     """Keys of a few input objects: if they can be read, a failure is of one object and not of the store."""
 

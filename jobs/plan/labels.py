@@ -29,6 +29,7 @@ class Rule(StrEnum):
 
     CLASS_MAP = "by the class map"
     NUMBER = "as class numbers"
+    NAMED_NUMBER = "as numbers by the names that the table gives them: the model numbers these classes otherwise"
     NAME = "by class name"
     SPELLING = "by class name in another spelling (case, spaces, accents)"
     SYNONYM = "by one of the names of a class"
@@ -54,7 +55,8 @@ class Meaning:
 class Labels:
     """Maps the labels of one data set to the classes of one model.
 
-    In this order: the user's class map; class numbers; class names, also in another spelling and also one of several
+    In this order: the user's class map; class numbers, by name where a table names its numbers in another order than
+    the model; class names, also in another spelling and also one of several
     names that commas separate; ImageNet's WordNet numbers. If a model has no class names, and there are as many class
     folders as classes, and none has a meaning yet, they are the classes in sorted order, as training tools number
     them. Other labels have no index, and neither has a name that two classes share.
@@ -66,8 +68,9 @@ class Labels:
         class_names: Sequence[str] | None,
         num_classes: int,
         class_map: ClassMap = (),
+        number_names: Sequence[str] = (),
     ) -> None:
-        """`folders` are the data set's class folders, if it has any."""
+        """`folders` are the data set's class folders, if it has any; `number_names` what a table calls its numbers."""
         self.num_classes = num_classes
         self.class_names = list(class_names or ())
         self.class_map = {_plain(label): classes for label, classes in class_map}
@@ -75,6 +78,7 @@ class Labels:
         self.plain = _index_of(self.class_names, _plain)
         self.synonyms = _synonyms(self.class_names)
         self.wordnet = _wordnet_numbers() if _has_imagenet_classes(self.class_names, num_classes) else {}
+        self.number_names = tuple(number_names) if self._are_others(number_names) else ()
         self.folder_names = frozenset(folders)
         self.folders: Mapping[str, int] = {}
         self.is_guessable = not self.class_names and not class_map and len(folders) > 1 and _are_classes(folders)
@@ -98,6 +102,8 @@ class Labels:
 
     def _read_number(self, label: str, number: int) -> Meaning:
         """A class number; or the class whose name it is, where names are numbers (`10` may be the second class)."""
+        if self.number_names:
+            return self._read_named_number(number)
         named = self.exact.get(label, ())
         if label in self.folder_names and len(named) == 1:
             return Meaning(named[0], Rule.NAME)
@@ -105,6 +111,17 @@ class Labels:
             return Meaning(None, Rule.AMBIGUOUS)
         is_class = 0 <= number < self.num_classes
         return Meaning(number, Rule.NUMBER) if is_class else Meaning(None, Rule.OUT_OF_RANGE)
+
+    def _are_others(self, number_names: Sequence[str]) -> bool:
+        """True if a table's name for a number is the model's name of another class."""
+        known = ((number, self.plain.get(_plain(name), [number])) for number, name in enumerate(number_names))
+        return any(number not in classes for number, classes in known)
+
+    def _read_named_number(self, number: int) -> Meaning:
+        if not 0 <= number < len(self.number_names):
+            return Meaning(None, Rule.OUT_OF_RANGE)
+        classes = self.plain.get(_plain(self.number_names[number]), ())
+        return self._one_of(classes, Rule.NAMED_NUMBER) if classes else Meaning(None, Rule.NO_CLASS)
 
     def _read_name(self, label: str) -> Meaning:
         if label in self.folders:

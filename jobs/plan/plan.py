@@ -74,6 +74,7 @@ class PlanDocument(TypedDict):
     notes: NotRequired[list[str]]
     expected: NotRequired[dict[str, Count]]
     class_folders: NotRequired[list[str]]
+    number_names: NotRequired[list[str]]
 
 
 class LabelsDocument(TypedDict):
@@ -110,6 +111,8 @@ class Plan:
     """Records by key of a tar shard, as its sidecar says; empty if a limit may end before."""
     class_folders: tuple[str, ...] = ()
     """Class folders of loose images, sorted: of the whole input, also if a limit leaves some out."""
+    number_names: tuple[str, ...] = ()
+    """What the tables call the numbers of their labels; empty if nothing says it, or they differ."""
     troubles: Mapping[str, str] = field(default_factory=dict)
     """Why shards could not be read, by key; not stored."""
 
@@ -198,6 +201,7 @@ def make_plan(config: JobConfig, *, weights_sha256: str | None, workforce: Workf
         notes=(*found.notes, *_notes_of(cut)),
         expected=found.expected if config.limit is None else {},
         class_folders=_folder_names(found.objects) if found.layout is Layout.IMAGES else (),
+        number_names=_number_names(cut),
         troubles={piece.objects[0].key: piece.trouble for piece in cut if piece.trouble is not None},
     )
 
@@ -208,9 +212,18 @@ def _unread_columns(cut: Sequence[Piece]) -> Counter[str]:
     return Counter(f"with an unread {column}" for unread in shards.values() for column in unread)
 
 
+def _number_names(cut: Sequence[Piece]) -> tuple[str, ...]:
+    """The names that all tables agree on."""
+    found = {piece.number_names for piece in cut if piece.trouble is None}
+    return next(iter(found)) if len(found) == 1 else ()
+
+
 def _notes_of(cut: Sequence[Piece]) -> Iterable[str]:
     """The first sentence of each kind on the shards."""
-    return {kind: note for piece in reversed(cut) for kind, note in piece.notes.items()}.values()
+    notes = {kind: note for piece in reversed(cut) for kind, note in piece.notes.items()}
+    if len({piece.number_names for piece in cut if piece.trouble is None}) > 1:
+        notes["number names"] = "the tables give the numbers of their labels different names, which are left out"
+    return notes.values()
 
 
 def _unit(ordinal: int, fingerprint: str, layout: Layout, piece: Piece) -> Unit:
@@ -346,6 +359,7 @@ def _plan_of(body: PlanDocument, units: tuple[Unit, ...]) -> Plan:
         tuple(body.get("notes", ())),
         body.get("expected", {}),
         tuple(body.get("class_folders", ())),
+        tuple(body.get("number_names", ())),
     )
 
 
@@ -373,6 +387,7 @@ def _plan_json(plan: Plan, units_key: str) -> bytes:
             "notes": list(plan.notes),
             "expected": dict(plan.expected),
             "class_folders": list(plan.class_folders),
+            "number_names": list(plan.number_names),
         }
     )
 

@@ -49,6 +49,8 @@ class Piece:
     """Why the shard cannot be read."""
     unread: tuple[str, ...] = ()
     """Columns of a table whose type is never read, with the type."""
+    number_names: tuple[str, ...] = ()
+    """What a table calls the numbers of its labels."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """Sentences on what of a shard was joined, split or left out, by kind."""
 
@@ -110,7 +112,9 @@ def _table_pieces(
         left -= used
         for start in range(0, used, full):
             stop = min(start + full, used)
-            yield Piece((info,), start, stop, stop - start, unread=table.unread, notes=notes)
+            yield Piece(
+                (info,), start, stop, stop - start, unread=table.unread, number_names=table.number_names, notes=notes
+            )
 
 
 def _where_readable(objects: Sequence[ObjectInfo], look: Callable[[ObjectInfo], Found]) -> list[Found | StoreError]:

@@ -325,6 +325,7 @@ def context_of(
         import_path=str(Path.cwd()),
         rare_labels=rare_labels(counts if config.labels is None else {}),
         readout=readout,
+        number_names=() if config.labels is not None else plan.number_names,
         witnesses=plan.witnesses,
     )
 

@@ -1,5 +1,6 @@
 """Reads records from Parquet tables with an image column, by row range, a few rows at a time."""
 
+import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
@@ -10,7 +11,7 @@ import pyarrow as pa
 from blocksight.storage.inputs.labels import as_bytes_text, label_of, partition_label
 from blocksight.storage.inputs.paused import PausedReader
 from blocksight.storage.inputs.records import RawRecord, as_text, too_many_bytes
-from blocksight.storage.limits import MAX_IMAGE_BYTES, MAX_KEY_BYTES
+from blocksight.storage.limits import MAX_CLASSES, MAX_IMAGE_BYTES, MAX_KEY_BYTES
 from blocksight.storage.parquet.reader import (
     ColumnPath,
     ParquetTable,
@@ -26,6 +27,8 @@ IMAGE, LABEL, KEY, BYTES = "image", "label", "key", "bytes"
 USED = (IMAGE, LABEL, KEY)
 BATCH_ROWS = 16
 """Rows in memory at once; fewer if they are large."""
+HUGGING_FACE = b"huggingface"
+"""The footer's key for the features of a data set."""
 KEY_WINDOW_BYTES = 64 << 10
 LABEL_BATCH_ROWS = 4096
 MAX_NAMED = 16
@@ -44,6 +47,8 @@ class TableFacts:
     """Unused columns whose type is never read, with the type."""
     note: str | None = None
     """A sentence on the columns that are not used."""
+    number_names: tuple[str, ...] = ()
+    """What the labels' numbers are called, as Hugging Face's datasets write it; empty if nothing says it."""
 
 
 def table_facts(store: ObjectStore, info: ObjectInfo) -> TableFacts:
@@ -55,7 +60,20 @@ def table_facts(store: ObjectStore, info: ObjectInfo) -> TableFacts:
         kinds[LABEL] = str(table.schema.field(LABEL).type)
     unread = [as_text(f"column {name} ({kind})") for name, kind in kinds.items()]
     more = [f"more columns: {len(unread) - MAX_NAMED}"] if len(unread) > MAX_NAMED else []
-    return TableFacts(table.num_rows, (*unread[:MAX_NAMED], *more), _note_on(info.key, table.names, used))
+    return TableFacts(
+        table.num_rows, (*unread[:MAX_NAMED], *more), _note_on(info.key, table.names, used), _number_names(table)
+    )
+
+
+def _number_names(table: ParquetTable) -> tuple[str, ...]:
+    """The names of a ClassLabel, from the footer; empty for none, and for what cannot be read."""
+    try:
+        found = json.loads((table.metadata.metadata or {}).get(HUGGING_FACE, b"{}"))
+        names = found["info"]["features"][LABEL]["names"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ()
+    is_list = isinstance(names, list) and len(names) <= MAX_CLASSES and all(isinstance(name, str) for name in names)
+    return tuple(map(as_text, names)) if is_list else ()
 
 
 def _note_on(key: str, names: Sequence[str], used: Collection[str]) -> str | None:

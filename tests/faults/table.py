@@ -604,4 +604,21 @@ MUTATIONS = (
         "",
         ("jobs/explain/test_stored_model.py::test_explain_refuses_it_when_it_resumes",),
     ),
+    Mutation(
+        "numbers that a table names in another order are the model's",
+        "jobs/plan/labels.py",
+        "if self.number_names:",
+        "if False:",
+        (
+            "jobs/plan/test_labels.py::test_numbers_that_a_table_names_in_another_order_are_read_by_name",
+            "jobs/run/test_job_labels.py::test_numbers_of_a_table_are_read_by_its_own_names",
+        ),
+    ),
+    Mutation(
+        "plan lets a library's function draw random weights",
+        "jobs/run/labels.py",
+        "    except RandomWeightsError:\n        raise\n",
+        "",
+        ("jobs/run/test_job_labels.py::test_plan_refuses_random_weights_as_explain_does",),
+    ),
 )

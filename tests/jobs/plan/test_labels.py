@@ -72,6 +72,20 @@ def test_a_number_that_is_a_class_name_is_never_another_class_in_silence():
     assert rule_of(Labels([], ["0", "1", "2"], 3), "2") == (2, Rule.NUMBER)
 
 
+def test_numbers_that_a_table_names_in_another_order_are_read_by_name():
+    labels = Labels([], NAMES, 3, number_names=["Hen", "cow", "tench"])
+    assert [rule_of(labels, number) for number in (0, 1, 2, 3)] == [
+        (2, Rule.NAMED_NUMBER),
+        (None, Rule.NO_CLASS),
+        (0, Rule.NAMED_NUMBER),
+        (None, Rule.OUT_OF_RANGE),
+    ]
+    for same in (["tench", "shark", "Hen"], ["a", "b", "c"], ["0", "1", "2"], []):  # no word of another order
+        assert rule_of(Labels([], NAMES, 3, number_names=same), 1) == (1, Rule.NUMBER)
+    assert rule_of(Labels([], None, 3, number_names=NAMES), 1) == (1, Rule.NUMBER)
+    assert rule_of(Labels([], NAMES, 3, (("0", (1,)),), ["hen", "cow"]), 0) == (1, Rule.CLASS_MAP)
+
+
 def test_numbers_whose_sorted_order_is_another_are_said_loudly():
     folders = [str(number) for number in range(11)]
     text = reading_of(Labels(folders, None, 11), FoundLabels(dict.fromkeys(folders, 1))).text

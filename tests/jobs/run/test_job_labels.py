@@ -189,6 +189,27 @@ def test_a_limit_hides_nothing_of_a_shard(tmp_path):
     assert "2 labels of 2 records: 2 known as class numbers" in text
 
 
+def test_numbers_of_a_table_are_read_by_its_own_names(tmp_path):
+    (tmp_path / "in").mkdir()
+    features = {"label": {"names": ["bee", "ant", "yak"], "_type": "ClassLabel"}}
+    table = pa.table({"image": [picture(number) for number in range(3)], "label": [0, 1, 2]})
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, tmp_path / "in" / "t.parquet")
+    run_here(tmp_path / "in", tmp_path / "out", explainer="gradcam")
+    assert labels_in(tmp_path / "out") == {"0": 1, "1": 0, "2": None}
+    job = ("--data", tmp_path / "in", "--output", tmp_path / "out", "--model", MODEL, "--explainer", "gradcam")
+    text = " ".join(called("plan", *job)[1].split())
+    assert "2 known as numbers by the names that the table gives them" in text
+
+
+def test_plan_refuses_random_weights_as_explain_does(tmp_path):
+    for labels in ([], ["--labels", "none"]):
+        job = ("--data", folders(tmp_path / f"in{len(labels)}", "x"), "--output", tmp_path / "out", *labels)
+        code, text = called("plan", *job, "--model", "torchvision.models:mobilenet_v3_small")
+        assert code == 2
+        assert "its weights would be RANDOM" in text
+
+
 def test_labels_may_be_left_out(tmp_path):
     data = folders(tmp_path / "in", *"abcd")
     run_here(data, tmp_path / "out", model=NAMELESS, explainer="gradcam", labels="none")

@@ -1,6 +1,7 @@
 """Inputs: the survey of a place, loose images and Parquet tables."""
 
 import io
+import json
 import os
 import pickle
 import socket
@@ -168,7 +169,7 @@ def test_loose_images_are_read_as_they_were_planned():
 
 def table_bytes(columns, **options) -> bytes:
     sink = io.BytesIO()
-    pq.write_table(pa.table(columns), sink, **options)
+    pq.write_table(columns if isinstance(columns, pa.Table) else pa.table(columns), sink, **options)
     return sink.getvalue()
 
 
@@ -267,6 +268,24 @@ def test_columns_that_are_not_read_are_named():
         "t.parquet: columns that are not read: Label; the label is read of a column `label`, or of --labels"
     )
     assert "c7 and 2 more" in note(label=ones, **{f"c{number}": ones for number in range(10)})
+
+
+@pytest.mark.parametrize(
+    ("written", "names"),
+    [
+        ({"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}, ("cat", "dog")),
+        ({"info": {"features": {"label": {"dtype": "int64"}}}}, ()),
+        ({"info": {"features": {"label": {"names": ["cat", 3]}}}}, ()),
+        ([1], ()),
+        (None, ()),
+    ],
+)
+def test_the_names_of_a_hugging_face_label_are_read(written, names):
+    table = pa.table({"image": IMAGES, "label": [1] * 50})
+    if written is not None:
+        table = table.replace_schema_metadata({"huggingface": json.dumps(written)})
+    store = filled(**{"t.parquet": table_bytes(table)})
+    assert table_facts(store, store.head("t.parquet")).number_names == names
 
 
 def test_structs_keys_nulls_and_duplicates():
