@@ -51,8 +51,8 @@ class RankedMasks(MaskSource):
         masks = (self.ranks_hw >= counts[:, None, None]).to(image_chw)
         return masks if self.weights_hw is None else masks * self.weights_hw.to(image_chw)
 
-    def perturbed(self, image_chw: Tensor, start: int, stop: int, perturbation: Perturbation) -> Tensor:
-        return super().perturbed(image_chw, start, stop, self.fill or perturbation)
+    def write(self, out_nchw: Tensor, image_chw: Tensor, start: int, perturbation: Perturbation) -> None:
+        super().write(out_nchw, image_chw, start, self.fill or perturbation)
 
 
 @dataclass(frozen=True)

@@ -67,17 +67,20 @@ def _conjugate_gradients(apply: Any, wanted: Tensor, start: Tensor) -> Tensor:
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Imputed(RankedMasks):
     """Masked inputs whose removed pixels are imputed, with a little noise."""
 
-    seed: int = 0
+    picture_chw: Tensor
+    """The image as the metric got it: the last bits of sums depend on the layout of its memory."""
+    seed: int
 
-    def perturbed(self, image_chw: Tensor, start: int, stop: int, perturbation: Perturbation) -> Tensor:
-        kept = self.masks(start, stop, image_chw) > 0
-        filled = torch.stack([imputed(image_chw, one) for one in kept])
-        noise = torch.randn(image_chw.shape, generator=torch.Generator().manual_seed(self.seed)).to(image_chw)
-        return torch.where(kept[:, None], image_chw, filled + NOISE * noise)
+    def write(self, out_nchw: Tensor, image_chw: Tensor, start: int, perturbation: Perturbation) -> None:
+        picture = self.picture_chw
+        kept = self.masks(start, start + len(out_nchw), picture) > 0
+        filled = torch.stack([imputed(picture, one) for one in kept])
+        noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(self.seed)).to(picture)
+        torch.where(kept[:, None], picture, filled + NOISE * noise, out=out_nchw)
 
 
 class Road(Agreement):
@@ -90,7 +93,13 @@ class Road(Agreement):
 
     def source(self, maps: Maps, image: int, index: int) -> RankedMasks:
         plain = super().source(maps, image, index)
-        return Imputed(image, plain.ranks_hw, plain.counts, seed=maps.seeds[image])
+        return Imputed(
+            image=image,
+            ranks_hw=plain.ranks_hw,
+            counts=plain.counts,
+            picture_chw=maps.inputs_nchw[image],
+            seed=maps.seeds[image],
+        )
 
     def area(self, masked: Sequence[float]) -> float:
         """In percent, by the trapezoid rule over uneven shares."""

@@ -45,10 +45,10 @@ class Perturbation:
     def _is_zero(self) -> bool:
         return not self.baseline.any()
 
-    def __call__(self, inputs_nchw: Tensor, masks_n1hw: Tensor) -> Tensor:
-        """The masked inputs, [B, 3, H, W]; masks lie in [0, 1] and 1 keeps."""
-        kept = inputs_nchw * masks_n1hw
-        return kept if self._is_zero else kept + self.baseline * (1 - masks_n1hw)
+    def __call__(self, inputs_nchw: Tensor, masks_n1hw: Tensor, out_nchw: Tensor | None = None) -> Tensor:
+        """The masked inputs, [B, 3, H, W], in `out_nchw` if there is one; masks lie in [0, 1] and 1 keeps."""
+        kept = torch.mul(inputs_nchw, masks_n1hw, out=out_nchw)
+        return kept if self._is_zero else kept.add_(self.baseline * (1 - masks_n1hw))
 
 
 def _zero(adapter: "ModelAdapter") -> Tensor:

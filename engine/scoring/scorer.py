@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.resample import grid_of, upsampling
@@ -28,9 +29,9 @@ class MaskSource(ABC):
     def masks(self, start: int, stop: int, image_chw: Tensor) -> Tensor:
         """The masks [start, stop) at the size, in the precision and on the device of the image: [n, H, W] in [0, 1]."""
 
-    def perturbed(self, image_chw: Tensor, start: int, stop: int, perturbation: Perturbation) -> Tensor:
-        """The masked inputs [start, stop) of the image [3, H, W], [n, 3, H, W]."""
-        return perturbation(image_chw[None], self.masks(start, stop, image_chw)[:, None])
+    def write(self, out_nchw: Tensor, image_chw: Tensor, start: int, perturbation: Perturbation) -> None:
+        """Writes as many masked inputs as `out_nchw` takes, from `start` on, of the image [3, H, W]."""
+        perturbation(image_chw[None], self.masks(start, start + len(out_nchw), image_chw)[:, None], out_nchw)
 
 
 @dataclass(frozen=True)
@@ -91,30 +92,31 @@ class Scorer:
     def scores(self, inputs_nchw: Tensor, target: Readout, sources: Sequence[MaskSource]) -> list[Tensor]:
         """The target's scores under every mask: for each source a float64 tensor [K, T] on the inputs' device.
 
-        Per mask only the masked input is written; never more than one batch of masks exists.
+        Every batch is written into one buffer, plane by plane: a mask is multiplied fastest in that layout.
         """
-        shapes = [(len(source), target.num_targets) for source in sources]
-        results = [torch.empty(shape, dtype=torch.float64, device=inputs_nchw.device) for shape in shapes]
-        for batch in pack([rows for rows, _ in shapes], self.batch_size):
-            images, perturbed = self._batch(inputs_nchw, sources, batch)
-            scores = target.score((self.forward or self.adapter.logits)(perturbed), images)
-            offset = 0
-            for piece in batch:
-                size = piece.stop - piece.start
-                results[piece.which][piece.start : piece.stop] = scores[offset : offset + size]
-                offset += size
-        return results
+        sizes = [len(source) for source in sources]
+        images, buffer = inputs_nchw.contiguous(), inputs_nchw.new_zeros(self.batch_size, *inputs_nchw.shape[1:])
+        owners = self._owners([source.image for source in sources], sizes, inputs_nchw.device)
+        scores = [torch.empty(0, target.num_targets, dtype=torch.float64, device=inputs_nchw.device)]
+        for batch, owner in zip(pack(sizes, self.batch_size), owners, strict=True):
+            self._fill(buffer, images, sources, batch)
+            scores.append(target.score((self.forward or self.adapter.logits)(buffer), owner))
+        return list(torch.cat(scores)[: sum(sizes)].split(sizes)) if sizes else []
 
-    def _batch(
-        self, inputs_nchw: Tensor, sources: Sequence[MaskSource], batch: Sequence[Piece]
-    ) -> tuple[Tensor, Tensor]:
-        """Image index [B] and masked input [B, 3, H, W] of every slot; empty slots hold zeros."""
-        perturbed = inputs_nchw.new_zeros(self.batch_size, *inputs_nchw.shape[1:])
-        images: list[int] = []
+    def _owners(self, images: Sequence[int], sizes: Sequence[int], device: torch.device) -> Sequence[Tensor]:
+        """For each batch, the image number [B] of every slot; 0 for empty ones. One copy, which nothing waits for."""
+        owners = torch.tensor(images, dtype=torch.int64).repeat_interleave(torch.tensor(sizes, dtype=torch.int64))
+        filled = functional.pad(owners, (0, -len(owners) % self.batch_size))
+        pinned = filled.pin_memory() if device.type == "cuda" else filled
+        return pinned.to(device, non_blocking=True).split(self.batch_size) if len(filled) else ()
+
+    def _fill(
+        self, buffer_nchw: Tensor, images_nchw: Tensor, sources: Sequence[MaskSource], batch: Sequence[Piece]
+    ) -> None:
+        """Writes a batch's masked inputs; empty slots hold zeros."""
+        first = 0
         for piece in batch:
-            source = sources[piece.which]
-            own = source.perturbed(inputs_nchw[source.image], piece.start, piece.stop, self.perturbation)
-            perturbed[len(images) : len(images) + len(own)] = own
-            images += [source.image] * len(own)
-        images += [0] * (self.batch_size - len(images))
-        return torch.tensor(images, device=inputs_nchw.device), perturbed
+            source, stop = sources[piece.which], first + piece.stop - piece.start
+            source.write(buffer_nchw[first:stop], images_nchw[source.image], piece.start, self.perturbation)
+            first = stop
+        buffer_nchw[first:].zero_()

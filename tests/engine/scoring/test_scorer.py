@@ -95,6 +95,30 @@ def test_every_forward_has_the_same_shape_and_none_is_wasted():
     assert net.shapes == [(4, 3, 32, 32)] * 4  # 13 masks
 
 
+@pytest.mark.parametrize("baseline", ["zero", "black"])
+def test_batches_are_written_into_one_buffer_whose_empty_slots_hold_zeros(baseline):
+    adapter, inputs, sets = ModelAdapter(seeded(Plain), input_size=(32, 32)), smooth(2, 32, 32), mixed_sets()
+    seen, places = [], set()
+
+    def forward(batch):
+        seen.append(batch.clone())
+        places.add(batch.data_ptr())
+        return adapter.logits(batch)
+
+    removed, target = perturbation(adapter, baseline), ClassProbability(torch.zeros(2, 1).long())
+    Scorer(adapter, removed, 5, forward).scores(inputs.to(memory_format=torch.channels_last), target, sets)
+    one_by_one = [
+        removed(inputs[own.image][None], own.masks(k, k + 1, inputs[0])[:, None])
+        for own in sets
+        for k in range(len(own))
+    ]
+    wanted = torch.cat([*one_by_one, torch.zeros(2, 3, 32, 32)])
+    assert torch.allclose(torch.cat(seen), wanted, atol=1e-6)
+    assert torch.equal(torch.cat(seen)[-2:], wanted[-2:])
+    assert len(seen) == 3
+    assert len(places) == 1
+
+
 def test_no_masks_are_no_forward():
     net = seeded(Counting)
     adapter = ModelAdapter(net, input_size=(32, 32))
@@ -157,6 +181,14 @@ def test_a_mask_mixes_the_picture_and_the_baseline():
     inputs, masks = torch.full((1, 3, 1, 3), 3.0), torch.tensor([[[[1.0, 0.25, 0.0]]]])
     assert Perturbation(torch.tensor(-1.0))(inputs, masks)[0, 0].tolist() == [[3.0, 0.0, -1.0]]
     assert Perturbation(torch.tensor(0.0))(inputs, masks)[0, 2].tolist() == [[3.0, 0.75, 0.0]]
+
+
+@pytest.mark.parametrize("baseline", [0.0, -1.0])
+def test_masked_inputs_are_the_same_numbers_in_a_place_that_is_given(baseline):
+    removed, place = Perturbation(torch.tensor(baseline)), torch.full((2, 3, 8, 8), torch.nan)
+    inputs, masks = torch.randn(1, 3, 8, 8), torch.rand(2, 1, 8, 8)
+    removed(inputs, masks, place)
+    assert torch.equal(place, removed(inputs, masks))
 
 
 def test_black_is_the_black_pixel_of_the_picture():
