@@ -78,6 +78,10 @@ class MetricEntry:
     better: Literal["lower", "higher"]
     unit: str
     cost: str
+    forwards: int = 0
+    """Forward passes per map, as `cost` says; those of the metrics of one `evaluation` are made once."""
+    evaluation: str | None = None
+    """The name of the passes that the metric shares with others; None: it shares none."""
     is_share: bool = False
     """True if a map has the lowest or the highest value and none between, so that a mean is a share of maps."""
 
@@ -291,42 +295,47 @@ EXPLAINERS: Mapping[str, ExplainerEntry] = {
     "edges": _control("Sobel's edge detector"),
 }
 
-_ONE, _CURVE = "1 F, shared", "29 F"
+_TOP: Any = {"cost": "1 F, shared", "forwards": 1, "evaluation": "top"}
+_LEVELS: Any = {"cost": "3 F, shared", "forwards": 3, "evaluation": "levels"}
+_DENSITY: Any = {"cost": "2 F, shared", "forwards": 2, "evaluation": "density"}
+_CURVE: Any = {"cost": "29 F", "forwards": 29}
+_AGREE: Any = {"cost": "10 F", "forwards": 10}
+_ROAD: Any = {"cost": "7 F and 7 imputations", "forwards": 7}
 
 
 def _level_metric(share: int, better: Literal["lower", "higher"]) -> MetricEntry:
     meaning = "score lost" if better == "lower" else "share of maps whose score grows"
     text = f"{meaning} when the {share} % most salient pixels stay, dimmed by the map"
-    return MetricEntry(text, better, "%", _ONE, is_share=better == "higher")
+    return MetricEntry(text, better, "%", **_LEVELS, is_share=better == "higher")
 
 
 METRICS: Mapping[str, MetricEntry] = {
     "drop": MetricEntry(
-        "score lost when only the top 15 % of pixels are kept, relative to the score", "lower", "%", _ONE
+        "score lost when only the top 15 % of pixels are kept, relative to the score", "lower", "%", **_TOP
     ),
     "increase": MetricEntry(
         "share of records whose score grows when only the top 15 % of pixels are kept",
         "higher",
         "%",
-        _ONE,
+        **_TOP,
         is_share=True,
     ),
     "insertion": MetricEntry(
-        "mean score while pixels return to a blurred picture, salient first", "higher", "0 to 1", _CURVE
+        "mean score while pixels return to a blurred picture, salient first", "higher", "0 to 1", **_CURVE
     ),
-    "deletion": MetricEntry("mean score while pixels are removed, salient first", "lower", "0 to 1", _CURVE),
+    "deletion": MetricEntry("mean score while pixels are removed, salient first", "lower", "0 to 1", **_CURVE),
     "average_drop_100": _level_metric(100, "lower"),
     "average_increase_100": _level_metric(100, "higher"),
     "average_drop_50": _level_metric(50, "lower"),
     "average_increase_50": _level_metric(50, "higher"),
     "average_drop_15": _level_metric(15, "lower"),
     "average_increase_15": _level_metric(15, "higher"),
-    "pos": MetricEntry("how long the prediction stays while salient pixels are removed", "lower", "0 to 90", "10 F"),
-    "neg": MetricEntry("how long the prediction stays while other pixels are removed", "higher", "0 to 90", "10 F"),
-    "road_morf": MetricEntry("as pos, with removed pixels imputed (ROAD)", "lower", "%", "7 F and 7 imputations"),
-    "road_lerf": MetricEntry("as neg, with removed pixels imputed (ROAD)", "higher", "%", "7 F and 7 imputations"),
-    "positive_density": MetricEntry("score under the map per share of the picture", "higher", "from 0", "2 F, shared"),
-    "negative_density": MetricEntry("the same under the inverted map", "lower", "from 0", "2 F, shared"),
+    "pos": MetricEntry("how long the prediction stays while salient pixels are removed", "lower", "0 to 90", **_AGREE),
+    "neg": MetricEntry("how long the prediction stays while other pixels are removed", "higher", "0 to 90", **_AGREE),
+    "road_morf": MetricEntry("as pos, with removed pixels imputed (ROAD)", "lower", "%", **_ROAD),
+    "road_lerf": MetricEntry("as neg, with removed pixels imputed (ROAD)", "higher", "%", **_ROAD),
+    "positive_density": MetricEntry("score under the map per share of the picture", "higher", "from 0", **_DENSITY),
+    "negative_density": MetricEntry("the same under the inverted map", "lower", "from 0", **_DENSITY),
     "ebpg": MetricEntry("share of the map's energy inside the object (needs --truth)", "higher", "%", "none"),
     "miou": MetricEntry("overlap of the top 20 % of pixels with the object (needs --truth)", "higher", "%", "none"),
     "bbox": MetricEntry("share of the object's area hit by as many top pixels (needs --truth)", "higher", "%", "none"),
@@ -390,3 +399,6 @@ def factory_of(name: str) -> str | None:
 
 RECONSTRUCTED = "a reconstruction from the abstract: no code was available, and the authors' choices may differ"
 """The note on methods that the list marks."""
+
+CATALOGUE: Mapping[str, Mapping[str, Any]] = {"explainers": EXPLAINERS, "metrics": METRICS, "models": MODELS}
+"""What `blocksight list` prints."""

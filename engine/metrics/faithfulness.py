@@ -86,7 +86,6 @@ class MaskedMetric(Metric):
             "input": self.scorer.adapter.input_size,
             "baseline": self.baseline,
             "score": self.score or READOUTS[self.scorer.adapter.readout],
-            "ties": TIES,
         }
 
     @abstractmethod
@@ -131,7 +130,14 @@ def _ranks(maps: Maps, image: int, index: int, removed: Removed) -> Tensor:
     return torch.from_numpy(ranks).to(maps.inputs_nchw.device)
 
 
-class KeepTop(MaskedMetric):
+class RankedMetric(MaskedMetric):
+    """A metric that orders the pixels by the map."""
+
+    def details(self) -> Mapping[str, Any]:
+        return {**super().details(), "ties": TIES}
+
+
+class KeepTop(RankedMetric):
     """Drop and Increase: only the top 15 % of pixels are kept (SISE's paper, section 4).
 
     Drop is `100 max(0, o - q) / o` in percent, o the score of the image and q of its kept pixels; Increase
@@ -161,7 +167,7 @@ def drop(score: float, kept: float) -> float:
     return 100 * max(0.0, score - kept) / score if score > 0 else 0.0
 
 
-class LevelDrop(MaskedMetric):
+class LevelDrop(RankedMetric):
     """Average drop and increase at levels: the map itself is the mask, its lower pixels set to 0.
 
     At level v the pixels below the (100 - v)-th percentile are removed; the others keep their value (T-TAME).
@@ -191,7 +197,7 @@ class WholeDrop(LevelDrop):
     names = LevelDrop.names[:2]
 
 
-class Curve(MaskedMetric):
+class Curve(RankedMetric):
     """A curve of scores over the share of removed pixels, with its area."""
 
     shares: tuple[float, ...] = tuple(step / NUM_STEPS for step in range(NUM_STEPS + 1))

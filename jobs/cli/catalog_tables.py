@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -38,9 +38,7 @@ def catalog_table(what: str) -> RenderableType:
 
 def entry_table(what: str, name: str) -> RenderableType:
     """One explainer with its parameters, one metric or one model. Raises ConfigError with the nearest names."""
-    known: Mapping[str, Any] = {"explainers": entries.EXPLAINERS, "metrics": entries.METRICS, "models": entries.MODELS}[
-        what
-    ]
+    known = entries.CATALOGUE[what]
     if name not in known:
         near = get_close_matches(name, known, n=3, cutoff=0.4) or list(known)
         raise ConfigError(f"there is no {what[:-1]} {name!r}; nearest: {', '.join(near)}")

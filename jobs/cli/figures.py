@@ -16,8 +16,7 @@ from blocksight.jobs.ledger.accuracy import Accuracy
 from blocksight.jobs.ledger.receipts import metric_means
 from blocksight.jobs.ledger.reconcile import JobState
 from blocksight.jobs.plan.config import MODEL_INPUT, JobConfig
-from blocksight.jobs.plan.estimate import estimate
-from blocksight.jobs.plan.machine_rates import recall
+from blocksight.jobs.plan.machine_rates import expected_cost
 from blocksight.jobs.plan.plan import Plan
 from blocksight.jobs.plan.records import Evaluated
 from blocksight.jobs.plan.units import Workforce
@@ -52,11 +51,7 @@ def _plain(value: Any) -> Any:
 
 def plan_figures(job: JobConfig, plan: Plan, workforce: Workforce) -> dict[str, Any]:
     """The plan and its cost; `seconds` is null if the model was not measured on this machine."""
-    cost = estimate(job, plan.num_records, on_gpu=workforce.on_gpu)
-    measured = recall(job, "cuda" if workforce.on_gpu else "cpu")
-    per_record = cost.forwards_per_record if measured is None else measured.forwards_per_record
-    bytes_per_record = cost.bytes_per_record if measured is None else measured.bytes_per_record
-    seconds = None if measured is None else measured.seconds_per_record * plan.num_records / workforce.num_workers
+    cost = expected_cost(job, plan.num_records, workforce)
     return {
         "layout": plan.layout,
         "objects": plan.num_objects,
@@ -67,12 +62,12 @@ def plan_figures(job: JobConfig, plan: Plan, workforce: Workforce) -> dict[str, 
         "model_input": {name: plan.identity[name] for name in MODEL_INPUT if name in plan.identity},
         "ignored": plan.ignored,
         "unreadable": plan.troubles,
-        "forwards_per_record": per_record,
-        "seconds": seconds,
+        "forwards_per_record": cost.forwards_per_record,
+        "seconds": cost.seconds,
         "workers": workforce.num_workers,
         "on_gpu": workforce.on_gpu,
-        "output_bytes": bytes_per_record * plan.num_records,
-        "is_measured": measured is not None,
+        "output_bytes": cost.num_bytes,
+        "is_measured": cost.seconds is not None,
         "fingerprint": plan.fingerprint,
     }
 
@@ -119,10 +114,7 @@ def evaluation_figures(done: Iterable[Evaluated], place: str, num_open: int) -> 
 
 def catalog_figures(what: str, name: str | None) -> dict[str, Any]:
     """The entries of `explainers`, `metrics` or `models` by name, with parameters and their defaults."""
-    known: Mapping[str, Any] = {"explainers": entries.EXPLAINERS, "metrics": entries.METRICS, "models": entries.MODELS}[
-        what
-    ]
-    return {own: _entry(entry) for own, entry in known.items() if name in (None, own)}
+    return {own: _entry(entry) for own, entry in entries.CATALOGUE[what].items() if name in (None, own)}
 
 
 def _entry(entry: Any) -> dict[str, Any]:

@@ -13,9 +13,8 @@ from blocksight.jobs.ledger.receipts import metric_means
 from blocksight.jobs.ledger.reconcile import JobState
 from blocksight.jobs.ledger.shard_counts import other_counts, sentence_on
 from blocksight.jobs.plan.config import JobConfig
-from blocksight.jobs.plan.estimate import estimate
 from blocksight.jobs.plan.forward_setting import PlannedForward
-from blocksight.jobs.plan.machine_rates import recall
+from blocksight.jobs.plan.machine_rates import expected_cost
 from blocksight.jobs.plan.model_input import input_text
 from blocksight.jobs.plan.plan import Plan
 from blocksight.jobs.plan.preflight import Preflight
@@ -36,17 +35,12 @@ def plan_table(
     preflight: Preflight | None = None,
 ) -> Table:
     """Units, records, how labels are read, and the first estimate. `asked`: the job without `model.toml`."""
-    num_workers = workforce.num_workers
-    cost = estimate(job, plan.num_records, on_gpu=workforce.on_gpu)
-    forwards, num_bytes, basis = cost.forwards_per_record, cost.num_bytes, cost.basis
-    workers = counted(num_workers, "GPU" if workforce.on_gpu else "CPU core")
+    cost = expected_cost(job, plan.num_records, workforce)
+    forwards, is_measured = cost.forwards_per_record, cost.seconds is not None
+    workers = counted(workforce.num_workers, "GPU" if workforce.on_gpu else "CPU core")
     time = f"not measured for this model here, on {workers}: `plan --probe` takes about ten seconds"
-    measured = recall(job, "cuda" if workforce.on_gpu else "cpu")
-    if measured is not None:
-        forwards, num_bytes = measured.forwards_per_record, measured.bytes_per_record * plan.num_records
-        basis = f"measured here on {measured.day}"
-        seconds = measured.seconds_per_record * plan.num_records / num_workers
-        time = f"about {clock(seconds)} on {workers} ({basis})"
+    if cost.seconds is not None:
+        time = f"about {clock(cost.seconds)} on {workers} ({cost.basis})"
     about = "" if plan.is_exact else "about "
     rows = [
         ("input", f"{counted(plan.num_objects, 'object')}, {size_text(plan.num_bytes)}, as {plan.layout}"),
@@ -59,9 +53,9 @@ def plan_table(
         ("model is fed", input_text(asked, plan.identity)),
         *_first_pass(job, plan.num_records),
         *(_preflight(preflight) or [("model check", "`explain` examines the model on a few images before any work")]),
-        ("forwards", f"about {forwards * plan.num_records:,.0f} ({forwards:,.0f} a record, {basis})"),
+        ("forwards", f"about {forwards * plan.num_records:,.0f} ({forwards:,.0f} a record, {cost.basis})"),
         ("time", time),
-        ("output", f"about {size_text(num_bytes)}" + ("" if measured is not None else " if the maps are smooth")),
+        ("output", f"about {size_text(cost.num_bytes)}" + ("" if is_measured else " if the maps are smooth")),
         ("fingerprint", plan.fingerprint[:16]),
     ]
     return facts_table(rows, "plan (nothing was computed or written)")

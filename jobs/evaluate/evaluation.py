@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ from blocksight.storage.stores.store import AlreadyExistsError, ObjectStore, Sto
 FOLDER = "evaluations/"
 NEEDS_TRUTH = ("ebpg", "miou", "bbox", "pointing")
 """Metrics that need ground truth."""
-COST = re.compile(r"(\d+) F(, shared)?")
 """The beginning of a metric's cost in the catalogue, if it runs the model."""
 NEVER_IN_ALL = ("sanity",)
 """Metrics that explain each record several times: not part of `all`."""
@@ -76,11 +74,8 @@ class Evaluation:
 
 
 def forwards_per_map(metrics: Iterable[str]) -> int:
-    """Forward passes for one map at most; those that metrics share count once."""
-    costs = [COST.match(METRICS[name].cost) for name in metrics]
-    own = [int(cost[1]) for cost in costs if cost is not None and not cost[2]]
-    shared = {int(cost[1]) for cost in costs if cost is not None and cost[2]}
-    return sum(own) + sum(shared)
+    """Forward passes for one map; those that metrics share count once."""
+    return sum({METRICS[name].evaluation or name: METRICS[name].forwards for name in metrics}.values())
 
 
 def labels_of(class_map: ClassMap, target_index: int, target_name: str) -> set[str]:

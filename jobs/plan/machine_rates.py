@@ -1,4 +1,4 @@
-"""The measurements of `bench` on this machine, in the user's cache folder; `plan` estimates a job's time from them."""
+"""The measurements of `bench` on this machine, in the user's cache folder, and what a job costs by them."""
 
 import json
 import os
@@ -9,6 +9,8 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from blocksight.jobs.plan.config import JobConfig, digest_of
+from blocksight.jobs.plan.estimate import estimate
+from blocksight.jobs.plan.units import Workforce
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,32 @@ def recall(config: JobConfig, device: str) -> MeasuredCost | None:
         return TypeAdapter(MeasuredCost).validate_json(_file(config, device).read_bytes())
     except (OSError, ValidationError):
         return None
+
+
+@dataclass(frozen=True)
+class ExpectedCost:
+    """The cost of a whole job."""
+
+    forwards_per_record: float
+    num_bytes: int
+    basis: str
+    """Where the forwards come from, for people."""
+    seconds: float | None
+    """On all workers; None: the configuration was not measured on this machine."""
+
+
+def expected_cost(config: JobConfig, num_records: int, workforce: Workforce) -> ExpectedCost:
+    """The cost by this machine's measurement, or else by the estimate, which knows no time."""
+    measured = recall(config, "cuda" if workforce.on_gpu else "cpu")
+    if measured is None:
+        own = estimate(config, num_records, on_gpu=workforce.on_gpu)
+        return ExpectedCost(own.forwards_per_record, own.num_bytes, own.basis, None)
+    return ExpectedCost(
+        forwards_per_record=measured.forwards_per_record,
+        num_bytes=measured.bytes_per_record * num_records,
+        basis=f"measured here on {measured.day}",
+        seconds=measured.seconds_per_record * num_records / workforce.num_workers,
+    )
 
 
 def _file(config: JobConfig, device: str) -> Path:

@@ -131,7 +131,7 @@ def _cost(evaluation: Evaluation, config: JobConfig, units: Sequence[Unit], exec
     num_maps = round(sum(unit.num_records for unit in units) * evaluation.share) * config.target_choice.count
     num_maps *= 1 + len(CONTROLS) * evaluation.controls
     per_map = forwards_per_map(evaluation.metrics)
-    text = f"cost: about {counted(num_maps, 'map')}, at most {counted(per_map, 'forward')} each"
+    text = f"cost: about {counted(num_maps, 'map')}, {counted(per_map, 'forward')} each"
     workforce = workforce_of(execution)
     measured = recall(config, "cuda" if workforce.on_gpu else "cpu")
     if measured is None or not measured.forwards_per_record:

@@ -643,6 +643,17 @@ def test_every_value_is_in_the_catalogue_and_the_other_way_round():
     assert made == set(entries.METRICS)
 
 
+def test_the_catalogue_knows_the_forward_passes_of_every_metric():
+    adapter = ModelAdapter(seeded(Plain), input_size=(32, 32))
+    maps = maps_of(adapter, smooth(1, 32, 32), [[0]], RANDOM.random((1, 1, 32, 32)))
+    passes = {name: own for own in (metric(make, adapter) for make in MASKED.values()) for name in own.names}
+    for name, entry in entries.METRICS.items():
+        assert entry.forwards == (len(passes[name].source(maps, 0, 0)) if name in passes else 0)
+        assert entry.cost.startswith(f"{entry.forwards} F") or not entry.forwards
+        together = {other for other, own in entries.METRICS.items() if own.evaluation == entry.evaluation}
+        assert entry.evaluation is None or together == set(passes[name].names)
+
+
 def test_evaluating_gives_the_model_back():
     adapter = ModelAdapter(seeded(Plain).train(), input_size=(32, 32))
     maps = maps_of(adapter, smooth(1, 32, 32), [[0]], np.ones((1, 1, 32, 32)))

@@ -24,7 +24,7 @@ DIGESTS = {
     "neg": "3c0046487cdda32c",
     "road_morf": "ea0fcbfab5743395",
     "road_lerf": "20f2403042679709",
-    "positive_density/negative_density": "feab247d3f3ef09b",
+    "positive_density/negative_density": "b6a9d9eab5deaf68",
     "entropy/gini/effective_area": "bd0a4220bc5e1698",
     "ebpg/miou/bbox/pointing": "5f82456392f33989",
     "sanity": "297a7624720c313d",
