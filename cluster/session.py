@@ -16,11 +16,9 @@ from ray.exceptions import RayError
 
 from blocksight.cluster.cores import usable_cores
 from blocksight.cluster.errors import ClusterError
-from blocksight.cluster.sizing import Sizing, local_cpus, size_for
+from blocksight.cluster.sizing import Device, Sizing, local_cpus, object_store_bytes, size_for
 from blocksight.cluster.switches import refuse_unsafe_switches
 
-OBJECT_STORE_BYTES = 1 << 30
-"""Object store of a session on this machine: a few units of pixels per actor."""
 CONNECT_SECONDS = 5.0
 MAX_FOLDER_BYTES = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.10")
 """Longest folder for Ray's session: a socket's path may have 107 bytes."""
@@ -30,7 +28,7 @@ LOG_LEVEL = "fatal"
 
 
 @contextmanager
-def ray_session(address: str | None = None, num_actors: int | None = None) -> Iterator[Sizing]:
+def ray_session(address: str | None = None, num_actors: int | None = None, device: Device = "auto") -> Iterator[Sizing]:
     """Starts Ray on this machine (token, no dashboard), or joins the cluster at `address` (host:port, auto).
 
     Yields the job's sizing. A started session is stopped afterwards; a joined cluster keeps running. Ray listens
@@ -45,7 +43,7 @@ def ray_session(address: str | None = None, num_actors: int | None = None) -> It
             _start_ray(num_actors)
         else:
             _join_ray(address)
-        yield size_for(ray.cluster_resources(), num_actors)
+        yield size_for(ray.cluster_resources(), num_actors, device)
     finally:
         ray.shutdown()
 
@@ -57,13 +55,17 @@ def _start_ray(num_actors: int | None) -> None:
             ray.init(
                 address="local",
                 num_cpus=local_cpus(usable_cores(), num_actors),
-                object_store_memory=OBJECT_STORE_BYTES,
+                object_store_memory=object_store_bytes(num_actors or usable_cores(), _memory_bytes()),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
     except (OSError, RuntimeError, ValueError, RayError) as error:
         raise ClusterError(f"Ray does not start on this machine: {error}") from error
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _join_ray(address: str) -> None:

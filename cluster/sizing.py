@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, floor
+from typing import Literal
 
 from blocksight.cluster.errors import ClusterError
 
@@ -12,10 +13,21 @@ MOST_UNIT_SECONDS = 300.0
 MOST_UNIT_SHARE = 1 / 20
 """Longest unit as a part of one worker's share of the work: workers wait for the last unit."""
 MOST_UNIT_BYTES = 64 << 20
+"""Of a unit's output."""
+MOST_UNIT_PIXEL_BYTES = 128 << 20
+"""Of a unit's decoded images: they pass through Ray's object store as one block."""
+
+LEAST_STORE_BYTES = 1 << 30
+MOST_STORE_SHARE = 0.3
+UNITS_PER_ACTOR = 3
 
 TASK_CPUS = 0.5
 """CPUs of a read or commit task. It must differ from an actor's, or Ray fuses the steps into one."""
 ACTOR_CPUS = 1.0
+LEAST_ACTOR_CPUS = 0.1
+
+Device = Literal["auto", "gpu", "cpu"]
+"""What the user wants actors to run on; `auto`: GPUs if the session has any."""
 
 
 @dataclass(frozen=True)
@@ -30,23 +42,38 @@ class Sizing:
     """CPU threads of the model. One thread gives the same bits on every machine of one type."""
 
 
-def size_for(resources: Mapping[str, float], num_actors: int | None = None) -> Sizing:
+def size_for(resources: Mapping[str, float], num_actors: int | None = None, device: Device = "auto") -> Sizing:
     """The sizing for a session with these resources (`CPU`, `GPU`), with `num_actors` actors or as many as fit.
 
-    One actor per GPU; without GPUs, one per CPU, with room for a read or commit task. Raises ClusterError if
-    the actors do not fit: Ray itself would wait for ever without a message.
+    One actor per GPU, which takes less than a CPU where there are more GPUs than CPUs; without GPUs one per CPU. Both
+    with room for a read or commit task. Raises ClusterError if the actors do not fit, as Ray itself would wait for
+    ever without a message, and if `device` is `gpu` and there is none.
     """
     gpus, cpus = int(resources.get("GPU", 0)), resources.get("CPU", 0.0)
-    fitting = int((cpus - TASK_CPUS) // ACTOR_CPUS)
+    if device == "gpu" and not gpus:
+        raise ClusterError(
+            f"--device gpu: the Ray session has {cpus:g} CPUs and no GPU: add GPU nodes, or choose --device cpu"
+        )
+    if device == "cpu":
+        gpus = 0
+    share = _cpus_beside_a_gpu(cpus, gpus) if gpus else ACTOR_CPUS
+    fitting = int((cpus - TASK_CPUS) / share + 1e-9)
     available = min(gpus, fitting) if gpus else fitting
     wanted = num_actors or available
     if wanted < 1 or wanted > available:
         raise ClusterError(
-            f"{max(1, wanted)} explain actors need {max(1, wanted) * ACTOR_CPUS + TASK_CPUS:g} CPUs"
+            f"{max(1, wanted)} explain actors need {max(1, wanted) * share + TASK_CPUS:g} CPUs"
             f"{' and as many GPUs as actors' if gpus else ''}; the Ray session has {cpus:g} CPUs and {gpus} GPUs: "
             f"ask for fewer --workers or join a larger cluster with --address"
         )
-    return Sizing(wanted, 1.0 if gpus else 0.0, ACTOR_CPUS, TASK_CPUS, threads_per_actor=1)
+    return Sizing(wanted, 1.0 if gpus else 0.0, share, TASK_CPUS, threads_per_actor=1)
+
+
+def _cpus_beside_a_gpu(cpus: float, gpus: int) -> float:
+    """The CPUs of an actor that has a GPU: one, or an equal part, in tenths, of what a task leaves over."""
+    equal = floor((cpus - TASK_CPUS) / gpus * 10 + 1e-9) / 10
+    share = min(ACTOR_CPUS, max(LEAST_ACTOR_CPUS, equal))
+    return share if share != TASK_CPUS else TASK_CPUS - LEAST_ACTOR_CPUS
 
 
 def local_cpus(num_cores: int, num_actors: int | None) -> int:
@@ -57,16 +84,33 @@ def local_cpus(num_cores: int, num_actors: int | None) -> int:
     return ceil(max(num_cores, num_actors or 0) * ACTOR_CPUS) + 1
 
 
-def unit_records(seconds_per_record: float, bytes_per_record: float, num_records: int, num_workers: int) -> int:
+def object_store_bytes(num_actors: int, memory_bytes: int) -> int:
+    """Object store of a session on a machine with this memory: three units of pixels per actor.
+
+    That is the one that is explained, the one that waits, and the one that is read. At least 1 GiB, and at most 30 % of
+    the memory, which is also Ray's own rule.
+    """
+    wanted = max(LEAST_STORE_BYTES, num_actors * UNITS_PER_ACTOR * MOST_UNIT_PIXEL_BYTES)
+    return min(wanted, max(LEAST_STORE_BYTES, int(MOST_STORE_SHARE * memory_bytes)))
+
+
+def unit_records(
+    seconds_per_record: float,
+    bytes_per_record: float,
+    num_records: int,
+    num_workers: int,
+    pixel_bytes_per_record: float = 1.0,
+) -> int:
     """Records of a full unit, at least 1: 10 s of work or more, at most 5 minutes and 1/20 of a worker's share.
 
-    The minimum wins over the share, and the limit of 64 MiB of output over both. Seconds and bytes per record
-    must be greater than zero.
+    The minimum wins over the share, and the limits of 64 MiB of output and of 128 MiB of pixels over both. Seconds
+    and bytes per record must be greater than zero.
     """
     share = num_records / max(1, num_workers) * seconds_per_record * MOST_UNIT_SHARE
     seconds = max(LEAST_UNIT_SECONDS, min(MOST_UNIT_SECONDS, share))
     by_time = ceil(seconds / seconds_per_record)
-    return max(1, min(by_time, int(MOST_UNIT_BYTES // bytes_per_record)))
+    by_bytes = min(MOST_UNIT_BYTES // bytes_per_record, MOST_UNIT_PIXEL_BYTES // pixel_bytes_per_record)
+    return max(1, min(by_time, int(by_bytes)))
 
 
 def shrinking_sizes(num_records: int, first: int, floor: int, num_workers: int) -> list[int]:

@@ -52,6 +52,7 @@ def evaluate(
     workers: Annotated[int | None, typer.Option(min=1, help="Actors.  [default: one per GPU, or CPU core]")] = None,
     runner: Annotated[str, typer.Option(help="ray, or local: this process alone.")] = "ray",
     address: Address = None,
+    device: Annotated[str, typer.Option(help="gpu (an error without one), cpu, or auto.")] = "auto",
     batch_size: BatchSize = None,
     as_json: AsJson = False,
     endpoint_url: Endpoint = None,
@@ -75,7 +76,8 @@ def evaluate(
         weights=weights,
         endpoint_url=endpoint_url,
     )
-    execution = execution_of({"workers": workers, "runner": runner, "address": address, "batch_size": batch_size})
+    ways = {"workers": workers, "runner": runner, "address": address, "device": device, "batch_size": batch_size}
+    execution = execution_of(ways)
     console = progress_console(as_json)
     outcome = run_evaluation(asked, execution, console)
     for failure in outcome.failures:

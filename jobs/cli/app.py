@@ -169,6 +169,10 @@ JOB_OPTIONS: dict[str, Any] = {
         str | None, typer.Option(help="ray, or local: this process alone, same bytes.  [default: ray]")
     ],
     "address": Address,
+    "device": Annotated[
+        str | None,
+        typer.Option(help="gpu (an error without one), cpu, or auto: the GPUs if there are any.  [default: auto]"),
+    ],
     "batch_size": Annotated[
         int | None,
         typer.Option(

@@ -65,7 +65,7 @@ def plan(
         from blocksight.jobs.bench.benchmark import device_of
         from blocksight.jobs.bench.quick import probe_cost
 
-        probe_cost(job, made, device_of("cuda" if workforce.on_gpu else "cpu"), progress_console(as_json))
+        probe_cost(job, made, device_of(workforce.device), progress_console(as_json))
     if as_json:
         print_json({**plan_figures(job, made, workforce), "labels": labels})
     else:

@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from blocksight.cluster.sizing import Device
 from blocksight.engine.catalog.composition import Method, Preset, parameters_of, parse_method
 from blocksight.engine.catalog.edge_detectors import installed_detector
 from blocksight.engine.catalog.entries import EXPLAINERS, FIDELITIES, Fidelity
@@ -350,6 +351,9 @@ class Execution(BaseModel):
     workers: int | None = Field(default=None, ge=1, description="explain actors; none: one per GPU, or per CPU core")
     address: str | None = Field(
         default=None, description="of a Ray cluster to join; none: Ray is started for the job and stopped after it"
+    )
+    device: Device = Field(
+        default="auto", description="gpu, or cpu; auto: the GPUs if there are any. gpu without one is an error"
     )
     batch_size: int | None = Field(
         default=None,

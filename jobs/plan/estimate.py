@@ -35,6 +35,12 @@ CORE_FORWARDS_PER_SECOND = 35.0
 GPU_FORWARDS_PER_SECOND = 2_000.0
 """A round guess for float32 without compilation; not measured."""
 
+HOST_SECONDS = 0.004
+"""CPU time of a record beside the model: decoding, selecting, coding the map. A fast GPU waits for it."""
+
+PIXEL_BYTES = 3 * 224 * 224
+"""Of a decoded image, if the model's input size is not known before it is loaded."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -54,7 +60,7 @@ class Estimate:
     @property
     def seconds_per_record(self) -> float:
         """On one worker."""
-        return self.forwards_per_record / self.forwards_per_second
+        return self.forwards_per_record / self.forwards_per_second + HOST_SECONDS
 
     @property
     def num_forwards(self) -> int:

@@ -55,7 +55,7 @@ class ExpectedCost:
 
 def expected_cost(config: JobConfig, num_records: int, workforce: Workforce) -> ExpectedCost:
     """The cost by this machine's measurement, or else by the estimate, which knows no time."""
-    measured = recall(config, "cuda" if workforce.on_gpu else "cpu")
+    measured = recall(config, workforce.device)
     if measured is None:
         own = estimate(config, num_records, on_gpu=workforce.on_gpu)
         return ExpectedCost(own.forwards_per_record, own.num_bytes, own.basis, None)

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from blocksight.cluster.sizing import LEAST_UNIT_SECONDS, shrinking_sizes, unit_records
 from blocksight.jobs.plan.config import JobConfig
-from blocksight.jobs.plan.estimate import estimate
+from blocksight.jobs.plan.estimate import PIXEL_BYTES, estimate
 from blocksight.jobs.plan.records import Unit
 from blocksight.jobs.plan.text import counted
 from blocksight.storage.inputs.survey import Layout, Survey
@@ -62,6 +62,11 @@ class Workforce:
     num_workers: int
     on_gpu: bool
 
+    @property
+    def device(self) -> str:
+        """`cuda` or `cpu`, as torch calls it."""
+        return "cuda" if self.on_gpu else "cpu"
+
 
 def pieces(source: ObjectStore, found: Survey, config: JobConfig, workforce: Workforce) -> Iterator[Piece]:
     """The pieces of an input, in order.
@@ -80,8 +85,13 @@ def _sizes(config: JobConfig, num_records: int, workforce: Workforce) -> tuple[i
     """Records of a full unit, and of the smallest unit that is worth its overhead."""
     guess = estimate(config, num_records, on_gpu=workforce.on_gpu)
     seconds = guess.seconds_per_record
-    full = unit_records(seconds, guess.bytes_per_record, num_records, workforce.num_workers)
+    full = unit_records(seconds, guess.bytes_per_record, num_records, workforce.num_workers, _pixel_bytes(config))
     return full, min(full, max(1, round(LEAST_UNIT_SECONDS / seconds)))
+
+
+def _pixel_bytes(config: JobConfig) -> int:
+    """Bytes of a record's decoded image, as far as the configuration says."""
+    return PIXEL_BYTES if config.input_size is None else 3 * config.input_size[0] * config.input_size[1]
 
 
 def _image_pieces(objects: Sequence[ObjectInfo], config: JobConfig, workforce: Workforce) -> Iterator[Piece]:

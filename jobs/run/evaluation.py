@@ -36,6 +36,7 @@ from blocksight.jobs.run.job import (
     check_model,
     check_stored_settings,
     context_of,
+    refuse_missing_gpu,
     session_of,
     workforce_of,
 )
@@ -87,6 +88,7 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
     A wrong request raises before any work: ConfigError, StoreError, ModelError, ClusterError. UnfinishedError is
     raised if the work breaks off.
     """
+    refuse_missing_gpu(execution)
     output = PatientStore(open_store(asked.output, asked.endpoint_url))
     plan = existing_plan(output)
     truth = None if asked.truth is None else open_truth(asked.truth, asked.endpoint_url)
@@ -133,7 +135,7 @@ def _cost(evaluation: Evaluation, config: JobConfig, units: Sequence[Unit], exec
     per_map = forwards_per_map(evaluation.metrics)
     text = f"cost: about {counted(num_maps, 'map')}, {counted(per_map, 'forward')} each"
     workforce = workforce_of(execution)
-    measured = recall(config, "cuda" if workforce.on_gpu else "cpu")
+    measured = recall(config, workforce.device)
     if measured is None or not measured.forwards_per_record:
         return f"{text}; the time is not measured for this model here (`blocksight plan --probe`)"
     seconds = num_maps * per_map * measured.seconds_per_record / measured.forwards_per_record / workforce.num_workers

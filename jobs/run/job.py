@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from blocksight.cluster.cores import usable_cores, usable_gpus
+from blocksight.cluster.errors import ClusterError
 from blocksight.cluster.sizing import Sizing
 from blocksight.engine.catalog.readouts import ReadoutName
 from blocksight.jobs.explain.fidelity import rare_labels
@@ -68,9 +69,38 @@ def workforce_of(execution: Execution) -> Workforce:
     if execution.runner == "ray" and execution.address is not None:
         with session_of(execution) as sizing:
             assert sizing is not None  # of Ray
-            return Workforce(sizing.num_actors, _is_on_gpu(sizing))
-    gpus = usable_gpus() if execution.runner == "ray" else 0
+            return Workforce(sizing.num_actors, sizing.gpus_per_actor > 0)
+    refuse_missing_gpu(execution)
+    gpus = 0 if execution.device == "cpu" else usable_gpus()
+    if execution.runner == "local":
+        return Workforce(1 if gpus else execution.workers or usable_cores(), on_gpu=gpus > 0)
     return Workforce(execution.workers or gpus or usable_cores(), on_gpu=gpus > 0)
+
+
+def refuse_missing_gpu(execution: Execution) -> None:
+    """Raises ClusterError if a GPU of this machine is asked for, and there is none. A cluster is asked when joined."""
+    is_elsewhere = execution.runner == "ray" and execution.address is not None
+    if execution.device != "gpu" or is_elsewhere or usable_gpus():
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ClusterError(
+            f"--device gpu: this machine shows no NVIDIA GPU that torch {torch.__version__} can use: check that "
+            "nvidia-smi lists one and that this torch is a CUDA build, or choose --device cpu"
+        )
+
+
+def device_of(execution: Execution, sizing: Sizing | None) -> str:
+    """`cuda` or `cpu`: where the models of a run are. `sizing`: of its Ray session; None: it runs in this process."""
+    if sizing is not None:
+        return "cuda" if sizing.gpus_per_actor > 0 else "cpu"
+    if execution.device == "cpu":
+        return "cpu"
+    import torch
+
+    refuse_missing_gpu(execution)
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -124,6 +154,7 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
     Wrong data, model, blocks, store or configuration raise before the first unit: ConfigError, StoreError,
     ModelError, ClusterError. UnfinishedError is raised if the store fails for good afterwards.
     """
+    refuse_missing_gpu(execution)
     config, label_file = with_label_file(with_model_file(config))
     output, plan = plan_job(config, execution)
     for note in (f"no input: {plan.ignored_text}", *plan.notes) if plan.ignored else plan.notes:
@@ -143,7 +174,8 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
     preflight = stored or _preflight(adapter, config, facts, plan, output, careful=execution.runner == "ray")
     _print_preflight(preflight, console)
     with session_of(execution) as sizing:
-        planned = _planned_forward(output, adapter, config, execution, on_gpu=_is_on_gpu(sizing))
+        console.print(f"workers: {workers_text(execution, sizing)}")
+        planned = _planned_forward(output, adapter, config, execution, on_gpu=device_of(execution, sizing) == "cuda")
         del adapter  # the workers load their own
         plan = ensure_plan(output, plan)
         preflight = ensure_preflight(output, preflight)
@@ -298,7 +330,17 @@ def session_of(execution: Execution) -> AbstractContextManager[Sizing | None]:
         return nullcontext()
     from blocksight.cluster.session import ray_session
 
-    return ray_session(execution.address, num_actors=execution.workers)
+    return ray_session(execution.address, execution.workers, execution.device)
+
+
+def workers_text(execution: Execution, sizing: Sizing | None) -> str:
+    """Who explains, and on what, for people."""
+    on_gpu = device_of(execution, sizing) == "cuda"
+    if sizing is None:
+        return f"this process, on {'a GPU' if on_gpu else 'the CPU'}"
+    where = "a GPU each" if on_gpu else "a CPU core each"
+    missing = "" if on_gpu or execution.device == "cpu" else "; the Ray session has no GPU"
+    return f"{counted(sizing.num_actors, 'explain actor')}, {where}{missing}"
 
 
 def context_of(
@@ -310,7 +352,7 @@ def context_of(
     readout: ReadoutName = "softmax",
 ) -> JobContext:
     """What every worker of this run needs to know."""
-    on_gpu = _is_on_gpu(sizing)
+    device = device_of(execution, sizing)
     counts = plan.label_counts()
     return JobContext(
         config,
@@ -319,19 +361,16 @@ def context_of(
         facts,
         () if config.labels is not None else plan.class_folders or tuple(sorted(counts)),
         batch_size=execution.batch_size,
-        is_timed=execution.tune or (on_gpu and _least_seconds(config, plan, facts, on_gpu=True) >= PROBE_FROM_SECONDS),
+        is_timed=execution.tune
+        or (device == "cuda" and _least_seconds(config, plan, facts, on_gpu=True) >= PROBE_FROM_SECONDS),
         num_threads=sizing.threads_per_actor if sizing is not None else 1,
-        device="cuda" if on_gpu else "cpu",
+        device=device,
         import_path=str(Path.cwd()),
         rare_labels=rare_labels(counts if config.labels is None else {}),
         readout=readout,
         number_names=() if config.labels is not None else plan.number_names,
         witnesses=plan.witnesses,
     )
-
-
-def _is_on_gpu(sizing: Sizing | None) -> bool:
-    return sizing is not None and sizing.gpus_per_actor > 0
 
 
 def _least_seconds(config: JobConfig, plan: Plan, facts: ModelFacts, *, on_gpu: bool) -> float:

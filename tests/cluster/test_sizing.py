@@ -5,7 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blocksight.cluster.errors import ClusterError
-from blocksight.cluster.sizing import MOST_UNIT_BYTES, local_cpus, shrinking_sizes, size_for, unit_records
+from blocksight.cluster.sizing import (
+    LEAST_STORE_BYTES,
+    MOST_UNIT_BYTES,
+    MOST_UNIT_PIXEL_BYTES,
+    local_cpus,
+    object_store_bytes,
+    shrinking_sizes,
+    size_for,
+    unit_records,
+)
 
 
 @pytest.mark.parametrize(
@@ -14,7 +23,9 @@ from blocksight.cluster.sizing import MOST_UNIT_BYTES, local_cpus, shrinking_siz
         ({"CPU": 3.0}, None, 2, 0.0),
         ({"CPU": 2.0}, None, 1, 0.0),
         ({"CPU": 64.0, "GPU": 8.0}, None, 8, 1.0),
-        ({"CPU": 4.0, "GPU": 8.0}, None, 3, 1.0),
+        ({"CPU": 4.0, "GPU": 8.0}, None, 8, 1.0),
+        ({"CPU": 8.0, "GPU": 8.0}, None, 8, 1.0),
+        ({"CPU": 4.5, "GPU": 8.0}, None, 8, 1.0),
         ({"CPU": 64.0, "GPU": 8.0}, 2, 2, 1.0),
     ],
 )
@@ -32,6 +43,21 @@ def test_actors_leave_room_for_a_task(resources, wanted, num_actors, gpus):
 def test_what_ray_would_wait_for_in_silence_is_refused(resources, wanted):
     with pytest.raises(ClusterError, match=r"explain actors need .* CPUs.*--workers"):
         size_for(resources, wanted)
+
+
+def test_the_device_that_was_asked_for_is_used_or_refused():
+    both, cpus = {"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0}
+    assert size_for(both, None, "cpu") == size_for(cpus)
+    assert size_for(both, None, "gpu") == size_for(both)
+    with pytest.raises(ClusterError, match="--device gpu: the Ray session has 16 CPUs and no GPU"):
+        size_for(cpus, None, "gpu")
+
+
+def test_the_object_store_holds_what_actors_wait_for():
+    assert object_store_bytes(1, 64 << 30) == LEAST_STORE_BYTES
+    assert object_store_bytes(8, 256 << 30) == 24 * MOST_UNIT_PIXEL_BYTES
+    assert object_store_bytes(64, 32 << 30) == int(0.3 * (32 << 30))
+    assert object_store_bytes(8, 1 << 30) == LEAST_STORE_BYTES
 
 
 @pytest.mark.parametrize(("num_cores", "wanted", "actors"), [(1, None, 1), (2, None, 2), (2, 5, 5), (16, 3, 3)])
@@ -60,6 +86,11 @@ def test_a_full_unit_never_outgrows_one_put(seconds, size, num_records, workers)
     records = unit_records(seconds, size, num_records, workers)
     assert records >= 1
     assert records == 1 or records * size <= MOST_UNIT_BYTES
+
+
+def test_the_pixels_of_a_unit_pass_as_one_block():
+    assert unit_records(0.004, 7_000, 10**6, 8, 3 * 224 * 224) == MOST_UNIT_PIXEL_BYTES // (3 * 224 * 224) == 891
+    assert unit_records(0.004, 7_000, 10**6, 8, 1 << 30) == 1
 
 
 def test_units_shrink_by_hand():

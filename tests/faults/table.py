@@ -523,7 +523,7 @@ MUTATIONS = (
     Mutation(
         "an address means GPUs",
         "jobs/run/job.py",
-        "Workforce(sizing.num_actors, _is_on_gpu(sizing))",
+        "Workforce(sizing.num_actors, sizing.gpus_per_actor > 0)",
         "Workforce(sizing.num_actors, on_gpu=True)",
         ("jobs/run/test_job.py::test_units_are_cut_for_the_cluster_that_is_joined",),
     ),

@@ -17,7 +17,7 @@ from blocksight.jobs.ledger.reconcile import MANIFEST_KEY, check
 from blocksight.jobs.plan.config import ConfigError, Execution
 from blocksight.jobs.plan.plan import MODEL_KEY, PLAN_KEY, DriftError, load_plan, make_plan
 from blocksight.jobs.plan.units import Workforce
-from blocksight.jobs.run.job import workforce_of
+from blocksight.jobs.run.job import device_of, workers_text, workforce_of
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.store import StoreError
 from tests.jobs.jobs_of import blocksight, config_of, fragments_in, rows_in, run_here
@@ -276,12 +276,39 @@ def test_units_are_cut_for_the_cluster_that_is_joined(tmp_path, monkeypatch, gpu
     assert f"on 16 {'GPUs' if gpus else 'CPU cores'}" in said.stdout
 
 
+def test_a_gpu_that_was_asked_for_and_is_not_there_is_an_error_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("blocksight.jobs.run.job.usable_gpus", lambda: 0)
+    data = folder_of_images(tmp_path / "in", 1, bad=False)
+    job = ("--data", data, "--output", tmp_path / "out", "--model", MODEL, "--device", "gpu")
+    for command in (("explain", *job), ("explain", *job, "--runner", "local"), ("plan", *job)):
+        ran = blocksight(*command)
+        assert ran.returncode == 2
+        assert "--device gpu: this machine shows no NVIDIA GPU" in ran.stderr + ran.stdout
+    assert not (tmp_path / "out").exists()
+    assert blocksight("evaluate", tmp_path / "out", "--device", "gpu").returncode == 2
+
+
+def test_a_run_in_this_process_uses_the_gpu_unless_the_user_says_cpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert device_of(Execution(runner="local"), None) == "cuda"
+    assert device_of(Execution(runner="local", device="cpu"), None) == "cpu"
+    assert device_of(Execution(), size_for({"CPU": 17, "GPU": 4})) == "cuda"
+    assert device_of(Execution(), size_for({"CPU": 17})) == "cpu"
+    assert (
+        workers_text(Execution(), size_for({"CPU": 3}))
+        == "2 explain actors, a CPU core each; the Ray session has no GPU"
+    )
+    assert workers_text(Execution(runner="local"), None) == "this process, on a GPU"
+
+
 @pytest.mark.parametrize(("gpus", "wanted"), [(0, Workforce(3, False)), (2, Workforce(2, True))])
 def test_units_are_cut_for_the_part_of_this_machine_that_may_be_used(monkeypatch, gpus, wanted):
     monkeypatch.setattr("blocksight.jobs.run.job.usable_cores", lambda: 3)
     monkeypatch.setattr("blocksight.jobs.run.job.usable_gpus", lambda: gpus)
     assert workforce_of(Execution()) == wanted
-    assert workforce_of(Execution(runner="local", address="auto")) == Workforce(3, False)
+    in_process = Workforce(3, False) if gpus == 0 else Workforce(1, True)
+    assert workforce_of(Execution(runner="local", address="auto")) == in_process
+    assert workforce_of(Execution(device="cpu")) == Workforce(3, False)
     assert workforce_of(Execution(workers=1)).num_workers == 1
 
 
