@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from blocksight.engine.catalog.side_products import SideProducts
+from blocksight.engine.errors import ImageError
 from blocksight.engine.explainers.cams import whole_block
 from blocksight.engine.explainers.explainer import Attribution, SignedExplainer, pad
 from blocksight.engine.model.adapter import ModelAdapter
@@ -21,6 +22,8 @@ from blocksight.engine.scoring.perturb import blurred
 
 BLUR = 10 / 224
 """Standard deviation of the blurred reference's Gaussian, as a share of the shorter side."""
+MAX_GAP = 1e-3
+"""Largest error of the head's shortcut, as a share of the largest logit."""
 MIN_NET_SHARE = 1e-6
 """A sum below this share of the sum of absolute values counts as 0."""
 
@@ -130,6 +133,8 @@ class AFmi(SignedExplainer):
 
     def _importance(self, image: Captured, reference: Captured, target: Target) -> Tensor:
         """The importances [K, T], float64; 0 for maps that are left out."""
+        if self.weights is not None:
+            self._check_shortcut(image, reference, self.weights)
         removal, chosen = self.parameters.removal, self._chosen(image, reference)
         gains = []
         if removal in ("reference", "two_sided"):
@@ -141,6 +146,19 @@ class AFmi(SignedExplainer):
         found = gains[0].new_zeros(self.block.channels, target.num_targets)
         found[chosen] = torch.stack(gains).mean(0)
         return found
+
+    def _check_shortcut(self, image: Captured, reference: Captured, weights: Tensor) -> None:
+        """Raises ImageError if the steps of all channels do not sum to the difference of the logits, which is known."""
+        steps = (image.maps_khw.double() - reference.maps_khw.double()).mean((1, 2))
+        found, wanted = weights @ steps, image.logits.double() - reference.logits.double()
+        gap, size = (found - wanted).abs().max(), torch.maximum(image.logits.abs().max(), reference.logits.abs().max())
+        if gap > MAX_GAP * size:  # not for NaN, whose map is refused elsewhere
+            place = int((found - wanted).abs().argmax())
+            raise ImageError(
+                f"a-fmi took the head of {self.adapter.name} for pooling and one linear layer, and for this image its "
+                f"channels sum to {float(found[place]):.5g} where the logit differs by {float(wanted[place]):.5g} from "
+                "the reference's: take -p tail=passes"
+            )
 
     def _chosen(self, image: Captured, reference: Captured) -> Tensor:
         """The channels whose importance is computed, ascending."""

@@ -1,6 +1,7 @@
 """Input gradients: plain, and integrated along a straight path from a baseline."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,6 +10,23 @@ from torch import Tensor
 from blocksight.engine.explainers.points import Point, PointExplainer
 from blocksight.engine.model.taps import gradients
 from blocksight.engine.model.targets import Target
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Whether attributions sum to the change of the raw score from the baseline to the image."""
+
+    found: float
+    """The sum."""
+    wanted: float
+    largest: float
+    """The largest change of any logit, at least 0."""
+
+    @property
+    def gap(self) -> float:
+        """The difference as a share of the largest change, at least 0; infinite where a sum has no change to match."""
+        apart = abs(self.found - self.wanted)
+        return apart / self.largest if self.largest else (float("inf") if apart else 0.0)
 
 
 class Gradient(PointExplainer):
@@ -49,3 +67,13 @@ class IntegratedGradients(Gradient):
 
     def signed_map(self, values: Tensor) -> Tensor:
         return values.sum(0)
+
+    def balance(self, input_nchw: Tensor, target: Target) -> Balance:
+        """What the attributions of one image [1, 3, H, W] and its first target sum to, and should (proposition 1)."""
+        ((one, *_),) = self.attribute(input_nchw, target, [0])
+        baseline = self.scorer.perturbation.baseline.expand_as(input_nchw)
+        with self.adapter.borrowed(), torch.inference_mode():
+            before, after = self.adapter.logits(torch.cat([baseline, input_nchw])).double().split(1)
+        raw, image = target.raw, torch.zeros(1, dtype=torch.int64, device=after.device)
+        wanted = raw.score(after, image)[0, 0] - raw.score(before, image)[0, 0]
+        return Balance(float(one.values.sum()), float(wanted), float((after - before).abs().max()))

@@ -11,6 +11,7 @@ from torch import Tensor
 from blocksight.engine.catalog.composition import Method
 from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers.explainer import Explainer
+from blocksight.engine.explainers.gradients import IntegratedGradients
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.failures import first_line_of
 from blocksight.engine.scoring.forward import Forward
@@ -32,6 +33,37 @@ def quick(method: Method, parameters: Any) -> Any:
     """The method's parameters with those of `QUICK`; the wrapped method's too."""
     own = replace(parameters, **QUICK.get(method.name, {}))
     return own if method.base is None else replace(own, base=quick(method.base, parameters.base))
+
+
+LOUD_GAP, GROSS_GAP = 0.1, 0.9
+"""Of `Balance.gap`: the first is said, the second refused."""
+NUM_BALANCED = 2
+"""Images that are tried until one has no gross gap; each costs as much as its explanation."""
+
+
+def check_balance(explainer: IntegratedGradients, inputs_nchw: Tensor, classes: Tensor) -> tuple[str, ...]:
+    """A sentence if the attributions do not sum to the change of the logit.
+
+    `explainer` has the job's own number of steps. Raises ModelError if the sums are grossly wrong for every image
+    that is tried.
+    """
+    steps, sentence = explainer.num_forwards, ""
+    for image in range(min(NUM_BALANCED, len(inputs_nchw))):
+        one = slice(image, image + 1)
+        own = explainer.balance(inputs_nchw[one], explainer.adapter.target(classes[one]))
+        sentence = (
+            f"integrated_gradients sums to {own.found:.4g} in {steps} steps, and the logit changes by {own.wanted:.4g} "
+            f"from the baseline to the image ({min(own.gap, 99):.0%} of the largest change of a logit are missing or "
+            f"too much)"
+        )
+        if own.gap <= LOUD_GAP:
+            return ()
+        if own.gap < GROSS_GAP:
+            return (f"{sentence}: take more, such as -p steps={4 * steps}",)
+    raise ModelError(
+        f"{sentence}: take more steps, or smoothgrad, or scorecam; if the gap stays, something in "
+        f"{explainer.adapter.name} has no gradient, such as rounding, or a part of its forward under torch.no_grad"
+    )
 
 
 def scored_once(adapter: ModelAdapter) -> Forward:

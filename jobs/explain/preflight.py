@@ -16,7 +16,7 @@ from torch import Tensor
 from blocksight.engine.catalog.readouts import ReadoutName
 from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers import make_explainer
-from blocksight.engine.judging.preflight import quick, scored_once, try_explainer
+from blocksight.engine.judging.preflight import check_balance, quick, scored_once, try_explainer
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.examination import Examination, examine
 from blocksight.engine.model.failures import first_line_of
@@ -129,7 +129,20 @@ def _tried(adapter: ModelAdapter, config: JobConfig, facts: ModelFacts, inputs_n
     method, blocks = config.method, [block["name"] for block in facts.blocks]
     parameters = quick(method, config.explainer_parameters())
     explainer = make_explainer(config.explainer, adapter, parameters, blocks=blocks, forward=scored_once(adapter))
-    return try_explainer(explainer, method, blocks, inputs_nchw, _classes(adapter, config, inputs_nchw))
+    classes = _classes(adapter, config, inputs_nchw)
+    findings = try_explainer(explainer, method, blocks, inputs_nchw, classes)
+    return (*findings, *_balanced(adapter, config, inputs_nchw, classes))
+
+
+def _balanced(adapter: ModelAdapter, config: JobConfig, inputs_nchw: Tensor, classes: Tensor) -> tuple[str, ...]:
+    """Whether the innermost method's attributions are complete, with the job's own parameters."""
+    method, parameters = config.method, config.explainer_parameters()
+    while method.base is not None:
+        method, parameters = method.base, parameters.base
+    if method.name != "integrated_gradients":
+        return ()
+    explainer = make_explainer(method.name, adapter, parameters, images_per_pass=1)
+    return check_balance(explainer, inputs_nchw, classes)
 
 
 def _classes(adapter: ModelAdapter, config: JobConfig, inputs_nchw: Tensor) -> Tensor:

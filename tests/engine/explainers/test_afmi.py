@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from blocksight.engine.catalog.parameters import AFmiParameters
+from blocksight.engine.errors import ImageError
 from blocksight.engine.explainers import EXPLAINERS
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.head import pooled_weights
 from blocksight.engine.model.targets import ClassProbability
 from tests.engine import oracles
 from tests.engine import slow_explainers as slow
-from tests.engine.explainers.test_explainers import BLACK, TAILS, adapter_of, assert_near, small_vit
+from tests.engine.explainers.test_explainers import BLACK, CLASS_2, TAILS, adapter_of, assert_near, small_vit
 from tests.engine.nets import Depthwise, InPlace, Plain, Pooled, Residual, Untraceable, seeded, smooth
 
 REMOVALS = ["reference", "zero", "insert", "two_sided"]
@@ -194,6 +195,15 @@ def test_a_pooled_heads_weights_are_read(make):
 
 
 # ---------------------------------------------------------------- properties of an importance
+
+
+def test_a_head_that_is_no_pooling_on_an_image_is_told():
+    """The head was tried on random maps; the channels' steps must also sum to the difference of the logits."""
+    inputs = smooth(1, 32, 32)
+    one = afmi(seeded(Pooled), inputs)
+    one.weights = 1.01 * one.weights
+    with pytest.raises(ImageError, match=r"its channels sum to .* where the logit differs by .*: take -p tail=passes"):
+        one.explain(inputs, CLASS_2)
 
 
 @pytest.mark.parametrize("tail", ["auto", "passes"])

@@ -1,6 +1,7 @@
 """Explainers other than SISE and the CAMs: slow twins and closed forms; and properties of every explainer."""
 
 import random
+import re
 from functools import partial
 
 import numpy as np
@@ -32,6 +33,7 @@ from blocksight.engine.catalog.parameters import (
 from blocksight.engine.errors import ImageError, ModelError
 from blocksight.engine.explainers import EXPLAINERS, extremal, make_explainer
 from blocksight.engine.explainers.fullgrad import bias_of
+from blocksight.engine.judging.preflight import check_balance
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.targets import ClassLogit, ClassProbability
 from blocksight.engine.scoring.perturb import blurred
@@ -545,6 +547,54 @@ def test_a_forward_without_gradients_is_told(name):
 def test_a_network_without_biases_is_refused():
     with pytest.raises(ModelError, match=r"fullgrad reads .* model has none: take smoothgrad"):
         explainer("fullgrad", adapter_of(seeded(Linear), 16))
+
+
+# ---------------------------------------------------------------- completeness of integrated gradients
+
+
+class Rounded(Twice):
+    """Most of its logits comes through a function without a gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return logits / 20 + logits.detach()
+
+
+class Steep(Twice):
+    """It grows within a small part of the path from the baseline, where few steps see nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward((20 * x).tanh())
+
+
+def balanced(make, steps):
+    """The findings on two pictures, each by the class whose logit changes most."""
+    adapter, inputs = adapter_of(seeded(make), 16), smooth(2, 16, 16)
+    with torch.no_grad(), adapter.borrowed():
+        changes = adapter.logits(inputs) - adapter.logits(torch.zeros_like(inputs))
+    one = explainer("integrated_gradients", adapter, IntegratedGradientsParameters(steps=steps))
+    return check_balance(one, inputs, changes.abs().argmax(1, keepdim=True))
+
+
+def test_integrated_gradients_sum_to_the_change_of_the_logit():
+    one = explainer("integrated_gradients", adapter_of(seeded(Curved), 16), IntegratedGradientsParameters(steps=100))
+    inputs = smooth(1, 16, 16)
+    own = one.balance(inputs, CLASS_2)
+    with torch.no_grad(), one.adapter.borrowed():
+        after, before = one.adapter.logits(inputs), one.adapter.logits(torch.zeros_like(inputs))
+    assert own.wanted == pytest.approx(float((after - before)[0, 2]), rel=1e-5)
+    assert own.largest == pytest.approx(float((after - before).abs().max()), rel=1e-5)
+    assert own.gap < 0.01
+    assert balanced(Curved, 100) == ()
+
+
+def test_a_rough_sum_is_said_and_a_gross_one_refused():
+    (sentence,) = balanced(Steep, 6)
+    assert re.match(
+        r"integrated_gradients sums to \S+ in 6 steps, and the logit changes by \S+ .* -p steps=24", sentence
+    )
+    with pytest.raises(ModelError, match=r"sums to .* are missing or too much\): take more steps, .* has no gradient"):
+        balanced(Rounded, 50)
 
 
 # ---------------------------------------------------------------- extremal perturbation

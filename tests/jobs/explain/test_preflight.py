@@ -49,6 +49,11 @@ class Cut(Tiny):
         maps = self.second(self.first(x))
         return self.head(maps.detach().mean((2, 3)) + x.mean((1, 2, 3))[:, None])
 
+class Straight(Tiny):
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits / 50 + logits.detach()
+
 class Failing(Tiny):
     def forward(self, x):
         if torch.is_grad_enabled():
@@ -82,8 +87,8 @@ def of(kind):
         return ModelAdapter(seeded(kind), input_size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
     return make
 
-kinds = (Soft, Frozen, Cut, Failing, Picky, Unlisted, Labels)
-soft, frozen, cut, failing, picky, unlisted, labels = map(of, kinds)
+kinds = (Soft, Frozen, Cut, Failing, Picky, Unlisted, Labels, Straight)
+soft, frozen, cut, failing, picky, unlisted, labels, straight = map(of, kinds)
 """
 
 
@@ -131,6 +136,13 @@ def test_what_would_fail_every_record_fails_before_the_first(
     with pytest.raises(ModelError, match=sentence):
         run_here(red_and_green, tmp_path / "out", model=name, explainer=explainer)
     assert not (tmp_path / "out" / "_job" / "plan").exists()
+
+
+def test_integrated_gradients_that_do_not_add_up_are_told_before_any_unit(my_models, red_and_green, tmp_path):
+    options = {"model": "odd_models:straight", "parameters": {"steps": 4}}
+    with pytest.raises(ModelError, match=r"integrated_gradients sums to .* in 4 steps, .* take more steps"):
+        run_here(red_and_green, tmp_path / "out", explainer="integrated_gradients", **options)
+    assert run_here(red_and_green, tmp_path / "plain", explainer="gradient", model="odd_models:straight")
 
 
 def test_a_block_that_no_gradient_reaches_is_named(my_models, red_and_green, tmp_path):
