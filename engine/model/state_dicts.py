@@ -26,9 +26,14 @@ RENAMES = ((re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)"), r"\1\2"),)
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.", "aux_classifier.")
 """Heads of torchvision's networks that take part in training only."""
 
+HEADS = ("fc", "classifier", "head", "heads", "linear", "last_linear", "logits", "output", "cls_head")
+"""Names of the last layer in common networks."""
+
 COUNTERS = "num_batches_tracked"
 """Batch norm's count of training steps, which no inference reads; files from before torch 0.4.1 have none."""
 
+_OPTIMIZER = re.compile(r"(^|\.)(optim\w*|opt|exp_avg\w*|momentum\w*)\.")
+"""A part of a path that holds an optimizer's state, which may have the weights' names."""
 _AVERAGED = re.compile(r"(^|[._])(ema|swa|avg|averaged?)([._]|$)")
 
 
@@ -110,10 +115,13 @@ def fitted(stored: StateDict, wanted: Collection[str]) -> StateDict:
     if added:
         prefixes = _prefixes(stored.tensors, {name[len(added) :] for name in names})
     chosen, notes = _chosen_prefix(prefixes, stored)
-    found = _below(replace(stored, notes=(*stored.notes, *notes)), chosen)
+    stored = replace(stored, notes=(*stored.notes, *notes))
+    found = _below(stored, chosen)
     if added and prefixes:
         found = _with_prefix(found, added)
-    found = _noting_neighbours(found, stored, chosen, names)
+    beside = _beside(found, stored, chosen, names)
+    head = _head_beside(found, beside, names)
+    found = _noting(_with_others(found, head, stored), [name for name in beside if name not in head])
     return _with_head(_published(_of_matched_dicts(found, names), names), names)
 
 
@@ -160,7 +168,8 @@ def _chosen_prefix(prefixes: Counter[str], stored: StateDict) -> tuple[str, list
     if not prefixes:  # the module's hooks may know the names
         ((largest, _),) = Counter(stored.places.values()).most_common(1) or [("", 0)]
         return largest, []
-    tied = _distinct([prefix for prefix, count in prefixes.items() if count == _most(prefixes)], stored)
+    tied = [prefix for prefix, count in prefixes.items() if count == _most(prefixes)]
+    tied = _distinct([prefix for prefix in tied if not _OPTIMIZER.search(prefix)] or tied, stored)
     plain = [prefix for prefix in tied if not _AVERAGED.search(prefix)] or tied
     if len(plain) > 1:
         shown = " and ".join(repr(prefix.rstrip(".") or "the top") for prefix in plain[:MAX_SHOWN])
@@ -217,14 +226,52 @@ def _with_prefix(stored: StateDict, prefix: str) -> StateDict:
     )
 
 
-def _noting_neighbours(found: StateDict, stored: StateDict, chosen: str, wanted: Collection[str]) -> StateDict:
-    """Says which tensors beside the chosen prefix, in the same dict of the file, were left out."""
+def _beside(found: StateDict, stored: StateDict, chosen: str, wanted: Collection[str]) -> list[str]:
+    """The file's names beside the chosen prefix, in the same dict of the file."""
     dicts = {found.places.get(name) for name in found.tensors if name in wanted}
-    left = [
+    return [
         name
         for name in stored.tensors
         if not name.startswith(chosen) and stored.places.get(name) in dicts and not _AVERAGED.search(name)
     ]
+
+
+def _head_beside(found: StateDict, beside: Iterable[str], wanted: Collection[str]) -> dict[str, str]:
+    """The model's names of a head that lies beside the rest of the network, by the file's: `backbone.*` and `head.*`.
+
+    Empty unless the head is the one layer that is missing, and one layer beside is named like a head.
+    """
+    missing, over = _layers(wanted - found.tensors.keys()), _layers(found.tensors.keys() - wanted)
+    missing = {layer: leaves for layer, leaves in missing.items() if not f"{layer}.".startswith(AUXILIARY)}
+    if len(missing) != 1 or over:
+        return {}
+    ((ours, leaves),) = missing.items()
+    heads = [layer for layer, other in _layers(beside).items() if other == leaves and _is_head(layer)]
+    return {f"{heads[0]}.{leaf}": f"{ours}.{leaf}" for leaf in leaves} if len(heads) == 1 and _is_head(ours) else {}
+
+
+def _is_head(layer: str) -> bool:
+    """True for `classifier` and `head.1`."""
+    parts = [part for part in layer.split(".") if not part.isdecimal()]
+    return bool(parts) and parts[-1].lower() in HEADS
+
+
+def _with_others(found: StateDict, names: Mapping[str, str], stored: StateDict) -> StateDict:
+    """With further tensors of the file under new names."""
+    if not names:
+        return found
+    tensors, places = (
+        {**own, **{ours: whole[name] for name, ours in names.items() if name in whole}}
+        for own, whole in ((found.tensors, stored.tensors), (found.places, stored.places))
+    )
+    theirs, ours = (next(iter(side)).rpartition(".")[0] for side in (names, names.values()))
+    return replace(found, tensors=tensors, places=places).noting(
+        f"the file's layer {theirs!r}, which lies beside the others, was read as the model's {ours!r}"
+    )
+
+
+def _noting(found: StateDict, left: Sequence[str]) -> StateDict:
+    """Says which tensors were left out."""
     if not left:
         return found
     shown = ", ".join(map(repr, left[:MAX_SHOWN]))
@@ -253,7 +300,8 @@ def _published(stored: StateDict, wanted: Collection[str]) -> StateDict:
 
 
 def _with_head(stored: StateDict, wanted: Collection[str]) -> StateDict:
-    """With the names of a head that stands in a Sequential in the file (`fc.1.weight` for `fc.weight`), or the reverse.
+    """With the names of a head that stands in a Sequential in the file (`fc.1.weight` for `fc.weight`), or the reverse,
+    or that has another name of a head (`classifier.weight`).
 
     Only if it is the one layer that is missing, and the one that is left over.
     """
@@ -261,7 +309,8 @@ def _with_head(stored: StateDict, wanted: Collection[str]) -> StateDict:
     if len(missing) != 1 or len(over) != 1:
         return stored
     ((ours, our_leaves),), ((theirs, their_leaves),) = missing.items(), over.items()
-    if our_leaves != their_leaves or not (_is_numbered(ours, theirs) or _is_numbered(theirs, ours)):
+    is_renamed = _is_head(ours) and _is_head(theirs)
+    if our_leaves != their_leaves or not (is_renamed or _is_numbered(ours, theirs) or _is_numbered(theirs, ours)):
         return stored
     names = {f"{theirs}.{leaf}": f"{ours}.{leaf}" for leaf in their_leaves}
     return stored.renamed(names).noting(
@@ -281,9 +330,9 @@ def _layers(names: Iterable[str]) -> dict[str, set[str]]:
 
 
 def _is_numbered(longer: str, shorter: str) -> bool:
-    """True for `fc.1` and `fc`."""
-    outer, _, number = longer.rpartition(".")
-    return outer == shorter and number.isdecimal()
+    """True for `fc.1` and `fc`, also for `fc.0.1`."""
+    numbers = longer.removeprefix(f"{shorter}.").split(".")
+    return longer.startswith(f"{shorter}.") and all(number.isdecimal() for number in numbers)
 
 
 def load_state(module: nn.Module, stored: StateDict | Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -421,7 +470,8 @@ def _likely_cause(
     if odd:
         return "another width or variant of this architecture"
     heads = {name.split(".")[0] for name in (*missing, *over)}
-    if missing and over and len(heads) == 1:
+    is_other_head = over and heads == {last_layer.split(".")[0]}
+    if is_other_head or (missing and over and len(heads) == 1):
         layers = ", ".join(_layers(over))
         return f"a head of other layers ({layers}); make a network with that head, as a factory of yours"
     if over and not missing:

@@ -35,6 +35,9 @@ def _read_torch(data: bytes) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # torch's advice to load TorchScript in another way, which is refused
             loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
+        cause = _likely_cause(data)
+        if cause is not None:
+            raise ModelError(f"the weights file holds no weights: {cause}") from error
         raise ModelError(
             "the weights file is neither safetensors nor a torch state dict of plain tensors; a file that "
             "holds code (TorchScript, .pt2, pickled modules) is refused: save model.state_dict() instead"
@@ -42,6 +45,29 @@ def _read_torch(data: bytes) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ModelError(f"the weights file holds a {type(loaded).__name__}, not a state dict")
     return loaded
+
+
+_BEGINNINGS = (
+    (b"version https://git-lfs", "it is a pointer of Git LFS; `git lfs pull` brings the file itself"),
+    (b"<", "it is a web page, as a download without an account gives it"),
+    (b"\x1f\x8b", "it is compressed by gzip; unpack it"),
+    (b"\x89HDF\r\n", "it is HDF5, as Keras writes it; wanted safetensors or a torch file"),
+    (b"\x93NUMPY", "it is an array of NumPy; wanted safetensors or a torch file"),
+    (b"\x08", "it looks like ONNX; wanted safetensors or a torch file"),
+)
+"""Other kinds of files that are given for weights, by their first bytes."""
+
+
+def _likely_cause(data: bytes) -> str | None:
+    """Why a file is not read, as a clause; None: it may be a torch file that holds code."""
+    if not data.strip():
+        return "it is empty"
+    if data.startswith(b"PK") and not zipfile.is_zipfile(io.BytesIO(data)):
+        return "its end is missing, as after a download that broke off"
+    length = int.from_bytes(data[:8], "little")
+    if data[8:9] == b"{" and length < len(data) and b'"dtype"' in data[8 : 8 + length]:
+        return "it is safetensors whose end is missing, as after a download that broke off, or that is damaged"
+    return next((cause for beginning, cause in _BEGINNINGS if data.lstrip().startswith(beginning)), None)
 
 
 def _refuse_compressed(data: bytes) -> None:

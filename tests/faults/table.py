@@ -621,4 +621,18 @@ MUTATIONS = (
         "",
         ("jobs/run/test_job_labels.py::test_plan_refuses_random_weights_as_explain_does",),
     ),
+    Mutation(
+        "any layer that is left over is the head",
+        "engine/model/state_dicts.py",
+        "is_renamed = _is_head(ours) and _is_head(theirs)",
+        "is_renamed = True",
+        ("engine/model/test_state_dicts.py::test_a_projection_is_no_head",),
+    ),
+    Mutation(
+        "an optimizer's state is a second set of weights",
+        "engine/model/state_dicts.py",
+        "[prefix for prefix in tied if not _OPTIMIZER.search(prefix)] or tied",
+        "tied",
+        ("engine/model/test_state_dicts.py::test_an_optimizers_state_under_the_weights_names_is_no_second_set",),
+    ),
 )

@@ -1,5 +1,6 @@
 """Weight files load as their own library would load them: wrappings, old names, heads; what does not fit says why."""
 
+import gzip
 import io
 import re
 from collections import OrderedDict
@@ -181,6 +182,45 @@ def test_a_head_in_a_sequential_is_the_same_head(head):
     assert torch.equal(again.fc[1].weight, head[-1].weight)
 
 
+@pytest.mark.parametrize("name", ["classifier", "head", "fc.0.1", "heads.head", "model.fc.2"])
+def test_a_head_of_another_name_is_the_head_and_it_is_said(trained, name):
+    state = {one.replace("fc.", f"{name}."): tensor for one, tensor in trained.items()}
+    net, notes = loaded(state)
+    assert_holds(net, trained)
+    assert f"the layer 'fc' '{name}': it was read as the same layer" in notes[-1] or "lies beside" in notes[-1]
+
+
+@pytest.mark.parametrize("name", ["head", "classifier.1"])
+def test_a_head_beside_its_backbone_is_found_and_said(trained, name):
+    body = {one: tensor for one, tensor in trained.items() if not one.startswith("fc.")}
+    head = {f"{name}.{leaf}": trained[f"fc.{leaf}"] for leaf in ("weight", "bias")}
+    net, notes = loaded({"state_dict": {**under("backbone.", body), **head, "loss.weight": torch.ones(5)}})
+    assert_holds(net, trained)
+    assert f"the file's layer 'state_dict.{name}', which lies beside the others, was read as the model's 'fc'" in notes
+    assert any("1 tensors ('state_dict.loss.weight')" in note for note in notes)
+
+
+def test_of_two_heads_beside_a_backbone_none_is_guessed(trained):
+    body = {one: tensor for one, tensor in trained.items() if not one.startswith("fc.")}
+    heads = {f"{name}.{leaf}": trained[f"fc.{leaf}"] for name in ("head", "logits") for leaf in ("weight", "bias")}
+    with pytest.raises(ModelError, match="only a part of the network"):
+        loaded({**under("backbone.", body), **heads})
+
+
+def test_a_projection_is_no_head(trained):
+    state = {one.replace("fc.", "projector."): tensor for one, tensor in trained.items()}
+    with pytest.raises(ModelError, match="do not fit the model in 4 tensors"):
+        loaded(state)
+
+
+@pytest.mark.parametrize("place", ["optimizer", "optim", "exp_avg"])
+def test_an_optimizers_state_under_the_weights_names_is_no_second_set(trained, place):
+    state = {name: torch.zeros_like(tensor) for name, tensor in trained.items()}
+    net, notes = loaded({place: {"state": state}, "model": trained})
+    assert_holds(net, trained)
+    assert notes == ("the weights are those under 'model' of the file",)
+
+
 def test_names_of_torchvisions_densenet_files():
     """`norm.1` and `conv.1` in the file, `norm1` and `conv1` in the network, and only within dense layers."""
     net = nn.ModuleDict({"denselayer1": nn.ModuleDict({"norm1": nn.BatchNorm2d(2), "conv2": nn.Conv2d(2, 2, 1)})})
@@ -242,6 +282,23 @@ def test_the_likely_cause_is_named(trained, cause):
     with pytest.raises(ModelError, match=re.escape(cause)) as caught:
         loaded(CAUSES[cause](trained))
     assert re.search(r"in \d+ tensors: .* wanted, .* given", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda _: b"", "it is empty"),
+        (lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (lambda _: b"\n<!DOCTYPE html>", "a web page"),
+        (gzip.compress, "compressed by gzip"),
+        (lambda _: b"\x89HDF\r\n\x1a\n", "as Keras writes it"),
+        (lambda body: body[:-100], "its end is missing"),
+        (lambda _: safetensors.torch.save({"a": torch.ones(9)})[:-4], "safetensors whose end is missing"),
+    ],
+)
+def test_a_file_that_holds_no_weights_says_what_it_is(trained, change, sentence):
+    with pytest.raises(ModelError, match=sentence):
+        read_state(change(saved(trained)))
 
 
 @pytest.mark.parametrize(
