@@ -1,7 +1,6 @@
 """Efficiency: the bare model's time for as many forward passes, divided by the explainer's time."""
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -12,6 +11,7 @@ from blocksight.engine.catalog.forward_setting import ForwardSetting
 from blocksight.engine.explainers import Explainer
 from blocksight.engine.explainers.explanation import Explanation
 from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.device_errors import while_it_fits
 from blocksight.engine.scoring.forward import make_forward
 from blocksight.engine.scoring.setting_choice import measured_seconds, rate, repeated_inputs
 
@@ -51,7 +51,7 @@ class Efficiency:
 def bare_rates(adapter: ModelAdapter, setting: ForwardSetting) -> Iterator[tuple[int, float]]:
     """The bare model's forward passes per second at each batch size that fits, in the setting's precision and mode."""
     sizes = CPU_SIZES if adapter.device.type == "cpu" else GPU_SIZES
-    with adapter.borrowed(), torch.inference_mode(), suppress(torch.OutOfMemoryError):
+    with adapter.borrowed(), torch.inference_mode(), while_it_fits():
         for size in sizes:
             inputs = torch.rand(size, 3, *adapter.input_size, device=adapter.device)
             yield size, rate(make_forward(adapter, replace(setting, batch_size=size)), inputs, size)

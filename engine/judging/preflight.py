@@ -13,6 +13,7 @@ from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers.explainer import Explainer
 from blocksight.engine.explainers.gradients import IntegratedGradients
 from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.device_errors import device_trouble
 from blocksight.engine.model.failures import first_line_of
 from blocksight.engine.scoring.forward import Forward
 
@@ -91,9 +92,9 @@ def try_explainer(
         one = slice(image, image + 1)
         try:
             found = _try_image(explainer, method, blocks, inputs_nchw[one], classes[one])
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a user's model may raise anything
+        except Exception as error:  # a user's model may raise anything
+            if device_trouble(error) is not None:
+                raise
             trouble = error
         else:
             if not found:

@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from blocksight.engine.catalog.readouts import ReadoutName
 from blocksight.engine.errors import ModelError
+from blocksight.engine.model.device_errors import device_trouble
 from blocksight.engine.model.failures import failure_of, shape_of
 from blocksight.engine.model.network import Network, trace_network
 from blocksight.engine.model.resample import Grid
@@ -163,6 +164,8 @@ class ModelAdapter:
             with self.borrowed(), torch.inference_mode():
                 logits = self.module(example)
         except Exception as error:
+            if device_trouble(error) is not None:
+                raise
             raise ModelError(f"model {self.name!r} {failure_of(self.module, error, self.input_size)}") from error
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 2:
             raise ModelError(
@@ -190,6 +193,8 @@ class ModelAdapter:
                 for part in _parts(name, value):
                     digest.update(part)
             except (TypeError, RuntimeError, NotImplementedError) as error:
+                if device_trouble(error) is not None:
+                    raise
                 raise ModelError(
                     f"the weight {name!r} of {self.name} cannot be hashed, and without its hash a resumed job could "
                     f"not tell that it is the same model: {error}"

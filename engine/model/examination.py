@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from blocksight.engine.catalog.readouts import ReadoutName
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.device_errors import device_trouble
 from blocksight.engine.model.failures import first_line_of, name_of
 
 ROUNDING = 1e-4
@@ -159,9 +160,9 @@ def _run(adapter: ModelAdapter, inputs: Tensor, num_real: int) -> _Output:
             mode = _training_mode(adapter)
             again = adapter.logits(inputs)
             alone = torch.cat([adapter.logits(one) for one in inputs.split(1)])
-    except (ModelError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # a user's model may raise anything
+        if isinstance(error, ModelError) or device_trouble(error) is not None:
+            raise
         joining = _batch_statistics(adapter)
         if joining:  # torch refuses one image alone
             raise ModelError(_joins_images(adapter, f"depends on the other images of the pass: {joining}")) from error

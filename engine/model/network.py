@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.blocks import Place, discover_blocks
+from blocksight.engine.model.device_errors import device_trouble
 from blocksight.engine.model.layouts import Layout, layout_of
 from blocksight.engine.model.resample import Grid
 from blocksight.engine.model.taps import (
@@ -125,7 +126,9 @@ def _trace(module: nn.Module, example: Tensor) -> fx.GraphModule | None:
     try:
         graph = fx.symbolic_trace(module)
         same = torch.allclose(graph(example), module(example), rtol=1e-4, atol=1e-5)
-    except Exception:  # noqa: BLE001 - a user's forward may raise anything when traced; the modules are the fallback
+    except Exception as error:  # a user's forward may raise anything when traced; the modules are the fallback
+        if device_trouble(error) is not None:
+            raise
         return None
     return graph if same else None
 

@@ -1,6 +1,7 @@
 """Makes the forward pass that scores masks: one function of one fixed shape, for each backend and precision."""
 
 import copy
+import gc
 import sys
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from blocksight.engine.catalog.forward_setting import Backend, ForwardSetting
 from blocksight.engine.errors import ModelError
+from blocksight.engine.model.device_errors import DeviceTrouble, device_trouble, is_short_of_memory
 from blocksight.engine.model.failures import first_line_of
+from blocksight.engine.model.liveness import busy
 
 if TYPE_CHECKING:
     from blocksight.engine.model.adapter import ModelAdapter
@@ -118,18 +121,31 @@ BACKENDS: Mapping[Backend, Callable[["ModelAdapter", ForwardSetting], Forward]] 
 def make_forward(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
     """The adapter's forward pass in this setting; call it inside `adapter.borrowed()`.
 
-    Raises ModelError if the backend cannot run this model here.
+    Raises ModelError if the backend cannot run this model here, and OutOfMemoryError if memory is too short for it,
+    in any library's words.
     """
-    example = torch.zeros(setting.batch_size, 3, *adapter.input_size, device=adapter.device)
     try:
-        forward = BACKENDS[setting.backend](adapter, setting)
-        with torch.inference_mode():
-            forward(example)  # compilers run, and fail, at the first call
-    except (torch.OutOfMemoryError, torch.AcceleratorError, ModelError):
-        raise
+        example = torch.zeros(setting.batch_size, 3, *adapter.input_size, device=adapter.device)
+        with busy():
+            forward = BACKENDS[setting.backend](adapter, setting)
+            with torch.inference_mode():
+                forward(example)  # compilers run, and fail, at the first call
     except Exception as error:  # a compiler may raise anything for a user's model
+        if isinstance(error, ModelError) or device_trouble(error) is DeviceTrouble.LOST:
+            raise
+        if is_short_of_memory(error):
+            raise torch.OutOfMemoryError(first_line_of(error)) from error
         raise ModelError(f"{setting.backend} cannot run {adapter.name}: {first_line_of(error)}") from error
     return forward
+
+
+def release_memory(adapter: "ModelAdapter") -> None:
+    """Gives back what forward passes that nobody holds any more have left: compiled code, graphs, cached memory."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    gc.collect()
+    if adapter.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def use_ieee_float32() -> None:

@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate
 from blocksight.engine.catalog.forward_setting import Backend, ForwardSetting, Precision
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.device_errors import DeviceTrouble, device_trouble
 from blocksight.engine.model.failures import first_line_of
 from blocksight.engine.model.resample import grid_of, upsampling
 from blocksight.engine.scoring.forward import Forward, make_forward
@@ -140,9 +141,9 @@ def _measured(
         forward = make_forward(adapter, setting)
         error = _score_error(_scores(adapter, forward, masked, setting.batch_size), wanted)
         speed = rate(forward, masked, setting.batch_size) if request.is_timed else None
-    except torch.AcceleratorError:  # the device is lost for this process: no other setting can be measured
-        raise
-    except Exception as failure:  # noqa: BLE001 - a compiler, a driver or a user's model may raise anything
+    except Exception as failure:  # a compiler, a driver or a user's model may raise anything
+        if device_trouble(failure) is DeviceTrouble.LOST:  # no other setting can be measured in this process
+            raise
         return MeasuredSetting(setting, refused=first_line_of(failure)), None
     return MeasuredSetting(setting, error, speed), forward
 

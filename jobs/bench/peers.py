@@ -22,6 +22,7 @@ from blocksight.engine.explainers.occlusion import Occlusion, window_starts
 from blocksight.engine.explainers.scorecam import ScoreCam
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.blocks import Place
+from blocksight.engine.model.device_errors import DeviceTrouble, device_trouble, while_it_fits
 from blocksight.engine.model.taps import hook_outputs
 from blocksight.engine.scoring.forward import Forward
 from blocksight.jobs.plan.config import ConfigError
@@ -349,7 +350,9 @@ def _refusal(peer: Peer, half: Subject, image: Tensor) -> str | None:
     """Says why the peer does not run in float16; None if it does."""
     try:
         found = peer.explain(half, half.as_input(image), peer.batch_size)
-    except Exception as error:  # noqa: BLE001 - a peer may raise anything in an unsupported precision
+    except Exception as error:  # a peer may raise anything in an unsupported precision
+        if device_trouble(error) is DeviceTrouble.LOST:
+            raise
         return f"float16 fails with {type(error).__name__}"
     return None if found.isfinite().all() else "float16 gives NaN"
 
@@ -357,11 +360,9 @@ def _refusal(peer: Peer, half: Subject, image: Tensor) -> str | None:
 def _best_batch_size(peer: Peer, subject: Subject, image: Tensor, sizes: Sequence[int]) -> int:
     """The batch size at which the peer is fastest, of those that fit into memory."""
     rates: dict[int, float] = {}
-    for size in sizes:
-        try:
+    with while_it_fits():
+        for size in sizes:
             rates[size] = max(_probed_rate(peer, subject, size, image) for _ in range(2))
-        except torch.OutOfMemoryError:
-            break
     return max(rates, key=rates.__getitem__, default=sizes[0])
 
 

@@ -7,6 +7,7 @@ from rich.console import Console
 from blocksight.cluster.errors import ClusterError
 from blocksight.cluster.switches import refuse_unsafe_switches
 from blocksight.engine.errors import ModelError
+from blocksight.engine.model.device_errors import device_trouble, told_by_device
 from blocksight.jobs.cli import analysis_commands, job_commands, machine_commands, reading_commands
 from blocksight.jobs.cli.app import INCOMPLETE, UNRECONCILED, USAGE, WEAK_STORE, app
 from blocksight.jobs.plan.config import ConfigError
@@ -36,4 +37,9 @@ def main() -> None:
         sys.exit(UNRECONCILED)
     except (ConfigError, StoreError, ModelError, ClusterError) as error:
         stderr.print("error: " + "\n".join(printable(line) for line in str(error).splitlines()))
+        sys.exit(USAGE)
+    except Exception as error:
+        if device_trouble(error) is None:
+            raise
+        stderr.print(f"error: {printable(told_by_device(error))}")
         sys.exit(USAGE)

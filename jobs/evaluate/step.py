@@ -1,7 +1,7 @@
 """The evaluate step: takes an explained unit, commits the values of its metrics once; holds one model."""
 
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from blocksight.engine.catalog.entries import CONTROLS, metrics_biased_by
+from blocksight.engine.catalog.forward_setting import ForwardSetting
 from blocksight.engine.catalog.parameters import NoParameters
 from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers import EXPLAINERS
@@ -22,7 +23,8 @@ from blocksight.engine.metrics import MASKED, OF_MAPS
 from blocksight.engine.metrics.localisation import Localisation
 from blocksight.engine.metrics.metric import Maps, Metric, Region, Value
 from blocksight.engine.model.adapter import ModelAdapter
-from blocksight.engine.scoring.forward import Forward
+from blocksight.engine.model.device_errors import is_short_of_memory
+from blocksight.engine.scoring.forward import Forward, release_memory
 from blocksight.engine.scoring.perturb import perturbation
 from blocksight.engine.scoring.scorer import Scorer
 from blocksight.engine.scoring.setting_choice import eager_setting
@@ -34,7 +36,7 @@ from blocksight.jobs.evaluate.evaluation import (
     labels_of,
     region_of,
 )
-from blocksight.jobs.explain.forward_pass import stored_forward
+from blocksight.jobs.explain.forward_pass import bounded, stored_forward
 from blocksight.jobs.explain.learned import stored_state
 from blocksight.jobs.explain.step import (
     IMAGES_PER_CHUNK,
@@ -49,10 +51,12 @@ from blocksight.jobs.ledger.output import fragment_of, map_of
 from blocksight.jobs.ledger.stop_request import Stop
 from blocksight.jobs.plan.config import digest_of
 from blocksight.jobs.plan.context import JobContext
-from blocksight.jobs.plan.records import Evaluated, Unit, UnitFailure, UnitInput, UnreconciledError
-from blocksight.jobs.worker.attempts import open_worker_stores
-from blocksight.jobs.worker.error_classes import is_of_unit
+from blocksight.jobs.plan.forward_setting import planned_forward
+from blocksight.jobs.plan.records import Evaluated, Unit, UnitFailure, UnitInput, UnitReturned, UnreconciledError
+from blocksight.jobs.worker.attempts import done_here, is_of_worker, open_worker_stores, returned, told_error
+from blocksight.jobs.worker.error_classes import UnfitWorkerError, is_of_unit
 from blocksight.jobs.worker.isolation import ProcessDiedError
+from blocksight.jobs.worker.memory import with_less_at_once
 from blocksight.jobs.worker.unit import read_unit
 from blocksight.jobs.worker.watchdog import heartbeat, watchdog
 from blocksight.storage.inputs.records import as_text
@@ -110,19 +114,44 @@ class EvaluateStep:
         self.adapter = load(job.config, state, job.device, job.import_path, job.readout)
         if self.adapter.fingerprint != job.facts.weights_sha256:
             raise ModelError("the maps were made with other weights: name the same weights file")
-        planned = stored_forward(self.stores.output, self.adapter)
         self.adapter.module.register_forward_pre_hook(lambda *_: heartbeat())
-        forward, self.setting = planned or (None, eager_setting(job.device, job.batch_size))
-        learned, _ = stored_state(self.stores.output, job.config) or (None, None)
-        forward = forward and with_heartbeat(forward)
-        self.metrics = metrics_of(self.evaluation, self.adapter, job, self.setting.batch_size, forward, learned)
+        self.learned, _ = stored_state(self.stores.output, job.config) or (None, None)
+        planned = planned_forward(self.stores.output)
+        self.has_forward = planned is None
+        self._set_up(eager_setting(job.device, job.batch_size) if planned is None else planned.setting)
         wanted = CONTROLS if self.evaluation.controls else ()
         self.controls = {name: EXPLAINERS[name](self.adapter, NoParameters()) for name in wanted}
+
+    def _set_up(self, setting: ForwardSetting, forward: Forward | None = None) -> None:
+        """Makes the metrics, with this forward setting."""
+        self.setting = setting
+        forward = forward and with_heartbeat(forward)
+        self.metrics = metrics_of(self.evaluation, self.adapter, self.job, setting.batch_size, forward, self.learned)
+
+    def _use_planned_forward(self) -> None:
+        """Makes the plan's forward pass. Raises UnfitWorkerError if this machine cannot run it."""
+        try:
+            planned = stored_forward(self.stores.output, self.adapter, self.setting.batch_size)
+        except ModelError as error:
+            raise UnfitWorkerError(str(error)) from error
+        if planned is not None:
+            forward, setting = planned
+            self._set_up(setting, forward)
+        self.has_forward = True
+
+    def _can_halve(self) -> bool:
+        return self.setting.batch_size > 1
+
+    def _halve(self) -> None:
+        """Halves the number of masked inputs at once, from now on."""
+        self.has_forward = False
+        self._set_up(bounded(self.setting, self.setting.batch_size // 2))
+        release_memory(self.adapter)
 
     def __call__(self, unit: Unit) -> Evaluated:
         """Commits the unit's values, unless another attempt already has.
 
-        Raises StoreError, and UnreconciledError if the unit's fragment is damaged.
+        Raises StoreError, UnfitWorkerError, and UnreconciledError if the unit's fragment is damaged.
         """
         rows = fragment_of(self.stores.output, unit.fragment_key).to_pylist()
         chosen = [row for row in rows if row["status"] == OK and self.evaluation.includes(row["key"])]
@@ -152,16 +181,20 @@ class EvaluateStep:
     def _chunk_rows(self, chunk: Sequence[Record], pixels: NDArray[np.uint8]) -> list[Row]:
         """The rows of some records. If they fail together each is measured alone; one that fails gets no values."""
         try:
-            return list(self._measured_rows(chunk, pixels))
+            return with_less_at_once(lambda: self._measured_rows(chunk, pixels), self._can_halve, self._halve)
         except Exception as error:
-            if not is_of_unit(error):
+            if not is_of_unit(error) and not (is_short_of_memory(error) and len(chunk) > 1):
                 raise
             if len(chunk) == 1:
                 return list(self._rows_without_values(chunk[0], f"measuring failed: {type(error).__name__}: {error}"))
         return [row for record, own in zip(chunk, pixels, strict=True) for row in self._chunk_rows([record], own[None])]
 
-    def _measured_rows(self, chunk: Sequence[Record], pixels: NDArray[np.uint8]) -> Iterator[Row]:
-        maps = self._maps(chunk, pixels)
+    def _measured_rows(self, chunk: Sequence[Record], pixels: NDArray[np.uint8]) -> list[Row]:
+        if not self.has_forward:
+            self._use_planned_forward()
+        return list(self._rows_with_controls(chunk, self._maps(chunk, pixels)))
+
+    def _rows_with_controls(self, chunk: Sequence[Record], maps: Maps) -> Iterator[Row]:
         yield from self._rows_of_maps(chunk, maps, {})
         for name, explainer in self.controls.items():
             made = explainer.explain(maps.inputs_nchw, maps.target, maps.seeds)
@@ -255,13 +288,15 @@ def _row(row: Row, name: str, protocol: str, value: Value) -> Row:
     }
 
 
-def evaluated(step: EvaluateStep, unit: Unit) -> Evaluated | UnitFailure:
-    """Evaluates a unit; an error becomes a UnitFailure, so that the other units go on."""
+def evaluated(step: Callable[[], EvaluateStep], unit: Unit) -> Evaluated | UnitFailure | UnitReturned:
+    """Evaluates a unit; an error becomes a UnitFailure or UnitReturned, so that the other units go on."""
     try:
         with watchdog():
-            return step(unit)
+            return step()(unit)
     except Exception as error:  # noqa: BLE001 - see the docstring
-        text = str(error) if isinstance(error, StoreError | UnreconciledError) else f"{type(error).__name__}: {error}"
+        if is_of_worker(error):
+            return returned(unit, error)
+        text = str(error) if isinstance(error, UnreconciledError) else told_error(error)
         is_away = isinstance(error, UnavailableError)
         inputs = unit.objects[0].key
         return UnitFailure(unit.unit_id, unit.ordinal, inputs, "evaluate", text[:MAX_ERROR_LENGTH], is_away)
@@ -270,9 +305,12 @@ def evaluated(step: EvaluateStep, unit: Unit) -> Evaluated | UnitFailure:
 def run_units(
     units: Iterable[Unit], context: EvaluationContext, state: bytes | None, stop: Stop
 ) -> Generator[Evaluated | UnitFailure, None, None]:
-    """Evaluates the units in this process, one by one, until `stop` is requested. Raises ModelError at once."""
+    """Evaluates the units in this process, one by one, until `stop` is requested.
+
+    Raises ModelError, and UnfitWorkerError as soon as this process can measure no unit.
+    """
     step = EvaluateStep(context, state)
     for unit in units:
         if stop.reason is not None:
             return
-        yield evaluated(step, unit)
+        yield done_here(evaluated(lambda: step, unit))

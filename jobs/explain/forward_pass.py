@@ -1,7 +1,7 @@
 """Chooses a job's forward setting, writes it into the plan, and makes the forward pass of a worker."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from blocksight.engine.catalog.forward_setting import ForwardSetting
 from blocksight.engine.errors import ModelError
@@ -34,24 +34,35 @@ def choose_forward(adapter: ModelAdapter, request: ForwardRequest) -> PlannedFor
 
 
 def ensure_forward(
-    output: ObjectStore, adapter: ModelAdapter, request: ForwardRequest
+    output: ObjectStore, adapter: ModelAdapter, request: ForwardRequest, most_inputs: int | None = None
 ) -> tuple[Forward, ForwardSetting]:
     """The plan's forward pass and setting. If there is none, a worker with a GPU chooses and stores it here.
 
-    If another worker stored one first, that one is used. Raises ModelError if this machine cannot run it.
+    If another worker stored one first, that one is used. `most_inputs` bounds the batch, where memory is short. Raises
+    ModelError if this machine cannot run it.
     """
-    planned = stored_forward(output, adapter)
+    planned = stored_forward(output, adapter, most_inputs)
     if planned is not None:
         return planned
     forward, found = choose(adapter, request)
-    chosen = write_forward(output, _planned(found, request)).setting
+    chosen = bounded(write_forward(output, _planned(found, request)).setting, most_inputs)
     return (forward if chosen == found[0].setting else _forward_with(adapter, chosen)), chosen
 
 
-def stored_forward(output: ObjectStore, adapter: ModelAdapter) -> tuple[Forward, ForwardSetting] | None:
-    """The plan's forward pass and setting, if any. Raises ModelError if this machine cannot run it."""
+def stored_forward(
+    output: ObjectStore, adapter: ModelAdapter, most_inputs: int | None = None
+) -> tuple[Forward, ForwardSetting] | None:
+    """The plan's forward pass and setting, if any; as `ensure_forward`."""
     planned = planned_forward(output)
-    return None if planned is None else (_forward_with(adapter, planned.setting), planned.setting)
+    if planned is None:
+        return None
+    setting = bounded(planned.setting, most_inputs)
+    return _forward_with(adapter, setting), setting
+
+
+def bounded(setting: ForwardSetting, most_inputs: int | None) -> ForwardSetting:
+    """The setting with at most so many inputs in a batch; None: with its own."""
+    return setting if most_inputs is None else replace(setting, batch_size=min(setting.batch_size, most_inputs))
 
 
 def write_forward(output: ObjectStore, planned: PlannedForward) -> PlannedForward:

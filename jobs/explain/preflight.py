@@ -18,6 +18,7 @@ from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers import make_explainer
 from blocksight.engine.judging.preflight import check_balance, quick, scored_once, try_explainer
 from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.device_errors import device_trouble
 from blocksight.engine.model.examination import Examination, examine
 from blocksight.engine.model.failures import first_line_of
 from blocksight.engine.scoring.setting_choice import drawn_pictures
@@ -45,18 +46,23 @@ CHEAP_BYTES = 16 << 20
 STEP = "preflight/try"
 """Names its attempt markers."""
 
-OF_THE_USER = (ModelError, ConfigError, StoreError, UnreconciledError, torch.OutOfMemoryError)
+OF_THE_USER = (ModelError, ConfigError, StoreError, UnreconciledError)
 """Errors that are sentences already."""
 
 
 @contextmanager
 def in_a_sentence(name: str) -> Iterator[None]:
-    """Raises any exception of the body as a ModelError, because a user's model may raise anything."""
+    """Raises any exception of the body as a ModelError, because a user's model may raise anything.
+
+    Errors of the device are raised unchanged: they are not the model's.
+    """
     try:
         yield
     except OF_THE_USER:
         raise
     except (Exception, SystemExit) as error:
+        if device_trouble(error) is not None:
+            raise
         raise ModelError(
             f"model {name!r} cannot be used: {type(error).__name__} while it was examined: {first_line_of(error)}"
         ) from error
@@ -119,7 +125,9 @@ def _passes(adapter: ModelAdapter, image_nchw: Tensor) -> bool:
     try:
         with adapter.borrowed(), torch.inference_mode():
             adapter.logits(image_nchw)
-    except Exception:  # noqa: BLE001 - a user's model may raise anything
+    except Exception as error:  # a user's model may raise anything
+        if device_trouble(error) is not None:
+            raise
         return False
     return True
 

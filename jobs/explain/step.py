@@ -1,13 +1,11 @@
 """The explain step: takes a decoded unit, returns the fragment's rows; holds one model."""
 
 import hashlib
-import os
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,17 +24,20 @@ from blocksight.engine.metrics.faithfulness import KeepTop
 from blocksight.engine.metrics.metric import Maps, Value
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.blocks import Place
+from blocksight.engine.model.device_errors import DeviceTrouble, device_trouble, is_short_of_memory, told_by_device
+from blocksight.engine.model.failures import first_line_of
 from blocksight.engine.model.loading import load_model
 from blocksight.engine.model.targets import ClassTarget, Target
 from blocksight.engine.saliency import Map, is_flat
-from blocksight.engine.scoring.forward import Forward, make_forward, use_ieee_float32
+from blocksight.engine.scoring.forward import Forward, release_memory, use_ieee_float32
 from blocksight.engine.scoring.setting_choice import eager_setting
 from blocksight.jobs.explain.fidelity import doubts_of, fidelity_columns
-from blocksight.jobs.explain.forward_pass import ensure_forward, forward_request
+from blocksight.jobs.explain.forward_pass import bounded, ensure_forward, forward_request
 from blocksight.jobs.explain.learned import LEARNED_KEY, num_learning_images, stored_state
 from blocksight.jobs.explain.target_names import resolved_target
 from blocksight.jobs.plan.config import MODEL_INPUT, ConfigError, JobConfig, TargetChoice, digest_of
 from blocksight.jobs.plan.context import JobContext, let_import_from
+from blocksight.jobs.plan.forward_setting import planned_forward
 from blocksight.jobs.plan.label_files import stored_label_file
 from blocksight.jobs.plan.labels import Labels
 from blocksight.jobs.plan.records import (
@@ -50,8 +51,9 @@ from blocksight.jobs.plan.records import (
 )
 from blocksight.jobs.plan.text import counted
 from blocksight.jobs.worker.attempts import open_worker_stores
-from blocksight.jobs.worker.error_classes import is_of_record
+from blocksight.jobs.worker.error_classes import UnfitWorkerError, is_of_record, is_of_unit
 from blocksight.jobs.worker.isolation import Isolated, ProcessDiedError
+from blocksight.jobs.worker.memory import with_less_at_once
 from blocksight.jobs.worker.watchdog import heartbeat
 from blocksight.storage.outputs.map_codec import quantised
 from blocksight.storage.outputs.schema import OK, REJECTED
@@ -165,6 +167,7 @@ class ExplainStep:
         learned = stored_state(open_worker_stores(context).output, config) if num_learning_images(config) else None
         self.learned, digest = learned or (None, None)
         self.has_forward_setting = False
+        self.most_inputs: int | None = None
         self.images_per_pass = images_at_once(self.adapter)
         self._set_up(eager_setting(context.device, context.batch_size))
         parameters = config.explainer_parameters()
@@ -197,10 +200,16 @@ class ExplainStep:
     def _use_planned_forward(self) -> None:
         """Uses the plan's forward setting; if there is none, chooses and stores it.
 
-        Raises ModelError if this machine cannot run it; the unit then stays open for another machine.
+        Raises UnfitWorkerError if this machine cannot run it.
         """
         request = forward_request(self.context.config, self.context.batch_size, is_timed=self.context.is_timed)
-        forward, setting = ensure_forward(open_worker_stores(self.context).output, self.adapter, request)
+        output = open_worker_stores(self.context).output
+        try:
+            forward, setting = ensure_forward(output, self.adapter, request, self.most_inputs)
+        except ModelError as error:
+            if is_short_of_memory(error):
+                raise
+            raise UnfitWorkerError(str(error)) from error
         self._set_up(setting, forward)
         self.has_forward_setting = True
 
@@ -219,19 +228,34 @@ class ExplainStep:
         if careful:
             with Isolated(partial(ExplainStep, self.context, self.state)) as isolated:
                 return self._explain_one_by_one(unit_input, isolated)
-        if not self.has_forward_setting:
-            self._use_planned_forward()
         try:
-            return self._explain_all(unit_input)
-        except torch.OutOfMemoryError:
-            if self.setting.batch_size == 1:
+            return self._explain_all_that_fits(unit_input)
+        except Exception as error:  # a user's model may raise anything; one by one shows which record is to blame
+            if not is_of_unit(error) and device_trouble(error) is not DeviceTrouble.HOST_MEMORY:
                 raise
-        except torch.AcceleratorError:
-            _end_process()
-        except Exception:  # noqa: BLE001 - a user's model may raise anything; one by one shows which record is to blame
-            return self._explain_one_by_one(unit_input, self._explain_all)
-        self._halve()  # outside `except`: the exception holds the failed pass's tensors
-        return self(unit_input)
+        return self._explain_one_by_one(unit_input, self._explain_all_that_fits)
+
+    def _explain_all_that_fits(self, unit_input: UnitInput) -> UnitResult:
+        """As `_explain_all`, in the job's forward setting, with fewer inputs at once if memory is short."""
+
+        def explain() -> UnitResult:
+            if not self.has_forward_setting:
+                self._use_planned_forward()
+            return self._explain_all(unit_input)
+
+        try:
+            return with_less_at_once(explain, self._can_halve, self._halve)
+        except Exception as error:
+            if device_trouble(error) is None:
+                self._try_device()
+            if self.has_forward_setting or not is_short_of_memory(error):
+                raise
+            raise UnfitWorkerError(told_by_device(error)) from error
+
+    def _try_device(self) -> None:
+        """Raises what the device raises, if no word of an error has told that it is lost."""
+        if self.adapter.device.type != "cpu":
+            torch.ones(1, device=self.adapter.device).add(1).item()
 
     def _with_labels(self, records: Sequence[RecordFacts]) -> tuple[RecordFacts, ...]:
         """The records with the labels of the user's file, or without labels, if the job says so."""
@@ -240,18 +264,29 @@ class ExplainStep:
         file = self.label_file
         return tuple(replace(one, label=None if file is None else file.label_of(one.key)) for one in records)
 
+    def _can_halve(self) -> bool:
+        return self._inputs_at_once() > 1 or self.images_per_pass > 1
+
+    def _inputs_at_once(self) -> int:
+        """Masked inputs per forward pass; of the plan's setting if its forward pass is not made yet."""
+        if not self.has_forward_setting and self.most_inputs is None:
+            planned = planned_forward(open_worker_stores(self.context).output)
+            return self.setting.batch_size if planned is None else planned.setting.batch_size
+        return self.setting.batch_size
+
     def _halve(self) -> None:
         """Halves the number of masked inputs and of images at once, from now on."""
-        smaller = replace(self.setting, batch_size=self.setting.batch_size // 2)
+        self.most_inputs = max(1, self._inputs_at_once() // 2)
         self.images_per_pass = max(1, self.images_per_pass // 2)
-        del self.explainer, self.full_explainer, self.metric
-        if self.adapter.device.type == "cuda":
-            torch.cuda.empty_cache()
-        with self.adapter.borrowed():
-            self._set_up(smaller, make_forward(self.adapter, smaller))
+        self.has_forward_setting = False
+        self._set_up(bounded(self.setting, self.most_inputs))
+        release_memory(self.adapter)
 
     def _explain_one_by_one(self, unit_input: UnitInput, explain: Callable[[UnitInput], UnitResult]) -> UnitResult:
-        """Explains each record as a unit; a record at which `explain` fails or dies is rejected."""
+        """Explains each record as a unit; a record at which `explain` fails or dies is rejected.
+
+        Raises what is not the record's fault.
+        """
         start = time.perf_counter()
         pixels = iter(unit_input.pixels)
         rows: list[Row] = []
@@ -261,19 +296,25 @@ class ExplainStep:
                 alone = replace(alone, pixels=next(pixels)[None])
             try:
                 rows.extend(map(dict, explain(alone).rows))
-            except ProcessDiedError as error:
-                rows.append(self._failed_row(alone, RejectCode.PROCESS_DIED, str(error)))
-            except torch.AcceleratorError:
-                _end_process()
-            except Exception as error:
-                if not is_of_record(error, explain):
-                    raise
-                rows.append(self._failed_row(alone, RejectCode.MODEL_FAILED, f"{type(error).__name__}: {error}"))
+            except Exception as error:  # noqa: BLE001 - `_blamed` raises what no record can cause
+                rows.append(self._failed_row(alone, self._blamed(alone, error, explain)))
         seconds = time.perf_counter() - start
         return UnitResult(unit_input.unit, tuple(rows), len(unit_input.records), seconds, str(self.setting))
 
-    def _failed_row(self, alone: UnitInput, code: RejectCode, message: str) -> Row:
-        record = with_reject(alone.records[0], Reject(code, message), "explain")
+    def _blamed(self, alone: UnitInput, error: Exception, explain: Callable[[UnitInput], UnitResult]) -> Reject:
+        """Why the one record is rejected. Raises the error, or UnfitWorkerError, if the record is not to blame."""
+        trouble = device_trouble(error) if isinstance(explain, Isolated) else None
+        has_died = isinstance(error, ProcessDiedError) or trouble is DeviceTrouble.LOST
+        if not has_died and not is_of_record(error, explain):
+            raise error
+        if has_died or trouble is DeviceTrouble.HOST_MEMORY:
+            _try_another_picture(alone, error, explain)
+        if has_died:
+            return Reject(RejectCode.PROCESS_DIED, str(error))
+        return Reject(RejectCode.MODEL_FAILED, f"{type(error).__name__}: {error}")
+
+    def _failed_row(self, alone: UnitInput, reject: Reject) -> Row:
+        record = with_reject(alone.records[0], reject, "explain")
         try:
             return self._rejected_row(alone, record)
         except Exception:  # noqa: BLE001 - the label itself may be the cause
@@ -334,13 +375,11 @@ class ExplainStep:
 
     def teach(self, learner: Learner, records: Sequence[RecordFacts], pixels: NDArray[np.uint8]) -> int:
         """Shows the learner the first target of each record; returns the number of records shown."""
-        try:
-            inputs, _, targets = self._inputs_and_targets(self._with_labels(records), pixels)
-        except (torch.OutOfMemoryError, torch.AcceleratorError):
-            raise
-        except Exception:  # noqa: BLE001 - a user's model may raise anything; one by one shows which record is to blame
+        found = self._learnable(records, pixels)
+        if found is None:  # one by one shows which record is to blame
             alone = zip(records, pixels, strict=True) if len(records) > 1 else ()
             return sum(self.teach(learner, [record], own[None]) for record, own in alone)
+        inputs, targets = found
         first = {index: own[0] for index, own in enumerate(targets) if not isinstance(own, Reject)}
         if first:
             chosen, classes = (torch.tensor(list(one)) for one in (first, first.values()))
@@ -348,6 +387,21 @@ class ExplainStep:
             seeds = [seed_of(self.context.config, records[index].key) for index in first]
             learner.see(inputs[chosen.to(inputs.device)], target, seeds)
         return len(first)
+
+    def _learnable(
+        self, records: Sequence[RecordFacts], pixels: NDArray[np.uint8]
+    ) -> tuple[Tensor, list[list[int] | Reject]] | None:
+        """The records' inputs and targets; None if the model fails on them."""
+        labelled = self._with_labels(records)
+        try:
+            inputs, _, targets = with_less_at_once(
+                lambda: self._inputs_and_targets(labelled, pixels), self._can_halve, self._halve
+            )
+        except Exception as error:  # a user's model may raise anything
+            if not is_of_unit(error):
+                raise
+            return None
+        return inputs, targets
 
     def _label_rank(self, record: RecordFacts, logits: Tensor) -> int | None:
         """The label's place among the classes, from 1; None if the label is unknown."""
@@ -379,7 +433,7 @@ class ExplainStep:
 
     def _logits(self, inputs_nchw: Tensor) -> Tensor:
         """The unmasked images' logits [N, K] on the CPU, from forward passes of one fixed shape."""
-        size = self.explainer.images_per_pass
+        size = min(self.explainer.images_per_pass, self.images_per_pass)
         *full, last = inputs_nchw.split(size)
         filler = last[-1:].expand(size - len(last), -1, -1, -1)
         with self.adapter.borrowed(), torch.inference_mode():
@@ -452,10 +506,21 @@ class ExplainStep:
         return {**self._base_row(unit_input, record), "status": REJECTED, **reasons}
 
 
-def _end_process() -> NoReturn:
-    """Kills this process, which cannot use its device any more."""
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError("killed")
+def _try_another_picture(alone: UnitInput, error: Exception, explain: Callable[[UnitInput], UnitResult]) -> None:
+    """Explains a picture of noise in the record's place. Raises the error, or UnfitWorkerError, if it fails as well."""
+    noise = np.random.default_rng(0).integers(0, 256, alone.pixels.shape, dtype=np.uint8)
+    try:
+        explain(replace(alone, pixels=noise))
+    except Exception as again:
+        if device_trouble(again) is DeviceTrouble.HOST_MEMORY:
+            raise error from again
+        if not isinstance(again, ProcessDiedError) and device_trouble(again) is None:
+            return  # the process lives
+        reason = str(again) if isinstance(again, ProcessDiedError) else told_by_device(again)
+        raise UnfitWorkerError(
+            f"a record cannot be explained ({first_line_of(error)}), and a picture of noise in its place neither: "
+            f"{reason}"
+        ) from again
 
 
 def parameters_digest(parameters: Any, facts: ModelFacts, learned: str | None) -> str:

@@ -216,7 +216,22 @@ class UnitSkipped:
     unit_id: str
 
 
-Outcome = Receipt | UnitFailure | DeadLetter | UnitSkipped
+@dataclass(frozen=True)
+class UnitReturned:
+    """A unit that a worker gave back because of its device; it stays open, and another worker may take it."""
+
+    unit_id: str
+    worker: str
+    """Its name, for people; the same for all units of the worker."""
+    reason: str
+    is_unfit: bool
+    """The worker can do no unit; False: its process lost the device, and ends."""
+
+    def __str__(self) -> str:
+        return f"worker {self.worker} gave its unit back: {self.reason}"
+
+
+Outcome = Receipt | UnitFailure | DeadLetter | UnitSkipped | UnitReturned
 """The outcome of a unit in one run."""
 
 

@@ -28,7 +28,7 @@ from blocksight.jobs.plan.context import sha256_of, weights_bytes
 from blocksight.jobs.plan.machine_rates import recall
 from blocksight.jobs.plan.plan import ensure_model, existing_plan, refuse_drift
 from blocksight.jobs.plan.preflight import UNEXAMINED, stored_preflight
-from blocksight.jobs.plan.records import Evaluated, UnfinishedError, Unit, UnitFailure
+from blocksight.jobs.plan.records import Evaluated, UnfinishedError, Unit, UnitFailure, UnitReturned
 from blocksight.jobs.plan.stored_config import NamedModel, config_of
 from blocksight.jobs.plan.text import clock, counted, printable
 from blocksight.jobs.run.job import (
@@ -40,7 +40,7 @@ from blocksight.jobs.run.job import (
     session_of,
     workforce_of,
 )
-from blocksight.jobs.worker.progress import Tally, progress
+from blocksight.jobs.worker.progress import Notices, Tally, progress
 from blocksight.storage.inputs.annotations import open_truth
 from blocksight.storage.inputs.ground_truth import Truth
 from blocksight.storage.stores.opening import open_store
@@ -170,11 +170,15 @@ def _run(
     """Evaluates the units and shows the progress. Raises UnfinishedError if the work breaks off."""
     done: list[Evaluated] = []
     failures: list[UnitFailure] = []
+    notices = Notices(console)
     expected = round(sum(unit.num_records for unit in units) * context.evaluation.share)
     progressing = progress(console, Tally(expected, None, verb="evaluate"))
     outcomes = closing(_outcomes(units, context, state, sizing, stop))  # nothing of it may outlive the Ray session
     with unfinished_from(lambda: done, stop), progressing as update, outcomes as arriving:
         for outcome in arriving:
+            if isinstance(outcome, UnitReturned):
+                notices.tell(outcome)
+                continue
             update(outcome)
             if isinstance(outcome, UnitFailure):
                 failures.append(outcome)
@@ -187,7 +191,7 @@ def _run(
 
 def _outcomes(
     units: Sequence[Unit], context: EvaluationContext, state: bytes | None, sizing: Sizing | None, stop: Stop
-) -> Generator[Evaluated | UnitFailure, None, None]:
+) -> Generator[Evaluated | UnitFailure | UnitReturned, None, None]:
     if sizing is None:
         from blocksight.jobs.evaluate import step
 

@@ -42,12 +42,12 @@ from blocksight.jobs.plan.plan import (
     refuse_drift,
 )
 from blocksight.jobs.plan.preflight import Preflight, ensure_preflight, stored_preflight
-from blocksight.jobs.plan.records import ModelFacts, Outcome, Receipt, UnfinishedError, Unit, UnitFailure
+from blocksight.jobs.plan.records import ModelFacts, Outcome, Receipt, UnfinishedError, Unit, UnitFailure, UnitReturned
 from blocksight.jobs.plan.text import counted, printable
 from blocksight.jobs.plan.units import Workforce
 from blocksight.jobs.run.budgets import Budget, FirstUnits, exceeded_budgets
 from blocksight.jobs.run.labels import read_labels
-from blocksight.jobs.worker.progress import Tally, progress
+from blocksight.jobs.worker.progress import Notices, Tally, progress
 from blocksight.storage.stores.opening import probe
 from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore
 from blocksight.storage.stores.store import ObjectStore, StoreError
@@ -425,6 +425,7 @@ def _run_units(
     num_workers = sizing.num_actors if sizing is not None else 1
     expected = guess.seconds(num_workers) if guess.is_measured else None
     failures: list[UnitFailure] = []
+    notices = Notices(console)
     explain_seconds = 0.0
     begun = False
     start = time.monotonic()
@@ -432,6 +433,9 @@ def _run_units(
     outcomes = closing(_outcomes(units, context, state, sizing, stop))  # nothing of it may outlive the Ray session
     with unfinished_from(lambda: begun, stop), progressing as update, outcomes as arriving:
         for outcome in arriving:
+            if isinstance(outcome, UnitReturned):
+                notices.tell(outcome)
+                continue
             begun = True
             update(outcome)
             first_units.add(outcome)

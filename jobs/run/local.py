@@ -6,7 +6,7 @@ from blocksight.jobs.explain.step import ExplainStep
 from blocksight.jobs.ledger.stop_request import Stop
 from blocksight.jobs.plan.context import JobContext
 from blocksight.jobs.plan.records import Outcome, Receipt, Unit, UnitInput, UnitResult
-from blocksight.jobs.worker.attempts import WorkerStores, attempted, open_worker_stores
+from blocksight.jobs.worker.attempts import WorkerStores, attempted, done_here, open_worker_stores
 from blocksight.jobs.worker.unit import commit_unit, take_unit
 
 
@@ -15,17 +15,17 @@ def run_units(
 ) -> Generator[Outcome, None, None]:
     """Explains the units one by one and yields each outcome, until `stop` is requested.
 
-    Raises ModelError at once.
+    Raises ModelError at once, and UnfitWorkerError as soon as this process can explain no unit.
     """
     stores, explain = open_worker_stores(context), ExplainStep(context, state)
     for unit in units:
         if stop.reason is not None:
             return
-        yield run_unit(unit, context, stores, explain)
+        yield done_here(run_unit(unit, context, stores, explain))
 
 
 def run_unit(unit: Unit, context: JobContext, stores: WorkerStores, explain: ExplainStep) -> Outcome:
-    """Reads, explains and commits one unit. Raises ModelError."""
+    """Reads, explains and commits one unit."""
 
     def read(careful: bool) -> UnitInput | Receipt:
         return take_unit(unit, stores, context, careful=careful)

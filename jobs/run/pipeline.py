@@ -6,14 +6,17 @@ sooner and need less memory.
 
 import json
 import logging
+import os
+import signal
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, Generic, NoReturn, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +29,7 @@ from blocksight.cluster.errors import ClusterError
 from blocksight.cluster.sizing import Sizing
 from blocksight.cluster.switches import refuse_unsafe_switches
 from blocksight.engine.errors import ModelError
+from blocksight.engine.model.device_errors import device_trouble, told_by_device
 from blocksight.jobs.evaluate.evaluation import EvaluationContext
 from blocksight.jobs.ledger.stop_request import Stop
 from blocksight.jobs.plan.config import ConfigError
@@ -41,9 +45,11 @@ from blocksight.jobs.plan.records import (
     UnitFailure,
     UnitInput,
     UnitResult,
+    UnitReturned,
     UnitSkipped,
 )
 from blocksight.jobs.worker.attempts import WorkerStores, attempted, open_worker_stores
+from blocksight.jobs.worker.error_classes import UnfitWorkerError
 from blocksight.jobs.worker.unit import commit_unit, take_unit
 from blocksight.storage.inputs.survey import Layout
 from blocksight.storage.parquet.rows import table_of_rows
@@ -57,6 +63,11 @@ NO_PROGRESS_SECONDS = 3_600.0
 NO_PROGRESS_FACTOR = 100
 """The run waits at least so many times the estimate of its longest unit, because estimates are rough."""
 
+MAX_RETURNS = 4
+"""A unit that was given back so often in one run stays open."""
+UNFIT_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 10.0, 60.0
+"""An unfit worker waits before it tries another unit, each time twice as long, so that the others take the units."""
+
 POLL_SECONDS = 0.5
 READER = "blocksight-rows"
 """The name of the thread that reads the rows of Ray Data."""
@@ -69,7 +80,9 @@ ONE_UNIT: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
 HEADER = pa.schema([("header", pa.string()), ("blob", pa.large_binary()), ("outcome", pa.string())])
 """What passes between steps: plain values as JSON, pixels or maps as raw bytes, or the unit's outcome."""
 
-OUTCOMES = {kind.__name__: kind for kind in (Receipt, UnitFailure, DeadLetter, UnitSkipped, Evaluated)}
+Made = TypeVar("Made")
+
+OUTCOMES = {kind.__name__: kind for kind in (Receipt, UnitFailure, DeadLetter, UnitSkipped, UnitReturned, Evaluated)}
 
 
 def run_units(
@@ -84,7 +97,7 @@ def run_units(
     weights = None if state is None else ray.put(state)
     timeout_seconds = max(NO_PROGRESS_SECONDS, NO_PROGRESS_FACTOR * _longest_seconds(units, context))
     yield from _wave_outcomes(
-        units, lambda some: _explain_dataset(some, context, weights, sizing), stop, timeout_seconds
+        units, lambda some: _explain_dataset(some, context, weights, sizing), stop, timeout_seconds, sizing.num_actors
     )
 
 
@@ -113,20 +126,57 @@ def _learn(context: JobContext, units: Sequence[Unit], weights: Any) -> Iterator
 
 
 def _wave_outcomes(
-    units: Sequence[Unit], wave_of: Callable[[Sequence[Unit]], Dataset], stop: Stop, timeout_seconds: float
+    units: Sequence[Unit],
+    wave_of: Callable[[Sequence[Unit]], Dataset],
+    stop: Stop,
+    timeout_seconds: float,
+    num_actors: int,
 ) -> Generator[Any, None, None]:
-    """The units' outcomes, wave by wave, until `stop` is requested. Raises ClusterError."""
-    for start in range(0, len(units), WAVE_UNITS):
-        wave = wave_of(units[start : start + WAVE_UNITS])
-        executor = wave._create_executor()  # `iter_rows` keeps its own out of reach, so that nobody could end it
-        rows = _arriving_rows(_rows_of(wave, executor), stop, timeout_seconds, partial(executor.shutdown, force=True))
-        try:
-            with closing(rows):
-                yield from map(_outcome, rows)
-        except RayError as error:
-            raise _cluster_error(error) from error
+    """The units' outcomes, wave by wave, until `stop` is requested; units that are given back join a later wave.
+
+    Raises ClusterError, also if all workers are unfit.
+    """
+    waiting = deque(units)
+    returns: Counter[str] = Counter()
+    while waiting:
+        wave = [waiting.popleft() for _ in range(min(WAVE_UNITS, len(waiting)))]
+        outcomes = _outcomes_of_wave(wave_of(wave), stop, timeout_seconds)
+        with closing(_while_one_is_fit(outcomes, min(num_actors, len(wave)))) as arriving:
+            for outcome in arriving:
+                yield outcome
+                if isinstance(outcome, UnitReturned):
+                    [unit] = [one for one in wave if one.unit_id == outcome.unit_id]
+                    returns[unit.unit_id] += 1
+                    if returns[unit.unit_id] < MAX_RETURNS:
+                        waiting.append(unit)
+                    else:
+                        yield UnitFailure(unit.unit_id, unit.ordinal, unit.objects[0].key, "explain", outcome.reason)
         if stop.reason is not None:
             return
+
+
+def _outcomes_of_wave(wave: Dataset, stop: Stop, timeout_seconds: float) -> Generator[Any, None, None]:
+    executor = wave._create_executor()  # `iter_rows` keeps its own out of reach, so that nobody could end it
+    rows = _arriving_rows(_rows_of(wave, executor), stop, timeout_seconds, partial(executor.shutdown, force=True))
+    try:
+        with closing(rows):
+            yield from map(_outcome, rows)
+    except RayError as error:
+        raise _cluster_error(error) from error
+
+
+def _while_one_is_fit(outcomes: Generator[Any, None, None], num_actors: int) -> Generator[Any, None, None]:
+    """The outcomes. Raises UnfitWorkerError once each actor has given back a unit and none has done one meanwhile."""
+    unfit: set[str] = set()
+    with closing(outcomes):
+        for outcome in outcomes:
+            yield outcome
+            if not isinstance(outcome, UnitReturned):
+                unfit.clear()
+            elif outcome.is_unfit:
+                unfit.add(outcome.worker)
+            if len(unfit) >= num_actors:
+                raise UnfitWorkerError(f"no worker can go on; the last one said: {outcome}")
 
 
 def _cluster_error(error: RayError) -> ClusterError:
@@ -261,12 +311,16 @@ def _stores_of(context: JobContext) -> WorkerStores:
 
 def evaluate_units(
     units: Sequence[Unit], context: EvaluationContext, state: bytes | None, sizing: Sizing, stop: Stop
-) -> Generator[Evaluated | UnitFailure, None, None]:
+) -> Generator[Evaluated | UnitFailure | UnitReturned, None, None]:
     """Evaluates the units on the connected Ray session and yields each outcome. Raises ClusterError."""
     _set_up_ray_data()
     weights = None if state is None else ray.put(state)
     yield from _wave_outcomes(
-        units, lambda some: _evaluate_dataset(some, context, weights, sizing), stop, NO_PROGRESS_SECONDS
+        units,
+        lambda some: _evaluate_dataset(some, context, weights, sizing),
+        stop,
+        NO_PROGRESS_SECONDS,
+        sizing.num_actors,
     )
 
 
@@ -277,6 +331,60 @@ def _evaluate_dataset(units: Sequence[Unit], context: EvaluationContext, weights
     return items.map_batches(_Evaluate, **_actors(context, weights, sizing, len(rows)))
 
 
+Step = TypeVar("Step")
+
+
+class _Held(Generic[Step]):
+    """The step that an actor holds. One without a device is unfit; one that loses it ends its process."""
+
+    def __init__(self, make: Callable[[], Step]) -> None:
+        """Raises what `make` raises, but for errors of the device."""
+        self._make = make
+        self._step: Step | None = None
+        self._last_return: UnitReturned | None = None
+        self._pause_seconds = UNFIT_PAUSE_SECONDS
+        with suppress(UnfitWorkerError):  # a unit will tell; an actor that does not start would end the job
+            self.step()
+
+    def step(self) -> Step:
+        """The step. Raises UnfitWorkerError if the device does not let it be made."""
+        if self._step is None:
+            try:
+                self._step = self._make()
+            except Exception as error:
+                if device_trouble(error) is None:
+                    raise
+                raise UnfitWorkerError(told_by_device(error)) from error
+        return self._step
+
+    def outcome(self, work: Callable[[], Made]) -> Made | UnitReturned:
+        """The outcome of `work`, after a pause if this worker gave back its last unit."""
+        if self._last_return is not None:
+            self._recover(self._last_return)
+        made = work()
+        self._last_return = None
+        if isinstance(made, UnitReturned):
+            self._last_return = made = replace(made, worker=_actor_name())
+        return made
+
+    def _recover(self, last: UnitReturned) -> None:
+        if not last.is_unfit:
+            _end_process()  # Ray starts another one, which takes this unit
+        time.sleep(self._pause_seconds)
+        self._pause_seconds = min(2 * self._pause_seconds, MAX_PAUSE_SECONDS)
+
+
+def _actor_name() -> str:
+    """Host and actor, which may have several processes one after the other."""
+    return f"{os.uname().nodename}:{ray.get_runtime_context().get_actor_id()}"
+
+
+def _end_process() -> NoReturn:
+    """Kills this process, which cannot use its device any more."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("killed")
+
+
 class _Evaluate:
     """The evaluate actor: holds one model."""
 
@@ -284,12 +392,13 @@ class _Evaluate:
         from blocksight.jobs.evaluate.step import EvaluateStep
 
         refuse_unsafe_switches()
-        self.step = EvaluateStep(context, None if weights is None else ray.get(weights))
+        self.held = _Held(lambda: EvaluateStep(context, None if weights is None else ray.get(weights)))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         from blocksight.jobs.evaluate.step import evaluated
 
-        return _row_of(evaluated(self.step, _unit(json.loads(batch["unit"][0].as_py()))))
+        unit = _unit(json.loads(batch["unit"][0].as_py()))
+        return _row_of(self.held.outcome(lambda: evaluated(self.held.step, unit)))
 
 
 class _Explain:
@@ -301,7 +410,7 @@ class _Explain:
         refuse_unsafe_switches()
         self.input_size = context.facts.input_size
         self.stores = open_worker_stores(context)
-        self.step = ExplainStep(context, None if weights is None else ray.get(weights))
+        self.held = _Held(lambda: ExplainStep(context, None if weights is None else ray.get(weights)))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         if batch["outcome"][0].is_valid:
@@ -312,9 +421,9 @@ class _Explain:
         def explain(careful: bool) -> pa.Table:
             pixels = np.frombuffer(batch["blob"][0].as_buffer(), np.uint8).reshape(-1, *self.input_size, 3)
             records = tuple(RecordFacts(**record) for record in header["records"])
-            return _result_table(self.step(UnitInput(unit, records, pixels), careful=careful))
+            return _result_table(self.held.step()(UnitInput(unit, records, pixels), careful=careful))
 
-        return _row_of(attempted(unit, "explain", self.stores, explain))
+        return _row_of(self.held.outcome(lambda: attempted(unit, "explain", self.stores, explain)))
 
 
 def _commit(batch: pa.Table, context: JobContext) -> pa.Table:

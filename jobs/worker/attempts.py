@@ -7,13 +7,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
+from blocksight.engine.model.device_errors import DeviceTrouble, device_trouble, told_by_device
 from blocksight.jobs.ledger.attempt_markers import FOLDER
 from blocksight.jobs.ledger.dead_letters import give_up
 from blocksight.jobs.ledger.stop_request import is_stopped
 from blocksight.jobs.plan.context import JobContext, worker_name
 from blocksight.jobs.plan.plan import UNIT_FOLDERS, open_output
-from blocksight.jobs.plan.records import Cause, Outcome, Unit, UnitFailure, UnitSkipped
-from blocksight.jobs.worker.error_classes import OF_THE_JOB, is_of_unit
+from blocksight.jobs.plan.records import Cause, Outcome, Unit, UnitFailure, UnitReturned, UnitSkipped
+from blocksight.jobs.worker.error_classes import OF_THE_JOB, UnfitWorkerError, is_of_unit
 from blocksight.jobs.worker.isolation import ProcessDiedError
 from blocksight.jobs.worker.watchdog import heartbeat, watchdog
 from blocksight.storage.outputs.schema import MAX_ERROR_LENGTH
@@ -71,13 +72,15 @@ def attempted(unit: Unit, stage: str, stores: WorkerStores, work: Callable[[bool
 
     `work` receives `careful`: if True, one record must not fail the whole unit. A step that fails is tried again at
     once, carefully. If it fails each time the unit is given up, or stays open if the machine or the store is to
-    blame.
+    blame. A unit is returned at once if this worker can do no unit, or none any more.
     """
     failures = 0
     while True:
         try:
             return _once(unit, stage, stores, work, failures)
         except Exception as error:  # noqa: BLE001 - a unit's trouble is its own: the others go on
+            if is_of_worker(error):
+                return returned(unit, error)
             failures += 1
             if failures == MAX_FAILURES or not _is_worth_a_careful_try(error):
                 return _outcome_of_error(unit, stage, stores, error)
@@ -96,28 +99,66 @@ def _once(
 
 
 def _is_worth_a_careful_try(error: Exception) -> bool:
-    """True if a careful try may help; stores have retried already, and the job's errors repeat."""
-    return not isinstance(error, (StoreError, ProcessDiedError, *OF_THE_JOB))
+    """True if a careful try may help.
+
+    Stores have retried already, the job's errors repeat, and a child process needs even more of the device's memory.
+    """
+    if isinstance(error, (StoreError, ProcessDiedError, *OF_THE_JOB)):
+        return False
+    return device_trouble(error) is not DeviceTrouble.MEMORY
+
+
+def is_of_worker(error: Exception) -> bool:
+    """True if this worker can do no unit, or none any more."""
+    return isinstance(error, UnfitWorkerError) or device_trouble(error) in (DeviceTrouble.UNFIT, DeviceTrouble.LOST)
+
+
+def returned(unit: Unit, error: Exception) -> UnitReturned:
+    """The outcome of a unit that this worker gives back; for an error of the worker."""
+    reason = str(error) if isinstance(error, UnfitWorkerError) else told_by_device(error)
+    return UnitReturned(unit.unit_id, worker_name(), reason[:MAX_ERROR_LENGTH], is_unfit=not _is_lost(error))
+
+
+def done_here(outcome: Result) -> Result:
+    """The outcome of a unit in this process, which is the only worker: raises UnfitWorkerError if it is returned."""
+    if isinstance(outcome, UnitReturned):
+        raise UnfitWorkerError(outcome.reason)
+    return outcome
+
+
+def _is_lost(error: BaseException) -> bool:
+    """True if this process cannot use its device any more."""
+    return not isinstance(error, UnfitWorkerError) and device_trouble(error) is DeviceTrouble.LOST
 
 
 @contextmanager
 def attempt_marker(stores: WorkerStores, step: str) -> Iterator[int]:
-    """Yields the number of attempts at a step that left a marker; writes its own marker while the body runs."""
+    """Yields the number of attempts at a step that left a marker; writes its own marker while the body runs.
+
+    The marker remains if the process dies, or loses its device: a record may be the cause of both.
+    """
     prefix = f"{FOLDER}{step}-"
     num_deaths = sum(1 for _ in stores.output.list(prefix))
     marker = f"{prefix}{stores.run_id}-{uuid.uuid4().hex}.json"
     stores.output.put(marker, json.dumps({"worker": worker_name()}).encode())
     try:
         yield num_deaths
-    finally:
-        with suppress(StoreError):  # a marker that remains makes the next attempt careful, no more
-            stores.output.delete(marker)
+    except BaseException as error:
+        if not _is_lost(error):
+            _delete(stores.output, marker)
+        raise
+    _delete(stores.output, marker)
+
+
+def _delete(output: ObjectStore, marker: str) -> None:
+    with suppress(StoreError):  # a marker that remains makes the next attempt careful, no more
+        output.delete(marker)
 
 
 def _outcome_of_error(unit: Unit, stage: str, stores: WorkerStores, error: Exception) -> Outcome:
     """Gives the unit up if it is to blame; otherwise it stays open."""
     cause = _cause(stage, error)
-    text = str(error) if isinstance(error, StoreError | ProcessDiedError) else f"{type(error).__name__}: {error}"
+    text = told_error(error)
     if cause is not None:
         try:
             return give_up(stores.output, unit, stage, cause, text)
@@ -125,6 +166,15 @@ def _outcome_of_error(unit: Unit, stage: str, stores: WorkerStores, error: Excep
             error, text = trouble, str(trouble)
     away = isinstance(error, UnavailableError)
     return UnitFailure(unit.unit_id, unit.ordinal, unit.objects[0].key, stage, text[:MAX_ERROR_LENGTH], away)
+
+
+def told_error(error: Exception) -> str:
+    """The error, for people."""
+    if isinstance(error, StoreError | ProcessDiedError):
+        return str(error)
+    if device_trouble(error) is not None:
+        return told_by_device(error)
+    return f"{type(error).__name__}: {error}"
 
 
 def _cause(stage: str, error: Exception) -> Cause | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from blocksight.cluster.switches import refuse_unsafe_switches
+from blocksight.engine.model.device_errors import DeviceTrouble, device_trouble, told_by_device
 from blocksight.jobs.worker.watchdog import heartbeat, watchdog
 
 DEATHS = 2
@@ -55,8 +56,11 @@ class Isolated:
         self._end()
 
     def __call__(self, item: Any) -> Any:
-        """The function's result. Raises what the function raises, ProcessDiedError and ProcessStartError."""
-        how = ""
+        """The function's result. Raises what the function raises, ProcessDiedError and ProcessStartError.
+
+        A child that lost its device is of no more use: it ends too, and its error is raised if it comes again.
+        """
+        how, lost = "", None
         for _ in range(DEATHS):
             connection = self._connection()
             try:
@@ -66,7 +70,12 @@ class Isolated:
                 continue
             if is_result:
                 return value
-            raise value
+            if device_trouble(value) is not DeviceTrouble.LOST:
+                raise value
+            lost = value
+            self._end()
+        if lost is not None:
+            raise lost
         raise ProcessDiedError(f"{DEATHS} processes that worked on it died: {how}")
 
     def _connection(self) -> Connection:
@@ -153,9 +162,12 @@ def _serve(connection: Connection) -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """The exception, or a RuntimeError with its text if it cannot be pickled."""
+    """The exception, or a RuntimeError with its text if it cannot be pickled, or hides what the device said."""
     with suppress(Exception):
-        if type(pickle.loads(pickle.dumps(error))) is type(error):
+        alone = pickle.loads(pickle.dumps(error))  # without the errors behind it
+        if device_trouble(alone) is not device_trouble(error):
+            return RuntimeError(told_by_device(error))
+        if type(alone) is type(error):
             return error
     return RuntimeError(f"{type(error).__name__}: {error}")
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task
 from rich.text import Text
 
-from blocksight.jobs.plan.records import DeadLetter, Evaluated, Outcome, Receipt, UnitFailure
-from blocksight.jobs.plan.text import clock, counted, plural
+from blocksight.jobs.plan.records import DeadLetter, Evaluated, Outcome, Receipt, UnitFailure, UnitReturned
+from blocksight.jobs.plan.text import clock, counted, plural, printable
 
 LINE_WIDTH = 80
 """Columns that a line has on any terminal."""
@@ -125,6 +125,20 @@ def progress(console: Console, tally: Tally) -> Iterator[Update]:
     with _plain(console, tally, start):
         yield tally.add
     console.print(tally.last_line(time.monotonic() - start), highlight=False)
+
+
+class Notices:
+    """Tells of workers that gave a unit back, each once."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._told: set[str] = set()
+
+    def tell(self, one: UnitReturned) -> None:
+        """Prints the first of this worker."""
+        if one.worker not in self._told:
+            self._told.add(one.worker)
+            self._console.print(f"[bold red]WARNING[/] {printable(one)}")
 
 
 def tracked(console: Console, things: Iterable[T], total: int, verb: str, noun: str) -> Iterator[T]:

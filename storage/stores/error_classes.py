@@ -21,11 +21,8 @@ MACHINE_ERRNOS = {
 }
 """errno of an OSError that a record's bytes cannot cause: disk, memory, handles, network."""
 MACHINE_TYPES = (StoreError, MemoryError, ImportError, ConnectionError, TimeoutError)
-MACHINE_MESSAGES = (
-    *("can't allocate memory", "not enough memory", "out of memory", "can't start new thread"),
-    *("cuda error", "cublas", "cudnn"),
-)
-"""Parts of a RuntimeError's message from torch's allocators and devices, and from starting threads."""
+MACHINE_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread")
+"""Parts of a RuntimeError's message from allocators, and from starting threads."""
 
 
 def is_of_record(error: Exception) -> bool:

@@ -22,6 +22,7 @@ from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.jobs.report.facts import run_facts
 from blocksight.jobs.run.job import run_job
 from blocksight.jobs.versus.run import write_difference
+from blocksight.jobs.worker.error_classes import UnfitWorkerError
 from blocksight.jobs.worker.rows import existing_output
 from blocksight.storage.stores.opening import open_store
 from tests.jobs.jobs_of import config_of, fragments_in, rows_in, run_here
@@ -169,12 +170,12 @@ def test_the_setting_of_an_older_output_is_read(tmp_path):
     assert (planned.setting.precision, planned.chosen, planned.score_error) == ("bfloat16", "timing", None)
 
 
-def test_a_machine_that_cannot_run_the_setting_leaves_units_open_and_rejects_no_record(tmp_path, data):
+def test_a_machine_that_cannot_run_the_setting_ends_the_job_at_its_first_unit(tmp_path, data):
     plan_setting(tmp_path / "maps", ForwardSetting("graphed"))
-    outcome = run_here(data, tmp_path / "maps")
-    assert outcome.job_state.open_units
+    with pytest.raises(UnfitWorkerError, match="run it on a machine like the first one"):
+        run_here(data, tmp_path / "maps")
     assert not rows_in(store_of(tmp_path / "maps"))
-    assert "run it on a machine like the first one" in outcome.ran.failures[0].error
+    assert list(store_of(tmp_path / "maps").list("_job/dead/")) == []
 
 
 # ---------------------------------------------------------------- what the user says

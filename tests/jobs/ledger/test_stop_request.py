@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from blocksight.cluster.errors import ClusterError
+from blocksight.engine.model import liveness
 from blocksight.jobs.ledger.stop_request import Stop, is_stopped, stopped_by_signals
 from blocksight.jobs.run import pipeline
 from blocksight.jobs.run.pipeline import _arriving_rows
@@ -217,15 +218,25 @@ def test_a_step_may_wait_for_its_stores_longer_than_the_watchdog_allows(tmp_path
 
 
 def test_the_watchdog_is_armed_only_within_its_context(monkeypatch):
-    armed = []
+    armed, now = [], [0.0]
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr("faulthandler.dump_traceback_later", lambda *_, **__: armed.append(True))
     monkeypatch.setattr("faulthandler.cancel_dump_traceback_later", lambda: armed.append(False))
     watchdog.heartbeat()
     assert armed == []
     with watchdog.watchdog():
+        assert armed == [True]
+        watchdog.heartbeat()  # too soon to count
+        now[0] += watchdog.HEARTBEAT_SECONDS
         watchdog.heartbeat()
     watchdog.heartbeat()
     assert armed == [True, True, False]
+    with watchdog.watchdog():  # at once, however soon after the last
+        assert armed[3:] == [True]
+
+
+def test_a_compiler_at_work_is_a_heartbeat():
+    assert watchdog.heartbeat in liveness.LISTENERS
 
 
 def test_a_full_device_halves_the_batch(tmp_path, monkeypatch):

@@ -121,7 +121,7 @@ def test_a_run_that_is_left_early_leaves_no_thread_and_no_work(monkeypatch):
     monkeypatch.setattr("blocksight.jobs.ledger.stop_request.GRACE_SECONDS", 2.0)
     asked = Stop(MemoryStore(), "run")
     wave = ray.data.from_items([{"n": 1}, {"n": 2}]).map_batches(sleeping, batch_format="pyarrow")
-    outcomes = pipeline._wave_outcomes([None], lambda _units: wave, asked, 60)
+    outcomes = pipeline._wave_outcomes([None], lambda _units: wave, asked, 60, 1)
     asked.request("SIGINT")
     began = time.monotonic()
     assert list(outcomes) == []

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from rich.console import Console
 
 from blocksight.engine.errors import ModelError
+from blocksight.engine.model.device_errors import device_trouble, told_by_device
 from blocksight.jobs.cli.job_tables import plan_table
 from blocksight.jobs.explain.step import ExplainStep
 from blocksight.jobs.ledger.dead_letters import read_letters
@@ -25,14 +25,21 @@ from blocksight.jobs.ledger.shard_counts import other_counts
 from blocksight.jobs.plan import plan
 from blocksight.jobs.plan.config import ConfigError, Execution
 from blocksight.jobs.plan.plan import load_plan
-from blocksight.jobs.plan.records import DeadLetter, RecordFacts, UnitFailure, UnitInput, UnreconciledError
+from blocksight.jobs.plan.records import (
+    DeadLetter,
+    RecordFacts,
+    UnitFailure,
+    UnitInput,
+    UnitReturned,
+    UnreconciledError,
+)
 from blocksight.jobs.plan.units import WHOLE_SHARD, Workforce, pieces
 from blocksight.jobs.run import pipeline
 from blocksight.jobs.run.job import plan_job, run_job, workforce_of
 from blocksight.jobs.run.local import run_unit
 from blocksight.jobs.worker import unit as steps
-from blocksight.jobs.worker.attempts import CAREFUL_DEATHS, MAX_FAILURES, WorkerStores, attempted
-from blocksight.jobs.worker.error_classes import AMPLE_BYTES, is_of_record, is_of_unit
+from blocksight.jobs.worker.attempts import CAREFUL_DEATHS, MAX_FAILURES, WorkerStores, attempted, done_here
+from blocksight.jobs.worker.error_classes import AMPLE_BYTES, UnfitWorkerError, is_of_record, is_of_unit
 from blocksight.jobs.worker.isolation import Isolated, ProcessDiedError, ProcessStartError
 from blocksight.jobs.worker.unit import commit_unit, decoded_or_rejected
 from blocksight.storage.inputs.records import RawRecord
@@ -42,6 +49,7 @@ from blocksight.storage.outputs.fragments import read_fragment
 from blocksight.storage.parquet.rows import UnknownColumnsError
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.store import DamagedError, MissingError, ObjectError, StoreError, UnavailableError
+from tests.faults.devices import DEVICE_ERRORS, HOST_MEMORY, LOST, MEMORY, UNFIT
 from tests.faults.stores import InterceptedStore
 from tests.jobs.jobs_of import called, config_of, run_here
 from tests.jobs.tiny import MODEL, picture, tar_bytes
@@ -64,9 +72,8 @@ OF_THE_MACHINE = [
     ConnectionResetError(errno.ECONNRESET, "reset"),
     ImportError("no decoder on this node"),
     RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
-    torch.OutOfMemoryError("CUDA out of memory"),
-    torch.AcceleratorError("CUDA error: device-side assert triggered"),
 ]
+OF_THE_DEVICE = [error for trouble, error in DEVICE_ERRORS if trouble is not HOST_MEMORY]
 OF_THE_JOB = [
     *(ModelError("x"), ConfigError("x"), UnreconciledError("x"), ProcessStartError("x")),
     UnknownColumnsError("x"),
@@ -78,7 +85,9 @@ def test_an_error_that_a_record_raises_anywhere_is_of_the_record(error):
     assert is_of_unit(error)
 
 
-@pytest.mark.parametrize("error", [*OF_THE_MACHINE, *OF_THE_JOB, StoreError("x"), UnavailableError("x")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [*OF_THE_MACHINE, *OF_THE_DEVICE, *OF_THE_JOB, StoreError("x"), UnavailableError("x")], ids=repr
+)
 def test_an_error_that_no_record_can_cause_is_not_of_the_record(error):
     assert not is_of_unit(error)
 
@@ -126,6 +135,30 @@ def test_a_unit_that_fails_once_is_done():
 
     assert attempted(UNIT, "read", place(), work) == "done"
     assert seen == [False, True]
+
+
+@pytest.mark.parametrize("error", OF_THE_DEVICE, ids=repr)
+@pytest.mark.parametrize("stage", ["read", "explain", "commit"])
+def test_an_error_of_the_device_gives_no_unit_up(stage, error):
+    stores, seen = place(), []
+    made = attempted(UNIT, stage, stores, failing(error, seen))
+    assert seen == [False]
+    assert read_letters(stores.output, [UNIT]) == {}
+    trouble = device_trouble(error)
+    if trouble is MEMORY:
+        assert isinstance(made, UnitFailure)
+        assert made.error == told_by_device(error)
+    else:
+        assert isinstance(made, UnitReturned)
+        assert (made.reason, made.is_unfit) == (told_by_device(error), trouble is UNFIT)
+    markers = list(stores.output.list("_job/attempts/"))
+    assert len(markers) == (trouble is LOST)  # a record may be the cause: the next attempt is careful
+
+
+def test_the_only_worker_ends_the_run_if_it_is_unfit():
+    assert done_here("receipt") == "receipt"
+    with pytest.raises(UnfitWorkerError, match="no driver"):
+        done_here(UnitReturned("u", "w", "no driver", is_unfit=True))
 
 
 @pytest.mark.parametrize("error", [*OF_THE_MACHINE, *OF_THE_JOB], ids=repr)
@@ -182,7 +215,8 @@ def test_every_step_on_ray_is_made_careful(deadly_stores, monkeypatch):
     monkeypatch.setattr(pipeline, "take_unit", noting(seen, TAKEN))
     monkeypatch.setattr(pipeline, "commit_unit", noting(seen, DeadLetter("u", 0, "i", "failed", "s", "e", 1)))
     actor = pipeline._Explain.__new__(pipeline._Explain)
-    actor.input_size, actor.stores, actor.step = (2, 2), deadly_stores, noting(seen, result())
+    actor.input_size, actor.stores = (2, 2), deadly_stores
+    actor.held = pipeline._Held(lambda: noting(seen, result()))
     read = pipeline._read(pa.table({"unit": [pipeline._json(UNIT)]}), CONTEXT)
     assert pipeline._outcome(pipeline._commit(actor(read), CONTEXT).to_pylist()[0]).cause == "failed"
     assert seen == [True, True, True]
@@ -313,29 +347,13 @@ def test_a_record_that_the_model_fails_on_is_rejected_even_if_its_label_is_odd()
     ]
 
 
-@pytest.mark.parametrize("error", [*OF_THE_MACHINE[:-1], *OF_THE_JOB], ids=repr)
+@pytest.mark.parametrize("error", [*OF_THE_MACHINE, *OF_THE_DEVICE, *OF_THE_JOB], ids=repr)
 def test_no_record_is_rejected_where_the_machine_cannot_explain(error):
     def explain(alone):
         raise error
 
     with pytest.raises(type(error)):
         explained_one_by_one(explain)
-
-
-def test_a_process_whose_device_is_broken_ends_and_rejects_nothing(monkeypatch):
-    ended = []
-
-    def end():
-        ended.append(1)
-        raise SystemExit
-
-    def explain(alone):
-        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
-
-    monkeypatch.setattr("blocksight.jobs.explain.step._end_process", end)
-    with pytest.raises(SystemExit):
-        explained_one_by_one(explain)
-    assert ended == [1]
 
 
 # ---------------------------------------------------------------- commit

@@ -1,0 +1,132 @@
+"""Workers that cannot use their device: they give their units back, the others go on, and a sentence ends the job."""
+
+from dataclasses import replace
+
+import pytest
+
+from blocksight.engine.errors import ModelError
+from blocksight.jobs.ledger.stop_request import Stop
+from blocksight.jobs.plan.records import UnitFailure, UnitReturned, UnitSkipped
+from blocksight.jobs.run import pipeline
+from blocksight.jobs.worker.error_classes import UnfitWorkerError
+from tests.faults.devices import LOST, MEMORY, UNFIT, one_of_each
+from tests.jobs.worker.test_commit import UNIT
+from tests.storage.memory import MemoryStore
+
+ERRORS = one_of_each()
+UNITS = [replace(UNIT, unit_id=name) for name in "abcd"]
+
+
+def returned(unit, worker="w", *, is_unfit=True):
+    return UnitReturned(unit.unit_id, worker, "no driver", is_unfit=is_unfit)
+
+
+def done(unit):
+    return UnitSkipped(unit.unit_id)  # any other outcome
+
+
+def outcomes_of(waves, units=UNITS, num_actors=4):
+    """The outcomes of a run, whose waves are played by these functions of the wave's units; and the waves."""
+    seen = []
+
+    def wave_of(some):
+        seen.append("".join(unit.unit_id for unit in some))
+        return (yielded for yielded in waves[len(seen) - 1](some))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "_outcomes_of_wave", lambda wave, *_: wave)
+        made = list(pipeline._wave_outcomes(units, wave_of, Stop(MemoryStore(), "run"), 60, num_actors))
+    return made, seen
+
+
+def test_a_unit_that_is_given_back_joins_a_later_wave():
+    waves = [
+        lambda some: [done(some[0]), returned(some[1]), done(some[2]), done(some[3])],
+        lambda some: map(done, some),
+    ]
+    made, seen = outcomes_of(waves)
+    assert seen == ["abcd", "b"]
+    assert [one.unit_id for one in made if isinstance(one, UnitSkipped)] == ["a", "c", "d", "b"]
+
+
+def test_a_unit_that_is_given_back_again_and_again_stays_open():
+    lost = [lambda some: [returned(one, is_unfit=False) for one in some]] * pipeline.MAX_RETURNS
+    made, seen = outcomes_of(lost, UNITS[:1])
+    assert seen == ["a"] * pipeline.MAX_RETURNS
+    failure = made[-1]
+    assert isinstance(failure, UnitFailure)
+    assert (failure.unit_id, failure.error) == ("a", "no driver")
+
+
+def test_the_job_ends_once_all_workers_are_unfit():
+    with pytest.raises(UnfitWorkerError, match=r"no worker can go on.*worker 2 .*no driver"):
+        outcomes_of([lambda some: [returned(some[0], "1"), returned(some[1], "2"), done(some[2])]], num_actors=2)
+
+
+@pytest.mark.parametrize(
+    "wave",
+    [
+        lambda some: [returned(some[0], "1"), returned(some[1], "1"), done(some[2]), done(some[3])],
+        lambda some: [returned(some[0], "1"), done(some[1]), returned(some[2], "2"), done(some[3])],
+        lambda some: [returned(one, str(number), is_unfit=False) for number, one in enumerate(some)],
+    ],
+    ids=["one of two", "in turns", "each lost its process"],
+)
+def test_the_job_goes_on_while_one_worker_is_fit(wave):
+    made, _ = outcomes_of([wave, lambda some: map(done, some)], num_actors=2)
+    assert {one.unit_id for one in made if isinstance(one, UnitSkipped)} == set("abcd")
+
+
+# ---------------------------------------------------------------- the actor
+
+
+@pytest.fixture
+def slept(monkeypatch):
+    seconds = []
+    monkeypatch.setattr(pipeline.time, "sleep", seconds.append)
+    monkeypatch.setattr(pipeline, "_actor_name", lambda: "node:actor")
+    return seconds
+
+
+def raising(error):
+    def fail():
+        raise error
+
+    return fail
+
+
+def test_an_unfit_worker_waits_longer_and_longer_before_it_takes_a_unit(slept):
+    held = pipeline._Held(lambda: "step")
+    for _ in range(5):
+        assert held.outcome(lambda: returned(UNIT)).worker == "node:actor"
+    assert slept == [10, 20, 40, 60]
+    assert held.outcome(lambda: "table") == "table"
+    assert held.outcome(lambda: "table") == "table"
+    assert len(slept) == 5
+
+
+def test_a_worker_that_lost_its_device_ends_at_its_next_unit(slept, monkeypatch):
+    class Ended(BaseException):
+        pass
+
+    monkeypatch.setattr(pipeline, "_end_process", raising(Ended()))
+    held = pipeline._Held(lambda: "step")
+    assert held.outcome(lambda: returned(UNIT, is_unfit=False)).worker == "node:actor"
+    with pytest.raises(Ended):
+        held.outcome(lambda: "never called")
+    assert slept == []
+
+
+@pytest.mark.parametrize("trouble", [MEMORY, UNFIT, LOST])
+def test_an_actor_whose_device_does_not_work_starts_and_gives_its_units_back(trouble):
+    made = iter([raising(ERRORS[trouble])] * 2 + [lambda: "step"])
+    held = pipeline._Held(lambda: next(made)())
+    with pytest.raises(UnfitWorkerError, match="device"):
+        held.step()
+    assert held.step() == "step"
+    assert held.step() == "step"
+
+
+def test_an_actor_with_a_bad_model_does_not_start():
+    with pytest.raises(ModelError):
+        pipeline._Held(raising(ModelError("no such weights")))
