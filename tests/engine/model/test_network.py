@@ -375,3 +375,31 @@ def test_a_model_of_volumes_and_one_without_shapes():
     lazy = nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.Linear(16, 5))
     with pytest.raises(ModelError, match=r"0\.weight of model 'model' has no shape yet"):
         ModelAdapter(lazy, input_size=(4, 4))
+
+
+class Windowed(nn.Module):
+    """Cuts each image into four windows, which it joins to the batch: its maps are not one of each image."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 5, 3, padding=1)
+        self.head = nn.Linear(20, 3)
+
+    def forward(self, x):
+        maps = self.first(x).relu()
+        windows = maps.unflatten(2, (2, 16)).unflatten(4, (2, 16)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+        return self.head(self.second(windows).relu().mean((2, 3)).unflatten(0, (-1, 4)).flatten(1))
+
+
+class UntraceableWindowed(Windowed):
+    def forward(self, x):
+        assert bool(x.isfinite().all())
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Windowed, UntraceableWindowed])
+def test_a_map_of_windows_in_the_batch_is_no_block(kind):
+    network = ModelAdapter(seeded(kind), input_size=(32, 32)).network
+    assert {"relu_1", "second"} & {place.name for place in network.places}
+    assert [place.name for place in network.places if place.grid and place.grid != (32, 32)] == []
+    assert [block.grid for block in network.blocks()] == [(32, 32)]
