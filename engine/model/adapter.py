@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from blocksight.engine.catalog.readouts import ReadoutName
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.device_errors import device_trouble
-from blocksight.engine.model.failures import failure_of, shape_of
+from blocksight.engine.model.failures import failure_of, name_of, shape_of
 from blocksight.engine.model.network import Network, trace_network
 from blocksight.engine.model.resample import Grid
 from blocksight.engine.model.taps import frozen
@@ -170,6 +170,12 @@ class ModelAdapter:
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 2:
             raise ModelError(
                 f"model {self.name!r} must return logits [N, classes]; for 2 images it returned {shape_of(logits)}"
+            )
+        if not logits.is_floating_point() or logits.layout is not torch.strided:
+            kind = name_of(logits.dtype) if logits.layout is torch.strided else "sparse"
+            raise ModelError(
+                f"model {self.name!r} returns {kind} numbers, and logits are dense floats: return what comes before "
+                "the argmax, the threshold or the rounding"
             )
         if logits.shape[1] < 2 and self.readout == "softmax":
             raise ModelError(

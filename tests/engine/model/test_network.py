@@ -360,6 +360,28 @@ def test_torchscript_whose_weights_are_constants_cannot_be_told_apart():
         _ = ModelAdapter(torch.jit.freeze(scripted().eval()), input_size=(24, 24)).fingerprint
 
 
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda logits: logits > 0, "bool"),
+        (lambda logits: (10 * logits).long(), "int64"),
+        (lambda logits: logits.to(torch.complex64), "complex64"),
+        (torch.Tensor.to_sparse, "sparse"),
+    ],
+)
+def test_an_output_that_is_no_float_is_told(change, kind):
+    class Changed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = seeded(OneRelu)
+
+        def forward(self, x):
+            return change(self.inner(x))
+
+    with pytest.raises(ModelError, match=f"returns {kind} numbers, .* return what comes before the argmax"):
+        _ = ModelAdapter(Changed(), input_size=(24, 24)).num_classes
+
+
 def test_an_exported_program_is_told():
     exported = torch.export.export(seeded(OneRelu).eval(), (smooth(2, 24, 24),)).module()
     with pytest.raises(ModelError, match=r"program of torch\.export, .* return the module that it was made from"):
