@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.blocks import Place
+from blocksight.engine.model.float32 import fixed_float32
 
 
 @contextmanager
@@ -19,23 +20,20 @@ def frozen(module: nn.Module) -> Iterator[None]:
     """Borrows a module as a fixed function and restores it at the end.
 
     Inside: eval mode, no parameter needs a gradient, no layer works in place (an in-place activation
-    would overwrite the tensor that a tap has recorded), and convolutions on a GPU keep all of float32
-    (torch would allow them TF32, whose 10-bit mantissa moves scores by more than 1e-4).
+    would overwrite the tensor that a tap has recorded), and float32 is fixed (see `fixed_float32`).
     """
     modes = {child: child.training for child in module.modules() if hasattr(child, "training")}  # not if `jit.freeze`d
     in_place = {child: child.inplace for _, child in plain_modules(module) if hasattr(child, "inplace")}
     needs = {parameter: parameter.requires_grad for parameter in module.parameters()}
-    allows_tf32 = torch.backends.cudnn.allow_tf32
     try:
         module.eval()
         for child in in_place:
             child.inplace = False  # pyright: ignore[reportArgumentType]
         for parameter in needs:
             parameter.requires_grad_(False)
-        torch.backends.cudnn.allow_tf32 = False
-        yield
+        with fixed_float32():
+            yield
     finally:
-        torch.backends.cudnn.allow_tf32 = allows_tf32
         for child, training in modes.items():
             child.training = training
         for child, flag in in_place.items():

@@ -146,15 +146,3 @@ def release_memory(adapter: "ModelAdapter") -> None:
     gc.collect()
     if adapter.device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def use_ieee_float32() -> None:
-    """Sets float32 to IEEE float32 in this process: no TF32 or bfloat16 products, on any device.
-
-    torch allows TF32 in cuDNN's convolutions by default, and a user's model factory may allow more.
-    """
-    torch.set_float32_matmul_precision("highest")  # the old settings too, or torch fails to read them
-    torch.backends.cudnn.allow_tf32 = False
-    cuda, cpu = torch.backends.cudnn, torch.backends.mkldnn
-    for products in (torch.backends.cuda.matmul, cuda.conv, cuda.rnn, cpu.matmul, cpu.conv, cpu.rnn):
-        products.fp32_precision = "ieee"  # pyright: ignore[reportAttributeAccessIssue]

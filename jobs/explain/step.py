@@ -26,10 +26,11 @@ from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.blocks import Place
 from blocksight.engine.model.device_errors import DeviceTrouble, device_trouble, is_short_of_memory, told_by_device
 from blocksight.engine.model.failures import first_line_of
+from blocksight.engine.model.float32 import use_ieee_float32
 from blocksight.engine.model.loading import load_model
 from blocksight.engine.model.targets import ClassTarget, Target
 from blocksight.engine.saliency import Map, is_flat
-from blocksight.engine.scoring.forward import Forward, release_memory, use_ieee_float32
+from blocksight.engine.scoring.forward import Forward, release_memory
 from blocksight.engine.scoring.setting_choice import eager_setting
 from blocksight.jobs.explain.fidelity import doubts_of, fidelity_columns
 from blocksight.jobs.explain.forward_pass import bounded, ensure_forward, forward_request

@@ -71,23 +71,6 @@ def test_frozen_batch_statistics_and_dropout_do_not_move():
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
 
 
-def test_frozen_convolutions_keep_all_of_float32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    with frozen(mixed()):
-        assert not torch.backends.cudnn.allow_tf32
-    assert torch.backends.cudnn.allow_tf32
-    with pytest.raises(ZeroDivisionError), frozen(mixed()):
-        raise ZeroDivisionError
-    assert torch.backends.cudnn.allow_tf32
-
-
-def test_frozen_leaves_the_users_other_gpu_settings_alone(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    with frozen(mixed()):
-        assert torch.backends.cudnn.deterministic
-    assert torch.backends.cudnn.deterministic
-
-
 # ---------------------------------------------------------------- hooks
 
 

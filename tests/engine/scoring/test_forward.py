@@ -16,7 +16,7 @@ from blocksight.engine.explainers.sise import Sise
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.targets import ClassProbability
 from blocksight.engine.scoring import setting_choice
-from blocksight.engine.scoring.forward import make_forward, use_ieee_float32
+from blocksight.engine.scoring.forward import make_forward
 from blocksight.engine.scoring.setting_choice import ForwardRequest, MeasuredSetting, choose
 from tests.engine.comparing import assert_close
 from tests.engine.nets import Depthwise, InPlace, Plain, Residual, seeded, smooth
@@ -449,19 +449,6 @@ def test_errors_are_measured_on_masked_pictures_that_no_data_changes():
     assert shares.min() >= -1e-5
     assert shares.max() <= 1 + 1e-5
     assert shares.std() > 0.1
-
-
-def test_float32_is_ieee_float32_whatever_a_factory_allowed():
-    own = torch.backends
-    switches = (own.cuda.matmul, own.cudnn.conv, own.cudnn.rnn, own.mkldnn.matmul, own.mkldnn.conv, own.mkldnn.rnn)
-    torch.set_float32_matmul_precision("medium")
-    own.cudnn.conv.fp32_precision = "tf32"
-    own.mkldnn.conv.fp32_precision = "bf16"
-    use_ieee_float32()
-    assert [switch.fp32_precision for switch in switches] == ["ieee"] * 6
-    assert torch.get_float32_matmul_precision() == "highest"
-    assert not own.cudnn.allow_tf32  # and both kinds of settings can still be read
-    assert not own.cuda.matmul.allow_tf32
 
 
 def test_an_error_by_hand():
