@@ -57,6 +57,8 @@ SOURCES = {
     "sso": "of a single sign-on",
 }
 """Where credentials were found, for people, by botocore's name."""
+ERRNO = re.compile(r"^\[Errno \d+\] ")
+"""What the file system's exceptions put before a store's own words."""
 REDIRECT_STATUS = {301, 302, 303, 307, 308}
 
 
@@ -76,8 +78,9 @@ DELETE = Action("deleting", "s3:DeleteObject")
 
 
 def code_of(error: BaseException) -> str:
-    """The server's error code in an exception of the client, or ""."""
-    return str(_response(error).get("Error", {}).get("Code", ""))
+    """The server's error code in an exception of the client, of a reply without one its status, or ""."""
+    status = _status(error)
+    return str(_response(error).get("Error", {}).get("Code", "")) or (str(status) if status >= 400 else "")
 
 
 def as_store_error(error: Exception, where: str, action: Action, connection: Connection | None) -> StoreError:
@@ -92,6 +95,8 @@ def as_store_error(error: Exception, where: str, action: Action, connection: Con
         return StoreError(f"no credentials for {where}{at}: {error}; AWS_PROFILE or {PROFILES} names it")
     if isinstance(error, RecursionError) or status in REDIRECT_STATUS or code in REGION_CODES:
         return StoreError(_elsewhere(where, at, connection))
+    if code in MISSING_CODES and action is LIST:
+        return MissingError(f"there is no bucket of {where}{at} ({code}), or no S3 store answers there")
     if code in MISSING_CODES:
         return MissingError(f"there is no object {where}{at}")
     if code == "NoSuchBucket":
@@ -108,7 +113,7 @@ def as_store_error(error: Exception, where: str, action: Action, connection: Con
         return UnavailableError(f"{where}{at} cannot be reached: {type(error).__name__}: {error}")
     is_busy = BUSY.fullmatch(code) or status in BUSY_STATUS or (status >= 500 and status not in UNSUPPORTED_STATUS)
     kind = UnavailableError if is_busy else StoreError
-    return kind(f"{action.verb} {where}{at} failed with {code}: {error}")
+    return kind(f"{action.verb} {where}{at} failed with {code}: {ERRNO.sub('', str(error))}")
 
 
 def as_read_error(error: Exception, store_error: StoreError) -> StoreError:

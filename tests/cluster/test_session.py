@@ -9,7 +9,7 @@ import tempfile
 import pytest
 
 from blocksight.cluster.errors import ClusterError
-from blocksight.cluster.session import _shorten_folder, ray_session
+from blocksight.cluster.session import _set_up_environment, ray_session
 from blocksight.cluster.switches import UNSAFE_SWITCHES
 from tests.jobs.jobs_of import ROOT
 
@@ -82,17 +82,19 @@ def test_an_address_of_ray_client_is_refused_with_what_to_give_instead():
 
 
 def test_a_temporary_folder_that_is_too_long_for_sockets_is_left(monkeypatch, caplog):
+    for name in ("RAY_AUTH_TOKEN", "RAY_USAGE_STATS_ENABLED", "RAY_BACKEND_LOG_LEVEL"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
     monkeypatch.setenv("TMPDIR", f"/tmp/{'x' * 40}")
     monkeypatch.setenv("RAY_TMPDIR", "/short")
-    _shorten_folder()
+    _set_up_environment()
     assert os.environ["RAY_TMPDIR"] == "/short"
     monkeypatch.delenv("RAY_TMPDIR")
-    _shorten_folder()
+    _set_up_environment()
     assert os.environ["RAY_TMPDIR"] == "/tmp"
     assert "TMPDIR is too long for Ray's sockets: Ray's session is in /tmp" in caplog.text
     monkeypatch.setenv("RAY_TMPDIR", f"/tmp/{'x' * 40}")
     with pytest.raises(ClusterError, match="RAY_TMPDIR has 45 bytes"):
-        _shorten_folder()
+        _set_up_environment()
 
 
 def test_an_address_without_an_answer_is_named_at_once(monkeypatch):

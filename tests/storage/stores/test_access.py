@@ -209,3 +209,18 @@ def test_an_endpoint_of_a_bucket_that_no_place_is_in_is_refused():
     with pytest.raises(ConfigError, match="for s3://inn, and neither data, output nor weights is there"):
         config_of("s3://in/x", "s3://out/x", endpoint_url="inn=https://a,out=https://b")
     assert value_for("s3://out/x", "inn=https://a,out=https://b") == "https://b"
+
+
+@pytest.mark.parametrize(
+    ("status", "sentence"),
+    [
+        (403, r"was refused \(403\): .*lack s3:ListBucket"),
+        (404, r"there is no bucket of s3://b/d.*404.*or no S3 store"),
+    ],
+)
+def test_a_page_of_a_gateway_is_told_by_its_status(bucket, store, status, sentence):
+    page = Reply(status, {"Content-Type": "text/html"}, b"<html>sorry</html>")
+    bucket.manners = lambda _asked, _reply: page
+    with pytest.raises(StoreError, match=sentence) as caught:
+        list(store.list())
+    assert "cannot be reached" not in str(caught.value)
