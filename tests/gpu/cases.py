@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,6 @@ from torch.nn import functional
 
 from blocksight.engine.catalog.composition import num_learning_images, parameters_of, parse_method
 from blocksight.engine.explainers import EXPLAINERS, make_explainer
-from blocksight.engine.explainers.explainer import Explainer, State
 from blocksight.engine.explainers.explanation import Explanation
 from blocksight.engine.metrics import MASKED
 from blocksight.engine.metrics.metric import Maps, Value
@@ -20,14 +20,13 @@ from blocksight.engine.model.features import without_head
 from blocksight.engine.model.neighbours import NeighbourClassifier
 from blocksight.engine.model.targets import ClassProbability
 from blocksight.engine.saliency import minmax
+from blocksight.engine.scoring.forward import Forward
 from blocksight.engine.scoring.perturb import perturbation
 from blocksight.engine.scoring.scorer import Scorer
 from tests.engine.nets import Depthwise, Plain, Pooled, Residual, Transformer, seeded
 
 SIZE = (32, 32)
-CLASSES = [[0, 1], [1, 2], [2, 3]]
-"""Two targets of each of three images."""
-SEEDS = [1, 2, 3]
+NUM_IMAGES = 3
 BATCH_SIZE, IMAGES_PER_PASS = 16, 4
 
 
@@ -55,6 +54,23 @@ class Keen(nn.Module):
         return self.head(self.second(self.first(x)).mean((2, 3)) * 40)
 
 
+class Deep(nn.Module):
+    """Five blocks, as usual networks have, of few feature maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(before, after, 3, stride=1 if before == 3 else 2, padding=1), nn.ReLU())
+            for before, after in ((3, 6), (6, 6), (6, 8), (8, 8), (8, 12))
+        )
+        self.head = nn.Linear(12, 5, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(x.mean((2, 3)) * 40)
+
+
 def _torchvision_vit() -> nn.Module:
     from torchvision.models import VisionTransformer
 
@@ -77,6 +93,7 @@ NETS: Mapping[str, Callable[[], nn.Module]] = {
     "cnn": lambda: seeded(Plain),
     "vit": lambda: seeded(Transformer),
     "keen": lambda: seeded(Keen, 1),
+    "deep": lambda: seeded(Deep),
     "untraceable": lambda: seeded(Untraceable),
     "residual": lambda: seeded(Residual),
     "depthwise": lambda: seeded(Depthwise),
@@ -92,10 +109,18 @@ def adapter_of(net: str) -> ModelAdapter:
     return ModelAdapter(NETS[net](), name=net, input_size=SIZE)
 
 
-def pixels() -> Tensor:
-    """Three smooth pictures, uint8 [3, 3, 32, 32]."""
-    colours = torch.rand(3, 3, 6, 6, generator=torch.Generator().manual_seed(5))
+def pixels(num_images: int = NUM_IMAGES) -> Tensor:
+    """Smooth pictures, uint8 [N, 3, 32, 32]."""
+    colours = torch.rand(num_images, 3, 6, 6, generator=torch.Generator().manual_seed(5))
     return (functional.interpolate(colours, size=SIZE, mode="bicubic").clamp(0, 1) * 255).to(torch.uint8)
+
+
+def classes(num_images: int, num_targets: int = 2) -> list[list[int]]:
+    """Targets of each image, of five classes."""
+    return [[(image + target) % 4 for target in range(num_targets)] for image in range(num_images)]
+
+
+Work = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -112,6 +137,7 @@ class Case:
 
 
 QUICK_BEE = {"draws": 4, "images": 4, "pool": 2, "steps": 2, "noise_steps": 2}
+SHORT_BEE = {**QUICK_BEE, "draws": 2, "images": 2}
 QUICK: Mapping[str, Mapping[str, Any]] = {
     "rise": {"num_masks": 20, "grid": 4},
     "occlusion": {"window": 8, "stride": 4},
@@ -129,7 +155,7 @@ NO_CNN, NO_VIT = {"daam"}, {"fullgrad"}
 """Explainers that need an attention layer, and that need a network whose biases are all seen."""
 
 VARIANTS: Sequence[tuple[str, Mapping[str, Any], str]] = (
-    *[("sise", {"budget": budget}, "cnn") for budget in (0, 5, 0.3, "auto")],
+    *[("sise", {"budget": budget}, "cnn") for budget in (0, 5, "auto")],
     ("sise", {"budget": 5, "complete_above": 1e-9}, "cnn"),
     ("sise", {"mu": 0.3}, "cnn"),
     ("sise", {"gate": "soft"}, "cnn"),
@@ -137,7 +163,6 @@ VARIANTS: Sequence[tuple[str, Mapping[str, Any], str]] = (
     ("sise", {"budget": 0.3}, "keen"),
     ("sise", {"budget": 0.3}, "vit"),
     *[("sise", {}, net) for net in ("untraceable", "residual", "depthwise", "neighbours")],
-    ("sise", {"budget": 0.3}, "untraceable"),
     ("scorecam", {"weights": "probability"}, "cnn"),
     ("ablationcam", {}, "untraceable"),
     ("gradcam", {}, "neighbours"),
@@ -148,13 +173,13 @@ VARIANTS: Sequence[tuple[str, Mapping[str, Any], str]] = (
     ("daam", {"of": "feature"}, "vit"),
     ("daam", {"query": "mean", "normalise": True}, "vit"),
     *[("daam", {}, net) for net in ("neighbours", "fused vit", "torchvision's vit")],
-    ("bee", {**QUICK_BEE, "metric": "insertion", "with_mean": True, "integrand": "relu_grad_act"}, "cnn"),
-    ("bee", {"draws": 6, "choice": "even", "families": ("normal", "uniform", "blur", "const")}, "vit"),
+    ("bee", {**SHORT_BEE, "metric": "insertion", "with_mean": True, "integrand": "relu_grad_act"}, "cnn"),
+    ("bee", {"draws": 4, "choice": "even", "families": ("normal", "uniform", "blur", "const")}, "vit"),
     ("smoothgrad(gradcam)", {"samples": 3}, "cnn"),
-    ("smoothgrad(bee)", {"samples": 2, "base": QUICK_BEE}, "cnn"),
+    ("smoothgrad(bee)", {"samples": 2, "base": SHORT_BEE}, "cnn"),
     ("ucag(sise)", {"crops": 2, "enlarge": 2.6}, "residual"),
     ("ucag(gradcam)", {"crops": 2, "enlarge": 2.6, "divider": "exact"}, "pooled"),
-    ("ucag(bee)", {"crops": 2, "enlarge": 2.0, "base": QUICK_BEE}, "residual"),
+    ("ucag(bee)", {"crops": 2, "enlarge": 2.0, "base": SHORT_BEE}, "residual"),
     ("feature-cam(ucag(gradcam))", {}, "pooled"),
     ("feature-cam", {"edges": "scharr", "recompute": True, "edge_scale": 0.5}, "cnn"),
 )
@@ -171,28 +196,43 @@ CASES = _cases()
 
 
 def explained(case: Case, adapter: ModelAdapter) -> list[list[Explanation]]:
-    """Two targets of three images. What a method learns first goes through the CPU, as a job stores it."""
-    inputs = adapter.normalise(pixels())
-    target = ClassProbability(torch.tensor(CLASSES, device=adapter.device))
-    explainer = _explainer(case, adapter, None)
-    if not num_learning_images(parse_method(case.explainer), explainer.parameters):
-        return explainer.explain(inputs, target, SEEDS)
-    learner = explainer.learner()
-    learner.see(inputs, target, SEEDS)
-    state = learner.state()
-    assert all(tensor.device.type == "cpu" for tensor in state.values()), "the state of a job is on the CPU"
-    return _explainer(case, adapter, state).explain(inputs, target, SEEDS)
+    """Two targets of three images."""
+    return explaining(case, adapter)()
 
 
-def _explainer(case: Case, adapter: ModelAdapter, state: State | None) -> Explainer:
-    return make_explainer(
+def explaining(
+    case: Case,
+    adapter: ModelAdapter,
+    num_images: int = NUM_IMAGES,
+    batch_size: int = BATCH_SIZE,
+    images_per_pass: int = IMAGES_PER_PASS,
+    num_targets: int = 2,
+    forward: Forward | None = None,
+) -> Callable[[], list[list[Explanation]]]:
+    """The case's work, ready to be run; what the method learns first is learned.
+
+    The learned state goes through the CPU, as a job stores it.
+    """
+    inputs = adapter.normalise(pixels(num_images))
+    target = ClassProbability(torch.tensor(classes(num_images, num_targets), device=adapter.device))
+    seeds = list(range(num_images))
+    make = partial(
+        make_explainer,
         case.explainer,
         adapter,
         parameters_of(parse_method(case.explainer), case.parameters),
-        batch_size=BATCH_SIZE,
-        images_per_pass=IMAGES_PER_PASS,
-        state=state,
+        batch_size=batch_size,
+        images_per_pass=images_per_pass,
+        forward=forward,
     )
+    explainer = make()
+    if num_learning_images(parse_method(case.explainer), explainer.parameters):
+        learner = explainer.learner()
+        learner.see(inputs, target, seeds)
+        state = learner.state()
+        assert all(tensor.device.type == "cpu" for tensor in state.values()), "the state of a job is on the CPU"
+        explainer = make(state=state)
+    return lambda: explainer.explain(inputs, target, seeds)
 
 
 def difference(ours: Sequence[Sequence[Explanation]], others: Sequence[Sequence[Explanation]]) -> float:
@@ -209,23 +249,35 @@ def _difference(one: Explanation, other: Explanation) -> float:
     return float(max(maps.max(), abs(one.score - other.score)))
 
 
-def maps_to_measure(adapter: ModelAdapter) -> Maps:
-    """Random maps of two targets of three images, with a region for the second."""
+def maps_to_measure(adapter: ModelAdapter, num_images: int) -> Maps:
+    """Random maps of two targets of each image, with a region for the second."""
     drawn = np.random.default_rng(0)
-    saliency = [[minmax(drawn.random(SIZE)) for _ in range(2)] for _ in range(3)]
     return Maps(
-        adapter.normalise(pixels()),
-        ClassProbability(torch.tensor(CLASSES, device=adapter.device)),
-        saliency,
-        [[0.3, 0.2]] * 3,
-        [[0, 1], [0, 2], [1, 0]],
-        [[None, drawn.random(SIZE) > 0.5]] * 3,
-        SEEDS,
-        SEEDS,
+        adapter.normalise(pixels(num_images)),
+        ClassProbability(torch.tensor(classes(num_images), device=adapter.device)),
+        [[minmax(drawn.random(SIZE)) for _ in range(2)] for _ in range(num_images)],
+        [[0.3, 0.2]] * num_images,
+        [[0, 1]] * num_images,
+        [[None, drawn.random(SIZE) > 0.5]] * num_images,
+        range(num_images),
+        range(num_images),
     )
 
 
 def measured(name: str, baseline: str, adapter: ModelAdapter) -> Sequence[Sequence[Mapping[str, Value]]]:
     """The values of a metric that calls the model."""
-    scorer = Scorer(adapter, perturbation(adapter, baseline), BATCH_SIZE)
-    return MASKED[name](scorer, baseline).evaluate(maps_to_measure(adapter))
+    return measuring(name, baseline, adapter)()
+
+
+def measuring(
+    name: str,
+    baseline: str,
+    adapter: ModelAdapter,
+    num_images: int = NUM_IMAGES,
+    batch_size: int = BATCH_SIZE,
+    forward: Forward | None = None,
+) -> Callable[[], Sequence[Sequence[Mapping[str, Value]]]]:
+    """A metric's work, ready to be run."""
+    scorer = Scorer(adapter, perturbation(adapter, baseline), batch_size, forward)
+    metric, maps = MASKED[name](scorer, baseline), maps_to_measure(adapter, num_images)
+    return lambda: metric.evaluate(maps)

@@ -175,13 +175,8 @@ WAITING = {
     ATEN.is_nonzero.default,
 }
 """Operations that bring a value, or a shape that depends on values, to the host."""
-FREE = {
-    *("view", "_unsafe_view", "detach", "alias", "expand", "permute", "transpose", "t", "select", "slice", "unsqueeze"),
-    *("squeeze", "as_strided", "unbind", "split", "split_with_sizes", "diagonal", "unfold", "_reshape_alias", "chunk"),
-    *("lift_fresh", "is_same_size", "empty", "empty_like", "new_empty", "empty_strided", "_local_scalar_dense"),
-    *("unflatten", "movedim", "swapaxes"),
-}
-"""Operations without a kernel: views, and memory that is not filled."""
+FREE = {"empty", "empty_like", "new_empty", "empty_strided", "_local_scalar_dense", "is_same_size"}
+"""Operations without a kernel. Those that return a view of an argument have none either."""
 
 
 def _tensors(*arguments: Any) -> Iterator[Tensor]:
@@ -218,9 +213,11 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     plain = [one for one in _tensors(args, kwargs) if not isinstance(one, PretendedTensor)]
     if plain:
         _check_devices(func, name, args, plain)
-    _count(func, name, args)
     made = func(*_mapped(_bare, args), **_mapped(_bare, kwargs))
     written = _written(func, args, kwargs)
+    _count_waits(func, name, args)
+    if written is not None or not _is_view(made, args):
+        COUNTS.launch(name)
     if written is not None:
         return written
     is_view = any(result.alias_info is not None for result in func._schema.returns)
@@ -230,12 +227,18 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _mapped(_on_gpu, made)
 
 
-def _count(func: Any, name: str, args: tuple[Any, ...]) -> None:
+def _count_waits(func: Any, name: str, args: tuple[Any, ...]) -> None:
     if func in WAITING:
         COUNTS.wait(name)
     if func in INDEXING and any(one.dtype in (torch.bool, torch.uint8) for one in _tensors(args[1])):
         COUNTS.wait("index of booleans")
-    COUNTS.launch(name)
+
+
+def _is_view(made: Any, args: tuple[Any, ...]) -> bool:
+    """The result is in an argument's memory."""
+    memory = {_bare(one).untyped_storage().data_ptr() for one in _tensors(args)}
+    results = list(_tensors(made))
+    return bool(results) and all(one.untyped_storage().data_ptr() in memory for one in results)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
