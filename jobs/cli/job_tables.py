@@ -40,7 +40,7 @@ def plan_table(
     workers = counted(workforce.num_workers, "GPU" if workforce.on_gpu else "CPU core")
     time = f"not measured for this model here, on {workers}: `plan --probe` takes about ten seconds"
     if cost.seconds is not None:
-        time = f"about {clock(cost.seconds)} on {workers} ({cost.basis})"
+        time = f"about {clock(cost.seconds)} on {workers} ({cost.basis}), and the start of the workers"
     about = "" if plan.is_exact else "about "
     rows = [
         ("input", f"{counted(plan.num_objects, 'object')}, {size_text(plan.num_bytes)}, as {plan.layout}"),
@@ -53,12 +53,19 @@ def plan_table(
         ("model is fed", input_text(asked, plan.identity)),
         *_first_pass(job, plan.num_records),
         *(_preflight(preflight) or [("model check", "`explain` examines the model on a few images before any work")]),
-        ("forwards", f"about {forwards * plan.num_records:,.0f} ({forwards:,.0f} a record, {cost.basis})"),
+        ("forwards", _forwards_text(forwards, plan.num_records, cost.basis)),
         ("time", time),
         ("output", f"about {size_text(cost.num_bytes)}" + ("" if is_measured else " if the maps are smooth")),
         ("fingerprint", plan.fingerprint[:16]),
     ]
     return facts_table(rows, "plan (nothing was computed or written)")
+
+
+def _forwards_text(per_record: float, num_records: int, basis: str) -> str:
+    """The masked forward passes of a job: `about 12,000 (1,000 a record, measured ...)`, or none."""
+    if not per_record:
+        return "none that are masked: this method scores no masks"
+    return f"about {per_record * num_records:,.0f} ({per_record:,.0f} a record, {basis})"
 
 
 def _first_pass(job: JobConfig, num_records: int) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from blocksight.engine.catalog import entries
 from blocksight.jobs.cli.tables import facts_table, grid_table, interval_text, quality_rows
-from blocksight.jobs.evaluate.verdict import verdicts
+from blocksight.jobs.evaluate.verdict import CERTAIN, verdicts
 from blocksight.jobs.plan.text import counted, printable
 
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 CELL_WIDTH = 25
 MAX_REASON = 500
-CERTAIN = 0.05
-"""Largest corrected p-value that is marked."""
 
 
 def evaluation_table(done: "Sequence[Evaluated]", place: str) -> RenderableType:
@@ -48,7 +46,9 @@ def comparison_table(table: "Comparison", width: int) -> RenderableType:
     shown += _footnotes(table)
     shown += [printable(note) for note in table.notes]
     if len(table.methods) > 1:
-        first = printable(table.methods[0].name)
+        first, others = printable(table.methods[0].name), range(1, len(table.methods))
+        measured = [column for column in table.columns if any(_is_measured(cells[column, number]) for number in others)]
+        blocks = [measured[start : start + abreast] for start in range(0, len(measured), abreast)]
         shown += [_comparison_block(table, block, cells, _difference_cell) for block in blocks]
         shown.append(f"difference to {first} [95 % interval] on the maps that both have; * p < 0.05 after Holm")
     shown.append(facts_table([("verdict", printable(sentence)) for sentence in verdicts(table)]))
@@ -103,6 +103,11 @@ def _mean_cell(cell: "Cell", is_best: bool) -> str:
     return f"[bold]{text}[/bold]" if is_best else text
 
 
+def _is_measured(cell: "Cell") -> bool:
+    """Whether the method has a difference to the first one."""
+    return cell.difference is not None and cell.difference.difference is not None
+
+
 def _difference_cell(cell: "Cell", is_best: bool) -> str:  # noqa: ARG001 - as `_mean_cell`
     own = cell.difference
     if own is None or own.difference is None:
@@ -148,7 +153,7 @@ def _share(own: "Mapping[str, Any]", sign: str = "") -> str:
 
 
 def _left_out(counts: "Mapping[str, Any]", targets: Sequence[str]) -> list[tuple[str, str]]:
-    """Says what could not be compared, and what to do."""
+    """Says what could not be compared, what to do, and what may not be comparable."""
     go_on = "still open: the same `explain` goes on from there"
     reasons = {
         "records_with_other_targets": (
@@ -164,8 +169,10 @@ def _left_out(counts: "Mapping[str, Any]", targets: Sequence[str]) -> list[tuple
         "open_units_of_a": ("unit", f"of A {go_on}"),
         "open_units_of_b": ("unit", f"of B {go_on}"),
         "rows_with_a_flat_map": ("row", "with a flat map, of which no map is compared"),
-        "rows_with_other_target_name": ("row", "whose target has another name in B: are the classes the same?"),
     }
-    return [
+    found = [
         ("left out", f"{counted(counts[name], noun)} {text}") for name, (noun, text) in reasons.items() if counts[name]
     ]
+    other_names = counts["rows_with_other_target_name"]
+    names = f"the target of {counted(other_names, 'row')} has another name in B: are the classes the same?"
+    return [*found, *([("note", names)] if other_names else [])]

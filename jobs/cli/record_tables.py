@@ -34,10 +34,10 @@ def record_table(rows: Sequence[Mapping[str, Any]], readout: ReadoutName) -> Ren
     Raises UnreconciledError if a side product is damaged.
     """
     first = rows[0]
-    table = Table(title=printable(first["key"]), title_justify="left", title_style="bold")
+    table = Table(title=printable(first["key"]), title_justify="left", title_style="bold", pad_edge=False)
     columns = (score_name(readout), *FIGURES)
     for name in ("target", *columns):
-        table.add_column(name, min_width=max(map(len, name.split())))
+        table.add_column(name, no_wrap=name in ("probability", "rank"))  # one word would be cut
     for row in rows:
         if row["map"] is not None:
             table.add_row(*target_cells(row, readout))

@@ -13,6 +13,9 @@ NO_CONTROLS = (
     "no control was measured: `blocksight evaluate OUTPUT --controls` tells whether a method beats a random map"
 )
 
+CERTAIN = 0.05
+"""Largest corrected p-value of a difference that is no chance."""
+
 Cells = Mapping[tuple[int, "Column"], "Cell"]
 
 
@@ -50,7 +53,7 @@ def _below(table: "Comparison", cell: "Cell", better: "Sequence[Cell]") -> str:
     name, column = table.methods[cell.method].name, cell.column
     names = " and ".join(table.methods[one.method].name for one in better)
     figures = " and ".join(f"{one.estimate.mean:.4g}" for one in better)
-    unsure = "" if all(_is_apart(cell, one) for one in better) else "; the intervals overlap"
+    unsure = next((f"; {doubt}" for one in better if (doubt := _doubt(cell, one))), "")
     return (
         f"{name} is worse than {names} on {column.metric}: {cell.estimate.mean:.4g} against {figures} "
         f"({METRICS[column.metric].better} is better{unsure})"
@@ -61,6 +64,16 @@ def _is_better(cell: "Cell", other: "Cell") -> bool:
     """True if the cell's mean is better; both have one."""
     one, two = cell.estimate.mean or 0.0, other.estimate.mean or 0.0
     return one < two if METRICS[cell.column.metric].better == "lower" else one > two
+
+
+def _doubt(cell: "Cell", better: "Cell") -> str:
+    """Why the better mean may be chance; empty if it is not.
+
+    The first method is compared on the same maps, as in the table of differences; others by their intervals.
+    """
+    if cell.method == 0 and better.corrected_p is not None:
+        return "" if better.corrected_p < CERTAIN else "the difference may be chance"
+    return "" if _is_apart(cell, better) else "the intervals overlap"
 
 
 def _is_apart(cell: "Cell", other: "Cell") -> bool:

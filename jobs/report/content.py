@@ -19,6 +19,7 @@ from blocksight.jobs.ledger.accuracy import is_right
 from blocksight.jobs.ledger.reconcile import JobState, final_manifest, read_job_state
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.forward_setting import planned_forward
+from blocksight.jobs.plan.plan import planned_labels
 from blocksight.jobs.plan.preflight import readout_of, score_text, stored_preflight
 from blocksight.jobs.plan.records import DeadLetter
 from blocksight.jobs.plan.text import counted, percent
@@ -224,7 +225,14 @@ def report_of(
         has_boxes=known.truth is not None,
         tiles=tuple(_tiles(accounting, job_state, metrics, audit)),
         run=tuple(
-            run_facts(plan, model_of(store), selection.selected_by, planned_forward(store), stored_preflight(store))
+            run_facts(
+                plan,
+                model_of(store),
+                selection.selected_by,
+                planned_forward(store),
+                stored_preflight(store),
+                planned_labels(store),
+            )
         ),
         accounting=accounting,
         quality=tuple(_quality(job_state)),

@@ -58,8 +58,12 @@ def run_facts(
     selected_by: Mapping[str, int],
     forward: PlannedForward | None,
     preflight: Preflight | None = None,
+    labels: str | None = None,
 ) -> Iterator[Fact]:
-    """Facts of what was run. `selected_by`: number of maps by the metric that chose them among several."""
+    """Facts of what was run. `selected_by`: number of maps by the metric that chose them among several.
+
+    `labels`: how the data's labels were read.
+    """
     identity = plan.identity
     yield Fact(
         "data", identity["data"], f"{counted(plan.num_objects, 'object')}, {size(plan.num_bytes)}, as {plan.layout}"
@@ -80,6 +84,8 @@ def run_facts(
             yield Fact("weights", note)
         if places:
             yield Fact("blocks", places, "feature maps that the explainer looks at")
+    if labels is not None:
+        yield Fact("labels", labels)
     if preflight is not None:
         yield Fact("model check", str(preflight), "; ".join(preflight.findings))
     yield Fact("explainer", identity["explainer"], f"fidelity {identity['fidelity']}, preset {identity['preset']}")

@@ -67,9 +67,9 @@ class Tally:
         """The time left, from the speed so far, or from the estimate before the first unit is done."""
         if self.records:
             return f"{clock(elapsed * (self.total_records - self.records) / self.records)} left"
-        if self.guess_seconds is None:
+        if self.guess_seconds is None or elapsed >= self.guess_seconds:  # the start alone may take longer
             return "time left is known after the first unit"
-        return f"about {clock(max(0.0, self.guess_seconds - elapsed))} left"
+        return f"about {clock(self.guess_seconds - elapsed)} left"
 
     def speed(self, elapsed: float) -> str:
         """What the method does in a second: masked forward passes, or images. Empty before the first unit is done."""
@@ -87,9 +87,9 @@ class Tally:
         """
         return self._fitting(f"{self.stem}ing", self.speed(elapsed), self.left(elapsed), most)
 
-    def last_line(self, elapsed: float) -> str:
-        """`explained: 6/6 images, 84 masked forwards/s, in 2:30`."""
-        return self._fitting(f"{self.stem}ed", self.speed(elapsed), f"in {clock(elapsed)}", LINE_WIDTH)
+    def last_line(self, elapsed: float, most: int = LINE_WIDTH) -> str:
+        """`explained: 6/6 images, in 2:30`; a speed would count the start of the workers as work."""
+        return self._fitting(f"{self.stem}ed", "", f"in {clock(elapsed)}", most)
 
     def _fitting(self, what: str, speed: str, duration: str, most: int) -> str:
         counts = f"{what}: {self.records:,}/{counted(self.total_records, self.noun)}"
@@ -104,14 +104,15 @@ class Tally:
 
 
 class _TallyColumn(ProgressColumn):
-    """The tally's line, redrawn at every refresh so that the time left counts down."""
+    """The tally's line, redrawn at every refresh so that the time left counts down; its last line at the end."""
 
     def __init__(self, tally: Tally, width: int) -> None:
         super().__init__()
-        self.tally, self.width = tally, width
+        self.tally, self.width, self.is_over = tally, width, False
 
     def render(self, task: Task) -> Text:
-        return Text(self.tally.line(task.elapsed or 0.0, self.width), no_wrap=True)
+        line = self.tally.last_line if self.is_over else self.tally.line
+        return Text(line(task.elapsed or 0.0, self.width), no_wrap=True)
 
 
 @contextmanager
@@ -157,7 +158,8 @@ def passing(console: Console, tally: Tally) -> AbstractContextManager[Update]:
 @contextmanager
 def _live(console: Console, tally: Tally, *, is_kept: bool = True) -> Iterator[Update]:
     width = min(LINE_WIDTH, console.width) - BESIDE_LINE
-    columns = (SpinnerColumn(), BarColumn(BAR_WIDTH), _TallyColumn(tally, width))
+    line = _TallyColumn(tally, width)
+    columns = (SpinnerColumn(), BarColumn(BAR_WIDTH), line)
     with Progress(*columns, console=console, transient=not is_kept) as bar:
         task = bar.add_task("", total=tally.total_records)
 
@@ -166,6 +168,7 @@ def _live(console: Console, tally: Tally, *, is_kept: bool = True) -> Iterator[U
             bar.update(task, completed=tally.records, total=tally.total_records)
 
         yield update
+        line.is_over = is_kept
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """One record as a picture: its blocks fused again, other explainers, other outputs, and what cannot be drawn."""
 
+import io
 import json
 
 import numpy as np
@@ -9,9 +10,11 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 
+from blocksight.engine.catalog.readouts import READOUTS
 from blocksight.engine.explainers.fusion import GATES, stages
 from blocksight.engine.saliency import minmax
 from blocksight.jobs.cli import show
+from blocksight.jobs.cli.record_tables import record_table
 from blocksight.jobs.cli.show import SheetRequest, render_record
 from blocksight.jobs.explain.replay import Replay, replay_error
 from blocksight.jobs.ledger.output import map_of
@@ -20,8 +23,9 @@ from blocksight.jobs.plan.plan import MODEL_KEY, DriftError, load_plan
 from blocksight.jobs.plan.stored_config import NamedModel
 from blocksight.jobs.worker.rows import Output, images_of, rows_of
 from blocksight.storage.outputs.pictures import BAR_HEIGHT, Tile, contact_sheet, one_line, overlay
+from blocksight.storage.outputs.schema import OK
 from blocksight.storage.stores.local import LocalStore
-from tests.jobs.jobs_of import blocksight, model_of, run_here
+from tests.jobs.jobs_of import blocksight, model_of, rows_in, run_here
 from tests.jobs.tiny import MODEL, folder_of_images, make
 
 KEEN = "tests.jobs.tiny:make_keen"
@@ -273,3 +277,14 @@ def test_the_command(data, tmp_path):
     refused = blocksight("show", tmp_path / "gc", "ant/000.png", "--blocks")
     assert refused.returncode == 2
     assert "--blocks draws the block maps that sise and ada-sise fuse" in refused.stderr
+
+
+def test_the_table_of_a_record_fits_80_columns_and_cuts_no_heading(data, tmp_path):
+    run_here(data, tmp_path / "maps", explainer="gradcam")
+    row = next(row for row in rows_in(LocalStore(tmp_path / "maps")) if row["status"] == OK)
+    for readout in READOUTS:
+        console = Console(record=True, width=80, file=io.StringIO(), soft_wrap=True)
+        console.print(record_table([row], readout))
+        printed = console.export_text()
+        assert max(map(len, printed.splitlines())) <= 80
+        assert "…" not in printed

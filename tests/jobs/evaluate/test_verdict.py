@@ -1,5 +1,7 @@
 """The verdict of a comparison: on how many metrics a method beats all controls, and where a control is better."""
 
+from dataclasses import replace
+
 from blocksight.jobs.evaluate.bootstrap import MethodEstimate
 from blocksight.jobs.evaluate.compare import Cell, Column, Comparison, Method
 from blocksight.jobs.evaluate.verdict import NO_CONTROLS, verdicts
@@ -39,6 +41,18 @@ def test_each_metric_on_which_a_control_is_better_is_said_with_both_means():
         "(higher is better; the intervals overlap)",
         "gradcam is worse than edges on drop: 20 against 10 (lower is better)",
     )
+
+
+def test_doubt_is_that_of_the_table_of_differences():
+    """Paired on the same maps, a difference is sure where intervals overlap: the two must not say different things."""
+
+    def against(p_value):
+        made = table(gradcam=(0.21, 0.1, 20), random=(0.215, 0.2, 30))
+        cells = [replace(cell, corrected_p=p_value if cell.method else None) for cell in made.cells]
+        return verdicts(replace(made, cells=tuple(cells)))[1]
+
+    assert against(0.01) == "gradcam is worse than random on insertion: 0.21 against 0.215 (higher is better)"
+    assert against(0.05).endswith("(higher is better; the difference may be chance)")
 
 
 def test_an_equal_mean_is_neither_better_nor_worse():

@@ -52,6 +52,17 @@ def test_every_line_fits_and_keeps_what_matters_most(records, more, forwards, fa
     assert len(tally.line(seconds, 60)) <= 60
 
 
+def test_a_guess_that_was_too_short_is_dropped():
+    """A job of seconds spends most of its time in the start of its workers: `about 0:00 left` is no time."""
+    tally = Tally(12, 3.0)
+    assert tally.line(1.0) == "explaining: 0/12 images, about 0:02 left"
+    assert tally.line(3.0) == "explaining: 0/12 images, time left is known after the first unit"
+
+
+def test_the_last_line_gives_no_speed_of_a_start():
+    assert Tally(12, None, records=12).last_line(20.0) == "explained: 12/12 images, in 0:20"
+
+
 def test_what_does_not_fit_is_the_speed_and_never_the_failures():
     tally = Tally(1_281_167, None, 640_000, 4_000_000)
     tally.add(UnitFailure("u", 1, "x", "read", "gone"))
@@ -65,6 +76,7 @@ def test_a_bar_fits_80_columns():
         update(receipt(640_000, 4_000_000))
     lines = console.file.getvalue().replace("\r", "\n").splitlines()
     assert any("640,000/1,281,167 images" in line for line in lines)
+    assert any("explained: 640,000/1,281,167 images, in 0:00" in line for line in lines)
     assert max(len(line.encode("ascii", "ignore")) for line in lines) <= 100  # with codes of the terminal
     assert all("…" not in line for line in lines)
 
