@@ -80,6 +80,8 @@ class MetricEntry:
     cost: str
     forwards: int = 0
     """Forward passes per map, as `cost` says; those of the metrics of one `evaluation` are made once."""
+    explanations: int = 0
+    """Maps that are made anew for each map."""
     evaluation: str | None = None
     """The name of the passes that the metric shares with others; None: it shares none."""
     is_share: bool = False
@@ -350,6 +352,7 @@ METRICS: Mapping[str, MetricEntry] = {
         "lower",
         "0 to 1",
         "4 explanations",
+        explanations=4,
     ),
 }
 

@@ -10,7 +10,7 @@ from typing import Literal
 from rich.console import Console
 
 from blocksight.cluster.sizing import Sizing
-from blocksight.engine.catalog.entries import CONTROLS
+from blocksight.engine.catalog.entries import CONTROLS, METRICS
 from blocksight.jobs.evaluate.evaluation import (
     Evaluation,
     EvaluationContext,
@@ -133,12 +133,15 @@ def _cost(evaluation: Evaluation, config: JobConfig, units: Sequence[Unit], exec
     num_maps = round(sum(unit.num_records for unit in units) * evaluation.share) * config.target_choice.count
     num_maps *= 1 + len(CONTROLS) * evaluation.controls
     per_map = forwards_per_map(evaluation.metrics)
-    text = f"cost: about {counted(num_maps, 'map')}, {counted(per_map, 'forward')} each"
+    num_explanations = sum(METRICS[name].explanations for name in evaluation.metrics)
+    again = f" and {counted(num_explanations, 'explanation')}" if num_explanations else ""
+    text = f"cost: about {counted(num_maps, 'map')}, {counted(per_map, 'forward')}{again} each"
     workforce = workforce_of(execution)
     measured = recall(config, workforce.device)
     if measured is None or not measured.forwards_per_record:
         return f"{text}; the time is not measured for this model here (`blocksight plan --probe`)"
-    seconds = num_maps * per_map * measured.seconds_per_record / measured.forwards_per_record / workforce.num_workers
+    records = num_maps * (per_map / measured.forwards_per_record + num_explanations / config.target_choice.count)
+    seconds = records * measured.seconds_per_record / workforce.num_workers
     workers = counted(workforce.num_workers, "GPU" if workforce.on_gpu else "CPU core")
     return f"{text}: about {clock(seconds)} on {workers} (measured here on {measured.day})"
 

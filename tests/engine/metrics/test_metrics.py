@@ -654,6 +654,12 @@ def test_the_catalogue_knows_the_forward_passes_of_every_metric():
         assert entry.evaluation is None or together == set(passes[name].names)
 
 
+def test_the_catalogue_knows_the_maps_that_sanity_makes():
+    assert {name: own.explanations for name, own in entries.METRICS.items() if own.explanations} == {
+        "sanity": len(STAGES)
+    }
+
+
 def test_evaluating_gives_the_model_back():
     adapter = ModelAdapter(seeded(Plain).train(), input_size=(32, 32))
     maps = maps_of(adapter, smooth(1, 32, 32), [[0]], np.ones((1, 1, 32, 32)))
