@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from rich.console import Console
 
@@ -27,7 +26,7 @@ from blocksight.jobs.run.budgets import NUM_FIRST_UNITS, Budget, FirstUnits, exc
 from blocksight.jobs.run.job import plan_job, run_job
 from blocksight.jobs.worker import attempts
 from blocksight.jobs.worker.attempts import WorkerStores, attempted
-from blocksight.jobs.worker.isolation import Isolated, ProcessDiedError, ProcessStartError, free_bytes
+from blocksight.jobs.worker.isolation import Isolated, ProcessDiedError, ProcessStartError
 from blocksight.jobs.worker.unit import commit_unit
 from blocksight.storage.rejects import Reject, RejectCode
 from blocksight.storage.stores.local import LocalStore
@@ -41,6 +40,7 @@ from blocksight.storage.stores.store import (
 )
 from tests.jobs.jobs_of import blocksight, config_of, fragments_in, rows_in, run_here
 from tests.jobs.tiny import folder_of_images, folder_of_tables, folder_of_tars, picture, red
+from tests.jobs.worker.isolated import cannot_be_made, fatal, itself
 from tests.jobs.worker.test_commit import UNIT, result
 from tests.storage.memory import MemoryStore
 
@@ -150,31 +150,6 @@ def test_the_markers_of_an_interrupted_run_are_no_deaths():
 # ---------------------------------------------------------------- isolation
 
 
-def itself(function):
-    return function
-
-
-class OddError(Exception):
-    def __init__(self, one, two):
-        super().__init__("it does not pickle")
-
-
-def fatal(item):
-    if item == "abort":
-        os.abort()
-    if item == "raise":
-        raise ZeroDivisionError("by nothing")
-    if item == "reject":
-        raise Reject(RejectCode.CORRUPT, "one of ours")
-    if item == "odd":
-        raise OddError(1, 2)
-    if item == "result":
-        return lambda: "which does not pickle"
-    if item == "much":
-        return len(np.zeros(int(0.9 * free_bytes()), np.uint8))
-    return item, os.getpid()
-
-
 def test_a_child_process_dies_alone_and_its_end_is_reported():
     with Isolated(partial(itself, fatal)) as apart:
         first = apart("fine")
@@ -199,10 +174,6 @@ def test_a_child_process_dies_alone_and_its_end_is_reported():
     deadline = time.monotonic() + 5
     while Path(f"/proc/{last}").exists():
         assert time.monotonic() < deadline, "the child process lives on"
-
-
-def cannot_be_made():
-    raise OSError("no such weights")
 
 
 @pytest.mark.parametrize(("make", "how"), [(cannot_be_made, "OSError|no such weights"), (os.abort, "Aborted")])
