@@ -66,7 +66,7 @@ def cifar(shared_data, weights):
 def test_a_scan_path_depends_on_its_photograph_alone(cifar):
     """Bit for bit, for every batch size, other images, and any place among them."""
     adapter, inputs = cifar
-    seeds, parameters = list(range(6)), FovExParameters(fixations=4, steps=12)
+    seeds, parameters = list(range(6)), FovExParameters(fixations=3, steps=6)
 
     def paths(images, **options):
         target = ClassProbability(torch.tensor([[image] for image in images]))
@@ -103,9 +103,9 @@ def test_imagenet_photographs(shared_data, weights):
     inputs = adapter.normalise(pixels_of(files, 96))
     classes = adapter.module(inputs).argmax(1).tolist()
     names = ["features.0", "features.2", "features.7", "features.12", "features.18"]
-    found = explained(adapter, inputs, [[own] for own in classes], SiseParameters(mu=0.3), blocks=names)
+    found = explained(adapter, inputs, [[own] for own in classes], SiseParameters(mu=0.5), blocks=names)
     for image, target, fast in zip(inputs, classes, found, strict=True):
-        slow = slowly(adapter.module, by_modules(names), image, target, SiseParameters(mu=0.3))
+        slow = slowly(adapter.module, by_modules(names), image, target, SiseParameters(mu=0.5))
         assert sum(slow.num_masks) > 20
         assert_equals_slow(fast[0], slow)
 
