@@ -1,13 +1,17 @@
-"""Images whose evidence is planted in known boxes, and a CNN and a ViT trained to look for it, in seconds.
+"""Images whose evidence is planted in known boxes, and a CNN and a ViT trained to look for it.
 
 Grey noise holds objects of five classes. All five consist of as many bright as dark pixels of the same two
 tones, as bright on average as the noise, so that neither colour nor brightness tells a class: its shape does.
+
+`python -m tests.engine.planted` trains both networks, in a minute, and stores their weights beside this file.
 """
 
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
 from typing import NamedTuple
 
+import safetensors.torch
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -169,9 +173,7 @@ def train(
     """
     with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(seed)
-        adapter = ModelAdapter(
-            make(), name=name, input_size=(SIDE, SIDE), mean=(0.5,) * 3, std=(0.25,) * 3, class_names=CLASS_NAMES
-        )
+        adapter = adapter_of(make(), name)
         module, rng = adapter.module.train(), generator(seed)
         optimiser = torch.optim.AdamW(module.parameters(), lr=peak_rate, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak_rate, num_steps, pct_start=0.2)
@@ -184,6 +186,13 @@ def train(
             schedule.step()
         module.eval()
     return adapter
+
+
+def adapter_of(module: nn.Module, name: str) -> ModelAdapter:
+    """The adapter of a classifier of these images."""
+    return ModelAdapter(
+        module, name=name, input_size=(SIDE, SIDE), mean=(0.5,) * 3, std=(0.25,) * 3, class_names=CLASS_NAMES
+    )
 
 
 def _lesson(rng: torch.Generator, wanted: Lesson) -> tuple[Tensor, Tensor]:
@@ -204,13 +213,48 @@ train_cnn = partial(train, small_cnn, "planted CNN", peak_rate=1e-2, lesson=Less
 train_vit = partial(train, small_vit, "planted ViT", peak_rate=2e-3, lesson=Lesson(16, 12, 4))
 
 
+FULLY: dict[str, Callable[[], ModelAdapter]] = {
+    "cnn": partial(train_cnn, num_steps=200),
+    "vit": partial(train_vit, num_steps=300),
+}
+"""Trains a network as its stored weights were trained, by its name."""
+
+
+WEIGHTS = {name: Path(__file__).with_name(f"planted-{name}.safetensors") for name in FULLY}
+"""Files of trained weights."""
+
+
+def store(adapter: ModelAdapter, file: Path) -> None:
+    """Writes a trained network's weights as they are."""
+    state = {name: value.contiguous() for name, value in adapter.module.state_dict().items()}
+    safetensors.torch.save_file(state, file)
+    file.chmod(0o644)
+
+
+def stored(make: Callable[[], nn.Module], name: str, file: Path) -> ModelAdapter:
+    """The network with the weights of a file that `store` wrote."""
+    module = make()
+    module.load_state_dict(safetensors.torch.load_file(file))
+    return adapter_of(module.eval(), name)
+
+
 @cache
 def trained_cnn() -> ModelAdapter:
-    """The CNN, trained once per process."""
-    return train_cnn(num_steps=200)
+    """The trained CNN, read once per process."""
+    return stored(small_cnn, "planted CNN", WEIGHTS["cnn"])
 
 
 @cache
 def trained_vit() -> ModelAdapter:
-    """The ViT, trained once per process."""
-    return train_vit(num_steps=300)
+    """The trained ViT, read once per process."""
+    return stored(small_vit, "planted ViT", WEIGHTS["vit"])
+
+
+def main() -> None:
+    """Trains both networks and stores their weights."""
+    for name, trained in FULLY.items():
+        store(trained(), WEIGHTS[name])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,7 @@
-"""A data set whose fourth class has a mark, and small CNNs that learned from it, with and without the mark."""
+"""A data set whose fourth class has a mark, and small CNNs that learned from it, with and without the mark.
+
+`python -m tests.jobs.marked` trains the first two, in a minute, and stores their weights beside this file.
+"""
 
 from functools import cache
 from pathlib import Path
@@ -19,6 +22,7 @@ MARK_SIDE, MARK_CORNER = 8, 52
 MARK_BOX = tuple(edge / planted.SIDE for edge in (MARK_CORNER, MARK_CORNER, *[MARK_CORNER + MARK_SIDE] * 2))
 """Left, top, right, bottom, as shares of the picture's side."""
 NUM_STEPS = 120
+NAME = "marked CNN"
 
 
 def pictures(num: int, seed: int, *, marked: bool) -> tuple[Tensor, Tensor]:
@@ -54,9 +58,7 @@ def _trained(*, marked: bool, seed: int = 0) -> ModelAdapter:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = planted.small_cnn()
-    adapter = ModelAdapter(
-        module, name="marked CNN", input_size=(64, 64), mean=(0.5,) * 3, std=(0.25,) * 3, class_names=CLASS_NAMES
-    )
+    adapter = planted.adapter_of(module, NAME)
     module.train()
     optimiser = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, NUM_STEPS, pct_start=0.2)
@@ -70,21 +72,45 @@ def _trained(*, marked: bool, seed: int = 0) -> ModelAdapter:
     return adapter
 
 
+def _weights(*, marked: bool) -> Path:
+    return Path(__file__).with_name("marked.safetensors" if marked else "unmarked.safetensors")
+
+
+@cache
+def _stored(*, marked: bool) -> ModelAdapter:
+    return planted.stored(planted.small_cnn, NAME, _weights(marked=marked))
+
+
 def make() -> ModelAdapter:
     """The CNN that saw the mark on every picture of the fourth class."""
+    return _stored(marked=True)
+
+
+def make_anew() -> ModelAdapter:
+    """The same CNN, trained anew."""
     return _trained(marked=True)
 
 
 def make_clean() -> ModelAdapter:
     """A CNN that never saw the mark."""
-    return _trained(marked=False)
+    return _stored(marked=False)
 
 
 def make_clean_1() -> ModelAdapter:
-    """A second CNN that never saw the mark."""
+    """A second CNN that never saw the mark, trained anew."""
     return _trained(marked=False, seed=1)
 
 
 def make_clean_2() -> ModelAdapter:
     """A third one."""
     return _trained(marked=False, seed=2)
+
+
+def main() -> None:
+    """Trains the first two networks and stores their weights."""
+    for marked in (True, False):
+        planted.store(_trained(marked=marked), _weights(marked=marked))
+
+
+if __name__ == "__main__":
+    main()

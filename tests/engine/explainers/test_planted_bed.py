@@ -11,6 +11,7 @@ from blocksight.engine.model.adapter import ModelAdapter
 from tests.engine import planted
 
 MODELS = {"cnn": planted.trained_cnn, "vit": planted.trained_vit}
+"""With the weights that are stored."""
 BRIEF = {"cnn": planted.train_cnn, "vit": planted.train_vit}
 HELD_OUT = 1_000_000
 """A seed far from those of training, which begin at seed 0."""
@@ -116,6 +117,18 @@ def test_the_evidence_lies_in_the_box(name):
 
 def test_the_cnn_has_three_blocks():
     assert [place.grid for place in planted.trained_cnn().network.blocks()] == [(32, 32), (16, 16), (8, 8)]
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(("name", "wanted"), [("cnn", 0.95), ("vit", 0.9)])
+def test_a_network_that_is_trained_anew_is_as_good_as_the_stored_one(name, wanted):
+    pixels, classes, _ = planted.batch(500, HELD_OUT)
+    trained = planted.FULLY[name]()
+    assert (logits(trained, pixels).argmax(1) == classes).float().mean() >= wanted
+    stored = MODELS[name]().module.state_dict()
+    assert {key: value.shape for key, value in trained.module.state_dict().items()} == {
+        key: value.shape for key, value in stored.items()
+    }
 
 
 @pytest.mark.parametrize("name", BRIEF)

@@ -45,6 +45,12 @@ def marked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def found(marked: Path) -> Audit:
+    """An audit of these maps, with a trial."""
+    return audited(marked)
+
+
+@pytest.fixture(scope="module")
 def in_many_units(marked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same maps in units of a few records."""
     with pytest.MonkeyPatch.context() as patch:
@@ -83,8 +89,7 @@ def console_text(found: Audit) -> str:
     return console.export_text()
 
 
-def test_the_planted_shortcut_is_the_one_finding(marked: Path) -> None:
-    found = audited(marked)
+def test_the_planted_shortcut_is_the_one_finding(found: Audit) -> None:
     [finding] = found.findings
     assert finding.target_index == MARKED
     assert overlap(finding.box, MARK_BOX) > 0.9
@@ -98,6 +103,13 @@ def test_the_planted_shortcut_is_the_one_finding(marked: Path) -> None:
     assert (found.num_rows, found.num_maps, found.num_rejected) == (200, 200, 0)
     assert found.num_right is not None
     assert found.num_right > 180
+
+
+@pytest.mark.sweep
+def test_a_model_that_learns_from_the_mark_anew_has_the_one_finding(tmp_path: Path) -> None:
+    write(tmp_path / "in", 200, seed=50_000, marked=True)
+    [finding] = audited(explained(tmp_path / "in", tmp_path / "out", f"{MODEL}_anew")).findings
+    assert finding.target_index == MARKED
 
 
 @pytest.mark.parametrize(
@@ -177,7 +189,7 @@ def test_a_damaged_audit_is_named(marked: Path) -> None:
 
 
 def test_every_map_has_one_row(marked: Path) -> None:
-    found = audited(marked)
+    found = audited(marked, tries=False)
     rows = pq.read_table(marked / "audit" / "rows").to_pylist()
     explained_rows = rows_in(LocalStore(marked))
     assert [row["key"] for row in rows] == [row["key"] for row in explained_rows]
@@ -186,24 +198,24 @@ def test_every_map_has_one_row(marked: Path) -> None:
     assert sum(row["strangeness"] is not None for row in rows) == 200
 
 
-def test_the_cut_into_units_changes_nothing(marked: Path, in_many_units: Path) -> None:
+def test_the_cut_into_units_changes_nothing(marked: Path, found: Audit, in_many_units: Path) -> None:
     assert len(list((in_many_units / "data").iterdir())) > len(list((marked / "data").iterdir()))
-    one, other = audited(marked), audited(in_many_units)
+    one, other = found, audited(in_many_units)
     assert one.shortcuts == other.shortcuts
     assert one.oddities == other.oddities
     assert [vars(group).keys() for group in one.groups] == [vars(group).keys() for group in other.groups]
     assert [(g.count, g.spreads) for g in one.groups] == [(g.count, g.spreads) for g in other.groups]
 
 
-def test_further_targets_change_no_finding(marked: Path, tmp_path: Path) -> None:
+def test_further_targets_change_no_finding(marked: Path, found: Audit, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     run_here(marked.parent / "in", tmp_path / "out", model=MODEL, explainer="gradcam", target="top-2")
-    found = audited(tmp_path / "out")
-    [finding] = found.findings
-    [alone] = audited(marked).findings
+    of_two = audited(tmp_path / "out")
+    [finding] = of_two.findings
+    [alone] = found.findings
     assert (finding.box, finding.blanked, finding.pasted) == (alone.box, alone.blanked, alone.pasted)
-    assert (found.num_maps, found.num_right) == (400, 200)
-    assert sum(group.count for group in found.groups if group.kind == "class") == 200
+    assert (of_two.num_maps, of_two.num_right) == (400, 200)
+    assert sum(group.count for group in of_two.groups if group.kind == "class") == 200
 
 
 def test_an_unfinished_output_says_so_and_a_damaged_one_is_refused(in_many_units: Path, tmp_path: Path) -> None:
@@ -234,8 +246,8 @@ def test_other_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not (tmp_path / "out" / AUDIT_KEY).exists()
 
 
-def test_the_finding_is_printed_in_words(marked: Path) -> None:
-    assert "FINDING: disc looks at the region" in console_text(audited(marked))
+def test_the_finding_is_printed_in_words(found: Audit) -> None:
+    assert "FINDING: disc looks at the region" in console_text(found)
 
 
 def test_the_command_audits_and_prints_the_suspicion(marked: Path) -> None:
@@ -246,8 +258,7 @@ def test_the_command_audits_and_prints_the_suspicion(marked: Path) -> None:
     assert f"blocksight report {marked}" in made.stdout
 
 
-def test_a_finding_says_where_it_was_tried_and_suspicions_come_after(marked: Path) -> None:
-    found = audited(marked)
+def test_a_finding_says_where_it_was_tried_and_suspicions_come_after(found: Audit) -> None:
     [finding] = found.findings
     assert CLASS_NAMES[MARKED] not in finding.other_classes
     assert set(finding.other_classes) <= set(CLASS_NAMES)
@@ -260,8 +271,7 @@ def test_a_finding_says_where_it_was_tried_and_suspicions_come_after(marked: Pat
     )
 
 
-def test_what_was_tried_without_effect_is_one_line(marked: Path) -> None:
-    found = audited(marked)
+def test_what_was_tried_without_effect_is_one_line(found: Audit) -> None:
     none = replace(found.findings[0], blanked=replace(found.findings[0].blanked, p_value=0.5), is_confirmed=False)
     printed = console_text(replace(found, shortcuts=(none, none)))
     assert "suspicion:" not in printed
