@@ -68,6 +68,9 @@ MAX_RETURNS = 4
 UNFIT_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 10.0, 60.0
 """An unfit worker waits before it tries another unit, each time twice as long, so that the others take the units."""
 
+UNITS_IN_FLIGHT = 2
+"""Of an actor: the one that it explains, and one whose pixels are fetched meanwhile."""
+
 POLL_SECONDS = 0.5
 READER = "blocksight-rows"
 """The name of the thread that reads the rows of Ray Data."""
@@ -278,7 +281,9 @@ def _actors(context: JobContext | EvaluationContext, weights: Any, sizing: Sizin
     return {
         **ONE_UNIT,
         "fn_constructor_kwargs": {"context": context, "weights": weights},
-        "compute": ActorPoolStrategy(size=min(sizing.num_actors, num_units), max_tasks_in_flight_per_actor=1),
+        "compute": ActorPoolStrategy(
+            size=min(sizing.num_actors, num_units), max_tasks_in_flight_per_actor=UNITS_IN_FLIGHT
+        ),
         "num_cpus": sizing.cpus_per_actor,
         "num_gpus": sizing.gpus_per_actor,
     }

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 
 from blocksight.cluster.session import ray_session
-from blocksight.cluster.sizing import Sizing, size_for
+from blocksight.cluster.sizing import Device, Sizing, size_for
 from blocksight.jobs.explain.learned import LEARNED_KEY
 from blocksight.jobs.ledger.reconcile import check
 from blocksight.jobs.ledger.stop_request import Stop
@@ -42,8 +42,8 @@ def one_session(bucket) -> Iterator[None]:
     """A Ray session for all jobs of this process; its workers know the bucket."""
 
     @contextmanager
-    def joined(address: str | None = None, num_actors: int | None = None) -> Iterator[Sizing]:
-        yield size_for(ray.cluster_resources(), num_actors)
+    def joined(address: str | None, num_actors: int | None, device: Device) -> Iterator[Sizing]:
+        yield size_for(ray.cluster_resources(), num_actors, device)
 
     with ray_session(num_actors=2), pytest.MonkeyPatch.context() as patch:
         patch.setattr("blocksight.cluster.session.ray_session", joined)
