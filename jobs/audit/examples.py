@@ -37,7 +37,7 @@ class Example:
     """[H, W, 3]: the region with a margin, at the model's input size."""
     after: Pixels
     probability_before: float
-    """Of the target, 0 to 1."""
+    """Of the target, 0 to 1; with `--readout identity` its output."""
     probability_after: float
 
 

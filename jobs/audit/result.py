@@ -134,9 +134,15 @@ class Oddity:
     """The map's strangeness; see `ROWS`."""
 
 
+Scale = Literal["log-odds", "outputs"]
+
+
 @dataclass(frozen=True)
 class Effect:
-    """An intervention's change of the target's log-odds, minus that with random regions of the same size."""
+    """An intervention's change of the target's log-odds, minus that with random regions of the same size.
+
+    Of a model whose output is read as it is (`--readout identity`) it is the change of that output.
+    """
 
     mean: float
     low: float
@@ -146,8 +152,11 @@ class Effect:
     """Of the paired t test over images, Holm-corrected over all trials of the audit."""
     count: int
     """Number of images."""
-    probability: float
-    """Mean change of the target's probability by the region alone, -1 to 1, not compared with random regions."""
+    probability: float | None
+    """Mean change of the target's probability by the region alone, -1 to 1, not compared with random regions; None for
+    an output that is no probability."""
+    scale: Scale = "log-odds"
+    """What `mean`, `low` and `high` are differences of."""
 
     @property
     def direction(self) -> Literal["more", "less", "unclear"]:

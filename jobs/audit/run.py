@@ -196,7 +196,7 @@ def _missing(plan: Plan, streamed: StreamResult) -> Iterator[str]:
 def _raw(store: ObjectStore) -> Iterator[str]:
     """A note on scores that are no probabilities."""
     if readout_of(store) == "identity":
-        yield "scores are the model's outputs themselves: log-odds are differences of them"
+        yield "scores are the model's outputs themselves: effects are differences of them"
 
 
 def _few(models: Mapping[int, ClassModel]) -> Iterator[str]:

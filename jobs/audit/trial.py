@@ -14,7 +14,7 @@ from blocksight.engine.metrics.road import imputed
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.threads import one_thread
 from blocksight.jobs.audit.examples import NUM_EXAMPLES, Example
-from blocksight.jobs.audit.result import Effect
+from blocksight.jobs.audit.result import Effect, Scale
 from blocksight.jobs.evaluate.bootstrap import MetricSums, differences, key_hashes
 from blocksight.storage.outputs.pictures import Pixels
 
@@ -104,8 +104,8 @@ class Trial:
             falls.append([(start - after[1:]).mean().item(), (start - after[0]).item(), _change(after[0], start)])
             if place < NUM_EXAMPLES:
                 crops = self._crops(image, blanked[0].to(image.device), box)
-                examples.append(Example("inpainted", key, None, *crops, *_probabilities(start, after[0])))
-        return _effect(members.keys, np.array(falls))
+                examples.append(Example("inpainted", key, None, *crops, *self._shown(start, after[0])))
+        return _effect(members.keys, np.array(falls), self.scale)
 
     def _pasted(self, target: int, box: Box, members: Pictures, others: Pictures, examples: list[Example]) -> Effect:
         given, taken = self._inputs(members), self._inputs(others)
@@ -119,8 +119,8 @@ class Trial:
             rises.append([(after[1:] - start).mean().item(), (after[0] - start).item(), _change(after[0], start)])
             if place < NUM_EXAMPLES:
                 crops = self._crops(image, mixed[0], box)
-                examples.append(Example("pasted", key, members.keys[donor], *crops, *_probabilities(start, after[0])))
-        return _effect(others.keys, np.array(rises))
+                examples.append(Example("pasted", key, members.keys[donor], *crops, *self._shown(start, after[0])))
+        return _effect(others.keys, np.array(rises), self.scale)
 
     def _crops(self, before_chw: Tensor, after_chw: Tensor, box: Box) -> tuple[Pixels, Pixels]:
         """The region with a margin in both inputs, as pixels."""
@@ -131,6 +131,15 @@ class Trial:
 
     def _inputs(self, pictures: Pictures) -> Tensor:
         return self.adapter.normalise(torch.from_numpy(pictures.pixels).permute(0, 3, 1, 2))
+
+    @property
+    def scale(self) -> Scale:
+        """What `_log_odds` returns."""
+        return "outputs" if self.adapter.readout == "identity" else "log-odds"
+
+    def _shown(self, *values: Tensor) -> tuple[float, ...]:
+        """For people: probabilities of log-odds, outputs as they are."""
+        return tuple(float(one if self.scale == "outputs" else one.sigmoid()) for one in values)
 
     def _log_odds(self, inputs_nchw: Tensor, target: int) -> Tensor:
         """[n] log(p / (1 - p)) of the target's probability p, within `MAX_LOG_ODDS`, in float64 on the CPU.
@@ -237,19 +246,16 @@ def _halves(points: NDArray[np.float64], rng: np.random.Generator) -> tuple[NDAr
     return points[order[: len(points) // 2]], points[order[len(points) // 2 :]]
 
 
-def _probabilities(*log_odds: Tensor) -> tuple[float, ...]:
-    return tuple(float(one.sigmoid()) for one in log_odds)
-
-
 def _change(after: Tensor, before: Tensor) -> float:
     """The change of the probability, given log-odds."""
     return float(after.sigmoid() - before.sigmoid())
 
 
-def _effect(keys: Sequence[str], changes: NDArray[np.float64]) -> Effect:
+def _effect(keys: Sequence[str], changes: NDArray[np.float64], scale: Scale) -> Effect:
     """The effect from changes [n, 3]: log-odds by random regions, log-odds by the region, probability."""
     sums = MetricSums.of(key_hashes(keys), changes[:, :2])
     [own] = differences(sums)
     figures = (own.difference, own.low, own.high, own.p_value)
     assert None not in figures  # two images at least
-    return Effect(*figures, own.count, float(changes[:, 2].mean()))  # pyright: ignore[reportArgumentType]
+    probability = float(changes[:, 2].mean()) if scale == "log-odds" else None
+    return Effect(*figures, own.count, probability, scale)  # pyright: ignore[reportArgumentType]

@@ -21,13 +21,13 @@ def comparison(effect: Effect, verb: Verb) -> str:
     """
     if effect.direction == "unclear":
         return (
-            f"its log-odds {verb} no differently than with a random region, as far as can be told: "
+            f"its {effect.scale} {verb} no differently than with a random region, as far as can be told: "
             f"a difference of {_signed(effect.mean)} [{_signed(effect.low)}, {_signed(effect.high)}], {p_text(effect)}"
         )
     sign = 1 if effect.direction == "more" else -1
     low, high = sorted((sign * effect.low, sign * effect.high))
     size = f"{_amount(sign * effect.mean)} [{_amount(low)}, {_amount(high)}]"
-    text = f"its log-odds {verb} by {size} {effect.direction} than with a random region"
+    text = f"its {effect.scale} {verb} by {size} {effect.direction} than with a random region"
     if effect.direction == "more" and not effect.is_real:
         return f"{text}, less than the {_amount(MIN_EFFECT)} of a finding"
     return text

@@ -21,6 +21,7 @@ from blocksight.jobs.audit.result import (
     Effect,
     Grid,
     Group,
+    Scale,
     Shortcut,
     Spread,
     Standing,
@@ -70,7 +71,9 @@ class Findings:
     shortcuts: Mapping[Standing, tuple[Pictured, ...]]
     """By standing, at most `MAX_SHORTCUTS` each; items are `Shortcut`."""
     reach: float
-    """The largest absolute effect, in log-odds: the end of the axis."""
+    """The largest absolute effect: the end of the axis."""
+    scale: Scale
+    """Of the effects."""
     gates: tuple[Share, ...]
     measures: tuple[tuple[str, str, Spread], ...]
     """Name, meaning and spread over all maps, of each measure."""
@@ -118,6 +121,7 @@ def findings_of(audit: Audit, places: Mapping[Ref, int], examples: Mapping[Place
             for standing, own in shortcuts.items()
         },
         reach=_reach([one for own in shortcuts.values() for one in own]),
+        scale=next((one.blanked.scale for one in audit.shortcuts if one.blanked is not None), "log-odds"),
         gates=tuple(
             Share(name, audit.gates[name], audit.gates[name] / max(1, audit.num_maps), meaning)
             for name, meaning in GATES.items()

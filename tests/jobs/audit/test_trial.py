@@ -54,6 +54,15 @@ def test_effects_are_those_that_follow_from_the_model() -> None:
     assert found.recurrence == 1
 
 
+def test_effects_on_a_raw_output_are_differences_of_it() -> None:
+    raw = adapter()
+    raw.readout = "identity"
+    found = Trial(raw, 0).try_region(1, BOX, pictures(10, 255, "m"), pictures(12, 51, "o"))
+    assert (found.blanked.scale, found.blanked.probability) == ("outputs", None)
+    assert found.blanked.mean == pytest.approx(10, abs=2.6)
+    assert found.examples[0].probability_before == pytest.approx(10)
+
+
 def test_examples_show_the_crop_before_and_after_without_a_map() -> None:
     found = Trial(adapter(), 0).try_region(1, BOX, pictures(10, 255, "m"), pictures(12, 51, "o"))
     assert [(one.what, one.key, one.donor) for one in found.examples] == [

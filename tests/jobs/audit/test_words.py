@@ -53,6 +53,10 @@ def test_sign_interval_p_value_and_sentence_agree(mean, interval, p_value, verb)
             Effect(-55.13, -60.0, -50.0, 3e-5, 32, 0.0),
             "its log-odds rise by 55.13 [50.00, 60.00] less than with a random region",
         ),
+        (
+            Effect(3, 2.5, 3.5, 1e-6, 32, None, "outputs"),
+            "its outputs rise by 3.00 [2.50, 3.50] more than with a random region",
+        ),
         (Effect(3, 2.5, 3.5, 1e-6, 32, 0.4), "its log-odds rise by 3.00 [2.50, 3.50] more than with a random region"),
         (
             Effect(0.5, 0.4, 0.6, 0.01, 32, 0.4),

@@ -505,6 +505,19 @@ def test_the_page_names_each_effect_that_is_real(output):
     assert "Pasted into other images, its log-odds rise no differently than with a random region" in text
 
 
+def test_effects_of_raw_outputs_are_called_outputs(output):
+    audit = audited(LocalStore(output))
+    raw = replace(audit.shortcuts[0].blanked, scale="outputs", probability=None)
+    others = tuple(replace(one, blanked=raw, pasted=raw) for one in audit.shortcuts)
+    write_audit(LocalStore(output), replace(audit, shortcuts=others))
+    text = Page(page_at(output)).text
+    assert "Painted out, its outputs fall by 1.25 [0.75, 1.50] more than with a random region" in text
+    assert "Effects are differences of the class's output, beyond" in text
+    assert "output 0.250 before, 0.750 after" in text
+    assert "log-odds" not in text
+    assert "the probability itself" not in text
+
+
 def test_a_finding_shows_its_crop_before_and_after(output):
     audited(LocalStore(output))
     page = page_at(output)
