@@ -14,7 +14,7 @@ from blocksight.engine.model.targets import Target
 
 @dataclass(frozen=True)
 class Balance:
-    """Whether attributions sum to the change of the raw score from the baseline to the image."""
+    """Whether attributions sum to the change of the class's output from the baseline to the image."""
 
     found: float
     """The sum."""
@@ -74,6 +74,6 @@ class IntegratedGradients(Gradient):
         baseline = self.scorer.perturbation.baseline.expand_as(input_nchw)
         with self.adapter.borrowed(), torch.inference_mode():
             before, after = self.adapter.logits(torch.cat([baseline, input_nchw])).double().split(1)
-        raw, image = target.raw, torch.zeros(1, dtype=torch.int64, device=after.device)
-        wanted = raw.score(after, image)[0, 0] - raw.score(before, image)[0, 0]
-        return Balance(float(one.values.sum()), float(wanted), float((after - before).abs().max()))
+        changes = after - before
+        wanted = (target.raw.direction(after, 0) * changes).sum()  # its gradient is integrated: of class c, that of z_c
+        return Balance(float(one.values.sum()), float(wanted), float(changes.abs().max()))

@@ -588,6 +588,15 @@ def test_integrated_gradients_sum_to_the_change_of_the_logit():
     assert balanced(Curved, 100) == ()
 
 
+@pytest.mark.parametrize("readout", ["softmax", "sigmoid", "identity", "probabilities"])
+def test_the_sum_is_of_the_output_whatever_the_readout(readout):
+    adapter = adapter_of(nn.Sequential(seeded(Twice), nn.Softmax(1)), 16)
+    adapter.readout = readout
+    one = explainer("integrated_gradients", adapter, IntegratedGradientsParameters(steps=100))
+    own = one.balance(smooth(1, 16, 16), adapter.target(torch.tensor([[2]])))
+    assert own.wanted == pytest.approx(own.found, rel=0.1)
+
+
 def test_a_rough_sum_is_said_and_a_gross_one_refused():
     (sentence,) = balanced(Steep, 6)
     assert re.match(
