@@ -362,6 +362,9 @@ def _has_imagenet_classes(class_names: Sequence[str], num_classes: int) -> bool:
 
 @cache
 def _wordnet_numbers() -> Mapping[str, int]:
-    """The classes of ImageNet's challenge of 2012 by WordNet number: they are numbered in sorted order."""
+    """The classes of ImageNet's challenge of 2012 by WordNet number: they are numbered in sorted order.
+
+    imagenet.txt lists the numbers alone, which are facts; from which copy of the list it was made is not known.
+    """
     lines = files("blocksight.jobs.plan").joinpath("imagenet.txt").read_text().split()
     return {number: index for index, number in enumerate(lines)}

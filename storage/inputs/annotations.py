@@ -90,9 +90,10 @@ def _files(store: ObjectStore, name: str) -> list[ObjectInfo]:
     known = [kinds[kind] for kind in MAX_BYTES if kind in kinds]
     where = f"{store.uri}/{name}" if name else store.uri
     if len(known) != 1 or (JSON in kinds and len(kinds[JSON]) > 1):
-        found = ", ".join(f"{len(kind)} like {kind[0].key}" for kind in kinds.values()) or "nothing"
+        found = ", ".join(f"{len(kind)} like {kind[0].key}" for kind in kinds.values())
+        holds = f"holds {found}" if found else "is not there, or holds nothing"
         raise StoreError(
-            f"{where} holds {found}; wanted VOC .xml files, one COCO .json or .parquet tables, and one kind alone"
+            f"{where} {holds}; wanted VOC .xml files, one COCO .json or .parquet tables, and one kind alone"
         )
     for info in known[0]:
         most = MAX_BYTES[PurePosixPath(info.key).suffix.lower()]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.threads import one_thread
 from tests.engine import planted
 
 MODEL = "tests.jobs.marked:make"
@@ -54,6 +55,7 @@ def write(folder: Path, num: int, seed: int, *, marked: bool) -> None:
 
 
 @cache
+@one_thread()  # its weights, and what an audit finds in them, do not depend on the test that ran before
 def _trained(*, marked: bool, seed: int = 0) -> ModelAdapter:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
