@@ -119,9 +119,9 @@ class DecodedImage:
     @property
     def kind(self) -> str:
         """The format, with what is odd about its range: `PNG, 12 of 16 bits` or `PNG, nearly black`."""
-        if self.used_depth < self.depth:
-            return f"{self.format}, {self.used_depth} of {self.depth} bits"
-        return f"{self.format}, nearly black" if self.pixels.max() < NEARLY_BLACK else self.format
+        if self.pixels.max() < NEARLY_BLACK:  # also after it was stretched
+            return f"{self.format}, nearly black"
+        return f"{self.format}, {self.used_depth} of {self.depth} bits" if self.used_depth < self.depth else self.format
 
 
 DEFAULT_LIMITS = DecodeLimits()

@@ -261,6 +261,12 @@ def test_a_nearly_black_image_is_named(greatest, kind):
     assert decode(png(np.minimum(noise(8, 3), greatest), 8, 2)).kind == kind
 
 
+def test_a_deep_image_that_stays_nearly_black_after_it_was_stretched_is_named():
+    values = np.minimum(noise(8, 1), 31)
+    values[0, 0] = 31
+    assert decode(png(values, 16, 0)).kind == "PNG, nearly black"
+
+
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("depth", [8, 16])
 @pytest.mark.parametrize("extra", [(), (0,), (1,), (2,)])
