@@ -8,8 +8,9 @@ no CUDA build. It does not see CUDA's rounding, types that a CUDA kernel lacks, 
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -213,7 +214,10 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     plain = [one for one in _tensors(args, kwargs) if not isinstance(one, PretendedTensor)]
     if plain:
         _check_devices(func, name, args, plain)
-    made = func(*_mapped(_bare, args), **_mapped(_bare, kwargs))
+    run = partial(func, *_mapped(_bare, args), **_mapped(_bare, kwargs))
+    made = run()
+    if _Inside.graph is not None:
+        _Inside.graph.steps.append((run, made))
     written = _written(func, args, kwargs)
     _count_waits(func, name, args)
     if written is not None or not _is_view(made, args):
@@ -276,20 +280,45 @@ def _check_devices(func: Any, name: str, args: tuple[Any, ...], plain: Sequence[
 
 
 class _Inside:
-    """Whether an operation on GPU tensors, or a backward pass, is running."""
+    """Whether an operation on GPU tensors, a backward pass, or the recording of a graph is running."""
 
     operation = False
     backward = False
+    graph: "_Graph | None" = None
 
 
 @contextmanager
-def _inside(name: str, value: bool) -> Iterator[None]:
+def _inside(name: str, value: Any) -> Iterator[None]:
     before = getattr(_Inside, name)
     setattr(_Inside, name, value)
     try:
         yield
     finally:
         setattr(_Inside, name, before)
+
+
+class _Graph:
+    """A CUDA graph: the recorded operations, which a replay runs again into the same memory."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[Callable[[], Any], Any]] = []
+
+    def replay(self) -> None:
+        COUNTS.launch("graph")
+        for run, made in self.steps:
+            for old, new in zip(_tensors(made), _tensors(run()), strict=True):
+                if old.data_ptr() != new.data_ptr():  # neither a view nor in place
+                    old.copy_(new)
+
+
+class _Stream:
+    """A CUDA stream, in which all is done at once."""
+
+    def wait_stream(self, _: "_Stream") -> None:
+        """Waits for nothing."""
+
+    def synchronize(self) -> None:
+        COUNTS.wait("synchronize")
 
 
 class _InnerTensors(TorchDispatchMode):
@@ -480,6 +509,12 @@ def pretended_gpu() -> Iterator[Counts]:
         "torch.cuda.synchronize": lambda *_: COUNTS.wait("synchronize"),
         "torch.cuda.empty_cache": lambda: None,
         "torch.cuda.get_device_name": lambda *_: "a pretended GPU",
+        "torch.cuda.Stream": _Stream,
+        "torch.cuda.current_stream": _Stream,
+        "torch.cuda.stream": lambda _: nullcontext(),
+        "torch.cuda.CUDAGraph": _Graph,
+        "torch.cuda.graph": partial(_inside, "graph"),
+        "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,  # without it autocast warns
     }
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     with ExitStack() as stack:

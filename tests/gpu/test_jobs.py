@@ -73,7 +73,7 @@ def workers_on_gpu(**changes: Any) -> Iterator[Counts]:
 def stubbed_compilers() -> Iterator[None]:
     """The compilers return the module itself; few batch sizes are tried, for a short time."""
     with (
-        mock.patch("blocksight.engine.scoring.forward._inductor", lambda module, **_: module),
+        mock.patch("torch.compile", lambda module, **_: module),
         mock.patch.object(setting_choice, "GPU_BATCH_SIZES", (8, 16)),
         mock.patch("blocksight.engine.judging.efficiency.GPU_SIZES", (8, 16)),
         mock.patch("blocksight.engine.judging.efficiency.BARE_SECONDS", 0.01),

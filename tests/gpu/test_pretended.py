@@ -100,6 +100,19 @@ def test_a_model_moves_and_is_copied():
         assert again(torch.ones(1, 3, 5, 5, device="cuda")).device.type == "cuda"
 
 
+def test_a_graph_is_recorded_once_and_replayed_into_the_same_memory():
+    with pretended_gpu() as counts:
+        inputs, weight = torch.ones(3, device="cuda"), torch.full((3,), 2.0, device="cuda")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            total = (inputs * weight).view(3, 1).add_(1).sum()
+        inputs.copy_(torch.full((3,), 5.0, device="cuda"))
+        counts.clear()
+        graph.replay()
+        assert counts.launches.total() == 1
+        assert total.item() == 33
+
+
 def test_afterwards_nothing_is_left():
     with pretended_gpu():
         pass
