@@ -55,7 +55,7 @@ def readout_difference(outputs: Mapping[str, ObjectStore]) -> str | None:
 
     Raises as `stored_preflight`.
     """
-    readouts = {name: readout_of(output) for name, output in outputs.items()}
+    readouts: Mapping[str, ReadoutName] = {name: readout_of(output) for name, output in outputs.items()}
     if len(set(readouts.values())) < 2:
         return None
     ways = ", ".join(f"{name}: {READOUTS[readout]}" for name, readout in readouts.items())

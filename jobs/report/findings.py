@@ -121,7 +121,7 @@ def findings_of(audit: Audit, places: Mapping[Ref, int], examples: Mapping[Place
             for standing, own in shortcuts.items()
         },
         reach=_reach([one for own in shortcuts.values() for one in own]),
-        scale=next((one.blanked.scale for one in audit.shortcuts if one.blanked is not None), "log-odds"),
+        scale=_scale(audit.shortcuts),
         gates=tuple(
             Share(name, audit.gates[name], audit.gates[name] / max(1, audit.num_maps), meaning)
             for name, meaning in GATES.items()
@@ -141,6 +141,11 @@ def findings_of(audit: Audit, places: Mapping[Ref, int], examples: Mapping[Place
         ),
         notes=audit.notes[:MAX_NOTES],
     )
+
+
+def _scale(shortcuts: Sequence[Shortcut]) -> Scale:
+    """The scale of all effects of an audit; they are of one model."""
+    return next((one.blanked.scale for one in shortcuts if one.blanked is not None), "log-odds")
 
 
 def _change(one: Example) -> Change:

@@ -1,6 +1,7 @@
 """Every command that loads a model examines it, and proves that it is the one that made the output."""
 
 import ast
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from blocksight.storage.stores.opening import open_store
 from tests.engine.nets import seeded
 from tests.jobs.jobs_of import called, run_here
 from tests.jobs.tiny import CLASSES, MODEL, Tiny, folder_of_images
+from tests.storage.memory import MemoryStore
 
 ROOT = Path(__file__).parents[3]
 LOADERS = {
@@ -130,6 +132,14 @@ def test_an_output_of_an_earlier_version_has_no_outputs_to_compare(output, chang
     finally:
         store.create(PREFLIGHT_KEY, body)
     assert stored_preflight(store).outputs[0]
+
+
+def test_a_preflight_of_an_earlier_version_is_readable(output):
+    stored = json.loads(open_store(str(output)).read(PREFLIGHT_KEY))
+    del stored["outputs"]
+    old = MemoryStore()
+    old.create(PREFLIGHT_KEY, json.dumps(stored).encode())
+    assert stored_preflight(old).outputs == ()
 
 
 def test_only_listed_files_load_a_model():
