@@ -208,7 +208,7 @@ JOB = ("--data", "photos", "--model", "jobs.models:make", "--explainer", "gradie
 
 
 @pytest.mark.servers
-@pytest.mark.parametrize("runner", ["local", "ray"])
+@pytest.mark.parametrize("runner", [pytest.param("local", marks=pytest.mark.sweep), "ray"])
 def test_a_factory_finds_the_users_own_modules(their_folder, runner):
     """In the driver, and in Ray's workers."""
     command = [sys.executable, "-m", "blocksight", "explain", *JOB, "--output", "maps", "--runner", runner]
