@@ -47,7 +47,7 @@ def assert_shown(done, folder, num_units):
         "Egyptian cat",
         "espresso",
         f"{num_units} of {num_units} committed",
-        "masked forwards/s",
+        "a second of a worker",
         "SeaweedFS",
     ):
         assert word in done.stdout
