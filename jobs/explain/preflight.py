@@ -16,6 +16,7 @@ from torch import Tensor
 from blocksight.engine.catalog.readouts import ReadoutName
 from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers import make_explainer
+from blocksight.engine.explainers.gradients import IntegratedGradients
 from blocksight.engine.judging.preflight import check_balance, quick, scored_once, try_explainer
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.device_errors import device_trouble
@@ -149,7 +150,7 @@ def _balanced(adapter: ModelAdapter, config: JobConfig, inputs_nchw: Tensor, cla
         method, parameters = method.base, parameters.base
     if method.name != "integrated_gradients":
         return ()
-    explainer = make_explainer(method.name, adapter, parameters, images_per_pass=1)
+    explainer = IntegratedGradients(adapter, parameters, images_per_pass=1)
     return check_balance(explainer, inputs_nchw, classes)
 
 
