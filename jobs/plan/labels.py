@@ -293,10 +293,8 @@ def label_fault(labels: Labels, found: FoundLabels, folders: Sequence[str], *, i
             f"{side}: their order does not say which class is which. {what}, and --labels none that they are no labels"
         )
     by_number = (Rule.NUMBER, Rule.OUT_OF_RANGE)
-    numbers = {
-        _as_number(label) for label in found.counts if label is not None and labels.read(label).rule in by_number
-    }
-    numbers -= {None}
+    counting = [label for label in found.counts if label is not None and labels.read(label).rule in by_number]
+    numbers = {number for label in counting if (number := _as_number(label)) is not None}
     if numbers and min(numbers) == 1 and max(numbers) == labels.num_classes:
         return (
             f"the labels are numbers from 1 to {labels.num_classes}, and the model's classes are numbered from 0 to "
