@@ -30,22 +30,59 @@ def _eager(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
     return _in_precision(_own_copy(adapter, setting), setting)
 
 
+def _captured(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
+    """Plain PyTorch, with its kernels launched as one CUDA graph: needs no compiler."""
+    _refuse_without_cuda(adapter)
+    return _recorded(_in_precision(_own_copy(adapter, setting), setting), _example(adapter, setting))
+
+
 def _compiled(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
-    """`torch.compile` with the weights as constants."""
-    return _in_precision(_inductor(_own_copy(adapter, setting), freezing=True), setting)
+    """`torch.compile`, on a CPU with the weights as constants: batch norms are folded into convolutions.
+
+    On a GPU that saves neither a launch nor a byte. The setting is read while the first pass is compiled; as an option
+    of `torch.compile` it comes too late and freezes nothing.
+    """
+    import torch._inductor.config as inductor
+
+    torch._dynamo.config.recompile_limit = max(COMPILED_SETTINGS, torch._dynamo.config.recompile_limit)
+    forward = _in_precision(torch.compile(_own_copy(adapter, setting), dynamic=False), setting)
+    with inductor.patch(freezing=adapter.device.type == "cpu"), torch.inference_mode():
+        forward(_example(adapter, setting))
+    return forward
 
 
 def _graphed(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
-    """The same, with its kernels launched as one CUDA graph."""
+    """`torch.compile`, with its kernels launched as one CUDA graph."""
+    _refuse_without_cuda(adapter)
+    return _recorded(_compiled(adapter, setting), _example(adapter, setting))
+
+
+def _refuse_without_cuda(adapter: "ModelAdapter") -> None:
     if adapter.device.type != "cuda":
         raise ModelError("CUDA graphs need a CUDA device")
-    run = _inductor(_own_copy(adapter, setting), **{"freezing": True, "triton.cudagraphs": True})
-    return _in_precision(lambda inputs: run(inputs).clone(), setting)  # the next call overwrites what a graph returns
 
 
-def _inductor(module: torch.nn.Module, **options: Any) -> Callable[[Tensor], Tensor]:
-    torch._dynamo.config.recompile_limit = max(COMPILED_SETTINGS, torch._dynamo.config.recompile_limit)
-    return torch.compile(module, dynamic=False, options=options)
+def _recorded(forward: Forward, example: Tensor) -> Forward:
+    """A pass whose kernels are recorded once, on one buffer of the example's shape, and then launched together."""
+    inputs = example.clone()
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.inference_mode():
+        with torch.cuda.stream(aside):  # libraries set up what must not be recorded
+            for _ in range(NUM_WARM_UPS):
+                forward(inputs)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = forward(inputs)
+
+    @torch.inference_mode()
+    def replayed(inputs_nchw: Tensor) -> Tensor:
+        inputs.copy_(inputs_nchw)
+        graph.replay()
+        return logits.clone()  # the next replay overwrites them
+
+    return replayed
 
 
 def frozen_copy(adapter: "ModelAdapter") -> torch.nn.Module:
@@ -58,16 +95,21 @@ def frozen_copy(adapter: "ModelAdapter") -> torch.nn.Module:
 
 
 def _own_copy(adapter: "ModelAdapter", setting: ForwardSetting) -> torch.nn.Module:
-    """A copy in the setting's precision."""
-    dtype = getattr(torch, setting.precision)
-    return frozen_copy(adapter).to(dtype=dtype, memory_format=torch.channels_last)  # pyright: ignore
+    """A copy whose weights have the setting's precision."""
+    return frozen_copy(adapter).to(dtype=_dtype(setting), memory_format=torch.channels_last)  # pyright: ignore
+
+
+def _dtype(setting: ForwardSetting) -> torch.dtype:
+    """The precision of weights and inputs."""
+    return torch.float32 if setting.is_autocast else getattr(torch, setting.precision)
 
 
 def _in_precision(run: Callable[[Tensor], Tensor], setting: ForwardSetting) -> Forward:
-    dtype = getattr(torch, setting.precision)
+    dtype, half = _dtype(setting), getattr(torch, setting.precision)
 
     def forward(inputs_nchw: Tensor) -> Tensor:
-        with torch.no_grad():
+        kind = inputs_nchw.device.type  # a cache of half weights would lie in a CUDA graph's memory
+        with torch.no_grad(), torch.autocast(kind, half, enabled=setting.is_autocast, cache_enabled=False):
             return run(inputs_nchw.to(dtype=dtype, memory_format=torch.channels_last)).float()
 
     return forward
@@ -88,9 +130,8 @@ def _openvino(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
     sys.modules.setdefault("openvino_telemetry", None)  # pyright: ignore # its import sends usage data
     import openvino
 
-    example = torch.zeros(setting.batch_size, 3, *adapter.input_size)
     with adapter.borrowed(), torch.no_grad():
-        model = openvino.convert_model(torch.export.export(adapter.module, (example,)))
+        model = openvino.convert_model(torch.export.export(adapter.module, (_example(adapter, setting),)))
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "NUM_STREAMS": 1,
@@ -107,15 +148,23 @@ def _openvino(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
     return forward
 
 
+NUM_WARM_UPS = 3
+"""Passes before a CUDA graph is recorded."""
 COMPILED_SETTINGS = 64
 """Settings of one architecture in one process. Beyond its default, 8, torch runs uncompiled without a warning."""
 
 BACKENDS: Mapping[Backend, Callable[["ModelAdapter", ForwardSetting], Forward]] = {
     "eager": _eager,
     "openvino": _openvino,
+    "captured": _captured,
     "compiled": _compiled,
     "graphed": _graphed,
 }
+
+
+def _example(adapter: "ModelAdapter", setting: ForwardSetting) -> Tensor:
+    """A batch of the setting's shape, [B, 3, H, W] zeros."""
+    return torch.zeros(setting.batch_size, 3, *adapter.input_size, device=adapter.device)
 
 
 def make_forward(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
@@ -125,11 +174,10 @@ def make_forward(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
     in any library's words.
     """
     try:
-        example = torch.zeros(setting.batch_size, 3, *adapter.input_size, device=adapter.device)
         with busy():
             forward = BACKENDS[setting.backend](adapter, setting)
             with torch.inference_mode():
-                forward(example)  # compilers run, and fail, at the first call
+                forward(_example(adapter, setting))  # compilers run, and fail, at the first call
     except Exception as error:  # a compiler may raise anything for a user's model
         if isinstance(error, ModelError) or device_trouble(error) is DeviceTrouble.LOST:
             raise

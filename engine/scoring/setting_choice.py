@@ -44,8 +44,6 @@ TUNED_CPU_BATCH_SIZES = (8, 4, 16)
 """Tried with the compiler, the most likely first."""
 GPU_BATCH_SIZES = (64, 128, 256, 512)
 """Tried with eager PyTorch; the compilers get the fastest."""
-GPU_COMPILERS: tuple[Backend, ...] = ("compiled", "graphed")
-"""Tried at the end."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class ForwardRequest:
     """What a job requests of its forward passes."""
 
     precision: Precision | None = None
-    """None: float32, or a fast and valid precision on a GPU if passes are timed."""
+    """None: float32; on a GPU float16 where it is sound."""
     batch_size: int | None = None
     """None: by rule, or the fastest if passes are timed."""
     is_timed: bool = False
@@ -163,7 +161,7 @@ def _reference_scores(adapter: ModelAdapter, masked: Tensor) -> Tensor:
 
 
 def _is_faster(measured: MeasuredSetting, best: MeasuredSetting) -> bool:
-    return (measured.forwards_per_second or 0.0) > MIN_SPEEDUP * (best.forwards_per_second or 0.0)
+    return _speed(measured) > MIN_SPEEDUP * _speed(best)
 
 
 def _refuse_requested(adapter: ModelAdapter, request: ForwardRequest, found: list[MeasuredSetting]) -> None:
@@ -209,20 +207,40 @@ def _candidates(device: str, request: ForwardRequest, found: Sequence[MeasuredSe
 
     `found` holds the measurements of those before: a setting that cannot win is not tried.
     """
-    plain = eager_setting(device, request.batch_size, request.precision or "float32")
-    if device == "cuda":
-        yield from _gpu_candidates(request, found) if request.is_timed else (plain,)
-        return
+    if device == "cpu":
+        yield from _timed_on_cpu(request, found) if request.is_timed else _ruled_on_cpu(request)
+    elif request.is_timed:
+        yield from _timed_on_gpu(request, found)
+    else:
+        precisions: tuple[Precision, ...] = ("float16", "float32")
+        for precision in (request.precision,) if request.precision else precisions:
+            yield from _eager_settings(eager_setting(device, request.batch_size, precision))
+
+
+def _eager_settings(plain: ForwardSetting) -> Sequence[ForwardSetting]:
+    """Eager PyTorch, and for a half precision also by autocast: some models do not run with half weights."""
+    return (plain,) if plain.precision == "float32" else (plain, replace(plain, is_autocast=True))
+
+
+def _ruled_on_cpu(request: ForwardRequest) -> Iterator[ForwardSetting]:
+    plain = eager_setting("cpu", request.batch_size, request.precision or "float32")
     compiler = _cpu_compiler(plain.precision)
-    if not request.is_timed:
-        if compiler is not None:
-            yield ForwardSetting(compiler, plain.precision, request.batch_size or OPENVINO_BATCH_SIZE)
-        yield plain
-        return
-    yield plain
+    if compiler is not None:
+        yield ForwardSetting(compiler, plain.precision, request.batch_size or OPENVINO_BATCH_SIZE)
+    yield from _eager_settings(plain)
+
+
+def _timed_on_cpu(request: ForwardRequest, found: Sequence[MeasuredSetting]) -> Iterator[ForwardSetting]:
+    plain = eager_setting("cpu", request.batch_size, request.precision or "float32")
+    for setting in _eager_settings(plain):
+        yield setting
+        if found[-1].is_sound(request):
+            break
+    compiler = _cpu_compiler(plain.precision)
+    tuned = replace(plain, backend=compiler) if compiler else replace(found[-1].setting, backend="compiled")
     sizes = TUNED_CPU_BATCH_SIZES if compiler else TUNED_CPU_BATCH_SIZES[:1]  # torch.compile takes half a minute each
     for size in (request.batch_size,) if request.batch_size else sizes:
-        yield ForwardSetting(compiler or "compiled", plain.precision, size)
+        yield replace(tuned, batch_size=size)
         if not found[-1].is_sound(request):
             return  # the other sizes would not be either
 
@@ -233,34 +251,49 @@ def _cpu_compiler(precision: Precision) -> Backend | None:
     return "openvino" if is_native and find_spec("openvino") is not None else None
 
 
-def _gpu_candidates(request: ForwardRequest, found: Sequence[MeasuredSetting]) -> Iterator[ForwardSetting]:
-    """Eager at each batch size that fits, then the compilers at the fastest.
+def _timed_on_gpu(request: ForwardRequest, found: Sequence[MeasuredSetting]) -> Iterator[ForwardSetting]:
+    """Eager at each batch size that fits, then the faster backends at the fastest.
 
-    They take a minute each, so that they get a precision only if eager PyTorch is sound in it. bfloat16 is less exact
+    Compilers take a minute, so that they get a precision only if eager PyTorch is sound in it. bfloat16 is less exact
     than float16 and no faster, so that it comes second.
     """
     if request.precision is None:
         yield eager_setting("cuda", request.batch_size)
     precisions: tuple[Precision, ...] = ("float16", "bfloat16", "float32")
     for precision in (request.precision,) if request.precision else precisions:
-        yield from _eager_candidates(precision, request, found)
-        eager = [one for one in found if one.setting.precision == precision and one.is_sound(request)]
-        if eager:
-            fastest = max(eager, key=lambda one: one.forwards_per_second or 0.0).setting
-            yield from (replace(fastest, backend=backend) for backend in GPU_COMPILERS)
-            return
+        for plain in _eager_settings(eager_setting("cuda", request.batch_size, precision)):
+            yield from _sizes(plain, request, found)
+            sound = [one for one in found if replace(one.setting, batch_size=plain.batch_size) == plain]
+            sound = [one for one in sound if one.is_sound(request)]
+            if sound:
+                yield from _faster_backends(max(sound, key=_speed).setting, found)
+                return
 
 
-def _eager_candidates(
-    precision: Precision, request: ForwardRequest, found: Sequence[MeasuredSetting]
+def _sizes(
+    plain: ForwardSetting, request: ForwardRequest, found: Sequence[MeasuredSetting]
 ) -> Iterator[ForwardSetting]:
-    """Eager PyTorch on a GPU at growing batch sizes, until one does not fit or is not sound."""
+    """The setting at growing batch sizes, until one does not fit or is not sound."""
     for size in (request.batch_size,) if request.batch_size else GPU_BATCH_SIZES:
-        setting = eager_setting("cuda", size, precision)
+        setting = replace(plain, batch_size=size)
         if setting not in [one.setting for one in found]:
             yield setting
         if not next(one for one in found if one.setting == setting).is_sound(request):
             return
+
+
+def _faster_backends(eager: ForwardSetting, found: Sequence[MeasuredSetting]) -> Iterator[ForwardSetting]:
+    """The backends to try after eager PyTorch: one compilation alone, unless a CUDA graph of it fails."""
+    yield replace(eager, backend="captured")
+    if found[-1].refused is None:
+        yield replace(eager, backend="graphed")
+        if found[-1].refused is None:
+            return  # without a graph it would be no faster
+    yield replace(eager, backend="compiled")
+
+
+def _speed(measured: MeasuredSetting) -> float:
+    return measured.forwards_per_second or 0.0
 
 
 def drawn_pictures(adapter: ModelAdapter) -> Tensor:

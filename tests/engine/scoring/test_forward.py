@@ -3,11 +3,15 @@
 import math
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 from blocksight.engine.catalog.forward_setting import ForwardSetting
 from blocksight.engine.catalog.parameters import SiseParameters
@@ -15,7 +19,7 @@ from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers.sise import Sise
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.targets import ClassProbability
-from blocksight.engine.scoring import setting_choice
+from blocksight.engine.scoring import forward, setting_choice
 from blocksight.engine.scoring.forward import make_forward
 from blocksight.engine.scoring.setting_choice import ForwardRequest, MeasuredSetting, choose
 from tests.engine.comparing import assert_close
@@ -26,6 +30,19 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def adapter_of(net=Depthwise):
     return ModelAdapter(seeded(net), input_size=(32, 32))
+
+
+class OfFloat32(nn.Module):
+    """Normalises with float32 constants, so that it does not run with half weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head, self.sizes = nn.Conv2d(3, 8, 3), nn.Linear(8, 5), []
+
+    def forward(self, x):
+        self.sizes.append(len(x))
+        x = x - torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1)
+        return self.head(self.stem(x).relu().mean((2, 3)))
 
 
 def logits(adapter, setting, inputs):
@@ -69,9 +86,83 @@ def test_the_users_hooks_are_not_in_the_copy():
     assert called
 
 
-def test_a_backend_that_cannot_says_so():
+@pytest.mark.parametrize("backend", ["captured", "graphed"])
+def test_a_backend_that_cannot_says_so_before_it_compiles(monkeypatch, backend):
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
     with pytest.raises(ModelError, match="need a CUDA device"):
-        logits(adapter_of(), ForwardSetting("graphed"), smooth(4, 32, 32))
+        logits(adapter_of(), ForwardSetting(backend), smooth(4, 32, 32))
+
+
+class Recorded:
+    """A stand-in for torch.cuda that records what runs inside `graph`, and runs it again on `replay`."""
+
+    def __init__(self, run):
+        self.run, self.passes, self.is_recording = run, 0, False
+
+    def __call__(self, inputs):
+        self.passes += 1
+        self.logits = self.run(inputs)
+        if self.is_recording:
+            self.inputs, self.kept = inputs, self.logits
+        return self.logits
+
+    def replay(self):
+        self.kept.copy_(self.run(self.inputs))
+
+    @contextmanager
+    def graph(self, _graph):
+        self.is_recording = True
+        yield
+        self.is_recording = False
+
+
+def test_a_recorded_pass_reads_its_own_buffer_and_returns_logits_that_stay(monkeypatch):
+    pass_ = Recorded(lambda inputs: inputs.sum((1, 2, 3))[:, None])
+    for name, value in {
+        "Stream": Mock(),
+        "current_stream": Mock(),
+        "stream": lambda _: nullcontext(),
+        "graph": pass_.graph,
+        "CUDAGraph": lambda: pass_,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    run = forward._recorded(pass_, torch.zeros(2, 3, 4, 4))
+    assert pass_.passes == forward.NUM_WARM_UPS + 1
+    first, second = run(torch.ones(2, 3, 4, 4)), run(torch.full((2, 3, 4, 4), 2.0))
+    assert (first.flatten().tolist(), second.flatten().tolist()) == ([48, 48], [96, 96])
+    assert pass_.passes == forward.NUM_WARM_UPS + 1
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_autocast_runs_a_model_that_half_weights_do_not(precision):
+    adapter, inputs = adapter_of(OfFloat32), smooth(3, 32, 32)
+    with pytest.raises(ModelError, match="eager cannot run model"):
+        logits(adapter, ForwardSetting("eager", precision, 3), inputs)
+    wanted = logits(adapter, ForwardSetting(batch_size=3), inputs)
+    found = logits(adapter, ForwardSetting("eager", precision, 3, is_autocast=True), inputs)
+    assert found.dtype == torch.float32
+    assert 0 < (found - wanted).abs().max() <= 0.03 * wanted.abs().max()
+
+
+def test_a_precision_that_is_asked_for_is_run_by_autocast_where_half_weights_do_not_run():
+    _, found = choose(adapter_of(OfFloat32), ForwardRequest("float16"))
+    assert found[0].setting == ForwardSetting("eager", "float16", 4, is_autocast=True)
+    assert found[1].refused.startswith("eager cannot run model: ")
+
+
+def test_settings_say_how_they_run():
+    assert str(ForwardSetting("captured", "float16", 64)) == "captured float16, 64 per pass"
+    assert ForwardSetting("eager", "float16", 64, is_autocast=True).protocol == "eager float16 autocast"
+
+
+def test_a_compiled_pass_on_a_cpu_has_its_weights_as_constants_and_is_compiled_once():
+    adapter, inputs = adapter_of(), smooth(3, 32, 32)
+    with adapter.borrowed(), torch.inference_mode():
+        run, code = run_and_get_code(make_forward, adapter, ForwardSetting("compiled", batch_size=3))
+        assert "_frozen_param" in "".join(code)
+        assert not inductor.freezing
+        with torch.compiler.set_stance("fail_on_recompile"):
+            run(inputs)
 
 
 class Undecided(nn.Module):
@@ -213,16 +304,21 @@ def test_by_rule_the_first_sound_setting_is_taken_and_no_clock_is_read(monkeypat
     assert all(one.forwards_per_second is None for one in found)
 
 
+def in_half(precision, size):
+    """Eager with half weights, and by autocast."""
+    return [ForwardSetting("eager", precision, size, is_autocast) for is_autocast in (False, True)]
+
+
 @pytest.mark.parametrize(
     ("forward_request", "settings"),
     [
         (ForwardRequest(), [ForwardSetting("openvino", batch_size=8), EAGER]),
         (ForwardRequest(batch_size=3), [ForwardSetting("openvino", batch_size=3), ForwardSetting(batch_size=3)]),
-        (ForwardRequest("bfloat16"), [ForwardSetting("openvino", "bfloat16", 8), ForwardSetting("eager", "bfloat16")]),
         (
-            ForwardRequest("float16"),
-            [ForwardSetting("eager", "float16")],
-        ),  # OpenVINO would silently compute in float32
+            ForwardRequest("bfloat16"),
+            [ForwardSetting("openvino", "bfloat16", 8), *in_half("bfloat16", 4)],
+        ),
+        (ForwardRequest("float16"), in_half("float16", 4)),  # OpenVINO would silently compute in float32
         (TIMED, [EAGER, *(ForwardSetting("openvino", batch_size=size) for size in (8, 4, 16))]),
     ],
 )
@@ -251,36 +347,42 @@ def tried(device, forward_request, refused=(), error=0.0):
     return settings
 
 
-def ladder(precision, sizes, *backends):
-    """Eager at these sizes, then the compilers at the last one that runs."""
-    eager = [ForwardSetting("eager", precision, size) for size in sizes]
-    return [*eager, *(ForwardSetting(backend, precision, sizes[-1]) for backend in backends)]
+def ladder(precision, sizes, backends=("captured", "graphed"), *, is_autocast=False):
+    """Eager at these sizes, then other backends at the last one that runs."""
+    steps = [("eager", size) for size in sizes] + [(backend, sizes[-1]) for backend in backends]
+    return [ForwardSetting(backend, precision, size, is_autocast) for backend, size in steps]
 
 
-COMPILERS = ("compiled", "graphed")
 SIZES = (64, 128, 256, 512)
 EXACT = ForwardSetting(batch_size=256)
+IN_HALF_WEIGHTS, BY_AUTOCAST = "float16, ", "float16 autocast"
 
 
 @pytest.mark.parametrize(
     ("forward_request", "refused", "settings"),
     [
-        (ForwardRequest(), (), [EXACT]),
-        (ForwardRequest("float16"), (), [ForwardSetting("eager", "float16", 256)]),
-        (ForwardRequest("float32", is_timed=True), (), ladder("float32", SIZES, *COMPILERS)),  # preset paper
-        (ForwardRequest("float16", 32, is_timed=True), (), ladder("float16", (32,), *COMPILERS)),
-        (TIMED, (), [EXACT, *ladder("float16", SIZES, *COMPILERS)]),
+        (ForwardRequest(), (), [*in_half("float16", 256), EXACT]),
+        (ForwardRequest("float32"), (), [EXACT]),
+        (ForwardRequest("bfloat16"), (), in_half("bfloat16", 256)),
+        (ForwardRequest("float32", is_timed=True), (), ladder("float32", SIZES)),  # preset paper
+        (ForwardRequest("float16", 32, is_timed=True), (), ladder("float16", (32,))),
+        (TIMED, (), [EXACT, *ladder("float16", SIZES)]),
         (
             TIMED,
-            [" float16"],  # its compilers are not asked
-            [EXACT, *ladder("float16", (64,)), *ladder("bfloat16", SIZES, *COMPILERS)],
+            [IN_HALF_WEIGHTS],
+            [EXACT, *ladder("float16", (64,), ()), *ladder("float16", SIZES, is_autocast=True)],
         ),
         (
             TIMED,
-            ["float16"],
-            [EXACT, *ladder("float16", (64,)), *ladder("bfloat16", (64,)), *ladder("float32", (64, 128, 512))]
-            + [ForwardSetting(backend, batch_size=512) for backend in COMPILERS],
+            [" " + IN_HALF_WEIGHTS, " " + BY_AUTOCAST],
+            [
+                EXACT,
+                *(step for half in (False, True) for step in ladder("float16", (64,), (), is_autocast=half)),
+                *ladder("bfloat16", SIZES),
+            ],
         ),
+        (TIMED, ["captured"], [EXACT, *ladder("float16", SIZES, ("captured", "compiled"))]),
+        (TIMED, ["graphed"], [EXACT, *ladder("float16", SIZES, ("captured", "graphed", "compiled"))]),
     ],
 )
 def test_the_rule_on_a_gpu(forward_request, refused, settings):
@@ -289,13 +391,14 @@ def test_the_rule_on_a_gpu(forward_request, refused, settings):
 
 def test_on_a_gpu_sizes_end_where_one_does_not_fit():
     found = tried("cuda", TIMED, refused=["eager float16, 256"])
-    sizes = [ForwardSetting("eager", "float16", size) for size in (64, 128, 256)]
-    assert found == [EXACT, *sizes, *(ForwardSetting(backend, "float16", 128) for backend in COMPILERS)]
+    assert found[:4] == [EXACT, *(ForwardSetting("eager", "float16", size) for size in (64, 128, 256))]
+    assert {one.batch_size for one in found[4:]} == {128}
 
 
 def test_on_a_gpu_no_compiler_is_asked_for_a_precision_that_is_not_sound():
     found = tried("cuda", TIMED, error=0.1)
     assert {one.precision for one in found if one.backend != "eager"} == {"float32"}
+    assert [one.batch_size for one in found if one.precision == "float32"] == [256, 64, 128, 512, 512, 512]
 
 
 def test_what_does_not_fit_is_passed_over(monkeypatch):
@@ -310,19 +413,6 @@ def test_what_does_not_fit_is_passed_over(monkeypatch):
     _, found = choose(adapter_of(), ForwardRequest())
     assert found[0].setting.backend == "eager"
     assert {one.refused for one in found[1:]} == {"no room"}
-
-
-class OfFloat32(nn.Module):
-    """Normalises with float32 constants, so that it does not run with half weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.head, self.sizes = nn.Conv2d(3, 8, 3), nn.Linear(8, 5), []
-
-    def forward(self, x):
-        self.sizes.append(len(x))
-        x = x - torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1)
-        return self.head(self.stem(x).relu().mean((2, 3)))
 
 
 def test_a_setting_in_which_the_model_does_not_run_is_refused_and_ends_nothing(monkeypatch):
