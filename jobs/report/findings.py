@@ -145,7 +145,10 @@ def findings_of(audit: Audit, places: Mapping[Ref, int], examples: Mapping[Place
 
 def _scale(shortcuts: Sequence[Shortcut]) -> Scale:
     """The scale of all effects of an audit; they are of one model."""
-    return next((one.blanked.scale for one in shortcuts if one.blanked is not None), "log-odds")
+    for one in shortcuts:
+        if one.blanked is not None:
+            return one.blanked.scale
+    return "log-odds"
 
 
 def _change(one: Example) -> Change:

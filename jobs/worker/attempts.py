@@ -119,7 +119,7 @@ def returned(unit: Unit, error: Exception) -> UnitReturned:
     return UnitReturned(unit.unit_id, worker_name(), reason[:MAX_ERROR_LENGTH], is_unfit=not _is_lost(error))
 
 
-def done_here(outcome: Result) -> Result:
+def done_here(outcome: Result | UnitReturned) -> Result:
     """The outcome of a unit in this process, which is the only worker: raises UnfitWorkerError if it is returned."""
     if isinstance(outcome, UnitReturned):
         raise UnfitWorkerError(outcome.reason)

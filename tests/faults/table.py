@@ -213,17 +213,17 @@ MUTATIONS = (
     ),
     Mutation(
         "a map's low and high end are swapped in its row",
-        "jobs/worker/unit.py",
-        '        "map_low": encoded.low,\n        "map_high": encoded.high,\n',
-        '        "map_low": encoded.high,\n        "map_high": encoded.low,\n',
-        ("jobs/worker/test_commit.py::test_a_stored_map_has_its_own_ends_and_sides",),
+        "jobs/explain/step.py",
+        '        "map_low": float(low),\n        "map_high": float(high),\n',
+        '        "map_low": float(high),\n        "map_high": float(low),\n',
+        ("jobs/run/test_job.py::test_loose_images_good_and_bad",),
     ),
     Mutation(
         "a map's low and high end are swapped in its codec",
         "storage/outputs/map_codec.py",
         "float(saliency_hw.min()), float(saliency_hw.max()))",
         "float(saliency_hw.max()), float(saliency_hw.min()))",
-        ("jobs/worker/test_commit.py::test_a_stored_map_has_its_own_ends_and_sides",),
+        ("storage/outputs/test_map_codec.py::test_a_decoded_map_is_within_the_stated_error",),
     ),
     Mutation(
         "a unit that fails each time stays open",
