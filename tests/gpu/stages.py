@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from shutil import which
 from statistics import median
@@ -200,10 +200,14 @@ def ladder(run: Figures) -> None:
 
 
 def _settings(run: Figures) -> Iterator[ForwardSetting]:
-    backends = [backend for backend in get_args(Backend) if backend != "openvino"]
-    for backend in backends[:1] if run.is_smoke else backends:
-        for precision in get_args(Precision):
-            yield ForwardSetting(backend, precision, Sizes.of(run).batch)
+    """Eager PyTorch in every precision first; the other backends in those that a job would take."""
+    plain = ForwardSetting("eager", "float32", Sizes.of(run).batch)
+    halves = [replace(plain, precision=precision) for precision in get_args(Precision) if precision != "float32"]
+    eager = [plain, *halves, *(replace(half, is_autocast=True) for half in halves)]
+    yield from eager
+    for backend in () if run.is_smoke else get_args(Backend):
+        if backend not in ("eager", "openvino"):
+            yield from (replace(one, backend=backend) for one in eager if one.precision != "bfloat16")
 
 
 def _rung(run: Figures, adapter: ModelAdapter, setting: ForwardSetting, masked: Tensor, wanted: Tensor) -> None:
