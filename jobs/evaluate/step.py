@@ -304,7 +304,7 @@ def evaluated(step: Callable[[], EvaluateStep], unit: Unit) -> Evaluated | UnitF
 
 def run_units(
     units: Iterable[Unit], context: EvaluationContext, state: bytes | None, stop: Stop
-) -> Generator[Evaluated | UnitFailure, None, None]:
+) -> Generator[Evaluated | UnitFailure | UnitReturned, None, None]:
     """Evaluates the units in this process, one by one, until `stop` is requested.
 
     Raises ModelError, and UnfitWorkerError as soon as this process can measure no unit.

@@ -122,7 +122,7 @@ def returned(unit: Unit, error: Exception) -> UnitReturned:
 def done_here(outcome: Result | UnitReturned) -> Result:
     """The outcome of a unit in this process, which is the only worker: raises UnfitWorkerError if it is returned."""
     if isinstance(outcome, UnitReturned):
-        raise UnfitWorkerError(outcome.reason)
+        raise UnfitWorkerError(f"{outcome.worker} can do no unit: {outcome.reason}")
     return outcome
 
 
