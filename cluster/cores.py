@@ -29,6 +29,15 @@ def usable_gpus() -> int:
     return found if visible is None else min(found, len([one for one in visible.split(",") if one.strip()]))
 
 
+def compiler_threads(*, on_gpu: bool) -> int:
+    """Threads that a compiler may use in one actor: its share of this machine's cores, at least 1.
+
+    An actor sees its own GPU alone, so that those of the machine are counted.
+    """
+    gpus = len(list(NVIDIA_GPUS.iterdir())) if NVIDIA_GPUS.is_dir() else 0
+    return max(1, usable_cores() // max(1, gpus)) if on_gpu else 1
+
+
 def _quota_cores() -> float | None:
     """The cores that the container's quota is worth; None without a quota."""
     for files in QUOTAS:

@@ -33,6 +33,7 @@ from blocksight.jobs.plan.stored_config import NamedModel, config_of
 from blocksight.jobs.plan.text import clock, counted, printable
 from blocksight.jobs.run.job import (
     check_as_stored,
+    check_gpu,
     check_model,
     check_stored_settings,
     context_of,
@@ -116,6 +117,7 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
     console.print(_cost(evaluation, config, units, execution))
     stop = Stop(output, f"evaluate-{uuid.uuid4().hex[:8]}")
     with session_of(execution) as sizing, stopped_by_signals(stop, cuts_off=sizing is None):
+        check_gpu(sizing)
         context = EvaluationContext(
             context_of(config, plan, facts, sizing, execution, preflight.readout), evaluation, folder, truth
         )

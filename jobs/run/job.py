@@ -175,6 +175,7 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
     _print_preflight(preflight, console)
     with session_of(execution) as sizing:
         console.print(f"workers: {workers_text(execution, sizing)}")
+        check_gpu(sizing)
         planned = _planned_forward(output, adapter, config, execution, on_gpu=device_of(execution, sizing) == "cuda")
         del adapter  # the workers load their own
         plan = ensure_plan(output, plan)
@@ -341,6 +342,14 @@ def workers_text(execution: Execution, sizing: Sizing | None) -> str:
     where = "a GPU each" if on_gpu else "a CPU core each"
     missing = "" if on_gpu or execution.device == "cpu" else "; the Ray session has no GPU"
     return f"{counted(sizing.num_actors, 'explain actor')}, {where}{missing}"
+
+
+def check_gpu(sizing: Sizing | None) -> None:
+    """Tries a GPU of the Ray session, if the job needs one. Raises ClusterError."""
+    if sizing is not None and sizing.gpus_per_actor > 0:
+        from blocksight.jobs.run import pipeline
+
+        pipeline.check_gpu(sizing)
 
 
 def context_of(

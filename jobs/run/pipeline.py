@@ -23,8 +23,9 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
+from blocksight.cluster.cores import compiler_threads
 from blocksight.cluster.errors import ClusterError
 from blocksight.cluster.sizing import Sizing
 from blocksight.cluster.switches import refuse_unsafe_switches
@@ -71,6 +72,9 @@ UNFIT_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 10.0, 60.0
 UNITS_IN_FLIGHT = 2
 """Of an actor: the one that it explains, and one whose pixels are fetched meanwhile."""
 
+CHECK_SECONDS = 300.0
+"""How long the check of a GPU may wait for one."""
+
 POLL_SECONDS = 0.5
 READER = "blocksight-rows"
 """The name of the thread that reads the rows of Ray Data."""
@@ -102,6 +106,32 @@ def run_units(
     yield from _wave_outcomes(
         units, lambda some: _explain_dataset(some, context, weights, sizing), stop, timeout_seconds, sizing.num_actors
     )
+
+
+def check_gpu(sizing: Sizing) -> None:
+    """Tries the GPU that Ray gives to an actor, before any unit. Raises ClusterError if torch cannot use it."""
+    task: Any = ray.remote(num_cpus=sizing.cpus_per_actor, num_gpus=sizing.gpus_per_actor, max_retries=0)(_gpu_trouble)
+    try:
+        trouble = ray.get(task.remote(), timeout=CHECK_SECONDS)
+    except GetTimeoutError:  # other jobs have the GPUs: the actors wait for them too
+        return
+    except RayError as error:
+        raise _cluster_error(error) from error
+    if trouble is not None:
+        raise ClusterError(f"Ray counts GPUs, and torch cannot use the one of {trouble}; or choose --device cpu")
+
+
+def _gpu_trouble() -> str | None:
+    """Node and reason if torch cannot compute on its GPU."""
+    import torch
+
+    try:
+        torch.ones(1, device="cuda").add(1).item()
+    except Exception as error:
+        if device_trouble(error) is None:
+            raise
+        return f"{os.uname().nodename}: {told_by_device(error)}"
+    return None
 
 
 def learn_on_worker(
@@ -379,6 +409,11 @@ class _Held(Generic[Step]):
         self._pause_seconds = min(2 * self._pause_seconds, MAX_PAUSE_SECONDS)
 
 
+def _limit_compiler(device: str) -> None:
+    """Keeps torch's compiler to the actor's share of the cores; before torch is imported."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(compiler_threads(on_gpu=device != "cpu")))
+
+
 def _actor_name() -> str:
     """Host and actor, which may have several processes one after the other."""
     return f"{os.uname().nodename}:{ray.get_runtime_context().get_actor_id()}"
@@ -394,6 +429,7 @@ class _Evaluate:
     """The evaluate actor: holds one model."""
 
     def __init__(self, context: EvaluationContext, weights: Any) -> None:
+        _limit_compiler(context.job.device)
         from blocksight.jobs.evaluate.step import EvaluateStep
 
         refuse_unsafe_switches()
@@ -410,6 +446,7 @@ class _Explain:
     """The explain actor: holds one model."""
 
     def __init__(self, context: JobContext, weights: Any) -> None:
+        _limit_compiler(context.device)
         from blocksight.jobs.explain.step import ExplainStep
 
         refuse_unsafe_switches()

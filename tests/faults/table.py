@@ -161,6 +161,13 @@ MUTATIONS = (
         ("jobs/run/test_unfit_workers.py::test_a_unit_that_is_given_back_joins_a_later_wave",),
     ),
     Mutation(
+        "no GPU is tried before the first unit",
+        "jobs/run/job.py",
+        "        pipeline.check_gpu(sizing)",
+        "        del pipeline",
+        ("jobs/run/test_unfit_workers.py::test_a_gpu_that_ray_counts_and_torch_cannot_use_is_told_before_any_unit",),
+    ),
+    Mutation(
         "a second dead letter replaces the first",
         "jobs/ledger/dead_letters.py",
         "output.create(letter_key(",

@@ -1,15 +1,27 @@
 """Workers that cannot use their device: they give their units back, the others go on, and a sentence ends the job."""
 
+import os
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
+from ray.exceptions import GetTimeoutError
+from rich.console import Console
 
+from blocksight.cluster import cores
+from blocksight.cluster.errors import ClusterError
+from blocksight.cluster.sizing import Sizing
 from blocksight.engine.errors import ModelError
 from blocksight.jobs.ledger.stop_request import Stop
+from blocksight.jobs.plan.config import Execution
 from blocksight.jobs.plan.records import UnitFailure, UnitReturned, UnitSkipped
-from blocksight.jobs.run import pipeline
+from blocksight.jobs.run import job, pipeline
 from blocksight.jobs.worker.error_classes import UnfitWorkerError
 from tests.faults.devices import LOST, MEMORY, UNFIT, one_of_each
+from tests.jobs.jobs_of import config_of
+from tests.jobs.tiny import folder_of_images
 from tests.jobs.worker.test_commit import UNIT
 from tests.storage.memory import MemoryStore
 
@@ -89,7 +101,7 @@ def slept(monkeypatch):
 
 
 def raising(error):
-    def fail():
+    def fail(*_, **__):
         raise error
 
     return fail
@@ -130,3 +142,58 @@ def test_an_actor_whose_device_does_not_work_starts_and_gives_its_units_back(tro
 def test_an_actor_with_a_bad_model_does_not_start():
     with pytest.raises(ModelError):
         pipeline._Held(raising(ModelError("no such weights")))
+
+
+# ---------------------------------------------------------------- before any unit
+
+
+class Played:
+    """Ray, whose tasks are called here; `late` never answers."""
+
+    def __init__(self, *, late=False):
+        self.late = late
+
+    def remote(self, **_):
+        return lambda task: SimpleNamespace(remote=task)
+
+    def get(self, made, timeout):
+        if self.late:
+            raise GetTimeoutError
+        return made
+
+
+SIZING = Sizing(2, 1.0, 1.0, 0.5, threads_per_actor=1)
+
+
+def test_a_gpu_that_ray_counts_and_torch_cannot_use_is_told_before_any_unit(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "ray", Played())
+    monkeypatch.setattr(job, "session_of", lambda _: nullcontext(SIZING))
+    monkeypatch.setattr(torch, "ones", raising(ERRORS[UNFIT]))
+    data = folder_of_images(tmp_path / "in", 1, bad=False)
+    with pytest.raises(ClusterError, match=f"cannot use the one of {os.uname().nodename}: the device cannot run this"):
+        job.run_job(config_of(data, tmp_path / "out"), Execution(runner="ray"), Console(quiet=True))
+    assert not (tmp_path / "out" / "_job" / "plan").exists()
+
+
+def test_a_gpu_that_works_or_is_not_free_yet_stops_nothing(monkeypatch):
+    monkeypatch.setattr(pipeline, "_gpu_trouble", lambda: None)
+    for ray in (Played(), Played(late=True)):
+        monkeypatch.setattr(pipeline, "ray", ray)
+        pipeline.check_gpu(SIZING)
+    monkeypatch.setattr(pipeline, "check_gpu", raising(AssertionError("there is no GPU")))
+    job.check_gpu(None)
+    job.check_gpu(replace(SIZING, gpus_per_actor=0.0))
+
+
+@pytest.mark.parametrize(("gpus", "threads"), [(0, 8), (1, 8), (4, 2), (16, 1)])
+def test_a_compiler_has_its_actors_share_of_the_cores(tmp_path, monkeypatch, gpus, threads):
+    monkeypatch.setattr(cores, "NVIDIA_GPUS", tmp_path)
+    monkeypatch.setattr(cores, "usable_cores", lambda: 8)
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    for number in range(gpus):
+        (tmp_path / str(number)).mkdir()
+    assert cores.compiler_threads(on_gpu=False) == 1
+    pipeline._limit_compiler("cuda")
+    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == str(threads)
+    pipeline._limit_compiler("cpu")  # what the user has set stays
+    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == str(threads)
