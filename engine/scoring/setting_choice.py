@@ -17,7 +17,7 @@ from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.device_errors import DeviceTrouble, device_trouble
 from blocksight.engine.model.failures import first_line_of
 from blocksight.engine.model.resample import grid_of, upsampling
-from blocksight.engine.scoring.forward import Forward, make_forward
+from blocksight.engine.scoring.forward import Forward, empty_caches, make_forward
 
 NUM_PICTURES = 8
 """Random pictures that the error is measured on: from a fixed seed, so that it depends on no data."""
@@ -109,6 +109,8 @@ def choose(adapter: ModelAdapter, request: ForwardRequest) -> tuple[Forward, lis
                 best, forward = measured, tried
             if best is not None and not request.is_timed:
                 break
+        tried = None  # the losers' memory is wanted for the work
+        empty_caches(adapter)
     if best is None or forward is None:  # nothing fits, or nothing is finite: eager, with the smallest batches
         _refuse_requested(adapter, request, found)
         plain = eager_setting("cpu", request.batch_size)

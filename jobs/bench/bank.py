@@ -15,6 +15,7 @@ from blocksight.engine.explainers.explainer import chunks, pad
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.features import without_head
 from blocksight.engine.model.neighbours import NeighbourClassifier
+from blocksight.engine.scoring.forward import release_memory
 from blocksight.jobs.bench.benchmark import device_of
 from blocksight.jobs.bench.curve import Picture, pictures
 from blocksight.jobs.explain.preflight import check_output, in_a_sentence, print_findings
@@ -24,6 +25,7 @@ from blocksight.jobs.plan.context import sha256_of, weights_bytes
 from blocksight.jobs.plan.model_input import with_model_file
 from blocksight.jobs.plan.plan import check_place, make_plan
 from blocksight.jobs.plan.units import Workforce
+from blocksight.jobs.worker.memory import with_less_at_once
 from blocksight.jobs.worker.progress import Tally, progress
 from blocksight.storage.inputs.survey import Layout
 from blocksight.storage.stores.opening import open_file
@@ -67,8 +69,9 @@ def make_bank(config: JobConfig, console: Console) -> Bank:
     features: list[Tensor] = []
     num_seen = 0
     with progress(console, Tally(plan.num_records, None, verb="gather")) as update:
+        of = _Features(adapter)
         for some in chunks(pictures(plan, config, adapter.input_size), images_at_once(adapter)):
-            for picture, feature in zip(some, _features(some, adapter), strict=True):
+            for picture, feature in zip(some, of(some), strict=True):
                 if picture.facts.label is not None and feature.isfinite().all():
                     labels.append(_as_text(picture.facts.label))
                     features.append(feature)
@@ -82,13 +85,30 @@ def make_bank(config: JobConfig, console: Console) -> Bank:
     return Bank(f"knn({config.model})", len(labels), num_seen - len(labels), tuple(class_names), features[0].shape[0])
 
 
-def _features(some: Sequence[Picture], adapter: ModelAdapter) -> Iterator[Tensor]:
-    """The pictures' features [D] on the CPU, from one forward pass of a fixed shape."""
-    pixels = torch.from_numpy(np.stack([one.pixels for one in some])).permute(0, 3, 1, 2)
-    inputs = pad(adapter.normalise(pixels), images_at_once(adapter))
-    with adapter.borrowed(), torch.inference_mode():
-        found = adapter.logits(inputs)[: len(some)].float().cpu()
-    return iter(found.clone())
+class _Features:
+    """Computes features by forward passes of one shape, with fewer images at once if memory is short."""
+
+    def __init__(self, adapter: ModelAdapter) -> None:
+        self.adapter = adapter
+        self.size = images_at_once(adapter)
+
+    def __call__(self, some: Sequence[Picture]) -> Iterator[Tensor]:
+        """The pictures' features [D] on the CPU."""
+        found = with_less_at_once(
+            lambda: [self._pass(part) for part in chunks(some, self.size)], lambda: self.size > 1, self._halve
+        )
+        return iter(torch.cat(found))
+
+    def _halve(self) -> None:
+        self.size //= 2
+        release_memory(self.adapter)
+
+    def _pass(self, some: Sequence[Picture]) -> Tensor:
+        pixels = torch.from_numpy(np.stack([one.pixels for one in some])).permute(0, 3, 1, 2)
+        inputs = pad(self.adapter.normalise(pixels), self.size)
+        with self.adapter.borrowed(), torch.inference_mode():
+            found = self.adapter.logits(inputs)[: len(some)].float().cpu()
+        return found.clone()
 
 
 def class_names_of(labels: Sequence[str], data: str) -> list[str]:

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import weakref
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import Mock
@@ -302,6 +303,27 @@ def test_by_rule_the_first_sound_setting_is_taken_and_no_clock_is_read(monkeypat
     _, found = choose(adapter_of(), ForwardRequest())
     assert found[0].setting == taken
     assert all(one.forwards_per_second is None for one in found)
+
+
+def test_what_the_losing_passes_hold_is_free_before_the_work_begins(monkeypatch):
+    made, alive = [], []
+
+    def make(adapter, setting):
+        def forward(inputs_nchw):
+            return adapter.logits(inputs_nchw)
+
+        made.append((setting, weakref.ref(forward)))
+        return forward
+
+    monkeypatch.setattr(setting_choice, "make_forward", make)
+    monkeypatch.setattr(setting_choice, "find_spec", lambda _: "openvino")
+    monkeypatch.setattr(
+        setting_choice, "empty_caches", lambda _: alive.extend(one for one, forward in made if forward() is not None)
+    )
+    forward, found = choose(adapter_of(), TIMED)
+    assert len(made) > 2
+    assert alive == [found[0].setting]
+    assert forward is not None
 
 
 def in_half(precision, size):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from blocksight.engine.errors import ModelError
@@ -12,6 +13,7 @@ from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.device_errors import device_trouble, told_by_device
 from blocksight.engine.model.examination import examine
 from blocksight.engine.scoring import forward, setting_choice
+from blocksight.jobs.bench import bank
 from blocksight.jobs.evaluate.step import EvaluateStep
 from blocksight.jobs.explain import step
 from blocksight.jobs.explain.preflight import in_a_sentence
@@ -319,3 +321,26 @@ def test_metrics_are_measured_with_fewer_masks_at_once_if_memory_is_short(explai
     monkeypatch.setattr(EvaluateStep, "_maps", maps)
     assert evaluate(explained).returncode == 0
     assert sizes[:3] == [4, 2, 1]
+
+
+# ---------------------------------------------------------------- bank
+
+
+def test_a_bank_is_made_with_fewer_images_at_once_if_memory_is_short(data, tmp_path, monkeypatch):
+    real, sizes = bank._Features._pass, []
+
+    def make(self, some):
+        sizes.append(self.size)
+        if self.size > 1:
+            raise ERRORS[MEMORY]
+        return real(self, some)
+
+    for name in ("plain", "short"):
+        done = blocksight("bank", "--data", data, "--model", MODEL, "--output", tmp_path / f"{name}.safetensors")
+        assert done.returncode == 0, done.stderr
+        monkeypatch.setattr(bank._Features, "_pass", make)
+    assert sizes == [4, 2, 1, 1, 1]
+    plain, short = (safetensors.torch.load_file(tmp_path / f"{name}.safetensors") for name in ("plain", "short"))
+    assert plain.keys() == short.keys()
+    for name, tensor in plain.items():
+        torch.testing.assert_close(short[name], tensor)
