@@ -16,6 +16,7 @@ from blocksight.jobs.plan.plan import Plan
 from blocksight.storage.stores.store import ObjectStore
 
 COMPLETE, USAGE, OVER_BUDGET, INCOMPLETE, UNRECONCILED, WEAK_STORE, FINDING = 0, 2, 3, 4, 5, 6, 7
+INTERRUPTED = 130  # 128 and the number of SIGINT, as shells and typer have it
 
 app = typer.Typer(
     name="blocksight",

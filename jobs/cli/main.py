@@ -9,7 +9,7 @@ from blocksight.cluster.switches import refuse_unsafe_switches
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.device_errors import device_trouble, told_by_device
 from blocksight.jobs.cli import analysis_commands, job_commands, machine_commands, reading_commands
-from blocksight.jobs.cli.app import INCOMPLETE, UNRECONCILED, USAGE, WEAK_STORE, app
+from blocksight.jobs.cli.app import INCOMPLETE, INTERRUPTED, UNRECONCILED, USAGE, WEAK_STORE, app
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.records import UnfinishedError, UnreconciledError
 from blocksight.jobs.plan.text import printable
@@ -26,6 +26,10 @@ def main() -> None:
     try:
         refuse_unsafe_switches()
         app()
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            stderr.print("interrupted: what is written is whole; the same command goes on from there")
+        raise
     except WeakStoreError as error:
         stderr.print(f"error: {printable(error)}")
         sys.exit(WEAK_STORE)

@@ -119,6 +119,16 @@ def test_what_is_wrong_is_one_sentence_and_exit_2(finished, tmp_path, arguments,
     assert not (tmp_path / "new").exists()
 
 
+def test_an_interrupted_command_says_that_it_can_be_repeated(finished, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("blocksight.jobs.worker.rows.existing_output", interrupted)
+    ran = blocksight("status", finished)
+    assert ran.returncode == 130
+    assert "interrupted: what is written is whole; the same command goes on from there" in ran.stderr
+
+
 def test_a_configuration_file_with_a_wrong_key(tmp_path):
     (tmp_path / "job.toml").write_text('data = "x"\noutptu = "y"\n')
     done = blocksight("plan", "--config", tmp_path / "job.toml")
