@@ -80,7 +80,7 @@ class Imputed(RankedMasks):
         kept = self.masks(start, start + len(out_nchw), picture) > 0
         filled = torch.stack([imputed(picture, one) for one in kept])
         noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(self.seed)).to(picture)
-        torch.where(kept[:, None], picture, filled + NOISE * noise, out=out_nchw)
+        out_nchw.copy_(torch.where(kept[:, None], picture, filled + NOISE * noise))
 
 
 class Road(Agreement):

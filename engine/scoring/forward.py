@@ -4,6 +4,7 @@ import copy
 import gc
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +24,39 @@ Forward = Callable[[Tensor], Tensor]
 """Logits [B, K] (float32, on the inputs' device) of normalised inputs [B, 3, H, W], for one B and no gradient."""
 
 
+@dataclass(frozen=True)
+class BufferedForward:
+    """A forward pass that reads its inputs from one buffer, in the precision and layout of its first layer.
+
+    Masked inputs that are written there need no copy, no conversion and no new memory.
+    """
+
+    buffer_nchw: Tensor
+    """[B, 3, H, W]."""
+    run: Forward
+    """The logits of the buffer."""
+
+    @torch.inference_mode()
+    def __call__(self, inputs_nchw: Tensor) -> Tensor:
+        """The logits; inputs that are not the buffer are copied into it. Raises ValueError for another shape."""
+        if inputs_nchw.shape != self.buffer_nchw.shape:
+            raise ValueError(f"a batch is {tuple(self.buffer_nchw.shape)}, and this one {tuple(inputs_nchw.shape)}")
+        if inputs_nchw is not self.buffer_nchw:
+            self.buffer_nchw.copy_(inputs_nchw)
+        return self.run(self.buffer_nchw)
+
+
 def _eager(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
     """Plain PyTorch."""
     if setting.precision == "float32":
         return adapter.logits
-    return _in_precision(_own_copy(adapter, setting), setting)
+    return BufferedForward(_buffer(adapter, setting), _in_precision(_own_copy(adapter, setting), setting))
 
 
 def _captured(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
     """Plain PyTorch, with its kernels launched as one CUDA graph: needs no compiler."""
     _refuse_without_cuda(adapter)
-    return _recorded(_in_precision(_own_copy(adapter, setting), setting), _example(adapter, setting))
+    return _recorded(_in_precision(_own_copy(adapter, setting), setting), _buffer(adapter, setting))
 
 
 def _compiled(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
@@ -46,15 +69,16 @@ def _compiled(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
 
     torch._dynamo.config.recompile_limit = max(COMPILED_SETTINGS, torch._dynamo.config.recompile_limit)
     forward = _in_precision(torch.compile(_own_copy(adapter, setting), dynamic=False), setting)
+    buffer = _buffer(adapter, setting)
     with inductor.patch(freezing=adapter.device.type == "cpu"), torch.inference_mode():
-        forward(_example(adapter, setting))
-    return forward
+        forward(buffer)
+    return forward if setting.precision == "float32" else BufferedForward(buffer, forward)
 
 
 def _graphed(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
     """`torch.compile`, with its kernels launched as one CUDA graph."""
     _refuse_without_cuda(adapter)
-    return _recorded(_compiled(adapter, setting), _example(adapter, setting))
+    return _recorded(_compiled(adapter, setting), _buffer(adapter, setting))
 
 
 def _refuse_without_cuda(adapter: "ModelAdapter") -> None:
@@ -62,27 +86,24 @@ def _refuse_without_cuda(adapter: "ModelAdapter") -> None:
         raise ModelError("CUDA graphs need a CUDA device")
 
 
-def _recorded(forward: Forward, example: Tensor) -> Forward:
-    """A pass whose kernels are recorded once, on one buffer of the example's shape, and then launched together."""
-    inputs = example.clone()
+def _recorded(forward: Forward, buffer_nchw: Tensor) -> Forward:
+    """A pass whose kernels are recorded once, on one buffer, and then launched together."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.inference_mode():
         with torch.cuda.stream(aside):  # libraries set up what must not be recorded
             for _ in range(NUM_WARM_UPS):
-                forward(inputs)
+                forward(buffer_nchw)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = forward(inputs)
+            logits = forward(buffer_nchw)
 
-    @torch.inference_mode()
-    def replayed(inputs_nchw: Tensor) -> Tensor:
-        inputs.copy_(inputs_nchw)
+    def replayed(_buffer_nchw: Tensor) -> Tensor:
         graph.replay()
         return logits.clone()  # the next replay overwrites them
 
-    return replayed
+    return BufferedForward(buffer_nchw, replayed)
 
 
 def frozen_copy(adapter: "ModelAdapter") -> torch.nn.Module:
@@ -165,6 +186,11 @@ BACKENDS: Mapping[Backend, Callable[["ModelAdapter", ForwardSetting], Forward]] 
 def _example(adapter: "ModelAdapter", setting: ForwardSetting) -> Tensor:
     """A batch of the setting's shape, [B, 3, H, W] zeros."""
     return torch.zeros(setting.batch_size, 3, *adapter.input_size, device=adapter.device)
+
+
+def _buffer(adapter: "ModelAdapter", setting: ForwardSetting) -> Tensor:
+    """An empty batch as the first layer takes it."""
+    return _example(adapter, setting).to(dtype=_dtype(setting), memory_format=torch.channels_last)
 
 
 def make_forward(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:

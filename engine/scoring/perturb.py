@@ -46,9 +46,13 @@ class Perturbation:
         return not self.baseline.any()
 
     def __call__(self, inputs_nchw: Tensor, masks_n1hw: Tensor, out_nchw: Tensor | None = None) -> Tensor:
-        """The masked inputs, [B, 3, H, W], in `out_nchw` if there is one; masks lie in [0, 1] and 1 keeps."""
-        kept = torch.mul(inputs_nchw, masks_n1hw, out=out_nchw)
-        return kept if self._is_zero else kept.add_(self.baseline * (1 - masks_n1hw))
+        """The masked inputs, [B, 3, H, W]; masks lie in [0, 1] and 1 keeps.
+
+        They are written into `out_nchw`, if there is one, in its precision.
+        """
+        if self._is_zero:
+            return torch.mul(inputs_nchw, masks_n1hw, out=out_nchw)
+        return torch.add(inputs_nchw * masks_n1hw, self.baseline * (1 - masks_n1hw), out=out_nchw)
 
 
 def _zero(adapter: "ModelAdapter") -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.resample import grid_of, upsampling
 from blocksight.engine.model.targets import Readout
-from blocksight.engine.scoring.forward import Forward
+from blocksight.engine.scoring.forward import BufferedForward, Forward
 from blocksight.engine.scoring.perturb import Perturbation
 
 
@@ -92,16 +92,24 @@ class Scorer:
     def scores(self, inputs_nchw: Tensor, target: Readout, sources: Sequence[MaskSource]) -> list[Tensor]:
         """The target's scores under every mask: for each source a float64 tensor [K, T] on the inputs' device.
 
-        Every batch is written into one buffer, plane by plane: a mask is multiplied fastest in that layout.
+        Every batch is written into one buffer: the forward pass's own, if it has one.
         """
         sizes = [len(source) for source in sources]
-        images, buffer = inputs_nchw.contiguous(), inputs_nchw.new_zeros(self.batch_size, *inputs_nchw.shape[1:])
+        buffer = self._buffer(inputs_nchw)
+        images = inputs_nchw.contiguous(memory_format=_layout(buffer))
         owners = self._owners([source.image for source in sources], sizes, inputs_nchw.device)
         scores = [torch.empty(0, target.num_targets, dtype=torch.float64, device=inputs_nchw.device)]
         for batch, owner in zip(pack(sizes, self.batch_size), owners, strict=True):
             self._fill(buffer, images, sources, batch)
             scores.append(target.score((self.forward or self.adapter.logits)(buffer), owner))
         return list(torch.cat(scores)[: sum(sizes)].split(sizes)) if sizes else []
+
+    def _buffer(self, inputs_nchw: Tensor) -> Tensor:
+        """A batch [B, 3, H, W] to write into: on a CPU plane by plane, where masks are multiplied fastest."""
+        if isinstance(self.forward, BufferedForward):
+            return self.forward.buffer_nchw
+        batch = inputs_nchw.new_empty(self.batch_size, *inputs_nchw.shape[1:])
+        return batch if batch.device.type == "cpu" else batch.to(memory_format=torch.channels_last)
 
     def _owners(self, images: Sequence[int], sizes: Sequence[int], device: torch.device) -> Sequence[Tensor]:
         """For each batch, the image number [B] of every slot; 0 for empty ones. One copy, which nothing waits for."""
@@ -120,3 +128,7 @@ class Scorer:
             source.write(buffer_nchw[first:stop], images_nchw[source.image], piece.start, self.perturbation)
             first = stop
         buffer_nchw[first:].zero_()
+
+
+def _layout(tensor_nchw: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if tensor_nchw.is_contiguous() else torch.channels_last

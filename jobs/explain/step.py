@@ -30,7 +30,7 @@ from blocksight.engine.model.float32 import use_ieee_float32
 from blocksight.engine.model.loading import load_model
 from blocksight.engine.model.targets import ClassTarget, Target
 from blocksight.engine.saliency import Map, is_flat
-from blocksight.engine.scoring.forward import Forward, release_memory
+from blocksight.engine.scoring.forward import BufferedForward, Forward, release_memory
 from blocksight.engine.scoring.setting_choice import eager_setting
 from blocksight.jobs.explain.fidelity import doubts_of, fidelity_columns
 from blocksight.jobs.explain.forward_pass import bounded, ensure_forward, forward_request
@@ -537,7 +537,7 @@ def with_heartbeat(forward: Forward) -> Forward:
         heartbeat()
         return forward(inputs_nchw)
 
-    return run
+    return BufferedForward(forward.buffer_nchw, run) if isinstance(forward, BufferedForward) else run
 
 
 def baseline_of(parameters: Any) -> str:

@@ -7,10 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from blocksight.engine.catalog.forward_setting import ForwardSetting
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.resample import upsampling
 from blocksight.engine.model.targets import ClassProbability
 from blocksight.engine.saliency import minmax
+from blocksight.engine.scoring.forward import BufferedForward, make_forward
 from blocksight.engine.scoring.perturb import BASELINES, Perturbation, perturbation
 from blocksight.engine.scoring.scorer import MaskSet, Scorer, pack
 from tests.engine import oracles
@@ -119,6 +121,34 @@ def test_batches_are_written_into_one_buffer_whose_empty_slots_hold_zeros(baseli
     assert len(places) == 1
 
 
+@pytest.mark.parametrize("baseline", ["zero", "black"])
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_masked_inputs_are_written_into_the_forwards_own_buffer_with_the_same_scores(is_autocast, baseline):
+    adapter, inputs, sets = ModelAdapter(seeded(Plain), input_size=(32, 32)), smooth(2, 32, 32), mixed_sets()
+    target, removed, given = ClassProbability(torch.tensor([[0], [2]])), perturbation(adapter, baseline), []
+    with adapter.borrowed():
+        own = make_forward(adapter, ForwardSetting("eager", "bfloat16", 5, is_autocast))
+
+        class Noted(BufferedForward):
+            def __call__(self, inputs_nchw):
+                given.append(inputs_nchw)
+                return super().__call__(inputs_nchw)
+
+        found = Scorer(adapter, removed, 5, Noted(own.buffer_nchw, own.run)).scores(inputs, target, sets)
+        copied = Scorer(adapter, removed, 5, lambda batch: own(batch)).scores(inputs, target, sets)
+    assert len(given) == 3
+    assert all(batch is own.buffer_nchw for batch in given)
+    assert own.buffer_nchw.is_contiguous(memory_format=torch.channels_last)
+    assert all(torch.equal(one, other) for one, other in zip(found, copied, strict=True))
+
+
+def test_a_buffered_forward_takes_batches_of_its_own_shape_alone():
+    own = BufferedForward(torch.zeros(2, 3, 4, 4), lambda batch: batch.sum((1, 2, 3))[:, None])
+    assert own(torch.ones(2, 3, 4, 4)).flatten().tolist() == [48, 48]
+    with pytest.raises(ValueError, match=r"a batch is \(2, 3, 4, 4\), and this one \(1, 3, 4, 4\)"):
+        own(torch.ones(1, 3, 4, 4))
+
+
 def test_no_masks_are_no_forward():
     net = seeded(Counting)
     adapter = ModelAdapter(net, input_size=(32, 32))
@@ -183,12 +213,13 @@ def test_a_mask_mixes_the_picture_and_the_baseline():
     assert Perturbation(torch.tensor(0.0))(inputs, masks)[0, 2].tolist() == [[3.0, 0.75, 0.0]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("baseline", [0.0, -1.0])
-def test_masked_inputs_are_the_same_numbers_in_a_place_that_is_given(baseline):
-    removed, place = Perturbation(torch.tensor(baseline)), torch.full((2, 3, 8, 8), torch.nan)
+def test_masked_inputs_are_the_same_numbers_in_a_place_that_is_given(baseline, dtype):
+    removed, place = Perturbation(torch.tensor(baseline)), torch.full((2, 3, 8, 8), torch.nan, dtype=dtype)
     inputs, masks = torch.randn(1, 3, 8, 8), torch.rand(2, 1, 8, 8)
     removed(inputs, masks, place)
-    assert torch.equal(place, removed(inputs, masks))
+    assert torch.equal(place, removed(inputs, masks).to(dtype))
 
 
 def test_black_is_the_black_pixel_of_the_picture():

@@ -11,6 +11,7 @@ from rich.console import Console
 from blocksight.engine.catalog.forward_setting import ForwardSetting
 from blocksight.engine.errors import ModelError
 from blocksight.engine.scoring import setting_choice
+from blocksight.engine.scoring.forward import BufferedForward
 from blocksight.engine.scoring.setting_choice import MeasuredSetting
 from blocksight.jobs.cli import job_tables, metric_tables
 from blocksight.jobs.evaluate.compare import compare, rows_of_table
@@ -320,3 +321,14 @@ def test_out_of_memory_halves_the_batch_for_all_units(tmp_path, monkeypatch):
     assert outcome.manifest is not None
     assert failed == [(3, 4)]  # once, for all units
     assert {row["status"] for row in rows_in(store_of(tmp_path / "maps"))} == {"ok"}
+
+
+def test_a_pass_with_a_heartbeat_keeps_its_buffer(monkeypatch):
+    beats = []
+    monkeypatch.setattr(step, "heartbeat", lambda: beats.append(1))
+    own = BufferedForward(torch.zeros(2, 3, 4, 4), lambda batch: batch.sum((1, 2, 3))[:, None])
+    beating = step.with_heartbeat(own)
+    assert beating.buffer_nchw is own.buffer_nchw
+    assert beating(torch.ones(2, 3, 4, 4)).flatten().tolist() == [48, 48]
+    assert step.with_heartbeat(lambda batch: batch + 1)(1) == 2
+    assert len(beats) == 2
