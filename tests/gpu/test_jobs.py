@@ -122,7 +122,8 @@ def values_of(output: Path) -> list[dict[str, Any]]:
 
 def test_a_record_of_a_gpu_is_replayed_on_a_cpu(both: tuple[Path, Path], data: Path):
     store = LocalStore(both[1])
-    replay = Replay(store, existing_plan(store), NamedModel(existing_plan(store).identity["model"], None, None))
+    named = NamedModel(existing_plan(store).identity["model"], None, None)
+    replay = Replay(store, existing_plan(store), named, Console(quiet=True))
     row = next(row for row in rows_in(store) if row["status"] == "ok")
     upright = np.asarray(Image.open(data / row["key"]).convert("RGB"))
     [made] = replay.explanations(replay.config_of_row(row), [row], upright)

@@ -76,7 +76,8 @@ def test_a_request_asks_by_default_for_what_the_command_does():
     asked = {field.name: field.default for field in fields(EvaluationRequest) if field.default is not MISSING}
     asked["metrics_sample"] = asked.pop("share")
     assert asked == {name: options[name].default for name in asked}
-    assert options.keys() - asked.keys() == {"as_json", "output", "workers", "runner", "address", "batch_size"}
+    ways_to_run = {"workers", "runner", "address", "device", "batch_size"}
+    assert options.keys() - asked.keys() == {"as_json", "output", *ways_to_run}
 
 
 def test_every_map_has_every_value_once_and_nothing_is_rewritten(output):

@@ -26,7 +26,7 @@ def row(record, target, drop, increase, protocol="p"):
     """An explained row of 7 forwards for its record."""
     metrics = {"drop": drop, "increase": increase, "protocol": protocol}
     own = {"key": f"t/{record}", "shard_index": record, "target_index": target}
-    return {**OK_ROW, **own, "map": np.eye(2, dtype=np.float32), "metrics": metrics}
+    return {**OK_ROW, **own, "map": np.eye(2, dtype=np.uint8), "metrics": metrics}
 
 
 def test_a_record_with_two_targets_counts_once_and_each_of_its_rows_is_measured():
