@@ -145,8 +145,8 @@ class _Sampling:
         self.num_scored = [0] * len(self.limits)
         """Counts per block, like `num_wanted` and `limits`."""
         self.order = candidates.all_rows()
-        empty = torch.full((num_masks, num_targets), torch.nan, dtype=torch.float64)
-        self.scores = empty.to(candidates.blocks[0].device)
+        device = candidates.blocks[0].device
+        self.scores = torch.full((num_masks, num_targets), torch.nan, dtype=torch.float64, device=device)
         self.imputed: list[Imputed] = []
         self.errors = self.scores.new_zeros(0)
         """Predicted relative errors of the block maps, [T, blocks]."""

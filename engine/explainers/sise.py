@@ -13,31 +13,31 @@ from torch import Tensor
 
 from blocksight.engine.catalog.parameters import SiseParameters
 from blocksight.engine.errors import ModelError
+from blocksight.engine.explainers.block_masks import BlockMasks, Chosen, block_maps, block_masks
 from blocksight.engine.explainers.budget import Candidates, Sampled, sample
 from blocksight.engine.explainers.explainer import Explainer, pad
 from blocksight.engine.explainers.explanation import BlockMap, Explanation, checked_explanation
 from blocksight.engine.explainers.fusion import GATES, cascade, otsu_foreground
 from blocksight.engine.model.head import cheap_head
-from blocksight.engine.model.resample import Grid, grid_of, pooled, upsampling
+from blocksight.engine.model.resample import Grid, grid_of, pooled
 from blocksight.engine.model.taps import gradients
 from blocksight.engine.model.targets import Target
-from blocksight.engine.saliency import Map, minmax
+from blocksight.engine.model.transfers import to_host, together
+from blocksight.engine.saliency import Map
 
 
 @dataclass(frozen=True)
-class _Masks:
-    """One block's masks for one image, ready to be scored."""
+class _Recorded:
+    """What one forward pass and the backward passes give of N images."""
 
-    masks_khw: Tensor
-    """The maps kept for any target, without constant ones, at their native grid: float64 [K, h, w]."""
-    channels: Tensor
-    """Their channel numbers, ascending, [K]."""
-    kept: tuple[Tensor, ...]
-    """Per target the channels that passed the selection."""
-    mass: Tensor
-    """The masks' sums over the full grid, float64 [K]."""
-    is_finite: bool
-    """No feature map and no gradient held NaN or infinity."""
+    scores: list[list[float]]
+    """[N][T]."""
+    maps: list[Tensor]
+    """Per block the feature maps [N, C, h, w]."""
+    alphas: list[Tensor]
+    """Per block alpha [T, N, C], float64 on the CPU."""
+    are_finite: Tensor
+    """The block's feature maps of the image hold no NaN and no infinity, bool [blocks, N] on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Captured:
 
     scores: list[float]
     """Of its targets."""
-    blocks: Sequence[_Masks]
+    blocks: Sequence[BlockMasks]
     """Shallow to deep."""
     candidates: Candidates
     """The same masks, for the sampling."""
@@ -92,38 +92,42 @@ class Sise(Explainer):
 
         candidates, asked = [image.candidates for image in images], self.parameters
         found = sample(run, candidates, target.num_targets, asked.budget, asked.complete_above)
-        return [
-            [self.fuse(image, sampled, index) for index in range(target.num_targets)]
-            for image, sampled in zip(images, found, strict=True)
-        ]
+        per_target = [self._fused(images, found, index) for index in range(target.num_targets)]
+        return [list(own) for own in zip(*per_target, strict=True)]
 
     def capture(self, inputs_nchw: Tensor, target: Target) -> list[Captured]:
         """Phases 1 and 2 for at most `images_per_pass` inputs: the feature maps kept for each image, as masks."""
-        scores, activations, alphas = self._record(inputs_nchw, target)
-        full, last = grid_of(inputs_nchw), activations[-1]
-        cams = _class_activation(last, alphas[-1])
+        full = grid_of(inputs_nchw)
+        recorded = self._record(inputs_nchw, target)
+        last = recorded.maps[-1]
+        cams = _class_activation(last, recorded.alphas[-1])
         captured = []
-        for image, score in enumerate(scores.tolist()):
-            places = zip(activations, alphas, strict=True)
-            blocks = [self._select(maps[image], alpha[:, image], full) for maps, alpha in places]
-            masks, masses = [block.masks_khw for block in blocks], [block.mass for block in blocks]
-            head_scores = self._head_scores(image, masks, last[image], target, full)
-            captured.append(Captured(score, blocks, Candidates(image, masks, masses, cams[image], full, head_scores)))
+        for some in together(len(inputs_nchw), last.device):
+            chosen = [[self._chosen(recorded, block, image) for image in some] for block in range(len(self.blocks))]
+            blocks = block_masks(recorded.maps, chosen, some, full)
+            heads = self._head_scores(some, blocks, last, target, full)
+            for image, own, scores in zip(some, blocks, heads, strict=True):
+                masks, masses = [block.masks_khw for block in own], [block.mass for block in own]
+                candidates = Candidates(image, masks, masses, cams[image], full, scores)
+                captured.append(Captured(recorded.scores[image], own, candidates))
         return captured
 
     def _head_scores(
-        self, image: int, masks: Sequence[Tensor], maps_chw: Tensor, target: Target, full: Grid
-    ) -> Tensor | None:
-        """The head's scores of the image's last feature maps under each mask, [N, T]; None without finite ones."""
+        self, some: range, blocks: Sequence[Sequence[BlockMasks]], maps_nchw: Tensor, target: Target, full: Grid
+    ) -> list[Tensor | None]:
+        """Per image the head's scores of its last feature maps under each mask, [N, T]; None without finite ones."""
         if self.head is None:
-            return None
-        native = torch.cat([pooled(own, full, grid_of(maps_chw)) for own in masks])
+            return [None] * len(some)
+        cells, found = grid_of(maps_nchw), []
         with torch.no_grad():
-            scores = self.head.scores(maps_chw, native, target, image)
-        return scores if scores.isfinite().all() else None
+            for image, own in zip(some, blocks, strict=True):
+                native = torch.cat([pooled(block.masks_khw, full, cells) for block in own])
+                found.append(self.head.scores(maps_nchw[image], native, target, image))
+        (are_finite,) = to_host([torch.stack([scores.isfinite().all() for scores in found])])
+        return [scores if is_finite else None for scores, is_finite in zip(found, are_finite.tolist(), strict=True)]
 
-    def _record(self, inputs_nchw: Tensor, target: Target) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Scores [N, T], and per block the feature maps [N, C, h, w] and alpha [T, N, C] (float64, CPU)."""
+    def _record(self, inputs_nchw: Tensor, target: Target) -> _Recorded:
+        """One forward pass, and one backward pass per target."""
         count = len(inputs_nchw)
         logits, activations = self.taps(pad(inputs_nchw, self.images_per_pass))
         own = logits[:count].detach()
@@ -132,28 +136,36 @@ class Sise(Explainer):
             direction = torch.zeros_like(logits)
             direction[:count] = target.direction(own, index).to(logits.dtype)
             for block, gradient in enumerate(gradients(logits, direction, activations)):
-                alphas[block].append(gradient[:count].sum((2, 3), dtype=torch.float64).cpu())
+                alphas[block].append(gradient[:count].sum((2, 3), dtype=torch.float64))
+        maps = [own[:count].detach() for own in activations]
+        finite = torch.stack([own.isfinite().flatten(1).all(1) for own in maps])
         scores = target.score(own, torch.arange(count, device=own.device))
-        return (
-            scores,
-            [maps[:count].detach() for maps in activations],
-            [torch.stack(alpha) for alpha in alphas],
-        )
+        moved, are_finite, *moved_alphas = to_host([scores, finite, *(torch.stack(alpha) for alpha in alphas)])
+        return _Recorded(moved.tolist(), maps, moved_alphas, are_finite.bool())
 
-    def _select(self, maps_chw: Tensor, alphas: Tensor, full: Grid) -> _Masks:
-        """The masks of one block and image; `alphas` is [T, C]. Targets share the masks they both keep."""
-        is_finite = bool(alphas.isfinite().all()) and bool(maps_chw.isfinite().all())
+    def _chosen(self, recorded: _Recorded, block: int, image: int) -> Chosen:
+        """The channels of a block that an image keeps. Targets share the masks they both keep."""
+        alphas = recorded.alphas[block][:, image]
+        is_finite = bool(recorded.are_finite[block, image]) and bool(alphas.isfinite().all())
         kept = tuple(select(alpha if is_finite else torch.zeros_like(alpha), self.parameters) for alpha in alphas)
-        union = torch.cat(kept).unique()
-        upsample = upsampling(grid_of(maps_chw), full, maps_chw.device)
-        masks, varied = upsample.normalise(maps_chw[union.to(maps_chw.device)])
-        return _Masks(masks[varied], union[varied.cpu()], kept, upsample.mass(masks[varied]), is_finite)
+        return Chosen(torch.cat(kept).unique(), kept, is_finite)
 
-    def fuse(self, image: Captured, sampled: Sampled, index: int) -> Explanation:
-        """Phases 3 and 4: weighs, upsamples and fuses the blocks of one image for its target number `index`."""
+    def _fused(self, images: Sequence[Captured], sampled: Sequence[Sampled], index: int) -> list[Explanation]:
+        """`fuse` of all images of a pass."""
+        found = []
+        for some in together(len(images), sampled[0].scores.device) if images else ():
+            found += self.fuse([images[image] for image in some], [sampled[image] for image in some], index)
+        return found
+
+    def fuse(self, images: Sequence[Captured], sampled: Sequence[Sampled], index: int) -> list[Explanation]:
+        """Phases 3 and 4: weighs, upsamples and fuses the blocks of images for their target number `index`."""
+        full = images[0].candidates.full
+        scores = [own.scores[:, index] for own in sampled]
+        maps = block_maps([image.blocks for image in images], scores, index, full)
+        return [self._explanation(*own, index) for own in zip(images, sampled, maps, strict=True)]
+
+    def _explanation(self, image: Captured, sampled: Sampled, maps: Sequence[Map | None], index: int) -> Explanation:
         blocks, full = image.blocks, image.candidates.full
-        scores = sampled.scores[:, index].split([len(block.channels) for block in blocks])
-        maps = [_block_map(block, own, index, full) for block, own in zip(blocks, scores, strict=True)]
         present = [saliency for saliency in maps if saliency is not None]
         if not all(block.is_finite for block in blocks) or not all(np.isfinite(one).all() for one in present):
             saliency = np.full(full, np.nan)
@@ -177,14 +189,3 @@ def _class_activation(maps: Tensor, alphas: Tensor) -> Tensor:
     """`relu(sum_k alpha_k A_k)` over its maximum, averaged over targets: [N, h, w] of [N, C, h, w] and [T, N, C]."""
     cams = torch.einsum("tnc,nchw->tnhw", alphas.to(maps.device), maps.double()).relu()
     return (cams / cams.amax((2, 3), keepdim=True).clamp(min=1e-300)).mean(0).nan_to_num()
-
-
-def _block_map(block: _Masks, scores: Tensor, index: int, full: Grid) -> Map | None:
-    """`U_b = minmax(U(sum_k q_k / mass_k A~_k))` over the maps kept for the target; None if none is kept."""
-    chosen = torch.isin(block.channels, block.kept[index]).to(scores.device)
-    if not chosen.any():
-        return None
-    weights = torch.where(chosen, scores / block.mass, 0.0)
-    native = torch.einsum("k,khw->hw", weights, block.masks_khw)
-    upsample = upsampling(grid_of(native), full, native.device)
-    return minmax(upsample(native).cpu().numpy())

@@ -275,7 +275,7 @@ def _fused(
     images: _Pass, chosen: Sequence[int], sise: Sise, scores: Callable[[_Pass, Captured], Sampled]
 ) -> list[Explanation]:
     captured = images.captured_by(sise)
-    return [sise.fuse(captured[place], scores(images, captured[place]), 0) for place in chosen]
+    return [sise.fuse([captured[place]], [scores(images, captured[place])], 0)[0] for place in chosen]
 
 
 def similarities(explanation: Explanation, reference: Explanation) -> dict[str, float]:
