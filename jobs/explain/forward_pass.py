@@ -3,9 +3,12 @@
 import json
 from dataclasses import asdict, replace
 
+import torch
+
 from blocksight.engine.catalog.forward_setting import ForwardSetting
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.device_errors import is_short_of_memory
 from blocksight.engine.model.threads import one_thread
 from blocksight.engine.scoring.forward import Forward, make_forward
 from blocksight.engine.scoring.setting_choice import (
@@ -13,7 +16,9 @@ from blocksight.engine.scoring.setting_choice import (
     ForwardRequest,
     MeasuredSetting,
     choose,
+    drawn_pictures,
     max_score_error,
+    rate,
 )
 from blocksight.jobs.plan.config import JobConfig
 from blocksight.jobs.plan.forward_setting import FORWARD_KEY, PlannedForward, planned_forward
@@ -27,32 +32,24 @@ def forward_request(config: JobConfig, batch_size: int | None, *, is_timed: bool
 
 
 def choose_forward(adapter: ModelAdapter, request: ForwardRequest) -> PlannedForward:
-    """The forward setting for a job on this machine. Raises ModelError if the precision asked for is unusable."""
-    with one_thread():  # as on the workers: eager scores' last bits depend on the number of threads
-        _, found = choose(adapter, request)
-    return _planned(found, request)
+    """The forward setting for a job on the model's device; on a GPU with its rate.
 
-
-def ensure_forward(
-    output: ObjectStore, adapter: ModelAdapter, request: ForwardRequest, most_inputs: int | None = None
-) -> tuple[Forward, ForwardSetting]:
-    """The plan's forward pass and setting. If there is none, a worker with a GPU chooses and stores it here.
-
-    If another worker stored one first, that one is used. `most_inputs` bounds the batch, where memory is short. Raises
-    ModelError if this machine cannot run it.
+    Raises ModelError if the precision asked for is unusable, and what a device raises that cannot go on.
     """
-    planned = stored_forward(output, adapter, most_inputs)
-    if planned is not None:
-        return planned
-    forward, found = choose(adapter, request)
-    chosen = bounded(write_forward(output, _planned(found, request)).setting, most_inputs)
-    return (forward if chosen == found[0].setting else _forward_with(adapter, chosen)), chosen
+    with one_thread():  # as on the workers: eager scores' last bits depend on the number of threads
+        forward, found = choose(adapter, request)
+        if adapter.device.type == "cuda":
+            return _on_gpu(_planned([_with_rate(adapter, forward, found[0]), *found[1:]], request))
+    return _planned(found, request)
 
 
 def stored_forward(
     output: ObjectStore, adapter: ModelAdapter, most_inputs: int | None = None
 ) -> tuple[Forward, ForwardSetting] | None:
-    """The plan's forward pass and setting, if any; as `ensure_forward`."""
+    """The plan's forward pass and setting, if any. `most_inputs` bounds the batch, where memory is short.
+
+    Raises ModelError if this machine cannot run it.
+    """
     planned = planned_forward(output)
     if planned is None:
         return None
@@ -94,7 +91,28 @@ def _planned(found: list[MeasuredSetting], request: ForwardRequest) -> PlannedFo
         score_error=figures[0]["score_error"],
         bound=max_score_error(chosen.setting, request),
         probe=figures,
+        forwards_per_second=chosen.forwards_per_second,
     )
+
+
+def _on_gpu(planned: PlannedForward) -> PlannedForward:
+    """With the name of this process's GPU."""
+    major, minor = torch.cuda.get_device_capability()
+    return replace(planned, hardware=torch.cuda.get_device_name(), compute_capability=f"{major}.{minor}")
+
+
+def _with_rate(adapter: ModelAdapter, forward: Forward, chosen: MeasuredSetting) -> MeasuredSetting:
+    """The setting with its rate, which a choice by rule does not know. Too little memory is left to the units."""
+    if chosen.forwards_per_second is not None:
+        return chosen
+    try:
+        with adapter.borrowed(), torch.inference_mode():
+            speed = rate(forward, drawn_pictures(adapter), chosen.setting.batch_size)
+    except Exception as error:
+        if not is_short_of_memory(error):
+            raise
+        return chosen
+    return replace(chosen, forwards_per_second=speed)
 
 
 def _forward_with(adapter: ModelAdapter, setting: ForwardSetting) -> Forward:

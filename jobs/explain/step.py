@@ -33,12 +33,12 @@ from blocksight.engine.saliency import Map, is_flat
 from blocksight.engine.scoring.forward import BufferedForward, Forward, release_memory
 from blocksight.engine.scoring.setting_choice import eager_setting
 from blocksight.jobs.explain.fidelity import doubts_of, fidelity_columns
-from blocksight.jobs.explain.forward_pass import bounded, ensure_forward, forward_request
+from blocksight.jobs.explain.forward_pass import bounded, stored_forward
 from blocksight.jobs.explain.learned import LEARNED_KEY, num_learning_images, stored_state
 from blocksight.jobs.explain.target_names import resolved_target
 from blocksight.jobs.plan.config import MODEL_INPUT, ConfigError, JobConfig, TargetChoice, digest_of
 from blocksight.jobs.plan.context import JobContext, let_import_from
-from blocksight.jobs.plan.forward_setting import planned_forward
+from blocksight.jobs.plan.forward_setting import FORWARD_KEY, planned_forward
 from blocksight.jobs.plan.label_files import stored_label_file
 from blocksight.jobs.plan.labels import Labels
 from blocksight.jobs.plan.records import (
@@ -114,6 +114,12 @@ def model_facts(adapter: ModelAdapter, config: JobConfig) -> ModelFacts:
     )
 
 
+def refuse_other_weights(adapter: ModelAdapter, facts: ModelFacts) -> None:
+    """Raises ModelError if a worker loaded other weights than the driver."""
+    if adapter.fingerprint != facts.weights_sha256:
+        raise ModelError("this worker loaded other weights than the driver: put the same file on every node")
+
+
 def _blocks(adapter: ModelAdapter, config: JobConfig) -> Sequence[Place]:
     """The blocks that the explainer uses. Raises ModelError, and ConfigError for blocks that it would ignore."""
     used = blocks_of(config.method)
@@ -162,8 +168,7 @@ class ExplainStep:
         config, facts = context.config, context.facts
         self.level: Fidelity | None = config.level
         self.adapter = load(config, state, context.device, context.import_path, context.readout)
-        if self.adapter.fingerprint != facts.weights_sha256:
-            raise ModelError("this worker loaded other weights than the driver: put the same file on every node")
+        refuse_other_weights(self.adapter, facts)
         self.adapter.module.register_forward_pre_hook(lambda *_: heartbeat())
         learned = stored_state(open_worker_stores(context).output, config) if num_learning_images(config) else None
         self.learned, digest = learned or (None, None)
@@ -199,18 +204,17 @@ class ExplainStep:
         self.metric = KeepTop(self.explainer.scorer, baseline_of(config.explainer_parameters()))
 
     def _use_planned_forward(self) -> None:
-        """Uses the plan's forward setting; if there is none, chooses and stores it.
-
-        Raises UnfitWorkerError if this machine cannot run it.
-        """
-        request = forward_request(self.context.config, self.context.batch_size, is_timed=self.context.is_timed)
+        """Uses the plan's forward setting. Raises UnfitWorkerError if this machine cannot run it."""
         output = open_worker_stores(self.context).output
         try:
-            forward, setting = ensure_forward(output, self.adapter, request, self.most_inputs)
+            planned = stored_forward(output, self.adapter, self.most_inputs)
         except ModelError as error:
             if is_short_of_memory(error):
                 raise
             raise UnfitWorkerError(str(error)) from error
+        if planned is None:
+            raise UnreconciledError(f"the job's forward setting is missing: {FORWARD_KEY}; run the job again")
+        forward, setting = planned
         self._set_up(setting, forward)
         self.has_forward_setting = True
 

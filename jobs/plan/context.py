@@ -24,8 +24,6 @@ class JobContext:
     """Class folders of loose images, sorted."""
     batch_size: int | None
     """Masked inputs per forward pass that the user asked for."""
-    is_timed: bool
-    """Timings may choose the forward setting: in long jobs on a GPU, and with `--tune`."""
     num_threads: int
     """Threads of the explain step; fixed, so that CPU results have the same bits everywhere."""
     device: str

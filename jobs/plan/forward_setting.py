@@ -25,10 +25,23 @@ class PlannedForward:
     """The largest error allowed."""
     probe: tuple[dict[str, Any], ...] = ()
     """The settings that were tried, the chosen one first; for people."""
+    forwards_per_second: float | None = None
+    """Of the chosen setting where it was measured; None: not timed."""
+    hardware: str | None = None
+    """The GPU that it was chosen on; None: a CPU, or not recorded."""
+    compute_capability: str | None = None
+    """Of that GPU, such as `9.0`."""
 
     def __str__(self) -> str:
         error = "" if self.score_error is None else f", score error {self.score_error:.2g}"
-        return f"{self.setting} (chosen by {self.chosen}{error})"
+        rate = f"; {self.rate_text}" if self.hardware is not None else ""
+        return f"{self.setting} (chosen by {self.chosen}{error}{rate})"
+
+    @property
+    def rate_text(self) -> str:
+        """The measured rate and the GPU, for people: `40,000 forwards/s on NVIDIA H200, compute capability 9.0`."""
+        rate = "not timed" if self.forwards_per_second is None else f"{self.forwards_per_second:,.0f} forwards/s"
+        return f"{rate} on {self.hardware}, compute capability {self.compute_capability}"
 
 
 def planned_forward(output: ObjectStore) -> PlannedForward | None:

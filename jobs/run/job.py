@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from blocksight.engine.model.adapter import ModelAdapter  # which needs torch
 
 PROBE_FROM_SECONDS = 120.0
-"""Shorter jobs on a GPU are not worth the probe, because compiling takes minutes."""
+"""Jobs that take less on all GPUs together are not worth the probe, because compiling takes minutes."""
 
 PACKAGES = ("ray", "torch", "torchvision", "pyarrow", "numpy", "s3fs", "pillow")
 
@@ -176,7 +176,9 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
     with session_of(execution) as sizing:
         console.print(f"workers: {workers_text(execution, sizing)}")
         check_gpu(sizing)
-        planned = _planned_forward(output, adapter, config, execution, on_gpu=device_of(execution, sizing) == "cuda")
+        context = context_of(config, plan, facts, sizing, execution, preflight.readout)
+        planned = planned_forward(output) or _chosen_forward(adapter, context, plan, state, sizing, execution, console)
+        _refuse_other_batch_size(planned, execution)
         del adapter  # the workers load their own
         plan = ensure_plan(output, plan)
         preflight = ensure_preflight(output, preflight)
@@ -187,7 +189,6 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
         check_stored_settings(output, config)
         _ensure_forward(output, planned, console)
         job_state = _read_job_state(output, plan)
-        context = context_of(config, plan, facts, sizing, execution, preflight.readout)
         _write_run(output, context, execution, sizing)
         output = PatientStore(output, unit_folders=UNIT_FOLDERS)
         _learn(output, context, plan.units, state, sizing, console)
@@ -283,32 +284,52 @@ def _print_preflight(preflight: Preflight, console: Console) -> None:
     print_findings(preflight.findings, console)
 
 
-def _planned_forward(
-    output: ObjectStore, adapter: "ModelAdapter", config: JobConfig, execution: Execution, *, on_gpu: bool
-) -> PlannedForward | None:
-    """The plan's forward setting, or one chosen now for CPUs; None if a GPU worker will choose it.
+def _chosen_forward(
+    adapter: "ModelAdapter",
+    context: JobContext,
+    plan: Plan,
+    state: bytes | None,
+    sizing: Sizing | None,
+    execution: Execution,
+    console: Console,
+) -> PlannedForward:
+    """A forward setting for a new job: of the driver's model on CPUs, and on GPUs of one worker for all.
 
-    It is chosen before the plan is written, so that an unusable precision leaves no output. Raises ModelError, and
-    DriftError if the batch size is not the plan's.
+    It is chosen before the plan is written, so that an unusable precision leaves no output. If a GPU fails over the
+    timing, the setting is chosen by rule. Raises ModelError and ClusterError.
     """
+    from blocksight.jobs.explain.forward_choice import choose_here
     from blocksight.jobs.explain.forward_pass import choose_forward, forward_request
 
-    planned = planned_forward(output)
-    if planned is None:
-        request = forward_request(config, execution.batch_size, is_timed=execution.tune)
-        return None if on_gpu else choose_forward(adapter, request)
+    on_gpu = device_of(execution, sizing) == "cuda"
+    is_timed = execution.tune or (on_gpu and _least_seconds(context, plan, sizing) >= PROBE_FROM_SECONDS)
+    request = forward_request(context.config, execution.batch_size, is_timed=is_timed)
+    if not on_gpu:
+        return choose_forward(adapter, request)
+    if sizing is None:
+        return choose_here(context, state, request)
+    from blocksight.jobs.run.pipeline import choose_on_worker
+
+    try:
+        return choose_on_worker(context, state, request, sizing)
+    except ClusterError as error:
+        if not is_timed:
+            raise
+        console.print(f"WARNING: {printable(error)}; it was timing forward settings, and one is chosen by rule now")
+    return choose_on_worker(context, state, replace(request, is_timed=False), sizing)
+
+
+def _refuse_other_batch_size(planned: PlannedForward, execution: Execution) -> None:
+    """Raises DriftError if the batch size that was asked for is not the plan's."""
     if execution.batch_size is not None:
         ours, theirs = ({"batch_size": size} for size in (execution.batch_size, planned.setting.batch_size))
         refuse_drift(ours, theirs, "forward setting")
-    return planned
 
 
-def _ensure_forward(output: ObjectStore, planned: PlannedForward | None, console: Console) -> None:
-    """Writes the forward setting into the plan, if it is known, and prints it."""
+def _ensure_forward(output: ObjectStore, planned: PlannedForward, console: Console) -> None:
+    """Writes the forward setting into the plan and prints it."""
     from blocksight.jobs.explain.forward_pass import precision_warning, write_forward
 
-    if planned is None:
-        return
     planned = write_forward(output, planned)
     console.print(f"masks are scored by {planned}")
     warning = precision_warning(planned)
@@ -370,8 +391,6 @@ def context_of(
         facts,
         () if config.labels is not None else plan.class_folders or tuple(sorted(counts)),
         batch_size=execution.batch_size,
-        is_timed=execution.tune
-        or (device == "cuda" and _least_seconds(config, plan, facts, on_gpu=True) >= PROBE_FROM_SECONDS),
         num_threads=sizing.threads_per_actor if sizing is not None else 1,
         device=device,
         import_path=str(Path.cwd()),
@@ -382,13 +401,14 @@ def context_of(
     )
 
 
-def _least_seconds(config: JobConfig, plan: Plan, facts: ModelFacts, *, on_gpu: bool) -> float:
-    """The time of the whole job on one worker. A guess of forwards is at most the number of feature maps."""
-    guess = estimate(config, plan.num_records, on_gpu=on_gpu)
+def _least_seconds(context: JobContext, plan: Plan, sizing: Sizing | None) -> float:
+    """The wall time of the whole job on all GPUs. A guess of forwards is at most the number of feature maps."""
+    guess = estimate(context.config, plan.num_records, on_gpu=True)
     forwards = guess.forwards_per_record
     if not guess.is_measured:
-        forwards = min(forwards, sum(block["channels"] for block in facts.blocks) * config.target_choice.count)
-    return plan.num_records * forwards / guess.forwards_per_second
+        num_maps = sum(block["channels"] for block in context.facts.blocks)
+        forwards = min(forwards, num_maps * context.config.target_choice.count)
+    return plan.num_records * forwards / guess.forwards_per_second / (1 if sizing is None else sizing.num_actors)
 
 
 def _learn(

@@ -16,7 +16,7 @@ from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +36,7 @@ from blocksight.jobs.ledger.stop_request import Stop
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.context import JobContext
 from blocksight.jobs.plan.estimate import estimate
+from blocksight.jobs.plan.forward_setting import PlannedForward
 from blocksight.jobs.plan.records import (
     DeadLetter,
     Evaluated,
@@ -55,6 +56,9 @@ from blocksight.jobs.worker.unit import commit_unit, take_unit
 from blocksight.storage.inputs.survey import Layout
 from blocksight.storage.parquet.rows import table_of_rows
 from blocksight.storage.stores.store import ObjectInfo, StoreError
+
+if TYPE_CHECKING:
+    from blocksight.engine.scoring.setting_choice import ForwardRequest  # which needs torch
 
 WAVE_UNITS = 2_000
 """Units per Ray Data execution: the driver's memory does not grow with the data set."""
@@ -144,11 +148,40 @@ def learn_on_worker(
     try:
         for made in task.remote(context, units, weights):
             yield ray.get(made)
-    except RayTaskError as error:
-        cause = error.cause
-        raise cause if isinstance(cause, ConfigError | ModelError | StoreError) else _cluster_error(error) from error
     except RayError as error:
-        raise _cluster_error(error) from error
+        raise _cause(error) from error
+
+
+def choose_on_worker(
+    context: JobContext, state: bytes | None, request: "ForwardRequest", sizing: Sizing
+) -> PlannedForward:
+    """As `forward_choice.choose_here`, on one worker of the connected Ray session, while the others wait.
+
+    Raises ClusterError also if the worker dies, or if none is free for an hour.
+    """
+    weights = None if state is None else ray.put(state)
+    resources: dict[str, Any] = {"num_cpus": sizing.cpus_per_actor, "num_gpus": sizing.gpus_per_actor}
+    task: Any = ray.remote(**resources, max_retries=0)(_choose)
+    try:
+        return ray.get(task.remote(context, weights, request), timeout=NO_PROGRESS_SECONDS)
+    except GetTimeoutError as error:
+        raise ClusterError(f"no worker has chosen a forward setting for {NO_PROGRESS_SECONDS:,.0f} s") from error
+    except RayError as error:
+        raise _cause(error) from error
+
+
+def _choose(context: JobContext, weights: Any, request: "ForwardRequest") -> PlannedForward:
+    _limit_compiler(context.device)
+    from blocksight.jobs.explain.forward_choice import choose_here
+
+    refuse_unsafe_switches()
+    return choose_here(context, None if weights is None else ray.get(weights), request)
+
+
+def _cause(error: RayError) -> Exception:
+    """What a task raised, if it is a sentence for people; else a ClusterError."""
+    cause = error.cause if isinstance(error, RayTaskError) else None
+    return cause if isinstance(cause, ConfigError | ModelError | StoreError | ClusterError) else _cluster_error(error)
 
 
 def _learn(context: JobContext, units: Sequence[Unit], weights: Any) -> Iterator[int | bytes]:

@@ -163,7 +163,7 @@ class World:
         self.keys = sorted(info.key for unit in self.plan.units for info in unit.objects)
         self.source = LocalStore(data)
         facts = ModelFacts("w", 5, (8, 8))
-        self.context = JobContext(self.config, self.plan.fingerprint, "run", facts, (), 1, False, 1, "cpu", "")
+        self.context = JobContext(self.config, self.plan.fingerprint, "run", facts, (), 1, 1, "cpu", "")
         self.levels = np.random.default_rng(seed)
 
     def run(self, unit: Unit, output: Any) -> Any:

@@ -130,12 +130,17 @@ def test_a_record_of_a_gpu_is_replayed_on_a_cpu(both: tuple[Path, Path], data: P
     assert replay_error(made, row) is None
 
 
-def test_a_worker_with_a_gpu_chooses_among_its_settings(data: Path, tmp_path: Path):
-    with workers_on_gpu(is_timed=True), stubbed_compilers(), mock.patch.object(job, "_planned_forward"):
-        job._planned_forward.return_value = None
-        ran = run_here(data, tmp_path)
+@pytest.mark.parametrize("tune", [False, True])
+def test_a_gpu_chooses_among_its_settings_and_stores_its_rate(data: Path, tmp_path: Path, tune: bool):
+    with workers_on_gpu(), stubbed_compilers(), mock.patch.object(job, "device_of", return_value="cuda"):
+        ran = job.run_job(config_of(data, tmp_path), Execution(runner="local", tune=tune), Console(quiet=True))
     assert not ran.ran.failures
     assert ran.forward is not None
+    assert (ran.forward.forwards_per_second or 0) > 0
+    assert (ran.forward.hardware, ran.forward.compute_capability) == ("a pretended GPU", "9.0")
+    if not tune:
+        assert str(ran.forward.setting) == "eager float16, 256 per pass"
+        return
     assert {(own["setting"]["backend"], own["setting"]["precision"]) for own in ran.forward.probe} >= {
         ("eager", "float32"),
         ("graphed", "float16"),

@@ -2,12 +2,15 @@
 
 import json
 import random
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 
 import pytest
 import torch
 from rich.console import Console
 
+from blocksight.cluster.errors import ClusterError
+from blocksight.cluster.sizing import Sizing
 from blocksight.engine.catalog.forward_setting import ForwardSetting
 from blocksight.engine.errors import ModelError
 from blocksight.engine.scoring import setting_choice
@@ -16,12 +19,15 @@ from blocksight.engine.scoring.setting_choice import MeasuredSetting
 from blocksight.jobs.cli import job_tables, metric_tables
 from blocksight.jobs.evaluate.compare import compare, rows_of_table
 from blocksight.jobs.explain import forward_pass, step
+from blocksight.jobs.explain.forward_choice import choose_here
 from blocksight.jobs.plan.config import Execution
 from blocksight.jobs.plan.forward_setting import FORWARD_KEY, PlannedForward, planned_forward, setting_difference
 from blocksight.jobs.plan.plan import DriftError
 from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.jobs.report.facts import run_facts
+from blocksight.jobs.run import job, pipeline
 from blocksight.jobs.run.job import run_job
+from blocksight.jobs.run.local import run_units
 from blocksight.jobs.versus.run import write_difference
 from blocksight.jobs.worker.error_classes import UnfitWorkerError
 from blocksight.jobs.worker.rows import existing_output
@@ -262,38 +268,126 @@ def test_status_and_report_say_how_masks_were_scored(tmp_path, data):
     assert "median score error 0.0" in found["masks scored by"].note
 
 
-# ---------------------------------------------------------------- a GPU's worker, which chooses itself
+# ---------------------------------------------------------------- on GPUs one worker chooses for all
 
 
-def test_without_a_planned_setting_a_worker_chooses_once_and_the_rest_follow(tmp_path, monkeypatch):
-    store, adapter = store_of(tmp_path), object()
-    chosen = []
+GPUS = Sizing(8, 1.0, 1.0, 0.5, 1)
+"""Of a Ray session."""
 
-    def choose(_, request):
-        chosen.append(request)
-        return "forward", [MeasuredSetting(BFLOAT, 0.01, 5.0)]
 
-    monkeypatch.setattr(forward_pass, "choose", choose)
-    monkeypatch.setattr(forward_pass, "_forward_with", lambda _, setting: setting)
-    request = setting_choice.ForwardRequest(is_timed=True)
-    assert forward_pass.ensure_forward(store, adapter, request) == ("forward", BFLOAT)
-    assert forward_pass.ensure_forward(store, adapter, request) == (BFLOAT, BFLOAT)
-    assert len(chosen) == 1
-    planned = planned_forward(store)
+def run_on_gpus(data, output, monkeypatch, choose, **execution):
+    """A job that believes in a Ray session with GPUs, and whose units are explained in this process.
+
+    Its console's text.
+    """
+    console = Console(record=True, width=300)
+    monkeypatch.setattr(job, "session_of", lambda _: nullcontext(GPUS))
+    monkeypatch.setattr(job, "check_gpu", lambda _: None)
+    monkeypatch.setattr(job, "PROBE_FROM_SECONDS", 0.0)
+    monkeypatch.setattr(pipeline, "choose_on_worker", choose)
+    in_process = replace(GPUS, gpus_per_actor=0.0)
+    real = job.context_of
+    monkeypatch.setattr(job, "context_of", lambda c, p, f, _, *more: real(c, p, f, in_process, *more))
+    monkeypatch.setattr(
+        pipeline, "run_units", lambda units, context, state, _, stop: run_units(units, context, state, stop)
+    )
+    job.run_job(config_of(data, output), Execution(**execution), console)
+    return console.export_text()
+
+
+def test_one_gpu_chooses_before_the_first_unit_and_its_rate_is_stored(tmp_path, data, monkeypatch):
+    asked = []
+
+    def choose(context, state, request, sizing):
+        assert not list(store_of(tmp_path / "maps").list())
+        asked.append((request.is_timed, sizing))
+        return PlannedForward(
+            ForwardSetting(batch_size=3), forwards_per_second=4e4, hardware="H", compute_capability="9.0"
+        )
+
+    said = run_on_gpus(data, tmp_path / "maps", monkeypatch, choose)
+    assert "3 per pass (chosen by timing; 40,000 forwards/s on H, compute capability 9.0)" in said
+    assert asked == [(True, GPUS)]
+    planned = planned_forward(store_of(tmp_path / "maps"))
     assert planned is not None
-    assert (planned.chosen, planned.score_error, planned.bound) == ("timing", 0.01, setting_choice.MAX_FAST_ERROR)
+    assert (planned.forwards_per_second, planned.hardware, planned.compute_capability) == (4e4, "H", "9.0")
+    assert {json.loads(path.read_bytes())["forward"] for path in (tmp_path / "maps/_job/receipts").iterdir()} == {
+        "eager float32, 3 per pass"
+    }
+    for fragment in (tmp_path / "maps/data").iterdir():
+        fragment.unlink()
+    run_on_gpus(data, tmp_path / "maps", monkeypatch, choose)
+    assert len(asked) == 1  # a resumed job keeps it
 
 
-def test_of_two_workers_that_choose_at_once_the_first_wins(tmp_path, monkeypatch):
-    store, first = store_of(tmp_path), ForwardSetting(batch_size=9)
+def test_a_gpu_that_fails_over_a_timing_chooses_by_rule(tmp_path, data, monkeypatch):
+    asked = []
+
+    def choose(context, state, request, sizing):
+        asked.append(request.is_timed)
+        if request.is_timed:
+            raise ClusterError("node: an illegal memory access")
+        return PlannedForward(ForwardSetting(batch_size=3), chosen="rule")
+
+    said = run_on_gpus(data, tmp_path / "maps", monkeypatch, choose)
+    assert asked == [True, False]
+    assert "WARNING: node: an illegal memory access; it was timing forward settings, and one is chosen by rule" in said
+
+
+def test_a_gpu_that_cannot_choose_is_a_sentence_and_leaves_no_output(tmp_path, data, monkeypatch):
+    def choose(*_):
+        raise ClusterError("node cannot choose how masks are scored")
+
+    with pytest.raises(ClusterError, match="node cannot choose"):
+        run_on_gpus(data, tmp_path / "maps", monkeypatch, choose)
+    assert not list(store_of(tmp_path / "maps").list())
+
+
+def test_an_error_of_the_device_over_the_choice_names_the_node(tmp_path, data, monkeypatch):
+    context = []
+    real = job.context_of
+
+    def kept(*args):
+        context.append(real(*args))
+        return context[0]
+
+    monkeypatch.setattr(job, "context_of", kept)
+    run_here(data, tmp_path / "maps")
+
+    def fails(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    request = setting_choice.ForwardRequest(None, 3)
+    assert choose_here(context[0], None, request).setting == ForwardSetting(batch_size=3)
+    with pytest.raises(ModelError, match="other weights"):
+        choose_here(replace(context[0], facts=replace(context[0].facts, weights_sha256="0" * 64)), None, request)
+    monkeypatch.setattr(forward_pass, "choose", fails)
+    with pytest.raises(ClusterError, match=r".+ cannot choose how masks are scored: .*illegal memory access"):
+        choose_here(context[0], None, request)
+
+
+def test_of_two_drivers_that_choose_at_once_the_first_wins(tmp_path, data, monkeypatch):
+    first = ForwardSetting(batch_size=3)
 
     def choose(*_):
-        plan_setting(tmp_path, first)
-        return "forward", [MeasuredSetting(BFLOAT)]
+        return None, [MeasuredSetting(ForwardSetting(batch_size=2))]
 
+    def other_driver(output, plan):
+        plan_setting(tmp_path / "maps", first)
+        return real(output, plan)
+
+    real = job.ensure_plan
     monkeypatch.setattr(forward_pass, "choose", choose)
-    monkeypatch.setattr(forward_pass, "_forward_with", lambda _, setting: setting)
-    assert forward_pass.ensure_forward(store, object(), setting_choice.ForwardRequest()) == (first, first)
+    monkeypatch.setattr(job, "ensure_plan", other_driver)
+    outcome = run_here(data, tmp_path / "maps")
+    assert outcome.forward is not None
+    assert outcome.forward.setting == first
+
+
+def test_a_forward_setting_that_is_gone_is_not_chosen_anew_by_each_worker(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(step, "stored_forward", lambda *_: None)
+    (failure,) = run_here(data, tmp_path / "maps").ran.failures
+    assert "forward setting is missing: _job/plan/forward.json" in failure.reason
 
 
 @pytest.mark.parametrize(

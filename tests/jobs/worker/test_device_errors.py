@@ -196,22 +196,22 @@ def test_a_child_process_says_what_the_device_said_behind_its_error():
 
 
 def test_memory_that_is_short_where_the_forward_pass_is_made_halves_the_batch(data, tmp_path, monkeypatch):
-    real, made = step.ensure_forward, []
+    real, made = step.stored_forward, []
 
-    def make_it(output, adapter, request, most_inputs):
+    def make_it(output, adapter, most_inputs):
         made.append(most_inputs)
         if most_inputs is None or most_inputs > 1:
             raise ERRORS[MEMORY]
-        return real(output, adapter, request, most_inputs)
+        return real(output, adapter, most_inputs)
 
-    monkeypatch.setattr(step, "ensure_forward", make_it)
+    monkeypatch.setattr(step, "stored_forward", make_it)
     assert run_here(data, tmp_path / "out").manifest is not None
     assert made == [None, 2, 1]
     assert {row["status"] for row in rows_in(LocalStore(tmp_path / "out"))} == {"ok"}
 
 
 def test_a_forward_pass_for_which_there_is_never_memory_ends_the_job(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(step, "ensure_forward", raising(ERRORS[MEMORY]))
+    monkeypatch.setattr(step, "stored_forward", raising(ERRORS[MEMORY]))
     with pytest.raises(UnfitWorkerError, match="smaller --batch-size"):
         run_here(data, tmp_path / "out")
     no_record_is_blamed(tmp_path / "out")
