@@ -386,8 +386,10 @@ def test_of_two_drivers_that_choose_at_once_the_first_wins(tmp_path, data, monke
 
 def test_a_forward_setting_that_is_gone_is_not_chosen_anew_by_each_worker(tmp_path, data, monkeypatch):
     monkeypatch.setattr(step, "stored_forward", lambda *_: None)
-    (failure,) = run_here(data, tmp_path / "maps").ran.failures
-    assert "forward setting is missing: _job/plan/forward.json" in failure.reason
+    outcome = run_here(data, tmp_path / "maps")
+    assert outcome.manifest is None
+    (reason,) = {failure.reason for failure in outcome.ran.failures}
+    assert "forward setting is missing: _job/plan/forward.json" in reason
 
 
 @pytest.mark.parametrize(
