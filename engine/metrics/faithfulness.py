@@ -2,17 +2,19 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from blocksight.engine.catalog.readouts import READOUTS
 from blocksight.engine.metrics.metric import TIES, Maps, Metric, Value, first_pixels, ranks_of, undefined
 from blocksight.engine.model.targets import Readout, TopClass
+from blocksight.engine.model.transfers import sent, to_host
 from blocksight.engine.saliency import FLAT, Map, is_flat
 from blocksight.engine.scoring.perturb import Perturbation, blurred
 from blocksight.engine.scoring.scorer import MaskSet, MaskSource, Scorer
@@ -27,6 +29,8 @@ AGREEMENT_SHARES = tuple(share / 10 for share in range(10))
 """Shares of pixels that POS and NEG remove."""
 
 Removed = Literal["top", "bottom"]
+Place = tuple[int, int]
+"""A map's image and the number of its target."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,9 @@ class RankedMasks(MaskSource):
 
     image: int
     ranks_hw: Tensor
-    """The place of every pixel in the order, from 0, int64 [H, W]."""
-    counts: tuple[int, ...]
-    """Pixels that each mask removes."""
+    """The place of every pixel in the order, from 0, int32 [H, W]."""
+    counts: Tensor
+    """Pixels that each mask removes, int32 [K], on the device of the ranks."""
     weights_hw: Tensor | None = None
     """Factors of the kept pixels; None: 1."""
     fill: Perturbation | None = None
@@ -47,8 +51,7 @@ class RankedMasks(MaskSource):
         return len(self.counts)
 
     def masks(self, start: int, stop: int, image_chw: Tensor) -> Tensor:
-        counts = torch.tensor(self.counts[start:stop], device=image_chw.device)
-        masks = (self.ranks_hw >= counts[:, None, None]).to(image_chw)
+        masks = (self.ranks_hw >= self.counts[start:stop, None, None]).to(image_chw)
         return masks if self.weights_hw is None else masks * self.weights_hw.to(image_chw)
 
     def write(self, out_nchw: Tensor, image_chw: Tensor, start: int, perturbation: Perturbation) -> None:
@@ -89,8 +92,8 @@ class MaskedMetric(Metric):
         }
 
     @abstractmethod
-    def source(self, maps: Maps, image: int, index: int) -> MaskSource:
-        """The masked inputs of one map."""
+    def sources(self, maps: Maps, places: Sequence[Place]) -> Sequence[MaskSource]:
+        """The masked inputs of some maps, at least one. What they need goes to the device in one copy."""
 
     @abstractmethod
     def values(self, score: float, masked: Sequence[float], saliency_hw: Map) -> Mapping[str, Value]:
@@ -108,10 +111,9 @@ class MaskedMetric(Metric):
         undefined_reasons = {place: self.undefined_reason(maps, *place) for place in maps.positions()}
         usable = [place for place, undefined_reason in undefined_reasons.items() if undefined_reason is None]
         with self.scorer.adapter.borrowed():
-            found = self.scorer.scores(
-                maps.inputs_nchw, self.readout(maps), [self.source(maps, *place) for place in usable]
-            )
-        masked = {place: scores[:, place[1]].tolist() for place, scores in zip(usable, found, strict=True)}
+            sources = self.sources(maps, usable) if usable else []
+            found = self.scorer.scores(maps.inputs_nchw, self.readout(maps), sources)
+        masked = {place: scores[:, place[1]].tolist() for place, scores in zip(usable, to_host(found), strict=True)}
         result: list[list[Mapping[str, Value]]] = [[] for _ in maps.saliency]
         for (image, index), undefined_reason in undefined_reasons.items():
             result[image].append(
@@ -122,12 +124,24 @@ class MaskedMetric(Metric):
         return result
 
 
-def _ranks(maps: Maps, image: int, index: int, removed: Removed) -> Tensor:
+def _saliency(maps: Maps, places: Sequence[Place]) -> list[Map]:
+    return [maps.saliency[image][index] for image, index in places]
+
+
+def _sent(arrays: Sequence[NDArray[Any]], maps: Maps) -> Tensor:
+    """Arrays of one shape, stacked, on the device of the inputs."""
+    return sent(torch.from_numpy(np.stack(arrays)), maps.inputs_nchw.device)
+
+
+def _sent_weights(arrays: Sequence[Map], maps: Maps) -> Tensor:
+    """As `_sent`, in the precision of the inputs."""
+    return sent(torch.from_numpy(np.stack(arrays)).to(maps.inputs_nchw.dtype), maps.inputs_nchw.device)
+
+
+def _ranks(saliency_hw: Map, removed: Removed) -> NDArray[np.int32]:
     """The order in which pixels are removed, [H, W]."""
-    ranks = ranks_of(maps.saliency[image][index])
-    if removed == "bottom":
-        ranks = ranks.size - 1 - ranks
-    return torch.from_numpy(ranks).to(maps.inputs_nchw.device)
+    ranks = ranks_of(saliency_hw).astype(np.int32)
+    return ranks if removed == "top" else ranks.size - 1 - ranks
 
 
 class RankedMetric(MaskedMetric):
@@ -149,11 +163,13 @@ class KeepTop(RankedMetric):
     def details(self) -> Mapping[str, Any]:
         return {**super().details(), "fraction": KEPT_FRACTION}
 
-    def source(self, maps: Maps, image: int, index: int) -> MaskSource:
-        saliency = maps.saliency[image][index]
-        count = int(KEPT_FRACTION * saliency.size)
-        kept = first_pixels(saliency, count) if count else np.zeros(saliency.shape, dtype=bool)
-        return KeptPixels(image, torch.from_numpy(kept).to(maps.inputs_nchw.device))
+    def sources(self, maps: Maps, places: Sequence[Place]) -> list[MaskSource]:
+        kept = _sent([self._kept(own) for own in _saliency(maps, places)], maps)
+        return [KeptPixels(image, own) for (image, _), own in zip(places, kept, strict=True)]
+
+    def _kept(self, saliency_hw: Map) -> NDArray[np.bool_]:
+        count = int(KEPT_FRACTION * saliency_hw.size)
+        return first_pixels(saliency_hw, count) if count else np.zeros(saliency_hw.shape, dtype=bool)
 
     def values(self, score: float, masked: Sequence[float], saliency_hw: Map) -> Mapping[str, Value]:
         (kept,) = masked
@@ -179,11 +195,16 @@ class LevelDrop(RankedMetric):
     def details(self) -> Mapping[str, Any]:
         return {**super().details(), "levels": self.levels, "mask": "the map's values"}
 
-    def source(self, maps: Maps, image: int, index: int) -> MaskSource:
-        saliency = maps.saliency[image][index]
-        counts = tuple(saliency.size - round(level * saliency.size) for level in self.levels)
-        weights = torch.from_numpy(saliency).to(maps.inputs_nchw)
-        return RankedMasks(image, _ranks(maps, image, index, "bottom"), counts, weights)
+    def sources(self, maps: Maps, places: Sequence[Place]) -> Sequence[MaskSource]:
+        saliency = _saliency(maps, places)
+        size = saliency[0].size
+        counts = _sent([np.int32([size - round(level * size) for level in self.levels])], maps)[0]
+        ranks = _sent([_ranks(own, "bottom") for own in saliency], maps)
+        weights = _sent_weights(saliency, maps)
+        return [
+            RankedMasks(image, own, counts, weight)
+            for (image, _), own, weight in zip(places, ranks, weights, strict=True)
+        ]
 
     def values(self, score: float, masked: Sequence[float], saliency_hw: Map) -> Mapping[str, Value]:
         pairs = [(Value(drop(score, kept)), Value(100.0 * (kept > score))) for kept in masked]
@@ -206,10 +227,15 @@ class Curve(RankedMetric):
     def details(self) -> Mapping[str, Any]:
         return {**super().details(), "shares": self.shares, "removed": self.removed, "area": "trapezoid"}
 
-    def source(self, maps: Maps, image: int, index: int) -> RankedMasks:
-        size = maps.saliency[image][index].size
-        counts = tuple(round(share * size) for share in self.shares)
-        return RankedMasks(image, _ranks(maps, image, index, self.removed), counts)
+    def sources(self, maps: Maps, places: Sequence[Place]) -> Sequence[MaskSource]:
+        return self.ranked(maps, places)
+
+    def ranked(self, maps: Maps, places: Sequence[Place]) -> list[RankedMasks]:
+        """The masks of some maps."""
+        saliency = _saliency(maps, places)
+        counts = _sent([np.int32([round(share * saliency[0].size) for share in self.shares])], maps)[0]
+        ranks = _sent([_ranks(own, self.removed) for own in saliency], maps)
+        return [RankedMasks(image, own, counts) for (image, _), own in zip(places, ranks, strict=True)]
 
     def values(self, score: float, masked: Sequence[float], saliency_hw: Map) -> Mapping[str, Value]:
         return {self.names[0]: Value(self.area(masked), curve=tuple(masked))}
@@ -240,12 +266,14 @@ class Insertion(Curve):
     def details(self) -> Mapping[str, Any]:
         return {**super().details(), "baseline": "blur", "reach": BLUR_REACH, "sigma": BLUR_SIGMA}
 
-    def source(self, maps: Maps, image: int, index: int) -> RankedMasks:
-        plain = super().source(maps, image, index)
-        picture = maps.inputs_nchw[image]
-        side = min(picture.shape[1:])
-        blur = blurred(picture, BLUR_SIGMA * side, reach=max(1, round(BLUR_REACH * side)))
-        return RankedMasks(image, plain.ranks_hw, plain.counts, fill=Perturbation(blur[None]))
+    def sources(self, maps: Maps, places: Sequence[Place]) -> list[MaskSource]:
+        fills = {image: self._fill(maps.inputs_nchw[image]) for image, _ in places}
+        return [replace(own, fill=fills[own.image]) for own in self.ranked(maps, places)]
+
+    def _fill(self, picture_chw: Tensor) -> Perturbation:
+        side = min(picture_chw.shape[1:])
+        blur = blurred(picture_chw, BLUR_SIGMA * side, reach=max(1, round(BLUR_REACH * side)))
+        return Perturbation(blur[None])
 
 
 class Agreement(Curve):
@@ -285,9 +313,9 @@ class Density(MaskedMetric):
 
     names = ("positive_density", "negative_density")
 
-    def source(self, maps: Maps, image: int, index: int) -> MaskSource:
-        saliency = torch.from_numpy(maps.saliency[image][index])
-        return MaskSet(image, torch.stack([saliency, 1 - saliency]).to(maps.inputs_nchw))
+    def sources(self, maps: Maps, places: Sequence[Place]) -> list[MaskSource]:
+        weights = _sent_weights([np.stack([own, 1 - own]) for own in _saliency(maps, places)], maps)
+        return [MaskSet(image, own) for (image, _), own in zip(places, weights, strict=True)]
 
     def values(self, score: float, masked: Sequence[float], saliency_hw: Map) -> Mapping[str, Value]:
         sums = saliency_hw.sum(), (1 - saliency_hw).sum()

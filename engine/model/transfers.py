@@ -16,12 +16,16 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(own.shape) for part, own in zip(parts, tensors, strict=True)]
 
 
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device. A GPU fetches it from pinned memory, and the host does not wait."""
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+
+
 def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Tensors of one type, [n] each, on the device: to a GPU in one copy, which nothing waits for."""
     if device.type == "cpu" or not tensors:
         return list(tensors)
-    moved = torch.cat(list(tensors)).pin_memory().to(device, non_blocking=True)
-    return list(moved.split([len(own) for own in tensors]))
+    return list(sent(torch.cat(list(tensors)), device).split([len(own) for own in tensors]))
 
 
 def together(count: int, device: torch.device) -> list[range]:

@@ -11,6 +11,7 @@ from torch.nn import functional
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.resample import grid_of, upsampling
 from blocksight.engine.model.targets import Readout
+from blocksight.engine.model.transfers import sent
 from blocksight.engine.scoring.forward import BufferedForward, Forward
 from blocksight.engine.scoring.perturb import Perturbation
 
@@ -115,8 +116,7 @@ class Scorer:
         """For each batch, the image number [B] of every slot; 0 for empty ones. One copy, which nothing waits for."""
         owners = torch.tensor(images, dtype=torch.int64).repeat_interleave(torch.tensor(sizes, dtype=torch.int64))
         filled = functional.pad(owners, (0, -len(owners) % self.batch_size))
-        pinned = filled.pin_memory() if device.type == "cuda" else filled
-        return pinned.to(device, non_blocking=True).split(self.batch_size) if len(filled) else ()
+        return sent(filled, device).split(self.batch_size) if len(filled) else ()
 
     def _fill(
         self, buffer_nchw: Tensor, images_nchw: Tensor, sources: Sequence[MaskSource], batch: Sequence[Piece]

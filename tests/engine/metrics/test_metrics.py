@@ -41,7 +41,7 @@ from blocksight.engine.metrics.faithfulness import (
 )
 from blocksight.engine.metrics.localisation import Localisation, hits, iou_of_top, share_of_top
 from blocksight.engine.metrics.metric import Maps, first_pixels, ranks_of
-from blocksight.engine.metrics.road import LeastRelevantFirst, MostRelevantFirst, imputed
+from blocksight.engine.metrics.road import LeastRelevantFirst, MostRelevantFirst, imputed, solved_together
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.targets import ClassProbability
 from blocksight.engine.scoring.perturb import BASELINES, blurred, perturbation
@@ -425,6 +425,17 @@ def test_imputation_by_hand():
     assert imputed(flat, few) == pytest.approx(3.0, abs=1e-3)
 
 
+@pytest.mark.parametrize("iterations_per_test", [1, 5, 16])
+def test_pictures_that_are_imputed_together_are_those_imputed_alone_to_the_bit(iterations_per_test):
+    pictures = smooth(5, 14, 17)
+    shares = torch.tensor([0.0, 0.05, 0.4, 0.9, 1.0])
+    kept = torch.from_numpy(RANDOM.random((5, 14, 17))) >= shares[:, None, None]
+    alone = torch.stack([imputed(*pair) for pair in zip(pictures, kept, strict=True)])
+    assert torch.equal(solved_together(pictures, kept, iterations_per_test), alone)
+    assert torch.equal(alone[0], pictures[0])
+    assert not alone[4].any()
+
+
 @pytest.mark.parametrize("make", [MostRelevantFirst, LeastRelevantFirst])
 def test_road_is_drawn_from_the_seed_and_has_fixed_ends(make, case):
     adapter, maps = case
@@ -648,7 +659,7 @@ def test_the_catalogue_knows_the_forward_passes_of_every_metric():
     maps = maps_of(adapter, smooth(1, 32, 32), [[0]], RANDOM.random((1, 1, 32, 32)))
     passes = {name: own for own in (metric(make, adapter) for make in MASKED.values()) for name in own.names}
     for name, entry in entries.METRICS.items():
-        assert entry.forwards == (len(passes[name].source(maps, 0, 0)) if name in passes else 0)
+        assert entry.forwards == (len(passes[name].sources(maps, [(0, 0)])[0]) if name in passes else 0)
         assert entry.cost.startswith(f"{entry.forwards} F") or not entry.forwards
         together = {other for other, own in entries.METRICS.items() if own.evaluation == entry.evaluation}
         assert entry.evaluation is None or together == set(passes[name].names)
