@@ -110,9 +110,10 @@ class Candidates:
         device = self.blocks[0].device
         return [torch.arange(place.start, place.stop, device=device) for place in self.places]
 
-    def source(self, rows: Tensor, block: int) -> MaskSet:
-        """Some of a block's masks, ready to be scored."""
-        return MaskSet(self.image, self.blocks[block][rows - self.places[block].start])
+    def source(self, rows: Tensor | slice, block: int) -> MaskSet:
+        """Some of a block's masks, ready to be scored; a slice of rows is all of them."""
+        masks = self.blocks[block]
+        return MaskSet(self.image, masks if isinstance(rows, slice) else masks[rows - self.places[block].start])
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,7 @@ class Sampled:
 class _Sampling:
     """The sampling of one image: the measured scores, and predictions of the others."""
 
-    def __init__(
-        self, candidates: Candidates, num_targets: int, budget: Budget | None, complete_above: float | None
-    ) -> None:
+    def __init__(self, candidates: Candidates, num_targets: int, budget: Budget, complete_above: float | None) -> None:
         self.candidates, self.budget, self.complete_above = candidates, budget, complete_above
         num_masks = sum(candidates.sizes)
         self.limits = shares_by_block(candidates.sizes, _limit(budget, num_masks))
@@ -239,8 +238,9 @@ def _predict(images: Sequence[_Sampling]) -> None:
         one.store_predictions([next(imputed) for _ in own])
 
 
-Run = Callable[[Sequence[tuple[Candidates, int, Tensor]]], Sequence[Tensor]]
-"""Measures masks: each entry is an image's candidates, a block number and row numbers [K]. Returns scores [K, T]."""
+Run = Callable[[Sequence[tuple[Candidates, int, Tensor | slice]]], Sequence[Tensor]]
+"""Measures masks: each entry is an image's candidates, a block number and row numbers [K], or the slice of all the
+block's rows. Returns scores [K, T]."""
 
 
 def sample(
@@ -255,6 +255,8 @@ def sample(
     With a budget of 0 the head's scores are the result. Once the budget is spent, all masks of an image are measured
     if the predicted relative error of one of its block maps exceeds `complete_above`.
     """
+    if budget is None:
+        return _all_measured(run, candidates, num_targets)
     images = [_Sampling(own, num_targets, budget, complete_above) for own in candidates]
     for some in _groups([one for one in images if one.is_partial]):
         _design(some)
@@ -269,6 +271,13 @@ def sample(
     return [one.sampled() for one in images]
 
 
+def _all_measured(run: Run, candidates: Sequence[Candidates], num_targets: int) -> list[Sampled]:
+    """Every mask's own score."""
+    found = iter(run([(own, block, place) for own in candidates for block, place in enumerate(own.places)]))
+    scores = [torch.cat([next(found) for _ in own.places]) for own in candidates]
+    return [Sampled(own, (None,) * num_targets, len(own)) for own in scores]
+
+
 def _groups(images: Sequence[_Sampling]) -> list[Sequence[_Sampling]]:
     """The images in groups that are computed at once: all together on a GPU, where steps cost more than numbers.
 
@@ -278,10 +287,8 @@ def _groups(images: Sequence[_Sampling]) -> list[Sequence[_Sampling]]:
     return [images] if on_gpu else [[one] for one in images]
 
 
-def _limit(budget: Budget | None, num_masks: int) -> int:
+def _limit(budget: Budget, num_masks: int) -> int:
     """The largest number of masks of an image to score."""
-    if budget is None:
-        return num_masks
     if budget == "auto":
         return ceil(AUTO_MAX * num_masks)
     return ceil(budget * num_masks) if isinstance(budget, float) else min(budget, num_masks)

@@ -87,7 +87,7 @@ class Sise(Explainer):
     def _explain_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Explanation]]:
         images = self.capture(inputs_nchw, target)
 
-        def run(wanted: Sequence[tuple[Candidates, int, Tensor]]) -> list[Tensor]:
+        def run(wanted: Sequence[tuple[Candidates, int, Tensor | slice]]) -> list[Tensor]:
             return self.scorer.scores(inputs_nchw, target, [own.source(rows, block) for own, block, rows in wanted])
 
         candidates, asked = [image.candidates for image in images], self.parameters

@@ -125,12 +125,13 @@ class _Pass:
             self.captured[sise] = sise.capture(self.inputs_nchw, self.target)
         return self.captured[sise]
 
-    def known_scores(self, captured: Captured, block: int, rows: Tensor) -> Tensor:
-        """The scores [K, 1] of some of an image's masks, for any selection."""
-        candidates = captured.candidates
+    def known_scores(self, captured: Captured, block: int, rows: Tensor | slice) -> Tensor:
+        """The scores [K, 1] of some of an image's masks, or of all of a block (a slice), for any selection."""
+        candidates, channels = captured.candidates, captured.blocks[block].channels
         scores = self.scores[candidates.image][block]
-        places = (rows - candidates.places[block].start).cpu()
-        return scores[captured.blocks[block].channels[places].to(scores.device)]
+        if not isinstance(rows, slice):
+            channels = channels[(rows - candidates.places[block].start).cpu()]
+        return scores[channels.to(scores.device)]
 
 
 class FidelityBench:
@@ -298,7 +299,7 @@ def stored(saliency_hw: Map) -> Map:
 def _sampled(images: _Pass, captured: Captured, budget: Budget | None = None) -> Sampled:
     """The scores under the budget. Measured ones are read from the known scores."""
 
-    def run(wanted: Sequence[tuple[Candidates, int, Tensor]]) -> list[Tensor]:
+    def run(wanted: Sequence[tuple[Candidates, int, Tensor | slice]]) -> list[Tensor]:
         return [images.known_scores(captured, block, rows) for _, block, rows in wanted]
 
     (found,) = sample(run, [captured.candidates], 1, budget)

@@ -6,7 +6,7 @@ native centre, and a mask's mass is `w_h^T A w_w` with `w = R^T 1`.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import ceil, floor
 
 import torch
@@ -61,8 +61,14 @@ class Upsampling:
 
     def __call__(self, maps_khw: Tensor) -> Tensor:
         """U A in the maps' own precision: [..., h, w] to [..., H, W]."""
-        rows, columns = self.rows.to(maps_khw.dtype), self.columns.to(maps_khw.dtype)
-        return rows @ maps_khw @ columns.T
+        rows, columns = self._float32 if maps_khw.dtype == torch.float32 else (self.rows, self.columns)
+        return rows.to(maps_khw.dtype) @ maps_khw @ columns.to(maps_khw.dtype).T
+
+    @cached_property
+    def _float32(self) -> tuple[Tensor, Tensor]:
+        """The matrices in the precision of masked inputs; ordinary tensors, which autograd takes too."""
+        with torch.inference_mode(mode=False):
+            return self.rows.float(), self.columns.float()
 
     def extremes(self, maps_khw: Tensor) -> tuple[Tensor, Tensor]:
         """Least and greatest value of each *upsampled* map [..., h, w], as float64 [..., 1, 1]."""

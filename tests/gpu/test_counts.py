@@ -6,6 +6,10 @@ import pytest
 
 from tests.gpu import counts
 
+ROUNDING = 0.01
+"""The steps of a solver depend on rounding, and so a little on the machine."""
+SLACK = 0.1
+"""A figure may fall so far without a new table."""
 GREW = (
     "keep tensors on the GPU, and compute for all images of a pass at once; "
     f"`{counts.COMMAND}` prints the lines that cost most"
@@ -14,12 +18,12 @@ FELL = f"`{counts.COMMAND}` writes the new table"
 
 
 def complaints(found: Mapping[str, float], table: Mapping[str, float]) -> list[str]:
-    """A sentence for each figure that is not the table's."""
+    """A sentence for each figure that grew, or that fell so far that the table no longer holds it."""
     return [
-        f"{kind} {'grew' if found[kind] > table[kind] else 'fell'} from {table[kind]} to {found[kind]} per image: "
-        + (GREW if found[kind] > table[kind] else FELL)
-        for kind in table
-        if found[kind] != table[kind]
+        f"{kind} {'grew' if found[kind] > own else 'fell'} from {own} to {found[kind]} per image: "
+        + (GREW if found[kind] > own else FELL)
+        for kind, own in table.items()
+        if not (1 - SLACK) * own <= found[kind] <= (1 + ROUNDING) * own
     ]
 
 
@@ -40,10 +44,12 @@ def test_the_table_has_a_row_for_each_method():
 
 
 def test_a_figure_that_grows_or_falls_is_a_complaint_with_the_command():
-    table = {"waits": 3.0, "launches": 40.0}
+    table = {"waits": 3.0, "launches": 40.0, "copies_to_gpu": 0.0}
     assert complaints(table, table) == []
-    [grown] = complaints({"waits": 3.5, "launches": 40.0}, table)
-    [fallen] = complaints({"waits": 3.0, "launches": 39.0}, table)
-    assert "waits grew from 3.0 to 3.5" in grown
-    assert "launches fell from 40.0 to 39.0" in fallen
+    [grown] = complaints({**table, "waits": 3.1}, table)
+    [fallen] = complaints({**table, "launches": 35.0}, table)
+    [new] = complaints({**table, "copies_to_gpu": 0.03}, table)
+    assert "waits grew from 3.0 to 3.1" in grown
+    assert "launches fell from 40.0 to 35.0" in fallen
+    assert "copies_to_gpu grew from 0.0" in new
     assert counts.COMMAND in fallen
