@@ -30,7 +30,7 @@ from blocksight.engine.model.float32 import use_ieee_float32
 from blocksight.engine.model.loading import load_model
 from blocksight.engine.model.targets import ClassTarget, Target
 from blocksight.engine.saliency import Map, is_flat
-from blocksight.engine.scoring.forward import BufferedForward, Forward, release_memory
+from blocksight.engine.scoring.forward import BufferedForward, Forward, empty_caches, release_memory
 from blocksight.engine.scoring.setting_choice import eager_setting
 from blocksight.jobs.explain.fidelity import doubts_of, fidelity_columns
 from blocksight.jobs.explain.forward_pass import bounded, stored_forward
@@ -231,6 +231,7 @@ class ExplainStep:
         ):  # an error of the job, not of a record
             raise UnreconciledError(f"the state that {self.context.config.explainer} learned is missing: {LEARNED_KEY}")
         if careful:
+            empty_caches(self.adapter)  # the child needs memory of the device too
             with Isolated(partial(ExplainStep, self.context, self.state)) as isolated:
                 return self._explain_one_by_one(unit_input, isolated)
         try:
