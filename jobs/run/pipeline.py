@@ -181,6 +181,8 @@ def _choose(context: JobContext, weights: Any, request: "ForwardRequest") -> Pla
 def _cause(error: RayError) -> Exception:
     """What a task raised, if it is a sentence for people; else a ClusterError."""
     cause = error.cause if isinstance(error, RayTaskError) else None
+    if cause is not None and device_trouble(cause) is not None and not isinstance(cause, ClusterError):
+        return ClusterError(f"a worker on {error.ip} cannot go on: {told_by_device(cause)}")
     return cause if isinstance(cause, ConfigError | ModelError | StoreError | ClusterError) else _cluster_error(error)
 
 
@@ -216,7 +218,7 @@ def _wave_outcomes(
                     if returns[unit.unit_id] < MAX_RETURNS:
                         waiting.append(unit)
                     else:
-                        yield UnitFailure(unit.unit_id, unit.ordinal, unit.objects[0].key, "explain", outcome.reason)
+                        yield UnitFailure(unit.unit_id, unit.ordinal, unit.objects[0].key, "device", outcome.reason)
         if stop.reason is not None:
             return
 

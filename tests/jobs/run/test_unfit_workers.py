@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayTaskError
 from rich.console import Console
 
 from blocksight.cluster import cores
 from blocksight.cluster.errors import ClusterError
 from blocksight.cluster.sizing import Sizing
 from blocksight.engine.errors import ModelError
+from blocksight.engine.model.device_errors import told_by_device
 from blocksight.jobs.ledger.stop_request import Stop
 from blocksight.jobs.plan.config import Execution
 from blocksight.jobs.plan.records import UnitFailure, UnitReturned, UnitSkipped
@@ -142,6 +143,17 @@ def test_an_actor_whose_device_does_not_work_starts_and_gives_its_units_back(tro
 def test_an_actor_with_a_bad_model_does_not_start():
     with pytest.raises(ModelError):
         pipeline._Held(raising(ModelError("no such weights")))
+
+
+@pytest.mark.parametrize("trouble", [MEMORY, UNFIT, LOST])
+def test_a_task_that_fails_for_its_device_says_so_with_its_node(trouble):
+    cause = pipeline._cause(RayTaskError("learn", "Traceback", ERRORS[trouble], ip="10.0.0.7"))
+    assert isinstance(cause, ClusterError)
+    assert str(cause) == f"a worker on 10.0.0.7 cannot go on: {told_by_device(ERRORS[trouble])}"
+    told = ClusterError("n7 cannot choose: no memory")
+    told.__cause__ = ERRORS[trouble]
+    assert pipeline._cause(RayTaskError("choose", "Traceback", told)) is told
+    assert isinstance(pipeline._cause(RayTaskError("learn", "Traceback", ModelError("x"))), ModelError)
 
 
 # ---------------------------------------------------------------- before any unit
