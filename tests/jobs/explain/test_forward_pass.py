@@ -170,11 +170,21 @@ def test_a_damaged_setting_is_one_sentence(tmp_path):
 
 def test_the_setting_of_an_older_output_is_read(tmp_path):
     store = store_of(tmp_path)
-    older = {"setting": asdict(ForwardSetting("compiled", "bfloat16", 8)), "probe": [{"forwards_per_second": 3.0}]}
+    setting = {"backend": "compiled", "precision": "bfloat16", "batch_size": 8}
+    older = {"setting": setting, "probe": [{"forwards_per_second": 3.0}]}
     store.create(FORWARD_KEY, json.dumps(older).encode())
     planned = planned_forward(store)
     assert planned is not None
-    assert (planned.setting.precision, planned.chosen, planned.score_error) == ("bfloat16", "timing", None)
+    assert planned.setting == ForwardSetting("compiled", "bfloat16", 8)
+    assert (planned.chosen, planned.score_error) == ("timing", None)
+
+
+@pytest.mark.parametrize("setting", [ForwardSetting("captured", "float16", 256), ForwardSetting(is_autocast=True)])
+def test_every_setting_is_stored_and_read_as_it_is(tmp_path, setting):
+    forward_pass.write_forward(store_of(tmp_path), PlannedForward(setting))
+    planned = planned_forward(store_of(tmp_path))
+    assert planned is not None
+    assert planned.setting == setting
 
 
 def test_a_machine_that_cannot_run_the_setting_ends_the_job_at_its_first_unit(tmp_path, data):
