@@ -12,6 +12,7 @@ from blocksight.jobs.plan.text import counted, printable
 
 if TYPE_CHECKING:
     from blocksight.jobs.bench.benchmark import Benchmark  # which needs torch, too slow for a --help
+    from blocksight.jobs.bench.host import HostShare
 
 EFFICIENCY = "the time that the bare model would need for as many forwards, over all that is taken"
 
@@ -109,3 +110,21 @@ def _loss(row: Mapping[str, Any], name: str) -> str:
         return _mean(row, name)
     mean, low, high = paired
     return "-" if mean is None else f"{mean:+.3f}{interval_text(low, high)}"
+
+
+def host_table(found: "HostShare") -> RenderableType:
+    """CPU time of a record beside the model, by step, and the rates of a core."""
+    job = f"{counted(found.records, 'record')} in {counted(found.units, 'unit')}, Grad-CAM of a tiny model"
+    rejected = f", {found.rejected:,} rejected" if found.rejected else ""
+    rows = [
+        ("job", f"{job}{rejected}"),
+        *((f"{name}, in process", f"{own:.2f} ms") for name, own in found.steps.items()),
+        ("in process", _host_rate(found.in_process)),
+        ("through Ray", f"{_host_rate(found.through_ray)}; {counted(found.actors, 'actor')}, start-up left out"),
+        ("ratio", f"{found.ratio:.2f}: a core's rate through Ray over its rate in process"),
+    ]
+    return facts_table(rows, "the host's share, CPU time of a record")
+
+
+def _host_rate(milliseconds: float) -> str:
+    return f"{milliseconds:.2f} ms, {1e3 / milliseconds:,.0f} records a second of a core"

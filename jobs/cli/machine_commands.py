@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
 
 from blocksight.jobs.cli.app import AsJson, BatchSize, Blocks, ClassMap, Endpoint, Limit, Parameters, Weights, console
-from blocksight.jobs.cli.bench_tables import benchmark_table, curve_table
+from blocksight.jobs.cli.bench_tables import benchmark_table, curve_table, host_table
 from blocksight.jobs.cli.catalog_tables import catalog_table, entry_table
 from blocksight.jobs.cli.figures import catalog_figures, print_json, progress_console
 from blocksight.jobs.plan.config import ConfigError, load_config, parse_parameters
@@ -38,6 +38,10 @@ def bench(
         typer.Option(metavar="DATA", help="Measure the fidelity curve on these images instead; goes on where it was."),
     ] = None,
     peers: Annotated[bool, typer.Option("--peers", help="Race other libraries on the same job, in turns.")] = False,
+    host: Annotated[
+        bool,
+        typer.Option("--host", help="Measure the CPU time beside the model instead, in one process and through Ray."),
+    ] = False,
     model: Annotated[str, typer.Option(help="See `list models`.")] = "efficientnet_lite0",
     weights: Weights = None,
     blocks: Blocks = None,
@@ -53,7 +57,9 @@ def bench(
         Literal["cpu", "cuda"] | None, typer.Option(help="[default: the GPU, or one core where there is none]")
     ] = None,
     batch_size: BatchSize = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Workers that the cost is computed for.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Workers that the cost is computed for; with --host Ray's actors, or 2.")
+    ] = None,
     price: Annotated[float | None, typer.Option(min=0, help="Of an hour of one worker: a core, or a GPU.")] = None,
     limit: Limit = None,
     output: Annotated[Path, typer.Option(help="Folder of the fidelity curve.")] = Path("blocksight-curve"),
@@ -65,6 +71,8 @@ def bench(
     """Measure on this machine: the bare model's best rate, the explainer's, and the cost of a data set.
 
     `plan` uses the result. --peers races other libraries; --fidelity measures how near cheaper maps come to full SISE.
+    --host tells what reading, decoding, coding and storing cost a record: Grad-CAM of a tiny model on small pictures,
+    or on your --data; --limit says on how many.
 
     Example: blocksight bench --data s3://bucket/images --price 2.50
     """
@@ -73,13 +81,23 @@ def bench(
     places = {"data": fidelity or data or str(output), "output": str(output), "endpoint_url": endpoint_url}
     network = {"model": model, "weights": weights, "blocks": blocks, "precision": precision}
     method = {"explainer": explainer, "parameters": parse_parameters(param or []), "preset": preset}
-    job, _ = load_config(None, {**places, **network, **method, "limit": limit})
     progress = progress_console(as_json)
+    if host:
+        own = {"--model": model != "efficientnet_lite0" and model, "--explainer": explainer != "sise" and explainer}
+        ignored = {**own, "--fidelity": fidelity, "--peers": peers, "--weights": weights, "-p": param, "--price": price}
+        _refuse_ignored("--host measures what is not the model's", ignored)
+        _bench_host(data, endpoint_url, limit, workers, progress, as_json=as_json)
+        return
+    job, _ = load_config(None, {**places, **network, **method, "limit": limit})
     where = benchmark.device_of(device)
     if fidelity is not None:
         other = explainer if explainer != "sise" else None
         ignored = {"--data": data, "--peers": peers, "--blocks": blocks, "-p": param, "--price": price}
-        _refuse_ignored({**ignored, "--workers": workers, "--explainer": other}, output)
+        _refuse_ignored(
+            "--fidelity measures all methods alike", {**ignored, "--workers": workers, "--explainer": other}
+        )
+        if str(output).startswith("s3:"):
+            raise ConfigError(f"the figures of a benchmark go to a local folder, got --output {output}")
         rows = benchmark.run_curve(job, output, where, batch_size, truth, class_map, progress)
         _print_figures({"curve": rows}, curve_table(rows), as_json=as_json)
         return
@@ -96,13 +114,26 @@ def bench(
     _print_figures(benchmark.facts(job, made), benchmark_table(job, made), as_json=as_json)
 
 
-def _refuse_ignored(options: dict[str, Any], output: Path) -> None:
-    """Raises ConfigError for options that --fidelity ignores, and for an `output` that is no local folder."""
+def _refuse_ignored(why: str, options: dict[str, Any]) -> None:
+    """Raises ConfigError for options that would be ignored."""
     given = [name for name, value in options.items() if value]
     if given:
-        raise ConfigError(f"--fidelity measures all methods alike: leave {', '.join(given)} out")
-    if str(output).startswith("s3:"):
-        raise ConfigError(f"the figures of a benchmark go to a local folder, got --output {output}")
+        raise ConfigError(f"{why}: leave {', '.join(given)} out")
+
+
+def _bench_host(
+    data: str | None,
+    endpoint_url: str | None,
+    limit: int | None,
+    actors: int | None,
+    progress: Console,
+    *,
+    as_json: bool,
+) -> None:
+    from blocksight.jobs.bench.host import measure_host
+
+    found = measure_host(data, endpoint_url, limit, actors, progress)
+    _print_figures(found.figures(), host_table(found), as_json=as_json)
 
 
 def _print_figures(figures: dict[str, Any], table: RenderableType, *, as_json: bool) -> None:

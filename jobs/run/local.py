@@ -1,11 +1,13 @@
 """The local runner: explains units in this process; on CPUs Ray must give the same bytes."""
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from blocksight.jobs.explain.step import ExplainStep
 from blocksight.jobs.ledger.stop_request import Stop
 from blocksight.jobs.plan.context import JobContext
-from blocksight.jobs.plan.records import Outcome, Receipt, Unit, UnitInput, UnitResult
+from blocksight.jobs.plan.records import Outcome, Unit, UnitInput, UnitResult
 from blocksight.jobs.worker.attempts import WorkerStores, attempted, done_here, open_worker_stores
 from blocksight.jobs.worker.unit import commit_unit, take_unit
 
@@ -24,18 +26,23 @@ def run_units(
         yield done_here(run_unit(unit, context, stores, explain))
 
 
-def run_unit(unit: Unit, context: JobContext, stores: WorkerStores, explain: ExplainStep) -> Outcome:
-    """Reads, explains and commits one unit."""
+def run_unit(
+    unit: Unit,
+    context: JobContext,
+    stores: WorkerStores,
+    explain: ExplainStep,
+    around: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+) -> Outcome:
+    """Reads, explains and commits one unit; each step runs within `around(its name)`."""
 
-    def read(careful: bool) -> UnitInput | Receipt:
-        return take_unit(unit, stores, context, careful=careful)
+    def step(stage: str, work: Callable[[bool], Any]) -> Any:
+        with around(stage):
+            return attempted(unit, stage, stores, work)
 
-    taken = attempted(unit, "read", stores, read)
+    taken = step("read", lambda careful: take_unit(unit, stores, context, careful=careful))
     if not isinstance(taken, UnitInput):
         return taken
-    result = attempted(unit, "explain", stores, lambda careful: explain(taken, careful=careful))
+    result = step("explain", lambda careful: explain(taken, careful=careful))
     if not isinstance(result, UnitResult):
         return result
-    return attempted(
-        unit, "commit", stores, lambda careful: commit_unit(result, stores.output, context.fingerprint, careful=careful)
-    )
+    return step("commit", lambda careful: commit_unit(result, stores.output, context.fingerprint, careful=careful))
