@@ -167,6 +167,8 @@ class SignedExplainer(Explainer):
 
 def pad(inputs_nchw: Tensor, size: int) -> Tensor:
     """The inputs, padded to `size` with copies of the last, because rounding depends on the batch size."""
+    if len(inputs_nchw) == size:
+        return inputs_nchw.contiguous()  # the layout that `cat` gives
     return torch.cat([inputs_nchw, inputs_nchw[-1:].expand(size - len(inputs_nchw), -1, -1, -1)])
 
 

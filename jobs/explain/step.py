@@ -54,7 +54,7 @@ from blocksight.jobs.plan.text import counted
 from blocksight.jobs.worker.attempts import open_worker_stores
 from blocksight.jobs.worker.error_classes import UnfitWorkerError, is_of_record, is_of_unit
 from blocksight.jobs.worker.isolation import Isolated, ProcessDiedError
-from blocksight.jobs.worker.memory import with_less_at_once
+from blocksight.jobs.worker.memory import keep_freed_memory, with_less_at_once
 from blocksight.jobs.worker.watchdog import heartbeat
 from blocksight.storage.outputs.map_codec import quantised
 from blocksight.storage.outputs.schema import OK, REJECTED
@@ -163,6 +163,7 @@ class ExplainStep:
 
     def __init__(self, context: JobContext, state: bytes | None) -> None:
         """Loads the model and checks it against the plan. `state` holds the weights file's bytes, if any."""
+        keep_freed_memory()
         torch.set_num_threads(context.num_threads)
         self.context, self.state = context, state
         config, facts = context.config, context.facts
@@ -354,10 +355,11 @@ class ExplainStep:
         target = self.adapter.target(torch.tensor([targets[index] for index in usable], device=self.adapter.device))
         seeds = [seed_of(self.context.config, records[index].key) for index in usable]
         doubts = [self._doubts(records[index], logits[index]) for index in usable]
-        explanations = self._explanations(inputs[usable], target, seeds, doubts)
+        inputs = _at(inputs, usable)
+        explanations = self._explanations(inputs, target, seeds, doubts)
         ranks = [ranks_of(logits[index], target.classes[place].tolist()) for place, index in enumerate(usable)]
         levels = [[grey_levels(one.saliency_hw) for one in own] for own in explanations]
-        values = self.metric.evaluate(as_maps(inputs[usable], target, explanations, levels, ranks, seeds))
+        values = self.metric.evaluate(as_maps(inputs, target, explanations, levels, ranks, seeds))
         for place, index in enumerate(usable):
             own = self._outcome(
                 target.classes[place].tolist(),
@@ -433,7 +435,8 @@ class ExplainStep:
         for explainer, is_doubted in ((self.explainer, False), (self.full_explainer, True)):
             chosen = [image for image, own in enumerate(doubts) if bool(own) == is_doubted]
             images = torch.tensor(chosen, dtype=torch.int64)
-            made = explainer.explain(inputs_nchw[images], target.of(images), [seeds[image] for image in chosen])
+            own = _at(inputs_nchw, chosen)
+            made = explainer.explain(own, target.of(images), [seeds[image] for image in chosen])
             found |= zip(chosen, made, strict=True)
         return [found[image] for image in range(len(doubts))]
 
@@ -510,6 +513,11 @@ class ExplainStep:
     def _rejected_row(self, unit_input: UnitInput, record: RecordFacts) -> Row:
         reasons = {name: getattr(record, name) for name in ("reject_code", "reject_stage", "error")}
         return {**self._base_row(unit_input, record), "status": REJECTED, **reasons}
+
+
+def _at(inputs_nchw: Tensor, chosen: Sequence[int]) -> Tensor:
+    """The chosen inputs, which rise; not a copy if they are all."""
+    return inputs_nchw if len(chosen) == len(inputs_nchw) else inputs_nchw[torch.tensor(chosen, dtype=torch.int64)]
 
 
 def _try_another_picture(alone: UnitInput, error: Exception, explain: Callable[[UnitInput], UnitResult]) -> None:
@@ -589,7 +597,8 @@ def as_maps(
 
 def grey_levels(saliency_hw: Map) -> NDArray[np.uint8]:
     """The map in its stored form, in grey levels [H, W]; NaN counts as 0."""
-    return quantised(np.nan_to_num(saliency_hw).astype(np.float32))
+    finite = saliency_hw if np.isfinite(saliency_hw).all() else np.nan_to_num(saliency_hw)
+    return quantised(finite.astype(np.float32))
 
 
 def as_stored(saliency_hw: Map) -> Map:
