@@ -11,6 +11,7 @@ from blocksight.engine.explainers.explanation import Explanation, checked_explan
 from blocksight.engine.model.resample import grid_of, upsampling
 from blocksight.engine.model.taps import logits_with_replaced
 from blocksight.engine.model.targets import Target
+from blocksight.engine.model.transfers import to_host
 
 
 class AblationCam(Explainer):
@@ -27,22 +28,22 @@ class AblationCam(Explainer):
     def _explain_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Explanation]]:
         _, (maps,) = self.taps(pad(inputs_nchw, self.images_per_pass))
         upsample = upsampling(grid_of(maps), grid_of(inputs_nchw), maps.device)
-        explanations = []
-        for image, row in enumerate(self._scores(inputs_nchw, target)):
-            own = maps[image].detach()
+        found = []
+        for image, own in enumerate(maps.detach()[: len(inputs_nchw)]):
             losses = self._losses(inputs_nchw[image], own, target.of(slice(image, image + 1)))
-            native = torch.einsum("kt,khw->thw", losses, own.double()).relu()
-            explanations.append(
-                [
-                    checked_explanation(one, score, (whole_block(self.block),), num_forwards=self.block.channels)
-                    for one, score in zip(upsample(native).cpu().numpy(), row, strict=True)
-                ]
-            )
-        return explanations
+            found.append(upsample(torch.einsum("kt,khw->thw", losses, own.double()).relu()))
+        rows = zip(to_host(found), self._scores(inputs_nchw, target), strict=True)
+        return [
+            [
+                checked_explanation(one, score, (whole_block(self.block),), num_forwards=self.block.channels)
+                for one, score in zip(saliency.numpy(), row, strict=True)
+            ]
+            for saliency, row in rows
+        ]
 
     def _losses(self, image_chw: Tensor, maps_chw: Tensor, target: Target) -> Tensor:
         """The loss of one image's raw scores [C, T] with each channel set to 0 in turn."""
-        channels = range(len(maps_chw))
+        channels = torch.arange(len(maps_chw), device=maps_chw.device)
         zeros = torch.zeros_like(maps_chw)
         logits = logits_with_replaced(self.tail, image_chw, maps_chw, zeros, channels, self.scorer.batch_size)
         scores = target.raw.score(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device))

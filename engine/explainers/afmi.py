@@ -172,7 +172,7 @@ class AFmi(SignedExplainer):
         """The gain of the score [n, T] as each chosen map in turn is replaced by that of `others_khw`."""
         if self.weights is None:
             size = self.scorer.batch_size
-            logits = logits_with_replaced(self.tail, base.image_chw, base.maps_khw, others_khw, chosen.tolist(), size)
+            logits = logits_with_replaced(self.tail, base.image_chw, base.maps_khw, others_khw, chosen, size)
         else:
             steps = (others_khw[chosen].double() - base.maps_khw[chosen].double()).mean((1, 2))
             logits = base.logits.double() + functional.pad(steps[:, None] * self.weights.T[chosen], (0, 0, 1, 0))

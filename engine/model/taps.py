@@ -166,22 +166,21 @@ class Taps:
 
 @torch.no_grad()
 def logits_with_replaced(
-    tail: Tail, image_chw: Tensor, maps_chw: Tensor, replacement_chw: Tensor, channels: Sequence[int], batch_size: int
+    tail: Tail, image_chw: Tensor, maps_chw: Tensor, replacement_chw: Tensor, channels: Tensor, batch_size: int
 ) -> Tensor:
-    """Logits [1 + n, K] of an image's maps [C, h, w]: unchanged, then with each of n channels replaced alone.
+    """Logits [1 + n, K] of an image's maps [C, h, w]: unchanged, then with each of the channels [n] replaced alone.
 
     Runs in batches of one shape.
     """
     found = []
-    variants: list[int | None] = [None, *channels]
-    for start in range(0, len(variants), batch_size):
-        some = variants[start : start + batch_size]
+    for start in range(0, 1 + len(channels), batch_size):
         values = maps_chw.expand(batch_size, *maps_chw.shape).clone()
-        for slot, channel in enumerate(some):
-            if channel is not None:
-                values[slot, channel] = replacement_chw[channel]
-        found.append(tail(image_chw.expand(batch_size, *image_chw.shape), values)[: len(some)])
-    return torch.cat(found)
+        num_unchanged = int(start == 0)
+        own = channels[start - 1 + num_unchanged : start - 1 + batch_size]
+        slots = torch.arange(num_unchanged, num_unchanged + len(own), device=own.device)
+        values[slots, own] = replacement_chw[own]
+        found.append(tail(image_chw.expand(batch_size, *image_chw.shape), values))
+    return torch.cat(found)[: 1 + len(channels)]
 
 
 def _cut_behind(graph: fx.GraphModule, name: str) -> fx.GraphModule | None:
