@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers.explainer import Explainer
 from blocksight.engine.explainers.explanation import Explanation, checked_explanation
-from blocksight.engine.model.resample import Grid, grid_of
 from blocksight.engine.model.targets import Target
+from blocksight.engine.model.transfers import sent, to_host
 from blocksight.engine.scoring.scorer import MaskSource
 
 
@@ -24,18 +25,30 @@ class Windows(MaskSource):
     """One mask per position of the window: 0 inside it, 1 elsewhere."""
 
     image: int
-    corners: tuple[tuple[int, int], ...]
-    """Top and left of each window."""
-    side: int
+    rows: Tensor
+    """Of each window: 0 in its rows, 1 in the others, [K, H], on the image's device."""
+    columns: Tensor
+    """As `rows`, [K, W]."""
 
     def __len__(self) -> int:
-        return len(self.corners)
+        return len(self.rows)
 
     def masks(self, start: int, stop: int, image_chw: Tensor) -> Tensor:
-        masks = image_chw.new_ones(stop - start, *grid_of(image_chw))
-        for mask, (top, left) in zip(masks, self.corners[start:stop], strict=True):
-            mask[top : top + self.side, left : left + self.side] = 0
-        return masks
+        rows, columns = self.rows[start:stop].to(image_chw), self.columns[start:stop].to(image_chw)
+        return torch.maximum(rows[:, :, None], columns[:, None, :])
+
+
+def outside(starts: Sequence[int], window: int, side: int) -> Tensor:
+    """Of each window along one axis: 0 in its pixels, 1 in the others, [n, side]."""
+    first, pixels = torch.tensor(starts)[:, None], torch.arange(side)
+    return ((pixels < first) | (pixels >= first + window)).float()
+
+
+def covering(outside_ns: Tensor) -> Tensor:
+    """Per pixel of an axis the numbers of the windows over it, ascending, [D, side]; filled up with n."""
+    num_windows = len(outside_ns)
+    numbers = torch.where(outside_ns == 0, torch.arange(num_windows)[:, None], num_windows).sort(0).values
+    return numbers[: int((outside_ns == 0).sum(0).max())]
 
 
 class Occlusion(Explainer):
@@ -49,29 +62,37 @@ class Occlusion(Explainer):
         self.window = self.parameters.window
         if self.window >= min(size):
             raise ModelError(f"a window of {self.window} pixels hides all of an input of {size[0]} x {size[1]}")
-        rows, columns = (window_starts(side, self.window, stride) for side in size)
-        self.corners = tuple((top, left) for top in rows for left in columns)
+        self.rows, self.columns = (
+            outside(window_starts(side, self.window, stride), self.window, side) for side in size
+        )
+        self.num_windows = len(self.rows) * len(self.columns)
+        self.per_pixel = self._summed(torch.ones(1, len(self.rows), len(self.columns), dtype=torch.float64))
 
     def _explain_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Explanation]]:
-        full = grid_of(inputs_nchw)
-        sources = [Windows(image, self.corners, self.window) for image in range(len(inputs_nchw))]
-        hidden = self.scorer.scores(inputs_nchw, target, sources)
+        rows = sent(self.rows.repeat_interleave(len(self.columns), 0), inputs_nchw.device)
+        columns = sent(self.columns.repeat(len(self.rows), 1), inputs_nchw.device)
+        sources = [Windows(image, rows, columns) for image in range(len(inputs_nchw))]
+        hidden = to_host(self.scorer.scores(inputs_nchw, target, sources))
         whole = self._scores(inputs_nchw, target)
         return [
             [
-                checked_explanation(
-                    self._mean_loss(score - own, full).relu().numpy(), score, num_forwards=len(self.corners)
-                )
-                for score, own in zip(row, scores.T.cpu(), strict=True)
+                checked_explanation(saliency, score, num_forwards=self.num_windows)
+                for saliency, score in zip(self._mean_losses(row, scores).relu().numpy(), row, strict=True)
             ]
             for row, scores in zip(whole, hidden, strict=True)
         ]
 
-    def _mean_loss(self, losses: Tensor, full: Grid) -> Tensor:
-        """For every pixel, the mean loss over its windows, [H, W]."""
-        total, count = torch.zeros(2, *full, dtype=torch.float64)
-        for loss, (top, left) in zip(losses, self.corners, strict=True):
-            place = slice(top, top + self.window), slice(left, left + self.window)
-            total[place] += loss
-            count[place] += 1
-        return total / count
+    def _mean_losses(self, whole: Sequence[float], hidden: Tensor) -> Tensor:
+        """Per target the mean loss over the windows of each pixel, [T, H, W], from scores [T] and [K, T]."""
+        losses = torch.tensor(whole, dtype=torch.float64)[:, None] - hidden.T
+        return self._summed(losses.reshape(-1, len(self.rows), len(self.columns))) / self.per_pixel
+
+    def _summed(self, losses: Tensor) -> Tensor:
+        """For each pixel the sum over its windows [T, R, C], in their order, [T, H, W]."""
+        padded = functional.pad(losses, (0, 1, 0, 1))
+        total = losses.new_zeros(len(losses), self.rows.shape[1], self.columns.shape[1])
+        for own in covering(self.rows):
+            lines = padded[:, own]
+            for other in covering(self.columns):
+                total += lines[:, :, other]
+        return total

@@ -11,7 +11,7 @@ from blocksight.engine.explainers.explainer import Explainer
 from blocksight.engine.explainers.explanation import Explanation, checked_explanation
 from blocksight.engine.model.resample import Grid, bilinear_matrix, grid_of
 from blocksight.engine.model.targets import Target
-from blocksight.engine.saliency import Map
+from blocksight.engine.model.transfers import sent, to_host
 from blocksight.engine.scoring.scorer import MaskSource
 
 MASKS_PER_SUM = 64
@@ -24,25 +24,28 @@ class RandomGrids(MaskSource):
 
     image: int
     cells_kgg: Tensor
-    """0 or 1, float32 [K, g, g]."""
+    """0 or 1, in the image's precision, [K, g, g]."""
     shifts: Tensor
     """Rows and columns that each crop is moved by, [K, 2], each less than a cell's side."""
+    crops: Sequence[Tensor]
+    """Of rows and of columns: the upsampling inside the crop at each shift, [cell's side, side, g].
+
+    All tensors are on the image's device.
+    """
 
     def __len__(self) -> int:
         return len(self.cells_kgg)
 
     def masks(self, start: int, stop: int, image_chw: Tensor) -> Tensor:
-        cells = self.cells_kgg[start:stop].to(image_chw)
-        rows, columns = (
-            self._cropped(side, self.shifts[start:stop, axis]).to(cells) for axis, side in enumerate(grid_of(image_chw))
-        )
-        return rows @ cells @ columns.transpose(1, 2)
+        rows, columns = (own[self.shifts[start:stop, axis]].to(image_chw) for axis, own in enumerate(self.crops))
+        return rows @ self.cells_kgg[start:stop] @ columns.transpose(1, 2)
 
-    def _cropped(self, side: int, shifts: Tensor) -> Tensor:
-        """For each mask, the rows [side, g] of the upsampling matrix inside its crop."""
-        grid = self.cells_kgg.shape[-1]
-        matrix = bilinear_matrix(grid, (grid + 1) * cell_side(side, grid))
-        return matrix[shifts[:, None] + torch.arange(side)]
+
+def all_crops(side: int, grid: int) -> Tensor:
+    """The matrices from a grid's axis to one cell more than `side` pixels, cropped at each shift [cell, side, grid]."""
+    cell = cell_side(side, grid)
+    matrix = bilinear_matrix(grid, (grid + 1) * cell).float()
+    return torch.stack([matrix[shift : shift + side] for shift in range(cell)])
 
 
 def cell_side(side: int, grid: int) -> int:
@@ -53,28 +56,38 @@ def cell_side(side: int, grid: int) -> int:
 class Rise(Explainer):
     """`1 / (N p) sum_i s(M_i) M_i` (Petsiuk et al., BMVC 2018, equation 6), masks as in their section 3.2."""
 
+    def _prepare(self, blocks: Sequence[str]) -> None:
+        sides = self.adapter.input_size
+        self.crops = [sent(all_crops(side, self.parameters.grid), self.adapter.device) for side in sides]
+
     def _explain_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Explanation]]:
-        sources = [self._draw(image, seed, grid_of(inputs_nchw)) for image, seed in enumerate(seeds)]
+        cells, shifts = zip(*(self._draw(seed, grid_of(inputs_nchw)) for seed in seeds), strict=True)
+        sent_cells = sent(torch.stack(cells), inputs_nchw.device).to(inputs_nchw)
+        drawn = zip(sent_cells, sent(torch.stack(shifts), inputs_nchw.device), strict=True)
+        sources = [RandomGrids(image, *own, self.crops) for image, own in enumerate(drawn)]
         found = self.scorer.scores(inputs_nchw, target, sources)
+        weighed = [self._weighed(*pair, inputs_nchw[0]) for pair in zip(sources, found, strict=True)]
+        rows = zip(to_host(weighed), self._scores(inputs_nchw, target), strict=True)
         return [
             [
-                checked_explanation(one, score, num_forwards=len(source))
-                for one, score in zip(self._weighed(source, scores, inputs_nchw[source.image]), row, strict=True)
+                checked_explanation(one, score, num_forwards=self.parameters.num_masks)
+                for one, score in zip(saliency.numpy(), row, strict=True)
             ]
-            for source, scores, row in zip(sources, found, self._scores(inputs_nchw, target), strict=True)
+            for saliency, row in rows
         ]
 
-    def _draw(self, image: int, seed: int, full: Grid) -> RandomGrids:
+    def _draw(self, seed: int, full: Grid) -> tuple[Tensor, Tensor]:
+        """Cells and shifts of one image's masks."""
         generator = torch.Generator().manual_seed(seed)
         count, grid, keep = self.parameters.num_masks, self.parameters.grid, self.parameters.keep
-        cells = (torch.rand(count, grid, grid, generator=generator) < keep).float()
+        cells = torch.rand(count, grid, grid, generator=generator) < keep
         shifts = [torch.randint(cell_side(side, grid), (count,), generator=generator) for side in full]
-        return RandomGrids(image, cells, torch.stack(shifts, 1))
+        return cells.to(torch.uint8), torch.stack(shifts, 1)
 
-    def _weighed(self, source: RandomGrids, scores: Tensor, image_chw: Tensor) -> Map:
-        """Per target the weighted mean of the masks, [T, H, W]."""
+    def _weighed(self, source: RandomGrids, scores: Tensor, image_chw: Tensor) -> Tensor:
+        """Per target the weighted mean of the masks, float64 [T, H, W]."""
         total = scores.new_zeros(scores.shape[1], *grid_of(image_chw))
         for start in range(0, len(source), MASKS_PER_SUM):
             some = slice(start, min(len(source), start + MASKS_PER_SUM))
             total += torch.einsum("kt,khw->thw", scores[some], source.masks(some.start, some.stop, image_chw).double())
-        return (total / (len(source) * self.parameters.keep)).cpu().numpy()
+        return total / (len(source) * self.parameters.keep)
