@@ -12,7 +12,7 @@ from blocksight.engine.explainers import Explainer
 from blocksight.engine.explainers.explanation import Explanation
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.device_errors import while_it_fits
-from blocksight.engine.scoring.forward import make_forward
+from blocksight.engine.scoring.forward import in_place, make_forward
 from blocksight.engine.scoring.setting_choice import measured_seconds, rate, repeated_inputs
 
 CPU_SIZES, GPU_SIZES = (1, 2, 4, 8, 16, 32), (32, 64, 128, 256, 512, 1024)
@@ -73,7 +73,7 @@ def measure(
     with adapter.borrowed(), torch.inference_mode():
         bare = make_forward(adapter, replace(setting, batch_size=best))
         target = adapter.target(_logits(explainer, inputs_nchw).argmax(1, keepdim=True))
-    batch = repeated_inputs(inputs_nchw, best).contiguous()
+    batch = in_place(bare, repeated_inputs(inputs_nchw, best))
     count = max(1, round(BARE_SECONDS * rates[best] / best))
     explained: list[list[Explanation]] = []
 

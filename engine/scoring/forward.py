@@ -53,6 +53,14 @@ def _eager(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
     return BufferedForward(_buffer(adapter, setting), _in_precision(_own_copy(adapter, setting), setting))
 
 
+def in_place(forward: Forward, inputs_nchw: Tensor) -> Tensor:
+    """A batch where the pass reads it: in its own buffer, if it has one. No call with it copies anything."""
+    if not isinstance(forward, BufferedForward):
+        return inputs_nchw.contiguous()
+    with torch.inference_mode():
+        return forward.buffer_nchw.copy_(inputs_nchw)
+
+
 def _captured(adapter: "ModelAdapter", setting: ForwardSetting) -> Forward:
     """Plain PyTorch, with its kernels launched as one CUDA graph: needs no compiler."""
     _refuse_without_cuda(adapter)

@@ -17,7 +17,7 @@ from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.device_errors import DeviceTrouble, device_trouble
 from blocksight.engine.model.failures import first_line_of
 from blocksight.engine.model.resample import grid_of, upsampling
-from blocksight.engine.scoring.forward import Forward, empty_caches, make_forward
+from blocksight.engine.scoring.forward import Forward, empty_caches, in_place, make_forward
 
 NUM_PICTURES = 8
 """Random pictures that the error is measured on: from a fixed seed, so that it depends on no data."""
@@ -182,7 +182,7 @@ def rate(forward: Forward, inputs_nchw: Tensor, batch_size: int, repeats: int = 
 
     Every pass takes a full batch; the inputs are repeated if they are fewer. The first is not timed: it may compile.
     """
-    batch = repeated_inputs(inputs_nchw, batch_size).contiguous()
+    batch = in_place(forward, repeated_inputs(inputs_nchw, batch_size))
     forward(batch)
     on_gpu = batch.device.type == "cuda"
     seconds = [measured_seconds(lambda: forward(batch), on_gpu=on_gpu) for _ in range(repeats)]

@@ -499,6 +499,21 @@ def test_a_setting_is_measured_in_batches_of_its_own_size(monkeypatch, size):
     assert len(net.sizes) > reference + setting_choice.NUM_REPEATS
 
 
+def test_a_rate_is_that_of_batches_in_the_forwards_own_buffer():
+    given = []
+
+    class Noted(forward.BufferedForward):
+        def __call__(self, inputs_nchw):
+            given.append(inputs_nchw)
+            return super().__call__(inputs_nchw)
+
+    own = Noted(torch.zeros(4, 1, 1, 1), lambda batch: batch)
+    setting_choice.rate(own, torch.ones(3, 1, 1, 1), 4)
+    assert given
+    assert all(batch is own.buffer_nchw for batch in given)
+    assert own.buffer_nchw.flatten().tolist() == [1, 1, 1, 1]
+
+
 def test_a_rate_is_that_of_a_full_batch():
     sizes = []
     setting_choice.rate(lambda batch: sizes.append(len(batch)), torch.zeros(3, 1, 1, 1), 8)
