@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
@@ -52,9 +53,9 @@ from blocksight.jobs.plan.records import (
 )
 from blocksight.jobs.worker.attempts import WorkerStores, attempted, open_worker_stores
 from blocksight.jobs.worker.error_classes import UnfitWorkerError
+from blocksight.jobs.worker.memory import keep_freed_memory
 from blocksight.jobs.worker.unit import commit_unit, take_unit
 from blocksight.storage.inputs.survey import Layout
-from blocksight.storage.parquet.rows import table_of_rows
 from blocksight.storage.stores.store import ObjectInfo, StoreError
 
 if TYPE_CHECKING:
@@ -356,13 +357,14 @@ def _actors(context: JobContext | EvaluationContext, weights: Any, sizing: Sizin
 
 def _read(batch: pa.Table, context: JobContext) -> pa.Table:
     refuse_unsafe_switches()
+    keep_freed_memory()
     unit = _unit(json.loads(batch["unit"][0].as_py()))
 
     def read(careful: bool) -> pa.Table | Receipt:
         taken = take_unit(unit, stores, context, careful=careful)
         if isinstance(taken, Receipt):
             return taken
-        return _table(_json({"unit": unit, "records": taken.records}), taken.pixels)
+        return _row(_json({"unit": unit, "records": taken.records}), taken.pixels)
 
     stores = _stores_of(context)
     return _row_of(attempted(unit, "read", stores, read))
@@ -505,6 +507,7 @@ class _Explain:
 
 def _commit(batch: pa.Table, context: JobContext) -> pa.Table:
     refuse_unsafe_switches()
+    keep_freed_memory()
     if batch["outcome"][0].is_valid:
         return batch
     header = json.loads(batch["header"][0].as_py())
@@ -531,22 +534,22 @@ def _result_table(result: UnitResult) -> pa.Table:
         "explain_seconds": result.explain_seconds,
         "forward": result.forward,
     }
-    return _table(_json(header), np.stack(maps) if maps else None)
+    return _row(_json(header), np.stack(maps) if maps else None)
 
 
 def _row_of(made: pa.Table | Outcome | Evaluated) -> pa.Table:
     """The input of the next step: a table unchanged, or the unit's outcome, which later steps pass on."""
     if isinstance(made, pa.Table):
         return made
-    return _row("", b"", _json({"kind": type(made).__name__, "values": made}))
+    return _row("", None, _json({"kind": type(made).__name__, "values": made}))
 
 
-def _table(header: str, blob: np.ndarray | None) -> pa.Table:
-    return _row(header, b"" if blob is None else np.ascontiguousarray(blob).tobytes(), None)
-
-
-def _row(header: str, blob: bytes, outcome: str | None) -> pa.Table:
-    return table_of_rows([{"header": header, "blob": blob, "outcome": outcome}], HEADER)
+def _row(header: str, blob: NDArray[np.uint8] | None, outcome: str | None = None) -> pa.Table:
+    """One row of `HEADER`; the array's memory becomes the table's, without a copy."""
+    data = pa.py_buffer(b"" if blob is None else np.ascontiguousarray(blob))
+    ends = pa.py_buffer(np.array([0, data.size], np.int64))
+    blobs = pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, data])
+    return pa.Table.from_arrays([pa.array([header]), blobs, pa.array([outcome], pa.string())], schema=HEADER)
 
 
 def _outcome(row: Mapping[str, Any]) -> Any:
