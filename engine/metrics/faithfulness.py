@@ -198,7 +198,7 @@ class LevelDrop(RankedMetric):
     def sources(self, maps: Maps, places: Sequence[Place]) -> Sequence[MaskSource]:
         saliency = _saliency(maps, places)
         size = saliency[0].size
-        counts = _sent([np.int32([size - round(level * size) for level in self.levels])], maps)[0]
+        counts = _sent([np.array([size - round(level * size) for level in self.levels], np.int32)], maps)[0]
         ranks = _sent([_ranks(own, "bottom") for own in saliency], maps)
         weights = _sent_weights(saliency, maps)
         return [
@@ -233,7 +233,8 @@ class Curve(RankedMetric):
     def ranked(self, maps: Maps, places: Sequence[Place]) -> list[RankedMasks]:
         """The masks of some maps."""
         saliency = _saliency(maps, places)
-        counts = _sent([np.int32([round(share * saliency[0].size) for share in self.shares])], maps)[0]
+        removed = [round(share * saliency[0].size) for share in self.shares]
+        counts = _sent([np.array(removed, np.int32)], maps)[0]
         ranks = _sent([_ranks(own, self.removed) for own in saliency], maps)
         return [RankedMasks(image, own, counts) for (image, _), own in zip(places, ranks, strict=True)]
 

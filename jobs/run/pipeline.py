@@ -181,7 +181,9 @@ def _choose(context: JobContext, weights: Any, request: "ForwardRequest") -> Pla
 
 def _cause(error: RayError) -> Exception:
     """What a task raised, if it is a sentence for people; else a ClusterError."""
-    cause = error.cause if isinstance(error, RayTaskError) else None
+    if not isinstance(error, RayTaskError):
+        return _cluster_error(error)
+    cause = error.cause
     if cause is not None and device_trouble(cause) is not None and not isinstance(cause, ClusterError):
         return ClusterError(f"a worker on {error.ip} cannot go on: {told_by_device(cause)}")
     return cause if isinstance(cause, ConfigError | ModelError | StoreError | ClusterError) else _cluster_error(error)
