@@ -317,6 +317,7 @@ def test_what_the_losing_passes_hold_is_free_before_the_work_begins(monkeypatch)
 
     monkeypatch.setattr(setting_choice, "make_forward", make)
     monkeypatch.setattr(setting_choice, "find_spec", lambda _: "openvino")
+    monkeypatch.setattr(setting_choice, "rate", lambda *_: 10.0 - len(made))  # the first wins
     monkeypatch.setattr(
         setting_choice, "empty_caches", lambda _: alive.extend(one for one, forward in made if forward() is not None)
     )

@@ -1,5 +1,6 @@
 """Errors of the device at each place where a model is called: no record is blamed, and a sentence says what to do."""
 
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -114,6 +115,14 @@ def test_a_device_that_is_lost_without_a_word_is_found_out(monkeypatch):
     step.ExplainStep._try_device(own)
 
 
+def test_no_record_is_blamed_before_the_device_is_tried():
+    own = step.ExplainStep.__new__(step.ExplainStep)
+    own.has_forward_setting, own._explain_all = True, raising(ValueError("an ordinary error"))
+    own._try_device = raising(ERRORS[LOST])
+    with pytest.raises(torch.AcceleratorError):
+        own._explain_all_that_fits(alone())
+
+
 # ---------------------------------------------------------------- a record that kills, and a device that dies
 
 
@@ -187,7 +196,8 @@ class Ended:
 def test_a_child_process_says_what_the_device_said_behind_its_error():
     error = ModelError("the model fails")
     error.__cause__ = ERRORS[MEMORY]
-    assert device_trouble(isolation._portable(error)) is MEMORY
+    sent = pickle.dumps(isolation._portable(error))  # without the errors behind it
+    assert device_trouble(pickle.loads(sent)) is MEMORY
     assert isolation._portable(ERRORS[LOST]) is ERRORS[LOST]
     assert isinstance(isolation._portable(ModelError("x")), ModelError)
 
