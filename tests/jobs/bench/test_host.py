@@ -1,17 +1,21 @@
-"""The host's share: both ways of running a job are measured, and what they cannot measure is refused."""
+"""The host's share: both ways of running a job are measured, and what cannot be measured is refused. Ray is played."""
 
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
+from blocksight.cluster.sizing import Sizing
 from blocksight.jobs.bench import host
 from blocksight.jobs.bench.cpu_meter import CpuMeter
-from blocksight.jobs.bench.host import HostShare, make_shards
+from blocksight.jobs.bench.host import HostShare, make_shards, measure_host
 from blocksight.jobs.cli.bench_tables import host_table
-from blocksight.jobs.plan.records import UnfinishedError, UnitSkipped
+from blocksight.jobs.plan.records import Receipt, UnfinishedError, UnitSkipped
+from blocksight.jobs.run import local, pipeline
 from blocksight.storage.images.decode import decode
 from blocksight.storage.inputs.tars import read_tar
 from blocksight.storage.stores.local import LocalStore
@@ -19,6 +23,7 @@ from tests.jobs.jobs_of import blocksight, called
 
 QUIET = Console(quiet=True)
 BUSY = "import time\nwhile time.process_time() < 0.5: pass\nprint('done', flush=True)\ninput()"
+RECEIPT = Receipt("0" * 20, 0, "data/0.parquet", 0, "", 0, 0, 0, 0, {}, 0, {})
 FOUND = HostShare(2000, 0, 8, 2, {"read": 1.0, "explain": 2.0, "commit": 1.0}, in_process=4.0, through_ray=5.0)
 
 
@@ -73,17 +78,38 @@ def test_a_unit_without_a_receipt_ends_the_measurement():
         host._committed(iter([UnitSkipped("0" * 20)]))
 
 
-@pytest.mark.servers
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")  # Ray's driver warns of its own settings
-def test_both_ways_are_measured_in_one_run(monkeypatch):
+@pytest.fixture
+def without_ray(monkeypatch):
+    """The session and its pipeline are this process: the same units, the same outcomes."""
+
+    def run_units(units, context, state, sizing, stop):
+        return local.run_units(units, context, state, stop)
+
+    sizing = Sizing(1, 0.0, 1.0, 0.5, threads_per_actor=1)
+    monkeypatch.setattr(host, "session_of", lambda _: nullcontext(sizing))
+    monkeypatch.setattr(pipeline, "run_units", run_units)
+
+
+def test_both_ways_are_measured_in_one_run(monkeypatch, without_ray):
     monkeypatch.setattr(host, "SHARD_IMAGES", 8)
-    monkeypatch.setattr(host, "ROUNDS", 1)
     ran = blocksight("bench", "--host", "--limit", 24, "--workers", 1, "--json")
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
     assert (found["records"], found["rejected"], found["units"], found["actors"]) == (24, 0, 3, 1)
     own = found["milliseconds"]
     assert own["in process"] == pytest.approx(own["read"] + own["explain"] + own["commit"])
-    assert min(own.values()) > 0
+    assert min(own["read"], own["explain"], own["commit"]) > 0
     rates = found["records_per_second_of_a_core"]
     assert found["ratio"] == pytest.approx(rates["through Ray"] / rates["in process"])
+
+
+def test_the_start_up_of_ray_is_left_out(monkeypatch, without_ray):
+    """A meter that counts 50 s for each start, and a second for each unit of 8 records."""
+
+    def through_ray(job, units, execution, sizing, meter):
+        return 50.0 + len(units), [replace(RECEIPT, num_records=8) for _ in units]
+
+    monkeypatch.setattr(host, "SHARD_IMAGES", 8)
+    monkeypatch.setattr(host, "_run_through_ray", through_ray)
+    found = measure_host(None, None, 24, 1, QUIET)
+    assert found.through_ray == pytest.approx(1e3 / 8)
