@@ -398,7 +398,7 @@ def test_a_forward_setting_that_is_gone_is_not_chosen_anew_by_each_worker(tmp_pa
     monkeypatch.setattr(step, "stored_forward", lambda *_: None)
     outcome = run_here(data, tmp_path / "maps")
     assert outcome.manifest is None
-    (reason,) = {failure.reason for failure in outcome.ran.failures}
+    (reason,) = {failure.error for failure in outcome.ran.failures}
     assert "forward setting is missing: _job/plan/forward.json" in reason
 
 
