@@ -132,5 +132,5 @@ def test_a_user_may_name_something_of_their_own_first(notebook):
 def test_the_suite_runs_them():
     """`python -m pytest` alone: CI has no other command for them."""
     settings = (ROOT / "pyproject.toml").read_text()
-    assert 'testpaths = ["tests", "notebooks"]' in settings
+    assert 'testpaths = ["notebooks", "tests"]' in settings
     assert "--nbmake" in settings

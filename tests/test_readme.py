@@ -334,7 +334,10 @@ def _plain(name: str) -> str:
 
 
 FORMATS = get_args(get_type_hints(reading_commands.export_output)["form"])
-CODES = (app.COMPLETE, app.USAGE, app.OVER_BUDGET, app.INCOMPLETE, app.UNRECONCILED, app.WEAK_STORE, app.FINDING)
+CODES = (
+    *(app.COMPLETE, app.USAGE, app.OVER_BUDGET, app.INCOMPLETE, app.UNRECONCILED, app.WEAK_STORE, app.FINDING),
+    app.INTERRUPTED,
+)
 NAMED: dict[str, list[str]] = {
     "command | what it does": list(COMMANDS),
     "rejected record": list(RejectCode),

@@ -172,10 +172,10 @@ def choose_on_worker(
 
 
 def _choose(context: JobContext, weights: Any, request: "ForwardRequest") -> PlannedForward:
+    refuse_unsafe_switches()
     _limit_compiler(context.device)
     from blocksight.jobs.explain.forward_choice import choose_here
 
-    refuse_unsafe_switches()
     return choose_here(context, None if weights is None else ray.get(weights), request)
 
 
@@ -468,10 +468,10 @@ class _Evaluate:
     """The evaluate actor: holds one model."""
 
     def __init__(self, context: EvaluationContext, weights: Any) -> None:
+        refuse_unsafe_switches()
         _limit_compiler(context.job.device)
         from blocksight.jobs.evaluate.step import EvaluateStep
 
-        refuse_unsafe_switches()
         self.held = _Held(lambda: EvaluateStep(context, None if weights is None else ray.get(weights)))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -485,10 +485,10 @@ class _Explain:
     """The explain actor: holds one model."""
 
     def __init__(self, context: JobContext, weights: Any) -> None:
+        refuse_unsafe_switches()
         _limit_compiler(context.device)
         from blocksight.jobs.explain.step import ExplainStep
 
-        refuse_unsafe_switches()
         self.input_size = context.facts.input_size
         self.stores = open_worker_stores(context)
         self.held = _Held(lambda: ExplainStep(context, None if weights is None else ray.get(weights)))

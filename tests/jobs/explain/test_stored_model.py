@@ -21,6 +21,7 @@ LOADERS = {
     "jobs/explain/preflight.py",  # and examines it
     "jobs/explain/stored_model.py",  # the same, and compares it with an output
     "jobs/run/job.py",  # the same
+    "jobs/explain/forward_choice.py",  # a worker, after its driver: the one that chooses the forward setting
     "jobs/bench/bank.py",  # examines its features
     "jobs/explain/step.py",  # a worker, after its driver; it compares the weights with the driver's
     "jobs/evaluate/step.py",
