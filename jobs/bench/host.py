@@ -142,7 +142,7 @@ def _compare(job: _Job, actors: int, meter: CpuMeter, console: Console) -> HostS
     execution = Execution(runner="ray", workers=actors, device="cpu")
     units = job.plan.units
     few = units[: max(actors, len(units) // FEW)]
-    steps = dict.fromkeys(STEPS, 0.0)
+    steps: dict[str, float] = dict.fromkeys(STEPS, 0.0)
     through_ray = 0.0
     receipts: list[Receipt] = []
     with session_of(execution) as sizing:
