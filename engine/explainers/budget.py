@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import ceil
 from typing import Literal
 
@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from blocksight.engine.explainers.explanation import Quality
 from blocksight.engine.model.resample import Grid, pooled
+from blocksight.engine.model.transfers import to_device, to_host
 from blocksight.engine.scoring.scorer import MaskSet
 from blocksight.engine.scoring.surrogate import (
     DESIGN_SCALE,
@@ -96,7 +97,7 @@ class Candidates:
         rough = functional.avg_pool2d(self.fine[:, None], FINE)
         squares = functional.avg_pool2d(self.fine[:, None].square(), FINE)
         roughness = (squares - rough.square()).clamp(min=0).sqrt().flatten(1)
-        which = torch.repeat_interleave(torch.tensor(self.sizes)).to(rough.device)
+        (which,) = to_device([torch.repeat_interleave(torch.tensor(self.sizes))], rough.device)
         blocks = functional.one_hot(which, len(self.sizes)).to(rough.dtype)
         return torch.cat([self.means * weights.sqrt(), ROUGHNESS * roughness, blocks], 1)
 
@@ -147,8 +148,10 @@ class _Sampling:
         device = candidates.blocks[0].device
         self.scores = torch.full((num_masks, num_targets), torch.nan, dtype=torch.float64, device=device)
         self.imputed: list[Imputed] = []
-        self.errors = self.scores.new_zeros(0)
-        """Predicted relative errors of the block maps, [T, blocks]."""
+        self.errors = torch.zeros(0, dtype=torch.float64)
+        """Predicted relative errors of the block maps, [T, blocks], on the CPU."""
+        self.r2: list[float] = []
+        """Of the predictions of each target."""
         self.was_completed = False
 
     @property
@@ -173,10 +176,10 @@ class _Sampling:
         """The row numbers of each block's measured masks."""
         return [order[:count] for order, count in zip(self.order, self.num_scored, strict=True)]
 
-    def store_predictions(self, imputed: list[Imputed]) -> None:
+    def store_predictions(self, imputed: list[Imputed], errors_tb: Tensor, r2: list[float]) -> None:
         """Stores the predictions, and asks for more scores of blocks that need them."""
-        self.imputed, self.errors = imputed, self._errors(imputed)
-        errors = self.errors.amax(0).tolist()
+        self.imputed, self.errors, self.r2 = imputed, errors_tb, r2
+        errors = errors_tb.amax(0).tolist()
         if self.budget == "auto":
             self._want_more(errors)
         if self.num_wanted == self.num_scored and self.complete_above is not None and max(errors) > self.complete_above:
@@ -195,13 +198,17 @@ class _Sampling:
         self.num_wanted = list(self.candidates.sizes)
         self.was_completed, self.imputed = True, []
 
-    def _errors(self, imputed: Sequence[Imputed]) -> Tensor:
+    def map_errors(self, imputed: Sequence[Imputed]) -> Tensor:
         """The predicted relative error of every block's map, [T, blocks]."""
-        places, maps, apart = self.candidates.places, self.candidates.maps, self.candidates.distances
-        parts = list(zip(places, apart, strict=True))
-        return torch.stack(
-            [torch.stack([one.map_error(place, maps[place], own) for place, own in parts]) for one in imputed]
-        )
+        ends = [0, *accumulate(self.num_scored)]  # measured scores are ordered by block
+        parts = list(zip(self.candidates.places, pairwise(ends), self.candidates.distances, strict=True))
+        maps = self.candidates.maps
+        errors = [
+            one.map_error(place, slice(*measured), maps[place], apart)
+            for one in imputed
+            for place, measured, apart in parts
+        ]
+        return torch.stack(errors).view(len(imputed), len(parts))
 
     def sampled(self) -> Sampled:
         """All scores, with their quality."""
@@ -209,7 +216,7 @@ class _Sampling:
         if self.imputed:
             scores = torch.stack([one.scores for one in self.imputed], 1)
             errors = self.errors.amax(1).tolist()
-            qualities = tuple(Quality(one.r2, error) for one, error in zip(self.imputed, errors, strict=True))
+            qualities = tuple(Quality(r2, error) for r2, error in zip(self.r2, errors, strict=True))
         elif sum(self.num_scored) == 0 and self.candidates.head_scores is not None:
             scores = self.candidates.head_scores
         return Sampled(scores, qualities, sum(self.num_scored), self.was_completed)
@@ -231,11 +238,14 @@ def _design(images: Sequence[_Sampling]) -> None:
 
 
 def _predict(images: Sequence[_Sampling]) -> None:
-    """Predicts the missing scores."""
+    """Predicts the missing scores. What decides the next ones comes to the host in one copy."""
     known = [one.known() for one in images]
     imputed = iter(impute([target for own in known for target in own]))
-    for one, own in zip(images, known, strict=True):
-        one.store_predictions([next(imputed) for _ in own])
+    made = [[next(imputed) for _ in own] for own in known]
+    errors = [one.map_errors(own) for one, own in zip(images, made, strict=True)]
+    moved = to_host([*errors, *(torch.stack([target.r2 for target in own]) for own in made)])
+    for one, own, own_errors, r2 in zip(images, made, moved[: len(images)], moved[len(images) :], strict=True):
+        one.store_predictions(own, own_errors, r2.tolist())
 
 
 Run = Callable[[Sequence[tuple[Candidates, int, Tensor | slice]]], Sequence[Tensor]]

@@ -122,8 +122,8 @@ class Imputed:
     known: Known
     scores: Tensor
     """[N]; exact for masks that were run."""
-    r2: float
-    """R squared of leave-one-out predictions of the roots of the scores that were run: at most 1."""
+    r2: Tensor
+    """R squared of leave-one-out predictions of the roots of the scores that were run: one number, at most 1."""
     cross: Tensor
     """The masks' kernel with those that were run, whitened: [m, N]."""
     scale: Tensor
@@ -134,13 +134,13 @@ class Imputed:
     squared_errors: Tensor
     """Squared error of each score's leave-one-out prediction, over its predicted variance, [m]."""
 
-    def map_error(self, block: slice, maps_nd: Tensor, distance: Tensor) -> Tensor:
+    def map_error(self, block: slice, measured: slice | Tensor, maps_nd: Tensor, distance: Tensor) -> Tensor:
         """The predicted relative error of `V = sum_k q_k C_k` over one block: its deviation over that of the map.
 
-        `maps_nd` holds the block's C_k on a coarse grid [n, cells], `distance` [n, n] the distances of its masks.
-        To first order `dV = sum_k 2 sqrt(q_k) ds_k C_k` over the masks that were not run. Adding a constant to V or
-        scaling it is no error, because the block map is min-maxed. All blocks share one process; the errors of the
-        block's own scores correct it for each.
+        `measured` says which of the measured scores are the block's; `maps_nd` holds its C_k on a coarse grid
+        [n, cells], `distance` [n, n] the distances of its masks. To first order `dV = sum_k 2 sqrt(q_k) ds_k C_k` over
+        the masks that were not run. Adding a constant to V or scaling it is no error, because the block map is
+        min-maxed. All blocks share one process; the errors of the block's own scores correct it for each.
         """
         whole = self.scores[block] @ maps_nd
         shape = whole - whole.mean()
@@ -148,13 +148,13 @@ class Imputed:
         slopes = slopes - slopes.mean(1, keepdim=True)
         strength = shape.square().sum().clamp(min=1e-300)
         slopes = slopes - (slopes @ shape / strength)[:, None] * shape
-        own = (self.known.anchors >= block.start) & (self.known.anchors < block.stop)
-        slopes[self.known.anchors[own] - block.start] = 0
+        own_anchors, own_errors = self.known.anchors[measured], self.squared_errors[measured]
+        slopes[own_anchors - block.start] = 0
         trend = self.known.trend[block]
         prior = matern(distance, self.scale) + trend @ trend.T
         uncertain = (slopes * (prior @ slopes)).sum() - (self.cross[:, block] @ slopes).square().sum()
         uncertain = uncertain.clamp(min=0) + self.noise * slopes.square().sum()
-        missed = (self.squared_errors[own].sum() + PRIOR_WEIGHT) / (own.sum() + PRIOR_WEIGHT)
+        missed = (own_errors.sum() + PRIOR_WEIGHT) / (len(own_errors) + PRIOR_WEIGHT)
         return (self.variance * missed * uncertain / strength).sqrt()
 
 
@@ -249,11 +249,11 @@ def _predicted_scores(known: Known, shift: Tensor) -> Tensor:
     return found
 
 
-def _r_squared(known: Known, missed: Tensor) -> float:
-    """The share of the variance of the roots that leave-one-out predictions explain."""
+def _r_squared(known: Known, missed: Tensor) -> Tensor:
+    """The share of the variance of the roots that leave-one-out predictions explain; 0 if all roots are equal."""
     roots = signed_root(known.scores)
     total = (roots - roots.mean()).square().mean()
-    return float(1 - missed / total) if total > 0 else 0.0
+    return torch.where(total > 0, 1 - missed / total, 0.0)
 
 
 def shares_by_block(sizes: Sequence[int], count: int) -> list[int]:

@@ -4,7 +4,7 @@ import pytest
 
 from blocksight.engine.explainers import EXPLAINERS
 from blocksight.engine.metrics import MASKED
-from tests.gpu.cases import CASES, Case, adapter_of, difference, explained, measured
+from tests.gpu.cases import CASES, QUICK, Case, adapter_of, difference, explained, measured
 from tests.gpu.pretended import pretended_gpu
 
 ROUNDING = 1e-12
@@ -13,7 +13,13 @@ FUSED_ROUNDING = 1e-6
 """torch's own attention layer has a fused kernel for plain tensors alone; the two differ by float32 rounding."""
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+def marked(case: Case) -> object:
+    """The variants of BEE, which take seconds each, are further cases of what its defaults prove."""
+    is_further = "bee" in case.explainer and case.parameters != QUICK["bee"]
+    return pytest.param(case, id=str(case), marks=pytest.mark.sweep if is_further else ())
+
+
+@pytest.mark.parametrize("case", [marked(case) for case in CASES])
 def test_an_explainer_gives_the_cpus_maps(case: Case):
     wanted = explained(case, adapter_of(case.net))
     with pretended_gpu() as counts:
