@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from blocksight.engine.catalog.parameters import Family
+from blocksight.engine.model.transfers import sent
 
 NUM_NOISE_STEPS, FIRST_NOISE, LAST_NOISE = 500, 1e-4, 0.02
 SIGNAL_SHARE = prod(
@@ -35,7 +36,7 @@ def uniform(maps_khw: Tensor, generator: torch.Generator, _pool: Sequence[Tensor
 
 def _diffused(maps: Tensor, noise: Tensor) -> Tensor:
     """`sqrt(a) h + (1 - a) e`, stretched to the least and the greatest value of each channel of h."""
-    mixed = sqrt(SIGNAL_SHARE) * maps + (1 - SIGNAL_SHARE) * noise.to(maps)
+    mixed = sqrt(SIGNAL_SHARE) * maps + (1 - SIGNAL_SHARE) * sent(noise, maps.device).to(maps)
     low, high = mixed.amin((1, 2), keepdim=True), mixed.amax((1, 2), keepdim=True)
     own_low, own_high = _range(maps)
     share = (mixed - low) / torch.where(high > low, high - low, 1.0)
@@ -50,7 +51,7 @@ def _range(maps: Tensor) -> tuple[Tensor, Tensor]:
 def blur(maps_khw: Tensor, generator: torch.Generator, _pool: Sequence[Tensor]) -> Tensor:
     """The maps under a Gaussian whose deviation is a whole number of cells, from 3 to 50."""
     sigma = int(torch.randint(MIN_BLUR, MAX_BLUR + 1, (), generator=generator))
-    rows, columns = (blur_matrix(side, sigma).to(maps_khw) for side in maps_khw.shape[1:])
+    rows, columns = (sent(blur_matrix(side, sigma), maps_khw.device).to(maps_khw) for side in maps_khw.shape[1:])
     return rows @ maps_khw @ columns.T
 
 
@@ -71,7 +72,7 @@ def blur_matrix(side: int, sigma: float) -> Tensor:
 def const(maps_khw: Tensor, generator: torch.Generator, _pool: Sequence[Tensor]) -> Tensor:
     """One value per channel, uniform from its least to its greatest over both axes."""
     low, high = _range(maps_khw)
-    share = torch.rand(len(maps_khw), 1, 1, generator=generator).to(maps_khw)
+    share = sent(torch.rand(len(maps_khw), 1, 1, generator=generator), maps_khw.device).to(maps_khw)
     return (low + (high - low) * share).expand_as(maps_khw)
 
 
@@ -79,7 +80,8 @@ def train(maps_khw: Tensor, generator: torch.Generator, pool: Sequence[Tensor]) 
     """The maps of another image of the data set; the image's own, whose path has no length, if the pool is empty."""
     if not pool:
         return maps_khw
-    return pool[int(torch.randint(len(pool), (), generator=generator))].to(maps_khw)
+    chosen = pool[int(torch.randint(len(pool), (), generator=generator))]
+    return sent(chosen, maps_khw.device).to(maps_khw)
 
 
 FAMILIES: Mapping[Family, Baseline] = {

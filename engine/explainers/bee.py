@@ -25,7 +25,8 @@ from blocksight.engine.metrics.metric import Maps, Value
 from blocksight.engine.model.resample import grid_of
 from blocksight.engine.model.taps import gradients
 from blocksight.engine.model.targets import ClassTarget, Target
-from blocksight.engine.saliency import minmax
+from blocksight.engine.model.transfers import sent, to_host
+from blocksight.engine.saliency import Map, minmax
 from blocksight.engine.scoring.scorer import Scorer
 
 SELECTION_METRICS: Mapping[SelectionMetric, type[MaskedMetric]] = {
@@ -227,10 +228,11 @@ class Bee(SignedExplainer):
             candidates += [_mean(image, candidates) for image in range(len(inputs_nchw))]
         metric = self._selection_metric(self.scorer)
         values = self._metric_values(metric, result, candidates)
+        grids = to_host([one.signed_thw for one in candidates])
         found = []
         for image, row in enumerate(self._scores(inputs_nchw, target)):
             own = [number for number, one in enumerate(candidates) if one.image == image]
-            found.append(self._best([candidates[number] for number in own], [values[number] for number in own], row))
+            found.append(self._best(*([some[number] for number in own] for some in (candidates, grids, values)), row))
         return found
 
     def _forward(self, inputs_nchw: Tensor, target: ClassTarget, size: int) -> PassResult:
@@ -243,22 +245,24 @@ class Bee(SignedExplainer):
 
     def _draws(self, maps_nkhw: Tensor, seeds: Sequence[int]) -> Iterator[Draw]:
         """The baselines of each image. More draws keep the first ones."""
-        for image, (own, seed) in enumerate(zip(maps_nkhw, seeds, strict=True)):
+        features = to_host([_features(own) for own in maps_nkhw]) if self.parameters.has_bandit else cycle([None])
+        for image, (own, seed, feature) in enumerate(zip(maps_nkhw, seeds, features, strict=False)):
             generator = torch.Generator().manual_seed(seed)
             pool = self.learned.others(seed) if self.learned is not None else []
-            families = self._families(own, generator)
+            families = self._families(feature, generator)
             for family in islice(families, self.parameters.draws):
                 yield Draw(image, family, FAMILIES[family](own, generator, pool))
 
-    def _families(self, maps_khw: Tensor, generator: torch.Generator) -> Iterator[Family]:
-        """The families of one image's draws; endless."""
+    def _families(self, features: Tensor | None, generator: torch.Generator) -> Iterator[Family]:
+        """The families of one image's draws; endless. The bandit chooses by the features, if there are any."""
         families = self.parameters.families
-        if not self.parameters.has_bandit:
+        if features is None:
             yield from cycle(families)
+            return
         assert self.learned is not None
         assert self.learned.bandit is not None
         bandit = self.learned.bandit
-        context = bandit.context(_features(maps_khw))
+        context = bandit.context(features)
         while True:
             yield families[bandit.choice(context, generator)]
 
@@ -267,7 +271,8 @@ class Bee(SignedExplainer):
         candidates: list[Candidate] = []
         for batch in chunks(self._points(result, draws, candidates), size):
             images = [point.candidate.image for point in batch]
-            chosen = torch.tensor([*images, *images[-1:] * (size - len(images))], device=result.maps_nkhw.device)
+            padded = torch.tensor([*images, *images[-1:] * (size - len(images))])
+            chosen = sent(padded, result.maps_nkhw.device)
             values = pad(torch.stack([point.values_khw for point in batch]), size).requires_grad_(True)
             with torch.enable_grad():
                 logits = self.tail(result.inputs_nchw[chosen], values)
@@ -288,10 +293,12 @@ class Bee(SignedExplainer):
             candidates.append(candidate)
             is_noisy = draw.family in NOISY
             steps = self.parameters.noise_steps if is_noisy else self.parameters.steps
+            path = own - draw.baseline_khw
+            factor = path / (steps + 1)
             for step in range(steps + 1):
-                values = draw.baseline_khw + step / steps * (own - draw.baseline_khw)
+                values = draw.baseline_khw + step / steps * path
                 if self.parameters.integrand == "path":
-                    yield Point(candidate, values, (own - draw.baseline_khw) / (steps + 1), False)
+                    yield Point(candidate, values, factor, False)
                 else:
                     yield Point(candidate, values, (values if is_noisy else values.relu()) / (steps + 1), not is_noisy)
 
@@ -320,11 +327,11 @@ class Bee(SignedExplainer):
     def _maps(self, result: PassResult, some: Sequence[Candidate]) -> Maps:
         """The candidates as input of a metric: each is the only map of an image."""
         images = [one.image for one in some]
-        chosen = torch.tensor(images, device=result.inputs_nchw.device)
+        chosen = sent(torch.tensor(images), result.inputs_nchw.device)
         return Maps(
             inputs_nchw=result.inputs_nchw[chosen],
             target=result.target.of(chosen),
-            saliency=[[minmax(self.saliency_map(own).cpu().numpy()) for own in one.signed_thw] for one in some],
+            saliency=self._saliency(some),
             scores=[result.scores[image] for image in images],
             ranks=[result.ranks[image] for image in images],
             regions=[[None] * result.target.num_targets for _ in some],
@@ -332,10 +339,19 @@ class Bee(SignedExplainer):
             explainer_seeds=[0] * len(some),
         )
 
+    def _saliency(self, some: Sequence[Candidate]) -> list[list[Map]]:
+        """The min-maxed maps of each candidate's targets."""
+        maps = iter(to_host([self.saliency_map(own) for one in some for own in one.signed_thw]))
+        return [[minmax(next(maps).numpy()) for _ in one.signed_thw] for one in some]
+
     def _best(
-        self, candidates: Sequence[Candidate], values: Sequence[Sequence[float | None]], scores: Sequence[float]
+        self,
+        candidates: Sequence[Candidate],
+        grids: Sequence[Tensor],
+        values: Sequence[Sequence[float | None]],
+        scores: Sequence[float],
     ) -> list[Attribution]:
-        """The best map for each target of one image; the first of equals."""
+        """The best map for each target of one image; the first of equals. `grids` are the maps on the host."""
         sign = 1.0 if METRICS[self.parameters.metric].better == "higher" else -1.0
         found = []
         for index, score in enumerate(scores):
@@ -343,8 +359,8 @@ class Bee(SignedExplainer):
             merits = [-math.inf if value is None else sign * value for value in own]
             best = candidates[merits.index(max(merits))]
             family = tuple(
-                GridMap(one.name, one.signed_thw[index].float().cpu().numpy(), value)
-                for one, value in zip(candidates, own, strict=True)
+                GridMap(one.name, grid[index].float().numpy(), value)
+                for one, grid, value in zip(candidates, grids, own, strict=True)
             )
             products = SideProducts(map_family=family, selected_by=self.parameters.metric)
             blocks = (whole_block(self.block),)
@@ -383,7 +399,7 @@ class FirstPass:
             for result, seed in zip(self.bee.single_images(inputs_nchw, target), seeds, strict=True):
                 (maps,) = result.maps_nkhw
                 if maps.isfinite().all():
-                    self._learn_or_queue(LearningImage(result, _features(maps), seed))
+                    self._learn_or_queue(LearningImage(result, _features(maps).cpu(), seed))
 
     def state(self) -> dict[str, Tensor]:
         """The state for `Bee`. Raises ModelError if no image could be learned from."""
@@ -453,8 +469,8 @@ def _finite_value(value: Value) -> float | None:
 
 
 def _features(maps_khw: Tensor) -> Tensor:
-    """The features for an image's context: the mean of each feature map, float64 [K] on the CPU."""
-    return maps_khw.double().mean((1, 2)).cpu()
+    """The features for an image's context: the mean of each feature map, float64 [K]."""
+    return maps_khw.double().mean((1, 2))
 
 
 def _classes(target: Target) -> Tensor:

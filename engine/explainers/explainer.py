@@ -14,6 +14,7 @@ from blocksight.engine.explainers.explanation import BlockMap, Explanation, chec
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.resample import grid_of, upsampling
 from blocksight.engine.model.targets import Target
+from blocksight.engine.model.transfers import to_host
 from blocksight.engine.scoring.forward import Forward
 from blocksight.engine.scoring.perturb import perturbation
 from blocksight.engine.scoring.scorer import Scorer
@@ -152,16 +153,17 @@ class SignedExplainer(Explainer):
     """A method whose maps are the positive part of the signed attributions of `_attribute_pass`."""
 
     def _explain_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Explanation]]:
-        return [[self._explanation(one) for one in own] for own in self._attribute_pass(inputs_nchw, target, seeds)]
+        found = self._attribute_pass(inputs_nchw, target, seeds)
+        saliency = iter(to_host([self.saliency_map(self.signed_map(one.values)) for own in found for one in own]))
+        return [[self._explanation(one, next(saliency)) for one in own] for own in found]
 
     @abstractmethod
     def _attribute_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Attribution]]:
         """As `attribute`, for at most `images_per_pass` images."""
 
-    def _explanation(self, one: Attribution) -> Explanation:
-        saliency = self.saliency_map(self.signed_map(one.values)).double().cpu().numpy()
+    def _explanation(self, one: Attribution, saliency_hw: Tensor) -> Explanation:
         return checked_explanation(
-            saliency, one.score, one.blocks, num_forwards=one.num_forwards, products=one.products
+            saliency_hw.numpy(), one.score, one.blocks, num_forwards=one.num_forwards, products=one.products
         )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from blocksight.engine.explainers.explainer import Attribution, SignedExplainer, chunks, pad
 from blocksight.engine.explainers.explanation import BlockMap
 from blocksight.engine.model.targets import Target
+from blocksight.engine.model.transfers import sent
 
 MAX_POINTS_PER_PASS = 32
 """A backward pass keeps all activations, and more points per pass would not be faster."""
@@ -41,7 +42,7 @@ class PointExplainer(SignedExplainer):
         size = min(self.scorer.batch_size, MAX_POINTS_PER_PASS)
         for batch in chunks(self._all_points(inputs_nchw, seeds), size):
             images, points, factors = zip(*batch, strict=True)
-            chosen = torch.tensor([*images, *images[-1:] * (size - len(images))], device=inputs_nchw.device)
+            chosen = sent(torch.tensor([*images, *images[-1:] * (size - len(images))]), inputs_nchw.device)
             found = torch.stack(self.attributions(pad(torch.stack(points), size), target.of(chosen)), 1)
             for image, factor, own in zip(images, factors, found, strict=False):
                 sums[image] = sums[image] + own * factor

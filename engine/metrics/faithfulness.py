@@ -59,18 +59,18 @@ class RankedMasks(MaskSource):
 
 
 @dataclass(frozen=True)
-class KeptPixels(MaskSource):
-    """One mask, which keeps some pixels."""
+class OneMask(MaskSource):
+    """One mask at the size of the image."""
 
     image: int
-    kept_hw: Tensor
-    """True where a pixel is kept, [H, W]."""
+    mask_hw: Tensor
+    """Where a pixel is kept, or how much of it, [H, W]."""
 
     def __len__(self) -> int:
         return 1
 
     def masks(self, start: int, stop: int, image_chw: Tensor) -> Tensor:
-        return self.kept_hw[None].to(image_chw)
+        return self.mask_hw[None].to(image_chw)
 
 
 class MaskedMetric(Metric):
@@ -165,7 +165,7 @@ class KeepTop(RankedMetric):
 
     def sources(self, maps: Maps, places: Sequence[Place]) -> list[MaskSource]:
         kept = _sent([self._kept(own) for own in _saliency(maps, places)], maps)
-        return [KeptPixels(image, own) for (image, _), own in zip(places, kept, strict=True)]
+        return [OneMask(image, own) for (image, _), own in zip(places, kept, strict=True)]
 
     def _kept(self, saliency_hw: Map) -> NDArray[np.bool_]:
         count = int(KEPT_FRACTION * saliency_hw.size)
@@ -216,6 +216,11 @@ class WholeDrop(LevelDrop):
 
     levels = LEVELS[:1]
     names = LevelDrop.names[:2]
+
+    def sources(self, maps: Maps, places: Sequence[Place]) -> list[MaskSource]:
+        """No pixel is removed, so none is ranked."""
+        weights = _sent_weights(_saliency(maps, places), maps)
+        return [OneMask(image, own) for (image, _), own in zip(places, weights, strict=True)]
 
 
 class Curve(RankedMetric):
