@@ -53,19 +53,21 @@ def plan(
 
     Example: blocksight plan --data s3://bucket/images --output s3://bucket/maps --probe
     """
-    from blocksight.jobs.run.job import plan_job, workforce_of
+    from blocksight.jobs.run.job import begun_or_new, plan_for, workforce_of
     from blocksight.jobs.run.labels import preview_labels
 
     workforce = workforce_of(execution)
     asked, job = job, with_model_file(job)
     job, label_file = with_label_file(job)
-    output, made = plan_job(job, execution, workforce)
+    output, found = begun_or_new(job)
+    made = plan_for(found, workforce)
     labels = preview_labels(job, made, label_file)
     if probe:
         from blocksight.jobs.bench.benchmark import device_of
         from blocksight.jobs.bench.quick import probe_cost
 
         probe_cost(job, made, device_of(workforce.device), progress_console(as_json))
+        made = plan_for(found, workforce)
     if as_json:
         print_json({**plan_figures(job, made, workforce), "labels": labels})
     else:

@@ -49,7 +49,7 @@ def plan_table(
         *(("unreadable", f"{printable(key)}: {printable(why)}") for key, why in plan.troubles.items()),
         ("records", f"{about}{plan.num_records:,}"),
         ("labels", printable(labels)),
-        ("units", f"{len(plan.units):,}"),
+        ("units", _units_text(plan, workforce)),
         ("model is fed", input_text(asked, plan.identity)),
         *_first_pass(job, plan.num_records),
         *(_preflight(preflight) or [("model check", "`explain` examines the model on a few images before any work")]),
@@ -59,6 +59,14 @@ def plan_table(
         ("fingerprint", plan.fingerprint[:16]),
     ]
     return facts_table(rows, "plan (nothing was computed or written)")
+
+
+def _units_text(plan: Plan, workforce: Workforce) -> str:
+    """How many, and the rate that they were cut by."""
+    if plan.rate is not None:
+        return f"{len(plan.units):,}, cut by {plan.rate}"
+    later = "; a new job measures one GPU first, and cuts them by its rate" if workforce.on_gpu else ""
+    return f"{len(plan.units):,}{later}"
 
 
 def _forwards_text(per_record: float, num_records: int, basis: str) -> str:
@@ -97,6 +105,7 @@ def job_state_table(
         *((name, printable(job_state.plan.identity[name])) for name in ("data", "model")),
         *_preflight(preflight),
         ("units", f"{len(job_state.receipts):,} of {units:,} committed" + _dead(job_state)),
+        *([] if job_state.plan.rate is None else [("units cut by", str(job_state.plan.rate))]),
         ("records", f"{job_state.total('num_records'):,}{of_all}"),
         ("explained", f"{job_state.total('num_ok'):,}"),
         ("rejected", f"{job_state.total('num_rejected'):,}" + (f" ({rejects})" if rejects else "")),

@@ -38,8 +38,20 @@ GPU_FORWARDS_PER_SECOND = 2_000.0
 HOST_SECONDS = 0.004
 """CPU time of a record beside the model: decoding, selecting, coding the map. A fast GPU waits for it."""
 
-PIXEL_BYTES = 3 * 224 * 224
-"""Of a decoded image, if the model's input size is not known before it is loaded."""
+SIDE = 224
+"""Of a decoded image and its map, if the model's input size is not known before it is loaded."""
+
+
+@dataclass(frozen=True)
+class MeasuredRate:
+    """What one worker was measured to do before a plan was cut; its units' sizes come from it."""
+
+    seconds_per_record: float
+    source: str
+    """How and where it was measured, for people."""
+
+    def __str__(self) -> str:
+        return f"{self.seconds_per_record:.3g} s a record ({self.source})"
 
 
 @dataclass(frozen=True)
@@ -76,11 +88,7 @@ class Estimate:
 
 
 def estimate(config: JobConfig, num_records: int, *, on_gpu: bool) -> Estimate:
-    """Forwards from the explainer's known cost, or from measurements for the model.
-
-    Uses constants only, no measurement of this machine, so that the plan's units are the same on every machine for
-    the same kind and number of workers.
-    """
+    """Forwards from the explainer's known cost, or from measurements for the model; rates are constants."""
     num_targets = config.target_choice.count
     measured = MODELS[config.model].forwards_by_mu if config.model in MODELS else ()
     parameters = config.explainer_parameters()

@@ -9,7 +9,8 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from blocksight.jobs.plan.config import JobConfig, digest_of
-from blocksight.jobs.plan.estimate import estimate
+from blocksight.jobs.plan.estimate import HOST_SECONDS, MeasuredRate, estimate
+from blocksight.jobs.plan.forward_setting import PlannedForward
 from blocksight.jobs.plan.units import Workforce
 
 
@@ -39,6 +40,22 @@ def recall(config: JobConfig, device: str) -> MeasuredCost | None:
         return TypeAdapter(MeasuredCost).validate_json(_file(config, device).read_bytes())
     except (OSError, ValidationError):
         return None
+
+
+def remembered_rate(config: JobConfig, device: str) -> MeasuredRate | None:
+    """The rate of one worker by the last measurement, with the host's share; None if there is none."""
+    measured = recall(config, device)
+    if measured is None:
+        return None
+    return MeasuredRate(measured.seconds_per_record + HOST_SECONDS, f"measured on {platform.node()} on {measured.day}")
+
+
+def rate_of_forward(planned: PlannedForward, forwards_per_record: float) -> MeasuredRate | None:
+    """The rate of one GPU by its measured forward passes, with the host's share; None if it was not measured."""
+    if planned.forwards_per_second is None or planned.hardware is None:
+        return None
+    seconds = forwards_per_record / planned.forwards_per_second + HOST_SECONDS
+    return MeasuredRate(seconds, f"measured: {planned.rate_text}")
 
 
 @dataclass(frozen=True)

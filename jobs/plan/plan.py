@@ -14,11 +14,12 @@ from typing_extensions import TypedDict
 
 from blocksight.jobs.plan.config import ConfigError, JobConfig, check_identity, differences, digest_of
 from blocksight.jobs.plan.documents import Sha256, damaged, read_document
+from blocksight.jobs.plan.estimate import MeasuredRate
 from blocksight.jobs.plan.records import Count, ModelFacts, Unit
 from blocksight.jobs.plan.text import counted
-from blocksight.jobs.plan.units import Piece, Workforce, check_units, pieces
+from blocksight.jobs.plan.units import Piece, Shards, Workforce, check_units, pieces, read_shards
 from blocksight.storage.inputs.labels import folder_label
-from blocksight.storage.inputs.survey import Layout, survey
+from blocksight.storage.inputs.survey import Layout, Survey, survey
 from blocksight.storage.limits import MAX_BATCH_BYTES, MAX_UNFOLDING
 from blocksight.storage.parquet.reader import checked_columns, parquet_bytes
 from blocksight.storage.parquet.rows import parquet_of_rows
@@ -75,6 +76,7 @@ class PlanDocument(TypedDict):
     expected: NotRequired[dict[str, Count]]
     class_folders: NotRequired[list[str]]
     number_names: NotRequired[list[str]]
+    rate: NotRequired[MeasuredRate | None]
 
 
 class LabelsDocument(TypedDict):
@@ -113,6 +115,8 @@ class Plan:
     """Class folders of loose images, sorted: of the whole input, also if a limit leaves some out."""
     number_names: tuple[str, ...] = ()
     """What the tables call the numbers of their labels; empty if nothing says it, or they differ."""
+    rate: MeasuredRate | None = None
+    """Of one worker, from which the units' sizes come; None: constants decided, or an older version planned it."""
     troubles: Mapping[str, str] = field(default_factory=dict)
     """Why shards could not be read, by key; not stored."""
 
@@ -177,33 +181,55 @@ def check_place(output: str, taken: Mapping[str, str]) -> None:
             raise ConfigError(f"{place!r} and {name} {uri!r} contain each other; choose another place")
 
 
+@dataclass(frozen=True)
+class FoundInput:
+    """An input that was listed and can be cut into units, more than once without another look at it."""
+
+    config: JobConfig
+    identity: Mapping[str, Any]
+    survey: Survey
+    shards: Shards
+    weights: str | None
+
+    def cut(self, workforce: Workforce) -> Plan:
+        """The plan with units of the size that fits these workers."""
+        found = self.survey
+        cut = list(pieces(found, self.shards, self.config, workforce))
+        fingerprint = digest_of(self.identity)
+        units = tuple(_unit(ordinal, fingerprint, found.layout, piece) for ordinal, piece in enumerate(cut))
+        used = {info.key: info for piece in cut for info in piece.objects}
+        return Plan(
+            self.identity,
+            found.layout,
+            units,
+            num_objects=len(used),
+            num_bytes=sum(info.size for info in used.values()),
+            num_records=sum(piece.num_records for piece in cut),
+            ignored={**found.ignored, **_unread_columns(cut)},
+            weights=self.weights,
+            notes=(*found.notes, *_notes_of(cut)),
+            expected=found.expected if self.config.limit is None else {},
+            class_folders=_folder_names(found.objects) if found.layout is Layout.IMAGES else (),
+            number_names=_number_names(cut),
+            rate=workforce.rate,
+            troubles={piece.objects[0].key: piece.trouble for piece in cut if piece.trouble is not None},
+        )
+
+
 def make_plan(config: JobConfig, *, weights_sha256: str | None, workforce: Workforce) -> Plan:
     """Lists the input and cuts it into units. Reads no image, but tests that listed objects can be read."""
+    return find_input(config, weights_sha256=weights_sha256).cut(workforce)
+
+
+def find_input(config: JobConfig, *, weights_sha256: str | None) -> FoundInput:
+    """Lists the input. Reads no image, but tests that listed objects can be read."""
     source, key = open_named(config.data, config.endpoint_url)
-    identity = config.identity(weights_sha256)
     found = survey(source, key)
     witnesses = witnesses_of([info.key for info in found.objects])
     patient = PatientStore(source, SHORT_PATIENCE_SECONDS, witnesses=witnesses)
     probe_reads(patient, found.objects)
-    cut = list(pieces(patient, found, config, workforce))
-    fingerprint = digest_of(identity)
-    units = tuple(_unit(ordinal, fingerprint, found.layout, piece) for ordinal, piece in enumerate(cut))
-    used = {info.key: info for piece in cut for info in piece.objects}
-    return Plan(
-        identity,
-        found.layout,
-        units,
-        num_objects=len(used),
-        num_bytes=sum(info.size for info in used.values()),
-        num_records=sum(piece.num_records for piece in cut),
-        ignored={**found.ignored, **_unread_columns(cut)},
-        weights=None if weights_sha256 is None or config.weights is None else normal_place(config.weights),
-        notes=(*found.notes, *_notes_of(cut)),
-        expected=found.expected if config.limit is None else {},
-        class_folders=_folder_names(found.objects) if found.layout is Layout.IMAGES else (),
-        number_names=_number_names(cut),
-        troubles={piece.objects[0].key: piece.trouble for piece in cut if piece.trouble is not None},
-    )
+    weights = None if weights_sha256 is None or config.weights is None else normal_place(config.weights)
+    return FoundInput(config, config.identity(weights_sha256), found, read_shards(patient, found, config), weights)
 
 
 def _unread_columns(cut: Sequence[Piece]) -> Counter[str]:
@@ -360,6 +386,7 @@ def _plan_of(body: PlanDocument, units: tuple[Unit, ...]) -> Plan:
         body.get("expected", {}),
         tuple(body.get("class_folders", ())),
         tuple(body.get("number_names", ())),
+        body.get("rate"),
     )
 
 
@@ -388,6 +415,7 @@ def _plan_json(plan: Plan, units_key: str) -> bytes:
             "expected": dict(plan.expected),
             "class_folders": list(plan.class_folders),
             "number_names": list(plan.number_names),
+            "rate": plan.rate and asdict(plan.rate),
         }
     )
 

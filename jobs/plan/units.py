@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from blocksight.cluster.sizing import LEAST_UNIT_SECONDS, shrinking_sizes, unit_records
 from blocksight.jobs.plan.config import JobConfig
-from blocksight.jobs.plan.estimate import PIXEL_BYTES, estimate
+from blocksight.jobs.plan.estimate import ROW_BYTES, SIDE, MeasuredRate, estimate
 from blocksight.jobs.plan.records import Unit
 from blocksight.jobs.plan.text import counted
 from blocksight.storage.inputs.survey import Layout, Survey
@@ -61,6 +61,10 @@ class Workforce:
 
     num_workers: int
     on_gpu: bool
+    rate: MeasuredRate | None = None
+    """Of one worker; None: not measured, so that constants decide."""
+    input_size: tuple[int, int] | None = None
+    """Height and width of the model's input; None: the model is not loaded yet."""
 
     @property
     def device(self) -> str:
@@ -68,30 +72,45 @@ class Workforce:
         return "cuda" if self.on_gpu else "cpu"
 
 
-def pieces(source: ObjectStore, found: Survey, config: JobConfig, workforce: Workforce) -> Iterator[Piece]:
-    """The pieces of an input, in order.
+Shards = Sequence[TableFacts | StoreError] | Sequence[Piece]
+"""What was read of each table, or a whole piece of each tar shard that is used; empty for loose images."""
 
-    A shard that cannot be read is one piece with 0 records. Raises StoreError if no shard can be read, and
-    UnavailableError if the store does not answer.
+
+def read_shards(source: ObjectStore, found: Survey, config: JobConfig) -> Shards:
+    """What must be read of the shards of an input before it is cut.
+
+    Raises StoreError if no shard can be read, and UnavailableError if the store does not answer.
     """
+    if found.layout is Layout.IMAGES:
+        return ()
+    if found.layout is Layout.PARQUET:
+        tables = _where_readable(found.objects, lambda info: table_facts(source, info))
+        _refuse_unreadable(tables)
+        return tables
+    if config.limit is None:
+        return _guessed_shards(source, found.objects)
+    return _limited_shards(source, found.objects, config.limit)
+
+
+def pieces(found: Survey, shards: Shards, config: JobConfig, workforce: Workforce) -> Iterator[Piece]:
+    """The pieces of an input, in order; reads nothing. A shard that cannot be read is one piece with 0 records."""
     if found.layout is Layout.IMAGES:
         return _image_pieces(found.objects[: config.limit], config, workforce)
     if found.layout is Layout.PARQUET:
-        return _table_pieces(source, found.objects, config, workforce)
-    return _tar_pieces(source, found.objects, config, workforce)
+        tables = [one for one in shards if not isinstance(one, Piece)]
+        return _table_pieces(found.objects, tables, config, workforce)
+    return _tar_pieces([one for one in shards if isinstance(one, Piece)], config, workforce)
 
 
 def _sizes(config: JobConfig, num_records: int, workforce: Workforce) -> tuple[int, int]:
     """Records of a full unit, and of the smallest unit that is worth its overhead."""
     guess = estimate(config, num_records, on_gpu=workforce.on_gpu)
-    seconds = guess.seconds_per_record
-    full = unit_records(seconds, guess.bytes_per_record, num_records, workforce.num_workers, _pixel_bytes(config))
+    seconds = guess.seconds_per_record if workforce.rate is None else workforce.rate.seconds_per_record
+    height, width = workforce.input_size or config.input_size or (SIDE, SIDE)
+    rows = ROW_BYTES * config.target_choice.count
+    num_bytes = rows + (guess.bytes_per_record - rows) * max(1.0, height * width / SIDE**2)  # a larger map takes more
+    full = unit_records(seconds, num_bytes, num_records, workforce.num_workers, 3 * height * width)
     return full, min(full, max(1, round(LEAST_UNIT_SECONDS / seconds)))
-
-
-def _pixel_bytes(config: JobConfig) -> int:
-    """Bytes of a record's decoded image, as far as the configuration says."""
-    return PIXEL_BYTES if config.input_size is None else 3 * config.input_size[0] * config.input_size[1]
 
 
 def _image_pieces(objects: Sequence[ObjectInfo], config: JobConfig, workforce: Workforce) -> Iterator[Piece]:
@@ -104,10 +123,8 @@ def _image_pieces(objects: Sequence[ObjectInfo], config: JobConfig, workforce: W
 
 
 def _table_pieces(
-    source: ObjectStore, objects: Sequence[ObjectInfo], config: JobConfig, workforce: Workforce
+    objects: Sequence[ObjectInfo], tables: Sequence[TableFacts | StoreError], config: JobConfig, workforce: Workforce
 ) -> Iterator[Piece]:
-    tables = _where_readable(objects, lambda info: table_facts(source, info))
-    _refuse_unreadable(tables)
     left = WHOLE_SHARD if config.limit is None else config.limit
     num_rows = sum(table.num_rows for table in tables if isinstance(table, TableFacts))
     full, _ = _sizes(config, min(num_rows, left), workforce)
@@ -147,14 +164,8 @@ def _refuse_unreadable(found: Sequence[object]) -> None:
         raise first
 
 
-def _tar_pieces(
-    source: ObjectStore, objects: Sequence[ObjectInfo], config: JobConfig, workforce: Workforce
-) -> Iterator[Piece]:
+def _tar_pieces(shards: Sequence[Piece], config: JobConfig, workforce: Workforce) -> Iterator[Piece]:
     """Byte ranges of the shards: a reader takes the records that begin in its range."""
-    if config.limit is None:
-        shards = _guessed_shards(source, objects)
-    else:
-        shards = _limited_shards(source, objects, config.limit)
     full, _ = _sizes(config, sum(shard.num_records for shard in shards), workforce)
     for shard in shards:
         count, stop = shard.num_records, shard.stop

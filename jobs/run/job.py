@@ -26,18 +26,20 @@ from blocksight.jobs.ledger.reconcile import JobState, Manifest, final_manifest,
 from blocksight.jobs.ledger.stop_request import GO_ON, RUNS_FOLDER, Stop, stopped_by_signals, unfinished_from
 from blocksight.jobs.plan.config import Execution, JobConfig
 from blocksight.jobs.plan.context import JobContext, sha256_of, weights_bytes
-from blocksight.jobs.plan.estimate import estimate
+from blocksight.jobs.plan.estimate import GPU_FORWARDS_PER_SECOND, estimate
 from blocksight.jobs.plan.forward_setting import PlannedForward, planned_forward
 from blocksight.jobs.plan.label_files import ensure_label_file, with_label_file
+from blocksight.jobs.plan.machine_rates import rate_of_forward, remembered_rate
 from blocksight.jobs.plan.model_input import fed_text, with_model_file
 from blocksight.jobs.plan.plan import (
     UNIT_FOLDERS,
+    FoundInput,
     Plan,
     ensure_labels,
     ensure_model,
     ensure_plan,
+    find_input,
     load_plan,
-    make_plan,
     open_output,
     refuse_drift,
 )
@@ -133,19 +135,31 @@ class RunOutcome:
     """How masks were scored; None if no unit was begun."""
 
 
-def plan_job(config: JobConfig, execution: Execution, workforce: Workforce | None = None) -> tuple[ObjectStore, Plan]:
-    """The output and its plan, made now if none is stored. Writes nothing. Raises DriftError.
-
-    `workforce`: the workers of a new plan; None: `workforce_of(execution)`, which is asked for only if one is made.
-    """
+def begun_or_new(config: JobConfig) -> tuple[ObjectStore, Plan | FoundInput]:
+    """The output with its plan, or with the listed input of a new one. Writes nothing. Raises DriftError."""
     config = with_model_file(config)
     output = PatientStore(open_output(config), SHORT_PATIENCE_SECONDS)
     weights_sha256 = sha256_of(weights_bytes(config))
     stored = load_plan(output)
     if stored is None:
-        return output, make_plan(config, weights_sha256=weights_sha256, workforce=workforce or workforce_of(execution))
+        return output, find_input(config, weights_sha256=weights_sha256)
     refuse_drift(config.identity(weights_sha256), stored.identity, "configuration")
     return output, stored
+
+
+def plan_for(made: Plan | FoundInput, workforce: Workforce) -> Plan:
+    """The stored plan, or a new one for these workers, at the rate that was measured on this machine."""
+    if isinstance(made, Plan):
+        return made
+    if workforce.rate is None:
+        workforce = replace(workforce, rate=remembered_rate(made.config, workforce.device))
+    return made.cut(workforce)
+
+
+def plan_job(config: JobConfig, execution: Execution) -> tuple[ObjectStore, Plan]:
+    """The output and its plan, made now if none is stored. Writes nothing. Raises DriftError."""
+    output, made = begun_or_new(config)
+    return output, made if isinstance(made, Plan) else plan_for(made, workforce_of(execution))
 
 
 def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOutcome:
@@ -156,7 +170,8 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
     """
     refuse_missing_gpu(execution)
     config, label_file = with_label_file(with_model_file(config))
-    output, plan = plan_job(config, execution)
+    output, made = begun_or_new(config)
+    plan = plan_for(made, Workforce(1, on_gpu=False))  # a new one is cut anew once the workers are known
     for note in (f"no input: {plan.ignored_text}", *plan.notes) if plan.ignored else plan.notes:
         console.print(f"data: {printable(note)}")
     job_state = _read_job_state(output, plan)
@@ -180,7 +195,7 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
         planned = planned_forward(output) or _chosen_forward(adapter, context, plan, state, sizing, execution, console)
         _refuse_other_batch_size(planned, execution)
         del adapter  # the workers load their own
-        plan = ensure_plan(output, plan)
+        plan = ensure_plan(output, plan_for(made, _measured_workforce(context, planned, sizing, execution)))
         preflight = ensure_preflight(output, preflight)
         ensure_model(output, facts)
         ensure_labels(output, labels)
@@ -402,13 +417,28 @@ def context_of(
 
 
 def _least_seconds(context: JobContext, plan: Plan, sizing: Sizing | None) -> float:
-    """The wall time of the whole job on all GPUs. A guess of forwards is at most the number of feature maps."""
-    guess = estimate(context.config, plan.num_records, on_gpu=True)
-    forwards = guess.forwards_per_record
-    if not guess.is_measured:
-        num_maps = sum(block["channels"] for block in context.facts.blocks)
-        forwards = min(forwards, num_maps * context.config.target_choice.count)
-    return plan.num_records * forwards / guess.forwards_per_second / (1 if sizing is None else sizing.num_actors)
+    """The wall time of the whole job on all GPUs, by the constants."""
+    num_forwards = plan.num_records * _forwards_per_record(context)
+    return num_forwards / GPU_FORWARDS_PER_SECOND / (1 if sizing is None else sizing.num_actors)
+
+
+def _forwards_per_record(context: JobContext) -> float:
+    """By the estimate; a guess is at most the number of feature maps."""
+    guess = estimate(context.config, 1, on_gpu=True)
+    if guess.is_measured:
+        return guess.forwards_per_record
+    num_maps = sum(block["channels"] for block in context.facts.blocks)
+    return min(guess.forwards_per_record, num_maps * context.config.target_choice.count)
+
+
+def _measured_workforce(
+    context: JobContext, planned: PlannedForward, sizing: Sizing | None, execution: Execution
+) -> Workforce:
+    """The workers of this run, with a GPU's rate if it was measured, and the size of the model's input."""
+    joined = sizing and Workforce(sizing.num_actors, on_gpu=sizing.gpus_per_actor > 0)
+    workers = joined or workforce_of(execution)
+    rate = rate_of_forward(planned, _forwards_per_record(context))
+    return replace(workers, rate=rate, input_size=context.facts.input_size)
 
 
 def _learn(
@@ -452,7 +482,10 @@ def _run_units(
     num_records = sum(unit.num_records for unit in units)
     guess = estimate(config, num_records, on_gpu=context.device != "cpu")
     num_workers = sizing.num_actors if sizing is not None else 1
+    rate = job_state.plan.rate
     expected = guess.seconds(num_workers) if guess.is_measured else None
+    if rate is not None:
+        expected = rate.seconds_per_record * num_records / num_workers
     failures: list[UnitFailure] = []
     notices = Notices(console)
     explain_seconds = 0.0

@@ -4,6 +4,7 @@ import hashlib
 import io
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from rich.console import Console
 from blocksight.jobs.cli.main import main
 from blocksight.jobs.plan.config import Execution, JobConfig, load_config
 from blocksight.jobs.plan.plan import existing_plan
+from blocksight.jobs.plan.units import Piece, Workforce, pieces, read_shards
 from blocksight.jobs.run.job import RunOutcome, run_job
+from blocksight.storage.inputs.survey import Survey
 from blocksight.storage.outputs.fragments import read_fragment
 from blocksight.storage.stores.opening import open_store
 from blocksight.storage.stores.store import ObjectStore
@@ -25,6 +28,11 @@ def config_of(data: object, output: object, **options) -> JobConfig:
     """The configuration of a job on the tiny model."""
     config, _ = load_config(None, {"data": str(data), "output": str(output), "model": MODEL, **options})
     return config
+
+
+def pieces_of(source: ObjectStore, found: Survey, config: JobConfig, workforce: Workforce) -> Iterator[Piece]:
+    """The pieces of a listed input, whose shards are read first."""
+    return pieces(found, read_shards(source, found, config), config, workforce)
 
 
 def run_here(data: object, output: object, **options) -> RunOutcome:

@@ -10,10 +10,11 @@ from blocksight.jobs.plan.estimate import AUTO_FULL_SHARE, estimate
 from blocksight.jobs.plan.plan import Plan
 from blocksight.jobs.plan.records import Receipt, Unit, UnitFailure
 from blocksight.jobs.plan.text import clock, printable
-from blocksight.jobs.plan.units import Workforce, check_units, pieces
+from blocksight.jobs.plan.units import Workforce, check_units
 from blocksight.jobs.worker.progress import Tally
 from blocksight.storage.inputs.survey import Layout, Survey
 from blocksight.storage.stores.store import ObjectInfo, StoreError
+from tests.jobs.jobs_of import pieces_of
 from tests.jobs.tiny import tar_bytes
 from tests.storage.memory import MemoryStore
 
@@ -125,7 +126,7 @@ def test_a_gpu_gets_larger_units():
     objects = tuple(ObjectInfo(f"{number}.png", 9, "v") for number in range(10_000))
     config = job(model="torchvision:resnet50", weights="random")
     on_core, on_gpu = (
-        next(pieces(MemoryStore(), Survey(Layout.IMAGES, objects, {}), config, Workforce(1, on_gpu=on_gpu)))
+        next(pieces_of(MemoryStore(), Survey(Layout.IMAGES, objects, {}), config, Workforce(1, on_gpu=on_gpu)))
         for on_gpu in (False, True)
     )
     assert on_gpu.num_records > 10 * on_core.num_records
@@ -145,7 +146,7 @@ def test_a_limited_tar_that_cannot_be_read_is_one_unit_of_its_own():
     store.put("a.tar", tar_bytes(0, 4))
     store.put("b.tar", tar_bytes(0, 4))
     found = Survey(Layout.TAR, tuple(store.list()), {})
-    first, *others = pieces(store, found, job(limit=3), Workforce(1, on_gpu=True))
+    first, *others = pieces_of(store, found, job(limit=3), Workforce(1, on_gpu=True))
     assert (first.objects[0].key, first.start, first.num_records) == ("a.tar", 0, 0)
     assert sum(piece.num_records for piece in others) == 3
 
@@ -162,7 +163,7 @@ def test_the_units_of_a_tar_join_without_gap():
     store.put("a.tar", tar_bytes(0, 40))
     info = store.head("a.tar")
     assert info is not None
-    found = list(pieces(store, Survey(Layout.TAR, (info,), {}), job(), Workforce(2, on_gpu=False)))
+    found = list(pieces_of(store, Survey(Layout.TAR, (info,), {}), job(), Workforce(2, on_gpu=False)))
     assert len(found) > 2
     assert [piece.start for piece in found] == [0, *(piece.stop for piece in found[:-1])]
     assert found[-1].stop == info.size

@@ -9,13 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from blocksight.jobs.plan.plan import _unit
-from blocksight.jobs.plan.units import Workforce, pieces
+from blocksight.jobs.plan.units import Workforce
 from blocksight.jobs.worker.attempts import WorkerStores, attempted
 from blocksight.jobs.worker.unit import read_unit
 from blocksight.storage.inputs.survey import survey
 from blocksight.storage.stores.opening import probe_reads
 from blocksight.storage.stores.retrying import PatientStore, witnesses_of
-from tests.jobs.jobs_of import config_of
+from tests.jobs.jobs_of import config_of, pieces_of
 from tests.jobs.tiny import picture, tar_bytes
 from tests.storage.loopback import Asked, Reply, etag_of, refused, served
 from tests.storage.memory import MemoryStore
@@ -64,7 +64,7 @@ def read_all(store, meanwhile: Callable[[], object] = nothing) -> list[list[str]
     patient = PatientStore(store, 5.0, witnesses=witnesses_of([info.key for info in found.objects]))
     probe_reads(patient, found.objects)
     config = config_of("in", "out", explainer="gradient")
-    cut = list(pieces(patient, found, config, Workforce(1, on_gpu=False)))
+    cut = list(pieces_of(patient, found, config, Workforce(1, on_gpu=False)))
     meanwhile()
     stores = WorkerStores(patient, MemoryStore(), "run")
     return [became(_unit(number, "job", found.layout, piece), stores, config) for number, piece in enumerate(cut)]

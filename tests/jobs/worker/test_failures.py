@@ -33,7 +33,7 @@ from blocksight.jobs.plan.records import (
     UnitReturned,
     UnreconciledError,
 )
-from blocksight.jobs.plan.units import WHOLE_SHARD, Workforce, pieces
+from blocksight.jobs.plan.units import WHOLE_SHARD, Workforce
 from blocksight.jobs.run import pipeline
 from blocksight.jobs.run.job import plan_job, run_job, workforce_of
 from blocksight.jobs.run.local import run_unit
@@ -51,7 +51,7 @@ from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.store import DamagedError, MissingError, ObjectError, StoreError, UnavailableError
 from tests.faults.devices import DEVICE_ERRORS, HOST_MEMORY, LOST, MEMORY, UNFIT
 from tests.faults.stores import InterceptedStore
-from tests.jobs.jobs_of import called, config_of, run_here
+from tests.jobs.jobs_of import called, config_of, pieces_of, run_here
 from tests.jobs.tiny import MODEL, picture, tar_bytes
 from tests.jobs.worker.test_commit import UNIT, result
 from tests.storage.memory import MemoryStore
@@ -481,7 +481,7 @@ def cut(store, layout, **options):
         store.put(f"{number}.{layout}", table.getvalue().to_pybytes() if is_table else tar_bytes(2 * number, 2))
     objects = tuple(sorted(store.list(), key=lambda info: info.key))
     config = config_of("in", "out", explainer="gradient", **options)
-    return list(pieces(store, Survey(layout, objects, {}), config, Workforce(1, on_gpu=False)))
+    return list(pieces_of(store, Survey(layout, objects, {}), config, Workforce(1, on_gpu=False)))
 
 
 @pytest.mark.parametrize("error", [ObjectError("forbidden"), MissingError("gone since it was listed")])
@@ -502,17 +502,17 @@ def test_shards_that_tell_nothing_are_guessed_by_their_bytes(monkeypatch):
     objects = tuple(sorted(store.list(), key=lambda info: info.key))
     config = config_of("in", "out", explainer="gradient")
     with pytest.raises(StoreError, match=r"0\.tar holds no readable tar member"):
-        list(pieces(store, Survey(layout, objects, {}), config, Workforce(1, on_gpu=False)))
+        list(pieces_of(store, Survey(layout, objects, {}), config, Workforce(1, on_gpu=False)))
     store.put("1.tar", tar_bytes(0, 2))
     sound = store.head("1.tar")
-    mixed = list(pieces(store, Survey(layout, (objects[0], sound), {}), config, Workforce(1, on_gpu=False)))
+    mixed = list(pieces_of(store, Survey(layout, (objects[0], sound), {}), config, Workforce(1, on_gpu=False)))
     assert [(piece.start, piece.stop, piece.num_records) for piece in mixed] == [
         (0, 300_000, 0),
         (0, sound.size, round(sample_tar(store, sound).num_records)),
     ]
     assert [piece.trouble is None for piece in mixed] == [False, True]
     monkeypatch.setattr("blocksight.jobs.plan.units.SAMPLED_SHARDS", 1)
-    blind = list(pieces(store, Survey(layout, (objects[0], sound), {}), config, Workforce(1, on_gpu=False)))
+    blind = list(pieces_of(store, Survey(layout, (objects[0], sound), {}), config, Workforce(1, on_gpu=False)))
     assert [piece.num_records for piece in blind] == [0, 1]
 
 
