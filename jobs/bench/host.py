@@ -148,7 +148,7 @@ def _compare(job: _Job, actors: int, meter: CpuMeter, console: Console) -> HostS
     with session_of(execution) as sizing:
         assert sizing is not None  # of Ray
         console.print("warming up")
-        explain = ExplainStep(job.context(Execution(runner="local"), None), None)
+        explain = ExplainStep(job.context(Execution(runner="local", device="cpu"), None), None)
         _run_here(job, units[:1], explain, dict(steps))
         _run_through_ray(job, few, execution, sizing, meter)
         for number in range(1, ROUNDS + 1):
@@ -183,7 +183,7 @@ def _run_here(job: _Job, units: Sequence[Unit], explain: ExplainStep, steps: dic
         yield
         steps[name] += time.process_time() - start
 
-    context = job.context(Execution(runner="local"), None)
+    context = job.context(Execution(runner="local", device="cpu"), None)
     stores = open_worker_stores(context)
     return _committed(run_unit(unit, context, stores, explain, timed) for unit in units)
 
