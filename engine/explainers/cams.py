@@ -4,7 +4,7 @@ Each method is one function from feature maps A [N, C, h, w] and gradients G of 
 [N, h, w]. The saliency map is its positive part, upsampled.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blocksight.engine.catalog.parameters import NoParameters
 from blocksight.engine.explainers.explanation import BlockMap
-from blocksight.engine.explainers.points import Point, PointExplainer
+from blocksight.engine.explainers.points import ImageExplainer
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.blocks import Place
 from blocksight.engine.model.taps import gradients
@@ -68,7 +68,7 @@ WEIGHINGS: Mapping[str, Weigh] = {
 }
 
 
-class Cam(PointExplainer):
+class Cam(ImageExplainer):
     """One of `WEIGHINGS` at the deepest block: one forward pass, and one backward pass per target."""
 
     def __init__(self, adapter: ModelAdapter, parameters: NoParameters, *, weigh: Weigh, **options: Any) -> None:
@@ -80,17 +80,14 @@ class Cam(PointExplainer):
         self.block, self.taps = self.adapter.network.last_block(blocks)
         self.blocks = (whole_block(self.block),)
 
-    def points(self, image_chw: Tensor, generator: torch.Generator) -> Iterator[Point]:
-        yield image_chw, 1.0
-
-    def attributions(self, points_nchw: Tensor, target: Target) -> list[Tensor]:
-        """The signed weighted maps at the block's grid, [N, h, w]."""
-        logits, (maps,) = self.taps(points_nchw)
+    def attributions(self, inputs_nchw: Tensor, target: Target) -> tuple[Tensor, list[Tensor]]:
+        """The logits, and the signed weighted maps at the block's grid, [N, h, w]."""
+        logits, (maps,) = self.taps(inputs_nchw)
         found = []
         for index in range(target.num_targets):
             (slopes,) = gradients(logits, target.raw.direction(logits.detach(), index), [maps])
             found.append(self.weigh(maps.detach().double(), slopes.double()))
-        return found
+        return logits.detach(), found
 
 
 def whole_block(block: Place) -> BlockMap:

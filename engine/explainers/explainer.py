@@ -133,8 +133,7 @@ class Explainer(ABC):
         """The target's values [N][T] on the unmasked images."""
         padded = pad(inputs_nchw, self.images_per_pass)
         with torch.inference_mode():
-            logits = self.adapter.logits(padded)[: len(inputs_nchw)]
-        return target.score(logits, torch.arange(len(inputs_nchw), device=logits.device)).tolist()
+            return scores_of(self.adapter.logits(padded), target, len(inputs_nchw))
 
 
 class Learner(Protocol):
@@ -167,11 +166,19 @@ class SignedExplainer(Explainer):
         )
 
 
+def scores_of(logits: Tensor, target: Target, count: int) -> list[list[float]]:
+    """The target's values [count][T] on the first images of a pass, from its logits [N, K]."""
+    return target.score(logits[:count], torch.arange(count, device=logits.device)).tolist()
+
+
 def pad(inputs_nchw: Tensor, size: int) -> Tensor:
-    """The inputs, padded to `size` with copies of the last, because rounding depends on the batch size."""
-    if len(inputs_nchw) == size:
-        return inputs_nchw.contiguous()  # the layout that `cat` gives
-    return torch.cat([inputs_nchw, inputs_nchw[-1:].expand(size - len(inputs_nchw), -1, -1, -1)])
+    """The inputs, padded to `size` with copies of the last, because rounding depends on the batch size.
+
+    In one layout, whether something is padded or not: that of the network's weights.
+    """
+    missing = inputs_nchw[-1:].expand(size - len(inputs_nchw), *inputs_nchw.shape[1:])
+    padded = torch.cat([inputs_nchw, missing]) if len(missing) else inputs_nchw
+    return padded.contiguous(memory_format=torch.channels_last) if padded.dim() == 4 else padded.contiguous()
 
 
 def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from blocksight.engine.errors import ImageError, ModelError
-from blocksight.engine.explainers.explainer import Explainer, pad
+from blocksight.engine.explainers.explainer import Explainer, pad, scores_of
 from blocksight.engine.explainers.explanation import Explanation, checked_explanation
 from blocksight.engine.model.layouts import layout_of
 from blocksight.engine.model.resample import Grid, grid_of, upsampling
@@ -190,7 +190,7 @@ class FullGrad(Explainer):
             )
         return [
             [checked_explanation(found[index][image], score, num_forwards=0) for index, score in enumerate(row)]
-            for image, row in enumerate(self._scores(inputs_nchw, target))
+            for image, row in enumerate(scores_of(logits, target, len(inputs_nchw)))
         ]
 
     def _positive(self, product: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blocksight.engine.explainers.points import Point, PointExplainer
+from blocksight.engine.explainers.points import ImageExplainer, Point, PointExplainer
+from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.taps import gradients
 from blocksight.engine.model.targets import Target
 
@@ -29,27 +30,28 @@ class Balance:
         return apart / self.largest if self.largest else (float("inf") if apart else 0.0)
 
 
-class Gradient(PointExplainer):
+def input_gradients(adapter: ModelAdapter, inputs_nchw: Tensor, target: Target) -> tuple[Tensor, list[Tensor]]:
+    """The logits [N, K], and per target the gradients of its raw score by the inputs, float64 [N, 3, H, W]."""
+    with torch.enable_grad():
+        inputs = inputs_nchw.detach().requires_grad_(True)
+        logits = adapter.logits(inputs)
+    return logits.detach(), [
+        gradients(logits, target.raw.direction(logits.detach(), index), [inputs])[0].double()
+        for index in range(target.num_targets)
+    ]
+
+
+class Gradient(ImageExplainer):
     """`max_channel |dz_c / dx|` (Simonyan et al., 2014, arXiv 1312.6034)."""
 
-    def points(self, image_chw: Tensor, generator: torch.Generator) -> Iterator[Point]:
-        yield image_chw, 1.0
-
-    def attributions(self, points_nchw: Tensor, target: Target) -> list[Tensor]:
-        """The gradients of the raw scores, [N, 3, H, W]."""
-        with torch.enable_grad():
-            inputs = points_nchw.detach().requires_grad_(True)
-            logits = self.adapter.logits(inputs)
-        return [
-            gradients(logits, target.raw.direction(logits.detach(), index), [inputs])[0].double()
-            for index in range(target.num_targets)
-        ]
+    def attributions(self, inputs_nchw: Tensor, target: Target) -> tuple[Tensor, list[Tensor]]:
+        return input_gradients(self.adapter, inputs_nchw, target)
 
     def signed_map(self, values: Tensor) -> Tensor:
         return values.abs().amax(0)
 
 
-class IntegratedGradients(Gradient):
+class IntegratedGradients(PointExplainer):
     """`(x - b) int_0^1 dz_c(b + a (x - b)) / dx da`, summed over channels; its positive part.
 
     Sundararajan et al., ICML 2017 (arXiv 1703.01365), equation 1; Gauss-Legendre quadrature.
@@ -64,6 +66,9 @@ class IntegratedGradients(Gradient):
         path = image_chw - baseline
         for place, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
             yield baseline + float(place) * path, float(weight) * path
+
+    def attributions(self, points_nchw: Tensor, target: Target) -> list[Tensor]:
+        return input_gradients(self.adapter, points_nchw, target)[1]
 
     def signed_map(self, values: Tensor) -> Tensor:
         return values.sum(0)

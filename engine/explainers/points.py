@@ -1,7 +1,6 @@
-"""The base class of explainers that sum attributions at points: the image itself, or places on a path to it.
+"""The base classes of explainers that take gradients at the image itself, or at points on a path to it.
 
-A method yields an image's points, each with the factor of its attribution. A batch of points costs one forward
-pass, and one backward pass per target.
+A batch of images or of points costs one forward pass, and one backward pass per target.
 """
 
 from abc import abstractmethod
@@ -10,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from blocksight.engine.explainers.explainer import Attribution, SignedExplainer, chunks, pad
+from blocksight.engine.explainers.explainer import Attribution, SignedExplainer, chunks, pad, scores_of
 from blocksight.engine.explainers.explanation import BlockMap
 from blocksight.engine.model.targets import Target
 from blocksight.engine.model.transfers import sent
@@ -22,12 +21,33 @@ Point = tuple[Tensor, Tensor | float]
 """An input [3, H, W], and the factor of its attribution, broadcastable to it."""
 
 
-class PointExplainer(SignedExplainer):
-    """The values of an image are the sum of its points' signed attributions."""
+class ImageExplainer(SignedExplainer):
+    """The values of an image are the signed attributions at the image itself."""
 
     blocks: tuple[BlockMap, ...] = ()
-    num_forwards: int = 0
-    """Forward passes per image; the pass of the image itself does not count."""
+
+    @abstractmethod
+    def attributions(self, inputs_nchw: Tensor, target: Target) -> tuple[Tensor, list[Tensor]]:
+        """The logits [N, K] without gradient, and per target the signed attributions, float64 [N, ...]."""
+
+    def _attribute_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Attribution]]:
+        count, size = len(inputs_nchw), self.images_per_pass
+        filled = sent(torch.arange(size).clamp(max=count - 1), inputs_nchw.device)  # as `pad`
+        logits, found = self.attributions(pad(inputs_nchw, size), target.of(filled))
+        return [
+            [Attribution(own[image], score, 0, self.blocks) for own, score in zip(found, row, strict=True)]
+            for image, row in enumerate(scores_of(logits, target, count))
+        ]
+
+
+class PointExplainer(SignedExplainer):
+    """The values of an image are the sum of its points' signed attributions.
+
+    A method yields an image's points, each with the factor of its attribution.
+    """
+
+    num_forwards: int
+    """Forward passes per image: the number of its points."""
 
     @abstractmethod
     def points(self, image_chw: Tensor, generator: torch.Generator) -> Iterator[Point]:
@@ -48,7 +68,7 @@ class PointExplainer(SignedExplainer):
                 sums[image] = sums[image] + own * factor
         return [
             [
-                Attribution(own, score, self.num_forwards, self.blocks)
+                Attribution(own, score, self.num_forwards, ())
                 for own, score in zip(torch.as_tensor(total), row, strict=True)
             ]
             for total, row in zip(sums, self._scores(inputs_nchw, target), strict=True)
