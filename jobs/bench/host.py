@@ -36,7 +36,7 @@ SIDE = 224
 """Of the model's inputs and of the maps."""
 STEPS = ("read", "explain", "commit")
 
-NUM_IMAGES, SHARD_IMAGES = 2_000, 500
+NUM_IMAGES, SHARD_IMAGES = 6_000, 500
 """Images that are made where no data are given, and how many of them are in a shard."""
 NUM_PICTURES, PICTURE_SIDE, COARSE_SIDE = 64, 96, 12
 """Different pictures among them, their side, and the side that they are enlarged from, so that they are smooth."""
@@ -45,8 +45,11 @@ ACTORS = 2
 """Explain actors, if the user says no other number: what is measured is a core's rate, and not the machine's."""
 ROUNDS = 2
 """This process and Ray, in turns."""
-FEW = 4
-"""Ray's start-up is in a job and in one of a quarter of its units alike; their difference is without it."""
+PART = 4
+"""This process explains one unit in so many; it needs no more to be measured."""
+UNITS_ASIDE = 4
+"""So many units of each actor come before the measured ones, and as many after them: while those are under way the
+session starts, and then runs dry."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class HostShare:
     in_process: float
     """Their sum."""
     through_ray: float
-    """Milliseconds of a record in all processes of the Ray session, this one included, without their start-up."""
+    """Milliseconds of a record in all processes of the Ray session, this one included, while all actors work."""
 
     @property
     def ratio(self) -> float:
@@ -127,10 +130,11 @@ class _Job:
 def _job(config: JobConfig, folder: Path, actors: int) -> _Job:
     """The planned job. Raises ConfigError if its units are too few."""
     plan = make_plan(config, weights_sha256=None, workforce=Workforce(actors, on_gpu=False))
-    if len(plan.units) <= actors:
+    least = 2 * UNITS_ASIDE * actors + 1
+    if len(plan.units) < least:
         raise ConfigError(
-            f"{counted(plan.num_records, 'record')} make {counted(len(plan.units), 'unit')}, and work is told from "
-            f"start-up by more units than the {counted(actors, 'actor')}: name more data, or fewer --workers"
+            f"{counted(plan.num_records, 'record')} make {counted(len(plan.units), 'unit')}, and {least} are needed "
+            f"to tell the work of {counted(actors, 'actor')} from their start: name more data, or fewer --workers"
         )
     adapter, facts = check_model(config, None, Console(quiet=True))
     planned = choose_forward(adapter, forward_request(config, None, is_timed=False))
@@ -141,37 +145,30 @@ def _compare(job: _Job, actors: int, meter: CpuMeter, console: Console) -> HostS
     """The figures of all rounds, this process and Ray in turns."""
     execution = Execution(runner="ray", workers=actors, device="cpu")
     units = job.plan.units
-    few = units[: max(actors, len(units) // FEW)]
+    some = units[::PART]
     steps: dict[str, float] = dict.fromkeys(STEPS, 0.0)
-    through_ray = 0.0
+    through_ray: list[float] = []
     receipts: list[Receipt] = []
     with session_of(execution) as sizing:
         assert sizing is not None  # of Ray
         console.print("warming up")
         explain = ExplainStep(job.context(Execution(runner="local", device="cpu"), None), None)
         _run_here(job, units[:1], explain, dict(steps))
-        _run_through_ray(job, few, execution, sizing, meter)
         for number in range(1, ROUNDS + 1):
             console.print(f"round {number} of {ROUNDS}")
-            receipts = _run_here(job, units, explain, steps)
-            part, _ = _run_through_ray(job, few, execution, sizing, meter)
-            whole, through = _run_through_ray(job, units, execution, sizing, meter)
-            through_ray += (whole - part) / (1 - _records(through[: len(few)]) / _records(through))
-    scale = 1e3 / (ROUNDS * _records(receipts))
-    per_record = {name: scale * seconds for name, seconds in steps.items()}
+            num_here = sum(own.num_records for own in _run_here(job, some, explain, steps))
+            seconds, receipts = _run_through_ray(job, execution, sizing, meter)
+            through_ray.append(seconds)
+    per_record = {name: 1e3 * seconds / (ROUNDS * num_here) for name, seconds in steps.items()}
     return HostShare(
-        records=_records(receipts),
+        records=sum(own.num_records for own in receipts),
         rejected=sum(own.num_rejected for own in receipts),
         units=len(units),
         actors=actors,
         steps=per_record,
         in_process=sum(per_record.values()),
-        through_ray=scale * through_ray,
+        through_ray=1e3 * sum(through_ray) / ROUNDS,
     )
-
-
-def _records(receipts: Sequence[Receipt]) -> int:
-    return sum(own.num_records for own in receipts)
 
 
 def _run_here(job: _Job, units: Sequence[Unit], explain: ExplainStep, steps: dict[str, float]) -> list[Receipt]:
@@ -185,31 +182,37 @@ def _run_here(job: _Job, units: Sequence[Unit], explain: ExplainStep, steps: dic
 
     context = job.context(Execution(runner="local", device="cpu"), None)
     stores = open_worker_stores(context)
-    return _committed(run_unit(unit, context, stores, explain, timed) for unit in units)
+    return list(_committed(run_unit(unit, context, stores, lambda: explain, timed) for unit in units))
 
 
-def _run_through_ray(
-    job: _Job, units: Sequence[Unit], execution: Execution, sizing: Sizing, meter: CpuMeter
-) -> tuple[float, list[Receipt]]:
-    """Explains the units on the Ray session; the CPU seconds of all its processes, and the receipts."""
+def _run_through_ray(job: _Job, execution: Execution, sizing: Sizing, meter: CpuMeter) -> tuple[float, list[Receipt]]:
+    """Explains all units on the Ray session; the CPU seconds of a record in all its processes, and the receipts.
+
+    Counted between two arrivals of receipts, at which the same number of units is under way.
+    """
     from blocksight.jobs.run import pipeline
 
-    context = job.context(execution, sizing)
-    start = meter.seconds()
-    done = _committed(
-        pipeline.run_units(units, context, None, sizing, Stop(open_output(context.config), context.run_id))
-    )
-    return meter.seconds() - start, done
-
-
-def _committed(outcomes: Iterable[Outcome]) -> list[Receipt]:
-    """The receipts in the units' order. Raises UnfinishedError for a unit without one."""
+    context, units = job.context(execution, sizing), job.plan.units
+    stop = Stop(open_output(context.config), context.run_id)
+    aside = UNITS_ASIDE * sizing.num_actors
+    first, last = aside - 1, len(units) - aside - 1
     done: list[Receipt] = []
+    seconds, num_records = 0.0, 0
+    for receipt in _committed(pipeline.run_units(units, context, None, sizing, stop)):
+        if first < len(done) <= last:
+            num_records += receipt.num_records
+        if len(done) in (first, last):
+            seconds = meter.seconds() - seconds
+        done.append(receipt)
+    return seconds / num_records, done
+
+
+def _committed(outcomes: Iterable[Outcome]) -> Iterator[Receipt]:
+    """The receipts as they arrive. Raises UnfinishedError for a unit without one."""
     for outcome in outcomes:
         if not isinstance(outcome, Receipt):
             raise UnfinishedError(f"a unit was not explained, so that nothing can be measured: {outcome}")
-        done.append(outcome)
-    return sorted(done, key=lambda own: own.ordinal)
+        yield outcome
 
 
 def make_shards(folder: Path, num_images: int) -> Path:

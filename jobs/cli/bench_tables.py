@@ -120,7 +120,7 @@ def host_table(found: "HostShare") -> RenderableType:
         ("job", f"{job}{rejected}"),
         *((f"{name}, in process", f"{own:.2f} ms") for name, own in found.steps.items()),
         ("in process", _host_rate(found.in_process)),
-        ("through Ray", f"{_host_rate(found.through_ray)}; {counted(found.actors, 'actor')}, start-up left out"),
+        ("through Ray", f"{_host_rate(found.through_ray)}; {counted(found.actors, 'actor')}, while all work"),
         ("ratio", f"{found.ratio:.2f}: a core's rate through Ray over its rate in process"),
     ]
     return facts_table(rows, "the host's share, CPU time of a record")

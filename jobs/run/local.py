@@ -23,17 +23,20 @@ def run_units(
     for unit in units:
         if stop.reason is not None:
             return
-        yield done_here(run_unit(unit, context, stores, explain))
+        yield done_here(run_unit(unit, context, stores, lambda: explain))
 
 
 def run_unit(
     unit: Unit,
     context: JobContext,
     stores: WorkerStores,
-    explain: ExplainStep,
+    explain: Callable[[], ExplainStep],
     around: Callable[[str], AbstractContextManager[Any]] = nullcontext,
 ) -> Outcome:
-    """Reads, explains and commits one unit; each step runs within `around(its name)`."""
+    """Reads, explains and commits one unit; each step runs within `around(its name)`.
+
+    `explain` gives the step that holds the model, or raises UnfitWorkerError.
+    """
 
     def step(stage: str, work: Callable[[bool], Any]) -> Any:
         with around(stage):
@@ -42,7 +45,7 @@ def run_unit(
     taken = step("read", lambda careful: take_unit(unit, stores, context, careful=careful))
     if not isinstance(taken, UnitInput):
         return taken
-    result = step("explain", lambda careful: explain(taken, careful=careful))
+    result = step("explain", lambda careful: explain()(taken, careful=careful))
     if not isinstance(result, UnitResult):
         return result
     return step("commit", lambda careful: commit_unit(result, stores.output, context.fingerprint, careful=careful))

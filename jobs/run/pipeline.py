@@ -1,4 +1,4 @@
-"""The Ray Data pipeline: the local runner's three steps on CPU tasks and GPU actors.
+"""The Ray Data pipeline: the local runner's three steps on CPU tasks and GPU actors, or all three on CPU actors.
 
 Every Ray process imports this module. Only the actors import torch, so that the tasks that read and commit start
 sooner and need less memory.
@@ -334,11 +334,18 @@ def _set_up_ray_data() -> None:
 
 
 def _explain_dataset(units: Sequence[Unit], context: JobContext, weights: Any, sizing: Sizing) -> Dataset:
+    """Tasks read and commit beside a GPU, which would wait for its actor's core.
+
+    Without GPUs one actor does all of it: its own core would read and commit anyway, and pixels and maps would pass
+    through the object store for nothing.
+    """
     rows = [{"unit": _json(unit)} for unit in units]
+    items = ray.data.from_items(rows, override_num_blocks=len(rows))
+    if not sizing.gpus_per_actor:
+        return items.map_batches(_Work, **_actors(context, weights, sizing, len(rows)))
     tasks: dict[str, Any] = {**ONE_UNIT, "compute": TaskPoolStrategy(), "num_cpus": sizing.cpus_per_task}
     return (
-        ray.data.from_items(rows, override_num_blocks=len(rows))
-        .map_batches(partial(_read, context=context), **tasks)
+        items.map_batches(partial(_read, context=context), **tasks)
         .map_batches(_Explain, **_actors(context, weights, sizing, len(rows)))
         .map_batches(partial(_commit, context=context), **tasks)
     )
@@ -481,8 +488,26 @@ class _Evaluate:
         return _row_of(self.held.outcome(lambda: evaluated(self.held.step, unit)))
 
 
+class _Work:
+    """The actor of a CPU session: holds one model; reads, explains and commits."""
+
+    def __init__(self, context: JobContext, weights: Any) -> None:
+        refuse_unsafe_switches()
+        _limit_compiler(context.device)
+        from blocksight.jobs.explain.step import ExplainStep
+
+        self.context, self.stores = context, open_worker_stores(context)
+        self.held = _Held(lambda: ExplainStep(context, None if weights is None else ray.get(weights)))
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        from blocksight.jobs.run.local import run_unit
+
+        unit = _unit(json.loads(batch["unit"][0].as_py()))
+        return _row_of(self.held.outcome(lambda: run_unit(unit, self.context, self.stores, self.held.step)))
+
+
 class _Explain:
-    """The explain actor: holds one model."""
+    """The explain actor of a GPU: holds one model."""
 
     def __init__(self, context: JobContext, weights: Any) -> None:
         refuse_unsafe_switches()

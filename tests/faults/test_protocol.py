@@ -168,7 +168,7 @@ class World:
 
     def run(self, unit: Unit, output: Any) -> Any:
         stores = WorkerStores(self.source, PatientStore(output, seconds=1e9), "run")
-        return local.run_unit(unit, self.context, stores, self.explain)
+        return local.run_unit(unit, self.context, stores, lambda: self.explain)
 
     def explain(self, unit_input: Any, *, careful: bool = False) -> UnitResult:
         rows = []

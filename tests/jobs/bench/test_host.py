@@ -5,6 +5,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -12,7 +13,7 @@ from rich.console import Console
 from blocksight.cluster.sizing import Sizing
 from blocksight.jobs.bench import host
 from blocksight.jobs.bench.cpu_meter import CpuMeter
-from blocksight.jobs.bench.host import HostShare, make_shards, measure_host
+from blocksight.jobs.bench.host import HostShare, make_shards
 from blocksight.jobs.cli.bench_tables import host_table
 from blocksight.jobs.plan.records import Receipt, UnfinishedError, UnitSkipped
 from blocksight.jobs.run import local, pipeline
@@ -67,7 +68,7 @@ def test_the_ratio_is_of_the_rates_and_the_table_shows_it():
 def test_too_few_units_and_ignored_options_are_refused():
     code, text = called("bench", "--host", "--limit", 8)
     assert code == 2
-    assert "8 records make 1 unit" in text
+    assert "8 records make 1 unit, and 17 are needed" in text
     code, text = called("bench", "--host", "--model", "resnet50", "--price", 2)
     assert code == 2
     assert "leave --model, --price out" in text
@@ -75,7 +76,7 @@ def test_too_few_units_and_ignored_options_are_refused():
 
 def test_a_unit_without_a_receipt_ends_the_measurement():
     with pytest.raises(UnfinishedError, match="nothing can be measured"):
-        host._committed(iter([UnitSkipped("0" * 20)]))
+        list(host._committed(iter([UnitSkipped("0" * 20)])))
 
 
 @pytest.fixture
@@ -92,24 +93,43 @@ def without_ray(monkeypatch):
 
 def test_both_ways_are_measured_in_one_run(monkeypatch, without_ray):
     monkeypatch.setattr(host, "SHARD_IMAGES", 8)
-    ran = blocksight("bench", "--host", "--limit", 24, "--workers", 1, "--json")
+    monkeypatch.setattr(host, "UNITS_ASIDE", 1)
+    ran = blocksight("bench", "--host", "--limit", 32, "--workers", 1, "--json")
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
-    assert (found["records"], found["rejected"], found["units"], found["actors"]) == (24, 0, 3, 1)
+    assert (found["records"], found["rejected"], found["units"], found["actors"]) == (32, 0, 4, 1)
     own = found["milliseconds"]
     assert own["in process"] == pytest.approx(own["read"] + own["explain"] + own["commit"])
-    assert min(own["read"], own["explain"], own["commit"]) > 0
+    assert min(own["read"], own["explain"], own["commit"], own["through Ray"]) > 0
     rates = found["records_per_second_of_a_core"]
     assert found["ratio"] == pytest.approx(rates["through Ray"] / rates["in process"])
 
 
-def test_the_start_up_of_ray_is_left_out(monkeypatch, without_ray):
-    """A meter that counts 50 s for each start, and a second for each unit of 8 records."""
+class Meter:
+    """Counts 50 s for the start of a session, 30 for its end, and a second for each unit of 8 records."""
 
-    def through_ray(job, units, execution, sizing, meter):
-        return 50.0 + len(units), [replace(RECEIPT, num_records=8) for _ in units]
+    def __init__(self):
+        self.now = 0.0
 
-    monkeypatch.setattr(host, "SHARD_IMAGES", 8)
-    monkeypatch.setattr(host, "_run_through_ray", through_ray)
-    found = measure_host(None, None, 24, 1, QUIET)
-    assert found.through_ray == pytest.approx(1e3 / 8)
+    def seconds(self):
+        return self.now
+
+
+def test_start_and_end_of_a_session_are_left_out(monkeypatch):
+    meter, units = Meter(), 7
+
+    def run_units(*_):
+        meter.now += 50
+        for _ in range(units):
+            meter.now += 1
+            yield replace(RECEIPT, num_records=8)
+            meter.now += 30 * (meter.now == 50 + units)
+
+    monkeypatch.setattr(pipeline, "run_units", run_units)
+    monkeypatch.setattr(host, "UNITS_ASIDE", 2)
+    monkeypatch.setattr(host, "open_output", lambda _: None)
+    job = SimpleNamespace(
+        context=lambda *_: SimpleNamespace(config=None, run_id=""), plan=SimpleNamespace(units=range(units))
+    )
+    seconds, done = host._run_through_ray(job, None, Sizing(1, 0.0, 1.0, 0.5, threads_per_actor=1), meter)
+    assert (seconds, len(done)) == (1 / 8, units)

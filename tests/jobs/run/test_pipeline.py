@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import ray
@@ -76,6 +77,27 @@ def test_ray_leaves_the_same_bytes_as_one_process(tmp_path):
     assert fragments_in(here) == fragments_in(ray)
     assert ways(here) == ways(ray) == {"eager float32, 4 per pass"}
     assert_sound(ray)
+
+
+def test_tasks_that_read_and_commit_beside_a_gpu_leave_the_same_bytes(tmp_path, monkeypatch):
+    """The pipeline of a session with GPUs; its actor computes on the CPU here."""
+    dataset, actors = pipeline._explain_dataset, pipeline._actors
+    monkeypatch.setattr(pipeline, "_actors", lambda *given: {**actors(*given), "num_gpus": 0})
+    shapes = []
+
+    def three_stages(units, context, weights, sizing):
+        made = dataset(units, context, weights, replace(sizing, gpus_per_actor=1.0))
+        shapes.append(str(made))
+        return made
+
+    monkeypatch.setattr(pipeline, "_explain_dataset", three_stages)
+    data = folder_of_images(tmp_path / "in")
+    run_here(data, tmp_path / "here", target="top-2")
+    assert_done(blocksight(*explain(data, tmp_path / "ray", "--target", "top-2")))
+    here, ray = (LocalStore(tmp_path / where) for where in ("here", "ray"))
+    assert fragments_in(here) == fragments_in(ray)
+    assert_sound(ray)
+    assert all(name in shapes[0] for name in ("_read", "_Explain", "_commit"))
 
 
 def test_shards_through_a_bucket(tmp_path, bucket, capfd):

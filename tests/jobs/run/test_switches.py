@@ -14,6 +14,7 @@ PROCESSES = {
     "data worker that reads": lambda: pipeline._read(ANY, ANY),
     "data worker that writes": lambda: pipeline._commit(ANY, ANY),
     "actor that explains": lambda: pipeline._Explain(ANY, ANY),
+    "actor that reads, explains and commits": lambda: pipeline._Work(ANY, ANY),
     "actor that measures": lambda: pipeline._Evaluate(ANY, ANY),
     "task that learns": lambda: list(pipeline._learn(ANY, [], ANY)),
     "child process": lambda: isolation._serve(ANY),

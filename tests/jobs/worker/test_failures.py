@@ -195,7 +195,7 @@ def test_every_local_step_is_made_careful(deadly_stores, monkeypatch):
     seen = []
     monkeypatch.setattr("blocksight.jobs.run.local.take_unit", noting(seen, TAKEN))
     monkeypatch.setattr("blocksight.jobs.run.local.commit_unit", noting(seen, "committed"))
-    assert run_unit(UNIT, CONTEXT, deadly_stores, noting(seen, result())) == "committed"
+    assert run_unit(UNIT, CONTEXT, deadly_stores, lambda: noting(seen, result())) == "committed"
     assert seen == [True, True, True]
 
 
