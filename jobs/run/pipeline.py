@@ -61,8 +61,9 @@ from blocksight.storage.stores.store import ObjectInfo, StoreError
 if TYPE_CHECKING:
     from blocksight.engine.scoring.setting_choice import ForwardRequest  # which needs torch
 
-WAVE_UNITS = 2_000
-"""Units per Ray Data execution: the driver's memory does not grow with the data set."""
+WAVE_UNITS = 20_000
+"""Units per Ray Data execution, after which the actors start anew. The driver's memory, 6 kB a unit, is bounded by it,
+and does not grow with the data set."""
 
 NO_PROGRESS_SECONDS = 3_600.0
 """If no unit finishes for so long the run ends. The watchdog ends a worker that hangs long before."""
