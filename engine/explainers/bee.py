@@ -476,7 +476,10 @@ def _features(maps_khw: Tensor) -> Tensor:
 def _classes(target: Target) -> Tensor:
     """The classes [N, T] of a target. Raises ModelError if it is of something else."""
     if not isinstance(target, ClassTarget):
-        raise ModelError(f"bee picks a map by the probability of a class, and {type(target).__name__} is of none")
+        raise ModelError(
+            "bee picks a map by the probability of a class, and the target is of no single class: take layercam, "
+            "sise or rise"
+        )
     return target.classes
 
 

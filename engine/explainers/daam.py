@@ -130,6 +130,11 @@ class Daam(SignedExplainer):
 
     def _direction(self, made: _Pass, target: Target, index: int) -> tuple[Tensor, Tensor]:
         """The explained tensor, and the gradient by it that is propagated."""
+        if not all(target.is_class) and (self.bank is not None or self.parameters.of == "feature"):
+            raise ModelError(
+                "daam explains a feature, or its agreement with the neighbours of one class, and the target is of "
+                "no single class: take gradcam, layercam or rise, or leave of=feature out"
+            )
         if self.parameters.of == "feature":
             return made.feature, functional.normalize(made.feature.detach(), dim=1) ** 2
         if self.bank is None:

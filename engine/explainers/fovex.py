@@ -68,9 +68,16 @@ class Views:
         return losses.detach(), slopes
 
     def _cross_entropy(self, logits: Tensor) -> Tensor:
-        """`log sum exp z - z_c`, z_c the target's raw score: minus the logarithm of a class's probability."""
+        """`log sum exp z - z_c`, z_c the target's raw score: minus the logarithm of a class's probability.
+
+        Of a target that is no class: minus its score.
+        """
         every = torch.arange(len(logits), device=logits.device)
-        return logits.double().logsumexp(1) - self.target.raw.score(logits, every)[every, self.indices]
+        own = self.target.raw.score(logits, every)[every, self.indices]
+        if all(self.target.is_class):
+            return logits.double().logsumexp(1) - own
+        is_class = torch.tensor(self.target.is_class, device=own.device)[self.indices]
+        return torch.where(is_class, logits.double().logsumexp(1), 0.0) - own
 
 
 class FovEx(Explainer):

@@ -79,6 +79,5 @@ class IntegratedGradients(PointExplainer):
         baseline = self.scorer.perturbation.baseline.expand_as(input_nchw)
         with self.adapter.borrowed(), torch.inference_mode():
             before, after = self.adapter.logits(torch.cat([baseline, input_nchw])).double().split(1)
-        changes = after - before
-        wanted = (target.raw.direction(after, 0) * changes).sum()  # its gradient is integrated: of class c, that of z_c
-        return Balance(float(one.values.sum()), float(wanted), float(changes.abs().max()))
+        wanted = target.raw.change(before, after)[0, 0]  # its gradient is integrated: of class c, that of z_c
+        return Balance(float(one.values.sum()), float(wanted), float((after - before).abs().max()))

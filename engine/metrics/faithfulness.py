@@ -173,7 +173,16 @@ class KeepTop(RankedMetric):
 
     def values(self, score: float, masked: Sequence[float], saliency_hw: Map) -> Mapping[str, Value]:
         (kept,) = masked
-        return {"drop": Value(drop(score, kept)), "increase": Value(100.0 * (kept > score))}
+        return {"drop": lost(score, kept), "increase": Value(100.0 * (kept > score))}
+
+
+NEGATIVE = "the score is negative, and of it no share can be lost"
+"""Of a logit, or of a difference of two."""
+
+
+def lost(score: float, kept: float) -> Value:
+    """`drop` as a value; undefined if the score is negative."""
+    return undefined(NEGATIVE) if score < 0 else Value(drop(score, kept))
 
 
 def drop(score: float, kept: float) -> float:
@@ -207,7 +216,7 @@ class LevelDrop(RankedMetric):
         ]
 
     def values(self, score: float, masked: Sequence[float], saliency_hw: Map) -> Mapping[str, Value]:
-        pairs = [(Value(drop(score, kept)), Value(100.0 * (kept > score))) for kept in masked]
+        pairs = [(lost(score, kept), Value(100.0 * (kept > score))) for kept in masked]
         return dict(zip(self.names, (value for pair in pairs for value in pair), strict=True))
 
 
@@ -289,9 +298,11 @@ class Agreement(Curve):
     shares = AGREEMENT_SHARES
 
     def readout(self, maps: Maps) -> Readout:
-        return TopClass(maps.target.classes)
+        return TopClass(maps.target.leading)
 
     def undefined_reason(self, maps: Maps, image: int, index: int) -> str | None:
+        if maps.ranks[image][index] is None:
+            return "the target is no class, so that it cannot be the prediction"
         if maps.ranks[image][index] != 1:
             return "the target is not the prediction"
         return super().undefined_reason(maps, image, index)
@@ -314,6 +325,9 @@ class Negative(Agreement):
     removed = "bottom"
 
 
+NEGATIVE_DENSITY = "the score of the masked picture is negative, and has no density"
+
+
 class Density(MaskedMetric):
     """`p(x m) H W / sum(m)`, and the same of `1 - m`: the score per share of the picture (CAMERAS, CVPR 2021)."""
 
@@ -326,4 +340,7 @@ class Density(MaskedMetric):
     def values(self, score: float, masked: Sequence[float], saliency_hw: Map) -> Mapping[str, Value]:
         sums = saliency_hw.sum(), (1 - saliency_hw).sum()
         pairs = zip(self.names, masked, sums, strict=True)
-        return {name: Value(one * saliency_hw.size / float(total)) for name, one, total in pairs}
+        return {
+            name: undefined(NEGATIVE_DENSITY) if one < 0 else Value(one * saliency_hw.size / float(total))
+            for name, one, total in pairs
+        }

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blocksight.engine.catalog.forward_setting import ForwardSetting
-from blocksight.engine.model.targets import ClassTarget
+from blocksight.engine.model.targets import Target
 from blocksight.engine.saliency import Map
 
 Region = NDArray[np.bool_]
@@ -42,13 +42,13 @@ class Maps:
 
     inputs_nchw: Tensor
     """As `adapter.normalise` gives them."""
-    target: ClassTarget
+    target: Target
     saliency: Sequence[Sequence[Map]]
     """Per image and target the map [H, W], min-maxed to [0, 1]; zeros where it was constant."""
     scores: Sequence[Sequence[float]]
     """The targets' scores on the whole images."""
-    ranks: Sequence[Sequence[int]]
-    """The targets' places among the model's classes; 1 is the prediction."""
+    ranks: Sequence[Sequence[int | None]]
+    """The targets' places among the model's classes; 1 is the prediction. None: the target is no class."""
     regions: Sequence[Sequence[Region | str | None]]
     """The targets' regions; None if not given, or the reason as text if the given region cannot be used."""
     seeds: Sequence[int]

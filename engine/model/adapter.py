@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from blocksight.engine.catalog.readouts import ReadoutName
+from blocksight.engine.catalog.target_expressions import Formula
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.device_errors import device_trouble
+from blocksight.engine.model.expressions import target_of
 from blocksight.engine.model.failures import failure_of, name_of, shape_of
 from blocksight.engine.model.network import Network, trace_network
 from blocksight.engine.model.resample import Grid
 from blocksight.engine.model.taps import frozen
-from blocksight.engine.model.targets import TARGETS, ClassTarget
+from blocksight.engine.model.targets import TARGETS, ClassTarget, Target
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -144,6 +146,10 @@ class ModelAdapter:
     def target(self, classes: Tensor) -> ClassTarget:
         """The scores of these classes, [N, T] int64, by the adapter's readout."""
         return TARGETS[self.readout](classes)
+
+    def target_of(self, formulas: Sequence[Sequence[Formula]]) -> Target:
+        """The target of T formulas for each of N images, by the adapter's readout. Raises ModelError."""
+        return target_of(formulas, self.readout, self.device)
 
     def scores(self, logits: Tensor) -> Tensor:
         """The scores [N, K] (float64) of all classes, by the adapter's readout."""

@@ -41,6 +41,20 @@ class Target(Readout, Protocol):
         """The same scalars before the softmax: for a class's probability, its logit."""
         ...
 
+    def change(self, before: Tensor, after: Tensor) -> Tensor:
+        """What a path's gradients, as `direction` gives them, sum to between two outputs [N, K]: [N, T]."""
+        ...
+
+    @property
+    def leading(self) -> Tensor:
+        """The class of each target, of a sum its first one, [N, T] int64."""
+        ...
+
+    @property
+    def is_class(self) -> tuple[bool, ...]:
+        """Per target whether it is a class's own score."""
+        ...
+
 
 @dataclass(frozen=True)
 class _OfClasses:
@@ -55,6 +69,16 @@ class _OfClasses:
 
     def of(self, images: slice | Tensor) -> Self:
         return type(self)(self.classes[images])
+
+    @property
+    def leading(self) -> Tensor:
+        """The classes themselves, [N, T]."""
+        return self.classes
+
+    @property
+    def is_class(self) -> tuple[bool, ...]:
+        """All of them are."""
+        return (True,) * self.num_targets
 
 
 @dataclass(frozen=True)
@@ -77,6 +101,12 @@ class ClassTarget(_OfClasses, ABC):
     @property
     def raw(self) -> "ClassTarget":
         return ClassLogit(self.classes)
+
+    def change(self, before: Tensor, after: Tensor) -> Tensor:
+        """`direction(after)` times the change of the output: for a class's logit, its change."""
+        changes = after - before
+        parts = [(self.direction(after, index) * changes).sum(1) for index in range(self.num_targets)]
+        return torch.stack(parts, 1)
 
 
 @dataclass(frozen=True)

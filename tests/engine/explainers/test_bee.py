@@ -358,7 +358,7 @@ class OfNoClass:
 
 
 def test_a_target_of_no_class_is_refused():
-    with pytest.raises(ModelError, match="probability of a class, and OfNoClass is of none"):
+    with pytest.raises(ModelError, match="probability of a class, and the target is of no single class"):
         bee(seeded(Residual), even()).explain(smooth(1, SIDE, SIDE), OfNoClass(), [5])
 
 

@@ -1,0 +1,167 @@
+"""Targets that are weighted sums of classes, and several targets of different kinds for one image."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from blocksight.engine.catalog.readouts import ReadoutName
+from blocksight.engine.catalog.target_expressions import Formula
+from blocksight.engine.errors import ModelError
+from blocksight.engine.model.targets import TARGETS, LogProbability, Target
+
+NO_LOGPROB = (
+    "a log-probability needs probabilities, and with readout identity the output is none: take the logits, or say "
+    "--readout softmax, sigmoid or probabilities"
+)
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """One scalar per image: a weighted sum of logits, or of log-probabilities."""
+
+    classes: Tensor
+    """The M classes of each of N images, [N, M] int64."""
+    weights: Tensor
+    """What they count, [N, M] float64; 0 where an image has fewer classes."""
+    readout: ReadoutName
+    """What the model's output is."""
+    is_log: bool
+    """Log-probabilities are summed."""
+
+    @property
+    def num_targets(self) -> int:
+        return 1
+
+    @property
+    def leading(self) -> Tensor:
+        """The first class of each image, [N, 1]."""
+        return self.classes[:, :1]
+
+    @property
+    def is_class(self) -> tuple[bool, ...]:
+        """It is no class's score."""
+        return (False,)
+
+    @property
+    def raw(self) -> "WeightedSum":
+        """It is before the softmax already, or means to be behind it."""
+        return self
+
+    def of(self, images: slice | Tensor) -> "WeightedSum":
+        return replace(self, classes=self.classes[images], weights=self.weights[images])
+
+    def score(self, logits: Tensor, images: Tensor) -> Tensor:
+        """The sums [B, 1] (float64), unbounded."""
+        values = self._values(logits.double()).gather(1, self.classes[images])
+        return (values * self.weights[images]).sum(1, keepdim=True)
+
+    def change(self, before: Tensor, after: Tensor) -> Tensor:
+        """How the sums [N, 1] change between two outputs."""
+        every = torch.arange(len(after), device=after.device)
+        return self.score(after, every) - self.score(before, every)
+
+    def direction(self, logits: Tensor, index: int) -> Tensor:  # noqa: ARG002 - there is one
+        """The gradient by the output itself, [N, K] float64."""
+        output = logits.double()
+        if self.readout == "probabilities":  # both readings are of the logarithm, as `LogProbability` is
+            return self._spread(output, self.weights / self._given(output).gather(1, self.classes))
+        if not self.is_log:
+            return self._spread(output, self.weights)
+        if self.readout == "sigmoid":
+            return self._spread(output, self.weights * functional.sigmoid(-output).gather(1, self.classes))
+        return self._of_softmax(output)
+
+    def _of_softmax(self, output: Tensor) -> Tensor:
+        """`sum_c w_c (e_c - p)`, class by class in a form in which a saturated softmax cancels nothing."""
+        total = torch.zeros_like(output)
+        for classes, weights in zip(self.classes.T, self.weights.T, strict=True):
+            chosen = functional.one_hot(classes, output.shape[1]).bool()
+            others = output.masked_fill(chosen, float("-inf"))
+            rest = functional.sigmoid(others.logsumexp(1) - output.gather(1, classes[:, None])[:, 0])  # 1 - p_c
+            total += (weights * rest)[:, None] * torch.where(chosen, 1.0, -others.softmax(1))
+        return total
+
+    def _spread(self, output: Tensor, weights: Tensor) -> Tensor:
+        """The weights [N, M] at the places of their classes, [N, K]."""
+        return torch.zeros_like(output).scatter_add(1, self.classes, weights)
+
+    def _values(self, output: Tensor) -> Tensor:
+        """What is summed, of all classes [B, K]."""
+        if self.readout == "probabilities":
+            return LogProbability.values(output)
+        if not self.is_log:
+            return output
+        return functional.logsigmoid(output) if self.readout == "sigmoid" else output.log_softmax(1)
+
+    @staticmethod
+    def _given(output: Tensor) -> Tensor:
+        """Probabilities that can be divided by."""
+        return output.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+@dataclass(frozen=True)
+class JoinedTargets:
+    """Several targets of an image, of one scalar each."""
+
+    parts: tuple[Target, ...]
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.parts)
+
+    @property
+    def leading(self) -> Tensor:
+        """The class of each target, of a sum its first one, [N, T]."""
+        return torch.cat([part.leading for part in self.parts], 1)
+
+    @property
+    def is_class(self) -> tuple[bool, ...]:
+        """Per target whether it is a class's score."""
+        return tuple(is_class for part in self.parts for is_class in part.is_class)
+
+    @property
+    def raw(self) -> "JoinedTargets":
+        return JoinedTargets(tuple(part.raw for part in self.parts))
+
+    def of(self, images: slice | Tensor) -> "JoinedTargets":
+        return JoinedTargets(tuple(part.of(images) for part in self.parts))
+
+    def score(self, logits: Tensor, images: Tensor) -> Tensor:
+        """Scores [B, T] (float64)."""
+        return torch.cat([part.score(logits, images) for part in self.parts], 1)
+
+    def change(self, before: Tensor, after: Tensor) -> Tensor:
+        """How the scores [N, T] change between two outputs."""
+        return torch.cat([part.change(before, after) for part in self.parts], 1)
+
+    def direction(self, logits: Tensor, index: int) -> Tensor:
+        """As `Target.direction`, [N, K]."""
+        return self.parts[index].direction(logits, 0)
+
+
+def target_of(formulas: Sequence[Sequence[Formula]], readout: ReadoutName, device: torch.device | str) -> Target:
+    """The target of T formulas for each of N images; those of one place differ in their classes alone.
+
+    Raises ModelError for log-probabilities of an output that is none.
+    """
+    if all(one.is_score for own in formulas for one in own):
+        classes = [[index for one in own for _, index in one.terms] for own in formulas]
+        return TARGETS[readout](torch.tensor(classes, dtype=torch.int64, device=device))
+    return JoinedTargets(tuple(_column(own, readout, device) for own in zip(*formulas, strict=True)))
+
+
+def _column(formulas: Sequence[Formula], readout: ReadoutName, device: torch.device | str) -> Target:
+    if all(one.is_score for one in formulas):
+        classes = [[index for _, index in one.terms] for one in formulas]
+        return TARGETS[readout](torch.tensor(classes, dtype=torch.int64, device=device))
+    is_log = formulas[0].reading == "logprob"
+    if is_log and readout == "identity":
+        raise ModelError(NO_LOGPROB)
+    most = max(len(one.terms) for one in formulas)
+    filled = [[*one.terms, *[(0.0, 0)] * (most - len(one.terms))] for one in formulas]
+    classes = torch.tensor([[index for _, index in own] for own in filled], dtype=torch.int64, device=device)
+    weights = torch.tensor([[weight for weight, _ in own] for own in filled], dtype=torch.float64, device=device)
+    return WeightedSum(classes, weights, readout, is_log)
