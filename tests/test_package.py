@@ -225,7 +225,7 @@ def test_a_notebook_has_both(their_folder):
         from rich.console import Console
 
         job = blocksight.JobConfig(data="photos", output="maps", model="jobs.models:make", explainer="gradient")
-        blocksight.explain(job, blocksight.Execution(runner="local", workers=1), Console(quiet=True))
+        blocksight.run_job(job, blocksight.Execution(runner="local", workers=1), Console(quiet=True))
         print(engine.network.__module__, storage.SIZE, cluster.NAME, jobs.__path__[0].endswith("jobs"))
         """,
         their_folder,

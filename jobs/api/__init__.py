@@ -24,7 +24,7 @@ NAMES = {
     "decode_map": "blocksight.storage.outputs.map_codec",
     "difference_table": "blocksight.jobs.cli.metric_tables",
     "evaluate": "blocksight.jobs.run.evaluation:run_evaluation",
-    "explain": "blocksight.jobs.run.job:run_job",
+    "explain": "blocksight.jobs.run.one_picture",
     "fit": "blocksight.storage.images.decode",
     "image_with_map": "blocksight.jobs.worker.rows:shown",
     "images_of": "blocksight.jobs.worker.rows",
@@ -39,6 +39,7 @@ NAMES = {
     "report": "blocksight.jobs.report.page:write_report",
     "resized": "blocksight.storage.outputs.pictures",
     "rows_with": "blocksight.jobs.worker.rows",
+    "run_job": "blocksight.jobs.run.job",
     "sql": "blocksight.jobs.export.sql:connect",
     "versus": "blocksight.jobs.versus.run:write_difference",
 }

@@ -17,6 +17,7 @@ from blocksight.engine.scoring.setting_choice import (
     MeasuredSetting,
     choose,
     drawn_pictures,
+    eager_setting,
     max_score_error,
     rate,
 )
@@ -36,11 +37,22 @@ def choose_forward(adapter: ModelAdapter, request: ForwardRequest) -> PlannedFor
 
     Raises ModelError if the precision asked for is unusable, and what a device raises that cannot go on.
     """
+    return chosen_forward(adapter, request)[1]
+
+
+def chosen_forward(adapter: ModelAdapter, request: ForwardRequest) -> tuple[Forward, PlannedForward]:
+    """As `choose_forward`, with the forward pass itself."""
     with one_thread():  # as on the workers: eager scores' last bits depend on the number of threads
         forward, found = choose(adapter, request)
         if adapter.device.type == "cuda":
-            return _on_gpu(_planned([_with_rate(adapter, forward, found[0]), *found[1:]], request))
-    return _planned(found, request)
+            return forward, _on_gpu(_planned([_with_rate(adapter, forward, found[0]), *found[1:]], request))
+    return forward, _planned(found, request)
+
+
+def eager_forward(adapter: ModelAdapter, request: ForwardRequest) -> tuple[Forward, PlannedForward]:
+    """The model itself, for one picture and a method that scores no masks: converting the model would take longer."""
+    setting = eager_setting(adapter.device.type, request.batch_size)
+    return adapter.logits, _planned([MeasuredSetting(setting)], request)
 
 
 def stored_forward(

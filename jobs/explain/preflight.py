@@ -102,15 +102,16 @@ def examined_for(
     stores = WorkerStores(source_of(plan, config.endpoint_url), output, uuid.uuid4().hex)
     with attempt_marker(stores, STEP) as num_deaths, watchdog(), in_a_sentence(config.model):
         real = [] if num_deaths else list(_sample(plan, config, adapter.input_size, stores.source, careful))
-        found = _examined(adapter, config, facts, real)
+        found = examined_on(adapter, config, facts, real)
     for marker in list(output.list(f"{FOLDER}{STEP}-")):  # of processes that died
         output.delete(marker.key)
     return found
 
 
-def _examined(
+def examined_on(
     adapter: ModelAdapter, config: JobConfig, facts: ModelFacts, real: Sequence[NDArray[np.uint8]]
 ) -> Preflight:
+    """As `examined_for`, on these pictures [H, W, 3] of the model's input size and on random ones."""
     drawn = drawn_pictures(adapter)[:NUM_DRAWN]
     inputs = [adapter.normalise(torch.from_numpy(one.copy()).permute(2, 0, 1)[None]) for one in real]
     shown = [one for one in inputs if _passes(adapter, one)]

@@ -82,6 +82,13 @@ def load(
     if factory_of(config.model) is not None:  # the folder is trusted for the user's factory only
         let_import_from(import_path)
     adapter = load_model(config.model, weights=config.weights, state=state, seed=config.seed)
+    return as_configured(adapter, config, device, readout)
+
+
+def as_configured(
+    adapter: ModelAdapter, config: JobConfig, device: str, readout: ReadoutName | None = None
+) -> ModelAdapter:
+    """A loaded model, fed and read as the configuration says, on a device, with IEEE float32. Raises ModelError."""
     adapter.readout = readout or config.asked_readout or adapter.readout
     use_ieee_float32()  # now, because a user's factory may have changed it
     asked = {name: getattr(config, name) for name in MODEL_INPUT}
@@ -161,16 +168,27 @@ def images_at_once(adapter: ModelAdapter) -> int:
 class ExplainStep:
     """Explains whole units with one model."""
 
-    def __init__(self, context: JobContext, state: bytes | None) -> None:
-        """Loads the model and checks it against the plan. `state` holds the weights file's bytes, if any."""
+    def __init__(
+        self,
+        context: JobContext,
+        state: bytes | None,
+        adapter: ModelAdapter | None = None,
+        beat: Callable[[], object] | None = None,
+    ) -> None:
+        """Loads the model and checks it against the plan. `state` holds the weights file's bytes, if any.
+
+        `adapter` is a model in memory that is configured already; it is taken instead of loading one. `beat` is
+        called before each forward pass, by default the heartbeat.
+        """
         keep_freed_memory()
         torch.set_num_threads(context.num_threads)
         self.context, self.state = context, state
         config, facts = context.config, context.facts
         self.level: Fidelity | None = config.level
-        self.adapter = load(config, state, context.device, context.import_path, context.readout)
+        self.adapter = adapter or load(config, state, context.device, context.import_path, context.readout)
         refuse_other_weights(self.adapter, facts)
-        self.adapter.module.register_forward_pre_hook(lambda *_: heartbeat())
+        self.beat = beat or heartbeat
+        self.beating = self.adapter.module.register_forward_pre_hook(lambda *_: self.beat())
         learned = stored_state(open_worker_stores(context).output, config) if num_learning_images(config) else None
         self.learned, digest = learned or (None, None)
         self.has_forward_setting = False
@@ -196,7 +214,7 @@ class ExplainStep:
             self.adapter,
             blocks=[block["name"] for block in self.context.facts.blocks],
             batch_size=setting.batch_size,
-            forward=forward and with_heartbeat(forward),
+            forward=forward and with_heartbeat(forward, self.beat),
             images_per_pass=self.images_per_pass,
             state=self.learned,
         )
@@ -216,6 +234,10 @@ class ExplainStep:
         if planned is None:
             raise UnreconciledError(f"the job's forward setting is missing: {FORWARD_KEY}; run the job again")
         forward, setting = planned
+        self.use_forward(forward, setting)
+
+    def use_forward(self, forward: Forward, setting: ForwardSetting) -> None:
+        """Scores masks by this forward pass, which is of the plan's setting."""
         self._set_up(setting, forward)
         self.has_forward_setting = True
 
@@ -543,11 +565,11 @@ def parameters_digest(parameters: Any, facts: ModelFacts, learned: str | None) -
     return digest_of(known if learned is None else {**known, "learned": learned})[:16]
 
 
-def with_heartbeat(forward: Forward) -> Forward:
-    """The forward pass with a heartbeat: hooks on the module do not see compiled passes."""
+def with_heartbeat(forward: Forward, beat: Callable[[], object] | None = None) -> Forward:
+    """The forward pass with a heartbeat, or a call of `beat`: hooks on the module do not see compiled passes."""
 
     def run(inputs_nchw: Tensor) -> Tensor:
-        heartbeat()
+        (beat or heartbeat)()
         return forward(inputs_nchw)
 
     return BufferedForward(forward.buffer_nchw, run) if isinstance(forward, BufferedForward) else run

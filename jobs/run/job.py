@@ -240,7 +240,7 @@ def _outcome_of(output: ObjectStore, job_state: JobState, execution: Execution, 
     return RunOutcome(job_state, finalize(output, job_state), tuple(beyond), ran, planned)
 
 
-def _note_random_weights(adapter: "ModelAdapter", config: JobConfig) -> None:
+def note_random_weights(adapter: "ModelAdapter", config: JobConfig) -> None:
     """Adds a loud note to a factory's model if nobody named its weights and they are random."""
     from blocksight.engine.model.loading import random_weights_of
 
@@ -261,7 +261,7 @@ def check_model(
 
     with in_a_sentence(config.model):
         adapter = load(config, state, "cpu", str(Path.cwd()), readout)
-        _note_random_weights(adapter, config)
+        note_random_weights(adapter, config)
         facts = model_facts(adapter, config)
     candidates = sum(block["channels"] for block in facts.blocks)
     places = ", ".join(f"{b['name']} {b['channels']}@{b['height']}x{b['width']}" for b in facts.blocks)
@@ -418,11 +418,11 @@ def context_of(
 
 def _least_seconds(context: JobContext, plan: Plan, sizing: Sizing | None) -> float:
     """The wall time of the whole job on all GPUs, by the constants."""
-    num_forwards = plan.num_records * _forwards_per_record(context)
+    num_forwards = plan.num_records * forwards_per_record(context)
     return num_forwards / GPU_FORWARDS_PER_SECOND / (1 if sizing is None else sizing.num_actors)
 
 
-def _forwards_per_record(context: JobContext) -> float:
+def forwards_per_record(context: JobContext) -> float:
     """By the estimate; a guess is at most the number of feature maps."""
     guess = estimate(context.config, 1, on_gpu=True)
     if guess.is_measured:
@@ -437,7 +437,7 @@ def _measured_workforce(
     """The workers of this run, with a GPU's rate if it was measured, and the size of the model's input."""
     joined = sizing and Workforce(sizing.num_actors, on_gpu=sizing.gpus_per_actor > 0)
     workers = joined or workforce_of(execution)
-    rate = rate_of_forward(planned, _forwards_per_record(context))
+    rate = rate_of_forward(planned, forwards_per_record(context))
     return replace(workers, rate=rate, input_size=context.facts.input_size)
 
 

@@ -168,7 +168,7 @@ def shown(
     if image is None:
         image = np.full((row["height"], row["width"], 3), 128, np.uint8)
     how = plan.identity["resize"]
-    size = _picture_size(row["height"], row["width"], how, side)
+    size = picture_size(row["height"], row["width"], how, side)
     return Shown(fit(image, size, how), resized(map_of(row), size), _boxes(truth, row, size, how))
 
 
@@ -185,7 +185,8 @@ def _boxes(
         return ()
 
 
-def _picture_size(height: int, width: int, resize: str, side: int) -> tuple[int, int]:
+def picture_size(height: int, width: int, resize: str, side: int) -> tuple[int, int]:
+    """Height and width of a picture whose longer side has `side` pixels, undistorted; a crop is square."""
     if resize == "crop":
         return side, side
     scale = side / max(height, width)

@@ -174,7 +174,7 @@ def test_every_explainer_is_tried_in_a_few_passes(explainer, tmp_path, shapes):
     facts = model_facts(adapter, config)
     passes = []
     with adapter.module.register_forward_pre_hook(lambda _, given: passes.append(len(given[0]))):
-        found = preflight._examined(adapter, config, facts, [])
+        found = preflight.examined_on(adapter, config, facts, [])
     assert found.findings == ()
     assert sum(passes) < 90
 
