@@ -13,6 +13,7 @@ from blocksight.engine.catalog.parameters import (
     FeatureCamParameters,
     FovExParameters,
     IntegratedGradientsParameters,
+    LeGradParameters,
     NoParameters,
     OcclusionParameters,
     RiseParameters,
@@ -120,6 +121,9 @@ FORWARDS_TO_SELECT: Mapping[SelectionMetric, int] = {
 def _backward_per_target(_: Any, targets: int) -> float:
     """Cost of one forward pass, and one backward pass per target."""
     return 1 + BACKWARD * targets
+
+
+_GLOBAL = "a vision transformer whose attentions span all patches (no windows)"
 
 
 def _cam(source: str) -> ExplainerEntry:
@@ -279,6 +283,22 @@ EXPLAINERS: Mapping[str, ExplainerEntry] = {
         source="Liao et al., Pattern Recognition 2025 (arXiv 2503.14640)",
         blocks="none",
         num_forwards=lambda _, targets: 2 + BACKWARD * targets,
+    ),
+    "legrad": ExplainerEntry(
+        LeGradParameters,
+        needs=f"{_GLOBAL}, in blocks that nothing bypasses; gradients",
+        cost="1 F + 1 B per target, each through one block at a time",
+        source="Bousselham et al., ICCV 2025 (arXiv 2404.03214)",
+        blocks="none",
+        num_forwards=_backward_per_target,
+    ),
+    "chefer": ExplainerEntry(
+        NoParameters,
+        needs=f"{_GLOBAL}; gradients",
+        cost="1 F + 1 B per target",
+        source="Chefer et al., ICCV 2021 (arXiv 2103.15679), gradient-weighted attention rollout",
+        blocks="none",
+        num_forwards=_backward_per_target,
     ),
     "bee": ExplainerEntry(
         BeeParameters,

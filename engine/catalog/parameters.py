@@ -307,6 +307,16 @@ class DaamParameters:
     )
 
 
+@dataclass(frozen=True)
+class LeGradParameters:
+    """LeGrad's parameters."""
+
+    pool: Literal["mean", "model"] = field(
+        default="mean",
+        metadata={"help": "what reads a block: the model's end on its mean token, or on its tokens as they are"},
+    )
+
+
 Family = Literal["normal", "uniform", "blur", "const", "train"]
 SelectionMetric = Literal["average_drop_100", "average_increase_100", "insertion", "deletion", "pos", "neg"]
 

@@ -9,6 +9,7 @@ from blocksight.engine.explainers.ablationcam import AblationCam
 from blocksight.engine.explainers.afmi import AFmi
 from blocksight.engine.explainers.bee import Bee
 from blocksight.engine.explainers.cams import WEIGHINGS, Cam
+from blocksight.engine.explainers.chefer import Chefer
 from blocksight.engine.explainers.controls import CentredGaussian, Edges, RandomMap
 from blocksight.engine.explainers.daam import Daam
 from blocksight.engine.explainers.explainer import Explainer
@@ -17,6 +18,7 @@ from blocksight.engine.explainers.featurecam import FeatureCam
 from blocksight.engine.explainers.fovex import FovEx
 from blocksight.engine.explainers.fullgrad import FullGrad
 from blocksight.engine.explainers.gradients import Gradient, IntegratedGradients
+from blocksight.engine.explainers.legrad import LeGrad
 from blocksight.engine.explainers.occlusion import Occlusion
 from blocksight.engine.explainers.rise import Rise
 from blocksight.engine.explainers.scorecam import ScoreCam
@@ -66,6 +68,8 @@ EXPLAINERS: Mapping[str, Callable[..., Explainer]] = {
     "a-fmi": AFmi,
     "fovex": FovEx,
     "daam": Daam,
+    "legrad": LeGrad,
+    "chefer": Chefer,
     "random": RandomMap,
     "gaussian": CentredGaussian,
     "edges": Edges,

@@ -93,7 +93,8 @@ class Daam(SignedExplainer):
         usable = tuple(
             one
             for one in found
-            if one.weights.shape[2] in self.layouts
+            if one.kind == "self"
+            and one.weights.shape[2] in self.layouts
             and len(one.weights) == len(inputs_nchw)
             and one.output.requires_grad
         )

@@ -1,4 +1,4 @@
-"""Computes a borrowed network's self-attentions step by step and passes them to a callback.
+"""Computes a borrowed network's attentions step by step and passes them to a callback.
 
 No module is replaced and no global name is changed: torch passes every call of its functions on this thread to a
 mode, which sees the three ways of writing attention.
@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,36 +20,49 @@ from blocksight.engine.model.taps import plain_modules
 
 @dataclass(frozen=True)
 class Attention:
-    """One self-attention over T tokens, part of the graph."""
+    """One attention of Q queries over T tokens, part of the graph."""
 
     name: str
     """The dotted path of the innermost module that computes it."""
     weights: Tensor
-    """A [N, heads, T, T], softmax over the last: how much each token (row) takes from every other."""
+    """A [N, heads, Q, T], softmax over the last: how much each query (row) takes from every token."""
     values: Tensor
     """V [N, heads, T, d]."""
     output: Tensor
-    """A V [N, heads, T, d], the tensor that the network continues with."""
+    """A V [N, heads, Q, d], the tensor that the network continues with."""
+
+    @property
+    def kind(self) -> Literal["self", "pool"]:
+        """`self`: tokens attend to each other, Q = T; `pool`: queries of their own gather the tokens, Q != T."""
+        return "self" if self.weights.shape[2] == self.weights.shape[3] else "pool"
 
 
 Receive = Callable[[Attention], None]
+Replace = Callable[[Tensor], Tensor]
+"""From the weights A [N, heads, Q, T] to those that the network continues with."""
 
 _SOFTMAX = (torch.softmax, Tensor.softmax, functional.softmax)
 _PRODUCT = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+_SAME_WEIGHTS = (Tensor.to, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16)
+"""Casts: a softmax that was taken in float32 is still A in the network's own precision."""
 _MULTI_HEAD = inspect.signature(functional.multi_head_attention_forward)
 
 
-@contextmanager
-def explicit_attention(module: nn.Module, receive: Receive) -> Iterator[None]:
-    """Computes every self-attention of the module as softmax and product; calls `receive` in order of execution.
+def _kept(weights: Tensor) -> Tensor:
+    return weights
 
-    It finds torch's fused attention, torch's multi-head attention (packed projections), and any product of a softmax
-    over [N, heads, T, T] with values. Attention with a mask, dropout or fewer heads for keys is computed unchanged and
-    not passed on; nor is attention between different numbers of tokens. Affects this thread alone, and leaves nothing
-    on the module.
+
+@contextmanager
+def explicit_attention(module: nn.Module, receive: Receive, replace: Replace = _kept) -> Iterator[None]:
+    """Computes every attention of the module as softmax and product; calls `receive` in order of execution.
+
+    It finds torch's fused attention (also with a mask), torch's multi-head attention (packed or separate projections),
+    and any product of a softmax over [N, heads, Q, T] with values. Causal attention, dropout, fewer heads for keys, and
+    multi-head attention with a mask are computed unchanged and not passed on. `replace` gives other weights to continue
+    with; `receive` gets these. Affects this thread alone, and leaves nothing on the module.
     """
     running = _ModuleStack()
-    with running.tracking(module), _AttentionMode(running, receive):
+    with running.tracking(module), _AttentionMode(running, receive, replace):
         yield
 
 
@@ -78,11 +91,11 @@ class _ModuleStack:
 class _AttentionMode(TorchFunctionMode):
     """Intercepts the calls of torch's functions, and computes those that are attention."""
 
-    def __init__(self, running: _ModuleStack, receive: Receive) -> None:
+    def __init__(self, running: _ModuleStack, receive: Receive, replace: Replace) -> None:
         super().__init__()
-        self.running, self.receive = running, receive
+        self.running, self.receive, self.replace = running, receive, replace
         self.softmax: Tensor | None = None
-        """The last square one; a product with values may follow."""
+        """The last one of four axes; a product with values may follow."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -90,12 +103,19 @@ class _AttentionMode(TorchFunctionMode):
             return self._fused(*args, **kwargs)
         if func is functional.multi_head_attention_forward:
             return self._multi_head(_MULTI_HEAD.bind(*args, **kwargs))
+        if func in _PRODUCT and args[0] is self.softmax:
+            return self._product(args[0], args[1])
         result = func(*args, **kwargs)
-        if func in _SOFTMAX and _is_square(result):
+        if self._gives_weights(func, args, result):
             self.softmax = result
-        elif func in _PRODUCT and args[0] is self.softmax:
-            self._pass_on(args[0], args[1], result)
         return result
+
+    def _gives_weights(self, func: Any, args: Any, result: Any) -> bool:
+        """True for a softmax of four axes, and for what a cast or an inactive dropout makes of one."""
+        if func in _SOFTMAX:
+            return result.dim() == 4
+        is_followed = func in _SAME_WEIGHTS or func is functional.dropout
+        return is_followed and self.softmax is not None and args[0] is self.softmax
 
     def _fused(
         self,
@@ -109,21 +129,22 @@ class _AttentionMode(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """`softmax(Q K^T scale) V`, of four axes."""
-        if query.dim() == 4 and attn_mask is None and not (dropout_p or is_causal or enable_gqa):
-            return self._attend(query, key, value, scale)[1]
+        """`softmax(Q K^T scale + mask) V`, of four axes."""
+        if query.dim() == 4 and not (dropout_p or is_causal or enable_gqa):
+            return self._attend(query, key, value, scale, attn_mask)[1]
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
 
     def _multi_head(self, call: inspect.BoundArguments) -> tuple[Tensor, Tensor | None]:
-        """The packed projection of tokens [T, N, C], attention, and the output projection."""
+        """The projections of tokens [T, N, C], attention, and the output projection."""
         call.apply_defaults()
         given = call.arguments
         if not _is_supported(given):
             return functional.multi_head_attention_forward(*call.args, **call.kwargs)
-        weight, bias = given["in_proj_weight"], given["in_proj_bias"]
-        weights = weight.chunk(3)
+        bias = given["in_proj_bias"]
+        separate = [given[f"{name}_proj_weight"] for name in "qkv"]
+        weights = separate if given["use_separate_proj_weight"] else given["in_proj_weight"].chunk(3)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
         tokens = (given["query"], given["key"], given["value"])
         query, key, value = (
@@ -138,27 +159,32 @@ class _AttentionMode(TorchFunctionMode):
             return joined, None
         return joined, attention.mean(1) if given["average_attn_weights"] else attention
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
-        """A and A V of [N, heads, T, d] each; the default scale is 1 / sqrt(d)."""
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """A and A V of [N, heads, ..., d] each; the default scale is 1 / sqrt(d).
+
+        A mask is True where a key may be seen, or a number that is added.
+        """
         factor = query.shape[-1] ** -0.5 if scale is None else scale
-        attention = ((query * factor) @ key.transpose(-2, -1)).softmax(-1)
-        output = attention @ value
-        if _is_square(attention):
-            self._pass_on(attention, value, output)
-        return attention, output
+        similarity = (query * factor) @ key.transpose(-2, -1)
+        if mask is not None:
+            is_open = mask.dtype == torch.bool
+            similarity = similarity.masked_fill(~mask, -torch.inf) if is_open else similarity + mask
+        attention = similarity.softmax(-1)
+        return attention, self._product(attention, value)
 
-    def _pass_on(self, weights: Tensor, values: Tensor, output: Tensor) -> None:
+    def _product(self, weights: Tensor, values: Tensor) -> Tensor:
         self.softmax = None
-        self.receive(Attention(self.running.name, weights, values, output))
-
-
-def _is_square(weights: Tensor) -> bool:
-    return weights.dim() == 4 and weights.shape[2] == weights.shape[3]
+        used = self.replace(weights)
+        output = used @ values
+        self.receive(Attention(self.running.name, used, values, output))
+        return output
 
 
 def _is_supported(given: Mapping[str, Any]) -> bool:
-    """True for batched tokens with packed projections, without masks and without extra keys."""
+    """True for batched tokens, without masks and without extra keys."""
     absent = ("bias_k", "bias_v", "static_k", "static_v", "key_padding_mask", "attn_mask")
     dropped = given["dropout_p"] > 0 and given["training"]
-    is_special = given["add_zero_attn"] or given["use_separate_proj_weight"] or given["is_causal"] or dropped
+    is_special = given["add_zero_attn"] or given["is_causal"] or dropped
     return given["query"].dim() == 3 and not is_special and all(given[name] is None for name in absent)

@@ -211,6 +211,10 @@ def smooth(count: int, height: int, width: int, seed: int = 1) -> Tensor:
     return functional.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False) * 4 - 2
 
 
+TRANSFORMERS_ONLY = {"daam", "legrad", "chefer"}
+"""Explainers that need a network with attention."""
+
+
 class Attending(nn.Module):
     """Self-attention, written out as transformers' own code does it, or left to torch's fused kernel."""
 

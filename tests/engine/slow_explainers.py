@@ -4,6 +4,7 @@ Each takes one image [3, H, W] and one class of a float64 copy of the network, m
 own interpolation; only the random draws are the engine's, since they define which map is meant.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
@@ -489,3 +490,99 @@ def _shares(query: Tensor, key: Tensor) -> list[list[Tensor]]:
         odds = [torch.exp(sum(q * k) / math.sqrt(len(q))) for k in key]
         lines.append([own / sum(odds) for own in odds])
     return lines
+
+
+# ---------------------------------------------------------------- attention as a variable
+
+Weights = Callable[[int, Tensor], Tensor]
+"""From a layer's number and its attention [heads, T, T] to that which the network goes on with."""
+
+
+def layer_with(net: nn.Module, number: int, tokens: Tensor, change: Weights) -> Tensor:
+    """The tokens [T, D] behind a layer of a `nets.Transformer`, whose attention `change` may replace."""
+    block = net.blocks[number]
+    three = block.attention.qkv(block.norm(tokens)).unflatten(1, (3, block.attention.num_heads, -1))
+    query, key, value = (three[:, part].transpose(0, 1) for part in range(3))
+    attention = change(number, (query @ key.transpose(1, 2) / query.shape[-1] ** 0.5).softmax(-1))
+    tokens = tokens + block.attention.proj((attention @ value).transpose(0, 1).flatten(1))
+    return tokens + block.narrow(nn.functional.gelu(block.wide(block.second_norm(tokens))))
+
+
+def _slopes_by_attention(score: Callable[[Tensor], Tensor], attention: Tensor, step: float = 1e-6) -> Tensor:
+    """Central differences of the score by each entry of A [heads, T, T], one at a time."""
+    slopes = torch.zeros_like(attention)
+    for place in itertools.product(*map(range, attention.shape)):
+        up, down = attention.clone(), attention.clone()
+        up[place] += step
+        down[place] -= step
+        slopes[place] = (score(up) - score(down)) / (2 * step)
+    return slopes
+
+
+@torch.no_grad()
+def legrad(net: nn.Module, image: Tensor, target: int, *, pool: str) -> Tensor:
+    """LeGrad's map [h, w] of a `nets.Transformer`: one block and one entry of its attention at a time."""
+    tokens, maps = net.tokens(image[None])[0], []
+
+    def read(behind: Tensor) -> Tensor:
+        if pool == "mean":
+            return net.head(net.norm(behind.mean(0)))[target]
+        last = net.norm(behind)
+        return net.head(last[0] if net.num_prefix else last.mean(0))[target]
+
+    for number in range(len(net.blocks)):
+        kept: dict[int, Tensor] = {}
+        before = tokens
+        tokens = layer_with(net, number, before, lambda own, a, kept=kept: kept.setdefault(own, a))
+        slopes = _slopes_by_attention(
+            lambda a, before=before, number=number: read(layer_with(net, number, before, lambda *_: a)), kept[number]
+        )
+        num_heads, num_tokens = slopes.shape[:2]
+        maps.append(
+            [
+                sum(max(float(slopes[head, q, j]), 0.0) for head in range(num_heads) for q in range(num_tokens))
+                / (num_heads * num_tokens)
+                for j in range(net.num_prefix, num_tokens)
+            ]
+        )
+    mean = torch.tensor(maps, dtype=torch.float64).mean(0)
+    return mean.view(image.shape[1] // 4, image.shape[2] // 4)
+
+
+@torch.no_grad()
+def chefer(net: nn.Module, image: Tensor, target: int) -> Tensor:
+    """The gradient-weighted rollout's map [h, w] of a `nets.Transformer`: differences, and R as a whole matrix."""
+
+    def logit(change: Weights) -> Tensor:
+        tokens = net.tokens(image[None])[0]
+        for number in range(len(net.blocks)):
+            tokens = layer_with(net, number, tokens, change)
+        last = net.norm(tokens)
+        return net.head(last[0] if net.num_prefix else last.mean(0))[target]
+
+    kept: dict[int, Tensor] = {}
+    logit(lambda own, a: kept.setdefault(own, a))
+    num_tokens = kept[0].shape[1]
+    total = [[float(i == j) for j in range(num_tokens)] for i in range(num_tokens)]
+    for number, attention in kept.items():
+        slopes = _slopes_by_attention(
+            lambda a, number=number: logit(lambda own, old: a if own == number else old), attention
+        )
+        heads = range(len(attention))
+        share = [
+            [
+                sum(max(float(attention[h, i, j] * slopes[h, i, j]), 0.0) for h in heads) / len(heads)
+                for j in range(num_tokens)
+            ]
+            for i in range(num_tokens)
+        ]
+        total = [
+            [total[i][j] + sum(share[i][k] * total[k][j] for k in range(num_tokens)) for j in range(num_tokens)]
+            for i in range(num_tokens)
+        ]
+    patches = range(net.num_prefix, num_tokens)
+    if net.num_prefix:
+        row = [total[0][j] for j in patches]
+    else:
+        row = [sum(total[i][j] - float(i == j) for i in patches) / num_tokens for j in patches]
+    return torch.tensor(row, dtype=torch.float64).view(image.shape[1] // 4, image.shape[2] // 4)

@@ -23,7 +23,7 @@ from blocksight.engine.saliency import minmax
 from blocksight.engine.scoring.forward import Forward
 from blocksight.engine.scoring.perturb import perturbation
 from blocksight.engine.scoring.scorer import Scorer
-from tests.engine.nets import Depthwise, Plain, Pooled, Residual, Transformer, seeded
+from tests.engine.nets import TRANSFORMERS_ONLY, Depthwise, Plain, Pooled, Residual, Transformer, seeded
 
 SIZE = (32, 32)
 NUM_IMAGES = 3
@@ -151,8 +151,8 @@ QUICK: Mapping[str, Mapping[str, Any]] = {
 }
 """Parameters that make a method short; no step of it is left out."""
 
-NO_CNN, NO_VIT = {"daam"}, {"fullgrad"}
-"""Explainers that need an attention layer, and that need a network whose biases are all seen."""
+NO_VIT = {"fullgrad"}
+"""Explainers that need a network whose biases are all seen."""
 
 VARIANTS: Sequence[tuple[str, Mapping[str, Any], str]] = (
     *[("sise", {"budget": budget}, "cnn") for budget in (0, 5, "auto")],
@@ -173,6 +173,8 @@ VARIANTS: Sequence[tuple[str, Mapping[str, Any], str]] = (
     ("daam", {"of": "feature"}, "vit"),
     ("daam", {"query": "mean", "normalise": True}, "vit"),
     *[("daam", {}, net) for net in ("neighbours", "fused vit", "torchvision's vit")],
+    ("legrad", {"pool": "model"}, "fused vit"),
+    *[(name, {}, "torchvision's vit") for name in ("legrad", "chefer")],
     ("bee", {**SHORT_BEE, "metric": "insertion", "with_mean": True, "integrand": "relu_grad_act"}, "cnn"),
     ("bee", {"draws": 4, "choice": "even", "families": ("normal", "uniform", "blur", "const")}, "vit"),
     ("smoothgrad(gradcam)", {"samples": 3}, "cnn"),
@@ -187,7 +189,7 @@ VARIANTS: Sequence[tuple[str, Mapping[str, Any], str]] = (
 
 def _cases() -> list[Case]:
     """Every explainer on a CNN and on a transformer, and variants of their parameters."""
-    found = [Case(name, QUICK.get(name, {}), "cnn") for name in EXPLAINERS if name not in NO_CNN]
+    found = [Case(name, QUICK.get(name, {}), "cnn") for name in EXPLAINERS if name not in TRANSFORMERS_ONLY]
     found += [Case(name, QUICK.get(name, {}), "vit") for name in EXPLAINERS if name not in NO_VIT]
     return found + [Case(*variant) for variant in VARIANTS]
 

@@ -4,6 +4,7 @@ import pytest
 
 from blocksight.engine.explainers import EXPLAINERS
 from blocksight.engine.metrics import MASKED
+from tests.engine.nets import TRANSFORMERS_ONLY
 from tests.gpu.cases import CASES, QUICK, Case, adapter_of, difference, explained, measured
 from tests.gpu.pretended import pretended_gpu
 
@@ -29,7 +30,7 @@ def test_an_explainer_gives_the_cpus_maps(case: Case):
 
 
 def test_every_explainer_has_its_cases():
-    assert {case.explainer for case in CASES if case.net == "cnn"} >= set(EXPLAINERS) - {"daam"}
+    assert {case.explainer for case in CASES if case.net == "cnn"} >= set(EXPLAINERS) - TRANSFORMERS_ONLY
     assert {case.explainer for case in CASES if case.net == "vit"} >= set(EXPLAINERS) - {"fullgrad"}
 
 

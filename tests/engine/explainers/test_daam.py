@@ -149,15 +149,11 @@ def heads_of(x):
 
 MASK = torch.ones(6, 6).tril().bool()
 ODD = {
-    "mask": lambda _, x: functional.scaled_dot_product_attention(*[heads_of(x)] * 3, attn_mask=MASK),
     "causal": lambda _, x: functional.scaled_dot_product_attention(*[heads_of(x)] * 3, is_causal=True),
-    "crosswise": lambda _, x: functional.scaled_dot_product_attention(heads_of(x[:, :2]), *[heads_of(x)] * 2),
     "without heads": lambda _, x: functional.scaled_dot_product_attention(x, x, x),
     "module with a mask": lambda net, x: net.attend(x, x, x, attn_mask=~MASK, need_weights=False)[0],
-    "module crosswise": lambda net, x: net.attend(x[:, :2], x, x, need_weights=False)[0],
     "module without a batch": lambda net, x: net.attend(x[0], x[0], x[0])[0],
     "module with more keys": lambda net, x: net.biased(x, x, x)[0],
-    "module of several widths": lambda net, x: net.narrow(x, x[..., :4], x[..., :4])[0],
     "softmax over other tokens": lambda _, x: (x @ x.transpose(1, 2)).softmax(-1) @ x,
 }
 
@@ -170,6 +166,44 @@ def test_other_attention_is_unchanged_and_not_captured(name):
         found, shown = watched(net, x)
     assert torch.allclose(found, wanted, atol=1e-6)
     assert shown == []
+
+
+SEEN = {
+    "mask": ("self", lambda _, x: functional.scaled_dot_product_attention(*[heads_of(x)] * 3, attn_mask=MASK)),
+    "bias": ("self", lambda _, x: functional.scaled_dot_product_attention(*[heads_of(x)] * 3, attn_mask=MASK.float())),
+    "scale": ("self", lambda _, x: functional.scaled_dot_product_attention(*[heads_of(x)] * 3, scale=0.3)),
+    "cast": (
+        "self",
+        lambda _, x: (heads_of(x) @ heads_of(x).mT).softmax(-1, dtype=torch.float64).to(x.dtype) @ heads_of(x),
+    ),
+    "crosswise": ("pool", lambda _, x: functional.scaled_dot_product_attention(heads_of(x[:, :2]), *[heads_of(x)] * 2)),
+    "module crosswise": ("pool", lambda net, x: net.attend(x[:, :2], x, x, need_weights=False)[0]),
+    "module of several widths": ("self", lambda net, x: net.narrow(x, x[..., :4], x[..., :4])[0]),
+}
+"""The kind, and one call."""
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_masked_cast_and_pooling_attention_is_computed_as_it_is_and_captured(name):
+    kind, call = SEEN[name]
+    net, x = seeded(lambda: Calls(call)), torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = net(x)
+        found, (shown,) = watched(net, x)
+    assert torch.allclose(found, wanted, atol=1e-6)
+    assert shown.kind == kind
+    assert shown.weights.shape[::3] == (3, 6)
+    assert torch.allclose(shown.weights @ shown.values, shown.output, atol=1e-6)
+    assert (shown.weights[0, 0, 0, 1:] == 0).all() == (name == "mask")
+
+
+def test_other_weights_may_take_the_attentions_place():
+    """The network goes on with them, and `receive` shows them."""
+    net, inputs, found = seeded(fused), smooth(1, 32, 32), []
+    with torch.no_grad(), explicit_attention(net, found.append, torch.zeros_like):
+        logits = net(inputs)
+    assert not any(one.weights.any() or one.output.any() for one in found)
+    assert (logits - net(inputs)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("mean", [True, False])

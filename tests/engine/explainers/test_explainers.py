@@ -22,6 +22,7 @@ from blocksight.engine.catalog.parameters import (
     FeatureCamParameters,
     FovExParameters,
     IntegratedGradientsParameters,
+    LeGradParameters,
     NoParameters,
     OcclusionParameters,
     RiseParameters,
@@ -40,6 +41,7 @@ from blocksight.engine.scoring.perturb import blurred
 from tests.engine import comparing, oracles
 from tests.engine import slow_explainers as slow
 from tests.engine.nets import (
+    TRANSFORMERS_ONLY,
     Curved,
     Depthwise,
     InPlace,
@@ -764,11 +766,11 @@ CHEAP = {
     "feature-cam": FeatureCamParameters(edges="scharr", interior=0.2),
     "bee": BeeParameters(draws=3, images=3, pool=2),
     "daam": DaamParameters(),
+    "legrad": LeGradParameters(),
 }
 CONTROLS = {"random", "gaussian", "edges"}
 STOCHASTIC = {"bee", "fovex", "random", "rise", "smoothgrad"}
 SEEING = [name for name in EXPLAINERS if name not in CONTROLS]
-TRANSFORMERS_ONLY = {"daam"}
 SIDE = 24
 
 

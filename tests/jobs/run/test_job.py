@@ -20,6 +20,7 @@ from blocksight.jobs.plan.units import Workforce
 from blocksight.jobs.run.job import device_of, workers_text, workforce_of
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.store import StoreError
+from tests.engine.nets import TRANSFORMERS_ONLY
 from tests.jobs.jobs_of import blocksight, config_of, fragments_in, rows_in, run_here
 from tests.jobs.tiny import CLASSES, MODEL, VIT, folder_of_images, folder_of_tables, folder_of_tars, picture
 from tests.storage.loopback import Bucket, served
@@ -59,7 +60,7 @@ def test_every_other_explainer_leaves_sound_rows_too(tmp_path, name):
         "extremal_perturbation": {"areas": [0.2], "iterations": 20},
         "rise": {"num_masks": 400},
     }
-    model = VIT if name == "daam" else MODEL
+    model = VIT if name in TRANSFORMERS_ONLY else MODEL
     asked = {"explainer": name, "target": "top-2", "parameters": small.get(name, {}), "model": model}
     outcome = run_here(data, tmp_path / "out", **asked)
     assert outcome.manifest["num_ok"] == 7
