@@ -27,8 +27,9 @@ from blocksight.jobs.plan.plan import Plan, make_plan, open_output
 from blocksight.jobs.plan.records import ModelFacts, Outcome, Receipt, UnfinishedError, Unit
 from blocksight.jobs.plan.text import counted
 from blocksight.jobs.plan.units import Workforce
-from blocksight.jobs.run.job import check_model, context_of, session_of
+from blocksight.jobs.run.job import check_model, context_of
 from blocksight.jobs.run.local import run_unit
+from blocksight.jobs.run.workers import session_of
 from blocksight.jobs.worker.attempts import open_worker_stores
 
 MODEL = "blocksight.jobs.bench.tiny_network:tiny_network"

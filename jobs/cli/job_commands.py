@@ -53,8 +53,9 @@ def plan(
 
     Example: blocksight plan --data s3://bucket/images --output s3://bucket/maps --probe
     """
-    from blocksight.jobs.run.job import begun_or_new, plan_for, workforce_of
+    from blocksight.jobs.run.job import begun_or_new, plan_for
     from blocksight.jobs.run.labels import preview_labels
+    from blocksight.jobs.run.workers import workforce_of
 
     workforce = workforce_of(execution)
     asked, job = job, with_model_file(job)

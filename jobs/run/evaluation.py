@@ -31,16 +31,8 @@ from blocksight.jobs.plan.preflight import UNEXAMINED, stored_preflight
 from blocksight.jobs.plan.records import Evaluated, UnfinishedError, Unit, UnitFailure, UnitReturned
 from blocksight.jobs.plan.stored_config import NamedModel, config_of
 from blocksight.jobs.plan.text import clock, counted, printable
-from blocksight.jobs.run.job import (
-    check_as_stored,
-    check_gpu,
-    check_model,
-    check_stored_settings,
-    context_of,
-    refuse_missing_gpu,
-    session_of,
-    workforce_of,
-)
+from blocksight.jobs.run.job import check_as_stored, check_model, check_stored_settings, context_of
+from blocksight.jobs.run.workers import check_gpu, refuse_missing_gpu, session_of, workforce_of
 from blocksight.jobs.worker.progress import Notices, Tally, progress
 from blocksight.storage.inputs.annotations import open_truth
 from blocksight.storage.inputs.ground_truth import Truth

@@ -162,7 +162,7 @@ MUTATIONS = (
     ),
     Mutation(
         "no GPU is tried before the first unit",
-        "jobs/run/job.py",
+        "jobs/run/workers.py",
         "        pipeline.check_gpu(sizing)",
         "        del pipeline",
         ("jobs/run/test_unfit_workers.py::test_a_gpu_that_ray_counts_and_torch_cannot_use_is_told_before_any_unit",),
@@ -557,7 +557,7 @@ MUTATIONS = (
     ),
     Mutation(
         "an address means GPUs",
-        "jobs/run/job.py",
+        "jobs/run/workers.py",
         "Workforce(sizing.num_actors, sizing.gpus_per_actor > 0)",
         "Workforce(sizing.num_actors, on_gpu=True)",
         ("jobs/run/test_job.py::test_units_are_cut_for_the_cluster_that_is_joined",),

@@ -12,7 +12,7 @@ from blocksight.jobs.plan.forward_setting import PlannedForward
 from blocksight.jobs.plan.machine_rates import MeasuredCost, rate_of_forward, remember, remembered_rate
 from blocksight.jobs.plan.plan import PLAN_KEY, ensure_plan, existing_plan, find_input, load_plan
 from blocksight.jobs.plan.units import Workforce
-from blocksight.jobs.run import job
+from blocksight.jobs.run import job, workers
 from blocksight.jobs.run.job import plan_job
 from blocksight.storage.inputs.survey import Layout, Survey
 from blocksight.storage.stores.local import LocalStore
@@ -124,7 +124,7 @@ def test_a_new_job_on_gpus_is_cut_by_the_rate_of_its_probe(tmp_path, monkeypatch
 
 
 def test_a_plan_for_gpus_says_that_one_is_measured_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "workforce_of", lambda _: Workforce(8, True))
+    monkeypatch.setattr(workers, "workforce_of", lambda _: Workforce(8, True))
     data = folder_of_images(tmp_path / "in", 3)
     said = blocksight("plan", "--data", data, "--output", tmp_path / "out", "--model", MODEL).stdout
     assert "a new job measures one GPU first" in " ".join(said.split())

@@ -17,7 +17,7 @@ from blocksight.jobs.ledger.reconcile import MANIFEST_KEY, check
 from blocksight.jobs.plan.config import ConfigError, Execution
 from blocksight.jobs.plan.plan import MODEL_KEY, PLAN_KEY, DriftError, load_plan, make_plan
 from blocksight.jobs.plan.units import Workforce
-from blocksight.jobs.run.job import device_of, workers_text, workforce_of
+from blocksight.jobs.run.workers import device_of, workers_text, workforce_of
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.store import StoreError
 from tests.engine.nets import TRANSFORMERS_ONLY
@@ -272,14 +272,14 @@ def test_data_and_output_may_lie_in_two_stores(tmp_path):
 def test_units_are_cut_for_the_cluster_that_is_joined(tmp_path, monkeypatch, gpus):
     """16 workers on CPUs are planned as such: an address does not mean GPUs, whose units are longer by far."""
     joined = size_for({"CPU": 17, "GPU": gpus})
-    monkeypatch.setattr("blocksight.jobs.run.job.session_of", lambda _execution: nullcontext(joined))
+    monkeypatch.setattr("blocksight.jobs.run.workers.session_of", lambda _execution: nullcontext(joined))
     assert workforce_of(Execution(address="auto")) == Workforce(16, on_gpu=gpus > 0)
     said = blocksight("plan", "--data", folder_of_images(tmp_path / "in"), "--output", "out", "--address", "auto")
     assert f"on 16 {'GPUs' if gpus else 'CPU cores'}" in said.stdout
 
 
 def test_a_gpu_that_was_asked_for_and_is_not_there_is_an_error_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("blocksight.jobs.run.job.usable_gpus", lambda: 0)
+    monkeypatch.setattr("blocksight.jobs.run.workers.usable_gpus", lambda: 0)
     data = folder_of_images(tmp_path / "in", 1, bad=False)
     job = ("--data", data, "--output", tmp_path / "out", "--model", MODEL, "--device", "gpu")
     for command in (("explain", *job), ("explain", *job, "--runner", "local"), ("plan", *job)):
@@ -305,8 +305,8 @@ def test_a_run_in_this_process_uses_the_gpu_unless_the_user_says_cpu(monkeypatch
 
 @pytest.mark.parametrize(("gpus", "wanted"), [(0, Workforce(3, False)), (2, Workforce(2, True))])
 def test_units_are_cut_for_the_part_of_this_machine_that_may_be_used(monkeypatch, gpus, wanted):
-    monkeypatch.setattr("blocksight.jobs.run.job.usable_cores", lambda: 3)
-    monkeypatch.setattr("blocksight.jobs.run.job.usable_gpus", lambda: gpus)
+    monkeypatch.setattr("blocksight.jobs.run.workers.usable_cores", lambda: 3)
+    monkeypatch.setattr("blocksight.jobs.run.workers.usable_gpus", lambda: gpus)
     assert workforce_of(Execution()) == wanted
     in_process = Workforce(3, False) if gpus == 0 else Workforce(1, True)
     assert workforce_of(Execution(runner="local", address="auto")) == in_process

@@ -18,7 +18,7 @@ from blocksight.engine.model.device_errors import told_by_device
 from blocksight.jobs.ledger.stop_request import Stop
 from blocksight.jobs.plan.config import Execution
 from blocksight.jobs.plan.records import UnitFailure, UnitReturned, UnitSkipped
-from blocksight.jobs.run import job, pipeline
+from blocksight.jobs.run import job, pipeline, workers
 from blocksight.jobs.worker.error_classes import UnfitWorkerError
 from tests.faults.devices import LOST, MEMORY, UNFIT, one_of_each
 from tests.jobs.jobs_of import config_of
@@ -193,8 +193,8 @@ def test_a_gpu_that_works_or_is_not_free_yet_stops_nothing(monkeypatch):
         monkeypatch.setattr(pipeline, "ray", ray)
         pipeline.check_gpu(SIZING)
     monkeypatch.setattr(pipeline, "check_gpu", raising(AssertionError("there is no GPU")))
-    job.check_gpu(None)
-    job.check_gpu(replace(SIZING, gpus_per_actor=0.0))
+    workers.check_gpu(None)
+    workers.check_gpu(replace(SIZING, gpus_per_actor=0.0))
 
 
 @pytest.mark.parametrize(("gpus", "threads"), [(0, 8), (1, 8), (4, 2), (16, 1)])

@@ -35,8 +35,9 @@ from blocksight.jobs.plan.records import (
 )
 from blocksight.jobs.plan.units import WHOLE_SHARD, Workforce
 from blocksight.jobs.run import pipeline
-from blocksight.jobs.run.job import plan_job, run_job, workforce_of
+from blocksight.jobs.run.job import plan_job, run_job
 from blocksight.jobs.run.local import run_unit
+from blocksight.jobs.run.workers import workforce_of
 from blocksight.jobs.worker import unit as steps
 from blocksight.jobs.worker.attempts import CAREFUL_DEATHS, MAX_FAILURES, WorkerStores, attempted, done_here
 from blocksight.jobs.worker.error_classes import AMPLE_BYTES, UnfitWorkerError, is_of_record, is_of_unit

@@ -1,0 +1,79 @@
+"""Where a run's models are: in this process or in a Ray session, on GPUs or on CPUs."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+from blocksight.cluster.cores import usable_cores, usable_gpus
+from blocksight.cluster.errors import ClusterError
+from blocksight.cluster.sizing import Sizing
+from blocksight.jobs.plan.config import Execution
+from blocksight.jobs.plan.text import counted
+from blocksight.jobs.plan.units import Workforce
+
+
+def session_of(execution: Execution) -> AbstractContextManager[Sizing | None]:
+    """Starts or joins Ray and yields the job's sizing; None for a run in this process."""
+    if execution.runner == "local":
+        return nullcontext()
+    from blocksight.cluster.session import ray_session
+
+    return ray_session(execution.address, execution.workers, execution.device)
+
+
+def workforce_of(execution: Execution) -> Workforce:
+    """The workers that a new plan expects: those of the cluster, which is joined to ask it, or of this machine.
+
+    Raises ClusterError.
+    """
+    if execution.runner == "ray" and execution.address is not None:
+        with session_of(execution) as sizing:
+            assert sizing is not None  # of Ray
+            return Workforce(sizing.num_actors, sizing.gpus_per_actor > 0)
+    refuse_missing_gpu(execution)
+    gpus = 0 if execution.device == "cpu" else usable_gpus()
+    if execution.runner == "local":
+        return Workforce(1 if gpus else execution.workers or usable_cores(), on_gpu=gpus > 0)
+    return Workforce(execution.workers or gpus or usable_cores(), on_gpu=gpus > 0)
+
+
+def refuse_missing_gpu(execution: Execution) -> None:
+    """Raises ClusterError if a GPU of this machine is asked for, and there is none. A cluster is asked when joined."""
+    is_elsewhere = execution.runner == "ray" and execution.address is not None
+    if execution.device != "gpu" or is_elsewhere or usable_gpus():
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ClusterError(
+            f"--device gpu: this machine shows no NVIDIA GPU that torch {torch.__version__} can use: check that "
+            "nvidia-smi lists one and that this torch is a CUDA build, or choose --device cpu"
+        )
+
+
+def device_of(execution: Execution, sizing: Sizing | None) -> str:
+    """`cuda` or `cpu`: where the models of a run are. `sizing`: of its Ray session; None: it runs in this process."""
+    if sizing is not None:
+        return "cuda" if sizing.gpus_per_actor > 0 else "cpu"
+    if execution.device == "cpu":
+        return "cpu"
+    import torch
+
+    refuse_missing_gpu(execution)
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def workers_text(execution: Execution, sizing: Sizing | None) -> str:
+    """Who explains, and on what, for people."""
+    on_gpu = device_of(execution, sizing) == "cuda"
+    if sizing is None:
+        return f"this process, on {'a GPU' if on_gpu else 'the CPU'}"
+    where = "a GPU each" if on_gpu else "a CPU core each"
+    missing = "" if on_gpu or execution.device == "cpu" else "; the Ray session has no GPU"
+    return f"{counted(sizing.num_actors, 'explain actor')}, {where}{missing}"
+
+
+def check_gpu(sizing: Sizing | None) -> None:
+    """Tries a GPU of the Ray session, if the job needs one. Raises ClusterError."""
+    if sizing is not None and sizing.gpus_per_actor > 0:
+        from blocksight.jobs.run import pipeline
+
+        pipeline.check_gpu(sizing)
