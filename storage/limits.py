@@ -75,6 +75,9 @@ MAX_UNPLANNED_RECORDS = 4096
 MAX_DOCUMENT_BYTES = 16 << 20
 """One JSON document of an output: plan, model or audit. Parsed, it needs up to 25 times as much memory."""
 
+MAX_MODEL_SETTING_BYTES = 64 << 20
+"""Of one settings file of a model's folder; the tokenizer of SigLIP 2 has 34 MB."""
+
 MAX_MODEL_FILE_BYTES = 2 << 20
 """`model.toml` beside the weights, or a file of class names."""
 

@@ -23,6 +23,7 @@ from blocksight.engine.catalog.parameters import (
     SmoothGradParameters,
     UcagParameters,
 )
+from blocksight.engine.catalog.sources import backbone_of, source_of
 
 Fidelity = Literal["preview", "balanced", "full", "auto"]
 
@@ -102,6 +103,8 @@ class ModelEntry:
     needs: str
     forwards_by_mu: tuple[tuple[float, int], ...] = ()
     """SISE's mu, ascending, with the masked forwards per image measured on photographs."""
+    example: str = ""
+    """Options that name a model of this source."""
 
 
 BACKWARD = 2
@@ -396,20 +399,34 @@ MODELS: Mapping[str, ModelEntry] = {
         "EfficientNet-Lite0, ImageNet, 224 x 224; the default",
         needs="the demo extra",
         forwards_by_mu=((0.0, 919), (0.1, 502), (0.3, 197), (0.5, 67), (1.0, 5)),
+        example="--model efficientnet_lite0",
     ),
     "torchvision:NAME": ModelEntry(
-        "any classifier of torchvision", "--weights: a state dict, a weight name, or random"
+        "any classifier of torchvision",
+        "--weights: a state dict, a weight name, or random",
+        example="--model torchvision:resnet50 --weights IMAGENET1K_V2",
     ),
-    "package.module:factory": ModelEntry("a function of yours that returns a module or a ModelAdapter", "your package"),
+    "timm:NAME": ModelEntry(
+        "any model of timm, fed as its own configuration says",
+        "--weights: a state dict, or random",
+        example="--model timm:vit_small_patch16_224.augreg_in1k --weights vit.safetensors",
+    ),
+    "hf:FOLDER": ModelEntry(
+        "a Hugging Face folder or s3:// prefix: image classifiers and models of features",
+        "config.json, preprocessor_config.json and safetensors in it",
+        example="--model hf:models/dinov2-base",
+    ),
+    "package.module:factory": ModelEntry(
+        "a function of yours that returns a module or a ModelAdapter",
+        "your package",
+        example="--model mine.models:classifier",
+    ),
     "knn(NAME)": ModelEntry(
-        "any of these without its head: the nearest labelled features vote", "--weights: what `bank` wrote"
+        "any of these without its head: the nearest labelled features vote",
+        "--weights: what `bank` wrote",
+        example="--model 'knn(timm:resnet50)' --weights bank.safetensors",
     ),
 }
-
-
-def backbone_of(name: str) -> str | None:
-    """NAME of `knn(NAME)`; None for other names."""
-    return name[len("knn(") : -1].strip() if name.startswith("knn(") and name.endswith(")") else None
 
 
 def factory_of(name: str) -> str | None:
@@ -417,7 +434,7 @@ def factory_of(name: str) -> str | None:
     backbone = backbone_of(name)
     if backbone is not None:
         return factory_of(backbone)
-    return name if ":" in name and not name.startswith("torchvision:") else None
+    return name if ":" in name and source_of(name) is None else None
 
 
 RECONSTRUCTED = "a reconstruction from the abstract: no code was available, and the authors' choices may differ"

@@ -18,6 +18,7 @@ from blocksight.engine.model.device_errors import device_trouble
 from blocksight.engine.model.expressions import target_of
 from blocksight.engine.model.failures import failure_of, name_of, shape_of
 from blocksight.engine.model.network import Network, trace_network
+from blocksight.engine.model.preprocessing import Preprocessing
 from blocksight.engine.model.resample import Grid
 from blocksight.engine.model.taps import frozen
 from blocksight.engine.model.targets import TARGETS, ClassTarget, Target
@@ -60,6 +61,8 @@ class ModelAdapter:
         """What was assumed when the weights were loaded, one sentence each."""
         self.readout: ReadoutName = "softmax"
         """How a score is read from the output."""
+        self.preprocessing: Preprocessing | None = None
+        """What the model's own library does to a picture; None: nobody says."""
         self.device = torch.device("cpu")
         self._normalise_by(mean, std)
 

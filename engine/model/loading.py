@@ -8,13 +8,17 @@ from typing import Any
 
 from torch import nn
 
-from blocksight.engine.catalog.entries import backbone_of, factory_of
+from blocksight.engine.catalog.entries import MODELS, factory_of
+from blocksight.engine.catalog.sources import backbone_of, source_of
 from blocksight.engine.errors import ModelError, RandomWeightsError
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.features import without_head
 from blocksight.engine.model.neighbours import from_state
 from blocksight.engine.model.random_weights import random_sentence, weights_parameter
 from blocksight.engine.model.seeding import seeded
+from blocksight.engine.model.sources.files import split
+from blocksight.engine.model.sources.hugging_face import load_hugging_face
+from blocksight.engine.model.sources.timm_models import load_timm
 from blocksight.engine.model.state_dicts import load_state, read_state
 from blocksight.engine.model.torchvision_models import RANDOM_WEIGHTS, load_torchvision
 
@@ -22,11 +26,12 @@ from blocksight.engine.model.torchvision_models import RANDOM_WEIGHTS, load_torc
 def load_model(name: str, *, weights: str | None = None, state: bytes | None = None, seed: int = 0) -> ModelAdapter:
     """The model of this name, on the CPU.
 
-    `name` is a packaged model, `torchvision:NAME`, `package.module:factory` (which returns an nn.Module with ImageNet
-    normalisation at 224 pixels, or a ModelAdapter), or `knn(NAME)`: the features of one of these, named by the memory
-    bank in `state`. `weights` is one of torchvision's weight names, or `random`: seeded by `seed`, and for a factory
-    the word that random weights are meant. `state` holds the bytes of a state dict (safetensors, or a torch file
-    without code).
+    `name` is a packaged model, one of a source (`timm:NAME`; see `list models`), `package.module:factory` (which
+    returns an nn.Module with ImageNet normalisation at 224 pixels, or a ModelAdapter), or `knn(NAME)`: the features of
+    one of these, named by the memory bank in `state`. `weights` is one of torchvision's weight names, or `random`:
+    seeded by `seed`, and for a factory the word that random weights are meant. `state` holds the bytes of a state dict
+    (safetensors, or a torch file without code); of a model that is named by its folder, that folder's files as
+    `sources.files.pack` packs them.
     Raises ModelError with the known names.
     """
     backbone = backbone_of(name)
@@ -36,32 +41,34 @@ def load_model(name: str, *, weights: str | None = None, state: bytes | None = N
         adapter = _load_neighbours(backbone, state, seed)
         adapter.name = name
         return adapter
+    source = source_of(name)
     is_named = weights is not None and not (weights == RANDOM_WEIGHTS and factory_of(name))
-    if not name.startswith("torchvision:") and is_named and state is None:
+    if source is None and is_named and state is None:
         raise ModelError(f"model {name!r} has no weights with a name, and there is no file {weights!r}")
-    if name in PACKAGED:
+    if source is not None:
+        prefix, rest = source
+        adapter = SOURCES[prefix](rest, weights, state, seed)
+    elif name in PACKAGED:
         adapter = _with_state(PACKAGED[name](), state)
-    elif name.startswith("torchvision:"):
-        adapter = load_torchvision(name.removeprefix("torchvision:"), weights, state, seed)
     elif ":" in name:
         if weights is None and state is None:
             refuse_unnamed_weights(name, seed)
         adapter = _with_state(_call_factory(name, seed), state)
     else:
-        known = ", ".join([*PACKAGED, "torchvision:NAME", "package.module:factory", "knn(NAME)"])
-        raise ModelError(f"unknown model {name!r}; known: {known}")
+        raise ModelError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
     adapter.name = name
     return adapter
 
 
 def _load_neighbours(backbone: str, state: bytes | None, seed: int) -> ModelAdapter:
+    files, state = split(state)
     if state is None:
         raise ModelError(
             f"knn({backbone}) needs --weights: a memory bank, as `blocksight bank --model {backbone}` makes it"
         )
     stored = read_state(state)
     weights = RANDOM_WEIGHTS if ":" in backbone else None  # the file replaces them
-    bare = without_head(load_model(backbone, weights=weights, seed=seed))
+    bare = without_head(load_model(backbone, weights=weights, state=files, seed=seed))
     module, class_names = from_state(bare.module, stored.tensors)
     adapter = bare.with_module(module)
     adapter.notes = load_state(module, stored)
@@ -150,6 +157,13 @@ def _efficientnet_lite0() -> ModelAdapter:
     load_state(module, read_state(file.read_bytes()))
     return ModelAdapter(module, mean=(127 / 255,) * 3, std=(128 / 255,) * 3, class_names=_imagenet_names())
 
+
+SOURCES: Mapping[str, Callable[[str, str | None, bytes | None, int], ModelAdapter]] = {
+    "torchvision": load_torchvision,
+    "timm": load_timm,
+    "hf": load_hugging_face,
+}
+"""Makes the models of each source, from the name behind the prefix, `weights`, `state` and `seed` of `load_model`."""
 
 PACKAGED: Mapping[str, Callable[[], ModelAdapter]] = {"efficientnet_lite0": _efficientnet_lite0}
 """Models whose weights come as a Python package."""

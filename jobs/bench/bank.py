@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from blocksight.engine.catalog.entries import backbone_of
+from blocksight.engine.catalog.sources import backbone_of
 from blocksight.engine.explainers.explainer import chunks, pad
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.features import without_head

@@ -28,6 +28,7 @@ from blocksight.engine.catalog.entries import EXPLAINERS, FIDELITIES, Fidelity
 from blocksight.engine.catalog.forward_setting import MAX_BATCH_SIZE
 from blocksight.engine.catalog.parameters import SiseParameters
 from blocksight.engine.catalog.readouts import ReadoutName
+from blocksight.engine.catalog.sources import place_of
 from blocksight.jobs.plan.class_map import ClassMap, class_map_file, class_map_of
 from blocksight.jobs.plan.input_values import ClassNames, InputSize, Mean, Std, read_class_names
 from blocksight.jobs.plan.labels import is_class_number
@@ -194,6 +195,12 @@ class JobConfig(BaseModel):
             return value
         return _as_value(normal_place, value)
 
+    @field_validator("model")
+    @classmethod
+    def _models_place_has_one_spelling(cls, value: str) -> str:
+        """Normalises the folder or file in a model's name."""
+        return _as_value(normal_model, value)
+
     @field_validator("endpoint_url")
     @classmethod
     def _endpoint_is_a_store(cls, value: str | None) -> str | None:
@@ -214,12 +221,14 @@ class JobConfig(BaseModel):
 
     @model_validator(mode="after")
     def _endpoint_has_a_use(self) -> "JobConfig":
-        places = (self.data, self.output, self.weights or "")
+        places = (self.data, self.output, self.weights or "", place_of(self.model) or "")
         if self.endpoint_url is not None and not any(place.startswith("s3://") for place in places):
-            raise ValueError("an endpoint URL is given, and neither data nor output nor weights is an s3:// URI")
+            raise ValueError("an endpoint URL is given, and neither data, output, weights nor model is an s3:// URI")
         for named in filter(None, values_by_place(self.endpoint_url or "")):
             if not any(f"{place}/".startswith(f"{named}/") for place in places):
-                raise ValueError(f"an endpoint URL is given for {named}, and neither data, output nor weights is there")
+                raise ValueError(
+                    f"an endpoint URL is given for {named}, and neither data, output, weights nor model is there"
+                )
         return self
 
     @model_validator(mode="after")
@@ -242,6 +251,11 @@ class JobConfig(BaseModel):
     def asked_readout(self) -> ReadoutName | None:
         """The readout that the user names; None: the model's output is examined."""
         return None if self.readout == "auto" else self.readout
+
+    @property
+    def weights_are_named(self) -> bool:
+        """True if the weights are one of the model's own names, such as `random`, and no file."""
+        return self.weights is not None and is_weights_name(self.weights)
 
     @property
     def method(self) -> Method:
@@ -305,7 +319,7 @@ class JobConfig(BaseModel):
         identity = {
             **{name: value for name, value in chosen.items() if name not in unsaid},
             "parameters": asdict(self.explainer_parameters()),
-            "weights": weights_sha256 or self.weights,
+            "weights": self.weights if self.weights_are_named else weights_sha256,
             "decoding": DECODE_POLICY,
             "codec": CODEC,
             "schema": SCHEMA_VERSION,
@@ -392,6 +406,12 @@ def _as_value(check: Callable[[str], Any], text: str) -> Any:
         return check(text)
     except StoreError as error:
         raise ValueError(str(error)) from error
+
+
+def normal_model(name: str) -> str:
+    """A model's name with the normal spelling of the folder or file in it. Raises StoreError."""
+    place = place_of(name)
+    return normal_place(place).join(name.rsplit(place, 1)) if place else name
 
 
 def is_weights_name(value: str) -> bool:

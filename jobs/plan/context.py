@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 
 from blocksight.engine.catalog.readouts import ReadoutName
+from blocksight.engine.catalog.sources import place_of, source_of
 from blocksight.jobs.plan.config import JobConfig, is_weights_name
 from blocksight.jobs.plan.records import ModelFacts
 from blocksight.storage.stores.opening import open_file
@@ -40,7 +41,20 @@ class JobContext:
 
 
 def weights_bytes(config: JobConfig) -> bytes | None:
-    """The bytes of the weights file; None if `weights` is a name or not given. Raises StoreError."""
+    """The bytes of the weights file; of a model that is named by its place also its files, packed as one value.
+
+    None if `weights` is a name or not given. Raises StoreError, and ConfigError for a place without a model.
+    """
+    body = _file_bytes(config)
+    source, place = source_of(config.model), place_of(config.model)
+    if source is None or place is None:
+        return body
+    from blocksight.jobs.plan.model_files import packed_model
+
+    return packed_model(source[0], place, config.endpoint_url, body, drawn=config.weights is not None)
+
+
+def _file_bytes(config: JobConfig) -> bytes | None:
     if config.weights is None or is_weights_name(config.weights):
         return None
     store, name = open_file(config.weights, config.endpoint_url)

@@ -228,7 +228,7 @@ def find_input(config: JobConfig, *, weights_sha256: str | None) -> FoundInput:
     witnesses = witnesses_of([info.key for info in found.objects])
     patient = PatientStore(source, SHORT_PATIENCE_SECONDS, witnesses=witnesses)
     probe_reads(patient, found.objects)
-    weights = None if weights_sha256 is None or config.weights is None else normal_place(config.weights)
+    weights = None if config.weights is None or config.weights_are_named else normal_place(config.weights)
     return FoundInput(config, config.identity(weights_sha256), found, read_shards(patient, found, config), weights)
 
 

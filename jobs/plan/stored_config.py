@@ -8,7 +8,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from blocksight.engine.catalog.entries import factory_of
-from blocksight.jobs.plan.config import ConfigError, JobConfig, checked_config
+from blocksight.engine.catalog.sources import place_of
+from blocksight.jobs.plan.config import ConfigError, JobConfig, checked_config, normal_model
 from blocksight.jobs.plan.context import sha256_of
 from blocksight.jobs.plan.plan import Plan
 from blocksight.storage.stores.locations import normal_place
@@ -39,7 +40,7 @@ def config_of(plan: Plan, output: str, named: NamedModel) -> JobConfig:
     or in the output's bucket. Raises ConfigError with the option to type, or with both names.
     """
     known = {name: plan.identity[name] for name in JobConfig.model_fields if name in plan.identity}
-    model = _model(plan.identity, named.model)
+    model = _model(plan.identity, named.model and normal_model(named.model), output)
     weights = _weights(plan, output, named)
     config = checked_config(
         {**known, "output": output, "endpoint_url": named.endpoint_url, "model": model, "weights": weights}
@@ -52,7 +53,7 @@ def config_of(plan: Plan, output: str, named: NamedModel) -> JobConfig:
     return config
 
 
-def _model(identity: Mapping[str, Any], named: str | None) -> str:
+def _model(identity: Mapping[str, Any], named: str | None, output: str) -> str:
     stored = identity["model"]
     if named is not None and named != stored:
         raise ConfigError(f"the output was made with model {stored!r}, and --model names {named!r}: they must be equal")
@@ -60,6 +61,12 @@ def _model(identity: Mapping[str, Any], named: str | None) -> str:
         raise ConfigError(
             f"the output says that it was made with a model that is code, {stored!r}; nothing is imported because an "
             f"output says so. If you trust this code, name it again: --model {shlex.quote(stored)}"
+        )
+    place = place_of(stored)
+    if named is None and place is not None and not _is_near(place, output):
+        raise ConfigError(
+            f"the output was made with the model at {place}, which is in another bucket than the output; if you trust "
+            f"it, name it again: --model {shlex.quote(stored)}"
         )
     return stored
 
@@ -69,6 +76,8 @@ def _weights(plan: Plan, output: str, named: NamedModel) -> str | None:
     stored = plan.identity["weights"]
     if named.weights is not None or stored is None:
         return named.weights
+    if place_of(plan.identity["model"]) is not None and len(stored) == SHA256_LENGTH:
+        return plan.weights if plan.weights is None or _is_readable(plan.weights, output) else None
     if len(stored) == SHA256_LENGTH:
         missing = f"the model's weights came from a file (sha256 {stored[:16]})"
         if plan.weights is None:
@@ -83,17 +92,25 @@ def _weights(plan: Plan, output: str, named: NamedModel) -> str | None:
 
 def _sha256_at(place: str, output: str, endpoint_url: str | None) -> str | None:
     """The hash of a weights file on this machine or in the output's bucket; None if it cannot be read."""
-    if PurePosixPath(place).suffix.lower() not in WEIGHTS_SUFFIXES:
+    if not _is_readable(place, output):
         return None
     if not place.startswith("s3://"):
         return _local_sha256(Path(place))
-    if _bucket(place) != _bucket(normal_place(output)):
-        return None
     store, name = open_file(place, endpoint_url)
     try:
         return sha256_of(store.read(name))
     except StoreError:
         return None
+
+
+def _is_readable(place: str, output: str) -> bool:
+    """True for a place of weights that an output's plan may have read."""
+    return PurePosixPath(place).suffix.lower() in WEIGHTS_SUFFIXES and _is_near(place, output)
+
+
+def _is_near(place: str, output: str) -> bool:
+    """True on this machine and in the output's bucket."""
+    return not place.startswith("s3://") or _bucket(place) == _bucket(normal_place(output))
 
 
 def _local_sha256(file: Path) -> str | None:

@@ -42,7 +42,7 @@ def test_options_win_over_the_file(tmp_path):
         ({"data": None}, "--data must be given"),
         ({"parameters": 3}, "parameters is a table"),
         ({"blocks": ","}, "',' names no blocks"),
-        ({"endpoint_url": "http://127.0.0.1:9"}, "neither data nor output nor weights is an s3:// URI"),
+        ({"endpoint_url": "http://127.0.0.1:9"}, "neither data, output, weights nor model is an s3:// URI"),
         ({"workers": 0}, "workers: .*greater than or equal to 1, got 0"),
         ({"runner": "spark"}, "runner: .*ray.*local"),
         ({"worker": 2}, "unknown key 'worker' .*did you mean 'workers'"),

@@ -206,7 +206,7 @@ def test_endpoints_of_buckets_are_checked_too(text, words):
 
 
 def test_an_endpoint_of_a_bucket_that_no_place_is_in_is_refused():
-    with pytest.raises(ConfigError, match="for s3://inn, and neither data, output nor weights is there"):
+    with pytest.raises(ConfigError, match="for s3://inn, and neither data, output, weights nor model is there"):
         config_of("s3://in/x", "s3://out/x", endpoint_url="inn=https://a,out=https://b")
     assert value_for("s3://out/x", "inn=https://a,out=https://b") == "https://b"
 

@@ -1,0 +1,248 @@
+"""Models of a Hugging Face folder: configuration, preprocessing and safetensors; no network, none of its code."""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blocksight.engine.catalog.sources import require
+from blocksight.engine.errors import ModelError
+from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.failures import first_line_of
+from blocksight.engine.model.preprocessing import Preprocessing, Resizing
+from blocksight.engine.model.seeding import seeded
+from blocksight.engine.model.sources.feeding import fed_by
+from blocksight.engine.model.sources.files import split, unpack
+from blocksight.engine.model.sources.hugging_face_files import (
+    CONFIG,
+    PROCESSORS,
+    WEIGHTS_FILE,
+    WEIGHTS_INDEX,
+    object_of,
+)
+from blocksight.engine.model.sources.timm_models import made as made_by_timm
+from blocksight.engine.model.state_dicts import load_state, read_state
+from blocksight.engine.model.torchvision_models import RANDOM_WEIGHTS
+
+MAX_SHOWN = 3
+
+
+def load_hugging_face(name: str, weights: str | None, state: bytes | None, seed: int) -> ModelAdapter:
+    """The model of a folder, whose files are packed in `state`; `weights` may be `random`. Raises ModelError."""
+    if state is None:
+        raise ModelError(f"hf:{name} names a folder, whose files were not read: call `load_model` with them packed")
+    packed, file = split(state)
+    files = unpack(packed or b"")
+    config = object_of(bytes(files[CONFIG]), CONFIG) if CONFIG in files else {}
+    _refuse_code(files)
+    if "pretrained_cfg" in config and "architecture" in config and "model_type" not in config:
+        return _of_timm(config, files)
+    require("hf")
+    kind = _class_of(config)
+    is_made = weights == RANDOM_WEIGHTS or file is not None
+    with _folder(files) as folder, _quiet():
+        model = _random(kind, folder, seed) if is_made else _stored(kind, folder)
+        notes = tuple(_notes(config)) if file is None else load_state(model, read_state(file))
+        adapter = _fed(model, folder)
+    adapter.notes = notes
+    return adapter
+
+
+def _of_timm(config: Mapping[str, Any], files: Mapping[str, memoryview]) -> ModelAdapter:
+    """A folder that timm wrote."""
+    require("timm")
+    own = dict(config["pretrained_cfg"])
+    own.update({key: config[key] for key in ("num_classes", "label_names") if key in config})
+    options = {"pretrained_cfg_overlay": {**own, "hf_hub_id": None, "url": ""}}
+    if WEIGHTS_FILE not in files:
+        raise ModelError(f"the folder holds no {WEIGHTS_FILE}")
+    extra = dict(config.get("model_args") or {})
+    return made_by_timm(config["architecture"], {**options, **extra}, read_state(bytes(files[WEIGHTS_FILE])))
+
+
+def _refuse_code(files: Mapping[str, memoryview]) -> None:
+    """Raises ModelError if a setting asks for code of the folder."""
+    for name, body in files.items():
+        if name.endswith(".json") and name not in ("tokenizer.json", "vocab.json", WEIGHTS_INDEX):
+            settings = object_of(bytes(body), name)
+            if any("auto_map" in one for one in (settings, *(v for v in settings.values() if isinstance(v, dict)))):
+                raise ModelError(
+                    f"{name} asks for code that comes with the model (auto_map), and code of a folder is never run: "
+                    "make the model in a factory of yours, --model package.module:factory"
+                )
+
+
+def _class_of(config: Mapping[str, Any]) -> Any:
+    """The library's class that the configuration names. Raises ModelError for one without a use here."""
+    import transformers
+
+    named = config.get("architectures") or ()
+    name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
+    if name is None:
+        raise ModelError(f"{CONFIG} names no architecture: save the model with `save_pretrained`")
+    kind = getattr(transformers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ModelError(f"transformers {transformers.__version__} has no model {name!r}")
+    if getattr(kind, "main_input_name", "") != "pixel_values" and not hasattr(kind, "get_image_features"):
+        raise ModelError(f"{name} takes no pictures; wanted an image classifier, a model of features, or CLIP's kind")
+    return kind
+
+
+@contextmanager
+def _folder(files: Mapping[str, memoryview]) -> Iterator[str]:
+    """A folder with the files, as the library reads them."""
+    with TemporaryDirectory(prefix="blocksight-model-") as folder:
+        for name, body in files.items():
+            (Path(folder) / name).write_bytes(body)
+        yield folder
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides what the library prints; what matters is said by us."""
+    import transformers
+
+    log = logging.getLogger("transformers")
+    before, shows = log.level, transformers.utils.logging.is_progress_bar_enabled()
+    log.setLevel(logging.CRITICAL)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(before)
+        if shows:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _random(kind: Any, folder: str, seed: int) -> nn.Module:
+    config = _said(lambda: kind.config_class.from_pretrained(folder, local_files_only=True), "its configuration")
+    return seeded(lambda: _said(lambda: kind(config), "the model"), seed)
+
+
+def _stored(kind: Any, folder: str) -> nn.Module:
+    """The model with the folder's weights, all of them. Raises ModelError if some are missing."""
+    options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
+    options["ignore_mismatched_sizes"] = True  # told below, with their names
+    model, found = _said(lambda: kind.from_pretrained(folder, output_loading_info=True, **options), "the weights")
+    for what, names in (("no", found["missing_keys"]), ("another shape of", found["mismatched_keys"])):
+        if names:
+            shown = ", ".join(sorted(str(name) for name in names)[:MAX_SHOWN])
+            raise ModelError(f"the folder's weights hold {what} {shown}: they would be random in {kind.__name__}")
+    return model
+
+
+def _said(make: Callable[[], Any], what: str) -> Any:
+    """What `make` returns; whatever the library raises becomes a sentence."""
+    try:
+        return make()
+    except Exception as error:  # a library raises anything over a folder of a stranger
+        raise ModelError(f"transformers cannot read {what} of this folder: {first_line_of(error)}") from error
+
+
+def _notes(config: Mapping[str, Any]) -> Iterator[str]:
+    stored = config.get("dtype") or config.get("torch_dtype")
+    if stored not in (None, "float32"):
+        yield f"the folder's weights are {stored}; the model computes in float32"
+
+
+class Logits(nn.Module):
+    """A classifier of the library, of whose answer the logits are returned."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs_nchw: Tensor) -> Tensor:
+        """Logits [N, K]."""
+        return self.network(pixel_values=inputs_nchw).logits
+
+
+class Feature(nn.Module):
+    """A model of the library without a head: its pooled output, or the first token of its last layer."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs_nchw: Tensor) -> Tensor:
+        """Features [N, D]."""
+        found = self.network(pixel_values=inputs_nchw)
+        pooled = getattr(found, "image_embeds", None)
+        pooled = getattr(found, "pooler_output", None) if pooled is None else pooled
+        return found.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
+
+
+def _fed(model: Any, folder: str) -> ModelAdapter:
+    own, mean, std = _preprocessing(folder)
+    if "ForImageClassification" in type(model).__name__:
+        return fed_by(Logits(model), own, mean, std, _class_names(model.config))
+    return fed_by(Feature(model), own, mean, std)
+
+
+def _class_names(config: Any) -> Sequence[str] | None:
+    """The names of `id2label`; None where the library made them up."""
+    names = [str(config.id2label[index]) for index in sorted(config.id2label)]
+    return None if all(name == f"LABEL_{index}" for index, name in enumerate(names)) else names
+
+
+def _preprocessing(folder: str) -> tuple[Preprocessing, Sequence[float], Sequence[float]]:
+    """The folder's own preprocessing, with the mean and std that it names."""
+    from transformers import AutoImageProcessor
+
+    if not any((Path(folder) / name).exists() for name in PROCESSORS):
+        raise ModelError(
+            f"the folder holds no {PROCESSORS[0]}, so how the model is fed is not known: save its image processor "
+            "there (processor.save_pretrained)"
+        )
+    processor = _said(lambda: AutoImageProcessor.from_pretrained(folder, local_files_only=True), "the preprocessing")
+
+    def apply(pixels: Any) -> Tensor:
+        found = _said(lambda: processor(images=pixels, return_tensors="pt"), "a picture by the preprocessing")
+        return found["pixel_values"][0]
+
+    mean, std = (_numbers(getattr(processor, name, None)) for name in ("image_mean", "image_std"))
+    return Preprocessing(apply, tuple(_resizings(processor))), mean, std
+
+
+def _numbers(value: Any) -> Sequence[float]:
+    return tuple(value) if isinstance(value, list | tuple) else ()
+
+
+RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+"""Pillow's numbers of the ways to resample."""
+
+
+def _resizings(processor: Any) -> Iterator[Resizing]:
+    """The ways in which the processor's settings can be read, the likeliest first."""
+    size, crop = (_sides(getattr(processor, name, None)) for name in ("size", "crop_size"))
+    resample = getattr(processor, "resample", None)
+    number = int(resample) if isinstance(resample, int) else 2
+    interpolation = RESAMPLING[number] if number < len(RESAMPLING) else "bilinear"
+    share = getattr(processor, "crop_pct", None) or 224 / 256  # of processors that enlarge before they cut
+    for height, width in filter(None, (size, crop)):
+        for kind in ("short", "whole") if height == width else ("whole",):
+            yield Resizing(kind, height, width, interpolation, rounds_down=True)
+            yield Resizing(kind, int(height / share), int(width / share), interpolation, rounds_down=True)
+
+
+def _sides(size: Any) -> tuple[int, int] | None:
+    """Height and width of `{"height": 224, "width": 224}` or `{"shortest_edge": 224}`."""
+    if isinstance(size, int):
+        return size, size
+    values = [getattr(size, key, None) or _item(size, key) for key in ("height", "width", "shortest_edge")]
+    height, width, short = (int(value) if isinstance(value, int | float) else None for value in values)
+    if height and width:
+        return height, width
+    return (short, short) if short else None
+
+
+def _item(size: Any, key: str) -> Any:
+    return size.get(key) if isinstance(size, Mapping) else None

@@ -1,0 +1,115 @@
+"""Models of timm: its architectures, fed as their own pretrained configuration says."""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from torch import nn
+from torchvision.transforms.functional import to_pil_image
+
+from blocksight.engine.catalog.sources import require
+from blocksight.engine.errors import ModelError
+from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.preprocessing import Preprocessing, Resizing
+from blocksight.engine.model.seeding import seeded
+from blocksight.engine.model.sources.feeding import fed_by
+from blocksight.engine.model.state_dicts import StateDict, fitted, load_state, read_state
+from blocksight.engine.model.torchvision_models import MAX_CLASSES, RANDOM_WEIGHTS
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+
+
+def load_timm(name: str, weights: str | None, state: bytes | None, seed: int) -> ModelAdapter:
+    """The model with a file's weights, or random ones. Raises ModelError, for an unknown name with the nearest."""
+    require("timm")
+    _refuse_unknown(name)
+    if state is not None:
+        return made(name, {}, read_state(state))
+    if weights == RANDOM_WEIGHTS:
+        return _fed(seeded(lambda: _network(name), seed))
+    raise ModelError(
+        f"timm:{name} needs --weights: a file or URI of a state dict (nothing is downloaded from a hub), or "
+        f"{RANDOM_WEIGHTS}" + (f"; there is no file {weights!r}" if weights is not None else "")
+    )
+
+
+def made(name: str, options: Mapping[str, Any], stored: StateDict) -> ModelAdapter:
+    """The model with these tensors, of as many classes as they have."""
+    network = _network(name, **options)
+    stored = fitted(stored, list(network.state_dict()))
+    count = _count_classes(network, stored)
+    if count is not None and count != getattr(network, "num_classes", count):
+        network = _network(name, **{**options, "num_classes": count})
+    notes = load_state(network, stored)
+    adapter = _fed(network)
+    adapter.notes = notes
+    return adapter
+
+
+def _refuse_unknown(name: str) -> None:
+    import timm
+
+    if timm.is_model(name.partition(".")[0]):
+        return
+    near = get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
+    raise ModelError(f"timm has no model {name!r}" + (f"; nearest: {', '.join(near)}" if near else ""))
+
+
+def _network(name: str, **options: Any) -> nn.Module:
+    import timm
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # timm tells of its own old names
+            return timm.create_model(name, pretrained=False, **options)
+    except (RuntimeError, TypeError, ValueError, KeyError, AssertionError) as error:
+        raise ModelError(f"timm cannot make {name!r}: {error}") from error
+
+
+def _count_classes(network: Any, stored: StateDict) -> int | None:
+    """The classes of the file's last layer; None: it has none under the model's name."""
+    names = network.pretrained_cfg.get("classifier") or ()
+    for name in [names] if isinstance(names, str) else names:
+        tensor = stored.tensors.get(f"{name}.weight")
+        if tensor is not None and tensor.dim() > 0:
+            if not 1 <= tensor.shape[0] <= MAX_CLASSES:
+                raise ModelError(f"the weights file has {tensor.shape[0]} classes in {name}; wanted 1 to {MAX_CLASSES}")
+            return int(tensor.shape[0])
+    return None
+
+
+def _fed(network: Any) -> ModelAdapter:
+    from timm.data.config import resolve_model_data_config
+    from timm.data.transforms_factory import create_transform
+
+    config = resolve_model_data_config(network)
+    channels = config["input_size"][0]
+    if channels != 3:
+        raise ModelError(f"this model of timm takes {channels} channels; pictures have three")
+    transform = create_transform(**config, is_training=False)
+    own = Preprocessing(lambda pixels: transform(to_pil_image(pixels)), _resizings(config))
+    return fed_by(network, own, config["mean"], config["std"], _class_names(network))
+
+
+def _resizings(config: Mapping[str, Any]) -> tuple[Resizing, ...]:
+    height, width = (math.floor(side / config["crop_pct"]) for side in config["input_size"][1:])
+    kind = "whole" if config.get("crop_mode") == "squash" else "short"
+    named = config["interpolation"]
+    interpolation = named if named in INTERPOLATIONS else "bilinear"
+    return (Resizing(kind, height, width, interpolation, rounds_down=False),)
+
+
+def _class_names(network: Any) -> Sequence[str] | None:
+    """The names of the pretrained configuration, or those of the ImageNet that has as many classes."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    named = network.pretrained_cfg.get("label_names")
+    if named and len(named) == network.num_classes:
+        return list(named)
+    subset = infer_imagenet_subset(network)
+    if subset is None:
+        return None
+    known = ImageNetInfo(subset)
+    return [known.index_to_description(index) for index in range(known.num_classes())]

@@ -1,0 +1,242 @@
+"""Models of timm and Hugging Face: tiny random ones of the libraries' own classes, loaded, fed and explained."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+import transformers
+from PIL import Image
+
+from blocksight.engine.errors import ModelError
+from blocksight.engine.model.loading import load_model
+from blocksight.engine.model.sources.files import pack, split, unpack
+from blocksight.jobs.plan.config import ConfigError, JobConfig
+from blocksight.jobs.plan.context import weights_bytes
+from blocksight.storage.stores.local import LocalStore
+from tests.jobs.jobs_of import called, config_of, rows_in, run_here
+
+SIDE = 32
+VIT = transformers.ViTConfig(
+    hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=SIDE, patch_size=8
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quiet():
+    transformers.utils.logging.disable_progress_bar()
+
+
+def write_folder(folder: Path, model: torch.nn.Module, processor=None) -> Path:
+    """A folder as the library writes it."""
+    model.save_pretrained(folder)
+    processor = processor or transformers.ViTImageProcessor(size={"height": SIDE, "width": SIDE})
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    torch.manual_seed(7)
+    config = transformers.ViTConfig(**{**VIT.to_dict(), "id2label": {0: "cat", 1: "dog", 2: "owl"}})
+    return write_folder(tmp_path_factory.mktemp("vit"), transformers.ViTForImageClassification(config))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    place, drawn = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for number, label in enumerate(("cat", "dog")):
+        (place / label).mkdir()
+        pixels = drawn.integers(0, 256, (60 + number, 81, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / label / f"{number}.png")
+    return place
+
+
+def loaded(folder: Path, **options):
+    config = JobConfig(data="/", output="/", model=f"hf:{folder}", **options)
+    return load_model(config.model, weights=config.weights, state=weights_bytes(config))
+
+
+def changed(folder: Path, name: str, **values) -> None:
+    file = folder / name
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def test_files_travel_as_one_value():
+    files = {"b.json": b"{}", "a.safetensors": bytes(range(9))}
+    packed = pack(files)
+    assert packed == pack(dict(sorted(files.items())))
+    assert {name: bytes(body) for name, body in unpack(packed).items()} == files
+    assert split(packed) == (packed, None)
+    assert split(pack({**files, "--weights": b"own"})) == (packed, b"own")
+    assert split(b"a state dict") == (None, b"a state dict")
+    with pytest.raises(ModelError, match="not packed"):
+        unpack(b"other")
+
+
+def test_a_model_of_timm_is_fed_as_its_configuration_says():
+    adapter = load_model("timm:test_vit.r160_in1k", weights="random", seed=3)
+    assert (adapter.input_size, adapter.mean, adapter.std) == ((160, 160), (0.5,) * 3, (0.5,) * 3)
+    assert adapter.class_name(281) == "tabby, tabby cat"
+    assert adapter.num_classes == 1000
+    assert adapter.fingerprint == load_model("timm:test_vit.r160_in1k", weights="random", seed=3).fingerprint
+    assert load_model("timm:resnet10t.c3_in1k", weights="random").mean == (0.485, 0.456, 0.406)
+
+
+def test_a_file_of_timm_says_how_many_classes_there_are():
+    torch.manual_seed(0)
+    network = timm.create_model("test_resnet", num_classes=7).eval()
+    adapter = load_model("timm:test_resnet", state=safetensors.torch.save(network.state_dict()))
+    pixels = torch.rand(2, 3, 160, 160)
+    with adapter.borrowed(), torch.no_grad():
+        assert torch.allclose(adapter.logits(pixels), network(pixels), atol=1e-5)
+    assert adapter.class_names is None
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("resnet5O", "nearest: .*resnet50"), ("resnet50", "needs --weights"), ("vit_tiny_patch16_224.no", "cannot make")],
+)
+def test_what_timm_has_not_is_told(name, told):
+    weights = "random" if "no" in name else None
+    with pytest.raises(ModelError, match=told):
+        load_model(f"timm:{name}", weights=weights)
+
+
+def test_a_missing_library_is_told(monkeypatch):
+    monkeypatch.setattr("blocksight.engine.catalog.sources.find_spec", lambda _: None)
+    with pytest.raises(ModelError, match=r"timm: .* pip install '\.\[timm\]'"):
+        load_model("timm:resnet50", weights="random")
+
+
+def test_a_folder_is_the_librarys_model(folder):
+    adapter = loaded(folder)
+    assert (adapter.input_size, adapter.mean, adapter.class_names) == ((SIDE, SIDE), (0.5,) * 3, ["cat", "dog", "owl"])
+    own = transformers.ViTForImageClassification.from_pretrained(folder).eval()
+    pixels = torch.rand(2, 3, SIDE, SIDE)
+    with adapter.borrowed(), torch.no_grad():
+        assert torch.allclose(adapter.logits(pixels), own(pixels).logits, atol=1e-6)
+
+
+def test_other_weights_take_the_place_of_the_folders(folder, tmp_path):
+    random = loaded(folder, weights="random")
+    assert random.fingerprint != loaded(folder).fingerprint
+    file = tmp_path / "tuned.safetensors"
+    tensors = {name: one.contiguous() for name, one in random.module.network.state_dict().items()}
+    file.write_bytes(safetensors.torch.save(tensors))
+    assert loaded(folder, weights=str(file)).fingerprint == random.fingerprint
+
+
+def test_a_folder_of_timm(tmp_path):
+    torch.manual_seed(0)
+    network = timm.create_model("test_resnet", num_classes=4).eval()
+    own = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5], "input_size": [3, 64, 64], "crop_pct": 1.0}
+    settings = {"architecture": "test_resnet", "num_classes": 4, "label_names": list("abcd"), "pretrained_cfg": own}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "model.safetensors").write_bytes(safetensors.torch.save(network.state_dict()))
+    adapter = loaded(tmp_path)
+    assert (adapter.input_size, adapter.mean, adapter.class_names) == ((64, 64), (0.1, 0.2, 0.3), list("abcd"))
+
+
+def test_colours_in_another_order_and_a_second_normalisation(tmp_path):
+    model = transformers.ViTForImageClassification(VIT)
+    blue = transformers.MobileViTImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    twice = transformers.EfficientNetImageProcessor(size={"height": SIDE, "width": SIDE})
+    for number, processor in enumerate((blue, twice)):
+        folder = write_folder(tmp_path / str(number), model, processor)
+        adapter = loaded(folder)
+        given = adapter.normalise(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None])
+        with adapter.borrowed(), torch.no_grad():
+            wanted = model.eval()(processor(pixels, return_tensors="pt")["pixel_values"]).logits
+            if number == 1:  # the picture has the model's size already: nothing is resized
+                assert torch.allclose(adapter.logits(given), wanted, atol=1e-5)
+        assert (type(adapter.module).__name__ == "BlueFirst") == (number == 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (transformers.Dinov2Model, transformers.Dinov2Config(**VIT.to_dict())),
+        (transformers.ViTModel, VIT),
+        (transformers.CLIPVisionModel, transformers.CLIPVisionConfig(**VIT.to_dict())),
+    ],
+)
+def test_models_of_features(kind, config, tmp_path):
+    adapter = loaded(write_folder(tmp_path, kind(config)))
+    assert adapter.class_names is None
+    assert adapter.num_classes == 16
+
+
+def test_what_a_folder_lacks_is_told(folder, tmp_path):
+    model = transformers.ViTForImageClassification(VIT)
+    torch.manual_seed(0)
+    for name, change, told in (
+        ("auto_map", lambda f: changed(f, "config.json", auto_map={"AutoModel": "x.Y"}), "auto_map"),
+        ("in_processor", lambda f: changed(f, "preprocessor_config.json", auto_map={"A": "x.Y"}), "never run"),
+        (
+            "architecture",
+            lambda f: changed(f, "config.json", architectures=["MineForAll"]),
+            "has no model 'MineForAll'",
+        ),
+        ("text", lambda f: changed(f, "config.json", architectures=["BertModel"]), "takes no pictures"),
+        ("processor", lambda f: (f / "preprocessor_config.json").unlink(), "holds no preprocessor_config.json"),
+        ("head", lambda f: changed(f, "config.json", id2label={str(n): str(n) for n in range(9)}), "another shape"),
+        ("layers", lambda f: changed(f, "config.json", num_hidden_layers=3), "would be random"),
+        ("broken", lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
+        ("cut", lambda f: (f / "model.safetensors").write_bytes(b"x" * 20), "cannot read the weights"),
+    ):
+        copy = write_folder(tmp_path / name, model)
+        change(copy)
+        with pytest.raises(ModelError, match=told):
+            loaded(copy)
+
+
+def test_a_place_without_a_model_is_told(tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.json is missing there"):
+        loaded(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ConfigError, match="lacks safetensors"):
+        loaded(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
+    with pytest.raises(ModelError, match="beside it"):
+        loaded(tmp_path)
+
+
+def test_a_folder_in_several_weight_files(folder, tmp_path):
+    model = transformers.ViTForImageClassification.from_pretrained(folder)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "preprocessor_config.json").write_bytes((folder / "preprocessor_config.json").read_bytes())
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert loaded(tmp_path).fingerprint == loaded(folder).fingerprint
+
+
+def test_whole_jobs(folder, pictures, tmp_path, monkeypatch):
+    """Also a bank, and commands that load the model again from the plan."""
+    monkeypatch.chdir(folder.parent)
+    options = {"explainer": "rise", "parameters": {"num_masks": 8}}
+    run_here(pictures, tmp_path / "hf", model=f"hf:{folder.name}", **options)
+    rows = rows_in(LocalStore(tmp_path / "hf"))
+    assert [row["map"] is not None for row in rows] == [True, True]
+    assert {row["label"] for row in rows} == {0, 1}
+    assert called("evaluate", tmp_path / "hf", "--runner", "local")[0] == 0
+    run_here(pictures, tmp_path / "timm", model="timm:test_resnet", weights="random", **options)
+    assert len(rows_in(LocalStore(tmp_path / "timm"))) == 2
+    bank = tmp_path / "bank.safetensors"
+    code, told = called("bank", "--data", pictures, "--model", f"hf:{folder}", "--output", bank)
+    assert code == 0, told
+    run_here(pictures, tmp_path / "knn", model=f"knn(hf:{folder})", weights=str(bank), **options)
+    assert len(rows_in(LocalStore(tmp_path / "knn"))) == 2
+
+
+def test_one_spelling_and_one_hash(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    config = config_of("/", "/out", model=f"knn(hf:{folder.name})")
+    assert config.model == f"knn(hf:{folder})"
+    assert config_of("/", "/out", model="hf:hf").model == f"hf:{folder.parent / 'hf'}"
+    assert config.identity("a" * 64)["weights"] == "a" * 64
+    assert config_of("/", "/out", model=f"hf:{folder}", weights="random").identity("a" * 64)["weights"] == "random"
