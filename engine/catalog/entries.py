@@ -412,9 +412,14 @@ MODELS: Mapping[str, ModelEntry] = {
         example="--model timm:vit_small_patch16_224.augreg_in1k --weights vit.safetensors",
     ),
     "hf:FOLDER": ModelEntry(
-        "a Hugging Face folder or s3:// prefix: image classifiers and models of features",
+        "a Hugging Face folder or s3:// prefix: image classifiers, models of features, CLIP and SigLIP",
         "config.json, preprocessor_config.json and safetensors in it",
         example="--model hf:models/dinov2-base",
+    ),
+    "open_clip:ARCH": ModelEntry(
+        "any model of OpenCLIP; ARCH/TAG is fed as the weights of that tag",
+        "--weights: a state dict, or random",
+        example="--model open_clip:ViT-B-32/laion2b_s34b_b79k --weights clip.safetensors",
     ),
     "package.module:factory": ModelEntry(
         "a function of yours that returns a module or a ModelAdapter",

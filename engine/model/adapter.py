@@ -19,6 +19,8 @@ from blocksight.engine.model.expressions import target_of
 from blocksight.engine.model.failures import failure_of, name_of, shape_of
 from blocksight.engine.model.network import Network, trace_network
 from blocksight.engine.model.preprocessing import Preprocessing
+from blocksight.engine.model.prompts import Prompted, Texts, embedded, readout_of, refuse_unfit
+from blocksight.engine.model.prompts import name_of as name_of_prompts
 from blocksight.engine.model.resample import Grid
 from blocksight.engine.model.taps import frozen
 from blocksight.engine.model.targets import TARGETS, ClassTarget, Target
@@ -63,6 +65,8 @@ class ModelAdapter:
         """How a score is read from the output."""
         self.preprocessing: Preprocessing | None = None
         """What the model's own library does to a picture; None: nobody says."""
+        self.texts: Texts | None = None
+        """What the model says of a text; None: it reads none."""
         self.device = torch.device("cpu")
         self._normalise_by(mean, std)
 
@@ -108,6 +112,27 @@ class ModelAdapter:
         adapter.module = module
         for known in ("network", "num_classes", "fingerprint"):
             adapter.__dict__.pop(known, None)
+        return adapter
+
+    def with_prompts(self, prompts: Sequence[Sequence[str]]) -> "ModelAdapter":
+        """A classifier of these texts: a class for each element, of one prompt or of the mean of several.
+
+        Its logits are `scale * cosine + bias` of the picture's and the texts' features, as the model was trained. Each
+        text is encoded once, now. Scores are read by a softmax (CLIP; of one class alone the logit itself) or by a
+        sigmoid (SigLIP). Raises ModelError for a model that reads no text, and for prompts that are empty, too long or
+        the same.
+        """
+        if self.texts is None:
+            raise ModelError(
+                f"model {self.name!r} reads no text, so that a prompt means nothing to it: take a model with a text "
+                "encoder, such as hf:FOLDER of a CLIP or SigLIP, or open_clip:ARCH"
+            )
+        refuse_unfit(prompts)
+        embeddings = embedded(self.texts, prompts).to(self.device)
+        adapter = self.with_module(Prompted(self.module, embeddings, self.texts).to(self.device))
+        adapter.class_names = [name_of_prompts(one) for one in prompts]
+        adapter.readout = readout_of(self.texts, len(prompts))
+        adapter.texts = None
         return adapter
 
     def resized(self, input_size: Grid) -> "ModelAdapter":

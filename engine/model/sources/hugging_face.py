@@ -16,12 +16,14 @@ from blocksight.engine.errors import ModelError
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.failures import first_line_of
 from blocksight.engine.model.preprocessing import Preprocessing, Resizing
+from blocksight.engine.model.prompts import Texts
 from blocksight.engine.model.seeding import seeded
 from blocksight.engine.model.sources.feeding import fed_by
 from blocksight.engine.model.sources.files import split, unpack
 from blocksight.engine.model.sources.hugging_face_files import (
     CONFIG,
     PROCESSORS,
+    TOKENIZERS,
     WEIGHTS_FILE,
     WEIGHTS_INDEX,
     object_of,
@@ -180,11 +182,81 @@ class Feature(nn.Module):
         return found.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
 
 
+class PictureFeature(nn.Module):
+    """The picture side of a model that compares pictures with texts."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs_nchw: Tensor) -> Tensor:
+        """Features [N, D], not normalised."""
+        found = self.network.get_image_features(pixel_values=inputs_nchw)
+        return found if isinstance(found, Tensor) else found.pooler_output
+
+
 def _fed(model: Any, folder: str) -> ModelAdapter:
     own, mean, std = _preprocessing(folder)
+    if hasattr(model, "get_image_features"):
+        adapter = fed_by(PictureFeature(model), own, mean, std)
+        adapter.texts = _texts(model, folder)
+        return adapter
     if "ForImageClassification" in type(model).__name__:
         return fed_by(Logits(model), own, mean, std, _class_names(model.config))
     return fed_by(Feature(model), own, mean, std)
+
+
+def _texts(model: Any, folder: str) -> Texts | None:
+    """The text side; None: how a text is compared with a picture is not known."""
+    scale, temperature = getattr(model, "logit_scale", None), getattr(model, "temperature", None)
+    if not hasattr(model, "get_text_features") or (scale is None and temperature is None):
+        return None
+    bias = getattr(model, "logit_bias", None)
+    return Texts(
+        encode=_Encoder(model, _tokenizer(folder)),
+        scale=float(scale.detach().exp()) if scale is not None else 1 / float(temperature.detach()),
+        bias=0.0 if bias is None else float(bias.detach()),
+        are_alone=bias is not None,
+    )
+
+
+def _tokenizer(folder: str) -> Any:
+    """The folder's own; None: it has none that can be read."""
+    from transformers import AutoTokenizer
+
+    if not any((Path(folder) / name).exists() for name in TOKENIZERS):
+        return None
+    return _said(lambda: AutoTokenizer.from_pretrained(folder, local_files_only=True), "the tokenizer")
+
+
+class _Encoder:
+    """Encodes texts as the library's processor does: SigLIP fills every text to its full length."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    def __call__(self, text: str) -> Tensor:
+        tokens = {name: value.to(self.model.device) for name, value in self._tokens(text).items()}
+        with torch.inference_mode():
+            found = self.model.get_text_features(**tokens)
+            found = found if isinstance(found, Tensor) else found.pooler_output
+        return found[0].float().cpu().clone()
+
+    def _tokens(self, text: str) -> Mapping[str, Tensor]:
+        if self.tokenizer is None:
+            raise ModelError(
+                "the model's folder holds no tokenizer, so that no prompt can be read: save it there "
+                f"(tokenizer.save_pretrained; wanted one of {', '.join(TOKENIZERS)})"
+            )
+        most = self.model.config.text_config.max_position_embeddings
+        count = len(self.tokenizer(text)["input_ids"])
+        if count > most:
+            raise ModelError(f"the prompt {text[:40]!r}... has {count} tokens; the model reads {most}")
+        is_filled = getattr(self.model, "logit_bias", None) is not None
+        filling = {"padding": "max_length", "max_length": most} if is_filled else {}
+        found = self.tokenizer(text, return_tensors="pt", **filling)
+        known = ("input_ids",) if is_filled else ("input_ids", "attention_mask")
+        return {name: found[name] for name in known if name in found}
 
 
 def _class_names(config: Any) -> Sequence[str] | None:

@@ -10,9 +10,11 @@ CONFIG = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+"""Files of which a tokenizer needs one."""
 SETTINGS = (
-    *(CONFIG, *PROCESSORS, WEIGHTS_INDEX, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model"),
+    *(CONFIG, *PROCESSORS, WEIGHTS_INDEX, "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "merges.txt", *TOKENIZERS),
 )
 """The files of a folder that are read besides its weights; others may lie there."""
 

@@ -220,7 +220,7 @@ def test_a_wrong_class_count_shows_both_sides(my_models):
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [
-        ("resnet50", {}, "unknown model 'resnet50'; known: efficientnet_lite0, torchvision:NAME, package.module:fact"),
+        ("resnet50", {}, "unknown model 'resnet50'; known: efficientnet_lite0, torchvision:NAME, timm:NAME, hf:FOLDER"),
         ("", {}, "unknown model ''; known: "),
         ("efficientnet_lite0", {"weights": "nofile"}, "has no weights with a name, and there is no file 'nofile'"),
         ("torchvision:resnet18", {"weights": "nofile"}, "IMAGENET1K_V1.* there is no file 'nofile'"),

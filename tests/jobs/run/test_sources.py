@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import safetensors.torch
 import timm
+import tokenizers
 import torch
 import transformers
 from PIL import Image
@@ -240,3 +242,118 @@ def test_one_spelling_and_one_hash(folder, monkeypatch):
     assert config_of("/", "/out", model="hf:hf").model == f"hf:{folder.parent / 'hf'}"
     assert config.identity("a" * 64)["weights"] == "a" * 64
     assert config_of("/", "/out", model=f"hf:{folder}", weights="random").identity("a" * 64)["weights"] == "random"
+
+
+WORDS = ["[pad]", "[begin]", "[end]", "[unknown]", "a", "photo", "of", "dog", "cat", "red"]
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of ten words."""
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: n for n, w in enumerate(WORDS)}, unk_token="[unknown]")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[begin] $A [end]", special_tokens=[("[begin]", 1), ("[end]", 2)]
+    )
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[pad]", bos_token="[begin]", eos_token="[end]", unk_token="[unknown]"
+    )
+    fast.save_pretrained(folder)
+
+
+def write_pair(folder: Path, family: str) -> Path:
+    """A folder of a tiny CLIP or SigLIP."""
+    torch.manual_seed(3)
+    both = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    text = {**both, "vocab_size": len(WORDS), "max_position_embeddings": 12, "eos_token_id": 2, "pad_token_id": 0}
+    vision = {**both, "image_size": SIDE, "patch_size": 8}
+    kinds = {
+        "clip": (transformers.CLIPConfig, transformers.CLIPModel, {"projection_dim": 8}),
+        "siglip": (transformers.SiglipConfig, transformers.SiglipModel, {}),
+    }
+    config, model, more = kinds[family]
+    write_tokenizer(folder)
+    made = model(config(text_config=text, vision_config=vision, **more))
+    with torch.no_grad():
+        for name in ("logit_bias", "logit_scale"):
+            if hasattr(made, name):
+                getattr(made, name).fill_(1.25)
+    return write_folder(folder, made)
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_prompts_are_classes(family, tmp_path):
+    folder = write_pair(tmp_path, family)
+    adapter = loaded(folder)
+    prompted = adapter.with_prompts([["a dog"], ["a photo of a cat"]])
+    own = {"clip": transformers.CLIPModel, "siglip": transformers.SiglipModel}[family].from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    filling = {"padding": "max_length", "max_length": 12} if family == "siglip" else {"padding": True}
+    given = tokenizer(["a dog", "a photo of a cat"], return_tensors="pt", **filling)
+    if family == "siglip":
+        del given["attention_mask"]
+    given.pop("token_type_ids", None)
+    pixels = torch.randn(3, 3, SIDE, SIDE)
+    with prompted.borrowed(), torch.no_grad():
+        wanted = own(pixel_values=pixels, **given).logits_per_image
+        assert torch.allclose(prompted.logits(pixels), wanted, atol=1e-6)
+    assert prompted.class_names == ["a dog", "a photo of a cat"]
+    assert prompted.readout == {"clip": "softmax", "siglip": "sigmoid"}[family]
+    assert prompted.fingerprint != adapter.with_prompts([["a cat"], ["a dog"]]).fingerprint
+
+
+def test_an_ensemble_is_the_mean_of_its_texts(tmp_path):
+    adapter = loaded(write_pair(tmp_path, "clip"))
+    pixels = torch.randn(3, 3, SIDE, SIDE)
+    with adapter.borrowed(), torch.no_grad():
+        alone = adapter.with_prompts([["a dog"], ["a red dog"]]).logits(pixels)
+        together = adapter.with_prompts([["a dog", "a red dog"], ["a cat"]])
+        ratio = together.logits(pixels)[:, 0] / alone.mean(1)
+    assert torch.allclose(ratio, ratio[:1].expand(3), rtol=1e-4)
+    assert ratio[0] >= 1 - 1e-6
+    assert together.class_names[0] == "a dog (and 1 more)"
+    assert adapter.with_prompts([["a dog"]]).readout == "identity"
+
+
+def test_prompts_that_cannot_be_are_told(folder, tmp_path):
+    adapter = loaded(write_pair(tmp_path, "clip"))
+    for prompts, told in (
+        ([], "a prompt is empty"),
+        ([["a dog"], [" "]], "a prompt is empty"),
+        ([["a dog"], ["a dog"]], "same prompts"),
+        ([["a dog " * 9]], r"has 20 tokens; the model reads 12"),
+    ):
+        with pytest.raises(ModelError, match=told):
+            adapter.with_prompts(prompts)
+    with pytest.raises(ModelError, match="reads no text"):
+        loaded(folder).with_prompts([["a dog"]])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).unlink()
+    with pytest.raises(ModelError, match="holds no tokenizer"):
+        loaded(tmp_path).with_prompts([["a dog"]])
+
+
+def test_a_model_of_open_clip():
+    adapter = load_model("open_clip:ViT-S-32-alt", weights="random", seed=1)
+    own = adapter.module.network
+    pixels = torch.randn(2, 3, 224, 224)
+    prompted = adapter.with_prompts([["a dog"], ["a cat"]])
+    with prompted.borrowed(), torch.no_grad():
+        image, text, scale = own(pixels, open_clip.get_tokenizer("ViT-S-32-alt")(["a dog", "a cat"]))
+        assert torch.allclose(prompted.logits(pixels), scale * image @ text.T, atol=1e-5)
+    with pytest.raises(ModelError, match="tokens; the model reads 77"):
+        adapter.with_prompts([["dog " * 90]])
+
+
+def test_a_tag_of_open_clip_says_how_it_is_fed():
+    adapter = load_model("open_clip:MobileCLIP-S1/datacompdr", weights="random")
+    assert (adapter.input_size, adapter.mean, adapter.std) == ((256, 256), (0.0,) * 3, (1.0,) * 3)
+    for name, told in (
+        ("ViT-B-23", "nearest: ViT-B-32"),
+        ("ViT-B-32/none", "has no tag 'none'; known: openai"),
+    ):
+        with pytest.raises(ModelError, match=told):
+            load_model(f"open_clip:{name}", weights="random")
+    with pytest.raises(ModelError, match="needs --weights"):
+        load_model("open_clip:ViT-B-32")
