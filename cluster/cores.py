@@ -2,6 +2,7 @@
 
 import os
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 
 QUOTAS = (
@@ -26,7 +27,12 @@ def usable_gpus() -> int:
     """GPUs of NVIDIA's driver that this process may use, by CUDA_VISIBLE_DEVICES."""
     found = len(list(NVIDIA_GPUS.iterdir())) if NVIDIA_GPUS.is_dir() else 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return found if visible is None else min(found, len([one for one in visible.split(",") if one.strip()]))
+    return found if visible is None else min(found, sum(1 for _ in takewhile(_is_gpu, visible.split(","))))
+
+
+def _is_gpu(name: str) -> bool:
+    """True for an entry of CUDA_VISIBLE_DEVICES that may name a GPU; the first that does not ends the list."""
+    return name.strip().isdecimal() or name.strip().startswith(("GPU-", "MIG-"))
 
 
 def compiler_threads(*, on_gpu: bool) -> int:

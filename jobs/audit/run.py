@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -33,6 +32,7 @@ from blocksight.jobs.plan.preflight import readout_of
 from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.jobs.plan.stored_config import NamedModel
 from blocksight.jobs.plan.text import counted
+from blocksight.jobs.run.workers import device_here
 from blocksight.jobs.worker.progress import Tally, progress, tracked
 from blocksight.jobs.worker.rows import images_of
 from blocksight.storage.images.decode import fit
@@ -133,9 +133,8 @@ def _scope(asked: AuditRequest) -> AuditScope:
 def _trial(store: ObjectStore, plan: Plan, asked: AuditRequest, console: Console) -> Trial:
     """A trial on the job's model. Raises ModelError, and ConfigError if its weights are not those of the maps."""
     named = NamedModel(asked.model, asked.weights, asked.endpoint_url)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        _, adapter = model_of_output(store, plan, named, console, device)
+        _, adapter = model_of_output(store, plan, named, console, device_here("auto"))
     except DriftError as error:
         raise ConfigError(
             f"{error}\nname the model and the weights that the maps are of, or leave the trial out with --no-try"

@@ -16,7 +16,6 @@ from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.features import without_head
 from blocksight.engine.model.neighbours import NeighbourClassifier
 from blocksight.engine.scoring.forward import release_memory
-from blocksight.jobs.bench.benchmark import device_of
 from blocksight.jobs.bench.curve import Picture, pictures
 from blocksight.jobs.explain.preflight import check_output, in_a_sentence, print_findings
 from blocksight.jobs.explain.step import images_at_once, load
@@ -25,6 +24,7 @@ from blocksight.jobs.plan.context import sha256_of, weights_bytes
 from blocksight.jobs.plan.model_input import with_model_file
 from blocksight.jobs.plan.plan import check_place, make_plan
 from blocksight.jobs.plan.units import Workforce
+from blocksight.jobs.run.workers import device_here
 from blocksight.jobs.worker.memory import with_less_at_once
 from blocksight.jobs.worker.progress import Tally, progress
 from blocksight.storage.inputs.survey import Layout
@@ -60,7 +60,7 @@ def make_bank(config: JobConfig, console: Console) -> Bank:
     _check_output(config)
     state = weights_bytes(config)
     with in_a_sentence(config.model):
-        adapter = without_head(load(config, state, device_of(None), str(Path.cwd())))
+        adapter = without_head(load(config, state, device_here("auto"), str(Path.cwd())))
     print_findings(check_output(adapter, "identity").findings, console)  # features are no scores
     plan = make_plan(config, weights_sha256=sha256_of(state), workforce=Workforce(1, on_gpu=False))
     if plan.layout is Layout.IMAGES:

@@ -85,14 +85,6 @@ class Benchmark:
     """The figures of each implementation, ours and the peers'; empty without a race."""
 
 
-def device_of(asked: str | None) -> str:
-    """`cpu` or `cuda`: the requested one, or the GPU if there is one. Raises ConfigError if there is no GPU."""
-    has_gpu = torch.cuda.is_available()
-    if asked == "cuda" and not has_gpu:
-        raise ConfigError("--device cuda needs a CUDA GPU, and torch finds none here")
-    return asked or ("cuda" if has_gpu else "cpu")
-
-
 def run_benchmark(
     config: JobConfig,
     *,
@@ -137,7 +129,10 @@ def run_benchmark(
     per_record = MeasuredCost(
         measured.seconds_per_image, measured.forwards_per_image, num_bytes + ROW_BYTES, str(datetime.now(UTC).date())
     )
-    remember(config, device, per_record)
+    try:
+        remember(config, device, per_record)
+    except ConfigError as error:  # the figures are worth more
+        console.print(f"WARNING: {printable(error)}")
     return Benchmark(device, _hardware(device), setting, tuple(probed), measured, num_bytes, cost, raced)
 
 

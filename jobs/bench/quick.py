@@ -22,6 +22,7 @@ from blocksight.jobs.plan.context import weights_bytes
 from blocksight.jobs.plan.estimate import ROW_BYTES
 from blocksight.jobs.plan.machine_rates import MeasuredCost, remember
 from blocksight.jobs.plan.plan import Plan
+from blocksight.jobs.run.workers import device_here
 from blocksight.storage.outputs.map_codec import encode_map
 
 PROBE_SECONDS = 10.0
@@ -32,8 +33,14 @@ def probe_cost(config: JobConfig, plan: Plan, device: str, console: Console) -> 
     """The cost of a record of this data set on one worker of this machine, which later plans find.
 
     Explains images until `PROBE_SECONDS` are over, at least one; the first of several does not count, as it warms up.
-    Raises ConfigError if no image can be decoded or the method learns first, ModelError and StoreError.
+    Raises ConfigError if no image can be decoded, the method learns first, or the workers have GPUs and this machine
+    none, ModelError and StoreError.
     """
+    if device == "cuda" and device_here("auto") == "cpu":
+        raise ConfigError(
+            "--probe measures on this machine, where torch can use no GPU, and the job's workers have GPUs: leave "
+            "--probe out, as a new job measures one of them first, or choose --device cpu"
+        )
     if num_learning_images(config):
         raise ConfigError(f"{config.explainer} learns before it explains: `blocksight bench` measures it")
     if device == "cpu":

@@ -64,10 +64,9 @@ def plan(
     made = plan_for(found, workforce)
     labels = preview_labels(job, made, label_file)
     if probe:
-        from blocksight.jobs.bench.benchmark import device_of
         from blocksight.jobs.bench.quick import probe_cost
 
-        probe_cost(job, made, device_of(workforce.device), progress_console(as_json))
+        probe_cost(job, made, workforce.device, progress_console(as_json))
         made = plan_for(found, workforce)
     if as_json:
         print_json({**plan_figures(job, made, workforce), "labels": labels})

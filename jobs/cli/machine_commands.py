@@ -54,8 +54,9 @@ def bench(
         Literal["auto", "float32", "float16", "bfloat16"], typer.Option(help="Of masked forwards; as in `explain`.")
     ] = "auto",
     device: Annotated[
-        Literal["cpu", "cuda"] | None, typer.Option(help="[default: the GPU, or one core where there is none]")
-    ] = None,
+        Literal["auto", "gpu", "cpu"],
+        typer.Option(help="gpu (an error without one), cpu: one core, or auto: the GPU if there is one."),
+    ] = "auto",
     batch_size: BatchSize = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Workers that the cost is computed for; with --host Ray's actors, or 2.")
@@ -77,6 +78,7 @@ def bench(
     Example: blocksight bench --data s3://bucket/images --price 2.50
     """
     from blocksight.jobs.bench import benchmark
+    from blocksight.jobs.run.workers import device_here
 
     places = {"data": fidelity or data or str(output), "output": str(output), "endpoint_url": endpoint_url}
     network = {"model": model, "weights": weights, "blocks": blocks, "precision": precision}
@@ -89,7 +91,7 @@ def bench(
         _bench_host(data, endpoint_url, limit, workers, progress, as_json=as_json)
         return
     job, _ = load_config(None, {**places, **network, **method, "limit": limit})
-    where = benchmark.device_of(device)
+    where = device_here(device)
     if fidelity is not None:
         other = explainer if explainer != "sise" else None
         ignored = {"--data": data, "--peers": peers, "--blocks": blocks, "-p": param, "--price": price}

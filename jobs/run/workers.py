@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from blocksight.cluster.cores import usable_cores, usable_gpus
 from blocksight.cluster.errors import ClusterError
-from blocksight.cluster.sizing import Sizing
+from blocksight.cluster.sizing import Device, Sizing
 from blocksight.jobs.plan.config import Execution
 from blocksight.jobs.plan.text import counted
 from blocksight.jobs.plan.units import Workforce
@@ -29,36 +29,44 @@ def workforce_of(execution: Execution) -> Workforce:
             assert sizing is not None  # of Ray
             return Workforce(sizing.num_actors, sizing.gpus_per_actor > 0)
     refuse_missing_gpu(execution)
-    gpus = 0 if execution.device == "cpu" else usable_gpus()
     if execution.runner == "local":
-        return Workforce(1 if gpus else execution.workers or usable_cores(), on_gpu=gpus > 0)
+        on_gpu = device_of(execution, None) == "cuda"
+        return Workforce(1 if on_gpu else execution.workers or usable_cores(), on_gpu)
+    gpus = 0 if execution.device == "cpu" else usable_gpus()
     return Workforce(execution.workers or gpus or usable_cores(), on_gpu=gpus > 0)
 
 
 def refuse_missing_gpu(execution: Execution) -> None:
     """Raises ClusterError if a GPU of this machine is asked for, and there is none. A cluster is asked when joined."""
     is_elsewhere = execution.runner == "ray" and execution.address is not None
-    if execution.device != "gpu" or is_elsewhere or usable_gpus():
-        return
+    if execution.device == "gpu" and not is_elsewhere:
+        device_here("gpu")
+
+
+def device_here(asked: Device) -> str:
+    """`cuda` or `cpu`: what torch computes on in this process.
+
+    A GPU that the driver lists is not enough: torch must be able to use it. Raises ClusterError if a GPU is asked for.
+    """
+    if asked == "cpu":
+        return "cpu"
     import torch
 
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        return "cuda"
+    if asked == "gpu":
         raise ClusterError(
             f"--device gpu: this machine shows no NVIDIA GPU that torch {torch.__version__} can use: check that "
             "nvidia-smi lists one and that this torch is a CUDA build, or choose --device cpu"
         )
+    return "cpu"
 
 
 def device_of(execution: Execution, sizing: Sizing | None) -> str:
     """`cuda` or `cpu`: where the models of a run are. `sizing`: of its Ray session; None: it runs in this process."""
     if sizing is not None:
         return "cuda" if sizing.gpus_per_actor > 0 else "cpu"
-    if execution.device == "cpu":
-        return "cpu"
-    import torch
-
-    refuse_missing_gpu(execution)
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return device_here(execution.device)
 
 
 def workers_text(execution: Execution, sizing: Sizing | None) -> str:

@@ -45,7 +45,10 @@ def test_the_cores_of_a_batch_job_count(machine, monkeypatch):
     assert usable_cores() == 3
 
 
-@pytest.mark.parametrize(("visible", "wanted"), [(None, 8), ("", 0), ("2", 1), ("0,3", 2)])
+@pytest.mark.parametrize(
+    ("visible", "wanted"),
+    [(None, 8), ("", 0), ("2", 1), ("0,3", 2), ("-1", 0), ("0,-1,1", 1), ("GPU-7f3a, 1", 2), ("NoDevFiles", 0)],
+)
 def test_gpus_that_are_not_visible_do_not_count(machine, monkeypatch, visible, wanted):
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)

@@ -9,6 +9,7 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
+from blocksight.cluster.errors import ClusterError
 from blocksight.engine.judging import fidelity
 from blocksight.engine.judging.fidelity import FULL
 from blocksight.jobs.bench import curve
@@ -105,10 +106,18 @@ def test_a_measurement_is_recalled_for_the_same_work_alone(data):
     assert recall(job, "cpu") is None
 
 
-def test_without_a_gpu_cuda_is_refused(data, monkeypatch):
+def test_without_a_gpu_one_that_is_asked_for_is_refused(data, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ConfigError, match="torch finds none here"):
-        typed("bench", "--model", MODEL, "--data", data, "--device", "cuda")
+    with pytest.raises(ClusterError, match="--device gpu: this machine shows no NVIDIA GPU"):
+        typed("bench", "--model", MODEL, "--data", data, "--device", "gpu")
+
+
+def test_figures_that_cannot_be_kept_are_shown_all_the_same(data, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    ran = typed("bench", "--model", MODEL, "--data", data, "--device", "cpu", "--json")
+    assert "the measurement cannot be kept" in ran.stderr
+    assert json.loads(ran.stdout)["device"] == "cpu"
 
 
 # ---------------------------------------------------------------- the fidelity curve

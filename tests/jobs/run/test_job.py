@@ -278,8 +278,10 @@ def test_units_are_cut_for_the_cluster_that_is_joined(tmp_path, monkeypatch, gpu
     assert f"on 16 {'GPUs' if gpus else 'CPU cores'}" in said.stdout
 
 
-def test_a_gpu_that_was_asked_for_and_is_not_there_is_an_error_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("blocksight.jobs.run.workers.usable_gpus", lambda: 0)
+@pytest.mark.parametrize("listed", [0, 1])  # by the driver, which this torch may not fit
+def test_a_gpu_that_was_asked_for_and_is_not_there_is_an_error_before_any_work(tmp_path, monkeypatch, listed):
+    monkeypatch.setattr("blocksight.jobs.run.workers.usable_gpus", lambda: listed)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     data = folder_of_images(tmp_path / "in", 1, bad=False)
     job = ("--data", data, "--output", tmp_path / "out", "--model", MODEL, "--device", "gpu")
     for command in (("explain", *job), ("explain", *job, "--runner", "local"), ("plan", *job)):
@@ -307,11 +309,22 @@ def test_a_run_in_this_process_uses_the_gpu_unless_the_user_says_cpu(monkeypatch
 def test_units_are_cut_for_the_part_of_this_machine_that_may_be_used(monkeypatch, gpus, wanted):
     monkeypatch.setattr("blocksight.jobs.run.workers.usable_cores", lambda: 3)
     monkeypatch.setattr("blocksight.jobs.run.workers.usable_gpus", lambda: gpus)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
     assert workforce_of(Execution()) == wanted
     in_process = Workforce(3, False) if gpus == 0 else Workforce(1, True)
     assert workforce_of(Execution(runner="local", address="auto")) == in_process
     assert workforce_of(Execution(device="cpu")) == Workforce(3, False)
     assert workforce_of(Execution(workers=1)).num_workers == 1
+
+
+def test_a_gpu_that_torch_cannot_use_cuts_no_units_in_this_process_and_is_not_probed(tmp_path, monkeypatch):
+    monkeypatch.setattr("blocksight.jobs.run.workers.usable_gpus", lambda: 1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert not workforce_of(Execution(runner="local")).on_gpu
+    data = folder_of_images(tmp_path / "in", 1, bad=False)
+    ran = blocksight("plan", "--data", data, "--output", tmp_path / "out", "--model", MODEL, "--probe")
+    assert ran.returncode == 2
+    assert "torch can use no GPU, and the job's workers have GPUs" in ran.stderr
 
 
 def test_the_plan_names_columns_that_are_left_unread(tmp_path):
