@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from blocksight.engine.catalog.composition import num_forwards
 from blocksight.engine.catalog.entries import MODELS
@@ -46,7 +48,7 @@ SIDE = 224
 class MeasuredRate:
     """What one worker was measured to do before a plan was cut; its units' sizes come from it."""
 
-    seconds_per_record: float
+    seconds_per_record: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     source: str
     """How and where it was measured, for people."""
 

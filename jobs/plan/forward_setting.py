@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from blocksight.engine.catalog.forward_setting import MAX_BATCH_SIZE, ForwardSetting
 from blocksight.jobs.plan.documents import damaged, read_document
@@ -25,7 +27,7 @@ class PlannedForward:
     """The largest error allowed."""
     probe: tuple[dict[str, Any], ...] = ()
     """The settings that were tried, the chosen one first; for people."""
-    forwards_per_second: float | None = None
+    forwards_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Of the chosen setting where it was measured; None: not timed."""
     hardware: str | None = None
     """The GPU that it was chosen on; None: a CPU, or not recorded."""

@@ -5,32 +5,38 @@ import os
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
-from blocksight.jobs.plan.config import JobConfig, digest_of
+from blocksight.jobs.plan.config import ConfigError, JobConfig, digest_of
 from blocksight.jobs.plan.estimate import HOST_SECONDS, MeasuredRate, estimate
 from blocksight.jobs.plan.forward_setting import PlannedForward
 from blocksight.jobs.plan.units import Workforce
 
+MOST_RECORD_SECONDS = 30 * 86_400.0
+
 
 @dataclass(frozen=True)
 class MeasuredCost:
-    """The cost of one record on one worker of this machine."""
+    """The cost of one record on one worker of this machine. A file that holds no such figures is no measurement."""
 
-    seconds_per_record: float
+    seconds_per_record: Annotated[float, Field(gt=0, le=MOST_RECORD_SECONDS)]
     """Time of one core, or of one GPU."""
-    forwards_per_record: float
-    bytes_per_record: int
+    forwards_per_record: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    bytes_per_record: Annotated[int, Field(ge=0)]
     day: str
     """ISO date of the measurement."""
 
 
 def remember(config: JobConfig, device: str, cost: MeasuredCost) -> Path:
-    """Writes the measurement; replaces an earlier one of the same configuration and device."""
-    file = _file(config, device)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(asdict(cost)))
+    """Writes the measurement; replaces an earlier one of the same configuration and device. Raises ConfigError."""
+    try:
+        file = _file(config, device)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(asdict(cost)))
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"the measurement cannot be kept ({error}): let XDG_CACHE_HOME name a folder") from error
     return file
 
 
@@ -38,7 +44,7 @@ def recall(config: JobConfig, device: str) -> MeasuredCost | None:
     """The last measurement of the same configuration on the same device; None if there is none."""
     try:
         return TypeAdapter(MeasuredCost).validate_json(_file(config, device).read_bytes())
-    except (OSError, ValidationError):
+    except (OSError, RuntimeError, ValidationError):
         return None
 
 
@@ -99,5 +105,5 @@ def _file(config: JobConfig, device: str) -> Path:
         "device": device,
         "host": platform.node(),
     }
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return caches / "blocksight" / "bench" / f"{digest_of(what)[:16]}.json"
+    caches = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()  # RuntimeError for a user without a home
+    return Path(caches) / "blocksight" / "bench" / f"{digest_of(what)[:16]}.json"

@@ -2,15 +2,18 @@
 
 import json
 from dataclasses import replace
+from math import inf, nan
 
 import pytest
 
 from blocksight.cluster.sizing import MOST_UNIT_BYTES, MOST_UNIT_PIXEL_BYTES
 from blocksight.engine.catalog.forward_setting import ForwardSetting
+from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.estimate import HOST_SECONDS, MeasuredRate
 from blocksight.jobs.plan.forward_setting import PlannedForward
-from blocksight.jobs.plan.machine_rates import MeasuredCost, rate_of_forward, remember, remembered_rate
+from blocksight.jobs.plan.machine_rates import MeasuredCost, rate_of_forward, recall, remember, remembered_rate
 from blocksight.jobs.plan.plan import PLAN_KEY, ensure_plan, existing_plan, find_input, load_plan
+from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.jobs.plan.units import Workforce
 from blocksight.jobs.run import job, workers
 from blocksight.jobs.run.job import plan_job
@@ -109,6 +112,49 @@ def test_what_this_machine_remembers_cuts_a_new_plan(tmp_path):
     assert stored.rate == rate
     remember(config, "cpu", MeasuredCost(0.1, 900.0, 7000, "2026-01-02"))
     assert plan_job(config, execution)[1] == stored
+
+
+ABSURD = [0, -5, -HOST_SECONDS, nan, inf, 1e300, "much"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"seconds_per_record": seconds} for seconds in ABSURD),
+        *({"forwards_per_record": number} for number in (-1, nan, inf)),
+        {"bytes_per_record": -7},
+    ],
+    ids=str,
+)
+def test_what_no_measurement_says_is_not_remembered(tmp_path, change):
+    config = config_of(tmp_path / "in", tmp_path / "out")
+    file = remember(config, "cpu", MeasuredCost(1.0, 900.0, 7000, "2026-01-01"))
+    assert recall(config, "cpu") is not None
+    file.write_text(json.dumps({**json.loads(file.read_bytes()), **change}))
+    assert recall(config, "cpu") is None
+    assert remembered_rate(config, "cpu") is None
+
+
+@pytest.mark.parametrize("seconds", ABSURD[:5])
+def test_a_plan_with_an_absurd_rate_is_damaged(tmp_path, seconds):
+    config = config_of(folder_of_images(tmp_path / "in", 3), tmp_path / "out")
+    output, found = job.begun_or_new(config)
+    ensure_plan(output, found.cut(Workforce(1, False, MeasuredRate(2.0, "x"))))
+    stored = json.loads((tmp_path / "out" / PLAN_KEY).read_bytes())
+    stored["rate"]["seconds_per_record"] = seconds
+    (tmp_path / "out" / PLAN_KEY).write_text(json.dumps(stored))
+    with pytest.raises(UnreconciledError, match="rate"):
+        existing_plan(output)
+
+
+def test_without_a_home_nothing_is_remembered_and_a_job_is_planned(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # a container's user may have no entry
+    config = config_of(folder_of_images(tmp_path / "in", 3), tmp_path / "out")
+    assert plan_job(config, job.Execution(runner="local", workers=1))[1].rate is None
+    with pytest.raises(ConfigError, match=r"home directory.*XDG_CACHE_HOME"):
+        remember(config, "cpu", MeasuredCost(1.0, 900.0, 7000, "2026-01-01"))
 
 
 def test_a_new_job_on_gpus_is_cut_by_the_rate_of_its_probe(tmp_path, monkeypatch):
