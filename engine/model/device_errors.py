@@ -44,6 +44,7 @@ WORDS: tuple[tuple[DeviceTrouble, tuple[str, ...]], ...] = (
             *("cuda initialization", "cuda driver initialization", "cuda unknown error", "initialization error"),
             *("not compiled with cuda", "cannot re-initialize cuda", "invalid device ordinal", "stub library"),
             *("busy or unavailable", "forward compatibility was attempted", "system not yet initialized"),
+            *("no available kernel. aborting", "only supports ampere", "ptxas fatal", "could not load library libcu"),
             *("unsupported display driver", "cuda error: operation not supported", "too many resources requested"),
         ),
     ),
@@ -61,6 +62,7 @@ WORDS: tuple[tuple[DeviceTrouble, tuple[str, ...]], ...] = (
             *("out of memory", "out_of_memory", "outofmemory", "memoryallocation", "insufficient memory"),
             *("alloc_failed", "allocation_failure", "out_of_resources", "insufficient_resources", "nvml_success"),
             *("unable to find an engine", "no valid execution plan", "invalid configuration argument"),
+            *("find a valid cudnn algorithm", "canuse32bitindexmath", "int_max elements"),  # a batch is too large
             *("cublas_status_not_initialized", "cusolver_status_not_initialized", "cudnn_status", "cudnn error"),
         ),
     ),

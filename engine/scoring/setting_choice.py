@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from blocksight.engine.catalog.forward_setting import Backend, ForwardSetting, Precision
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.adapter import ModelAdapter
-from blocksight.engine.model.device_errors import DeviceTrouble, device_trouble
+from blocksight.engine.model.device_errors import DeviceTrouble, device_trouble, while_it_fits
 from blocksight.engine.model.failures import first_line_of
 from blocksight.engine.model.resample import grid_of, upsampling
 from blocksight.engine.scoring.forward import Forward, empty_caches, in_place, make_forward
@@ -151,14 +151,13 @@ def _measured(
 def _reference_scores(adapter: ModelAdapter, masked: Tensor) -> Tensor:
     """The scores in eager float32, in the largest small batches that fit.
 
-    Raises torch.OutOfMemoryError if not even one image fits, and ModelError if the model fails.
+    Raises what says so if not even one image fits, and ModelError if the model fails.
     """
     size = EAGER_BATCH_SIZES["cpu"]
     while size > 1:
-        try:
+        with while_it_fits():
             return _scores(adapter, make_forward(adapter, eager_setting("cpu", size)), masked, size)
-        except torch.OutOfMemoryError:
-            size //= 2
+        size //= 2
     return _scores(adapter, make_forward(adapter, eager_setting("cpu", 1)), masked, 1)
 
 

@@ -8,7 +8,8 @@ import torch
 from blocksight.engine.catalog.forward_setting import ForwardSetting
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.adapter import ModelAdapter
-from blocksight.engine.model.device_errors import is_short_of_memory
+from blocksight.engine.model.device_errors import device_trouble, is_short_of_memory
+from blocksight.engine.model.failures import first_line_of
 from blocksight.engine.model.threads import one_thread
 from blocksight.engine.scoring.forward import Forward, make_forward
 from blocksight.engine.scoring.setting_choice import (
@@ -114,16 +115,21 @@ def _on_gpu(planned: PlannedForward) -> PlannedForward:
 
 
 def _with_rate(adapter: ModelAdapter, forward: Forward, chosen: MeasuredSetting) -> MeasuredSetting:
-    """The setting with its rate, which a choice by rule does not know. Too little memory is left to the units."""
+    """The setting with its rate, which a choice by rule does not know. Too little memory is left to the units.
+
+    Raises ModelError if the model does not run on its device: it was examined on the driver's CPU.
+    """
     if chosen.forwards_per_second is not None:
         return chosen
     try:
         with adapter.borrowed(), torch.inference_mode():
             speed = rate(forward, drawn_pictures(adapter), chosen.setting.batch_size)
     except Exception as error:
-        if not is_short_of_memory(error):
+        if is_short_of_memory(error):
+            return chosen
+        if device_trouble(error) is not None:
             raise
-        return chosen
+        raise ModelError(f"{adapter.name} does not run on {adapter.device}: {first_line_of(error)}") from error
     return replace(chosen, forwards_per_second=speed)
 
 

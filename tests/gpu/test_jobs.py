@@ -14,17 +14,21 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from torch import nn
 
 from blocksight.engine.catalog.composition import parameters_of, parse_method
+from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers import make_explainer
 from blocksight.engine.judging import fidelity
 from blocksight.engine.judging.fidelity import FULL
 from blocksight.engine.judging.preflight import quick, scored_once, try_explainer
+from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.examination import examine
 from blocksight.engine.scoring import setting_choice
 from blocksight.engine.scoring.setting_choice import ForwardRequest, choose, drawn_pictures
 from blocksight.jobs.audit.trial import Pictures, Trial
 from blocksight.jobs.bench.benchmark import run_benchmark, run_curve
+from blocksight.jobs.explain.forward_pass import choose_forward
 from blocksight.jobs.explain.replay import Replay, replay_error
 from blocksight.jobs.plan.config import Execution
 from blocksight.jobs.plan.context import JobContext
@@ -146,6 +150,25 @@ def test_a_gpu_chooses_among_its_settings_and_stores_its_rate(data: Path, tmp_pa
         ("graphed", "float16"),
     }
     assert all(own["refused"] is None for own in ran.forward.probe)
+
+
+class WithConstant(nn.Module):
+    """Its forward adds a tensor that stays on the CPU, wherever the module is moved."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.kept = net, [torch.zeros(1, 3, 1, 1)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x + self.kept[0])
+
+
+@pytest.mark.parametrize("precision", ["auto", "float32"])
+def test_a_model_that_runs_on_the_cpu_alone_is_refused_before_any_unit(precision: Any):
+    adapter = ModelAdapter(WithConstant(make().module), name="mine", input_size=(32, 32))
+    request = ForwardRequest(None if precision == "auto" else precision)
+    with pretended_gpu(), pytest.raises(ModelError, match=r"mine.*got tensors on cuda:0, and on the CPU"):
+        choose_forward(adapter.to("cuda"), request)
 
 
 # ---------------------------------------------------------------- steps that hold a model elsewhere
