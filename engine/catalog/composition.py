@@ -64,7 +64,18 @@ def _parse(text: str, depth: int) -> Method:
         return Method(name)
     if depth == 0:
         raise ValueError(f"at most {MAX_DEPTH} wrappers may wrap a method")
-    return Method(name, _parse(inner[:-1].strip() if opened else wraps, depth - 1))
+    base = _parse(inner[:-1].strip() if opened else wraps, depth - 1)
+    if name == "libra":
+        _check_gradients(base)
+    return Method(name, base)
+
+
+def _check_gradients(base: Method) -> None:
+    if "gradients" not in base.innermost.entry.needs or "fullgrad" in base.names:
+        raise ValueError(
+            f"libra changes the gradients that a method takes, and {base} takes none, or needs the plain ones: "
+            "take libra(gradcam), libra(hirescam) or libra(chefer)"
+        )
 
 
 def _known_name(name: str, text: str) -> str:

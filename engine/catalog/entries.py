@@ -14,6 +14,7 @@ from blocksight.engine.catalog.parameters import (
     FovExParameters,
     IntegratedGradientsParameters,
     LeGradParameters,
+    LibraParameters,
     NoParameters,
     OcclusionParameters,
     RiseParameters,
@@ -251,6 +252,15 @@ EXPLAINERS: Mapping[str, ExplainerEntry] = {
         wraps="gradcam",
         num_views=lambda own: own.crops**2 * (1.0 if own.enlarge == "native" else (own.side * own.enlarge / 224) ** 2),
     ),
+    "libra": ExplainerEntry(
+        LibraParameters,
+        needs="what its base needs, which must take gradients; operations of torch's own",
+        cost="its base",
+        source="Mehri et al., LibraGrad (arXiv 2411.16760), from the paper alone",
+        blocks="last",
+        wraps="hirescam",
+        num_views=lambda _: 1.0,
+    ),
     "feature-cam": ExplainerEntry(
         FeatureCamParameters,
         needs="what its base needs; for edges by HED, its weights",
@@ -305,7 +315,7 @@ EXPLAINERS: Mapping[str, ExplainerEntry] = {
     ),
     "bee": ExplainerEntry(
         BeeParameters,
-        needs="a CNN or a vision transformer: the last block's feature maps, and the network behind it; random",
+        needs="a CNN or a vision transformer: the last block's feature maps, gradients; random",
         cost="100 draws, each 5 F, and 5 B per target, of the network behind the last block (4 of noise), and per "
         "target 1 F (average drop), 10 F (pos) or 29 F (insertion); fast: 8 draws; before, a first pass over 5000 "
         "images (fast: 128), each 2 F, 1 draw and its metric",

@@ -177,6 +177,13 @@ class UcagParameters:
             raise ValueError(f"enlarge must lie between 1 and 8, or be native, got {self.enlarge}")
 
 
+@dataclass(frozen=True)
+class LibraParameters:
+    """No choices of its own."""
+
+    base: Any = field(default=None, metadata=_OF_BASE)
+
+
 def _reconstruction() -> Literal["reconstruction"]:
     return field(
         default="reconstruction",

@@ -19,19 +19,20 @@ from blocksight.engine.explainers.fovex import FovEx
 from blocksight.engine.explainers.fullgrad import FullGrad
 from blocksight.engine.explainers.gradients import Gradient, IntegratedGradients
 from blocksight.engine.explainers.legrad import LeGrad
+from blocksight.engine.explainers.libra import Libra
 from blocksight.engine.explainers.occlusion import Occlusion
 from blocksight.engine.explainers.rise import Rise
 from blocksight.engine.explainers.scorecam import ScoreCam
 from blocksight.engine.explainers.sise import Sise
 from blocksight.engine.explainers.smoothgrad import SmoothGrad
 from blocksight.engine.explainers.ucag import Ucag
-from blocksight.engine.explainers.wrapper import Wrapper
 from blocksight.engine.model.adapter import ModelAdapter
 
-WRAPPERS: Mapping[str, type[Wrapper]] = {
+WRAPPERS: Mapping[str, Callable[..., Explainer]] = {
     "smoothgrad": SmoothGrad,
     "ucag": Ucag,
     "feature-cam": FeatureCam,
+    "libra": Libra,
 }
 """Methods that wrap another, as in `smoothgrad(gradcam)`."""
 

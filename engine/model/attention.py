@@ -43,8 +43,9 @@ Replace = Callable[[Tensor], Tensor]
 
 _SOFTMAX = (torch.softmax, Tensor.softmax, functional.softmax)
 _PRODUCT = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
-_SAME_WEIGHTS = (Tensor.to, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16)
-"""Casts: a softmax that was taken in float32 is still A in the network's own precision."""
+_CASTS = (Tensor.to, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16)
+_SAME_WEIGHTS = (*_CASTS, functional.dropout, Tensor.detach)
+"""A softmax that was taken in float32 is still A in the network's own precision, and so is a detached one."""
 _MULTI_HEAD = inspect.signature(functional.multi_head_attention_forward)
 
 
@@ -111,11 +112,10 @@ class _AttentionMode(TorchFunctionMode):
         return result
 
     def _gives_weights(self, func: Any, args: Any, result: Any) -> bool:
-        """True for a softmax of four axes, and for what a cast or an inactive dropout makes of one."""
+        """True for a softmax of four axes, and for what a cast, an inactive dropout or `detach` makes of one."""
         if func in _SOFTMAX:
             return result.dim() == 4
-        is_followed = func in _SAME_WEIGHTS or func is functional.dropout
-        return is_followed and self.softmax is not None and args[0] is self.softmax
+        return func in _SAME_WEIGHTS and self.softmax is not None and args[0] is self.softmax
 
     def _fused(
         self,

@@ -586,3 +586,30 @@ def chefer(net: nn.Module, image: Tensor, target: int) -> Tensor:
     else:
         row = [sum(total[i][j] - float(i == j) for i in patches) / num_tokens for j in patches]
     return torch.tensor(row, dtype=torch.float64).view(image.shape[1] // 4, image.shape[2] // 4)
+
+
+@torch.no_grad()
+def libra_logit(net: nn.Module, fixed: Tensor, image: Tensor, target: int) -> Tensor:
+    """The logit of a `nets.Transformer` whose attention, deviations and gates are those of the image `fixed`."""
+    held, tokens = net.tokens(fixed[None])[0], net.tokens(image[None])[0]
+
+    def norm(layer: nn.LayerNorm, own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        sd = (own.var(1, unbiased=False, keepdim=True) + layer.eps).sqrt()
+        first, second = ((one - one.mean(1, keepdim=True)) / sd * layer.weight + layer.bias for one in (own, other))
+        return first, second
+
+    for block in net.blocks:
+        own, other = norm(block.norm, held, tokens)
+        num_heads = block.attention.num_heads
+        query, key, value = (
+            block.attention.qkv(own).unflatten(1, (3, num_heads, -1))[:, part].transpose(0, 1) for part in range(3)
+        )
+        moved = block.attention.qkv(other).unflatten(1, (3, num_heads, -1))[:, 2].transpose(0, 1)
+        attention = (query @ key.transpose(1, 2) / query.shape[-1] ** 0.5).softmax(-1)
+        held = held + block.attention.proj((attention @ value).transpose(0, 1).flatten(1))
+        tokens = tokens + block.attention.proj((attention @ moved).transpose(0, 1).flatten(1))
+        own, other = (block.wide(one) for one in norm(block.second_norm, held, tokens))
+        gate = (1 + torch.erf(own / 2**0.5)) / 2
+        held, tokens = held + block.narrow(own * gate), tokens + block.narrow(other * gate)
+    last = norm(net.norm, held, tokens)[1]
+    return net.head(last[0] if net.num_prefix else last.mean(0))[target]

@@ -174,6 +174,7 @@ VARIANTS: Sequence[tuple[str, Mapping[str, Any], str]] = (
     ("daam", {"query": "mean", "normalise": True}, "vit"),
     *[("daam", {}, net) for net in ("neighbours", "fused vit", "torchvision's vit")],
     ("legrad", {"pool": "model"}, "fused vit"),
+    *[(f"libra({base})", {}, "fused vit") for base in ("hirescam", "chefer", "legrad")],
     *[(name, {}, "torchvision's vit") for name in ("legrad", "chefer")],
     ("bee", {**SHORT_BEE, "metric": "insertion", "with_mean": True, "integrand": "relu_grad_act"}, "cnn"),
     ("bee", {"draws": 4, "choice": "even", "families": ("normal", "uniform", "blur", "const")}, "vit"),

@@ -23,6 +23,7 @@ from blocksight.engine.catalog.parameters import (
     FovExParameters,
     IntegratedGradientsParameters,
     LeGradParameters,
+    LibraParameters,
     NoParameters,
     OcclusionParameters,
     RiseParameters,
@@ -767,6 +768,7 @@ CHEAP = {
     "bee": BeeParameters(draws=3, images=3, pool=2),
     "daam": DaamParameters(),
     "legrad": LeGradParameters(),
+    "libra": LibraParameters(),
 }
 CONTROLS = {"random", "gaussian", "edges"}
 STOCHASTIC = {"bee", "fovex", "random", "rise", "smoothgrad"}
