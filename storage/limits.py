@@ -89,3 +89,6 @@ MAX_MANIFEST_BYTES_PER_UNIT = 2 << 10
 
 MAX_CLASSES = 1 << 20
 """Classes of a model. An export holds a number for each."""
+
+MAX_COCO_BYTES = 64 << 20
+"""One document of regions in COCO's form: it is held in memory, and the next one begins beyond it."""

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 import blocksight
 from blocksight.jobs.plan.config import Execution, JobConfig
-from blocksight.storage.outputs.schema import EVALUATION, SCHEMA
+from blocksight.storage.outputs.schema import EVALUATION, REGIONS, SCHEMA
 from tests.readmes import ROOT, names_in, tables
 
 
@@ -47,9 +47,10 @@ def _as_text(default: object) -> str:
     [
         ("storage", "columns", column_lines(SCHEMA)),
         ("storage", "evaluation columns", column_lines(EVALUATION)),
+        ("storage", "region columns", column_lines(REGIONS)),
         ("jobs", "configuration", key_lines(JobConfig, Execution)),
     ],
-    ids=["columns", "evaluation columns", "configuration"],
+    ids=["columns", "evaluation columns", "region columns", "configuration"],
 )
 def test_the_table_is_the_codes(readme, mark, lines):
     table = "\n".join((f"<!-- {mark} -->", *lines))

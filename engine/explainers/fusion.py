@@ -3,41 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from blocksight.engine.saliency import Map
+from blocksight.engine.saliency import NUM_BINS, Map, between_class_variance, otsu_foreground
 
-NUM_BINS = 256
 SOFT_SLOPE = 100.0
 SOFT_RAISE_FACTOR = 1.5
 SOFT_MIN_SHARE = 0.1
-
-
-def _between_class_variance(bins: NDArray[np.int64], values: Map) -> Map:
-    """Otsu's criterion for the split after each bin; -1 where one of the two classes is empty."""
-    counts = np.bincount(bins, minlength=NUM_BINS).astype(np.float64)
-    sums = np.bincount(bins, weights=values, minlength=NUM_BINS)
-    below, total = counts.cumsum(), counts.sum()
-    above = total - below
-    both = (below > 0) & (above > 0)
-    below_sum = sums.cumsum()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        gap = below_sum / below - (sums.sum() - below_sum) / above
-        return np.where(both, below * above / total**2 * gap**2, -1.0)
-
-
-def otsu_foreground(values: Map) -> NDArray[np.bool_]:
-    """Where values in [0, 1] lie above Otsu's threshold (Otsu 1979).
-
-    256 bins, bin = min(floor(256 v), 255); the split is the first argmax of the between-class variance of
-    the values themselves; foreground = bins above it. A constant map has no foreground.
-    """
-    bins = np.minimum(np.floor(NUM_BINS * values).astype(np.int64), NUM_BINS - 1)
-    variance = _between_class_variance(bins.ravel(), values.ravel())
-    split = int(variance.argmax())
-    if variance[split] < 0:
-        return np.zeros(values.shape, dtype=np.bool_)
-    return bins > split
 
 
 def hard_gate(values: Map) -> Map:
@@ -52,7 +23,7 @@ def soft_gate(values: Map) -> Map:
     the pixels lie at or above 1.5 t. A constant map has no foreground.
     """
     bins = np.rint(NUM_BINS * values).astype(np.int64)
-    variance = _between_class_variance(np.minimum(bins, NUM_BINS - 1).ravel(), bins.ravel().astype(np.float64))
+    variance = between_class_variance(np.minimum(bins, NUM_BINS - 1).ravel(), bins.ravel().astype(np.float64))
     if variance.max() < 0:
         return np.zeros(values.shape, dtype=np.float64)
     threshold = float(variance.argmax() + 1)

@@ -1,12 +1,14 @@
-"""The commands that show an output: show, report, sql and export."""
+"""The commands that show an output: show, report, sql, regions and export."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from blocksight.jobs.cli.app import (
+    INCOMPLETE,
     AsJson,
     Endpoint,
     Existing,
@@ -112,6 +114,58 @@ def ask_output(
     else:
         count = sql.write_csv(found, csv)
         console.print(f"csv: {printable(csv)} ({counted(count, 'row')})")
+
+
+@commands.command("regions")
+def outline_output(
+    output: Existing,
+    threshold: Annotated[
+        str,
+        typer.Option(
+            help="What is inside: otsu (the map itself says), share:0.2 (the most salient fifth of the pixels) or "
+            "energy:0.5 (the fewest pixels that hold half of the map)."
+        ),
+    ] = "otsu",
+    parts: Annotated[
+        Literal["largest", "all"], typer.Option(help="The largest connected part of each map, or all of them.")
+    ] = "largest",
+    smooth: Annotated[
+        float,
+        typer.Option(
+            help="Standard deviation of a Gaussian over the map first, in its pixels: fewer specks.  [default: 0]",
+            show_default=False,
+        ),
+    ] = 0.0,
+    as_json: AsJson = False,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Turn maps into boxes and masks: Parquet beside the maps, joined by key and target, and COCO JSON.
+
+    Boxes and masks are in pixels of the upright original, whether the picture was squashed or cropped. What is there
+    is kept: the same command goes on after a job has gone on. Other settings are another folder, OUTPUT/regions/....
+
+    Example: blocksight regions maps/ --threshold energy:0.5 --parts all --smooth 3
+    """
+    from blocksight.engine.regions import RegionRule
+    from blocksight.jobs.cli.record_tables import regions_table
+    from blocksight.jobs.export.regions import find_regions
+
+    try:
+        rule = RegionRule.parse(threshold, parts, smooth)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    found = find_regions(*existing(output, endpoint_url), rule, progress_console(as_json))
+    place = output.rstrip("/")
+    if as_json:
+        print_json({**asdict(found), "rule": str(rule), "folder": f"{place}/{found.folder}"})
+    else:
+        console.print(regions_table(found, place))
+    if found.counts.open_units:
+        progress_console(as_json).print(
+            f"{counted(found.counts.open_units, 'unit')} of the job still open: explain goes on from there, and then "
+            "the same command"
+        )
+        raise typer.Exit(INCOMPLETE)
 
 
 @commands.command("export")

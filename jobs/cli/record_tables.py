@@ -1,7 +1,7 @@
-"""The tables of one record: its facts, and a line per target."""
+"""The tables of one record, its facts and a line per target, and of the regions of all."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -11,6 +11,9 @@ from blocksight.jobs.cli.tables import facts_table
 from blocksight.jobs.plan.preflight import score_name, score_text
 from blocksight.jobs.plan.text import counted, printable
 from blocksight.jobs.report.products import products_of, said_of
+
+if TYPE_CHECKING:
+    from blocksight.jobs.export.regions import FoundRegions
 
 FIGURES = ("rank", "with the top 15 %", "model runs", "masks scored", "stored map")
 """Columns of a target after its name and score."""
@@ -83,3 +86,20 @@ def _masks_text(fidelity: str, reason: str | None) -> str:
     """`all`, or `a tenth: sound` where the job chose."""
     share = SHARES.get(fidelity, fidelity)
     return share if reason in (None, "as asked") else f"{share}: {reason}"
+
+
+def regions_table(found: "FoundRegions", output: str) -> Table:
+    """What `regions` found, and where it is."""
+    counts = found.counts
+    without = ", ".join(f"{number:,} {reason}" for reason, number in sorted(counts.reasons.items())) or "none"
+    there = f", {counts.kept:,} were there" if counts.kept else ""
+    return facts_table(
+        [
+            ("regions", printable(found.rule)),
+            ("maps", f"{counts.maps:,} of {counted(counts.records, 'record')}"),
+            ("parts", f"{counts.parts:,} in {counted(counts.with_regions, 'map')}"),
+            ("without a part", without),
+            ("tables", f"{printable(output)}/{found.folder}data/ ({counted(counts.made, 'fragment')} written{there})"),
+            ("COCO", ", ".join(f"{printable(output)}/{key}" for key in found.coco)),
+        ]
+    )

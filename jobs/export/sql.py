@@ -23,10 +23,10 @@ from blocksight.jobs.evaluate.evaluation import FOLDER
 from blocksight.jobs.ledger.output import table_of
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.documents import damaged
-from blocksight.jobs.plan.plan import existing_plan
+from blocksight.jobs.plan.plan import REGIONS_FOLDER, existing_plan
 from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.jobs.plan.text import counted, printable
-from blocksight.storage.outputs.schema import EVALUATION, OK, RANKS_FROM_0, RECORD_COLUMNS, REJECTED, SCHEMA
+from blocksight.storage.outputs.schema import EVALUATION, OK, RANKS_FROM_0, RECORD_COLUMNS, REGIONS, REJECTED, SCHEMA
 from blocksight.storage.stores.locations import S3, normal_place
 from blocksight.storage.stores.opening import open_store
 from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore
@@ -49,7 +49,8 @@ FORMULA_SIGNS = (
 )
 """First visible characters of text that a spreadsheet may run as a formula."""
 
-TABLES = {"data/": SCHEMA, FOLDER: EVALUATION, ROWS_FOLDER: ROWS, GROUPS_KEY: GROUPS, CLUSTERS_KEY: CLUSTERS}
+TABLES = {"data/": SCHEMA, FOLDER: EVALUATION, REGIONS_FOLDER: REGIONS}
+TABLES |= {ROWS_FOLDER: ROWS, GROUPS_KEY: GROUPS, CLUSTERS_KEY: CLUSTERS}
 """Schemas of the tables that the views read, by prefix or key."""
 
 MetricColumns = Mapping[tuple[str, str], str]
@@ -161,6 +162,8 @@ def _views(store: ObjectStore) -> dict[str, str]:
         "rejects": f"SELECT {', '.join(map(_name, RECORD_COLUMNS))} FROM {data} WHERE status = '{REJECTED}'",
         "values": f"{_explained(data)}\nUNION ALL BY NAME\n{_evaluated(store)}",
     }
+    if any(info.key.endswith(".parquet") for info in store.list(REGIONS_FOLDER)):
+        views["regions"] = _regions(store)
     if store.head(AUDIT_KEY) is not None:
         views |= {
             "audit_rows": f"SELECT * FROM {_source(store, ROWS_FOLDER, f'{ROWS_FOLDER}*.parquet', ROWS)}",
@@ -197,6 +200,13 @@ def _evaluated(store: ObjectStore) -> str:
     source = _source(store, FOLDER, f"{FOLDER}*/data/*.parquet", EVALUATION, with_filename=True)
     name = "regexp_extract(filename, '/([^/]+)/data/[^/]+$', 1)"
     return f"SELECT {name} AS evaluation, {', '.join(map(_name, EVALUATION.names))} FROM {source}"
+
+
+def _regions(store: ObjectStore) -> str:
+    """The query of the maps' regions, with the name of their settings: a map has a row for each."""
+    source = _source(store, REGIONS_FOLDER, f"{REGIONS_FOLDER}*/data/*.parquet", REGIONS, with_filename=True)
+    name = "regexp_extract(filename, '/([^/]+)/data/[^/]+$', 1)"
+    return f"SELECT {name} AS settings, {', '.join(map(_name, REGIONS.names))} FROM {source}"
 
 
 def _metrics(columns: MetricColumns) -> str:
@@ -330,7 +340,7 @@ def _rows(found: duckdb.DuckDBPyConnection) -> Iterator[Sequence[Any]]:
 
 
 OURS = re.compile(
-    r"""['"](.*?)/((?:data|evaluations/[0-9a-f]+/data|audit/rows)/\d{6}-[0-9a-f]{20}\.parquet"""
+    r"""['"](.*?)/((?:data|(?:evaluations|regions)/[0-9a-f]+/data|audit/rows)/\d{6}-[0-9a-f]{20}\.parquet"""
     r"""|audit/(?:groups|clusters)\.parquet)['"]"""
 )
 """Matches a table of an output in DuckDB's messages: the output's place, and the table's key."""

@@ -39,9 +39,10 @@ PLAN_FOLDER = "_job/plan/"
 PLAN_KEY = f"{PLAN_FOLDER}plan.json"
 MODEL_KEY = f"{PLAN_FOLDER}model.json"
 LABELS_KEY = f"{PLAN_FOLDER}labels.json"
-UNIT_FOLDERS = ("data/", "_job/receipts/", "_job/dead/", "evaluations/")
+REGIONS_FOLDER = "regions/"
+UNIT_FOLDERS = ("data/", "_job/receipts/", "_job/dead/", "evaluations/", REGIONS_FOLDER)
 """Folders of an output in which each object belongs to one unit."""
-OUR_FOLDERS = ("data/", "_job/", "report/", "evaluations/", "audit/")
+OUR_FOLDERS = ("data/", "_job/", "report/", "evaluations/", "audit/", REGIONS_FOLDER)
 
 MAX_CLASS_FOLDERS = 30_000
 """Class folders that a plan names: more are no classes but a folder for each image."""

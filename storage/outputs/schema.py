@@ -177,6 +177,40 @@ EVALUATION = pa.schema(
 )
 """Rows of an evaluation: one per map and metric."""
 
+REGION_PART = pa.struct(
+    [
+        _field("left", pa.int32(), "pixels of the upright original, as the next three", nullable=False),
+        _field("top", pa.int32(), "pixels", nullable=False),
+        _field("right", pa.int32(), "pixels, one past the last", nullable=False),
+        _field("bottom", pa.int32(), "pixels, one past the last", nullable=False),
+        _field("pixels", pa.int64(), "area in pixels of the upright original", nullable=False),
+        _field("area", pa.float64(), "share of the map's pixels, 0 to 1", nullable=False),
+        _field("energy", pa.float64(), "share of the map's sum, 0 to 1", nullable=False),
+        _field("counts", pa.string(), "the pixels as COCO's compressed run lengths", nullable=False),
+    ]
+)
+
+REGIONS = pa.schema(
+    [
+        _field("key", pa.string(), "the record's name", nullable=False),
+        _field("shard", pa.string(), "URI of the input object", nullable=False),
+        _field("shard_index", pa.int64(), "position of the record in its shard, from 0", nullable=False),
+        _field("target_index", pa.int32(), "class that is explained; null for a rejected record"),
+        _field("target_name", pa.string(), "its name"),
+        _field("score", pa.float64(), "of the target, as in the map's row"),
+        _field("explainer", pa.string(), "registered name"),
+        _field("parameters", pa.string(), "hash of the explainer's parameters, the model and its blocks"),
+        _field("width", pa.int32(), "of the upright original, in pixels"),
+        _field("height", pa.int32(), "of the upright original, in pixels"),
+        _field("threshold", pa.float64(), "least value inside, of the smoothed map scaled to 0..1; null without a map"),
+        _field("num_parts", pa.int32(), "connected parts above the threshold, listed or not", nullable=False),
+        _field("parts", pa.list_(REGION_PART), "the listed parts, the largest first", nullable=False),
+        _field("reason", pa.string(), "why there is no part: the map is flat, or the record was rejected"),
+    ],
+    metadata={"blocksight.schema": SCHEMA_VERSION},
+)
+"""Rows of `blocksight regions`: one per row of the output."""
+
 RECORD_COLUMNS = SCHEMA.names[: SCHEMA.names.index("label_name") + 1]
 """The columns of every record, explained or not."""
 
