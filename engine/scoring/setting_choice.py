@@ -88,8 +88,8 @@ def max_score_error(setting: ForwardSetting, request: ForwardRequest) -> float:
 
 
 def eager_setting(device: str, batch_size: int | None = None, precision: Precision = "float32") -> ForwardSetting:
-    """Eager PyTorch."""
-    return ForwardSetting("eager", precision, batch_size or EAGER_BATCH_SIZES[device])
+    """Eager PyTorch on a device, such as `cuda:0`."""
+    return ForwardSetting("eager", precision, batch_size or EAGER_BATCH_SIZES[torch.device(device).type])
 
 
 def choose(adapter: ModelAdapter, request: ForwardRequest) -> tuple[Forward, list[MeasuredSetting]]:

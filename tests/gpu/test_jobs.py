@@ -16,6 +16,7 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
+from blocksight import explain
 from blocksight.engine.catalog.composition import parameters_of, parse_method
 from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers import make_explainer
@@ -169,6 +170,18 @@ def test_a_model_that_runs_on_the_cpu_alone_is_refused_before_any_unit(precision
     request = ForwardRequest(None if precision == "auto" else precision)
     with pretended_gpu(), pytest.raises(ModelError, match=r"mine.*got tensors on cuda:0, and on the CPU"):
         choose_forward(adapter.to("cuda"), request)
+
+
+@pytest.mark.parametrize("device", [None, "cuda:0", "cuda"])
+def test_one_picture_has_the_cpus_map_on_a_gpu(device: str | None):
+    picture = pixels(1)[0]
+    wanted = explain(make(), picture, explainer="gradcam", console=Console(quiet=True))
+    with pretended_gpu():
+        adapter = make()
+        if device is None:
+            adapter.module.to("cuda")
+        found = explain(adapter, picture, explainer="gradcam", device=device, console=Console(quiet=True))
+    assert np.array_equal(found.map, wanted.map)
 
 
 # ---------------------------------------------------------------- steps that hold a model elsewhere
