@@ -45,6 +45,7 @@ from blocksight.jobs.explain.step import (
     make_explainer,
     number_of,
     seed_of,
+    try_device,
     with_heartbeat,
 )
 from blocksight.jobs.ledger.output import fragment_of, map_of
@@ -183,6 +184,7 @@ class EvaluateStep:
         try:
             return with_less_at_once(lambda: self._measured_rows(chunk, pixels), self._can_halve, self._halve)
         except Exception as error:
+            try_device(self.adapter, error)
             if not is_of_unit(error) and not (is_short_of_memory(error) and len(chunk) > 1):
                 raise
             if len(chunk) == 1:

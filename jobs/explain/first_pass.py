@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from blocksight.jobs.explain.learned import LEARNED_KEY, num_learning_images
-from blocksight.jobs.explain.step import IMAGES_PER_CHUNK, ExplainStep
+from blocksight.jobs.explain.step import IMAGES_PER_CHUNK, ExplainStep, has_died, try_another_picture
 from blocksight.jobs.ledger.attempt_markers import FOLDER
 from blocksight.jobs.plan.context import JobContext
-from blocksight.jobs.plan.records import RecordFacts, Unit
+from blocksight.jobs.plan.records import RecordFacts, Unit, UnitInput
 from blocksight.jobs.worker.attempts import CAREFUL_DEATHS, attempt_marker, open_worker_stores
 from blocksight.jobs.worker.error_classes import is_of_unit
-from blocksight.jobs.worker.isolation import Isolated, ProcessDiedError, isolated_if
+from blocksight.jobs.worker.isolation import Isolated, isolated_if
 from blocksight.jobs.worker.progress import Tally, progress
 from blocksight.jobs.worker.unit import decoded, decoded_or_rejected, raw_records
 from blocksight.jobs.worker.watchdog import watchdog
@@ -49,7 +49,7 @@ def learn(context: JobContext, units: Sequence[Unit], weights: bytes | None) -> 
         learner = step.explainer.learner()
         images = _images(context, units)
         if num_deaths >= CAREFUL_DEATHS:
-            images = _harmless_images(images, context, weights)
+            images = _harmless_images(images, context, units, weights)
         images = islice(images, num_learning_images(context.config))
         num_seen = 0
         while chunk := list(islice(images, IMAGES_PER_CHUNK)):
@@ -66,20 +66,25 @@ class _Trial:
     def __init__(self, context: JobContext, weights: bytes | None) -> None:
         self.step = ExplainStep(context, weights)
 
-    def __call__(self, image: Image) -> None:
-        record, pixels = image
-        self.step.teach(self.step.explainer.learner(), [record], pixels[None])
+    def __call__(self, alone: UnitInput) -> None:
+        self.step.teach(self.step.explainer.learner(), alone.records, alone.pixels)
 
 
-def _harmless_images(images: Iterable[Image], context: JobContext, weights: bytes | None) -> Iterator[Image]:
-    """The images that kill no child process."""
+def _harmless_images(
+    images: Iterable[Image], context: JobContext, units: Sequence[Unit], weights: bytes | None
+) -> Iterator[Image]:
+    """The images that kill no child process. Raises UnfitWorkerError if a picture of noise kills it as well."""
     with Isolated(partial(_Trial, context, weights)) as isolated:
-        for image in images:
+        for record, pixels in images:
+            alone = UnitInput(units[0], (record,), pixels[None])
             try:
-                isolated(image)
-            except ProcessDiedError:
+                isolated(alone)
+            except Exception as error:
+                if not has_died(error):
+                    raise
+                try_another_picture(alone, error, isolated)
                 continue
-            yield image
+            yield record, pixels
 
 
 def ensure_learned(

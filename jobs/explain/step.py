@@ -275,16 +275,10 @@ class ExplainStep:
         try:
             return with_less_at_once(explain, self._can_halve, self._halve)
         except Exception as error:
-            if device_trouble(error) is None:
-                self._try_device()
+            try_device(self.adapter, error)
             if self.has_forward_setting or not is_short_of_memory(error):
                 raise
             raise UnfitWorkerError(told_by_device(error)) from error
-
-    def _try_device(self) -> None:
-        """Raises what the device raises, if no word of an error has told that it is lost."""
-        if self.adapter.device.type != "cpu":
-            torch.ones(1, device=self.adapter.device).add(1).item()
 
     def _with_labels(self, records: Sequence[RecordFacts]) -> tuple[RecordFacts, ...]:
         """The records with the labels of the user's file, or without labels, if the job says so."""
@@ -332,13 +326,12 @@ class ExplainStep:
 
     def _blamed(self, alone: UnitInput, error: Exception, explain: Callable[[UnitInput], UnitResult]) -> Reject:
         """Why the one record is rejected. Raises the error, or UnfitWorkerError, if the record is not to blame."""
-        trouble = device_trouble(error) if isinstance(explain, Isolated) else None
-        has_died = isinstance(error, ProcessDiedError) or trouble is DeviceTrouble.LOST
-        if not has_died and not is_of_record(error, explain):
+        died = isinstance(explain, Isolated) and has_died(error)
+        if not died and not is_of_record(error, explain):
             raise error
-        if has_died or trouble is DeviceTrouble.HOST_MEMORY:
-            _try_another_picture(alone, error, explain)
-        if has_died:
+        if died or device_trouble(error) is DeviceTrouble.HOST_MEMORY:
+            try_another_picture(alone, error, explain)
+        if died:
             return Reject(RejectCode.PROCESS_DIED, str(error))
         return Reject(RejectCode.MODEL_FAILED, f"{type(error).__name__}: {error}")
 
@@ -428,6 +421,7 @@ class ExplainStep:
                 lambda: self._inputs_and_targets(labelled, pixels), self._can_halve, self._halve
             )
         except Exception as error:  # a user's model may raise anything
+            try_device(self.adapter, error)
             if not is_of_unit(error):
                 raise
             return None
@@ -542,7 +536,18 @@ def _at(inputs_nchw: Tensor, chosen: Sequence[int]) -> Tensor:
     return inputs_nchw if len(chosen) == len(inputs_nchw) else inputs_nchw[torch.tensor(chosen, dtype=torch.int64)]
 
 
-def _try_another_picture(alone: UnitInput, error: Exception, explain: Callable[[UnitInput], UnitResult]) -> None:
+def try_device(adapter: ModelAdapter, error: Exception) -> None:
+    """Raises what the device raises, if no word of the error has told that it is lost: no record is to blame then."""
+    if device_trouble(error) is None and adapter.device.type != "cpu":
+        torch.ones(1, device=adapter.device).add(1).item()
+
+
+def has_died(error: Exception) -> bool:
+    """True if a child process died of the record, or lost its device."""
+    return isinstance(error, ProcessDiedError) or device_trouble(error) is DeviceTrouble.LOST
+
+
+def try_another_picture(alone: UnitInput, error: Exception, explain: Callable[[UnitInput], object]) -> None:
     """Explains a picture of noise in the record's place. Raises the error, or UnfitWorkerError, if it fails as well."""
     noise = np.random.default_rng(0).integers(0, 256, alone.pixels.shape, dtype=np.uint8)
     try:

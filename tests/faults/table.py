@@ -149,7 +149,7 @@ MUTATIONS = (
     Mutation(
         "a record is blamed for a death without a picture in its place",
         "jobs/explain/step.py",
-        "            _try_another_picture(alone, error, explain)",
+        "            try_another_picture(alone, error, explain)",
         "            pass",
         ("jobs/worker/test_device_errors.py::test_a_record_is_not_blamed_for_a_death_that_any_picture_dies",),
     ),

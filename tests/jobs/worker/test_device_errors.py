@@ -1,6 +1,7 @@
 """Errors of the device at each place where a model is called: no record is blamed, and a sentence says what to do."""
 
 import pickle
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ from blocksight.engine.model.examination import examine
 from blocksight.engine.scoring import forward, setting_choice
 from blocksight.jobs.bench import bank
 from blocksight.jobs.evaluate.step import EvaluateStep
-from blocksight.jobs.explain import step
+from blocksight.jobs.explain import first_pass, step
 from blocksight.jobs.explain.preflight import in_a_sentence
 from blocksight.jobs.ledger.dead_letters import read_letters
 from blocksight.jobs.plan.plan import load_plan
@@ -33,6 +34,7 @@ from tests.jobs.worker.test_commit import UNIT
 ERRORS = one_of_each()
 OF_THE_DEVICE = [MEMORY, UNFIT, LOST]
 LOUD = [MEMORY, UNFIT, LOST, HOST_MEMORY]
+ORDINARY = ValueError("an ordinary error")
 
 
 @pytest.fixture
@@ -107,20 +109,42 @@ def test_a_device_that_fails_after_an_ordinary_error_blames_nobody_else(data, tm
 
 
 def test_a_device_that_is_lost_without_a_word_is_found_out(monkeypatch):
-    own = SimpleNamespace(adapter=make().to("meta"))
     monkeypatch.setattr(torch, "ones", raising(ERRORS[LOST]))
+    on_meta = make().to("meta")
     with pytest.raises(torch.AcceleratorError):
-        step.ExplainStep._try_device(own)
-    own.adapter = make()
-    step.ExplainStep._try_device(own)
+        step.try_device(on_meta, ORDINARY)
+    step.try_device(on_meta, ERRORS[MEMORY])  # it has spoken
+    step.try_device(make(), ORDINARY)
 
 
-def test_no_record_is_blamed_before_the_device_is_tried():
+def no_device(adapter, error):
+    """Instead of `try_device`, on a device that is lost without a word."""
+    assert error is ORDINARY
+    raise ERRORS[LOST]
+
+
+def test_no_record_is_blamed_before_the_device_is_tried(monkeypatch):
     own = step.ExplainStep.__new__(step.ExplainStep)
-    own.has_forward_setting, own._explain_all = True, raising(ValueError("an ordinary error"))
-    own._try_device = raising(ERRORS[LOST])
+    own.has_forward_setting, own._explain_all, own.adapter = True, raising(ORDINARY), None
+    monkeypatch.setattr(step, "try_device", no_device)
     with pytest.raises(torch.AcceleratorError):
         own._explain_all_that_fits(alone())
+
+
+def test_no_image_of_the_first_pass_is_left_out_before_the_device_is_tried(monkeypatch):
+    own = step.ExplainStep.__new__(step.ExplainStep)
+    own._with_labels, own._inputs_and_targets, own.adapter = list, raising(ORDINARY), None
+    monkeypatch.setattr(step, "try_device", no_device)
+    with pytest.raises(torch.AcceleratorError):
+        own.teach(None, [1], np.zeros((1, 4, 4, 3), np.uint8))
+
+
+def test_no_map_goes_without_values_before_the_device_is_tried(monkeypatch):
+    own = EvaluateStep.__new__(EvaluateStep)
+    own._measured_rows, own.adapter = raising(ORDINARY), None
+    monkeypatch.setattr("blocksight.jobs.evaluate.step.try_device", no_device)
+    with pytest.raises(torch.AcceleratorError):
+        own._chunk_rows([[{}]], np.zeros((1, 4, 4, 3), np.uint8))
 
 
 # ---------------------------------------------------------------- a record that kills, and a device that dies
@@ -272,10 +296,23 @@ def test_every_command_says_an_error_of_the_device_in_a_sentence(data, tmp_path,
 def test_no_image_of_the_first_pass_is_left_out_for_the_device(monkeypatch, trouble):
     own = step.ExplainStep.__new__(step.ExplainStep)
     own._with_labels = lambda records: records
-    own._can_halve = lambda: False
+    own._can_halve, own.adapter = (lambda: False), None
     own._inputs_and_targets = raising(ERRORS[trouble])
     with pytest.raises(type(ERRORS[trouble])):
         own.teach(None, [1, 2], np.zeros((2, 4, 4, 3), np.uint8))
+
+
+@pytest.mark.parametrize("error", DEATHS[:2], ids=repr)
+@pytest.mark.parametrize("kills_all", [False, True])
+def test_an_image_that_kills_in_the_first_pass_is_left_out_if_another_picture_lives(monkeypatch, error, kills_all):
+    monkeypatch.setattr(first_pass, "Isolated", lambda _: nullcontext(Dying(error, kills_all=kills_all)))
+    killing, harmless = ((RecordFacts("k", "s", 0, None), np.full((4, 4, 3), grey, np.uint8)) for grey in (0, 9))
+    kept = first_pass._harmless_images([killing, harmless], None, [UNIT], None)
+    if kills_all:
+        with pytest.raises(UnfitWorkerError):
+            list(kept)
+    else:
+        assert list(kept) == [harmless]
 
 
 def test_the_first_pass_goes_on_with_fewer_images_at_once():
