@@ -17,6 +17,7 @@ from blocksight.engine.catalog.parameters import (
     LibraParameters,
     NoParameters,
     OcclusionParameters,
+    ReciproCamParameters,
     RiseParameters,
     ScoreCamParameters,
     SelectionMetric,
@@ -181,6 +182,13 @@ EXPLAINERS: Mapping[str, ExplainerEntry] = {
         needs="a CNN or a vision transformer: the last block's feature maps, and the network behind it",
         cost="1 F, and 1 pass of the network behind the last block per feature map",
         source="Desai and Ramaswamy, WACV 2020",
+        blocks="last",
+    ),
+    "reciprocam": ExplainerEntry(
+        ReciproCamParameters,
+        needs="a CNN or a vision transformer: the last block's feature maps, and the network behind it",
+        cost="1 F, and 1 pass of the network behind the last block per place (ViT-B/16: 196, ResNet-50: 49)",
+        source="Byun and Lee (arXiv 2209.14074; tokens: arXiv 2310.02588)",
         blocks="last",
     ),
     "rise": ExplainerEntry(

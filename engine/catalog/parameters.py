@@ -75,6 +75,16 @@ class NoParameters:
     """No parameters."""
 
 
+@dataclass(frozen=True)
+class ReciproCamParameters:
+    """Recipro-CAM's parameters."""
+
+    kernel: Literal["gauss", "single"] = field(
+        default="gauss",
+        metadata={"help": "what is kept: a bell of 3 x 3 places, as in the paper, or the place alone"},
+    )
+
+
 def _baseline() -> Literal["zero", "black"]:
     return field(
         default="zero",

@@ -21,6 +21,7 @@ from blocksight.engine.explainers.gradients import Gradient, IntegratedGradients
 from blocksight.engine.explainers.legrad import LeGrad
 from blocksight.engine.explainers.libra import Libra
 from blocksight.engine.explainers.occlusion import Occlusion
+from blocksight.engine.explainers.reciprocam import ReciproCam
 from blocksight.engine.explainers.rise import Rise
 from blocksight.engine.explainers.scorecam import ScoreCam
 from blocksight.engine.explainers.sise import Sise
@@ -59,6 +60,7 @@ EXPLAINERS: Mapping[str, Callable[..., Explainer]] = {
     **{name: partial(Cam, weigh=weigh) for name, weigh in WEIGHINGS.items()},
     "scorecam": ScoreCam,
     "ablationcam": AblationCam,
+    "reciprocam": ReciproCam,
     "rise": Rise,
     "occlusion": Occlusion,
     "gradient": Gradient,

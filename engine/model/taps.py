@@ -82,6 +82,21 @@ class MapRecorder(Recorder):
         return layout.tensor(maps, value)
 
 
+class _Grower(Recorder):
+    """Replaces the feature maps of one image by several variants of them, so that the batch grows."""
+
+    def __init__(self, place: Place, variants: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layouts = {place.name: place.layout}
+        self.variants = variants
+
+    def __call__(self, name: str, value: Any) -> Any:
+        layout = self.layouts[name]
+        assert layout is not None
+        made = self.variants(layout.maps(value))
+        return layout.tensor(made, value.expand(len(made), *value.shape[1:]))
+
+
 class GraphRunner(fx.Interpreter):
     """Runs a traced graph, and calls the hook on the named nodes (on every node, if names is None)."""
 
@@ -144,7 +159,15 @@ class Taps:
             logits = self._run(inputs_nchw.detach().requires_grad_(True), recorder)
         return logits, [recorder.recorded[place.name] for place in self.places]
 
-    def _run(self, inputs: Tensor, recorder: MapRecorder) -> Tensor:
+    def grown(self, input_nchw: Tensor, variants: Callable[[Tensor], Tensor]) -> Tensor:
+        """Logits [K, classes] of K variants [K, C, h, w] of one image's feature maps [1, C, h, w] at the one place.
+
+        Before the place the network runs on the image [1, 3, H, W] alone. What fails on a batch that grows raises.
+        """
+        (place,) = self.places
+        return self._run(input_nchw, _Grower(place, variants))
+
+    def _run(self, inputs: Tensor, recorder: "MapRecorder | _Grower") -> Tensor:
         if self.graph is None:
             with hook_outputs(self.module, list(recorder.layouts), recorder):
                 return self.module(inputs)

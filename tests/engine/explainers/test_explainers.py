@@ -26,6 +26,7 @@ from blocksight.engine.catalog.parameters import (
     LibraParameters,
     NoParameters,
     OcclusionParameters,
+    ReciproCamParameters,
     RiseParameters,
     ScoreCamParameters,
     SiseParameters,
@@ -769,6 +770,7 @@ CHEAP = {
     "daam": DaamParameters(),
     "legrad": LeGradParameters(),
     "libra": LibraParameters(),
+    "reciprocam": ReciproCamParameters(),
 }
 CONTROLS = {"random", "gaussian", "edges"}
 STOCHASTIC = {"bee", "fovex", "random", "rise", "smoothgrad"}
