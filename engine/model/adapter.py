@@ -18,7 +18,6 @@ from blocksight.engine.model.device_errors import device_trouble
 from blocksight.engine.model.expressions import target_of
 from blocksight.engine.model.failures import failure_of, name_of, shape_of
 from blocksight.engine.model.network import Network, trace_network
-from blocksight.engine.model.preprocessing import Preprocessing
 from blocksight.engine.model.prompts import Prompted, Texts, embedded, readout_of, refuse_unfit
 from blocksight.engine.model.prompts import name_of as name_of_prompts
 from blocksight.engine.model.resample import Grid
@@ -63,8 +62,6 @@ class ModelAdapter:
         """What was assumed when the weights were loaded, one sentence each."""
         self.readout: ReadoutName = "softmax"
         """How a score is read from the output."""
-        self.preprocessing: Preprocessing | None = None
-        """What the model's own library does to a picture; None: nobody says."""
         self.texts: Texts | None = None
         """What the model says of a text; None: it reads none."""
         self.device = torch.device("cpu")

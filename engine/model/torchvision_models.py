@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torchvision.transforms.functional import to_pil_image
 
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.adapter import IMAGENET_MEAN, IMAGENET_STD, ModelAdapter
+from blocksight.engine.model.preprocessing import Preprocessing, Resizing
 from blocksight.engine.model.seeding import seeded
 from blocksight.engine.model.state_dicts import AUXILIARY, StateDict, fitted, load_state, read_state
 
@@ -47,6 +49,15 @@ def load_torchvision(architecture: str, weights: str | None, state: bytes | None
         f"{', '.join(known.__members__)} (downloaded by torchvision), or {RANDOM_WEIGHTS}"
         + (f"; there is no file {weights!r}" if weights is not None else "")
     )
+
+
+def torchvision_preprocessing(architecture: str, weights: str | None) -> Preprocessing:
+    """What torchvision does to a picture for published weights, by default the classifier's own default ones."""
+    known = _published_weights(architecture)
+    preset = known[weights if weights in known.__members__ else "DEFAULT"].transforms()
+    side = preset.resize_size[0]
+    resizing = Resizing("short", side, side, preset.interpolation.value, rounds_down=False)
+    return Preprocessing(lambda pixels: preset(to_pil_image(pixels)), (resizing,))
 
 
 def _published_weights(architecture: str) -> Any:

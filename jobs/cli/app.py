@@ -70,6 +70,13 @@ Std = Annotated[str | None, typer.Option(help="What the difference is divided by
 ClassNames = Annotated[
     str | None, typer.Option(help="File: names of the model's outputs, one a line or JSON.  [default: the model's]")
 ]
+Resize = Annotated[
+    str | None,
+    typer.Option(
+        help="squash (whole image), crop (its centre) or own (as the model's own library prepares it).  [default: own "
+        "for timm:, hf: and open_clip:, else squash]"
+    ),
+]
 Blocks = Annotated[str | None, typer.Option(help="Blocks by hand, comma-separated, shallow to deep.")]
 Parameters = Annotated[
     list[str] | None,
@@ -162,7 +169,13 @@ JOB_OPTIONS: dict[str, Any] = {
         ),
     ],
     "class_map": ClassMap,
-    "resize": Annotated[str | None, typer.Option(help="squash (whole image) or crop (its centre).  [default: squash]")],
+    "resize": Resize,
+    "interpolation": Annotated[
+        str | None,
+        typer.Option(
+            help="bilinear, bicubic, nearest, lanczos, box or hamming.  [default: as --resize own says, else bilinear]"
+        ),
+    ],
     "limit": Annotated[int | None, typer.Option(help="Only the first so many records.")],
     "seed": Annotated[int | None, typer.Option(help="Of everything random.  [default: 0]")],
     "workers": Annotated[int | None, typer.Option(min=1, help="Explain actors.  [default: one per GPU, or CPU core]")],

@@ -7,7 +7,18 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console, RenderableType
 
-from blocksight.jobs.cli.app import AsJson, BatchSize, Blocks, ClassMap, Endpoint, Limit, Parameters, Weights, console
+from blocksight.jobs.cli.app import (
+    AsJson,
+    BatchSize,
+    Blocks,
+    ClassMap,
+    Endpoint,
+    Limit,
+    Parameters,
+    Resize,
+    Weights,
+    console,
+)
 from blocksight.jobs.cli.bench_tables import benchmark_table, curve_table, host_table
 from blocksight.jobs.cli.catalog_tables import catalog_table, entry_table
 from blocksight.jobs.cli.figures import catalog_figures, print_json, progress_console
@@ -152,7 +163,7 @@ def bank(
     output: Annotated[str, typer.Option(help="Weights file to write: a path or s3:// URI, such as bank.safetensors.")],
     weights: Weights = None,
     limit: Limit = None,
-    resize: Annotated[Literal["squash", "crop"], typer.Option(help="Whole image, or its centre.")] = "squash",
+    resize: Resize = None,
     endpoint_url: Endpoint = None,
 ) -> None:
     """Make a classifier without training from features of labelled images; the nearest vote for a new image's class.

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -90,7 +90,7 @@ def region_of(
     key: str,
     labels: set[str],
     original: tuple[int, int],
-    resize: Literal["squash", "crop"],
+    resize: str,
     input_size: tuple[int, int],
 ) -> NDArray[np.bool_] | str | None:
     """The mask [H, W] of a record's objects of these labels in the model's input, or why its annotation is unusable.

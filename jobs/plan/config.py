@@ -28,11 +28,12 @@ from blocksight.engine.catalog.entries import EXPLAINERS, FIDELITIES, Fidelity
 from blocksight.engine.catalog.forward_setting import MAX_BATCH_SIZE
 from blocksight.engine.catalog.parameters import SiseParameters
 from blocksight.engine.catalog.readouts import ReadoutName
-from blocksight.engine.catalog.sources import place_of
+from blocksight.engine.catalog.sources import FED_BY_OWN, place_of, source_of
 from blocksight.jobs.plan.class_map import ClassMap, class_map_file, class_map_of
 from blocksight.jobs.plan.input_values import ClassNames, InputSize, Mean, Std, read_class_names
 from blocksight.jobs.plan.labels import is_class_number
 from blocksight.storage.images.decode import DECODE_POLICY
+from blocksight.storage.images.fitting import Fitting
 from blocksight.storage.limits import MAX_DOCUMENT_BYTES
 from blocksight.storage.outputs.map_codec import CODEC
 from blocksight.storage.outputs.schema import SCHEMA_VERSION
@@ -55,6 +56,9 @@ MAX_SEED = 2**63 - 1
 MAX_SENTENCE = 500
 """Characters of a message on a stranger's values, and of a model's name."""
 
+
+OWN = "own"
+"""The value of `resize` until the model's own way was looked up; no plan holds it."""
 
 MODEL_INPUT = ("input_size", "mean", "std", "class_names")
 """Keys that say how a model is fed; in a plan's configuration only where they were set."""
@@ -154,8 +158,13 @@ class JobConfig(BaseModel):
     class_map: dict[str, tuple[int, ...]] | None = Field(
         default=None, description="JSON file or table: the model's classes that a label means; none: found by name"
     )
-    resize: Literal["squash", "crop"] = Field(
-        default="squash", description="whole image, or its centre at the short side"
+    resize: str = Field(
+        default="squash",
+        description="squash: the whole image; crop: its centre at the short side; own: as the model's own library does "
+        "(the default of timm, hf and open_clip)",
+    )
+    interpolation: Literal["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"] | None = Field(
+        default=None, description="how images are resampled; none: as `resize` says, else bilinear"
     )
     limit: int | None = Field(default=None, ge=1, description="only the first so many records")
     seed: int = Field(default=0, ge=0, le=MAX_SEED, description="of all random numbers")
@@ -218,6 +227,21 @@ class JobConfig(BaseModel):
     @classmethod
     def _explainer_is_known(cls, value: str) -> str:
         return str(parse_method(value))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resize_is_the_models_own(cls, values: Any) -> Any:
+        """The library's own way, where a model comes from a library that has one and nothing else is said."""
+        if not isinstance(values, Mapping) or values.get("resize") is not None:
+            return values
+        source = source_of(str(values.get("model", "")))
+        is_own = source is not None and source[0] in FED_BY_OWN
+        return {**values, "resize": OWN if is_own else "squash"}
+
+    @field_validator("resize")
+    @classmethod
+    def _resize_is_known(cls, value: str) -> str:
+        return value if value == OWN else str(Fitting.parse(value))
 
     @model_validator(mode="after")
     def _endpoint_has_a_use(self) -> "JobConfig":
@@ -311,7 +335,9 @@ class JobConfig(BaseModel):
 
     def identity(self, weights_sha256: str | None) -> dict[str, Any]:
         """Everything that changes the result's bytes, as plain JSON values, defaults filled in."""
-        chosen = self.model_dump(mode="json", exclude={"output", "endpoint_url", "parameters", "weights"})
+        chosen = self.model_dump(
+            mode="json", exclude={"output", "endpoint_url", "parameters", "weights", "interpolation"}
+        )
         named = (*MODEL_INPUT, "class_map", "labels")  # plans of earlier versions have none of them
         unsaid = {name for name in named if chosen[name] is None}
         if self.asked_readout is None:
@@ -350,6 +376,8 @@ def check_identity(identity: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if read_back[name] != value:
             raise ValueError(f"configuration: {name} is none that a plan holds")
+    if identity["resize"] == OWN:
+        raise ValueError("configuration: resize is none that a plan holds")
     if not isinstance(identity["weights"], str | None):
         raise ValueError("configuration: weights is no text")  # noqa: TRY004 - the plan is wrong
     if len(identity["model"]) > MAX_SENTENCE:

@@ -54,6 +54,16 @@ def weights_bytes(config: JobConfig) -> bytes | None:
     return packed_model(source[0], place, config.endpoint_url, body, drawn=config.weights is not None)
 
 
+def settings_bytes(config: JobConfig) -> bytes | None:
+    """The files of a model that is named by its place without its weights, packed; None for another model."""
+    source, place = source_of(config.model), place_of(config.model)
+    if source is None or place is None:
+        return None
+    from blocksight.jobs.plan.model_files import packed_model
+
+    return packed_model(source[0], place, config.endpoint_url, None, drawn=True)
+
+
 def _file_bytes(config: JobConfig) -> bytes | None:
     if config.weights is None or is_weights_name(config.weights):
         return None

@@ -2,10 +2,12 @@
 
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from blocksight.jobs.plan.config import MODEL_INPUT, ConfigError, JobConfig, is_weights_name, with_input
+from blocksight.jobs.plan.config import MODEL_INPUT, OWN, ConfigError, JobConfig, is_weights_name, with_input
 from blocksight.jobs.plan.text import counted
+from blocksight.storage.images.fitting import Fitting
 from blocksight.storage.limits import MAX_MODEL_FILE_BYTES
 from blocksight.storage.stores.opening import open_file
 from blocksight.storage.stores.store import MissingError, StoreError, UnavailableError
@@ -16,8 +18,25 @@ MODEL_FILE = "model.toml"
 def with_model_file(config: JobConfig) -> JobConfig:
     """The configuration, with what `model.toml` beside the weights file says and the configuration does not.
 
-    The file is data: only its four keys are read. Raises ConfigError in one sentence if it cannot be used.
+    The file is data: only its four keys are read. How pictures are resized is resolved as well: as the model's own
+    library does it, and with the interpolation that was asked for. Raises ConfigError in one sentence if the file
+    cannot be used, or if the library's way is not known, and ModelError.
     """
+    config = _with_file(config)
+    if config.resize == OWN:
+        from blocksight.jobs.plan.own_fitting import own_fitting
+
+        fitting = own_fitting(config)
+    elif config.interpolation is None:
+        return config
+    else:
+        fitting = Fitting.parse(config.resize)
+    asked = config.interpolation or fitting.interpolation
+    resize = str(replace(fitting, interpolation=asked))
+    return config.model_copy(update={"resize": resize, "interpolation": None})
+
+
+def _with_file(config: JobConfig) -> JobConfig:
     if config.weights is None or is_weights_name(config.weights):
         return config
     body = _file_beside(config.weights, config.endpoint_url)

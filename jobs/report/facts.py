@@ -114,7 +114,10 @@ def _parameters(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _resize(how: str) -> str:
-    return {"squash": "the whole image is squashed to it", "crop": "the image's centre is cropped to it"}.get(how, how)
+    """What a reader is told of how pictures are fitted."""
+    kind, _, rest = how.partition(", ")
+    plain = {"squash": "the whole image is squashed to it", "crop": "the image's centre is cropped to it"}
+    return f"{plain[kind]}{', ' if rest else ''}{rest}" if kind in plain else how
 
 
 def size(num_bytes: float) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from operator import index
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +91,7 @@ class ExplainedPicture:
     """The upright original [h, w, 3]."""
     row: Mapping[str, Any]
     """All columns that a job stores of it; `map` holds grey levels. Drop's last bits may differ from a job's."""
-    resize: Literal["squash", "crop"] = "squash"
+    resize: str = "squash"
     """How the picture was brought to the model's input size."""
 
     @property

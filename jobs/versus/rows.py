@@ -12,6 +12,7 @@ from blocksight.engine.metrics.similarity import iou_of_tops, pearson, spearman,
 from blocksight.engine.saliency import Map, is_flat
 from blocksight.jobs.ledger.output import map_of
 from blocksight.jobs.versus.joining import Pair, Row
+from blocksight.storage.images.fitting import Fitting
 from blocksight.storage.outputs.pictures import resized
 
 SCORE_FELL = 0.2
@@ -121,7 +122,7 @@ def map_measures(a: Row, b: Row, resize: str) -> dict[str, float | None]:
     if is_flat(levels) or is_flat(other_levels):
         return dict.fromkeys(names)
     one, other = (own.astype(np.float64) / LEVELS for own in (levels, other_levels))
-    proportions = (a["height"], a["width"]) if resize == "squash" else (1, 1)  # a crop is square
+    proportions = (a["height"], a["width"]) if Fitting.parse(resize).is_whole else (1, 1)  # a crop is square
     values = (
         pearson(one, other),
         spearman(levels, other_levels),  # integers have the same order and sort faster

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -16,6 +16,7 @@ from blocksight.jobs.plan.plan import Plan, existing_plan, source_of
 from blocksight.jobs.plan.records import Unit
 from blocksight.jobs.worker.unit import raw_records
 from blocksight.storage.images.decode import decode, fit
+from blocksight.storage.images.fitting import Fitting
 from blocksight.storage.inputs.ground_truth import Truth, boxes_in
 from blocksight.storage.inputs.survey import Layout
 from blocksight.storage.outputs.drawings import Box, with_boxes
@@ -172,9 +173,7 @@ def shown(
     return Shown(fit(image, size, how), resized(map_of(row), size), _boxes(truth, row, size, how))
 
 
-def _boxes(
-    truth: Truth | None, row: Mapping[str, Any], size: tuple[int, int], how: Literal["squash", "crop"]
-) -> tuple[tuple[str, Box], ...]:
+def _boxes(truth: Truth | None, row: Mapping[str, Any], size: tuple[int, int], how: str) -> tuple[tuple[str, Box], ...]:
     """The boxes of a record's objects in its picture; none if its annotation is missing, ambiguous or does not fit."""
     if truth is None:
         return ()
@@ -187,7 +186,10 @@ def _boxes(
 
 def picture_size(height: int, width: int, resize: str, side: int) -> tuple[int, int]:
     """Height and width of a picture whose longer side has `side` pixels, undistorted; a crop is square."""
-    if resize == "crop":
+    how = Fitting.parse(resize)
+    if how.kind == "crop":
         return side, side
+    if not how.is_whole:
+        height, width = how.centre
     scale = side / max(height, width)
     return max(1, round(height * scale)), max(1, round(width * scale))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
 from blocksight.storage.images import bmp, gif, jpeg, png, tiff, webp
+from blocksight.storage.images.fitting import Fitting
 from blocksight.storage.images.formats import DECISIONS
 from blocksight.storage.images.headers import Samples
 from blocksight.storage.images.libtiff import libtiff_messages
@@ -149,22 +150,13 @@ def decode(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> DecodedImage:
         raise _as_reject(error) from error
 
 
-def fit(pixels: NDArray[np.uint8], size: tuple[int, int], how: Literal["squash", "crop"]) -> NDArray[np.uint8]:
-    """Pixels [H, W, 3] at another size (height, width), antialiased bilinear.
+def fit(pixels: NDArray[np.uint8], size: tuple[int, int], how: str) -> NDArray[np.uint8]:
+    """Pixels [H, W, 3] at another size (height, width), as the text of a `Fitting` says.
 
-    `squash` resizes the whole image; `crop` takes the largest centred box of the new aspect.
+    `squash` resizes the whole image; `crop` takes the largest centred box of the new aspect. Both are antialiased
+    bilinear where nothing else is said. Raises ValueError for another text.
     """
-    image = Image.fromarray(pixels)
-    box = None if how == "squash" else centred_box(image.size, (size[1], size[0]))
-    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=box))
-
-
-def centred_box(have: tuple[int, int], want: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The largest centred box (left, top, right, bottom) in `have` with the aspect of `want`; both (width, height)."""
-    scale = min(have[0] / want[0], have[1] / want[1])
-    width, height = want[0] * scale, want[1] * scale
-    left, top = (have[0] - width) / 2, (have[1] - height) / 2
-    return left, top, left + width, top + height
+    return Fitting.parse(how).apply(pixels, size)
 
 
 def _decode(data: bytes, limits: DecodeLimits) -> DecodedImage:

@@ -7,12 +7,11 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blocksight.storage.images.decode import centred_box
+from blocksight.storage.images.fitting import Fitting
 from blocksight.storage.inputs.survey import IMAGE_SUFFIXES
 from blocksight.storage.stores.store import StoreError
 
@@ -142,7 +141,7 @@ def region(
     labels: Collection[str] | None,
     original_size: tuple[int, int],
     size: tuple[int, int],
-    how: Literal["squash", "crop"],
+    how: str,
 ) -> NDArray[np.bool_] | None:
     """The pixels of all objects with one of the labels (None: all objects), in the model's input: bool [height, width].
 
@@ -163,7 +162,7 @@ def region(
 
 
 def boxes_in(
-    image: ImageTruth, original_size: tuple[int, int], size: tuple[int, int], how: Literal["squash", "crop"]
+    image: ImageTruth, original_size: tuple[int, int], size: tuple[int, int], how: str
 ) -> tuple[tuple[str, Box], ...]:
     """Label and box of each object, in pixels of the original (height, width) resized to `size` as by `decode.fit`.
 
@@ -258,9 +257,9 @@ def _centres(start: float, stop: float, number: int) -> NDArray[np.float64]:
     return start + (np.arange(number, dtype=np.float64) + 0.5) * (stop - start) / number
 
 
-def _view(original: tuple[int, int], size: tuple[int, int], how: Literal["squash", "crop"]) -> _View:
+def _view(original: tuple[int, int], size: tuple[int, int], how: str) -> _View:
     have, want = (original[1], original[0]), (size[1], size[0])
-    return _View(*((0, 0, *have) if how == "squash" else centred_box(have, want)), size)
+    return _View(*Fitting.parse(how).box(have, want), size)
 
 
 def _in_polygon(polygon: Polygon, ys: NDArray[np.float64], xs: NDArray[np.float64]) -> NDArray[np.bool_]:

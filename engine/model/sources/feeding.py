@@ -1,6 +1,7 @@
 """Feeds a model as its own library does: size, mean, std and colours are measured on plain pictures."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,11 +11,42 @@ from torch import Tensor, nn
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.preprocessing import Preprocessing
+from blocksight.engine.model.resample import Grid
 
 TRIAL = (240, 320)
 """Height and width of the plain pictures that show what is subtracted; no library refuses such a picture."""
 SAME = 1e-6
 """How near a measured mean must be to the one that a configuration names."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a library does to colours, and the size that it gives."""
+
+    size: Grid
+    mean: tuple[float, ...]
+    """Of RGB in [0, 1]."""
+    std: tuple[float, ...]
+    is_bgr: bool
+    """The model takes blue first."""
+
+
+def measured(own: Preprocessing, mean: Sequence[float] = (), std: Sequence[float] = ()) -> Measured:
+    """Size, mean, std and the order of the colours, measured on plain pictures.
+
+    Where the configuration's `mean` and `std` are what was measured they are taken as they are written. Raises
+    ModelError if no picture passes, or if more is done to colours than a mean and a deviation say.
+    """
+    black, white, red, grey = (_plain(own, colour) for colour in ((0, 0, 0), (255,) * 3, (255, 0, 0), (128,) * 3))
+    spread = white - black
+    if not bool((spread > 0).all()) or not torch.allclose(black + spread * 128 / 255, grey, atol=1e-4):
+        raise ModelError("the model's own preprocessing does more to colours than to subtract a mean and divide by one")
+    is_bgr = bool(red[2] == white[2]) and not bool(red[0] == white[0])
+    if is_bgr:
+        black, spread = black.flip(0), spread.flip(0)
+    own_mean = 0 - black / spread  # no -0
+    size = own.apply(_picture((0, 0, 0))).shape[-2:]
+    return Measured((int(size[0]), int(size[1])), _written(own_mean, mean), _written(1 / spread, std), is_bgr)
 
 
 def fed_by(
@@ -24,29 +56,15 @@ def fed_by(
     std: Sequence[float],
     class_names: Sequence[str] | None = None,
 ) -> ModelAdapter:
-    """The adapter of a module that is fed as its library feeds it.
-
-    Size, mean, std and the order of the colours are measured on plain pictures; where the configuration's `mean` and
-    `std` are what was measured they are taken as they are written. Raises ModelError if no picture passes, or if more
-    is done to colours than a mean and a deviation say.
-    """
-    black, white, red, grey = (_plain(own, colour) for colour in ((0, 0, 0), (255,) * 3, (255, 0, 0), (128,) * 3))
-    spread = (white - black).double()
-    if not bool((spread > 0).all()) or not torch.allclose(black + spread * 128 / 255, grey.double(), atol=1e-4):
-        raise ModelError("the model's own preprocessing does more to colours than to subtract a mean and divide by one")
-    measured_std = 1 / spread
-    measured_mean = 0 - black * measured_std  # no -0
-    is_bgr = bool(red[2] == white[2]) and not bool(red[0] == white[0])
-    size = own.apply(_picture((0, 0, 0))).shape[-2:]
-    adapter = ModelAdapter(
-        BlueFirst(module) if is_bgr else module,
-        input_size=(int(size[0]), int(size[1])),
-        mean=_written(measured_mean.flip(0) if is_bgr else measured_mean, mean),
-        std=_written(measured_std.flip(0) if is_bgr else measured_std, std),
+    """The adapter of a module that is fed as its library feeds it. Raises ModelError as `measured`."""
+    found = measured(own, mean, std)
+    return ModelAdapter(
+        BlueFirst(module) if found.is_bgr else module,
+        input_size=found.size,
+        mean=found.mean,
+        std=found.std,
         class_names=class_names,
     )
-    adapter.preprocessing = own
-    return adapter
 
 
 class BlueFirst(nn.Module):

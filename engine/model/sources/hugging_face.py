@@ -29,6 +29,7 @@ from blocksight.engine.model.sources.hugging_face_files import (
     object_of,
 )
 from blocksight.engine.model.sources.timm_models import made as made_by_timm
+from blocksight.engine.model.sources.timm_models import preprocessing_of
 from blocksight.engine.model.state_dicts import load_state, read_state
 from blocksight.engine.model.torchvision_models import RANDOM_WEIGHTS
 
@@ -43,7 +44,7 @@ def load_hugging_face(name: str, weights: str | None, state: bytes | None, seed:
     files = unpack(packed or b"")
     config = object_of(bytes(files[CONFIG]), CONFIG) if CONFIG in files else {}
     _refuse_code(files)
-    if "pretrained_cfg" in config and "architecture" in config and "model_type" not in config:
+    if _is_of_timm(config):
         return _of_timm(config, files)
     require("hf")
     kind = _class_of(config)
@@ -66,6 +67,23 @@ def _of_timm(config: Mapping[str, Any], files: Mapping[str, memoryview]) -> Mode
         raise ModelError(f"the folder holds no {WEIGHTS_FILE}")
     extra = dict(config.get("model_args") or {})
     return made_by_timm(config["architecture"], {**options, **extra}, read_state(bytes(files[WEIGHTS_FILE])))
+
+
+def hugging_face_preprocessing(files: bytes | None) -> Preprocessing:
+    """What the processor of a folder does to a picture. Raises ModelError."""
+    found = unpack(split(files)[0] or b"")
+    config = object_of(bytes(found[CONFIG]), CONFIG) if CONFIG in found else {}
+    _refuse_code(found)
+    if _is_of_timm(config):
+        require("timm")
+        return preprocessing_of(config["pretrained_cfg"])
+    require("hf")
+    with _folder(found) as folder, _quiet():
+        return _preprocessing(folder)[0]
+
+
+def _is_of_timm(config: Mapping[str, Any]) -> bool:
+    return "pretrained_cfg" in config and "architecture" in config and "model_type" not in config
 
 
 def _refuse_code(files: Mapping[str, memoryview]) -> None:

@@ -37,7 +37,7 @@ def load_open_clip(name: str, weights: str | None, state: bytes | None, seed: in
     with _quiet():
         network = seeded(lambda: _network(architecture), seed)
         notes = () if state is None else load_state(network, read_state(state))
-        settings, guessed = _preprocessing(architecture, tag, network)
+        settings, guessed = _settings(architecture, tag)
         adapter = _fed(network, settings, _texts(network, architecture))
     adapter.notes = (*notes, *guessed)
     return adapter
@@ -67,13 +67,23 @@ def _network(architecture: str) -> nn.Module:
         raise ModelError(f"open_clip cannot make {architecture} here: {first_line_of(error)}") from error
 
 
-def _preprocessing(architecture: str, tag: str, network: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+def open_clip_preprocessing(name: str) -> Preprocessing:
+    """What open_clip does to a picture for the model of this name. Raises ModelError."""
+    require("open_clip")
+    architecture, _, tag = name.partition("/")
+    _refuse_unknown(architecture, tag)
+    return _preprocessing(_settings(architecture, tag)[0])
+
+
+def _settings(architecture: str, tag: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     """How a picture is prepared for the tag, and what was assumed if none is named."""
     import open_clip
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
+    size = (open_clip.get_model_config(architecture) or {})["vision_cfg"].get("image_size", 224)
+
     def of(one: str | None) -> dict[str, Any]:
-        base = asdict(PreprocessCfg(size=network.visual.image_size))
+        base = asdict(PreprocessCfg(size=size))
         return merge_preprocess_dict(base, open_clip.get_pretrained_cfg(architecture, one) if one else {})
 
     if tag:
@@ -88,12 +98,15 @@ def _preprocessing(architecture: str, tag: str, network: Any) -> tuple[dict[str,
     return of(tags[0]), (note,) if differ else ()
 
 
-def _fed(network: nn.Module, settings: Mapping[str, Any], texts: Texts) -> ModelAdapter:
+def _preprocessing(settings: Mapping[str, Any]) -> Preprocessing:
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     transform = image_transform_v2(PreprocessCfg(**settings), is_train=False)
-    own = Preprocessing(lambda pixels: _tensor(transform(to_pil_image(pixels))), (_resizing(settings),))
-    adapter = fed_by(PictureFeature(network), own, settings["mean"], settings["std"])
+    return Preprocessing(lambda pixels: _tensor(transform(to_pil_image(pixels))), (_resizing(settings),))
+
+
+def _fed(network: nn.Module, settings: Mapping[str, Any], texts: Texts) -> ModelAdapter:
+    adapter = fed_by(PictureFeature(network), _preprocessing(settings), settings["mean"], settings["std"])
     adapter.texts = texts
     return adapter
 

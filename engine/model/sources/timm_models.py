@@ -80,17 +80,34 @@ def _count_classes(network: Any, stored: StateDict) -> int | None:
     return None
 
 
-def _fed(network: Any) -> ModelAdapter:
-    from timm.data.config import resolve_model_data_config
+def timm_preprocessing(name: str) -> Preprocessing:
+    """What timm does to a picture for the model of this name. Raises ModelError."""
+    require("timm")
+    _refuse_unknown(name)
+    import timm
+
+    known = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    if known is None:
+        raise ModelError(f"timm cannot make {name!r}: it has no weights of this tag")
+    return preprocessing_of(known.to_dict())
+
+
+def preprocessing_of(pretrained: Mapping[str, Any]) -> Preprocessing:
+    """What timm does to a picture by a pretrained configuration."""
+    from timm.data.config import resolve_data_config
     from timm.data.transforms_factory import create_transform
 
-    config = resolve_model_data_config(network)
+    config = resolve_data_config(pretrained_cfg=dict(pretrained))
     channels = config["input_size"][0]
     if channels != 3:
         raise ModelError(f"this model of timm takes {channels} channels; pictures have three")
     transform = create_transform(**config, is_training=False)
-    own = Preprocessing(lambda pixels: transform(to_pil_image(pixels)), _resizings(config))
-    return fed_by(network, own, config["mean"], config["std"], _class_names(network))
+    return Preprocessing(lambda pixels: transform(to_pil_image(pixels)), _resizings(config))
+
+
+def _fed(network: Any) -> ModelAdapter:
+    known = network.pretrained_cfg
+    return fed_by(network, preprocessing_of(known), known["mean"], known["std"], _class_names(network))
 
 
 def _resizings(config: Mapping[str, Any]) -> tuple[Resizing, ...]:

@@ -336,7 +336,7 @@ CONFIGURATIONS = {
     "target": ["top-0", None, "top-9999999"],
     "explainer": ["unknown", None, "ucag(" * 9],
     "parameters": [None, [], "mu"],
-    "resize": ["stretch", None],
+    "resize": ["stretch", None, "own", "short side 256, centre 0x224", "whole 99999x9, centre 9x9"],
     "seed": ["0", -1, None, 2**63],
     "limit": [0, "9"],
     "blocks": ["a", None, [1]],

@@ -7,6 +7,7 @@ import numpy as np
 import open_clip
 import pytest
 import safetensors.torch
+import skimage.data
 import timm
 import tokenizers
 import torch
@@ -18,6 +19,8 @@ from blocksight.engine.model.loading import load_model
 from blocksight.engine.model.sources.files import pack, split, unpack
 from blocksight.jobs.plan.config import ConfigError, JobConfig
 from blocksight.jobs.plan.context import weights_bytes
+from blocksight.jobs.plan.model_input import with_model_file
+from blocksight.storage.images.decode import decode, fit
 from blocksight.storage.stores.local import LocalStore
 from tests.jobs.jobs_of import called, config_of, rows_in, run_here
 
@@ -233,6 +236,82 @@ def test_whole_jobs(folder, pictures, tmp_path, monkeypatch):
     assert code == 0, told
     run_here(pictures, tmp_path / "knn", model=f"knn(hf:{folder})", weights=str(bank), **options)
     assert len(rows_in(LocalStore(tmp_path / "knn"))) == 2
+
+
+PROCESSORS = {
+    "squash": transformers.ViTImageProcessor(size={"height": SIDE, "width": SIDE}),
+    "short side 40, centre 32x32 rounded down, bicubic": transformers.BitImageProcessor(
+        size={"shortest_edge": 40}, crop_size={"height": SIDE, "width": SIDE}
+    ),
+    "short side 36, centre 32x32 rounded down, bicubic": transformers.ConvNextImageProcessor(
+        size={"shortest_edge": SIDE}, crop_pct=0.875
+    ),
+    "whole 36x36, centre 32x32 rounded down, bicubic": transformers.DeiTImageProcessor(
+        size={"height": 36, "width": 36}, crop_size={"height": SIDE, "width": SIDE}
+    ),
+    "short side 40, centre 32x32 rounded down": transformers.MobileViTImageProcessor(
+        size={"shortest_edge": 40}, crop_size={"height": SIDE, "width": SIDE}, resample=2
+    ),
+}
+
+
+def fed(config: JobConfig, file: Path) -> torch.Tensor:
+    """What a job gives a model of the file's picture."""
+    config = with_model_file(config)
+    adapter = load_model(config.model, weights=config.weights, state=weights_bytes(config))
+    image = fit(decode(file.read_bytes()).pixels, adapter.input_size, config.resize)
+    given = adapter.normalise(torch.from_numpy(image.copy()).permute(2, 0, 1)[None])
+    return given.flip(1) if type(adapter.module).__name__ == "BlueFirst" else given
+
+
+@pytest.mark.parametrize("text", PROCESSORS)
+def test_a_picture_is_fed_as_the_processor_does_it(text, tmp_path):
+    file = Path(skimage.data.__file__).parent / "chelsea.png"
+    folder = write_folder(tmp_path, transformers.ViTForImageClassification(VIT), PROCESSORS[text])
+    config = config_of("/", "/out", model=f"hf:{folder}")
+    assert with_model_file(config).resize == text
+    wanted = PROCESSORS[text](images=Image.open(file), return_tensors="pt")["pixel_values"]
+    levels = (fed(config, file) - wanted).abs() * 255 * 0.5
+    assert levels.max() <= 2.1
+    assert levels.mean() <= 0.1
+
+
+@pytest.mark.parametrize("name", ["test_vit.r160_in1k", "test_resnet", "test_convnext"])
+def test_a_picture_is_fed_as_timm_does_it(name):
+    file = Path(skimage.data.__file__).parent / "chelsea.png"
+    data = timm.data.resolve_model_data_config(timm.create_model(name))
+    wanted = timm.data.create_transform(**data)(Image.open(file))
+    levels = (fed(config_of("/", "/out", model=f"timm:{name}", weights="random"), file) - wanted).abs() * 255 * 0.5
+    assert levels.max() <= 2.1
+    assert levels.mean() <= 0.1
+
+
+def test_how_a_picture_is_fed_stands_in_the_configuration(folder):
+    def resize(**options) -> str:
+        return with_model_file(config_of("/", "/out", **{"model": f"hf:{folder}", **options})).resize
+
+    assert resize() == "squash"
+    assert resize(interpolation="bicubic") == "squash, bicubic"
+    assert resize(resize="crop", interpolation="lanczos") == "crop, lanczos"
+    timm_vit = {"model": "timm:test_vit.r160_in1k", "weights": "random"}
+    assert resize(**timm_vit) == "short side 168, centre 160x160, bicubic"
+    assert resize(**timm_vit, input_size=80) == "short side 84, centre 80x80, bicubic"
+    assert resize(**timm_vit, resize="squash") == "squash"
+    assert resize(model="torchvision:resnet50", resize="own") == "short side 232, centre 224x224"
+    assert resize(model="knn(timm:test_vit.r160_in1k)") == "short side 168, centre 160x160, bicubic"
+    assert "interpolation" not in config_of("/", "/out").identity(None)
+    with pytest.raises(ConfigError, match="nobody says how model tests"):
+        resize(model="tests.jobs.tiny:make", resize="own")
+
+
+def test_a_way_that_is_not_known_is_told(tmp_path):
+    processor = transformers.PerceiverImageProcessor(
+        size={"height": SIDE, "width": SIDE}, crop_size={"height": 36, "width": 36}
+    )
+    folder = write_folder(tmp_path, transformers.ViTForImageClassification(VIT), processor)
+    with pytest.raises(ConfigError, match="none that is known here: take resize squash or crop"):
+        with_model_file(config_of("/", "/out", model=f"hf:{folder}"))
+    assert with_model_file(config_of("/", "/out", model=f"hf:{folder}", resize="squash")).resize == "squash"
 
 
 def test_one_spelling_and_one_hash(folder, monkeypatch):
