@@ -3,12 +3,12 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blocksight.storage.images.decode import centred_box
+from blocksight.storage.images.fitting import Fitting
 from blocksight.storage.limits import MAX_CLASSES, MAX_COCO_BYTES
 
 Runs = NDArray[np.int64]
@@ -33,7 +33,7 @@ class PlacedRegion:
     """The pixels as COCO's compressed run lengths."""
 
 
-def placed(mask_hw: NDArray[np.bool_], original_size: tuple[int, int], how: Literal["squash", "crop"]) -> PlacedRegion:
+def placed(mask_hw: NDArray[np.bool_], original_size: tuple[int, int], how: str) -> PlacedRegion:
     """A region [H, W] of the model's input in the original (height, width) that was brought to it as by `decode.fit`.
 
     A pixel of the original is inside if its centre lies in a pixel of the region; a region that holds no centre gets
@@ -43,9 +43,7 @@ def placed(mask_hw: NDArray[np.bool_], original_size: tuple[int, int], how: Lite
     if not mask_hw.any():
         raise ValueError("a region without a pixel has no place")
     height, width = original_size
-    box = (0.0, 0.0, float(width), float(height))
-    if how == "crop":
-        box = centred_box((width, height), (mask_hw.shape[1], mask_hw.shape[0]))
+    box = Fitting.parse(how).box((width, height), (mask_hw.shape[1], mask_hw.shape[0]))
     rows = _Axis(height, mask_hw.shape[0], box[1], box[3])
     columns = _Axis(width, mask_hw.shape[1], box[0], box[2])
     starts, stops = _runs(mask_hw, rows, columns)
