@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from blocksight.storage.images.decode import centred_box
+from blocksight.storage.images.fitting import centred_box
 from blocksight.storage.inputs.annotations import read_truth
 from blocksight.storage.outputs.coco import CocoWriter, placed
 from tests.storage.memory import MemoryStore
