@@ -172,22 +172,54 @@ def outline_output(
 def export_output(
     output: Existing,
     form: Annotated[
-        Literal["fiftyone", "virelay", "spotlight", "quantus"],
-        typer.Argument(metavar="FORMAT", help="fiftyone, virelay, spotlight or quantus."),
+        Literal["pictures", "numpy", "zarr", "fiftyone", "virelay", "spotlight", "quantus"],
+        typer.Argument(metavar="FORMAT", help="pictures, numpy, zarr, fiftyone, virelay, spotlight or quantus."),
     ],
     destination: Annotated[str, typer.Argument(help="Local folder, empty or not there yet.")],
+    key: Annotated[list[str] | None, typer.Option(help="Only this record; repeatable.")] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(help="Only maps for which this holds: SQL over the columns of `sql`'s views maps and metrics."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many explained records.")] = None,
-    model: Annotated[str | None, typer.Option(help="Quantus: the model again, if it is code of yours.")] = None,
-    weights: Annotated[str | None, typer.Option(help="Quantus: the weights file again, if there was one.")] = None,
+    gif: Annotated[
+        Literal["blocks", "outputs"] | None,
+        typer.Option(help="Pictures: a GIF per map, over sise's blocks or over the outputs of --beside."),
+    ] = None,
+    beside: Annotated[
+        list[str] | None, typer.Option(help="Pictures: another output of the same data for --gif outputs; repeatable.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Quantus, --gif blocks: the model again, if it is code of yours.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Quantus, --gif blocks: the weights file again, if there was one.")
+    ] = None,
     truth: ShownTruth = None,
     endpoint_url: Endpoint = None,
 ) -> None:
-    """Write an output in the format of another tool: images, maps, labels, scores, metrics.
+    """Write an output as pictures, as arrays, or in the format of another tool, with labels, scores and metrics.
 
-    Example: blocksight export maps/ fiftyone for-fiftyone/
+    pictures: an overlay per map, PNG or GIF. numpy, zarr: the maps as arrays, with an index. The others: what FiftyOne,
+    ViRelAy, Spotlight and Quantus read.
+
+    Example: blocksight export maps/ pictures overlays/ --where "target_name = 'tabby' AND score < 0.5" --limit 100
     """
     from blocksight.jobs.export.run import ExportRequest, run_export
 
-    asked = ExportRequest(output, form, destination, limit, weights, endpoint_url, model, truth)
+    asked = ExportRequest(
+        output,
+        form,
+        destination,
+        limit,
+        weights,
+        endpoint_url,
+        model,
+        truth,
+        keys=tuple(key or ()),
+        where=where,
+        gif=gif,
+        beside=tuple(beside or ()),
+    )
     for line in run_export(asked, console):
         console.print(printable(line))

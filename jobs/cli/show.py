@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from rich.console import Console, RenderableType
 
-from blocksight.engine.catalog.composition import parse_method
-from blocksight.engine.catalog.entries import EXPLAINERS
-from blocksight.engine.catalog.parameters import SiseParameters
 from blocksight.jobs.cli.record_tables import record_table
+from blocksight.jobs.explain.block_tiles import block_tiles, overlay_of, refuse_without_blocks
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.preflight import readout_of
 from blocksight.jobs.plan.stored_config import NamedModel
@@ -28,13 +26,11 @@ from blocksight.storage.outputs.pictures import (
     in_panels,
     one_line,
     overlay,
-    resized,
 )
 from blocksight.storage.outputs.schema import OK
 
 if TYPE_CHECKING:
     from blocksight.engine.explainers.explanation import Explanation
-    from blocksight.engine.saliency import Map
 
 SHEET_COLUMNS = 6
 SHEET_SIDE = 288
@@ -141,13 +137,8 @@ def _products(output: Output, row: Row, image: Pixels | None) -> Image.Image | N
 def _check(output: Output, request: SheetRequest) -> None:
     """Raises ConfigError if the sheet can never be drawn."""
     refuse_other_inputs([output, *request.beside])
-    explainer = output.plan.identity["explainer"]
-    if request.blocks and not issubclass(parse_method(explainer).entry.parameters, SiseParameters):
-        family = " and ".join(name for name, one in EXPLAINERS.items() if issubclass(one.parameters, SiseParameters))
-        raise ConfigError(
-            f"--blocks draws the block maps that {family} fuse, and {output.name} was made by {explainer}, which has "
-            "none: leave it out, or explain with sise"
-        )
+    if request.blocks:
+        refuse_without_blocks(output.plan.identity["explainer"], "--blocks", output.name)
 
 
 def _plain(output: Output, rows: Sequence[Row], image: Pixels | None, truth: Truth | None) -> Iterator[Image.Image]:
@@ -177,8 +168,7 @@ def _sheets(
         of_job = explanations[None][place] if request.blocks else None
         tiles = [Tile(base.image, f"{one_line(key)}\n{_label(row)}")]
         if of_job is not None:
-            gate = output.plan.identity["parameters"].get("gate", SiseParameters.gate)
-            tiles += _block_tiles(base.pixels, of_job, gate)
+            tiles += block_tiles(base.pixels, of_job, output.plan.identity["parameters"])
         tiles.append(_stored_tile(base, row, output, of_job))
         tiles += [_made_tile(base.pixels, name, explanations[name][place], row) for name in names]
         tiles += [_beside_tile(base.pixels, one, own.get(row["target_index"]), row, image) for one, own in others]
@@ -215,30 +205,6 @@ def _label(row: Row) -> str:
     return "no label" if row["label_name"] is None else f"label {one_line(row['label_name'])}"
 
 
-def _block_tiles(pixels: Pixels, explanation: "Explanation", gate: str) -> Iterator[Tile]:
-    """Yields each block's map and the fused map up to that block."""
-    from blocksight.engine.explainers.fusion import GATES, stages
-
-    present = [block.saliency_hw for block in explanation.blocks if block.saliency_hw is not None]
-    fused = iter(stages(present, GATES[gate]) if present else ())
-    for block in explanation.blocks:
-        facts = f"{block.name}\nkept {len(block.kept):,} of {counted(block.candidates, 'map')}"
-        if block.saliency_hw is None:
-            yield Tile(pixels, f"{facts}: left out")
-            continue
-        stage = next(fused)
-        yield Tile(_over(pixels, block.saliency_hw), facts)
-        yield Tile(
-            _over(pixels, stage), f"fused up to {block.name}\nabove 0 on {(stage > 0).mean():.0%} of the picture"
-        )
-
-
-def _over(pixels: Pixels, saliency_hw: "Map") -> Pixels:
-    from blocksight.engine.saliency import minmax
-
-    return overlay(pixels, resized(minmax(saliency_hw), pixels.shape[:2]))
-
-
 def _stored_tile(base: Shown, row: Row, output: Output, explanation: "Explanation | None") -> Tile:
     fact = f"{one_line(row['target_name'])}, {row['score']:.3f}"
     if explanation is not None:
@@ -251,7 +217,9 @@ def _stored_tile(base: Shown, row: Row, output: Output, explanation: "Explanatio
 
 def _made_tile(pixels: Pixels, name: str, explanation: "Explanation", row: Row) -> Tile:
     forwards = counted(explanation.num_forwards, "masked forward")
-    return Tile(_over(pixels, explanation.saliency_hw), f"{name}, made now\n{one_line(row['target_name'])}, {forwards}")
+    return Tile(
+        overlay_of(pixels, explanation.saliency_hw), f"{name}, made now\n{one_line(row['target_name'])}, {forwards}"
+    )
 
 
 def _beside_tile(pixels: Pixels, output: Output, own: Row | None, row: Row, image: Pixels | None) -> Tile:

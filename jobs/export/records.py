@@ -8,6 +8,7 @@ from typing import Any
 
 from blocksight.jobs.audit.result import ROWS, ROWS_FOLDER, read_audit
 from blocksight.jobs.evaluate.evaluation import evaluation_folders, fragment_key
+from blocksight.jobs.export.selection import Selection
 from blocksight.jobs.export.sql import METHOD, MetricColumns
 from blocksight.jobs.ledger.output import fragment_of, table_of, values_in
 from blocksight.jobs.plan.plan import Plan, source_of
@@ -20,6 +21,8 @@ from blocksight.storage.stores.store import ObjectStore
 Row = Mapping[str, Any]
 Method = tuple[Any, ...]
 """A map's values of the columns `METHOD`."""
+
+ALL = Selection()
 
 COLUMNS = [name for name in SCHEMA.names if name not in PRODUCT_COLUMNS]
 VALUE_COLUMNS = [*METHOD, "metric", "protocol", "value"]
@@ -63,12 +66,14 @@ class ExplainedRecords:
         columns: MetricColumns,
         endpoint_url: str | None = None,
         limit: int | None = None,
+        selection: Selection = ALL,
     ) -> None:
-        """`columns`: the metrics' column names. `limit`: most records that are yielded.
+        """`columns`: the metrics' column names. `limit`: most records that are yielded. `selection`: of their maps.
 
         Raises StoreError, and UnreconciledError if an audit is damaged.
         """
         self.store, self.plan, self.columns, self.limit = store, plan, columns, limit
+        self.selection = selection
         self.source = source_of(plan, endpoint_url)
         self.evaluations = evaluation_folders(store)
         self.keys = {info.key for prefix in ("data/", *self.evaluations) for info in store.list(prefix)}
@@ -102,12 +107,14 @@ class ExplainedRecords:
         values, audited = self._values(unit), self._audit_rows(unit)
         maps: dict[str, list[ExplainedMap]] = {}
         for row in rows:
-            if row["status"] == OK:
+            if row["status"] == OK and self.selection.takes(row):
                 metrics = {**self._own_metrics(row), **values.get(_method(row), {})}
                 about = audited.get((row["key"], row["target_index"]))
                 maps.setdefault(row["key"], []).append(ExplainedMap(row, metrics, about))
         ordered = dict.fromkeys(
-            (row["shard"], row["shard_index"], row["key"] if row["status"] == OK else None) for row in rows
+            (row["shard"], row["shard_index"], row["key"] if row["status"] == OK else None)
+            for row in rows
+            if row["status"] != OK or row["key"] in maps
         )
         remaining = (key for _, _, key in ordered)
         for key, pixels in images_in(unit, self.source, frozenset(maps)):

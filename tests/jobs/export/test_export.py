@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from blocksight.jobs.audit.result import GRID
-from blocksight.jobs.export.quantus import ArrayFile
+from blocksight.jobs.export.array_file import ArrayFile
 from blocksight.jobs.export.run import ExportRequest, fresh_folder, run_export
 from blocksight.jobs.export.sql import connect
 from blocksight.jobs.export.virelay import _table, principal_components
