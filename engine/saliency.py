@@ -21,6 +21,8 @@ def minmax(values: Map) -> Map:
 
 FLAT = "the map is flat"
 """Why a metric that needs an order or mass has no value."""
+NEGATIVE = "the score is negative, and of it no share can be lost"
+"""Why a metric of shares has no value: the score is a logit, or a sum of some."""
 
 
 def is_flat(values: NDArray[np.floating[Any]]) -> bool:

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import lru_cache
 from math import isfinite
 from typing import Literal
 
@@ -88,6 +89,11 @@ class Expression:
         is_margin = self.terms == MARGIN
         inner = "margin" if is_margin else sum_text([(term.weight, term.atom.text) for term in self.terms])
         return inner if self.reading == _default_reading(self.terms) else f"{self.reading}({inner})"
+
+    @property
+    def atoms(self) -> tuple[Atom, ...]:
+        """The classes that it names."""
+        return tuple(term.atom for term in self.terms)
 
     @property
     def atom(self) -> Atom | None:
@@ -282,6 +288,8 @@ class _Parser:
             return self._prompts(word[len(TEXT) :].strip() or self._quoted_next())
         if CLASS_NUMBER.fullmatch(word):
             return Atom("class", int(word))
+        if word.startswith("top-") and not TOP.fullmatch(word):
+            raise self._error(f"{word} is no top-K; a class of this name is quoted")
         if TOP.fullmatch(word) or word == "margin":
             raise self._error(f"{word} stands alone, or within logit(...) or logprob(...)")
         return NAMED.get(word) or self._name(word)
@@ -386,6 +394,7 @@ def formula_of(terms: Iterable[tuple[float, int]], reading: Reading) -> Formula:
     return Formula(tuple((term.weight, int(term.atom.value)) for term in own), reading)
 
 
+@lru_cache(maxsize=4096)
 def parse_formula(text: str) -> Formula:
     """The formula of a row. Raises GrammarError if it is none."""
     try:

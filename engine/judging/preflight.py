@@ -15,6 +15,7 @@ from blocksight.engine.explainers.gradients import IntegratedGradients
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.device_errors import device_trouble
 from blocksight.engine.model.failures import first_line_of
+from blocksight.engine.model.targets import Target
 from blocksight.engine.scoring.forward import Forward
 
 QUICK: Mapping[str, Mapping[str, Any]] = {
@@ -42,7 +43,7 @@ NUM_BALANCED = 2
 """Images that are tried until one has no gross gap; each costs as much as its explanation."""
 
 
-def check_balance(explainer: IntegratedGradients, inputs_nchw: Tensor, classes: Tensor) -> tuple[str, ...]:
+def check_balance(explainer: IntegratedGradients, inputs_nchw: Tensor, target: Target) -> tuple[str, ...]:
     """A sentence if the attributions do not sum to the change of the logit.
 
     `explainer` has the job's own number of steps. Raises ModelError if the sums are grossly wrong for every image
@@ -51,7 +52,7 @@ def check_balance(explainer: IntegratedGradients, inputs_nchw: Tensor, classes: 
     steps, sentence = explainer.num_forwards, ""
     for image in range(min(NUM_BALANCED, len(inputs_nchw))):
         one = slice(image, image + 1)
-        own = explainer.balance(inputs_nchw[one], explainer.adapter.target(classes[one]))
+        own = explainer.balance(inputs_nchw[one], target.of(one))
         sentence = (
             f"integrated_gradients sums to {own.found:.4g} in {steps} steps, and the logit changes by {own.wanted:.4g} "
             f"from the baseline to the image ({min(own.gap, 99):.0%} of the largest change of a logit are missing or "
@@ -80,9 +81,9 @@ def scored_once(adapter: ModelAdapter) -> Forward:
 
 
 def try_explainer(
-    explainer: Explainer, method: Method, blocks: Sequence[str], inputs_nchw: Tensor, classes: Tensor
+    explainer: Explainer, method: Method, blocks: Sequence[str], inputs_nchw: Tensor, target: Target
 ) -> tuple[str, ...]:
-    """Explains classes [N, 1] of normalised inputs, one after the other until nothing is odd; returns findings.
+    """Explains the target of normalised inputs, one after the other until nothing is odd; returns findings.
 
     Raises ModelError if no image can be explained, or if no gradient reaches a block that the method reads.
     """
@@ -91,7 +92,7 @@ def try_explainer(
     for image in range(len(inputs_nchw)):
         one = slice(image, image + 1)
         try:
-            found = _try_image(explainer, method, blocks, inputs_nchw[one], classes[one])
+            found = _try_image(explainer, method, blocks, inputs_nchw[one], target.of(one))
         except Exception as error:  # a user's model may raise anything
             if device_trouble(error) is not None:
                 raise
@@ -112,16 +113,16 @@ def try_explainer(
 
 
 def _try_image(
-    explainer: Explainer, method: Method, blocks: Sequence[str], image_nchw: Tensor, classes: Tensor
+    explainer: Explainer, method: Method, blocks: Sequence[str], image_nchw: Tensor, target: Target
 ) -> tuple[str, ...]:
     """Explains one image; returns findings. Raises ModelError, and what the model raises."""
     adapter = explainer.adapter
     if "gradients" in method.innermost.entry.needs:
-        findings = tuple(_check_gradients(adapter, str(method), blocks, image_nchw, classes))
+        findings = tuple(_check_gradients(adapter, str(method), blocks, image_nchw, target))
     else:
         findings = ()
-    ((made,),) = explainer.explain(image_nchw, adapter.target(classes), [0])
-    if not np.isfinite(made.saliency_hw).all():
+    (made,) = explainer.explain(image_nchw, target, [0])
+    if not all(np.isfinite(one.saliency_hw).all() for one in made):
         raise ModelError(
             f"{method} gives NaN or infinity with {adapter.name} for every image it was tried on: gradients or feature "
             f"maps are not finite; {WITHOUT_GRADIENTS}"
@@ -130,7 +131,7 @@ def _try_image(
 
 
 def _check_gradients(
-    adapter: ModelAdapter, method: str, blocks: Sequence[str], image_nchw: Tensor, classes: Tensor
+    adapter: ModelAdapter, method: str, blocks: Sequence[str], image_nchw: Tensor, target: Target
 ) -> Iterator[str]:
     """Yields a sentence for each block at which the gradient is zero. Raises ModelError if one has no gradient."""
     logits, places = _traced_gradients(adapter, blocks, image_nchw)
@@ -140,7 +141,7 @@ def _check_gradients(
             "torch.no_grad or inference_mode, detaches its maps, or is quantised; let gradients flow, or "
             f"{WITHOUT_GRADIENTS}"
         )
-    direction = adapter.target(classes).direction(logits.detach(), 0).to(logits.dtype)
+    direction = target.direction(logits.detach(), 0).to(logits.dtype)
     slopes = torch.autograd.grad(logits, list(places.values()), direction, allow_unused=True)
     for name, slope in zip(places, slopes, strict=True):
         if slope is None:

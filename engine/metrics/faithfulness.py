@@ -15,7 +15,7 @@ from blocksight.engine.catalog.readouts import READOUTS
 from blocksight.engine.metrics.metric import TIES, Maps, Metric, Value, first_pixels, ranks_of, undefined
 from blocksight.engine.model.targets import Readout, TopClass
 from blocksight.engine.model.transfers import sent, to_host
-from blocksight.engine.saliency import FLAT, Map, is_flat
+from blocksight.engine.saliency import FLAT, NEGATIVE, Map, is_flat
 from blocksight.engine.scoring.perturb import Perturbation, blurred
 from blocksight.engine.scoring.scorer import MaskSet, MaskSource, Scorer
 
@@ -174,10 +174,6 @@ class KeepTop(RankedMetric):
     def values(self, score: float, masked: Sequence[float], saliency_hw: Map) -> Mapping[str, Value]:
         (kept,) = masked
         return {"drop": lost(score, kept), "increase": Value(100.0 * (kept > score))}
-
-
-NEGATIVE = "the score is negative, and of it no share can be lost"
-"""Of a logit, or of a difference of two."""
 
 
 def lost(score: float, kept: float) -> Value:

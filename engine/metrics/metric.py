@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blocksight.engine.catalog.forward_setting import ForwardSetting
+from blocksight.engine.catalog.target_expressions import parse_formula
 from blocksight.engine.model.targets import Target
 from blocksight.engine.saliency import Map
 
@@ -61,6 +62,12 @@ class Maps:
         return [(image, index) for image, own in enumerate(self.saliency) for index in range(len(own))]
 
 
+def score_of(formula: str) -> str | None:
+    """What a metric reads of a row's target, for its protocol; None for a class's score, as the readout says it."""
+    found = parse_formula(formula)
+    return None if found.is_score else f"{found.reading} of {'a sum' if found.target_class is None else 'a class'}"
+
+
 class Metric(ABC):
     """One evaluation that gives one or more named values."""
 
@@ -71,12 +78,14 @@ class Metric(ABC):
         """Everything that a value depends on beside map, model, record and forward setting, as plain values."""
         return {"metric": "/".join(self.names), "map": "8 bit", **self.details()}
 
-    def digest(self, setting: ForwardSetting) -> str:
+    def digest(self, setting: ForwardSetting, score: str | None = None) -> str:
         """First 16 hex digits of the sha256 of the protocol's canonical JSON; different digests are never averaged.
 
-        `setting` is the forward setting of the maps and of the metric's own masks.
+        `setting` is the forward setting of the maps and of the metric's own masks; `score` says what is read of the
+        target where it is no class's score (see `score_of`).
         """
-        protocol = {**self.protocol, "forward": setting.protocol}
+        own = {"score": score} if score is not None and "score" in self.protocol else {}
+        protocol = {**self.protocol, **own, "forward": setting.protocol}
         return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
 
     @abstractmethod

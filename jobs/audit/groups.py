@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from blocksight.jobs.audit.result import GRID, MEASURES, Grid, Group, Spread
+from blocksight.jobs.plan.text import counted as counted_text
 from blocksight.storage.outputs.schema import OK, SCHEMA
 
 Integers = NDArray[np.int64]
@@ -106,10 +107,13 @@ class Roster:
                 GroupName("all", None, None),
                 *(name for kind, found in kinds.items() for name in _kept(kind, found)),
             ),
-            notes=tuple(
-                f"of {len(found)} {_PLURALS[kind]} the {MAX_GROUPS[kind]} with most maps are kept as groups"
-                for kind, found in kinds.items()
-                if len(found) > MAX_GROUPS[kind]
+            notes=(
+                *_of_no_class(_total(maps.filter(pc.field("target_index").is_null()))),
+                *(
+                    f"of {len(found)} {_PLURALS[kind]} the {MAX_GROUPS[kind]} with most maps are kept as groups"
+                    for kind, found in kinds.items()
+                    if len(found) > MAX_GROUPS[kind]
+                ),
             ),
         )
 
@@ -124,14 +128,23 @@ class Roster:
         return {name: index for index, name in enumerate(self.names)}
 
 
-def is_own_class(target_source: str, target_rank: int) -> bool:
+def _of_no_class(count: int) -> Iterator[str]:
+    """A sentence if maps explain no single class."""
+    if count:
+        yield (
+            f"{counted_text(count, 'map')} of no single class (margin, differences and sums): measured with all maps, "
+            "and left out of classes, clusters and shortcuts"
+        )
+
+
+def is_own_class(target_source: str, target_rank: int | None) -> bool:
     """Whether a map explains its record's prediction or label, and not a further target."""
     return target_rank == 1 or target_source == "label"
 
 
-def is_right(label: int | None, target_index: int, target_rank: int) -> bool | None:
+def is_right(label: int | None, target_index: int | None, target_rank: int | None) -> bool | None:
     """Whether the explained class is the prediction and the label; None if no label is known."""
-    return None if label is None else target_rank == 1 and label == target_index
+    return None if label is None or target_rank is None else target_rank == 1 and label == target_index
 
 
 def _groups_of(

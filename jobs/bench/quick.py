@@ -56,7 +56,7 @@ def probe_cost(config: JobConfig, plan: Plan, device: str, console: Console) -> 
     cost = MeasuredCost(
         seconds_per_record=sum(seconds for seconds, _ in counted) / len(counted),
         forwards_per_record=sum(one.num_forwards for one in maps) / len(counted),
-        bytes_per_record=round(num_bytes / len(counted)) + ROW_BYTES * config.target_choice.count,
+        bytes_per_record=round(num_bytes / len(counted)) + ROW_BYTES * config.target_choice.most_targets,
         day=str(datetime.now(UTC).date()),
     )
     remember(config, device, cost)
@@ -73,7 +73,7 @@ def _explained(config: JobConfig, plan: Plan, adapter: ModelAdapter) -> Iterator
         start = time.monotonic()
         inputs = adapter.normalise(torch.from_numpy(np.array(picture.pixels[None])).permute(0, 3, 1, 2))
         with adapter.borrowed(), torch.inference_mode():
-            top = adapter.logits(inputs).topk(config.target_choice.count).indices
+            top = adapter.logits(inputs).topk(min(config.target_choice.most_targets, adapter.num_classes)).indices
         (own,) = explainer.explain(inputs, adapter.target(top), [number])
         yield time.monotonic() - start, own
         if time.monotonic() > end:

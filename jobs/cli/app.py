@@ -159,7 +159,12 @@ JOB_OPTIONS: dict[str, Any] = {
         ),
     ],
     "target": Annotated[
-        str | None, typer.Option(help="predicted, label, top-3, 281, 281,282 or 'tabby'.  [default: predicted]")
+        list[str] | None,
+        typer.Option(
+            help="What is explained: predicted, label, top-3, 281, 'tabby'; why one and not the other: margin, "
+            "281-282; also 0.5*281+0.5*282, logit(281), logprob(281). Commas separate several, and it may be "
+            "repeated.  [default: predicted]"
+        ),
     ],
     "labels": Annotated[
         str | None,
@@ -236,6 +241,7 @@ def job_of(given: dict[str, Any]) -> tuple[JobConfig, Execution]:
     """The configuration and execution from the shared options and their TOML file."""
     options = {name: given[name] for name in JOB_OPTIONS if name not in ("config", "param", "budget")}
     asked = [*(given["param"] or []), *([f"budget={given['budget']}"] if given["budget"] is not None else [])]
+    options["target"] = options["target"] or None
     return load_config(given["config"], {**options, "parameters": parse_parameters(asked)})
 
 

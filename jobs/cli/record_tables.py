@@ -8,7 +8,7 @@ from rich.table import Table
 
 from blocksight.engine.catalog.readouts import ReadoutName
 from blocksight.jobs.cli.tables import facts_table
-from blocksight.jobs.plan.preflight import score_name, score_text
+from blocksight.jobs.plan.preflight import is_class_score, score_name, target_score_text
 from blocksight.jobs.plan.text import counted, printable
 from blocksight.jobs.report.products import products_of, said_of
 
@@ -19,7 +19,7 @@ FIGURES = ("rank", "with the top 15 %", "model runs", "masks scored", "stored ma
 """Columns of a target after its name and score."""
 MEANINGS = {
     "probability": "how sure the model is of this class",
-    "score": "the model's output for this class: the job took it as it is, and it is no probability",
+    "score": "the model's output for this class, or a sum of outputs: as it is, and no probability unless in percent",
     "rank": "place of this class among all; 1 is the model's prediction",
     "with the top 15 %": "what becomes of the score if only the 15 % of the picture that matter most to the map stay "
     "visible; the less it falls, the better the map",
@@ -38,7 +38,8 @@ def record_table(rows: Sequence[Mapping[str, Any]], readout: ReadoutName) -> Ren
     """
     first = rows[0]
     table = Table(title=printable(first["key"]), title_justify="left", title_style="bold", pad_edge=False)
-    columns = (score_name(readout), *FIGURES)
+    are_classes = all(is_class_score(row) for row in rows if row["map"] is not None)
+    columns = (score_name(readout if are_classes else "identity"), *FIGURES)
     for name in ("target", *columns):
         table.add_column(name, no_wrap=name in ("probability", "rank"))  # one word would be cut
     for row in rows:
@@ -66,8 +67,8 @@ def target_cells(row: Mapping[str, Any], readout: ReadoutName) -> list[str]:
     """The target's name and score, and its values of FIGURES."""
     return [
         printable(row["target_name"]),
-        score_text(row["score"], readout),
-        str(row["target_rank"]),
+        target_score_text(row, readout),
+        "-" if row["target_rank"] is None else str(row["target_rank"]),
         kept_text(row),
         f"{row['num_forwards']:,}",
         "-" if row["fidelity"] is None else _masks_text(row["fidelity"], row["fidelity_reason"]),
@@ -78,8 +79,14 @@ def target_cells(row: Mapping[str, Any], readout: ReadoutName) -> list[str]:
 def kept_text(row: Mapping[str, Any]) -> str:
     """What becomes of the score if only the map's top 15 % stay: `rises`, or `falls by 12.3 %`."""
     if row["metrics"] is None or row["metrics"]["drop"] is None:
-        return "not defined: the map is flat" if row["is_flat"] else "not defined"
+        return "not defined: the map is flat" if row["is_flat"] else _without_drop(row)
     return "rises" if row["metrics"]["increase"] else f"falls by {row['metrics']['drop']:.1f} %"
+
+
+def _without_drop(row: Mapping[str, Any]) -> str:
+    """What is known where the score is negative, so that no share of it can be lost."""
+    has_increase = row["metrics"] is not None and row["metrics"]["increase"] is not None
+    return ("rises" if row["metrics"]["increase"] else "falls") if has_increase else "not defined"
 
 
 def _masks_text(fidelity: str, reason: str | None) -> str:

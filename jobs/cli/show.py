@@ -171,12 +171,12 @@ def _sheets(
             tiles += block_tiles(base.pixels, of_job, output.plan.identity["parameters"])
         tiles.append(_stored_tile(base, row, output, of_job))
         tiles += [_made_tile(base.pixels, name, explanations[name][place], row) for name in names]
-        tiles += [_beside_tile(base.pixels, one, own.get(row["target_index"]), row, image) for one, own in others]
+        tiles += [_beside_tile(base.pixels, one, own.get(row["target"]), row, image) for one, own in others]
         yield contact_sheet(tiles, min(SHEET_COLUMNS, len(tiles)))
 
 
-def _by_target(output: Output, key: str) -> Mapping[int, Row]:
-    return {row["target_index"]: row for row in rows_of(output.store, output.plan, key) if row["status"] == OK}
+def _by_target(output: Output, key: str) -> Mapping[str, Row]:
+    return {row["target"]: row for row in rows_of(output.store, output.plan, key) if row["status"] == OK}
 
 
 def _replayed(
@@ -234,7 +234,7 @@ def _beside_tile(pixels: Pixels, output: Output, own: Row | None, row: Row, imag
 def _path(path: Path | None, key: str, row: Row, *, alone: bool, kind: str) -> Path:
     """The requested file, or one in the current folder that is named after the key."""
     base = path or Path(f"{file_name(key)}.{kind}.png")  # never the name of the image itself
-    return base if alone else base.with_name(f"{base.stem}-{row['target_index']}{base.suffix}")
+    return base if alone else base.with_name(f"{base.stem}-{file_name(row['target'])}{base.suffix}")
 
 
 def _save(picture: Image.Image, path: Path) -> None:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from blocksight.engine.catalog.entries import METRICS
-from blocksight.engine.saliency import FLAT
+from blocksight.engine.saliency import FLAT, NEGATIVE
 from blocksight.jobs.evaluate.bootstrap import (
     MethodEstimate,
     MetricSums,
@@ -27,17 +27,18 @@ from blocksight.jobs.ledger.output import fragment_of
 from blocksight.jobs.ledger.reconcile import read_job_state
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.forward_setting import planned_forward, protocol_of, setting_difference
+from blocksight.jobs.plan.labels import is_class_number
 from blocksight.jobs.plan.preflight import readout_difference
 from blocksight.jobs.worker.rows import Output, refuse_other_inputs
 from blocksight.storage.outputs.schema import METRICS as METRICS_STRUCT
 from blocksight.storage.outputs.schema import OK
 from blocksight.storage.stores.opening import open_file
 
-STORED_COLUMNS = ["key", "target_index", "status", "explainer", "parameters", "metrics"]
+STORED_COLUMNS = ["key", "target", "status", "explainer", "parameters", "metrics"]
 METHOD_COLUMNS = ["explainer", "parameters"]
-VALUE = np.dtype([("image", np.uint64), ("target", np.int32), ("value", np.float64)])
+VALUE = np.dtype([("image", np.uint64), ("target", np.uint64), ("value", np.float64)])
 MAX_VALUES_IN_MEMORY = 20_000_000
-"""20 bytes each. More are read in several passes, each over another share of the images."""
+"""24 bytes each. More are read in several passes, each over another share of the images."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ def _tables(output: Output) -> Iterator[pa.Table]:
             yield _metric_rows(fragment_of(output.store, unit.fragment_key, STORED_COLUMNS))
     for folder in evaluation_folders(output.store):
         for table in value_tables(output.store, folder):
-            yield table.select(["key", "target_index", *METHOD_COLUMNS, "metric", "protocol", "value", "reason"])
+            yield table.select(["key", "target", *METHOD_COLUMNS, "metric", "protocol", "value", "reason"])
 
 
 def _metric_rows(rows: pa.Table) -> pa.Table:
@@ -224,11 +225,12 @@ def _metric_rows(rows: pa.Table) -> pa.Table:
     fields = dict(zip((field.name for field in METRICS_STRUCT), metrics, strict=True))
     increase = pc.multiply(fields["increase"].cast(pa.float64()), 100.0)  # pyright: ignore[reportAttributeAccessIssue]
     values = {"drop": fields["drop"], "increase": increase}
-    flat, nothing = fields["drop"].is_null(), pa.scalar(None, pa.string())
-    reasons = pc.if_else(flat, FLAT, nothing)  # pyright: ignore[reportAttributeAccessIssue]
+    nothing = pa.scalar(None, pa.string())
+    is_flat = pc.if_else(fields["increase"].is_null(), FLAT, NEGATIVE)  # pyright: ignore[reportAttributeAccessIssue]
+    reasons = pc.if_else(fields["drop"].is_null(), is_flat, nothing)  # pyright: ignore[reportAttributeAccessIssue]
     parts = []
     for name, own in values.items():
-        part = sound.select(["key", "target_index", *METHOD_COLUMNS])
+        part = sound.select(["key", "target", *METHOD_COLUMNS])
         part = part.append_column("metric", pa.array([name] * len(sound), pa.string()))
         part = part.append_column("protocol", fields["protocol"])
         part = part.append_column("value", own)
@@ -248,18 +250,28 @@ def _pass(
             hashes = key_hashes(table["key"].to_pylist())
             mine = table.filter(pa.array(hashes % np.uint64(num_passes) == which))
             hashes = hashes[hashes % np.uint64(num_passes) == which]
+            numbers = _target_numbers(mine["target"])
             for column, method, places in _groups(mine):
                 if (number, *method) not in order:
                     continue  # a control that is counted in another output
                 values = mine["value"].to_numpy()[places]
-                targets = mine["target_index"].to_numpy()[places]
+                targets = numbers[places]
                 block = _block(hashes[places], targets, values)
                 found.setdefault(column, {}).setdefault(order[number, *method], []).append(block)
     for column, blocks in found.items():
         yield column, _sums({place: np.concatenate(own) for place, own in blocks.items()}, len(methods))
 
 
-def _block(images: NDArray[np.uint64], targets: NDArray[np.int32], values: NDArray[np.float64]) -> NDArray[Any]:
+def _target_numbers(targets: pa.ChunkedArray) -> NDArray[np.uint64]:
+    """A number for each target: a class's own, else a hash of its text."""
+    encoded = targets.combine_chunks().dictionary_encode()
+    texts = encoded.dictionary.to_pylist()
+    hashes = key_hashes(texts)
+    numbers = [int(text) if is_class_number(text) else int(own) for text, own in zip(texts, hashes, strict=True)]
+    return np.array(numbers, dtype=np.uint64)[encoded.indices.to_numpy(zero_copy_only=False)]
+
+
+def _block(images: NDArray[np.uint64], targets: NDArray[np.uint64], values: NDArray[np.float64]) -> NDArray[Any]:
     block = np.empty(len(values), VALUE)
     block["image"], block["target"], block["value"] = images, targets, values
     return block
@@ -276,7 +288,7 @@ def _groups(table: pa.Table) -> Iterator[tuple[Column, tuple[str, str], NDArray[
 
 def _sums(blocks: Mapping[int, NDArray[Any]], num_methods: int) -> MetricSums:
     """One row per image and target, one column per method; NaN where a method has no value."""
-    places = np.concatenate([np.stack([own["image"], own["target"].astype(np.uint64)], 1) for own in blocks.values()])
+    places = np.concatenate([np.stack([own["image"], own["target"]], 1) for own in blocks.values()])
     rows, inverse = np.unique(places, axis=0, return_inverse=True)
     values = np.full((len(rows), num_methods), np.nan)
     start = 0

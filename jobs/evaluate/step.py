@@ -21,7 +21,7 @@ from blocksight.engine.explainers.explainer import State
 from blocksight.engine.judging.sanity import Sanity
 from blocksight.engine.metrics import MASKED, OF_MAPS
 from blocksight.engine.metrics.localisation import Localisation
-from blocksight.engine.metrics.metric import Maps, Metric, Region, Value
+from blocksight.engine.metrics.metric import Maps, Metric, Region, Value, score_of
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.device_errors import is_short_of_memory
 from blocksight.engine.scoring.forward import Forward, release_memory
@@ -48,6 +48,7 @@ from blocksight.jobs.explain.step import (
     try_device,
     with_heartbeat,
 )
+from blocksight.jobs.explain.target_names import formulas_of
 from blocksight.jobs.ledger.output import fragment_of, map_of
 from blocksight.jobs.ledger.stop_request import Stop
 from blocksight.jobs.plan.config import digest_of
@@ -78,6 +79,9 @@ INPUT_ERRORS = (MissingError, ChangedError, ObjectError, DamagedError)
 Row = dict[str, Any]
 Record = Sequence[Row]
 """The stored rows of one record, one per target."""
+
+
+NO_CLASS = "the target is of no single class, and the ground truth says where classes are"
 
 
 def metrics_of(
@@ -225,10 +229,9 @@ class EvaluateStep:
 
     def _maps(self, records: Sequence[Record], pixels: NDArray[np.uint8]) -> Maps:
         inputs = self.adapter.normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2))
-        classes = torch.tensor([[row["target_index"] for row in record] for record in records])
         return Maps(
             inputs,
-            self.adapter.target(classes.to(self.adapter.device)),
+            self.adapter.target_of([formulas_of(record, self.adapter) for record in records]),
             saliency=[[map_of(row).astype(np.float64) for row in record] for record in records],
             scores=[[row["score"] for row in record] for record in records],
             ranks=[[row["target_rank"] for row in record] for record in records],
@@ -239,6 +242,8 @@ class EvaluateStep:
 
     def _region(self, row: Row) -> Region | str | None:
         """The region of the row's target, or why its annotation is unusable."""
+        if row["target_index"] is None:
+            return NO_CLASS
         labels = labels_of(self.evaluation.class_map, row["target_index"], row["target_name"])
         original = (row["height"], row["width"])
         resize, input_size = self.job.config.resize, self.job.facts.input_size
@@ -247,7 +252,8 @@ class EvaluateStep:
     def _rows_of_maps(self, records: Sequence[Record], maps: Maps, method: Mapping[str, str | None]) -> Iterator[Row]:
         """The rows of some maps, record by record; `method` names a control."""
         explained = None if method else records[0][0]["metrics"]["protocol"]  # measured by `explain` already
-        metrics = [metric for metric in self.metrics if metric.digest(self.setting) != explained]
+        first = score_of(records[0][0]["target_formula"])
+        metrics = [metric for metric in self.metrics if metric.digest(self.setting, first) != explained]
         if method:  # a control uses no weights, so that random weights change nothing
             metrics = [metric for metric in metrics if not isinstance(metric, Sanity)]
         found = [(metric, metric.evaluate(maps)) for metric in metrics]
@@ -262,7 +268,7 @@ class EvaluateStep:
             if name in self.evaluation.metrics:
                 if name in flattered:
                     value = Value(None, f"{row['selected_by']} picked this map among several")
-                yield _row(row, name, metric.digest(self.setting), value)
+                yield _row(row, name, metric.digest(self.setting, score_of(row["target_formula"])), value)
 
     def _rows_without_values(self, record: Record, reason: str) -> Iterator[Row]:
         missing = Value(None, as_text(reason)[:MAX_ERROR_LENGTH])

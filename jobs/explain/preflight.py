@@ -22,9 +22,10 @@ from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.device_errors import device_trouble
 from blocksight.engine.model.examination import Examination, examine
 from blocksight.engine.model.failures import first_line_of
+from blocksight.engine.model.targets import Target
 from blocksight.engine.scoring.setting_choice import drawn_pictures
 from blocksight.jobs.explain.step import load
-from blocksight.jobs.explain.target_names import resolved_target
+from blocksight.jobs.explain.target_names import resolved_targets
 from blocksight.jobs.ledger.attempt_markers import FOLDER
 from blocksight.jobs.plan.config import ConfigError, JobConfig
 from blocksight.jobs.plan.plan import Plan, source_of
@@ -139,12 +140,12 @@ def _tried(adapter: ModelAdapter, config: JobConfig, facts: ModelFacts, inputs_n
     method, blocks = config.method, [block["name"] for block in facts.blocks]
     parameters = quick(method, config.explainer_parameters())
     explainer = make_explainer(config.explainer, adapter, parameters, blocks=blocks, forward=scored_once(adapter))
-    classes = _classes(adapter, config, inputs_nchw)
-    findings = try_explainer(explainer, method, blocks, inputs_nchw, classes)
-    return (*findings, *_balanced(adapter, config, inputs_nchw, classes))
+    target = _target(adapter, config, inputs_nchw)
+    findings = try_explainer(explainer, method, blocks, inputs_nchw, target)
+    return (*findings, *_balanced(adapter, config, inputs_nchw, target))
 
 
-def _balanced(adapter: ModelAdapter, config: JobConfig, inputs_nchw: Tensor, classes: Tensor) -> tuple[str, ...]:
+def _balanced(adapter: ModelAdapter, config: JobConfig, inputs_nchw: Tensor, target: Target) -> tuple[str, ...]:
     """Whether the innermost method's attributions are complete, with the job's own parameters."""
     method, parameters = config.method, config.explainer_parameters()
     while method.base is not None:
@@ -152,16 +153,17 @@ def _balanced(adapter: ModelAdapter, config: JobConfig, inputs_nchw: Tensor, cla
     if method.name != "integrated_gradients":
         return ()
     explainer = IntegratedGradients(adapter, parameters, images_per_pass=1)
-    return check_balance(explainer, inputs_nchw, classes)
+    return check_balance(explainer, inputs_nchw, target)
 
 
-def _classes(adapter: ModelAdapter, config: JobConfig, inputs_nchw: Tensor) -> Tensor:
-    """The class [N, 1] that is explained of each image: the first given one, or the prediction."""
-    given = resolved_target(config, adapter).classes
-    if given:
-        return torch.tensor([[given[0]]]).expand(len(inputs_nchw), 1)
+def _target(adapter: ModelAdapter, config: JobConfig, inputs_nchw: Tensor) -> Target:
+    """What is explained of each image: the first target of each kind; the prediction stands in for the label."""
+    targets = resolved_targets(config, adapter)
     with adapter.borrowed(), torch.inference_mode():
-        return adapter.logits(inputs_nchw).argmax(1, keepdim=True)
+        logits = adapter.logits(inputs_nchw).cpu()
+    found = [targets.formulas(own, int(own.argmax())) for own in logits]
+    kinds = {(one.is_score, one.reading): place for place, one in reversed(list(enumerate(found[0])))}
+    return adapter.target_of([[own[place] for place in sorted(kinds.values())] for own in found])
 
 
 def _sample(

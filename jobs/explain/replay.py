@@ -18,6 +18,7 @@ from blocksight.jobs.explain.forward_pass import stored_forward
 from blocksight.jobs.explain.learned import num_learning_images, stored_state
 from blocksight.jobs.explain.step import make_explainer, model_facts, seed_of
 from blocksight.jobs.explain.stored_model import model_of_output
+from blocksight.jobs.explain.target_names import formulas_of
 from blocksight.jobs.ledger.output import map_of
 from blocksight.jobs.plan.config import ConfigError, JobConfig, load_config
 from blocksight.jobs.plan.plan import Plan
@@ -79,7 +80,7 @@ class Replay:
         )
         seen = np.array(fit(pixels, self.adapter.input_size, config.resize))
         inputs = self.adapter.normalise(torch.from_numpy(seen[None]).permute(0, 3, 1, 2))
-        target = self.adapter.target(torch.tensor([[row["target_index"] for row in rows]]))
+        target = self.adapter.target_of([formulas_of(rows, self.adapter)])
         (own,) = explainer.explain(inputs, target, [seed_of(config, rows[0]["key"])])
         return own
 

@@ -17,26 +17,27 @@ from blocksight.engine.catalog.composition import blocks_of
 from blocksight.engine.catalog.entries import Fidelity, factory_of
 from blocksight.engine.catalog.forward_setting import ForwardSetting
 from blocksight.engine.catalog.readouts import ReadoutName
+from blocksight.engine.catalog.target_expressions import Expression, Formula
 from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers.explainer import Explainer, Learner, State
 from blocksight.engine.explainers.explanation import Explanation
 from blocksight.engine.metrics.faithfulness import KeepTop
-from blocksight.engine.metrics.metric import Maps, Value
+from blocksight.engine.metrics.metric import Maps, Value, score_of
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.blocks import Place
 from blocksight.engine.model.device_errors import DeviceTrouble, device_trouble, is_short_of_memory, told_by_device
 from blocksight.engine.model.failures import first_line_of
 from blocksight.engine.model.float32 import use_ieee_float32
 from blocksight.engine.model.loading import load_model
-from blocksight.engine.model.targets import ClassTarget, Target
+from blocksight.engine.model.targets import Target
 from blocksight.engine.saliency import Map, is_flat
 from blocksight.engine.scoring.forward import BufferedForward, Forward, empty_caches, release_memory
 from blocksight.engine.scoring.setting_choice import eager_setting
 from blocksight.jobs.explain.fidelity import doubts_of, fidelity_columns
 from blocksight.jobs.explain.forward_pass import bounded, stored_forward
 from blocksight.jobs.explain.learned import LEARNED_KEY, num_learning_images, stored_state
-from blocksight.jobs.explain.target_names import resolved_target
-from blocksight.jobs.plan.config import MODEL_INPUT, ConfigError, JobConfig, TargetChoice, digest_of
+from blocksight.jobs.explain.target_names import resolved_targets
+from blocksight.jobs.plan.config import MODEL_INPUT, ConfigError, JobConfig, digest_of
 from blocksight.jobs.plan.context import JobContext, let_import_from
 from blocksight.jobs.plan.forward_setting import FORWARD_KEY, planned_forward
 from blocksight.jobs.plan.label_files import stored_label_file
@@ -50,7 +51,6 @@ from blocksight.jobs.plan.records import (
     UnreconciledError,
     with_reject,
 )
-from blocksight.jobs.plan.text import counted
 from blocksight.jobs.worker.attempts import open_worker_stores
 from blocksight.jobs.worker.error_classes import UnfitWorkerError, is_of_record, is_of_unit
 from blocksight.jobs.worker.isolation import Isolated, ProcessDiedError
@@ -97,12 +97,7 @@ def as_configured(
 
 def model_facts(adapter: ModelAdapter, config: JobConfig) -> ModelFacts:
     """Facts of the model, checked against the configuration. Raises ModelError and ConfigError."""
-    choice = resolved_target(config, adapter)
-    beyond = [index for index in choice.classes if index >= adapter.num_classes]
-    if beyond:
-        raise ConfigError(f"target {beyond[0]} is no class of {adapter.name}: it has {adapter.num_classes}, from 0")
-    if choice.count > adapter.num_classes:
-        raise ConfigError(f"target {config.target} asks for more than {counted(adapter.num_classes, 'class')}")
+    resolved_targets(config, adapter)
     blocks = _blocks(adapter, config)
     make_explainer(adapter, config, [block.name for block in blocks])
     places = tuple(
@@ -199,7 +194,7 @@ class ExplainStep:
         names, num_classes = self.adapter.class_names, facts.num_classes
         self.labels = Labels(context.label_names, names, num_classes, config.label_classes, context.number_names)
         self.label_file = stored_label_file(open_worker_stores(context).output, config)
-        self.choice = resolved_target(config, self.adapter)
+        self.targets = resolved_targets(config, self.adapter)
         self.method = {
             "explainer": config.explainer,
             "parameters": parameters_digest(parameters, facts, digest),
@@ -367,31 +362,26 @@ class ExplainStep:
         outcome: list[list[Row] | Reject] = [own if isinstance(own, Reject) else [] for own in targets]
         if not usable:
             return outcome
-        target = self.adapter.target(torch.tensor([targets[index] for index in usable], device=self.adapter.device))
+        formulas = [own for own in targets if not isinstance(own, Reject)]
+        target = self.adapter.target_of(formulas)
         seeds = [seed_of(self.context.config, records[index].key) for index in usable]
         doubts = [self._doubts(records[index], logits[index]) for index in usable]
         inputs = _at(inputs, usable)
         explanations = self._explanations(inputs, target, seeds, doubts)
-        ranks = [ranks_of(logits[index], target.classes[place].tolist()) for place, index in enumerate(usable)]
+        chosen = [self._chosen(own, logits[index]) for own, index in zip(formulas, usable, strict=True)]
+        ranks = [[one["target_rank"] for one in own] for own in chosen]
         levels = [[grey_levels(one.saliency_hw) for one in own] for own in explanations]
         values = self.metric.evaluate(as_maps(inputs, target, explanations, levels, ranks, seeds))
         for place, index in enumerate(usable):
-            own = self._outcome(
-                target.classes[place].tolist(),
-                ranks[place],
-                explanations[place],
-                levels[place],
-                values[place],
-                doubts[place],
-            )
+            own = self._outcome(chosen[place], explanations[place], levels[place], values[place], doubts[place])
             label_rank = self._label_rank(records[index], logits[index])
             outcome[index] = own if isinstance(own, Reject) else [{**row, "label_rank": label_rank} for row in own]
         return outcome
 
     def _inputs_and_targets(
         self, records: Sequence[RecordFacts], pixels: NDArray[np.uint8]
-    ) -> tuple[Tensor, Tensor, list[list[int] | Reject]]:
-        """The records' inputs [N, C, H, W], logits [N, K], and target classes or reject."""
+    ) -> tuple[Tensor, Tensor, list[list[Formula] | Reject]]:
+        """The records' inputs [N, C, H, W], logits [N, K], and targets or reject."""
         inputs = self.adapter.normalise(torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2))
         logits = self._logits(inputs)
         return inputs, logits, [self._targets(record, own) for record, own in zip(records, logits, strict=True)]
@@ -405,15 +395,14 @@ class ExplainStep:
         inputs, targets = found
         first = {index: own[0] for index, own in enumerate(targets) if not isinstance(own, Reject)}
         if first:
-            chosen, classes = (torch.tensor(list(one)) for one in (first, first.values()))
-            target = self.adapter.target(classes[:, None].to(self.adapter.device))
+            chosen, target = torch.tensor(list(first)), self.adapter.target_of([[one] for one in first.values()])
             seeds = [seed_of(self.context.config, records[index].key) for index in first]
             learner.see(inputs[chosen.to(inputs.device)], target, seeds)
         return len(first)
 
     def _learnable(
         self, records: Sequence[RecordFacts], pixels: NDArray[np.uint8]
-    ) -> tuple[Tensor, list[list[int] | Reject]] | None:
+    ) -> tuple[Tensor, list[list[Formula] | Reject]] | None:
         """The records' inputs and targets; None if the model fails on them."""
         labelled = self._with_labels(records)
         try:
@@ -465,21 +454,28 @@ class ExplainStep:
             passes = [*full, torch.cat([last, filler]) if len(filler) else last]
             return torch.cat([self.adapter.logits(one) for one in passes])[: len(inputs_nchw)].cpu()
 
-    def _targets(self, record: RecordFacts, logits: Tensor) -> list[int] | Reject:
-        """The record's target classes."""
+    def _targets(self, record: RecordFacts, logits: Tensor) -> list[Formula] | Reject:
+        """The record's targets."""
         if not logits.isfinite().all():
             return Reject(RejectCode.NON_FINITE, "the model's output for the image holds NaN or infinity")
-        if self.choice.source != "label":
-            return chosen_classes(self.choice, logits)
         label = self.labels.index(record.label)
-        if label is None:
+        if label is None and self.targets.needs_label:
             return Reject(RejectCode.LABEL_MISSING, f"the target is the label, and {record.label!r} means no class")
-        return [label]
+        return self.targets.formulas(logits, label)
+
+    def _chosen(self, formulas: Sequence[Formula], logits: Tensor) -> list[Row]:
+        """The columns of a record's targets."""
+        return [
+            {
+                **target_columns(expression, formula, self.adapter, logits),
+                "target": self.targets.text_of(expression, formula),
+            }
+            for expression, formula in zip(self.targets.expressions, formulas, strict=True)
+        ]
 
     def _outcome(
         self,
-        classes: Sequence[int],
-        ranks: Sequence[int],
+        chosen: Sequence[Row],
         explanations: Sequence[Explanation],
         levels: Sequence[NDArray[np.uint8]],
         values: Sequence[Mapping[str, Value]],
@@ -490,23 +486,18 @@ class ExplainStep:
         if not np.isfinite(figures).all() or not all(np.isfinite(one.saliency_hw).all() for one in explanations):
             return Reject(RejectCode.NON_FINITE, "a score, a gradient or a feature map holds NaN or infinity")
         rows = []
-        for index, rank, explanation, own, value in zip(classes, ranks, explanations, levels, values, strict=True):
-            chosen = {
-                "target_index": index,
-                "target_name": self.adapter.class_name(index),
-                "target_source": self.choice.source,
-                "target_rank": rank,
-            }
+        for target, explanation, own, value in zip(chosen, explanations, levels, values, strict=True):
             fidelity = fidelity_columns(self.level, doubts, was_completed=explanation.was_completed)
-            rows.append({**chosen, **_map_columns(explanation, own), **fidelity, "metrics": self._metrics(value)})
+            metrics = self._metrics(value, target["target_formula"])
+            rows.append({**target, **_map_columns(explanation, own), **fidelity, "metrics": metrics})
         return rows
 
-    def _metrics(self, values: Mapping[str, Value]) -> Row:
+    def _metrics(self, values: Mapping[str, Value], formula: str) -> Row:
         increase = values["increase"].value
         return {
             "drop": values["drop"].value,
             "increase": None if increase is None else bool(increase),
-            "protocol": self.metric.digest(self.setting),
+            "protocol": self.metric.digest(self.setting, score_of(formula)),
         }
 
     def _base_row(self, unit_input: UnitInput, record: RecordFacts) -> Row:
@@ -603,10 +594,10 @@ def ranks_of(logits: Tensor, classes: Sequence[int]) -> list[int]:
 
 def as_maps(
     inputs_nchw: Tensor,
-    target: ClassTarget,
+    target: Target,
     explanations: Sequence[Sequence[Explanation]],
     levels: Sequence[Sequence[NDArray[np.uint8]]],
-    ranks: Sequence[Sequence[int]],
+    ranks: Sequence[Sequence[int | None]],
     seeds: Sequence[int],
 ) -> Maps:
     """The input of the metrics. The maps are those of the stored grey levels, so that `evaluate` gives equal values."""
@@ -633,11 +624,16 @@ def as_stored(saliency_hw: Map) -> Map:
     return grey_levels(saliency_hw) / 255.0
 
 
-def chosen_classes(choice: TargetChoice, logits: Tensor) -> list[int]:
-    """The given classes, or the classes of highest logit (ties: the lower index)."""
-    if choice.source == "given":
-        return list(choice.classes)
-    return logits.argsort(descending=True, stable=True)[: choice.count].tolist()
+def target_columns(expression: Expression, formula: Formula, adapter: ModelAdapter, logits: Tensor) -> Row:
+    """What a row says of its target, on an image with these logits [K]."""
+    index = formula.target_class if expression.atom is not None else None
+    return {
+        "target_index": index,
+        "target_name": formula.named({own: adapter.class_name(own) for _, own in formula.terms}),
+        "target_source": expression.source,
+        "target_rank": None if index is None else ranks_of(logits, [index])[0],
+        "target_formula": formula.text,
+    }
 
 
 def _map_columns(explanation: Explanation, levels: NDArray[np.uint8]) -> Mapping[str, Any]:

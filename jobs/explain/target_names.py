@@ -1,33 +1,188 @@
-"""Finds the class that a target names."""
+"""Finds the classes that a job's targets name, and what of a record they explain."""
 
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+from torch import Tensor
+
+from blocksight.engine.catalog.target_expressions import (
+    Atom,
+    Expression,
+    Formula,
+    GrammarError,
+    Term,
+    collected,
+    formula_of,
+    parse_formula,
+    parse_target,
+    split_targets,
+)
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.jobs.plan.config import TARGET_FORMS, ConfigError, JobConfig, TargetChoice
 from blocksight.jobs.plan.labels import Labels, Rule
+from blocksight.jobs.plan.records import UnreconciledError
+from blocksight.jobs.plan.text import counted
+
+QUOTE = "a name that holds a comma, a hyphen, a plus sign, a star or a bracket stands in double quotes"
 
 
-def resolved_target(config: JobConfig, adapter: ModelAdapter) -> TargetChoice:
-    """The job's target with its classes as numbers; a name is read as a label is.
+@dataclass(frozen=True)
+class ResolvedTargets:
+    """The targets of every record of a job, without class names."""
 
-    Raises ConfigError, with the nearest names, for a name of no class or of more than one.
+    expressions: tuple[Expression, ...]
+    has_doubles: bool
+    """Two of the targets may be the same class of a record: they are then known by their words."""
+
+    @property
+    def needs_label(self) -> bool:
+        """True if a target depends on the record's label."""
+        return any(atom.kind == "label" for one in self.expressions for atom in one.atoms)
+
+    def formulas(self, logits: Tensor, label: int | None) -> list[Formula]:
+        """The targets of a record with these logits [K] and this label, which is known if `needs_label`."""
+        most = max(
+            (int(atom.value) for one in self.expressions for atom in one.atoms if atom.kind == "place"), default=0
+        )
+        order = logits.argsort(descending=True, stable=True)[:most].tolist()
+
+        def index_of(atom: Atom) -> int:
+            if atom.kind == "label":
+                assert label is not None
+                return label
+            return order[int(atom.value) - 1] if atom.kind == "place" else int(atom.value)
+
+        return [
+            formula_of([(term.weight, index_of(term.atom)) for term in one.terms], one.reading)
+            for one in self.expressions
+        ]
+
+    @property
+    def _num_places(self) -> int:
+        """The last place among a record's classes that a target names; 0 if none does."""
+        atoms = (atom for one in self.expressions for atom in one.atoms)
+        return max((int(atom.value) for atom in atoms if atom.kind == "place"), default=0)
+
+    def text_of(self, expression: Expression, formula: Formula) -> str:
+        """What a row calls its target: the join key of outputs. A class that is chosen is known by its number."""
+        is_class = expression.atom is not None
+        return formula.text if is_class and not self.has_doubles else expression.text
+
+
+def resolved_targets(config: JobConfig, adapter: ModelAdapter) -> ResolvedTargets:
+    """The job's targets with their classes as numbers; a name is read as a label is.
+
+    Raises ConfigError, with the nearest names, for a name of no class or of more than one, for a class that the model
+    lacks, for a text with two meanings, and for two targets that are the same.
     """
     choice = config.target_choice
-    if choice.name is None:
-        return choice
     labels = Labels((), adapter.class_names, adapter.num_classes, config.label_classes)
-    meaning = labels.read(choice.name)
-    if meaning.index is None:
-        raise ConfigError(_refusal(labels, choice.name, meaning.rule))
-    return replace(choice, classes=(meaning.index,))
+    read = list(choice.expressions if choice.name is None else _read_lines(choice, labels))
+    for one in read:
+        _refuse_unknown_classes(one, adapter, config)
+    twice = next((one.text for place, one in enumerate(read) if one.text in {own.text for own in read[:place]}), None)
+    if twice is not None:
+        raise ConfigError(f"two targets of {choice.name!r} are the same, {twice}: leave one of them out")
+    alone = {atom.kind for one in read if (atom := one.atom) is not None and one.reading == "score"}
+    return ResolvedTargets(tuple(read), len(alone) > 1 and bool(alone & {"place", "label"}))
 
 
-def _refusal(labels: Labels, name: str, rule: Rule) -> str:
-    if rule is Rule.AMBIGUOUS:
+def formulas_of(rows: Sequence[Mapping[str, Any]], adapter: ModelAdapter) -> list[Formula]:
+    """The targets of stored rows of one record. Raises UnreconciledError for one that the model does not have."""
+    try:
+        found = [parse_formula(row["target_formula"]) for row in rows]
+    except (GrammarError, TypeError) as error:
+        raise UnreconciledError(f"the rows of record {rows[0]['key']!r} are damaged: {error}") from error
+    beyond = [index for one in found for _, index in one.terms if index >= adapter.num_classes]
+    if beyond:
+        raise UnreconciledError(
+            f"the rows of record {rows[0]['key']!r} name class {beyond[0]}, and {adapter.name} has "
+            f"{adapter.num_classes}, from 0"
+        )
+    return found
+
+
+def _read_lines(choice: TargetChoice, labels: Labels) -> Iterator[Expression]:
+    """The targets of each line, which is one `--target`."""
+    assert choice.name is not None
+    for line in choice.name.split("\n"):
+        yield from _read(line, labels, may_be_list=True)
+
+
+def _read(text: str, labels: Labels, *, may_be_list: bool) -> list[Expression]:
+    """The targets of a text, which may be the name of a class as well."""
+    whole = labels.index(text)
+    by_name = [] if whole is None else [Expression((Term(1.0, Atom("class", whole)),), "score")]
+    try:
+        by_grammar = _read_parts(text, labels) if may_be_list else _resolved(parse_target(text), labels)
+    except GrammarError as error:
+        if by_name:
+            return by_name
+        raise ConfigError(_refusal(labels, text, f" ({error}; {QUOTE})")) from error
+    except ConfigError:
+        if by_name:
+            return by_name
+        raise
+    if by_name and {one.text for one in by_grammar} != {by_name[0].text}:
+        raise ConfigError(_two_meanings(text, by_grammar, labels))
+    return by_name or by_grammar
+
+
+def _read_parts(text: str, labels: Labels) -> list[Expression]:
+    parts = split_targets(text)
+    if len(parts) == 1:
+        return _resolved(parse_target(text), labels)
+    return [one for part in parts for one in _read(part, labels, may_be_list=False)]
+
+
+def _resolved(expressions: Sequence[Expression], labels: Labels) -> list[Expression]:
+    return [
+        replace(one, terms=collected(Term(term.weight, _class_of(term.atom, labels)) for term in one.terms))
+        for one in expressions
+    ]
+
+
+def _class_of(atom: Atom, labels: Labels) -> Atom:
+    """The class that an atom names, as its number; other atoms stay. Raises ConfigError."""
+    if atom.kind == "class" and int(atom.value) >= labels.num_classes:
+        raise ConfigError(f"target {atom.value} is no class of the model: it has {labels.num_classes}, from 0")
+    if atom.kind != "name":
+        return atom
+    index = labels.index(str(atom.value))
+    if index is None:
+        raise ConfigError(_refusal(labels, str(atom.value), f"; {QUOTE}" if "-" in str(atom.value) else ""))
+    return Atom("class", index)
+
+
+def _two_meanings(text: str, by_grammar: Sequence[Expression], labels: Labels) -> str:
+    others = ", ".join(one.text for one in by_grammar)
+    way = "give each target its own --target" if len(by_grammar) > 1 else f"write logit({text})"
+    return (
+        f"target {text!r} has two meanings: the class of this name ({labels.index(text)}), and {others} by the grammar "
+        f"of targets; write it in double quotes for the class, and {way} for the other"
+    )
+
+
+def _refuse_unknown_classes(expression: Expression, adapter: ModelAdapter, config: JobConfig) -> None:
+    """Raises ConfigError for a class number or a place that the model does not have."""
+    for atom in expression.atoms:
+        if atom.kind == "class" and int(atom.value) >= adapter.num_classes:
+            raise ConfigError(
+                f"target {atom.value} is no class of {adapter.name}: it has {adapter.num_classes}, from 0"
+            )
+        if atom.kind == "place" and int(atom.value) > adapter.num_classes:
+            raise ConfigError(f"target {config.target} asks for more than {counted(adapter.num_classes, 'class')}")
+        if not any(term.weight for term in expression.terms):
+            raise ConfigError(f"target {config.target!r} is {expression.text}, which is 0 for every image")
+
+
+def _refusal(labels: Labels, name: str, more: str = "") -> str:
+    if labels.read(name).rule is Rule.AMBIGUOUS:
         classes = ", ".join(labels.nearest(name)) or "see the class map"
         return f"target {name!r} means more than one class: {classes}; name one by its number"
     if not labels.class_names:
-        return f"target {name!r} is not known, and the model has no class names; known: {TARGET_FORMS}"
+        return f"target {name!r} is not known, and the model has no class names{more}; known: {TARGET_FORMS}"
     near = labels.nearest(name)
     nearest = f"nearest: {', '.join(map(repr, near))}; " if near else ""
-    return f"target {name!r} is no class of the model; {nearest}known: {TARGET_FORMS}, or a class name"
+    return f"target {name!r} is no class of the model{more}; {nearest}known: {TARGET_FORMS}, or a class name"

@@ -31,7 +31,7 @@ def write(
         for record in shown:
             fitted = torch.from_numpy(fit(record.pixels, size, resize).copy()).permute(2, 0, 1)
             image = adapter.normalise(fitted[None])[0].numpy()
-            for one in record.maps:
+            for one in record.maps_of_classes:
                 images.append(image)
                 maps.append(resized(map_of(one.row), size)[None])
                 classes.append(np.int64(one.row["target_index"]))

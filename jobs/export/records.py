@@ -51,6 +51,11 @@ class ExplainedRecord:
     """One per target."""
 
     @property
+    def maps_of_classes(self) -> tuple[ExplainedMap, ...]:
+        """Without those of sums of classes, which tools that know classes alone cannot take."""
+        return tuple(one for one in self.maps if one.row["target_index"] is not None)
+
+    @property
     def prediction(self) -> Row | None:
         """The row of the predicted class; None if that class is not explained."""
         return next((one.row for one in self.maps if one.row["target_rank"] == 1), None)
@@ -131,9 +136,8 @@ class ExplainedRecords:
     def _own_metrics(self, row: Row) -> Mapping[str, float]:
         """Drop and Increase that `explain` measured, both in percent."""
         found = row["metrics"]
-        if found["drop"] is None:  # the map is flat
-            return {}
-        own = {"drop": found["drop"], "increase": 100.0 * found["increase"]}
+        increase = None if found["increase"] is None else 100.0 * found["increase"]
+        own = {name: value for name, value in (("drop", found["drop"]), ("increase", increase)) if value is not None}
         named = {self.columns.get((metric, found["protocol"])): value for metric, value in own.items()}
         return {column: value for column, value in named.items() if column is not None}
 

@@ -80,6 +80,11 @@ def run_export(asked: ExportRequest, console: Console) -> Sequence[str]:
     first = next(found, None)
     if first is None:
         raise ConfigError(f"nothing of {asked.output} can be exported: {_account(records)}")
+    if asked.form in ("virelay", "quantus") and not first.maps_of_classes:
+        raise ConfigError(
+            f"{asked.form} knows maps of classes alone, and {asked.output} explains {plan.identity['target']!r}: take "
+            "fiftyone or spotlight"
+        )
     lines = write(_shown(chain([first], found), records, console), records, folder)
     return [_account(records), *([] if known.note is None else [known.note]), *lines]
 

@@ -24,6 +24,7 @@ STORED = {
     "key": pa.string(),
     "label_name": pa.string(),
     "target_name": pa.string(),
+    "target": pa.string(),
     "target_index": pa.int32(),
     "target_rank": pa.int32(),
     "score": pa.float64(),

@@ -3,7 +3,7 @@
 import csv
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from blocksight.engine.catalog.entries import METRICS
-from blocksight.engine.saliency import FLAT
+from blocksight.engine.saliency import FLAT, NEGATIVE
 from blocksight.jobs.audit.result import AUDIT_KEY, CLUSTERS, CLUSTERS_KEY, GROUPS, GROUPS_KEY, ROWS, ROWS_FOLDER
 from blocksight.jobs.evaluate.evaluation import FOLDER
 from blocksight.jobs.ledger.output import table_of
@@ -26,24 +26,27 @@ from blocksight.jobs.plan.documents import damaged
 from blocksight.jobs.plan.plan import REGIONS_FOLDER, existing_plan
 from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.jobs.plan.text import counted, printable
+from blocksight.storage.outputs.fragments import OF_TARGET
 from blocksight.storage.outputs.schema import EVALUATION, OK, RANKS_FROM_0, RECORD_COLUMNS, REGIONS, REJECTED, SCHEMA
+from blocksight.storage.parquet.reader import parquet_object
 from blocksight.storage.stores.locations import S3, normal_place
 from blocksight.storage.stores.opening import open_store
 from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore
 from blocksight.storage.stores.s3_endpoints import endpoint_for
-from blocksight.storage.stores.store import ObjectStore
+from blocksight.storage.stores.store import DamagedError, ObjectInfo, ObjectStore, StoreError
 
 MAX_ROWS = 40
 """Rows that are printed."""
 MAX_CELL = 64
 """Characters of a cell that are printed."""
 ROWS_AT_ONCE = 1024
+FOOTER_WINDOW_BYTES = 64 << 10
 PROTOCOL_LENGTH = 8
 """Characters of a protocol's hash that tell two columns of one metric apart."""
 
 VIEW = "CREATE OR REPLACE VIEW"
-METHOD = ("key", "target_index", "explainer", "parameters")
-"""The columns that identify a map: record key, class, and explainer with parameters."""
+METHOD = ("key", "target_index", "target", "explainer", "parameters")
+"""The columns that identify a map: record key, class or other target, and explainer with parameters."""
 FORMULA_SIGNS = (
     "=+-@\N{FULLWIDTH EQUALS SIGN}\N{FULLWIDTH PLUS SIGN}\N{FULLWIDTH HYPHEN-MINUS}\N{FULLWIDTH COMMERCIAL AT}"
 )
@@ -186,9 +189,10 @@ def _view(name: str, query: str) -> str:
 def _explained(data: str) -> str:
     """The query of Drop and Increase that `explain` measured, both in percent."""
     columns = ", ".join(map(_name, EVALUATION.names[: EVALUATION.names.index("metric")]))
+    reason = f"CASE WHEN metrics.increase IS NULL THEN '{FLAT}' ELSE '{NEGATIVE}' END"
     parts = (
         f"SELECT NULL::VARCHAR AS evaluation, {columns}, '{metric}' AS metric, metrics.protocol AS protocol, "
-        f"{value} AS \"value\", CASE WHEN {value} IS NULL THEN '{FLAT}' END AS reason FROM {data} "
+        f'{value} AS "value", CASE WHEN {value} IS NULL THEN {reason} END AS reason FROM {data} '
         f"WHERE status = '{OK}'"
         for metric, value in (("drop", "metrics.drop"), ("increase", "100.0 * metrics.increase::DOUBLE"))
     )
@@ -222,14 +226,45 @@ def _metrics(columns: MetricColumns) -> str:
 
 def _source(store: ObjectStore, prefix: str, pattern: str, schema: pa.Schema, *, with_filename: bool = False) -> str:
     """The source of a view: the matching files, or an empty table with the same columns if there are none."""
-    if any(info.key.endswith(".parquet") for info in store.list(prefix)):
+    files = [info for info in store.list(prefix) if info.key.endswith(".parquet")]
+    if files:
         root = re.sub(r"([*?\[])", r"[\1]", store.uri)
         # a folder such as `run=7` above the files is no column of theirs
         options = f"hive_partitioning = false{', filename = true' if with_filename else ''}"
-        return f"read_parquet({_text(f'{root}/{pattern}')}, {options})"
+        place = _text(f"{root}/{pattern}")
+        return _with_targets(store, files, schema, lambda more: f"read_parquet({place}, {options}{more})")
     columns = {field.name: _type(field.type) for field in schema}
     columns |= {"filename": "VARCHAR"} if with_filename else {}
     return f"(SELECT {', '.join(f'NULL::{kind} AS {_name(name)}' for name, kind in columns.items())} LIMIT 0)"
+
+
+def _with_targets(
+    store: ObjectStore, files: Sequence[ObjectInfo], schema: pa.Schema, read: Callable[[str], str]
+) -> str:
+    """The source `read`; columns that name targets are filled up where files of an older version lack them.
+
+    The files of one folder have the columns of its first.
+    """
+    added = [name for name in OF_TARGET if name in schema.names and "target_index" in schema.names]
+    if not added:
+        return read("")
+    first = {info.key.rpartition("/")[0]: info for info in reversed(sorted(files, key=lambda info: info.key))}
+    lacking = [not set(added) <= set(_columns_of(store, info)) for info in first.values()]
+    if not any(lacking):
+        return read("")
+    if all(lacking):
+        own = ", ".join(f"target_index::VARCHAR AS {name}" for name in added)
+        return f"(SELECT *, {own} FROM {read('')})"
+    own = ", ".join(f"coalesce({name}, target_index::VARCHAR) AS {name}" for name in added)
+    return f"(SELECT * REPLACE ({own}) FROM {read(', union_by_name = true')})"
+
+
+def _columns_of(store: ObjectStore, info: ObjectInfo) -> Sequence[str]:
+    """The columns of a table; those of today if it is damaged, which its reader says."""
+    try:
+        return parquet_object(store, info, FOOTER_WINDOW_BYTES).names
+    except (DamagedError, StoreError):
+        return OF_TARGET
 
 
 def _type(kind: pa.DataType) -> str:

@@ -60,7 +60,7 @@ def write(shown: Iterable[ExplainedRecord], records: ExplainedRecords, folder: P
         for record in shown:
             fitted = fit(record.pixels, tuple(facts["input_size"]), records.plan.identity["resize"])
             scores = _scores(record, facts["num_classes"])
-            for one in record.maps:
+            for one in record.maps_of_classes:
                 classes.add(one, len(tables["index"]))
                 pooled.write(_pooled(one))
                 _append(tables, fitted, one.row, scores, names)
@@ -125,7 +125,7 @@ def _scores(record: ExplainedRecord, num_classes: int) -> NDArray[np.float32]:
     ViRelAy needs a number for every class; 0 means unknown, so that the class is no prediction.
     """
     scores = np.zeros(num_classes, np.float32)
-    for one in record.maps:
+    for one in record.maps_of_classes:
         scores[one.row["target_index"]] = one.row["score"]
     return scores
 

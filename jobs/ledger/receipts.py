@@ -77,10 +77,12 @@ def _metric_sums(metrics: Iterable[Mapping[str, Any] | None]) -> dict[str, Metri
     """Sum and count of each metric and protocol, over maps that have a value: `drop@PROTOCOL` to {"sum", "count"}."""
     values: dict[str, list[float]] = {}
     for row in metrics:
-        if row is None or row["drop"] is None:  # rejected, or the map is flat
+        if row is None:  # rejected
             continue
-        values.setdefault(f"drop@{row['protocol']}", []).append(row["drop"])
-        values.setdefault(f"increase@{row['protocol']}", []).append(100.0 * row["increase"])
+        if row["drop"] is not None:  # the map is flat, or the score negative
+            values.setdefault(f"drop@{row['protocol']}", []).append(row["drop"])
+        if row["increase"] is not None:
+            values.setdefault(f"increase@{row['protocol']}", []).append(100.0 * row["increase"])
     return {name: MetricSum(sum=math.fsum(own), count=len(own)) for name, own in sorted(values.items())}
 
 

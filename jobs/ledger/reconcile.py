@@ -40,7 +40,7 @@ OF_ATTEMPT = ("attempt", "explain_seconds", "forward", "worker")
 """The receipt's fields about the attempt, which the fragment does not hold."""
 MAX_NAMED = 3
 """Records that one fault names."""
-ROW_COLUMNS = ["key", "shard", "shard_index", "unit_id", "status", "target_index"]
+ROW_COLUMNS = ["key", "shard", "shard_index", "unit_id", "status", "target"]
 
 
 class AcceptedLetter(TypedDict):
@@ -391,10 +391,11 @@ def _only_in_one(found: Sequence[Any], wanted: Sequence[Any]) -> Iterator[Any]:
 
 
 def _target_faults(plan: Plan, records: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[str]:
-    count = TargetChoice.parse(plan.identity["target"]).count
+    choice = TargetChoice.parse(plan.identity["target"])
+    count = next((len(rows) for rows in records if rows[0]["status"] == OK and choice.allows(len(rows))), choice.count)
     for rows in records:
         wanted = count if rows[0]["status"] == OK else 1
-        if len({row["target_index"] for row in rows}) != wanted or len(rows) != wanted:
+        if len({row["target"] for row in rows}) != wanted or len(rows) != wanted:
             yield f"record {rows[0]['key']} has {counted(len(rows), 'row')}; wanted {wanted}, one per target"
 
 

@@ -5,7 +5,7 @@ import json
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -29,6 +29,7 @@ from blocksight.engine.catalog.forward_setting import MAX_BATCH_SIZE
 from blocksight.engine.catalog.parameters import SiseParameters
 from blocksight.engine.catalog.readouts import ReadoutName
 from blocksight.engine.catalog.sources import FED_BY_OWN, place_of, source_of
+from blocksight.engine.catalog.target_expressions import MAX_TARGETS, Expression, GrammarError, parse_targets
 from blocksight.jobs.plan.class_map import ClassMap, class_map_file, class_map_of
 from blocksight.jobs.plan.input_values import ClassNames, InputSize, Mean, Std, read_class_names
 from blocksight.jobs.plan.labels import is_class_number
@@ -50,9 +51,10 @@ NO_LABELS = "none"
 """The value of `labels` that leaves the data's own labels out."""
 DIGEST = re.compile("[0-9a-f]{64}")
 """The value of `labels` once the file was read: the sha256 of its content, as a plan holds it."""
-MAX_TARGETS = 100
 MAX_SEED = 2**63 - 1
 """PyTorch's generators take no larger seed."""
+MAX_TARGET_TEXT = 20_000
+"""Characters of the targets."""
 MAX_SENTENCE = 500
 """Characters of a message on a stranger's values, and of a model's name."""
 
@@ -64,7 +66,10 @@ MODEL_INPUT = ("input_size", "mean", "std", "class_names")
 """Keys that say how a model is fed; in a plan's configuration only where they were set."""
 
 
-TARGET_FORMS = f"predicted, label, top-K (K up to {MAX_TARGETS}), a class number, or class numbers joined by commas"
+TARGET_FORMS = (
+    f"predicted, label, top-K (K up to {MAX_TARGETS}), margin, class numbers, differences and sums such as 281-282 or "
+    "0.5*281+0.5*282, logit(...), logprob(...), joined by commas"
+)
 
 
 class ConfigError(Exception):
@@ -73,32 +78,69 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True)
 class TargetChoice:
-    """Which classes of a record are explained; made from `predicted`, `label`, `top-3`, `281,282` or a class name."""
+    """What of a record is explained; made from `predicted`, `label`, `top-3`, `281,282`, `281-282` or a class name."""
 
     source: Literal["predicted", "label", "top", "given"]
     count: int = 1
-    """How many targets every record has."""
+    """How many targets every record has, as far as it is known without the model's names."""
     classes: tuple[int, ...] = ()
-    """The class indices, where they are given."""
+    """The class indices, where only they are given."""
     name: str | None = None
-    """The class's name, where it is given and its index is not known yet."""
+    """The text, where its meaning depends on the model's class names or is more than a class."""
+    expressions: tuple[Expression, ...] = field(default=(), compare=False)
+    """The targets by the grammar; empty where the text can only be a class's name."""
 
     @classmethod
     def parse(cls, text: str) -> "TargetChoice":
         """Raises ValueError with the known forms."""
         if text == "predicted":
-            return cls("predicted")
+            return cls("predicted", expressions=parse_targets(text))
         if text == "label":
-            return cls("label")
+            return cls("label", expressions=parse_targets(text))
         if text.startswith("top-") and is_class_number(text[4:]) and 1 <= int(text[4:]) <= MAX_TARGETS:
-            return cls("top", int(text[4:]))
+            return cls("top", int(text[4:]), expressions=parse_targets(text))
         parts = text.split(",")
         if all(is_class_number(part.strip()) for part in parts) and len(parts) <= MAX_TARGETS:
             classes = tuple(dict.fromkeys(int(part) for part in parts))
-            return cls("given", len(classes), classes)
-        if any(char.isalpha() for char in text) and not text.startswith("top-") and len(text) <= MAX_SENTENCE:
-            return cls("given", name=text)
-        raise ValueError(f"target {text!r} is not known; known: {TARGET_FORMS}, or a class name")
+            return cls("given", len(classes), classes, expressions=parse_targets(text))
+        if len(text) > MAX_TARGET_TEXT:
+            raise ValueError(f"target has {len(text)} characters, and {MAX_TARGET_TEXT} at most are read")
+        return cls("given", name=text, expressions=cls._by_grammar(text))
+
+    @classmethod
+    def _by_grammar(cls, text: str) -> tuple[Expression, ...]:
+        """The targets of a text; none if it can only be a class's name. Raises ValueError if it is none either."""
+        try:
+            return targets_of_lines(text)
+        except GrammarError as error:
+            if any(char.isalpha() for char in text) and not text.startswith("top-") and len(text) <= MAX_SENTENCE:
+                return ()
+            raise ValueError(
+                f"target {text!r} is not known; known: {TARGET_FORMS}, or a class name ({error})"
+            ) from error
+
+    @property
+    def most_targets(self) -> int:
+        """How many targets a record has at most."""
+        return max(self.count, len(self.expressions))
+
+    def allows(self, count: int) -> bool:
+        """True if a record may have so many targets: a text with commas may be the name of one class."""
+        return count in {self.count, self.most_targets}
+
+    @property
+    def has_label(self) -> bool:
+        """True if a target depends on the record's label."""
+        return any(atom.kind == "label" for one in self.expressions for atom in one.atoms)
+
+
+def targets_of_lines(text: str) -> tuple[Expression, ...]:
+    """The targets of a configuration's text, each once: one `--target` a line. Raises GrammarError."""
+    found: dict[str, Expression] = {}
+    for line in text.split("\n"):
+        for one in parse_targets(line):
+            found.setdefault(one.text, one)
+    return tuple(found.values())
 
 
 class JobConfig(BaseModel):
@@ -151,7 +193,10 @@ class JobConfig(BaseModel):
         description="how a score is read from the model's output: softmax (classes exclude each other), sigmoid "
         "(independent labels), probabilities (it is one already), identity (the raw output); auto: examined",
     )
-    target: str = Field(default="predicted", description="predicted, label, top-K, class numbers, or a class name")
+    target: str = Field(
+        default="predicted",
+        description="predicted, label, top-K, margin, class numbers or names, sums such as 281-282; or a list of them",
+    )
     labels: str | None = Field(
         default=None, description="CSV or Parquet with columns key and label, or `none`: the data's own do not count"
     )
@@ -188,11 +233,13 @@ class JobConfig(BaseModel):
 
     @field_validator("target", mode="before")
     @classmethod
-    def _target_may_be_numbers(cls, value: Any) -> Any:
-        """A TOML file may say 281, or [281, 282]."""
-        numbers = value if isinstance(value, list) else [value]
-        plain = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
-        return ",".join(map(str, numbers)) if plain else value
+    def _target_may_be_a_list(cls, value: Any) -> Any:
+        """A TOML file may say 281, [281, 282] or ["281-282", "margin"]: each of a list is read by itself."""
+        items = value if isinstance(value, list | tuple) else [value]
+        if not items or not all(isinstance(item, int | str) and not isinstance(item, bool) for item in items):
+            return value
+        texts = [str(item) for item in items]
+        return ",".join(texts) if all(map(is_class_number, texts)) else "\n".join(texts)
 
     @field_validator("data", "output", "weights", "labels")
     @classmethod

@@ -100,7 +100,7 @@ def _file(config: JobConfig, device: str) -> Path:
         "parameters": asdict(config.explainer_parameters()),
         "preset": config.preset,
         "precision": config.precision,
-        "targets": config.target_choice.count,
+        "targets": config.target_choice.most_targets,
         "chosen per record": config.fidelity == "auto",
         "device": device,
         "host": platform.node(),

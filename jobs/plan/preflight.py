@@ -3,9 +3,11 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from blocksight.engine.catalog.readouts import READOUTS, ReadoutName
 from blocksight.jobs.plan.documents import read_document
+from blocksight.jobs.plan.labels import is_class_number
 from blocksight.jobs.plan.plan import MODEL_KEY, PLAN_FOLDER
 from blocksight.jobs.plan.text import percent
 from blocksight.storage.stores.store import AlreadyExistsError, MissingError, ObjectStore
@@ -48,6 +50,16 @@ def score_name(readout: ReadoutName) -> str:
 def score_text(score: float, readout: ReadoutName) -> str:
     """`79.1 %` for a probability, and the figure for a model's output itself."""
     return f"{score:.4g}" if readout == "identity" else percent(score)
+
+
+def target_score_text(row: Mapping[str, Any], readout: ReadoutName) -> str:
+    """The score of a row: `79.1 %` where it is a class's probability, else the figure itself."""
+    return score_text(row["score"], readout if is_class_score(row) else "identity")
+
+
+def is_class_score(row: Mapping[str, Any]) -> bool:
+    """True if the row's score is that of a class, and no logit or sum."""
+    return is_class_number(row["target_formula"])
 
 
 def readout_difference(outputs: Mapping[str, ObjectStore]) -> str | None:

@@ -107,7 +107,7 @@ def _sizes(config: JobConfig, num_records: int, workforce: Workforce) -> tuple[i
     guess = estimate(config, num_records, on_gpu=workforce.on_gpu)
     seconds = guess.seconds_per_record if workforce.rate is None else workforce.rate.seconds_per_record
     height, width = workforce.input_size or config.input_size or (SIDE, SIDE)
-    rows = ROW_BYTES * config.target_choice.count
+    rows = ROW_BYTES * config.target_choice.most_targets
     num_bytes = rows + (guess.bytes_per_record - rows) * max(1.0, height * width / SIDE**2)  # a larger map takes more
     full = unit_records(seconds, num_bytes, num_records, workforce.num_workers, 3 * height * width)
     return full, min(full, max(1, round(LEAST_UNIT_SECONDS / seconds)))

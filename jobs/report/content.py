@@ -20,7 +20,7 @@ from blocksight.jobs.ledger.reconcile import JobState, final_manifest, read_job_
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.forward_setting import planned_forward
 from blocksight.jobs.plan.plan import planned_labels
-from blocksight.jobs.plan.preflight import readout_of, score_text, stored_preflight
+from blocksight.jobs.plan.preflight import is_class_score, readout_of, stored_preflight, target_score_text
 from blocksight.jobs.plan.records import DeadLetter
 from blocksight.jobs.plan.text import counted, percent
 from blocksight.jobs.report.facts import (
@@ -132,7 +132,8 @@ class Item:
     number: int
     key: str
     class_name: str
-    target_index: int
+    target: str
+    """What is explained, as the rows call it: a class's number, or an expression."""
     label: str | None
     is_right: bool | None
     """Whether the record's prediction is its label; None if that is not known."""
@@ -211,7 +212,7 @@ def report_of(
     selection = select_maps(store, plan, _ranked(table), progress("read", len(plan.units)))
     shown = galleries(selection, audit)
     items = tuple(_items(output, endpoint_url, shown, audit, progress, known.truth))
-    places = {Ref(item.key, item.target_index): item.number for item in items}
+    places = {Ref(item.key, item.target): item.number for item in items}
     findings = findings_of(audit, places, read_examples(store, audit.findings)) if audit else None
     accounting = _accounting(job_state, selection.rejected.values)
     return Report(
@@ -403,11 +404,11 @@ def _items(
         yield Item(
             number,
             ref.key,
-            class_name(row["target_name"], ref.target_index),
-            ref.target_index,
+            row["target_name"] or f"class {ref.target}",
+            ref.target,
             row["label_name"],
             is_right([row]),
-            score_text(row["score"], readout),
+            target_score_text(row, readout),
             tuple(reasons[ref]),
             tuple(ranked.get(ref, {}).values()),
             (*_row_facts(row, ranked.get(ref, {}), readout), *details.get(ref, ()), why),
@@ -432,15 +433,25 @@ def _details(audit: Audit | None) -> dict[Ref, list[Fact]]:
     """The audit's oddities as facts, by map."""
     found: dict[Ref, list[Fact]] = {}
     for one in audit.oddities if audit else ():
-        found.setdefault(Ref(one.key, one.target_index), []).append(Fact(one.reason, one.detail))
+        found.setdefault(Ref(one.key, str(one.target_index)), []).append(Fact(one.reason, one.detail))
     return found
+
+
+def _target_facts(row: Mapping[str, Any], readout: ReadoutName) -> Iterator[Fact]:
+    index, rank = row["target_index"], row["target_rank"]
+    if index is None:
+        yield Fact("explained target", row["target_name"], row["target"])
+    else:
+        yield Fact("explained class", class_name(row["target_name"], index), f"number {index}")
+    kind = "the model's output itself" if readout == "identity" else "probability"
+    kind = kind if is_class_score(row) else f"the value of {row['target_formula']}"
+    place = "" if rank is None else f", rank {rank} of the model's classes"
+    yield Fact("score", f"{row['score']:.3f}", f"{kind}{place}")
 
 
 def _row_facts(row: Mapping[str, Any], ranked: Mapping[str, Fact], readout: ReadoutName) -> Iterator[Fact]:
     yield Fact("record", row["key"])
-    yield Fact("explained class", class_name(row["target_name"], row["target_index"]), f"number {row['target_index']}")
-    kind = "the model's output itself" if readout == "identity" else "probability"
-    yield Fact("score", f"{row['score']:.3f}", f"{kind}, rank {row['target_rank']} of the model's classes")
+    yield from _target_facts(row, readout)
     verdict = {True: "the prediction is right", False: "the prediction is wrong", None: ""}[is_right([row])]
     yield Fact("label", row["label_name"] or "not known", verdict)
     metrics = row["metrics"] or {}

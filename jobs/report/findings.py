@@ -137,7 +137,8 @@ def findings_of(audit: Audit, places: Mapping[Ref, int], examples: Mapping[Place
         pairs=tuple(Pictured(group, map_picture(group.mean_map)) for group in by_kind.get("pair", [])[:MAX_PAIRS]),
         clusters=tuple(_clusters(audit.clusters, items_of)),
         oddities=tuple(
-            Pictured(one, None, items_of([Ref(one.key, one.target_index)])) for one in audit.oddities[:MAX_ODDITIES]
+            Pictured(one, None, items_of([Ref(one.key, str(one.target_index))]))
+            for one in audit.oddities[:MAX_ODDITIES]
         ),
         notes=audit.notes[:MAX_NOTES],
     )

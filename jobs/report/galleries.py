@@ -22,6 +22,7 @@ from blocksight.jobs.evaluate.compare import Column
 from blocksight.jobs.evaluate.evaluation import evaluation_folders, value_tables
 from blocksight.jobs.ledger.accuracy import is_right
 from blocksight.jobs.ledger.output import fragment_of
+from blocksight.jobs.plan.labels import is_class_number
 from blocksight.jobs.plan.plan import Plan
 from blocksight.jobs.report.products import Sizes, parts_of, products_of
 from blocksight.jobs.worker.rows import Output, images_of, rows_with, shown
@@ -49,7 +50,7 @@ PRODUCT_SIZES = Sizes(film=144, single=288, most=12)
 """Maps whose side products are drawn, the most bytes of their JPEGs, and their sizes."""
 
 SELECTED_COLUMNS = [
-    *("key", "status", "reject_code", "reject_stage", "error", "target_index", "target_name", "metrics"),
+    *("key", "status", "reject_code", "reject_stage", "error", "target", "target_index", "target_name", "metrics"),
     *("label", "label_rank", "target_rank", "score", "selected_by"),
 ]
 JUDGED_COLUMNS = ["label", "label_rank", "target_index", "target_rank", "score"]
@@ -64,10 +65,10 @@ Value = TypeVar("Value")
 
 
 class Ref(NamedTuple):
-    """A reference to a map: a record's key and the explained class."""
+    """A reference to a map: a record's key and what is explained."""
 
     key: str
-    target_index: int
+    target: str
 
 
 @dataclass(frozen=True)
@@ -170,11 +171,11 @@ class Selection:
     """Maps of wrong predictions, the most confident first; then maps of labels that were not predicted."""
     best: dict[Column, Least[Ref]] = field(default_factory=dict)
     worst: dict[Column, Least[Ref]] = field(default_factory=dict)
-    by_class: dict[int, Least[Ref]] = field(default_factory=dict)
-    counts: Counter[int] = field(default_factory=Counter)
-    """Number of maps by explained class."""
-    names: dict[int, str] = field(default_factory=dict)
-    """Names of the classes."""
+    by_class: dict[str, Least[Ref]] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    """Number of maps by target."""
+    names: dict[str, str] = field(default_factory=dict)
+    """Names of the targets."""
     rejected: Least[Rejected] = field(default_factory=lambda: Least(NUM_REJECTED))
     selected_by: Counter[str] = field(default_factory=Counter)
     """Number of maps by the metric that chose them among several."""
@@ -182,7 +183,7 @@ class Selection:
     def add_rows(self, rows: pa.Table, drop: Column | None) -> None:
         """Adds a fragment's rows; `drop` is the column of the metric that `explain` measured."""
         explained = rows.filter(pc.field("status") == OK)
-        refs = list(map(Ref, explained["key"].to_pylist(), explained["target_index"].to_pylist()))
+        refs = list(map(Ref, explained["key"].to_pylist(), explained["target"].to_pylist()))
         ties = _ties(refs)
         self.random.offer(np.zeros(len(refs)), ties, refs.__getitem__)
         self.wrong.offer(_how_wrong(explained.select(JUDGED_COLUMNS).to_pylist()), ties, refs.__getitem__)
@@ -202,8 +203,8 @@ class Selection:
             picks.setdefault(column, Least(NUM_RANKED)).offer(direction * values, ties, refs.__getitem__)
 
     def _add_classes(self, explained: pa.Table, refs: Sequence[Ref], ties: NDArray[np.uint64]) -> None:
-        targets = explained["target_index"].to_numpy()
-        for target in map(int, np.unique(targets)):
+        targets = np.array(explained["target"].to_pylist(), dtype=np.str_)
+        for target in map(str, np.unique(targets)):
             places = np.flatnonzero(targets == target)
             own = [refs[place] for place in places.tolist()]
             self.by_class.setdefault(target, Least(NUM_PER_CLASS)).offer(
@@ -233,7 +234,7 @@ def _how_wrong(rows: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
 
 def _ties(refs: Sequence[Ref]) -> NDArray[np.uint64]:
     """[n] hashes of the maps, as a random order."""
-    return key_hashes([f"{SALT} {ref.target_index} {ref.key}" for ref in refs])
+    return key_hashes([f"{SALT} {ref.target} {ref.key}" for ref in refs])
 
 
 def select(store: ObjectStore, plan: Plan, ranked: Sequence[Column], update: Callable[[], None]) -> Selection:
@@ -263,7 +264,7 @@ def _add_evaluated(selection: Selection, table: pa.Table, column: Column, explai
         & (pc.field("protocol") == column.protocol)
         & pc.field("value").is_valid()
     )
-    refs = list(map(Ref, own["key"].to_pylist(), own["target_index"].to_pylist()))
+    refs = list(map(Ref, own["key"].to_pylist(), own["target"].to_pylist()))
     selection.add_values(column, own["value"].to_numpy(), refs, _ties(refs))
 
 
@@ -303,8 +304,14 @@ def _other(better: str) -> str:
 
 
 def _classes(selection: Selection) -> tuple[Ref, ...]:
-    frequent = sorted(selection.counts, key=lambda target: (-selection.counts[target], target))[:NUM_CLASSES]
+    frequent = sorted(selection.counts, key=lambda target: (-selection.counts[target], _order(target)))[:NUM_CLASSES]
     return tuple(ref for target in frequent for ref in selection.by_class[target].values)
+
+
+def _order(target: str) -> tuple[bool, int, str]:
+    """Classes by their number, then sums by their text."""
+    is_class = is_class_number(target)
+    return not is_class, int(target) if is_class else 0, target
 
 
 def _of_audit(audit: Audit | None) -> Iterator[Gallery]:
@@ -313,10 +320,10 @@ def _of_audit(audit: Audit | None) -> Iterator[Gallery]:
         return
     yield _of_shortcuts("findings", "Findings", "a finding", audit.findings)
     yield _of_shortcuts("suspicions", "Suspicions", "a suspicion", audit.suspicions)
-    odd = tuple(Ref(one.key, one.target_index) for one in audit.oddities[:NUM_ODDITIES])
+    odd = tuple(Ref(one.key, str(one.target_index)) for one in audit.oddities[:NUM_ODDITIES])
     yield Gallery("oddities", "Oddities", "Maps that are unlike those of their class.", odd)
     typical = tuple(
-        Ref(key, one.target_index) for one in audit.clusters[:NUM_CLUSTERS] for key in one.examples[:NUM_EXAMPLES]
+        Ref(key, str(one.target_index)) for one in audit.clusters[:NUM_CLUSTERS] for key in one.examples[:NUM_EXAMPLES]
     )
     yield Gallery("clusters", "Clusters", "Typical maps of each cluster of a class.", typical)
     one = "a region that was tested and not confirmed"
@@ -330,7 +337,7 @@ def _of_shortcuts(name: str, title: str, one: str, shortcuts: Sequence[Shortcut]
 
 def members(shortcut: Shortcut) -> tuple[Ref, ...]:
     """The maps that are shown for a shortcut."""
-    return tuple(Ref(key, shortcut.target_index) for key in shortcut.members[:NUM_MEMBERS])
+    return tuple(Ref(key, str(shortcut.target_index)) for key in shortcut.members[:NUM_MEMBERS])
 
 
 @dataclass(frozen=True)
@@ -358,11 +365,11 @@ def drawn(
     wanted, first = set(refs), set(refs[:NUM_WITH_PRODUCTS])
     rows: dict[str, list[dict[str, Any]]] = {}
     for row in rows_with(output.store, output.plan, {ref.key for ref in wanted}):
-        if row["status"] == OK and Ref(row["key"], row["target_index"]) in wanted:
+        if row["status"] == OK and Ref(row["key"], row["target"]) in wanted:
             rows.setdefault(row["key"], []).append(row)
     for key, image in _images(output.plan, endpoint_url, rows):
         for row in rows[key]:
-            ref = Ref(key, row["target_index"])
+            ref = Ref(key, row["target"])
             products = tuple(_product_pictures(output.plan, row, image)) if ref in first else ()
             yield ref, Drawn(row, _picture(output.plan, row, image, truth), products)
             update()

@@ -60,7 +60,7 @@ def write_report(output: Output, endpoint_url: str | None, console: Console, tru
 def render(report: Report) -> bytes:
     """The page in UTF-8. Every string of the report is escaped; control characters are shown as codes."""
     style, script = _part("style.css"), _part("script.js")
-    classes = sorted({(item.target_index, item.class_name) for item in report.items}, key=lambda own: own[1].lower())
+    classes = sorted({(item.target, item.class_name) for item in report.items}, key=lambda own: own[1].lower())
     methods = list(dict.fromkeys(estimate.method for metric in report.metrics for estimate in metric.estimates))
     return (
         _environment()

@@ -124,7 +124,7 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
 
 def _cost(evaluation: Evaluation, config: JobConfig, units: Sequence[Unit], execution: Execution) -> str:
     """What the open units of an evaluation will take, in a sentence."""
-    num_maps = round(sum(unit.num_records for unit in units) * evaluation.share) * config.target_choice.count
+    num_maps = round(sum(unit.num_records for unit in units) * evaluation.share) * config.target_choice.most_targets
     num_maps *= 1 + len(CONTROLS) * evaluation.controls
     per_map = forwards_per_map(evaluation.metrics)
     num_explanations = sum(METRICS[name].explanations for name in evaluation.metrics)
@@ -134,7 +134,7 @@ def _cost(evaluation: Evaluation, config: JobConfig, units: Sequence[Unit], exec
     measured = recall(config, workforce.device)
     if measured is None or not measured.forwards_per_record:
         return f"{text}; the time is not measured for this model here (`blocksight plan --probe`)"
-    records = num_maps * (per_map / measured.forwards_per_record + num_explanations / config.target_choice.count)
+    records = num_maps * (per_map / measured.forwards_per_record + num_explanations / config.target_choice.most_targets)
     seconds = records * measured.seconds_per_record / workforce.num_workers
     workers = counted(workforce.num_workers, "GPU" if workforce.on_gpu else "CPU core")
     return f"{text}: about {clock(seconds)} on {workers} (measured here on {measured.day})"

@@ -366,7 +366,7 @@ def forwards_per_record(context: JobContext) -> float:
     if guess.is_measured:
         return guess.forwards_per_record
     num_maps = sum(block["channels"] for block in context.facts.blocks)
-    return min(guess.forwards_per_record, num_maps * context.config.target_choice.count)
+    return min(guess.forwards_per_record, num_maps * context.config.target_choice.most_targets)
 
 
 def _measured_workforce(

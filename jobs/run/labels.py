@@ -39,14 +39,14 @@ def preview_labels(config: JobConfig, plan: Plan, file: LabelFile | None = None)
         return NOTHING
     from blocksight.engine.errors import ModelError
     from blocksight.jobs.explain.step import load
-    from blocksight.jobs.explain.target_names import resolved_target
+    from blocksight.jobs.explain.target_names import resolved_targets
 
     state = weights_bytes(config)
     is_named = state is None and config.weights is not None  # such weights would be downloaded
     named = config.model_copy(update={"weights": "random"}) if is_named else config
     try:
         adapter = load(named, state, "cpu", str(Path.cwd()))
-        resolved_target(config, adapter)
+        resolved_targets(config, adapter)
         return _read(config, plan, found, adapter)
     except ModelError as error:
         return f"not compared with the model's classes, because it cannot be loaded: {error}"
@@ -72,7 +72,7 @@ def _read(config: JobConfig, plan: Plan, found: FoundLabels, adapter: "ModelAdap
     folders = () if is_named else plan.class_folders or tuple(sorted(plan.label_counts()))
     number_names = () if is_named else plan.number_names
     labels = Labels(folders, adapter.class_names, adapter.num_classes, config.label_classes, number_names)
-    fault = label_fault(labels, found, folders, is_target=config.target_choice.source == "label")
+    fault = label_fault(labels, found, folders, is_target=config.target_choice.has_label)
     if fault is not None:
         raise ConfigError(fault)
     return reading_of(labels, found).text

@@ -213,12 +213,12 @@ def _config(
 def _refuse_many(config: JobConfig) -> None:
     """Raises ConfigError for a target that needs a label or means several maps, and for a method that learns."""
     choice = config.target_choice
-    if choice.source == "label":
+    if choice.has_label:
         raise ConfigError("one picture has no label: name the class, by its number or its name")
-    if choice.count != 1:
+    if not choice.allows(1):
         raise ConfigError(
-            f"target {config.target!r} means {choice.count} maps, and explain makes one: call it for each target, or "
-            "run a job"
+            f"target {config.target!r} means {choice.most_targets} maps, and explain makes one: call it for each "
+            "target, or run a job"
         )
     if num_learning_images(config):
         raise ConfigError(f"{config.explainer} learns from many images first: explain a data set with it, by a job")

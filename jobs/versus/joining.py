@@ -21,12 +21,12 @@ from blocksight.storage.outputs.schema import OK
 from blocksight.storage.stores.store import MissingError
 
 Row = dict[str, Any]
-Value = tuple[int, str, str]
-"""Target index, metric and protocol of a value."""
+Value = tuple[str, str, str]
+"""Target, metric and protocol of a value."""
 
 COLUMNS = [
     *("key", "shard", "shard_index", "status", "sha256", "width", "height", "label", "label_name", "label_rank"),
-    *("target_index", "target_name", "target_rank", "score", "explainer", "parameters", "metrics"),
+    *("target", "target_index", "target_name", "target_rank", "score", "explainer", "parameters", "metrics"),
     *("map", "map_height", "map_width"),
 ]
 
@@ -35,8 +35,8 @@ COLUMNS = [
 class Record:
     """One explained record of one output."""
 
-    rows: Mapping[int, Row]
-    """By target index."""
+    rows: Mapping[str, Row]
+    """By target."""
     values: Mapping[Value, float]
     """Results of evaluations."""
 
@@ -118,7 +118,7 @@ class Fragments:
         explained = table.filter(pc.field("status") == OK).to_pylist()
         values = self._values(unit)
         records = {
-            key: Record({row["target_index"]: row for row in own}, values.get(key, {}))
+            key: Record({row["target"]: row for row in own}, values.get(key, {}))
             for key, own in groupby(explained, key=itemgetter("key"))
         }
         return FragmentRecords(records, len(table) - len(explained))  # a rejected record has one row
@@ -130,11 +130,11 @@ class Fragments:
             for row in self._evaluated(fragment_key(folder, unit)):
                 if row["explainer"] == self.output.plan.identity["explainer"] and row["value"] is not None:
                     own = found.setdefault(row["key"], {})
-                    own[row["target_index"], row["metric"], row["protocol"]] = row["value"]
+                    own[row["target"], row["metric"], row["protocol"]] = row["value"]
         return found
 
     def _evaluated(self, key: str) -> list[Row]:
-        names = ["key", "target_index", "explainer", "metric", "protocol", "value"]
+        names = ["key", "target", "explainer", "metric", "protocol", "value"]
         try:
             return values_in(self.output.store, key, names).to_pylist()
         except MissingError:
@@ -239,7 +239,7 @@ def _image_sha256(record: Record) -> str:
     return next(iter(record.rows.values()))["sha256"]
 
 
-def _shared_metrics(a: Record, b: Record, target: int) -> Iterator[tuple[str, str, float, float]]:
-    for (index, metric, protocol), value in sorted(a.values.items()):
-        if index == target and (index, metric, protocol) in b.values:
-            yield metric, protocol, value, b.values[index, metric, protocol]
+def _shared_metrics(a: Record, b: Record, target: str) -> Iterator[tuple[str, str, float, float]]:
+    for (own, metric, protocol), value in sorted(a.values.items()):
+        if own == target and (own, metric, protocol) in b.values:
+            yield metric, protocol, value, b.values[own, metric, protocol]

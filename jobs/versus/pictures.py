@@ -14,8 +14,8 @@ NUM_SHOWN = 12
 SIDE = 320
 """Longer side of a tile, in pixels."""
 
-Place = tuple[str, int]
-"""Key and target index."""
+Place = tuple[str, str]
+"""Key and target."""
 
 
 class Worst:
@@ -43,9 +43,9 @@ class Worst:
         return "the least alike maps; none regressed and looks elsewhere"
 
 
-def _strength(row: Mapping[str, Any]) -> tuple[bool, float, str, int]:
+def _strength(row: Mapping[str, Any]) -> tuple[bool, float, str, str]:
     """The sort key; the record's key breaks ties, so that the sheet is the same each time."""
-    return row["regressed_and_looks_elsewhere"], -row["spearman"], row["key"], row["target_index"]
+    return row["regressed_and_looks_elsewhere"], -row["spearman"], row["key"], row["target"]
 
 
 def contact_sheet_of(
@@ -54,7 +54,7 @@ def contact_sheet_of(
     """A PNG with a line of three tiles per chosen row, with boxes of `truth`; None if no row has two maps to show."""
     if not worst.chosen:
         return None
-    places = {(row["key"], row["target_index"]): row for row in worst.chosen}
+    places = {(row["key"], row["target"]): row for row in worst.chosen}
     ours, theirs = _rows(a, places), _rows(b, places)
     tiles: dict[Place, list[Tile]] = {}
     for key, image in _images(a, endpoint_url, {key for key, _ in places}):
@@ -79,7 +79,7 @@ def _images(a: Output, endpoint_url: str | None, keys: set[str]) -> Iterator[tup
 
 def _rows(output: Output, places: Collection[Place]) -> dict[Place, dict[str, Any]]:
     found = rows_with(output.store, output.plan, {key for key, _ in places})
-    rows = {(row["key"], row["target_index"]): row for row in found if row["status"] == OK}
+    rows = {(row["key"], row["target"]): row for row in found if row["status"] == OK}
     return {place: rows[place] for place in places}
 
 
@@ -96,4 +96,5 @@ def _tiles(row: Mapping[str, Any], a: Shown, b: Shown) -> list[Tile]:
 
 def _score_text(row: Mapping[str, Any], which: str) -> str:
     verdict = {True: ", right", False: ", wrong", None: ""}[row[f"is_right_{which}"]]
-    return f"score {row[f'score_{which}']:.3f}, rank {row[f'rank_{which}']}{verdict}"
+    rank = "" if row[f"rank_{which}"] is None else f", rank {row[f'rank_{which}']}"
+    return f"score {row[f'score_{which}']:.3f}{rank}{verdict}"

@@ -49,14 +49,15 @@ KINDS: dict[str, tuple[pa.DataType, str]] = {
     "key": (pa.string(), "the record's name"),
     "sha256": (pa.string(), "of the image's bytes, hex"),
     "label_name": (pa.string(), "as the data set writes it"),
-    "target_index": (pa.int32(), "class that is explained"),
+    "target": (pa.string(), "what is explained, as the outputs' rows say it"),
+    "target_index": (pa.int32(), "class that is explained; null where the target is of no single class"),
     "target_name": (pa.string(), "its name under A"),
     "score_a": (
         pa.float64(),
         "score of the target under A, as A's job read it: a probability, 0 to 1, unless the model's output itself",
     ),
     "score_b": (pa.float64(), "and under B"),
-    "rank_a": (pa.int32(), "place of the target among A's classes, 1 is the prediction"),
+    "rank_a": (pa.int32(), "place of the target among A's classes, 1 is the prediction; null where it is none"),
     "rank_b": (pa.int32(), "and among B's"),
     "is_right_a": (pa.bool_(), "A's prediction is the label; null where nothing tells"),
     "is_right_b": (pa.bool_(), "B's prediction is"),
@@ -88,7 +89,7 @@ def measured(pair: Pair, resize: str) -> dict[str, Any]:
     is_same = a["metrics"]["protocol"] == b["metrics"]["protocol"]
     has_labels = pair.is_right_a is not None and pair.is_right_b is not None
     return {
-        **{name: a[name] for name in ("key", "sha256", "label_name", "target_index", "target_name")},
+        **{name: a[name] for name in ("key", "sha256", "label_name", "target", "target_index", "target_name")},
         "score_a": a["score"],
         "score_b": b["score"],
         "rank_a": a["target_rank"],
@@ -111,7 +112,7 @@ def _fell(before: Row, after: Row, was_right: bool | None, is_right: bool | None
     """Whether the record regressed: judged by the label, or without one by the target's score and rank."""
     if was_right is not None and is_right is not None:
         return was_right and not is_right
-    rank_fell = before["target_rank"] == 1 and after["target_rank"] >= RANK_FELL
+    rank_fell = before["target_rank"] == 1 and (after["target_rank"] or 0) >= RANK_FELL
     return before["score"] - after["score"] >= SCORE_FELL or rank_fell
 
 

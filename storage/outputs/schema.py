@@ -91,15 +91,22 @@ SCHEMA = pa.schema(
         _field("height", pa.int32(), "pixels, upright"),
         _field("label", pa.int32(), "ground-truth class index; null where unknown"),
         _field("label_name", pa.string(), "as the data set writes it"),
-        _field("target_index", pa.int32(), "class that is explained"),
-        _field("target_name", pa.string(), "its name"),
-        _field("target_source", pa.string(), "how it was chosen: predicted, label, top or given"),
-        _field("target_rank", pa.int32(), "place of the target among the model's classes, 1 is the prediction"),
+        _field("target_index", pa.int32(), "class that is explained; null where the target is of no single class"),
+        _field("target_name", pa.string(), "its name; of a sum of classes their names"),
+        _field("target_source", pa.string(), "how it was chosen: predicted, label, top or given; expression for a sum"),
+        _field(
+            "target_rank",
+            pa.int32(),
+            "place of the target among the model's classes, 1 is the prediction; null where it is none",
+        ),
+        _field("target", pa.string(), "what is explained, as `--target` writes it: with key the join of outputs"),
+        _field("target_formula", pa.string(), "the same for this record, with class numbers alone"),
         _field("label_rank", pa.int32(), "place of the label among them; null where the label is unknown"),
         _field(
             "score",
             pa.float64(),
-            "probability of the target on the whole image, 0 to 1; with `--readout identity` the output itself",
+            "probability of the target on the whole image, 0 to 1; with `--readout identity` the output itself; of a "
+            "sum of classes its value",
         ),
         _field("explainer", pa.string(), "registered name"),
         _field("parameters", pa.string(), "hash of the explainer's parameters, the model and its blocks"),
@@ -162,7 +169,8 @@ EVALUATION = pa.schema(
         _field("key", pa.string(), "the record's name", nullable=False),
         _field("shard", pa.string(), "URI of the input object", nullable=False),
         _field("shard_index", pa.int64(), "position of the record in its shard, from 0", nullable=False),
-        _field("target_index", pa.int32(), "class that is explained", nullable=False),
+        _field("target_index", pa.int32(), "class that is explained; null where the target is of no single class"),
+        _field("target", pa.string(), "what is explained, as in the output's rows"),
         _field("explainer", pa.string(), "registered name, of a control too", nullable=False),
         _field(
             "parameters", pa.string(), "hash of the explainer's parameters, the model and its blocks", nullable=False

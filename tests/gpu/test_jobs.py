@@ -211,7 +211,7 @@ def tried(net: str, explainer: str, device: str) -> tuple[Any, tuple[str, ...]]:
         explainer, adapter, quick(method, parameters_of(method, {})), forward=scored_once(adapter), images_per_pass=4
     )
     classes = torch.tensor([[0]], device=device)
-    return found, try_explainer(made, method, (), adapter.normalise(pixels(1)), classes)
+    return found, try_explainer(made, method, (), adapter.normalise(pixels(1)), adapter.target(classes))
 
 
 def test_a_region_is_tried_with_the_cpus_effects():

@@ -577,7 +577,7 @@ def balanced(make, steps):
     with torch.no_grad(), adapter.borrowed():
         changes = adapter.logits(inputs) - adapter.logits(torch.zeros_like(inputs))
     one = explainer("integrated_gradients", adapter, IntegratedGradientsParameters(steps=steps))
-    return check_balance(one, inputs, changes.abs().argmax(1, keepdim=True))
+    return check_balance(one, inputs, one.adapter.target(changes.abs().argmax(1, keepdim=True)))
 
 
 def test_integrated_gradients_sum_to_the_change_of_the_logit():

@@ -69,7 +69,7 @@ def metrics_by_map(output):
 
 
 def plain(metrics):
-    return {name: value for name, value in metrics.items() if name != "explainer" and value is not None}
+    return {name: value for name, value in metrics.items() if name not in ("explainer", "target") and value is not None}
 
 
 # ---------------------------------------------------------------- FiftyOne

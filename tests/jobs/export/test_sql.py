@@ -82,14 +82,15 @@ def test_ranks_of_an_older_output_begin_at_1_too(tmp_path, monkeypatch):
             encode_fragment([{**row, "target_rank": (row["target_rank"] or 1) - 1} for row in rows], {}, SCHEMA_3)
         )
     maps = dicts(connect(str(tmp_path / "out")), "SELECT * FROM maps")
-    assert list(maps[0]) == [*SCHEMA_3.names, "label_rank"]
+    assert list(maps[0]) == [*SCHEMA_3.names, "target", "target_formula", "label_rank"]
     assert {(row["target_rank"], row["label_rank"]) for row in maps} == {(1, None), (2, None)}
+    assert all(row["target"] == row["target_formula"] == str(row["target_index"]) for row in maps)
 
 
 def test_values_are_all_rows_of_all_evaluations(output):
     store = LocalStore(output)
     values = dicts(connect(str(output)), "SELECT * FROM values")
-    assert list(values[0]) == ["evaluation", *EVALUATION.names[:8], "value", "reason", "curve"]
+    assert list(values[0]) == ["evaluation", *EVALUATION.names[:9], "value", "reason", "curve"]
     for folder in evaluation_folders(store):
         stored = [row for table in value_tables(store, folder) for row in table.to_pylist()]
         own = [row for row in values if row["evaluation"] == folder.split("/")[1]]

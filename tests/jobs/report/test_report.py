@@ -235,7 +235,7 @@ def test_best_and_worst_are_those_of_all_rows(evaluated, monkeypatch):
     monkeypatch.setattr(galleries, "NUM_RANKED", 3)
     shown = {gallery.name: gallery.refs for gallery in report_at(evaluated).galleries}
     rows = [row for row in rows_in(LocalStore(evaluated)) if row["status"] == "ok"]
-    drops = sorted((row["metrics"]["drop"], row["key"], row["target_index"]) for row in rows)
+    drops = sorted((row["metrics"]["drop"], row["key"], row["target"]) for row in rows)
     drop_of = {Ref(key, target): drop for drop, key, target in drops}
     assert [drop_of[ref] for ref in shown["best-drop"]] == [drop for drop, *_ in drops[:3]]
     assert [drop_of[ref] for ref in shown["worst-drop"]] == [drop for drop, *_ in drops[::-1][:3]]
@@ -246,16 +246,16 @@ def test_best_and_worst_are_those_of_all_rows(evaluated, monkeypatch):
 def test_a_ranked_map_shows_its_values_on_its_card_and_beside_it(evaluated, monkeypatch):
     monkeypatch.setattr(galleries, "NUM_RANKED", 3)
     report, store = report_at(evaluated), LocalStore(evaluated)
-    rows = {Ref(row["key"], row["target_index"]): row for row in rows_in(store) if row["status"] == "ok"}
+    rows = {Ref(row["key"], row["target"]): row for row in rows_in(store) if row["status"] == "ok"}
     tables = [table.to_pylist() for folder in evaluation_folders(store) for table in value_tables(store, folder)]
     insertion = {
-        Ref(row["key"], row["target_index"]): row["value"]
+        Ref(row["key"], row["target"]): row["value"]
         for row in (row for table in tables for row in table)
         if (row["explainer"], row["metric"]) == ("gradcam", "insertion")
     }
     assert {gallery.metric for gallery in report.galleries} == {None, "drop", "insertion"}
     for item in report.items:
-        ref, facts = Ref(item.key, item.target_index), [(fact.name, fact.value) for fact in item.facts]
+        ref, facts = Ref(item.key, item.target), [(fact.name, fact.value) for fact in item.facts]
         wanted = {"drop": f"{rows[ref]['metrics']['drop']:.2f} %", "insertion": f"{insertion[ref]:.3f}"}
         names = {name.partition("-")[2] for name in item.galleries if "-" in name}
         assert {fact.name: fact.value for fact in item.ranked} == {name: wanted[name] for name in names}
@@ -272,8 +272,8 @@ def test_every_map_has_the_same_chance_and_each_class_some(output):
     report = report_at(output)
     shown = {gallery.name: gallery.refs for gallery in report.galleries}
     rows = [row for row in rows_in(LocalStore(output)) if row["status"] == "ok"]
-    assert set(shown["random"]) == {Ref(row["key"], row["target_index"]) for row in rows}  # fewer than fit
-    assert {ref.target_index for ref in shown["class"]} == {row["target_index"] for row in rows}
+    assert set(shown["random"]) == {Ref(row["key"], row["target"]) for row in rows}  # fewer than fit
+    assert {ref.target for ref in shown["class"]} == {row["target"] for row in rows}
     assert [item.number for item in report.items] == list(range(len(rows)))
     again = {gallery.name: gallery.refs for gallery in report_at(output).galleries}
     assert again == shown
@@ -284,7 +284,7 @@ def test_no_more_maps_are_shown_than_there_is_room_for(output, monkeypatch):
     report = report_at(output)
     assert len(report.items) == 4
     assert {ref for gallery in report.galleries for ref in gallery.refs} == {
-        Ref(item.key, item.target_index) for item in report.items
+        Ref(item.key, item.target) for item in report.items
     }
 
 
@@ -323,7 +323,7 @@ def test_what_was_found_beside_the_maps_is_shown_for_a_few(output, monkeypatch):
     with_products(LocalStore(output), *OF_METHODS)
     report = report_at(output)
     shown = [item for item in report.items if item.products]
-    assert [Ref(item.key, item.target_index) for item in shown] == list(report.galleries[0].refs[:3])
+    assert [Ref(item.key, item.target) for item in shown] == list(report.galleries[0].refs[:3])
     for item in shown:
         assert {part.title: len(part.frames) for part in item.products} == {
             "Accumulated maps": 5,
@@ -487,7 +487,7 @@ def test_what_the_audit_names_leads_to_a_map(output):
     report, page = report_at(output), Page(page_at(output))
     assert report.findings is not None
     finding = report.items[report.findings.shortcuts["finding"][0].items[0]]
-    assert (finding.key, finding.target_index) == (audit.shortcuts[0].members[0], audit.shortcuts[0].target_index)
+    assert (finding.key, finding.target) == (audit.shortcuts[0].members[0], str(audit.shortcuts[0].target_index))
     assert {gallery.name for gallery in report.galleries} >= {"findings", "suspicions", "oddities", "clusters"}
     places = [value for value in page.values("href") if value.startswith("#map-")]
     assert len(places) == 2 + 2 + 3
@@ -532,13 +532,13 @@ def test_a_finding_shows_its_crop_before_and_after(output):
 
 def test_wrong_predictions_are_marked_and_have_a_gallery(output):
     report, rows = report_at(output), [row for row in rows_in(LocalStore(output)) if row["status"] == "ok"]
-    known = {(row["key"], row["target_index"]): row["label_rank"] == 1 for row in rows if row["label"] is not None}
+    known = {(row["key"], row["target"]): row["label_rank"] == 1 for row in rows if row["label"] is not None}
     assert {True, False} <= set(known.values())
     for item in report.items:
-        assert item.is_right == known.get((item.key, item.target_index))
+        assert item.is_right == known.get((item.key, item.target))
     [gallery] = [own for own in report.galleries if own.name == "wrong"]
     assert all(not known[ref] for ref in gallery.refs)
-    predicted = {(row["key"], row["target_index"]): row["score"] for row in rows if row["target_rank"] == 1}
+    predicted = {(row["key"], row["target"]): row["score"] for row in rows if row["target_rank"] == 1}
     scores = [predicted[ref] for ref in gallery.refs if ref in predicted]
     assert scores == sorted(scores, reverse=True)
     assert len(scores) == min(24, sum(not known[ref] for ref in predicted if ref in known))

@@ -62,6 +62,7 @@ def row_of(key, saliency, target=0, score=0.8, rank=1, label=None, **more):
         "height": 30,
         "label": label,
         "label_name": None if label is None else CLASSES[label],
+        "target": str(target),
         "target_index": target,
         "target_name": CLASSES[target],
         "target_rank": rank,

@@ -272,7 +272,7 @@ def test_before_the_first_unit_an_error_of_the_device_is_not_the_models(monkeypa
         "num_classes": lambda: adapter.num_classes,
         "network": lambda: adapter.network,
         "examine": lambda: examine(adapter, image),
-        "try": lambda: try_explainer(explainer, method, (), image[:1], classes),
+        "try": lambda: try_explainer(explainer, method, (), image[:1], adapter.target(classes)),
     }
     monkeypatch.setattr(type(adapter.module), "forward", raising(error))
     with pytest.raises(type(error)), in_a_sentence("m"):
