@@ -435,12 +435,25 @@ def race_lines(rows) -> list[str]:
     return [head, "| --- " * 7 + "|", *lines]
 
 
+def planted_lines(rows) -> list[str]:
+    """The table of planted evidence: each network's methods from the most energy to the least."""
+    head = "| network | method | energy in the object | right one of two | deletion | insertion |"
+    ordered = sorted(rows, key=lambda row: (row["network"], -row["energy"]))
+    return [head, "| --- " * 6 + "|", *map(_planted_line, ordered)]
+
+
+def _planted_line(row) -> str:
+    figures = " | ".join(f"{row[name]:.3f}" for name in ("energy", "right", "deletion", "insertion"))
+    return f"| {row['network'].upper()} | `{row['method']}` | {figures} |"
+
+
 @pytest.mark.parametrize(
     ("name", "file", "lines"),
     [
         ("efficientnet_lite0", "curve-efficientnet_lite0", curve_lines),
         ("tiny_darknet", "curve-tiny_darknet", curve_lines),
         ("race", "race", race_lines),
+        ("planted", "planted", planted_lines),
     ],
 )
 def test_figures_are_the_stored_ones(name, file, lines):

@@ -9,6 +9,9 @@ from blocksight.engine.catalog.entries import EXPLAINERS, ExplainerEntry
 
 Preset = Literal["paper", "fast"]
 
+AUTO = "auto"
+"""In the place of an explainer's name: the one that suits the model's architecture."""
+
 MAX_DEPTH = 3
 """Most wrappers around one method."""
 

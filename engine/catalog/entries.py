@@ -265,8 +265,8 @@ EXPLAINERS: Mapping[str, ExplainerEntry] = {
         needs="what its base needs, which must take gradients; operations of torch's own",
         cost="its base",
         source="Mehri et al., LibraGrad (arXiv 2411.16760), from the paper alone",
-        blocks="last",
-        wraps="hirescam",
+        blocks="none",
+        wraps="chefer",
         num_views=lambda _: 1.0,
     ),
     "feature-cam": ExplainerEntry(

@@ -53,7 +53,7 @@ def layouts_by_number(adapter: "ModelAdapter") -> dict[int, Layout]:
 
 def token_stream(adapter: "ModelAdapter", method: str) -> TokenStream:
     """The attentions of a network whose tokens meet in them alone. Raises ModelError, which names other methods."""
-    found = _attentions(adapter)
+    found = attentions_of(adapter)
     own = [one for one in found if one.kind == "self"]
     poolers = [one for one in found if one.kind == "pool"]
     layouts = layouts_by_number(adapter)
@@ -70,7 +70,7 @@ def _fits(last: Attention, poolers: Sequence[Attention]) -> bool:
     return all(len(one.weights) == 2 and one.weights.shape[3] == last.weights.shape[3] for one in poolers)
 
 
-def _attentions(adapter: "ModelAdapter") -> list[Attention]:
+def attentions_of(adapter: "ModelAdapter") -> list[Attention]:
     """All attentions of two example pictures."""
     found: list[Attention] = []
     with adapter.borrowed(), torch.no_grad(), explicit_attention(adapter.module, found.append):

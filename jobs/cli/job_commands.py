@@ -53,6 +53,7 @@ def plan(
 
     Example: blocksight plan --data s3://bucket/images --output s3://bucket/maps --probe
     """
+    from blocksight.jobs.run.explainer_choice import with_explainer
     from blocksight.jobs.run.job import begun_or_new, plan_for
     from blocksight.jobs.run.labels import preview_labels
     from blocksight.jobs.run.workers import workforce_of
@@ -60,6 +61,9 @@ def plan(
     workforce = workforce_of(execution)
     asked, job = job, with_model_file(job)
     job, label_file = with_label_file(job)
+    job, choice = with_explainer(job)
+    if choice is not None and not as_json:
+        console.print(f"explainer: {printable(choice)}")
     output, found = begun_or_new(job)
     made = plan_for(found, workforce)
     labels = preview_labels(job, made, label_file)

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from blocksight.cluster.sizing import Device
-from blocksight.engine.catalog.composition import Method, Preset, parameters_of, parse_method
+from blocksight.engine.catalog.composition import AUTO, Method, Preset, parameters_of, parse_method
 from blocksight.engine.catalog.edge_detectors import installed_detector
 from blocksight.engine.catalog.entries import EXPLAINERS, FIDELITIES, Fidelity
 from blocksight.engine.catalog.forward_setting import MAX_BATCH_SIZE
@@ -169,7 +169,9 @@ class JobConfig(BaseModel):
         default=(), description="blocks named by hand, shallow to deep; none: found by the rule"
     )
     explainer: str = Field(
-        default="sise", description="see `blocksight list explainers`; some wrap others: ucag(gradcam)"
+        default="sise",
+        description="see `blocksight list explainers`; some wrap others: ucag(gradcam); auto: sise for a CNN, and for "
+        "another architecture what finds planted evidence best",
     )
     parameters: dict[str, Any] = Field(
         default_factory=dict, description="of the explainer, such as mu = 0.3; of what it wraps under base"
@@ -273,7 +275,7 @@ class JobConfig(BaseModel):
     @field_validator("explainer")
     @classmethod
     def _explainer_is_known(cls, value: str) -> str:
-        return str(parse_method(value))
+        return AUTO if value.strip().lower() == AUTO else str(parse_method(value))
 
     @model_validator(mode="before")
     @classmethod
@@ -300,6 +302,12 @@ class JobConfig(BaseModel):
                 raise ValueError(
                     f"an endpoint URL is given for {named}, and neither data, output, weights nor model is there"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _auto_has_no_parameters(self) -> "JobConfig":
+        if self.explainer == AUTO and (self.parameters or self.fidelity != "full"):
+            raise ValueError("explainer auto takes its choice's own defaults: name the explainer to set its parameters")
         return self
 
     @model_validator(mode="after")
@@ -339,6 +347,11 @@ class JobConfig(BaseModel):
         parameters = self.explainer_parameters()
         has_level = isinstance(parameters, SiseParameters) and (self.fidelity != "full" or parameters.budget is None)
         return self.fidelity if has_level else None
+
+    def explained_by(self, explainer: str) -> "JobConfig":
+        """The same job with an explainer that `auto` chose, and its defaults. Raises ConfigError."""
+        config = checked_config({**self.model_dump(), "explainer": explainer})
+        return config.model_copy(update={"parameters": _with_machine_defaults(config.method, {})})
 
     def in_full(self) -> "JobConfig":
         """The same job with every mask scored."""
@@ -533,8 +546,9 @@ def load_config(file: str | Path | None, options: Mapping[str, Any]) -> tuple[Jo
         values["class_names"] = _names_in(values["class_names"], values.get("endpoint_url"))
     try:
         config = JobConfig.model_validate(values)
-        config.explainer_parameters()
-        config = config.model_copy(update={"parameters": _with_machine_defaults(config.method, config.parameters)})
+        if config.explainer != AUTO:  # which is chosen once the model is known
+            config.explainer_parameters()
+            config = config.model_copy(update={"parameters": _with_machine_defaults(config.method, config.parameters)})
         return config, Execution.model_validate(execution)
     except ValidationError as error:
         raise ConfigError(_sentence(error)) from error

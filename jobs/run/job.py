@@ -47,6 +47,7 @@ from blocksight.jobs.plan.records import ModelFacts, Outcome, Receipt, Unfinishe
 from blocksight.jobs.plan.text import counted, printable
 from blocksight.jobs.plan.units import Workforce
 from blocksight.jobs.run.budgets import Budget, FirstUnits, exceeded_budgets
+from blocksight.jobs.run.explainer_choice import with_explainer
 from blocksight.jobs.run.labels import read_labels
 from blocksight.jobs.run.workers import (
     check_gpu,
@@ -123,7 +124,7 @@ def plan_for(made: Plan | FoundInput, workforce: Workforce) -> Plan:
 
 def plan_job(config: JobConfig, execution: Execution) -> tuple[ObjectStore, Plan]:
     """The output and its plan, made now if none is stored. Writes nothing. Raises DriftError."""
-    output, made = begun_or_new(config)
+    output, made = begun_or_new(with_explainer(config)[0])
     return output, made if isinstance(made, Plan) else plan_for(made, workforce_of(execution))
 
 
@@ -135,6 +136,9 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
     """
     refuse_missing_gpu(execution)
     config, label_file = with_label_file(with_model_file(config))
+    config, choice = with_explainer(config)
+    if choice is not None:
+        console.print(f"explainer: {printable(choice)}")
     output, made = begun_or_new(config)
     plan = plan_for(made, Workforce(1, on_gpu=False))  # a new one is cut anew once the workers are known
     for note in (f"no input: {plan.ignored_text}", *plan.notes) if plan.ignored else plan.notes:

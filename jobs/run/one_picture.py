@@ -18,9 +18,10 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from torch import Tensor, nn
 
-from blocksight.engine.catalog.composition import num_forwards
+from blocksight.engine.catalog.composition import AUTO, num_forwards
 from blocksight.engine.catalog.entries import BACKWARD
 from blocksight.engine.errors import ModelError
+from blocksight.engine.judging.method_choice import chosen_explainer
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.float32 import fixed_float32
 from blocksight.engine.model.threads import one_thread
@@ -169,6 +170,7 @@ def explain(
         pixels, facts = read_picture(image, key, config.endpoint_url)
         with one_thread(), fixed_float32():  # as a worker has them
             adapter, state, where = _adapter(model, config, device, notes)
+            config = _with_explainer(config, adapter, notes)
             row = _row(adapter, state, config, pixels, facts, where, batch_size, notes)
     if row["status"] != OK:
         raise ModelError(f"the picture {facts.key!r} cannot be explained: {row['error']} ({row['reject_code']})")
@@ -220,8 +222,18 @@ def _refuse_many(config: JobConfig) -> None:
             f"target {config.target!r} means {choice.most_targets} maps, and explain makes one: call it for each "
             "target, or run a job"
         )
-    if num_learning_images(config):
+    if config.explainer != AUTO and num_learning_images(config):
         raise ConfigError(f"{config.explainer} learns from many images first: explain a data set with it, by a job")
+
+
+def _with_explainer(config: JobConfig, adapter: ModelAdapter, console: Console) -> JobConfig:
+    """The configuration with the explainer that `auto` chooses for this model."""
+    if config.explainer != AUTO:
+        return config
+    with in_a_sentence(config.model):
+        choice = chosen_explainer(adapter)
+    console.print(f"explainer: {printable(choice)} (auto)")
+    return config.explained_by(choice.explainer)
 
 
 def _name_of(model: Model) -> str:

@@ -211,7 +211,7 @@ def smooth(count: int, height: int, width: int, seed: int = 1) -> Tensor:
     return functional.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False) * 4 - 2
 
 
-TRANSFORMERS_ONLY = {"daam", "legrad", "chefer"}
+TRANSFORMERS_ONLY = {"daam", "legrad", "chefer", "libra"}
 """Explainers that need a network with attention."""
 
 

@@ -175,6 +175,7 @@ VARIANTS: Sequence[tuple[str, Mapping[str, Any], str]] = (
     *[("daam", {}, net) for net in ("neighbours", "fused vit", "torchvision's vit")],
     ("legrad", {"pool": "model"}, "fused vit"),
     *[(f"libra({base})", {}, "fused vit") for base in ("hirescam", "chefer", "legrad")],
+    ("libra(hirescam)", {}, "depthwise"),
     *[(name, {}, "torchvision's vit") for name in ("legrad", "chefer")],
     ("bee", {**SHORT_BEE, "metric": "insertion", "with_mean": True, "integrand": "relu_grad_act"}, "cnn"),
     ("bee", {"draws": 4, "choice": "even", "families": ("normal", "uniform", "blur", "const")}, "vit"),

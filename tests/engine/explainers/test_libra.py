@@ -200,7 +200,7 @@ def test_attention_has_a_gradient_whichever_context_is_entered_first():
 def test_methods_without_gradients_are_no_base(name):
     with pytest.raises(ValueError, match=r"libra changes the gradients .* take libra\(gradcam\)"):
         parse_method(f"libra({name})")
-    assert str(parse_method("libra")) == "libra(hirescam)"
+    assert str(parse_method("libra")) == "libra(chefer)"
     assert str(parse_method("ucag(libra(chefer))")) == "ucag(libra(chefer))"
 
 
