@@ -12,7 +12,7 @@ from torch.nn import functional
 from blocksight.engine.errors import ImageError, ModelError
 from blocksight.engine.explainers.explainer import Explainer, pad, scores_of
 from blocksight.engine.explainers.explanation import Explanation, checked_explanation
-from blocksight.engine.model.layouts import layout_of
+from blocksight.engine.model.layouts import is_channels_last
 from blocksight.engine.model.resample import Grid, grid_of, upsampling
 from blocksight.engine.model.taps import gradients
 from blocksight.engine.model.targets import Target
@@ -121,8 +121,7 @@ class Terms:
 
 def _with_channels_first(layer: nn.Module | None, term: Tensor, input_size: Grid) -> Tensor:
     """The term [N, C, h, w]. A linear layer's channels come last; those of an activation are told by the aspect."""
-    layout = layout_of(term.shape, input_size, None)
-    is_last = isinstance(layer, nn.Linear) or (layout is not None and layout.kind == "channels last")
+    is_last = isinstance(layer, nn.Linear) or is_channels_last(term.shape, input_size)
     return term.permute(0, 3, 1, 2) if is_last else term
 
 

@@ -27,6 +27,10 @@ class Place:
     """Every path from input to output passes through it."""
     has_weights: bool
     """It is computed with weights of its own."""
+    fault: str = ""
+    """Why it holds no feature maps, as a clause."""
+    is_assumed: bool = False
+    """Its layout is told by its shape alone, because it hardly depends on the picture."""
 
     @property
     def grid(self) -> Grid | None:

@@ -1,10 +1,12 @@
 """The network as a list of tensors: traced once, so that blocks can be found and tapped by name."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,19 +14,22 @@ from torch import Tensor, fx, nn
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.blocks import Place, discover_blocks
 from blocksight.engine.model.device_errors import device_trouble
-from blocksight.engine.model.layouts import Layout, layout_of
+from blocksight.engine.model.paths import unavoidable_nodes, unavoidable_places
+from blocksight.engine.model.proofs import LEAKS, NO_PLACES, UNUSED, Reading, leaks, probe_pictures, proved_reading
 from blocksight.engine.model.resample import Grid
 from blocksight.engine.model.taps import (
     GraphRunner,
-    Recorder,
+    Hook,
     Taps,
+    frozen,
     gradients,
     hook_outputs,
     path_and_call,
     plain_modules,
 )
 
-Node = TypeVar("Node")
+MAX_SHOWN = 3
+"""Places of each kind that a refusal names."""
 
 
 @dataclass(frozen=True)
@@ -36,28 +41,59 @@ class Network:
     """None: the module could not be traced, and the places are outputs of modules, numbered by call: `relu#2`."""
     places: tuple[Place, ...]
     """In order of execution."""
+    example: Tensor
+    """Inputs [2, C, H, W], on which proofs are made."""
+    _leaking: dict[str, bool] = field(default_factory=dict, compare=False, repr=False)
+    """The places that were tried."""
 
     def blocks(self, names: Sequence[str] = ()) -> tuple[Place, ...]:
         """The named places or, without names, the blocks that the rule finds, shallow to deep.
 
         A name is a place of the traced graph, or the dotted path of a sub-module and means its last
         tensor. Raises ModelError for an unknown name (with the nearest ones), for a place without a
-        grid, and if the rule finds nothing.
+        grid or with a way around it, and if the rule finds nothing.
         """
         if names:
             return tuple(sorted({self._named(name) for name in names}, key=self.places.index))
-        found = tuple(discover_blocks(self.places))
-        if not found and len(plain_modules(self.module)) < len(list(self.module.modules())):
+        if not self._found and len(plain_modules(self.module)) < len(list(self.module.modules())):
             raise ModelError(
                 "the model holds TorchScript, whose layers cannot be read: make it from its Python class and a state "
                 "dict, or take an explainer without blocks, such as rise or occlusion"
             )
-        if not found:
+        if not self._found:
             raise ModelError(
                 f"no block was found in {type(self.module).__name__}: none of its {len(self.places)} tensors is "
-                "a feature map [N, C, h, w] that every path passes; name the blocks with --blocks"
+                f"a feature map that every path passes{self._tried()}; name the blocks with --blocks, or take an "
+                "explainer without blocks, such as rise or occlusion"
             )
-        return found
+        return self._found
+
+    @cached_property
+    def _found(self) -> tuple[Place, ...]:
+        """The blocks that the rule finds, without those that leak."""
+        places = list(self.places)
+        while leaking := [place for place in discover_blocks(places) if self._leaks(place)]:
+            for place in leaking:
+                places[places.index(place)] = replace(place, is_unavoidable=False)
+        return tuple(discover_blocks(places))
+
+    def _tried(self) -> str:
+        """The last places that were tried and why each is none, as a clause."""
+        around = [(place.name, LEAKS) for place in self.places if place.grid and min(place.grid) > 1]
+        unread = [(place.name, place.fault) for place in self.places if place.is_unavoidable and not place.grid]
+        unread = [(name, fault) for name, fault in unread if fault != NO_PLACES]
+        shown = [f"{name}: {fault}" for name, fault in (*around[-MAX_SHOWN:], *unread[-MAX_SHOWN:])]
+        return f" ({'; '.join(shown)})" if shown else ""
+
+    def _leaks(self, place: Place) -> bool:
+        """True if the output depends on the picture also beside the place. A traced graph shows it by itself."""
+        if self.graph is not None:
+            return not place.is_unavoidable
+        if place.name not in self._leaking:
+            with frozen(self.module):
+                example = self.example.to(next(self.module.parameters(), self.example).device)
+                self._leaking[place.name] = leaks(self.taps([place]).run, example)
+        return self._leaking[place.name]
 
     def last_block(self, names: Sequence[str] = ()) -> tuple[Place, Taps]:
         """The deepest of the blocks, and the taps that record it alone. Raises as `blocks`."""
@@ -78,7 +114,12 @@ class Network:
             )
             raise ModelError(f"no block {name!r} in {type(self.module).__name__}; {shown}")
         if found[-1].grid is None:
-            raise ModelError(f"block {name!r} is no feature map [N, C, h, w]; choose one before the pooling")
+            raise ModelError(f"block {name!r} is no feature map: {found[-1].fault}; choose one before the pooling")
+        if self._leaks(found[-1]):
+            raise ModelError(
+                f"{name!r} is no block: {LEAKS}, so that there is a way around it; choose the sum behind it, or none: "
+                f"the rule finds {', '.join(place.name for place in self._found) or 'none'}"
+            )
         return found[-1]
 
     def _inside(self, path: str) -> list[Place]:
@@ -90,7 +131,7 @@ class Network:
 
 
 def trace_network(module: nn.Module, example: Tensor) -> Network:
-    """Traces a frozen module on an example input [2, 3, H, W] and lists its tensors.
+    """Traces a frozen module on an example input [2, C, H, W] and lists its tensors, each with its proved layout.
 
     If the trace fails or computes something else, the list holds the outputs of the modules in order of
     execution.
@@ -98,28 +139,31 @@ def trace_network(module: nn.Module, example: Tensor) -> Network:
     with torch.no_grad():
         graph = _trace(module, example)
         places = _module_places(module, example) if graph is None else _traced_places(graph, example)
-    used_places = _used_places(Network(module, graph, tuple(places)), example)
-    return Network(
-        module, graph, tuple(place if place.name in used_places else replace(place, layout=None) for place in places)
-    )
+    return _without_unused(Network(module, graph, tuple(places), example), example)
 
 
-def _used_places(network: Network, example: Tensor) -> set[str]:
-    """Names of the places that are no tokens, or whose tokens the output depends on.
+def _without_unused(network: Network, example: Tensor) -> Network:
+    """The network without the layouts of tokens that the output does not depend on.
 
     Behind its last attention a transformer still computes the picture's tokens, but reads the class token alone.
     The gradient is of NaN, which no weight cancels: torchvision's transformers begin with a head of zeros.
     """
     tokens = [place for place in network.places if place.layout is not None and place.layout.kind == "tokens"]
-    others = {place.name for place in network.places} - {place.name for place in tokens}
     if not tokens:
-        return others
+        return network
     logits, maps = network.taps(tokens)(example)
     if not logits.requires_grad:  # a forward without gradients does not show what it depends on
-        return others | {place.name for place in tokens}
-    live = {place.name: own for place, own in zip(tokens, maps, strict=True) if own.requires_grad}  # no embeddings
+        return network
+    live = {place.name: own for place, own in zip(tokens, maps, strict=True) if own.requires_grad}
     slopes = gradients(logits, torch.full_like(logits, float("nan")), list(live.values())) if live else []
-    return others | {name for name, slope in zip(live, slopes, strict=True) if slope.any()}
+    used = {name for name, slope in zip(live, slopes, strict=True) if slope.any()}
+    unused = {place.name for place in tokens} - used
+    return replace(
+        network,
+        places=tuple(
+            replace(place, layout=None, fault=UNUSED) if place.name in unused else place for place in network.places
+        ),
+    )
 
 
 def _trace(module: nn.Module, example: Tensor) -> fx.GraphModule | None:
@@ -133,81 +177,92 @@ def _trace(module: nn.Module, example: Tensor) -> fx.GraphModule | None:
     return graph if same else None
 
 
+class _Reader:
+    """Reads the layout of each place while the network runs on the probe pictures."""
+
+    def __init__(self, example: Tensor) -> None:
+        self.pictures = probe_pictures(example)
+        self.full = (example.shape[2], example.shape[3])
+        self.grids: list[Grid] = []
+        self.read: dict[str, Reading] = {}
+        self.signal: set[str] = set()
+        """The places that hold tensors."""
+
+    def __call__(self, name: str, value: Any) -> Any:
+        if _carries_signal(value):
+            self.signal.add(name)
+            self.read[name] = proved_reading(value, self.full, self.grids)
+            layout = self.read[name].layout
+            if layout is not None and layout.grid not in self.grids:
+                self.grids.append(layout.grid)
+        return value
+
+
 def _traced_places(graph: fx.GraphModule, example: Tensor) -> list[Place]:
-    recorder = Recorder()
-    GraphRunner(graph, recorder).run(example)
-    signal = [node for node in graph.graph.nodes if _carries_signal(recorder.recorded.get(node.name))]
-    signal = [node for node in signal if node.op != "get_attr"]
+    reader = _Reader(example)
+    GraphRunner(graph, reader).run(reader.pictures)
+    signal = [node for node in graph.graph.nodes if node.name in reader.signal and node.op != "get_attr"]
     unavoidable = unavoidable_nodes({node: node.all_input_nodes for node in signal})
-    inner = [node for node in signal if node.op not in ("placeholder", "output")]
-    layouts = _layouts([recorder.recorded[node.name] for node in inner], example)
     return [
-        Place(node.name, layout, node in unavoidable, _has_weights(node, graph))
-        for node, layout in zip(inner, layouts, strict=True)
+        _place(node.name, reader.read[node.name], node in unavoidable, _has_weights(node, graph))
+        for node in signal
+        if node.op not in ("placeholder", "output")
     ]
 
 
 def _module_places(module: nn.Module, example: Tensor) -> list[Place]:
-    recorder = Recorder()
+    reader, paths = _Reader(example), [path for path, _ in plain_modules(module) if path]
+    with _hook_calls(module, paths, reader):
+        module(reader.pictures)
+    unavoidable = _unavoidable_calls(module, paths, example)
+    num_calls = Counter(path_and_call(name)[0] for name in reader.read)
+    places = []
+    for name, reading in reader.read.items():
+        path = path_and_call(name)[0]
+        has_weights = any(True for _ in module.get_submodule(path).parameters())
+        is_unavoidable = unavoidable is None or name in unavoidable
+        places.append(_place(name if num_calls[path] > 1 else path, reading, is_unavoidable, has_weights))
+    return places
+
+
+def _place(name: str, reading: Reading, is_unavoidable: bool, has_weights: bool) -> Place:
+    return Place(name, reading.layout, is_unavoidable, has_weights, reading.fault, reading.is_assumed)
+
+
+def _unavoidable_calls(module: nn.Module, paths: Sequence[str], example: Tensor) -> set[str] | None:
+    """The calls of sub-modules that every path from the input passes; None: the output has no gradient."""
+    nodes: dict[str, Any] = {}
+
+    def mark(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            return value
+        marked = value.clone()
+        nodes[name] = marked.grad_fn
+        return marked
+
+    with torch.enable_grad(), _hook_calls(module, paths, mark):
+        output = module(example.detach().requires_grad_(True))
+    if not isinstance(output, Tensor) or not output.requires_grad:
+        return None
+    return unavoidable_places(output, nodes)
+
+
+def _hook_calls(module: nn.Module, paths: Sequence[str], hook: Hook) -> AbstractContextManager[None]:
+    """Calls the hook on each call of the sub-modules, under the name `path#number`."""
     num_calls = Counter[str]()
 
-    def record(path: str, value: Any) -> Any:
+    def numbered(path: str, value: Any) -> Any:
         num_calls[path] += 1
-        return recorder(f"{path}#{num_calls[path]}", value)
+        return hook(f"{path}#{num_calls[path]}", value)
 
-    with hook_outputs(module, [path for path, _ in plain_modules(module) if path], record):
-        module(example)
-    tensors = {name: value for name, value in recorder.recorded.items() if isinstance(value, Tensor)}
-    layouts = _layouts(list(tensors.values()), example)
-    paths = [path_and_call(name)[0] for name in tensors]
-    return [
-        Place(
-            name if num_calls[path] > 1 else path,
-            layout,
-            True,
-            any(True for _ in module.get_submodule(path).parameters()),
-        )
-        for name, path, layout in zip(tensors, paths, layouts, strict=True)
-    ]
-
-
-def _layouts(values: Sequence[Any], example: Tensor) -> list[Layout | None]:
-    """The layout of each value, in order of execution; None for a value that is not one of each image."""
-    full = (example.shape[2], example.shape[3])
-    layouts: list[Layout | None] = []
-    last: Grid | None = None
-    for value in values:
-        is_of_images = isinstance(value, Tensor) and value.shape[:1] == example.shape[:1]
-        layouts.append(layout_of(value.shape, full, last) if is_of_images else None)
-        if layouts[-1] is not None:
-            last = layouts[-1].grid
-    return layouts
+    return hook_outputs(module, paths, numbered)
 
 
 def _carries_signal(value: Any) -> bool:
-    """True for float tensors, also in tuples (a split); False for the sizes that a `view` reads."""
+    """True for tensors, also in tuples (a split); False for the sizes that a `view` reads."""
     if isinstance(value, tuple | list):
         return any(_carries_signal(item) for item in value)
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def unavoidable_nodes(predecessors: Mapping[Node, Sequence[Node]]) -> set[Node]:
-    """The nodes through which every path from the first to the last one passes.
-
-    `predecessors` lists them for each node, in topological order; predecessors that are not keys do not
-    count. The number of paths through a node is the paths to it times the paths from it; through an
-    unavoidable node go all of them.
-    """
-    nodes = list(predecessors)
-    paths_to = {nodes[0]: 1}
-    for node in nodes[1:]:
-        paths_to[node] = sum(paths_to.get(before, 0) for before in predecessors[node])
-    paths_from = dict.fromkeys(nodes, 0) | {nodes[-1]: 1}
-    for node in reversed(nodes):
-        for before in predecessors[node]:
-            if before in paths_from:
-                paths_from[before] += paths_from[node]
-    return {node for node in nodes if paths_to[node] * paths_from[node] == paths_to[nodes[-1]]}
+    return isinstance(value, Tensor)
 
 
 def _has_weights(node: fx.Node, graph: fx.GraphModule) -> bool:

@@ -1,5 +1,6 @@
 """Taps: run a borrowed network as a fixed function and record the tensors at named places."""
 
+import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ class GraphRunner(fx.Interpreter):
 
 @contextmanager
 def hook_outputs(module: nn.Module, names: Collection[str], hook: Hook) -> Iterator[None]:
-    """Calls the hook on the outputs of the named sub-modules, in order of completion.
+    """Calls the hook on the outputs of the named sub-modules, in order of completion; of several values on the first.
 
     `relu` means every call of the sub-module, `relu#2` the second one since this context began.
     """
@@ -131,9 +132,22 @@ def _of_calls(names: Mapping[int | None, str], hook: Hook) -> Callable[[nn.Modul
 
     def called(_module: nn.Module, _given: Any, output: Any) -> Any:
         name = names.get(next(numbers), names.get(None))
-        return None if name is None else hook(name, output)
+        return None if name is None else _with_first(output, lambda value: hook(name, value))
 
     return called
+
+
+def _with_first(output: Any, change: Callable[[Any], Any]) -> Any:
+    """The output with its first value changed, where it is a tuple, a list or a dict: layers return them."""
+    if isinstance(output, tuple | list) and output:
+        values = [change(output[0]), *output[1:]]
+        return output._make(values) if hasattr(output, "_make") else type(output)(values)
+    if isinstance(output, dict) and output:
+        changed = copy.copy(output)  # an object of transformers' stays one
+        first = next(iter(output))
+        changed[first] = change(output[first])
+        return changed
+    return change(output)
 
 
 def path_and_call(name: str) -> tuple[str, int | None]:
@@ -156,7 +170,7 @@ class Taps:
         """Logits [N, K] and the feature maps [N, C_b, h_b, w_b] of every place, joined to autograd."""
         recorder = MapRecorder(self.places)
         with torch.enable_grad():
-            logits = self._run(inputs_nchw.detach().requires_grad_(True), recorder)
+            logits = self.run(inputs_nchw.detach().requires_grad_(True), recorder)
         return logits, [recorder.recorded[place.name] for place in self.places]
 
     def grown(self, input_nchw: Tensor, variants: Callable[[Tensor], Tensor]) -> Tensor:
@@ -165,13 +179,15 @@ class Taps:
         Before the place the network runs on the image [1, 3, H, W] alone. What fails on a batch that grows raises.
         """
         (place,) = self.places
-        return self._run(input_nchw, _Grower(place, variants))
+        return self.run(input_nchw, _Grower(place, variants))
 
-    def _run(self, inputs: Tensor, recorder: "MapRecorder | _Grower") -> Tensor:
+    def run(self, inputs: Tensor, hook: Hook) -> Any:
+        """What the network returns for the inputs, with the hook on the outputs of the places."""
+        names = [place.name for place in self.places]
         if self.graph is None:
-            with hook_outputs(self.module, list(recorder.layouts), recorder):
+            with hook_outputs(self.module, names, hook):
                 return self.module(inputs)
-        return GraphRunner(self.graph, recorder, recorder.layouts.keys()).run(inputs)
+        return GraphRunner(self.graph, hook, names).run(inputs)
 
     def tail(self) -> Tail:
         """The network behind the one place, as a function of the inputs and of other feature maps.
@@ -184,7 +200,7 @@ class Taps:
         cut = _cut_behind(self.graph, place.name) if self.graph is not None and is_plain else None
         if cut is not None:
             return lambda _, maps: cut(maps.clone())  # what follows may work in place
-        return lambda inputs, maps: self._run(inputs, MapRecorder(self.places, {place.name: maps}))
+        return lambda inputs, maps: self.run(inputs, MapRecorder(self.places, {place.name: maps}))
 
 
 @torch.no_grad()

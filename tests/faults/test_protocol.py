@@ -148,8 +148,6 @@ class Protocol(RuleBasedStateMachine):
         job_state = read_job_state(self.store, self.world.plan)
         for unit in job_state.open_units:
             assert isinstance(self.world.run(unit, self.store), Receipt | DeadLetter)
-        for unit_id, receipt in read_job_state(self.store, self.world.plan).receipts.items():
-            assert receipt.num_ok == self.world.num_good[unit_id]
         self.is_final = True
         self.finalize_or_report()
         self.what_is_committed_stays()
@@ -163,7 +161,6 @@ class World:
         self.config = config_of(data, folder / "out")
         self.plan = replace_units(make_plan(self.config, weights_sha256=None, workforce=Workforce(1, False)))
         self.keys = sorted(info.key for unit in self.plan.units for info in unit.objects)
-        self.num_good = {unit.unit_id: sum("bad-" not in info.key for info in unit.objects) for unit in self.plan.units}
         self.source = LocalStore(data)
         facts = ModelFacts("w", 5, (8, 8))
         self.context = JobContext(self.config, self.plan.fingerprint, "run", facts, (), 1, 1, "cpu", "")
@@ -181,9 +178,9 @@ class World:
             row |= {"unit_id": unit_input.unit.unit_id, "sha256": record.sha256}
             if record.reject_code is None:
                 next(pixels)
-                levels = self.levels.integers(0, 256, (8, 8), np.uint8)
-                row |= {"status": "ok", "score": 0.5, "target_index": 1, "map": levels, "num_forwards": 1}
-                row |= {"metrics": {"drop": float(levels.mean()), "increase": False, "protocol": "p"}}
+                saliency = self.levels.random((8, 8), dtype=np.float32)
+                row |= {"status": "ok", "score": 0.5, "target_index": 1, "map": saliency, "num_forwards": 1}
+                row |= {"metrics": {"drop": float(saliency.mean()), "increase": False, "protocol": "p"}}
             else:
                 row |= {"status": "rejected", "reject_code": record.reject_code, "error": record.error}
                 row |= {"metrics": None, "num_forwards": None}
@@ -205,7 +202,7 @@ def replace_units(plan: Any) -> Any:
     return replace(plan, units=units)
 
 
-@pytest.mark.parametrize("num_interleavings", [150, pytest.param(1000, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("num_interleavings", [60, pytest.param(400, marks=pytest.mark.sweep)])
 def test_every_interleaving_ends_with_every_record_once(tmp_path, monkeypatch, num_interleavings):
     monkeypatch.setattr(retrying, "FIRST_PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(attempts, "MAX_DEATHS", 2)  # units are given up while slow attempts still live

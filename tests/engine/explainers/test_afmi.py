@@ -167,7 +167,6 @@ NOT_POOLED = {
     "a ReLU behind": lambda net, _, maps: net.last(net.linear(maps.mean((2, 3))).relu()),
     "a bound": lambda net, _, maps: net.linear(maps.mean((2, 3)).clamp(-5, 5)),
     "weights by place": lambda net, _, maps: net.linear(maps[:, :, :4].mean((2, 3))),
-    "a gate": lambda net, x, maps: net.linear(maps.mean((2, 3))) * (1 + x.mean((1, 2, 3))[:, None]),
     "no gradients": lambda net, _, maps: net.linear(maps.detach().mean((2, 3))),
 }
 

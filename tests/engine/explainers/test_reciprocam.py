@@ -136,10 +136,10 @@ def test_without_gradients_the_last_patches_of_a_class_token_are_passed_over():
 
 
 class Tied(Residual):
-    """Its end adds something of each picture."""
+    """Its end counts the pictures."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + 0 * x[:, :1, 0, 0]
+        return super().forward(x).reshape(x.shape[0], 5)
 
 
 def test_a_network_whose_batch_may_not_grow_runs_whole():

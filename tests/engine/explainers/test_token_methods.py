@@ -249,7 +249,7 @@ class Tied(Transformer):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("make", "why"), [(Convolved, "mixes patches"), (Columns, "other tokens than expected")])
+@pytest.mark.parametrize(("make", "why"), [(Convolved, "mixes patches"), (Columns, "has it not")])
 def test_patches_that_mix_elsewhere_or_lie_otherwise_are_refused(make, why, method):
     with pytest.raises(ModelError, match=why):
         make_explainer(method, adapter_of(seeded(make)))

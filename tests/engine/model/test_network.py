@@ -13,7 +13,7 @@ from blocksight.engine.catalog.parameters import RiseParameters
 from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers import make_explainer
 from blocksight.engine.model.adapter import ModelAdapter
-from blocksight.engine.model.network import unavoidable_nodes
+from blocksight.engine.model.paths import unavoidable_nodes
 from blocksight.engine.model.targets import ClassProbability
 from tests.engine.nets import Plain, Residual, Untraceable, seeded, smooth
 

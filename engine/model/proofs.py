@@ -1,0 +1,140 @@
+"""Proofs of a place in a network: how its axes follow the picture, and whether the logits depend on it alone."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blocksight.engine.model.layouts import Layout, readings
+from blocksight.engine.model.resample import Grid
+
+PATCHES = ((0.07, 0.10), (0.20, 0.90), (0.80, 0.22), (0.92, 0.95), (0.45, 0.60))
+"""Centres of the changed patches, as shares of height and width: in other rows than columns, and in all quarters."""
+PATCH = 1 / 7
+"""A patch's side, as a share of the picture's."""
+BRIGHTNESS = 10.0
+"""A patch's value, relative to the picture's largest: what is local outgrows gates and means over the picture."""
+LEAST_ODDS = 1.5
+"""A true reading has 2 and more in torchvision's networks, a false one 1."""
+SILENT = 1e-5
+"""Changes up to this, relative to a tensor's values, may be float32's rounding."""
+ROUNDING = 1e-4
+"""Outputs that differ by less, relative to their values, are equal."""
+
+LEAKS = "the output still depends on the picture when it is set to its mean"
+NOT_THE_BATCH = "its first axis does not follow the pictures of a batch"
+NO_PICTURE = "it does not depend on the picture"
+NO_PLACES = "it has no axes of height and width"
+UNUSED = "what follows does not read its cells"
+NO_READING = "no reading of its axes follows a patch of the picture that is changed"
+
+
+def probe_pictures(example_nchw: Tensor) -> Tensor:
+    """Seven inputs [7, C, H, W]: a picture, the same with one bright patch each, and the picture again.
+
+    The picture is the example's first. Each patch changes it as much as the others do.
+    """
+    pictures = example_nchw[:1].repeat(len(PATCHES) + 2, 1, 1, 1)
+    size = (pictures.shape[2], pictures.shape[3])
+    for picture, centre in zip(pictures[1:-1], PATCHES, strict=True):
+        picture[:, *_region(centre, size)] = BRIGHTNESS * example_nchw.max()
+    return pictures
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was found out about the axes of a tensor."""
+
+    layout: Layout | None
+    fault: str = ""
+    """Why there is none, as a clause."""
+    is_assumed: bool = False
+    """The tensor hardly depends on the picture, and its shape has one reading alone."""
+
+
+def proved_reading(value: Any, full: Grid, grids: Sequence[Grid]) -> Reading:
+    """How to read a tensor that a network computed of the probe pictures of the size `full`.
+
+    `grids` are those of the tensors before it. A reading is proved if the cells at the changed patches move with
+    their own patch, and not if the same picture stands elsewhere in the batch.
+    """
+    is_dense = isinstance(value, Tensor) and value.is_floating_point() and value.layout is torch.strided
+    if not is_dense or value.dim() < 3 or not value.numel():
+        return Reading(None, NO_PLACES)
+    if value.shape[:1] != (len(PATCHES) + 2,):
+        return Reading(None, NOT_THE_BATCH)
+    value, layouts = value.detach(), list(readings(value.shape, full, grids))
+    odds, layout = max(((_odds(value, one), one) for one in layouts), key=lambda pair: pair[0], default=(0.0, None))
+    if odds >= LEAST_ODDS:
+        return Reading(layout)
+    if not _is_silent(value):
+        return Reading(None, NO_READING)
+    if value.dim() == 4 and len(layouts) == 1:
+        return Reading(layouts[0], is_assumed=True)
+    return Reading(None, NO_PICTURE)
+
+
+def _odds(value: Tensor, layout: Layout) -> float:
+    """How clearly the cells at the patches move with their own patch; 0: a cell does not move, or the batch is mixed.
+
+    The least odds ratio of two patches: what both move in their own cells, by what both move in the other's. A patch
+    that moves all cells much, or a cell that moves with all patches, does not change it.
+    """
+    maps, regions = layout.maps(value), [_region(centre, layout.grid) for centre in PATCHES]
+    cells = [maps[:, :, rows, columns].flatten(1).float() for rows, columns in regions]
+    moved = torch.stack([(own[1:] - own[:1]).square().mean(1) for own in cells], 1).double()
+    patched, again = moved[:-1], moved[-1]  # [patches, regions]
+    own = patched.diagonal()
+    is_other = torch.tensor([[_are_apart(one, other) for one in regions] for other in regions], device=own.device)
+    silent = SILENT**2 * torch.cat(cells, 1).square().mean()
+    if not is_other.any() or not moved.isfinite().all() or (own <= silent).any() or (again > ROUNDING * own).any():
+        return 0.0
+    crossed = (patched * patched.T).clamp_min(torch.finfo(own.dtype).tiny)
+    return float((own[:, None] * own / crossed)[is_other].min())
+
+
+Region = tuple[slice, slice]
+
+
+def _region(centre: tuple[float, float], grid: Grid) -> Region:
+    """The cells of a grid that the patch covers, also in part."""
+    down, right = (
+        slice(int(max(0.0, at - PATCH / 2) * size), math.ceil(min(1.0, at + PATCH / 2) * size))
+        for at, size in zip(centre, grid, strict=True)
+    )
+    return down, right
+
+
+def _are_apart(one: Region, other: Region) -> bool:
+    return any(mine.stop <= theirs.start or theirs.stop <= mine.start for mine, theirs in zip(one, other, strict=True))
+
+
+def _is_silent(value: Tensor) -> bool:
+    """True if no patch changes the tensor by more than rounding."""
+    return bool((value[1:-1] - value[:1]).abs().max() <= SILENT * value.abs().max())
+
+
+Run = Callable[[Tensor, Callable[[str, Any], Any]], Any]
+"""A network with a hook on one place: from inputs to the output."""
+
+
+def leaks(run: Run, example_nchw: Tensor) -> bool:
+    """True if the output depends on the picture [2, C, H, W] also while the place holds its mean over the batch.
+
+    A gradient shows a path also where its weights are zeros, as new layers often begin; the two pictures' outputs
+    show one that has no gradient.
+    """
+    with torch.enable_grad():
+        output = run(example_nchw.detach().requires_grad_(True), lambda _, value: _mean(value))
+    if output.requires_grad:
+        return True
+    one, other = output.detach().double()[:2]
+    return bool((one - other).abs().max() > ROUNDING * torch.maximum(one.abs().max(), other.abs().max()))
+
+
+def _mean(value: Tensor) -> Tensor:
+    """The value's mean over its first axis, in the value's shape and without its history."""
+    return value.detach().mean(0, keepdim=True).expand_as(value).clone()

@@ -1,0 +1,194 @@
+"""Proofs of places: the axes follow the picture, and nothing goes around a block; what fails them is refused."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from blocksight.engine.errors import ModelError
+from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.layouts import Layout
+from blocksight.engine.model.proofs import (
+    NO_PICTURE,
+    NO_PLACES,
+    NO_READING,
+    NOT_THE_BATCH,
+    probe_pictures,
+    proved_reading,
+)
+from tests.engine.nets import seeded, smooth
+
+
+def found_in(net, side=32):
+    return ModelAdapter(seeded(net), input_size=(side, side)).network
+
+
+# ---------------------------------------------------------------- readings
+
+
+def read(change, side=48, *grids):
+    """The reading of a tensor that is made of the probe pictures' own 8 x 8 means."""
+    maps = functional.avg_pool2d(probe_pictures(smooth(2, side, side)), side // 8)
+    return proved_reading(change(maps), (side, side), grids)
+
+
+def tokens(maps, prefix):
+    rows = maps.flatten(2).transpose(1, 2)
+    return torch.cat([torch.ones(len(maps), prefix, 3), rows], 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "layout"),
+    [
+        (lambda maps: maps, Layout("channels first", 3, (8, 8))),
+        (lambda maps: maps.permute(0, 2, 3, 1), Layout("channels last", 3, (8, 8))),
+        (lambda maps: maps.repeat(1, 3, 1, 1).permute(0, 2, 3, 1), Layout("channels last", 9, (8, 8))),
+        (lambda maps: maps.repeat(1, 3, 1, 1), Layout("channels first", 9, (8, 8))),
+        (lambda maps: tokens(maps, 0), Layout("tokens", 3, (8, 8))),
+        (lambda maps: tokens(maps, 17), Layout("tokens", 3, (8, 8), 17)),
+    ],
+)
+def test_axes_are_told_by_what_moves(change, layout):
+    """Nine channels beside eight cells have two readings by their aspect, and one by the picture."""
+    assert read(change).layout == layout
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda maps: maps.transpose(2, 3), NO_READING),
+        (lambda maps: tokens(maps, 1)[:, torch.randperm(65, generator=torch.Generator().manual_seed(0))], NO_READING),
+        (lambda maps: maps.mean((2, 3), keepdim=True).expand(-1, -1, 8, 8), NO_READING),
+        (lambda maps: maps.flatten(2).permute(2, 0, 1), NOT_THE_BATCH),
+        (lambda maps: maps.roll(1, 0) + maps, NO_READING),
+        (lambda maps: torch.ones_like(maps).flatten(2), NO_PICTURE),
+        (lambda _: torch.ones(7, 0, 8, 8), NO_PLACES),
+        (lambda maps: maps * float("nan"), NO_READING),
+        (lambda maps: maps.long(), NO_PLACES),
+        (lambda _: 7, NO_PLACES),
+    ],
+    ids=[
+        "transposed",
+        "no raster",
+        "one mean",
+        "batch second",
+        "mixed",
+        "constant",
+        "empty",
+        "nan",
+        "integers",
+        "size",
+    ],
+)
+def test_what_does_not_follow_the_picture_has_no_reading(change, fault):
+    found = read(change)
+    assert (found.layout, found.fault) == (None, fault)
+
+
+def test_a_tensor_that_hardly_moves_is_read_by_its_shape_and_says_so():
+    found = read(lambda maps: 1 + 1e-7 * maps)
+    assert found.layout == Layout("channels first", 3, (8, 8))
+    assert found.is_assumed
+    assert read(lambda maps: 1 + 1e-7 * maps.repeat(1, 3, 1, 1)).layout is None  # two readings
+
+
+# ---------------------------------------------------------------- paths around a place
+
+
+class Branching(nn.Module):
+    """A residual sum, of which the trace sees nothing; `detached`: what goes around the branch has no gradient."""
+
+    detached = False
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.branch = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.last, self.head = nn.Conv2d(6, 6, 3, stride=2, padding=1), nn.Linear(6, 4)
+
+    def forward(self, x):
+        assert bool(x.isfinite().all())
+        x = self.stem(x)
+        x = self.branch(x) + (x.detach() if self.detached else x)
+        return self.head(self.last(x).relu().mean((2, 3)))
+
+
+class Detached(Branching):
+    detached = True
+
+
+@pytest.mark.parametrize("net", [Branching, Detached])
+def test_a_branch_of_an_untraced_network_is_no_block(net):
+    network = found_in(net)
+    assert network.graph is None
+    assert [block.name for block in network.blocks()] == ["stem", "last"]
+    with pytest.raises(ModelError, match=r"'branch' is no block: the output still depends .* stem, last$"):
+        network.blocks(["branch"])
+
+
+class Gated(nn.Module):
+    """A gate of the input goes around its maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.maps, self.head = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(self.maps(x).mean((2, 3))) * (1 + x.mean((1, 2, 3))[:, None])
+
+
+@pytest.mark.parametrize("names", [(), ("maps",)])
+def test_a_refusal_names_what_was_tried(names):
+    with pytest.raises(ModelError, match=r"maps.*the output still depends on the picture"):
+        found_in(Gated).blocks(names)
+
+
+class Wrapped(nn.Module):
+    """Layers that return tuples and dicts, one module that is called twice, a bias made of parameters alone."""
+
+    class Layer(nn.Module):
+        def __init__(self, form):
+            super().__init__()
+            self.conv, self.form = nn.Conv2d(3, 3, 3, padding=1), form
+
+        def forward(self, x):
+            return self.form(x + self.conv(x))
+
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(torch.randn(1, 3, 16, 16))
+
+        def forward(self, count):
+            return self.bias.expand(count, -1, -1, -1) * 2
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = self.Layer(lambda x: (x, None)), self.Layer(lambda x: {"maps": x, "other": x})
+        self.act, self.table, self.head = nn.Softplus(), self.Table(), nn.Linear(3, 4)
+
+    def forward(self, x):
+        assert bool(x.isfinite().all())
+        x = self.act(self.first(x)[0])
+        x = functional.avg_pool2d(self.second(x)["maps"], 2)
+        x = self.act(x + self.table(len(x)))
+        return self.head(x.mean((2, 3)))
+
+
+def test_tuples_several_calls_and_parameters():
+    network = found_in(Wrapped)
+    assert [block.name for block in network.blocks()] == ["second", "act#2"]
+    assert network.blocks(["act#1"])[0].grid == (32, 32)
+    with pytest.raises(ModelError, match="'table' is no block: the output still depends on the picture"):
+        network.blocks(["table"])
+    taps = network.taps(network.blocks(["second"]))
+    logits, (maps,) = taps(smooth(2, 32, 32))
+    assert torch.equal(taps.tail()(smooth(2, 32, 32), maps), logits)
+
+
+def test_data_parallel_has_the_blocks_of_its_module():
+    import torchvision
+
+    net = seeded(lambda: torchvision.models.resnet18(num_classes=7))
+    plain, parallel = (ModelAdapter(one, input_size=(64, 64)).network.blocks() for one in (net, nn.DataParallel(net)))
+    assert [block.layout for block in parallel] == [block.layout for block in plain]
+    assert [block.name for block in parallel] == ["module.relu", *(f"module.layer{number}" for number in range(1, 5))]
