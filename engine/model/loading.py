@@ -14,6 +14,7 @@ from blocksight.engine.errors import ModelError, RandomWeightsError
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.features import without_head
 from blocksight.engine.model.neighbours import from_state
+from blocksight.engine.model.outputs import as_it_was, with_one_output
 from blocksight.engine.model.random_weights import random_sentence, weights_parameter
 from blocksight.engine.model.seeding import seeded
 from blocksight.engine.model.sources.files import split
@@ -54,7 +55,7 @@ def load_model(name: str, *, weights: str | None = None, state: bytes | None = N
     elif ":" in name:
         if weights is None and state is None:
             refuse_unnamed_weights(name, seed)
-        adapter = _with_state(_call_factory(name, seed), state)
+        adapter = with_one_output(_with_state(_call_factory(name, seed), state))
     else:
         raise ModelError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
     adapter.name = name
@@ -91,7 +92,7 @@ def random_weights_of(name: str, adapter: ModelAdapter, seed: int) -> str | None
         other = _call_factory(name, seed + 1 if seed == 0 else seed - 1)
     except ModelError:
         return None  # made once is enough for the job
-    return random_sentence(name, adapter.module.state_dict(), other.module.state_dict())
+    return random_sentence(name, as_it_was(adapter.module).state_dict(), as_it_was(other.module).state_dict())
 
 
 def refuse_unnamed_weights(name: str, seed: int) -> None:

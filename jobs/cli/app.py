@@ -70,6 +70,11 @@ Std = Annotated[str | None, typer.Option(help="What the difference is divided by
 ClassNames = Annotated[
     str | None, typer.Option(help="File: names of the model's outputs, one a line or JSON.  [default: the model's]")
 ]
+Channels = Annotated[int | None, typer.Option(help="That the model takes: 3 (RGB), or 1 (brightness).  [default: 3]")]
+OutputKey = Annotated[
+    str | None,
+    typer.Option(help="Of a model with several outputs, the one to explain: logits, or 0.  [default: its logits]"),
+]
 Resize = Annotated[
     str | None,
     typer.Option(
@@ -117,6 +122,8 @@ JOB_OPTIONS: dict[str, Any] = {
     "mean": Mean,
     "std": Std,
     "class_names": ClassNames,
+    "channels": Channels,
+    "output_key": OutputKey,
     "blocks": Blocks,
     "explainer": Annotated[
         str | None,

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from blocksight.engine.catalog import entries
 from blocksight.engine.catalog.entries import RECONSTRUCTED
+from blocksight.engine.catalog.sources import EXTRA_OF, is_installed
 from blocksight.jobs.cli.tables import facts_table, grid_table
 from blocksight.jobs.plan.config import ConfigError
 
@@ -25,8 +26,8 @@ def catalog_table(what: str) -> RenderableType:
         )
     if what == "models":
         return grid_table(
-            ["model", "meaning", "needs"],
-            [[name, own.meaning, own.needs] for name, own in entries.MODELS.items()],
+            ["model", "meaning", "needs", "installed", "example"],
+            [[name, own.meaning, own.needs, _installed(name), own.example] for name, own in entries.MODELS.items()],
         )
     explainers = grid_table(
         ["explainer", "needs", "cost", "source"],
@@ -34,6 +35,12 @@ def catalog_table(what: str) -> RenderableType:
     )
     chosen = {name: own for name, own in entries.EXPLAINERS.items() if fields(own.parameters)}
     return Group(explainers, *_legend(), *(_parameters(name, own) for name, own in chosen.items()))
+
+
+def _installed(model: str) -> str:
+    """`yes`, or the command that installs what models of this kind come from."""
+    prefix = model.partition(":")[0]
+    return "yes" if is_installed(prefix) else f"no: pip install '.[{EXTRA_OF[prefix]}]'"
 
 
 def entry_table(what: str, name: str) -> RenderableType:

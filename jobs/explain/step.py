@@ -17,6 +17,7 @@ from blocksight.engine.catalog.composition import blocks_of
 from blocksight.engine.catalog.entries import Fidelity, factory_of
 from blocksight.engine.catalog.forward_setting import ForwardSetting
 from blocksight.engine.catalog.readouts import ReadoutName
+from blocksight.engine.catalog.sources import source_of
 from blocksight.engine.catalog.target_expressions import Expression, Formula
 from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers.explainer import Explainer, Learner, State
@@ -29,6 +30,7 @@ from blocksight.engine.model.device_errors import DeviceTrouble, device_trouble,
 from blocksight.engine.model.failures import first_line_of
 from blocksight.engine.model.float32 import use_ieee_float32
 from blocksight.engine.model.loading import load_model
+from blocksight.engine.model.outputs import of_channels, with_one_output
 from blocksight.engine.model.targets import Target
 from blocksight.engine.saliency import Map, is_flat
 from blocksight.engine.scoring.forward import BufferedForward, Forward, empty_caches, release_memory
@@ -37,7 +39,7 @@ from blocksight.jobs.explain.fidelity import doubts_of, fidelity_columns
 from blocksight.jobs.explain.forward_pass import bounded, stored_forward
 from blocksight.jobs.explain.learned import LEARNED_KEY, num_learning_images, stored_state
 from blocksight.jobs.explain.target_names import resolved_targets
-from blocksight.jobs.plan.config import MODEL_INPUT, ConfigError, JobConfig, digest_of
+from blocksight.jobs.plan.config import MODEL_INPUT, MODEL_SHAPE, ConfigError, JobConfig, digest_of
 from blocksight.jobs.plan.context import JobContext, let_import_from
 from blocksight.jobs.plan.forward_setting import FORWARD_KEY, planned_forward
 from blocksight.jobs.plan.label_files import stored_label_file
@@ -91,8 +93,12 @@ def as_configured(
     """A loaded model, fed and read as the configuration says, on a device, with IEEE float32. Raises ModelError."""
     adapter.readout = readout or config.asked_readout or adapter.readout
     use_ieee_float32()  # now, because a user's factory may have changed it
-    asked = {name: getattr(config, name) for name in MODEL_INPUT}
-    return adapter.fed(**asked).to(device)
+    asked = {name: getattr(config, name) for name in MODEL_INPUT if name not in MODEL_SHAPE}
+    names = asked.pop("class_names")
+    fed = of_channels(adapter.fed(**asked), config.channels)
+    if config.output_key is not None or source_of(config.model) is None:
+        fed = with_one_output(fed, config.output_key)
+    return fed.fed(class_names=names).to(device)
 
 
 def model_facts(adapter: ModelAdapter, config: JobConfig) -> ModelFacts:

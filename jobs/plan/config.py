@@ -62,7 +62,9 @@ MAX_SENTENCE = 500
 OWN = "own"
 """The value of `resize` until the model's own way was looked up; no plan holds it."""
 
-MODEL_INPUT = ("input_size", "mean", "std", "class_names")
+MODEL_SHAPE = ("channels", "output_key")
+"""Keys that say which channels a model takes and which of its outputs is explained."""
+MODEL_INPUT = ("input_size", "mean", "std", "class_names", *MODEL_SHAPE)
 """Keys that say how a model is fed; in a plan's configuration only where they were set."""
 
 
@@ -164,6 +166,15 @@ class JobConfig(BaseModel):
     std: Std | None = Field(default=None, description="of RGB in 0..1, that it is divided by; none: as the model says")
     class_names: ClassNames | None = Field(
         default=None, description="of the model's outputs, in their order; a list, or a file of names"
+    )
+    channels: Literal[1, 3] | None = Field(
+        default=None, description="that the model takes: 1 is brightness; none: 3. Others need a factory of yours"
+    )
+    output_key: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_SENTENCE,
+        description="of a model with several outputs, the one that is explained, such as logits or 0; none: its logits",
     )
     blocks: tuple[str, ...] = Field(
         default=(), description="blocks named by hand, shallow to deep; none: found by the rule"

@@ -18,7 +18,7 @@ MODEL_FILE = "model.toml"
 def with_model_file(config: JobConfig) -> JobConfig:
     """The configuration, with what `model.toml` beside the weights file says and the configuration does not.
 
-    The file is data: only its four keys are read. How pictures are resized is resolved as well: as the model's own
+    The file is data: only its keys are read. How pictures are resized is resolved as well: as the model's own
     library does it, and with the interpolation that was asked for. Raises ConfigError in one sentence if the file
     cannot be used, or if the library's way is not known, and ModelError.
     """
@@ -93,6 +93,8 @@ def fed_text(input_size: Sequence[int], mean: Sequence[float] | None, std: Seque
 
 def _shown(name: str, value: Any) -> str:
     """`64 x 64`, `0.5 0.5 0.5`, or the number of names."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return str(value)
     if name == "class_names":
         return f"for {counted(len(value), 'class')}"
     return (" x " if name == "input_size" else " ").join(f"{number:g}" for number in value)

@@ -15,6 +15,7 @@ from blocksight.engine.catalog.sources import require
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.failures import first_line_of
+from blocksight.engine.model.outputs import OneOutput
 from blocksight.engine.model.preprocessing import Preprocessing, Resizing
 from blocksight.engine.model.prompts import Texts
 from blocksight.engine.model.seeding import seeded
@@ -173,16 +174,16 @@ def _notes(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"the folder's weights are {stored}; the model computes in float32"
 
 
-class Logits(nn.Module):
-    """A classifier of the library, of whose answer the logits are returned."""
+class Answer(nn.Module):
+    """A classifier of the library, called with pictures alone."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, inputs_nchw: Tensor) -> Tensor:
-        """Logits [N, K]."""
-        return self.network(pixel_values=inputs_nchw).logits
+    def forward(self, inputs_nchw: Tensor) -> Any:
+        """The library's answer, an object with `logits`."""
+        return self.network(pixel_values=inputs_nchw)
 
 
 class Feature(nn.Module):
@@ -220,7 +221,7 @@ def _fed(model: Any, folder: str) -> ModelAdapter:
         adapter.texts = _texts(model, folder)
         return adapter
     if "ForImageClassification" in type(model).__name__:
-        return fed_by(Logits(model), own, mean, std, _class_names(model.config))
+        return fed_by(OneOutput(Answer(model), "logits"), own, mean, std, _class_names(model.config))
     return fed_by(Feature(model), own, mean, std)
 
 

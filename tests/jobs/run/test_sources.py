@@ -17,6 +17,7 @@ from PIL import Image
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.loading import load_model
 from blocksight.engine.model.sources.files import pack, split, unpack
+from blocksight.jobs.explain.step import load
 from blocksight.jobs.plan.config import ConfigError, JobConfig
 from blocksight.jobs.plan.context import weights_bytes
 from blocksight.jobs.plan.model_input import with_model_file
@@ -130,7 +131,7 @@ def test_other_weights_take_the_place_of_the_folders(folder, tmp_path):
     random = loaded(folder, weights="random")
     assert random.fingerprint != loaded(folder).fingerprint
     file = tmp_path / "tuned.safetensors"
-    tensors = {name: one.contiguous() for name, one in random.module.network.state_dict().items()}
+    tensors = {name: one.contiguous() for name, one in random.module.module.network.state_dict().items()}
     file.write_bytes(safetensors.torch.save(tensors))
     assert loaded(folder, weights=str(file)).fingerprint == random.fingerprint
 
@@ -436,3 +437,26 @@ def test_a_tag_of_open_clip_says_how_it_is_fed():
             load_model(f"open_clip:{name}", weights="random")
     with pytest.raises(ModelError, match="needs --weights"):
         load_model("open_clip:ViT-B-32")
+
+
+def test_the_list_of_models_says_what_is_installed(monkeypatch):
+    assert "pip install" not in called("list", "models")[1]
+    monkeypatch.setattr("blocksight.engine.catalog.sources.find_spec", lambda name: None if name == "timm" else name)
+    shown = called("list", "models")[1]
+    assert "no: pip install '.[timm]'" in " ".join(shown.split())
+    assert "timm:vit_small_patch16_224" in shown
+
+
+def test_another_output_of_a_librarys_model(tmp_path):
+    config = transformers.DeiTConfig(**VIT.to_dict())
+    folder = write_folder(tmp_path, transformers.DeiTForImageClassificationWithTeacher(config))
+    pixels = torch.rand(2, 3, SIDE, SIDE)
+    job = config_of("/", "/out", model=f"hf:{folder}", output_key="distillation_logits")
+    found = load(job, weights_bytes(job), "cpu", "/")
+    own = transformers.DeiTForImageClassificationWithTeacher.from_pretrained(folder).eval()
+    with found.borrowed(), torch.no_grad():
+        assert torch.allclose(found.logits(pixels), own(pixels).distillation_logits, atol=1e-6)
+    assert job.identity(None)["output_key"] == "distillation_logits"
+    other = config_of("/", "/out", model=f"hf:{folder}", output_key="nothing")
+    with pytest.raises(ModelError, match="returns logits, cls_logits, distillation_logits"):
+        load(other, weights_bytes(other), "cpu", "/")
