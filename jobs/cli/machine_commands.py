@@ -96,8 +96,13 @@ def bench(
     method = {"explainer": explainer, "parameters": parse_parameters(param or []), "preset": preset}
     progress = progress_console(as_json)
     if host:
-        own = {"--model": model != "efficientnet_lite0" and model, "--explainer": explainer != "sise" and explainer}
-        ignored = {**own, "--fidelity": fidelity, "--peers": peers, "--weights": weights, "-p": param, "--price": price}
+        ignored: dict[str, Any] = {
+            "--model": model != "efficientnet_lite0" and model,
+            "--explainer": explainer != "sise" and explainer,
+            **{"--weights": weights, "--blocks": blocks, "-p": param, "--preset": preset != "fast"},
+            **{"--precision": precision != "auto", "--device": device == "gpu", "--batch-size": batch_size},
+            **{"--fidelity": fidelity, "--peers": peers, "--price": price, "--truth": truth, "--class-map": class_map},
+        }
         _refuse_ignored("--host measures what is not the model's", ignored)
         _bench_host(data, endpoint_url, limit, workers, progress, as_json=as_json)
         return

@@ -74,6 +74,20 @@ def test_too_few_units_and_ignored_options_are_refused():
     assert "leave --model, --price out" in text
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(("--device", "gpu"), ("--precision", "float16"), ("--batch-size", 4), ("--preset", "paper")),
+        *(("--blocks", "a"), ("--truth", "boxes.json"), ("--class-map", "map.json"), ("-p", "mu=1")),
+    ],
+    ids=str,
+)
+def test_an_option_of_the_model_is_no_option_of_the_hosts_share(option):
+    code, text = called("bench", "--host", *option)
+    assert code == 2
+    assert f"leave {option[0]} out" in text
+
+
 def test_a_unit_without_a_receipt_ends_the_measurement():
     with pytest.raises(UnfinishedError, match="nothing can be measured"):
         list(host._committed(iter([UnitSkipped("0" * 20)])))
