@@ -210,7 +210,7 @@ class Chaos:
             say(f"fault {self.injected.total()}: {_name(fault)}")
 
     def kill_actor(self) -> bool:
-        return self._kill_one_of(self.cluster.workers("_Explain"))
+        return self._kill_one_of(self.cluster.workers("_Work"))
 
     def kill_worker(self) -> bool:
         return self._kill_one_of(self.cluster.workers())

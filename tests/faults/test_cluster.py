@@ -46,11 +46,11 @@ def wait_until(holds, process, seconds=120):
 
 def wait_until_at_work(cluster, store, process, committed=2):
     """Waits until some fragments are committed and actors explain."""
-    wait_until(lambda: len(contents(store)) >= committed and cluster.workers("_Explain"), process)
+    wait_until(lambda: len(contents(store)) >= committed and cluster.workers("_Work"), process)
 
 
 def kill_workers(cluster, store, process):
-    for title in ("_Explain", "_Explain", "Map"):
+    for title in ("_Work", "_Work", "Map"):
         wait_until_at_work(cluster, store, process)
         os.kill(cluster.workers(title)[0], signal.SIGKILL)
         time.sleep(2)
