@@ -110,7 +110,11 @@ def run_units(
     weights = None if state is None else ray.put(state)
     timeout_seconds = max(NO_PROGRESS_SECONDS, NO_PROGRESS_FACTOR * _longest_seconds(units, context))
     yield from _wave_outcomes(
-        units, lambda some: _explain_dataset(some, context, weights, sizing), stop, timeout_seconds, sizing.num_actors
+        units,
+        lambda some, unfit: _explain_dataset(some, context, weights, sizing, unfit),
+        stop,
+        timeout_seconds,
+        sizing.num_actors,
     )
 
 
@@ -199,23 +203,26 @@ def _learn(context: JobContext, units: Sequence[Unit], weights: Any) -> Iterator
 
 def _wave_outcomes(
     units: Sequence[Unit],
-    wave_of: Callable[[Sequence[Unit]], Dataset],
+    wave_of: Callable[[Sequence[Unit], frozenset[str]], Dataset],
     stop: Stop,
     timeout_seconds: float,
     num_actors: int,
 ) -> Generator[Any, None, None]:
     """The units' outcomes, wave by wave, until `stop` is requested; units that are given back join a later wave.
 
-    Raises ClusterError, also if all workers are unfit.
+    A wave is told which workers were unfit before it. Raises ClusterError, also if all workers are unfit.
     """
     waiting = deque(units)
     returns: Counter[str] = Counter()
+    unfit: set[str] = set()
+    were_unfit: set[str] = set()
     while waiting:
         wave = [waiting.popleft() for _ in range(min(WAVE_UNITS, len(waiting)))]
-        outcomes = _outcomes_of_wave(wave_of(wave), stop, timeout_seconds)
-        with closing(_while_one_is_fit(outcomes, min(num_actors, len(wave)))) as arriving:
+        outcomes = _outcomes_of_wave(wave_of(wave, frozenset(were_unfit)), stop, timeout_seconds)
+        with closing(_while_one_is_fit(outcomes, num_actors, unfit)) as arriving:
             for outcome in arriving:
                 yield outcome
+                were_unfit |= unfit
                 if isinstance(outcome, UnitReturned):
                     [unit] = [one for one in wave if one.unit_id == outcome.unit_id]
                     returns[unit.unit_id] += 1
@@ -237,16 +244,20 @@ def _outcomes_of_wave(wave: Dataset, stop: Stop, timeout_seconds: float) -> Gene
         raise _cluster_error(error) from error
 
 
-def _while_one_is_fit(outcomes: Generator[Any, None, None], num_actors: int) -> Generator[Any, None, None]:
-    """The outcomes. Raises UnfitWorkerError once each actor has given back a unit and none has done one meanwhile."""
-    unfit: set[str] = set()
+def _while_one_is_fit(
+    outcomes: Generator[Any, None, None], num_actors: int, unfit: set[str]
+) -> Generator[Any, None, None]:
+    """The outcomes. Raises UnfitWorkerError once each actor has given back a unit and none has done one meanwhile.
+
+    `unfit` holds the workers of which this is so, over all waves.
+    """
     with closing(outcomes):
         for outcome in outcomes:
-            yield outcome
             if not isinstance(outcome, UnitReturned):
                 unfit.clear()
             elif outcome.is_unfit:
                 unfit.add(outcome.worker)
+            yield outcome
             if len(unfit) >= num_actors:
                 raise UnfitWorkerError(f"no worker can go on; the last one said: {outcome}")
 
@@ -334,7 +345,9 @@ def _set_up_ray_data() -> None:
     settings.execution_no_progress_timeout_s = -1  # ours counts units; Ray's would end a job of slow units
 
 
-def _explain_dataset(units: Sequence[Unit], context: JobContext, weights: Any, sizing: Sizing) -> Dataset:
+def _explain_dataset(
+    units: Sequence[Unit], context: JobContext, weights: Any, sizing: Sizing, unfit: frozenset[str]
+) -> Dataset:
     """Tasks read and commit beside a GPU, which would wait for its actor's core.
 
     Without GPUs one actor does all of it: its own core would read and commit anyway, and pixels and maps would pass
@@ -342,23 +355,29 @@ def _explain_dataset(units: Sequence[Unit], context: JobContext, weights: Any, s
     """
     rows = [{"unit": _json(unit)} for unit in units]
     items = ray.data.from_items(rows, override_num_blocks=len(rows))
+    actors = _actors(context, weights, sizing, len(rows), unfit)
     if not sizing.gpus_per_actor:
-        return items.map_batches(_Work, **_actors(context, weights, sizing, len(rows)))
+        return items.map_batches(_Work, **actors)
     tasks: dict[str, Any] = {**ONE_UNIT, "compute": TaskPoolStrategy(), "num_cpus": sizing.cpus_per_task}
     return (
         items.map_batches(partial(_read, context=context), **tasks)
-        .map_batches(_Explain, **_actors(context, weights, sizing, len(rows)))
+        .map_batches(_Explain, **actors)
         .map_batches(partial(_commit, context=context), **tasks)
     )
 
 
-def _actors(context: JobContext | EvaluationContext, weights: Any, sizing: Sizing, num_units: int) -> dict[str, Any]:
-    """The arguments of a stage of actors, each with one model."""
+def _actors(
+    context: JobContext | EvaluationContext, weights: Any, sizing: Sizing, num_units: int, unfit: frozenset[str]
+) -> dict[str, Any]:
+    """The arguments of a stage of actors, each with one model: enough for the units beside those that were `unfit`.
+
+    Ray gives out the same GPUs first, each time: a single actor would get the same unfit one again.
+    """
     return {
         **ONE_UNIT,
-        "fn_constructor_kwargs": {"context": context, "weights": weights},
+        "fn_constructor_kwargs": {"context": context, "weights": weights, "unfit": unfit},
         "compute": ActorPoolStrategy(
-            size=min(sizing.num_actors, num_units), max_tasks_in_flight_per_actor=UNITS_IN_FLIGHT
+            size=min(sizing.num_actors, num_units + len(unfit)), max_tasks_in_flight_per_actor=UNITS_IN_FLIGHT
         ),
         "num_cpus": sizing.cpus_per_actor,
         "num_gpus": sizing.gpus_per_actor,
@@ -399,18 +418,20 @@ def evaluate_units(
     weights = None if state is None else ray.put(state)
     yield from _wave_outcomes(
         units,
-        lambda some: _evaluate_dataset(some, context, weights, sizing),
+        lambda some, unfit: _evaluate_dataset(some, context, weights, sizing, unfit),
         stop,
         NO_PROGRESS_SECONDS,
         sizing.num_actors,
     )
 
 
-def _evaluate_dataset(units: Sequence[Unit], context: EvaluationContext, weights: Any, sizing: Sizing) -> Dataset:
+def _evaluate_dataset(
+    units: Sequence[Unit], context: EvaluationContext, weights: Any, sizing: Sizing, unfit: frozenset[str]
+) -> Dataset:
     """One stage: the actor that measures a unit commits it."""
     rows = [{"unit": _json(unit)} for unit in units]
     items = ray.data.from_items(rows, override_num_blocks=len(rows))
-    return items.map_batches(_Evaluate, **_actors(context, weights, sizing, len(rows)))
+    return items.map_batches(_Evaluate, **_actors(context, weights, sizing, len(rows), unfit))
 
 
 Step = TypeVar("Step")
@@ -419,8 +440,10 @@ Step = TypeVar("Step")
 class _Held(Generic[Step]):
     """The step that an actor holds. One without a device is unfit; one that loses it ends its process."""
 
-    def __init__(self, make: Callable[[], Step]) -> None:
-        """Raises what `make` raises, but for errors of the device."""
+    def __init__(self, make: Callable[[], Step], unfit: frozenset[str] = frozenset()) -> None:
+        """Waits first if it was `unfit`, so that others take the units; raises as `make`, but for device errors."""
+        if unfit and _actor_name() in unfit:
+            time.sleep(MAX_PAUSE_SECONDS)
         self._make = make
         self._step: Step | None = None
         self._last_return: UnitReturned | None = None
@@ -462,8 +485,10 @@ def _limit_compiler(device: str) -> None:
 
 
 def _actor_name() -> str:
-    """Host and actor, which may have several processes one after the other."""
-    return f"{os.uname().nodename}:{ray.get_runtime_context().get_actor_id()}"
+    """Host, Ray's node and GPU, the same in each wave; without a GPU the actor, which may have several processes."""
+    own, gpus = ray.get_runtime_context(), ray.get_gpu_ids()
+    what = f"GPU {', '.join(map(str, gpus))}" if gpus else f"actor {own.get_actor_id()}"
+    return f"{os.uname().nodename}:{own.get_node_id()[:8]}:{what}"
 
 
 def _end_process() -> NoReturn:
@@ -475,12 +500,12 @@ def _end_process() -> NoReturn:
 class _Evaluate:
     """The evaluate actor: holds one model."""
 
-    def __init__(self, context: EvaluationContext, weights: Any) -> None:
+    def __init__(self, context: EvaluationContext, weights: Any, unfit: frozenset[str]) -> None:
         refuse_unsafe_switches()
         _limit_compiler(context.job.device)
         from blocksight.jobs.evaluate.step import EvaluateStep
 
-        self.held = _Held(lambda: EvaluateStep(context, None if weights is None else ray.get(weights)))
+        self.held = _Held(lambda: EvaluateStep(context, None if weights is None else ray.get(weights)), unfit)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         from blocksight.jobs.evaluate.step import evaluated
@@ -492,13 +517,13 @@ class _Evaluate:
 class _Work:
     """The actor of a CPU session: holds one model; reads, explains and commits."""
 
-    def __init__(self, context: JobContext, weights: Any) -> None:
+    def __init__(self, context: JobContext, weights: Any, unfit: frozenset[str]) -> None:
         refuse_unsafe_switches()
         _limit_compiler(context.device)
         from blocksight.jobs.explain.step import ExplainStep
 
         self.context, self.stores = context, open_worker_stores(context)
-        self.held = _Held(lambda: ExplainStep(context, None if weights is None else ray.get(weights)))
+        self.held = _Held(lambda: ExplainStep(context, None if weights is None else ray.get(weights)), unfit)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         from blocksight.jobs.run.local import run_unit
@@ -510,14 +535,14 @@ class _Work:
 class _Explain:
     """The explain actor of a GPU: holds one model."""
 
-    def __init__(self, context: JobContext, weights: Any) -> None:
+    def __init__(self, context: JobContext, weights: Any, unfit: frozenset[str]) -> None:
         refuse_unsafe_switches()
         _limit_compiler(context.device)
         from blocksight.jobs.explain.step import ExplainStep
 
         self.input_size = context.facts.input_size
         self.stores = open_worker_stores(context)
-        self.held = _Held(lambda: ExplainStep(context, None if weights is None else ray.get(weights)))
+        self.held = _Held(lambda: ExplainStep(context, None if weights is None else ray.get(weights)), unfit)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         if batch["outcome"][0].is_valid:

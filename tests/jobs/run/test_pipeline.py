@@ -85,8 +85,8 @@ def test_tasks_that_read_and_commit_beside_a_gpu_leave_the_same_bytes(tmp_path, 
     monkeypatch.setattr(pipeline, "_actors", lambda *given: {**actors(*given), "num_gpus": 0})
     shapes = []
 
-    def three_stages(units, context, weights, sizing):
-        made = dataset(units, context, weights, replace(sizing, gpus_per_actor=1.0))
+    def three_stages(units, context, weights, sizing, unfit):
+        made = dataset(units, context, weights, replace(sizing, gpus_per_actor=1.0), unfit)
         shapes.append(str(made))
         return made
 
@@ -143,7 +143,7 @@ def test_a_run_that_is_left_early_leaves_no_thread_and_no_work(monkeypatch):
     monkeypatch.setattr("blocksight.jobs.ledger.stop_request.GRACE_SECONDS", 2.0)
     asked = Stop(MemoryStore(), "run")
     wave = ray.data.from_items([{"n": 1}, {"n": 2}]).map_batches(sleeping, batch_format="pyarrow")
-    outcomes = pipeline._wave_outcomes([None], lambda _units: wave, asked, 60, 1)
+    outcomes = pipeline._wave_outcomes([None], lambda _units, _unfit: wave, asked, 60, 1)
     asked.request("SIGINT")
     began = time.monotonic()
     assert list(outcomes) == []

@@ -13,9 +13,9 @@ ANY: object = None
 PROCESSES = {
     "data worker that reads": lambda: pipeline._read(ANY, ANY),
     "data worker that writes": lambda: pipeline._commit(ANY, ANY),
-    "actor that explains": lambda: pipeline._Explain(ANY, ANY),
-    "actor that reads, explains and commits": lambda: pipeline._Work(ANY, ANY),
-    "actor that measures": lambda: pipeline._Evaluate(ANY, ANY),
+    "actor that explains": lambda: pipeline._Explain(ANY, ANY, ANY),
+    "actor that reads, explains and commits": lambda: pipeline._Work(ANY, ANY, ANY),
+    "actor that measures": lambda: pipeline._Evaluate(ANY, ANY, ANY),
     "task that learns": lambda: list(pipeline._learn(ANY, [], ANY)),
     "child process": lambda: isolation._serve(ANY),
     "parent of a child process": lambda: isolation._start(),

@@ -42,8 +42,8 @@ def outcomes_of(waves, units=UNITS, num_actors=4):
     """The outcomes of a run, whose waves are played by these functions of the wave's units; and the waves."""
     seen = []
 
-    def wave_of(some):
-        seen.append("".join(unit.unit_id for unit in some))
+    def wave_of(some, unfit):
+        seen.append(" ".join(["".join(unit.unit_id for unit in some), *sorted(unfit)]))
         return (yielded for yielded in waves[len(seen) - 1](some))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -58,7 +58,7 @@ def test_a_unit_that_is_given_back_joins_a_later_wave():
         lambda some: map(done, some),
     ]
     made, seen = outcomes_of(waves)
-    assert seen == ["abcd", "b"]
+    assert seen == ["abcd", "b w"]
     assert [one.unit_id for one in made if isinstance(one, UnitSkipped)] == ["a", "c", "d", "b"]
 
 
@@ -74,6 +74,30 @@ def test_a_unit_that_is_given_back_again_and_again_stays_open():
 def test_the_job_ends_once_all_workers_are_unfit():
     with pytest.raises(UnfitWorkerError, match=r"no worker can go on.*worker 2 .*no driver"):
         outcomes_of([lambda some: [returned(some[0], "1"), returned(some[1], "2"), done(some[2])]], num_actors=2)
+
+
+def test_one_unit_that_an_unfit_worker_gave_back_ends_no_job_of_two():
+    """The last units are fewer than the workers; the unfit one may be the first that Ray offers, each time."""
+    waves = [
+        lambda some: [done(some[0]), returned(some[1], "1")],
+        lambda some: [returned(some[0], "1")],
+        lambda some: [done(some[0])],
+    ]
+    made, seen = outcomes_of(waves, UNITS[:2], num_actors=2)
+    assert seen == ["ab", "b 1", "b 1"]
+    assert [one.unit_id for one in made if isinstance(one, UnitSkipped)] == ["a", "b"]
+
+
+def test_workers_that_are_unfit_one_wave_after_the_other_end_the_job():
+    with pytest.raises(UnfitWorkerError, match=r"no worker can go on.*worker 2"):
+        outcomes_of([lambda some: [returned(some[0], "1")], lambda some: [returned(some[0], "2")]], UNITS[:1], 2)
+
+
+def test_a_wave_has_a_worker_for_each_unit_beside_those_that_were_unfit():
+    sizing = replace(SIZING, num_actors=8)
+    sizes = [pipeline._actors(None, None, sizing, 3, frozenset(unfit))["compute"].max_size for unfit in ("", "ab")]
+    assert sizes == [3, 5]
+    assert pipeline._actors(None, None, SIZING, 3, frozenset("ab"))["compute"].max_size == 2
 
 
 @pytest.mark.parametrize(
@@ -116,6 +140,21 @@ def test_an_unfit_worker_waits_longer_and_longer_before_it_takes_a_unit(slept):
     assert held.outcome(lambda: "table") == "table"
     assert held.outcome(lambda: "table") == "table"
     assert len(slept) == 5
+
+
+def test_a_worker_that_was_unfit_lets_the_others_take_the_units_first(slept):
+    pipeline._Held(lambda: "step", frozenset(["node:another"]))
+    assert slept == []
+    pipeline._Held(lambda: "step", frozenset(["node:actor"]))
+    assert slept == [pipeline.MAX_PAUSE_SECONDS]
+
+
+@pytest.mark.parametrize(("gpus", "wanted"), [([0], "GPU 0"), ([], "actor a1")])
+def test_a_worker_is_named_by_its_gpu_so_that_the_next_wave_knows_it(monkeypatch, gpus, wanted):
+    own = SimpleNamespace(get_node_id=lambda: "0123456789", get_actor_id=lambda: "a1")
+    played = SimpleNamespace(get_runtime_context=lambda: own, get_gpu_ids=lambda: gpus)
+    monkeypatch.setattr(pipeline, "ray", played)
+    assert pipeline._actor_name() == f"{os.uname().nodename}:01234567:{wanted}"
 
 
 def test_a_worker_that_lost_its_device_ends_at_its_next_unit(slept, monkeypatch):
