@@ -142,6 +142,11 @@ def parse_target(text: str) -> tuple[Expression, ...]:
     return tuple(_expression(terms, reading, source) for terms, reading, source in sums)
 
 
+def prompt_target(prompts: str) -> str:
+    """The target of one or more prompts, joined by `|`, as text."""
+    return f"{TEXT}{_quoted(prompts)}"
+
+
 def sum_text(terms: Sequence[tuple[float, str]]) -> str:
     """A weighted sum as text: `281-282`, `0.5*281+0.5*282`."""
     text = "".join(f"{'-' if weight < 0 else '+'}{_factor(abs(weight))}{name}" for weight, name in terms)

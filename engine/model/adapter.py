@@ -111,13 +111,15 @@ class ModelAdapter:
             adapter.__dict__.pop(known, None)
         return adapter
 
-    def with_prompts(self, prompts: Sequence[Sequence[str]]) -> "ModelAdapter":
+    def with_prompts(
+        self, prompts: Sequence[Sequence[str]], embeddings: Sequence[Sequence[float]] | None = None
+    ) -> "ModelAdapter":
         """A classifier of these texts: a class for each element, of one prompt or of the mean of several.
 
         Its logits are `scale * cosine + bias` of the picture's and the texts' features, as the model was trained. Each
-        text is encoded once, now. Scores are read by a softmax (CLIP; of one class alone the logit itself) or by a
-        sigmoid (SigLIP). Raises ModelError for a model that reads no text, and for prompts that are empty, too long or
-        the same.
+        text is encoded once, now, or not at all if the embeddings [K, D] are known. Scores are read by a softmax (CLIP;
+        of one class alone the logit itself) or by a sigmoid (SigLIP). Raises ModelError for a model that reads no text,
+        and for prompts that are empty, too long or the same.
         """
         if self.texts is None:
             raise ModelError(
@@ -125,12 +127,18 @@ class ModelAdapter:
                 "encoder, such as hf:FOLDER of a CLIP or SigLIP, or open_clip:ARCH"
             )
         refuse_unfit(prompts)
-        embeddings = embedded(self.texts, prompts).to(self.device)
-        adapter = self.with_module(Prompted(self.module, embeddings, self.texts).to(self.device))
+        vectors = embedded(self.texts, prompts) if embeddings is None else torch.tensor(embeddings)
+        adapter = self.with_module(Prompted(self.module, vectors.to(self.device), self.texts).to(self.device))
         adapter.class_names = [name_of_prompts(one) for one in prompts]
         adapter.readout = readout_of(self.texts, len(prompts))
         adapter.texts = None
         return adapter
+
+    @property
+    def prompt_embeddings(self) -> tuple[tuple[float, ...], ...] | None:
+        """The texts' unit vectors [K, D], from which the same classifier can be made; None for other models."""
+        module = self.module
+        return tuple(map(tuple, module.embeddings.tolist())) if isinstance(module, Prompted) else None
 
     def resized(self, input_size: Grid) -> "ModelAdapter":
         """The same model for inputs of another size. Raises ModelError if the network does not take them."""

@@ -169,8 +169,8 @@ JOB_OPTIONS: dict[str, Any] = {
         list[str] | None,
         typer.Option(
             help="What is explained: predicted, label, top-3, 281, 'tabby'; why one and not the other: margin, "
-            "281-282; also 0.5*281+0.5*282, logit(281), logprob(281). Commas separate several, and it may be "
-            "repeated.  [default: predicted]"
+            "281-282; also 0.5*281+0.5*282, logit(281), logprob(281); of CLIP and its like 'text:a photo of "
+            "a dog'. Commas separate several, and it may be repeated.  [default: predicted]"
         ),
     ],
     "labels": Annotated[

@@ -81,9 +81,14 @@ def load_examined(config: JobConfig, state: bytes | None, device: str, console: 
 def check_output(adapter: ModelAdapter, asked: ReadoutName | None) -> Examination:
     """Examines a loaded model on random pictures; the adapter reads scores as found. Raises ModelError."""
     with in_a_sentence(adapter.name):
-        found = examine(adapter, drawn_pictures(adapter)[:NUM_DRAWN], asked)
+        found = examine(adapter, drawn_pictures(adapter)[:NUM_DRAWN], _said(adapter, asked))
     adapter.readout = found.readout
     return found
+
+
+def _said(adapter: ModelAdapter, asked: ReadoutName | None) -> ReadoutName | None:
+    """The readout that is known: as asked, or that of prompts, whose model says how they are read."""
+    return adapter.readout if asked is None and adapter.prompt_embeddings is not None else asked
 
 
 def print_findings(findings: Sequence[str], console: Console) -> None:
@@ -116,7 +121,7 @@ def examined_on(
     drawn = drawn_pictures(adapter)[:NUM_DRAWN]
     inputs = [adapter.normalise(torch.from_numpy(one.copy()).permute(2, 0, 1)[None]) for one in real]
     shown = [one for one in inputs if _passes(adapter, one)]
-    found = examine(adapter, torch.cat([*shown, drawn]), config.asked_readout, len(shown))
+    found = examine(adapter, torch.cat([*shown, drawn]), _said(adapter, config.asked_readout), len(shown))
     adapter.readout = found.readout
     findings = (*found.findings, *_tried(adapter, config, facts, torch.cat(shown) if shown else drawn))
     images = f"{counted(len(shown), 'image')} of the data set" if shown else "random pictures"

@@ -72,23 +72,35 @@ SATURATED_SHARE = 0.5
 NEAR_TOP = 0.99
 
 Row = dict[str, Any]
+Embeddings = Sequence[Sequence[float]]
+"""Of prompts, [K, D]."""
 
 
 def load(
-    config: JobConfig, state: bytes | None, device: str, import_path: str, readout: ReadoutName | None = None
+    config: JobConfig,
+    state: bytes | None,
+    device: str,
+    import_path: str,
+    readout: ReadoutName | None = None,
+    embeddings: Embeddings | None = None,
 ) -> ModelAdapter:
     """The configured model on a device, with IEEE float32. Raises ModelError.
 
-    Its scores are read by `readout`, or as the configuration says; without both by a softmax.
+    Its scores are read by `readout`, or as the configuration says; without both by a softmax. If targets are prompts,
+    they are its classes; `embeddings` are theirs, if they were computed before.
     """
     if factory_of(config.model) is not None:  # the folder is trusted for the user's factory only
         let_import_from(import_path)
     adapter = load_model(config.model, weights=config.weights, state=state, seed=config.seed)
-    return as_configured(adapter, config, device, readout)
+    return as_configured(adapter, config, device, readout, embeddings)
 
 
 def as_configured(
-    adapter: ModelAdapter, config: JobConfig, device: str, readout: ReadoutName | None = None
+    adapter: ModelAdapter,
+    config: JobConfig,
+    device: str,
+    readout: ReadoutName | None = None,
+    embeddings: Embeddings | None = None,
 ) -> ModelAdapter:
     """A loaded model, fed and read as the configuration says, on a device, with IEEE float32. Raises ModelError."""
     adapter.readout = readout or config.asked_readout or adapter.readout
@@ -98,7 +110,11 @@ def as_configured(
     fed = of_channels(adapter.fed(**asked), config.channels)
     if config.output_key is not None or source_of(config.model) is None:
         fed = with_one_output(fed, config.output_key)
-    return fed.fed(class_names=names).to(device)
+    fed = fed.fed(class_names=names).to(device)
+    if prompts := config.target_choice.prompts:
+        fed = fed.with_prompts([one.split("|") for one in prompts], embeddings)
+        fed.readout = readout or config.asked_readout or fed.readout
+    return fed
 
 
 def model_facts(adapter: ModelAdapter, config: JobConfig) -> ModelFacts:
@@ -119,6 +135,7 @@ def model_facts(adapter: ModelAdapter, config: JobConfig) -> ModelFacts:
         mean=adapter.mean,
         std=adapter.std,
         notes=adapter.notes,
+        embeddings=adapter.prompt_embeddings,
     )
 
 
@@ -186,7 +203,9 @@ class ExplainStep:
         self.context, self.state = context, state
         config, facts = context.config, context.facts
         self.level: Fidelity | None = config.level
-        self.adapter = adapter or load(config, state, context.device, context.import_path, context.readout)
+        self.adapter = adapter or load(
+            config, state, context.device, context.import_path, context.readout, facts.embeddings
+        )
         refuse_other_weights(self.adapter, facts)
         self.beat = beat or heartbeat
         self.beating = self.adapter.module.register_forward_pre_hook(lambda *_: self.beat())
@@ -563,7 +582,8 @@ def try_another_picture(alone: UnitInput, error: Exception, explain: Callable[[U
 
 def parameters_digest(parameters: Any, facts: ModelFacts, learned: str | None) -> str:
     """The value of the column `parameters`; `learned` is the sha256 of the learned state."""
-    known = {"parameters": asdict(parameters), "model": asdict(facts)}
+    model = {name: value for name, value in asdict(facts).items() if name != "embeddings"}  # the weights hold them
+    known = {"parameters": asdict(parameters), "model": model}
     return digest_of(known if learned is None else {**known, "learned": learned})[:16]
 
 
@@ -633,9 +653,11 @@ def as_stored(saliency_hw: Map) -> Map:
 def target_columns(expression: Expression, formula: Formula, adapter: ModelAdapter, logits: Tensor) -> Row:
     """What a row says of its target, on an image with these logits [K]."""
     index = formula.target_class if expression.atom is not None else None
+    names = {own: adapter.class_name(own) for _, own in formula.terms}
+    is_prompt = index is not None and expression.atom is not None and expression.atom.kind == "text"
     return {
         "target_index": index,
-        "target_name": formula.named({own: adapter.class_name(own) for _, own in formula.terms}),
+        "target_name": names[index] if is_prompt and formula.reading == "logit" else formula.named(names),
         "target_source": expression.source,
         "target_rank": None if index is None else ranks_of(logits, [index])[0],
         "target_formula": formula.text,

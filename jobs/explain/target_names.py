@@ -34,6 +34,8 @@ class ResolvedTargets:
     expressions: tuple[Expression, ...]
     has_doubles: bool
     """Two of the targets may be the same class of a record: they are then known by their words."""
+    prompts: tuple[str, ...] = ()
+    """The texts that are the model's classes, if targets are prompts."""
 
     @property
     def needs_label(self) -> bool:
@@ -51,6 +53,8 @@ class ResolvedTargets:
             if atom.kind == "label":
                 assert label is not None
                 return label
+            if atom.kind == "text":
+                return self.prompts.index(str(atom.value))
             return order[int(atom.value) - 1] if atom.kind == "place" else int(atom.value)
 
         return [
@@ -66,7 +70,7 @@ class ResolvedTargets:
 
     def text_of(self, expression: Expression, formula: Formula) -> str:
         """What a row calls its target: the join key of outputs. A class that is chosen is known by its number."""
-        is_class = expression.atom is not None
+        is_class = expression.atom is not None and expression.atom.kind != "text"
         return formula.text if is_class and not self.has_doubles else expression.text
 
 
@@ -85,7 +89,8 @@ def resolved_targets(config: JobConfig, adapter: ModelAdapter) -> ResolvedTarget
     if twice is not None:
         raise ConfigError(f"two targets of {choice.name!r} are the same, {twice}: leave one of them out")
     alone = {atom.kind for one in read if (atom := one.atom) is not None and one.reading == "score"}
-    return ResolvedTargets(tuple(read), len(alone) > 1 and bool(alone & {"place", "label"}))
+    has_doubles = len(alone) > 1 and bool(alone & {"place", "label"})
+    return ResolvedTargets(tuple(read), has_doubles, choice.prompts)
 
 
 def formulas_of(rows: Sequence[Mapping[str, Any]], adapter: ModelAdapter) -> list[Formula]:

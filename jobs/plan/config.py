@@ -29,7 +29,13 @@ from blocksight.engine.catalog.forward_setting import MAX_BATCH_SIZE
 from blocksight.engine.catalog.parameters import SiseParameters
 from blocksight.engine.catalog.readouts import ReadoutName
 from blocksight.engine.catalog.sources import FED_BY_OWN, place_of, source_of
-from blocksight.engine.catalog.target_expressions import MAX_TARGETS, Expression, GrammarError, parse_targets
+from blocksight.engine.catalog.target_expressions import (
+    MAX_TARGETS,
+    Expression,
+    GrammarError,
+    parse_targets,
+    prompt_target,
+)
 from blocksight.jobs.plan.class_map import ClassMap, class_map_file, class_map_of
 from blocksight.jobs.plan.input_values import ClassNames, InputSize, Mean, Std, read_class_names
 from blocksight.jobs.plan.labels import is_class_number
@@ -72,6 +78,10 @@ TARGET_FORMS = (
     f"predicted, label, top-K (K up to {MAX_TARGETS}), margin, class numbers, differences and sums such as 281-282 or "
     "0.5*281+0.5*282, logit(...), logprob(...), joined by commas"
 )
+
+
+PROMPT_FILE = "text:@"
+"""What a target begins with that names a file of prompts."""
 
 
 class ConfigError(Exception):
@@ -129,6 +139,12 @@ class TargetChoice:
     def allows(self, count: int) -> bool:
         """True if a record may have so many targets: a text with commas may be the name of one class."""
         return count in {self.count, self.most_targets}
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts that targets name, in order, each once; `|` separates those of an ensemble."""
+        atoms = (atom for one in self.expressions for atom in one.atoms)
+        return tuple(dict.fromkeys(str(atom.value) for atom in atoms if atom.kind == "text"))
 
     @property
     def has_label(self) -> bool:
@@ -553,6 +569,7 @@ def load_config(file: str | Path | None, options: Mapping[str, Any]) -> tuple[Jo
         flags = " and ".join(f"--{key}" for key in missing)
         raise ConfigError(f"{flags} must be given, as an option or in the --config file")
     execution = {key: values.pop(key) for key in Execution.model_fields if key in values}
+    values["target"] = _with_prompts_in(values.get("target", "predicted"), values.get("endpoint_url"))
     if isinstance(values.get("class_names"), str):
         values["class_names"] = _names_in(values["class_names"], values.get("endpoint_url"))
     try:
@@ -563,6 +580,30 @@ def load_config(file: str | Path | None, options: Mapping[str, Any]) -> tuple[Jo
         return config, Execution.model_validate(execution)
     except ValidationError as error:
         raise ConfigError(_sentence(error)) from error
+
+
+def _with_prompts_in(target: Any, endpoint_url: str | None) -> Any:
+    """The target, each `text:@FILE` replaced by the file's prompts: one target a line, an ensemble with `|`."""
+    items = target if isinstance(target, list | tuple) else [target]
+    if not any(isinstance(item, str) and item.startswith(PROMPT_FILE) for item in items):
+        return target
+    found: list[Any] = []
+    for item in items:
+        is_file = isinstance(item, str) and item.startswith(PROMPT_FILE)
+        found += map(prompt_target, _prompts_in(item.removeprefix(PROMPT_FILE), endpoint_url)) if is_file else [item]
+    return found
+
+
+def _prompts_in(file: str, endpoint_url: str | None) -> list[str]:
+    try:
+        store, name = open_file(file, endpoint_url)
+        lines = store.read(name, length=MAX_DOCUMENT_BYTES).decode().splitlines()
+    except (StoreError, UnicodeDecodeError) as error:
+        raise ConfigError(f"target: the prompts in {file} cannot be read: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ConfigError(f"target: the file {file} holds no prompt; wanted one a line")
+    return prompts
 
 
 def _names_in(file: str, endpoint_url: str | None) -> Sequence[str]:

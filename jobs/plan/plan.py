@@ -318,6 +318,14 @@ def planned_labels(store: ObjectStore) -> str | None:
         return None
 
 
+def stored_embeddings(store: ObjectStore) -> tuple[tuple[float, ...], ...] | None:
+    """The prompts' embeddings of an output's model; None without prompts, and before its model was stored."""
+    try:
+        return read_document(store, MODEL_KEY, ModelFacts).embeddings
+    except MissingError:
+        return None
+
+
 def refuse_other_model(store: ObjectStore, facts: ModelFacts) -> None:
     """Raises DriftError if the output was begun with another model, and MissingError if with none."""
     stored = _plain(read_document(store, MODEL_KEY, ModelFacts))

@@ -269,6 +269,8 @@ class ModelFacts:
     """What the difference is divided by; None in outputs of earlier versions."""
     notes: tuple[str, ...] = ()
     """What was assumed when the weights were loaded, one sentence each; may differ in a resume."""
+    embeddings: tuple[tuple[float, ...], ...] | None = None
+    """Of the targets' prompts, in order, so that all workers use the same; None without prompts."""
 
 
 @dataclass(frozen=True)

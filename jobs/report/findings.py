@@ -198,7 +198,7 @@ def _clusters(
             return
         found = list(own)
         drawn = (
-            Pictured(one, map_picture(one.mean_map), items_of([Ref(key, target) for key in one.examples]))
+            Pictured(one, map_picture(one.mean_map), items_of([Ref(key, str(target)) for key in one.examples]))
             for one in found
         )
         yield class_name(found[0].target_name, target), tuple(drawn)

@@ -26,7 +26,7 @@ from blocksight.jobs.ledger.stop_request import GO_ON, Stop, stopped_by_signals,
 from blocksight.jobs.plan.config import ConfigError, Execution, JobConfig
 from blocksight.jobs.plan.context import sha256_of, weights_bytes
 from blocksight.jobs.plan.machine_rates import recall
-from blocksight.jobs.plan.plan import ensure_model, existing_plan, refuse_drift
+from blocksight.jobs.plan.plan import ensure_model, existing_plan, refuse_drift, stored_embeddings
 from blocksight.jobs.plan.preflight import UNEXAMINED, stored_preflight
 from blocksight.jobs.plan.records import Evaluated, UnfinishedError, Unit, UnitFailure, UnitReturned
 from blocksight.jobs.plan.stored_config import NamedModel, config_of
@@ -101,7 +101,7 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
     state = weights_bytes(config)
     refuse_drift(config.identity(sha256_of(state)), plan.identity, "configuration")
     preflight = stored_preflight(output) or UNEXAMINED
-    adapter, facts = check_model(config, state, console, preflight.readout)
+    adapter, facts = check_model(config, state, console, preflight.readout, stored_embeddings(output))
     check_as_stored(output, adapter, facts, preflight, console)
     ensure_model(output, facts)
     del adapter  # the workers load their own

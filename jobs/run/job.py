@@ -41,6 +41,7 @@ from blocksight.jobs.plan.plan import (
     load_plan,
     open_output,
     refuse_drift,
+    stored_embeddings,
 )
 from blocksight.jobs.plan.preflight import Preflight, ensure_preflight, stored_preflight
 from blocksight.jobs.plan.records import ModelFacts, Outcome, Receipt, UnfinishedError, Unit, UnitFailure, UnitReturned
@@ -149,7 +150,7 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
         return _outcome_of(output, job_state, execution, RunSummary())
     state = weights_bytes(config)
     stored = stored_preflight(output)
-    adapter, facts = check_model(config, state, console, stored and stored.readout)
+    adapter, facts = check_model(config, state, console, stored and stored.readout, stored_embeddings(output))
     labels = read_labels(config, plan, adapter, label_file)
     console.print(f"labels: {printable(labels)}")
     probe(output, PROBE_PREFIX)
@@ -219,17 +220,21 @@ def note_random_weights(adapter: "ModelAdapter", config: JobConfig) -> None:
 
 
 def check_model(
-    config: JobConfig, state: bytes | None, console: Console, readout: ReadoutName | None = None
+    config: JobConfig,
+    state: bytes | None,
+    console: Console,
+    readout: ReadoutName | None = None,
+    embeddings: tuple[tuple[float, ...], ...] | None = None,
 ) -> "tuple[ModelAdapter, ModelFacts]":
     """Loads the model once in the driver, so that its errors are raised before any work.
 
-    `readout` is that of the output, if it was begun. Raises ModelError and ConfigError.
+    `readout` and the prompts' `embeddings` are those of the output, if it was begun. Raises ModelError and ConfigError.
     """
     from blocksight.jobs.explain.preflight import in_a_sentence
     from blocksight.jobs.explain.step import load, model_facts
 
     with in_a_sentence(config.model):
-        adapter = load(config, state, "cpu", str(Path.cwd()), readout)
+        adapter = load(config, state, "cpu", str(Path.cwd()), readout, embeddings)
         note_random_weights(adapter, config)
         facts = model_facts(adapter, config)
     candidates = sum(block["channels"] for block in facts.blocks)
