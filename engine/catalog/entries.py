@@ -439,6 +439,11 @@ MODELS: Mapping[str, ModelEntry] = {
         "--weights: a state dict, or random",
         example="--model open_clip:ViT-B-32/laion2b_s34b_b79k --weights clip.safetensors",
     ),
+    "onnx:FILE": ModelEntry(
+        "an ONNX file, on the CPU, for methods without gradients and blocks, such as rise and occlusion",
+        "the file; no custom operators",
+        example="--model onnx:models/classifier.onnx --explainer rise",
+    ),
     "package.module:factory": ModelEntry(
         "a function of yours that returns a module or a ModelAdapter",
         "your package",

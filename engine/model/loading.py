@@ -19,6 +19,7 @@ from blocksight.engine.model.random_weights import random_sentence, weights_para
 from blocksight.engine.model.seeding import seeded
 from blocksight.engine.model.sources.files import split
 from blocksight.engine.model.sources.hugging_face import load_hugging_face
+from blocksight.engine.model.sources.onnx_models import load_onnx
 from blocksight.engine.model.sources.open_clip_models import load_open_clip
 from blocksight.engine.model.sources.timm_models import load_timm
 from blocksight.engine.model.state_dicts import load_state, read_state
@@ -165,6 +166,7 @@ SOURCES: Mapping[str, Callable[[str, str | None, bytes | None, int], ModelAdapte
     "timm": load_timm,
     "hf": load_hugging_face,
     "open_clip": load_open_clip,
+    "onnx": load_onnx,
 }
 """Makes the models of each source, from the name behind the prefix, `weights`, `state` and `seed` of `load_model`."""
 

@@ -4,7 +4,7 @@ from blocksight.engine.model.sources import hugging_face_files as hugging_face
 from blocksight.engine.model.sources.files import WEIGHTS, pack
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.storage.limits import MAX_MODEL_SETTING_BYTES
-from blocksight.storage.stores.opening import open_store
+from blocksight.storage.stores.opening import open_file, open_store
 from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore
 from blocksight.storage.stores.s3_endpoints import endpoint_for
 from blocksight.storage.stores.store import MissingError, ObjectStore
@@ -16,6 +16,8 @@ def packed_model(source: str, place: str, endpoint_url: str | None, weights: byt
     `drawn`: its own weights are not read, because others take their place. Raises ConfigError, ModelError and
     StoreError.
     """
+    if source == "onnx":
+        return pack({**_onnx_files(place, endpoint_url), **({} if weights is None else {WEIGHTS: weights})})
     store = PatientStore(open_store(place, endpoint_for(place, endpoint_url)), SHORT_PATIENCE_SECONDS)
     files = _settings(store)
     if hugging_face.CONFIG not in files:
@@ -25,6 +27,18 @@ def packed_model(source: str, place: str, endpoint_url: str | None, weights: byt
     elif not drawn:
         files |= _weights(store, files.get(hugging_face.WEIGHTS_INDEX))
     return pack(files)
+
+
+def _onnx_files(place: str, endpoint_url: str | None) -> dict[str, bytes]:
+    """The file, and those in its folder that hold its tensors."""
+    from blocksight.engine.model.sources.onnx_models import MODEL_FILE, external_files
+
+    store, name = open_file(place, endpoint_url)
+    try:
+        body = store.read(name)
+        return {MODEL_FILE: body, **{beside: store.read(beside) for beside in external_files(body)}}
+    except MissingError as error:
+        raise ConfigError(f"model onnx:{place} is not there, or a file that it names: {error}") from error
 
 
 def _settings(store: ObjectStore) -> dict[str, bytes]:
