@@ -18,6 +18,7 @@ from blocksight.engine.model.neighbours import NeighbourClassifier
 from blocksight.engine.model.resample import scaled
 from blocksight.engine.model.taps import gradients
 from blocksight.engine.model.targets import Target
+from blocksight.engine.model.token_stream import layouts_by_number
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class _Pass:
     """[N, D]; the logits if no feature is needed."""
     attentions: tuple[Attention, ...]
     """The attentions over the picture's tokens, in order of execution."""
+    num_others: int
+    """Self-attentions over other things, such as the tokens of a window."""
 
 
 class Daam(SignedExplainer):
@@ -46,16 +49,23 @@ class Daam(SignedExplainer):
     """
 
     def _prepare(self, blocks: Sequence[str]) -> None:
-        self.layouts = {_num_tokens(one): one for one in self._token_layouts()}
+        self.layouts = layouts_by_number(self.adapter)
         self.bank = self.adapter.module.bank if isinstance(self.adapter.module, NeighbourClassifier) else None
         self.feature_path = self._feature_path()
         example = self.adapter.normalise(torch.zeros(2, 3, *self.adapter.input_size, dtype=torch.uint8))
         with self.adapter.borrowed():
-            found = self._run(example).attentions
+            made = self._run(example)
+        found = made.attentions
+        if found and made.num_others:
+            raise ModelError(
+                f"daam adds the maps of all attentions, and {made.num_others} of the {made.num_others + len(found)} of "
+                f"{self.adapter.name} are not over all patches (in windows, or over channels): take gradcam, layercam "
+                "or rise"
+            )
         if not found:
             raise ModelError(
                 f"daam needs self-attention over tokens of the picture's patches, and in {self.adapter.name} none was "
-                "seen (with masks, in windows or in a kernel of its own it cannot be): take gradcam, layercam or rise"
+                "seen (in windows, over channels or in a kernel of its own it cannot be): take gradcam, layercam or rise"
             )
         grids = sorted({self._layout(one).grid for one in found})
         if len(grids) > 1:
@@ -68,11 +78,6 @@ class Daam(SignedExplainer):
         if self.parameters.query == "class" and not has_prefix:
             raise ModelError(f"{self.adapter.name} has no class token whose attention could count: take query=mean")
         self.may_use_class_token = self.parameters.query != "mean" and has_prefix
-
-    def _token_layouts(self) -> list[Layout]:
-        """The layouts of tensors that hold tokens, last to first: so the first of each number of tokens is used."""
-        layouts = [place.layout for place in self.adapter.network.places if place.layout is not None]
-        return [layout for layout in reversed(layouts) if layout.kind == "tokens"]
 
     def _feature_path(self) -> str | None:
         """The sub-module that takes the feature as input; None if the feature is the output, or is not needed."""
@@ -90,15 +95,15 @@ class Daam(SignedExplainer):
         capture = nullcontext() if path is None else capture_input(module, path, features.append)
         with torch.enable_grad(), capture, explicit_attention(module, found.append):
             logits = self.adapter.logits(inputs_nchw.detach().requires_grad_(True))
+        own = [one for one in found if one.kind == "self"]
         usable = tuple(
             one
-            for one in found
-            if one.kind == "self"
-            and one.weights.shape[2] in self.layouts
+            for one in own
+            if one.weights.shape[2] in self.layouts
             and len(one.weights) == len(inputs_nchw)
             and one.output.requires_grad
         )
-        return _Pass(logits, features[-1] if features else logits, usable)
+        return _Pass(logits, features[-1] if features else logits, usable, len(own) - len(usable))
 
     def _attribute_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Attribution]]:
         made = self._run(pad(inputs_nchw, self.images_per_pass))
@@ -164,10 +169,6 @@ class Daam(SignedExplainer):
         layout = self._layout(one)
         own = summed[:, layout.prefix :].unflatten(1, layout.grid)
         return scaled(own) if self.parameters.normalise else own
-
-
-def _num_tokens(layout: Layout) -> int:
-    return layout.prefix + layout.grid[0] * layout.grid[1]
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

@@ -44,11 +44,11 @@ def _timm(kind: str = "vision_transformer:VisionTransformer", **options: Any) ->
     )
 
 
-def _swin() -> nn.Module:
+def _swin(patch_size: int = 2) -> nn.Module:
     from timm.models.swin_transformer import SwinTransformer
 
     return SwinTransformer(
-        img_size=SIDE, patch_size=2, embed_dim=8, depths=(2, 2), num_heads=(2, 2), window_size=4, num_classes=5
+        img_size=SIDE, patch_size=patch_size, embed_dim=8, depths=(2, 2), num_heads=(2, 2), window_size=4, num_classes=5
     )
 
 
@@ -120,7 +120,10 @@ GLOBAL: Mapping[str, Callable[[], nn.Module]] = {
 }
 """By name, those whose attentions span all patches."""
 
-WINDOWED: Mapping[str, Callable[[], nn.Module]] = {"timm, Swin": _swin}
+WINDOWED: Mapping[str, Callable[[], nn.Module]] = {
+    "timm, Swin": _swin,
+    "timm, Swin whose last window is all": partial(_swin, 4),
+}
 
 
 def made(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:

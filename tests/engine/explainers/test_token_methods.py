@@ -202,11 +202,12 @@ def test_an_image_in_a_batch_equals_itself_alone_and_classes_differ(name, method
     assert (other[0] - alone[0]).abs().max() >= 0.01 * scale
 
 
+@pytest.mark.parametrize("name", WINDOWED)
 @pytest.mark.parametrize("method", [*METHODS, "daam"])
-def test_windowed_attention_is_refused_with_the_way_out(method):
-    net = made(WINDOWED["timm, Swin"])
+def test_windowed_attention_is_refused_with_the_way_out(method, name):
+    """Also if some of it spans all patches."""
     with pytest.raises(ModelError, match=r"timm, Swin .*take gradcam, layercam"):
-        make_explainer(method, adapter_of(net, name="timm, Swin"))
+        make_explainer(method, adapter_of(made(WINDOWED[name]), name="timm, Swin"))
 
 
 # ---------------------------------------------------------------- proofs of the stream
