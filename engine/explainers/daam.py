@@ -65,7 +65,7 @@ class Daam(SignedExplainer):
         if not found:
             raise ModelError(
                 f"daam needs self-attention over tokens of the picture's patches, and in {self.adapter.name} none was "
-                "seen (in windows, over channels or in a kernel of its own it cannot be): take gradcam, layercam or rise"
+                "seen (in windows, over channels or in a kernel of its own it is not): take gradcam, layercam or rise"
             )
         grids = sorted({self._layout(one).grid for one in found})
         if len(grids) > 1:

@@ -33,7 +33,7 @@ class ReciproCam(SignedExplainer):
         self.taps = self.adapter.network.taps([self.block])
         self.tail = self.taps.tail()
         assert self.block.grid is not None
-        self.masks = place_masks(self.block.grid, self.parameters.kernel)
+        self.masks = place_masks(self.block.grid, self.parameters.kernel).to(self.adapter.device)
         if not self._is_heard(self.block):
             raise ModelError(
                 f"reciprocam: the logits of {self.adapter.name} do not depend on the feature maps of "
@@ -103,7 +103,7 @@ class ReciproCam(SignedExplainer):
 
     def _logits(self, input_nchw: Tensor, masks_khw: Tensor) -> Tensor:
         """Logits [K, classes] of an image's last maps under masks at their grid."""
-        masks = masks_khw[:, None].to(input_nchw.device)
+        masks = masks_khw[:, None]
         if self.may_grow:
             return self.taps.grown(input_nchw, lambda maps: maps * masks.to(maps.dtype))
         _, (maps,) = self.taps(input_nchw)
