@@ -33,6 +33,13 @@ class Place:
     """Its layout is told by its shape alone, because it hardly depends on the picture."""
 
     @property
+    def proof(self) -> str:
+        """How its layout was told, as a clause."""
+        if self.is_assumed:
+            return "by its shape alone: it hardly depends on the picture"
+        return "cells follow changed patches; no way around"
+
+    @property
     def grid(self) -> Grid | None:
         """Height and width of its feature maps."""
         return self.layout.grid if self.layout is not None else None

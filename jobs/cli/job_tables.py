@@ -132,7 +132,8 @@ def _preflight(preflight: Preflight | None) -> list[tuple[str, str]]:
     if preflight is None:
         return []
     loud = [("[bold red]warning[/]", f"[bold red]{printable(sentence)}[/]") for sentence in preflight.findings]
-    return [("model check", printable(preflight)), *loud]
+    blocks = [("blocks", printable("; ".join(preflight.blocks)))] if preflight.blocks else []
+    return [("model check", printable(preflight)), *blocks, *loud]
 
 
 def _odd_formats(counts: Mapping[str, int]) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ from blocksight.cluster.errors import ClusterError
 from blocksight.cluster.switches import refuse_unsafe_switches
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.device_errors import device_trouble, told_by_device
-from blocksight.jobs.cli import analysis_commands, job_commands, machine_commands, reading_commands
+from blocksight.jobs.cli import analysis_commands, check_command, job_commands, machine_commands, reading_commands
 from blocksight.jobs.cli.app import INCOMPLETE, INTERRUPTED, UNRECONCILED, USAGE, WEAK_STORE, app
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.records import UnfinishedError, UnreconciledError
@@ -16,7 +16,13 @@ from blocksight.jobs.plan.text import printable
 from blocksight.storage.stores.opening import WeakStoreError
 from blocksight.storage.stores.store import StoreError
 
-for module in (job_commands, analysis_commands, reading_commands, machine_commands):  # as --help lists them
+for module in (
+    job_commands,
+    analysis_commands,
+    reading_commands,
+    machine_commands,
+    check_command,
+):  # as --help lists them
     app.add_typer(module.commands)
 
 

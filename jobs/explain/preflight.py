@@ -125,7 +125,14 @@ def examined_on(
     adapter.readout = found.readout
     findings = (*found.findings, *_tried(adapter, config, facts, torch.cat(shown) if shown else drawn))
     images = f"{counted(len(shown), 'image')} of the data set" if shown else "random pictures"
-    return Preflight(found.readout, images, findings, found.outputs)
+    return Preflight(found.readout, images, findings, found.outputs, _proofs(adapter, facts))
+
+
+def _proofs(adapter: ModelAdapter, facts: ModelFacts) -> tuple[str, ...]:
+    """Each block that the explainer uses, with how it was proved."""
+    names = [block["name"] for block in facts.blocks]
+    places = adapter.network.blocks(names) if names else ()
+    return tuple(f"{place.name}, {place.layout.kind}: {place.proof}" for place in places if place.layout is not None)
 
 
 def _passes(adapter: ModelAdapter, image_nchw: Tensor) -> bool:

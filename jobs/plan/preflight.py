@@ -26,6 +26,8 @@ class Preflight:
     """A sentence for each oddity."""
     outputs: tuple[tuple[float, ...], ...] = ()
     """Of random pictures; every later command compares its model's outputs with them. Empty: of an earlier version."""
+    blocks: tuple[str, ...] = ()
+    """Each block of the explainer, with how it was proved; empty: it uses none, or of an earlier version."""
 
     def __str__(self) -> str:
         examined = f"examined on {self.images}" if self.images else "not examined"

@@ -126,23 +126,16 @@ def _has_way_around(module: nn.Module, path: str, inputs: Tensor) -> bool:
     """True if two pictures still have different logits while the layer's tensor is 0."""
     layer = module.get_submodule(path.removesuffix(" <"))
 
-    def emptied(value: Any) -> Any:
-        if isinstance(value, tuple | list):
-            return type(value)([value[0] * 0, *value[1:]])
-        if isinstance(value, dict):
-            value[next(iter(value))] = _first(value) * 0
-            return value
-        return value * 0
-
-    def before(_: nn.Module, given: Any) -> Any:
-        return emptied(given)
+    def empty(value: Any) -> None:
+        """In place, so that a shortcut beside the layer takes the zeros too."""
+        _first(value).zero_()
 
     with torch.no_grad():
         usual = module(inputs)
         hook = (
-            layer.register_forward_pre_hook(before)
+            layer.register_forward_pre_hook(lambda _, given: empty(given))
             if path.endswith(" <")
-            else layer.register_forward_hook(lambda _m, _g, out: emptied(out))
+            else layer.register_forward_hook(lambda _m, _g, out: empty(out))
         )
         try:
             one, other = module(inputs)

@@ -1,0 +1,105 @@
+"""The command `check`: facts, proved blocks, costs and a picture of one model, and refusals."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from blocksight.engine.errors import ModelError
+from blocksight.jobs.bench import model_check
+from blocksight.jobs.cli.main import app
+from blocksight.jobs.plan.config import ConfigError
+from blocksight.jobs.plan.preflight import Preflight
+
+MODEL = "tests.jobs.cli.test_check:plain"
+
+
+def plain():
+    from blocksight import ModelAdapter
+    from tests.engine.nets import Plain, seeded
+
+    return ModelAdapter(seeded(Plain), input_size=(32, 32), class_names=list("abcde"))
+
+
+def without_maps():
+    from torch import nn
+
+    from blocksight import ModelAdapter
+    from tests.engine.nets import seeded
+
+    net = seeded(lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4)))
+    return ModelAdapter(net, input_size=(32, 32))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    Image.fromarray(np.arange(40 * 48 * 3, dtype=np.uint8).reshape(40, 48, 3)).save(tmp_path / "b.png")
+    (tmp_path / "a.txt").write_text("no picture")
+    return tmp_path
+
+
+def checked(*arguments):
+    return CliRunner().invoke(app, ["check", "--weights", "random", *arguments])
+
+
+def test_it_tells_how_a_model_is_fed_read_and_cut(folder):
+    picture = folder / "map.png"
+    ran = checked("--model", MODEL, "--data", str(folder), "--output", str(picture), "--json")
+    assert ran.exit_code == 0, ran.output
+    found = json.loads(ran.stdout)
+    assert (found["input_size"], found["num_classes"], found["class_names"]) == ([32, 32], 5, list("abcde"))
+    assert [(one["name"], one["channels"], one["height"]) for one in found["blocks"]] == [
+        ("features_1", 6, 32),
+        ("features_4", 8, 16),
+        ("features_7", 10, 8),
+    ]
+    assert {one["proof"] for one in found["blocks"]} == {"cells follow changed patches; no way around"}
+    costs = {one["explainer"]: one for one in found["costs"]}
+    assert costs["sise"]["forwards"] == 2 + 6 + 8 + 10
+    assert costs["gradcam"]["seconds"] == pytest.approx(3 * found["forward_seconds"])
+    assert "attention" in costs["daam"]["fault"]
+    with Image.open(picture) as drawn:
+        assert drawn.size == (48, 40)
+
+
+def test_the_tables_say_the_same(folder):
+    ran = checked("--model", MODEL, "--data", str(folder / "b.png"), "--output", str(folder / "map.png"))
+    assert ran.exit_code == 0, ran.output
+    for said in ("32 x 32 pixels", "5 (a, b, c, d, e)", "features_7", "channels first", "not for this model", "traced"):
+        assert said in ran.output
+
+
+def test_without_blocks_it_says_why_and_draws_the_gradient(folder):
+    model = "tests.jobs.cli.test_check:without_maps"
+    ran = checked("--model", model, "--data", str(folder), "--output", str(folder / "map.png"), "--json")
+    assert ran.exit_code == 0, ran.output
+    found = json.loads(ran.stdout)
+    assert (found["blocks"], found["explainer"]) == ([], "gradient")
+    assert "no block was found" in found["refusal"]
+    assert {one["fault"] for one in found["costs"] if one["explainer"] == "sise"} == {"it needs blocks"}
+    ran = checked("--model", model, "--data", str(folder), "--blocks", "0")
+    assert isinstance(ran.exception, ModelError)
+
+
+def test_a_folder_without_pictures_is_refused(tmp_path):
+    ran = checked("--model", MODEL, "--data", str(tmp_path))
+    assert isinstance(ran.exception, ConfigError)
+    assert "holds no picture" in str(ran.exception)
+
+
+def test_without_the_demo_a_picture_is_drawn(monkeypatch):
+    def missing():
+        raise ConfigError("not installed")
+
+    monkeypatch.setattr(model_check, "photographs", missing)
+    drawn = model_check._picture(None)
+    assert drawn.shape == (3, 256, 256)
+    assert drawn.unique().numel() > 100
+
+
+def test_an_older_preflight_names_no_blocks():
+    old = {key: value for key, value in asdict(Preflight("softmax", "4 images", ())).items() if key != "blocks"}
+    assert Preflight(**old).blocks == ()
