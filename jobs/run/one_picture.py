@@ -24,6 +24,7 @@ from blocksight.engine.errors import ModelError
 from blocksight.engine.judging.method_choice import chosen_explainer
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.float32 import fixed_float32
+from blocksight.engine.model.sources.timm_models import fed, source_name
 from blocksight.engine.model.threads import one_thread
 from blocksight.jobs.explain.forward_pass import (
     chosen_forward,
@@ -153,10 +154,11 @@ def explain(
     """One picture's saliency map for one target, with the same numbers as a job on the same file.
 
     `model` is a name as in `--model` (with `weights=`, if it needs them), a ModelAdapter, or an nn.Module, which is fed
-    224 x 224 pixels with ImageNet's mean and std unless `input_size=`, `mean=` and `std=` say otherwise. It is given
-    back as it was. `image` is a path or s3:// URI, an image file's bytes, a PIL image, a uint8 array [H, W, 3], or a
-    uint8 tensor [3, H, W]: pixels before any transform. `options` are the other keys of a job's configuration, such as
-    `parameters={"mu": 0.3}`, `fidelity="balanced"`, `blocks=("layer4",)`, `resize="crop"`, `seed=1` or `batch_size=8`.
+    224 x 224 pixels with ImageNet's mean and std, or as timm's own configuration says of a module of timm, unless
+    `input_size=`, `mean=` and `std=` say otherwise. It is given back as it was. `image` is a path or s3:// URI, an
+    image file's bytes, a PIL image, a uint8 array [H, W, 3], or a uint8 tensor [3, H, W]: pixels before any transform.
+    `options` are the other keys of a job's configuration, such as `parameters={"mu": 0.3}`, `fidelity="balanced"`,
+    `blocks=("layer4",)`, `resize="crop"` or `seed=1`, and `batch_size`.
 
     `key` names the record in a job whose random numbers are wanted; by default the file's name. `device` is by default
     the model's own, and for a name a GPU if there is one. Warnings and progress go to `console`, by default standard
@@ -164,7 +166,7 @@ def explain(
     """
     if isinstance(model, JobConfig):
         raise ConfigError("explain takes a model and one picture; run_job(config, execution, console) runs a job")
-    notes = console or Console(stderr=True, highlight=False)
+    notes = console or Console(stderr=True, highlight=False, soft_wrap=True)
     with TemporaryDirectory(prefix="blocksight-") as folder:
         config, batch_size = _config(model, target, explainer, options, folder)
         pixels, facts = read_picture(image, key, config.endpoint_url)
@@ -245,7 +247,7 @@ def _name_of(model: Model) -> str:
         raise ConfigError(
             f"the model is a {type(model).__name__}; wanted a name as in --model, an nn.Module or a ModelAdapter"
         )
-    return type(model).__name__
+    return source_name(model) or type(model).__name__
 
 
 def _adapter(
@@ -261,13 +263,23 @@ def _adapter(
             console.print(f"weights: {printable(note)}")
         return adapter, state, where
     with in_a_sentence(config.model):
-        own = model.fed() if isinstance(model, ModelAdapter) else ModelAdapter(model, name=config.model)
+        own = model.fed() if isinstance(model, ModelAdapter) else _around(model, config.model)
         where = device or _device_of(own.module)
         adapter = as_configured(own, config, where)
     if isinstance(model, nn.Module) and not (config.input_size and config.mean and config.std):
         said = fed_text(adapter.input_size, adapter.mean, adapter.std)
-        console.print(f"fed: {said} (assumed where input_size=, mean= and std= do not say it)")
+        why = "timm's configuration of it" if source_name(model) else "assumed"
+        console.print(f"fed: {said} ({why}, where input_size=, mean= and std= do not say it)")
     return adapter, None, where
+
+
+def _around(module: nn.Module, name: str) -> ModelAdapter:
+    """The adapter of a bare module: of timm's as its configuration says, else with ImageNet's normalisation."""
+    if source_name(module) is None:
+        return ModelAdapter(module, name=name)
+    adapter = fed(module)
+    adapter.name = name
+    return adapter
 
 
 def _device_of(module: nn.Module) -> str:

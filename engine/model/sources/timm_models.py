@@ -28,7 +28,7 @@ def load_timm(name: str, weights: str | None, state: bytes | None, seed: int) ->
     if state is not None:
         return made(name, {}, read_state(state))
     if weights == RANDOM_WEIGHTS:
-        return _fed(seeded(lambda: _network(name), seed))
+        return fed(seeded(lambda: _network(name), seed))
     raise ModelError(
         f"timm:{name} needs --weights: a file or URI of a state dict (nothing is downloaded from a hub), or "
         f"{RANDOM_WEIGHTS}" + (f"; there is no file {weights!r}" if weights is not None else "")
@@ -43,7 +43,7 @@ def made(name: str, options: Mapping[str, Any], stored: StateDict) -> ModelAdapt
     if count is not None and count != getattr(network, "num_classes", count):
         network = _network(name, **{**options, "num_classes": count})
     notes = load_state(network, stored)
-    adapter = _fed(network)
+    adapter = fed(network)
     adapter.notes = notes
     return adapter
 
@@ -105,7 +105,17 @@ def preprocessing_of(pretrained: Mapping[str, Any]) -> Preprocessing:
     return Preprocessing(lambda pixels: transform(to_pil_image(pixels)), _resizings(config))
 
 
-def _fed(network: Any) -> ModelAdapter:
+def source_name(network: Any) -> str | None:
+    """What a module that timm made is called as a source, such as `timm:resnet18.a1_in1k`; None for other modules."""
+    known = getattr(network, "pretrained_cfg", None)
+    if not type(network).__module__.startswith("timm.") or not known or not known.get("architecture"):
+        return None
+    tag = known.get("tag")
+    return f"timm:{known['architecture']}{f'.{tag}' if tag else ''}"
+
+
+def fed(network: Any) -> ModelAdapter:
+    """The adapter of a module that timm made, fed as its pretrained configuration says. Raises ModelError."""
     known = network.pretrained_cfg
     return fed_by(network, preprocessing_of(known), known["mean"], known["std"], _class_names(network))
 

@@ -1,5 +1,6 @@
 """Models of timm and Hugging Face: tiny random ones of the libraries' own classes, loaded, fed and explained."""
 
+import io
 import json
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import tokenizers
 import torch
 import transformers
 from PIL import Image
+from rich.console import Console
 
+from blocksight import explain
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.loading import load_model
 from blocksight.engine.model.sources.files import pack, split, unpack
@@ -22,6 +25,7 @@ from blocksight.jobs.plan.config import ConfigError, JobConfig
 from blocksight.jobs.plan.context import weights_bytes
 from blocksight.jobs.plan.model_input import with_model_file
 from blocksight.storage.images.decode import decode, fit
+from blocksight.storage.outputs.map_codec import decode_map
 from blocksight.storage.stores.local import LocalStore
 from tests.jobs.jobs_of import called, config_of, rows_in, run_here
 
@@ -460,3 +464,21 @@ def test_another_output_of_a_librarys_model(tmp_path):
     other = config_of("/", "/out", model=f"hf:{folder}", output_key="nothing")
     with pytest.raises(ModelError, match="returns logits, cls_logits, distillation_logits"):
         load(other, weights_bytes(other), "cpu", "/")
+
+
+@pytest.mark.parametrize("kind", ["timm", "hf"])
+def test_one_picture_from_python_is_fed_as_in_a_job(kind, folder, pictures, tmp_path):
+    """By name, by its adapter, and of timm as the bare module, which knows how it is fed."""
+    name, given = ("timm:resnet10t", {"weights": "random"}) if kind == "timm" else (f"hf:{folder}", {})
+    run_here(pictures, tmp_path / "maps", model=name, explainer="gradcam", **given)
+    (row, _) = rows_in(LocalStore(tmp_path / "maps"))
+    model = load_model(name, **given) if given else loaded(folder)
+    forms = [(name, given), (model, {})] + ([(model.module, {})] if kind == "timm" else [])
+    for form, more in forms:
+        said = io.StringIO()
+        console = Console(file=said, width=200)
+        file = pictures / row["key"]
+        found = explain(form, file, explainer="gradcam", key=row["key"], console=console, **more)
+        assert np.array_equal(found.map, decode_map(row["map"], (row["map_height"], row["map_width"])))
+        assert (found.score, found.target) == (row["score"], row["target_name"])
+        assert ("timm's configuration of it" in said.getvalue()) == isinstance(form, torch.nn.Module)

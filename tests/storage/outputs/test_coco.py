@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 
 from blocksight.storage.images.fitting import centred_box
 from blocksight.storage.inputs.annotations import read_truth
-from blocksight.storage.outputs.coco import CocoWriter, placed
+from blocksight.storage.outputs.coco import CocoWriter, compressed, placed
 from tests.storage.memory import MemoryStore
 
 
@@ -78,6 +78,10 @@ def test_a_crop_is_undone_by_hand():
     assert (place.left, place.top, place.right, place.bottom, place.area) == (2, 0, 4, 4, 8)
     place = placed(left, (4, 8), "squash")
     assert (place.left, place.top, place.right, place.bottom, place.area) == (0, 0, 4, 4, 16)
+
+
+def test_a_whole_picture_is_one_run():
+    assert placed(np.ones((2, 3), np.bool_), (4, 6), "squash").counts == compressed(np.array([0, 24]))
 
 
 def test_a_region_smaller_than_a_pixel_has_the_nearest_one():
