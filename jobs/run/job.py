@@ -25,7 +25,7 @@ from blocksight.jobs.ledger.reconcile import JobState, Manifest, final_manifest,
 from blocksight.jobs.ledger.stop_request import GO_ON, RUNS_FOLDER, Stop, stopped_by_signals, unfinished_from
 from blocksight.jobs.plan.config import Execution, JobConfig
 from blocksight.jobs.plan.context import JobContext, sha256_of, weights_bytes
-from blocksight.jobs.plan.estimate import GPU_FORWARDS_PER_SECOND, estimate
+from blocksight.jobs.plan.estimate import GPU_FORWARDS_PER_SECOND, MeasuredRate, estimate
 from blocksight.jobs.plan.forward_setting import PlannedForward, planned_forward
 from blocksight.jobs.plan.label_files import ensure_label_file, with_label_file
 from blocksight.jobs.plan.machine_rates import rate_of_forward, remembered_rate
@@ -439,7 +439,9 @@ def _run_units(
     begun = False
     start = time.monotonic()
     progressing = progress(console, Tally(num_records, expected))
-    outcomes = closing(_outcomes(units, context, state, sizing, stop))  # nothing of it may outlive the Ray session
+    outcomes = closing(
+        _outcomes(units, context, state, sizing, stop, rate)
+    )  # nothing of it may outlive the Ray session
     with unfinished_from(lambda: begun, stop), progressing as update, outcomes as arriving:
         for outcome in arriving:
             if isinstance(outcome, UnitReturned):
@@ -463,7 +465,12 @@ def _run_units(
 
 
 def _outcomes(
-    units: Sequence[Unit], context: JobContext, state: bytes | None, sizing: Sizing | None, stop: Stop
+    units: Sequence[Unit],
+    context: JobContext,
+    state: bytes | None,
+    sizing: Sizing | None,
+    stop: Stop,
+    rate: MeasuredRate | None,
 ) -> Generator[Outcome, None, None]:
     """The outcome of each unit, from the local runner or from Ray; each is imported only when used."""
     if sizing is None:
@@ -472,7 +479,7 @@ def _outcomes(
         return local.run_units(units, context, state, stop)
     from blocksight.jobs.run import pipeline
 
-    return pipeline.run_units(units, context, state, sizing, stop)
+    return pipeline.run_units(units, context, state, sizing, stop, rate)
 
 
 def _write_run(output: ObjectStore, context: JobContext, execution: Execution, sizing: Sizing | None) -> None:

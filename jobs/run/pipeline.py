@@ -36,7 +36,7 @@ from blocksight.jobs.evaluate.evaluation import EvaluationContext
 from blocksight.jobs.ledger.stop_request import Stop
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.context import JobContext
-from blocksight.jobs.plan.estimate import estimate
+from blocksight.jobs.plan.estimate import MeasuredRate, estimate
 from blocksight.jobs.plan.forward_setting import PlannedForward
 from blocksight.jobs.plan.records import (
     DeadLetter,
@@ -99,7 +99,12 @@ OUTCOMES = {kind.__name__: kind for kind in (Receipt, UnitFailure, DeadLetter, U
 
 
 def run_units(
-    units: Sequence[Unit], context: JobContext, state: bytes | None, sizing: Sizing, stop: Stop
+    units: Sequence[Unit],
+    context: JobContext,
+    state: bytes | None,
+    sizing: Sizing,
+    stop: Stop,
+    rate: MeasuredRate | None = None,
 ) -> Generator[Outcome, None, None]:
     """Explains the units on the connected Ray session and yields each outcome as it arrives.
 
@@ -108,7 +113,7 @@ def run_units(
     """
     _set_up_ray_data()
     weights = None if state is None else ray.put(state)
-    timeout_seconds = max(NO_PROGRESS_SECONDS, NO_PROGRESS_FACTOR * _longest_seconds(units, context))
+    timeout_seconds = max(NO_PROGRESS_SECONDS, NO_PROGRESS_FACTOR * _longest_seconds(units, context, rate))
     yield from _wave_outcomes(
         units,
         lambda some, unfit: _explain_dataset(some, context, weights, sizing, unfit),
@@ -267,10 +272,11 @@ def _cluster_error(error: RayError) -> ClusterError:
     return ClusterError(f"Ray failed: {reason}")
 
 
-def _longest_seconds(units: Sequence[Unit], context: JobContext) -> float:
-    """The estimated time of the largest unit on one worker."""
+def _longest_seconds(units: Sequence[Unit], context: JobContext, rate: MeasuredRate | None) -> float:
+    """The time of the largest unit on one worker: by the estimate, or by a measured rate that is slower."""
     most = max((unit.num_records for unit in units), default=0)
-    return estimate(context.config, most, on_gpu=context.device != "cpu").seconds(1)
+    guess = estimate(context.config, most, on_gpu=context.device != "cpu").seconds(1)
+    return guess if rate is None else max(guess, most * rate.seconds_per_record)
 
 
 def _rows_of(wave: Dataset, executor: Any) -> Iterator[dict[str, Any]]:

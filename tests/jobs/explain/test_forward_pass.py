@@ -299,7 +299,7 @@ def run_on_gpus(data, output, monkeypatch, choose, **execution):
     real = job.context_of
     monkeypatch.setattr(job, "context_of", lambda c, p, f, _, *more: real(c, p, f, in_process, *more))
     monkeypatch.setattr(
-        pipeline, "run_units", lambda units, context, state, _, stop: run_units(units, context, state, stop)
+        pipeline, "run_units", lambda units, context, state, _, stop, _rate: run_units(units, context, state, stop)
     )
     job.run_job(config_of(data, output), Execution(**execution), console)
     return console.export_text()

@@ -17,6 +17,7 @@ from blocksight.engine.errors import ModelError
 from blocksight.engine.model.device_errors import told_by_device
 from blocksight.jobs.ledger.stop_request import Stop
 from blocksight.jobs.plan.config import Execution
+from blocksight.jobs.plan.estimate import MeasuredRate
 from blocksight.jobs.plan.records import UnitFailure, UnitReturned, UnitSkipped
 from blocksight.jobs.run import job, pipeline, workers
 from blocksight.jobs.worker.error_classes import UnfitWorkerError
@@ -112,6 +113,15 @@ def test_a_wave_has_a_worker_for_each_unit_beside_those_that_were_unfit():
 def test_the_job_goes_on_while_one_worker_is_fit(wave):
     made, _ = outcomes_of([wave, lambda some: map(done, some)], num_actors=2)
     assert {one.unit_id for one in made if isinstance(one, UnitSkipped)} == set("abcd")
+
+
+def test_a_slow_model_is_waited_for_as_long_as_its_measured_rate_says(tmp_path):
+    """One forward of a large model may take seconds: an hour without a unit is then no sign that the job hangs."""
+    context = SimpleNamespace(config=config_of("in", tmp_path), device="cpu")
+    units = [replace(UNIT, num_records=number) for number in (1, 3)]
+    assert pipeline._longest_seconds(units, context, MeasuredRate(5_000.0, "measured")) == 15_000
+    guess = pipeline._longest_seconds(units, context, None)
+    assert pipeline._longest_seconds(units, context, MeasuredRate(1e-3, "measured")) == guess < 3_600
 
 
 # ---------------------------------------------------------------- the actor
