@@ -1,5 +1,7 @@
 """LeGrad and gradient-weighted rollout: by hand, slow twins, the libraries' real classes, and refusals."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from blocksight.engine.explainers import make_explainer
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.attention import explicit_attention
 from blocksight.engine.model.targets import ClassLogit
+from blocksight.engine.model.token_stream import _check_mixing, token_stream
 from tests.engine import slow_explainers as slow
 from tests.engine.libraries import GLOBAL, WINDOWED, made
 from tests.engine.nets import Plain, Transformer, seeded, smooth
@@ -254,6 +257,14 @@ class Tied(Transformer):
 def test_patches_that_mix_elsewhere_or_lie_otherwise_are_refused(make, why, method):
     with pytest.raises(ModelError, match=why):
         make_explainer(method, adapter_of(seeded(make)))
+
+
+def test_a_layout_that_names_other_tokens_is_refused():
+    adapter = adapter_of(seeded(Transformer))
+    stream = token_stream(adapter, "chefer")
+    wrong = replace(stream, layout=replace(stream.layout, prefix=0))
+    with pytest.raises(ModelError, match="reaches other tokens than expected"):
+        _check_mixing(adapter, "chefer", wrong)
 
 
 def test_a_block_that_is_bypassed_is_no_block():
