@@ -12,6 +12,7 @@ from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers import make_explainer
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.attention import explicit_attention
+from blocksight.engine.model.expressions import WeightedSum
 from blocksight.engine.model.targets import ClassLogit
 from blocksight.engine.model.token_stream import _check_mixing, token_stream
 from tests.engine import slow_explainers as slow
@@ -96,6 +97,21 @@ def test_rollout_weighs_by_the_attention_and_legrad_does_not():
     assert by_hand("chefer", [0], rows) == pytest.approx([0.5, 0.125, 0, 0])
     assert by_hand("chefer", [1], rows) == pytest.approx([0, 0.125, 0.125, 0])
     assert by_hand("legrad", [0], rows) == pytest.approx([0.4, 0.2, 0, 0])
+
+
+def test_a_margin_has_the_map_of_the_margin():
+    """Not the difference of the classes' maps: what is cut off at 0 does not subtract."""
+    margin = WeightedSum(torch.tensor([[0, 1]]), torch.tensor([[1.0, -1.0]]).double(), "softmax", is_log=False)
+    rows = torch.tensor([1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 16])
+
+    def found(method, rows, target):
+        one = make_explainer(method, adapter_of(Hand(rows).eval(), 4))
+        return one.attribute(hand_picture(), target, [0])[0][0].values.flatten().tolist()
+
+    assert found("legrad", None, margin) == pytest.approx([0.4, 0, 0, 0.2])
+    assert found("chefer", rows, margin) == pytest.approx([0.5, 0, 0, 0.0625])
+    turned = WeightedSum(margin.classes, -margin.weights, "softmax", is_log=False)
+    assert found("legrad", None, turned) == pytest.approx([0, 0, 0.6, 0])
 
 
 # ---------------------------------------------------------------- slow twins
