@@ -8,6 +8,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from rich.console import Console
 
@@ -172,7 +173,7 @@ def region_row(row: Row, rule: RegionRule, resize: Any) -> Row:
     nothing = {**facts, "threshold": None, "num_parts": 0, "parts": []}
     if row["status"] != OK:
         return {**nothing, "reason": REJECTED_RECORD}
-    found = foreground_of(map_of(row), rule)
+    found = foreground_of(map_of(row).astype(np.float64), rule)
     if found is None:
         return {**nothing, "reason": FLAT}
     size = (row["height"], row["width"])

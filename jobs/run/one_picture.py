@@ -103,7 +103,8 @@ class ExplainedPicture:
 
     def at_size(self, side: int = PICTURE_SIDE) -> tuple[Pixels, NDArray[np.float32]]:
         """The picture [h, w, 3] and its map [h, w], undistorted; the longer side has `side` pixels."""
-        size = picture_size(*self.pixels.shape[:2], self.resize, side)
+        height, width = self.pixels.shape[:2]
+        size = picture_size(height, width, self.resize, side)
         return fit(self.pixels, size, self.resize), resized(self.map, size)
 
     def plot(self) -> Figure:

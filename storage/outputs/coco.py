@@ -48,7 +48,7 @@ def placed(mask_hw: NDArray[np.bool_], original_size: tuple[int, int], how: str)
     columns = _Axis(width, mask_hw.shape[1], box[0], box[2])
     starts, stops = _runs(mask_hw, rows, columns)
     if not len(starts):
-        row, column = (axis.nearest(mask_hw.any(1 - at)) for at, axis in enumerate((rows, columns)))
+        row, column = (axis.nearest(np.asarray(mask_hw.any(1 - at))) for at, axis in enumerate((rows, columns)))
         starts = np.array([column * height + row])
         stops = starts + 1
     tops, bottoms = starts % height, (stops - 1) % height + 1
