@@ -130,6 +130,29 @@ def parameters_of(
     return replace(own, base=parameters_of(method.base, inner, preset, make))
 
 
+SIGNED = (
+    "gradcam",
+    "gradcam++",
+    "xgradcam",
+    "layercam",
+    "hirescam",
+    "integrated_gradients",
+    "legrad",
+    "chefer",
+    "daam",
+)
+"""Methods whose map of a target's negative shows what speaks against it: they follow the target's gradient."""
+LINEAR_WRAPPERS = ("smoothgrad", "libra")
+"""Wrappers that keep the sign of what they wrap."""
+
+
+def has_sign(method: Method) -> bool:
+    """True if the method maps what speaks against a target too."""
+    if method.base is not None:
+        return method.name in LINEAR_WRAPPERS and has_sign(method.base)
+    return method.name in SIGNED
+
+
 def blocks_of(method: Method) -> Literal["all", "last", "none"]:
     """The blocks of the network that the method reads."""
     return method.innermost.entry.blocks

@@ -10,7 +10,7 @@ from torch.nn import functional
 from blocksight.engine.catalog.readouts import ReadoutName
 from blocksight.engine.catalog.target_expressions import Formula
 from blocksight.engine.errors import ModelError
-from blocksight.engine.model.targets import TARGETS, LogProbability, Target
+from blocksight.engine.model.targets import TARGETS, LogProbability, Negated, Target
 
 NO_LOGPROB = (
     "a log-probability needs probabilities, and with readout identity the output is none: take the logits, or say "
@@ -104,13 +104,13 @@ class WeightedSum:
 
 @dataclass(frozen=True)
 class JoinedTargets:
-    """Several targets of an image, of one scalar each."""
+    """Several targets of an image, side by side."""
 
     parts: tuple[Target, ...]
 
     @property
     def num_targets(self) -> int:
-        return len(self.parts)
+        return sum(part.num_targets for part in self.parts)
 
     @property
     def leading(self) -> Tensor:
@@ -139,7 +139,16 @@ class JoinedTargets:
 
     def direction(self, logits: Tensor, index: int) -> Tensor:
         """As `Target.direction`, [N, K]."""
-        return self.parts[index].direction(logits, 0)
+        for part in self.parts:
+            if index < part.num_targets:
+                return part.direction(logits, index)
+            index -= part.num_targets
+        raise IndexError(f"there are {self.num_targets} targets, from 0")
+
+
+def with_opposite(target: Target) -> Target:
+    """The T targets, and behind them their negatives: 2 T."""
+    return JoinedTargets((target, Negated(target)))
 
 
 def target_of(formulas: Sequence[Sequence[Formula]], readout: ReadoutName, device: torch.device | str) -> Target:

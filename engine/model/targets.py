@@ -177,6 +177,46 @@ class LogProbability(ClassTarget):
         return self
 
 
+@dataclass(frozen=True)
+class Negated:
+    """The negative of a target: its map is what speaks against the target."""
+
+    inner: Target
+
+    @property
+    def num_targets(self) -> int:
+        return self.inner.num_targets
+
+    @property
+    def leading(self) -> Tensor:
+        """As the target's, [N, T]."""
+        return self.inner.leading
+
+    @property
+    def is_class(self) -> tuple[bool, ...]:
+        """None of them is."""
+        return (False,) * self.num_targets
+
+    @property
+    def raw(self) -> "Negated":
+        return Negated(self.inner.raw)
+
+    def of(self, images: slice | Tensor) -> "Negated":
+        return Negated(self.inner.of(images))
+
+    def score(self, logits: Tensor, images: Tensor) -> Tensor:
+        """Minus the target's scores [B, T] (float64)."""
+        return -self.inner.score(logits, images)
+
+    def change(self, before: Tensor, after: Tensor) -> Tensor:
+        """Minus the target's changes [N, T]."""
+        return -self.inner.change(before, after)
+
+    def direction(self, logits: Tensor, index: int) -> Tensor:
+        """Minus the target's direction [N, K]."""
+        return -self.inner.direction(logits, index)
+
+
 TARGETS: Mapping[ReadoutName, type[ClassTarget]] = {
     "softmax": ClassProbability,
     "sigmoid": LabelProbability,

@@ -188,6 +188,12 @@ JOB_OPTIONS: dict[str, Any] = {
             help="bilinear, bicubic, nearest, lanczos, box or hamming.  [default: as --resize own says, else bilinear]"
         ),
     ],
+    "signed": Annotated[
+        bool | None,
+        typer.Option(
+            "--signed", help="Also map what speaks against the target, in a second colour (gradient methods and CAMs)."
+        ),
+    ],
     "limit": Annotated[int | None, typer.Option(help="Only the first so many records.")],
     "seed": Annotated[int | None, typer.Option(help="Of everything random.  [default: 0]")],
     "workers": Annotated[int | None, typer.Option(min=1, help="Explain actors.  [default: one per GPU, or CPU core]")],

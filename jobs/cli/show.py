@@ -21,7 +21,6 @@ from blocksight.storage.outputs.file_names import file_name
 from blocksight.storage.outputs.pictures import (
     Pixels,
     Tile,
-    colours,
     contact_sheet,
     in_panels,
     one_line,
@@ -144,7 +143,7 @@ def _check(output: Output, request: SheetRequest) -> None:
 def _plain(output: Output, rows: Sequence[Row], image: Pixels | None, truth: Truth | None) -> Iterator[Image.Image]:
     for row in rows:
         own = shown(output.plan, row, image, truth=truth)
-        yield in_panels((own.image, own.overlay, colours(own.saliency_hw)))
+        yield in_panels((own.image, own.overlay, own.colours))
 
 
 def _sheets(

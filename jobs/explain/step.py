@@ -27,6 +27,7 @@ from blocksight.engine.metrics.metric import Maps, Value, score_of
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.blocks import Place
 from blocksight.engine.model.device_errors import DeviceTrouble, device_trouble, is_short_of_memory, told_by_device
+from blocksight.engine.model.expressions import with_opposite
 from blocksight.engine.model.failures import first_line_of
 from blocksight.engine.model.float32 import use_ieee_float32
 from blocksight.engine.model.loading import load_model
@@ -220,6 +221,7 @@ class ExplainStep:
         self.labels = Labels(context.label_names, names, num_classes, config.label_classes, context.number_names)
         self.label_file = stored_label_file(open_worker_stores(context).output, config)
         self.targets = resolved_targets(config, self.adapter)
+        self.is_signed = config.signed
         self.method = {
             "explainer": config.explainer,
             "parameters": parameters_digest(parameters, facts, digest),
@@ -392,13 +394,17 @@ class ExplainStep:
         seeds = [seed_of(self.context.config, records[index].key) for index in usable]
         doubts = [self._doubts(records[index], logits[index]) for index in usable]
         inputs = _at(inputs, usable)
-        explanations = self._explanations(inputs, target, seeds, doubts)
+        both = self._explanations(inputs, with_opposite(target) if self.is_signed else target, seeds, doubts)
+        explanations = [own[: target.num_targets] for own in both]
+        opposites = [own[target.num_targets :] for own in both]
         chosen = [self._chosen(own, logits[index]) for own, index in zip(formulas, usable, strict=True)]
         ranks = [[one["target_rank"] for one in own] for own in chosen]
         levels = [[grey_levels(one.saliency_hw) for one in own] for own in explanations]
         values = self.metric.evaluate(as_maps(inputs, target, explanations, levels, ranks, seeds))
         for place, index in enumerate(usable):
             own = self._outcome(chosen[place], explanations[place], levels[place], values[place], doubts[place])
+            if self.is_signed and not isinstance(own, Reject):
+                own = _with_opposites(own, opposites[place])
             label_rank = self._label_rank(records[index], logits[index])
             outcome[index] = own if isinstance(own, Reject) else [{**row, "label_rank": label_rank} for row in own]
         return outcome
@@ -662,6 +668,18 @@ def target_columns(expression: Expression, formula: Formula, adapter: ModelAdapt
         "target_rank": None if index is None else ranks_of(logits, [index])[0],
         "target_formula": formula.text,
     }
+
+
+def _with_opposites(rows: Sequence[Row], opposites: Sequence[Explanation]) -> list[Row] | Reject:
+    """A record's rows with the maps of what speaks against each target."""
+    if not all(np.isfinite(one.saliency_hw).all() for one in opposites):
+        return Reject(RejectCode.NON_FINITE, "a score, a gradient or a feature map holds NaN or infinity")
+    found = []
+    for row, one in zip(rows, opposites, strict=True):
+        saliency = one.saliency_hw.astype(np.float32)
+        extremes = {"map_negative_low": float(saliency.min()), "map_negative_high": float(saliency.max())}
+        found.append({**row, "map_negative": grey_levels(one.saliency_hw), **extremes})
+    return found
 
 
 def _map_columns(explanation: Explanation, levels: NDArray[np.uint8]) -> Mapping[str, Any]:

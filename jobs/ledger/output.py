@@ -64,6 +64,21 @@ def model_facts(store: ObjectStore) -> Mapping[str, Any]:
     return vars(read_document(store, MODEL_KEY, ModelFacts))
 
 
+def signed_maps_of(row: Mapping[str, Any]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """What speaks for and against the target of a row with `map_negative`, both [H, W] in [0, 1] of one scale.
+
+    Raises UnreconciledError as `map_of`.
+    """
+    own = _unscaled(map_of(row), row["map_low"], row["map_high"])
+    against = _unscaled(map_of({**row, "map": row["map_negative"]}), row["map_negative_low"], row["map_negative_high"])
+    greatest = max(float(own.max()), float(against.max())) or 1.0
+    return (own / greatest).clip(0, 1), (against / greatest).clip(0, 1)
+
+
+def _unscaled(saliency_hw: NDArray[np.float32], low: float, high: float) -> NDArray[np.float32]:
+    return (low + (high - low) * saliency_hw).astype(np.float32)
+
+
 def map_of(row: Mapping[str, Any]) -> NDArray[np.float32]:
     """The map [H, W] in [0, 1] of an explained row. Raises UnreconciledError if its bytes are damaged."""
     try:

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from blocksight.cluster.sizing import Device
-from blocksight.engine.catalog.composition import AUTO, Method, Preset, parameters_of, parse_method
+from blocksight.engine.catalog.composition import AUTO, SIGNED, Method, Preset, has_sign, parameters_of, parse_method
 from blocksight.engine.catalog.edge_detectors import installed_detector
 from blocksight.engine.catalog.entries import EXPLAINERS, FIDELITIES, Fidelity
 from blocksight.engine.catalog.forward_setting import MAX_BATCH_SIZE
@@ -240,6 +240,9 @@ class JobConfig(BaseModel):
     interpolation: Literal["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"] | None = Field(
         default=None, description="how images are resampled; none: as `resize` says, else bilinear"
     )
+    signed: bool = Field(
+        default=False, description="also map what speaks against the target, in columns of its own: `map_negative`"
+    )
     limit: int | None = Field(default=None, ge=1, description="only the first so many records")
     seed: int = Field(default=0, ge=0, le=MAX_SEED, description="of all random numbers")
 
@@ -338,6 +341,15 @@ class JobConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _signs_have_a_meaning(self) -> "JobConfig":
+        if self.signed and (self.explainer == AUTO or not has_sign(parse_method(self.explainer))):
+            raise ValueError(
+                f"the maps of {self.explainer} have no sign, and signed asks for what speaks against the target: take "
+                f"one of {', '.join(SIGNED)}, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _papers_are_in_float32(self) -> "JobConfig":
         if self.preset == "paper" and self.precision not in ("auto", "float32"):
             raise ValueError(f"preset paper means float32, and precision {self.precision} is asked for: leave one out")
@@ -429,6 +441,8 @@ class JobConfig(BaseModel):
         unsaid = {name for name in named if chosen[name] is None}
         if self.asked_readout is None:
             unsaid.add("readout")
+        if not self.signed:
+            unsaid.add("signed")
         identity = {
             **{name: value for name, value in chosen.items() if name not in unsaid},
             "parameters": asdict(self.explainer_parameters()),

@@ -27,7 +27,7 @@ from blocksight.jobs.plan.plan import Plan
 from blocksight.jobs.report.products import Sizes, parts_of, products_of
 from blocksight.jobs.worker.rows import Output, images_of, rows_with, shown
 from blocksight.storage.inputs.ground_truth import Truth
-from blocksight.storage.outputs.pictures import Pixels, Tile, colours
+from blocksight.storage.outputs.pictures import Pixels, Tile
 from blocksight.storage.outputs.schema import OK, REJECTED
 from blocksight.storage.stores.store import ObjectStore
 
@@ -386,7 +386,7 @@ def _images(plan: Plan, endpoint_url: str | None, keys: Collection[str]) -> Iter
 
 def _picture(plan: Plan, row: dict[str, Any], image: Pixels | None, truth: Truth | None) -> Picture:
     own = shown(plan, row, image, SIDE, truth)
-    sides = {"image": own.image, "overlay": own.overlay, "saliency": colours(own.saliency_hw)}
+    sides = {"image": own.image, "overlay": own.overlay, "saliency": own.colours}
     height, width = own.saliency_hw.shape
     jpegs = {name: data_uri(jpeg(pixels, MAX_BYTES[name]), "image/jpeg") for name, pixels in sides.items()}
     return Picture(**jpegs, width=width, height=height, is_gone=image is None)

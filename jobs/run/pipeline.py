@@ -576,16 +576,25 @@ def _commit(batch: pa.Table, context: JobContext) -> pa.Table:
     def commit(careful: bool) -> Receipt:
         maps = np.frombuffer(batch["blob"][0].as_buffer(), np.uint8).reshape(-1, *context.facts.input_size)
         remaining = iter(maps)
-        rows = tuple({**row, "map": next(remaining) if "map" in row else None} for row in header["rows"])
+        rows = tuple(_with_maps(row, remaining) for row in header["rows"])
         result = UnitResult(**{**header, "unit": unit, "rows": rows})
         return commit_unit(result, stores.output, context.fingerprint, careful=careful)
 
     return _row_of(attempted(unit, "commit", stores, commit))
 
 
+MAPS = ("map", "map_negative")
+"""Columns whose arrays travel beside the other values of the rows."""
+
+
+def _with_maps(row: Mapping[str, Any], maps: Iterator[NDArray[np.uint8]]) -> dict[str, Any]:
+    """The row with its maps, which come next."""
+    return {"map": None, **row, **{name: next(maps) for name in MAPS if row.get(name) is not None}}
+
+
 def _result_table(result: UnitResult) -> pa.Table:
-    maps = [row["map"] for row in result.rows if row.get("map") is not None]
-    rows = [{**row, "map": True} if row.get("map") is not None else row for row in result.rows]
+    maps = [row[name] for row in result.rows for name in MAPS if row.get(name) is not None]
+    rows = [{**row, **{name: True for name in MAPS if row.get(name) is not None}} for row in result.rows]
     header = {
         "unit": result.unit,
         "rows": rows,

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from blocksight.jobs.ledger.output import fragment_of, map_of
+from blocksight.jobs.ledger.output import fragment_of, map_of, signed_maps_of
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.plan import Plan, existing_plan, source_of
 from blocksight.jobs.plan.records import Unit
@@ -20,7 +20,7 @@ from blocksight.storage.images.fitting import Fitting
 from blocksight.storage.inputs.ground_truth import Truth, boxes_in
 from blocksight.storage.inputs.survey import Layout
 from blocksight.storage.outputs.drawings import Box, with_boxes
-from blocksight.storage.outputs.pictures import Pixels, overlay, resized
+from blocksight.storage.outputs.pictures import Pixels, colours, overlay, resized, signed_colours, signed_overlay
 from blocksight.storage.rejects import Reject
 from blocksight.storage.stores.opening import open_store
 from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore
@@ -50,6 +50,8 @@ class Shown:
     """[H, W, 3]; grey if the image cannot be read any more."""
     saliency_hw: NDArray[np.float32]
     """[H, W] in [0, 1]."""
+    against_hw: NDArray[np.float32] | None = None
+    """What speaks against the target, on the scale of the map; None if the job was not asked for it."""
     boxes: tuple[tuple[str, Box], ...] = ()
     """Label and box of each object of the ground truth, in pixels of the picture."""
 
@@ -61,7 +63,16 @@ class Shown:
     @property
     def overlay(self) -> Pixels:
         """The map over the image, with the objects' boxes on top, [H, W, 3]."""
+        if self.against_hw is not None:
+            return with_boxes(signed_overlay(self.pixels, self.saliency_hw, self.against_hw), self.boxes)
         return with_boxes(overlay(self.pixels, self.saliency_hw), self.boxes)
+
+    @property
+    def colours(self) -> Pixels:
+        """The map in colour; what speaks against the target in a second one, [H, W, 3]."""
+        if self.against_hw is not None:
+            return signed_colours(self.saliency_hw, self.against_hw)
+        return colours(self.saliency_hw)
 
 
 def existing_output(name: str, endpoint_url: str | None = None) -> Output:
@@ -170,7 +181,11 @@ def shown(
         image = np.full((row["height"], row["width"], 3), 128, np.uint8)
     how = plan.identity["resize"]
     size = picture_size(row["height"], row["width"], how, side)
-    return Shown(fit(image, size, how), resized(map_of(row), size), _boxes(truth, row, size, how))
+    fitted, boxes = fit(image, size, how), _boxes(truth, row, size, how)
+    if row.get("map_negative") is None:
+        return Shown(fitted, resized(map_of(row), size), boxes=boxes)
+    own, against = signed_maps_of(row)
+    return Shown(fitted, resized(own, size), resized(against, size), boxes)
 
 
 def _boxes(truth: Truth | None, row: Mapping[str, Any], size: tuple[int, int], how: str) -> tuple[tuple[str, Box], ...]:

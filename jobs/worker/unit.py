@@ -281,4 +281,5 @@ def _encoded_row(row: Row) -> Row:
         "map_codec": CODEC,
         "map_height": height,
         "map_width": width,
+        **({"map_negative": encode_levels(row["map_negative"])} if "map_negative" in row else {}),
     }

@@ -18,7 +18,9 @@ Rows = TypeVar("Rows", pa.Table, pa.RecordBatch)
 LABEL_RANK = "label_rank"
 OF_TARGET = ("target", "target_formula")
 """Columns that outputs had none of while every target was a class: its number is both."""
-SCHEMA_4 = pa.schema([field for field in SCHEMA if field.name not in OF_TARGET])
+OF_SIGN = ("map_negative", "map_negative_low", "map_negative_high")
+"""Columns that outputs had none of while all maps were of what speaks for a target."""
+SCHEMA_4 = pa.schema([field for field in SCHEMA if field.name not in (*OF_TARGET, *OF_SIGN)])
 """The columns of outputs whose targets were all classes."""
 SCHEMA_3 = pa.schema([field for field in SCHEMA_4 if field.name != LABEL_RANK])
 """The columns of outputs from before the schema's version 4: no rank of the label, and ranks from 0."""

@@ -57,6 +57,26 @@ def overlay(pixels: Pixels, saliency_hw: NDArray[np.floating]) -> Pixels:
     return np.rint((1 - opacity) * grey + opacity * colours(saliency_hw)).astype(np.uint8)
 
 
+AGAINST_STOPS = COLOUR_STOPS[:, ::-1]
+"""The ramp of what speaks against a target: from dark to light through blue and green."""
+
+
+def signed_colours(saliency_hw: NDArray[np.floating], against_hw: NDArray[np.floating]) -> Pixels:
+    """What speaks for and against a target, both [H, W] in [0, 1] of one scale, as RGB: each pixel the stronger."""
+    stops = np.linspace(0, 1, len(AGAINST_STOPS))
+    against = np.stack([np.interp(against_hw, stops, AGAINST_STOPS[:, channel]) for channel in range(3)], -1)
+    is_against = (against_hw > saliency_hw)[..., None]
+    return np.where(is_against, np.rint(against).astype(np.uint8), colours(saliency_hw))
+
+
+def signed_overlay(pixels: Pixels, saliency_hw: NDArray[np.floating], against_hw: NDArray[np.floating]) -> Pixels:
+    """As `overlay`, of both maps."""
+    strength = np.maximum(saliency_hw, against_hw)
+    opacity = (MIN_OPACITY + (MAX_OPACITY - MIN_OPACITY) * strength)[..., None]
+    grey = (pixels @ LUMINANCE)[..., None]
+    return np.rint((1 - opacity) * grey + opacity * signed_colours(saliency_hw, against_hw)).astype(np.uint8)
+
+
 def side_by_side(pixels: Pixels, saliency_hw: NDArray[np.floating]) -> Image.Image:
     """Image, overlay and map in a row, with their names and the legend of colours below."""
     return in_panels((pixels, overlay(pixels, saliency_hw), colours(saliency_hw)))

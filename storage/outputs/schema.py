@@ -159,6 +159,9 @@ SCHEMA = pa.schema(
             "the metric that picked the map among several: never a measure of its quality; null where none did",
         ),
         _field("edge_detector", pa.string(), "feature-cam: hed or scharr, whichever found the edges"),
+        _field("map_negative", pa.binary(), "with `--signed` what speaks against the target, as `map`; else null"),
+        _field("map_negative_low", pa.float64(), "its least value before scaling to [0, 1], in the units of `map_low`"),
+        _field("map_negative_high", pa.float64(), "its greatest value before scaling to [0, 1]"),
     ],
     metadata={"blocksight.schema": SCHEMA_VERSION},
 )

@@ -1,0 +1,89 @@
+"""Signed maps: what speaks against a target, in columns and colours of its own."""
+
+import numpy as np
+import pytest
+
+from blocksight.jobs.ledger.output import map_of, signed_maps_of
+from blocksight.jobs.plan.config import ConfigError
+from blocksight.storage.outputs.pictures import colours, signed_colours
+from blocksight.storage.stores.local import LocalStore
+from tests.jobs.jobs_of import called, config_of, rows_in, run_here
+from tests.jobs.tiny import MODEL, folder_of_images
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """The same job with and without signs, and of the opposite difference."""
+    root = tmp_path_factory.mktemp("signed")
+    folder_of_images(root / "in", 3, bad=True)
+    for name, more in {
+        "plain": {"target": "0-1,predicted"},
+        "signed": {"target": "0-1,predicted", "signed": True},
+        "opposite": {"target": "1-0"},
+    }.items():
+        run_here(root / "in", root / name, explainer="gradcam", **more)
+    return root
+
+
+def rows_of(root, name):
+    return {(row["key"], row["target"]): row for row in rows_in(LocalStore(root / name)) if row["status"] == "ok"}
+
+
+def test_the_map_itself_is_the_same_and_the_negative_is_that_of_the_opposite(outputs):
+    plain, signed, opposite = (rows_of(outputs, name) for name in ("plain", "signed", "opposite"))
+    assert plain.keys() == signed.keys()
+    added = ("map_negative", "map_negative_low", "map_negative_high")
+    for place, row in signed.items():
+        differing = {name for name, value in row.items() if value != plain[place][name]}
+        assert differing == {*added, "unit_id"}
+        assert all(plain[place][name] is None for name in added)
+        if place[1] == "0-1":
+            other = opposite[place[0], "1-0"]
+            assert row["map_negative"] == other["map"]
+            assert (row["map_negative_low"], row["map_negative_high"]) == (other["map_low"], other["map_high"])
+
+
+def test_both_are_drawn_on_one_scale(outputs):
+    for row in rows_of(outputs, "signed").values():
+        own, against = signed_maps_of(row)
+        assert max(own.max(), against.max()) == pytest.approx(1.0, abs=1e-6) or own.max() == 0
+        greatest = max(row["map_high"], row["map_negative_high"])
+        wanted = (row["map_low"] + (row["map_high"] - row["map_low"]) * map_of(row)) / greatest
+        assert np.allclose(own, wanted, atol=1e-6)
+    one, other = np.array([[1.0, 0.0, 0.2]]), np.array([[0.0, 1.0, 0.2]])
+    drawn = signed_colours(one, other)
+    assert (drawn[0, 0] == colours(one)[0, 0]).all()
+    assert (drawn[0, 1] == drawn[0, 0][::-1]).all()  # the second colour
+    assert (drawn[0, 2] == colours(one)[0, 2]).all()
+
+
+def test_the_second_colour_is_shown(outputs, tmp_path):
+    pictures = []
+    for name in ("plain", "signed"):
+        assert called("show", outputs / name, "ant/000.png", "--picture", tmp_path / f"{name}.png")[0] == 0
+        pictures.append((tmp_path / f"{name}-0-1.png").read_bytes())
+    assert pictures[0] != pictures[1]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["show", "OUT", "ant/000.png", "--picture", "TMP/p.png"], ["report", "OUT"], ["verify", "OUT"]]
+)
+def test_signed_outputs_are_read(arguments, outputs, tmp_path):
+    given = [one.replace("OUT", str(outputs / "signed")).replace("TMP", str(tmp_path)) for one in arguments]
+    code, text = called(*given)
+    assert code == 0, text
+
+
+@pytest.mark.parametrize(
+    "explainer", ["sise", "rise", "gradient", "occlusion", "ucag(gradcam)", "smoothgrad", "fullgrad", "auto"]
+)
+def test_methods_without_a_sign_are_refused(explainer, tmp_path):
+    with pytest.raises(ConfigError, match="have no sign"):
+        config_of(tmp_path, tmp_path / "x", explainer=explainer, signed=True)
+
+
+def test_signed_is_in_the_identity_only_if_asked(tmp_path):
+    plain = config_of(tmp_path, tmp_path / "x", explainer="gradcam")
+    assert "signed" not in plain.identity(None)
+    signed = config_of(tmp_path, tmp_path / "x", explainer="libra(gradcam)", signed=True, model=MODEL)
+    assert signed.identity(None)["signed"] is True
