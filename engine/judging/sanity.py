@@ -173,7 +173,7 @@ class Sanity(Metric):
             module = randomised(self.adapter.module, share, self.seed, pictures)
             with torch.no_grad():
                 is_alive = tells_apart(module(pictures))
-            explanations = self.make(self.adapter.with_module(module)).explain(
+            explanations = self.make(self.adapter.with_weights_of(module)).explain(
                 maps.inputs_nchw, maps.target, maps.explainer_seeds
             )
             for image, index in curves:

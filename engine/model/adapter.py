@@ -140,6 +140,13 @@ class ModelAdapter:
         module = self.module
         return tuple(map(tuple, module.embeddings.tolist())) if isinstance(module, Prompted) else None
 
+    def with_weights_of(self, module: nn.Module) -> "ModelAdapter":
+        """A copy of the adapter around the same network with other weights; what was proved of its places holds."""
+        adapter = self.with_module(module)
+        with adapter.borrowed():
+            adapter.__dict__["network"] = self.network.around(module)
+        return adapter
+
     def resized(self, input_size: Grid) -> "ModelAdapter":
         """The same model for inputs of another size. Raises ModelError if the network does not take them."""
         adapter = copy.copy(self)

@@ -95,6 +95,18 @@ class Network:
                 self._leaking[place.name] = leaks(self.taps([place]).run, example)
         return self._leaking[place.name]
 
+    def around(self, module: nn.Module) -> "Network":
+        """The same network with the weights of another module of its kind, which is frozen.
+
+        Places are of the architecture. Random weights may prove less of them: a deep network's signal dies out.
+        """
+        with torch.no_grad():
+            example = self.example.to(next(module.parameters(), self.example).device)
+            graph = None if self.graph is None else _trace(module, example)
+        if (graph is None) != (self.graph is None):
+            return trace_network(module, example)
+        return replace(self, module=module, graph=graph)
+
     def last_block(self, names: Sequence[str] = ()) -> tuple[Place, Taps]:
         """The deepest of the blocks, and the taps that record it alone. Raises as `blocks`."""
         block = self.blocks(names)[-1]

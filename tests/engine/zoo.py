@@ -18,6 +18,8 @@ from blocksight.engine.errors import ModelError
 from blocksight.engine.model.adapter import ModelAdapter
 
 LEAST_CORRELATION = 0.99
+INPUT = " <"
+"""Ends the path of a layer whose input is meant."""
 
 
 def verdict(module: nn.Module, side: int, prefix: int | None = None, *, is_last: bool = False) -> tuple[str, str]:
@@ -43,9 +45,11 @@ def verdict(module: nn.Module, side: int, prefix: int | None = None, *, is_last:
         same = [(path, other, cam) for path, other, cam in seen if _are_same(maps, other)]
         if not same:
             return "unjudged", f"no layer of the library has the tensor of {told}"
-        path, _, cam = same[-1]
-        if cam is not None and _correlation(own, cam) < LEAST_CORRELATION:
-            return "wrong", f"Grad-CAM at {told} correlates {_correlation(own, cam):.2f} with the hook at {path}"
+        near = [_correlation(own, cam) for _, _, cam in same if cam is not None]
+        path, is_whole = same[-1][0], any(not path.endswith(INPUT) for path, *_ in same)
+        if near and max(near) < LEAST_CORRELATION:  # an input's gradient is a part, if the tensor goes elsewhere too
+            told = f"Grad-CAM at {told} correlates {max(near):.2f} with the hook at {path}"
+            return ("wrong" if is_whole else "unjudged"), told
         if all(_has_way_around(module, one, inputs) for one, *_ in same):
             return "wrong", f"the logits depend on the picture beside {path}"
         if not _agrees_with_the_library(module, inputs, maps):
@@ -63,7 +67,9 @@ def _correlation(one: Tensor, other: Tensor) -> float:
 
 
 def _are_same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
+    return one.shape == other.shape and torch.allclose(
+        one, other, rtol=1e-3, atol=1e-4 * float(other.detach().abs().max())
+    )
 
 
 def _give_heads_weights(module: nn.Module) -> None:
@@ -93,7 +99,7 @@ def _layers(
     with ExitStack() as hooks, torch.enable_grad():
         for path, layer in module.named_modules():
             if path:
-                before = layer.register_forward_pre_hook(lambda _, given, path=path: keep(path + " <", _first(given)))
+                before = layer.register_forward_pre_hook(lambda _, given, path=path: keep(path + INPUT, _first(given)))
                 after = layer.register_forward_hook(lambda _m, _g, out, path=path: keep(path, _first(out)))
                 hooks.callback(before.remove)
                 hooks.callback(after.remove)
@@ -124,7 +130,7 @@ def _as_meant(value: Tensor, prefix: int | None, *, is_last: bool) -> Tensor | N
 
 def _has_way_around(module: nn.Module, path: str, inputs: Tensor) -> bool:
     """True if two pictures still have different logits while the layer's tensor is 0."""
-    layer = module.get_submodule(path.removesuffix(" <"))
+    layer = module.get_submodule(path.removesuffix(INPUT))
 
     def empty(value: Any) -> None:
         """In place, so that a shortcut beside the layer takes the zeros too."""
@@ -134,7 +140,7 @@ def _has_way_around(module: nn.Module, path: str, inputs: Tensor) -> bool:
         usual = module(inputs)
         hook = (
             layer.register_forward_pre_hook(lambda _, given: empty(given))
-            if path.endswith(" <")
+            if path.endswith(INPUT)
             else layer.register_forward_hook(lambda _m, _g, out: empty(out))
         )
         try:
@@ -161,3 +167,38 @@ def _agrees_with_the_library(module: nn.Module, inputs: Tensor, maps: Tensor) ->
         if has_same_numbers and not _are_same(maps, own):
             return False
     return True
+
+
+class Logits(nn.Module):
+    """A classifier of the library transformers that returns its logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(pixel_values=x).logits
+
+
+SMALL = {
+    "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96, "num_labels": 5,
+}  # fmt: skip
+"""Of configurations that have these keys as plain numbers; others keep their defaults."""
+
+
+def hf_classifier(kind: str, name: str) -> tuple[nn.Module, int, int | None, bool]:
+    """A classifier of the library transformers with random weights, its side in pixels, and its prefix tokens."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[kind]()
+    own = getattr(config, "vision_config", config)
+    for key, value in SMALL.items():
+        if isinstance(getattr(own, key, None), int):
+            setattr(own, key, value)
+    config.num_labels = 5
+    side = getattr(own, "image_size", None)
+    side = side if isinstance(side, int) else side[0] if isinstance(side, list | tuple) else 224
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config)
+    return Logits(model), side, None, False

@@ -16,7 +16,7 @@ from blocksight.engine.model.proofs import (
     probe_pictures,
     proved_reading,
 )
-from tests.engine.nets import seeded, smooth
+from tests.engine.nets import Transformer, seeded, smooth
 
 
 def found_in(net, side=32):
@@ -192,3 +192,19 @@ def test_data_parallel_has_the_blocks_of_its_module():
     plain, parallel = (ModelAdapter(one, input_size=(64, 64)).network.blocks() for one in (net, nn.DataParallel(net)))
     assert [block.layout for block in parallel] == [block.layout for block in plain]
     assert [block.name for block in parallel] == ["module.relu", *(f"module.layer{number}" for number in range(1, 5))]
+
+
+@pytest.mark.parametrize("net", [Transformer, Branching])
+def test_what_was_proved_holds_for_other_weights(net):
+    """The sanity metric randomises weights, and a network that passes nothing on proves nothing."""
+    adapter = ModelAdapter(seeded(net), input_size=(32, 32))
+    names = [block.name for block in adapter.network.blocks()]
+    dead = seeded(net)
+    for weight in dead.parameters():
+        weight.data.zero_()
+    if net is Transformer:
+        with pytest.raises(ModelError, match="is no feature map"):
+            adapter.with_module(dead).network.blocks(names)
+    other = adapter.with_weights_of(dead).network
+    assert other.blocks(names) == adapter.network.blocks()
+    assert not other.taps(other.blocks(names))(smooth(2, 32, 32))[0].any()
