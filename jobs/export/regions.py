@@ -29,7 +29,7 @@ from blocksight.storage.stores.store import AlreadyExistsError, ObjectStore
 SETTINGS, COCO = "regions.json", "coco"
 REJECTED_RECORD = "the record was rejected"
 COLUMNS = [name for name in REGIONS.names if name in RECORD_COLUMNS]
-READ = [*COLUMNS, "status", *("target_index", "target_name", "score", "explainer", "parameters")]
+READ = [*COLUMNS, "status", *("target_index", "target", "target_name", "score", "explainer", "parameters")]
 READ += ["map", "map_height", "map_width"]
 
 Row = Mapping[str, Any]

@@ -38,7 +38,7 @@ def tables(folder: str) -> list[dict]:
 def test_rows_in_are_rows_out_and_join_by_key_and_target(output):
     figures = found(output, "--parts", "all")
     rows, stored = tables(figures["folder"]), rows_in(open_store(str(output)))
-    join = ("key", "shard", "shard_index", "target_index", "explainer", "parameters")
+    join = ("key", "shard", "shard_index", "target_index", "target", "explainer", "parameters")
     assert [[row[name] for name in join] for row in rows] == [[row[name] for name in join] for row in stored]
     assert all((row["reason"] is None) == bool(row["parts"]) for row in rows)
     assert all(len(row["parts"]) == row["num_parts"] for row in rows)
