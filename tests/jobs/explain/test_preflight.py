@@ -22,6 +22,7 @@ from blocksight.jobs.plan.plan import source_of
 from blocksight.jobs.plan.preflight import PREFLIGHT_KEY, UNEXAMINED, Preflight, stored_preflight
 from blocksight.jobs.run.job import plan_job, run_job
 from blocksight.storage.stores.opening import open_store
+from tests.engine.nets import TRANSFORMERS_ONLY
 from tests.jobs.jobs_of import called, config_of, rows_in, run_here
 from tests.jobs.tiny import folder_of_images, make, make_vit
 
@@ -167,8 +168,8 @@ def test_any_exception_of_a_model_is_a_sentence(my_models, red_and_green, tmp_pa
 
 @pytest.mark.parametrize("explainer", sorted(EXPLAINERS))
 def test_every_explainer_is_tried_in_a_few_passes(explainer, tmp_path, shapes):
-    adapter = (make_vit if explainer == "daam" else make)()
-    model = f"tests.jobs.tiny:{'make_vit' if explainer == 'daam' else 'make'}"
+    adapter = (make_vit if explainer in TRANSFORMERS_ONLY else make)()
+    model = f"tests.jobs.tiny:{'make_vit' if explainer in TRANSFORMERS_ONLY else 'make'}"
     parameters = {"window": 8, "stride": 8} if explainer == "occlusion" else {}
     config = config_of(shapes, tmp_path / "out", model=model, explainer=explainer, parameters=parameters)
     facts = model_facts(adapter, config)
