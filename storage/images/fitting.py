@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 import numpy as np
@@ -20,6 +21,9 @@ INTERPOLATIONS = {
 }
 """All of them are antialiased but the nearest pixel; the first is what a fitting without a word means."""
 DEFAULT_INTERPOLATION = "bilinear"
+
+MAX_RESIZED_PIXELS = 1 << 24
+"""Of a longer picture only the part that is seen is resized, which may differ in its last bits."""
 
 Box = tuple[float, float, float, float]
 
@@ -94,6 +98,8 @@ class Fitting:
     def apply(self, pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
         """Pixels [H, W, 3] at another size (height, width); what lies outside the picture is black."""
         image, (height, width) = Image.fromarray(pixels), size
+        if size == self.centre and prod(self._resized_size(image.size)) <= MAX_RESIZED_PIXELS:
+            return self._cut(image)
         left, top, right, bottom = self.box(image.size, (width, height))
         box = (max(left, 0.0), max(top, 0.0), min(right, float(image.width)), min(bottom, float(image.height)))
         x, y = width / (right - left), height / (bottom - top)
@@ -107,6 +113,12 @@ class Fitting:
         rows, columns = slice(start[1], start[1] + part[1]), slice(start[0], start[0] + part[0])
         found[rows, columns] = seen[: height - start[1], : width - start[0]]
         return found
+
+    def _cut(self, image: Image.Image) -> NDArray[np.uint8]:
+        """The centre of the whole picture, resized: bit by bit what libraries compute with Pillow."""
+        resized = image.resize(self._resized_size(image.size), INTERPOLATIONS[self.interpolation])
+        left, top = self._corner(image.size)
+        return np.asarray(resized.crop((left, top, left + self.centre[1], top + self.centre[0])))
 
     def _resized_size(self, have: tuple[int, int]) -> tuple[int, int]:
         """Width and height of the resized picture."""
