@@ -228,7 +228,7 @@ class _Parser:
             if word == "margin":
                 self.place += 1
                 return [(list(MARGIN), None, "expression")]
-        if word in WRAPPERS and self._sign(1) == "(" and self._closes_at_end():
+        if word is not None and word in WRAPPERS and self._sign(1) == "(" and self._closes_at_end():
             return [(terms, self._joined(WRAPPERS[word], inner), source) for terms, inner, source in self._wrapped()]
         return [self._sum()]
 
@@ -260,7 +260,7 @@ class _Parser:
 
     def _factor(self) -> Sum:
         word = self._word()
-        if word in WRAPPERS and self._sign(1) == "(":
+        if word is not None and word in WRAPPERS and self._sign(1) == "(":
             wrapped = self._wrapped()
             if len(wrapped) > 1:
                 raise self._error("top-K is several targets, and cannot be part of a sum")

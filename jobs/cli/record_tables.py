@@ -85,8 +85,8 @@ def kept_text(row: Mapping[str, Any]) -> str:
 
 def _without_drop(row: Mapping[str, Any]) -> str:
     """What is known where the score is negative, so that no share of it can be lost."""
-    has_increase = row["metrics"] is not None and row["metrics"]["increase"] is not None
-    return ("rises" if row["metrics"]["increase"] else "falls") if has_increase else "not defined"
+    grew = None if row["metrics"] is None else row["metrics"]["increase"]
+    return "not defined" if grew is None else "rises" if grew else "falls"
 
 
 def _masks_text(fidelity: str, reason: str | None) -> str:

@@ -660,10 +660,10 @@ def target_columns(expression: Expression, formula: Formula, adapter: ModelAdapt
     """What a row says of its target, on an image with these logits [K]."""
     index = formula.target_class if expression.atom is not None else None
     names = {own: adapter.class_name(own) for _, own in formula.terms}
-    is_prompt = index is not None and expression.atom is not None and expression.atom.kind == "text"
+    is_logit = expression.atom is not None and expression.atom.kind == "text" and formula.reading == "logit"
     return {
         "target_index": index,
-        "target_name": names[index] if is_prompt and formula.reading == "logit" else formula.named(names),
+        "target_name": names[index] if is_logit and index is not None else formula.named(names),
         "target_source": expression.source,
         "target_rank": None if index is None else ranks_of(logits, [index])[0],
         "target_formula": formula.text,
