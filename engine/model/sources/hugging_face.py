@@ -227,7 +227,8 @@ def _fed(model: Any, folder: str) -> ModelAdapter:
 
 def _texts(model: Any, folder: str) -> Texts | None:
     """The text side; None: how a text is compared with a picture is not known."""
-    scale, temperature = getattr(model, "logit_scale", None), getattr(model, "temperature", None)
+    scale: Any = getattr(model, "logit_scale", None)
+    temperature: Any = getattr(model, "temperature", None)
     if not hasattr(model, "get_text_features") or (scale is None and temperature is None):
         return None
     bias = getattr(model, "logit_bias", None)

@@ -153,7 +153,7 @@ class OnnxNetwork(nn.Module):
 
     def forward(self, inputs_nchw: Tensor) -> Tensor | dict[str, Tensor]:
         """The output, or all of them by name, without gradients."""
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
             raise RuntimeError("an ONNX file cannot be traced")
         given = inputs_nchw.detach().cpu().numpy().astype(self.dtype)
         given = np.ascontiguousarray(given.transpose(0, 2, 3, 1) if self.is_channels_last else given)

@@ -101,7 +101,7 @@ def _settings(architecture: str, tag: str) -> tuple[dict[str, Any], tuple[str, .
 def _preprocessing(settings: Mapping[str, Any]) -> Preprocessing:
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    transform = image_transform_v2(PreprocessCfg(**settings), is_train=False)
+    transform: Any = image_transform_v2(PreprocessCfg(**settings), is_train=False)
     return Preprocessing(lambda pixels: _tensor(transform(to_pil_image(pixels))), (_resizing(settings),))
 
 

@@ -101,7 +101,7 @@ def preprocessing_of(pretrained: Mapping[str, Any]) -> Preprocessing:
     channels = config["input_size"][0]
     if channels != 3:
         raise ModelError(f"this model of timm takes {channels} channels; pictures have three")
-    transform = create_transform(**config, is_training=False)
+    transform: Any = create_transform(**config, is_training=False)
     return Preprocessing(lambda pixels: transform(to_pil_image(pixels)), _resizings(config))
 
 
@@ -130,7 +130,7 @@ def _resizings(config: Mapping[str, Any]) -> tuple[Resizing, ...]:
 
 def _class_names(network: Any) -> Sequence[str] | None:
     """The names of the pretrained configuration, or those of the ImageNet that has as many classes."""
-    from timm.data import ImageNetInfo, infer_imagenet_subset
+    from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
     named = network.pretrained_cfg.get("label_names")
     if named and len(named) == network.num_classes:
