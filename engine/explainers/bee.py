@@ -232,7 +232,8 @@ class Bee(SignedExplainer):
         found = []
         for image, row in enumerate(self._scores(inputs_nchw, target)):
             own = [number for number, one in enumerate(candidates) if one.image == image]
-            found.append(self._best(*([some[number] for number in own] for some in (candidates, grids, values)), row))
+            theirs = ([some[number] for number in own] for some in (candidates, grids, values))
+            found.append(self._best(*theirs, row))
         return found
 
     def _forward(self, inputs_nchw: Tensor, target: ClassTarget, size: int) -> PassResult:

@@ -125,14 +125,23 @@ def leaks(run: Run, example_nchw: Tensor) -> bool:
     """True if the output depends on the picture [2, C, H, W] also while the place holds its mean over the batch.
 
     A gradient shows a path also where its weights are zeros, as new layers often begin; the two pictures' outputs
-    show one that has no gradient.
+    show one that has no gradient. Outputs that change from call to call show nothing; the examination refuses them.
     """
-    with torch.enable_grad():
-        output = run(example_nchw.detach().requires_grad_(True), lambda _, value: _mean(value))
-    if output.requires_grad:
+
+    def outputs() -> Tensor:
+        with torch.enable_grad():
+            return run(example_nchw.detach().requires_grad_(True), lambda _, value: _mean(value))
+
+    first = outputs()
+    if first.requires_grad:
         return True
-    one, other = output.detach().double()[:2]
-    return bool((one - other).abs().max() > ROUNDING * torch.maximum(one.abs().max(), other.abs().max()))
+    return _differ(first[0], first[1]) and not _differ(first, outputs())
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    """True if two outputs are not equal within rounding."""
+    apart, size = (one - other).detach().double().abs().max(), torch.maximum(one.abs().max(), other.abs().max())
+    return bool(apart > ROUNDING * size)
 
 
 def _mean(value: Tensor) -> Tensor:

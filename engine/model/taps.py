@@ -141,7 +141,8 @@ def _with_first(output: Any, change: Callable[[Any], Any]) -> Any:
     """The output with its first value changed, where it is a tuple, a list or a dict: layers return them."""
     if isinstance(output, tuple | list) and output:
         values = [change(output[0]), *output[1:]]
-        return output._make(values) if hasattr(output, "_make") else type(output)(values)
+        make = getattr(output, "_make", type(output))  # of a named tuple
+        return make(values)
     if isinstance(output, dict) and output:
         changed = copy.copy(output)  # an object of transformers' stays one
         first = next(iter(output))

@@ -150,6 +150,7 @@ def _compare(job: _Job, actors: int, meter: CpuMeter, console: Console) -> HostS
     steps: dict[str, float] = dict.fromkeys(STEPS, 0.0)
     through_ray: list[float] = []
     receipts: list[Receipt] = []
+    num_here = 0
     with session_of(execution) as sizing:
         assert sizing is not None  # of Ray
         console.print("warming up")
@@ -157,10 +158,10 @@ def _compare(job: _Job, actors: int, meter: CpuMeter, console: Console) -> HostS
         _run_here(job, units[:1], explain, dict(steps))
         for number in range(1, ROUNDS + 1):
             console.print(f"round {number} of {ROUNDS}")
-            num_here = sum(own.num_records for own in _run_here(job, some, explain, steps))
+            num_here += sum(own.num_records for own in _run_here(job, some, explain, steps))
             seconds, receipts = _run_through_ray(job, execution, sizing, meter)
             through_ray.append(seconds)
-    per_record = {name: 1e3 * seconds / (ROUNDS * num_here) for name, seconds in steps.items()}
+    per_record = {name: 1e3 * seconds / num_here for name, seconds in steps.items()}
     return HostShare(
         records=sum(own.num_records for own in receipts),
         rejected=sum(own.num_rejected for own in receipts),

@@ -227,7 +227,7 @@ def test_the_list_of_explainers_fits_a_narrow_window_and_names_every_parameter()
         shown = f"{name}{'(...)' if entry.wraps else ''}"
         assert f"│{shown} " in text
         assert (f"│{shown} * " in text) == (name in ("a-fmi", "feature-cam"))
-    assert "smoothgrad(gradient), ucag(gradcam), feature-cam(gradcam)" in text
+    assert "smoothgrad(gradient), ucag(gradcam), libra(chefer), feature-cam(gradcam)" in text
     assert "* a reconstruction from the abstract" in text
 
 

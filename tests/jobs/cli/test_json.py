@@ -42,6 +42,7 @@ def asked(base, tmp_path):
         "show": (base / "out", "ant/000.png", "--picture", tmp_path / "a.png"),
         "sql": (base / "out", "SELECT key, score FROM maps ORDER BY key"),
         "list": ("explainers",),
+        "regions": (base / "out",),
         "check": ("--model", MODEL, "--data", base / "in", "--output", tmp_path / "checked.png"),
     }
 

@@ -153,4 +153,4 @@ def test_fiftyone_has_them_as_detections(base):
     fields = {own["name"]: own for own in json.loads((base / "fo" / "metadata.json").read_text())["sample_fields"]}
     assert fields["ground_truth_objects"]["embedded_doc_type"] == "fiftyone.core.labels.Detections"
     code, printed = called("export", base / "out", "spotlight", base / "sp", "--truth", base / "boxes.json")
-    assert (code, "is for fiftyone only" in printed) == (2, True)
+    assert (code, "is for fiftyone and pictures only" in printed) == (2, True)

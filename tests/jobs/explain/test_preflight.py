@@ -146,8 +146,8 @@ def test_integrated_gradients_that_do_not_add_up_are_told_before_any_unit(my_mod
     assert run_here(red_and_green, tmp_path / "plain", explainer="gradient", model="odd_models:straight")
 
 
-def test_a_block_that_no_gradient_reaches_is_named(my_models, red_and_green, tmp_path):
-    with pytest.raises(ModelError, match="none reaches block 'second' of odd_models:cut"):
+def test_a_block_that_is_cut_off_and_passed_by_is_named(my_models, red_and_green, tmp_path):
+    with pytest.raises(ModelError, match="'second' is no block: the output still depends on the picture"):
         run_here(red_and_green, tmp_path / "out", model="odd_models:cut", explainer="layercam", blocks=["second"])
 
 
