@@ -91,7 +91,7 @@ class Network:
             return not place.is_unavoidable
         if place.name not in self._leaking:
             with frozen(self.module):
-                example = self.example.to(next(self.module.parameters(), self.example).device)
+                example = self.example.to(next(self.module.parameters(), self.example))  # device and precision
                 self._leaking[place.name] = leaks(self.taps([place]).run, example)
         return self._leaking[place.name]
 

@@ -52,7 +52,7 @@ class Reading:
     fault: str = ""
     """Why there is none, as a clause."""
     is_assumed: bool = False
-    """The tensor hardly depends on the picture, and its shape has one reading alone."""
+    """No patch shows in cells of its own, as where each cell sees the whole picture; the shape has one reading."""
 
 
 def proved_reading(value: Any, full: Grid, grids: Sequence[Grid]) -> Reading:
@@ -70,11 +70,19 @@ def proved_reading(value: Any, full: Grid, grids: Sequence[Grid]) -> Reading:
     odds, layout = max(((_odds(value, one), one) for one in layouts), key=lambda pair: pair[0], default=(0.0, None))
     if odds >= LEAST_ODDS:
         return Reading(layout)
-    if not _is_silent(value):
-        return Reading(None, NO_READING)
-    if value.dim() == 4 and len(layouts) == 1:
+    is_silent = _is_silent(value)
+    if value.dim() == 4 and len(layouts) == 1 and (is_silent or _goes_on(value, layouts[0].grid, grids)):
         return Reading(layouts[0], is_assumed=True)
-    return Reading(None, NO_PICTURE)
+    return Reading(None, NO_PICTURE if is_silent else NO_READING)
+
+
+def _goes_on(value: Tensor, grid: Grid, grids: Sequence[Grid]) -> bool:
+    """True if the tensor has a row for each picture, and its grid is no finer than that of the tensor before it.
+
+    A matrix of attention is finer: it has a side for all the cells of the grid.
+    """
+    is_of_pictures = bool((value[-1] - value[0]).abs().max() <= ROUNDING * value.abs().max())
+    return is_of_pictures and bool(grids) and all(own <= before for own, before in zip(grid, grids[-1], strict=True))
 
 
 def _odds(value: Tensor, layout: Layout) -> float:

@@ -174,7 +174,7 @@ def write(
     sink.close()
     if not sink.count:
         raise ConfigError(
-            f"nothing of {store.uri} can be exported: it has no map, and {num_rejected:,} rejected records"
+            f"nothing of {store.uri} can be exported: it has no map, and {counted(num_rejected, 'rejected record')}"
         )
     told = f"{counted(sink.count, 'map')} of {counted(records, 'record')} exported; {num_rejected:,} rejected"
     return [told, *sink.lines]

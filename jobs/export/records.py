@@ -14,6 +14,7 @@ from blocksight.jobs.ledger.output import fragment_of, table_of, values_in
 from blocksight.jobs.plan.plan import Plan, source_of
 from blocksight.jobs.plan.records import Unit, UnreconciledError
 from blocksight.jobs.worker.rows import images_in
+from blocksight.storage.outputs.fragments import OF_SIGN
 from blocksight.storage.outputs.pictures import Pixels
 from blocksight.storage.outputs.schema import OK, PRODUCT_COLUMNS, SCHEMA
 from blocksight.storage.stores.store import ObjectStore
@@ -24,7 +25,7 @@ Method = tuple[Any, ...]
 
 ALL = Selection()
 
-COLUMNS = [name for name in SCHEMA.names if name not in PRODUCT_COLUMNS]
+COLUMNS = [name for name in SCHEMA.names if name not in (*PRODUCT_COLUMNS, *OF_SIGN)]
 VALUE_COLUMNS = [*METHOD, "metric", "protocol", "value"]
 
 

@@ -226,7 +226,7 @@ REGIONS = pa.schema(
 RECORD_COLUMNS = SCHEMA.names[: SCHEMA.names.index("label_name") + 1]
 """The columns of every record, explained or not."""
 
-PRODUCT_COLUMNS = SCHEMA.names[SCHEMA.names.index("channel_importance") :]
+PRODUCT_COLUMNS = SCHEMA.names[SCHEMA.names.index("channel_importance") : SCHEMA.names.index("edge_detector") + 1]
 """Columns with a method's other results: lists that may hold thousands of numbers per row, and facts about them."""
 
 REJECTED = "rejected"

@@ -152,7 +152,7 @@ CNNS = {
     "regnet_x_400mf": Case(lambda: zoo("regnet_x_400mf"), 64, "trunk_output"),
 }
 TRANSFORMERS = {
-    "vit": Case(lambda: seeded(vision_transformer), 64, "encoder.layers.encoder_layer_3.ln_1"),
+    "vit": Case(lambda: seeded(vision_transformer), 64, "encoder.layers.encoder_layer_1"),
     "swin": Case(lambda: seeded(swin), 64, "norm"),
     "swin_t": Case(lambda: zoo("swin_t"), 112, "features.5"),
 }

@@ -231,7 +231,7 @@ def test_few_digits_are_said():
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: nn.Sequential(nn.Conv2d(1, 5, 16), nn.Flatten()), "takes 1 channels; wrap it .* keepdim=True"),
+        (lambda: nn.Sequential(nn.Conv2d(1, 5, 16), nn.Flatten()), "takes 1 channels; say --channels 1"),
         (lambda: nn.Sequential(nn.Conv2d(3, 5, 16), nn.Flatten()).half(), "weights are float16 .* model.float()"),
         (lambda: nn.Sequential(nn.Conv2d(3, 5, 16), nn.Flatten()).double(), "weights are float64 .* model.float()"),
         (lambda: nn.Linear(3, 5), "fails on RGB images of 16 x 16 pixels"),

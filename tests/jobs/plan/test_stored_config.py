@@ -216,7 +216,7 @@ def callers() -> Mapping[str, set[str]]:
 def test_a_configuration_comes_from_the_user_or_through_the_one_door():
     found = callers()
     assert found["model_validate"] == {"jobs/plan/config.py"}
-    assert found["checked_config"] == {"jobs/plan/stored_config.py"}
+    assert found["checked_config"] == {"jobs/plan/config.py", "jobs/plan/stored_config.py"}
     assert found["JobConfig"] == {"jobs/cli/demo.py"}
     # the second imports a name of a fixed list
     assert found["import_module"] == {"engine/model/loading.py", "jobs/api/__init__.py"}
