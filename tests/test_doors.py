@@ -25,8 +25,12 @@ DOORS = {
     ("engine/explainers/edges.py", "h5py.File"),  # a file of an installed package
     ("jobs/export/virelay.py", "h5py.File"),  # it writes
     ("jobs/export/virelay.py", "numpy.memmap"),  # numbers of our own, in a scratch file
-    ("jobs/export/quantus.py", "numpy.lib.format.header_data_from_array_1_0"),  # they write
-    ("jobs/export/quantus.py", "numpy.lib.format.write_array_header_1_0"),
+    ("jobs/export/array_file.py", "numpy.lib.format.header_data_from_array_1_0"),  # they write
+    ("jobs/export/array_file.py", "numpy.lib.format.write_array_header_1_0"),
+    ("jobs/export/selection.py", "duckdb.DuckDBPyConnection"),  # a type: the connection is one of `sql.py`
+    ("engine/model/sources/onnx_models.py", "torch.jit.is_tracing"),  # it opens nothing
+    ("engine/model/sources/onnx_models.py", "onnx.load_model_from_string"),  # operators and places of tensors are read
+    ("engine/model/sources/onnx_models.py", "onnxruntime.InferenceSession"),  # after them
 }
 """Allowed pairs of a file and a function that it uses."""
 
@@ -39,7 +43,8 @@ OPENERS = re.compile(
     r"|numpy\.(load|memmap|fromfile|loadtxt|genfromtxt|lib)(\..*)?"
     r"|(c?[pP]ickle|_pickle)\.(load|loads|Unpickler)|(cloudpickle|dill|joblib|marshal|shelve)(\..*)?"
     r"|(pandas|polars)\.(read|scan).*|ray\.data\.read.*|ray\.cloudpickle.*"
-    r"|duckdb(?!$|\.Error$).*|h5py(?!$).*|yaml\..*load.*"
+    r"|onnx\.(load.*|hub\..*|.*\.load_.*)|onnxruntime\.(InferenceSession|.*custom_ops.*)|openvino\..*(read_model|add_extension)"
+    r"|transformers\..*trust_remote_code.*|duckdb(?!$|\.Error$).*|h5py(?!$).*|yaml\..*load.*"
 )
 """Functions that read files which may hold code or grow when they are decompressed."""
 
