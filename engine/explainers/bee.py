@@ -232,8 +232,12 @@ class Bee(SignedExplainer):
         found = []
         for image, row in enumerate(self._scores(inputs_nchw, target)):
             own = [number for number, one in enumerate(candidates) if one.image == image]
-            theirs = ([some[number] for number in own] for some in (candidates, grids, values))
-            found.append(self._best(*theirs, row))
+            made, signed, measured = (
+                [candidates[number] for number in own],
+                [grids[number] for number in own],
+                [values[number] for number in own],
+            )
+            found.append(self._best(made, signed, measured, row))
         return found
 
     def _forward(self, inputs_nchw: Tensor, target: ClassTarget, size: int) -> PassResult:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torchvision.transforms.functional import to_pil_image
 
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.adapter import IMAGENET_MEAN, IMAGENET_STD, ModelAdapter
@@ -53,6 +52,8 @@ def load_torchvision(architecture: str, weights: str | None, state: bytes | None
 
 def torchvision_preprocessing(architecture: str, weights: str | None) -> Preprocessing:
     """What torchvision does to a picture for published weights, by default the classifier's own default ones."""
+    from torchvision.transforms.functional import to_pil_image
+
     known = _published_weights(architecture)
     preset = known[weights if weights in known.__members__ else "DEFAULT"].transforms()
     side = preset.resize_size[0]

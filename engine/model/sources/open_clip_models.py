@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.functional import to_pil_image
 
 from blocksight.engine.catalog.sources import require
 from blocksight.engine.errors import ModelError
@@ -100,6 +99,7 @@ def _settings(architecture: str, tag: str) -> tuple[dict[str, Any], tuple[str, .
 
 def _preprocessing(settings: Mapping[str, Any]) -> Preprocessing:
     from open_clip.transform import PreprocessCfg, image_transform_v2
+    from torchvision.transforms.functional import to_pil_image
 
     transform: Any = image_transform_v2(PreprocessCfg(**settings), is_train=False)
     return Preprocessing(lambda pixels: _tensor(transform(to_pil_image(pixels))), (_resizing(settings),))

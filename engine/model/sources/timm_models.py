@@ -7,7 +7,6 @@ from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
-from torchvision.transforms.functional import to_pil_image
 
 from blocksight.engine.catalog.sources import require
 from blocksight.engine.errors import ModelError
@@ -96,6 +95,7 @@ def preprocessing_of(pretrained: Mapping[str, Any]) -> Preprocessing:
     """What timm does to a picture by a pretrained configuration."""
     from timm.data.config import resolve_data_config
     from timm.data.transforms_factory import create_transform
+    from torchvision.transforms.functional import to_pil_image
 
     config = resolve_data_config(pretrained_cfg=dict(pretrained))
     channels = config["input_size"][0]
