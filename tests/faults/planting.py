@@ -30,7 +30,8 @@ HEAVY = ("torch", "torchvision", "pyarrow.parquet", "pyarrow.dataset", "ray.data
 """Libraries that take seconds to import, and that no fault is planted in."""
 OPTIONS = (
     "-x", "-q", "--no-header", "-o", "addopts=", "--strict-markers", "--timeout=100",
-    "-m", "not servers and not faults and not sweep",
+    "-m", "not servers and not faults and not sweep and not zoo",
+    "-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning",  # a plugin that a heavy library needs
     "-p", "no:cacheprovider", "-p", "no:nbmake", "-p", "no:xdist",
 )  # fmt: skip
 SEED = "--hypothesis-seed=1"

@@ -626,11 +626,11 @@ MUTATIONS = (
         ("engine/model/test_examination.py::test_an_output_is_recognised",),
     ),
     Mutation(
-        "a block that no gradient reaches is explained",
-        "engine/judging/preflight.py",
-        "        if slope is None:\n",
-        "        if slope is None and not name:\n",
-        ("jobs/explain/test_preflight.py::test_a_block_that_no_gradient_reaches_is_named",),
+        "a named block with a way around it is explained",
+        "engine/model/network.py",
+        "        if self._leaks(found[-1]):\n",
+        "        if False:\n",
+        ("jobs/explain/test_preflight.py::test_a_block_that_is_cut_off_and_passed_by_is_named",),
     ),
     Mutation(
         "the model of an output is taken for the same without a look at its outputs",
