@@ -239,3 +239,10 @@ def test_an_import_by_an_old_name_says_the_new_one(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [place for place in sys.path if not (Path(place) / "engine").exists()])
     with pytest.raises(ModelError, match=r"as `blocksight\.engine`.*`from blocksight import ModelAdapter`"):
         load_model("mine_of_old:make")
+
+
+def test_the_top_level_is_fixed():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    top = {name.partition("/")[0] for name in listed.splitlines()}
+    allowed = {"pyproject.toml", "README.md", "LICENSE", "jobs", "engine", "storage", "cluster", "tests", "notebooks"}
+    assert {name for name in top if not name.startswith(".")} == allowed
