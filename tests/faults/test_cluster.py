@@ -109,16 +109,16 @@ def test_an_actor_that_fails_to_start_once_is_started_again(tmp_path, monkeypatc
 
 
 def test_a_small_object_store_spills_and_nothing_is_lost(tmp_path):
-    """The pixels and maps of a few units need more than the session's 80 MB."""
-    data = folder_of_images(tmp_path / "in", 600, bad=False)
+    """The pixels and maps of a few units need more than the session's 80 MB, where tasks read and commit them."""
+    data = folder_of_images(tmp_path / "in", 1200, bad=False)
     with RayCluster(0, num_cpus=3, object_store_memory=80 << 20) as cluster:
         arguments = explain(data, tmp_path / "out", "make_wide", "--address", cluster.address, "--workers", "1")
-        code, printed = ended(*arguments, "-p", "mu=0.95", fault="unit=100")
+        code, printed = ended(*arguments, "-p", "mu=0.95", fault="unit=500;tasks")
         logs = cluster.logs()
     assert code == 0, printed
     assert "Spilled" in logs, "the pressure had no effect"
     store = LocalStore(tmp_path / "out")
-    assert len(rows_in(store)) == 600
+    assert len(rows_in(store)) == 1200
     assert_sound(store)
 
 

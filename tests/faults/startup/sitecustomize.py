@@ -2,12 +2,14 @@
 
 `hang=SECONDS` shortens the watchdog's time, `unit=SECONDS` the units; `decode` and `encode=SHA256` abort at a marked
 image or map; `die=PATTERN` kills the process before a matching call to a local store, `die-after=PATTERN` after it;
-`hold=FILE` delays the creation of fragments until that file exists.
+`hold=FILE` delays the creation of fragments until that file exists; `tasks` has Ray's tasks read and commit, as beside
+a GPU.
 """
 
 import os
 import re
 import signal
+import sys
 import time
 from hashlib import sha256
 from pathlib import Path
@@ -26,6 +28,23 @@ def unit(seconds):
     import blocksight.cluster.sizing
 
     blocksight.cluster.sizing.LEAST_UNIT_SECONDS = float(seconds)
+
+
+def tasks(_):
+    """Of the driver alone: the import of Ray would slow all other processes."""
+    if "explain" not in sys.orig_argv:
+        return
+    from dataclasses import replace
+
+    from blocksight.jobs.run import pipeline
+
+    dataset, actors = pipeline._explain_dataset, pipeline._actors
+
+    def beside_a_gpu(units, context, weights, sizing, unfit):
+        return dataset(units, context, weights, replace(sizing, gpus_per_actor=1.0), unfit)
+
+    pipeline._explain_dataset = beside_a_gpu
+    pipeline._actors = lambda *given: {**actors(*given), "num_gpus": 0}
 
 
 def decode(_):
@@ -98,6 +117,7 @@ FAULTS = {
     "die": lambda pattern: intercept(killer(pattern), lambda _: None),
     "die-after": lambda pattern: intercept(lambda _: None, killer(pattern)),
     "hold": hold,
+    "tasks": tasks,
 }
 
 for fault in filter(None, os.environ.get("BLOCKSIGHT_FAULT", "").split(";")):
