@@ -70,7 +70,7 @@ def proved_reading(value: Any, full: Grid, grids: Sequence[Grid]) -> Reading:
     odds, layout = max(((_odds(value, one), one) for one in layouts), key=lambda pair: pair[0], default=(0.0, None))
     if odds >= LEAST_ODDS:
         return Reading(layout)
-    is_silent = _is_silent(value)
+    is_silent = all(_is_silent(value, number) for number in range(1, len(value) - 1))
     if value.dim() == 4 and len(layouts) == 1 and (is_silent or _goes_on(value, layouts[0].grid, grids)):
         return Reading(layouts[0], is_assumed=True)
     return Reading(None, NO_PICTURE if is_silent else NO_READING)
@@ -89,16 +89,22 @@ def _odds(value: Tensor, layout: Layout) -> float:
     """How clearly the cells at the patches move with their own patch; 0: a cell does not move, or the batch is mixed.
 
     The least odds ratio of two patches: what both move in their own cells, by what both move in the other's. A patch
-    that moves all cells much, or a cell that moves with all patches, does not change it.
+    that moves all cells much, or a cell that moves with all patches, does not change it. A patch that moves no cell
+    at all, as where a network looks at a part of the picture, tells nothing. Two that tell must be left, and one of
+    them off the diagonal, or height and width could be exchanged.
     """
     maps, regions = layout.maps(value), [_region(centre, layout.grid) for centre in PATCHES]
     cells = [maps[:, :, rows, columns].flatten(1).float() for rows, columns in regions]
     moved = torch.stack([(own[1:] - own[:1]).square().mean(1) for own in cells], 1).double()
     patched, again = moved[:-1], moved[-1]  # [patches, regions]
     own = patched.diagonal()
-    is_other = torch.tensor([[_are_apart(one, other) for one in regions] for other in regions], device=own.device)
+    tells = torch.tensor([not _is_silent(maps, number) for number in range(1, len(maps) - 1)], device=own.device)
+    is_apart = torch.tensor([[_are_apart(one, other) for one in regions] for other in regions], device=own.device)
+    is_other = is_apart & tells[:, None] & tells
     silent = SILENT**2 * torch.cat(cells, 1).square().mean()
-    if not is_other.any() or not moved.isfinite().all() or (own <= silent).any() or (again > ROUNDING * own).any():
+    is_still = (own <= silent) | (again > ROUNDING * own)
+    is_sided = torch.tensor([_are_apart(one, (one[1], one[0])) for one in regions], device=own.device)
+    if not is_other.any() or not is_sided[tells].any() or not moved.isfinite().all() or is_still[tells].any():
         return 0.0
     crossed = (patched * patched.T).clamp_min(torch.finfo(own.dtype).tiny)
     return float((own[:, None] * own / crossed)[is_other].min())
@@ -120,9 +126,9 @@ def _are_apart(one: Region, other: Region) -> bool:
     return any(mine.stop <= theirs.start or theirs.stop <= mine.start for mine, theirs in zip(one, other, strict=True))
 
 
-def _is_silent(value: Tensor) -> bool:
-    """True if no patch changes the tensor by more than rounding."""
-    return bool((value[1:-1] - value[:1]).abs().max() <= SILENT * value.abs().max())
+def _is_silent(value: Tensor, number: int) -> bool:
+    """True if the patched picture of this number changes the tensor by no more than rounding."""
+    return bool((value[number] - value[0]).abs().max() <= SILENT * value.abs().max())
 
 
 Run = Callable[[Tensor, Callable[[str, Any], Any]], Any]

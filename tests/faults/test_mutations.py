@@ -69,7 +69,7 @@ def test_a_verdict_is_red_green_or_broken(tmp_path):
     """On a small project: only a test that fails while it runs has seen a fault, and only in the copy's code."""
     for name, text in {
         "pyproject.toml": "[tool.pytest.ini_options]\naddopts = '-n 2'\n"
-        "markers = ['servers: ', 'faults: ', 'sweep: ']\n"
+        "markers = ['servers: ', 'faults: ', 'sweep: ', 'zoo: ']\n"
         "[tool.setuptools.package-dir]\nblocksight = 'jobs/api'\n'blocksight.storage' = 'storage'\n",
         "jobs/api/__init__.py": "",
         "storage/__init__.py": "",

@@ -53,10 +53,28 @@ def test_axes_are_told_by_what_moves(change, layout):
     assert read(change).layout == layout
 
 
+def within(maps, *corners):
+    """The maps with all cells but those of some corners at zero."""
+    keep = torch.zeros_like(maps)
+    for rows, columns in corners:
+        keep[:, :, rows, columns] = 1
+    return maps * keep
+
+
+UPPER, LOWER, ALL = slice(0, 4), slice(4, 8), slice(0, 8)
+
+
+@pytest.mark.parametrize("part", [(ALL, UPPER), (ALL, LOWER), (UPPER, ALL), (LOWER, ALL)])
+def test_a_network_may_look_at_a_half_of_the_picture(part):
+    assert read(lambda maps: within(maps, part)).layout == Layout("channels first", 3, (8, 8))
+
+
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
         (lambda maps: maps.transpose(2, 3), NO_READING),
+        (lambda maps: within(maps, (slice(0, 2), slice(0, 2))), NO_READING),
+        (lambda maps: within(maps, (slice(0, 2), slice(0, 2)), (slice(6, 8), slice(6, 8))), NO_READING),
         (lambda maps: tokens(maps, 1)[:, torch.randperm(65, generator=torch.Generator().manual_seed(0))], NO_READING),
         (lambda maps: maps.mean((2, 3), keepdim=True).expand(-1, -1, 8, 8), NO_READING),
         (lambda maps: maps.flatten(2).permute(2, 0, 1), NOT_THE_BATCH),
@@ -69,6 +87,8 @@ def test_axes_are_told_by_what_moves(change, layout):
     ],
     ids=[
         "transposed",
+        "one patch",
+        "the diagonal alone",
         "no raster",
         "one mean",
         "batch second",
