@@ -29,8 +29,9 @@ from blocksight.engine.model.sources.hugging_face_files import (
     WEIGHTS_INDEX,
     object_of,
 )
+from blocksight.engine.model.sources.timm_models import drawn as drawn_by_timm
 from blocksight.engine.model.sources.timm_models import made as made_by_timm
-from blocksight.engine.model.sources.timm_models import preprocessing_of
+from blocksight.engine.model.sources.timm_models import options_of, preprocessing_of
 from blocksight.engine.model.state_dicts import load_state, read_state
 from blocksight.engine.model.torchvision_models import RANDOM_WEIGHTS
 
@@ -46,7 +47,7 @@ def load_hugging_face(name: str, weights: str | None, state: bytes | None, seed:
     config = object_of(bytes(files[CONFIG]), CONFIG) if CONFIG in files else {}
     _refuse_code(files)
     if _is_of_timm(config):
-        return _of_timm(config, files)
+        return _of_timm(config, files, weights, file, seed)
     require("hf")
     kind = _class_of(config)
     is_made = weights == RANDOM_WEIGHTS or file is not None
@@ -58,16 +59,19 @@ def load_hugging_face(name: str, weights: str | None, state: bytes | None, seed:
     return adapter
 
 
-def _of_timm(config: Mapping[str, Any], files: Mapping[str, memoryview]) -> ModelAdapter:
+def _of_timm(
+    config: Mapping[str, Any], files: Mapping[str, memoryview], weights: str | None, file: bytes | None, seed: int
+) -> ModelAdapter:
     """A folder that timm wrote."""
     require("timm")
     own = dict(config["pretrained_cfg"])
     own.update({key: config[key] for key in ("num_classes", "label_names") if key in config})
-    options = {"pretrained_cfg_overlay": {**own, "hf_hub_id": None, "url": ""}}
-    if WEIGHTS_FILE not in files:
+    name, options = config["architecture"], options_of(config.get("model_args") or {}, own)
+    if weights == RANDOM_WEIGHTS:
+        return drawn_by_timm(name, options, seed)
+    if file is None and WEIGHTS_FILE not in files:
         raise ModelError(f"the folder holds no {WEIGHTS_FILE}")
-    extra = dict(config.get("model_args") or {})
-    return made_by_timm(config["architecture"], {**options, **extra}, read_state(bytes(files[WEIGHTS_FILE])))
+    return made_by_timm(name, options, read_state(bytes(files[WEIGHTS_FILE]) if file is None else file))
 
 
 def hugging_face_preprocessing(files: bytes | None) -> Preprocessing:
@@ -84,7 +88,8 @@ def hugging_face_preprocessing(files: bytes | None) -> Preprocessing:
 
 
 def _is_of_timm(config: Mapping[str, Any]) -> bool:
-    return "pretrained_cfg" in config and "architecture" in config and "model_type" not in config
+    is_named = isinstance(config.get("pretrained_cfg"), dict) and isinstance(config.get("architecture"), str)
+    return is_named and "model_type" not in config
 
 
 def _refuse_code(files: Mapping[str, memoryview]) -> None:

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -23,11 +24,11 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 def load_timm(name: str, weights: str | None, state: bytes | None, seed: int) -> ModelAdapter:
     """The model with a file's weights, or random ones. Raises ModelError, for an unknown name with the nearest."""
     require("timm")
-    _refuse_unknown(name)
     if state is not None:
         return made(name, {}, read_state(state))
     if weights == RANDOM_WEIGHTS:
-        return fed(seeded(lambda: _network(name), seed))
+        return drawn(name, {}, seed)
+    _refuse_unknown(name)
     raise ModelError(
         f"timm:{name} needs --weights: a file or URI of a state dict (nothing is downloaded from a hub), or "
         f"{RANDOM_WEIGHTS}" + (f"; there is no file {weights!r}" if weights is not None else "")
@@ -47,7 +48,30 @@ def made(name: str, options: Mapping[str, Any], stored: StateDict) -> ModelAdapt
     return adapter
 
 
+def drawn(name: str, options: Mapping[str, Any], seed: int) -> ModelAdapter:
+    """The model with random weights."""
+    return fed(seeded(lambda: _network(name, **options), seed))
+
+
+def options_of(arguments: Any, pretrained: Mapping[str, Any]) -> dict[str, Any]:
+    """What a folder asks of an architecture, fed as its pretrained configuration says.
+
+    Raises ModelError for what would read other files or reach a hub.
+    """
+    import timm
+
+    if not isinstance(arguments, dict):
+        raise ModelError(f"model_args of the folder is a {type(arguments).__name__}; wanted an object")
+    others = sorted(set(arguments) & (set(signature(timm.create_model).parameters) - {"kwargs"}))
+    if others:
+        raise ModelError(
+            f"model_args of the folder name {', '.join(others)}, which say where a model comes from: take them out"
+        )
+    return {**arguments, "pretrained_cfg_overlay": {**pretrained, "hf_hub_id": None, "url": ""}}
+
+
 def _refuse_unknown(name: str) -> None:
+    """Raises ModelError for a name of no architecture, also for one of a hub or a folder."""
     import timm
 
     if timm.is_model(name.partition(".")[0]):
@@ -59,6 +83,7 @@ def _refuse_unknown(name: str) -> None:
 def _network(name: str, **options: Any) -> nn.Module:
     import timm
 
+    _refuse_unknown(name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # timm tells of its own old names

@@ -140,15 +140,49 @@ def test_other_weights_take_the_place_of_the_folders(folder, tmp_path):
     assert loaded(folder, weights=str(file)).fingerprint == random.fingerprint
 
 
-def test_a_folder_of_timm(tmp_path):
-    torch.manual_seed(0)
+@pytest.fixture
+def timm_folder(tmp_path) -> Path:
+    torch.manual_seed(7)
     network = timm.create_model("test_resnet", num_classes=4).eval()
     own = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5], "input_size": [3, 64, 64], "crop_pct": 1.0}
     settings = {"architecture": "test_resnet", "num_classes": 4, "label_names": list("abcd"), "pretrained_cfg": own}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     (tmp_path / "model.safetensors").write_bytes(safetensors.torch.save(network.state_dict()))
-    adapter = loaded(tmp_path)
+    return tmp_path
+
+
+def test_a_folder_of_timm(timm_folder):
+    adapter = loaded(timm_folder)
     assert (adapter.input_size, adapter.mean, adapter.class_names) == ((64, 64), (0.1, 0.2, 0.3), list("abcd"))
+
+
+def test_other_weights_take_the_place_of_those_of_timms_folder(timm_folder):
+    drawn = loaded(timm_folder, weights="random")
+    assert drawn.fingerprint != loaded(timm_folder).fingerprint
+    file = timm_folder / "tuned.safetensors"
+    file.write_bytes(safetensors.torch.save(drawn.module.state_dict()))
+    assert loaded(timm_folder, weights=str(file)).fingerprint == drawn.fingerprint
+    (timm_folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="lacks safetensors"):
+        loaded(timm_folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"architecture": "hf-hub:timm/resnet18"}, "timm has no model 'hf-hub:timm/resnet18'"),
+        ({"architecture": "local-dir:/etc"}, "timm has no model"),
+        ({"model_args": {"checkpoint_path": "/etc/passwd"}}, "model_args of the folder name checkpoint_path"),
+        ({"model_args": {"pretrained": True}}, "model_args of the folder name pretrained"),
+        ({"model_args": ["pretrained"]}, "is a list; wanted an object"),
+        ({"model_args": {"no_such": 1}}, "timm cannot make 'test_resnet'"),
+        ({"architecture": 7}, "names no architecture"),
+    ],
+)
+def test_a_folder_of_timm_reads_no_other_files_and_reaches_no_hub(timm_folder, change, told):
+    changed(timm_folder, "config.json", **change)
+    with pytest.raises(ModelError, match=told):
+        loaded(timm_folder)
 
 
 def test_colours_in_another_order_and_a_second_normalisation(tmp_path):
