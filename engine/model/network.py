@@ -1,7 +1,7 @@
 """The network as a list of tensors: traced once, so that blocks can be found and tapped by name."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -215,8 +215,9 @@ def _traced_places(graph: fx.GraphModule, example: Tensor) -> list[Place]:
     GraphRunner(graph, reader).run(reader.pictures)
     signal = [node for node in graph.graph.nodes if node.name in reader.signal and node.op != "get_attr"]
     unavoidable = unavoidable_nodes({node: node.all_input_nodes for node in signal})
+    weights = {name for name, _ in graph.named_parameters()}
     return [
-        _place(node.name, reader.read[node.name], node in unavoidable, _has_weights(node, graph))
+        _place(node.name, reader.read[node.name], node in unavoidable, _has_weights(node, graph, weights))
         for node in signal
         if node.op not in ("placeholder", "output")
     ]
@@ -277,12 +278,10 @@ def _carries_signal(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _has_weights(node: fx.Node, graph: fx.GraphModule) -> bool:
+def _has_weights(node: fx.Node, graph: fx.GraphModule, weights: Set[str]) -> bool:
     if node.op == "call_module":
         return any(True for _ in graph.get_submodule(str(node.target)).parameters())
-    attributes = [before for before in node.all_input_nodes if before.op == "get_attr"]
-    parameters = dict(graph.named_parameters())
-    return any(str(attribute.target) in parameters for attribute in attributes)
+    return any(before.op == "get_attr" and str(before.target) in weights for before in node.all_input_nodes)
 
 
 def _module_paths(node: fx.Node) -> set[str]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -67,13 +68,28 @@ def proved_reading(value: Any, full: Grid, grids: Sequence[Grid]) -> Reading:
     if value.shape[:1] != (len(PATCHES) + 2,):
         return Reading(None, NOT_THE_BATCH)
     value, layouts = value.detach(), list(readings(value.shape, full, grids))
-    odds, layout = max(((_odds(value, one), one) for one in layouts), key=lambda pair: pair[0], default=(0.0, None))
+    changes = _Changes(value)
+    odds, layout = max(((_odds(changes, one), one) for one in layouts), key=lambda pair: pair[0], default=(0.0, None))
     if odds >= LEAST_ODDS:
         return Reading(layout)
-    is_silent = all(_is_silent(value, number) for number in range(1, len(value) - 1))
+    is_silent = not changes.tell().any()
     if value.dim() == 4 and len(layouts) == 1 and (is_silent or _goes_on(value, layouts[0].grid, grids)):
         return Reading(layouts[0], is_assumed=True)
     return Reading(None, NO_PICTURE if is_silent else NO_READING)
+
+
+class _Changes:
+    """A tensor of the probe pictures, and what of it each patch changes: found once for all layouts."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+        inner = tuple(range(2, value.dim()))
+        self._largest = (value[1:-1] - value[:1]).abs_().amax(inner)  # [patches, length of the second axis]
+        self._size = torch.maximum(value.amax(inner), -value.amin(inner)).amax(0)
+
+    def tell(self, prefix: int = 0) -> Tensor:
+        """Of each patch, if it changes what lies behind a prefix by more than rounding."""
+        return ~(self._largest[:, prefix:].amax(1) <= SILENT * self._size[prefix:].max())  # also of NaN
 
 
 def _goes_on(value: Tensor, grid: Grid, grids: Sequence[Grid]) -> bool:
@@ -85,7 +101,7 @@ def _goes_on(value: Tensor, grid: Grid, grids: Sequence[Grid]) -> bool:
     return is_of_pictures and bool(grids) and all(own <= before for own, before in zip(grid, grids[-1], strict=True))
 
 
-def _odds(value: Tensor, layout: Layout) -> float:
+def _odds(changes: _Changes, layout: Layout) -> float:
     """How clearly the cells at the patches move with their own patch; 0: a cell does not move, or the batch is mixed.
 
     The least odds ratio of two patches: what both move in their own cells, by what both move in the other's. A patch
@@ -93,17 +109,15 @@ def _odds(value: Tensor, layout: Layout) -> float:
     at all, as where a network looks at a part of the picture, tells nothing. Two that tell must be left, and one of
     them off the diagonal, or height and width could be exchanged.
     """
-    maps, regions = layout.maps(value), [_region(centre, layout.grid) for centre in PATCHES]
+    maps, (regions, apart, sided) = layout.maps(changes.value), _regions(layout.grid)
     cells = [maps[:, :, rows, columns].flatten(1).float() for rows, columns in regions]
     moved = torch.stack([(own[1:] - own[:1]).square().mean(1) for own in cells], 1).double()
     patched, again = moved[:-1], moved[-1]  # [patches, regions]
-    own = patched.diagonal()
-    tells = torch.tensor([not _is_silent(maps, number) for number in range(1, len(maps) - 1)], device=own.device)
-    is_apart = torch.tensor([[_are_apart(one, other) for one in regions] for other in regions], device=own.device)
-    is_other = is_apart & tells[:, None] & tells
+    own, tells = patched.diagonal(), changes.tell(layout.prefix)
+    is_other = torch.tensor(apart, device=own.device) & tells[:, None] & tells
     silent = SILENT**2 * torch.cat(cells, 1).square().mean()
     is_still = (own <= silent) | (again > ROUNDING * own)
-    is_sided = torch.tensor([_are_apart(one, (one[1], one[0])) for one in regions], device=own.device)
+    is_sided = torch.tensor(sided, device=own.device)
     if not is_other.any() or not is_sided[tells].any() or not moved.isfinite().all() or is_still[tells].any():
         return 0.0
     crossed = (patched * patched.T).clamp_min(torch.finfo(own.dtype).tiny)
@@ -111,6 +125,14 @@ def _odds(value: Tensor, layout: Layout) -> float:
 
 
 Region = tuple[slice, slice]
+
+
+@cache
+def _regions(grid: Grid) -> tuple[list[Region], list[list[bool]], list[bool]]:
+    """The patches' cells on a grid, which of them are apart from which, and which lie off the diagonal."""
+    regions = [_region(centre, grid) for centre in PATCHES]
+    apart = [[_are_apart(one, other) for one in regions] for other in regions]
+    return regions, apart, [_are_apart(one, (one[1], one[0])) for one in regions]
 
 
 def _region(centre: tuple[float, float], grid: Grid) -> Region:
@@ -124,11 +146,6 @@ def _region(centre: tuple[float, float], grid: Grid) -> Region:
 
 def _are_apart(one: Region, other: Region) -> bool:
     return any(mine.stop <= theirs.start or theirs.stop <= mine.start for mine, theirs in zip(one, other, strict=True))
-
-
-def _is_silent(value: Tensor, number: int) -> bool:
-    """True if the patched picture of this number changes the tensor by no more than rounding."""
-    return bool((value[number] - value[0]).abs().max() <= SILENT * value.abs().max())
 
 
 Run = Callable[[Tensor, Callable[[str, Any], Any]], Any]

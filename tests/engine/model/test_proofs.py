@@ -69,6 +69,15 @@ def test_a_network_may_look_at_a_half_of_the_picture(part):
     assert read(lambda maps: within(maps, part)).layout == Layout("channels first", 3, (8, 8))
 
 
+@pytest.mark.parametrize("part", [(ALL, UPPER), (LOWER, ALL)])
+def test_a_class_token_may_see_more_than_the_cells_do(part):
+    def change(maps):
+        rows = tokens(within(maps, part), 1)
+        return torch.cat([maps.mean((2, 3))[:, None], rows[:, 1:]], 1)
+
+    assert read(change).layout == Layout("tokens", 3, (8, 8), 1)
+
+
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
