@@ -28,6 +28,7 @@ DOORS = {
     ("jobs/export/array_file.py", "numpy.lib.format.header_data_from_array_1_0"),  # they write
     ("jobs/export/array_file.py", "numpy.lib.format.write_array_header_1_0"),
     ("jobs/export/selection.py", "duckdb.DuckDBPyConnection"),  # a type: the connection is one of `sql.py`
+    ("cluster/checks/documents.py", "yaml.load_all"),  # with a loader that makes plain values alone
     ("engine/model/sources/onnx_models.py", "torch.jit.is_tracing"),  # it opens nothing
     ("engine/model/sources/onnx_models.py", "onnx.load_model_from_string"),  # operators and places of tensors are read
     ("engine/model/sources/onnx_models.py", "onnxruntime.InferenceSession"),  # after them

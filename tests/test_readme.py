@@ -47,9 +47,16 @@ from tests.readmes import (
 
 APP: Any = get_command(main.app)
 COMMANDS: dict[str, Any] = APP.commands
+
+
+def _parameters(command: Any) -> list[Any]:
+    """The options and arguments of a command, or of the commands of a group."""
+    return [*command.params, *(own for below in getattr(command, "commands", {}).values() for own in below.params)]
+
+
 OPTIONS_OF_ALL = {option for parameter in APP.params for option in parameter.opts}
 OPTIONS = {
-    name: {one for own in command.params for one in (*own.opts, *own.secondary_opts)}
+    name: {one for own in _parameters(command) for one in (*own.opts, *own.secondary_opts)}
     for name, command in COMMANDS.items()
 }
 

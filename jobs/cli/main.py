@@ -8,7 +8,14 @@ from blocksight.cluster.errors import ClusterError
 from blocksight.cluster.switches import refuse_unsafe_switches
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.device_errors import device_trouble, told_by_device
-from blocksight.jobs.cli import analysis_commands, check_command, job_commands, machine_commands, reading_commands
+from blocksight.jobs.cli import (
+    analysis_commands,
+    check_command,
+    cluster_commands,
+    job_commands,
+    machine_commands,
+    reading_commands,
+)
 from blocksight.jobs.cli.app import INCOMPLETE, INTERRUPTED, UNRECONCILED, USAGE, WEAK_STORE, app
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.records import UnfinishedError, UnreconciledError
@@ -22,6 +29,7 @@ for module in (
     reading_commands,
     machine_commands,
     check_command,
+    cluster_commands,
 ):  # as --help lists them
     app.add_typer(module.commands)
 

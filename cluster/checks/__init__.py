@@ -1,0 +1,1 @@
+"""Says what is wrong with files that start clusters, without a network."""

@@ -1,0 +1,39 @@
+"""Checks the commands of ours that a file runs: they exist, take these options, and name a file that is there."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from blocksight.cluster.checks.findings import Finding, Place
+
+
+@dataclass(frozen=True)
+class Product:
+    """What the checks must know of the program that the files start."""
+
+    command_fault: Callable[[Sequence[str]], str | None]
+    """Why `blocksight` refuses these arguments; None if it takes them."""
+    configuration_fault: Callable[[str], str | None]
+    """What is wrong with the text of a TOML file for `explain --config`; None if nothing is."""
+    commit_seconds: float
+    """What a worker may take to commit, once it is told to end."""
+
+
+def command_findings(place: Place, words: Sequence[str], product: Product) -> Iterator[Finding]:
+    """A finding if a command is none of ours, or has an option that is none."""
+    if not words or words[0] != "blocksight":
+        why = f"{' '.join(words[:1])!r} is no command of this project"
+        yield place.finding("command", why, "write blocksight explain --config FILE")
+        return
+    fault = product.command_fault(words[1:])
+    if fault is not None:
+        yield place.finding("command", fault, "see blocksight explain --help")
+
+
+def config_file(words: Sequence[str]) -> str | None:
+    """The file that --config names; None without one."""
+    for at, word in enumerate(words):
+        if word == "--config" and at + 1 < len(words):
+            return words[at + 1]
+        if word.startswith("--config="):
+            return word.partition("=")[2]
+    return None

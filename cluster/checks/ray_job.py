@@ -1,0 +1,127 @@
+"""Rules for a RayJob: what the operator of KubeRay refuses, and what would lose work or money."""
+
+import re
+from collections.abc import Iterator
+
+from blocksight.cluster.checks.commands import Product, command_findings
+from blocksight.cluster.checks.documents import DocumentError, yaml_documents
+from blocksight.cluster.checks.findings import Finding, Place, nearest
+from blocksight.cluster.checks.literals import secret_findings
+from blocksight.cluster.checks.pods import pod_findings
+from blocksight.cluster.checks.ray_cluster import access_findings, cluster_findings, number, token_variable_findings
+
+SUBMISSION_MODES = ("K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode")
+PLAIN_WORDS = re.compile(r"[A-Za-z0-9_@%+=:,./ -]*")
+"""A command that every shell leaves as it is."""
+
+
+def ray_job_findings(job: Place, product: Product) -> Iterator[Finding]:
+    """What is wrong with a RayJob, apart from its schema and what it names outside of itself."""
+    spec = job["spec"]
+    yield from _job_fields(spec)
+    yield from _deletion(spec)
+    yield from _submission(spec)
+    yield from _entrypoint(spec["entrypoint"], product)
+    yield from _runtime_env(spec["runtimeEnvYAML"])
+    if spec["rayClusterSpec"].is_there:
+        yield from cluster_findings(spec["rayClusterSpec"], product)
+
+
+def _job_fields(spec: Place) -> Iterator[Finding]:
+    mode = spec["submissionMode"]
+    if mode.is_there and mode.value not in SUBMISSION_MODES:
+        why = f"{mode.value!r} is not among {', '.join(SUBMISSION_MODES)}"
+        yield mode.finding("enum", why, nearest(mode.text, SUBMISSION_MODES))
+    if not spec["rayClusterSpec"].is_there and not spec["clusterSelector"].is_there:
+        yield spec.finding("cluster", "the job has no cluster", "write rayClusterSpec")
+    if spec["suspend"].value and not spec["shutdownAfterJobFinishes"].value:
+        why = "a job that is suspended must shut its cluster down"
+        yield spec["suspend"].finding("shutdown", why, "write shutdownAfterJobFinishes: true")
+    if number(spec["ttlSecondsAfterFinished"]) > 0 and not spec["shutdownAfterJobFinishes"].value:
+        why = "KubeRay refuses it without shutdownAfterJobFinishes"
+        yield spec["ttlSecondsAfterFinished"].finding("shutdown", why, "write shutdownAfterJobFinishes: true")
+    elif not spec["shutdownAfterJobFinishes"].value and not spec["deletionStrategy"].is_there:
+        why = "the cluster stays, and costs, after the job"
+        yield spec["shutdownAfterJobFinishes"].finding("shutdown", why, "write shutdownAfterJobFinishes: true")
+    for key in ("activeDeadlineSeconds", "preRunningDeadlineSeconds"):
+        if spec[key].is_there and number(spec[key]) <= 0:
+            yield spec[key].finding("deadline", "a deadline is more than no second", "write a positive number")
+    for place in (spec["ttlSecondsAfterFinished"], spec["backoffLimit"], spec["submitterConfig"]["backoffLimit"]):
+        if number(place) < 0:
+            yield place.finding("deadline", f"{place.value} is less than none", "write 0 or more")
+    whole, start = spec["activeDeadlineSeconds"], spec["preRunningDeadlineSeconds"]
+    if whole.is_there and start.is_there and 0 < number(whole) <= number(start):
+        why = f"the job ends after {whole.value} s, and may wait {start.value} s for its start"
+        yield start.finding("deadline", why, "give the whole job more than its start")
+    if mode.value == "InteractiveMode" and number(spec["backoffLimit"]) > 0:
+        yield spec["backoffLimit"].finding("retry", "InteractiveMode takes no retries", "leave it out")
+    elif mode.value != "InteractiveMode" and number(spec["backoffLimit"]) == 0:
+        why = "without a retry, the loss of the head's pod ends the job"
+        yield spec["backoffLimit"].finding(
+            "retry", why, "write backoffLimit: 5; a retry goes on where the bucket stands"
+        )
+
+
+def _deletion(spec: Place) -> Iterator[Finding]:
+    strategy = spec["deletionStrategy"]
+    if not strategy.is_there:
+        return
+    rules, old = (
+        list(strategy["deletionRules"].items()),
+        strategy["onSuccess"].is_there or strategy["onFailure"].is_there,
+    )
+    if rules and spec["shutdownAfterJobFinishes"].value:
+        why = "deletionRules and shutdownAfterJobFinishes exclude each other"
+        yield strategy["deletionRules"].finding("shutdown", why, "leave one of the two out")
+    if rules and old:
+        yield strategy.finding("shutdown", "onSuccess and onFailure exclude deletionRules", "keep the rules")
+    if not rules and not (strategy["onSuccess"].is_there and strategy["onFailure"].is_there):
+        yield strategy.finding("shutdown", "it needs rules, or both onSuccess and onFailure", "write deletionRules")
+    scales = spec["rayClusterSpec"]["enableInTreeAutoscaling"].value
+    for place in strategy.walk():
+        if place["policy"].value == "DeleteWorkers" and scales:
+            yield place["policy"].finding("shutdown", "it does not go with autoscaling", "write DeleteCluster")
+
+
+def _submission(spec: Place) -> Iterator[Finding]:
+    template, mode = spec["submitterPodTemplate"], spec["submissionMode"].value or "K8sJobMode"
+    if mode == "SidecarMode" and (template.is_there or spec["submitterConfig"].is_there):
+        yield spec["submissionMode"].finding("submitter", "SidecarMode takes no submitter of ours", "write K8sJobMode")
+    if template.is_there:
+        yield from pod_findings(template)
+        yield from token_variable_findings(template["spec"])
+        yield from access_findings(template["spec"])
+        if template["spec"]["restartPolicy"].value not in ("Never", "OnFailure"):
+            why = "a submitter that ends must not be started again for ever"
+            yield template["spec"]["restartPolicy"].finding("submitter", why, "write restartPolicy: Never")
+    elif mode in ("K8sJobMode", "SidecarMode"):
+        why = "the operator's own submitter has no securityContext: a restricted namespace refuses it"
+        yield spec["submitterPodTemplate"].finding("submitter", why, "describe the submitter's pod, as the base does")
+
+
+def _entrypoint(place: Place, product: Product) -> Iterator[Finding]:
+    if not place.text.strip():
+        yield place.finding("entrypoint", "the job runs nothing", "write blocksight explain --config FILE")
+        return
+    if PLAIN_WORDS.fullmatch(place.text) is None:
+        signs = " ".join(sorted({sign for sign in place.text if PLAIN_WORDS.fullmatch(sign) is None}))
+        why = f"a shell of the submitter's pod expands it ({signs!r}), where neither files nor variables are the job's"
+        yield place.finding("shell", why, "put parameters into the TOML file that --config names")
+        return
+    yield from command_findings(place, place.text.split(), product)
+
+
+def _runtime_env(place: Place) -> Iterator[Finding]:
+    if not place.is_there:
+        return
+    try:
+        documents = yaml_documents(place.text)
+    except DocumentError as error:
+        yield place.finding("runtime-env", str(error), "write YAML, or leave it out")
+        return
+    for document in documents:
+        yield from secret_findings(Place(place.file, document, place.path))
+        for key in document if isinstance(document, dict) else ():
+            if key != "env_vars":
+                why = f"{key} comes to each node at its start, and no digest says what it is"
+                yield place.finding("runtime-env", why, "build it into the image")
