@@ -153,6 +153,12 @@ def has_sign(method: Method) -> bool:
     return method.name in SIGNED
 
 
+def leaves_tokens_out(values: Mapping[str, Any]) -> bool:
+    """True if a method's parameters, or those of one that it wraps, give the baseline `drop`."""
+    inner = values.get("base")
+    return values.get("baseline") == "drop" or (isinstance(inner, Mapping) and leaves_tokens_out(inner))
+
+
 def blocks_of(method: Method) -> Literal["all", "last", "none"]:
     """The blocks of the network that the method reads."""
     return method.innermost.entry.blocks

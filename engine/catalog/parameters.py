@@ -4,6 +4,14 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, Literal
 
+Removal = Literal["zero", "black", "drop"]
+"""What stands where pixels were removed; `drop`: nothing, a vision transformer is not given these patches."""
+
+_REMOVAL = {
+    "help": "value of removed pixels: zero in model-input space, or a black pixel; or drop: a vision transformer is "
+    "not given the patches"
+}
+
 
 @dataclass(frozen=True)
 class SiseParameters:
@@ -23,10 +31,7 @@ class SiseParameters:
             "help": "Otsu's mask in the fusion: hard as in the paper, or soft as in its authors' laboratory's code"
         },
     )
-    baseline: Literal["zero", "black"] = field(
-        default="zero",
-        metadata={"help": "value of removed pixels: zero in model-input space, or a black pixel"},
-    )
+    baseline: Removal = field(default="zero", metadata=_REMOVAL)
     budget: int | float | Literal["auto"] | None = field(
         default=None,
         metadata={
@@ -49,6 +54,10 @@ class SiseParameters:
             raise ValueError(f"a budget of {self.budget} is no share between 0 and 1, and no whole number of forwards")
         if isinstance(self.budget, int) and self.budget < 0:
             raise ValueError(f"budget must be at least 0, got {self.budget}")
+        if self.budget is not None and self.baseline == "drop":
+            raise ValueError(
+                "a budget predicts scores of painted pictures, and baseline drop leaves tokens out: give one"
+            )
         if self.complete_above is not None:
             _check_completion(self.complete_above, self.budget)
 
@@ -85,13 +94,6 @@ class ReciproCamParameters:
     )
 
 
-def _baseline() -> Literal["zero", "black"]:
-    return field(
-        default="zero",
-        metadata={"help": "value of removed pixels: zero in model-input space, or a black pixel"},
-    )
-
-
 @dataclass(frozen=True)
 class ScoreCamParameters:
     """The paper weighs maps by a softmax over their logits; its authors' code by the probabilities."""
@@ -99,7 +101,7 @@ class ScoreCamParameters:
     weights: Literal["softmax", "probability"] = field(
         default="softmax", metadata={"help": "softmax over the maps' logits, or the plain probabilities"}
     )
-    baseline: Literal["zero", "black"] = _baseline()
+    baseline: Removal = field(default="zero", metadata=_REMOVAL)
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class RiseParameters:
     num_masks: int = field(default=4000, metadata={"help": "random masks; forwards per image"})
     grid: int = field(default=7, metadata={"help": "cells along a side"})
     keep: float = field(default=0.5, metadata={"help": "probability that a cell is kept"})
-    baseline: Literal["zero", "black"] = _baseline()
+    baseline: Removal = field(default="zero", metadata=_REMOVAL)
 
     def __post_init__(self) -> None:
         _at_least(1, num_masks=self.num_masks, grid=self.grid)
@@ -123,7 +125,7 @@ class OcclusionParameters:
 
     window: int = field(default=32, metadata={"help": "side of the hidden square in pixels"})
     stride: int = field(default=16, metadata={"help": "pixels from one window to the next"})
-    baseline: Literal["zero", "black"] = _baseline()
+    baseline: Removal = field(default="zero", metadata=_REMOVAL)
 
     def __post_init__(self) -> None:
         _at_least(1, window=self.window, stride=self.stride)
@@ -136,7 +138,10 @@ class IntegratedGradientsParameters:
     """The straight path from a baseline."""
 
     steps: int = field(default=50, metadata={"help": "points on the path"})
-    baseline: Literal["zero", "black"] = _baseline()
+    baseline: Literal["zero", "black"] = field(
+        default="zero",
+        metadata={"help": "where the path begins: zero in model-input space, or a black picture"},
+    )
 
     def __post_init__(self) -> None:
         _at_least(1, steps=self.steps)

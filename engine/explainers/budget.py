@@ -14,6 +14,7 @@ from torch.nn import functional
 from blocksight.engine.explainers.explanation import Quality
 from blocksight.engine.model.resample import Grid, pooled
 from blocksight.engine.model.transfers import to_device, to_host
+from blocksight.engine.scoring.dropping import PatchMasks
 from blocksight.engine.scoring.scorer import MaskSet
 from blocksight.engine.scoring.surrogate import (
     DESIGN_SCALE,
@@ -61,6 +62,8 @@ class Candidates:
     full: Grid
     head_scores: Tensor | None = None
     """The head's scores [N, T] under each mask, if there are any."""
+    kind: type[MaskSet] | type[PatchMasks] = MaskSet
+    """What they are scored as."""
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -111,10 +114,10 @@ class Candidates:
         device = self.blocks[0].device
         return [torch.arange(place.start, place.stop, device=device) for place in self.places]
 
-    def source(self, rows: Tensor | slice, block: int) -> MaskSet:
+    def source(self, rows: Tensor | slice, block: int) -> MaskSet | PatchMasks:
         """Some of a block's masks, ready to be scored; a slice of rows is all of them."""
         masks = self.blocks[block]
-        return MaskSet(self.image, masks if isinstance(rows, slice) else masks[rows - self.places[block].start])
+        return self.kind(self.image, masks if isinstance(rows, slice) else masks[rows - self.places[block].start])
 
 
 @dataclass(frozen=True)

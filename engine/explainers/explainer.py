@@ -15,9 +15,8 @@ from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.resample import grid_of, upsampling
 from blocksight.engine.model.targets import Target
 from blocksight.engine.model.transfers import to_host
+from blocksight.engine.scoring.dropping import make_scorer
 from blocksight.engine.scoring.forward import Forward
-from blocksight.engine.scoring.perturb import perturbation
-from blocksight.engine.scoring.scorer import Scorer
 
 Item = TypeVar("Item")
 
@@ -65,8 +64,7 @@ class Explainer(ABC):
         """
         self.adapter = adapter
         self.parameters = parameters
-        removed = perturbation(adapter, getattr(parameters, "baseline", "zero"))
-        self.scorer = Scorer(adapter, removed, batch_size, forward)
+        self.scorer = make_scorer(adapter, getattr(parameters, "baseline", "zero"), batch_size, forward)
         self.images_per_pass = images_per_pass
         self.state = state
         self._prepare(blocks)

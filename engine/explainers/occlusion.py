@@ -12,6 +12,7 @@ from blocksight.engine.explainers.explainer import Explainer
 from blocksight.engine.explainers.explanation import Explanation, checked_explanation
 from blocksight.engine.model.targets import Target
 from blocksight.engine.model.transfers import sent, to_host
+from blocksight.engine.scoring.dropping import PatchMasks, in_pixels
 from blocksight.engine.scoring.scorer import MaskSource
 
 
@@ -29,6 +30,7 @@ class Windows(MaskSource):
     """Of each window: 0 in its rows, 1 in the others, [K, H], on the image's device."""
     columns: Tensor
     """As `rows`, [K, W]."""
+    is_binary = True
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -67,11 +69,29 @@ class Occlusion(Explainer):
         )
         self.num_windows = len(self.rows) * len(self.columns)
         self.per_pixel = self._summed(torch.ones(1, len(self.rows), len(self.columns), dtype=torch.float64))
+        self.dropped = self._dropped()
+
+    def _dropped(self) -> Tensor | None:
+        """Which patches each window leaves out, 0 or 1 in float64 [K, h, w]; None: it paints pixels over."""
+        blank = torch.zeros(1, 3, *self.adapter.input_size, device=self.adapter.device)
+        applied = self.scorer.applied(blank, self._windows(0))
+        if not isinstance(applied, PatchMasks):
+            return None
+        dropped = 1 - applied.values_khw.cpu()
+        if not dropped.any(0).all():
+            high, wide = blank.shape[2] // dropped.shape[1], blank.shape[3] // dropped.shape[2]
+            raise ModelError(
+                f"windows of {self.window} pixels, {self.parameters.stride} apart, never leave out some patches of "
+                f"{high} x {wide} pixels: take multiples of a patch for both"
+            )
+        return dropped
+
+    def _windows(self, image: int) -> Windows:
+        rows = sent(self.rows.repeat_interleave(len(self.columns), 0), self.adapter.device)
+        return Windows(image, rows, sent(self.columns.repeat(len(self.rows), 1), self.adapter.device))
 
     def _explain_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Explanation]]:
-        rows = sent(self.rows.repeat_interleave(len(self.columns), 0), inputs_nchw.device)
-        columns = sent(self.columns.repeat(len(self.rows), 1), inputs_nchw.device)
-        sources = [Windows(image, rows, columns) for image in range(len(inputs_nchw))]
+        sources = [self.scorer.applied(inputs_nchw, self._windows(image)) for image in range(len(inputs_nchw))]
         hidden = to_host(self.scorer.scores(inputs_nchw, target, sources))
         whole = self._scores(inputs_nchw, target)
         return [
@@ -83,8 +103,11 @@ class Occlusion(Explainer):
         ]
 
     def _mean_losses(self, whole: Sequence[float], hidden: Tensor) -> Tensor:
-        """Per target the mean loss over the windows of each pixel, [T, H, W], from scores [T] and [K, T]."""
+        """Per target the mean loss over the windows that hide each pixel, [T, H, W], from scores [T] and [K, T]."""
         losses = torch.tensor(whole, dtype=torch.float64)[:, None] - hidden.T
+        if self.dropped is not None:
+            mean = torch.einsum("tk,khw->thw", losses, self.dropped) / self.dropped.sum(0)
+            return in_pixels(mean, self.adapter.input_size)
         return self._summed(losses.reshape(-1, len(self.rows), len(self.columns))) / self.per_pixel
 
     def _summed(self, losses: Tensor) -> Tensor:

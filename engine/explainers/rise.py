@@ -64,7 +64,8 @@ class Rise(Explainer):
         cells, shifts = zip(*(self._draw(seed, grid_of(inputs_nchw)) for seed in seeds), strict=True)
         sent_cells = sent(torch.stack(cells), inputs_nchw.device).to(inputs_nchw)
         drawn = zip(sent_cells, sent(torch.stack(shifts), inputs_nchw.device), strict=True)
-        sources = [RandomGrids(image, *own, self.crops) for image, own in enumerate(drawn)]
+        grids = [RandomGrids(image, *own, self.crops) for image, own in enumerate(drawn)]
+        sources = [self.scorer.applied(inputs_nchw, own) for own in grids]
         found = self.scorer.scores(inputs_nchw, target, sources)
         weighed = [self._weighed(*pair, inputs_nchw[0]) for pair in zip(sources, found, strict=True)]
         rows = zip(to_host(weighed), self._scores(inputs_nchw, target), strict=True)
@@ -84,7 +85,7 @@ class Rise(Explainer):
         shifts = [torch.randint(cell_side(side, grid), (count,), generator=generator) for side in full]
         return cells.to(torch.uint8), torch.stack(shifts, 1)
 
-    def _weighed(self, source: RandomGrids, scores: Tensor, image_chw: Tensor) -> Tensor:
+    def _weighed(self, source: MaskSource, scores: Tensor, image_chw: Tensor) -> Tensor:
         """Per target the weighted mean of the masks, float64 [T, H, W]."""
         total = scores.new_zeros(scores.shape[1], *grid_of(image_chw))
         for start in range(0, len(source), MASKS_PER_SUM):

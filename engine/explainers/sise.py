@@ -5,7 +5,7 @@ Block-Wise Feature Aggregation", AAAI 2021 (arXiv 2010.00672): "the paper" every
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from blocksight.engine.model.taps import gradients
 from blocksight.engine.model.targets import Target
 from blocksight.engine.model.transfers import to_host, together
 from blocksight.engine.saliency import Map
+from blocksight.engine.scoring.dropping import DroppingScorer, PatchMasks, in_pixels
+from blocksight.engine.scoring.scorer import MaskSet
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Sise(Explainer):
     def _prepare(self, blocks: Sequence[str]) -> None:
         self.blocks = self.adapter.network.blocks(blocks)
         self.taps = self.adapter.network.taps(self.blocks)
+        self.kind = PatchMasks if isinstance(self.scorer, DroppingScorer) else MaskSet
         budget = self.parameters.budget
         self.head = cheap_head(self.adapter, self.blocks[-1]) if budget is not None else None
         if budget == 0 and self.head is None:
@@ -104,13 +107,25 @@ class Sise(Explainer):
         captured = []
         for some in together(len(inputs_nchw), last.device):
             chosen = [[self._chosen(recorded, block, image) for image in some] for block in range(len(self.blocks))]
-            blocks = block_masks(recorded.maps, chosen, some, full)
+            made = zip(some, block_masks(recorded.maps, chosen, some, full), strict=True)
+            blocks = [self._applied(inputs_nchw, *own) for own in made]
             heads = self._head_scores(some, blocks, last, target, full)
             for image, own, scores in zip(some, blocks, heads, strict=True):
                 masks, masses = [block.masks_khw for block in own], [block.mass for block in own]
-                candidates = Candidates(image, masks, masses, cams[image], full, scores)
+                candidates = Candidates(image, masks, masses, cams[image], full, scores, self.kind)
                 captured.append(Captured(recorded.scores[image], own, candidates))
         return captured
+
+    def _applied(self, inputs_nchw: Tensor, image: int, blocks: Sequence[BlockMasks]) -> list[BlockMasks]:
+        """An image's masks as they are applied: where tokens are left out, the patches that each keeps."""
+        found = []
+        for own in blocks:
+            masks = self.scorer.applied(inputs_nchw, MaskSet(image, own.masks_khw))
+            if isinstance(masks, PatchMasks):
+                mass = in_pixels(masks.values_khw, grid_of(inputs_nchw)).sum((1, 2))
+                own = replace(own, masks_khw=masks.values_khw, mass=mass)
+            found.append(own)
+        return found
 
     def _head_scores(
         self, some: range, blocks: Sequence[Sequence[BlockMasks]], maps_nchw: Tensor, target: Target, full: Grid

@@ -16,7 +16,7 @@ from blocksight.engine.metrics.metric import TIES, Maps, Metric, Value, first_pi
 from blocksight.engine.model.targets import Readout, TopClass
 from blocksight.engine.model.transfers import sent, to_host
 from blocksight.engine.saliency import FLAT, NEGATIVE, Map, is_flat
-from blocksight.engine.scoring.perturb import Perturbation, blurred
+from blocksight.engine.scoring.perturb import DROP, Perturbation, blurred
 from blocksight.engine.scoring.scorer import MaskSet, MaskSource, Scorer
 
 KEPT_FRACTION = 0.15
@@ -27,6 +27,9 @@ BLUR_REACH, BLUR_SIGMA = 25 / 224, 50 / 224
 """Blur of the picture that insertion starts from, as shares of the shorter side: 51 pixels wide at 224."""
 AGREEMENT_SHARES = tuple(share / 10 for share in range(10))
 """Shares of pixels that POS and NEG remove."""
+
+DROP_PASSES = "float32; as many whole patches as pixels, at least one"
+"""How the baseline `drop` leaves patches out, whatever the job's forward setting."""
 
 Removed = Literal["top", "bottom"]
 Place = tuple[int, int]
@@ -47,6 +50,10 @@ class RankedMasks(MaskSource):
     fill: Perturbation | None = None
     """Replaces removed pixels; None: the scorer's baseline."""
 
+    @property
+    def is_binary(self) -> bool:
+        return self.weights_hw is None
+
     def __len__(self) -> int:
         return len(self.counts)
 
@@ -66,6 +73,10 @@ class OneMask(MaskSource):
     mask_hw: Tensor
     """Where a pixel is kept, or how much of it, [H, W]."""
 
+    @property
+    def is_binary(self) -> bool:
+        return self.mask_hw.dtype == torch.bool
+
     def __len__(self) -> int:
         return 1
 
@@ -78,6 +89,8 @@ class MaskedMetric(Metric):
 
     score: str | None = None
     """The scalar that is read from the model; None: the target's score."""
+    is_painted: bool = False
+    """It multiplies pixels by shares, or fills them in its own way, so that no patch can be left out."""
 
     def __init__(self, scorer: Scorer, baseline: str) -> None:
         """`baseline` is the name of the scorer's baseline."""
@@ -88,6 +101,7 @@ class MaskedMetric(Metric):
             "space": "model input",
             "input": self.scorer.adapter.input_size,
             "baseline": self.baseline,
+            **({"passes": DROP_PASSES} if self.baseline == DROP else {}),
             "score": self.score or READOUTS[self.scorer.adapter.readout],
         }
 
@@ -194,6 +208,7 @@ class LevelDrop(RankedMetric):
     At level v the pixels below the (100 - v)-th percentile are removed; the others keep their value (T-TAME).
     """
 
+    is_painted = True
     levels: tuple[float, ...] = LEVELS
     names = tuple(f"{kind}_{100 * level:.0f}" for level in LEVELS for kind in ("average_drop", "average_increase"))
 
@@ -268,16 +283,23 @@ class Deletion(Curve):
 
 
 class Insertion(Curve):
-    """The most salient pixels return first, to a blurred picture (Petsiuk et al., 2018; higher is better)."""
+    """The most salient pixels return first, to a blurred picture (Petsiuk et al., 2018; higher is better).
+
+    With the baseline `drop` the most salient patches return, to none but one.
+    """
 
     names = ("insertion",)
     shares = Curve.shares[::-1]
     removed = "bottom"
 
     def details(self) -> Mapping[str, Any]:
+        if self.baseline == DROP:
+            return super().details()
         return {**super().details(), "baseline": "blur", "reach": BLUR_REACH, "sigma": BLUR_SIGMA}
 
     def sources(self, maps: Maps, places: Sequence[Place]) -> list[MaskSource]:
+        if self.baseline == DROP:
+            return list(self.ranked(maps, places))
         fills = {image: self._fill(maps.inputs_nchw[image]) for image, _ in places}
         return [replace(own, fill=fills[own.image]) for own in self.ranked(maps, places)]
 
@@ -328,6 +350,7 @@ class Density(MaskedMetric):
     """`p(x m) H W / sum(m)`, and the same of `1 - m`: the score per share of the picture (CAMERAS, CVPR 2021)."""
 
     names = ("positive_density", "negative_density")
+    is_painted = True
 
     def sources(self, maps: Maps, places: Sequence[Place]) -> list[MaskSource]:
         weights = _sent_weights([np.stack([own, 1 - own]) for own in _saliency(maps, places)], maps)

@@ -191,6 +191,7 @@ class Road(Agreement):
     """The area under the share of unchanged predictions, from (0, 1) to (1, 0)."""
 
     shares = SHARES
+    is_painted = True
 
     def details(self) -> Mapping[str, Any]:
         return {**super().details(), "baseline": "noisy linear imputation", "noise": NOISE, "seed": "of the record"}

@@ -51,18 +51,21 @@ def layouts_by_number(adapter: "ModelAdapter") -> dict[int, Layout]:
     return {layout.prefix + layout.grid[0] * layout.grid[1]: layout for layout in tokens}
 
 
-def token_stream(adapter: "ModelAdapter", method: str) -> TokenStream:
-    """The attentions of a network whose tokens meet in them alone. Raises ModelError, which names other methods."""
+def token_stream(adapter: "ModelAdapter", method: str, instead: str = INSTEAD) -> TokenStream:
+    """The attentions of a network whose tokens meet in them alone.
+
+    Raises ModelError, which says what to take `instead`.
+    """
     found = attentions_of(adapter)
     own = [one for one in found if one.kind == "self"]
     poolers = [one for one in found if one.kind == "pool"]
     layouts = layouts_by_number(adapter)
     if not own or any(one.weights.shape[2] not in layouts or len(one.weights) != 2 for one in own):
-        raise _refused(adapter, method, f"in {_seen(found)}")
+        raise _refused(adapter, method, f"in {_seen(found)}", instead)
     if len({one.weights.shape[2] for one in own}) > 1 or len(poolers) > 1 or not _fits(own[-1], poolers):
-        raise _refused(adapter, method, f"in {_seen(found)}, of several sizes")
+        raise _refused(adapter, method, f"in {_seen(found)}, of several sizes", instead)
     stream = TokenStream(layouts[own[0].weights.shape[2]], tuple(one.name for one in own), has_pooler=bool(poolers))
-    _check_mixing(adapter, method, stream)
+    _check_mixing(adapter, method, stream, instead)
     return stream
 
 
@@ -74,11 +77,12 @@ def attentions_of(adapter: "ModelAdapter") -> list[Attention]:
     """All attentions of two example pictures."""
     found: list[Attention] = []
     with adapter.borrowed(), torch.no_grad(), explicit_attention(adapter.module, found.append):
-        adapter.logits(_examples(adapter, 2))
+        adapter.logits(example_pictures(adapter, 2))
     return found
 
 
-def _examples(adapter: "ModelAdapter", count: int) -> Tensor:
+def example_pictures(adapter: "ModelAdapter", count: int) -> Tensor:
+    """Random pictures as model inputs, always the same."""
     own = torch.Generator().manual_seed(0)
     return adapter.normalise(torch.randint(0, 256, (count, 3, *adapter.input_size), dtype=torch.uint8, generator=own))
 
@@ -90,21 +94,21 @@ def _seen(found: Sequence[Attention]) -> str:
     )
 
 
-def _refused(adapter: "ModelAdapter", method: str, why: str) -> ModelError:
+def _refused(adapter: "ModelAdapter", method: str, why: str, instead: str) -> ModelError:
     return ModelError(
         f"{method} needs attention of all patches of a picture in every block, and {adapter.name} has it not: {why} "
-        f"(in windows, in a pyramid, over channels, or in a kernel of its own): {INSTEAD}"
+        f"(in windows, in a pyramid, over channels, or in a kernel of its own): {instead}"
     )
 
 
-def _check_mixing(adapter: "ModelAdapter", method: str, stream: TokenStream) -> None:
+def _check_mixing(adapter: "ModelAdapter", method: str, stream: TokenStream, instead: str = INSTEAD) -> None:
     """With every token attending to itself alone, a change of one patch must reach its own token and no other.
 
     It is compared with the tokens that enter the first attention, for a convolution before it may overlap patches.
     """
     grid, prefix = stream.layout.grid, stream.layout.prefix
     cells = [(0, 0), (grid[0] // 2, grid[1] - 1)]
-    pictures = _examples(adapter, 1).repeat(1 + len(cells), 1, 1, 1)
+    pictures = example_pictures(adapter, 1).repeat(1 + len(cells), 1, 1, 1)
     for number, (row, column) in enumerate(cells, 1):
         _cell(pictures[number], grid, row, column).mul_(-1).add_(0.5)
     found: list[Attention] = []
@@ -115,9 +119,11 @@ def _check_mixing(adapter: "ModelAdapter", method: str, stream: TokenStream) -> 
         before, after = (_moved(one.values, number) for one in (own[0], own[-1]))
         is_there = prefix + row * grid[1] + column in before
         if not is_there or min(before) < prefix:
-            raise _refused(adapter, method, f"a change of patch {row}, {column} reaches other tokens than expected")
+            raise _refused(
+                adapter, method, f"a change of patch {row}, {column} reaches other tokens than expected", instead
+            )
         if not after <= before:
-            raise _refused(adapter, method, "something beside its attention mixes patches")
+            raise _refused(adapter, method, "something beside its attention mixes patches", instead)
 
 
 def _cell(picture_chw: Tensor, grid: tuple[int, int], row: int, column: int) -> Tensor:
@@ -163,7 +169,9 @@ def replacing_tokens(module: nn.Module, paths: Sequence[str], replace: SeeTokens
         yield
 
 
-def token_blocks(adapter: "ModelAdapter", method: str, stream: TokenStream) -> tuple[str, ...]:
+def token_blocks(
+    adapter: "ModelAdapter", method: str, stream: TokenStream, instead: str = "take chefer, daam or gradcam"
+) -> tuple[str, ...]:
     """The modules, one around each attention, whose outputs [N, T, D] nothing bypasses. Raises ModelError."""
     names = stream.attentions
     depth = max(name.count(".") for name in names) + 1
@@ -173,7 +181,7 @@ def token_blocks(adapter: "ModelAdapter", method: str, stream: TokenStream) -> t
             return paths
     raise ModelError(
         f"{method} needs blocks of one attention each that nothing bypasses, and around {', '.join(names[:3])} of "
-        f"{adapter.name} there are none: take chefer, daam or gradcam"
+        f"{adapter.name} there are none: {instead}"
     )
 
 
@@ -184,7 +192,7 @@ def _ancestor(name: str, level: int) -> str:
 
 def _is_stream(adapter: "ModelAdapter", paths: Sequence[str], num_tokens: int) -> bool:
     """Whether each block's tokens depend on the tokens before them alone, and the logits on the last ones alone."""
-    given = _examples(adapter, 2)
+    given = example_pictures(adapter, 2)
     made: list[Tensor] = []
     leaves: list[Tensor] = []
 

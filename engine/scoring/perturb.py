@@ -63,6 +63,9 @@ def _black(adapter: "ModelAdapter") -> Tensor:
     return adapter.normalise(torch.zeros(1, 3, 1, 1, dtype=torch.uint8, device=adapter.device))
 
 
+DROP = "drop"
+"""The baseline that paints nothing: tokens are left out (see `scoring/dropping.py`)."""
+
 BASELINES: Mapping[str, Callable[["ModelAdapter"], Tensor]] = {"zero": _zero, "black": _black}
 """By name: `zero` is 0 in model-input space (the data set's mean colour, as in all known code); `black`
 is a black pixel of the picture, as in the paper's formula. They differ if a mean is subtracted."""

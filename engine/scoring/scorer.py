@@ -21,6 +21,8 @@ class MaskSource(ABC):
 
     image: int
     """Index of their input."""
+    is_binary: bool = False
+    """Every mask keeps a pixel or removes it."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -88,6 +90,10 @@ class Scorer:
     """Masked inputs per forward pass; memory grows with it, results do not change beyond rounding."""
     forward: Forward | None = None
     """Logits of one full batch; None: the adapter's own."""
+
+    def applied(self, inputs_nchw: Tensor, source: MaskSource) -> MaskSource:  # noqa: ARG002 - others need the inputs
+        """The masks as they are applied to the inputs: of this perturbation the masks themselves."""
+        return source
 
     @torch.inference_mode()
     def scores(self, inputs_nchw: Tensor, target: Readout, sources: Sequence[MaskSource]) -> list[Tensor]:

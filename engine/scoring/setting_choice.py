@@ -56,6 +56,8 @@ class ForwardRequest:
     """None: by rule, or the fastest if passes are timed."""
     is_timed: bool = False
     """Timings may choose: two new jobs may then choose differently."""
+    is_eager: bool = False
+    """Nothing but PyTorch itself is tried."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,9 @@ def _candidates(device: str, request: ForwardRequest, found: Sequence[MeasuredSe
 
     `found` holds the measurements of those before: a setting that cannot win is not tried.
     """
-    if device == "cpu":
+    if request.is_eager:
+        yield eager_setting(device, request.batch_size)
+    elif device == "cpu":
         yield from _timed_on_cpu(request, found) if request.is_timed else _ruled_on_cpu(request)
     elif request.is_timed:
         yield from _timed_on_gpu(request, found)

@@ -44,7 +44,11 @@ def evaluate(
     class_map: ClassMap = None,
     controls: Annotated[bool, typer.Option("--controls", help="Measure a random map, a bell and edges too.")] = False,
     baseline: Annotated[
-        Literal["zero", "black"], typer.Option(help="Value of a pixel that a metric removes, for every method.")
+        Literal["zero", "black", "drop"],
+        typer.Option(
+            help="Value of a pixel that a metric removes, for every method; drop: a vision transformer is not given "
+            "the patches."
+        ),
     ] = "zero",
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the sample and of all that is random.")] = 0,
     model: OutputModel = None,

@@ -19,14 +19,12 @@ from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers import EXPLAINERS
 from blocksight.engine.explainers.explainer import State
 from blocksight.engine.judging.sanity import Sanity
-from blocksight.engine.metrics import MASKED, OF_MAPS
+from blocksight.engine.metrics import OF_MAPS, masked_metrics
 from blocksight.engine.metrics.localisation import Localisation
 from blocksight.engine.metrics.metric import Maps, Metric, Region, Value, score_of
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.device_errors import is_short_of_memory
 from blocksight.engine.scoring.forward import Forward, release_memory
-from blocksight.engine.scoring.perturb import perturbation
-from blocksight.engine.scoring.scorer import Scorer
 from blocksight.engine.scoring.setting_choice import eager_setting
 from blocksight.jobs.evaluate.evaluation import (
     Evaluation,
@@ -96,8 +94,7 @@ def metrics_of(
 
     Raises ModelError if the model cannot be measured by one of them.
     """
-    scorer = Scorer(adapter, perturbation(adapter, evaluation.baseline), batch_size, forward)
-    found: list[Metric] = [make(scorer, evaluation.baseline) for make in MASKED.values()]
+    found: list[Metric] = list(masked_metrics(adapter, evaluation.baseline, batch_size, forward))
     found += [make() for make in OF_MAPS.values()]
     found.append(Localisation(ground_truth_protocol(evaluation, context)))
     if set(Sanity.names) & set(evaluation.metrics):

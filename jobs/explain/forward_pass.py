@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import torch
 
+from blocksight.engine.catalog.composition import leaves_tokens_out
 from blocksight.engine.catalog.forward_setting import ForwardSetting
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.adapter import ModelAdapter
@@ -28,7 +29,12 @@ from blocksight.storage.stores.store import AlreadyExistsError, ObjectStore
 
 
 def forward_request(config: JobConfig, batch_size: int | None, *, is_timed: bool) -> ForwardRequest:
-    """What a job asks of its forward setting; the preset `paper` means float32."""
+    """What a job asks of its forward setting; the preset `paper` means float32.
+
+    A pass that leaves tokens out is of the model itself: no other backend takes pictures of several sizes.
+    """
+    if leaves_tokens_out(config.parameters):
+        return ForwardRequest("float32", batch_size, is_eager=True)
     precision = "float32" if config.preset == "paper" else config.precision
     return ForwardRequest(None if precision == "auto" else precision, batch_size, is_timed)
 

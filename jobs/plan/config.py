@@ -22,7 +22,16 @@ from pydantic import (
 )
 
 from blocksight.cluster.sizing import Device
-from blocksight.engine.catalog.composition import AUTO, SIGNED, Method, Preset, has_sign, parameters_of, parse_method
+from blocksight.engine.catalog.composition import (
+    AUTO,
+    SIGNED,
+    Method,
+    Preset,
+    has_sign,
+    leaves_tokens_out,
+    parameters_of,
+    parse_method,
+)
 from blocksight.engine.catalog.edge_detectors import installed_detector
 from blocksight.engine.catalog.entries import EXPLAINERS, FIDELITIES, Fidelity
 from blocksight.engine.catalog.forward_setting import MAX_BATCH_SIZE
@@ -353,6 +362,15 @@ class JobConfig(BaseModel):
     def _papers_are_in_float32(self) -> "JobConfig":
         if self.preset == "paper" and self.precision not in ("auto", "float32"):
             raise ValueError(f"preset paper means float32, and precision {self.precision} is asked for: leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_are_left_out_in_float32(self) -> "JobConfig":
+        if leaves_tokens_out(self.parameters) and self.precision not in ("auto", "float32"):
+            raise ValueError(
+                f"baseline drop runs the model itself in float32, and precision {self.precision} is asked for: "
+                "leave one out"
+            )
         return self
 
     @property

@@ -5,7 +5,7 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 
@@ -40,6 +40,9 @@ from blocksight.storage.stores.opening import open_store
 from blocksight.storage.stores.retrying import PatientStore
 from blocksight.storage.stores.store import StoreError
 
+if TYPE_CHECKING:
+    from blocksight.engine.model.adapter import ModelAdapter
+
 
 @dataclass(frozen=True)
 class EvaluationRequest:
@@ -52,7 +55,7 @@ class EvaluationRequest:
     controls: bool = False
     """Also measures control maps, which do not depend on the model."""
     seed: int = 0
-    baseline: Literal["zero", "black"] = "zero"
+    baseline: Literal["zero", "black", "drop"] = "zero"
     truth: str | None = None
     class_map: Path | None = None
     model: str | None = None
@@ -92,7 +95,7 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
     line = None if truth is None else truth_line(output, plan, truth)
     if line is not None:
         console.print(printable(line))
-    folder = ensure_evaluation(output, plan, evaluation)
+    folder = evaluation.folder(plan)
     if asked.truth is not None and truth is not None:
         remember_truth(output, asked.truth, truth)
     units = open_units(output, plan, folder)
@@ -103,6 +106,8 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
     preflight = stored_preflight(output) or UNEXAMINED
     adapter, facts = check_model(config, state, console, preflight.readout, stored_embeddings(output))
     check_as_stored(output, adapter, facts, preflight, console)
+    _refuse_undroppable(adapter, evaluation)
+    ensure_evaluation(output, plan, evaluation)
     ensure_model(output, facts)
     del adapter  # the workers load their own
     check_stored_settings(output, config)
@@ -120,6 +125,14 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
     except StoreError as error:
         raise UnfinishedError(f"{error}; {GO_ON}") from error
     return EvaluationOutcome(folder, num_open, done, failures, stop.reason)
+
+
+def _refuse_undroppable(adapter: "ModelAdapter", evaluation: Evaluation) -> None:
+    """Raises ModelError if the metrics leave tokens out, and the model cannot do without."""
+    if evaluation.baseline == "drop":
+        from blocksight.engine.model.token_dropping import TokenDropping
+
+        TokenDropping(adapter)
 
 
 def _cost(evaluation: Evaluation, config: JobConfig, units: Sequence[Unit], execution: Execution) -> str:

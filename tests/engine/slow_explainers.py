@@ -613,3 +613,80 @@ def libra_logit(net: nn.Module, fixed: Tensor, image: Tensor, target: int) -> Te
         held, tokens = held + block.narrow(own * gate), tokens + block.narrow(other * gate)
     last = norm(net.norm, held, tokens)[1]
     return net.head(last[0] if net.num_prefix else last.mean(0))[target]
+
+
+# ---------------------------------------------------------------- tokens left out
+
+
+@torch.no_grad()
+def without_tokens(net: nn.Module, image: Tensor, kept: Tensor) -> Tensor:
+    """Logits [K] of a `nets.Transformer` that is run on the kept patches [h, w], with their own positions."""
+    tokens = list(net.tokens(image[None])[0])
+    row = tokens[: net.num_prefix]
+    row += [own for own, is_kept in zip(tokens[net.num_prefix :], kept.flatten().tolist(), strict=True) if is_kept]
+    behind = torch.stack(row)[None]
+    for block in net.blocks:
+        behind = block(behind)
+    last = net.norm(behind)[0]
+    return net.head(last[0] if net.num_prefix else last.mean(0))
+
+
+def patch_means(mask: Tensor, side: int) -> list[float]:
+    """The mean of a mask [H, W] over each patch of `side` pixels, row by row."""
+    return [
+        round(float(mask[top : top + side, left : left + side].double().mean()) * 2**16) / 2**16
+        for top in range(0, mask.shape[0], side)
+        for left in range(0, mask.shape[1], side)
+    ]
+
+
+def _highest(means: list[float], count: int, shape: tuple[int, int]) -> Tensor:
+    order = sorted(range(len(means)), key=lambda place: (-means[place], place))
+    return torch.tensor([float(place in order[:count]) for place in range(len(means))]).double().view(shape)
+
+
+def kept_eighths(mask: Tensor, side: int) -> Tensor:
+    """The patches [h, w] that a soft mask keeps: an eighth of all, or two, or three, ..."""
+    means = patch_means(mask, side)
+    above = sum(mean > 0.5 for mean in means)
+    steps = [max(1, round(part * len(means) / 8)) for part in range(9)]
+    return _highest(means, min(steps, key=lambda step: (abs(step - above), step)), _grid(mask, side))
+
+
+def kept_of_area(mask: Tensor, side: int) -> Tensor:
+    """The patches [h, w] that a binary mask keeps: as many as its area."""
+    means = patch_means(mask, side)
+    return _highest(means, max(1, round(sum(means))), _grid(mask, side))
+
+
+def _grid(mask: Tensor, side: int) -> tuple[int, int]:
+    return mask.shape[0] // side, mask.shape[1] // side
+
+
+def _enlarged(patches: Tensor, side: int) -> Tensor:
+    return patches.repeat_interleave(side, 0).repeat_interleave(side, 1)
+
+
+@torch.no_grad()
+def rise_of_tokens(net: nn.Module, image: Tensor, target: int, seed: int, **options) -> Tensor:
+    """`1 / (N p) sum_i s(b_i) b_i`, b the patches of 4 pixels that are kept."""
+    total = torch.zeros(image.shape[1:], dtype=torch.float64)
+    for mask in rise_masks(tuple(image.shape[1:]), seed, **options):
+        kept = kept_eighths(mask, 4)
+        total += float(probability(without_tokens(net, image, kept), target)) * _enlarged(kept, 4)
+    return total / (options["num_masks"] * options["keep"])
+
+
+@torch.no_grad()
+def occlusion_of_tokens(net: nn.Module, image: Tensor, target: int, *, window: int) -> Tensor:
+    """Per patch the mean of `s - s(left out)` over squares of so many patches around it, where it is positive."""
+    rows, columns = _grid(image[0], 4)
+    whole = float(probability(without_tokens(net, image, torch.ones(rows, columns)), target))
+    total, number = torch.zeros(rows, columns, dtype=torch.float64), torch.zeros(rows, columns)
+    for top in range(rows - window + 1):
+        for left in range(columns - window + 1):
+            kept = torch.ones(rows, columns)
+            kept[top : top + window, left : left + window] = 0
+            total += (whole - float(probability(without_tokens(net, image, kept), target))) * (1 - kept)
+            number += 1 - kept
+    return _enlarged((total / number).clamp(min=0), 4)

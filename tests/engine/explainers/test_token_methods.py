@@ -1,4 +1,4 @@
-"""LeGrad and gradient-weighted rollout: by hand, slow twins, the libraries' real classes, and refusals."""
+"""LeGrad, gradient-weighted rollout and tokens left out: by hand, twins, the libraries' classes, and refusals."""
 
 from dataclasses import replace
 
@@ -7,16 +7,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from blocksight.engine.catalog.parameters import LeGradParameters
+from blocksight.engine.catalog.parameters import LeGradParameters, RiseParameters
 from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers import make_explainer
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.attention import explicit_attention
 from blocksight.engine.model.expressions import WeightedSum
 from blocksight.engine.model.targets import ClassLogit
+from blocksight.engine.model.token_dropping import TokenDropping
 from blocksight.engine.model.token_stream import _check_mixing, token_stream
 from tests.engine import slow_explainers as slow
-from tests.engine.libraries import GLOBAL, WINDOWED, made
+from tests.engine.libraries import GLOBAL, SIDE, WINDOWED, made
 from tests.engine.nets import Plain, Transformer, seeded, smooth
 
 METHODS = ("legrad", "chefer")
@@ -310,3 +311,57 @@ def test_nothing_stays_on_the_model_after_an_exception(method):
     assert not any(child._forward_hooks or child._forward_pre_hooks for child in net.modules())
     assert not torch.overrides._get_current_function_mode_stack()
     assert np.isfinite(one.explain(smooth(1, 32, 32), ClassLogit(torch.tensor([[1]])))[0][0].saliency_hw).all()
+
+
+# ---------------------------------------------------------------- tokens left out
+
+ROTARY = "timm, EVA"
+"""Its positions enter in every block."""
+
+
+def natively(net, name, x, kept):
+    """The logits of a library's own hook behind the positions, where the kept tokens are gathered."""
+    places = {
+        "timm": "patch_drop",
+        "timm, no class token": "patch_drop",
+        "timm, 4 registers": "patch_drop",
+        "timm, attention pooler": "patch_drop",
+        "timm, DeiT": "patch_drop",
+        "torchvision": "encoder.dropout",
+        "transformers, ViT": "model.vit.embeddings",
+        "transformers, DINOv2": "model.dinov2.embeddings",
+        "transformers, DINOv2 with registers": "model.dinov2_with_registers.embeddings",
+        "transformers, CLIP": "tower.embeddings",
+        "transformers, SigLIP": "tower.embeddings",
+        "open_clip": "tower.patch_dropout",
+        "open_clip, attention pooler": "tower.patch_dropout",
+    }
+
+    def gather(_module, _given, tokens):
+        prefix = tokens.shape[1] - 16
+        chosen = [*range(prefix), *(prefix + one for one in kept)]
+        return tokens[:, chosen]
+
+    with net.get_submodule(places[name]).register_forward_hook(gather), torch.no_grad():
+        return net(x)
+
+
+@pytest.mark.parametrize("name", [name for name in GLOBAL if name != ROTARY])
+def test_dropping_equals_a_hook_by_hand_in_every_library(name):
+    net = made(GLOBAL[name])
+    adapter = adapter_of(net, SIDE)
+    kept = [1, 2, 6, 11, 15]
+    x = smooth(2, SIDE, SIDE)
+    with adapter.borrowed(), torch.no_grad():
+        found = TokenDropping(adapter).logits(x, torch.tensor(kept).expand(2, -1))
+        whole = adapter.logits(x)
+    wanted = natively(net, name, x, kept)
+    assert (found - wanted).abs().max() <= 1e-2 * (wanted - whole).abs().max()
+    assert (wanted - whole).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", [*WINDOWED, ROTARY])
+def test_windows_and_rotary_positions_are_refused(name):
+    adapter = adapter_of(made({**GLOBAL, **WINDOWED}[name]), SIDE)
+    with pytest.raises(ModelError, match="the baseline drop needs"):
+        make_explainer("rise", adapter, RiseParameters(num_masks=4, baseline="drop"))
