@@ -30,6 +30,7 @@ class RejectCode(StrEnum):
     ENCODE_FAILED = "encode_failed"
     PROCESS_DIED = "process_died"
     KEY_REFUSED = "key_refused"
+    NO_GRADIENT = "no_gradient"
 
 
 class Reject(Exception):

@@ -159,6 +159,15 @@ def leaves_tokens_out(values: Mapping[str, Any]) -> bool:
     return values.get("baseline") == "drop" or (isinstance(inner, Mapping) and leaves_tokens_out(inner))
 
 
+ELSEWHERE = ("integrated_gradients", "extremal_perturbation", "smoothgrad", "ucag", "libra")
+"""Methods whose gradients are of other pictures than the one that is explained, or are changed."""
+
+
+def follows_gradients(method: Method) -> bool:
+    """True if the method's map is made of plain gradients at the picture itself."""
+    return "gradients" in method.innermost.entry.needs and not set(ELSEWHERE) & set(method.names)
+
+
 def blocks_of(method: Method) -> Literal["all", "last", "none"]:
     """The blocks of the network that the method reads."""
     return method.innermost.entry.blocks

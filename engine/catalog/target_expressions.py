@@ -5,11 +5,12 @@
     sum      = [ "-" ] term { ( "+" | "-" ) term }
     term     = [ weight "*" ] ( class | wrapped )
     wrapped  = ( "logit" | "logprob" ) "(" target ")"
-    class    = number | name | "predicted" | "label" | "text:" prompts
+    class    = number | name | "predicted" | "label" | "text:" prompts | feature
     prompts  = prompt { "|" prompt }
+    feature  = "similar:" place | "direction:" place | "prototype:" ( number | name ) | "feature:" number
 
-A name or a prompt that holds a comma, a plus sign, a hyphen, a star, a bracket or a quote stands in double quotes;
-two quotes inside them are one.
+A name, a prompt or a place that holds a comma, a plus sign, a hyphen, a star, a bracket or a quote stands in double
+quotes; two quotes inside them are one. A place is a path or URI: of a picture, or of a direction's numbers.
 """
 
 import re
@@ -22,7 +23,8 @@ from typing import Literal
 
 Reading = Literal["score", "logit", "logprob"]
 """What a target sums up: a class's score by the model's readout, logits, or log-probabilities."""
-AtomKind = Literal["class", "name", "place", "label", "text"]
+FeatureKind = Literal["similar", "prototype", "feature", "direction"]
+AtomKind = Literal["class", "name", "place", "label", "text"] | FeatureKind
 Source = Literal["predicted", "label", "top", "given", "expression"]
 
 MAX_TARGETS = 100
@@ -37,6 +39,15 @@ TOP = re.compile(r"top-([0-9]+)")
 WEIGHT = re.compile(r"[0-9]{1,300}(\.[0-9]{1,300})?|\.[0-9]{1,300}")
 TEXT = "text:"
 """What prompts begin with."""
+FEATURES: Mapping[str, FeatureKind] = {
+    "similar:": "similar",
+    "prototype:": "prototype",
+    "feature:": "feature",
+    "direction:": "direction",
+}
+"""What targets begin with that are read from the feature vector, and not from a class."""
+PLACES = ("similar:", "direction:")
+"""Of these what follows is a path or URI."""
 TOKEN = re.compile(r'"(?P<quoted>(?:[^"]|"")*)"|(?P<sign>[,+\-*()])|(?P<word>top-\w+|[^,+\-*()"]+)')
 WRAPPERS: Mapping[str, Reading] = {"logit": "logit", "logprob": "logprob"}
 
@@ -51,7 +62,8 @@ class Atom:
 
     kind: AtomKind
     value: int | str = ""
-    """The class number, the name, the place among the model's classes (1 is the prediction), or the prompts."""
+    """The class number, the name, the place among the model's classes (1 is the prediction), or the prompts; of a
+    feature the picture, the class, the number within the vector, or the file."""
 
     @property
     def text(self) -> str:
@@ -60,7 +72,17 @@ class Atom:
             return "predicted" if self.value == 1 else f"top-{self.value}"
         if self.kind == "label":
             return "label"
-        return {"class": "", "name": "", "text": TEXT}[self.kind] + _quoted(self.value)
+        return {"class": "", "name": ""}.get(self.kind, f"{self.kind}:") + _quoted(self.value)
+
+    @property
+    def is_feature(self) -> bool:
+        """True if it is read from the feature vector."""
+        return self.kind in FEATURES.values()
+
+    @property
+    def is_cosine(self) -> bool:
+        """True for the cosine to a vector, of a feature; False for the product with one."""
+        return self.kind in ("similar", "prototype")
 
 
 PREDICTED, RUNNER_UP, LABEL = Atom("place", 1), Atom("place", 2), Atom("label")
@@ -158,11 +180,14 @@ def collected(terms: Iterable[Term]) -> tuple[Term, ...]:
     sums: dict[Atom, float] = {}
     for term in terms:
         sums[term.atom] = sums.get(term.atom, 0.0) + term.weight
-    order = sorted(sums, key=lambda atom: (sums[atom] < 0, ORDER.index(atom.kind), atom.value))
+    order = sorted(sums, key=lambda atom: (sums[atom] < 0, ORDER.index(atom.kind), str(type(atom.value)), atom.value))
     return tuple(Term(sums[atom], atom) for atom in order)
 
 
-ORDER: Sequence[AtomKind] = ("place", "label", "class", "name", "text")
+ORDER: Sequence[AtomKind] = (
+    *("place", "label", "class", "name", "text"),
+    *("similar", "prototype", "feature", "direction"),
+)
 """Of the kinds in canonical text."""
 
 
@@ -174,6 +199,9 @@ def _expression(terms: Sequence[Term], reading: Reading | None, source: Source) 
         raise GrammarError("a weight of a target is not finite")
     if len(own) > MAX_TERMS:
         raise GrammarError(f"a target names {len(own)} classes, and {MAX_TERMS} at most can be")
+    beside = next((term.atom.text for term in own if term.atom.is_feature), None)
+    if beside is not None and reading == "logprob":
+        raise GrammarError(f"logprob(...) of {beside}: a log-probability is of classes, and a feature has none")
     return Expression(own, reading or _default_reading(own), source if _is_one(own) else "expression")
 
 
@@ -182,8 +210,12 @@ def _is_one(terms: Sequence[Term]) -> bool:
 
 
 def _default_reading(terms: Sequence[Term]) -> Reading:
-    """A class alone is explained by its score. A sum is one of logits, and a prompt's logit hears no other prompt."""
-    return "score" if _is_one(terms) and terms[0].atom.kind != "text" else "logit"
+    """A class alone is explained by its score. A sum is one of logits, and a prompt's logit hears no other prompt.
+
+    A feature has no score but itself.
+    """
+    own = terms[0].atom
+    return "score" if _is_one(terms) and own.kind != "text" and not own.is_feature else "logit"
 
 
 def _quoted(value: int | str) -> str:
@@ -283,14 +315,16 @@ class _Parser:
         return found
 
     def _atom(self) -> Atom:
-        word, quoted = self._word(), self._quoted()
+        word, quoted, token = self._word(), self._quoted(), self._at(0)
         self.place += 1
         if quoted is not None:
-            return self._prompts(quoted[len(TEXT) :]) if quoted.startswith(TEXT) else self._name(quoted)
-        if word is None:
+            before = next((one for one in (TEXT, *PLACES) if quoted.startswith(one)), None)
+            return self._name(quoted) if before is None else self._prefixed(before, quoted[len(before) :].strip())
+        if word is None or token is None:
             raise self._error("a class is missing")
-        if word.startswith(TEXT):
-            return self._prompts(word[len(TEXT) :].strip() or self._quoted_next())
+        if before := next((one for one in (TEXT, *FEATURES) if word.startswith(one)), None):
+            self._refuse_touching(token, before)
+            return self._prefixed(before, word[len(before) :].strip() or self._quoted_next())
         if CLASS_NUMBER.fullmatch(word):
             return Atom("class", int(word))
         if word.startswith("top-") and not TOP.fullmatch(word):
@@ -303,6 +337,32 @@ class _Parser:
         if not name.strip():
             raise self._error("a name is empty")
         return Atom("name", name)
+
+    def _prefixed(self, before: str, rest: str) -> Atom:
+        """What stands behind `text:` or the word of a feature."""
+        if before == TEXT:
+            return self._prompts(rest)
+        kind = FEATURES[before]
+        if not rest.strip():
+            raise self._error(f"nothing follows {before}")
+        is_number = CLASS_NUMBER.fullmatch(rest) is not None
+        if kind == "feature" and not is_number:
+            raise self._error(f"feature: is followed by a number of the feature vector, from 0, and {rest!r} is none")
+        return Atom(kind, int(rest) if is_number and before not in PLACES else rest)
+
+    def _refuse_touching(self, token: re.Match[str], before: str) -> None:
+        """Raises GrammarError if a sign follows at once, so that it may be part of the prompt or place, or be a sign.
+
+        `my-photo.png` is one place, and also `my` less `photo.png`.
+        """
+        is_number = before not in (TEXT, *PLACES) and CLASS_NUMBER.fullmatch(token[0].strip().removeprefix(before))
+        if is_number or self._sign() in (None, ",", ")") or token[0][-1:].isspace():
+            return
+        whole = self.text[token.start() :].split(",")[0].strip()
+        raise self._error(
+            f"{self._sign()!r} follows at once: write {before}{_quoted(whole.removeprefix(before).strip())} if it is "
+            f"part of it, and a space before {self._sign()!r} if it is a sign"
+        )
 
     def _prompts(self, prompts: str) -> Atom:
         parts = [part.strip() for part in prompts.split("|")]
@@ -361,42 +421,66 @@ NAMED: Mapping[str, Atom] = {"predicted": PREDICTED, "label": LABEL}
 SOURCES: Mapping[Atom, Source] = {PREDICTED: "predicted", LABEL: "label"}
 
 
+Summand = int | Atom
+"""What a row's target sums up: a class, by its number, or a feature."""
+
+
 @dataclass(frozen=True)
 class Formula:
     """A target whose classes are all numbers: what an explained row says of it."""
 
-    terms: tuple[tuple[float, int], ...]
-    """Weights and class numbers, each class once."""
+    terms: tuple[tuple[float, Summand], ...]
+    """Weights, and class numbers or features, each once."""
     reading: Reading
 
     @property
     def text(self) -> str:
         """The formula as text, which `parse_formula` reads."""
-        return Expression(tuple(Term(weight, Atom("class", index)) for weight, index in self.terms), self.reading).text
+        terms = tuple(Term(weight, _atom_of(own)) for weight, own in self.terms)
+        return Expression(terms, self.reading).text
 
     @property
     def target_class(self) -> int | None:
-        """The class, where it is of one; None for a sum."""
-        return self.terms[0][1] if len(self.terms) == 1 and self.terms[0][0] == 1 else None
+        """The class, where it is of one; None for a sum, and for a feature."""
+        weight, own = self.terms[0]
+        return own if len(self.terms) == 1 and weight == 1 and isinstance(own, int) else None
 
     @property
     def is_score(self) -> bool:
         """True for the score of a class, as a class number alone means."""
         return self.target_class is not None and self.reading == "score"
 
-    def named(self, name_of: Mapping[int, str]) -> str:
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """The class numbers that it names."""
+        return tuple(own for _, own in self.terms if isinstance(own, int))
+
+    @property
+    def features(self) -> tuple[Atom, ...]:
+        """The features that it names."""
+        return tuple(own for _, own in self.terms if isinstance(own, Atom))
+
+    def named(self, name_of: Mapping[Summand, str]) -> str:
         """The formula with the classes' names, for people: `tabby - tiger cat`."""
-        parts = [f"{_factor(abs(weight)).replace('*', ' ')}{name_of[index]}" for weight, index in self.terms]
+        parts = [f"{_factor(abs(weight)).replace('*', ' ')}{name_of[own]}" for weight, own in self.terms]
         signs = ["-" if self.terms[0][0] < 0 else "", *(" - " if own < 0 else " + " for own, _ in self.terms[1:])]
         inner = "".join(sign + part for sign, part in zip(signs, parts, strict=True))
         is_default = self.reading == ("score" if self.target_class is not None else "logit")
         return inner if is_default else f"{self.reading}({inner})"
 
 
-def formula_of(terms: Iterable[tuple[float, int]], reading: Reading) -> Formula:
-    """The formula of weights and class numbers; those of one class are added up."""
-    own = collected(Term(weight, Atom("class", index)) for weight, index in terms)
-    return Formula(tuple((term.weight, int(term.atom.value)) for term in own), reading)
+def formula_of(terms: Iterable[tuple[float, Summand]], reading: Reading) -> Formula:
+    """The formula of weights and class numbers or features; those of one class are added up."""
+    own = collected(Term(weight, _atom_of(one)) for weight, one in terms)
+    return Formula(tuple((term.weight, _summand(term.atom)) for term in own), reading)
+
+
+def _atom_of(own: Summand) -> Atom:
+    return own if isinstance(own, Atom) else Atom("class", own)
+
+
+def _summand(atom: Atom) -> Summand:
+    return int(atom.value) if atom.kind == "class" else atom
 
 
 @lru_cache(maxsize=4096)
@@ -412,8 +496,8 @@ def parse_formula(text: str) -> Formula:
 def _formulas(text: str) -> Iterable[Formula]:
     parser = _Parser(text)
     for terms, reading, _ in parser.alternatives():
-        if any(term.atom.kind != "class" for term in terms):
+        if any(term.atom.kind != "class" and not term.atom.is_feature for term in terms):
             raise GrammarError("a class is no number")
         own = collected(terms)
-        yield formula_of([(t.weight, int(t.atom.value)) for t in own], reading or _default_reading(own))
+        yield formula_of([(t.weight, _summand(t.atom)) for t in own], reading or _default_reading(own))
     parser.finish()

@@ -316,7 +316,7 @@ class Agreement(Curve):
     shares = AGREEMENT_SHARES
 
     def readout(self, maps: Maps) -> Readout:
-        return TopClass(maps.target.leading)
+        return TopClass(maps.target.leading, len(self.scorer.adapter.features))
 
     def undefined_reason(self, maps: Maps, image: int, index: int) -> str | None:
         if maps.ranks[image][index] is None:

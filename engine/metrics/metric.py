@@ -65,6 +65,9 @@ class Maps:
 def score_of(formula: str) -> str | None:
     """What a metric reads of a row's target, for its protocol; None for a class's score, as the readout says it."""
     found = parse_formula(formula)
+    if found.features:
+        kinds = sorted({"class" if isinstance(own, int) else own.kind for _, own in found.terms})
+        return f"{'a sum of ' if len(found.terms) > 1 else ''}{', '.join(kinds)}"
     return None if found.is_score else f"{found.reading} of {'a sum' if found.target_class is None else 'a class'}"
 
 

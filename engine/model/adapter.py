@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from blocksight.engine.catalog.readouts import ReadoutName
-from blocksight.engine.catalog.target_expressions import Formula
+from blocksight.engine.catalog.target_expressions import Atom, Formula, Summand
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.device_errors import device_trouble
-from blocksight.engine.model.expressions import target_of
+from blocksight.engine.model.expressions import AmongClasses, target_of
 from blocksight.engine.model.failures import failure_of, name_of, shape_of
 from blocksight.engine.model.network import Network, trace_network
-from blocksight.engine.model.prompts import Prompted, Texts, embedded, readout_of, refuse_unfit
+from blocksight.engine.model.prompts import Compared, Prompted, Texts, embedded, readout_of, refuse_unfit
 from blocksight.engine.model.prompts import name_of as name_of_prompts
 from blocksight.engine.model.resample import Grid
 from blocksight.engine.model.taps import frozen
-from blocksight.engine.model.targets import TARGETS, ClassTarget, Target
+from blocksight.engine.model.targets import TARGETS, Target
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -64,6 +64,8 @@ class ModelAdapter:
         """How a score is read from the output."""
         self.texts: Texts | None = None
         """What the model says of a text; None: it reads none."""
+        self.features: tuple[Atom, ...] = ()
+        """Targets of the feature vector that the module returns behind the classes, in order."""
         self.device = torch.device("cpu")
         self._normalise_by(mean, std)
 
@@ -137,8 +139,8 @@ class ModelAdapter:
     @property
     def prompt_embeddings(self) -> tuple[tuple[float, ...], ...] | None:
         """The texts' unit vectors [K, D], from which the same classifier can be made; None for other models."""
-        module = self.module
-        return tuple(map(tuple, module.embeddings.tolist())) if isinstance(module, Prompted) else None
+        own = next((one for one in self.module.modules() if isinstance(one, Compared)), None)
+        return None if own is None else tuple(map(tuple, own.embeddings.tolist()))
 
     def with_weights_of(self, module: nn.Module) -> "ModelAdapter":
         """A copy of the adapter around the same network with other weights; what was proved of its places holds."""
@@ -180,20 +182,25 @@ class ModelAdapter:
         return (inputs_nchw * self._std + self._mean).clamp(0, 1)
 
     def logits(self, inputs_nchw: Tensor) -> Tensor:
-        """The module's output [N, K] for normalised inputs."""
+        """The module's output [N, K] for normalised inputs; targets of features stand behind the classes."""
         return self.module(inputs_nchw.contiguous(memory_format=torch.channels_last))
 
-    def target(self, classes: Tensor) -> ClassTarget:
+    def of_classes(self, outputs: Tensor) -> Tensor:
+        """The logits [N, K] of the classes alone, of outputs as `logits` returns them."""
+        return outputs[:, : -len(self.features)] if self.features else outputs
+
+    def target(self, classes: Tensor) -> Target:
         """The scores of these classes, [N, T] int64, by the adapter's readout."""
-        return TARGETS[self.readout](classes)
+        own = TARGETS[self.readout](classes)
+        return AmongClasses(own, self.num_classes) if self.features else own
 
     def target_of(self, formulas: Sequence[Sequence[Formula]]) -> Target:
         """The target of T formulas for each of N images, by the adapter's readout. Raises ModelError."""
-        return target_of(formulas, self.readout, self.device)
+        return target_of(formulas, self.readout, self.device, self.num_classes if self.features else 0, self.features)
 
-    def scores(self, logits: Tensor) -> Tensor:
+    def scores(self, outputs: Tensor) -> Tensor:
         """The scores [N, K] (float64) of all classes, by the adapter's readout."""
-        return TARGETS[self.readout].values(logits)
+        return TARGETS[self.readout].values(self.of_classes(outputs))
 
     @cached_property
     def network(self) -> Network:
@@ -225,13 +232,14 @@ class ModelAdapter:
                 f"model {self.name!r} returns {kind} numbers, and logits are dense floats: return what comes before "
                 "the argmax, the threshold or the rounding"
             )
-        if logits.shape[1] < 2 and self.readout == "softmax":
+        num_classes = logits.shape[1] - len(self.features)
+        if num_classes < 2 and self.readout == "softmax":
             raise ModelError(
                 f"model {self.name!r} has one output, whose softmax is always 1: nothing can be explained; say what it "
                 "is with --readout sigmoid or probabilities, or wrap it to return two logits, such as [0, z] for a "
                 "sigmoid's z"
             )
-        return logits.shape[1]
+        return num_classes
 
     @cached_property
     def fingerprint(self) -> str:
@@ -258,6 +266,14 @@ class ModelAdapter:
     def class_name(self, index: int) -> str:
         """The class's name, or `class 7` if the model has no names."""
         return self.class_names[index] if self.class_names is not None else f"class {index}"
+
+    def name_of(self, own: Summand) -> str:
+        """The name of a class or a feature, for people."""
+        if isinstance(own, int):
+            return self.class_name(own)
+        if own.kind == "prototype":
+            return f"prototype of {self.class_name(int(own.value))}"
+        return f"{'similar to' if own.kind == 'similar' else own.kind} {own.value}"
 
 
 class Script(nn.Module):

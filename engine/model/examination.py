@@ -155,11 +155,11 @@ def _run(adapter: ModelAdapter, inputs: Tensor, num_real: int) -> _Output:
     try:
         with adapter.borrowed(), torch.inference_mode():
             with _Squashed() as squashed:
-                together = adapter.logits(inputs)
+                together = adapter.of_classes(adapter.logits(inputs))
             _refuse_other_input(adapter, inputs, given)
             mode = _training_mode(adapter)
-            again = adapter.logits(inputs)
-            alone = torch.cat([adapter.logits(one) for one in inputs.split(1)])
+            again = adapter.of_classes(adapter.logits(inputs))
+            alone = adapter.of_classes(torch.cat([adapter.logits(one) for one in inputs.split(1)]))
     except Exception as error:  # a user's model may raise anything
         if isinstance(error, ModelError) or device_trouble(error) is not None:
             raise

@@ -8,13 +8,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from blocksight.engine.catalog.readouts import ReadoutName
-from blocksight.engine.catalog.target_expressions import Formula
+from blocksight.engine.catalog.target_expressions import Atom, Formula, Summand
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.targets import TARGETS, LogProbability, Negated, Target
 
 NO_LOGPROB = (
     "a log-probability needs probabilities, and with readout identity the output is none: take the logits, or say "
     "--readout softmax, sigmoid or probabilities"
+)
+
+
+NO_SUM = (
+    "a sum of a class and a feature needs a logit of the class, and with readout probabilities there is none: ask for "
+    "them one by one, or let the model return logits"
 )
 
 
@@ -146,31 +152,115 @@ class JoinedTargets:
         raise IndexError(f"there are {self.num_targets} targets, from 0")
 
 
+@dataclass(frozen=True)
+class AmongClasses:
+    """A target of the first K outputs, which are the classes; those behind them are features."""
+
+    inner: Target
+    num_classes: int
+    """K."""
+
+    @property
+    def num_targets(self) -> int:
+        return self.inner.num_targets
+
+    @property
+    def leading(self) -> Tensor:
+        """As the target's, [N, T]."""
+        return self.inner.leading
+
+    @property
+    def is_class(self) -> tuple[bool, ...]:
+        """As the target's."""
+        return self.inner.is_class
+
+    @property
+    def raw(self) -> "AmongClasses":
+        return AmongClasses(self.inner.raw, self.num_classes)
+
+    def of(self, images: slice | Tensor) -> "AmongClasses":
+        return AmongClasses(self.inner.of(images), self.num_classes)
+
+    def score(self, logits: Tensor, images: Tensor) -> Tensor:
+        """Scores [B, T] (float64)."""
+        return self.inner.score(logits[:, : self.num_classes], images)
+
+    def change(self, before: Tensor, after: Tensor) -> Tensor:
+        """How the scores [N, T] change between two outputs."""
+        return self.inner.change(before[:, : self.num_classes], after[:, : self.num_classes])
+
+    def direction(self, logits: Tensor, index: int) -> Tensor:
+        """As `Target.direction`: 0 at the features."""
+        own = self.inner.direction(logits[:, : self.num_classes], index)
+        return functional.pad(own, (0, logits.shape[1] - self.num_classes))
+
+
 def with_opposite(target: Target) -> Target:
     """The T targets, and behind them their negatives: 2 T."""
     return JoinedTargets((target, Negated(target)))
 
 
-def target_of(formulas: Sequence[Sequence[Formula]], readout: ReadoutName, device: torch.device | str) -> Target:
+def target_of(
+    formulas: Sequence[Sequence[Formula]],
+    readout: ReadoutName,
+    device: torch.device | str,
+    num_classes: int = 0,
+    features: Sequence[Atom] = (),
+) -> Target:
     """The target of T formulas for each of N images; those of one place differ in their classes alone.
 
-    Raises ModelError for log-probabilities of an output that is none.
+    `features` are what the output holds behind its `num_classes` classes. Raises ModelError for log-probabilities of
+    an output that is none, and for a feature that the output does not hold.
     """
-    if all(one.is_score for own in formulas for one in own):
-        classes = [[index for one in own for _, index in one.terms] for own in formulas]
-        return TARGETS[readout](torch.tensor(classes, dtype=torch.int64, device=device))
-    return JoinedTargets(tuple(_column(own, readout, device) for own in zip(*formulas, strict=True)))
+    if not features and all(one.is_score for own in formulas for one in own):
+        return TARGETS[readout](_indices([[one.classes[0] for one in own] for own in formulas], device))
+    return JoinedTargets(
+        tuple(_column(own, readout, device, num_classes, features) for own in zip(*formulas, strict=True))
+    )
 
 
-def _column(formulas: Sequence[Formula], readout: ReadoutName, device: torch.device | str) -> Target:
+def _indices(rows: Sequence[Sequence[int]], device: torch.device | str) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64, device=device)
+
+
+def _column(
+    formulas: Sequence[Formula],
+    readout: ReadoutName,
+    device: torch.device | str,
+    num_classes: int,
+    features: Sequence[Atom],
+) -> Target:
+    is_feature = any(one.features for one in formulas)
+    if is_feature and readout == "probabilities" and any(one.classes for one in formulas):
+        raise ModelError(NO_SUM)
+    read: ReadoutName = "identity" if is_feature else readout
+    own = _of_outputs(formulas, read, device, num_classes, features)
+    return AmongClasses(own, num_classes) if features and not is_feature else own
+
+
+def _of_outputs(
+    formulas: Sequence[Formula],
+    readout: ReadoutName,
+    device: torch.device | str,
+    num_classes: int,
+    features: Sequence[Atom],
+) -> Target:
     if all(one.is_score for one in formulas):
-        classes = [[index for _, index in one.terms] for one in formulas]
-        return TARGETS[readout](torch.tensor(classes, dtype=torch.int64, device=device))
+        return TARGETS[readout](_indices([one.classes for one in formulas], device))
     is_log = formulas[0].reading == "logprob"
     if is_log and readout == "identity":
         raise ModelError(NO_LOGPROB)
     most = max(len(one.terms) for one in formulas)
     filled = [[*one.terms, *[(0.0, 0)] * (most - len(one.terms))] for one in formulas]
-    classes = torch.tensor([[index for _, index in own] for own in filled], dtype=torch.int64, device=device)
+    places = _indices([[_place_of(one, num_classes, features) for _, one in own] for own in filled], device)
     weights = torch.tensor([[weight for weight, _ in own] for own in filled], dtype=torch.float64, device=device)
-    return WeightedSum(classes, weights, readout, is_log)
+    return WeightedSum(places, weights, readout, is_log)
+
+
+def _place_of(own: Summand, num_classes: int, features: Sequence[Atom]) -> int:
+    """The place of a class or a feature in the output."""
+    if isinstance(own, int):
+        return own
+    if own not in features:
+        raise ModelError(f"the target {own.text} is none that the model's output was made for")
+    return num_classes + features.index(own)

@@ -46,7 +46,7 @@ def _count_outputs(adapter: "ModelAdapter") -> int:
         output = adapter.logits(example)
     if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != 2:
         raise ModelError(f"model {adapter.name!r} must return one vector per image, [N, D], to have features")
-    return output.shape[1]
+    return output.shape[1] - len(adapter.features)
 
 
 def without_head(adapter: "ModelAdapter") -> "ModelAdapter":

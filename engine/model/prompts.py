@@ -24,24 +24,38 @@ class Texts:
     """True if each text is right or wrong by itself (SigLIP); False if they exclude each other (CLIP)."""
 
 
-class Prompted(nn.Module):
-    """A model of picture features with texts for classes: logits [N, K] are `scale * cosine + bias`."""
+class Compared(nn.Module):
+    """Features with texts for classes: logits are `scale * cosine + bias`."""
 
     embeddings: Tensor
     scale: Tensor
     bias: Tensor
 
-    def __init__(self, network: nn.Module, embeddings: Tensor, texts: Texts) -> None:
+    def __init__(self, embeddings: Tensor, scale: Tensor, bias: Tensor) -> None:
         super().__init__()
-        self.network = network
         self.register_buffer("embeddings", embeddings)
-        self.register_buffer("scale", torch.tensor(texts.scale))
-        self.register_buffer("bias", torch.tensor(texts.bias))
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits [N, K] of features [N, D]."""
+        return self.scale * (functional.normalize(features, dim=1) @ self.embeddings.T) + self.bias
+
+
+class Prompted(Compared):
+    """A model of picture features with texts for classes."""
+
+    def __init__(self, network: nn.Module, embeddings: Tensor, texts: Texts) -> None:
+        super().__init__(embeddings, torch.tensor(texts.scale), torch.tensor(texts.bias))
+        self.network = network
 
     def forward(self, inputs_nchw: Tensor) -> Tensor:
         """Logits [N, K]."""
-        features = functional.normalize(self.network(inputs_nchw), dim=1)
-        return self.scale * (features @ self.embeddings.T) + self.bias
+        return super().forward(self.network(inputs_nchw))
+
+    def comparison(self) -> Compared:
+        """What comes behind the features."""
+        return Compared(self.embeddings, self.scale, self.bias)
 
 
 def embedded(texts: Texts, prompts: Sequence[Sequence[str]]) -> Tensor:

@@ -230,6 +230,10 @@ TARGETS: Mapping[ReadoutName, type[ClassTarget]] = {
 class TopClass(_OfClasses):
     """1 if the class is the prediction, else 0; it has no gradient."""
 
+    num_features: int = 0
+    """Outputs behind the classes."""
+
     def score(self, logits: Tensor, images: Tensor) -> Tensor:
         """1 or 0; ties go to the lower class number, as everywhere."""
-        return (logits.argmax(1, keepdim=True) == self.classes[images]).double()
+        of_classes = logits[:, : logits.shape[1] - self.num_features]
+        return (of_classes.argmax(1, keepdim=True) == self.classes[images]).double()

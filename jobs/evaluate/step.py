@@ -113,7 +113,7 @@ class EvaluateStep:
         torch.set_num_threads(job.num_threads)
         self.context, self.evaluation, self.job = context, context.evaluation, job
         self.stores = open_worker_stores(job)
-        self.adapter = load(job.config, state, job.device, job.import_path, job.readout, job.facts.embeddings)
+        self.adapter = load(job.config, state, job.device, job.import_path, job.readout, job.facts.vectors)
         if self.adapter.fingerprint != job.facts.weights_sha256:
             raise ModelError("the maps were made with other weights: name the same weights file")
         self.adapter.module.register_forward_pre_hook(lambda *_: heartbeat())

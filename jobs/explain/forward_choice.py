@@ -23,7 +23,7 @@ def choose_here(context: JobContext, state: bytes | None, request: ForwardReques
     torch.set_num_threads(context.num_threads)
     try:
         adapter = load(
-            context.config, state, context.device, context.import_path, context.readout, context.facts.embeddings
+            context.config, state, context.device, context.import_path, context.readout, context.facts.vectors
         )
         refuse_other_weights(adapter, context.facts)
         planned = choose_forward(adapter, request)

@@ -172,9 +172,12 @@ def _target(adapter: ModelAdapter, config: JobConfig, inputs_nchw: Tensor) -> Ta
     """What is explained of each image: the first target of each kind; the prediction stands in for the label."""
     targets = resolved_targets(config, adapter)
     with adapter.borrowed(), torch.inference_mode():
-        logits = adapter.logits(inputs_nchw).cpu()
+        logits = adapter.of_classes(adapter.logits(inputs_nchw)).cpu()
     found = [targets.formulas(own, int(own.argmax())) for own in logits]
-    kinds = {(one.is_score, one.reading): place for place, one in reversed(list(enumerate(found[0])))}
+    kinds = {
+        (one.is_score, one.reading, bool(one.classes), bool(one.features)): place
+        for place, one in reversed(list(enumerate(found[0])))
+    }
     return adapter.target_of([[own[place] for place in sorted(kinds.values())] for own in found])
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blocksight.engine import explainers
-from blocksight.engine.catalog.composition import blocks_of
+from blocksight.engine.catalog.composition import blocks_of, follows_gradients
 from blocksight.engine.catalog.entries import Fidelity, factory_of
 from blocksight.engine.catalog.forward_setting import ForwardSetting
 from blocksight.engine.catalog.readouts import ReadoutName
@@ -29,6 +29,7 @@ from blocksight.engine.model.blocks import Place
 from blocksight.engine.model.device_errors import DeviceTrouble, device_trouble, is_short_of_memory, told_by_device
 from blocksight.engine.model.expressions import with_opposite
 from blocksight.engine.model.failures import first_line_of
+from blocksight.engine.model.feature_targets import feature_vectors
 from blocksight.engine.model.float32 import use_ieee_float32
 from blocksight.engine.model.loading import load_model
 from blocksight.engine.model.outputs import of_channels, with_one_output
@@ -36,6 +37,7 @@ from blocksight.engine.model.targets import Target
 from blocksight.engine.saliency import Map, is_flat
 from blocksight.engine.scoring.forward import BufferedForward, Forward, empty_caches, release_memory
 from blocksight.engine.scoring.setting_choice import eager_setting
+from blocksight.jobs.explain.feature_vectors import with_feature_targets
 from blocksight.jobs.explain.fidelity import doubts_of, fidelity_columns
 from blocksight.jobs.explain.forward_pass import bounded, stored_forward
 from blocksight.jobs.explain.learned import LEARNED_KEY, num_learning_images, stored_state
@@ -46,9 +48,11 @@ from blocksight.jobs.plan.forward_setting import FORWARD_KEY, planned_forward
 from blocksight.jobs.plan.label_files import stored_label_file
 from blocksight.jobs.plan.labels import Labels
 from blocksight.jobs.plan.records import (
+    NO_VECTORS,
     BlockFacts,
     ModelFacts,
     RecordFacts,
+    StoredVectors,
     UnitInput,
     UnitResult,
     UnreconciledError,
@@ -72,9 +76,11 @@ CPU_IMAGES_PER_PASS, GPU_IMAGES_PER_PASS = 4, 32
 SATURATED_SHARE = 0.5
 NEAR_TOP = 0.99
 
+ITSELF = (
+    "its similarity to itself has no gradient: take an explainer that masks, such as rise or occlusion, or libra(...)"
+)
+
 Row = dict[str, Any]
-Embeddings = Sequence[Sequence[float]]
-"""Of prompts, [K, D]."""
 
 
 def load(
@@ -83,17 +89,17 @@ def load(
     device: str,
     import_path: str,
     readout: ReadoutName | None = None,
-    embeddings: Embeddings | None = None,
+    known: StoredVectors = NO_VECTORS,
 ) -> ModelAdapter:
     """The configured model on a device, with IEEE float32. Raises ModelError.
 
     Its scores are read by `readout`, or as the configuration says; without both by a softmax. If targets are prompts,
-    they are its classes; `embeddings` are theirs, if they were computed before.
+    they are its classes; `known` holds what was computed for targets before.
     """
     if factory_of(config.model) is not None:  # the folder is trusted for the user's factory only
         let_import_from(import_path)
     adapter = load_model(config.model, weights=config.weights, state=state, seed=config.seed)
-    return as_configured(adapter, config, device, readout, embeddings)
+    return as_configured(adapter, config, device, readout, known)
 
 
 def as_configured(
@@ -101,7 +107,7 @@ def as_configured(
     config: JobConfig,
     device: str,
     readout: ReadoutName | None = None,
-    embeddings: Embeddings | None = None,
+    known: StoredVectors = NO_VECTORS,
 ) -> ModelAdapter:
     """A loaded model, fed and read as the configuration says, on a device, with IEEE float32. Raises ModelError."""
     adapter.readout = readout or config.asked_readout or adapter.readout
@@ -113,8 +119,10 @@ def as_configured(
         fed = with_one_output(fed, config.output_key)
     fed = fed.fed(class_names=names).to(device)
     if prompts := config.target_choice.prompts:
-        fed = fed.with_prompts([one.split("|") for one in prompts], embeddings)
+        fed = fed.with_prompts([one.split("|") for one in prompts], known.embeddings)
         fed.readout = readout or config.asked_readout or fed.readout
+    if config.target_choice.has_features:
+        fed = with_feature_targets(fed, config, resolved_targets(config, fed).features, known.features)
     return fed
 
 
@@ -137,6 +145,7 @@ def model_facts(adapter: ModelAdapter, config: JobConfig) -> ModelFacts:
         std=adapter.std,
         notes=adapter.notes,
         embeddings=adapter.prompt_embeddings,
+        features=feature_vectors(adapter),
     )
 
 
@@ -205,7 +214,7 @@ class ExplainStep:
         config, facts = context.config, context.facts
         self.level: Fidelity | None = config.level
         self.adapter = adapter or load(
-            config, state, context.device, context.import_path, context.readout, facts.embeddings
+            config, state, context.device, context.import_path, context.readout, facts.vectors
         )
         refuse_other_weights(self.adapter, facts)
         self.beat = beat or heartbeat
@@ -414,8 +423,9 @@ class ExplainStep:
     ) -> tuple[Tensor, Tensor, list[list[Formula] | Reject]]:
         """The records' inputs [N, C, H, W], logits [N, K], and targets or reject."""
         inputs = self.adapter.normalise(torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2))
-        logits = self._logits(inputs)
-        return inputs, logits, [self._targets(record, own) for record, own in zip(records, logits, strict=True)]
+        outputs = self._outputs(inputs)
+        targets = [self._targets(record, own) for record, own in zip(records, outputs, strict=True)]
+        return inputs, self.adapter.of_classes(outputs), targets
 
     def teach(self, learner: Learner, records: Sequence[RecordFacts], pixels: NDArray[np.uint8]) -> int:
         """Shows the learner the first target of each record; returns the number of records shown."""
@@ -476,8 +486,8 @@ class ExplainStep:
             found |= zip(chosen, made, strict=True)
         return [found[image] for image in range(len(doubts))]
 
-    def _logits(self, inputs_nchw: Tensor) -> Tensor:
-        """The unmasked images' logits [N, K] on the CPU, from forward passes of one fixed shape."""
+    def _outputs(self, inputs_nchw: Tensor) -> Tensor:
+        """The unmasked images' outputs [N, K] on the CPU, from forward passes of one fixed shape."""
         size = min(self.explainer.images_per_pass, self.images_per_pass)
         *full, last = inputs_nchw.split(size)
         filler = last[-1:].expand(size - len(last), -1, -1, -1)
@@ -485,14 +495,17 @@ class ExplainStep:
             passes = [*full, torch.cat([last, filler]) if len(filler) else last]
             return torch.cat([self.adapter.logits(one) for one in passes])[: len(inputs_nchw)].cpu()
 
-    def _targets(self, record: RecordFacts, logits: Tensor) -> list[Formula] | Reject:
+    def _targets(self, record: RecordFacts, outputs: Tensor) -> list[Formula] | Reject:
         """The record's targets."""
-        if not logits.isfinite().all():
+        if not outputs.isfinite().all():
             return Reject(RejectCode.NON_FINITE, "the model's output for the image holds NaN or infinity")
         label = self.labels.index(record.label)
         if label is None and self.targets.needs_label:
             return Reject(RejectCode.LABEL_MISSING, f"the target is the label, and {record.label!r} means no class")
-        return self.targets.formulas(logits, label)
+        same = self.targets.same_picture(outputs[len(outputs) - len(self.adapter.features) :])
+        if same is not None and follows_gradients(self.context.config.method):
+            return Reject(RejectCode.NO_GRADIENT, f"the picture is that of {same}, and {ITSELF}")
+        return self.targets.formulas(self.adapter.of_classes(outputs[None])[0], label)
 
     def _chosen(self, formulas: Sequence[Formula], logits: Tensor) -> list[Row]:
         """The columns of a record's targets."""
@@ -588,7 +601,8 @@ def try_another_picture(alone: UnitInput, error: Exception, explain: Callable[[U
 
 def parameters_digest(parameters: Any, facts: ModelFacts, learned: str | None) -> str:
     """The value of the column `parameters`; `learned` is the sha256 of the learned state."""
-    model = {name: value for name, value in asdict(facts).items() if name != "embeddings"}  # the weights hold them
+    held = ("embeddings", "features")  # by the weights
+    model = {name: value for name, value in asdict(facts).items() if name not in held}
     known = {"parameters": asdict(parameters), "model": model}
     return digest_of(known if learned is None else {**known, "learned": learned})[:16]
 
@@ -659,7 +673,7 @@ def as_stored(saliency_hw: Map) -> Map:
 def target_columns(expression: Expression, formula: Formula, adapter: ModelAdapter, logits: Tensor) -> Row:
     """What a row says of its target, on an image with these logits [K]."""
     index = formula.target_class if expression.atom is not None else None
-    names = {own: adapter.class_name(own) for _, own in formula.terms}
+    names = {own: adapter.name_of(own) for _, own in formula.terms}
     is_logit = expression.atom is not None and expression.atom.kind == "text" and formula.reading == "logit"
     return {
         "target_index": index,

@@ -11,10 +11,11 @@ from blocksight.jobs.explain.preflight import check_output, in_a_sentence, print
 from blocksight.jobs.explain.step import load, model_facts
 from blocksight.jobs.plan.config import JobConfig
 from blocksight.jobs.plan.context import sha256_of, weights_bytes
-from blocksight.jobs.plan.plan import Plan, refuse_drift, refuse_other_model, stored_embeddings
+from blocksight.jobs.plan.plan import Plan, refuse_drift, refuse_other_model
 from blocksight.jobs.plan.preflight import UNEXAMINED, Preflight, stored_preflight
 from blocksight.jobs.plan.records import ModelFacts
 from blocksight.jobs.plan.stored_config import NamedModel, config_of
+from blocksight.jobs.plan.target_files import vectors_of_output
 from blocksight.storage.stores.store import MissingError, ObjectStore
 
 
@@ -31,7 +32,7 @@ def model_of_output(
     refuse_drift(config.identity(sha256_of(state)), plan.identity, "configuration")
     stored = stored_preflight(store) or UNEXAMINED
     with in_a_sentence(config.model):
-        adapter = load(config, state, device, str(Path.cwd()), stored.readout, stored_embeddings(store))
+        adapter = load(config, state, device, str(Path.cwd()), stored.readout, vectors_of_output(store, config))
         facts = model_facts(adapter, config)
     print_findings(refuse_changed(store, adapter, facts, stored), console)
     return config, adapter

@@ -11,6 +11,7 @@ from blocksight.engine.catalog.target_expressions import (
     Expression,
     Formula,
     GrammarError,
+    Summand,
     Term,
     collected,
     formula_of,
@@ -19,6 +20,7 @@ from blocksight.engine.catalog.target_expressions import (
     split_targets,
 )
 from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.feature_targets import SAME
 from blocksight.jobs.plan.config import TARGET_FORMS, ConfigError, JobConfig, TargetChoice
 from blocksight.jobs.plan.labels import Labels, Rule
 from blocksight.jobs.plan.records import UnreconciledError
@@ -38,6 +40,18 @@ class ResolvedTargets:
     """The texts that are the model's classes, if targets are prompts."""
 
     @property
+    def features(self) -> tuple[Atom, ...]:
+        """The features that targets name, each once, those that are cosines first: as the model returns them."""
+        named = dict.fromkeys(atom for one in self.expressions for atom in one.atoms if atom.is_feature)
+        return tuple(sorted(named, key=lambda atom: not atom.is_cosine))
+
+    def same_picture(self, values: Tensor) -> str | None:
+        """A target that is the similarity of a record's picture to itself, by the values [M] of `features`."""
+        alone = [one.atom for one in self.expressions]
+        near = zip(self.features, values.tolist(), strict=True)
+        return next((own.text for own, value in near if own.kind == "similar" and value > SAME and own in alone), None)
+
+    @property
     def needs_label(self) -> bool:
         """True if a target depends on the record's label."""
         return any(atom.kind == "label" for one in self.expressions for atom in one.atoms)
@@ -49,7 +63,9 @@ class ResolvedTargets:
         )
         order = logits.argsort(descending=True, stable=True)[:most].tolist()
 
-        def index_of(atom: Atom) -> int:
+        def index_of(atom: Atom) -> Summand:
+            if atom.is_feature:
+                return atom
             if atom.kind == "label":
                 assert label is not None
                 return label
@@ -70,7 +86,8 @@ class ResolvedTargets:
 
     def text_of(self, expression: Expression, formula: Formula) -> str:
         """What a row calls its target: the join key of outputs. A class that is chosen is known by its number."""
-        is_class = expression.atom is not None and expression.atom.kind != "text"
+        own = expression.atom
+        is_class = own is not None and own.kind != "text" and not own.is_feature
         return formula.text if is_class and not self.has_doubles else expression.text
 
 
@@ -99,12 +116,15 @@ def formulas_of(rows: Sequence[Mapping[str, Any]], adapter: ModelAdapter) -> lis
         found = [parse_formula(row["target_formula"]) for row in rows]
     except (GrammarError, TypeError) as error:
         raise UnreconciledError(f"the rows of record {rows[0]['key']!r} are damaged: {error}") from error
-    beyond = [index for one in found for _, index in one.terms if index >= adapter.num_classes]
+    beyond = [index for one in found for index in one.classes if index >= adapter.num_classes]
     if beyond:
         raise UnreconciledError(
             f"the rows of record {rows[0]['key']!r} name class {beyond[0]}, and {adapter.name} has "
             f"{adapter.num_classes}, from 0"
         )
+    unknown = [own.text for one in found for own in one.features if own not in adapter.features]
+    if unknown:
+        raise UnreconciledError(f"the rows of record {rows[0]['key']!r} name {unknown[0]}, which the job has not")
     return found
 
 
@@ -152,12 +172,15 @@ def _class_of(atom: Atom, labels: Labels) -> Atom:
     """The class that an atom names, as its number; other atoms stay. Raises ConfigError."""
     if atom.kind == "class" and int(atom.value) >= labels.num_classes:
         raise ConfigError(f"target {atom.value} is no class of the model: it has {labels.num_classes}, from 0")
-    if atom.kind != "name":
+    if atom.kind not in ("name", "prototype"):
         return atom
-    index = labels.index(str(atom.value))
+    is_number = isinstance(atom.value, int)
+    if is_number and int(atom.value) >= labels.num_classes:
+        raise ConfigError(f"target {atom.text} is of no class: the bank has {labels.num_classes}, from 0")
+    index = int(atom.value) if is_number else labels.index(str(atom.value))
     if index is None:
         raise ConfigError(_refusal(labels, str(atom.value), f"; {QUOTE}" if "-" in str(atom.value) else ""))
-    return Atom("class", index)
+    return Atom("prototype" if atom.kind == "prototype" else "class", index)
 
 
 def _two_meanings(text: str, by_grammar: Sequence[Expression], labels: Labels) -> str:

@@ -85,7 +85,8 @@ MODEL_INPUT = ("input_size", "mean", "std", "class_names", *MODEL_SHAPE)
 
 TARGET_FORMS = (
     f"predicted, label, top-K (K up to {MAX_TARGETS}), margin, class numbers, differences and sums such as 281-282 or "
-    "0.5*281+0.5*282, logit(...), logprob(...), joined by commas"
+    "0.5*281+0.5*282, logit(...), logprob(...), text:PROMPT, similar:PICTURE, prototype:CLASS, feature:NUMBER, "
+    "direction:FILE, joined by commas"
 )
 
 
@@ -154,6 +155,17 @@ class TargetChoice:
         """The prompts that targets name, in order, each once; `|` separates those of an ensemble."""
         atoms = (atom for one in self.expressions for atom in one.atoms)
         return tuple(dict.fromkeys(str(atom.value) for atom in atoms if atom.kind == "text"))
+
+    @property
+    def has_features(self) -> bool:
+        """True if a target is read from the feature vector."""
+        return any(atom.is_feature for one in self.expressions for atom in one.atoms)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The pictures and directions that targets name, in order, each once."""
+        atoms = (atom for one in self.expressions for atom in one.atoms)
+        return tuple(dict.fromkeys(str(atom.value) for atom in atoms if atom.kind in ("similar", "direction")))
 
     @property
     def has_label(self) -> bool:
@@ -249,6 +261,9 @@ class JobConfig(BaseModel):
     interpolation: Literal["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"] | None = Field(
         default=None, description="how images are resampled; none: as `resize` says, else bilinear"
     )
+    target_files: dict[str, str] | None = Field(
+        default=None, description="sha256 of the files that targets name; none: they are read when the job begins"
+    )
     signed: bool = Field(
         default=False, description="also map what speaks against the target, in columns of its own: `map_negative`"
     )
@@ -333,7 +348,8 @@ class JobConfig(BaseModel):
 
     @model_validator(mode="after")
     def _endpoint_has_a_use(self) -> "JobConfig":
-        places = (self.data, self.output, self.weights or "", place_of(self.model) or "")
+        files = self.target_choice.files
+        places = (self.data, self.output, self.weights or "", place_of(self.model) or "", *files)
         if self.endpoint_url is not None and not any(place.startswith("s3://") for place in places):
             raise ValueError("an endpoint URL is given, and neither data, output, weights nor model is an s3:// URI")
         for named in filter(None, values_by_place(self.endpoint_url or "")):
@@ -461,6 +477,8 @@ class JobConfig(BaseModel):
             unsaid.add("readout")
         if not self.signed:
             unsaid.add("signed")
+        if not self.target_files:
+            unsaid.add("target_files")
         identity = {
             **{name: value for name, value in chosen.items() if name not in unsaid},
             "parameters": asdict(self.explainer_parameters()),

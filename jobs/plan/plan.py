@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 from blocksight.jobs.plan.config import ConfigError, JobConfig, check_identity, differences, digest_of
 from blocksight.jobs.plan.documents import Sha256, damaged, read_document
 from blocksight.jobs.plan.estimate import MeasuredRate
-from blocksight.jobs.plan.records import Count, ModelFacts, Unit
+from blocksight.jobs.plan.records import NO_VECTORS, Count, ModelFacts, StoredVectors, Unit
 from blocksight.jobs.plan.text import counted
 from blocksight.jobs.plan.units import Piece, Shards, Workforce, check_units, pieces, read_shards
 from blocksight.storage.inputs.labels import folder_label
@@ -318,12 +318,12 @@ def planned_labels(store: ObjectStore) -> str | None:
         return None
 
 
-def stored_embeddings(store: ObjectStore) -> tuple[tuple[float, ...], ...] | None:
-    """The prompts' embeddings of an output's model; None without prompts, and before its model was stored."""
+def stored_vectors(store: ObjectStore) -> StoredVectors:
+    """What was computed for the targets of an output; nothing before its model was stored."""
     try:
-        return read_document(store, MODEL_KEY, ModelFacts).embeddings
+        return read_document(store, MODEL_KEY, ModelFacts).vectors
     except MissingError:
-        return None
+        return NO_VECTORS
 
 
 def refuse_other_model(store: ObjectStore, facts: ModelFacts) -> None:

@@ -271,6 +271,26 @@ class ModelFacts:
     """What was assumed when the weights were loaded, one sentence each; may differ in a resume."""
     embeddings: tuple[tuple[float, ...], ...] | None = None
     """Of the targets' prompts, in order, so that all workers use the same; None without prompts."""
+    features: tuple[tuple[float, ...], ...] | None = None
+    """The vectors of targets of features, in order, as `embeddings`; None without them."""
+
+    @property
+    def vectors(self) -> "StoredVectors":
+        """What was computed once for the targets."""
+        return StoredVectors(self.embeddings, self.features)
+
+
+@dataclass(frozen=True)
+class StoredVectors:
+    """What a model was given for its targets, so that all workers and later commands use the same."""
+
+    embeddings: tuple[tuple[float, ...], ...] | None = None
+    """Of prompts."""
+    features: tuple[tuple[float, ...], ...] | None = None
+    """Of targets of features."""
+
+
+NO_VECTORS = StoredVectors()
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,11 @@ from blocksight.jobs.ledger.stop_request import GO_ON, Stop, stopped_by_signals,
 from blocksight.jobs.plan.config import ConfigError, Execution, JobConfig
 from blocksight.jobs.plan.context import sha256_of, weights_bytes
 from blocksight.jobs.plan.machine_rates import recall
-from blocksight.jobs.plan.plan import ensure_model, existing_plan, refuse_drift, stored_embeddings
+from blocksight.jobs.plan.plan import ensure_model, existing_plan, refuse_drift
 from blocksight.jobs.plan.preflight import UNEXAMINED, stored_preflight
 from blocksight.jobs.plan.records import Evaluated, UnfinishedError, Unit, UnitFailure, UnitReturned
 from blocksight.jobs.plan.stored_config import NamedModel, config_of
+from blocksight.jobs.plan.target_files import vectors_of_output
 from blocksight.jobs.plan.text import clock, counted, printable
 from blocksight.jobs.run.job import check_as_stored, check_model, check_stored_settings, context_of
 from blocksight.jobs.run.workers import check_gpu, refuse_missing_gpu, session_of, workforce_of
@@ -104,7 +105,7 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
     state = weights_bytes(config)
     refuse_drift(config.identity(sha256_of(state)), plan.identity, "configuration")
     preflight = stored_preflight(output) or UNEXAMINED
-    adapter, facts = check_model(config, state, console, preflight.readout, stored_embeddings(output))
+    adapter, facts = check_model(config, state, console, preflight.readout, vectors_of_output(output, config))
     check_as_stored(output, adapter, facts, preflight, console)
     _refuse_undroppable(adapter, evaluation)
     ensure_evaluation(output, plan, evaluation)

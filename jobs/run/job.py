@@ -41,10 +41,21 @@ from blocksight.jobs.plan.plan import (
     load_plan,
     open_output,
     refuse_drift,
-    stored_embeddings,
+    stored_vectors,
 )
 from blocksight.jobs.plan.preflight import Preflight, ensure_preflight, stored_preflight
-from blocksight.jobs.plan.records import ModelFacts, Outcome, Receipt, UnfinishedError, Unit, UnitFailure, UnitReturned
+from blocksight.jobs.plan.records import (
+    NO_VECTORS,
+    ModelFacts,
+    Outcome,
+    Receipt,
+    StoredVectors,
+    UnfinishedError,
+    Unit,
+    UnitFailure,
+    UnitReturned,
+)
+from blocksight.jobs.plan.target_files import with_target_files
 from blocksight.jobs.plan.text import counted, printable
 from blocksight.jobs.plan.units import Workforce
 from blocksight.jobs.run.budgets import Budget, FirstUnits, exceeded_budgets
@@ -104,7 +115,7 @@ class RunOutcome:
 
 def begun_or_new(config: JobConfig) -> tuple[ObjectStore, Plan | FoundInput]:
     """The output with its plan, or with the listed input of a new one. Writes nothing. Raises DriftError."""
-    config = with_model_file(config)
+    config = with_target_files(with_model_file(config))
     output = PatientStore(open_output(config), SHORT_PATIENCE_SECONDS)
     weights_sha256 = sha256_of(weights_bytes(config))
     stored = load_plan(output)
@@ -136,7 +147,7 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
     ModelError, ClusterError. UnfinishedError is raised if the store fails for good afterwards.
     """
     refuse_missing_gpu(execution)
-    config, label_file = with_label_file(with_model_file(config))
+    config, label_file = with_label_file(with_target_files(with_model_file(config)))
     config, choice = with_explainer(config)
     if choice is not None:
         console.print(f"explainer: {printable(choice)}")
@@ -150,7 +161,7 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
         return _outcome_of(output, job_state, execution, RunSummary())
     state = weights_bytes(config)
     stored = stored_preflight(output)
-    adapter, facts = check_model(config, state, console, stored and stored.readout, stored_embeddings(output))
+    adapter, facts = check_model(config, state, console, stored and stored.readout, stored_vectors(output))
     labels = read_labels(config, plan, adapter, label_file)
     console.print(f"labels: {printable(labels)}")
     probe(output, PROBE_PREFIX)
@@ -224,17 +235,18 @@ def check_model(
     state: bytes | None,
     console: Console,
     readout: ReadoutName | None = None,
-    embeddings: tuple[tuple[float, ...], ...] | None = None,
+    known: StoredVectors = NO_VECTORS,
 ) -> "tuple[ModelAdapter, ModelFacts]":
     """Loads the model once in the driver, so that its errors are raised before any work.
 
-    `readout` and the prompts' `embeddings` are those of the output, if it was begun. Raises ModelError and ConfigError.
+    `readout` and `known`, what was computed for targets, are of the output, if it was begun. Raises ModelError and
+    ConfigError.
     """
     from blocksight.jobs.explain.preflight import in_a_sentence
     from blocksight.jobs.explain.step import load, model_facts
 
     with in_a_sentence(config.model):
-        adapter = load(config, state, "cpu", str(Path.cwd()), readout, embeddings)
+        adapter = load(config, state, "cpu", str(Path.cwd()), readout, known)
         note_random_weights(adapter, config)
         facts = model_facts(adapter, config)
     candidates = sum(block["channels"] for block in facts.blocks)
