@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.blocks import Place, discover_blocks
 from blocksight.engine.model.device_errors import device_trouble
+from blocksight.engine.model.layouts import Layout
 from blocksight.engine.model.paths import unavoidable_nodes, unavoidable_places
 from blocksight.engine.model.proofs import LEAKS, NO_PLACES, UNUSED, Reading, leaks, probe_pictures, proved_reading
 from blocksight.engine.model.resample import Grid
@@ -45,6 +46,8 @@ class Network:
     """Inputs [2, C, H, W], on which proofs are made."""
     _leaking: dict[str, bool] = field(default_factory=dict, compare=False, repr=False)
     """The places that were tried."""
+    _layouts: list[Layout] = field(default_factory=list, compare=False, repr=False)
+    """Of all tensors, once they were asked for."""
 
     def blocks(self, names: Sequence[str] = ()) -> tuple[Place, ...]:
         """The named places or, without names, the blocks that the rule finds, shallow to deep.
@@ -79,11 +82,21 @@ class Network:
 
     def _tried(self) -> str:
         """The last places that were tried and why each is none, as a clause."""
-        around = [(place.name, LEAKS) for place in self.places if place.grid and min(place.grid) > 1]
-        unread = [(place.name, place.fault) for place in self.places if place.is_unavoidable and not place.grid]
-        unread = [(name, fault) for name, fault in unread if fault != NO_PLACES]
-        shown = [f"{name}: {fault}" for name, fault in (*around[-MAX_SHOWN:], *unread[-MAX_SHOWN:])]
+        around = [place.name for place in self.places if place.fault == LEAKS or (place.grid and min(place.grid) > 1)]
+        unread = [place for place in self.places if place.is_unavoidable and not place.grid]
+        unread = [(place.name, place.fault) for place in unread if place.fault != NO_PLACES]
+        shown = [f"{name}: {LEAKS}" for name in around[-MAX_SHOWN:]]
+        shown += [f"{name}: {fault}" for name, fault in unread[-MAX_SHOWN:]]
         return f" ({'; '.join(shown)})" if shown else ""
+
+    def layouts(self) -> list[Layout]:
+        """The layouts of the places, and then those of all tensors, also of those that a path avoids."""
+        if not self._layouts:
+            reader = _Reader(self.example.to(next(self.module.parameters(), self.example)), None)
+            with frozen(self.module), torch.no_grad():
+                _run_all(self.module, self.graph, reader)
+            self._layouts.extend(own.layout for own in reader.read.values() if own.layout is not None)
+        return [place.layout for place in self.places if place.layout is not None] + self._layouts
 
     def _leaks(self, place: Place) -> bool:
         """True if the output depends on the picture also beside the place. A traced graph shows it by itself."""
@@ -102,10 +115,10 @@ class Network:
         """
         with torch.no_grad():
             example = self.example.to(next(module.parameters(), self.example).device)
-            graph = None if self.graph is None else _trace(module, example)
-        if (graph is None) != (self.graph is None):
+            trace = None if self.graph is None else _trace(module, example)
+        if (trace is None) != (self.graph is None):
             return trace_network(module, example)
-        return replace(self, module=module, graph=graph)
+        return replace(self, module=module, graph=None if trace is None else trace.graph)
 
     def last_block(self, names: Sequence[str] = ()) -> tuple[Place, Taps]:
         """The deepest of the blocks, and the taps that record it alone. Raises as `blocks`."""
@@ -125,9 +138,9 @@ class Network:
                 f"nearest: {', '.join(near)}" if near else f"there are {', '.join(place.name for place in self.places)}"
             )
             raise ModelError(f"no block {name!r} in {type(self.module).__name__}; {shown}")
-        if found[-1].grid is None:
+        if found[-1].grid is None and found[-1].fault != LEAKS:
             raise ModelError(f"block {name!r} is no feature map: {found[-1].fault}; choose one before the pooling")
-        if self._leaks(found[-1]):
+        if found[-1].fault == LEAKS or self._leaks(found[-1]):
             raise ModelError(
                 f"{name!r} is no block: {LEAKS}, so that there is a way around it; choose the sum behind it, or none: "
                 f"the rule finds {', '.join(place.name for place in self._found) or 'none'}"
@@ -149,8 +162,9 @@ def trace_network(module: nn.Module, example: Tensor) -> Network:
     execution.
     """
     with torch.no_grad():
-        graph = _trace(module, example)
-        places = _module_places(module, example) if graph is None else _traced_places(graph, example)
+        trace = _trace(module, example)
+        places = _module_places(module, example) if trace is None else _traced_places(module, trace, example)
+    graph = None if trace is None else trace.graph
     return _without_unused(Network(module, graph, tuple(places), example), example)
 
 
@@ -178,56 +192,84 @@ def _without_unused(network: Network, example: Tensor) -> Network:
     )
 
 
-def _trace(module: nn.Module, example: Tensor) -> fx.GraphModule | None:
+@dataclass(frozen=True)
+class _Trace:
+    """A traced network."""
+
+    graph: fx.GraphModule
+    signal: list[fx.Node]
+    """The nodes that hold tensors, in order of execution."""
+
+
+def _trace(module: nn.Module, example: Tensor) -> _Trace | None:
+    """The network's graph; None: it cannot be traced, or the trace computes something else."""
+    signal: set[str] = set()
+
+    def note(name: str, value: Any) -> Any:
+        if _carries_signal(value):
+            signal.add(name)
+        return value
+
     try:
         graph = fx.symbolic_trace(module)
-        same = torch.allclose(graph(example), module(example), rtol=1e-4, atol=1e-5)
+        same = torch.allclose(GraphRunner(graph, note).run(example), module(example), rtol=1e-4, atol=1e-5)
     except Exception as error:  # a user's forward may raise anything when traced; the modules are the fallback
         if device_trouble(error) is not None:
             raise
         return None
-    return graph if same else None
+    nodes = [node for node in graph.graph.nodes if node.name in signal and node.op != "get_attr"]
+    return _Trace(graph, nodes) if same else None
 
 
 class _Reader:
-    """Reads the layout of each place while the network runs on the probe pictures."""
+    """Reads the layouts of unavoidable places while the network runs on the probe pictures; None: of all places."""
 
-    def __init__(self, example: Tensor) -> None:
+    def __init__(self, example: Tensor, unavoidable: Set[str] | None) -> None:
         self.pictures = probe_pictures(example)
         self.full = (example.shape[2], example.shape[3])
+        self.unavoidable = unavoidable
         self.grids: list[Grid] = []
         self.read: dict[str, Reading] = {}
-        self.signal: set[str] = set()
-        """The places that hold tensors."""
 
     def __call__(self, name: str, value: Any) -> Any:
         if _carries_signal(value):
-            self.signal.add(name)
-            self.read[name] = proved_reading(value, self.full, self.grids)
-            layout = self.read[name].layout
-            if layout is not None and layout.grid not in self.grids:
-                self.grids.append(layout.grid)
+            self.read[name] = self._reading(name, value)
         return value
 
+    def _reading(self, name: str, value: Any) -> Reading:
+        if self.unavoidable is not None and name not in self.unavoidable:
+            return Reading(None, LEAKS if isinstance(value, Tensor) and value.dim() > 2 else NO_PLACES)
+        found = proved_reading(value, self.full, self.grids)
+        if found.layout is not None and found.layout.grid not in self.grids:
+            self.grids.append(found.layout.grid)
+        return found
 
-def _traced_places(graph: fx.GraphModule, example: Tensor) -> list[Place]:
-    reader = _Reader(example)
-    GraphRunner(graph, reader).run(reader.pictures)
-    signal = [node for node in graph.graph.nodes if node.name in reader.signal and node.op != "get_attr"]
-    unavoidable = unavoidable_nodes({node: node.all_input_nodes for node in signal})
-    weights = {name for name, _ in graph.named_parameters()}
+
+def _run_all(module: nn.Module, graph: fx.GraphModule | None, reader: _Reader) -> None:
+    """Runs the network on the probe pictures, with the reader at all its tensors."""
+    if graph is not None:
+        GraphRunner(graph, reader).run(reader.pictures)
+        return
+    with _hook_calls(module, reader):
+        module(reader.pictures)
+
+
+def _traced_places(module: nn.Module, trace: _Trace, example: Tensor) -> list[Place]:
+    unavoidable = {node.name for node in unavoidable_nodes({node: node.all_input_nodes for node in trace.signal})}
+    reader = _Reader(example, unavoidable)
+    _run_all(module, trace.graph, reader)
+    weights = {name for name, _ in trace.graph.named_parameters()}
     return [
-        _place(node.name, reader.read[node.name], node in unavoidable, _has_weights(node, graph, weights))
-        for node in signal
+        _place(node.name, reader.read[node.name], node.name in unavoidable, _has_weights(node, trace.graph, weights))
+        for node in trace.signal
         if node.op not in ("placeholder", "output")
     ]
 
 
 def _module_places(module: nn.Module, example: Tensor) -> list[Place]:
-    reader, paths = _Reader(example), [path for path, _ in plain_modules(module) if path]
-    with _hook_calls(module, paths, reader):
-        module(reader.pictures)
-    unavoidable = _unavoidable_calls(module, paths, example)
+    unavoidable = _unavoidable_calls(module, example)
+    reader = _Reader(example, unavoidable)
+    _run_all(module, None, reader)
     num_calls = Counter(path_and_call(name)[0] for name in reader.read)
     places = []
     for name, reading in reader.read.items():
@@ -242,7 +284,7 @@ def _place(name: str, reading: Reading, is_unavoidable: bool, has_weights: bool)
     return Place(name, reading.layout, is_unavoidable, has_weights, reading.fault, reading.is_assumed)
 
 
-def _unavoidable_calls(module: nn.Module, paths: Sequence[str], example: Tensor) -> set[str] | None:
+def _unavoidable_calls(module: nn.Module, example: Tensor) -> set[str] | None:
     """The calls of sub-modules that every path from the input passes; None: the output has no gradient."""
     nodes: dict[str, Any] = {}
 
@@ -253,16 +295,16 @@ def _unavoidable_calls(module: nn.Module, paths: Sequence[str], example: Tensor)
         nodes[name] = marked.grad_fn
         return marked
 
-    with torch.enable_grad(), _hook_calls(module, paths, mark):
+    with torch.enable_grad(), _hook_calls(module, mark):
         output = module(example.detach().requires_grad_(True))
     if not isinstance(output, Tensor) or not output.requires_grad:
         return None
     return unavoidable_places(output, nodes)
 
 
-def _hook_calls(module: nn.Module, paths: Sequence[str], hook: Hook) -> AbstractContextManager[None]:
+def _hook_calls(module: nn.Module, hook: Hook) -> AbstractContextManager[None]:
     """Calls the hook on each call of the sub-modules, under the name `path#number`."""
-    num_calls = Counter[str]()
+    paths, num_calls = [path for path, _ in plain_modules(module) if path], Counter[str]()
 
     def numbered(path: str, value: Any) -> Any:
         num_calls[path] += 1

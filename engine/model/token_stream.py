@@ -46,8 +46,7 @@ class TokenStream:
 
 def layouts_by_number(adapter: "ModelAdapter") -> dict[int, Layout]:
     """The layouts of tensors that hold tokens, by their number of tokens; of several the first."""
-    layouts = [place.layout for place in adapter.network.places if place.layout is not None]
-    tokens = [layout for layout in reversed(layouts) if layout.kind == "tokens"]
+    tokens = [layout for layout in reversed(adapter.network.layouts()) if layout.kind == "tokens"]
     return {layout.prefix + layout.grid[0] * layout.grid[1]: layout for layout in tokens}
 
 

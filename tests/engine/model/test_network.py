@@ -14,6 +14,7 @@ from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers import make_explainer
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.paths import unavoidable_nodes
+from blocksight.engine.model.proofs import LEAKS
 from blocksight.engine.model.targets import ClassProbability
 from tests.engine.nets import Plain, Residual, Untraceable, seeded, smooth
 
@@ -149,6 +150,8 @@ def test_a_shortcuts_inside_is_avoidable():
     assert places["stem"].is_unavoidable
     assert places["stem"].has_weights
     assert not places["relu"].has_weights
+    assert places["stem"].grid == (24, 24)
+    assert (places["inner"].grid, places["inner"].fault) == (None, LEAKS)  # not read: it could be no block
 
 
 def test_what_cannot_be_traced_is_read_by_its_modules():
