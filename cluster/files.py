@@ -8,6 +8,8 @@ from blocksight.cluster.checks.kustomization import build
 from blocksight.cluster.errors import ClusterError
 
 FILES = {
+    "image/Dockerfile": "the container image, for CPUs and GPUs",
+    "image/Dockerfile.dockerignore": "what of the checkout the image does not hold",
     "kuberay/base/kustomization.yaml": "KubeRay: the objects, and the image by its digest",
     "kuberay/base/job.toml": "KubeRay: the job's configuration, which becomes a ConfigMap",
     "kuberay/base/rayjob.yaml": "KubeRay: the RayJob with its head, workers and submitter",
@@ -20,6 +22,17 @@ FILES = {
     "kuberay/overlays/spot-gke/kustomization.yaml": "KubeRay: GPU workers on spot machines of GKE",
     "kuberay/overlays/kueue/kustomization.yaml": "KubeRay: GPU workers behind a quota of Kueue",
     "kuberay/overlays/kueue/queue.yaml": "KubeRay: the queue and its quota",
+    "slurm/blocksight.sbatch": "Slurm: one job over several nodes",
+    "slurm/job.toml": "Slurm: the job's configuration",
+    "aws/cluster.yaml": "AWS: Ray's launcher, with workers on spot machines",
+    "aws/job.toml": "AWS: the job's configuration",
+    "skypilot/blocksight.yaml": "SkyPilot: a managed job on one spot machine of any cloud",
+    "skypilot/job.toml": "SkyPilot: the job's configuration",
+    "iam/driver.json": "AWS policy: what the driver does to the buckets",
+    "iam/worker.json": "AWS policy: what the workers do to the buckets",
+    "iam/launcher-head.json": "AWS policy: what the head of Ray's launcher does to machines",
+    "iam/trust-ec2.json": "AWS trust policy: machines take the role",
+    "iam/trust-eks.json": "AWS trust policy: pods of EKS take the role",
 }
 """What each file is for."""
 OVERLAYS = {

@@ -8,9 +8,15 @@ from typing import Any
 
 from blocksight.cluster.checks import kustomization
 from blocksight.cluster.checks.commands import Product
-from blocksight.cluster.checks.documents import DocumentError, yaml_documents
+from blocksight.cluster.checks.dockerfile import dockerfile_findings
+from blocksight.cluster.checks.documents import DocumentError, json_document, yaml_documents
 from blocksight.cluster.checks.findings import Finding, Place
 from blocksight.cluster.checks.kubernetes import object_findings
+from blocksight.cluster.checks.launcher import launcher_findings
+from blocksight.cluster.checks.literals import secret_findings
+from blocksight.cluster.checks.policies import policy_findings
+from blocksight.cluster.checks.skypilot import skypilot_findings
+from blocksight.cluster.checks.slurm import slurm_findings
 
 STANDARD_INPUT = "-"
 
@@ -73,26 +79,65 @@ def _read_folder(name: str, path: Path, files: _Files) -> None:
 
 def _sort(name: str, text: str, files: _Files) -> None:
     """Puts the documents of a text to their kinds."""
-    for document in yaml_documents(text):
+    for document in _documents(name, text):
         place = Place(name, document)
-        kind = _kind_of(document)
+        kind = _kind_of(name, document)
         if kind is None:
             why = "it is no kind of file that is checked here"
-            files.findings.append(place.finding("file", why, f"checked are {', '.join(KINDS_READ)}"))
+            files.findings.append(place.finding("file", why, f"checked are {', '.join((KUBERNETES, *RULES))}"))
         elif kind == KUBERNETES:
             files.sets[0].append(place)
         else:
             files.others.append((kind, place))
 
 
+def _documents(name: str, text: str) -> list[Any]:
+    """What a text holds: values of YAML or JSON, or the text itself."""
+    if _is_text(name, text):
+        return [text]
+    found = [json_document(text)] if name.endswith(".json") else yaml_documents(text)
+    if not found:
+        raise DocumentError("it is empty")
+    return found
+
+
+def _is_text(name: str, text: str) -> bool:
+    return text.startswith("#!") or "#SBATCH" in text or name.endswith((".toml", ".sbatch")) or _is_dockerfile(name)
+
+
+def _is_dockerfile(name: str) -> bool:
+    return Path(name).name.startswith(("Dockerfile", "Containerfile")) and not name.endswith("ignore")
+
+
+def _configuration(place: Place, product: Product) -> Iterator[Finding]:
+    yield from secret_findings(place)
+    fault = product.configuration_fault(place.text)
+    if fault is not None:
+        yield place.finding("configuration", fault, "see the keys of `blocksight explain --config`")
+
+
 KUBERNETES = "Kubernetes objects"
-KINDS_READ = (KUBERNETES,)
-RULES: Mapping[str, Callable[[Place, Product], Iterator[Finding]]] = {}
+RULES: Mapping[str, Callable[[Place, Product], Iterator[Finding]]] = {
+    "files of Ray's launcher": lambda place, _: launcher_findings(place),
+    "tasks of SkyPilot": skypilot_findings,
+    "scripts of sbatch": slurm_findings,
+    "Dockerfiles": dockerfile_findings,
+    "policies of AWS": lambda place, _: policy_findings(place),
+    "configurations in TOML": _configuration,
+}
+"""The rules of each other kind of file."""
+LAUNCHER, SKYPILOT, SLURM, DOCKERFILE, POLICY, CONFIGURATION = RULES
 
 
-def _kind_of(document: Any) -> str | None:
+def _kind_of(name: str, document: Any) -> str | None:
+    if isinstance(document, str):
+        return DOCKERFILE if _is_dockerfile(name) else CONFIGURATION if name.endswith(".toml") else SLURM
     if not isinstance(document, dict):
         return None
     if "kind" in document or "apiVersion" in document:
         return KUBERNETES
-    return None
+    if "Statement" in document:
+        return POLICY
+    if {"cluster_name", "available_node_types", "head_start_ray_commands"} & {*document}:
+        return LAUNCHER
+    return SKYPILOT if {"run", "resources"} & {*document} else None

@@ -19,7 +19,11 @@ SECRET_VALUES = {
     "a password in an address": re.compile(r"\b[a-z][a-z0-9+]*://[^\s/:@$]+:[^\s/:@$]+@"),
 }
 WAY_OUT = "take it out and revoke it; let the pod or machine have a role, or refer to a Secret"
-IN_A_LINE = re.compile(r"""(?:^|[\s;"'=])(?:--)?(?P<name>[A-Za-z_][\w-]*)[= ](?P<value>"[^"]*"|'[^']*'|[^\s;]+)""")
+_VALUE = r"""(?P<value>"[^"]*"|'[^']*'|[^\s;]+)"""
+IN_A_LINE = (
+    re.compile(rf"(?<![\w$-])(?P<name>[A-Za-z_]\w*)={_VALUE}"),
+    re.compile(rf"(?<!\S)--(?P<name>[a-z][\w-]*)[= ]{_VALUE}"),
+)
 """A name and its value within a line of a shell: NAME=VALUE, --name VALUE."""
 
 
@@ -49,6 +53,6 @@ def _in_text(place: Place) -> Iterator[Finding]:
     for what, pattern in SECRET_VALUES.items():
         if pattern.search(place.text):
             yield place.finding("secret", f"{what} is written out", WAY_OUT)
-    for found in IN_A_LINE.finditer(place.text):
+    for found in (one for pattern in IN_A_LINE for one in pattern.finditer(place.text)):
         if is_secret(found["name"], found["value"].strip("\"'")):
             yield place.finding("secret", f"the value of {found['name']} is written out", WAY_OUT)

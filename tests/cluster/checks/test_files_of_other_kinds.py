@@ -1,0 +1,295 @@
+"""Each mistake in a script of sbatch, a file of Ray's launcher, a task of SkyPilot, a Dockerfile or a policy is found
+by its rule, and the files themselves have none."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.scripts.scripts import start
+
+from blocksight.cluster.checks.check import check_files
+from blocksight.cluster.checks.quantities import quantity, slurm_bytes, slurm_seconds
+from blocksight.cluster.checks.ray_options import START_OPTIONS
+from blocksight.cluster.files import FILES
+from tests.cluster.checks.changing import GONE, PRODUCT, change
+
+CLUSTER = Path(__file__).parents[3] / "cluster"
+CHECKED = [name for name in FILES if not name.startswith("kuberay/") and not name.endswith("ignore")]
+
+SLURM = [
+    ("--nodes=2", "--node=2", "slurm"),
+    ("--nodes=2", "--nodes=two", "quantity"),
+    ("--nodes=2", "--nodes=0", "quantity"),
+    ("--mem=64G", "--mem=64GiB", "quantity"),
+    ("--mem=64G", "--mem=64 GB", "slurm"),
+    ("#SBATCH --mem=64G\n", "", "amount"),
+    ("--gpus-per-node=1", "--gpus-per-node=0", "quantity"),
+    ("--gpus-per-node=1", "--gpus-per-node=a100:x", "quantity"),
+    ("--cpus-per-task=8", "--cpus-per-task=8.5", "quantity"),
+    ("--time=24:00:00", "--time=24h", "quantity"),
+    ("--time=24:00:00", "--time=1", "grace"),
+    ("#SBATCH --time=24:00:00\n", "", "slurm"),
+    ("--open-mode=append", "--open-mode=apend", "quantity"),
+    ("#SBATCH --exclusive\n", "", "slurm"),
+    ("--ntasks-per-node=1", "--ntasks-per-node=2", "slurm"),
+    ("#SBATCH --requeue\n", "", "retry"),
+    ("#SBATCH --requeue", "# SBATCH --requeue", "slurm"),
+    ("#SBATCH --requeue", "#sbatch --requeue", "slurm"),
+    ("#SBATCH --signal=B:TERM@90\n", "", "grace"),
+    ("B:TERM@90", "TERM@90", "grace"),
+    ("B:TERM@90", "B:TERM@20", "grace"),
+    ("B:TERM@90", "B:TREM@90", "enum"),
+    ("B:TERM@90", "B:USR1@90", "grace"),
+    ("' TERM\n", "' USR1\n", "grace"),
+    ("#!/bin/bash\n", "", "slurm"),
+    ("--job-name=blocksight", "--job-name=$USER", "shell"),
+    ("umask 077\n", "umask 077\n#SBATCH --partition=gpu\n", "slurm"),
+    ("umask 077\n", "", "token"),
+    ("RAY_AUTH_MODE=token ", "", "token"),
+    ('RAY_AUTH_TOKEN_PATH="$home/token" ', "", "token"),
+    ("RAY_AUTH_MODE=token", "RAY_AUTH_MODE=token RAY_AUTH_TOKEN=d3b07384d113edec49eaa6238ad5ff00", "secret"),
+    ("set -euo pipefail", "set -u", "shell"),
+    ("export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600", "export TIMEOUT=600", "slurm"),
+    ('"$first:$port" --min-nodes', '"$frst:$port" --min-nodes', "reference"),
+    ("$SLURM_JOB_NODELIST", "$NODES", "reference"),
+    (' --min-nodes "$SLURM_NNODES"', "", "ray-start"),
+    ("  -- blocksight", "  blocksight", "ray-start"),
+    ("blocksight explain", "blocksight explian", "command"),
+    ('--config "$job"', '--confg "$job"', "command"),
+    ("blocksight explain", "python explain.py", "command"),
+    ('if [ "${SLURM_RESTART_COUNT:-0}" -lt 5 ]; then scontrol', "if true; then scontrol", "retry"),
+    ("umask 077\n", "umask 077\npip install blocksight\n", "runtime-env"),
+]
+
+SKYPILOT = [
+    ("resources.acelerators", {"L4": 1}, "schema"),
+    ("num_node", 1, "schema"),
+    ("resources.job_recovery.recover_on_exit_code", 4, "schema"),
+    ("num_nodes", 4, "replicas"),
+    ("resources.accelerators", "L4S:1", "enum"),
+    ("resources.accelerators", {"A10g": 1}, "enum"),
+    ("resources.accelerators", "L4:one", "quantity"),
+    ("resources.accelerators.L4", 0, "quantity"),
+    ("resources.cpus", "8 or more", "quantity"),
+    ("resources.memory", "32 GB+", "quantity"),
+    ("resources.disk_tier", "fast", "enum"),
+    ("resources.network_tier", "fast", "enum"),
+    ("resources.infra", "asw/us-east-1", "enum"),
+    ("resources.use_spot", "yes!", "schema"),
+    ("resources.any_of", [{"accelerators": "L4S:1"}], "enum"),
+    ("resources.ports", 8265, "network"),
+    ("resources.image_id", GONE, "image"),
+    ("resources.image_id", "docker:registry.example/blocksight:1", "image"),
+    ("resources.image_id", "ami-0868a20f5a3bf9702", "image"),
+    ("resources.job_recovery", GONE, "retry"),
+    ("resources.job_recovery.strategy", "EAGER", "enum"),
+    ("resources.job_recovery.recover_on_exit_codes", [1, 2, 4], "retry"),
+    ("resources.job_recovery.recover_on_exit_codes", [3], "retry"),
+    ("resources.job_recovery.max_restarts_on_errors", -1, "quantity"),
+    ("resources", {}, "amount"),
+    ("secrets", {"HF_TOKEN": "hf_abc"}, "secret"),
+    ("envs", {"API_KEY": "abc"}, "secret"),
+    ("run", "blocksight explain --config ~/jobs.toml", "reference"),
+    ("run", "blocksight explain --config ~/job.toml --limit $LIMIT", "reference"),
+    ("run", "blocksight explian --config ~/job.toml", "command"),
+    ("run", "blocksight explain --config ~/job.toml --worker 2", "command"),
+    ("run", "python job.py", "command"),
+    ("run", GONE, "command"),
+    ("setup", "pip install blocksight", "runtime-env"),
+    ("file_mounts.<~/job.toml>", "jobs.toml", "reference"),
+    ("file_mounts", {"job.toml": "job.toml"}, "path"),
+    ("name", "block sight", "name"),
+]
+
+HEAD = "available_node_types.head"
+SPOT = "available_node_types.spot"
+LAUNCHER = [
+    ("max_worker", 8, "schema"),
+    ("provider.use_internal_ip", True, None),
+    ("idle_timeout_minutes", "5", "schema"),
+    ("idle_timeout_minutes", 0, "idle"),
+    ("idle_timeout_minutes", 600, "idle"),
+    ("provider.type", "asw", "enum"),
+    ("provider.region", "us-east", "enum"),
+    ("provider.use_internal_ips", False, "network"),
+    ("head_node_type", "heads", "reference"),
+    ("max_workers", 0, "replicas"),
+    (f"{SPOT}.min_workers", 9, "replicas"),
+    (f"{SPOT}.max_workers", -1, "replicas"),
+    (SPOT, GONE, "replicas"),
+    (f"{SPOT}.node_config.InstanceTyp", "g5.2xlarge", "schema"),
+    (f"{SPOT}.node_config.InstanceType", "g5.2xlarg", "enum"),
+    (f"{SPOT}.node_config.InstanceType", GONE, "schema"),
+    (f"{SPOT}.node_config.InstanceMarketOptions.MarketType", "spott", "enum"),
+    (f"{SPOT}.node_config.MetadataOptions.HttpTokens", "optional", "metadata"),
+    (f"{SPOT}.node_config.MetadataOptions", GONE, "metadata"),
+    (f"{HEAD}.node_config.MetadataOptions.HttpPutResponseHopLimit", 1, "metadata"),
+    (f"{HEAD}.node_config.MetadataOptions.HttpPutResponseHopLimit", "2", "schema"),
+    (f"{HEAD}.node_config.IamInstanceProfile", GONE, "role"),
+    (f"{HEAD}.node_config.IamInstanceProfile", {"Nam": "blocksight-head"}, "role"),
+    (f"{HEAD}.node_config.BlockDeviceMappings[0].Ebs.Encrypted", GONE, "disk"),
+    (f"{HEAD}.node_config.BlockDeviceMappings[0].Ebs.VolumeType", "gp4", "enum"),
+    (f"{HEAD}.node_config.InstanceMarketOptions", {"MarketType": "spot"}, "head"),
+    (f"{HEAD}.resources.CPU", 4, "head"),
+    (f"{HEAD}.resources", {}, "head"),
+    ("docker.image", "registry.example/blocksight:latest", "image"),
+    ("docker", GONE, "image"),
+    ("docker.worker_image", "registry.example/blocksight:gpu", "image"),
+    ("docker.run_options[+]", "--privileged", "privilege"),
+    ("docker.run_options[+]", "-e AWS_SECRET_ACCESS_KEY=abc", "secret"),
+    ("setup_commands", ["pip install timm"], "runtime-env"),
+    ("file_mounts.</home/ray/.ray/auth_token>", GONE, "token"),
+    ("file_mounts.</home/ray/job.toml>", "jobs.toml", "reference"),
+    ("file_mounts.<job.toml>", "job.toml", "path"),
+    ("head_start_ray_commands[1]", lambda old: old.replace("RAY_AUTH_MODE=token ", ""), "token"),
+    ("worker_start_ray_commands[1]", lambda old: old.replace("RAY_AUTH_MODE=token", "RAY_AUTH_MODE=none"), "token"),
+    ("head_start_ray_commands[1]", lambda old: old.replace("127.0.0.1", "0.0.0.0"), "network"),
+    ("head_start_ray_commands[1]", lambda old: old.replace("--num-cpus=0", ""), "head"),
+    ("head_start_ray_commands[1]", lambda old: old.replace("--port=6379", "--port=6380"), "reference"),
+    ("head_start_ray_commands[1]", lambda old: old.replace("--head", "--headd"), "ray-start"),
+    ("head_start_ray_commands[1]", lambda old: old.partition("--autoscaling")[0], "scaling"),
+    ("head_start_ray_commands[1]", lambda old: old.replace("--dashboard-host", "--dashbord-host"), "ray-start"),
+    ("worker_start_ray_commands[1]", lambda old: old.replace("$RAY_HEAD_IP", "$HEAD_IP"), "reference"),
+    ("worker_start_ray_commands", ["ray stop"], "ray-start"),
+]
+
+DOCKERFILE = [
+    ("ARG BASE=python:3.11-slim-bookworm@sha256:", "ARG BASE=python:3.11-slim-bookworm #", "image"),
+    ("FROM ${BASE} AS build", "FROM python:3.11 AS build", "image"),
+    ("FROM ${BASE} AS build", "FROM ${BASES} AS build", "image"),
+    ("FROM ${BASE} AS build", "FROM ${BASE} as build too", "schema"),
+    ("--from=build", "--from=built", "reference"),
+    ("USER 1000\n", "", "privilege"),
+    ("USER 1000\n", "USER root\n", "privilege"),
+    ("USER 1000\n", "USER ray\n", "privilege"),
+    ("WORKDIR /home/ray", "WORKDIR home/ray", "path"),
+    ("    RAY_AUTH_MODE=token \\\n", "", "token"),
+    ("PYTHONUNBUFFERED=1", "HF_TOKEN=abc", "secret"),
+    ("ARG VERSION=unknown", "ARG HF_TOKEN", "secret"),
+    ("RUN useradd", "RUNN useradd", "schema"),
+    ("RUN useradd --uid 1000 --create-home ray", "RUN curl https://get.example/x | sh", "image"),
+    ("RUN useradd --uid 1000 --create-home ray", "RUN chmod -R 777 /opt", "privilege"),
+    ("RUN useradd --uid 1000 --create-home ray", "RUN sudo useradd ray", "privilege"),
+    ("RUN useradd --uid 1000 --create-home ray", "RUN apt-get install -y git", "image"),
+    (' -c cluster/constraints.txt ".[', ' ".[', "image"),
+    ("--no-cache-dir -c cluster/constraints.txt torch", "-c cluster/constraints.txt torch", "image"),
+    ("https://download.pytorch.org", "http://download.pytorch.org", "image"),
+    ("COPY . .", "ADD https://example.com/a.tar .", "image"),
+    ("WORKDIR /home/ray", "EXPOSE 8265\nWORKDIR /home/ray", "network"),
+    ('CMD ["blocksight", "--help"]', "CMD blocksight --help", "grace"),
+    ('CMD ["blocksight", "--help"]', 'CMD ["blocksight", "explian"]', "command"),
+]
+
+STATEMENT = "Statement[0]"
+POLICY = [
+    ("Version", "2008-10-17", "version"),
+    ("Versions", "2012-10-17", "schema"),
+    ("Statement", [], "schema"),
+    (f"{STATEMENT}.Actions", ["s3:GetObject"], "schema"),
+    (f"{STATEMENT}.Effect", "allow", "enum"),
+    (f"{STATEMENT}.Action", "s3:*", "policy"),
+    (f"{STATEMENT}.Action", ["s3:GetObjects"], "policy"),
+    (f"{STATEMENT}.Action[+]", "s3:DeleteBucket", "policy"),
+    (f"{STATEMENT}.Action", [], "schema"),
+    (f"{STATEMENT}.NotAction", ["s3:GetObject"], "policy"),
+    (f"{STATEMENT}.Resource", "*", "policy"),
+    (f"{STATEMENT}.Resource", "example-images", "policy"),
+    (f"{STATEMENT}.Resource", GONE, "schema"),
+    (f"{STATEMENT}.Sid", "read images", "name"),
+    (f"{STATEMENT}.Condition", {"StringEqual": {"a": "b"}}, "enum"),
+]
+HEAD_POLICY = [
+    ("Statement[0].Resource", "arn:aws:ec2:us-east-1:111122223333:instance/*", "policy"),
+    ("Statement[4].Condition", GONE, "policy"),
+    ("Statement[5].Resource", ["arn:aws:iam::111122223333:role/*"], "policy"),
+    ("Statement[5].Resource", "*", "policy"),
+    ("Statement[5].Condition", GONE, "policy"),
+]
+TRUST = [
+    ("Statement[0].Principal", "*", "policy"),
+    ("Statement[0].Principal", {"AWS": "*"}, "policy"),
+    ("Statement[0].Principal.Service", "pods.eks.amazonaws", "enum"),
+    ("Statement[0].Action", "s3:GetObject", "policy"),
+    ("Statement[0].Principal", {"Federated": "arn:aws:iam::111122223333:oidc-provider/x"}, "policy"),
+]
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_a_file_is_right(name):
+    assert check_files([str(CLUSTER / name)], PRODUCT) == []
+
+
+def rules_in(folder: Path, file: str, text: str) -> set[str]:
+    """The rules that find something in a file of this text, in a copy of its folder."""
+    copy = folder / "copy"
+    shutil.copytree((CLUSTER / file).parent, copy)
+    (copy / Path(file).name).write_text(text)
+    found = check_files([str(copy / Path(file).name)], PRODUCT)
+    assert all(one.why and one.way_out for one in found)
+    return {one.rule for one in found}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "rule"),
+    [
+        *(("slurm/blocksight.sbatch", *row) for row in SLURM),
+        *(("image/Dockerfile", *row) for row in DOCKERFILE),
+    ],
+)
+def test_a_mistake_in_a_text_is_found(tmp_path, file, old, new, rule):
+    text = (CLUSTER / file).read_text()
+    assert old in text
+    assert rule in rules_in(tmp_path, file, text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("file", "path", "value", "rule"),
+    [
+        *(("skypilot/blocksight.yaml", *row) for row in SKYPILOT),
+        *(("aws/cluster.yaml", *row) for row in LAUNCHER),
+        *(("iam/worker.json", *row) for row in POLICY),
+        *(("iam/launcher-head.json", *row) for row in HEAD_POLICY),
+        *(("iam/trust-eks.json", *row) for row in TRUST),
+    ],
+)
+def test_a_mistake_in_a_document_is_found(tmp_path, file, path, value, rule):
+    body = yaml.safe_load((CLUSTER / file).read_text())  # JSON is YAML too
+    change(body, path, value)
+    found = rules_in(tmp_path, file, json.dumps(body))
+    assert found == set() if rule is None else rule in found
+
+
+def test_the_options_of_ray_start_are_those_of_the_installed_ray():
+    names = {one for own in start.params for one in (*own.opts, *own.secondary_opts) if one.startswith("--")}
+    assert {name.removeprefix("--") for name in names} == START_OPTIONS
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("24Gi", 24 << 30),
+        ("500m", 0.5),
+        ("2", 2),
+        ("1e3", 1000),
+        ("24 GB", None),
+        ("24GB", None),
+        ("", None),
+        ("two", None),
+    ],
+)
+def test_a_quantity_is_a_number_with_its_unit(text, value):
+    assert quantity(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("90", 5400), ("1:30", 90), ("24:00:00", 86400), ("2-12", 216_000), ("24h", None), ("", None)]
+)
+def test_a_time_of_slurm(text, value):
+    assert slurm_seconds(text) == value
+
+
+@pytest.mark.parametrize(("text", "value"), [("64G", 64 << 30), ("4000", 4000 << 20), ("64GiB", None), ("64 G", None)])
+def test_a_memory_of_slurm(text, value):
+    assert slurm_bytes(text) == value
