@@ -13,7 +13,7 @@ from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.preprocessing import Preprocessing
 from blocksight.engine.model.resample import Grid
 
-TRIAL = (240, 320)
+TRIAL, WIDE_TRIAL = (280, 280), (240, 320)
 """Height and width of the plain pictures that show what is subtracted; no library refuses such a picture."""
 SAME = 1e-6
 """How near a measured mean must be to the one that a configuration names."""
@@ -24,6 +24,9 @@ class Measured:
     """What a library does to colours, and the size that it gives."""
 
     size: Grid
+    """Of a square picture, if it depends on the picture."""
+    is_fixed: bool
+    """The size is the same for pictures of other proportions."""
     mean: tuple[float, ...]
     """Of RGB in [0, 1]."""
     std: tuple[float, ...]
@@ -45,8 +48,8 @@ def measured(own: Preprocessing, mean: Sequence[float] = (), std: Sequence[float
     if is_bgr:
         black, spread = black.flip(0), spread.flip(0)
     own_mean = 0 - black / spread  # no -0
-    size = own.apply(_picture((0, 0, 0))).shape[-2:]
-    return Measured((int(size[0]), int(size[1])), _written(own_mean, mean), _written(1 / spread, std), is_bgr)
+    size, other = (_size_of(own, trial) for trial in (TRIAL, WIDE_TRIAL))
+    return Measured(size, size == other, _written(own_mean, mean), _written(1 / spread, std), is_bgr)
 
 
 def fed_by(
@@ -58,13 +61,19 @@ def fed_by(
 ) -> ModelAdapter:
     """The adapter of a module that is fed as its library feeds it. Raises ModelError as `measured`."""
     found = measured(own, mean, std)
-    return ModelAdapter(
+    adapter = ModelAdapter(
         BlueFirst(module) if found.is_bgr else module,
         input_size=found.size,
         mean=found.mean,
         std=found.std,
         class_names=class_names,
     )
+    if not found.is_fixed:
+        size = " x ".join(map(str, found.size))
+        adapter.notes = (
+            f"the model's own preprocessing gives each picture another size: {size} pixels are assumed (--input-size)",
+        )
+    return adapter
 
 
 class BlueFirst(nn.Module):
@@ -79,13 +88,25 @@ class BlueFirst(nn.Module):
         return self.network(inputs_nchw.flip(1))
 
 
-def _picture(colour: Sequence[int]) -> NDArray[np.uint8]:
-    return np.full((*TRIAL, 3), colour, np.uint8)
+def _picture(colour: Sequence[int], size: Grid = TRIAL) -> NDArray[np.uint8]:
+    return np.full((*size, 3), colour, np.uint8)
+
+
+def _size_of(own: Preprocessing, trial: Grid) -> Grid:
+    """Height and width of what the library makes of a picture of this size."""
+    height, width = own.apply(_picture((0, 0, 0), trial)).shape[-2:]
+    return int(height), int(width)
 
 
 def _plain(own: Preprocessing, colour: Sequence[int]) -> Tensor:
     """The channels in the middle of the input of a picture of one colour, float64 [3]."""
     found = own.apply(_picture(colour)).double()
+    if found.dim() == 2:
+        raise ModelError(
+            "the model's own preprocessing cuts each picture into patches in each picture's own proportions (as "
+            "SigLIP 2 does with free sizes), and here all pictures have one size: take a checkpoint of one size, such "
+            "as SigLIP 2 at 224 or 384 pixels"
+        )
     if found.dim() != 3 or len(found) != 3:
         raise ModelError(f"the model's own preprocessing gives {tuple(found.shape)} for a picture; wanted [3, H, W]")
     return found[:, found.shape[1] // 2, found.shape[2] // 2]

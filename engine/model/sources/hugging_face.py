@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,7 +16,7 @@ from blocksight.engine.catalog.sources import require
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.failures import first_line_of
-from blocksight.engine.model.outputs import OneOutput
+from blocksight.engine.model.outputs import with_one_output
 from blocksight.engine.model.preprocessing import Preprocessing, Resizing
 from blocksight.engine.model.prompts import Texts
 from blocksight.engine.model.seeding import seeded
@@ -46,32 +47,34 @@ def load_hugging_face(name: str, weights: str | None, state: bytes | None, seed:
     files = unpack(packed or b"")
     config = object_of(bytes(files[CONFIG]), CONFIG) if CONFIG in files else {}
     _refuse_code(files)
+    is_made = weights == RANDOM_WEIGHTS or file is not None
     if _is_of_timm(config):
-        return _of_timm(config, files, weights, file, seed)
+        return _of_timm(config, file if is_made else _only_weights(files), seed)
     require("hf")
     kind = _class_of(config)
-    is_made = weights == RANDOM_WEIGHTS or file is not None
     with _folder(files) as folder, _quiet():
         model = _random(kind, folder, seed) if is_made else _stored(kind, folder)
         notes = tuple(_notes(config)) if file is None else load_state(model, read_state(file))
         adapter = _fed(model, folder)
-    adapter.notes = notes
+    adapter.notes = (*adapter.notes, *notes)
     return adapter
 
 
-def _of_timm(
-    config: Mapping[str, Any], files: Mapping[str, memoryview], weights: str | None, file: bytes | None, seed: int
-) -> ModelAdapter:
-    """A folder that timm wrote."""
+def _only_weights(files: Mapping[str, memoryview]) -> bytes:
+    if WEIGHTS_FILE not in files:
+        raise ModelError(f"the folder holds no {WEIGHTS_FILE}: timm's models are read from one file")
+    return bytes(files[WEIGHTS_FILE])
+
+
+def _of_timm(config: Mapping[str, Any], stored: bytes | None, seed: int) -> ModelAdapter:
+    """A folder's model of timm, with these weights, or with random ones."""
     require("timm")
     own = dict(config["pretrained_cfg"])
     own.update({key: config[key] for key in ("num_classes", "label_names") if key in config})
+    if _are_made_up(own.get("label_names") or ()):
+        own.pop("label_names", None)
     name, options = config["architecture"], options_of(config.get("model_args") or {}, own)
-    if weights == RANDOM_WEIGHTS:
-        return drawn_by_timm(name, options, seed)
-    if file is None and WEIGHTS_FILE not in files:
-        raise ModelError(f"the folder holds no {WEIGHTS_FILE}")
-    return made_by_timm(name, options, read_state(bytes(files[WEIGHTS_FILE]) if file is None else file))
+    return drawn_by_timm(name, options, seed) if stored is None else made_by_timm(name, options, read_state(stored))
 
 
 def hugging_face_preprocessing(files: bytes | None) -> Preprocessing:
@@ -88,8 +91,8 @@ def hugging_face_preprocessing(files: bytes | None) -> Preprocessing:
 
 
 def _is_of_timm(config: Mapping[str, Any]) -> bool:
-    is_named = isinstance(config.get("pretrained_cfg"), dict) and isinstance(config.get("architecture"), str)
-    return is_named and "model_type" not in config
+    """True for a folder that timm wrote, or the library's wrapper of timm."""
+    return isinstance(config.get("pretrained_cfg"), dict) and isinstance(config.get("architecture"), str)
 
 
 def _refuse_code(files: Mapping[str, memoryview]) -> None:
@@ -115,9 +118,24 @@ def _class_of(config: Mapping[str, Any]) -> Any:
     kind = getattr(transformers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ModelError(f"transformers {transformers.__version__} has no model {name!r}")
-    if getattr(kind, "main_input_name", "") != "pixel_values" and not hasattr(kind, "get_image_features"):
-        raise ModelError(f"{name} takes no pictures; wanted an image classifier, a model of features, or CLIP's kind")
+    if not _takes_pictures_alone(kind):
+        raise ModelError(
+            f"{name} does not take a picture's pixels alone; wanted an image classifier, a model of features, or "
+            "CLIP's kind"
+        )
     return kind
+
+
+def _takes_pictures_alone(kind: Any) -> bool:
+    """True for CLIP's kind, and where `pixel_values` are the input, or may stand for it in an image classifier."""
+    if hasattr(kind, "get_image_features") or getattr(kind, "main_input_name", "") == "pixel_values":
+        return True
+    is_text = "input_ids" in signature(kind.forward).parameters
+    return not is_text and _is_classifier(kind) and "pixel_values" in signature(kind.forward).parameters
+
+
+def _is_classifier(kind: type) -> bool:
+    return "ForImageClassification" in kind.__name__
 
 
 @contextmanager
@@ -225,8 +243,8 @@ def _fed(model: Any, folder: str) -> ModelAdapter:
         adapter = fed_by(PictureFeature(model), own, mean, std)
         adapter.texts = _texts(model, folder)
         return adapter
-    if "ForImageClassification" in type(model).__name__:
-        return fed_by(OneOutput(Answer(model), "logits"), own, mean, std, _class_names(model.config))
+    if _is_classifier(type(model)):
+        return with_one_output(fed_by(Answer(model), own, mean, std, _class_names(model.config)))
     return fed_by(Feature(model), own, mean, std)
 
 
@@ -285,9 +303,14 @@ class _Encoder:
 
 
 def _class_names(config: Any) -> Sequence[str] | None:
-    """The names of `id2label`; None where the library made them up."""
-    names = [str(config.id2label[index]) for index in sorted(config.id2label)]
-    return None if all(name == f"LABEL_{index}" for index, name in enumerate(names)) else names
+    """The names of `id2label`; None where there are none, or where the library made them up."""
+    known = config.id2label or {}
+    names = [str(known[index]) for index in sorted(known)]
+    return None if _are_made_up(names) else names
+
+
+def _are_made_up(names: Sequence[str]) -> bool:
+    return all(name == f"LABEL_{index}" for index, name in enumerate(names))
 
 
 def _preprocessing(folder: str) -> tuple[Preprocessing, Sequence[float], Sequence[float]]:

@@ -38,7 +38,7 @@ def load_open_clip(name: str, weights: str | None, state: bytes | None, seed: in
         notes = () if state is None else load_state(network, read_state(state))
         settings, guessed = _settings(architecture, tag)
         adapter = _fed(network, settings, _texts(network, architecture))
-    adapter.notes = (*notes, *guessed)
+    adapter.notes = (*adapter.notes, *notes, *guessed)
     return adapter
 
 

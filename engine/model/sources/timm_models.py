@@ -44,7 +44,7 @@ def made(name: str, options: Mapping[str, Any], stored: StateDict) -> ModelAdapt
         network = _network(name, **{**options, "num_classes": count})
     notes = load_state(network, stored)
     adapter = fed(network)
-    adapter.notes = notes
+    adapter.notes = (*adapter.notes, *notes)
     return adapter
 
 
