@@ -140,17 +140,34 @@ SIGNED = (
     "legrad",
     "chefer",
     "daam",
+    "reciprocam",
 )
-"""Methods whose map of a target's negative shows what speaks against it: they follow the target's gradient."""
+"""Methods whose attributions have a sign, so that the map of a target's negative shows what speaks against it."""
+OF_LOSSES = ("occlusion", "ablationcam")
+"""Methods whose maps are the positive part of what is lost: their negative is what is won. Nothing wraps them so."""
+OF_COVARIANCE = ("sise", "ada-sise", "scorecam", "rise")
+"""Methods that sum masks, which has no zero: with signs they map the covariance of masks and scores instead."""
 LINEAR_WRAPPERS = ("smoothgrad", "libra")
 """Wrappers that keep the sign of what they wrap."""
 
 
 def has_sign(method: Method) -> bool:
     """True if the method maps what speaks against a target too."""
-    if method.base is not None:
-        return method.name in LINEAR_WRAPPERS and has_sign(method.base)
-    return method.name in SIGNED
+    if method.base is None:
+        return method.name in (*SIGNED, *OF_LOSSES, *OF_COVARIANCE)
+    return method.name in (*LINEAR_WRAPPERS, "feature-cam") and _keeps_sign(method.base)
+
+
+def _keeps_sign(method: Method) -> bool:
+    """True if what the method hands to a wrapper has a sign."""
+    if method.base is None:
+        return method.name in SIGNED
+    return method.name in LINEAR_WRAPPERS and _keeps_sign(method.base)
+
+
+def maps_covariance(method: Method) -> bool:
+    """True if the method's map with signs is another than without: the covariance of masks and scores, or a scale."""
+    return method.innermost.name in OF_COVARIANCE or "feature-cam" in method.names
 
 
 def leaves_tokens_out(values: Mapping[str, Any]) -> bool:

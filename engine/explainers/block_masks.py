@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,24 +80,32 @@ def _split(masks: Tensor, mass: Tensor, varied: Tensor, chosen: Sequence[Chosen]
 
 
 def block_maps(
-    images: Sequence[Sequence[BlockMasks]], scores: Sequence[Tensor], index: int, full: Grid
+    images: Sequence[Sequence[BlockMasks]],
+    scores: Sequence[Tensor],
+    index: int,
+    full: Grid,
+    *,
+    is_signed: bool = False,
 ) -> list[list[Map | None]]:
     """Per image its block maps for target `index`, each None if no map is kept for it.
 
     `U_b = minmax(U(sum_k q_k / mass_k A~_k))` over the maps kept for the target. `scores` holds q of each image's
-    masks, block after block. All maps come to the host in one copy.
+    masks, block after block. All maps come to the host in one copy. `is_signed`: U_b is the positive part of
+    `U(mean_k (q_k - mean q) A~_k)`, the covariance of masks and scores, relative to its largest absolute value.
     """
     blocks = list(zip(*images, strict=True))
     weighed = [torch.stack(_weighed(own, index)) for own in blocks]
     is_weighed = to_device([own.flatten() for own in weighed], scores[0].device)
     by_image = [own.split([len(block.channels) for block in masks]) for own, masks in zip(scores, images, strict=True)]
+    joined = _covariances if is_signed else _weighted_sums
     sums = [
-        _weighted_sums(own, torch.cat(q), wanted.view(len(images), -1))
+        joined(own, torch.cat(q), wanted.view(len(images), -1))
         for own, q, wanted in zip(blocks, zip(*by_image, strict=True), is_weighed, strict=True)
     ]
+    finish = _positive_part if is_signed else minmax
     made = to_host([upsampling(grid_of(own), full, own.device)(own).reshape(-1, *full) for own in sums])
     per_block = [
-        [minmax(one.numpy()) if wanted.any() else None for one, wanted in zip(own, rows, strict=True)]
+        [finish(one.numpy()) if wanted.any() else None for one, wanted in zip(own, rows, strict=True)]
         for own, rows in zip(made, weighed, strict=True)
     ]
     return [list(own) for own in zip(*per_block, strict=True)]
@@ -118,3 +127,18 @@ def _weighted_sums(masks: Sequence[BlockMasks], scores: Tensor, is_weighed: Tens
     values, mass = (torch.cat(own) for own in zip(*((one.masks_khw, one.mass) for one in masks), strict=True))
     weights = torch.where(is_weighed, scores / mass, 0.0)
     return torch.einsum("gk,khw->ghw", weights, values).squeeze(0)
+
+
+def _covariances(masks: Sequence[BlockMasks], scores: Tensor, is_weighed: Tensor) -> Tensor:
+    """`mean_k (q_k - mean q) A~_k` of each image, [G, h, w]; of one image [h, w]."""
+    values = torch.cat([one.masks_khw for one in masks])
+    counts = is_weighed.sum(1, keepdim=True).clamp(min=1)
+    means = torch.where(is_weighed, scores, 0.0).sum(1, keepdim=True) / counts
+    weights = torch.where(is_weighed, (scores - means) / counts, 0.0)
+    return torch.einsum("gk,khw->ghw", weights, values).squeeze(0)
+
+
+def _positive_part(signed_hw: Map) -> Map:
+    """The positive part, 1 where the absolute value is largest; zeros where there is none."""
+    greatest = np.abs(signed_hw).max()
+    return np.maximum(signed_hw, 0) / greatest if greatest else np.zeros_like(signed_hw)

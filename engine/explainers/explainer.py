@@ -54,19 +54,22 @@ class Explainer(ABC):
         images_per_pass: int = IMAGES_PER_PASS,
         forward: Forward | None = None,
         state: State | None = None,
+        is_signed: bool = False,
     ) -> None:
         """`parameters` are the method's, of the catalogue; `blocks` names the blocks (empty: the rule finds them).
 
         One forward takes `batch_size` perturbed inputs, packed from `images_per_pass` images. Both change memory and
         speed, never results. `forward` scores masks in place of the adapter, in batches of `batch_size`. `state` is
-        that of the method's `learner`, if it learns. Raises ModelError if the model lacks a named block, or something
-        that the method needs.
+        that of the method's `learner`, if it learns. `is_signed`: the map of a target's negative shall show, on one
+        scale with its own, what speaks against it; methods that sum masks then weigh them by how far their score is
+        from the mean. Raises ModelError if the model lacks a named block, or something that the method needs.
         """
         self.adapter = adapter
         self.parameters = parameters
         self.scorer = make_scorer(adapter, getattr(parameters, "baseline", "zero"), batch_size, forward)
         self.images_per_pass = images_per_pass
         self.state = state
+        self.is_signed = is_signed
         self._prepare(blocks)
 
     def _prepare(self, blocks: Sequence[str]) -> None:  # noqa: B027 - not every method has something to do

@@ -29,7 +29,8 @@ def variants(pixels_chw: Tensor, edges_hw: Tensor, second: str) -> list[Tensor]:
 class FeatureCam(Wrapper):
     """`M = S (rho + (1 - rho) E)`: S the base's map scaled to [0, 1], E the edges, rho the weight of the interior.
 
-    With `recompute`, S is the mean of the scaled maps of the three variants, scaled again.
+    With `recompute`, S is the mean of the scaled maps of the three variants, scaled again. With signs S is relative to
+    the largest absolute value, so that it is on one scale with the map of what speaks against the target.
     """
 
     def _prepare(self, blocks: Sequence[str]) -> None:
@@ -49,12 +50,19 @@ class FeatureCam(Wrapper):
                 yield self.adapter.normalise_shares(variant[None])[0]
 
     def add(self, joined: Joined, number: int, one: Attribution) -> Tensor:
-        own = scaled(self.base.saliency_map(self.base.signed_map(one.values)).double())
+        own = self._scaled(self.base.signed_map(one.values))
         return own if joined.total is None else joined.total + own
+
+    def _scaled(self, signed_hw: Tensor) -> Tensor:
+        positive = self.base.saliency_map(signed_hw).double()
+        if not self.is_signed:
+            return scaled(positive)
+        greatest = torch.maximum(positive.max(), self.base.saliency_map(-signed_hw).max().double())
+        return torch.where(greatest == 0, 0.0, positive / torch.where(greatest == 0, 1.0, greatest))
 
     def joined_values(self, joined: Joined, data: Any) -> Tensor:
         assert joined.total is not None
-        saliency = scaled(joined.total)
+        saliency = joined.total / len(joined.scores) if self.is_signed else scaled(joined.total)
         kept = saliency * (saliency >= self.parameters.threshold)
         rho = self.parameters.interior
         return kept * (rho + (1 - rho) * data.to(kept))

@@ -54,7 +54,11 @@ def cell_side(side: int, grid: int) -> int:
 
 
 class Rise(Explainer):
-    """`1 / (N p) sum_i s(M_i) M_i` (Petsiuk et al., BMVC 2018, equation 6), masks as in their section 3.2."""
+    """`1 / (N p) sum_i s(M_i) M_i` (Petsiuk et al., BMVC 2018, equation 6), masks as in their section 3.2.
+
+    With signs the positive part of `1 / N sum_i (s(M_i) - mean s) M_i`, the covariance of score and mask: the sum
+    itself has no zero.
+    """
 
     def _prepare(self, blocks: Sequence[str]) -> None:
         sides = self.adapter.input_size
@@ -86,9 +90,11 @@ class Rise(Explainer):
         return cells.to(torch.uint8), torch.stack(shifts, 1)
 
     def _weighed(self, source: MaskSource, scores: Tensor, image_chw: Tensor) -> Tensor:
-        """Per target the weighted mean of the masks, float64 [T, H, W]."""
+        """Per target the weighted mean of the masks, float64 [T, H, W]; signed: the positive part of the covariance."""
+        if self.is_signed:
+            scores = scores - scores.mean(0)
         total = scores.new_zeros(scores.shape[1], *grid_of(image_chw))
         for start in range(0, len(source), MASKS_PER_SUM):
             some = slice(start, min(len(source), start + MASKS_PER_SUM))
             total += torch.einsum("kt,khw->thw", scores[some], source.masks(some.start, some.stop, image_chw).double())
-        return total / (len(source) * self.parameters.keep)
+        return total.relu() / len(source) if self.is_signed else total / (len(source) * self.parameters.keep)

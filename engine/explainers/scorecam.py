@@ -17,7 +17,7 @@ class ScoreCam(Explainer):
     """`relu(sum_k w_k A_k)`, w the softmax over maps of the logits under their masks (Wang et al., CVPRW 2020).
 
     Algorithm 1 of arXiv 1910.01279; the baseline's logit is not subtracted, for this changes no softmax. A
-    constant map gives no mask.
+    constant map gives no mask. With signs the positive part of the covariance of masks and scores.
     """
 
     def _prepare(self, blocks: Sequence[str]) -> None:
@@ -32,11 +32,14 @@ class ScoreCam(Explainer):
         found = self.scorer.scores(inputs_nchw, target.raw if self.parameters.weights == "softmax" else target, sources)
         explanations = []
         for image, scores in enumerate(found):
-            weights = scores.softmax(0) if self.parameters.weights == "softmax" else scores
+            weights, summed = self._weights(scores), maps[image][varied[image]]
+            if self.is_signed:
+                weights, summed = (scores - scores.mean(0)) / len(scores), masks[image][varied[image]]
             if not maps[image].isfinite().all():  # a channel of NaN has no mask, so it is marked here
                 weights = torch.full_like(weights, torch.nan)
-            native = torch.einsum("kt,khw->thw", weights, maps[image][varied[image]]).relu()
-            explanations.append(upsample(native).cpu().numpy())
+            native = torch.einsum("kt,khw->thw", weights, summed)
+            own = upsample(native).relu() if self.is_signed else upsample(native.relu())
+            explanations.append(own.cpu().numpy())
         return [
             [
                 checked_explanation(one, score, (whole_block(self.block),), num_forwards=len(source))
@@ -44,3 +47,7 @@ class ScoreCam(Explainer):
             ]
             for own, row, source in zip(explanations, self._scores(inputs_nchw, target), sources, strict=True)
         ]
+
+    def _weights(self, scores: Tensor) -> Tensor:
+        """Of the maps [K, T], from the scores under their masks."""
+        return scores.softmax(0) if self.parameters.weights == "softmax" else scores

@@ -73,7 +73,10 @@ def select(alphas: Tensor, parameters: SiseParameters) -> Tensor:
 
 
 class Sise(Explainer):
-    """The four phases of the paper, for normalised inputs; one Explanation per image and target."""
+    """The four phases of the paper, for normalised inputs; one Explanation per image and target.
+
+    With signs a block's map is the positive part of the covariance of its masks and their scores.
+    """
 
     def _prepare(self, blocks: Sequence[str]) -> None:
         self.blocks = self.adapter.network.blocks(blocks)
@@ -176,7 +179,7 @@ class Sise(Explainer):
         """Phases 3 and 4: weighs, upsamples and fuses the blocks of images for their target number `index`."""
         full = images[0].candidates.full
         scores = [own.scores[:, index] for own in sampled]
-        maps = block_maps([image.blocks for image in images], scores, index, full)
+        maps = block_maps([image.blocks for image in images], scores, index, full, is_signed=self.is_signed)
         return [self._explanation(*own, index) for own in zip(images, sampled, maps, strict=True)]
 
     def _explanation(self, image: Captured, sampled: Sampled, maps: Sequence[Map | None], index: int) -> Explanation:

@@ -62,6 +62,7 @@ class Replay:
             "explainer": explainer,
             "parameters": {},
             "fidelity": "full",
+            "signed": False,
             "blocks": self.config.blocks if uses_blocks else (),
         }
         config, _ = load_config(None, asked)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blocksight.engine import explainers
-from blocksight.engine.catalog.composition import blocks_of, follows_gradients
+from blocksight.engine.catalog.composition import blocks_of, follows_gradients, maps_covariance
 from blocksight.engine.catalog.entries import Fidelity, factory_of
 from blocksight.engine.catalog.forward_setting import ForwardSetting
 from blocksight.engine.catalog.readouts import ReadoutName
@@ -185,6 +185,7 @@ def make_explainer(
         images_per_pass=images_per_pass or images_at_once(adapter),
         forward=forward,
         state=state,
+        is_signed=config.signed,
     )
 
 
@@ -233,7 +234,9 @@ class ExplainStep:
         self.is_signed = config.signed
         self.method = {
             "explainer": config.explainer,
-            "parameters": parameters_digest(parameters, facts, digest),
+            "parameters": parameters_digest(
+                parameters, facts, digest, is_covariance=config.signed and maps_covariance(config.method)
+            ),
         }
 
     def _set_up(self, setting: ForwardSetting, forward: Forward | None = None) -> None:
@@ -599,12 +602,13 @@ def try_another_picture(alone: UnitInput, error: Exception, explain: Callable[[U
         ) from again
 
 
-def parameters_digest(parameters: Any, facts: ModelFacts, learned: str | None) -> str:
+def parameters_digest(parameters: Any, facts: ModelFacts, learned: str | None, *, is_covariance: bool = False) -> str:
     """The value of the column `parameters`; `learned` is the sha256 of the learned state."""
     held = ("embeddings", "features")  # by the weights
     model = {name: value for name, value in asdict(facts).items() if name not in held}
     known = {"parameters": asdict(parameters), "model": model}
-    return digest_of(known if learned is None else {**known, "learned": learned})[:16]
+    more = {"learned": learned, "signed": is_covariance or None}
+    return digest_of({**known, **{name: value for name, value in more.items() if value is not None}})[:16]
 
 
 def with_heartbeat(forward: Forward, beat: Callable[[], object] | None = None) -> Forward:

@@ -24,6 +24,8 @@ from pydantic import (
 from blocksight.cluster.sizing import Device
 from blocksight.engine.catalog.composition import (
     AUTO,
+    OF_COVARIANCE,
+    OF_LOSSES,
     SIGNED,
     Method,
     Preset,
@@ -370,7 +372,7 @@ class JobConfig(BaseModel):
         if self.signed and (self.explainer == AUTO or not has_sign(parse_method(self.explainer))):
             raise ValueError(
                 f"the maps of {self.explainer} have no sign, and signed asks for what speaks against the target: take "
-                f"one of {', '.join(SIGNED)}, or leave it out"
+                f"one of {', '.join((*SIGNED, *OF_LOSSES, *OF_COVARIANCE))}, or leave it out"
             )
         return self
 

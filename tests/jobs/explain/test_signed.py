@@ -75,7 +75,7 @@ def test_signed_outputs_are_read(arguments, outputs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "explainer", ["sise", "rise", "gradient", "occlusion", "ucag(gradcam)", "smoothgrad", "fullgrad", "auto"]
+    "explainer", ["gradient", "ucag(gradcam)", "smoothgrad", "smoothgrad(rise)", "fullgrad", "a-fmi", "auto"]
 )
 def test_methods_without_a_sign_are_refused(explainer, tmp_path):
     with pytest.raises(ConfigError, match="have no sign"):
@@ -87,3 +87,20 @@ def test_signed_is_in_the_identity_only_if_asked(tmp_path):
     assert "signed" not in plain.identity(None)
     signed = config_of(tmp_path, tmp_path / "x", explainer="libra(gradcam)", signed=True, model=MODEL)
     assert signed.identity(None)["signed"] is True
+
+
+def test_a_method_of_masks_says_that_its_signed_map_is_another(outputs, tmp_path):
+    parameters = {"num_masks": 20, "grid": 4}
+    for name, signed in (("plain", False), ("signed", True)):
+        run_here(outputs / "in", tmp_path / name, explainer="rise", parameters=parameters, target="0-1", signed=signed)
+    plain, signed = (rows_of(tmp_path, name) for name in ("plain", "signed"))
+    for place, row in signed.items():
+        assert row["parameters"] != plain[place]["parameters"]
+        assert row["map_negative"] is not None
+        assert row["score"] == plain[place]["score"]
+
+
+def test_other_explainers_are_shown_beside_a_signed_map_as_they_are(outputs, tmp_path):
+    shown = ("show", outputs / "signed", "ant/000.png", "--explainers", "gradient,rise", "--model", MODEL)
+    code, text = called(*shown, "--picture", tmp_path / "p.png")
+    assert code == 0, text
