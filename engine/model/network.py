@@ -16,7 +16,17 @@ from blocksight.engine.model.blocks import Place, discover_blocks
 from blocksight.engine.model.device_errors import device_trouble
 from blocksight.engine.model.layouts import Layout
 from blocksight.engine.model.paths import unavoidable_nodes, unavoidable_places
-from blocksight.engine.model.proofs import LEAKS, NO_PLACES, UNUSED, Reading, leaks, probe_pictures, proved_reading
+from blocksight.engine.model.proofs import (
+    ELSEWHERE,
+    LEAKS,
+    NO_PLACES,
+    POOLED,
+    UNUSED,
+    Reading,
+    leaks,
+    probe_pictures,
+    proved_reading,
+)
 from blocksight.engine.model.resample import Grid
 from blocksight.engine.model.taps import (
     GraphRunner,
@@ -84,7 +94,7 @@ class Network:
         """The last places that were tried and why each is none, as a clause."""
         around = [place.name for place in self.places if place.fault == LEAKS or (place.grid and min(place.grid) > 1)]
         unread = [place for place in self.places if place.is_unavoidable and not place.grid]
-        unread = [(place.name, place.fault) for place in unread if place.fault != NO_PLACES]
+        unread = [(place.name, place.fault) for place in unread if place.fault not in (NO_PLACES, POOLED)]
         shown = [f"{name}: {LEAKS}" for name in around[-MAX_SHOWN:]]
         shown += [f"{name}: {fault}" for name, fault in unread[-MAX_SHOWN:]]
         return f" ({'; '.join(shown)})" if shown else ""
@@ -230,6 +240,8 @@ class _Reader:
         self.unavoidable = unavoidable
         self.grids: list[Grid] = []
         self.read: dict[str, Reading] = {}
+        self.lost = ""
+        """Why the last tensor that showed where the picture lies has no reading; empty: it has one."""
 
     def __call__(self, name: str, value: Any) -> Any:
         if _carries_signal(value):
@@ -240,8 +252,18 @@ class _Reader:
         if self.unavoidable is not None and name not in self.unavoidable:
             return Reading(None, LEAKS if isinstance(value, Tensor) and value.dim() > 2 else NO_PLACES)
         found = proved_reading(value, self.full, self.grids)
+        if self.unavoidable is not None:
+            found = self._unless_lost(found)
         if found.layout is not None and found.layout.grid not in self.grids:
             self.grids.append(found.layout.grid)
+        return found
+
+    def _unless_lost(self, found: Reading) -> Reading:
+        """The reading. Where no patch shows clearly, the picture lies as in the tensor before, or no more."""
+        if found.is_seen or found.fault in (ELSEWHERE, POOLED):
+            self.lost = found.fault
+        elif self.lost and found.layout is not None:
+            return Reading(None, self.lost)
         return found
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from blocksight.engine.model.layouts import Layout, readings
 from blocksight.engine.model.resample import Grid
 
-PATCHES = ((0.07, 0.10), (0.20, 0.90), (0.80, 0.22), (0.92, 0.95), (0.45, 0.60))
-"""Centres of the changed patches, as shares of height and width: in other rows than columns, and in all quarters."""
+PATCHES = ((0.20, 0.10), (0.20, 0.90), (0.80, 0.22), (0.92, 0.90), (0.45, 0.60))
+"""Centres of the changed patches, as shares of height and width: in all quarters, two in the same rows, two in the same
+columns, so that neither axis can be missing."""
 PATCH = 1 / 7
 """A patch's side, as a share of the picture's."""
 BRIGHTNESS = 10.0
@@ -24,12 +25,20 @@ SILENT = 1e-5
 """Changes up to this, relative to a tensor's values, may be float32's rounding."""
 ROUNDING = 1e-4
 """Outputs that differ by less, relative to their values, are equal."""
+MAX_SHIFT = 0.06
+"""How far, as a share of the picture, patches may show from where they are, besides a cell; CNNs are below 0.03."""
+MAX_SPREAD = 1 / 8
+"""Largest share of the cells in which a patch shows clearly; beyond it a layer hears too much to say where."""
+MANY = 16
+"""Channels in which it is looked for."""
 
 LEAKS = "the output still depends on the picture when it is set to its mean"
 NOT_THE_BATCH = "its first axis does not follow the pictures of a batch"
 NO_PICTURE = "it does not depend on the picture"
 NO_PLACES = "it has no axes of height and width"
 UNUSED = "what follows does not read its cells"
+ELSEWHERE = "the picture lies elsewhere in it: cut, padded, turned, or with its axes exchanged"
+POOLED = "it holds one row of numbers for each picture"
 NO_READING = "no reading of its axes follows a patch of the picture that is changed"
 
 
@@ -54,6 +63,8 @@ class Reading:
     """Why there is none, as a clause."""
     is_assumed: bool = False
     """No patch shows in cells of its own, as where each cell sees the whole picture; the shape has one reading."""
+    is_seen: bool = False
+    """Patches show clearly in few cells, and where they are in the picture."""
 
 
 def proved_reading(value: Any, full: Grid, grids: Sequence[Grid]) -> Reading:
@@ -63,6 +74,8 @@ def proved_reading(value: Any, full: Grid, grids: Sequence[Grid]) -> Reading:
     their own patch, and not if the same picture stands elsewhere in the batch.
     """
     is_dense = isinstance(value, Tensor) and value.is_floating_point() and value.layout is torch.strided
+    if is_dense and value.dim() == 2 and len(value) == len(PATCHES) + 2:
+        return Reading(None, POOLED)
     if not is_dense or value.dim() < 3 or not value.numel():
         return Reading(None, NO_PLACES)
     if value.shape[:1] != (len(PATCHES) + 2,):
@@ -70,11 +83,13 @@ def proved_reading(value: Any, full: Grid, grids: Sequence[Grid]) -> Reading:
     value, layouts = value.detach(), list(readings(value.shape, full, grids))
     changes = _Changes(value)
     odds, layout = max(((_odds(changes, one), one) for one in layouts), key=lambda pair: pair[0], default=(0.0, None))
-    if odds >= LEAST_ODDS:
-        return Reading(layout)
+    if layout is not None and odds >= LEAST_ODDS:
+        return _placed(changes, layout)
     is_silent = not changes.tell().any()
-    if value.dim() == 4 and len(layouts) == 1 and (is_silent or _goes_on(value, layouts[0].grid, grids)):
-        return Reading(layouts[0], is_assumed=True)
+    if value.dim() == 4 and len(layouts) == 1:
+        found = _placed(changes, layouts[0], is_assumed=True)
+        if found.fault or is_silent or _goes_on(value, layouts[0].grid, grids):
+            return found
     return Reading(None, NO_PICTURE if is_silent else NO_READING)
 
 
@@ -99,6 +114,40 @@ def _goes_on(value: Tensor, grid: Grid, grids: Sequence[Grid]) -> bool:
     """
     is_of_pictures = bool((value[-1] - value[0]).abs().max() <= ROUNDING * value.abs().max())
     return is_of_pictures and bool(grids) and all(own <= before for own, before in zip(grid, grids[-1], strict=True))
+
+
+def _placed(changes: _Changes, layout: Layout, *, is_assumed: bool = False) -> Reading:
+    """The reading, if the picture lies in it as it is, or if that is not seen."""
+    shift = _shift(layout.maps(changes.value), changes.tell(layout.prefix))
+    if shift is None:
+        return Reading(layout, is_assumed=is_assumed)
+    if any(own > MAX_SHIFT + 1 / side for own, side in zip(shift, layout.grid, strict=True)):
+        return Reading(None, ELSEWHERE)
+    return Reading(layout, is_assumed=is_assumed, is_seen=max(shift) <= MAX_SHIFT)
+
+
+def _shift(maps: Tensor, tells: Tensor) -> tuple[float, float] | None:
+    """How far down and across patches show from where they are, as shares of the picture, root mean square.
+
+    The cells of a patch are those that it changes much, and more than all others together. None: some patch has none,
+    or too many.
+    """
+    some = maps[:, :: max(1, maps.shape[1] // MANY)].double()
+    moved = (some[1:-1] - some[:1]).square().mean(1)[tells]  # [patches, h, w]
+    own = moved * ((moved > 0.1 * moved.amax((1, 2), keepdim=True)) & (moved > 0.5 * moved.sum(0)))
+    num_own = (own > 0).sum((1, 2))
+    if not len(own) or not num_own.all() or bool((num_own > MAX_SPREAD * own[0].numel()).any()):
+        return None
+    down, across = (
+        (own.sum(3 - axis) @ _middles(own.shape[axis], own) / own.sum((1, 2)) - centres).square().mean().sqrt()
+        for axis, centres in enumerate(torch.tensor(PATCHES).to(own)[tells].T, 1)
+    )
+    return float(down), float(across)
+
+
+def _middles(side: int, like: Tensor) -> Tensor:
+    """Where the cells of a side are, as shares of it."""
+    return (torch.arange(side).to(like) + 0.5) / side
 
 
 def _odds(changes: _Changes, layout: Layout) -> float:

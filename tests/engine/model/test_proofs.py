@@ -9,6 +9,7 @@ from blocksight.engine.errors import ModelError
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.layouts import Layout
 from blocksight.engine.model.proofs import (
+    ELSEWHERE,
     NO_PICTURE,
     NO_PLACES,
     NO_READING,
@@ -81,7 +82,9 @@ def test_a_class_token_may_see_more_than_the_cells_do(part):
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        (lambda maps: maps.transpose(2, 3), NO_READING),
+        (lambda maps: maps.transpose(2, 3), ELSEWHERE),
+        (lambda maps: maps.flip(3), ELSEWHERE),
+        (lambda maps: tokens(maps.mean(3, keepdim=True).repeat(1, 1, 2, 1), 0), NO_READING),
         (lambda maps: within(maps, (slice(0, 2), slice(0, 2))), NO_READING),
         (lambda maps: within(maps, (slice(0, 2), slice(0, 2)), (slice(6, 8), slice(6, 8))), NO_READING),
         (lambda maps: tokens(maps, 1)[:, torch.randperm(65, generator=torch.Generator().manual_seed(0))], NO_READING),
@@ -96,6 +99,8 @@ def test_a_class_token_may_see_more_than_the_cells_do(part):
     ],
     ids=[
         "transposed",
+        "mirrored",
+        "rows alone",
         "one patch",
         "the diagonal alone",
         "no raster",
@@ -119,6 +124,62 @@ def test_a_tensor_that_hardly_moves_is_read_by_its_shape_and_says_so():
     assert found.layout == Layout("channels first", 3, (8, 8))
     assert found.is_assumed
     assert read(lambda maps: 1 + 1e-7 * maps.repeat(1, 3, 1, 1)).layout is None  # two readings
+
+
+class Fed(nn.Module):
+    """A CNN of three sizes whose picture or maps are changed on the way."""
+
+    def __init__(self, change, place):
+        super().__init__()
+        self.stem, self.second = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 8, 3, 2, 1)
+        self.last, self.head = nn.Conv2d(8, 9, 3, 2, 1), nn.Linear(9, 4)
+        self.change, self.place = change, place
+
+    def forward(self, x):
+        for place, layer in enumerate((self.stem, self.second, self.last)):
+            x = layer(self.change(x) if place == self.place else x).relu()
+        return self.head(x.mean((2, 3)))
+
+
+def cut(x):
+    return x[:, :, :, : x.shape[3] * 3 // 4]
+
+
+class Pooled(nn.Module):
+    """Maps that are made of the means of others."""
+
+    def __init__(self):
+        super().__init__()
+        self.drawn = nn.Linear(8, 8 * 64)
+
+    def forward(self, x):
+        return self.drawn(x.mean((2, 3))).view(-1, 8, 8, 8)
+
+
+@pytest.mark.parametrize("is_traced", [True, False])
+@pytest.mark.parametrize(
+    ("change", "place", "known"),
+    [
+        (lambda x: x, 0, [(32, 32), (16, 16), (8, 8)]),
+        (lambda x: x.flip(3), 0, []),
+        (lambda x: x.transpose(2, 3), 0, []),
+        (lambda x: functional.pad(x, (16,) * 4), 0, []),
+        (cut, 0, []),
+        (cut, 1, [(32, 32)]),
+        (Pooled(), 2, [(32, 32), (16, 16)]),
+    ],
+    ids=["as it is", "mirrored", "transposed", "padded", "cut", "cut later", "pooled"],
+)
+def test_layers_behind_the_change_are_no_blocks(change, place, known, is_traced, monkeypatch):
+    """The deepest of them hear too much to show where the picture lies: they follow the layer before."""
+    if not is_traced:
+        monkeypatch.setattr("blocksight.engine.model.network._trace", lambda *_: None)
+    network = found_in(lambda: Fed(change, place), 64)
+    if known:
+        assert [block.grid for block in network.blocks()] == known
+    else:
+        with pytest.raises(ModelError, match="the picture lies elsewhere in it: cut, padded, turned"):
+            network.blocks()
 
 
 # ---------------------------------------------------------------- paths around a place
