@@ -112,6 +112,15 @@ def try_explainer(
     ) from trouble
 
 
+def refuse_without_gradients(
+    adapter: ModelAdapter, method: Method, blocks: Sequence[str], image_nchw: Tensor, target: Target
+) -> None:
+    """Raises ModelError if the method needs gradients, and none reaches a block that it reads, or the input."""
+    if "gradients" in method.innermost.entry.needs:
+        for _ in _check_gradients(adapter, str(method), blocks, image_nchw, target):
+            pass
+
+
 def _try_image(
     explainer: Explainer, method: Method, blocks: Sequence[str], image_nchw: Tensor, target: Target
 ) -> tuple[str, ...]:

@@ -1,29 +1,33 @@
 """Checks a model on one picture: how it is fed and read, its proved blocks, and what each explainer would cost."""
 
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from blocksight.engine.catalog.composition import Method, num_forwards, num_learning_images, parse_method
-from blocksight.engine.catalog.entries import EXPLAINERS
+from blocksight.engine.catalog.composition import blocks_of, num_forwards, parse_method
+from blocksight.engine.catalog.entries import BACKWARD, EXPLAINERS
 from blocksight.engine.errors import ModelError
-from blocksight.engine.explainers import make_explainer
+from blocksight.engine.judging.method_choice import chosen_explainer
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.blocks import Place
+from blocksight.engine.model.float32 import fixed_float32
+from blocksight.engine.model.threads import one_thread
 from blocksight.jobs.bench.photographs import photographs
-from blocksight.jobs.explain.preflight import examined_on, in_a_sentence
-from blocksight.jobs.explain.step import load, model_facts
+from blocksight.jobs.explain.preflight import examined_on, in_a_sentence, refuse_untaken
+from blocksight.jobs.explain.step import model_facts
 from blocksight.jobs.plan.config import ConfigError, JobConfig
-from blocksight.jobs.plan.context import weights_bytes
 from blocksight.jobs.plan.preflight import Preflight
-from blocksight.jobs.run.job import note_random_weights
-from blocksight.jobs.run.one_picture import ExplainedPicture, explain, read_picture
+from blocksight.jobs.plan.records import RecordFacts
+from blocksight.jobs.run.one_picture import explained, loaded, read_picture, refuse_many
+from blocksight.jobs.worker.progress import Tally, passing
 from blocksight.storage.images.decode import fit
+from blocksight.storage.outputs.pictures import Pixels
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 """Of the files of a folder of which the first is taken."""
@@ -31,6 +35,10 @@ NUM_TIMED = 3
 """Forward passes whose median is the time of one."""
 NUM_NAMED = 5
 """Class names that are shown."""
+ANY = "rise"
+"""Takes any classifier, also one without gradients and blocks."""
+DRAWN_BY = ("gradcam", "gradient", "occlusion", ANY)
+"""The picture is explained by the first of them that takes the model: the quickest first."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,8 @@ class ExplainerCost:
     explainer: str
     forwards: float | None
     """None: it does not take the model."""
+    is_most: bool
+    """The method scores feature maps or places of its blocks, and leaves out what says nothing."""
     seconds: float | None
     """By the time of one forward pass of one picture."""
     fault: str = ""
@@ -77,8 +87,12 @@ class ModelCheck:
     blocks: tuple[BlockCheck, ...]
     refusal: str
     """Why there is no block; empty: there is one."""
+    device: str
+    """`cpu` or `cuda`."""
     forward_seconds: float
-    """Of one picture."""
+    """Of one picture; a CPU's on one thread, as a worker has it."""
+    auto: str
+    """The explainer that `auto` takes for it."""
     costs: tuple[ExplainerCost, ...]
     picture: str
     """The file of the map over the picture."""
@@ -97,19 +111,25 @@ def check_model_on(config: JobConfig, image: str | None, output: Path, console: 
     `image` is a file, a URI or a folder, of which the first picture is taken; None: a photograph that comes with the
     demo, or else a drawn picture. Raises ConfigError, ModelError and StoreError.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    refuse_many(config)
+    picture = read_picture(_picture(image), None, config.endpoint_url)
+    with TemporaryDirectory(prefix="blocksight-") as folder, one_thread(), fixed_float32():  # as a worker has them
+        return _checked(config.model_copy(update={"output": folder}), picture, output, console)
+
+
+def _checked(config: JobConfig, picture: tuple[Pixels, RecordFacts], output: Path, console: Console) -> ModelCheck:
+    adapter, state = loaded(config)
     with in_a_sentence(config.model):
-        adapter = load(config, weights_bytes(config), device, str(Path.cwd()))
-        note_random_weights(adapter, config)
+        seen = fit(picture[0], adapter.input_size, config.resize)
+        takes_any = _by(config, ANY)
+        preflight = examined_on(adapter, takes_any, model_facts(adapter, takes_any), [seen])
         blocks, refusal = _blocks(adapter, config)
-    shown = _picture(image)
-    config = _with_explainer(config, has_blocks=bool(blocks))
-    pixels, _ = read_picture(shown, None, config.endpoint_url)
-    with in_a_sentence(config.model):
-        fitted = fit(pixels, adapter.input_size, config.resize)
-        preflight = examined_on(adapter, config, model_facts(adapter, config), [fitted])
-    found = _explained(adapter, config, shown, console)
-    seconds = _forward_seconds(adapter)
+    inputs = adapter.normalise(torch.from_numpy(seen.copy()).permute(2, 0, 1)[None])
+    seconds = _forward_seconds(adapter, inputs)
+    costs = _costs(adapter, config, blocks, inputs, seconds, console)
+    takes = {one.explainer for one in costs if not one.fault}
+    config = _by(config, next(name for name in DRAWN_BY if name in takes))
+    found = explained(adapter, state, config, picture, console)
     return ModelCheck(
         config.model,
         adapter.input_size,
@@ -122,13 +142,22 @@ def check_model_on(config: JobConfig, image: str | None, output: Path, console: 
         adapter.network.graph is not None,
         tuple(_block(place) for place in blocks),
         refusal,
+        adapter.device.type,
         seconds,
-        tuple(_costs(adapter, blocks, seconds)),
+        chosen_explainer(adapter).explainer,
+        costs,
         str(found.save(output)),
         found.target,
         found.score,
         config.explainer,
     )
+
+
+def _by(config: JobConfig, explainer: str) -> JobConfig:
+    """The same job with this explainer and its defaults."""
+    if blocks_of(parse_method(explainer)) == "none":
+        config = config.model_copy(update={"blocks": ()})
+    return config.explained_by(explainer)
 
 
 def _blocks(adapter: ModelAdapter, config: JobConfig) -> tuple[tuple[Place, ...], str]:
@@ -143,13 +172,7 @@ def _blocks(adapter: ModelAdapter, config: JobConfig) -> tuple[tuple[Place, ...]
 
 def _block(place: Place) -> BlockCheck:
     assert place.layout is not None
-    height, width = place.layout.grid
-    return BlockCheck(place.name, place.channels, height, width, place.layout.kind, place.proof)
-
-
-def _with_explainer(config: JobConfig, *, has_blocks: bool) -> JobConfig:
-    """The configuration with an explainer of one forward and one backward pass."""
-    return config.explained_by("gradcam" if has_blocks else "gradient")
+    return BlockCheck(place.name, place.channels, *place.layout.grid, place.layout.kind, place.proof)
 
 
 def _picture(image: str | None) -> Any:
@@ -176,53 +199,56 @@ def _rings(side: int = 256) -> torch.Tensor:
     return ((waves * 0.5 + 0.5) * 255).to(torch.uint8)
 
 
-def _explained(adapter: ModelAdapter, config: JobConfig, image: Any, console: Console) -> ExplainedPicture:
-    return explain(
-        adapter,
-        image,
-        explainer=config.explainer,
-        device=str(adapter.device),
-        console=console,
-        blocks=config.blocks,
-        readout=config.readout,
-        resize=config.resize,
-    )
-
-
-def _forward_seconds(adapter: ModelAdapter) -> float:
-    inputs = adapter.normalise(torch.zeros(1, 3, *adapter.input_size, dtype=torch.uint8))
+def _forward_seconds(adapter: ModelAdapter, inputs_nchw: torch.Tensor) -> float:
     took = []
     with adapter.borrowed(), torch.inference_mode():
         for _ in range(NUM_TIMED):
             began = time.perf_counter()
-            adapter.logits(inputs).cpu()
+            adapter.logits(inputs_nchw).cpu()
             took.append(time.perf_counter() - began)
     return sorted(took)[NUM_TIMED // 2]
 
 
-def _costs(adapter: ModelAdapter, blocks: tuple[Place, ...], forward_seconds: float) -> Iterator[ExplainerCost]:
-    """Of every explainer that wraps no other, with its defaults; each is made ready, so that it may refuse."""
-    for name, entry in EXPLAINERS.items():
-        if entry.wraps is not None:
-            continue
-        method, parameters = parse_method(name), entry.parameters()
-        fault = _fault(adapter, method, parameters, blocks)
-        known = None if fault else num_forwards(method, parameters, 1)
-        if known is None and not fault:  # a forward for each map
-            known = 2.0 + sum(place.channels for place in (blocks if entry.blocks == "all" else blocks[-1:]))
-        yield ExplainerCost(name, known, None if known is None else known * forward_seconds, fault)
+def _costs(
+    adapter: ModelAdapter,
+    config: JobConfig,
+    blocks: tuple[Place, ...],
+    image_nchw: torch.Tensor,
+    forward_seconds: float,
+    console: Console,
+) -> tuple[ExplainerCost, ...]:
+    """Of every explainer with its defaults; a wrapper wraps its default method."""
+    found = []
+    with passing(console, Tally(len(EXPLAINERS), None, verb="try", noun="explainer")) as update:
+        for name in EXPLAINERS:
+            own = _by(config, str(parse_method(name)))
+            fault = _fault(adapter, own, blocks, image_nchw)
+            forwards, is_most = (None, False) if fault else _forwards(own, blocks)
+            seconds = None if forwards is None else forwards * forward_seconds
+            found.append(ExplainerCost(own.explainer, forwards, is_most, seconds, fault))
+            update(1)
+    return tuple(found)
 
 
-def _fault(adapter: ModelAdapter, method: Method, parameters: Any, blocks: tuple[Place, ...]) -> str:
-    """Why the explainer does not take the model; empty: it does, or it learns first and is not tried."""
-    if method.entry.blocks != "none" and not blocks:
+def _forwards(config: JobConfig, blocks: tuple[Place, ...]) -> tuple[float, bool]:
+    """Forward passes of a picture, and whether they are the most: of a method that scores what a block holds."""
+    method = config.method
+    known = num_forwards(method, config.explainer_parameters(), 1)
+    if known is not None:
+        return known, False
+    first = 1 + BACKWARD * ("gradients" in method.entry.needs)
+    if method.name == "reciprocam":
+        return first + prod(blocks[-1].grid or ()), True
+    return first + sum(place.channels for place in (blocks if blocks_of(method) == "all" else blocks[-1:])), True
+
+
+def _fault(adapter: ModelAdapter, config: JobConfig, blocks: tuple[Place, ...], image_nchw: torch.Tensor) -> str:
+    """Why the explainer does not take the model; empty: it does."""
+    if blocks_of(config.method) != "none" and not blocks:
         return "it needs blocks"
-    if num_learning_images(method, parameters):
-        return ""
-    names = [place.name for place in blocks] if method.entry.blocks != "none" else []
     try:
         with in_a_sentence(adapter.name):
-            make_explainer(method.name, adapter, parameters, blocks=names)
+            refuse_untaken(adapter, config, image_nchw)
     except ModelError as error:
         return str(error)
     return ""

@@ -3,7 +3,7 @@
 import inspect
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from blocksight.jobs.plan.config import Execution, JobConfig, load_config, parse_parameters
+from blocksight.jobs.plan.config import MODEL_INPUT, Execution, JobConfig, load_config, parse_parameters
 from blocksight.jobs.plan.plan import Plan
 from blocksight.storage.stores.store import ObjectStore
 
@@ -227,20 +227,49 @@ JOB_OPTIONS: dict[str, Any] = {
 """Options of `plan` and `explain`: what is computed, and how it runs."""
 
 
+MODEL_OPTIONS = (
+    "model",
+    "weights",
+    *MODEL_INPUT,
+    "blocks",
+    "readout",
+    "target",
+    "resize",
+    "interpolation",
+    "endpoint_url",
+)
+"""Those of a job's options that say what the model is, how it is fed and what is explained."""
+
+
 def takes_job(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command the options of a job, and calls it with the checked configuration and execution.
 
     Its keyword-only parameters are options of its own.
     """
+    return _with_options(command, JOB_OPTIONS, job_of)
+
+
+def takes_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command `MODEL_OPTIONS`, and calls it with a dict of them.
+
+    Its keyword-only parameters are options of its own.
+    """
+    return _with_options(command, MODEL_OPTIONS, lambda given: (_given(given, MODEL_OPTIONS),))
+
+
+def _with_options(
+    command: Callable[..., None], names: Iterable[str], positional: Callable[[dict[str, Any]], Sequence[Any]]
+) -> Callable[..., None]:
+    """The command with these of a job's options; what `positional` makes of them comes before its own."""
     parameters = inspect.signature(command).parameters.values()
     own = [parameter for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
 
     def run(**given: Any) -> None:
-        command(*job_of(given), **{parameter.name: given[parameter.name] for parameter in own})
+        command(*positional(given), **{parameter.name: given[parameter.name] for parameter in own})
 
     shared = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
-        for name, kind in JOB_OPTIONS.items()
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=JOB_OPTIONS[name])
+        for name in names
     ]
     signature = inspect.Signature([*shared, *own])
     run.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
@@ -252,10 +281,14 @@ def takes_job(command: Callable[..., None]) -> Callable[..., None]:
 
 def job_of(given: dict[str, Any]) -> tuple[JobConfig, Execution]:
     """The configuration and execution from the shared options and their TOML file."""
-    options = {name: given[name] for name in JOB_OPTIONS if name not in ("config", "param", "budget")}
+    options = _given(given, [name for name in JOB_OPTIONS if name not in ("config", "param", "budget")])
     asked = [*(given["param"] or []), *([f"budget={given['budget']}"] if given["budget"] is not None else [])]
-    options["target"] = options["target"] or None
     return load_config(given["config"], {**options, "parameters": parse_parameters(asked)})
+
+
+def _given(given: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """These options; a list that nobody gave is None."""
+    return {name: None if given[name] == [] else given[name] for name in names}
 
 
 def existing(output: str, endpoint_url: str | None) -> tuple[ObjectStore, Plan]:

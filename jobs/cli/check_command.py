@@ -1,25 +1,14 @@
 """The command `check`: one model on one picture, before any job."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from blocksight.engine.catalog.readouts import READOUTS
-from blocksight.jobs.cli.app import (
-    AsJson,
-    Blocks,
-    ClassNames,
-    Endpoint,
-    InputSize,
-    Mean,
-    Resize,
-    Std,
-    Weights,
-    console,
-)
+from blocksight.jobs.cli.app import AsJson, console, takes_model
 from blocksight.jobs.cli.figures import print_json, progress_console
 from blocksight.jobs.cli.tables import facts_table, grid_table
 from blocksight.jobs.plan.config import load_config
@@ -30,11 +19,14 @@ if TYPE_CHECKING:  # it imports torch
 
 commands = typer.Typer()
 
+DEVICES = {"cpu": "one thread of the CPU", "cuda": "the GPU"}
+
 
 @commands.command()
+@takes_model
 def check(
-    model: Annotated[str, typer.Option(help="See `list models`.")] = "efficientnet_lite0",
-    weights: Weights = None,
+    named: dict[str, Any],
+    *,
     data: Annotated[
         str | None,
         typer.Option(
@@ -43,16 +35,6 @@ def check(
         ),
     ] = None,
     output: Annotated[Path, typer.Option(help="PNG file for the map over the picture.")] = Path("blocksight-check.png"),
-    blocks: Blocks = None,
-    input_size: InputSize = None,
-    mean: Mean = None,
-    std: Std = None,
-    class_names: ClassNames = None,
-    readout: Annotated[
-        str | None, typer.Option(help="softmax, sigmoid, probabilities or identity; as in `explain`.")
-    ] = None,
-    resize: Resize = None,
-    endpoint_url: Endpoint = None,
     as_json: AsJson = False,
 ) -> None:
     """Check a model on one picture: how it is fed and read, its proved blocks, what explainers would cost.
@@ -64,9 +46,7 @@ def check(
     from blocksight.jobs.bench.model_check import check_model_on
     from blocksight.jobs.plan.model_input import with_model_file
 
-    asked = {"model": model, "weights": weights, "blocks": blocks, "input_size": input_size, "mean": mean, "std": std}
-    others = {"class_names": class_names, "readout": readout, "resize": resize, "endpoint_url": endpoint_url}
-    job, _ = load_config(None, {**asked, **others, "data": data or ".", "output": str(output.parent / "unused")})
+    job, _ = load_config(None, {**named, "data": data or ".", "output": str(output.parent / "unused")})
     found = check_model_on(with_model_file(job), data, output, progress_console(as_json))
     if as_json:
         print_json(found.figures())
@@ -83,8 +63,8 @@ def _print(found: "ModelCheck", console: Console) -> None:
 
 
 def _rows(found: "ModelCheck") -> list[tuple[str, str]]:
-    names = ", ".join(found.class_names)
-    more = ", ..." if found.num_classes > len(found.class_names) > 0 else ""
+    names = "; ".join(found.class_names)
+    more = "; ..." if found.num_classes > len(found.class_names) > 0 else ""
     loud = [("[bold red]warning[/]", f"[bold red]{printable(one)}[/]") for one in found.preflight.findings]
     return [
         ("model", printable(found.model)),
@@ -97,7 +77,8 @@ def _rows(found: "ModelCheck") -> list[tuple[str, str]]:
         *loud,
         ("network", "traced" if found.is_traced else "not traced: places are outputs of its modules"),
         *([("no blocks", printable(found.refusal))] if found.refusal else []),
-        ("forward", f"{found.forward_seconds * 1e3:,.1f} ms a picture"),
+        ("forward", f"{found.forward_seconds * 1e3:,.1f} ms a picture, on {DEVICES.get(found.device, found.device)}"),
+        ("auto", f"--explainer auto takes {found.auto}"),
         ("picture", printable(f"{found.picture}: {found.target}, {found.score:.3f}, by {found.explainer}")),
     ]
 
@@ -114,11 +95,12 @@ def _blocks(found: "ModelCheck") -> Table:
 
 
 def _costs(found: "ModelCheck") -> Table:
+    """What takes the model comes first."""
     rows = [
         (one.explainer, "not for this model", one.fault)
         if one.forwards is None
-        else (one.explainer, f"{one.forwards:,.0f}", _duration(one.seconds or 0.0))
-        for one in found.costs
+        else (one.explainer, f"{'at most ' * one.is_most}{one.forwards:,.0f}", _duration(one.seconds or 0.0))
+        for one in sorted(found.costs, key=lambda one: one.forwards is None)
     ]
     return grid_table(("explainer", "forwards a picture", "about, or why not"), rows)
 

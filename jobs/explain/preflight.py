@@ -17,14 +17,20 @@ from blocksight.engine.catalog.readouts import ReadoutName
 from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers import make_explainer
 from blocksight.engine.explainers.gradients import IntegratedGradients
-from blocksight.engine.judging.preflight import check_balance, quick, scored_once, try_explainer
+from blocksight.engine.judging.preflight import (
+    check_balance,
+    quick,
+    refuse_without_gradients,
+    scored_once,
+    try_explainer,
+)
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.device_errors import device_trouble
 from blocksight.engine.model.examination import Examination, examine
 from blocksight.engine.model.failures import first_line_of
 from blocksight.engine.model.targets import Target
 from blocksight.engine.scoring.setting_choice import drawn_pictures
-from blocksight.jobs.explain.step import load
+from blocksight.jobs.explain.step import load, model_facts
 from blocksight.jobs.explain.target_names import resolved_targets
 from blocksight.jobs.ledger.attempt_markers import FOLDER
 from blocksight.jobs.plan.config import ConfigError, JobConfig
@@ -126,6 +132,15 @@ def examined_on(
     findings = (*found.findings, *_tried(adapter, config, facts, torch.cat(shown) if shown else drawn))
     images = f"{counted(len(shown), 'image')} of the data set" if shown else "random pictures"
     return Preflight(found.readout, images, findings, found.outputs, _proofs(adapter, facts))
+
+
+def refuse_untaken(adapter: ModelAdapter, config: JobConfig, image_nchw: Tensor) -> None:
+    """Raises ModelError if the model lacks what the configured explainer needs: blocks, attention, gradients.
+
+    Cheaper than a trial: the explainer is made ready, and explains nothing.
+    """
+    blocks = [block["name"] for block in model_facts(adapter, config).blocks]
+    refuse_without_gradients(adapter, config.method, blocks, image_nchw, _target(adapter, config, image_nchw))
 
 
 def _proofs(adapter: ModelAdapter, facts: ModelFacts) -> tuple[str, ...]:

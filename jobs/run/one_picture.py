@@ -170,11 +170,27 @@ def explain(
     notes = console or Console(stderr=True, highlight=False, soft_wrap=True)
     with TemporaryDirectory(prefix="blocksight-") as folder:
         config, batch_size = _config(model, target, explainer, options, folder)
-        pixels, facts = read_picture(image, key, config.endpoint_url)
+        picture = read_picture(image, key, config.endpoint_url)
         with one_thread(), fixed_float32():  # as a worker has them
-            adapter, state, where = _adapter(model, config, device, notes)
+            adapter, state = _adapter(model, config, device, notes)
             config = _with_explainer(config, adapter, notes)
-            row = _row(adapter, state, config, pixels, facts, where, batch_size, notes)
+            return explained(adapter, state, config, picture, notes, batch_size)
+
+
+def explained(
+    adapter: ModelAdapter,
+    state: bytes | None,
+    config: JobConfig,
+    picture: tuple[Pixels, RecordFacts],
+    console: Console,
+    batch_size: int | None = None,
+) -> ExplainedPicture:
+    """A picture's map by a model that is configured already; `state` holds its weights file's bytes, if any.
+
+    `config.output` is a folder that may be written. Raises ModelError.
+    """
+    pixels, facts = picture
+    row = _row(adapter, state, config, pixels, facts, batch_size, console)
     if row["status"] != OK:
         raise ModelError(f"the picture {facts.key!r} cannot be explained: {row['error']} ({row['reject_code']})")
     saliency_hw = np.divide(row["map"], np.float32(255), dtype=np.float32)
@@ -211,11 +227,11 @@ def _config(
             "explainer": explainer,
         },
     )
-    _refuse_many(config)
+    refuse_many(config)
     return with_model_file(config), execution.batch_size
 
 
-def _refuse_many(config: JobConfig) -> None:
+def refuse_many(config: JobConfig) -> None:
     """Raises ConfigError for a target that needs a label or means several maps, and for a method that learns."""
     choice = config.target_choice
     if choice.has_label:
@@ -253,25 +269,30 @@ def _name_of(model: Model) -> str:
 
 def _adapter(
     model: Model, config: JobConfig, device: str | None, console: Console
-) -> tuple[ModelAdapter, bytes | None, str]:
-    """The configured model, the bytes of its weights file and its device; says how a bare module is fed."""
+) -> tuple[ModelAdapter, bytes | None]:
+    """The configured model and the bytes of its weights file; says how a bare module is fed."""
     if isinstance(model, str):
-        state, where = weights_bytes(config), device or ("cuda" if torch.cuda.is_available() else "cpu")
-        with in_a_sentence(config.model):
-            adapter = load(config, state, where, str(Path.cwd()))
-            note_random_weights(adapter, config)
+        adapter, state = loaded(config, device)
         for note in adapter.notes:
             console.print(f"weights: {printable(note)}")
-        return adapter, state, where
+        return adapter, state
     with in_a_sentence(config.model):
         own = model.fed() if isinstance(model, ModelAdapter) else _around(model, config.model)
-        where = device or _device_of(own.module)
-        adapter = as_configured(own, config, where)
+        adapter = as_configured(own, config, device or _device_of(own.module))
     if isinstance(model, nn.Module) and not (config.input_size and config.mean and config.std):
         said = fed_text(adapter.input_size, adapter.mean, adapter.std)
         why = "timm's configuration of it" if source_name(model) else "assumed"
         console.print(f"fed: {said} ({why}, where input_size=, mean= and std= do not say it)")
-    return adapter, None, where
+    return adapter, None
+
+
+def loaded(config: JobConfig, device: str | None = None) -> tuple[ModelAdapter, bytes | None]:
+    """The model that is named, on a GPU if there is one and no device is named, and the bytes of its weights file."""
+    state = weights_bytes(config)
+    with in_a_sentence(config.model):
+        adapter = load(config, state, device or ("cuda" if torch.cuda.is_available() else "cpu"), str(Path.cwd()))
+        note_random_weights(adapter, config)
+    return adapter, state
 
 
 def _around(module: nn.Module, name: str) -> ModelAdapter:
@@ -359,7 +380,6 @@ def _row(
     config: JobConfig,
     pixels: Pixels,
     facts: RecordFacts,
-    device: str,
     batch_size: int | None,
     console: Console,
 ) -> Mapping[str, Any]:
@@ -375,7 +395,7 @@ def _row(
     if warning is not None:
         console.print(warning)
     write_forward(open_store(config.output), planned)  # read again with smaller batches where memory is short
-    context = replace(_context(config, known, device, batch_size), readout=preflight.readout)
+    context = replace(_context(config, known, str(adapter.device), batch_size), readout=preflight.readout)
     with _step(context, state, adapter, planned.setting.batch_size, console) as step:
         step.use_forward(forward, planned.setting)
         (row,) = step(UnitInput(UNIT, (facts,), picture[None])).rows

@@ -34,6 +34,42 @@ def without_maps():
     return ModelAdapter(net, input_size=(32, 32))
 
 
+def without_gradients():
+    """As an exported network is: no gradient reaches its output."""
+    from torch import nn
+
+    from blocksight import ModelAdapter
+    from tests.engine.nets import Plain, seeded
+
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside = seeded(Plain)
+
+        def forward(self, inputs):
+            return self.inside(inputs).detach()
+
+    return ModelAdapter(Fixed(), input_size=(32, 32))
+
+
+def of_brightness():
+    """One channel, and two outputs."""
+    from torch import nn
+
+    from tests.engine.nets import seeded
+
+    class Grey(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(1, 4, 3), nn.Linear(4, 3)
+
+        def forward(self, inputs):
+            maps = self.first(inputs).relu()
+            return {"scores": self.last(maps.mean((2, 3))), "maps": maps}
+
+    return seeded(Grey)
+
+
 @pytest.fixture
 def folder(tmp_path):
     Image.fromarray(np.arange(40 * 48 * 3, dtype=np.uint8).reshape(40, 48, 3)).save(tmp_path / "b.png")
@@ -58,7 +94,12 @@ def test_it_tells_how_a_model_is_fed_read_and_cut(folder):
     ]
     assert {one["proof"] for one in found["blocks"]} == {"cells follow changed patches; no way around"}
     costs = {one["explainer"]: one for one in found["costs"]}
-    assert costs["sise"]["forwards"] == 2 + 6 + 8 + 10
+    assert costs["sise"]["forwards"] == 3 + 6 + 8 + 10
+    assert costs["sise"]["is_most"]
+    assert costs["reciprocam"]["forwards"] == 1 + 8 * 8
+    assert costs["fovex"]["forwards"] == 5 * 10 * 3  # with the preset of a job, fast
+    assert costs["smoothgrad(gradient)"]["forwards"] == 25 * 3
+    assert (found["auto"], found["device"]) == ("sise", "cpu")
     assert costs["gradcam"]["seconds"] == pytest.approx(3 * found["forward_seconds"])
     assert "attention" in costs["daam"]["fault"]
     with Image.open(picture) as drawn:
@@ -68,7 +109,7 @@ def test_it_tells_how_a_model_is_fed_read_and_cut(folder):
 def test_the_tables_say_the_same(folder):
     ran = checked("--model", MODEL, "--data", str(folder / "b.png"), "--output", str(folder / "map.png"))
     assert ran.exit_code == 0, ran.output
-    for said in ("32 x 32 pixels", "5 (a, b, c, d, e)", "features_7", "channels first", "not for this model", "traced"):
+    for said in ("32 x 32 pixels", "5 (a; b; c; d; e)", "features_7", "channels first", "not for this model", "traced"):
         assert said in ran.output
 
 
@@ -82,6 +123,33 @@ def test_without_blocks_it_says_why_and_draws_the_gradient(folder):
     assert {one["fault"] for one in found["costs"] if one["explainer"] == "sise"} == {"it needs blocks"}
     ran = checked("--model", model, "--data", str(folder), "--blocks", "0")
     assert isinstance(ran.exception, ModelError)
+
+
+def test_without_gradients_it_says_so_and_hides_parts(folder):
+    model = "tests.jobs.cli.test_check:without_gradients"
+    ran = checked("--model", model, "--data", str(folder), "--output", str(folder / "map.png"), "--json")
+    assert ran.exit_code == 0, ran.output
+    found = json.loads(ran.stdout)
+    faults = {one["explainer"]: one["fault"] for one in found["costs"]}
+    assert (found["explainer"], faults["rise"], faults["scorecam"]) == ("rise", "", "")
+    assert "a window of 32 pixels hides all" in faults["occlusion"]
+    assert "none reaches the output" in faults["gradient"]
+    assert "none reaches the output" in faults["gradcam"]
+
+
+def test_it_takes_the_options_that_say_what_the_model_is(folder):
+    model, picture = "tests.jobs.cli.test_check:of_brightness", str(folder / "map.png")
+    given = ("--model", model, "--data", str(folder), "--output", picture, "--json", "--input-size", "40")
+    ran = checked(*given, "--output-key", "scores")
+    assert isinstance(ran.exception, ModelError)
+    assert "say --channels 1" in str(ran.exception)
+    ran = checked(*given, "--output-key", "scores", "--channels", "1", "--mean", "0.5", "--std", "0.2", "--target", "2")
+    assert ran.exit_code == 0, ran.output
+    found = json.loads(ran.stdout)
+    assert (found["num_classes"], found["target"]) == (3, "class 2")
+    ran = checked("--model", model, "--data", str(folder), "--target", "label")
+    assert isinstance(ran.exception, ConfigError)
+    assert "has no label" in str(ran.exception)
 
 
 def test_a_folder_without_pictures_is_refused(tmp_path):
