@@ -11,6 +11,14 @@ from blocksight.cluster.checks.commands import Product
 from blocksight.cluster.checks.dockerfile import dockerfile_findings
 from blocksight.cluster.checks.documents import DocumentError, json_document, yaml_documents
 from blocksight.cluster.checks.findings import Finding, Place
+from blocksight.cluster.checks.fits import (
+    PlanFigures,
+    fit_findings,
+    machines_of_job,
+    machines_of_script,
+    machines_of_task,
+    place_findings,
+)
 from blocksight.cluster.checks.kubernetes import object_findings
 from blocksight.cluster.checks.launcher import launcher_findings
 from blocksight.cluster.checks.literals import secret_findings
@@ -32,11 +40,11 @@ class _Files:
     findings: list[Finding] = field(default_factory=list)
 
 
-def check_files(names: Sequence[str], product: Product) -> list[Finding]:
+def check_files(names: Sequence[str], product: Product, figures: PlanFigures | None = None) -> list[Finding]:
     """What is wrong with files, or with folders that hold a `kustomization.yaml`; `-` is standard input.
 
     The Kubernetes objects of all plain files are one set, and may name each other; those of a kustomization are
-    another. Each finding comes once.
+    another. With `figures`, also what of that plan does not fit. Each finding comes once.
     """
     files = _Files()
     for name in names:
@@ -47,7 +55,26 @@ def check_files(names: Sequence[str], product: Product) -> list[Finding]:
     for places in files.sets:
         if places:
             found += object_findings(places, product)
+    if figures is not None:
+        found += _unfit(files, figures)
     return list(dict.fromkeys(found))
+
+
+def _unfit(files: _Files, figures: PlanFigures) -> Iterator[Finding]:
+    """What of a plan does not fit the machines, and the configurations, of the files."""
+    of_kind = {SLURM: machines_of_script, SKYPILOT: machines_of_task}
+    for kind, place in files.others:
+        if kind in of_kind:
+            yield from fit_findings(figures, of_kind[kind](place))
+        if kind == CONFIGURATION:
+            yield from place_findings(place, place.text, figures)
+    for place in (one for places in files.sets for one in places):
+        if place["kind"].text == "RayJob":
+            yield from fit_findings(figures, machines_of_job(place))
+        if place["kind"].text == "ConfigMap":
+            for key, one in place["data"].entries():
+                if key.endswith(".toml"):
+                    yield from place_findings(one, one.text, figures)
 
 
 def _read(name: str, files: _Files) -> None:
