@@ -1,6 +1,6 @@
 """Computes a job's sizing: actors, their CPU and GPU shares, and the sizes of units. Arithmetic alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, floor
 from typing import Literal
@@ -40,40 +40,61 @@ class Sizing:
     cpus_per_task: float
     threads_per_actor: int
     """CPU threads of the model. One thread gives the same bits on every machine of one type."""
+    most_actors: int | None = None
+    """How many there may be once more nodes have joined; None: the number does not grow."""
+    idle_gpus: int = 0
+    """GPUs for which their nodes have no CPU."""
 
 
-def size_for(resources: Mapping[str, float], num_actors: int | None = None, device: Device = "auto") -> Sizing:
-    """The sizing for a session with these resources (`CPU`, `GPU`), with `num_actors` actors or as many as fit.
+def size_for(nodes: Sequence[Mapping[str, float]], num_actors: int | None = None, device: Device = "auto") -> Sizing:
+    """The sizing for a session whose nodes have these resources (`CPU`, `GPU`), with `num_actors` or as many as fit.
 
-    One actor per GPU, which takes less than a CPU where there are more GPUs than CPUs; without GPUs one per CPU. Both
+    One actor per GPU, which takes less than a CPU where a node has more GPUs than CPUs; without GPUs one per CPU. Both
     with room for a read or commit task. Raises ClusterError if the actors do not fit, as Ray itself would wait for
     ever without a message, and if `device` is `gpu` and there is none.
     """
-    gpus, cpus = int(resources.get("GPU", 0)), resources.get("CPU", 0.0)
+    cpus = sum(node.get("CPU", 0.0) for node in nodes)
+    gpus = 0 if device == "cpu" else sum(int(node.get("GPU", 0)) for node in nodes)
     if device == "gpu" and not gpus:
         raise ClusterError(
             f"--device gpu: the Ray session has {cpus:g} CPUs and no GPU: add GPU nodes, or choose --device cpu"
         )
-    if device == "cpu":
-        gpus = 0
-    share = _cpus_beside_a_gpu(cpus, gpus) if gpus else ACTOR_CPUS
-    fitting = int((cpus - TASK_CPUS) / share + 1e-9)
-    available = min(gpus, fitting) if gpus else fitting
+    share = _cpus_beside_a_gpu(nodes) if gpus else ACTOR_CPUS
+    available = _num_fitting(nodes, share, on_gpu=gpus > 0)
     wanted = num_actors or available
     if wanted < 1 or wanted > available:
         raise ClusterError(
             f"{max(1, wanted)} explain actors need {max(1, wanted) * share + TASK_CPUS:g} CPUs"
             f"{' and as many GPUs as actors' if gpus else ''}; the Ray session has {cpus:g} CPUs and {gpus} GPUs: "
-            f"ask for fewer --workers or join a larger cluster with --address"
+            f"ask for fewer --workers, join a larger cluster with --address, or let it grow with --wait"
         )
-    return Sizing(wanted, 1.0 if gpus else 0.0, share, TASK_CPUS, threads_per_actor=1)
+    idle = gpus - available if gpus and num_actors is None else 0
+    return Sizing(wanted, 1.0 if gpus else 0.0, share, TASK_CPUS, threads_per_actor=1, idle_gpus=idle)
 
 
-def _cpus_beside_a_gpu(cpus: float, gpus: int) -> float:
-    """The CPUs of an actor that has a GPU: one, or an equal part, in tenths, of what a task leaves over."""
-    equal = floor((cpus - TASK_CPUS) / gpus * 10 + 1e-9) / 10
-    share = min(ACTOR_CPUS, max(LEAST_ACTOR_CPUS, equal))
+def _num_fitting(nodes: Sequence[Mapping[str, float]], share: float, *, on_gpu: bool) -> int:
+    """Actors of this share of a CPU that fit on the nodes, with room for a task on one of them."""
+    places = [
+        min(floor(node.get("CPU", 0.0) / share + 1e-9), int(node.get("GPU", 0)) if on_gpu else 1 << 30)
+        for node in nodes
+    ]
+    left = [node.get("CPU", 0.0) - count * share for node, count in zip(nodes, places, strict=True)]
+    missing = TASK_CPUS - max(left, default=0.0)
+    return max(0, sum(places) - max(0, ceil(missing / share - 1e-9)))
+
+
+def _cpus_beside_a_gpu(nodes: Sequence[Mapping[str, float]]) -> float:
+    """The CPUs of an actor that has a GPU: one, or what the poorest node has for each, in tenths, less a task."""
+    is_room_elsewhere = any(node.get("CPU", 0.0) >= TASK_CPUS and not int(node.get("GPU", 0)) for node in nodes)
+    for_tasks = 0.0 if is_room_elsewhere else TASK_CPUS
+    equal = min((node.get("CPU", 0.0) - for_tasks) / int(node["GPU"]) for node in nodes if int(node.get("GPU", 0)))
+    share = min(ACTOR_CPUS, max(LEAST_ACTOR_CPUS, floor(equal * 10 + 1e-9) / 10))
     return share if share != TASK_CPUS else TASK_CPUS - LEAST_ACTOR_CPUS
+
+
+def bundle_of(*, on_gpu: bool) -> dict[str, float]:
+    """What one more actor needs of a node that is still to come."""
+    return {"GPU": 1.0, "CPU": TASK_CPUS} if on_gpu else {"CPU": ACTOR_CPUS}
 
 
 def local_cpus(num_cores: int, num_actors: int | None) -> int:

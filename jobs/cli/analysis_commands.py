@@ -14,9 +14,12 @@ from blocksight.jobs.cli.app import (
     ClassMap,
     Endpoint,
     Existing,
+    MinWorkers,
     OutputModel,
     OutputWeights,
+    PyModules,
     ShownTruth,
+    Wait,
     console,
     existing,
 )
@@ -57,6 +60,9 @@ def evaluate(
     runner: Annotated[str, typer.Option(help="ray, or local: this process alone.")] = "ray",
     address: Address = None,
     device: Annotated[str, typer.Option(help="gpu (an error without one), cpu, or auto.")] = "auto",
+    wait: Wait = None,
+    min_workers: MinWorkers = None,
+    py_modules: PyModules = None,
     batch_size: BatchSize = None,
     as_json: AsJson = False,
     endpoint_url: Endpoint = None,
@@ -80,8 +86,18 @@ def evaluate(
         weights=weights,
         endpoint_url=endpoint_url,
     )
-    ways = {"workers": workers, "runner": runner, "address": address, "device": device, "batch_size": batch_size}
-    execution = execution_of(ways)
+    execution = execution_of(
+        {
+            "workers": workers,
+            "runner": runner,
+            "address": address,
+            "device": device,
+            "wait": wait,
+            "min_workers": min_workers,
+            "py_modules": py_modules or None,
+            "batch_size": batch_size,
+        }
+    )
     console = progress_console(as_json)
     outcome = run_evaluation(asked, execution, console)
     for failure in outcome.failures:

@@ -88,6 +88,23 @@ Parameters = Annotated[
     typer.Option("-p", "--param", help="Of the explainer, such as mu=0.3; of what it wraps: base.mu=0.3."),
 ]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join.  [default: one is started]")]
+Wait = Annotated[
+    str | None,
+    typer.Option(
+        help="For a cluster that is still coming, at most so long: 90s, 20m, 2h. Ray's autoscaler is asked for "
+        "--workers, and workers are added as nodes join.  [default: no wait]"
+    ),
+]
+MinWorkers = Annotated[
+    int | None, typer.Option(min=1, help="With --wait: begin once so many workers fit.  [default: 1]")
+]
+PyModules = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Folder of a package of yours that a cluster's workers get a copy of, for development; may be repeated. "
+        "In production it belongs into the image."
+    ),
+]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Masked inputs per forward.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many records.")]
 ClassMap = Annotated[
@@ -205,6 +222,9 @@ JOB_OPTIONS: dict[str, Any] = {
         str | None,
         typer.Option(help="gpu (an error without one), cpu, or auto: the GPUs if there are any.  [default: auto]"),
     ],
+    "wait": Wait,
+    "min_workers": MinWorkers,
+    "py_modules": PyModules,
     "batch_size": Annotated[
         int | None,
         typer.Option(

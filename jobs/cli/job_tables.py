@@ -180,7 +180,8 @@ def outcome_table(job: JobConfig, outcome: RunOutcome) -> Table:
     """The job's state after a run."""
     table = job_state_table(job.output, outcome.job_state, outcome.forward)
     if outcome.ran.seconds:
-        table.add_row("this run", f"{clock(outcome.ran.seconds)}, workers busy {outcome.ran.busy:.0%} of it")
+        busy = "" if outcome.ran.busy is None else f", workers busy {outcome.ran.busy:.0%} of it"
+        table.add_row("this run", f"{clock(outcome.ran.seconds)}{busy}")
     elif outcome.manifest is not None:
         table.add_row("this run", "nothing to do: the job is complete")
     if outcome.job_state.receipts:

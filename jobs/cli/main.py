@@ -4,7 +4,7 @@ import sys
 
 from rich.console import Console
 
-from blocksight.cluster.errors import ClusterError
+from blocksight.cluster.errors import ClusterError, ClusterNotReadyError
 from blocksight.cluster.switches import refuse_unsafe_switches
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.device_errors import device_trouble, told_by_device
@@ -47,7 +47,7 @@ def main() -> None:
     except WeakStoreError as error:
         stderr.print(f"error: {printable(error)}")
         sys.exit(WEAK_STORE)
-    except UnfinishedError as error:
+    except (UnfinishedError, ClusterNotReadyError) as error:
         stderr.print(f"unfinished: {printable(error)}")
         sys.exit(INCOMPLETE)
     except UnreconciledError as error:

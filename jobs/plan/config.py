@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     TypeAdapter,
@@ -523,6 +524,20 @@ def check_identity(identity: Mapping[str, Any]) -> None:
         raise ValueError("configuration: model is longer than any name")
 
 
+DURATION = re.compile(r"(\d+(?:\.\d+)?) *([smh]?)")
+UNIT_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
+
+
+def _in_seconds(text: Any) -> Any:
+    """Seconds of a duration such as `90`, `90s`, `20m` or `2h`. Raises ValueError."""
+    if not isinstance(text, str):
+        return text
+    found = DURATION.fullmatch(text.strip())
+    if found is None:
+        raise ValueError(f"{text!r} is no duration; wanted seconds, or a number with s, m or h, such as 20m")
+    return float(found[1]) * UNIT_SECONDS[found[2]]
+
+
 class Execution(BaseModel):
     """How a job runs and which failures it allows; only `batch_size` and `tune` may change a result's last bits."""
 
@@ -535,6 +550,13 @@ class Execution(BaseModel):
     )
     device: Device = Field(
         default="auto", description="gpu, or cpu; auto: the GPUs if there are any. gpu without one is an error"
+    )
+    wait: Annotated[float, BeforeValidator(_in_seconds)] = Field(
+        default=0.0, ge=0, description="for a cluster that is still coming, such as 90s, 20m or 2h; its pool then grows"
+    )
+    min_workers: int = Field(default=1, ge=1, description="the job begins once so many explain actors fit")
+    py_modules: tuple[str, ...] = Field(
+        default=(), description="folders of packages that the workers of a joined cluster get a copy of"
     )
     batch_size: int | None = Field(
         default=None,
@@ -550,6 +572,16 @@ class Execution(BaseModel):
         default=0.5, ge=0, le=1, description="a larger share of rejected records is no success (exit 3)"
     )
     max_dead_units: int = Field(default=0, ge=0, description="more dead units are no success (exit 3)")
+
+    @model_validator(mode="after")
+    def _only_a_cluster_comes_later(self) -> Self:
+        if self.address is None and (self.wait or self.min_workers > 1 or self.py_modules):
+            raise ValueError(
+                "wait, min_workers and py_modules are for a Ray cluster that is joined: name it with --address"
+            )
+        if self.workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers is {self.min_workers}, and workers {self.workers}: begin with no more")
+        return self
 
 
 def _checked(kind: type, values: Mapping[str, Any]) -> Any:

@@ -1,7 +1,7 @@
 """Runs an evaluation: writes its settings, hands the units to a runner, and counts the open units."""
 
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,14 @@ from blocksight.jobs.plan.stored_config import NamedModel, config_of
 from blocksight.jobs.plan.target_files import vectors_of_output
 from blocksight.jobs.plan.text import clock, counted, printable
 from blocksight.jobs.run.job import check_as_stored, check_model, check_stored_settings, context_of
-from blocksight.jobs.run.workers import check_gpu, refuse_missing_gpu, session_of, workforce_of
+from blocksight.jobs.run.workers import (
+    check_gpu,
+    let_import_modules,
+    refuse_missing_gpu,
+    session_of,
+    tell_of,
+    workforce_of,
+)
 from blocksight.jobs.worker.progress import Notices, Tally, progress
 from blocksight.storage.inputs.annotations import open_truth
 from blocksight.storage.inputs.ground_truth import Truth
@@ -86,6 +93,7 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
     raised if the work breaks off.
     """
     refuse_missing_gpu(execution)
+    let_import_modules(execution)
     output = PatientStore(open_store(asked.output, asked.endpoint_url))
     plan = existing_plan(output)
     truth = None if asked.truth is None else open_truth(asked.truth, asked.endpoint_url)
@@ -114,7 +122,7 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
     check_stored_settings(output, config)
     console.print(_cost(evaluation, config, units, execution))
     stop = Stop(output, f"evaluate-{uuid.uuid4().hex[:8]}")
-    with session_of(execution) as sizing, stopped_by_signals(stop, cuts_off=sizing is None):
+    with session_of(execution, tell_of(console)) as sizing, stopped_by_signals(stop, cuts_off=sizing is None):
         check_gpu(sizing)
         context = EvaluationContext(
             context_of(config, plan, facts, sizing, execution, preflight.readout), evaluation, folder, truth
@@ -184,7 +192,9 @@ def _run(
     notices = Notices(console)
     expected = round(sum(unit.num_records for unit in units) * context.evaluation.share)
     progressing = progress(console, Tally(expected, None, verb="evaluate"))
-    outcomes = closing(_outcomes(units, context, state, sizing, stop))  # nothing of it may outlive the Ray session
+    outcomes = closing(
+        _outcomes(units, context, state, sizing, stop, tell_of(console))
+    )  # nothing of it may outlive the Ray session
     with unfinished_from(lambda: done, stop), progressing as update, outcomes as arriving:
         for outcome in arriving:
             if isinstance(outcome, UnitReturned):
@@ -201,7 +211,12 @@ def _run(
 
 
 def _outcomes(
-    units: Sequence[Unit], context: EvaluationContext, state: bytes | None, sizing: Sizing | None, stop: Stop
+    units: Sequence[Unit],
+    context: EvaluationContext,
+    state: bytes | None,
+    sizing: Sizing | None,
+    stop: Stop,
+    tell: Callable[[str], None],
 ) -> Generator[Evaluated | UnitFailure | UnitReturned, None, None]:
     if sizing is None:
         from blocksight.jobs.evaluate import step
@@ -209,4 +224,4 @@ def _outcomes(
         return step.run_units(units, context, state, stop)
     from blocksight.jobs.run import pipeline
 
-    return pipeline.evaluate_units(units, context, state, sizing, stop)
+    return pipeline.evaluate_units(units, context, state, sizing, stop, tell)

@@ -4,7 +4,7 @@ import json
 import platform
 import time
 import uuid
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -64,8 +64,10 @@ from blocksight.jobs.run.labels import read_labels
 from blocksight.jobs.run.workers import (
     check_gpu,
     device_of,
+    let_import_modules,
     refuse_missing_gpu,
     session_of,
+    tell_of,
     workers_text,
     workforce_of,
 )
@@ -95,8 +97,9 @@ class RunSummary:
     """Why it stopped early; None if it did not."""
     is_hopeless: bool = False
     """It was stopped because no record was explained."""
-    busy: float = 0.0
-    """Fraction of the workers' time spent explaining, 0 to 1; the rest is start-up and waiting for the last units."""
+    busy: float | None = None
+    """Fraction of the workers' time spent explaining, 0 to 1; the rest is start-up and waiting for the last units.
+    None without units, and where workers may have joined meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
     ModelError, ClusterError. UnfinishedError is raised if the store fails for good afterwards.
     """
     refuse_missing_gpu(execution)
+    let_import_modules(execution)
     config, label_file = with_label_file(with_target_files(with_model_file(config)))
     config, choice = with_explainer(config)
     if choice is not None:
@@ -169,7 +173,7 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
         check_as_stored(output, adapter, facts, stored, console)
     preflight = stored or _preflight(adapter, config, facts, plan, output, careful=execution.runner == "ray")
     _print_preflight(preflight, console)
-    with session_of(execution) as sizing:
+    with session_of(execution, tell_of(console)) as sizing:
         console.print(f"workers: {workers_text(execution, sizing)}")
         check_gpu(sizing)
         context = context_of(config, plan, facts, sizing, execution, preflight.readout)
@@ -394,7 +398,7 @@ def _measured_workforce(
     context: JobContext, planned: PlannedForward, sizing: Sizing | None, execution: Execution
 ) -> Workforce:
     """The workers of this run, with a GPU's rate if it was measured, and the size of the model's input."""
-    joined = sizing and Workforce(sizing.num_actors, on_gpu=sizing.gpus_per_actor > 0)
+    joined = sizing and Workforce(execution.workers or sizing.num_actors, on_gpu=sizing.gpus_per_actor > 0)
     workers = joined or workforce_of(execution)
     rate = rate_of_forward(planned, forwards_per_record(context))
     return replace(workers, rate=rate, input_size=context.facts.input_size)
@@ -451,9 +455,8 @@ def _run_units(
     begun = False
     start = time.monotonic()
     progressing = progress(console, Tally(num_records, expected))
-    outcomes = closing(
-        _outcomes(units, context, state, sizing, stop, rate)
-    )  # nothing of it may outlive the Ray session
+    # nothing of it may outlive the Ray session
+    outcomes = closing(_outcomes(units, context, state, sizing, stop, rate, tell_of(console)))
     with unfinished_from(lambda: begun, stop), progressing as update, outcomes as arriving:
         for outcome in arriving:
             if isinstance(outcome, UnitReturned):
@@ -471,9 +474,9 @@ def _run_units(
             if first_units.is_hopeless:
                 stop.request(first_units.verdict())
     seconds = time.monotonic() - start
-    return RunSummary(
-        tuple(failures), seconds, stop.reason, first_units.is_hopeless, explain_seconds / (seconds * num_workers)
-    )
+    grows = sizing is not None and sizing.most_actors is not None
+    busy = None if grows else explain_seconds / (seconds * num_workers)
+    return RunSummary(tuple(failures), seconds, stop.reason, first_units.is_hopeless, busy)
 
 
 def _outcomes(
@@ -483,6 +486,7 @@ def _outcomes(
     sizing: Sizing | None,
     stop: Stop,
     rate: MeasuredRate | None,
+    tell: Callable[[str], None],
 ) -> Generator[Outcome, None, None]:
     """The outcome of each unit, from the local runner or from Ray; each is imported only when used."""
     if sizing is None:
@@ -491,7 +495,7 @@ def _outcomes(
         return local.run_units(units, context, state, stop)
     from blocksight.jobs.run import pipeline
 
-    return pipeline.run_units(units, context, state, sizing, stop, rate)
+    return pipeline.run_units(units, context, state, sizing, stop, rate, tell)
 
 
 def _write_run(output: ObjectStore, context: JobContext, execution: Execution, sizing: Sizing | None) -> None:

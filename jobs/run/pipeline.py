@@ -28,6 +28,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from blocksight.cluster.cores import compiler_threads
 from blocksight.cluster.errors import ClusterError
+from blocksight.cluster.nodes import NodeWatch
 from blocksight.cluster.sizing import Sizing
 from blocksight.cluster.switches import refuse_unsafe_switches
 from blocksight.engine.errors import ModelError
@@ -105,9 +106,11 @@ def run_units(
     sizing: Sizing,
     stop: Stop,
     rate: MeasuredRate | None = None,
+    tell: Callable[[str], None] = print,
 ) -> Generator[Outcome, None, None]:
     """Explains the units on the connected Ray session and yields each outcome as it arrives.
 
+    `tell` shows which nodes join or leave meanwhile.
     Ends early if `stop` was requested and its grace period is over. Raises ClusterError if the job cannot go on
     (the model does not load on the workers, no progress).
     """
@@ -120,6 +123,7 @@ def run_units(
         stop,
         timeout_seconds,
         sizing.num_actors,
+        NodeWatch(tell),
     )
 
 
@@ -212,6 +216,7 @@ def _wave_outcomes(
     stop: Stop,
     timeout_seconds: float,
     num_actors: int,
+    watch: NodeWatch,
 ) -> Generator[Any, None, None]:
     """The units' outcomes, wave by wave, until `stop` is requested; units that are given back join a later wave.
 
@@ -223,7 +228,7 @@ def _wave_outcomes(
     were_unfit: set[str] = set()
     while waiting:
         wave = [waiting.popleft() for _ in range(min(WAVE_UNITS, len(waiting)))]
-        outcomes = _outcomes_of_wave(wave_of(wave, frozenset(were_unfit)), stop, timeout_seconds)
+        outcomes = _outcomes_of_wave(wave_of(wave, frozenset(were_unfit)), stop, timeout_seconds, watch)
         with closing(_while_one_is_fit(outcomes, num_actors, unfit)) as arriving:
             for outcome in arriving:
                 yield outcome
@@ -239,9 +244,13 @@ def _wave_outcomes(
             return
 
 
-def _outcomes_of_wave(wave: Dataset, stop: Stop, timeout_seconds: float) -> Generator[Any, None, None]:
+def _outcomes_of_wave(
+    wave: Dataset, stop: Stop, timeout_seconds: float, watch: NodeWatch
+) -> Generator[Any, None, None]:
     executor = wave._create_executor()  # `iter_rows` keeps its own out of reach, so that nobody could end it
-    rows = _arriving_rows(_rows_of(wave, executor), stop, timeout_seconds, partial(executor.shutdown, force=True))
+    rows = _arriving_rows(
+        _rows_of(wave, executor), stop, timeout_seconds, watch, partial(executor.shutdown, force=True)
+    )
     try:
         with closing(rows):
             yield from map(_outcome, rows)
@@ -288,7 +297,7 @@ def _rows_of(wave: Dataset, executor: Any) -> Iterator[dict[str, Any]]:
 
 
 def _arriving_rows(
-    rows: Iterable[dict[str, Any]], stop: Stop, timeout_seconds: float, end: Callable[[], None]
+    rows: Iterable[dict[str, Any]], stop: Stop, timeout_seconds: float, watch: NodeWatch, end: Callable[[], None]
 ) -> Generator[dict[str, Any], None, None]:
     """The rows as they arrive, read in another thread, so that this one handles signals and the timeout.
 
@@ -308,7 +317,7 @@ def _arriving_rows(
     thread = threading.Thread(target=collect, name=READER, daemon=True)
     thread.start()
     try:
-        yield from _until_deadline(arrived, stop, timeout_seconds)
+        yield from _until_deadline(arrived, stop, timeout_seconds, watch)
     finally:
         _end_thread(thread, end)
 
@@ -322,12 +331,15 @@ def _end_thread(thread: threading.Thread, end: Callable[[], None]) -> None:
         thread.join(POLL_SECONDS)
 
 
-def _until_deadline(arrived: SimpleQueue[Any], stop: Stop, timeout_seconds: float) -> Iterator[dict[str, Any]]:
+def _until_deadline(
+    arrived: SimpleQueue[Any], stop: Stop, timeout_seconds: float, watch: NodeWatch
+) -> Iterator[dict[str, Any]]:
     """The rows of the queue, to its end or the end of the grace time. Raises ClusterError, and what is in the queue."""
     last_arrival = time.monotonic()
     while time.monotonic() < stop.deadline:
         if time.monotonic() - last_arrival > timeout_seconds:
             raise ClusterError(f"no unit has finished for {timeout_seconds:,.0f} s")
+        watch.look()
         try:
             row = arrived.get(timeout=POLL_SECONDS)
         except Empty:
@@ -377,14 +389,19 @@ def _actors(
 ) -> dict[str, Any]:
     """The arguments of a stage of actors, each with one model: enough for the units beside those that were `unfit`.
 
-    Ray gives out the same GPUs first, each time: a single actor would get the same unfit one again.
+    Ray gives out the same GPUs first, each time: a single actor would get the same unfit one again. Where nodes may
+    join, Ray Data adds actors, and asks the autoscaler for their nodes.
     """
+    most = num_units + len(unfit)
+    pool = ActorPoolStrategy(
+        min_size=min(sizing.num_actors, most),
+        max_size=min(sizing.most_actors or sizing.num_actors, most),
+        max_tasks_in_flight_per_actor=UNITS_IN_FLIGHT,
+    )
     return {
         **ONE_UNIT,
         "fn_constructor_kwargs": {"context": context, "weights": weights, "unfit": unfit},
-        "compute": ActorPoolStrategy(
-            size=min(sizing.num_actors, num_units + len(unfit)), max_tasks_in_flight_per_actor=UNITS_IN_FLIGHT
-        ),
+        "compute": pool,
         "num_cpus": sizing.cpus_per_actor,
         "num_gpus": sizing.gpus_per_actor,
     }
@@ -417,7 +434,12 @@ def _stores_of(context: JobContext) -> WorkerStores:
 
 
 def evaluate_units(
-    units: Sequence[Unit], context: EvaluationContext, state: bytes | None, sizing: Sizing, stop: Stop
+    units: Sequence[Unit],
+    context: EvaluationContext,
+    state: bytes | None,
+    sizing: Sizing,
+    stop: Stop,
+    tell: Callable[[str], None] = print,
 ) -> Generator[Evaluated | UnitFailure | UnitReturned, None, None]:
     """Evaluates the units on the connected Ray session and yields each outcome. Raises ClusterError."""
     _set_up_ray_data()
@@ -428,6 +450,7 @@ def evaluate_units(
         stop,
         NO_PROGRESS_SECONDS,
         sizing.num_actors,
+        NodeWatch(tell),
     )
 
 

@@ -1,29 +1,43 @@
 """Where a run's models are: in this process or in a Ray session, on GPUs or on CPUs."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from rich.console import Console
 
 from blocksight.cluster.cores import usable_cores, usable_gpus
 from blocksight.cluster.errors import ClusterError
 from blocksight.cluster.sizing import Device, Sizing
 from blocksight.jobs.plan.config import Execution
-from blocksight.jobs.plan.text import counted
+from blocksight.jobs.plan.context import let_import_from
+from blocksight.jobs.plan.text import counted, printable
 from blocksight.jobs.plan.units import Workforce
 
 
-def session_of(execution: Execution) -> AbstractContextManager[Sizing | None]:
-    """Starts or joins Ray and yields the job's sizing; None for a run in this process."""
+def session_of(
+    execution: Execution, tell: Callable[[str], None] | None = None
+) -> AbstractContextManager[Sizing | None]:
+    """Starts or joins Ray and yields the job's sizing; None for a run in this process.
+
+    `tell` shows what has joined while the job waits for a cluster; without it the job does not wait.
+    """
     if execution.runner == "local":
         return nullcontext()
-    from blocksight.cluster.session import ray_session
+    from blocksight.cluster.session import Waiting, ray_session
 
-    return ray_session(execution.address, execution.workers, execution.device)
+    is_waiting = execution.wait > 0 and tell is not None
+    waiting = Waiting(execution.wait, execution.min_workers, tell) if is_waiting else None
+    return ray_session(execution.address, execution.workers, execution.device, waiting, execution.py_modules)
 
 
 def workforce_of(execution: Execution) -> Workforce:
     """The workers that a new plan expects: those of the cluster, which is joined to ask it, or of this machine.
 
-    Raises ClusterError.
+    With --wait they may still be coming: those that are asked for are expected. Raises ClusterError.
     """
+    if execution.wait:
+        return Workforce(execution.workers or execution.min_workers, on_gpu=execution.device == "gpu")
     if execution.runner == "ray" and execution.address is not None:
         with session_of(execution) as sizing:
             assert sizing is not None  # of Ray
@@ -34,6 +48,14 @@ def workforce_of(execution: Execution) -> Workforce:
         return Workforce(1 if on_gpu else execution.workers or usable_cores(), on_gpu)
     gpus = 0 if execution.device == "cpu" else usable_gpus()
     return Workforce(execution.workers or gpus or usable_cores(), on_gpu=gpus > 0)
+
+
+def let_import_modules(execution: Execution) -> None:
+    """Makes the packages of --py-modules importable here, as they are on the workers. Raises ClusterError."""
+    for folder in map(Path, execution.py_modules):
+        if not folder.is_dir():
+            raise ClusterError(f"--py-modules: {str(folder)!r} is no folder; wanted the folder of a Python package")
+        let_import_from(str(folder.resolve().parent))
 
 
 def refuse_missing_gpu(execution: Execution) -> None:
@@ -76,7 +98,17 @@ def workers_text(execution: Execution, sizing: Sizing | None) -> str:
         return f"this process, on {'a GPU' if on_gpu else 'the CPU'}"
     where = "a GPU each" if on_gpu else "a CPU core each"
     missing = "" if on_gpu or execution.device == "cpu" else "; the Ray session has no GPU"
-    return f"{counted(sizing.num_actors, 'explain actor')}, {where}{missing}"
+    idle = (
+        f"; {counted(sizing.idle_gpus, 'GPU')} without work, as the nodes have too few CPUs" if sizing.idle_gpus else ""
+    )
+    most = f"up to {execution.workers}" if execution.workers else "more"
+    grows = f"; {most} as nodes join" if sizing.most_actors is not None else ""
+    return f"{counted(sizing.num_actors, 'explain actor')}, {where}{missing}{idle}{grows}"
+
+
+def tell_of(console: Console) -> Callable[[str], None]:
+    """Shows one line of what Ray says, as text."""
+    return lambda line: console.print(printable(line))
 
 
 def check_gpu(sizing: Sizing | None) -> None:

@@ -8,8 +8,8 @@ import tempfile
 
 import pytest
 
-from blocksight.cluster.errors import ClusterError
-from blocksight.cluster.session import _set_up_environment, ray_session
+from blocksight.cluster.errors import ClusterError, ClusterNotReadyError
+from blocksight.cluster.session import Waiting, _set_up_environment, ray_session
 from blocksight.cluster.switches import UNSAFE_SWITCHES
 from tests.jobs.jobs_of import ROOT
 
@@ -105,6 +105,22 @@ def test_an_address_without_an_answer_is_named_at_once(monkeypatch):
     for wanted in (address, "auto"):
         with pytest.raises(ClusterError, match=f"no Ray cluster answers at '{address}'"), ray_session(wanted):
             pass
+
+
+def test_an_address_that_does_not_answer_yet_is_tried_again(monkeypatch):
+    tries = []
+    monkeypatch.setattr("blocksight.cluster.session.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("blocksight.cluster.session._check_answers", tries.append)
+    monkeypatch.setattr("ray.init", lambda **_: (_ for _ in ()).throw(ConnectionError("not yet")))
+    waiting = Waiting(0.2, 1, print)
+    with pytest.raises(ClusterNotReadyError, match="cannot be joined: not yet"), ray_session("h:1", waiting=waiting):
+        pass
+    assert len(tries) > 3
+    tries.clear()
+    monkeypatch.setattr("ray.init", lambda **_: (_ for _ in ()).throw(RuntimeError("Version mismatch")))
+    with pytest.raises(ClusterError, match="Version mismatch"), ray_session("h:1", waiting=waiting):
+        pass
+    assert len(tries) == 1
 
 
 def test_a_session_that_was_already_running_is_left_alone(monkeypatch):

@@ -30,7 +30,7 @@ from blocksight.cluster.sizing import (
     ],
 )
 def test_actors_leave_room_for_a_task(resources, wanted, num_actors, gpus):
-    sizing = size_for(resources, wanted)
+    sizing = size_for([resources], wanted)
     assert (sizing.num_actors, sizing.gpus_per_actor) == (num_actors, gpus)
     assert sizing.num_actors * sizing.cpus_per_actor + sizing.cpus_per_task <= resources["CPU"]
     assert sizing.cpus_per_task != sizing.cpus_per_actor
@@ -42,15 +42,36 @@ def test_actors_leave_room_for_a_task(resources, wanted, num_actors, gpus):
 )
 def test_what_ray_would_wait_for_in_silence_is_refused(resources, wanted):
     with pytest.raises(ClusterError, match=r"explain actors need .* CPUs.*--workers"):
-        size_for(resources, wanted)
+        size_for([resources], wanted)
 
 
 def test_the_device_that_was_asked_for_is_used_or_refused():
     both, cpus = {"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0}
-    assert size_for(both, None, "cpu") == size_for(cpus)
-    assert size_for(both, None, "gpu") == size_for(both)
+    assert size_for([both], None, "cpu") == size_for([cpus])
+    assert size_for([both], None, "gpu") == size_for([both])
     with pytest.raises(ClusterError, match="--device gpu: the Ray session has 16 CPUs and no GPU"):
-        size_for(cpus, None, "gpu")
+        size_for([cpus], None, "gpu")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "num_actors", "share", "idle"),
+    [
+        ([{"CPU": 0.0}, {"CPU": 8.0, "GPU": 8.0}, {"CPU": 8.0, "GPU": 8.0}], 16, 0.9, 0),
+        ([{"CPU": 64.0}, {"CPU": 4.0, "GPU": 8.0}], 8, 0.4, 0),  # the poor node decides, tasks run on the other
+        ([{"CPU": 64.0, "GPU": 2.0}, {"CPU": 2.0, "GPU": 4.0}], 6, 0.3, 0),
+        ([{"CPU": 64.0, "GPU": 2.0}, {"GPU": 4.0}], 2, 0.1, 4),
+        ([{"CPU": 1.0, "GPU": 1.0}] * 3, 3, 0.4, 0),
+    ],
+)
+def test_actors_fit_on_nodes_and_not_on_sums(nodes, num_actors, share, idle):
+    sizing = size_for(nodes)
+    assert (sizing.num_actors, sizing.cpus_per_actor, sizing.idle_gpus) == (num_actors, pytest.approx(share), idle)
+
+
+def test_a_cpu_actor_is_not_cut_over_two_nodes():
+    assert size_for([{"CPU": 1.5}, {"CPU": 1.5}]).num_actors == 2
+    assert size_for([{"CPU": 0.9}, {"CPU": 0.9}, {"CPU": 1.0}]).num_actors == 1
+    assert size_for([{"CPU": 2.0}, {"CPU": 2.0}]).num_actors == 3  # half a CPU is left for tasks
 
 
 def test_the_object_store_holds_what_actors_wait_for():
@@ -62,7 +83,7 @@ def test_the_object_store_holds_what_actors_wait_for():
 
 @pytest.mark.parametrize(("num_cores", "wanted", "actors"), [(1, None, 1), (2, None, 2), (2, 5, 5), (16, 3, 3)])
 def test_a_session_of_its_own_always_fits(num_cores, wanted, actors):
-    assert size_for({"CPU": float(local_cpus(num_cores, wanted))}, wanted).num_actors == actors
+    assert size_for([{"CPU": float(local_cpus(num_cores, wanted))}], wanted).num_actors == actors
 
 
 @pytest.mark.parametrize(

@@ -563,6 +563,20 @@ MUTATIONS = (
         ("jobs/run/test_job.py::test_units_are_cut_for_the_cluster_that_is_joined",),
     ),
     Mutation(
+        "what was asked of the autoscaler outlives the job",
+        "cluster/nodes.py",
+        "            request_resources(bundles=[])",
+        "            pass",
+        ("cluster/test_nodes.py::test_what_was_asked_is_withdrawn_on_every_way_out",),
+    ),
+    Mutation(
+        "actors are counted over the sum of the nodes",
+        "cluster/sizing.py",
+        'min((node.get("CPU", 0.0) - for_tasks) / int(node["GPU"]) for node in nodes if int(node.get("GPU", 0)))',
+        '(sum(node.get("CPU", 0.0) for node in nodes) - TASK_CPUS) / sum(int(node.get("GPU", 0)) for node in nodes)',
+        ("cluster/test_sizing.py::test_actors_fit_on_nodes_and_not_on_sums",),
+    ),
+    Mutation(
         "all cores of the machine are taken for the job's",
         "cluster/cores.py",
         "len(os.sched_getaffinity(0))",

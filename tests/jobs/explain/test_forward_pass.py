@@ -291,7 +291,7 @@ def run_on_gpus(data, output, monkeypatch, choose, **execution):
     Its console's text.
     """
     console = Console(record=True, width=300)
-    monkeypatch.setattr(job, "session_of", lambda _: nullcontext(GPUS))
+    monkeypatch.setattr(job, "session_of", lambda *_: nullcontext(GPUS))
     monkeypatch.setattr(job, "check_gpu", lambda _: None)
     monkeypatch.setattr(job, "PROBE_FROM_SECONDS", 0.0)
     monkeypatch.setattr(pipeline, "choose_on_worker", choose)
@@ -299,7 +299,7 @@ def run_on_gpus(data, output, monkeypatch, choose, **execution):
     real = job.context_of
     monkeypatch.setattr(job, "context_of", lambda c, p, f, _, *more: real(c, p, f, in_process, *more))
     monkeypatch.setattr(
-        pipeline, "run_units", lambda units, context, state, _, stop, _rate: run_units(units, context, state, stop)
+        pipeline, "run_units", lambda units, context, state, _, stop, *__: run_units(units, context, state, stop)
     )
     job.run_job(config_of(data, output), Execution(**execution), console)
     return console.export_text()

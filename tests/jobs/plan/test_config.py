@@ -7,7 +7,16 @@ import pytest
 
 from blocksight.engine.catalog.entries import BALANCED_BUDGET, FIDELITIES, POOR_MAP_ERROR
 from blocksight.engine.catalog.parameters import SiseParameters
-from blocksight.jobs.plan.config import ConfigError, TargetChoice, differences, digest_of, load_config, parse_parameters
+from blocksight.jobs.plan.config import (
+    ConfigError,
+    Execution,
+    TargetChoice,
+    differences,
+    digest_of,
+    execution_of,
+    load_config,
+    parse_parameters,
+)
 from tests.storage.loopback import served
 
 BASE = {"data": "in", "output": "out"}
@@ -81,6 +90,26 @@ def test_every_option_can_be_given_in_the_file(tmp_path):
     file.write_text('data = "a"\noutput = "b"\nblocks = ["one", "two"]\ntarget = 281\n')
     config, _ = load_config(file, {})
     assert (config.blocks, config.target) == (("one", "two"), "281")
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("20m", 1200), ("1.5 h", 5400), (30, 30)])
+def test_a_wait_is_seconds_minutes_or_hours(text, seconds):
+    assert Execution(address="auto", wait=text).wait == seconds
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"address": "auto", "wait": "20 minutes"}, "no duration; wanted seconds"),
+        ({"address": "auto", "wait": "-5"}, "no duration"),
+        ({"wait": "20m"}, "name it with --address"),
+        ({"py_modules": ["mine"]}, "name it with --address"),
+        ({"address": "auto", "workers": 2, "min_workers": 3}, "min_workers is 3, and workers 2"),
+    ],
+)
+def test_waiting_is_for_a_cluster(values, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        execution_of(values)
 
 
 def test_a_file_that_is_not_there_or_broken(tmp_path):

@@ -66,15 +66,15 @@ def test_estimates_follow_the_fidelity():
 
 
 def test_sizing_by_numbers():
-    gpu = size_for({"CPU": 16, "GPU": 4})
+    gpu = size_for([{"CPU": 16, "GPU": 4}])
     assert (gpu.num_actors, gpu.gpus_per_actor, gpu.threads_per_actor) == (4, 1.0, 1)
-    cpu = size_for({"CPU": local_cpus(2, None)})
+    cpu = size_for([{"CPU": local_cpus(2, None)}])
     assert (cpu.num_actors, cpu.gpus_per_actor) == (2, 0.0)
     assert cpu.cpus_per_actor != cpu.cpus_per_task
-    assert size_for({"CPU": 8}, 3).num_actors == 3
+    assert size_for([{"CPU": 8}], 3).num_actors == 3
     for resources, wanted in (({"CPU": 1}, None), ({"CPU": 3}, 3), ({"CPU": 64, "GPU": 2}, 3)):
         with pytest.raises(ClusterError, match=r"explain actors need .* CPUs.*--workers"):
-            size_for(resources, wanted)
+            size_for([resources], wanted)
 
 
 @pytest.mark.parametrize(

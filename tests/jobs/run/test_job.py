@@ -2,12 +2,14 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from blocksight.cluster.errors import ClusterError
 from blocksight.cluster.sizing import size_for
 from blocksight.engine.catalog.composition import parse_method
 from blocksight.engine.catalog.entries import EXPLAINERS
@@ -17,7 +19,7 @@ from blocksight.jobs.ledger.reconcile import MANIFEST_KEY, check
 from blocksight.jobs.plan.config import ConfigError, Execution
 from blocksight.jobs.plan.plan import MODEL_KEY, PLAN_KEY, DriftError, load_plan, make_plan
 from blocksight.jobs.plan.units import Workforce
-from blocksight.jobs.run.workers import device_of, workers_text, workforce_of
+from blocksight.jobs.run.workers import device_of, let_import_modules, workers_text, workforce_of
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.store import StoreError
 from tests.engine.nets import TRANSFORMERS_ONLY
@@ -271,11 +273,49 @@ def test_data_and_output_may_lie_in_two_stores(tmp_path):
 @pytest.mark.parametrize("gpus", [0, 16])
 def test_units_are_cut_for_the_cluster_that_is_joined(tmp_path, monkeypatch, gpus):
     """16 workers on CPUs are planned as such: an address does not mean GPUs, whose units are longer by far."""
-    joined = size_for({"CPU": 17, "GPU": gpus})
+    joined = size_for([{"CPU": 17, "GPU": gpus}])
     monkeypatch.setattr("blocksight.jobs.run.workers.session_of", lambda _execution: nullcontext(joined))
     assert workforce_of(Execution(address="auto")) == Workforce(16, on_gpu=gpus > 0)
     said = blocksight("plan", "--data", folder_of_images(tmp_path / "in"), "--output", "out", "--address", "auto")
     assert f"on 16 {'GPUs' if gpus else 'CPU cores'}" in said.stdout
+
+
+def test_a_cluster_that_is_still_coming_is_planned_for(tmp_path, monkeypatch):
+    assert workforce_of(Execution(address="auto", wait="5m", workers=8)) == Workforce(8, on_gpu=False)
+    assert workforce_of(Execution(address="auto", wait="5m", min_workers=2, device="gpu")) == Workforce(2, on_gpu=True)
+
+
+def test_a_job_that_is_complete_asks_for_no_worker(tmp_path):
+    """So a machine that retries it in vain costs seconds; nothing answers at the address."""
+    data = folder_of_images(tmp_path / "in", 2, bad=False)
+    run_here(data, tmp_path / "out")
+    job = ("--data", data, "--output", tmp_path / "out", "--model", MODEL)
+    ran = blocksight("explain", *job, "--address", "127.0.0.1:9", "--wait", "20m")
+    assert ran.returncode == 0, ran.stderr
+    assert "nothing to do: the job is complete" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [
+        ([{"CPU": 8, "GPU": 2}, {"GPU": 4}], "; 4 GPUs without work, as the nodes have too few CPUs"),
+        ([{"CPU": 8, "GPU": 2}], "a GPU each"),
+    ],
+)
+def test_gpus_that_stay_idle_are_said(nodes, said):
+    assert workers_text(Execution(), size_for(nodes)).endswith(said)
+
+
+def test_a_pool_that_grows_is_said():
+    sizing = replace(size_for([{"CPU": 3}]), most_actors=8)
+    assert workers_text(Execution(address="auto", workers=8, wait="5m", device="cpu"), sizing) == (
+        "2 explain actors, a CPU core each; up to 8 as nodes join"
+    )
+
+
+def test_a_package_that_is_not_there_is_named():
+    with pytest.raises(ClusterError, match="--py-modules: 'nowhere' is no folder"):
+        let_import_modules(Execution(address="auto", py_modules=("nowhere",)))
 
 
 @pytest.mark.parametrize("listed", [0, 1])  # by the driver, which this torch may not fit
@@ -296,10 +336,10 @@ def test_a_run_in_this_process_uses_the_gpu_unless_the_user_says_cpu(monkeypatch
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert device_of(Execution(runner="local"), None) == "cuda"
     assert device_of(Execution(runner="local", device="cpu"), None) == "cpu"
-    assert device_of(Execution(), size_for({"CPU": 17, "GPU": 4})) == "cuda"
-    assert device_of(Execution(), size_for({"CPU": 17})) == "cpu"
+    assert device_of(Execution(), size_for([{"CPU": 17, "GPU": 4}])) == "cuda"
+    assert device_of(Execution(), size_for([{"CPU": 17}])) == "cpu"
     assert (
-        workers_text(Execution(), size_for({"CPU": 3}))
+        workers_text(Execution(), size_for([{"CPU": 3}]))
         == "2 explain actors, a CPU core each; the Ray session has no GPU"
     )
     assert workers_text(Execution(runner="local"), None) == "this process, on a GPU"

@@ -18,6 +18,7 @@ import ray
 import safetensors.torch
 import torch
 
+from blocksight.cluster.nodes import NodeWatch, joined_nodes
 from blocksight.cluster.session import ray_session
 from blocksight.cluster.sizing import Device, Sizing, size_for
 from blocksight.jobs.explain.learned import LEARNED_KEY
@@ -43,8 +44,8 @@ def one_session(bucket) -> Iterator[None]:
     """A Ray session for all jobs of this process; its workers know the bucket."""
 
     @contextmanager
-    def joined(address: str | None, num_actors: int | None, device: Device) -> Iterator[Sizing]:
-        yield size_for(ray.cluster_resources(), num_actors, device)
+    def joined(address: str | None, num_actors: int | None, device: Device, *_: object) -> Iterator[Sizing]:
+        yield size_for(joined_nodes(), num_actors, device)
 
     with ray_session(num_actors=2), pytest.MonkeyPatch.context() as patch:
         patch.setattr("blocksight.cluster.session.ray_session", joined)
@@ -143,7 +144,7 @@ def test_a_run_that_is_left_early_leaves_no_thread_and_no_work(monkeypatch):
     monkeypatch.setattr("blocksight.jobs.ledger.stop_request.GRACE_SECONDS", 2.0)
     asked = Stop(MemoryStore(), "run")
     wave = ray.data.from_items([{"n": 1}, {"n": 2}]).map_batches(sleeping, batch_format="pyarrow")
-    outcomes = pipeline._wave_outcomes([None], lambda _units, _unfit: wave, asked, 60, 1)
+    outcomes = pipeline._wave_outcomes([None], lambda _units, _unfit: wave, asked, 60, 1, NodeWatch(print))
     asked.request("SIGINT")
     began = time.monotonic()
     assert list(outcomes) == []

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from blocksight.cluster import cores
 from blocksight.cluster.errors import ClusterError
+from blocksight.cluster.nodes import NodeWatch
 from blocksight.cluster.sizing import Sizing
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.device_errors import told_by_device
@@ -49,7 +50,9 @@ def outcomes_of(waves, units=UNITS, num_actors=4):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "_outcomes_of_wave", lambda wave, *_: wave)
-        made = list(pipeline._wave_outcomes(units, wave_of, Stop(MemoryStore(), "run"), 60, num_actors))
+        made = list(
+            pipeline._wave_outcomes(units, wave_of, Stop(MemoryStore(), "run"), 60, num_actors, NodeWatch(print))
+        )
     return made, seen
 
 
@@ -228,7 +231,7 @@ SIZING = Sizing(2, 1.0, 1.0, 0.5, threads_per_actor=1)
 
 def test_a_gpu_that_ray_counts_and_torch_cannot_use_is_told_before_any_unit(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "ray", Played())
-    monkeypatch.setattr(job, "session_of", lambda _: nullcontext(SIZING))
+    monkeypatch.setattr(job, "session_of", lambda *_: nullcontext(SIZING))
     monkeypatch.setattr(torch, "ones", raising(ERRORS[UNFIT]))
     data = folder_of_images(tmp_path / "in", 1, bad=False)
     with pytest.raises(ClusterError, match=f"cannot use the one of {os.uname().nodename}: the device cannot run this"):
