@@ -22,6 +22,9 @@ PREFIXES = ("torchvision", "timm", "hf", "open_clip", "onnx")
 PLACED = ("hf", "onnx")
 """Sources whose model is named by a path or URI."""
 
+WITH_WEIGHTS = ("onnx",)
+"""Sources whose file always holds the weights, so that no others are given."""
+
 FED_BY_OWN = ("timm", "hf", "open_clip")
 """Sources whose pictures are fitted as the model's own preprocessing does, if nobody says otherwise."""
 

@@ -25,7 +25,7 @@ def head_path(adapter: "ModelAdapter") -> str | None:
     with ExitStack() as hooks:
         for name, layer in layers:
             hooks.enter_context(layer.register_forward_hook(_shape_recorder(name, calls)))
-        num_outputs = _count_outputs(adapter)
+        num_outputs = _outputs(adapter).shape[1] - len(adapter.features)
     if calls and calls[-1][1] == (2, num_outputs):
         return calls[-1][0]
     if adapter.class_names is not None:
@@ -40,26 +40,48 @@ def _shape_recorder(name: str, calls: list[tuple[str, tuple[int, ...]]]) -> Call
     return lambda _module, _given, out: calls.append((name, tuple(out.shape)))
 
 
-def _count_outputs(adapter: "ModelAdapter") -> int:
+def _outputs(adapter: "ModelAdapter") -> Tensor:
+    """The output [2, D] of two black images. Raises ModelError for one of another form."""
     example = adapter.normalise(torch.zeros(2, 3, *adapter.input_size, dtype=torch.uint8))
     with adapter.borrowed(), torch.inference_mode():
         output = adapter.logits(example)
     if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != 2:
         raise ModelError(f"model {adapter.name!r} must return one vector per image, [N, D], to have features")
-    return output.shape[1] - len(adapter.features)
+    return output
 
 
 def without_head(adapter: "ModelAdapter") -> "ModelAdapter":
-    """The adapter of a network that returns features [N, D]; changes the given adapter's module."""
+    """The adapter of a network that returns features [N, D]; changes the given adapter's module.
+
+    Raises ModelError as `head_path`, and if the network does more to the last layer's numbers than to return them.
+    """
     path = head_path(adapter)
     if path is None:
         return adapter
     if not path:
         raise ModelError(f"model {adapter.name!r} is one linear layer, and has no feature before it")
+    features: list[Tensor] = []
+    with capture_input(adapter.module, path, features.append):
+        _outputs(adapter)
     adapter.module.set_submodule(path, nn.Identity())
     bare = adapter.with_module(adapter.module)
+    if not _returns(bare, features[-1]):
+        raise ModelError(
+            f"model {adapter.name!r} has a last layer {path}, and returns other numbers than this layer's (several "
+            "heads, a softmax or a scale behind it), so that its feature cannot be taken: name a model that returns "
+            "features [N, D]"
+        )
     bare.class_names = None
     return bare
+
+
+def _returns(bare: "ModelAdapter", features: Tensor) -> bool:
+    """True if the network returns these features of two black images."""
+    try:
+        found = _outputs(bare)
+    except (ModelError, RuntimeError):  # other layers do not fit them
+        return False
+    return found.shape == features.shape and torch.allclose(found, features, rtol=1e-4, atol=1e-6)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from blocksight.engine.catalog.entries import MODELS, factory_of
-from blocksight.engine.catalog.sources import backbone_of, source_of
+from blocksight.engine.catalog.sources import WITH_WEIGHTS, backbone_of, source_of
 from blocksight.engine.errors import ModelError, RandomWeightsError
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.features import without_head
@@ -70,11 +70,13 @@ def _load_neighbours(backbone: str, state: bytes | None, seed: int) -> ModelAdap
             f"knn({backbone}) needs --weights: a memory bank, as `blocksight bank --model {backbone}` makes it"
         )
     stored = read_state(state)
-    weights = RANDOM_WEIGHTS if ":" in backbone else None  # the file replaces them
+    source = source_of(backbone)
+    has_own = ":" not in backbone or (source is not None and source[0] in WITH_WEIGHTS)
+    weights = None if has_own else RANDOM_WEIGHTS  # the bank's replace them
     bare = without_head(load_model(backbone, weights=weights, state=files, seed=seed))
     module, class_names = from_state(bare.module, stored.tensors)
     adapter = bare.with_module(module)
-    adapter.notes = load_state(module, stored)
+    adapter.notes = (*bare.notes, *load_state(module, stored))
     adapter.class_names = class_names
     return adapter
 

@@ -23,6 +23,7 @@ from blocksight.jobs.plan.config import ConfigError, JobConfig
 from blocksight.jobs.plan.context import sha256_of, weights_bytes
 from blocksight.jobs.plan.model_input import with_model_file
 from blocksight.jobs.plan.plan import check_place, make_plan
+from blocksight.jobs.plan.text import printable
 from blocksight.jobs.plan.units import Workforce
 from blocksight.jobs.run.workers import device_here
 from blocksight.jobs.worker.memory import with_less_at_once
@@ -61,6 +62,8 @@ def make_bank(config: JobConfig, console: Console) -> Bank:
     state = weights_bytes(config)
     with in_a_sentence(config.model):
         adapter = without_head(load(config, state, device_here("auto"), str(Path.cwd())))
+    for note in adapter.notes:
+        console.print(f"model: {printable(note)}", style="yellow", highlight=False)
     print_findings(check_output(adapter, "identity").findings, console)  # features are no scores
     plan = make_plan(config, weights_sha256=sha256_of(state), workforce=Workforce(1, on_gpu=False))
     if plan.layout is Layout.IMAGES:

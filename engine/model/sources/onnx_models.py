@@ -176,5 +176,12 @@ class OnnxNetwork(nn.Module):
     def _run(self, given: NDArray[Any]) -> Sequence[NDArray[Any]]:
         return self.session.run(self.outputs, {self.name: given})
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        """Takes the hash of this file alone: a memory bank of another file is refused."""
+        stored = state_dict.get(f"{prefix}digest")
+        if stored is not None and not torch.equal(stored.cpu(), self.digest.cpu()):
+            others[-1].append("the weights belong to another ONNX file than the one that is named")
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "OnnxNetwork":
         return self  # nothing in it changes
