@@ -12,6 +12,7 @@ from blocksight.engine.explainers import Explainer
 from blocksight.engine.explainers.explanation import Explanation
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.device_errors import while_it_fits
+from blocksight.engine.model.targets import Target
 from blocksight.engine.scoring.forward import in_place, make_forward
 from blocksight.engine.scoring.setting_choice import measured_seconds, rate, repeated_inputs
 
@@ -63,8 +64,9 @@ def measure(
     setting: ForwardSetting,
     rates: dict[int, float],
     update: Callable[[], None],
+    target: Target,
 ) -> tuple[Efficiency, list[list[Explanation]]]:
-    """Times the explainer in turns with the bare model at the best size; calls `update` after each turn.
+    """Times the explainer of this target in turns with the bare model at the best size; calls `update` after each turn.
 
     `setting` is the explainer's forward setting. Also returns the explanations.
     """
@@ -72,7 +74,6 @@ def measure(
     best = max(rates, key=rates.__getitem__)
     with adapter.borrowed(), torch.inference_mode():
         bare = make_forward(adapter, replace(setting, batch_size=best))
-        target = adapter.target(_logits(explainer, inputs_nchw).argmax(1, keepdim=True))
     batch = in_place(bare, repeated_inputs(inputs_nchw, best))
     count = max(1, round(BARE_SECONDS * rates[best] / best))
     explained: list[list[Explanation]] = []
@@ -104,8 +105,3 @@ def measure(
         efficiency=median(num_forwards / one / seconds for one, seconds in turns) if num_forwards else None,
     )
     return found, explained
-
-
-def _logits(explainer: Explainer, inputs_nchw: Tensor) -> Tensor:
-    size = explainer.images_per_pass
-    return torch.cat([explainer.adapter.logits(some) for some in inputs_nchw.split(size)])

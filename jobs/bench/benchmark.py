@@ -32,6 +32,7 @@ from blocksight.jobs.explain.forward_pass import forward_request
 from blocksight.jobs.explain.learned import num_learning_images
 from blocksight.jobs.explain.preflight import load_examined
 from blocksight.jobs.explain.step import make_explainer, model_facts
+from blocksight.jobs.explain.target_names import target_of_pictures
 from blocksight.jobs.plan.config import ConfigError, JobConfig
 from blocksight.jobs.plan.context import sha256_of, weights_bytes
 from blocksight.jobs.plan.estimate import ROW_BYTES
@@ -118,16 +119,20 @@ def run_benchmark(
         step(f"the bare model at each batch size, {setting.backend} {setting.precision}", 0.1)
         rates = dict(bare_rates(adapter, setting))
         step(f"{TURNS}, {ROUNDS} times", 0.2)
-        measured, explained = measure(explainer, inputs, setting, rates, lambda: step(TURNS, 0.7 / ROUNDS))
+        target = target_of_pictures(config, adapter, inputs)
+        measured, explained = measure(explainer, inputs, setting, rates, lambda: step(TURNS, 0.7 / ROUNDS), target)
         if with_peers:
             plain = eager_setting(device, batch_size)
             raced = _race(adapter, {setting: forward, plain: adapter.logits}, inputs[:1], step)
     maps = [encode_map(one.saliency_hw.astype(np.float32)) for own in explained for one in own]
     num_bytes = round(sum(len(one.data) for one in maps) / len(maps))
+    maps_per_record = len(maps) // len(explained)
+    per_row = ROW_BYTES * config.target_choice.most_targets
     num_records = plan.num_records if plan is not None else RECORDS
-    cost = _cost(measured, num_bytes, num_records, _workers(device, workers), price)
+    record_bytes = num_bytes * maps_per_record + per_row
+    cost = _cost(measured, record_bytes, num_records, _workers(device, workers), price)
     per_record = MeasuredCost(
-        measured.seconds_per_image, measured.forwards_per_image, num_bytes + ROW_BYTES, str(datetime.now(UTC).date())
+        measured.seconds_per_image, measured.forwards_per_image, record_bytes, str(datetime.now(UTC).date())
     )
     try:
         remember(config, device, per_record)
@@ -210,7 +215,7 @@ def _learned(
     if not num_learning_images(config):
         return None
     with adapter.borrowed(), torch.inference_mode():
-        target = adapter.target(adapter.logits(inputs_nchw).argmax(1, keepdim=True))
+        target = adapter.target(adapter.of_classes(adapter.logits(inputs_nchw)).argmax(1, keepdim=True))
     learner = make_explainer(adapter, config, blocks).learner()
     learner.see(inputs_nchw, target, range(len(inputs_nchw)))
     return learner.state()
@@ -235,14 +240,14 @@ def _lines(path: str) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
-def _cost(measured: Efficiency, num_bytes: int, records: int, workers: int, price: float | None) -> Cost:
+def _cost(measured: Efficiency, record_bytes: int, records: int, workers: int, price: float | None) -> Cost:
     worker_hours = records * measured.seconds_per_image / 3600
     return Cost(
         records,
         workers,
         hours=worker_hours / workers,
         worker_hours=worker_hours,
-        num_bytes=records * (num_bytes + ROW_BYTES),
+        num_bytes=records * record_bytes,
         money=None if price is None else price * worker_hours,
     )
 

@@ -164,7 +164,7 @@ def _measured(
                 )
             seeds = [number_of(asked.config.seed, one.facts.key) for one in some]
             with adapter.borrowed(), torch.inference_mode():
-                predicted = adapter.logits(inputs).argmax(1).tolist()
+                predicted = adapter.of_classes(adapter.logits(inputs)).argmax(1).tolist()
             regions = [_region(asked, adapter, one, index) for one, index in zip(some, predicted, strict=True)]
             readings = bench.readings(inputs, predicted, [one.number for one in some], seeds, regions)
             yield [_line(one, readings) for one in some]

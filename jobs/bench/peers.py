@@ -176,7 +176,7 @@ def _ours(
 
 def _explain(explainer: Explainer, image: Tensor) -> int:
     with explainer.adapter.borrowed(), torch.no_grad():
-        predicted = explainer.adapter.logits(image).argmax(1, keepdim=True)
+        predicted = explainer.adapter.of_classes(explainer.adapter.logits(image)).argmax(1, keepdim=True)
     ((found,),) = explainer.explain(image, explainer.adapter.target(predicted))
     return found.num_forwards
 

@@ -17,6 +17,7 @@ from blocksight.jobs.explain.forward_pass import forward_request
 from blocksight.jobs.explain.learned import num_learning_images
 from blocksight.jobs.explain.preflight import load_examined
 from blocksight.jobs.explain.step import make_explainer, model_facts
+from blocksight.jobs.explain.target_names import target_of_pictures
 from blocksight.jobs.plan.config import ConfigError, JobConfig
 from blocksight.jobs.plan.context import weights_bytes
 from blocksight.jobs.plan.estimate import ROW_BYTES
@@ -55,7 +56,7 @@ def probe_cost(config: JobConfig, plan: Plan, device: str, console: Console) -> 
     num_bytes = sum(len(encode_map(one.saliency_hw.astype(np.float32)).data) for one in maps)
     cost = MeasuredCost(
         seconds_per_record=sum(seconds for seconds, _ in counted) / len(counted),
-        forwards_per_record=sum(one.num_forwards for one in maps) / len(counted),
+        forwards_per_record=sum(own[0].num_forwards for _, own in counted) / len(counted),
         bytes_per_record=round(num_bytes / len(counted)) + ROW_BYTES * config.target_choice.most_targets,
         day=str(datetime.now(UTC).date()),
     )
@@ -72,9 +73,7 @@ def _explained(config: JobConfig, plan: Plan, adapter: ModelAdapter) -> Iterator
     for number, picture in enumerate(islice(pictures(plan, config, adapter.input_size), MAX_IMAGES)):
         start = time.monotonic()
         inputs = adapter.normalise(torch.from_numpy(np.array(picture.pixels[None])).permute(0, 3, 1, 2))
-        with adapter.borrowed(), torch.inference_mode():
-            top = adapter.logits(inputs).topk(min(config.target_choice.most_targets, adapter.num_classes)).indices
-        (own,) = explainer.explain(inputs, adapter.target(top), [number])
+        (own,) = explainer.explain(inputs, target_of_pictures(config, adapter, inputs), [number])
         yield time.monotonic() - start, own
         if time.monotonic() > end:
             return

@@ -187,7 +187,8 @@ JOB_OPTIONS: dict[str, Any] = {
         typer.Option(
             help="What is explained: predicted, label, top-3, 281, 'tabby'; why one and not the other: margin, "
             "281-282; also 0.5*281+0.5*282, logit(281), logprob(281); of CLIP and its like 'text:a photo of "
-            "a dog'. Commas separate several, and it may be repeated.  [default: predicted]"
+            "a dog'; of the feature vector similar:cat.png, prototype:CLASS of a bank, feature:17, direction:FILE.npy. "
+            "Commas separate several, and it may be repeated.  [default: predicted]"
         ),
     ],
     "labels": Annotated[
@@ -208,7 +209,7 @@ JOB_OPTIONS: dict[str, Any] = {
     "signed": Annotated[
         bool | None,
         typer.Option(
-            "--signed", help="Also map what speaks against the target, in a second colour (gradient methods and CAMs)."
+            "--signed", help="Also map what speaks against the target, in a second colour (gradients, CAMs, masks)."
         ),
     ],
     "limit": Annotated[int | None, typer.Option(help="Only the first so many records.")],

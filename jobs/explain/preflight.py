@@ -31,7 +31,7 @@ from blocksight.engine.model.failures import first_line_of
 from blocksight.engine.model.targets import Target
 from blocksight.engine.scoring.setting_choice import drawn_pictures
 from blocksight.jobs.explain.step import load, model_facts
-from blocksight.jobs.explain.target_names import resolved_targets
+from blocksight.jobs.explain.target_names import formulas_of_pictures
 from blocksight.jobs.ledger.attempt_markers import FOLDER
 from blocksight.jobs.plan.config import ConfigError, JobConfig
 from blocksight.jobs.plan.plan import Plan, source_of
@@ -185,10 +185,7 @@ def _balanced(adapter: ModelAdapter, config: JobConfig, inputs_nchw: Tensor, tar
 
 def _target(adapter: ModelAdapter, config: JobConfig, inputs_nchw: Tensor) -> Target:
     """What is explained of each image: the first target of each kind; the prediction stands in for the label."""
-    targets = resolved_targets(config, adapter)
-    with adapter.borrowed(), torch.inference_mode():
-        logits = adapter.of_classes(adapter.logits(inputs_nchw)).cpu()
-    found = [targets.formulas(own, int(own.argmax())) for own in logits]
+    found = formulas_of_pictures(config, adapter, inputs_nchw)
     kinds = {
         (one.is_score, one.reading, bool(one.classes), bool(one.features)): place
         for place, one in reversed(list(enumerate(found[0])))

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from blocksight.engine.catalog.target_expressions import (
@@ -20,7 +21,9 @@ from blocksight.engine.catalog.target_expressions import (
     split_targets,
 )
 from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.expressions import with_opposite
 from blocksight.engine.model.feature_targets import SAME
+from blocksight.engine.model.targets import Target
 from blocksight.jobs.plan.config import TARGET_FORMS, ConfigError, JobConfig, TargetChoice
 from blocksight.jobs.plan.labels import Labels, Rule
 from blocksight.jobs.plan.records import UnreconciledError
@@ -108,6 +111,20 @@ def resolved_targets(config: JobConfig, adapter: ModelAdapter) -> ResolvedTarget
     alone = {atom.kind for one in read if (atom := one.atom) is not None and one.reading == "score"}
     has_doubles = len(alone) > 1 and bool(alone & {"place", "label"})
     return ResolvedTargets(tuple(read), has_doubles, choice.prompts)
+
+
+def formulas_of_pictures(config: JobConfig, adapter: ModelAdapter, inputs_nchw: Tensor) -> list[list[Formula]]:
+    """The job's targets of each of some inputs without a label: the prediction stands in for it. Raises ConfigError."""
+    targets = resolved_targets(config, adapter)
+    with adapter.borrowed(), torch.inference_mode():
+        logits = adapter.of_classes(adapter.logits(inputs_nchw)).cpu()
+    return [targets.formulas(own, int(own.argmax())) for own in logits]
+
+
+def target_of_pictures(config: JobConfig, adapter: ModelAdapter, inputs_nchw: Tensor) -> Target:
+    """What a job explains of some inputs without a label, with the opposites that signed maps need."""
+    own = adapter.target_of(formulas_of_pictures(config, adapter, inputs_nchw))
+    return with_opposite(own) if config.signed else own
 
 
 def formulas_of(rows: Sequence[Mapping[str, Any]], adapter: ModelAdapter) -> list[Formula]:

@@ -11,7 +11,7 @@ from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.worker.rows import nearest_keys
 from blocksight.storage.stores.store import ObjectStore
 
-MAP = ("key", "target_index", "target_name")
+MAP = ("key", "target")
 """Columns that name a map of an output."""
 
 
@@ -49,7 +49,8 @@ def selected(
 def _picked(connection: duckdb.DuckDBPyConnection, names: str, where: str | None) -> list[tuple[Any, ...]]:
     if where is None:
         return ask(connection, f"SELECT {names} FROM maps").fetchall()
-    joined = f"maps LEFT JOIN metrics USING ({', '.join(METHOD)})"
+    same = [name for name in METHOD if name != "target_index"]  # which is null for a sum, and null equals nothing
+    joined = f"maps LEFT JOIN (SELECT * EXCLUDE (target_index) FROM metrics) USING ({', '.join(same)})"
     return ask(connection, f"SELECT {names} FROM {joined} WHERE (\n{where}\n)").fetchall()
 
 

@@ -4,6 +4,7 @@ import csv
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
@@ -21,12 +22,13 @@ from blocksight.engine.saliency import FLAT, NEGATIVE
 from blocksight.jobs.audit.result import AUDIT_KEY, CLUSTERS, CLUSTERS_KEY, GROUPS, GROUPS_KEY, ROWS, ROWS_FOLDER
 from blocksight.jobs.evaluate.evaluation import FOLDER
 from blocksight.jobs.ledger.output import table_of
+from blocksight.jobs.ledger.stop_request import RUNS_FOLDER
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.documents import damaged
 from blocksight.jobs.plan.plan import REGIONS_FOLDER, existing_plan
 from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.jobs.plan.text import counted, printable
-from blocksight.storage.outputs.fragments import OF_TARGET
+from blocksight.storage.outputs.fragments import OF_SIGN, OF_TARGET
 from blocksight.storage.outputs.schema import EVALUATION, OK, RANKS_FROM_0, RECORD_COLUMNS, REGIONS, REJECTED, SCHEMA
 from blocksight.storage.parquet.reader import parquet_object
 from blocksight.storage.stores.locations import S3, normal_place
@@ -40,6 +42,8 @@ MAX_ROWS = 40
 MAX_CELL = 64
 """Characters of a cell that are printed."""
 ROWS_AT_ONCE = 1024
+READERS = 16
+"""Footers that are read at once."""
 FOOTER_WINDOW_BYTES = 64 << 10
 PROTOCOL_LENGTH = 8
 """Characters of a protocol's hash that tell two columns of one metric apart."""
@@ -241,22 +245,36 @@ def _source(store: ObjectStore, prefix: str, pattern: str, schema: pa.Schema, *,
 def _with_targets(
     store: ObjectStore, files: Sequence[ObjectInfo], schema: pa.Schema, read: Callable[[str], str]
 ) -> str:
-    """The source `read`; columns that name targets are filled up where files of an older version lack them.
+    """The source `read`; columns that name targets, or hold signs, are filled up where older files lack them."""
+    if "target_index" not in schema.names:
+        return read("")
+    added = [name for name in (*OF_TARGET, *OF_SIGN) if name in schema.names]
+    missing = {frozenset(added) - set(names) for names in _columns_in(store, files)}
+    if missing == {frozenset()}:
+        return read("")
+    if len(missing) == 1:
+        (lacking,) = missing
+        filled = {name: "target_index::VARCHAR" for name in OF_TARGET} | {
+            name: f"NULL::{_type(SCHEMA.field(name).type)}" for name in OF_SIGN
+        }
+        return (
+            f"(SELECT *, {', '.join(f'{filled[name]} AS {name}' for name in added if name in lacking)} FROM {read('')})"
+        )
+    own = [f"coalesce({name}, target_index::VARCHAR) AS {name}" for name in added if name in OF_TARGET]
+    return f"(SELECT * REPLACE ({', '.join(own)}) FROM {read(', union_by_name = true')})"
 
-    The files of one folder have the columns of its first.
+
+def _columns_in(store: ObjectStore, files: Sequence[ObjectInfo]) -> Iterable[Sequence[str]]:
+    """The columns of the files, each kind at least once.
+
+    One run leaves files of one kind; where several runs may have been of several versions all are looked at.
     """
-    added = [name for name in OF_TARGET if name in schema.names and "target_index" in schema.names]
-    if not added:
-        return read("")
-    first = {info.key.rpartition("/")[0]: info for info in reversed(sorted(files, key=lambda info: info.key))}
-    lacking = [not set(added) <= set(_columns_of(store, info)) for info in first.values()]
-    if not any(lacking):
-        return read("")
-    if all(lacking):
-        own = ", ".join(f"target_index::VARCHAR AS {name}" for name in added)
-        return f"(SELECT *, {own} FROM {read('')})"
-    own = ", ".join(f"coalesce({name}, target_index::VARCHAR) AS {name}" for name in added)
-    return f"(SELECT * REPLACE ({own}) FROM {read(', union_by_name = true')})"
+    ordered = sorted(files, key=lambda info: info.key)
+    runs = {info.key for info in store.list(RUNS_FOLDER) if info.key.endswith("/run.json")}
+    if len(runs) == 1 and all(info.key.startswith("data/") for info in files):
+        ordered = ordered[:1]
+    with ThreadPoolExecutor(READERS) as readers:
+        return list(readers.map(lambda info: _columns_of(store, info), ordered))
 
 
 def _columns_of(store: ObjectStore, info: ObjectInfo) -> Sequence[str]:
@@ -264,7 +282,7 @@ def _columns_of(store: ObjectStore, info: ObjectInfo) -> Sequence[str]:
     try:
         return parquet_object(store, info, FOOTER_WINDOW_BYTES).names
     except (DamagedError, StoreError):
-        return OF_TARGET
+        return (*OF_TARGET, *OF_SIGN)
 
 
 def _type(kind: pa.DataType) -> str:

@@ -91,7 +91,7 @@ class Estimate:
 
 def estimate(config: JobConfig, num_records: int, *, on_gpu: bool) -> Estimate:
     """Forwards from the explainer's known cost, or from measurements for the model; rates are constants."""
-    num_targets = config.target_choice.most_targets
+    num_targets = config.target_choice.most_targets * (2 if config.signed else 1)
     measured = MODELS[config.model].forwards_by_mu if config.model in MODELS else ()
     parameters = config.explainer_parameters()
     known = num_forwards(config.method, parameters, num_targets)

@@ -101,6 +101,7 @@ def _file(config: JobConfig, device: str) -> Path:
         "preset": config.preset,
         "precision": config.precision,
         "targets": config.target_choice.most_targets,
+        **({"signed": True} if config.signed else {}),
         "chosen per record": config.fidelity == "auto",
         "device": device,
         "host": platform.node(),

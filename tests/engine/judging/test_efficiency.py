@@ -9,9 +9,12 @@ from blocksight.engine.explainers import EXPLAINERS
 from blocksight.engine.judging import efficiency
 from blocksight.engine.judging.efficiency import bare_rates, measure
 from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.targets import ClassProbability
 from tests.engine.nets import Depthwise, seeded, smooth
 
 RATES = {1: 10.0, 4: 40.0, 8: 30.0}
+FIRST = ClassProbability(torch.tensor([[0], [1]]))
+"""What is explained of two pictures."""
 
 
 def explainer_of(name):
@@ -32,7 +35,7 @@ def test_the_efficiency_is_bare_time_over_total_time(monkeypatch):
     monkeypatch.setattr(efficiency, "measured_seconds", timed)
     explainer = explainer_of("sise")
     found, explained = measure(
-        explainer, smooth(2, 32, 32), ForwardSetting(batch_size=4), RATES, lambda: done.append(1)
+        explainer, smooth(2, 32, 32), ForwardSetting(batch_size=4), RATES, lambda: done.append(1), FIRST
     )
     forwards = sum(own[0].num_forwards for own in explained)
     assert forwards > 0
@@ -45,7 +48,9 @@ def test_the_efficiency_is_bare_time_over_total_time(monkeypatch):
 
 
 def test_a_method_without_masks_has_no_efficiency():
-    found, _ = measure(explainer_of("gradcam"), smooth(2, 32, 32), ForwardSetting(batch_size=4), RATES, lambda: None)
+    found, _ = measure(
+        explainer_of("gradcam"), smooth(2, 32, 32), ForwardSetting(batch_size=4), RATES, lambda: None, FIRST
+    )
     assert found.efficiency is None
     assert found.forwards_per_image == found.forward_rate == 0
     assert found.seconds_per_image > 0

@@ -10,14 +10,19 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from blocksight.cluster.errors import ClusterError
+from blocksight.engine.explainers.explainer import Explainer
 from blocksight.engine.judging import fidelity
 from blocksight.engine.judging.fidelity import FULL
 from blocksight.jobs.bench import curve
 from blocksight.jobs.bench.charts import curve_chart
 from blocksight.jobs.bench.curve import CurveRequest, measure_curve, summarise
+from blocksight.jobs.bench.quick import probe_cost
 from blocksight.jobs.cli.main import app
 from blocksight.jobs.plan.config import ConfigError
+from blocksight.jobs.plan.estimate import estimate
 from blocksight.jobs.plan.machine_rates import MeasuredCost, recall, remember
+from blocksight.jobs.plan.plan import make_plan
+from blocksight.jobs.plan.units import Workforce
 from tests.jobs.jobs_of import config_of
 from tests.jobs.tiny import MODEL, folder_of_images, picture
 
@@ -239,3 +244,23 @@ def test_a_method_that_learns_is_measured_after_its_first_pass(data):
     found = json.loads(typed("bench", "--data", data, "--model", MODEL, "--explainer", "bee", "--json").stdout)
     assert found["explainer"] == "bee"
     assert found["parameters"]["draws"] == 8
+
+
+def test_the_probe_times_the_plans_own_targets(data, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("blocksight.jobs.bench.quick.PROBE_SECONDS", 0.0)
+    explain = Explainer.explain
+
+    def noted(self, inputs_nchw, target, seeds=None):
+        seen.append((target.num_targets, target.is_class))
+        return explain(self, inputs_nchw, target, seeds)
+
+    monkeypatch.setattr(Explainer, "explain", noted)
+    config = config_of(data, tmp_path / "out", target="ant-bee,predicted,feature:1", explainer="layercam", signed=True)
+    plan = make_plan(config, weights_sha256=None, workforce=Workforce(1, on_gpu=False))
+    found = probe_cost(config, plan, "cpu", QUIET)
+    assert seen[-1] == (6, (False, True, False) + 3 * (False,))
+    assert found.forwards_per_record == 0
+    alone = config.model_copy(update={"signed": False})
+    assert estimate(config, 10, on_gpu=False).num_bytes == 2 * estimate(alone, 10, on_gpu=False).num_bytes
+    assert recall(alone, "cpu") is None

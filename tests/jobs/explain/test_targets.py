@@ -258,3 +258,18 @@ def test_what_a_method_cannot_explain_is_refused_before_the_first_record(explain
     )
     assert (code, reason in text) == (2, True), text
     assert not list((tmp_path / "o").glob("data/*"))
+
+
+def test_a_condition_sees_the_metrics_of_sums_and_takes_maps_by_target(output, tmp_path):
+    import pyarrow.parquet as pq
+
+    from blocksight.jobs.export.sql import columns_in, connect
+
+    columns = [name for (metric, _), name in columns_in(connect(str(output))).items() if metric == "insertion"]
+    where = f"coalesce({', '.join(columns)}) IS NOT NULL AND target IN ('margin', '0-1')"
+    code, text = called("export", output, "numpy", tmp_path / "x", "--where", where)
+    assert code == 0, text
+    (index,) = (tmp_path / "x").glob("*.parquet")
+    taken = pq.read_table(index).to_pylist()
+    assert {row["target"] for row in taken} == {"margin", "0-1"}
+    assert len(taken) == 2 * 5

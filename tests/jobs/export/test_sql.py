@@ -29,7 +29,7 @@ from blocksight.jobs.export.sql import (
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.plan import load_plan
 from blocksight.jobs.plan.records import UnreconciledError
-from blocksight.storage.outputs.fragments import SCHEMA_3, encode_fragment
+from blocksight.storage.outputs.fragments import OF_SIGN, OF_TARGET, SCHEMA_3, encode_fragment
 from blocksight.storage.outputs.schema import EVALUATION, RANKS_FROM_0, RECORD_COLUMNS, SCHEMA
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.opening import open_store
@@ -82,7 +82,7 @@ def test_ranks_of_an_older_output_begin_at_1_too(tmp_path, monkeypatch):
             encode_fragment([{**row, "target_rank": (row["target_rank"] or 1) - 1} for row in rows], {}, SCHEMA_3)
         )
     maps = dicts(connect(str(tmp_path / "out")), "SELECT * FROM maps")
-    assert list(maps[0]) == [*SCHEMA_3.names, "target", "target_formula", "label_rank"]
+    assert list(maps[0]) == [*SCHEMA_3.names, *OF_TARGET, *OF_SIGN, "label_rank"]
     assert {(row["target_rank"], row["label_rank"]) for row in maps} == {(1, None), (2, None)}
     assert all(row["target"] == row["target_formula"] == str(row["target_index"]) for row in maps)
 
