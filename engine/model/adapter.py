@@ -60,6 +60,8 @@ class ModelAdapter:
         self.class_names = list(class_names) if class_names is not None else None
         self.notes: tuple[str, ...] = ()
         """What was assumed when the weights were loaded, one sentence each."""
+        self.assumed: Mapping[str, str] = {}
+        """What was assumed of the input, one sentence for each of `input_size`, `mean` and `std` until it is said."""
         self.readout: ReadoutName = "softmax"
         """How a score is read from the output."""
         self.texts: Texts | None = None
@@ -85,6 +87,8 @@ class ModelAdapter:
         adapter = copy.copy(self)
         adapter.input_size = input_size or self.input_size
         adapter._normalise_by(mean or self.mean, std or self.std)
+        said = {name for name, value in (("input_size", input_size), ("mean", mean), ("std", std)) if value is not None}
+        adapter.assumed = {name: sentence for name, sentence in self.assumed.items() if name not in said}
         for known in ("network", "num_classes"):
             adapter.__dict__.pop(known, None)
         if class_names is not None:
@@ -95,6 +99,11 @@ class ModelAdapter:
                     "outputs: wanted one name for each, in their order"
                 )
         return adapter
+
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """All that was assumed about the model, one sentence each."""
+        return (*self.notes, *self.assumed.values())
 
     def to(self, device: torch.device | str) -> "ModelAdapter":
         """Moves the model to a device and returns the adapter."""

@@ -62,7 +62,7 @@ def make_bank(config: JobConfig, console: Console) -> Bank:
     state = weights_bytes(config)
     with in_a_sentence(config.model):
         adapter = without_head(load(config, state, device_here("auto"), str(Path.cwd())))
-    for note in adapter.notes:
+    for note in adapter.assumptions:
         console.print(f"model: {printable(note)}", style="yellow", highlight=False)
     print_findings(check_output(adapter, "identity").findings, console)  # features are no scores
     plan = make_plan(config, weights_sha256=sha256_of(state), workforce=Workforce(1, on_gpu=False))

@@ -138,7 +138,7 @@ def _checked(config: JobConfig, picture: tuple[Pixels, RecordFacts], output: Pat
         adapter.num_classes,
         tuple((adapter.class_names or [])[:NUM_NAMED]),
         preflight,
-        adapter.notes,
+        adapter.assumptions,
         adapter.network.graph is not None,
         tuple(_block(place) for place in blocks),
         refusal,

@@ -261,6 +261,9 @@ MODEL_OPTIONS = (
 )
 """Those of a job's options that say what the model is, how it is fed and what is explained."""
 
+FEATURE_OPTIONS = ("weights", "input_size", "mean", "std", "resize", "interpolation", "endpoint_url")
+"""Those that say how a model is fed whose features are taken."""
+
 
 def takes_job(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command the options of a job, and calls it with the checked configuration and execution.
@@ -276,6 +279,11 @@ def takes_model(command: Callable[..., None]) -> Callable[..., None]:
     Its keyword-only parameters are options of its own.
     """
     return _with_options(command, MODEL_OPTIONS, lambda given: (_given(given, MODEL_OPTIONS),))
+
+
+def takes_features(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command `FEATURE_OPTIONS`, and calls it with a dict of them; as `takes_model`."""
+    return _with_options(command, FEATURE_OPTIONS, lambda given: (_given(given, FEATURE_OPTIONS),))
 
 
 def _with_options(

@@ -68,7 +68,7 @@ def _rows(found: "ModelCheck") -> list[tuple[str, str]]:
     loud = [("[bold red]warning[/]", f"[bold red]{printable(one)}[/]") for one in found.preflight.findings]
     return [
         ("model", printable(found.model)),
-        *(("weights", printable(note)) for note in found.notes),
+        *(("note", printable(note)) for note in found.notes),
         ("input", f"{found.input_size[0]} x {found.input_size[1]} pixels (height x width)"),
         ("mean, std", f"{_numbers(found.mean)} and {_numbers(found.std)} of RGB in 0..1"),
         ("classes", printable(f"{found.num_classes:,}" + (f" ({names}{more})" if names else ", without names"))),

@@ -15,9 +15,9 @@ from blocksight.jobs.cli.app import (
     Endpoint,
     Limit,
     Parameters,
-    Resize,
     Weights,
     console,
+    takes_features,
 )
 from blocksight.jobs.cli.bench_tables import benchmark_table, curve_table, host_table
 from blocksight.jobs.cli.catalog_tables import catalog_table, entry_table
@@ -162,14 +162,14 @@ def _print_figures(figures: dict[str, Any], table: RenderableType, *, as_json: b
 
 
 @commands.command()
+@takes_features
 def bank(
+    named: dict[str, Any],
+    *,
     data: Annotated[str, typer.Option(help="Labelled images: folder, file or s3:// prefix, as for `explain`.")],
     model: Annotated[str, typer.Option(help="Model of the features; of a classifier, the input of its last layer.")],
     output: Annotated[str, typer.Option(help="Weights file to write: a path or s3:// URI, such as bank.safetensors.")],
-    weights: Weights = None,
     limit: Limit = None,
-    resize: Resize = None,
-    endpoint_url: Endpoint = None,
 ) -> None:
     """Make a classifier without training from features of labelled images; the nearest vote for a new image's class.
 
@@ -179,15 +179,16 @@ def bank(
     """
     from blocksight.jobs.bench.bank import make_bank
 
-    asked = {"data": data, "model": model, "output": output, "weights": weights, "limit": limit, "resize": resize}
-    job, _ = load_config(None, {**asked, "endpoint_url": endpoint_url})
+    job, _ = load_config(None, {**named, "data": data, "model": model, "output": output, "limit": limit})
     made = make_bank(job, console)
     left_out = f", {counted(made.num_left_out, 'image')} left out" if made.num_left_out else ""
     console.print(
         f"bank: {counted(made.num_images, 'image')} of {counted(len(made.class_names), 'class')}, "
         f"{made.dimensions} dimensions{left_out}"
     )
-    use = f"--model {shlex.quote(made.model)} --weights {shlex.quote(output)}"
+    again = {name: value for name, value in named.items() if value is not None and name != "weights"}
+    fed = "".join(f" --{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in again.items())
+    use = f"--model {shlex.quote(made.model)} --weights {shlex.quote(output)}{fed}"
     console.print(f"to use it: blocksight explain {printable(use)} --explainer daam")
 
 

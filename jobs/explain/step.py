@@ -143,7 +143,7 @@ def model_facts(adapter: ModelAdapter, config: JobConfig) -> ModelFacts:
         places,
         mean=adapter.mean,
         std=adapter.std,
-        notes=adapter.notes,
+        notes=adapter.assumptions,
         embeddings=adapter.prompt_embeddings,
         features=feature_vectors(adapter),
     )

@@ -258,8 +258,8 @@ def check_model(
     seen = f", {counted(candidates, 'candidate map')} in {places}" if places else ""
     console.print(f"model: {config.model}, {counted(facts.num_classes, 'class')}{seen}")
     console.print(f"fed: {fed_text(facts.input_size, facts.mean, facts.std)}")
-    for note in adapter.notes:
-        console.print(f"weights: {printable(note)}")
+    for note in adapter.assumptions:
+        console.print(f"model: {printable(note)}")
     return adapter, facts
 
 

@@ -273,7 +273,7 @@ def _adapter(
     """The configured model and the bytes of its weights file; says how a bare module is fed."""
     if isinstance(model, str):
         adapter, state = loaded(config, device)
-        for note in adapter.notes:
+        for note in adapter.assumptions:
             console.print(f"weights: {printable(note)}")
         return adapter, state
     with in_a_sentence(config.model):

@@ -70,9 +70,10 @@ def fed_by(
     )
     if not found.is_fixed:
         size = " x ".join(map(str, found.size))
-        adapter.notes = (
-            f"the model's own preprocessing gives each picture another size: {size} pixels are assumed (--input-size)",
-        )
+        adapter.assumed = {
+            "input_size": f"the model's own preprocessing gives each picture another size: {size} pixels are assumed "
+            "(--input-size)"
+        }
     return adapter
 
 

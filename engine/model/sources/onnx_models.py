@@ -57,15 +57,21 @@ def load_onnx(name: str, weights: str | None, state: bytes | None, seed: int) ->
     adapter = ModelAdapter(network, name=f"onnx:{name}", input_size=network.size or (DEFAULT_SIDE, DEFAULT_SIDE))
     if network.channels == 1:
         adapter = of_channels(adapter.fed(mean=(0.5,) * 3, std=(0.5,) * 3), 1)
-    adapter.notes = tuple(_notes(network, adapter))
+    adapter.assumed = _assumed(network, adapter)
     return with_one_output(adapter)
 
 
-def _notes(network: "OnnxNetwork", adapter: ModelAdapter) -> Iterator[str]:
-    mean, std = (" ".join(f"{value:g}" for value in values) for values in (adapter.mean, adapter.std))
-    yield f"an ONNX file does not say how it is fed: mean {mean} and std {std} are assumed (--mean, --std)"
+def _assumed(network: "OnnxNetwork", adapter: ModelAdapter) -> Mapping[str, str]:
+    values = {"mean": adapter.mean, "std": adapter.std}
+    shown = {name: " ".join(f"{value:g}" for value in own) for name, own in values.items()}
+    found = {
+        name: f"an ONNX file does not say how it is fed: {name} {text} is assumed (--{name})"
+        for name, text in shown.items()
+    }
     if network.size is None:
-        yield f"the file takes pictures of any size: {DEFAULT_SIDE} pixels are assumed (--input-size)"
+        sides = f"{DEFAULT_SIDE} x {DEFAULT_SIDE}"
+        found["input_size"] = f"the file takes pictures of any size: {sides} pixels are assumed (--input-size)"
+    return found
 
 
 def _parsed(body: bytes) -> Any:

@@ -84,7 +84,7 @@ def test_a_size_that_depends_on_the_picture_is_said(tmp_path):
     config = config_of("/", "/out", model=f"hf:{tmp_path}")
     adapter = load_model(config.model, state=weights_bytes(config))
     assert adapter.input_size == (48, 48)
-    assert adapter.notes == (
+    assert adapter.assumptions == (
         "the model's own preprocessing gives each picture another size: 48 x 48 pixels are assumed (--input-size)",
     )
     with pytest.raises(ConfigError, match="none that is known here"):

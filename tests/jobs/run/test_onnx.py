@@ -70,9 +70,13 @@ def test_the_file_is_the_fingerprint(tmp_path):
 
 
 def test_what_a_file_does_not_say_is_said(tmp_path):
-    notes = loaded(model(batch="N", side="S"), tmp_path).notes
-    assert "mean 0.485 0.456 0.406 and std" in notes[0]
-    assert "224 pixels are assumed" in notes[1]
+    adapter = loaded(model(batch="N", side="S"), tmp_path)
+    mean, std, size = adapter.assumptions
+    assert "mean 0.485 0.456 0.406 is assumed (--mean)" in mean
+    assert "std 0.229 0.224 0.225 is assumed (--std)" in std
+    assert "224 x 224 pixels are assumed" in size
+    assert adapter.fed(mean=(0.5,) * 3, std=(0.5,) * 3).assumptions == (size,)
+    assert adapter.fed(input_size=(64, 64)).assumptions == (mean, std)
 
 
 def test_one_of_several_outputs_is_explained(tmp_path):

@@ -148,6 +148,19 @@ def test_a_bank_of_each_source(source, written, pictures, tmp_path):
     assert safetensors.torch.load_file(bank)["bank.features"].shape == (4, NUM_FEATURES[source])
 
 
+def test_a_bank_says_how_its_model_is_fed(pictures, tmp_path):
+    write_onnx(tmp_path)
+    banks = [tmp_path / "own.safetensors", tmp_path / "said.safetensors"]
+    for bank, fed in zip(banks, [(), ("--mean", "0.5", "--std", "0.25", "--resize", "crop")], strict=True):
+        code, told = called("bank", "--data", pictures, "--model", f"onnx:{tmp_path}/m.onnx", "--output", bank, *fed)
+        told = " ".join(told.split())
+        assert code == 0, told
+        assert told.endswith(" ".join([*fed, "--explainer daam"]))
+        assert ("is assumed (--mean)" in told) != bool(fed)
+    features = [safetensors.torch.load_file(bank)["bank.features"] for bank in banks]
+    assert not torch.allclose(*features, atol=1e-3)
+
+
 def test_a_bank_of_another_onnx_file_is_refused(pictures, tmp_path):
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
