@@ -104,7 +104,8 @@ class _Changes:
 
     def tell(self, prefix: int = 0) -> Tensor:
         """Of each patch, if it changes what lies behind a prefix by more than rounding."""
-        return ~(self._largest[:, prefix:].amax(1) <= SILENT * self._size[prefix:].max())  # also of NaN
+        moved = self._largest[:, prefix:].amax(1)
+        return ~(moved.isfinite() & (moved <= SILENT * self._size[prefix:].max()))
 
 
 def _goes_on(value: Tensor, grid: Grid, grids: Sequence[Grid]) -> bool:

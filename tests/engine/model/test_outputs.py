@@ -92,7 +92,21 @@ def test_a_model_of_brightness():
     assert of_channels(grey, 1) is grey
     assert of_channels(adapter, 3) is adapter
     assert grey.fingerprint == ModelAdapter(Grey(net)).fingerprint
-    with pytest.raises(ModelError, match="takes one channel and has three means"):
-        of_channels(ModelAdapter(net), 1)
+    for fed in ({"mean": (0.1, 0.2, 0.3), "std": (0.5,) * 3}, {"mean": (0.1,) * 3, "std": (0.5, 0.5, 0.4)}):
+        with pytest.raises(ModelError, match="takes one channel and has three means"):
+            of_channels(ModelAdapter(net, **fed), 1)
     with pytest.raises(ModelError, match="takes 1 channels; say --channels 1"):
         _ = adapter.num_classes
+
+
+def test_what_fails_is_left_as_it_is_and_a_trouble_of_the_device_is_told():
+    def failing(error):
+        def forward(_):
+            raise error
+
+        return made(forward)
+
+    adapter = failing(ZeroDivisionError("by the user"))
+    assert with_one_output(adapter) is adapter
+    with pytest.raises(torch.OutOfMemoryError):
+        with_one_output(failing(torch.OutOfMemoryError("CUDA out of memory")))

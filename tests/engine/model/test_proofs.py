@@ -14,6 +14,8 @@ from blocksight.engine.model.proofs import (
     NO_PLACES,
     NO_READING,
     NOT_THE_BATCH,
+    POOLED,
+    leaks,
     probe_pictures,
     proved_reading,
 )
@@ -85,7 +87,12 @@ def test_a_class_token_may_see_more_than_the_cells_do(part):
         (lambda maps: maps.transpose(2, 3), ELSEWHERE),
         (lambda maps: maps.flip(3), ELSEWHERE),
         (lambda maps: tokens(maps.mean(3, keepdim=True).repeat(1, 1, 2, 1), 0), NO_READING),
-        (lambda maps: within(maps, (slice(0, 2), slice(0, 2))), NO_READING),
+        (lambda maps: within(maps, (slice(1, 3), slice(6, 8))), NO_READING),
+        (lambda maps: maps.masked_fill(maps > 2 * maps[0].max(), torch.inf), NO_READING),
+        (lambda maps: 1 + 1e-7 * tokens(functional.adaptive_avg_pool2d(maps, 3), 0), NO_PICTURE),
+        (lambda maps: maps.flatten(1), POOLED),
+        (lambda maps: maps.mean((1, 2, 3)), NO_PLACES),
+        (lambda maps: maps.to_sparse(), NO_PLACES),
         (lambda maps: within(maps, (slice(0, 2), slice(0, 2)), (slice(6, 8), slice(6, 8))), NO_READING),
         (lambda maps: tokens(maps, 1)[:, torch.randperm(65, generator=torch.Generator().manual_seed(0))], NO_READING),
         (lambda maps: maps.mean((2, 3), keepdim=True).expand(-1, -1, 8, 8), NO_READING),
@@ -102,6 +109,11 @@ def test_a_class_token_may_see_more_than_the_cells_do(part):
         "mirrored",
         "rows alone",
         "one patch",
+        "infinite",
+        "tokens that are nearly constant",
+        "a row",
+        "a number",
+        "sparse",
         "the diagonal alone",
         "no raster",
         "one mean",
@@ -117,6 +129,19 @@ def test_a_class_token_may_see_more_than_the_cells_do(part):
 def test_what_does_not_follow_the_picture_has_no_reading(change, fault):
     found = read(change)
     assert (found.layout, found.fault) == (None, fault)
+
+
+def test_where_every_cell_hears_the_whole_picture_the_shape_tells_if_it_goes_on():
+    """A finer grid than before is a matrix of attention, and mixed pictures are no maps."""
+
+    def mean(maps):
+        return maps.mean((2, 3), keepdim=True).expand(-1, -1, 8, 8)
+
+    found = read(mean, 48, (48, 48), (8, 8))
+    assert found.layout == Layout("channels first", 3, (8, 8))
+    assert found.is_assumed
+    assert read(mean, 48, (48, 48), (8, 7)).fault == NO_READING
+    assert read(lambda maps: mean(maps).roll(1, 0) + mean(maps), 48, (8, 8)).fault == NO_READING
 
 
 def test_a_tensor_that_hardly_moves_is_read_by_its_shape_and_says_so():
@@ -230,6 +255,17 @@ class Gated(nn.Module):
 def test_a_refusal_names_what_was_tried(names):
     with pytest.raises(ModelError, match=r"maps.*the output still depends on the picture"):
         found_in(Gated).blocks(names)
+
+
+def test_a_way_around_is_shown_by_its_gradient_or_by_its_values():
+    def run(around):
+        return lambda x, hook: hook("place", x).sum((1, 2, 3)) + around(x)
+
+    example = smooth(2, 8, 8)
+    assert not leaks(run(lambda _: 0), example)
+    assert leaks(run(lambda x: 0 * x.sum((1, 2, 3))), example)
+    assert leaks(run(lambda x: x.sum((1, 2, 3)).detach()), example)
+    assert not leaks(run(lambda _: torch.rand(2)), example)  # a dropout tells nothing
 
 
 class Wrapped(nn.Module):

@@ -72,6 +72,10 @@ class Unlisted(Tiny):
     def state_dict(self, *_, **__):
         raise KeyError("weights")
 
+class Restarted(Tiny):
+    def forward(self, x):
+        return self.head(self.second(self.first(x)).detach().requires_grad_(True).mean((2, 3)))
+
 class Labels(nn.Module):
     def __init__(self):
         super().__init__()
@@ -88,8 +92,8 @@ def of(kind):
         return ModelAdapter(seeded(kind), input_size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
     return make
 
-kinds = (Soft, Frozen, Cut, Failing, Picky, Unlisted, Labels, Straight)
-soft, frozen, cut, failing, picky, unlisted, labels, straight = map(of, kinds)
+kinds = (Soft, Frozen, Cut, Failing, Picky, Unlisted, Labels, Straight, Restarted)
+soft, frozen, cut, failing, picky, unlisted, labels, straight, restarted = map(of, kinds)
 """
 
 
@@ -126,6 +130,8 @@ def red_and_green(tmp_path):
         ("frozen", "sise", "sise needs gradients, and none reaches the output"),
         ("frozen", "smoothgrad(gradcam)", "needs gradients, and none reaches the output"),
         ("frozen", "gradient", "gradient needs gradients, and none reaches the output"),
+        ("restarted", "sise", "none reaches block '.*' of odd_models:restarted: the forward detaches what follows"),
+        ("restarted", "gradient", "none reaches the input of odd_models:restarted"),
         ("failing", "fullgrad", "no gradients here"),
         ("daam", "daam", "daam needs self-attention"),
     ],
