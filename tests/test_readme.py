@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -73,6 +74,8 @@ PARSED_ALONE = ("bench", "demo")
 """Commands that are not run here: they take minutes and have their own tests."""
 IN_A_PROCESS = re.compile(r"^(import|from) .*\bray\b|^from .*\bcluster\.bucket", re.MULTILINE)
 """Snippets that leave a session or a server running."""
+ELSEWHERE = ("aws", "docker", "helm", "kubectl", "ray", "sbatch", "sky", "squeue")
+"""Programs of clusters and clouds: what they are given is checked, and they are not run."""
 WRITTEN = re.compile(r"# ([\w./-]+\.(?:toml|py|json))$")
 """First lines of blocks that a reader stores as a file, with the file's name."""
 
@@ -112,14 +115,30 @@ def follow_command(line: str, place: str) -> None:
             check_module(module, arguments, place)
         case [".ci/run"]:
             assert os.access(ROOT / ".ci/run", os.X_OK), place
+        case [program, *arguments] if program in ELSEWHERE:
+            check_files_of(arguments, place)
         case ["ruff" | "lint-imports" | "pyright" as tool, *_]:
             assert (Path(sys.executable).parent / tool).exists(), f"{place}: {tool} is not installed"
         case _:
             pytest.fail(f"{place}: no test runs `{line}`")
 
 
+def check_files_of(arguments: list[str], place: str) -> None:
+    """Each file of this project that a program of a cluster is given exists, and kustomize builds what is applied."""
+    for word in arguments:
+        if (file := word.removeprefix("file://")).startswith("cluster/"):
+            assert (ROOT / file).exists(), f"{place}: no {file}"
+            if (ROOT / file / "kustomization.yaml").exists() and shutil.which("kubectl") is not None:
+                built = subprocess.run(["kubectl", "kustomize", ROOT / file], capture_output=True, check=False)
+                assert built.returncode == 0, built.stderr
+
+
 def follow_blocksight(arguments: list[str], place: str) -> None:
     """Runs the real command line on the folder's small images, model and output."""
+    if ">" in arguments:
+        *arguments, _, file = arguments
+        Path(file).write_text(blocksight(*arguments).stdout)
+        return
     name, *given = arguments
     with COMMANDS[name].make_context(name, list(given)):
         pass
@@ -210,6 +229,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder in which a reader works: images, labelled images, boxes, and a finished output `maps`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # as in a reader's Python
+    (tmp_path / "cluster").symlink_to(ROOT / "cluster")
     photos = folder_of_images(tmp_path / "photos", NUM_PHOTOS - 1)
     (photos / "cats").mkdir()
     (photos / "cats" / "tabby.jpg").write_bytes(picture(100, "JPEG"))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from blocksight.cluster.checks import kustomization
-from blocksight.cluster.checks.commands import Product
+from blocksight.cluster.checks.commands import Product, configuration_findings
 from blocksight.cluster.checks.dockerfile import dockerfile_findings
 from blocksight.cluster.checks.documents import DocumentError, json_document, yaml_documents
 from blocksight.cluster.checks.findings import Finding, Place
@@ -138,14 +138,12 @@ def _is_dockerfile(name: str) -> bool:
 
 def _configuration(place: Place, product: Product) -> Iterator[Finding]:
     yield from secret_findings(place)
-    fault = product.configuration_fault(place.text)
-    if fault is not None:
-        yield place.finding("configuration", fault, "see the keys of `blocksight explain --config`")
+    yield from configuration_findings(place, product)
 
 
 KUBERNETES = "Kubernetes objects"
 RULES: Mapping[str, Callable[[Place, Product], Iterator[Finding]]] = {
-    "files of Ray's launcher": lambda place, _: launcher_findings(place),
+    "files of Ray's launcher": launcher_findings,
     "tasks of SkyPilot": skypilot_findings,
     "scripts of sbatch": slurm_findings,
     "Dockerfiles": dockerfile_findings,

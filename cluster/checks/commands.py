@@ -29,6 +29,13 @@ def command_findings(place: Place, words: Sequence[str], product: Product) -> It
         yield place.finding("command", fault, "see blocksight explain --help")
 
 
+def configuration_findings(place: Place, product: Product) -> Iterator[Finding]:
+    """A finding if the text at a place is no configuration of a job that we take."""
+    fault = product.configuration_fault(place.text)
+    if fault is not None:
+        yield place.finding("configuration", fault, "see the keys of `blocksight explain --config`")
+
+
 def config_file(words: Sequence[str]) -> str | None:
     """The file that --config names; None without one."""
     for at, word in enumerate(words):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import floor
 
 from blocksight.cluster.checks.findings import Finding, Place
+from blocksight.cluster.checks.job_file import Offer
 from blocksight.cluster.checks.pods import containers
 from blocksight.cluster.checks.quantities import quantity, slurm_bytes, slurm_seconds
 from blocksight.cluster.checks.slurm import header
@@ -113,6 +114,19 @@ def machines_of_job(job: Place) -> Machines:
         time=time,
         seconds=time.value if isinstance(time.value, int) else None,
     )
+
+
+def offer_of(job: Place) -> Offer:
+    """What the workers of a RayJob give to its driver."""
+    groups = list(job["spec"]["rayClusterSpec"]["workerGroupSpecs"].items())
+    scales = job["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"].value
+    has_gpus, most = False, 0
+    for group in groups:
+        worker = next(containers(group["template"]["spec"]), group)
+        has_gpus = has_gpus or worker["resources"]["limits"][GPU].is_there
+        count = group["maxReplicas" if scales else "replicas"].value
+        most += count * _actors(worker) if isinstance(count, int) else 0
+    return Offer(has_gpus, most)
 
 
 def _bytes(place: Place) -> float | None:

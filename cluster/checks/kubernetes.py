@@ -11,7 +11,7 @@ from blocksight.cluster.checks.object_schemas import OBJECTS
 from blocksight.cluster.checks.pods import OBJECT_NAME, label_findings
 from blocksight.cluster.checks.ray_cluster import cluster_findings, name_findings
 from blocksight.cluster.checks.ray_job import ray_job_findings
-from blocksight.cluster.checks.references import Objects, configuration_findings, reference_findings, twin_findings
+from blocksight.cluster.checks.references import Objects, job_file_findings, reference_findings, twin_findings
 from blocksight.cluster.checks.schema import CRDS, api_version, schema_findings
 
 KINDS = (*CRDS, *OBJECTS)
@@ -28,7 +28,7 @@ def object_findings(places: Sequence[Place], product: Product) -> Iterator[Findi
         yield from schema_findings(place)
         if place["kind"].text == "RayJob":
             yield from ray_job_findings(place, product)
-            yield from configuration_findings(place, objects, product)
+            yield from job_file_findings(place, objects, product)
         if place["kind"].text == "RayCluster":
             yield from cluster_findings(place["spec"], product)
         if place["kind"].text in CRDS:

@@ -42,8 +42,8 @@ def build(folder: Path, depth: int = 0) -> tuple[list[Place], list[Finding]]:
         findings += wrong
     for maker in top["configMapGenerator"].items():
         found, wrong = _config_map(folder, maker, top["generatorOptions"])
-        objects += found
-        findings += wrong
+        objects, put = _placed(objects, maker["behavior"], found)
+        findings += [*wrong, *put]
     for patch in top["patches"].items():
         findings += _patch(patch, objects)
     if top["namespace"].text:
@@ -98,7 +98,7 @@ def _resource(folder: Path, place: Place, depth: int) -> tuple[list[Place], list
 def _config_map(folder: Path, maker: Place, options: Place) -> tuple[list[Place], list[Finding]]:
     data, findings = {}, []
     for key, one in maker.entries():
-        if key not in ("name", "files", "literals", "namespace"):
+        if key not in ("name", "files", "literals", "namespace", "behavior"):
             findings.append(one.finding("kustomize", f"{key} is not read here", ELSEWHERE))
     for one in maker["files"].items():
         key, equals, name = one.text.partition("=")
@@ -119,6 +119,20 @@ def _config_map(folder: Path, maker: Place, options: Place) -> tuple[list[Place]
     metadata = {"name": name} | ({"namespace": maker["namespace"].text} if maker["namespace"].text else {})
     body = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
     return [Place(maker.file, body)], findings
+
+
+def _placed(objects: list[Place], behavior: Place, made: list[Place]) -> tuple[list[Place], list[Finding]]:
+    """The objects with a config map that was made: a new one, or, by its behavior, in the place of one."""
+    names = {(one["kind"].text, one["metadata"]["name"].text) for one in made}
+    rest = [one for one in objects if (one["kind"].text, one["metadata"]["name"].text) not in names]
+    if behavior.value == "replace" and len(rest) < len(objects):
+        return [*rest, *made], []
+    if behavior.value in (None, "create"):
+        return [*objects, *made], []
+    why = f"{behavior.value!r} is not read here" if behavior.value == "merge" else "there is no config map to replace"
+    return [*objects, *made], [
+        behavior.finding("kustomize", why, "write replace, and the name of one of the resources")
+    ]
 
 
 def _patch(patch: Place, objects: list[Place]) -> Iterator[Finding]:

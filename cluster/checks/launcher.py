@@ -13,8 +13,10 @@ from botocore.loaders import Loader
 from botocore.model import ServiceModel, Shape, StructureShape
 from jsonschema import Draft7Validator
 
+from blocksight.cluster.checks.commands import Product, configuration_findings
 from blocksight.cluster.checks.findings import Finding, Place, nearest
 from blocksight.cluster.checks.images import image_findings
+from blocksight.cluster.checks.job_file import Offer, joined_findings, mounted_file
 from blocksight.cluster.checks.literals import secret_findings
 from blocksight.cluster.checks.ray_options import START_OPTIONS
 from blocksight.cluster.checks.schema import faults_of
@@ -29,7 +31,7 @@ METADATA_HOPS = 2
 """From a container to the metadata of its machine: itself and the machine."""
 
 
-def launcher_findings(place: Place) -> Iterator[Finding]:
+def launcher_findings(place: Place, product: Product) -> Iterator[Finding]:
     """What is wrong with a file for `ray up`."""
     yield from secret_findings(place)
     for error in Draft7Validator(_ray_schema()).iter_errors(place.value):
@@ -45,6 +47,17 @@ def launcher_findings(place: Place) -> Iterator[Finding]:
     yield from _installs(place)
     yield from _file_mounts(place)
     yield from _start(place)
+    if (mounted := mounted_file(place, ".toml")) is not None:
+        yield from configuration_findings(mounted, product)
+        yield from joined_findings(mounted, _offer(place))
+
+
+def _offer(place: Place) -> Offer:
+    """What the workers of a file give to a driver: one actor for each machine with a GPU."""
+    workers = [one for name, one in place["available_node_types"].entries() if name != place["head_node_type"].text]
+    kinds = [one["node_config"]["InstanceType"].text for one in workers]
+    most = sum(_count(one["max_workers"], 0) for one in workers)
+    return Offer(any(kind.startswith(("g", "p")) for kind in kinds), min(most, _count(place["max_workers"], most)))
 
 
 def _ray_schema() -> dict[str, Any]:

@@ -156,7 +156,8 @@ def _addresses(policy: Place) -> Iterator[Finding]:
                 yield one.finding("address", f"{one.value!r} is no part of {network}", "write one that is")
             else:
                 spared.append(inner)
-        if METADATA_ADDRESS in network and not any(METADATA_ADDRESS in one for one in spared):
+        is_meant = network.num_addresses == 1  # it is opened by its name
+        if METADATA_ADDRESS in network and not is_meant and not any(METADATA_ADDRESS in one for one in spared):
             why = f"pods reach {METADATA_ADDRESS}, and with it the machine's own role"
             yield block["except"].finding("network", why, f"write except: [{METADATA_ADDRESS}/32]")
 

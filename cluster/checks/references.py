@@ -3,8 +3,10 @@
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 
-from blocksight.cluster.checks.commands import Product, config_file
+from blocksight.cluster.checks.commands import Product, config_file, configuration_findings
 from blocksight.cluster.checks.findings import Finding, Place, nearest
+from blocksight.cluster.checks.fits import offer_of
+from blocksight.cluster.checks.job_file import joined_findings
 
 
 class Objects:
@@ -109,7 +111,7 @@ def _key(key: Place, config_map: Place) -> Iterator[Finding]:
         yield key.finding("reference", why, nearest(key.text, known))
 
 
-def configuration_findings(job: Place, objects: Objects, product: Product) -> Iterator[Finding]:
+def job_file_findings(job: Place, objects: Objects, product: Product) -> Iterator[Finding]:
     """The file that the entrypoint's --config names must be mounted into the head, and be a job that we take."""
     entrypoint = job["spec"]["entrypoint"]
     file = config_file(entrypoint.text.split())
@@ -119,8 +121,9 @@ def configuration_findings(job: Place, objects: Objects, product: Product) -> It
     if text is None:
         why = f"no config map of these files is mounted into the head so that {file} is there"
         yield entrypoint.finding("reference", why, "mount it there, or name the file that is mounted")
-    elif (fault := product.configuration_fault(text.text)) is not None:
-        yield text.finding("configuration", fault, "see the keys of `blocksight explain --config`")
+        return
+    yield from configuration_findings(text, product)
+    yield from joined_findings(text, offer_of(job))
 
 
 def _mounted(job: Place, file: str, objects: Objects) -> Place | None:

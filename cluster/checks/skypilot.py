@@ -4,9 +4,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from blocksight.cluster.checks.commands import Product
+from blocksight.cluster.checks.commands import Product, configuration_findings
 from blocksight.cluster.checks.findings import Finding, Place, nearest
 from blocksight.cluster.checks.images import image_findings
+from blocksight.cluster.checks.job_file import alone_findings, mounted_file
 from blocksight.cluster.checks.literals import secret_findings
 from blocksight.cluster.checks.shell import INSTALLS, config_files, our_command_findings, unset_variables
 
@@ -56,6 +57,10 @@ def skypilot_findings(task: Place, product: Product) -> Iterator[Finding]:
         why = "it is installed on each machine at its start, and no digest says what it is"
         yield task["setup"].finding("runtime-env", why, "build it into the image")
     yield from our_command_findings(task["run"], task["run"].text, product)
+    for file in config_files(task["run"].text):
+        if (mounted := mounted_file(task, PurePosixPath(file).name)) is not None:
+            yield from configuration_findings(mounted, product)
+            yield from alone_findings(mounted)
 
 
 def _known(place: Place, known: tuple[str, ...]) -> Iterator[Finding]:

@@ -216,6 +216,29 @@ TRUST = [
 ]
 
 
+BESIDE = [
+    ("aws", "cluster.yaml", 'wait = "20m"', "", "job-file"),
+    ("aws", "cluster.yaml", 'address = "auto"', "", "job-file"),
+    ("aws", "cluster.yaml", 'device = "gpu"', 'device = "cpu"', "job-file"),
+    ("aws", "cluster.yaml", "workers = 8", "workers = 9", "job-file"),
+    ("aws", "cluster.yaml", "workers = 8", "worker = 8", "configuration"),
+    ("skypilot", "blocksight.yaml", "output =", 'address = "auto"\noutput =', "job-file"),
+    ("skypilot", "blocksight.yaml", "output =", "out =", "configuration"),
+]
+"""Mistakes in the `job.toml` that a file puts on the machine."""
+
+
+@pytest.mark.parametrize(("folder", "file", "old", "new", "rule"), BESIDE)
+def test_a_mistake_in_the_configuration_beside_a_file_is_found(tmp_path, folder, file, old, new, rule):
+    shutil.copytree(CLUSTER / folder, tmp_path / folder)
+    job = tmp_path / folder / "job.toml"
+    assert old in job.read_text()
+    job.write_text(job.read_text().replace(old, new))
+    found = check_files([str(tmp_path / folder / file)], PRODUCT)
+    assert rule in {one.rule for one in found}
+    assert all(one.file.endswith("job.toml") for one in found)
+
+
 @pytest.mark.parametrize("name", CHECKED)
 def test_a_file_is_right(name):
     assert check_files([str(CLUSTER / name)], PRODUCT) == []

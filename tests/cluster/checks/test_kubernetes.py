@@ -336,14 +336,28 @@ QUEUE: Mapping[str, tuple[str, str, Any, str]] = {
     "old version": ("LocalQueue", "apiVersion", "kueue.x-k8s.io/v1alpha1", "version"),
 }
 
+TOML = "data.<job.toml>"
+
+
+def _without(key: str, text: str) -> str:
+    """A TOML text without a key."""
+    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith(f"{key} "))
+
+
 BESIDE: Mapping[str, tuple[str, str, Any, str]] = {
     "renamed account": ("ServiceAccount", "metadata.name", "blocksigth", "reference"),
     "renamed config map": ("ConfigMap", "metadata.name", "job", "reference"),
     "renamed file": ("ConfigMap", "data", lambda old: {"jobs.toml": old["job.toml"]}, "reference"),
-    "unknown key": ("ConfigMap", "data.<job.toml>", lambda old: old + 'explaner = "rise"\n', "configuration"),
-    "bad value": ("ConfigMap", "data.<job.toml>", lambda old: old + 'explainer = "rize"\n', "configuration"),
-    "no TOML": ("ConfigMap", "data.<job.toml>", "data = s3://", "configuration"),
-    "no output": ("ConfigMap", "data.<job.toml>", 'data = "s3://a/"', "configuration"),
+    "unknown key": ("ConfigMap", TOML, lambda old: old + 'explaner = "rise"\n', "configuration"),
+    "bad value": ("ConfigMap", TOML, lambda old: old + 'explainer = "rize"\n', "configuration"),
+    "no TOML": ("ConfigMap", TOML, "data = s3://", "configuration"),
+    "no output": ("ConfigMap", TOML, 'data = "s3://a/"', "configuration"),
+    "no address": ("ConfigMap", TOML, lambda old: _without("address", _without("wait", old)), "job-file"),
+    "no wait": ("ConfigMap", TOML, lambda old: _without("wait", old), "job-file"),
+    "no device": ("ConfigMap", TOML, lambda old: _without("device", old), "job-file"),
+    "device that is not there": ("ConfigMap", TOML, lambda old: old.replace('"cpu"', '"gpu"'), "job-file"),
+    "no workers": ("ConfigMap", TOML, lambda old: _without("workers", old), "job-file"),
+    "more workers than fit": ("ConfigMap", TOML, lambda old: old.replace("= 32", "= 33"), "job-file"),
     "secret in a config map": ("ConfigMap", "data.API_KEY", "abc", "secret"),
     "private key in a config map": ("ConfigMap", "data.pem", "-----BEGIN RSA PRIVATE KEY-----", "secret"),
     "field of an account": ("ServiceAccount", "automountServiceAccountTokens", True, "schema"),
