@@ -52,6 +52,15 @@ TOKEN = re.compile(r'"(?P<quoted>(?:[^"]|"")*)"|(?P<sign>[,+\-*()])|(?P<word>top
 WRAPPERS: Mapping[str, Reading] = {"logit": "logit", "logprob": "logprob"}
 
 
+MAX_SHOWN = 80
+"""Characters of a target that a message repeats."""
+
+
+def shown(text: str) -> str:
+    """A text for a message, in quotes and not longer than a line."""
+    return repr(text) if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]!r} ... ({len(text):,} characters)"
+
+
 class GrammarError(ValueError):
     """The text is no target; the message is one sentence with the place."""
 
@@ -152,7 +161,7 @@ def split_targets(text: str) -> list[str]:
             start = token.end()
     parts.append(text[start:].strip())
     if not all(parts):
-        raise GrammarError(f"target {text!r} has a comma with no target beside it")
+        raise GrammarError(f"target {shown(text)} has a comma with no target beside it")
     return parts
 
 
@@ -194,7 +203,7 @@ ORDER: Sequence[AtomKind] = (
 def _expression(terms: Sequence[Term], reading: Reading | None, source: Source) -> Expression:
     own = collected(terms)
     if not any(term.weight for term in own):
-        raise GrammarError(f"target {sum_text([(term.weight, term.atom.text) for term in own])} is 0 for every image")
+        raise GrammarError(f"target {shown(sum_text([(t.weight, t.atom.text) for t in own]))} is 0 for every image")
     if not all(isfinite(term.weight) for term in own):
         raise GrammarError("a weight of a target is not finite")
     if len(own) > MAX_TERMS:
@@ -234,7 +243,7 @@ def _tokens(text: str) -> list[re.Match[str]]:
     while place < len(text):
         token = TOKEN.match(text, place)
         if token is None:
-            raise GrammarError(f"target {text!r} opens a quote and does not close it")
+            raise GrammarError(f"target {shown(text)} opens a quote and does not close it")
         found.append(token)
         place = token.end()
     return [token for token in found if token[0].strip()]
@@ -358,10 +367,11 @@ class _Parser:
         is_number = before not in (TEXT, *PLACES) and CLASS_NUMBER.fullmatch(token[0].strip().removeprefix(before))
         if is_number or self._sign() in (None, ",", ")") or token[0][-1:].isspace():
             return
-        whole = self.text[token.start() :].split(",")[0].strip()
+        whole = self.text[token.start() :].split(",")[0].strip().removeprefix(before).strip()
+        example = _quoted(whole) if len(whole) <= MAX_SHOWN else '"..."'
         raise self._error(
-            f"{self._sign()!r} follows at once: write {before}{_quoted(whole.removeprefix(before).strip())} if it is "
-            f"part of it, and a space before {self._sign()!r} if it is a sign"
+            f"{self._sign()!r} follows at once: write {before}{example} if it is part of it, and a space before "
+            f"{self._sign()!r} if it is a sign"
         )
 
     def _prompts(self, prompts: str) -> Atom:
@@ -414,7 +424,7 @@ class _Parser:
         return True
 
     def _error(self, reason: str) -> GrammarError:
-        return GrammarError(f"target {self.text!r} cannot be read: {reason}")
+        return GrammarError(f"target {shown(self.text)} cannot be read: {reason}")
 
 
 NAMED: Mapping[str, Atom] = {"predicted": PREDICTED, "label": LABEL}
@@ -489,7 +499,7 @@ def parse_formula(text: str) -> Formula:
     try:
         (found,) = _formulas(text)
     except ValueError as error:
-        raise GrammarError(f"{text!r} is no target of class numbers") from error
+        raise GrammarError(f"{shown(text)} is no target of class numbers") from error
     return found
 
 

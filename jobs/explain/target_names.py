@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from blocksight.engine.catalog.target_expressions import (
+    PLACES,
+    TEXT,
     Atom,
     Expression,
     Formula,
@@ -18,6 +20,7 @@ from blocksight.engine.catalog.target_expressions import (
     formula_of,
     parse_formula,
     parse_target,
+    shown,
     split_targets,
 )
 from blocksight.engine.model.adapter import ModelAdapter
@@ -25,7 +28,7 @@ from blocksight.engine.model.expressions import with_opposite
 from blocksight.engine.model.feature_targets import SAME
 from blocksight.engine.model.targets import Target
 from blocksight.jobs.plan.config import TARGET_FORMS, ConfigError, JobConfig, TargetChoice
-from blocksight.jobs.plan.labels import Labels, Rule
+from blocksight.jobs.plan.labels import Labels, Rule, is_class_number
 from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.jobs.plan.text import counted
 
@@ -103,11 +106,13 @@ def resolved_targets(config: JobConfig, adapter: ModelAdapter) -> ResolvedTarget
     choice = config.target_choice
     labels = Labels((), adapter.class_names, adapter.num_classes, config.label_classes)
     read = list(choice.expressions if choice.name is None else _read_lines(choice, labels))
+    if choice.name is None:
+        _refuse_numbers_that_are_names(read, labels)
     for one in read:
         _refuse_unknown_classes(one, adapter, config)
     twice = next((one.text for place, one in enumerate(read) if one.text in {own.text for own in read[:place]}), None)
     if twice is not None:
-        raise ConfigError(f"two targets of {choice.name!r} are the same, {twice}: leave one of them out")
+        raise ConfigError(f"two targets of {shown(choice.name or '')} are the same, {twice}: leave one of them out")
     alone = {atom.kind for one in read if (atom := one.atom) is not None and one.reading == "score"}
     has_doubles = len(alone) > 1 and bool(alone & {"place", "label"})
     return ResolvedTargets(tuple(read), has_doubles, choice.prompts)
@@ -154,7 +159,8 @@ def _read_lines(choice: TargetChoice, labels: Labels) -> Iterator[Expression]:
 
 def _read(text: str, labels: Labels, *, may_be_list: bool) -> list[Expression]:
     """The targets of a text, which may be the name of a class as well."""
-    whole = labels.index(text)
+    is_number = is_class_number(text.strip().lstrip("+-"))  # which the grammar reads, and may be of another class
+    whole = None if is_number else labels.index(text)
     by_name = [] if whole is None else [Expression((Term(1.0, Atom("class", whole)),), "score")]
     try:
         by_grammar = _read_parts(text, labels) if may_be_list else _resolved(parse_target(text), labels)
@@ -162,13 +168,31 @@ def _read(text: str, labels: Labels, *, may_be_list: bool) -> list[Expression]:
         if by_name:
             return by_name
         raise ConfigError(_refusal(labels, text, f" ({error}; {QUOTE})")) from error
-    except ConfigError:
+    except ConfigError as error:
         if by_name:
             return by_name
-        raise
-    if by_name and {one.text for one in by_grammar} != {by_name[0].text}:
+        raise ConfigError(f"{error}{_hidden_name(text, labels)}") from error
+    if by_name and {one.text for one in by_grammar} != {by_name[0].text} and not _is_word(by_grammar):
         raise ConfigError(_two_meanings(text, by_grammar, labels))
-    return by_name or by_grammar
+    return by_grammar if _is_word(by_grammar) else by_name or by_grammar
+
+
+def _is_word(expressions: Sequence[Expression]) -> bool:
+    """True for `predicted`, `label` and `top-K`, which are no names of classes without quotes."""
+    return all(one.reading == "score" and one.atom is not None and one.atom.kind in WORDS for one in expressions)
+
+
+WORDS = ("place", "label")
+
+
+def _hidden_name(text: str, labels: Labels) -> str:
+    """A clause that names a class in the text whose name would have to be quoted; empty if there is none."""
+    known = (name for name in labels.class_names or () if set(name) & set(SIGNS) and f'"{name}"' not in text)
+    name = next((name for name in known if name.casefold() in text.casefold()), None)
+    return "" if name is None else f"; a class is named {shown(name)}: write it in double quotes"
+
+
+SIGNS = ",+-*()"
 
 
 def _read_parts(text: str, labels: Labels) -> list[Expression]:
@@ -189,23 +213,52 @@ def _class_of(atom: Atom, labels: Labels) -> Atom:
     """The class that an atom names, as its number; other atoms stay. Raises ConfigError."""
     if atom.kind == "class" and int(atom.value) >= labels.num_classes:
         raise ConfigError(f"target {atom.value} is no class of the model: it has {labels.num_classes}, from 0")
+    if atom.kind == "class":
+        _refuse_number_that_is_a_name(int(atom.value), labels)
     if atom.kind not in ("name", "prototype"):
         return atom
     is_number = isinstance(atom.value, int)
     if is_number and int(atom.value) >= labels.num_classes:
         raise ConfigError(f"target {atom.text} is of no class: the bank has {labels.num_classes}, from 0")
-    index = int(atom.value) if is_number else labels.index(str(atom.value))
+    index = int(atom.value) if is_number else _index_of(str(atom.value), labels)
     if index is None:
         raise ConfigError(_refusal(labels, str(atom.value), f"; {QUOTE}" if "-" in str(atom.value) else ""))
     return Atom("prototype" if atom.kind == "prototype" else "class", index)
 
 
+def _index_of(name: str, labels: Labels) -> int | None:
+    """The class of this name; a name that is a number is that of a class before it is a class's number."""
+    names = list(labels.class_names or ())
+    return names.index(name) if is_class_number(name) and names.count(name) == 1 else labels.index(name)
+
+
+def _refuse_numbers_that_are_names(expressions: Sequence[Expression], labels: Labels) -> None:
+    for one in expressions:
+        for atom in one.atoms:
+            if atom.kind == "class":
+                _refuse_number_that_is_a_name(int(atom.value), labels)
+
+
+def _refuse_number_that_is_a_name(number: int, labels: Labels) -> None:
+    """Raises ConfigError if a class number is the name of another class."""
+    names = list(labels.class_names or ())
+    if number < len(names) and str(number) in names and names.index(str(number)) != number:
+        raise ConfigError(
+            f"target {number} has two meanings: the class of this name ({names.index(str(number))}), and the class of "
+            f'this number, {names[number]!r}; write "{number}" in double quotes for the first, and its name '
+            f'"{names[number]}" in double quotes for the second'
+        )
+
+
 def _two_meanings(text: str, by_grammar: Sequence[Expression], labels: Labels) -> str:
     others = ", ".join(one.text for one in by_grammar)
     way = "give each target its own --target" if len(by_grammar) > 1 else f"write logit({text})"
+    index = labels.index(text)
+    is_quotable = not text.startswith((TEXT, *PLACES))  # which mean themselves in quotes too
+    name = "write it in double quotes" if is_quotable else f"write its number {index}"
     return (
-        f"target {text!r} has two meanings: the class of this name ({labels.index(text)}), and {others} by the grammar "
-        f"of targets; write it in double quotes for the class, and {way} for the other"
+        f"target {shown(text)} has two meanings: the class of this name ({index}), and {others} by the grammar "
+        f"of targets; {name} for the class, and {way} for the other"
     )
 
 
@@ -217,17 +270,19 @@ def _refuse_unknown_classes(expression: Expression, adapter: ModelAdapter, confi
                 f"target {atom.value} is no class of {adapter.name}: it has {adapter.num_classes}, from 0"
             )
         if atom.kind == "place" and int(atom.value) > adapter.num_classes:
-            raise ConfigError(f"target {config.target} asks for more than {counted(adapter.num_classes, 'class')}")
+            raise ConfigError(
+                f"target {shown(config.target)} asks for more than {counted(adapter.num_classes, 'class')}"
+            )
         if not any(term.weight for term in expression.terms):
-            raise ConfigError(f"target {config.target!r} is {expression.text}, which is 0 for every image")
+            raise ConfigError(f"target {shown(config.target)} is {shown(expression.text)}, which is 0 for every image")
 
 
 def _refusal(labels: Labels, name: str, more: str = "") -> str:
     if labels.read(name).rule is Rule.AMBIGUOUS:
         classes = ", ".join(labels.nearest(name)) or "see the class map"
-        return f"target {name!r} means more than one class: {classes}; name one by its number"
+        return f"target {shown(name)} means more than one class: {classes}; name one by its number"
     if not labels.class_names:
-        return f"target {name!r} is not known, and the model has no class names{more}; known: {TARGET_FORMS}"
+        return f"target {shown(name)} is not known, and the model has no class names{more}; known: {TARGET_FORMS}"
     near = labels.nearest(name)
     nearest = f"nearest: {', '.join(map(repr, near))}; " if near else ""
-    return f"target {name!r} is no class of the model{more}; {nearest}known: {TARGET_FORMS}, or a class name"
+    return f"target {shown(name)} is no class of the model{more}; {nearest}known: {TARGET_FORMS}, or a class name"

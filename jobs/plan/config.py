@@ -47,6 +47,7 @@ from blocksight.engine.catalog.target_expressions import (
     GrammarError,
     parse_targets,
     prompt_target,
+    shown,
 )
 from blocksight.jobs.plan.class_map import ClassMap, class_map_file, class_map_of
 from blocksight.jobs.plan.input_values import ClassNames, InputSize, Mean, Std, read_class_names
@@ -141,7 +142,7 @@ class TargetChoice:
             if any(char.isalpha() for char in text) and not text.startswith("top-") and len(text) <= MAX_SENTENCE:
                 return ()
             raise ValueError(
-                f"target {text!r} is not known; known: {TARGET_FORMS}, or a class name ({error})"
+                f"target {shown(text)} is not known; known: {TARGET_FORMS}, or a class name ({error})"
             ) from error
 
     @property
@@ -687,6 +688,10 @@ def _prompts_in(file: str, endpoint_url: str | None) -> list[str]:
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ConfigError(f"target: the file {file} holds no prompt; wanted one a line")
+    if len(prompts) > MAX_TARGETS:
+        raise ConfigError(
+            f"target: the file {file} holds {len(prompts):,} prompts, and a record has {MAX_TARGETS} targets at most"
+        )
     return prompts
 
 

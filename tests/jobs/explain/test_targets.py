@@ -273,3 +273,92 @@ def test_a_condition_sees_the_metrics_of_sums_and_takes_maps_by_target(output, t
     taken = pq.read_table(index).to_pylist()
     assert {row["target"] for row in taken} == {"margin", "0-1"}
     assert len(taken) == 2 * 5
+
+
+# ---------------------------------------------------------------- what users type
+
+
+NUMBERED = ("1", "0", "2", "4", "three")
+RESERVED = ("predicted", "label", "top-2", "T-shirt", "text:a dog")
+
+
+@pytest.mark.parametrize(
+    ("names", "text", "wanted"),
+    [
+        (NUMBERED, '"1"', ["0"]),
+        (NUMBERED, '"0" - "1"', ["1-0"]),
+        (NUMBERED, "2", ["2"]),
+        (NUMBERED, "-2", ["-2"]),
+        (NUMBERED, "predicted", ["predicted"]),
+        (NUMBERED, "1", "1 has two meanings: the class of this name (0), and the class of this number, '0'"),
+        (NUMBERED, "2-1", "1 has two meanings"),
+        (NUMBERED, "4", "4 has two meanings: the class of this name (3), and the class of this number, 'three'"),
+        (NUMBERED, "-0", "0 has two meanings"),
+        (CLASSES, "-0", ["-0"]),
+        (RESERVED, "predicted,label", ["predicted", "label"]),
+        (RESERVED, '"predicted"', ["0"]),
+        (RESERVED, "top-2", ["predicted", "top-2"]),
+        (RESERVED, '"top-2"', ["2"]),
+        (RESERVED, "T-shirt", ["3"]),
+        (RESERVED, "T-shirt - 0", "a class is named 'T-shirt': write it in double quotes"),
+        (RESERVED, "logit(T-shirt)", "a class is named 'T-shirt': write it in double quotes"),
+        (RESERVED, "'t-shirt'", "a class is named 'T-shirt': write it in double quotes"),
+        (RESERVED, "text:a dog", "write its number 4 for the class"),
+        (("\u65e5\u672c", "na\u00efve", *CLASSES[:3]), "\u65e5\u672c - nai\u0308ve", ["0-1"]),
+        (CLASSES, "NaN*1", "is no number"),
+        (CLASSES, "1e400*1", "is no number"),
+        (CLASSES, "9" * 300 + "*1", ["1" + "0" * 300 + "*1"]),
+        (CLASSES, "0*1", "is 0 for every image"),
+        (CLASSES, "0*1+2", ["0*1+2"]),
+        (CLASSES, "top-6", "asks for more than 5 classes"),
+        (CLASSES, "margin-1", "margin stands alone"),
+    ],
+)
+def test_names_that_look_like_something_else(names, text, wanted, tmp_path):
+    adapter = named(*names)
+    if isinstance(wanted, list):
+        assert texts_of(text, adapter, tmp_path) == wanted
+        return
+    with pytest.raises(ConfigError) as refused:
+        texts_of(text, adapter, tmp_path)
+    assert wanted in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["(" * 5000, '"' * 1001, "logit(" * 3000, ",".join(["text:a-b"] * 2000), "a," * 500])
+def test_a_refusal_is_a_line(text, tmp_path):
+    with pytest.raises(ConfigError) as refused:
+        texts_of(text, named(*CLASSES), tmp_path)
+    assert len(str(refused.value)) < 1000
+
+
+def test_a_file_of_too_many_prompts_is_said(tmp_path):
+    (tmp_path / "p.txt").write_text("".join(f"prompt {number}\n" for number in range(10_000)))
+    with pytest.raises(ConfigError, match=r"holds 10,000 prompts, and a record has 100 targets at most"):
+        config_of(tmp_path, tmp_path / "x", target=f"text:@{tmp_path}/p.txt")
+
+
+class One(Tiny):
+    """One sigmoid's logit."""
+
+    def forward(self, x):
+        return super().forward(x)[:, :1]
+
+
+@pytest.mark.parametrize(
+    ("target", "scores"),
+    [("predicted", "p"), ("0", "p"), ("logit(0)", "z"), ("logprob(0)", "logp"), ("-0", "-z"), ("margin", "2 classes"),
+     ("1", "it has 1, from 0")],
+)  # fmt: skip
+def test_one_sigmoid_has_its_targets(target, scores, data):
+    from blocksight import explain
+
+    adapter = ModelAdapter(seeded(One), input_size=(32, 32))
+    ask = {"explainer": "gradcam", "readout": "sigmoid"}
+    if " " in scores:
+        with pytest.raises(ConfigError, match="class"):
+            explain(adapter, data / "ant/000.png", target, **ask)
+        return
+    found = explain(adapter, data / "ant/000.png", target, **ask)
+    z = explain(adapter, data / "ant/000.png", "logit(0)", **ask).score
+    p = 1 / (1 + np.exp(-z))
+    assert found.score == pytest.approx({"p": p, "z": z, "logp": np.log(p), "-z": -z}[scores], rel=1e-6)
