@@ -22,6 +22,9 @@ PREFIXES = ("torchvision", "timm", "hf", "open_clip", "onnx")
 PLACED = ("hf", "onnx")
 """Sources whose model is named by a path or URI."""
 
+PLACES = ("/", "./", "../", "~/", "s3://")
+"""What a path or URI begins with where a name could stand too: `open_clip:./FOLDER`."""
+
 WITH_WEIGHTS = ("onnx",)
 """Sources whose file always holds the weights, so that no others are given."""
 
@@ -45,8 +48,9 @@ def source_of(name: str) -> tuple[str, str] | None:
 
 def place_of(name: str) -> str | None:
     """The path or URI in a model's name, such as the folder of `hf:FOLDER`; None: its name holds none."""
-    found = source_of(name)
-    return found[1] if found is not None and found[0] in PLACED else None
+    prefix, rest = source_of(name) or ("", "")
+    is_place = prefix in PLACED or (prefix == "open_clip" and rest.startswith(PLACES))
+    return rest if is_place else None
 
 
 def is_installed(prefix: str) -> bool:

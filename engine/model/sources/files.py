@@ -1,7 +1,10 @@
 """Several files of a model as one value, which travels to workers and is hashed as a weights file is."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from blocksight.engine.errors import ModelError
 
@@ -38,3 +41,12 @@ def split(packed: bytes | None) -> tuple[bytes | None, bytes | None]:
     return (packed if weights is None else pack({name: bytes(body) for name, body in files.items()})), (
         None if weights is None else bytes(weights)
     )
+
+
+@contextmanager
+def folder_of(files: Mapping[str, memoryview]) -> Iterator[str]:
+    """A folder with the files, as libraries read them."""
+    with TemporaryDirectory(prefix="blocksight-model-") as folder:
+        for name, body in files.items():
+            (Path(folder) / name).write_bytes(body)
+        yield folder

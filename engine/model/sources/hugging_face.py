@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,14 +20,14 @@ from blocksight.engine.model.preprocessing import Preprocessing, Resizing
 from blocksight.engine.model.prompts import Texts
 from blocksight.engine.model.seeding import seeded
 from blocksight.engine.model.sources.feeding import fed_by
-from blocksight.engine.model.sources.files import split, unpack
+from blocksight.engine.model.sources.files import folder_of, split, unpack
 from blocksight.engine.model.sources.hugging_face_files import (
     CONFIG,
     PROCESSORS,
     TOKENIZERS,
     WEIGHTS_FILE,
-    WEIGHTS_INDEX,
     object_of,
+    refuse_code,
 )
 from blocksight.engine.model.sources.timm_models import drawn as drawn_by_timm
 from blocksight.engine.model.sources.timm_models import made as made_by_timm
@@ -46,13 +45,13 @@ def load_hugging_face(name: str, weights: str | None, state: bytes | None, seed:
     packed, file = split(state)
     files = unpack(packed or b"")
     config = object_of(bytes(files[CONFIG]), CONFIG) if CONFIG in files else {}
-    _refuse_code(files)
+    refuse_code(files)
     is_made = weights == RANDOM_WEIGHTS or file is not None
     if _is_of_timm(config):
         return _of_timm(config, file if is_made else _only_weights(files), seed)
     require("hf")
     kind = _class_of(config)
-    with _folder(files) as folder, _quiet():
+    with folder_of(files) as folder, _quiet():
         model = _random(kind, folder, seed) if is_made else _stored(kind, folder)
         notes = tuple(_notes(config)) if file is None else load_state(model, read_state(file))
         adapter = _fed(model, folder)
@@ -81,30 +80,18 @@ def hugging_face_preprocessing(files: bytes | None) -> Preprocessing:
     """What the processor of a folder does to a picture. Raises ModelError."""
     found = unpack(split(files)[0] or b"")
     config = object_of(bytes(found[CONFIG]), CONFIG) if CONFIG in found else {}
-    _refuse_code(found)
+    refuse_code(found)
     if _is_of_timm(config):
         require("timm")
         return preprocessing_of(config["pretrained_cfg"])
     require("hf")
-    with _folder(found) as folder, _quiet():
+    with folder_of(found) as folder, _quiet():
         return _preprocessing(folder)[0]
 
 
 def _is_of_timm(config: Mapping[str, Any]) -> bool:
     """True for a folder that timm wrote, or the library's wrapper of timm."""
     return isinstance(config.get("pretrained_cfg"), dict) and isinstance(config.get("architecture"), str)
-
-
-def _refuse_code(files: Mapping[str, memoryview]) -> None:
-    """Raises ModelError if a setting asks for code of the folder."""
-    for name, body in files.items():
-        if name.endswith(".json") and name not in ("tokenizer.json", "vocab.json", WEIGHTS_INDEX):
-            settings = object_of(bytes(body), name)
-            if any("auto_map" in one for one in (settings, *(v for v in settings.values() if isinstance(v, dict)))):
-                raise ModelError(
-                    f"{name} asks for code that comes with the model (auto_map), and code of a folder is never run: "
-                    "make the model in a factory of yours, --model package.module:factory"
-                )
 
 
 def _class_of(config: Mapping[str, Any]) -> Any:
@@ -136,15 +123,6 @@ def _takes_pictures_alone(kind: Any) -> bool:
 
 def _is_classifier(kind: type) -> bool:
     return "ForImageClassification" in kind.__name__
-
-
-@contextmanager
-def _folder(files: Mapping[str, memoryview]) -> Iterator[str]:
-    """A folder with the files, as the library reads them."""
-    with TemporaryDirectory(prefix="blocksight-model-") as folder:
-        for name, body in files.items():
-            (Path(folder) / name).write_bytes(body)
-        yield folder
 
 
 @contextmanager

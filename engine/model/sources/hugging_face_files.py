@@ -1,6 +1,7 @@
 """The files of a Hugging Face folder that are read; imports nothing that they are read with."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 """Files of which a tokenizer needs one."""
-SETTINGS = (
-    *(CONFIG, *PROCESSORS, WEIGHTS_INDEX, "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "merges.txt", *TOKENIZERS),
+TOKENIZER_SETTINGS = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", *TOKENIZERS),
 )
+SETTINGS = (CONFIG, *PROCESSORS, WEIGHTS_INDEX, *TOKENIZER_SETTINGS)
 """The files of a folder that are read besides its weights; others may lie there."""
 
 
@@ -42,3 +43,15 @@ def object_of(body: bytes, name: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ModelError(f"{name} holds a {type(found).__name__}; wanted an object")
     return found
+
+
+def refuse_code(files: Mapping[str, memoryview]) -> None:
+    """Raises ModelError if a setting asks for code of the folder."""
+    for name, body in files.items():
+        if name.endswith(".json") and name not in ("tokenizer.json", "vocab.json", WEIGHTS_INDEX):
+            settings = object_of(bytes(body), name)
+            if any("auto_map" in one for one in (settings, *(v for v in settings.values() if isinstance(v, dict)))):
+                raise ModelError(
+                    f"{name} asks for code that comes with the model (auto_map), and code of a folder is never run: "
+                    "make the model in a factory of yours, --model package.module:factory"
+                )

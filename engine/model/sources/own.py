@@ -51,7 +51,7 @@ def own_feeding(name: str, weights: str | None, files: bytes | None) -> OwnFeedi
         "torchvision": lambda: torchvision_preprocessing(rest, weights),
         "timm": lambda: timm_preprocessing(rest),
         "hf": lambda: hugging_face_preprocessing(files),
-        "open_clip": lambda: open_clip_preprocessing(rest),
+        "open_clip": lambda: open_clip_preprocessing(rest, files),
     }
     if prefix not in readers:
         return None

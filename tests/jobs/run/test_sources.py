@@ -10,7 +10,6 @@ import pytest
 import safetensors.torch
 import skimage.data
 import timm
-import tokenizers
 import torch
 import transformers
 from PIL import Image
@@ -29,6 +28,7 @@ from blocksight.storage.images.decode import decode, fit
 from blocksight.storage.outputs.map_codec import decode_map
 from blocksight.storage.stores.local import LocalStore
 from tests.jobs.jobs_of import called, config_of, rows_in, run_here
+from tests.jobs.run.tiny_hugging_face import WORDS, write_tokenizer
 
 SIDE = 32
 VIT = transformers.ViTConfig(
@@ -366,24 +366,6 @@ def test_one_spelling_and_one_hash(folder, monkeypatch):
     assert config_of("/", "/out", model="hf:hf").model == f"hf:{folder.parent / 'hf'}"
     assert config.identity("a" * 64)["weights"] == "a" * 64
     assert config_of("/", "/out", model=f"hf:{folder}", weights="random").identity("a" * 64)["weights"] == "random"
-
-
-WORDS = ["[pad]", "[begin]", "[end]", "[unknown]", "a", "photo", "of", "dog", "cat", "red"]
-
-
-def write_tokenizer(folder: Path) -> None:
-    """A tokenizer of ten words."""
-    words = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({w: n for n, w in enumerate(WORDS)}, unk_token="[unknown]")
-    )
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    words.post_processor = tokenizers.processors.TemplateProcessing(
-        single="[begin] $A [end]", special_tokens=[("[begin]", 1), ("[end]", 2)]
-    )
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="[pad]", bos_token="[begin]", eos_token="[end]", unk_token="[unknown]"
-    )
-    fast.save_pretrained(folder)
 
 
 def write_pair(folder: Path, family: str) -> Path:

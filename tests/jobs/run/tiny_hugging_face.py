@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import tokenizers
 import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -118,3 +119,21 @@ def write(folder: Path, family: str, name: str) -> torch.nn.Module:
     model.save_pretrained(folder)
     processor(family).save_pretrained(folder)
     return model
+
+
+WORDS = ["[pad]", "[begin]", "[end]", "[unknown]", "a", "photo", "of", "dog", "cat", "red"]
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of ten words."""
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: n for n, w in enumerate(WORDS)}, unk_token="[unknown]")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[begin] $A [end]", special_tokens=[("[begin]", 1), ("[end]", 2)]
+    )
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[pad]", bos_token="[begin]", eos_token="[end]", unk_token="[unknown]"
+    )
+    fast.save_pretrained(folder)
