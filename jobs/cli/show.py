@@ -24,7 +24,6 @@ from blocksight.storage.outputs.pictures import (
     contact_sheet,
     in_panels,
     one_line,
-    overlay,
 )
 from blocksight.storage.outputs.schema import OK
 
@@ -126,11 +125,9 @@ def _products(output: Output, row: Row, image: Pixels | None) -> Image.Image | N
         return None
     base = shown(output.plan, row, image, sizes.film if all(part.is_film for part in parts) else sizes.single)
     summary = "; ".join(part.summary for part in parts)
-    first = Tile(
-        overlay(base.pixels, base.saliency_hw), f"{one_line(row['target_name'])}, {row['score']:.3f}\n{summary}"
-    )
+    first = Tile(base.overlay, f"{one_line(row['target_name'])}, {row['score']:.3f}\n{summary}")
     num_rows = -(-(1 + len(tiles)) // MAX_COLUMNS)
-    return contact_sheet([first, *tiles], -(-(1 + len(tiles)) // num_rows))
+    return contact_sheet([first, *tiles], -(-(1 + len(tiles)) // num_rows), is_signed=base.is_signed)
 
 
 def _check(output: Output, request: SheetRequest) -> None:
@@ -143,7 +140,7 @@ def _check(output: Output, request: SheetRequest) -> None:
 def _plain(output: Output, rows: Sequence[Row], image: Pixels | None, truth: Truth | None) -> Iterator[Image.Image]:
     for row in rows:
         own = shown(output.plan, row, image, truth=truth)
-        yield in_panels((own.image, own.overlay, own.colours))
+        yield in_panels((own.image, own.overlay, own.colours), is_signed=own.is_signed)
 
 
 def _sheets(
@@ -171,7 +168,7 @@ def _sheets(
         tiles.append(_stored_tile(base, row, output, of_job))
         tiles += [_made_tile(base.pixels, name, explanations[name][place], row) for name in names]
         tiles += [_beside_tile(base.pixels, one, own.get(row["target"]), row, image) for one, own in others]
-        yield contact_sheet(tiles, min(SHEET_COLUMNS, len(tiles)))
+        yield contact_sheet(tiles, min(SHEET_COLUMNS, len(tiles)), is_signed=base.is_signed)
 
 
 def _by_target(output: Output, key: str) -> Mapping[str, Row]:
@@ -227,7 +224,7 @@ def _beside_tile(pixels: Pixels, output: Output, own: Row | None, row: Row, imag
         return Tile(pixels, f"{output.name}\nholds no map of {one_line(row['target_name'])}")
     other = shown(output.plan, own, image, SHEET_SIDE)
     fact = f"{one_line(own['target_name'])}, {own['score']:.3f}; {head}"
-    return Tile(overlay(other.pixels, other.saliency_hw), f"{output.name}\n{fact}")
+    return Tile(other.overlay, f"{output.name}\n{fact}")
 
 
 def _path(path: Path | None, key: str, row: Row, *, alone: bool, kind: str) -> Path:

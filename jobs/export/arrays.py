@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from blocksight.jobs.export.array_file import ArrayFile
 from blocksight.jobs.export.records import COLUMNS
 from blocksight.jobs.export.selection import Selection
-from blocksight.jobs.ledger.output import fragment_of, map_of
+from blocksight.jobs.ledger.output import fragment_of, map_of, negative_map_of
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.plan import Plan
 from blocksight.jobs.plan.text import counted
@@ -29,7 +29,9 @@ MAPS_PER_FILE = 1_024
 """Maps of one NumPy file: 205 MB at 224 x 224 pixels."""
 MAPS_PER_CHUNK = 16
 ROWS_AT_ONCE = 64
-KEPT = [name for name in COLUMNS if name not in ("map", "map_codec", "map_height", "map_width")]
+MAPS, NEGATIVE = "maps", "maps_negative"
+"""Names of the arrays: the maps, and of a signed output what speaks against their targets, in the same rows."""
+KEPT = [name for name in COLUMNS if name not in ("map", "map_negative", "map_codec", "map_height", "map_width")]
 PLACE = [pa.field("file", pa.string()), pa.field("row", pa.int64())]
 
 Map = NDArray[np.float32]
@@ -39,8 +41,9 @@ Update = Callable[[int], None]
 class Sink(ABC):
     """Takes maps one by one."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.count = folder, 0
+    def __init__(self, folder: Path, array: str = MAPS) -> None:
+        """`array` names what is written."""
+        self.folder, self.array_name, self.count = folder, array, 0
 
     def append(self, saliency_hw: Map) -> tuple[str, int]:
         """Writes one map and returns its file, below the folder, and its row there."""
@@ -68,7 +71,7 @@ class NumpySink(Sink):
 
     def _write(self, saliency_hw: Map) -> tuple[str, int]:
         number, row = divmod(self.count, MAPS_PER_FILE)
-        name = f"maps-{number:05d}.npy"
+        name = f"{self.array_name}-{number:05d}.npy"
         if self.file is None or row == 0:
             self.close()
             self.file = ArrayFile(self.folder / name, saliency_hw.shape, np.float32)
@@ -91,10 +94,9 @@ class NumpySink(Sink):
 class ZarrSink(Sink):
     """One Zarr array [N, H, W], float32 in [0, 1], compressed in chunks of `MAPS_PER_CHUNK` maps."""
 
-    NAME = "maps.zarr"
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, array: str = MAPS) -> None:
+        super().__init__(folder, array)
+        self.name = f"{array}.zarr"
         self.waiting: list[Map] = []
         self.array: Any = None
 
@@ -102,7 +104,7 @@ class ZarrSink(Sink):
         self.waiting.append(saliency_hw)
         if len(self.waiting) == MAPS_PER_CHUNK:
             self._flush()
-        return self.NAME, self.count
+        return self.name, self.count
 
     def _flush(self) -> None:
         import zarr
@@ -111,7 +113,7 @@ class ZarrSink(Sink):
         if self.array is None:
             size = block.shape[1:]
             self.array = zarr.create_array(
-                str(self.folder / self.NAME), shape=(0, *size), chunks=(MAPS_PER_CHUNK, *size), dtype="float32"
+                str(self.folder / self.name), shape=(0, *size), chunks=(MAPS_PER_CHUNK, *size), dtype="float32"
             )
         self.array.append(block)
         self.waiting = []
@@ -129,7 +131,7 @@ class ZarrSink(Sink):
         ]
 
 
-def sink_of(form: str) -> Callable[[Path], Sink]:
+def sink_of(form: str) -> type[NumpySink | ZarrSink]:
     """What writes the format. Raises ConfigError if its package is not installed."""
     if form == "numpy":
         return NumpySink
@@ -141,19 +143,21 @@ def sink_of(form: str) -> Callable[[Path], Sink]:
 def write(
     store: ObjectStore,
     plan: Plan,
-    sink: Sink,
+    make: Callable[[Path, str], Sink],
     folder: Path,
     selection: Selection,
     limit: int | None,
     update: Update,
 ) -> list[str]:
-    """Writes the maps and the index, fragment by fragment, and returns lines for the user.
+    """Writes the maps and the index, fragment by fragment, and returns lines for the user; `make` makes a sink.
 
     The index has the rows of the output in their order, without side products: of a rejected record `file` is null.
     With a selection or a limit it has the rows of what is taken alone. Raises ConfigError if there is no map,
     StoreError, and UnreconciledError for damage.
     """
     schema = pa.schema([*PLACE, *(SCHEMA.field(name) for name in KEPT)])
+    sink = make(folder, MAPS)
+    negative = make(folder, NEGATIVE) if plan.identity.get("signed") else None
     records = num_rejected = 0
     with pq.ParquetWriter(folder / INDEX, schema, compression="zstd") as index:
         for rows in _batches(store, plan, update):
@@ -166,18 +170,24 @@ def write(
                 if has_map or (own and selection.maps is None):
                     records += has_map
                     num_rejected += not has_map
-                    taken += [_placed(row, sink) for row in own]
+                    taken += [_placed(row, sink, negative) for row in own]
             if taken:
                 index.write_table(table_of_rows(taken, schema))
             if limit is not None and records >= limit:
                 break
-    sink.close()
+    for one in filter(None, (sink, negative)):
+        one.close()
     if not sink.count:
         raise ConfigError(
             f"nothing of {store.uri} can be exported: it has no map, and {counted(num_rejected, 'rejected record')}"
         )
     told = f"{counted(sink.count, 'map')} of {counted(records, 'record')} exported; {num_rejected:,} rejected"
-    return [told, *sink.lines]
+    also = (
+        []
+        if negative is None
+        else [f"# {NEGATIVE}: what speaks against each target, in files and rows of the same numbers"]
+    )
+    return [told, *sink.lines, *also]
 
 
 def _batches(store: ObjectStore, plan: Plan, update: Update) -> Iterator[list[dict[str, Any]]]:
@@ -194,6 +204,8 @@ def _records(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         yield list(own)
 
 
-def _placed(row: Mapping[str, Any], sink: Sink) -> dict[str, Any]:
+def _placed(row: Mapping[str, Any], sink: Sink, negative: Sink | None) -> dict[str, Any]:
     file, number = (None, None) if row["status"] != OK else sink.append(map_of(row))
+    if row["status"] == OK and negative is not None:
+        negative.append(negative_map_of(row))
     return {"file": file, "row": number, **{name: row[name] for name in KEPT}}

@@ -1,7 +1,7 @@
 """Writes a picture per map: the overlay as PNG, or a GIF over the blocks or over other outputs."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from blocksight.jobs.explain.replay import Replay  # which needs torch
 
 INDEX = "index.jsonl"
-INDEXED = ("key", "target_index", "target_name", "target_rank", "score", "label_name", "explainer", "is_flat")
+INDEXED = ("key", "target", "target_index", "target_name", "target_rank", "score", "label_name", "explainer", "is_flat")
 """Columns of the output that the index has of each picture."""
 FRAME_MILLISECONDS = 1_200
 
@@ -48,7 +48,7 @@ def write(
                 if frames is None:
                     Image.fromarray(base.overlay).save(folder / name, "PNG")
                 else:
-                    _save_gif(_tiles(record, one, base, frames), folder / name)
+                    _save_gif(_tiles(record, one, base, frames), folder / name, is_signed=base.is_signed)
                 index.write(json.dumps({"file": name, **_facts(one)}) + "\n")
                 number += 1
     return [f"{number:,} pictures; {INDEX} has a line of JSON for each: file, key, target, score"]
@@ -66,8 +66,8 @@ def _tiles(record: ExplainedRecord, one: ExplainedMap, base: Shown, frames: Fram
     yield from frames(record, row, base)
 
 
-def _save_gif(tiles: Iterable[Tile], path: Path) -> None:
-    first, *others = (_with_palette(contact_sheet([tile], 1)) for tile in tiles)
+def _save_gif(tiles: Iterable[Tile], path: Path, *, is_signed: bool) -> None:
+    first, *others = (_with_palette(contact_sheet([tile], 1, is_signed=is_signed)) for tile in tiles)
     first.save(path, "GIF", save_all=True, append_images=others, duration=FRAME_MILLISECONDS, loop=0)
 
 
@@ -88,17 +88,13 @@ def block_frames(plan: Plan, replay: "Replay") -> Frames:
     return frames
 
 
-def _target(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return row["target_index"], row["target_name"]
-
-
 def output_frames(outputs: Sequence[Output], truth: Truth | None = None) -> Frames:
     """Frames with the maps that other outputs of the same data have of the same target."""
 
     def frames(record: ExplainedRecord, row: Row, base: Shown) -> Iterator[Tile]:
         for output in outputs:
             rows = (one for one in rows_with(output.store, output.plan, {record.key}) if one["status"] == OK)
-            own = next((one for one in rows if _target(one) == _target(row)), None)
+            own = next((one for one in rows if one["target"] == row["target"]), None)
             by = output.plan.identity["explainer"]
             if own is None:
                 yield Tile(base.pixels, f"{by}, {output.name}\nholds no map of {one_line(row['target_name'])}")

@@ -14,7 +14,6 @@ from blocksight.jobs.ledger.output import fragment_of, table_of, values_in
 from blocksight.jobs.plan.plan import Plan, source_of
 from blocksight.jobs.plan.records import Unit, UnreconciledError
 from blocksight.jobs.worker.rows import images_in
-from blocksight.storage.outputs.fragments import OF_SIGN
 from blocksight.storage.outputs.pictures import Pixels
 from blocksight.storage.outputs.schema import OK, PRODUCT_COLUMNS, SCHEMA
 from blocksight.storage.stores.store import ObjectStore
@@ -25,7 +24,7 @@ Method = tuple[Any, ...]
 
 ALL = Selection()
 
-COLUMNS = [name for name in SCHEMA.names if name not in (*PRODUCT_COLUMNS, *OF_SIGN)]
+COLUMNS = [name for name in SCHEMA.names if name not in PRODUCT_COLUMNS]
 VALUE_COLUMNS = [*METHOD, "metric", "protocol", "value"]
 
 
@@ -115,7 +114,7 @@ class ExplainedRecords:
         for row in rows:
             if row["status"] == OK and self.selection.takes(row):
                 metrics = {**self._own_metrics(row), **values.get(_method(row), {})}
-                about = audited.get((row["key"], row["target_index"]))
+                about = audited.get(_audited_map(row))
                 maps.setdefault(row["key"], []).append(ExplainedMap(row, metrics, about))
         ordered = dict.fromkeys(
             (row["shard"], row["shard_index"], row["key"] if row["status"] == OK else None)
@@ -154,12 +153,17 @@ class ExplainedRecords:
                         found.setdefault(_method(row), {})[column] = row["value"]
         return found
 
-    def _audit_rows(self, unit: Unit) -> Mapping[tuple[str, int], Row]:
+    def _audit_rows(self, unit: Unit) -> Mapping[tuple[Any, ...], Row]:
         key = self.audited.get(unit.unit_id)
         if key is None:
             return {}
         rows = table_of(self.store, key, ROWS).to_pylist()
-        return {(row["key"], row["target_index"]): row for row in rows}
+        return {_audited_map(row): row for row in rows}
+
+
+def _audited_map(row: Row) -> tuple[Any, ...]:
+    """What tells a record's maps apart in an audit: a sum of classes has no index."""
+    return row["key"], row["target_index"], row["target_name"]
 
 
 def _method(row: Row) -> Method:

@@ -98,7 +98,7 @@ def _arrays(
     make = arrays.sink_of(asked.form)
     folder = fresh_folder(asked.destination, {"data": plan.identity["data"], "output": store.uri})
     with passing(console, Tally(plan.num_records, None, verb="export")) as update:
-        return arrays.write(store, plan, make(folder), folder, selection, asked.limit, update)
+        return arrays.write(store, plan, make, folder, selection, asked.limit, update)
 
 
 def _refuse_useless(asked: ExportRequest) -> None:

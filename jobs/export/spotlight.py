@@ -13,7 +13,6 @@ from blocksight.jobs.audit.result import GRID
 from blocksight.jobs.export.pictures import as_jpeg, fitted_image
 from blocksight.jobs.export.records import ExplainedMap, ExplainedRecord, ExplainedRecords
 from blocksight.jobs.plan.plan import Plan
-from blocksight.storage.outputs.pictures import overlay
 from blocksight.storage.parquet.rows import table_of_rows
 
 FILE = "maps.parquet"
@@ -69,7 +68,7 @@ def _rows(shown: Iterable[ExplainedRecord], plan: Plan) -> Iterator[dict[str, An
                 **{name: one.row[name] for name in STORED},
                 "prediction": prediction and prediction["target_name"],
                 "image": as_jpeg(picture.pixels),
-                "overlay": as_jpeg(overlay(picture.pixels, picture.saliency_hw)),
+                "overlay": as_jpeg(picture.overlay),
                 **one.metrics,
                 **_audited(one),
             }

@@ -69,8 +69,20 @@ def signed_maps_of(row: Mapping[str, Any]) -> tuple[NDArray[np.float32], NDArray
 
     Raises UnreconciledError as `map_of`.
     """
-    own = _unscaled(map_of(row), row["map_low"], row["map_high"])
-    against = _unscaled(map_of({**row, "map": row["map_negative"]}), row["map_negative_low"], row["map_negative_high"])
+    return on_one_scale(row, map_of(row), negative_map_of(row))
+
+
+def negative_map_of(row: Mapping[str, Any]) -> NDArray[np.float32]:
+    """What speaks against the target, [H, W] in [0, 1], of a row with `map_negative`. Raises as `map_of`."""
+    return map_of({**row, "map": row["map_negative"]})
+
+
+def on_one_scale(
+    row: Mapping[str, Any], saliency_hw: NDArray[np.float32], against_hw: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """A row's two maps, each scaled to [0, 1] by itself, on the scale of the stronger one."""
+    own = _unscaled(saliency_hw, row["map_low"], row["map_high"])
+    against = _unscaled(against_hw, row["map_negative_low"], row["map_negative_high"])
     greatest = max(float(own.max()), float(against.max())) or 1.0
     return (own / greatest).clip(0, 1), (against / greatest).clip(0, 1)
 

@@ -36,6 +36,7 @@ from blocksight.jobs.explain.forward_pass import (
 from blocksight.jobs.explain.learned import num_learning_images
 from blocksight.jobs.explain.preflight import examined_on, in_a_sentence, print_findings
 from blocksight.jobs.explain.step import ExplainStep, as_configured, load, model_facts
+from blocksight.jobs.ledger.output import on_one_scale
 from blocksight.jobs.plan.config import ConfigError, JobConfig, load_config, nearest
 from blocksight.jobs.plan.context import JobContext, weights_bytes
 from blocksight.jobs.plan.model_input import fed_text, with_model_file
@@ -43,11 +44,11 @@ from blocksight.jobs.plan.records import ModelFacts, RecordFacts, Unit, UnitInpu
 from blocksight.jobs.plan.text import printable
 from blocksight.jobs.run.job import forwards_per_record, note_random_weights
 from blocksight.jobs.worker.progress import Tally, passing
-from blocksight.jobs.worker.rows import PICTURE_SIDE, picture_size
+from blocksight.jobs.worker.rows import PICTURE_SIDE, Shown, picture_size
 from blocksight.storage.images.decode import decode, fit
 from blocksight.storage.inputs.survey import Layout
 from blocksight.storage.limits import MAX_IMAGE_BYTES
-from blocksight.storage.outputs.pictures import PANELS, Pixels, colours, one_line, overlay, resized, side_by_side
+from blocksight.storage.outputs.pictures import PANELS, Pixels, in_panels, one_line, resized
 from blocksight.storage.outputs.schema import OK
 from blocksight.storage.rejects import Reject
 from blocksight.storage.stores.opening import open_file, open_store
@@ -92,7 +93,7 @@ class ExplainedPicture:
     pixels: Pixels
     """The upright original [h, w, 3]."""
     row: Mapping[str, Any]
-    """All columns that a job stores of it; `map` holds grey levels. Drop's last bits may differ from a job's."""
+    """All columns that a job stores of it; maps are grey levels. Drop's last bits may differ from a job's."""
     resize: str = "squash"
     """How the picture was brought to the model's input size."""
 
@@ -101,17 +102,27 @@ class ExplainedPicture:
         """Target, score and explainer in a line."""
         return f"{one_line(self.target)}, {self.score:.3f}, by {self.explainer}"
 
-    def at_size(self, side: int = PICTURE_SIDE) -> tuple[Pixels, NDArray[np.float32]]:
-        """The picture [h, w, 3] and its map [h, w], undistorted; the longer side has `side` pixels."""
+    @property
+    def map_negative(self) -> NDArray[np.float32] | None:
+        """With `signed=True` what speaks against the target, as `map`; else None."""
+        levels = self.row.get("map_negative")
+        return None if levels is None else _shares(levels)
+
+    def at_size(self, side: int = PICTURE_SIDE) -> Shown:
+        """The picture and its map, undistorted; the longer side has `side` pixels."""
         height, width = self.pixels.shape[:2]
         size = picture_size(height, width, self.resize, side)
-        return fit(self.pixels, size, self.resize), resized(self.map, size)
+        pixels = fit(self.pixels, size, self.resize)
+        if self.map_negative is None:
+            return Shown(pixels, resized(self.map, size))
+        own, against = on_one_scale(self.row, self.map, self.map_negative)
+        return Shown(pixels, resized(own, size), resized(against, size))
 
     def plot(self) -> Figure:
         """Picture, overlay and map side by side, as a figure of Matplotlib that a notebook shows."""
-        pixels, saliency_hw = self.at_size()
-        panels = (pixels, overlay(pixels, saliency_hw), colours(saliency_hw))
-        height = PANEL_INCHES * pixels.shape[0] / pixels.shape[1] + 0.7
+        shown = self.at_size()
+        panels = (shown.image, shown.overlay, shown.colours)
+        height = PANEL_INCHES * shown.image.shape[0] / shown.image.shape[1] + 0.7
         figure = NotebookFigure(figsize=(PANEL_INCHES * len(panels), height), layout="constrained")
         for axes, panel, name in zip(figure.subplots(1, len(panels)), panels, PANELS, strict=True):
             axes.imshow(panel)
@@ -127,7 +138,7 @@ class ExplainedPicture:
         """
         file = Path(path).expanduser()
         try:
-            Image.fromarray(overlay(*self.at_size(min(MAX_SIDE, max(self.pixels.shape[:2]))))).save(file, "PNG")
+            Image.fromarray(self.at_size(min(MAX_SIDE, max(self.pixels.shape[:2]))).overlay).save(file, "PNG")
         except OSError as error:
             raise ConfigError(f"the picture {file} cannot be written: {error.strerror or error}") from error
         return file
@@ -136,8 +147,8 @@ class ExplainedPicture:
         return f"ExplainedPicture({self.title}, map {self.map.shape[0]} x {self.map.shape[1]})"
 
     def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        side_by_side(*self.at_size()).save(buffer, "PNG")
+        shown, buffer = self.at_size(), io.BytesIO()
+        in_panels((shown.image, shown.overlay, shown.colours), is_signed=shown.is_signed).save(buffer, "PNG")
         return buffer.getvalue()
 
 
@@ -193,9 +204,8 @@ def explained(
     row = _row(adapter, state, config, pixels, facts, batch_size, console)
     if row["status"] != OK:
         raise ModelError(f"the picture {facts.key!r} cannot be explained: {row['error']} ({row['reject_code']})")
-    saliency_hw = np.divide(row["map"], np.float32(255), dtype=np.float32)
     return ExplainedPicture(
-        saliency_hw,
+        _shares(row["map"]),
         row["score"],
         row["target_name"],
         row["target_index"],
@@ -204,6 +214,11 @@ def explained(
         row,
         config.resize,
     )
+
+
+def _shares(levels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Grey levels as a job's readers see them, in [0, 1]."""
+    return np.divide(levels, np.float32(255), dtype=np.float32)
 
 
 def _config(

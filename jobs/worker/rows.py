@@ -20,7 +20,7 @@ from blocksight.storage.images.fitting import Fitting
 from blocksight.storage.inputs.ground_truth import Truth, boxes_in
 from blocksight.storage.inputs.survey import Layout
 from blocksight.storage.outputs.drawings import Box, with_boxes
-from blocksight.storage.outputs.pictures import Pixels, colours, overlay, resized, signed_colours, signed_overlay
+from blocksight.storage.outputs.pictures import Pixels, colours, overlay, resized
 from blocksight.storage.rejects import Reject
 from blocksight.storage.stores.opening import open_store
 from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore
@@ -56,6 +56,11 @@ class Shown:
     """Label and box of each object of the ground truth, in pixels of the picture."""
 
     @property
+    def is_signed(self) -> bool:
+        """True if what speaks against the target is drawn too."""
+        return self.against_hw is not None
+
+    @property
     def image(self) -> Pixels:
         """The image with its objects' boxes, [H, W, 3]."""
         return with_boxes(self.pixels, self.boxes)
@@ -63,16 +68,12 @@ class Shown:
     @property
     def overlay(self) -> Pixels:
         """The map over the image, with the objects' boxes on top, [H, W, 3]."""
-        if self.against_hw is not None:
-            return with_boxes(signed_overlay(self.pixels, self.saliency_hw, self.against_hw), self.boxes)
-        return with_boxes(overlay(self.pixels, self.saliency_hw), self.boxes)
+        return with_boxes(overlay(self.pixels, self.saliency_hw, self.against_hw), self.boxes)
 
     @property
     def colours(self) -> Pixels:
         """The map in colour; what speaks against the target in a second one, [H, W, 3]."""
-        if self.against_hw is not None:
-            return signed_colours(self.saliency_hw, self.against_hw)
-        return colours(self.saliency_hw)
+        return colours(self.saliency_hw, self.against_hw)
 
 
 def existing_output(name: str, endpoint_url: str | None = None) -> Output:

@@ -14,11 +14,16 @@ COLOUR_STOPS = np.array(
     [(0, 0, 4), (60, 15, 110), (140, 41, 129), (222, 73, 104), (254, 159, 109), (252, 253, 191)], dtype=np.float64
 )
 """A colour ramp from dark to light through purple and orange. Equal steps look equal, also in grey."""
+AGAINST_STOPS = np.array(
+    [(0, 0, 4), (0, 45, 115), (0, 105, 165), (20, 160, 185), (110, 222, 165), (225, 255, 248)], dtype=np.float64
+)
+"""The ramp of what speaks against a target: through blue and green, as bright in grey as the other at each step."""
 
 LUMINANCE = np.array([0.299, 0.587, 0.114])
 """Weights of red, green and blue in a grey picture (ITU-R BT.601)."""
 PANELS = ("the image", "the map in colour, over the image in grey", "the map alone")
 LEGEND = ("matters least", "matters most to the class")
+AGAINST = "speaks most against it"
 BAR_WIDTH, BAR_HEIGHT = 160, 16
 MIN_OPACITY = 0.25
 MAX_OPACITY = 0.75
@@ -40,41 +45,34 @@ class Tile:
     """One or two lines; a line that is wider than the pixels is cut."""
 
 
-def colours(saliency_hw: NDArray[np.floating]) -> Pixels:
-    """A map [H, W] in [0, 1] as RGB [H, W, 3]."""
-    stops = np.linspace(0, 1, len(COLOUR_STOPS))
-    channels = [np.interp(saliency_hw, stops, COLOUR_STOPS[:, channel]) for channel in range(3)]
+def colours(saliency_hw: NDArray[np.floating], against_hw: NDArray[np.floating] | None = None) -> Pixels:
+    """A map [H, W] in [0, 1] as RGB [H, W, 3].
+
+    With a map of what speaks against the target, on the same scale, each pixel has the colour of the stronger of both.
+    """
+    found = _ramped(saliency_hw, COLOUR_STOPS)
+    if against_hw is None:
+        return found
+    return np.where((against_hw > saliency_hw)[..., None], _ramped(against_hw, AGAINST_STOPS), found)
+
+
+def _ramped(values_hw: NDArray[np.floating], ramp: NDArray[np.float64]) -> Pixels:
+    stops = np.linspace(0, 1, len(ramp))
+    channels = [np.interp(values_hw, stops, ramp[:, channel]) for channel in range(3)]
     return np.rint(np.stack(channels, -1)).astype(np.uint8)
 
 
-def overlay(pixels: Pixels, saliency_hw: NDArray[np.floating]) -> Pixels:
-    """The map [H, W] over the image [H, W, 3] in grey; higher values are more opaque.
+def overlay(
+    pixels: Pixels, saliency_hw: NDArray[np.floating], against_hw: NDArray[np.floating] | None = None
+) -> Pixels:
+    """The map [H, W] over the image [H, W, 3] in grey, coloured as by `colours`; higher values are more opaque.
 
     All colour is the map's: over a colour image a red object could not be told from a salient one.
     """
-    opacity = (MIN_OPACITY + (MAX_OPACITY - MIN_OPACITY) * saliency_hw)[..., None]
-    grey = (pixels @ LUMINANCE)[..., None]
-    return np.rint((1 - opacity) * grey + opacity * colours(saliency_hw)).astype(np.uint8)
-
-
-AGAINST_STOPS = COLOUR_STOPS[:, ::-1]
-"""The ramp of what speaks against a target: from dark to light through blue and green."""
-
-
-def signed_colours(saliency_hw: NDArray[np.floating], against_hw: NDArray[np.floating]) -> Pixels:
-    """What speaks for and against a target, both [H, W] in [0, 1] of one scale, as RGB: each pixel the stronger."""
-    stops = np.linspace(0, 1, len(AGAINST_STOPS))
-    against = np.stack([np.interp(against_hw, stops, AGAINST_STOPS[:, channel]) for channel in range(3)], -1)
-    is_against = (against_hw > saliency_hw)[..., None]
-    return np.where(is_against, np.rint(against).astype(np.uint8), colours(saliency_hw))
-
-
-def signed_overlay(pixels: Pixels, saliency_hw: NDArray[np.floating], against_hw: NDArray[np.floating]) -> Pixels:
-    """As `overlay`, of both maps."""
-    strength = np.maximum(saliency_hw, against_hw)
+    strength = saliency_hw if against_hw is None else np.maximum(saliency_hw, against_hw)
     opacity = (MIN_OPACITY + (MAX_OPACITY - MIN_OPACITY) * strength)[..., None]
     grey = (pixels @ LUMINANCE)[..., None]
-    return np.rint((1 - opacity) * grey + opacity * signed_colours(saliency_hw, against_hw)).astype(np.uint8)
+    return np.rint((1 - opacity) * grey + opacity * colours(saliency_hw, against_hw)).astype(np.uint8)
 
 
 def side_by_side(pixels: Pixels, saliency_hw: NDArray[np.floating]) -> Image.Image:
@@ -82,22 +80,24 @@ def side_by_side(pixels: Pixels, saliency_hw: NDArray[np.floating]) -> Image.Ima
     return in_panels((pixels, overlay(pixels, saliency_hw), colours(saliency_hw)))
 
 
-def in_panels(pictures: Sequence[Pixels]) -> Image.Image:
+def in_panels(pictures: Sequence[Pixels], *, is_signed: bool = False) -> Image.Image:
     """A record's image, overlay and map, each [H, W, 3], as `side_by_side`."""
-    return contact_sheet([Tile(own, name) for own, name in zip(pictures, PANELS, strict=True)], len(PANELS))
+    tiles = [Tile(own, name) for own, name in zip(pictures, PANELS, strict=True)]
+    return contact_sheet(tiles, len(PANELS), is_signed=is_signed)
 
 
-def contact_sheet(tiles: Sequence[Tile], columns: int) -> Image.Image:
+def contact_sheet(tiles: Sequence[Tile], columns: int, *, is_signed: bool = False) -> Image.Image:
     """All tiles in rows, with captions below, and the legend of the map's colours at the foot.
 
-    Raises ValueError if there are no tiles.
+    `is_signed`: the legend also has the colours of what speaks against the target. Raises ValueError if there are no
+    tiles.
     """
     if not tiles:
         raise ValueError("a contact sheet needs at least one tile")
     rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
     heights = [max(len(tile.pixels) for tile in row) + CAPTION_HEIGHT + MARGIN for row in rows]
     width = max(tile.pixels.shape[1] for tile in tiles) + MARGIN
-    foot = _legend()
+    foot = _legend(is_signed)
     wide = max(min(columns, len(tiles)) * width, foot.width + MARGIN) + MARGIN
     sheet = Image.new("RGB", (wide, sum(heights) + foot.height + 2 * MARGIN), BACKGROUND)
     top = MARGIN
@@ -109,17 +109,21 @@ def contact_sheet(tiles: Sequence[Tile], columns: int) -> Image.Image:
     return sheet
 
 
-def _legend() -> Image.Image:
-    """A bar of the map's colours between what its ends mean."""
-    font = ImageFont.load_default(FONT_SIZE)
-    least, most = (round(font.getlength(text)) for text in LEGEND)
-    left, right = least + MARGIN, least + MARGIN + BAR_WIDTH
-    image = Image.new("RGB", (right + MARGIN + most, BAR_HEIGHT), BACKGROUND)
-    draw = ImageDraw.Draw(image)
-    for start, text in zip((0, right + MARGIN), LEGEND, strict=True):
-        draw.text((start, BAR_HEIGHT / 2), text, fill=INK, font=font, anchor="lm")
+def _legend(is_signed: bool) -> Image.Image:
+    """A bar of the map's colours between what its ends mean; before it, signed, the bar of the other colours."""
     bar = np.broadcast_to(np.linspace(0, 1, BAR_WIDTH), (BAR_HEIGHT, BAR_WIDTH))
-    image.paste(Image.fromarray(colours(bar)), (left, 0))
+    against = (AGAINST, _ramped(bar[:, ::-1], AGAINST_STOPS)) if is_signed else ()
+    parts = [*against, LEGEND[0], _ramped(bar, COLOUR_STOPS), LEGEND[1]]
+    font = ImageFont.load_default(FONT_SIZE)
+    widths = [round(font.getlength(part)) if isinstance(part, str) else BAR_WIDTH for part in parts]
+    image = Image.new("RGB", (sum(widths) + MARGIN * (len(parts) - 1), BAR_HEIGHT), BACKGROUND)
+    draw, left = ImageDraw.Draw(image), 0
+    for part, width in zip(parts, widths, strict=True):
+        if isinstance(part, str):
+            draw.text((left, BAR_HEIGHT / 2), part, fill=INK, font=font, anchor="lm")
+        else:
+            image.paste(Image.fromarray(part), (left, 0))
+        left += width + MARGIN
     return image
 
 

@@ -46,9 +46,9 @@ def drawn(monkeypatch):
     """Collects the tiles of every sheet that is drawn."""
     sheets = []
 
-    def watched(tiles, columns):
+    def watched(tiles, columns, **options):
         sheets.append(list(tiles))
-        return contact_sheet(tiles, columns)
+        return contact_sheet(tiles, columns, **options)
 
     monkeypatch.setattr(show, "contact_sheet", watched)
     return sheets

@@ -1,11 +1,15 @@
 """Signed maps: what speaks against a target, in columns and colours of its own."""
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-from blocksight.jobs.ledger.output import map_of, signed_maps_of
+from blocksight import explain
+from blocksight.jobs.export.selection import Selection
+from blocksight.jobs.ledger.output import map_of, negative_map_of, signed_maps_of
 from blocksight.jobs.plan.config import ConfigError
-from blocksight.storage.outputs.pictures import colours, signed_colours
+from blocksight.storage.outputs.pictures import AGAINST_STOPS, COLOUR_STOPS, LUMINANCE, colours, in_panels
 from blocksight.storage.stores.local import LocalStore
 from tests.jobs.jobs_of import called, config_of, rows_in, run_here
 from tests.jobs.tiny import MODEL, folder_of_images
@@ -51,10 +55,13 @@ def test_both_are_drawn_on_one_scale(outputs):
         wanted = (row["map_low"] + (row["map_high"] - row["map_low"]) * map_of(row)) / greatest
         assert np.allclose(own, wanted, atol=1e-6)
     one, other = np.array([[1.0, 0.0, 0.2]]), np.array([[0.0, 1.0, 0.2]])
-    drawn = signed_colours(one, other)
+    drawn = colours(one, other)
     assert (drawn[0, 0] == colours(one)[0, 0]).all()
-    assert (drawn[0, 1] == drawn[0, 0][::-1]).all()  # the second colour
+    assert (drawn[0, 1] == AGAINST_STOPS[-1]).all()
     assert (drawn[0, 2] == colours(one)[0, 2]).all()
+    bright = [ramp @ LUMINANCE for ramp in (COLOUR_STOPS, AGAINST_STOPS)]
+    assert np.allclose(*bright, atol=1)  # neither looks stronger
+    assert (AGAINST_STOPS[1:-1, 2] > AGAINST_STOPS[1:-1, 0] + 50).all()  # never the reds of what speaks for it
 
 
 def test_the_second_colour_is_shown(outputs, tmp_path):
@@ -63,6 +70,49 @@ def test_the_second_colour_is_shown(outputs, tmp_path):
         assert called("show", outputs / name, "ant/000.png", "--picture", tmp_path / f"{name}.png")[0] == 0
         pictures.append((tmp_path / f"{name}-0-1.png").read_bytes())
     assert pictures[0] != pictures[1]
+
+
+def picture_of(folder, number=0):
+    with Image.open(sorted(folder.glob("*.png"))[number]) as drawn:
+        return np.asarray(drawn).astype(int)
+
+
+def test_exports_have_the_second_map(outputs, tmp_path):
+    for name in ("plain", "signed"):
+        assert called("export", outputs / name, "pictures", tmp_path / name)[0] == 0
+    assert np.abs(picture_of(tmp_path / "plain") - picture_of(tmp_path / "signed")).max() > 20
+    code, text = called("export", outputs / "signed", "numpy", tmp_path / "arrays", "--where", "target = '0-1'")
+    assert code == 0, text
+    assert "maps_negative" in text
+    index = pq.read_table(tmp_path / "arrays" / "index.parquet").to_pylist()
+    stored, against = rows_of(outputs, "signed"), np.load(tmp_path / "arrays" / "maps_negative-00000.npy")
+    assert len(against) == len(index) == 3
+    for row in index:
+        assert (against[row["row"]] == negative_map_of(stored[row["key"], "0-1"])).all()
+
+
+def test_one_picture_has_the_second_map(outputs, tmp_path):
+    image = outputs / "in" / "ant" / "000.png"
+    options = {"target": "0-1", "explainer": "gradcam", "key": "ant/000.png"}
+    plain, signed = (explain(MODEL, image, **options, signed=is_signed) for is_signed in (False, True))
+    assert plain.map_negative is None
+    assert (signed.map_negative == negative_map_of(rows_of(outputs, "signed")["ant/000.png", "0-1"])).all()
+    assert plain.save(tmp_path / "plain.png").read_bytes() != signed.save(tmp_path / "signed.png").read_bytes()
+    assert plain._repr_png_() != signed._repr_png_()
+
+
+def test_the_legend_names_both_colours():
+    panel = np.full((40, 700, 3), 90, np.uint8)
+    plain, signed = (np.asarray(in_panels((panel,) * 3, is_signed=is_signed)) for is_signed in (False, True))
+    bright = AGAINST_STOPS[-1].astype(np.uint8)
+    assert [bool((one == bright).all(-1).any()) for one in (plain, signed)] == [False, True]
+
+
+def test_targets_of_one_name_are_two_maps():
+    chosen = Selection(frozenset({("a.png", "margin")}))
+    row = {"key": "a.png", "target_index": None, "target_name": "ant - bee"}
+    assert chosen.takes({**row, "target": "margin"})
+    assert not chosen.takes({**row, "target": "0-1"})
 
 
 @pytest.mark.parametrize(
