@@ -11,7 +11,13 @@ from blocksight.cluster.checks.object_schemas import OBJECTS
 from blocksight.cluster.checks.pods import OBJECT_NAME, label_findings
 from blocksight.cluster.checks.ray_cluster import cluster_findings, name_findings
 from blocksight.cluster.checks.ray_job import ray_job_findings
-from blocksight.cluster.checks.references import Objects, job_file_findings, reference_findings, twin_findings
+from blocksight.cluster.checks.references import (
+    Objects,
+    job_file_findings,
+    reference_findings,
+    scaling_account_findings,
+    twin_findings,
+)
 from blocksight.cluster.checks.schema import CRDS, api_version, schema_findings
 
 KINDS = (*CRDS, *OBJECTS)
@@ -34,6 +40,7 @@ def object_findings(places: Sequence[Place], product: Product) -> Iterator[Findi
         if place["kind"].text in CRDS:
             yield from name_findings(place)
             yield from reference_findings(place, objects)
+            yield from scaling_account_findings(place, objects)
     yield from twin_findings(objects)
     yield from network_findings(objects)
     yield from queue_findings(objects)

@@ -1,15 +1,19 @@
 """Rules for NetworkPolicies: they reach the pods that are meant, and let the job through and nothing else."""
 
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from ipaddress import ip_address, ip_network
 
-from blocksight.cluster.checks.findings import Finding, Place
+from blocksight.cluster.checks.findings import Finding, Place, nearest
 from blocksight.cluster.checks.pods import label_findings
 from blocksight.cluster.checks.references import Objects, pod_templates
 
 MADE_BY = {"app.kubernetes.io/created-by": "kuberay-operator"}
 """The label that every pod of a RayJob carries, its submitter included."""
 METADATA_ADDRESS = ip_address("169.254.169.254")
+NAMESPACE_LABEL = "kubernetes.io/metadata.name"
+NAMESPACES = ("kuberay-system", "kuberay-operator", "kube-system", "monitoring", "default")
+"""Namespaces that are named where a cluster is set up as its documentation says."""
 OPERATOR_PORTS = (8265, 6379)
 """The dashboard, through which the operator submits and watches, and the GCS."""
 
@@ -19,6 +23,7 @@ def network_findings(objects: Objects) -> Iterator[Finding]:
     jobs = list(objects.of_kind("RayJob", "RayCluster"))
     policies = list(objects.of_kind("NetworkPolicy"))
     for policy in policies:
+        yield from _selectors(policy)
         yield from _addresses(policy)
         yield from _ports(policy)
         yield from _directions(policy)
@@ -67,10 +72,10 @@ def _ways_in(policies: list[Place]) -> Iterator[Finding]:
             why = f"the operator does not reach port {port}, so that no job is submitted or watched"
             yield place.finding("network", why, "let the operator's namespace in")
     for rule in rules:
-        if not rule["from"].value and not rule["ports"].value:
-            yield rule.finding("network", "everything is let in", "name where from")
-        elif not rule["from"].value:
-            yield rule["from"].finding("network", "everybody is let in to these ports", "name where from")
+        if not rule["from"].value:
+            yield rule["from"].finding("network", "everybody is let in", "name where from")
+        elif not _from_own(rule):
+            yield from _all_ports(rule)
 
 
 def _ways_out(policies: list[Place]) -> Iterator[Finding]:
@@ -89,9 +94,47 @@ def _ways_out(policies: list[Place]) -> Iterator[Finding]:
             yield place.finding("network", f"no name is resolved: DNS by {protocol} is closed", "open port 53")
     if not any(_opens(rule, 443, "TCP") for rule in outward):
         yield place.finding("network", "neither the bucket nor the API server is reached", "open port 443")
-    for rule in rules:
-        if not rule["to"].value and not rule["ports"].value:
-            yield rule.finding("network", "everything is let out", "name where to, or the ports")
+    for rule in outward:
+        yield from _all_ports(rule)
+
+
+def _all_ports(rule: Place) -> Iterator[Finding]:
+    """A finding for a rule, or an entry of one, that opens every port."""
+    if not rule["ports"].value:
+        yield rule["ports"].finding("network", "every port is open", "name the ports")
+    for one in rule["ports"].items():
+        if not one["port"].is_there:
+            yield one.finding("network", "every port is open", "write port: 443, or whichever it is")
+
+
+def _selectors(policy: Place) -> Iterator[Finding]:
+    """Selectors that mean everybody, or nobody."""
+    selector = policy["spec"]["podSelector"]
+    if not selector["matchLabels"].value and not selector["matchExpressions"].value:
+        why = "every pod of the namespace is meant, also those of others"
+        yield selector.finding("network", why, f"write matchLabels: {_written(MADE_BY)}")
+    peers = [
+        peer
+        for kind, side in (("ingress", "from"), ("egress", "to"))
+        for rule in policy["spec"][kind].items()
+        for peer in rule[side].items()
+    ]
+    for peer in peers:
+        if not peer.value:
+            yield peer.finding("network", "an empty peer", "write podSelector, namespaceSelector or ipBlock")
+        for key in ("podSelector", "namespaceSelector"):
+            below = peer[key]
+            is_all = not below["matchLabels"].value and not below["matchExpressions"].value
+            if below.is_there and is_all and not (key == "podSelector" and peer["namespaceSelector"].is_there):
+                yield below.finding("network", f"an empty {key} means all of them", "write matchLabels")
+        for key, value in peer["namespaceSelector"]["matchLabels"].entries():
+            if key != NAMESPACE_LABEL and get_close_matches(key, [NAMESPACE_LABEL], 1, 0.8):
+                yield value.finding("label", f"no namespace carries {key}", f"write {NAMESPACE_LABEL}")
+            near = get_close_matches(value.text, NAMESPACES, 1, 0.85)
+            if not value.text or (near and value.text not in NAMESPACES):
+                yield value.finding(
+                    "reference", f"{value.value!r} is hardly a namespace", nearest(value.text, NAMESPACES)
+                )
 
 
 def _from_own(rule: Place) -> bool:
@@ -133,8 +176,8 @@ def _ports(policy: Place) -> Iterator[Finding]:
     for place in policy.walk():
         for one in place["ports"].items():
             first, last = one["port"].value, one["endPort"].value
-            if isinstance(first, int) and not 0 < first < 65536:
-                yield one["port"].finding("port", f"{first} is no port", "write a number from 1 to 65535")
+            if str(first).isdecimal() and not (isinstance(first, int) and 0 < first < 65536):
+                yield one["port"].finding("port", f"{first!r} is no port", "write a number from 1 to 65535")
             if last is not None and not (isinstance(first, int) and isinstance(last, int) and first <= last < 65536):
                 yield one["endPort"].finding("port", f"{first} to {last} are no ports", "write port <= endPort")
 

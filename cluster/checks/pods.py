@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
+from difflib import get_close_matches
 
 from blocksight.cluster.checks.findings import Finding, Place, nearest
 from blocksight.cluster.checks.images import image_findings
@@ -38,9 +39,51 @@ LABEL_KEY = re.compile(r"([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-
 LABEL_VALUE = re.compile(r"([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?")
 VARIABLE = re.compile(r"[-._a-zA-Z][-._a-zA-Z0-9]*")
 
+GPU = "nvidia.com/gpu"
+NODE_LABELS: Mapping[str, tuple[str, ...]] = {
+    "karpenter.sh/capacity-type": ("spot", "on-demand", "reserved"),
+    "karpenter.sh/nodepool": (),
+    "eks.amazonaws.com/capacityType": ("SPOT", "ON_DEMAND", "CAPACITY_BLOCK"),
+    "eks.amazonaws.com/nodegroup": (),
+    "eks.amazonaws.com/compute-type": (),
+    "cloud.google.com/gke-spot": ("true",),
+    "cloud.google.com/gke-provisioning": ("spot", "standard", "preemptible"),
+    "cloud.google.com/gke-accelerator": (),
+    "cloud.google.com/gke-nodepool": (),
+    "cloud.google.com/machine-family": (),
+    "cloud.google.com/compute-class": (),
+    "kubernetes.io/arch": ("amd64", "arm64"),
+    "kubernetes.io/os": ("linux",),
+    "kubernetes.io/hostname": (),
+    "node.kubernetes.io/instance-type": (),
+    "topology.kubernetes.io/region": (),
+    "topology.kubernetes.io/zone": (),
+    "nvidia.com/gpu.product": (),
+    "nvidia.com/gpu.present": ("true",),
+    "nvidia.com/gpu.memory": (),
+    "nvidia.com/gpu.count": (),
+}
+"""Labels that clouds give to nodes, each with its values if they are few."""
+VARIABLES: Mapping[str, str] = {
+    "RAY_AUTH_MODE": "",
+    "RAY_AUTH_TOKEN": "",
+    "RAY_AUTH_TOKEN_PATH": "/.+",
+    "RAY_USAGE_STATS_ENABLED": "0|1",
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0|1",
+    "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1",
+    "AWS_ROLE_ARN": "arn:.+",
+    "AWS_WEB_IDENTITY_TOKEN_FILE": "/.+",
+    "AWS_REGION": r"[a-z]{2}(-[a-z]+)+-\d",
+    "AWS_DEFAULT_REGION": r"[a-z]{2}(-[a-z]+)+-\d",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+"""Variables of the pods of a job, each with the pattern of its values."""
+
 DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 DEFAULT_SECONDS = 30
 """Of Ray's drain and of Kubernetes' grace, where a file says nothing."""
+MOST_GRACE_SECONDS = 3600
 
 
 def pod_findings(template: Place) -> Iterator[Finding]:
@@ -53,12 +96,18 @@ def pod_findings(template: Place) -> Iterator[Finding]:
         yield from _toleration(toleration)
     yield from _twins((one["name"] for one in pod["volumes"].items()), "volumes")
     yield from _twins((one["name"] for one in containers(pod)), "containers")
+    if not list(pod["containers"].items()):
+        yield pod["containers"].finding("pod", "the pod has no container", "add one; Ray's comes first")
+    yield from _users(pod["securityContext"])
+    yield from _node_labels(pod)
+    yield from _taints(pod)
     yield from _shared_host(pod)
     for volume in pod["volumes"].items():
         yield from _volume(volume)
     for container in containers(pod):
         yield from image_findings(container["image"])
         yield from _privileges(pod, container)
+        yield from _users(container["securityContext"])
         yield from _amounts(container)
         yield from _mounts(pod, container)
         yield from _ports(container)
@@ -109,10 +158,42 @@ def _toleration(place: Place) -> Iterator[Finding]:
         yield place["operator"].finding("enum", why, nearest(str(operator), TOLERATION_OPERATORS))
     if operator == "Exists" and place["value"].text:
         yield place["value"].finding("toleration", "Exists takes no value", "leave it out, or write operator: Equal")
-    if operator == "Equal" and not place["key"].text:
-        yield place.finding("toleration", "Equal needs a key", "name the key of the taint")
+    if not place["key"].text:
+        why = "without a key every taint is tolerated, also that of a broken node"
+        yield place.finding("toleration", why, "name the key of the taint")
+    elif operator == "Equal" and not place["value"].text:
+        why = "Equal compares with a value, and there is none"
+        yield place["operator"].finding("toleration", why, "write operator: Exists, or the taint's value")
     if place["tolerationSeconds"].is_there and place["effect"].value != "NoExecute":
         yield place["tolerationSeconds"].finding("toleration", "it counts for NoExecute alone", "leave it out")
+
+
+def _taints(pod: Place) -> Iterator[Finding]:
+    """Nodes with GPUs carry a taint, which keeps other pods away."""
+    wants = any(container["resources"]["limits"][GPU].is_there for container in pod["containers"].items())
+    if wants and GPU not in [one["key"].text for one in pod["tolerations"].items()]:
+        why = f"nodes with GPUs carry the taint {GPU}, and no pod of these would run there"
+        yield pod["tolerations"].finding("toleration", why, f"tolerate {{key: {GPU}, operator: Exists}}")
+
+
+def _node_labels(pod: Place) -> Iterator[Finding]:
+    """Labels of well-known kinds that no node carries, so that the pod would wait for ever."""
+    for key, value in pod["nodeSelector"].entries():
+        known = [one for one in NODE_LABELS if one.partition("/")[0] == key.partition("/")[0]]
+        near = get_close_matches(key, NODE_LABELS, 1, 0.85)
+        if key not in NODE_LABELS and (known or near):
+            yield value.finding("label", f"no node carries the label {key}", nearest(key, [*known, *near]))
+        values = NODE_LABELS.get(key, ())
+        if values and value.text not in values:
+            why = f"{value.value!r} is not among {', '.join(values)}"
+            yield value.finding("enum", why, nearest(value.text, values))
+
+
+def _users(context: Place) -> Iterator[Finding]:
+    for key in ("runAsUser", "runAsGroup", "fsGroup"):
+        number = context[key].value
+        if isinstance(number, int) and not 0 <= number < 1 << 31:
+            yield context[key].finding("user", f"{number} is no number of a user or group", "write 1000")
 
 
 def _twins(names: Iterable[Place], what: str) -> Iterator[Finding]:
@@ -241,6 +322,19 @@ def _variables(container: Place) -> Iterator[Finding]:
             yield name.finding("name", f"{name.text} is set twice, and the last one counts", "set it once")
         if one["value"].is_there and one["valueFrom"].is_there:
             yield one.finding("variable", f"{name.text} has a value and a reference to one", "leave one of the two")
+        elif not one["value"].text and not one["valueFrom"].is_there:
+            yield one.finding("variable", f"{name.text} has no value", "give it one, or leave it out")
+        yield from _own_variable(name, one["value"])
+
+
+def _own_variable(name: Place, value: Place) -> Iterator[Finding]:
+    """Variables of Ray and of ours that are misspelt, or have a value that they do not take."""
+    near = get_close_matches(name.text, VARIABLES, 1, 0.85)
+    if near and name.text not in VARIABLES:
+        yield name.finding("variable", f"nobody reads {name.text}", f"write {near[0]}")
+    pattern = VARIABLES.get(name.text, "")
+    if pattern and value.text and re.fullmatch(pattern, value.text) is None:
+        yield value.finding("variable", f"{value.value!r} is no value of {name.text}", f"write one of {pattern}")
 
 
 def variable(container: Place, name: str) -> Place:
@@ -263,6 +357,9 @@ def end_findings(pod: Place, container: Place, commit_seconds: float) -> Iterato
     if drain <= Decimal(commit_seconds):
         why = f"{drain} s of drain end before a worker's commit, which may take {commit_seconds:g} s"
         yield told.finding("grace", why, f"set {DRAIN} to 60")
+    if seconds > MOST_GRACE_SECONDS:
+        why = f"a pod that hangs is kept for {seconds} s"
+        yield grace.finding("grace", why, f"write {drain + 30}")
     if seconds <= drain:
         why = f"the pod is killed after {seconds} s, while Ray drains it for {drain} s"
         yield grace.finding("grace", why, f"write terminationGracePeriodSeconds: {drain + 30}")

@@ -14,6 +14,7 @@ MAX_NAME_LETTERS = {"RayJob": 47, "RayCluster": 63}
 SET_BY_RAY_START = ("num-cpus", "num-gpus", "memory", "resources")
 SPOT = ("karpenter.sh/capacity-type", "cloud.google.com/gke-spot", "eks.amazonaws.com/capacityType")
 """Keys of labels that put a pod on machines which may be taken away."""
+MOST_IDLE_SECONDS = 3600
 REDIS = ("RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "REDIS_USERNAME")
 
 
@@ -65,6 +66,8 @@ def token_variable_findings(pod: Place) -> Iterator[Finding]:
 
 def _scaling(spec: Place) -> Iterator[Finding]:
     options, scales = spec["autoscalerOptions"], spec["enableInTreeAutoscaling"].value
+    for place in (options, *spec["workerGroupSpecs"].items()):
+        yield from idle_findings(place["idleTimeoutSeconds"])
     if scales:
         yield from context_findings(options["securityContext"])
     elif options.is_there:
@@ -82,6 +85,13 @@ def _scaling(spec: Place) -> Iterator[Finding]:
         asked = options["resources"]["requests"][resource]
         if (quantity(asked.value) or 0) > (quantity(value.value) or 0):
             yield asked.finding("amount", f"{asked.value} is asked for, but {value.value} is the limit", "ask for less")
+
+
+def idle_findings(place: Place) -> Iterator[Finding]:
+    """A finding if the time that a worker without work is kept is none, or costs."""
+    if place.is_there and not 0 < number(place) <= MOST_IDLE_SECONDS:
+        why = f"a worker without work is kept for {place.value} s"
+        yield place.finding("idle", why, f"write 1 to {MOST_IDLE_SECONDS}")
 
 
 def _head(group: Place, spec: Place) -> Iterator[Finding]:
@@ -158,8 +168,6 @@ def _group(group: Place, spec: Place) -> Iterator[Finding]:
     yield from label_findings(group["labels"])
     yield from start_option_findings(params)
     yield from token_variable_findings(template["spec"])
-    if not list(template["spec"]["containers"].items()):
-        yield template["spec"]["containers"].finding("pod", "the pod has no container", "add Ray's first")
     if params["labels"].is_there:
         yield params["labels"].finding("scaling", "KubeRay refuses it here", "write the group's own labels")
     if group["resources"].value and any(params[name].is_there for name in SET_BY_RAY_START):

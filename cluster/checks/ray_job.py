@@ -11,6 +11,9 @@ from blocksight.cluster.checks.pods import pod_findings
 from blocksight.cluster.checks.ray_cluster import access_findings, cluster_findings, number, token_variable_findings
 
 SUBMISSION_MODES = ("K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode")
+DEADLINES = {"activeDeadlineSeconds": "a job that hangs", "preRunningDeadlineSeconds": "a cluster that never starts"}
+MOST_TTL_SECONDS = 86_400
+MOST_RETRIES = 100
 PLAIN_WORDS = re.compile(r"[A-Za-z0-9_@%+=:,./ -]*")
 """A command that every shell leaves as it is."""
 
@@ -43,9 +46,17 @@ def _job_fields(spec: Place) -> Iterator[Finding]:
     elif not spec["shutdownAfterJobFinishes"].value and not spec["deletionStrategy"].is_there:
         why = "the cluster stays, and costs, after the job"
         yield spec["shutdownAfterJobFinishes"].finding("shutdown", why, "write shutdownAfterJobFinishes: true")
-    for key in ("activeDeadlineSeconds", "preRunningDeadlineSeconds"):
-        if spec[key].is_there and number(spec[key]) <= 0:
+    for key, what in DEADLINES.items():
+        if not spec[key].is_there:
+            yield spec[key].finding("deadline", f"nothing ends {what}, and its pods cost", f"write {key}")
+        elif number(spec[key]) <= 0:
             yield spec[key].finding("deadline", "a deadline is more than no second", "write a positive number")
+    if number(spec["ttlSecondsAfterFinished"]) > MOST_TTL_SECONDS:
+        why = f"the cluster stays, and costs, for {spec['ttlSecondsAfterFinished'].value} s after the job"
+        yield spec["ttlSecondsAfterFinished"].finding("deadline", why, "write 600")
+    for place in (spec["backoffLimit"], spec["submitterConfig"]["backoffLimit"]):
+        if number(place) > MOST_RETRIES:
+            yield place.finding("retry", f"a job that fails each time costs {place.value} starts", "write 5")
     for place in (spec["ttlSecondsAfterFinished"], spec["backoffLimit"], spec["submitterConfig"]["backoffLimit"]):
         if number(place) < 0:
             yield place.finding("deadline", f"{place.value} is less than none", "write 0 or more")

@@ -85,6 +85,18 @@ def reference_findings(place: Place, objects: Objects) -> Iterator[Finding]:
                 yield from objects.missing("PersistentVolumeClaim", below["persistentVolumeClaim"]["claimName"], place)
 
 
+def scaling_account_findings(job: Place, objects: Objects) -> Iterator[Finding]:
+    """The head's pod scales the cluster through the API server, so it needs its account's token."""
+    spec = job["spec"]["rayClusterSpec"] if job["kind"].text == "RayJob" else job["spec"]
+    pod = spec["headGroupSpec"]["template"]["spec"]
+    account = objects.named("ServiceAccount", pod["serviceAccountName"].text, job)
+    own = pod["automountServiceAccountToken"]
+    told = own if own.is_there or account is None else account["automountServiceAccountToken"]
+    if spec["enableInTreeAutoscaling"].value and told.value is False:
+        why = "the autoscaler in the head's pod cannot speak to the API server, and no worker ever starts"
+        yield told.finding("account", why, "write automountServiceAccountToken: true")
+
+
 def _config_map(source: Place, beside: Place, objects: Objects) -> Iterator[Finding]:
     if not source.is_there or source["optional"].value:
         return
