@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
+from tests.engine import zoo_table
 from tests.faults import mutants
 from tests.faults.mutations import tests_of
 from tests.faults.planting import PACKAGES, copied, judge, load_heavy, run_tests
@@ -147,6 +148,7 @@ def lanes() -> dict[str, Lane]:
         **{f"mutants-{group}": _mutants_of(group) for group in mutants.groups()},
         "failure-tests": _tests_marked("faults", "processes, machines and stores that fail"),
         "sweeps": _tests_marked("sweep", "further cases of what faster tests prove on fewer"),
+        "zoo": ZOO,
         "chaos": CHAOS,
     }
 
@@ -273,6 +275,30 @@ def _run_marked(marker: str, pieces: Sequence[str], seconds_left: SecondsLeft) -
         passed = "skipped" if " passed" not in printed else "passed"
         yield piece, passed if code == 0 else "failed"
 
+
+# ---------------------------------------------------------------- the zoo
+
+
+def _zoo_files() -> list[str]:
+    return [*_found("engine/**/*.py", "tests/engine/zoo*.py"), "tests/engine/zoo.txt"]
+
+
+def _zoo_pieces(seed: str, fresh: bool) -> list[str]:
+    return _shuffled(list(zoo_table.ENTRIES), seed)
+
+
+def _visit(pieces: Sequence[str], seconds_left: SecondsLeft) -> Verdicts:
+    for piece in pieces:
+        yield piece, zoo_table.renewed(piece)
+
+
+ZOO = Lane(
+    "blocks of libraries' models are right by an oracle, or refused; each verdict goes to figures/zoo.json",
+    _zoo_files,
+    _zoo_pieces,
+    _visit,
+    zoo_table.FAULTY,
+)
 
 # ---------------------------------------------------------------- chaos
 

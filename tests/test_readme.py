@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import fields
@@ -29,6 +30,7 @@ from blocksight.jobs.plan.config import load_config
 from blocksight.jobs.plan.records import Cause
 from blocksight.storage.outputs.schema import PRODUCT_COLUMNS
 from blocksight.storage.rejects import RejectCode
+from tests.engine.zoo_table import ENTRIES
 from tests.jobs.jobs_of import blocksight
 from tests.jobs.tiny import MODEL, folder_of_images, picture
 from tests.plain import without_openvino
@@ -474,9 +476,22 @@ def _planted_line(row) -> str:
     return f"| {row['network'].upper()} | `{row['method']}` | {figures} |"
 
 
+LIBRARIES = {"timm": "timm", "torchvision": "torchvision", "hf": "transformers", "parallel": "under `DataParallel`"}
+
+
+def zoo_lines(table) -> list[str]:
+    """The counts of the zoo's verdicts."""
+    verdicts = ("right", "refused", "unjudged", "left out", "not run")
+    found = dict.fromkeys(ENTRIES, "not run") | {name: row["verdict"] for name, row in table["models"].items()}
+    counts = Counter((name.split(":")[0], verdict) for name, verdict in found.items())
+    rows = [[shown, *(str(counts[own, one]) for one in verdicts)] for own, shown in LIBRARIES.items()]
+    return [f"| {' | '.join(row)} |" for row in (["library", *verdicts], ["---"] * 6, *rows)]
+
+
 @pytest.mark.parametrize(
     ("name", "file", "lines"),
     [
+        ("zoo", "zoo", zoo_lines),
         ("efficientnet_lite0", "curve-efficientnet_lite0", curve_lines),
         ("tiny_darknet", "curve-tiny_darknet", curve_lines),
         ("race", "race", race_lines),

@@ -167,38 +167,3 @@ def _agrees_with_the_library(module: nn.Module, inputs: Tensor, maps: Tensor) ->
         if has_same_numbers and not _are_same(maps, own):
             return False
     return True
-
-
-class Logits(nn.Module):
-    """A classifier of the library transformers that returns its logits."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(pixel_values=x).logits
-
-
-SMALL = {
-    "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96, "num_labels": 5,
-}  # fmt: skip
-"""Of configurations that have these keys as plain numbers; others keep their defaults."""
-
-
-def hf_classifier(kind: str, name: str) -> tuple[nn.Module, int, int | None, bool]:
-    """A classifier of the library transformers with random weights, its side in pixels, and its prefix tokens."""
-    import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    config = CONFIG_MAPPING[kind]()
-    own = getattr(config, "vision_config", config)
-    for key, value in SMALL.items():
-        if isinstance(getattr(own, key, None), int):
-            setattr(own, key, value)
-    config.num_labels = 5
-    side = getattr(own, "image_size", None)
-    side = side if isinstance(side, int) else side[0] if isinstance(side, list | tuple) else 224
-    torch.manual_seed(0)
-    model = getattr(transformers, name)(config)
-    return Logits(model), side, None, False
