@@ -8,6 +8,7 @@ from torch import Tensor
 
 from blocksight.engine.explainers.points import ImageExplainer
 from blocksight.engine.model.attention import Attention, explicit_attention
+from blocksight.engine.model.device_errors import device_trouble
 from blocksight.engine.model.taps import gradients
 from blocksight.engine.model.targets import Target
 from blocksight.engine.model.token_stream import replacing_tokens, token_blocks, token_stream
@@ -49,7 +50,9 @@ class LeGrad(ImageExplainer):
                 wanted = self.adapter.logits(example)
             try:
                 found = self._run(example).logits[-2:]
-            except RuntimeError:
+            except RuntimeError as error:
+                if device_trouble(error) is not None:
+                    raise
                 return False
         return found.shape == wanted.shape and bool((found - wanted).abs().max() <= TOLERANCE * wanted.abs().max())
 

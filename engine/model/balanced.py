@@ -6,7 +6,7 @@ gates of activations have no gradient of their own; of a product of two activati
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import pi, sqrt
 from typing import TYPE_CHECKING, Any
@@ -144,10 +144,16 @@ def _gate(limit: float) -> Rule:
     return rule
 
 
-def _divided(keep: Keep, given: Tensor, square: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """The values over the root of `square`, which is constant, with a gain and an offset."""
-    found = given / keep(square.sqrt())
-    found = found if weight is None else found * weight
+def _over_length(
+    keep: Keep, given: Tensor, axes: Sequence[int], least: float, weight: Tensor | None, bias: Tensor | None = None
+) -> Tensor:
+    """The values over their length, which is constant, with a gain and an offset."""
+    square = (given**2).mean(axes, keepdim=True) + least
+    return _with_gain(given / keep(square.sqrt()), weight, bias)
+
+
+def _with_gain(given: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    found = given if weight is None else given * weight
     return found if bias is None else found + bias
 
 
@@ -161,9 +167,8 @@ def _layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """The mean is not constant: without its gradient the terms would not sum to the output."""
-    axes = tuple(range(-len(normalized_shape), 0))
-    apart = input - input.mean(axes, keepdim=True)
-    return _divided(keep, apart, (apart**2).mean(axes, keepdim=True) + eps, weight, bias)
+    axes = _last_axes(normalized_shape)
+    return _over_length(keep, input - input.mean(axes, keepdim=True), axes, eps, weight, bias)
 
 
 def _rms_norm(
@@ -174,9 +179,12 @@ def _rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    axes = tuple(range(-len(normalized_shape), 0))
     least = torch.finfo(input.dtype).eps if eps is None else eps
-    return _divided(keep, input, (input**2).mean(axes, keepdim=True) + least, weight, None)
+    return _over_length(keep, input, _last_axes(normalized_shape), least, weight)
+
+
+def _last_axes(normalized_shape: Any) -> tuple[int, ...]:
+    return tuple(range(-len(normalized_shape), 0))
 
 
 def _group_norm(
@@ -190,11 +198,9 @@ def _group_norm(
 ) -> Tensor:
     grouped = input.unflatten(1, (num_groups, -1))
     axes = tuple(range(2, grouped.dim()))
-    apart = grouped - grouped.mean(axes, keepdim=True)
-    divided = _divided(keep, apart, (apart**2).mean(axes, keepdim=True) + eps, None, None).flatten(1, 2)
-    shape = (1, -1, *[1] * (input.dim() - 2))
-    divided = divided if weight is None else divided * weight.view(shape)
-    return divided if bias is None else divided + bias.view(shape)
+    divided = _over_length(keep, grouped - grouped.mean(axes, keepdim=True), axes, eps, None).flatten(1, 2)
+    per_channel = [None if own is None else own.view(1, -1, *[1] * (input.dim() - 2)) for own in (weight, bias)]
+    return _with_gain(divided, *per_channel)
 
 
 def _normalize(

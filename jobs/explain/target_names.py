@@ -64,10 +64,7 @@ class ResolvedTargets:
 
     def formulas(self, logits: Tensor, label: int | None) -> list[Formula]:
         """The targets of a record with these logits [K] and this label, which is known if `needs_label`."""
-        most = max(
-            (int(atom.value) for one in self.expressions for atom in one.atoms if atom.kind == "place"), default=0
-        )
-        order = logits.argsort(descending=True, stable=True)[:most].tolist()
+        order = logits.argsort(descending=True, stable=True)[: self._num_places].tolist()
 
         def index_of(atom: Atom) -> Summand:
             if atom.is_feature:

@@ -1,10 +1,13 @@
 """Errors of devices, in the words of the libraries, are told apart from errors of records and models."""
 
+import ast
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 
+from blocksight import engine
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.device_errors import DeviceTrouble, device_trouble, told_by_device
 from tests.faults.devices import DEVICE_ERRORS, OutOfResources
@@ -68,3 +71,22 @@ def test_a_sentence_holds_the_librarys_words_and_what_to_do():
     )
     assert "smaller --batch-size" in told_by_device(OUT_OF_MEMORY)
     assert "driver" in told_by_device(OutOfResources("out of resource: shared memory"))
+
+
+RUNS_NOTHING = {"_readable"}
+"""Functions whose handlers see no device: a setting of torch's."""
+
+
+def swallowing(function):
+    """Handlers of any error, in a function, after which it goes on."""
+    handlers = [node for node in ast.walk(function) if isinstance(node, ast.ExceptHandler)]
+    broad = [one for one in handlers if one.type is None or ast.unparse(one.type) in ("Exception", "RuntimeError")]
+    return [one for one in broad if not any(isinstance(node, ast.Raise) for node in ast.walk(one))]
+
+
+def test_no_handler_of_the_engine_swallows_a_trouble_of_the_device():
+    found = set()
+    for file in Path(engine.__path__[0]).rglob("*.py"):
+        functions = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)]
+        found |= {one.name for one in functions if swallowing(one)}
+    assert found == RUNS_NOTHING

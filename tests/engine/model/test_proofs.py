@@ -86,7 +86,7 @@ def test_a_class_token_may_see_more_than_the_cells_do(part):
     [
         (lambda maps: maps.transpose(2, 3), ELSEWHERE),
         (lambda maps: maps.flip(3), ELSEWHERE),
-        (lambda maps: tokens(maps.mean(3, keepdim=True).repeat(1, 1, 2, 1), 0), NO_READING),
+        (lambda maps: tokens(maps.mean(3, keepdim=True).repeat_interleave(2, 2), 0), NO_READING),
         (lambda maps: within(maps, (slice(1, 3), slice(6, 8))), NO_READING),
         (lambda maps: maps.masked_fill(maps > 2 * maps[0].max(), torch.inf), NO_READING),
         (lambda maps: 1 + 1e-7 * tokens(functional.adaptive_avg_pool2d(maps, 3), 0), NO_PICTURE),
