@@ -1,7 +1,5 @@
 """Models of a Hugging Face folder: configuration, preprocessing and safetensors; no network, none of its code."""
 
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
@@ -29,6 +27,7 @@ from blocksight.engine.model.sources.hugging_face_files import (
     object_of,
     refuse_code,
 )
+from blocksight.engine.model.sources.telling import quiet
 from blocksight.engine.model.sources.timm_models import drawn as drawn_by_timm
 from blocksight.engine.model.sources.timm_models import made as made_by_timm
 from blocksight.engine.model.sources.timm_models import options_of, preprocessing_of
@@ -127,21 +126,18 @@ def _is_classifier(kind: type) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides what the library prints; what matters is said by us."""
+    """Hides what the library prints, and its bars of progress."""
     import transformers
 
-    log = logging.getLogger("transformers")
-    before, shows = log.level, transformers.utils.logging.is_progress_bar_enabled()
-    log.setLevel(logging.CRITICAL)
-    transformers.utils.logging.disable_progress_bar()
+    bars = transformers.utils.logging
+    shows = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet("transformers"):
             yield
     finally:
-        log.setLevel(before)
         if shows:
-            transformers.utils.logging.enable_progress_bar()
+            bars.enable_progress_bar()
 
 
 def _random(kind: Any, folder: str, seed: int) -> nn.Module:

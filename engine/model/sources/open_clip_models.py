@@ -1,11 +1,8 @@
 """Models of OpenCLIP: picture features, and texts for classes, fed as the architecture or a tag of it says."""
 
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -21,6 +18,7 @@ from blocksight.engine.model.seeding import seeded
 from blocksight.engine.model.sources.feeding import fed_by
 from blocksight.engine.model.sources.files import folder_of, split, unpack
 from blocksight.engine.model.sources.open_clip_files import WEIGHTS_FILES, settings_of
+from blocksight.engine.model.sources.telling import nearest, quiet, without_weights
 from blocksight.engine.model.state_dicts import load_state, read_state
 from blocksight.engine.model.torchvision_models import RANDOM_WEIGHTS
 
@@ -34,10 +32,7 @@ def load_open_clip(name: str, weights: str | None, state: bytes | None, seed: in
     architecture, _, tag = name.partition("/")
     _refuse_unknown(architecture, tag)
     if file is None and weights != RANDOM_WEIGHTS:
-        raise ModelError(
-            f"open_clip:{name} needs --weights: a file or URI of a state dict (nothing is downloaded from a hub), or "
-            f"{RANDOM_WEIGHTS}" + (f"; there is no file {weights!r}" if weights is not None else "")
-        )
+        raise without_weights(f"open_clip:{name}", weights)
     settings, guessed = _settings(architecture, tag)
     is_quick, told = _activation(architecture, tag)
     texts = _Tokens(architecture, lambda: _tokenizer(architecture))
@@ -84,11 +79,9 @@ def _refuse_unknown(architecture: str, tag: str) -> None:
 
     known = open_clip.list_models()
     if architecture not in known:
-        near = get_close_matches(architecture, known, n=3, cutoff=0.4)
         raise ModelError(
-            f"open_clip has no architecture {architecture!r}"
-            + (f"; nearest: {', '.join(near)}" if near else "")
-            + "; a folder is written with its path: open_clip:./FOLDER"
+            f"open_clip has no architecture {architecture!r}{nearest(architecture, known)}; a folder is written with "
+            "its path: open_clip:./FOLDER"
         )
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if tag and tag not in tags:
@@ -271,17 +264,13 @@ class _Encoder:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Reaches no hub, and hides what the library prints; what matters is said by us."""
+    """Reaches no hub, and hides what the library prints."""
     from huggingface_hub import constants
 
-    log = logging.getLogger()
-    before, reaches = log.level, constants.HF_HUB_OFFLINE
-    log.setLevel(logging.CRITICAL)
+    before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = True
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             yield
     finally:
-        log.setLevel(before)
-        constants.HF_HUB_OFFLINE = reaches
+        constants.HF_HUB_OFFLINE = before

@@ -1,9 +1,7 @@
 """Models of timm: its architectures, fed as their own pretrained configuration says."""
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from inspect import signature
 from typing import Any
 
@@ -15,6 +13,7 @@ from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.preprocessing import Preprocessing, Resizing
 from blocksight.engine.model.seeding import seeded
 from blocksight.engine.model.sources.feeding import fed_by
+from blocksight.engine.model.sources.telling import nearest, quiet, without_weights
 from blocksight.engine.model.state_dicts import StateDict, fitted, load_state, read_state
 from blocksight.engine.model.torchvision_models import MAX_CLASSES, RANDOM_WEIGHTS
 
@@ -29,10 +28,7 @@ def load_timm(name: str, weights: str | None, state: bytes | None, seed: int) ->
     if weights == RANDOM_WEIGHTS:
         return drawn(name, {}, seed)
     _refuse_unknown(name)
-    raise ModelError(
-        f"timm:{name} needs --weights: a file or URI of a state dict (nothing is downloaded from a hub), or "
-        f"{RANDOM_WEIGHTS}" + (f"; there is no file {weights!r}" if weights is not None else "")
-    )
+    raise without_weights(f"timm:{name}", weights)
 
 
 def made(name: str, options: Mapping[str, Any], stored: StateDict) -> ModelAdapter:
@@ -74,10 +70,8 @@ def _refuse_unknown(name: str) -> None:
     """Raises ModelError for a name of no architecture, also for one of a hub or a folder."""
     import timm
 
-    if timm.is_model(name.partition(".")[0]):
-        return
-    near = get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
-    raise ModelError(f"timm has no model {name!r}" + (f"; nearest: {', '.join(near)}" if near else ""))
+    if not timm.is_model(name.partition(".")[0]):
+        raise ModelError(f"timm has no model {name!r}{nearest(name, timm.list_models())}")
 
 
 def _network(name: str, **options: Any) -> nn.Module:
@@ -85,8 +79,7 @@ def _network(name: str, **options: Any) -> nn.Module:
 
     _refuse_unknown(name)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # timm tells of its own old names
+        with quiet("timm"):  # it tells of its own old names
             return timm.create_model(name, pretrained=False, **options)
     except (RuntimeError, TypeError, ValueError, KeyError, AssertionError) as error:
         raise ModelError(f"timm cannot make {name!r}: {error}") from error
