@@ -435,7 +435,7 @@ MODELS: Mapping[str, ModelEntry] = {
         example="--model hf:models/dinov2-base",
     ),
     "open_clip:ARCH": ModelEntry(
-        "any model of OpenCLIP; ARCH/TAG is fed as the weights of that tag",
+        "any model of OpenCLIP; ARCH/TAG is fed as the weights of that tag; ./FOLDER is one as it saves for a hub",
         "--weights: a state dict, or random",
         example="--model open_clip:ViT-B-32/laion2b_s34b_b79k --weights clip.safetensors",
     ),

@@ -64,6 +64,8 @@ class ModelAdapter:
         """What was assumed of the input, one sentence for each of `input_size`, `mean` and `std` until it is said."""
         self.readout: ReadoutName = "softmax"
         """How a score is read from the output."""
+        self.says_readout = False
+        """The readout is what the model's own configuration says, and no guess."""
         self.texts: Texts | None = None
         """What the model says of a text; None: it reads none."""
         self.features: tuple[Atom, ...] = ()
@@ -245,8 +247,8 @@ class ModelAdapter:
         if num_classes < 2 and self.readout == "softmax":
             raise ModelError(
                 f"model {self.name!r} has one output, whose softmax is always 1: nothing can be explained; say what it "
-                "is with --readout sigmoid or probabilities, or wrap it to return two logits, such as [0, z] for a "
-                "sigmoid's z"
+                "is with --readout sigmoid, probabilities or identity (a regression), or wrap it to return two logits, "
+                "such as [0, z] for a sigmoid's z"
             )
         return num_classes
 

@@ -93,8 +93,9 @@ def check_output(adapter: ModelAdapter, asked: ReadoutName | None) -> Examinatio
 
 
 def _said(adapter: ModelAdapter, asked: ReadoutName | None) -> ReadoutName | None:
-    """The readout that is known: as asked, or that of prompts, whose model says how they are read."""
-    return adapter.readout if asked is None and adapter.prompt_embeddings is not None else asked
+    """The readout that is known: as asked, or what the model says, also of prompts."""
+    is_said = adapter.says_readout or adapter.prompt_embeddings is not None
+    return adapter.readout if asked is None and is_said else asked
 
 
 def print_findings(findings: Sequence[str], console: Console) -> None:

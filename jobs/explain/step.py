@@ -33,6 +33,7 @@ from blocksight.engine.model.feature_targets import feature_vectors
 from blocksight.engine.model.float32 import use_ieee_float32
 from blocksight.engine.model.loading import load_model
 from blocksight.engine.model.outputs import of_channels, with_one_output
+from blocksight.engine.model.sources.timm_models import at_size
 from blocksight.engine.model.targets import Target
 from blocksight.engine.saliency import Map, is_flat
 from blocksight.engine.scoring.forward import BufferedForward, Forward, empty_caches, release_memory
@@ -114,6 +115,8 @@ def as_configured(
     use_ieee_float32()  # now, because a user's factory may have changed it
     asked = {name: getattr(config, name) for name in MODEL_INPUT if name not in MODEL_SHAPE}
     names = asked.pop("class_names")
+    if config.input_size is not None:
+        adapter = at_size(adapter, config.input_size)
     fed = of_channels(adapter.fed(**asked), config.channels)
     if config.output_key is not None or source_of(config.model) is None:
         fed = with_one_output(fed, config.output_key)

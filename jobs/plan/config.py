@@ -274,6 +274,16 @@ class JobConfig(BaseModel):
     limit: int | None = Field(default=None, ge=1, description="only the first so many records")
     seed: int = Field(default=0, ge=0, le=MAX_SEED, description="of all random numbers")
 
+    @field_validator("channels", mode="before")
+    @classmethod
+    def _channels_are_of_pictures(cls, value: Any) -> Any:
+        if isinstance(value, int) and value not in (1, 3):
+            raise ValueError(
+                f"channels {value}, and pictures are read as RGB: a model of other channels is made in a factory of "
+                "yours that gives it those that it needs, --model package.module:factory"
+            )
+        return value
+
     @field_validator("blocks", mode="before")
     @classmethod
     def _blocks_may_be_one_text(cls, value: Any) -> Any:

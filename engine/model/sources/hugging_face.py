@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blocksight.engine.catalog.readouts import ReadoutName
 from blocksight.engine.catalog.sources import require
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.adapter import ModelAdapter
@@ -218,8 +219,21 @@ def _fed(model: Any, folder: str) -> ModelAdapter:
         adapter.texts = _texts(model, folder)
         return adapter
     if _is_classifier(type(model)):
-        return with_one_output(fed_by(Answer(model), own, mean, std, _class_names(model.config)))
+        adapter = fed_by(Answer(model), own, mean, std, _class_names(model.config))
+        return with_one_output(_read_as(adapter, getattr(model.config, "problem_type", None)))
     return fed_by(Feature(model), own, mean, std)
+
+
+READOUTS: Mapping[str, ReadoutName] = {"regression": "identity", "multi_label_classification": "sigmoid"}
+"""How the scores of a folder's problem type are read, other than by a softmax."""
+
+
+def _read_as(adapter: ModelAdapter, problem: str | None) -> ModelAdapter:
+    """The adapter, read as the folder's problem type says."""
+    if problem in READOUTS:
+        adapter.readout, adapter.says_readout = READOUTS[problem], True
+        adapter.notes = (f"the folder says {problem.replace('_', ' ')}: a score is read by {adapter.readout}",)
+    return adapter
 
 
 def _texts(model: Any, folder: str) -> Texts | None:

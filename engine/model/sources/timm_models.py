@@ -1,16 +1,19 @@
 """Models of timm: its architectures, fed as their own pretrained configuration says."""
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from blocksight.engine.catalog.sources import require
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.adapter import ModelAdapter
+from blocksight.engine.model.failures import first_line_of
 from blocksight.engine.model.preprocessing import Preprocessing, Resizing
+from blocksight.engine.model.resample import Grid
 from blocksight.engine.model.seeding import seeded
 from blocksight.engine.model.sources.feeding import fed_by
 from blocksight.engine.model.sources.telling import nearest, quiet, without_weights
@@ -38,10 +41,52 @@ def made(name: str, options: Mapping[str, Any], stored: StateDict) -> ModelAdapt
     count = _count_classes(network, stored)
     if count is not None and count != getattr(network, "num_classes", count):
         network = _network(name, **{**options, "num_classes": count})
+    sized = _at_size_of(network, stored)
     notes = load_state(network, stored)
     adapter = fed(network)
-    adapter.notes = (*adapter.notes, *notes)
+    adapter.notes = (*adapter.notes, *sized, *notes)
     return adapter
+
+
+def _at_size_of(network: Any, stored: StateDict) -> tuple[str, ...]:
+    """Brings a vision transformer to the input size of a file's position embeddings; says so if it differs."""
+    own, given = getattr(network, "pos_embed", None), stored.tensors.get("pos_embed")
+    is_other = isinstance(own, Tensor) and given is not None and own.dim() == given.dim() == 3
+    if not is_other or own.shape[1] == given.shape[1] or not hasattr(network, "set_input_size"):
+        return ()
+    before = math.prod(network.patch_embed.grid_size)
+    side = math.isqrt(given.shape[1] - (own.shape[1] - before))
+    if side**2 != given.shape[1] - (own.shape[1] - before):
+        return ()  # told as a shape that does not fit
+    size = tuple(side * patch for patch in network.patch_embed.patch_size)
+    _set_size(network, size)
+    network.pretrained_cfg = {**network.pretrained_cfg, "input_size": (3, *size)}
+    return (f"the file's position embeddings are of {size[0]} x {size[1]} pixels, which is the input size",)
+
+
+def at_size(adapter: ModelAdapter, size: Grid) -> ModelAdapter:
+    """A model of timm for inputs of another size, its positions resampled as timm does it; others as they are.
+
+    The module is copied. Raises ModelError if timm refuses the size.
+    """
+    network = adapter.module
+    is_free = source_name(network) is None or not hasattr(network, "set_input_size") or size == adapter.input_size
+    if is_free:
+        return adapter
+    resized = adapter.with_module(copy.deepcopy(network))
+    _set_size(resized.module, size)
+    before, after = (" x ".join(map(str, one)) for one in (adapter.input_size, size))
+    resized.notes = (*adapter.notes, f"positions are resampled from {before} to {after} pixels, as timm does it")
+    return resized
+
+
+def _set_size(network: Any, size: Sequence[int]) -> None:
+    try:
+        network.set_input_size(img_size=tuple(size))
+    except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError) as error:
+        raise ModelError(
+            f"timm cannot bring this model to {size[0]} x {size[1]} pixels (--input-size): {first_line_of(error)}"
+        ) from error
 
 
 def drawn(name: str, options: Mapping[str, Any], seed: int) -> ModelAdapter:
@@ -118,7 +163,10 @@ def preprocessing_of(pretrained: Mapping[str, Any]) -> Preprocessing:
     config = resolve_data_config(pretrained_cfg=dict(pretrained))
     channels = config["input_size"][0]
     if channels != 3:
-        raise ModelError(f"this model of timm takes {channels} channels; pictures have three")
+        raise ModelError(
+            f"this model of timm takes {channels} channels, and pictures have three: make it in a factory of yours, "
+            "--model package.module:factory, that gives it those that it needs"
+        )
     transform: Any = create_transform(**config, is_training=False)
     return Preprocessing(lambda pixels: transform(to_pil_image(pixels)), _resizings(config))
 

@@ -13,6 +13,8 @@ from blocksight.engine.errors import ModelError
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.loading import load_model
 from blocksight.engine.model.sources.feeding import BlueFirst
+from blocksight.jobs.explain.preflight import check_output
+from blocksight.jobs.explain.step import load
 from blocksight.jobs.plan.config import ConfigError, JobConfig
 from blocksight.jobs.plan.context import weights_bytes
 from blocksight.jobs.plan.model_input import with_model_file
@@ -112,3 +114,24 @@ def test_a_model_without_names_has_none(tmp_path):
     model.config.save_pretrained(tmp_path)
     config = config_of("/", "/out", model=f"hf:{tmp_path}")
     assert load_model(config.model, state=weights_bytes(config)).class_names is None
+
+
+@pytest.mark.parametrize(
+    ("problem", "readout", "count"),
+    [
+        ("regression", "identity", 1),
+        ("multi_label_classification", "sigmoid", 5),
+        ("multi_label_classification", "sigmoid", 1),
+    ],
+)
+def test_a_folder_says_how_its_scores_are_read(problem, readout, count, tmp_path):
+    """Without it one output of a regression is refused, and many sigmoids look like a softmax."""
+    model = write(tmp_path, "resnet", "ResNetForImageClassification", num_labels=count, problem_type=problem)
+    config = config_of("/", "/out", model=f"hf:{tmp_path}")
+    adapter = load(config, weights_bytes(config), "cpu", "/")
+    assert check_output(adapter, config.asked_readout).readout == readout
+    assert f"a score is read by {readout}" in adapter.notes[0]
+    assert adapter.num_classes == model.config.num_labels == count
+    other = config_of("/", "/out", model=f"hf:{tmp_path}", readout="identity")
+    found = load(other, weights_bytes(other), "cpu", "/")
+    assert check_output(found, other.asked_readout).readout == "identity"

@@ -20,6 +20,7 @@ from blocksight.engine.errors import ModelError
 from blocksight.engine.model.loading import load_model
 from blocksight.engine.model.sources.feeding import BlueFirst
 from blocksight.engine.model.sources.files import pack, split, unpack
+from blocksight.engine.model.sources.timm_models import at_size
 from blocksight.jobs.explain.step import load
 from blocksight.jobs.plan.config import ConfigError, JobConfig
 from blocksight.jobs.plan.context import weights_bytes
@@ -105,6 +106,47 @@ def test_a_file_of_timm_says_how_many_classes_there_are():
     with adapter.borrowed(), torch.no_grad():
         assert torch.allclose(adapter.logits(pixels), network(pixels), atol=1e-5)
     assert adapter.class_names is None
+
+
+def test_a_vision_transformer_of_timm_at_another_size(tmp_path):
+    """As timm resamples the positions of a file; and a file of another size is taken at its own."""
+    torch.manual_seed(0)
+    network = timm.create_model("test_vit", num_classes=5).eval()
+    file = tmp_path / "w.safetensors"
+    file.write_bytes(safetensors.torch.save(network.state_dict()))
+    config = config_of("/", "/out", model="timm:test_vit", weights=str(file), input_size=224)
+    adapter = load(config, weights_bytes(config), "cpu", "/")
+    stored = {"file": str(file), "num_classes": 5}
+    own = timm.create_model(
+        "test_vit", pretrained=True, pretrained_cfg_overlay=stored, num_classes=5, img_size=224
+    ).eval()
+    pixels = torch.randn(2, 3, 224, 224)
+    with adapter.borrowed(), torch.no_grad():
+        assert torch.allclose(adapter.logits(pixels), own(pixels), atol=1e-5)
+    assert "resampled from 160 x 160 to 224 x 224" in adapter.notes[-1]
+    larger = load_model("timm:test_vit", state=safetensors.torch.save(own.state_dict()))
+    assert larger.input_size == (224, 224)
+    assert "224 x 224 pixels, which is the input size" in larger.notes[0]
+    with larger.borrowed(), torch.no_grad():
+        assert torch.allclose(larger.logits(pixels), own(pixels), atol=1e-5)
+    odd = config_of("/", "/out", model="timm:test_vit", weights=str(file), input_size=100)
+    with pytest.raises(ModelError, match=r"cannot bring this model to 100 x 100 pixels|fails on RGB images of 100"):
+        _ = load(odd, weights_bytes(odd), "cpu", "/").num_classes
+
+
+def test_a_model_that_was_given_keeps_its_size():
+    """A user's own network is borrowed: the one at another size is a copy."""
+    adapter = load_model("timm:test_vit", weights="random")
+    assert at_size(adapter, (160, 160)) is adapter
+    other = at_size(adapter, (224, 224))
+    assert other.module.pos_embed.shape != adapter.module.pos_embed.shape
+    resnet = load_model("timm:test_resnet", weights="random")
+    assert at_size(resnet, (96, 96)) is resnet
+
+
+def test_channels_that_pictures_do_not_have_are_told():
+    with pytest.raises(ConfigError, match=r"channels 4, and pictures are read as RGB: .* package.module:factory"):
+        config_of("/", "/out", channels=4)
 
 
 @pytest.mark.parametrize(

@@ -85,9 +85,9 @@ CLASSIFIERS = [
 """Family and class of every image classifier that the library has."""
 
 
-def classifier(family: str, name: str) -> torch.nn.Module:
-    """The class with random weights of five classes, in eval mode. Every parameter counts."""
-    config = CONFIG_MAPPING[family](**SETTINGS.get(family, VIT), num_labels=5)
+def classifier(family: str, name: str, **options: Any) -> torch.nn.Module:
+    """The class with random weights, of five classes if nothing else is said, in eval mode. Every parameter counts."""
+    config = CONFIG_MAPPING[family](**{**SETTINGS.get(family, VIT), "num_labels": 5, **options})
     torch.manual_seed(0)
     model = getattr(transformers, name)(config).eval()
     for parameter in model.parameters():
@@ -113,9 +113,9 @@ def _scaled(size: Mapping[str, int]) -> Mapping[str, int]:
     return {name: round(side * SIDE / max(224, min(size.values()))) for name, side in size.items()}
 
 
-def write(folder: Path, family: str, name: str) -> torch.nn.Module:
-    """Writes model and processor to the folder, and returns the model."""
-    model = classifier(family, name)
+def write(folder: Path, family: str, name: str, **options: Any) -> torch.nn.Module:
+    """Writes model and processor to the folder, and returns the model; `options` are of its configuration."""
+    model = classifier(family, name, **options)
     model.save_pretrained(folder)
     processor(family).save_pretrained(folder)
     return model
