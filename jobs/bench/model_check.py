@@ -24,7 +24,7 @@ from blocksight.jobs.explain.step import model_facts
 from blocksight.jobs.plan.config import ConfigError, JobConfig
 from blocksight.jobs.plan.preflight import Preflight
 from blocksight.jobs.plan.records import RecordFacts
-from blocksight.jobs.run.one_picture import explained, loaded, read_picture, refuse_many
+from blocksight.jobs.run.one_picture import explained, loaded, png_file, read_picture, refuse_many
 from blocksight.jobs.worker.progress import Tally, passing
 from blocksight.storage.images.decode import fit
 from blocksight.storage.outputs.pictures import Pixels
@@ -112,6 +112,7 @@ def check_model_on(config: JobConfig, image: str | None, output: Path, console: 
     demo, or else a drawn picture. Raises ConfigError, ModelError and StoreError.
     """
     refuse_many(config)
+    png_file(output)  # before any work
     picture = read_picture(_picture(image), None, config.endpoint_url)
     with TemporaryDirectory(prefix="blocksight-") as folder, one_thread(), fixed_float32():  # as a worker has them
         return _checked(config.model_copy(update={"output": folder}), picture, output, console)

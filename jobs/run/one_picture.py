@@ -59,6 +59,13 @@ Picture = str | Path | bytes | Image.Image | NDArray[np.uint8] | Tensor
 
 OF_MANY = {"data", "output", "limit", "labels", "class_map"}
 """Keys of a job's configuration that one picture has no use for."""
+OTHER_NAMES = {
+    "method": "explainer",
+    **dict.fromkeys(("layer", "layers", "target_layer", "target_layers"), "blocks"),
+    **dict.fromkeys(("targets", "class_idx", "target_category"), "target"),
+    **dict.fromkeys(("size", "image_size"), "input_size"),
+}
+"""Options by the names that other libraries and papers have for them."""
 MAX_SIDE = 1024
 """Longer side of a saved overlay, in pixels."""
 NO_FILE = "picture"
@@ -132,11 +139,11 @@ class ExplainedPicture:
         return figure
 
     def save(self, path: str | Path) -> Path:
-        """Writes the overlay as a PNG file, over an older one, and returns its path.
+        """Writes the overlay as a PNG file, whose name may say `.png` or nothing, over an older one; returns its path.
 
         The longer side is the picture's own, 1,024 pixels at most. Raises ConfigError if it cannot be written.
         """
-        file = Path(path).expanduser()
+        file = png_file(path)
         try:
             Image.fromarray(self.at_size(min(MAX_SIDE, max(self.pixels.shape[:2]))).overlay).save(file, "PNG")
         except OSError as error:
@@ -150,6 +157,16 @@ class ExplainedPicture:
         shown, buffer = self.at_size(), io.BytesIO()
         in_panels((shown.image, shown.overlay, shown.colours), is_signed=shown.is_signed).save(buffer, "PNG")
         return buffer.getvalue()
+
+
+def png_file(path: str | Path) -> Path:
+    """The file of a picture to be written. Raises ConfigError if its folder is missing, or it is named as no PNG."""
+    file = Path(path).expanduser()
+    if file.suffix.lower() not in ("", ".png"):
+        raise ConfigError(f"the picture is written as PNG, and {file.name} says {file.suffix}: name it .png")
+    if not file.parent.is_dir():
+        raise ConfigError(f"the picture {file} cannot be written: there is no folder {file.parent}")
+    return file
 
 
 def explain(
@@ -168,7 +185,8 @@ def explain(
     `model` is a name as in `--model` (with `weights=`, if it needs them), a ModelAdapter, or an nn.Module, which is fed
     224 x 224 pixels with ImageNet's mean and std, or as timm's own configuration says of a module of timm, unless
     `input_size=`, `mean=` and `std=` say otherwise. It is given back as it was. `image` is a path or s3:// URI, an
-    image file's bytes, a PIL image, a uint8 array [H, W, 3], or a uint8 tensor [3, H, W]: pixels before any transform.
+    image file's bytes, a PIL image, a uint8 array [H, W, 3], [H, W] or [H, W, 4], or a uint8 tensor [3, H, W]: pixels
+    before any transform.
     `options` are the other keys of a job's configuration, such as `parameters={"mu": 0.3}`, `fidelity="balanced"`,
     `blocks=("layer4",)`, `resize="crop"` or `seed=1`, and `batch_size`.
 
@@ -228,7 +246,9 @@ def _config(
     known = [*(name for name in JobConfig.model_fields if name not in OF_MANY), "batch_size"]
     for name in options:
         if name not in known:
-            raise ConfigError(f"explain takes no option {name!r}; {nearest(name, known)}")
+            meant = OTHER_NAMES.get(name)
+            hint = f"it is called {meant!r} here" if meant else nearest(name, known)
+            raise ConfigError(f"explain takes no option {name!r}; {hint}")
     if not isinstance(model, str) and options.get("weights") is not None:
         raise ConfigError("weights belong to a model that is named; this one is in memory and holds its own")
     config, execution = load_config(
@@ -238,12 +258,25 @@ def _config(
             "data": f"{folder}/data",
             "output": f"{folder}/output",
             "model": _name_of(model),
-            "target": target if isinstance(target, str) else index(target),
+            "target": _target(target),
             "explainer": explainer,
         },
     )
     refuse_many(config)
     return with_model_file(config), execution.batch_size
+
+
+def _target(target: Any) -> str | int:
+    """A target as text or a class number, which may be NumPy's or torch's. Raises ConfigError."""
+    if isinstance(target, str):
+        return target
+    try:
+        return index(target)
+    except TypeError as error:
+        raise ConfigError(
+            f"the target is a {type(target).__name__}; wanted one class number, one class name, or another target of "
+            "`--target` as text, such as 'predicted' or '281-282'"
+        ) from error
 
 
 def refuse_many(config: JobConfig) -> None:
@@ -340,11 +373,14 @@ def read_picture(image: Picture, key: str | None, endpoint_url: str | None = Non
     shown = image
     if isinstance(image, Tensor):
         shown = image.detach().cpu().permute(1, 2, 0).numpy() if image.dim() == 3 else image
-    is_pixels = isinstance(shown, np.ndarray) and shown.dtype == np.uint8 and shown.ndim == 3 and shown.shape[2] == 3
-    if not is_pixels or not shown.size:
+    is_bytes = isinstance(shown, np.ndarray) and shown.dtype == np.uint8 and shown.size
+    if is_bytes and (shown.ndim == 2 or shown.shape[2:] == (4,)):  # grey, or with transparency, as a file may be
+        return _of_pillow(Image.fromarray(shown), name)
+    if not is_bytes or shown.shape[2:] != (3,):
         raise ConfigError(
-            f"the picture is a {_described(image)}; wanted a path, bytes, a PIL image, a uint8 array [H, W, 3] or a "
-            "uint8 tensor [3, H, W] of RGB, before any transform: floats do not say how they were normalised"
+            f"the picture is a {_described(image)}; wanted one picture: a path, bytes, a PIL image, a uint8 array "
+            "[H, W, 3] or a uint8 tensor [3, H, W] of RGB, before any transform: floats do not say how they were "
+            "normalised"
         )
     pixels = np.ascontiguousarray(shown)
     return pixels, RecordFacts(name, name, 0, None, height=pixels.shape[0], width=pixels.shape[1])
@@ -360,6 +396,8 @@ def _described(image: Any) -> str:
 
 
 def _file(place: str, endpoint_url: str | None) -> bytes:
+    if "://" not in place and Path(place).expanduser().is_dir():
+        raise ConfigError(f"{place} is a folder, and explain takes one picture: `blocksight explain` takes folders")
     store, name = open_file(str(Path(place).expanduser()) if "://" not in place else place, endpoint_url)
     try:
         return store.read(name, length=MAX_IMAGE_BYTES + 1)

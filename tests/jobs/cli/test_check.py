@@ -158,6 +158,13 @@ def test_a_folder_without_pictures_is_refused(tmp_path):
     assert "holds no picture" in str(ran.exception)
 
 
+def test_a_picture_that_cannot_be_written_is_refused_before_any_work(folder):
+    for name, told in (("map.jpg", "name it .png"), ("missing/map.png", "there is no folder")):
+        ran = checked("--model", "nowhere:model", "--data", str(folder), "--output", str(folder / name))
+        assert isinstance(ran.exception, ConfigError)
+        assert told in str(ran.exception)
+
+
 def test_without_the_demo_a_picture_is_drawn(monkeypatch):
     def missing():
         raise ConfigError("not installed")

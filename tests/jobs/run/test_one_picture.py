@@ -84,6 +84,16 @@ def test_every_form_of_a_picture_gives_one_map(data):
     assert all(np.array_equal(maps[0], one) for one in maps[1:])
 
 
+@pytest.mark.parametrize("mode", ["L", "RGBA"])
+def test_an_array_of_grey_or_with_transparency_is_read_as_its_file_is(mode, tmp_path):
+    pixels = np.asarray(Image.open(io.BytesIO(picture(1))).convert("RGBA"), np.uint8).copy()
+    pixels[..., 3] = np.arange(pixels.shape[1]) % 256
+    pixels = pixels if mode == "RGBA" else pixels[..., 0]
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    maps = [explained(make(), form, explainer="gradcam").map for form in (pixels, tmp_path / "picture.png")]
+    assert np.array_equal(*maps)
+
+
 def test_a_picture_of_pillow_is_turned_and_put_on_white_as_its_file_is(tmp_path):
     clear = Image.open(io.BytesIO(picture(1))).convert("RGBA")
     clear.putalpha(Image.linear_gradient("L").resize(clear.size))
@@ -142,8 +152,10 @@ def test_a_picture_is_plotted_and_saved(data, tmp_path):
     assert [axes.get_title() for axes in figure.axes] == list(PANELS)
     for shown in (figure, found):
         assert shown._repr_png_().startswith(b"\x89PNG")
-    with pytest.raises(ConfigError, match="cannot be written: No such file or directory"):
+    with pytest.raises(ConfigError, match="cannot be written: there is no folder"):
         found.save(tmp_path / "missing" / "overlay.png")
+    with pytest.raises(ConfigError, match=r"overlay.jpg says .jpg: name it .png"):
+        found.save(tmp_path / "overlay.jpg")
 
 
 def test_a_large_picture_is_saved_small(tmp_path):
@@ -181,7 +193,12 @@ def test_a_long_method_shows_progress(data, monkeypatch):
         ({"image": "missing.png"}, ConfigError, "there is no picture missing.png"),
         ({"image": b"plain text"}, ConfigError, "not_an_image"),
         ({"image": np.zeros((8, 8, 3))}, ConfigError, "float64 ndarray of shape 8 x 8 x 3"),
-        ({"image": np.zeros((8, 8), np.uint8)}, ConfigError, "uint8 ndarray of shape 8 x 8;"),
+        ({"image": np.zeros((3, 8, 8), np.uint8)}, ConfigError, "uint8 ndarray of shape 3 x 8 x 8;"),
+        ({"image": "."}, ConfigError, ". is a folder, and explain takes one picture"),
+        ({"target": [1, 2]}, ConfigError, "the target is a list; wanted one class number"),
+        ({"target": None}, ConfigError, "the target is a NoneType"),
+        ({"method": "gradcam"}, ConfigError, "no option 'method'; it is called 'explainer' here"),
+        ({"target_layers": ["layer4"]}, ConfigError, "it is called 'blocks' here"),
         ({"image": np.zeros((0, 8, 3), np.uint8)}, ConfigError, "shape 0 x 8 x 3"),
         ({"image": torch.zeros(1, 3, 8, 8)}, ConfigError, "float32 Tensor of shape 1 x 3 x 8 x 8"),
         ({"image": torch.zeros(3, 8, 8)}, ConfigError, "floats do not say how they were normalised"),
