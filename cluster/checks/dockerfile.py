@@ -9,6 +9,7 @@ from blocksight.cluster.checks.documents import DocumentError, json_document
 from blocksight.cluster.checks.findings import Finding, Place, nearest
 from blocksight.cluster.checks.images import image_findings
 from blocksight.cluster.checks.literals import is_secret, secret_findings
+from blocksight.cluster.checks.variables import assigned_findings
 
 INSTRUCTIONS = (
     *("ADD", "ARG", "CMD", "COPY", "ENTRYPOINT", "ENV", "EXPOSE", "FROM", "HEALTHCHECK", "LABEL", "ONBUILD", "RUN"),
@@ -49,12 +50,15 @@ def dockerfile_findings(place: Place, product: Product) -> Iterator[Finding]:
     found = list(instructions(place))
     yield from _bases(place, found)
     yield from _user(place, found)
+    yield from _arguments(found)
+    yield from _copies(found)
     for one in found:
         yield from secret_findings(one.place)
         if one.name not in INSTRUCTIONS:
             yield one.place.finding("schema", f"{one.name} is no instruction", nearest(one.name, INSTRUCTIONS))
         if one.name in ("ARG", "ENV"):
             yield from _variables(one)
+            yield from assigned_findings(one.place, one.rest)
         if one.name == "RUN":
             yield from _run(one)
         if one.name == "ADD":
@@ -80,24 +84,62 @@ def _bases(place: Place, found: list[Instruction]) -> Iterator[Finding]:
     """Each base is pinned, an earlier stage, or an argument whose default is pinned."""
     arguments = dict(one.rest.partition("=")[::2] for one in found if one.name == "ARG")
     stages: list[str] = []
+    is_named = False
     for one in found:
         if one.name == "FROM":
             words = [word for word in one.rest.split() if not word.startswith("--")]
             base = re.sub(r"\$\{?(\w+)\}?", lambda name: arguments.get(name[1], ""), words[0] if words else "")
             if base not in stages:
                 yield from image_findings(one.place, base)
-            if len(words) == 3 and words[1].upper() == "AS":
+            is_named = len(words) == 3 and words[1].upper() == "AS"
+            if is_named:
                 stages.append(words[2])
             elif len(words) != 1:
                 yield one.place.finding("schema", "FROM takes IMAGE, or IMAGE AS NAME", "write one of the two")
         source = re.search(r"--from=(\S+)", one.rest)
-        if one.name == "COPY" and source is not None and source[1] not in stages and not source[1].isdecimal():
+        if one.name == "COPY" and source is not None and source[1] not in stages[: -1 if is_named else None]:
             if "@" in source[1] or "/" in source[1] or ":" in source[1]:
                 yield from image_findings(one.place, source[1])
             else:
                 yield one.place.finding("reference", f"no stage {source[1]!r} is before", nearest(source[1], stages))
     if not any(one.name == "FROM" for one in found):
         yield place.finding("schema", "it has no FROM", "name the base first")
+
+
+def _arguments(found: list[Instruction]) -> Iterator[Finding]:
+    """What a stage uses, and no ARG or ENV of the stage sets."""
+    given: set[str] = set()
+    for one in found:
+        given = set() if one.name == "FROM" else given
+        given |= {pair["name"] for pair in PAIR.finditer(one.rest)} if one.name in ("ARG", "ENV") else set()
+        given |= {one.rest} if one.name == "ARG" else set()
+        if one.name in ("RUN", "ENV", "LABEL", "COPY"):
+            known = {*given, *(own["name"] for own in re.finditer(r"\b(?P<name>\w+)=", one.rest)), "PATH", "HOME"}
+            for name in dict.fromkeys(re.findall(r"\$\{?([A-Za-z_]\w*)\}?", one.rest)):
+                if name not in known:
+                    yield one.place.finding("reference", f"nothing sets ${name} in this stage", nearest(name, given))
+
+
+def _copies(found: list[Instruction]) -> Iterator[Finding]:
+    """What is copied out of a stage was made there; the list of versions is copied before pip reads it."""
+    stages: dict[str, list[Instruction]] = {}
+    own: list[Instruction] = []
+    for one in found:
+        if one.name == "FROM":
+            own = stages.setdefault(one.rest.rpartition(" ")[2], [])
+        words = [word for word in one.rest.split() if not word.startswith("--")]
+        source = re.search(r"--from=(\S+)", one.rest)
+        if one.name == "COPY" and source is not None and source[1] in stages:
+            for word in words[:-1]:
+                if not any(word in before.rest for before in stages[source[1]]):
+                    yield one.place.finding("reference", f"the stage {source[1]} makes no {word}", "copy what it makes")
+        for listed in re.findall(r"\s(?:-c|--constraint|-r)[ =](\S+)", one.rest) if one.name == "RUN" else []:
+            if not any(before.name == "COPY" and before.rest.endswith(f" {listed}") for before in own):
+                yield one.place.finding("reference", f"{listed} was not copied before", f"COPY {listed} {listed}")
+        for word in re.findall(r"\bPATH=(/[^:\s]+)/bin", one.rest) if one.name == "ENV" else []:
+            if not any(before.name in ("COPY", "RUN") and word in before.rest.split() for before in own):
+                yield one.place.finding("reference", f"nothing puts programs into {word}", "name where they are copied")
+        own.append(one)
 
 
 def _user(place: Place, found: list[Instruction]) -> Iterator[Finding]:

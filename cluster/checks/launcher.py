@@ -21,12 +21,18 @@ from blocksight.cluster.checks.literals import secret_findings
 from blocksight.cluster.checks.ray_options import START_OPTIONS
 from blocksight.cluster.checks.schema import faults_of
 from blocksight.cluster.checks.shell import INSTALLS
+from blocksight.cluster.checks.variables import assigned_findings
 
 LOOPBACK = ("127.0.0.1", "localhost")
 TOKEN_FILE = ".ray/auth_token"
 OWNED = re.compile(r"--privileged|--cap-add|--pid[= ]host|--user[= ](root|0)\b|-v[ =]?/:|--device[ =]/dev/(sd|nvme)")
 """Options of `docker run` that give the container the machine."""
 MAX_IDLE_MINUTES = 60
+BOOTSTRAP = "~/ray_bootstrap_config.yaml"
+"""Where Ray's launcher puts its configuration on the head."""
+DEVICE = re.compile(r"/dev/(sd[a-z]\d?|xvd[a-z])")
+LEAST_DISK_GIB, MOST_DISK_GIB = 50, 16_384
+"""Of a machine: the image, weights, and what Ray spills; and what EBS has."""
 METADATA_HOPS = 2
 """From a container to the metadata of its machine: itself and the machine."""
 
@@ -36,7 +42,10 @@ def launcher_findings(place: Place, product: Product) -> Iterator[Finding]:
     yield from secret_findings(place)
     for error in Draft7Validator(_ray_schema()).iter_errors(place.value):
         yield from faults_of(place, error)
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*", place["cluster_name"].text) is None:
+        yield place["cluster_name"].finding("name", "it becomes a tag of machines", "write letters, digits and -")
     yield from _provider(place)
+    yield from _login(place)
     yield from _types(place)
     for key in ("image", "head_image", "worker_image"):
         if place["docker"][key].is_there:
@@ -78,10 +87,27 @@ def _provider(place: Place) -> Iterator[Finding]:
     if provider["use_internal_ips"].value is not True:
         why = "machines get public addresses, on which Ray listens"
         yield provider["use_internal_ips"].finding("network", why, "write use_internal_ips: true")
+    known = _ray_schema()["properties"]["provider"]["properties"]
+    for key, one in provider.entries():
+        if key not in known:
+            yield one.finding("schema", f"provider has no {key}", nearest(key, known))
+    if provider["cache_stopped_nodes"].value is not False:
+        why = "machines are stopped, not ended, and their disks cost"
+        yield provider["cache_stopped_nodes"].finding("idle", why, "write cache_stopped_nodes: false")
     minutes = idle.value if idle.is_there else 5
     if isinstance(minutes, int) and not 0 < minutes <= MAX_IDLE_MINUTES:
         why = f"a machine without work is kept for {minutes} minutes"
         yield idle.finding("idle", why, f"write 1 to {MAX_IDLE_MINUTES}")
+
+
+def _login(place: Place) -> Iterator[Finding]:
+    user, name = place["auth"]["ssh_user"], place["docker"]["container_name"]
+    images = [one["node_config"]["ImageId"].text for _, one in place["available_node_types"].entries()]
+    if not user.text or ("" in images and user.text != "ubuntu"):
+        why = f"{user.value!r} cannot log in: the user of Ray's own machine image is ubuntu"
+        yield user.finding("login", why, "write ssh_user: ubuntu, or name an ImageId with this user")
+    if place["docker"].is_there and not name.text:
+        yield name.finding("schema", "Ray does not know the container again", "write container_name: ray")
 
 
 def _types(place: Place) -> Iterator[Finding]:
@@ -95,8 +121,10 @@ def _types(place: Place) -> Iterator[Finding]:
     for name, one in types.entries():
         low, high = (_count(one["min_workers"], 0), _count(one["max_workers"], most))
         least += low
-        if low > high:
-            yield one["min_workers"].finding("replicas", f"at least {low}, at most {high}", "write min <= max")
+        if not 0 <= low <= high:
+            yield one["min_workers"].finding("replicas", f"at least {low}, at most {high}", "write 0 <= min <= max")
+        if high > most:
+            yield one["max_workers"].finding("replicas", f"{high}, but {most} in all", "raise the max_workers of all")
         yield from _node(one, is_head=name == head.text)
     if least > most:
         why = f"at least {least} workers by type, but {most} in all"
@@ -127,15 +155,31 @@ def _node(node: Place, *, is_head: bool) -> Iterator[Finding]:
     if options["HttpPutResponseHopLimit"].value != METADATA_HOPS:
         why = "a container is two hops from the metadata: with one it has no role, with more others have it"
         yield options["HttpPutResponseHopLimit"].finding("metadata", why, f"write {METADATA_HOPS}")
-    for disk in config["BlockDeviceMappings"].items():
-        if disk["Ebs"].is_there and disk["Ebs"]["Encrypted"].value is not True:
-            yield disk["Ebs"]["Encrypted"].finding("disk", "the disk is not encrypted", "write Encrypted: true")
+    yield from _disks(config["BlockDeviceMappings"])
+    market = config["InstanceMarketOptions"]
+    if market.is_there and not market["MarketType"].text:
+        yield market.finding("schema", "it says no market", "write MarketType: spot, or leave it out")
     if is_head and config["InstanceMarketOptions"]["MarketType"].value == "spot":
         why = "a spot machine may be taken away, and the driver with it"
         yield config["InstanceMarketOptions"].finding("head", why, "leave it out here")
     if is_head and node["resources"]["CPU"].value != 0:
         why = "the head takes work, which dies with the driver, and stands in the driver's memory"
         yield node["resources"]["CPU"].finding("head", why, "write resources: {CPU: 0}")
+
+
+def _disks(disks: Place) -> Iterator[Finding]:
+    if not disks.value:
+        why = "the disk of the machine image is too small for images and weights"
+        yield disks.finding("disk", why, "write BlockDeviceMappings with a VolumeSize of 100")
+    for disk in disks.items():
+        size, name = disk["Ebs"]["VolumeSize"], disk["DeviceName"]
+        if not isinstance(size.value, int) or not LEAST_DISK_GIB <= size.value <= MOST_DISK_GIB:
+            why = f"{size.value!r} GiB is no size for images and weights"
+            yield size.finding("disk", why, f"write {LEAST_DISK_GIB} to {MOST_DISK_GIB}")
+        if DEVICE.fullmatch(name.text) is None:
+            yield name.finding("disk", f"{name.value!r} is no disk", "write /dev/sda1")
+        if disk["Ebs"]["Encrypted"].value is not True:
+            yield disk["Ebs"]["Encrypted"].finding("disk", "the disk is not encrypted", "write Encrypted: true")
 
 
 @cache
@@ -187,9 +231,16 @@ def _file_mounts(place: Place) -> Iterator[Finding]:
     for target, source in mounts.entries():
         if not target.startswith(("/", "~")):
             yield source.finding("path", f"{target!r} is no place on the machine", "write a path from the root: /...")
-        if not source.text.startswith(("/", "~")) and not (Path(place.file).parent / source.text).exists():
+        if not source.text:
+            yield source.finding("reference", "nothing is put there", "name a file")
+        elif not source.text.startswith(("/", "~")) and not (Path(place.file).parent / source.text).exists():
             yield source.finding("reference", f"{source.value!r} is not beside this file", "name a file that is there")
-    if not any(target.endswith(TOKEN_FILE) for target, _ in mounts.entries()):
+    if not any(target.endswith(".toml") for target, _ in mounts.entries()):
+        yield mounts.finding("reference", "the driver has no configuration", "mount job.toml")
+    tokens = [source for target, source in mounts.entries() if target.endswith(TOKEN_FILE)]
+    if any(source.text and not source.text.endswith(TOKEN_FILE) for source in tokens):
+        yield tokens[0].finding("reference", "Ray writes no token there", f"write ~/{TOKEN_FILE}")
+    if not tokens:
         why = "the machines have no token, and whoever reaches the head runs code there"
         yield mounts.finding("token", why, f"mount ~/{TOKEN_FILE}")
 
@@ -203,9 +254,9 @@ def _start(place: Place) -> Iterator[Finding]:
         return
     if "head" not in told:
         yield head.finding("ray-start", "nothing starts the head", "write ray start --head")
-    if "autoscaling-config" not in told:
-        why = "without --autoscaling-config no worker is ever started"
-        yield head.finding("scaling", why, "write --autoscaling-config=~/ray_bootstrap_config.yaml")
+    if told.get("autoscaling-config") != BOOTSTRAP:
+        why = "without the launcher's own file no worker is ever started"
+        yield head.finding("scaling", why, f"write --autoscaling-config={BOOTSTRAP}")
     if told.get("num-cpus") != "0":
         yield head.finding("head", "the head takes work, which dies with the driver", "write --num-cpus=0")
     if told.get("dashboard-host", LOOPBACK[0]) not in LOOPBACK:
@@ -222,10 +273,13 @@ def _starts(commands: Place) -> Iterator[Finding]:
     if _ray_start(commands) is None:
         yield commands.finding("ray-start", "nothing starts Ray", "write ray start ...")
         return
+    if "ray stop" not in [one.text for one in commands.items()]:
+        yield commands.finding("ray-start", "a second `ray up` finds a Ray that runs already", "write ray stop first")
     for one in commands.items():
         if "ray start" in one.text:
             if "RAY_AUTH_MODE=token" not in one.text:
                 yield one.finding("token", "without a token, whoever reaches the machine runs code there", _TOKEN)
+            yield from assigned_findings(one, one.text)
             for option in _options(one.text):
                 if option not in START_OPTIONS:
                     yield one.finding(

@@ -10,6 +10,7 @@ from blocksight.cluster.checks.findings import Finding, Place, nearest
 from blocksight.cluster.checks.images import image_findings
 from blocksight.cluster.checks.object_schemas import EFFECTS
 from blocksight.cluster.checks.quantities import quantity
+from blocksight.cluster.checks.variables import variable_findings
 
 ENUMS: Mapping[str, tuple[str, ...]] = {
     "restartPolicy": ("Always", "OnFailure", "Never"),
@@ -64,22 +65,6 @@ NODE_LABELS: Mapping[str, tuple[str, ...]] = {
     "nvidia.com/gpu.count": (),
 }
 """Labels that clouds give to nodes, each with its values if they are few."""
-VARIABLES: Mapping[str, str] = {
-    "RAY_AUTH_MODE": "",
-    "RAY_AUTH_TOKEN": "",
-    "RAY_AUTH_TOKEN_PATH": "/.+",
-    "RAY_USAGE_STATS_ENABLED": "0|1",
-    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0|1",
-    "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1",
-    "AWS_ROLE_ARN": "arn:.+",
-    "AWS_WEB_IDENTITY_TOKEN_FILE": "/.+",
-    "AWS_REGION": r"[a-z]{2}(-[a-z]+)+-\d",
-    "AWS_DEFAULT_REGION": r"[a-z]{2}(-[a-z]+)+-\d",
-    "CUDA_VISIBLE_DEVICES": "",
-}
-"""Variables of the pods of a job, each with the pattern of its values."""
-
 DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 DEFAULT_SECONDS = 30
 """Of Ray's drain and of Kubernetes' grace, where a file says nothing."""
@@ -324,17 +309,7 @@ def _variables(container: Place) -> Iterator[Finding]:
             yield one.finding("variable", f"{name.text} has a value and a reference to one", "leave one of the two")
         elif not one["value"].text and not one["valueFrom"].is_there:
             yield one.finding("variable", f"{name.text} has no value", "give it one, or leave it out")
-        yield from _own_variable(name, one["value"])
-
-
-def _own_variable(name: Place, value: Place) -> Iterator[Finding]:
-    """Variables of Ray and of ours that are misspelt, or have a value that they do not take."""
-    near = get_close_matches(name.text, VARIABLES, 1, 0.85)
-    if near and name.text not in VARIABLES:
-        yield name.finding("variable", f"nobody reads {name.text}", f"write {near[0]}")
-    pattern = VARIABLES.get(name.text, "")
-    if pattern and value.text and re.fullmatch(pattern, value.text) is None:
-        yield value.finding("variable", f"{value.value!r} is no value of {name.text}", f"write one of {pattern}")
+        yield from variable_findings(name.text, name, one["value"])
 
 
 def variable(container: Place, name: str) -> Place:

@@ -33,6 +33,8 @@ GPUS = (
     *("L4", "L40", "L40S", "M60", "MI300X", "P100", "P4", "RTX3090", "RTX4090", "RTX5090", "RTX6000-Ada", "RTXA4000"),
     *("RTXA5000", "RTXA6000", "RTXPRO6000", "T4", "T4g", "V100", "V100-32GB"),
 )
+MOST_GPUS = 16
+MOST_DISK_GB = 10_000
 AMOUNT = re.compile(r"\d+(\.\d+)?\+?|\d+x")
 SIZE = re.compile(r"\d+(\.\d+)?([kmgtp]b?)?\+?", re.IGNORECASE)
 WORTH_A_RETRY = {1, 4}
@@ -80,6 +82,8 @@ def _resources(place: Place) -> Iterator[Finding]:
         one["accelerators"].is_there or one["cpus"].is_there or one["instance_type"].is_there for one in choices
     ):
         yield place.finding("amount", "nothing says what machine it is", "write accelerators, or cpus and memory")
+    if not any(one["memory"].is_there or one["instance_type"].is_there for one in choices):
+        yield place["memory"].finding("amount", "the cheapest machine may have too little memory", "write memory: 32+")
     image = place["image_id"]
     if not image.text.startswith("docker:"):
         why = "the machine runs what the cloud gives it"
@@ -103,11 +107,14 @@ def _machine(place: Place) -> Iterator[Finding]:
     for name, count, one in named:
         if name not in GPUS and not name.startswith("tpu-"):
             yield one.finding("enum", f"{name!r} is no GPU that is known here", nearest(name, GPUS))
-        if count is not None and (not isinstance(count, (int, float)) or count <= 0):
-            yield one.finding("quantity", f"{count!r} is no number of GPUs", "write 1 or more")
+        if count is not None and (not isinstance(count, (int, float)) or not 0 < count <= MOST_GPUS):
+            yield one.finding("quantity", f"{count!r} is no number of GPUs", f"write 1 to {MOST_GPUS}")
     for key, pattern in (("cpus", AMOUNT), ("memory", SIZE), ("disk_size", SIZE)):
         if place[key].is_there and pattern.fullmatch(str(place[key].value)) is None:
             yield place[key].finding("quantity", f"{place[key].value!r} is no amount", "write 8, or 8+ for at least 8")
+    size = place["disk_size"].value
+    if isinstance(size, int) and size > MOST_DISK_GB:
+        yield place["disk_size"].finding("quantity", f"a disk of {size} GB costs more than the job", "write 100")
     for key, known in (("disk_tier", DISK_TIERS), ("network_tier", NETWORK_TIERS)):
         if place[key].is_there and place[key].value not in known:
             yield place[key].finding(
@@ -160,6 +167,8 @@ def _files(task: Place) -> Iterator[Finding]:
     for target, source in mounts.entries():
         if not target.startswith(("/", "~", "./")):
             yield source.finding("path", f"{target!r} is no place on the machine", "write a path such as ~/job.toml")
+        if not source.value:
+            yield source.finding("reference", "nothing is put there", "name a file")
         is_local = source.text and "://" not in source.text and not source.text.startswith(("/", "~"))
         if is_local and not (Path(task.file).parent / source.text).exists():
             yield source.finding("reference", f"{source.value!r} is not beside this file", "name a file that is there")

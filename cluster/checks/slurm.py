@@ -1,13 +1,18 @@
 """Rules for scripts of sbatch: the header's options, the signal, the token, and the commands."""
 
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 
 from blocksight.cluster.checks.commands import Product
 from blocksight.cluster.checks.findings import Finding, Place, nearest
 from blocksight.cluster.checks.literals import secret_findings
 from blocksight.cluster.checks.quantities import slurm_bytes, slurm_seconds
-from blocksight.cluster.checks.shell import INSTALLS, our_command_findings, unset_variables
+from blocksight.cluster.checks.ray_options import START_OPTIONS
+from blocksight.cluster.checks.shell import INSTALLS, our_command_findings, script_lines, unset_variables
+from blocksight.cluster.checks.variables import SLURM_VARIABLES, assigned_findings
 
 MARK = "#SBATCH"
 SHORT = {
@@ -62,8 +67,7 @@ SIGNAL = re.compile(r"((?P<flags>[RB]+):)?(?P<name>[A-Z]+\d*|\d+)(@(?P<seconds>\
 SIGNALS = ("TERM", "INT", "USR1", "USR2", "HUP")
 ARRAY = re.compile(r"(?P<ranges>\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*)(%(?P<together>\d+))?")
 GPU_COUNT = re.compile(r"([A-Za-z][\w.-]*:)?[1-9]\d*")
-SLURM_VARIABLES = re.compile(r"SLURM_\w+|SBATCH_\w+|CUDA_VISIBLE_DEVICES|BASH_SOURCE")
-RAY = "symmetric-run"
+RAY = "ray symmetric-run"
 """Of several nodes; a script without it runs on each node alone."""
 
 
@@ -129,11 +133,18 @@ def _lines(place: Place) -> Iterator[Finding]:
         if line.startswith(MARK) and is_over:
             why = "sbatch reads no option after the first command"
             yield _at(place, number).finding("slurm", why, "move it to the top")
-        elif re.match(r"#\s*sbatch\b", line, re.IGNORECASE) and not line.startswith(f"{MARK} "):
+        elif _is_misspelt(line):
             why = f"sbatch reads lines that begin with {MARK!r}, so this is a comment"
             yield _at(place, number).finding("slurm", why, f"write {MARK} --option=value")
         elif line.startswith(MARK) and "$" in line:
             yield _at(place, number).finding("shell", "sbatch replaces no variable here", "write the value")
+
+
+def _is_misspelt(line: str) -> bool:
+    """True for a comment that was meant as a line of the header."""
+    found = re.match(r"#\s*(\w+)\s+-", line)
+    word = found[1].upper() if found is not None else ""
+    return bool(get_close_matches(word, ["SBATCH"], 1, 0.8)) and not line.startswith(f"{MARK} ")
 
 
 def _names(place: Place, options: Mapping[str, tuple[str, int]]) -> Iterator[Finding]:
@@ -214,18 +225,29 @@ def _script(place: Place, options: Mapping[str, tuple[str, int]]) -> Iterator[Fi
     if re.search(r"^\s*set -[a-z]*e[a-z]*u|^\s*set -[a-z]*u[a-z]*e", text, re.MULTILINE) is None:
         yield _at(place, 1).finding("shell", "the script goes on after a failure", "write set -euo pipefail")
     for name in unset_variables(text, iter(())):
-        if SLURM_VARIABLES.fullmatch(name) is None:
+        if not name.startswith(("SLURM_", "BASH_")):
             number = _line_of(text, rf"\$\{{?{name}\b")
             yield _at(place, number).finding("reference", f"nothing sets ${name}", "set it, or write ${NAME:?...}")
+    yield from _syntax(place)
     for number, line in enumerate(text.splitlines(), 1):
+        bare = re.sub(r"(^|\s)#.*", "", line)
+        yield from assigned_findings(_at(place, number), bare)
+        for name in dict.fromkeys(re.findall(r"\bSLURM_\w+", bare)):
+            if name not in SLURM_VARIABLES:
+                way_out = nearest(name, SLURM_VARIABLES)
+                yield _at(place, number).finding("reference", f"Slurm sets no {name}", way_out)
         if INSTALLS.search(line) and not line.lstrip().startswith("#"):
             why = "each node installs at its start, and may get other bytes"
             yield _at(place, number).finding("runtime-env", why, "install it once, on the shared home")
         if re.search(r"scontrol\s+requeue", line) and "SLURM_RESTART_COUNT" not in text:
             why = "a job that fails each time is started again for ever"
             yield _at(place, number).finding("retry", why, "count by SLURM_RESTART_COUNT")
+    nodes = options.get("nodes", ("1", 1))
     if RAY in text:
         yield from _of_several_nodes(place, options)
+    elif nodes[0] != "1" and "array" not in options:
+        why = "Ray is started on one of several nodes, the others stand idle"
+        yield _at(place, nodes[1]).finding("slurm", why, f"write srun ray {RAY} ..., as the script of this package")
 
 
 def _of_several_nodes(place: Place, options: Mapping[str, tuple[str, int]]) -> Iterator[Finding]:
@@ -237,16 +259,44 @@ def _of_several_nodes(place: Place, options: Mapping[str, tuple[str, int]]) -> I
         yield line.finding("slurm", why, f"add {MARK} --exclusive")
     if options.get("ntasks-per-node", ("", 0))[0] != "1":
         yield line.finding("slurm", "Ray starts once for each task of a node", "add --ntasks-per-node=1")
-    if "RAY_AUTH_MODE=token" not in text or not re.search(r"RAY_AUTH_TOKEN(_PATH)?=", text):
-        why = "without a token, whoever reaches the node runs code there"
-        yield line.finding("token", why, "export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH")
     if re.search(r"^\s*umask 0?77\b", text, re.MULTILINE) is None:
         yield line.finding("token", "others may read the token's file", "write umask 077")
     if "RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT" not in text:
         why = "the nodes have 30 s to arrive, which busy clusters do not keep"
         yield line.finding("slurm", why, "export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600")
-    for option in ("--address", "--min-nodes"):
-        if re.search(rf"{RAY}[^\n]*(\\\n[^\n]*)*{option}\b", text) is None:
-            yield line.finding("ray-start", f"{RAY} has no {option}", f"add {option}")
-    if re.search(r"\s--\s", text) is None:
+    yield from _token_file(place, line)
+    started = next(one for one in script_lines(text) if RAY in one)
+    if re.search(rf"\bsrun\b.*{RAY}", started) is None:
+        yield line.finding("slurm", "it runs on the first node alone", f"write srun {RAY}")
+    given, dashes, _ = started.partition(RAY)[2].partition(" -- ")
+    names = re.findall(r"\s--([a-z][\w-]*)", given)
+    for option in ("address", "min-nodes"):
+        if option not in names:
+            yield line.finding("ray-start", f"{RAY} has no --{option}", f"add --{option}")
+    for name in names:
+        if name not in (*START_OPTIONS, "min-nodes"):
+            yield line.finding("ray-start", f"ray start has no option --{name}", nearest(name, START_OPTIONS))
+    if not dashes:
         yield line.finding("ray-start", f"{RAY} does not know where its command begins", "write -- before it")
+
+
+def _token_file(place: Place, line: Place) -> Iterator[Finding]:
+    """The token must be written where Ray reads it, and both variables must reach Ray."""
+    path = re.search(r"""^\s*export\s.*RAY_AUTH_TOKEN_PATH=("[^"]*"|\S+)""", place.text, re.MULTILINE)
+    mode = re.search(r"^\s*export\s.*\bRAY_AUTH_MODE=token\b", place.text, re.MULTILINE)
+    if path is None or mode is None:
+        yield line.finding("token", "Ray does not see the token", "export RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH")
+    elif re.search(rf">\s*{re.escape(path[1])}", place.text) is None:
+        yield line.finding("reference", f"nothing is written to {path[1]}", "write the token there, before Ray starts")
+
+
+def _syntax(place: Place) -> Iterator[Finding]:
+    """What bash cannot read. It runs nothing of it."""
+    bash = shutil.which("bash")
+    if bash is None:
+        return
+    done = subprocess.run([bash, "-n"], input=place.text, capture_output=True, text=True, check=False)
+    if done.returncode:
+        found = re.search(r"line (\d+): (.*)", done.stderr)
+        number, why = (int(found[1]), found[2]) if found is not None else (1, done.stderr)
+        yield _at(place, number).finding("shell", f"bash cannot read it: {why}", "mend the line, or one before it")
