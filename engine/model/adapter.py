@@ -68,6 +68,8 @@ class ModelAdapter:
         """The readout is what the model's own configuration says, and no guess."""
         self.texts: Texts | None = None
         """What the model says of a text; None: it reads none."""
+        self.gives_features = False
+        """The outputs are features of the picture and no classes."""
         self.features: tuple[Atom, ...] = ()
         """Targets of the feature vector that the module returns behind the classes, in order."""
         self.device = torch.device("cpu")
@@ -144,7 +146,7 @@ class ModelAdapter:
         adapter = self.with_module(Prompted(self.module, vectors.to(self.device), self.texts).to(self.device))
         adapter.class_names = [name_of_prompts(one) for one in prompts]
         adapter.readout = readout_of(self.texts, len(prompts))
-        adapter.texts = None
+        adapter.texts, adapter.gives_features = None, False
         return adapter
 
     @property

@@ -77,7 +77,7 @@ def _load_neighbours(backbone: str, state: bytes | None, seed: int) -> ModelAdap
     module, class_names = from_state(bare.module, stored.tensors)
     adapter = bare.with_module(module)
     adapter.notes = (*bare.notes, *load_state(module, stored))
-    adapter.class_names = class_names
+    adapter.class_names, adapter.gives_features = class_names, False
     return adapter
 
 

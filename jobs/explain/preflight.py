@@ -130,9 +130,26 @@ def examined_on(
     shown = [one for one in inputs if _passes(adapter, one)]
     found = examine(adapter, torch.cat([*shown, drawn]), _said(adapter, config.asked_readout), len(shown))
     adapter.readout = found.readout
-    findings = (*found.findings, *_tried(adapter, config, facts, torch.cat(shown) if shown else drawn))
+    findings = (
+        *found.findings,
+        *_no_classes(adapter, config),
+        *_tried(adapter, config, facts, torch.cat(shown) if shown else drawn),
+    )
     images = f"{counted(len(shown), 'image')} of the data set" if shown else "random pictures"
     return Preflight(found.readout, images, findings, found.outputs, _proofs(adapter, facts))
+
+
+def _no_classes(adapter: ModelAdapter, config: JobConfig) -> tuple[str, ...]:
+    """A sentence if features are explained as if they were classes."""
+    is_meant = adapter.features or getattr(config.explainer_parameters(), "of", None) == "feature"
+    if is_meant or not adapter.gives_features:
+        return ()
+    text = "'text:a photo of a dog', " if adapter.texts is not None else ""
+    return (
+        f"the {adapter.num_classes:,} outputs are features of the picture and no classes, so that target "
+        f"{config.target!r} is one of these numbers: take --target {text}feature:7 or similar:PICTURE, or make a "
+        "classifier with `blocksight bank`",
+    )
 
 
 def refuse_untaken(adapter: ModelAdapter, config: JobConfig, image_nchw: Tensor) -> None:

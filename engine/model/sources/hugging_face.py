@@ -216,12 +216,14 @@ def _fed(model: Any, folder: str) -> ModelAdapter:
     own, mean, std = _preprocessing(folder)
     if hasattr(model, "get_image_features"):
         adapter = fed_by(PictureFeature(model), own, mean, std)
-        adapter.texts = _texts(model, folder)
+        adapter.texts, adapter.gives_features = _texts(model, folder), True
         return adapter
     if _is_classifier(type(model)):
         adapter = fed_by(Answer(model), own, mean, std, _class_names(model.config))
         return with_one_output(_read_as(adapter, getattr(model.config, "problem_type", None)))
-    return fed_by(Feature(model), own, mean, std)
+    adapter = fed_by(Feature(model), own, mean, std)
+    adapter.gives_features = True
+    return adapter
 
 
 READOUTS: Mapping[str, ReadoutName] = {"regression": "identity", "multi_label_classification": "sigmoid"}

@@ -170,7 +170,7 @@ def _preprocessing(settings: Mapping[str, Any]) -> Preprocessing:
 
 def _fed(network: nn.Module, settings: Mapping[str, Any], texts: Texts) -> ModelAdapter:
     adapter = fed_by(PictureFeature(network), _preprocessing(settings), settings["mean"], settings["std"])
-    adapter.texts = texts
+    adapter.texts, adapter.gives_features = texts, True
     return adapter
 
 

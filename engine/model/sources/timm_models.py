@@ -183,7 +183,9 @@ def source_name(network: Any) -> str | None:
 def fed(network: Any) -> ModelAdapter:
     """The adapter of a module that timm made, fed as its pretrained configuration says. Raises ModelError."""
     known = network.pretrained_cfg
-    return fed_by(network, preprocessing_of(known), known["mean"], known["std"], _class_names(network))
+    adapter = fed_by(network, preprocessing_of(known), known["mean"], known["std"], _class_names(network))
+    adapter.gives_features = network.num_classes == 0
+    return adapter
 
 
 def _resizings(config: Mapping[str, Any]) -> tuple[Resizing, ...]:

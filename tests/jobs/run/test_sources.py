@@ -451,6 +451,16 @@ def test_prompts_are_classes(family, tmp_path):
     assert prompted.fingerprint != adapter.with_prompts([["a cat"], ["a dog"]]).fingerprint
 
 
+def test_features_are_no_classes(pictures, tmp_path):
+    place, image = f"hf:{write_pair(tmp_path, 'clip')}", next(pictures.rglob("*.png"))
+    warned = {}
+    for target in ("predicted", "text:a dog", "feature:1"):
+        said = io.StringIO()
+        explain(place, image, target, "gradient", console=Console(file=said, width=1000))
+        warned[target] = "8 outputs are features of the picture and no classes" in said.getvalue()
+    assert warned == {"predicted": True, "text:a dog": False, "feature:1": False}
+
+
 def test_an_ensemble_is_the_mean_of_its_texts(tmp_path):
     adapter = loaded(write_pair(tmp_path, "clip"))
     pixels = torch.randn(3, 3, SIDE, SIDE)
