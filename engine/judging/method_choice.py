@@ -12,9 +12,10 @@ from blocksight.engine.model.token_stream import attentions_of
 if TYPE_CHECKING:
     from blocksight.engine.model.adapter import ModelAdapter
 
-FOR_CNN, FOR_OTHERS, FOR_ANY = "sise", "libra(integrated_gradients)", "occlusion"
-"""For CNNs; what won on the vision transformer of the table in `engine/README.md`; and what takes any classifier."""
-CHOICES = (FOR_CNN, FOR_OTHERS, FOR_ANY)
+FOR_CNN, FOR_OTHERS, FOR_ANY, FOR_SMALL = "sise", "libra(integrated_gradients)", "occlusion", "rise"
+"""For CNNs; what won on the vision transformer of the table in `engine/README.md`; what takes any classifier; and the
+same for an input that a window of occlusion hides whole."""
+CHOICES = (FOR_CNN, FOR_OTHERS, FOR_ANY, FOR_SMALL)
 
 
 @dataclass(frozen=True)
@@ -29,20 +30,28 @@ class Choice:
 
 
 def chosen_explainer(adapter: "ModelAdapter") -> Choice:
-    """SISE for a CNN; for other architectures what won on planted evidence, if this model lets it; else occlusion.
+    """SISE for a CNN; for other architectures what won on planted evidence, or what takes any classifier.
 
     Nothing but the architecture counts, so that the choice is the same for any weights and data.
     """
     if not _has_gradients(adapter):
-        return Choice(FOR_ANY, f"no gradient reaches the output of {adapter.name}")
+        return Choice(_for_any(adapter), f"no gradient reaches the output of {adapter.name}")
     found = "attention" if attentions_of(adapter) else _what_is_no_cnn(adapter)
     if found is None:
         return Choice(FOR_CNN, f"{adapter.name} is a CNN: feature maps at several sizes, and no attention")
     try:
         make_explainer(FOR_OTHERS, adapter)
     except ModelError as error:
-        return Choice(FOR_ANY, f"{adapter.name} has {found}, and {FOR_OTHERS} does not take it: {error}")
+        return Choice(_for_any(adapter), f"{adapter.name} has {found}, and {FOR_OTHERS} does not take it: {error}")
     return Choice(FOR_OTHERS, f"{adapter.name} has {found}, and is no CNN")
+
+
+def _for_any(adapter: "ModelAdapter") -> str:
+    try:
+        make_explainer(FOR_ANY, adapter)
+    except ModelError:
+        return FOR_SMALL
+    return FOR_ANY
 
 
 def _has_gradients(adapter: "ModelAdapter") -> bool:

@@ -4,6 +4,7 @@ import pytest
 from torch import Tensor, nn
 
 from blocksight import explain
+from blocksight.engine.explainers import make_explainer
 from blocksight.engine.judging.method_choice import CHOICES, chosen_explainer
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.jobs.plan.config import ConfigError
@@ -40,10 +41,26 @@ class Still(Plain):
         return super().forward(x).detach()
 
 
-@pytest.mark.parametrize(("make", "why"), [(Unseen, "has attention, and libra"), (Still, "no gradient reaches")])
-def test_others_get_what_any_classifier_takes(make, why):
-    choice = chosen_explainer(ModelAdapter(seeded(make), input_size=(32, 32)))
-    assert choice.explainer == "occlusion"
+class StillOfAnySize(Residual):
+    """The same, for pictures that are larger than occlusion's window."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).detach()
+
+
+@pytest.mark.parametrize(
+    ("make", "side", "wanted", "why"),
+    [
+        (Unseen, 32, "rise", "has attention, and libra"),
+        (Still, 32, "rise", "no gradient reaches"),
+        (StillOfAnySize, 48, "occlusion", "no gradient reaches"),
+    ],
+)
+def test_others_get_what_any_classifier_takes(make, side, wanted, why):
+    adapter = ModelAdapter(seeded(make), input_size=(side, side))
+    choice = chosen_explainer(adapter)
+    make_explainer(choice.explainer, adapter)  # which would refuse a window as large as the picture
+    assert choice.explainer == wanted
     assert why in str(choice)
 
 
