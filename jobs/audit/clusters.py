@@ -87,7 +87,7 @@ class ClassModel:
 def class_model(sample: Sample, seed: int) -> ClassModel:
     """Clusters a class's sampled maps and measures their typical distance. `seed` draws the resamples."""
     points = as_points(sample.pooled)
-    labels, stability = _clusters(points, np.random.default_rng([seed, sample.target_index]))
+    labels, stability = _clusters(points, np.random.default_rng([seed, abs(sample.target_index)]))
     distances = _neighbour_distances(points, points)
     low, typical, high = (float(value) for value in np.quantile(distances, [0.25, 0.5, 0.75]))
     typical = max(typical, float(np.finfo(np.float32).eps))  # if all maps are alike, any other one is far away
@@ -104,7 +104,7 @@ def clusters_of(model: ClassModel, counts: Sequence[int]) -> list[Cluster]:
         nearest = _distances(points, points.mean(0)[None])[:, 0].argsort(kind="stable")[:NUM_EXAMPLES]
         found.append(
             Cluster(
-                sample.target_index,
+                sample.target_index if sample.is_of_class else None,
                 sample.target_name,
                 number,
                 counts[number],
@@ -112,6 +112,7 @@ def clusters_of(model: ClassModel, counts: Sequence[int]) -> list[Cluster]:
                 model.stability or 0.0,
                 (sample.pooled[own].mean(0) / 255).astype(np.float32),
                 tuple(sample.keys[index] for index in own[nearest]),
+                "" if sample.is_of_class else sample.target_name,
             )
         )
     return found

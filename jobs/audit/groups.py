@@ -22,6 +22,7 @@ BINS = 512
 """Bins of a measure's range, [0, 1]."""
 QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
 CENSUS_COLUMNS = ("status", "label", "label_name", "target_index", "target_name", "target_source", "target_rank")
+CENSUS_COLUMNS += ("target",)
 """Columns of an output's fragments that a census reads."""
 
 _PARTS = 2**32
@@ -79,7 +80,7 @@ class Roster:
     num_right: int | None
     """Maps whose target is both the prediction and the label; None if no label is known."""
     num_targets: int
-    """Explained classes, without further targets of a record."""
+    """Explained classes, without further targets of a record, and targets that are no class."""
     names: tuple[GroupName, ...]
     """`all` first, then by kind, the largest first; equal sizes by name."""
     notes: tuple[str, ...]
@@ -102,7 +103,8 @@ class Roster:
             num_rows=_total(table),
             num_maps=num_maps(table),
             num_right=_total(top.filter(is_same)) if has_labels else None,
-            num_targets=len(_summed(maps.filter(is_own), ["target_index"])),
+            num_targets=len(_summed(maps.filter(is_own), ["target_index"]))
+            + len(_summed(maps.filter(pc.field("target_index").is_null()), ["target"])),
             names=(
                 GroupName("all", None, None),
                 *(name for kind, found in kinds.items() for name in _kept(kind, found)),
@@ -133,7 +135,7 @@ def _of_no_class(count: int) -> Iterator[str]:
     if count:
         yield (
             f"{counted_text(count, 'map')} of no single class (margin, differences and sums): measured with all maps, "
-            "and left out of classes, clusters and shortcuts"
+            "clustered by their target, and left out of classes and shortcuts"
         )
 
 
@@ -154,6 +156,7 @@ def _groups_of(
     target_name: str,
     target_source: str,
     target_rank: int,
+    _target: str,
 ) -> tuple[GroupName | None, ...]:
     """The groups that a map belongs to, one per kind; None for a kind without one."""
     is_own = is_own_class(target_source, target_rank)

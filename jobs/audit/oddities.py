@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from blocksight.jobs.audit.clusters import NO_CLUSTER, ClassModel
 from blocksight.jobs.audit.result import GRID, ROWS, Oddity
+from blocksight.jobs.audit.samples import target_number
 
 OUTLIER, STRANGE = "outlier", "right for a strange reason"
 KEPT = 50
@@ -26,12 +27,13 @@ Row = Mapping[str, Any]
 def with_clusters(rows: pa.Table, models: Mapping[int, ClassModel]) -> pa.Table:
     """Rows of `ROWS` with `cluster` and `strangeness` filled in.
 
-    Both are null for flat maps, for maps of a record's further targets, and for classes without a sample.
+    Both are null for flat maps, for maps of a record's further classes, and for targets without a sample.
     """
     clusters = np.full(len(rows), NO_CLUSTER, np.int16)
     strangeness = np.full(len(rows), np.nan, np.float32)
-    targets = rows["target_index"].to_numpy()
-    usable = ~rows["is_flat"].to_numpy(zero_copy_only=False) & rows["is_own_class"].to_numpy(zero_copy_only=False)
+    targets = np.array(_numbers(rows), np.int64)
+    is_taken = rows["is_own_class"].to_numpy(zero_copy_only=False) | (targets < 0)
+    usable = ~rows["is_flat"].to_numpy(zero_copy_only=False) & is_taken
     pooled = np.frombuffer(b"".join(rows["pooled"].to_pylist()), np.uint8).reshape(-1, GRID, GRID)
     for target in np.unique(targets[usable]).tolist():
         if target in models:
@@ -46,8 +48,14 @@ def with_clusters(rows: pa.Table, models: Mapping[int, ClassModel]) -> pa.Table:
     return rows
 
 
+def _numbers(rows: pa.Table) -> list[int]:
+    """Each row's `target_number`."""
+    pairs = zip(rows["target_index"].to_pylist(), rows["target"].to_pylist(), strict=True)
+    return [target_number(*pair) for pair in pairs]
+
+
 class OddestMaps:
-    """Keeps the oddest maps, at most `KEPT` of each reason, and counts the maps of each cluster."""
+    """Keeps the oddest maps of classes, at most `KEPT` of each reason, and counts the maps of each cluster."""
 
     def __init__(self, models: Mapping[int, ClassModel], typical_on_object: Mapping[int, float]) -> None:
         """`typical_on_object`: by class the median share of its maps on the object, if known."""
@@ -62,7 +70,8 @@ class OddestMaps:
         """Adds rows that `with_clusters` returned."""
         counted = rows.filter(rows["strangeness"].is_valid())
         clusters = counted["cluster"].fill_null(NO_CLUSTER).to_pylist()
-        self.sizes.update(zip(counted["target_index"].to_pylist(), clusters, strict=True))
+        self.sizes.update(zip(_numbers(counted), clusters, strict=True))
+        counted = counted.filter(counted["target_index"].is_valid())
         for row in counted.filter(pa.array(self._may_be_odd(counted))).drop(["pooled"]).to_pylist():
             for oddity in self._odd(row):
                 self.found[oddity.reason] += 1

@@ -99,9 +99,10 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Cluster:
-    """Maps of one explained class that are alike."""
+    """Maps of one explained class, or of one target that is no class, that are alike."""
 
-    target_index: int
+    target_index: int | None
+    """None for a target that is no class."""
     target_name: str
     number: int
     """0 is the largest cluster of the class."""
@@ -114,6 +115,13 @@ class Cluster:
     mean_map: Grid
     examples: tuple[str, ...]
     """Keys of the maps nearest to its centre."""
+    target: str = ""
+    """The target, where it is no class."""
+
+    @property
+    def join_key(self) -> str:
+        """What rows call the target."""
+        return self.target or str(self.target_index)
 
 
 @dataclass(frozen=True)
@@ -337,6 +345,7 @@ CLUSTERS = pa.schema(
         ("stability", pa.float64()),
         ("mean_map", GRID_LIST),
         ("examples", pa.list_(pa.string())),
+        ("target", pa.string()),
     ]
 )
 
@@ -344,6 +353,7 @@ ROWS = pa.schema(
     [
         ("key", pa.string()),
         ("target_index", pa.int32()),
+        ("target", pa.string()),
         ("target_name", pa.string()),
         ("label_name", pa.string()),
         ("is_right", pa.bool_()),
@@ -362,9 +372,10 @@ ROWS = pa.schema(
 )
 """Schema of the rows, one per map; `audit/rows/` holds a file per fragment.
 
-`is_own_class`: the explained class is the prediction, or was chosen by the label; only these maps have `cluster` and
-`strangeness`. `pooled` is the map in 16 x 16 cells of 0 to 255. `strangeness` is the map's distance from the fifth
-nearest of its class's sampled maps, divided by the median of those maps' own distances.
+`is_own_class`: the explained class is the prediction, or was chosen by the label; only these maps, and those of targets
+that are no class, have `cluster` and `strangeness`. `pooled` is the map in 16 x 16 cells of 0 to 255. `strangeness` is
+the map's distance from the fifth nearest of its target's sampled maps, divided by the median of those maps' own
+distances.
 """
 
 
@@ -390,11 +401,13 @@ def _without_nulls(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _cluster_row(cluster: Cluster) -> dict[str, Any]:
-    return {**vars(cluster), "mean_map": cluster.mean_map.ravel()}
+    return {**vars(cluster), "mean_map": cluster.mean_map.ravel(), "target": cluster.join_key}
 
 
 def _cluster(row: Mapping[str, Any]) -> Cluster:
-    return Cluster(**{**_without_nulls(row), "mean_map": _grid(row["mean_map"]), "examples": tuple(row["examples"])})
+    _without_nulls({name: value for name, value in row.items() if name != "target_index"})
+    named = {**row, "target": "" if row["target_index"] is not None else row["target"]}
+    return Cluster(**{**named, "mean_map": _grid(row["mean_map"]), "examples": tuple(row["examples"])})
 
 
 def _grids(group: Group) -> dict[str, Any]:

@@ -79,7 +79,10 @@ def run_audit(asked: AuditRequest, console: Console) -> Audit:
         store.delete(AUDIT_KEY)  # an earlier audit's rows are replaced next
         oddest = _write_rows(store, scratch, OddestMaps(models, _typical_on_object(streamed)), console)
     input_size = tuple(model_facts(store)["input_size"])
-    shortcuts, examples, notes = _shortcuts(models, trial, _InputImages(plan, asked, scope, input_size), asked, console)
+    of_classes = {target: model for target, model in models.items() if model.sample.is_of_class}
+    shortcuts, examples, notes = _shortcuts(
+        of_classes, trial, _InputImages(plan, asked, scope, input_size), asked, console
+    )
     audit = Audit(
         fragments=streamed.fragments,
         settings={
@@ -97,7 +100,7 @@ def run_audit(asked: AuditRequest, console: Console) -> Audit:
         clusters=tuple(one for model in models.values() for one in clusters_of(model, _sizes(model, oddest.sizes))),
         oddities=oddest.oddities(),
         shortcuts=shortcuts,
-        notes=(*_missing(plan, streamed), *_raw(store), *streamed.notes, *_few(models), *notes, *_unkept(oddest)),
+        notes=(*_missing(plan, streamed), *_raw(store), *streamed.notes, *_few(of_classes), *notes, *_unkept(oddest)),
     )
     write_examples(store, {place_of(one): examples.get(place_of(one), ()) for one in audit.findings})
     write_audit(store, audit)
@@ -158,7 +161,8 @@ def _typical_on_object(streamed: StreamResult) -> dict[int, float]:
         for group in streamed.groups
         if group.kind == "predicted" and "on_object" in group.spreads
     }
-    named = {sample.target_index: sample.target_name for sample in streamed.samples.values()}
+    classes = (sample for sample in streamed.samples.values() if sample.is_of_class)
+    named = {sample.target_index: sample.target_name for sample in classes}
     return {target: by_name[name] for target, name in named.items() if name in by_name}
 
 

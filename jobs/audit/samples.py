@@ -1,5 +1,6 @@
 """Draws a random sample of each explained class's maps, which does not depend on the order of the maps."""
 
+import hashlib
 from bisect import insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,12 +16,21 @@ MAX_OF_ALL = 100_000
 """Most maps in memory, of one class and of all; with more classes than `MAX_OF_ALL`, none has a sample."""
 
 
+def target_number(target_index: int | None, target: str) -> int:
+    """The class, or a number below 0 for a target that is no class: of its text alone."""
+    if target_index is not None:
+        return target_index
+    return -1 - int.from_bytes(hashlib.sha256(target.encode()).digest()[:4], "big")
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """N maps of one explained class in the order of their hashes, without flat ones."""
+    """N maps of one explained class, or of one other target, in the order of their hashes, without flat ones."""
 
     target_index: int
+    """The class, or `target_number` of another target."""
     target_name: str
+    """Of another target its text."""
     keys: tuple[str, ...]
     pooled: NDArray[np.uint8]
     """[N, GRID, GRID]."""
@@ -30,6 +40,11 @@ class Sample:
     """Label names as the data set writes them."""
     is_right: NDArray[np.bool_]
     """[N]: the target is the prediction and the label; false if no label is known."""
+
+    @property
+    def is_of_class(self) -> bool:
+        """True for the maps of a class."""
+        return self.target_index >= 0
 
 
 @dataclass(frozen=True, order=True)
@@ -72,8 +87,11 @@ class Sampler:
         del held[self.size :]
 
     def samples(self) -> Mapping[int, Sample]:
-        """The samples by class, in order."""
-        return {target: _sample(target, self._names[target], held) for target, held in sorted(self._held.items())}
+        """The samples by class, in order, then those of other targets."""
+        return {
+            target: _sample(target, self._names[target], held)
+            for target, held in sorted(self._held.items(), key=lambda item: (item[0] < 0, item[0]))
+        }
 
 
 def _sample(target_index: int, target_name: str, held: Sequence[Candidate]) -> Sample:

@@ -31,7 +31,7 @@ from blocksight.jobs.audit.groups import (
 )
 from blocksight.jobs.audit.measures import Measured, Region, measured
 from blocksight.jobs.audit.result import GATES, MEASURES, ROWS, Group
-from blocksight.jobs.audit.samples import Candidate, Sample, Sampler
+from blocksight.jobs.audit.samples import Candidate, Sample, Sampler, target_number
 from blocksight.jobs.evaluate.bootstrap import key_hashes
 from blocksight.jobs.evaluate.evaluation import ClassMap, labels_of, region_of
 from blocksight.jobs.plan.config import ConfigError
@@ -227,8 +227,8 @@ class _Reading:
             ) from error
 
     def _region(self, row: Mapping[str, Any]) -> Region | None:
-        """The region of the row's target, bool [H, W]; None without a usable annotation."""
-        if self.scope.truth is None:
+        """The region of the row's target, bool [H, W]; None without a usable annotation, and for no class."""
+        if self.scope.truth is None or row["target_index"] is None:
             return None
         labels = labels_of(self.scope.class_map, row["target_index"], row["target_name"])
         original, size = (row["height"], row["width"]), (row["map_height"], row["map_width"])
@@ -238,21 +238,22 @@ class _Reading:
     def _candidates(
         self, rows: Sequence[Mapping[str, Any]], made: Measured, is_flat: NDArray[np.bool_]
     ) -> list[tuple[int, str, Candidate]]:
-        """The maps that may be part of their class's sample, each with the class's index and name.
+        """The maps that may be part of their class's or other target's sample, each with its number and name.
 
         Runs without the lock: what other threads add meanwhile can only make the sampler want fewer.
         """
-        hashes = self.sampler.hashes([row["key"] for row in rows], [row["target_index"] for row in rows])
+        targets = [target_number(row["target_index"], row["target"]) for row in rows]
+        hashes = self.sampler.hashes([row["key"] for row in rows], targets)
         return [
             (
-                row["target_index"],
-                row["target_name"],
+                target,
+                row["target_name"] if target >= 0 else row["target"],
                 Candidate(
                     hashed, row["key"], row["score"], row["label_name"], bool(_right(row)), made.pooled[place].tobytes()
                 ),
             )
-            for place, (row, hashed) in enumerate(zip(rows, hashes, strict=True))
-            if _is_own_class(row) and not is_flat[place] and self.sampler.wants(row["target_index"], hashed)
+            for place, (row, hashed, target) in enumerate(zip(rows, hashes, targets, strict=True))
+            if (_is_own_class(row) or target < 0) and not is_flat[place] and self.sampler.wants(target, hashed)
         ]
 
     def mark_equals(self, info: ObjectInfo, start: int, shared: Words) -> int:
@@ -307,7 +308,7 @@ def _as_rows(
     """A batch in the columns of `ROWS`; columns that need all maps are null or false."""
     values = {name: made.of(name).astype(np.float32) for name in MEASURES}
     columns: dict[str, Any] = {
-        **{name: maps[name] for name in ("key", "target_index", "target_name", "label_name", "score")},
+        **{name: maps[name] for name in ("key", "target_index", "target", "target_name", "label_name", "score")},
         "is_right": pa.array([_right(row) for row in rows], pa.bool_()),
         "is_own_class": pa.array([_is_own_class(row) for row in rows], pa.bool_()),
         **{name: pa.array(own, mask=np.isnan(own)) for name, own in values.items()},

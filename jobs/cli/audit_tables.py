@@ -20,13 +20,14 @@ def audit_table(audit: "Audit", place: str) -> RenderableType:
     right = "" if audit.num_right is None else f", {audit.num_right:,} of them right predictions"
     gates = ", ".join(f"{count:,} {name}" for name, count in audit.gates.items() if count)
     split = {cluster.target_name for cluster in audit.clusters}
+    whole = "classes" if all(cluster.target_index is not None for cluster in audit.clusters) else "targets"
     rows = [
         ("maps", f"{audit.num_maps:,} of {counted(audit.num_rows, 'row')}{right}"),
         ("flat maps", f"{audit.gates.get('flat', 0) or 'none'} of {counted(audit.num_maps, 'map')}"),
         ("maps of no use", gates or "none"),
         (
             "clusters",
-            f"{len(audit.clusters)} in {len(split)} of the classes" if split else "none",
+            f"{len(audit.clusters)} in {len(split)} of the {whole}" if split else "none",
         ),
         ("findings", f"{len(audit.findings)}" if audit.findings else "none"),
         ("suspicions", f"{len(audit.suspicions)}" if audit.suspicions else "none"),

@@ -193,15 +193,17 @@ def _reach(shortcuts: Sequence[Shortcut]) -> float:
 def _clusters(
     clusters: Sequence[Cluster], items_of: Callable[[Sequence[Ref]], tuple[int, ...]]
 ) -> Iterator[tuple[str, tuple[Pictured, ...]]]:
-    for number, (target, own) in enumerate(groupby(clusters, lambda cluster: cluster.target_index)):
+    for number, ((index, target), own) in enumerate(
+        groupby(clusters, lambda cluster: (cluster.target_index, cluster.join_key))
+    ):
         if number == MAX_CLUSTERED:
             return
         found = list(own)
         drawn = (
-            Pictured(one, map_picture(one.mean_map), items_of([Ref(key, str(target)) for key in one.examples]))
+            Pictured(one, map_picture(one.mean_map), items_of([Ref(key, target) for key in one.examples]))
             for one in found
         )
-        yield class_name(found[0].target_name, target), tuple(drawn)
+        yield class_name(found[0].target_name, index) if index is not None else target, tuple(drawn)
 
 
 def colour_scale() -> str:

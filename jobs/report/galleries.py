@@ -323,7 +323,7 @@ def _of_audit(audit: Audit | None) -> Iterator[Gallery]:
     odd = tuple(Ref(one.key, str(one.target_index)) for one in audit.oddities[:NUM_ODDITIES])
     yield Gallery("oddities", "Oddities", "Maps that are unlike those of their class.", odd)
     typical = tuple(
-        Ref(key, str(one.target_index)) for one in audit.clusters[:NUM_CLUSTERS] for key in one.examples[:NUM_EXAMPLES]
+        Ref(key, one.join_key) for one in audit.clusters[:NUM_CLUSTERS] for key in one.examples[:NUM_EXAMPLES]
     )
     yield Gallery("clusters", "Clusters", "Typical maps of each cluster of a class.", typical)
     one = "a region that was tested and not confirmed"

@@ -116,6 +116,9 @@ def fragment_batches(
 def _stored(names: Sequence[str], schema: pa.Schema) -> pa.Schema:
     """The columns that a file with these names should have: those of `schema`, or of an older version."""
     older = (own for own in OLDER.get(schema, ()) if set(own.names) == set(names))
+    lacking = set(schema.names) - set(names)
+    if schema not in OLDER and lacking and lacking <= set(OF_TARGET):  # tables of commands, made while all were classes
+        return pa.schema([field for field in schema if field.name not in lacking])
     return next(older, schema)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 from blocksight.jobs.audit.result import AUDIT_KEY, Audit, read_audit
@@ -20,6 +21,7 @@ from blocksight.jobs.cli.audit_tables import audit_table
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.storage.stores.local import LocalStore
+from tests.engine import planted
 from tests.jobs import tiny
 from tests.jobs.jobs_of import blocksight, called, model_of, rows_in, run_here
 from tests.jobs.marked import CLASS_NAMES, CLEAN_MODELS, MARK_BOX, MARKED, MODEL, write
@@ -303,3 +305,65 @@ def test_what_a_small_output_costs_and_lacks_is_said_in_its_own_figures(tmp_path
     images, passes = len(rows_in(LocalStore(tmp_path / "out"))), 6  # as it is, changed, and with four random regions
     assert f"tries at most 40 regions on the model: at most {40 * images * passes:,} forwards" in printed
     assert re.search(r"no clusters are looked for in (\d) of \1 class(es)?: fewer than 30 maps each", printed)
+
+
+# ---------------------------------------------------------------- targets that are no class
+
+
+@pytest.fixture(scope="module")
+def of_sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Discs in one of three places, explained against a cross, against the label, and by a feature."""
+    root = tmp_path_factory.mktemp("sums")
+    corners = torch.tensor([[0, 0], [44, 44], [0, 44]])[torch.arange(90) % 3]
+    pixels = planted.draw(torch.full((90, 1), 3), corners[:, None], planted.generator(7))
+    (root / "in/disc").mkdir(parents=True)
+    for number, own in enumerate(pixels):
+        Image.fromarray(own.permute(1, 2, 0).numpy()).save(root / f"in/disc/{number:03}.png")
+    torch.set_num_threads(1)
+    model = "tests.engine.planted:trained_cnn"
+    run_here(root / "in", root / "out", model=model, explainer="gradcam", target="3-4,margin,predicted,logit(3)-label")
+    return root / "out"
+
+
+def test_maps_of_sums_are_clustered_by_their_target(of_sums: Path) -> None:
+    found = audited(of_sums, tries=False)
+    own = {one.join_key: [] for one in found.clusters}
+    for one in found.clusters:
+        own[one.join_key].append(one)
+    assert [sum(one.count for one in own[target]) > 60 for target in ("3-4", "margin", "3")] == [True] * 3
+    assert all(one.target_index is None for target in ("3-4", "margin") for one in own[target])
+    places = [{int(Path(key).stem) % 3 for key in one.examples} for one in own["3-4"]]
+    assert [len(one) for one in places] == [1] * len(places)
+    assert set().union(*places) == {0, 1, 2}
+    assert read_audit(LocalStore(of_sums)) is not None
+    rows = pq.read_table(of_sums / "audit/rows").to_pylist()
+    assert len({(row["key"], row["target"]) for row in rows}) == len(rows) == 4 * 90
+    assert all(row["cluster"] is None for row in rows if row["is_flat"])
+    assert not any(one.target_index is None for one in found.oddities)
+
+
+@pytest.mark.parametrize("command", [("report",), ("sql", "SELECT target, count(*) FROM audit_clusters GROUP BY ALL")])
+def test_clusters_of_sums_are_shown(command: tuple[str, ...], of_sums: Path) -> None:
+    audited(of_sums, tries=False)
+    name, *more = command
+    code, text = called(name, of_sums, *more)
+    assert code == 0, text
+    shown = next((of_sums / "report").glob("*.html")).read_text() if name == "report" else text
+    assert "3-4" in shown
+
+
+def test_an_audit_of_an_older_version_is_read(of_sums: Path, tmp_path: Path) -> None:
+    output = copytree(of_sums, tmp_path / "out")
+    wanted = audited(output, tries=False)
+    of_classes = tuple(one for one in wanted.clusters if one.target_index is not None)
+    for file in (*(output / "audit/rows").iterdir(), output / "audit/clusters.parquet"):
+        table = pq.read_table(file)
+        is_class = table["target_index"].is_valid()
+        pq.write_table(table.filter(is_class).drop_columns(["target"]), file)
+    found = read_audit(LocalStore(output))
+    assert found is not None
+    assert [(one.target_index, one.join_key, one.count) for one in found.clusters] == [
+        (one.target_index, one.join_key, one.count) for one in of_classes
+    ]
+    code, text = called("sql", output, "SELECT DISTINCT target FROM audit_rows")
+    assert (code, "3" in text) == (0, True), text
