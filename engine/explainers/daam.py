@@ -32,7 +32,7 @@ class _Pass:
     attentions: tuple[Attention, ...]
     """The attentions over the picture's tokens, in order of execution."""
     num_others: int
-    """Self-attentions over other things, such as the tokens of a window."""
+    """Self-attentions over other things, such as the tokens of a window, or whose weights cannot be followed."""
 
 
 class Daam(SignedExplainer):
@@ -59,8 +59,8 @@ class Daam(SignedExplainer):
         if found and made.num_others:
             raise ModelError(
                 f"daam adds the maps of all attentions, and {made.num_others} of the {made.num_others + len(found)} of "
-                f"{self.adapter.name} are not over all patches (in windows, or over channels): take gradcam, layercam "
-                "or rise"
+                f"{self.adapter.name} are not over all patches (in windows, over channels), or weigh by more than one "
+                "softmax: take gradcam, layercam or rise"
             )
         if not found:
             raise ModelError(
@@ -93,7 +93,7 @@ class Daam(SignedExplainer):
         features: list[Tensor] = []
         module, path = self.adapter.module, self.feature_path
         capture = nullcontext() if path is None else capture_input(module, path, features.append)
-        with torch.enable_grad(), capture, explicit_attention(module, found.append):
+        with torch.enable_grad(), capture, explicit_attention(module, found.append) as missed:
             logits = self.adapter.logits(inputs_nchw.detach().requires_grad_(True))
         own = [one for one in found if one.kind == "self"]
         usable = tuple(
@@ -103,7 +103,7 @@ class Daam(SignedExplainer):
             and len(one.weights) == len(inputs_nchw)
             and one.output.requires_grad
         )
-        return _Pass(logits, features[-1] if features else logits, usable, len(own) - len(usable))
+        return _Pass(logits, features[-1] if features else logits, usable, len(own) - len(usable) + len(missed))
 
     def _attribute_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Attribution]]:
         made = self._run(pad(inputs_nchw, self.images_per_pass))

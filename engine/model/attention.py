@@ -45,7 +45,7 @@ _SOFTMAX = (torch.softmax, Tensor.softmax, functional.softmax)
 _PRODUCT = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 _CASTS = (Tensor.to, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16)
 _SAME_WEIGHTS = (*_CASTS, functional.dropout, Tensor.detach)
-"""A softmax that was taken in float32 is still A in the network's own precision, and so is a detached one."""
+"""A softmax that was taken in float32 is still A in the network's own precision, without dropout, and detached."""
 _MULTI_HEAD = inspect.signature(functional.multi_head_attention_forward)
 
 
@@ -54,17 +54,24 @@ def _kept(weights: Tensor) -> Tensor:
 
 
 @contextmanager
-def explicit_attention(module: nn.Module, receive: Receive, replace: Replace = _kept) -> Iterator[None]:
+def explicit_attention(
+    module: nn.Module, receive: Receive, replace: Replace = _kept
+) -> Iterator[list[tuple[int, ...]]]:
     """Computes every attention of the module as softmax and product; calls `receive` in order of execution.
 
     It finds torch's fused attention (also with a mask), torch's multi-head attention (packed or separate projections),
     and any product of a softmax over [N, heads, Q, T] with values. Causal attention, dropout, fewer heads for keys, and
     multi-head attention with a mask are computed unchanged and not passed on. `replace` gives other weights to continue
     with; `receive` gets these. Affects this thread alone, and leaves nothing on the module.
+
+    Yields the shapes of weights that were not passed on: of each softmax between tokens that no product took as it is,
+    complete when the context ends. Heads that talk to each other and gated positions change the weights before.
     """
     running = _ModuleStack()
-    with running.tracking(module), _AttentionMode(running, receive, replace):
-        yield
+    mode = _AttentionMode(running, receive, replace)
+    with running.tracking(module), mode:
+        yield mode.missed
+    mode.miss()
 
 
 class _ModuleStack:
@@ -97,6 +104,8 @@ class _AttentionMode(TorchFunctionMode):
         self.running, self.receive, self.replace = running, receive, replace
         self.softmax: Tensor | None = None
         """The last one of four axes; a product with values may follow."""
+        self.missed: list[tuple[int, ...]] = []
+        """The shapes of those between tokens that none followed."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -107,15 +116,18 @@ class _AttentionMode(TorchFunctionMode):
         if func in _PRODUCT and args[0] is self.softmax:
             return self._product(args[0], args[1])
         result = func(*args, **kwargs)
-        if self._gives_weights(func, args, result):
+        if func in _SOFTMAX and result.dim() == 4:
+            self.miss()
+            self.softmax = result
+        elif func in _SAME_WEIGHTS and self.softmax is not None and args[0] is self.softmax:
             self.softmax = result
         return result
 
-    def _gives_weights(self, func: Any, args: Any, result: Any) -> bool:
-        """True for a softmax of four axes, and for what a cast, an inactive dropout or `detach` makes of one."""
-        if func in _SOFTMAX:
-            return result.dim() == 4
-        return func in _SAME_WEIGHTS and self.softmax is not None and args[0] is self.softmax
+    def miss(self) -> None:
+        """Notes that nothing took the last softmax, if it is between tokens."""
+        if self.softmax is not None and self.softmax.shape[2] == self.softmax.shape[3]:
+            self.missed.append(tuple(self.softmax.shape))
+        self.softmax = None
 
     def _fused(
         self,

@@ -55,7 +55,9 @@ def token_stream(adapter: "ModelAdapter", method: str, instead: str = INSTEAD) -
 
     Raises ModelError, which says what to take `instead`.
     """
-    found = attentions_of(adapter)
+    found, missed = _seen_and_missed(adapter)
+    if missed:
+        raise _refused(adapter, method, f"it changes {len(missed)} softmaxes before they weigh tokens", instead)
     own = [one for one in found if one.kind == "self"]
     poolers = [one for one in found if one.kind == "pool"]
     layouts = layouts_by_number(adapter)
@@ -74,10 +76,15 @@ def _fits(last: Attention, poolers: Sequence[Attention]) -> bool:
 
 def attentions_of(adapter: "ModelAdapter") -> list[Attention]:
     """All attentions of two example pictures."""
+    return _seen_and_missed(adapter)[0]
+
+
+def _seen_and_missed(adapter: "ModelAdapter") -> tuple[list[Attention], list[tuple[int, ...]]]:
+    """All attentions of two example pictures, and the shapes of those whose weights cannot be followed."""
     found: list[Attention] = []
-    with adapter.borrowed(), torch.no_grad(), explicit_attention(adapter.module, found.append):
+    with adapter.borrowed(), torch.no_grad(), explicit_attention(adapter.module, found.append) as missed:
         adapter.logits(example_pictures(adapter, 2))
-    return found
+    return found, missed
 
 
 def example_pictures(adapter: "ModelAdapter", count: int) -> Tensor:

@@ -120,6 +120,22 @@ GLOBAL: Mapping[str, Callable[[], nn.Module]] = {
 }
 """By name, those whose attentions span all patches."""
 
+
+def _convit() -> nn.Module:
+    from timm.models.convit import ConVit
+
+    return ConVit(img_size=SIDE, patch_size=8, embed_dim=16, depth=3, num_heads=2, num_classes=5, local_up_to_layer=2)
+
+
+def _cait() -> nn.Module:
+    from timm.models.cait import Cait
+
+    return Cait(img_size=SIDE, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=5, depth_token_only=1)
+
+
+CHANGED: Mapping[str, Callable[[], nn.Module]] = {"timm, ConViT": _convit, "timm, CaiT": _cait}
+"""By name, those that change the weights of some attentions behind the softmax: by positions, or between heads."""
+
 WINDOWED: Mapping[str, Callable[[], nn.Module]] = {
     "timm, Swin": _swin,
     "timm, Swin whose last window is all": partial(_swin, 4),

@@ -17,7 +17,7 @@ from blocksight.engine.model.targets import ClassLogit
 from blocksight.engine.model.token_dropping import TokenDropping
 from blocksight.engine.model.token_stream import _check_mixing, token_stream
 from tests.engine import slow_explainers as slow
-from tests.engine.libraries import GLOBAL, SIDE, WINDOWED, made
+from tests.engine.libraries import CHANGED, GLOBAL, SIDE, WINDOWED, made
 from tests.engine.nets import Plain, Transformer, seeded, smooth
 
 METHODS = ("legrad", "chefer")
@@ -365,3 +365,22 @@ def test_windows_and_rotary_positions_are_refused(name):
     adapter = adapter_of(made({**GLOBAL, **WINDOWED}[name]), SIDE)
     with pytest.raises(ModelError, match="the baseline drop needs"):
         make_explainer("rise", adapter, RiseParameters(num_masks=4, baseline="drop"))
+
+
+# ---------------------------------------------------------------- attentions that cannot be followed
+
+
+@pytest.mark.parametrize("method", ["daam", "legrad", "chefer"])
+@pytest.mark.parametrize("name", CHANGED)
+def test_weights_that_change_before_they_are_used_are_no_attention(name, method):
+    """Of ConViT's three attentions only the last is plain; a map of it alone would pass for the network's."""
+    with pytest.raises(ModelError, match=r"softmaxes before they weigh|more than one softmax|was seen"):
+        make_explainer(method, adapter_of(made(CHANGED[name]), SIDE))
+
+
+@pytest.mark.parametrize("name", GLOBAL)
+def test_no_attention_is_missed(name, doubles):
+    adapter = doubles(name)
+    with adapter.borrowed(), torch.no_grad(), explicit_attention(adapter.module, lambda _: None) as missed:
+        adapter.logits(smooth(1, 32, 32))
+    assert missed == []
