@@ -9,12 +9,10 @@ from torch import Tensor
 from blocksight.engine.explainers.points import ImageExplainer
 from blocksight.engine.model.attention import Attention, explicit_attention
 from blocksight.engine.model.device_errors import device_trouble
+from blocksight.engine.model.nearness import are_near
 from blocksight.engine.model.taps import gradients
 from blocksight.engine.model.targets import Target
 from blocksight.engine.model.token_stream import replacing_tokens, token_blocks, token_stream
-
-TOLERANCE = 1e-4
-"""How far, relative to the largest, logits may move if all blocks' tokens pass the network's end in one batch."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class LeGrad(ImageExplainer):
                 if device_trouble(error) is not None:
                     raise
                 return False
-        return found.shape == wanted.shape and bool((found - wanted).abs().max() <= TOLERANCE * wanted.abs().max())
+        return are_near(found, wanted)
 
     def _run(self, inputs_nchw: Tensor) -> _Pass:
         """The pass of some images. A tied end needs a second pass of as many images as it reads rows."""

@@ -11,11 +11,11 @@ from blocksight.engine.explainers.cams import whole_block
 from blocksight.engine.explainers.explainer import Attribution, SignedExplainer
 from blocksight.engine.model.blocks import Place
 from blocksight.engine.model.device_errors import device_trouble
+from blocksight.engine.model.nearness import are_near
 from blocksight.engine.model.resample import Grid
 from blocksight.engine.model.targets import Target
+from blocksight.engine.model.token_stream import example_pictures
 
-TOLERANCE = 1e-4
-"""How far, relative to the largest, logits may move if one image's batch grows behind the block."""
 BELL = (1 / 4, 1 / 2, 1 / 4)
 """Of `kernel=gauss`, along each axis."""
 
@@ -51,21 +51,16 @@ class ReciproCam(SignedExplainer):
         return next((one for one in reversed(before) if self._is_heard(one)), last)
 
     def _is_heard(self, place: Place) -> bool:
-        tail, example = self.adapter.network.taps([place]).tail(), self._example()
+        tail, example = self.adapter.network.taps([place]).tail(), example_pictures(self.adapter, 1)
         assert place.grid is not None
         drawn = torch.randn(1, place.channels, *place.grid, generator=torch.Generator().manual_seed(0))
         maps = drawn.to(self.adapter.device)
         with self.adapter.borrowed(), torch.no_grad():
             return not torch.equal(tail(example, maps), tail(example, 0 * maps))
 
-    def _example(self) -> Tensor:
-        own = torch.Generator().manual_seed(0)
-        pixels = torch.randint(0, 256, (1, 3, *self.adapter.input_size), dtype=torch.uint8, generator=own)
-        return self.adapter.normalise(pixels)
-
     def _may_grow(self) -> bool:
         """Whether the network gives the same logits if only its part behind the block runs on more rows."""
-        kept, example = [], self._example()
+        kept, example = [], example_pictures(self.adapter, 1)
 
         def twice(maps: Tensor) -> Tensor:
             kept.append(torch.cat([maps, 0.5 * maps]))
@@ -79,7 +74,7 @@ class ReciproCam(SignedExplainer):
                 if device_trouble(error) is not None:
                     raise
                 return False
-        return found.shape == wanted.shape and bool((found - wanted).abs().max() <= TOLERANCE * wanted.abs().max())
+        return are_near(found, wanted)
 
     def _attribute_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Attribution]]:
         found = []

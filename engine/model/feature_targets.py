@@ -13,11 +13,10 @@ from blocksight.engine.catalog.target_expressions import Atom
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.features import capture_input, head_path
+from blocksight.engine.model.nearness import are_near
 from blocksight.engine.model.neighbours import MemoryBank
 from blocksight.engine.model.prompts import Prompted
 
-TOLERANCE = 1e-4
-"""How far, relative to the largest, outputs may move when the features are read beside them."""
 SAME = 1 - 1e-5
 """A cosine above this is that of the picture to itself: its gradient is 0, and what is computed is rounding."""
 
@@ -151,9 +150,7 @@ def _refuse_other_outputs(adapter: ModelAdapter, made: ModelAdapter, place: Feat
             after = made.logits(inputs).float().cpu()
     except RuntimeError as error:
         raise ModelError(f"{_unread(adapter, place)}: {error}") from error
-    if after.shape != (len(before), before.shape[1] + len(vectors)) or not _are_near(
-        after, torch.cat([before, *wanted], 1)
-    ):
+    if not are_near(after, torch.cat([before, *wanted], 1)):
         raise ModelError(f"{_unread(adapter, place)}: what comes behind it changes the outputs")
 
 
@@ -162,7 +159,3 @@ def _unread(adapter: ModelAdapter, place: FeaturePlace) -> str:
         f"the feature vector of model {adapter.name!r} is {place}, and it cannot be read beside the classes, so that "
         "similar:, prototype:, feature: and direction: have no meaning for it"
     )
-
-
-def _are_near(found: Tensor, wanted: Tensor) -> bool:
-    return bool((found - wanted).abs().max() <= TOLERANCE * wanted.abs().max())

@@ -9,13 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.blocks import Place
+from blocksight.engine.model.nearness import are_near
 from blocksight.engine.model.taps import Tail, gradients
 from blocksight.engine.model.targets import Readout
 
 MAX_HEAD_COST = 0.01
 """Share of a forward pass: a head that costs more is not run on every mask."""
-TOLERANCE = 1e-4
-"""How far, relative to its values, an affine head may be from its sums."""
 NUM_TRIALS, TRIAL_DEVIATION = 8, 10.0
 """Pairs of random maps that test the sums, and their deviation: both signs occur, so that a ReLU shows."""
 NUM_POOLED_TRIALS = 2
@@ -69,7 +68,7 @@ def cheap_head(adapter: ModelAdapter, block: Place) -> Head | None:
     with adapter.borrowed():
         cost, whole = _flops(lambda: run(one[:1])), _flops(lambda: adapter.logits(inputs))
         both, sums = run(one + other) + run(torch.zeros_like(one)), run(one) + run(other)
-    is_affine = _are_near(sums, both)
+    is_affine = are_near(sums, both)
     is_affine = is_affine and cost * block.grid[0] * block.grid[1] <= whole  # it is run once for every cell
     return Head(run, is_affine) if is_affine or cost <= MAX_HEAD_COST * whole else None
 
@@ -93,14 +92,14 @@ def pooled_weights(adapter: ModelAdapter, block: Place) -> Tensor | None:
     with adapter.borrowed():
         with torch.no_grad():
             wanted = tail(one, maps)
-            if not _are_near(tail(other, means.expand_as(maps)), wanted):
+            if not are_near(tail(other, means.expand_as(maps)), wanted):
                 return None
             nothing = tail(one[:1], torch.zeros_like(maps[:1]))
         weights = _slopes(tail, one[:1], maps[:1])
     if weights is None:
         return None
     predicted = means.flatten(1).double() @ weights.T + nothing.double()
-    return weights if _are_near(predicted, wanted.double()) else None
+    return weights if are_near(predicted, wanted.double()) else None
 
 
 def _slopes(tail: Tail, inputs: Tensor, maps: Tensor) -> Tensor | None:
@@ -115,10 +114,6 @@ def _slopes(tail: Tail, inputs: Tensor, maps: Tensor) -> Tensor | None:
         return None
     directions = torch.eye(logits.shape[1], device=maps.device)
     return torch.cat([gradients(logits, one[None], [own])[0].double().sum((2, 3)) for one in directions])
-
-
-def _are_near(found: Tensor, wanted: Tensor) -> bool:
-    return bool((found - wanted).abs().max() <= TOLERANCE * wanted.abs().max())
 
 
 def _flops(run: Callable[[], Tensor]) -> int:
