@@ -152,10 +152,6 @@ def _user(place: Place, found: list[Instruction]) -> Iterator[Finding]:
 
 
 def _variables(one: Instruction) -> Iterator[Finding]:
-    for pair in PAIR.finditer(one.rest):
-        if is_secret(pair["name"], pair["value"].strip("\"'")):
-            why = f"{pair['name']} stays in the image's history"
-            yield one.place.finding("secret", why, "mount it for one RUN: --mount=type=secret")
     name = one.rest.split("=")[0].split()[0] if one.rest.split() else ""
     if one.name == "ARG" and "=" not in one.rest and is_secret(name, "given"):
         why = f"{name} stays in the image's history, once it is given"

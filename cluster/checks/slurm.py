@@ -167,8 +167,6 @@ def _values(place: Place, options: Mapping[str, tuple[str, int]], product: Produ
     if "requeue" not in options:
         why = "after the loss of a node the job is not started again"
         yield _at(place, 1).finding("retry", why, f"add {MARK} --requeue")
-    if not {*MEMORY, "exclusive"} & {*options} and time is not None:
-        yield _at(place, 1).finding("amount", "the partition's default memory is for one core", "add --mem")
     if not {*MEMORY} & {*options}:
         yield _at(place, 1).finding("amount", "nothing says how much memory a node gives", "add --mem")
 
@@ -273,7 +271,7 @@ def _of_several_nodes(place: Place, options: Mapping[str, tuple[str, int]]) -> I
     for option in ("address", "min-nodes"):
         if option not in names:
             yield line.finding("ray-start", f"{RAY} has no --{option}", f"add --{option}")
-    for name in names:
+    for name in names if dashes else []:
         if name not in (*START_OPTIONS, "min-nodes"):
             yield line.finding("ray-start", f"ray start has no option --{name}", nearest(name, START_OPTIONS))
     if not dashes:

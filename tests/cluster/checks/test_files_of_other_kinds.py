@@ -22,6 +22,7 @@ SLURM = [
     ("--nodes=2", "--node=2", "slurm"),
     ("--nodes=2", "--nodes=two", "quantity"),
     ("--nodes=2", "--nodes=0", "quantity"),
+    ("--nodes=2", "-N two", "quantity"),
     ("--mem=64G", "--mem=64GiB", "quantity"),
     ("--mem=64G", "--mem=64 GB", "slurm"),
     ("#SBATCH --mem=64G\n", "", "amount"),
@@ -104,6 +105,8 @@ SKYPILOT = [
     ("resources.job_recovery.recover_on_exit_codes", [3], "retry"),
     ("resources.job_recovery.max_restarts_on_errors", -1, "quantity"),
     ("resources", {}, "amount"),
+    ("resources", lambda old: {key: old[key] for key in ("memory", "image_id", "job_recovery")}, "amount"),
+    ("secrets", {"ACCOUNT": "abc"}, "secret"),
     ("secrets", {"HF_TOKEN": "hf_abc"}, "secret"),
     ("envs", {"API_KEY": "abc"}, "secret"),
     ("run", "blocksight explain --config ~/jobs.toml", "reference"),
@@ -148,6 +151,11 @@ LAUNCHER = [
     ("provider.use_internal_ips", False, "network"),
     ("head_node_type", "heads", "reference"),
     ("max_workers", 0, "replicas"),
+    (
+        "available_node_types",
+        lambda old: {**old, **{name: {**old["spot"], "min_workers": 5} for name in ("spot", "more")}},
+        "replicas",
+    ),
     (f"{SPOT}.min_workers", 9, "replicas"),
     (f"{SPOT}.max_workers", -1, "replicas"),
     (SPOT, GONE, "replicas"),
@@ -180,6 +188,7 @@ LAUNCHER = [
     ("head_start_ray_commands[1]", lambda old: old.replace("127.0.0.1", "0.0.0.0"), "network"),
     ("head_start_ray_commands[1]", lambda old: old.replace("--num-cpus=0", ""), "head"),
     ("head_start_ray_commands[1]", lambda old: old.replace("--port=6379", "--port=6380"), "reference"),
+    ("head_start_ray_commands[1]", lambda old: old.replace("--head ", ""), "ray-start"),
     ("head_start_ray_commands[1]", lambda old: old.replace("--head", "--headd"), "ray-start"),
     ("head_start_ray_commands[1]", lambda old: old.partition("--autoscaling")[0], "scaling"),
     ("head_start_ray_commands[1]", lambda old: old.replace("--dashboard-host", "--dashbord-host"), "ray-start"),
@@ -241,8 +250,11 @@ POLICY = [
     (f"{STATEMENT}.Condition", {"StringEqual": {"a": "b"}}, "enum"),
     (f"{STATEMENT}.Resource[0]", "arn:aws:s3:::example-im*ges/*", "policy"),
     ("Statement[1].Action", ["s3:PutObject"], "reference"),
+    ("Statement[3].Resource[+]", "arn:aws:s3:::example-other/*", "reference"),
     ("Statement[1].Resource[0]", "arn:aws:s3:::example-maps/run-2/*", "reference"),
     ("Statement[2].Resource[0]", "arn:aws:s3:::example-masp", "reference"),
+    ("Statement[1].Resource[0]", "arn:aws:s3:::example-maps/r*n-1/*", "policy"),
+    ("Statement[2].Resource[0]", "arn:aws:s3:::example-maps/*", "policy"),
     ("Statement[2].Condition", GONE, "policy"),
     ("Statement[2].Condition", {}, "policy"),
     ("Statement[2].Condition.StringLike", {}, "policy"),
@@ -253,6 +265,9 @@ POLICY = [
 ]
 HEAD_POLICY = [
     ("Statement[0].Resource", "arn:aws:ec2:us-east-1:111122223333:instance/*", "policy"),
+    ("Statement[0].Condition", {}, "policy"),
+    ("Statement[0].Condition", {"StringEquals": {}}, "policy"),
+    ("Statement[0].Condition", {"StringEquals": {"aws:SourceAccount": []}}, "policy"),
     ("Statement[4].Condition", GONE, "policy"),
     ("Statement[5].Resource", ["arn:aws:iam::111122223333:role/*"], "policy"),
     ("Statement[5].Resource", "*", "policy"),
@@ -271,7 +286,13 @@ TRUST = [
     ("Statement[0].Principal.Service", "pods.eks.amazonaws", "enum"),
     ("Statement[0].Action", "s3:GetObject", "policy"),
     ("Statement[0].Action", ["sts:AssumeRole"], "policy"),
-    ("Statement[0].Principal", {}, "policy"),
+    ("Statement[0]", lambda old: {**old, "Principal": {}, "Action": "sts:AssumeRole"}, "policy"),
+    ("Statement[0]", lambda old: {**old, "Principal": {"AWS": "*"}, "Action": "sts:AssumeRole"}, "policy"),
+    (
+        "Statement[0]",
+        lambda old: {**old, "Principal": {"Federated": "a"}, "Action": "sts:AssumeRoleWithWebIdentity"},
+        "policy",
+    ),
     ("Statement[0].Condition", GONE, "policy"),
     ("Statement[0].Condition.StringEquals.<aws:SourceAccount>", "1111", "policy"),
     ("Statement[0].Principal", {"Federated": "arn:aws:iam::111122223333:oidc-provider/x"}, "policy"),
@@ -327,6 +348,10 @@ def test_a_mistake_in_a_text_is_found(tmp_path, file, old, new, rule):
     text = (CLUSTER / file).read_text()
     assert old in text
     assert rule in rules_in(tmp_path, file, text.replace(old, new))
+
+
+def test_a_dockerfile_without_a_base_is_found(tmp_path):
+    assert rules_in(tmp_path, "image/Dockerfile", "RUN true\n") == {"schema", "privilege", "token"}
 
 
 @pytest.mark.parametrize(

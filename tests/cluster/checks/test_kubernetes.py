@@ -50,8 +50,19 @@ PLANTED: Mapping[str, tuple[str, Any, str]] = {
 }
 """The nineteen mistakes that the specification plants in the overlay `spot-gke`."""
 
+RULE = {"policy": "DeleteCluster", "condition": {"jobStatus": "FAILED", "ttlSeconds": 5}}
+
+
+def _kept_after(spec: dict[str, Any]) -> dict[str, Any]:
+    """A job's spec without what ends its cluster."""
+    return {
+        key: value for key, value in spec.items() if key not in ("shutdownAfterJobFinishes", "ttlSecondsAfterFinished")
+    }
+
+
 OTHERS: Mapping[str, tuple[str, Any, str]] = {
     # ------------------------------------------------ fields, types, enumerations, amounts
+    "amount as the schema has it": (f"{WORKER}.resources.limits.memory", "24 GB", "schema"),
     "field of another place": (f"{GROUP}.terminationGracePeriodSeconds", 90, "schema"),
     "text for a number": ("spec.backoffLimit", "5", "schema"),
     "number for a variable": (f"{WORKER}.env[1].value", 0, "schema"),
@@ -91,6 +102,7 @@ OTHERS: Mapping[str, tuple[str, Any, str]] = {
     "label of the job": ("metadata.labels.team", "a b", "label"),
     # ------------------------------------------------ names and references
     "capitals in a name": ("metadata.name", "BlockSight", "name"),
+    "a digit first": ("metadata.name", "1blocksight", "name"),
     "a long name": ("metadata.name", "a" * 48, "name"),
     "group name": (f"{GROUP}.groupName", "Explain_GPU", "name"),
     "two groups of a name": (f"{CLUSTER}.workerGroupSpecs", lambda old: [*old, deepcopy(old[0])], "name"),
@@ -153,6 +165,7 @@ OTHERS: Mapping[str, tuple[str, Any, str]] = {
     "submitter for ever": (f"{SUBMITTER}.restartPolicy", "Always", "submitter"),
     "host network": (f"{POD}.hostNetwork", True, "privilege"),
     "host processes": (f"{HEAD_POD}.hostPID", True, "privilege"),
+    "users of the machine": (f"{POD}.hostUsers", True, "privilege"),
     "host path": (f"{HEAD_POD}.volumes[+]", {"name": "d", "hostPath": {"path": "/"}}, "privilege"),
     "host port": (f"{HEAD_CONTAINER}.ports", [{"containerPort": 6379, "hostPort": 6379}], "privilege"),
     "no port": (f"{HEAD_CONTAINER}.ports", [{"containerPort": 0}], "port"),
@@ -190,11 +203,12 @@ OTHERS: Mapping[str, tuple[str, Any, str]] = {
     ),
     "cluster stays": (
         "spec",
-        lambda s: {k: v for k, v in s.items() if k not in ("shutdownAfterJobFinishes", "ttlSecondsAfterFinished")},
+        _kept_after,
         "shutdown",
     ),
     "negative ttl": ("spec.ttlSecondsAfterFinished", -1, "deadline"),
     "no time": ("spec.activeDeadlineSeconds", 0, "deadline"),
+    "less than the schema takes": ("spec.preRunningDeadlineSeconds", 0, "schema"),
     "less time than the start": ("spec.activeDeadlineSeconds", 600, "deadline"),
     "no retry": ("spec.backoffLimit", GONE, "retry"),
     "negative retries": ("spec.submitterConfig.backoffLimit", -1, "deadline"),
@@ -210,6 +224,22 @@ OTHERS: Mapping[str, tuple[str, Any, str]] = {
         {"onSuccess": {"policy": "DeleteSelf"}, "onFailure": {"policy": "DeleteSelf"}, "deletionRules": [{}]},
         "shutdown",
     ),
+    "suspended, and rules": (
+        "spec",
+        lambda s: {**_kept_after(s), "suspend": True, "deletionStrategy": {"deletionRules": [RULE]}},
+        "shutdown",
+    ),
+    "both kinds of rules": (
+        "spec",
+        lambda s: {
+            **_kept_after(s),
+            "deletionStrategy": {
+                **{key: {"policy": "DeleteSelf"} for key in ("onSuccess", "onFailure")},
+                "deletionRules": [RULE],
+            },
+        },
+        "shutdown",
+    ),
     "half of a strategy": ("spec.deletionStrategy", {"onSuccess": {"policy": "DeleteSelf"}}, "shutdown"),
     "workers deleted that scale": (
         "spec.deletionStrategy",
@@ -223,6 +253,7 @@ OTHERS: Mapping[str, tuple[str, Any, str]] = {
     "old Ray": (f"{CLUSTER}.rayVersion", "2.40.0", "version"),
     "no version of Ray": (f"{CLUSTER}.rayVersion", "latest", "version"),
     "max below replicas": (f"{GROUP}.replicas", 9, "replicas"),
+    "min and replicas above max": (GROUP, lambda old: {**old, "minReplicas": 9, "replicas": 9}, "replicas"),
     "negative replicas": (f"{GROUP}.minReplicas", -1, "replicas"),
     "no worker ever": (f"{GROUP}.maxReplicas", 0, "replicas"),
     "no groups": (f"{CLUSTER}.workerGroupSpecs", [], "workers"),
@@ -310,6 +341,13 @@ POLICY: Mapping[str, tuple[str, Any, str]] = {
     "operator's second port": ("spec.ingress[1].ports[1]", GONE, "network"),
     "each other, in": ("spec.ingress[0].from[0].podSelector.matchLabels", {"a": "b"}, "network"),
     "each other, out": ("spec.egress[0].to[0].podSelector.matchLabels", {"a": "b"}, "network"),
+    "each other, gone": ("spec.ingress[0]", GONE, "network"),
+    "egress of nobody": (
+        "spec",
+        lambda old: {"podSelector": old["podSelector"], "policyTypes": ["Ingress"], "ingress": old["ingress"]},
+        "network",
+    ),
+    "ingress of nobody": ("spec.policyTypes", ["Egress"], "network"),
     "all in": ("spec.ingress[+]", {}, "network"),
     "all in to a port": ("spec.ingress[1].from", GONE, "network"),
     "all out": ("spec.egress[+]", {}, "network"),
@@ -346,7 +384,13 @@ QUEUE: Mapping[str, tuple[str, str, Any, str]] = {
     "stays": ("RayJob", "spec.shutdownAfterJobFinishes", False, "queue"),
     "standing cluster": ("RayJob", "spec.clusterSelector", {"ray.io/cluster": "a"}, "queue"),
     "group named head": ("RayJob", f"{GROUP}.groupName", "head", "queue"),
-    "eight groups": ("RayJob", f"{CLUSTER}.workerGroupSpecs", lambda old: old * 8, "queue"),
+    "eight groups": (
+        "RayJob",
+        f"{CLUSTER}.workerGroupSpecs",
+        lambda old: [{**old[0], "groupName": f"g{at}", "replicas": 1, "minReplicas": 1} for at in range(8)],
+        "queue",
+    ),
+    "label that nobody reads": ("RayJob", "metadata.labels.<kueue.x-k8s.io/priority-clas>", "high", "queue"),
     "no replicas": ("RayJob", GROUP, lambda old: {**old, "replicas": 0, "minReplicas": 0}, "queue"),
     "more than the quota": ("RayJob", GROUP, lambda old: {**old, "replicas": 9, "maxReplicas": 9}, "queue"),
     "cluster queue": ("LocalQueue", "spec.clusterQueue", "blocksite", "reference"),
@@ -386,6 +430,7 @@ def _without(key: str, text: str) -> str:
 BESIDE: Mapping[str, tuple[str, str, Any, str]] = {
     "renamed account": ("ServiceAccount", "metadata.name", "blocksigth", "reference"),
     "head without a token": ("ServiceAccount", "automountServiceAccountToken", False, "account"),
+    "name of an account": ("ServiceAccount", "metadata.name", "Block_Sight", "name"),
     "renamed config map": ("ConfigMap", "metadata.name", "job", "reference"),
     "renamed file": ("ConfigMap", "data", lambda old: {"jobs.toml": old["job.toml"]}, "reference"),
     "unknown key": ("ConfigMap", TOML, lambda old: old + 'explaner = "rise"\n', "configuration"),

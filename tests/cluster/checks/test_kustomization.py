@@ -72,6 +72,24 @@ def test_a_mistake_is_found(copy, file, old, new, rule):
     assert rule in {one.rule for one in found}, found
 
 
+@pytest.mark.parametrize(
+    "patch",
+    [
+        {"target": {"kind": "RayJob"}, "patch": "kind: RayJob"},
+        {"target": {"kind": "RayJob"}, "patch": "- op: ["},
+        {"target": {"kind": "RayJob", "labelSelector": "a=b"}, "patch": "[]"},
+        {"patch": "[]"},
+    ],
+    ids=["no list", "no YAML", "a target that is not read", "no target"],
+)
+def test_a_patch_that_is_not_read_is_said(copy, patch):
+    (copy / "overlays" / "own").mkdir()
+    body = {"resources": ["../gpu"], "patches": [patch]}
+    (copy / "overlays" / "own" / "kustomization.yaml").write_text(yaml.safe_dump(body))
+    (found,) = check_files([str(copy / "overlays" / "own")], PRODUCT)
+    assert found.rule == "kustomize"
+
+
 def test_a_file_of_a_kustomization_is_its_folder(copy):
     assert check_files([str(copy / "overlays" / "gpu" / "kustomization.yaml")], PRODUCT) == []
 
