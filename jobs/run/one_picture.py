@@ -24,6 +24,7 @@ from blocksight.engine.errors import ModelError
 from blocksight.engine.judging.method_choice import chosen_explainer
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.float32 import fixed_float32
+from blocksight.engine.model.sources.hugging_face import class_names_of
 from blocksight.engine.model.sources.timm_models import fed, source_name
 from blocksight.engine.model.threads import one_thread
 from blocksight.jobs.explain.forward_pass import (
@@ -344,9 +345,12 @@ def loaded(config: JobConfig, device: str | None = None) -> tuple[ModelAdapter, 
 
 
 def _around(module: nn.Module, name: str) -> ModelAdapter:
-    """The adapter of a bare module: of timm's as its configuration says, else with ImageNet's normalisation."""
+    """The adapter of a bare module: of timm's as its configuration says, else with ImageNet's normalisation.
+
+    A classifier of Hugging Face's library knows its class names, and not how its pictures are prepared.
+    """
     if source_name(module) is None:
-        return ModelAdapter(module, name=name)
+        return ModelAdapter(module, name=name, class_names=class_names_of(module))
     adapter = fed(module)
     adapter.name = name
     return adapter

@@ -292,6 +292,13 @@ class _Encoder:
         return {name: found[name] for name in known if name in found}
 
 
+def class_names_of(network: nn.Module) -> Sequence[str] | None:
+    """The class names of a classifier of the library that is in memory; None: it is none, or has no names."""
+    kind = type(network)
+    is_of_library = kind.__module__.startswith("transformers.") and _is_classifier(kind)
+    return _class_names(network.config) if is_of_library else None
+
+
 def _class_names(config: Any) -> Sequence[str] | None:
     """The names of `id2label`; None where there are none, or where the library made them up."""
     known = config.id2label or {}

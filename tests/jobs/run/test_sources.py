@@ -451,6 +451,13 @@ def test_prompts_are_classes(family, tmp_path):
     assert prompted.fingerprint != adapter.with_prompts([["a cat"], ["a dog"]]).fingerprint
 
 
+def test_a_classifier_in_memory_knows_its_class_names(folder, pictures):
+    network = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    image, size = next(pictures.rglob("*.png")), loaded(folder).input_size
+    found = explain(network, image, explainer="gradient", input_size=size, console=Console(quiet=True))
+    assert found.target in loaded(folder).class_names
+
+
 def test_features_are_no_classes(pictures, tmp_path):
     place, image = f"hf:{write_pair(tmp_path, 'clip')}", next(pictures.rglob("*.png"))
     warned = {}
