@@ -280,7 +280,7 @@ def _run_marked(marker: str, pieces: Sequence[str], seconds_left: SecondsLeft) -
 
 
 def _zoo_files() -> list[str]:
-    return [*_found("engine/**/*.py", "tests/engine/zoo*.py"), "tests/engine/zoo.txt"]
+    return [*_found("engine/model/**/*.py", "tests/engine/zoo*.py"), "tests/engine/zoo.txt"]
 
 
 def _zoo_pieces(seed: str, fresh: bool) -> list[str]:

@@ -642,7 +642,7 @@ MUTATIONS = (
     Mutation(
         "a named block with a way around it is explained",
         "engine/model/network.py",
-        "        if self._leaks(found[-1]):\n",
+        "        if found[-1].fault == LEAKS or self._leaks(found[-1]):\n",
         "        if False:\n",
         ("jobs/explain/test_preflight.py::test_a_block_that_is_cut_off_and_passed_by_is_named",),
     ),
