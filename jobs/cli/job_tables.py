@@ -51,6 +51,7 @@ def plan_table(
         ("labels", printable(labels)),
         ("units", _units_text(plan, workforce)),
         ("model is fed", input_text(asked, plan.identity)),
+        ("resize", printable(plan.identity["resize"])),
         *_first_pass(job, plan.num_records),
         *(_preflight(preflight) or [("model check", "`explain` examines the model on a few images before any work")]),
         ("forwards", _forwards_text(forwards, plan.num_records, cost.basis)),

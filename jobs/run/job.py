@@ -257,7 +257,7 @@ def check_model(
     places = ", ".join(f"{b['name']} {b['channels']}@{b['height']}x{b['width']}" for b in facts.blocks)
     seen = f", {counted(candidates, 'candidate map')} in {places}" if places else ""
     console.print(f"model: {config.model}, {counted(facts.num_classes, 'class')}{seen}")
-    console.print(f"fed: {fed_text(facts.input_size, facts.mean, facts.std)}")
+    console.print(f"fed: {fed_text(facts.input_size, facts.mean, facts.std)}, resize {config.resize}")
     for note in adapter.assumptions:
         console.print(f"model: {printable(note)}")
     return adapter, facts

@@ -68,6 +68,8 @@ def fed_by(
         std=found.std,
         class_names=class_names,
     )
+    if found.is_bgr:
+        adapter.notes = ("the model takes blue first, as its own preprocessing turns the colours",)
     if not found.is_fixed:
         size = " x ".join(map(str, found.size))
         adapter.assumed = {

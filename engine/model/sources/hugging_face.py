@@ -232,7 +232,7 @@ READOUTS: Mapping[str, ReadoutName] = {"regression": "identity", "multi_label_cl
 
 def _read_as(adapter: ModelAdapter, problem: str | None) -> ModelAdapter:
     """The adapter, read as the folder's problem type says."""
-    if problem in READOUTS:
+    if problem is not None and problem in READOUTS:
         adapter.readout, adapter.says_readout = READOUTS[problem], True
         adapter.notes = (f"the folder says {problem.replace('_', ' ')}: a score is read by {adapter.readout}",)
     return adapter

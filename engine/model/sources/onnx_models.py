@@ -135,6 +135,13 @@ def _session(files: Mapping[str, memoryview]) -> Any:
             raise ModelError(f"ONNX Runtime cannot load the file: {first_line_of(error)}") from error
 
 
+def _refuse_other_file(network: "OnnxNetwork", state: Mapping[str, Tensor], prefix: str, *others: Any) -> None:
+    """Adds an error for the hash of another file, such as in a memory bank."""
+    stored, errors = state.get(f"{prefix}digest"), others[-1]
+    if stored is not None and not torch.equal(stored.cpu(), network.digest.cpu()):
+        errors.append("the weights belong to another ONNX file than the one that is named")
+
+
 class OnnxNetwork(nn.Module):
     """A file's network as a module, without gradients and without parts."""
 
@@ -144,6 +151,7 @@ class OnnxNetwork(nn.Module):
         """`digest`: a hash of the file, which tells the model again. Raises ModelError for input that is no picture."""
         super().__init__()
         self.register_buffer("digest", torch.tensor(list(digest), dtype=torch.uint8))
+        self.register_load_state_dict_pre_hook(_refuse_other_file)
         self.session = session
         given = session.get_inputs()
         if len(given) != 1 or given[0].type not in FLOATS or len(given[0].shape) != 4:
@@ -181,13 +189,6 @@ class OnnxNetwork(nn.Module):
 
     def _run(self, given: NDArray[Any]) -> Sequence[NDArray[Any]]:
         return self.session.run(self.outputs, {self.name: given})
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
-        """Takes the hash of this file alone: a memory bank of another file is refused."""
-        stored = state_dict.get(f"{prefix}digest")
-        if stored is not None and not torch.equal(stored.cpu(), self.digest.cpu()):
-            others[-1].append("the weights belong to another ONNX file than the one that is named")
-        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OnnxNetwork":
         return self  # nothing in it changes

@@ -51,12 +51,13 @@ def made(name: str, options: Mapping[str, Any], stored: StateDict) -> ModelAdapt
 def _at_size_of(network: Any, stored: StateDict) -> tuple[str, ...]:
     """Brings a vision transformer to the input size of a file's position embeddings; says so if it differs."""
     own, given = getattr(network, "pos_embed", None), stored.tensors.get("pos_embed")
-    is_other = isinstance(own, Tensor) and given is not None and own.dim() == given.dim() == 3
-    if not is_other or own.shape[1] == given.shape[1] or not hasattr(network, "set_input_size"):
+    if not isinstance(own, Tensor) or given is None or not own.dim() == given.dim() == 3:
         return ()
-    before = math.prod(network.patch_embed.grid_size)
-    side = math.isqrt(given.shape[1] - (own.shape[1] - before))
-    if side**2 != given.shape[1] - (own.shape[1] - before):
+    if own.shape[1] == given.shape[1] or not hasattr(network, "set_input_size"):
+        return ()
+    others = own.shape[1] - math.prod(network.patch_embed.grid_size)
+    side = math.isqrt(max(0, given.shape[1] - others))
+    if side**2 != given.shape[1] - others:
         return ()  # told as a shape that does not fit
     size = tuple(side * patch for patch in network.patch_embed.patch_size)
     _set_size(network, size)

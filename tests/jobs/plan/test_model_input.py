@@ -191,7 +191,7 @@ def test_a_job_is_fed_as_the_file_says(fed):
     rows = rows_in(LocalStore(root / "out"))
     assert {(row["map_height"], row["map_width"]) for row in rows} == {(16, 16)}
     assert {row["target_name"] for row in rows} <= set(NAMES)
-    assert "fed: 16 x 16 pixels, mean 0.5 0.5 0.5, std 0.25 0.25 0.25" in printed
+    assert "fed: 16 x 16 pixels, mean 0.5 0.5 0.5, std 0.25 0.25 0.25, resize squash" in printed
     facts = json.loads((root / "out" / MODEL_KEY).read_text())
     assert (facts["mean"], facts["std"]) == ([0.5] * 3, [0.25] * 3)
 
