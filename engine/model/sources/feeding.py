@@ -42,9 +42,10 @@ def measured(own: Preprocessing, mean: Sequence[float] = (), std: Sequence[float
     """
     black, white, red, grey = (_plain(own, colour) for colour in ((0, 0, 0), (255,) * 3, (255, 0, 0), (128,) * 3))
     spread = white - black
-    if not bool((spread > 0).all()) or not torch.allclose(black + spread * 128 / 255, grey, atol=1e-4):
+    is_rgb, is_bgr = (_is_near(red, torch.where(torch.arange(3) == place, white, black)) for place in (0, 2))
+    is_straight = bool((spread > 0).all()) and _is_near(black + spread * 128 / 255, grey)
+    if not is_straight or not (is_rgb or is_bgr):
         raise ModelError("the model's own preprocessing does more to colours than to subtract a mean and divide by one")
-    is_bgr = bool(red[2] == white[2]) and not bool(red[0] == white[0])
     if is_bgr:
         black, spread = black.flip(0), spread.flip(0)
     own_mean = 0 - black / spread  # no -0
@@ -113,6 +114,10 @@ def _plain(own: Preprocessing, colour: Sequence[int]) -> Tensor:
     if found.dim() != 3 or len(found) != 3:
         raise ModelError(f"the model's own preprocessing gives {tuple(found.shape)} for a picture; wanted [3, H, W]")
     return found[:, found.shape[1] // 2, found.shape[2] // 2]
+
+
+def _is_near(found: Tensor, wanted: Tensor) -> bool:
+    return torch.allclose(found, wanted, atol=1e-4)
 
 
 def _written(measured: Tensor, written: Sequence[float]) -> tuple[float, ...]:
