@@ -87,7 +87,7 @@ class Sise(Explainer):
         if budget == 0 and self.head is None:
             raise ModelError(
                 f"without any masked forward the head of {self.adapter.name} would have to score the masks, and it is "
-                "too large for that: take a budget above 0"
+                "too large for that: take a budget above 0, such as --fidelity balanced"
             )
 
     def _explain_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Explanation]]:

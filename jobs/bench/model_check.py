@@ -27,10 +27,9 @@ from blocksight.jobs.plan.records import RecordFacts
 from blocksight.jobs.run.one_picture import explained, loaded, png_file, read_picture, refuse_many
 from blocksight.jobs.worker.progress import Tally, passing
 from blocksight.storage.images.decode import fit
+from blocksight.storage.inputs.survey import IMAGE_SUFFIXES
 from blocksight.storage.outputs.pictures import Pixels
 
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-"""Of the files of a folder of which the first is taken."""
 NUM_TIMED = 3
 """Forward passes whose median is the time of one."""
 NUM_NAMED = 5
@@ -182,9 +181,9 @@ def _picture(image: str | None) -> Any:
         folder = Path(image).expanduser()
         if "://" in image or not folder.is_dir():
             return image
-        files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+        files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
-            raise ConfigError(f"the folder {image} holds no picture: {', '.join(sorted(SUFFIXES))}")
+            raise ConfigError(f"the folder {image} holds no picture: {', '.join(IMAGE_SUFFIXES)}")
         return str(files[0])
     try:
         return photographs()["chelsea.png"]

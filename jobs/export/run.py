@@ -184,7 +184,8 @@ def fresh_folder(destination: str, taken: Mapping[str, str]) -> Path:
 
 def _shown(found: Iterable[ExplainedRecord], records: ExplainedRecords, console: Console) -> Iterator[ExplainedRecord]:
     """The records, with a progress line."""
-    expected = min(records.plan.num_records, records.limit or records.plan.num_records)
+    known = (records.plan.num_records, records.limit, records.selection.num_records)
+    expected = min(count for count in known if count is not None)
     with progress(console, Tally(expected, None, verb="export")) as update:
         for record in found:
             yield record

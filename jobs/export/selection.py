@@ -22,6 +22,11 @@ class Selection:
     maps: frozenset[tuple[Any, ...]] | None = None
     """Values of `MAP`."""
 
+    @property
+    def num_records(self) -> int | None:
+        """Records of which a map is taken; None: all."""
+        return None if self.maps is None else len({key for key, _ in self.maps})
+
     def takes(self, row: Mapping[str, Any]) -> bool:
         """True if the map of an explained row is taken."""
         return self.maps is None or tuple(row[name] for name in MAP) in self.maps

@@ -301,7 +301,8 @@ def label_fault(labels: Labels, found: FoundLabels, folders: Sequence[str], *, i
             f"{labels.num_classes - 1}: {what}"
         )
     if is_target and not reading.num_known and sum(found.counts.values()):
-        return f"the target is the label, and no label means a class ({reading.text}). {what}"
+        way = "" if what in reading.text else f". {what}"
+        return f"the target is the label, and no label means a class ({reading.text}){way}"
     return None
 
 

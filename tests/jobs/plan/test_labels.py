@@ -184,6 +184,7 @@ def test_a_target_that_no_record_has_is_refused_before_work():
     assert label_fault(labels, found, ["tensh"], is_target=False) is None
     fault = label_fault(labels, found, ["tensh"], is_target=True)
     assert "no label means a class" in fault
+    assert fault.count("--class-map says") == 1
     assert "nearest: tench" in fault
 
 
