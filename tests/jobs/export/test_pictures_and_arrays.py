@@ -150,7 +150,7 @@ def test_keys_a_condition_and_a_limit_pick_maps(output, tmp_path):
     assert by_map(index_of(exported(output, "pictures", tmp_path / "x", *options))) == by_map(wanted)
     code, text = called("export", output, "pictures", tmp_path / "y", "--key", "bee/001.png")
     assert code == 0
-    assert "1/1 images" in text
+    assert "exported: 1/1 image" in text
 
 
 # ---------------------------------------------------------------- arrays
