@@ -82,7 +82,8 @@ def _last_stage(found: list[Instruction]) -> list[Instruction]:
 
 def _bases(place: Place, found: list[Instruction]) -> Iterator[Finding]:
     """Each base is pinned, an earlier stage, or an argument whose default is pinned."""
-    arguments = dict(one.rest.partition("=")[::2] for one in found if one.name == "ARG")
+    declared = [one.rest.partition("=") for one in found if one.name == "ARG"]
+    arguments = {name: value for name, _, value in declared}
     stages: list[str] = []
     is_named = False
     for one in found:

@@ -1,7 +1,7 @@
 """Rules for jobs that wait in a queue of Kueue: the queue exists, its quota covers the job, Kueue takes the job."""
 
-from collections import Counter
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 
 from blocksight.cluster.checks.findings import Finding, Place, nearest
@@ -100,7 +100,7 @@ def _covered(job: Place, objects: Objects) -> Iterator[Finding]:
     queue = queues.get(local["spec"]["clusterQueue"].text) if local is not None else None
     if queue is None:
         return
-    quotas: Counter[str] = Counter()
+    quotas: defaultdict[str, Decimal] = defaultdict(Decimal)
     for group in queue["spec"]["resourceGroups"].items():
         for flavor in group["flavors"].items():
             for one in flavor["resources"].items():
@@ -114,14 +114,14 @@ def _covered(job: Place, objects: Objects) -> Iterator[Finding]:
             yield place.finding("queue", why, "raise the quota, or take fewer workers")
 
 
-def needs_of(job: Place) -> Counter[str]:
+def needs_of(job: Place) -> Mapping[str, Decimal]:
     """What a RayJob's pods ask for together, by resource: submitter, head, and all replicas."""
     cluster = job["spec"]["rayClusterSpec"]
     counted = [(1, job["spec"]["submitterPodTemplate"]), (1, cluster["headGroupSpec"]["template"])]
     for group in cluster["workerGroupSpecs"].items():
         replicas = group["replicas"].value
         counted.append((replicas if isinstance(replicas, int) else 0, group["template"]))
-    total: Counter[str] = Counter()
+    total: defaultdict[str, Decimal] = defaultdict(Decimal)
     for count, template in counted:
         for container in containers(template["spec"]):
             resources = container["resources"]

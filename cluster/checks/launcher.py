@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from botocore.loaders import Loader
-from botocore.model import ServiceModel, Shape, StructureShape
+from botocore.model import ServiceModel, StructureShape
 from jsonschema import Draft7Validator
 
 from blocksight.cluster.checks.commands import Product, configuration_findings
@@ -191,13 +191,13 @@ def _run_instances() -> StructureShape:
     return shape
 
 
-def shape_findings(place: Place, shape: Shape) -> Iterator[Finding]:
+def shape_findings(place: Place, shape: Any) -> Iterator[Finding]:
     """What of a value is no parameter of a service, of the wrong type, or no value that it takes."""
     kinds = {"structure": dict, "map": dict, "list": list, "string": str, "integer": int, "boolean": bool, "long": int}
     kind = kinds.get(shape.type_name)
     if kind is not None and (not isinstance(place.value, kind) or (kind is int and isinstance(place.value, bool))):
         yield place.finding("schema", f"{place.value!r} is no {shape.type_name}", f"write a {shape.type_name}")
-    elif isinstance(shape, StructureShape):
+    elif shape.type_name == "structure":
         for name, one in place.entries():
             if name in shape.members:
                 yield from shape_findings(one, shape.members[name])
@@ -205,7 +205,7 @@ def shape_findings(place: Place, shape: Shape) -> Iterator[Finding]:
                 yield one.finding("schema", f"EC2 has no parameter {name} here", nearest(name, shape.members))
     elif shape.type_name == "list":
         for one in place.items():
-            yield from shape_findings(one, shape.member)  # pyright: ignore[reportAttributeAccessIssue]
+            yield from shape_findings(one, shape.member)
     elif (known := getattr(shape, "enum", None)) and place.value not in known:
         why = f"{place.value!r} is not among the {len(known)} values that botocore knows"
         yield place.finding("enum", why, nearest(place.text, known))

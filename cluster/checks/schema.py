@@ -35,13 +35,14 @@ def faults_of(place: Place, error: ValidationError) -> Iterator[Finding]:
     """The findings of one error of a schema."""
     at = place.at(*error.absolute_path)
     wanted: Any = error.validator_value
+    instance: Any = error.instance
     match error.validator:
         case "additionalProperties":
             known = (error.schema.get("properties") if isinstance(error.schema, dict) else None) or {}
-            for name in sorted(set(error.instance) - set(known)):
+            for name in sorted(set(instance) - set(known)):
                 yield at[name].finding("schema", f"{name} is no field here and would be dropped", nearest(name, known))
         case "required":
-            for name in sorted(set(wanted) - set(error.instance)):
+            for name in sorted(set(wanted) - set(instance)):
                 yield at.finding("schema", f"the field {name} is missing", f"add {name}")
         case "enum":
             words = ", ".join(map(str, wanted))

@@ -2,7 +2,7 @@
 
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -109,7 +109,7 @@ def command_fault(words: Sequence[str]) -> str | None:
 
 
 @cache
-def _known_commands() -> dict[str, Any]:
+def _known_commands() -> Mapping[str, Any]:
     return get_group(app).commands
 
 
