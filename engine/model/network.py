@@ -20,6 +20,7 @@ from blocksight.engine.model.proofs import (
     ELSEWHERE,
     LEAKS,
     NO_PLACES,
+    NO_READING,
     POOLED,
     UNUSED,
     Reading,
@@ -89,6 +90,12 @@ class Network:
             for place in leaking:
                 places[places.index(place)] = replace(place, is_unavoidable=False)
         return tuple(discover_blocks(places))
+
+    def beyond(self, last: Place) -> str:
+        """The deepest tensor behind a block that every path passes and that could not be read, and why; empty: none."""
+        behind = self.places[self.places.index(last) + 1 :]
+        unread = [place for place in behind if place.is_unavoidable and place.fault in (ELSEWHERE, NO_READING)]
+        return f"{unread[-1].name}: {unread[-1].fault}" if unread else ""
 
     def _tried(self) -> str:
         """The last places that were tried and why each is none, as a clause."""

@@ -90,7 +90,9 @@ def proved_reading(value: Any, full: Grid, grids: Sequence[Grid]) -> Reading:
         found = _placed(changes, layouts[0], is_assumed=True)
         if found.fault or is_silent or _goes_on(value, layouts[0].grid, grids):
             return found
-    return Reading(None, NO_PICTURE if is_silent else NO_READING)
+    if is_silent:
+        return Reading(None, NO_PICTURE)
+    return Reading(None, NO_READING if layouts else NO_PLACES)
 
 
 class _Changes:

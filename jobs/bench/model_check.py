@@ -86,6 +86,8 @@ class ModelCheck:
     blocks: tuple[BlockCheck, ...]
     refusal: str
     """Why there is no block; empty: there is one."""
+    beyond: str
+    """What lies deeper than the last block and could not be read, and why; empty: nothing."""
     device: str
     """`cpu` or `cuda`."""
     forward_seconds: float
@@ -142,6 +144,7 @@ def _checked(config: JobConfig, picture: tuple[Pixels, RecordFacts], output: Pat
         adapter.network.graph is not None,
         tuple(_block(place) for place in blocks),
         refusal,
+        adapter.network.beyond(blocks[-1]) if blocks else "",
         adapter.device.type,
         seconds,
         chosen_explainer(adapter).explainer,

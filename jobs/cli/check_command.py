@@ -77,6 +77,7 @@ def _rows(found: "ModelCheck") -> list[tuple[str, str]]:
         *loud,
         ("network", "traced" if found.is_traced else "not traced: places are outputs of its modules"),
         *([("no blocks", printable(found.refusal))] if found.refusal else []),
+        *([("no block", printable(f"the deeper {found.beyond}"))] if found.beyond else []),
         ("forward", f"{found.forward_seconds * 1e3:,.1f} ms a picture, on {DEVICES.get(found.device, found.device)}"),
         ("auto", f"--explainer auto takes {found.auto}"),
         ("picture", printable(f"{found.picture}: {found.target}, {found.score:.3f}, by {found.explainer}")),

@@ -162,10 +162,12 @@ def refuse_untaken(adapter: ModelAdapter, config: JobConfig, image_nchw: Tensor)
 
 
 def _proofs(adapter: ModelAdapter, facts: ModelFacts) -> tuple[str, ...]:
-    """Each block that the explainer uses, with how it was proved."""
+    """Each block that the explainer uses, with how it was proved, and what lies deeper and could not be read."""
     names = [block["name"] for block in facts.blocks]
     places = adapter.network.blocks(names) if names else ()
-    return tuple(f"{place.name}, {place.layout.kind}: {place.proof}" for place in places if place.layout is not None)
+    beyond = adapter.network.beyond(places[-1]) if places else ""
+    found = [f"{place.name}, {place.layout.kind}: {place.proof}" for place in places if place.layout is not None]
+    return (*found, *([f"deeper, {beyond}"] if beyond else []))
 
 
 def _passes(adapter: ModelAdapter, image_nchw: Tensor) -> bool:

@@ -202,6 +202,7 @@ def test_layers_behind_the_change_are_no_blocks(change, place, known, is_traced,
     network = found_in(lambda: Fed(change, place), 64)
     if known:
         assert [block.grid for block in network.blocks()] == known
+        assert (ELSEWHERE in network.beyond(network.blocks()[-1])) == (change is cut)
     else:
         with pytest.raises(ModelError, match="the picture lies elsewhere in it: cut, padded, turned"):
             network.blocks()
@@ -236,6 +237,7 @@ def test_a_branch_of_an_untraced_network_is_no_block(net):
     network = found_in(net)
     assert network.graph is None
     assert [block.name for block in network.blocks()] == ["stem", "last"]
+    assert not network.beyond(network.blocks()[-1])
     with pytest.raises(ModelError, match=r"'branch' is no block: the output still depends .* stem, last$"):
         network.blocks(["branch"])
 
