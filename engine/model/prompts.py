@@ -37,9 +37,9 @@ class Compared(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor) -> Tensor:
         """Logits [N, K] of features [N, D]."""
-        return self.scale * (functional.normalize(features, dim=1) @ self.embeddings.T) + self.bias
+        return self.scale * (functional.normalize(inputs, dim=1) @ self.embeddings.T) + self.bias
 
 
 class Prompted(Compared):
@@ -49,9 +49,9 @@ class Prompted(Compared):
         super().__init__(embeddings, torch.tensor(texts.scale), torch.tensor(texts.bias))
         self.network = network
 
-    def forward(self, inputs_nchw: Tensor) -> Tensor:
-        """Logits [N, K]."""
-        return super().forward(self.network(inputs_nchw))
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits [N, K] of pictures [N, 3, H, W]."""
+        return super().forward(self.network(inputs))
 
     def comparison(self) -> Compared:
         """What comes behind the features."""
