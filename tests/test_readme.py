@@ -467,13 +467,19 @@ def race_lines(rows) -> list[str]:
 def planted_lines(rows) -> list[str]:
     """The table of planted evidence: each network's methods from the most energy to the least."""
     head = "| network | method | energy in the object | right one of two | deletion | insertion |"
-    ordered = sorted(rows, key=lambda row: (row["network"], -row["energy"]))
+    ordered = sorted(rows, key=lambda row: (row["network"], -row["energy"][0]))
     return [head, "| --- " * 6 + "|", *map(_planted_line, ordered)]
 
 
 def _planted_line(row) -> str:
-    figures = " | ".join(f"{row[name]:.3f}" for name in ("energy", "right", "deletion", "insertion"))
+    figures = " | ".join(map(_over_seeds, (row[name] for name in ("energy", "right", "deletion", "insertion"))))
     return f"| {row['network'].upper()} | `{row['method']}` | {figures} |"
+
+
+def _over_seeds(figure) -> str:
+    """The mean, and the least and greatest of several seeds."""
+    mean, low, high = figure
+    return f"{mean:.3f}" if low == high else f"{mean:.3f} ({low:.2f} to {high:.2f})"
 
 
 LIBRARIES = {"timm": "timm", "torchvision": "torchvision", "hf": "transformers", "parallel": "under `DataParallel`"}

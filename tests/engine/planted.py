@@ -1,4 +1,4 @@
-"""Images whose evidence is planted in known boxes, and a CNN and a ViT trained to look for it.
+"""Images whose evidence is planted in known boxes, and a CNN, a ViT and a Swin trained to look for it.
 
 Grey noise holds objects of five classes. All five consist of as many bright as dark pixels of the same two
 tones, as bright on average as the noise, so that neither colour nor brightness tells a class: its shape does.
@@ -99,13 +99,15 @@ def _disjoint_corners() -> Tensor:
     return torch.stack([every[first], every[second]], 1)
 
 
-def _batch(num: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def draw_one(num: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """As `batch`, from a generator."""
     corners = _corners()[torch.randint(len(_corners()), (num,), generator=rng)]
     classes = torch.randint(NUM_CLASSES, (num,), generator=rng)
     return draw(classes[:, None], corners[:, None], rng), classes, _boxes(corners)
 
 
-def _pairs(num: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def draw_two(num: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """As `pairs`, from a generator."""
     corners = _disjoint_corners()[torch.randint(len(_disjoint_corners()), (num,), generator=rng)]
     first = torch.randint(NUM_CLASSES, (num,), generator=rng)
     second = (first + torch.randint(1, NUM_CLASSES, (num,), generator=rng)) % NUM_CLASSES
@@ -118,7 +120,7 @@ def batch(num: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
     A box is left, top, right, bottom, the last two exclusive.
     """
-    return _batch(num, generator(seed))
+    return draw_one(num, generator(seed))
 
 
 def pairs(num: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,7 +128,14 @@ def pairs(num: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Also their classes [N, 2] and boxes [N, 2, 4] in the same order.
     """
-    return _pairs(num, generator(seed))
+    return draw_two(num, generator(seed))
+
+
+def off_centre(num: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `batch`, of objects whose centre is at least a quarter of a side away from the picture's."""
+    pixels, classes, boxes = batch(max(200, 2 * num), seed)
+    away = (boxes[:, :2] + OBJECT_SIDE / 2 - SIDE / 2).abs().amax(1) >= SIDE / 4
+    return pixels[away][:num], classes[away][:num], boxes[away][:num]
 
 
 def energy_inside(map_hw: Tensor, box: Tensor) -> float:
@@ -151,6 +160,19 @@ def small_vit() -> nn.Module:
     """torchvision's vision transformer with four layers over 8 x 8 patches and a class token."""
     return torchvision.models.VisionTransformer(
         image_size=SIDE, patch_size=8, num_layers=4, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=NUM_CLASSES
+    )
+
+
+def small_swin() -> nn.Module:
+    """torchvision's Swin with two stages of two layers over 4 x 4 patches, in windows of 4 x 4 tokens."""
+    return torchvision.models.SwinTransformer(
+        patch_size=[4, 4],
+        embed_dim=32,
+        depths=[2, 2],
+        num_heads=[2, 4],
+        window_size=[4, 4],
+        stochastic_depth_prob=0.0,
+        num_classes=NUM_CLASSES,
     )
 
 
@@ -197,8 +219,8 @@ def adapter_of(module: nn.Module, name: str) -> ModelAdapter:
 
 def _lesson(rng: torch.Generator, wanted: Lesson) -> tuple[Tensor, Tensor]:
     """Pixels and wanted softmax."""
-    single, classes, _ = _batch(wanted.single, rng)
-    double, both, _ = _pairs(wanted.double, rng)
+    single, classes, _ = draw_one(wanted.single, rng)
+    double, both, _ = draw_two(wanted.double, rng)
     num_empty = wanted.empty
     empty = draw(torch.empty(num_empty, 0, dtype=torch.long), torch.empty(num_empty, 0, 2, dtype=torch.long), rng)
     softmax = [
@@ -211,6 +233,7 @@ def _lesson(rng: torch.Generator, wanted: Lesson) -> tuple[Tensor, Tensor]:
 
 train_cnn = partial(train, small_cnn, "planted CNN", peak_rate=1e-2, lesson=Lesson(32, 24, 8))
 train_vit = partial(train, small_vit, "planted ViT", peak_rate=2e-3, lesson=Lesson(16, 12, 4))
+train_swin = partial(train, small_swin, "planted Swin", peak_rate=2e-3, lesson=Lesson(16, 12, 4))
 
 
 FULLY: dict[str, Callable[[], ModelAdapter]] = {

@@ -121,10 +121,7 @@ def learned(explainer, adapter):
 
 
 def off_centre(count):
-    """Pictures of one object whose centre is at least a quarter of a side away from the picture's."""
-    pixels, classes, boxes = planted.batch(200, HELD_OUT)
-    away = (boxes[:, :2] + planted.OBJECT_SIDE / 2 - planted.SIDE / 2).abs().amax(1) >= planted.SIDE / 4
-    return pixels[away][:count], classes[away][:count], boxes[away][:count]
+    return planted.off_centre(count, HELD_OUT)
 
 
 def mean_energy(model, name):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from blocksight.engine.catalog.parameters import LeGradParameters, RiseParameters
+from blocksight.engine.catalog.parameters import LeGradParameters, OcclusionParameters, RiseParameters
 from blocksight.engine.errors import ModelError
 from blocksight.engine.explainers import make_explainer
 from blocksight.engine.model.adapter import ModelAdapter
@@ -16,6 +16,7 @@ from blocksight.engine.model.expressions import WeightedSum
 from blocksight.engine.model.targets import ClassLogit
 from blocksight.engine.model.token_dropping import TokenDropping
 from blocksight.engine.model.token_stream import _check_mixing, token_stream
+from tests.engine import planted, planted_clip
 from tests.engine import slow_explainers as slow
 from tests.engine.libraries import CHANGED, GLOBAL, SIDE, WINDOWED, made
 from tests.engine.nets import Plain, Transformer, seeded, smooth
@@ -384,3 +385,23 @@ def test_no_attention_is_missed(name, doubles):
     with adapter.borrowed(), torch.no_grad(), explicit_attention(adapter.module, lambda _: None) as missed:
         adapter.logits(smooth(1, 32, 32))
     assert missed == []
+
+
+# ---------------------------------------------------------------- texts as classes
+
+
+@pytest.mark.parametrize("explainer", ["libra(chefer)", "occlusion"])
+def test_two_prompts_have_two_maps_each_on_its_own_object(explainer):
+    """On a CLIP that learned pictures of one and two objects by their captions."""
+    pixels, classes, boxes = planted.pairs(8, 1_000_001)
+    right = []
+    for picture, own, places in zip(pixels, classes.tolist(), boxes, strict=True):
+        prompts = [[planted_clip.prompt(planted.CLASS_NAMES[one])] for one in own]
+        adapter = planted_clip.adapter_with_texts(planted_clip.stored_clip()).with_prompts(prompts)
+        parameters = OcclusionParameters(window=8, stride=8, baseline="drop") if explainer == "occlusion" else None
+        explain = make_explainer(explainer, adapter, parameters).explain
+        [maps] = explain(adapter.normalise(picture[None]), ClassLogit(torch.tensor([[0, 1]])))
+        for number, one in enumerate(maps):
+            inside = [planted.energy_inside(torch.from_numpy(one.saliency_hw), place) for place in places]
+            right.append(inside[number] > inside[1 - number])
+    assert sum(right) >= 15

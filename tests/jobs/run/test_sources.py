@@ -28,6 +28,7 @@ from blocksight.jobs.plan.model_input import with_model_file
 from blocksight.storage.images.decode import decode, fit
 from blocksight.storage.outputs.map_codec import decode_map
 from blocksight.storage.stores.local import LocalStore
+from tests.engine import planted, planted_clip
 from tests.jobs.jobs_of import called, config_of, rows_in, run_here
 from tests.jobs.run.tiny_hugging_face import WORDS, write_tokenizer
 
@@ -563,3 +564,15 @@ def test_one_picture_from_python_is_fed_as_in_a_job(kind, folder, pictures, tmp_
         assert np.array_equal(found.map, decode_map(row["map"], (row["map_height"], row["map_width"])))
         assert (found.score, found.target) == (row["score"], row["target_name"])
         assert ("timm's configuration of it" in said.getvalue()) == isinstance(form, torch.nn.Module)
+
+
+def test_two_prompts_of_a_folder_have_two_maps_each_on_its_own_object(tmp_path):
+    """A trained CLIP, its tokenizer and its preprocessing, on a picture of two planted objects."""
+    folder = planted_clip.write_folder(tmp_path / "clip")
+    pixels, ((first, second),), (boxes,) = planted.pairs(1, 1_000_003)
+    for own, other in ((first, second), (second, first)):
+        words = planted_clip.prompt(planted.CLASS_NAMES[own]), planted_clip.prompt(planted.CLASS_NAMES[other])
+        target = f"text:{words[0]} - text:{words[1]}"
+        found = explain(f"hf:{folder}", pixels[0], target, "libra(chefer)", console=Console(quiet=True))
+        inside = [planted.energy_inside(torch.from_numpy(found.map), box) for box in boxes]
+        assert (inside[0] > inside[1]) == (own == first)
