@@ -24,6 +24,15 @@ def plain():
     return ModelAdapter(seeded(Plain), input_size=(32, 32), class_names=list("abcde"))
 
 
+def cut_later():
+    """What follows its first layer sees a part of the picture."""
+    from blocksight import ModelAdapter
+    from tests.engine.model.test_proofs import Fed, cut
+    from tests.engine.nets import seeded
+
+    return ModelAdapter(seeded(lambda: Fed(cut, 1)), input_size=(64, 64))
+
+
 def without_maps():
     from torch import nn
 
@@ -111,6 +120,17 @@ def test_the_tables_say_the_same(folder):
     assert ran.exit_code == 0, ran.output
     for said in ("32 x 32 pixels", "5 (a; b; c; d; e)", "features_7", "channels first", "not for this model", "traced"):
         assert said in ran.output
+
+
+def test_a_deeper_tensor_that_is_no_block_is_named(folder):
+    model = "tests.jobs.cli.test_check:cut_later"
+    ran = checked("--model", model, "--data", str(folder), "--output", str(folder / "map.png"), "--json")
+    assert ran.exit_code == 0, ran.output
+    found = json.loads(ran.stdout)
+    assert [block["height"] for block in found["blocks"]] == [32]
+    assert "the picture lies elsewhere in it" in found["beyond"]
+    ran = checked("--model", model, "--data", str(folder), "--output", str(folder / "map.png"))
+    assert "the deeper" in ran.output
 
 
 def test_without_blocks_it_says_why_and_draws_the_gradient(folder):
