@@ -27,10 +27,12 @@ from blocksight.cluster.checks.skypilot import skypilot_findings
 from blocksight.cluster.checks.slurm import slurm_findings
 
 STANDARD_INPUT = "-"
+PLACEHOLDERS = ("registry.example", f"sha256:{'0' * 64}", "example-images", "example-maps", "111122223333")
+"""An image and its digest, two buckets, an account of AWS."""
 
 
 @dataclass
-class _Files:
+class Files:
     """What was read of the files."""
 
     sets: list[list[Place]] = field(default_factory=lambda: [[]])
@@ -41,14 +43,24 @@ class _Files:
 
 
 def check_files(names: Sequence[str], product: Product, figures: PlanFigures | None = None) -> list[Finding]:
-    """What is wrong with files, or with folders that hold a `kustomization.yaml`; `-` is standard input.
+    """What is wrong with files, or with folders that hold a `kustomization.yaml`; `-` is standard input."""
+    return findings_in(read_files(names), product, figures)
 
-    The Kubernetes objects of all plain files are one set, and may name each other; those of a kustomization are
-    another. With `figures`, also what of that plan does not fit. Each finding comes once.
-    """
-    files = _Files()
+
+def read_files(names: Sequence[str]) -> Files:
+    """Reads the files, and sorts what they hold by its kind."""
+    files = Files()
     for name in names:
         _read(name, files)
+    return files
+
+
+def findings_in(files: Files, product: Product, figures: PlanFigures | None = None) -> list[Finding]:
+    """What is wrong with files, each finding once.
+
+    The Kubernetes objects of all plain files are one set, and may name each other; those of a kustomization are
+    another. With `figures`, also what of that plan does not fit.
+    """
     found = list(files.findings)
     for kind, place in files.others:
         found += RULES[kind](place, product)
@@ -60,7 +72,14 @@ def check_files(names: Sequence[str], product: Product, figures: PlanFigures | N
     return list(dict.fromkeys(found))
 
 
-def _unfit(files: _Files, figures: PlanFigures) -> Iterator[Finding]:
+def placeholders_in(files: Files) -> list[str]:
+    """What stands in the files of this package for what is the user's own, and is still there."""
+    places = [place for _, place in files.others] + [one for places in files.sets for one in places]
+    texts = [below.text for place in places for below in place.walk() if below.text]
+    return [mark for mark in PLACEHOLDERS if any(mark in text for text in texts)]
+
+
+def _unfit(files: Files, figures: PlanFigures) -> Iterator[Finding]:
     """What of a plan does not fit the machines, and the configurations, of the files."""
     of_kind = {SLURM: machines_of_script, SKYPILOT: machines_of_task}
     for kind, place in files.others:
@@ -77,7 +96,7 @@ def _unfit(files: _Files, figures: PlanFigures) -> Iterator[Finding]:
                     yield from place_findings(one, one.text, figures)
 
 
-def _read(name: str, files: _Files) -> None:
+def _read(name: str, files: Files) -> None:
     path = Path(name)
     if path.name == kustomization.FILE and path.is_file():
         path = path.parent
@@ -92,7 +111,7 @@ def _read(name: str, files: _Files) -> None:
         files.findings.append(Place(name, None).finding("file", why, "name a file that is there and can be read"))
 
 
-def _read_folder(name: str, path: Path, files: _Files) -> None:
+def _read_folder(name: str, path: Path, files: Files) -> None:
     if not (path / kustomization.FILE).is_file():
         way_out = "name its files, or a folder with one"
         files.findings.append(
@@ -104,7 +123,7 @@ def _read_folder(name: str, path: Path, files: _Files) -> None:
     files.findings += findings
 
 
-def _sort(name: str, text: str, files: _Files) -> None:
+def _sort(name: str, text: str, files: Files) -> None:
     """Puts the documents of a text to their kinds."""
     for document in _documents(name, text):
         place = Place(name, document)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from blocksight.cluster.checks.findings import Finding, Place
 
 PINNED = re.compile(r"[\w./:-]*[\w]@sha256:[0-9a-f]{64}")
-PLACEHOLDER_DIGEST = f"sha256:{'0' * 64}"
 
 
 def image_findings(place: Place, name: str | None = None) -> Iterator[Finding]:

@@ -70,16 +70,18 @@ def check(
 
     Example: blocksight cluster check cluster/kuberay/overlays/gpu
     """
-    from blocksight.cluster.checks.check import check_files
+    from blocksight.cluster.checks.check import findings_in, placeholders_in, read_files
     from blocksight.cluster.checks.commands import Product
 
     figures = None if plan is None else _figures_of(plan, endpoint_url)
-    found = check_files(file, Product(command_fault, configuration_fault, GRACE_SECONDS), figures)
+    files = read_files(file)
+    found = findings_in(files, Product(command_fault, configuration_fault, GRACE_SECONDS), figures)
     for finding in found:
         sys.stdout.write(f"{printable(finding)}\n")
     if found:
         raise typer.Exit(USAGE)
-    console.print(f"nothing is wrong with {counted(len(file), 'file')}")
+    own = ", ".join(placeholders_in(files))
+    console.print(f"nothing is wrong with {counted(len(file), 'file')}" + (f"; yours to fill in: {own}" if own else ""))
 
 
 def _figures_of(output: str, endpoint_url: str | None) -> "PlanFigures":

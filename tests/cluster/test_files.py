@@ -1,5 +1,6 @@
 """`cluster print` gives every file of the package; `cluster check` ends with 0 or 2 and says each fault in a line."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,20 @@ def test_a_fault_is_one_line_and_exit_code_2(tmp_path):
     (line,) = done.stdout.splitlines()
     assert done.returncode == 2
     assert line.startswith(f"{tmp_path}/job.yaml: spec.submissionMode: enum: ")
+
+
+def test_what_is_left_to_fill_in_is_said(tmp_path):
+    done = blocksight("cluster", "check", CLUSTER / "kuberay/overlays/gpu")
+    assert "yours to fill in: registry.example, sha256:000" in done.stdout
+    (tmp_path / "job.toml").write_text('data = "s3://photos/"\noutput = "s3://maps/"\n')
+    assert blocksight("cluster", "check", tmp_path / "job.toml").stdout == "nothing is wrong with 1 file\n"
+
+
+def test_every_file_is_in_the_wheel():
+    settings = tomllib.loads((CLUSTER.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {
+        file.relative_to(CLUSTER).as_posix()
+        for pattern in settings["package-data"]["blocksight.cluster"]
+        for file in CLUSTER.glob(pattern)
+    }
+    assert set(FILES) <= found
