@@ -390,7 +390,7 @@ def test_a_table_lists_what_the_code_has(head, known):
 
 
 def test_exit_codes():
-    (rows,) = tables("exit code")
+    (rows,) = tables("exit code | meaning")
     assert [int(row[0]) for row in rows] == sorted(CODES)
 
 
