@@ -17,7 +17,7 @@ ACTOR_BYTES = 2 << 30
 """Of an explain actor: Python, torch, a model and its activations."""
 RAY_BYTES = 1 << 30
 """Of Ray's own processes on a node."""
-GPU = "nvidia.com/gpu"
+GPUS = ("nvidia.com/gpu", "amd.com/gpu")
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def offer_of(job: Place) -> Offer:
     has_gpus, most = False, 0
     for group in groups:
         worker = next(containers(group["template"]["spec"]), group)
-        has_gpus = has_gpus or worker["resources"]["limits"][GPU].is_there
+        has_gpus = has_gpus or _gpus(worker) > 0
         count = group["maxReplicas" if scales else "replicas"].value
         most += count * _actors(worker) if isinstance(count, int) else 0
     return Offer(has_gpus, most)
@@ -136,9 +136,13 @@ def _bytes(place: Place) -> float | None:
 
 def _actors(container: Place) -> int:
     """Explain actors of a worker's pod: one per GPU, or one per core that a task leaves over."""
+    cpus = quantity(container["resources"]["limits"]["cpu"].value)
+    return _gpus(container) or floor((float(cpus or 1) - TASK_CPUS) / ACTOR_CPUS)
+
+
+def _gpus(container: Place) -> int:
     limits = container["resources"]["limits"]
-    gpus, cpus = quantity(limits[GPU].value), quantity(limits["cpu"].value)
-    return int(gpus) if gpus else floor((float(cpus or 1) - TASK_CPUS) / ACTOR_CPUS)
+    return int(sum(quantity(limits[name].value) or 0 for name in GPUS))
 
 
 def machines_of_script(script: Place) -> Machines:

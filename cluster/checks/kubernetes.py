@@ -21,6 +21,11 @@ from blocksight.cluster.checks.references import (
 from blocksight.cluster.checks.schema import CRDS, api_version, schema_findings
 
 KINDS = (*CRDS, *OBJECTS)
+BESIDE = (
+    *("Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding", "PodDisruptionBudget", "ResourceQuota", "LimitRange"),
+    *("PriorityClass", "PersistentVolume", "StorageClass", "Service", "ExternalSecret", "SecretStore"),
+)
+"""Kinds that may stand beside a job; only their names, labels and secrets are looked at."""
 
 
 def object_findings(places: Sequence[Place], product: Product) -> Iterator[Finding]:
@@ -52,9 +57,11 @@ def _head_of(place: Place) -> Iterator[Finding]:
     known = api_version(kind.text)
     if kind.text == "Secret":
         yield place.finding("secret", "a Secret in a file is a secret in a file", "make it in the cluster")
-    elif known is None:
-        yield kind.finding("kind", f"{kind.value!r} is no kind that is checked here", nearest(kind.text, KINDS))
-    elif version.value != known:
+    elif known is None and kind.text not in BESIDE:
+        yield kind.finding(
+            "kind", f"{kind.value!r} is no kind that is checked here", nearest(kind.text, (*KINDS, *BESIDE))
+        )
+    elif known is not None and version.value != known:
         yield version.finding("version", f"{version.value!r} is not the version of {kind.text}", f"write {known}")
     name = place["metadata"]["name"]
     if OBJECT_NAME.fullmatch(name.text) is None:

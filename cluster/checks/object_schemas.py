@@ -83,6 +83,21 @@ _STOP_POLICY = _one_of("None", "Hold", "HoldAndDrain")
 OBJECTS: dict[str, tuple[str, Schema]] = {
     "Namespace": ("v1", _object({"spec": ANY_OBJECT})),
     "ConfigMap": ("v1", _object({"data": TEXTS, "binaryData": TEXTS, "immutable": FLAG})),
+    "PersistentVolumeClaim": (
+        "v1",
+        _spec(
+            {
+                "accessModes": _list(_one_of("ReadWriteOnce", "ReadOnlyMany", "ReadWriteMany", "ReadWriteOncePod")),
+                "resources": _fields({"requests": _fields({"storage": NUMBER_OR_TEXT}, "storage")}, "requests"),
+                "storageClassName": TEXT,
+                "volumeName": NAME,
+                "volumeMode": _one_of("Filesystem", "Block"),
+                "selector": _SELECTOR,
+            },
+            "accessModes",
+            "resources",
+        ),
+    ),
     "ServiceAccount": (
         "v1",
         _object(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from blocksight.cluster.checks.commands import Product
 from blocksight.cluster.checks.findings import Finding, Place
+from blocksight.cluster.checks.images import image_findings
 from blocksight.cluster.checks.pods import NAME, context_findings, end_findings, label_findings, pod_findings, variable
 from blocksight.cluster.checks.quantities import quantity
 from blocksight.cluster.checks.ray_options import ray_version_fault, start_option_findings
@@ -81,6 +82,8 @@ def _scaling(spec: Place) -> Iterator[Finding]:
     if head is not None and variable(head, "RAY_enable_autoscaler_v2").is_there:
         place = variable(head, "RAY_enable_autoscaler_v2")
         yield place.finding("scaling", "autoscalerOptions.version decides", "leave the variable out")
+    if options["image"].is_there:
+        yield from image_findings(options["image"])
     for resource, value in options["resources"]["limits"].entries():
         asked = options["resources"]["requests"][resource]
         if (quantity(asked.value) or 0) > (quantity(value.value) or 0):

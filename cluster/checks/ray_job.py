@@ -12,6 +12,7 @@ from blocksight.cluster.checks.ray_cluster import access_findings, cluster_findi
 
 SUBMISSION_MODES = ("K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode")
 DEADLINES = {"activeDeadlineSeconds": "a job that hangs", "preRunningDeadlineSeconds": "a cluster that never starts"}
+MANAGERS = ("ray.io/kuberay-operator", "kueue.x-k8s.io/multikueue")
 MOST_TTL_SECONDS = 86_400
 MOST_RETRIES = 100
 PLAIN_WORDS = re.compile(r"[A-Za-z0-9_@%+=:,./ -]*")
@@ -25,6 +26,14 @@ def ray_job_findings(job: Place, product: Product) -> Iterator[Finding]:
     yield from _deletion(spec)
     yield from _submission(spec)
     yield from _entrypoint(spec["entrypoint"], product)
+    for key in ("entrypointNumCpus", "entrypointNumGpus", "entrypointResources"):
+        if spec[key].value:
+            why = "the driver waits for a worker, and no worker comes before the driver asks for it"
+            yield spec[key].finding("entrypoint", why, "leave it out: the driver runs on the head")
+    for place in (spec["managedBy"], spec["rayClusterSpec"]["managedBy"]):
+        if place.is_there and place.value not in MANAGERS:
+            why = f"{place.value!r} is not among {', '.join(MANAGERS)}"
+            yield place.finding("enum", why, nearest(place.text, MANAGERS))
     yield from _runtime_env(spec["runtimeEnvYAML"])
     if spec["rayClusterSpec"].is_there:
         yield from cluster_findings(spec["rayClusterSpec"], product)
@@ -88,10 +97,35 @@ def _deletion(spec: Place) -> Iterator[Finding]:
         yield strategy.finding("shutdown", "onSuccess and onFailure exclude deletionRules", "keep the rules")
     if not rules and not (strategy["onSuccess"].is_there and strategy["onFailure"].is_there):
         yield strategy.finding("shutdown", "it needs rules, or both onSuccess and onFailure", "write deletionRules")
+    yield from _deletion_rules(rules)
     scales = spec["rayClusterSpec"]["enableInTreeAutoscaling"].value
     for place in strategy.walk():
         if place["policy"].value == "DeleteWorkers" and scales:
             yield place["policy"].finding("shutdown", "it does not go with autoscaling", "write DeleteCluster")
+
+
+def _deletion_rules(rules: list[Place]) -> Iterator[Finding]:
+    """Each rule has one condition, and what is deleted later holds what is deleted before."""
+    order = ("DeleteWorkers", "DeleteCluster", "DeleteSelf")
+    times: dict[tuple[str, str], float] = {}
+    for rule in rules:
+        states = [key for key in ("jobStatus", "jobDeploymentStatus") if rule["condition"][key].is_there]
+        if len(states) != 1:
+            yield rule["condition"].finding("shutdown", "it needs one of jobStatus and jobDeploymentStatus", "name one")
+            continue
+        state, policy = rule["condition"][states[0]].text, rule["policy"].text
+        seconds = number(rule["condition"]["ttlSeconds"])
+        if (state, policy) in times:
+            yield rule["policy"].finding("shutdown", f"a second rule of {policy} after {state}", "keep one")
+        for other in order[order.index(policy) + 1 :] if policy in order else ():
+            if times.get((state, other), seconds) < seconds:
+                yield rule["condition"]["ttlSeconds"].finding("shutdown", f"{other} comes before {policy}", "wait less")
+        for other in order[: order.index(policy)] if policy in order else ():
+            if times.get((state, other), seconds) > seconds:
+                yield rule["condition"]["ttlSeconds"].finding(
+                    "shutdown", f"{policy} comes before {other}", "wait longer"
+                )
+        times[state, policy] = seconds
 
 
 def _submission(spec: Place) -> Iterator[Finding]:

@@ -50,7 +50,12 @@ PLANTED: Mapping[str, tuple[str, Any, str]] = {
 }
 """The nineteen mistakes that the specification plants in the overlay `spot-gke`."""
 
-RULE = {"policy": "DeleteCluster", "condition": {"jobStatus": "FAILED", "ttlSeconds": 5}}
+
+def _rule(policy: str, seconds: int) -> dict[str, Any]:
+    return {"policy": policy, "condition": {"jobStatus": "FAILED", "ttlSeconds": seconds}}
+
+
+RULE = _rule("DeleteCluster", 5)
 
 
 def _kept_after(spec: dict[str, Any]) -> dict[str, Any]:
@@ -58,6 +63,10 @@ def _kept_after(spec: dict[str, Any]) -> dict[str, Any]:
     return {
         key: value for key, value in spec.items() if key not in ("shutdownAfterJobFinishes", "ttlSecondsAfterFinished")
     }
+
+
+def _with_rules(spec: dict[str, Any], *rules: dict[str, Any]) -> dict[str, Any]:
+    return {**_kept_after(spec), "deletionStrategy": {"deletionRules": list(rules)}}
 
 
 OTHERS: Mapping[str, tuple[str, Any, str]] = {
@@ -187,6 +196,9 @@ OTHERS: Mapping[str, tuple[str, Any, str]] = {
     "another program": ("spec.entrypoint", "python job.py", "command"),
     "misspelt command": ("spec.entrypoint", "blocksight explian --config /etc/blocksight/job.toml", "command"),
     "misspelt option": ("spec.entrypoint", "blocksight explain --confg /etc/blocksight/job.toml", "command"),
+    "driver on a worker": ("spec.entrypointNumCpus", 1, "entrypoint"),
+    "manager": ("spec.managedBy", "kueue", "enum"),
+    "image of the autoscaler": (f"{CLUSTER}.autoscalerOptions.image", "rayproject/ray:2.60.0", "image"),
     "two commands": ("spec.entrypoint", "blocksight explain --config /etc/blocksight/job.toml; ls", "shell"),
     "glob": ("spec.entrypoint", "blocksight explain --data s3://a/*.tar --output s3://b/", "shell"),
     "backtick": ("spec.entrypoint", "blocksight explain --config `cat x`", "shell"),
@@ -240,6 +252,14 @@ OTHERS: Mapping[str, tuple[str, Any, str]] = {
         },
         "shutdown",
     ),
+    "rule without a condition": (
+        "spec",
+        lambda s: _with_rules(s, {"policy": "DeleteCluster", "condition": {}}),
+        "shutdown",
+    ),
+    "rule twice": ("spec", lambda s: _with_rules(s, RULE, RULE), "shutdown"),
+    "job before its cluster": ("spec", lambda s: _with_rules(s, RULE, _rule("DeleteSelf", 1)), "shutdown"),
+    "cluster after its job": ("spec", lambda s: _with_rules(s, _rule("DeleteSelf", 1), RULE), "shutdown"),
     "half of a strategy": ("spec.deletionStrategy", {"onSuccess": {"policy": "DeleteSelf"}}, "shutdown"),
     "workers deleted that scale": (
         "spec.deletionStrategy",
@@ -507,6 +527,44 @@ def test_a_finding_is_one_line_with_file_path_rule_why_and_way_out():
     file, path, rule, rest = str(found).split(": ", 3)
     assert (Path(file).name, path, rule) == ("rayjob.yaml", "spec.submissionMode", "enum")
     assert rest.endswith("; write K8sJobMode")
+
+
+VALID: Mapping[str, tuple[str, Any]] = {
+    "a secret by reference": (
+        f"{WORKER}.env[+]",
+        {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "token"}}},
+    ),
+    "four GPUs a pod": (f"{WORKER}.resources.limits.<nvidia.com/gpu>", "4"),
+    "a scratch volume": (f"{POD}.volumes", [{"name": "scratch", "emptyDir": {"sizeLimit": "50Gi"}}]),
+    "two groups": (f"{CLUSTER}.workerGroupSpecs", lambda old: [*old, {**deepcopy(old[0]), "groupName": "more"}]),
+    "another variable": (f"{WORKER}.env[+]", {"name": "TOKENIZERS_PARALLELISM", "value": "false"}),
+    "rules of deletion": ("spec", lambda s: _with_rules(s, RULE, _rule("DeleteSelf", 600))),
+    "a label": ("metadata.labels", {"team": "vision"}),
+    "whole numbers for amounts": (f"{WORKER}.resources.limits.cpu", 5),
+    "an option in the entrypoint": (
+        "spec.entrypoint",
+        "blocksight explain --config /etc/blocksight/job.toml --limit 5",
+    ),
+}
+
+
+@pytest.mark.parametrize(("path", "value"), _rows(VALID))
+def test_what_users_change_is_right(path, value):
+    judge(findings_after("gpu", "RayJob", path, value), None)
+
+
+def test_a_claim_and_a_role_may_stand_beside_a_job():
+    claim = {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": "scratch"},
+        "spec": {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Ti"}}},
+    }
+    role = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "Role", "metadata": {"name": "reader"}, "rules": []}
+    places = [*deepcopy(objects_of("gpu")), Place("more.yaml", claim), Place("more.yaml", role)]
+    volume = {"name": "scratch", "persistentVolumeClaim": {"claimName": "scratch"}}
+    change(next(one for one in places if one["kind"].text == "RayJob").value, f"{POD}.volumes", [volume])
+    assert list(object_findings(places, PRODUCT)) == []
 
 
 def test_an_object_that_stands_twice_is_found():
