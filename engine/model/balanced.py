@@ -6,7 +6,7 @@ gates of activations have no gradient of their own; of a product of two activati
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import pi, sqrt
 from typing import TYPE_CHECKING, Any
@@ -145,7 +145,7 @@ def _gate(limit: float) -> Rule:
 
 
 def _over_length(
-    keep: Keep, given: Tensor, axes: Sequence[int], least: float, weight: Tensor | None, bias: Tensor | None = None
+    keep: Keep, given: Tensor, axes: tuple[int, ...], least: float, weight: Tensor | None, bias: Tensor | None = None
 ) -> Tensor:
     """The values over their length, which is constant, with a gain and an offset."""
     square = (given**2).mean(axes, keepdim=True) + least
