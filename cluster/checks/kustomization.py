@@ -30,12 +30,21 @@ def build(folder: Path, depth: int = 0) -> tuple[list[Place], list[Finding]]:
     top = Place(str(file), documents[0])
     if depth > MAX_DEPTH:
         return [], [top["resources"].finding("kustomize", "kustomizations name each other in a circle", "break it")]
-    findings = [
-        one.finding("kustomize", f"{key} is not read here", nearest(key, READ) if key not in _KNOWN else ELSEWHERE)
-        for key, one in top.entries()
-        if key not in READ
-    ]
+    objects, findings = _gathered(folder, top, depth)
+    findings += _unread(top)
+    for patch in top["patches"].items():
+        findings += _patch(patch, objects)
+    if top["namespace"].text:
+        for one in objects:
+            one.value.setdefault("metadata", {}).setdefault("namespace", top["namespace"].text)
+    findings += _set_images(folder, top, objects)
+    return objects, findings
+
+
+def _gathered(folder: Path, top: Place, depth: int) -> tuple[list[Place], list[Finding]]:
+    """The objects that a kustomization names, and the config maps that it makes."""
     objects: list[Place] = []
+    findings: list[Finding] = []
     for resource in top["resources"].items():
         found, wrong = _resource(folder, resource, depth)
         objects += found
@@ -44,13 +53,15 @@ def build(folder: Path, depth: int = 0) -> tuple[list[Place], list[Finding]]:
         found, wrong = _config_map(folder, maker, top["generatorOptions"])
         objects, put = _placed(objects, maker["behavior"], found)
         findings += [*wrong, *put]
-    for patch in top["patches"].items():
-        findings += _patch(patch, objects)
-    if top["namespace"].text:
-        for one in objects:
-            one.value.setdefault("metadata", {}).setdefault("namespace", top["namespace"].text)
-    findings += _set_images(folder, top, objects)
     return objects, findings
+
+
+def _unread(top: Place) -> Iterator[Finding]:
+    """Features of kustomize that are not read here, and words that are none."""
+    for key, one in top.entries():
+        if key not in READ:
+            way_out = ELSEWHERE if key in _KNOWN else nearest(key, READ)
+            yield one.finding("kustomize", f"{key} is not read here", way_out)
 
 
 _KNOWN = (

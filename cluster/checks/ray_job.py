@@ -22,7 +22,10 @@ PLAIN_WORDS = re.compile(r"[A-Za-z0-9_@%+=:,./ -]*")
 def ray_job_findings(job: Place, product: Product) -> Iterator[Finding]:
     """What is wrong with a RayJob, apart from its schema and what it names outside of itself."""
     spec = job["spec"]
-    yield from _job_fields(spec)
+    yield from _mode(spec)
+    yield from _shutdown(spec)
+    yield from _deadlines(spec)
+    yield from _retries(spec)
     yield from _deletion(spec)
     yield from _submission(spec)
     yield from _entrypoint(spec["entrypoint"], product)
@@ -39,47 +42,54 @@ def ray_job_findings(job: Place, product: Product) -> Iterator[Finding]:
         yield from cluster_findings(spec["rayClusterSpec"], product)
 
 
-def _job_fields(spec: Place) -> Iterator[Finding]:
+def _mode(spec: Place) -> Iterator[Finding]:
     mode = spec["submissionMode"]
     if mode.is_there and mode.value not in SUBMISSION_MODES:
         why = f"{mode.value!r} is not among {', '.join(SUBMISSION_MODES)}"
         yield mode.finding("enum", why, nearest(mode.text, SUBMISSION_MODES))
     if not spec["rayClusterSpec"].is_there and not spec["clusterSelector"].is_there:
         yield spec.finding("cluster", "the job has no cluster", "write rayClusterSpec")
-    if spec["suspend"].value and not spec["shutdownAfterJobFinishes"].value:
-        why = "a job that is suspended must shut its cluster down"
-        yield spec["suspend"].finding("shutdown", why, "write shutdownAfterJobFinishes: true")
-    if number(spec["ttlSecondsAfterFinished"]) > 0 and not spec["shutdownAfterJobFinishes"].value:
-        why = "KubeRay refuses it without shutdownAfterJobFinishes"
-        yield spec["ttlSecondsAfterFinished"].finding("shutdown", why, "write shutdownAfterJobFinishes: true")
-    elif not spec["shutdownAfterJobFinishes"].value and not spec["deletionStrategy"].is_there:
-        why = "the cluster stays, and costs, after the job"
-        yield spec["shutdownAfterJobFinishes"].finding("shutdown", why, "write shutdownAfterJobFinishes: true")
+
+
+def _shutdown(spec: Place) -> Iterator[Finding]:
+    """The cluster goes with the job."""
+    ttl, is_shut = spec["ttlSecondsAfterFinished"], spec["shutdownAfterJobFinishes"].value
+    way_out = "write shutdownAfterJobFinishes: true"
+    if spec["suspend"].value and not is_shut:
+        yield spec["suspend"].finding("shutdown", "a job that is suspended must shut its cluster down", way_out)
+    if number(ttl) > 0 and not is_shut:
+        yield ttl.finding("shutdown", "KubeRay refuses it without shutdownAfterJobFinishes", way_out)
+    elif not is_shut and not spec["deletionStrategy"].is_there:
+        place = spec["shutdownAfterJobFinishes"]
+        yield place.finding("shutdown", "the cluster stays, and costs, after the job", way_out)
+
+
+def _deadlines(spec: Place) -> Iterator[Finding]:
     for key, what in DEADLINES.items():
         if not spec[key].is_there:
             yield spec[key].finding("deadline", f"nothing ends {what}, and its pods cost", f"write {key}")
         elif number(spec[key]) <= 0:
             yield spec[key].finding("deadline", "a deadline is more than no second", "write a positive number")
-    if number(spec["ttlSecondsAfterFinished"]) > MOST_TTL_SECONDS:
-        why = f"the cluster stays, and costs, for {spec['ttlSecondsAfterFinished'].value} s after the job"
-        yield spec["ttlSecondsAfterFinished"].finding("deadline", why, "write 600")
-    for place in (spec["backoffLimit"], spec["submitterConfig"]["backoffLimit"]):
-        if number(place) > MOST_RETRIES:
-            yield place.finding("retry", f"a job that fails each time costs {place.value} starts", "write 5")
-    for place in (spec["ttlSecondsAfterFinished"], spec["backoffLimit"], spec["submitterConfig"]["backoffLimit"]):
-        if number(place) < 0:
-            yield place.finding("deadline", f"{place.value} is less than none", "write 0 or more")
     whole, start = spec["activeDeadlineSeconds"], spec["preRunningDeadlineSeconds"]
     if whole.is_there and start.is_there and 0 < number(whole) <= number(start):
         why = f"the job ends after {whole.value} s, and may wait {start.value} s for its start"
         yield start.finding("deadline", why, "give the whole job more than its start")
-    if mode.value == "InteractiveMode" and number(spec["backoffLimit"]) > 0:
-        yield spec["backoffLimit"].finding("retry", "InteractiveMode takes no retries", "leave it out")
-    elif mode.value != "InteractiveMode" and number(spec["backoffLimit"]) == 0:
+    ttl = spec["ttlSecondsAfterFinished"]
+    if not 0 <= number(ttl) <= MOST_TTL_SECONDS:
+        why = f"the cluster stays, and costs, for {ttl.value} s after the job"
+        yield ttl.finding("deadline", why, "write 600")
+
+
+def _retries(spec: Place) -> Iterator[Finding]:
+    own, mode = spec["backoffLimit"], spec["submissionMode"].value
+    for place in (own, spec["submitterConfig"]["backoffLimit"]):
+        if not 0 <= number(place) <= MOST_RETRIES:
+            yield place.finding("retry", f"a job that fails each time is started {place.value} times", "write 5")
+    if mode == "InteractiveMode" and number(own) > 0:
+        yield own.finding("retry", "InteractiveMode takes no retries", "leave it out")
+    elif mode != "InteractiveMode" and number(own) == 0:
         why = "without a retry, the loss of the head's pod ends the job"
-        yield spec["backoffLimit"].finding(
-            "retry", why, "write backoffLimit: 5; a retry goes on where the bucket stands"
-        )
+        yield own.finding("retry", why, "write backoffLimit: 5; a retry goes on where the bucket stands")
 
 
 def _deletion(spec: Place) -> Iterator[Finding]:

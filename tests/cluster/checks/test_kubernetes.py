@@ -223,7 +223,7 @@ OTHERS: Mapping[str, tuple[str, Any, str]] = {
     "less than the schema takes": ("spec.preRunningDeadlineSeconds", 0, "schema"),
     "less time than the start": ("spec.activeDeadlineSeconds", 600, "deadline"),
     "no retry": ("spec.backoffLimit", GONE, "retry"),
-    "negative retries": ("spec.submitterConfig.backoffLimit", -1, "deadline"),
+    "negative retries": ("spec.submitterConfig.backoffLimit", -1, "retry"),
     "retries by hand": ("spec.submissionMode", "InteractiveMode", "retry"),
     "sidecar": ("spec.submissionMode", "SidecarMode", "submitter"),
     "rules beside shutdown": (
