@@ -4,12 +4,15 @@ by its rule, and the files themselves have none."""
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 import yaml
 from ray.scripts.scripts import start
 
 from blocksight.cluster.checks.check import check_files
+from blocksight.cluster.checks.findings import Finding
 from blocksight.cluster.checks.quantities import quantity, slurm_bytes, slurm_seconds
 from blocksight.cluster.checks.ray_options import START_OPTIONS
 from blocksight.cluster.files import FILES
@@ -311,14 +314,20 @@ BESIDE = [
 """Mistakes in the `job.toml` that a file puts on the machine."""
 
 
+def findings_beside(folder: str, file: str, old: str, new: str) -> list[Finding]:
+    """What is found in a file after a change of the `job.toml` beside it."""
+    with TemporaryDirectory() as copy:
+        shutil.copytree(CLUSTER / folder, copy, dirs_exist_ok=True)
+        job = Path(copy) / "job.toml"
+        assert old in job.read_text()
+        job.write_text(job.read_text().replace(old, new))
+        return check_files([f"{copy}/{file}"], PRODUCT)
+
+
 @pytest.mark.parametrize(("folder", "file", "old", "new", "rule"), BESIDE)
-def test_a_mistake_in_the_configuration_beside_a_file_is_found(tmp_path, folder, file, old, new, rule):
-    shutil.copytree(CLUSTER / folder, tmp_path / folder)
-    job = tmp_path / folder / "job.toml"
-    assert old in job.read_text()
-    job.write_text(job.read_text().replace(old, new))
-    found = check_files([str(tmp_path / folder / file)], PRODUCT)
-    assert rule in {one.rule for one in found}
+def test_a_mistake_in_the_configuration_beside_a_file_is_found(folder, file, old, new, rule):
+    found = findings_beside(folder, file, old, new)
+    judge(found, rule)
     assert all(one.file.endswith("job.toml") for one in found)
 
 
@@ -327,48 +336,57 @@ def test_a_file_is_right(name):
     assert check_files([str(CLUSTER / name)], PRODUCT) == []
 
 
-def rules_in(folder: Path, file: str, text: str) -> set[str]:
-    """The rules that find something in a file of this text, in a copy of its folder."""
-    copy = folder / "copy"
-    shutil.copytree((CLUSTER / file).parent, copy)
-    (copy / Path(file).name).write_text(text)
-    found = check_files([str(copy / Path(file).name)], PRODUCT)
-    assert all(one.why and one.way_out for one in found)
-    return {one.rule for one in found}
+TEXTS = [
+    *(("slurm/blocksight.sbatch", *row) for row in SLURM),
+    *(("image/Dockerfile", *row) for row in DOCKERFILE),
+]
+DOCUMENTS = [
+    *(("skypilot/blocksight.yaml", *row) for row in SKYPILOT),
+    *(("aws/cluster.yaml", *row) for row in LAUNCHER),
+    *(("iam/worker.json", *row) for row in POLICY),
+    *(("iam/launcher-head.json", *row) for row in HEAD_POLICY),
+    *(("iam/trust-eks.json", *row) for row in TRUST),
+]
 
 
-@pytest.mark.parametrize(
-    ("file", "old", "new", "rule"),
-    [
-        *(("slurm/blocksight.sbatch", *row) for row in SLURM),
-        *(("image/Dockerfile", *row) for row in DOCKERFILE),
-    ],
-)
-def test_a_mistake_in_a_text_is_found(tmp_path, file, old, new, rule):
-    text = (CLUSTER / file).read_text()
-    assert old in text
-    assert rule in rules_in(tmp_path, file, text.replace(old, new))
+def text_of(file: str) -> str:
+    return (CLUSTER / file).read_text()
 
 
-def test_a_dockerfile_without_a_base_is_found(tmp_path):
-    assert rules_in(tmp_path, "image/Dockerfile", "RUN true\n") == {"schema", "privilege", "token"}
-
-
-@pytest.mark.parametrize(
-    ("file", "path", "value", "rule"),
-    [
-        *(("skypilot/blocksight.yaml", *row) for row in SKYPILOT),
-        *(("aws/cluster.yaml", *row) for row in LAUNCHER),
-        *(("iam/worker.json", *row) for row in POLICY),
-        *(("iam/launcher-head.json", *row) for row in HEAD_POLICY),
-        *(("iam/trust-eks.json", *row) for row in TRUST),
-    ],
-)
-def test_a_mistake_in_a_document_is_found(tmp_path, file, path, value, rule):
-    body = yaml.safe_load((CLUSTER / file).read_text())  # JSON is YAML too
+def changed(file: str, path: str, value: Any) -> str:
+    """The text of a document with one change."""
+    body = yaml.safe_load(text_of(file))  # JSON is YAML too
     change(body, path, value)
-    found = rules_in(tmp_path, file, json.dumps(body))
-    assert rule in found
+    return json.dumps(body)
+
+
+def findings_of(file: str, text: str) -> list[Finding]:
+    """What is found in a file of this text, in a copy of its folder."""
+    with TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree((CLUSTER / file).parent, copy)
+        (copy / Path(file).name).write_text(text)
+        return check_files([str(copy / Path(file).name)], PRODUCT)
+
+
+def judge(found: list[Finding], rule: str) -> None:
+    assert rule in {one.rule for one in found}, "\n".join(map(str, found)) or "nothing was found"
+    assert all(one.why and one.way_out for one in found)
+
+
+@pytest.mark.parametrize(("file", "old", "new", "rule"), TEXTS)
+def test_a_mistake_in_a_text_is_found(file, old, new, rule):
+    assert old in text_of(file)
+    judge(findings_of(file, text_of(file).replace(old, new)), rule)
+
+
+def test_a_dockerfile_without_a_base_is_found():
+    assert {one.rule for one in findings_of("image/Dockerfile", "RUN true\n")} == {"schema", "privilege", "token"}
+
+
+@pytest.mark.parametrize(("file", "path", "value", "rule"), DOCUMENTS)
+def test_a_mistake_in_a_document_is_found(file, path, value, rule):
+    judge(findings_of(file, changed(file, path, value)), rule)
 
 
 def test_the_options_of_ray_start_are_those_of_the_installed_ray():

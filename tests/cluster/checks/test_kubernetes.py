@@ -457,7 +457,7 @@ BESIDE: Mapping[str, tuple[str, str, Any, str]] = {
     "bad value": ("ConfigMap", TOML, lambda old: old + 'explainer = "rize"\n', "configuration"),
     "no TOML": ("ConfigMap", TOML, "data = s3://", "configuration"),
     "no output": ("ConfigMap", TOML, 'data = "s3://a/"', "configuration"),
-    "no address": ("ConfigMap", TOML, lambda old: _without("address", _without("wait", old)), "job-file"),
+    "no address": ("ConfigMap", TOML, lambda old: _without("address", old), "job-file"),
     "no wait": ("ConfigMap", TOML, lambda old: _without("wait", old), "job-file"),
     "no device": ("ConfigMap", TOML, lambda old: _without("device", old), "job-file"),
     "device that is not there": ("ConfigMap", TOML, lambda old: old.replace('"cpu"', '"gpu"'), "job-file"),
