@@ -30,7 +30,10 @@ class Windows(MaskSource):
     """Of each window: 0 in its rows, 1 in the others, [K, H], on the image's device."""
     columns: Tensor
     """As `rows`, [K, W]."""
-    is_binary = True
+
+    @property
+    def is_binary(self) -> bool:
+        return True
 
     def __len__(self) -> int:
         return len(self.rows)

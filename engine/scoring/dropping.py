@@ -31,7 +31,10 @@ class PatchMasks(MaskSource):
     image: int
     values_khw: Tensor
     """1 for a kept patch, else 0, at the grid of the patches [K, h, w]."""
-    is_binary = True
+
+    @property
+    def is_binary(self) -> bool:
+        return True
 
     def __len__(self) -> int:
         return len(self.values_khw)

@@ -21,8 +21,11 @@ class MaskSource(ABC):
 
     image: int
     """Index of their input."""
-    is_binary: bool = False
-    """Every mask keeps a pixel or removes it."""
+
+    @property
+    def is_binary(self) -> bool:
+        """True if every mask keeps a pixel or removes it."""
+        return False
 
     @abstractmethod
     def __len__(self) -> int:
