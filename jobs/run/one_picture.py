@@ -377,16 +377,16 @@ def read_picture(image: Picture, key: str | None, endpoint_url: str | None = Non
     shown = image
     if isinstance(image, Tensor):
         shown = image.detach().cpu().permute(1, 2, 0).numpy() if image.dim() == 3 else image
-    is_bytes = isinstance(shown, np.ndarray) and shown.dtype == np.uint8 and shown.size
-    if is_bytes and (shown.ndim == 2 or shown.shape[2:] == (4,)):  # grey, or with transparency, as a file may be
-        return _of_pillow(Image.fromarray(shown), name)
-    if not is_bytes or shown.shape[2:] != (3,):
+    array = shown if isinstance(shown, np.ndarray) and shown.dtype == np.uint8 and shown.size else None
+    if array is not None and (array.ndim == 2 or array.shape[2:] == (4,)):  # grey, or with transparency, as in a file
+        return _of_pillow(Image.fromarray(array), name)
+    if array is None or array.shape[2:] != (3,):
         raise ConfigError(
             f"the picture is a {_described(image)}; wanted one picture: a path, bytes, a PIL image, a uint8 array "
             "[H, W, 3] or a uint8 tensor [3, H, W] of RGB, before any transform: floats do not say how they were "
             "normalised"
         )
-    pixels = np.ascontiguousarray(shown)
+    pixels = np.ascontiguousarray(array)
     return pixels, RecordFacts(name, name, 0, None, height=pixels.shape[0], width=pixels.shape[1])
 
 
