@@ -98,7 +98,7 @@ class PassResult:
     inputs_nchw: Tensor
     maps_nkhw: Tensor
     """The last feature maps."""
-    target: ClassTarget
+    target: Target
     ranks: list[list[int]]
     """The targets' ranks among the model's classes, [N][T]."""
     scores: list[list[float]]
@@ -240,12 +240,12 @@ class Bee(SignedExplainer):
             found.append(self._best(made, signed, measured, row))
         return found
 
-    def _forward(self, inputs_nchw: Tensor, target: ClassTarget, size: int) -> PassResult:
+    def _forward(self, inputs_nchw: Tensor, target: Target, size: int) -> PassResult:
         """The result of one forward pass over the images, padded to `size`."""
         logits, (maps,) = self.taps(pad(inputs_nchw, size))
         logits, maps = logits.detach()[: len(inputs_nchw)], maps.detach()[: len(inputs_nchw)]
         images = torch.arange(len(inputs_nchw), device=logits.device)
-        ranks = _ranks(logits, target.classes)
+        ranks = _ranks(logits, target.leading)
         return PassResult(inputs_nchw, maps, target, ranks.tolist(), target.score(logits, images).tolist())
 
     def _draws(self, maps_nkhw: Tensor, seeds: Sequence[int]) -> Iterator[Draw]:

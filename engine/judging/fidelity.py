@@ -27,7 +27,7 @@ from blocksight.engine.metrics.localisation import Localisation
 from blocksight.engine.metrics.metric import Maps, Region
 from blocksight.engine.metrics.similarity import iou_of_tops, pearson, spearman, ssim
 from blocksight.engine.model.adapter import ModelAdapter
-from blocksight.engine.model.targets import ClassTarget
+from blocksight.engine.model.targets import Target
 from blocksight.engine.saliency import Map, minmax
 from blocksight.engine.scoring.forward import Forward, frozen_copy
 from blocksight.engine.scoring.scorer import Scorer
@@ -111,7 +111,7 @@ class _Pass:
     """A few images, every mask of which was scored."""
 
     inputs_nchw: Tensor
-    target: ClassTarget
+    target: Target
     seeds: Sequence[int]
     regions: Sequence[Region | str | None]
     scores: Mapping[int, Sequence[Tensor]]
@@ -189,7 +189,7 @@ class FidelityBench:
     def _scored(
         self,
         inputs_nchw: Tensor,
-        target: ClassTarget,
+        target: Target,
         seeds: Sequence[int],
         regions: Sequence[Region | str | None],
     ) -> _Pass:
@@ -198,7 +198,7 @@ class FidelityBench:
         return _Pass(inputs_nchw, target, seeds, regions, scores, {self.full: captured})
 
     def _scores(
-        self, scorer: Scorer, inputs_nchw: Tensor, target: ClassTarget, captured: Sequence[Captured]
+        self, scorer: Scorer, inputs_nchw: Tensor, target: Target, captured: Sequence[Captured]
     ) -> dict[int, list[Tensor]]:
         """The scores of every mask, as in `_Pass`."""
         blocks = range(len(self.full.blocks))

@@ -26,8 +26,8 @@ def session_of(
         return nullcontext()
     from blocksight.cluster.session import Waiting, ray_session
 
-    is_waiting = execution.wait > 0 and tell is not None
-    waiting = Waiting(execution.wait, execution.min_workers, tell) if is_waiting else None
+    waits = execution.wait > 0 and tell is not None
+    waiting = Waiting(execution.wait, execution.min_workers, tell) if waits and tell is not None else None
     return ray_session(execution.address, execution.workers, execution.device, waiting, execution.py_modules)
 
 
