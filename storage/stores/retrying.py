@@ -9,6 +9,7 @@ from functools import partial
 from typing import TypeVar
 
 from blocksight.storage.stores.error_classes import MACHINE_ERRNOS
+from blocksight.storage.stores.retry_budget import BUDGET
 from blocksight.storage.stores.store import (
     AlreadyExistsError,
     ChangedError,
@@ -118,12 +119,15 @@ class PatientStore:
         while True:
             self.waiting()
             try:
-                return call()
+                result = call()
             except UnavailableError:
                 if time.monotonic() + pause > deadline:
                     raise
-                time.sleep(pause)
+                time.sleep(min(BUDGET.seconds_to_wait(pause), LONGEST_PAUSE_SECONDS))
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+            else:
+                BUDGET.succeeded()
+                return result
 
     def _create(self, key: str, data: bytes, metadata: Mapping[str, str] | None) -> None:
         """Creates the object. Raises UnavailableError if the store says that it exists and does not show it."""
