@@ -226,6 +226,13 @@ JOB_OPTIONS: dict[str, Any] = {
     "wait": Wait,
     "min_workers": MinWorkers,
     "py_modules": PyModules,
+    "part": Annotated[
+        str | None,
+        typer.Option(
+            help="Explain one of several parts, as each task of a batch system's array does: 0/16 to 15/16. All write "
+            "into one output; the last to end completes it.  [default: all]"
+        ),
+    ],
     "batch_size": Annotated[
         int | None,
         typer.Option(

@@ -103,6 +103,9 @@ def explain(job: JobConfig, execution: Execution, *, as_json: AsJson = False) ->
         console.print(f"Stopped: {printable(outcome.ran.stopped)}.")
     if outcome.ran.is_hopeless and outcome.job_state.open_units:
         raise typer.Exit(OVER_BUDGET)
+    if outcome.num_open_elsewhere:
+        others = counted(outcome.num_open_elsewhere, "unit")
+        console.print(f"Part {execution.part} is complete; {others} of other parts still open.")
     _exit_unless_complete(outcome.job_state, outcome.exceeded_budgets, console, is_final=outcome.manifest is not None)
 
 

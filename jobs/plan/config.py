@@ -549,6 +549,31 @@ def _in_seconds(text: Any) -> Any:
     return float(found[1]) * UNIT_SECONDS[found[2]]
 
 
+@dataclass(frozen=True)
+class Part:
+    """One of several parts of a job, each with a driver of its own."""
+
+    number: int
+    """From 0, as batch systems count the tasks of an array."""
+    of: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
+
+
+PART = re.compile(r"(\d{1,6})/(\d{1,6})")
+
+
+def _as_part(text: Any) -> Any:
+    """The part of a text such as `0/16`. Raises ValueError."""
+    if not isinstance(text, str):
+        return text
+    found = PART.fullmatch(text.strip())
+    if found is None or not int(found[1]) < int(found[2]):
+        raise ValueError(f"{text!r} is no part of a job; wanted NUMBER/PARTS, such as 0/16 to 15/16")
+    return Part(int(found[1]), int(found[2]))
+
+
 class Execution(BaseModel):
     """How a job runs and which failures it allows; only `batch_size` and `tune` may change a result's last bits."""
 
@@ -568,6 +593,9 @@ class Execution(BaseModel):
     min_workers: int = Field(default=1, ge=1, description="the job begins once so many explain actors fit")
     py_modules: tuple[str, ...] = Field(
         default=(), description="folders of packages that the workers of a joined cluster get a copy of"
+    )
+    part: Annotated[Part, BeforeValidator(_as_part)] | None = Field(
+        default=None, description="explain one part alone, such as 0/16; other drivers explain 1/16 to 15/16"
     )
     batch_size: int | None = Field(
         default=None,

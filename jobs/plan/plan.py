@@ -5,14 +5,14 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, NotRequired
 
 import pyarrow as pa
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from blocksight.jobs.plan.config import ConfigError, JobConfig, check_identity, differences, digest_of
+from blocksight.jobs.plan.config import ConfigError, JobConfig, Part, check_identity, differences, digest_of
 from blocksight.jobs.plan.documents import Sha256, damaged, read_document
 from blocksight.jobs.plan.estimate import MeasuredRate
 from blocksight.jobs.plan.records import NO_VECTORS, Count, ModelFacts, StoredVectors, Unit
@@ -125,6 +125,14 @@ class Plan:
     def fingerprint(self) -> str:
         """Hash of the resolved configuration."""
         return digest_of(self.identity)
+
+    def part(self, part: Part | None) -> "Plan":
+        """The plan with the units of one part alone: a run of consecutive units. None: the whole plan."""
+        if part is None:
+            return self
+        first, stop = (len(self.units) * place // part.of for place in (part.number, part.number + 1))
+        units = self.units[first:stop]
+        return replace(self, units=units, num_records=sum(unit.num_records for unit in units))
 
     @property
     def is_exact(self) -> bool:

@@ -19,7 +19,7 @@ from blocksight.cluster.sizing import Sizing
 from blocksight.engine.catalog.readouts import ReadoutName
 from blocksight.jobs.explain.fidelity import rare_labels
 from blocksight.jobs.explain.learned import num_learning_images, stored_state
-from blocksight.jobs.ledger.attempt_markers import forget_interrupted
+from blocksight.jobs.ledger.attempt_markers import forget_interrupted, is_under_way
 from blocksight.jobs.ledger.garbage import PROBE_PREFIX, remove_committed_traces
 from blocksight.jobs.ledger.reconcile import JobState, Manifest, final_manifest, finalize, num_accepted, read_job_state
 from blocksight.jobs.ledger.stop_request import GO_ON, RUNS_FOLDER, Stop, stopped_by_signals, unfinished_from
@@ -82,6 +82,10 @@ if TYPE_CHECKING:
 PROBE_FROM_SECONDS = 120.0
 """Jobs that take less on all GPUs together are not worth the probe, because compiling takes minutes."""
 
+PREFLIGHT_SECONDS = 120.0
+"""How long the driver of a part waits for another one's preflight; one that died leaves none."""
+PREFLIGHT_POLL_SECONDS = 1.0
+
 PACKAGES = ("ray", "torch", "torchvision", "pyarrow", "numpy", "s3fs", "pillow")
 
 
@@ -114,6 +118,8 @@ class RunOutcome:
     ran: RunSummary
     forward: PlannedForward | None = None
     """How masks were scored; None if no unit was begun."""
+    num_open_elsewhere: int = 0
+    """Open units of other parts, if only one part was asked for."""
 
 
 def begun_or_new(config: JobConfig) -> tuple[ObjectStore, Plan | FoundInput]:
@@ -159,12 +165,11 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
     plan = plan_for(made, Workforce(1, on_gpu=False))  # a new one is cut anew once the workers are known
     for note in (f"no input: {plan.ignored_text}", *plan.notes) if plan.ignored else plan.notes:
         console.print(f"data: {printable(note)}")
-    job_state = _read_job_state(output, plan)
-    if not job_state.open_units:  # finished, or an input without a single record
-        ensure_plan(output, plan)
-        return _outcome_of(output, job_state, execution, RunSummary())
+    job_state = _read_job_state(output, plan.part(execution.part))
+    if not job_state.open_units and (isinstance(made, Plan) or not plan.units):  # finished, or without a single record
+        return _outcome_of(output, ensure_plan(output, plan), job_state, execution, RunSummary())
     state = weights_bytes(config)
-    stored = stored_preflight(output)
+    stored = stored_preflight(output) if execution.part is None else awaited_preflight(output)
     adapter, facts = check_model(config, state, console, stored and stored.readout, stored_vectors(output))
     labels = read_labels(config, plan, adapter, label_file)
     console.print(f"labels: {printable(labels)}")
@@ -188,7 +193,7 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
             ensure_label_file(output, label_file)
         check_stored_settings(output, config)
         _ensure_forward(output, planned, console)
-        job_state = _read_job_state(output, plan)
+        job_state = _read_job_state(output, plan.part(execution.part))
         _write_run(output, context, execution, sizing)
         output = PatientStore(output, unit_folders=UNIT_FOLDERS)
         _learn(output, context, plan.units, state, sizing, console)
@@ -200,9 +205,20 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
         stop.clear()
         if ran.stopped is not None:
             forget_interrupted(output, context.run_id)
-        return _outcome_of(output, read_job_state(output, plan), execution, ran)
+        job_state = read_job_state(output, plan.part(execution.part))
+        return _outcome_of(output, plan, job_state, execution, ran)
     except StoreError as error:
         raise UnfinishedError(f"{error}; {GO_ON}") from error
+
+
+def awaited_preflight(output: ObjectStore) -> Preflight | None:
+    """The stored preflight; if another driver is at it, as the tasks of an array begin together, it is waited for."""
+    from blocksight.jobs.explain.preflight import STEP
+
+    deadline = time.monotonic() + PREFLIGHT_SECONDS
+    while (stored := stored_preflight(output)) is None and time.monotonic() < deadline and is_under_way(output, STEP):
+        time.sleep(PREFLIGHT_POLL_SECONDS)
+    return stored
 
 
 def _read_job_state(output: ObjectStore, plan: Plan) -> JobState:
@@ -210,11 +226,22 @@ def _read_job_state(output: ObjectStore, plan: Plan) -> JobState:
     return read_job_state(PatientStore(output, SHORT_PATIENCE_SECONDS, unit_folders=UNIT_FOLDERS), plan)
 
 
-def _outcome_of(output: ObjectStore, job_state: JobState, execution: Execution, ran: RunSummary) -> RunOutcome:
-    """The result of a run; writes the manifest if no unit is open and the dead units are within their budget."""
+def _outcome_of(
+    output: ObjectStore, plan: Plan, job_state: JobState, execution: Execution, ran: RunSummary
+) -> RunOutcome:
+    """The result of a run; writes the manifest if no unit is open and the dead units are within their budget.
+
+    Of several parts the one that ends last finds no open unit, and writes the manifest of all.
+    """
     planned = planned_forward(output)
     if job_state.open_units:
         return RunOutcome(job_state, None, (), ran, planned)
+    if execution.part is not None:
+        whole = read_job_state(output, plan)
+        if whole.open_units:
+            beyond = exceeded_budgets(job_state, Budget(execution.max_reject_fraction, execution.max_dead_units))
+            return RunOutcome(job_state, None, tuple(beyond), ran, planned, len(whole.open_units))
+        job_state = whole
     manifest = final_manifest(output, job_state.plan)
     budget = Budget(execution.max_reject_fraction, max(execution.max_dead_units, num_accepted(manifest)))
     beyond = exceeded_budgets(job_state, budget)
@@ -401,7 +428,8 @@ def _measured_workforce(
     joined = sizing and Workforce(execution.workers or sizing.num_actors, on_gpu=sizing.gpus_per_actor > 0)
     workers = joined or workforce_of(execution)
     rate = rate_of_forward(planned, forwards_per_record(context))
-    return replace(workers, rate=rate, input_size=context.facts.input_size)
+    num_workers = workers.num_workers * (1 if execution.part is None else execution.part.of)
+    return replace(workers, num_workers=num_workers, rate=rate, input_size=context.facts.input_size)
 
 
 def _learn(
