@@ -24,6 +24,7 @@ FILES = {
     "kuberay/overlays/kueue/kustomization.yaml": "KubeRay: GPU workers behind a quota of Kueue",
     "kuberay/overlays/kueue/queue.yaml": "KubeRay: the queue and its quota",
     "slurm/blocksight.sbatch": "Slurm: one job over several nodes",
+    "slurm/blocksight-array.sbatch": "Slurm: a job in parts, each alone on its node",
     "slurm/job.toml": "Slurm: the job's configuration",
     "aws/cluster.yaml": "AWS: Ray's launcher, with workers on spot machines",
     "aws/job.toml": "AWS: the job's configuration",

@@ -26,7 +26,7 @@ BARE = ("engine", "jobs", "storage", "cluster")
 """Folders at the top of the checkout: from there they could be imported a second time, as other modules."""
 
 
-BARE_MODULE = re.compile(rf"(?:{'|'.join(BARE)})(?:\.(?!(?:py|md|json|toml|html)$)\w+)*")
+BARE_MODULE = re.compile(rf"(?:{'|'.join(BARE)})(?:\.(?!(?:py|md|json|toml|html|yaml)$)\w+)*")
 FROM = re.compile(r"\bfrom (\S+) import\b")
 IMPORT = re.compile(r"(?:^|[;:\n\"'])\s*import ([\w., ]+)")
 

@@ -13,7 +13,10 @@ from tests.jobs.tiny import MODEL, folder_of_images
 
 CLUSTER = Path(__file__).parents[3] / "cluster"
 PLAN = PlanFigures("s3://example-images", "s3://example-maps/run-1/", 5_000, 4 << 30, 3600.0 * 8)
-FILES = ("kuberay/overlays/gpu", "kuberay/overlays/cpu", "slurm/blocksight.sbatch", "skypilot/blocksight.yaml")
+FILES = (
+    *("kuberay/overlays/gpu", "kuberay/overlays/cpu", "slurm/blocksight.sbatch", "slurm/blocksight-array.sbatch"),
+    "skypilot/blocksight.yaml",
+)
 
 
 def unfit(file: str, figures: PlanFigures) -> list[str]:

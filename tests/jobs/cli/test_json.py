@@ -15,8 +15,8 @@ from tests.jobs.jobs_of import blocksight, run_here
 from tests.jobs.tiny import MODEL, folder_of_images
 
 COMMANDS: dict[str, Any] = get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
-NO_TABLE = {"demo", "bank", "retry", "gc", "report", "export"}
-"""Commands that print lines and no table."""
+NO_TABLE = {"demo", "bank", "retry", "gc", "report", "export", "cluster"}
+"""Commands that print lines, or a file, and no table of figures."""
 
 
 @pytest.fixture(scope="module")
