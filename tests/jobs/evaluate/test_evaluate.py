@@ -76,7 +76,7 @@ def test_a_request_asks_by_default_for_what_the_command_does():
     asked = {field.name: field.default for field in fields(EvaluationRequest) if field.default is not MISSING}
     asked["metrics_sample"] = asked.pop("share")
     assert asked == {name: options[name].default for name in asked}
-    ways_to_run = {"workers", "runner", "address", "device", "batch_size"}
+    ways_to_run = {"workers", "runner", "address", "device", "wait", "min_workers", "py_modules", "batch_size"}
     assert options.keys() - asked.keys() == {"as_json", "output", *ways_to_run}
 
 
