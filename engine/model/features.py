@@ -65,6 +65,11 @@ def without_head(adapter: "ModelAdapter") -> "ModelAdapter":
         _outputs(adapter)
     adapter.module.set_submodule(path, nn.Identity())
     bare = adapter.with_module(adapter.module)
+    if not _returns(bare, _outputs(bare)):
+        raise ModelError(
+            f"the feature of model {adapter.name!r} changes from call to call, so that it cannot be taken: make it a "
+            "fixed function"
+        )
     if not _returns(bare, features[-1]):
         raise ModelError(
             f"model {adapter.name!r} has a last layer {path}, and returns other numbers than this layer's (several "

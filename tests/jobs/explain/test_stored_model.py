@@ -25,8 +25,7 @@ LOADERS = {
     "jobs/bench/bank.py",  # examines its features
     "jobs/explain/step.py",  # a worker, after its driver; it compares the weights with the driver's
     "jobs/evaluate/step.py",
-    "jobs/bench/model_check.py",  # of no output, and examines it
-    "jobs/run/one_picture.py",  # the same
+    "jobs/run/one_picture.py",  # of no output, and examines it
     "jobs/run/explainer_choice.py",  # a new job: `preflight.py` examines it again
     "jobs/run/labels.py",  # a plan, which computes nothing: only names and number of classes
 }

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from blocksight.cluster.errors import ClusterError
+from blocksight.cluster.nodes import NodeWatch
 from blocksight.engine.model import liveness
 from blocksight.jobs.ledger.stop_request import Stop, is_stopped, stopped_by_signals
 from blocksight.jobs.run import pipeline
@@ -99,11 +100,11 @@ def test_rows_arrive_in_order_and_errors_with_them():
         yield {"n": 2}
         raise ZeroDivisionError("in the thread")
 
-    arriving = _arriving_rows(rows(), stop(), 9, nothing)
+    arriving = _arriving_rows(rows(), stop(), 9, NodeWatch(print), nothing)
     assert [next(arriving), next(arriving)] == [{"n": 1}, {"n": 2}]
     with pytest.raises(ZeroDivisionError, match="in the thread"):
         next(arriving)
-    assert list(_arriving_rows(iter([{"n": 1}]), stop(), 9, nothing)) == [{"n": 1}]
+    assert list(_arriving_rows(iter([{"n": 1}]), stop(), 9, NodeWatch(print), nothing)) == [{"n": 1}]
 
 
 def silent(release):
@@ -114,7 +115,7 @@ def silent(release):
 def test_a_silence_that_lasts_too_long_ends_the_run(monkeypatch):
     monkeypatch.setattr(pipeline, "POLL_SECONDS", 0.05)
     release = threading.Event()
-    arriving = _arriving_rows(silent(release), stop(), 0.3, release.set)
+    arriving = _arriving_rows(silent(release), stop(), 0.3, NodeWatch(print), release.set)
     assert next(arriving) == {"n": 1}
     with pytest.raises(ClusterError, match="no unit has finished for 0 s"):
         next(arriving)
@@ -125,7 +126,7 @@ def test_the_grace_time_ends_the_waiting(monkeypatch):
     monkeypatch.setattr(pipeline, "POLL_SECONDS", 0.05)
     monkeypatch.setattr("blocksight.jobs.ledger.stop_request.GRACE_SECONDS", 0.3)
     release, asked = threading.Event(), stop()
-    arriving = _arriving_rows(silent(release), asked, 9, release.set)
+    arriving = _arriving_rows(silent(release), asked, 9, NodeWatch(print), release.set)
     next(arriving)
     asked.request("SIGTERM")
     assert list(arriving) == []
@@ -142,7 +143,7 @@ def test_rows_that_are_left_early_are_read_by_no_thread(monkeypatch):
         if len(asked) == 3:
             release.set()
 
-    arriving = _arriving_rows(silent(release), stop(), 9, end)
+    arriving = _arriving_rows(silent(release), stop(), 9, NodeWatch(print), end)
     assert next(arriving) == {"n": 1}
     assert len(readers()) == 1
     arriving.close()
