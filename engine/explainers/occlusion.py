@@ -1,7 +1,7 @@
 """Occlusion: the loss of the score when a window hides a part of the image."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -94,7 +94,9 @@ class Occlusion(Explainer):
         return Windows(image, rows, sent(self.columns.repeat(len(self.rows), 1), self.adapter.device))
 
     def _explain_pass(self, inputs_nchw: Tensor, target: Target, seeds: Sequence[int]) -> list[list[Explanation]]:
-        sources = [self.scorer.applied(inputs_nchw, self._windows(image)) for image in range(len(inputs_nchw))]
+        windows = self._windows(0)
+        own = [replace(windows, image=image) for image in range(len(inputs_nchw))]
+        sources = [self.scorer.applied(inputs_nchw, one) for one in own]
         hidden = to_host(self.scorer.scores(inputs_nchw, target, sources))
         whole = self._scores(inputs_nchw, target)
         return [

@@ -59,7 +59,7 @@ def no_record_is_blamed(folder):
 
 
 @pytest.mark.parametrize(
-    ("call", "trouble"), [*(("_explain", one) for one in LOUD), *(("_logits", one) for one in OF_THE_DEVICE)]
+    ("call", "trouble"), [*(("_explain", one) for one in LOUD), *(("_outputs", one) for one in OF_THE_DEVICE)]
 )
 def test_no_record_is_rejected_for_the_device(data, tmp_path, monkeypatch, call, trouble):
     monkeypatch.setattr(step.ExplainStep, call, raising(ERRORS[trouble]))
