@@ -65,7 +65,7 @@ def _of_file(config: JobConfig, one: Atom, size: int) -> Tensor:
     """A direction of length 1."""
     try:
         found = np.load(io.BytesIO(file_bytes(str(one.value), config)), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, MemoryError) as error:  # a header may say any number
         raise ConfigError(f"target: the direction {one.value} is no .npy file of numbers: {error}") from error
     if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiu" or found.size != size:
         shape = " x ".join(map(str, getattr(found, "shape", ()))) or "no"

@@ -207,6 +207,7 @@ def test_a_bank_has_prototypes(data, tmp_path):
         ("prototype:9", "is of no class"),
         ("logprob(feature:3)", "a log-probability is of classes"),
         ("direction:ROOT/ant.png", "is no .npy file"),
+        ("direction:ROOT/endless.npy", "is no .npy file"),
         ("direction:ROOT/short.npy", "holds 3 numbers, and the feature vector has 8"),
         ("direction:ROOT/zero.npy", "it is 0, or not finite"),
         ("similar:ROOT/d.npy", "cannot be read"),
@@ -214,6 +215,8 @@ def test_a_bank_has_prototypes(data, tmp_path):
 )
 def test_what_has_no_meaning_is_refused_before_work(target, reason, data, tmp_path):
     np.save(tmp_path / "short.npy", np.arange(3))
+    endless = (tmp_path / "short.npy").read_bytes().replace(b"(3,), }" + 15 * b" ", b"(" + 15 * b"9" + b",), } ")
+    (tmp_path / "endless.npy").write_bytes(endless)
     np.save(tmp_path / "zero.npy", np.zeros(DIMENSIONS))
     shutil.copy(data / "ant.png", tmp_path)
     shutil.copy(data / "d.npy", tmp_path)
