@@ -65,12 +65,12 @@ def without_head(adapter: "ModelAdapter") -> "ModelAdapter":
         _outputs(adapter)
     adapter.module.set_submodule(path, nn.Identity())
     bare = adapter.with_module(adapter.module)
-    if not _returns(bare, _outputs(bare)):
-        raise ModelError(
-            f"the feature of model {adapter.name!r} changes from call to call, so that it cannot be taken: make it a "
-            "fixed function"
-        )
     if not _returns(bare, features[-1]):
+        if _changes(bare):
+            raise ModelError(
+                f"the feature of model {adapter.name!r} changes from call to call, so that it cannot be taken: make it "
+                "a fixed function"
+            )
         raise ModelError(
             f"model {adapter.name!r} has a last layer {path}, and returns other numbers than this layer's (several "
             "heads, a softmax or a scale behind it), so that its feature cannot be taken: name a model that returns "
@@ -78,6 +78,14 @@ def without_head(adapter: "ModelAdapter") -> "ModelAdapter":
         )
     bare.class_names = None
     return bare
+
+
+def _changes(bare: "ModelAdapter") -> bool:
+    """True if the network returns other features of the same images each time."""
+    try:
+        return not _returns(bare, _outputs(bare))
+    except (ModelError, RuntimeError):
+        return False
 
 
 def _returns(bare: "ModelAdapter", features: Tensor) -> bool:

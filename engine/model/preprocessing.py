@@ -36,10 +36,12 @@ class Preprocessing:
     """How its configuration can be read, the likeliest first; which one it is is proved on pictures."""
 
 
-def scaled_to(resizing: Resizing, own: Grid, asked: Grid) -> Resizing:
-    """The same resizing for a model that is fed at another size than its own."""
+def scaled_to(resizing: Resizing, own: Grid, asked: Grid) -> Resizing | None:
+    """The same resizing for a model that is fed at another size than its own; None: it says nothing of that shape."""
     if own == asked:
         return resizing
+    if resizing.kind == "short" and own[0] * asked[1] != own[1] * asked[0]:
+        return None
     height, width = (
         round(side * new / old) for side, new, old in zip((resizing.height, resizing.width), asked, own, strict=True)
     )

@@ -26,7 +26,7 @@ def own_fitting(config: JobConfig) -> Fitting:
     Raises ConfigError if the model has no such library, or if none of the ways that its configuration can be read
     gives the library's pixels, and ModelError.
     """
-    own = own_feeding(config.model, config.weights, settings_bytes(config))
+    own = own_feeding(config.model, config.weights, settings_bytes(config), config.input_size)
     if own is None:
         raise ConfigError(
             f"resize own, and nobody says how model {config.model} prepares a picture: take squash or crop"
@@ -34,11 +34,17 @@ def own_fitting(config: JobConfig) -> Fitting:
     for resizing in own.resizings:
         if all(_is_same(own, resizing, probe) for probe in _probes()):
             size = config.input_size or own.size
-            return fitting_of(scaled_to(resizing, own.size, size), size)
+            scaled = scaled_to(resizing, own.size, size)
+            if scaled is not None:
+                return fitting_of(scaled, size)
     raise ConfigError(
-        f"the way in which model {config.model} prepares a picture is none that is known here: take resize squash or "
-        "crop, with interpolation if it is not bilinear"
+        f"the way in which model {config.model} prepares a picture{_at(config.input_size)} is none that is known here: "
+        "take resize squash or crop, with interpolation if it is not bilinear"
     )
+
+
+def _at(size: Grid | None) -> str:
+    return "" if size is None else f" for {size[0]} x {size[1]} pixels"
 
 
 def fitting_of(resizing: Resizing, size: Grid) -> Fitting:

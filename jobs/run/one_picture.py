@@ -272,7 +272,10 @@ def _target(target: Any) -> str | int:
     if isinstance(target, str):
         return target
     try:
-        return index(target)
+        number = -1 if isinstance(target, bool) else index(target)
+        if number >= 0:
+            return number
+        raise ConfigError(f"the target is {target!r}; wanted a class number from 0, or the class's name")
     except TypeError as error:
         raise ConfigError(
             f"the target is a {type(target).__name__}; wanted one class number, one class name, or another target of "
@@ -313,7 +316,7 @@ def _name_of(model: Model) -> str:
         raise ConfigError(
             f"the model is a {type(model).__name__}; wanted a name as in --model, an nn.Module or a ModelAdapter"
         )
-    return source_name(model) or type(model).__name__
+    return source_name(_unwrapped(model)) or type(model).__name__
 
 
 def _adapter(
@@ -349,11 +352,23 @@ def _around(module: nn.Module, name: str) -> ModelAdapter:
 
     A classifier of Hugging Face's library knows its class names, and not how its pictures are prepared.
     """
-    if source_name(module) is None:
-        return ModelAdapter(module, name=name, class_names=class_names_of(module))
-    adapter = fed(module)
+    inner = _unwrapped(module)
+    if source_name(inner) is None:
+        return ModelAdapter(module, name=name, class_names=class_names_of(inner))
+    adapter = fed(inner)  # of the same weights
     adapter.name = name
     return adapter
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside torch's own wrappers, which knows how it is fed: of `torch.compile` and of DataParallel."""
+    while (inner := getattr(module, "_orig_mod", None) or _replicated(module)) is not None:
+        module = inner
+    return module
+
+
+def _replicated(module: nn.Module) -> nn.Module | None:
+    return module.module if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel) else None
 
 
 def _device_of(module: nn.Module) -> str:

@@ -226,8 +226,12 @@ def _fed(model: Any, folder: str) -> ModelAdapter:
     return adapter
 
 
-READOUTS: Mapping[str, ReadoutName] = {"regression": "identity", "multi_label_classification": "sigmoid"}
-"""How the scores of a folder's problem type are read, other than by a softmax."""
+READOUTS: Mapping[str, ReadoutName] = {
+    "regression": "identity",
+    "single_label_classification": "softmax",
+    "multi_label_classification": "sigmoid",
+}
+"""How the scores of a folder's problem type are read."""
 
 
 def _read_as(adapter: ModelAdapter, problem: str | None) -> ModelAdapter:

@@ -41,15 +41,16 @@ class OwnFeeding:
         return (255 * (found * std + mean)).transpose(1, 2, 0)
 
 
-def own_feeding(name: str, weights: str | None, files: bytes | None) -> OwnFeeding | None:
+def own_feeding(name: str, weights: str | None, files: bytes | None, size: Grid | None = None) -> OwnFeeding | None:
     """How the library of a model of this name prepares a picture; None: the model is of no library. Raises ModelError.
 
-    `files` are those of a model that is named by its folder, packed.
+    `files` are those of a model that is named by its folder, packed; `size` is what the model is fed at, where its
+    library prepares pictures for any size.
     """
     prefix, rest = source_of(name) or ("", "")
     readers: Mapping[str, Callable[[], Preprocessing]] = {
         "torchvision": lambda: torchvision_preprocessing(rest, weights),
-        "timm": lambda: timm_preprocessing(rest),
+        "timm": lambda: timm_preprocessing(rest, size),
         "hf": lambda: hugging_face_preprocessing(files),
         "open_clip": lambda: open_clip_preprocessing(rest, files),
     }

@@ -143,8 +143,8 @@ def _count_classes(network: Any, stored: StateDict) -> int | None:
     return None
 
 
-def timm_preprocessing(name: str) -> Preprocessing:
-    """What timm does to a picture for the model of this name. Raises ModelError."""
+def timm_preprocessing(name: str, size: Grid | None = None) -> Preprocessing:
+    """What timm does to a picture for the model of this name, fed at its own size or at this. Raises ModelError."""
     require("timm")
     _refuse_unknown(name)
     import timm
@@ -152,16 +152,20 @@ def timm_preprocessing(name: str) -> Preprocessing:
     known = timm.get_pretrained_cfg(name, allow_unregistered=False)
     if known is None:
         raise ModelError(f"timm cannot make {name!r}: it has no weights of this tag")
-    return preprocessing_of(known.to_dict())
+    return preprocessing_of(known.to_dict(), size)
 
 
-def preprocessing_of(pretrained: Mapping[str, Any]) -> Preprocessing:
-    """What timm does to a picture by a pretrained configuration."""
+def preprocessing_of(pretrained: Mapping[str, Any], size: Grid | None = None) -> Preprocessing:
+    """What timm does to a picture by a pretrained configuration, for a model that is fed at a size of its own or this.
+
+    Raises ModelError.
+    """
     from timm.data.config import resolve_data_config
     from timm.data.transforms_factory import create_transform
     from torchvision.transforms.functional import to_pil_image
 
-    config = resolve_data_config(pretrained_cfg=dict(pretrained))
+    asked = {} if size is None else {"input_size": (3, *size)}
+    config = resolve_data_config(asked, pretrained_cfg=dict(pretrained))
     channels = config["input_size"][0]
     if channels != 3:
         raise ModelError(
@@ -208,4 +212,6 @@ def _class_names(network: Any) -> Sequence[str] | None:
     if subset is None:
         return None
     known = ImageNetInfo(subset)
+    if known.num_classes() != network.num_classes:  # features, or classes of the user's own
+        return None
     return [known.index_to_description(index) for index in range(known.num_classes())]

@@ -120,6 +120,7 @@ def test_a_model_without_names_has_none(tmp_path):
     ("problem", "readout", "count"),
     [
         ("regression", "identity", 1),
+        ("single_label_classification", "softmax", 5),
         ("multi_label_classification", "sigmoid", 5),
         ("multi_label_classification", "sigmoid", 1),
     ],

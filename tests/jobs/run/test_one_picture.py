@@ -56,6 +56,29 @@ def test_the_numbers_are_those_of_a_job(data, tmp_path, target, explainer, optio
         assert {name: found.row[name] for name in same} == {name: row[name] for name in same}
 
 
+@pytest.mark.parametrize("target", [-1, True, np.int64(-2)])
+def test_a_class_number_from_the_end_is_refused(data, target):
+    with pytest.raises(ConfigError, match="wanted a class number from 0"):
+        explained(make(), data / KEY, target, "gradcam")
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda net: torch.compile(net, backend="eager")])
+def test_a_wrapped_model_of_timm_is_fed_as_itself(data, wrap):
+    timm = pytest.importorskip("timm", reason="the extra timm is not installed")
+    net = timm.create_model("test_resnet", pretrained=False, num_classes=10).eval()
+    plain, wrapped = (explained(one, data / KEY, 3, "gradcam") for one in (net, wrap(net)))
+    assert wrapped.score == plain.score
+    assert np.allclose(wrapped.map, plain.map, atol=1e-6)
+
+
+def test_features_of_timm_have_no_names_of_classes():
+    timm = pytest.importorskip("timm", reason="the extra timm is not installed")
+    from blocksight.engine.model.sources.timm_models import fed
+
+    assert fed(timm.create_model("test_resnet", pretrained=False)).class_names is not None
+    assert fed(timm.create_model("test_resnet", pretrained=False, num_classes=0)).class_names is None
+
+
 def test_random_numbers_follow_the_key_and_the_seed(data):
     """As a job's: another key or seed is another map, and the file's name is the key by default."""
     options = {"explainer": "rise", "parameters": {"num_masks": 8}}
