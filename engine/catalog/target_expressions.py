@@ -10,7 +10,9 @@
     feature  = "similar:" place | "direction:" place | "prototype:" ( number | name ) | "feature:" number
 
 A name, a prompt or a place that holds a comma, a plus sign, a hyphen, a star, a bracket or a quote stands in double
-quotes; two quotes inside them are one. A place is a path or URI: of a picture, or of a direction's numbers.
+quotes; two quotes inside them are one. What begins with a quote is always a class's name: `"predicted"`, `"281"` and
+`"text:x"` are names, and a prompt is quoted behind its word, `text:"red, black"`. A place is a path or URI: of a
+picture, or of a direction's numbers.
 """
 
 import re
@@ -81,7 +83,7 @@ class Atom:
             return "predicted" if self.value == 1 else f"top-{self.value}"
         if self.kind == "label":
             return "label"
-        return {"class": "", "name": ""}.get(self.kind, f"{self.kind}:") + _quoted(self.value)
+        return {"class": "", "name": ""}.get(self.kind, f"{self.kind}:") + quoted(self.value)
 
     @property
     def is_feature(self) -> bool:
@@ -175,7 +177,7 @@ def parse_target(text: str) -> tuple[Expression, ...]:
 
 def prompt_target(prompts: str) -> str:
     """The target of one or more prompts, joined by `|`, as text."""
-    return f"{TEXT}{_quoted(prompts)}"
+    return f"{TEXT}{quoted(prompts)}"
 
 
 def sum_text(terms: Sequence[tuple[float, str]]) -> str:
@@ -227,7 +229,7 @@ def _default_reading(terms: Sequence[Term]) -> Reading:
     return "score" if _is_one(terms) and own.kind != "text" and not own.is_feature else "logit"
 
 
-def _quoted(value: int | str) -> str:
+def quoted(value: int | str) -> str:
     """A class number as it is, a text in quotes."""
     return str(value) if isinstance(value, int) else '"' + value.replace('"', '""') + '"'
 
@@ -324,11 +326,10 @@ class _Parser:
         return found
 
     def _atom(self) -> Atom:
-        word, quoted, token = self._word(), self._quoted(), self._at(0)
+        word, name, token = self._word(), self._quoted(), self._at(0)
         self.place += 1
-        if quoted is not None:
-            before = next((one for one in (TEXT, *PLACES) if quoted.startswith(one)), None)
-            return self._name(quoted) if before is None else self._prefixed(before, quoted[len(before) :].strip())
+        if name is not None:
+            return self._name(name)
         if word is None or token is None:
             raise self._error("a class is missing")
         if before := next((one for one in (TEXT, *FEATURES) if word.startswith(one)), None):
@@ -368,7 +369,7 @@ class _Parser:
         if is_number or self._sign() in (None, ",", ")") or token[0][-1:].isspace():
             return
         whole = self.text[token.start() :].split(",")[0].strip().removeprefix(before).strip()
-        example = _quoted(whole) if len(whole) <= MAX_SHOWN else '"..."'
+        example = quoted(whole) if len(whole) <= MAX_SHOWN else '"..."'
         raise self._error(
             f"{self._sign()!r} follows at once: write {before}{example} if it is part of it, and a space before "
             f"{self._sign()!r} if it is a sign"
@@ -381,9 +382,9 @@ class _Parser:
         return Atom("text", "|".join(parts))
 
     def _quoted_next(self) -> str:
-        quoted = self._quoted()
-        self.place += quoted is not None
-        return quoted or ""
+        text = self._quoted()
+        self.place += text is not None
+        return text or ""
 
     def _places(self, count: str) -> range:
         if len(count) > 4 or not 1 <= int(count) <= MAX_TARGETS:

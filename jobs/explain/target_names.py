@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from blocksight.engine.catalog.target_expressions import (
+    FEATURES,
     PLACES,
     TEXT,
     Atom,
@@ -20,6 +21,7 @@ from blocksight.engine.catalog.target_expressions import (
     formula_of,
     parse_formula,
     parse_target,
+    quoted,
     shown,
     split_targets,
 )
@@ -156,8 +158,8 @@ def _read_lines(choice: TargetChoice, labels: Labels) -> Iterator[Expression]:
 
 def _read(text: str, labels: Labels, *, may_be_list: bool) -> list[Expression]:
     """The targets of a text, which may be the name of a class as well."""
-    is_number = is_class_number(text.strip().lstrip("+-"))  # which the grammar reads, and may be of another class
-    whole = None if is_number else labels.index(text)
+    is_class_of_number = is_class_number(text.strip())  # which the grammar reads, and may be of another class
+    whole = None if is_class_of_number else _index_of(text, labels)
     by_name = [] if whole is None else [Expression((Term(1.0, Atom("class", whole)),), "score")]
     try:
         by_grammar = _read_parts(text, labels) if may_be_list else _resolved(parse_target(text), labels)
@@ -168,7 +170,7 @@ def _read(text: str, labels: Labels, *, may_be_list: bool) -> list[Expression]:
     except ConfigError as error:
         if by_name:
             return by_name
-        raise ConfigError(f"{error}{_hidden_name(text, labels)}") from error
+        raise ConfigError(f"{error}{_hidden_name(text, labels)}{_hidden_comma(text)}") from error
     if by_name and {one.text for one in by_grammar} != {by_name[0].text} and not _is_word(by_grammar):
         raise ConfigError(_two_meanings(text, by_grammar, labels))
     return by_grammar if _is_word(by_grammar) else by_name or by_grammar
@@ -190,6 +192,15 @@ def _hidden_name(text: str, labels: Labels) -> str:
 
 
 SIGNS = ",+-*()"
+
+
+def _hidden_comma(text: str) -> str:
+    """A clause for a comma that may be part of a prompt or a place before it; empty if there is none."""
+    first, comma, _ = text.partition(",")
+    before = next((one for one in (TEXT, *PLACES) if first.startswith(one) and '"' not in text), None)
+    if not comma or before is None:
+        return ""
+    return f"; a comma separates targets: write {before}{quoted(text.removeprefix(before))} if it is part of it"
 
 
 def _read_parts(text: str, labels: Labels) -> list[Expression]:
@@ -219,14 +230,30 @@ def _class_of(atom: Atom, labels: Labels) -> Atom:
         raise ConfigError(f"target {atom.text} is of no class: the bank has {labels.num_classes}, from 0")
     index = int(atom.value) if is_number else _index_of(str(atom.value), labels)
     if index is None:
-        raise ConfigError(_refusal(labels, str(atom.value), f"; {QUOTE}" if "-" in str(atom.value) else ""))
+        raise ConfigError(_refusal(labels, str(atom.value), _other_reading(str(atom.value))))
     return Atom("prototype" if atom.kind == "prototype" else "class", index)
 
 
+def _other_reading(name: str) -> str:
+    """A clause for a name of no class that means something else when it is written in another way; empty if not."""
+    if _is_number(name):
+        return f"; a class number stands without quotes: {name}"
+    before = next((one for one in (TEXT, *FEATURES) if name.startswith(one)), None)
+    if before is not None:
+        return f"; what begins with a quote is a class's name: write {before}{quoted(name.removeprefix(before))}"
+    return f"; {QUOTE}" if "-" in name else ""
+
+
 def _index_of(name: str, labels: Labels) -> int | None:
-    """The class of this name; a name that is a number is that of a class before it is a class's number."""
+    """The class of this name, as it is spelled before any other spelling; a number is no name unless a class has it."""
     names = list(labels.class_names or ())
-    return names.index(name) if is_class_number(name) and names.count(name) == 1 else labels.index(name)
+    if names.count(name) == 1:
+        return names.index(name)
+    return None if _is_number(name) else labels.index(name)
+
+
+def _is_number(text: str) -> bool:
+    return is_class_number(text.strip().lstrip("+-"))
 
 
 def _refuse_numbers_that_are_names(expressions: Sequence[Expression], labels: Labels) -> None:
@@ -250,12 +277,10 @@ def _refuse_number_that_is_a_name(number: int, labels: Labels) -> None:
 def _two_meanings(text: str, by_grammar: Sequence[Expression], labels: Labels) -> str:
     others = ", ".join(one.text for one in by_grammar)
     way = "give each target its own --target" if len(by_grammar) > 1 else f"write logit({text})"
-    index = labels.index(text)
-    is_quotable = not text.startswith((TEXT, *PLACES))  # which mean themselves in quotes too
-    name = "write it in double quotes" if is_quotable else f"write its number {index}"
+    index = _index_of(text, labels)
     return (
         f"target {shown(text)} has two meanings: the class of this name ({index}), and {others} by the grammar "
-        f"of targets; {name} for the class, and {way} for the other"
+        f"of targets; write it in double quotes for the class, and {way} for the other"
     )
 
 

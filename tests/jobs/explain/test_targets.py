@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
-from blocksight.engine.catalog.target_expressions import parse_formula
+from blocksight.engine.catalog.target_expressions import Atom, parse_formula, quoted
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.jobs.explain.target_names import formulas_of, resolved_targets
-from blocksight.jobs.plan.config import ConfigError
+from blocksight.jobs.plan.config import ConfigError, JobConfig
 from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.storage.stores.local import LocalStore
 from tests.engine.nets import seeded
@@ -303,7 +305,15 @@ RESERVED = ("predicted", "label", "top-2", "T-shirt", "text:a dog")
         (RESERVED, "T-shirt - 0", "a class is named 'T-shirt': write it in double quotes"),
         (RESERVED, "logit(T-shirt)", "a class is named 'T-shirt': write it in double quotes"),
         (RESERVED, "'t-shirt'", "a class is named 'T-shirt': write it in double quotes"),
-        (RESERVED, "text:a dog", "write its number 4 for the class"),
+        (RESERVED, "text:a dog", "write it in double quotes for the class, and write logit(text:a dog) for the other"),
+        (RESERVED, '"text:a dog"', ["4"]),
+        (("-3", *CLASSES[:4]), '"-3"', ["0"]),
+        (("-3", *CLASSES[:4]), "-3", "target '-3' has two meanings: the class of this name (0), and -3 by the grammar"),
+        (("-9", *CLASSES[:4]), "-9", ["0"]),
+        (CLASSES, '"3"', "target '3' is no class of the model; a class number stands without quotes: 3"),
+        (CLASSES, '"text:a dog"', 'what begins with a quote is a class\'s name: write text:"a dog"'),
+        (CLASSES, '"similar:q.png"', 'write similar:"q.png"'),
+        (CLASSES, "text:red, black", 'a comma separates targets: write text:"red, black" if it is part of it'),
         (("\u65e5\u672c", "na\u00efve", *CLASSES[:3]), "\u65e5\u672c - nai\u0308ve", ["0-1"]),
         (CLASSES, "NaN*1", "is no number"),
         (CLASSES, "1e400*1", "is no number"),
@@ -322,6 +332,19 @@ def test_names_that_look_like_something_else(names, text, wanted, tmp_path):
     with pytest.raises(ConfigError) as refused:
         texts_of(text, adapter, tmp_path)
     assert wanted in str(refused.value)
+
+
+ODD_NAMES = ("predicted", "label", "margin", "top-3", "-5", "2", "text:x", "similar:q", "logit(1)", 'q"x', "a, b")
+
+
+@given(st.lists(st.sampled_from(ODD_NAMES) | st.text(st.characters(codec="utf-8"), min_size=1), min_size=5, max_size=5))
+@settings(max_examples=60, deadline=None)
+def test_a_quoted_name_is_always_that_class(names):
+    assume(len(set(names)) == len(names) and all(name.strip() and "\n" not in name for name in names))
+    adapter = named(*names)
+    for index, name in enumerate(names):
+        (found,) = resolved_targets(JobConfig(data="in", output="out", target=quoted(name)), adapter).expressions
+        assert found.atom == Atom("class", index)
 
 
 @pytest.mark.parametrize("text", ["(" * 5000, '"' * 1001, "logit(" * 3000, ",".join(["text:a-b"] * 2000), "a," * 500])
