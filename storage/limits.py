@@ -84,6 +84,9 @@ MAX_MODEL_FILE_BYTES = 2 << 20
 MAX_RECEIPT_BYTES = 1 << 20
 """A receipt or a dead letter. Many are read at once."""
 
+MAX_MARKER_BYTES = 16 << 10
+"""The marker of one attempt."""
+
 MAX_MANIFEST_BYTES_PER_UNIT = 2 << 10
 """The final manifest's share for one unit."""
 

@@ -15,10 +15,9 @@ from rich.console import Console
 
 from blocksight.jobs.explain.learned import LEARNED_KEY, num_learning_images
 from blocksight.jobs.explain.step import IMAGES_PER_CHUNK, ExplainStep, has_died, try_another_picture
-from blocksight.jobs.ledger.attempt_markers import FOLDER
 from blocksight.jobs.plan.context import JobContext
 from blocksight.jobs.plan.records import RecordFacts, Unit, UnitInput
-from blocksight.jobs.worker.attempts import CAREFUL_DEATHS, attempt_marker, open_worker_stores
+from blocksight.jobs.worker.attempts import CAREFUL_DEATHS, job_step, open_worker_stores
 from blocksight.jobs.worker.error_classes import is_of_unit
 from blocksight.jobs.worker.isolation import Isolated, isolated_if
 from blocksight.jobs.worker.progress import Tally, progress
@@ -44,7 +43,7 @@ def learn(context: JobContext, units: Sequence[Unit], weights: bytes | None) -> 
     Seed and names alone choose the images and their order. After several deaths each image is first tried in a child
     process, and left out if that dies. Raises ModelError and StoreError.
     """
-    with attempt_marker(open_worker_stores(context), STEP) as num_deaths, watchdog():
+    with job_step(open_worker_stores(context), STEP) as num_deaths, watchdog():
         step = ExplainStep(context, weights)
         learner = step.explainer.learner()
         images = _images(context, units)
@@ -107,8 +106,6 @@ def ensure_learned(
             if isinstance(yielded, bytes):
                 with suppress(AlreadyExistsError):
                     output.create(LEARNED_KEY, yielded)
-                for marker in list(output.list(f"{FOLDER}{STEP}-")):  # of passes that died
-                    output.delete(marker.key)
             else:
                 update(yielded - num_seen)
                 num_seen = yielded

@@ -32,13 +32,12 @@ from blocksight.engine.model.targets import Target
 from blocksight.engine.scoring.setting_choice import drawn_pictures
 from blocksight.jobs.explain.step import load, model_facts
 from blocksight.jobs.explain.target_names import formulas_of_pictures
-from blocksight.jobs.ledger.attempt_markers import FOLDER
 from blocksight.jobs.plan.config import ConfigError, JobConfig
 from blocksight.jobs.plan.plan import Plan, source_of
 from blocksight.jobs.plan.preflight import Preflight
 from blocksight.jobs.plan.records import ModelFacts, UnreconciledError
 from blocksight.jobs.plan.text import counted, printable
-from blocksight.jobs.worker.attempts import WorkerStores, attempt_marker
+from blocksight.jobs.worker.attempts import WorkerStores, job_step
 from blocksight.jobs.worker.isolation import isolated_if
 from blocksight.jobs.worker.unit import decoded, decoded_or_rejected
 from blocksight.jobs.worker.watchdog import watchdog
@@ -113,12 +112,9 @@ def examined_for(
     died in the preflight of this output before, no image of the data set is read.
     """
     stores = WorkerStores(source_of(plan, config.endpoint_url), output, uuid.uuid4().hex)
-    with attempt_marker(stores, STEP) as num_deaths, watchdog(), in_a_sentence(config.model):
+    with job_step(stores, STEP) as num_deaths, watchdog(), in_a_sentence(config.model):
         real = [] if num_deaths else list(_sample(plan, config, adapter.input_size, stores.source, careful))
-        found = examined_on(adapter, config, facts, real)
-    for marker in list(output.list(f"{FOLDER}{STEP}-")):  # of processes that died
-        output.delete(marker.key)
-    return found
+        return examined_on(adapter, config, facts, real)
 
 
 def examined_on(

@@ -13,7 +13,7 @@ import pyarrow as pa
 from typing_extensions import TypedDict
 
 from blocksight.jobs.ledger.accuracy import Accuracy, accuracy_of
-from blocksight.jobs.ledger.dead_letters import letter_key, read_letters
+from blocksight.jobs.ledger.dead_letters import read_letters
 from blocksight.jobs.ledger.output import MAP_SIDES, map_size_faults, model_facts
 from blocksight.jobs.ledger.receipts import (
     READERS,
@@ -191,9 +191,9 @@ def num_accepted(manifest: Manifest | None) -> int:
 def finalize(store: ObjectStore, job_state: JobState) -> Manifest:
     """Writes the manifest once, when every planned unit is committed or dead; returns the stored one.
 
-    Compares sets of units, and each fragment's metadata with its receipt: equal counts prove nothing. The
-    dead letters of committed units are removed. A manifest that exists already must agree with the
-    receipts. Raises UnreconciledError.
+    Compares sets of units, and each fragment's metadata with its receipt: equal counts prove nothing. A fragment
+    outweighs a dead letter, which stays where it is. A manifest that exists already must agree with the receipts.
+    Raises UnreconciledError.
     """
     manifest = final_manifest(store, job_state.plan)
     if manifest is not None:
@@ -201,8 +201,6 @@ def finalize(store: ObjectStore, job_state: JobState) -> Manifest:
         if faults:
             raise UnreconciledError("\n".join(faults))
         return manifest
-    for unit_id in job_state.outweighed:
-        store.delete(letter_key(unit_id))
     faults = [f"{key} was not planned" for key in job_state.strangers]
     faults += [f"unit {unit.ordinal} is neither committed nor dead" for unit in job_state.open_units]
     with ThreadPoolExecutor(READERS) as readers:

@@ -21,7 +21,7 @@ def reopen(output: ObjectStore, plan: Plan, cause: str | None = None) -> list[De
         letter for letter in dead_letters.read_letters(output, plan.units).values() if cause in (None, letter.cause)
     ]
     for letter in letters:
-        for marker in output.list(f"{attempt_markers.FOLDER}{letter.unit_id}/"):
+        for marker in list(output.list(attempt_markers.prefix_of(letter.unit_id))):
             output.delete(marker.key)
         output.delete(dead_letters.letter_key(letter.unit_id))
     if final_manifest(output, plan) is not None:  # written meanwhile, with these units as dead

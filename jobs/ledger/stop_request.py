@@ -57,10 +57,12 @@ class Stop:
         self._writer = writer  # after the start: a second signal may interrupt, and only a started thread can be joined
 
     def clear(self) -> None:
-        """Removes the stop request; called when no worker of the run is left."""
-        if self._writer is not None:
-            self._writer.join(GRACE_SECONDS)
-        self.output.delete(stop_request_key(self.run_id))
+        """Removes the stop request, if there is one and this role may; called when no worker of the run is left."""
+        if self._writer is None:
+            return
+        self._writer.join(GRACE_SECONDS)
+        with suppress(StoreError):  # no other run looks for it
+            self.output.delete(stop_request_key(self.run_id))
 
     def _write_request(self, reason: str) -> None:
         with suppress(StoreError):  # a store that does not answer stops the run too

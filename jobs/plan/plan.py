@@ -40,7 +40,7 @@ PLAN_KEY = f"{PLAN_FOLDER}plan.json"
 MODEL_KEY = f"{PLAN_FOLDER}model.json"
 LABELS_KEY = f"{PLAN_FOLDER}labels.json"
 REGIONS_FOLDER = "regions/"
-UNIT_FOLDERS = ("data/", "_job/receipts/", "_job/dead/", "evaluations/", REGIONS_FOLDER)
+UNIT_FOLDERS = ("data/", "_job/attempts/", "_job/receipts/", "_job/dead/", "evaluations/", REGIONS_FOLDER)
 """Folders of an output in which each object belongs to one unit."""
 OUR_FOLDERS = ("data/", "_job/", "report/", "evaluations/", "audit/", REGIONS_FOLDER)
 

@@ -19,8 +19,8 @@ from blocksight.cluster.sizing import Sizing
 from blocksight.engine.catalog.readouts import ReadoutName
 from blocksight.jobs.explain.fidelity import rare_labels
 from blocksight.jobs.explain.learned import num_learning_images, stored_state
-from blocksight.jobs.ledger.attempt_markers import forget_interrupted, is_under_way
-from blocksight.jobs.ledger.garbage import PROBE_PREFIX, remove_committed_traces
+from blocksight.jobs.ledger.attempt_markers import end_interrupted, is_under_way
+from blocksight.jobs.ledger.garbage import PROBE_PREFIX, tidy_attempts
 from blocksight.jobs.ledger.reconcile import JobState, Manifest, final_manifest, finalize, num_accepted, read_job_state
 from blocksight.jobs.ledger.stop_request import GO_ON, RUNS_FOLDER, Stop, stopped_by_signals, unfinished_from
 from blocksight.jobs.plan.config import Execution, JobConfig
@@ -101,6 +101,8 @@ class RunSummary:
     """Why it stopped early; None if it did not."""
     is_hopeless: bool = False
     """It was stopped because no record was explained."""
+    in_hand: tuple[Unit, ...] = ()
+    """If it was stopped: its units that did not come back, in order; those in front were begun."""
     busy: float | None = None
     """Fraction of the workers' time spent explaining, 0 to 1; the rest is start-up and waiting for the last units.
     None without units, and where workers may have joined meanwhile."""
@@ -204,7 +206,7 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
     try:
         stop.clear()
         if ran.stopped is not None:
-            forget_interrupted(output, context.run_id)
+            end_interrupted(output, ran.in_hand, context.run_id)
         job_state = read_job_state(output, plan.part(execution.part))
         return _outcome_of(output, plan, job_state, execution, ran)
     except StoreError as error:
@@ -247,9 +249,11 @@ def _outcome_of(
     beyond = exceeded_budgets(job_state, budget)
     if len(job_state.dead) > budget.max_dead_units:
         return RunOutcome(job_state, None, tuple(beyond), ran, planned)
-    if manifest is None:
-        remove_committed_traces(output, job_state)
-    return RunOutcome(job_state, finalize(output, job_state), tuple(beyond), ran, planned)
+    is_new = manifest is None
+    manifest = finalize(output, job_state)
+    if is_new:
+        tidy_attempts(output)
+    return RunOutcome(job_state, manifest, tuple(beyond), ran, planned)
 
 
 def note_random_weights(adapter: "ModelAdapter", config: JobConfig) -> None:
@@ -480,6 +484,7 @@ def _run_units(
     failures: list[UnitFailure] = []
     notices = Notices(console)
     explain_seconds = 0.0
+    came_back: set[str] = set()
     begun = False
     start = time.monotonic()
     progressing = progress(console, Tally(num_records, expected))
@@ -491,6 +496,7 @@ def _run_units(
                 notices.tell(outcome)
                 continue
             begun = True
+            came_back.add(outcome.unit_id)
             update(outcome)
             first_units.add(outcome)
             if isinstance(outcome, Receipt):
@@ -504,7 +510,8 @@ def _run_units(
     seconds = time.monotonic() - start
     grows = sizing is not None and sizing.most_actors is not None
     busy = None if grows else explain_seconds / (seconds * num_workers)
-    return RunSummary(tuple(failures), seconds, stop.reason, first_units.is_hopeless, busy)
+    in_hand = () if stop.reason is None else tuple(unit for unit in units if unit.unit_id not in came_back)
+    return RunSummary(tuple(failures), seconds, stop.reason, first_units.is_hopeless, in_hand, busy)
 
 
 def _outcomes(

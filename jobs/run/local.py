@@ -8,7 +8,7 @@ from blocksight.jobs.explain.step import ExplainStep
 from blocksight.jobs.ledger.stop_request import Stop
 from blocksight.jobs.plan.context import JobContext
 from blocksight.jobs.plan.records import Outcome, Unit, UnitInput, UnitResult
-from blocksight.jobs.worker.attempts import WorkerStores, attempted, done_here, open_worker_stores
+from blocksight.jobs.worker.attempts import WorkerStores, attempted, begin, done_here, open_worker_stores
 from blocksight.jobs.worker.unit import commit_unit, take_unit
 
 
@@ -33,15 +33,16 @@ def run_unit(
     explain: Callable[[], ExplainStep],
     around: Callable[[str], AbstractContextManager[Any]] = nullcontext,
 ) -> Outcome:
-    """Reads, explains and commits one unit; each step runs within `around(its name)`.
+    """Reads, explains and commits one unit in one attempt; each step runs within `around(its name)`.
 
     `explain` gives the step that holds the model, or raises UnfitWorkerError.
     """
 
     def step(stage: str, work: Callable[[bool], Any]) -> Any:
         with around(stage):
-            return attempted(unit, stage, stores, work)
+            return attempted(unit, stage, stores, attempt, work)
 
+    attempt = begin(unit, stores)
     taken = step("read", lambda careful: take_unit(unit, stores, context, careful=careful))
     if not isinstance(taken, UnitInput):
         return taken

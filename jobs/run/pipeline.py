@@ -34,6 +34,7 @@ from blocksight.cluster.switches import refuse_unsafe_switches
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.device_errors import device_trouble, told_by_device
 from blocksight.jobs.evaluate.evaluation import EvaluationContext
+from blocksight.jobs.ledger.attempt_markers import Attempt
 from blocksight.jobs.ledger.stop_request import Stop
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.context import JobContext
@@ -52,7 +53,7 @@ from blocksight.jobs.plan.records import (
     UnitReturned,
     UnitSkipped,
 )
-from blocksight.jobs.worker.attempts import WorkerStores, attempted, open_worker_stores
+from blocksight.jobs.worker.attempts import WorkerStores, attempted, begin, go_on, open_worker_stores
 from blocksight.jobs.worker.error_classes import UnfitWorkerError
 from blocksight.jobs.worker.memory import keep_freed_memory
 from blocksight.jobs.worker.unit import commit_unit, take_unit
@@ -416,10 +417,11 @@ def _read(batch: pa.Table, context: JobContext) -> pa.Table:
         taken = take_unit(unit, stores, context, careful=careful)
         if isinstance(taken, Receipt):
             return taken
-        return _row(_json({"unit": unit, "records": taken.records}), taken.pixels)
+        return _row(_json({"unit": unit, "records": taken.records, "attempt": attempt}), taken.pixels)
 
     stores = _stores_of(context)
-    return _row_of(attempted(unit, "read", stores, read))
+    attempt = begin(unit, stores)
+    return _row_of(attempted(unit, "read", stores, attempt, read))
 
 
 _STORES: dict[str, WorkerStores] = {}
@@ -582,9 +584,14 @@ class _Explain:
         def explain(careful: bool) -> pa.Table:
             pixels = np.frombuffer(batch["blob"][0].as_buffer(), np.uint8).reshape(-1, *self.input_size, 3)
             records = tuple(RecordFacts(**record) for record in header["records"])
-            return _result_table(self.held.step()(UnitInput(unit, records, pixels), careful=careful))
+            made = self.held.step()(UnitInput(unit, records, pixels), careful=careful)
+            return _result_table(made, header["attempt"])
 
-        return _row_of(self.held.outcome(lambda: attempted(unit, "explain", self.stores, explain)))
+        def work() -> pa.Table | Outcome:
+            attempt = go_on(unit, "explain", self.stores, _attempt(header["attempt"]))
+            return attempted(unit, "explain", self.stores, attempt, explain)
+
+        return _row_of(self.held.outcome(work))
 
 
 def _commit(batch: pa.Table, context: JobContext) -> pa.Table:
@@ -593,7 +600,7 @@ def _commit(batch: pa.Table, context: JobContext) -> pa.Table:
     if batch["outcome"][0].is_valid:
         return batch
     header = json.loads(batch["header"][0].as_py())
-    unit = _unit(header["unit"])
+    unit, begun = _unit(header["unit"]), _attempt(header.pop("attempt"))
     stores = open_worker_stores(context)
 
     def commit(careful: bool) -> Receipt:
@@ -603,7 +610,7 @@ def _commit(batch: pa.Table, context: JobContext) -> pa.Table:
         result = UnitResult(**{**header, "unit": unit, "rows": rows})
         return commit_unit(result, stores.output, context.fingerprint, careful=careful)
 
-    return _row_of(attempted(unit, "commit", stores, commit))
+    return _row_of(attempted(unit, "commit", stores, go_on(unit, "commit", stores, begun), commit))
 
 
 MAPS = ("map", "map_negative")
@@ -615,11 +622,12 @@ def _with_maps(row: Mapping[str, Any], maps: Iterator[NDArray[np.uint8]]) -> dic
     return {"map": None, **row, **{name: next(maps) for name in MAPS if row.get(name) is not None}}
 
 
-def _result_table(result: UnitResult) -> pa.Table:
+def _result_table(result: UnitResult, attempt: Mapping[str, Any]) -> pa.Table:
     maps = [row[name] for row in result.rows for name in MAPS if row.get(name) is not None]
     rows = [{**row, **{name: True for name in MAPS if row.get(name) is not None}} for row in result.rows]
     header = {
         "unit": result.unit,
+        "attempt": attempt,
         "rows": rows,
         "num_records": result.num_records,
         "explain_seconds": result.explain_seconds,
@@ -651,6 +659,10 @@ def _outcome(row: Mapping[str, Any]) -> Any:
 def _json(value: Any) -> str:
     """JSON of plain values and of the job's own records."""
     return json.dumps(value, default=asdict)
+
+
+def _attempt(values: Mapping[str, Any]) -> Attempt:
+    return Attempt(tuple(values["markers"]), values["num_deaths"])
 
 
 def _unit(values: Mapping[str, Any]) -> Unit:

@@ -1,19 +1,19 @@
-"""An attempt: one try of a step at a unit. Its marker remains if the process dies."""
+"""An attempt: one try at a unit, whose steps are tried again if they fail. Its marker tells if the process dies."""
 
-import json
+import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 from blocksight.engine.model.device_errors import DeviceTrouble, device_trouble, told_by_device
-from blocksight.jobs.ledger.attempt_markers import FOLDER
+from blocksight.jobs.ledger.attempt_markers import Attempt, Marker, begun, end, job_step_begun, step_begun
 from blocksight.jobs.ledger.dead_letters import give_up
 from blocksight.jobs.ledger.stop_request import is_stopped
 from blocksight.jobs.plan.context import JobContext, worker_name
 from blocksight.jobs.plan.plan import UNIT_FOLDERS, open_output
-from blocksight.jobs.plan.records import Cause, Outcome, Unit, UnitFailure, UnitReturned, UnitSkipped
+from blocksight.jobs.plan.records import Cause, DeadLetter, Outcome, Unit, UnitFailure, UnitReturned, UnitSkipped
 from blocksight.jobs.worker.error_classes import OF_THE_JOB, UnfitWorkerError, is_of_unit
 from blocksight.jobs.worker.isolation import ProcessDiedError
 from blocksight.jobs.worker.watchdog import heartbeat, watchdog
@@ -32,7 +32,7 @@ from blocksight.storage.stores.store import (
 )
 
 CAREFUL_DEATHS = 2
-"""After so many deaths in a step it works on its records one by one, in a child process."""
+"""After so many deaths a unit's records are worked on one by one, in a child process."""
 MAX_DEATHS = 12
 """After so many the unit is given up. A record that kills its process needs four at most (two here, two in the child
 process), but processes die of other causes too."""
@@ -57,6 +57,12 @@ class WorkerStores:
     source: ObjectStore
     output: ObjectStore
     run_id: str
+    clock: Callable[[], float] = time.time
+    """Seconds since 1970, for the markers."""
+
+    def marker(self) -> Marker:
+        """A new marker of this process."""
+        return Marker(self.run_id, worker_name(), self.clock(), uuid.uuid4().hex)
 
 
 def open_worker_stores(context: JobContext) -> WorkerStores:
@@ -67,35 +73,75 @@ def open_worker_stores(context: JobContext) -> WorkerStores:
     return WorkerStores(patient, PatientStore(output, waiting=heartbeat, unit_folders=UNIT_FOLDERS), context.run_id)
 
 
-def attempted(unit: Unit, stage: str, stores: WorkerStores, work: Callable[[bool], Result]) -> Result | Outcome:
+def begin(unit: Unit, stores: WorkerStores) -> Attempt | Outcome:
+    """A new attempt at the unit, or its outcome if none may begin. Never raises an Exception."""
+    return _begun(unit, "read", stores, lambda: _taken_unit(unit, stores))
+
+
+def go_on(unit: Unit, stage: str, stores: WorkerStores, attempt: Attempt) -> Attempt | Outcome:
+    """The attempt, with a marker of a step in this process, or the unit's outcome. Never raises an Exception."""
+    return _begun(unit, stage, stores, lambda: step_begun(stores.output, attempt, stage, stores.marker()))
+
+
+def _taken_unit(unit: Unit, stores: WorkerStores) -> Attempt | UnitSkipped:
+    if is_stopped(stores.output, stores.run_id):
+        return UnitSkipped(unit.unit_id)
+    return begun(stores.output, unit.unit_id, stores.marker())
+
+
+def _begun(
+    unit: Unit, stage: str, stores: WorkerStores, take: Callable[[], Attempt | UnitSkipped]
+) -> Attempt | Outcome:
+    """The attempt; the unit is given up if it has killed too many processes."""
+    try:
+        attempt = take()
+        if isinstance(attempt, Attempt) and attempt.num_deaths >= MAX_DEATHS:
+            died = f"{attempt.num_deaths} processes died in it"
+            return give_up(stores.output, unit, stage, Cause.POISON, died)
+    except Exception as error:  # noqa: BLE001 - a unit's trouble is its own: the others go on
+        return _outcome_of_error(unit, stage, stores, error)
+    return attempt
+
+
+def attempted(
+    unit: Unit, stage: str, stores: WorkerStores, attempt: Attempt | Outcome, work: Callable[[bool], Result]
+) -> Result | Outcome:
     """The step's result, or the unit's outcome if there is none; never raises an Exception.
 
-    `work` receives `careful`: if True, one record must not fail the whole unit. A step that fails is tried again at
-    once, carefully. If it fails each time the unit is given up, or stays open if the machine or the store is to
-    blame. A unit is returned at once if this worker can do no unit, or none any more.
+    `attempt` is of `begin` or `go_on`; an outcome is passed on. `work` receives `careful`: if True, one record must not
+    fail the whole unit. A step that fails is tried again at once, carefully. If it fails each time the unit is given
+    up, or stays open if the machine or the store is to blame. A unit is returned at once if this worker can do no
+    unit, or none any more. Without a result the attempt is marked as ended, unless the device was lost: a record may
+    be the cause.
     """
+    if not isinstance(attempt, Attempt):
+        return attempt
+    try:
+        made = _tried(unit, stage, stores, attempt, work)
+    except BaseException:  # a second signal
+        end(stores.output, attempt, stores.marker())
+        raise
+    if isinstance(made, DeadLetter | UnitFailure | UnitSkipped) or (isinstance(made, UnitReturned) and made.is_unfit):
+        end(stores.output, attempt, stores.marker())
+    return made
+
+
+def _tried(
+    unit: Unit, stage: str, stores: WorkerStores, attempt: Attempt, work: Callable[[bool], Result]
+) -> Result | Outcome:
     failures = 0
     while True:
         try:
-            return _once(unit, stage, stores, work, failures)
-        except Exception as error:  # noqa: BLE001 - a unit's trouble is its own: the others go on
+            if stage == "explain" and is_stopped(stores.output, stores.run_id):  # what is explained is still committed
+                return UnitSkipped(unit.unit_id)
+            with watchdog():
+                return work(attempt.num_deaths >= CAREFUL_DEATHS or failures > 0)
+        except Exception as error:  # noqa: BLE001 - as above
             if is_of_worker(error):
                 return returned(unit, error)
             failures += 1
             if failures == MAX_FAILURES or not _is_worth_a_careful_try(error):
                 return _outcome_of_error(unit, stage, stores, error)
-
-
-def _once(
-    unit: Unit, stage: str, stores: WorkerStores, work: Callable[[bool], Result], failures: int
-) -> Result | Outcome:
-    """One attempt at the step. Raises as `work`."""
-    if stage != "commit" and is_stopped(stores.output, stores.run_id):  # an explained unit is still committed
-        return UnitSkipped(unit.unit_id)
-    with attempt_marker(stores, f"{unit.unit_id}/{stage}") as num_deaths, watchdog():
-        if num_deaths >= MAX_DEATHS:
-            return give_up(stores.output, unit, stage, Cause.POISON, f"{num_deaths} processes died in it")
-        return work(num_deaths >= CAREFUL_DEATHS or failures > 0)
 
 
 def _is_worth_a_careful_try(error: Exception) -> bool:
@@ -132,27 +178,19 @@ def _is_lost(error: BaseException) -> bool:
 
 
 @contextmanager
-def attempt_marker(stores: WorkerStores, step: str) -> Iterator[int]:
-    """Yields the number of attempts at a step that left a marker; writes its own marker while the body runs.
+def job_step(stores: WorkerStores, step: str) -> Iterator[int]:
+    """Yields the number of processes that died in a step that a job makes once; a marker tells if this one dies too.
 
-    The marker remains if the process dies, or loses its device: a record may be the cause of both.
+    The marker also remains if the process loses its device.
     """
-    prefix = f"{FOLDER}{step}-"
-    num_deaths = sum(1 for _ in stores.output.list(prefix))
-    marker = f"{prefix}{stores.run_id}-{uuid.uuid4().hex}.json"
-    stores.output.put(marker, json.dumps({"worker": worker_name()}).encode())
+    attempt = job_step_begun(stores.output, step, stores.marker())
     try:
-        yield num_deaths
+        yield attempt.num_deaths
     except BaseException as error:
         if not _is_lost(error):
-            _delete(stores.output, marker)
+            end(stores.output, attempt, stores.marker())
         raise
-    _delete(stores.output, marker)
-
-
-def _delete(output: ObjectStore, marker: str) -> None:
-    with suppress(StoreError):  # a marker that remains makes the next attempt careful, no more
-        output.delete(marker)
+    end(stores.output, attempt, stores.marker())
 
 
 def _outcome_of_error(unit: Unit, stage: str, stores: WorkerStores, error: Exception) -> Outcome:

@@ -147,6 +147,10 @@ class LocalStore:
             _remove_metadata(path)
             path.unlink()
 
+    def delete_many(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self.delete(key)
+
     def sweep(self, older_than_seconds: float, *, dry_run: bool = False) -> Sequence[str]:
         """Removes old unfinished files and metadata without object; returns them. A newer one may have a writer."""
         swept = []

@@ -113,6 +113,9 @@ class PatientStore:
     def delete(self, key: str) -> None:
         self._call_or_classify(key, 0, lambda: self.store.delete(key))
 
+    def delete_many(self, keys: Sequence[str]) -> None:
+        self._retried(lambda: self.store.delete_many(keys))
+
     def _retried(self, call: Callable[[], Result]) -> Result:
         deadline = time.monotonic() + self.seconds
         pause = FIRST_PAUSE_SECONDS

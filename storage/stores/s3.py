@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -26,11 +26,13 @@ from blocksight.storage.stores.s3_errors import (
     MISSING_CODES,
     RANGE_CODES,
     READ,
+    UNSUPPORTED_STATUS,
     WRITE,
     Action,
     as_read_error,
     as_store_error,
     code_of,
+    status_of,
 )
 from blocksight.storage.stores.s3_replies import (
     ERROR_BYTES,
@@ -38,6 +40,7 @@ from blocksight.storage.stores.s3_replies import (
     Listing,
     expected_length,
     refuse_error_body,
+    refuse_failed_deletes,
     stored_metadata,
     version,
 )
@@ -51,6 +54,8 @@ from blocksight.storage.stores.store import (
 )
 
 CHUNK_BYTES = 1 << 20
+KEYS_PER_DELETE = 1_000
+"""The most keys of one bulk delete."""
 MAX_LAG_SECONDS = 90.0
 """How far a read may fall behind the slowest link: time for one read timeout of the client and one more attempt."""
 MIN_BYTES_PER_SECOND = 16 << 10
@@ -171,6 +176,21 @@ class S3Store:
     def delete(self, key: str) -> None:
         with self._errors_naming(key, DELETE):
             self._call("delete_object", Key=self._key(key))
+
+    def delete_many(self, keys: Sequence[str]) -> None:
+        for start in range(0, len(keys), KEYS_PER_DELETE):
+            some = keys[start : start + KEYS_PER_DELETE]
+            named = {"Objects": [{"Key": self._key(key)} for key in some], "Quiet": True}
+            with self._errors_naming(some[0], DELETE):
+                try:
+                    reply = self._call("delete_objects", Delete=named)
+                except OSError as error:
+                    if status_of(error) not in UNSUPPORTED_STATUS:
+                        raise
+                    reply = {}
+                    for key in some:
+                        self.delete(key)
+            refuse_failed_deletes(reply, f"{self._uri}/{some[0]}")
 
     @property
     def filesystem(self) -> S3FileSystem:

@@ -79,13 +79,13 @@ DELETE = Action("deleting", "s3:DeleteObject")
 
 def code_of(error: BaseException) -> str:
     """The server's error code in an exception of the client, of a reply without one its status, or ""."""
-    status = _status(error)
+    status = status_of(error)
     return str(_response(error).get("Error", {}).get("Code", "")) or (str(status) if status >= 400 else "")
 
 
 def as_store_error(error: Exception, where: str, action: Action, connection: Connection | None) -> StoreError:
     """The error to raise for `where`, an object or a prefix. `connection`: None if there is none yet."""
-    code, status = code_of(error), _status(error)
+    code, status = code_of(error), status_of(error)
     at = f" at {connection.endpoint}" if connection else ""
     if isinstance(error, NoCredentialsError):
         return StoreError(f"no credentials for {where}{at}: {CREDENTIALS_WANTED}")
@@ -162,5 +162,6 @@ def _response(error: BaseException | None) -> dict[str, Any]:
     return {}
 
 
-def _status(error: BaseException) -> int:
+def status_of(error: BaseException) -> int:
+    """The reply's HTTP status in an exception of the client; 0 if there was no reply."""
     return int(_response(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

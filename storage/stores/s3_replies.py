@@ -88,6 +88,16 @@ def stored_metadata(reply: Mapping[str, Any]) -> dict[str, str]:
     return {name.lower(): value for name, value in reply.get("Metadata", {}).items()}
 
 
+def refuse_failed_deletes(reply: Mapping[str, Any], where: str) -> None:
+    """Raises StoreError if the reply to a bulk delete names an object that is still there."""
+    for failed in reply.get("Errors", []):
+        if failed.get("Code") != "NoSuchKey":
+            raise StoreError(
+                f"deleting {where} and others was refused for {failed.get('Key')!r} ({failed.get('Code')}): "
+                "the credentials in use may lack s3:DeleteObject"
+            )
+
+
 class Listing:
     """One listing, read page by page.
 

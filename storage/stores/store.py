@@ -1,6 +1,6 @@
 """The interface of an object store for exactly-once output, and its errors."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -111,4 +111,8 @@ class ObjectStore(Protocol):
 
     def delete(self, key: str) -> None:
         """Removes the object; does nothing if it does not exist."""
+        ...
+
+    def delete_many(self, keys: Sequence[str]) -> None:
+        """Removes the objects, with as few requests as the store allows; keys that do not exist are left out."""
         ...

@@ -60,6 +60,8 @@ def as_action(request: Head) -> Request:
     key = unquote(parts.path).lstrip("/").partition("/")[2]
     if method == "get" and not key:
         return "s3:ListBucket", "", parse_qs(parts.query).get("prefix", [""])[0]
+    if method == "post" and "delete" in parts.query:  # of many keys, which the body names: markers alone
+        return "s3:DeleteObject", "example-maps/run-1/_job/attempts/many", ""
     return ACTIONS[method], key, ""
 
 
@@ -78,8 +80,12 @@ def watched(bucket: EmbeddedBucket, tmp_path_factory) -> Iterator[dict[str, set[
         yield proxy.seen
 
 
-BY_A_GPU_ALONE = {("s3:PutObject", "example-maps/run-1/_job/plan/forward.json")}
-"""Rights that a job on CPUs does not use: the first worker that has a GPU writes the forward setting."""
+NOT_USED_HERE = {
+    ("s3:PutObject", "example-maps/run-1/_job/plan/forward.json"),  # the first worker that has a GPU
+    ("s3:PutObject", "example-maps/run-1/_job/dead/*"),  # of a unit that is given up
+    ("s3:ListBucket", "example-maps/run-1/*"),  # who lacks it is told 403 of a missing object, and not 404
+}
+"""Rights of a worker that a job on CPUs without dead units does not use."""
 
 
 def rights_of(role: str) -> set[tuple[str, str]]:
@@ -108,4 +114,8 @@ def test_a_role_may_do_what_its_job_does_and_nothing_else(watched, role):
     beside = ("s3:GetObject", "example-images", "")  # is it one object? A bucket as a whole is none
     refused = {one for one in watched[role] - {beside} if not any(uses(one, right) for right in rights)}
     assert refused == set()
-    assert {right for right in rights if not any(uses(one, right) for one in watched[role])} <= BY_A_GPU_ALONE
+    assert {right for right in rights if not any(uses(one, right) for one in watched[role])} <= NOT_USED_HERE
+
+
+def test_no_worker_may_delete():
+    assert "s3:DeleteObject" not in {action for action, _ in rights_of("worker")}

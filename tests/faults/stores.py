@@ -1,6 +1,6 @@
 """Stores that fail on purpose: wrappers in which a test decides the result of each call."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from blocksight.storage.stores.store import ObjectInfo, ObjectStore
@@ -40,6 +40,10 @@ class InterceptedStore:
 
     def delete(self, key: str) -> None:
         self.intercept("delete", key, lambda: self.store.delete(key))
+
+    def delete_many(self, keys: Sequence[str]) -> None:
+        if keys:
+            self.intercept("delete", keys[0], lambda: self.store.delete_many(keys))
 
 
 class MortalCalls:

@@ -77,11 +77,11 @@ MUTATIONS = (
         ("jobs/worker/test_attempts.py::test_a_fragment_outweighs_a_dead_letter",),
     ),
     Mutation(
-        "the dead letter of a committed unit is not removed",
-        "jobs/ledger/reconcile.py",
-        "        store.delete(letter_key(unit_id))",
-        "        pass",
-        ("jobs/worker/test_attempts.py::test_a_fragment_outweighs_a_dead_letter",),
+        "a job cannot end without the right to delete",
+        "jobs/ledger/garbage.py",
+        "    with suppress(StoreError):\n        store.delete_many",
+        "    if True:\n        store.delete_many",
+        ("jobs/run/test_requests.py::test_a_job_ends_without_the_right_to_delete",),
     ),
     Mutation(
         "the manifest is replaced",
@@ -120,17 +120,49 @@ MUTATIONS = (
     ),
     Mutation(
         "the attempt marker is never written",
-        "jobs/worker/attempts.py",
-        'output.put(marker, json.dumps({"worker": worker_name()}).encode())',
-        "output.uri",
-        ("jobs/worker/test_attempts.py::test_a_marker_exists_only_while_its_step_works",),
+        "jobs/ledger/attempt_markers.py",
+        "            output.create(key, json.dumps(asdict(marker)).encode())",
+        "            output.head(key)",
+        (
+            "jobs/worker/test_attempts.py::"
+            "test_a_marker_is_written_before_a_step_works_and_a_finished_unit_needs_no_mark",
+        ),
     ),
     Mutation(
         "no number of deaths makes a step careful",
         "jobs/worker/attempts.py",
-        "return work(num_deaths >= CAREFUL_DEATHS or failures > 0)",
+        "return work(attempt.num_deaths >= CAREFUL_DEATHS or failures > 0)",
         "return work(failures > 0)",
-        ("jobs/worker/test_attempts.py::test_deaths_in_one_step_make_its_next_attempt_careful",),
+        ("jobs/worker/test_attempts.py::test_deaths_at_a_unit_make_all_steps_of_its_next_attempt_careful",),
+    ),
+    Mutation(
+        "a step that killed its process on a GPU begins anew without end",
+        "jobs/ledger/attempt_markers.py",
+        "attempt.num_deaths + taken.num_deaths)",
+        "attempt.num_deaths)",
+        ("jobs/worker/test_attempts.py::test_a_step_that_killed_its_process_counts_when_ray_starts_it_again",),
+    ),
+    Mutation(
+        "an attempt that fails alive counts as a death",
+        "jobs/worker/attempts.py",
+        "    if isinstance(made, DeadLetter | UnitFailure | UnitSkipped) or "
+        "(isinstance(made, UnitReturned) and made.is_unfit):\n        end(stores.output, attempt, stores.marker())\n",
+        "",
+        ("jobs/worker/test_attempts.py::test_an_attempt_that_fails_alive_is_no_death",),
+    ),
+    Mutation(
+        "a marker whose reply was lost counts as another process's death",
+        "jobs/ledger/attempt_markers.py",
+        "if found is None or found.token != marker.token:",
+        "if True:",
+        ("jobs/worker/test_attempts.py::test_a_lost_reply_to_a_marker_is_no_death",),
+    ),
+    Mutation(
+        "what an interrupted run had in hand counts as deaths",
+        "jobs/ledger/attempt_markers.py",
+        "        if not marker.ended:\n            _end(output, key, marker)\n",
+        "        pass\n",
+        ("jobs/worker/test_attempts.py::test_what_an_interrupted_run_had_in_hand_are_no_deaths",),
     ),
     Mutation(
         "the words of cuBLAS and cuDNN for a lack of memory are not known",
@@ -184,8 +216,8 @@ MUTATIONS = (
     Mutation(
         "the stop request is not read",
         "jobs/worker/attempts.py",
-        "is_stopped(stores.output, stores.run_id)",
-        "False",
+        "    if is_stopped(stores.output, stores.run_id):",
+        "    if False:",
         ("jobs/worker/test_attempts.py::test_a_run_that_was_asked_to_stop_takes_no_unit_and_keeps_what_is_explained",),
     ),
     Mutation(

@@ -1,5 +1,6 @@
 """Real processes that die at each step of the protocol, race for one fragment, hang, or read a poisonous record."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from safetensors.torch import load
 
 from blocksight.jobs.explain.learned import LEARNED_KEY
+from blocksight.jobs.ledger import attempt_markers
 from blocksight.jobs.worker.attempts import CAREFUL_DEATHS
 from blocksight.storage.stores.local import LocalStore
 from tests.faults.processes import ended, environment, started
@@ -45,12 +47,11 @@ def whole(data, tmp_path_factory):
     "fault",
     [
         "die-after=create _job/plan/plan.json",
-        "die-after=put _job/attempts/.*/read",
-        "die-after=put _job/attempts/.*/commit",
+        "die=create _job/attempts/../.*/0.json",
+        "die-after=create _job/attempts/../.*/0.json",
         "die=create data/",
         "die-after=create data/",
         "die-after=create _job/receipts/",
-        "die=delete _job/attempts/.*/commit",
         "die=create _job/final/",
         "die-after=create _job/final/",
     ],
@@ -69,7 +70,7 @@ LEARNING = {"explainer": "bee", "parameters": {"draws": 3, "images": 4, "pool": 
 OPTIONS = ("--explainer", "bee", *(f"-p{name}={value}" for name, value in LEARNING["parameters"].items()))
 
 
-@pytest.mark.parametrize("fault", ["die-after=put _job/attempts/first-pass/", "die-after=create _job/plan/learned"])
+@pytest.mark.parametrize("fault", ["die-after=create _job/attempts/first-pass/", "die-after=create _job/plan/learned"])
 def test_killed_in_the_first_pass_or_behind_it(data, tmp_path, fault):
     run_here(data, tmp_path / "whole", **LEARNING)
     code, _ = ended(*explain(data, tmp_path / "out", *OPTIONS), fault=fault)
@@ -142,9 +143,15 @@ def test_sigterm_ends_cleanly_and_loses_no_finished_unit(tmp_path):
     assert "SIGTERM" in printed
     assert "goes on from there" in printed
     assert 0 < len(contents(store)) < 40
-    assert list(store.list("_job/attempts/")) == []
+    assert all(json.loads(store.read(key))["ended"] for key in markers_of_open_units(store))
     run_here(data, tmp_path / "out")
+    assert list(store.list("_job/attempts/")) == []
     assert_sound(store)
+
+
+def markers_of_open_units(store):
+    done = {key.partition("-")[2].removesuffix(".parquet") for key in contents(store)}
+    return [info.key for info in store.list("_job/attempts/") if attempt_markers.unit_of(info.key) not in done]
 
 
 def statuses(store):

@@ -2,7 +2,7 @@
 
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from blocksight.storage.stores.store import AlreadyExistsError, ChangedError, MissingError, ObjectInfo
 
@@ -56,6 +56,10 @@ class MemoryStore:
     def delete(self, key: str) -> None:
         with self._lock:
             self._objects.pop(key, None)
+
+    def delete_many(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self.delete(key)
 
     def _found(self, key: str) -> tuple[bytes, Mapping[str, str]] | None:
         with self._lock:

@@ -275,7 +275,7 @@ def test_evaluate_reads_scores_as_the_job_did(my_models, red_and_green, tmp_path
 
 def test_a_process_that_died_in_the_preflight_is_not_tried_on_the_data_again(shapes, tmp_path):
     store = open_store(str(tmp_path / "out"))
-    store.put(f"{FOLDER}{preflight.STEP}-x.json", b"{}")
+    store.put(f"{FOLDER}{preflight.STEP}-0.json", b"{}")
     run_here(shapes, tmp_path / "out", explainer="gradcam")
     assert stored_preflight(store).images == "random pictures"
     assert not list(store.list(FOLDER))

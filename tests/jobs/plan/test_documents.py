@@ -107,7 +107,7 @@ KEYS: Mapping[str, Callable[[ObjectStore], str]] = {
     "receipt": lambda store: receipt_key(unit_ids(store)[0]),
     "run": lambda _: f"{RUN}run.json",
     "stop": lambda _: f"{RUN}stop",
-    "marker": lambda store: f"{attempt_markers.FOLDER}{unit_ids(store)[0]}/read-x.json",
+    "marker": lambda store: f"{attempt_markers.prefix_of(unit_ids(store)[0])}0.json",
 }
 """The documents of an output."""
 READERS: Mapping[str, Callable[[ObjectStore, Plan], object]] = {

@@ -92,11 +92,11 @@ def test_drivers_that_begin_together_examine_the_model_once(monkeypatch):
     began = time.monotonic()
     assert job.awaited_preflight(store) is None
     assert time.monotonic() - began < 0.2
-    store.put(f"{FOLDER}{STEP}-run-1.json", b"{}")
+    store.put(f"{FOLDER}{STEP}-0.json", b"{}")
     asked = []
     monkeypatch.setattr(job, "stored_preflight", lambda _: asked.append(1) or ("found" if len(asked) == 3 else None))
     assert job.awaited_preflight(store) == "found"
-    store.delete(f"{FOLDER}{STEP}-run-1.json")
+    store.delete(f"{FOLDER}{STEP}-0.json")
     asked[:] = [1] * 9
     assert job.awaited_preflight(store) is None
     assert len(asked) == 10

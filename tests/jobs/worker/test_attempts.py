@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from blocksight.jobs.ledger import attempt_markers
+from blocksight.jobs.ledger.attempt_markers import Attempt, Marker
 from blocksight.jobs.ledger.dead_letters import give_up, read_letters
 from blocksight.jobs.ledger.garbage import collect_garbage
 from blocksight.jobs.ledger.receipts import receipt_of
@@ -25,12 +26,14 @@ from blocksight.jobs.plan.records import Cause, DeadLetter, Receipt, UnitFailure
 from blocksight.jobs.run.budgets import NUM_FIRST_UNITS, Budget, FirstUnits, exceeded_budgets
 from blocksight.jobs.run.job import plan_job, run_job
 from blocksight.jobs.worker import attempts
-from blocksight.jobs.worker.attempts import WorkerStores, attempted
+from blocksight.jobs.worker.attempts import CAREFUL_DEATHS, WorkerStores
+from blocksight.jobs.worker.error_classes import UnfitWorkerError
 from blocksight.jobs.worker.isolation import Isolated, ProcessDiedError, ProcessStartError
 from blocksight.jobs.worker.unit import commit_unit
 from blocksight.storage.rejects import Reject, RejectCode
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.store import (
+    AlreadyExistsError,
     ChangedError,
     DamagedError,
     MissingError,
@@ -49,6 +52,11 @@ def worker_stores(output=None):
     return WorkerStores(MemoryStore(), output or MemoryStore(), "run")
 
 
+def attempted(unit, stage, place, work):
+    """A step of an attempt that begins with it."""
+    return attempts.attempted(unit, stage, place, attempts.begin(unit, place), work)
+
+
 def raising(error):
     def work(careful):
         raise error
@@ -60,38 +68,122 @@ def markers_in(store):
     return [info.key for info in store.list(attempt_markers.FOLDER)]
 
 
+def documents_in(store):
+    """The markers by their names below the unit's folder: True if it is marked as ended."""
+    prefix = attempt_markers.prefix_of(UNIT.unit_id)
+    found = {info.key: json.loads(store.read(info.key)) for info in store.list(prefix)}
+    return {key.removeprefix(prefix): marker["ended"] for key, marker in sorted(found.items())}
+
+
+def dead_attempts(store, unit_id, number, name=""):
+    """Begins so many attempts that leave only their markers."""
+    for _ in range(number):
+        marker = Marker("of a dead run", "w:1", 0.0, os.urandom(4).hex())
+        attempt = attempt_markers.begun(store, unit_id, marker)
+        if name:
+            attempt_markers.step_begun(store, attempt, name, marker)
+
+
 # ---------------------------------------------------------------- attempts
 
 
-def test_a_marker_exists_only_while_its_step_works():
+def test_a_marker_is_written_before_a_step_works_and_a_finished_unit_needs_no_mark():
+    place = WorkerStores(MemoryStore(), MemoryStore(), "run", clock=lambda: 7.0)
+    assert attempted(UNIT, "read", place, lambda careful: (careful, documents_in(place.output))) == (
+        False,
+        {"0.json": False},
+    )
+    (key,) = markers_in(place.output)
+    assert key == f"_job/attempts/{UNIT.unit_id[:2]}/{UNIT.unit_id}/0.json"
+    marker = json.loads(place.output.read(key))
+    assert (marker["run_id"], marker["started"], marker["worker"]) == (
+        "run",
+        7.0,
+        f"{os.uname().nodename}:{os.getpid()}",
+    )
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), StoreError("denied"), MissingError("gone"), UnfitWorkerError("gpu")]
+)
+def test_an_attempt_that_fails_alive_is_no_death(error):
     place = worker_stores()
-    seen = attempted(UNIT, "explain", place, lambda careful: (careful, markers_in(place.output)))
-    assert seen[0] is False
-    (marker,) = seen[1]
-    assert marker.startswith(f"_job/attempts/{UNIT.unit_id}/explain-")
-    assert markers_in(place.output) == []
-    attempted(UNIT, "explain", place, raising(ValueError("x")))
-    assert markers_in(place.output) == []
+    for number in range(CAREFUL_DEATHS + 1):
+        attempted(UNIT, "read", place, raising(error))
+        assert documents_in(place.output) == {f"{n}.json": True for n in range(number + 1)}
+    assert attempted(UNIT, "read", place, lambda careful: careful) is False
 
 
 @pytest.mark.parametrize(("deaths", "careful"), [(0, False), (1, False), (2, True), (11, True)])
-def test_deaths_in_one_step_make_its_next_attempt_careful(deaths, careful):
+def test_deaths_at_a_unit_make_all_steps_of_its_next_attempt_careful(deaths, careful):
     place = worker_stores()
-    for number in range(deaths):
-        place.output.put(f"_job/attempts/{UNIT.unit_id}/read-{number}.json", b"{}")
-        place.output.put(f"_job/attempts/{'b' * 20}/explain-{number}.json", b"{}")
-    assert attempted(UNIT, "read", place, lambda careful: careful) is careful
-    assert attempted(UNIT, "explain", place, lambda careful: careful) is False
+    dead_attempts(place.output, UNIT.unit_id, deaths)
+    dead_attempts(place.output, "b" * 20, deaths + 1)
+    attempt = attempts.begin(UNIT, place)
+    assert attempt.num_deaths == deaths
+    for stage in ("read", "explain", "commit"):
+        assert attempts.attempted(UNIT, stage, place, attempt, lambda careful: careful) is careful
+        assert attempts.attempted(UNIT, stage, place, passed_on(place, stage, attempt), lambda c: c) is careful
+
+
+def passed_on(place, stage, attempt):
+    """The attempt, as another process goes on with it."""
+    return attempts.go_on(UNIT, stage, place, Attempt(**json.loads(json.dumps(asdict(attempt)))))
+
+
+def test_a_step_that_killed_its_process_counts_when_ray_starts_it_again():
+    place = worker_stores()
+    dead_attempts(place.output, UNIT.unit_id, 1)
+    attempt = attempts.begin(UNIT, place)
+    seen = [passed_on(place, "explain", attempt).num_deaths for _ in range(attempts.MAX_DEATHS - 1)]
+    assert seen == list(range(1, attempts.MAX_DEATHS))
+    letter = passed_on(place, "explain", attempt)
+    assert isinstance(letter, DeadLetter)
+    assert (letter.cause, letter.stage) == ("poison", "explain")
+    assert passed_on(place, "commit", attempt).num_deaths == 1
+
+
+def test_a_step_that_fails_alive_ends_the_whole_attempt():
+    place = worker_stores()
+    attempt = attempts.begin(UNIT, place)
+    going_on = passed_on(place, "explain", attempt)
+    assert documents_in(place.output) == {"0.json": False, "0-explain-0.json": False}
+    attempts.attempted(UNIT, "explain", place, going_on, raising(MemoryError()))
+    assert documents_in(place.output) == {"0.json": True, "0-explain-0.json": True}
+    assert attempts.begin(UNIT, place).num_deaths == 0
 
 
 def test_a_unit_that_keeps_killing_its_process_is_a_dead_letter():
     place = worker_stores()
-    for number in range(attempts.MAX_DEATHS):
-        place.output.put(f"_job/attempts/{UNIT.unit_id}/read-{number}.json", b"{}")
+    dead_attempts(place.output, UNIT.unit_id, attempts.MAX_DEATHS)
     letter = attempted(UNIT, "read", place, lambda _: "never called")
     assert isinstance(letter, DeadLetter)
     assert (letter.cause, letter.stage, letter.inputs) == ("poison", "read", "t.parquet")
     assert read_letters(place.output, [UNIT]) == {UNIT.unit_id: letter}
+
+
+def test_a_lost_reply_to_a_marker_is_no_death():
+    class Losing(MemoryStore):
+        def create(self, key, data, *, metadata=None):
+            super().create(key, data, metadata=metadata)
+            raise AlreadyExistsError("the client asked twice")
+
+    assert attempts.begin(UNIT, worker_stores(Losing())).num_deaths == 0
+
+
+def test_a_damaged_marker_counts_as_a_death_and_one_that_vanishes_does_not():
+    place = worker_stores()
+    prefix = attempt_markers.prefix_of(UNIT.unit_id)
+    place.output.put(f"{prefix}0.json", b"{}")
+    assert attempts.begin(UNIT, place).num_deaths == 1
+
+    class Vanishing(MemoryStore):
+        def read(self, key, **options):
+            raise MissingError(key)
+
+    store = Vanishing()
+    store.put(f"{prefix}0.json", b"{}")
+    assert attempts.begin(UNIT, worker_stores(store)).num_deaths == 0
 
 
 @pytest.mark.parametrize(
@@ -130,21 +222,43 @@ def test_other_errors_leave_the_unit_open(stage, error, away):
 def test_a_run_that_was_asked_to_stop_takes_no_unit_and_keeps_what_is_explained():
     place = worker_stores()
     place.output.put(stop_request_key("another"), b"")
-    assert attempted(UNIT, "read", place, lambda _: "worked") == "worked"
+    attempt = attempts.begin(UNIT, place)
+    assert isinstance(attempt, Attempt)
     place.output.put(stop_request_key("run"), b"SIGTERM")
-    for stage in ("read", "explain"):
-        assert attempted(UNIT, stage, place, lambda _: "worked") == UnitSkipped(UNIT.unit_id)
-    assert attempted(UNIT, "commit", place, lambda _: "worked") == "worked"
+    assert attempts.begin(UNIT, place) == UnitSkipped(UNIT.unit_id)
+    assert attempts.attempted(UNIT, "commit", place, attempt, lambda _: "worked") == "worked"
+    assert documents_in(place.output) == {"0.json": False}
+    assert attempts.attempted(UNIT, "explain", place, attempt, lambda _: "worked") == UnitSkipped(UNIT.unit_id)
+    assert documents_in(place.output) == {"0.json": True}
 
 
-def test_the_markers_of_an_interrupted_run_are_no_deaths():
+def test_what_an_interrupted_run_had_in_hand_are_no_deaths():
     place = worker_stores()
+    units = [replace(UNIT, unit_id=f"{number:020x}") for number in range(3)]
     with pytest.raises(KeyboardInterrupt):
         attempted(UNIT, "read", place, raising(KeyboardInterrupt()))
-    for run in ("run", "another"):
-        place.output.put(f"_job/attempts/{UNIT.unit_id}/explain-{run}-1.json", b"{}")
-    attempt_markers.forget_interrupted(place.output, "run")
-    assert markers_in(place.output) == [f"_job/attempts/{UNIT.unit_id}/explain-another-1.json"]
+    assert documents_in(place.output) == {"0.json": True}
+    for unit in units[:2]:
+        dead_attempts(place.output, unit.unit_id, 1)
+        attempts.begin(unit, place)
+    attempt_markers.end_interrupted(place.output, units, "run")
+    assert [attempts.begin(unit, place).num_deaths for unit in units] == [1, 1, 0]
+
+
+def test_units_that_were_not_begun_are_not_all_looked_at():
+    asked = []
+
+    class Counting(MemoryStore):
+        def read(self, key, **options):
+            asked.append(key)
+            return super().read(key, **options)
+
+    units = [replace(UNIT, unit_id=f"{number:020x}") for number in range(3 * attempt_markers.UNITS_AT_ONCE)]
+    place = worker_stores(Counting())
+    attempts.begin(units[9], place)
+    attempt_markers.end_interrupted(place.output, units, "run")
+    assert len(asked) == 2 * attempt_markers.UNITS_AT_ONCE + 1
+    assert attempts.begin(units[9], place).num_deaths == 0
 
 
 # ---------------------------------------------------------------- isolation
@@ -195,8 +309,7 @@ def test_the_first_dead_letter_is_kept():
 def test_a_retry_begins_without_the_deaths_before_it():
     place = worker_stores()
     plan = SimpleNamespace(units=(UNIT,))
-    for number in range(attempts.MAX_DEATHS):
-        place.output.put(f"_job/attempts/{UNIT.unit_id}/read-{number}.json", b"{}")
+    dead_attempts(place.output, UNIT.unit_id, attempts.MAX_DEATHS)
     attempted(UNIT, "read", place, lambda _: "never called")
     assert [letter.cause for letter in reopen(place.output, plan)] == ["poison"]
     assert attempted(UNIT, "read", place, lambda careful: careful) is False
@@ -211,7 +324,7 @@ def test_a_fragment_outweighs_a_dead_letter():
     job_state = read_job_state(store, Plan({}, UNIT.layout, (UNIT,), 1, 9, 2, {}))
     assert (job_state.receipts.keys(), job_state.dead, job_state.outweighed) == ({UNIT.unit_id}, {}, [UNIT.unit_id])
     assert finalize(store, job_state)["dead"] == []
-    assert read_letters(store, [UNIT]) == {}
+    assert read_letters(store, [UNIT]).keys() == {UNIT.unit_id}  # no right to delete is needed
 
 
 @pytest.fixture
@@ -404,7 +517,7 @@ def test_garbage_is_removed_and_results_stay(tmp_path):
     plan = load_plan(store)
     letter = asdict(give_up(MemoryStore(), plan.units[0], "read", Cause.POISON, "x"))
     left = [
-        f"_job/attempts/{plan.units[0].unit_id}/read-1.json",
+        f"{attempt_markers.prefix_of(plan.units[0].unit_id)}0.json",
         f"_job/dead/{plan.units[0].unit_id}.json",
         "_job/plan/units-0000.parquet",
         "_job/probe-1-twice",
@@ -439,5 +552,5 @@ def test_garbage_of_a_job_that_may_run_stays(tmp_path):
     store.delete(MANIFEST_KEY)
     store.put("_job/probe-1-twice", b"x")
     store.put("_job/runs/r/stop", b"x")
-    store.put(f"_job/attempts/{'c' * 20}/read-1.json", b"{}")
+    store.put(f"{attempt_markers.prefix_of('c' * 20)}0.json", b"{}")
     assert collect_garbage(store, read_job_state(store, load_plan(store))) == []

@@ -10,7 +10,7 @@ import pytest
 
 from blocksight.jobs.plan.plan import _unit
 from blocksight.jobs.plan.units import Workforce
-from blocksight.jobs.worker.attempts import WorkerStores, attempted
+from blocksight.jobs.worker.attempts import WorkerStores, attempted, begin
 from blocksight.jobs.worker.unit import read_unit
 from blocksight.storage.inputs.survey import survey
 from blocksight.storage.stores.opening import probe_reads
@@ -71,7 +71,9 @@ def read_all(store, meanwhile: Callable[[], object] = nothing) -> list[list[str]
 
 
 def became(unit, stores, config) -> list[str] | str:
-    made = attempted(unit, "read", stores, lambda _: read_unit(unit, stores.source, config, (32, 32)))
+    made = attempted(
+        unit, "read", stores, begin(unit, stores), lambda _: read_unit(unit, stores.source, config, (32, 32))
+    )
     return getattr(made, "cause", None) or [record.reject_code or "ok" for record in made.records]
 
 

@@ -4,7 +4,7 @@ import errno
 import gzip
 import io
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -39,7 +39,7 @@ from blocksight.jobs.run.job import plan_job, run_job
 from blocksight.jobs.run.local import run_unit
 from blocksight.jobs.run.workers import workforce_of
 from blocksight.jobs.worker import unit as steps
-from blocksight.jobs.worker.attempts import CAREFUL_DEATHS, MAX_FAILURES, WorkerStores, attempted, done_here
+from blocksight.jobs.worker.attempts import CAREFUL_DEATHS, MAX_FAILURES, WorkerStores, begin, done_here
 from blocksight.jobs.worker.error_classes import AMPLE_BYTES, UnfitWorkerError, is_of_record, is_of_unit
 from blocksight.jobs.worker.isolation import Isolated, ProcessDiedError, ProcessStartError
 from blocksight.jobs.worker.unit import commit_unit, decoded_or_rejected
@@ -54,6 +54,7 @@ from tests.faults.devices import DEVICE_ERRORS, HOST_MEMORY, LOST, MEMORY, UNFIT
 from tests.faults.stores import InterceptedStore
 from tests.jobs.jobs_of import called, config_of, pieces_of, run_here
 from tests.jobs.tiny import MODEL, picture, tar_bytes
+from tests.jobs.worker.test_attempts import attempted, dead_attempts
 from tests.jobs.worker.test_commit import UNIT, result
 from tests.storage.memory import MemoryStore
 
@@ -152,8 +153,8 @@ def test_an_error_of_the_device_gives_no_unit_up(stage, error):
     else:
         assert isinstance(made, UnitReturned)
         assert (made.reason, made.is_unfit) == (told_by_device(error), trouble is UNFIT)
-    markers = list(stores.output.list("_job/attempts/"))
-    assert len(markers) == (trouble is LOST)  # a record may be the cause: the next attempt is careful
+    next_attempt = begin(UNIT, stores)
+    assert next_attempt.num_deaths == (trouble is LOST)  # a record may be the cause: soon an attempt is careful
 
 
 def test_the_only_worker_ends_the_run_if_it_is_unfit():
@@ -172,11 +173,9 @@ def test_an_error_of_the_machine_leaves_a_unit_open(error):
 
 @pytest.fixture
 def deadly_stores():
-    """Stores of a unit for which two processes died in each step."""
+    """Stores of a unit for which two processes died."""
     stores = place()
-    for stage in ("read", "explain", "commit"):
-        for number in range(CAREFUL_DEATHS):
-            stores.output.put(f"_job/attempts/{UNIT.unit_id}/{stage}-{number}.json", b"{}")
+    dead_attempts(stores.output, UNIT.unit_id, CAREFUL_DEATHS)
     return stores
 
 
@@ -372,7 +371,7 @@ def test_a_commit_on_ray_is_tried_again_with_the_same_rows(monkeypatch):
     monkeypatch.setattr(pipeline, "commit_unit", commit)
     monkeypatch.setattr(pipeline, "open_worker_stores", lambda _: place())
     monkeypatch.setattr(pipeline, "_row_of", lambda made: made)
-    assert pipeline._commit(pipeline._result_table(result()), CONTEXT) == "committed"
+    assert pipeline._commit(pipeline._result_table(result(), asdict(begin(UNIT, place()))), CONTEXT) == "committed"
     assert seen == [(UNIT, ["t/0", "t/1"], 2, False), (UNIT, ["t/0", "t/1"], 2, True)]
 
 
