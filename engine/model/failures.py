@@ -1,6 +1,6 @@
 """Sentences for a model that fails on images, or returns something else than logits."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,22 @@ def failure_of(module: nn.Module, error: Exception, size: Sequence[int]) -> str:
     if len(dtypes) == 1 and dtypes != {torch.float32}:
         name = name_of(dtypes.pop())
         return f"fails: its weights are {name} and images are float32; return model.float() from the factory"
-    convolutions = ((path, one) for path, one in module.named_modules() if isinstance(one, nn.Conv2d))
-    path, first = next(convolutions, ("", None))
-    if first is not None and first.in_channels != 3:
-        way = "say --channels 1" if first.in_channels == 1 else "wrap it in a module that gives it those that it needs"
-        return f"fails on RGB images: its first convolution {path} takes {first.in_channels} channels; {way}"
+    given = next((one.gives_channels for one in module.modules() if hasattr(one, "gives_channels")), 3)
+    path, taken = next(_channels_taken(module), ("", given))
+    if taken != given:
+        ways = {1: "say --channels 1", 3: "leave --channels out"}
+        way = ways.get(taken, "wrap it in a module that gives it those that it needs")
+        what = f"its first convolution {path} takes" if path else "the file takes"
+        return f"fails on {'RGB' if given == 3 else 'grey'} images: {what} {taken} channels; {way}"
     return f"fails on RGB images of {pixels} pixels: {first_line_of(error)}"
+
+
+def _channels_taken(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """The path and the channels of each layer that says how many it takes; of a file's network the path is empty."""
+    for path, one in module.named_modules():
+        taken = getattr(one, "in_channels", None)
+        if isinstance(taken, int):
+            yield (path if isinstance(one, nn.Conv2d) else ""), taken
 
 
 def _has_modes(module: nn.Module) -> bool:

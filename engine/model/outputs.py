@@ -31,6 +31,7 @@ class Grey(nn.Module):
     """A module of one channel, for pictures of three: it is given their brightness, as Pillow has it."""
 
     weights: Tensor
+    gives_channels = 1
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -50,14 +51,17 @@ def as_it_was(module: nn.Module) -> nn.Module:
 def of_channels(adapter: ModelAdapter, channels: int | None) -> ModelAdapter:
     """The adapter for pictures of three channels; `channels` is what its module takes, None: three.
 
-    Raises ModelError for a mean or std that differs by channel, which a grey picture does not have.
+    Raises ModelError for a mean or std that differs by channel, which a grey picture does not have, and for another
+    number than a file says.
     """
+    if channels == 3 and isinstance(adapter.module, Grey):
+        raise ModelError(f"model {adapter.name!r} takes one channel and --channels says 3: leave --channels out")
     if channels in (None, 3) or isinstance(adapter.module, Grey):
         return adapter
     grey = adapter.with_module(Grey(adapter.module).to(adapter.device))
     if len(set(adapter.mean)) > 1 or len(set(adapter.std)) > 1:
         raise ModelError(
-            f"model {adapter.name!r} takes one channel and has three means or deviations "
+            f"model {adapter.name!r} is fed one channel (--channels 1) and has three means or deviations "
             f"({', '.join(f'{value:g}' for value in (*adapter.mean, *adapter.std))}): say --mean and --std with one "
             "number each"
         )

@@ -22,7 +22,8 @@ MODEL_FILE = "model.onnx"
 """The name of the model among its packed files; the others have the names by which it refers to them."""
 STANDARD = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
 """Domains of operators that are part of ONNX Runtime itself."""
-FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+CHANNELS = (1, 3)
 DEFAULT_SIDE = 224
 MAX_SHOWN = 3
 
@@ -55,7 +56,7 @@ def load_onnx(name: str, weights: str | None, state: bytes | None, seed: int) ->
     _refuse_custom(_parsed(bytes(files[MODEL_FILE])))
     network = OnnxNetwork(_session(files), hashlib.sha256(packed).digest())
     adapter = ModelAdapter(network, name=f"onnx:{name}", input_size=network.size or (DEFAULT_SIDE, DEFAULT_SIDE))
-    if network.channels == 1:
+    if network.in_channels == 1:
         adapter = of_channels(adapter.fed(mean=(0.5,) * 3, std=(0.5,) * 3), 1)
     adapter.assumed = _assumed(network, adapter)
     return with_one_output(adapter)
@@ -132,7 +133,10 @@ def _session(files: Mapping[str, memoryview]) -> Any:
                 str(Path(folder) / MODEL_FILE), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # the runtime raises its own errors
-            raise ModelError(f"ONNX Runtime cannot load the file: {first_line_of(error)}") from error
+            raise ModelError(
+                f"ONNX Runtime cannot load the file: {first_line_of(error)}; export the model in float32 with standard "
+                "operators"
+            ) from error
 
 
 def _refuse_other_file(network: "OnnxNetwork", state: Mapping[str, Tensor], prefix: str, *others: Any) -> None:
@@ -140,6 +144,21 @@ def _refuse_other_file(network: "OnnxNetwork", state: Mapping[str, Tensor], pref
     stored, errors = state.get(f"{prefix}digest"), others[-1]
     if stored is not None and not torch.equal(stored.cpu(), network.digest.cpu()):
         errors.append("the weights belong to another ONNX file than the one that is named")
+
+
+def _refuse_other_inputs(given: Sequence[Any]) -> None:
+    """Raises ModelError for inputs that are not one picture of floats in one or three channels."""
+    shown = "the ONNX file takes " + ", ".join(f"{one.name} {one.type} {one.shape}" for one in given)
+    if len(given) != 1 or len(given[0].shape) != 4:
+        raise ModelError(f"{shown}; wanted one picture [N, C, H, W] of floats")
+    if given[0].type not in FLOATS:
+        raise ModelError(
+            f"{shown}, and pictures are fed as floats: export the model without the step that casts or scales "
+            "bytes, and say by --mean and --std what that step did"
+        )
+    shape = given[0].shape
+    if not any(isinstance(shape[axis], str | None) or shape[axis] in CHANNELS for axis in (1, 3)):
+        raise ModelError(f"{shown}, and pictures have 3 channels (RGB) or 1 (grey): export the model for those")
 
 
 class OnnxNetwork(nn.Module):
@@ -154,14 +173,12 @@ class OnnxNetwork(nn.Module):
         self.register_load_state_dict_pre_hook(_refuse_other_file)
         self.session = session
         given = session.get_inputs()
-        if len(given) != 1 or given[0].type not in FLOATS or len(given[0].shape) != 4:
-            shown = ", ".join(f"{one.name} {one.type} {one.shape}" for one in given)
-            raise ModelError(f"the ONNX file takes {shown}; wanted one picture [N, C, H, W] of floats")
+        _refuse_other_inputs(given)
         self.name, self.dtype, shape = given[0].name, FLOATS[given[0].type], given[0].shape
-        self.is_channels_last = shape[1] not in (1, 3) and shape[3] in (1, 3)
+        self.is_channels_last = shape[1] not in CHANNELS and shape[3] in CHANNELS
         axes = (0, 3, 1, 2) if self.is_channels_last else (0, 1, 2, 3)
         batch, channels, *sides = (shape[axis] if isinstance(shape[axis], int) else None for axis in axes)
-        self.batch, self.channels = batch, channels
+        self.batch, self.in_channels = batch, channels
         self.size = (sides[0], sides[1]) if sides[0] and sides[1] else None
         self.outputs = [one.name for one in session.get_outputs()]
 

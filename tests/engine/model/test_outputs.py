@@ -93,10 +93,13 @@ def test_a_model_of_brightness():
     assert of_channels(adapter, 3) is adapter
     assert grey.fingerprint == ModelAdapter(Grey(net)).fingerprint
     for fed in ({"mean": (0.1, 0.2, 0.3), "std": (0.5,) * 3}, {"mean": (0.1,) * 3, "std": (0.5, 0.5, 0.4)}):
-        with pytest.raises(ModelError, match="takes one channel and has three means"):
+        with pytest.raises(ModelError, match=r"is fed one channel .* has three means"):
             of_channels(ModelAdapter(net, **fed), 1)
     with pytest.raises(ModelError, match="takes 1 channels; say --channels 1"):
         _ = adapter.num_classes
+    net[0] = nn.Conv2d(3, 4, 3)
+    with pytest.raises(ModelError, match=r"first convolution module.0 takes 3 channels; leave --channels out"):
+        _ = of_channels(ModelAdapter(net, mean=(0.2,) * 3, std=(0.4,) * 3, input_size=(8, 8)), 1).num_classes
 
 
 def test_what_fails_is_left_as_it_is_and_a_trouble_of_the_device_is_told():

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from blocksight.engine.errors import ModelError
 from blocksight.engine.model.loading import load_model
+from blocksight.engine.model.outputs import of_channels
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.context import weights_bytes
 from blocksight.storage.stores.local import LocalStore
@@ -20,7 +21,9 @@ from tests.jobs.jobs_of import called, config_of, rows_in, run_here
 WEIGHTS = np.random.default_rng(0).normal(size=(5, 3, 8, 8)).astype(np.float32)
 
 
-def model(batch=1, side=32, *, channels=3, is_last=False, extra=(), domain="", outputs=("y",)) -> onnx.ModelProto:
+def model(
+    batch=1, side=32, *, channels=3, is_last=False, extra=(), domain="", outputs=("y",), given=TensorProto.FLOAT
+) -> onnx.ModelProto:
     """A convolution, a ReLU and a mean: logits [N, 5]."""
     kind = TensorProto.FLOAT
     shape = [batch, side, side, channels] if is_last else [batch, channels, side, side]
@@ -36,9 +39,13 @@ def model(batch=1, side=32, *, channels=3, is_last=False, extra=(), domain="", o
     graph = helper.make_graph(
         nodes,
         "graph",
-        [helper.make_tensor_value_info("x", kind, shape)],
+        [helper.make_tensor_value_info("x", given, shape)],
         [helper.make_tensor_value_info(name, kind, None) for name in outputs],
-        [numpy_helper.from_array(WEIGHTS[:, :channels].copy(), "w")],
+        [
+            numpy_helper.from_array(
+                np.resize(WEIGHTS, (5, channels, 8, 8)) if channels > 3 else WEIGHTS[:, :channels].copy(), "w"
+            )
+        ],
     )
     opsets = [helper.make_opsetid("", 17), *([helper.make_opsetid(domain, 1)] if domain else [])]
     return helper.make_model(graph, opset_imports=opsets, ir_version=8)
@@ -61,6 +68,38 @@ def test_it_is_the_network_of_the_file(options, tmp_path):
     wanted = functional.conv2d(seen, weights, stride=8).relu().mean((2, 3))
     assert torch.allclose(adapter.logits(given), wanted, atol=1e-5)
     assert adapter.num_classes == 5
+
+
+def of_doubles() -> onnx.ModelProto:
+    """The mean over the picture in float64, which ONNX Runtime can run: logits [N, 3]."""
+    graph = helper.make_graph(
+        [helper.make_node("ReduceMean", ["x"], ["y"], axes=[2, 3], keepdims=0)],
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.DOUBLE, ["N", 3, 32, 32])],
+        [helper.make_tensor_value_info("y", TensorProto.DOUBLE, None)],
+        [],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+
+
+def test_doubles_are_fed_doubles(tmp_path):
+    pixels = torch.rand(3, 3, 32, 32)
+    assert torch.allclose(loaded(of_doubles(), tmp_path).logits(pixels), pixels.mean((2, 3)), atol=1e-6)
+
+
+def test_inputs_that_are_no_pictures_are_refused_with_the_way_out(tmp_path):
+    cast = helper.make_node("Cast", ["x"], ["f"], to=TensorProto.FLOAT)
+    of_bytes = model(given=TensorProto.UINT8)
+    of_bytes.graph.node.insert(0, cast)
+    of_bytes.graph.node[1].input[0] = "f"
+    with pytest.raises(ModelError, match=r"takes x tensor\(uint8\) .* pictures are fed as floats: export the model"):
+        loaded(of_bytes, tmp_path)
+    with pytest.raises(ModelError, match=r"\[1, 4, 32, 32\], and pictures have 3 channels \(RGB\) or 1 \(grey\)"):
+        loaded(model(channels=4), tmp_path)
+    with pytest.raises(ModelError, match=r"fails on grey images: the file takes 3 channels; leave --channels out"):
+        _ = of_channels(loaded(model(), tmp_path).fed(mean=(0.5,) * 3, std=(0.5,) * 3), 1).num_classes
+    with pytest.raises(ModelError, match="takes one channel and --channels says 3: leave --channels out"):
+        of_channels(loaded(model(channels=1), tmp_path), 3)
 
 
 def test_the_file_is_the_fingerprint(tmp_path):
