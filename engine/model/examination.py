@@ -253,7 +253,7 @@ def _batch_statistics(adapter: ModelAdapter) -> str | None:
 def _joins_images(adapter: ModelAdapter, how: str) -> str:
     return (
         f"the output of {adapter.name} for an image {how}; its maps would depend on how images are packed. Train it "
-        "with running statistics, or replace such layers by GroupNorm"
+        "with running statistics, replace such layers by GroupNorm, or quantise it with fixed scales"
     )
 
 

@@ -27,14 +27,14 @@ def failure_of(module: nn.Module, error: Exception, size: Sequence[int]) -> str:
         way = ways.get(taken, "wrap it in a module that gives it those that it needs")
         what = f"its first convolution {path} takes" if path else "the file takes"
         return f"fails on {'RGB' if given == 3 else 'grey'} images: {what} {taken} channels; {way}"
-    return f"fails on RGB images of {pixels} pixels: {first_line_of(error)}"
+    return f"fails on RGB images of {pixels} pixels (--input-size gives another size): {first_line_of(error)}"
 
 
 def _channels_taken(module: nn.Module) -> Iterator[tuple[str, int]]:
     """The path and the channels of each layer that says how many it takes; of a file's network the path is empty."""
     for path, one in module.named_modules():
         taken = getattr(one, "in_channels", None)
-        if isinstance(taken, int):
+        if isinstance(taken, int) and not any(one.children()):
             yield (path if isinstance(one, nn.Conv2d) else ""), taken
 
 
@@ -77,7 +77,10 @@ def _wrapped(parts: Iterable[tuple[object, object]], path: str) -> str:
     named = [name for name in found if "logit" in str(name)]
     flat = [name for name, one in found.items() if one.dim() == 2]
     one = next(iter([*named, *flat, *found]), None)
-    return "" if one is None else f": wrap it in a module that returns the logits, such as {path.format(one)}"
+    if one is None:
+        return ""
+    mean = ".mean((2, 3))" if found[one].dim() == 4 else ""  # a map for each class
+    return f": wrap it in a module that returns the logits, such as {path.format(one)}{mean}"
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -24,7 +24,7 @@ from blocksight.engine.errors import ModelError
 from blocksight.engine.judging.method_choice import chosen_explainer
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.float32 import fixed_float32
-from blocksight.engine.model.sources.hugging_face import class_names_of
+from blocksight.engine.model.sources.hugging_face import class_names_of, size_of
 from blocksight.engine.model.sources.timm_models import fed, source_name
 from blocksight.engine.model.threads import one_thread
 from blocksight.jobs.explain.forward_pass import (
@@ -350,11 +350,12 @@ def loaded(config: JobConfig, device: str | None = None) -> tuple[ModelAdapter, 
 def _around(module: nn.Module, name: str) -> ModelAdapter:
     """The adapter of a bare module: of timm's as its configuration says, else with ImageNet's normalisation.
 
-    A classifier of Hugging Face's library knows its class names, and not how its pictures are prepared.
+    A model of Hugging Face's library knows its size and class names, and not how its pictures are prepared.
     """
     inner = _unwrapped(module)
     if source_name(inner) is None:
-        return ModelAdapter(module, name=name, class_names=class_names_of(inner))
+        sized = {} if (size := size_of(inner)) is None else {"input_size": size}
+        return ModelAdapter(module, name=name, class_names=class_names_of(inner), **sized)
     adapter = fed(inner)  # of the same weights
     adapter.name = name
     return adapter

@@ -17,6 +17,7 @@ from blocksight.engine.model.failures import first_line_of
 from blocksight.engine.model.outputs import with_one_output
 from blocksight.engine.model.preprocessing import Preprocessing, Resizing
 from blocksight.engine.model.prompts import Texts
+from blocksight.engine.model.resample import Grid
 from blocksight.engine.model.seeding import seeded
 from blocksight.engine.model.sources.feeding import fed_by
 from blocksight.engine.model.sources.files import folder_of, split, unpack
@@ -301,6 +302,16 @@ def class_names_of(network: nn.Module) -> Sequence[str] | None:
     kind = type(network)
     is_of_library = kind.__module__.startswith("transformers.") and _is_classifier(kind)
     return _class_names(network.config) if is_of_library else None
+
+
+def size_of(network: nn.Module) -> Grid | None:
+    """Height and width for which a model of the library in memory was made; None: it is none, or does not say."""
+    if not type(network).__module__.startswith("transformers."):
+        return None
+    side = getattr(network.config, "image_size", None)
+    sides = (side, side) if isinstance(side, int) else side
+    is_size = isinstance(sides, tuple | list) and len(sides) == 2 and all(isinstance(one, int) for one in sides)
+    return (sides[0], sides[1]) if is_size else None
 
 
 def _class_names(config: Any) -> Sequence[str] | None:

@@ -187,10 +187,25 @@ def source_name(network: Any) -> str | None:
 
 def fed(network: Any) -> ModelAdapter:
     """The adapter of a module that timm made, fed as its pretrained configuration says. Raises ModelError."""
+    if not hasattr(network, "num_classes"):
+        raise ModelError(
+            f"{source_name(network)} gives feature maps and no logits (features_only): make it without features_only, "
+            "or wrap it in a module that returns logits"
+        )
     known = network.pretrained_cfg
-    adapter = fed_by(network, preprocessing_of(known), known["mean"], known["std"], _class_names(network))
+    preprocessing = preprocessing_of(known, _built_size(network))
+    adapter = fed_by(network, preprocessing, known["mean"], known["std"], _class_names(network))
     adapter.gives_features = network.num_classes == 0
     return adapter
+
+
+def _built_size(network: Any) -> Grid | None:
+    """The size for which a network was made where it is another than its configuration's; None: the same, or any."""
+    size = getattr(getattr(network, "patch_embed", None), "img_size", None)
+    is_other = (
+        isinstance(size, tuple) and len(size) == 2 and tuple(size) != tuple(network.pretrained_cfg["input_size"][1:])
+    )
+    return (size[0], size[1]) if is_other else None
 
 
 def _resizings(config: Mapping[str, Any]) -> tuple[Resizing, ...]:

@@ -71,6 +71,25 @@ def test_a_wrapped_model_of_timm_is_fed_as_itself(data, wrap):
     assert np.allclose(wrapped.map, plain.map, atol=1e-6)
 
 
+def test_a_module_is_fed_at_the_size_for_which_it_was_made(data):
+    timm = pytest.importorskip("timm", reason="the extra timm is not installed")
+    transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
+    from blocksight.engine.model.sources.timm_models import fed
+
+    assert fed(timm.create_model("test_vit", pretrained=False, img_size=64)).input_size == (64, 64)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    network = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=32, patch_size=8))
+    assert explained(network.eval(), data / KEY, "predicted", "gradient").map.shape == (32, 32)
+
+
+def test_a_module_of_feature_maps_is_refused_with_the_way_out():
+    timm = pytest.importorskip("timm", reason="the extra timm is not installed")
+    from blocksight.engine.model.sources.timm_models import fed
+
+    with pytest.raises(ModelError, match=r"resnet18.* gives feature maps and no logits \(features_only\): make it"):
+        fed(timm.create_model("resnet18", pretrained=False, features_only=True))
+
+
 def test_features_of_timm_have_no_names_of_classes():
     timm = pytest.importorskip("timm", reason="the extra timm is not installed")
     from blocksight.engine.model.sources.timm_models import fed
