@@ -84,6 +84,12 @@ MAX_MODEL_FILE_BYTES = 2 << 20
 MAX_RECEIPT_BYTES = 1 << 20
 """A receipt or a dead letter. Many are read at once."""
 
+MAX_RECEIPT_BATCH_BYTES = 16 << 20
+"""Receipts that a driver writes together."""
+
+MAX_METADATA_BYTES = 2 << 10
+"""User metadata of one object, names and values: the limit of S3."""
+
 MAX_MARKER_BYTES = 16 << 10
 """The marker of one attempt."""
 

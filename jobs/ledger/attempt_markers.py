@@ -97,6 +97,14 @@ def end(output: ObjectStore, attempt: Attempt, marker: Marker) -> None:
             _end(output, key, marker)
 
 
+def withdraw(output: ObjectStore, attempt: Attempt, marker: Marker) -> None:
+    """Removes the markers of a step that ended; marks them if this role may not delete."""
+    try:
+        output.delete_many(attempt.markers)
+    except StoreError:
+        end(output, attempt, marker)
+
+
 def _end(output: ObjectStore, key: str, marker: Marker) -> None:
     output.put(key, json.dumps(asdict(replace(marker, ended=True))).encode())
 

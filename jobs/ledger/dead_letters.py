@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 
-from blocksight.jobs.ledger.receipts import READERS, adopt
+from blocksight.jobs.ledger.receipt_batches import READERS
+from blocksight.jobs.ledger.receipts import committed_receipt
 from blocksight.jobs.plan.documents import damaged, read_document
 from blocksight.jobs.plan.records import Cause, DeadLetter, Receipt, Unit
 from blocksight.storage.limits import MAX_RECEIPT_BYTES
@@ -26,7 +27,7 @@ def give_up(output: ObjectStore, unit: Unit, stage: str, cause: Cause, error: st
 
     If the output is unwritable the fragment is not looked for; a fragment outweighs the dead letter anyway.
     """
-    receipt = adopt(output, unit) if cause is not Cause.OUTPUT_UNWRITABLE else None
+    receipt = committed_receipt(output, unit) if cause is not Cause.OUTPUT_UNWRITABLE else None
     if receipt is not None:
         return receipt
     inputs, text = unit.objects[0].key, error[:MAX_ERROR_LENGTH]

@@ -1,31 +1,31 @@
-"""Receipts: what each committed unit holds, computed from the fragment's bytes, so that each can be rebuilt."""
+"""Receipts: what each committed unit holds. They are computed from the fragment's bytes, and stand in its metadata."""
 
 import hashlib
 import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 
 from blocksight.jobs.ledger.accuracy import label_counts
-from blocksight.jobs.plan.documents import damaged, read_document
+from blocksight.jobs.plan.documents import parsed
 from blocksight.jobs.plan.records import MetricMean, MetricSum, Receipt, Unit, UnreconciledError
-from blocksight.storage.limits import MAX_RECEIPT_BYTES
+from blocksight.storage.limits import MAX_METADATA_BYTES, MAX_RECEIPT_BYTES
 from blocksight.storage.outputs.fragments import read_fragment
 from blocksight.storage.outputs.schema import OK, REJECTED
-from blocksight.storage.stores.store import AlreadyExistsError, DamagedError, ObjectStore, OutputError
+from blocksight.storage.stores.store import DamagedError, ObjectInfo, ObjectStore
 
 OF_RECORD = ["shard", "shard_index", "status", "reject_code", "num_forwards", "format"]
 """Columns that all rows of a record share."""
 OF_LABELS = ["shard", "shard_index", "status", "label", "label_name", "label_rank", "target_index", "target_rank"]
 COLUMNS = [*dict.fromkeys((*OF_RECORD, *OF_LABELS)), "metrics", "is_flat"]
-READERS = 16
-"""Small objects read at the same time."""
+COUNTS = {"records": "num_records", "ok": "num_ok", "rejected": "num_rejected"}
+"""The receipt's fields in the fragment's metadata, by their names there."""
+OF_OBJECT = ("unit_id", "ordinal", "fragment", "num_bytes", "sha256", "attempt", *COUNTS.values())
+"""Fields that the fragment's key and its other metadata say."""
 
 
 def receipt_of(unit: Unit, body: bytes) -> Receipt:
@@ -60,13 +60,51 @@ def _counts(names: Iterable[str]) -> dict[str, int]:
 
 
 def commit_facts(receipt: Receipt) -> dict[str, str]:
-    """The fragment's object metadata, without the attempt id."""
+    """What the fragment's object metadata always hold, besides the attempt id."""
     return {
         "sha256": receipt.sha256,
         "records": str(receipt.num_records),
         "ok": str(receipt.num_ok),
         "rejected": str(receipt.num_rejected),
     }
+
+
+def object_metadata(receipt: Receipt) -> dict[str, str]:
+    """The fragment's object metadata. The receipt is left out if it does not fit, as with very many classes."""
+    own = {name: value for name, value in asdict(receipt).items() if name not in OF_OBJECT and value is not None}
+    facts = {"attempt": receipt.attempt or "", **commit_facts(receipt)}
+    whole = {**facts, "receipt": json.dumps(own, separators=(",", ":"), sort_keys=True)}
+    num_bytes = sum(len(name) + len(value) for name, value in whole.items())  # JSON writes ASCII alone
+    return whole if num_bytes <= MAX_METADATA_BYTES else facts
+
+
+def receipt_in(unit: Unit, info: ObjectInfo) -> Receipt | None:
+    """The receipt that the fragment's object metadata hold; None if they hold none, or a damaged one."""
+    try:
+        values = {
+            **json.loads(info.metadata["receipt"]),
+            **{name: int(info.metadata[key]) for key, name in COUNTS.items()},
+            "unit_id": unit.unit_id,
+            "ordinal": unit.ordinal,
+            "fragment": unit.fragment_key,
+            "num_bytes": info.size,
+            "sha256": info.metadata["sha256"],
+            "attempt": info.metadata["attempt"],
+        }
+        return parsed(json.dumps(values).encode(), Receipt, MAX_RECEIPT_BYTES)
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+
+
+def committed_receipt(store: ObjectStore, unit: Unit) -> Receipt | None:
+    """The receipt of a unit by its fragment: by the metadata, or else by the bytes; None if it is not committed.
+
+    Raises StoreError, and UnreconciledError if the fragment is damaged.
+    """
+    info = store.head(unit.fragment_key)
+    if info is None:
+        return None
+    return receipt_in(unit, info) or receipt_of(unit, store.read(unit.fragment_key))
 
 
 def _one_row_per_record(rows: pa.Table) -> list[dict[str, Any]]:
@@ -97,64 +135,3 @@ def metric_means(receipts: Iterable[Receipt]) -> dict[str, MetricMean]:
     return {
         name: MetricMean(mean=math.fsum(own) / counts[name], count=counts[name]) for name, own in sorted(sums.items())
     }
-
-
-def receipt_key(unit_id: str) -> str:
-    """The key of a unit's receipt below the output's root."""
-    return f"_job/receipts/{unit_id}.json"
-
-
-def write_receipt(store: ObjectStore, receipt: Receipt) -> None:
-    """Writes the receipt once; an existing one has the same content.
-
-    A receipt that cannot be written is left out: it can be rebuilt from the fragment.
-    """
-    body = json.dumps(asdict(receipt), indent=1, sort_keys=True).encode()
-    with suppress(AlreadyExistsError, OutputError):
-        store.create(receipt_key(receipt.unit_id), body)
-
-
-def adopt(store: ObjectStore, unit: Unit) -> Receipt | None:
-    """The receipt of a unit that is already committed, written if missing; None if it is not committed."""
-    if store.head(unit.fragment_key) is None:
-        return None
-    receipt = receipt_of(unit, store.read(unit.fragment_key))
-    write_receipt(store, receipt)
-    return receipt
-
-
-def read_receipts(store: ObjectStore, units: Iterable[Unit]) -> dict[str, Receipt]:
-    """The receipts of committed units, by unit id; one that is missing is rebuilt from its fragment and written.
-
-    A unit is committed if its fragment is under `data/`: the listing decides, never a receipt.
-    """
-    fragments = {info.key for info in store.list("data/")}
-    written = {info.key for info in store.list("_job/receipts/")}
-    committed = [unit for unit in units if unit.fragment_key in fragments]
-    with ThreadPoolExecutor(READERS) as readers:
-        receipts = readers.map(lambda unit: _receipt(store, unit, receipt_key(unit.unit_id) in written), committed)
-        return {receipt.unit_id: receipt for receipt in receipts}
-
-
-def written_receipt(store: ObjectStore, unit: Unit) -> Receipt:
-    """The stored receipt. Raises MissingError, and UnreconciledError if it is damaged or of another unit."""
-    key = receipt_key(unit.unit_id)
-    receipt = read_document(store, key, Receipt, MAX_RECEIPT_BYTES)
-    found = (receipt.unit_id, receipt.ordinal, receipt.fragment)
-    wanted = (unit.unit_id, unit.ordinal, unit.fragment_key)
-    if found != wanted:
-        raise damaged(store.uri, key, f"it is of {found}, wanted {wanted}")
-    return receipt
-
-
-def _receipt(store: ObjectStore, unit: Unit, is_written: bool) -> Receipt:
-    if is_written:
-        try:
-            return written_receipt(store, unit)
-        except UnreconciledError:  # it is rebuilt from the fragment
-            store.delete(receipt_key(unit.unit_id))
-        except OutputError:
-            return receipt_of(unit, store.read(unit.fragment_key))
-    receipt = receipt_of(unit, store.read(unit.fragment_key))
-    write_receipt(store, receipt)
-    return receipt

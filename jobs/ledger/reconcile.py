@@ -15,14 +15,8 @@ from typing_extensions import TypedDict
 from blocksight.jobs.ledger.accuracy import Accuracy, accuracy_of
 from blocksight.jobs.ledger.dead_letters import read_letters
 from blocksight.jobs.ledger.output import MAP_SIDES, map_size_faults, model_facts
-from blocksight.jobs.ledger.receipts import (
-    READERS,
-    commit_facts,
-    metric_means,
-    read_receipts,
-    receipt_of,
-    written_receipt,
-)
+from blocksight.jobs.ledger.receipt_batches import READERS, read_receipts, stored_receipts
+from blocksight.jobs.ledger.receipts import commit_facts, metric_means, receipt_in, receipt_of
 from blocksight.jobs.plan.config import TargetChoice
 from blocksight.jobs.plan.documents import read_document
 from blocksight.jobs.plan.plan import Plan
@@ -93,6 +87,8 @@ class JobState:
     """Keys under `data/` that were not planned."""
     num_classes: int | None = None
     """Of the model; None before it was loaded."""
+    unbatched: Sequence[str] = ()
+    """Committed units whose receipt was read from their fragment: no batch of receipts holds it."""
 
     @property
     def open_units(self) -> list[Unit]:
@@ -149,7 +145,7 @@ class JobState:
 
 def read_job_state(store: ObjectStore, plan: Plan) -> JobState:
     """Reads the receipts of what is committed, and the dead letters."""
-    receipts = read_receipts(store, plan.units)
+    receipts, unbatched = read_receipts(store, plan.units)
     letters = read_letters(store, plan.units)
     planned = {unit.fragment_key for unit in plan.units}
     return JobState(
@@ -159,6 +155,7 @@ def read_job_state(store: ObjectStore, plan: Plan) -> JobState:
         sorted(letters.keys() & receipts.keys()),
         sorted(key for key in _listed_fragments(store) if key not in planned),
         _num_classes(store),
+        unbatched,
     )
 
 
@@ -269,12 +266,15 @@ def check(store: ObjectStore, plan: Plan) -> Iterator[tuple[Unit | None, list[st
     planned = {unit.fragment_key for unit in plan.units}
     fragments = _listed_fragments(store)
     found: list[Receipt] = []
+    stored: dict[str, list[Receipt]] = {}
+    for unit_id, receipt in stored_receipts(store, {unit.unit_id: unit for unit in plan.units}):
+        stored.setdefault(unit_id, []).append(receipt)
     shard = _Shard()
     for unit in plan.units:
         if unit.objects[0].key != shard.name:
             shard = _Shard(unit.objects[0].key)
         if unit.fragment_key in fragments:
-            yield unit, list(_unit_faults(store, plan, unit, shard, found))
+            yield unit, list(_unit_faults(store, plan, unit, shard, found, stored.get(unit.unit_id, ())))
         else:
             shard.next_index = None
     yield None, [*(f"{key} was not planned" for key in sorted(fragments - planned)), *_final_faults(store, plan, found)]
@@ -313,16 +313,16 @@ def _differences(recorded: Mapping[str, Any], receipt: Receipt, key: str, where:
             yield f"{key}: {name} is {getattr(receipt, name)} in the fragment and {value} in {where}"
 
 
-def _receipt_faults(store: ObjectStore, unit: Unit, receipt: Receipt) -> Iterator[str]:
-    """The differences between a fragment and its stored receipt."""
-    with suppress(MissingError, UnreconciledError):  # a missing or damaged receipt is rebuilt
-        written = asdict(written_receipt(store, unit))
-        recorded = {name: value for name, value in written.items() if name not in OF_ATTEMPT and value is not None}
-        yield from _differences(recorded, receipt, receipt.fragment, "its receipt")
+def _receipt_faults(written: Receipt, receipt: Receipt, where: str) -> Iterator[str]:
+    """The differences between a fragment and a stored receipt."""
+    recorded = {name: value for name, value in asdict(written).items() if name not in OF_ATTEMPT and value is not None}
+    yield from _differences(recorded, receipt, receipt.fragment, where)
 
 
-def _unit_faults(store: ObjectStore, plan: Plan, unit: Unit, shard: _Shard, found: list[Receipt]) -> Iterator[str]:
-    """The unit's faults; appends its rebuilt receipt to `found`."""
+def _unit_faults(
+    store: ObjectStore, plan: Plan, unit: Unit, shard: _Shard, found: list[Receipt], stored: Iterable[Receipt]
+) -> Iterator[str]:
+    """The unit's faults; appends its rebuilt receipt to `found`. `stored`: its receipts in the output's batches."""
     body = store.read(unit.fragment_key)
     try:
         receipt = receipt_of(unit, body)
@@ -335,8 +335,9 @@ def _unit_faults(store: ObjectStore, plan: Plan, unit: Unit, shard: _Shard, foun
     records: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in table.select(ROW_COLUMNS).to_pylist():
         records.setdefault((row["shard"], row["shard_index"]), []).append(row)
-    yield from _metadata_faults(store, receipt)
-    yield from _receipt_faults(store, unit, receipt)
+    yield from _metadata_faults(store, receipt, unit)
+    for written in stored:
+        yield from _receipt_faults(written, receipt, "its receipt")
     own = list(records.values())
     faults = (*_order_faults(unit, own, shard), *_target_faults(plan, own), *_duplicate_faults(own, shard))
     for fault in (*faults, *_size_faults(store, table)):
@@ -349,15 +350,19 @@ def _size_faults(store: ObjectStore, table: pa.Table) -> Iterator[str]:
         yield from islice(map_size_faults(table, model_facts(store)["input_size"]), MAX_NAMED)
 
 
-def _metadata_faults(store: ObjectStore, receipt: Receipt) -> list[str]:
-    """The differences between a fragment's metadata and its receipt."""
+def _metadata_faults(store: ObjectStore, receipt: Receipt, unit: Unit | None = None) -> list[str]:
+    """The differences between a fragment's metadata and its receipt; of a `unit` also the receipt in the metadata."""
     head = store.head(receipt.fragment)
     if head is None:
         return [f"{receipt.fragment} has a receipt and does not exist"]
+    within = None if unit is None else receipt_in(unit, head)
     return [
-        f"{receipt.fragment}: {name} is {value} in the fragment and {head.metadata.get(name)} in its metadata"
-        for name, value in commit_facts(receipt).items()
-        if head.metadata.get(name) != value
+        *(
+            f"{receipt.fragment}: {name} is {value} in the fragment and {head.metadata.get(name)} in its metadata"
+            for name, value in commit_facts(receipt).items()
+            if head.metadata.get(name) != value
+        ),
+        *(() if within is None else _receipt_faults(within, receipt, "the receipt in its metadata")),
     ]
 
 

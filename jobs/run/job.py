@@ -21,6 +21,7 @@ from blocksight.jobs.explain.fidelity import rare_labels
 from blocksight.jobs.explain.learned import num_learning_images, stored_state
 from blocksight.jobs.ledger.attempt_markers import end_interrupted, is_under_way
 from blocksight.jobs.ledger.garbage import PROBE_PREFIX, tidy_attempts
+from blocksight.jobs.ledger.receipt_batches import ReceiptBatches
 from blocksight.jobs.ledger.reconcile import JobState, Manifest, final_manifest, finalize, num_accepted, read_job_state
 from blocksight.jobs.ledger.stop_request import GO_ON, RUNS_FOLDER, Stop, stopped_by_signals, unfinished_from
 from blocksight.jobs.plan.config import Execution, JobConfig
@@ -200,14 +201,19 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
         output = PatientStore(output, unit_folders=UNIT_FOLDERS)
         _learn(output, context, plan.units, state, sizing, console)
         stop = Stop(output, context.run_id)
+        batches = ReceiptBatches(PatientStore(output, SHORT_PATIENCE_SECONDS), context.run_id)
         budget = Budget(execution.max_reject_fraction, execution.max_dead_units)
         with stopped_by_signals(stop, cuts_off=sizing is None):
-            ran = _run_units(job_state, context, state, sizing, console, stop, FirstUnits.of(job_state, budget))
+            first_units = FirstUnits.of(job_state, budget)
+            ran = _run_units(job_state, context, state, sizing, console, stop, first_units, batches)
     try:
         stop.clear()
         if ran.stopped is not None:
             end_interrupted(output, ran.in_hand, context.run_id)
         job_state = read_job_state(output, plan.part(execution.part))
+        for unit_id in job_state.unbatched:  # of runs that were killed
+            batches.add(job_state.receipts[unit_id])
+        batches.flush()
         return _outcome_of(output, plan, job_state, execution, ran)
     except StoreError as error:
         raise UnfinishedError(f"{error}; {GO_ON}") from error
@@ -467,6 +473,7 @@ def _run_units(
     console: Console,
     stop: Stop,
     first_units: FirstUnits,
+    batches: ReceiptBatches,
 ) -> RunSummary:
     """Explains the open units and shows the progress.
 
@@ -490,7 +497,7 @@ def _run_units(
     progressing = progress(console, Tally(num_records, expected))
     # nothing of it may outlive the Ray session
     outcomes = closing(_outcomes(units, context, state, sizing, stop, rate, tell_of(console)))
-    with unfinished_from(lambda: begun, stop), progressing as update, outcomes as arriving:
+    with unfinished_from(lambda: begun, stop), progressing as update, outcomes as arriving, batches:
         for outcome in arriving:
             if isinstance(outcome, UnitReturned):
                 notices.tell(outcome)
@@ -500,6 +507,7 @@ def _run_units(
             update(outcome)
             first_units.add(outcome)
             if isinstance(outcome, Receipt):
+                batches.add(outcome)
                 explain_seconds += outcome.explain_seconds or 0.0
             if isinstance(outcome, UnitFailure):
                 failures.append(outcome)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from blocksight.engine.model.device_errors import DeviceTrouble, device_trouble, told_by_device
-from blocksight.jobs.ledger.attempt_markers import Attempt, Marker, begun, end, job_step_begun, step_begun
+from blocksight.jobs.ledger.attempt_markers import Attempt, Marker, begun, end, job_step_begun, step_begun, withdraw
 from blocksight.jobs.ledger.dead_letters import give_up
 from blocksight.jobs.ledger.stop_request import is_stopped
 from blocksight.jobs.plan.context import JobContext, worker_name
@@ -188,9 +188,9 @@ def job_step(stores: WorkerStores, step: str) -> Iterator[int]:
         yield attempt.num_deaths
     except BaseException as error:
         if not _is_lost(error):
-            end(stores.output, attempt, stores.marker())
+            withdraw(stores.output, attempt, stores.marker())
         raise
-    end(stores.output, attempt, stores.marker())
+    withdraw(stores.output, attempt, stores.marker())
 
 
 def _outcome_of_error(unit: Unit, stage: str, stores: WorkerStores, error: Exception) -> Outcome:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blocksight.jobs.ledger.receipts import adopt, commit_facts, receipt_of, write_receipt
+from blocksight.jobs.ledger.receipts import committed_receipt, object_metadata, receipt_in, receipt_of
 from blocksight.jobs.plan.config import JobConfig
 from blocksight.jobs.plan.context import JobContext, worker_name
 from blocksight.jobs.plan.records import Receipt, RecordFacts, Unit, UnitInput, UnitResult, with_reject
@@ -49,7 +49,7 @@ Decoding = Callable[[RawRecord], tuple[RecordFacts, NDArray[np.uint8] | None]]
 
 def take_unit(unit: Unit, stores: WorkerStores, context: JobContext, *, careful: bool = False) -> UnitInput | Receipt:
     """Reads and decodes a unit. Returns its receipt instead if the fragment is already committed."""
-    receipt = adopt(stores.output, unit)
+    receipt = committed_receipt(stores.output, unit)
     if receipt is not None:
         return receipt
     return read_unit(unit, stores.source, context.config, context.facts.input_size, careful=careful)
@@ -173,47 +173,41 @@ def commit_unit(
     attempt: str | None = None,
     careful: bool = False,
 ) -> Receipt:
-    """Writes the unit's fragment once, then its receipt; adopts the fragment of an attempt that was first.
+    """Writes the unit's fragment once, with its receipt; adopts the fragment of an attempt that was first.
 
     Creating the fragment is the commit. If the reply is lost, the attempt id in the object's metadata tells whose
     it is. `careful`: maps are encoded in a child process, and only a record that fails is rejected. Raises
     StoreError if nothing was committed, ValueError if records are missing.
     """
-    attempt = attempt or uuid.uuid4().hex
     with isolated_if(_encoded_row, careful) as encoded:
         records = groupby(result.rows, key=itemgetter("shard", "shard_index"))
         rows = [row for _, own in records for row in _encoded_record(encoded, list(own), careful=careful)]
     _check_rows(rows, result.num_records)
     body = encode_fragment(rows, _provenance(result.unit, fingerprint))
-    receipt = receipt_of(result.unit, body)
-    metadata = {"attempt": attempt, **commit_facts(receipt)}
-    if _create_or_adopt(output, result.unit, body, metadata):
-        receipt = replace(
-            receipt,
-            attempt=attempt,
-            explain_seconds=result.explain_seconds,
-            forward=result.forward,
-            worker=worker_name(),
-        )
-    else:
-        receipt = receipt_of(result.unit, output.read(result.unit.fragment_key))
-    write_receipt(output, receipt)
-    return receipt
+    receipt = replace(
+        receipt_of(result.unit, body),
+        attempt=attempt or uuid.uuid4().hex,
+        explain_seconds=result.explain_seconds,
+        forward=result.forward,
+        worker=worker_name(),
+    )
+    return _create_or_adopt(output, result.unit, body, receipt)
 
 
-def _create_or_adopt(output: ObjectStore, unit: Unit, body: bytes, metadata: Mapping[str, str]) -> bool:
-    """Returns True if our object was committed, False if another attempt was first."""
+def _create_or_adopt(output: ObjectStore, unit: Unit, body: bytes, receipt: Receipt) -> Receipt:
+    """The receipt of the committed fragment: ours, or another attempt's that was first."""
     try:
-        output.create(unit.fragment_key, body, metadata=metadata)
+        output.create(unit.fragment_key, body, metadata=object_metadata(receipt))
     except StoreError as error:
         committed = output.head(unit.fragment_key)
         if committed is None:
             raise
-        ours = committed.metadata.get("attempt") == metadata["attempt"]
-        if not ours and not isinstance(error, AlreadyExistsError):
+        if committed.metadata.get("attempt") == receipt.attempt:
+            return receipt
+        if not isinstance(error, AlreadyExistsError):
             raise
-        return ours
-    return True
+        return receipt_in(unit, committed) or receipt_of(unit, output.read(unit.fragment_key))
+    return receipt
 
 
 def _check_rows(rows: Sequence[Mapping[str, Any]], num_records: int) -> None:

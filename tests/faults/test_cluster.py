@@ -80,7 +80,7 @@ def test_a_death_in_a_cluster_costs_work_and_no_result(data, whole, tmp_path, fa
         job = explain(data, tmp_path / "out", "make_slow", "--address", cluster.address)
         process = started(*job, fault=SMALL_UNITS)
         fault(cluster, store, process)
-        still_open = len(contents(store)) < len(list(store.list("_job/receipts/"))) or process.poll() is None
+        still_open = process.poll() is None
         printed, _ = process.communicate(timeout=200)
         assert process.returncode == 0, printed
     assert still_open, "the fault came too late to matter"

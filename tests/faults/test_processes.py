@@ -51,7 +51,7 @@ def whole(data, tmp_path_factory):
         "die-after=create _job/attempts/../.*/0.json",
         "die=create data/",
         "die-after=create data/",
-        "die-after=create _job/receipts/",
+        "die=create _job/receipts/",
         "die=create _job/final/",
         "die-after=create _job/final/",
     ],

@@ -15,7 +15,7 @@ import pytest
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.store import StoreError
 from tests.faults.verifier import Watcher, assert_sound, contents, row_hashes, verify
-from tests.jobs.jobs_of import run_here
+from tests.jobs.jobs_of import change_receipt, receipts_in, run_here
 from tests.jobs.tiny import folder_of_images, folder_of_tables, folder_of_tars
 from tests.storage.memory import MemoryStore
 
@@ -87,8 +87,9 @@ def unit_of(key):
     return key.removesuffix(".parquet").rpartition("-")[2]
 
 
-def receipt_of(key):
-    return f"_job/receipts/{unit_of(key)}.json"
+def receipt_of(store, key):
+    """The receipt of a fragment, as plain values."""
+    return next(receipt for receipt in receipts_in(store) if receipt["unit_id"] == unit_of(key))
 
 
 def edit(store, key, change):
@@ -116,8 +117,8 @@ def forge(store, key, rows):
     counts |= {f"num_{status}": [*records.values()].count(status) for status in ("ok", "rejected")}
     metadata = {name.removeprefix("num_"): str(count) for name, count in counts.items()}
     rewrite(store, key, body, sha256=facts["sha256"], **metadata)
-    before = json.loads(store.read(receipt_of(key)))
-    edit(store, receipt_of(key), lambda receipt: receipt.update(facts | counts))
+    before = receipt_of(store, key)
+    change_receipt(store, unit_of(key), lambda receipt: receipt | facts | counts)
     edit(store, MANIFEST, lambda manifest: agree(manifest, key, before, facts | counts))
 
 
@@ -156,9 +157,9 @@ def lose_a_fragment(store):
 def lose_a_whole_unit(store):
     """Removes a unit from manifest and receipts too: only the plan lists it."""
     key = lose_a_fragment(store)
-    lost = json.loads(store.read(receipt_of(key)))
+    lost = receipt_of(store, key)
     edit(store, MANIFEST, lambda manifest: forget(manifest, key, lost))
-    store.delete(receipt_of(key))
+    change_receipt(store, unit_of(key), lambda _: None)
     return key
 
 
@@ -220,16 +221,27 @@ def falsify(of_key, **values) -> Callable:
     return spoil
 
 
+def falsify_receipt(**values) -> Callable:
+    """A function that changes one receipt in its batch and returns its unit."""
+
+    def spoil(store):
+        unit = unit_of(a_fragment(store))
+        change_receipt(store, unit, lambda receipt: receipt | values)
+        return unit
+
+    return spoil
+
+
 def add_an_unplanned_receipt(store):
-    store.create("_job/receipts/0123456789.json", b"{}")
-    return "_job/receipts/0123456789.json"
+    store.create("_job/receipts/r-7.jsonl", b'{"unit_id": "0123456789"}\n')
+    return "_job/receipts/r-7.jsonl"
 
 
 def leave_a_receipt_alone(store):
     """Leaves a receipt without its fragment, in a job that is not final."""
     key = lose_a_fragment(store)
     store.delete(MANIFEST)
-    return receipt_of(key)
+    return unit_of(key)
 
 
 def wrong_manifest_entry(store):
@@ -290,8 +302,8 @@ CASES = {
     "other bytes": (change_bytes, "its metadata say sha256"),
     "half a fragment": (cut_a_fragment, "cannot be read"),
     "no metadata": (lose_the_metadata, "its metadata say records None"),
-    "a receipt that counts otherwise": (falsify(receipt_of, num_ok=77), "says num_ok 77"),
-    "a receipt of other bytes": (falsify(receipt_of, sha256="0"), "says sha256 0"),
+    "a receipt that counts otherwise": (falsify_receipt(num_ok=77), "says num_ok 77"),
+    "a receipt of other bytes": (falsify_receipt(sha256="0"), "says sha256 0"),
     "a receipt of nothing": (add_an_unplanned_receipt, "belongs to no planned unit"),
     "a receipt without its fragment": (leave_a_receipt_alone, "exists without its fragment"),
     "a manifest of other bytes": (wrong_manifest_entry, "says sha256 000"),
@@ -322,7 +334,7 @@ def test_a_dead_unit_is_no_fault(finished, output):
 
 
 def test_an_unfinished_job_may_have_open_units(finished, output):
-    output.delete(receipt_of(lose_a_fragment(output)))
+    change_receipt(output, unit_of(lose_a_fragment(output)), lambda _: None)
     output.delete(MANIFEST)
     assert verify(output, source_keys=names_of(finished / "in")) == []
 

@@ -291,17 +291,19 @@ def _difference(what: str, found: set[Any], wanted: set[Any]) -> Iterator[str]:
 
 def _receipt_faults(judged: Output) -> Iterator[str]:
     """I2: a receipt agrees with its fragment, and never exists without it."""
-    units = {f"_job/receipts/{unit.unit_id}.json": unit for unit in judged.units}
+    units = {unit.unit_id: unit for unit in judged.units}
     for key in sorted(info.key for info in judged.store.list("_job/receipts/")):
-        unit = units.get(key)
-        if unit is None:
-            yield f"{key} belongs to no planned unit"
-        elif unit.fragment not in judged.fragments:
-            yield f"{key} exists without its fragment"
-        elif unit.unit_id in judged.found:
-            recorded = _json(judged.store, key)
-            facts = {**judged.found[unit.unit_id].facts, "unit_id": unit.unit_id, "fragment": unit.fragment}
-            yield from _disagreements(key, recorded, facts)
+        for line in judged.store.read(key).splitlines():
+            recorded = json.loads(line)
+            unit = units.get(recorded.get("unit_id"))
+            where = f"{key}, {recorded.get('unit_id')}"
+            if unit is None:
+                yield f"{where} belongs to no planned unit"
+            elif unit.fragment not in judged.fragments:
+                yield f"{where} exists without its fragment"
+            elif unit.unit_id in judged.found:
+                facts = {**judged.found[unit.unit_id].facts, "fragment": unit.fragment}
+                yield from _disagreements(where, recorded, facts)
 
 
 def _disagreements(where: str, recorded: Row, facts: Row) -> Iterator[str]:

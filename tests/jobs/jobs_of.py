@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -84,3 +85,16 @@ def called(*arguments: object) -> tuple[int, str]:
 def started(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Runs the command line to its end in a new process, for tests of Ray or of the process."""
     return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def receipts_in(store):
+    """The receipts in all batches of an output, as plain values."""
+    return [json.loads(line) for info in store.list("_job/receipts/") for line in store.read(info.key).splitlines()]
+
+
+def change_receipt(store, unit_id, change):
+    """Changes a unit's receipt in its batch; one that becomes None is removed."""
+    for info in list(store.list("_job/receipts/")):
+        found = [json.loads(line) for line in store.read(info.key).splitlines()]
+        changed = [change(one) if one["unit_id"] == unit_id else one for one in found]
+        store.put(info.key, b"".join(json.dumps(one).encode() + b"\n" for one in changed if one is not None))

@@ -32,7 +32,7 @@ from blocksight.jobs.versus.run import write_difference
 from blocksight.jobs.worker.error_classes import UnfitWorkerError
 from blocksight.jobs.worker.rows import existing_output
 from blocksight.storage.stores.opening import open_store
-from tests.jobs.jobs_of import config_of, fragments_in, rows_in, run_here
+from tests.jobs.jobs_of import config_of, fragments_in, receipts_in, rows_in, run_here
 from tests.jobs.tiny import folder_of_images, red
 
 BFLOAT = ForwardSetting("eager", "bfloat16")
@@ -44,7 +44,7 @@ def store_of(output):
 
 def receipts(output):
     store = store_of(output)
-    return [json.loads(store.read(info.key)) for info in store.list("_job/receipts/")]
+    return receipts_in(store)
 
 
 def plan_setting(output, setting):
@@ -321,9 +321,7 @@ def test_one_gpu_chooses_before_the_first_unit_and_its_rate_is_stored(tmp_path, 
     planned = planned_forward(store_of(tmp_path / "maps"))
     assert planned is not None
     assert (planned.forwards_per_second, planned.hardware, planned.compute_capability) == (4e4, "H", "9.0")
-    assert {json.loads(path.read_bytes())["forward"] for path in (tmp_path / "maps/_job/receipts").iterdir()} == {
-        "eager float32, 3 per pass"
-    }
+    assert {receipt["forward"] for receipt in receipts(tmp_path / "maps")} == {"eager float32, 3 per pass"}
     for fragment in (tmp_path / "maps/data").iterdir():
         fragment.unlink()
     run_on_gpus(data, tmp_path / "maps", monkeypatch, choose)

@@ -1,7 +1,6 @@
 """How often the model is right and how many maps are flat: exact over all units, and said loudly where it is bad."""
 
 import dataclasses
-import json
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +13,7 @@ from blocksight.jobs.ledger.reconcile import check, read_job_state
 from blocksight.jobs.plan.plan import load_plan
 from blocksight.jobs.plan.records import Receipt
 from blocksight.storage.stores.local import LocalStore
-from tests.jobs.jobs_of import called, rows_in, run_here
+from tests.jobs.jobs_of import called, change_receipt, receipts_in, rows_in, run_here
 from tests.jobs.outputs import output_of_small_units
 from tests.jobs.tiny import CLASSES, folder_of_images
 
@@ -157,17 +156,16 @@ def test_a_receipt_of_an_older_version_is_read_and_reconciled(output):
     store = LocalStore(output)
     plan = load_plan(store)
     unit = plan.units[0]
-    key = f"_job/receipts/{unit.unit_id}.json"
-    document = json.loads(store.read(key))
-    before = store.read(key)
+    [document] = [one for one in receipts_in(store) if one["unit_id"] == unit.unit_id]
     try:
-        store.put(key, json.dumps({k: v for k, v in document.items() if k not in ("num_flat", "labels")}).encode())
+        older = {name: value for name, value in document.items() if name not in ("num_flat", "labels")}
+        change_receipt(store, unit.unit_id, lambda _: older)
         state = read_job_state(store, plan)
         assert state.accuracy is None
         assert state.flat_fact == "not counted by the version that made this output"
         assert [fault for _, faults in check(store, plan) for fault in faults] == []
     finally:
-        store.put(key, before)
+        change_receipt(store, unit.unit_id, lambda _: document)
     assert receipt_of(unit, store.read(unit.fragment_key)).labels == document["labels"]
 
 

@@ -2,13 +2,14 @@
 
 import io
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from shutil import copytree
 
 import pyarrow.parquet as pq
 import pytest
 
-from blocksight.jobs.ledger.receipts import metric_means, read_receipts, receipt_key, receipt_of, write_receipt
+from blocksight.jobs.ledger.receipt_batches import receipt_key
+from blocksight.jobs.ledger.receipts import metric_means, receipt_of
 from blocksight.jobs.ledger.reconcile import MANIFEST_KEY, check, finalize, read_job_state
 from blocksight.jobs.plan.config import Execution
 from blocksight.jobs.plan.plan import ensure_plan, existing_plan, load_plan
@@ -16,7 +17,7 @@ from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.jobs.run.job import plan_job
 from blocksight.storage.outputs.fragments import encode_fragment, read_fragment
 from blocksight.storage.stores.local import LocalStore
-from tests.jobs.jobs_of import called, config_of, fragments_in, run_here
+from tests.jobs.jobs_of import called, change_receipt, config_of, fragments_in, receipts_in, run_here
 from tests.jobs.tiny import MODEL, folder_of_images, folder_of_tables, folder_of_tars
 
 
@@ -168,18 +169,17 @@ def test_metadata_that_are_lost_are_seen(output):
 @pytest.mark.parametrize("name", ["num_ok", "num_rejected", "num_forwards", "sha256", "metrics", "rejects"])
 def test_a_receipt_that_says_something_else_is_seen(output, name):
     unit = existing_plan(output).units[0]
-    receipt = read_receipts(output, [unit])[unit.unit_id]
     other = {"sha256": "0" * 64, "metrics": {"drop@p": {"sum": 0.0, "count": 1}}, "rejects": {"corrupt": 9}}
-    output.delete(receipt_key(unit.unit_id))
-    write_receipt(output, replace(receipt, **{name: other.get(name, 999)}))
+    change_receipt(output, unit.unit_id, lambda receipt: receipt | {name: other.get(name, 999)})
     assert [fault for fault in faults(output) if f": {name} is " in fault and "in its receipt" in fault]
 
 
 def test_a_receipt_of_an_older_version_lacks_counts_and_is_sound(output):
     unit = existing_plan(output).units[0]
-    receipt = read_receipts(output, [unit])[unit.unit_id]
-    older = {name: value for name, value in asdict(receipt).items() if name != "odd_formats"}
-    output.put(receipt_key(unit.unit_id), json.dumps(older).encode())
+    [own] = [receipt for receipt in receipts_in(output) if receipt["unit_id"] == unit.unit_id]
+    change_receipt(output, unit.unit_id, lambda _: None)
+    older = {name: value for name, value in own.items() if name != "odd_formats"}
+    output.put(receipt_key(unit.unit_id), json.dumps(older, indent=1).encode())
     assert faults(output) == []
     assert read_job_state(output, load_plan(output)).counts("odd_formats") == {}
 
@@ -252,13 +252,29 @@ def test_a_damaged_object_is_exit_5_and_named(finished, output, name, key):
     assert damaged.removeprefix("_job/plan/units") in printed or "_job/plan/plan.json" in printed
 
 
-def test_a_damaged_receipt_is_made_anew(output):
-    before = {info.key: output.read(info.key) for info in output.list("_job/receipts/")}
-    for key in before:
-        output.put(key, b"")
-    made = read_job_state(output, load_plan(output)).receipts
-    assert {receipt.sha256 for receipt in made.values()} == {json.loads(body)["sha256"] for body in before.values()}
+@pytest.mark.parametrize("damage", [b"", b"{}\n", b"[]\n", b"\xff", b"{" * 9000], ids=len)
+def test_a_damaged_batch_of_receipts_is_read_from_the_fragments(output, damage):
+    before = receipts_in(output)
+    for info in output.list("_job/receipts/"):
+        output.put(info.key, json.dumps(before[0]).encode() + b"\n" + damage if damage else b"")
+    state = read_job_state(output, load_plan(output))
+    assert [asdict(receipt) for receipt in state.receipts.values()] == before  # the attempt's facts too: of metadata
+    assert len(state.unbatched) == len(before)
     assert faults(output) == []
+
+
+def test_a_batch_that_is_too_large_is_not_parsed(output, monkeypatch):
+    monkeypatch.setattr("blocksight.jobs.ledger.receipt_batches.MAX_RECEIPT_BATCH_BYTES", 99)
+    assert read_job_state(output, load_plan(output)).unbatched
+
+
+def test_a_receipt_in_the_metadata_that_says_something_else_is_seen(output):
+    unit = existing_plan(output).units[0]
+    body, metadata = output.read(unit.fragment_key), dict(output.head(unit.fragment_key).metadata)
+    output.delete(unit.fragment_key)
+    metadata["receipt"] = json.dumps(json.loads(metadata["receipt"]) | {"num_forwards": 999})
+    output.create(unit.fragment_key, body, metadata=metadata)
+    assert [fault for fault in faults(output) if "num_forwards is " in fault and "the receipt in its metadata" in fault]
 
 
 def test_a_job_without_its_manifest_is_not_complete(output):

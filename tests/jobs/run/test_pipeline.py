@@ -3,7 +3,6 @@
 All jobs but those that are killed run on one session, which spares its start and that of its processes.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -28,7 +27,7 @@ from blocksight.jobs.plan.plan import load_plan
 from blocksight.jobs.run import pipeline
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.opening import open_store
-from tests.jobs.jobs_of import ROOT, blocksight, command, fragments_in, rows_in, run_here
+from tests.jobs.jobs_of import ROOT, blocksight, command, fragments_in, receipts_in, rows_in, run_here
 from tests.jobs.outputs import evaluated
 from tests.jobs.tiny import MODEL, folder_of_images, folder_of_tars
 from tests.storage.memory import MemoryStore
@@ -67,7 +66,7 @@ def assert_sound(store):
 
 def ways(store):
     """How masks were scored, by the receipts."""
-    return {json.loads(store.read(info.key))["forward"] for info in store.list("_job/receipts/")}
+    return {receipt["forward"] for receipt in receipts_in(store)}
 
 
 def test_ray_leaves_the_same_bytes_as_one_process(tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from blocksight.jobs.ledger.receipts import read_receipts
+from blocksight.jobs.ledger.receipt_batches import read_receipts
 from blocksight.jobs.plan.records import Unit, UnitResult
 from blocksight.jobs.worker.isolation import ProcessDiedError
 from blocksight.jobs.worker.unit import commit_unit, decoded
@@ -64,14 +65,12 @@ def test_the_receipt_says_what_was_committed():
     assert receipt.rejects == {"corrupt": 1}
     assert receipt.num_forwards == 7
     assert receipt.metrics["drop@p"] == {"sum": 10.0, "count": 1}
-    assert read_receipts(store, [UNIT]) == {UNIT.unit_id: receipt}
-    assert dict(store.head(UNIT.fragment_key).metadata) == {
-        "attempt": "one",
-        "sha256": receipt.sha256,
-        "records": "2",
-        "ok": "1",
-        "rejected": "1",
-    }
+    assert (receipt.attempt, receipt.explain_seconds) == ("one", 1.5)
+    metadata = dict(store.head(UNIT.fragment_key).metadata)
+    assert json.loads(metadata.pop("receipt"))["num_forwards"] == 7
+    assert metadata == {"attempt": "one", "sha256": receipt.sha256, "records": "2", "ok": "1", "rejected": "1"}
+    assert [info.key for info in store.list()] == [UNIT.fragment_key]
+    assert read_receipts(store, [UNIT]) == ({UNIT.unit_id: receipt}, [UNIT.unit_id])
 
 
 def test_the_second_of_two_attempts_adopts_the_first():
@@ -81,8 +80,7 @@ def test_the_second_of_two_attempts_adopts_the_first():
     second = commit_unit(result(level=0.7), store, "job", attempt="two")
     assert store.read(UNIT.fragment_key) == before
     assert second.sha256 == first.sha256
-    assert second.attempt is None
-    assert read_receipts(store, [UNIT])[UNIT.unit_id].attempt == "one"
+    assert second == first
 
 
 class LostReply(MemoryStore):
@@ -124,12 +122,24 @@ def test_a_store_that_writes_nothing_is_a_failure_and_leaves_nothing():
     assert list(store.list()) == []
 
 
-def test_a_crash_before_the_receipt_loses_no_result():
+def test_a_receipt_that_does_not_fit_the_metadata_is_made_from_the_fragment(monkeypatch):
+    monkeypatch.setattr("blocksight.jobs.ledger.receipts.MAX_METADATA_BYTES", 200)
     store = MemoryStore()
     receipt = commit_unit(result(), store, "job", attempt="one")
-    store.delete(f"_job/receipts/{UNIT.unit_id}.json")
-    rebuilt = read_receipts(store, [UNIT])[UNIT.unit_id]
+    metadata = store.head(UNIT.fragment_key).metadata
+    assert metadata.keys() == {"attempt", "sha256", "records", "ok", "rejected"}
+    rebuilt = read_receipts(store, [UNIT])[0][UNIT.unit_id]
     assert rebuilt == replace(receipt, attempt=None, explain_seconds=None, worker=None)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"num_rows": -1}', '{"unit_id": "another", "num_rows": 2}'])
+def test_a_damaged_receipt_in_the_metadata_is_made_from_the_fragment(text):
+    store = MemoryStore()
+    receipt = commit_unit(result(), store, "job", attempt="one")
+    body, metadata = store.read(UNIT.fragment_key), dict(store.head(UNIT.fragment_key).metadata)
+    store.delete(UNIT.fragment_key)
+    store.create(UNIT.fragment_key, body, metadata={**metadata, "receipt": text})
+    assert read_receipts(store, [UNIT])[0][UNIT.unit_id].metrics == receipt.metrics
 
 
 def test_a_unit_whose_rows_went_astray_is_not_committed():

@@ -201,7 +201,7 @@ def test_every_local_step_is_made_careful(deadly_stores, monkeypatch):
 
 def test_a_unit_that_is_taken_with_care_is_read_with_care(deadly_stores, monkeypatch):
     seen = []
-    monkeypatch.setattr(steps, "adopt", lambda *_: None)
+    monkeypatch.setattr(steps, "committed_receipt", lambda *_: None)
     monkeypatch.setattr(steps, "read_unit", noting(seen, TAKEN))
     for careful in (True, False):
         steps.take_unit(UNIT, deadly_stores, CONTEXT, careful=careful)
