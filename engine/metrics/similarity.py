@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter
 from scipy.stats import rankdata
 
-from blocksight.engine.metrics.metric import ranks_of
+from blocksight.engine.metrics.metric import first_pixels
 from blocksight.engine.saliency import Map, is_flat
 
 TOP_SHARE = 0.15
@@ -26,7 +26,16 @@ def pearson(one: Map, other: Map) -> float:
 
 def spearman(one: Map, other: Map) -> float:
     """The correlation of the pixels' ranks, ties at their mean rank, -1 to 1; 0 where either map is constant."""
-    return pearson(rankdata(one).reshape(one.shape), rankdata(other).reshape(other.shape))
+    return pearson(_mean_ranks(one), _mean_ranks(other))
+
+
+def _mean_ranks(values: Map) -> Map:
+    """The rank of each pixel from 1, ties at their mean; grey levels are counted and not sorted."""
+    if values.dtype.kind not in "iu":
+        return rankdata(values).reshape(values.shape)
+    levels = values.astype(np.int64) - int(values.min())
+    counts = np.bincount(levels.ravel())
+    return (np.cumsum(counts) - (counts - 1) / 2)[levels]
 
 
 def ssim(one: Map, other: Map) -> float:
@@ -50,7 +59,7 @@ def iou_of_tops(one: Map, other: Map) -> float:
     """Intersection over union of the two maps' greatest `TOP_SHARE` of pixels, 0 to 1; 0 where either is constant.
 
     Pixels with a map's least value are in no top: they are ordered by place alone, the same in both maps, and two
-    sparse maps without a common pixel would seem alike. Other ties as in `ranks_of`.
+    sparse maps without a common pixel would seem alike. Other ties as in `first_pixels`.
     """
     if is_flat(one) or is_flat(other):
         return 0.0
@@ -59,4 +68,4 @@ def iou_of_tops(one: Map, other: Map) -> float:
 
 
 def _top(values: Map) -> NDArray[np.bool_]:
-    return (ranks_of(values) < int(TOP_SHARE * values.size)) & (values > values.min())
+    return first_pixels(values, int(TOP_SHARE * values.size)) & (values > values.min())

@@ -12,6 +12,8 @@ from blocksight.jobs.cli.app import (
     AsJson,
     BatchSize,
     ClassMap,
+    ClusterOfTasks,
+    Cores,
     Endpoint,
     Existing,
     MinWorkers,
@@ -28,7 +30,7 @@ from blocksight.jobs.cli.figures import evaluation_figures, print_json, progress
 from blocksight.jobs.cli.job_tables import failure_line
 from blocksight.jobs.cli.metric_tables import comparison_table, difference_table, evaluation_table
 from blocksight.jobs.evaluate.verdict import verdicts
-from blocksight.jobs.plan.config import MAX_SEED, ConfigError, execution_of
+from blocksight.jobs.plan.config import MAX_SEED, ConfigError, Execution, execution_of
 from blocksight.jobs.plan.text import counted, printable
 from blocksight.storage.stores.opening import open_store
 from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore
@@ -146,11 +148,14 @@ def versus(
     output: Annotated[str, typer.Option(help="Folder or s3:// prefix for the difference, rewritten if it is ours.")],
     as_json: AsJson = False,
     truth: ShownTruth = None,
+    workers: Cores = None,
+    address: ClusterOfTasks = None,
     endpoint_url: Endpoint = None,
 ) -> None:
     """Compare two outputs record by record: what regressed, how far the maps moved, and whether both are related.
 
-    Two models are compared best with --target label in both: predicted targets differ where it matters most.
+    Two models are compared best with --target label in both: predicted targets differ where it matters most. Units are
+    measured on all cores, or on a cluster; the same command goes on after it broke off.
 
     Example: blocksight versus maps-old/ maps-new/ --output old-against-new/
     """
@@ -164,7 +169,8 @@ def versus(
     known = known_truth(outputs[0].store, truth, endpoint_url)
     if known == KnownTruth():
         known = known_truth(outputs[1].store, None, endpoint_url)
-    found = write_difference(outputs[0], outputs[1], store, endpoint_url, console, known.truth)
+    execution = Execution(workers=workers, address=address)
+    found = write_difference(outputs[0], outputs[1], store, endpoint_url, console, known.truth, execution)
     if known.note is not None:
         console.print(printable(known.note))
     if as_json:

@@ -88,6 +88,10 @@ Parameters = Annotated[
     typer.Option("-p", "--param", help="Of the explainer, such as mu=0.3; of what it wraps: base.mu=0.3."),
 ]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join.  [default: one is started]")]
+Cores = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Processes.  [default: one per CPU core, or this one for little]")
+]
+ClusterOfTasks = Annotated[str | None, typer.Option("--address", help="Ray cluster to join.  [default: this machine]")]
 Wait = Annotated[
     str | None,
     typer.Option(

@@ -141,6 +141,31 @@ def check_gpu(sizing: Sizing) -> None:
         raise ClusterError(f"Ray counts GPUs, and torch cannot use the one of {trouble}; or choose --device cpu")
 
 
+def calls_of(work: Callable[[Any], Any]) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """Submits a call of `work` to the connected session, on one core, and waits for the result of one submitted.
+
+    The second raises as `work`, and ClusterError if the call's process dies again and again.
+    """
+    shared = ray.put(work)
+    task: Any = ray.remote(num_cpus=1)(_call)
+
+    def result(submitted: Any) -> Any:
+        try:
+            return ray.get(submitted)
+        except RayTaskError:  # of the class that `work` raised, too
+            raise
+        except RayError as error:
+            raise _cluster_error(error) from error
+
+    return lambda thing: task.remote(shared, thing), result
+
+
+def _call(work: Callable[[Any], Any], thing: Any) -> Any:
+    refuse_unsafe_switches()
+    keep_freed_memory()
+    return work(thing)
+
+
 def _gpu_trouble() -> str | None:
     """Node and reason if torch cannot compute on its GPU."""
     import torch

@@ -64,6 +64,11 @@ class Counts:
     open_units: int = 0
     """Units without a fragment: their records count as absent."""
 
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            self.explained + other.explained, self.rejected + other.rejected, self.open_units + other.open_units
+        )
+
 
 @dataclass
 class Tally:
@@ -79,6 +84,21 @@ class Tally:
     """Of these: the image is the same, but no target is shared."""
     other_names: int = 0
     """Shared rows whose target has another name in B: the classes may not be the same."""
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> "Tally":
+        """The tally of its plain values."""
+        return cls(**{**stored, "a": Counts(**stored["a"]), "b": Counts(**stored["b"])})
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(
+            self.a + other.a,
+            self.b + other.b,
+            self.explained_in_both + other.explained_in_both,
+            self.other_image + other.other_image,
+            self.other_targets + other.other_targets,
+            self.other_names + other.other_names,
+        )
 
 
 @dataclass(frozen=True)
@@ -175,29 +195,42 @@ def _range(unit: Unit) -> tuple[int, int]:
     return (0, 1) if unit.layout is Layout.IMAGES else (unit.start, unit.stop)
 
 
-def joined(a: Output, b: Output, tally: Tally) -> Iterator[tuple[Unit, list[Pair]]]:
-    """Yields A's units with the pairs of their records, in A's order.
+class Joining:
+    """Joins the units of A with those of B that may share records; the two plans may be cut differently.
 
-    The two plans may be cut differently. In memory are one fragment of each output and one unit's pairs. `tally` is
-    complete at the end. Raises StoreError, and UnreconciledError for a damaged fragment.
+    In memory are one fragment of each output and one unit's pairs. What is found of a unit does not depend on the
+    units before it.
     """
-    of_a, of_b, overlaps = Fragments(a), Fragments(b), Overlaps(b.plan)
-    counted: set[int] = set()
-    for unit in a.plan.units:
-        ours = of_a.read(unit)
+
+    def __init__(self, a: Output, b: Output) -> None:
+        self.a, self.b = a, b
+        self._of_a, self._of_b = Fragments(a), Fragments(b)
+        self._overlaps, self._back = Overlaps(b.plan), Overlaps(a.plan)
+
+    def pairs_of(self, unit: Unit, tally: Tally) -> list[Pair]:
+        """The pairs of the records of a unit of A, which are counted, with those units of B that it is the first of.
+
+        Raises StoreError, and UnreconciledError for a damaged fragment.
+        """
+        ours = self._of_a.read(unit)
         _count(tally.a, ours)
-        others = overlaps.of(unit) if ours is not None else []
         pairs: dict[str, list[Pair]] = {}
-        for other in others:
-            theirs = of_b.read(other)
-            _count(tally.b, theirs if other.ordinal not in counted else FragmentRecords({}, 0))
-            counted.add(other.ordinal)
+        for other in self._overlaps.of(unit):
+            is_first = self._back.of(other)[0].ordinal == unit.ordinal
+            if ours is None and not is_first:
+                continue
+            theirs = self._of_b.read(other)
+            if is_first:
+                _count(tally.b, theirs)
             if ours is not None and theirs is not None:
                 pairs |= _pairs(ours, theirs, tally)
-        yield unit, [pair for key in (ours.records if ours else ()) for pair in pairs.get(key, ())]
-    for unit in b.plan.units:
-        if unit.ordinal not in counted:
-            _count(tally.b, of_b.read(unit))
+        return [pair for key in (ours.records if ours else ()) for pair in pairs.get(key, ())]
+
+    def count_rest(self, tally: Tally) -> None:
+        """Counts the units of B that share nothing with a unit of A."""
+        for unit in self.b.plan.units:
+            if not self._back.of(unit):
+                _count(tally.b, self._of_b.read(unit))
 
 
 def _count(counts: Counts, fragment: FragmentRecords | None) -> None:

@@ -1,40 +1,52 @@
 """Writes the difference of two outputs: measures shared rows, finds their typical range, judges, sums up, draws."""
 
+import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, NotRequired
 
-import pyarrow as pa
 from rich.console import Console
 from typing_extensions import TypedDict
 
+from blocksight.jobs.evaluate.evaluation import FOLDER
 from blocksight.jobs.ledger.output import table_of
-from blocksight.jobs.plan.config import ConfigError
+from blocksight.jobs.plan.config import CODE_VERSION, ConfigError, Execution
 from blocksight.jobs.plan.documents import read_document
 from blocksight.jobs.plan.forward_setting import planned_forward, protocol_of, setting_difference
 from blocksight.jobs.plan.plan import check_place
 from blocksight.jobs.plan.preflight import readout_difference
-from blocksight.jobs.plan.records import UnreconciledError
+from blocksight.jobs.plan.records import Unit, UnreconciledError
 from blocksight.jobs.plan.text import counted
-from blocksight.jobs.versus.joining import Tally, joined
+from blocksight.jobs.run.unit_pass import in_order
+from blocksight.jobs.versus.joining import Joining, Tally
 from blocksight.jobs.versus.pictures import Worst, contact_sheet_of
 from blocksight.jobs.versus.rows import DIFFERENCE, MEASURED, measured
 from blocksight.jobs.versus.summary import Sums, summary
 from blocksight.jobs.versus.typical_range import TypicalRange, judged
-from blocksight.jobs.worker.progress import tracked
-from blocksight.jobs.worker.rows import Output, refuse_other_inputs
+from blocksight.jobs.worker import progress
+from blocksight.jobs.worker.progress import passing, tracked
+from blocksight.jobs.worker.rows import Output, existing_output, refuse_other_inputs
 from blocksight.storage.inputs.ground_truth import Truth
 from blocksight.storage.parquet.rows import parquet_of_rows
-from blocksight.storage.stores.store import MissingError, ObjectStore
+from blocksight.storage.stores.opening import open_store
+from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore
+from blocksight.storage.stores.store import AlreadyExistsError, MissingError, ObjectStore
 
 MARK = "_difference.json"
 """Names the two outputs that a folder is the difference of; written first."""
 SUMMARY = "summary.json"
 """Written last: if it exists, the difference is complete."""
+COUNTS = "counts"
+"""In the metadata of an object of measured rows: what was counted of its unit."""
+ONE_PROCESS = Execution(runner="local")
 ROWS, MEASURED_ROWS, PICTURE = "data/", "_measured/", "pictures/worst.png"
-OURS = re.compile(r"(data|_measured)/\d{6}-[0-9a-f]{20}\.parquet|pictures/worst\.png|summary\.json|_difference\.json")
+OURS = re.compile(
+    r"(data|_measured)/([0-9a-f]{2}/)?\d{6}-[0-9a-f]{20}\.parquet|pictures/worst\.png|summary\.json|_difference\.json"
+)
 
 
 @dataclass(frozen=True)
@@ -53,10 +65,11 @@ def write_difference(
     endpoint_url: str | None,
     console: Console,
     truth: Truth | None = None,
+    execution: Execution = ONE_PROCESS,
 ) -> Difference:
     """Compares two outputs by record and target, and writes their difference over an older one.
 
-    Boxes of `truth` are drawn in its picture.
+    Boxes of `truth` are drawn in its picture. A call that broke off is gone on with if the outputs are what they were.
 
     Raises ConfigError if the outputs explain different data, share nothing, or `store` holds other files;
     UnreconciledError if an output is damaged; StoreError.
@@ -64,17 +77,17 @@ def write_difference(
     refuse_other_inputs([a, b])
     taken = {"data": a.plan.identity["data"], "output": a.store.uri, "the other output": b.store.uri}
     check_place(store.uri, taken)
-    _clear(store, {"a": a.store.uri, "b": b.store.uri})
-    tally, typical = Tally(), TypicalRange()
-    names = list(_measure(a, b, store, tally, typical, console))
-    if not names:
-        store.delete(MARK)
-        raise ConfigError(_nothing_shared(a, b, tally))
+    _clear(store, {"a": a.store.uri, "b": b.store.uri, "state": _state_of(a, b)})
+    tally, typical = _measure(a, b, store, endpoint_url, execution, console)
     sums, worst = Sums(), Worst()
-    for name in names:
-        rows = _judge(store, name, typical.threshold)
-        sums.add(rows)
-        worst.add(rows)
+    for unit in tracked(console, a.plan.units, len(a.plan.units), "judge", "unit"):
+        rows = _judge(store, unit, typical.threshold)
+        if rows:
+            sums.add(rows)
+            worst.add(rows)
+    if not sums.num_rows:
+        _delete(store, [MARK, *_measured_keys(store)])
+        raise ConfigError(_nothing_shared(a, b, tally))
     sheet = contact_sheet_of(a, b, endpoint_url, worst, truth)
     if sheet is not None:
         store.put(PICTURE, sheet)
@@ -85,6 +98,7 @@ def write_difference(
     note = "; ".join(own for own in notes if own is not None) or None
     document = {"a": _facts(a), "b": _facts(b), "note": note, "picture": worst.title, **summary(tally, typical, sums)}
     store.put(SUMMARY, (json.dumps(document, indent=1) + "\n").encode())
+    _delete(store, _measured_keys(store))
     return Difference(document, None if sheet is None else PICTURE)
 
 
@@ -95,20 +109,44 @@ def _facts(output: Output) -> dict[str, Any]:
     return {"output": output.store.uri, "job": output.plan.fingerprint, **facts, "forward": forward}
 
 
+def _state_of(a: Output, b: Output) -> str:
+    """A digest of all that is compared: it changes when a unit or an evaluation is added."""
+    names = sorted(
+        f"{info.key} {info.etag}" for one in (a, b) for folder in ("data/", FOLDER) for info in one.store.list(folder)
+    )
+    return hashlib.sha256("\n".join([CODE_VERSION, *names]).encode()).hexdigest()
+
+
 def _clear(store: ObjectStore, pair: Mapping[str, str]) -> None:
-    """Removes an older difference of the same two outputs, its summary first. Raises ConfigError for any other file."""
+    """Removes an older difference of the same two outputs, its summary first, but for what a broken-off call measured.
+
+    Raises ConfigError for any other file.
+    """
     present = [info.key for info in store.list()]
     foreign = next((key for key in present if not OURS.fullmatch(key)), None)
     if foreign is None and present and MARK not in present:
         foreign = present[0]  # its name fits, but without the mark it may be another program's
     if foreign is not None:
         raise ConfigError(f"{store.uri} holds files that are no difference, such as {foreign!r}; choose an empty place")
-    if present and (other := _pair_of(store)) != pair:
-        raise ConfigError(f"{store.uri} holds the difference of {other}; that of {dict(pair)} needs another place")
+    other = _pair_of(store) if present else None
+    if other is not None and (other["a"], other["b"]) != (pair["a"], pair["b"]):
+        shown = {name: other[name] for name in ("a", "b")}
+        raise ConfigError(
+            f"{store.uri} holds the difference of {shown}; that of {pair['a']} and {pair['b']} needs another place"
+        )
+    is_same = other is not None and other.get("state") == pair["state"]
     store.put(MARK, json.dumps(pair, indent=1).encode())
-    for key in sorted(present, key=lambda key: key != SUMMARY):
-        if key != MARK:
-            store.delete(key)
+    outdated = [key for key in present if not (is_same and key.startswith(MEASURED_ROWS))]
+    _delete(store, sorted((key for key in outdated if key != MARK), key=lambda key: key != SUMMARY))
+
+
+def _delete(store: ObjectStore, keys: Iterable[str]) -> None:
+    for key in keys:
+        store.delete(key)
+
+
+def _measured_keys(store: ObjectStore) -> list[str]:
+    return [info.key for info in store.list(MEASURED_ROWS)]
 
 
 class Pair(TypedDict):
@@ -116,6 +154,8 @@ class Pair(TypedDict):
 
     a: str
     b: str
+    state: NotRequired[str]
+    """Of what was compared; an older version did not write it."""
 
 
 def _pair_of(store: ObjectStore) -> Pair:
@@ -125,30 +165,75 @@ def _pair_of(store: ObjectStore) -> Pair:
         raise ConfigError(f"{error}; choose another place") from error
 
 
+@dataclass
+class Measuring:
+    """Measures the pairs of a unit of A and writes their rows, in any process: what it opens is not pickled."""
+
+    a: str
+    """URIs of the outputs and of their difference."""
+    b: str
+    place: str
+    endpoint_url: str | None
+
+    @cached_property
+    def joining(self) -> Joining:
+        """The two outputs, opened where the rows are measured."""
+        return Joining(*(existing_output(name, self.endpoint_url) for name in (self.a, self.b)))
+
+    @cached_property
+    def store(self) -> ObjectStore:
+        """Where the rows are written."""
+        return PatientStore(open_store(self.place, self.endpoint_url), SHORT_PATIENCE_SECONDS)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in ("a", "b", "place", "endpoint_url")}
+
+    def __call__(self, ordinal: int) -> None:
+        """Writes the measured rows of the unit at this place of A's plan, with its counts."""
+        plan, tally = self.joining.a.plan, Tally()
+        unit = plan.units[ordinal]
+        rows = [measured(pair, plan.identity["resize"]) for pair in self.joining.pairs_of(unit, tally)]
+        with suppress(AlreadyExistsError):  # of another call, which wrote the same
+            self.store.create(
+                measured_key(unit), parquet_of_rows(rows, MEASURED), metadata={COUNTS: json.dumps(asdict(tally))}
+            )
+
+
 def _measure(
-    a: Output, b: Output, store: ObjectStore, tally: Tally, typical: TypicalRange, console: Console
-) -> Iterator[str]:
-    """Writes the measured rows, one file per fragment of A that shares any, and yields the files' names."""
-    for unit, pairs in tracked(console, joined(a, b, tally), len(a.plan.units), "compare", "unit"):
-        if pairs:
-            rows = [measured(pair, a.plan.identity["resize"]) for pair in pairs]
-            typical.add(rows)
-            name = unit.fragment_key.removeprefix(ROWS)
-            _put(store, f"{MEASURED_ROWS}{name}", rows, MEASURED)
-            yield name
+    a: Output, b: Output, store: ObjectStore, endpoint_url: str | None, execution: Execution, console: Console
+) -> tuple[Tally, TypicalRange]:
+    """Measures the units of A that are not measured yet; the counts of all, and how alike the maps usually are."""
+    there = set(_measured_keys(store))
+    left = [unit for unit in a.plan.units if measured_key(unit) not in there]
+    work = Measuring(a.store.uri, b.store.uri, store.uri, endpoint_url)
+    work.__dict__.update(joining=Joining(a, b), store=store)  # of this process
+    done = in_order(work, [unit.ordinal for unit in left], sum(unit.num_records for unit in left), execution, console)
+    with (
+        closing(done),
+        passing(console, progress.Tally(sum(u.num_records for u in left), None, verb="compare")) as update,
+    ):
+        for unit, _ in zip(left, done, strict=True):
+            update(unit.num_records)
+    tally, typical = Tally(), TypicalRange()
+    for unit in a.plan.units:
+        head = store.head(measured_key(unit))
+        tally += Tally.of(json.loads(head.metadata[COUNTS])) if head is not None else Tally()
+        typical.add(table_of(store, measured_key(unit), MEASURED))
+    work.joining.count_rest(tally)
+    return tally, typical
 
 
-def _judge(store: ObjectStore, name: str, threshold: float) -> list[dict[str, Any]]:
-    """Judges the measured rows of one file by the threshold, moves them to `data/` and returns them."""
-    table = table_of(store, f"{MEASURED_ROWS}{name}", MEASURED)
-    rows = [judged(row, threshold) for row in table.to_pylist()]
-    _put(store, f"{ROWS}{name}", rows, DIFFERENCE)
-    store.delete(f"{MEASURED_ROWS}{name}")
+def measured_key(unit: Unit) -> str:
+    """The key of the measured rows of a unit of A."""
+    return f"{MEASURED_ROWS}{unit.fragment_key.removeprefix(ROWS)}"
+
+
+def _judge(store: ObjectStore, unit: Unit, threshold: float) -> list[dict[str, Any]]:
+    """Judges the measured rows of a unit by the threshold, writes them to `data/` and returns them."""
+    rows = [judged(row, threshold) for row in table_of(store, measured_key(unit), MEASURED).to_pylist()]
+    if rows:
+        store.put(unit.fragment_key, parquet_of_rows(rows, DIFFERENCE))
     return rows
-
-
-def _put(store: ObjectStore, key: str, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
-    store.put(key, parquet_of_rows(rows, schema))
 
 
 def _nothing_shared(a: Output, b: Output, tally: Tally) -> str:

@@ -4,10 +4,12 @@ Likeness is Spearman's correlation. It compares where maps are strong, not how s
 become sharper moves much of its mass and still points at the same place.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 BINS = 2000
 """Of the histogram that the quantile is read from: it is exact to 0.001 for any number of rows."""
@@ -27,11 +29,10 @@ class TypicalRange:
     def __init__(self) -> None:
         self.counts = np.zeros(BINS, np.int64)
 
-    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def add(self, table: pa.Table) -> None:
         """Adds rows with the columns of `MEASURED`."""
-        stayed = [row["spearman"] for row in rows if not row["regressed"] and not row["improved"]]
-        correlations = np.array([one for one in stayed if one is not None])
-        self.counts += np.histogram(correlations.clip(-1, 1), BINS, (-1, 1))[0]
+        stayed = table.filter(~pc.field("regressed") & ~pc.field("improved"))["spearman"].drop_null()
+        self.counts += np.histogram(stayed.to_numpy().clip(-1, 1), BINS, (-1, 1))[0]
 
     @property
     def num_stayed(self) -> int:

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -19,11 +20,12 @@ from blocksight.engine.metrics.similarity import iou_of_tops, pearson, spearman,
 from blocksight.jobs.cli.metric_tables import difference_table
 from blocksight.jobs.evaluate.shares import newcombe, wilson
 from blocksight.jobs.ledger.output import map_of
-from blocksight.jobs.plan.config import ConfigError
+from blocksight.jobs.plan.config import ConfigError, Execution
 from blocksight.jobs.plan.plan import ensure_model, ensure_plan, load_plan, make_plan
 from blocksight.jobs.plan.records import ModelFacts, Unit
 from blocksight.jobs.plan.units import Workforce
-from blocksight.jobs.versus.joining import Overlaps, Tally, joined
+from blocksight.jobs.versus import run
+from blocksight.jobs.versus.joining import Joining, Overlaps, Tally
 from blocksight.jobs.versus.rows import DIFFERENCE, MEASURED, map_measures, measured
 from blocksight.jobs.versus.run import PICTURE, SUMMARY, write_difference
 from blocksight.jobs.versus.summary import AMONG, COLUMNS, Sums
@@ -135,6 +137,14 @@ def watched_reads(store):
 # ---------------------------------------------------------------- joined
 
 
+def pairs_in(a, b, tally):
+    """All pairs of two outputs, in A's order."""
+    joining = Joining(a, b)
+    pairs = [pair for unit in a.plan.units for pair in joining.pairs_of(unit, tally)]
+    joining.count_rest(tally)
+    return pairs
+
+
 def test_any_two_cuts_give_the_same_pairs_and_each_fragment_is_read_once(data, tmp_path):
     keys = keys_of(data)
     rows = {key: [row_of(key, blob(0.5, 0.5), score=number / 50)] for number, key in enumerate(keys)}
@@ -145,7 +155,7 @@ def test_any_two_cuts_give_the_same_pairs_and_each_fragment_is_read_once(data, t
         ]
         reads = [watched_reads(output.store) for output in outputs]
         tally = Tally()
-        pairs = [pair for _, own in joined(*outputs, tally) for pair in own]
+        pairs = pairs_in(*outputs, tally)
         assert [(pair.a["key"], pair.a["score"]) for pair in pairs] == [
             (pair.b["key"], pair.b["score"]) for pair in pairs
         ]
@@ -165,7 +175,7 @@ def test_parts_of_shards_meet_by_their_ranges(tmp_path, make, monkeypatch):
     a, b = (Output(name, LocalStore(tmp_path / name), load_plan(LocalStore(tmp_path / name))) for name in "ab")
     assert len(a.plan.units) < len(b.plan.units)
     tally = Tally()
-    pairs = [pair for _, own in joined(a, b, tally) for pair in own]
+    pairs = pairs_in(a, b, tally)
     assert {pair.a["target_index"] for pair in pairs} == {1}
     assert len(pairs) == tally.a.explained == tally.b.explained == tally.explained_in_both > 0
     assert (tally.a.rejected, tally.other_targets) == (tally.b.rejected, 0)
@@ -305,7 +315,7 @@ def test_any_row_with_the_prediction_decides_whether_it_is_right(data, tmp_path)
         for number, (own, label, _) in cases.items()
     }
     output = output_of(data, tmp_path / "a", rows)
-    pairs = [pair for _, own in joined(output, output, Tally()) for pair in own]
+    pairs = pairs_in(output, output, Tally())
     for number, (own, _, is_right) in cases.items():
         found = [pair for pair in pairs if pair.a["key"] == keys[number]]
         assert [pair.is_right_a for pair in found] == [is_right] * len(own)
@@ -318,14 +328,20 @@ def rows_as_alike(values, **more):
     return [{"spearman": value, "regressed": False, "improved": False, **more} for value in values]
 
 
+def table_as_alike(values, **more):
+    return pa.Table.from_pylist(rows_as_alike(values, **more)).cast(
+        pa.schema([("spearman", pa.float64()), ("regressed", pa.bool_()), ("improved", pa.bool_())])
+    )
+
+
 def test_the_threshold_is_the_quantile_of_the_rows_that_stayed():
     alike = np.random.default_rng(0).random(3000) * 1.4 - 0.6
     typical = TypicalRange()
     for part in np.split(alike, 10):
-        typical.add(rows_as_alike(part))
-        typical.add(rows_as_alike([-0.99] * 30, regressed=True))
-        typical.add(rows_as_alike([-0.99] * 30, improved=True))
-        typical.add(rows_as_alike([None]))
+        typical.add(table_as_alike(part))
+        typical.add(table_as_alike([-0.99] * 30, regressed=True))
+        typical.add(table_as_alike([-0.99] * 30, improved=True))
+        typical.add(table_as_alike([None]))
     assert typical.num_stayed == 3000
     assert typical.threshold == pytest.approx(np.quantile(alike, 0.05), abs=0.002)
     flagged = [judged(row, typical.threshold)["looks_elsewhere"] for row in rows_as_alike(alike)]
@@ -334,9 +350,9 @@ def test_the_threshold_is_the_quantile_of_the_rows_that_stayed():
 
 def test_few_rows_and_models_that_hardly_differ_have_a_threshold_of_their_own():
     few, close, same = TypicalRange(), TypicalRange(), TypicalRange()
-    few.add(rows_as_alike([-0.9] * (MIN_STAYED - 1)))
-    close.add(rows_as_alike(np.linspace(0.9, 1, 100)))
-    same.add(rows_as_alike([1 + 1e-15] * 100))
+    few.add(table_as_alike([-0.9] * (MIN_STAYED - 1)))
+    close.add(table_as_alike(np.linspace(0.9, 1, 100)))
+    same.add(table_as_alike([1 + 1e-15] * 100))
     assert few.threshold == 0.2
     assert close.threshold == same.threshold == 0.5
 
@@ -509,6 +525,59 @@ def test_a_second_run_replaces_its_own_files_and_touches_no_others(planted, tmp_
     for place in (tmp_path / "a", tmp_path / "a" / "d", tmp_path / "in" / "d", tmp_path):
         with pytest.raises(ConfigError, match="contain each other"):
             written(a, b, place)
+
+
+def files_in(place):
+    return {str(file.relative_to(place)): file.read_bytes() for file in sorted(place.rglob("*")) if file.is_file()}
+
+
+def test_processes_write_the_same_bytes(planted, tmp_path, monkeypatch):
+    a, b, _ = planted
+    one = written(a, b, tmp_path / "one")
+    monkeypatch.setattr("blocksight.jobs.run.unit_pass.LEAST_RECORDS", 0)
+    two = write_difference(a, b, LocalStore(tmp_path / "two"), None, QUIET, execution=Execution(workers=2)).summary
+    assert two == one
+    assert files_in(tmp_path / "two") == files_in(tmp_path / "one")
+
+
+@pytest.mark.parametrize("place", ["measured", "judged"])
+def test_a_call_that_broke_off_is_gone_on_with(planted, tmp_path, monkeypatch, place):
+    a, b, _ = planted
+    whole = written(a, b, tmp_path / "whole")
+    calls, original = [], getattr(run, place)
+
+    def breaks(*given):
+        calls.append(given)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return original(*given)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(run, place, breaks)
+        with pytest.raises(KeyboardInterrupt):
+            written(a, b, tmp_path / "d")
+    kept = {file.name for file in (tmp_path / "d" / "_measured").rglob("*.parquet")}
+    assert kept
+    reads = watched_reads(a.store)
+    assert written(a, b, tmp_path / "d") == whole
+    assert files_in(tmp_path / "d") == files_in(tmp_path / "whole")
+    pictures = len(a.plan.units)  # the contact sheet reads fragments again
+    again = [key for key in reads if key.split("/")[-1] in kept]
+    assert len(again) <= pictures if place == "measured" else len(again) <= 12
+
+
+def test_what_was_measured_of_other_fragments_is_not_taken(planted, tmp_path, monkeypatch):
+    a, b, _ = planted
+    with monkeypatch.context() as broken:
+        broken.setattr(run, "judged", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            written(a, b, tmp_path / "d")
+    first = a.plan.units[0].fragment_key
+    rows = pq.read_table(tmp_path / "a" / first).to_pylist()
+    (tmp_path / "a" / first).unlink()
+    a.store.create(first, encode_fragment([{**row, "score": 0.123} for row in rows], {}))
+    written(a, b, tmp_path / "d")
+    assert {0.123} <= {row["score_a"] for row in rows_in(tmp_path / "d").values()}
 
 
 def test_outputs_that_share_nothing_are_refused_with_the_reason(data, tmp_path):

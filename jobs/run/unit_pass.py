@@ -1,0 +1,80 @@
+"""Calls a function for each of many things, in processes on this machine's cores or on a cluster, in their order."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import TypeVar
+
+from rich.console import Console
+
+from blocksight.cluster.cores import usable_cores
+from blocksight.cluster.errors import ClusterError
+from blocksight.jobs.plan.config import Execution
+from blocksight.jobs.run.workers import session_of, tell_of
+from blocksight.jobs.worker.memory import keep_freed_memory
+
+LEAST_RECORDS = 2_000
+"""A process imports for as long as it measures some hundreds of records: fewer than these are done in this one."""
+AHEAD = 2
+"""Calls that wait for each worker: it never idles, and no more results are held."""
+
+Thing = TypeVar("Thing")
+Made = TypeVar("Made")
+
+
+def in_order(
+    work: Callable[[Thing], Made], things: Sequence[Thing], num_records: int, execution: Execution, console: Console
+) -> Iterator[Made]:
+    """What `work` returns for each thing, in the things' order; both must be picklable, and the result small.
+
+    On the cluster that is named; else on `workers` processes of this machine, or in this one for few records. Raises as
+    `work`, and ClusterError if a process dies.
+    """
+    if execution.address is not None:
+        yield from _on_cluster(work, things, execution, console)
+        return
+    workers = min(execution.workers or usable_cores(), len(things))
+    if execution.runner == "local" or workers < 2 or num_records < LEAST_RECORDS:
+        keep_freed_memory()
+        yield from map(work, things)
+        return
+    context = get_context("spawn")  # a fork would inherit the locks of threads
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=keep_freed_memory) as pool:
+        try:
+            yield from _ahead(lambda thing: pool.submit(work, thing), things, AHEAD * workers, Future.result)
+        except BrokenProcessPool as error:
+            raise ClusterError(
+                "a process of this command died, perhaps for want of memory; --workers 1 needs the least, and the same "
+                "command goes on"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _on_cluster(
+    work: Callable[[Thing], Made], things: Sequence[Thing], execution: Execution, console: Console
+) -> Iterator[Made]:
+    with session_of(execution, tell_of(console)) as sizing:
+        from blocksight.jobs.run import pipeline
+
+        assert sizing is not None  # of Ray
+        submit, result = pipeline.calls_of(work)
+        yield from _ahead(submit, things, AHEAD * sizing.num_actors, result)
+
+
+Handle = TypeVar("Handle")
+
+
+def _ahead(
+    submit: Callable[[Thing], Handle], things: Sequence[Thing], most: int, result: Callable[[Handle], Made]
+) -> Iterator[Made]:
+    """The results in order, with at most so many calls under way."""
+    waiting: deque[Handle] = deque()
+    for thing in things:
+        if len(waiting) == most:
+            yield result(waiting.popleft())
+        waiting.append(submit(thing))
+    while waiting:
+        yield result(waiting.popleft())
