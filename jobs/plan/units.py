@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import TypeVar
@@ -32,6 +33,9 @@ GUESSED_RECORD_BYTES = 100_000
 """Bytes per record of a tar shard, if no sample can be read."""
 
 UNIT_ID = re.compile("[0-9a-f]{20}")
+
+READERS = 32
+"""Shards that are looked at together: each look is a request or two, which wait for the store."""
 
 Found = TypeVar("Found")
 
@@ -145,16 +149,18 @@ def _table_pieces(
 
 
 def _where_readable(objects: Sequence[ObjectInfo], look: Callable[[ObjectInfo], Found]) -> list[Found | StoreError]:
-    """The result or the StoreError of `look` for each shard. Raises UnavailableError."""
-    found: list[Found | StoreError] = []
-    for info in objects:
+    """The result or the StoreError of `look` for each shard, several at a time. Raises UnavailableError."""
+
+    def found_of(info: ObjectInfo) -> Found | StoreError:
         try:
-            found.append(look(info))
+            return look(info)
         except UnavailableError:
             raise
         except StoreError as error:
-            found.append(error)
-    return found
+            return error
+
+    with ThreadPoolExecutor(READERS) as readers:
+        return list(readers.map(found_of, objects))  # the first error that is raised cancels what has not begun
 
 
 def _refuse_unreadable(found: Sequence[object]) -> None:

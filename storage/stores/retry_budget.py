@@ -11,6 +11,8 @@ PER_SECOND = 1.0
 """Repeated calls that are earned each second."""
 PER_SUCCESS = 0.1
 """And with each call that succeeds: a store that answers again is asked as before."""
+DEEPEST_DEBT = 60.0
+"""Repeated calls that are owed at most: after a minute a store that answers again is asked as before, by any number."""
 LONGEST_FACTOR = 8.0
 """A spent budget makes a pause longer by this factor at most."""
 
@@ -35,7 +37,8 @@ class RetryBudget:
         """
         with self.lock:
             now = time.monotonic()
-            self.tokens = min(CAPACITY, self.tokens + (now - self.last) * PER_SECOND) - 1
+            earned = min(CAPACITY, self.tokens + (now - self.last) * PER_SECOND)
+            self.tokens = max(-DEEPEST_DEBT, earned - 1)
             self.last = now
             missing = -self.tokens / PER_SECOND
         return max(random.uniform(0.5, 1.0) * pause, min(missing, LONGEST_FACTOR * pause))

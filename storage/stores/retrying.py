@@ -124,9 +124,10 @@ class PatientStore:
             try:
                 result = call()
             except UnavailableError:
-                if time.monotonic() + pause > deadline:
+                left = deadline - time.monotonic()
+                if pause > left:
                     raise
-                time.sleep(min(BUDGET.seconds_to_wait(pause), LONGEST_PAUSE_SECONDS))
+                time.sleep(min(BUDGET.seconds_to_wait(pause), LONGEST_PAUSE_SECONDS, left))
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
             else:
                 BUDGET.succeeded()

@@ -1091,4 +1091,62 @@ MUTATIONS = (
         "if all(",
         ("jobs/export/test_mixed.py::test_views_are_those_of_an_output_of_today",),
     ),
+    Mutation(
+        "a repeated call owes without end",
+        "storage/stores/retry_budget.py",
+        "self.tokens = max(-DEEPEST_DEBT, earned - 1)",
+        "self.tokens = earned - 1",
+        ("storage/stores/test_retry_budget.py::test_the_debt_of_a_thousand_readers_is_paid_in_a_minute",),
+    ),
+    Mutation(
+        "a spent budget sleeps beyond the time that a store is waited for",
+        "storage/stores/retrying.py",
+        "LONGEST_PAUSE_SECONDS, left))",
+        "LONGEST_PAUSE_SECONDS))",
+        ("storage/stores/test_retry_budget.py::test_a_spent_budget_waits_no_longer_than_the_store_is_waited_for",),
+    ),
+    Mutation(
+        "two parts of a job share a unit",
+        "jobs/plan/plan.py",
+        "units = self.units[first:stop]",
+        "units = self.units[first : stop + 1]",
+        ("jobs/run/test_parts.py::test_each_unit_is_of_one_part",),
+    ),
+    Mutation(
+        "results come as calls end",
+        "jobs/run/unit_pass.py",
+        "yield result(waiting.popleft())\n        waiting.append",
+        "yield result(waiting.pop())\n        waiting.append",
+        ("jobs/run/test_unit_pass.py::test_results_come_in_order_from_other_processes",),
+    ),
+    Mutation(
+        "a difference goes on with what was measured of other fragments",
+        "jobs/versus/run.py",
+        'is_same = other is not None and other.get("state") == pair["state"]',
+        "is_same = other is not None",
+        ("jobs/versus/test_versus.py::test_what_was_measured_of_other_fragments_is_not_taken",),
+    ),
+    Mutation(
+        "equal grey levels get the rank of the last",
+        "engine/metrics/similarity.py",
+        "(np.cumsum(counts) - (counts - 1) / 2)[levels]",
+        "np.cumsum(counts)[levels].astype(float)",
+        ("engine/metrics/test_similarity.py::test_grey_levels_are_ranked_as_any_values",),
+    ),
+    Mutation(
+        "what begins with a quote may be a prompt",
+        "engine/catalog/target_expressions.py",
+        "        if name is not None:\n            return self._name(name)",
+        "        if name is not None and name.startswith(TEXT):\n"
+        "            return self._prefixed(TEXT, name[len(TEXT) :])\n"
+        "        if name is not None:\n            return self._name(name)",
+        ("jobs/explain/test_targets.py::test_names_that_look_like_something_else",),
+    ),
+    Mutation(
+        "a module in memory is fed at the size of its name",
+        "engine/model/sources/timm_models.py",
+        "preprocessing_of(known, _built_size(network))",
+        "preprocessing_of(known)",
+        ("jobs/run/test_one_picture.py::test_a_module_is_fed_at_the_size_for_which_it_was_made",),
+    ),
 )

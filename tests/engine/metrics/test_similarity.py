@@ -53,3 +53,12 @@ def test_sparse_maps_without_a_common_pixel_are_not_alike():
     other[2, 3:6] = 1
     assert iou_of_tops(one, other) == 3 / 12
     assert iou_of_tops(one, np.zeros((20, 20))) == 0
+
+
+def test_grey_levels_are_ranked_as_any_values():
+    """Spearman of SciPy, over levels with many ties, of any whole type."""
+    drawn = np.random.default_rng(4)
+    one, other = (drawn.integers(-3, 9, (12, 15)) for _ in range(2))
+    wanted = stats.spearmanr(one.ravel(), other.ravel()).statistic
+    for kind in (np.int16, np.int64, np.float64):
+        assert spearman(one.astype(kind), other.astype(kind)) == pytest.approx(wanted, abs=1e-12)

@@ -2,8 +2,11 @@
 
 import pytest
 
-from blocksight.storage.stores import retry_budget
-from blocksight.storage.stores.retry_budget import CAPACITY, LONGEST_FACTOR, PER_SUCCESS, RetryBudget
+from blocksight.storage.stores import retry_budget, retrying
+from blocksight.storage.stores.retry_budget import CAPACITY, DEEPEST_DEBT, LONGEST_FACTOR, PER_SUCCESS, RetryBudget
+from blocksight.storage.stores.retrying import FIRST_PAUSE_SECONDS, PatientStore
+from blocksight.storage.stores.store import UnavailableError
+from tests.storage.memory import MemoryStore
 
 
 @pytest.fixture
@@ -37,3 +40,29 @@ def test_success_earns_repetitions(clock):
     for _ in range(10_000):
         budget.succeeded()
     assert budget.tokens == CAPACITY
+
+
+def test_the_debt_of_a_thousand_readers_is_paid_in_a_minute(clock):
+    budget = RetryBudget(last=0.0)
+    for _ in range(5_000):
+        budget.seconds_to_wait(30.0)
+    clock[0] = DEEPEST_DEBT + 1
+    assert budget.seconds_to_wait(0.5) <= 0.5
+
+
+def test_a_spent_budget_waits_no_longer_than_the_store_is_waited_for(clock, monkeypatch):
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        clock[0] += seconds
+
+    class Away(MemoryStore):
+        def head(self, key):
+            raise UnavailableError("the store is away")
+
+    monkeypatch.setattr(retrying, "BUDGET", RetryBudget(tokens=-DEEPEST_DEBT, last=0.0))
+    monkeypatch.setattr(retrying.time, "sleep", sleep)
+    with pytest.raises(UnavailableError):
+        PatientStore(Away(), 2 * FIRST_PAUSE_SECONDS).head("k")
+    assert 0 < sum(slept) <= 2 * FIRST_PAUSE_SECONDS
