@@ -10,11 +10,14 @@ from torch import Tensor
 
 from blocksight.engine.catalog.composition import Method
 from blocksight.engine.errors import ModelError
+from blocksight.engine.explainers.ablationcam import AblationCam
+from blocksight.engine.explainers.afmi import AFmi
 from blocksight.engine.explainers.explainer import Explainer
 from blocksight.engine.explainers.gradients import IntegratedGradients
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.engine.model.device_errors import device_trouble
 from blocksight.engine.model.failures import first_line_of
+from blocksight.engine.model.taps import Tail
 from blocksight.engine.model.targets import Target
 from blocksight.engine.scoring.forward import Forward
 
@@ -78,6 +81,30 @@ def scored_once(adapter: ModelAdapter) -> Forward:
         return found[0][:1].expand(len(inputs_nchw), -1)
 
     return forward
+
+
+def run_tails_once(explainer: Explainer) -> None:
+    """Lets the part behind the block compute its first batch alone and repeat those logits, as `scored_once` does.
+
+    Ablation-CAM and A-FMI run it once per feature map, which takes minutes in a large transformer.
+    """
+    base = getattr(explainer, "base", None)
+    if base is not None:
+        run_tails_once(base)
+    elif isinstance(explainer, AblationCam | AFmi):
+        explainer.tail = _once(explainer.tail)
+
+
+def _once(tail: Tail) -> Tail:
+    found: list[Tensor] = []
+
+    def repeated(inputs_nchw: Tensor, maps_nchw: Tensor) -> Tensor:
+        if not found:
+            found.append(tail(inputs_nchw, maps_nchw))
+            return found[0]
+        return found[0][:1].expand(len(maps_nchw), -1)
+
+    return repeated
 
 
 def try_explainer(

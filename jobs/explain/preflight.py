@@ -21,6 +21,7 @@ from blocksight.engine.judging.preflight import (
     check_balance,
     quick,
     refuse_without_gradients,
+    run_tails_once,
     scored_once,
     try_explainer,
 )
@@ -183,6 +184,7 @@ def _tried(adapter: ModelAdapter, config: JobConfig, facts: ModelFacts, inputs_n
     method, blocks = config.method, [block["name"] for block in facts.blocks]
     parameters = quick(method, config.explainer_parameters())
     explainer = make_explainer(config.explainer, adapter, parameters, blocks=blocks, forward=scored_once(adapter))
+    run_tails_once(explainer)
     target = _target(adapter, config, inputs_nchw)
     findings = try_explainer(explainer, method, blocks, inputs_nchw, target)
     return (*findings, *_balanced(adapter, config, inputs_nchw, target))

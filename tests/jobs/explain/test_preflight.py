@@ -186,6 +186,21 @@ def test_every_explainer_is_tried_in_a_few_passes(explainer, tmp_path, shapes):
     assert sum(passes) < 90
 
 
+def test_ablationcam_is_tried_without_a_pass_for_each_map(tmp_path, shapes, monkeypatch):
+    config = config_of(shapes, tmp_path / "out", model="tests.jobs.tiny:make", explainer="ablationcam")
+
+    def passes():
+        adapter, calls = make(), []
+        facts = model_facts(adapter, config)
+        with adapter.module.head.register_forward_pre_hook(lambda *_: calls.append(1)):
+            preflight.examined_on(adapter, config, facts, [])
+        return len(calls)
+
+    short = passes()
+    monkeypatch.setattr(preflight, "run_tails_once", lambda _: None)
+    assert short < passes()
+
+
 # ---------------------------------------------------------------- the readout
 
 
