@@ -17,6 +17,7 @@ from blocksight.engine.errors import ModelError
 from blocksight.engine.model.device_errors import device_trouble
 from blocksight.engine.model.expressions import AmongClasses, target_of
 from blocksight.engine.model.failures import failure_of, name_of, shape_of
+from blocksight.engine.model.known_networks import known_network
 from blocksight.engine.model.network import Network, trace_network
 from blocksight.engine.model.prompts import Compared, Prompted, Texts, embedded, readout_of, refuse_unfit
 from blocksight.engine.model.prompts import name_of as name_of_prompts
@@ -222,7 +223,10 @@ class ModelAdapter:
         pixels = torch.randint(0, 256, (2, 3, *self.input_size), dtype=torch.uint8, generator=own)
         example = self.normalise(pixels)
         with self.borrowed():
-            return trace_network(self.module, example)
+            weights = self._hash_of_weights()
+            if weights is None:
+                return trace_network(self.module, example)
+            return known_network(self.module, example, weights)
 
     @cached_property
     def num_classes(self) -> int:
@@ -253,6 +257,13 @@ class ModelAdapter:
                 "such as [0, z] for a sigmoid's z"
             )
         return num_classes
+
+    def _hash_of_weights(self) -> str | None:
+        """The fingerprint; None for weights that cannot be hashed."""
+        try:
+            return self.fingerprint
+        except ModelError:
+            return None
 
     @cached_property
     def fingerprint(self) -> str:

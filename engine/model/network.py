@@ -45,6 +45,16 @@ MAX_SHOWN = 3
 
 
 @dataclass(frozen=True)
+class Proof:
+    """What was proved of a network. It holds no weights, and may outlive them."""
+
+    places: tuple[Place, ...]
+    is_traced: bool
+    leaking: dict[str, bool]
+    layouts: list[Layout]
+
+
+@dataclass(frozen=True)
 class Network:
     """A module with the list of its tensors, and its graph if it could be traced."""
 
@@ -130,12 +140,12 @@ class Network:
 
         Places are of the architecture. Random weights may prove less of them: a deep network's signal dies out.
         """
-        with torch.no_grad():
-            example = self.example.to(next(module.parameters(), self.example).device)
-            trace = None if self.graph is None else _trace(module, example)
-        if (trace is None) != (self.graph is None):
-            return trace_network(module, example)
-        return replace(self, module=module, graph=None if trace is None else trace.graph)
+        return with_proof(self.proof, module, self.example.to(next(module.parameters(), self.example).device))
+
+    @property
+    def proof(self) -> Proof:
+        """What was proved so far; what is tried later is added to it."""
+        return Proof(self.places, self.graph is not None, self._leaking, self._layouts)
 
     def last_block(self, names: Sequence[str] = ()) -> tuple[Place, Taps]:
         """The deepest of the blocks, and the taps that record it alone. Raises as `blocks`."""
@@ -183,6 +193,16 @@ def trace_network(module: nn.Module, example: Tensor) -> Network:
         places = _module_places(module, example) if trace is None else _traced_places(module, trace, example)
     graph = None if trace is None else trace.graph
     return _without_unused(Network(module, graph, tuple(places), example), example)
+
+
+def with_proof(proof: Proof, module: nn.Module, example: Tensor) -> Network:
+    """The network of a frozen module whose places are known. One that cannot be traced any more is proved anew."""
+    with torch.no_grad():
+        trace = _trace(module, example) if proof.is_traced else None
+    if proof.is_traced and trace is None:
+        return trace_network(module, example)
+    graph = None if trace is None else trace.graph
+    return Network(module, graph, proof.places, example, proof.leaking, proof.layouts)
 
 
 def _without_unused(network: Network, example: Tensor) -> Network:

@@ -945,6 +945,20 @@ MUTATIONS = (
         ("jobs/explain/test_preflight.py::test_what_would_fail_every_record_fails_before_the_first",),
     ),
     Mutation(
+        "a module that changed keeps the places that were proved of it before",
+        "engine/model/known_networks.py",
+        "    if known is not None and known[0] == state:",
+        "    if known is not None:",
+        ("engine/model/test_known_networks.py::test_what_changed_is_proved_anew",),
+    ),
+    Mutation(
+        "a module's proof holds its weights",
+        "engine/model/known_networks.py",
+        "    _PROOFS[module] = (state, network.proof)",
+        "    _PROOFS[module] = (state, network)",
+        ("engine/model/test_known_networks.py::test_a_known_module_is_let_go",),
+    ),
+    Mutation(
         "of several outputs that can be logits the first is explained",
         "engine/model/outputs.py",
         "    if named or len(can_be) == 1:",

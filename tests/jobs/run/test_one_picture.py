@@ -13,6 +13,7 @@ from torch import nn
 
 import blocksight
 from blocksight.engine.errors import ModelError
+from blocksight.engine.model import known_networks
 from blocksight.engine.model.adapter import ModelAdapter
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.storage.outputs.map_codec import decode_map
@@ -171,6 +172,15 @@ def test_a_model_is_given_back_as_it_was(data):
     assert not any(one._forward_pre_hooks or one._forward_hooks for one in module.modules())
     assert torch.get_num_threads() == threads_before + 1
     torch.set_num_threads(threads_before)
+
+
+def test_the_same_module_is_proved_once(data, monkeypatch):
+    proofs, usual = [], known_networks.trace_network
+    monkeypatch.setattr(known_networks, "trace_network", lambda *given: proofs.append(1) or usual(*given))
+    module = make().module
+    first, second = (explained(module, data / KEY, explainer="gradcam", input_size=32) for _ in range(2))
+    assert len(proofs) == 1
+    assert np.array_equal(first.map, second.map)
 
 
 def test_a_module_says_how_it_is_fed(data):
