@@ -10,6 +10,8 @@ import typer
 from blocksight.jobs.cli.app import (
     INCOMPLETE,
     AsJson,
+    ClusterOfTasks,
+    Cores,
     Endpoint,
     Existing,
     OutputModel,
@@ -20,7 +22,7 @@ from blocksight.jobs.cli.app import (
 )
 from blocksight.jobs.cli.figures import print_json, progress_console
 from blocksight.jobs.cli.tables import MEBIBYTE
-from blocksight.jobs.plan.config import ConfigError
+from blocksight.jobs.plan.config import ConfigError, Execution
 from blocksight.jobs.plan.text import counted, printable
 
 commands = typer.Typer()
@@ -136,6 +138,8 @@ def outline_output(
             show_default=False,
         ),
     ] = 0.0,
+    workers: Cores = None,
+    address: ClusterOfTasks = None,
     as_json: AsJson = False,
     endpoint_url: Endpoint = None,
 ) -> None:
@@ -149,12 +153,15 @@ def outline_output(
     from blocksight.engine.regions import RegionRule
     from blocksight.jobs.cli.record_tables import regions_table
     from blocksight.jobs.export.regions import find_regions
+    from blocksight.jobs.worker.rows import existing_output
 
     try:
         rule = RegionRule.parse(threshold, parts, smooth)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    found = find_regions(*existing(output, endpoint_url), rule, progress_console(as_json))
+    execution = Execution(workers=workers, address=address)
+    shown = existing_output(output, endpoint_url)
+    found = find_regions(shown, rule, progress_console(as_json), execution, endpoint_url)
     place = output.rstrip("/")
     if as_json:
         print_json({**asdict(found), "rule": str(rule), "folder": f"{place}/{found.folder}"})

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -17,10 +18,12 @@ from blocksight.engine.saliency import FLAT
 from blocksight.jobs.evaluate.evaluation import fragment_key
 from blocksight.jobs.ledger.dead_letters import letter_key
 from blocksight.jobs.ledger.output import fragment_of, map_of, table_of
-from blocksight.jobs.plan.config import CODE_VERSION, digest_of
+from blocksight.jobs.plan.config import CODE_VERSION, Execution, digest_of
 from blocksight.jobs.plan.plan import REGIONS_FOLDER, Plan
 from blocksight.jobs.plan.records import Unit
-from blocksight.jobs.worker.progress import Tally, progress
+from blocksight.jobs.run.unit_pass import ONE_PROCESS, Reopening, over_units
+from blocksight.jobs.worker.progress import tracked
+from blocksight.jobs.worker.rows import Output, existing_output
 from blocksight.storage.outputs.coco import CocoWriter, placed
 from blocksight.storage.outputs.fragments import encode_fragment
 from blocksight.storage.outputs.schema import OK, RECORD_COLUMNS, REGIONS
@@ -86,32 +89,67 @@ def _identity(plan: Plan, rule: RegionRule) -> dict[str, Any]:
     return {"job": plan.fingerprint, **asdict(rule), "code": CODE_VERSION}
 
 
-def find_regions(store: ObjectStore, plan: Plan, rule: RegionRule, console: Console) -> FoundRegions:
+def find_regions(
+    output: Output,
+    rule: RegionRule,
+    console: Console,
+    execution: Execution = ONE_PROCESS,
+    endpoint_url: str | None = None,
+) -> FoundRegions:
     """Writes the regions of every fragment that has none yet, then the COCO documents anew.
 
-    One fragment is in memory at a time, and one document. Raises StoreError, and UnreconciledError for a damaged one.
+    In each process one fragment is in memory at a time, and here one document. Raises StoreError, ClusterError, and
+    UnreconciledError for a damaged fragment.
     """
+    store, plan = output.store, output.plan
     folder, counts = regions_folder(plan, rule), RegionCounts()
     with suppress(AlreadyExistsError):
         store.create(f"{folder}{SETTINGS}", json.dumps(_identity(plan, rule), indent=1).encode())
     committed = {info.key for info in store.list("data/")}
     there = {info.key for info in store.list(folder)}
     units = [unit for unit in plan.units if unit.fragment_key in committed]
-    counts.open_units = _num_open(store, plan, committed)
+    left = [unit for unit in units if fragment_key(folder, unit) not in there]
+    counts.open_units, counts.made, counts.kept = _num_open(store, plan, committed), len(left), len(units) - len(left)
+    outlining = Outlining(store.uri, endpoint_url, rule, folder)
+    outlining.__dict__["output"] = output  # of this process
+    over_units(outlining, left, execution, console, "outline")
     writer = CocoWriter(
         {"description": f"regions of {plan.identity['explainer']} maps by blocksight", "rule": str(rule)}
     )
     documents: list[str] = []
-    with progress(console, Tally(sum(unit.num_records for unit in units), None, verb="outline")) as update:
-        for unit in units:
-            rows = _rows_of_unit(store, folder, unit, rule, plan, there, counts)
-            for record in _records(rows):
-                for full in writer.add(record):
-                    documents.append(_put(store, folder, len(documents), full))
-                counts.records += 1
-            update(len({(row["shard"], row["shard_index"]) for row in rows}))
+    for unit in tracked(console, units, len(units), "write", "unit"):
+        rows = region_table(store, fragment_key(folder, unit)).to_pylist()
+        counts.add(rows)
+        for record in _records(rows):
+            for full in writer.add(record):
+                documents.append(_put(store, folder, len(documents), full))
+            counts.records += 1
     documents.append(_put(store, folder, len(documents), writer.document()))
     return FoundRegions(rule, folder, tuple(documents), counts)
+
+
+@dataclass
+class Outlining(Reopening):
+    """Writes the regions of a unit's maps, in any process."""
+
+    uri: str
+    endpoint_url: str | None
+    rule: RegionRule
+    folder: str
+
+    @cached_property
+    def output(self) -> Output:
+        """The output, opened where its maps are read."""
+        return existing_output(self.uri, self.endpoint_url)
+
+    def __call__(self, ordinal: int) -> None:
+        """Writes the rows of the unit at this place of the plan, once."""
+        store, plan = self.output.store, self.output.plan
+        unit = plan.units[ordinal]
+        rows = [region_row(row, self.rule, plan.identity["resize"]) for row in _stored(store, unit)]
+        with suppress(AlreadyExistsError):  # of another run, which wrote the same bytes
+            body = encode_fragment(rows, {"blocksight.job": plan.fingerprint}, REGIONS)
+            store.create(fragment_key(self.folder, unit), body)
 
 
 def _num_open(store: ObjectStore, plan: Plan, committed: set[str]) -> int:
@@ -131,29 +169,6 @@ def _records(rows: Sequence[Row]) -> Iterator[list[Row]]:
         record = list(own)
         if record[0]["width"] is not None and record[0]["target_name"] is not None:
             yield record
-
-
-def _rows_of_unit(
-    store: ObjectStore,
-    folder: str,
-    unit: Unit,
-    rule: RegionRule,
-    plan: Plan,
-    there: set[str],
-    counts: RegionCounts,
-) -> list[Row]:
-    """The unit's rows: those that are stored, or new ones, which are created once."""
-    key = fragment_key(folder, unit)
-    if key not in there:
-        rows = [region_row(row, rule, plan.identity["resize"]) for row in _stored(store, unit)]
-        with suppress(AlreadyExistsError):  # of another run, which wrote the same bytes
-            store.create(key, encode_fragment(rows, {"blocksight.job": plan.fingerprint}, REGIONS))
-        counts.made += 1
-    else:
-        rows = region_table(store, key).to_pylist()
-        counts.kept += 1
-    counts.add(rows)
-    return rows
 
 
 def _stored(store: ObjectStore, unit: Unit) -> Iterator[Row]:

@@ -4,24 +4,50 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import fields
 from multiprocessing import get_context
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 
 from blocksight.cluster.cores import usable_cores
 from blocksight.cluster.errors import ClusterError
 from blocksight.jobs.plan.config import Execution
+from blocksight.jobs.plan.records import Unit
 from blocksight.jobs.run.workers import session_of, tell_of
 from blocksight.jobs.worker.memory import keep_freed_memory
+from blocksight.jobs.worker.progress import Tally, progress
 
 LEAST_RECORDS = 2_000
 """A process imports for as long as it measures some hundreds of records: fewer than these are done in this one."""
 AHEAD = 2
 """Calls that wait for each worker: it never idles, and no more results are held."""
 
+ONE_PROCESS = Execution(runner="local")
+
 Thing = TypeVar("Thing")
 Made = TypeVar("Made")
+
+
+class Reopening:
+    """Work of which the fields alone are pickled: a dataclass that opens its stores anew in each process."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {one.name: getattr(self, one.name) for one in fields(self)}  # pyright: ignore[reportArgumentType]
+
+
+def over_units(
+    work: Callable[[int], None], units: Sequence[Unit], execution: Execution, console: Console, verb: str
+) -> None:
+    """Calls `work` with the place in the plan of each unit, with progress. Raises as `in_order`."""
+    if not units:
+        return
+    num_records = sum(unit.num_records for unit in units)
+    done = closing(in_order(work, [unit.ordinal for unit in units], num_records, execution, console))
+    with done as arriving, progress(console, Tally(num_records, None, verb=verb)) as update:
+        for unit, _ in zip(units, arriving, strict=True):
+            update(unit.num_records)
 
 
 def in_order(

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, NotRequired
@@ -21,14 +21,13 @@ from blocksight.jobs.plan.plan import check_place
 from blocksight.jobs.plan.preflight import readout_difference
 from blocksight.jobs.plan.records import Unit, UnreconciledError
 from blocksight.jobs.plan.text import counted
-from blocksight.jobs.run.unit_pass import in_order
+from blocksight.jobs.run.unit_pass import ONE_PROCESS, Reopening, over_units
 from blocksight.jobs.versus.joining import Joining, Tally
 from blocksight.jobs.versus.pictures import Worst, contact_sheet_of
 from blocksight.jobs.versus.rows import DIFFERENCE, MEASURED, measured
 from blocksight.jobs.versus.summary import Sums, summary
 from blocksight.jobs.versus.typical_range import TypicalRange, judged
-from blocksight.jobs.worker import progress
-from blocksight.jobs.worker.progress import passing, tracked
+from blocksight.jobs.worker.progress import tracked
 from blocksight.jobs.worker.rows import Output, existing_output, refuse_other_inputs
 from blocksight.storage.inputs.ground_truth import Truth
 from blocksight.storage.parquet.rows import parquet_of_rows
@@ -42,7 +41,6 @@ SUMMARY = "summary.json"
 """Written last: if it exists, the difference is complete."""
 COUNTS = "counts"
 """In the metadata of an object of measured rows: what was counted of its unit."""
-ONE_PROCESS = Execution(runner="local")
 ROWS, MEASURED_ROWS, PICTURE = "data/", "_measured/", "pictures/worst.png"
 OURS = re.compile(
     r"(data|_measured)/([0-9a-f]{2}/)?\d{6}-[0-9a-f]{20}\.parquet|pictures/worst\.png|summary\.json|_difference\.json"
@@ -166,8 +164,8 @@ def _pair_of(store: ObjectStore) -> Pair:
 
 
 @dataclass
-class Measuring:
-    """Measures the pairs of a unit of A and writes their rows, in any process: what it opens is not pickled."""
+class Measuring(Reopening):
+    """Measures the pairs of a unit of A and writes their rows, in any process."""
 
     a: str
     """URIs of the outputs and of their difference."""
@@ -184,9 +182,6 @@ class Measuring:
     def store(self) -> ObjectStore:
         """Where the rows are written."""
         return PatientStore(open_store(self.place, self.endpoint_url), SHORT_PATIENCE_SECONDS)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("a", "b", "place", "endpoint_url")}
 
     def __call__(self, ordinal: int) -> None:
         """Writes the measured rows of the unit at this place of A's plan, with its counts."""
@@ -207,13 +202,7 @@ def _measure(
     left = [unit for unit in a.plan.units if measured_key(unit) not in there]
     work = Measuring(a.store.uri, b.store.uri, store.uri, endpoint_url)
     work.__dict__.update(joining=Joining(a, b), store=store)  # of this process
-    done = in_order(work, [unit.ordinal for unit in left], sum(unit.num_records for unit in left), execution, console)
-    with (
-        closing(done),
-        passing(console, progress.Tally(sum(u.num_records for u in left), None, verb="compare")) as update,
-    ):
-        for unit, _ in zip(left, done, strict=True):
-            update(unit.num_records)
+    over_units(work, left, execution, console, "compare")
     tally, typical = Tally(), TypicalRange()
     for unit in a.plan.units:
         head = store.head(measured_key(unit))

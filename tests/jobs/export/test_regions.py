@@ -7,8 +7,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
+from blocksight.engine.regions import RegionRule
 from blocksight.jobs.export import regions
+from blocksight.jobs.export.regions import find_regions
+from blocksight.jobs.plan.config import Execution
+from blocksight.jobs.run.unit_pass import ONE_PROCESS
+from blocksight.jobs.worker.rows import existing_output
 from blocksight.storage.inputs.annotations import open_truth
 from blocksight.storage.outputs.schema import REGIONS
 from blocksight.storage.stores.opening import open_store
@@ -27,8 +33,9 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(output: object, *options: object) -> dict:
     done = blocksight("regions", output, "--json", *options)
     assert done.returncode == 0, done.stderr
-    assert "outlined: 10/10 images" in done.stderr
-    return json.loads(done.stdout)
+    figures = json.loads(done.stdout)
+    assert ("outlined: 10/10 images" in done.stderr) == (figures["counts"]["made"] > 0)
+    return figures
 
 
 def tables(folder: str) -> list[dict]:
@@ -89,6 +96,28 @@ def test_the_same_command_leaves_what_is_there_and_other_settings_are_another_fo
     monkeypatch.undo()
     assert found(output, "--threshold", "energy:0.41", "--smooth", "1")["folder"] != first["folder"]
     assert fragments_in(open_store(str(output))) == before
+
+
+def test_processes_write_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr("blocksight.cluster.sizing.LEAST_UNIT_SECONDS", 0.001)
+    monkeypatch.setattr("blocksight.cluster.sizing.MOST_UNIT_SECONDS", 0.002)
+    data = folder_of_images(tmp_path / "data", 12)
+    for place in ("one", "two"):
+        run_here(data, tmp_path / place, explainer="gradcam")
+    outputs = [existing_output(str(tmp_path / place)) for place in ("one", "two")]
+    assert len(outputs[0].plan.units) > 2
+    monkeypatch.setattr("blocksight.jobs.run.unit_pass.LEAST_RECORDS", 0)
+    rule = RegionRule.parse("energy:0.5", "all", 0.0)
+    made = [
+        find_regions(one, rule, Console(quiet=True), execution)
+        for one, execution in zip(outputs, (ONE_PROCESS, Execution(workers=2)), strict=True)
+    ]
+    assert made[0] == made[1]
+    folders = [tmp_path / place / made[0].folder for place in ("one", "two")]
+    first, second = (
+        {file.relative_to(own): file.read_bytes() for file in own.rglob("*") if file.is_file()} for own in folders
+    )
+    assert first == second
 
 
 def test_a_fragment_that_another_run_wrote_first_is_kept(output, monkeypatch):
