@@ -105,7 +105,7 @@ def test_absolute_paths_are_known_when_met(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["a / b", "'photos/dog.jpg'", "s3://bucket/maps", "1/510", "f'{place}/data/*.parquet'"]
+    "text", ["a / b", "'photos/dog.jpg'", "s3://bucket/maps", "1/510", "f'{place}/data/**/*.parquet'"]
 )
 def test_and_nothing_else_is_taken_for_one(text):
     assert not ABSOLUTE.search(text)

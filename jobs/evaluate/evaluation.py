@@ -162,7 +162,7 @@ def value_tables(store: ObjectStore, folder: str) -> Iterator[pa.Table]:
 
     Raises StoreError, and UnreconciledError if a fragment is damaged.
     """
-    for info in sorted(store.list(f"{folder}data/"), key=lambda info: info.key):
+    for info in sorted(store.list(f"{folder}data/"), key=lambda info: info.key.rpartition("/")[2]):
         if not is_probe(info.key):
             yield values_in(store, info.key)
 

@@ -11,7 +11,7 @@ from blocksight.jobs.explain.preflight import check_output, in_a_sentence, print
 from blocksight.jobs.explain.step import load, model_facts
 from blocksight.jobs.plan.config import JobConfig
 from blocksight.jobs.plan.context import sha256_of, weights_bytes
-from blocksight.jobs.plan.plan import Plan, refuse_drift, refuse_other_model
+from blocksight.jobs.plan.plan import Plan, refuse_other_configuration, refuse_other_model
 from blocksight.jobs.plan.preflight import UNEXAMINED, Preflight, stored_preflight
 from blocksight.jobs.plan.records import ModelFacts
 from blocksight.jobs.plan.stored_config import NamedModel, config_of
@@ -29,7 +29,7 @@ def model_of_output(
     """
     config = config_of(plan, store.uri, named)
     state = weights_bytes(config)
-    refuse_drift(config.identity(sha256_of(state)), plan.identity, "configuration")
+    refuse_other_configuration(config.identity(sha256_of(state)), plan)
     stored = stored_preflight(store) or UNEXAMINED
     with in_a_sentence(config.model):
         adapter = load(config, state, device, str(Path.cwd()), stored.readout, vectors_of_output(store, config))

@@ -163,7 +163,7 @@ def _raise_for_damage(store: ObjectStore) -> None:
 
 def _views(store: ObjectStore) -> dict[str, str]:
     """The statements of all views but `metrics`, by view."""
-    data = _source(store, "data/", "data/*.parquet", SCHEMA)
+    data = _source(store, "data/", "data/**/*.parquet", SCHEMA)
     views = {
         "maps": f"SELECT {_columns_now(store)} FROM {data} WHERE status = '{OK}'",
         "rejects": f"SELECT {', '.join(map(_name, RECORD_COLUMNS))} FROM {data} WHERE status = '{REJECTED}'",
@@ -205,15 +205,15 @@ def _explained(data: str) -> str:
 
 def _evaluated(store: ObjectStore) -> str:
     """The query of all evaluations' rows, with the evaluation's name."""
-    source = _source(store, FOLDER, f"{FOLDER}*/data/*.parquet", EVALUATION, with_filename=True)
-    name = "regexp_extract(filename, '/([^/]+)/data/[^/]+$', 1)"
+    source = _source(store, FOLDER, f"{FOLDER}*/data/**/*.parquet", EVALUATION, with_filename=True)
+    name = "regexp_extract(filename, '/([^/]+)/data/(?:[0-9a-f]{2}/)?[^/]+$', 1)"
     return f"SELECT {name} AS evaluation, {', '.join(map(_name, EVALUATION.names))} FROM {source}"
 
 
 def _regions(store: ObjectStore) -> str:
     """The query of the maps' regions, with the name of their settings: a map has a row for each."""
-    source = _source(store, REGIONS_FOLDER, f"{REGIONS_FOLDER}*/data/*.parquet", REGIONS, with_filename=True)
-    name = "regexp_extract(filename, '/([^/]+)/data/[^/]+$', 1)"
+    source = _source(store, REGIONS_FOLDER, f"{REGIONS_FOLDER}*/data/**/*.parquet", REGIONS, with_filename=True)
+    name = "regexp_extract(filename, '/([^/]+)/data/(?:[0-9a-f]{2}/)?[^/]+$', 1)"
     return f"SELECT {name} AS settings, {', '.join(map(_name, REGIONS.names))} FROM {source}"
 
 
@@ -393,7 +393,7 @@ def _rows(found: duckdb.DuckDBPyConnection) -> Iterator[Sequence[Any]]:
 
 
 OURS = re.compile(
-    r"""['"](.*?)/((?:data|(?:evaluations|regions)/[0-9a-f]+/data|audit/rows)/\d{6}-[0-9a-f]{20}\.parquet"""
+    r"""['"](.*?)/((?:data|(?:evaluations|regions)/[0-9a-f]+/data|audit/rows)/(?:[0-9a-f]{2}/)?\d{6}-[0-9a-f]{20}\.parquet"""
     r"""|audit/(?:groups|clusters)\.parquet)['"]"""
 )
 """Matches a table of an output in DuckDB's messages: the output's place, and the table's key."""

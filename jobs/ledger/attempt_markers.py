@@ -20,6 +20,8 @@ from blocksight.storage.stores.store import AlreadyExistsError, MissingError, Ob
 FOLDER = "_job/attempts/"
 READERS = 16
 """Markers read at the same time."""
+MAX_ATTEMPTS = 10_000
+"""Markers of one unit, most of them of attempts that ended alive, as while a store is away again and again."""
 UNITS_AT_ONCE = 256
 """Units whose markers are looked for before it is asked whether any of them was begun."""
 
@@ -77,7 +79,7 @@ def job_step_begun(output: ObjectStore, step: str, marker: Marker) -> Attempt:
 def _taken(output: ObjectStore, prefix: str, marker: Marker) -> Attempt:
     """Creates the first marker that does not exist, and counts the earlier ones that did not end."""
     num_deaths = 0
-    for number in count():
+    for number in range(MAX_ATTEMPTS):
         key = f"{prefix}{number}.json"
         try:
             output.create(key, json.dumps(asdict(marker)).encode())
@@ -87,7 +89,7 @@ def _taken(output: ObjectStore, prefix: str, marker: Marker) -> Attempt:
                 num_deaths += found is None or not found.ended
                 continue
         return Attempt((key,), num_deaths)
-    raise AssertionError("numbers have no end")
+    raise StoreError(f"{output.uri}/{prefix} holds {MAX_ATTEMPTS:,} attempts: remove them, and the unit begins anew")
 
 
 def end(output: ObjectStore, attempt: Attempt, marker: Marker) -> None:

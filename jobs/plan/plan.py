@@ -21,6 +21,7 @@ from blocksight.jobs.plan.units import Piece, Shards, Workforce, check_units, pi
 from blocksight.storage.inputs.labels import folder_label
 from blocksight.storage.inputs.survey import Layout, Survey, survey
 from blocksight.storage.limits import MAX_BATCH_BYTES, MAX_UNFOLDING
+from blocksight.storage.outputs.schema import FLAT_VERSIONS, SCHEMA_VERSION
 from blocksight.storage.parquet.reader import checked_columns, parquet_bytes
 from blocksight.storage.parquet.rows import parquet_of_rows
 from blocksight.storage.stores.locations import contain_each_other, is_whole_bucket, normal_place
@@ -205,7 +206,8 @@ class FoundInput:
         found = self.survey
         cut = list(pieces(found, self.shards, self.config, workforce))
         fingerprint = digest_of(self.identity)
-        units = tuple(_unit(ordinal, fingerprint, found.layout, piece) for ordinal, piece in enumerate(cut))
+        spread = _is_spread(self.identity)
+        units = tuple(_unit(ordinal, fingerprint, found.layout, piece, spread) for ordinal, piece in enumerate(cut))
         used = {info.key: info for piece in cut for info in piece.objects}
         return Plan(
             self.identity,
@@ -261,10 +263,15 @@ def _notes_of(cut: Sequence[Piece]) -> Iterable[str]:
     return notes.values()
 
 
-def _unit(ordinal: int, fingerprint: str, layout: Layout, piece: Piece) -> Unit:
+def _is_spread(identity: Mapping[str, Any]) -> bool:
+    """True if the fragments of an output with this configuration lie in 256 folders."""
+    return identity["schema"] not in FLAT_VERSIONS
+
+
+def _unit(ordinal: int, fingerprint: str, layout: Layout, piece: Piece, spread: bool) -> Unit:
     inputs = [[info.key, info.size, info.etag] for info in piece.objects]
     unit_id = digest_of({"job": fingerprint, "inputs": inputs, "start": piece.start, "stop": piece.stop})[:20]
-    return Unit(ordinal, unit_id, layout, piece.objects, piece.start, piece.stop, piece.num_records)
+    return Unit(ordinal, unit_id, layout, piece.objects, piece.start, piece.stop, piece.num_records, spread)
 
 
 def ensure_plan(store: ObjectStore, plan: Plan) -> Plan:
@@ -289,6 +296,21 @@ def ensure_plan(store: ObjectStore, plan: Plan) -> Plan:
             return plan
     refuse_drift(plan.identity, stored.identity, "configuration")
     return stored
+
+
+def refuse_older(plan: Plan, uri: str) -> None:
+    """Raises DriftError for an output of an earlier version: this one reads it and adds nothing to it."""
+    theirs = plan.identity["schema"]
+    if theirs != SCHEMA_VERSION:
+        raise DriftError(
+            f"{uri} was begun by a version that writes schema {theirs}, and this one writes {SCHEMA_VERSION}: finish "
+            "it with that version, or choose another --output; `status`, `show`, `audit` and the others read it"
+        )
+
+
+def refuse_other_configuration(identity: Mapping[str, Any], plan: Plan) -> None:
+    """Raises DriftError if an output that is read has another configuration; its schema may be older."""
+    refuse_drift({**identity, "schema": plan.identity["schema"]}, plan.identity, "configuration")
 
 
 def refuse_drift(ours: Mapping[str, Any], theirs: Mapping[str, Any], what: str) -> None:
@@ -382,7 +404,7 @@ def _named_units(store: ObjectStore, body: PlanDocument) -> tuple[Unit, ...]:
     units_body = store.read(body["units"])
     if _units_key(units_body) != body["units"]:
         raise ValueError(f"{body['units']} does not hold what its name says")
-    units = _read_units(units_body)
+    units = _read_units(units_body, _is_spread(body["configuration"]))
     check_units(units, body["layout"])
     if len(units) != body["num_units"]:
         raise ValueError(f"{counted(body['num_units'], 'unit')} should be there, and {len(units)} can be read")
@@ -456,13 +478,14 @@ def _units_key(body: bytes) -> str:
     return f"{PLAN_FOLDER}units-{hashlib.sha256(body).hexdigest()[:16]}.parquet"
 
 
-def _read_units(body: bytes) -> tuple[Unit, ...]:
+def _read_units(body: bytes, spread: bool) -> tuple[Unit, ...]:
     most_bytes = MAX_UNFOLDING * len(body) + MAX_BATCH_BYTES
     table = checked_columns(parquet_bytes(body, "the list of units"), UNITS_SCHEMA)
     rows = table.table(UNITS_SCHEMA.names, UNITS_SCHEMA, most_bytes).to_pylist()
     return tuple(
         Unit(
-            **{**row, "layout": Layout(row["layout"]), "objects": tuple(ObjectInfo(**item) for item in row["objects"])}
+            **{**row, "layout": Layout(row["layout"]), "objects": tuple(ObjectInfo(**item) for item in row["objects"])},
+            is_spread=spread,
         )
         for row in rows
     )

@@ -39,6 +39,8 @@ class Unit:
     """One past the last byte or row; the number of loose images."""
     num_records: int
     """Exact for images and Parquet; for tar an estimate from the shard's size; 0 where planning could not read it."""
+    is_spread: bool = True
+    """Its fragment lies in one of 256 folders, because stores limit the requests to one; False before schema 5."""
 
     @property
     def is_counted(self) -> bool:
@@ -48,7 +50,8 @@ class Unit:
     @property
     def fragment_key(self) -> str:
         """The fragment's key below the output's root."""
-        return f"data/{self.ordinal:06d}-{self.unit_id}.parquet"
+        folder = f"data/{self.unit_id[:2]}/" if self.is_spread else "data/"
+        return f"{folder}{self.ordinal:06d}-{self.unit_id}.parquet"
 
 
 @dataclass(frozen=True)

@@ -227,7 +227,7 @@ def _workers(run: RunDocument) -> str:
 
 def commands(output: Output, *, has_audit: bool, has_values: bool) -> Iterator[Fact]:
     name, uri = shlex.quote(output.name), output.store.uri
-    where = _sql_text(f"{uri}/data/*.parquet")
+    where = _sql_text(f"{uri}/data/**/*.parquet")
     yield Fact(
         "classes by Drop, in Python with DuckDB",
         _duckdb(

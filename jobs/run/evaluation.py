@@ -26,7 +26,7 @@ from blocksight.jobs.ledger.stop_request import GO_ON, Stop, stopped_by_signals,
 from blocksight.jobs.plan.config import ConfigError, Execution, JobConfig
 from blocksight.jobs.plan.context import sha256_of, weights_bytes
 from blocksight.jobs.plan.machine_rates import recall
-from blocksight.jobs.plan.plan import ensure_model, existing_plan, refuse_drift
+from blocksight.jobs.plan.plan import ensure_model, existing_plan, refuse_other_configuration
 from blocksight.jobs.plan.preflight import UNEXAMINED, stored_preflight
 from blocksight.jobs.plan.records import Evaluated, UnfinishedError, Unit, UnitFailure, UnitReturned
 from blocksight.jobs.plan.stored_config import NamedModel, config_of
@@ -111,7 +111,7 @@ def run_evaluation(asked: EvaluationRequest, execution: Execution, console: Cons
     if not units:
         return EvaluationOutcome(folder, 0, (), (), None)
     state = weights_bytes(config)
-    refuse_drift(config.identity(sha256_of(state)), plan.identity, "configuration")
+    refuse_other_configuration(config.identity(sha256_of(state)), plan)
     preflight = stored_preflight(output) or UNEXAMINED
     adapter, facts = check_model(config, state, console, preflight.readout, vectors_of_output(output, config))
     check_as_stored(output, adapter, facts, preflight, console)

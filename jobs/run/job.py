@@ -42,6 +42,7 @@ from blocksight.jobs.plan.plan import (
     load_plan,
     open_output,
     refuse_drift,
+    refuse_older,
     stored_vectors,
 )
 from blocksight.jobs.plan.preflight import Preflight, ensure_preflight, stored_preflight
@@ -133,6 +134,7 @@ def begun_or_new(config: JobConfig) -> tuple[ObjectStore, Plan | FoundInput]:
     stored = load_plan(output)
     if stored is None:
         return output, find_input(config, weights_sha256=weights_sha256)
+    refuse_older(stored, output.uri)
     refuse_drift(config.identity(weights_sha256), stored.identity, "configuration")
     return output, stored
 

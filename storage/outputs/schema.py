@@ -2,8 +2,10 @@
 
 import pyarrow as pa
 
-SCHEMA_VERSION = "4"
-"""Increase it whenever a column changes its name, type or meaning."""
+SCHEMA_VERSION = "5"
+"""Increase it whenever a column changes its name, type or meaning, or the fragments their places."""
+FLAT_VERSIONS = frozenset("1234")
+"""The versions whose fragments all lie in one folder."""
 RANKS_FROM_0 = "3"
 """The version whose `target_rank` begins at 0, and that has no `label_rank`. Readers add both."""
 

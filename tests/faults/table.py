@@ -544,6 +544,44 @@ MUTATIONS = (
         ("jobs/plan/test_documents.py::test_a_receipt_of_another_unit_is_not_taken",),
     ),
     Mutation(
+        "fragments of an old output are looked for in 256 folders",
+        "jobs/plan/plan.py",
+        'return identity["schema"] not in FLAT_VERSIONS',
+        "return True",
+        ("jobs/ledger/test_old_layout.py::test_fragments_lie_in_folders_by_the_beginning_of_their_units_id",),
+    ),
+    Mutation(
+        "SQL sees the fragments of one folder alone",
+        "jobs/export/sql.py",
+        '"data/", "data/**/*.parquet", SCHEMA)',
+        '"data/", "data/*.parquet", SCHEMA)',
+        ("jobs/ledger/test_old_layout.py::test_sql_and_a_plain_reader_see_all_rows_of_both",),
+    ),
+    Mutation(
+        "an old output is refused by a difference of configurations, without a way to finish it",
+        "jobs/run/job.py",
+        "    refuse_older(stored, output.uri)\n",
+        "",
+        ("jobs/ledger/test_old_layout.py::test_explain_adds_nothing_to_an_old_output",),
+    ),
+    Mutation(
+        "the receipts of an old output are not read",
+        "jobs/ledger/receipt_batches.py",
+        "if key.endswith(SUFFIX) or key in ours]",
+        "if key.endswith(SUFFIX)]",
+        ("jobs/ledger/test_old_layout.py::test_receipts_of_an_old_output_are_read_and_not_made_anew",),
+    ),
+    Mutation(
+        "no number of deaths gives a unit up",
+        "jobs/worker/attempts.py",
+        "attempt.num_deaths >= MAX_DEATHS:",
+        "attempt.num_deaths >= 10**9:",
+        (
+            "faults/test_bounded_attempts.py::"
+            "test_a_unit_of_which_every_attempt_dies_is_given_up_and_the_others_are_done",
+        ),
+    ),
+    Mutation(
         "a run ends without writing its receipts",
         "jobs/ledger/receipt_batches.py",
         '        """Writes what is collected, however the run ends."""\n        self.flush()',

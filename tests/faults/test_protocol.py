@@ -25,6 +25,7 @@ from blocksight.jobs.plan.units import Workforce
 from blocksight.jobs.run import local
 from blocksight.jobs.worker import attempts
 from blocksight.jobs.worker.attempts import WorkerStores
+from blocksight.storage.outputs.map_codec import quantised
 from blocksight.storage.stores import retrying
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.retrying import PatientStore
@@ -148,6 +149,8 @@ class Protocol(RuleBasedStateMachine):
         job_state = read_job_state(self.store, self.world.plan)
         for unit in job_state.open_units:
             assert isinstance(self.world.run(unit, self.store), Receipt | DeadLetter)
+        job_state = read_job_state(self.store, self.world.plan)
+        assert job_state.total("num_ok") or not job_state.receipts, "no attempt has explained anything"
         self.is_final = True
         self.finalize_or_report()
         self.what_is_committed_stays()
@@ -179,7 +182,7 @@ class World:
             if record.reject_code is None:
                 next(pixels)
                 saliency = self.levels.random((8, 8), dtype=np.float32)
-                row |= {"status": "ok", "score": 0.5, "target_index": 1, "map": saliency, "num_forwards": 1}
+                row |= {"status": "ok", "score": 0.5, "target_index": 1, "map": quantised(saliency), "num_forwards": 1}
                 row |= {"metrics": {"drop": float(saliency.mean()), "increase": False, "protocol": "p"}}
             else:
                 row |= {"status": "rejected", "reject_code": record.reject_code, "error": record.error}

@@ -45,7 +45,7 @@ class Planned:
     @property
     def fragment(self) -> str:
         """The key of its one fragment."""
-        return f"data/{self.ordinal:06d}-{self.unit_id}.parquet"
+        return f"data/{self.unit_id[:2]}/{self.ordinal:06d}-{self.unit_id}.parquet"
 
 
 @dataclass

@@ -121,7 +121,7 @@ def values_of(output: Path) -> list[dict[str, Any]]:
     asked = EvaluationRequest(str(output), "drop,average_drop_50,sanity", share=0.3, controls=True, model=model)
     done = run_evaluation(asked, Execution(runner="local"), Console(quiet=True))
     assert (done.num_open, done.failures) == (0, [])
-    files = sorted((output / done.folder / "data").iterdir())
+    files = sorted((output / done.folder / "data").rglob("*.parquet"), key=lambda file: file.name)
     return [row for file in files for row in pq.read_table(file).to_pylist()]
 
 

@@ -48,7 +48,7 @@ def model_of(output: object, endpoint_url: str | None = None) -> str:
 
 def rows_in(store: ObjectStore) -> list[dict]:
     """All rows under data/, in the order of fragments."""
-    keys = sorted(info.key for info in store.list("data/"))
+    keys = sorted((info.key for info in store.list("data/")), key=lambda key: key.rpartition("/")[2])
     return [row for key in keys for row in read_fragment(store.read(key)).to_pylist()]
 
 

@@ -76,7 +76,7 @@ def audit(store: ObjectStore) -> Audit:
         own = [_audit_row(number, row) for number, row in enumerate(row for row in rows if row["status"] == "ok")]
         body = io.BytesIO()
         pq.write_table(pa.Table.from_pylist([*own[:-1], *({**row, "cluster": None} for row in own[-1:])], ROWS), body)
-        store.put(f"{ROWS_FOLDER}{unit.fragment_key.removeprefix('data/')}", body.getvalue())
+        store.put(f"{ROWS_FOLDER}{unit.fragment_key.rpartition('/')[2]}", body.getvalue())
     grid = np.zeros((GRID, GRID), np.float32)
     group = Group("all", None, None, 3, {"gini": Spread(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 3)}, grid, grid)
     cluster = Cluster(1, "bee", 0, 3, 0.5, 1.0, grid, ("a",))

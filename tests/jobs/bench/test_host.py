@@ -46,7 +46,7 @@ def test_the_meter_counts_a_process_below_also_after_its_end():
 def test_made_shards_hold_the_same_readable_pictures_each_time(tmp_path, monkeypatch):
     monkeypatch.setattr(host, "SHARD_IMAGES", 3)
     folders = [make_shards(tmp_path / name, 7) for name in ("one", "other")]
-    first, second = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders)
+    first, second = ({file.name: file.read_bytes() for file in folder.rglob("*.parquet")} for folder in folders)
     assert first == second
     store = LocalStore(folders[0])
     records = [raw for info in store.list("") for raw in read_tar(store, info, 0, info.size)]

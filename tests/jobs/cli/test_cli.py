@@ -143,7 +143,7 @@ def test_status_and_verify_tell_open_from_wrong(finished, tmp_path):
     assert blocksight("verify", tmp_path / "out").returncode == 0
     printed = "".join(blocksight("status", tmp_path / "out").stdout.split())  # a long path is folded
     assert f"data{finished / 'in'}" in printed  # where images will be read
-    first, second = sorted((tmp_path / "out" / "data").glob("[0-9]*.parquet"))[:2]
+    first, second = sorted((tmp_path / "out" / "data").rglob("[0-9]*.parquet"))[:2]
     first.unlink()
     assert blocksight("status", tmp_path / "out").returncode == 4
     gone = blocksight("verify", tmp_path / "out")

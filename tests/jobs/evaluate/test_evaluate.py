@@ -146,7 +146,7 @@ def test_the_same_evaluation_resumes(output):
     outcome = evaluated(output)
     whole = fragments_in_evaluation(output, outcome)
     assert evaluated(output).done == ()
-    for file in list((output / outcome.folder / "data").iterdir())[1:]:
+    for file in list((output / outcome.folder / "data").rglob("*.parquet"))[1:]:
         file.unlink()
     assert open_units(LocalStore(output), load_plan(LocalStore(output)), outcome.folder)
     again = evaluated(output)
@@ -158,7 +158,7 @@ def test_the_same_evaluation_resumes(output):
 
 
 def fragments_in_evaluation(output, outcome):
-    return {file.name: file.read_bytes() for file in (output / outcome.folder / "data").iterdir()}
+    return {file.name: file.read_bytes() for file in (output / outcome.folder / "data").rglob("*.parquet")}
 
 
 def test_a_probe_of_what_can_be_written_is_no_fragment_of_an_evaluation():

@@ -95,7 +95,7 @@ def test_vectors_are_stored_and_other_files_are_drift(output, data):
     wanted = fragments_in(LocalStore(output))
     assert b'"features": [' in LocalStore(output).read(MODEL_KEY)
     for folder in ("data", "_job/receipts"):
-        for file in (output / folder).iterdir():
+        for file in (output / folder).rglob("*.parquet"):
             file.unlink()
     run_here(data / "in", output, target=targets_of(data), explainer="layercam")
     assert fragments_in(LocalStore(output)) == wanted
@@ -227,4 +227,4 @@ def test_what_has_no_meaning_is_refused_before_work(target, reason, data, tmp_pa
         "--explainer", "gradcam", f"--target={target}",
     )  # fmt: skip
     assert (code, reason in text) == (2, True), text
-    assert not list((tmp_path / "o").glob("data/*"))
+    assert not list((tmp_path / "o").glob("data/**/*.parquet"))

@@ -322,7 +322,7 @@ def test_one_gpu_chooses_before_the_first_unit_and_its_rate_is_stored(tmp_path, 
     assert planned is not None
     assert (planned.forwards_per_second, planned.hardware, planned.compute_capability) == (4e4, "H", "9.0")
     assert {receipt["forward"] for receipt in receipts(tmp_path / "maps")} == {"eager float32, 3 per pass"}
-    for fragment in (tmp_path / "maps/data").iterdir():
+    for fragment in (tmp_path / "maps/data").rglob("*.parquet"):
         fragment.unlink()
     run_on_gpus(data, tmp_path / "maps", monkeypatch, choose)
     assert len(asked) == 1  # a resumed job keeps it

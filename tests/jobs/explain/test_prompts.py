@@ -71,7 +71,7 @@ def test_the_embeddings_are_stored_and_not_computed_again(output):
     wanted = fragments_in(LocalStore(output))
     assert b'"embeddings"' in LocalStore(output).read(MODEL_KEY)
     for folder in ("data", "_job/receipts"):
-        for file in (output / folder).iterdir():
+        for file in (output / folder).rglob("*.parquet"):
             file.unlink()
     ENCODED.clear()
     run_here(output.parent / "in", output, model=READER, target=TARGETS, explainer="gradcam")
@@ -110,7 +110,7 @@ def test_what_has_no_meaning_is_refused_before_work(model, target, reason, outpu
         "--explainer", "gradcam", "--target", target,
     )  # fmt: skip
     assert (code, reason in text) == (2, True), text
-    assert not list((tmp_path / "o").glob("data/*"))
+    assert not list((tmp_path / "o").glob("data/**/*.parquet"))
 
 
 def test_one_prompt_is_explained_by_its_logit(output, tmp_path):

@@ -107,7 +107,7 @@ def test_the_same_model_passes(command, output, tmp_path):
 
 def test_explain_refuses_it_when_it_resumes(data, output, change, tmp_path):
     run_here(data, tmp_path / "out", explainer="gradcam")
-    for path in (tmp_path / "out" / "data").iterdir():
+    for path in (tmp_path / "out" / "data").rglob("*.parquet"):
         path.unlink()  # the unit is open again
     change(lambda z: 1.1 * z)
     code, text = called(

@@ -112,7 +112,7 @@ def test_a_second_run_has_the_same_bytes_and_a_rest_is_resumed(output, data, tmp
     run_here(data, again, target="\n".join(TARGETS), explainer="layercam")
     wanted = fragments_in(LocalStore(output))
     assert fragments_in(LocalStore(again)) == wanted
-    for file in (again / "data").iterdir():
+    for file in (again / "data").rglob("*.parquet"):
         file.unlink()
     for file in (again / "_job/receipts").iterdir():
         file.unlink()
@@ -259,7 +259,7 @@ def test_what_a_method_cannot_explain_is_refused_before_the_first_record(explain
         target,
     )
     assert (code, reason in text) == (2, True), text
-    assert not list((tmp_path / "o").glob("data/*"))
+    assert not list((tmp_path / "o").glob("data/**/*.parquet"))
 
 
 def test_a_condition_sees_the_metrics_of_sums_and_takes_maps_by_target(output, tmp_path):

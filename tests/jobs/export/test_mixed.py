@@ -58,7 +58,7 @@ def table(output, query):
 def test_the_outputs_are_mixed(outputs):
     for name in ("0", "1"):
         for folder in ("data", next(iter((outputs[name] / "evaluations").iterdir())) / "data"):
-            files = sorted((outputs[name] / folder).glob("*.parquet"))
+            files = sorted((outputs[name] / folder).rglob("*.parquet"))
             has_target = ["target" in parquet_bytes(file.read_bytes(), "it").names for file in files]
             assert set(has_target) == {True, False}
 

@@ -195,7 +195,7 @@ def test_arrays_need_no_images(output, tmp_path):
 
 def test_a_damaged_map_is_named(output, tmp_path):
     shutil.copytree(output, tmp_path / "out")
-    file = sorted((tmp_path / "out/data").glob("*.parquet"))[-1]
+    file = sorted((tmp_path / "out/data").rglob("*.parquet"))[-1]
     file.write_bytes(file.read_bytes()[:200])
     code, printed = called("export", tmp_path / "out", "numpy", tmp_path / "x")
     assert (code, file.name in printed) == (5, True)

@@ -39,7 +39,7 @@ def found(output: object, *options: object) -> dict:
 
 
 def tables(folder: str) -> list[dict]:
-    return [row for file in sorted(Path(folder, "data").glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+    return [row for file in sorted(Path(folder, "data").rglob("*.parquet")) for row in pq.read_table(file).to_pylist()]
 
 
 def test_rows_in_are_rows_out_and_join_by_key_and_target(output):
@@ -53,7 +53,7 @@ def test_rows_in_are_rows_out_and_join_by_key_and_target(output):
     assert (counts["records"], counts["maps"], counts["with_regions"], counts["open_units"]) == (7, 14, 14, 0)
     assert counts["reasons"] == {"the record was rejected": 3}
     assert counts["parts"] == sum(len(row["parts"]) for row in rows)
-    schema = pq.read_schema(next(Path(figures["folder"], "data").glob("*.parquet")))
+    schema = pq.read_schema(next(Path(figures["folder"], "data").rglob("*.parquet")))
     assert schema.names == REGIONS.names
 
 
@@ -167,7 +167,7 @@ def test_an_unfinished_job_is_outlined_as_far_as_it_is(output, tmp_path):
 
 def test_a_damaged_fragment_is_named_and_nothing_is_written_for_it(output, tmp_path):
     shutil.copytree(output, tmp_path / "maps")
-    (file,) = (tmp_path / "maps/data").glob("*.parquet")
+    (file,) = (tmp_path / "maps/data").rglob("*.parquet")
     file.write_bytes(file.read_bytes()[:-100])
     done = blocksight("regions", tmp_path / "maps", "--threshold", "share:0.11")
     assert done.returncode == 5

@@ -76,7 +76,7 @@ def test_maps_and_rejects_are_the_rows_that_stand(output):
 def test_ranks_of_an_older_output_begin_at_1_too(tmp_path, monkeypatch):
     monkeypatch.setattr("blocksight.jobs.plan.config.SCHEMA_VERSION", RANKS_FROM_0)
     run_here(folder_of_images(tmp_path / "in"), tmp_path / "out", target="top-2", explainer="gradcam")
-    for file in (tmp_path / "out/data").glob("*.parquet"):
+    for file in (tmp_path / "out/data").rglob("*.parquet"):
         rows = [{name: row[name] for name in SCHEMA_3.names} for row in pq.read_table(file).to_pylist()]
         file.write_bytes(
             encode_fragment([{**row, "target_rank": (row["target_rank"] or 1) - 1} for row in rows], {}, SCHEMA_3)
@@ -163,7 +163,7 @@ def test_nothing_measured_and_nothing_explained_are_empty_views(tmp_path):
     assert len(dicts(connection, "SELECT * FROM metrics WHERE drop IS NOT NULL")) == 2
     assert not dicts(connection, "SELECT * FROM values WHERE evaluation IS NOT NULL OR curve IS NOT NULL")
     full = {view: connection.execute(f"DESCRIBE {view}").fetchall() for view in VIEWS[:3]}
-    for file in (tmp_path / "out" / "data").iterdir():
+    for file in (tmp_path / "out" / "data").rglob("*.parquet"):
         file.unlink()
     connection = connect(str(tmp_path / "out"))
     for view in VIEWS:
@@ -338,7 +338,7 @@ def test_the_command(output, tmp_path):
 
 def test_a_damaged_fragment_is_a_sentence(tmp_path):
     run_here(folder_of_images(tmp_path / "in", 1, bad=False), tmp_path / "out", explainer="gradcam")
-    (file,) = (tmp_path / "out" / "data").glob("*.parquet")
+    (file,) = (tmp_path / "out" / "data").rglob("*.parquet")
     file.write_bytes(b"no Parquet")
     with pytest.raises(UnreconciledError, match=f"{file} is damaged, `blocksight verify` says more"):
         connect(str(tmp_path / "out"))
@@ -346,7 +346,7 @@ def test_a_damaged_fragment_is_a_sentence(tmp_path):
 
 def test_a_fragment_that_is_damaged_later_is_named_too(tmp_path):
     run_here(folder_of_images(tmp_path / "in", 1, bad=False), tmp_path / "it's [x]", explainer="gradcam")
-    (file,) = (tmp_path / "it's [x]" / "data").glob("*.parquet")
+    (file,) = (tmp_path / "it's [x]" / "data").rglob("*.parquet")
     connection = connect(str(tmp_path / "it's [x]"))
     body = file.read_bytes()
     file.unlink()

@@ -113,7 +113,7 @@ DRAWN = ("report", "versus", "show", "fiftyone", "virelay", "spotlight", "quantu
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("command", ["report", "versus", "compare", "show", "sql", "spotlight"])
 def test_a_damaged_fragment_is_named(base, command, damage):
-    key = spoil(base, "data/*.parquet", DAMAGE[damage])
+    key = spoil(base, "data/**/*.parquet", DAMAGE[damage])
     code, printed = called(*commands(base)[command])
     assert code == 5, printed
     assert f"{base / 'a' / key} is damaged, `blocksight verify` says more" in printed
@@ -125,7 +125,7 @@ def test_a_damaged_fragment_is_named(base, command, damage):
 def test_damaged_values_are_named(base, command, damage):
     if command == "report":  # reads them once more for its galleries
         evaluated(base / "a", metrics="insertion")
-    key = spoil(base, "evaluations/*/data/*.parquet", DAMAGE[damage])
+    key = spoil(base, "evaluations/*/data/**/*.parquet", DAMAGE[damage])
     code, printed = called(*commands(base)[command])
     assert code == 5, printed
     assert f"{base / 'a' / key} is damaged, remove it, and the same `evaluate` makes it again" in printed
@@ -139,7 +139,7 @@ def test_what_is_whole_is_read(base, command):
 
 @pytest.mark.parametrize("command", DRAWN)
 def test_a_damaged_map_is_named(base, command):
-    spoil(base, "data/*.parquet", with_bad_maps)
+    spoil(base, "data/**/*.parquet", with_bad_maps)
     code, printed = called(*commands(base)[command])
     assert code == 5, printed
     key = explained(LocalStore(base / "a"))[0]["key"].rpartition("/")[2]
@@ -165,19 +165,19 @@ def test_an_export_of_an_audit_without_its_rows_says_so(base):
 
 
 def test_a_damaged_fragment_is_a_failure_of_its_unit_in_an_evaluation(base):
-    key = spoil(base, "data/*.parquet", DAMAGE["cut"])
+    key = spoil(base, "data/**/*.parquet", DAMAGE["cut"])
     (failure,) = evaluated(base / "a", metrics="gini").failures
     assert failure.error.startswith(f"{base / 'a' / key} is damaged")
 
 
 def test_invalid_text_is_named_where_it_is_read(base):
-    key = spoil(base, "data/*.parquet", with_bad_text)
+    key = spoil(base, "data/**/*.parquet", with_bad_text)
     with pytest.raises(UnreconciledError, match="UTF8"):
         fragment_of(LocalStore(base / "a"), key)
 
 
 def test_a_map_of_another_size_than_the_models_input_is_damage_before_it_is_decoded(base):
-    key = spoil(base, "data/*.parquet", with_a_large_map)
+    key = spoil(base, "data/**/*.parquet", with_a_large_map)
     store = LocalStore(base / "a")
     expected = r"the map of '.*' has 4096 x 32 pixels, the input of the plan's model 32 x 32"
     with pytest.raises(UnreconciledError, match=f"is damaged, `blocksight verify` says more: {expected}"):

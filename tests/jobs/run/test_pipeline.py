@@ -166,7 +166,7 @@ def test_an_evaluation_leaves_the_same_bytes(tmp_path, monkeypatch):
     run_here(data, output, target="top-2", explainer="gradcam")
     here = evaluated(output, metrics="insertion,pos,entropy", controls=True)
     bytes_here = measured_in(output / here.folder)
-    for file in (output / here.folder / "data").iterdir():
+    for file in (output / here.folder / "data").rglob("*.parquet"):
         file.unlink()
     asked = ("--model", MODEL, "--metrics", "insertion,pos,entropy", "--controls", "--workers", 1, "--seed", 0)
     assert_done(blocksight("evaluate", output, *asked))
@@ -174,7 +174,7 @@ def test_an_evaluation_leaves_the_same_bytes(tmp_path, monkeypatch):
 
 
 def measured_in(folder):
-    return {file.name: file.read_bytes() for file in (folder / "data").iterdir()}
+    return {file.name: file.read_bytes() for file in (folder / "data").rglob("*.parquet")}
 
 
 def test_a_first_pass_learns_the_same(tmp_path):

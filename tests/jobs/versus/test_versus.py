@@ -117,7 +117,7 @@ def written(a, b, place):
 def rows_in(place):
     return {
         (row["key"], row["target_index"]): row
-        for file in sorted((place / "data").iterdir())
+        for file in sorted((place / "data").rglob("*.parquet"), key=lambda file: file.name)
         for row in pq.read_table(file).to_pylist()
     }
 
@@ -232,7 +232,7 @@ def test_evaluations_are_joined_where_both_have_one_protocol(tmp_path, monkeypat
     for (key, _), row in rows_in(tmp_path / "d").items():
         assert [own["metric"] for own in row["metrics"]] == ["deletion", "entropy"], key
         found = duckdb.sql(
-            f"SELECT value FROM '{tmp_path}/layercam/evaluations/*/data/*.parquet' "
+            f"SELECT value FROM '{tmp_path}/layercam/evaluations/*/data/**/*.parquet' "
             f"WHERE key = '{key}' AND metric = 'deletion' AND explainer = 'layercam'"
         ).fetchall()
         assert [own["b"] for own in row["metrics"] if own["metric"] == "deletion"] == [found[0][0]]
@@ -469,7 +469,7 @@ def test_planted_regressions_are_found(planted, tmp_path):
     with Image.open(tmp_path / "d" / PICTURE) as picture:
         assert picture.width == 3 * (320 + 8) + 8
         assert picture.height == 9 * (240 + 48) + BAR_HEIGHT + 16
-    for file in (tmp_path / "d" / "data").iterdir():
+    for file in (tmp_path / "d" / "data").rglob("*.parquet"):
         assert pq.read_schema(file).equals(DIFFERENCE)
 
 

@@ -166,7 +166,8 @@ def test_a_lost_reply_to_a_marker_is_no_death():
     class Losing(MemoryStore):
         def create(self, key, data, *, metadata=None):
             super().create(key, data, metadata=metadata)
-            raise AlreadyExistsError("the client asked twice")
+            if key.endswith("/0.json"):
+                raise AlreadyExistsError("the client asked twice")
 
     assert attempts.begin(UNIT, worker_stores(Losing())).num_deaths == 0
 
@@ -413,7 +414,7 @@ def test_finalize_compares_sets_and_metadata(tmp_path):
     store.delete(MANIFEST_KEY)
     job_state = read_job_state(store, load_plan(store))
     store.put("data/999999-00.parquet", b"x")
-    (fragment,) = (key for key in fragments_in(store) if key.startswith("data/000000"))
+    (fragment,) = (key for key in fragments_in(store) if "/000000-" in key)
     body = store.read(fragment)
     store.delete(fragment)
     store.create(fragment, body, metadata={"sha256": "0" * 64})

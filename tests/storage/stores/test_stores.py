@@ -7,11 +7,13 @@ import threading
 import time
 
 import pytest
+from botocore.exceptions import ClientError
 
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.opening import WeakStoreError, open_store, probe
 from blocksight.storage.stores.s3 import S3Store
 from blocksight.storage.stores.s3_endpoints import check_endpoint
+from blocksight.storage.stores.s3_replies import refuse_failed_deletes
 from blocksight.storage.stores.store import AlreadyExistsError, ChangedError, MissingError, StoreError
 from tests.storage.memory import MemoryStore
 
@@ -255,3 +257,52 @@ def test_damaged_metadata_are_none(tmp_path, body):
     head = store.head("x")
     assert head is not None
     assert (head.size, dict(head.metadata)) == (1, {})
+
+
+def test_many_objects_are_removed_together(store):
+    for key in ("a/1", "a/2", "b/3"):
+        store.create(key, b"x")
+    store.delete_many(["a/1", "a/missing", "b/3"])
+    assert [info.key for info in store.list()] == ["a/2"]
+    store.delete_many([])
+
+
+def test_a_bulk_delete_that_is_refused_for_one_object_is_an_error():
+    refuse_failed_deletes({"Errors": [{"Key": "a", "Code": "NoSuchKey"}]}, "s3://b/a")
+    with pytest.raises(StoreError, match=r"was refused for 'a' \(AccessDenied\).*s3:DeleteObject"):
+        refuse_failed_deletes({"Errors": [{"Key": "a", "Code": "AccessDenied"}]}, "s3://b/a")
+
+
+@pytest.mark.parametrize(("status", "is_known"), [(501, False), (403, True)])
+def test_a_store_without_bulk_deletes_is_asked_for_each_object(monkeypatch, status, is_known):
+    asked = []
+
+    def call(_, method, **named):
+        asked.append((method, named.get("Key")))
+        if method == "delete_objects":
+            reply = {"Error": {"Code": str(status)}, "ResponseMetadata": {"HTTPStatusCode": status}}
+            raise OSError from ClientError(reply, "DeleteObjects")
+
+    monkeypatch.setattr(S3Store, "_call", call)
+    store = S3Store("s3://bucket/prefix")
+    if is_known:
+        with pytest.raises(StoreError, match="403"):
+            store.delete_many(["a", "b"])
+    else:
+        store.delete_many(["a", "b"])
+    assert asked[1:] == ([] if is_known else [("delete_object", "prefix/a"), ("delete_object", "prefix/b")])
+
+
+def test_more_keys_than_one_request_takes_are_removed_in_several(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(S3Store, "_call", lambda *_, Delete: sizes.append(len(Delete["Objects"])) or {})
+    S3Store("s3://bucket").delete_many([f"k{number}" for number in range(2_001)])
+    assert sizes == [1_000, 1_000, 1]
+
+
+def test_a_job_may_begin_without_the_right_to_delete():
+    class Keeping(MemoryStore):
+        def delete(self, key):
+            raise StoreError("denied")
+
+    probe(Keeping(), "_job/probe-")
