@@ -255,6 +255,13 @@ JOB_OPTIONS: dict[str, Any] = {
         float | None, typer.Option(help="More rejected records are no success: exit 3.  [default: 0.5]")
     ],
     "max_dead_units": Annotated[int | None, typer.Option(help="More dead units are no success: exit 3.  [default: 0]")],
+    "metrics_file": Annotated[
+        str | None,
+        typer.Option(
+            help="Write the run's metrics here every few seconds, in Prometheus' text format: DIR/blocksight.prom, in "
+            "the folder that node-exporter's textfile collector reads.  [default: none]"
+        ),
+    ],
 }
 """Options of `plan` and `explain`: what is computed, and how it runs."""
 

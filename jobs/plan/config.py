@@ -611,6 +611,9 @@ class Execution(BaseModel):
         default=0.5, ge=0, le=1, description="a larger share of rejected records is no success (exit 3)"
     )
     max_dead_units: int = Field(default=0, ge=0, description="more dead units are no success (exit 3)")
+    metrics_file: str | None = Field(
+        default=None, description="file of this machine for the run's metrics, such as DIR/blocksight.prom"
+    )
 
     @model_validator(mode="after")
     def _only_a_cluster_comes_later(self) -> Self:

@@ -24,6 +24,7 @@ from blocksight.jobs.ledger.garbage import PROBE_PREFIX, tidy_attempts
 from blocksight.jobs.ledger.receipt_batches import ReceiptBatches
 from blocksight.jobs.ledger.reconcile import JobState, Manifest, final_manifest, finalize, num_accepted, read_job_state
 from blocksight.jobs.ledger.stop_request import GO_ON, RUNS_FOLDER, Stop, stopped_by_signals, unfinished_from
+from blocksight.jobs.observe.run_metrics import RunMetrics
 from blocksight.jobs.plan.config import Execution, JobConfig
 from blocksight.jobs.plan.context import JobContext, sha256_of, weights_bytes
 from blocksight.jobs.plan.estimate import GPU_FORWARDS_PER_SECOND, MeasuredRate, estimate
@@ -207,9 +208,12 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
         budget = Budget(execution.max_reject_fraction, execution.max_dead_units)
         with stopped_by_signals(stop, cuts_off=sizing is None):
             first_units = FirstUnits.of(job_state, budget)
-            ran = _run_units(job_state, context, state, sizing, console, stop, first_units, batches)
+            metrics = _metrics_of(job_state, sizing)
+            with metrics.shown(execution.metrics_file):
+                ran = _run_units(job_state, context, state, sizing, console, stop, first_units, batches, metrics)
     try:
         stop.clear()
+        metrics.store(output, context.run_id)
         if ran.stopped is not None:
             end_interrupted(output, ran.in_hand, context.run_id)
         job_state = read_job_state(output, plan.part(execution.part))
@@ -476,6 +480,7 @@ def _run_units(
     stop: Stop,
     first_units: FirstUnits,
     batches: ReceiptBatches,
+    metrics: RunMetrics,
 ) -> RunSummary:
     """Explains the open units and shows the progress.
 
@@ -507,6 +512,7 @@ def _run_units(
             begun = True
             came_back.add(outcome.unit_id)
             update(outcome)
+            metrics.add(outcome)
             first_units.add(outcome)
             if isinstance(outcome, Receipt):
                 batches.add(outcome)
@@ -522,6 +528,16 @@ def _run_units(
     busy = None if grows else explain_seconds / (seconds * num_workers)
     in_hand = () if stop.reason is None else tuple(unit for unit in units if unit.unit_id not in came_back)
     return RunSummary(tuple(failures), seconds, stop.reason, first_units.is_hopeless, in_hand, busy)
+
+
+def _metrics_of(job_state: JobState, sizing: Sizing | None) -> RunMetrics:
+    """The metrics of this run; on Ray each process exports what it measures."""
+    num_units = len(job_state.open_units)
+    if sizing is None:
+        return RunMetrics(num_units, 1)
+    from blocksight.jobs.run.pipeline import export
+
+    return RunMetrics(num_units, None if sizing.most_actors is not None else sizing.num_actors, export)
 
 
 def _outcomes(

@@ -28,6 +28,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from blocksight.cluster.cores import compiler_threads
 from blocksight.cluster.errors import ClusterError
+from blocksight.cluster.exporter import export_values
 from blocksight.cluster.nodes import NodeWatch
 from blocksight.cluster.sizing import Sizing
 from blocksight.cluster.switches import refuse_unsafe_switches
@@ -36,6 +37,8 @@ from blocksight.engine.model.device_errors import device_trouble, told_by_device
 from blocksight.jobs.evaluate.evaluation import EvaluationContext
 from blocksight.jobs.ledger.attempt_markers import Attempt
 from blocksight.jobs.ledger.stop_request import Stop
+from blocksight.jobs.observe.catalogue import METRICS, SECONDS
+from blocksight.jobs.observe.registry import OF_PROCESS, OF_WORKERS, Sample, record_all
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.context import JobContext
 from blocksight.jobs.plan.estimate import MeasuredRate, estimate
@@ -93,7 +96,8 @@ ONE_UNIT: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
 """The batch that a step is called with."""
 
 HEADER = pa.schema([("header", pa.string()), ("blob", pa.large_binary()), ("outcome", pa.string())])
-"""What passes between steps: plain values as JSON, pixels or maps as raw bytes, or the unit's outcome."""
+"""What passes between steps: plain values as JSON, pixels or maps as raw bytes, or the unit's outcome. A column
+`measured` beside them holds what the steps measured."""
 
 Made = TypeVar("Made")
 
@@ -446,7 +450,7 @@ def _read(batch: pa.Table, context: JobContext) -> pa.Table:
 
     stores = _stores_of(context)
     attempt = begin(unit, stores)
-    return _row_of(attempted(unit, "read", stores, attempt, read))
+    return _measured(_row_of(attempted(unit, "read", stores, attempt, read)))
 
 
 _STORES: dict[str, WorkerStores] = {}
@@ -585,7 +589,7 @@ class _Work:
         from blocksight.jobs.run.local import run_unit
 
         unit = _unit(json.loads(batch["unit"][0].as_py()))
-        return _row_of(self.held.outcome(lambda: run_unit(unit, self.context, self.stores, self.held.step)))
+        return _measured(_row_of(self.held.outcome(lambda: run_unit(unit, self.context, self.stores, self.held.step))))
 
 
 class _Explain:
@@ -616,7 +620,7 @@ class _Explain:
             attempt = go_on(unit, "explain", self.stores, _attempt(header["attempt"]))
             return attempted(unit, "explain", self.stores, attempt, explain)
 
-        return _row_of(self.held.outcome(work))
+        return _measured(_row_of(self.held.outcome(work)), batch)
 
 
 def _commit(batch: pa.Table, context: JobContext) -> pa.Table:
@@ -635,7 +639,7 @@ def _commit(batch: pa.Table, context: JobContext) -> pa.Table:
         result = UnitResult(**{**header, "unit": unit, "rows": rows})
         return commit_unit(result, stores.output, context.fingerprint, careful=careful)
 
-    return _row_of(attempted(unit, "commit", stores, go_on(unit, "commit", stores, begun), commit))
+    return _measured(_row_of(attempted(unit, "commit", stores, go_on(unit, "commit", stores, begun), commit)), batch)
 
 
 MAPS = ("map", "map_negative")
@@ -676,7 +680,24 @@ def _row(header: str, blob: NDArray[np.uint8] | None, outcome: str | None = None
     return pa.Table.from_arrays([pa.array([header]), blobs, pa.array([outcome], pa.string())], schema=HEADER)
 
 
+def export(samples: Sequence[Sample]) -> None:
+    """Passes what this process measured to the metrics agent of its node; nothing outside of a session."""
+    if ray.is_initialized():
+        export_values(samples, METRICS, SECONDS)
+
+
+def _measured(made: pa.Table, before: pa.Table | None = None) -> pa.Table:
+    """The row with what its steps measured: what this process did, which it exports, and what is beside `before`."""
+    own = OF_PROCESS.taken()
+    export(own)
+    has_more = before is not None and "measured" in before.column_names
+    earlier = json.loads(before["measured"][0].as_py()) if has_more else []
+    return made.append_column("measured", pa.array([_json([*earlier, *own])]))
+
+
 def _outcome(row: Mapping[str, Any]) -> Any:
+    measured = json.loads(row.get("measured") or "[]")
+    record_all(OF_WORKERS, (Sample(name, tuple(labels), value) for name, labels, value in measured))
     made = json.loads(row["outcome"])
     return OUTCOMES[made["kind"]](**made["values"])
 

@@ -3,7 +3,7 @@
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -11,6 +11,8 @@ from blocksight.engine.model.device_errors import DeviceTrouble, device_trouble,
 from blocksight.jobs.ledger.attempt_markers import Attempt, Marker, begun, end, job_step_begun, step_begun, withdraw
 from blocksight.jobs.ledger.dead_letters import give_up
 from blocksight.jobs.ledger.stop_request import is_stopped
+from blocksight.jobs.observe.counted_store import CountedStore
+from blocksight.jobs.observe.stages import timed
 from blocksight.jobs.plan.context import JobContext, worker_name
 from blocksight.jobs.plan.plan import UNIT_FOLDERS, open_output
 from blocksight.jobs.plan.records import Cause, DeadLetter, Outcome, Unit, UnitFailure, UnitReturned, UnitSkipped
@@ -69,8 +71,14 @@ def open_worker_stores(context: JobContext) -> WorkerStores:
     """Input and output, which retry while a store does not answer."""
     source, _ = open_named(context.config.data, context.config.endpoint_url, wait_seconds=PATIENCE_SECONDS)
     output = open_output(context.config)
-    patient = PatientStore(source, waiting=heartbeat, witnesses=context.witnesses)
-    return WorkerStores(patient, PatientStore(output, waiting=heartbeat, unit_folders=UNIT_FOLDERS), context.run_id)
+    patient = PatientStore(CountedStore(_plain(source)), waiting=heartbeat, witnesses=context.witnesses)
+    written = PatientStore(CountedStore(_plain(output)), waiting=heartbeat, unit_folders=UNIT_FOLDERS)
+    return WorkerStores(patient, written, context.run_id)
+
+
+def _plain(store: ObjectStore) -> ObjectStore:
+    """The store without what repeats its calls."""
+    return store.store if isinstance(store, PatientStore) else store
 
 
 def begin(unit: Unit, stores: WorkerStores) -> Attempt | Outcome:
@@ -134,7 +142,7 @@ def _tried(
         try:
             if stage == "explain" and is_stopped(stores.output, stores.run_id):  # what is explained is still committed
                 return UnitSkipped(unit.unit_id)
-            with watchdog():
+            with watchdog(), timed("explain") if stage == "explain" else nullcontext():  # the others time their parts
                 return work(attempt.num_deaths >= CAREFUL_DEATHS or failures > 0)
         except Exception as error:  # noqa: BLE001 - as above
             if is_of_worker(error):

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blocksight.jobs.ledger.receipts import committed_receipt, object_metadata, receipt_in, receipt_of
+from blocksight.jobs.observe.stages import timed, timed_reading
 from blocksight.jobs.plan.config import JobConfig
 from blocksight.jobs.plan.context import JobContext, worker_name
 from blocksight.jobs.plan.records import Receipt, RecordFacts, Unit, UnitInput, UnitResult, with_reject
@@ -67,12 +68,14 @@ def read_unit(
     records: list[RecordFacts] = []
     pixels: list[NDArray[np.uint8]] = []
     with (
+        timed_reading() as decode_time,
         isolated_if(partial(_all_raw_records, source=source), careful) as listed,
         isolated_if(partial(decoded, config=config, input_size=input_size), careful) as decoding,
     ):
         for raw in listed(unit) if careful else raw_records(unit, source):
             heartbeat()
-            facts, picture = decoded_or_rejected(decoding, raw, source)
+            with decode_time:
+                facts, picture = decoded_or_rejected(decoding, raw, source)
             records.append(facts)
             if picture is not None:
                 pixels.append(picture)
@@ -179,11 +182,8 @@ def commit_unit(
     it is. `careful`: maps are encoded in a child process, and only a record that fails is rejected. Raises
     StoreError if nothing was committed, ValueError if records are missing.
     """
-    with isolated_if(_encoded_row, careful) as encoded:
-        records = groupby(result.rows, key=itemgetter("shard", "shard_index"))
-        rows = [row for _, own in records for row in _encoded_record(encoded, list(own), careful=careful)]
-    _check_rows(rows, result.num_records)
-    body = encode_fragment(rows, _provenance(result.unit, fingerprint))
+    with timed("encode"):
+        body = _encoded_unit(result, fingerprint, careful=careful)
     receipt = replace(
         receipt_of(result.unit, body),
         attempt=attempt or uuid.uuid4().hex,
@@ -191,7 +191,17 @@ def commit_unit(
         forward=result.forward,
         worker=worker_name(),
     )
-    return _create_or_adopt(output, result.unit, body, receipt)
+    with timed("commit"):
+        return _create_or_adopt(output, result.unit, body, receipt)
+
+
+def _encoded_unit(result: UnitResult, fingerprint: str, *, careful: bool) -> bytes:
+    """The fragment's bytes. Raises ValueError if records are missing."""
+    with isolated_if(_encoded_row, careful) as encoded:
+        records = groupby(result.rows, key=itemgetter("shard", "shard_index"))
+        rows = [row for _, own in records for row in _encoded_record(encoded, list(own), careful=careful)]
+    _check_rows(rows, result.num_records)
+    return encode_fragment(rows, _provenance(result.unit, fingerprint))
 
 
 def _create_or_adopt(output: ObjectStore, unit: Unit, body: bytes, receipt: Receipt) -> Receipt:

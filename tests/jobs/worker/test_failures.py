@@ -5,6 +5,7 @@ import gzip
 import io
 import os
 import re
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from blocksight.jobs.ledger.dead_letters import read_letters
 from blocksight.jobs.ledger.reconcile import check
 from blocksight.jobs.ledger.retry import reopen
 from blocksight.jobs.ledger.shard_counts import other_counts
+from blocksight.jobs.observe.registry import OF_PROCESS, OF_WORKERS
 from blocksight.jobs.plan import plan
 from blocksight.jobs.plan.config import ConfigError, Execution
 from blocksight.jobs.plan.plan import load_plan
@@ -223,6 +225,36 @@ def test_every_step_on_ray_is_made_careful(deadly_stores, monkeypatch):
     assert seen == [True, True, True]
 
 
+def test_what_each_step_on_ray_measured_reaches_the_driver_once(monkeypatch):
+    def step(stage, made):
+        def run(*_, **__):
+            OF_PROCESS.add("blocksight_stage_seconds_total", stage, value=1.0)
+            return made
+
+        return run
+
+    for registry in (OF_PROCESS, OF_WORKERS):
+        registry.taken()
+    stores = place()
+    monkeypatch.setattr(pipeline, "open_worker_stores", lambda _: stores)
+    monkeypatch.setattr(pipeline, "_STORES", {})
+    monkeypatch.setattr(pipeline, "take_unit", step("read", TAKEN))
+    dead = DeadLetter("u", 0, "i", "failed", "s", "e", 1)
+    monkeypatch.setattr(pipeline, "commit_unit", step("commit", dead))
+    monkeypatch.setattr("blocksight.jobs.worker.attempts.timed", lambda _: nullcontext())
+    actor = pipeline._Explain.__new__(pipeline._Explain)
+    actor.input_size, actor.stores = (2, 2), stores
+    actor.held = pipeline._Held(lambda: step("explain", result()))
+    read = pipeline._read(pa.table({"unit": [pipeline._json(UNIT)]}), CONTEXT)
+    pipeline._outcome(pipeline._commit(actor(read), CONTEXT).to_pylist()[0])
+    assert OF_PROCESS.taken() == []
+    assert {(*sample.labels, sample.value) for sample in OF_WORKERS.taken()} == {
+        ("read", 1.0),
+        ("explain", 1.0),
+        ("commit", 1.0),
+    }
+
+
 # ---------------------------------------------------------------- records
 
 
@@ -372,6 +404,7 @@ def test_a_commit_on_ray_is_tried_again_with_the_same_rows(monkeypatch):
     monkeypatch.setattr(pipeline, "commit_unit", commit)
     monkeypatch.setattr(pipeline, "open_worker_stores", lambda _: place())
     monkeypatch.setattr(pipeline, "_row_of", lambda made: made)
+    monkeypatch.setattr(pipeline, "_measured", lambda made, _before: made)
     assert pipeline._commit(pipeline._result_table(result(), asdict(begin(UNIT, place()))), CONTEXT) == "committed"
     assert seen == [(UNIT, ["t/0", "t/1"], 2, False), (UNIT, ["t/0", "t/1"], 2, True)]
 
