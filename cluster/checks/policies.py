@@ -13,8 +13,10 @@ LOOKS = ("ec2:DescribeInstances", "ec2:DescribeInstanceTypes", "ec2:DescribeImag
 """What has no place of its own: AWS takes `*` alone."""
 ROLE_ACTIONS = ("sts:AssumeRole", "sts:TagSession", "sts:AssumeRoleWithWebIdentity")
 ACTIONS = (*OBJECT_ACTIONS, *BUCKET_ACTIONS, *KEY_ACTIONS, *MACHINE_ACTIONS, *LOOKS, *ROLE_ACTIONS)
-TOGETHER = ((*OBJECT_ACTIONS, *BUCKET_ACTIONS), (*MACHINE_ACTIONS, *LOOKS))
-"""Actions of which a job uses all, if it uses the first that changes something."""
+TOGETHER = (("s3:GetObject", "s3:PutObject", *BUCKET_ACTIONS), (*MACHINE_ACTIONS, *LOOKS))
+"""Actions of which a job uses all, if it uses the first that changes something. None needs to delete."""
+TIDIED = ("_job/attempts/", "_job/probe-")
+"""What a job removes, where it may: markers and probes."""
 MACHINE_PARTS = ("instance", "image", "key-pair", "network-interface", "security-group", "subnet", "volume")
 """Kinds of places that starting a machine touches."""
 
@@ -217,6 +219,9 @@ def _buckets(statements: list[Place]) -> Iterator[Finding]:
         for where in _each(one["Resource"]):
             if actions & {"s3:PutObject", "s3:DeleteObject"}:
                 yield from _writing(where, read)
+            if "s3:DeleteObject" in actions and not any(folder in where.text for folder in TIDIED):
+                why = f"{where.value!r} lets a job delete more than its markers and probes, and it need not delete"
+                yield where.finding("policy", why, "leave DeleteObject out, or name _job/attempts/* and _job/probe-*")
             if actions & {*BUCKET_ACTIONS} and (found := BUCKET.fullmatch(where.text)) is not None:
                 yield from _listing(one, where, read.get(found["bucket"], []))
 

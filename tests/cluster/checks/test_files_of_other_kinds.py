@@ -253,6 +253,8 @@ POLICY = [
     (f"{STATEMENT}.Condition", {"StringEqual": {"a": "b"}}, "enum"),
     (f"{STATEMENT}.Resource[0]", "arn:aws:s3:::example-im*ges/*", "policy"),
     ("Statement[1].Action", ["s3:PutObject"], "reference"),
+    ("Statement[1].Action[+]", "s3:DeleteObject", "policy"),
+    ("Statement[3].Action[+]", "s3:DeleteObject", "policy"),
     ("Statement[3].Resource[+]", "arn:aws:s3:::example-other/*", "reference"),
     ("Statement[1].Resource[0]", "arn:aws:s3:::example-maps/run-2/*", "reference"),
     ("Statement[2].Resource[0]", "arn:aws:s3:::example-masp", "reference"),
