@@ -1,5 +1,6 @@
 """The commands of a job: plan, explain, status, verify, retry, finalize and gc."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated
@@ -20,6 +21,7 @@ from blocksight.jobs.cli.app import (
 )
 from blocksight.jobs.cli.figures import job_figures, plan_figures, print_json, progress_console
 from blocksight.jobs.cli.job_tables import failure_line, job_state_table, letter_lines, outcome_table, plan_table
+from blocksight.jobs.cli.watch import show, states
 from blocksight.jobs.ledger.reconcile import JobState, check, final_manifest, num_accepted, read_job_state
 from blocksight.jobs.ledger.reconcile import finalize as write_manifest
 from blocksight.jobs.ledger.retry import reopen
@@ -27,7 +29,7 @@ from blocksight.jobs.plan.config import Execution, JobConfig
 from blocksight.jobs.plan.forward_setting import planned_forward
 from blocksight.jobs.plan.label_files import with_label_file
 from blocksight.jobs.plan.model_input import with_model_file
-from blocksight.jobs.plan.plan import planned_labels
+from blocksight.jobs.plan.plan import Plan, planned_labels
 from blocksight.jobs.plan.preflight import stored_preflight
 from blocksight.jobs.plan.records import Cause
 from blocksight.jobs.plan.text import counted, printable
@@ -36,6 +38,8 @@ from blocksight.jobs.worker.progress import tracked
 from blocksight.storage.stores.store import ObjectStore
 
 commands = typer.Typer()
+WATCH_SECONDS = 5.0
+"""Between two looks of `status --watch`; each costs what one `status` costs."""
 
 
 @commands.command()
@@ -126,10 +130,22 @@ def _exit_unless_complete(
 
 
 @commands.command()
-def status(output: Existing, as_json: AsJson = False, endpoint_url: Endpoint = None) -> None:
-    """Show how far a job is, from the output alone: while it runs, when it has ended, or after its driver died."""
+def status(
+    output: Existing,
+    is_watched: Annotated[
+        bool, typer.Option("--watch", help="Look again and again, and say what changed, until no unit is open.")
+    ] = False,
+    every: Annotated[float, typer.Option(min=1.0, help="With --watch: seconds between two looks.")] = WATCH_SECONDS,
+    as_json: AsJson = False,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Show how far a job is, from the output alone: while it runs, when it has ended, or after its driver died.
+
+    Example: blocksight status s3://bucket/maps --watch --every 30
+    """
     store, made = existing(output, endpoint_url)
-    job_state, forward, labels = read_job_state(store, made), planned_forward(store), planned_labels(store)
+    job_state = _watched(store, made, every, as_json) if is_watched else read_job_state(store, made)
+    forward, labels = planned_forward(store), planned_labels(store)
     preflight = stored_preflight(store)
     if as_json:
         known = {"masks": forward and str(forward), "labels": labels, "preflight": preflight and asdict(preflight)}
@@ -141,6 +157,16 @@ def status(output: Existing, as_json: AsJson = False, endpoint_url: Endpoint = N
     if job_state.open_units:
         raise typer.Exit(INCOMPLETE)
     _finished(store, job_state, progress_console(as_json))
+
+
+def _watched(store: ObjectStore, plan: Plan, every: float, as_json: bool) -> JobState:
+    """The job's state once it has ended; until then, each look is shown."""
+    looks = states(
+        lambda: read_job_state(store, plan),
+        lambda: final_manifest(store, plan) is not None,
+        lambda: time.sleep(every),
+    )
+    return show(progress_console(as_json), looks, time.monotonic)
 
 
 def _finished(store: ObjectStore, job_state: JobState, console: Console) -> None:

@@ -1201,4 +1201,32 @@ MUTATIONS = (
         "preprocessing_of(known)",
         ("jobs/run/test_one_picture.py::test_a_module_is_fed_at_the_size_for_which_it_was_made",),
     ),
+    Mutation(
+        "the watch ends at the first look without an open unit, before the driver's manifest",
+        "jobs/cli/watch.py",
+        "if is_done and (was_done or is_final()):",
+        "if is_done:",
+        ("jobs/cli/test_watch.py::test_the_watch_ends_with_the_manifest_or_at_the_second_look_without_an_open_unit",),
+    ),
+    Mutation(
+        "the watch takes what was committed before it for its own speed",
+        "jobs/cli/watch.py",
+        'seen = job_state.total("num_records") - self._records',
+        'seen = job_state.total("num_records")',
+        ("jobs/cli/test_watch.py::test_speed_and_time_left_count_from_the_first_look",),
+    ),
+    Mutation(
+        "the watch prints reject codes as the bucket has them",
+        "jobs/cli/watch.py",
+        "{count:,} {printable(code)}",
+        "{count:,} {code}",
+        ("jobs/cli/test_watch.py::test_reject_codes_cannot_steer_the_terminal",),
+    ),
+    Mutation(
+        "the watch prints every look where there is no terminal",
+        "jobs/cli/watch.py",
+        "elif is_new:",
+        "else:",
+        ("jobs/cli/test_watch.py::test_a_line_per_change_without_a_terminal",),
+    ),
 )
