@@ -20,7 +20,8 @@ def failure_of(module: nn.Module, error: Exception, size: Sequence[int]) -> str:
     if len(dtypes) == 1 and dtypes != {torch.float32}:
         name = name_of(dtypes.pop())
         return f"fails: its weights are {name} and images are float32; return model.float() from the factory"
-    given = next((one.gives_channels for one in module.modules() if hasattr(one, "gives_channels")), 3)
+    fed = (getattr(one, "gives_channels", None) for one in module.modules())
+    given = next((number for number in fed if isinstance(number, int)), 3)
     path, taken = next(_channels_taken(module), ("", given))
     if taken != given:
         ways = {1: "say --channels 1", 3: "leave --channels out"}

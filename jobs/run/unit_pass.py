@@ -1,7 +1,7 @@
 """Calls a function for each of many things, in processes on this machine's cores or on a cluster, in their order."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -52,7 +52,7 @@ def over_units(
 
 def in_order(
     work: Callable[[Thing], Made], things: Sequence[Thing], num_records: int, execution: Execution, console: Console
-) -> Iterator[Made]:
+) -> Generator[Made, None, None]:
     """What `work` returns for each thing, in the things' order; both must be picklable, and the result small.
 
     On the cluster that is named; else on `workers` processes of this machine, or in this one for few records. Raises as

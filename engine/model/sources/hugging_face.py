@@ -310,8 +310,9 @@ def size_of(network: nn.Module) -> Grid | None:
         return None
     side = getattr(network.config, "image_size", None)
     sides = (side, side) if isinstance(side, int) else side
-    is_size = isinstance(sides, tuple | list) and len(sides) == 2 and all(isinstance(one, int) for one in sides)
-    return (sides[0], sides[1]) if is_size else None
+    if isinstance(sides, tuple | list) and len(sides) == 2 and all(isinstance(one, int) for one in sides):
+        return sides[0], sides[1]
+    return None
 
 
 def _class_names(config: Any) -> Sequence[str] | None:

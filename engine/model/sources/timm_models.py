@@ -202,10 +202,9 @@ def fed(network: Any) -> ModelAdapter:
 def _built_size(network: Any) -> Grid | None:
     """The size for which a network was made where it is another than its configuration's; None: the same, or any."""
     size = getattr(getattr(network, "patch_embed", None), "img_size", None)
-    is_other = (
-        isinstance(size, tuple) and len(size) == 2 and tuple(size) != tuple(network.pretrained_cfg["input_size"][1:])
-    )
-    return (size[0], size[1]) if is_other else None
+    if not isinstance(size, tuple) or len(size) != 2 or size == tuple(network.pretrained_cfg["input_size"][1:]):
+        return None
+    return size[0], size[1]
 
 
 def _resizings(config: Mapping[str, Any]) -> tuple[Resizing, ...]:
