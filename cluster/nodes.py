@@ -31,9 +31,13 @@ def joined_nodes() -> list[dict[str, float]]:
 
 
 def described(nodes: list[dict[str, float]]) -> str:
-    """The nodes for people, such as `3 nodes with 6 CPUs and 2 GPUs`."""
+    """The nodes for people, such as `3 nodes with 6 CPUs and 1 GPU`."""
     cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
-    return f"{len(nodes)} node{'' if len(nodes) == 1 else 's'} with {cpus:g} CPUs and {gpus:g} GPUs"
+    return f"{_counted(len(nodes), 'node')} with {_counted(cpus, 'CPU')} and {_counted(gpus, 'GPU')}"
+
+
+def _counted(number: float, noun: str) -> str:
+    return f"{number:g} {noun}{'' if number == 1 else 's'}"
 
 
 def wait_for_workers(num_actors: int | None, min_actors: int, device: Device, seconds: float, tell: Tell) -> Sizing:

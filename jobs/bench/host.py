@@ -29,7 +29,7 @@ from blocksight.jobs.plan.text import counted
 from blocksight.jobs.plan.units import Workforce
 from blocksight.jobs.run.job import check_model, context_of
 from blocksight.jobs.run.local import run_unit
-from blocksight.jobs.run.workers import session_of
+from blocksight.jobs.run.workers import session_of, tell_of
 from blocksight.jobs.worker.attempts import open_worker_stores
 
 MODEL = "blocksight.jobs.bench.tiny_network:tiny_network"
@@ -159,7 +159,7 @@ def _compare(job: _Job, actors: int, meter: CpuMeter, console: Console) -> HostS
         for number in range(1, ROUNDS + 1):
             console.print(f"round {number} of {ROUNDS}")
             num_here += sum(own.num_records for own in _run_here(job, some, explain, steps))
-            seconds, receipts = _run_through_ray(job, execution, sizing, meter)
+            seconds, receipts = _run_through_ray(job, execution, sizing, meter, console)
             through_ray.append(seconds)
     per_record = {name: 1e3 * seconds / num_here for name, seconds in steps.items()}
     return HostShare(
@@ -187,7 +187,9 @@ def _run_here(job: _Job, units: Sequence[Unit], explain: ExplainStep, steps: dic
     return list(_committed(run_unit(unit, context, stores, lambda: explain, timed) for unit in units))
 
 
-def _run_through_ray(job: _Job, execution: Execution, sizing: Sizing, meter: CpuMeter) -> tuple[float, list[Receipt]]:
+def _run_through_ray(
+    job: _Job, execution: Execution, sizing: Sizing, meter: CpuMeter, console: Console
+) -> tuple[float, list[Receipt]]:
     """Explains all units on the Ray session; the CPU seconds of a record in all its processes, and the receipts.
 
     Counted between two arrivals of receipts, at which the same number of units is under way.
@@ -200,7 +202,7 @@ def _run_through_ray(job: _Job, execution: Execution, sizing: Sizing, meter: Cpu
     first, last = aside - 1, len(units) - aside - 1
     done: list[Receipt] = []
     seconds, num_records = 0.0, 0
-    for receipt in _committed(pipeline.run_units(units, context, None, sizing, stop)):
+    for receipt in _committed(pipeline.run_units(units, context, None, sizing, stop, None, tell_of(console))):
         if first < len(done) <= last:
             num_records += receipt.num_records
         if len(done) in (first, last):

@@ -110,8 +110,8 @@ def run_units(
     state: bytes | None,
     sizing: Sizing,
     stop: Stop,
-    rate: MeasuredRate | None = None,
-    tell: Callable[[str], None] = print,
+    rate: MeasuredRate | None,
+    tell: Callable[[str], None],
 ) -> Generator[Outcome, None, None]:
     """Explains the units on the connected Ray session and yields each outcome as it arrives.
 
@@ -470,7 +470,7 @@ def evaluate_units(
     state: bytes | None,
     sizing: Sizing,
     stop: Stop,
-    tell: Callable[[str], None] = print,
+    tell: Callable[[str], None],
 ) -> Generator[Evaluated | UnitFailure | UnitReturned, None, None]:
     """Evaluates the units on the connected Ray session and yields each outcome. Raises ClusterError."""
     _set_up_ray_data()

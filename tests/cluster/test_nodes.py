@@ -54,7 +54,7 @@ def test_the_job_begins_once_enough_workers_fit_and_may_grow(cluster_of):
     assert cluster.asked == [[{"GPU": 1.0, "CPU": 0.5}] * 4] * 4
     assert lines == [
         "waiting for 2 explain actors: 1 node with 0 CPUs and 0 GPUs",
-        "waiting for 2 explain actors: 2 nodes with 8 CPUs and 1 GPUs",
+        "waiting for 2 explain actors: 2 nodes with 8 CPUs and 1 GPU",
     ]
 
 
@@ -113,8 +113,8 @@ def test_a_change_of_nodes_is_told_once(cluster_of, monkeypatch):
     for _ in range(5):
         watch.look()
     assert lines == [
-        "the Ray cluster has 2 nodes with 12 CPUs and 1 GPUs; before: 1 node with 4 CPUs and 0 GPUs",
-        "the Ray cluster has 1 node with 8 CPUs and 1 GPUs; before: 2 nodes with 12 CPUs and 1 GPUs",
+        "the Ray cluster has 2 nodes with 12 CPUs and 1 GPU; before: 1 node with 4 CPUs and 0 GPUs",
+        "the Ray cluster has 1 node with 8 CPUs and 1 GPU; before: 2 nodes with 12 CPUs and 1 GPU",
     ]
 
 

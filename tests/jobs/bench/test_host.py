@@ -97,7 +97,7 @@ def test_a_unit_without_a_receipt_ends_the_measurement():
 def without_ray(monkeypatch):
     """The session and its pipeline are this process: the same units, the same outcomes."""
 
-    def run_units(units, context, state, sizing, stop):
+    def run_units(units, context, state, sizing, stop, _rate, _tell):
         return local.run_units(units, context, state, stop)
 
     sizing = Sizing(1, 0.0, 1.0, 0.5, threads_per_actor=1)
@@ -145,5 +145,5 @@ def test_start_and_end_of_a_session_are_left_out(monkeypatch):
     job = SimpleNamespace(
         context=lambda *_: SimpleNamespace(config=None, run_id=""), plan=SimpleNamespace(units=range(units))
     )
-    seconds, done = host._run_through_ray(job, None, Sizing(1, 0.0, 1.0, 0.5, threads_per_actor=1), meter)
+    seconds, done = host._run_through_ray(job, None, Sizing(1, 0.0, 1.0, 0.5, threads_per_actor=1), meter, QUIET)
     assert (seconds, len(done)) == (1 / 8, units)
