@@ -262,6 +262,13 @@ JOB_OPTIONS: dict[str, Any] = {
             "the folder that node-exporter's textfile collector reads.  [default: none]"
         ),
     ],
+    "log_json": Annotated[
+        str | None,
+        typer.Option(
+            help="Add a line of JSON per unit to this file, or with - to standard error: run, part, unit, attempt, "
+            "node, seconds, records, rejects.  [default: none]"
+        ),
+    ],
 }
 """Options of `plan` and `explain`: what is computed, and how it runs."""
 

@@ -614,6 +614,9 @@ class Execution(BaseModel):
     metrics_file: str | None = Field(
         default=None, description="file of this machine for the run's metrics, such as DIR/blocksight.prom"
     )
+    log_json: str | None = Field(
+        default=None, description="file of this machine that gets a line of JSON per unit; -: standard error"
+    )
 
     @model_validator(mode="after")
     def _only_a_cluster_comes_later(self) -> Self:

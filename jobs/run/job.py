@@ -25,6 +25,7 @@ from blocksight.jobs.ledger.receipt_batches import ReceiptBatches
 from blocksight.jobs.ledger.reconcile import JobState, Manifest, final_manifest, finalize, num_accepted, read_job_state
 from blocksight.jobs.ledger.stop_request import GO_ON, RUNS_FOLDER, Stop, stopped_by_signals, unfinished_from
 from blocksight.jobs.observe.run_metrics import RunMetrics
+from blocksight.jobs.observe.unit_log import unit_log
 from blocksight.jobs.plan.config import Execution, JobConfig
 from blocksight.jobs.plan.context import JobContext, sha256_of, weights_bytes
 from blocksight.jobs.plan.estimate import GPU_FORWARDS_PER_SECOND, MeasuredRate, estimate
@@ -209,8 +210,13 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
         with stopped_by_signals(stop, cuts_off=sizing is None):
             first_units = FirstUnits.of(job_state, budget)
             metrics = _metrics_of(job_state, sizing)
-            with metrics.shown(execution.metrics_file):
-                ran = _run_units(job_state, context, state, sizing, console, stop, first_units, batches, metrics)
+            part = None if execution.part is None else str(execution.part)
+            with metrics.shown(execution.metrics_file), unit_log(execution.log_json, context.run_id, part) as log:
+
+                def observe(outcome: Outcome) -> None:
+                    log(outcome, metrics.add(outcome))
+
+                ran = _run_units(job_state, context, state, sizing, console, stop, first_units, batches, observe)
     try:
         stop.clear()
         metrics.store(output, context.run_id)
@@ -480,7 +486,7 @@ def _run_units(
     stop: Stop,
     first_units: FirstUnits,
     batches: ReceiptBatches,
-    metrics: RunMetrics,
+    observe: Callable[[Outcome], None],
 ) -> RunSummary:
     """Explains the open units and shows the progress.
 
@@ -512,7 +518,7 @@ def _run_units(
             begun = True
             came_back.add(outcome.unit_id)
             update(outcome)
-            metrics.add(outcome)
+            observe(outcome)
             first_units.add(outcome)
             if isinstance(outcome, Receipt):
                 batches.add(outcome)

@@ -1229,4 +1229,32 @@ MUTATIONS = (
         "else:",
         ("jobs/cli/test_watch.py::test_a_line_per_change_without_a_terminal",),
     ),
+    Mutation(
+        "the log of units writes errors and keys as they come",
+        "jobs/observe/unit_log.py",
+        '"error": plain(outcome.error)',
+        '"error": outcome.error',
+        ("jobs/observe/test_unit_log.py::test_no_key_can_forge_a_line_or_steer_a_terminal",),
+    ),
+    Mutation(
+        "the log of units is begun anew by each run",
+        "jobs/observe/unit_log.py",
+        'FileIO(path, "ab")',
+        'FileIO(path, "wb")',
+        ("jobs/observe/test_unit_log.py::test_units_that_did_not_end_have_no_line_and_a_second_run_adds_to_the_file",),
+    ),
+    Mutation(
+        "the log of units ends a job where its disk is full",
+        "jobs/observe/unit_log.py",
+        "suppress(OSError)",
+        "suppress()",
+        ("jobs/observe/test_unit_log.py::test_a_disk_that_is_full_ends_no_job",),
+    ),
+    Mutation(
+        "units do not reach their log",
+        "jobs/run/job.py",
+        "log(outcome, metrics.add(outcome))",
+        "metrics.add(outcome)",
+        ("jobs/observe/test_unit_log.py::test_a_line_per_unit_says_what_its_receipt_says",),
+    ),
 )

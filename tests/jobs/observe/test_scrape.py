@@ -6,6 +6,7 @@ import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import ray
@@ -66,7 +67,11 @@ def job(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scrape")
     data = folder_of_images(folder / "in")
     with scraped_session() as address:
-        run_job(config_of(data, folder / "out"), Execution(workers=1), Console(quiet=True))
+        run_job(
+            config_of(data, folder / "out"),
+            Execution(workers=1, log_json=str(folder / "units.jsonl")),
+            Console(quiet=True),
+        )
         store = LocalStore(folder / "out")
         [key] = [info.key for info in store.list("_job/runs/") if info.key.endswith("metrics.json")]
         figures = json.loads(store.read(key))
@@ -114,6 +119,13 @@ def test_the_records_that_are_shown_are_the_rows(job):
         (("status", "rejected"),): statuses.count("rejected"),
     }
     assert found["blocksight_units"][("state", "open"),] == 0
+
+
+def test_the_log_of_units_has_the_same_work_in_it(job):
+    store, figures, _ = job
+    lines = [json.loads(line) for line in (Path(store.uri).parent / "units.jsonl").read_text().splitlines()]
+    assert len(lines) == figures["blocksight_unit_seconds"]["count"] > 0
+    assert sum(line["seconds"] for line in lines) == pytest.approx(figures["blocksight_unit_seconds"]["sum"], abs=0.01)
 
 
 def test_every_label_of_ours_has_a_value_of_the_catalogue(job):
