@@ -30,6 +30,8 @@ FILES = {
     "aws/job.toml": "AWS: the job's configuration",
     "skypilot/blocksight.yaml": "SkyPilot: a managed job on one spot machine of any cloud",
     "skypilot/job.toml": "SkyPilot: the job's configuration",
+    "grafana/blocksight.json": "Grafana: a dashboard of a job, with its progress, speed, trouble and money",
+    "prometheus/alerts.yaml": "Prometheus: alerts on a job that stands still, rejects, gives up or waits for a store",
     "iam/driver.json": "AWS policy: what the driver does to the buckets",
     "iam/worker.json": "AWS policy: what the workers do to the buckets",
     "iam/launcher-head.json": "AWS policy: what the head of Ray's launcher does to machines",

@@ -22,6 +22,7 @@ from blocksight.cluster.checks.fits import (
 from blocksight.cluster.checks.kubernetes import object_findings
 from blocksight.cluster.checks.launcher import launcher_findings
 from blocksight.cluster.checks.literals import secret_findings
+from blocksight.cluster.checks.monitoring import alert_findings, dashboard_findings
 from blocksight.cluster.checks.policies import policy_findings
 from blocksight.cluster.checks.skypilot import skypilot_findings
 from blocksight.cluster.checks.slurm import slurm_findings
@@ -168,9 +169,11 @@ RULES: Mapping[str, Callable[[Place, Product], Iterator[Finding]]] = {
     "Dockerfiles": dockerfile_findings,
     "policies of AWS": lambda place, _: policy_findings(place),
     "configurations in TOML": _configuration,
+    "alerts of Prometheus": alert_findings,
+    "dashboards of Grafana": dashboard_findings,
 }
 """The rules of each other kind of file."""
-LAUNCHER, SKYPILOT, SLURM, DOCKERFILE, POLICY, CONFIGURATION = RULES
+LAUNCHER, SKYPILOT, SLURM, DOCKERFILE, POLICY, CONFIGURATION, ALERTS, DASHBOARD = RULES
 
 
 def _kind_of(name: str, document: Any) -> str | None:
@@ -182,6 +185,8 @@ def _kind_of(name: str, document: Any) -> str | None:
         return KUBERNETES
     if "Statement" in document:
         return POLICY
+    if "panels" in document or "groups" in document:
+        return DASHBOARD if "panels" in document else ALERTS
     if {"cluster_name", "available_node_types", "head_start_ray_commands"} & {*document}:
         return LAUNCHER
     return SKYPILOT if {"run", "resources"} & {*document} else None

@@ -1,6 +1,6 @@
 """Checks the commands of ours that a file runs: they exist, take these options, and name a file that is there."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from blocksight.cluster.checks.findings import Finding, Place
@@ -16,6 +16,10 @@ class Product:
     """What is wrong with the text of a TOML file for `explain --config`; None if nothing is."""
     commit_seconds: float
     """What a worker may take to commit, once it is told to end."""
+    metrics: Mapping[str, Mapping[str, Sequence[str]]]
+    """What a job shows, by name: the values of each label."""
+    histograms: Sequence[str]
+    """Those of the metrics that are histograms."""
 
 
 def command_findings(place: Place, words: Sequence[str], product: Product) -> Iterator[Finding]:

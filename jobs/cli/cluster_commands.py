@@ -12,10 +12,12 @@ from typer.main import get_group
 from blocksight.jobs.cli.app import USAGE, Endpoint, app, console, existing
 from blocksight.jobs.cli.tables import facts_table
 from blocksight.jobs.ledger.stop_request import GRACE_SECONDS
+from blocksight.jobs.observe.catalogue import HISTOGRAM, METRICS
 from blocksight.jobs.plan.config import ConfigError, load_config, nearest
 from blocksight.jobs.plan.text import counted, printable
 
 if TYPE_CHECKING:  # a check imports what reads YAML
+    from blocksight.cluster.checks.commands import Product
     from blocksight.cluster.checks.fits import PlanFigures
 
 USAGE_ERROR: Any = typer.BadParameter.__base__
@@ -71,17 +73,25 @@ def check(
     Example: blocksight cluster check cluster/kuberay/overlays/gpu
     """
     from blocksight.cluster.checks.check import findings_in, placeholders_in, read_files
-    from blocksight.cluster.checks.commands import Product
 
     figures = None if plan is None else _figures_of(plan, endpoint_url)
     files = read_files(file)
-    found = findings_in(files, Product(command_fault, configuration_fault, GRACE_SECONDS), figures)
+    found = findings_in(files, product(), figures)
     for finding in found:
         sys.stdout.write(f"{printable(finding)}\n")
     if found:
         raise typer.Exit(USAGE)
     own = ", ".join(placeholders_in(files))
     console.print(f"nothing is wrong with {counted(len(file), 'file')}" + (f"; yours to fill in: {own}" if own else ""))
+
+
+def product() -> "Product":
+    """What the checks must know of this program."""
+    from blocksight.cluster.checks.commands import Product
+
+    metrics = {name: metric.labels for name, metric in METRICS.items()}
+    histograms = [name for name, metric in METRICS.items() if metric.kind == HISTOGRAM]
+    return Product(command_fault, configuration_fault, GRACE_SECONDS, metrics, histograms)
 
 
 def _figures_of(output: str, endpoint_url: str | None) -> "PlanFigures":

@@ -3,12 +3,11 @@
 import re
 from typing import Any
 
-from blocksight.cluster.checks.commands import Product
 from blocksight.jobs.cli import main  # it registers the commands
-from blocksight.jobs.cli.cluster_commands import command_fault, configuration_fault
+from blocksight.jobs.cli.cluster_commands import product
 
 assert main.app
-PRODUCT = Product(command_fault, configuration_fault, 20.0)
+PRODUCT = product()
 
 GONE = object()
 """A value that takes the key away."""

@@ -12,6 +12,8 @@ import pytest
 import ray
 from rich.console import Console
 
+from blocksight.cluster.checks.monitoring import SELECTOR
+from blocksight.cluster.files import text_of
 from blocksight.cluster.nodes import joined_nodes
 from blocksight.cluster.session import ray_session
 from blocksight.cluster.sizing import size_for
@@ -19,6 +21,7 @@ from blocksight.jobs.observe.catalogue import METRICS
 from blocksight.jobs.plan.config import Execution
 from blocksight.jobs.run.job import run_job
 from blocksight.storage.stores.local import LocalStore
+from tests.cluster.checks.test_monitoring import queries_of
 from tests.jobs.jobs_of import config_of, rows_in
 from tests.jobs.tiny import folder_of_images
 
@@ -126,6 +129,14 @@ def test_the_log_of_units_has_the_same_work_in_it(job):
     lines = [json.loads(line) for line in (Path(store.uri).parent / "units.jsonl").read_text().splitlines()]
     assert len(lines) == figures["blocksight_unit_seconds"]["count"] > 0
     assert sum(line["seconds"] for line in lines) == pytest.approx(figures["blocksight_unit_seconds"]["sum"], abs=0.01)
+
+
+@pytest.mark.parametrize("file", ["grafana/blocksight.json", "prometheus/alerts.yaml"])
+def test_every_query_of_our_files_names_what_a_real_run_showed(job, file):
+    *_, found = job
+    asked = {one["name"] for query in queries_of(text_of(file)) for one in SELECTOR.finditer(query)}
+    assert asked
+    assert asked <= found.keys()
 
 
 def test_every_label_of_ours_has_a_value_of_the_catalogue(job):
