@@ -33,7 +33,7 @@ from blocksight.storage.stores.retrying import PatientStore
 from tests.faults.cluster import FragileBucket, RayCluster, command_line
 from tests.faults.processes import started
 from tests.faults.verifier import MANIFEST, Watcher, row_hashes, verify
-from tests.jobs.jobs_of import run_here
+from tests.jobs.jobs_of import rows_in, run_here
 from tests.jobs.tiny import folder_of_images
 
 MODEL = "tests.jobs.tiny:make_slow"
@@ -126,7 +126,8 @@ class Chaos:
         if output.head(MANIFEST) is None:
             yield "it has no final manifest"
         if row_hashes(output) != self.expected_hashes:
-            yield "its rows are not those of an undisturbed run"
+            rejects = Counter(row["reject_code"] for row in rows_in(output) if row["reject_code"])
+            yield f"its rows are not those of an undisturbed run; rejected: {dict(rejects)}"
 
     def garbage_in(self, name: str) -> Iterator[str]:
         """A sentence for each object that garbage collection should have removed from a finished job, and did not."""
