@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any, cast
 
 from botocore.exceptions import BotoCoreError, ClientError
@@ -44,6 +45,7 @@ from blocksight.storage.stores.s3_replies import (
     stored_metadata,
     version,
 )
+from blocksight.storage.stores.split_listing import PAGES_ALONE, ListingProgress, SplitListing
 from blocksight.storage.stores.store import (
     AlreadyExistsError,
     ChangedError,
@@ -54,6 +56,8 @@ from blocksight.storage.stores.store import (
 )
 
 CHUNK_BYTES = 1 << 20
+DIRECTORY_BUCKET = "--x-s3"
+"""How the names of S3's directory buckets end."""
 KEYS_PER_DELETE = 1_000
 """The most keys of one bulk delete."""
 MAX_LAG_SECONDS = 90.0
@@ -134,20 +138,39 @@ class S3Store:
     def _listed_entries(self, prefix: str) -> Iterator[Mapping[str, Any]]:
         """The listing's entry of each object, each once."""
         listing = Listing(f"{self._uri}/{prefix}", self._prefix + prefix)
-        token: str | None = None
-        while True:
-            continuation = {} if token is None else {"ContinuationToken": token}
-            with self._errors_naming(prefix, LIST):
-                page = self._call("list_objects_v2", Prefix=self._prefix + prefix, **continuation)
-            yield from listing.new_entries(page)
+        progress = ListingProgress(self._uri)
+        first: list[Mapping[str, Any]] = []
+        options: dict[str, str] = {}
+        for num_pages in count(1):
+            page = self._page(Prefix=self._prefix + prefix, **options)
+            entries = list(listing.new_entries(page))
+            progress.add(len(entries))
+            yield from entries
             token = listing.next_token(page)
             if token is None:
                 break
+            options = {"ContinuationToken": token}
+            first += entries if num_pages <= PAGES_ALONE else []
+            if num_pages == PAGES_ALONE and self._may_be_split(listing):
+                rest = SplitListing(self._page, self._uri, progress).entries(self._prefix + prefix, first)
+                if rest is not None:
+                    known = {entry["Key"] for entry in first}
+                    yield from (entry for entry in rest if entry["Key"] not in known)
+                    break
         if listing.num_repeated and not self._has_warned:
             self._has_warned = True
             logging.getLogger(__name__).warning(
                 "%s: the store lists %d keys more than once; each is taken once", self._uri, listing.num_repeated
             )
+
+    def _page(self, **options: str) -> Mapping[str, Any]:
+        """One page of a listing. Raises StoreError."""
+        with self._errors_naming(options["Prefix"].removeprefix(self._prefix), LIST):
+            return cast(Mapping[str, Any], self._call("list_objects_v2", **options))
+
+    def _may_be_split(self, listing: Listing) -> bool:
+        """True if the pages so far are as S3 makes them. Directory buckets list in no order."""
+        return not listing.num_repeated and not self.bucket.endswith(DIRECTORY_BUCKET)
 
     def _listed_entry(self, key: str) -> Mapping[str, Any]:
         """The listing's entry of one object, for a HEAD without length or version. Raises StoreError."""

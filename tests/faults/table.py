@@ -109,6 +109,27 @@ MUTATIONS = (
         ("storage/stores/test_s3.py::test_create_is_one_conditional_put",),
     ),
     Mutation(
+        "a split listing leaves out the names of other alphabets",
+        "storage/stores/split_listing.py",
+        "[*parts, _Part(prefix, after)]",
+        "parts",
+        ("storage/stores/test_split_listing.py::test_long_listings_are_split",),
+    ),
+    Mutation(
+        "a listing in an order of its own is split",
+        "storage/stores/split_listing.py",
+        'if not is_in_order([entry["Key"] for entry in first]):',
+        "if False:",
+        ("storage/stores/test_split_listing.py::test_a_store_with_an_order_of_its_own_is_listed_page_by_page",),
+    ),
+    Mutation(
+        "a part of a listing that is answered wrongly ends the listing",
+        "storage/stores/split_listing.py",
+        "        except StoreError:\n            return None",
+        "        except StoreError:\n            raise",
+        ("storage/stores/test_split_listing.py::test_a_part_that_is_refused_or_wrong_is_decided_by_the_whole",),
+    ),
+    Mutation(
         "the probe lets every store pass",
         "storage/stores/opening.py",
         '    key = f"{prefix}{uuid.uuid4().hex}"\n',

@@ -120,26 +120,41 @@ class Bucket:
         return Reply(206, {**headers, "Content-Range": content_range}, held[start:stop])
 
     def _listing(self, asked: Asked) -> Reply:
-        keys = sorted(key for key in self.objects if key.startswith(asked.query.get("prefix", "")))
+        prefix, delimiter = asked.query.get("prefix", ""), asked.query.get("delimiter", "")
+        after = asked.query.get("start-after", "")
+        names = {_up_to(key, prefix, delimiter) for key in self.objects if key.startswith(prefix) and key > after}
+        keys = sorted(names, key=str.encode)
         token = asked.query.get("continuation-token", "0")
         start = int(token) if token.isdigit() else 0
         shown, stop = keys[start : start + self.page_size], start + self.page_size
         more = stop < len(keys)
         token = f"<NextContinuationToken>{stop - self.overlap}</NextContinuationToken>" if more else ""
         encoding = asked.query.get("encoding-type")
-        entries = "".join(self._entry(key, encoding) for key in shown)
+        groups = [key for key in shown if delimiter and key.endswith(delimiter) and key != prefix]
+        entries = "".join(_group(key, encoding) if key in groups else self._entry(key, encoding) for key in shown)
         encoding_type = f"<EncodingType>{encoding}</EncodingType>" if encoding else ""
         facts = f"<IsTruncated>{str(more).lower()}</IsTruncated>{encoding_type}{token}"
         body = f"<ListBucketResult>{facts}{entries}</ListBucketResult>"
         return Reply(200, {"Content-Type": "application/xml"}, body.encode())
 
     def _entry(self, key: str, encoding: str | None) -> str:
-        held = self.objects[key]
         shown = urllib.parse.quote(key) if encoding == "url" else key  # XML has no control characters
+        held = self.objects[key]
         entry = self.listed(key, {"Key": shown, "Size": str(len(held)), "ETag": etag_of(held)})
         return (
             f"<Contents>{''.join(f'<{name}>{html.escape(value)}</{name}>' for name, value in entry.items())}</Contents>"
         )
+
+
+def _up_to(key: str, prefix: str, delimiter: str) -> str:
+    """The key, up to the first delimiter after the prefix."""
+    name, found, _ = key.removeprefix(prefix).partition(delimiter) if delimiter else (key.removeprefix(prefix), "", "")
+    return prefix + name + found
+
+
+def _group(key: str, encoding: str | None) -> str:
+    shown = urllib.parse.quote(key) if encoding == "url" else key
+    return f"<CommonPrefixes><Prefix>{html.escape(shown)}</Prefix></CommonPrefixes>"
 
 
 @contextmanager

@@ -263,6 +263,26 @@ def test_listings_go_on_past_a_page(bucket):
     assert sorted(info.key for info in store.list()) == keys
 
 
+FOLDERS = [f"n{folder}/{number:02}.jpg" for folder in range(6) for number in range(10)]
+NAMES = [*FOLDERS, *(f"{number:03}.jpg" for number in range(40)), "é.jpg", "水/1.jpg", "~", "}", "}x", "\x01"]
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("keys", [FOLDERS, NAMES], ids=["folders", "names"])
+def test_a_split_listing_is_as_one_page_by_page(bucket, monkeypatch, keys):
+    store = S3Store(f"{bucket.uri}/split-{len(keys)}", bucket.endpoint_url)
+    for key in keys:
+        store.put(key, b"x")
+    page = store._page
+    asked = []
+    monkeypatch.setattr(store, "_page", lambda **options: asked.append(options) or page(**{**options, "MaxKeys": 8}))
+    split = [info.key for info in store.list()]
+    assert sorted(split) == sorted(keys)
+    assert any("Delimiter" in options for options in asked)
+    monkeypatch.setattr("blocksight.storage.stores.s3.DIRECTORY_BUCKET", store.bucket)
+    assert [info.key for info in store.list()] == split
+
+
 @pytest.mark.servers
 def test_a_forked_child_connects_anew(bucket):
     store = open_store(f"{bucket.uri}/forked", bucket.endpoint_url)
