@@ -2,6 +2,7 @@
 
 import random
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,8 +12,10 @@ from blocksight.jobs.observe.metrics_file import MetricsFile, write_whole
 from blocksight.jobs.observe.registry import OF_PROCESS, Registry, Sample, record_all
 from blocksight.jobs.observe.run_metrics import RunMetrics
 from blocksight.jobs.plan.config import ConfigError
+from blocksight.jobs.worker.attempts import open_worker_stores
 from blocksight.storage.stores.retrying import PatientStore
 from blocksight.storage.stores.store import AlreadyExistsError, MissingError, StoreError, UnavailableError
+from tests.jobs.jobs_of import config_of
 from tests.storage.memory import MemoryStore
 
 REQUESTS = "blocksight_store_requests_total"
@@ -115,6 +118,19 @@ def test_each_call_counts_also_those_that_are_repeated(monkeypatch):
         ("put", "refused"): 1,
         ("delete", "ok"): 2,
     }
+
+
+def test_a_workers_stores_count_within_what_repeats(tmp_path, monkeypatch):
+    """Outside of it, a call that was repeated six times would count once."""
+    monkeypatch.setattr("blocksight.storage.stores.retrying.FIRST_PAUSE_SECONDS", 0.001)
+    (tmp_path / "in").mkdir()
+    context = SimpleNamespace(config=config_of(tmp_path / "in", tmp_path / "out"), run_id="run", witnesses=())
+    for store in (lambda stores: stores.source, lambda stores: stores.output):
+        patient = store(open_worker_stores(context))
+        patient.store.store = BusyStore()
+        requests()
+        assert patient.head("none") is None
+        assert requests() == {("head", "unavailable"): 2, ("head", "ok"): 1}
 
 
 def test_the_file_is_whole_at_each_moment_and_has_the_last_values(tmp_path, monkeypatch):

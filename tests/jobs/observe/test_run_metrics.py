@@ -7,6 +7,7 @@ from collections import Counter
 from rich.console import Console
 
 from blocksight.jobs.observe.catalogue import METRICS
+from blocksight.jobs.observe.registry import OF_PROCESS, OF_WORKERS
 from blocksight.jobs.plan.config import Execution
 from blocksight.jobs.run.job import run_job
 from blocksight.storage.stores.local import LocalStore
@@ -61,10 +62,13 @@ def test_the_file_says_what_the_output_holds(tmp_path):
 def test_a_run_counts_its_own_units_alone(tmp_path):
     data = folder_of_images(tmp_path / "in")
     for name in ("first", "second"):
+        for left in (OF_PROCESS, OF_WORKERS):  # by a run that was cut off
+            left.add("blocksight_store_requests_total", "read", "ok", value=1_000)
         run_with_file(data, tmp_path / name, tmp_path / f"{name}.prom")
     first, second = (values_in((tmp_path / f"{name}.prom").read_text()) for name in ("first", "second"))
     same = [key for key in first if "seconds" not in key[0] and "ratio" not in key[0]]
     assert {key: first[key] for key in same} == {key: second[key] for key in same}
+    assert first["blocksight_store_requests_total", 'verb="read",outcome="ok"'] < 1_000
 
 
 def test_a_failed_stage_counts_and_the_unit_stays_open(tmp_path, monkeypatch):
