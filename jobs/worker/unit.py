@@ -192,7 +192,7 @@ def commit_unit(
         worker=worker_name(),
     )
     with timed("commit"):
-        return _create_or_adopt(output, result.unit, body, receipt)
+        return create_or_adopt(output, result.unit, body, receipt)
 
 
 def _encoded_unit(result: UnitResult, fingerprint: str, *, careful: bool) -> bytes:
@@ -204,7 +204,7 @@ def _encoded_unit(result: UnitResult, fingerprint: str, *, careful: bool) -> byt
     return encode_fragment(rows, _provenance(result.unit, fingerprint))
 
 
-def _create_or_adopt(output: ObjectStore, unit: Unit, body: bytes, receipt: Receipt) -> Receipt:
+def create_or_adopt(output: ObjectStore, unit: Unit, body: bytes, receipt: Receipt) -> Receipt:
     """The receipt of the committed fragment: ours, or another attempt's that was first."""
     try:
         output.create(unit.fragment_key, body, metadata=object_metadata(receipt))

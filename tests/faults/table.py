@@ -16,9 +16,9 @@ MUTATIONS = (
     Mutation(
         "a worker writes a receipt beside the fragment",
         "jobs/worker/unit.py",
-        "    return _create_or_adopt(output, result.unit, body, receipt)",
+        "    return create_or_adopt(output, result.unit, body, receipt)",
         '    output.put(f"_job/receipts/{receipt.unit_id}.json", b"{}")\n'
-        "    return _create_or_adopt(output, result.unit, body, receipt)",
+        "    return create_or_adopt(output, result.unit, body, receipt)",
         (
             "jobs/worker/test_commit.py::test_a_store_that_writes_nothing_is_a_failure_and_leaves_nothing",
             "jobs/run/test_requests.py::test_a_unit_costs_two_writes_and_no_listing_where_one_process_does_it",
@@ -1333,5 +1333,12 @@ MUTATIONS = (
         "PatientStore(CountedStore(_plain(output)), waiting=heartbeat, unit_folders=UNIT_FOLDERS)",
         "CountedStore(PatientStore(_plain(output), waiting=heartbeat, unit_folders=UNIT_FOLDERS))",
         ("jobs/observe/test_registry.py::test_a_workers_stores_count_within_what_repeats",),
+    ),
+    Mutation(
+        "an attempt that did not end is no death",
+        "jobs/ledger/attempt_markers.py",
+        "num_deaths += found is None or not found.ended",
+        "num_deaths += found is None",
+        ("faults/test_simulator.py::test_a_unit_that_kills_every_process_is_given_up_after_so_many",),
     ),
 )

@@ -1,0 +1,34 @@
+"""A simulated cluster on the real protocol: nothing is lost or twice, no storm, and what would be one is seen."""
+
+from dataclasses import replace
+
+import pytest
+
+from blocksight.jobs.worker.attempts import MAX_DEATHS
+from tests.faults.simulator import Setting, simulated
+
+SMALL = Setting(nodes=40, units=1_500, losses_per_node_hour=4.0, driver_stops=3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_losses_and_stops_leave_every_unit_once(seed):
+    found = simulated(replace(SMALL, seed=seed))
+    assert (found.committed, found.dead) == (SMALL.units, 0)
+    assert found.lost_attempts > 20  # the faults did bite
+    assert found.begun >= SMALL.units + found.lost_attempts
+    assert found.put_like_per_unit < 2.5
+    assert found.lists_per_unit < 0.05
+    assert found.share_of_503 == 0
+
+
+def test_one_prefix_of_a_slow_store_is_asked_too_much_and_hashed_ones_are_not():
+    crowd = replace(SMALL, nodes=200, unit_seconds=1.0, driver_stops=0, losses_per_node_hour=0.0, puts_per_second=5.0)
+    one, many = (simulated(replace(crowd, is_hashed=is_hashed)) for is_hashed in (False, True))
+    assert one.share_of_503 > 0.2
+    assert many.share_of_503 < 0.1
+    assert one.committed == many.committed == SMALL.units
+
+
+def test_a_unit_that_kills_every_process_is_given_up_after_so_many():
+    found = simulated(replace(SMALL, losses_per_node_hour=0.0, driver_stops=0, killer=7))
+    assert (found.committed, found.dead, found.lost_attempts) == (SMALL.units - 1, 1, MAX_DEATHS)
