@@ -31,9 +31,9 @@ from blocksight.jobs.plan.plan import load_plan
 from blocksight.storage.stores.opening import open_store
 from blocksight.storage.stores.retrying import PatientStore
 from tests.faults.cluster import FragileBucket, RayCluster, command_line
-from tests.faults.processes import started
+from tests.faults.processes import ended, started
 from tests.faults.verifier import MANIFEST, Watcher, row_hashes, verify
-from tests.jobs.jobs_of import rows_in, run_here
+from tests.jobs.jobs_of import rows_in
 from tests.jobs.tiny import folder_of_images
 
 MODEL = "tests.jobs.tiny:make_slow"
@@ -95,7 +95,9 @@ class Chaos:
         for path in sorted(folder_of_images(folder / "in", NUM_IMAGES).rglob("*.*")):
             source.put(path.relative_to(folder / "in").as_posix(), path.read_bytes())
         self.source_keys = [info.key for info in source.list()]
-        run_here(source.uri, f"{bucket.uri}/undisturbed", model=MODEL, endpoint_url=bucket.endpoint_url)
+        undisturbed = ["explain", "--data", source.uri, "--output", f"{bucket.uri}/undisturbed", "--model", MODEL]
+        code, printed = ended(*undisturbed, "--runner", "local", "--endpoint-url", bucket.endpoint_url)
+        assert code == 0, printed  # a process like the others: it has their backend too
         self.expected_hashes = row_hashes(self.store_of("undisturbed"))
         with RayCluster() as self.cluster:
             self.start = time.monotonic()
