@@ -16,8 +16,17 @@ from blocksight.jobs.plan.config import ConfigError, JobConfig, Part, check_iden
 from blocksight.jobs.plan.documents import Sha256, damaged, read_document
 from blocksight.jobs.plan.estimate import MeasuredRate
 from blocksight.jobs.plan.records import NO_VECTORS, Count, ModelFacts, StoredVectors, Unit
+from blocksight.jobs.plan.shard_advice import shard_advice
 from blocksight.jobs.plan.text import counted
-from blocksight.jobs.plan.units import Piece, Shards, Workforce, check_units, pieces, read_shards
+from blocksight.jobs.plan.units import (
+    Piece,
+    Shards,
+    Workforce,
+    check_units,
+    pieces,
+    read_shards,
+    seconds_per_record,
+)
 from blocksight.storage.inputs.labels import folder_label
 from blocksight.storage.inputs.survey import Layout, Survey, survey
 from blocksight.storage.limits import MAX_BATCH_BYTES, MAX_UNFOLDING
@@ -218,13 +227,21 @@ class FoundInput:
             num_records=sum(piece.num_records for piece in cut),
             ignored={**found.ignored, **_unread_columns(cut)},
             weights=self.weights,
-            notes=(*found.notes, *_notes_of(cut)),
+            notes=(*found.notes, *_notes_of(cut), *self._advice(len(used), workforce)),
             expected=found.expected if self.config.limit is None else {},
             class_folders=_folder_names(found.objects) if found.layout is Layout.IMAGES else (),
             number_names=_number_names(cut),
             rate=workforce.rate,
             troubles={piece.objects[0].key: piece.trouble for piece in cut if piece.trouble is not None},
         )
+
+    def _advice(self, num_objects: int, workforce: Workforce) -> Iterable[str]:
+        """A sentence if the input is better made into shards."""
+        if self.survey.layout is not Layout.IMAGES:
+            return ()
+        seconds = seconds_per_record(self.config, num_objects, workforce)
+        advice = shard_advice(self.config.data, num_objects, seconds, workforce.num_workers)
+        return () if advice is None else (advice,)
 
 
 def make_plan(config: JobConfig, *, weights_sha256: str | None, workforce: Workforce) -> Plan:

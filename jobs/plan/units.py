@@ -106,10 +106,16 @@ def pieces(found: Survey, shards: Shards, config: JobConfig, workforce: Workforc
     return _tar_pieces([one for one in shards if isinstance(one, Piece)], config, workforce)
 
 
+def seconds_per_record(config: JobConfig, num_records: int, workforce: Workforce) -> float:
+    """Of one worker: measured, else by constants."""
+    guess = estimate(config, num_records, on_gpu=workforce.on_gpu)
+    return guess.seconds_per_record if workforce.rate is None else workforce.rate.seconds_per_record
+
+
 def _sizes(config: JobConfig, num_records: int, workforce: Workforce) -> tuple[int, int]:
     """Records of a full unit, and of the smallest unit that is worth its overhead."""
     guess = estimate(config, num_records, on_gpu=workforce.on_gpu)
-    seconds = guess.seconds_per_record if workforce.rate is None else workforce.rate.seconds_per_record
+    seconds = seconds_per_record(config, num_records, workforce)
     height, width = workforce.input_size or config.input_size or (SIDE, SIDE)
     rows = ROW_BYTES * config.target_choice.most_targets
     num_bytes = rows + (guess.bytes_per_record - rows) * max(1.0, height * width / SIDE**2)  # a larger map takes more

@@ -130,6 +130,13 @@ MUTATIONS = (
         ("storage/stores/test_split_listing.py::test_a_part_that_is_refused_or_wrong_is_decided_by_the_whole",),
     ),
     Mutation(
+        "a plan of many loose images advises nothing",
+        "jobs/plan/plan.py",
+        ", *self._advice(len(used), workforce))",
+        ")",
+        ("jobs/plan/test_shard_advice.py::test_a_plan_has_the_advice_from_so_many_images_on",),
+    ),
+    Mutation(
         "the probe lets every store pass",
         "storage/stores/opening.py",
         '    key = f"{prefix}{uuid.uuid4().hex}"\n',
