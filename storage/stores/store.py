@@ -40,7 +40,11 @@ class OutputError(StoreError):
     """This one object of an output cannot be written or read, also after retries; others beside it can."""
 
 
-@dataclass(frozen=True)
+NO_METADATA: Mapping[str, str] = {}
+"""Of all objects in a listing together: a dict for each of millions would take more than their keys."""
+
+
+@dataclass(frozen=True, slots=True)
 class ObjectInfo:
     """One object's facts, from a listing or a HEAD."""
 
@@ -50,7 +54,7 @@ class ObjectInfo:
     """Length in bytes."""
     etag: str
     """Version: the server's ETag; for a local file, its size and modification time in nanoseconds."""
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=lambda: NO_METADATA)
     """User metadata; only `head` fills them."""
 
 
