@@ -192,7 +192,8 @@ JOB_OPTIONS: dict[str, Any] = {
             help="What is explained: predicted, label, top-3, 281, 'tabby'; why one and not the other: margin, "
             "281-282; also 0.5*281+0.5*282, logit(281), logprob(281); of CLIP and its like 'text:a photo of "
             "a dog'; of the feature vector similar:cat.png, prototype:CLASS of a bank, feature:17, direction:FILE.npy. "
-            "Commas separate several, and it may be repeated.  [default: predicted]"
+            "Commas separate several, and it may be repeated. What begins with a double quote is a class's name: "
+            "'\"T-shirt\"'.  [default: predicted]"
         ),
     ],
     "labels": Annotated[

@@ -149,9 +149,10 @@ def timm_preprocessing(name: str, size: Grid | None = None) -> Preprocessing:
     _refuse_unknown(name)
     import timm
 
-    known = timm.get_pretrained_cfg(name, allow_unregistered=False)
-    if known is None:
-        raise ModelError(f"timm cannot make {name!r}: it has no weights of this tag")
+    try:
+        known: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError as error:  # an unknown tag, or no configuration at all
+        raise ModelError(f"timm cannot make {name!r}: {first_line_of(error)}") from error
     return preprocessing_of(known.to_dict(), size)
 
 

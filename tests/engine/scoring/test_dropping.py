@@ -291,9 +291,32 @@ class Whole(Placed):
         return self.wide(self.norm(x).flatten(1))
 
 
+class Packed(AttendingBlock):
+    """Takes its tokens in a list."""
+
+    def __init__(self) -> None:
+        super().__init__(12, 2, fused=False)
+
+    def forward(self, packed):
+        return [super().forward(packed[0])]
+
+
+class PackedEverywhere(Placed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Packed(), Packed()])
+
+    def forward(self, x):
+        packed = [self.tokens(x)]
+        for block in self.blocks:
+            packed = block(packed)
+        return self.head(self.norm(packed[0])[:, 0])
+
+
 @pytest.mark.parametrize(
     ("make", "why"),
     [
+        (PackedEverywhere, "no tokens of 16 patches enter blocks.0"),
         (Overlapping, "a patch enters 4 tokens of the first block"),
         (CountedEverywhere, "with 8 of 16 patches its logits are not those of a full pass"),
         (Whole, "with 8 of 16 patches it fails: mat1 and mat2"),

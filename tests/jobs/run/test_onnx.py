@@ -100,6 +100,10 @@ def test_inputs_that_are_no_pictures_are_refused_with_the_way_out(tmp_path):
         _ = of_channels(loaded(model(), tmp_path).fed(mean=(0.5,) * 3, std=(0.5,) * 3), 1).num_classes
     with pytest.raises(ModelError, match="takes one channel and --channels says 3: leave --channels out"):
         of_channels(loaded(model(channels=1), tmp_path), 3)
+    of_two = model()
+    of_two.graph.input.append(helper.make_tensor_value_info("mask", TensorProto.FLOAT, [1]))
+    with pytest.raises(ModelError, match=r"x tensor\(float\) .*, mask tensor\(float\) \[1\]; wanted one picture"):
+        loaded(of_two, tmp_path)
 
 
 def test_the_file_is_the_fingerprint(tmp_path):
@@ -179,6 +183,9 @@ def test_what_is_no_model_is_told(tmp_path):
         weights_bytes(config_of("/", "/out", model=f"onnx:{tmp_path / 'none.onnx'}"))
     with pytest.raises(ModelError, match="holds its own weights"):
         loaded(model(), tmp_path, weights="random")
+    unknown = model(extra=[helper.make_node("NoSuchOperator", ["y"], ["z"])], outputs=("z",))
+    with pytest.raises(ModelError, match=r"ONNX Runtime cannot load the file: .*; export the model in float32"):
+        loaded(unknown, tmp_path)
 
 
 def test_a_whole_job_and_what_it_cannot_do(tmp_path):

@@ -20,7 +20,7 @@ from blocksight.engine.errors import ModelError
 from blocksight.engine.model.loading import load_model
 from blocksight.engine.model.sources.feeding import BlueFirst
 from blocksight.engine.model.sources.files import pack, split, unpack
-from blocksight.engine.model.sources.timm_models import at_size
+from blocksight.engine.model.sources.timm_models import at_size, preprocessing_of, timm_preprocessing
 from blocksight.jobs.explain.step import load
 from blocksight.jobs.plan.config import ConfigError, JobConfig
 from blocksight.jobs.plan.context import weights_bytes
@@ -158,6 +158,14 @@ def test_what_timm_has_not_is_told(name, told):
     weights = "random" if "no" in name else None
     with pytest.raises(ModelError, match=told):
         load_model(f"timm:{name}", weights=weights)
+
+
+def test_a_preprocessing_that_timm_has_not_is_told():
+    with pytest.raises(ModelError, match=r"timm cannot make 'resnet18.no': Invalid pretrained tag"):
+        timm_preprocessing("resnet18.no")
+    grey = timm.get_pretrained_cfg("resnet18").to_dict() | {"input_size": (1, 224, 224)}
+    with pytest.raises(ModelError, match=r"takes 1 channels, and pictures have three: .* package.module:factory"):
+        preprocessing_of(grey)
 
 
 def test_a_missing_library_is_told(monkeypatch):
