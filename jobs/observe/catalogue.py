@@ -16,6 +16,8 @@ STAGES = ("read", "decode", "explain", "encode", "commit")
 VERBS = ("read", "head", "list", "create", "put", "delete")
 OUTCOMES = ("ok", "exists", "missing", "changed", "unavailable", "refused")
 """Of a request to a store; `unavailable` is an answer such as 503 or 429, or none at all."""
+OTHER = "other"
+"""A reject code that this version does not know: a fragment of another one was found and adopted."""
 STATES = ("open", "committed", "failed", "dead")
 SECONDS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1_800.0, 3_600.0)
 """Bounds of a histogram's buckets: a unit is cut to take some minutes."""
@@ -34,7 +36,7 @@ class Metric:
 METRICS = {
     "blocksight_records_total": Metric(COUNTER, "records that were committed", {"status": (OK, REJECTED)}),
     "blocksight_forwards_total": Metric(COUNTER, "masked forward passes of committed units"),
-    "blocksight_rejects_total": Metric(COUNTER, "records without a map, by reason", {"code": tuple(RejectCode)}),
+    "blocksight_rejects_total": Metric(COUNTER, "records without a map, by reason", {"code": (*RejectCode, OTHER)}),
     "blocksight_unit_seconds": Metric(HISTOGRAM, "seconds of work in a committed unit, all stages together"),
     "blocksight_stage_seconds_total": Metric(
         COUNTER, "seconds of work in each stage, over all workers", {"stage": STAGES}

@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from blocksight.jobs.ledger.stop_request import RUNS_FOLDER
-from blocksight.jobs.observe.catalogue import STATES
+from blocksight.jobs.observe.catalogue import OTHER, STATES
 from blocksight.jobs.observe.metrics_file import MetricsFile
 from blocksight.jobs.observe.registry import OF_PROCESS, OF_WORKERS, Registry, Sample, record_all
 from blocksight.jobs.plan.records import DeadLetter, Outcome, Receipt, UnitFailure
 from blocksight.storage.outputs.schema import OK, REJECTED
+from blocksight.storage.rejects import RejectCode
 from blocksight.storage.stores.store import ObjectStore, StoreError
 
 SHOW_SECONDS = 5.0
+KNOWN_CODES = frozenset(RejectCode)
 
 Export = Callable[[Sequence[Sample]], None]
 
@@ -108,5 +110,8 @@ def _of_receipt(receipt: Receipt) -> list[Sample]:
         Sample("blocksight_records_total", (OK,), receipt.num_ok),
         Sample("blocksight_records_total", (REJECTED,), receipt.num_rejected),
         Sample("blocksight_forwards_total", (), receipt.num_forwards),
-        *(Sample("blocksight_rejects_total", (code,), count) for code, count in receipt.rejects.items()),
+        *(
+            Sample("blocksight_rejects_total", (code if code in KNOWN_CODES else OTHER,), count)
+            for code, count in receipt.rejects.items()
+        ),
     ]

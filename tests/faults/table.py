@@ -660,7 +660,7 @@ MUTATIONS = (
         "storage/stores/s3.py",
         "self._errors_naming(key, DELETE)",
         "self._errors_naming(key, WRITE)",
-        ("storage/stores/test_manners.py::test_a_store_that_deletes_nothing_says_so",),
+        ("storage/stores/test_manners.py::test_a_role_that_may_delete_nothing_is_enough_and_its_refusal_says_so",),
     ),
     Mutation(
         "a refusal asks for credentials that are set",

@@ -8,7 +8,9 @@ from rich.console import Console
 
 from blocksight.jobs.observe.catalogue import METRICS
 from blocksight.jobs.observe.registry import OF_PROCESS, OF_WORKERS
+from blocksight.jobs.observe.run_metrics import RunMetrics
 from blocksight.jobs.plan.config import Execution
+from blocksight.jobs.plan.records import Receipt
 from blocksight.jobs.run.job import run_job
 from blocksight.storage.stores.local import LocalStore
 from tests.jobs.jobs_of import config_of, receipts_in, rows_in
@@ -69,6 +71,15 @@ def test_a_run_counts_its_own_units_alone(tmp_path):
     same = [key for key in first if "seconds" not in key[0] and "ratio" not in key[0]]
     assert {key: first[key] for key in same} == {key: second[key] for key in same}
     assert first["blocksight_store_requests_total", 'verb="read",outcome="ok"'] < 1_000
+
+
+def test_a_code_of_a_stranger_ends_no_job_and_becomes_no_label(tmp_path):
+    """A fragment that is there already is adopted, with the codes that its metadata hold."""
+    run_with_file(folder_of_images(tmp_path / "in"), tmp_path / "out", tmp_path / "own.prom")
+    receipt = receipts_in(LocalStore(tmp_path / "out"))[0]
+    metrics = RunMetrics(1, 1)
+    metrics.add(Receipt(**{**receipt, "rejects": {"tabby.jpg": 2, "truncated": 1, "later": 3}}))
+    assert metrics.registry.figures()["blocksight_rejects_total"] == {"code=other": 5, "code=truncated": 1}
 
 
 def test_a_failed_stage_counts_and_the_unit_stays_open(tmp_path, monkeypatch):
