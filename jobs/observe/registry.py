@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from blocksight.jobs.observe.catalogue import COUNTER, GAUGE, HISTOGRAM, METRICS, SECONDS
+from blocksight.jobs.plan.text import counted
 
 
 class Sample(NamedTuple):
@@ -43,7 +44,9 @@ class Registry:
         """Takes a change in. Raises ValueError for a metric or a label's value that the catalogue does not have."""
         metric = METRICS.get(sample.name)
         if metric is None or len(sample.labels) != len(metric.labels):
-            raise ValueError(f"no metric {sample.name} with {len(sample.labels)} labels; known: {', '.join(METRICS)}")
+            raise ValueError(
+                f"no metric {sample.name} with {counted(len(sample.labels), 'label')}; known: {', '.join(METRICS)}"
+            )
         for value, known in zip(sample.labels, metric.labels.values(), strict=True):
             if value not in known:
                 raise ValueError(f"{sample.name} has no label {value!r}; known: {', '.join(known)}")

@@ -127,7 +127,7 @@ class Protocol(RuleBasedStateMachine):
         job_state = read_job_state(self.store, self.world.plan)
         given_up = {dead["unit_id"] for dead in (final_manifest(self.store, self.world.plan) or {"dead": []})["dead"]}
         late = sorted(receipt.fragment for unit_id, receipt in job_state.receipts.items() if unit_id in given_up)
-        wanted = [f"{key} stands and is not in the final manifest: its unit was given up there" for key in late]
+        wanted = [f"{key} exists and is not in the final manifest: its unit was given up there" for key in late]
         assert [fault for _, faults in check(self.store, self.world.plan) for fault in faults] == wanted
         if late:
             with pytest.raises(UnreconciledError, match="was given up there"):

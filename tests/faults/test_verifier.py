@@ -57,8 +57,8 @@ def test_containers_are_sound(make, tmp_path):
     names = {row["key"] for row in rows_of(store, *contents(store))}
     assert verify(store, source_keys=sorted(names)) == []
     assert any("foreign" in fault for fault in verify(store, source_keys=[*names, "foreign"]))
-    keys = sorted(contents(store))
-    forge(store, keys[0], [{**row, "shard_index": 77} for row in rows_of(store, keys[0])])
+    key = next(key for key in sorted(contents(store)) if rows_of(store, key))  # a part of a tar may hold no record
+    forge(store, key, [{**row, "shard_index": 77} for row in rows_of(store, key)])
     assert any("77" in fault for fault in verify(store))
 
 

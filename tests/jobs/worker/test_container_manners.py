@@ -67,7 +67,10 @@ def read_all(store, meanwhile: Callable[[], object] = nothing) -> list[list[str]
     cut = list(pieces_of(patient, found, config, Workforce(1, on_gpu=False)))
     meanwhile()
     stores = WorkerStores(patient, MemoryStore(), "run")
-    return [became(_unit(number, "job", found.layout, piece), stores, config) for number, piece in enumerate(cut)]
+    return [
+        became(_unit(number, "job", found.layout, piece, spread=True), stores, config)
+        for number, piece in enumerate(cut)
+    ]
 
 
 def became(unit, stores, config) -> list[str] | str:
