@@ -1,5 +1,6 @@
 """Advises shards for a bucket with very many loose images: each image is a request, and a prefix gives few a second."""
 
+from blocksight.jobs.plan.text import counted
 from blocksight.storage.stores.locations import S3
 
 MANY_IMAGES = 1_000_000
@@ -25,7 +26,7 @@ def shard_advice(
         return None
     wanted = num_workers / seconds_per_record
     return (
-        f"{num_images:,} loose images: about {wanted:,.0f} GET/s wanted at the planned speed, and one prefix gives "
+        f"{counted(num_images, 'loose image')}: about {wanted:,.0f} GET/s wanted at the planned speed, and one prefix gives "
         f"about {GETS_OF_A_PREFIX:,}; tar shards cost fewer: in a copy of the folder, beside an empty folder shards, "
         f"run {SHARD_COMMAND} and put the shards into the bucket"
     )
