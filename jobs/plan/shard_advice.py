@@ -26,7 +26,7 @@ def shard_advice(
         return None
     wanted = num_workers / seconds_per_record
     return (
-        f"{counted(num_images, 'loose image')}: about {wanted:,.0f} GET/s wanted at the planned speed, and one prefix gives "
-        f"about {GETS_OF_A_PREFIX:,}; tar shards cost fewer: in a copy of the folder, beside an empty folder shards, "
-        f"run {SHARD_COMMAND} and put the shards into the bucket"
+        f"{counted(num_images, 'loose image')}: about {wanted:,.0f} GET/s wanted at the planned speed, and one prefix "
+        f"gives about {GETS_OF_A_PREFIX:,}; tar shards cost fewer: in a copy of the folder, beside an empty folder "
+        f"shards, run {SHARD_COMMAND} and put the shards into the bucket"
     )
