@@ -103,15 +103,17 @@ def _num_left(job_state: JobState) -> int:
 
 def show(console: Console, looks: Iterable[JobState], clock: Callable[[], float]) -> JobState:
     """Shows at least one look: a bar on a terminal, elsewhere a line per change. Returns what the last look found."""
-    watched = Watched(clock)
+    watched, last = Watched(clock), None
     with Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else nullcontext() as live:
         for job_state in looks:
+            last = job_state
             is_new = watched.add(job_state)
             if live is not None:
                 live.update(_picture(watched, job_state), refresh=True)
             elif is_new:
                 console.print(watched.line(job_state))
-    return job_state  # pyright: ignore[reportPossiblyUnbound]
+    assert last is not None
+    return last
 
 
 def _picture(watched: Watched, job_state: JobState) -> Group:

@@ -690,8 +690,9 @@ def _measured(made: pa.Table, before: pa.Table | None = None) -> pa.Table:
     """The row with what its steps measured: what this process did, which it exports, and what is beside `before`."""
     own = OF_PROCESS.taken()
     export(own)
-    has_more = before is not None and "measured" in before.column_names
-    earlier = json.loads(before["measured"][0].as_py()) if has_more else []
+    earlier = (
+        [] if before is None or "measured" not in before.column_names else json.loads(before["measured"][0].as_py())
+    )
     return made.append_column("measured", pa.array([_json([*earlier, *own])]))
 
 
