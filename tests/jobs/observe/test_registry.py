@@ -12,6 +12,7 @@ from blocksight.jobs.observe.metrics_file import MetricsFile, write_whole
 from blocksight.jobs.observe.registry import OF_PROCESS, Registry, Sample, record_all
 from blocksight.jobs.observe.run_metrics import RunMetrics
 from blocksight.jobs.plan.config import ConfigError
+from blocksight.jobs.plan.text import counted
 from blocksight.jobs.worker.attempts import open_worker_stores
 from blocksight.storage.stores.retrying import PatientStore
 from blocksight.storage.stores.store import AlreadyExistsError, MissingError, StoreError, UnavailableError
@@ -42,7 +43,7 @@ def test_no_label_can_hold_a_key_a_file_or_a_class():
     ("name", "labels"), [("blocksight_unknown", ()), ("blocksight_forwards_total", ("ok",)), (REQUESTS, ("read",))]
 )
 def test_a_metric_is_of_the_catalogue(name, labels):
-    with pytest.raises(ValueError, match=f"no metric {name} with {len(labels)} labels"):
+    with pytest.raises(ValueError, match=f"no metric {name} with {counted(len(labels), 'label')}"):
         Registry().add(name, *labels)
 
 
