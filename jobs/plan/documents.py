@@ -23,6 +23,7 @@ REPAIRS = {
     "data/": "`blocksight verify` says more",
     "evaluations/": "remove it, and the same `evaluate` makes it again",
     "audit/": "`blocksight audit` makes it again",
+    "_measured/": "delete it, and the same `versus` measures it again",
     "_job/final/": "delete it, and `blocksight finalize` writes it again",
     "_job/dead/": "delete it, and the next `explain` tries the unit again",
 }

@@ -150,7 +150,7 @@ def calls_of(work: Callable[[Any], Any]) -> tuple[Callable[[Any], Any], Callable
 
     The second raises as `work`, and ClusterError if the call's process dies again and again.
     """
-    shared = ray.put(work)
+    shared = [ray.put(work)]  # in a list Ray does not fetch it for each call
     task: Any = ray.remote(num_cpus=1)(_call)
 
     def result(submitted: Any) -> Any:
@@ -164,10 +164,18 @@ def calls_of(work: Callable[[Any], Any]) -> tuple[Callable[[Any], Any], Callable
     return lambda thing: task.remote(shared, thing), result
 
 
-def _call(work: Callable[[Any], Any], thing: Any) -> Any:
+_HELD: dict[str, Callable[[Any], Any]] = {}
+"""What this process is called for, by its reference: unpacked once, it opens its stores and reads its plan once."""
+
+
+def _call(shared: Sequence[Any], thing: Any) -> Any:
     refuse_unsafe_switches()
-    keep_freed_memory()
-    return work(thing)
+    (reference,) = shared
+    if reference.hex() not in _HELD:
+        keep_freed_memory()
+        _HELD.clear()
+        _HELD[reference.hex()] = ray.get(reference)
+    return _HELD[reference.hex()](thing)
 
 
 def _gpu_trouble() -> str | None:

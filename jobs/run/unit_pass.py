@@ -22,7 +22,7 @@ from blocksight.jobs.worker.progress import Tally, progress
 LEAST_RECORDS = 2_000
 """A process imports for as long as it measures some hundreds of records: fewer than these are done in this one."""
 AHEAD = 2
-"""Calls that wait for each worker: it never idles, and no more results are held."""
+"""Calls under way for each worker, the one that runs and the next: it does not idle, and few results are held."""
 
 ONE_PROCESS = Execution(runner="local")
 
@@ -67,9 +67,9 @@ def in_order(
         yield from map(work, things)
         return
     context = get_context("spawn")  # a fork would inherit the locks of threads
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=keep_freed_memory) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_hold, initargs=(work,)) as pool:
         try:
-            yield from _ahead(lambda thing: pool.submit(work, thing), things, AHEAD * workers, Future.result)
+            yield from _ahead(lambda thing: pool.submit(_call, thing), things, AHEAD * workers, Future.result)
         except BrokenProcessPool as error:
             raise ClusterError(
                 "a process of this command died, perhaps for want of memory; --workers 1 needs the least, and the same "
@@ -79,15 +79,30 @@ def in_order(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+_HELD: list[Callable[[Any], Any]] = []
+"""What this process of a pool calls: sent once, so that it opens its stores and reads its plan once."""
+
+
+def _hold(work: Callable[[Any], Any]) -> None:
+    keep_freed_memory()
+    _HELD[:] = [work]
+
+
+def _call(thing: Any) -> Any:
+    return _HELD[0](thing)
+
+
 def _on_cluster(
     work: Callable[[Thing], Made], things: Sequence[Thing], execution: Execution, console: Console
 ) -> Iterator[Made]:
-    with session_of(execution, tell_of(console)) as sizing:
+    """The calls need cores alone: they are as many as CPUs, also where the nodes have GPUs."""
+    with session_of(execution.model_copy(update={"device": "cpu"}), tell_of(console)) as sizing:
         from blocksight.jobs.run import pipeline
 
         assert sizing is not None  # of Ray
         submit, result = pipeline.calls_of(work)
-        yield from _ahead(submit, things, AHEAD * sizing.num_actors, result)
+        ahead = AHEAD if execution.workers is None else 1  # on a larger cluster, what waits would run
+        yield from _ahead(submit, things, ahead * sizing.num_actors, result)
 
 
 Handle = TypeVar("Handle")

@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 from blocksight.jobs.evaluate.evaluation import FOLDER
 from blocksight.jobs.ledger.output import table_of
 from blocksight.jobs.plan.config import CODE_VERSION, ConfigError, Execution
-from blocksight.jobs.plan.documents import read_document
+from blocksight.jobs.plan.documents import damaged, read_document
 from blocksight.jobs.plan.forward_setting import planned_forward, protocol_of, setting_difference
 from blocksight.jobs.plan.plan import check_place
 from blocksight.jobs.plan.preflight import readout_difference
@@ -205,11 +205,21 @@ def _measure(
     over_units(work, left, execution, console, "compare")
     tally, typical = Tally(), TypicalRange()
     for unit in a.plan.units:
-        head = store.head(measured_key(unit))
-        tally += Tally.of(json.loads(head.metadata[COUNTS])) if head is not None else Tally()
+        tally += _counts_of(store, unit)
         typical.add(table_of(store, measured_key(unit), MEASURED))
     work.joining.count_rest(tally)
     return tally, typical
+
+
+def _counts_of(store: ObjectStore, unit: Unit) -> Tally:
+    """What was counted of a measured unit of A. Raises MissingError and UnreconciledError."""
+    head = store.head(measured_key(unit))
+    if head is None:
+        raise MissingError(f"{store.uri}/{measured_key(unit)} is gone; the same `versus` measures it again")
+    try:
+        return Tally.of(json.loads(head.metadata[COUNTS]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(store.uri, measured_key(unit), error) from error
 
 
 def measured_key(unit: Unit) -> str:

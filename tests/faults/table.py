@@ -1200,6 +1200,20 @@ MUTATIONS = (
         ("jobs/run/test_unit_pass.py::test_results_come_in_order_from_other_processes",),
     ),
     Mutation(
+        "a process of a pool opens its stores for each call",
+        "jobs/run/unit_pass.py",
+        "pool.submit(_call, thing)",
+        "pool.submit(work, thing)",
+        ("jobs/run/test_unit_pass.py::test_a_process_opens_its_stores_once_for_all_its_calls",),
+    ),
+    Mutation(
+        "what a broken-off difference has measured is measured again",
+        "jobs/versus/run.py",
+        "left = [unit for unit in a.plan.units if measured_key(unit) not in there]",
+        "left = [unit for unit in a.plan.units if there is not None]",
+        ("jobs/versus/test_versus.py::test_a_call_that_broke_off_is_gone_on_with",),
+    ),
+    Mutation(
         "a difference goes on with what was measured of other fragments",
         "jobs/versus/run.py",
         'is_same = other is not None and other.get("state") == pair["state"]',

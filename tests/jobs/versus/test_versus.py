@@ -22,7 +22,7 @@ from blocksight.jobs.evaluate.shares import newcombe, wilson
 from blocksight.jobs.ledger.output import map_of
 from blocksight.jobs.plan.config import ConfigError, Execution
 from blocksight.jobs.plan.plan import ensure_model, ensure_plan, load_plan, make_plan
-from blocksight.jobs.plan.records import ModelFacts, Unit
+from blocksight.jobs.plan.records import ModelFacts, Unit, UnreconciledError
 from blocksight.jobs.plan.units import Workforce
 from blocksight.jobs.versus import run
 from blocksight.jobs.versus.joining import Joining, Overlaps, Tally
@@ -37,6 +37,7 @@ from blocksight.storage.outputs.map_codec import encode_map
 from blocksight.storage.outputs.pictures import BAR_HEIGHT, resized
 from blocksight.storage.outputs.schema import OK, REJECTED
 from blocksight.storage.stores.local import LocalStore
+from blocksight.storage.stores.store import MissingError
 from tests.jobs.evaluate.test_evaluate import evaluated
 from tests.jobs.jobs_of import blocksight, config_of, run_here
 from tests.jobs.tiny import CLASSES, folder_of_images, folder_of_sides, folder_of_tables, folder_of_tars
@@ -558,12 +559,43 @@ def test_a_call_that_broke_off_is_gone_on_with(planted, tmp_path, monkeypatch, p
             written(a, b, tmp_path / "d")
     kept = {file.name for file in (tmp_path / "d" / "_measured").rglob("*.parquet")}
     assert kept
-    reads = watched_reads(a.store)
+    units = {unit.fragment_key.split("/")[-1] for unit in a.plan.units}
+    assert (kept < units) if place == "measured" else (kept == units)
+    made, measure = [], run.Measuring.__call__
+    monkeypatch.setattr(run.Measuring, "__call__", lambda own, unit: (made.append(unit), measure(own, unit)))
     assert written(a, b, tmp_path / "d") == whole
     assert files_in(tmp_path / "d") == files_in(tmp_path / "whole")
-    pictures = len(a.plan.units)  # the contact sheet reads fragments again
-    again = [key for key in reads if key.split("/")[-1] in kept]
-    assert len(again) <= pictures if place == "measured" else len(again) <= 12
+    assert {a.plan.units[unit].fragment_key.split("/")[-1] for unit in made} == units - kept
+    assert len(made) == len(units - kept)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "told"),
+    [
+        (lambda store, key, _: store.delete(key), MissingError, "is gone; the same `versus` measures it again"),
+        (
+            lambda store, key, body: (store.delete(key), store.create(key, body)),  # without its counts
+            UnreconciledError,
+            "is damaged, delete it, and the same `versus` measures it again",
+        ),
+    ],
+)
+def test_measured_rows_that_are_gone_or_damaged_are_told(planted, tmp_path, monkeypatch, spoil, error, told):
+    a, b, _ = planted
+    over_units = run.over_units
+
+    def spoils(work, *given):
+        over_units(work, *given)
+        key = run.measured_key(a.plan.units[3])
+        spoil(work.store, key, work.store.read(key))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(run, "over_units", spoils)
+        with pytest.raises(error, match=told):
+            written(a, b, tmp_path / "d")
+    key = run.measured_key(a.plan.units[3])
+    (tmp_path / "d" / key).unlink(missing_ok=True)
+    assert written(a, b, tmp_path / "d") == written(a, b, tmp_path / "whole")
 
 
 def test_what_was_measured_of_other_fragments_is_not_taken(planted, tmp_path, monkeypatch):
