@@ -25,7 +25,7 @@ from blocksight.jobs.cli.watch import show, states
 from blocksight.jobs.ledger.reconcile import JobState, check, final_manifest, num_accepted, read_job_state
 from blocksight.jobs.ledger.reconcile import finalize as write_manifest
 from blocksight.jobs.ledger.retry import reopen
-from blocksight.jobs.plan.config import Execution, JobConfig
+from blocksight.jobs.plan.config import ConfigError, Execution, JobConfig
 from blocksight.jobs.plan.forward_setting import planned_forward
 from blocksight.jobs.plan.label_files import with_label_file
 from blocksight.jobs.plan.model_input import with_model_file
@@ -135,7 +135,10 @@ def status(
     is_watched: Annotated[
         bool, typer.Option("--watch", help="Look again and again, and say what changed, until no unit is open.")
     ] = False,
-    every: Annotated[float, typer.Option(min=1.0, help="With --watch: seconds between two looks.")] = WATCH_SECONDS,
+    every: Annotated[
+        float | None,
+        typer.Option(min=1.0, help=f"With --watch: seconds between two looks.  [default: {WATCH_SECONDS:g}]"),
+    ] = None,
     as_json: AsJson = False,
     endpoint_url: Endpoint = None,
 ) -> None:
@@ -143,8 +146,11 @@ def status(
 
     Example: blocksight status s3://bucket/maps --watch --every 30
     """
+    if every is not None and not is_watched:
+        raise ConfigError(f"--every {every:g} is the pause between two looks of --watch, which is not given; give both")
     store, made = existing(output, endpoint_url)
-    job_state = _watched(store, made, every, as_json) if is_watched else read_job_state(store, made)
+    pause = WATCH_SECONDS if every is None else every
+    job_state = _watched(store, made, pause, as_json) if is_watched else read_job_state(store, made)
     forward, labels = planned_forward(store), planned_labels(store)
     preflight = stored_preflight(store)
     if as_json:

@@ -14,8 +14,9 @@ COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
 
 STAGES = ("read", "decode", "explain", "encode", "commit")
 VERBS = ("read", "head", "list", "create", "put", "delete")
-OUTCOMES = ("ok", "exists", "missing", "changed", "unavailable", "refused")
-"""Of a request to a store; `unavailable` is an answer such as 503 or 429, or none at all."""
+OUTCOMES = ("ok", "exists", "missing", "changed", "unavailable", "refused", "interrupted")
+"""Of a request to a store; `unavailable` is an answer such as 503 or 429, or none at all; `interrupted`
+a call that a signal ended before its answer."""
 OTHER = "other"
 """A reject code that this version does not know: a fragment of another one was found and adopted."""
 STATES = ("open", "committed", "failed", "dead")
@@ -46,7 +47,9 @@ METRICS = {
     ),
     "blocksight_units": Metric(GAUGE, "units of this run, by state", {"state": STATES}),
     "blocksight_gpu_busy_ratio": Metric(
-        GAUGE, "share of the workers' time spent in the explain stage, 0 to 1; a worker has a GPU, or a CPU core"
+        GAUGE,
+        "share of the workers' time spent in the explain stage, 0 to 1, which is not a GPU's own load; "
+        "a worker has a GPU, or a CPU core",
     ),
 }
 """By name."""

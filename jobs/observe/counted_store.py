@@ -10,7 +10,6 @@ from blocksight.storage.stores.store import (
     MissingError,
     ObjectInfo,
     ObjectStore,
-    StoreError,
     UnavailableError,
 )
 
@@ -21,6 +20,8 @@ OUTCOME_OF = {
     UnavailableError: "unavailable",
 }
 """Every other error is `refused`."""
+STOPS = (KeyboardInterrupt, SystemExit)
+"""What ends a call before its answer; a reader that has seen enough of a list (GeneratorExit) is none of them."""
 
 
 class CountedStore:
@@ -71,7 +72,10 @@ def _counted(verb: str) -> Iterator[None]:
     outcome = "ok"
     try:
         yield
-    except StoreError as error:
+    except STOPS:
+        outcome = "interrupted"
+        raise
+    except Exception as error:
         outcome = OUTCOME_OF.get(type(error), "refused")
         raise
     finally:

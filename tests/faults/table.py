@@ -1272,6 +1272,20 @@ MUTATIONS = (
         ("jobs/cli/test_watch.py::test_a_line_per_change_without_a_terminal",),
     ),
     Mutation(
+        "a call to a store that a signal ends counts as one that went well",
+        "jobs/observe/counted_store.py",
+        'outcome = "interrupted"',
+        'outcome = "ok"',
+        ("jobs/observe/test_registry.py::test_a_call_without_an_answer_is_not_counted_as_one_that_went_well",),
+    ),
+    Mutation(
+        "a pause without a watch is ignored",
+        "jobs/cli/job_commands.py",
+        "if every is not None and not is_watched:",
+        "if False:",
+        ("jobs/cli/test_watch.py::test_a_pause_without_a_watch_is_refused",),
+    ),
+    Mutation(
         "the log of units writes errors and keys as they come",
         "jobs/observe/unit_log.py",
         '"error": plain(outcome.error)',

@@ -123,6 +123,15 @@ def test_exit_codes_are_those_of_status(base, undone, monkeypatch):
     assert "0 units committed, 0 open, 1 dead" in ended.stdout
 
 
+def test_a_pause_without_a_watch_is_refused(base):
+    """Nobody waits for a watch that does not come."""
+    refused = blocksight("status", base / "out", "--every", "30")
+    assert refused.returncode == 2
+    assert "--every 30 is the pause between two looks of --watch, which is not given; give both" in " ".join(
+        refused.stderr.split()
+    )
+
+
 def test_a_job_that_goes_on_is_watched_to_its_end(base, undone):
     """One process watches, another explains; the lines go to standard error where the figures are JSON."""
     watching = subprocess.Popen(

@@ -121,6 +121,33 @@ def test_each_call_counts_also_those_that_are_repeated(monkeypatch):
     }
 
 
+@pytest.mark.parametrize(
+    ("raised", "outcome"),
+    [(KeyboardInterrupt, "interrupted"), (SystemExit, "interrupted"), (RuntimeError, "refused")],
+)
+def test_a_call_without_an_answer_is_not_counted_as_one_that_went_well(raised, outcome, monkeypatch):
+    def stopped(*_, **__):
+        raise raised
+
+    store = CountedStore(MemoryStore())
+    monkeypatch.setattr(MemoryStore, "read", stopped)
+    requests()
+    with pytest.raises(raised):
+        store.read("a")
+    assert requests() == {("read", outcome): 1}
+
+
+def test_a_list_of_which_the_beginning_is_enough_went_well():
+    store = CountedStore(MemoryStore())
+    for key in ("a", "b"):
+        store.create(key, b"")
+    requests()
+    listed = store.list()
+    assert next(listed).key == "a"
+    listed.close()
+    assert requests() == {("list", "ok"): 1}
+
+
 def test_a_workers_stores_count_within_what_repeats(tmp_path, monkeypatch):
     """Outside of it, a call that was repeated six times would count once."""
     monkeypatch.setattr("blocksight.storage.stores.retrying.FIRST_PAUSE_SECONDS", 0.001)
