@@ -25,10 +25,16 @@ Export = Callable[[Sequence[Sample]], None]
 class RunMetrics:
     """Counts a run's outcomes, and adds up what its stages measured."""
 
-    def __init__(self, num_units: int, num_workers: int | None, export: Export = lambda _: None) -> None:
-        """`num_workers`: None where more may join. `export` passes on what this process measured."""
+    def __init__(
+        self,
+        num_units: int,
+        num_workers: int | None,
+        export: Export = lambda _: None,
+        send: Export = lambda _: None,
+    ) -> None:
+        """`num_workers`: None where more may join. `export` passes on what this process measured, `send` all."""
         self.registry = Registry()
-        self._export = export
+        self._export, self._send = export, send
         self._num_workers = num_workers
         self._states = Counter(open=num_units)
         self._start = time.monotonic()
@@ -86,15 +92,19 @@ class RunMetrics:
 
     def _take(self) -> None:
         self._record(OF_PROCESS.taken())
-        record_all(self.registry, OF_WORKERS.taken())
+        self._add_up(OF_WORKERS.taken())
 
     def _move(self, state: str) -> None:
         self._states["open"] -= 1
         self._states[state] += 1
 
     def _record(self, samples: Sequence[Sample]) -> None:
-        record_all(self.registry, samples)
+        self._add_up(samples)
         self._export(samples)
+
+    def _add_up(self, samples: Sequence[Sample]) -> None:
+        record_all(self.registry, samples)
+        self._send(samples)
 
     def _gauges(self) -> list[Sample]:
         states = [Sample("blocksight_units", (state,), self._states[state]) for state in STATES]

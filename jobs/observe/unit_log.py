@@ -28,7 +28,7 @@ def unit_log(path: str | None, run_id: str, part: str | None) -> Iterator[Log]:
         write = _writer(path, stack)
 
         def log(outcome: Outcome, seconds: float) -> None:
-            facts = _facts(outcome, seconds)
+            facts = unit_facts(outcome, seconds)
             if facts:
                 now = datetime.now(UTC).isoformat(timespec="milliseconds")
                 with suppress(OSError):
@@ -50,7 +50,7 @@ def _writer(path: str | None, stack: ExitStack) -> Callable[[str], object]:
     return lambda line: file.write(line.encode("ascii"))
 
 
-def _facts(outcome: Outcome, seconds: float) -> dict[str, Any]:
+def unit_facts(outcome: Outcome, seconds: float) -> dict[str, Any]:
     """What a line says of a unit that came to an end; nothing of one that was not begun or was given back.
 
     JSON writes ASCII alone, and `plain` takes what is left of control: no key can forge a line, or steer a terminal.

@@ -24,6 +24,7 @@ from blocksight.jobs.ledger.garbage import PROBE_PREFIX, tidy_attempts
 from blocksight.jobs.ledger.receipt_batches import ReceiptBatches
 from blocksight.jobs.ledger.reconcile import JobState, Manifest, final_manifest, finalize, num_accepted, read_job_state
 from blocksight.jobs.ledger.stop_request import GO_ON, RUNS_FOLDER, Stop, stopped_by_signals, unfinished_from
+from blocksight.jobs.observe.otlp import Sender, sending
 from blocksight.jobs.observe.run_metrics import RunMetrics
 from blocksight.jobs.observe.unit_log import unit_log
 from blocksight.jobs.plan.config import Execution, JobConfig
@@ -209,14 +210,18 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
         budget = Budget(execution.max_reject_fraction, execution.max_dead_units)
         with stopped_by_signals(stop, cuts_off=sizing is None):
             first_units = FirstUnits.of(job_state, budget)
-            metrics = _metrics_of(job_state, sizing)
             part = None if execution.part is None else str(execution.part)
-            with metrics.shown(execution.metrics_file), unit_log(execution.log_json, context.run_id, part) as log:
+            logged = unit_log(execution.log_json, context.run_id, part)
+            with sending(context.run_id, part, tell_of(console)) as sender, logged as log:
+                metrics = _metrics_of(job_state, sizing, sender)
 
                 def observe(outcome: Outcome) -> None:
-                    log(outcome, metrics.add(outcome))
+                    seconds = metrics.add(outcome)
+                    log(outcome, seconds)
+                    sender.unit(outcome, seconds)
 
-                ran = _run_units(job_state, context, state, sizing, console, stop, first_units, batches, observe)
+                with metrics.shown(execution.metrics_file):
+                    ran = _run_units(job_state, context, state, sizing, console, stop, first_units, batches, observe)
     try:
         stop.clear()
         metrics.store(output, context.run_id)
@@ -536,14 +541,15 @@ def _run_units(
     return RunSummary(tuple(failures), seconds, stop.reason, first_units.is_hopeless, in_hand, busy)
 
 
-def _metrics_of(job_state: JobState, sizing: Sizing | None) -> RunMetrics:
+def _metrics_of(job_state: JobState, sizing: Sizing | None, sender: Sender) -> RunMetrics:
     """The metrics of this run; on Ray each process exports what it measures."""
     num_units = len(job_state.open_units)
     if sizing is None:
-        return RunMetrics(num_units, 1)
+        return RunMetrics(num_units, 1, send=sender.samples)
     from blocksight.jobs.run.pipeline import export
 
-    return RunMetrics(num_units, None if sizing.most_actors is not None else sizing.num_actors, export)
+    num_workers = None if sizing.most_actors is not None else sizing.num_actors
+    return RunMetrics(num_units, num_workers, export, sender.samples)
 
 
 def _outcomes(
