@@ -25,7 +25,7 @@ from blocksight.jobs.ledger.receipt_batches import ReceiptBatches
 from blocksight.jobs.ledger.reconcile import finalize, read_job_state
 from blocksight.jobs.plan.plan import Plan
 from blocksight.jobs.plan.records import Receipt, Unit
-from blocksight.jobs.worker.attempts import WorkerStores, begin
+from blocksight.jobs.worker.attempts import WorkerStores, begin, go_on
 from blocksight.jobs.worker.unit import create_or_adopt
 from blocksight.storage.inputs.survey import Layout
 from blocksight.storage.stores.retrying import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS
@@ -47,12 +47,16 @@ class Setting:
     unit_seconds: float = 38.0
     losses_per_node_hour: float = 0.05
     """Spot machines that are taken away; another one takes the place after `start_seconds`."""
+    cut_off: float = 0.0
+    """Share of the lost machines that only the network lost: they go on, and commit beside another attempt."""
     start_seconds: float = 120.0
     driver_stops: int = 1
     """Kills of the driver, with all that its workers have in hand; the same command goes on."""
     puts_per_second: float = PUTS_PER_SECOND
     is_hashed: bool = True
     """False: the store counts all of `data/` as one prefix, and all of `_job/`."""
+    has_gpus: bool = False
+    """True: reading, explaining and committing are in processes of their own, each with a marker."""
     killer: int = -1
     """Place of a unit that ends each process that works on it; -1: none does."""
     seed: int = 0
@@ -146,10 +150,22 @@ class Outcome:
     begun: int
     """Attempts."""
     lost_attempts: int
+    twice: int
+    """Attempts that found the unit committed by another one, and adopted it."""
     committed: int
     dead: int
     seconds: float = 0.0
     """That the simulation took."""
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A unit in a worker's hand."""
+
+    unit: Unit
+    attempt: Attempt
+    goes_on: bool
+    """If the machine is lost, it is only cut off."""
 
 
 @dataclass
@@ -160,6 +176,7 @@ class _Job:
     drawn: random.Random = field(init=False)
     begun: int = 0
     lost: int = 0
+    twice: int = 0
     now: float = 0.0
 
     def __post_init__(self) -> None:
@@ -187,29 +204,41 @@ class _Job:
         """The receipts as they arrive, in simulated time."""
         number = count()
         begins = self.now
-        events: list[tuple[float, int, str, int, Unit | None]] = [
+        events: list[tuple[float, int, str, int, _Begun | None]] = [
             (begins + self.drawn.uniform(0, 60), next(number), "idle", node, None) for node in range(self.setting.nodes)
         ]
         heapq.heapify(events)
         in_hand = 0
         while events and (left or in_hand):
-            self.now, _, what, node, unit = heapq.heappop(events)
+            self.now, _, what, node, work_on = heapq.heappop(events)
             self.store.now = self.now
             if what == "lost":
                 in_hand -= 1
                 self.lost += 1
-                assert unit is not None
-                left.append(unit)
+                assert work_on is not None
+                left.append(work_on.unit)
                 heapq.heappush(events, (self.now + self.setting.start_seconds, next(number), "idle", node, None))
+                if work_on.goes_on:
+                    later = self.now + self.drawn.uniform(0.5, 2) * self.setting.unit_seconds
+                    heapq.heappush(events, (later, next(number), "cut off", node, work_on))
+                continue
+            if what == "cut off":  # nobody waits for it
+                assert work_on is not None
+                self._commit(work_on.unit, f"cut off {work_on.attempt.markers[0]}")
                 continue
             if what == "explained":
-                assert unit is not None
+                assert work_on is not None
                 in_hand -= 1
-                yield self._commit(unit, node)
+                if self.setting.has_gpus:
+                    go_on(work_on.unit, "commit", stores, work_on.attempt)
+                yield self._commit(work_on.unit, f"{node} {self.begun}")
             if not left:
                 continue
             unit = left.popleft()
-            if not isinstance(begin(unit, stores), Attempt):  # it was given up
+            attempt = begin(unit, stores)
+            if isinstance(attempt, Attempt) and self.setting.has_gpus:
+                attempt = go_on(unit, "explain", stores, attempt)
+            if not isinstance(attempt, Attempt):  # it was given up
                 heapq.heappush(events, (self.store.now, next(number), "idle", node, None))
                 continue
             self.begun += 1
@@ -219,9 +248,10 @@ class _Job:
             dies_after = self.drawn.expovariate(rate) if rate else math.inf
             is_lost = dies_after < work or unit.ordinal == self.setting.killer
             ends = self.store.now + min(work, dies_after)
-            heapq.heappush(events, (ends, next(number), "lost" if is_lost else "explained", node, unit))
+            hand = _Begun(unit, attempt, goes_on=self.drawn.random() < self.setting.cut_off)
+            heapq.heappush(events, (ends, next(number), "lost" if is_lost else "explained", node, hand))
 
-    def _commit(self, unit: Unit, node: int) -> Receipt:
+    def _commit(self, unit: Unit, attempt: str) -> Receipt:
         body = unit.unit_id.encode()
         facts = {name: 1 for name in ("num_rows", "num_records", "num_ok", "num_forwards")}
         receipt = Receipt(
@@ -235,10 +265,12 @@ class _Job:
             metrics={},
             odd_formats={},
             num_flat=0,
-            attempt=f"{node}-{unit.unit_id}-{self.begun}",
+            attempt=f"{unit.unit_id} {attempt}",
             **facts,
         )
-        return create_or_adopt(self.store, unit, body, receipt)
+        found = create_or_adopt(self.store, unit, body, receipt)
+        self.twice += found.attempt != receipt.attempt
+        return found
 
 
 def _unit(ordinal: int) -> Unit:
@@ -266,6 +298,7 @@ def simulated(setting: Setting) -> Outcome:
         share_of_503=asked["503"] / total,
         begun=job.begun,
         lost_attempts=job.lost,
+        twice=job.twice,
         committed=len(state.receipts),
         dead=len(state.dead),
         seconds=time.process_time() - start,

@@ -21,6 +21,22 @@ def test_losses_and_stops_leave_every_unit_once(seed):
     assert found.share_of_503 == 0
 
 
+def test_with_gpus_a_unit_has_two_markers_more_and_no_listing():
+    found = simulated(replace(SMALL, has_gpus=True))
+    assert (found.committed, found.dead) == (SMALL.units, 0)
+    assert found.lost_attempts > 20
+    assert 4.0 <= found.put_like_per_unit < 4.5
+    assert found.lists_per_unit < 0.05
+    assert found.share_of_503 == 0
+
+
+@pytest.mark.parametrize("has_gpus", [False, True])
+def test_machines_that_only_the_network_lost_commit_nothing_twice(has_gpus):
+    found = simulated(replace(SMALL, cut_off=1.0, driver_stops=0, losses_per_node_hour=20.0, has_gpus=has_gpus))
+    assert (found.committed, found.dead) == (SMALL.units, 0)
+    assert found.twice > 20  # the faults did bite
+
+
 def test_one_prefix_of_a_slow_store_is_asked_too_much_and_hashed_ones_are_not():
     crowd = replace(SMALL, nodes=200, unit_seconds=1.0, driver_stops=0, losses_per_node_hour=0.0, puts_per_second=5.0)
     one, many = (simulated(replace(crowd, is_hashed=is_hashed)) for is_hashed in (False, True))
