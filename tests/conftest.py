@@ -1,5 +1,6 @@
 """Shared fixtures and options: real data if they are beside the checkout, one S3 server, and `--sample`."""
 
+import gc
 import os
 import random
 import secrets
@@ -55,6 +56,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     lots = set(random.Random(config.getoption("--sample-seed")).sample(range(len(items)), sample))
     config.hook.pytest_deselected(items=[item for lot, item in enumerate(items) if lot not in lots])
     items[:] = [item for lot, item in enumerate(items) if lot in lots]
+
+
+def pytest_collection_finish() -> None:
+    """Spares the garbage collector what is loaded by now: a job collects once, and libraries and tests stay anyway."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
 
@@ -632,7 +633,13 @@ class Execution(BaseModel):
 def _checked(kind: type, values: Mapping[str, Any]) -> Any:
     """The dataclass of these values. TOML has no null, so the text `none` means None where that is allowed."""
     hints = get_type_hints(kind)
-    return TypeAdapter(kind).validate_python({name: _plain(value, hints[name]) for name, value in values.items()})
+    return _adapter(kind).validate_python({name: _plain(value, hints[name]) for name, value in values.items()})
+
+
+@cache
+def _adapter(kind: type) -> TypeAdapter[Any]:
+    """Kept, because it takes longer to make than to use, and a worker asks for it with each unit."""
+    return TypeAdapter(kind)
 
 
 def _plain(value: Any, hint: Any) -> Any:
