@@ -1,7 +1,7 @@
-"""The stored result of a lane in `tests/figures`: its format, what is wrong with it, and whether it is out of date."""
+"""The stored result of a lane in `tests/figures`: its format, what is wrong with it, and how old it is."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -64,29 +64,26 @@ def digests(files: Iterable[str], root: Path = ROOT) -> dict[str, str]:
     return {name: hashlib.sha256((root / name).read_bytes()).hexdigest()[:DIGEST_LENGTH] for name in sorted(set(files))}
 
 
-def problems(record: Record, root: Path = ROOT) -> Iterator[str]:
-    """A sentence for each thing that is wrong with a stored result."""
+def problems(record: Record) -> Iterator[str]:
+    """A sentence for each thing that is wrong with a stored result. Its age is none: `changed_since` says it."""
     if record.failed:
         yield f"these pieces failed: {', '.join(record.failed)}"
     if not record.done == sum(record.verdicts.values()) <= record.total:
         yield f"{record.done} of {record.total} pieces are done, and {sum(record.verdicts.values())} have a verdict"
-    gone = [name for name in record.files if not (root / name).exists()]
-    if gone:
-        yield f"it names files that do not exist: {', '.join(gone)}"
 
 
-def out_of_date(record: Record, now: dict[str, str]) -> str | None:
-    """Says what the lane does not prove for the present code; None: nothing. `now` holds the present digests."""
-    changed = sorted(name for name in now.keys() | record.files.keys() if now.get(name) != record.files.get(name))
-    lacks = [f"{record.done} of {record.total} pieces were run"] if record.done < record.total else []
-    if changed:
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        lacks.append(f"{len(changed)} of {len(now)} files have changed since: {', '.join(changed[:3])}{more}")
-    if not lacks:
-        return None
-    return f"{record.lane}, at {record.commit[:12]} of {record.date}: {'; '.join(lacks)}. {renewal(record.lane)}"
+def changed_since(record: Record, now: dict[str, str]) -> list[str]:
+    """The files of the lane that are new, gone or other than the result's. `now` holds the present digests."""
+    return sorted(name for name in now.keys() | record.files.keys() if now.get(name) != record.files.get(name))
 
 
-def renewal(lane: str) -> str:
-    """What to do about a result that is missing or out of date."""
-    return f"Run `python -m tests.lanes {lane}` and commit {path_of(lane).relative_to(ROOT)}."
+def result_lines(results: Mapping[str, Record | None]) -> Iterator[str]:
+    """The table of the lanes' stored results; None: there is none."""
+    yield from ("| lane | pieces tried | found | on | at commit |", "| --- | --- | --- | --- | --- |")
+    for name, record in results.items():
+        if record is None:
+            yield f"| `{name}` | none stored | | | |"
+        else:
+            found = ", ".join(f"{count} {verdict}" for verdict, count in record.verdicts.items())
+            share = f"{record.done} of {record.total}"
+            yield f"| `{name}` | {share} | {found} | {record.date} | `{record.commit[:12]}` |"

@@ -6,8 +6,8 @@ left, and ends within `--minutes`. Each finished piece is noted in `.lanes/`, so
 the others. If a file that the lane tests or runs changes, it begins anew.
 
 At its end each call writes `tests/figures/lane-NAME.json`: commit, date, how many of the pieces are done, what they
-found, and the digests of the files. `--minutes 0` runs nothing and only writes it. Commit this file:
-`tests/test_lanes.py` names every result that is cut short or older than the code.
+found, and the digests of the files. `--minutes 0` runs nothing and only writes it. Commit this file and the table of
+`tests/README.md` that `tests/test_lanes.py` asks for. The list of lanes says how many files changed since.
 
 Exit code 0: every piece is done, and none failed. 1: a piece failed. 2: the lane could not begin. 3: pieces
 without a verdict are left.
@@ -32,7 +32,7 @@ from tests.faults import mutants
 from tests.faults.mutations import tests_of
 from tests.faults.planting import PACKAGES, copied, judge, load_heavy, run_tests
 from tests.faults.table import MUTATIONS
-from tests.lane_records import ROOT, Record, digests, store, stored
+from tests.lane_records import ROOT, Record, changed_since, digests, store, stored
 
 STATES = ROOT / ".lanes"
 GRACE_SECONDS = 60.0
@@ -378,13 +378,19 @@ def _git(*arguments: str) -> str:
 
 
 def listing() -> str:
-    """A line for each lane: what it proves, and its stored result."""
-    lines = []
-    for name, lane in lanes().items():
-        record = stored(name)
-        result = f"{record.done} of {record.total} at {record.commit[:12]}, {record.date}" if record else "not stored"
-        lines.append(f"{name:20} {result:36} {lane.meaning}")
-    return "\n".join(lines)
+    """Two lines for each lane: what it proves; its stored result, and how many of its files changed since."""
+    return "\n".join(
+        f"{name:20} {lane.meaning}\n{'':20} {_stored_result(name, lane)}" for name, lane in lanes().items()
+    )
+
+
+def _stored_result(name: str, lane: Lane) -> str:
+    record = stored(name)
+    if record is None:
+        return "no stored result"
+    now = digests(lane.files())
+    age = f"{len(changed_since(record, now))} of {len(now)} files changed since"
+    return f"{record.done} of {record.total} pieces at {record.commit[:12]}, {record.date}; {age}"
 
 
 def run_lane(name: str, minutes: float, seed: str, fresh: bool) -> int:
