@@ -5,6 +5,7 @@ import subprocess
 import sys
 import weakref
 from contextlib import contextmanager, nullcontext
+from itertools import product
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -51,8 +52,14 @@ def logits(adapter, setting, inputs):
         return make_forward(adapter, setting)(inputs)
 
 
-@pytest.mark.parametrize("net", [Plain, Residual, Depthwise, InPlace])
-@pytest.mark.parametrize("backend", ["eager", "openvino", "compiled"])
+@pytest.mark.parametrize(
+    ("backend", "net"),
+    [
+        *product(["eager", "openvino"], [Plain, Residual, Depthwise, InPlace]),
+        ("compiled", Depthwise),  # a compilation takes seconds
+        *(pytest.param("compiled", net, marks=pytest.mark.sweep) for net in (Plain, Residual, InPlace)),
+    ],
+)
 def test_every_backend_computes_the_same(backend, net):
     adapter, inputs = adapter_of(net), smooth(3, 32, 32)
     wanted = logits(adapter, ForwardSetting(batch_size=3), inputs)
