@@ -53,12 +53,12 @@ def whole(job):
     [
         pytest.param(False, 1, marks=pytest.mark.faults),
         pytest.param(True, 1, marks=pytest.mark.faults),
-        (True, 4),
+        (True, 8),
     ],
     ids=["before", "after", "after some"],
 )
 def test_a_crash_at_any_call_changes_nothing_in_the_end(job, whole, after, every):
-    """`every` is 4: every fourth call, and the first call of each method in each folder."""
+    """`every` is 8: every eighth call, and the first call of each method in each folder."""
     expected, calls = whole
     assert len(expected) >= 2
     assert {call.split()[0] for call in calls} == {"read", "head", "list", "create", "put", "delete"}
