@@ -293,7 +293,8 @@ def test_ci_runs_the_marked_commands():
     marks = {block.mark for name in READMES for block in blocks_of(name) if (block.mark or "").startswith("command: ")}
     assert marks == {"command: demo", "command: test"}
     assert marks <= {block.mark for block in blocks_of("README.md")}
-    assert "for name in demo test; do" in (ROOT / ".ci/run").read_text()
+    asked = re.findall(r"\$\(command_of (\w+)\)", (ROOT / ".ci/run").read_text())
+    assert {f"command: {name}" for name in asked} == marks
 
 
 # ---------------------------------------------------------------- code within a line
