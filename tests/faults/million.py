@@ -1,0 +1,242 @@
+"""Runs jobs of a thousand to a million records, and measures whether memory grows with the data set.
+
+`python -m tests.faults.million --output DIR` makes shards of tiny pictures, explains them on Ray by the command line,
+and runs `verify`, `report` and `audit` on each output. It looks at the memory of the driver, of each actor and of each
+command, as the kernel counts it. Shards that are there are kept, and a size that was measured is not run again without
+`--again`. `--figures FILE` gets what was measured, as JSON.
+
+Exit code 0: the promises hold. 1: one does not: a command failed, or the driver or an actor holds more than 50 bytes
+more for each further record than at 10,000 records. A million takes 6 GB of disk, of which `--tidy` gives 4 GB back.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from blocksight.jobs.plan.text import clock, counted
+from tests.faults.coloured import MODEL, write_shards
+from tests.faults.process_memory import DRIVER, Watched, watched
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = (1_000, 10_000, 100_000, 1_000_000)
+BASE_RECORDS = 10_000
+"""Below it the sizes of units still grow, and with them an actor's memory."""
+MOST_BYTES_PER_RECORD = 50.0
+ROLES = (DRIVER, "actor")
+"""Of which memory is promised; the others are Ray's own processes."""
+KEPT_LOOKS = 40
+LINE_SECONDS = 15.0
+MIB = float(1 << 20)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one command took."""
+
+    command: str
+    code: int
+    seconds: float
+    own_mib: Mapping[str, float]
+    """The most anonymous memory of a process of each role."""
+    total_mib: Mapping[str, float]
+    """The same with its share of mapped files."""
+    sum_mib: float
+    """Of all its processes together, with mapped files."""
+    looks: Sequence[Mapping[str, float]] = ()
+    """Some looks in order: `seconds`, and the anonymous MiB of each role."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What one size took."""
+
+    records: int
+    commit: str
+    steps: Sequence[Step]
+
+
+def commands(data: Path, output: Path, workers: int) -> Iterator[Sequence[str]]:
+    """The command lines of one size, in their order."""
+    yield (
+        *("explain", "--data", str(data), "--output", str(output), "--model", MODEL, "--explainer", "gradcam"),
+        *("--workers", str(workers)),
+    )
+    yield "verify", str(output)
+    yield "report", str(output)
+    yield "audit", str(output), "--model", MODEL
+
+
+def step_of(command: str, found: Watched) -> Step:
+    """The figures of a command that was watched."""
+    every = max(1, len(found.looks) // KEPT_LOOKS)
+    looks = [{"seconds": round(one.seconds, 1), **_in_mib(one.own_bytes)} for one in found.looks[::every]]
+    assert found.code is not None  # it ended
+    return Step(
+        command,
+        found.code,
+        round(found.seconds, 1),
+        _in_mib(found.own_bytes),
+        _in_mib(found.total_bytes),
+        round(found.sum_bytes / MIB, 1),
+        looks,
+    )
+
+
+def _in_mib(num_bytes: Mapping[str, int]) -> dict[str, float]:
+    return {role: round(one / MIB, 1) for role, one in sorted(num_bytes.items())}
+
+
+def faults(sizes: Sequence[Size]) -> Iterator[str]:
+    """A sentence for each promise that does not hold."""
+    for size in sizes:
+        for step in size.steps:
+            if step.code:
+                yield f"{counted(size.records, 'record')}: {step.command} ended with exit code {step.code}"
+    for role, growth in growths(sizes).items():
+        if growth > MOST_BYTES_PER_RECORD:
+            yield f"{role}: {growth:.1f} bytes more a record; promised are at most {MOST_BYTES_PER_RECORD:g}"
+
+
+def growths(sizes: Sequence[Size]) -> dict[str, float]:
+    """Bytes of memory for each further record from `BASE_RECORDS` to the largest size, by role of `explain`."""
+    ordered = sorted((one for one in sizes if one.records >= BASE_RECORDS), key=lambda one: one.records)
+    if len(ordered) < 2:
+        return {}
+    first, last = ordered[0], ordered[-1]
+    small, large = (next(step for step in one.steps if step.command == "explain").own_mib for one in (first, last))
+    further = last.records - first.records
+    return {role: (large[role] - small[role]) * MIB / further for role in ROLES}
+
+
+def table(sizes: Sequence[Size]) -> Iterator[str]:
+    """The figures for people: a row for each size and command."""
+    yield f"{'records':>9}  {'command':<8}{'seconds':>9}{'driver MiB':>12}{'actor MiB':>11}{'all MiB':>9}"
+    for size in sizes:
+        for step in size.steps:
+            own = [f"{step.own_mib[role]:,.0f}" if role in step.own_mib else "" for role in ROLES]
+            yield (
+                f"{size.records:>9,}  {step.command:<8}{step.seconds:>9,.0f}{own[0]:>12}{own[1]:>11}"
+                f"{step.sum_mib:>9,.0f}"
+            )
+    for role, growth in growths(sizes).items():
+        yield f"{role}: {growth:.1f} bytes a further record"
+
+
+class Runs:
+    """The runs of all sizes below one folder."""
+
+    def __init__(self, folder: Path, workers: int, *, again: bool, tidy: bool, every_seconds: float = 1.0) -> None:
+        self.folder, self.workers, self.again, self.tidy = folder, workers, again, tidy
+        self.every_seconds = every_seconds
+
+    def size(self, records: int) -> Size:
+        """The figures of a size: those that are stored, or new ones."""
+        folder = self.folder / str(records)
+        stored = folder / "size.json"
+        if stored.exists() and not self.again:
+            return _size(json.loads(stored.read_text()))
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        data = self.folder / f"data-{records}"
+        _show(write_shards(data, records), records, f"{records:,}: making pictures")
+        steps = [self._step(records, command, folder) for command in commands(data, folder / "maps", self.workers)]
+        size = Size(records, _commit(), steps)
+        if not any(step.code for step in steps):
+            stored.write_text(json.dumps(asdict(size)))
+            if self.tidy:
+                shutil.rmtree(data)
+                shutil.rmtree(folder / "maps")
+        return size
+
+    def _step(self, records: int, command: Sequence[str], folder: Path) -> Step:
+        name = command[0]
+        tell = _telling(f"{records:,}: {name}")
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        full = [sys.executable, "-m", "blocksight", *command]
+        found = watched(full, self.every_seconds, tell, folder / f"{name}.log", environment)
+        if found.code:
+            print(found.log.read_text(errors="replace")[-3000:])
+        step = step_of(name, found)
+        print(f"{records:,}: {name} ended with {step.code} after {clock(step.seconds)}, {step.own_mib} MiB", flush=True)
+        return step
+
+
+def _show(counts: Iterable[int], total: int, what: str) -> None:
+    """Prints how far it is and the time left, now and then."""
+    start = told = time.monotonic()
+    for count in counts:
+        now = time.monotonic()
+        if now > told + LINE_SECONDS:
+            told = now
+            print(f"{what}, {count:,} of {total:,}, {clock((now - start) * (total - count) / count)} left", flush=True)
+
+
+def _telling(what: str) -> Callable[[Watched], None]:
+    """Prints the memory now and then; the command's own progress is in its log."""
+    told = 0.0
+
+    def tell(found: Watched) -> None:
+        nonlocal told
+        if found.seconds > told + LINE_SECONDS:
+            told = found.seconds
+            own = ", ".join(f"{role} {one / MIB:,.0f} MiB" for role, one in found.looks[-1].own_bytes.items())
+            print(f"{what}, {clock(found.seconds)}: {own}; {_last_line(found.log)}", flush=True)
+
+    return tell
+
+
+def _last_line(log: Path) -> str:
+    return (log.read_text(errors="replace").strip().splitlines() or [""])[-1].strip()
+
+
+def _commit() -> str:
+    return subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def _size(values: Mapping) -> Size:
+    return Size(values["records"], values["commit"], [Step(**step) for step in values["steps"]])
+
+
+def main() -> int:
+    """Runs the sizes from small to large. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for shards, outputs and figures")
+    parser.add_argument(
+        "--records", default=",".join(map(str, SIZES)), help="sizes, with commas (default: %(default)s)"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="explain actors (default: %(default)s)")
+    parser.add_argument("--again", action="store_true", help="run sizes again that were measured")
+    parser.add_argument("--tidy", action="store_true", help="remove shards and maps of a size that was measured")
+    parser.add_argument("--figures", type=Path, help="file for the figures, as JSON")
+    asked = parser.parse_args()
+    runs = Runs(asked.output.resolve(), asked.workers, again=asked.again, tidy=asked.tidy)
+    sizes = [runs.size(int(records)) for records in sorted(asked.records.split(","), key=int)]
+    print("\n".join(table(sizes)))
+    if asked.figures is not None:
+        made = {
+            "date": f"{datetime.now(UTC):%Y-%m-%d}",
+            "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, Python {platform.python_version()}",
+            "workers": asked.workers,
+            "bytes_per_record": growths(sizes),
+            "sizes": [asdict(one) for one in sizes],
+        }
+        asked.figures.write_text(json.dumps(made, indent=1) + "\n")
+    found = list(faults(sizes))
+    print("\n".join(found) or "the promises hold")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
