@@ -1404,4 +1404,20 @@ MUTATIONS = (
         "num_deaths += found is None",
         ("faults/test_simulator.py::test_a_unit_that_kills_every_process_is_given_up_after_so_many",),
     ),
+    Mutation(
+        "a driver keeps what came back of each unit",
+        "jobs/run/job.py",
+        "            update(outcome)\n            observe(outcome)\n",
+        "            update(outcome)\n            observe(outcome)\n"
+        '            job_state.__dict__.setdefault("kept", []).append(outcome)\n',
+        ("faults/test_million.py::test_a_driver_holds_nothing_of_the_units_that_came_back",),
+    ),
+    Mutation(
+        "a worker keeps the records of its units",
+        "jobs/explain/step.py",
+        "        flat = tuple(row for own in rows for row in own)\n",
+        "        flat = tuple(row for own in rows for row in own)\n"
+        '        self.__dict__.setdefault("kept", []).append(unit_input.records)\n',
+        ("faults/test_million.py::test_a_worker_holds_nothing_of_the_units_that_it_has_done",),
+    ),
 )
