@@ -45,6 +45,7 @@ from blocksight.jobs.worker.watchdog import watchdog
 from blocksight.storage.inputs.loose import read_images
 from blocksight.storage.inputs.records import RawRecord
 from blocksight.storage.inputs.survey import Layout
+from blocksight.storage.stores.object_columns import evenly_spread
 from blocksight.storage.stores.store import ObjectInfo, ObjectStore, StoreError
 
 NUM_REAL, NUM_DRAWN = 4, 4
@@ -217,9 +218,9 @@ def _sample(
     """Yields the pixels [H, W, 3] of a few loose images, spread over the data set; unreadable ones are left out."""
     if plan.layout is not Layout.IMAGES:
         return
-    objects = [info for unit in plan.units for info in unit.objects if info.size <= CHEAP_BYTES]
-    count = min(NUM_REAL, len(objects))
-    spread = [objects[index * len(objects) // count] for index in range(count)]
+    spread = evenly_spread(
+        lambda: (info for unit in plan.units for info in unit.objects if info.size <= CHEAP_BYTES), NUM_REAL
+    )
     decode = partial(decoded, config=config, input_size=input_size)
     with isolated_if(decode, careful) as decoding:
         for raw in _raw(source, spread):

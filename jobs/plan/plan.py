@@ -1,14 +1,14 @@
 """The plan: the input cut into units, written once and used by every resume."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
+from operator import attrgetter
 from typing import Annotated, Any, NotRequired
 
-import pyarrow as pa
 from pydantic import Field
 from typing_extensions import TypedDict
 
@@ -17,6 +17,7 @@ from blocksight.jobs.plan.documents import Sha256, damaged, read_document
 from blocksight.jobs.plan.estimate import MeasuredRate
 from blocksight.jobs.plan.records import NO_VECTORS, Count, ModelFacts, StoredVectors, Unit
 from blocksight.jobs.plan.shard_advice import shard_advice
+from blocksight.jobs.plan.stored_units import read_units, units_bytes, units_name
 from blocksight.jobs.plan.text import counted
 from blocksight.jobs.plan.units import (
     Piece,
@@ -29,10 +30,7 @@ from blocksight.jobs.plan.units import (
 )
 from blocksight.storage.inputs.labels import folder_label
 from blocksight.storage.inputs.survey import Layout, Survey, survey
-from blocksight.storage.limits import MAX_BATCH_BYTES, MAX_UNFOLDING
 from blocksight.storage.outputs.schema import FLAT_VERSIONS, SCHEMA_VERSION
-from blocksight.storage.parquet.reader import checked_columns, parquet_bytes
-from blocksight.storage.parquet.rows import parquet_of_rows
 from blocksight.storage.stores.locations import contain_each_other, is_whole_bucket, normal_place
 from blocksight.storage.stores.opening import open_named, open_store, probe_reads
 from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore, witnesses_of
@@ -56,18 +54,6 @@ OUR_FOLDERS = ("data/", "_job/", "report/", "evaluations/", "audit/", REGIONS_FO
 
 MAX_CLASS_FOLDERS = 30_000
 """Class folders that a plan names: more are no classes but a folder for each image."""
-
-UNITS_SCHEMA = pa.schema(
-    [
-        ("ordinal", pa.int32()),
-        ("unit_id", pa.string()),
-        ("layout", pa.string()),
-        ("start", pa.int64()),
-        ("stop", pa.int64()),
-        ("num_records", pa.int64()),
-        ("objects", pa.list_(pa.struct([("key", pa.string()), ("size", pa.int64()), ("etag", pa.string())]))),
-    ]
-)
 
 
 class PlanDocument(TypedDict):
@@ -158,7 +144,7 @@ class Plan:
     @property
     def witnesses(self) -> tuple[str, ...]:
         """Keys of a few input objects: if they can be read, a failure is of one object and not of the store."""
-        return witnesses_of([info.key for unit in self.units for info in unit.objects])
+        return witnesses_of(lambda: (info for unit in self.units for info in unit.objects))
 
     def label_counts(self) -> Counter[str]:
         """How many records each class folder of loose images holds; empty for other layouts."""
@@ -174,8 +160,24 @@ def _class_folders(objects: Iterable[ObjectInfo]) -> Counter[str]:
 
 
 def _folder_names(objects: Iterable[ObjectInfo]) -> tuple[str, ...]:
-    names = sorted(_class_folders(objects))
-    return tuple(names) if len(names) <= MAX_CLASS_FOLDERS else ()
+    """The class folders, sorted; none if they are too many, which may be as many as the images."""
+    names: set[str] = set()
+    for info in objects:
+        label = folder_label(info.key)
+        if label is not None:
+            names.add(str(label))
+        if len(names) > MAX_CLASS_FOLDERS:
+            return ()
+    return tuple(sorted(names))
+
+
+def _totals(cut: Sequence[Piece]) -> tuple[int, int]:
+    """Number and bytes of the objects; of a shard that several pieces share once."""
+    infos = (info for piece in cut for info in piece.objects)
+    num_objects = num_bytes = 0
+    for _, same in groupby(infos, key=attrgetter("key")):
+        num_objects, num_bytes = num_objects + 1, num_bytes + next(same).size
+    return num_objects, num_bytes
 
 
 def source_of(plan: Plan, endpoint_url: str | None) -> ObjectStore:
@@ -217,17 +219,17 @@ class FoundInput:
         fingerprint = digest_of(self.identity)
         spread = _is_spread(self.identity)
         units = tuple(_unit(ordinal, fingerprint, found.layout, piece, spread) for ordinal, piece in enumerate(cut))
-        used = {info.key: info for piece in cut for info in piece.objects}
+        num_objects, num_bytes = _totals(cut)
         return Plan(
             self.identity,
             found.layout,
             units,
-            num_objects=len(used),
-            num_bytes=sum(info.size for info in used.values()),
+            num_objects=num_objects,
+            num_bytes=num_bytes,
             num_records=sum(piece.num_records for piece in cut),
             ignored={**found.ignored, **_unread_columns(cut)},
             weights=self.weights,
-            notes=(*found.notes, *_notes_of(cut), *self._advice(len(used), workforce)),
+            notes=(*found.notes, *_notes_of(cut), *self._advice(num_objects, workforce)),
             expected=found.expected if self.config.limit is None else {},
             class_folders=_folder_names(found.objects) if found.layout is Layout.IMAGES else (),
             number_names=_number_names(cut),
@@ -253,7 +255,7 @@ def find_input(config: JobConfig, *, weights_sha256: str | None) -> FoundInput:
     """Lists the input. Reads no image, but tests that listed objects can be read."""
     source, key = open_named(config.data, config.endpoint_url)
     found = survey(source, key)
-    witnesses = witnesses_of([info.key for info in found.objects])
+    witnesses = witnesses_of(lambda: found.objects)
     patient = PatientStore(source, SHORT_PATIENCE_SECONDS, witnesses=witnesses)
     probe_reads(patient, found.objects)
     weights = None if config.weights is None or config.weights_are_named else normal_place(config.weights)
@@ -300,8 +302,8 @@ def ensure_plan(store: ObjectStore, plan: Plan) -> Plan:
     stored = load_plan(store)
     if stored is None:
         _refuse_foreign(store)
-        body = _units_bytes(plan.units)
-        units_key = _units_key(body)
+        body = units_bytes(plan.units)
+        units_key = f"{PLAN_FOLDER}{units_name(body)}"
         store.put(units_key, body)
         try:
             store.create(PLAN_KEY, _plan_json(plan, units_key))
@@ -419,9 +421,9 @@ def existing_plan(store: ObjectStore) -> Plan:
 def _named_units(store: ObjectStore, body: PlanDocument) -> tuple[Unit, ...]:
     """The units that a plan names. Raises ValueError, ArrowException and MissingError."""
     units_body = store.read(body["units"])
-    if _units_key(units_body) != body["units"]:
+    if f"{PLAN_FOLDER}{units_name(units_body)}" != body["units"]:
         raise ValueError(f"{body['units']} does not hold what its name says")
-    units = _read_units(units_body, _is_spread(body["configuration"]))
+    units = read_units(units_body, _is_spread(body["configuration"]))
     check_units(units, body["layout"])
     if len(units) != body["num_units"]:
         raise ValueError(f"{counted(body['num_units'], 'unit')} should be there, and {len(units)} can be read")
@@ -478,31 +480,3 @@ def _plan_json(plan: Plan, units_key: str) -> bytes:
 
 def _json_bytes(values: Mapping[str, Any]) -> bytes:
     return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
-
-
-def _units_bytes(units: Sequence[Unit]) -> bytes:
-    rows = [
-        {
-            **{name: getattr(unit, name) for name in UNITS_SCHEMA.names if name != "objects"},
-            "objects": [{"key": info.key, "size": info.size, "etag": info.etag} for info in unit.objects],
-        }
-        for unit in units
-    ]
-    return parquet_of_rows(rows, UNITS_SCHEMA)
-
-
-def _units_key(body: bytes) -> str:
-    return f"{PLAN_FOLDER}units-{hashlib.sha256(body).hexdigest()[:16]}.parquet"
-
-
-def _read_units(body: bytes, spread: bool) -> tuple[Unit, ...]:
-    most_bytes = MAX_UNFOLDING * len(body) + MAX_BATCH_BYTES
-    table = checked_columns(parquet_bytes(body, "the list of units"), UNITS_SCHEMA)
-    rows = table.table(UNITS_SCHEMA.names, UNITS_SCHEMA, most_bytes).to_pylist()
-    return tuple(
-        Unit(
-            **{**row, "layout": Layout(row["layout"]), "objects": tuple(ObjectInfo(**item) for item in row["objects"])},
-            is_spread=spread,
-        )
-        for row in rows
-    )

@@ -1,6 +1,6 @@
 """The plain records that pass between the steps of a job."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Annotated, Any
@@ -31,7 +31,7 @@ class Unit:
     unit_id: str
     """20 hex digits of the sha256 of configuration, inputs with their versions, and range."""
     layout: Layout
-    objects: tuple[ObjectInfo, ...]
+    objects: Sequence[ObjectInfo]
     """The loose images, or the one shard, pinned by ETag."""
     start: int
     """First byte (tar) or row (Parquet) of the shard; 0 for loose images."""

@@ -44,7 +44,7 @@ Found = TypeVar("Found")
 class Piece:
     """A unit before it has its ordinal and id."""
 
-    objects: tuple[ObjectInfo, ...]
+    objects: Sequence[ObjectInfo]
     start: int
     stop: int
     num_records: int
@@ -127,7 +127,7 @@ def _image_pieces(objects: Sequence[ObjectInfo], config: JobConfig, workforce: W
     full, floor = _sizes(config, len(objects), workforce)
     start = 0
     for size in shrinking_sizes(len(objects), full, floor, workforce.num_workers):
-        chosen = tuple(objects[start : start + size])
+        chosen = objects[start : start + size]
         yield Piece(chosen, 0, len(chosen), len(chosen))
         start += size
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
@@ -39,7 +38,8 @@ def folder_label(key: str) -> str | int | None:
     """The label of a loose image: that of a folder `label=VALUE`, else its folder's name."""
     if f"/{LABEL_FOLDER}" in f"/{key}":
         return partition_label(key)
-    return label_of(PurePosixPath(key).parent.name)
+    *folders, _ = [part for part in key.split("/") if part not in ("", ".")] or [""]
+    return label_of(folders[-1] if folders else "")
 
 
 def _plain(value: Any) -> Any:

@@ -1,8 +1,9 @@
 """Reads how many records a tar shard should hold, from the JSON files that common tools write beside the shards."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -13,13 +14,13 @@ STATS = "_stats.json"
 NUM_READERS = 16
 
 
-def expected_counts(store: ObjectStore, shards: Sequence[str], others: Sequence[str]) -> dict[str, int]:
+def expected_counts(store: ObjectStore, shards: Iterable[str], others: Iterable[str]) -> dict[str, int]:
     """The number of records by shard, for the shards that a sidecar names. `others`: the keys that are no shards.
 
     Read are img2dataset's `NAME_stats.json`, an index of WebDataset (`shardlist` with `nsamples`), and a file that
     maps shard names to numbers (`sizes.json`). At most `MAX_SIDECARS` files are read. Raises StoreError.
     """
-    names = [key for key in others if key.lower().endswith(".json")][:MAX_SIDECARS]
+    names = list(islice((key for key in others if key.lower().endswith(".json")), MAX_SIDECARS))
     with ThreadPoolExecutor(NUM_READERS) as pool:
         documents = list(pool.map(lambda key: _document(store, key), names))
     found: dict[str, int] = {}

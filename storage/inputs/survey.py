@@ -1,16 +1,17 @@
 """Surveys an input: finds its layout and the objects that hold its records."""
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import PurePosixPath
 
 from blocksight.storage.inputs.records import as_text
 from blocksight.storage.inputs.sidecars import expected_counts
-from blocksight.storage.inputs.table_formats import refuse_table_formats
+from blocksight.storage.inputs.table_formats import TableLogs
 from blocksight.storage.inputs.tables import IMAGE, has_image_column
 from blocksight.storage.stores.locations import matches
+from blocksight.storage.stores.object_columns import ObjectCollector, ObjectColumns
 from blocksight.storage.stores.store import FOLLOWED_LINKS, ObjectInfo, ObjectStore, StoreError, is_hidden
 
 
@@ -52,7 +53,7 @@ class Survey:
     """The result of one listing."""
 
     layout: Layout
-    objects: tuple[ObjectInfo, ...]
+    objects: Sequence[ObjectInfo]
     """In order of key."""
     ignored: Mapping[str, int]
     """Counts of what is not input, by suffix or kind. The kind of names that are not UTF-8 includes an example."""
@@ -66,10 +67,10 @@ class Survey:
 class _Findings:
     """What a listing holds."""
 
-    by_layout: dict[Layout, list[ObjectInfo]] = field(default_factory=dict)
-    ignored: Counter[str] = field(default_factory=Counter)
-    others: list[str] = field(default_factory=list)
-    """Keys of objects whose suffix is of no layout."""
+    by_layout: dict[Layout, ObjectColumns]
+    others: ObjectColumns
+    """Objects whose suffix is of no layout."""
+    ignored: Counter[str]
     followed: list[str] = field(default_factory=list)
     """Links to folders whose files are read."""
     left_out: list[str] = field(default_factory=list)
@@ -87,21 +88,22 @@ def survey(store: ObjectStore, key: str = "") -> Survey:
     """
     single = store.head(key) if key else None
     pattern = key if single is None else ""
-    listed = [single] if single is not None else list(store.list())
+    logs = TableLogs(store.uri)
+    listed = [single] if single is not None else logs.noticed(store.list())
     found = _sorted_out((info for info in listed if not pattern or matches(info.key, pattern)), is_named=bool(single))
     if single is None:
         _add_unlisted(store, found)
     if Layout.PARQUET in found.by_layout:
-        refuse_table_formats(store.uri, (info.key for info in listed))
+        logs.refuse()
     _leave_out_tables_without_images(store, found)
     _add_notes(found)
     if len(found.by_layout) != 1:
         raise StoreError(_no_single_layout(store, key, found))
     ((layout, objects),) = found.by_layout.items()
-    in_order = tuple(sorted(objects, key=lambda info: info.key))
+    in_order = objects.in_order()
     expected = {}
     if layout is Layout.TAR:
-        expected = expected_counts(store, [info.key for info in in_order], found.others)
+        expected = expected_counts(store, _keys(in_order), _keys(found.others))
     if expected:
         found.notes.append(f"sidecars say {sum(expected.values()):,} records in {len(expected):,} shards")
     return Survey(layout, in_order, dict(found.ignored), expected, tuple(found.notes))
@@ -109,25 +111,25 @@ def survey(store: ObjectStore, key: str = "") -> Survey:
 
 def _sorted_out(infos: Iterable[ObjectInfo], *, is_named: bool) -> _Findings:
     """The objects by layout, and counts of those that are no input. `is_named`: a user named the object itself."""
-    found = _Findings()
+    by_layout: defaultdict[Layout, ObjectCollector] = defaultdict(ObjectCollector)
+    others, ignored = ObjectCollector(), Counter[str]()
     not_unicode: list[str] = []
     for info in infos:
         if as_text(info.key) != info.key:  # such a key can be neither stored nor read back
             not_unicode.append(as_text(info.key))
             continue
-        suffix = PurePosixPath(info.key).suffix.lower()
+        suffix = _suffix(info.key)
         layout = LAYOUT_OF_SUFFIX.get(suffix)
         kind = None if is_named else _skip_reason(info.key)
         if kind is not None:
-            found.ignored[kind] += 1
-        elif layout is None:
-            found.ignored[suffix or "(no suffix)"] += 1
-            found.others.append(info.key)
-        else:
-            found.by_layout.setdefault(layout, []).append(info)
+            ignored[kind] += 1
+            continue
+        if layout is None:
+            ignored[suffix or "(no suffix)"] += 1
+        (others if layout is None else by_layout[layout]).add(info.key, info.size, info.etag)
     if not_unicode:
-        found.ignored[f"named in no UTF-8 ({min(not_unicode)})"] = len(not_unicode)
-    return found
+        ignored[f"named in no UTF-8 ({min(not_unicode)})"] = len(not_unicode)
+    return _Findings({layout: own.objects() for layout, own in by_layout.items()}, others.objects(), ignored)
 
 
 def _add_unlisted(store: ObjectStore, found: _Findings) -> None:
@@ -144,8 +146,8 @@ def _add_unlisted(store: ObjectStore, found: _Findings) -> None:
 
 def _leave_out_tables_without_images(store: ObjectStore, found: _Findings) -> None:
     """Leaves tables without images out if there are records of another layout: img2dataset writes such tables."""
-    tables = found.by_layout.get(Layout.PARQUET, [])
-    if len(found.by_layout) < 2:
+    tables = found.by_layout.get(Layout.PARQUET)
+    if tables is None or len(found.by_layout) < 2:
         return
     chosen = tables[:: max(1, len(tables) // LOOKED_AT)][:LOOKED_AT]
     answers = {has_image_column(store, info) for info in chosen}
@@ -154,7 +156,7 @@ def _leave_out_tables_without_images(store: ObjectStore, found: _Findings) -> No
     del found.by_layout[Layout.PARQUET]
     found.ignored[f".parquet without a column `{IMAGE}`"] = len(tables)
     seen = f", as {len(chosen)} that were looked at" if len(chosen) < len(tables) else ""
-    keys = _examples([info.key for info in tables])
+    keys = _examples([*_keys(tables)])
     found.notes.append(f"tables without a column `{IMAGE}`{seen}, left out ({len(tables)}): {keys}")
 
 
@@ -164,7 +166,7 @@ def _add_notes(found: _Findings) -> None:
         found.notes.append(f"links to folders, followed ({len(found.followed)}): {_examples(found.followed)}")
     if found.left_out:
         found.notes.append(f"links, broken or not followed ({len(found.left_out)}): {_examples(found.left_out)}")
-    containers = [key for key in found.others if PurePosixPath(key).suffix.lower() in CONTAINER_SUFFIXES]
+    containers = [key for key in _keys(found.others) if _suffix(key) in CONTAINER_SUFFIXES]
     if containers:
         found.notes.append(
             f"archives and containers that are not read, left out ({len(containers)}): {_examples(containers)}; unpack "
@@ -177,15 +179,27 @@ def _add_notes(found: _Findings) -> None:
         )
 
 
-def _unread_images(keys: Sequence[str]) -> list[str]:
+def _suffix(key: str) -> str:
+    """As of a path, in lower case, for each of millions of keys."""
+    name = key.rpartition("/")[2]
+    place = name.rfind(".")
+    return name[place:].lower() if 0 < place < len(name) - 1 else ""
+
+
+def _keys(objects: Iterable[ObjectInfo]) -> Iterator[str]:
+    return (info.key for info in objects)
+
+
+def _unread_images(others: ObjectColumns) -> list[str]:
     """The keys that name an image in a format that is not read."""
-    if not keys:
+    if not others:
         return []
     from PIL import Image  # slow to import, and few data sets hold other files
 
     kinds = Image.registered_extensions().items()
     known = {suffix for suffix, kind in kinds if Image.MIME.get(kind, "").startswith("image/")}
-    return [key for key in keys if PurePosixPath(key).suffix.lower() in known | FOREIGN_IMAGE_SUFFIXES]
+    unread = known | FOREIGN_IMAGE_SUFFIXES
+    return [key for key in _keys(others) if _suffix(key) in unread]
 
 
 def _examples(names: Sequence[str]) -> str:
@@ -210,11 +224,11 @@ def _no_single_layout(store: ObjectStore, key: str, found: _Findings) -> str:
             f"{where} holds more than one layout: {kinds}; name one of them by a pattern in quotes, such as "
             f"--data '{store.uri}/{_pattern_of(found.by_layout)}'"
         )
-    compressed = [key for key in found.others if key.lower().endswith(COMPRESSED_TARS)]
-    if compressed:
-        return f"{where} holds compressed tar files ({compressed[0]}), which are not read; unpack them to .tar"
+    compressed = next((key for key in _keys(found.others) if key.lower().endswith(COMPRESSED_TARS)), None)
+    if compressed is not None:
+        return f"{where} holds compressed tar files ({compressed}), which are not read; unpack them to .tar"
     kinds = (f"{count} {kind}" for kind, count in sorted(found.ignored.items()) if kind[0] not in ".(")
-    seen = [*found.others[:EXAMPLES], *kinds]
+    seen = [*_keys(found.others[:EXAMPLES]), *kinds]
     wanted = ", ".join(LAYOUT_OF_SUFFIX)
     contents = f"it holds {', '.join(seen)}" if seen else "nothing is there"
     return "; ".join([f"{where} holds no images, tar shards or Parquet (by name: {wanted})", contents, *found.notes])
@@ -223,6 +237,6 @@ def _no_single_layout(store: ObjectStore, key: str, found: _Findings) -> str:
 def _pattern_of(by_layout: Mapping[Layout, Sequence[ObjectInfo]]) -> str:
     """A pattern for the shards of one layout, else for one kind of image."""
     layout = next(one for one in (Layout.TAR, Layout.PARQUET, Layout.IMAGES) if one in by_layout)
-    keys = [info.key for info in by_layout[layout]]
-    folders = "**/" if any("/" in key for key in keys) else ""
-    return f"{folders}*{PurePosixPath(keys[0]).suffix}"
+    infos = by_layout[layout]
+    folders = "**/" if any("/" in key for key in _keys(infos)) else ""
+    return f"{folders}*{PurePosixPath(infos[0].key).suffix}"

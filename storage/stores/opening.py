@@ -9,6 +9,7 @@ from pathlib import Path
 
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.locations import S3, normal_place, split_pattern, split_place
+from blocksight.storage.stores.object_columns import evenly_spread
 from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore
 from blocksight.storage.stores.s3_endpoints import endpoint_for
 from blocksight.storage.stores.store import (
@@ -121,8 +122,7 @@ def probe_reads(store: ObjectStore, objects: Sequence[ObjectInfo]) -> None:
 
     One good object is enough. Raises StoreError if the store ignores ranges, or none of the objects can be read.
     """
-    candidates = [info for info in objects if info.size > 1]
-    chosen = candidates[:: max(1, len(candidates) // NUM_SAMPLES)][:NUM_SAMPLES]
+    chosen = evenly_spread(lambda: (info for info in objects if info.size > 1), NUM_SAMPLES)
     errors: list[StoreError] = []
     for info in chosen:
         try:

@@ -3,12 +3,14 @@
 import errno
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import groupby
 from typing import TypeVar
 
 from blocksight.storage.stores.error_classes import MACHINE_ERRNOS
+from blocksight.storage.stores.object_columns import collected, evenly_spread
 from blocksight.storage.stores.retry_budget import BUDGET
 from blocksight.storage.stores.store import (
     AlreadyExistsError,
@@ -41,11 +43,9 @@ PROBE_NAME = "_probe-"
 Result = TypeVar("Result")
 
 
-def witnesses_of(keys: Sequence[str]) -> tuple[str, ...]:
-    """A few of these keys, evenly spread: objects to read when another one fails."""
-    chosen = sorted(set(keys))
-    count = min(NUM_WITNESSES, len(chosen))
-    return tuple(chosen[len(chosen) * place // count] for place in range(count))
+def witnesses_of(objects: Callable[[], Iterable[ObjectInfo]]) -> tuple[str, ...]:
+    """Keys of a few of these objects, evenly spread: to read when another one fails. Equal keys are neighbours."""
+    return tuple(evenly_spread(lambda: (key for key, _ in groupby(info.key for info in objects())), NUM_WITNESSES))
 
 
 def is_probe(key: str) -> bool:
@@ -99,7 +99,7 @@ class PatientStore:
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Lists as the store does; starts over if the listing breaks off."""
-        yield from self._retried(lambda: [*self.store.list(prefix)])
+        yield from self._retried(lambda: collected(self.store.list(prefix))).drained()
 
     def unlisted(self) -> Iterator[tuple[str, str]]:
         yield from self._retried(lambda: [*self.store.unlisted()])

@@ -1,6 +1,8 @@
 """Checks the replies of an S3 server: versions, ranges, lengths and listings."""
 
+import json
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,10 @@ ERROR_BYTES = 1000
 """Bytes of a body that are searched for an error."""
 MAX_IDLE_PAGES = 100
 """Pages in a row without a new key after which a listing is given up. AWS sends a few after many deletions."""
+
+
+PACKED_KEYS = 1_000
+"""Keys of a listing that are packed together."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ class Listing:
     def __init__(self, where: str, prefix: str) -> None:
         self.where, self.prefix = where, prefix
         self.num_repeated = 0
-        self._keys: set[str] = set()
+        self._keys = _SeenKeys()
         self._tokens: set[str] = set()
         self._num_idle = 0
 
@@ -127,10 +133,9 @@ class Listing:
                 raise StoreError(f"{self.where}: the store lists {key!r}, which does not begin with {self.prefix!r}")
             if entry.get("Size", 0) < 0:
                 raise StoreError(f"{self.where}: the store lists {key!r} with {entry['Size']} bytes")
-            if key in self._keys:
+            if not self._keys.is_new(key):
                 self.num_repeated += 1
                 continue
-            self._keys.add(key)
             if not key.endswith("/"):  # a folder marker is not our object
                 yield entry
         self._num_idle = 0 if len(self._keys) > before else self._num_idle + 1
@@ -153,3 +158,42 @@ class Listing:
             )
         self._tokens.add(token)
         return token
+
+
+class _SeenKeys:
+    """The keys that a listing has named: packed while they ascend, and in a set from the first that does not."""
+
+    def __init__(self) -> None:
+        self._count, self._last = 0, ""
+        self._ascending: list[str] = []
+        self._packed: list[bytes] = []
+        self._keys: set[str] | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def is_new(self, key: str) -> bool:
+        """True if the key was not named before; it is from now on."""
+        if self._keys is None and key > self._last:
+            self._note(key)
+        else:
+            if self._keys is None:
+                self._keys = {*self._unpacked()}
+            if key in self._keys:
+                return False
+            self._keys.add(key)
+        self._count += 1
+        return True
+
+    def _note(self, key: str) -> None:
+        self._last = key
+        self._ascending.append(key)
+        if len(self._ascending) == PACKED_KEYS:
+            self._packed.append(zlib.compress(json.dumps(self._ascending).encode()))
+            self._ascending = []
+
+    def _unpacked(self) -> Iterator[str]:
+        for packed in self._packed:
+            yield from json.loads(zlib.decompress(packed))
+        yield from self._ascending
+        self._packed, self._ascending = [], []

@@ -3,12 +3,13 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from blocksight.storage.stores.object_columns import ObjectCollector, ObjectColumns, collected
 from blocksight.storage.stores.s3_replies import Listing
 from blocksight.storage.stores.store import StoreError, UnavailableError
 
@@ -50,11 +51,11 @@ class _Part:
     after: str | None = None
 
 
-_Answer = tuple[Sequence[Entry], Sequence[_Part]]
-"""Entries of objects, and the parts that hold the others."""
+_Answer = tuple[ObjectColumns, Sequence[_Part]]
+"""Objects, and the parts that hold the others."""
 
 
-def is_in_order(keys: Sequence[str]) -> bool:
+def is_in_order(keys: Iterable[str]) -> bool:
     """True if the keys ascend by their bytes. A store that lists in another order cannot be split."""
     return all(one < other for one, other in pairwise(keys))
 
@@ -70,35 +71,35 @@ class SplitListing:
         self._num_waiting = 0
         """Parts that were not listed to their end."""
 
-    def entries(self, prefix: str, first: Sequence[Entry]) -> list[Entry] | None:
+    def entries(self, prefix: str, first: Sequence[Entry]) -> Iterator[Entry] | None:
         """The entry of each object, each once, in order of key. `first`: those of the first pages, in order.
 
         None if the prefix cannot be split, or a part is answered wrongly or refused: the listing page by page decides
         then, for servers and policies may know whole prefixes alone. Raises UnavailableError.
         """
         try:
-            answer = self._split(prefix, first)
-            return None if answer is None else self._gathered(answer, first)
+            answer = self._split(prefix, _columns(first))
+            return None if answer is None else _entries_once(self._gathered(answer, len(first)))
         except UnavailableError:
             raise
         except StoreError:
             return None
 
-    def _gathered(self, answer: _Answer, first: Sequence[Entry]) -> list[Entry]:
-        """The entries of all parts, in order of key."""
-        self._progress.add(-len(first))  # they are listed again
-        found: dict[str, Entry] = {}
+    def _gathered(self, answer: _Answer, num_first: int) -> ObjectColumns:
+        """The objects of all parts, in order of key; one that two parts hold is there twice."""
+        self._progress.add(-num_first)  # they are listed again
+        found = ObjectCollector()
         with ThreadPoolExecutor(LISTERS) as listers:
             running: set[Future[_Answer]] = set()
             try:
                 while True:
-                    entries, parts = answer
-                    self._progress.add(len(entries) if parts else 0)  # a part that was not split has counted its own
-                    found.update((entry["Key"], entry) for entry in entries)
+                    objects, parts = answer
+                    self._progress.add(len(objects) if parts else 0)  # a part that was not split has counted its own
+                    found.extend(objects)
                     running |= {listers.submit(self._listed, part) for part in parts}
                     self._num_waiting = len(running)
                     if not running:
-                        return [found[key] for key in sorted(found)]
+                        return found.objects().in_order()
                     done, _ = wait(running, return_when=FIRST_COMPLETED)
                     one = done.pop()
                     running.remove(one)
@@ -107,30 +108,29 @@ class SplitListing:
                 listers.shutdown(wait=False, cancel_futures=True)
 
     def _listed(self, part: _Part) -> _Answer:
-        """The part's entries, or its split if it is long and listers are idle."""
+        """The part's objects, or its split if it is long and listers are idle."""
         listing = Listing(f"{self._where}/{part.prefix}", part.prefix)
         options: dict[str, str] = {} if part.after is None else {"StartAfter": part.after}
-        entries: list[Entry] = []
+        found = ObjectCollector()
         num_pages = 0
         while True:
             page = self._ask(Prefix=part.prefix, **options)
-            new = [_slim(entry) for entry in listing.new_entries(page)]
+            new = _columns(listing.new_entries(page))
             self._progress.add(len(new))
-            entries += new
+            found.extend(new)
             num_pages += 1
             token = listing.next_token(page)
             if token is None:
-                return entries, ()
+                return found.objects(), ()
             options = {"ContinuationToken": token}
             may_split = part.after is None and num_pages % PAGES_ALONE == 0 and self._num_waiting < LISTERS
-            answer = self._split(part.prefix, entries) if may_split else None
-            if answer is not None:
-                self._progress.add(-len(entries))  # they are listed again in their parts
+            if may_split and (answer := self._split(part.prefix, so_far := found.objects())) is not None:
+                self._progress.add(-len(so_far))  # they are listed again in their parts
                 return answer
 
-    def _split(self, prefix: str, first: Sequence[Entry]) -> _Answer | None:
-        """The parts of a prefix. `first`: its entries so far."""
-        if not is_in_order([entry["Key"] for entry in first]):
+    def _split(self, prefix: str, first: ObjectColumns) -> _Answer | None:
+        """The parts of a prefix. `first`: its objects so far."""
+        if not is_in_order(info.key for info in first):
             return None
         page = self._ask(Prefix=prefix, Delimiter="/")
         folders = [str(one.get("Prefix")) for one in page.get("CommonPrefixes", [])]
@@ -139,21 +139,34 @@ class SplitListing:
         is_whole = not page.get("IsTruncated") and not page.get("NextContinuationToken")
         if is_whole and folders:
             own = Listing(f"{self._where}/{prefix}", prefix).new_entries(page)
-            return [_slim(entry) for entry in own], [_Part(one) for one in folders]
+            return _columns(own), [_Part(one) for one in folders]
         return self._split_by_characters(prefix, first)
 
-    def _split_by_characters(self, prefix: str, first: Sequence[Entry]) -> _Answer | None:
+    def _split_by_characters(self, prefix: str, first: ObjectColumns) -> _Answer | None:
         """The parts by the next character. What comes before the first of them was listed already.
 
         A store that does not know StartAfter lists all names in the last part once more, and each is taken once.
         """
         before, after = prefix + FIRST_CHARACTERS[0], prefix + FIRST_CHARACTERS[-1]
-        if not first or first[-1]["Key"] < before:
+        if not first or first[-1].key < before:
             return None
         parts = [_Part(prefix + character) for character in FIRST_CHARACTERS]
-        return [entry for entry in first if entry["Key"] < before], [*parts, _Part(prefix, after)]
+        return collected(info for info in first if info.key < before), [*parts, _Part(prefix, after)]
 
 
-def _slim(entry: Entry) -> Entry:
-    """What is used of an entry: a listing of millions holds many."""
-    return {name: entry[name] for name in ("Key", "Size", "ETag") if name in entry}
+def _columns(entries: Iterable[Entry]) -> ObjectColumns:
+    """What is used of the entries. Size or version is null where the store lists none."""
+    found = ObjectCollector()
+    for entry in entries:
+        found.add(entry["Key"], entry.get("Size"), entry.get("ETag"))
+    return found.objects()
+
+
+def _entries_once(objects: ObjectColumns) -> Iterator[Entry]:
+    """The entries of objects in order of key, each once."""
+    before = None
+    for info in objects.drained():
+        if info.key != before:
+            known = {"Key": info.key, "Size": info.size, "ETag": info.etag}
+            yield {name: value for name, value in known.items() if value is not None}
+        before = info.key

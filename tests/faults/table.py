@@ -118,7 +118,7 @@ MUTATIONS = (
     Mutation(
         "a listing in an order of its own is split",
         "storage/stores/split_listing.py",
-        'if not is_in_order([entry["Key"] for entry in first]):',
+        "if not is_in_order(info.key for info in first):",
         "if False:",
         ("storage/stores/test_split_listing.py::test_a_store_with_an_order_of_its_own_is_listed_page_by_page",),
     ),
@@ -130,9 +130,30 @@ MUTATIONS = (
         ("storage/stores/test_split_listing.py::test_a_part_that_is_refused_or_wrong_is_decided_by_the_whole",),
     ),
     Mutation(
+        "the objects of a listing that is in no order stay in none",
+        "storage/stores/object_columns.py",
+        "return ObjectColumns(_taken(batches, order))",
+        "return self",
+        ("storage/stores/test_object_columns.py::test_the_order_is_that_of_a_stable_sort",),
+    ),
+    Mutation(
+        "a slice of objects in columns holds one more",
+        "storage/stores/object_columns.py",
+        "yield batch.slice(skipped, stop - first - skipped)",
+        "yield batch.slice(skipped, stop - first - skipped + 1)",
+        ("storage/stores/test_object_columns.py::test_slices_are_those_of_a_tuple",),
+    ),
+    Mutation(
+        "a plan holds each image as an object of its own",
+        "jobs/plan/units.py",
+        "        chosen = objects[start : start + size]\n",
+        "        chosen = tuple(objects[start : start + size])\n",
+        ("jobs/plan/test_plan_memory.py::test_the_peak_of_listing_and_cutting_is_bounded",),
+    ),
+    Mutation(
         "a plan of many loose images advises nothing",
         "jobs/plan/plan.py",
-        ", *self._advice(len(used), workforce))",
+        ", *self._advice(num_objects, workforce))",
         ")",
         ("jobs/plan/test_shard_advice.py::test_a_plan_has_the_advice_from_so_many_images_on",),
     ),
@@ -466,8 +487,8 @@ MUTATIONS = (
     Mutation(
         "a key that is listed twice is two objects",
         "storage/stores/s3_replies.py",
-        "if key in self._keys:",
-        "if False:",
+        "            if key in self._keys:\n                return False\n",
+        "",
         ("storage/stores/test_manners.py::test_repeated_keys_are_taken_once_and_reported",),
     ),
     Mutation(

@@ -26,9 +26,10 @@ from blocksight.jobs.ledger.reconcile import MANIFEST_KEY, final_manifest
 from blocksight.jobs.plan.config import digest_of
 from blocksight.jobs.plan.documents import parsed, read_document
 from blocksight.jobs.plan.forward_setting import FORWARD_KEY, planned_forward
-from blocksight.jobs.plan.plan import MODEL_KEY, PLAN_FOLDER, PLAN_KEY, UNITS_SCHEMA, Plan, existing_plan, load_plan
+from blocksight.jobs.plan.plan import MODEL_KEY, PLAN_FOLDER, PLAN_KEY, Plan, existing_plan, load_plan
 from blocksight.jobs.plan.preflight import PREFLIGHT_KEY, stored_preflight
 from blocksight.jobs.plan.records import Cause, DeadLetter, ModelFacts, Receipt, UnreconciledError
+from blocksight.jobs.plan.stored_units import UNITS_SCHEMA
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.store import ObjectStore
 from tests.jobs.jobs_of import change_receipt, run_here

@@ -61,7 +61,7 @@ def nothing():
 def read_all(store, meanwhile: Callable[[], object] = nothing) -> list[list[str] | str]:
     """The result of each unit: the reject codes of its records, or the cause of its dead letter."""
     found = survey(store)
-    patient = PatientStore(store, 5.0, witnesses=witnesses_of([info.key for info in found.objects]))
+    patient = PatientStore(store, 5.0, witnesses=witnesses_of(lambda: found.objects))
     probe_reads(patient, found.objects)
     config = config_of("in", "out", explainer="gradient")
     cut = list(pieces_of(patient, found, config, Workforce(1, on_gpu=False)))

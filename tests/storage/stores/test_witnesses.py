@@ -11,6 +11,7 @@ from blocksight.storage.stores.store import (
     ChangedError,
     MissingError,
     ObjectError,
+    ObjectInfo,
     OutputError,
     StoreError,
     UnavailableError,
@@ -127,9 +128,9 @@ def test_of_a_single_object_the_store_tells_whether_it_is_there():
 
 
 def test_witnesses_are_spread():
-    assert witnesses_of([f"{number}" for number in range(9)]) == ("0", "3", "6")
-    assert witnesses_of(["b", "a", "a"]) == ("a", "b")
-    assert witnesses_of([]) == ()
+    assert witnesses_of(lambda: (ObjectInfo(key, 1, "v") for key in "012345678")) == ("0", "3", "6")
+    assert witnesses_of(lambda: (ObjectInfo(key, 1, "v") for key in "aab")) == ("a", "b")
+    assert witnesses_of(lambda: ()) == ()
 
 
 def images(refusing):
