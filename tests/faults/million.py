@@ -2,8 +2,9 @@
 
 `python -m tests.faults.million --output DIR` makes shards of tiny pictures, explains them on Ray by the command line,
 and runs `verify`, `report` and `audit` on each output. It looks at the memory of the driver, of each actor and of each
-command, as the kernel counts it. Shards that are there are kept, and a size that was measured is not run again without
-`--again`. `--figures FILE` gets what was measured, as JSON.
+command, as the kernel counts it. Shards that are there are kept, and a command that was measured is not run again
+without `--again`. `--figures FILE` gets what was measured, as JSON. On a machine that others use, RAY_worker_niceness=0
+lets the actors have their share: Ray's processes otherwise give way to all others.
 
 Exit code 0: the promises hold. 1: one does not: a command failed, or the driver or an actor holds more than 50 bytes
 more for each further record than at 10,000 records. A million takes 6 GB of disk, of which `--tidy` gives 4 GB back.
@@ -43,6 +44,7 @@ class Step:
     """What one command took."""
 
     command: str
+    commit: str
     code: int
     seconds: float
     own_mib: Mapping[str, float]
@@ -60,7 +62,6 @@ class Size:
     """What one size took."""
 
     records: int
-    commit: str
     steps: Sequence[Step]
 
 
@@ -82,6 +83,7 @@ def step_of(command: str, found: Watched) -> Step:
     assert found.code is not None  # it ended
     return Step(
         command,
+        _commit(),
         found.code,
         round(found.seconds, 1),
         _in_mib(found.own_bytes),
@@ -139,36 +141,44 @@ class Runs:
         self.every_seconds = every_seconds
 
     def size(self, records: int) -> Size:
-        """The figures of a size: those that are stored, or new ones."""
+        """The figures of a size: of each command those that are stored, or new ones."""
         folder = self.folder / str(records)
-        stored = folder / "size.json"
-        if stored.exists() and not self.again:
-            return _size(json.loads(stored.read_text()))
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        if self.again:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
         data = self.folder / f"data-{records}"
-        _show(write_shards(data, records), records, f"{records:,}: making pictures")
-        steps = [self._step(records, command, folder) for command in commands(data, folder / "maps", self.workers)]
-        size = Size(records, _commit(), steps)
-        if not any(step.code for step in steps):
-            stored.write_text(json.dumps(asdict(size)))
-            if self.tidy:
-                shutil.rmtree(data)
-                shutil.rmtree(folder / "maps")
-        return size
+        asked = list(commands(data, folder / "maps", self.workers))
+        if not all(_stored_step(folder, command[0]).exists() for command in asked):
+            _show(write_shards(data, records), records, f"{records:,}: making pictures")
+        steps = [self._step(records, command, folder) for command in asked]
+        if self.tidy and not any(step.code for step in steps):
+            for made in (data, folder / "maps"):
+                shutil.rmtree(made, ignore_errors=True)
+        return Size(records, steps)
 
     def _step(self, records: int, command: Sequence[str], folder: Path) -> Step:
+        """A command's figures; only those of one that succeeded are stored."""
         name = command[0]
-        tell = _telling(f"{records:,}: {name}")
+        stored = _stored_step(folder, name)
+        if stored.exists():
+            return Step(**json.loads(stored.read_text()))
+        if name == "explain":  # what resumes would do a part of the work
+            shutil.rmtree(folder / "maps", ignore_errors=True)
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         full = [sys.executable, "-m", "blocksight", *command]
-        found = watched(full, self.every_seconds, tell, folder / f"{name}.log", environment)
+        found = watched(full, self.every_seconds, _telling(f"{records:,}: {name}"), folder / f"{name}.log", environment)
         if found.code:
             print(found.log.read_text(errors="replace")[-3000:])
         step = step_of(name, found)
         print(f"{records:,}: {name} ended with {step.code} after {clock(step.seconds)}, {step.own_mib} MiB", flush=True)
+        if not step.code:
+            stored.write_text(json.dumps(asdict(step)))
         return step
+
+
+def _stored_step(folder: Path, command: str) -> Path:
+    return folder / f"{command}.json"
 
 
 def _show(counts: Iterable[int], total: int, what: str) -> None:
@@ -205,10 +215,6 @@ def _commit() -> str:
     ).stdout.strip()
 
 
-def _size(values: Mapping) -> Size:
-    return Size(values["records"], values["commit"], [Step(**step) for step in values["steps"]])
-
-
 def main() -> int:
     """Runs the sizes from small to large. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -217,7 +223,7 @@ def main() -> int:
         "--records", default=",".join(map(str, SIZES)), help="sizes, with commas (default: %(default)s)"
     )
     parser.add_argument("--workers", type=int, default=2, help="explain actors (default: %(default)s)")
-    parser.add_argument("--again", action="store_true", help="run sizes again that were measured")
+    parser.add_argument("--again", action="store_true", help="run again what was measured")
     parser.add_argument("--tidy", action="store_true", help="remove shards and maps of a size that was measured")
     parser.add_argument("--figures", type=Path, help="file for the figures, as JSON")
     asked = parser.parse_args()

@@ -83,7 +83,7 @@ def test_the_memory_of_a_command_and_of_each_process_below_it_is_seen(tmp_path):
 
 def sizes_of(*driver_mib, code=0):
     return [
-        Size(records, "c", [Step("explain", code, 1.0, {"driver": mib, "actor": 300.0}, {}, mib)])
+        Size(records, [Step("explain", "c", code, 1.0, {"driver": mib, "actor": 300.0}, {}, mib)])
         for records, mib in zip((1_000, 10_000, 1_000_000), driver_mib, strict=True)
     ]
 
@@ -101,25 +101,40 @@ def test_a_driver_that_grows_and_a_command_that_fails_are_faults():
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_a_size_that_was_measured_is_not_run_again_unless_it_is_asked_for(tmp_path, monkeypatch):
-    ran = []
+def test_a_command_that_was_measured_is_not_run_again_unless_it_is_asked_for(tmp_path, monkeypatch):
+    ran, maps = [], tmp_path / str(SHARD) / "maps"
 
     def run(command, every_seconds, tell, log, environment):
         ran.append(command[3])
-        (tmp_path / str(SHARD) / "maps").mkdir(exist_ok=True)
-        return watched([sys.executable, "-c", f"raise SystemExit({int(len(ran) == 4)})"], 0.1, tell, log, environment)
+        if command[3] == "explain":
+            maps.mkdir()
+        code = f"raise SystemExit({int(len(ran) == 4)})"
+        return watched([sys.executable, "-c", code], every_seconds, tell, log, environment)
 
     monkeypatch.setattr(million, "watched", run)
-    runs = million.Runs(tmp_path, 2, again=False, tidy=False)
+    runs = million.Runs(tmp_path, 2, again=False, tidy=False, every_seconds=0.1)
     assert [step.code for step in runs.size(SHARD).steps] == [0, 0, 0, 1]
-    good = runs.size(SHARD)  # a size with a failure is not kept
-    assert ran == 2 * ["explain", "verify", "report", "audit"]
+    good = runs.size(SHARD)
     assert [step.code for step in good.steps] == [0, 0, 0, 0]
+    assert ran == ["explain", "verify", "report", "audit", "audit"]  # what failed is not kept
     assert runs.size(SHARD) == good
-    assert len(ran) == 8
-    million.Runs(tmp_path, 2, again=True, tidy=True).size(SHARD)
-    assert len(ran) == 12
-    assert not (tmp_path / f"data-{SHARD}").exists()
+    assert len(ran) == 5
+    again = million.Runs(tmp_path, 2, again=True, tidy=True, every_seconds=0.1).size(SHARD)
+    assert ran[5:] == ["explain", "verify", "report", "audit"]
+    assert not maps.exists()
+    assert million.Runs(tmp_path, 2, again=False, tidy=True).size(SHARD) == again  # of figures alone
+
+
+def test_an_explain_that_was_cut_off_begins_anew(tmp_path, monkeypatch):
+    left = tmp_path / "1" / "maps" / "left"
+    left.mkdir(parents=True)
+
+    def run(command, every_seconds, tell, log, environment):
+        assert not left.exists()
+        return watched([sys.executable, "-c", ""], every_seconds, tell, log, environment)
+
+    monkeypatch.setattr(million, "watched", run)
+    million.Runs(tmp_path, 2, again=False, tidy=False, every_seconds=0.1).size(1)
 
 
 # ---------------------------------------------------------------- jobs that must not grow
