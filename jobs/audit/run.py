@@ -1,13 +1,10 @@
 """Runs an audit: reads all maps, clusters each class's maps, tries candidates for shortcuts, writes the result."""
 
-import io
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -16,28 +13,31 @@ from blocksight.jobs.audit.candidates import MIN_MAPS as LEAST_OF_CLASS
 from blocksight.jobs.audit.clusters import MIN_MAPS as LEAST_OF_CLUSTERED
 from blocksight.jobs.audit.clusters import NO_CLUSTER, ClassModel, class_model, clusters_of
 from blocksight.jobs.audit.examples import Example, Place, place_of, write_examples
+from blocksight.jobs.audit.measuring import MEASURED_FOLDER, AuditScope
 from blocksight.jobs.audit.oddities import KEPT, OddestMaps, with_clusters
 from blocksight.jobs.audit.result import AUDIT_KEY, ROWS_FOLDER, Audit, Shortcut, write_audit
 from blocksight.jobs.audit.samples import Sample
 from blocksight.jobs.audit.shortcuts import MEMBERS, OTHERS, judged, suspects_of, tried
-from blocksight.jobs.audit.stream import AuditScope, StreamResult, read_scratch, stream
+from blocksight.jobs.audit.stream import StreamResult, stream
 from blocksight.jobs.audit.trial import RANDOM_REGIONS, Trial
 from blocksight.jobs.evaluate.evaluation import labels_of, read_class_map, region_of
 from blocksight.jobs.evaluate.known_truth import remember_truth
 from blocksight.jobs.explain.stored_model import model_of_output
 from blocksight.jobs.ledger.output import model_facts
-from blocksight.jobs.plan.config import ConfigError
+from blocksight.jobs.plan.config import ConfigError, Execution
 from blocksight.jobs.plan.plan import DriftError, Plan, existing_plan
 from blocksight.jobs.plan.preflight import readout_of
 from blocksight.jobs.plan.records import UnreconciledError
 from blocksight.jobs.plan.stored_config import NamedModel
 from blocksight.jobs.plan.text import counted
+from blocksight.jobs.run.unit_pass import ONE_PROCESS
 from blocksight.jobs.run.workers import device_here
-from blocksight.jobs.worker.progress import Tally, progress, tracked
-from blocksight.jobs.worker.rows import images_of
+from blocksight.jobs.worker.progress import tracked
+from blocksight.jobs.worker.rows import Output, images_of
 from blocksight.storage.images.decode import fit
 from blocksight.storage.inputs.annotations import open_truth
 from blocksight.storage.outputs.pictures import Pixels
+from blocksight.storage.parquet.rows import parquet_of_table
 from blocksight.storage.stores.opening import open_store
 from blocksight.storage.stores.retrying import PatientStore
 from blocksight.storage.stores.store import DamagedError, ObjectStore
@@ -59,10 +59,11 @@ class AuditRequest:
     """The model's name again; needed if it is the user's code."""
 
 
-def run_audit(asked: AuditRequest, console: Console) -> Audit:
-    """Audits the records explained so far, and replaces an earlier audit.
+def run_audit(asked: AuditRequest, console: Console, execution: Execution = ONE_PROCESS) -> Audit:
+    """Audits the records explained so far, and replaces an earlier audit. A call that broke off is gone on with.
 
-    Raises ConfigError, StoreError or ModelError for a wrong request before any work.
+    Maps are measured where `execution` says, for which it needs `workers` and `address`; all else is done here. Raises
+    ConfigError, StoreError or ModelError for a wrong request before any work, and ClusterError.
     """
     store = PatientStore(open_store(asked.output, asked.endpoint_url))
     plan = existing_plan(store)
@@ -71,13 +72,10 @@ def run_audit(asked: AuditRequest, console: Console) -> Audit:
     if asked.truth is not None and scope.truth is not None:
         remember_truth(store, asked.truth, scope.truth)
     console.print(_cost(plan, asked))
-    with tempfile.TemporaryDirectory(prefix="blocksight-audit-") as folder:
-        scratch = Path(folder)
-        with progress(console, Tally(plan.num_records, None, verb="audit")) as update:
-            streamed = _stream_maps(store, plan, scope, scratch, update)
-        models = _models(streamed.samples, asked.seed, console)
-        store.delete(AUDIT_KEY)  # an earlier audit's rows are replaced next
-        oddest = _write_rows(store, scratch, OddestMaps(models, _typical_on_object(streamed)), console)
+    streamed = _stream_maps(Output(asked.output, store, plan), scope, console, execution, asked.endpoint_url)
+    models = _models(streamed.samples, asked.seed, console)
+    store.delete(AUDIT_KEY)  # an earlier audit's rows are replaced next
+    oddest = _write_rows(store, streamed, OddestMaps(models, _typical_on_object(streamed)), console)
     input_size = tuple(model_facts(store)["input_size"])
     of_classes = {target: model for target, model in models.items() if model.sample.is_of_class}
     shortcuts, examples, notes = _shortcuts(
@@ -104,6 +102,8 @@ def run_audit(asked: AuditRequest, console: Console) -> Audit:
     )
     write_examples(store, {place_of(one): examples.get(place_of(one), ()) for one in audit.findings})
     write_audit(store, audit)
+    for info in list(store.list(MEASURED_FOLDER)):
+        store.delete(info.key)
     return audit
 
 
@@ -118,10 +118,10 @@ def _cost(plan: Plan, asked: AuditRequest) -> str:
 
 
 def _stream_maps(
-    store: ObjectStore, plan: Plan, scope: AuditScope, scratch: Path, update: Callable[[int], object]
+    output: Output, scope: AuditScope, console: Console, execution: Execution, endpoint_url: str | None
 ) -> StreamResult:
     try:
-        return stream(store, plan, scope, scratch, update)
+        return stream(output, scope, console, execution, endpoint_url)
     except DamagedError as error:
         raise UnreconciledError(str(error)) from error
 
@@ -166,16 +166,15 @@ def _typical_on_object(streamed: StreamResult) -> dict[int, float]:
     return {target: by_name[name] for target, name in named.items() if name in by_name}
 
 
-def _write_rows(store: ObjectStore, scratch: Path, oddest: OddestMaps, console: Console) -> OddestMaps:
+def _write_rows(store: ObjectStore, streamed: StreamResult, oddest: OddestMaps, console: Console) -> OddestMaps:
     """Writes every map's row with its cluster and strangeness, and deletes rows of earlier audits."""
-    files = sorted(scratch.glob("*.parquet"))
-    for file in tracked(console, files, len(files), "place", "file"):
-        rows = with_clusters(read_scratch(file), oddest.models)
+    units, written = streamed.measured.units, set[str]()
+    for unit in tracked(console, units, len(units), "place", "unit"):
+        rows = with_clusters(streamed.measured.rows(unit, streamed.shared), oddest.models)
         oddest.add(rows)
-        body = io.BytesIO()
-        pq.write_table(rows, body, compression="zstd")
-        store.put(f"{ROWS_FOLDER}{file.name}", body.getvalue())
-    written = {f"{ROWS_FOLDER}{file.name}" for file in files}
+        key = f"{ROWS_FOLDER}{unit.fragment_key.rpartition('/')[2]}"
+        store.put(key, parquet_of_table(rows))
+        written.add(key)
     for info in list(store.list(ROWS_FOLDER)):
         if info.key not in written:
             store.delete(info.key)
@@ -190,7 +189,7 @@ def _sizes(model: ClassModel, sizes: Mapping[tuple[int, int], int]) -> list[int]
 
 def _missing(plan: Plan, streamed: StreamResult) -> Iterator[str]:
     """A note on units without a fragment."""
-    num_missing = len(plan.units) - streamed.num_fragments
+    num_missing = len(plan.units) - len(streamed.measured.units)
     if num_missing:
         missing = f"{counted(num_missing, 'unit')} of {len(plan.units):,} without a fragment"
         yield f"{missing}: read: {counted(streamed.num_rows, 'row')} of the committed units"

@@ -22,6 +22,7 @@ MAX_PATH = 100
 REPAIRS = {
     "data/": "`blocksight verify` says more",
     "evaluations/": "remove it, and the same `evaluate` makes it again",
+    "audit/_measured/": "delete it, and the same `audit` measures it again",
     "audit/": "`blocksight audit` makes it again",
     "_measured/": "delete it, and the same `versus` measures it again",
     "_job/final/": "delete it, and `blocksight finalize` writes it again",

@@ -32,8 +32,13 @@ def table_of_rows(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Ta
 
 def parquet_of_rows(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> bytes:
     """The rows as one Parquet file, compressed by zstd. Raises as `table_of_rows`."""
+    return parquet_of_table(table_of_rows(rows, schema))
+
+
+def parquet_of_table(table: pa.Table) -> bytes:
+    """The table as one Parquet file, compressed by zstd; the same bytes for the same values in the same chunks."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table_of_rows(rows, schema), sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd")
     return sink.getvalue().to_pybytes()
 
 

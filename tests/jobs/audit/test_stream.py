@@ -2,16 +2,18 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
+from blocksight.jobs.audit import measuring as module
 from blocksight.jobs.audit import samples as samples_module
-from blocksight.jobs.audit import stream as module
 from blocksight.jobs.audit.equal_maps import EqualMaps, contains
+from blocksight.jobs.audit.groups import CENSUS_COLUMNS
 from blocksight.jobs.audit.measures import measured
+from blocksight.jobs.audit.measuring import AuditScope
 from blocksight.jobs.audit.result import GATES, GRID, MEASURES, ROWS
 from blocksight.jobs.audit.samples import Candidate, Sampler
 from blocksight.jobs.audit.stream import StreamResult, committed, digest_of_fragments, stream
@@ -21,6 +23,8 @@ from blocksight.jobs.ledger.output import map_of
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.plan import Plan, load_plan
 from blocksight.jobs.plan.records import Unit
+from blocksight.jobs.run.unit_pass import ONE_PROCESS
+from blocksight.jobs.worker.rows import Output
 from blocksight.storage.inputs.annotations import open_truth
 from blocksight.storage.inputs.ground_truth import Truth, region
 from blocksight.storage.inputs.survey import Layout
@@ -34,11 +38,11 @@ from tests.jobs.jobs_of import rows_in, run_here
 from tests.jobs.tiny import folder_of_images
 
 
-@dataclass(frozen=True)
-class Asked:
-    truth: Truth | None = None
-    class_map: ClassMap = ()
-    seed: int = 0
+def asked_of(truth: Truth | None = None, class_map: ClassMap = (), seed: int = 0) -> AuditScope:
+    return AuditScope(truth, class_map, seed)
+
+
+QUIET = Console(quiet=True)
 
 
 def row_of(number: int, saliency: np.ndarray, *, label=None, target=0, rank=1, image=None) -> dict:
@@ -94,9 +98,13 @@ def written(store: LocalStore, parts) -> Plan:
     return Plan({"resize": "squash"}, Layout.PARQUET, tuple(units), 1, 1, 1, {})
 
 
-def streamed(store, plan, scratch, asked=None, updates=None) -> StreamResult:
+def streamed(store, plan, scratch, asked=None, execution=ONE_PROCESS) -> StreamResult:
+    """The result, and in `scratch` a file of lines for each fragment."""
+    found = stream(Output("here", store, plan), asked or asked_of(), QUIET, execution)
     scratch.mkdir()
-    return stream(store, plan, asked or Asked(), scratch, (updates if updates is not None else []).append)
+    for unit in found.measured.units:
+        pq.write_table(found.measured.rows(unit, found.shared), scratch / unit.fragment_key.rpartition("/")[2])
+    return found
 
 
 def lines_in(scratch) -> dict:
@@ -124,8 +132,8 @@ def output(tmp_path, monkeypatch) -> LocalStore:
 
 
 def test_every_map_of_a_job_has_its_line(output, tmp_path):
-    plan, updates = load_plan(output), []
-    found = streamed(output, plan, tmp_path / "scratch", updates=updates)
+    plan = load_plan(output)
+    found = streamed(output, plan, tmp_path / "scratch")
     rows = rows_in(output)
     sound = {(row["key"], row["target_index"]): row for row in rows if row["status"] == "ok"}
     assert len({unit.fragment_key for unit in plan.units}) > 1
@@ -136,7 +144,6 @@ def test_every_map_of_a_job_has_its_line(output, tmp_path):
     assert lines.keys() == sound.keys()
     assert (found.num_rows, found.num_maps, found.num_rejected) == (len(rows), len(sound), len(rows) - len(sound))
     assert found.num_rejected > 0
-    assert sum(updates) == len(rows)
     for place, line in lines.items():
         row = sound[place]
         made = measured(levels_in(row)[None])
@@ -215,14 +222,13 @@ def assert_same(one: StreamResult, other: StreamResult) -> None:
             assert np.array_equal(getattr(own, name), getattr(its, name)), name
 
 
-def test_nothing_depends_on_order_fragments_batches_or_threads(store, tmp_path, monkeypatch):
+def test_nothing_depends_on_order_fragments_or_batches(store, tmp_path, monkeypatch):
     monkeypatch.setattr(samples_module, "MAX_OF_CLASS", 5)
     rows = many_rows()
     first = streamed(store, written(store, [rows]), tmp_path / "one")
     wanted = lines_in(tmp_path / "one")
-    for name, value in {"BATCH_ROWS": 3, "PIXELS_AT_ONCE": 900, "ROWS_AT_ONCE": 7, "CENSUS_ROWS": 4}.items():
+    for name, value in {"BATCH_ROWS": 3, "PIXELS_AT_ONCE": 900}.items():
         monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr("blocksight.jobs.audit.stream.usable_cores", lambda: 5)
     shuffled = [rows[place] for place in np.random.default_rng(0).permutation(len(rows))]
     other = LocalStore(tmp_path / "other")
     parts = [shuffled[:1], [], shuffled[1:20], shuffled[20:40], rejecting(shuffled[40:]), *accepting(shuffled[40:])]
@@ -290,7 +296,7 @@ def test_shared_hashes_agree_with_a_slow_search():
 def test_a_sample_holds_the_smallest_hashes_of_its_class(store, tmp_path, monkeypatch):
     monkeypatch.setattr(samples_module, "MAX_OF_CLASS", 6)
     rows = many_rows()
-    found = streamed(store, written(store, [rows[:30], rows[30:]]), tmp_path / "scratch", Asked(seed=7)).samples
+    found = streamed(store, written(store, [rows[:30], rows[30:]]), tmp_path / "scratch", asked_of(seed=7)).samples
     lines = lines_in(tmp_path / "scratch")
     assert list(found) == [0, 1, 2]
     for target, sample in found.items():
@@ -304,7 +310,7 @@ def test_a_sample_holds_the_smallest_hashes_of_its_class(store, tmp_path, monkey
         own = [lines[row["key"], target] for row in able[:6]]
         assert [cells.tobytes() for cells in sample.pooled] == [line["pooled"] for line in own]
         assert sample.is_right.tolist() == [bool(line["is_right"]) for line in own]
-    again = streamed(store, written(store, [rows]), tmp_path / "again", Asked(seed=8)).samples
+    again = streamed(store, written(store, [rows]), tmp_path / "again", asked_of(seed=8)).samples
     assert again[0].keys != found[0].keys
 
 
@@ -347,7 +353,7 @@ def test_ground_truth_says_how_much_lies_on_the_object(output, tmp_path):
     sound = [row for row in rows_in(output) if row["status"] == "ok"]
     chosen = sound[0]["target_index"]
     truth = boxes_file(tmp_path, ["000.png", "001.png"])
-    asked = Asked(truth, (("thing", (chosen,)),))
+    asked = asked_of(truth, (("thing", (chosen,)),))
     found = streamed(output, load_plan(output), tmp_path / "scratch", asked)
     lines, known = lines_in(tmp_path / "scratch"), 0
     for row in sound:
@@ -373,7 +379,7 @@ def test_an_unusable_annotation_leaves_no_share(store, tmp_path, names, size):
         tmp_path, [name.replace("000.png", "0000.png") if len(name) == 7 else name for name in names], **size
     )
     found = streamed(
-        store, written(store, [[row_of(0, noise(1))]]), tmp_path / "scratch", Asked(truth, (("thing", (0,)),))
+        store, written(store, [[row_of(0, noise(1))]]), tmp_path / "scratch", asked_of(truth, (("thing", (0,)),))
     )
     assert "on_object" not in found.groups[0].spreads
     assert found.groups[0].spreads["entropy"].count == 1
@@ -457,7 +463,7 @@ def test_a_fragment_is_read_in_parts(tmp_path):
         assert max(len(batch) for batch in batches) == 7
         assert [row for batch in batches for row in batch.to_pylist()] == whole.to_pylist()
     store.num_bytes = 0
-    assert sum(len(batch) for batch in fragment_batches(store, info, module.CENSUS_COLUMNS, 1000, 2**12)) == 100
+    assert sum(len(batch) for batch in fragment_batches(store, info, CENSUS_COLUMNS, 1000, 2**12)) == 100
     assert store.num_bytes < info.size / 4
 
 
