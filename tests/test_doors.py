@@ -26,6 +26,7 @@ DOORS = {
     ("jobs/export/virelay.py", "h5py.File"),  # it writes
     ("jobs/export/virelay.py", "numpy.memmap"),  # numbers of our own, in a scratch file
     ("jobs/explain/feature_vectors.py", "numpy.load"),  # without pickle, of bytes that were read up to a limit
+    ("jobs/export/arrays.py", "numpy.load"),  # without pickle, of a part of an export that this command wrote
     ("jobs/export/array_file.py", "numpy.lib.format.header_data_from_array_1_0"),  # they write
     ("jobs/export/array_file.py", "numpy.lib.format.write_array_header_1_0"),
     ("jobs/export/selection.py", "duckdb.DuckDBPyConnection"),  # a type: the connection is one of `sql.py`

@@ -203,12 +203,15 @@ def export_output(
         str | None, typer.Option(help="Quantus, --gif blocks: the weights file again, if there was one.")
     ] = None,
     truth: ShownTruth = None,
+    workers: Cores = None,
+    address: ClusterOfTasks = None,
     endpoint_url: Endpoint = None,
 ) -> None:
     """Write an output as pictures, as arrays, or in the format of another tool, with labels, scores and metrics.
 
     pictures: an overlay per map, PNG or GIF. numpy, zarr: the maps as arrays, with an index. The others: what FiftyOne,
-    ViRelAy, Spotlight and Quantus read.
+    ViRelAy, Spotlight and Quantus read. Units are exported on all cores, or on a cluster whose nodes share the folder
+    (virelay, quantus and --gif blocks by one process); the same command goes on after it broke off.
 
     Example: blocksight export maps/ pictures overlays/ --where "target_name = 'tabby' AND score < 0.5" --limit 100
     """
@@ -228,5 +231,5 @@ def export_output(
         gif=gif,
         beside=tuple(beside or ()),
     )
-    for line in run_export(asked, console):
+    for line in run_export(asked, console, Execution(workers=workers, address=address)):
         console.print(printable(line))

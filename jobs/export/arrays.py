@@ -1,9 +1,10 @@
 """Writes the maps of an output as arrays, NumPy's or Zarr's, with an index that says which map is where."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from blocksight.jobs.export.array_file import ArrayFile
-from blocksight.jobs.export.records import COLUMNS
-from blocksight.jobs.export.selection import Selection
+from blocksight.jobs.export.parts import Account, Form, Part, PartFacts
+from blocksight.jobs.export.records import COLUMNS, ExplainedRecords
 from blocksight.jobs.ledger.output import fragment_of, map_of, negative_map_of
 from blocksight.jobs.plan.config import ConfigError
-from blocksight.jobs.plan.plan import Plan
+from blocksight.jobs.plan.records import Unit
 from blocksight.jobs.plan.text import counted
+from blocksight.storage.outputs.fragments import read_rows
 from blocksight.storage.outputs.schema import OK, SCHEMA
 from blocksight.storage.parquet.rows import table_of_rows
-from blocksight.storage.stores.store import ObjectStore
 
 INDEX = "index.parquet"
 MAPS_PER_FILE = 1_024
@@ -34,8 +36,9 @@ MAPS, NEGATIVE = "maps", "maps_negative"
 KEPT = [name for name in COLUMNS if name not in ("map", "map_negative", "map_codec", "map_height", "map_width")]
 PLACE = [pa.field("file", pa.string()), pa.field("row", pa.int64())]
 
+STORED = pa.schema([SCHEMA.field(name) for name in KEPT])
+
 Map = NDArray[np.float32]
-Update = Callable[[int], None]
 
 
 class Sink(ABC):
@@ -140,72 +143,96 @@ def sink_of(form: str) -> type[NumpySink | ZarrSink]:
     return ZarrSink
 
 
-def write(
-    store: ObjectStore,
-    plan: Plan,
-    make: Callable[[Path, str], Sink],
-    folder: Path,
-    selection: Selection,
-    limit: int | None,
-    update: Update,
-) -> list[str]:
-    """Writes the maps and the index, fragment by fragment, and returns lines for the user; `make` makes a sink.
+@dataclass(frozen=True)
+class Arrays(Form):
+    """The maps as arrays, and an index of the output's rows in their order, without side products.
 
-    The index has the rows of the output in their order, without side products: of a rejected record `file` is null.
-    With a selection or a limit it has the rows of what is taken alone. Raises ConfigError if there is no map,
-    StoreError, and UnreconciledError for damage.
+    Of a rejected record `file` is null. With a selection or a limit the index has the rows of what is taken alone.
     """
-    schema = pa.schema([*PLACE, *(SCHEMA.field(name) for name in KEPT)])
-    sink = make(folder, MAPS)
-    negative = make(folder, NEGATIVE) if plan.identity.get("signed") else None
-    records = num_rejected = 0
-    with pq.ParquetWriter(folder / INDEX, schema, compression="zstd") as index:
-        for rows in _batches(store, plan, update):
-            taken = []
-            for record in _records(rows):
-                own = [row for row in record if row["status"] != OK or selection.takes(row)]
-                has_map = any(row["status"] == OK for row in own)
-                if limit is not None and records >= limit:
-                    break
-                if has_map or (own and selection.maps is None):
-                    records += has_map
-                    num_rejected += not has_map
-                    taken += [_placed(row, sink, negative) for row in own]
-            if taken:
-                index.write_table(table_of_rows(taken, schema))
-            if limit is not None and records >= limit:
+
+    sink: type[NumpySink | ZarrSink]
+    is_signed: bool
+
+    def write_part(self, reader: ExplainedRecords, unit: Unit, folder: Path) -> PartFacts:
+        """Writes the unit's maps as plain arrays, and the rows of the index. Raises UnreconciledError for damage."""
+        taken, facts = list[dict[str, Any]](), PartFacts(records=[], num_rejected=0, num_gone=0)
+        num_maps = 0
+        for record in _records(fragment_of(reader.store, unit.fragment_key, COLUMNS).to_pylist()):
+            own = [row for row in record if row["status"] != OK or reader.selection.takes(row)]
+            maps = sum(row["status"] == OK for row in own)
+            if maps or (own and reader.selection.maps is None):
+                taken += own
+                facts["num_rejected"] += not maps
+                num_maps += maps
+                if maps:
+                    facts["records"].append((num_maps, facts["num_rejected"], 0))
+            if len(facts["records"]) == reader.limit:
                 break
-    for one in filter(None, (sink, negative)):
-        one.close()
-    if not sink.count:
-        raise ConfigError(
-            f"nothing of {store.uri} can be exported: it has no map, and {counted(num_rejected, 'rejected record')}"
-        )
-    told = f"{counted(sink.count, 'map')} of {counted(records, 'record')} exported; {num_rejected:,} rejected"
-    also = (
-        []
-        if negative is None
-        else [f"# {NEGATIVE}: what speaks against each target, in files and rows of the same numbers"]
-    )
-    return [told, *sink.lines, *also]
+        rows = [{name: row[name] for name in KEPT} for row in taken]
+        pq.write_table(table_of_rows(rows, STORED), folder / INDEX, compression="zstd")
+        _write_maps(folder / f"{MAPS}.npy", (map_of(row) for row in taken if row["status"] == OK))
+        if self.is_signed:
+            _write_maps(folder / f"{NEGATIVE}.npy", (negative_map_of(row) for row in taken if row["status"] == OK))
+        return facts
+
+    @override
+    def told(self, account: Account) -> str:
+        if not account.num_maps:
+            return f"it has no map, and {counted(account.num_rejected, 'rejected record')}"
+        maps, records = counted(account.num_maps, "map"), counted(account.num_records, "record")
+        return f"{maps} of {records} exported; {account.num_rejected:,} rejected"
+
+    @override
+    def join(self, parts: Iterator[Part], reader: ExplainedRecords, folder: Path) -> Sequence[str]:
+        """Writes the maps and the index, and returns the lines of Python that read them."""
+        sink = self.sink(folder, MAPS)
+        negative = self.sink(folder, NEGATIVE) if self.is_signed else None
+        schema = pa.schema([*PLACE, *STORED])
+        with pq.ParquetWriter(folder / INDEX, schema, compression="zstd") as index:
+            for part in parts:
+                maps = iter(_read_maps(part, MAPS))
+                against = iter(_read_maps(part, NEGATIVE) if self.is_signed else ())
+                rows = list(_placed(part, maps, against, sink, negative))
+                if rows:
+                    index.write_table(table_of_rows(rows, schema))
+        for one in filter(None, (sink, negative)):
+            one.close()
+        also = f"# {NEGATIVE}: what speaks against each target, in files and rows of the same numbers"
+        return [*sink.lines, *([also] if self.is_signed else [])]
 
 
-def _batches(store: ObjectStore, plan: Plan, update: Update) -> Iterator[list[dict[str, Any]]]:
-    """The rows of each fragment, in the plan's order."""
-    committed = {info.key for info in store.list("data/")}
-    for unit in plan.units:
-        if unit.fragment_key in committed:
-            yield fragment_of(store, unit.fragment_key, COLUMNS).to_pylist()
-            update(unit.num_records)
+def _write_maps(file: Path, maps: Iterator[Map]) -> None:
+    first = next(maps, None)
+    if first is not None:
+        with ArrayFile(file, first.shape, np.float32) as made:
+            for one in chain([first], maps):
+                made.append(one)
+
+
+def _read_maps(part: Part, name: str) -> Iterable[Map]:
+    return np.load(part.folder / f"{name}.npy", mmap_mode="r") if part.num_maps else ()
+
+
+def _placed(
+    part: Part,
+    maps: Iterator[Map],
+    against: Iterator[Map],
+    sink: Sink,
+    negative: Sink | None,
+) -> Iterator[dict[str, Any]]:
+    """The part's rows, up to the last record that the limit leaves, with the places that the sink gives their maps."""
+    num_records = 0
+    for record in _records(read_rows((part.folder / INDEX).read_bytes(), STORED, str(part.folder)).to_pylist()):
+        if part.ends and num_records == part.num_records:
+            return
+        num_records += record[0]["status"] == OK
+        for row in record:
+            file, number = (None, None) if row["status"] != OK else sink.append(next(maps))
+            if row["status"] == OK and negative is not None:
+                negative.append(next(against))
+            yield {"file": file, "row": number, **row}
 
 
 def _records(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     for _, own in groupby(rows, itemgetter("shard", "shard_index")):
         yield list(own)
-
-
-def _placed(row: Mapping[str, Any], sink: Sink, negative: Sink | None) -> dict[str, Any]:
-    file, number = (None, None) if row["status"] != OK else sink.append(map_of(row))
-    if row["status"] == OK and negative is not None:
-        negative.append(negative_map_of(row))
-    return {"file": file, "row": number, **{name: row[name] for name in KEPT}}

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import count
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+from blocksight.jobs.export.parts import FormOfRecords, Part, place
 from blocksight.jobs.export.pictures import as_jpeg, fitted_image
 from blocksight.jobs.export.records import ExplainedMap, ExplainedRecord, ExplainedRecords, Row
 from blocksight.jobs.ledger.output import map_of
@@ -18,6 +20,7 @@ LAYOUT_VERSION = "1.0.0"
 CREATED = {"$date": "2024-10-01T00:00:00Z"}
 """The creation time of every document; FiftyOne replaces it on reading."""
 MAP_RANGE = [0, 255]
+SAMPLES = "samples.json"
 FIELDS = "fiftyone.core.fields"
 OBJECTS = "ground_truth_objects"
 """The field of the ground truth's boxes."""
@@ -27,63 +30,88 @@ Tags = Mapping[tuple[str, int], Sequence[str]]
 """The audit's reasons why a map is odd, by key and target index."""
 
 
-def write(
-    shown: Iterable[ExplainedRecord], records: ExplainedRecords, folder: Path, truth: Truth | None = None
-) -> Sequence[str]:
-    """Writes the data set and returns the lines of Python that read it. `shown` yields the records with progress.
+@dataclass(frozen=True)
+class FiftyOne(FormOfRecords):
+    """A data set on disk; the objects of `truth` become detections."""
 
-    The objects of `truth` become detections.
-    """
-    for name in ("data", "fields/heatmap"):
-        (folder / name).mkdir(parents=True)
+    truth: Truth | None = None
+
+    def write_records(self, records: Iterator[ExplainedRecord], reader: ExplainedRecords, folder: Path) -> None:
+        """Writes pictures and maps by number, and a document per map, whose files are those numbers."""
+        with (folder / SAMPLES).open("w", encoding="utf-8") as file:
+            for sample in _samples(records, reader, folder, _tags(reader), self.truth):
+                file.write(json.dumps(sample) + "\n")
+
+    def join(self, parts: Iterator[Part], reader: ExplainedRecords, folder: Path) -> Sequence[str]:
+        """Writes the data set and returns the lines of Python that read it."""
+        for name in ("data", "fields/heatmap"):
+            (folder / name).mkdir(parents=True)
+        with (folder / SAMPLES).open("w", encoding="utf-8") as file:
+            file.write('{"samples": [')
+            for number, sample in enumerate(_joined(parts, folder)):
+                file.write((",\n" if number else "\n") + json.dumps(sample))
+            file.write("\n]}\n")
+        metadata = _metadata(_Ids(reader.plan.fingerprint), reader)
+        (folder / "metadata.json").write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
+        return [
+            "import fiftyone as fo",
+            f"data = fo.Dataset.from_dir(dataset_dir={str(folder)!r}, dataset_type=fo.types.FiftyOneDataset)",
+        ]
+
+
+def _joined(parts: Iterator[Part], folder: Path) -> Iterator[Document]:
+    """The documents of all parts, whose files get their places in the data set."""
+    num_records = num_maps = 0
+    for part in parts:
+        with (part.folder / SAMPLES).open(encoding="utf-8") as lines:
+            for line in islice(lines, part.num_maps):
+                sample = json.loads(line)
+                picture, saliency = sample["filepath"], sample["heatmap"]["map_path"]
+                sample["filepath"] = f"data/{num_records + int(picture.removesuffix('.jpg')):08d}.jpg"
+                sample["heatmap"]["map_path"] = (
+                    f"fields/heatmap/{num_maps + int(saliency.removesuffix('.png')):08d}.png"
+                )
+                if not (folder / sample["filepath"]).exists():  # a record's targets share it
+                    place(part.folder / picture, folder / sample["filepath"])
+                place(part.folder / saliency, folder / sample["heatmap"]["map_path"])
+                yield sample
+        num_records, num_maps = num_records + part.num_records, num_maps + part.num_maps
+
+
+def _tags(reader: ExplainedRecords) -> Tags:
     tags: dict[tuple[str, int], list[str]] = {}
-    for odd in records.audit.oddities if records.audit is not None else ():
+    for odd in reader.audit.oddities if reader.audit is not None else ():
         tags.setdefault((odd.key, odd.target_index), []).append(odd.reason)
-    ids = _Ids(records.plan.fingerprint)
-    with (folder / "samples.json").open("w", encoding="utf-8") as file:
-        file.write('{"samples": [')
-        for number, sample in enumerate(_samples(shown, records, folder, tags, ids, truth)):
-            file.write((",\n" if number else "\n") + json.dumps(sample))
-        file.write("\n]}\n")
-    metadata = _metadata(ids, records)
-    (folder / "metadata.json").write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
-    return [
-        "import fiftyone as fo",
-        f"data = fo.Dataset.from_dir(dataset_dir={str(folder)!r}, dataset_type=fo.types.FiftyOneDataset)",
-    ]
+    return tags
 
 
 class _Ids:
-    """Document ids that depend on the job: the same for the same export, different for another one."""
+    """Document ids that depend on what they are of: the same for the same export, different for another one."""
 
-    def __init__(self, job: str) -> None:
-        self.job, self.numbers = job, count()
+    def __init__(self, *of: object) -> None:
+        self.of, self.numbers = json.dumps([str(one) for one in of]), count()
 
     def digest(self) -> str:
-        return hashlib.sha256(f"{self.job}/{next(self.numbers)}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.of}/{next(self.numbers)}".encode()).hexdigest()
 
     def make(self) -> Document:
         return {"$oid": self.digest()[:24]}
 
 
 def _samples(
-    shown: Iterable[ExplainedRecord],
-    records: ExplainedRecords,
-    folder: Path,
-    tags: Tags,
-    ids: _Ids,
-    truth: Truth | None,
+    records: Iterator[ExplainedRecord], reader: ExplainedRecords, folder: Path, tags: Tags, truth: Truth | None
 ) -> Iterator[Document]:
     number = count()
-    for place, record in enumerate(shown):
-        picture = f"data/{place:08d}.jpg"
-        image = fitted_image(records.plan, record, record.maps[0].row, truth)
+    for place_of_record, record in enumerate(records):
+        picture = f"{place_of_record}.jpg"
+        image = fitted_image(reader.plan, record, record.maps[0].row, truth)
         (folder / picture).write_bytes(as_jpeg(image.pixels))
         for one in record.maps:
             map_of(one.row)  # raises for a damaged map before it is copied
-            saliency = f"fields/heatmap/{next(number):08d}.png"
+            saliency = f"{next(number)}.png"
             (folder / saliency).write_bytes(one.row["map"])
             odd = tags.get((record.key, one.row["target_index"]), ())
+            ids = _Ids(reader.plan.fingerprint, record.key, one.row["target"])
             yield {**_sample(record, one, picture, saliency, list(odd), ids), **_detections(image, ids)}
 
 

@@ -2,14 +2,18 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
+from typing_extensions import override
 
+from blocksight.jobs.export.parts import FormOfRecords, Part, place
 from blocksight.jobs.export.records import ExplainedMap, ExplainedRecord, ExplainedRecords, Row
 from blocksight.jobs.plan.plan import Plan
-from blocksight.jobs.worker.rows import PICTURE_SIDE, Output, Shown, rows_with, shown
+from blocksight.jobs.worker.rows import PICTURE_SIDE, Output, Shown, existing_output, rows_with, shown
 from blocksight.storage.inputs.ground_truth import Truth
 from blocksight.storage.outputs.file_names import file_name
 from blocksight.storage.outputs.pictures import Tile, contact_sheet, one_line
@@ -27,31 +31,55 @@ Frames = Callable[[ExplainedRecord, Row, Shown], Iterator[Tile]]
 """The tiles of a GIF between the picture and the stored map, of one map of a record."""
 
 
-def write(
-    shown_records: Iterable[ExplainedRecord],
-    records: ExplainedRecords,
-    folder: Path,
-    truth: Truth | None = None,
-    frames: Frames | None = None,
-) -> Sequence[str]:
-    """Writes a picture per map and an index of them, and returns lines for the user. One picture is in memory at once.
+@dataclass(frozen=True)
+class Pictures(FormOfRecords):
+    """A picture per map, PNG or a GIF with the frames that `outputs` or a replay give, and an index of them."""
 
-    A file is named by its number and the record's key, as far as a key is a valid name. With `frames` the picture is a
-    GIF.
-    """
-    number = 0
-    with (folder / INDEX).open("w", encoding="utf-8") as index:
-        for record in shown_records:
-            for one in record.maps:
-                base = shown(records.plan, dict(one.row), record.pixels, PICTURE_SIDE, truth)
-                name = f"{number:06d}-{file_name(record.key)}{'.png' if frames is None else '.gif'}"
-                if frames is None:
-                    Image.fromarray(base.overlay).save(folder / name, "PNG")
-                else:
-                    _save_gif(_tiles(record, one, base, frames), folder / name, is_signed=base.is_signed)
-                index.write(json.dumps({"file": name, **_facts(one)}) + "\n")
-                number += 1
-    return [f"{number:,} pictures; {INDEX} has a line of JSON for each: file, key, target, score"]
+    truth: Truth | None = None
+    outputs: tuple[str, ...] = ()
+    """Names of other outputs whose maps are frames."""
+    endpoint_url: str | None = None
+    replayed: Frames | None = None
+    """Frames by a replay on the model, in this process alone."""
+
+    def write_records(self, records: Iterator[ExplainedRecord], reader: ExplainedRecords, folder: Path) -> None:
+        """Writes the pictures by number, and a line of JSON for each. One picture is in memory at once."""
+        frames, number = self._frames(), 0
+        with (folder / INDEX).open("w", encoding="utf-8") as index:
+            for record in records:
+                for one in record.maps:
+                    self._draw(record, one, reader, folder / str(number), frames)
+                    index.write(json.dumps({"file": file_name(record.key), **_facts(one)}) + "\n")
+                    number += 1
+
+    @override
+    def join(self, parts: Iterator[Part], reader: ExplainedRecords, folder: Path) -> Sequence[str]:
+        """Names a file by its number and the record's key, as far as a key is a valid name."""
+        number, suffix = 0, ".png" if self._frames() is None else ".gif"
+        with (folder / INDEX).open("w", encoding="utf-8") as index:
+            for part in parts:
+                with (part.folder / INDEX).open(encoding="utf-8") as lines:
+                    for own, line in enumerate(islice(lines, part.num_maps)):
+                        facts = json.loads(line)
+                        facts["file"] = f"{number:06d}-{facts['file']}{suffix}"
+                        place(part.folder / str(own), folder / facts["file"])
+                        index.write(json.dumps(facts) + "\n")
+                        number += 1
+        return [f"{number:,} pictures; {INDEX} has a line of JSON for each: file, key, target, score"]
+
+    def _frames(self) -> Frames | None:
+        if not self.outputs:
+            return self.replayed
+        return output_frames([existing_output(name, self.endpoint_url) for name in self.outputs], self.truth)
+
+    def _draw(
+        self, record: ExplainedRecord, one: ExplainedMap, reader: ExplainedRecords, file: Path, frames: Frames | None
+    ) -> None:
+        base = shown(reader.plan, dict(one.row), record.pixels, PICTURE_SIDE, self.truth)
+        if frames is None:
+            Image.fromarray(base.overlay).save(file, "PNG")
+        else:
+            _save_gif(_tiles(record, one, base, frames), file, is_signed=base.is_signed)
 
 
 def _facts(one: ExplainedMap) -> dict[str, Any]:

@@ -102,12 +102,17 @@ class ExplainedRecords:
             self.num_records += 1
             yield record
 
-    def _all(self) -> Iterator[ExplainedRecord]:
-        for unit in self.plan.units:
-            if unit.fragment_key in self.keys:
-                yield from self._of(unit)
+    @property
+    def units(self) -> list[Unit]:
+        """The committed units, in the plan's order."""
+        return [unit for unit in self.plan.units if unit.fragment_key in self.keys]
 
-    def _of(self, unit: Unit) -> Iterator[ExplainedRecord]:
+    def _all(self) -> Iterator[ExplainedRecord]:
+        for unit in self.units:
+            yield from self.of(unit)
+
+    def of(self, unit: Unit) -> Iterator[ExplainedRecord]:
+        """Yields a committed unit's records, whatever the limit, and counts those that are skipped. Raises as above."""
         rows = fragment_of(self.store, unit.fragment_key, COLUMNS).to_pylist()
         values, audited = self._values(unit), self._audit_rows(unit)
         maps: dict[str, list[ExplainedMap]] = {}

@@ -10,9 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from blocksight.jobs.audit.result import GRID
+from blocksight.jobs.export.parts import FormOfRecords, Part
 from blocksight.jobs.export.pictures import as_jpeg, fitted_image
 from blocksight.jobs.export.records import ExplainedMap, ExplainedRecord, ExplainedRecords
 from blocksight.jobs.plan.plan import Plan
+from blocksight.storage.outputs.fragments import read_rows
 from blocksight.storage.parquet.rows import table_of_rows
 
 FILE = "maps.parquet"
@@ -36,19 +38,30 @@ AUDITED = {"cluster": pa.int16(), "strangeness": pa.float32()}
 """Columns of the audit that are copied unchanged."""
 
 
-def write(shown: Iterable[ExplainedRecord], records: ExplainedRecords, folder: Path) -> Sequence[str]:
-    """Writes the file and returns the lines of Python that open it. `shown` yields the records with progress."""
-    schema = _schema(records)
-    rows = _rows(shown, records.plan)
-    with pq.ParquetWriter(folder / FILE, schema, compression="zstd") as writer:
-        while batch := list(islice(rows, ROWS_AT_ONCE)):
-            writer.write_table(table_of_rows(batch, schema))
-    kinds = '"image": spotlight.Image, "overlay": spotlight.Image'
-    kinds += ', "embedding": spotlight.Embedding' if records.has_audit else ""
-    return [
-        "import pandas as pd; from renumics import spotlight",
-        f"spotlight.show(pd.read_parquet({str(folder / FILE)!r}), dtype={{{kinds}}})",
-    ]
+class Spotlight(FormOfRecords):
+    """One Parquet file with a row per map."""
+
+    def write_records(self, records: Iterator[ExplainedRecord], reader: ExplainedRecords, folder: Path) -> None:
+        """Writes the rows of these records."""
+        schema, rows = _schema(reader), _rows(records, reader.plan)
+        with pq.ParquetWriter(folder / FILE, schema, compression="zstd") as writer:
+            while batch := list(islice(rows, ROWS_AT_ONCE)):
+                writer.write_table(table_of_rows(batch, schema))
+
+    def join(self, parts: Iterator[Part], reader: ExplainedRecords, folder: Path) -> Sequence[str]:
+        """Writes the file and returns the lines of Python that open it."""
+        schema = _schema(reader)
+        with pq.ParquetWriter(folder / FILE, schema, compression="zstd") as writer:
+            for part in parts:
+                rows = read_rows((part.folder / FILE).read_bytes(), schema, str(part.folder))
+                if part.num_maps:
+                    writer.write_table(rows.slice(0, part.num_maps), ROWS_AT_ONCE)
+        kinds = '"image": spotlight.Image, "overlay": spotlight.Image'
+        kinds += ', "embedding": spotlight.Embedding' if reader.has_audit else ""
+        return [
+            "import pandas as pd; from renumics import spotlight",
+            f"spotlight.show(pd.read_parquet({str(folder / FILE)!r}), dtype={{{kinds}}})",
+        ]
 
 
 def _schema(records: ExplainedRecords) -> pa.Schema:
