@@ -8,7 +8,6 @@ import typer
 from blocksight.jobs.cli.app import (
     FINDING,
     INCOMPLETE,
-    Address,
     AsJson,
     BatchSize,
     ClassMap,
@@ -58,9 +57,9 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the sample and of all that is random.")] = 0,
     model: OutputModel = None,
     weights: OutputWeights = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Actors.  [default: one per GPU, or CPU core]")] = None,
+    workers: Cores = None,
     runner: Annotated[str, typer.Option(help="ray, or local: this process alone.")] = "ray",
-    address: Address = None,
+    address: ClusterOfTasks = None,
     device: Annotated[str, typer.Option(help="gpu (an error without one), cpu, or auto.")] = "auto",
     wait: Wait = None,
     min_workers: MinWorkers = None,
@@ -196,6 +195,8 @@ def audit(
         Literal["finding"] | None,
         typer.Option(help="For CI: `finding` ends with exit code 7 if there is one.  [default: never]"),
     ] = None,
+    workers: Cores = None,
+    address: ClusterOfTasks = None,
     as_json: AsJson = False,
     endpoint_url: Endpoint = None,
 ) -> None:
@@ -203,7 +204,8 @@ def audit(
 
     A region that one class's maps point at is blanked in members and pasted into other images, and random regions of
     its size too. A region that passes this test and is not the object is a finding. One that was not tested, or may be
-    the object, is a suspicion. One whose test shows no effect is listed as tested, not confirmed.
+    the object, is a suspicion. One whose test shows no effect is listed as tested, not confirmed. Maps are measured on
+    all cores, or on a cluster; the same command goes on after it broke off.
 
     Example: blocksight audit s3://bucket/maps --truth boxes/
     """
@@ -213,7 +215,7 @@ def audit(
         raise ConfigError("--fail-on finding needs the test on the model, and --no-try leaves it out: give one of them")
     asked = AuditRequest(output, truth, class_map, weights, tries, seed, endpoint_url, model)
     console = progress_console(as_json)
-    found = run_audit(asked, console)
+    found = run_audit(asked, console, Execution(workers=workers, address=address))
     if as_json:
         print_json(found)
     else:

@@ -89,9 +89,16 @@ Parameters = Annotated[
 ]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join.  [default: one is started]")]
 Cores = Annotated[
-    int | None, typer.Option("--workers", min=1, help="Processes.  [default: one per CPU core, or this one for little]")
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        help="Worker processes.  [default: one per CPU core, or this process for little; of evaluate one per GPU, if "
+        "there are any]",
+    ),
 ]
 ClusterOfTasks = Annotated[str | None, typer.Option("--address", help="Ray cluster to join.  [default: this machine]")]
+"""With `Cores` where evaluate, versus, audit, regions and export work."""
 Wait = Annotated[
     str | None,
     typer.Option(

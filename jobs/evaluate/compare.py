@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from blocksight.engine.catalog.entries import METRICS
-from blocksight.engine.saliency import FLAT, NEGATIVE
 from blocksight.jobs.evaluate.bootstrap import (
     MethodEstimate,
     MetricSums,
@@ -21,24 +20,17 @@ from blocksight.jobs.evaluate.bootstrap import (
     holm,
     key_hashes,
 )
-from blocksight.jobs.evaluate.evaluation import evaluation_folders, value_tables
 from blocksight.jobs.evaluate.shares import differences_of, estimates_of
-from blocksight.jobs.ledger.output import fragment_of
+from blocksight.jobs.evaluate.stored_values import METHOD_COLUMNS, Share, shares_of, tables_of
 from blocksight.jobs.ledger.reconcile import read_job_state
 from blocksight.jobs.plan.config import ConfigError
 from blocksight.jobs.plan.forward_setting import planned_forward, protocol_of, setting_difference
 from blocksight.jobs.plan.labels import is_class_number
 from blocksight.jobs.plan.preflight import readout_difference
 from blocksight.jobs.worker.rows import Output, refuse_other_inputs
-from blocksight.storage.outputs.schema import METRICS as METRICS_STRUCT
-from blocksight.storage.outputs.schema import OK
 from blocksight.storage.stores.opening import open_file
 
-STORED_COLUMNS = ["key", "target", "status", "explainer", "parameters", "metrics"]
-METHOD_COLUMNS = ["explainer", "parameters"]
 VALUE = np.dtype([("image", np.uint64), ("target", np.uint64), ("value", np.float64)])
-MAX_VALUES_IN_MEMORY = 20_000_000
-"""24 bytes each. More are read in several passes, each over another share of the images."""
 
 
 @dataclass(frozen=True)
@@ -128,10 +120,9 @@ def compare(outputs: Sequence[Output]) -> Comparison:
     if not num_values:
         why = f"every value is undefined ({min(reasons.values())})" if reasons else "run `blocksight explain` first"
         raise ConfigError(f"the outputs hold no value of any metric: {why}")
-    num_passes = -(-num_values // MAX_VALUES_IN_MEMORY)
     sums: dict[Column, MetricSums] = {}
-    for which in range(num_passes):
-        for column, own in _pass(outputs, methods, which, num_passes):
+    for share in shares_of(outputs, num_values):
+        for column, own in _share_sums(share, methods):
             sums[column] = sums[column] + own if column in sums else own
     columns = sorted(sums, key=lambda column: (list(METRICS).index(column.metric), column.protocol))
     cells = tuple(_cells(columns, sums))
@@ -163,7 +154,7 @@ def _methods(outputs: Sequence[Output]) -> tuple[dict[MethodKey, Method], int, R
     found: Counter[MethodKey] = Counter()
     reasons: dict[tuple[MethodKey, Column], str] = {}
     for number, output in enumerate(outputs):
-        for table in _tables(output):
+        for table in tables_of(output):
             counts = table.group_by(METHOD_COLUMNS).aggregate([("value", "count")])  # counts no null
             for row in counts.to_pylist():
                 found[number, row["explainer"], row["parameters"]] += row["value_count"]
@@ -207,57 +198,22 @@ def _absences(methods: Mapping[MethodKey, Method], cells: Sequence[Cell], reason
             yield Absence(order[key], column, reason)
 
 
-def _tables(output: Output) -> Iterator[pa.Table]:
-    """All values, one table per fragment: those of `explain`, then of each evaluation; all with equal columns."""
-    committed = {info.key for info in output.store.list("data/")}
-    for unit in output.plan.units:
-        if unit.fragment_key in committed:
-            yield _metric_rows(fragment_of(output.store, unit.fragment_key, STORED_COLUMNS))
-    for folder in evaluation_folders(output.store):
-        for table in value_tables(output.store, folder):
-            yield table.select(["key", "target", *METHOD_COLUMNS, "metric", "protocol", "value", "reason"])
-
-
-def _metric_rows(rows: pa.Table) -> pa.Table:
-    """Drop and Increase of a fragment's explained rows, one value per row."""
-    sound = rows.filter(pc.field("status") == OK)
-    metrics = sound["metrics"].combine_chunks().flatten()
-    fields = dict(zip((field.name for field in METRICS_STRUCT), metrics, strict=True))
-    increase = pc.multiply(fields["increase"].cast(pa.float64()), 100.0)  # pyright: ignore[reportAttributeAccessIssue]
-    values = {"drop": fields["drop"], "increase": increase}
-    nothing = pa.scalar(None, pa.string())
-    is_flat = pc.if_else(fields["increase"].is_null(), FLAT, NEGATIVE)  # pyright: ignore[reportAttributeAccessIssue]
-    reasons = pc.if_else(fields["drop"].is_null(), is_flat, nothing)  # pyright: ignore[reportAttributeAccessIssue]
-    parts = []
-    for name, own in values.items():
-        part = sound.select(["key", "target", *METHOD_COLUMNS])
-        part = part.append_column("metric", pa.array([name] * len(sound), pa.string()))
-        part = part.append_column("protocol", fields["protocol"])
-        part = part.append_column("value", own)
-        parts.append(part.append_column("reason", reasons))
-    return pa.concat_tables(parts)
-
-
-def _pass(
-    outputs: Sequence[Output], methods: Mapping[MethodKey, Method], which: int, num_passes: int
-) -> Iterator[tuple[Column, MetricSums]]:
-    """The sums of every column over one share of the images; a share holds whole images."""
+def _share_sums(share: Share, methods: Mapping[MethodKey, Method]) -> Iterator[tuple[Column, MetricSums]]:
+    """The sums of every column over one share."""
     order = {key: place for place, key in enumerate(methods)}
     found: dict[Column, dict[int, list[NDArray[Any]]]] = {}
-    for number, output in enumerate(outputs):
-        for everything in _tables(output):
-            table = everything.filter(pc.field("value").is_valid())
-            hashes = key_hashes(table["key"].to_pylist())
-            mine = table.filter(pa.array(hashes % np.uint64(num_passes) == which))
-            hashes = hashes[hashes % np.uint64(num_passes) == which]
-            numbers = _target_numbers(mine["target"])
-            for column, method, places in _groups(mine):
-                if (number, *method) not in order:
-                    continue  # a control that is counted in another output
-                values = mine["value"].to_numpy()[places]
-                targets = numbers[places]
-                block = _block(hashes[places], targets, values)
-                found.setdefault(column, {}).setdefault(order[number, *method], []).append(block)
+    for number, everything in share:
+        table = everything.filter(pc.field("value").is_valid())
+        hashes, targets, values = (
+            key_hashes(table["key"].to_pylist()),
+            _target_numbers(table["target"]),
+            table["value"].to_numpy(),
+        )
+        for column, method, places in _groups(table):
+            if (number, *method) not in order:
+                continue  # a control that is counted in another output
+            block = _block(hashes[places], targets[places], values[places])
+            found.setdefault(column, {}).setdefault(order[number, *method], []).append(block)
     for column, blocks in found.items():
         yield column, _sums({place: np.concatenate(own) for place, own in blocks.items()}, len(methods))
 

@@ -14,6 +14,8 @@ import pytest
 
 from blocksight.engine.catalog.entries import METRICS
 from blocksight.jobs.cli.analysis_commands import evaluate
+from blocksight.jobs.evaluate import compare as compare_module
+from blocksight.jobs.evaluate import stored_values
 from blocksight.jobs.evaluate.compare import Output, compare, rows_of_table
 from blocksight.jobs.evaluate.evaluation import (
     FOLDER,
@@ -391,13 +393,49 @@ def test_values_of_two_protocols_never_meet(two, images_of_two):
             assert cell.difference.difference is None
 
 
+def spied(monkeypatch, name):
+    """The numbers of values that are in memory at once, per metric."""
+    seen, original = [], getattr(compare_module, name)
+    noted = lambda blocks, *given: (seen.append(sum(map(len, blocks.values()))), original(blocks, *given))[1]  # noqa: E731
+    monkeypatch.setattr(compare_module, name, noted)
+    return seen
+
+
 def test_the_table_does_not_depend_on_how_it_was_summed(two, monkeypatch):
-    once = rows_of_table(compare(outputs(two / "gradcam", two / "layercam")))
-    monkeypatch.setattr("blocksight.jobs.evaluate.compare.MAX_VALUES_IN_MEMORY", 40)
-    parts = rows_of_table(compare(outputs(two / "gradcam", two / "layercam")))
-    for one, other in zip(once, parts, strict=True):
-        for name, value in one.items():
-            assert other[name] == (pytest.approx(value, rel=1e-9) if isinstance(value, float) else value)
+    """Of all values at once, of a unit's, and of shares of the images where outputs are cut in different ways."""
+    compared = outputs(two / "gradcam", two / "layercam")
+    at_once = spied(monkeypatch, "_sums")
+    by_units = rows_of_table(compare(compared))
+    assert len(set(map(stored_values._cut, compared))) == 1
+    monkeypatch.setattr(stored_values, "RECORDS_AT_ONCE", 1)
+    most = max(at_once)
+    at_once.clear()
+    by_unit = rows_of_table(compare(compared))
+    assert max(at_once) < most
+    monkeypatch.setattr(stored_values, "_cut", lambda output: output.name)
+    all_at_once = rows_of_table(compare(compared))
+    monkeypatch.setattr(stored_values, "MAX_VALUES_IN_MEMORY", 40)
+    by_images = rows_of_table(compare(compared))
+    for rows in (by_units, by_unit, by_images):
+        for one, other in zip(all_at_once, rows, strict=True):
+            for name, value in one.items():
+                assert other[name] == (pytest.approx(value, rel=1e-9) if isinstance(value, float) else value)
+
+
+def test_outputs_that_are_cut_in_different_ways_are_compared_image_by_image(two, images_of_two, monkeypatch):
+    monkeypatch.setattr("blocksight.cluster.sizing.LEAST_UNIT_SECONDS", 10.0)
+    run_here(images_of_two, two / "uncut", target="top-2", explainer="layercam")
+    cut, uncut = outputs(two / "gradcam", two / "uncut")
+    assert len(cut.plan.units) > len(uncut.plan.units)
+    rows = rows_of_table(compare([cut, uncut]))
+    alike = rows_of_table(compare(outputs(two / "gradcam", two / "layercam")))
+    wanted = [row for row in alike if row["metric"] in ("drop", "increase")]
+    found = [row for row in rows if row["metric"] in ("drop", "increase")]
+    for one, other in zip(found, wanted, strict=True):
+        for name in ("mean", "low", "high", "count", "difference", "p_value", "paired_count"):
+            assert one[name] == (
+                pytest.approx(other[name], rel=1e-9) if isinstance(other[name], float) else other[name]
+            )
 
 
 def test_two_outputs_of_one_method_keep_their_names_apart(two, images_of_two):
