@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from blocksight.cluster.checks.beside import beside_findings
 from blocksight.cluster.checks.commands import Product
 from blocksight.cluster.checks.findings import Finding, Place, nearest
 from blocksight.cluster.checks.kueue import queue_findings
@@ -25,7 +26,7 @@ BESIDE = (
     *("Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding", "PodDisruptionBudget", "ResourceQuota", "LimitRange"),
     *("PriorityClass", "PersistentVolume", "StorageClass", "Service", "ExternalSecret", "SecretStore"),
 )
-"""Kinds that may stand beside a job; only their names, labels and secrets are looked at."""
+"""Kinds that may stand beside a job; only their names, labels, secrets, open doors and great rights are looked at."""
 
 
 def object_findings(places: Sequence[Place], product: Product) -> Iterator[Finding]:
@@ -34,6 +35,7 @@ def object_findings(places: Sequence[Place], product: Product) -> Iterator[Findi
     for place in places:
         yield from secret_findings(place)
         yield from _head_of(place)
+        yield from beside_findings(place)
         if api_version(place["kind"].text) != place["apiVersion"].value:
             continue
         yield from schema_findings(place)

@@ -4,10 +4,19 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 
+from blocksight.cluster.checks.beside import OPEN_SERVICES, service_findings
 from blocksight.cluster.checks.commands import Product
 from blocksight.cluster.checks.findings import Finding, Place
 from blocksight.cluster.checks.images import image_findings
-from blocksight.cluster.checks.pods import NAME, context_findings, end_findings, label_findings, pod_findings, variable
+from blocksight.cluster.checks.pods import (
+    GPU,
+    NAME,
+    context_findings,
+    end_findings,
+    label_findings,
+    pod_findings,
+    variable,
+)
 from blocksight.cluster.checks.quantities import quantity
 from blocksight.cluster.checks.ray_options import ray_version_fault, start_option_findings
 
@@ -16,6 +25,8 @@ SET_BY_RAY_START = ("num-cpus", "num-gpus", "memory", "resources")
 SPOT = ("karpenter.sh/capacity-type", "cloud.google.com/gke-spot", "eks.amazonaws.com/capacityType")
 """Keys of labels that put a pod on machines which may be taken away."""
 MOST_IDLE_SECONDS = 3600
+MEASURED = {"num-cpus": ("cpu", "CPU"), "num-gpus": (GPU, "GPU"), "memory": ("memory", "memory")}
+"""What `ray start` is told of a node, with the name of the container's limit and of the group's resource."""
 REDIS = ("RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "REDIS_USERNAME")
 
 
@@ -105,6 +116,7 @@ def _head(group: Place, spec: Place) -> Iterator[Finding]:
     if (own if own.is_there else cpus).value not in ("0", 0):
         why = "the head takes work, which dies with the driver, and stands in the driver's memory"
         yield cpus.finding("head", why, 'write num-cpus: "0"')
+    yield from _open_doors(group)
     yield from _spot(pod)
     if spec["enableInTreeAutoscaling"].value and not pod["serviceAccountName"].text:
         why = "the operator scales by the head's account, and without one of its own it is made beside these files"
@@ -114,6 +126,17 @@ def _head(group: Place, spec: Place) -> Iterator[Finding]:
             if variable(container, name).is_there:
                 why = f"{name} turns on a second truth beside the bucket"
                 yield variable(container, name).finding("head", why, "leave it out, or write gcsFaultToleranceOptions")
+
+
+def _open_doors(head: Place) -> Iterator[Finding]:
+    """What shows the head outside of the cluster."""
+    if head["serviceType"].value in OPEN_SERVICES:
+        why = f"a {head['serviceType'].value} shows the dashboard and the jobs' port, which run code, to others"
+        yield head["serviceType"].finding("open", why, "write ClusterIP, and reach it by kubectl port-forward")
+    yield from service_findings(head["headService"]["spec"])
+    if head["enableIngress"].value:
+        why = "an Ingress shows the dashboard, which runs code, outside of the cluster"
+        yield head["enableIngress"].finding("open", why, "leave it out, and reach it by kubectl port-forward")
 
 
 def _spot(pod: Place) -> Iterator[Finding]:
@@ -175,6 +198,7 @@ def _group(group: Place, spec: Place) -> Iterator[Finding]:
         yield params["labels"].finding("scaling", "KubeRay refuses it here", "write the group's own labels")
     if group["resources"].value and any(params[name].is_there for name in SET_BY_RAY_START):
         yield group["resources"].finding("scaling", "rayStartParams says resources too", "leave one of the two out")
+    yield from _promises(group)
     text = params["resources"].text.strip("'\"").replace("\\", "")
     if text and not _is_json(text):
         yield params["resources"].finding("scaling", f"{text!r} is no JSON", "write '{\"name\": 1}'")
@@ -182,6 +206,19 @@ def _group(group: Place, spec: Place) -> Iterator[Finding]:
     if spec["autoscalerOptions"]["version"].value == "v2" and restart.value not in (None, "Never"):
         why = "the autoscaler v2 replaces pods itself, and KubeRay refuses another policy"
         yield restart.finding("restart", why, "write restartPolicy: Never")
+
+
+def _promises(group: Place) -> Iterator[Finding]:
+    """Resources that Ray is told of, and that the container has not: two actors then share what is one's."""
+    limits = next(iter(group["template"]["spec"]["containers"].items()), group)["resources"]["limits"]
+    for option, (limit, resource) in MEASURED.items():
+        for place in (group["rayStartParams"][option], group["resources"][resource]):
+            told, has = quantity(place.value), quantity(limits[limit].value) or 0
+            if told is not None and told > has:
+                why = (
+                    f"Ray is told of {place.value}, and the container's limit of {limit} is {limits[limit].value or 0}"
+                )
+                yield place.finding("amount", why, "leave it out: KubeRay tells Ray the limits")
 
 
 def _is_json(text: str) -> bool:

@@ -49,6 +49,9 @@ def _mode(spec: Place) -> Iterator[Finding]:
         yield mode.finding("enum", why, nearest(mode.text, SUBMISSION_MODES))
     if not spec["rayClusterSpec"].is_there and not spec["clusterSelector"].is_there:
         yield spec.finding("cluster", "the job has no cluster", "write rayClusterSpec")
+    if spec["rayClusterSpec"].is_there and spec["clusterSelector"].is_there:
+        why = "the job runs on the cluster that is selected, and nothing of rayClusterSpec is made"
+        yield spec["clusterSelector"].finding("cluster", why, "leave one of the two out")
 
 
 def _shutdown(spec: Place) -> Iterator[Finding]:

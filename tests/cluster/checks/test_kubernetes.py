@@ -114,6 +114,14 @@ OTHERS: Mapping[str, tuple[str, Any, str]] = {
     "a digit first": ("metadata.name", "1blocksight", "name"),
     "a long name": ("metadata.name", "a" * 48, "name"),
     "group name": (f"{GROUP}.groupName", "Explain_GPU", "name"),
+    "an open service": (f"{CLUSTER}.headGroupSpec.serviceType", "LoadBalancer", "open"),
+    "an open service of ours": (f"{CLUSTER}.headGroupSpec.headService", {"spec": {"type": "NodePort"}}, "open"),
+    "addresses outside": (f"{CLUSTER}.headGroupSpec.headService", {"spec": {"externalIPs": ["1.2.3.4"]}}, "open"),
+    "an open dashboard": (f"{CLUSTER}.headGroupSpec.enableIngress", True, "open"),
+    "more GPUs told than there are": (f"{GROUP}.rayStartParams.num-gpus", "4", "amount"),
+    "more cores told than there are": (f"{GROUP}.rayStartParams.num-cpus", "64", "amount"),
+    "more memory told than there is": (f"{GROUP}.rayStartParams.memory", "999999999999", "amount"),
+    "two clusters": ("spec.clusterSelector", {"ray.io/cluster": "other"}, "cluster"),
     "two groups of a name": (f"{CLUSTER}.workerGroupSpecs", lambda old: [*old, deepcopy(old[0])], "name"),
     "container name": (f"{WORKER}.name", "ray_worker", "name"),
     "two volumes of a name": (f"{HEAD_POD}.volumes[+]", {"name": "job", "emptyDir": {}}, "name"),
@@ -551,6 +559,30 @@ VALID: Mapping[str, tuple[str, Any]] = {
 @pytest.mark.parametrize(("path", "value"), _rows(VALID))
 def test_what_users_change_is_right(path, value):
     judge(findings_after("gpu", "RayJob", path, value), None)
+
+
+def _beside(kind: str, **fields: Any) -> dict[str, Any]:
+    version = "v1" if kind == "Service" else "rbac.authorization.k8s.io/v1"
+    return {"apiVersion": version, "kind": kind, "metadata": {"name": "beside"}, **fields}
+
+
+@pytest.mark.parametrize(
+    ("found", "rule"),
+    [
+        (_beside("Service", spec={"type": "LoadBalancer", "ports": [{"port": 8265}]}), "open"),
+        (_beside("Service", spec={"type": "NodePort", "ports": [{"port": 8265}]}), "open"),
+        (_beside("Service", spec={"externalIPs": ["1.2.3.4"], "ports": [{"port": 8265}]}), "open"),
+        (_beside("Service", spec={"type": "ClusterIP", "ports": [{"port": 8265}]}), None),
+        (_beside("ClusterRoleBinding", roleRef={"kind": "ClusterRole", "name": "cluster-admin"}), "rights"),
+        (_beside("RoleBinding", roleRef={"kind": "ClusterRole", "name": "edit"}), "rights"),
+        (_beside("RoleBinding", roleRef={"kind": "Role", "name": "reader"}), None),
+        (_beside("Role", rules=[{"apiGroups": [""], "resources": ["*"], "verbs": ["get"]}]), "rights"),
+        (_beside("Role", rules=[{"apiGroups": [""], "resources": ["pods"], "verbs": ["*"]}]), "rights"),
+        (_beside("Role", rules=[{"apiGroups": [""], "resources": ["pods"], "verbs": ["get"]}]), None),
+    ],
+)
+def test_a_door_or_a_right_beside_a_job_is_found(found, rule):
+    judge(list(object_findings([Place("beside.yaml", found)], PRODUCT)), rule)
 
 
 def test_a_claim_and_a_role_may_stand_beside_a_job():
