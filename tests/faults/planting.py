@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,17 @@ def copied(root: Path) -> Iterator[Path]:
 
 
 def load_heavy() -> None:
-    """Imports the heavy libraries, so that no fork has to."""
+    """Imports the heavy libraries and pytest's plugins, so that no fork has to."""
     for name in HEAVY:
         importlib.import_module(name)
+    load_plugins()
+
+
+def load_plugins() -> None:
+    """Imports the plugins that each fork's pytest asks for, hypothesis among them: seconds of a start."""
+    for plugin in entry_points(group="pytest11"):
+        if f"no:{plugin.name}" not in OPTIONS:
+            plugin.load()
 
 
 def judge(tree: Path, mutation: Mutation) -> Verdict:

@@ -44,7 +44,8 @@ def test_a_draw_is_its_seeds():
 SCRIPT = """
 import sys
 from pathlib import Path
-from tests.faults.planting import Mutation, copied, judge, run_tests
+from tests.faults.planting import Mutation, copied, judge, load_plugins, run_tests
+load_plugins()
 with copied(Path(sys.argv[1])) as tree:
     print(run_tests(tree, ["test_sums.py::test_sum"]).seen)
     for file, sound, broken, test in [
