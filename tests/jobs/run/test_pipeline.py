@@ -27,6 +27,7 @@ from blocksight.jobs.plan.plan import load_plan
 from blocksight.jobs.run import pipeline
 from blocksight.storage.stores.local import LocalStore
 from blocksight.storage.stores.opening import open_store
+from tests.cluster.policies import NOT_USED_HERE, WatchingProxy, refused, unused
 from tests.jobs.jobs_of import ROOT, blocksight, command, fragments_in, receipts_in, rows_in, run_here
 from tests.jobs.outputs import evaluated
 from tests.jobs.tiny import MODEL, folder_of_images, folder_of_tars
@@ -101,19 +102,25 @@ def test_tasks_that_read_and_commit_beside_a_gpu_leave_the_same_bytes(tmp_path, 
 
 
 def test_shards_through_a_bucket(tmp_path, bucket, capfd):
-    prefix = f"{bucket.uri}/{os.urandom(4).hex()}"
-    source = open_store(f"{prefix}/in", bucket.endpoint_url)
+    """The bytes are those of one process, no secret is told, and each role asks for what its policy allows."""
+    names = ("example-images", "example-maps/run-1", "example-maps/here")  # as the policies have them
+    images, out, here = (f"{bucket.uri}/{name}" for name in names)
+    endpoint = ("--endpoint-url", bucket.endpoint_url)
+    source = open_store(images, bucket.endpoint_url)
     for path in folder_of_tars(tmp_path / "in").iterdir():
         source.put(path.name, path.read_bytes())
-    endpoint = ("--endpoint-url", bucket.endpoint_url)
-    done = blocksight(*explain(f"{prefix}/in", f"{prefix}/out", *endpoint))
+    with WatchingProxy(bucket.port) as proxy:
+        done = blocksight(*explain(images, out, "--endpoint-url", proxy.endpoint_url))
     assert_done(done)
-    run_here(f"{prefix}/in", f"{prefix}/here", endpoint_url=bucket.endpoint_url)
-    stores = [open_store(f"{prefix}/{name}", bucket.endpoint_url) for name in ("out", "here")]
+    for role, seen in proxy.seen.items():
+        assert refused(role, seen) == set()
+        assert unused(role, seen) <= NOT_USED_HERE
+    run_here(images, here, endpoint_url=bucket.endpoint_url)
+    stores = [open_store(place, bucket.endpoint_url) for place in (out, here)]
     assert fragments_in(stores[0]) == fragments_in(stores[1])
     assert_sound(stores[0])
     for name in ("status", "verify"):
-        said = blocksight(name, f"{prefix}/out", *endpoint)
+        said = blocksight(name, out, *endpoint)
         assert said.returncode == 0, said.stderr
         assert "8" in said.stdout
     beside = "".join(capfd.readouterr())  # what processes wrote past this one's streams
