@@ -20,6 +20,13 @@ FETCHED = re.compile(r"\b(curl|wget)\b[^;&]*\|\s*(sudo\s+)?(ba)?sh\b")
 PIP = re.compile(r"\bpip3?\b[^;&|]*\binstall\b(?P<rest>[^;&|]*)")
 APT = re.compile(r"\bapt(-get)?\b[^;&|]*\binstall\b(?P<rest>[^;&|]*)")
 TOKEN = "RAY_AUTH_MODE=token"
+SECRETS = re.compile(
+    r"(^|/)(\.aws|\.ssh|\.env|\.netrc|\.kube|\.docker|\.git-credentials|id_(rsa|dsa|ecdsa|ed25519)|credentials)(/|$)"
+    r"|\.(pem|key|pfx|p12)$"
+)
+"""Files and folders that hold keys."""
+OF_PYTHON = re.compile(r"(^|/)python:(?P<major>\d+)\.(?P<minor>\d+)")
+LEAST_PYTHON = (3, 11)
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,7 @@ def _bases(place: Place, found: list[Instruction]) -> Iterator[Finding]:
             base = re.sub(r"\$\{?(\w+)\}?", lambda name: arguments.get(name[1], ""), words[0] if words else "")
             if base not in stages:
                 yield from image_findings(one.place, base)
+                yield from _python(one.place, base)
             is_named = len(words) == 3 and words[1].upper() == "AS"
             if is_named:
                 stages.append(words[2])
@@ -105,6 +113,14 @@ def _bases(place: Place, found: list[Instruction]) -> Iterator[Finding]:
                 yield one.place.finding("reference", f"no stage {source[1]!r} is before", nearest(source[1], stages))
     if not any(one.name == "FROM" for one in found):
         yield place.finding("schema", "it has no FROM", "name the base first")
+
+
+def _python(place: Place, base: str) -> Iterator[Finding]:
+    found = OF_PYTHON.search(base)
+    if found is not None and (int(found["major"]), int(found["minor"])) < LEAST_PYTHON:
+        least = ".".join(map(str, LEAST_PYTHON))
+        why = f"the package needs Python {least}, and {base.partition('@')[0]} has an older one"
+        yield place.finding("version", why, f"take python:{least} or newer")
 
 
 def _arguments(found: list[Instruction]) -> Iterator[Finding]:
@@ -130,6 +146,9 @@ def _copies(found: list[Instruction]) -> Iterator[Finding]:
             own = stages.setdefault(one.rest.rpartition(" ")[2], [])
         words = [word for word in one.rest.split() if not word.startswith("--")]
         source = re.search(r"--from=(\S+)", one.rest)
+        for word in words[:-1] if one.name in ("COPY", "ADD") else []:
+            if SECRETS.search(word):
+                yield one.place.finding("secret", f"{word} holds keys, and stays in the image", "give them at run time")
         if one.name == "COPY" and source is not None and source[1] in stages:
             for word in words[:-1]:
                 if not any(word in before.rest for before in stages[source[1]]):
@@ -150,6 +169,15 @@ def _user(place: Place, found: list[Instruction]) -> Iterator[Finding]:
     elif not users[-1].rest.partition(":")[0].isdecimal() or int(users[-1].rest.partition(":")[0]) == 0:
         why = f"{users[-1].rest!r} is root, or a name that Kubernetes cannot tell from root"
         yield users[-1].place.finding("privilege", why, "write USER 1000")
+    elif users[-1].rest.partition(":")[0] not in (made := _made_users(found)) and made:
+        why = f"the image makes user {', '.join(made)} and runs as {users[-1].rest}, who has no home"
+        yield users[-1].place.finding("privilege", why, f"write USER {made[-1]}")
+
+
+def _made_users(found: list[Instruction]) -> list[str]:
+    """The numbers of the users that the last stage makes."""
+    commands = " ; ".join(one.rest for one in _last_stage(found) if one.name == "RUN")
+    return re.findall(r"\buseradd\b[^;&|]*(?:--uid|-u)[ =](\d+)", commands)
 
 
 def _variables(one: Instruction) -> Iterator[Finding]:

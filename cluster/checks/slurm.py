@@ -12,6 +12,7 @@ from blocksight.cluster.checks.literals import secret_findings
 from blocksight.cluster.checks.quantities import slurm_bytes, slurm_seconds
 from blocksight.cluster.checks.ray_options import START_OPTIONS
 from blocksight.cluster.checks.shell import INSTALLS, our_command_findings, script_lines, unset_variables
+from blocksight.cluster.checks.slurm_script import RAY, run_findings
 from blocksight.cluster.checks.variables import SLURM_VARIABLES, assigned_findings
 
 MARK = "#SBATCH"
@@ -67,8 +68,6 @@ SIGNAL = re.compile(r"((?P<flags>[RB]+):)?(?P<name>[A-Z]+\d*|\d+)(@(?P<seconds>\
 SIGNALS = ("TERM", "INT", "USR1", "USR2", "HUP")
 ARRAY = re.compile(r"(?P<ranges>\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*)(%(?P<together>\d+))?")
 GPU_COUNT = re.compile(r"([A-Za-z][\w.-]*:)?[1-9]\d*")
-RAY = "ray symmetric-run"
-"""Of several nodes; a script without it runs on each node alone."""
 
 
 def slurm_findings(place: Place, product: Product) -> Iterator[Finding]:
@@ -80,6 +79,7 @@ def slurm_findings(place: Place, product: Product) -> Iterator[Finding]:
     yield from _names(place, options)
     yield from _values(place, options, product)
     yield from _script(place, options)
+    yield from run_findings(place, options)
     yield from our_command_findings(_at(place, _line_of(text, r"^(?!\s*#).*\bblocksight ")), text, product)
 
 
@@ -274,6 +274,13 @@ def _of_several_nodes(place: Place, options: Mapping[str, tuple[str, int]]) -> I
     for name in names if dashes else []:
         if name not in (*START_OPTIONS, "min-nodes"):
             yield line.finding("ray-start", f"ray start has no option --{name}", nearest(name, START_OPTIONS))
+    gpus, has = re.search(r"--num-gpus[= ](\d+)", given), options.get("gpus-per-node", ("", 0))[0].rpartition(":")[2]
+    if gpus is not None and has.isdecimal() and int(gpus[1]) > int(has):
+        why = f"Ray is told of {gpus[1]} GPUs a node, and the job has {has}"
+        yield line.finding("amount", why, 'write --num-gpus "${SLURM_GPUS_ON_NODE:-0}"')
+    if dashes and "--address" not in started.partition(" -- ")[2]:
+        why = "without an address the command starts a Ray of its own on the first node"
+        yield line.finding("ray-start", why, "give it the --address of the others")
     if not dashes:
         yield line.finding("ray-start", f"{RAY} does not know where its command begins", "write -- before it")
 

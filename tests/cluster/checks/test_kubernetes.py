@@ -566,21 +566,21 @@ def _beside(kind: str, **fields: Any) -> dict[str, Any]:
     return {"apiVersion": version, "kind": kind, "metadata": {"name": "beside"}, **fields}
 
 
-@pytest.mark.parametrize(
-    ("found", "rule"),
-    [
-        (_beside("Service", spec={"type": "LoadBalancer", "ports": [{"port": 8265}]}), "open"),
-        (_beside("Service", spec={"type": "NodePort", "ports": [{"port": 8265}]}), "open"),
-        (_beside("Service", spec={"externalIPs": ["1.2.3.4"], "ports": [{"port": 8265}]}), "open"),
-        (_beside("Service", spec={"type": "ClusterIP", "ports": [{"port": 8265}]}), None),
-        (_beside("ClusterRoleBinding", roleRef={"kind": "ClusterRole", "name": "cluster-admin"}), "rights"),
-        (_beside("RoleBinding", roleRef={"kind": "ClusterRole", "name": "edit"}), "rights"),
-        (_beside("RoleBinding", roleRef={"kind": "Role", "name": "reader"}), None),
-        (_beside("Role", rules=[{"apiGroups": [""], "resources": ["*"], "verbs": ["get"]}]), "rights"),
-        (_beside("Role", rules=[{"apiGroups": [""], "resources": ["pods"], "verbs": ["*"]}]), "rights"),
-        (_beside("Role", rules=[{"apiGroups": [""], "resources": ["pods"], "verbs": ["get"]}]), None),
-    ],
-)
+DOORS_AND_RIGHTS = [
+    (_beside("Service", spec={"type": "LoadBalancer", "ports": [{"port": 8265}]}), "open"),
+    (_beside("Service", spec={"type": "NodePort", "ports": [{"port": 8265}]}), "open"),
+    (_beside("Service", spec={"externalIPs": ["1.2.3.4"], "ports": [{"port": 8265}]}), "open"),
+    (_beside("Service", spec={"type": "ClusterIP", "ports": [{"port": 8265}]}), None),
+    (_beside("ClusterRoleBinding", roleRef={"kind": "ClusterRole", "name": "cluster-admin"}), "rights"),
+    (_beside("RoleBinding", roleRef={"kind": "ClusterRole", "name": "edit"}), "rights"),
+    (_beside("RoleBinding", roleRef={"kind": "Role", "name": "reader"}), None),
+    (_beside("Role", rules=[{"apiGroups": [""], "resources": ["*"], "verbs": ["get"]}]), "rights"),
+    (_beside("Role", rules=[{"apiGroups": [""], "resources": ["pods"], "verbs": ["*"]}]), "rights"),
+    (_beside("Role", rules=[{"apiGroups": [""], "resources": ["pods"], "verbs": ["get"]}]), None),
+]
+
+
+@pytest.mark.parametrize(("found", "rule"), DOORS_AND_RIGHTS)
 def test_a_door_or_a_right_beside_a_job_is_found(found, rule):
     judge(list(object_findings([Place("beside.yaml", found)], PRODUCT)), rule)
 

@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import yaml
@@ -69,15 +70,22 @@ BOARD_MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("file", "path", "value", "rule"),
-    [*((ALERTS, *row) for row in ALERT_MISTAKES), *((BOARD, *row) for row in BOARD_MISTAKES)],
-)
-def test_each_mistake_is_found_by_its_rule(tmp_path, file, path, value, rule):
+MISTAKES = [*((ALERTS, *row) for row in ALERT_MISTAKES), *((BOARD, *row) for row in BOARD_MISTAKES)]
+
+
+def findings_after(file, path, value):
+    """What is found in the file after one change."""
     body = copy.deepcopy(yaml.safe_load(file.read_text()))
     change(body, path, value)
-    (tmp_path / file.name).write_text(json.dumps(body))
-    found = check_files([str(tmp_path / file.name)], PRODUCT)
+    with TemporaryDirectory() as folder:
+        changed = Path(folder) / file.name
+        changed.write_text(json.dumps(body))
+        return check_files([str(changed)], PRODUCT)
+
+
+@pytest.mark.parametrize(("file", "path", "value", "rule"), MISTAKES)
+def test_each_mistake_is_found_by_its_rule(file, path, value, rule):
+    found = findings_after(file, path, value)
     assert {one.rule for one in found} == {rule}
     assert len({one.way_out for one in found}) == 1
 
