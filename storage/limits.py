@@ -33,6 +33,9 @@ MAX_LABEL_FILE_BYTES = 256 << 20
 MAX_LABEL_ROWS = 1_000_000
 """Rows of a file of labels. Each worker holds them, with an index, in about a kilobyte each."""
 
+MAX_INVENTORY_LINE_BYTES = 64 << 10
+"""One line of an S3 inventory in CSV. A key has 1,024 bytes at most, three times as many where it is encoded."""
+
 MAX_SHARD_RECORDS = 1_000_000
 """Records of one tar shard. Their keys are held in memory to find duplicates."""
 

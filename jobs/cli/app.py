@@ -140,6 +140,13 @@ OutputWeights = Annotated[str | None, typer.Option(help="The weights file again,
 JOB_OPTIONS: dict[str, Any] = {
     "data": Annotated[str | None, typer.Option(help="Folder, file or s3:// prefix of images, tar shards or Parquet.")],
     "output": Annotated[str | None, typer.Option(help="Folder or s3:// prefix for the result.")],
+    "inventory": Annotated[
+        str | None,
+        typer.Option(
+            help="For millions of objects: s3:// URI of the manifest.json of an S3 inventory (Parquet or CSV) of the "
+            "data's bucket, read instead of a listing."
+        ),
+    ],
     "config": Annotated[
         str | None, typer.Option(help="TOML file, or s3:// URI of one, with these options as keys; options win.")
     ],

@@ -188,12 +188,15 @@ def targets_of_lines(text: str) -> tuple[Expression, ...]:
 
 
 class JobConfig(BaseModel):
-    """What is computed. Every field but `output` and `endpoint_url` changes the bytes of the result."""
+    """What is computed. Every field but `output`, `endpoint_url` and `inventory` changes the bytes of the result."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     data: str = Field(description="folder, file, s3:// prefix or 'pattern/*.tar' of images, tar shards or Parquet")
     output: str = Field(description="folder or s3:// prefix for the result")
+    inventory: str | None = Field(
+        default=None, description="manifest.json of an S3 inventory of the data's bucket, read instead of a listing"
+    )
     endpoint_url: str | None = Field(
         default=None, description="S3 endpoint, for stores other than AWS; BUCKET=URL,BUCKET=URL where they differ"
     )
@@ -312,7 +315,7 @@ class JobConfig(BaseModel):
         texts = [str(item) for item in items]
         return ",".join(texts) if all(map(is_class_number, texts)) else "\n".join(texts)
 
-    @field_validator("data", "output", "weights", "labels")
+    @field_validator("data", "output", "inventory", "weights", "labels")
     @classmethod
     def _places_have_one_spelling(cls, value: str | None, info: ValidationInfo) -> str | None:
         """Normalises URIs; local paths become absolute, because workers may run in other folders."""
@@ -364,7 +367,7 @@ class JobConfig(BaseModel):
     @model_validator(mode="after")
     def _endpoint_has_a_use(self) -> "JobConfig":
         files = self.target_choice.files
-        places = (self.data, self.output, self.weights or "", place_of(self.model) or "", *files)
+        places = (self.data, self.output, self.inventory or "", self.weights or "", place_of(self.model) or "", *files)
         if self.endpoint_url is not None and not any(place.startswith("s3://") for place in places):
             raise ValueError("an endpoint URL is given, and neither data, output, weights nor model is an s3:// URI")
         for named in filter(None, values_by_place(self.endpoint_url or "")):
@@ -484,7 +487,7 @@ class JobConfig(BaseModel):
     def identity(self, weights_sha256: str | None) -> dict[str, Any]:
         """Everything that changes the result's bytes, as plain JSON values, defaults filled in."""
         chosen = self.model_dump(
-            mode="json", exclude={"output", "endpoint_url", "parameters", "weights", "interpolation"}
+            mode="json", exclude={"output", "inventory", "endpoint_url", "parameters", "weights", "interpolation"}
         )
         named = (*MODEL_INPUT, "class_map", "labels")  # plans of earlier versions have none of them
         unsaid = {name for name in named if chosen[name] is None}

@@ -28,11 +28,12 @@ from blocksight.jobs.plan.units import (
     read_shards,
     seconds_per_record,
 )
+from blocksight.storage.inputs.inventory import inventory_objects
 from blocksight.storage.inputs.labels import folder_label
 from blocksight.storage.inputs.survey import Layout, Survey, survey
 from blocksight.storage.outputs.schema import FLAT_VERSIONS, SCHEMA_VERSION
 from blocksight.storage.stores.locations import contain_each_other, is_whole_bucket, normal_place
-from blocksight.storage.stores.opening import open_named, open_store, probe_reads
+from blocksight.storage.stores.opening import open_bucket, open_named, open_store, probe_reads
 from blocksight.storage.stores.retrying import SHORT_PATIENCE_SECONDS, PatientStore, witnesses_of
 from blocksight.storage.stores.store import (
     AlreadyExistsError,
@@ -254,12 +255,20 @@ def make_plan(config: JobConfig, *, weights_sha256: str | None, workforce: Workf
 def find_input(config: JobConfig, *, weights_sha256: str | None) -> FoundInput:
     """Lists the input. Reads no image, but tests that listed objects can be read."""
     source, key = open_named(config.data, config.endpoint_url)
-    found = survey(source, key)
+    found = survey(source, key) if config.inventory is None else _inventoried(source, key, config)
     witnesses = witnesses_of(lambda: found.objects)
     patient = PatientStore(source, SHORT_PATIENCE_SECONDS, witnesses=witnesses)
     probe_reads(patient, found.objects)
     weights = None if config.weights is None or config.weights_are_named else normal_place(config.weights)
     return FoundInput(config, config.identity(weights_sha256), found, read_shards(patient, found, config), weights)
+
+
+def _inventoried(source: ObjectStore, key: str, config: JobConfig) -> Survey:
+    """The input by an inventory in place of a listing."""
+    bucket, manifest = open_bucket(str(config.inventory), config.endpoint_url)
+    found = survey(source, key, inventory_objects(bucket, manifest, source.uri))
+    note = f"listed by the inventory {config.inventory}: what was stored after it was made is not in the plan"
+    return replace(found, notes=(*found.notes, note))
 
 
 def _unread_columns(cut: Sequence[Piece]) -> Counter[str]:

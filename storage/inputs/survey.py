@@ -78,18 +78,18 @@ class _Findings:
     notes: list[str] = field(default_factory=list)
 
 
-def survey(store: ObjectStore, key: str = "") -> Survey:
-    """Lists the store once and finds the layout from the names.
+def survey(store: ObjectStore, key: str = "", listing: ObjectColumns | None = None) -> Survey:
+    """Lists the store once and finds the layout from the names. `listing`: its objects, in place of that.
 
     `key`: look at this single object instead or, if it has a wildcard and is no object, at those that match it.
     Skips names with a part that begins with `_` or `.`, as other readers of data folders do. Tables without an image
     column beside records of another layout are left out. Raises StoreError if no records or records of two layouts
     are found, and for a Delta, Iceberg or Hudi table; a single object is not listed, and may be of such a table.
     """
-    single = store.head(key) if key else None
+    single = store.head(key) if key and listing is None else None
     pattern = key if single is None else ""
     logs = TableLogs(store.uri)
-    listed = [single] if single is not None else logs.noticed(store.list())
+    listed = [single] if single is not None else logs.noticed(store.list() if listing is None else listing.drained())
     found = _sorted_out((info for info in listed if not pattern or matches(info.key, pattern)), is_named=bool(single))
     if single is None:
         _add_unlisted(store, found)

@@ -59,6 +59,18 @@ def open_file(uri: str, endpoint_url: str | None = None) -> tuple[ObjectStore, s
     return PatientStore(open_store(folder, endpoint_for(place, endpoint_url)), SHORT_PATIENCE_SECONDS), name
 
 
+def open_bucket(uri: str, endpoint_url: str | None = None) -> tuple[ObjectStore, str]:
+    """The whole bucket that holds one object, with short retries, and the object's key there.
+
+    Raises StoreError if the URI is no object's in a bucket.
+    """
+    place = normal_place(uri)
+    bucket, _, key = place.removeprefix(S3).partition("/")
+    if not place.startswith(S3) or not key:
+        raise StoreError(f"{uri} names no object in a bucket; wanted s3://bucket/key")
+    return PatientStore(open_store(f"{S3}{bucket}", endpoint_for(place, endpoint_url)), SHORT_PATIENCE_SECONDS), key
+
+
 def open_named(
     uri: str, endpoint_url: str | None = None, *, wait_seconds: float = SHORT_PATIENCE_SECONDS
 ) -> tuple[ObjectStore, str]:

@@ -2,6 +2,7 @@
 
 import pickle
 from copy import deepcopy
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
@@ -26,13 +27,21 @@ def small_batches():
 
 
 @settings(deadline=None, max_examples=40)
-@given(INFOS, st.slices(30), st.slices(30))
-def test_slices_are_those_of_a_tuple(infos, first, second):
-    objects, twin = collected(infos), tuple(infos)
-    assert (len(objects), [*objects]) == (len(twin), [*twin])
-    assert [*objects[first]] == [*twin[first]]
-    assert [*objects[first][second]] == [*twin[first][second]]
-    assert [objects[place] for place in range(-len(twin), len(twin))] == [*twin, *twin]
+@given(INFOS)
+def test_all_that_was_collected_is_there(infos):
+    objects = collected(infos)
+    assert (len(objects), [*objects]) == (len(infos), infos)
+    assert [objects[place] for place in range(-len(infos), len(infos))] == [*infos, *infos]
+
+
+@pytest.mark.parametrize("count", [0, 4, 9])
+def test_slices_are_those_of_a_tuple(count):
+    twin = tuple(ObjectInfo(str(number), number, "v") for number in range(count))
+    objects = collected(twin)
+    for start, stop in product([None, *range(-10, 11)], repeat=2):
+        assert [*objects[start:stop]] == [*twin[start:stop]]
+        assert [*objects[start:stop][1:-1]] == [*twin[start:stop][1:-1]]
+    assert [*objects[::-2]] == [*twin[::-2]]
 
 
 @settings(deadline=None, max_examples=40)
