@@ -271,6 +271,9 @@ def _of_several_nodes(place: Place, options: Mapping[str, tuple[str, int]]) -> I
     for option in ("address", "min-nodes"):
         if option not in names:
             yield line.finding("ray-start", f"{RAY} has no --{option}", f"add --{option}")
+    if "temp-dir" in names and re.search(r"^\s*export\s.*\bRAY_ADDRESS=", text, re.MULTILINE) is None:
+        why = "what counts the nodes finds no cluster outside of /tmp/ray, starts another, and waits for nodes in vain"
+        yield line.finding("ray-start", why, "export RAY_ADDRESS, with the value of --address")
     for name in names if dashes else []:
         if name not in (*START_OPTIONS, "min-nodes"):
             yield line.finding("ray-start", f"ray start has no option --{name}", nearest(name, START_OPTIONS))

@@ -73,6 +73,7 @@ SLURM = [
     ("srun --kill-on-bad-exit=0 ray", "ray", "slurm"),
     ("ray symmetric-run", "ray symetric-run", "slurm"),
     ("--num-gpus", "--num-gpu", "ray-start"),
+    ("export RAY_ADDRESS=", "RAY_ADDRESS=", "ray-start"),
     ('> "$home/token"', '> "$home/tokens"', "reference"),
     ("export RAY_AUTH_MODE", "RAY_AUTH_MODE", "token"),
     ("esac\n", "", "shell"),
