@@ -31,6 +31,7 @@ from blocksight.jobs.plan.records import Cause
 from blocksight.storage.outputs.schema import PRODUCT_COLUMNS
 from blocksight.storage.rejects import RejectCode
 from tests.engine.zoo_table import ENTRIES
+from tests.faults.million import BASE_RECORDS, MIB
 from tests.jobs.jobs_of import blocksight
 from tests.jobs.tiny import MODEL, folder_of_images, picture
 from tests.plain import without_openvino
@@ -495,9 +496,36 @@ def zoo_lines(table) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (["library", *verdicts], ["---"] * 6, *rows)]
 
 
+def million_lines(table) -> list[str]:
+    """The most memory of the processes of each command, by the number of records, and what a further record takes."""
+    columns = [
+        ("explain", "driver"),
+        ("explain", "actor"),
+        *((name, "driver") for name in ("verify", "report", "audit")),
+    ]
+    heads = ["records", "`explain`, driver", "`explain`, an actor", "`verify`", "`report`", "`audit`"]
+    sizes = {size["records"]: {step["command"]: step["own_mib"] for step in size["steps"]} for size in table["sizes"]}
+    rows = [[f"{size:,}", *(_mib(own, *column) for column in columns)] for size, own in sizes.items()]
+    growth = [_growth(sizes, *column) for column in columns]
+    rows.append([f"bytes a further record, {BASE_RECORDS:,} to {max(sizes):,}", *growth])
+    return [f"| {' | '.join(row)} |" for row in (heads, ["---"] * 7, *rows)]
+
+
+def _mib(own, command, role) -> str:
+    return f"{own[command][role]:.0f} MiB" if role in own.get(command, {}) else "-"
+
+
+def _growth(sizes, command, role) -> str:
+    small, large = sizes[BASE_RECORDS], sizes[max(sizes)]
+    if role not in large.get(command, {}) or role not in small.get(command, {}):
+        return "-"
+    return f"{(large[command][role] - small[command][role]) * MIB / (max(sizes) - BASE_RECORDS):.0f}"
+
+
 @pytest.mark.parametrize(
     ("name", "file", "lines"),
     [
+        ("million", "million", million_lines),
         ("zoo", "zoo", zoo_lines),
         ("efficientnet_lite0", "curve-efficientnet_lite0", curve_lines),
         ("tiny_darknet", "curve-tiny_darknet", curve_lines),

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PROC = Path("/proc")
-ROLES = (("MapWorker", "actor"), ("MapBatches", "actor"), ("ray::", "worker"))
-"""Words in the title of a process below the command, and what it is then; the rest are Ray's own servers."""
+ROLES = (("MapWorker", "actor"), ("MapBatches", "actor"), ("ray::", "worker"), ("spawn_main", "worker"))
+"""Words in the title of a process below the command, and what it is then; the rest are Ray's own servers.
+A worker is a process of `audit`, or one of Ray's that holds no model."""
 DRIVER, SERVER = "driver", "server"
 
 
@@ -45,8 +46,6 @@ class Watched:
     looks: list[Look] = field(default_factory=list)
     own_bytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     """The most of any process of each role, at any time."""
-    total_bytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    """As `own_bytes`, with mapped files."""
     sum_bytes: int = 0
     """The most of all processes together, with mapped files."""
 
@@ -120,7 +119,6 @@ def _look(pid: int, found: Watched) -> None:
         if memory is not None:
             own[role] = max(own[role], memory.own)
             found.own_bytes[role] = max(found.own_bytes[role], memory.own)
-            found.total_bytes[role] = max(found.total_bytes[role], memory.total)
             sum_bytes += memory.total
     found.sum_bytes = max(found.sum_bytes, sum_bytes)
     found.looks.append(Look(found.seconds, dict(own)))
