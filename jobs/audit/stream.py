@@ -110,7 +110,7 @@ def stream(
     if not roster.num_maps:
         raise ConfigError(f"there is no map in {store.uri} to audit: run `blocksight explain` first")
     summing = _Summing(scope.seed, roster)
-    for unit in tracked(console, units, len(units), "sum up", "unit"):
+    for unit in tracked(console, units, len(units), "join", "unit"):
         summing.add(measured.of(unit, SUMMED).filter(pc.field("status") == OK))
     shared = summing.equals.shared()
     return StreamResult(
