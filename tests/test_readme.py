@@ -498,12 +498,9 @@ def zoo_lines(table) -> list[str]:
 
 def million_lines(table) -> list[str]:
     """The most memory of the processes of each command, by the number of records, and what a further record takes."""
-    columns = [
-        ("explain", "driver"),
-        ("explain", "actor"),
-        *((name, "driver") for name in ("verify", "report", "audit")),
-    ]
-    heads = ["records", "`explain`, driver", "`explain`, an actor", "`verify`", "`report`", "`audit`"]
+    reading = [(name, "driver") for name in ("verify", "report", "audit")]
+    columns = [("explain", "driver"), ("explain", "actor"), *reading, ("audit", "worker")]
+    heads = ["records", "driver", "actor", "`verify`", "`report`", "`audit`", "its processes"]
     sizes = {size["records"]: {step["command"]: step["own_mib"] for step in size["steps"]} for size in table["sizes"]}
     rows = [[f"{size:,}", *(_mib(own, *column) for column in columns)] for size, own in sizes.items()]
     growth = [_growth(sizes, *column) for column in columns]
