@@ -214,8 +214,12 @@ def _signal(place: Place, options: Mapping[str, tuple[str, int]], product: Produ
         yield line.finding("grace", "the signal comes before the job has begun", "give the job more time")
     name = found["name"].removeprefix("SIG")
     trap = rf"""^\s*trap\s+('[^']*'|"[^"]*"|[^\s'\"]\S*)\s.*\b(SIG)?{name}\b"""
-    if re.search(trap, place.text, re.MULTILINE) is None:
+    trapped = re.search(trap, place.text, re.MULTILINE)
+    if trapped is None:
         yield line.finding("grace", f"the script has no trap for {name}, and dies of it", f"add trap '...' {name}")
+    elif re.search(r"(?<![\w-])kill\s", trapped[1]) is not None and "srun" in place.text:
+        why = "srun kills its step at once where it is told to end, in the middle of a unit"
+        yield line.finding("grace", why, f'write scancel --signal={name} "$SLURM_JOB_ID.0" in the trap')
 
 
 def _script(place: Place, options: Mapping[str, tuple[str, int]]) -> Iterator[Finding]:

@@ -61,11 +61,11 @@ munged --force --foreground --key-file={folder}/munge.key --socket={folder}/mung
   --pid-file={folder}/munge.pid --log-file={folder}/munge.log --seed-file={folder}/munge.seed &
 while [ ! -S {folder}/munge.socket ]; do sleep 0.05; done
 slurmctld -D &
-slurmd -D -N n1 &
+unshare --pid --fork --mount-proc slurmd -D -N n1 &
 nsenter -t $other -n -p -m slurmd -D -N n2 &
 wait
 """
-"""Each node in a namespace of processes, mounts and networks: Ray's end on a node stops every Ray that it sees."""
+"""Each node in its own namespace of processes, beside the other: Ray's end on a node stops every Ray that it sees."""
 
 
 def missing() -> str | None:

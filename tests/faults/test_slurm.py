@@ -1,6 +1,7 @@
-"""The scripts of Slurm on a real Slurm of two nodes: an array of parts, and a job over both nodes."""
+"""The scripts of Slurm on a real Slurm of two nodes: an array, the signal before the limit, a job over both nodes."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from tests.jobs.tiny import MODEL, folder_of_images
 
 pytestmark = [pytest.mark.faults, pytest.mark.skipif(missing() is not None, reason=f"Slurm: {missing()}")]
 
+MANY = 10
+"""Copies of each image: the signal must come before the last unit."""
 SCRIPTS = ROOT / "cluster" / "slurm"
 
 
@@ -52,6 +55,25 @@ def test_an_array_explains_each_part_once(cluster):
     said = [(cluster.folder / f"slurm-{number}_{part}.out").read_text() for part in range(3)]
     assert ["1 of 1 committed" in text for text in said].count(True) == 1
     assert_as_one_process_would(cluster)
+
+
+def test_a_job_that_is_told_of_its_limit_is_queued_again_and_goes_on(cluster):
+    """The signal comes in the middle of the first run."""
+    data = cluster.folder.parent / "in"
+    for place in sorted(data.rglob("*.png")):
+        for copy in range(MANY):
+            shutil.copy(place, place.with_name(f"{copy}-{place.name}"))
+    job = job_file(cluster, runner="local", explainer="rise", **{"parameters.num_masks": 2_000})
+    number = cluster.submit(SCRIPTS / "blocksight-array.sbatch", job, options=("--array=0-0",))
+    said = cluster.folder / f"slurm-{number}_0.out"
+    cluster.until(lambda: said.exists() and "masks are scored" in said.read_text(), "the first unit")
+    cluster.call("scancel", "--signal=TERM", "--batch", f"{number}_0")
+    cluster.until(lambda: "Restarts=1" in cluster.call("scontrol", "show", "job", number), "the second run")
+    cluster.ended()
+    text = said.read_text()
+    assert text.count("masks are scored") == 2, text
+    store = LocalStore(cluster.folder.parent / "out")
+    assert [fault for _, faults in check(store, existing_plan(store)) for fault in faults] == []
 
 
 def test_a_job_over_two_nodes_is_one_ray(cluster):
