@@ -142,7 +142,7 @@ class _Complaint(logging.Handler):
         self._propagated, self._log.propagate = self._log.propagate, False
         self._log.addHandler(self)
 
-    def emit(self, _: logging.LogRecord) -> None:
+    def emit(self, record: logging.LogRecord) -> None:  # noqa: ARG002 - what it says is not passed on
         self.say()
 
     def say(self) -> None:
