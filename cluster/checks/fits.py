@@ -121,12 +121,14 @@ def offer_of(job: Place) -> Offer:
     groups = list(job["spec"]["rayClusterSpec"]["workerGroupSpecs"].items())
     scales = job["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"].value
     has_gpus, most = False, 0
+    folders: list[str] = []
     for group in groups:
         worker = next(containers(group["template"]["spec"]), group)
         has_gpus = has_gpus or _gpus(worker) > 0
         count = group["maxReplicas" if scales else "replicas"].value
         most += count * _actors(worker) if isinstance(count, int) else 0
-    return Offer(has_gpus, most)
+        folders += [mount["mountPath"].text for mount in worker["volumeMounts"].items() if mount["mountPath"].text]
+    return Offer(has_gpus, most, tuple(folders))
 
 
 def _bytes(place: Place) -> float | None:

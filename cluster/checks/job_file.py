@@ -1,7 +1,7 @@
 """Rules for the configuration that a driver on a cluster reads: it joins, waits, and asks for what the file offers."""
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ class Offer:
     has_gpus: bool
     most_actors: int
     """Explain actors, once all workers have come."""
+    folders: tuple[str, ...] = ()
+    """Mounted ones, which may be of all machines."""
 
 
 def joined_findings(place: Place, offer: Offer) -> Iterator[Finding]:
@@ -37,6 +39,7 @@ def joined_findings(place: Place, offer: Offer) -> Iterator[Finding]:
     if device != wanted:
         why = f"device is {device!r}: while no worker is there, the autoscaler is not asked for what they have"
         yield told("device").finding("job-file", why, f'write device = "{wanted}"')
+    yield from _place_findings(values, told, offer.folders)
     workers = values.get("workers")
     if workers is None:
         why = "the autoscaler is asked for one worker alone"
@@ -46,13 +49,27 @@ def joined_findings(place: Place, offer: Offer) -> Iterator[Finding]:
         yield told("workers").finding("job-file", why, f"write workers = {offer.most_actors}, or allow more machines")
 
 
-def alone_findings(place: Place) -> Iterator[Finding]:
-    """What of a configuration does not go with a driver that is alone on its machine."""
+def alone_findings(place: Place, folders: tuple[str, ...]) -> Iterator[Finding]:
+    """What of a configuration does not go with a driver that is alone on its machine; `folders` are mounted there."""
     values = _values(place.text)
+    if values is not None:
+        yield from _place_findings(values, _below(place), folders)
     for key in ("address", "wait"):
         if values is not None and values.get(key):
             why = "there is no cluster: the job starts Ray on its own machine"
             yield _below(place)(key).finding("job-file", why, "leave it out")
+
+
+def _place_findings(
+    values: dict[str, Any], told: Callable[[str], Place], folders: tuple[str, ...]
+) -> Iterator[Finding]:
+    """A place on a machine that ends with the job, or that others do not see."""
+    for key in ("data", "output"):
+        place = values.get(key)
+        is_local = isinstance(place, str) and "://" not in place
+        if is_local and not any(f"{place}/".startswith(f"{folder.rstrip('/')}/") for folder in folders):
+            why = f"{place!r} lies on a machine that ends with the job, and no other machine sees it"
+            yield told(key).finding("job-file", why, f'write {key} = "s3://..."')
 
 
 def _values(text: str) -> dict[str, Any] | None:
@@ -62,7 +79,7 @@ def _values(text: str) -> dict[str, Any] | None:
         return None  # which the rule for configurations says
 
 
-def _below(place: Place):
+def _below(place: Place) -> Callable[[str], Place]:
     return lambda key: Place(place.file, None, f"{place.path}: {key}" if place.path else key)
 
 

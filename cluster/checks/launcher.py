@@ -30,6 +30,9 @@ OWNED = re.compile(r"--privileged|--cap-add|--pid[= ]host|--user[= ](root|0)\b|-
 MAX_IDLE_MINUTES = 60
 BOOTSTRAP = "~/ray_bootstrap_config.yaml"
 """Where Ray's launcher puts its configuration on the head."""
+RUN_OPTIONS = ("run_options", "head_run_options", "worker_run_options")
+SUBNETS = "SubnetIds"
+"""Ray's own key of a `node_config`."""
 DEVICE = re.compile(r"/dev/(sd[a-z]\d?|xvd[a-z])")
 LEAST_DISK_GIB, MOST_DISK_GIB = 50, 16_384
 """Of a machine: the image, weights, and what Ray spills; and what EBS has."""
@@ -66,7 +69,10 @@ def _offer(place: Place) -> Offer:
     workers = [one for name, one in place["available_node_types"].entries() if name != place["head_node_type"].text]
     kinds = [one["node_config"]["InstanceType"].text for one in workers]
     most = sum(_count(one["max_workers"], 0) for one in workers)
-    return Offer(any(kind.startswith(("g", "p")) for kind in kinds), min(most, _count(place["max_workers"], most)))
+    options = " ".join(one.text for key in RUN_OPTIONS for one in place["docker"][key].items())
+    folders = tuple(re.findall(r"(?:-v|--volume)[ =]?[^\s:]+:(/[^\s:]+)", options))
+    most = min(most, _count(place["max_workers"], most))
+    return Offer(any(kind.startswith(("g", "p")) for kind in kinds), most, folders)
 
 
 def _ray_schema() -> dict[str, Any]:
@@ -141,7 +147,10 @@ def _count(place: Place, default: int) -> int:
 
 def _node(node: Place, *, is_head: bool) -> Iterator[Finding]:
     config = node["node_config"]
-    yield from shape_findings(config, _run_instances())
+    yield from shape_findings(_for_ec2(config), _run_instances())
+    for subnet in config[SUBNETS].items():
+        if not subnet.text.startswith("subnet-"):
+            yield subnet.finding("schema", f"{subnet.value!r} is no subnet", "write subnet-...")
     if not config["InstanceType"].is_there:
         yield config["InstanceType"].finding("schema", "the kind of machine is missing", "write InstanceType")
     profile = config["IamInstanceProfile"]
@@ -165,6 +174,13 @@ def _node(node: Place, *, is_head: bool) -> Iterator[Finding]:
     if is_head and node["resources"]["CPU"].value != 0:
         why = "the head takes work, which dies with the driver, and stands in the driver's memory"
         yield node["resources"]["CPU"].finding("head", why, "write resources: {CPU: 0}")
+
+
+def _for_ec2(config: Place) -> Place:
+    """What EC2 is given of a `node_config`: Ray reads the list of subnets, and names one."""
+    if not isinstance(config.value, dict):
+        return config
+    return Place(config.file, {name: own for name, own in config.value.items() if name != SUBNETS}, config.path)
 
 
 def _disks(disks: Place) -> Iterator[Finding]:
@@ -212,7 +228,7 @@ def shape_findings(place: Place, shape: Any) -> Iterator[Finding]:
 
 
 def _container_options(docker: Place) -> Iterator[Finding]:
-    for key in ("run_options", "head_run_options", "worker_run_options"):
+    for key in RUN_OPTIONS:
         for one in docker[key].items():
             if OWNED.search(one.text):
                 yield one.finding("privilege", f"{one.text!r} gives the container the machine", "leave it out")

@@ -62,7 +62,8 @@ def skypilot_findings(task: Place, product: Product) -> Iterator[Finding]:
     for file in config_files(task["run"].text):
         if (mounted := mounted_file(task, PurePosixPath(file).name)) is not None:
             yield from configuration_findings(mounted, product)
-            yield from alone_findings(mounted)
+            mounts = (target for target, source in task["file_mounts"].entries() if source["source"].is_there)
+            yield from alone_findings(mounted, tuple(mounts))
 
 
 def _known(place: Place, known: tuple[str, ...]) -> Iterator[Finding]:

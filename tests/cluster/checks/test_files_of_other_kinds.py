@@ -192,6 +192,7 @@ LAUNCHER = [
     (f"{SPOT}.min_workers", 9, "replicas"),
     (f"{SPOT}.max_workers", -1, "replicas"),
     (SPOT, GONE, "replicas"),
+    (f"{SPOT}.node_config.SubnetIds", ["vpc-0a"], "schema"),
     (f"{SPOT}.node_config.InstanceTyp", "g5.2xlarge", "schema"),
     (f"{SPOT}.node_config.InstanceType", "g5.2xlarg", "enum"),
     (f"{SPOT}.node_config.InstanceType", GONE, "schema"),
@@ -339,6 +340,9 @@ TRUST = [
 
 
 BESIDE = [
+    ("aws", "cluster.yaml", 'output = "s3://example-maps/run-1/"', 'output = "/maps"', "job-file"),
+    ("skypilot", "blocksight.yaml", 'output = "s3://example-maps/run-1/"', 'output = "/maps"', "job-file"),
+    ("skypilot", "blocksight.yaml", 'data = "s3://example-images/"', 'data = "photos/"', "job-file"),
     ("aws", "cluster.yaml", 'wait = "20m"', "", "job-file"),
     ("aws", "cluster.yaml", 'address = "auto"', "", "job-file"),
     ("aws", "cluster.yaml", 'device = "gpu"', 'device = "cpu"', "job-file"),
@@ -384,6 +388,17 @@ DOCUMENTS = [
     *(("iam/launcher-head.json", *row) for row in HEAD_POLICY),
     *(("iam/trust-eks.json", *row) for row in TRUST),
 ]
+
+
+@pytest.mark.parametrize(
+    ("file", "path", "value"),
+    [
+        ("aws/cluster.yaml", f"{SPOT}.node_config.SubnetIds", ["subnet-0a", "subnet-0b"]),
+        ("aws/cluster.yaml", f"{HEAD}.node_config.SubnetIds", ["subnet-0a"]),
+    ],
+)
+def test_what_users_change_is_right(file, path, value):
+    assert findings_of(file, changed(file, path, value)) == []
 
 
 def text_of(file: str) -> str:

@@ -465,6 +465,12 @@ BESIDE: Mapping[str, tuple[str, str, Any, str]] = {
     "bad value": ("ConfigMap", TOML, lambda old: old + 'explainer = "rize"\n', "configuration"),
     "no TOML": ("ConfigMap", TOML, "data = s3://", "configuration"),
     "no output": ("ConfigMap", TOML, 'data = "s3://a/"', "configuration"),
+    "maps on a machine that ends": (
+        "ConfigMap",
+        TOML,
+        lambda old: old.replace("s3://example-maps/run-1/", "/maps"),
+        "job-file",
+    ),
     "no address": ("ConfigMap", TOML, lambda old: _without("address", old), "job-file"),
     "no wait": ("ConfigMap", TOML, lambda old: _without("wait", old), "job-file"),
     "no device": ("ConfigMap", TOML, lambda old: _without("device", old), "job-file"),
