@@ -150,8 +150,8 @@ class Outcome:
     begun: int
     """Attempts."""
     lost_attempts: int
-    twice: int
-    """Attempts that found the unit committed by another one, and adopted it."""
+    adopted: int
+    """Attempts that found the unit committed by another one, and took that for their own."""
     committed: int
     dead: int
     seconds: float = 0.0
@@ -176,7 +176,7 @@ class _Job:
     drawn: random.Random = field(init=False)
     begun: int = 0
     lost: int = 0
-    twice: int = 0
+    adopted: int = 0
     now: float = 0.0
 
     def __post_init__(self) -> None:
@@ -269,7 +269,7 @@ class _Job:
             **facts,
         )
         found = create_or_adopt(self.store, unit, body, receipt)
-        self.twice += found.attempt != receipt.attempt
+        self.adopted += found.attempt != receipt.attempt
         return found
 
 
@@ -298,23 +298,68 @@ def simulated(setting: Setting) -> Outcome:
         share_of_503=asked["503"] / total,
         begun=job.begun,
         lost_attempts=job.lost,
-        twice=job.twice,
+        adopted=job.adopted,
         committed=len(state.receipts),
         dead=len(state.dead),
         seconds=time.process_time() - start,
     )
 
 
+MOST_503 = 0.05
+"""Share of requests that a store may refuse before it is a storm."""
+
+HELP = {
+    "nodes": "machines, each with one worker",
+    "units": "units of the job",
+    "unit_seconds": "what a unit takes, within 30 %%",
+    "losses_per_node_hour": "machines that are taken away, per machine and hour",
+    "cut_off": "share of them, 0 to 1, that only the network lost: they commit beside their successors",
+    "start_seconds": "until another machine is in the place of a lost one",
+    "driver_stops": "kills of the driver with all workers",
+    "puts_per_second": "writes that the store takes below one prefix; reads have S3's rule",
+    "is_hashed": "False: the store counts all of data/ as one prefix, and all of _job/",
+    "has_gpus": "True: reading, explaining and committing have a process each, with a marker",
+    "killer": "the number of a unit that ends each process that works on it; -1: none",
+    "seed": "of all that is drawn",
+}
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Prints what a simulated job asked of the store; 1 if a unit is lost or the store was asked too much."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Prints what a simulated job asked of the store.
+
+    Returns 1 if a unit is lost, if one is given up that kills nobody, or if the store refused more than `MOST_503`.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in asdict(Setting()).items():
-        kind = (lambda text: text == "True") if isinstance(value, bool) else type(value)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, help=f"default: {value}")
-    setting = replace(Setting(), **vars(parser.parse_args(arguments)))
+        choices = {"choices": ("True", "False")} if isinstance(value, bool) else {"type": type(value)}
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", default=value, help=f"{HELP[name]} (default: {value})", **choices
+        )
+    given = {
+        name: own == "True" if own in ("True", "False") else own
+        for name, own in vars(parser.parse_args(arguments)).items()
+    }
+    setting = replace(Setting(), **given)
+    if (fault := fault_of(setting)) is not None:
+        parser.error(fault)
     outcome = simulated(setting)
     print(json.dumps({"setting": asdict(setting), **asdict(outcome)}, indent=1))
-    return 0 if outcome.committed == setting.units and outcome.dead == 0 else 1
+    most_dead = int(0 <= setting.killer < setting.units)
+    is_whole = outcome.committed + outcome.dead == setting.units and outcome.dead <= most_dead
+    return 0 if is_whole and outcome.share_of_503 <= MOST_503 else 1
+
+
+def fault_of(setting: Setting) -> str | None:
+    """What cannot be simulated of a setting; None if all can."""
+    if not setting.puts_per_second >= 1:
+        return f"--puts-per-second must be at least 1, got {setting.puts_per_second}"
+    for name in ("nodes", "units", "unit_seconds"):
+        if not getattr(setting, name) > 0:
+            return f"--{name.replace('_', '-')} must be above 0, got {getattr(setting, name)}"
+    for name in ("losses_per_node_hour", "start_seconds", "driver_stops"):
+        if getattr(setting, name) < 0:
+            return f"--{name.replace('_', '-')} must be at least 0, got {getattr(setting, name)}"
+    return None if 0 <= setting.cut_off <= 1 else f"--cut-off is a share from 0 to 1, got {setting.cut_off}"
 
 
 if __name__ == "__main__":
