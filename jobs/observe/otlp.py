@@ -164,7 +164,8 @@ def _host(place: str) -> str:
     """The host alone: an address may hold a password."""
     try:
         address = urlsplit(place)
-        return f"{address.hostname}:{address.port}" if address.port else f"{address.hostname}"
+        host = address.hostname or "the collector"
+        return f"{host}:{address.port}" if address.port else host
     except ValueError:
         return "the collector"
 

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from io import FileIO
 from typing import Any
@@ -19,20 +19,26 @@ Log = Callable[[Outcome, float], None]
 
 
 @contextmanager
-def unit_log(path: str | None, run_id: str, part: str | None) -> Iterator[Log]:
+def unit_log(path: str | None, run_id: str, part: str | None, tell: Callable[[str], object]) -> Iterator[Log]:
     """Logs the outcomes that the body passes on, to the end of a file or to standard error; None: nowhere.
 
-    Raises ConfigError at once if the file cannot be written. A disk that is full later ends no job.
+    Raises ConfigError at once if the file cannot be written. A disk that is full later ends no job; it is told once.
     """
     with ExitStack() as stack:
         write = _writer(path, stack)
+        is_told = False
 
         def log(outcome: Outcome, seconds: float) -> None:
+            nonlocal is_told
             facts = unit_facts(outcome, seconds)
             if facts:
                 now = datetime.now(UTC).isoformat(timespec="milliseconds")
-                with suppress(OSError):
+                try:
                     write(json.dumps({"time": now, "run": run_id, "part": part, **facts}) + "\n")
+                except OSError as error:
+                    if not is_told:
+                        tell(f"--log-json {path}: {error.strerror}; lines of units are lost, and the job goes on")
+                    is_told = True
 
         yield log
 

@@ -24,6 +24,7 @@ from blocksight.jobs.ledger.garbage import PROBE_PREFIX, tidy_attempts
 from blocksight.jobs.ledger.receipt_batches import ReceiptBatches
 from blocksight.jobs.ledger.reconcile import JobState, Manifest, final_manifest, finalize, num_accepted, read_job_state
 from blocksight.jobs.ledger.stop_request import GO_ON, RUNS_FOLDER, Stop, stopped_by_signals, unfinished_from
+from blocksight.jobs.observe.local_files import check_local_files
 from blocksight.jobs.observe.otlp import Sender, sending
 from blocksight.jobs.observe.run_metrics import RunMetrics
 from blocksight.jobs.observe.unit_log import unit_log
@@ -164,6 +165,7 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
     ModelError, ClusterError. UnfinishedError is raised if the store fails for good afterwards.
     """
     refuse_missing_gpu(execution)
+    check_local_files(execution.metrics_file, execution.log_json)
     let_import_modules(execution)
     config, label_file = with_label_file(with_target_files(with_model_file(config)))
     config, choice = with_explainer(config)
@@ -211,7 +213,7 @@ def run_job(config: JobConfig, execution: Execution, console: Console) -> RunOut
         with stopped_by_signals(stop, cuts_off=sizing is None):
             first_units = FirstUnits.of(job_state, budget)
             part = None if execution.part is None else str(execution.part)
-            logged = unit_log(execution.log_json, context.run_id, part)
+            logged = unit_log(execution.log_json, context.run_id, part, tell_of(console))
             with sending(context.run_id, part, tell_of(console)) as sender, logged as log:
                 metrics = _metrics_of(job_state, sizing, sender)
 

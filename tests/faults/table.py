@@ -1428,9 +1428,16 @@ MUTATIONS = (
     Mutation(
         "the log of units ends a job where its disk is full",
         "jobs/observe/unit_log.py",
-        "suppress(OSError)",
-        "suppress()",
-        ("jobs/observe/test_unit_log.py::test_a_disk_that_is_full_ends_no_job",),
+        "except OSError as error:\n                    if not is_told:",
+        "except EOFError as error:\n                    if not is_told:",
+        ("jobs/observe/test_unit_log.py::test_a_disk_that_is_full_ends_no_job_and_is_told_once",),
+    ),
+    Mutation(
+        "the files of metrics and log are looked at when the cluster has started",
+        "jobs/run/job.py",
+        "    check_local_files(execution.metrics_file, execution.log_json)\n",
+        "",
+        ("jobs/observe/test_unit_log.py::test_files_are_looked_at_before_any_work",),
     ),
     Mutation(
         "units do not reach their log",
