@@ -95,9 +95,7 @@ def _table(units: Sequence[Unit]) -> pa.Table:
     collector = ObjectCollector()
     for unit in units:
         collector.extend(unit.objects)
-    columns = (
-        pa.Table.from_batches(collector.objects().batches(), OBJECTS).cast(pa.schema(list(OBJECT))).combine_chunks()
-    )
-    objects = pa.StructArray.from_arrays([column.chunk(0) for column in columns.columns], fields=list(OBJECT))
+    columns = pa.Table.from_batches(collector.objects().batches(), OBJECTS).cast(pa.schema(list(OBJECT))).columns
+    objects = pa.StructArray.from_arrays([column.combine_chunks() for column in columns], fields=list(OBJECT))
     arrays = [pa.array([getattr(unit, name) for unit in units], UNITS_SCHEMA.field(name).type) for name in VALUES]
     return pa.Table.from_arrays([*arrays, pa.ListArray.from_arrays(ends, objects)], schema=UNITS_SCHEMA)
