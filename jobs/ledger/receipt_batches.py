@@ -78,17 +78,23 @@ def receipt_key(unit_id: str) -> str:
 def read_receipts(store: ObjectStore, units: Iterable[Unit]) -> tuple[dict[str, Receipt], list[str]]:
     """The receipts of committed units by unit id, and the ids of those that no batch holds.
 
-    A unit is committed if its fragment is under `data/`: the listing decides, never a receipt.
+    A unit is committed if its fragment is under `data/`: the listing decides, never a receipt. Where two batches say
+    different things of a unit, because somebody deleted its first fragment, the present fragment decides.
     """
     fragments = {info.key for info in store.list("data/")}
     committed = {unit.unit_id: unit for unit in units if unit.fragment_key in fragments}
-    stored = dict(stored_receipts(store, committed))
-    others = [unit for unit_id, unit in committed.items() if unit_id not in stored]
+    stored: dict[str, Receipt] = {}
+    doubtful: set[str] = set()
+    for unit_id, receipt in stored_receipts(store, committed):
+        if stored.setdefault(unit_id, receipt).sha256 != receipt.sha256:
+            doubtful.add(unit_id)
+    unbatched = committed.keys() - stored.keys()
+    others = [unit for unit_id, unit in committed.items() if unit_id in unbatched or unit_id in doubtful]
     with ThreadPoolExecutor(READERS) as readers:
         found = readers.map(lambda unit: committed_receipt(store, unit), others)
         stored.update({receipt.unit_id: receipt for receipt in found if receipt is not None})
     receipts = {unit_id: stored[unit_id] for unit_id in committed if unit_id in stored}
-    return receipts, [unit.unit_id for unit in others if unit.unit_id in receipts]
+    return receipts, [unit.unit_id for unit in others if unit.unit_id in receipts and unit.unit_id in unbatched]
 
 
 def stored_receipts(store: ObjectStore, units: Mapping[str, Unit]) -> Iterator[tuple[str, Receipt]]:

@@ -239,12 +239,15 @@ def test_input_that_changes_after_the_plan_is_a_reason(tmp_path):
     data = folder_of_images(tmp_path / "in", 3, bad=False)
     run_here(data, tmp_path / "out")
     store = LocalStore(tmp_path / "out")
-    for key in fragments_in(store):
+    for key in (*fragments_in(store), MANIFEST_KEY):
         store.delete(key)
     (data / "ant" / "000.png").write_bytes(picture(77))
     (data / "bee" / "001.png").unlink()
-    run_here(data, tmp_path / "out")
+    outcome = run_here(data, tmp_path / "out")
     assert [row["reject_code"] for row in rows_in(store)] == ["input_changed", "input_missing", None]
+    # receipts of the fragments that were deleted are there still, and the present fragments count
+    assert outcome.manifest is not None
+    assert outcome.manifest["rejects"] == {"input_changed": 1, "input_missing": 1}
 
 
 def test_the_plan_covers_every_record_once(tmp_path):
