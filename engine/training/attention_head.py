@@ -98,6 +98,7 @@ class AttentionHead(nn.Module):
             self.weight = nn.Parameter(torch.empty(shape.num_classes, sum(channels)).uniform_(-bound, bound))
             bias = torch.empty(shape.num_classes).uniform_(-bound, bound) if shape.has_bias else None
         self.bias = None if bias is None else nn.Parameter(bias)
+        self.eval()  # maps take the stored statistics; a step of the training takes its batch's by name
 
     def features(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """The branches' outputs, of the taps' feature maps [N, C_l, h_l, w_l]."""

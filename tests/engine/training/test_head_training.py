@@ -197,7 +197,7 @@ def features_input(adapter: ModelAdapter) -> Tensor:
 
 
 def test_a_model_that_is_not_read_by_softmax_is_refused():
-    adapter = planted.trained_cnn()
+    adapter = planted.adapter_of(planted.trained_cnn().module, "read by sigmoid")  # the stored one is shared
     adapter.readout = "sigmoid"
     with pytest.raises(ModelError, match="is read by sigmoid, and a head is trained with the cross entropy of one"):
         started(OwnFeatures(adapter), adapter)
