@@ -121,7 +121,7 @@ class HeadTraining:
         if not all(map(isfinite, terms)) or not all(bool(own.isfinite().all()) for own in summed):
             raise ModelError(
                 f"the loss or its gradient is not finite in step {self.step + 1}: take a smaller rate, such as "
-                f"-p lr={self.recipe.max_lr / 10:g}, or look at the images that the step names"
+                f"-p lr={self.recipe.max_lr / 10:g}"
             )
         for own, gradient in zip(self.parameters.values(), summed, strict=True):
             own.grad = gradient

@@ -642,6 +642,13 @@ MUTATIONS = (
         ("jobs/ledger/test_old_layout.py::test_explain_adds_nothing_to_an_old_output",),
     ),
     Mutation(
+        "the name of a run decides which of two receipts counts",
+        "jobs/ledger/receipt_batches.py",
+        "            doubtful.add(unit_id)",
+        "            pass",
+        ("jobs/ledger/test_batches.py::test_where_batches_differ_over_a_unit_its_fragment_decides",),
+    ),
+    Mutation(
         "the receipts of an old output are not read",
         "jobs/ledger/receipt_batches.py",
         "if key.endswith(SUFFIX) or key in ours]",

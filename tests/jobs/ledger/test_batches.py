@@ -67,6 +67,20 @@ def test_a_batch_is_bounded_by_its_bytes(receipt, monkeypatch):
     assert list(batches_in(store).values()) == [2, 2, 1]
 
 
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
+def test_where_batches_differ_over_a_unit_its_fragment_decides(names):
+    store = MemoryStore()
+    present = commit_unit(result(), store, "job", attempt="two")
+    deleted = replace(present, sha256="0" * 64, num_rejected=9)
+    for run, receipt in zip(names, (deleted, present), strict=True):
+        with ReceiptBatches(store, run) as batches:
+            batches.add(receipt)
+    receipts, unbatched = read_receipts(store, [UNIT])
+    found = receipts[UNIT.unit_id]
+    assert (found.sha256, found.num_rejected) == (present.sha256, present.num_rejected)
+    assert unbatched == []
+
+
 def test_a_batch_that_cannot_be_written_ends_no_job(receipt):
     class Refusing(MemoryStore):
         def create(self, key, data, *, metadata=None):
